@@ -1,0 +1,5 @@
+//! diffdisk serves chains of differencing VHDs to virtual machines.
+
+pub mod error;
+pub mod storage;
+pub mod units;

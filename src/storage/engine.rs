@@ -1,0 +1,56 @@
+//! The seam to whatever carries out operations: a ring, plain calls, or a simulator.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::env::File;
+use super::op::{Completion, Op, Slot};
+
+/// Carries out operations, many at a time, for one thread.
+///
+/// An implementer promises: `push` makes no system call; completions come in any order, each operation once, whole or
+/// failed; an operation's memory is not freed before its completion is reaped, not even when the engine is dropped
+/// (drop waits for what is in flight; if it cannot, it leaks). It may rely on this: a slot is registered before an
+/// operation names it, and not registered anew while operations on it are in flight; reads and writes have a payload
+/// of at least one byte.
+pub trait Engine: Send {
+    /// Puts a file into the table of files, over what was there.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()>;
+
+    /// Takes an operation for the next `submit`. Gives it back where `depth` operations are under way already.
+    fn push(&mut self, op: Op) -> Result<(), Op>;
+
+    /// Hands everything pushed to the host, in one call where the host allows.
+    ///
+    /// # Errors
+    /// Where the host takes nothing any more; the engine is of no further use.
+    fn submit(&mut self) -> io::Result<()>;
+
+    /// Moves what is complete to the end of `out`. Never waits.
+    fn reap(&mut self, out: &mut Vec<Completion>);
+
+    /// Submits what is pushed and waits until something can be reaped; returns at once if nothing is under way.
+    ///
+    /// # Errors
+    /// As `submit`.
+    fn wait(&mut self) -> io::Result<()>;
+
+    /// Readable (level-triggered) while completions may be there to reap. None: completions are there when `submit`
+    /// returns.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Operations pushed and not yet reaped.
+    fn under_way(&self) -> usize;
+
+    /// Operations that may be under way at once.
+    fn depth(&self) -> usize;
+
+    /// System calls made so far for operations (for statistics and tests).
+    fn calls(&self) -> u64;
+
+    /// A word for the log: `io_uring`, `blocking`, `simulated`.
+    fn name(&self) -> &'static str;
+}

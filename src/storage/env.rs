@@ -1,0 +1,199 @@
+//! The seam to everything outside the process: files, names, locks, clock, UUIDs, engines.
+//!
+//! Two implementations: [`Host`](super::host::Host), and (feature `sim`) a simulated host whose every crash, fault and
+//! reordering comes from one seed.
+
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::engine::Engine;
+use super::host::HostFile;
+#[cfg(feature = "sim")]
+use super::sim::SimFile;
+use crate::error::Result;
+
+/// What a file is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// What an engine should be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EngineKind {
+    /// io_uring where the host allows it, else blocking calls; the log says which.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    Ring,
+    /// Plain positional calls.
+    Blocking,
+}
+
+/// Who may use a file besides us (crash-safety 3.10).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lock {
+    /// Others may read with us; nobody may write.
+    Shared,
+    /// Nobody else of our kind; QEMU may not open it either.
+    Exclusive,
+}
+
+/// Which file it is, whatever its names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// Device.
+    pub dev: u64,
+    /// Inode.
+    pub ino: u64,
+}
+
+/// What is known of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stat {
+    /// Which file.
+    pub id: FileId,
+    /// Length in bytes.
+    pub len: u64,
+    /// Bytes of room it takes on the host.
+    pub allocated: u64,
+    /// Last change of its bytes, Unix seconds.
+    pub modified: i64,
+    /// Permission bits.
+    pub mode: u32,
+}
+
+/// What O_DIRECT asks for on a file, in bytes (powers of two).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DirectRules {
+    /// Alignment of memory addresses and lengths.
+    pub memory: usize,
+    /// Alignment of file offsets and lengths.
+    pub offset: u64,
+}
+
+/// An open file. Cloning it is cheap and shares the open description.
+///
+/// Only positional reads and writes: there is no file position. All errors name the path.
+#[derive(Clone, Debug)]
+pub enum File {
+    /// A file of the host.
+    Host(HostFile),
+    /// A file of the simulated host.
+    #[cfg(feature = "sim")]
+    Sim(SimFile),
+}
+
+macro_rules! each_kind {
+    ($self:ident, $f:ident => $call:expr) => {
+        match $self {
+            File::Host($f) => $call,
+            #[cfg(feature = "sim")]
+            File::Sim($f) => $call,
+        }
+    };
+}
+
+impl File {
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        each_kind!(self, f => f.path())
+    }
+
+    /// What is known of it now.
+    pub fn stat(&self) -> Result<Stat> {
+        each_kind!(self, f => f.stat())
+    }
+
+    /// Fills `into` from byte `offset`; the file ending before that is an error.
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        each_kind!(self, f => f.read_at(into, offset))
+    }
+
+    /// Writes all of `from` at byte `offset`.
+    pub fn write_at(&self, from: &[u8], offset: u64) -> Result<()> {
+        each_kind!(self, f => f.write_at(from, offset))
+    }
+
+    /// Makes its bytes durable, with what is needed to read them back (fdatasync).
+    pub fn sync(&self) -> Result<()> {
+        each_kind!(self, f => f.sync())
+    }
+
+    /// Cuts or extends (with zeros) to `len` bytes.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        each_kind!(self, f => f.set_len(len))
+    }
+
+    /// Reserves room without changing length or bytes. `Unsupported` where the file system cannot.
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        each_kind!(self, f => f.allocate(offset, len))
+    }
+
+    /// Makes a range read as zeros, giving room back where the file system can (else by writing zeros).
+    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        each_kind!(self, f => f.punch(offset, len))
+    }
+
+    /// The next run of bytes at or after `offset` that is not a hole, clipped to the length of the file.
+    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        each_kind!(self, f => f.next_data(offset))
+    }
+
+    /// Takes a lock that dies with the open description; `Busy` (naming the holder where it can be known) where
+    /// somebody else has one against it. It does not wait.
+    pub fn lock(&self, lock: Lock) -> Result<()> {
+        each_kind!(self, f => f.lock(lock))
+    }
+
+    /// Switches to O_DIRECT; `None`, and nothing switched, where the file system does not say what it asks for or asks
+    /// for offsets of more than a sector.
+    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
+        each_kind!(self, f => f.set_direct())
+    }
+}
+
+/// The outside world. Every source of non-determinism enters here.
+///
+/// Names are as durable as the host makes them: a created, renamed, linked or removed name is sure to survive a crash
+/// only after `sync_dir` on its folder.
+pub trait Env: Send + Sync {
+    /// Opens a regular file; FIFOs, devices, sockets and (as the last component) symbolic links to nowhere are refused
+    /// without blocking and without reading.
+    fn open(&self, path: &Path, access: Access) -> Result<File>;
+
+    /// Opens a regular file below `root` for reading, in one step (openat2): `Refused` where `relative` is absolute, or
+    /// leaves `root`, or passes a symbolic link.
+    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File>;
+
+    /// Makes a new file for reading and writing; fails where the name exists.
+    fn create(&self, path: &Path) -> Result<File>;
+
+    /// Gives a file a new name, over what has that name.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+
+    /// Gives a file a second name; fails where that exists.
+    fn link(&self, existing: &Path, new: &Path) -> Result<()>;
+
+    /// Removes a name.
+    fn remove(&self, path: &Path) -> Result<()>;
+
+    /// Makes the names in a folder durable.
+    fn sync_dir(&self, folder: &Path) -> Result<()>;
+
+    /// An absolute path without symbolic links, `.` and `..`.
+    fn canonical(&self, path: &Path) -> Result<PathBuf>;
+
+    /// Unix seconds.
+    fn now(&self) -> i64;
+
+    /// A new random UUID.
+    fn uuid(&self) -> Uuid;
+
+    /// An engine for one thread with at most `depth` operations under way.
+    fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>>;
+}

@@ -1,0 +1,32 @@
+//! Floor 0: the doors to the outside.
+//!
+//! Owns: every system call on files and names ([`env`]), and the engines that carry out operations many at a time
+//! ([`engine`]). Leaves to others: what the bytes mean, and in which order they must become durable.
+//!
+//! ```text
+//!   image, chain, ops            disk
+//!        |                        |  push(Op) .. submit() .. reap()
+//!        v                        v
+//!   Env ── File             Engine (one a thread)
+//!    |  open, names, clock    |
+//!    |                        ├── ring      io_uring, one call a batch
+//!    ├── host  Linux          ├── blocking  preadv, pwritev, one call an operation
+//!    └── sim   one seed       └── sim       any order, torn sectors, faults
+//! ```
+//!
+//! Only positional I/O is used: there is no file position to share.
+
+pub mod blocking;
+pub mod engine;
+pub mod env;
+pub mod host;
+pub mod op;
+pub mod payload;
+pub mod ring;
+#[cfg(feature = "sim")]
+pub mod sim;
+
+pub use engine::Engine;
+pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
+pub use op::{Action, Completion, Op, Slot};
+pub use payload::{Buffer, Payload, Slices};

@@ -1,0 +1,286 @@
+//! The memory an operation moves: buffers of our own, or slices of guest memory kept alive by what owns them.
+//!
+//! An operation owns its payload until its completion hands it back; nothing is freed or reused earlier, because the
+//! kernel may still be writing there. This is one of the few files with `unsafe`; each block has its argument.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::slice;
+use std::sync::Arc;
+
+/// Alignment of [`Buffer`]: a page, which every O_DIRECT medium accepts.
+pub const BUFFER_ALIGN: usize = 4096;
+
+/// Zeroed heap memory aligned for O_DIRECT.
+pub struct Buffer {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a Buffer is the only owner of its memory, like a Box<[u8]>.
+unsafe impl Send for Buffer {}
+// SAFETY: shared access gives only `&[u8]`.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// `len` zero bytes, `len` > 0. The caller has checked `len` against what it can justify.
+    pub fn zeroed(len: usize) -> Buffer {
+        assert!(len > 0, "a buffer has at least a byte");
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a size > 0, by the assertion.
+        let start = unsafe { alloc_zeroed(layout) };
+        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
+        Buffer { start, len }
+    }
+
+    /// A copy of `bytes`, at least one.
+    pub fn copy_of(bytes: &[u8]) -> Buffer {
+        let mut b = Buffer::zeroed(bytes.len());
+        b.copy_from_slice(bytes);
+        b
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len, BUFFER_ALIGN).expect("lengths are far below isize::MAX")
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `start` points to `len` initialised bytes that live as long as self.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `&mut self` excludes other access.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with the same layout, and never freed elsewhere.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) }
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.len)
+    }
+}
+
+/// Runs of memory that a guest shares with us, with the owner that keeps the mapping alive.
+///
+/// The bytes may change under us at any moment (the guest runs), so no `&[u8]` is ever made of them: they are
+/// handed to the kernel, or copied by `ptr::copy`.
+pub struct Slices {
+    runs: Vec<libc::iovec>,
+    len: usize,
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, shared with another process
+// anyway; no reference to it is ever formed.
+unsafe impl Send for Slices {}
+
+impl Slices {
+    /// No memory yet; room for `runs` runs without a further allocation.
+    pub fn with_capacity(runs: usize) -> Slices {
+        Slices { runs: Vec::with_capacity(runs), len: 0, owner: None }
+    }
+
+    /// Forgets runs and owner, keeps the room.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.len = 0;
+        self.owner = None;
+    }
+
+    /// Says what keeps the memory of the runs mapped.
+    pub fn set_owner(&mut self, owner: Arc<dyn Any + Send + Sync>) {
+        self.owner = Some(owner);
+    }
+
+    /// Appends a run; neighbours in memory are joined.
+    ///
+    /// # Safety
+    /// `start .. start + len` stays mapped readable and writable while the owner lives.
+    pub unsafe fn push(&mut self, start: *mut u8, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.len = self.len.checked_add(len).expect("mapped memory is below 2^63 bytes");
+        match self.runs.last_mut() {
+            Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start => last.iov_len += len,
+            _ => self.runs.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
+        }
+    }
+
+    /// Total bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The runs, as the kernel wants them.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.runs
+    }
+
+    /// Appends `len` bytes from byte `at` of self to `out`, and shares the owner. The range lies in self.
+    pub fn slice_into(&self, at: usize, len: usize, out: &mut Slices) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice lies in its whole");
+        out.owner.clone_from(&self.owner);
+        let (mut skip, mut left) = (at, len);
+        for run in &self.runs {
+            if left == 0 {
+                break;
+            }
+            if skip >= run.iov_len {
+                skip -= run.iov_len;
+                continue;
+            }
+            let n = left.min(run.iov_len - skip);
+            // SAFETY: a part of a run that is itself mapped while the (now shared) owner lives.
+            unsafe { out.push(run.iov_base.cast::<u8>().wrapping_add(skip), n) };
+            skip = 0;
+            left -= n;
+        }
+    }
+
+    /// Writes zeros over `len` bytes from byte `at`.
+    pub fn zero(&self, at: usize, len: usize) {
+        self.each(at, len, |_, start, n| {
+            // SAFETY: mapped while the owner, which we hold, lives; no reference to it exists.
+            unsafe { start.write_bytes(0, n) }
+        });
+    }
+
+    /// Copies `from` over the bytes from `at` on.
+    pub fn copy_from(&self, at: usize, from: &[u8]) {
+        self.each(at, from.len(), |done, start, n| {
+            // SAFETY: as in `zero`; the source is ordinary memory of ours, so the two cannot overlap.
+            unsafe { std::ptr::copy_nonoverlapping(from[done..done + n].as_ptr(), start, n) }
+        });
+    }
+
+    /// Copies the bytes from `at` on into `to`.
+    pub fn copy_to(&self, at: usize, to: &mut [u8]) {
+        let len = to.len();
+        self.each(at, len, |done, start, n| {
+            // SAFETY: as in `copy_from`, the other way round.
+            unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
+        });
+    }
+
+    /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
+    fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice lies in its whole");
+        let (mut skip, mut done) = (at, 0);
+        for run in &self.runs {
+            if done == len {
+                break;
+            }
+            if skip >= run.iov_len {
+                skip -= run.iov_len;
+                continue;
+            }
+            let n = (len - done).min(run.iov_len - skip);
+            f(done, run.iov_base.cast::<u8>().wrapping_add(skip), n);
+            skip = 0;
+            done += n;
+        }
+    }
+
+    /// Whether every run begins and ends on a multiple of `align` (a power of two): what O_DIRECT asks of memory.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        self.runs.iter().all(|r| (r.iov_base as usize | r.iov_len) & (align - 1) == 0)
+    }
+}
+
+impl std::fmt::Debug for Slices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Slices({} runs, {} bytes)", self.runs.len(), self.len)
+    }
+}
+
+/// What an operation reads into or writes from.
+#[derive(Debug, Default)]
+pub enum Payload {
+    /// Nothing: syncs and the operations on ranges.
+    #[default]
+    None,
+    /// Memory of our own.
+    Own(Buffer),
+    /// The guest's.
+    Guest(Slices),
+}
+
+impl Payload {
+    /// Bytes it holds.
+    pub fn len(&self) -> usize {
+        match self {
+            Payload::None => 0,
+            Payload::Own(b) => b.len(),
+            Payload::Guest(s) => s.len(),
+        }
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slices(memory: &mut [u8], runs: &[(usize, usize)]) -> Slices {
+        let mut s = Slices::with_capacity(runs.len());
+        for &(at, len) in runs {
+            assert!(at + len <= memory.len());
+            // SAFETY: the tests keep `memory` alive and unborrowed while they use the slices.
+            unsafe { s.push(memory.as_mut_ptr().wrapping_add(at), len) };
+        }
+        s
+    }
+
+    #[test]
+    fn buffers_are_aligned_and_zero() {
+        let b = Buffer::zeroed(700);
+        assert_eq!(b.as_ptr() as usize % BUFFER_ALIGN, 0);
+        assert!(b.iter().all(|&x| x == 0) && b.len() == 700);
+        assert_eq!(&*Buffer::copy_of(b"abc"), b"abc");
+    }
+
+    #[test]
+    fn neighbours_join_and_slices_cut() {
+        let mut memory = vec![0u8; 100];
+        let s = slices(&mut memory, &[(0, 10), (10, 10), (50, 20), (30, 0)]);
+        assert_eq!((s.len(), s.iovecs().len()), (40, 2));
+        let mut part = Slices::with_capacity(4);
+        s.slice_into(15, 10, &mut part);
+        part.copy_from(0, b"0123456789");
+        let mut back = [0; 12];
+        s.copy_to(14, &mut back);
+        assert_eq!(&back, b"\x000123456789\0");
+        s.zero(16, 2);
+        part.copy_to(0, &mut back[..10]);
+        assert_eq!(&back[..10], b"0\0\x003456789");
+        drop((s, part));
+        assert_eq!(&memory[15..20], b"0\0\x0034");
+        assert_eq!(&memory[50..55], b"56789");
+    }
+}

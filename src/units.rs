@@ -1,0 +1,182 @@
+//! Units: sectors, ranges of sectors, block indices and sizes, with the only unchecked-looking arithmetic of the crate.
+//!
+//! Everything that converts between sectors, blocks and bytes stands here, so that overflow is considered once.
+//! A sector is always 512 bytes, whatever the logical block size of the host's medium.
+
+use std::fmt;
+
+/// Bytes in a sector.
+pub const SECTOR: u64 = 512;
+
+/// The number of bytes in `sectors`; `None` where it does not fit in 64 bits.
+pub fn bytes(sectors: u64) -> Option<u64> {
+    sectors.checked_mul(SECTOR)
+}
+
+/// A run of virtual sectors: `start .. start + count`. The end never overflows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SectorRange {
+    start: u64,
+    count: u64,
+}
+
+impl SectorRange {
+    /// The run of `count` sectors from `start`; `None` where its end in bytes does not fit in 64 bits.
+    pub fn new(start: u64, count: u64) -> Option<SectorRange> {
+        start.checked_add(count)?.checked_mul(SECTOR)?;
+        Some(SectorRange { start, count })
+    }
+
+    /// All sectors from `start` to before `end`; empty where `end <= start`.
+    pub fn between(start: u64, end: u64) -> SectorRange {
+        SectorRange { start, count: end.saturating_sub(start) }
+    }
+
+    /// First sector.
+    pub fn start(self) -> u64 {
+        self.start
+    }
+
+    /// Number of sectors.
+    pub fn count(self) -> u64 {
+        self.count
+    }
+
+    /// First sector after the run.
+    pub fn end(self) -> u64 {
+        self.start + self.count
+    }
+
+    /// Whether it has no sectors.
+    pub fn is_empty(self) -> bool {
+        self.count == 0
+    }
+
+    /// Length in bytes.
+    pub fn bytes(self) -> u64 {
+        self.count * SECTOR
+    }
+
+    /// The part of it that lies in `other`; empty (at its own start) where there is none.
+    pub fn clip(self, other: SectorRange) -> SectorRange {
+        let start = self.start.max(other.start);
+        let end = self.end().min(other.end());
+        if start >= end { SectorRange { start: self.start, count: 0 } } else { SectorRange::between(start, end) }
+    }
+
+    /// Its first `count` sectors (or all).
+    pub fn first(self, count: u64) -> SectorRange {
+        SectorRange { start: self.start, count: self.count.min(count) }
+    }
+
+    /// What is left after its first `count` sectors.
+    pub fn skip(self, count: u64) -> SectorRange {
+        let n = self.count.min(count);
+        SectorRange { start: self.start + n, count: self.count - n }
+    }
+}
+
+impl fmt::Display for SectorRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sectors {}..{}", self.start, self.end())
+    }
+}
+
+/// Size of the allocation unit of a dynamic or differencing image: a power of two of sectors.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct BlockSize {
+    /// log2 of the sectors in a block.
+    shift: u32,
+}
+
+impl BlockSize {
+    /// The size with which images are made unless told otherwise: 2 MiB.
+    pub const DEFAULT: BlockSize = BlockSize { shift: 12 };
+    /// The smallest size accepted, in bytes (crash-safety rule O8).
+    pub const MIN_BYTES: u32 = 4 << 10;
+    /// The largest size accepted, in bytes (crash-safety rule O8).
+    pub const MAX_BYTES: u32 = 256 << 20;
+
+    /// From bytes; `None` unless a power of two from 4 KiB to 256 MiB.
+    pub fn from_bytes(bytes: u32) -> Option<BlockSize> {
+        let fits = bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes);
+        fits.then(|| BlockSize { shift: bytes.trailing_zeros() - SECTOR.trailing_zeros() })
+    }
+
+    /// Data bytes in a block.
+    pub fn bytes(self) -> u32 {
+        1 << (self.shift + SECTOR.trailing_zeros())
+    }
+
+    /// Data sectors in a block.
+    pub fn sectors(self) -> u32 {
+        1 << self.shift
+    }
+
+    /// Sectors that the bitmap in front of the data takes (at least one).
+    pub fn bitmap_sectors(self) -> u32 {
+        self.sectors().div_ceil(SECTOR as u32 * 8)
+    }
+
+    /// Sectors of bitmap and data together.
+    pub fn stride_sectors(self) -> u32 {
+        self.bitmap_sectors() + self.sectors()
+    }
+
+    /// The block that holds a virtual sector. The sector lies on a disk of at most 2^32 blocks (checked at open).
+    pub fn block_of(self, sector: u64) -> u32 {
+        u32::try_from(sector >> self.shift).expect("a sector beyond the last block of any image")
+    }
+
+    /// The place of a virtual sector in its block, in sectors.
+    pub fn within(self, sector: u64) -> u32 {
+        u32::try_from(sector & (u64::from(self.sectors()) - 1)).expect("masked to 19 bits")
+    }
+
+    /// The virtual sectors of a block.
+    pub fn range_of(self, block: u32) -> SectorRange {
+        SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
+    }
+
+    /// Blocks needed for `sectors`.
+    pub fn blocks_for(self, sectors: u64) -> u64 {
+        sectors.div_ceil(u64::from(self.sectors()))
+    }
+}
+
+impl fmt::Display for BlockSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.bytes() {
+            b if b >= 1 << 20 => write!(f, "{} MiB", b >> 20),
+            b => write!(f, "{} KiB", b >> 10),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_never_overflow() {
+        assert!(SectorRange::new(u64::MAX, 1).is_none());
+        assert!(SectorRange::new(1 << 55, 0).is_none());
+        let r = SectorRange::new(10, 20).unwrap();
+        assert_eq!(r.clip(SectorRange::between(15, 100)), SectorRange::between(15, 30));
+        assert!(r.clip(SectorRange::between(30, 100)).is_empty());
+        assert_eq!(r.skip(5).first(3), SectorRange::between(15, 18));
+        assert!(r.skip(50).is_empty());
+    }
+
+    #[test]
+    fn block_sizes() {
+        assert_eq!(BlockSize::from_bytes(2 << 20), Some(BlockSize::DEFAULT));
+        for bad in [0, 512, 2048, 4096 + 512, 3 << 20, 512 << 20] {
+            assert_eq!(BlockSize::from_bytes(bad), None, "{bad}");
+        }
+        let b = BlockSize::from_bytes(4 << 20).unwrap();
+        assert_eq!((b.sectors(), b.bitmap_sectors(), b.stride_sectors()), (8192, 2, 8194));
+        assert_eq!((b.block_of(8193), b.within(8193)), (1, 1));
+        assert_eq!(BlockSize::from_bytes(4096).unwrap().bitmap_sectors(), 1);
+    }
+}
