@@ -25,8 +25,9 @@ pub mod payload;
 pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod transfer;
 
-pub use engine::Engine;
+pub use engine::{Engine, SLOTS};
 pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
