@@ -1,0 +1,286 @@
+//! Whether the things in a file lie where they may: inside it, and not over each other.
+//!
+//! Pure questions about numbers out of the footer, the header and the BAT (O6, O9 to O13, O15). Metadata need not lie
+//! in front of the blocks (Xen Orchestra puts locators where a block was), so a block is held against each extent.
+
+use std::fmt;
+use std::ops::{ControlFlow, Range};
+
+use crate::format::bat;
+use crate::format::batmap::{self, BatmapHeader, Presence};
+use crate::format::defect::Defect;
+use crate::format::footer::{FOOTER_BYTES, Footer};
+use crate::format::footer_choice::{Chosen, FooterSource};
+use crate::format::header::{DynamicHeader, HEADER_BYTES};
+use crate::format::layout::PAGE;
+use crate::units::{BlockSize, SECTOR};
+
+/// The most bytes of BAT that are read of one image (O9).
+pub const TABLE_LIMIT: u64 = 16 << 20;
+
+/// A piece of metadata.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// The copy of the footer at the start.
+    FrontFooter,
+    /// The dynamic header.
+    Header,
+    /// The BAT, in whole sectors.
+    Table,
+    /// The header of XenServer's batmap.
+    BatmapHeader,
+    /// XenServer's batmap.
+    Batmap,
+    /// The text of a parent locator, in whole sectors.
+    Locator(usize),
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::FrontFooter => f.write_str("footer at the start"),
+            Part::Header => f.write_str("dynamic header"),
+            Part::Table => f.write_str("block table"),
+            Part::BatmapHeader => f.write_str("header of the batmap"),
+            Part::Batmap => f.write_str("batmap"),
+            Part::Locator(slot) => write!(f, "parent locator {slot}"),
+        }
+    }
+}
+
+/// Bytes of the file that a piece of metadata takes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// The piece.
+    pub part: Part,
+    /// Its bytes.
+    pub range: Range<u64>,
+}
+
+/// Whether the dynamic header can lie where the footer says (O6).
+///
+/// # Errors
+/// [`Defect::HeaderPlace`].
+pub fn check_header_place(footer: &Footer, len: u64) -> Result<(), Defect> {
+    let offset = footer.data_offset;
+    let inside = offset.checked_add(HEADER_BYTES).is_some_and(|end| end <= len);
+    if offset >= FOOTER_BYTES && offset.is_multiple_of(SECTOR) && inside {
+        return Ok(());
+    }
+    Err(Defect::HeaderPlace { offset, len })
+}
+
+/// The bytes of the BAT, in whole sectors, where its size fits the disk and its place the file (O9, O10).
+///
+/// # Errors
+/// [`Defect`] for the first rule it breaks.
+pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<Range<u64>, Defect> {
+    let at = footer.data_offset;
+    let blocks = header.block_size.blocks_for(footer.sectors());
+    if u64::from(header.entries) < blocks {
+        return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
+    }
+    let limit = TABLE_LIMIT / 4;
+    if blocks > limit {
+        return Err(Defect::TableTooLarge { at, entries: blocks, limit });
+    }
+    let (offset, bytes) = (header.table_offset, bat::bytes(header.entries));
+    if !offset.is_multiple_of(SECTOR) {
+        return Err(Defect::TableUnaligned { offset });
+    }
+    let end = offset.checked_add(bytes).filter(|&end| end <= len);
+    let end = end.ok_or(Defect::TableOutside { offset, bytes, len })?;
+    let range = offset..end;
+    if offset < FOOTER_BYTES {
+        return Err(Defect::TableOverlaps { offset, bytes, part: Part::FrontFooter });
+    }
+    if overlap(&range, &(at..at.saturating_add(HEADER_BYTES))) {
+        return Err(Defect::TableOverlaps { offset, bytes, part: Part::Header });
+    }
+    Ok(range)
+}
+
+/// Where an opened sparse image has its metadata.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Metadata {
+    extents: Vec<Extent>,
+}
+
+impl Metadata {
+    /// Gathers the extents, after [`check_header_place`] and [`check_table`] have passed for the same file of `len`
+    /// bytes. `batmap` is the decoded batmap header, where there is one. The notes name what is broken but needed by
+    /// nobody; such pieces are left out.
+    pub fn new(
+        footer: &Footer,
+        header: &DynamicHeader,
+        batmap: Option<&BatmapHeader>,
+        len: u64,
+    ) -> (Metadata, Vec<Defect>) {
+        let (mut extents, mut notes) = (Vec::new(), Vec::new());
+        let mut add = |part, range: Range<u64>| extents.push(Extent { part, range });
+        let table = header.table_offset..header.table_offset.saturating_add(bat::bytes(header.entries));
+        let front = 0..FOOTER_BYTES;
+        let own = footer.data_offset..footer.data_offset.saturating_add(HEADER_BYTES);
+        add(Part::FrontFooter, front.clone());
+        add(Part::Header, own.clone());
+        add(Part::Table, table.clone());
+        if batmap.is_some() || batmap::presence(footer) == Presence::Present {
+            let at = table.end;
+            add(Part::BatmapHeader, at..at.saturating_add(SECTOR));
+            match batmap.map(|batmap| batmap.region(at, len)) {
+                Some(Ok(region)) => add(Part::Batmap, region),
+                Some(Err(defect)) => notes.push(defect),
+                None => notes.push(Defect::BatmapHeader { at }),
+            }
+        }
+        for (slot, locator) in header.locators.iter().enumerate() {
+            match locator.text_range(slot, len) {
+                Ok(Some(text)) => {
+                    let text = text.start / SECTOR * SECTOR..text.end.next_multiple_of(SECTOR);
+                    if [&front, &own, &table].iter().any(|range| overlap(range, &text)) {
+                        let (offset, length) = (locator.offset, locator.length);
+                        notes.push(Defect::LocatorPlace { slot, offset, length });
+                    } else {
+                        add(Part::Locator(slot), text);
+                    }
+                }
+                Ok(None) => {}
+                Err(defect) => notes.push(defect),
+            }
+        }
+        extents.sort_by_key(|extent| extent.range.start);
+        (Metadata { extents }, notes)
+    }
+
+    /// The extents, by place.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The first byte behind all of them.
+    pub fn end(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.range.end).max().unwrap_or(0)
+    }
+
+    /// Whether a locator passed all rules and may be read.
+    pub fn has_locator(&self, slot: usize) -> bool {
+        self.extents.iter().any(|extent| extent.part == Part::Locator(slot))
+    }
+
+    fn overlapping(&self, range: &Range<u64>) -> Option<Part> {
+        self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
+    }
+}
+
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// What the entries of a BAT are held against.
+#[derive(Clone, Debug)]
+pub struct EntryRules<'a> {
+    /// Where no block may lie.
+    pub metadata: &'a Metadata,
+    /// Size of a block.
+    pub block_size: BlockSize,
+    /// Blocks of the disk; entries behind are ignored, but for their space.
+    pub blocks: u64,
+    /// The byte before which every block must end.
+    pub limit: u64,
+}
+
+impl<'a> EntryRules<'a> {
+    /// The rules for an image. A block may run into a missing trailing footer and beyond by one block (O12): what the
+    /// file does not hold of it reads as zero, until a repair has made the file whole.
+    pub fn new(chosen: &Chosen, header: &DynamicHeader, metadata: &'a Metadata) -> EntryRules<'a> {
+        let slack = match chosen.source {
+            FooterSource::FrontOnly => header.block_size.bytes().into(),
+            FooterSource::TailFull | FooterSource::Tail511 => 0,
+        };
+        EntryRules {
+            metadata,
+            block_size: header.block_size,
+            blocks: header.block_size.blocks_for(chosen.footer.sectors()),
+            limit: chosen.data_end.saturating_add(slack),
+        }
+    }
+}
+
+/// What the entries of a BAT take.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Placed {
+    /// The used entries of blocks of the disk and their blocks, by place.
+    pub entries: Vec<(u32, u32)>,
+    /// The first byte behind all metadata and all blocks.
+    pub end: u64,
+}
+
+/// Holds entries, as (block, entry), against the rules (O12, O13) and tells `found` each defect, until it breaks.
+/// To stop at the first, break at the first that is more than [`Severity::Cosmetic`](super::Severity::Cosmetic).
+///
+/// # Errors
+/// What `found` broke with.
+pub fn check_entries<B>(
+    entries: impl IntoIterator<Item = (u32, u32)>,
+    rules: &EntryRules<'_>,
+    mut found: impl FnMut(Defect) -> ControlFlow<B>,
+) -> Result<Placed, B> {
+    let mut tell = |defect| match found(defect) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(value) => Err(value),
+    };
+    let stride = u64::from(rules.block_size.stride_sectors());
+    let mut placed = Placed { entries: Vec::new(), end: rules.metadata.end() };
+    for (block, entry) in entries {
+        if entry == bat::UNUSED {
+            continue;
+        }
+        let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
+        if u64::from(block) >= rules.blocks {
+            if range.end <= rules.limit {
+                placed.end = placed.end.max(range.end);
+            }
+            tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
+            continue;
+        }
+        if let Some(part) = rules.metadata.overlapping(&range) {
+            tell(Defect::BlockInMetadata { block, entry, part })?;
+        }
+        if range.end > rules.limit {
+            tell(Defect::BlockBeyondEnd { block, entry, end: range.end, limit: rules.limit })?;
+        }
+        placed.end = placed.end.max(range.end);
+        placed.entries.push((entry, block));
+    }
+    placed.entries.sort_unstable();
+    // All blocks are of one length, so if any two overlap, two neighbours do.
+    for pair in placed.entries.windows(2) {
+        let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
+        if entry == other_entry {
+            tell(Defect::BlockDuplicate { block, other, entry })?;
+        } else if u64::from(entry - other_entry) < stride {
+            tell(Defect::BlockOverlap { block, entry, other, other_entry })?;
+        }
+    }
+    Ok(placed)
+}
+
+/// The space before byte `end` that neither metadata nor blocks take, in pieces of more than the gap that aligns a
+/// block.
+pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
+    let stride = u64::from(block_size.stride_sectors());
+    let blocks =
+        placed.entries.iter().map(|&(entry, _)| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
+    let mut taken: Vec<Range<u64>> = metadata.extents.iter().map(|extent| extent.range.clone()).chain(blocks).collect();
+    taken.sort_unstable_by_key(|range| range.start);
+    let mut free = Vec::new();
+    let mut at = 0;
+    for range in taken.into_iter().chain([end..end]) {
+        let gap = at..range.start.min(end);
+        if gap.end.saturating_sub(gap.start) >= 2 * PAGE {
+            free.push(gap);
+        }
+        at = at.max(range.end);
+    }
+    free
+}
