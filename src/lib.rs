@@ -1,6 +1,9 @@
 //! diffdisk serves chains of differencing VHDs to virtual machines.
 
+pub mod chain;
+pub mod disk;
 pub mod error;
 pub mod format;
+pub mod image;
 pub mod storage;
 pub mod units;

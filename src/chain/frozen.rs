@@ -17,7 +17,7 @@ use crate::storage::Slot;
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
-pub const CELL_SECTORS: u64 = 4096;
+const CELL_SECTORS: u64 = 4096;
 
 /// A file of the chain.
 #[derive(Debug)]

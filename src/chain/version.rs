@@ -4,9 +4,6 @@ use super::frozen::Frozen;
 use super::top::Top;
 use crate::storage::{File, Slot};
 
-/// Slots there may be: the deepest chain, and as many again for files that come while others go.
-pub const SLOTS: u16 = 512;
-
 /// The layers of a disk at one moment.
 pub struct Version {
     top: Option<Top>,

@@ -38,7 +38,7 @@ pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 use crate::chain::{Chain, Policy, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Growth};
-use crate::storage::{Access, EngineKind, Env, Slot};
+use crate::storage::{Access, EngineKind, Env, SLOTS, Slot};
 use flush::Rounds;
 use mailbox::{Letter, Mailbox};
 
@@ -92,7 +92,7 @@ impl Disk {
         let chain = Chain::open(&*env, &options.path, &policy, access)?;
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = chain.into_version(access)?;
-        let mut memory_align = vec![1; usize::from(crate::chain::SLOTS)];
+        let mut memory_align = vec![1; SLOTS];
         if options.direct {
             for (slot, file) in version.files() {
                 match file.set_direct()? {

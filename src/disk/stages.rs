@@ -4,7 +4,6 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Work};
@@ -211,7 +210,9 @@ impl Lane {
                 (Work::Discard { .. }, Source::File { slot, offset }) => {
                     Some(Op::range(token, slot, Action::Punch, offset, bytes))
                 }
-                (_, Source::Zero) | (Work::Flush, _) => unreachable!("only reads find zeros, and a flush plans nothing"),
+                (_, Source::Zero) | (Work::Flush, _) => {
+                    unreachable!("only reads find zeros, and a flush plans nothing")
+                }
             };
             if let Some(op) = op {
                 task.pending += 1;

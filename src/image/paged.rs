@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 /// Elements in a page.
-pub const PAGE: usize = 512;
+const PAGE: usize = 512;
 
 /// A sparse array of `len` elements, all `fresh()` until touched.
 #[derive(Debug)]

@@ -152,7 +152,8 @@ impl Growth {
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
-        let end = self.image.end_after(self.old, self.blocks, self.unplaced).expect("a smaller step than one that fits");
+        let end =
+            self.image.end_after(self.old, self.blocks, self.unplaced).expect("a smaller step than one that fits");
         let (at, len) = (self.old * SECTOR, (end - self.old + 1) * SECTOR);
         ops.push(Op::range(0, self.slot, Action::Allocate, at, len));
         self.phase = Phase::Allocate;

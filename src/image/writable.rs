@@ -254,9 +254,17 @@ fn recover(image: &Image) -> Result<Sparse> {
     let file = image.file();
     let next = image.used_end().div_ceil(SECTOR);
     let end = image.data_end().div_ceil(SECTOR).max(next);
+    // The front copy first: while the trailing footer is missing it is the only one.
+    let (footer, mut front) = (image.footer().encode(), [0; SECTOR as usize]);
+    file.read_at(&mut front, 0)?;
+    if front != footer {
+        log::warn!("{}: the footer's copy at the start was not up to date; renewed", file.path().display());
+        file.write_at(&footer, 0)?;
+        file.sync()?;
+    }
     if !image.has_whole_tail_footer() {
         log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
-        file.write_at(&image.footer().encode(), end * SECTOR)?;
+        file.write_at(&footer, end * SECTOR)?;
         file.sync()?;
     }
     if end > next {

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use zerocopy::IntoBytes;
 
 use crate::error::{Error, Result};
 
@@ -23,7 +24,7 @@ impl Bell {
 
     /// Rings. A counter that is full rings already.
     pub fn ring(&self) {
-        while rustix::io::write(&self.0, &1u64.to_ne_bytes()) == Err(Errno::INTR) {}
+        while rustix::io::write(&self.0, 1u64.as_bytes()) == Err(Errno::INTR) {}
     }
 
     /// Stops ringing.

@@ -16,6 +16,7 @@
 //!
 //! Only positional I/O is used: there is no file position to share.
 
+pub mod bell;
 pub mod blocking;
 pub mod engine;
 pub mod env;
@@ -27,6 +28,7 @@ pub mod ring;
 pub mod sim;
 mod transfer;
 
+pub use bell::Bell;
 pub use engine::{Engine, SLOTS};
 pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use op::{Action, Completion, Op, Slot};
