@@ -92,7 +92,7 @@ impl Disk {
         let chain = Chain::open(&*env, &options.path, &policy, access)?;
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = chain.into_version(access)?;
-        let mut memory_align = vec![1; SLOTS];
+        let mut memory_align = vec![1; usize::from(SLOTS)];
         if options.direct {
             for (slot, file) in version.files() {
                 match file.set_direct()? {
