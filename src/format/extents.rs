@@ -284,3 +284,165 @@ pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize,
     }
     free
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::footer::DiskType;
+    use crate::format::locator::{LocatorEntry, Platform};
+    use crate::format::random::Random;
+    use uuid::Uuid;
+
+    const LEN: u64 = 64 << 20;
+
+    fn footer(size: u64) -> Footer {
+        Footer::new(DiskType::Differencing, size, Uuid::from_u128(1), 0)
+    }
+
+    fn header(table: u64, entries: u32) -> DynamicHeader {
+        DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
+    }
+
+    #[test]
+    fn the_header_inside_the_file() {
+        let at = |data_offset, len| check_header_place(&Footer { data_offset, ..footer(4096) }, len).is_ok();
+        assert!(at(512, 1536) && at(512, 1537) && !at(512, 1535));
+        assert!(!at(0, LEN) && !at(511, LEN) && !at(513, LEN) && at(1024, LEN));
+        assert!(!at(u64::MAX, LEN) && !at(u64::MAX - 511, LEN) && !at(LEN - 512, LEN) && at(LEN - 1024, LEN));
+    }
+
+    #[test]
+    fn the_table_at_its_limits() {
+        let table = |offset, entries| check_table(&footer(8 * 4096), &header(offset, entries), LEN);
+        assert_eq!(table(1536, 8), Ok(1536..2048));
+        assert!(table(1536, 9).is_ok());
+        assert_eq!(table(1536, 7), Err(Defect::TableTooSmall { at: 512, entries: 7, blocks: 8 }));
+        assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { offset: 1537 }));
+        assert_eq!(table(1024, 8), Err(Defect::TableOverlaps { offset: 1024, bytes: 512, part: Part::Header }));
+        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { offset: 0, bytes: 512, part: Part::FrontFooter }));
+        assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
+        assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
+        assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(u64::MAX - 511, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableOutside { .. })));
+        // A header behind the table, as the format allows.
+        let late = Footer { data_offset: 1024, ..footer(4096) };
+        assert!(check_table(&late, &header(512, 128), LEN).is_ok());
+        assert!(check_table(&late, &header(512, 129), LEN).is_err());
+        let most = TABLE_LIMIT / 4;
+        let sized = |blocks: u64| check_table(&footer(blocks * 4096), &header(4096, u32::MAX), u64::MAX);
+        assert!(sized(most - 1).is_ok() && sized(most).is_ok());
+        assert_eq!(sized(most + 1), Err(Defect::TableTooLarge { at: 512, entries: most + 1, limit: most }));
+    }
+
+    fn locator(offset: u64, length: u32) -> LocatorEntry {
+        LocatorEntry::new(Platform::W2ru, offset, length)
+    }
+
+    #[test]
+    fn metadata_and_what_is_left_out() {
+        let mut h = header(1536, 8);
+        h.locators[6] = locator(2048, 600);
+        h.locators[1] = locator(1600, 4);
+        h.locators[2] = locator(LEN, 4);
+        let (m, notes) = Metadata::new(&footer(4096), &h, None, LEN);
+        let parts: Vec<Part> = m.extents().iter().map(|e| e.part).collect();
+        assert_eq!(parts, [Part::FrontFooter, Part::Header, Part::Table, Part::Locator(6)]);
+        assert_eq!((m.end(), m.has_locator(6), m.has_locator(1)), (3072, true, false));
+        assert_eq!(notes.iter().map(Defect::kind).collect::<Vec<_>>(), ["locator-place", "locator-place"]);
+    }
+
+    #[test]
+    fn a_batmap_takes_space() {
+        let tap = Footer { creator: *b"tap\0", creator_version: 0x0001_0003, ..footer(4096) };
+        let mut bytes = [0; 512];
+        bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
+        let batmap = BatmapHeader::decode(&bytes).unwrap();
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), Some(&batmap), LEN);
+        assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, Part::BatmapHeader));
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), None, LEN);
+        assert_eq!((m.end(), notes), (2560, vec![Defect::BatmapHeader { at: 2048 }]));
+        let outside = BatmapHeader { offset: LEN, ..batmap };
+        assert_eq!(Metadata::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
+    }
+
+    fn all(entries: &[(u32, u32)], limit: u64) -> (Placed, Vec<&'static str>) {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit };
+        let mut kinds = Vec::new();
+        let placed = check_entries(entries.iter().copied(), &rules, |defect| {
+            kinds.push(defect.kind());
+            ControlFlow::<()>::Continue(())
+        });
+        (placed.unwrap(), kinds)
+    }
+
+    #[test]
+    fn entries_at_their_limits() {
+        // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
+        let end = 13 * 512;
+        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], end }, vec![]));
+        assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
+        assert_eq!(all(&[(0, 4)], end - 1).1, ["block-beyond-end"]);
+        assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
+        assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
+        assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
+        assert_eq!(all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end), (Placed { entries: vec![], end: 2048 }, vec![]));
+        assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
+        assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
+        assert_eq!(all(&[(0, 4), (7, 4)], LEN).1, ["block-duplicate"]);
+        assert_eq!(all(&[(7, 13), (8, 13)], LEN).1, ["block-beyond-disk"]);
+        assert_eq!((all(&[(8, 22)], LEN).0.end, all(&[(8, 22)], 1024).0.end), (31 * 512, 2048));
+    }
+
+    #[test]
+    fn stops_where_it_is_told() {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit: LEN };
+        let first = check_entries([(0, 0), (1, 1)], &rules, ControlFlow::Break);
+        assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: Part::FrontFooter }));
+    }
+
+    #[test]
+    fn a_missing_tail_gives_one_block_of_room() {
+        let f = footer(4 * 4096);
+        let h = header(1536, 8);
+        let (metadata, _) = Metadata::new(&f, &h, None, LEN);
+        let missing = crate::format::choose(&[0; 512], Some(&f.encode()), LEN).unwrap();
+        let rules = EntryRules::new(&missing, &h, &metadata);
+        assert_eq!((rules.limit, rules.blocks), (LEN + 4096, 4));
+        let there = crate::format::choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
+        assert_eq!(EntryRules::new(&there, &h, &metadata).limit, LEN - 512);
+    }
+
+    #[test]
+    fn overlaps_agree_with_every_pair_compared() {
+        let mut random = Random::new();
+        for _ in 0..2000 {
+            let entries: Vec<(u32, u32)> = (0..random.below(8)).map(|block| (block, 4 + random.below(120))).collect();
+            let pairs = || entries.iter().flat_map(|a| entries.iter().map(move |b| (a, b)));
+            let clash = pairs().any(|(a, b)| a.0 != b.0 && a.1.abs_diff(b.1) < 9);
+            let (placed, kinds) = all(&entries, LEN);
+            assert_eq!(!kinds.is_empty(), clash, "{entries:?}");
+            let end = entries.iter().map(|&(_, entry)| u64::from(entry + 9) * 512).max().unwrap_or(2048);
+            assert_eq!(placed.end, end);
+        }
+    }
+
+    #[test]
+    fn space_that_nobody_uses() {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let free = |entries, end| {
+            let placed = Placed { entries, end: 0 };
+            unreferenced(&metadata, &placed, block_size, end)
+        };
+        assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);
+        assert_eq!(free(vec![(11, 0), (27, 1)], 36 * 512), [], "gaps that align");
+        assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
+        assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing behind the end counts");
+        assert_eq!(free(vec![], 64 * 512), [2048..64 * 512]);
+    }
+}
