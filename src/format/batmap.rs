@@ -62,10 +62,10 @@ pub enum Presence {
 
 /// Whether an image by this creator has a batmap.
 pub fn presence(footer: &Footer) -> Presence {
+    let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
     match footer.creator_version {
-        _ if !footer.creator_is_tap() || footer.disk_type == DiskType::Fixed => Presence::Absent,
-        ..=0x0000_0001 => Presence::Absent,
-        ..=0x0001_0001 => Presence::Perhaps,
+        version if !tap || version <= 0x0000_0001 => Presence::Absent,
+        version if version <= 0x0001_0001 => Presence::Perhaps,
         _ => Presence::Present,
     }
 }

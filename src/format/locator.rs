@@ -80,7 +80,7 @@ impl LocatorEntry {
 
     /// An entry for a text of `length` bytes at `offset`, with its space in bytes, whole sectors.
     pub fn new(platform: Platform, offset: u64, length: u32) -> LocatorEntry {
-        let space = length.max(1).next_multiple_of(SECTOR as u32);
+        let space = length.max(1).next_multiple_of(512);
         LocatorEntry { platform: platform.code(), space, length, reserved: 0, offset }
     }
 

@@ -22,7 +22,7 @@
 //!
 //! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
 //! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`extents`] whether old things are where they may be, and [`batmap`] is XenServer's addition.
+//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition.
 
 pub mod bat;
 pub mod batmap;
@@ -30,6 +30,7 @@ pub mod bitmap;
 mod checksum;
 pub mod defect;
 mod defect_text;
+pub mod entries;
 pub mod extents;
 pub mod footer;
 pub mod footer_choice;
@@ -41,7 +42,8 @@ pub mod parent_path;
 
 pub use batmap::BatmapHeader;
 pub use defect::{Defect, Severity};
-pub use extents::{Extent, Metadata, Part};
+pub use entries::{EntryRules, Placed, check_entries, unreferenced};
+pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
 pub use footer::{DiskType, Footer};
 pub use footer_choice::{Chosen, FooterSource, choose};
 pub use geometry::Geometry;

@@ -62,7 +62,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     }
     rest = without_drive(rest).unwrap_or(rest);
     let parts = || rest.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".");
-    match parts().last() {
+    match parts().next_back() {
         None | Some(b"..") => return Err("no file name"),
         Some(_) => {}
     }
