@@ -62,10 +62,10 @@ pub enum Presence {
 
 /// Whether an image by this creator has a batmap.
 pub fn presence(footer: &Footer) -> Presence {
+    let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
     match footer.creator_version {
-        _ if !footer.creator_is_tap() || footer.disk_type == DiskType::Fixed => Presence::Absent,
-        ..=0x0000_0001 => Presence::Absent,
-        ..=0x0001_0001 => Presence::Perhaps,
+        version if !tap || version <= 0x0000_0001 => Presence::Absent,
+        version if version <= 0x0001_0001 => Presence::Perhaps,
         _ => Presence::Present,
     }
 }
@@ -158,4 +158,64 @@ impl BatmapHeader {
 /// Whether the map calls a block whole; blocks behind its end are not.
 pub fn whole(map: &[u8], block: u32) -> bool {
     map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::BlockSize;
+    use uuid::Uuid;
+
+    fn tap(version: u32) -> Footer {
+        let footer = Footer::new(DiskType::Dynamic, 1 << 24, Uuid::nil(), 0);
+        Footer { creator: *b"tap\0", creator_version: version, ..footer }
+    }
+
+    #[test]
+    fn who_has_one() {
+        let by_version = [
+            (0, Presence::Absent),
+            (0x0000_0001, Presence::Absent),
+            (0x0001_0001, Presence::Perhaps),
+            (0x0001_0002, Presence::Present),
+            (0x0001_0003, Presence::Present),
+        ];
+        for (version, expected) in by_version {
+            assert_eq!(presence(&tap(version)), expected, "{version:#x}");
+        }
+        assert_eq!(presence(&Footer { creator: *b"win ", ..tap(0x0001_0003) }), Presence::Absent);
+        assert_eq!(header_offset(&DynamicHeader::new(1536, 129, BlockSize::DEFAULT)), Some(2560));
+        assert_eq!(header_offset(&DynamicHeader::new(u64::MAX, 1, BlockSize::DEFAULT)), None);
+    }
+
+    #[test]
+    fn what_vhd_util_wrote() {
+        let mut bytes = [0; 512];
+        bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
+        let header = BatmapHeader::decode(&bytes).unwrap();
+        assert_eq!((header.offset, header.sectors, header.version), (0xA00, 1, 0x0001_0002));
+        assert_eq!(header.verify(&[0; 512]), Ok(()));
+        let wrong = Defect::BatmapChecksum { at: 0, stored: u32::MAX, computed: !0x80 };
+        assert_eq!(header.verify(&[0x80]), Err(wrong));
+        assert_eq!((header.encode(), header.encrypted()), (bytes, false));
+        assert_eq!(header.region(2048, 0xC00), Ok(0xA00..0xC00));
+        assert!(header.region(2048, 0xBFF).is_err());
+        let outside = BatmapHeader { offset: u64::MAX, sectors: u32::MAX, ..header.clone() };
+        assert!(outside.region(2048, u64::MAX).is_err());
+        bytes[29] = 1;
+        assert!(BatmapHeader::decode(&bytes).unwrap().encrypted());
+        // Version 1.1 counted 0x80 as -128.
+        let old = BatmapHeader { version: 0x0001_0001, checksum: !0u32.wrapping_sub(128), ..header };
+        assert_eq!(old.verify(&[0x80]), Ok(()));
+        bytes[0] = 0;
+        assert_eq!(BatmapHeader::decode(&bytes), Err(Defect::BatmapHeader { at: 0 }));
+    }
+
+    #[test]
+    fn bits_and_sums() {
+        assert_eq!((BatmapHeader::summed_bytes(1), BatmapHeader::summed_bytes(1 << 33)), (512, 512));
+        assert_eq!(BatmapHeader::summed_bytes((1 << 33) + (1 << 24)), 1024);
+        let map = [0b0100_0000, 0b0000_0001];
+        assert_eq!((0..17).filter(|&block| whole(&map, block)).collect::<Vec<_>>(), [1, 15]);
+    }
 }

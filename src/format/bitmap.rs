@@ -129,3 +129,81 @@ pub fn encode(words: impl ExactSizeIterator<Item = u64>, bytes: &mut [u8]) {
         *to = word.to_be_bytes();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::random::Random;
+
+    fn bit(words: &[u64], at: u32) -> bool {
+        let mut bytes = vec![0; words.len() * 8];
+        encode(words.iter().copied(), &mut bytes);
+        bytes[(at / 8) as usize] >> (7 - at % 8) & 1 == 1
+    }
+
+    #[test]
+    fn the_first_bit_of_the_first_byte_is_sector_0() {
+        let mut words = [0; 2];
+        decode(&[0x80, 0, 0, 0, 0, 0, 0, 1, 0x40, 0, 0, 0, 0, 0, 0, 0, 9], &mut words);
+        assert_eq!(words, [1 << 63 | 1, 1 << 62]);
+        assert_eq!((run(&words, 0, 128), run(&words, 1, 128)), ((true, 1), (false, 62)));
+        assert_eq!((run(&words, 63, 128), run(&words, 64, 128)), ((true, 1), (false, 1)));
+        assert_eq!(
+            (run(&words, 66, 128), run(&words, 66, 70), run(&words, 9, 9)),
+            ((false, 62), (false, 4), (false, 0))
+        );
+    }
+
+    #[test]
+    fn masks_at_the_edges() {
+        assert_eq!((mask(0, 0, 64), mask(0, 0, 1), mask(0, 63, 64)), (u64::MAX, 1 << 63, 1));
+        assert_eq!((mask(1, 0, 64), mask(1, 0, 65), mask(1, 100, 4096)), (0, 1 << 63, u64::MAX >> 36));
+        assert_eq!((mask(0, 5, 5), mask(0, 9, 5), mask(3, 0, u32::MAX)), (0, 0, u64::MAX));
+    }
+
+    #[test]
+    fn agrees_with_bits_one_by_one() {
+        let mut random = Random::new();
+        for _ in 0..300 {
+            let mut model = [false; 256];
+            let mut words = [0; 4];
+            let shared: [AtomicU64; 4] = Default::default();
+            for _ in 0..random.below(12) {
+                let from = random.below(257);
+                let n = random.below(257 - from);
+                let range = from as usize..(from + n) as usize;
+                if random.below(4) == 0 {
+                    clear(&mut words, from, n);
+                    model[range].fill(false);
+                    shared.iter().zip(words).for_each(|(to, word)| to.store(word, Ordering::Relaxed));
+                } else {
+                    let changed = model[range.clone()].iter().any(|&bit| !bit);
+                    assert_eq!((set(&mut words, from, n), set_atomic(&shared, from, n)), (changed, changed));
+                    model[range].fill(true);
+                }
+            }
+            for at in 0..256u32 {
+                assert_eq!(bit(&words, at), model[at as usize]);
+                let end = at + random.below(257 - at);
+                let state = at < end && model[at as usize];
+                let length = model[at as usize..end as usize].iter().take_while(|&&bit| bit == state).count();
+                let expected = (state, u32::try_from(length).unwrap());
+                assert_eq!((run(&words, at, end), run_atomic(&shared, at, end)), (expected, expected), "{at}..{end}");
+                let ones = model[at as usize..end as usize].iter().filter(|&&bit| bit).count();
+                assert_eq!(count(&words, at, end) as usize, ones);
+            }
+        }
+    }
+
+    #[test]
+    fn bits_behind_a_small_block_are_kept() {
+        let size = BlockSize::from_bytes(4096).unwrap();
+        let mut map = vec![0; words(size)];
+        let mut bytes = [0xA5; 512];
+        decode(&bytes, &mut map);
+        set(&mut map, 0, 8);
+        encode(map.into_iter(), &mut bytes);
+        assert_eq!((bytes[0], bytes[1], bytes[511]), (0xFF, 0xA5, 0xA5));
+        assert_eq!(words(BlockSize::DEFAULT), 64);
+    }
+}

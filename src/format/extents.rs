@@ -1,19 +1,18 @@
 //! Whether the things in a file lie where they may: inside it, and not over each other.
 //!
-//! Pure questions about numbers out of the footer, the header and the BAT (O6, O9 to O13, O15). Metadata need not lie
-//! in front of the blocks (Xen Orchestra puts locators where a block was), so a block is held against each extent.
+//! Pure questions about numbers out of the footer, the header and the BAT (O6, O9 to O11, O15); the blocks' turn
+//! comes in `entries`. Metadata need not lie in front of the blocks (Xen Orchestra puts locators where a block was), so
+//! the extents are kept one by one.
 
 use std::fmt;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use crate::format::bat;
 use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::defect::Defect;
 use crate::format::footer::{FOOTER_BYTES, Footer};
-use crate::format::footer_choice::{Chosen, FooterSource};
 use crate::format::header::{DynamicHeader, HEADER_BYTES};
-use crate::format::layout::PAGE;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::SECTOR;
 
 /// The most bytes of BAT that are read of one image (O9).
 pub const TABLE_LIMIT: u64 = 16 << 20;
@@ -167,7 +166,8 @@ impl Metadata {
         self.extents.iter().any(|extent| extent.part == Part::Locator(slot))
     }
 
-    fn overlapping(&self, range: &Range<u64>) -> Option<Part> {
+    /// The piece that `range` overlaps, if any.
+    pub fn overlapping(&self, range: &Range<u64>) -> Option<Part> {
         self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
     }
 }
@@ -176,111 +176,84 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-/// What the entries of a BAT are held against.
-#[derive(Clone, Debug)]
-pub struct EntryRules<'a> {
-    /// Where no block may lie.
-    pub metadata: &'a Metadata,
-    /// Size of a block.
-    pub block_size: BlockSize,
-    /// Blocks of the disk; entries behind are ignored, but for their space.
-    pub blocks: u64,
-    /// The byte before which every block must end.
-    pub limit: u64,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::footer::DiskType;
+    use crate::format::locator::{LocatorEntry, Platform};
+    use crate::units::BlockSize;
+    use uuid::Uuid;
 
-impl<'a> EntryRules<'a> {
-    /// The rules for an image. A block may run into a missing trailing footer and beyond by one block (O12): what the
-    /// file does not hold of it reads as zero, until a repair has made the file whole.
-    pub fn new(chosen: &Chosen, header: &DynamicHeader, metadata: &'a Metadata) -> EntryRules<'a> {
-        let slack = match chosen.source {
-            FooterSource::FrontOnly => header.block_size.bytes().into(),
-            FooterSource::TailFull | FooterSource::Tail511 => 0,
-        };
-        EntryRules {
-            metadata,
-            block_size: header.block_size,
-            blocks: header.block_size.blocks_for(chosen.footer.sectors()),
-            limit: chosen.data_end.saturating_add(slack),
-        }
-    }
-}
+    const LEN: u64 = 64 << 20;
 
-/// What the entries of a BAT take.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Placed {
-    /// The used entries of blocks of the disk and their blocks, by place.
-    pub entries: Vec<(u32, u32)>,
-    /// The first byte behind all metadata and all blocks.
-    pub end: u64,
-}
+    fn footer(size: u64) -> Footer {
+        Footer::new(DiskType::Differencing, size, Uuid::from_u128(1), 0)
+    }
 
-/// Holds entries, as (block, entry), against the rules (O12, O13) and tells `found` each defect, until it breaks.
-/// To stop at the first, break at the first that is more than [`Severity::Cosmetic`](super::Severity::Cosmetic).
-///
-/// # Errors
-/// What `found` broke with.
-pub fn check_entries<B>(
-    entries: impl IntoIterator<Item = (u32, u32)>,
-    rules: &EntryRules<'_>,
-    mut found: impl FnMut(Defect) -> ControlFlow<B>,
-) -> Result<Placed, B> {
-    let mut tell = |defect| match found(defect) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(value) => Err(value),
-    };
-    let stride = u64::from(rules.block_size.stride_sectors());
-    let mut placed = Placed { entries: Vec::new(), end: rules.metadata.end() };
-    for (block, entry) in entries {
-        if entry == bat::UNUSED {
-            continue;
-        }
-        let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
-        if u64::from(block) >= rules.blocks {
-            if range.end <= rules.limit {
-                placed.end = placed.end.max(range.end);
-            }
-            tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
-            continue;
-        }
-        if let Some(part) = rules.metadata.overlapping(&range) {
-            tell(Defect::BlockInMetadata { block, entry, part })?;
-        }
-        if range.end > rules.limit {
-            tell(Defect::BlockBeyondEnd { block, entry, end: range.end, limit: rules.limit })?;
-        }
-        placed.end = placed.end.max(range.end);
-        placed.entries.push((entry, block));
+    fn header(table: u64, entries: u32) -> DynamicHeader {
+        DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
     }
-    placed.entries.sort_unstable();
-    // All blocks are of one length, so if any two overlap, two neighbours do.
-    for pair in placed.entries.windows(2) {
-        let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
-        if entry == other_entry {
-            tell(Defect::BlockDuplicate { block, other, entry })?;
-        } else if u64::from(entry - other_entry) < stride {
-            tell(Defect::BlockOverlap { block, entry, other, other_entry })?;
-        }
-    }
-    Ok(placed)
-}
 
-/// The space before byte `end` that neither metadata nor blocks take, in pieces of more than the gap that aligns a
-/// block.
-pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
-    let stride = u64::from(block_size.stride_sectors());
-    let blocks =
-        placed.entries.iter().map(|&(entry, _)| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
-    let mut taken: Vec<Range<u64>> = metadata.extents.iter().map(|extent| extent.range.clone()).chain(blocks).collect();
-    taken.sort_unstable_by_key(|range| range.start);
-    let mut free = Vec::new();
-    let mut at = 0;
-    for range in taken.into_iter().chain([end..end]) {
-        let gap = at..range.start.min(end);
-        if gap.end.saturating_sub(gap.start) >= 2 * PAGE {
-            free.push(gap);
-        }
-        at = at.max(range.end);
+    #[test]
+    fn the_header_inside_the_file() {
+        let at = |data_offset, len| check_header_place(&Footer { data_offset, ..footer(4096) }, len).is_ok();
+        assert!(at(512, 1536) && at(512, 1537) && !at(512, 1535));
+        assert!(!at(0, LEN) && !at(511, LEN) && !at(513, LEN) && at(1024, LEN));
+        assert!(!at(u64::MAX, LEN) && !at(u64::MAX - 511, LEN) && !at(LEN - 512, LEN) && at(LEN - 1024, LEN));
     }
-    free
+
+    #[test]
+    fn the_table_at_its_limits() {
+        let table = |offset, entries| check_table(&footer(8 * 4096), &header(offset, entries), LEN);
+        assert_eq!(table(1536, 8), Ok(1536..2048));
+        assert!(table(1536, 9).is_ok());
+        assert_eq!(table(1536, 7), Err(Defect::TableTooSmall { at: 512, entries: 7, blocks: 8 }));
+        assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { offset: 1537 }));
+        assert_eq!(table(1024, 8), Err(Defect::TableOverlaps { offset: 1024, bytes: 512, part: Part::Header }));
+        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { offset: 0, bytes: 512, part: Part::FrontFooter }));
+        assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
+        assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
+        assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(u64::MAX - 511, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableOutside { .. })));
+        // A header behind the table, as the format allows.
+        let late = Footer { data_offset: 1024, ..footer(4096) };
+        assert!(check_table(&late, &header(512, 128), LEN).is_ok());
+        assert!(check_table(&late, &header(512, 129), LEN).is_err());
+        let most = TABLE_LIMIT / 4;
+        let sized = |blocks: u64| check_table(&footer(blocks * 4096), &header(4096, u32::MAX), u64::MAX);
+        assert!(sized(most - 1).is_ok() && sized(most).is_ok());
+        assert_eq!(sized(most + 1), Err(Defect::TableTooLarge { at: 512, entries: most + 1, limit: most }));
+    }
+
+    fn locator(offset: u64, length: u32) -> LocatorEntry {
+        LocatorEntry::new(Platform::W2ru, offset, length)
+    }
+
+    #[test]
+    fn metadata_and_what_is_left_out() {
+        let mut h = header(1536, 8);
+        h.locators[6] = locator(2048, 600);
+        h.locators[1] = locator(1600, 4);
+        h.locators[2] = locator(LEN, 4);
+        let (m, notes) = Metadata::new(&footer(4096), &h, None, LEN);
+        let parts: Vec<Part> = m.extents().iter().map(|e| e.part).collect();
+        assert_eq!(parts, [Part::FrontFooter, Part::Header, Part::Table, Part::Locator(6)]);
+        assert_eq!((m.end(), m.has_locator(6), m.has_locator(1)), (3072, true, false));
+        assert_eq!(notes.iter().map(Defect::kind).collect::<Vec<_>>(), ["locator-place", "locator-place"]);
+    }
+
+    #[test]
+    fn a_batmap_takes_space() {
+        let tap = Footer { creator: *b"tap\0", creator_version: 0x0001_0003, ..footer(4096) };
+        let mut bytes = [0; 512];
+        bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
+        let batmap = BatmapHeader::decode(&bytes).unwrap();
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), Some(&batmap), LEN);
+        assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, Part::BatmapHeader));
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), None, LEN);
+        assert_eq!((m.end(), notes), (2560, vec![Defect::BatmapHeader { at: 2048 }]));
+        let outside = BatmapHeader { offset: LEN, ..batmap };
+        assert_eq!(Metadata::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
+    }
 }

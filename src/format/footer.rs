@@ -279,3 +279,116 @@ impl Footer {
 fn may_hide_late(raw: &Raw) -> bool {
     raw.creator.starts_with(b"tap") && matches!(raw.creator_version.get(), 0x0000_0001 | 0x0001_0001)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::random::Random;
+
+    /// The footer of a child made by vhd-util; the rest of its 512 bytes is zero.
+    const VHD_UTIL: [u8; 84] =
+        *b"conectix\0\0\0\x02\0\x01\0\0\0\0\0\0\0\0\x02\0\x32\x95\x53\xd5tap\0\0\x01\0\x03\0\0\0\0\
+        \0\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\x01\xe1\x04\x11\0\0\0\x04\xff\xff\xf1\x37\
+        \x2c\xfa\x54\x2e\xb7\x69\x48\x6d\x9c\x5d\x6b\xd3\xda\x22\x5b\x26";
+
+    fn foreign() -> [u8; 512] {
+        let mut bytes = [0; 512];
+        bytes[..84].copy_from_slice(&VHD_UTIL);
+        bytes
+    }
+
+    fn summed(mut bytes: [u8; 512]) -> [u8; 512] {
+        let sum = checksum(&bytes, 64..68);
+        bytes[64..68].copy_from_slice(&sum.to_be_bytes());
+        bytes
+    }
+
+    fn with(at: usize, part: &[u8]) -> Result<Footer, Defect> {
+        let mut bytes = foreign();
+        bytes[at..at + part.len()].copy_from_slice(part);
+        Footer::decode(&summed(bytes))
+    }
+
+    #[test]
+    fn reads_what_vhd_util_wrote() {
+        let f = Footer::decode(&foreign()).unwrap();
+        assert_eq!((f.disk_type, f.current_size, f.data_offset), (DiskType::Differencing, 16 << 20, 512));
+        assert_eq!(f.uuid.to_string(), "2cfa542e-b769-486d-9c5d-6bd3da225b26");
+        assert_eq!((f.geometry, f.creator_is_tap(), f.hidden()), (Geometry::for_size(16 << 20), true, false));
+        assert_eq!(f.created_unix(), EPOCH_UNIX + 0x3295_53d5);
+        assert_eq!(f.encode(), foreign());
+    }
+
+    #[test]
+    fn keeps_every_byte() {
+        let mut random = Random::new();
+        for _ in 0..1000 {
+            let mut bytes = foreign();
+            for (from, to) in [(8, 12), (14, 48), (56, 60), (68, 512)] {
+                random.fill(&mut bytes[from..to]);
+            }
+            let bytes = summed(bytes);
+            assert_eq!(Footer::decode(&bytes).unwrap().encode(), bytes);
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        for bit in 0..512 * 8 {
+            let mut bytes = foreign();
+            bytes[bit / 8] ^= 0x80 >> (bit % 8);
+            assert!(Footer::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn refuses_with_the_rule_that_is_broken() {
+        assert_eq!(with(0, b"Conectix"), Err(Defect::FooterCookie { at: 0 }));
+        assert_eq!(with(0, b"v_poison"), Err(Defect::Poisoned { at: 0 }));
+        assert_eq!(with(12, &[0, 2]), Err(Defect::FooterVersion { at: 0, version: 0x0002_0000 }));
+        assert!(with(14, &[9, 9]).is_ok(), "minor versions do not matter");
+        for code in [0, 1, 5, 6, 0x0100_0003] {
+            assert_eq!(with(60, &u32::to_be_bytes(code)), Err(Defect::DiskType { at: 0, code }));
+        }
+        for size in [0, 511, 513, MAX_DISK_BYTES - 1, MAX_DISK_BYTES + 1, MAX_DISK_BYTES + 512, u64::MAX] {
+            assert_eq!(with(48, &size.to_be_bytes()), Err(Defect::DiskSize { at: 0, size }));
+        }
+        for size in [512, 1024, MAX_DISK_BYTES - 512, MAX_DISK_BYTES] {
+            assert_eq!(with(48, &size.to_be_bytes()).unwrap().current_size, size);
+        }
+    }
+
+    #[test]
+    fn accepts_the_late_hidden_of_old_tapdisk_only() {
+        for (version, fine) in [(0x0001u32, true), (0x0001_0001, true), (0x0001_0003, false)] {
+            let mut bytes = foreign();
+            bytes[32..36].copy_from_slice(&version.to_be_bytes());
+            let mut bytes = summed(bytes);
+            bytes[85] = 1;
+            let read = Footer::decode(&bytes);
+            assert_eq!(read.is_ok(), fine, "{version:#x}");
+            if let Ok(footer) = read {
+                assert!(footer.hidden());
+                assert_eq!(footer.encode(), summed(bytes), "written again, the sum is right");
+            }
+        }
+    }
+
+    #[test]
+    fn a_footer_of_511_bytes() {
+        assert_eq!(Footer::decode_511(foreign().first_chunk().unwrap()), Footer::decode(&foreign()));
+    }
+
+    #[test]
+    fn new_and_resized() {
+        let f = Footer::new(DiskType::Fixed, 1 << 20, Uuid::from_u128(7), EPOCH_UNIX + 5);
+        assert_eq!(Footer::decode(&f.encode()).as_ref(), Ok(&f));
+        let bytes = f.encode();
+        assert_eq!((&bytes[16..24], &bytes[24..36]), (&[0xFF; 8][..], &b"\0\0\0\x05win \0\x0a\0\0"[..]));
+        let grown = f.with_size(64 << 20);
+        assert_eq!((grown.original_size, grown.current_size, grown.uuid), (64 << 20, 64 << 20, f.uuid));
+        assert_eq!(grown.geometry, Geometry::for_size(64 << 20));
+        assert_eq!(Footer::new(DiskType::Dynamic, 512, f.uuid, 0).data_offset, 512);
+        assert_eq!((time_from_unix(0), time_from_unix(u64::MAX)), (0, u32::MAX));
+    }
+}

@@ -148,3 +148,118 @@ fn with_front(front: Option<&[u8; 512]>, len: u64, note: Defect, otherwise: Defe
         _ => Err(otherwise),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    fn footer(disk_type: DiskType) -> Footer {
+        Footer::new(disk_type, 1 << 20, Uuid::from_u128(1), 0)
+    }
+
+    fn damaged(disk_type: DiskType) -> [u8; 512] {
+        let mut bytes = footer(disk_type).encode();
+        bytes[300] ^= 1;
+        bytes
+    }
+
+    const LEN: u64 = 1 << 21;
+
+    #[test]
+    fn two_equal_copies() {
+        let f = footer(DiskType::Dynamic);
+        let c = choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
+        assert_eq!((c.footer, c.source, c.agree, c.data_end), (f, FooterSource::TailFull, true, LEN - 512));
+        assert_eq!(c.notes, []);
+    }
+
+    #[test]
+    fn a_fixed_disk_never_looks_at_its_front() {
+        let f = footer(DiskType::Fixed);
+        let forged = footer(DiskType::Differencing).encode();
+        let c = choose(&f.encode(), Some(&forged), LEN).unwrap();
+        assert_eq!((c.footer.disk_type, c.agree, c.notes.len()), (DiskType::Fixed, true, 0));
+        let mut poison = f.encode();
+        poison[..8].copy_from_slice(b"v_poison");
+        assert!(choose(&f.encode(), Some(&poison), LEN).is_ok());
+        let broken = choose(&damaged(DiskType::Fixed), Some(&forged), LEN);
+        assert!(matches!(broken, Err(Defect::FooterChecksum { at, .. }) if at == LEN - 512), "{broken:?}");
+    }
+
+    #[test]
+    fn a_missing_or_damaged_tail_of_a_sparse_disk() {
+        let f = footer(DiskType::Differencing);
+        let c = choose(&[0xC7; 512], Some(&f.encode()), LEN).unwrap();
+        assert_eq!((&c.footer, c.source, c.data_end), (&f, FooterSource::FrontOnly, LEN));
+        assert_eq!(c.notes, [Defect::TrailingFooterMissing { len: LEN }]);
+        let c = choose(&damaged(DiskType::Differencing), Some(&f.encode()), LEN).unwrap();
+        assert_eq!(c.source, FooterSource::FrontOnly);
+        assert!(matches!(c.notes[..], [Defect::TrailingFooterInvalid { at, .. }] if at == LEN - 512));
+        let fixed = footer(DiskType::Fixed).encode();
+        for front in [None, Some(&fixed), Some(&[0; 512]), Some(&damaged(DiskType::Dynamic))] {
+            let none = choose(&[0; 512], front, LEN);
+            assert_eq!(none.unwrap_err(), Defect::FooterMissing { len: LEN });
+        }
+    }
+
+    #[test]
+    fn a_tail_that_is_valid_but_not_for_us_is_final() {
+        let good = footer(DiskType::Dynamic).encode();
+        let mut poison = good;
+        poison[..8].copy_from_slice(b"v_poison");
+        assert_eq!(choose(&poison, Some(&good), LEN).unwrap_err(), Defect::Poisoned { at: LEN - 512 });
+        assert_eq!(choose(&good, Some(&poison), LEN).unwrap_err(), Defect::Poisoned { at: 0 });
+        assert_eq!(choose(&[0; 512], Some(&poison), LEN).unwrap_err(), Defect::Poisoned { at: 0 });
+        let huge = Footer { current_size: u64::MAX, ..footer(DiskType::Dynamic) }.encode();
+        assert!(matches!(choose(&huge, Some(&good), LEN), Err(Defect::DiskSize { .. })));
+    }
+
+    #[test]
+    fn valid_copies_that_differ() {
+        let tail = footer(DiskType::Dynamic);
+        let fronts = [
+            ("disk type", Footer { disk_type: DiskType::Differencing, ..tail.clone() }),
+            ("size", tail.with_size(2 << 20)),
+            ("UUID", Footer { uuid: Uuid::from_u128(2), ..tail.clone() }),
+            ("data offset", Footer { data_offset: 1024, ..tail.clone() }),
+        ];
+        for (field, front) in fronts {
+            let c = choose(&tail.encode(), Some(&front.encode()), LEN).unwrap();
+            assert_eq!((&c.footer, c.agree), (&tail, false));
+            assert_eq!(c.notes, [Defect::FootersDiffer { at: LEN - 512, field }]);
+        }
+        let stale = Footer { timestamp: 99, ..tail.clone() };
+        let c = choose(&tail.encode(), Some(&stale.encode()), LEN).unwrap();
+        assert_eq!((c.agree, c.notes), (true, vec![Defect::FooterCopyStale]));
+        let c = choose(&tail.encode(), Some(&damaged(DiskType::Dynamic)), LEN).unwrap();
+        assert!(c.agree && matches!(c.notes[..], [Defect::FrontFooterInvalid { .. }]));
+    }
+
+    #[test]
+    fn short_footers_complete_a_sector() {
+        let f = footer(DiskType::Fixed).encode();
+        let mut tail = [7; 512];
+        tail[1..].copy_from_slice(&f[..511]);
+        let size = 1 << 20;
+        let c = choose(&tail, None, size + 511).unwrap();
+        assert_eq!((c.source, c.data_end), (FooterSource::Tail511, size));
+        assert_eq!(c.notes, [Defect::ShortFooter { at: size }]);
+        assert!(choose(&tail, None, size + 512).is_err());
+    }
+
+    #[test]
+    fn lengths_at_their_limits() {
+        let f = footer(DiskType::Fixed).encode();
+        let size = 1 << 20;
+        assert!(choose(&f, None, size + 513).is_ok());
+        assert!(choose(&f, None, size + 512).is_ok());
+        let short = Defect::FixedTooShort { size, data: size - 1 };
+        assert_eq!(choose(&f, None, size + 511).unwrap_err(), short);
+        for len in [0u16, 1, 511] {
+            let tail = vec![b'c'; len.into()];
+            assert_eq!(choose(&tail, None, len.into()).unwrap_err(), Defect::FileTooShort { len: len.into() });
+        }
+        assert_eq!(choose(&[0; 512], None, 512).unwrap_err(), Defect::FooterMissing { len: 512 });
+    }
+}

@@ -168,3 +168,65 @@ impl DynamicHeader {
         self.parent_uuid.is_nil()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::random::Random;
+
+    fn summed(mut bytes: [u8; 1024]) -> [u8; 1024] {
+        let sum = checksum(&bytes, 36..40);
+        bytes[36..40].copy_from_slice(&sum.to_be_bytes());
+        bytes
+    }
+
+    fn with(at: usize, part: &[u8]) -> Result<DynamicHeader, Defect> {
+        let mut bytes = DynamicHeader::new(4096, 8, BlockSize::DEFAULT).encode();
+        bytes[at..at + part.len()].copy_from_slice(part);
+        DynamicHeader::decode(&summed(bytes))
+    }
+
+    #[test]
+    fn fields_lie_where_the_specification_says() {
+        let mut header = DynamicHeader::new(0x1122, 0x3344, BlockSize::DEFAULT);
+        header.parent_uuid = Uuid::from_u128(5);
+        header.parent_name[1] = b'p';
+        header.locators[7] = LocatorEntry { platform: 1, space: 2, length: 3, reserved: 4, offset: 5 };
+        let b = header.encode();
+        assert_eq!(
+            (&b[..16], &b[16..28]),
+            (&b"cxsparse\xff\xff\xff\xff\xff\xff\xff\xff"[..], &b"\0\0\0\0\0\0\x11\x22\0\x01\0\0"[..])
+        );
+        assert_eq!((&b[28..36], b[55], b[65]), (&b"\0\0\x33\x44\0\x20\0\0"[..], 5, b'p'));
+        assert_eq!((b[576 + 7 * 24 + 3], b[576 + 7 * 24 + 23]), (1, 5));
+        assert_eq!(DynamicHeader::decode(&b), Ok(header));
+    }
+
+    #[test]
+    fn keeps_every_byte() {
+        let mut random = Random::new();
+        for _ in 0..1000 {
+            let mut bytes = DynamicHeader::new(4096, 8, BlockSize::DEFAULT).encode();
+            for (from, to) in [(8, 24), (28, 32), (40, 1024)] {
+                random.fill(&mut bytes[from..to]);
+            }
+            let bytes = summed(bytes);
+            assert_eq!(DynamicHeader::decode(&bytes).unwrap().encode(), bytes);
+        }
+    }
+
+    #[test]
+    fn refuses_with_the_rule_that_is_broken() {
+        assert_eq!(with(0, b"conectix"), Err(Defect::HeaderCookie { at: 0 }));
+        assert_eq!(with(24, &[0, 1, 0, 1]), Err(Defect::HeaderVersion { at: 0, version: 0x0001_0001 }));
+        for size in [0, 512, 2048, 4095, 4097, 6144, (256 << 20) - 1, (256 << 20) + 1, 512 << 20, u32::MAX] {
+            assert_eq!(with(32, &size.to_be_bytes()), Err(Defect::BlockSize { at: 0, size }));
+        }
+        for size in [4096u32, 8192, 128 << 20, 256 << 20] {
+            assert_eq!(with(32, &size.to_be_bytes()).unwrap().block_size.bytes(), size);
+        }
+        let mut bytes = DynamicHeader::new(4096, 8, BlockSize::DEFAULT).encode();
+        bytes[1000] = 1;
+        assert!(matches!(DynamicHeader::decode(&bytes), Err(Defect::HeaderChecksum { .. })));
+    }
+}

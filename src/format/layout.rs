@@ -96,3 +96,92 @@ pub fn next_place(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32,
     };
     u32::try_from(entry).ok().filter(|&entry| entry <= bat::MAX_ENTRY).ok_or(full)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+    const HALF_MIB: u32 = 512 << 10;
+
+    fn size(bytes: u32) -> BlockSize {
+        BlockSize::from_bytes(bytes).unwrap()
+    }
+
+    #[test]
+    fn plans() {
+        let plan = |kind, bytes, reserve, locators: &[u32]| {
+            NewLayout::plan(kind, bytes, BlockSize::DEFAULT, reserve, locators).unwrap()
+        };
+        let p = plan(DiskType::Dynamic, GIB, 0, &[]);
+        assert_eq!((p.header, p.table, p.entries, p.table_bytes, p.footer), (Some(512), 4096, 512, 4096, 8192));
+        let p = plan(DiskType::Differencing, GIB + 512, 0, &[1, 512, 513]);
+        assert_eq!(p.locators, [1536..2048, 2048..2560, 2560..3584]);
+        assert_eq!((p.table, p.entries), (4096, 513));
+        let p = plan(DiskType::Differencing, GIB, 2000, &[1024, 1024, 1024]);
+        assert_eq!((p.table, p.entries, p.table_bytes, p.footer), (8192, 2000, 8192, 16384));
+        let p = plan(DiskType::Differencing, GIB, 1025, &[512, 1024, 1024]);
+        assert_eq!((p.table, p.table_bytes), (4096, 8192), "4100 bytes of table behind exactly one page");
+        let p = plan(DiskType::Fixed, 1 << 20, 0, &[]);
+        assert_eq!((p.header, p.footer, p.table_bytes), (None, 1 << 20, 0));
+    }
+
+    #[test]
+    fn plans_at_their_limits() {
+        let plan = |bytes, block: u32, reserve| NewLayout::plan(DiskType::Dynamic, bytes, size(block), reserve, &[]);
+        assert_eq!(plan(2040 * GIB, HALF_MIB, 0).unwrap().entries, 2040 * 2048);
+        assert!(matches!(plan(2040 * GIB + 512, HALF_MIB, 0), Err(Defect::DiskSize { .. })));
+        let most = 4 << 20;
+        assert!(plan(GIB, HALF_MIB, most - 1).is_ok() && plan(GIB, HALF_MIB, most).is_ok());
+        let too_many = Defect::TableTooLarge { at: 0, entries: u64::from(most) + 1, limit: most.into() };
+        assert_eq!(plan(GIB, HALF_MIB, most + 1), Err(too_many));
+        assert!(plan(16 * GIB, 4096, 0).is_ok());
+        assert!(matches!(plan(16 * GIB + 512, 4096, 0), Err(Defect::TableTooLarge { .. })));
+    }
+
+    #[test]
+    fn blocks_stand_at_pages() {
+        for bytes in [4096, HALF_MIB, 2 << 20, 4 << 20, 256 << 20] {
+            let block = size(bytes);
+            for end in 16..40 {
+                let entry = u64::from(next_place(end, block, 10).unwrap());
+                let data = (entry + u64::from(block.bitmap_sectors())) * SECTOR;
+                assert!(data.is_multiple_of(PAGE) && entry >= end && entry < end + PAGE_SECTORS, "{bytes} {end}");
+            }
+        }
+        assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(23));
+        assert_eq!(next_place(23, BlockSize::DEFAULT, 1), Ok(23));
+        assert_eq!(next_place(24 + 4096, BlockSize::DEFAULT, 1), Ok(23 + 4104));
+    }
+
+    #[test]
+    fn the_last_places_below_2_tib() {
+        let block = BlockSize::DEFAULT;
+        let top = u64::from(u32::MAX);
+        // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry; but it means "unused".
+        assert_eq!(next_place(top - 8, block, 1), Ok(u32::MAX - 8));
+        assert_eq!(next_place(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since aligned does not fit");
+        assert_eq!(next_place(top - 1, block, 1), Ok(u32::MAX - 1));
+        for end in [top, top + 1, u64::MAX / SECTOR, u64::MAX] {
+            assert!(matches!(next_place(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
+        }
+        assert_eq!(next_place(16, block, u64::MAX), Ok(16), "never all, so as many as possible");
+    }
+
+    #[test]
+    fn full_disks_of_2040_gib_fit() {
+        for bytes in [HALF_MIB, 2 << 20] {
+            let block = size(bytes);
+            let plan = NewLayout::plan(DiskType::Dynamic, 2040 * GIB, block, 0, &[]).unwrap();
+            let (mut end, mut aligned) = (plan.footer / SECTOR, 0);
+            let blocks = u64::from(plan.entries);
+            for unplaced in (1..=blocks).rev() {
+                let entry = u64::from(next_place(end, block, unplaced).unwrap());
+                assert!(entry >= end);
+                aligned += u64::from((entry + 1).is_multiple_of(PAGE_SECTORS));
+                end = entry + u64::from(block.stride_sectors());
+            }
+            assert!(if bytes == HALF_MIB { aligned > blocks / 4 } else { aligned == blocks }, "{aligned} of {blocks}");
+        }
+    }
+}

@@ -80,7 +80,7 @@ impl LocatorEntry {
 
     /// An entry for a text of `length` bytes at `offset`, with its space in bytes, whole sectors.
     pub fn new(platform: Platform, offset: u64, length: u32) -> LocatorEntry {
-        let space = length.max(1).next_multiple_of(SECTOR as u32);
+        let space = length.max(1).next_multiple_of(512);
         LocatorEntry { platform: platform.code(), space, length, reserved: 0, offset }
     }
 
@@ -213,4 +213,114 @@ pub fn candidates<'a>(
         }
     }
     (all, notes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::random::Random;
+
+    fn le(text: &str) -> Vec<u8> {
+        text.encode_utf16().map(u16::to_be_bytes).flat_map(|[high, low]| [low, high]).collect()
+    }
+
+    fn name(text: &str) -> [u8; 512] {
+        let mut name = [0; 512];
+        let units = text.encode_utf16().flat_map(u16::to_be_bytes);
+        name.iter_mut().zip(units).for_each(|(to, byte)| *to = byte);
+        name
+    }
+
+    #[test]
+    fn platforms_and_codes() {
+        for code in [0x5732_7275, 0x5732_6B75, 0x4D61_6358, 0x4D61_6320, 0x5769_3272, 0x5769_326B, 7] {
+            assert_eq!(Platform::from_code(code).code(), code);
+        }
+        assert_eq!(Platform::from_code(0x5732_7275), Platform::W2ru);
+        assert_eq!(Platform::from_code(0x4D61_6358), Platform::MacX);
+        let entry = LocatorEntry::new(Platform::W2ru, 1536, 513);
+        assert_eq!((entry.space, entry.length, entry.platform()), (1024, 513, Platform::W2ru));
+        assert_eq!(LocatorEntry::new(Platform::MacX, 1536, 0).space, 512);
+    }
+
+    #[test]
+    fn entries_at_their_limits() {
+        let len = 1 << 20;
+        let entry = |offset, length| LocatorEntry { offset, length, ..LocatorEntry::new(Platform::W2ru, 0, 0) };
+        let range = |offset, length| entry(offset, length).text_range(3, len);
+        assert_eq!(range(512, 4096), Ok(Some(512..4608)));
+        assert_eq!(range(512, 4095), Ok(Some(512..4607)));
+        assert_eq!(range(512, 4097), Err(Defect::LocatorLength { slot: 3, length: 4097 }));
+        assert_eq!(range(511, 8), Err(Defect::LocatorPlace { slot: 3, offset: 511, length: 8 }));
+        assert_eq!(range(513, 8), Ok(Some(513..521)));
+        assert_eq!(range(len - 8, 7), Ok(Some(len - 8..len - 1)));
+        assert_eq!(range(len - 8, 8), Ok(Some(len - 8..len)));
+        assert!(range(len - 8, 9).is_err() && range(u64::MAX, 1).is_err() && range(u64::MAX - 1, 4096).is_err());
+        assert_eq!(range(512, 0), Ok(None));
+        assert_eq!(LocatorEntry::UNUSED.text_range(0, len), Ok(None));
+        let strange = LocatorEntry { platform: 9, ..entry(512, 8) };
+        assert_eq!(strange.text_range(1, len), Err(Defect::LocatorPlatform { slot: 1, code: 9 }));
+    }
+
+    #[test]
+    fn texts_with_traps() {
+        assert_eq!(texts(Platform::W2ru, &le(".\\b\u{e4}se.vhd\0\0")), [".\\b\u{e4}se.vhd".as_bytes()]);
+        let mut odd = le("a.vhd");
+        odd.push(b'x');
+        assert_eq!(texts(Platform::W2ku, &odd), [b"a.vhd"]);
+        assert_eq!(texts(Platform::W2ru, &[0x00, 0xD8, b'a', 0]), ["\u{FFFD}a".as_bytes()]);
+        assert_eq!(texts(Platform::W2ru, &[b'a', 0, 0x00, 0xD8]), ["a\u{FFFD}".as_bytes()]);
+        assert_eq!(texts(Platform::W2ru, &le("\u{1F4BE}.vhd")), ["\u{1F4BE}.vhd".as_bytes()]);
+        assert_eq!(texts(Platform::Wi2r, b"b.vhd\0junk"), [b"b.vhd"]);
+        assert_eq!(texts(Platform::MacX, b"file://./a%20b%2"), [&b"file://./a b%2"[..], b"file://./a%20b%2"]);
+        assert_eq!(texts(Platform::MacX, b"file://./100%.vhd"), [b"file://./100%.vhd"]);
+        assert_eq!(texts(Platform::MacX, b"%+1%f"), [b"%+1%f"]);
+        assert_eq!((texts(Platform::Mac, b"x").len(), texts(Platform::Unknown(1), b"x").len()), (0, 0));
+        assert_eq!(texts(Platform::W2ru, b"x"), [b""]);
+        assert_eq!(header_name(&name("p\u{e4}.vhd")), "p\u{e4}.vhd".as_bytes());
+        assert_eq!(header_name(&[b'a'; 512]).len(), 256 * 3, "no terminator");
+    }
+
+    #[test]
+    fn candidates_in_their_order() {
+        let (relative, absolute) = (le(".\\..\\p\\base.vhd"), le("C:\\VMs\\corpus\\base.vhd"));
+        let unc = le("\\\\server\\share\\base.vhd");
+        let locators = [
+            (0, Platform::MacX, &b"file://./base.vhd"[..]),
+            (1, Platform::W2ku, &unc),
+            (6, Platform::W2ku, &absolute),
+            (7, Platform::W2ru, &relative),
+        ];
+        let (all, notes) = candidates(locators, &name("x\\base2.vhd"));
+        let at = |slot, path: &str| Candidate { slot, path: ParentPath::Relative(path.into()) };
+        let expected = [
+            at(Some(0), "base.vhd"),
+            at(Some(7), "../p/base.vhd"),
+            at(None, "x/base2.vhd"),
+            at(None, "base2.vhd"),
+            Candidate { slot: Some(6), path: ParentPath::Absolute("/VMs/corpus/base.vhd".into()) },
+        ];
+        assert_eq!(all, expected);
+        assert!(
+            matches!(&notes[..], [Defect::ParentPath { slot: Some(1), text, .. }] if text.starts_with("\\\\server"))
+        );
+        assert_eq!(candidates([], &[0; 512]), (vec![], vec![]));
+    }
+
+    #[test]
+    fn random_bytes_never_panic() {
+        let mut random = Random::new();
+        for _ in 0..3000 {
+            let mut data = vec![0; random.below(64) as usize];
+            random.fill(&mut data);
+            let mut name = [0; 512];
+            random.fill(&mut name);
+            for code in [*b"W2ru", *b"Wi2k", *b"MacX", *b"Mac "] {
+                let platform = Platform::from_code(u32::from_be_bytes(code));
+                for candidate in candidates([(0, platform, &data[..])], &name).0 {
+                    assert!(candidate.path.as_path().file_name().is_some());
+                }
+            }
+        }
+    }
 }

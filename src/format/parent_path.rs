@@ -62,7 +62,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     }
     rest = without_drive(rest).unwrap_or(rest);
     let parts = || rest.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".");
-    match parts().last() {
+    match parts().next_back() {
         None | Some(b"..") => return Err("no file name"),
         Some(_) => {}
     }
@@ -188,4 +188,109 @@ fn limited(path: &Path, text: Vec<u8>) -> Result<Vec<u8>> {
 fn unwritable(path: &Path, why: &str) -> Error {
     let what = format!("the parent's path {} cannot be recorded in a child: {why}", path.display());
     Error::new(ErrorKind::Unsupported, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::locator::{Platform, header_name, texts};
+
+    #[test]
+    fn what_writers_leave() {
+        let table = [
+            (".\\base.vhd", "base.vhd"),
+            (".\\..\\parents\\p\\base.vhd", "../parents/p/base.vhd"),
+            ("base.vhd", "base.vhd"),
+            ("C:\\VMs\\corpus\\base.vhd", "/VMs/corpus/base.vhd"),
+            ("c:base.vhd", "base.vhd"),
+            ("\\\\?\\D:\\a.vhd", "/a.vhd"),
+            ("/srv/a.vhd", "/srv/a.vhd"),
+            ("file://./base.vhd", "base.vhd"),
+            ("file://../parents/p/base.vhd", "../parents/p/base.vhd"),
+            ("file://localhost/dir/p.vhd", "/dir/p.vhd"),
+            ("FILE:///dir/p.vhd", "/dir/p.vhd"),
+            ("file:///C:/dir/p.vhd", "/dir/p.vhd"),
+            ("file://base.vhd", "base.vhd"),
+            ("localhost/x", "localhost/x"),
+            ("a/./b//c.vhd/", "a/b/c.vhd"),
+        ];
+        for (text, path) in table {
+            let expected = if path.starts_with('/') {
+                ParentPath::Absolute(path.into())
+            } else {
+                ParentPath::Relative(path.into())
+            };
+            assert_eq!(normalise(text.as_bytes()), Ok(expected), "{text}");
+        }
+        assert_eq!(normalise(b"\xFF.vhd").unwrap().as_path().as_os_str().as_bytes(), b"\xFF.vhd");
+    }
+
+    #[test]
+    fn what_names_no_file_here() {
+        for text in [
+            "",
+            ".",
+            "..",
+            "a\\..",
+            "\\",
+            "C:",
+            "C:\\",
+            "a\0b",
+            "http://host/a.vhd",
+            "nbd+unix://x",
+            "\\\\server\\share\\a",
+            "//server/a",
+            "\\\\?\\UNC\\server\\a",
+            "file:////server/a",
+            "\\\\.\\pipe",
+            "file://",
+            "file://localhost/",
+        ] {
+            assert!(normalise(text.as_bytes()).is_err(), "{text:?}: {:?}", normalise(text.as_bytes()));
+        }
+        assert!(normalise(&[b'a'; 4095]).is_ok() && normalise(&[b'a'; 4096]).is_ok());
+        assert!(normalise(&[b'a'; 4097]).is_err());
+    }
+
+    #[test]
+    fn written_and_read_again() {
+        for path in ["base.vhd", "../p/base.vhd", "a b/100%41.vhd", "\u{e4}\u{1F4BE}.vhd", "c:x.vhd", "file:/x"] {
+            let expected = ParentPath::Relative(path.into());
+            let read = |platform, data: Vec<u8>| normalise(&texts(platform, &data)[0]);
+            assert_eq!(read(Platform::W2ru, encode_w2ru(Path::new(path)).unwrap()), Ok(expected.clone()));
+            assert_eq!(read(Platform::MacX, encode_macx(Path::new(path)).unwrap()), Ok(expected.clone()));
+            let name = header_name(&encode_parent_name(Path::new(path)).unwrap());
+            assert_eq!(normalise(&name), Ok(expected));
+            let absolute = format!("/srv/{path}");
+            let expected = ParentPath::Absolute(absolute.as_str().into());
+            assert_eq!(read(Platform::W2ku, encode_w2ku(Path::new(&absolute)).unwrap()), Ok(expected.clone()));
+            assert_eq!(read(Platform::MacX, encode_macx(Path::new(&absolute)).unwrap()), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn the_bytes_that_others_expect() {
+        assert_eq!(encode_w2ru(Path::new("./b.v")).unwrap(), b".\0\\\0b\0.\0v\0");
+        assert_eq!(encode_w2ku(Path::new("/d/b")).unwrap(), b"\\\0d\0\\\0b\0");
+        assert_eq!(encode_macx(Path::new("/d d/b")).unwrap(), b"file:///d%20d/b");
+        assert_eq!(encode_macx(Path::new("../b")).unwrap(), b"file://./../b");
+        assert_eq!(encode_parent_name(Path::new("../b")).unwrap()[..9], *b"\0.\0.\0/\0b\0");
+    }
+
+    #[test]
+    fn what_cannot_be_written() {
+        let raw = Path::new(OsStr::from_bytes(b"\xFF"));
+        assert!(encode_w2ru(raw).is_err() && encode_parent_name(raw).is_err());
+        assert_eq!(encode_macx(raw).unwrap(), b"file://./%FF");
+        for path in ["a\\b", "", "..", "a/.."] {
+            assert_eq!(encode_w2ru(Path::new(path)).unwrap_err().kind(), ErrorKind::Unsupported, "{path}");
+        }
+        assert!(encode_w2ru(Path::new("/a")).is_err() && encode_w2ku(Path::new("a")).is_err());
+        let long = |units: usize| "x".repeat(units);
+        assert!(encode_parent_name(Path::new(&long(254))).is_ok());
+        assert_eq!(encode_parent_name(Path::new(&long(255))).unwrap()[508..], [0, b'x', 0, 0]);
+        assert!(encode_parent_name(Path::new(&long(256))).is_err());
+        assert_eq!(encode_w2ru(Path::new(&long(2046))).unwrap().len(), 4096);
+        assert!(encode_w2ru(Path::new(&long(2047))).is_err());
+    }
 }
