@@ -1,0 +1,44 @@
+# Two processes write at random places, each block with a CRC in it, then read all of it back: twice, the second time cold.
+# needs: fio
+# shellcheck shell=dash
+
+queues=$(find /sys/block/vda/mq -mindepth 1 -maxdepth 1 | wc -l)
+echo "QUEUES: $queues"
+[ "$queues" -ge 2 ]
+
+# Each process stays on a processor, and so on a queue, of its own, with half of the disk (at most 24 MiB) for itself.
+half=$(($(cat /sys/block/vda/size) / 2 * 512 / 1048576 * 1048576))
+[ "$half" -gt 0 ]
+size=$((half < 25165824 ? half : 25165824))
+cat >/tmp/job <<END
+[global]
+filename=/dev/vda
+ioengine=libaio
+direct=1
+iodepth=16
+thread=1
+cpus_allowed_policy=split
+cpus_allowed=0-1
+size=$size
+offset_increment=$half
+numjobs=2
+group_reporting=1
+randseed=20260101
+verify=crc32c
+verify_fatal=1
+verify_dump=0
+
+[verify]
+rw=randwrite
+bsrange=512-64k
+bs_unaligned=0
+bssplit=512/10:4k/60:64k/30
+fsync=64
+END
+
+# Without --eta=never fio writes a progress line a second to the console.
+fio --eta=never --output-format=normal /tmp/job
+echo 3 >/proc/sys/vm/drop_caches
+sed 's/^rw=.*/rw=randread/; s/^fsync=.*/verify_only=1/' /tmp/job >/tmp/again
+fio --eta=never --output-format=normal /tmp/again
+echo "every block has its CRC"
