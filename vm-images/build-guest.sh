@@ -140,6 +140,8 @@ add_program() {
 for program in mke2fs e2fsck; do
     add_program "$root" "$program"
 done
+# busybox's shell prefers its own small mke2fs to any in PATH, but knows no program of this name.
+ln -s mke2fs "$root/opt/bin/mkfs.ext4"
 
 # Modules with everything they need, in the order to load them; what the kernel has built in drops out.
 case $modules in

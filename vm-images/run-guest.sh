@@ -40,7 +40,9 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-[ ${#sockets[@]} -gt 0 ] && [ -n "$job" ] || usage
+if [ ${#sockets[@]} -eq 0 ] || [ -z "$job" ]; then
+    usage
+fi
 
 command -v "$qemu" >/dev/null || die "no $qemu: run .ci/install demo"
 command -v cpio >/dev/null || die "no cpio: run .ci/install demo"
@@ -52,6 +54,7 @@ done
 
 work=$(mktemp -d)
 guest=
+# shellcheck disable=SC2317 # the traps reach it
 clean_up() {
     [ -z "$guest" ] || kill "$guest" 2>/dev/null || true
     rm -rf "$work"
@@ -82,6 +85,7 @@ if [ -n "$reconnect" ]; then
     fi
 fi
 
+# shellcheck disable=SC2054 # the commas are QEMU's
 arguments=(
     -nodefaults -no-user-config -no-reboot -display none
     -machine q35,memory-backend=memory

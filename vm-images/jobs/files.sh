@@ -8,8 +8,8 @@ forget_caches() {
     echo 3 >/proc/sys/vm/drop_caches
 }
 
-echo "mke2fs"
-mke2fs -q -F -t ext4 /dev/vda
+echo "mkfs.ext4"
+mkfs.ext4 -q -F /dev/vda
 mount -t ext4 /dev/vda /mnt
 
 echo "many small files, a tree of programs, and large ones that do not compress"

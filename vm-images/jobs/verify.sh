@@ -7,6 +7,7 @@ echo "QUEUES: $queues"
 [ "$queues" -ge 2 ]
 
 # Each process stays on a processor, and so on a queue, of its own, with half of the disk (at most 24 MiB) for itself.
+# shellcheck disable=SC2017 # rounding down is meant
 half=$(($(cat /sys/block/vda/size) / 2 * 512 / 1048576 * 1048576))
 [ "$half" -gt 0 ]
 size=$((half < 25165824 ? half : 25165824))
@@ -30,15 +31,20 @@ verify_dump=0
 
 [verify]
 rw=randwrite
-bsrange=512-64k
-bs_unaligned=0
 bssplit=512/10:4k/60:64k/30
 fsync=64
 END
 
-# Without --eta=never fio writes a progress line a second to the console.
-fio --eta=never --output-format=normal /tmp/job
+run() {
+    fio --eta=never --output=/tmp/report "$1" || {
+        cat /tmp/report
+        exit 1
+    }
+    grep -E 'err=|issued' /tmp/report
+}
+
+run /tmp/job
 echo 3 >/proc/sys/vm/drop_caches
 sed 's/^rw=.*/rw=randread/; s/^fsync=.*/verify_only=1/' /tmp/job >/tmp/again
-fio --eta=never --output-format=normal /tmp/again
+run /tmp/again
 echo "every block has its CRC"
