@@ -12,7 +12,7 @@ build: ## the programs diffdisk and diffdiskd, in target/release
 	cargo build --release --bins
 
 demo: ## a virtual machine works on a child of a golden image (about a minute)
-	vm-images/demo.sh
+	@vm-images/demo.sh
 
 guest: ## the Linux guest that tests boot, in vm-images/cache
 	.ci/install full

@@ -84,7 +84,8 @@ done
 (cd files && find . -type f | sort | xargs sha256sum) >golden.sha256
 mv golden.sha256 files/
 rm -f golden.raw
-mke2fs -q -t ext4 -E root_owner=0:0 -d files golden.raw 256M
+truncate -s 256M golden.raw
+mke2fs -q -t ext4 -E root_owner=0:0 -d files golden.raw
 run "$diffdisk" convert golden.raw golden.vhd --to dynamic --from raw
 rm -rf golden.raw files
 run chmod 0444 golden.vhd

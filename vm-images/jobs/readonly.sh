@@ -1,8 +1,10 @@
 # A read-only disk says so, refuses writes, and is read all the same. Prints `DEVICE-SHA256: ...`.
 # shellcheck shell=dash
 
-[ "$(cat /sys/block/vda/ro)" = 1 ]
-[ "$(blockdev --getro /dev/vda)" = 1 ]
+if [ "$(cat /sys/block/vda/ro)" != 1 ]; then
+    echo "the disk does not say that it is read-only"
+    exit 1
+fi
 if dd if=/dev/urandom of=/dev/vda bs=4096 count=1 conv=fsync 2>/tmp/why; then
     echo "a write to a read-only disk was accepted"
     exit 1

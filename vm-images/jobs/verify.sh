@@ -1,4 +1,5 @@
 # Two processes write at random places, each block with a CRC in it, then read all of it back: twice, the second time cold.
+# Prints `QUEUES: ...`, and `WRITTEN: ...` when a quarter is written, for those who want to disturb it then.
 # needs: fio
 # shellcheck shell=dash
 
@@ -34,6 +35,12 @@ rw=randwrite
 bssplit=512/10:4k/60:64k/30
 fsync=64
 END
+
+quarter=$((2 * size / 4 / 512))
+# The seventh number of the disk's statistics: sectors written.
+until [ "$(awk '{ print $7 }' /sys/block/vda/stat)" -ge "$quarter" ]; do
+    usleep 20000
+done && echo "WRITTEN: a quarter" &
 
 run() {
     fio --eta=never --output=/tmp/report "$1" || {
