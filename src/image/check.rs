@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use super::open::{Image, Sparse};
 use crate::error::{Error, Result};
-use crate::format::extents::unreferenced;
+use crate::format::entries::unreferenced;
 use crate::format::{Defect, DiskType, Part, Severity};
 use crate::storage::File;
 use crate::units::SECTOR;

@@ -7,4 +7,5 @@ pub mod chain;
 pub mod daemon;
 pub mod guest;
 pub mod oracle;
+pub mod random;
 pub mod tool;
