@@ -1,0 +1,14 @@
+//! What the integration tests share: running the two programs, a vhost-user client, golden images, patterns, seeds, and a
+//! byte-level VHD builder that knows nothing of `diffdisk::format`.
+//!
+//! Every test target compiles this module and uses a part of it.
+#![allow(dead_code)]
+
+pub(crate) mod client;
+pub(crate) mod daemon;
+pub(crate) mod golden;
+pub(crate) mod pattern;
+pub(crate) mod rng;
+pub(crate) mod tool;
+
+pub(crate) mod vhd_bytes;
