@@ -1,9 +1,8 @@
 //! Files that are not files: O1 of the opener's rules, for the image given on the command line.
 
-use std::os::unix::net::UnixListener;
-
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
+use crate::common::tool::leave_socket;
 use crate::verdict::{Case, refused};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -16,10 +15,9 @@ pub(crate) fn cases() -> Vec<Case> {
             mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a FIFO");
             path
         }),
-        Case::new("O1 a socket", regular, |_| {
-            // In a short path of its own: a socket's name has 107 bytes at most.
-            let path = tempfile::tempdir().expect("a folder").keep().join("sock.vhd");
-            drop(UnixListener::bind(&path).expect("a socket"));
+        Case::new("O1 a socket", regular, |dir| {
+            let path = dir.join("sock.vhd");
+            leave_socket(&path);
             path
         }),
         Case::new("O1 /dev/zero", regular, |_| "/dev/zero".into()),

@@ -97,6 +97,15 @@ pub(crate) fn scratch(name: &str) -> tempfile::TempDir {
     tempfile::Builder::new().prefix(name).tempdir_in(within).expect("a folder for the test")
 }
 
+/// Leaves a socket nobody listens on at `path`, which may be longer than a socket's name: it is bound through its
+/// folder's descriptor.
+pub(crate) fn leave_socket(path: &Path) {
+    let folder = std::fs::File::open(path.parent().expect("a folder")).expect("the folder opens");
+    let name = path.file_name().expect("a name").display();
+    let short = format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&folder));
+    drop(std::os::unix::net::UnixListener::bind(short).expect("a socket"));
+}
+
 fn drain(from: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
     let mut from = from.expect("the stream is piped");
     thread::spawn(move || {
