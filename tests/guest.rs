@@ -24,7 +24,7 @@ fn a_file_system_written_on_a_chain_is_what_everyone_reads() {
     daemon.stop();
 
     let seen_by_guest = console.value("DEVICE-SHA256");
-    assert_eq!(tool::sha256_of_disk(chain.top()), seen_by_guest, "diffdisk convert reads another disk");
+    assert_eq!(digest::sha256_of_disk(chain.top()), seen_by_guest, "diffdisk convert reads another disk");
     assert_eq!(oracle::sha256_of_disk(chain.top()), seen_by_guest, "7-Zip reads another disk");
     chain.assert_sound();
 }
@@ -78,11 +78,11 @@ fn trimmed_space_goes_back_to_the_host() {
 fn a_read_only_disk_refuses_writes_and_stays_as_it_is() {
     let mut chain = Chain::with_root(32, 5);
     chain.push_child("child.vhd");
-    let before = tool::sha256_of_file(chain.top());
+    let before = digest::sha256_of_file(chain.top());
     let daemon = Daemon::start(chain.top(), &["--read-only"]);
     let console = Guest::boot(&daemon.socket(), "readonly", &[]).finish();
     daemon.stop();
-    assert_eq!(console.value("DEVICE-SHA256"), tool::sha256_of_disk(chain.top()));
-    assert_eq!(tool::sha256_of_file(chain.top()), before, "a read-only disk was written");
+    assert_eq!(console.value("DEVICE-SHA256"), digest::sha256_of_disk(chain.top()));
+    assert_eq!(digest::sha256_of_file(chain.top()), before, "a read-only disk was written");
     chain.assert_sound();
 }

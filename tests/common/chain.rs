@@ -1,6 +1,7 @@
 //! Chains of images in a folder of their own, made by `diffdisk`, whose parents must not change.
 
-use super::tool::{diffdisk, sha256_of_file};
+use super::digest::sha256_of_file;
+use super::tool::diffdisk;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -33,7 +34,7 @@ impl Chain {
             OsStr::new("dynamic"),
             OsStr::new("--from"),
             OsStr::new("raw"),
-        ]);
+        ]).ok();
         fs::remove_file(raw).expect("the raw file goes");
         Self { folder, layers: vec![root], frozen: Vec::new() }
     }
@@ -43,7 +44,7 @@ impl Chain {
         let parent = self.top().to_owned();
         self.frozen.push(sha256_of_file(&parent));
         let child = self.folder.path().join(name);
-        diffdisk([OsStr::new("create"), child.as_os_str(), OsStr::new("--parent"), parent.as_os_str()]);
+        diffdisk([OsStr::new("create"), child.as_os_str(), OsStr::new("--parent"), parent.as_os_str()]).ok();
         self.layers.push(child);
     }
 
@@ -62,7 +63,7 @@ impl Chain {
         for (layer, before) in self.layers.iter().zip(&self.frozen) {
             assert_eq!(&sha256_of_file(layer), before, "the parent {} has changed", layer.display());
         }
-        diffdisk([OsStr::new("check"), self.top().as_os_str(), OsStr::new("--chain")]);
+        diffdisk([OsStr::new("check"), self.top().as_os_str(), OsStr::new("--chain")]).ok();
     }
 }
 

@@ -10,6 +10,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+use super::client::Client;
+
 /// How long a daemon may take to offer its socket, and to end after SIGTERM: both are quick, unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -25,8 +27,6 @@ impl Daemon {
     /// Serves `image`; returns when the socket is there. `extra` are further command-line arguments.
     pub fn start(image: &Path, extra: &[&str]) -> Self {
         let rendezvous = tempfile::tempdir().expect("a temporary folder");
-        let runtime = rendezvous.path().join("run");
-        fs::create_dir(&runtime).expect("a runtime folder");
         let option = |name: &str, value: &Path| {
             let mut option = OsString::from(name);
             option.push(value);
@@ -35,7 +35,6 @@ impl Daemon {
         let mut arguments = vec![
             option("--socket-path=", &rendezvous.path().join("disk.sock")),
             option("--blk-file=", image),
-            option("--runtime-dir=", &runtime),
         ];
         arguments.extend(extra.iter().map(OsString::from));
         let child = spawn(&arguments, rendezvous.path());
@@ -52,6 +51,18 @@ impl Daemon {
     /// What it has said on standard error.
     pub fn log(&self) -> String {
         fs::read_to_string(self.rendezvous.path().join("log")).unwrap_or_default()
+    }
+
+    /// A guest on its disk.
+    #[track_caller]
+    pub fn connect(&self) -> Client {
+        Client::connect(&self.socket()).unwrap_or_else(|e| panic!("cannot connect: {e}; {}", self.log()))
+    }
+
+    /// SIGKILL: the process dies as it is.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the daemon can be killed");
+        self.child.wait().expect("a killed daemon ends");
     }
 
     /// Ends it by SIGTERM. The test fails when its exit status is not 0.

@@ -2,7 +2,7 @@
 //!
 //! It finds parents in the folder of the child only, and is strict: any trouble is an error status.
 
-use super::tool::sha256_of_output;
+use super::digest::sha256_of_output;
 use std::path::Path;
 use std::process::{Command, Stdio};
 

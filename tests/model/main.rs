@@ -4,8 +4,9 @@
 //! unclean ends in between. Every disagreement names the seed.
 #![allow(unreachable_pub)]
 
-#[path = "../common/random.rs"]
-mod random;
+#[path = "../common/rng.rs"]
+#[allow(dead_code)]
+mod rng;
 mod rig;
 
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use diffdisk::image::{self, Kind, ParentLink, Spec};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
-use random::Random;
+use rng::Rng;
 use rig::{Memory, Rig};
 
 const KIB: u64 = 1 << 10;
@@ -27,7 +28,7 @@ const KIB: u64 = 1 << 10;
 struct World {
     folder: tempfile::TempDir,
     env: Arc<dyn Env>,
-    random: Random,
+    random: Rng,
     engine: EngineKind,
     direct: bool,
     layers: Vec<PathBuf>,
@@ -38,7 +39,7 @@ struct World {
 impl World {
     fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
-        let (env, random) = (Arc::new(Host), Random::new(seed));
+        let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         World { folder, env, random, engine, direct, layers: Vec::new(), model: Vec::new() }
     }
 
@@ -95,7 +96,7 @@ impl World {
                     self.slot(range).copy_from_slice(&bytes);
                 }
                 9..=10 => {
-                    let (range, unmap) = (self.range(5000), self.random.once_in(2));
+                    let (range, unmap) = (self.range(5000), self.random.below(2) == 0);
                     rig.zero(range, unmap);
                     self.slot(range).fill(0);
                 }
@@ -130,7 +131,7 @@ impl World {
         for n in 0..16 {
             let start = n * share + self.random.below(share);
             let range = SectorRange::between(start, (start + 1 + self.random.below(40)).min((n + 1) * share));
-            if self.random.once_in(2) {
+            if self.random.below(2) == 0 {
                 let bytes = self.pattern(range);
                 let memory = Memory::new(&bytes);
                 rig.begin(diffdisk::disk::Work::Write { range, from: memory.slices(&[]) });
@@ -208,7 +209,7 @@ fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engin
         world.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
         let mut rig = world.open(false);
         world.work(&mut rig, 60);
-        if world.random.once_in(2) {
+        if world.random.below(2) == 0 {
             rig.flush();
             rig.abandon();
             world.check(false);
