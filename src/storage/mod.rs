@@ -26,6 +26,8 @@ pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod transfer;
+#[cfg(test)]
+mod twins;
 
 pub use engine::{Engine, SLOTS};
 pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
