@@ -27,6 +27,8 @@ pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod transfer;
+#[cfg(test)]
+mod twins;
 
 pub use bell::Bell;
 pub use engine::{Engine, SLOTS};
