@@ -78,8 +78,7 @@ impl Device {
             | feature::TOPOLOGY
             | feature::FLUSH
             | feature::CONFIG_WCE;
-        let kind =
-            if self.disk.is_read_only() { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES };
+        let kind = if self.disk.is_read_only() { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES };
         always | kind
     }
 

@@ -16,8 +16,13 @@
 //!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
 //! ```
 
+pub mod chain;
 pub mod config;
+pub mod exchange;
+pub mod guest;
+pub mod parse;
 pub mod queue;
+pub mod ring;
 pub mod spec;
 
 pub use config::Device;
