@@ -69,17 +69,7 @@ impl Device {
 
     /// The virtio features offered.
     pub fn features(&self) -> u64 {
-        let always = feature::VERSION_1
-            | feature::EVENT_IDX
-            | feature::INDIRECT_DESC
-            | feature::MQ
-            | feature::SEG_MAX
-            | feature::BLK_SIZE
-            | feature::TOPOLOGY
-            | feature::FLUSH
-            | feature::CONFIG_WCE;
-        let kind = if self.disk.is_read_only() { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES };
-        always | kind
+        offered(self.disk.is_read_only())
     }
 
     /// Features of ours that the driver took.
@@ -103,10 +93,7 @@ impl Device {
     /// `len` bytes of configuration space from `offset`, at most 256; what lies beyond it is zero. Some front-ends ask
     /// at 0x100, where the registers of a PCI device would place it: that is the same as 0.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
-        let space = self.config().encode();
-        let at = fold(offset);
-        let byte = |i: u32| at.checked_add(i).and_then(|i| space.get(i as usize)).copied().unwrap_or(0);
-        (0..len.min(CONFIG_SPACE)).map(byte).collect()
+        window(&self.config().encode(), offset, len)
     }
 
     /// Switches the cache: `bytes` is the one byte `writeback`, at its place. Going from on to off makes all completed
@@ -115,14 +102,7 @@ impl Device {
     /// # Errors
     /// `Refused` for any other field or value, and what the commit fails with; the cache is then as it was.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
-        let on = match (fold(offset) as usize, bytes) {
-            (spec::CONFIG_WRITEBACK, [0]) => false,
-            (spec::CONFIG_WRITEBACK, [1]) => true,
-            _ => {
-                let what = format!("cannot write {} bytes at {offset:#x} of the configuration space", bytes.len());
-                return Err(Error::new(ErrorKind::Refused, what));
-            }
-        };
+        let on = switch(offset, bytes)?;
         let was = self.cache.swap(on, Ordering::Relaxed);
         // First through, then the commit: no write that starts in between is left behind it.
         self.apply_cache();
@@ -164,7 +144,90 @@ fn seg_max(queue_size: u16) -> u16 {
     queue_size.saturating_sub(2).clamp(1, SEG_MAX)
 }
 
+/// The features of a disk.
+fn offered(read_only: bool) -> u64 {
+    let always = feature::VERSION_1
+        | feature::EVENT_IDX
+        | feature::INDIRECT_DESC
+        | feature::MQ
+        | feature::SEG_MAX
+        | feature::BLK_SIZE
+        | feature::TOPOLOGY
+        | feature::FLUSH
+        | feature::CONFIG_WCE;
+    always | if read_only { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES }
+}
+
 /// The place in configuration space that an offset of a front-end means.
 fn fold(offset: u32) -> u32 {
     offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
+}
+
+/// `len` bytes of a configuration space from `offset`.
+fn window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
+    let from = (fold(offset) as usize).min(space.len());
+    let len = len.min(CONFIG_SPACE) as usize;
+    let mut bytes = space[from..space.len().min(from + len)].to_vec();
+    bytes.resize(len, 0);
+    bytes
+}
+
+/// Whether a write to configuration space turns the cache on.
+fn switch(offset: u32, bytes: &[u8]) -> Result<bool> {
+    match (fold(offset) as usize, bytes) {
+        (spec::CONFIG_WRITEBACK, [0]) => Ok(false),
+        (spec::CONFIG_WRITEBACK, [1]) => Ok(true),
+        _ => {
+            let what = format!("cannot write {} bytes at {offset:#x} of the configuration space", bytes.len());
+            Err(Error::new(ErrorKind::Refused, what))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_window_is_answered() {
+        let space: Vec<u8> = (1..=60).collect();
+        assert_eq!(window(&space, 0, 60), space);
+        assert_eq!(window(&space, 0x100, 60), space, "0x100 is folded to 0");
+        assert_eq!(window(&space, 0x120, 1), [33]);
+        assert_eq!(window(&space, 58, 4), [59, 60, 0, 0]);
+        for (offset, len) in [(60, 8), (255, 8), (0x1ff, 300), (0x200, 4), (u32::MAX, u32::MAX), (0, 0)] {
+            let got = window(&space, offset, len);
+            assert_eq!(got.len(), len.min(256) as usize, "{offset} {len}");
+            assert!(got.iter().all(|&b| b == 0), "{offset} {len}");
+        }
+        assert_eq!(window(&space, 0, 256).len(), 256);
+    }
+
+    #[test]
+    fn only_the_cache_can_be_written() {
+        assert!(!switch(32, &[0]).unwrap() && switch(32, &[1]).unwrap() && switch(0x120, &[1]).unwrap());
+        for (offset, bytes) in
+            [(32, &[2][..]), (32, &[]), (32, &[1, 0]), (31, &[1]), (33, &[1]), (0, &[0]), (u32::MAX, &[1])]
+        {
+            assert_eq!(switch(offset, bytes).unwrap_err().kind(), ErrorKind::Refused, "{offset} {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_way_to_change_it() {
+        let (rw, ro) = (offered(false), offered(true));
+        let change = feature::DISCARD | feature::WRITE_ZEROES;
+        assert_eq!((rw & change, rw & feature::RO), (change, 0));
+        assert_eq!((ro & change, ro & feature::RO), (0, feature::RO));
+        // The numbers themselves, from virtio 1.2: 2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32.
+        assert_eq!(rw, 0x1_3000_7e44);
+    }
+
+    #[test]
+    fn segments_fit_into_the_ring() {
+        let fits = [(1024, 126), (256, 126), (128, 126), (127, 125), (64, 62), (4, 2), (2, 1), (1, 1)];
+        for (queue_size, most) in fits {
+            assert_eq!(seg_max(queue_size), most, "{queue_size}");
+        }
+    }
 }

@@ -18,6 +18,8 @@
 
 pub mod chain;
 pub mod config;
+#[cfg(test)]
+mod driver;
 pub mod exchange;
 pub mod guest;
 pub mod parse;

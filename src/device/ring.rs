@@ -207,3 +207,151 @@ impl Ring {
 
 /// The largest virtqueue anywhere: rings of this size have offsets far below `usize::MAX`.
 const _: () = assert!(spec::MAX_QUEUE_SIZE as usize * desc::LEN < 1 << 20);
+
+#[cfg(test)]
+mod tests {
+    use super::super::driver::{AVAIL, Driver, SEAM, TABLE, USED};
+    use super::*;
+
+    const USED_EVENT: u64 = AVAIL + 4 + 2 * 8;
+    const AVAIL_EVENT: u64 = USED + 4 + 8 * 8;
+
+    /// A ring of 8 whose owed first signal has been given.
+    fn ring(d: &Driver, event_idx: bool) -> Ring {
+        let mut ring = d.ring(event_idx);
+        assert!(ring.publish(), "the signal that a predecessor may have owed");
+        assert!(!ring.publish());
+        ring
+    }
+
+    #[test]
+    fn rings_are_checked_once_and_for_all() {
+        let d = Driver::new(8);
+        let good = d.layout();
+        let new = |layout| Ring::new(&d.view(), layout, 64, false, 0).map(|_| ()).map_err(|e| e.kind());
+        let bad = Err(ErrorKind::Invalid);
+        assert_eq!(new(good), Ok(()));
+        for size in [1, 2, 64] {
+            assert_eq!(new(Layout { size, ..good }), Ok(()), "{size}");
+        }
+        for size in [0, 3, 12, 63, 65, 128, 32768, u16::MAX] {
+            assert_eq!(new(Layout { size, ..good }), bad, "{size}");
+        }
+        assert_eq!(new(Layout { table: TABLE + 8, ..good }), bad);
+        assert_eq!(new(Layout { avail: AVAIL + 1, ..good }), bad);
+        assert_eq!(new(Layout { avail: AVAIL + 2, ..good }), Ok(()));
+        assert_eq!(new(Layout { used: USED + 2, ..good }), bad);
+        assert_eq!(new(Layout { used: USED + 4, ..good }), Ok(()));
+        // Up to the last byte of a region, and not into the next: 8 descriptors are 128, 22 and 70 bytes.
+        assert_eq!(new(Layout { table: SEAM - 128, ..good }), Ok(()));
+        assert_eq!(new(Layout { table: SEAM - 112, ..good }), bad);
+        assert_eq!(new(Layout { avail: SEAM - 22, ..good }), Ok(()));
+        assert_eq!(new(Layout { avail: SEAM - 20, ..good }), bad);
+        assert_eq!(new(Layout { used: SEAM - 72, ..good }), Ok(()));
+        assert_eq!(new(Layout { used: SEAM - 68, ..good }), bad);
+        for lost in [u64::MAX - 15, 1 << 60] {
+            assert_eq!(new(Layout { table: lost, ..good }), bad);
+        }
+    }
+
+    #[test]
+    fn the_avail_index_may_not_jump() {
+        let d = Driver::new(8);
+        let mut ring = d.ring(false);
+        for next in [0u16, 1, 7, u16::MAX] {
+            while ring.next_avail() != next {
+                ring.advance();
+            }
+            for (there, want) in
+                [(0, Ok(0)), (1, Ok(1)), (8, Ok(8)), (9, Err(Broken::Jump)), (u16::MAX, Err(Broken::Jump))]
+            {
+                d.put_word(AVAIL + 2, next.wrapping_add(there));
+                assert_eq!(ring.available(), want, "{there} after {next}");
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_descriptors() {
+        let d = Driver::new(8);
+        let ring = d.ring(false);
+        for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(Broken::Head)), (u16::MAX, Err(Broken::Head))] {
+            d.put_word(AVAIL + 4, head);
+            assert_eq!(ring.head(), want);
+        }
+    }
+
+    #[test]
+    fn a_batch_is_published_as_a_whole_and_wraps() {
+        let mut d = Driver::new(8);
+        // As after a reconnection: both rings are under way.
+        d.put_word(USED + 2, u16::MAX - 1);
+        d.seen = u16::MAX - 1;
+        let mut ring = Ring::new(&d.view(), d.layout(), 8, false, u16::MAX).unwrap();
+        assert_eq!((ring.next_avail(), ring.next_used()), (u16::MAX, u16::MAX - 1));
+        for i in 0..5u16 {
+            ring.put_used(i, u32::from(i) * 100);
+            assert_eq!(d.used(), [], "not before publish");
+        }
+        ring.publish();
+        assert_eq!(d.used(), [(0, 0), (1, 100), (2, 200), (3, 300), (4, 400)]);
+        assert_eq!(ring.next_used(), 3);
+    }
+
+    #[test]
+    fn signals_follow_the_used_event() {
+        let d = Driver::new(8);
+        let mut ring = ring(&d, true);
+        d.put_word(AVAIL, AVAIL_NO_INTERRUPT);
+        let mut give = |n: u16, event: u16| {
+            d.put_word(USED_EVENT, event);
+            (0..n).for_each(|_| ring.put_used(0, 0));
+            ring.publish()
+        };
+        assert!(give(1, 0), "the flag means nothing here");
+        assert!(!give(0, 1), "nothing new");
+        assert!(!give(1, 2), "1 was given, 2 is waited for");
+        assert!(give(3, 2), "it is in the middle of the batch");
+        assert!(!give(2, 2), "it has passed");
+        assert!(give(1, 7), "exactly the last");
+        for _ in 0..(u16::MAX - 8) / 7 {
+            give(7, 0);
+        }
+        assert!(give(14, 2), "over the wrap");
+    }
+
+    #[test]
+    fn signals_follow_the_flag_without_event_idx() {
+        let d = Driver::new(8);
+        let mut ring = ring(&d, false);
+        d.put_word(USED_EVENT, 1000);
+        ring.put_used(0, 0);
+        assert!(ring.publish());
+        d.put_word(AVAIL, AVAIL_NO_INTERRUPT);
+        ring.put_used(0, 0);
+        assert!(!ring.publish());
+    }
+
+    #[test]
+    fn kicks_are_asked_for() {
+        let mut d = Driver::new(8);
+        let mut plain = ring(&d, false);
+        plain.refuse_kicks();
+        assert_eq!(d.word(USED), USED_NO_NOTIFY);
+        assert!(!plain.want_kicks());
+        assert_eq!(d.word(USED), 0);
+        d.add(3);
+        assert!(plain.want_kicks(), "it came in between");
+        plain.advance();
+        assert!(!plain.want_kicks());
+
+        let mut event = ring(&d, true);
+        d.put_word(AVAIL_EVENT, 77);
+        event.refuse_kicks();
+        assert_eq!((d.word(USED), d.word(AVAIL_EVENT)), (0, 77));
+        assert!(event.want_kicks());
+        event.advance();
+        assert!(!event.want_kicks());
+        assert_eq!(d.word(AVAIL_EVENT), 1);
+    }
+}

@@ -243,3 +243,48 @@ impl Config {
         raw
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_is_laid_out_as_the_specification_says() {
+        let limits = Limits { sectors: 0x2827_2625, segments: 0x2c2b_2a29 };
+        let config = Config {
+            capacity: 0x0807_0605_0403_0201,
+            seg_max: 0x100f_0e0d,
+            blk_size: 0x1817_1615,
+            physical_block_exp: 0x19,
+            min_io_size: 0x1c1b,
+            opt_io_size: 0x201f_1e1d,
+            writeback: true,
+            num_queues: 0x2423,
+            discard: limits,
+            discard_sector_alignment: 0x302f_2e2d,
+            write_zeroes: limits,
+            write_zeroes_may_unmap: true,
+        };
+        // Byte n holds n + 1, but for what we do not offer, booleans, and the second limits.
+        let mut want: Vec<u8> = (1..=60).collect();
+        for absent in [8..12, 16..20, 25..26, 33..34, 57..60] {
+            want[absent].fill(0);
+        }
+        want[32] = 1;
+        want[56] = 1;
+        want.copy_within(36..44, 48);
+        assert_eq!(config.encode(), want[..]);
+    }
+
+    #[test]
+    fn rings_are_little_endian() {
+        let raw = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+        let d = Descriptor { addr: 0x0807_0605_0403_0201, len: 0x0c0b_0a09, flags: 0x0e0d, next: 0x100f };
+        assert_eq!(Descriptor::decode(&raw), d);
+        assert!(d.has(desc::NEXT) && !d.has(desc::WRITE) && d.has(desc::INDIRECT));
+        assert_eq!(Header::decode(&raw), Header { kind: 0x0403_0201, sector: 0x100f_0e0d_0c0b_0a09 });
+        let segment = Segment { sector: 0x0807_0605_0403_0201, count: 0x0c0b_0a09, flags: 0x100f_0e0d };
+        assert_eq!(Segment::decode(&raw), segment);
+        assert_eq!(used_element(0x0201, 0x0807_0605), [1, 2, 0, 0, 5, 6, 7, 8]);
+    }
+}
