@@ -1,5 +1,5 @@
 //! The driver's side of a ring, for tests: a guest's memory, descriptors, and as much mischief as a test wants.
-#![allow(clippy::little_endian_bytes)]
+#![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
 use std::sync::Arc;
 
