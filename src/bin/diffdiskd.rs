@@ -1,1 +1,5 @@
-fn main() {}
+//! The daemon. See `diffdisk::cli::serve`.
+
+fn main() -> std::process::ExitCode {
+    diffdisk::cli::serve::main()
+}

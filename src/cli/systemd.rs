@@ -1,0 +1,68 @@
+//! What systemd and a service say to each other: sockets handed over, and READY.
+//!
+//! Sources: sd_listen_fds(3), sd_notify(3).
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use super::adopt::adopt;
+
+/// The number of the first file descriptor handed over.
+const FIRST: RawFd = 3;
+
+/// The sockets that were handed over, in their order; none where the environment names none for this process.
+///
+/// # Errors
+/// Where a number handed over is not open.
+pub(super) fn sockets() -> io::Result<Vec<OwnedFd>> {
+    let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
+    let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
+    let count = if ours { read("LISTEN_FDS").unwrap_or(0).clamp(0, 4096) } else { 0 };
+    (FIRST..FIRST + count).map(adopt).collect()
+}
+
+/// Tells the service manager of our state, such as `READY=1`; does nothing where nobody asked.
+///
+/// # Errors
+/// Where the manager's socket does not take it.
+pub(super) fn notify(state: &str) -> io::Result<()> {
+    match std::env::var_os("NOTIFY_SOCKET") {
+        Some(name) if !name.is_empty() => tell(&name, state),
+        _ => Ok(()),
+    }
+}
+
+fn tell(name: &OsStr, state: &str) -> io::Result<()> {
+    let address = match name.as_bytes() {
+        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
+        _ => SocketAddr::from_pathname(name)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.send_to_addr(state.as_bytes(), &address).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_manager_hears_of_it_by_path_and_by_abstract_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let hears = |socket: UnixDatagram, name: &OsStr| {
+            tell(name, "READY=1").unwrap();
+            let mut said = [0; 16];
+            let n = socket.recv(&mut said).unwrap();
+            assert_eq!(&said[..n], b"READY=1");
+        };
+        hears(UnixDatagram::bind(&path).unwrap(), path.as_os_str());
+        let name = format!("diffdisk-test-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();
+        hears(UnixDatagram::bind_addr(&address).unwrap(), OsStr::new(&format!("@{name}")));
+        assert!(tell(OsStr::new("/nonexistent/socket"), "READY=1").is_err());
+    }
+}

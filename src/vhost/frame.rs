@@ -1,0 +1,286 @@
+//! The frame of a message, seen before the vhost crate takes the message off the socket.
+//!
+//! The crate reads blockingly, and ends with an unread body where it does not like a header. Looking first keeps the
+//! control thread from waiting for the rest of a message, tells a message that can be skipped from a stream that has
+//! lost its frames, and tells which request has to be answered by us where the crate gave no answer.
+
+use std::io::{self, IoSliceMut};
+use std::os::fd::AsFd;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// Bits of `flags`: the version of the protocol (1), this is an answer, an answer is wanted.
+const VERSION: u32 = 0x3;
+const REPLY: u32 = 0x4;
+const NEED_REPLY: u32 = 0x8;
+
+/// The header of a message, in the order of bytes of the host, as it stands on the socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Header {
+    request: u32,
+    flags: u32,
+    size: u32,
+}
+
+const HEADER: usize = size_of::<Header>();
+
+/// A whole message that waits on the socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Frame {
+    header: Header,
+    has_files: bool,
+}
+
+/// What is on the socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Next {
+    /// The front-end has closed it.
+    Gone,
+    /// A message that has begun and not ended.
+    Partial,
+    /// A message.
+    Whole(Frame),
+    /// Bytes that are no message; where the next one begins cannot be known.
+    Garbage,
+}
+
+/// Looks at the next message and leaves it where it is. To be called when the socket is readable.
+///
+/// # Errors
+/// Where the socket is broken.
+pub(super) fn peek(socket: impl AsFd) -> io::Result<Next> {
+    let mut header = Header::new_zeroed();
+    let mut no_files = RecvAncillaryBuffer::default();
+    let mut into = [IoSliceMut::new(header.as_mut_bytes())];
+    let seen = match recvmsg(&socket, &mut into, &mut no_files, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok(seen) => seen,
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Next::Partial),
+        Err(e) => return Err(e.into()),
+    };
+    match seen.bytes {
+        0 => return Ok(Next::Gone),
+        HEADER => {}
+        _ => return Ok(Next::Partial),
+    }
+    let Header { flags, size, .. } = header;
+    if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION != 1 || size as usize > MAX_MSG_SIZE {
+        return Ok(Next::Garbage);
+    }
+    // Not by the length of a peek: that ends where file descriptors are attached.
+    if rustix::io::ioctl_fionread(&socket)? < (HEADER as u64) + u64::from(size) {
+        return Ok(Next::Partial);
+    }
+    Ok(Next::Whole(Frame { header, has_files: seen.flags.contains(ReturnFlags::CTRUNC) }))
+}
+
+impl Frame {
+    /// The number of the request.
+    pub(super) fn request(self) -> u32 {
+        self.header.request
+    }
+
+    fn code(self) -> Option<FrontendReq> {
+        FrontendReq::try_from(self.header.request).ok()
+    }
+
+    /// Whether the vhost crate reads it to its end: it knows the request, and files come only where they may.
+    pub(super) fn is_readable(self) -> bool {
+        use FrontendReq as R;
+        let may_have_files = [
+            R::SET_MEM_TABLE,
+            R::SET_VRING_CALL,
+            R::SET_VRING_KICK,
+            R::SET_VRING_ERR,
+            R::SET_LOG_BASE,
+            R::SET_LOG_FD,
+            R::SET_BACKEND_REQ_FD,
+            R::SET_INFLIGHT_FD,
+            R::ADD_MEM_REG,
+            R::REM_MEM_REG,
+            R::SET_DEVICE_STATE_FD,
+            R::GPU_SET_SOCKET,
+        ];
+        let Some(code) = self.code() else { return false };
+        self.header.flags & REPLY == 0 && (!self.has_files || may_have_files.contains(&code))
+    }
+
+    /// Whether the protocol wants an answer that cannot say no: after a failure only hanging up is left.
+    pub(super) fn has_no_refusal(self) -> bool {
+        use FrontendReq as R;
+        let asks = [
+            R::GET_FEATURES,
+            R::GET_PROTOCOL_FEATURES,
+            R::GET_VRING_BASE,
+            R::GET_QUEUE_NUM,
+            R::GET_CONFIG,
+            R::GET_INFLIGHT_FD,
+            R::GET_MAX_MEM_SLOTS,
+            R::GET_SHARED_OBJECT,
+            R::GET_SHMEM_CONFIG,
+            R::SET_LOG_BASE,
+            R::SET_DEVICE_STATE_FD,
+            R::CHECK_DEVICE_STATE,
+            R::POSTCOPY_ADVISE,
+        ];
+        self.code().is_some_and(|code| asks.contains(&code))
+    }
+
+    /// Whether the vhost crate words a handler's failure as an answer to this question.
+    pub(super) fn refuses_in_its_answer(self) -> bool {
+        use FrontendReq as R;
+        let worded = [R::GET_CONFIG, R::GET_SHARED_OBJECT, R::SET_DEVICE_STATE_FD, R::CHECK_DEVICE_STATE];
+        self.code().is_some_and(|code| worded.contains(&code))
+    }
+
+    /// Whether the vhost crate acknowledges it even where its own checks fail.
+    pub(super) fn is_always_acknowledged(self) -> bool {
+        use FrontendReq as R;
+        let always = [R::SET_MEM_TABLE, R::SET_CONFIG, R::SET_BACKEND_REQ_FD, R::GPU_SET_SOCKET];
+        self.code().is_some_and(|code| always.contains(&code))
+    }
+
+    /// Whether the front-end waits for an acknowledgement (where REPLY_ACK was negotiated).
+    pub(super) fn wants_acknowledgement(self) -> bool {
+        self.header.flags & NEED_REPLY != 0
+    }
+
+    /// Takes the message off the socket; files that came with it are closed.
+    ///
+    /// # Errors
+    /// Where the socket is broken.
+    pub(super) fn skip(self, socket: impl AsFd) -> io::Result<()> {
+        let mut left = HEADER + self.header.size as usize;
+        let mut sink = [0; 512];
+        while left > 0 {
+            let room = left.min(sink.len());
+            match recv(&socket, &mut sink[..room], RecvFlags::empty())? {
+                (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                (n, _) => left -= n,
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers that the request failed.
+    ///
+    /// # Errors
+    /// Where the socket is broken.
+    pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
+        let header = Header { request: self.header.request, flags: 1 | REPLY, size: size_of::<u64>() as u32 };
+        let message = [header.as_bytes(), 1u64.as_bytes()].concat();
+        match send(socket, &message, SendFlags::NOSIGNAL)? {
+            n if n == message.len() => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+}
+
+/// Whether an answer can be written without waiting. A front-end that reads none of its answers fills the socket.
+pub(super) fn has_room(socket: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::OUT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn header(request: u32, flags: u32, size: u32) -> Vec<u8> {
+        Header { request, flags, size }.as_bytes().to_vec()
+    }
+
+    fn whole(socket: &UnixStream) -> Frame {
+        match peek(socket).unwrap() {
+            Next::Whole(frame) => frame,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_message_is_whole_when_its_last_byte_is_there() {
+        let (mut far, near) = UnixStream::pair().unwrap();
+        let message = [header(2, 1, 8), vec![0; 8]].concat();
+        for byte in &message[..message.len() - 1] {
+            far.write_all(&[*byte]).unwrap();
+            assert_eq!(peek(&near).unwrap(), Next::Partial);
+        }
+        far.write_all(&message[..1]).unwrap();
+        let frame = whole(&near);
+        assert!(frame.is_readable() && !frame.has_no_refusal() && !frame.wants_acknowledgement());
+        drop(far);
+        frame.skip(&near).unwrap();
+        assert_eq!(peek(&near).unwrap(), Next::Gone);
+    }
+
+    #[test]
+    fn what_is_no_message_is_told_from_what_is_not_for_us() {
+        for (bad, why) in [
+            (header(1, 0, 0), "version 0"),
+            (header(1, 2, 0), "version 2"),
+            (header(1, 0x11, 0), "a reserved flag"),
+            (header(1, 1, 4097), "too long"),
+        ] {
+            let (mut far, near) = UnixStream::pair().unwrap();
+            far.write_all(&bad).unwrap();
+            assert_eq!(peek(&near).unwrap(), Next::Garbage, "{why}");
+        }
+        for other in [header(0, 1, 0), header(999, 9, 0), header(1, 5, 0)] {
+            let (mut far, near) = UnixStream::pair().unwrap();
+            far.write_all(&other).unwrap();
+            let frame = whole(&near);
+            assert!(!frame.is_readable());
+            frame.skip(&near).unwrap();
+            far.write_all(&header(1, 1, 0)).unwrap();
+            assert!(whole(&near).is_readable());
+        }
+    }
+
+    #[test]
+    fn files_are_seen_and_left_alone() {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
+        let (far, near) = UnixStream::pair().unwrap();
+        for (request, readable) in [(1, false), (12, true)] {
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [far.as_fd()];
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            let head = header(request, 1, 8);
+            sendmsg(&far, &[io::IoSlice::new(&head)], &mut control, SendFlags::empty()).unwrap();
+            assert_eq!(peek(&near).unwrap(), Next::Partial);
+            (&far).write_all(&[0; 8]).unwrap();
+            let frame = whole(&near);
+            assert!(frame.has_files);
+            assert_eq!(frame.is_readable(), readable);
+            frame.skip(&near).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_an_answer_to_the_same_request() {
+        let (mut far, near) = UnixStream::pair().unwrap();
+        far.write_all(&header(999, 9, 0)).unwrap();
+        let frame = whole(&near);
+        assert!(frame.wants_acknowledgement());
+        frame.refuse(&near).unwrap();
+        let mut answer = [0; 20];
+        far.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..12], header(999, 5, 8));
+        assert_eq!(answer[12..], *1u64.as_bytes());
+    }
+
+    #[test]
+    fn a_front_end_that_reads_nothing_fills_the_socket() {
+        let (_far, near) = UnixStream::pair().unwrap();
+        assert!(has_room(&near));
+        near.set_nonblocking(true).unwrap();
+        while (&near).write(&[0; 4096]).is_ok() {}
+        assert!(!has_room(&near));
+    }
+}

@@ -1,0 +1,33 @@
+//! vhost-user: what front-ends say to a disk, and the threads that serve its rings.
+//!
+//! This floor owns the socket of a disk, the messages on it, the table of guest memory, and one thread per queue. It
+//! leaves what stands in the rings to `device`, and what becomes of the bytes to `disk`.
+//!
+//! ```text
+//!  front-end ── socket ── frame ── vhost crate ── handler ──┬── memory   the guest's regions, mapped and checked
+//!                           │                               └── worker   one a queue: epoll, device::Queue, lane
+//!                        daemon: accepts, refuses a second front-end, ends on the stop signal
+//! ```
+//!
+//! * The **control thread** (one a disk, `daemon`) reads messages and never touches a running ring. It stops a ring,
+//!   changes it, and starts it again; everything a ring needs travels to its worker in a command.
+//! * A **worker** (one a queue) lives as long as the disk. A front-end that leaves takes its rings and its memory
+//!   with it, after they are drained; the workers wait for the next one.
+//! * A handler lives as long as a connection: nothing of one front-end is left for the next but the disk.
+//!
+//! What is negotiated: MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+
+mod daemon;
+mod frame;
+mod handler;
+mod memory;
+mod socket;
+mod worker;
+
+pub use daemon::{Daemon, Service};
+pub use socket::{Listener, Socket};
+
+/// Queues that one disk may have.
+pub const MAX_QUEUES: u16 = 64;
+/// Entries that one queue may have (the size of a split ring at most).
+pub const MAX_QUEUE_SIZE: u16 = 32768;

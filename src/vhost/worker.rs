@@ -1,0 +1,399 @@
+//! The thread of one queue: it alone touches the queue's ring while the ring runs.
+//!
+//! A worker lives as long as the disk. The control thread talks to it in commands; a command is put into the channel
+//! first and then rung for. All waiting is one edge-triggered `epoll_wait` over the bell, the kick of the ring and
+//! what the lane wakes by. An edge-triggered event counter reports each write to it without ever being read, so a
+//! kick costs no call of its own; and a front-end that reads its own kick cannot make the thread wait.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use zerocopy::IntoBytes;
+
+use crate::device::{Device, Memory, Queue, Turn, Vring};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::EngineKind;
+
+/// What every worker of a disk is started with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Settings {
+    pub(super) engine: EngineKind,
+    /// How long to go on looking at the ring after it was last busy, before sleeping.
+    pub(super) poll: Duration,
+}
+
+/// A ring that is ready to run.
+pub(super) struct Ring {
+    pub(super) vring: Vring,
+    pub(super) memory: Arc<Memory>,
+    pub(super) kick: Arc<File>,
+    /// Told when the ring breaks.
+    pub(super) err: Option<File>,
+    /// Where it starts: the number of the next available entry.
+    pub(super) base: u16,
+}
+
+enum Command {
+    Start(Box<Ring>, SyncSender<Result<()>>),
+    SetCall(Option<File>),
+    SetErr(Option<File>),
+    Stop(SyncSender<u16>),
+    Exit,
+}
+
+/// The control thread's end of a worker. Dropping it drains the queue and ends the thread.
+pub(super) struct Worker {
+    commands: Sender<Command>,
+    bell: EventNotifier,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread of queue `index` of `device`; returns when its lane stands.
+    ///
+    /// # Errors
+    /// Where the host has no room for a thread or a lane.
+    pub(super) fn start(device: &Arc<Device>, index: usize, settings: Settings, disk: &str) -> Result<Worker> {
+        let cannot = |e| Error::io("cannot start the thread of a queue", e);
+        let (bell_end, bell) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).map_err(cannot)?;
+        let (commands, receiver) = mpsc::channel();
+        let (ready, is_ready) = mpsc::sync_channel(1);
+        let (device, name) = (device.clone(), format!("disk {disk}, queue {index}"));
+        let body = move || {
+            // The lane is made by the thread that uses it: a ring of the host may belong to one thread.
+            let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
+            let made = lane.and_then(|lane| {
+                let queue = Queue::new(device, lane, index);
+                QueueThread::new(queue, receiver, bell_end, settings.poll, name)
+                    .map_err(|e| Error::io("cannot make the event loop of a queue", e))
+            });
+            match made {
+                Ok(mut thread) => {
+                    let _ = ready.send(Ok(()));
+                    thread.run();
+                }
+                Err(e) => drop(ready.send(Err(e))),
+            }
+        };
+        let thread = thread::Builder::new().name(format!("queue-{index}")).spawn(body).map_err(cannot)?;
+        let worker = Worker { commands, bell, thread: Some(thread) };
+        is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
+        Ok(worker)
+    }
+
+    /// Runs a ring. The queue must be stopped.
+    ///
+    /// # Errors
+    /// Where the ring cannot be run, or the queue is broken for good.
+    pub(super) fn start_ring(&self, ring: Ring) -> Result<()> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Start(Box::new(ring), reply));
+        answer.recv().unwrap_or_else(|_| Err(Worker::lost()))
+    }
+
+    /// Puts another event counter in the place of the one by which the guest learns of completions.
+    pub(super) fn set_call(&self, call: Option<File>) {
+        self.send(Command::SetCall(call));
+    }
+
+    /// The same for the one by which the front-end learns of a broken ring.
+    pub(super) fn set_err(&self, err: Option<File>) {
+        self.send(Command::SetErr(err));
+    }
+
+    /// Stops the ring: takes no more requests, and the answer comes when those taken are complete. The answer is the
+    /// number of the next available entry; none where the thread is lost.
+    pub(super) fn stop_ring(&self) -> Receiver<u16> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Stop(reply));
+        answer
+    }
+
+    fn send(&self, command: Command) {
+        // A thread that is gone drops the command, and with it the sender of its answer: the caller sees that.
+        let _ = self.commands.send(command);
+        if let Err(e) = self.bell.notify()
+            && e.kind() != io::ErrorKind::WouldBlock
+        {
+            error!("cannot wake the thread of a queue: {e}");
+        }
+    }
+
+    fn lost() -> Error {
+        Error::new(ErrorKind::Io, "the thread of the queue has ended; this queue is out of service")
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.send(Command::Exit);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("the thread of a queue ended by a fault");
+        }
+    }
+}
+
+/// How the queue stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    /// No ring.
+    Stopped,
+    Running,
+    /// The ring broke a rule: nothing more is taken from it, what was taken is completed. Mended by the next start.
+    Broken,
+    /// We broke a rule of our own: the queue is not touched again.
+    Faulty,
+}
+
+struct QueueThread {
+    queue: Queue,
+    ring: Option<Box<Ring>>,
+    state: State,
+    commands: Receiver<Command>,
+    /// Never read; kept so that ringing it stays possible.
+    _bell: EventConsumer,
+    epoll: Epoll,
+    poll: Duration,
+    name: String,
+}
+
+impl QueueThread {
+    fn new(
+        queue: Queue,
+        commands: Receiver<Command>,
+        bell: EventConsumer,
+        poll: Duration,
+        name: String,
+    ) -> io::Result<QueueThread> {
+        let epoll = Epoll::new()?;
+        epoll.add(bell.as_raw_fd())?;
+        for fd in queue.wake_fds().into_iter().flatten() {
+            epoll.add(fd.as_raw_fd())?;
+        }
+        Ok(QueueThread { queue, ring: None, state: State::Stopped, commands, _bell: bell, epoll, poll, name })
+    }
+
+    fn run(&mut self) {
+        let mut seen = None;
+        let mut sleep_at = Instant::now();
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
+                    self.stop();
+                    return;
+                }
+                Ok(command) => {
+                    self.obey(command);
+                    continue;
+                }
+                Err(TryRecvError::Empty) => {}
+            }
+            match self.serve() {
+                Turn::More => continue,
+                Turn::Idle if !self.poll.is_zero() => {
+                    let now = Instant::now();
+                    let progress = self.progress();
+                    if progress != seen {
+                        seen = progress;
+                        sleep_at = now + self.poll;
+                    }
+                    if now < sleep_at {
+                        std::hint::spin_loop();
+                        continue;
+                    }
+                }
+                Turn::Idle | Turn::Broken => {}
+            }
+            self.epoll.wait();
+        }
+    }
+
+    /// One turn of the ring, if it runs.
+    fn serve(&mut self) -> Turn {
+        let (State::Running | State::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
+            return Turn::Idle;
+        };
+        let turn = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
+            Ok(Ok(turn)) => turn,
+            Ok(Err(e)) => {
+                error!("{}: the ring cannot be served: {e}", self.name);
+                Turn::Broken
+            }
+            Err(_) => {
+                error!("{}: a fault of our own while serving; the queue is out of service", self.name);
+                self.state = State::Faulty;
+                self.tell_broken();
+                return Turn::Broken;
+            }
+        };
+        if matches!(turn, Turn::Broken) && self.state == State::Running {
+            warn!("{}: the ring is broken; nothing more is taken from it until it is set up again", self.name);
+            self.state = State::Broken;
+            self.tell_broken();
+        }
+        turn
+    }
+
+    /// Stops listening to the kick and tells the front-end, if it wants to know.
+    fn tell_broken(&self) {
+        let Some(ring) = &self.ring else { return };
+        self.epoll.remove(ring.kick.as_raw_fd());
+        if let Some(mut err) = ring.err.as_ref()
+            && let Err(e) = err.write(1u64.as_bytes())
+        {
+            warn!("{}: the front-end cannot be told of the broken ring: {e}", self.name);
+        }
+    }
+
+    /// Where the ring stands: differs after a turn that took or completed something.
+    fn progress(&self) -> Option<(u16, u16)> {
+        let ring = self.ring.as_ref()?;
+        let state = ring.vring.get_ref();
+        Some((state.get_queue().next_avail(), state.get_queue().next_used()))
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Start(ring, reply) => {
+                let started = self.start(ring);
+                let _ = reply.send(started);
+            }
+            Command::SetCall(call) => {
+                if matches!(self.state, State::Running | State::Broken)
+                    && let Some(ring) = &self.ring
+                {
+                    ring.vring.set_call(call);
+                    // What completed before the change was told to the old counter, and may have been missed.
+                    if let Err(e) = ring.vring.signal_used_queue() {
+                        warn!("{}: the guest cannot be told of completions: {e}", self.name);
+                    }
+                }
+            }
+            Command::SetErr(err) => {
+                if let Some(ring) = &mut self.ring {
+                    ring.err = err;
+                }
+            }
+            Command::Stop(reply) => {
+                let base = self.stop();
+                let _ = reply.send(base);
+            }
+            Command::Exit => unreachable!("the loop ends before it"),
+        }
+    }
+
+    fn start(&mut self, ring: Box<Ring>) -> Result<()> {
+        if self.state == State::Faulty {
+            return Err(Error::new(ErrorKind::Io, "the queue is out of service until the daemon is started again"));
+        }
+        assert!(self.ring.is_none(), "a ring is started only where none runs");
+        self.queue.start(&ring.vring, ring.memory.clone())?;
+        if let Err(e) = self.epoll.add(ring.kick.as_raw_fd()) {
+            let _ = self.queue.stop(&ring.vring);
+            return Err(Error::io("the kick of the ring cannot be waited for", e));
+        }
+        self.ring = Some(ring);
+        self.state = State::Running;
+        Ok(())
+    }
+
+    /// Drains the queue; the number of the next available entry.
+    fn stop(&mut self) -> u16 {
+        let Some(ring) = self.ring.take() else { return 0 };
+        if self.state == State::Running {
+            self.epoll.remove(ring.kick.as_raw_fd());
+        }
+        if self.state == State::Faulty {
+            return ring.base;
+        }
+        self.state = State::Stopped;
+        match catch_unwind(AssertUnwindSafe(|| self.queue.stop(&ring.vring))) {
+            Ok(Ok(base)) => base,
+            Ok(Err(e)) => {
+                error!("{}: the ring did not stop cleanly: {e}", self.name);
+                ring.base
+            }
+            Err(_) => {
+                error!("{}: a fault of our own while stopping; the queue is out of service", self.name);
+                self.state = State::Faulty;
+                ring.base
+            }
+        }
+    }
+}
+
+/// An epoll instance of edge-triggered reading.
+struct Epoll(RawFd);
+
+impl Epoll {
+    fn new() -> io::Result<Epoll> {
+        epoll::create(true).map(Epoll)
+    }
+
+    fn add(&self, fd: RawFd) -> io::Result<()> {
+        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
+        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
+    }
+
+    fn remove(&self, fd: RawFd) {
+        let none = epoll::Event::new(epoll::Events::empty(), 0);
+        // It may be gone already: a broken ring's kick is removed when it breaks.
+        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
+    }
+
+    /// Returns when something happened, or for no reason.
+    fn wait(&self) {
+        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
+        if let Err(e) = epoll::wait(self.0, -1, &mut events)
+            && e.kind() != io::ErrorKind::Interrupted
+        {
+            panic!("a queue's own epoll instance fails: {e}");
+        }
+    }
+}
+
+impl Drop for Epoll {
+    fn drop(&mut self) {
+        let _ = epoll::close(self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rule the loop stands on: every write to an event counter is one event, though nobody reads the counter.
+    #[test]
+    fn each_ring_of_the_bell_is_one_event() {
+        let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+        let epoll = Epoll::new().unwrap();
+        bell.notify().unwrap();
+        epoll.add(end.as_raw_fd()).unwrap();
+        let happened = |epoll: &Epoll| {
+            let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
+            epoll::wait(epoll.0, 0, &mut events).unwrap()
+        };
+        assert_eq!(happened(&epoll), 1, "rung before it was added");
+        assert_eq!(happened(&epoll), 0, "an edge is told once");
+        for _ in 0..3 {
+            bell.notify().unwrap();
+            assert_eq!(happened(&epoll), 1);
+        }
+        epoll.remove(end.as_raw_fd());
+        bell.notify().unwrap();
+        assert_eq!(happened(&epoll), 0);
+    }
+}
