@@ -7,7 +7,7 @@ mod common;
 use common::chain::Chain;
 use common::daemon::Daemon;
 use common::guest::Guest;
-use common::{oracle, tool};
+use common::{digest, oracle};
 
 #[test]
 fn a_file_system_written_on_a_chain_is_what_everyone_reads() {
