@@ -78,7 +78,8 @@ impl Chain {
             if next >= size {
                 return Err(Defect::Next);
             }
-            let d = Descriptor::decode(&table.read(usize::from(next) * desc::LEN));
+            let at = usize::from(next) * desc::LEN;
+            let d = Descriptor::decode(table.load_raw64(at), table.load_raw64(at + 8));
             if d.has(desc::INDIRECT) {
                 return if d.has(desc::NEXT) { Err(Defect::Nested) } else { self.walk_indirect(view, d, size) };
             }
@@ -108,7 +109,7 @@ impl Chain {
             if !view.read(at, &mut raw) {
                 return Err(Defect::Table);
             }
-            let d = Descriptor::decode(&raw);
+            let d = Descriptor::decode_bytes(&raw);
             if d.has(desc::INDIRECT) {
                 return Err(Defect::Nested);
             }

@@ -145,7 +145,7 @@ impl Exchange {
 
     /// The status byte goes after the data and before the used element.
     fn finish(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
-        let there = self.view.write(status_at, &[status as u8]);
+        let there = self.view.write_byte(status_at, status as u8);
         assert!(there, "the place of a status was checked when its chain was taken");
         self.ring.put_used(head, written);
     }

@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -85,17 +85,25 @@ impl View {
         self.each(addr, len, |_, _| ())
     }
 
-    /// Copies a range, once, by volatile reads (V5).
+    /// Copies a range, once (V5).
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
-        self.each(addr, into.len(), |piece, at| {
+        let whole = self.each(addr, into.len(), |piece, at| {
             piece.copy_to(&mut into[at..at + piece.len()]);
-        })
+        });
+        // Longer copies are plain ones: the compiler may not look at the guest's bytes again instead of at the copy.
+        compiler_fence(Ordering::SeqCst);
+        whole
     }
 
     /// Writes a range; nothing where part of it is not the guest's memory.
     pub fn write(&self, addr: u64, from: &[u8]) -> bool {
         self.holds(addr, from.len())
             && self.each(addr, from.len(), |piece, at| piece.copy_from(&from[at..at + piece.len()]))
+    }
+
+    /// Writes one byte; false where that is not the guest's memory.
+    pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
+        self.each(addr, 1, |piece, _| piece.copy_from(&[byte]))
     }
 
     /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
@@ -150,16 +158,14 @@ impl Span {
         self.slice(at, 2).store(spec::word(word), 0, order).expect("rings and their words are aligned");
     }
 
-    /// Copies the bytes at `at`, once.
-    pub fn read<const N: usize>(&self, at: usize) -> [u8; N] {
-        let mut bytes = [0; N];
-        self.slice(at, N).copy_to(&mut bytes);
-        bytes
+    /// The 64-bit word at byte `at`, a multiple of 8 as is the span's alignment; in the guest's order.
+    pub fn load_raw64(&self, at: usize) -> u64 {
+        self.slice(at, 8).load(0, Ordering::Relaxed).expect("descriptors are aligned")
     }
 
-    /// Writes the bytes at `at`.
-    pub fn write(&self, at: usize, bytes: &[u8]) {
-        self.slice(at, bytes.len()).copy_from(bytes);
+    /// Puts a 32-bit word, in the guest's order, at byte `at`, a multiple of 4 as is the span's alignment.
+    pub fn store_raw32(&self, at: usize, word: u32) {
+        self.slice(at, 4).store(word, 0, Ordering::Relaxed).expect("used elements are aligned");
     }
 }
 
@@ -235,6 +241,10 @@ mod tests {
         let span = view.span(0x1100, 16, 2).unwrap();
         span.store(2, 0xabcd, Ordering::Release);
         assert_eq!(span.load(2, Ordering::Acquire), 0xabcd);
-        assert_eq!(span.read::<4>(0), [0, 0, 0xcd, 0xab], "rings are little-endian");
+        span.store_raw32(4, spec::used_element(0x1234, 0)[0]);
+        let mut raw = [0; 6];
+        assert!(view.read(0x1102, &mut raw));
+        assert_eq!(raw, [0xcd, 0xab, 0x34, 0x12, 0, 0], "rings are little-endian");
+        assert_eq!(spec::Descriptor::decode(span.load_raw64(0), 0).addr, 0x1234_abcd_0000);
     }
 }

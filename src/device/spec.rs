@@ -114,8 +114,19 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
+    /// From its two 64-bit words as they stand in the guest's memory.
+    pub fn decode(first: u64, second: u64) -> Descriptor {
+        let second = u64::from_le(second);
+        Descriptor {
+            addr: u64::from_le(first),
+            len: second as u32,
+            flags: (second >> 32) as u16,
+            next: (second >> 48) as u16,
+        }
+    }
+
     /// From its 16 bytes.
-    pub fn decode(raw: &[u8; desc::LEN]) -> Descriptor {
+    pub fn decode_bytes(raw: &[u8; desc::LEN]) -> Descriptor {
         Descriptor {
             addr: u64::from_le_bytes(array(raw, 0)),
             len: u32::from_le_bytes(array(raw, 8)),
@@ -168,9 +179,9 @@ impl Segment {
     }
 }
 
-/// An element of the used ring.
-pub fn used_element(head: u16, written: u32) -> [u8; 8] {
-    (u64::from(head) | u64::from(written) << 32).to_le_bytes()
+/// The two words of an element of the used ring, as they are to stand in the guest's memory.
+pub fn used_element(head: u16, written: u32) -> [u32; 2] {
+    [u32::from(head).to_le(), written.to_le()]
 }
 
 /// A 16-bit word of a ring, either way between the guest's order and ours.
@@ -246,6 +257,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::host_endian_bytes)]
+
     use super::*;
 
     #[test]
@@ -280,11 +293,13 @@ mod tests {
     fn rings_are_little_endian() {
         let raw = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
         let d = Descriptor { addr: 0x0807_0605_0403_0201, len: 0x0c0b_0a09, flags: 0x0e0d, next: 0x100f };
-        assert_eq!(Descriptor::decode(&raw), d);
+        assert_eq!(Descriptor::decode_bytes(&raw), d);
+        let words = [0, 8].map(|at| u64::from_ne_bytes(array(&raw, at)));
+        assert_eq!(Descriptor::decode(words[0], words[1]), d);
         assert!(d.has(desc::NEXT) && !d.has(desc::WRITE) && d.has(desc::INDIRECT));
         assert_eq!(Header::decode(&raw), Header { kind: 0x0403_0201, sector: 0x100f_0e0d_0c0b_0a09 });
         let segment = Segment { sector: 0x0807_0605_0403_0201, count: 0x0c0b_0a09, flags: 0x100f_0e0d };
         assert_eq!(Segment::decode(&raw), segment);
-        assert_eq!(used_element(0x0201, 0x0807_0605), [1, 2, 0, 0, 5, 6, 7, 8]);
+        assert_eq!(used_element(0x0201, 0x0807_0605).map(u32::to_ne_bytes), [[1, 2, 0, 0], [5, 6, 7, 8]]);
     }
 }
