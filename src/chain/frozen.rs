@@ -12,9 +12,9 @@ use std::sync::OnceLock;
 
 use super::extent::{Missing, Plan, Source};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Paged, SECTOR_BITS};
+use crate::image::{Image, Paged};
 use crate::storage::Slot;
-use crate::units::{SECTOR, SectorRange};
+use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 
 /// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
 const CELL_SECTORS: u64 = 4096;

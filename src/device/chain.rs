@@ -9,6 +9,9 @@ use super::spec::{Descriptor, desc};
 
 /// Most entries of an indirect table.
 pub const MAX_INDIRECT: u16 = 1024;
+/// Entries that an indirect table may have on any ring. A driver learns `seg_max` before it knows the size of its ring,
+/// and Linux then makes tables of that many and two more, even on a smaller ring.
+const MIN_INDIRECT: u16 = super::config::SEG_MAX + 2;
 
 /// A buffer of one descriptor, not yet checked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,7 +99,8 @@ impl Chain {
     fn walk_indirect(&mut self, view: &View, of: Descriptor, size: u16) -> Result<(), Defect> {
         let len = of.len as usize;
         let entries = len / desc::LEN;
-        if !len.is_multiple_of(desc::LEN) || entries == 0 || entries > usize::from(size.min(MAX_INDIRECT)) {
+        let most = size.max(MIN_INDIRECT).min(MAX_INDIRECT);
+        if !len.is_multiple_of(desc::LEN) || entries == 0 || entries > usize::from(most) {
             return Err(Defect::Table);
         }
         let mut next = 0u16;
@@ -212,7 +216,8 @@ mod tests {
         assert_eq!(walk(INDIRECT, 48, 0), Ok((3, 12)));
         assert_eq!(walk(INDIRECT, 48, WRITE), Ok((3, 12)), "its own WRITE flag means nothing");
         assert_eq!(walk(INDIRECT, 128, 0), Ok((3, 12)), "as long as the ring is, the end unused");
-        assert_eq!(walk(INDIRECT, 144, 0), Err(Defect::Table), "longer than the ring");
+        assert_eq!(walk(INDIRECT, 2048, 0), Ok((3, 12)), "as long as Linux makes them on any ring");
+        assert_eq!(walk(INDIRECT, 2064, 0), Err(Defect::Table), "longer");
         assert_eq!(walk(INDIRECT, 32, 0), Err(Defect::Long), "the third lies outside");
         for len in [0, 15, 17, 47, u32::MAX] {
             assert_eq!(walk(INDIRECT, len, 0), Err(Defect::Table), "{len}");

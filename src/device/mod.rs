@@ -26,6 +26,8 @@ pub mod parse;
 pub mod queue;
 pub mod ring;
 pub mod spec;
+#[cfg(test)]
+mod turns;
 
 pub use config::Device;
 pub use queue::{Queue, Turn};

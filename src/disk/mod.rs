@@ -145,7 +145,8 @@ impl Disk {
         self.write_through.store(on, Ordering::SeqCst);
     }
 
-    fn is_write_through(&self) -> bool {
+    /// Whether a write is answered only when it is durable.
+    pub fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::SeqCst)
     }
 

@@ -12,10 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::paged::Paged;
 use crate::format::bitmap;
-use crate::units::{BlockSize, SECTOR, SectorRange};
-
-/// Bits in a sector of bitmap.
-pub const SECTOR_BITS: u32 = SECTOR as u32 * 8;
+use crate::units::{BlockSize, SECTOR, SECTOR_BITS, SectorRange};
 
 /// The bits that one sector of bitmap holds.
 #[derive(Debug)]

@@ -29,7 +29,6 @@ pub mod tail;
 pub mod writable;
 
 pub use bat::Bat;
-pub use bitmaps::SECTOR_BITS;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
 pub use create::{Kind, ParentLink, Spec, create, folder_of};

@@ -34,7 +34,8 @@ impl Chain {
             OsStr::new("dynamic"),
             OsStr::new("--from"),
             OsStr::new("raw"),
-        ]).ok();
+        ])
+        .ok();
         fs::remove_file(raw).expect("the raw file goes");
         Self { folder, layers: vec![root], frozen: Vec::new() }
     }

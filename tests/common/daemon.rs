@@ -32,10 +32,8 @@ impl Daemon {
             option.push(value);
             option
         };
-        let mut arguments = vec![
-            option("--socket-path=", &rendezvous.path().join("disk.sock")),
-            option("--blk-file=", image),
-        ];
+        let mut arguments =
+            vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
         arguments.extend(extra.iter().map(OsString::from));
         let child = spawn(&arguments, rendezvous.path());
         let mut daemon = Self { child, arguments, rendezvous };

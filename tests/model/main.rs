@@ -4,10 +4,10 @@
 //! unclean ends in between. Every disagreement names the seed.
 #![allow(unreachable_pub)]
 
+mod rig;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
 mod rng;
-mod rig;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use diffdisk::image::{self, Kind, ParentLink, Spec};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
-use rng::Rng;
 use rig::{Memory, Rig};
+use rng::Rng;
 
 const KIB: u64 = 1 << 10;
 
@@ -193,13 +193,7 @@ fn link(env: &dyn Env, parent: &Path) -> ParentLink {
     let image = image::Image::open(env.open(parent, Access::Read).expect("it is there")).expect("it opens");
     let name = PathBuf::from(parent.file_name().expect("a name"));
     let modified = image.file().stat().expect("it is there").modified;
-    ParentLink {
-        uuid: image.uuid(),
-        modified,
-        relative: Some(name.clone()),
-        absolute: Some(parent.to_owned()),
-        name,
-    }
+    ParentLink { uuid: image.uuid(), modified, relative: Some(name.clone()), absolute: Some(parent.to_owned()), name }
 }
 
 /// Builds a chain of `depth` children over a root, working on each layer before the next covers it.
