@@ -1,9 +1,11 @@
 //! diffdisk serves chains of differencing VHDs to virtual machines.
 
 pub mod chain;
+pub mod cli;
 pub mod disk;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod ops;
 pub mod storage;
 pub mod units;

@@ -32,7 +32,7 @@ pub use bat::Bat;
 pub use bitmaps::SECTOR_BITS;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
-pub use create::{Kind, ParentLink, Spec, create, folder_of};
+pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name};
 pub use drive::drive;
 pub use open::Image;
 pub use paged::Paged;
