@@ -36,6 +36,15 @@ pub struct Extent {
     pub source: Source,
 }
 
+impl Extent {
+    /// Both as one, where `next` begins where this ends, in both worlds.
+    #[inline]
+    pub fn joined(self, next: Extent) -> Option<Extent> {
+        let adjoins = self.range.end() == next.range.start() && self.source.after(self.range.count()) == next.source;
+        adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
+    }
+}
+
 /// What must be read from the files before a range can be planned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
@@ -75,14 +84,14 @@ impl Plan {
         if range.is_empty() {
             return;
         }
-        if let Some(last) = self.extents.last_mut() {
-            let adjoins = last.range.end() == range.start() && last.source.after(last.range.count()) == source;
-            if adjoins {
-                last.range = SectorRange::between(last.range.start(), range.end());
-                return;
-            }
+        let next = Extent { range, source };
+        if let Some(last) = self.extents.last_mut()
+            && let Some(both) = last.joined(next)
+        {
+            *last = both;
+            return;
         }
-        self.extents.push(Extent { range, source });
+        self.extents.push(next);
     }
 
     /// Notes something to load, once.

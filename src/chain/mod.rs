@@ -12,6 +12,7 @@
 //!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
 //! ```
 
+mod check;
 mod extent;
 mod frozen;
 mod open;
@@ -20,6 +21,7 @@ mod resolve;
 mod top;
 mod version;
 
+pub use check::{Checked, check};
 pub use extent::{Extent, Missing, Plan, Source};
 pub use frozen::{Frozen, Layer};
 pub use open::Chain;

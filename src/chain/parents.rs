@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::{Image, folder_of};
-use crate::storage::{Env, FileId};
+use crate::storage::{Env, File, FileId};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -30,6 +30,18 @@ impl Default for Policy {
     fn default() -> Policy {
         Policy { allowed: Vec::new(), max_depth: MAX_DEPTH }
     }
+}
+
+/// What a search for a parent came to.
+pub(super) enum Sought {
+    /// It is here.
+    Parent(Image),
+    /// A file is where it should be, but is no sound image.
+    Broken(File, Error),
+    /// The image at this path is where it should be, but is another one.
+    Wrong(Defect, PathBuf),
+    /// No recorded path leads to a file.
+    Nowhere(Defect),
 }
 
 /// The way down from the youngest image.
@@ -58,23 +70,31 @@ impl<'a> Search<'a> {
     /// # Errors
     /// `Invalid`: a cycle, a UUID for the second time, too deep, too large.
     pub(super) fn pass(&mut self, image: &Image) -> Result<()> {
-        let defect = |defect: Defect| Err(Error::from(defect).at_path(image.file().path()));
+        let broken = self.broken_by(image)?;
+        broken.map_or(Ok(()), |defect| Err(Error::from(defect).at_path(image.file().path())))
+    }
+
+    /// As `pass`, with the broken rule as a value.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn broken_by(&mut self, image: &Image) -> Result<Option<Defect>> {
         let id = image.file().stat()?.id;
         if self.passed.iter().any(|(known, _)| *known == id) {
-            return defect(Defect::ChainCycle { file: image.file().path().display().to_string() });
+            return Ok(Some(Defect::ChainCycle { file: image.file().path().display().to_string() }));
         }
         if self.passed.iter().any(|(_, known)| *known == image.uuid()) {
-            return defect(Defect::ChainUuidTwice { uuid: image.uuid() });
+            return Ok(Some(Defect::ChainUuidTwice { uuid: image.uuid() }));
         }
         if self.passed.len() >= self.max_depth {
-            return defect(Defect::ChainTooDeep { limit: self.max_depth });
+            return Ok(Some(Defect::ChainTooDeep { limit: self.max_depth }));
         }
         self.tables += image.bat().map_or(0, |t| u64::from(t.len()) * 4);
         if self.tables > MAX_TABLES {
-            return defect(Defect::ChainTablesTooLarge { bytes: self.tables, limit: MAX_TABLES });
+            return Ok(Some(Defect::ChainTablesTooLarge { bytes: self.tables, limit: MAX_TABLES }));
         }
         self.passed.push((id, image.uuid()));
-        Ok(())
+        Ok(None)
     }
 
     /// Finds and opens the parent of a differencing image. A candidate with another UUID is not the parent: the search
@@ -83,36 +103,50 @@ impl<'a> Search<'a> {
     /// # Errors
     /// `NotFound` naming all that was tried and why not; `Refused` for raw parents.
     pub(super) fn parent_of(&self, child: &Image) -> Result<Image> {
-        let at_child = |e: Error| e.at_path(child.file().path());
+        match self.seek(child)? {
+            Sought::Parent(parent) => Ok(parent),
+            Sought::Broken(_, e) => Err(e),
+            Sought::Wrong(defect, path) => Err(Error::from(defect).at_path(path)),
+            Sought::Nowhere(defect) => Err(Error::from(defect).at_path(child.file().path())),
+        }
+    }
+
+    /// As `parent_of`, with what stands in the way as a value.
+    ///
+    /// # Errors
+    /// `Io`: of the child, or of a parent that is there.
+    pub(super) fn seek(&self, child: &Image) -> Result<Sought> {
         let header = child.header().expect("differencing images have a header");
         if header.parent_is_raw() {
-            return Err(at_child(Error::from(Defect::ParentRaw)));
+            return Ok(Sought::Nowhere(Defect::ParentRaw));
         }
         let candidates = child.parent_candidates()?;
         if candidates.is_empty() {
-            return Err(at_child(Error::from(Defect::ParentUnnamed)));
+            return Ok(Sought::Nowhere(Defect::ParentUnnamed));
         }
         let folder = self.env.canonical(folder_of(child.file().path()))?;
         let (mut tried, mut worst) = (Vec::new(), None);
         for candidate in candidates {
-            match self.open_candidate(&folder, &candidate.path, header.parent_uuid) {
-                Ok(image) => return Ok(image),
-                Err(e) => {
-                    tried.push(format!("{} ({})", candidate.path.as_path().display(), reason(&e)));
-                    // A parent that is there but cannot be opened says more than names that lead nowhere.
-                    if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) {
-                        worst.get_or_insert(e);
+            let (reason, found) = match self.open_candidate(&folder, &candidate.path) {
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => (reason(&e), None),
+                Err(e) => (reason(&e), Some(Err(e))),
+                Ok(file) => match Image::open(file.clone()) {
+                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(image)),
+                    Ok(image) => {
+                        let defect = Defect::ParentUuid { recorded: header.parent_uuid, found: image.uuid() };
+                        (defect.to_string(), Some(Ok(Sought::Wrong(defect, file.path().to_path_buf()))))
                     }
-                }
-            }
+                    Err(e) => (reason(&e), Some(Ok(Sought::Broken(file, e)))),
+                },
+            };
+            tried.push(format!("{} ({reason})", candidate.path.as_path().display()));
+            // A parent that is there but cannot be opened says more than names that lead nowhere.
+            worst = worst.or(found);
         }
-        Err(match worst {
-            Some(e) => e,
-            None => at_child(Error::from(Defect::ParentMissing { tried })),
-        })
+        worst.unwrap_or(Ok(Sought::Nowhere(Defect::ParentMissing { tried })))
     }
 
-    fn open_candidate(&self, folder: &Path, path: &ParentPath, wanted: uuid::Uuid) -> Result<Image> {
+    fn open_candidate(&self, folder: &Path, path: &ParentPath) -> Result<File> {
         let whole = match path {
             ParentPath::Relative(path) => folder.join(path),
             ParentPath::Absolute(path) => path.clone(),
@@ -120,12 +154,7 @@ impl<'a> Search<'a> {
         let Some((root, below)) = self.below_root(&whole) else {
             return Err(Error::new(ErrorKind::Refused, "outside of the allowed folders").at_path(whole));
         };
-        let image = Image::open(self.env.open_beneath(root, &below)?)?;
-        if image.uuid() != wanted {
-            let defect = Defect::ParentUuid { recorded: wanted, found: image.uuid() };
-            return Err(Error::from(defect).at_path(image.file().path()));
-        }
-        Ok(image)
+        self.env.open_beneath(root, &below)
     }
 
     /// The allowed folder that a path begins with, and the rest of the path. `..` is taken away by text, never by

@@ -50,6 +50,14 @@ impl Bat {
             (place != UNUSED).then(|| (u32::try_from(block).expect("at most 2^32 blocks"), place))
         })
     }
+
+    /// The first block at or after `block` that has a place.
+    pub fn next_used(&self, block: u32) -> Option<u32> {
+        let mut entries = self.entries.touched_from(block as usize);
+        let used = |entry: &AtomicU32| entry.load(Ordering::Acquire) != UNUSED;
+        let (found, _) = entries.find(|(number, entry)| *number >= block as usize && used(entry))?;
+        Some(u32::try_from(found).expect("at most 2^32 blocks"))
+    }
 }
 
 #[cfg(test)]
@@ -63,5 +71,8 @@ mod tests {
         bat.set(2999, 15);
         bat.set(4, 0xFFFF_FFFE);
         assert_eq!(bat.used().collect::<Vec<_>>(), [(4, 0xFFFF_FFFE), (2999, 15)]);
+        let next = |from| bat.next_used(from);
+        assert_eq!((next(0), next(4), next(5), next(2999)), (Some(4), Some(4), Some(2999), Some(2999)));
+        assert_eq!(Bat::new(10).next_used(0), None);
     }
 }

@@ -56,16 +56,23 @@ pub struct Spec {
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
-    let folder = folder_of(path);
-    let file_name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
     let uuid = env.uuid();
-    let fresh = folder.join(format!(".{}.{}.new", file_name.to_string_lossy(), uuid.simple()));
+    let fresh = fresh_name(path, uuid)?;
     let file = env.create(&fresh)?;
     let named = write(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
     if named.is_err() {
         let _ = env.remove(&fresh);
     }
-    named.and_then(|()| env.sync_dir(folder)).map(|()| uuid)
+    named.map(|()| uuid)
+}
+
+/// The name, in the same folder, under which a file is made that is to be called `path`. `uuid` makes it unique.
+///
+/// # Errors
+/// `Refused` where `path` does not end in a file name.
+pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<PathBuf> {
+    let file_name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
+    Ok(folder_of(path).join(format!(".{}.{}.new", file_name.to_string_lossy(), uuid.simple())))
 }
 
 /// The folder of a path, `.` where it has none.
@@ -76,8 +83,11 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Gives the finished file its name without ever replacing another.
-fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
+/// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
+///
+/// # Errors
+/// `Refused` where the name exists; `Io`.
+pub fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
     match env.link(fresh, path) {
         Ok(()) => env.remove(fresh),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => env.rename(fresh, path),
@@ -86,6 +96,7 @@ fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
         }
         Err(e) => Err(e),
     }
+    .and_then(|()| env.sync_dir(folder_of(path)))
 }
 
 fn write(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {

@@ -14,7 +14,9 @@ use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::extents::{check_header_place, check_table};
 use crate::format::entries::{EntryRules, Placed, check_entries};
 use crate::format::locator::{Candidate, candidates};
-use crate::format::{Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Severity, bat, choose};
+use crate::format::{
+    Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
+};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR};
 
@@ -195,10 +197,7 @@ impl Image {
         let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
             return Ok(Vec::new());
         };
-        let mut texts = Vec::new();
-        for (slot, text) in self.locator_texts(sparse)? {
-            texts.push((slot, sparse.header.locators[slot].platform(), text));
-        }
+        let texts = self.parent_locators()?;
         let texts = texts.iter().map(|(slot, platform, text)| (*slot, *platform, text.as_slice()));
         let (found, notes) = candidates(texts, &sparse.header.parent_name);
         for note in notes {
@@ -207,9 +206,15 @@ impl Image {
         Ok(found)
     }
 
-    /// The bytes of each locator that passes the rules, with its number.
-    fn locator_texts(&self, sparse: &Sparse) -> Result<Vec<(usize, Vec<u8>)>> {
+    /// The bytes of each parent locator that passes the rules, with its number and platform; none for a root.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn parent_locators(&self) -> Result<Vec<(usize, Platform, Vec<u8>)>> {
         let mut texts = Vec::new();
+        let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
+            return Ok(texts);
+        };
         for (slot, locator) in sparse.header.locators.iter().enumerate() {
             if !sparse.metadata.has_locator(slot) {
                 continue;
@@ -218,7 +223,7 @@ impl Image {
                 let len = usize::try_from(range.end - range.start).expect("at most 4096 by the rules");
                 let mut text = vec![0; len];
                 self.file.read_at(&mut text, range.start)?;
-                texts.push((slot, text));
+                texts.push((slot, locator.platform(), text));
             }
         }
         Ok(texts)

@@ -50,7 +50,12 @@ impl<T> Paged<T> {
 
     /// Every element of every touched page with its index, ascending. Indices may lie beyond `len` on the last page.
     pub fn touched(&self) -> impl Iterator<Item = (usize, &T)> {
-        let pages = self.pages.iter().enumerate().filter_map(|(n, p)| Some((n, p.get()?)));
+        self.touched_from(0)
+    }
+
+    /// As `touched`, from the page of element `at` on.
+    pub fn touched_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
+        let pages = self.pages.iter().enumerate().skip(at / PAGE).filter_map(|(n, p)| Some((n, p.get()?)));
         pages.flat_map(|(n, page)| page.iter().enumerate().map(move |(k, t)| (n * PAGE + k, t)))
     }
 }
