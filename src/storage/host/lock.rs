@@ -108,10 +108,10 @@ fn busy(id: FileId, byte: i64, pid: Option<i32>, does: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("{who} {does}"))
 }
 
+#[allow(clippy::cast_possible_truncation, reason = "the constants are 0, 1, 2")]
 fn range(kind: i32, byte: i64) -> libc::flock {
     // SAFETY: flock is plain integers, for which zero is a value.
     let mut l: libc::flock = unsafe { std::mem::zeroed() };
-    // The constants are 0, 1, 2.
     l.l_type = kind as libc::c_short;
     l.l_whence = libc::SEEK_SET as libc::c_short;
     l.l_start = byte;

@@ -59,7 +59,7 @@ impl SimEngine {
             let mut world = self.shared.world();
             match world.order {
                 Order::Pushed => 0,
-                Order::Any => world.random.below(self.flying.len() as u64) as usize,
+                Order::Any => world.random.index(self.flying.len()),
             }
         };
         self.complete(at);

@@ -3,6 +3,8 @@
 //! Each change is one sector or the length, and each may survive a crash without the others (crash-safety 3.2: a sector
 //! is old or new, length and contents persist independently).
 
+#![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
 

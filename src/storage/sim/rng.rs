@@ -25,6 +25,11 @@ impl Random {
         self.any() % n
     }
 
+    /// An index into `n` > 0 things.
+    pub fn index(&mut self, n: usize) -> usize {
+        usize::try_from(self.below(n as u64)).expect("below a usize")
+    }
+
     /// True `yes` times in `of`.
     pub fn chance(&mut self, yes: u64, of: u64) -> bool {
         self.below(of) < yes

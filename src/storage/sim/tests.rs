@@ -1,4 +1,5 @@
 //! What the simulated host promises to the tests built on it.
+#![allow(clippy::cast_possible_truncation)]
 
 use super::*;
 use crate::storage::env::Lock;
