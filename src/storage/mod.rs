@@ -1,6 +1,6 @@
 //! Floor 0: the doors to the outside.
 //!
-//! Owns: every system call on files and names ([`env`]), and the engines that carry out operations many at a time
+//! Owns: every system call on files and names ([`mod@env`]), and the engines that carry out operations many at a time
 //! ([`engine`]). Leaves to others: what the bytes mean, and in which order they must become durable.
 //!
 //! ```text

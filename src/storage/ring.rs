@@ -64,14 +64,14 @@ impl Ring {
     /// Where the kernel has no io_uring, forbids it, or has no memory for it.
     pub fn new(depth: usize) -> io::Result<Ring> {
         assert!(depth > 0, "an engine takes at least one operation");
-        let count = u32::try_from(depth).ok().and_then(u32::checked_next_power_of_two);
-        let count = count.ok_or(io::ErrorKind::InvalidInput)?;
+        let numbers = u32::try_from(depth).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let count = numbers.checked_next_power_of_two().ok_or(io::ErrorKind::InvalidInput)?;
         let (ring, enabled) = set_up(count)?;
         Ok(Ring {
             ring,
             entries: (0..depth).map(|_| Entry::default()).collect(),
-            // Below 2^32, as `count` is. The lowest numbers are used first: they are warm.
-            free: (0..depth as u32).rev().collect(),
+            // The lowest numbers are used first: they are warm.
+            free: (0..numbers).rev().collect(),
             over: Vec::with_capacity(depth),
             again: Vec::with_capacity(depth),
             queued: 0,
@@ -140,8 +140,7 @@ impl Ring {
     fn drain(&mut self, out: &mut Vec<Completion>) {
         for cqe in self.ring.completion() {
             self.flying -= 1;
-            // Our own numbers come back, all of 32 bits.
-            let number = cqe.user_data() as u32;
+            let number = u32::try_from(cqe.user_data()).expect("our own numbers come back");
             let entry = &mut self.entries[number as usize];
             let op = entry.op.as_ref().expect("a completion belongs to an operation under way");
             match entry.progress.settle(op, cqe.result()) {

@@ -113,14 +113,13 @@ impl Progress {
 }
 
 fn one(start: *mut u8, len: usize) -> Piece {
-    // Below 2^32 by the constant.
-    Piece::One(start, len.min(MAX_BYTES) as u32)
+    Piece::One(start, u32::try_from(len.min(MAX_BYTES)).expect("MAX_BYTES is below 2^32"))
 }
 
 fn many(runs: &[libc::iovec]) -> Piece {
     match runs {
         [run] => one(run.iov_base.cast(), run.iov_len),
-        _ => Piece::Many(runs.as_ptr(), runs.len().min(MAX_RUNS) as u32),
+        _ => Piece::Many(runs.as_ptr(), u32::try_from(runs.len().min(MAX_RUNS)).expect("MAX_RUNS is below 2^32")),
     }
 }
 

@@ -145,6 +145,7 @@ impl HostFile {
     }
 
     /// Reads the aligned range around the wanted one, piece by piece through memory that suits the medium.
+    #[allow(clippy::cast_possible_truncation, reason = "a remainder of the unit, at most a sector")]
     fn fill_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
         let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
         let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE).min(BOUNCE);
@@ -316,6 +317,7 @@ mod tests {
         }
     }
 
+    #[allow(clippy::cast_possible_truncation, reason = "any byte will do")]
     fn pattern(len: usize) -> Vec<u8> {
         (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
     }

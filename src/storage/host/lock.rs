@@ -108,10 +108,10 @@ fn busy(id: FileId, byte: i64, pid: Option<i32>, does: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("{who} {does}"))
 }
 
+#[allow(clippy::cast_possible_truncation, reason = "the constants are 0, 1, 2")]
 fn range(kind: i32, byte: i64) -> libc::flock {
     // SAFETY: flock is plain integers, for which zero is a value.
     let mut l: libc::flock = unsafe { std::mem::zeroed() };
-    // The constants are 0, 1, 2.
     l.l_type = kind as libc::c_short;
     l.l_whence = libc::SEEK_SET as libc::c_short;
     l.l_start = byte;
@@ -187,6 +187,12 @@ mod tests {
         Host.open(path, access).unwrap()
     }
 
+    /// One test at a time: a child process holds all descriptions, with their locks, from fork to exec.
+    fn alone() -> std::sync::MutexGuard<'static, ()> {
+        static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     fn image() -> (tempfile::TempDir, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
@@ -196,6 +202,7 @@ mod tests {
 
     #[test]
     fn two_descriptions_exclude_each_other() {
+        let _alone = alone();
         let (_folder, path) = image();
         let (a, b) = (open(&path, Access::Write), open(&path, Access::Write));
         a.lock(Lock::Exclusive).unwrap();
@@ -221,6 +228,7 @@ mod tests {
 
     #[test]
     fn strangers_bytes_of_qemu_are_respected() {
+        let _alone = alone();
         // What a stranger holds as read locks, and whether a reader and a writer of ours may then lock.
         let cases: &[(&[i64], bool, bool)] = &[
             (&[100], true, true),
@@ -246,6 +254,7 @@ mod tests {
 
     #[test]
     fn qemu_and_we_refuse_each_other() {
+        let _alone = alone();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.vhd");
         // A format with metadata: readers of raw images do not mind writers.

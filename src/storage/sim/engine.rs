@@ -1,0 +1,183 @@
+//! The simulated engine: operations complete in an order drawn from the seed, and may be cut in the middle by a crash.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::Shared;
+use super::names::InodeId;
+use super::world::{Flying, code};
+use super::{Order, SimFile};
+use crate::storage::engine::{Engine, SLOTS};
+use crate::storage::env::{Access, File};
+use crate::storage::op::{Action, Completion, Op, Slot};
+use crate::storage::payload::Payload;
+
+/// See the file's first line.
+pub(super) struct SimEngine {
+    shared: Shared,
+    /// The files stay open, and locked, as long as they stand here.
+    files: Vec<Option<(SimFile, InodeId, Access)>>,
+    pushed: Vec<Op>,
+    /// With the machine, by its number there.
+    flying: Vec<(u64, Op)>,
+    over: Vec<Completion>,
+    depth: usize,
+    calls: u64,
+}
+
+impl SimEngine {
+    pub(super) fn new(shared: Shared, depth: usize) -> SimEngine {
+        assert!(depth > 0, "an engine takes at least one operation");
+        let files = (0..SLOTS).map(|_| None).collect();
+        SimEngine { shared, files, pushed: Vec::new(), flying: Vec::new(), over: Vec::new(), depth, calls: 0 }
+    }
+
+    fn complete(&mut self, at: usize) {
+        let (number, op) = &mut self.flying[at];
+        let mut bytes = vec![0; if op.action == Action::Read { op.payload.len() } else { 0 }];
+        let result = {
+            let mut world = self.shared.world();
+            let result = world.complete(*number, &mut bytes);
+            if world.dead {
+                return;
+            }
+            result
+        };
+        if op.action == Action::Read && result.is_ok() {
+            match &mut op.payload {
+                Payload::None => {}
+                Payload::Own(b) => b.copy_from_slice(&bytes),
+                Payload::Guest(s) => s.copy_from(0, &bytes),
+            }
+        }
+        let (_, op) = self.flying.remove(at);
+        self.over.push(Completion { op, result });
+    }
+
+    fn complete_one(&mut self) {
+        let at = {
+            let mut world = self.shared.world();
+            match world.order {
+                Order::Pushed => 0,
+                Order::Any => world.random.index(self.flying.len()),
+            }
+        };
+        self.complete(at);
+    }
+
+    /// Whether the machine goes on after what is complete now.
+    fn goes_on(&self) -> bool {
+        let mut world = self.shared.world();
+        !world.dead && (world.order == Order::Pushed || world.random.chance(1, 2))
+    }
+}
+
+fn bytes_of(op: &Op) -> Vec<u8> {
+    if op.action != Action::Write {
+        return Vec::new();
+    }
+    let mut bytes = vec![0; op.payload.len()];
+    match &op.payload {
+        Payload::None => {}
+        Payload::Own(b) => bytes.copy_from_slice(b),
+        Payload::Guest(s) => s.copy_to(0, &mut bytes),
+    }
+    bytes
+}
+
+impl Engine for SimEngine {
+    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        match file {
+            File::Sim(f) => {
+                let (inode, access) = f.inode_in(&self.shared).ok_or_else(|| code(libc::EBADF))?;
+                *entry = Some((f.clone(), inode, access));
+                Ok(())
+            }
+            File::Host(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "a host's file in a simulated engine")),
+        }
+    }
+
+    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+        *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
+        Ok(())
+    }
+
+    fn push(&mut self, op: Op) -> Result<(), Op> {
+        if self.under_way() == self.depth {
+            return Err(op);
+        }
+        self.pushed.push(op);
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        let mut world = self.shared.world();
+        world.alive()?;
+        if self.pushed.is_empty() {
+            return Ok(());
+        }
+        self.calls += 1;
+        for op in self.pushed.drain(..) {
+            let file = self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref);
+            let inode = match file {
+                Some((_, inode, Access::Write)) => *inode,
+                Some((_, inode, Access::Read)) if matches!(op.action, Action::Read | Action::Sync) => *inode,
+                _ => {
+                    self.over.push(Completion { op, result: Err(code(libc::EBADF)) });
+                    continue;
+                }
+            };
+            let covers = world.last();
+            let number = world.number();
+            let bytes = bytes_of(&op);
+            let flying = Flying { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers };
+            world.flying.insert(number, flying);
+            self.flying.push((number, op));
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        while !self.flying.is_empty() && self.goes_on() {
+            self.complete_one();
+        }
+        out.append(&mut self.over);
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        self.submit()?;
+        if self.over.is_empty() && !self.flying.is_empty() {
+            self.complete_one();
+        }
+        self.shared.world().alive()
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn under_way(&self) -> usize {
+        self.pushed.len() + self.flying.len() + self.over.len()
+    }
+
+    fn depth(&self) -> usize {
+        self.depth
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    fn name(&self) -> &'static str {
+        "simulated"
+    }
+}
+
+impl Drop for SimEngine {
+    fn drop(&mut self) {
+        while !self.flying.is_empty() && !self.shared.world().dead {
+            self.complete_one();
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! A handle on a simulated file.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::Shared;
+use super::names::InodeId;
+use super::world::{World, code};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+
+/// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
+#[derive(Clone, Debug)]
+pub struct SimFile(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle {
+    shared: Shared,
+    number: u64,
+    inode: InodeId,
+    access: Access,
+    path: PathBuf,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.world().locks.retain(|(handle, _, _)| *handle != self.number);
+    }
+}
+
+impl SimFile {
+    pub(super) fn new(shared: &Shared, number: u64, inode: InodeId, access: Access, path: &Path) -> SimFile {
+        SimFile(Arc::new(Handle { shared: shared.clone(), number, inode, access, path: path.to_path_buf() }))
+    }
+
+    /// The file, if the handle belongs to that machine.
+    pub(super) fn inode_in(&self, shared: &Shared) -> Option<(InodeId, Access)> {
+        self.0.shared.is(shared).then_some((self.0.inode, self.0.access))
+    }
+
+    fn with<T>(&self, what: &str, call: impl FnOnce(&mut World, InodeId) -> io::Result<T>) -> Result<T> {
+        call(&mut self.0.shared.world(), self.0.inode).map_err(|e| Error::io(what, e).at_path(&self.0.path))
+    }
+
+    fn change<T>(&self, what: &str, call: impl FnOnce(&mut World, InodeId) -> io::Result<T>) -> Result<T> {
+        self.with(what, |world, inode| match self.0.access {
+            Access::Read => Err(code(libc::EBADF)),
+            Access::Write => call(world, inode),
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// See [`File::stat`](crate::storage::File::stat).
+    pub fn stat(&self) -> Result<Stat> {
+        self.with("cannot stat", |world, id| {
+            world.alive()?;
+            let inode = &world.inodes[&id];
+            Ok(Stat {
+                id: FileId { dev: 1, ino: id },
+                len: inode.len(),
+                allocated: inode.allocated(),
+                modified: inode.modified,
+                mode: 0o644,
+            })
+        })
+    }
+
+    /// See [`File::read_at`](crate::storage::File::read_at).
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        self.with("cannot read", |world, inode| world.read(inode, into, offset)).map_err(|e| e.at_offset(offset))
+    }
+
+    /// See [`File::write_at`](crate::storage::File::write_at).
+    pub fn write_at(&self, from: &[u8], offset: u64) -> Result<()> {
+        self.change("cannot write", |world, inode| world.write_now(inode, from, offset))
+            .map_err(|e| e.at_offset(offset))
+    }
+
+    /// See [`File::sync`](crate::storage::File::sync).
+    pub fn sync(&self) -> Result<()> {
+        self.with("cannot make the data durable", |world, inode| {
+            let covers = world.last();
+            world.sync(inode, covers)
+        })
+    }
+
+    /// See [`File::set_len`](crate::storage::File::set_len).
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        self.change("cannot set the length", |world, inode| world.set_len(inode, len))
+    }
+
+    /// See [`File::allocate`](crate::storage::File::allocate).
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.change("cannot reserve room", |world, inode| world.allocate(inode, offset, len))
+    }
+
+    /// See [`File::punch`](crate::storage::File::punch).
+    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.change("cannot punch a hole", |world, inode| world.clear(inode, offset, len, false))
+    }
+
+    /// See [`File::next_data`](crate::storage::File::next_data).
+    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.with("cannot look for data", |world, id| {
+            world.alive()?;
+            Ok(world.inodes[&id].next_data(offset))
+        })
+    }
+
+    /// See [`File::lock`](crate::storage::File::lock).
+    pub fn lock(&self, wanted: Lock) -> Result<()> {
+        if wanted == Lock::Exclusive && self.0.access == Access::Read {
+            let what = "an exclusive lock needs a file opened for writing";
+            return Err(Error::new(ErrorKind::Unsupported, what).at_path(&self.0.path));
+        }
+        let mut world = self.0.shared.world();
+        world.alive().map_err(|e| Error::io("cannot lock the file", e).at_path(&self.0.path))?;
+        world.lock(self.0.number, self.0.inode, wanted).map_err(|_| {
+            Error::new(ErrorKind::Busy, "another simulated process has it open with diffdisk").at_path(&self.0.path)
+        })
+    }
+
+    /// There is no page cache to go round: `None`.
+    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
+        Ok(None)
+    }
+}

@@ -1,0 +1,318 @@
+//! One simulated file without its names: what reads see, what is durable, and the changes between the two.
+//!
+//! Each change is one sector or the length, and each may survive a crash without the others (crash-safety 3.2: a sector
+//! is old or new, length and contents persist independently).
+
+#![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, LazyLock};
+
+const SECTOR: u64 = crate::units::SECTOR;
+const SECTOR_BYTES: usize = SECTOR as usize;
+/// Room is given by pages of this many bytes.
+pub(super) const PAGE: u64 = 4096;
+
+type Sector = Arc<[u8; SECTOR_BYTES]>;
+
+static ZERO: LazyLock<Sector> = LazyLock::new(|| Arc::new([0; SECTOR_BYTES]));
+
+/// A step from one state of a file to the next.
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    /// A sector gets new bytes, or becomes a hole.
+    Sector(u64, Option<Sector>),
+    /// The file gets a length.
+    Len(u64),
+}
+
+/// What an operation does to a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Effect<'a> {
+    /// Bytes are written at an offset.
+    Write(u64, &'a [u8]),
+    /// A range inside the file becomes holes.
+    Clear(u64, u64),
+    /// The file is cut or extended.
+    Len(u64),
+}
+
+#[derive(Clone, Default, Debug)]
+struct Contents {
+    sectors: BTreeMap<u64, Sector>,
+    len: u64,
+}
+
+impl Contents {
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Sector(at, Some(bytes)) => drop(self.sectors.insert(*at, bytes.clone())),
+            Change::Sector(at, None) => drop(self.sectors.remove(at)),
+            Change::Len(len) => {
+                let shrinks = *len < self.len;
+                self.len = *len;
+                if shrinks {
+                    self.cut();
+                }
+            }
+        }
+    }
+
+    /// Removes what lies beyond the length.
+    fn cut(&mut self) {
+        self.sectors.split_off(&self.len.div_ceil(SECTOR));
+        let keep = (self.len % SECTOR) as usize;
+        if keep > 0
+            && let Some(last) = self.sectors.get_mut(&(self.len / SECTOR))
+        {
+            Arc::make_mut(last)[keep..].fill(0);
+        }
+    }
+
+    fn read(&self, into: &mut [u8], offset: u64) {
+        for (piece, sector, at) in pieces(offset, into.len() as u64) {
+            match self.sectors.get(&sector) {
+                Some(bytes) => into[piece.clone()].copy_from_slice(&bytes[at..at + piece.len()]),
+                None => into[piece].fill(0),
+            }
+        }
+    }
+
+    fn changes(&self, effect: Effect<'_>) -> Vec<Change> {
+        match effect {
+            Effect::Len(len) => vec![Change::Len(len)],
+            Effect::Write(offset, bytes) => {
+                let end = offset + bytes.len() as u64;
+                let grows = (end > self.len).then_some(Change::Len(end));
+                let sectors = pieces(offset, bytes.len() as u64)
+                    .map(|(piece, sector, at)| Change::Sector(sector, Some(self.patched(sector, at, &bytes[piece]))));
+                grows.into_iter().chain(sectors).collect()
+            }
+            Effect::Clear(offset, len) => {
+                let end = (offset + len).min(self.len);
+                if offset >= end {
+                    return Vec::new();
+                }
+                // Only sectors that are no holes already: ranges may be far larger than what is there.
+                let present = self.sectors.range(offset / SECTOR..end.div_ceil(SECTOR));
+                present
+                    .map(|(&sector, _)| {
+                        let start = (sector * SECTOR).max(offset);
+                        let stop = ((sector + 1) * SECTOR).min(end);
+                        let zeros = &[0; SECTOR_BYTES][..(stop - start) as usize];
+                        let whole = zeros.len() == SECTOR_BYTES;
+                        let at = (start % SECTOR) as usize;
+                        Change::Sector(sector, (!whole).then(|| self.patched(sector, at, zeros)))
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    fn patched(&self, sector: u64, at: usize, bytes: &[u8]) -> Sector {
+        let old = self.sectors.get(&sector).unwrap_or(&ZERO);
+        let mut new = **old;
+        new[at..at + bytes.len()].copy_from_slice(bytes);
+        if new == **ZERO { ZERO.clone() } else { Arc::new(new) }
+    }
+}
+
+/// Cuts a range of bytes at sector boundaries: the piece of the range, its sector, where it begins there.
+fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (std::ops::Range<usize>, u64, usize)> {
+    let end = offset + len;
+    (offset / SECTOR..end.div_ceil(SECTOR)).take(if len == 0 { 0 } else { usize::MAX }).map(move |sector| {
+        let start = (sector * SECTOR).max(offset);
+        let stop = ((sector + 1) * SECTOR).min(end);
+        ((start - offset) as usize..(stop - offset) as usize, sector, (start % SECTOR) as usize)
+    })
+}
+
+#[derive(Clone, Debug)]
+struct Logged {
+    seq: u64,
+    change: Change,
+    /// A failed sync forgot it: no later one makes it durable.
+    forgotten: bool,
+}
+
+/// See the file's first lines.
+#[derive(Clone, Default, Debug)]
+pub(super) struct Inode {
+    now: Contents,
+    durable: Contents,
+    log: Vec<Logged>,
+    /// Pages it has room for.
+    pages: BTreeSet<u64>,
+    pub(super) modified: i64,
+}
+
+impl Inode {
+    /// An empty file, made at a time.
+    pub(super) fn new(modified: i64) -> Inode {
+        Inode { modified, ..Inode::default() }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.now.len
+    }
+
+    pub(super) fn allocated(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+
+    pub(super) fn read(&self, into: &mut [u8], offset: u64) {
+        self.now.read(into, offset);
+    }
+
+    /// The next run of sectors that are no holes, clipped to the length.
+    pub(super) fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+        let mut present = self.now.sectors.range(offset / SECTOR..).map(|(&s, _)| s);
+        let first = present.next()?;
+        let mut end = first + 1;
+        while present.next() == Some(end) {
+            end += 1;
+        }
+        let (start, stop) = ((first * SECTOR).max(offset), (end * SECTOR).min(self.now.len));
+        (start < stop).then(|| (start, stop - start))
+    }
+
+    /// Pages that a range would newly take.
+    pub(super) fn pages_missing(&self, offset: u64, len: u64) -> Vec<u64> {
+        (offset / PAGE..(offset + len).div_ceil(PAGE)).filter(|p| !self.pages.contains(p)).collect()
+    }
+
+    pub(super) fn hold(&mut self, pages: impl IntoIterator<Item = u64>) {
+        self.pages.extend(pages);
+    }
+
+    /// Gives back the room of the pages that lie wholly in a range.
+    pub(super) fn release(&mut self, offset: u64, len: u64) {
+        let end = offset + len;
+        let last = if end >= self.now.len { end.div_ceil(PAGE) } else { end / PAGE };
+        for page in
+            self.pages.range(offset.div_ceil(PAGE)..last.max(offset.div_ceil(PAGE))).copied().collect::<Vec<_>>()
+        {
+            self.pages.remove(&page);
+        }
+    }
+
+    /// The steps that an effect would take now.
+    pub(super) fn changes(&self, effect: Effect<'_>) -> Vec<Change> {
+        self.now.changes(effect)
+    }
+
+    /// Takes a step that readers see at once and that becomes durable with a sync.
+    pub(super) fn apply(&mut self, seq: u64, change: Change) {
+        self.now.apply(&change);
+        if let Change::Len(len) = change {
+            self.pages.split_off(&len.div_ceil(PAGE));
+        }
+        self.log.push(Logged { seq, change, forgotten: false });
+    }
+
+    /// Makes every step up to `seq` durable that no failed sync forgot.
+    pub(super) fn sync(&mut self, seq: u64) {
+        let mut kept: Vec<Logged> = Vec::new();
+        for step in std::mem::take(&mut self.log) {
+            if step.seq > seq || step.forgotten {
+                kept.push(step);
+                continue;
+            }
+            self.durable.apply(&step.change);
+            kept.retain(|old| !same_place(&old.change, &step.change));
+        }
+        self.log = kept;
+    }
+
+    /// A sync failed: the steps count as clean although they are not durable.
+    pub(super) fn forget(&mut self, seq: u64) {
+        self.log.iter_mut().filter(|s| s.seq <= seq).for_each(|s| s.forgotten = true);
+    }
+
+    /// The steps that are not durable, oldest first.
+    pub(super) fn unsynced(&self) -> impl Iterator<Item = &Change> {
+        self.log.iter().map(|s| &s.change)
+    }
+
+    /// The file after a crash in which just these steps survived, in this order.
+    pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a Change>) -> Inode {
+        let mut left = self.durable.clone();
+        survived.for_each(|change| left.apply(change));
+        left.cut();
+        let pages = left.sectors.keys().map(|s| s * SECTOR / PAGE).collect();
+        Inode { now: left.clone(), durable: left, log: Vec::new(), pages, modified: self.modified }
+    }
+}
+
+fn same_place(a: &Change, b: &Change) -> bool {
+    match (a, b) {
+        (Change::Sector(a, _), Change::Sector(b, _)) => a == b,
+        (Change::Len(_), Change::Len(_)) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(inode: &mut Inode, seq: u64, offset: u64, bytes: &[u8]) {
+        for change in inode.changes(Effect::Write(offset, bytes)) {
+            inode.apply(seq, change);
+        }
+    }
+
+    fn byte(inode: &Inode, at: u64) -> u8 {
+        let mut b = [0];
+        inode.read(&mut b, at);
+        b[0]
+    }
+
+    #[test]
+    fn a_sync_covers_what_was_complete_before_it() {
+        let mut i = Inode::default();
+        write(&mut i, 1, 0, &[1; 1024]);
+        write(&mut i, 2, 512, &[2; 512]);
+        i.sync(1);
+        let old = i.after_crash([].into_iter());
+        assert_eq!((byte(&old, 0), byte(&old, 600), old.len()), (1, 1, 1024));
+        assert_eq!(byte(&i.after_crash(i.unsynced()), 600), 2);
+        assert_eq!(byte(&i, 600), 2);
+    }
+
+    #[test]
+    fn a_forgotten_step_survives_no_newer_one() {
+        let mut i = Inode::default();
+        write(&mut i, 1, 0, &[1; 512]);
+        i.sync(1);
+        write(&mut i, 2, 0, &[2; 512]);
+        i.forget(2);
+        i.sync(2);
+        assert_eq!(byte(&i.after_crash([].into_iter()), 0), 1);
+        assert_eq!(byte(&i, 0), 2);
+        write(&mut i, 3, 0, &[3; 512]);
+        i.sync(3);
+        assert_eq!(i.unsynced().count(), 0);
+        assert_eq!(byte(&i.after_crash([].into_iter()), 0), 3);
+    }
+
+    #[test]
+    fn edges_of_sectors() {
+        let mut i = Inode::default();
+        write(&mut i, 1, 500, &[7; 24]);
+        assert_eq!((byte(&i, 499), byte(&i, 500), byte(&i, 523), i.len()), (0, 7, 7, 524));
+        for change in i.changes(Effect::Clear(510, 5)) {
+            i.apply(2, change);
+        }
+        assert_eq!((byte(&i, 509), byte(&i, 510), byte(&i, 514), byte(&i, 515)), (7, 0, 0, 7));
+        i.apply(3, Change::Len(516));
+        i.apply(4, Change::Len(600));
+        assert_eq!((byte(&i, 515), byte(&i, 516)), (7, 0));
+        assert_eq!(i.next_data(0), Some((0, 600)));
+        assert_eq!(i.next_data(513), Some((513, 87)));
+        // The length that was lost takes the bytes beyond with it.
+        i.sync(1);
+        let cut = i.after_crash([Change::Len(501)].iter());
+        assert_eq!((cut.len(), byte(&cut, 500), byte(&cut, 501)), (501, 7, 0));
+    }
+}

@@ -1,0 +1,396 @@
+//! A simulated host: files that tear, names that get lost, faults on demand, and every order of completions, all from
+//! one seed.
+//!
+//! What survives the end of a machine is a choice among *units*: each sector, each length and each name that was
+//! changed since it was last made durable, and each sector of the operations under way. [`SimHost::crash_with`] takes
+//! any choice, [`SimHost::crash`] one from the seed, [`SimHost::kill`] ends the process alone: what was complete stays,
+//! what was under way landed or not. The new host knows none of the old handles; the old one is dead, its calls fail.
+//!
+//! The model is harsher than ext4, XFS and btrfs (crash-safety 3.2): a new length may survive without the bytes that
+//! caused it, a punched sector may come back, an fsync of a file does not make its name durable. It is kinder in one
+//! thing: a sector is old or new, and a rename is done or not.
+//!
+//! An engine of this host completes operations in `reap` (some) and `wait` (at least one), never by itself: it has no
+//! fd to sleep on, and whoever drives it calls `wait` while operations are under way.
+
+mod engine;
+mod file;
+mod inode;
+mod names;
+mod rng;
+#[cfg(test)]
+mod tests;
+mod world;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use uuid::Uuid;
+
+use self::engine::SimEngine;
+pub use self::file::SimFile;
+use self::inode::Inode;
+use self::names::InodeId;
+pub use self::rng::Random;
+use self::world::{Step, World, code};
+use super::engine::Engine;
+use super::env::{Access, EngineKind, Env, File};
+use crate::error::{Error, ErrorKind, Result};
+
+/// In which order operations complete.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// In any, drawn from the seed; `reap` gives some of them.
+    Any,
+    /// As pushed; `reap` gives all.
+    Pushed,
+}
+
+/// How a step fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// EIO. A sync that fails so forgets what it should have made durable: later syncs succeed without it.
+    Io,
+    /// ENOSPC.
+    NoSpace,
+}
+
+/// What goes wrong, and when.
+#[derive(Clone, Default, Debug)]
+pub struct FaultPlan {
+    /// The steps that fail (counted from 1, see [`Counts::steps`]), and how.
+    pub fail: Vec<(u64, Fault)>,
+    /// The syncs of files (counted from 1) that say yes and do nothing.
+    pub lying_syncs: Vec<u64>,
+    /// Bytes that all files together may take.
+    pub room: Option<u64>,
+    /// The file system cannot reserve room.
+    pub no_allocate: bool,
+}
+
+/// Steps so far: every call on files and names that a host could fail, and every operation of an engine.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Counts {
+    /// All of the below.
+    pub steps: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Syncs of files.
+    pub syncs: u64,
+    /// Changes of lengths, reservations, holes, zeroed ranges.
+    pub ranges: u64,
+    /// Openings, creations, renames, links, removals.
+    pub names: u64,
+    /// Syncs of folders.
+    pub dir_syncs: u64,
+}
+
+/// Something that survives a crash or not, whatever becomes of the rest. Units of one place are in order: the last that
+/// survives wins.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Unit {
+    /// A sector of a file (inode, sector).
+    Sector(u64, u64),
+    /// The length of a file (inode, bytes).
+    Len(u64, u64),
+    /// A name.
+    Name(PathBuf),
+}
+
+/// A machine, shared by its handles and engines.
+#[derive(Clone, Debug)]
+struct Shared(Arc<Mutex<World>>);
+
+impl Shared {
+    fn world(&self) -> MutexGuard<'_, World> {
+        // A test that fails while it holds the lock is told by its own message, not by the next one's.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is(&self, other: &Shared) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// See the module. Cloning it gives the same machine.
+#[derive(Clone, Debug)]
+pub struct SimHost(Shared);
+
+impl SimHost {
+    /// An empty machine.
+    pub fn new(seed: u64) -> SimHost {
+        SimHost::from(World::new(Random::new(seed)))
+    }
+
+    fn from(world: World) -> SimHost {
+        SimHost(Shared(Arc::new(Mutex::new(world))))
+    }
+
+    /// What is not durable now, in the order it happened: names, then files by number, then what is under way.
+    pub fn unsynced(&self) -> Vec<Unit> {
+        let mut units = Vec::new();
+        survivors(&self.0.world(), &mut |unit| {
+            units.push(unit());
+            false
+        });
+        units
+    }
+
+    /// The machine after a power cut in which the units (as [`unsynced`](Self::unsynced) lists them) survived that
+    /// `survives` says. This machine goes on: any number of fates can be tried from one moment.
+    pub fn crash_with(&self, survives: &dyn Fn(usize) -> bool) -> SimHost {
+        // Asked before the machine is locked: the choice may look at it.
+        let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
+        let mut world = self.0.world();
+        let (names, inodes) = survivors(&world, &mut |_| fates.next().expect("one fate for each unit"));
+        let heir = world.heir(inodes, names);
+        SimHost::from(heir)
+    }
+
+    /// A power cut: the machine after it, and the end of this one. Much, little, or about half survives; in some
+    /// crashes pages of 4 KiB stay whole, in others they are torn.
+    pub fn crash(&self, random: &mut Random) -> SimHost {
+        let (yes, whole_pages, salt) = (random.below(9), random.chance(1, 4), random.any());
+        let units = self.unsynced();
+        let fate = |i: usize| {
+            let place = match &units[i] {
+                Unit::Sector(inode, sector) if whole_pages => inode << 32 ^ (sector / 8),
+                _ => i as u64 | 1 << 63,
+            };
+            Random::new(salt ^ place.wrapping_mul(0xD6E8_FEB8_6659_FD93)).chance(yes, 8)
+        };
+        let heir = self.crash_with(&fate);
+        self.halt();
+        heir
+    }
+
+    /// The end of the process alone: the machine after it, in which operations under way landed or not, sector by
+    /// sector.
+    pub fn kill(&self, random: &mut Random) -> SimHost {
+        let mut world = self.0.world();
+        let (mut inodes, names) = (world.inodes.clone(), world.names.clone());
+        for op in std::mem::take(&mut world.flying).into_values() {
+            let Some(effect) = op.effect() else { continue };
+            let seq = world.number();
+            let inode = inodes.get_mut(&op.inode).expect("files live as long as the machine");
+            let yes = random.below(5);
+            for change in inode.changes(effect) {
+                if random.chance(yes, 4) {
+                    inode.apply(seq, change);
+                }
+            }
+        }
+        let heir = world.heir(inodes, names);
+        world.dead = true;
+        SimHost::from(heir)
+    }
+
+    /// From now on every call fails.
+    pub fn halt(&self) {
+        self.0.world().dead = true;
+    }
+
+    /// Whether it was ended: by hand, by a crash, or at its last step.
+    pub fn is_dead(&self) -> bool {
+        self.0.world().dead
+    }
+
+    /// Ends the machine as step number `step` (counted from 1) begins.
+    pub fn stop_at(&self, step: u64) {
+        self.0.world().stop_at = Some(step);
+    }
+
+    /// Says what goes wrong from now on.
+    pub fn set_faults(&self, plan: FaultPlan) {
+        self.0.world().faults = plan;
+    }
+
+    /// Says in which order operations complete.
+    pub fn set_order(&self, order: Order) {
+        self.0.world().order = order;
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> Counts {
+        self.0.world().counts
+    }
+
+    /// Sets the clock, Unix seconds.
+    pub fn set_now(&self, now: i64) {
+        self.0.world().clock = now;
+    }
+
+    /// All names of files.
+    pub fn names(&self) -> Vec<PathBuf> {
+        self.0.world().names.all().map(|(name, _)| name.to_path_buf()).collect()
+    }
+
+    /// The bytes of a file as a reader sees them now; no step.
+    pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
+        let world = self.0.world();
+        let inode = &world.inodes[&world.names.get(&absolute(path))?];
+        let mut bytes = vec![0; usize::try_from(inode.len()).expect("a test reads what fits in memory")];
+        inode.read(&mut bytes, 0);
+        Some(bytes)
+    }
+
+    fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut World, &Path) -> io::Result<T>) -> Result<T> {
+        call(&mut self.0.world(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
+    }
+
+    fn handle(
+        &self,
+        path: &Path,
+        access: Access,
+        find: impl FnOnce(&mut World, &Path) -> io::Result<InodeId>,
+    ) -> Result<File> {
+        let (number, inode) = self.named(path, "cannot open the file", |world, name| {
+            world.step(Step::Name)?;
+            let inode = find(world, name)?;
+            Ok((world.number(), inode))
+        })?;
+        Ok(File::Sim(SimFile::new(&self.0, number, inode, access, path)))
+    }
+}
+
+/// What is left of a machine: asks for each unit whether it survives.
+fn survivors(
+    world: &World,
+    survives: &mut dyn FnMut(&dyn Fn() -> Unit) -> bool,
+) -> (names::Names, BTreeMap<InodeId, Inode>) {
+    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(&|| Unit::Name(c.name().to_path_buf()))).collect();
+    let names = world.names.after_crash(kept.into_iter());
+    let mut inodes = BTreeMap::new();
+    for (&id, inode) in &world.inodes {
+        let flying = world.flying.values().filter(|op| op.inode == id).filter_map(world::Flying::effect);
+        let landing: Vec<_> = flying.flat_map(|effect| inode.changes(effect)).collect();
+        let kept: Vec<_> = inode.unsynced().chain(&landing).filter(|c| survives(&|| unit(id, c))).collect();
+        inodes.insert(id, inode.after_crash(kept.into_iter()));
+    }
+    (names, inodes)
+}
+
+fn unit(id: InodeId, change: &inode::Change) -> Unit {
+    match change {
+        inode::Change::Sector(at, _) => Unit::Sector(id, *at),
+        inode::Change::Len(len) => Unit::Len(id, *len),
+    }
+}
+
+/// The path from the root, without `.` and `..`; the working folder is the root.
+fn absolute(path: &Path) -> PathBuf {
+    let mut out = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => out.push(name),
+            Component::ParentDir => drop(out.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    out
+}
+
+impl Env for SimHost {
+    fn open(&self, path: &Path, access: Access) -> Result<File> {
+        self.handle(path, access, |world, name| world.look_up(name))
+    }
+
+    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File> {
+        let mut depth = 0;
+        for part in relative.components() {
+            depth += match part {
+                Component::Normal(_) => 1,
+                Component::ParentDir => -1,
+                Component::CurDir => 0,
+                Component::RootDir | Component::Prefix(_) => i32::MIN,
+            };
+            if depth < 0 {
+                let what = format!("the path leaves the allowed folder {}", root.display());
+                return Err(Error::new(ErrorKind::Refused, what).at_path(root.join(relative)));
+            }
+        }
+        self.open(&root.join(relative), Access::Read)
+    }
+
+    fn create(&self, path: &Path) -> Result<File> {
+        self.handle(path, Access::Write, |world, name| {
+            if world.look_up(name).is_ok() {
+                return Err(code(libc::EEXIST));
+            }
+            let inode = world.number();
+            world.inodes.insert(inode, Inode::new(world.clock));
+            world.names.apply(names::Change::Set(name.to_path_buf(), inode));
+            Ok(inode)
+        })
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.named(from, "cannot rename", |world, name| {
+            world.step(Step::Name)?;
+            let (inode, to) = (world.look_up(name)?, absolute(to));
+            // Two names of one file: rename(2) does nothing.
+            if world.names.get(&to) != Some(inode) {
+                world.names.apply(names::Change::Rename(name.to_path_buf(), to, inode));
+            }
+            Ok(())
+        })
+    }
+
+    fn link(&self, existing: &Path, new: &Path) -> Result<()> {
+        self.named(existing, "cannot give it a second name", |world, name| {
+            world.step(Step::Name)?;
+            let (inode, new) = (world.look_up(name)?, absolute(new));
+            if world.look_up(&new).is_ok() {
+                return Err(code(libc::EEXIST));
+            }
+            world.names.apply(names::Change::Set(new, inode));
+            Ok(())
+        })
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        self.named(path, "cannot remove the name", |world, name| {
+            world.step(Step::Name)?;
+            world.look_up(name)?;
+            world.names.apply(names::Change::Remove(name.to_path_buf()));
+            Ok(())
+        })
+    }
+
+    fn sync_dir(&self, folder: &Path) -> Result<()> {
+        self.named(folder, "cannot make the names in the folder durable", |world, name| {
+            world.step(Step::SyncNames)?;
+            world.names.sync(name);
+            Ok(())
+        })
+    }
+
+    fn canonical(&self, path: &Path) -> Result<PathBuf> {
+        self.named(path, "cannot resolve the path", |world, name| {
+            world.alive()?;
+            // A folder is there when a name lies in it.
+            if name != Path::new("/") && !world.names.all().any(|(other, _)| other.starts_with(name)) {
+                return Err(code(libc::ENOENT));
+            }
+            Ok(name.to_path_buf())
+        })
+    }
+
+    fn now(&self) -> i64 {
+        self.0.world().clock
+    }
+
+    fn uuid(&self) -> Uuid {
+        let mut world = self.0.world();
+        let bits = u128::from(world.random.any()) << 64 | u128::from(world.random.any());
+        uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
+    }
+
+    fn engine(&self, _kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
+        Ok(Box::new(SimEngine::new(self.0.clone(), depth)))
+    }
+}
