@@ -7,6 +7,8 @@ use std::fmt;
 
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
+/// Bits in a sector.
+pub const SECTOR_BITS: u32 = 4096;
 
 /// The number of bytes in `sectors`; `None` where it does not fit in 64 bits.
 pub fn bytes(sectors: u64) -> Option<u64> {
@@ -115,7 +117,7 @@ impl BlockSize {
 
     /// Sectors that the bitmap in front of the data takes (at least one).
     pub fn bitmap_sectors(self) -> u32 {
-        self.sectors().div_ceil(SECTOR as u32 * 8)
+        self.sectors().div_ceil(SECTOR_BITS)
     }
 
     /// Sectors of bitmap and data together.

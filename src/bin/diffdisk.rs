@@ -1,1 +1,5 @@
-fn main() {}
+//! The image tool.
+
+fn main() -> std::process::ExitCode {
+    diffdisk::cli::diffdisk()
+}

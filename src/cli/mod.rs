@@ -1,6 +1,74 @@
-//! Floor 7: human words. Arguments, printing, exit codes, and the wiring of the daemon.
+//! Floor 7: human words.
+//!
+//! Owns: arguments, what is printed, exit codes, the one line of a failure, and the wiring of the daemon. Leaves to
+//! others: everything that is done.
+//!
+//! ```text
+//!   diffdisk    args ──> images ──> ops
+//!                size      │ └────> progress   a bar, on a terminal only
+//!                          └──────> print      people, or JSON
+//!   diffdiskd   serve_args ──> serve ──> vhost
+//!                               ├── adopt      descriptors handed over by who starts us
+//!                               └── systemd    readiness
+//! ```
 
 mod adopt;
+mod args;
+mod images;
+mod print;
+mod progress;
 pub mod serve;
 mod serve_args;
+mod size;
 mod systemd;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::Error;
+
+/// How a program ended, in the words of the contract.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Exit {
+    Done = 0,
+    Failed = 1,
+    Corrupt = 3,
+    Leaks = 4,
+    Different = 5,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// The whole of `diffdisk`: reads the command line, does what it says, tells how it went.
+pub fn diffdisk() -> ExitCode {
+    let args = args::Args::parse();
+    log_to_stderr(&args.common.log_level);
+    let (verb, outcome) = images::run(args);
+    match outcome {
+        Ok(exit) => exit.into(),
+        Err(e) => {
+            complain(verb, &e);
+            Exit::Failed.into()
+        }
+    }
+}
+
+/// The one line of a failure.
+fn complain(verb: &str, e: &Error) {
+    eprintln!("diffdisk: {verb}: {}", print::plain(&e.line()));
+}
+
+fn log_to_stderr(level: &args::LogLevel) {
+    env_logger::Builder::new()
+        .filter_level(level.filter())
+        .format(|to, record| {
+            use std::io::Write;
+            writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::plain(&record.args().to_string()))
+        })
+        .init();
+}

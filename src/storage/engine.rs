@@ -4,7 +4,11 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::env::File;
+use super::host::HostFile;
 use super::op::{Completion, Op, Slot};
+
+/// Files that can be registered at once: a chain at its longest (256), and room for the file a snapshot or merge brings.
+pub const SLOTS: u16 = 256 + 16;
 
 /// Carries out operations, many at a time, for one thread.
 ///
@@ -19,6 +23,13 @@ pub trait Engine: Send {
     /// # Errors
     /// Where the host refuses.
     fn register(&mut self, slot: Slot, file: &File) -> io::Result<()>;
+
+    /// Takes a file out of the table, so that the host can let go of it (and give back its room, if it has no name any
+    /// more). No operation on the slot is under way.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    fn unregister(&mut self, slot: Slot) -> io::Result<()>;
 
     /// Takes an operation for the next `submit`. Gives it back where `depth` operations are under way already.
     fn push(&mut self, op: Op) -> Result<(), Op>;
@@ -53,4 +64,13 @@ pub trait Engine: Send {
 
     /// A word for the log: `io_uring`, `blocking`, `simulated`.
     fn name(&self) -> &'static str;
+}
+
+/// The host's file, for the engines that work on nothing else.
+pub(super) fn host_file(file: &File) -> io::Result<&HostFile> {
+    match file {
+        File::Host(f) => Ok(f),
+        #[cfg(feature = "sim")]
+        File::Sim(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "a simulated file in an engine of the host")),
+    }
 }

@@ -16,6 +16,7 @@
 //!
 //! Only positional I/O is used: there is no file position to share.
 
+pub mod bell;
 pub mod blocking;
 pub mod engine;
 pub mod env;
@@ -25,8 +26,12 @@ pub mod payload;
 pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod transfer;
+#[cfg(test)]
+mod twins;
 
-pub use engine::Engine;
+pub use bell::Bell;
+pub use engine::{Engine, SLOTS};
 pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};

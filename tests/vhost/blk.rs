@@ -31,7 +31,10 @@ impl Guest {
             | VirtioBlkFeatureFlags::RO.bits();
         let user = VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(socket.to_str().unwrap(), features).unwrap();
         let mut transport: Box<VirtioBlkTransport> = Box::new(user);
-        let made = VirtioBlkQueue::setup_queues(&mut *transport, queues, size).unwrap();
+        let mut made = VirtioBlkQueue::setup_queues(&mut *transport, queues, size).unwrap();
+        for queue in &mut made {
+            queue.set_used_notif_enabled(true);
+        }
         let config = transport.get_config().unwrap();
         let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(fd);

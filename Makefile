@@ -1,0 +1,28 @@
+# What is done often, by name. `make` alone lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo test check guest
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## the programs diffdisk and diffdiskd, in target/release
+	cargo build --release --bins
+
+demo: ## a virtual machine works on a child of a golden image (about a minute)
+	@vm-images/demo.sh
+
+guest: ## the Linux guest that tests boot, in vm-images/cache
+	.ci/install full
+	vm-images/build-guest.sh full
+
+test: guest ## everything that can fail; installs what it compares with
+	cargo test --features sim
+
+check: ## formatting, lints, documentation
+	cargo fmt --check
+	cargo clippy --all-targets --features sim -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim
+	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh; fi

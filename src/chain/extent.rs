@@ -1,0 +1,122 @@
+//! Plans: a range of the disk as runs of sectors that have one source each.
+
+use crate::storage::Slot;
+use crate::units::SectorRange;
+
+/// Where the bytes of a run are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// Nowhere: they read as zeros.
+    Zero,
+    /// In a file.
+    File {
+        /// Which file of the chain.
+        slot: Slot,
+        /// Byte offset of the run's first sector.
+        offset: u64,
+    },
+}
+
+impl Source {
+    /// The source of what follows `sectors` further on in the same run.
+    fn after(self, sectors: u64) -> Source {
+        match self {
+            Source::Zero => Source::Zero,
+            Source::File { slot, offset } => Source::File { slot, offset: offset + sectors * crate::units::SECTOR },
+        }
+    }
+}
+
+/// A run of virtual sectors with one source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// The run.
+    pub range: SectorRange,
+    /// Where its bytes are, or go.
+    pub source: Source,
+}
+
+impl Extent {
+    /// Both as one, where `next` begins where this ends, in both worlds.
+    #[inline]
+    pub fn joined(self, next: Extent) -> Option<Extent> {
+        let adjoins = self.range.end() == next.range.start() && self.source.after(self.range.count()) == next.source;
+        adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
+    }
+}
+
+/// What must be read from the files before a range can be planned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Missing {
+    /// A granule of the top's bitmaps.
+    Granule(usize),
+    /// The bitmaps that decide a cell of the frozen map.
+    Cell(usize),
+}
+
+/// The answer to "where is this range": extents in ascending order without gaps, unless something is missing.
+///
+/// One is kept by each queue and used again and again, so that planning allocates nothing once it is warm.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// The runs. For writes where data goes, for zeroing and discarding where the file is punched.
+    pub extents: Vec<Extent>,
+    /// Ranges to mark when all is done (zeroing only; a write marks its whole range).
+    pub marks: Vec<SectorRange>,
+    /// What to load before asking again. If there is any, the rest of the plan means nothing.
+    pub missing: Vec<Missing>,
+    /// Whether a block got a place: room may be short now.
+    pub reserved: bool,
+}
+
+impl Plan {
+    /// Forgets everything, keeps the memory.
+    pub fn clear(&mut self) {
+        self.extents.clear();
+        self.marks.clear();
+        self.missing.clear();
+        self.reserved = false;
+    }
+
+    /// Appends a run, joining it to the last where they are neighbours in both worlds.
+    #[inline]
+    pub fn push(&mut self, range: SectorRange, source: Source) {
+        if range.is_empty() {
+            return;
+        }
+        let next = Extent { range, source };
+        if let Some(last) = self.extents.last_mut()
+            && let Some(both) = last.joined(next)
+        {
+            *last = both;
+            return;
+        }
+        self.extents.push(next);
+    }
+
+    /// Notes something to load, once.
+    pub fn miss(&mut self, what: Missing) {
+        if !self.missing.contains(&what) {
+            self.missing.push(what);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_join() {
+        let mut plan = Plan::default();
+        let file = |offset| Source::File { slot: Slot(1), offset };
+        plan.push(SectorRange::between(0, 8), file(4096));
+        plan.push(SectorRange::between(8, 16), file(8192));
+        plan.push(SectorRange::between(16, 17), file(8192));
+        plan.push(SectorRange::between(17, 18), Source::Zero);
+        plan.push(SectorRange::between(18, 18), file(1));
+        plan.push(SectorRange::between(18, 20), Source::Zero);
+        let got: Vec<_> = plan.extents.iter().map(|e| (e.range.start(), e.range.end(), e.source)).collect();
+        assert_eq!(got, [(0, 16, file(4096)), (16, 17, file(8192)), (17, 20, Source::Zero)]);
+    }
+}

@@ -1,0 +1,178 @@
+//! Planning: a range of the disk in, extents out. Pure look-ups; what is not in memory is named, loaded, and asked again.
+//!
+//! ```text
+//!   plan_* ──> extents                        (nearly always)
+//!      └─────> missing ─> Load ─> read its pieces ─> supply ─> plan_* again
+//! ```
+//!
+//! After `supply` the same question needs nothing further, since bits once known stay known: that is the only loop.
+
+use super::extent::{Missing, Plan};
+use super::frozen::BitmapPiece;
+use super::version::Version;
+use crate::error::Result;
+use crate::image::NoRoom;
+use crate::storage::Slot;
+use crate::units::{SECTOR, SectorRange};
+
+/// Bitmap sectors under way for a question that could not be answered. Each piece is one sector of a file.
+#[derive(Debug, Default)]
+pub struct Load {
+    granules: Vec<(usize, Piece)>,
+    cells: Vec<(usize, Vec<BitmapPiece>)>,
+    places: Vec<Piece>,
+}
+
+/// Where a piece is, and (granules only) what was read.
+#[derive(Debug, Clone)]
+struct Piece {
+    slot: Slot,
+    at: u64,
+    bytes: Option<Box<[u8; SECTOR as usize]>>,
+}
+
+impl Load {
+    /// The pieces to read: slot and byte offset of a sector each, numbered from 0.
+    pub fn pieces(&self) -> impl Iterator<Item = (Slot, u64)> {
+        self.places.iter().map(|p| (p.slot, p.at))
+    }
+
+    /// Takes in piece `number`, a sector long.
+    pub fn take(&mut self, number: usize, sector: &[u8]) {
+        let mut rest = number;
+        if let Some((_, piece)) = self.granules.get_mut(rest) {
+            piece.bytes = Some(Box::new(sector.try_into().expect("a piece is a sector long")));
+            return;
+        }
+        rest -= self.granules.len();
+        for (_, pieces) in &mut self.cells {
+            match pieces.get_mut(rest) {
+                Some(piece) => {
+                    let mut words = Box::new([0; SECTOR as usize / 8]);
+                    crate::format::bitmap::decode(sector, words.as_mut_slice());
+                    piece.words = Some(words);
+                    return;
+                }
+                None => rest -= pieces.len(),
+            }
+        }
+        unreachable!("a number below the count of pieces");
+    }
+}
+
+impl Version {
+    /// Where `range` is read from. The range lies on the disk.
+    #[inline]
+    pub fn plan_read(&self, range: SectorRange, plan: &mut Plan) {
+        plan.clear();
+        match self.top() {
+            Some(top) => top.split(range, self.frozen(), plan),
+            None => self.frozen().split(range, plan),
+        }
+    }
+
+    /// Where a write of `range` goes; blocks get places. Only on a disk with a top.
+    ///
+    /// # Errors
+    /// [`NoRoom`]: ask again when the file has grown.
+    pub fn plan_write(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
+        plan.clear();
+        self.top().expect("only writable disks write").place(range, plan)
+    }
+
+    /// What to zero and mark so that `range` reads as zeros. Only on a disk with a top.
+    ///
+    /// # Errors
+    /// As for `plan_write`.
+    pub fn plan_zero(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
+        plan.clear();
+        self.top().expect("only writable disks write").zero(range, self.frozen(), plan)
+    }
+
+    /// What to punch when the guest needs `range` no more. Only on a disk with a top.
+    pub fn plan_discard(&self, range: SectorRange, plan: &mut Plan) {
+        plan.clear();
+        self.top().expect("only writable disks write").present(range, plan);
+    }
+
+    /// What must be read before the question that left `missing` can be asked again.
+    pub fn load(&self, missing: &[Missing]) -> Load {
+        let mut load = Load::default();
+        for what in missing {
+            match *what {
+                Missing::Granule(granule) => {
+                    let top = self.top().expect("only a top has granules");
+                    let at = top.image.granule_offset(granule);
+                    load.granules.push((granule, Piece { slot: top.slot, at, bytes: None }));
+                }
+                Missing::Cell(cell) => load.cells.push((cell, self.frozen().pieces(cell))),
+            }
+        }
+        load.places = load.granules.iter().map(|(_, p)| p.clone()).collect();
+        for piece in load.cells.iter().flat_map(|(_, pieces)| pieces) {
+            let slot = self.frozen().layers()[piece.layer].slot;
+            load.places.push(Piece { slot, at: piece.at, bytes: None });
+        }
+        load
+    }
+
+    /// Takes in a load whose pieces are all there.
+    pub fn supply(&self, load: &Load) {
+        for (granule, piece) in &load.granules {
+            let bytes = piece.bytes.as_ref().expect("all pieces were read");
+            self.top().and_then(|t| t.image.bitmaps()).expect("granules of a top").supply(*granule, &bytes[..]);
+        }
+        for (cell, pieces) in &load.cells {
+            self.frozen().supply(*cell, pieces);
+        }
+    }
+
+    /// Reads what a plan missed, here and now; for tools and jobs, which have a thread of their own.
+    ///
+    /// # Errors
+    /// `Io`, naming file and offset.
+    pub fn load_now(&self, missing: &[Missing]) -> Result<()> {
+        let mut load = self.load(missing);
+        let pieces: Vec<_> = load.pieces().collect();
+        for (number, (slot, at)) in pieces.into_iter().enumerate() {
+            let mut sector = [0; SECTOR as usize];
+            self.file(slot).read_at(&mut sector, at)?;
+            load.take(number, &sector);
+        }
+        self.supply(&load);
+        Ok(())
+    }
+
+    /// `plan_read`, with what it misses read here and now.
+    ///
+    /// # Errors
+    /// As `load_now`.
+    pub fn plan_read_now(&self, range: SectorRange, plan: &mut Plan) -> Result<()> {
+        self.plan_read(range, plan);
+        if !plan.missing.is_empty() {
+            self.load_now(&plan.missing)?;
+            self.plan_read(range, plan);
+        }
+        Ok(())
+    }
+
+    /// Reads `range` into `into`, here and now.
+    ///
+    /// # Errors
+    /// As `load_now`.
+    pub fn read_now(&self, range: SectorRange, into: &mut [u8], plan: &mut Plan) -> Result<()> {
+        assert_eq!(into.len() as u64, range.bytes(), "a buffer of the range's length");
+        self.plan_read_now(range, plan)?;
+        let mut rest = into;
+        for extent in &plan.extents {
+            let len = usize::try_from(extent.range.bytes()).expect("a part of a buffer");
+            let (now, later) = rest.split_at_mut(len);
+            rest = later;
+            match extent.source {
+                super::Source::Zero => now.fill(0),
+                super::Source::File { slot, offset } => self.file(slot).read_at(now, offset)?,
+            }
+        }
+        Ok(())
+    }
+}

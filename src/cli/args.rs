@@ -1,0 +1,223 @@
+//! The command line of `diffdisk`.
+
+use std::path::PathBuf;
+
+use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+
+use super::size::{parse, parse_block_size};
+use crate::ops::Format;
+use crate::ops::create::Locators;
+use crate::units::BlockSize;
+
+/// Makes, inspects, checks, converts and compares VHD images and chains of them.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found corruption, 4 check found only leaks or cosmetic faults,
+/// 5 compare found a difference.
+#[derive(Parser, Debug)]
+#[command(name = "diffdisk", version)]
+pub(super) struct Args {
+    #[command(flatten)]
+    pub(super) common: Common,
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+/// What all verbs take.
+#[derive(Group, Debug)]
+pub(super) struct Common {
+    /// Where parents may lie besides the folder of the image that is named (repeatable)
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(super) allow_parents: Vec<PathBuf>,
+    /// No progress bar, and nothing on standard output that was not asked for
+    #[arg(long, short, global = true)]
+    pub(super) quiet: bool,
+    /// What is logged to standard error
+    #[arg(long, value_enum, default_value = "warn", value_name = "LEVEL", global = true)]
+    pub(super) log_level: LogLevel,
+}
+
+/// Levels of the log.
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum LogLevel {
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    pub(super) fn filter(self) -> log::LevelFilter {
+        match self {
+            LogLevel::Off => log::LevelFilter::Off,
+            LogLevel::Error => log::LevelFilter::Error,
+            LogLevel::Warn => log::LevelFilter::Warn,
+            LogLevel::Info => log::LevelFilter::Info,
+            LogLevel::Debug => log::LevelFilter::Debug,
+            LogLevel::Trace => log::LevelFilter::Trace,
+        }
+    }
+}
+
+/// Sizes are numbers of bytes, or with K, M, G, T as powers of 1024.
+#[derive(Subcommand, Debug)]
+pub(super) enum Verb {
+    /// Make a new root image, or with --parent a differencing child
+    Create(Create),
+    /// Tell what an image says of itself; it may be in use
+    Info(Info),
+    /// Hold an image against every rule of the format; nothing is changed
+    Check(Check),
+    /// Tell which file of the chain answers each range of the disk
+    Map(Map),
+    /// Copy the disk as its guest sees it; holes stay holes
+    Convert(Convert),
+    /// Compare what guests see of two disks
+    Compare(Compare),
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Create {
+    /// The image to make; it must not exist
+    pub(super) path: PathBuf,
+    /// Size of the disk: 512, 64K, 10M, 2G, 1T. With --parent the parent's if not given
+    #[arg(long, value_parser = parse, required_unless_present = "parent")]
+    pub(super) size: Option<u64>,
+    /// Kind of root
+    #[arg(long = "type", value_enum, default_value = "dynamic", conflicts_with = "parent")]
+    pub(super) kind: RootKind,
+    /// Size of a block, a power of two from 4K to 256M
+    #[arg(long, value_parser = parse_block_size, default_value = "2M")]
+    pub(super) block_size: BlockSize,
+    /// Leave room in the block table to grow to this size
+    #[arg(long, value_parser = parse, value_name = "SIZE")]
+    pub(super) reserve_size: Option<u64>,
+    /// Make a child of this image
+    #[arg(long)]
+    pub(super) parent: Option<PathBuf>,
+    /// Which paths to the parent the child records
+    #[arg(long, value_enum, default_value = "both", requires = "parent")]
+    pub(super) locator: Locator,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RootKind {
+    Dynamic,
+    Fixed,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum Locator {
+    Relative,
+    Absolute,
+    Both,
+}
+
+impl From<Locator> for Locators {
+    fn from(locator: Locator) -> Locators {
+        match locator {
+            Locator::Relative => Locators::Relative,
+            Locator::Absolute => Locators::Absolute,
+            Locator::Both => Locators::Both,
+        }
+    }
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Info {
+    /// The image
+    pub(super) path: PathBuf,
+    /// Open its parents, too, and tell of each file of the chain
+    #[arg(long)]
+    pub(super) chain: bool,
+    /// One JSON document. For a fixed image block_size, blocks and blocks_allocated are null; `resolved` is null
+    /// without --chain
+    #[arg(long, verbatim_doc_comment)]
+    pub(super) json: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Check {
+    /// The image
+    pub(super) path: PathBuf,
+    /// Check its parents, too, and the links between them
+    #[arg(long)]
+    pub(super) chain: bool,
+    /// One JSON document
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Map {
+    /// The image
+    pub(super) path: PathBuf,
+    /// One JSON array; depth 0 is the image itself, and where no file answers depth, file and offset are null
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Convert {
+    /// The disk to copy
+    pub(super) source: PathBuf,
+    /// The file to make, or - for standard output (only with --to raw)
+    pub(super) destination: PathBuf,
+    /// What to make
+    #[arg(long, value_enum)]
+    pub(super) to: Target,
+    /// What the source is; it is never guessed, since a guest could write what looks like an image
+    #[arg(long, value_enum, default_value = "vhd")]
+    pub(super) from: Source,
+    /// Size of a block of a dynamic image, a power of two from 4K to 256M
+    #[arg(long, value_parser = parse_block_size, default_value = "2M")]
+    pub(super) block_size: BlockSize,
+    /// Replace an existing file, at the end and all at once
+    #[arg(long)]
+    pub(super) force: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    Raw,
+    Fixed,
+    Dynamic,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Source {
+    Raw,
+    Vhd,
+}
+
+impl From<Source> for Format {
+    fn from(source: Source) -> Format {
+        match source {
+            Source::Raw => Format::Raw,
+            Source::Vhd => Format::Vhd,
+        }
+    }
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Compare {
+    /// One disk
+    pub(super) a: PathBuf,
+    /// The other one
+    pub(super) b: PathBuf,
+    /// What the disks are; given twice, the first is for A and the second for B
+    #[arg(long, value_enum, default_value = "vhd")]
+    pub(super) from: Vec<Source>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+}

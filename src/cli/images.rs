@@ -1,0 +1,193 @@
+//! The verbs on images: from arguments to what `ops` does, to what is printed.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+
+use super::Exit;
+use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
+use super::print;
+use super::progress::Work;
+use super::size::human;
+use crate::chain::Policy;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::convert::To;
+use crate::ops::{self, Disk, Format};
+use crate::storage::host::Host;
+
+/// Carries a verb out. Returns its name, too, for the line of a failure.
+pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
+    let common = args.common;
+    match args.verb {
+        Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
+        Verb::Compare(a) => ("compare", compare(&a, &common).map_err(|e| e.at_path(&a.a))),
+    }
+}
+
+fn policy(common: &Common) -> Policy {
+    Policy { allowed: common.allow_parents.clone(), ..Policy::default() }
+}
+
+/// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
+fn printed(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match f(&mut out).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("cannot write to standard output", e)),
+        _ => Ok(()),
+    }
+}
+
+fn create(args: &Create, common: &Common) -> Result<Exit> {
+    let said = match &args.parent {
+        Some(parent) => {
+            let child = ops::create::Child {
+                parent: parent.clone(),
+                size: args.size,
+                block_size: args.block_size,
+                reserve: args.reserve_size.unwrap_or(0),
+                locators: args.locator.into(),
+            };
+            let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
+            if made.outside {
+                let folder = made.parent.parent().unwrap_or(Path::new("/"));
+                log::info!("its parent is found with --allow-parents {}", folder.display());
+            }
+            format!("differencing, {}, child of {}", human(made.size), made.parent.display())
+        }
+        None => {
+            let size = args.size.expect("clap asks for it");
+            let fixed = args.kind == RootKind::Fixed;
+            let reserve = args.reserve_size.unwrap_or(0);
+            let root = ops::create::Root { fixed, size, block_size: args.block_size, reserve };
+            ops::create::root(&Host, &args.path, &root)?;
+            let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {}", args.block_size) };
+            format!("{kind}, {}", human(size))
+        }
+    };
+    if !common.quiet {
+        printed(|out| writeln!(out, "created {}: {}", print::path(&args.path), print::plain(&said)))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn info(args: &Info, common: &Common) -> Result<Exit> {
+    let policy = args.chain.then(|| policy(common));
+    let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
+    printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
+    Ok(Exit::Done)
+}
+
+fn check(args: &Check, common: &Common) -> Result<Exit> {
+    let policy = args.chain.then(|| policy(common));
+    let report = ops::check::check(&Host, &args.path, policy.as_ref())?;
+    printed(|out| match args.json {
+        true => print::json(out, &report),
+        false => print::check(out, &report, common.quiet),
+    })?;
+    if report.corruptions > 0 {
+        let worst = report.defects.iter().find(|d| d.corrupt).expect("one was counted");
+        let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
+        if report.corruptions > 1 {
+            let more = report.corruptions - 1;
+            e = Error::new(ErrorKind::Invalid, format!("{} (and {more} more)", worst.detail));
+        }
+        let e = worst.offset.into_iter().fold(e, Error::at_offset);
+        super::complain("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
+        return Ok(Exit::Corrupt);
+    }
+    Ok(if report.ok { Exit::Done } else { Exit::Leaks })
+}
+
+fn map(args: &Map, common: &Common) -> Result<Exit> {
+    let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
+    let mut left = false;
+    let done = ops::map::map(&Host, &args.path, &policy(common), |run| match table.run(&run) {
+        Err(e) => {
+            left = e.kind() == io::ErrorKind::BrokenPipe;
+            Err(Error::io("cannot write to standard output", e))
+        }
+        Ok(()) => Ok(()),
+    });
+    match done.and_then(|()| table.end().map_err(|e| Error::io("cannot write to standard output", e))) {
+        Err(_) if left => Ok(Exit::Done),
+        done => done.map(|()| Exit::Done),
+    }
+}
+
+fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
+    let format = Format::from(from);
+    Disk::open(&Host, path, format, &policy(common)).map_err(|e| match e.kind() {
+        // Not an error of a parent: there a hint would mislead.
+        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
+            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
+        }
+        _ => e,
+    })
+}
+
+fn convert(args: &Convert, common: &Common) -> Result<Exit> {
+    let streamed = args.destination == Path::new("-");
+    if streamed && args.to != Target::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
+    }
+    if streamed && io::stdout().is_terminal() {
+        return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
+    }
+    let disk = open(&args.source, args.from, common)?;
+    let work = Work::new(disk.bytes(), common.quiet)?;
+    let mut progress = |bytes| work.at(bytes);
+    if streamed {
+        ops::convert::stream(&disk, &mut Stdout, &mut progress)?;
+        return Ok(Exit::Done);
+    }
+    if disk.bytes() % 512 != 0 && args.to != Target::Raw {
+        log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
+    }
+    let to = match args.to {
+        Target::Raw => To::Raw,
+        Target::Fixed => To::Fixed,
+        Target::Dynamic => To::Dynamic(args.block_size),
+    };
+    ops::convert::convert(&Host, &disk, &args.destination, to, args.force, &mut progress)
+        .map_err(|e| e.at_path(&args.destination))?;
+    Ok(Exit::Done)
+}
+
+fn compare(args: &Compare, common: &Common) -> Result<Exit> {
+    let (of_a, of_b) = match args.from.as_slice() {
+        [both] => (*both, *both),
+        [a, b] => (*a, *b),
+        _ => return Err(Error::new(ErrorKind::Unsupported, "--from is given once or twice")),
+    };
+    let (a, b) = (open(&args.a, of_a, common)?, open(&args.b, of_b, common)?);
+    let work = Work::new(a.bytes().max(b.bytes()), common.quiet)?;
+    let difference = ops::compare::compare(&a, &b, &mut |bytes| work.at(bytes))?;
+    drop(work);
+    printed(|out| {
+        if a.bytes() != b.bytes() && !common.quiet {
+            writeln!(out, "sizes differ: {} and {} bytes; what one has beyond must be zero", a.bytes(), b.bytes())?;
+        }
+        match difference {
+            Some(at) => writeln!(out, "different from byte {at} on"),
+            None if common.quiet => Ok(()),
+            None => writeln!(out, "equal"),
+        }
+    })?;
+    Ok(if difference.is_some() { Exit::Different } else { Exit::Done })
+}
+
+/// Standard output without the buffer of lines that the standard library puts before it.
+struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(io::stdout(), bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

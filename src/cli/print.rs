@@ -1,0 +1,158 @@
+//! What people and programs read: aligned fields, trees, tables, JSON.
+
+use std::borrow::Cow;
+use std::io::{Result, Write};
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::size::human;
+use crate::ops::{check, info, map};
+
+/// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
+pub(super) fn plain(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
+/// A path for a terminal.
+pub(super) fn path(path: &Path) -> String {
+    plain(&path.display().to_string()).into_owned()
+}
+
+/// One JSON document and a line's end.
+pub(super) fn json(out: &mut dyn Write, document: &impl Serialize) -> Result<()> {
+    serde_json::to_writer_pretty(&mut *out, document)?;
+    writeln!(out)
+}
+
+fn bytes(n: u64) -> String {
+    if n < 1024 { format!("{n} bytes") } else { format!("{} ({n} bytes)", human(n)) }
+}
+
+/// `info` for people.
+pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
+    let mut field = |name: &str, text: &str| writeln!(out, "{:<15} {}", format!("{name}:"), plain(text));
+    field("path", &info.path)?;
+    field("format", info.format)?;
+    field("type", info.disk_type)?;
+    field("virtual size", &bytes(info.virtual_size))?;
+    field("file size", &bytes(info.file_size))?;
+    field("allocated", &bytes(info.allocated_bytes))?;
+    if let (Some(size), Some(blocks), Some(allocated)) = (info.block_size, info.blocks, info.blocks_allocated) {
+        field("block size", &bytes(size.into()))?;
+        field("blocks", &format!("{allocated} of {blocks} allocated"))?;
+    }
+    field("uuid", &info.uuid)?;
+    field("created", &info.created)?;
+    field("creator", &format!("{} on {}", info.creator_app, info.creator_host))?;
+    if let Some(parent) = &info.parent {
+        field("parent", &parent.name)?;
+        field("  uuid", &parent.uuid)?;
+        for locator in &parent.locators {
+            field(&format!("  {}", locator.platform), &locator.path)?;
+        }
+        if let Some(resolved) = &parent.resolved {
+            field("  resolved", resolved)?;
+        }
+    }
+    let Some(chain) = &info.chain else { return Ok(()) };
+    writeln!(out, "chain:")?;
+    for (depth, layer) in chain.iter().enumerate() {
+        let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
+        let sizes = format!("{}, {} allocated", human(layer.virtual_size), human(layer.allocated_bytes));
+        writeln!(out, "  {branch}{} ({}, {sizes})", plain(&layer.path), layer.disk_type)?;
+    }
+    Ok(())
+}
+
+/// `check` for people: a line per defect, and how it stands.
+pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
+    for defect in &report.defects {
+        let file = defect.path.as_ref().map_or(String::new(), |path| format!("{}: ", plain(path)));
+        let place = defect.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
+        let mend = if defect.repairable { " [repairable]" } else { "" };
+        writeln!(out, "{file}{}: {}{place}{mend}", defect.kind, plain(&defect.detail))?;
+    }
+    if quiet {
+        return Ok(());
+    }
+    let files = report.chain.as_ref().map_or(String::new(), |chain| match chain.len() {
+        1 => " (1 file)".to_owned(),
+        n => format!(" ({n} files)"),
+    });
+    if report.ok {
+        return writeln!(out, "{}{files}: no defects", plain(&report.path));
+    }
+    let other = report.defects.len() as u64 - report.corruptions - report.leaks;
+    let (corruptions, leaks) = (report.corruptions, report.leaks);
+    writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))
+}
+
+/// `map`, a run at a time.
+pub(super) struct Map<W: Write> {
+    out: W,
+    json: bool,
+    begun: bool,
+}
+
+#[derive(Serialize)]
+struct JsonRun<'a> {
+    start: u64,
+    length: u64,
+    depth: Option<u16>,
+    file: Option<Cow<'a, str>>,
+    offset: Option<u64>,
+    zero: bool,
+}
+
+impl<W: Write> Map<W> {
+    pub(super) fn new(out: W, json: bool) -> Map<W> {
+        Map { out, json, begun: false }
+    }
+
+    pub(super) fn run(&mut self, run: &map::Run<'_>) -> Result<()> {
+        let first = !std::mem::replace(&mut self.begun, true);
+        if !self.json {
+            if first {
+                writeln!(self.out, "{:>16} {:>16} {:>5} {:>16}  file", "start", "length", "depth", "offset")?;
+            }
+            let (depth, offset, file) = match &run.found {
+                None => ("-".to_owned(), "-".to_owned(), "(zero)".to_owned()),
+                Some(found) => (found.depth.to_string(), found.offset.to_string(), path(found.file)),
+            };
+            return writeln!(self.out, "{:>16} {:>16} {depth:>5} {offset:>16}  {file}", run.start, run.length);
+        }
+        self.out.write_all(if first { b"[" } else { b",\n " })?;
+        let document = JsonRun {
+            start: run.start,
+            length: run.length,
+            depth: run.found.map(|found| found.depth),
+            file: run.found.map(|found| found.file.to_string_lossy()),
+            offset: run.found.map(|found| found.offset),
+            zero: run.found.is_none(),
+        };
+        serde_json::to_writer(&mut self.out, &document)?;
+        Ok(())
+    }
+
+    pub(super) fn end(mut self) -> Result<()> {
+        if self.json {
+            self.out.write_all(if self.begun { b"]\n" } else { b"[]\n" })?;
+        }
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_do_not_command_terminals() {
+        assert_eq!(plain("a\u{1b}[2Jb\u{9b}\n"), "a\\u{1b}[2Jb\\u{9b}\\n");
+        assert!(matches!(plain("päth"), Cow::Borrowed("päth")));
+    }
+}

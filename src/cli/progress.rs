@@ -1,0 +1,57 @@
+//! How far long work has come: a bar on a terminal, nothing on a pipe. And the end of it where the user wants one.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Work of a known number of bytes.
+pub(super) struct Work {
+    bar: ProgressBar,
+    stop: Arc<AtomicBool>,
+}
+
+impl Work {
+    /// Work on `bytes`. From here on SIGINT and SIGTERM end it in an orderly way.
+    ///
+    /// # Errors
+    /// Where the signals cannot be had.
+    pub(super) fn new(bytes: u64, quiet: bool) -> Result<Work> {
+        let stop = Arc::new(AtomicBool::new(false));
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // A second one ends the program at once: what it leaves is a file under a temporary name.
+            signal_hook::flag::register_conditional_default(signal, stop.clone())
+                .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+                .map_err(|e| Error::io("cannot wait for signals", e))?;
+        }
+        let shown = !quiet && std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
+        if !shown {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        let style = "{bar:40} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+        bar.set_style(ProgressStyle::with_template(style).expect("a template of known keys"));
+        Ok(Work { bar, stop })
+    }
+
+    /// So many bytes are done.
+    ///
+    /// # Errors
+    /// `Refused` where the user has interrupted the work.
+    pub(super) fn at(&self, bytes: u64) -> Result<()> {
+        self.bar.set_position(bytes);
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Refused, "interrupted"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

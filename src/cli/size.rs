@@ -1,0 +1,84 @@
+//! Sizes as people write them: `512`, `64K`, `10M`, `2G`, `1T`; and as they read them.
+
+use crate::units::BlockSize;
+
+/// Bytes from a number with an optional unit (powers of 1024; `K`, `KB` and `KiB` are the same).
+pub(super) fn parse(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit = unit.to_ascii_uppercase();
+    let shift = match unit.strip_suffix("IB").or(unit.strip_suffix('B')).unwrap_or(&unit) {
+        "" if !unit.starts_with('I') => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a size is a number of bytes, or one with K, M, G or T: 512, 64K, 10M, 2G, 1T".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "a size begins with a whole number".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "more bytes than any disk has".to_owned())
+}
+
+/// A block size in the same notation.
+pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
+    let size = u32::try_from(parse(text)?).ok().and_then(BlockSize::from_bytes);
+    size.ok_or_else(|| "a block size is a power of two from 4K to 256M".to_owned())
+}
+
+/// A number of bytes in a few letters: `2 MiB`, `1.5 GiB`.
+pub(super) fn human(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let rank = (64 - bytes.leading_zeros()).saturating_sub(1) / 10;
+    let (unit, one) = (units[rank as usize], 1u64 << (rank * 10));
+    let (whole, hundredths) = (bytes / one, bytes % one * 100 >> (rank * 10));
+    match hundredths {
+        0 => format!("{whole} {unit}"),
+        n if n % 10 == 0 => format!("{whole}.{} {unit}", n / 10),
+        n => format!("{whole}.{n:02} {unit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("64K", 64 << 10),
+            ("10m", 10 << 20),
+            ("2GiB", 2 << 30),
+            ("1T", 1 << 40),
+            ("7B", 7),
+            ("3kb", 3072),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(parse(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "K", "-1", "1.5G", "1 G", "16777216T", "5X", "1KK", "0x10", "18446744073709551616", "1iB", "١"]
+        {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_block_size("512K").map(BlockSize::bytes), Ok(512 << 10));
+        for bad in ["2K", "3M", "512M", "4G"] {
+            assert!(parse_block_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_told() {
+        for (bytes, text) in [
+            (0, "0 bytes"),
+            (1023, "1023 bytes"),
+            (1024, "1 KiB"),
+            (1536 << 10, "1.5 MiB"),
+            ((2 << 20) + 4608, "2 MiB"),
+            ((1 << 30) + (30 << 20), "1.02 GiB"),
+            (u64::MAX, "15.99 EiB"),
+        ] {
+            assert_eq!(human(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The device as the front-end sees it: features, configuration space, and the switch of the write cache.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::spec::{self, Limits, feature};
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BlockSize, SECTOR};
+
+/// Bytes of configuration space that can be asked for; what is beyond the fields we know reads as zero.
+pub const CONFIG_SPACE: u32 = 256;
+/// Most segments of a request. With header and status they fit into a ring of 128, the smallest default of any
+/// front-end; the ring's size is not known when the guest reads this.
+pub const SEG_MAX: u16 = 126;
+/// Limits of DISCARD: ranges of 1 GiB.
+pub const DISCARD: Limits = Limits { sectors: 1 << 21, segments: 32 };
+/// Limits of WRITE_ZEROES: ranges of 64 MiB, since on some hosts zeros must be written.
+pub const WRITE_ZEROES: Limits = Limits { sectors: 1 << 17, segments: 32 };
+/// log2 of the sectors in a physical block of 4 KiB, to which the images' data is aligned.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+
+/// A virtio-blk device over one disk, shared by its queues and the control thread.
+///
+/// `ack`, `reset` and `write_config` are for one thread, the control thread.
+pub struct Device {
+    disk: Arc<Disk>,
+    queues: u16,
+    queue_size: u16,
+    /// Whether the cache is on after a reset.
+    write_back: bool,
+    /// Features of ours that the driver took.
+    acked: AtomicU64,
+    /// The `writeback` byte.
+    cache: AtomicBool,
+}
+
+impl Device {
+    /// A device with `queues` queues (at least one) of at most `queue_size` descriptors, whose cache is on from the
+    /// start if `write_back`. Until the driver acknowledges FLUSH it writes through.
+    pub fn new(disk: Arc<Disk>, queues: u16, queue_size: u16, write_back: bool) -> Arc<Device> {
+        assert!(queues > 0, "a device has a queue");
+        let device = Device {
+            disk,
+            queues,
+            queue_size,
+            write_back,
+            acked: AtomicU64::new(0),
+            cache: AtomicBool::new(write_back),
+        };
+        device.apply_cache();
+        Arc::new(device)
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Number of queues.
+    pub fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    /// Largest size of a queue, in descriptors.
+    pub fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// The virtio features offered.
+    pub fn features(&self) -> u64 {
+        offered(self.disk.is_read_only())
+    }
+
+    /// Features of ours that the driver took.
+    pub fn acked(&self) -> u64 {
+        self.acked.load(Ordering::Relaxed)
+    }
+
+    /// Remembers what the driver took; bits never offered are dropped. A driver without FLUSH cannot make anything
+    /// durable, so the disk then writes through (virtio 1.2, 5.2.5.2).
+    pub fn ack(&self, features: u64) {
+        self.acked.store(features & self.features(), Ordering::Relaxed);
+        self.apply_cache();
+    }
+
+    /// Forgets what the driver said.
+    pub fn reset(&self) {
+        self.cache.store(self.write_back, Ordering::Relaxed);
+        self.ack(0);
+    }
+
+    /// `len` bytes of configuration space from `offset`, at most 256; what lies beyond it is zero. Some front-ends ask
+    /// at 0x100, where the registers of a PCI device would place it: that is the same as 0.
+    pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
+        window(&self.config().encode(), offset, len)
+    }
+
+    /// Switches the cache: `bytes` is the one byte `writeback`, at its place. Going from on to off makes all completed
+    /// writes durable before it returns.
+    ///
+    /// # Errors
+    /// `Refused` for any other field or value, and what the commit fails with; the cache is then as it was.
+    pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let on = switch(offset, bytes)?;
+        let was = self.cache.swap(on, Ordering::Relaxed);
+        // First through, then the commit: no write that starts in between is left behind it.
+        self.apply_cache();
+        if was && !on {
+            self.disk.commit().inspect_err(|_| {
+                self.cache.store(was, Ordering::Relaxed);
+                self.apply_cache();
+            })?;
+        }
+        Ok(())
+    }
+
+    fn apply_cache(&self) {
+        let back = self.cache.load(Ordering::Relaxed) && self.acked() & feature::FLUSH != 0;
+        self.disk.set_write_through(!back);
+    }
+
+    fn config(&self) -> spec::Config {
+        let writable = !self.disk.is_read_only();
+        spec::Config {
+            capacity: self.disk.capacity(),
+            seg_max: u32::from(seg_max(self.queue_size)),
+            blk_size: u32::try_from(SECTOR).expect("512"),
+            physical_block_exp: PHYSICAL_BLOCK_EXP,
+            min_io_size: 1 << PHYSICAL_BLOCK_EXP,
+            opt_io_size: BlockSize::DEFAULT.sectors(),
+            writeback: self.cache.load(Ordering::Relaxed),
+            num_queues: self.queues,
+            discard: if writable { DISCARD } else { Limits::default() },
+            discard_sector_alignment: if writable { 1 << PHYSICAL_BLOCK_EXP } else { 0 },
+            write_zeroes: if writable { WRITE_ZEROES } else { Limits::default() },
+            write_zeroes_may_unmap: writable,
+        }
+    }
+}
+
+/// Segments that fit into a ring beside header and status.
+fn seg_max(queue_size: u16) -> u16 {
+    queue_size.saturating_sub(2).clamp(1, SEG_MAX)
+}
+
+/// The features of a disk.
+fn offered(read_only: bool) -> u64 {
+    let always = feature::VERSION_1
+        | feature::EVENT_IDX
+        | feature::INDIRECT_DESC
+        | feature::MQ
+        | feature::SEG_MAX
+        | feature::BLK_SIZE
+        | feature::TOPOLOGY
+        | feature::FLUSH
+        | feature::CONFIG_WCE;
+    always | if read_only { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES }
+}
+
+/// The place in configuration space that an offset of a front-end means.
+fn fold(offset: u32) -> u32 {
+    offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
+}
+
+/// `len` bytes of a configuration space from `offset`.
+fn window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
+    let from = (fold(offset) as usize).min(space.len());
+    let len = len.min(CONFIG_SPACE) as usize;
+    let mut bytes = space[from..space.len().min(from + len)].to_vec();
+    bytes.resize(len, 0);
+    bytes
+}
+
+/// Whether a write to configuration space turns the cache on.
+fn switch(offset: u32, bytes: &[u8]) -> Result<bool> {
+    match (fold(offset) as usize, bytes) {
+        (spec::CONFIG_WRITEBACK, [0]) => Ok(false),
+        (spec::CONFIG_WRITEBACK, [1]) => Ok(true),
+        _ => {
+            let what = format!("cannot write {} bytes at {offset:#x} of the configuration space", bytes.len());
+            Err(Error::new(ErrorKind::Refused, what))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_window_is_answered() {
+        let space: Vec<u8> = (1..=60).collect();
+        assert_eq!(window(&space, 0, 60), space);
+        assert_eq!(window(&space, 0x100, 60), space, "0x100 is folded to 0");
+        assert_eq!(window(&space, 0x120, 1), [33]);
+        assert_eq!(window(&space, 58, 4), [59, 60, 0, 0]);
+        for (offset, len) in [(60, 8), (255, 8), (0x1ff, 300), (0x200, 4), (u32::MAX, u32::MAX), (0, 0)] {
+            let got = window(&space, offset, len);
+            assert_eq!(got.len(), len.min(256) as usize, "{offset} {len}");
+            assert!(got.iter().all(|&b| b == 0), "{offset} {len}");
+        }
+        assert_eq!(window(&space, 0, 256).len(), 256);
+    }
+
+    #[test]
+    fn only_the_cache_can_be_written() {
+        assert!(!switch(32, &[0]).unwrap() && switch(32, &[1]).unwrap() && switch(0x120, &[1]).unwrap());
+        for (offset, bytes) in
+            [(32, &[2][..]), (32, &[]), (32, &[1, 0]), (31, &[1]), (33, &[1]), (0, &[0]), (u32::MAX, &[1])]
+        {
+            assert_eq!(switch(offset, bytes).unwrap_err().kind(), ErrorKind::Refused, "{offset} {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_way_to_change_it() {
+        let (rw, ro) = (offered(false), offered(true));
+        let change = feature::DISCARD | feature::WRITE_ZEROES;
+        assert_eq!((rw & change, rw & feature::RO), (change, 0));
+        assert_eq!((ro & change, ro & feature::RO), (0, feature::RO));
+        // The numbers themselves, from virtio 1.2: 2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32.
+        assert_eq!(rw, 0x1_3000_7e44);
+    }
+
+    #[test]
+    fn segments_fit_into_the_ring() {
+        let fits = [(1024, 126), (256, 126), (128, 126), (127, 125), (64, 62), (4, 2), (2, 1), (1, 1)];
+        for (queue_size, most) in fits {
+            assert_eq!(seg_max(queue_size), most, "{queue_size}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! One ring's traffic: chains in, requests out; answers in, used elements out; and which heads are in flight.
+//!
+//! Knows neither lane nor event fds, so that every rule of a ring can be tried without a disk.
+
+use super::chain::Chain;
+use super::guest::View;
+use super::parse::{MAX_BYTES, Rules, Verdict, parse};
+use super::ring::{Broken, Ring};
+use super::spec::Status;
+use crate::disk::{Answer, Outcome, Request, Work};
+use crate::storage::Slices;
+
+/// Most chains taken in one turn (V17).
+pub const TURN: u16 = 64;
+/// Most bytes of reads and writes in flight for one queue (V15). They are the guest's own memory, so this bounds how
+/// far one queue gets ahead of the others, not what it costs us; it is more than one request may have.
+pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
+
+/// Why no more chains were taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pause {
+    /// There are none.
+    Empty,
+    /// The turn is over (V17).
+    Turn,
+    /// The lane or the bytes in flight are at their limit; answers will make room (V15).
+    Full,
+    /// The ring is broken (V2, V3), now or since earlier.
+    Broken,
+}
+
+/// What is to be done when a head's request is over.
+#[derive(Clone, Copy, Default)]
+struct InFlight {
+    taken: bool,
+    status_at: u64,
+    /// If all goes well, status included.
+    written: u32,
+    bytes: u32,
+}
+
+/// A ring in service.
+pub struct Exchange {
+    view: View,
+    ring: Ring,
+    /// By head: a request's tag is its head.
+    heads: Vec<InFlight>,
+    bytes: u64,
+    chain: Chain,
+    spare: Vec<Slices>,
+    broken: Option<Broken>,
+}
+
+impl Exchange {
+    /// Nothing is in flight.
+    pub fn new(view: View, ring: Ring) -> Exchange {
+        let heads = vec![InFlight::default(); usize::from(ring.size())];
+        Exchange { view, ring, heads, bytes: 0, chain: Chain::default(), spare: Vec::new(), broken: None }
+    }
+
+    /// The ring.
+    pub fn ring(&mut self) -> &mut Ring {
+        &mut self.ring
+    }
+
+    /// The rule that the driver broke, once it did.
+    pub fn broken(&self) -> Option<Broken> {
+        self.broken
+    }
+
+    /// Takes chains, at most [`TURN`], while there is room for requests; `push` takes one and says how many more there
+    /// is room for. What needs no disk is answered at once.
+    pub fn take(&mut self, rules: &Rules<'_>, room: usize, push: impl FnMut(Request) -> usize) -> Pause {
+        if self.broken.is_some() {
+            return Pause::Broken;
+        }
+        self.try_take(rules, room, push).unwrap_or_else(|broken| {
+            self.broken = Some(broken);
+            Pause::Broken
+        })
+    }
+
+    fn try_take(
+        &mut self,
+        rules: &Rules<'_>,
+        mut room: usize,
+        mut push: impl FnMut(Request) -> usize,
+    ) -> Result<Pause, Broken> {
+        let available = self.ring.available()?;
+        for _ in 0..available.min(TURN) {
+            if room == 0 {
+                return Ok(Pause::Full);
+            }
+            let head = self.ring.head()?;
+            if self.heads[usize::from(head)].taken {
+                return Err(Broken::Twice);
+            }
+            if self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head).is_err() {
+                // V4: the head is known, so the driver gets it back, and the ring goes on.
+                self.ring.advance();
+                self.ring.put_used(head, 0);
+                continue;
+            }
+            match parse(&self.chain, &self.view, rules, &mut self.spare) {
+                Verdict::Work { work, status_at, written } => {
+                    let bytes = bytes_of(&work);
+                    if self.bytes + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
+                        // It stays in the avail ring and is looked at afresh when answers have made room.
+                        self.recycle(memory_of(work));
+                        return Ok(Pause::Full);
+                    }
+                    self.ring.advance();
+                    self.bytes += u64::from(bytes);
+                    self.heads[usize::from(head)] = InFlight { taken: true, status_at, written, bytes };
+                    room = push(Request { tag: u64::from(head), work });
+                }
+                Verdict::Answer { status, status_at, written } => {
+                    self.ring.advance();
+                    self.finish(head, status, status_at, written);
+                }
+                Verdict::Return => {
+                    self.ring.advance();
+                    self.ring.put_used(head, 0);
+                }
+            }
+        }
+        Ok(if available > TURN { Pause::Turn } else { Pause::Empty })
+    }
+
+    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Ring::publish`].
+    pub fn complete(&mut self, answer: Answer) {
+        let head = u16::try_from(answer.tag).expect("a tag is a head");
+        let slot = std::mem::take(&mut self.heads[usize::from(head)]);
+        assert!(slot.taken, "every request is answered once");
+        self.bytes -= u64::from(slot.bytes);
+        self.recycle(answer.memory);
+        let (status, written) = match answer.outcome {
+            Outcome::Done => (Status::Ok, slot.written),
+            // V14: what a failed read left in the buffers does not count.
+            Outcome::Failed => (Status::IoErr, 1),
+            Outcome::Unsupported => (Status::Unsupp, 1),
+        };
+        self.finish(head, status, slot.status_at, written);
+    }
+
+    /// The status byte goes after the data and before the used element.
+    fn finish(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
+        let there = self.view.write_byte(status_at, status as u8);
+        assert!(there, "the place of a status was checked when its chain was taken");
+        self.ring.put_used(head, written);
+    }
+
+    fn recycle(&mut self, memory: Option<Slices>) {
+        if let Some(mut slices) = memory {
+            // Not a moment longer than needed do they keep memory mapped that the front-end may have taken back.
+            slices.clear();
+            self.spare.push(slices);
+        }
+    }
+}
+
+fn bytes_of(work: &Work) -> u32 {
+    match work {
+        Work::Read { into: s, .. } | Work::Write { from: s, .. } => u32::try_from(s.len()).expect("at most 32 MiB"),
+        Work::Flush | Work::Discard { .. } | Work::WriteZeroes { .. } => 0,
+    }
+}
+
+fn memory_of(work: Work) -> Option<Slices> {
+    match work {
+        Work::Read { into: s, .. } | Work::Write { from: s, .. } => Some(s),
+        Work::Flush | Work::Discard { .. } | Work::WriteZeroes { .. } => None,
+    }
+}
+
+#[cfg(test)]
+#[path = "exchange_tests.rs"]
+mod tests;

@@ -1,0 +1,250 @@
+//! The guest's memory, seen from one queue: guest addresses become slices of our own mappings, checked.
+//!
+//! A [`View`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
+//! one, and hands its own count of the memory to every [`Slices`], so that queues do not fight over one counter.
+//! Loads and stores go through vm-memory's volatile slices; the one `unsafe` block is where memory is handed on to the
+//! kernel.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
+
+use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileSlice};
+
+use super::{Memory, spec};
+use crate::storage::Slices;
+
+/// A memory table as one queue uses it.
+pub struct View {
+    /// Sorted, disjoint.
+    regions: Vec<Region>,
+    last: Cell<usize>,
+    /// Keeps all regions mapped.
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+struct Region {
+    start: u64,
+    len: u64,
+    map: Arc<MmapRegion<()>>,
+}
+
+impl Region {
+    /// How far `addr` lies in the region.
+    fn offset(&self, addr: u64) -> Option<usize> {
+        let offset = addr.checked_sub(self.start).filter(|&o| o < self.len)?;
+        usize::try_from(offset).ok()
+    }
+}
+
+impl View {
+    /// The view of `memory` for one queue.
+    pub fn new(memory: Arc<Memory>) -> View {
+        let region = |r: &vm_memory::GuestRegionMmap<()>| Region {
+            start: r.start_addr().raw_value(),
+            len: r.len(),
+            map: r.get_mmap(),
+        };
+        let regions = memory.iter().map(region).collect();
+        // A count of its own for this queue, around the shared one.
+        View { regions, last: Cell::new(0), owner: Arc::new(memory) }
+    }
+
+    /// The region of an address, and how far in it lies.
+    fn locate(&self, addr: u64) -> Option<(&Region, usize)> {
+        if let Some(found) = self.regions.get(self.last.get()).and_then(|r| Some((r, r.offset(addr)?))) {
+            return Some(found);
+        }
+        let at = self.regions.partition_point(|r| r.start <= addr).checked_sub(1)?;
+        let region = &self.regions[at];
+        let offset = region.offset(addr)?;
+        self.last.set(at);
+        Some((region, offset))
+    }
+
+    /// Calls `f(piece, bytes before it)` over a range, which may span adjacent regions; false, perhaps after some
+    /// pieces, where part of it is not the guest's memory (V6).
+    fn each(&self, addr: u64, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) -> bool {
+        let mut done = 0;
+        while done < len {
+            let Some((region, offset)) = addr.checked_add(done as u64).and_then(|a| self.locate(a)) else {
+                return false;
+            };
+            let n = (len - done).min(region.map.size() - offset);
+            let piece = region.map.get_slice(offset, n).expect("a located piece lies in its region");
+            f(piece, done);
+            done += n;
+        }
+        true
+    }
+
+    /// Whether all of a range is the guest's memory.
+    pub fn holds(&self, addr: u64, len: usize) -> bool {
+        self.each(addr, len, |_, _| ())
+    }
+
+    /// Copies a range, once (V5).
+    pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
+        let whole = self.each(addr, into.len(), |piece, at| {
+            piece.copy_to(&mut into[at..at + piece.len()]);
+        });
+        // Longer copies are plain ones: the compiler may not look at the guest's bytes again instead of at the copy.
+        compiler_fence(Ordering::SeqCst);
+        whole
+    }
+
+    /// Writes a range; nothing where part of it is not the guest's memory.
+    pub fn write(&self, addr: u64, from: &[u8]) -> bool {
+        self.holds(addr, from.len())
+            && self.each(addr, from.len(), |piece, at| piece.copy_from(&from[at..at + piece.len()]))
+    }
+
+    /// Writes one byte; false where that is not the guest's memory.
+    pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
+        self.each(addr, 1, |piece, _| piece.copy_from(&[byte]))
+    }
+
+    /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
+    /// memory.
+    pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut Slices) -> bool {
+        out.clear();
+        out.set_owner(self.owner.clone());
+        for (addr, len) in ranges {
+            let whole = self.each(addr, len as usize, |piece, _| {
+                // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` got a
+                // count of that owner above, before its first run. Front-ends share memory for reading and writing.
+                unsafe { out.push(piece.ptr_guard_mut().as_ptr(), piece.len()) }
+            });
+            if !whole {
+                out.clear();
+                return false;
+            }
+        }
+        true
+    }
+
+    /// A range that lies wholly in one region, at an address that is a multiple of `align` for the guest and for us.
+    pub fn span(&self, addr: u64, len: usize, align: usize) -> Option<Span> {
+        let (region, at) = self.locate(addr)?;
+        let inside = at.checked_add(len).is_some_and(|end| end <= region.map.size());
+        let ours = region.map.as_ptr() as usize + at;
+        let aligned = addr.is_multiple_of(align as u64) && ours.is_multiple_of(align);
+        (inside && aligned).then(|| Span { map: region.map.clone(), at, len })
+    }
+}
+
+/// A part of the guest's memory that was checked once: a ring.
+pub struct Span {
+    map: Arc<MmapRegion<()>>,
+    at: usize,
+    len: usize,
+}
+
+impl Span {
+    fn slice(&self, at: usize, len: usize) -> VolatileSlice<'_> {
+        assert!(at + len <= self.len, "a place in a ring lies in the ring");
+        self.map.get_slice(self.at + at, len).expect("a span lies in its region")
+    }
+
+    /// The 16-bit word at byte `at`, an even number.
+    pub fn load(&self, at: usize, order: Ordering) -> u16 {
+        spec::word(self.slice(at, 2).load(0, order).expect("rings and their words are aligned"))
+    }
+
+    /// Puts a 16-bit word at byte `at`, an even number.
+    pub fn store(&self, at: usize, word: u16, order: Ordering) {
+        self.slice(at, 2).store(spec::word(word), 0, order).expect("rings and their words are aligned");
+    }
+
+    /// The 64-bit word at byte `at`, a multiple of 8 as is the span's alignment; in the guest's order.
+    pub fn load_raw64(&self, at: usize) -> u64 {
+        self.slice(at, 8).load(0, Ordering::Relaxed).expect("descriptors are aligned")
+    }
+
+    /// Puts a 32-bit word, in the guest's order, at byte `at`, a multiple of 4 as is the span's alignment.
+    pub fn store_raw32(&self, at: usize, word: u32) {
+        self.slice(at, 4).store(word, 0, Ordering::Relaxed).expect("used elements are aligned");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    /// Two adjacent regions, a hole, and a third at the end of the address space.
+    fn memory() -> Arc<Memory> {
+        let top = GuestAddress(u64::MAX - 0x1fff);
+        let ranges = [(GuestAddress(0x1000), 0x1000), (GuestAddress(0x2000), 0x2000), (top, 0x1000)];
+        Arc::new(Memory::from_ranges(&ranges).unwrap())
+    }
+
+    #[test]
+    fn ranges_span_neighbours_but_no_holes() {
+        let memory = memory();
+        let view = View::new(memory.clone());
+        assert!(view.holds(0x1000, 0x3000) && !view.holds(0x1000, 0x3001));
+        assert!(!view.holds(0xfff, 1) && !view.holds(0x4000, 1) && view.holds(0x4000, 0));
+        assert!(view.holds(u64::MAX - 0x1fff, 0x1000) && !view.holds(u64::MAX - 0x1fff, 0x1001));
+        assert!(!view.holds(u64::MAX, 2), "the address overflows");
+        assert!(view.write(0x1ffe, b"abcd"));
+        let mut back = [0; 4];
+        memory.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
+        assert_eq!(&back, b"abcd");
+        assert!(!view.write(0x3ffe, b"abcd"), "half of it is a hole");
+        assert!(view.read(0x3ffe, &mut back[..2]) && back[..2] == [0, 0], "so nothing was written");
+    }
+
+    #[test]
+    fn gathered_slices_are_the_memory_and_keep_it() {
+        let memory = memory();
+        let view = View::new(memory.clone());
+        let mut slices = Slices::with_capacity(4);
+        assert!(view.gather([(0x1ff0, 32), (0x3000, 0), (0x3000, 8)].into_iter(), &mut slices));
+        assert_eq!(slices.len(), 40);
+        slices.copy_from(14, b"0123");
+        slices.copy_from(32, b"end");
+        let mut back = [0; 4];
+        memory.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
+        assert_eq!(&back, b"0123");
+        let weak = Arc::downgrade(&memory);
+        drop((view, memory));
+        slices.copy_to(32, &mut back[..3]);
+        assert_eq!(&back[..3], b"end");
+        assert!(weak.upgrade().is_some(), "the slices keep the memory mapped");
+        slices.clear();
+        assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
+    fn a_failed_gather_leaves_nothing() {
+        let view = View::new(memory());
+        let mut slices = Slices::with_capacity(4);
+        assert!(!view.gather([(0x1000, 16), (0x3fff, 2)].into_iter(), &mut slices));
+        assert!(slices.is_empty() && slices.iovecs().is_empty());
+        assert!(!view.gather([(u64::MAX - 1, u32::MAX)].into_iter(), &mut slices));
+    }
+
+    #[test]
+    fn spans_lie_in_one_region_and_are_aligned() {
+        let view = View::new(memory());
+        assert!(view.span(0x1f00, 0x100, 16).is_some());
+        assert!(view.span(0x1f00, 0x101, 16).is_none(), "adjacent is not enough for a ring");
+        assert!(view.span(0x1f08, 0x10, 16).is_none());
+        assert!(view.span(0x8000, 0x10, 16).is_none());
+        assert!(view.span(0x1000, usize::MAX, 16).is_none());
+        let odd = Arc::new(Memory::from_ranges(&[(GuestAddress(0x1001), 0x1000)]).unwrap());
+        assert!(View::new(odd).span(0x1010, 16, 16).is_none(), "aligned for the guest, not for us");
+        let span = view.span(0x1100, 16, 2).unwrap();
+        span.store(2, 0xabcd, Ordering::Release);
+        assert_eq!(span.load(2, Ordering::Acquire), 0xabcd);
+        span.store_raw32(4, spec::used_element(0x1234, 0)[0]);
+        let mut raw = [0; 6];
+        assert!(view.read(0x1102, &mut raw));
+        assert_eq!(raw, [0xcd, 0xab, 0x34, 0x12, 0, 0], "rings are little-endian");
+        assert_eq!(spec::Descriptor::decode(span.load_raw64(0), 0).addr, 0x1234_abcd_0000);
+    }
+}

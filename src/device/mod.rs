@@ -1,0 +1,40 @@
+//! Floor 4: virtio-blk words.
+//!
+//! Owns: the virtqueues a guest fills (chains of descriptors, the rings, notifications), what a virtio-blk request
+//! means, and the device's features and configuration space. Leaves to others: what a disk does with a request
+//! (floor 3), and sockets, threads and event loops (floor 5). Everything a guest writes is hostile: rules V1 to V18 of
+//! crash-safety.md, 4.3, each named where it is enforced.
+//!
+//! ```text
+//!   guest memory                                                          disk
+//!   avail ring ─ ring ─ head ─ chain ─ pieces ─ parse ─ Request ──────► Lane
+//!                                        |                                |
+//!                                      guest (guest addresses to Slices)  |
+//!                                                                         |
+//!   used ring ◄─ ring ◄─ exchange (status byte, length, heads in flight) ◄┘ Answer
+//!                          |
+//!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
+//! ```
+
+pub mod chain;
+pub mod config;
+#[cfg(test)]
+mod driver;
+pub mod exchange;
+pub mod guest;
+pub mod parse;
+pub mod queue;
+pub mod ring;
+pub mod spec;
+#[cfg(test)]
+mod turns;
+
+pub use config::Device;
+pub use queue::{Queue, Turn};
+
+/// The guest's memory as one front-end shared it.
+pub type Memory = vm_memory::GuestMemoryMmap<()>;
+/// The guest's memory, replaced as a whole when the front-end changes it.
+pub type AtomicMemory = vm_memory::GuestMemoryAtomic<Memory>;
+/// What the front-end said about one virtqueue.
+pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;

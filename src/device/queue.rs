@@ -1,0 +1,175 @@
+//! One virtqueue in service: a ring on one side, a lane of the disk on the other, and turns between them.
+//!
+//! ```text
+//!   serve:  poll ─ complete ─ signal ─ take up to 64 ─ submit ─ poll ─ complete ─ signal
+//! ```
+//!
+//! A turn makes one submit and no other system call but a signal where the driver wants one. The vring's lock is held
+//! for moments, never across I/O, so that the control thread does not wait for a disk.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+
+use super::exchange::{Exchange, Pause};
+use super::guest::View;
+use super::parse::Rules;
+use super::ring::{Layout, Ring};
+use super::spec::feature;
+use super::{Device, Memory, Vring};
+use crate::disk::{Answer, Lane};
+use crate::error::Result;
+
+/// What is to be done after a turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// Nothing: wait for a kick or a wake fd.
+    Idle,
+    /// There is work left: come again (V17).
+    More,
+    /// The ring is broken: nothing is taken any more, only what is in flight completes. Wait for a wake fd.
+    Broken,
+}
+
+/// One virtqueue, owned by the thread that serves it.
+pub struct Queue {
+    device: Arc<Device>,
+    lane: Lane,
+    index: usize,
+    /// While in service.
+    exchange: Option<Exchange>,
+    answers: Vec<Answer>,
+    /// Whether a signal that could not be given has been logged.
+    deaf: bool,
+}
+
+impl Queue {
+    /// Queue `index` of `device`, not in service.
+    pub fn new(device: Arc<Device>, lane: Lane, index: usize) -> Queue {
+        Queue { device, lane, index, exchange: None, answers: Vec::new(), deaf: false }
+    }
+
+    /// Takes the ring that `vring` describes into service. It goes on at the vring's next avail index, and at the used
+    /// index that the ring itself holds. The features must have been acknowledged before.
+    ///
+    /// # Errors
+    /// `Invalid` where the ring breaks V1; the queue is then not in service.
+    pub fn start(&mut self, vring: &Vring, memory: Arc<Memory>) -> Result<()> {
+        assert!(self.exchange.is_none(), "a queue is stopped before it is started again");
+        let (layout, next_avail) = {
+            let state = vring.get_ref();
+            let q = state.get_queue();
+            let layout = Layout { size: q.size(), table: q.desc_table(), avail: q.avail_ring(), used: q.used_ring() };
+            (layout, q.next_avail())
+        };
+        let view = View::new(memory);
+        let event_idx = self.device.acked() & feature::EVENT_IDX != 0;
+        let ring = Ring::new(&view, layout, self.device.queue_size(), event_idx, next_avail)?;
+        self.exchange = Some(Exchange::new(view, ring));
+        self.deaf = false;
+        Ok(())
+    }
+
+    /// One turn: completes what is over, takes chains while the ring is enabled and the lane has room, submits them
+    /// together, and completes those that are over already.
+    ///
+    /// # Errors
+    /// Where the lane's engine fails, which ends this disk's service.
+    pub fn serve(&mut self, vring: &Vring) -> io::Result<Turn> {
+        self.lane.poll(&mut self.answers)?;
+        self.settle(vring);
+        let Some(exchange) = &mut self.exchange else { return Ok(Turn::Idle) };
+        if exchange.broken().is_some() {
+            return Ok(Turn::Broken);
+        }
+        if !vring.get_ref().is_enabled() {
+            return Ok(Turn::Idle);
+        }
+        let disk = self.device.disk();
+        let rules = Rules {
+            capacity: disk.capacity(),
+            read_only: disk.is_read_only(),
+            features: self.device.acked(),
+            serial: disk.serial(),
+        };
+        exchange.ring().refuse_kicks();
+        let lane = &mut self.lane;
+        let mut pushed = false;
+        let pause = exchange.take(&rules, lane.room(), |request| {
+            lane.push(request);
+            pushed = true;
+            lane.room()
+        });
+        if pushed {
+            self.lane.submit()?;
+            self.lane.poll(&mut self.answers)?;
+        }
+        let completed = self.settle(vring);
+        let exchange = self.exchange.as_mut().expect("in service");
+        Ok(match pause {
+            Pause::Empty if !exchange.ring().want_kicks() => Turn::Idle,
+            Pause::Empty | Pause::Turn => Turn::More,
+            // Without an answer there is nothing to come again for before the lane wakes us.
+            Pause::Full if completed => Turn::More,
+            Pause::Full => Turn::Idle,
+            Pause::Broken => {
+                let rule = exchange.broken();
+                log::error!("queue {}: the driver broke its ring ({rule:?}); it is served no more", self.index);
+                Turn::Broken
+            }
+        })
+    }
+
+    /// Completes all that is in flight and ends the service; gives the index of the avail ring at which to go on, which
+    /// `vring` knows then too.
+    ///
+    /// # Errors
+    /// Where the lane's engine fails.
+    pub fn stop(&mut self, vring: &Vring) -> io::Result<u16> {
+        self.lane.drain(&mut self.answers)?;
+        self.settle(vring);
+        let mut state = vring.get_mut();
+        let q = state.get_queue_mut();
+        if let Some(mut exchange) = self.exchange.take() {
+            let ring = exchange.ring();
+            q.set_next_avail(ring.next_avail());
+            q.set_next_used(ring.next_used());
+        }
+        Ok(q.next_avail())
+    }
+
+    /// What to wait for beside the kick.
+    pub fn wake_fds(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [self.lane.wake_fd(), Some(self.lane.bell_fd())]
+    }
+
+    /// The lane.
+    pub fn lane(&mut self) -> &mut Lane {
+        &mut self.lane
+    }
+
+    /// Gives the driver all answers, with one signal if it wants one; whether there were answers.
+    fn settle(&mut self, vring: &Vring) -> bool {
+        let Some(exchange) = &mut self.exchange else {
+            assert!(self.answers.is_empty(), "a queue out of service has nothing in flight");
+            return false;
+        };
+        let any = !self.answers.is_empty();
+        self.answers.drain(..).for_each(|answer| exchange.complete(answer));
+        if exchange.ring().publish() {
+            match vring.get_ref().signal_used_queue() {
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock && !self.deaf => {
+                    // Its own harm; other queues go on.
+                    log::warn!("queue {}: the front-end's call descriptor takes no signals: {e}", self.index);
+                    self.deaf = true;
+                }
+                // WouldBlock: a counter at its limit is a signal that was not yet looked at.
+                _ => (),
+            }
+        }
+        any
+    }
+}

@@ -1,0 +1,305 @@
+//! Numbers and layouts of virtio 1.2: chapter 2.7 (split virtqueues) and 5.2 (block device).
+//!
+//! The only file that knows that virtio is little-endian. The numbers come from the Linux headers (virtio-bindings),
+//! given the types in which they are used here.
+#![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
+
+use virtio_bindings::bindings::{virtio_blk as blk, virtio_config as config, virtio_ring as ring};
+
+/// Feature bits as masks.
+pub mod feature {
+    use super::{blk, config, ring};
+
+    /// `seg_max` is valid.
+    pub const SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
+    /// The disk cannot be written.
+    pub const RO: u64 = 1 << blk::VIRTIO_BLK_F_RO;
+    /// `blk_size` is valid.
+    pub const BLK_SIZE: u64 = 1 << blk::VIRTIO_BLK_F_BLK_SIZE;
+    /// FLUSH is understood, and needed for durability.
+    pub const FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
+    /// The topology fields are valid.
+    pub const TOPOLOGY: u64 = 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
+    /// `writeback` can be read and written.
+    pub const CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
+    /// `num_queues` is valid.
+    pub const MQ: u64 = 1 << blk::VIRTIO_BLK_F_MQ;
+    /// DISCARD is understood.
+    pub const DISCARD: u64 = 1 << blk::VIRTIO_BLK_F_DISCARD;
+    /// WRITE_ZEROES is understood.
+    pub const WRITE_ZEROES: u64 = 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
+    /// Tables of indirect descriptors.
+    pub const INDIRECT_DESC: u64 = 1 << ring::VIRTIO_RING_F_INDIRECT_DESC;
+    /// `used_event` and `avail_event`.
+    pub const EVENT_IDX: u64 = 1 << ring::VIRTIO_RING_F_EVENT_IDX;
+    /// Virtio 1.0 and later; nothing older is spoken.
+    pub const VERSION_1: u64 = 1 << config::VIRTIO_F_VERSION_1;
+}
+
+/// Request types.
+pub mod kind {
+    use super::blk;
+
+    /// Read.
+    pub const IN: u32 = blk::VIRTIO_BLK_T_IN;
+    /// Write.
+    pub const OUT: u32 = blk::VIRTIO_BLK_T_OUT;
+    /// Make completed writes durable.
+    pub const FLUSH: u32 = blk::VIRTIO_BLK_T_FLUSH;
+    /// Read the serial.
+    pub const GET_ID: u32 = blk::VIRTIO_BLK_T_GET_ID;
+    /// Forget sectors.
+    pub const DISCARD: u32 = blk::VIRTIO_BLK_T_DISCARD;
+    /// Make sectors zero.
+    pub const WRITE_ZEROES: u32 = blk::VIRTIO_BLK_T_WRITE_ZEROES;
+}
+
+/// The byte that ends a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = blk::VIRTIO_BLK_S_OK as u8,
+    /// Failed.
+    IoErr = blk::VIRTIO_BLK_S_IOERR as u8,
+    /// Not understood, or not offered.
+    Unsupp = blk::VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+/// Flags of a descriptor.
+pub mod desc {
+    use super::ring;
+
+    /// Bytes of a descriptor.
+    pub const LEN: usize = 16;
+    /// Another one follows.
+    pub const NEXT: u16 = ring::VRING_DESC_F_NEXT as u16;
+    /// For the device to write; else to read.
+    pub const WRITE: u16 = ring::VRING_DESC_F_WRITE as u16;
+    /// Its buffer is a table of descriptors.
+    pub const INDIRECT: u16 = ring::VRING_DESC_F_INDIRECT as u16;
+}
+
+/// `used.flags`: the driver need not kick.
+pub const USED_NO_NOTIFY: u16 = ring::VRING_USED_F_NO_NOTIFY as u16;
+/// `avail.flags`: the device need not signal.
+pub const AVAIL_NO_INTERRUPT: u16 = ring::VRING_AVAIL_F_NO_INTERRUPT as u16;
+/// Largest virtqueue.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// Bytes of a request's header.
+pub const HEADER_LEN: usize = 16;
+/// Bytes of a serial.
+pub const ID_LEN: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
+/// Bytes of one range of a DISCARD or WRITE_ZEROES.
+pub const SEGMENT_LEN: usize = 16;
+/// Flag of such a range: room may be given back.
+pub const SEGMENT_UNMAP: u32 = blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+
+fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    bytes[at..at + N].try_into().expect("a slice of N bytes is an array of N bytes")
+}
+
+/// A descriptor (2.7.5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Descriptor {
+    /// Guest address of the buffer.
+    pub addr: u64,
+    /// Its bytes.
+    pub len: u32,
+    /// [`desc::NEXT`], [`desc::WRITE`], [`desc::INDIRECT`].
+    pub flags: u16,
+    /// Index of the next, with [`desc::NEXT`].
+    pub next: u16,
+}
+
+impl Descriptor {
+    /// From its two 64-bit words as they stand in the guest's memory.
+    pub fn decode(first: u64, second: u64) -> Descriptor {
+        let second = u64::from_le(second);
+        Descriptor {
+            addr: u64::from_le(first),
+            len: second as u32,
+            flags: (second >> 32) as u16,
+            next: (second >> 48) as u16,
+        }
+    }
+
+    /// From its 16 bytes.
+    pub fn decode_bytes(raw: &[u8; desc::LEN]) -> Descriptor {
+        Descriptor {
+            addr: u64::from_le_bytes(array(raw, 0)),
+            len: u32::from_le_bytes(array(raw, 8)),
+            flags: u16::from_le_bytes(array(raw, 12)),
+            next: u16::from_le_bytes(array(raw, 14)),
+        }
+    }
+
+    /// Whether a flag is set.
+    pub fn has(self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// The header of a request (5.2.6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// One of [`kind`], or something else.
+    pub kind: u32,
+    /// First sector, for IN and OUT.
+    pub sector: u64,
+}
+
+impl Header {
+    /// From its 16 bytes.
+    pub fn decode(raw: &[u8; HEADER_LEN]) -> Header {
+        Header { kind: u32::from_le_bytes(array(raw, 0)), sector: u64::from_le_bytes(array(raw, 8)) }
+    }
+}
+
+/// A range of a DISCARD or WRITE_ZEROES (5.2.6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segment {
+    /// First sector.
+    pub sector: u64,
+    /// Sectors.
+    pub count: u32,
+    /// [`SEGMENT_UNMAP`] or nothing.
+    pub flags: u32,
+}
+
+impl Segment {
+    /// From its 16 bytes.
+    pub fn decode(raw: &[u8; SEGMENT_LEN]) -> Segment {
+        Segment {
+            sector: u64::from_le_bytes(array(raw, 0)),
+            count: u32::from_le_bytes(array(raw, 8)),
+            flags: u32::from_le_bytes(array(raw, 12)),
+        }
+    }
+}
+
+/// The two words of an element of the used ring, as they are to stand in the guest's memory.
+pub fn used_element(head: u16, written: u32) -> [u32; 2] {
+    [u32::from(head).to_le(), written.to_le()]
+}
+
+/// A 16-bit word of a ring, either way between the guest's order and ours.
+pub fn word(w: u16) -> u16 {
+    u16::from_le(w)
+}
+
+/// Bytes of the configuration space that mean something.
+pub const CONFIG_LEN: usize = 60;
+/// Where `writeback` stands in it.
+pub const CONFIG_WRITEBACK: usize = 32;
+
+/// What the configuration space says (5.2.4). Fields without a feature of ours stay zero.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Sectors of 512 bytes.
+    pub capacity: u64,
+    /// Most segments of a request, header and status not counted.
+    pub seg_max: u32,
+    /// Logical block in bytes.
+    pub blk_size: u32,
+    /// log2 of the logical blocks in a physical one.
+    pub physical_block_exp: u8,
+    /// Suggested smallest request, in logical blocks.
+    pub min_io_size: u16,
+    /// Suggested largest request, in logical blocks.
+    pub opt_io_size: u32,
+    /// Whether the cache is on.
+    pub writeback: bool,
+    /// Queues.
+    pub num_queues: u16,
+    /// Limits of DISCARD; zero where there is none.
+    pub discard: Limits,
+    /// What a DISCARD's sectors should be multiples of.
+    pub discard_sector_alignment: u32,
+    /// Limits of WRITE_ZEROES; zero where there is none.
+    pub write_zeroes: Limits,
+    /// Whether WRITE_ZEROES may give room back.
+    pub write_zeroes_may_unmap: bool,
+}
+
+/// Limits of a request with ranges.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Limits {
+    /// Most sectors of one range.
+    pub sectors: u32,
+    /// Most ranges.
+    pub segments: u32,
+}
+
+impl Config {
+    /// The bytes that the guest reads.
+    pub fn encode(&self) -> [u8; CONFIG_LEN] {
+        let mut raw = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| raw[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.capacity.to_le_bytes());
+        put(12, &self.seg_max.to_le_bytes());
+        put(20, &self.blk_size.to_le_bytes());
+        put(24, &[self.physical_block_exp]);
+        put(26, &self.min_io_size.to_le_bytes());
+        put(28, &self.opt_io_size.to_le_bytes());
+        put(CONFIG_WRITEBACK, &[u8::from(self.writeback)]);
+        put(34, &self.num_queues.to_le_bytes());
+        put(36, &self.discard.sectors.to_le_bytes());
+        put(40, &self.discard.segments.to_le_bytes());
+        put(44, &self.discard_sector_alignment.to_le_bytes());
+        put(48, &self.write_zeroes.sectors.to_le_bytes());
+        put(52, &self.write_zeroes.segments.to_le_bytes());
+        put(56, &[u8::from(self.write_zeroes_may_unmap)]);
+        raw
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::host_endian_bytes)]
+
+    use super::*;
+
+    #[test]
+    fn configuration_is_laid_out_as_the_specification_says() {
+        let limits = Limits { sectors: 0x2827_2625, segments: 0x2c2b_2a29 };
+        let config = Config {
+            capacity: 0x0807_0605_0403_0201,
+            seg_max: 0x100f_0e0d,
+            blk_size: 0x1817_1615,
+            physical_block_exp: 0x19,
+            min_io_size: 0x1c1b,
+            opt_io_size: 0x201f_1e1d,
+            writeback: true,
+            num_queues: 0x2423,
+            discard: limits,
+            discard_sector_alignment: 0x302f_2e2d,
+            write_zeroes: limits,
+            write_zeroes_may_unmap: true,
+        };
+        // Byte n holds n + 1, but for what we do not offer, booleans, and the second limits.
+        let mut want: Vec<u8> = (1..=60).collect();
+        for absent in [8..12, 16..20, 25..26, 33..34, 57..60] {
+            want[absent].fill(0);
+        }
+        want[32] = 1;
+        want[56] = 1;
+        want.copy_within(36..44, 48);
+        assert_eq!(config.encode(), want[..]);
+    }
+
+    #[test]
+    fn rings_are_little_endian() {
+        let raw = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+        let d = Descriptor { addr: 0x0807_0605_0403_0201, len: 0x0c0b_0a09, flags: 0x0e0d, next: 0x100f };
+        assert_eq!(Descriptor::decode_bytes(&raw), d);
+        let words = [0, 8].map(|at| u64::from_ne_bytes(array(&raw, at)));
+        assert_eq!(Descriptor::decode(words[0], words[1]), d);
+        assert!(d.has(desc::NEXT) && !d.has(desc::WRITE) && d.has(desc::INDIRECT));
+        assert_eq!(Header::decode(&raw), Header { kind: 0x0403_0201, sector: 0x100f_0e0d_0c0b_0a09 });
+        let segment = Segment { sector: 0x0807_0605_0403_0201, count: 0x0c0b_0a09, flags: 0x100f_0e0d };
+        assert_eq!(Segment::decode(&raw), segment);
+        assert_eq!(used_element(0x0201, 0x0807_0605).map(u32::to_ne_bytes), [[1, 2, 0, 0], [5, 6, 7, 8]]);
+    }
+}

@@ -1,0 +1,159 @@
+//! Tests of `queue.rs`: turns over a real lane and a real image.
+#![allow(unsafe_code)]
+
+use std::os::fd::{FromRawFd, IntoRawFd};
+use vhost_user_backend::VringT;
+use vm_memory::GuestMemoryAtomic;
+use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
+
+use super::driver::*;
+use super::spec::{feature, kind};
+use super::*;
+use crate::disk::{Disk, DiskOptions};
+use crate::image::{Kind, Spec, create};
+use crate::storage::host::Host;
+use crate::units::BlockSize;
+use crate::storage::EngineKind;
+use std::sync::Arc;
+
+/// A disk of 2048 sectors in a file that is gone with the test.
+fn disk() -> (tempfile::TempDir, Arc<Disk>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.vhd");
+    let spec = Spec { kind: Kind::Dynamic, size: 2048 * 512, block_size: BlockSize::DEFAULT, reserve: 0 };
+    create(&Host, &path, &spec).unwrap();
+    let options = DiskOptions {
+        path,
+        read_only: false,
+        serial: None,
+        direct: false,
+        allow_parents: Vec::new(),
+        write_through: false,
+    };
+    (folder, Disk::open(Arc::new(Host), &options).unwrap())
+}
+
+struct Rig {
+    _folder: tempfile::TempDir,
+    d: Driver,
+    device: Arc<Device>,
+    vring: Vring,
+    queue: Queue,
+    call: vmm_sys_util::event::EventConsumer,
+}
+
+fn rig(features: u64) -> Rig {
+    let d = Driver::new(64);
+    let (folder, disk) = disk();
+    let device = Device::new(disk, 1, 64, true);
+    device.ack(features);
+    let vring = Vring::new(GuestMemoryAtomic::from(d.memory.clone()), 64).unwrap();
+    vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
+    vring.set_queue_ready(true);
+    let (call, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+    // SAFETY: `into_raw_fd` gives the descriptor away.
+    vring.set_call(Some(unsafe { std::fs::File::from_raw_fd(notifier.into_raw_fd()) }));
+    vring.set_enabled(true);
+    let lane = device.disk().lane(EngineKind::Auto, 16).unwrap();
+    let mut queue = Queue::new(device.clone(), lane, 0);
+    queue.start(&vring, d.memory.clone()).unwrap();
+    Rig { _folder: folder, d, device, vring, queue, call }
+}
+
+fn ask(d: &mut Driver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
+    let header = d.header(i, kind, sector);
+    let flag = if kind == kind::IN { WRITE } else { 0 };
+    d.put(STATUS + u64::from(i), &[0xff]);
+    d.chain(TABLE, 3 * i, &[(header, 16, 0), (at, len, flag), (STATUS + u64::from(i), 1, WRITE)]);
+    d.add(3 * i);
+}
+
+/// Serves until nothing is in flight; the last turn.
+fn serve(r: &mut Rig) -> Turn {
+    loop {
+        let turn = r.queue.serve(&r.vring).unwrap();
+        if turn != Turn::More && r.queue.lane().is_idle() {
+            return turn;
+        }
+    }
+}
+
+fn signals(r: &Rig) -> bool {
+    r.call.consume().is_ok()
+}
+
+#[test]
+fn what_is_written_is_read() {
+    for features in [feature::VERSION_1, u64::MAX] {
+        let mut r = rig(features);
+        assert_eq!(serve(&mut r), Turn::Idle);
+        assert!(signals(&r), "the first signal may be owed");
+        assert_eq!(serve(&mut r), Turn::Idle);
+        assert!(!signals(&r));
+        r.d.put(SEAM - 256, &[7; 512]);
+        ask(&mut r.d, 0, kind::OUT, 5, SEAM - 256, 512);
+        assert_eq!(serve(&mut r), Turn::Idle);
+        assert!(signals(&r));
+        assert_eq!(r.d.used(), [(0, 1)]);
+        ask(&mut r.d, 1, kind::IN, 5, DATA, 512);
+        ask(&mut r.d, 2, kind::FLUSH, 0, DATA, 0);
+        r.d.put_word(AVAIL + 4 + 128, 1);
+        assert_eq!(serve(&mut r), Turn::Idle);
+        assert!(signals(&r));
+        assert_eq!(r.d.used(), [(3, 513), (6, 1)]);
+        assert_eq!(r.d.get(DATA, 512), [7; 512]);
+        assert_eq!(r.d.get(STATUS, 3), [0, 0, 0]);
+    }
+}
+
+#[test]
+fn disabled_broken_stopped() {
+    let mut r = rig(u64::MAX);
+    r.vring.set_enabled(false);
+    ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
+    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(r.d.used(), []);
+    r.vring.set_enabled(true);
+    (1..10).for_each(|i| ask(&mut r.d, i, kind::IN, 0, DATA, 512));
+    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(r.d.used().len(), 10);
+    let weak = Arc::downgrade(&r.d.memory);
+    assert_eq!(r.queue.stop(&r.vring).unwrap(), 10);
+    assert_eq!(r.vring.queue_next_avail(), 10);
+    assert_eq!(serve(&mut r), Turn::Idle);
+    let count = weak.strong_count();
+    r.queue.start(&r.vring, r.d.memory.clone()).unwrap();
+    assert_eq!(weak.strong_count(), count + 1, "stopped, it keeps no memory");
+    ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
+    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(r.d.used(), [(0, 513)]);
+    r.d.put_word(AVAIL + 2, 100);
+    assert_eq!(serve(&mut r), Turn::Broken);
+    assert_eq!(serve(&mut r), Turn::Broken);
+    assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
+    r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
+    assert!(r.queue.start(&r.vring, r.d.memory.clone()).is_err());
+}
+
+#[test]
+fn cache_switch() {
+    use std::sync::atomic::Ordering::Relaxed;
+    let r = rig(u64::MAX);
+    let disk = r.device.disk();
+    let through = || disk.is_write_through();
+    assert!(!through());
+    assert_eq!(r.device.read_config(32, 1), [1]);
+    r.device.write_config(32, &[0]).unwrap();
+    assert_eq!((through(), disk.counts().commits.load(Relaxed), r.device.read_config(32, 1)), (true, 1, vec![0]));
+    r.device.write_config(32, &[0]).unwrap();
+    assert_eq!(disk.counts().commits.load(Relaxed), 1);
+    r.device.write_config(32, &[1]).unwrap();
+    assert!(!through() && disk.counts().commits.load(Relaxed) == 1);
+    r.device.ack(!feature::FLUSH);
+    assert!(through());
+    r.device.ack(u64::MAX);
+    assert!(!through());
+    r.device.reset();
+    assert!(through() && r.device.acked() == 0);
+    assert_eq!(r.device.read_config(0, 8), 2048u64.to_le_bytes());
+}

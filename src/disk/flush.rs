@@ -1,0 +1,93 @@
+//! Group commit: all flushes that arrive while a commit runs share the next one.
+//!
+//! A flush joins a round that starts after it was asked, never the one that runs: that one has taken its snapshot. The
+//! lane whose flush starts a round leads it on its own engine; the others get a letter. When a round ends and some wait
+//! for the next, the same lane leads on.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::mailbox::{Letter, Mailbox};
+
+/// The rounds of a disk.
+#[derive(Debug, Default)]
+pub struct Rounds(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    running: bool,
+    /// The number of the running round, or of the last one.
+    number: u64,
+    /// Who waits for the running round.
+    current: Vec<Arc<Mailbox>>,
+    /// Who waits for the one after.
+    next: Vec<Arc<Mailbox>>,
+}
+
+/// A place in a round.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Joined {
+    /// The round to wait for.
+    pub round: u64,
+    /// Whether it starts now, and the one who joined has to lead it.
+    pub lead: bool,
+}
+
+impl Rounds {
+    /// Joins the next round to start. The letter about its end comes to `mailbox`, once a round.
+    pub fn join(&self, mailbox: &Arc<Mailbox>) -> Joined {
+        let mut state = self.lock();
+        let lead = !state.running;
+        if lead {
+            state.running = true;
+            state.number += 1;
+        }
+        let round = state.number + u64::from(!lead);
+        let waiting = if lead { &mut state.current } else { &mut state.next };
+        if !waiting.iter().any(|m| Arc::ptr_eq(m, mailbox)) {
+            waiting.push(mailbox.clone());
+        }
+        Joined { round, lead }
+    }
+
+    /// Ends the running round and tells all who wait for it. Some: the round that the caller has to lead now.
+    pub fn finish(&self, ok: bool) -> Option<u64> {
+        let mut state = self.lock();
+        assert!(state.running, "only a running round ends");
+        let letter = Letter::Committed { round: state.number, ok };
+        state.current.drain(..).for_each(|m| m.post(letter));
+        if state.next.is_empty() {
+            state.running = false;
+            return None;
+        }
+        state.number += 1;
+        state.current = std::mem::take(&mut state.next);
+        Some(state.number)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_joins_a_round_that_starts_after_it() {
+        let rounds = Rounds::default();
+        let [a, b] = [(); 2].map(|()| Arc::new(Mailbox::new().unwrap()));
+        assert_eq!(rounds.join(&a), Joined { round: 1, lead: true });
+        assert_eq!(rounds.join(&b), Joined { round: 2, lead: false });
+        assert_eq!(rounds.join(&a), Joined { round: 2, lead: false });
+        assert_eq!(rounds.join(&a), Joined { round: 2, lead: false });
+        assert_eq!(rounds.finish(true), Some(2));
+        assert_eq!(a.take(), [Letter::Committed { round: 1, ok: true }]);
+        assert!(b.take().is_empty());
+        assert_eq!(rounds.finish(false), None);
+        for m in [&a, &b] {
+            assert_eq!(m.take(), [Letter::Committed { round: 2, ok: false }]);
+        }
+        assert_eq!(rounds.join(&b), Joined { round: 3, lead: true });
+    }
+}

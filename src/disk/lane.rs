@@ -1,0 +1,301 @@
+//! A queue's engine: takes requests, drives each through its stages, answers. Belongs to one thread, never waits.
+//!
+//! On the way of a read of known sectors there is no lock, no allocation (tasks, slices and plans are used again) and no
+//! system call but the one `submit` for everything pushed.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::Disk;
+use super::job::{Job, JobKind, Running};
+use super::mailbox::{Letter, Mailbox};
+use super::request::{Answer, Request};
+use super::task::{Task, Token};
+use crate::chain::Plan;
+use crate::image::{Commit, Growth, Step};
+use crate::storage::{Completion, Engine, Op, Slices};
+
+/// Requests that a lane takes at once.
+const TASKS: usize = 1024;
+
+/// One queue's share of a disk.
+pub struct Lane {
+    // Dropped first: it waits for the kernel, which may still write into memory that the tasks own.
+    engine: Box<dyn Engine>,
+    pub(super) disk: Arc<Disk>,
+    mailbox: Arc<Mailbox>,
+    pub(super) tasks: Vec<Option<Task>>,
+    pub(super) free: Vec<u32>,
+    /// Tasks that wait for room, and tasks that wait for a commit.
+    parked: Vec<u32>,
+    awaiting: Vec<u32>,
+    commit: Option<Running>,
+    growth: Option<Running>,
+    /// Operations that found the engine full.
+    backlog: VecDeque<Op>,
+    pub(super) answers: Vec<Answer>,
+    // Used again and again.
+    pub(super) plan: Plan,
+    done: Vec<Completion>,
+    steps: Vec<Op>,
+    pub(super) pool: Vec<Slices>,
+}
+
+impl Lane {
+    pub(super) fn new(disk: Arc<Disk>, engine: Box<dyn Engine>, mailbox: Arc<Mailbox>) -> Lane {
+        let count = u32::try_from(TASKS).expect("a small constant");
+        Lane {
+            engine,
+            disk,
+            mailbox,
+            tasks: std::iter::repeat_with(|| None).take(TASKS).collect(),
+            free: (0..count).rev().collect(),
+            parked: Vec::new(),
+            awaiting: Vec::new(),
+            commit: None,
+            growth: None,
+            backlog: VecDeque::new(),
+            answers: Vec::with_capacity(TASKS),
+            plan: Plan::default(),
+            done: Vec::with_capacity(TASKS),
+            steps: Vec::new(),
+            pool: Vec::new(),
+        }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// What carries out operations.
+    pub fn engine(&self) -> &dyn Engine {
+        &*self.engine
+    }
+
+    /// Requests that may be pushed now.
+    pub fn room(&self) -> usize {
+        if self.backlog.is_empty() { self.free.len() } else { 0 }
+    }
+
+    /// Takes a request and goes as far with it as memory allows; no system call. There is `room`.
+    pub fn push(&mut self, request: Request) {
+        let number = self.free.pop().expect("a request is pushed only where there is room");
+        self.tasks[number as usize] = Some(Task::new(request.tag, request.work));
+        self.advance(number);
+    }
+
+    /// Hands everything pushed to the host in one call.
+    ///
+    /// # Errors
+    /// The engine is of no further use.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.engine.submit()
+    }
+
+    /// Takes what is complete, goes on with its requests and jobs, and appends the answers. Never waits.
+    ///
+    /// # Errors
+    /// The engine is of no further use.
+    pub fn poll(&mut self, answers: &mut Vec<Answer>) -> io::Result<()> {
+        loop {
+            let letters = self.mailbox.take();
+            let mut done = std::mem::take(&mut self.done);
+            self.engine.reap(&mut done);
+            let idle = letters.is_empty() && done.is_empty();
+            for completion in done.drain(..) {
+                self.completed(completion);
+            }
+            self.done = done;
+            letters.into_iter().for_each(|letter| self.read(letter));
+            while let Some(op) = self.backlog.pop_front() {
+                if let Err(op) = self.engine.push(op) {
+                    self.backlog.push_front(op);
+                    break;
+                }
+            }
+            answers.append(&mut self.answers);
+            if idle {
+                return Ok(());
+            }
+            self.engine.submit()?;
+        }
+    }
+
+    /// Readable while completions may be there.
+    pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.wake_fd()
+    }
+
+    /// Readable while another lane has something to say.
+    pub fn bell_fd(&self) -> BorrowedFd<'_> {
+        self.mailbox.fd()
+    }
+
+    /// Whether nothing is under way and no answer is owed.
+    pub fn is_idle(&self) -> bool {
+        self.free.len() == TASKS && self.commit.is_none() && self.growth.is_none() && self.answers.is_empty()
+    }
+
+    /// Waits until the lane is idle.
+    ///
+    /// # Errors
+    /// As `poll`.
+    pub fn drain(&mut self, answers: &mut Vec<Answer>) -> io::Result<()> {
+        self.submit()?;
+        loop {
+            self.poll(answers)?;
+            if self.is_idle() {
+                return Ok(());
+            }
+            if self.engine.under_way() > 0 {
+                self.engine.wait()?;
+            } else {
+                // Everything left waits for another lane.
+                wait_readable(self.mailbox.fd());
+            }
+        }
+    }
+
+    fn completed(&mut self, completion: Completion) {
+        match Token::unpack(completion.op.token) {
+            Token::Task { task, detail } => self.moved(task, detail, completion),
+            Token::Commit => self.job_moved(JobKind::Commit, completion.result),
+            Token::Growth => self.job_moved(JobKind::Growth, completion.result),
+        }
+    }
+
+    /// What other lanes have to say.
+    fn read(&mut self, letter: Letter) {
+        let (concerned, ok) = match letter {
+            Letter::Committed { round, ok } => {
+                let tasks = &self.tasks;
+                let of = |n: &u32| tasks[*n as usize].as_ref().is_some_and(|t| t.round == round);
+                let (mine, others) = std::mem::take(&mut self.awaiting).into_iter().partition(of);
+                self.awaiting = others;
+                (mine, ok)
+            }
+            Letter::Grown { ok } => (std::mem::take(&mut self.parked), ok),
+        };
+        for number in concerned {
+            self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
+            self.advance(number);
+        }
+    }
+
+    /// Leads the commit of a round that has just begun.
+    pub(super) fn lead(&mut self) {
+        let top = self.disk.version().top().expect("only writable disks commit");
+        let commit = Commit::new(top.image.clone(), top.slot);
+        self.start(JobKind::Commit, Job::Commit(commit));
+    }
+
+    /// Begins a step of growth where one is due and nobody else is at it. False where there is room enough.
+    pub(super) fn grow_if_short(&mut self) -> bool {
+        let top = self.disk.version().top().expect("only writable disks grow");
+        if let Some(growth) = Growth::begin(&top.image, top.slot) {
+            self.start(JobKind::Growth, Job::Growth(growth));
+            return true;
+        }
+        top.image.is_growing()
+    }
+
+    /// Parks a request until the file has grown.
+    pub(super) fn park(&mut self, number: u32) {
+        self.parked.push(number);
+    }
+
+    /// Has a request wait for the next commit to start, and leads that if none runs. Returns its round.
+    pub(super) fn join(&mut self, number: u32) -> u64 {
+        let joined = self.disk.rounds.join(&self.mailbox);
+        self.awaiting.push(number);
+        if joined.lead {
+            self.lead();
+        }
+        joined.round
+    }
+
+    fn running(&mut self, kind: JobKind) -> &mut Option<Running> {
+        match kind {
+            JobKind::Commit => &mut self.commit,
+            JobKind::Growth => &mut self.growth,
+        }
+    }
+
+    fn start(&mut self, kind: JobKind, job: Job) {
+        let before = self.running(kind).replace(Running::new(job));
+        assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
+        self.step(kind);
+    }
+
+    fn job_moved(&mut self, kind: JobKind, result: io::Result<()>) {
+        let running = self.running(kind).as_mut().expect("operations belong to a running job");
+        if let Err(e) = result {
+            running.failed.get_or_insert(e);
+        }
+        running.pending -= 1;
+        if running.pending == 0 {
+            self.step(kind);
+        }
+    }
+
+    fn step(&mut self, kind: JobKind) {
+        let mut ops = std::mem::take(&mut self.steps);
+        let running = self.running(kind).as_mut().expect("a running job");
+        let step = running.next(&mut ops);
+        running.pending = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
+        let token = if kind == JobKind::Commit { Token::Commit } else { Token::Growth };
+        for mut op in ops.drain(..) {
+            op.token = token.pack();
+            self.push_op(op);
+        }
+        self.steps = ops;
+        if let Ok(Step::Wait) = step {
+            return;
+        }
+        let over = self.running(kind).take().expect("a running job");
+        let result = step.map(|_| ());
+        match over.job {
+            Job::Commit(commit) => {
+                self.disk.committed(&result, commit.barriers());
+                if self.disk.rounds.finish(result.is_ok()).is_some() {
+                    self.lead();
+                }
+            }
+            Job::Growth(_) => {
+                if let Err(e) = &result {
+                    log::error!("{}", e.line());
+                }
+                self.disk.post(Letter::Grown { ok: result.is_ok() });
+            }
+        }
+    }
+
+    pub(super) fn push_op(&mut self, op: Op) {
+        if !self.backlog.is_empty() {
+            return self.backlog.push_back(op);
+        }
+        if let Err(op) = self.engine.push(op) {
+            self.backlog.push_back(op);
+        }
+    }
+}
+
+impl Drop for Lane {
+    /// A lane that goes while it leads a commit must not leave the others waiting.
+    fn drop(&mut self) {
+        if self.commit.take().is_some() {
+            while self.disk.rounds.finish(false).is_some() {}
+        }
+        if self.growth.take().is_some() {
+            self.disk.post(Letter::Grown { ok: false });
+        }
+    }
+}
+
+/// Waits until a descriptor is readable, or a signal comes.
+fn wait_readable(fd: BorrowedFd<'_>) {
+    let _ = rustix::event::poll(&mut [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)], None);
+}

@@ -1,0 +1,96 @@
+//! How lanes wake each other: a bell and a few letters. Nothing on the way of a read comes here.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::Result;
+use crate::storage::Bell;
+
+/// What one lane has to tell another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Letter {
+    /// A commit is over.
+    Committed {
+        /// Its number.
+        round: u64,
+        /// Whether what it covers is durable.
+        ok: bool,
+    },
+    /// Growth is over.
+    Grown {
+        /// Whether there is room now.
+        ok: bool,
+    },
+}
+
+/// Letters to one lane.
+#[derive(Debug)]
+pub struct Mailbox {
+    letters: Mutex<Vec<Letter>>,
+    full: AtomicBool,
+    bell: Bell,
+}
+
+impl Mailbox {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// Where the host has no descriptor left for the bell.
+    pub fn new() -> Result<Mailbox> {
+        Ok(Mailbox { letters: Mutex::default(), full: AtomicBool::new(false), bell: Bell::new()? })
+    }
+
+    /// Puts a letter in and rings.
+    pub fn post(&self, letter: Letter) {
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
+        if !self.full.swap(true, Ordering::SeqCst) {
+            self.bell.ring();
+        }
+    }
+
+    /// Takes all letters out; no system call where there are none.
+    pub fn take(&self) -> Vec<Letter> {
+        if !self.full.swap(false, Ordering::SeqCst) {
+            return Vec::new();
+        }
+        self.bell.silence();
+        std::mem::take(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until there are letters, and takes them.
+    pub fn wait(&self) -> Vec<Letter> {
+        loop {
+            let letters = self.take();
+            if !letters.is_empty() {
+                return letters;
+            }
+            self.bell.wait();
+        }
+    }
+
+    /// Readable (level-triggered) while there are letters.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn letters_arrive_from_another_thread() {
+        let to = Arc::new(Mailbox::new().unwrap());
+        assert!(to.take().is_empty());
+        let from = to.clone();
+        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(Letter::Grown { ok: true })));
+        let mut got = 0;
+        while got < 100 {
+            got += to.wait().len();
+        }
+        thread.join().unwrap();
+        assert!(to.take().is_empty());
+    }
+}

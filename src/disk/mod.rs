@@ -1,0 +1,262 @@
+//! Floor 3: requests become operations.
+//!
+//! Owns: the disk that queues share ([`Disk`]), a queue's engine ([`Lane`]), requests in flight ([`task`]), group commit
+//! ([`flush`]). Leaves to others: where sectors are (`chain`), the order of durable writes (`image`), virtqueues
+//! (`device`).
+//!
+//! ```text
+//!   Request ──> Lane::push ── Plan ──┬── Load ──┐ bitmaps that are not in memory
+//!                              ^     │          │
+//!                              └─────┼──────────┘
+//!                                    ├── Wait for room (a fresh block, and the file has to grow)
+//!                                    v
+//!                                  Move   operations over slices of the request's own memory
+//!                                    v
+//!                                  mark   (writes)
+//!                                    ├── Await a commit (flushes; writes on a write-through disk)
+//!                                    v
+//!                                  Answer
+//! ```
+//!
+//! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
+
+pub mod flush;
+mod job;
+mod lane;
+pub mod mailbox;
+mod request;
+mod stages;
+mod task;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+pub use lane::Lane;
+pub use request::{Answer, Outcome, Request, Work, ZeroRange};
+
+use crate::chain::{Chain, Policy, Version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{self, Commit, Growth};
+use crate::storage::{Access, EngineKind, Env, SLOTS, Slot};
+use flush::Rounds;
+use mailbox::{Letter, Mailbox};
+
+/// How a disk is opened.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// The youngest image of the chain.
+    pub path: PathBuf,
+    /// Whether writes are refused and nothing is ever changed.
+    pub read_only: bool,
+    /// What the guest is told when it asks for the disk's serial: at most 20 bytes. The image's UUID if none.
+    pub serial: Option<String>,
+    /// Whether to go round the host's page cache (O_DIRECT), for files whose file system allows it.
+    pub direct: bool,
+    /// Folders in which parents may lie, besides the image's own.
+    pub allow_parents: Vec<PathBuf>,
+    /// Whether a write is durable when it is answered.
+    pub write_through: bool,
+}
+
+/// A chain that is being served.
+pub struct Disk {
+    env: Arc<dyn Env>,
+    version: Version,
+    rounds: Rounds,
+    lanes: Mutex<Vec<Weak<Mailbox>>>,
+    write_through: AtomicBool,
+    serial: [u8; 20],
+    /// What O_DIRECT asks of memory, by slot; 1 where a file is buffered.
+    memory_align: Vec<usize>,
+    counts: Counts,
+}
+
+/// What was done, for statistics.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Commits that ended well.
+    pub commits: AtomicU64,
+    /// Syncs that commits used.
+    pub barriers: AtomicU64,
+}
+
+impl Disk {
+    /// Opens a chain. A writable image that was not closed cleanly is recovered, and given its first room to grow.
+    ///
+    /// # Errors
+    /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open.
+    pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
+        let access = if options.read_only { Access::Read } else { Access::Write };
+        let policy = Policy { allowed: options.allow_parents.clone(), ..Policy::default() };
+        let chain = Chain::open(&*env, &options.path, &policy, access)?;
+        let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
+        let version = chain.into_version(access)?;
+        let mut memory_align = vec![1; usize::from(SLOTS)];
+        if options.direct {
+            for (slot, file) in version.files() {
+                match file.set_direct()? {
+                    Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,
+                    None => log::warn!("{}: direct I/O cannot be used here: buffered", file.path().display()),
+                }
+            }
+        }
+        let disk = Disk {
+            env,
+            version,
+            rounds: Rounds::default(),
+            lanes: Mutex::default(),
+            write_through: AtomicBool::new(options.write_through),
+            serial,
+            memory_align,
+            counts: Counts::default(),
+        };
+        disk.grow_now();
+        Ok(Arc::new(disk))
+    }
+
+    /// Sectors that the guest sees.
+    pub fn capacity(&self) -> u64 {
+        self.version.sectors()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.version.top().is_none()
+    }
+
+    /// The serial, zero padded.
+    pub fn serial(&self) -> &[u8; 20] {
+        &self.serial
+    }
+
+    /// The layers.
+    pub fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// What was done so far.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Whether a write is answered only when it is durable. Counts for requests that start later.
+    pub fn set_write_through(&self, on: bool) {
+        self.write_through.store(on, Ordering::SeqCst);
+    }
+
+    /// Whether a write is answered only when it is durable.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::SeqCst)
+    }
+
+    /// What O_DIRECT asks of memory for a file; 1 where it is buffered.
+    fn memory_align(&self, slot: Slot) -> usize {
+        self.memory_align[usize::from(slot.0)]
+    }
+
+    /// An engine and all that goes with it for one queue, to be used by one thread.
+    ///
+    /// # Errors
+    /// Where the host gives no engine, or has no descriptors left.
+    pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
+        let mut engine = self.env.engine(kind, depth)?;
+        for (slot, file) in self.version.files() {
+            let registered = engine.register(slot, file);
+            registered.map_err(|e| Error::io("cannot register with the engine", e).at_path(file.path()))?;
+        }
+        let mailbox = Arc::new(Mailbox::new()?);
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&mailbox));
+        Ok(Lane::new(self.clone(), engine, mailbox))
+    }
+
+    /// Makes all writes that are complete durable, and waits for it.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`, or `Poisoned`: then some of them may be lost.
+    pub fn commit(&self) -> Result<()> {
+        let Some(top) = self.version.top() else { return Ok(()) };
+        let mailbox = Arc::new(Mailbox::new()?);
+        let joined = self.rounds.join(&mailbox);
+        if joined.lead {
+            return self.lead(top);
+        }
+        loop {
+            for letter in mailbox.wait() {
+                match letter {
+                    Letter::Committed { round, ok: true } if round == joined.round => return Ok(()),
+                    Letter::Committed { round, .. } if round == joined.round => {
+                        top.image.check_poison()?;
+                        return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(top.image.path()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Leads rounds here and now, until none waits; the result is that of the first.
+    fn lead(&self, top: &crate::chain::Top) -> Result<()> {
+        let mut first = None;
+        loop {
+            let mut commit = Commit::new(top.image.clone(), top.slot);
+            let result = image::drive(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
+            self.committed(&result, commit.barriers());
+            let over = self.rounds.finish(result.is_ok()).is_none();
+            first.get_or_insert(result);
+            if over {
+                return first.expect("a round was led");
+            }
+        }
+    }
+
+    /// Commits and closes the image cleanly: the file ends right behind its last block. No lane may be left.
+    ///
+    /// # Errors
+    /// As `commit`; the image is then recovered by the next open.
+    pub fn close(&self) -> Result<()> {
+        self.commit()?;
+        self.version.top().map_or(Ok(()), |top| top.image.trim())
+    }
+
+    /// The first room of a disk that is about to be written. Failing is no harm: the first write that needs it asks again.
+    fn grow_now(&self) {
+        let Some(top) = self.version.top() else { return };
+        if !top.image.wants_room() {
+            return;
+        }
+        if let Some(mut growth) = Growth::begin(&top.image, top.slot) {
+            let grown = image::drive(&*self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops));
+            if let Err(e) = grown {
+                log::warn!("no room prepared: {}", e.line());
+            }
+        }
+    }
+
+    fn committed(&self, result: &Result<()>, barriers: u32) {
+        self.counts.barriers.fetch_add(u64::from(barriers), Ordering::Relaxed);
+        match result {
+            Ok(()) => {
+                self.counts.commits.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(e) => log::error!("a commit failed: {}", e.line()),
+        }
+    }
+
+    /// Tells all lanes.
+    fn post(&self, letter: Letter) {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        lanes.retain(|lane| lane.upgrade().map(|m| m.post(letter)).is_some());
+    }
+}
+
+/// The serial as the guest gets it.
+fn serial(given: Option<&str>, uuid: uuid::Uuid) -> Result<[u8; 20]> {
+    let text = given.map_or_else(|| uuid.simple().to_string()[..20].to_owned(), str::to_owned);
+    let mut serial = [0; 20];
+    match serial.get_mut(..text.len()) {
+        Some(room) => room.copy_from_slice(text.as_bytes()),
+        None => return Err(Error::new(ErrorKind::Unsupported, format!("serial {text:?} is longer than 20 bytes"))),
+    }
+    Ok(serial)
+}

@@ -1,0 +1,287 @@
+//! The stages of a request: the way from a plan to an answer. One `match` drives them; see the drawing in `mod.rs`.
+//!
+//! A stage is never re-entered midway: look-ups may repeat, and a reservation that is asked for again finds itself.
+
+use std::io;
+use std::path::Path;
+
+use super::lane::Lane;
+use super::request::{Answer, Outcome, Work};
+use super::task::{Stage, Task, Token};
+use crate::chain::{Plan, Source};
+use crate::storage::{Action, Buffer, Completion, Op, Payload, Slices, Slot};
+use crate::units::SECTOR;
+
+/// Zeros written at once where a file system cannot punch, in bytes.
+const ZERO_CHUNK: u64 = 1 << 20;
+
+/// What comes after a stage.
+pub(super) enum Next {
+    /// That stage, now.
+    Stage(Stage),
+    /// That stage, when what it waits for is over.
+    Wait(Stage),
+    /// Nothing: the answer.
+    Over(Outcome),
+}
+
+impl Lane {
+    /// An operation of a request is over.
+    pub(super) fn moved(&mut self, number: u32, detail: u32, Completion { op, result }: Completion) {
+        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
+        let mut again = None;
+        match (op.payload, result) {
+            (Payload::Own(sector), Ok(())) if task.stage == Stage::Load => {
+                task.load.as_mut().expect("loading").take(detail as usize, &sector);
+            }
+            (Payload::Own(bounce), Ok(())) => {
+                if let (Work::Read { into, .. }, Action::Read) = (&task.work, op.action) {
+                    into.copy_from(detail as usize, &bounce);
+                }
+            }
+            (Payload::Guest(slices), result) => {
+                task.failed |= report(result, op.action, op.offset, self.disk.version().file(op.slot).path());
+                self.pool.push(slices);
+            }
+            (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                again = Some(Op::range(op.token, op.slot, op.action, op.offset, op.len));
+            }
+            (_, result) => {
+                task.failed |= report(result, op.action, op.offset, self.disk.version().file(op.slot).path());
+            }
+        }
+        if let Some(op) = again {
+            return self.without_punch(number, op);
+        }
+        task.pending -= 1;
+        if task.pending == 0 {
+            self.advance(number);
+        }
+    }
+
+    /// The file system cannot punch: a discard is forgotten, zeros are written instead where zeros are owed.
+    fn without_punch(&mut self, number: u32, op: Op) {
+        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
+        task.pending -= 1;
+        let mut ops = Vec::new();
+        if matches!(task.work, Work::WriteZeroes { .. }) {
+            let mut at = op.offset;
+            while at < op.offset + op.len {
+                let len = (op.offset + op.len - at).min(ZERO_CHUNK);
+                let zeros = Buffer::zeroed(usize::try_from(len).expect("a chunk"));
+                ops.push(Op::write(op.token, op.slot, at, Payload::Own(zeros)));
+                at += len;
+            }
+            task.pending += u32::try_from(ops.len()).expect("a request is at most a disk of chunks");
+        }
+        let pending = task.pending;
+        ops.into_iter().for_each(|op| self.push_op(op));
+        if pending == 0 {
+            self.advance(number);
+        }
+    }
+
+    /// Goes on with a request until it has to wait. The only place where stages change.
+    pub(super) fn advance(&mut self, number: u32) {
+        loop {
+            let mut task = self.tasks[number as usize].take().expect("a task under way");
+            let next = match task.stage {
+                Stage::Plan => self.plan(number, &mut task),
+                Stage::Load if task.failed => Next::Over(Outcome::Failed),
+                Stage::Load => {
+                    let load = task.load.take().expect("loading");
+                    self.disk.version().supply(&load);
+                    Next::Stage(Stage::Plan)
+                }
+                Stage::Room if task.failed => Next::Over(Outcome::Failed),
+                Stage::Room => Next::Stage(Stage::Plan),
+                Stage::Move => self.arrived(number, &mut task),
+                Stage::Await => Next::Over(if task.failed { Outcome::Failed } else { Outcome::Done }),
+            };
+            match next {
+                Next::Stage(stage) => {
+                    task.stage = stage;
+                    self.tasks[number as usize] = Some(task);
+                }
+                Next::Wait(stage) => {
+                    task.stage = stage;
+                    self.tasks[number as usize] = Some(task);
+                    return;
+                }
+                Next::Over(outcome) => {
+                    self.free.push(number);
+                    let memory = match task.work {
+                        Work::Read { into: memory, .. } | Work::Write { from: memory, .. } => Some(memory),
+                        _ => None,
+                    };
+                    self.answers.push(Answer { tag: task.tag, outcome, memory });
+                    return;
+                }
+            }
+        }
+    }
+
+    fn plan(&mut self, number: u32, task: &mut Task) -> Next {
+        if matches!(task.work, Work::Flush) && self.disk.is_read_only() {
+            return Next::Over(Outcome::Done);
+        }
+        if !matches!(task.work, Work::Read { .. }) {
+            let top = self.disk.version().top();
+            if top.is_none_or(|top| top.image.is_poisoned()) {
+                return Next::Over(Outcome::Failed);
+            }
+        }
+        let mut plan = std::mem::take(&mut self.plan);
+        let version = self.disk.version();
+        let room = match &task.work {
+            Work::Read { range, .. } => {
+                version.plan_read(*range, &mut plan);
+                Ok(())
+            }
+            Work::Write { range, .. } => version.plan_write(*range, &mut plan),
+            Work::Discard { ranges } => {
+                version.plan_discard(ranges[task.at], &mut plan);
+                Ok(())
+            }
+            Work::WriteZeroes { ranges } => version.plan_zero(ranges[task.at].range, &mut plan),
+            Work::Flush => {
+                self.plan = plan;
+                return self.make_durable(number, task);
+            }
+        };
+        let next = if !plan.missing.is_empty() {
+            self.load(number, task, &plan)
+        } else if room.is_err() {
+            if self.grow_if_short() {
+                self.park(number);
+                Next::Wait(Stage::Room)
+            } else {
+                Next::Stage(Stage::Plan) // another lane made room in the meantime
+            }
+        } else {
+            task.marks.clear();
+            task.marks.extend_from_slice(&plan.marks);
+            self.move_all(number, task, &plan);
+            if plan.reserved {
+                self.grow_if_short();
+            }
+            if task.pending == 0 { Next::Stage(Stage::Move) } else { Next::Wait(Stage::Move) }
+        };
+        self.plan = plan;
+        next
+    }
+
+    /// Begins to read the bitmaps that a plan missed.
+    fn load(&mut self, number: u32, task: &mut Task, plan: &Plan) -> Next {
+        let load = self.disk.version().load(&plan.missing);
+        for (piece, (slot, at)) in (0..).zip(load.pieces()) {
+            let sector = Payload::Own(Buffer::zeroed(SECTOR as usize));
+            task.pending += 1;
+            self.push_op(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, at, sector));
+        }
+        task.load = Some(Box::new(load));
+        if task.pending == 0 { Next::Stage(Stage::Load) } else { Next::Wait(Stage::Load) }
+    }
+
+    /// Pushes the operations of a plan.
+    fn move_all(&mut self, number: u32, task: &mut Task, plan: &Plan) {
+        let mut at = 0;
+        for extent in &plan.extents {
+            let bytes = extent.range.bytes();
+            let len = usize::try_from(bytes).expect("a range on a disk of 2040 GiB");
+            let token = Token::Task { task: number, detail: u32::try_from(at).unwrap_or(0) }.pack();
+            let op = match (&task.work, extent.source) {
+                (Work::Read { into, .. }, Source::Zero) => {
+                    into.zero(at, len);
+                    None
+                }
+                (Work::Read { into, .. }, Source::File { slot, offset }) => {
+                    let payload = self.payload(into, at, len, slot, false);
+                    Some(Op::read(token, slot, offset, payload))
+                }
+                (Work::Write { from, .. }, Source::File { slot, offset }) => {
+                    let payload = self.payload(from, at, len, slot, true);
+                    Some(Op::write(token, slot, offset, payload))
+                }
+                (Work::WriteZeroes { ranges }, Source::File { slot, offset }) => {
+                    let action = if ranges[task.at].unmap { Action::Punch } else { Action::Zero };
+                    Some(Op::range(token, slot, action, offset, bytes))
+                }
+                (Work::Discard { .. }, Source::File { slot, offset }) => {
+                    Some(Op::range(token, slot, Action::Punch, offset, bytes))
+                }
+                (_, Source::Zero) | (Work::Flush, _) => {
+                    unreachable!("only reads find zeros, and a flush plans nothing")
+                }
+            };
+            if let Some(op) = op {
+                task.pending += 1;
+                self.push_op(op);
+            }
+            at += len;
+        }
+    }
+
+    /// The part of a request's memory that an operation moves; a bounce buffer where O_DIRECT does not take it.
+    fn payload(&mut self, memory: &Slices, at: usize, len: usize, slot: Slot, copy: bool) -> Payload {
+        let mut slices = self.pool.pop().unwrap_or_else(|| Slices::with_capacity(8));
+        slices.clear();
+        memory.slice_into(at, len, &mut slices);
+        let align = self.disk.memory_align(slot);
+        if align == 1 || slices.is_aligned(align) {
+            return Payload::Guest(slices);
+        }
+        let mut bounce = Buffer::zeroed(len);
+        if copy {
+            slices.copy_to(0, &mut bounce);
+        }
+        self.pool.push(slices);
+        Payload::Own(bounce)
+    }
+
+    /// All operations of a range are complete.
+    fn arrived(&mut self, number: u32, task: &mut Task) -> Next {
+        if task.failed {
+            return Next::Over(Outcome::Failed);
+        }
+        let (Some(top), false) = (self.disk.version().top(), matches!(task.work, Work::Read { .. })) else {
+            return Next::Over(Outcome::Done);
+        };
+        let ranges = match &task.work {
+            Work::Write { range, .. } => {
+                top.image.mark(*range);
+                1
+            }
+            Work::WriteZeroes { ranges } => {
+                task.marks.iter().for_each(|range| top.image.mark(*range));
+                ranges.len()
+            }
+            Work::Discard { ranges } => {
+                top.image.touched();
+                ranges.len()
+            }
+            Work::Read { .. } | Work::Flush => unreachable!("answered above; a flush moves nothing"),
+        };
+        task.at += 1;
+        if task.at < ranges {
+            Next::Stage(Stage::Plan)
+        } else if self.disk.is_write_through() {
+            self.make_durable(number, task)
+        } else {
+            Next::Over(Outcome::Done)
+        }
+    }
+
+    fn make_durable(&mut self, number: u32, task: &mut Task) -> Next {
+        // Not `failed` by what another round may say: the letter names the round.
+        task.round = self.join(number);
+        Next::Wait(Stage::Await)
+    }
+}
+
+/// Whether an operation failed; tells the log.
+fn report(result: io::Result<()>, action: Action, offset: u64, path: &Path) -> bool {
+    let Err(e) = result else { return false };
+    log::warn!("{}: {action:?} failed at byte {offset}: {e}", path.display());
+    true
+}

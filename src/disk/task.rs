@@ -1,0 +1,101 @@
+//! A request in flight. Its stages are driven by one `match` in `lane.rs`; here is what it remembers between them.
+
+use super::request::Work;
+use crate::chain::Load;
+use crate::units::SectorRange;
+
+/// How far a request is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    /// Ask where the sectors are.
+    Plan,
+    /// Bitmaps are being read; then plan again.
+    Load,
+    /// A fresh block waits for the file to grow; then plan again.
+    Room,
+    /// Bytes are moving.
+    Move,
+    /// A commit makes it durable.
+    Await,
+}
+
+/// A request in flight.
+pub(super) struct Task {
+    pub(super) tag: u64,
+    pub(super) work: Work,
+    pub(super) stage: Stage,
+    /// Operations that are not complete.
+    pub(super) pending: u32,
+    /// Whether one of them failed.
+    pub(super) failed: bool,
+    /// Which of several ranges is at work (discard, write zeroes).
+    pub(super) at: usize,
+    /// The round that makes it durable.
+    pub(super) round: u64,
+    /// What is being loaded.
+    pub(super) load: Option<Box<Load>>,
+    /// What to mark when zeroing is done.
+    pub(super) marks: Vec<SectorRange>,
+}
+
+impl Task {
+    pub(super) fn new(tag: u64, work: Work) -> Task {
+        Task {
+            tag,
+            work,
+            stage: Stage::Plan,
+            pending: 0,
+            failed: false,
+            at: 0,
+            round: 0,
+            load: None,
+            marks: Vec::new(),
+        }
+    }
+}
+
+/// What a completion is for, packed into an operation's token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Token {
+    /// Operation of a task. `detail`: byte offset in the request's memory, or number of a loaded piece.
+    Task { task: u32, detail: u32 },
+    /// Operation of the commit this lane leads.
+    Commit,
+    /// Operation of a step of growth.
+    Growth,
+}
+
+const COMMIT: u64 = u64::MAX;
+const GROWTH: u64 = u64::MAX - 1;
+
+impl Token {
+    pub(super) fn pack(self) -> u64 {
+        match self {
+            Token::Task { task, detail } => u64::from(task) << 32 | u64::from(detail),
+            Token::Commit => COMMIT,
+            Token::Growth => GROWTH,
+        }
+    }
+
+    pub(super) fn unpack(token: u64) -> Token {
+        match token {
+            COMMIT => Token::Commit,
+            GROWTH => Token::Growth,
+            // Both halves are 32 bits wide by construction.
+            #[expect(clippy::cast_possible_truncation)]
+            _ => Token::Task { task: (token >> 32) as u32, detail: token as u32 },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_come_back() {
+        for token in [Token::Commit, Token::Growth, Token::Task { task: 65535, detail: u32::MAX }] {
+            assert_eq!(Token::unpack(token.pack()), token);
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! The block allocation table: for each block the sector of the file at which its bitmap begins.
+//!
+//! The table takes whole sectors. What follows the last entry in the last sector means nothing: some writers fill it
+//! with ones, some with zeros.
+
+use crate::units::SECTOR;
+
+/// The entry of a block that has no place.
+pub const UNUSED: u32 = 0xFFFF_FFFF;
+/// The largest entry of a block that has one (O14).
+pub const MAX_ENTRY: u32 = UNUSED - 1;
+/// Entries in a sector.
+pub const ENTRIES_PER_SECTOR: u32 = 128;
+
+/// Bytes of a table of `entries`, in whole sectors.
+pub fn bytes(entries: u32) -> u64 {
+    u64::from(entries.div_ceil(ENTRIES_PER_SECTOR)) * SECTOR
+}
+
+/// The sector of the table that holds the entry of `block`, counted from the table's start.
+pub fn sector_of(block: u32) -> u32 {
+    block / ENTRIES_PER_SECTOR
+}
+
+/// The entries in `bytes`, which begins at an entry. A rest of less than four bytes is left out.
+pub fn decode(bytes: &[u8]) -> impl ExactSizeIterator<Item = u32> + '_ {
+    bytes.as_chunks::<4>().0.iter().map(|&entry| u32::from_be_bytes(entry))
+}
+
+/// The 512 bytes of a sector of entries; what is missing behind the end of the table is unused.
+///
+/// # Panics
+/// Where there are more entries than a sector has room for.
+pub fn encode_sector(entries: &[u32]) -> [u8; 512] {
+    assert!(entries.len() <= ENTRIES_PER_SECTOR as usize, "a sector of the table has 128 entries");
+    let mut sector = [0xFF; 512];
+    for (to, entry) in sector.as_chunks_mut::<4>().0.iter_mut().zip(entries) {
+        *to = entry.to_be_bytes();
+    }
+    sector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sectors_of_entries() {
+        assert_eq!((bytes(0), bytes(1), bytes(128), bytes(129)), (0, 512, 512, 1024));
+        assert_eq!(bytes(u32::MAX), 1 << 34);
+        assert_eq!((sector_of(127), sector_of(128)), (0, 1));
+        let sector = encode_sector(&[1, 0x0102_0304, UNUSED]);
+        assert_eq!(sector[..12], [0, 0, 0, 1, 1, 2, 3, 4, 255, 255, 255, 255]);
+        assert!(sector[12..].iter().all(|&b| b == 0xFF));
+        let back: Vec<u32> = decode(&sector).collect();
+        assert_eq!((back.len(), back[1], back[127]), (128, 0x0102_0304, UNUSED));
+        assert_eq!(decode(&sector[..7]).len(), 1);
+    }
+}

@@ -1,0 +1,221 @@
+//! XenServer's batmap: behind the BAT of images made by `tap`, a bit per block that says "whole".
+//!
+//! It is a hint that we never need; but its space is taken, its checksum must stay right when the size changes, and its
+//! header says whether the data is encrypted (vhd-format 5.1, O15).
+
+use std::ops::Range;
+
+use zerocopy::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::format::bat;
+use crate::format::checksum::checksum;
+use crate::format::defect::Defect;
+use crate::format::footer::{DiskType, Footer};
+use crate::format::header::DynamicHeader;
+use crate::units::SECTOR;
+
+const COOKIE: [u8; 8] = *b"tdbatmap";
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Raw {
+    cookie: [u8; 8],
+    offset: U64,
+    sectors: U32,
+    version: U32,
+    checksum: U32,
+    marker: u8,
+    keyhash: u8,
+    rest: [u8; 482],
+}
+
+/// A decoded batmap header.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BatmapHeader {
+    /// Byte offset of the map.
+    pub offset: u64,
+    /// Sectors of the map.
+    pub sectors: u32,
+    /// Version, 16.16.
+    pub version: u32,
+    /// Checksum of the map's first bytes.
+    pub checksum: u32,
+    /// XenServer's general flag.
+    pub marker: u8,
+    /// 1 where the hash of an encryption key follows.
+    pub keyhash: u8,
+    /// Nonce, hash and zeros, kept as they are.
+    pub rest: [u8; 482],
+}
+
+/// Whether an image has a batmap.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Presence {
+    /// Never.
+    Absent,
+    /// If its header is there (version 1.1).
+    Perhaps,
+    /// Always.
+    Present,
+}
+
+/// Whether an image by this creator has a batmap.
+pub fn presence(footer: &Footer) -> Presence {
+    let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
+    match footer.creator_version {
+        version if !tap || version <= 0x0000_0001 => Presence::Absent,
+        version if version <= 0x0001_0001 => Presence::Perhaps,
+        _ => Presence::Present,
+    }
+}
+
+/// The byte offset of the batmap's header, directly behind the BAT; `None` on overflow.
+pub fn header_offset(header: &DynamicHeader) -> Option<u64> {
+    header.table_offset.checked_add(bat::bytes(header.entries))
+}
+
+impl BatmapHeader {
+    /// From the 512 bytes of a header.
+    ///
+    /// # Errors
+    /// [`Defect::BatmapHeader`], at offset 0.
+    pub fn decode(bytes: &[u8; 512]) -> Result<BatmapHeader, Defect> {
+        let raw: &Raw = zerocopy::transmute_ref!(bytes);
+        if raw.cookie != COOKIE {
+            return Err(Defect::BatmapHeader { at: 0 });
+        }
+        Ok(BatmapHeader {
+            offset: raw.offset.get(),
+            sectors: raw.sectors.get(),
+            version: raw.version.get(),
+            checksum: raw.checksum.get(),
+            marker: raw.marker,
+            keyhash: raw.keyhash,
+            rest: raw.rest,
+        })
+    }
+
+    /// The 512 bytes.
+    pub fn encode(&self) -> [u8; 512] {
+        zerocopy::transmute!(Raw {
+            cookie: COOKIE,
+            offset: self.offset.into(),
+            sectors: self.sectors.into(),
+            version: self.version.into(),
+            checksum: self.checksum.into(),
+            marker: self.marker,
+            keyhash: self.keyhash,
+            rest: self.rest,
+        })
+    }
+
+    /// Where the map lies in a file of `len` bytes; `at` is where this header lies, for the message.
+    ///
+    /// # Errors
+    /// [`Defect::BatmapPlace`] where it does not lie in the file.
+    pub fn region(&self, at: u64, len: u64) -> Result<Range<u64>, Defect> {
+        let bytes = u64::from(self.sectors) * SECTOR;
+        match self.offset.checked_add(bytes) {
+            Some(end) if end <= len => Ok(self.offset..end),
+            _ => Err(Defect::BatmapPlace { at, offset: self.offset, bytes, len }),
+        }
+    }
+
+    /// Whether the data is encrypted.
+    pub fn encrypted(&self) -> bool {
+        self.keyhash == 1
+    }
+
+    /// How many bytes of the map of a disk of `size` bytes its checksum covers.
+    pub fn summed_bytes(size: u64) -> u64 {
+        (size >> 24).max(1).next_multiple_of(SECTOR)
+    }
+
+    /// The checksum of a map, of which `map` holds the summed bytes.
+    pub fn checksum_of(&self, map: &[u8]) -> u32 {
+        if self.version != 0x0001_0001 {
+            return checksum(map, 0..0);
+        }
+        // That version summed signed bytes: each from 128 on counts 256 less.
+        let high = map.iter().filter(|&&byte| byte >= 128).fold(0u32, |n, _| n.wrapping_add(256));
+        checksum(map, 0..0).wrapping_add(high)
+    }
+
+    /// Whether the checksum fits `map`, the first [`BatmapHeader::summed_bytes`] of the map.
+    ///
+    /// # Errors
+    /// [`Defect::BatmapChecksum`], at offset 0.
+    pub fn verify(&self, map: &[u8]) -> Result<(), Defect> {
+        let computed = self.checksum_of(map);
+        if computed == self.checksum {
+            return Ok(());
+        }
+        Err(Defect::BatmapChecksum { at: 0, stored: self.checksum, computed })
+    }
+}
+
+/// Whether the map calls a block whole; blocks behind its end are not.
+pub fn whole(map: &[u8], block: u32) -> bool {
+    map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::BlockSize;
+    use uuid::Uuid;
+
+    fn tap(version: u32) -> Footer {
+        let footer = Footer::new(DiskType::Dynamic, 1 << 24, Uuid::nil(), 0);
+        Footer { creator: *b"tap\0", creator_version: version, ..footer }
+    }
+
+    #[test]
+    fn who_has_one() {
+        let by_version = [
+            (0, Presence::Absent),
+            (0x0000_0001, Presence::Absent),
+            (0x0001_0001, Presence::Perhaps),
+            (0x0001_0002, Presence::Present),
+            (0x0001_0003, Presence::Present),
+        ];
+        for (version, expected) in by_version {
+            assert_eq!(presence(&tap(version)), expected, "{version:#x}");
+        }
+        assert_eq!(presence(&Footer { creator: *b"win ", ..tap(0x0001_0003) }), Presence::Absent);
+        assert_eq!(header_offset(&DynamicHeader::new(1536, 129, BlockSize::DEFAULT)), Some(2560));
+        assert_eq!(header_offset(&DynamicHeader::new(u64::MAX, 1, BlockSize::DEFAULT)), None);
+    }
+
+    #[test]
+    fn what_vhd_util_wrote() {
+        let mut bytes = [0; 512];
+        bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
+        let header = BatmapHeader::decode(&bytes).unwrap();
+        assert_eq!((header.offset, header.sectors, header.version), (0xA00, 1, 0x0001_0002));
+        assert_eq!(header.verify(&[0; 512]), Ok(()));
+        let wrong = Defect::BatmapChecksum { at: 0, stored: u32::MAX, computed: !0x80 };
+        assert_eq!(header.verify(&[0x80]), Err(wrong));
+        assert_eq!((header.encode(), header.encrypted()), (bytes, false));
+        assert_eq!(header.region(2048, 0xC00), Ok(0xA00..0xC00));
+        assert!(header.region(2048, 0xBFF).is_err());
+        let outside = BatmapHeader { offset: u64::MAX, sectors: u32::MAX, ..header.clone() };
+        assert!(outside.region(2048, u64::MAX).is_err());
+        bytes[29] = 1;
+        assert!(BatmapHeader::decode(&bytes).unwrap().encrypted());
+        // Version 1.1 counted 0x80 as -128.
+        let old = BatmapHeader { version: 0x0001_0001, checksum: !0u32.wrapping_sub(128), ..header };
+        assert_eq!(old.verify(&[0x80]), Ok(()));
+        bytes[0] = 0;
+        assert_eq!(BatmapHeader::decode(&bytes), Err(Defect::BatmapHeader { at: 0 }));
+    }
+
+    #[test]
+    fn bits_and_sums() {
+        assert_eq!((BatmapHeader::summed_bytes(1), BatmapHeader::summed_bytes(1 << 33)), (512, 512));
+        assert_eq!(BatmapHeader::summed_bytes((1 << 33) + (1 << 24)), 1024);
+        let map = [0b0100_0000, 0b0000_0001];
+        assert_eq!((0..17).filter(|&block| whole(&map, block)).collect::<Vec<_>>(), [1, 15]);
+    }
+}

@@ -1,0 +1,199 @@
+//! Defects in words for people, and as errors.
+
+use std::fmt;
+
+use crate::error::{Error, ErrorKind};
+use crate::format::defect::Defect;
+
+use Defect as D;
+
+impl fmt::Display for Defect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            D::NotRegular => write!(f, "not a regular file"),
+            D::FileTooShort { len } => write!(f, "the file has {len} bytes; the smallest image has 512"),
+            D::FooterMissing { .. } => {
+                write!(
+                    f,
+                    "no footer at the end of the file, and none at its start that a fixed disk could not have forged"
+                )
+            }
+            D::FooterCookie { .. } => write!(f, "no footer here: it would begin with \"conectix\""),
+            D::Poisoned { .. } => {
+                write!(f, "a resize was interrupted: go on with it or undo it with `vhd-util revert` and its journal")
+            }
+            D::FooterChecksum { stored, computed, .. } => {
+                write!(f, "the footer's checksum is {stored:#010x}, its bytes give {computed:#010x}")
+            }
+            D::FooterVersion { version, .. } => {
+                write!(f, "format version {}.{}; only 1.x is known", version >> 16, version & 0xFFFF)
+            }
+            D::DiskType { code, .. } => {
+                write!(f, "disk type {code}; known are 2 (fixed), 3 (dynamic) and 4 (differencing)")
+            }
+            D::DiskSize { size, .. } => {
+                write!(f, "virtual size of {size} bytes; it must be a multiple of 512 from 512 bytes to 2040 GiB")
+            }
+            D::FixedTooShort { size, data } => {
+                write!(f, "a fixed disk of {size} bytes, of which the file holds only {data}")
+            }
+            D::FootersDiffer { field, .. } => write!(
+                f,
+                "the two footers are valid but differ in the {field}; the one at the end counts, and nothing is \
+                 written before `check --repair`"
+            ),
+            D::FooterCopyStale => write!(f, "the two footers differ in bytes without consequence"),
+            D::TrailingFooterMissing { .. } => {
+                write!(f, "the footer at the end is missing (an unclean end); the one at the start is used")
+            }
+            D::TrailingFooterInvalid { reason, .. } => {
+                write!(f, "the footer at the end is damaged ({reason}); the one at the start is used")
+            }
+            D::FrontFooterInvalid { reason } => write!(f, "the footer at the start is damaged: {reason}"),
+            D::ShortFooter { .. } => write!(f, "a footer of 511 bytes, as written before 2004"),
+            D::HeaderPlace { offset, len } => write!(
+                f,
+                "the dynamic header would be at byte {offset}; it must be at a multiple of 512, behind the first \
+                 footer, and 1024 bytes before the end ({len})"
+            ),
+            D::HeaderCookie { .. } => write!(f, "no dynamic header here: it would begin with \"cxsparse\""),
+            D::HeaderChecksum { stored, computed, .. } => {
+                write!(f, "the dynamic header's checksum is {stored:#010x}, its bytes give {computed:#010x}")
+            }
+            D::HeaderVersion { version, .. } => {
+                write!(f, "dynamic header version {version:#010x}; only 0x00010000 is known")
+            }
+            D::BlockSize { size, .. } => {
+                write!(f, "blocks of {size} bytes; the size must be a power of two from 4 KiB to 256 MiB")
+            }
+            D::TableTooSmall { entries, blocks, .. } => {
+                write!(f, "the block table has {entries} entries for a disk of {blocks} blocks")
+            }
+            D::TableTooLarge { entries, limit, .. } => {
+                write!(f, "the block table needs {entries} entries; at most {limit} are read")
+            }
+            D::TableUnaligned { .. } => write!(f, "the block table does not begin at a multiple of 512"),
+            D::TableOutside { bytes, len, .. } => {
+                write!(f, "the block table of {bytes} bytes does not lie in the file of {len} bytes")
+            }
+            D::TableOverlaps { bytes, part, .. } => {
+                write!(f, "the block table of {bytes} bytes overlaps the {part}")
+            }
+            D::BlockInMetadata { block, part, .. } => write!(f, "block {block} overlaps the {part}"),
+            D::BlockBeyondEnd { block, end, limit, .. } => {
+                write!(f, "block {block} ends at byte {end}; the data ends at {limit}")
+            }
+            D::BlockDuplicate { block, other, .. } => {
+                write!(f, "blocks {block} and {other} share one place; a write to one would change the other")
+            }
+            D::BlockOverlap { block, other, .. } => {
+                write!(f, "blocks {block} and {other} overlap; a write to one would change the other")
+            }
+            D::BlockBeyondDisk { block, blocks, .. } => {
+                write!(f, "a place is recorded for block {block} of a disk of {blocks} blocks")
+            }
+            D::NoPlace { end } => {
+                write!(f, "no room for another block below 2 TiB (the data ends at byte {end}); compact the image")
+            }
+            D::SpaceUnreferenced { bytes, .. } => write!(f, "{bytes} bytes that nothing refers to"),
+            D::DataUnderClearBit { block, sector, .. } => {
+                write!(f, "sector {sector} of block {block} holds data but is marked absent; programs disagree on it")
+            }
+            D::LocatorPlatform { slot, code } => {
+                write!(f, "parent locator {slot} is of an unknown platform ({code:#010x}) and skipped")
+            }
+            D::LocatorLength { slot, length } => {
+                write!(f, "parent locator {slot} has {length} bytes, more than 4096, and is skipped")
+            }
+            D::LocatorPlace { slot, offset, length } => write!(
+                f,
+                "parent locator {slot} (byte {offset}, {length} bytes) lies outside the file or over other metadata, \
+                 and is skipped"
+            ),
+            D::ParentPath { slot: Some(slot), text, why } => {
+                write!(f, "the path {text:?} of parent locator {slot} cannot be used: {why}")
+            }
+            D::ParentPath { slot: None, text, why } => {
+                write!(f, "the parent's name {text:?} in the header cannot be used: {why}")
+            }
+            D::ParentUnnamed => write!(f, "no usable path to the parent is recorded; set one with `rebase`"),
+            D::ParentMissing { tried } => match tried.as_slice() {
+                [] => write!(f, "the parent is not there"),
+                tried => write!(f, "the parent is not there; tried {}", tried.join(", ")),
+            },
+            D::ParentUuid { recorded, found } => {
+                write!(f, "the parent must have UUID {recorded}, the file has {found}: not the parent, or replaced")
+            }
+            D::ParentRaw => write!(f, "the recorded parent is a raw file, which a VHD must not choose"),
+            D::ParentSize { child, parent } => {
+                write!(f, "the disk has {child} bytes, its parent {parent}")
+            }
+            D::ChainTooDeep { limit } => write!(f, "the chain has more than {limit} files; merge some"),
+            D::ChainCycle { file } => write!(f, "the chain comes back to {file}"),
+            D::ChainUuidTwice { uuid } => write!(f, "two files of the chain have UUID {uuid}"),
+            D::ChainTablesTooLarge { bytes, limit } => {
+                write!(f, "the block tables of the chain take {bytes} bytes together, more than {limit}")
+            }
+            D::BatmapHeader { .. } => write!(f, "the header of the batmap is damaged or missing"),
+            D::BatmapPlace { offset, bytes, len, .. } => {
+                write!(f, "the batmap (byte {offset}, {bytes} bytes) does not lie in the file of {len} bytes")
+            }
+            D::BatmapChecksum { stored, computed, .. } => {
+                write!(f, "the batmap's checksum is {stored:#010x}, its bytes give {computed:#010x}")
+            }
+            D::BatmapWrong { block, .. } => {
+                write!(f, "the batmap calls block {block} whole, its bitmap does not")
+            }
+            D::Encrypted { .. } => write!(f, "the data is encrypted by XenServer; decrypt it there"),
+            D::SavedState { .. } => {
+                write!(f, "a machine is suspended on this disk; writing would break it")
+            }
+            D::Hidden { .. } => {
+                write!(f, "marked as the inner node of a chain; writing would break its children")
+            }
+        }
+    }
+}
+
+impl From<Defect> for Error {
+    fn from(defect: Defect) -> Error {
+        let kind = match &defect {
+            D::NotRegular
+            | D::Poisoned { .. }
+            | D::Encrypted { .. }
+            | D::SavedState { .. }
+            | D::Hidden { .. }
+            | D::ParentRaw
+            | D::ChainTooDeep { .. }
+            | D::TableTooLarge { .. }
+            | D::ChainTablesTooLarge { .. } => ErrorKind::Refused,
+            D::ParentMissing { .. } => ErrorKind::NotFound,
+            D::NoPlace { .. } => ErrorKind::NoSpace,
+            _ => ErrorKind::Invalid,
+        };
+        let error = Error::new(kind, defect.to_string());
+        match defect.offset() {
+            Some(at) => error.at_offset(at),
+            None => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn becomes_an_error_with_kind_and_place() {
+        let e = Error::from(Defect::FooterCookie { at: 0 }.placed(4096));
+        assert_eq!((e.kind(), e.offset()), (ErrorKind::Invalid, Some(4096)));
+        assert_eq!(Error::from(Defect::ParentRaw).kind(), ErrorKind::Refused);
+        assert_eq!(Error::from(Defect::ParentMissing { tried: Vec::new() }).kind(), ErrorKind::NotFound);
+        assert_eq!(Error::from(Defect::NoPlace { end: 1 << 41 }).kind(), ErrorKind::NoSpace);
+        let e = Error::from(Defect::BlockDuplicate { block: 7, other: 3, entry: 16 });
+        assert_eq!(e.offset(), Some(8192));
+        assert!(e.to_string().starts_with("blocks 7 and 3 share one place"), "{e}");
+        let nested = Defect::TrailingFooterInvalid { at: 9, reason: Box::new(Defect::FooterCookie { at: 9 }) };
+        assert!(nested.to_string().contains("damaged (no footer here"), "{nested}");
+    }
+}

@@ -1,0 +1,223 @@
+//! Whether the blocks of a BAT lie where they may: in the file, beside the metadata and beside each other (O12, O13).
+//!
+//! And what they leave: the end of the data, and space that nothing refers to.
+
+use std::ops::{ControlFlow, Range};
+
+use crate::format::bat;
+use crate::format::defect::Defect;
+use crate::format::extents::Metadata;
+use crate::format::footer_choice::{Chosen, FooterSource};
+use crate::format::header::DynamicHeader;
+use crate::format::layout::PAGE;
+use crate::units::{BlockSize, SECTOR};
+
+/// What the entries of a BAT are held against.
+#[derive(Clone, Debug)]
+pub struct EntryRules<'a> {
+    /// Where no block may lie.
+    pub metadata: &'a Metadata,
+    /// Size of a block.
+    pub block_size: BlockSize,
+    /// Blocks of the disk; entries behind are ignored, but for their space.
+    pub blocks: u64,
+    /// The byte before which every block must end.
+    pub limit: u64,
+}
+
+impl<'a> EntryRules<'a> {
+    /// The rules for an image. A block may run into a missing trailing footer and beyond by one block (O12): what the
+    /// file does not hold of it reads as zero, until a repair has made the file whole.
+    pub fn new(chosen: &Chosen, header: &DynamicHeader, metadata: &'a Metadata) -> EntryRules<'a> {
+        let slack = match chosen.source {
+            FooterSource::FrontOnly => header.block_size.bytes().into(),
+            FooterSource::TailFull | FooterSource::Tail511 => 0,
+        };
+        EntryRules {
+            metadata,
+            block_size: header.block_size,
+            blocks: header.block_size.blocks_for(chosen.footer.sectors()),
+            limit: chosen.data_end.saturating_add(slack),
+        }
+    }
+}
+
+/// What the entries of a BAT take.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Placed {
+    /// The used entries of blocks of the disk and their blocks, by place.
+    pub entries: Vec<(u32, u32)>,
+    /// The first byte behind all metadata and all blocks.
+    pub end: u64,
+}
+
+/// Holds entries, as (block, entry), against the rules (O12, O13) and tells `found` each defect, until it breaks.
+/// To stop at the first, break at the first that is more than [`Severity::Cosmetic`](super::Severity::Cosmetic).
+///
+/// # Errors
+/// What `found` broke with.
+pub fn check_entries<B>(
+    entries: impl IntoIterator<Item = (u32, u32)>,
+    rules: &EntryRules<'_>,
+    mut found: impl FnMut(Defect) -> ControlFlow<B>,
+) -> Result<Placed, B> {
+    let mut tell = |defect| match found(defect) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(value) => Err(value),
+    };
+    let stride = u64::from(rules.block_size.stride_sectors());
+    let mut placed = Placed { entries: Vec::new(), end: rules.metadata.end() };
+    for (block, entry) in entries {
+        if entry == bat::UNUSED {
+            continue;
+        }
+        let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
+        if u64::from(block) >= rules.blocks {
+            if range.end <= rules.limit {
+                placed.end = placed.end.max(range.end);
+            }
+            tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
+            continue;
+        }
+        if let Some(part) = rules.metadata.overlapping(&range) {
+            tell(Defect::BlockInMetadata { block, entry, part })?;
+        }
+        if range.end > rules.limit {
+            tell(Defect::BlockBeyondEnd { block, entry, end: range.end, limit: rules.limit })?;
+        }
+        placed.end = placed.end.max(range.end);
+        placed.entries.push((entry, block));
+    }
+    placed.entries.sort_unstable();
+    // All blocks are of one length, so if any two overlap, two neighbours do.
+    for pair in placed.entries.windows(2) {
+        let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
+        if entry == other_entry {
+            tell(Defect::BlockDuplicate { block, other, entry })?;
+        } else if u64::from(entry - other_entry) < stride {
+            tell(Defect::BlockOverlap { block, entry, other, other_entry })?;
+        }
+    }
+    Ok(placed)
+}
+
+/// The space before byte `end` that neither metadata nor blocks take, in pieces of more than the gap that aligns a
+/// block.
+pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
+    let stride = u64::from(block_size.stride_sectors());
+    let blocks =
+        placed.entries.iter().map(|&(entry, _)| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
+    let mut taken: Vec<Range<u64>> =
+        metadata.extents().iter().map(|extent| extent.range.clone()).chain(blocks).collect();
+    taken.sort_unstable_by_key(|range| range.start);
+    let mut free = Vec::new();
+    let mut at = 0;
+    for range in taken.into_iter().chain(std::iter::once(end..end)) {
+        let gap = at..range.start.min(end);
+        if gap.end.saturating_sub(gap.start) >= 2 * PAGE {
+            free.push(gap);
+        }
+        at = at.max(range.end);
+    }
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::extents::Part;
+    use crate::format::footer::{DiskType, Footer};
+    use crate::format::random::Random;
+    use uuid::Uuid;
+
+    const LEN: u64 = 64 << 20;
+
+    fn footer(size: u64) -> Footer {
+        Footer::new(DiskType::Differencing, size, Uuid::from_u128(1), 0)
+    }
+
+    fn header(table: u64, entries: u32) -> DynamicHeader {
+        DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
+    }
+
+    fn all(entries: &[(u32, u32)], limit: u64) -> (Placed, Vec<&'static str>) {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit };
+        let mut kinds = Vec::new();
+        let placed = check_entries(entries.iter().copied(), &rules, |defect| {
+            kinds.push(defect.kind());
+            ControlFlow::<()>::Continue(())
+        });
+        (placed.unwrap(), kinds)
+    }
+
+    #[test]
+    fn entries_at_their_limits() {
+        // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
+        let end = 13 * 512;
+        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], end }, vec![]));
+        assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
+        assert_eq!(all(&[(0, 4)], end - 1).1, ["block-beyond-end"]);
+        assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
+        assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
+        assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
+        assert_eq!(all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end), (Placed { entries: vec![], end: 2048 }, vec![]));
+        assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
+        assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
+        assert_eq!(all(&[(0, 4), (7, 4)], LEN).1, ["block-duplicate"]);
+        assert_eq!(all(&[(7, 13), (8, 13)], LEN).1, ["block-beyond-disk"]);
+        assert_eq!((all(&[(8, 22)], LEN).0.end, all(&[(8, 22)], 1024).0.end), (31 * 512, 2048));
+    }
+
+    #[test]
+    fn stops_where_it_is_told() {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit: LEN };
+        let first = check_entries([(0, 0), (1, 1)], &rules, ControlFlow::Break);
+        assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: Part::FrontFooter }));
+    }
+
+    #[test]
+    fn a_missing_tail_gives_one_block_of_room() {
+        let f = footer(4 * 4096);
+        let h = header(1536, 8);
+        let (metadata, _) = Metadata::new(&f, &h, None, LEN);
+        let missing = crate::format::choose(&[0; 512], Some(&f.encode()), LEN).unwrap();
+        let rules = EntryRules::new(&missing, &h, &metadata);
+        assert_eq!((rules.limit, rules.blocks), (LEN + 4096, 4));
+        let there = crate::format::choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
+        assert_eq!(EntryRules::new(&there, &h, &metadata).limit, LEN - 512);
+    }
+
+    #[test]
+    fn overlaps_agree_with_every_pair_compared() {
+        let mut random = Random::new();
+        for _ in 0..2000 {
+            let entries: Vec<(u32, u32)> = (0..random.below(8)).map(|block| (block, 4 + random.below(120))).collect();
+            let pairs = || entries.iter().flat_map(|a| entries.iter().map(move |b| (a, b)));
+            let clash = pairs().any(|(a, b)| a.0 != b.0 && a.1.abs_diff(b.1) < 9);
+            let (placed, kinds) = all(&entries, LEN);
+            assert_eq!(!kinds.is_empty(), clash, "{entries:?}");
+            let end = entries.iter().map(|&(_, entry)| u64::from(entry + 9) * 512).max().unwrap_or(2048);
+            assert_eq!(placed.end, end);
+        }
+    }
+
+    #[test]
+    fn space_that_nobody_uses() {
+        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let block_size = BlockSize::from_bytes(4096).unwrap();
+        let free = |entries, end| {
+            let placed = Placed { entries, end: 0 };
+            unreferenced(&metadata, &placed, block_size, end)
+        };
+        assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);
+        assert_eq!(free(vec![(11, 0), (27, 1)], 36 * 512), [], "gaps that align");
+        assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
+        assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing behind the end counts");
+        let whole = free(vec![], 64 * 512);
+        assert_eq!((whole.len(), whole[0].clone()), (1, 2048..64 * 512));
+    }
+}

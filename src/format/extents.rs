@@ -1,0 +1,259 @@
+//! Whether the things in a file lie where they may: inside it, and not over each other.
+//!
+//! Pure questions about numbers out of the footer, the header and the BAT (O6, O9 to O11, O15); the blocks' turn
+//! comes in `entries`. Metadata need not lie in front of the blocks (Xen Orchestra puts locators where a block was), so
+//! the extents are kept one by one.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::format::bat;
+use crate::format::batmap::{self, BatmapHeader, Presence};
+use crate::format::defect::Defect;
+use crate::format::footer::{FOOTER_BYTES, Footer};
+use crate::format::header::{DynamicHeader, HEADER_BYTES};
+use crate::units::SECTOR;
+
+/// The most bytes of BAT that are read of one image (O9).
+pub const TABLE_LIMIT: u64 = 16 << 20;
+
+/// A piece of metadata.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// The copy of the footer at the start.
+    FrontFooter,
+    /// The dynamic header.
+    Header,
+    /// The BAT, in whole sectors.
+    Table,
+    /// The header of XenServer's batmap.
+    BatmapHeader,
+    /// XenServer's batmap.
+    Batmap,
+    /// The text of a parent locator, in whole sectors.
+    Locator(usize),
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::FrontFooter => f.write_str("footer at the start"),
+            Part::Header => f.write_str("dynamic header"),
+            Part::Table => f.write_str("block table"),
+            Part::BatmapHeader => f.write_str("header of the batmap"),
+            Part::Batmap => f.write_str("batmap"),
+            Part::Locator(slot) => write!(f, "parent locator {slot}"),
+        }
+    }
+}
+
+/// Bytes of the file that a piece of metadata takes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// The piece.
+    pub part: Part,
+    /// Its bytes.
+    pub range: Range<u64>,
+}
+
+/// Whether the dynamic header can lie where the footer says (O6).
+///
+/// # Errors
+/// [`Defect::HeaderPlace`].
+pub fn check_header_place(footer: &Footer, len: u64) -> Result<(), Defect> {
+    let offset = footer.data_offset;
+    let inside = offset.checked_add(HEADER_BYTES).is_some_and(|end| end <= len);
+    if offset >= FOOTER_BYTES && offset.is_multiple_of(SECTOR) && inside {
+        return Ok(());
+    }
+    Err(Defect::HeaderPlace { offset, len })
+}
+
+/// The bytes of the BAT, in whole sectors, where its size fits the disk and its place the file (O9, O10).
+///
+/// # Errors
+/// [`Defect`] for the first rule it breaks.
+pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<Range<u64>, Defect> {
+    let at = footer.data_offset;
+    let blocks = header.block_size.blocks_for(footer.sectors());
+    if u64::from(header.entries) < blocks {
+        return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
+    }
+    let limit = TABLE_LIMIT / 4;
+    if blocks > limit {
+        return Err(Defect::TableTooLarge { at, entries: blocks, limit });
+    }
+    let (offset, bytes) = (header.table_offset, bat::bytes(header.entries));
+    if !offset.is_multiple_of(SECTOR) {
+        return Err(Defect::TableUnaligned { offset });
+    }
+    let end = offset.checked_add(bytes).filter(|&end| end <= len);
+    let end = end.ok_or(Defect::TableOutside { offset, bytes, len })?;
+    let range = offset..end;
+    if offset < FOOTER_BYTES {
+        return Err(Defect::TableOverlaps { offset, bytes, part: Part::FrontFooter });
+    }
+    if overlap(&range, &(at..at.saturating_add(HEADER_BYTES))) {
+        return Err(Defect::TableOverlaps { offset, bytes, part: Part::Header });
+    }
+    Ok(range)
+}
+
+/// Where an opened sparse image has its metadata.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Metadata {
+    extents: Vec<Extent>,
+}
+
+impl Metadata {
+    /// Gathers the extents, after [`check_header_place`] and [`check_table`] have passed for the same file of `len`
+    /// bytes. `batmap` is the decoded batmap header, where there is one. The notes name what is broken but needed by
+    /// nobody; such pieces are left out.
+    pub fn new(
+        footer: &Footer,
+        header: &DynamicHeader,
+        batmap: Option<&BatmapHeader>,
+        len: u64,
+    ) -> (Metadata, Vec<Defect>) {
+        let (mut extents, mut notes) = (Vec::new(), Vec::new());
+        let mut add = |part, range: Range<u64>| extents.push(Extent { part, range });
+        let table = header.table_offset..header.table_offset.saturating_add(bat::bytes(header.entries));
+        let front = 0..FOOTER_BYTES;
+        let own = footer.data_offset..footer.data_offset.saturating_add(HEADER_BYTES);
+        add(Part::FrontFooter, front.clone());
+        add(Part::Header, own.clone());
+        add(Part::Table, table.clone());
+        if batmap.is_some() || batmap::presence(footer) == Presence::Present {
+            let at = table.end;
+            add(Part::BatmapHeader, at..at.saturating_add(SECTOR));
+            match batmap.map(|batmap| batmap.region(at, len)) {
+                Some(Ok(region)) => add(Part::Batmap, region),
+                Some(Err(defect)) => notes.push(defect),
+                None => notes.push(Defect::BatmapHeader { at }),
+            }
+        }
+        for (slot, locator) in header.locators.iter().enumerate() {
+            match locator.text_range(slot, len) {
+                Ok(Some(text)) => {
+                    let text = text.start / SECTOR * SECTOR..text.end.next_multiple_of(SECTOR);
+                    if [&front, &own, &table].iter().any(|range| overlap(range, &text)) {
+                        let (offset, length) = (locator.offset, locator.length);
+                        notes.push(Defect::LocatorPlace { slot, offset, length });
+                    } else {
+                        add(Part::Locator(slot), text);
+                    }
+                }
+                Ok(None) => {}
+                Err(defect) => notes.push(defect),
+            }
+        }
+        extents.sort_by_key(|extent| extent.range.start);
+        (Metadata { extents }, notes)
+    }
+
+    /// The extents, by place.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The first byte behind all of them.
+    pub fn end(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.range.end).max().unwrap_or(0)
+    }
+
+    /// Whether a locator passed all rules and may be read.
+    pub fn has_locator(&self, slot: usize) -> bool {
+        self.extents.iter().any(|extent| extent.part == Part::Locator(slot))
+    }
+
+    /// The piece that `range` overlaps, if any.
+    pub fn overlapping(&self, range: &Range<u64>) -> Option<Part> {
+        self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
+    }
+}
+
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::footer::DiskType;
+    use crate::format::locator::{LocatorEntry, Platform};
+    use crate::units::BlockSize;
+    use uuid::Uuid;
+
+    const LEN: u64 = 64 << 20;
+
+    fn footer(size: u64) -> Footer {
+        Footer::new(DiskType::Differencing, size, Uuid::from_u128(1), 0)
+    }
+
+    fn header(table: u64, entries: u32) -> DynamicHeader {
+        DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
+    }
+
+    #[test]
+    fn the_header_inside_the_file() {
+        let at = |data_offset, len| check_header_place(&Footer { data_offset, ..footer(4096) }, len).is_ok();
+        assert!(at(512, 1536) && at(512, 1537) && !at(512, 1535));
+        assert!(!at(0, LEN) && !at(511, LEN) && !at(513, LEN) && at(1024, LEN));
+        assert!(!at(u64::MAX, LEN) && !at(u64::MAX - 511, LEN) && !at(LEN - 512, LEN) && at(LEN - 1024, LEN));
+    }
+
+    #[test]
+    fn the_table_at_its_limits() {
+        let table = |offset, entries| check_table(&footer(8 * 4096), &header(offset, entries), LEN);
+        assert_eq!(table(1536, 8), Ok(1536..2048));
+        assert!(table(1536, 9).is_ok());
+        assert_eq!(table(1536, 7), Err(Defect::TableTooSmall { at: 512, entries: 7, blocks: 8 }));
+        assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { offset: 1537 }));
+        assert_eq!(table(1024, 8), Err(Defect::TableOverlaps { offset: 1024, bytes: 512, part: Part::Header }));
+        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { offset: 0, bytes: 512, part: Part::FrontFooter }));
+        assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
+        assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
+        assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(u64::MAX - 511, 8), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableOutside { .. })));
+        // A header behind the table, as the format allows.
+        let late = Footer { data_offset: 1024, ..footer(4096) };
+        assert!(check_table(&late, &header(512, 128), LEN).is_ok());
+        assert!(check_table(&late, &header(512, 129), LEN).is_err());
+        let most = TABLE_LIMIT / 4;
+        let sized = |blocks: u64| check_table(&footer(blocks * 4096), &header(4096, u32::MAX), u64::MAX);
+        assert!(sized(most - 1).is_ok() && sized(most).is_ok());
+        assert_eq!(sized(most + 1), Err(Defect::TableTooLarge { at: 512, entries: most + 1, limit: most }));
+    }
+
+    fn locator(offset: u64, length: u32) -> LocatorEntry {
+        LocatorEntry::new(Platform::W2ru, offset, length)
+    }
+
+    #[test]
+    fn metadata_and_what_is_left_out() {
+        let mut h = header(1536, 8);
+        h.locators[6] = locator(2048, 600);
+        h.locators[1] = locator(1600, 4);
+        h.locators[2] = locator(LEN, 4);
+        let (m, notes) = Metadata::new(&footer(4096), &h, None, LEN);
+        let parts: Vec<Part> = m.extents().iter().map(|e| e.part).collect();
+        assert_eq!(parts, [Part::FrontFooter, Part::Header, Part::Table, Part::Locator(6)]);
+        assert_eq!((m.end(), m.has_locator(6), m.has_locator(1)), (3072, true, false));
+        assert_eq!(notes.iter().map(Defect::kind).collect::<Vec<_>>(), ["locator-place", "locator-place"]);
+    }
+
+    #[test]
+    fn a_batmap_takes_space() {
+        let tap = Footer { creator: *b"tap\0", creator_version: 0x0001_0003, ..footer(4096) };
+        let mut bytes = [0; 512];
+        bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
+        let batmap = BatmapHeader::decode(&bytes).unwrap();
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), Some(&batmap), LEN);
+        assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, Part::BatmapHeader));
+        let (m, notes) = Metadata::new(&tap, &header(1536, 8), None, LEN);
+        assert_eq!((m.end(), notes), (2560, vec![Defect::BatmapHeader { at: 2048 }]));
+        let outside = BatmapHeader { offset: LEN, ..batmap };
+        assert_eq!(Metadata::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
+    }
+}

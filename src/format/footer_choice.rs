@@ -1,0 +1,265 @@
+//! Which of the two footers counts (O3).
+//!
+//! The one at the end. The one at the start lies where the guest of a fixed disk writes its sector 0: it is used only
+//! where the end has none and only for sparse disks, and it never overrules. So no guest can change the kind of its disk.
+
+use crate::format::defect::Defect;
+use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
+use crate::units::SECTOR;
+
+/// Where the chosen footer was read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FooterSource {
+    /// The last 512 bytes.
+    TailFull,
+    /// The last 511 bytes.
+    Tail511,
+    /// The first 512 bytes, since the end has none.
+    FrontOnly,
+}
+
+/// The footer that counts, and what was noticed on the way.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// The footer.
+    pub footer: Footer,
+    /// Where it was read.
+    pub source: FooterSource,
+    /// False where the two copies are both valid and contradict each other: nothing may be written before a repair.
+    pub agree: bool,
+    /// What is wrong but does not prevent reading.
+    pub notes: Vec<Defect>,
+    /// Where the data must end: the offset of the trailing footer, or the length of the file where it is missing.
+    pub data_end: u64,
+}
+
+/// Chooses between `tail`, the last 512 bytes of a file of `len` bytes (all of it if shorter), and `front`, its first
+/// 512 bytes.
+///
+/// # Errors
+/// The [`Defect`] for which the file cannot be opened at all.
+///
+/// # Panics
+/// Where `tail` has not the length it must have.
+pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<Chosen, Defect> {
+    assert_eq!(tail.len() as u64, len.min(FOOTER_BYTES), "the tail is the last 512 bytes of the file");
+    let Ok(last) = <&[u8; 512]>::try_from(tail) else {
+        return Err(Defect::FileTooShort { len });
+    };
+    match read_tail(last, len) {
+        Tail::Valid { footer, source, at } => with_tail(*footer, source, at, front),
+        Tail::Refused(defect) => Err(defect),
+        Tail::Damaged { at, reason } => {
+            let note = Defect::TrailingFooterInvalid { at, reason: Box::new(reason.clone()) };
+            with_front(front, len, note, reason)
+        }
+        Tail::None => with_front(front, len, Defect::TrailingFooterMissing { len }, Defect::FooterMissing { len }),
+    }
+}
+
+enum Tail {
+    Valid {
+        footer: Box<Footer>,
+        source: FooterSource,
+        at: u64,
+    },
+    /// A footer that says what it is, and that is not for us.
+    Refused(Defect),
+    /// A footer with a wrong sum, of a disk that is not fixed.
+    Damaged {
+        at: u64,
+        reason: Defect,
+    },
+    None,
+}
+
+fn read_tail(last: &[u8; 512], len: u64) -> Tail {
+    let full_at = len - FOOTER_BYTES;
+    match Footer::decode(last) {
+        Err(Defect::FooterCookie { .. }) => {}
+        decoded => return judge(decoded, FooterSource::TailFull, full_at, last[63]),
+    }
+    // Like QEMU and libvhd, where the missing byte would have completed a sector.
+    if (len + 1).is_multiple_of(SECTOR) {
+        let short = last.last_chunk::<511>().expect("511 is less than 512");
+        match Footer::decode_511(short) {
+            Err(Defect::FooterCookie { .. }) => {}
+            decoded => return judge(decoded, FooterSource::Tail511, full_at + 1, short[63]),
+        }
+    }
+    Tail::None
+}
+
+/// `type_byte` is the lowest byte of the type, which counts even where the sum is wrong.
+fn judge(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type_byte: u8) -> Tail {
+    match decoded.map_err(|defect| defect.placed(at)) {
+        Ok(footer) => Tail::Valid { footer: Box::new(footer), source, at },
+        Err(reason @ Defect::FooterChecksum { .. }) if u32::from(type_byte) != DiskType::Fixed.code() => {
+            Tail::Damaged { at, reason }
+        }
+        Err(defect) => Tail::Refused(defect),
+    }
+}
+
+fn with_tail(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 512]>) -> Result<Chosen, Defect> {
+    let mut notes = Vec::new();
+    if source == FooterSource::Tail511 {
+        notes.push(Defect::ShortFooter { at });
+    }
+    if footer.disk_type == DiskType::Fixed {
+        if footer.current_size > at {
+            return Err(Defect::FixedTooShort { size: footer.current_size, data: at });
+        }
+        return Ok(Chosen { footer, source, agree: true, notes, data_end: at });
+    }
+    let mut agree = true;
+    match front.map_or(Err(Defect::FooterCookie { at: 0 }), Footer::decode) {
+        Err(poisoned @ Defect::Poisoned { .. }) => return Err(poisoned),
+        Err(reason) => notes.push(Defect::FrontFooterInvalid { reason: Box::new(reason) }),
+        Ok(copy) => match difference(&footer, &copy) {
+            Some(field) => {
+                agree = false;
+                notes.push(Defect::FootersDiffer { at, field });
+            }
+            None if copy != footer => notes.push(Defect::FooterCopyStale),
+            None => {}
+        },
+    }
+    Ok(Chosen { footer, source, agree, notes, data_end: at })
+}
+
+/// The first field with consequences in which two footers differ.
+fn difference(a: &Footer, b: &Footer) -> Option<&'static str> {
+    match () {
+        () if a.disk_type != b.disk_type => Some("disk type"),
+        () if a.current_size != b.current_size => Some("size"),
+        () if a.uuid != b.uuid => Some("UUID"),
+        () if a.data_offset != b.data_offset => Some("data offset"),
+        () => None,
+    }
+}
+
+fn with_front(front: Option<&[u8; 512]>, len: u64, note: Defect, otherwise: Defect) -> Result<Chosen, Defect> {
+    match front.map(Footer::decode) {
+        Some(Ok(footer)) if footer.disk_type != DiskType::Fixed => {
+            Ok(Chosen { footer, source: FooterSource::FrontOnly, agree: true, notes: vec![note], data_end: len })
+        }
+        Some(Err(poisoned @ Defect::Poisoned { .. })) => Err(poisoned),
+        _ => Err(otherwise),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    fn footer(disk_type: DiskType) -> Footer {
+        Footer::new(disk_type, 1 << 20, Uuid::from_u128(1), 0)
+    }
+
+    fn damaged(disk_type: DiskType) -> [u8; 512] {
+        let mut bytes = footer(disk_type).encode();
+        bytes[300] ^= 1;
+        bytes
+    }
+
+    const LEN: u64 = 1 << 21;
+
+    #[test]
+    fn two_equal_copies() {
+        let f = footer(DiskType::Dynamic);
+        let c = choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
+        assert_eq!((c.footer, c.source, c.agree, c.data_end), (f, FooterSource::TailFull, true, LEN - 512));
+        assert_eq!(c.notes, []);
+    }
+
+    #[test]
+    fn a_fixed_disk_never_looks_at_its_front() {
+        let f = footer(DiskType::Fixed);
+        let forged = footer(DiskType::Differencing).encode();
+        let c = choose(&f.encode(), Some(&forged), LEN).unwrap();
+        assert_eq!((c.footer.disk_type, c.agree, c.notes.len()), (DiskType::Fixed, true, 0));
+        let mut poison = f.encode();
+        poison[..8].copy_from_slice(b"v_poison");
+        assert!(choose(&f.encode(), Some(&poison), LEN).is_ok());
+        let broken = choose(&damaged(DiskType::Fixed), Some(&forged), LEN);
+        assert!(matches!(broken, Err(Defect::FooterChecksum { at, .. }) if at == LEN - 512), "{broken:?}");
+    }
+
+    #[test]
+    fn a_missing_or_damaged_tail_of_a_sparse_disk() {
+        let f = footer(DiskType::Differencing);
+        let c = choose(&[0xC7; 512], Some(&f.encode()), LEN).unwrap();
+        assert_eq!((&c.footer, c.source, c.data_end), (&f, FooterSource::FrontOnly, LEN));
+        assert_eq!(c.notes, [Defect::TrailingFooterMissing { len: LEN }]);
+        let c = choose(&damaged(DiskType::Differencing), Some(&f.encode()), LEN).unwrap();
+        assert_eq!(c.source, FooterSource::FrontOnly);
+        assert!(matches!(c.notes[..], [Defect::TrailingFooterInvalid { at, .. }] if at == LEN - 512));
+        let fixed = footer(DiskType::Fixed).encode();
+        for front in [None, Some(&fixed), Some(&[0; 512]), Some(&damaged(DiskType::Dynamic))] {
+            let none = choose(&[0; 512], front, LEN);
+            assert_eq!(none.unwrap_err(), Defect::FooterMissing { len: LEN });
+        }
+    }
+
+    #[test]
+    fn a_tail_that_is_valid_but_not_for_us_is_final() {
+        let good = footer(DiskType::Dynamic).encode();
+        let mut poison = good;
+        poison[..8].copy_from_slice(b"v_poison");
+        assert_eq!(choose(&poison, Some(&good), LEN).unwrap_err(), Defect::Poisoned { at: LEN - 512 });
+        assert_eq!(choose(&good, Some(&poison), LEN).unwrap_err(), Defect::Poisoned { at: 0 });
+        assert_eq!(choose(&[0; 512], Some(&poison), LEN).unwrap_err(), Defect::Poisoned { at: 0 });
+        let huge = Footer { current_size: u64::MAX, ..footer(DiskType::Dynamic) }.encode();
+        assert!(matches!(choose(&huge, Some(&good), LEN), Err(Defect::DiskSize { .. })));
+    }
+
+    #[test]
+    fn valid_copies_that_differ() {
+        let tail = footer(DiskType::Dynamic);
+        let fronts = [
+            ("disk type", Footer { disk_type: DiskType::Differencing, ..tail.clone() }),
+            ("size", tail.with_size(2 << 20)),
+            ("UUID", Footer { uuid: Uuid::from_u128(2), ..tail.clone() }),
+            ("data offset", Footer { data_offset: 1024, ..tail.clone() }),
+        ];
+        for (field, front) in fronts {
+            let c = choose(&tail.encode(), Some(&front.encode()), LEN).unwrap();
+            assert_eq!((&c.footer, c.agree), (&tail, false));
+            assert_eq!(c.notes, [Defect::FootersDiffer { at: LEN - 512, field }]);
+        }
+        let stale = Footer { timestamp: 99, ..tail.clone() };
+        let c = choose(&tail.encode(), Some(&stale.encode()), LEN).unwrap();
+        assert_eq!((c.agree, c.notes), (true, vec![Defect::FooterCopyStale]));
+        let c = choose(&tail.encode(), Some(&damaged(DiskType::Dynamic)), LEN).unwrap();
+        assert!(c.agree && matches!(c.notes[..], [Defect::FrontFooterInvalid { .. }]));
+    }
+
+    #[test]
+    fn short_footers_complete_a_sector() {
+        let f = footer(DiskType::Fixed).encode();
+        let mut tail = [7; 512];
+        tail[1..].copy_from_slice(&f[..511]);
+        let size = 1 << 20;
+        let c = choose(&tail, None, size + 511).unwrap();
+        assert_eq!((c.source, c.data_end), (FooterSource::Tail511, size));
+        assert_eq!(c.notes, [Defect::ShortFooter { at: size }]);
+        assert!(choose(&tail, None, size + 512).is_err());
+    }
+
+    #[test]
+    fn lengths_at_their_limits() {
+        let f = footer(DiskType::Fixed).encode();
+        let size = 1 << 20;
+        assert!(choose(&f, None, size + 513).is_ok());
+        assert!(choose(&f, None, size + 512).is_ok());
+        let short = Defect::FixedTooShort { size, data: size - 1 };
+        assert_eq!(choose(&f, None, size + 511).unwrap_err(), short);
+        for len in [0u16, 1, 511] {
+            let tail = vec![b'c'; len.into()];
+            assert_eq!(choose(&tail, None, len.into()).unwrap_err(), Defect::FileTooShort { len: len.into() });
+        }
+        assert_eq!(choose(&[0; 512], None, 512).unwrap_err(), Defect::FooterMissing { len: 512 });
+    }
+}

@@ -1,0 +1,187 @@
+//! Where things go in the files that we write.
+//!
+//! Metadata and guest data share no 4 KiB page: the BAT stands at a page boundary and fills its pages, block data
+//! begins at one, and its bitmap takes the last sectors before it (crash-safety 3.4). Near the 2 TiB that entries can
+//! reach, blocks are packed without gaps where they would not all fit otherwise.
+
+use std::ops::Range;
+
+use crate::format::bat;
+use crate::format::defect::Defect;
+use crate::format::extents::TABLE_LIMIT;
+use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
+use crate::format::header::{HEADER_BYTES, LOCATORS};
+use crate::units::{BlockSize, SECTOR};
+
+/// The unit of alignment, in bytes: a page, and a physical sector of every medium.
+pub const PAGE: u64 = 4096;
+const PAGE_SECTORS: u64 = PAGE / SECTOR;
+
+/// The places in a new image.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewLayout {
+    /// Byte offset of the dynamic header; `None` for a fixed disk.
+    pub header: Option<u64>,
+    /// Room of each locator, in bytes of the file: whole sectors.
+    pub locators: Vec<Range<u64>>,
+    /// Byte offset of the BAT.
+    pub table: u64,
+    /// Entries of the BAT.
+    pub entries: u32,
+    /// Bytes of the BAT, in whole pages; all that is no entry is filled with ones.
+    pub table_bytes: u64,
+    /// Where the footer goes while there are no blocks, in bytes. Here the data ends.
+    pub footer: u64,
+}
+
+impl NewLayout {
+    /// The places in a new image of a disk of `size` bytes, with BAT entries for at least `reserve` blocks and with
+    /// locators of so many bytes.
+    ///
+    /// # Errors
+    /// [`Defect::DiskSize`], [`Defect::TableTooLarge`].
+    ///
+    /// # Panics
+    /// For more than eight locators, or locators of a disk without parent.
+    pub fn plan(
+        disk_type: DiskType,
+        size: u64,
+        block_size: BlockSize,
+        reserve: u32,
+        locators: &[u32],
+    ) -> Result<NewLayout, Defect> {
+        assert!(locators.len() <= LOCATORS, "a header has room for eight locators");
+        assert!(locators.is_empty() || disk_type == DiskType::Differencing, "only children have locators");
+        if !Footer::size_fits(size) {
+            return Err(Defect::DiskSize { at: 0, size });
+        }
+        if disk_type == DiskType::Fixed {
+            let none =
+                NewLayout { header: None, locators: Vec::new(), table: 0, entries: 0, table_bytes: 0, footer: size };
+            return Ok(none);
+        }
+        let wanted = block_size.blocks_for(size / SECTOR).max(reserve.into());
+        let limit = TABLE_LIMIT / 4;
+        let entries = u32::try_from(wanted).ok().filter(|&entries| u64::from(entries) <= limit);
+        let entries = entries.ok_or(Defect::TableTooLarge { at: 0, entries: wanted, limit })?;
+        let mut end = FOOTER_BYTES + HEADER_BYTES;
+        let place = |&length: &u32| {
+            let start = end;
+            end += u64::from(length).max(1).next_multiple_of(SECTOR);
+            start..end
+        };
+        let locators = locators.iter().map(place).collect();
+        let table = end.next_multiple_of(PAGE);
+        let table_bytes = bat::bytes(entries).next_multiple_of(PAGE);
+        Ok(NewLayout { header: Some(FOOTER_BYTES), locators, table, entries, table_bytes, footer: table + table_bytes })
+    }
+}
+
+/// The entry of the next new block, where the data ends before sector `end` and `unplaced` blocks of the disk have no
+/// place yet, this one included.
+///
+/// # Errors
+/// [`Defect::NoPlace`] where no entry can name the place (O14).
+pub fn next_place(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
+    let full = Defect::NoPlace { end: end.saturating_mul(SECTOR) };
+    let stride = u64::from(block_size.stride_sectors());
+    let bitmap = u64::from(block_size.bitmap_sectors());
+    let aligned = end.checked_add(bitmap).and_then(|data| data.checked_next_multiple_of(PAGE_SECTORS));
+    let aligned = aligned.map(|data| data - bitmap);
+    // The last of the others would begin here if they were packed behind this one.
+    let last = aligned.and_then(|entry| entry.checked_add(unplaced.saturating_sub(1).checked_mul(stride)?));
+    let entry = match (aligned, last) {
+        (Some(aligned), Some(last)) if last <= bat::MAX_ENTRY.into() => aligned,
+        _ => end,
+    };
+    u32::try_from(entry).ok().filter(|&entry| entry <= bat::MAX_ENTRY).ok_or(full)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+    const HALF_MIB: u32 = 512 << 10;
+
+    fn size(bytes: u32) -> BlockSize {
+        BlockSize::from_bytes(bytes).unwrap()
+    }
+
+    #[test]
+    fn plans() {
+        let plan = |kind, bytes, reserve, locators: &[u32]| {
+            NewLayout::plan(kind, bytes, BlockSize::DEFAULT, reserve, locators).unwrap()
+        };
+        let p = plan(DiskType::Dynamic, GIB, 0, &[]);
+        assert_eq!((p.header, p.table, p.entries, p.table_bytes, p.footer), (Some(512), 4096, 512, 4096, 8192));
+        let p = plan(DiskType::Differencing, GIB + 512, 0, &[1, 512, 513]);
+        assert_eq!(p.locators, [1536..2048, 2048..2560, 2560..3584]);
+        assert_eq!((p.table, p.entries), (4096, 513));
+        let p = plan(DiskType::Differencing, GIB, 2000, &[1024, 1024, 1024]);
+        assert_eq!((p.table, p.entries, p.table_bytes, p.footer), (8192, 2000, 8192, 16384));
+        let p = plan(DiskType::Differencing, GIB, 1025, &[512, 1024, 1024]);
+        assert_eq!((p.table, p.table_bytes), (4096, 8192), "4100 bytes of table behind exactly one page");
+        let p = plan(DiskType::Fixed, 1 << 20, 0, &[]);
+        assert_eq!((p.header, p.footer, p.table_bytes), (None, 1 << 20, 0));
+    }
+
+    #[test]
+    fn plans_at_their_limits() {
+        let plan = |bytes, block: u32, reserve| NewLayout::plan(DiskType::Dynamic, bytes, size(block), reserve, &[]);
+        assert_eq!(plan(2040 * GIB, HALF_MIB, 0).unwrap().entries, 2040 * 2048);
+        assert!(matches!(plan(2040 * GIB + 512, HALF_MIB, 0), Err(Defect::DiskSize { .. })));
+        let most = 4 << 20;
+        assert!(plan(GIB, HALF_MIB, most - 1).is_ok() && plan(GIB, HALF_MIB, most).is_ok());
+        let too_many = Defect::TableTooLarge { at: 0, entries: u64::from(most) + 1, limit: most.into() };
+        assert_eq!(plan(GIB, HALF_MIB, most + 1), Err(too_many));
+        assert!(plan(16 * GIB, 4096, 0).is_ok());
+        assert!(matches!(plan(16 * GIB + 512, 4096, 0), Err(Defect::TableTooLarge { .. })));
+    }
+
+    #[test]
+    fn blocks_stand_at_pages() {
+        for bytes in [4096, HALF_MIB, 2 << 20, 4 << 20, 256 << 20] {
+            let block = size(bytes);
+            for end in 16..40 {
+                let entry = u64::from(next_place(end, block, 10).unwrap());
+                let data = (entry + u64::from(block.bitmap_sectors())) * SECTOR;
+                assert!(data.is_multiple_of(PAGE) && entry >= end && entry < end + PAGE_SECTORS, "{bytes} {end}");
+            }
+        }
+        assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(23));
+        assert_eq!(next_place(23, BlockSize::DEFAULT, 1), Ok(23));
+        assert_eq!(next_place(24 + 4096, BlockSize::DEFAULT, 1), Ok(23 + 4104));
+    }
+
+    #[test]
+    fn the_last_places_below_2_tib() {
+        let block = BlockSize::DEFAULT;
+        let top = u64::from(u32::MAX);
+        // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry; but it means "unused".
+        assert_eq!(next_place(top - 8, block, 1), Ok(u32::MAX - 8));
+        assert_eq!(next_place(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since aligned does not fit");
+        assert_eq!(next_place(top - 1, block, 1), Ok(u32::MAX - 1));
+        for end in [top, top + 1, u64::MAX / SECTOR, u64::MAX] {
+            assert!(matches!(next_place(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
+        }
+        assert_eq!(next_place(16, block, u64::MAX), Ok(16), "never all, so as many as possible");
+    }
+
+    #[test]
+    fn full_disks_of_2040_gib_fit() {
+        for bytes in [HALF_MIB, 2 << 20] {
+            let block = size(bytes);
+            let plan = NewLayout::plan(DiskType::Dynamic, 2040 * GIB, block, 0, &[]).unwrap();
+            let (mut end, mut aligned) = (plan.footer / SECTOR, 0);
+            let blocks = u64::from(plan.entries);
+            for unplaced in (1..=blocks).rev() {
+                let entry = u64::from(next_place(end, block, unplaced).unwrap());
+                assert!(entry >= end);
+                aligned += u64::from((entry + 1).is_multiple_of(PAGE_SECTORS));
+                end = entry + u64::from(block.stride_sectors());
+            }
+            assert!(if bytes == HALF_MIB { aligned > blocks / 4 } else { aligned == blocks }, "{aligned} of {blocks}");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Floor 0: the bytes of a VHD.
+//!
+//! Owns: what each byte of an image means, which bytes are acceptable (a [`Defect`] for every way they are not), and
+//! where things go in a file. Leaves to others: reading and writing them, and in which order they become durable.
+//! There is no I/O here, and nothing is allocated by a number that a file names.
+//!
+//! ```text
+//! fixed            data ................................................ | footer
+//!
+//! dynamic          footer | header | BAT | gap | bitmap data | gap | bitmap data ... | zero tail | footer
+//!                  copy     |        |  └─ per block: the sector where its bitmap begins, or unused
+//!                           |        └─ its place: header.table_offset
+//!                           └─ its place: footer.data_offset
+//!
+//! differencing     footer | header | locators | BAT | as above                                   | footer
+//!                  copy     └─ parent's UUID, name, and where the locators (paths to the parent) are
+//!
+//! XenServer's      ... BAT | batmap header | batmap (per block: whole or not) | ...
+//! ```
+//!
+//! All numbers are big-endian; the text in locators alone is UTF-16 little-endian.
+//!
+//! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
+//! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
+//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition.
+
+pub mod bat;
+pub mod batmap;
+pub mod bitmap;
+mod checksum;
+pub mod defect;
+mod defect_text;
+pub mod entries;
+pub mod extents;
+pub mod footer;
+pub mod footer_choice;
+pub mod geometry;
+pub mod header;
+pub mod layout;
+pub mod locator;
+pub mod parent_path;
+
+pub use batmap::BatmapHeader;
+pub use defect::{Defect, Severity};
+pub use entries::{EntryRules, Placed, check_entries, unreferenced};
+pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
+pub use footer::{DiskType, Footer};
+pub use footer_choice::{Chosen, FooterSource, choose};
+pub use geometry::Geometry;
+pub use header::DynamicHeader;
+pub use layout::NewLayout;
+pub use locator::{Candidate, LocatorEntry, Platform};
+pub use parent_path::ParentPath;
+
+#[cfg(test)]
+pub(crate) mod random {
+    //! Numbers for random tests: splitmix64, from the seed in `DIFFDISK_SEED` or a fixed one, printed on failure.
+
+    pub(crate) struct Random(u64);
+
+    impl Random {
+        pub(crate) fn new() -> Random {
+            let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_060_101);
+            println!("DIFFDISK_SEED={seed}");
+            Random(seed)
+        }
+
+        pub(crate) fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^ (z >> 31)
+        }
+
+        pub(crate) fn below(&mut self, limit: u32) -> u32 {
+            u32::try_from(self.next() % u64::from(limit)).expect("below 2^32")
+        }
+
+        pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+            bytes.iter_mut().for_each(|byte| *byte = self.next().to_be_bytes()[0]);
+        }
+    }
+}

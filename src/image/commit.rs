@@ -1,0 +1,309 @@
+//! Commit: what was written becomes what the file says. The one place that knows the order of durable writes.
+//!
+//! ```text
+//!   S = dirty granules of completed writes, and the places of their blocks that the file does not know
+//!   C1  sync             only if S has bits that must not precede their data (an ordered granule)
+//!   C2  write bitmap sectors and BAT sectors of S, all at once, in any order
+//!   C3  sync             also covers overwrites, which have nothing in S
+//! ```
+//!
+//! Why this is enough (crash-safety 3.6): before C1 no pointer in the file refers to new data. Between C1 and C3 any
+//! subset of the pointers may survive a crash: a bit without its entry is unreachable; an entry without its bits means
+//! "ask the parent", as the room was durably zero before it was given out; both mean data that is durable since C1.
+//! Pointers only change from unused to used and from clear to set, so a torn page is a mixture of legal sectors.
+//! S is copied *before* C1: a bit set while C1 runs is not written in C2.
+//!
+//! Barriers: 0 when nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
+//!
+//! A failed sync is final: the kernel may have dropped the pages and will say yes the next time, so the image is
+//! poisoned. A failed write of C2 is not: S is dirty again, and the next commit starts at C1.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::writable::Writable;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat;
+use crate::storage::{Buffer, Op, Payload, Slot};
+use crate::units::SECTOR;
+
+/// What a job wants after a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Carry out the operations it pushed, all of them, then ask again.
+    Wait,
+    /// It is over.
+    Done,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Start,
+    /// C1 runs.
+    Settle,
+    /// C2 runs.
+    Point,
+    /// C3 runs.
+    Seal,
+    Over,
+}
+
+/// A granule as it was when the commit began.
+struct Taken {
+    granule: usize,
+    bytes: [u8; SECTOR as usize],
+}
+
+/// One commit under way. At most one an image at a time (`disk/flush` sees to it).
+pub struct Commit {
+    image: Arc<Writable>,
+    slot: Slot,
+    phase: Phase,
+    taken: Vec<Taken>,
+    barriers: u32,
+}
+
+impl Commit {
+    /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
+    pub fn new(image: Arc<Writable>, slot: Slot) -> Commit {
+        Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0 }
+    }
+
+    /// Syncs used so far.
+    pub fn barriers(&self) -> u32 {
+        self.barriers
+    }
+
+    /// The next step. `failed` is the first failure among the operations of the last one.
+    ///
+    /// # Errors
+    /// The commit failed and is over; nothing of it may be acknowledged.
+    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+        if let Some(source) = failed {
+            return Err(self.fail(source));
+        }
+        self.image.check_poison()?;
+        match self.phase {
+            Phase::Start => Ok(self.start(ops)),
+            Phase::Settle => {
+                self.point(ops);
+                Ok(Step::Wait)
+            }
+            Phase::Point => {
+                self.sync(Phase::Seal, ops);
+                Ok(Step::Wait)
+            }
+            Phase::Seal => {
+                self.image.placed(self.taken.iter().map(|t| t.granule));
+                self.phase = Phase::Over;
+                Ok(Step::Done)
+            }
+            Phase::Over => unreachable!("a commit that is over is not asked again"),
+        }
+    }
+
+    fn start(&mut self, ops: &mut Vec<Op>) -> Step {
+        // Before the copies are made: a write that completes later owes the next commit a sync.
+        let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
+        let mut ordered = false;
+        for granule in std::mem::take(&mut *self.image.dirty()) {
+            let g = self.image.granule(granule);
+            ordered |= g.is_ordered();
+            self.taken.push(Taken { granule, bytes: g.snapshot() });
+        }
+        if self.taken.is_empty() && !unsynced {
+            self.phase = Phase::Over;
+            return Step::Done;
+        }
+        if self.taken.is_empty() {
+            self.sync(Phase::Seal, ops);
+        } else if ordered {
+            self.sync(Phase::Settle, ops);
+        } else {
+            self.point(ops);
+        }
+        Step::Wait
+    }
+
+    fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
+        ops.push(Op::sync(0, self.slot));
+        self.barriers += 1;
+        self.phase = phase;
+    }
+
+    /// C2: the bitmap sectors as they were at the start, and the BAT sectors with the places of their blocks.
+    fn point(&mut self, ops: &mut Vec<Op>) {
+        let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for taken in &self.taken {
+            let (block, place, at) = self.image.bitmap_place(taken.granule);
+            ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&taken.bytes))));
+            debug_assert_ne!(place, bat::UNUSED);
+            placing.entry(block / bat::ENTRIES_PER_SECTOR).or_default().push(block);
+        }
+        for (sector, blocks) in placing {
+            if let Some((at, bytes)) = self.image.bat_sector(sector, &blocks) {
+                ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&bytes))));
+            }
+        }
+        self.phase = Phase::Point;
+    }
+
+    fn fail(&mut self, source: io::Error) -> Error {
+        let phase = std::mem::replace(&mut self.phase, Phase::Over);
+        self.image.unsynced.store(true, Ordering::SeqCst);
+        for taken in self.taken.drain(..) {
+            self.image.dirtied(taken.granule);
+        }
+        match phase {
+            Phase::Point => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
+            _ => {
+                let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
+                self.image.poison(&why);
+                Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(source)
+            }
+        }
+    }
+}
+
+impl Drop for Commit {
+    /// What an abandoned commit covered would never be written: nothing more may be acknowledged.
+    fn drop(&mut self) {
+        if !matches!(self.phase, Phase::Start | Phase::Over) {
+            self.image.poison("a commit was abandoned");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::image::{Image, Kind, ParentLink, Spec, create};
+    use crate::storage::host::Host;
+    use crate::storage::{Access, Action, Env};
+    use crate::units::{BlockSize, SectorRange};
+
+    const SLOT: Slot = Slot(3);
+
+    /// A writable image of 8 MiB with room to write, nothing written.
+    fn image(folder: &Path, kind: Kind) -> Arc<Writable> {
+        let path = folder.join("a.vhd");
+        create(&Host, &path, &Spec { kind, size: 8 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
+        reopen(&path)
+    }
+
+    fn reopen(path: &Path) -> Arc<Writable> {
+        let image = Image::open(Host.open(path, Access::Write).unwrap()).unwrap();
+        let image = Arc::new(Writable::new(image).unwrap());
+        if let Some(mut growth) = super::super::Growth::begin(&image, SLOT) {
+            super::super::drive(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap();
+        }
+        image
+    }
+
+    fn child() -> Kind {
+        let uuid = uuid::Uuid::from_u128(7);
+        Kind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
+    }
+
+    /// Carries out a commit step by step; what each step did, in a letter an operation.
+    fn steps(commit: &mut Commit, image: &Writable) -> Vec<String> {
+        let (mut all, mut ops) = (Vec::new(), Vec::new());
+        while commit.next(None, &mut ops).unwrap() == Step::Wait {
+            all.push(ops.iter().map(|op| if op.action == Action::Sync { 'S' } else { 'W' }).collect());
+            for op in ops.drain(..) {
+                if let Payload::Own(bytes) = op.payload {
+                    image.file().write_at(&bytes, op.offset).unwrap();
+                }
+            }
+        }
+        all
+    }
+
+    fn write(image: &Writable, from: u64, to: u64) {
+        let block = BlockSize::DEFAULT.block_of(from);
+        image.reserve(block).unwrap();
+        image.mark(SectorRange::between(from, to));
+    }
+
+    fn commit(image: &Arc<Writable>) -> (Vec<String>, u32) {
+        let mut commit = Commit::new(image.clone(), SLOT);
+        (steps(&mut commit, image), commit.barriers())
+    }
+
+    #[test]
+    fn a_child_needs_two_barriers_for_new_bits_and_one_for_overwrites() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        assert_eq!(commit(&image).1, 1, "the first commit covers what a predecessor left in the page cache");
+        assert_eq!(commit(&image), (vec![], 0), "nothing written");
+        write(&image, 0, 8);
+        write(&image, 9000, 9008);
+        let want = vec!["S".to_owned(), "WWW".to_owned(), "S".to_owned()];
+        assert_eq!(commit(&image), (want, 2), "two bitmaps and one sector of the table");
+        write(&image, 0, 8);
+        assert_eq!(commit(&image), (vec!["S".to_owned()], 1), "an overwrite");
+        write(&image, 8, 16);
+        assert_eq!(commit(&image), (vec!["S".into(), "W".into(), "S".into()], 2), "new bits in a block that has a place");
+    }
+
+    #[test]
+    fn a_dynamic_root_needs_one_barrier_for_new_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), Kind::Dynamic);
+        commit(&image);
+        write(&image, 5000, 5001);
+        assert_eq!(commit(&image), (vec!["WW".to_owned(), "S".to_owned()], 1));
+        let (path, mut bitmap) = (image.path().to_path_buf(), [0; 512]);
+        let place = image.image().bat().unwrap().place(1).unwrap();
+        image.file().read_at(&mut bitmap, u64::from(place) * SECTOR).unwrap();
+        assert_eq!(bitmap, [0xFF; 512], "readers that ignore bitmaps see the same");
+        drop(image);
+        assert_eq!(reopen(&path).image().bat().unwrap().place(1), Some(place));
+    }
+
+    #[test]
+    fn bits_that_come_while_the_first_sync_runs_wait_for_the_next_commit() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        commit(&image);
+        write(&image, 0, 8);
+        let (mut running, mut ops) = (Commit::new(image.clone(), SLOT), Vec::new());
+        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Wait);
+        write(&image, 8, 16);
+        write(&image, 5000, 5001);
+        ops.clear();
+        running.next(None, &mut ops).unwrap();
+        let Payload::Own(bitmap) = &ops[0].payload else { panic!("a bitmap first") };
+        assert_eq!(bitmap[..3], [0xFF, 0, 0], "only what was complete at the start");
+        let Payload::Own(table) = &ops[1].payload else { panic!("then the table") };
+        assert!(table[..4] != [0xFF; 4] && table[4..8] == [0xFF; 4], "block 1 has no place in the file yet");
+        ops.clear();
+        running.next(None, &mut ops).unwrap();
+        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Done);
+        assert_eq!(commit(&image).1, 2, "the next commit has the rest");
+    }
+
+    #[test]
+    fn a_failed_pointer_write_is_tried_again_and_a_failed_sync_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        commit(&image);
+        write(&image, 0, 8);
+        let (mut first, mut ops) = (Commit::new(image.clone(), SLOT), Vec::new());
+        first.next(None, &mut ops).unwrap();
+        first.next(None, &mut ops).unwrap();
+        let eio = || io::Error::from_raw_os_error(libc::EIO);
+        assert_eq!(first.next(Some(eio()), &mut ops).unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(commit(&image).1, 2, "everything again, from the first sync");
+        write(&image, 0, 8);
+        let mut second = Commit::new(image.clone(), SLOT);
+        second.next(None, &mut ops).unwrap();
+        assert_eq!(second.next(Some(eio()), &mut ops).unwrap_err().kind(), ErrorKind::Poisoned);
+        let third = Commit::new(image.clone(), SLOT).next(None, &mut ops).unwrap_err();
+        assert_eq!(third.kind(), ErrorKind::Poisoned, "{}", third.line());
+    }
+}

@@ -1,0 +1,163 @@
+//! Making new images. A name appears only when what it names is whole and durable.
+
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::footer::time_from_unix;
+use crate::format::header::LOCATORS;
+use crate::format::parent_path::{encode_parent_name, encode_w2ku, encode_w2ru};
+use crate::format::{DiskType, DynamicHeader, Footer, LocatorEntry, NewLayout, Platform, bat};
+use crate::storage::{Env, File};
+use crate::units::{BlockSize, SECTOR};
+
+/// How the parent is found again.
+#[derive(Clone, Debug)]
+pub struct ParentLink {
+    /// The parent's UUID: the one thing that is checked.
+    pub uuid: Uuid,
+    /// The parent file's last change, Unix seconds.
+    pub modified: i64,
+    /// Its path from the child's folder, to be recorded as such.
+    pub relative: Option<PathBuf>,
+    /// Its absolute path, to be recorded as such.
+    pub absolute: Option<PathBuf>,
+    /// Its path from the child's folder, for the name in the header.
+    pub name: PathBuf,
+}
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    /// All sectors in place, one after another.
+    Fixed,
+    /// A root that grows.
+    Dynamic,
+    /// A child.
+    Differencing(ParentLink),
+}
+
+/// A new image.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// What kind.
+    pub kind: Kind,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Size of its blocks.
+    pub block_size: BlockSize,
+    /// Virtual size in bytes up to which the block table has room to grow.
+    pub reserve: u64,
+}
+
+/// Makes an image at `path`, which must not exist. It is written under another name, made durable, and then named.
+///
+/// # Errors
+/// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
+    let uuid = env.uuid();
+    let fresh = fresh_name(path, uuid)?;
+    let file = env.create(&fresh)?;
+    let named = write(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
+    if named.is_err() {
+        let _ = env.remove(&fresh);
+    }
+    named.map(|()| uuid)
+}
+
+/// The name, in the same folder, under which a file is made that is to be called `path`. `uuid` makes it unique.
+///
+/// # Errors
+/// `Refused` where `path` does not end in a file name.
+pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<PathBuf> {
+    let file_name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
+    Ok(folder_of(path).join(format!(".{}.{}.new", file_name.to_string_lossy(), uuid.simple())))
+}
+
+/// The folder of a path, `.` where it has none.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
+///
+/// # Errors
+/// `Refused` where the name exists; `Io`.
+pub fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
+    match env.link(fresh, path) {
+        Ok(()) => env.remove(fresh),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => env.rename(fresh, path),
+        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path))
+        }
+        Err(e) => Err(e),
+    }
+    .and_then(|()| env.sync_dir(folder_of(path)))
+}
+
+fn write(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {
+    let invalid = |defect| Error::from(defect).at_path(file.path());
+    let now = u64::try_from(env.now()).unwrap_or(0);
+    let (disk_type, locators) = match &spec.kind {
+        Kind::Fixed => (DiskType::Fixed, Vec::new()),
+        Kind::Dynamic => (DiskType::Dynamic, Vec::new()),
+        Kind::Differencing(link) => (DiskType::Differencing, locators(link)?),
+    };
+    let lengths: Vec<u32> = locators.iter().map(|(_, text)| room(text)).collect();
+    let reserve = spec.block_size.blocks_for(spec.reserve.max(spec.size).div_ceil(SECTOR));
+    let reserve = u32::try_from(reserve).unwrap_or(u32::MAX);
+    let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
+    let footer = Footer::new(disk_type, spec.size, uuid, now).encode();
+    file.set_len(layout.footer + SECTOR)?;
+    file.write_at(&footer, layout.footer)?;
+    if let Some(header_at) = layout.header {
+        let mut header = DynamicHeader::new(layout.table, layout.entries, spec.block_size);
+        if let Kind::Differencing(link) = &spec.kind {
+            header.parent_uuid = link.uuid;
+            header.parent_timestamp = time_from_unix(u64::try_from(link.modified).unwrap_or(0));
+            header.parent_name = encode_parent_name(&link.name)?;
+            assert!(locators.len() <= LOCATORS, "two at most");
+            for (slot, ((platform, text), place)) in locators.iter().zip(&layout.locators).enumerate() {
+                header.locators[slot] = LocatorEntry::new(*platform, place.start, room(text));
+                file.write_at(text, place.start)?;
+            }
+        }
+        file.write_at(&footer, 0)?;
+        file.write_at(&header.encode(), header_at)?;
+        write_table(file, &layout)?;
+    }
+    file.sync()
+}
+
+/// All entries unused, and ones to the end of the last page.
+fn write_table(file: &File, layout: &NewLayout) -> Result<()> {
+    let unused = vec![0xFF; 1 << 16];
+    debug_assert_eq!(bat::UNUSED.to_be_bytes(), [0xFF; 4]);
+    let (mut at, end) = (layout.table, layout.table + layout.table_bytes);
+    while at < end {
+        let len = usize::try_from((end - at).min(unused.len() as u64)).expect("a chunk");
+        file.write_at(&unused[..len], at)?;
+        at += len as u64;
+    }
+    Ok(())
+}
+
+/// The locators of a child: relative first, as most readers prefer it.
+fn locators(link: &ParentLink) -> Result<Vec<(Platform, Vec<u8>)>> {
+    let mut locators = Vec::new();
+    if let Some(path) = &link.relative {
+        locators.push((Platform::W2ru, encode_w2ru(path)?));
+    }
+    if let Some(path) = &link.absolute {
+        locators.push((Platform::W2ku, encode_w2ku(path)?));
+    }
+    Ok(locators)
+}
+
+fn room(text: &[u8]) -> u32 {
+    u32::try_from(text.len()).expect("paths are limited when they are encoded")
+}

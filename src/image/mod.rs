@@ -1,0 +1,39 @@
+//! Floor 1: one VHD file.
+//!
+//! Owns: opening with every rule held ([`open`]), creating, giving room to new blocks ([`tail`]), and the order in which
+//! a write becomes durable ([`commit`]). Leaves to others: what a clear bit means (`chain`), who asks (`disk`).
+//!
+//! ```text
+//!   open ──> Image                     sound, read-only: footer, header, block table
+//!              │ Writable::new         lock, recover: footers whole, tail durably zero
+//!              v
+//!           Writable ── reserve ── (data is written) ── mark ──┐
+//!              ^  │                                            v
+//!              │  └── Growth: the tail, away from the guest  Commit: sync, pointers, sync
+//!              │                                               │
+//!              └───────────────────────────────────────────────┘
+//!              │ trim                  the file ends behind its last block
+//!              v
+//!            closed
+//! ```
+
+pub mod bat;
+pub mod bitmaps;
+pub mod check;
+pub mod commit;
+pub mod create;
+mod drive;
+pub mod open;
+mod paged;
+pub mod tail;
+pub mod writable;
+
+pub use bat::Bat;
+pub use check::{Report, check};
+pub use commit::{Commit, Step};
+pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name};
+pub use drive::drive;
+pub use open::Image;
+pub use paged::Paged;
+pub use tail::Growth;
+pub use writable::{NoRoom, Writable};

@@ -1,0 +1,235 @@
+//! Room for new blocks: the prepared tail, and how it grows.
+//!
+//! ```text
+//!   | headers | blocks .......... | durably zero tail ............ | footer |
+//!                                 ^ next                           ^ end
+//! ```
+//!
+//! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
+//! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
+//!
+//! 1. reserve room on the host; where that fails for want of space, give back what it got and halve the step;
+//! 2. write the footer at the new end (this extends the file);
+//! 3. sync: from here the new footer is the trailing one;
+//! 4. write zeros over the old footer;
+//! 5. sync: from here the old footer's place is as zero as the rest;
+//! 6. hand out the room.
+//!
+//! Between 2 and 5 a crash leaves one footer or both, never none. Room is handed out only after 5, since a dynamic root
+//! trusts it to be zero without a further barrier.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+
+use super::commit::Step;
+use super::writable::Writable;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Action, Buffer, Op, Payload, Slot};
+use crate::units::SECTOR;
+
+/// Blocks by which a file grows at least, room permitting.
+const MIN_STEP_BLOCKS: u64 = 16;
+/// Bytes by which a file grows at most, unless sixteen blocks are more.
+const MAX_STEP_BYTES: u64 = 1 << 30;
+
+/// Where the next block goes.
+#[derive(Debug)]
+pub struct Room {
+    /// First file sector after all that is in use.
+    pub next: u64,
+    /// File sector of the footer: the end of what is durably zero.
+    pub end: u64,
+    /// Blocks that have no place yet.
+    pub unplaced: u64,
+    /// Blocks whose place the file does not know yet.
+    pub fresh: BTreeSet<u32>,
+    /// A step is under way.
+    pub growing: bool,
+}
+
+/// One step of growth under way.
+pub struct Growth {
+    image: Arc<Writable>,
+    slot: Slot,
+    phase: Phase,
+    /// File sector of the footer before.
+    old: u64,
+    /// Blocks that the step makes room for.
+    blocks: u64,
+    /// Blocks without a place when it began.
+    unplaced: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Start,
+    Allocate,
+    Footer,
+    SyncFooter,
+    Wipe,
+    SyncWipe,
+    Over,
+}
+
+impl Growth {
+    /// Begins a step if room is short and none is under way. `slot` is the image's file.
+    pub fn begin(image: &Arc<Writable>, slot: Slot) -> Option<Growth> {
+        let mut room = image.room();
+        if room.growing || !image.is_short(&room) {
+            return None;
+        }
+        room.growing = true;
+        let blocks = image.step_blocks().min(room.unplaced);
+        let (old, unplaced) = (room.end, room.unplaced);
+        drop(room);
+        Some(Growth { image: image.clone(), slot, phase: Phase::Start, old, blocks, unplaced })
+    }
+
+    /// The next step. `failed` is the first failure among the operations of the last one.
+    ///
+    /// # Errors
+    /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
+    /// and growth may be tried again; `Poisoned` where a sync failed.
+    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+        match self.advance(failed, ops) {
+            Ok(Step::Wait) => Ok(Step::Wait),
+            over => {
+                self.phase = Phase::Over;
+                self.image.room().growing = false;
+                over
+            }
+        }
+    }
+
+    fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+        let end = |g: &Growth| g.image.end_after(g.old, g.blocks, g.unplaced);
+        match (self.phase, failed) {
+            (Phase::Start, _) => {
+                if self.blocks == 0 || end(self).is_none() {
+                    return Err(self.full(io::Error::from_raw_os_error(libc::EFBIG)));
+                }
+                self.allocate(ops);
+            }
+            (Phase::Allocate, Some(e)) if is_full(&e) => {
+                // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
+                self.image.file().set_len(self.image.file().stat()?.len)?;
+                self.blocks /= 2;
+                if self.blocks == 0 {
+                    return Err(self.full(e));
+                }
+                self.allocate(ops);
+            }
+            (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
+                return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
+            }
+            (Phase::Allocate, _) => {
+                let at = end(self).expect("checked at the start") * SECTOR;
+                let footer = Buffer::copy_of(&self.image.footer_bytes());
+                ops.push(Op::write(0, self.slot, at, Payload::Own(footer)));
+                self.phase = Phase::Footer;
+            }
+            (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
+            (Phase::SyncFooter, None) => {
+                let zeros = Buffer::zeroed(SECTOR as usize);
+                ops.push(Op::write(0, self.slot, self.old * SECTOR, Payload::Own(zeros)));
+                self.phase = Phase::Wipe;
+            }
+            (Phase::Wipe, None) => self.sync(Phase::SyncWipe, ops),
+            (Phase::SyncWipe, None) => {
+                self.image.room().end = end(self).expect("checked at the start");
+                return Ok(Step::Done);
+            }
+            (Phase::SyncFooter | Phase::SyncWipe, Some(e)) => {
+                let why = format!("a sync failed ({e}) while the file grew");
+                self.image.poison(&why);
+                return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
+            }
+            (Phase::Footer | Phase::Wipe, Some(e)) => return Err(self.undo(e)),
+            (Phase::Over, _) => unreachable!("growth that is over is not asked again"),
+        }
+        Ok(Step::Wait)
+    }
+
+    fn allocate(&mut self, ops: &mut Vec<Op>) {
+        let end =
+            self.image.end_after(self.old, self.blocks, self.unplaced).expect("a smaller step than one that fits");
+        let (at, len) = (self.old * SECTOR, (end - self.old + 1) * SECTOR);
+        ops.push(Op::range(0, self.slot, Action::Allocate, at, len));
+        self.phase = Phase::Allocate;
+    }
+
+    fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
+        ops.push(Op::sync(0, self.slot));
+        self.phase = phase;
+    }
+
+    /// A write failed. The old footer may be half wiped or the new one half there: write the old one again and cut the
+    /// file behind it. Where even that fails, the image takes no further writes.
+    fn undo(&mut self, source: io::Error) -> Error {
+        let (file, at) = (self.image.file(), self.old * SECTOR);
+        let back = file
+            .write_at(&self.image.footer_bytes(), at)
+            .and_then(|()| file.sync())
+            .and_then(|()| file.set_len(at + SECTOR))
+            .and_then(|()| file.sync());
+        if let Err(e) = back {
+            self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
+        }
+        if is_full(&source) { self.full(source) } else { Error::io("cannot grow", source).at_path(self.image.path()) }
+    }
+
+    fn full(&self, source: io::Error) -> Error {
+        Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
+            .at_path(self.image.path())
+            .caused_by(source)
+    }
+}
+
+impl Drop for Growth {
+    /// Where the file stands is unknown if a step is abandoned: nothing may be written behind it.
+    fn drop(&mut self) {
+        if self.phase != Phase::Over {
+            self.image.poison("growth of the file was abandoned");
+        }
+    }
+}
+
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+}
+
+impl Writable {
+    /// Blocks of room that a step of growth makes: sixteen, or 1 % of the disk, up to 1 GiB.
+    pub fn step_blocks(&self) -> u64 {
+        let Some(block_size) = self.image().block_size() else { return 0 };
+        let bytes = (self.image().size() / 100).min(MAX_STEP_BYTES);
+        (bytes / u64::from(block_size.bytes())).max(MIN_STEP_BLOCKS)
+    }
+
+    /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
+    pub fn is_short(&self, room: &Room) -> bool {
+        let wanted = (self.step_blocks() / 4).max(1).min(room.unplaced);
+        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.end)
+    }
+
+    /// Whether a step of growth is under way.
+    pub fn is_growing(&self) -> bool {
+        self.room().growing
+    }
+
+    /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
+    /// The new footer is durable before the file is cut, so that there is always one.
+    pub fn trim(&self) -> Result<()> {
+        self.check_poison()?;
+        let end = self.used_end()? * SECTOR;
+        let file = self.file();
+        if file.stat()?.len == end + SECTOR {
+            return Ok(());
+        }
+        file.write_at(&self.footer_bytes(), end)?;
+        file.sync()?;
+        file.set_len(end + SECTOR)?;
+        file.sync()
+    }
+}

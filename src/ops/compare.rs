@@ -1,0 +1,66 @@
+//! `compare`: whether two disks look the same to a guest.
+
+use super::mover::{CHUNK, Data, Disk, Progress};
+use crate::chain::Plan;
+use crate::error::Result;
+use crate::storage::Buffer;
+use crate::units::{SECTOR, SectorRange};
+
+/// The first byte in which the disks differ; `None` where they are equal. Behind the end of the shorter one the longer
+/// one must be zero. What is a hole in both is not read.
+///
+/// # Errors
+/// `Io`; what `progress` fails with.
+pub fn compare(a: &Disk, b: &Disk, progress: &mut Progress<'_>) -> Result<Option<u64>> {
+    let (mut of_a, mut of_b) = (Side::new(a)?, Side::new(b)?);
+    let end = a.bytes().max(b.bytes());
+    let mut at = 0;
+    while let Some(start) = of_a.from(at)?.into_iter().chain(of_b.from(at)?).min() {
+        let chunk = CHUNK / SECTOR;
+        let piece = SectorRange::between(start, start - start % chunk + chunk);
+        let piece = piece.clip(SectorRange::between(0, end.div_ceil(SECTOR)));
+        let (left, right) = (of_a.read(piece)?, of_b.read(piece)?);
+        if left != right {
+            let same = left.iter().zip(right).take_while(|(l, r)| l == r).count();
+            return Ok(Some(piece.start() * SECTOR + same as u64));
+        }
+        at = piece.end();
+        progress((at * SECTOR).min(end))?;
+    }
+    progress(end)?;
+    Ok(None)
+}
+
+/// One of the disks, and where it goes on.
+struct Side<'a> {
+    disk: &'a Disk,
+    data: Data<'a>,
+    next: Option<SectorRange>,
+    plan: Plan,
+    buffer: Buffer,
+}
+
+impl<'a> Side<'a> {
+    fn new(disk: &'a Disk) -> Result<Side<'a>> {
+        let mut data = disk.data();
+        let next = data.next()?;
+        Ok(Side { disk, data, next, plan: Plan::default(), buffer: Buffer::zeroed(CHUNK as usize) })
+    }
+
+    /// The first sector at or after `at` that may hold data.
+    fn from(&mut self, at: u64) -> Result<Option<u64>> {
+        while let Some(run) = self.next {
+            if run.end() > at {
+                return Ok(Some(run.start().max(at)));
+            }
+            self.next = self.data.next()?;
+        }
+        Ok(None)
+    }
+
+    fn read(&mut self, range: SectorRange) -> Result<&[u8]> {
+        let bytes = &mut self.buffer[..usize::try_from(range.bytes()).expect("at most a chunk")];
+        self.disk.read(range, bytes, &mut self.plan)?;
+        Ok(bytes)
+    }
+}

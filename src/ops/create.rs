@@ -1,0 +1,130 @@
+//! `create`: a new root, or a child of an image.
+
+use std::path::{Component, Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::chain::{Chain, Policy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Defect;
+use crate::image::{self, Kind, ParentLink, Spec, folder_of};
+use crate::storage::{Access, Env};
+use crate::units::BlockSize;
+
+/// A root to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Root {
+    /// All sectors in place, or blocks on demand.
+    pub fixed: bool,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Size of its blocks; of no meaning for a fixed image.
+    pub block_size: BlockSize,
+    /// Virtual size in bytes up to which the block table has room to grow.
+    pub reserve: u64,
+}
+
+/// Which paths to the parent a child records.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Locators {
+    /// From the child's folder: the two may move together.
+    Relative,
+    /// From the root of the file system: the child may move alone.
+    Absolute,
+    /// Both, the relative one first.
+    Both,
+}
+
+/// A child to be made.
+#[derive(Clone, Debug)]
+pub struct Child {
+    /// Path of the parent.
+    pub parent: PathBuf,
+    /// Virtual size in bytes; that of the parent if not given.
+    pub size: Option<u64>,
+    /// Size of its blocks.
+    pub block_size: BlockSize,
+    /// Virtual size in bytes up to which the block table has room to grow.
+    pub reserve: u64,
+    /// What it records of where the parent is.
+    pub locators: Locators,
+}
+
+/// A child that was made.
+#[derive(Clone, Debug)]
+pub struct Created {
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Its virtual size in bytes.
+    pub size: u64,
+    /// Its parent's absolute path.
+    pub parent: PathBuf,
+    /// Whether the parent lies outside of the child's folder: it is then found only where its folder is allowed.
+    pub outside: bool,
+}
+
+/// Makes a root at `path`, which must not exist.
+///
+/// # Errors
+/// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
+    let kind = if root.fixed { Kind::Fixed } else { Kind::Dynamic };
+    image::create(env, path, &Spec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve })
+}
+
+/// Makes a child at `path`, which must not exist. The parent's whole chain is opened first, by `policy`, and stays
+/// locked against writing until the child is there.
+///
+/// # Errors
+/// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
+/// smaller than its parent; `Busy` where somebody writes to the parent.
+pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Result<Created> {
+    let chain = Chain::open(env, &child.parent, policy, Access::Read)?;
+    if chain.images().len() >= policy.max_depth {
+        return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
+    }
+    let parent = chain.youngest();
+    let size = child.size.unwrap_or(parent.size());
+    if size < parent.size() {
+        let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
+        return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+    }
+    let (uuid, modified) = (parent.uuid(), parent.file().stat()?.modified);
+    let absolute = env.canonical(&child.parent)?;
+    let relative = relative(&env.canonical(folder_of(path))?, &absolute);
+    let link = ParentLink {
+        uuid,
+        modified,
+        relative: (child.locators != Locators::Absolute).then(|| relative.clone()),
+        absolute: (child.locators != Locators::Relative).then(|| absolute.clone()),
+        name: relative.clone(),
+    };
+    let spec = Spec { kind: Kind::Differencing(link), size, block_size: child.block_size, reserve: child.reserve };
+    let locked = chain.into_version(Access::Read)?;
+    let made = image::create(env, path, &spec);
+    drop(locked);
+    let outside = relative.components().next() == Some(Component::ParentDir);
+    made.map(|uuid| Created { uuid, size, parent: absolute, outside })
+}
+
+/// The way from a folder to a file, both absolute and without `..` and symbolic links.
+fn relative(folder: &Path, file: &Path) -> PathBuf {
+    let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
+    let up = folder.components().skip(common).map(|_| Component::ParentDir);
+    up.chain(file.components().skip(common)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ways_between_folders() {
+        let way = |folder, file| relative(Path::new(folder), Path::new(file)).display().to_string();
+        assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
+        assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
+        assert_eq!(way("/a/b", "/p.vhd"), "../../p.vhd");
+        assert_eq!(way("/", "/a/b"), "a/b");
+        assert_eq!(way("/a/bc", "/a/b/p"), "../b/p");
+    }
+}

@@ -1,0 +1,205 @@
+//! `info`: what an image says of itself.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::chain::{Chain, Policy};
+use crate::error::{ErrorKind, Result};
+use crate::format::footer::time_to_unix;
+use crate::format::locator::{header_name, texts};
+use crate::format::{DiskType, Platform};
+use crate::image::Image;
+use crate::storage::{Access, Env, Stat};
+
+/// An image that changes while it is read is read again, so often at most.
+const TRIES: usize = 4;
+
+/// One image. Texts that are not UTF-8 have replacement characters.
+#[derive(Clone, Debug, Serialize)]
+pub struct Info {
+    /// The path it was opened by.
+    pub path: String,
+    /// Always `vhd`.
+    pub format: &'static str,
+    /// `fixed`, `dynamic` or `differencing`.
+    #[serde(rename = "type")]
+    pub disk_type: &'static str,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// Length of the file in bytes.
+    pub file_size: u64,
+    /// Bytes of room that the file takes on the host.
+    pub allocated_bytes: u64,
+    /// Bytes of a block; `None` for a fixed image, as for the next two.
+    pub block_size: Option<u32>,
+    /// Entries of the block table.
+    pub blocks: Option<u32>,
+    /// Blocks that have a place in the file.
+    pub blocks_allocated: Option<u64>,
+    /// Identity.
+    pub uuid: String,
+    /// Time of creation, RFC 3339 in UTC.
+    pub created: String,
+    /// Tag of the program that made it.
+    pub creator_app: String,
+    /// Tag of the host that program ran on.
+    pub creator_host: String,
+    /// What a child records of its parent.
+    pub parent: Option<Parent>,
+    /// This image and all its parents, when they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Vec<Info>>,
+}
+
+/// What a child records of its parent.
+#[derive(Clone, Debug, Serialize)]
+pub struct Parent {
+    /// Its identity.
+    pub uuid: String,
+    /// Its name in the header.
+    pub name: String,
+    /// Paths to it.
+    pub locators: Vec<Locator>,
+    /// The file that is the parent; `None` unless the chain was asked for.
+    pub resolved: Option<String>,
+}
+
+/// A recorded path.
+#[derive(Clone, Debug, Serialize)]
+pub struct Locator {
+    /// How it is written: `W2ru`, `W2ku`, `MacX` ...
+    pub platform: String,
+    /// The path as recorded.
+    pub path: String,
+}
+
+/// Looks at the image at `path`, and with a policy at its parents. Takes no lock: the image may be in use.
+///
+/// Without a policy nothing that the image names is opened.
+///
+/// # Errors
+/// Whatever is wrong with the image, or (with a policy) with its chain.
+pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
+    let mut tries = 1;
+    loop {
+        let before = env.open(path, Access::Read)?.stat()?;
+        match look(env, path, parents) {
+            // Somebody is writing: table and length were not read at one moment.
+            Err(e) if e.kind() == ErrorKind::Invalid && tries < TRIES && changed(env, path, &before)? => tries += 1,
+            result => return result,
+        }
+    }
+}
+
+fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
+    Ok(env.open(path, Access::Read)?.stat()? != *before)
+}
+
+fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
+    let image = Image::open(env.open(path, Access::Read)?)?;
+    let Some(policy) = parents else { return describe(&image, None) };
+    let chain = Chain::of(env, image, policy)?;
+    let mut all = Vec::with_capacity(chain.images().len());
+    for (number, image) in chain.images().iter().enumerate() {
+        all.push(describe(image, chain.images().get(number + 1))?);
+    }
+    let mut youngest = all[0].clone();
+    youngest.chain = Some(all);
+    Ok(youngest)
+}
+
+fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
+    let (stat, footer) = (image.file().stat()?, image.footer());
+    let parent = match image.header().filter(|_| image.kind() == DiskType::Differencing) {
+        None => None,
+        Some(header) => Some(Parent {
+            uuid: header.parent_uuid.to_string(),
+            name: lossy(&header_name(&header.parent_name)),
+            locators: locators(image)?,
+            resolved: resolved.map(|parent| parent.file().path().display().to_string()),
+        }),
+    };
+    Ok(Info {
+        path: image.file().path().display().to_string(),
+        format: "vhd",
+        disk_type: image.kind().word(),
+        virtual_size: image.size(),
+        file_size: stat.len,
+        allocated_bytes: stat.allocated,
+        block_size: image.block_size().map(|size| size.bytes()),
+        blocks: image.bat().map(|table| table.len()),
+        blocks_allocated: image.bat().map(|table| table.used().count() as u64),
+        uuid: image.uuid().to_string(),
+        created: rfc3339(time_to_unix(footer.timestamp)),
+        creator_app: tag(footer.creator),
+        creator_host: tag(footer.creator_host),
+        parent,
+        chain: None,
+    })
+}
+
+fn locators(image: &Image) -> Result<Vec<Locator>> {
+    let recorded = image.parent_locators()?.into_iter().map(|(_, platform, data)| Locator {
+        platform: tag(platform.code().to_be_bytes()),
+        path: texts(platform, &data).first().map_or_else(|| opaque(platform), |text| lossy(text)),
+    });
+    Ok(recorded.collect())
+}
+
+/// What stands for a text that nobody can read.
+fn opaque(platform: Platform) -> String {
+    match platform {
+        Platform::Mac => "(a Mac alias)".to_owned(),
+        _ => String::new(),
+    }
+}
+
+fn lossy(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).into_owned()
+}
+
+fn tag(bytes: [u8; 4]) -> String {
+    lossy(&bytes).trim_end_matches(['\0', ' ']).to_owned()
+}
+
+/// Seconds of Unix time as `2000-01-01T00:00:00Z`.
+fn rfc3339(unix: u64) -> String {
+    let (days, second) = (unix / 86_400, unix % 86_400);
+    // Days from civil, backwards (Howard Hinnant): years begin in March, so that a leap day is the last one.
+    let shifted = days + 719_468;
+    let (era, day) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day_of_year = day - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute) = (second / 3_600, second / 60 % 60);
+    format!("{year:04}-{month:02}-{day_of_month:02}T{hour:02}:{minute:02}:{:02}Z", second % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        for (unix, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (946_684_800, "2000-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_199, "2024-02-29T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (946_684_800 + 0xFFFF_FFFF, "2136-02-07T06:28:15Z"),
+        ] {
+            assert_eq!(rfc3339(unix), text);
+        }
+    }
+
+    #[test]
+    fn tags_end_before_their_padding() {
+        assert_eq!((tag(*b"win "), tag(*b"tap\0"), tag(*b"\0\0\0\0")), ("win".into(), "tap".into(), String::new()));
+    }
+}

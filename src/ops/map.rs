@@ -1,0 +1,60 @@
+//! `map`: which file answers each range of a disk.
+
+use std::path::Path;
+
+use super::mover::Extents;
+use crate::chain::{Chain, Extent, Policy, Source};
+use crate::error::Result;
+use crate::storage::{Access, Env};
+use crate::units::SECTOR;
+
+/// A run of a disk that one place answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run<'a> {
+    /// First byte of the disk.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Where they are; `None` where no file has them and they read as zeros.
+    pub found: Option<Found<'a>>,
+}
+
+/// A place in a file of the chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found<'a> {
+    /// Which file, counted from the youngest, which is 0.
+    pub depth: u16,
+    /// Its path.
+    pub file: &'a Path,
+    /// Byte offset of the run's first byte in it.
+    pub offset: u64,
+}
+
+/// Tells `found` the runs of the disk at `path`, ascending, without gaps, neighbours joined.
+///
+/// # Errors
+/// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
+pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
+    let version = Chain::open(env, path, policy, Access::Read)?.into_version(Access::Read)?;
+    let mut tell = |extent: Extent| {
+        let place = match extent.source {
+            Source::Zero => None,
+            Source::File { slot, offset } => Some(Found { depth: slot.0, file: version.file(slot).path(), offset }),
+        };
+        found(Run { start: extent.range.start() * SECTOR, length: extent.range.bytes(), found: place })
+    };
+    let (mut extents, mut pending) = (Extents::new(&version), None::<Extent>);
+    while let Some(next) = extents.next()? {
+        pending = match pending {
+            None => Some(next),
+            Some(last) => match last.joined(next) {
+                Some(both) => Some(both),
+                None => {
+                    tell(last)?;
+                    Some(next)
+                }
+            },
+        };
+    }
+    pending.map_or(Ok(()), tell)
+}

@@ -1,0 +1,290 @@
+//! A disk as runs: where it has data, past its holes, and what it says there. Under `map`, `convert` and `compare`.
+//!
+//! A chain is walked by plans, and what no layer has a block for is stepped over by looking at the block tables alone,
+//! so that an empty disk costs next to nothing whatever its size. Runs in files are clipped to what is no hole there.
+
+use std::path::Path;
+
+use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Version};
+use crate::error::Result;
+use crate::storage::{Access, Buffer, Env, File, Lock};
+use crate::units::{SECTOR, SectorRange};
+
+/// Sectors planned at once: 64 MiB.
+const WINDOW: u64 = 1 << 17;
+/// Bytes read at once, at most.
+pub(super) const CHUNK: u64 = 1 << 20;
+/// Bytes that are looked at together when zeros are sought.
+const PAGE: usize = 4096;
+
+/// Is told how many bytes of the disk are done, and ends the work where it fails.
+pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
+/// How the bytes of a file are to be taken. It is declared, never probed: a guest could write what looks like a VHD.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// The disk itself.
+    Raw,
+    /// A VHD and its parents.
+    Vhd,
+}
+
+/// A disk to be read, locked against writers.
+pub enum Disk {
+    /// A chain of VHDs.
+    Chain(Version),
+    /// A raw file of so many bytes.
+    Raw(File, u64),
+}
+
+impl Disk {
+    /// Opens the disk at `path`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
+    pub fn open(env: &dyn Env, path: &Path, format: Format, policy: &Policy) -> Result<Disk> {
+        if format == Format::Raw {
+            let file = env.open(path, Access::Read)?;
+            file.lock(Lock::Shared)?;
+            let len = file.stat()?.len;
+            return Ok(Disk::Raw(file, len));
+        }
+        Ok(Disk::Chain(Chain::open(env, path, policy, Access::Read)?.into_version(Access::Read)?))
+    }
+
+    /// Bytes of the disk. Those of a raw file need not fill its last sector.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Disk::Chain(version) => version.sectors() * SECTOR,
+            Disk::Raw(_, len) => *len,
+        }
+    }
+
+    /// Sectors of the disk, the last one perhaps not full.
+    pub fn sectors(&self) -> u64 {
+        self.bytes().div_ceil(SECTOR)
+    }
+
+    /// Reads a range that begins on the disk. What lies behind the end of the disk is zero.
+    ///
+    /// # Errors
+    /// `Io`, naming file and offset.
+    pub(super) fn read(&self, range: SectorRange, into: &mut [u8], plan: &mut Plan) -> Result<()> {
+        let start = range.start() * SECTOR;
+        let there = usize::try_from(self.bytes().saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
+        let (disk, beyond) = into.split_at_mut(there);
+        beyond.fill(0);
+        match self {
+            Disk::Chain(version) => version.read_now(range.first(there as u64 / SECTOR), disk, plan),
+            Disk::Raw(file, _) => file.read_at(disk, start),
+        }
+    }
+
+    /// The runs that may hold data.
+    pub(super) fn data(&self) -> Data<'_> {
+        let runs = match self {
+            Disk::Chain(version) => Runs::Chain(Extents::new(version)),
+            Disk::Raw(file, _) => Runs::Raw(file, 0),
+        };
+        Data { sectors: self.sectors(), runs, seen: Seen::default(), rest: None }
+    }
+}
+
+/// The extents of a chain from its first sector to its last, without gaps.
+pub(super) struct Extents<'a> {
+    version: &'a Version,
+    at: u64,
+    /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
+    placed: Vec<u64>,
+    plan: Plan,
+    next: usize,
+}
+
+impl<'a> Extents<'a> {
+    pub(super) fn new(version: &'a Version) -> Extents<'a> {
+        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, 0)).collect();
+        Extents { version, at: 0, placed, plan: Plan::default(), next: 0 }
+    }
+
+    pub(super) fn next(&mut self) -> Result<Option<Extent>> {
+        loop {
+            if let Some(extent) = self.plan.extents.get(self.next) {
+                self.next += 1;
+                return Ok(Some(*extent));
+            }
+            let (from, sectors) = (self.at, self.version.sectors());
+            if from >= sectors {
+                return Ok(None);
+            }
+            self.at = self.first_placed(from).min(sectors);
+            if self.at > from {
+                return Ok(Some(Extent { range: SectorRange::between(from, self.at), source: Source::Zero }));
+            }
+            self.at = (from + WINDOW).min(sectors);
+            self.version.plan_read_now(SectorRange::between(from, self.at), &mut self.plan)?;
+            self.next = 0;
+        }
+    }
+
+    /// The first sector at or after `from` that any layer has a place for. Each table is passed once in all.
+    fn first_placed(&mut self, from: u64) -> u64 {
+        for (placed, layer) in self.placed.iter_mut().zip(self.version.frozen().layers()) {
+            if *placed < from {
+                *placed = next_placed(layer, from);
+            }
+        }
+        self.placed.iter().copied().min().unwrap_or(u64::MAX).max(from)
+    }
+}
+
+/// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
+fn next_placed(layer: &Layer, from: u64) -> u64 {
+    if from >= layer.image.size() / SECTOR {
+        return u64::MAX;
+    }
+    let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else { return from };
+    let block = table.next_used(block_size.block_of(from));
+    block.map_or(u64::MAX, |block| block_size.range_of(block).start().max(from))
+}
+
+enum Runs<'a> {
+    Chain(Extents<'a>),
+    Raw(&'a File, u64),
+}
+
+/// The runs of a disk that may hold data, ascending. What is not named is zero.
+pub(super) struct Data<'a> {
+    sectors: u64,
+    runs: Runs<'a>,
+    seen: Seen,
+    /// What is left of the last extent.
+    rest: Option<Extent>,
+}
+
+/// A run of a file that is known to be no hole.
+#[derive(Default)]
+struct Seen {
+    slot: Option<crate::storage::Slot>,
+    start: u64,
+    end: u64,
+}
+
+impl Data<'_> {
+    pub(super) fn next(&mut self) -> Result<Option<SectorRange>> {
+        match &mut self.runs {
+            Runs::Raw(file, at) => {
+                let Some((start, len)) = next_data(file, *at)? else { return Ok(None) };
+                let run =
+                    SectorRange::between((start / SECTOR).max(at.div_ceil(SECTOR)), (start + len).div_ceil(SECTOR));
+                let run = run.clip(SectorRange::between(0, self.sectors));
+                *at = run.end() * SECTOR;
+                Ok((!run.is_empty()).then_some(run))
+            }
+            Runs::Chain(extents) => loop {
+                let extent = match self.rest.take() {
+                    Some(extent) => extent,
+                    None => match extents.next()? {
+                        Some(extent) => extent,
+                        None => return Ok(None),
+                    },
+                };
+                let Source::File { slot, offset } = extent.source else { continue };
+                let (range, seen) = (extent.range, &mut self.seen);
+                if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
+                    let run = next_data(extents.version.file(slot), offset)?;
+                    let (start, len) = run.unwrap_or((u64::MAX, 0));
+                    *seen = Seen { slot: Some(slot), start, end: start.saturating_add(len) };
+                }
+                let hole = (seen.start.saturating_sub(offset) / SECTOR).min(range.count());
+                let data = (seen.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
+                let (run, rest) = (range.skip(hole).first(data), range.skip(hole + data));
+                if !rest.is_empty() {
+                    let offset = offset + (hole + data) * SECTOR;
+                    self.rest = Some(Extent { range: rest, source: Source::File { slot, offset } });
+                }
+                if !run.is_empty() {
+                    return Ok(Some(run));
+                }
+            },
+        }
+    }
+}
+
+/// As `File::next_data`; where a file system cannot tell, all is data.
+fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
+    match file.next_data(offset) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+            let len = file.stat()?.len;
+            Ok((offset < len).then(|| (offset, len - offset)))
+        }
+        result => result,
+    }
+}
+
+/// Reads all of a disk that is not zero, in ascending runs of at most [`CHUNK`] bytes, and hands it to `put`.
+pub(super) fn each_run(
+    disk: &Disk,
+    progress: &mut Progress<'_>,
+    mut put: impl FnMut(SectorRange, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let (mut data, mut plan) = (disk.data(), Plan::default());
+    let mut buffer = Buffer::zeroed(CHUNK as usize);
+    while let Some(run) = data.next()? {
+        let mut rest = run;
+        while !rest.is_empty() {
+            let piece = rest.first(CHUNK / SECTOR - rest.start() % (CHUNK / SECTOR));
+            rest = rest.skip(piece.count());
+            let bytes = &mut buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
+            disk.read(piece, bytes, &mut plan)?;
+            for (at, len) in filled(bytes, usize::try_from(piece.start() * SECTOR % PAGE as u64).expect("in a page")) {
+                put(piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR), &bytes[at..at + len])?;
+            }
+            progress((piece.end() * SECTOR).min(disk.bytes()))?;
+        }
+    }
+    progress(disk.bytes())
+}
+
+/// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
+fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    let page = move |at: usize| {
+        let end = bytes.len().min((at + into_page) / PAGE * PAGE + PAGE - into_page);
+        (at < bytes.len()).then(|| (end, is_zero(&bytes[at..end])))
+    };
+    std::iter::from_fn(move || {
+        while let Some((end, true)) = page(at) {
+            at = end;
+        }
+        let start = at;
+        while let Some((end, false)) = page(at) {
+            at = end;
+        }
+        (at > start).then(|| (start, at - start))
+    })
+}
+
+/// Whether all bytes are zero; 64 at a time, so that the compiler makes vectors of it.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    let (lines, rest) = bytes.as_chunks::<64>();
+    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|&byte| byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_pages_are_found_wherever_the_run_begins() {
+        let mut bytes = vec![0; 5 * PAGE - 512];
+        let runs = |bytes: &[u8]| filled(bytes, 512).collect::<Vec<_>>();
+        assert_eq!(runs(&bytes), []);
+        bytes[0] = 1; // the first page lacks 512 bytes
+        bytes[3 * PAGE - 513] = 1; // the last byte of the third
+        assert_eq!(runs(&bytes), [(0, PAGE - 512), (2 * PAGE - 512, PAGE)]);
+        bytes[3 * PAGE - 512] = 1;
+        bytes[5 * PAGE - 513] = 1;
+        assert_eq!(runs(&bytes), [(0, PAGE - 512), (2 * PAGE - 512, 3 * PAGE)]);
+        assert!(is_zero(&[0; 100]) && !is_zero(&[&[0; 99][..], &[1]].concat()) && is_zero(&[]));
+    }
+}

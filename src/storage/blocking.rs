@@ -1,0 +1,147 @@
+//! The engine of plain calls: preadv, pwritev, fdatasync, fallocate, one after the other, when `submit` is called.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use super::engine::{Engine, SLOTS};
+use super::env::File;
+use super::host::HostFile;
+use super::op::{Action, Completion, Op, Slot};
+use super::transfer::{self, Piece, Progress, Step};
+
+/// See the file's first line.
+pub struct Blocking {
+    files: Vec<Option<HostFile>>,
+    pushed: Vec<Op>,
+    over: Vec<Completion>,
+    progress: Progress,
+    depth: usize,
+    calls: u64,
+}
+
+// SAFETY: `progress` has pointers that are used only within `submit`, while the operation they come from is held.
+unsafe impl Send for Blocking {}
+
+impl Blocking {
+    /// An engine for at most `depth` operations at once.
+    pub fn new(depth: usize) -> Blocking {
+        assert!(depth > 0, "an engine takes at least one operation");
+        Blocking {
+            files: vec![None; usize::from(SLOTS)],
+            pushed: Vec::with_capacity(depth),
+            over: Vec::with_capacity(depth),
+            progress: Progress::default(),
+            depth,
+            calls: 0,
+        }
+    }
+}
+
+impl Engine for Blocking {
+    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        *entry = Some(super::engine::host_file(file)?.clone());
+        Ok(())
+    }
+
+    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+        *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
+        Ok(())
+    }
+
+    fn push(&mut self, op: Op) -> Result<(), Op> {
+        if self.under_way() == self.depth {
+            return Err(op);
+        }
+        self.pushed.push(op);
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        for mut op in self.pushed.drain(..) {
+            let result = match self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref) {
+                Some(file) => carry_out(file.as_raw_fd(), &mut op, &mut self.progress, &mut self.calls),
+                None => Err(io::Error::from_raw_os_error(libc::EBADF)),
+            };
+            self.over.push(Completion { op, result });
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        out.append(&mut self.over);
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        self.submit()
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn under_way(&self) -> usize {
+        self.pushed.len() + self.over.len()
+    }
+
+    fn depth(&self) -> usize {
+        self.depth
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    fn name(&self) -> &'static str {
+        "blocking"
+    }
+}
+
+fn carry_out(fd: RawFd, op: &mut Op, progress: &mut Progress, calls: &mut u64) -> io::Result<()> {
+    progress.reset();
+    loop {
+        *calls += 1;
+        let returned = call(fd, op, progress);
+        if let Step::Over(result) = progress.settle(op, returned) {
+            return result;
+        }
+    }
+}
+
+/// Makes one call; what it returned, or the negated error code.
+fn call(fd: RawFd, op: &mut Op, progress: &mut Progress) -> i32 {
+    let (Ok(offset), Ok(len)) = (i64::try_from(progress.offset(op)), i64::try_from(op.len)) else {
+        // What the kernel says to offsets it cannot express.
+        return -libc::EINVAL;
+    };
+    let returned = match op.action {
+        Action::Read | Action::Write => {
+            let (one, runs, count);
+            match progress.piece(&mut op.payload) {
+                Piece::One(start, len) => {
+                    one = libc::iovec { iov_base: start.cast(), iov_len: len as usize };
+                    (runs, count) = (&raw const one, 1);
+                }
+                Piece::Many(start, n) => (runs, count) = (start, n.cast_signed()),
+            }
+            // SAFETY: the runs are memory of the payload, which `op` keeps alive and to which no reference exists
+            // during the call; the array of runs lies in the payload, in `progress` or on this stack.
+            unsafe {
+                if op.action == Action::Read {
+                    libc::preadv(fd, runs, count, offset)
+                } else {
+                    libc::pwritev(fd, runs, count, offset)
+                }
+            }
+        }
+        // SAFETY: no memory is passed.
+        Action::Sync => unsafe { libc::fdatasync(fd) as isize },
+        // SAFETY: no memory is passed.
+        action => unsafe { libc::fallocate(fd, transfer::mode(action), offset, len) as isize },
+    };
+    match i32::try_from(returned).expect("the kernel moves less than 2 GiB in a call") {
+        -1 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
+        n => n,
+    }
+}

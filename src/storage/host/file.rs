@@ -1,0 +1,386 @@
+//! An open file of the host.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
+use rustix::io::Errno;
+
+use super::lock;
+use super::retry;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::payload::{BUFFER_ALIGN, Buffer};
+use crate::units::SECTOR;
+
+/// Bytes moved at once through bounce memory.
+const BOUNCE: usize = 1 << 20;
+
+/// An open regular file. Clones share the open description, and with it the locks.
+#[derive(Clone, Debug)]
+pub struct HostFile(Arc<Open>);
+
+#[derive(Debug)]
+struct Open {
+    fd: OwnedFd,
+    path: PathBuf,
+    access: Access,
+    id: FileId,
+    /// What O_DIRECT asks for, once switched on.
+    direct: OnceLock<DirectRules>,
+    lock: Mutex<Option<Lock>>,
+}
+
+impl HostFile {
+    /// Takes an fd that was opened non-blocking; refuses what is not a regular file.
+    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access) -> Result<HostFile> {
+        let fail = |what, e: Errno| Error::io(what, e.into()).at_path(path);
+        let stat = rustix::fs::fstat(&fd).map_err(|e| fail("cannot stat", e))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Error::new(ErrorKind::Refused, "not a regular file").at_path(path));
+        }
+        // Only the opening had to be non-blocking: on file systems that cannot do it, io_uring hands EAGAIN to
+        // whoever left the flag on.
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| fail("cannot read the flags", e))?;
+        rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| fail("cannot set the flags", e))?;
+        Ok(HostFile(Arc::new(Open {
+            fd,
+            path: path.to_path_buf(),
+            access,
+            id: FileId { dev: stat.st_dev, ino: stat.st_ino },
+            direct: OnceLock::new(),
+            lock: Mutex::new(None),
+        })))
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// Which file it is; no system call.
+    pub fn id(&self) -> FileId {
+        self.0.id
+    }
+
+    fn fail(&self, what: &str, e: Errno) -> Error {
+        Error::io(what, e.into()).at_path(&self.0.path)
+    }
+
+    /// See [`File::stat`](crate::storage::File::stat).
+    pub fn stat(&self) -> Result<Stat> {
+        let s = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?;
+        Ok(Stat {
+            id: self.0.id,
+            len: u64::try_from(s.st_size).unwrap_or(0),
+            // st_blocks counts units of 512 bytes, whatever the file system's blocks are (stat(2)).
+            allocated: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
+            modified: s.st_mtime,
+            mode: s.st_mode & 0o7777,
+        })
+    }
+
+    /// See [`File::read_at`](crate::storage::File::read_at).
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        if into.is_empty() {
+            return Ok(());
+        }
+        match self.0.direct.get() {
+            None => self.fill(into, offset),
+            Some(rules) => self.fill_direct(into, offset, rules.offset),
+        }
+        .map_err(|e| Error::io(format!("cannot read {} bytes", into.len()), e).at_path(self.path()).at_offset(offset))
+    }
+
+    /// See [`File::write_at`](crate::storage::File::write_at).
+    pub fn write_at(&self, from: &[u8], offset: u64) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        match self.0.direct.get() {
+            None => self.pour(from, offset),
+            Some(rules) => self.pour_direct(from, offset, rules.offset),
+        }
+        .map_err(|e| Error::io(format!("cannot write {} bytes", from.len()), e).at_path(self.path()).at_offset(offset))
+    }
+
+    fn fill(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.read_some(into, offset)? < into.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(())
+    }
+
+    /// Reads until `into` is full or the file ends.
+    fn read_some(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+            match rustix::io::pread(self, &mut into[done..], at) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                // O_DIRECT goes on only from where a sector begins, and a file's odd end is not such a place.
+                Err(Errno::INVAL) if done > 0 && at % SECTOR != 0 => break,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(done)
+    }
+
+    fn pour(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < from.len() {
+            let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::FileTooLarge)?;
+            match rustix::io::pwrite(self, &from[done..], at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the aligned range around the wanted one, piece by piece through memory that suits the medium.
+    fn fill_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
+        let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE).min(BOUNCE);
+        let mut bounce = Buffer::zeroed(room);
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done as u64;
+            let start = at / unit * unit;
+            let skip = (at % unit) as usize;
+            let ask = (skip + into.len() - done).next_multiple_of(unit as usize).min(room);
+            let got = self.read_some(&mut bounce[..ask], start)?;
+            let n = (into.len() - done).min(ask - skip);
+            if got < skip + n {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            into[done..done + n].copy_from_slice(&bounce[skip..skip + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn pour_direct(&self, from: &[u8], offset: u64, unit: u64) -> io::Result<()> {
+        if !offset.is_multiple_of(unit) || !(from.len() as u64).is_multiple_of(unit) {
+            // Reading and rewriting the neighbours could undo what somebody else writes there now.
+            let what = format!("a direct write must begin and end on a multiple of {unit} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        let mut bounce = Buffer::zeroed(from.len().min(BOUNCE));
+        for (i, piece) in from.chunks(BOUNCE).enumerate() {
+            bounce[..piece.len()].copy_from_slice(piece);
+            self.pour(&bounce[..piece.len()], offset + (i * BOUNCE) as u64)?;
+        }
+        Ok(())
+    }
+
+    /// See [`File::sync`](crate::storage::File::sync).
+    pub fn sync(&self) -> Result<()> {
+        retry(|| rustix::fs::fdatasync(self)).map_err(|e| self.fail("cannot make the data durable", e))
+    }
+
+    /// See [`File::set_len`](crate::storage::File::set_len).
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        retry(|| rustix::fs::ftruncate(self, len))
+            .map_err(|e| self.fail(&format!("cannot set the length to {len} bytes"), e))
+    }
+
+    /// See [`File::allocate`](crate::storage::File::allocate).
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        match retry(|| rustix::fs::fallocate(self, FallocateFlags::KEEP_SIZE, offset, len)) {
+            Ok(()) => Ok(()),
+            Err(e @ (Errno::OPNOTSUPP | Errno::NOSYS)) => {
+                let what = "this file system cannot reserve room";
+                Err(Error::new(ErrorKind::Unsupported, what).caused_by(io::Error::from(e)).at_path(self.path()))
+            }
+            Err(e) => Err(self.fail(&format!("cannot reserve {len} bytes"), e).at_offset(offset)),
+        }
+    }
+
+    /// See [`File::punch`](crate::storage::File::punch).
+    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
+            Err(e) => Err(self.fail(&format!("cannot punch a hole of {len} bytes"), e).at_offset(offset)),
+        }
+    }
+
+    /// Writes zeros over the part of the range that lies in the file.
+    fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len).min(self.stat()?.len);
+        let mut at = offset;
+        let zeros = Buffer::zeroed(BOUNCE);
+        while at < end {
+            let n = usize::try_from(end - at).unwrap_or(BOUNCE).min(BOUNCE);
+            self.write_at(&zeros[..n], at)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// See [`File::next_data`](crate::storage::File::next_data).
+    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let fail = |e| self.fail("cannot look for data", e).at_offset(offset);
+        let mut from = offset;
+        loop {
+            // Seeking moves the file position, which nobody reads.
+            let start = match rustix::fs::seek(self, SeekFrom::Data(from)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => return Ok(None),
+                Err(e) => return Err(fail(e)),
+            };
+            match rustix::fs::seek(self, SeekFrom::Hole(start)) {
+                Ok(end) if end > start => return Ok(Some((start, end - start))),
+                // The run was punched between the two calls.
+                Ok(_) => from = start + 1,
+                Err(Errno::NXIO) => return Ok(None),
+                Err(e) => return Err(fail(e)),
+            }
+        }
+    }
+
+    /// See [`File::lock`](crate::storage::File::lock). It may be called again to change the kind of lock.
+    pub fn lock(&self, wanted: Lock) -> Result<()> {
+        if wanted == Lock::Exclusive && self.0.access == Access::Read {
+            let what = "an exclusive lock needs a file opened for writing";
+            return Err(Error::new(ErrorKind::Unsupported, what).at_path(self.path()));
+        }
+        let mut held = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        lock::change(self.as_fd(), self.0.id, *held, wanted).map_err(|e| e.at_path(self.path()))?;
+        *held = Some(wanted);
+        Ok(())
+    }
+
+    /// See [`File::set_direct`](crate::storage::File::set_direct).
+    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
+        if let Some(rules) = self.0.direct.get() {
+            return Ok(Some(*rules));
+        }
+        let s = match rustix::fs::statx(self, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
+            Ok(s) => s,
+            Err(Errno::NOSYS) => return Ok(None),
+            Err(e) => return Err(self.fail("cannot ask for the rules of O_DIRECT", e)),
+        };
+        let rules = DirectRules { memory: s.stx_dio_mem_align as usize, offset: u64::from(s.stx_dio_offset_align) };
+        let told = s.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+        let sane = rules.memory.is_power_of_two() && rules.offset.is_power_of_two();
+        if !told || !sane || rules.offset > SECTOR || rules.memory > BUFFER_ALIGN {
+            return Ok(None);
+        }
+        let flags = rustix::fs::fcntl_getfl(self).map_err(|e| self.fail("cannot read the flags", e))?;
+        match rustix::fs::fcntl_setfl(self, flags | OFlags::DIRECT) {
+            Ok(()) => Ok(Some(*self.0.direct.get_or_init(|| rules))),
+            Err(Errno::INVAL) => Ok(None),
+            Err(e) => Err(self.fail("cannot switch to O_DIRECT", e)),
+        }
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+}
+
+impl AsRawFd for HostFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.fd.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::env::{Env, File};
+    use crate::storage::host::Host;
+
+    fn file(bytes: &[u8]) -> (tempfile::TempDir, HostFile) {
+        let folder = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, bytes).unwrap();
+        match Host.open(&path, Access::Write).unwrap() {
+            File::Host(f) => (folder, f),
+            #[cfg(feature = "sim")]
+            File::Sim(_) => unreachable!(),
+        }
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
+    }
+
+    #[test]
+    fn transfers_are_whole_or_name_the_place() {
+        let (_folder, f) = file(&pattern(1000));
+        let mut b = [0; 100];
+        f.read_at(&mut b, 900).unwrap();
+        assert_eq!(b, pattern(1000)[900..]);
+        let e = f.read_at(&mut b, 901).unwrap_err();
+        assert_eq!((e.kind(), e.offset(), e.path()), (ErrorKind::Io, Some(901), Some(f.path())));
+        assert!(f.read_at(&mut b, u64::MAX - 3).is_err() && f.write_at(&b, u64::MAX - 3).is_err());
+        f.write_at(&[9; 7], 1500).unwrap();
+        f.read_at(&mut b[..8], 1499).unwrap();
+        assert_eq!(b[..8], [0, 9, 9, 9, 9, 9, 9, 9]);
+        assert_eq!(f.stat().unwrap().len, 1507);
+        assert_eq!(f.stat().unwrap().id, f.id());
+        f.sync().unwrap();
+    }
+
+    #[test]
+    fn holes_are_seen_and_made() {
+        let (_folder, f) = file(&[]);
+        f.set_len(1 << 20).unwrap();
+        f.write_at(&[1; 65536], 262_144).unwrap();
+        f.sync().unwrap();
+        assert_eq!(f.next_data(0).unwrap(), Some((262_144, 65536)));
+        assert_eq!(f.next_data(262_144 + 65536).unwrap(), None);
+        assert_eq!(f.next_data(1 << 21).unwrap(), None);
+        let before = f.stat().unwrap().allocated;
+        f.punch(262_144, 32768).unwrap();
+        assert_eq!(f.next_data(0).unwrap(), Some((262_144 + 32768, 32768)));
+        assert!(f.stat().unwrap().allocated < before);
+        f.allocate(1 << 20, 1 << 16).unwrap();
+        assert_eq!(f.stat().unwrap().len, 1 << 20);
+        f.write_zeros(262_144 + 32768 + 10, 1 << 30).unwrap();
+        let mut b = [7; 12];
+        f.read_at(&mut b, 262_144 + 32768).unwrap();
+        assert_eq!(b, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
+        assert_eq!(f.stat().unwrap().len, 1 << 20);
+    }
+
+    #[test]
+    fn direct_files_take_any_memory() {
+        let bytes = pattern(2 * BOUNCE + 1000);
+        let (_folder, f) = file(&bytes);
+        let Some(rules) = f.set_direct().unwrap() else {
+            eprintln!("skipped: no O_DIRECT with sectors in /var/tmp");
+            return;
+        };
+        assert_eq!(f.set_direct().unwrap(), Some(rules));
+        let mut whole = vec![0; bytes.len() + 1];
+        for (at, len) in [(1, 10), (511, 2), (3, bytes.len() - 3), (bytes.len() - 1, 1), (512, 2 * BOUNCE)] {
+            f.read_at(&mut whole[1..=len], at as u64).unwrap();
+            assert_eq!(whole[1..=len], bytes[at..at + len], "{at} {len}");
+        }
+        for (at, len) in [(bytes.len() - 1, 2), (bytes.len(), 1), (0, bytes.len() + 1), (1 << 30, 5)] {
+            let e = f.read_at(&mut whole[..len], at as u64).unwrap_err();
+            assert!(e.line().contains("end of file"), "{e}");
+        }
+        f.write_at(&whole[1..=BOUNCE + 512], 1024).unwrap();
+        let mut back = vec![0; BOUNCE + 512];
+        f.read_at(&mut back, 1024).unwrap();
+        assert_eq!(back, whole[1..=BOUNCE + 512]);
+        assert!(f.write_at(&[0; 512], 1).is_err() && f.write_at(&[0; 5], 0).is_err());
+    }
+}

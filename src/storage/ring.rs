@@ -1,0 +1,326 @@
+//! The engine over io_uring: one call for a whole batch, none to look whether something is complete.
+//!
+//! Every operation has an entry in a slab for as long as the kernel may touch its memory; its number is the
+//! operation's user data. Submission entries never run out, since there are as many as operations under way may be and
+//! each of those waits in the queue at most once.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::engine::{Engine, SLOTS, host_file};
+use super::env::File;
+use super::op::{Action, Completion, Op, Slot};
+use super::transfer::{self, Piece, Progress, Step};
+
+/// io_uring_enter(2): run what is pending for this thread, and wait for as many completions as asked.
+const ENTER_GETEVENTS: u32 = 1;
+/// io_uring_register(2): operation codes that stay allowed.
+const REGISTER_FILES_UPDATE: u8 = 6;
+const REGISTER_ENABLE_RINGS: u8 = 12;
+
+/// Calls in a row that the kernel may refuse for want of memory.
+const MAX_REFUSALS: u32 = 1000;
+
+/// See the file's first line.
+///
+/// Where the kernel can (Linux 6.0), the ring belongs to one thread: the one that calls `submit`, `wait`, or `reap`
+/// first, since it is made disabled and enabled then. Files may be registered by any thread before that, and only by
+/// the owner afterwards.
+pub struct Ring {
+    ring: IoUring,
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+    /// Completions that `wait` found.
+    over: Vec<Completion>,
+    /// Entries whose transfer was short.
+    again: Vec<u32>,
+    /// Entries in the submission queue that the kernel has not taken.
+    queued: u32,
+    /// Operations the kernel has.
+    flying: usize,
+    enabled: bool,
+    calls: u64,
+}
+
+#[derive(Default)]
+struct Entry {
+    op: Option<Op>,
+    progress: Progress,
+}
+
+// SAFETY: the ring's mappings and the pointers in `entries` belong to it alone and to no thread; a ring that the kernel
+// ties to a thread refuses calls from others with an error.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// A ring for at most `depth` operations at once.
+    ///
+    /// # Errors
+    /// Where the kernel has no io_uring, forbids it, or has no memory for it.
+    pub fn new(depth: usize) -> io::Result<Ring> {
+        assert!(depth > 0, "an engine takes at least one operation");
+        let count = u32::try_from(depth).ok().and_then(u32::checked_next_power_of_two);
+        let count = count.ok_or(io::ErrorKind::InvalidInput)?;
+        let (ring, enabled) = set_up(count)?;
+        Ok(Ring {
+            ring,
+            entries: (0..depth).map(|_| Entry::default()).collect(),
+            // Below 2^32, as `count` is. The lowest numbers are used first: they are warm.
+            free: (0..depth as u32).rev().collect(),
+            over: Vec::with_capacity(depth),
+            again: Vec::with_capacity(depth),
+            queued: 0,
+            flying: 0,
+            enabled,
+            calls: 0,
+        })
+    }
+
+    /// Puts the entry's next call into the submission queue.
+    fn queue(&mut self, number: u32) {
+        let entry = &mut self.entries[number as usize];
+        let op = entry.op.as_mut().expect("a queued entry has an operation");
+        let sqe = describe(op, &mut entry.progress).user_data(u64::from(number));
+        // SAFETY: the memory the entry names is the operation's payload and the arrays of runs in payload or progress.
+        // The slab keeps both, unmoved on the heap, until the completion, and nobody forms references to the bytes.
+        let pushed = unsafe { self.ring.submission().push(&sqe) };
+        assert!(pushed.is_ok(), "the submission queue holds as many entries as operations may be under way");
+        self.queued += 1;
+    }
+
+    /// One io_uring_enter: hands over what is queued, runs what is pending, waits for `at_least` completions.
+    fn enter(&mut self, at_least: u32) -> io::Result<()> {
+        if !self.enabled {
+            self.ring.submitter().register_enable_rings()?;
+            self.enabled = true;
+        }
+        let mut refusals = 0;
+        loop {
+            self.calls += 1;
+            // SAFETY: without an argument no memory is passed; the queue has `queued` entries, whose memory lives (see
+            // `queue`).
+            let taken =
+                unsafe { self.ring.submitter().enter::<libc::sigset_t>(self.queued, at_least, ENTER_GETEVENTS, None) };
+            match taken {
+                Ok(taken) => {
+                    let taken = u32::try_from(taken).expect("the kernel takes no more than it was given");
+                    self.queued = self.queued.checked_sub(taken).expect("the kernel takes no more than it was given");
+                    self.flying += taken as usize;
+                    if self.queued == 0 || self.flying > 0 {
+                        // What is left goes with the next call, which a completion of those under way brings about.
+                        return Ok(());
+                    }
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
+                // No memory for requests, or completions to be reaped first.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                    if self.flying > 0 {
+                        return Ok(());
+                    }
+                    if refusals >= MAX_REFUSALS {
+                        return Err(e);
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+            refusals += 1;
+            if refusals > MAX_REFUSALS {
+                return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Takes completions out of their queue, without a system call; what is not whole yet is queued again.
+    fn drain(&mut self, out: &mut Vec<Completion>) {
+        for cqe in self.ring.completion() {
+            self.flying -= 1;
+            // Our own numbers come back, all of 32 bits.
+            let number = cqe.user_data() as u32;
+            let entry = &mut self.entries[number as usize];
+            let op = entry.op.as_ref().expect("a completion belongs to an operation under way");
+            match entry.progress.settle(op, cqe.result()) {
+                Step::Again => self.again.push(number),
+                Step::Over(result) => {
+                    let op = entry.op.take().expect("looked at above");
+                    self.free.push(number);
+                    out.push(Completion { op, result });
+                }
+            }
+        }
+        while let Some(number) = self.again.pop() {
+            self.queue(number);
+        }
+    }
+
+    fn update(&mut self, slot: Slot, fd: RawFd) -> io::Result<()> {
+        if slot.0 >= SLOTS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.ring.submitter().register_files_update(u32::from(slot.0), &[fd]).map(drop)
+    }
+}
+
+impl Engine for Ring {
+    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+        // The table holds the open description itself: locks on it live as long as any operation, even if this process
+        // is killed (crash-safety 3.10, the fence).
+        self.update(slot, host_file(file)?.as_raw_fd())
+    }
+
+    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+        self.update(slot, -1)
+    }
+
+    fn push(&mut self, op: Op) -> Result<(), Op> {
+        if self.under_way() == self.depth() {
+            return Err(op);
+        }
+        let number = self.free.pop().expect("there are as many entries as operations may be under way");
+        let entry = &mut self.entries[number as usize];
+        entry.progress.reset();
+        entry.op = Some(op);
+        self.queue(number);
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        if self.queued == 0 { Ok(()) } else { self.enter(0) }
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        out.append(&mut self.over);
+        self.drain(out);
+        // Two reasons for a call: the kernel has completions that only this thread can finish, and short transfers go on.
+        // A refusal shows again, as an error, in the next `submit`.
+        let pending = self.ring.submission().taskrun();
+        if (pending || self.queued > 0 && self.enabled) && self.enter(0).is_ok() {
+            self.drain(out);
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let mut over = mem::take(&mut self.over);
+        let result = loop {
+            self.drain(&mut over);
+            if !over.is_empty() || self.flying == 0 && self.queued == 0 {
+                break self.submit();
+            }
+            if let Err(e) = self.enter(1) {
+                break Err(e);
+            }
+        };
+        self.over = over;
+        result
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the ring's fd is open as long as the ring, which is borrowed.
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+    }
+
+    fn under_way(&self) -> usize {
+        self.entries.len() - self.free.len() + self.over.len()
+    }
+
+    fn depth(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // Never handed over, so nobody touches their memory: `enter` is not told of them any more.
+        self.queued = 0;
+        while self.flying > 0 {
+            if let Err(e) = self.enter(1) {
+                // The kernel may still write there.
+                log::error!("{} operations cannot be waited for ({e}): their memory is kept for good", self.flying);
+                mem::forget(mem::take(&mut self.entries));
+                return;
+            }
+            while self.ring.completion().next().is_some() {
+                self.flying -= 1;
+            }
+        }
+    }
+}
+
+/// The submission entry for what is left of an operation.
+fn describe(op: &mut Op, progress: &mut Progress) -> squeue::Entry {
+    let file = types::Fixed(u32::from(op.slot.0));
+    // -1 would mean the file position; what is no offset (beyond 2^63) is left to the kernel to refuse.
+    let offset = progress.offset(op).min(1 << 63);
+    match op.action {
+        Action::Read => match progress.piece(&mut op.payload) {
+            Piece::One(start, len) => opcode::Read::new(file, start, len).offset(offset).build(),
+            Piece::Many(runs, count) => opcode::Readv::new(file, runs, count).offset(offset).build(),
+        },
+        Action::Write => match progress.piece(&mut op.payload) {
+            Piece::One(start, len) => opcode::Write::new(file, start, len).offset(offset).build(),
+            Piece::Many(runs, count) => opcode::Writev::new(file, runs, count).offset(offset).build(),
+        },
+        Action::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+        action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::mode(action)).build(),
+    }
+}
+
+/// A ring with an empty table of files, and whether it is enabled yet.
+fn set_up(count: u32) -> io::Result<(IoUring, bool)> {
+    // Linux 6.0: one thread submits and reaps; completions do not interrupt it, but do wake it. DEFER_TASKRUN would make
+    // them wait until it asks, and does not wake who sleeps on the ring's fd [tried: 6.18, a sync never woke a poll(2)].
+    let first = IoUring::builder()
+        .setup_r_disabled()
+        .setup_single_issuer()
+        .setup_coop_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .dontfork()
+        .build(count);
+    let (ring, enabled) = match first {
+        Ok(ring) => (ring, false),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            // Linux 5.19.
+            let mut next = IoUring::builder();
+            next.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all().dontfork();
+            match next.build(count) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => (IoUring::builder().dontfork().build(count)?, true),
+                other => (other?, true),
+            }
+        }
+        Err(e) => return Err(e),
+    };
+    let submitter = ring.submitter();
+    match submitter.register_files_sparse(u32::from(SLOTS)) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => submitter.register_files(&[-1; SLOTS as usize])?,
+        other => other?,
+    }
+    if !enabled {
+        // A ring that is taken over by a bug opens no files and no sockets: seccomp does not see what rings do.
+        submitter.register_restrictions(&mut [
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
+            Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
+            Restriction::register_op(REGISTER_FILES_UPDATE),
+            Restriction::register_op(REGISTER_ENABLE_RINGS),
+        ])?;
+    }
+    Ok((ring, enabled))
+}

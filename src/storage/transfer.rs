@@ -1,0 +1,136 @@
+//! What the engines on real files share: where a transfer goes on after a short one, and what a result means.
+
+use std::io;
+
+use super::op::{Action, Op};
+use super::payload::Payload;
+
+/// Runs in one call, at most (UIO_MAXIOV). More are a short transfer.
+const MAX_RUNS: usize = 1024;
+
+/// Bytes in a call on a single run, at most: the kernel stops a page short of 2 GiB.
+const MAX_BYTES: usize = 1 << 30;
+
+/// Calls in a row without progress (EAGAIN, EINTR) before that is an error.
+const MAX_IDLE: u32 = 1000;
+
+/// How far an operation has come. Kept, with its room, from one operation to the next.
+#[derive(Default)]
+pub(super) struct Progress {
+    done: usize,
+    idle: u32,
+    /// The runs that are left, after a short transfer.
+    rest: Vec<libc::iovec>,
+}
+
+/// Memory for the next call.
+pub(super) enum Piece {
+    /// A single run.
+    One(*mut u8, u32),
+    /// Several, in an array that stays where it is until the operation is over or goes on.
+    Many(*const libc::iovec, u32),
+}
+
+/// What to do after a call.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// The operation is over.
+    Over(io::Result<()>),
+    /// Call again with the next [`Piece`].
+    Again,
+}
+
+impl Progress {
+    /// Starts anew.
+    pub(super) fn reset(&mut self) {
+        self.done = 0;
+        self.idle = 0;
+    }
+
+    /// File offset at which the operation goes on.
+    pub(super) fn offset(&self, op: &Op) -> u64 {
+        op.offset + self.done as u64
+    }
+
+    /// The memory that is left of a read or a write.
+    pub(super) fn piece(&mut self, payload: &mut Payload) -> Piece {
+        match payload {
+            Payload::None => panic!("reads and writes have a payload"),
+            Payload::Own(b) => one(b[self.done..].as_mut_ptr(), b.len() - self.done),
+            Payload::Guest(s) => {
+                if self.done == 0 {
+                    return many(s.iovecs());
+                }
+                self.rest.clear();
+                let mut skip = self.done;
+                for run in s.iovecs() {
+                    let cut = skip.min(run.iov_len);
+                    skip -= cut;
+                    if cut < run.iov_len {
+                        let start = run.iov_base.cast::<u8>().wrapping_add(cut).cast();
+                        self.rest.push(libc::iovec { iov_base: start, iov_len: run.iov_len - cut });
+                    }
+                }
+                many(&self.rest)
+            }
+        }
+    }
+
+    /// Takes in what a call returned: a count, or a negated error code.
+    pub(super) fn settle(&mut self, op: &Op, returned: i32) -> Step {
+        let moves = matches!(op.action, Action::Read | Action::Write);
+        if returned < 0 {
+            let code = -returned;
+            if matches!(code, libc::EINTR | libc::EAGAIN) && self.idle < MAX_IDLE {
+                self.idle += 1;
+                return Step::Again;
+            }
+            // A direct read goes on only from where a sector begins, and a file's odd end is not such a place.
+            if code == libc::EINVAL
+                && op.action == Action::Read
+                && self.done > 0
+                && !self.offset(op).is_multiple_of(512)
+            {
+                return Step::Over(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+            if !moves && code == libc::EOPNOTSUPP {
+                return Step::Over(Err(io::Error::new(io::ErrorKind::Unsupported, io::Error::from_raw_os_error(code))));
+            }
+            return Step::Over(Err(io::Error::from_raw_os_error(code)));
+        }
+        if !moves {
+            return Step::Over(Ok(()));
+        }
+        if returned == 0 {
+            let kind = if op.action == Action::Read { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::WriteZero };
+            return Step::Over(Err(kind.into()));
+        }
+        self.idle = 0;
+        self.done += returned.unsigned_abs() as usize;
+        assert!(self.done <= op.payload.len(), "the kernel moves no more than it was given");
+        if self.done == op.payload.len() { Step::Over(Ok(())) } else { Step::Again }
+    }
+}
+
+fn one(start: *mut u8, len: usize) -> Piece {
+    // Below 2^32 by the constant.
+    Piece::One(start, len.min(MAX_BYTES) as u32)
+}
+
+fn many(runs: &[libc::iovec]) -> Piece {
+    match runs {
+        [run] => one(run.iov_base.cast(), run.iov_len),
+        _ => Piece::Many(runs.as_ptr(), runs.len().min(MAX_RUNS) as u32),
+    }
+}
+
+/// The mode of fallocate(2) for an action on a range.
+pub(super) fn mode(action: Action) -> i32 {
+    libc::FALLOC_FL_KEEP_SIZE
+        | match action {
+            Action::Allocate => 0,
+            Action::Punch => libc::FALLOC_FL_PUNCH_HOLE,
+            Action::Zero => libc::FALLOC_FL_ZERO_RANGE,
+            Action::Read | Action::Write | Action::Sync => panic!("only actions on ranges have a mode"),
+        }
+}

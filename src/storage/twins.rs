@@ -1,0 +1,335 @@
+//! Tests that run the same operations through both engines on real files.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::blocking::Blocking;
+use super::host::Host;
+use super::payload::{Buffer, Payload, Slices};
+use super::ring::Ring;
+use super::{Access, Action, Completion, Engine, Env, File, Op, SLOTS, Slot};
+
+/// Memory of a pretended guest.
+struct Guest(*mut [u8]);
+
+// SAFETY: raw memory, reached only through pointers.
+unsafe impl Send for Guest {}
+// SAFETY: as above.
+unsafe impl Sync for Guest {}
+
+impl Guest {
+    fn new(len: usize) -> Arc<Guest> {
+        Arc::new(Guest(Box::into_raw(vec![0u8; len].into_boxed_slice())))
+    }
+
+    fn slices(self: &Arc<Guest>, runs: impl IntoIterator<Item = (usize, usize)>) -> Slices {
+        let mut s = Slices::with_capacity(4);
+        for (at, len) in runs {
+            assert!(at + len <= self.0.len());
+            // SAFETY: the range lies in the memory, which lives as long as the owner set below.
+            unsafe { s.push(self.0.cast::<u8>().wrapping_add(at), len) };
+        }
+        s.set_owner(self.clone());
+        s
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // SAFETY: from Box::into_raw, and freed only here.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+fn ring(depth: usize) -> Option<Box<dyn Engine>> {
+    match Ring::new(depth) {
+        Ok(ring) => Some(Box::new(ring)),
+        Err(e) => {
+            eprintln!("skipped for io_uring: {e}");
+            None
+        }
+    }
+}
+
+fn engines(depth: usize) -> Vec<Box<dyn Engine>> {
+    ring(depth).into_iter().chain([Box::new(Blocking::new(depth)) as Box<dyn Engine>]).collect()
+}
+
+fn file(folder: &Path, name: &str, bytes: &[u8]) -> (File, PathBuf) {
+    let path = folder.join(name);
+    std::fs::write(&path, bytes).unwrap();
+    (Host.open(&path, Access::Write).unwrap(), path)
+}
+
+/// Submits, and waits for everything under way.
+fn all(engine: &mut dyn Engine) -> Vec<Completion> {
+    let mut out = Vec::new();
+    engine.submit().unwrap();
+    engine.reap(&mut out);
+    while engine.under_way() > 0 {
+        engine.wait().unwrap();
+        let before = out.len();
+        engine.reap(&mut out);
+        assert!(out.len() > before, "wait returns when something can be reaped");
+    }
+    out
+}
+
+#[test]
+fn both_engines_do_what_a_vector_does() {
+    const STRIPE: usize = 8192;
+    const DEPTH: usize = 16;
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    println!("seed {seed}");
+    let folder = tempfile::tempdir().unwrap();
+    let mut twins = engines(DEPTH);
+    let paths: Vec<_> = twins
+        .iter_mut()
+        .map(|engine| {
+            let (f, path) = file(folder.path(), engine.name(), &[0; STRIPE * DEPTH]);
+            engine.register(Slot(3), &f).unwrap();
+            path
+        })
+        .collect();
+    let mut model = vec![0u8; STRIPE * DEPTH];
+    for round in 0..300u64 {
+        // One operation a stripe: their order does not matter.
+        let first = Random(seed ^ (round + 1) << 32 | 1);
+        let mut after = Vec::new();
+        for engine in &mut twins {
+            let mut random = Random(first.0);
+            let mut next = model.clone();
+            for stripe in 0..DEPTH {
+                let guest = Guest::new(STRIPE);
+                let (mut at, end) = (random.below(STRIPE as u64) as usize, STRIPE);
+                let len = 1 + random.below((end - at) as u64) as usize;
+                at += stripe * STRIPE;
+                let mut payload = match random.below(3) {
+                    0 => Payload::Own(Buffer::zeroed(len)),
+                    // Scattered in runs, or in one.
+                    1 => Payload::Guest(guest.slices((0..len).step_by(600).rev().map(|i| (i, (len - i).min(600))))),
+                    _ => Payload::Guest(guest.slices([(0, len)])),
+                };
+                let op = match random.below(6) {
+                    0 => Op::range(stripe as u64, Slot(3), Action::Punch, at as u64, len as u64),
+                    1 => Op::range(stripe as u64, Slot(3), Action::Zero, at as u64, len as u64),
+                    2 => Op::sync(stripe as u64, Slot(3)),
+                    3 => Op::read(stripe as u64, Slot(3), at as u64, payload),
+                    _ => {
+                        let bytes: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
+                        match &mut payload {
+                            Payload::Guest(s) => s.copy_from(0, &bytes),
+                            Payload::Own(b) => b.copy_from_slice(&bytes),
+                            Payload::None => unreachable!(),
+                        }
+                        next[at..at + len].copy_from_slice(&bytes);
+                        Op::write(stripe as u64, Slot(3), at as u64, payload)
+                    }
+                };
+                if matches!(op.action, Action::Punch | Action::Zero) {
+                    next[at..at + len].fill(0);
+                }
+                engine.push(op).unwrap();
+            }
+            let back = engine.push(Op::sync(99, Slot(3))).unwrap_err();
+            assert_eq!(back.token, 99);
+            let calls = engine.calls();
+            let over = all(engine.as_mut());
+            if engine.name() == "io_uring" {
+                assert!(engine.calls() > calls);
+            }
+            let mut tokens: Vec<u64> = over.iter().map(|c| c.op.token).collect();
+            tokens.sort_unstable();
+            assert_eq!(tokens, (0..DEPTH as u64).collect::<Vec<_>>());
+            for c in over {
+                assert!(c.result.is_ok(), "seed {seed} round {round} {}: {:?}", engine.name(), c);
+                if c.op.action != Action::Read {
+                    continue;
+                }
+                let (at, len) = (c.op.offset as usize, c.op.len as usize);
+                let mut got = vec![0; len];
+                match &c.op.payload {
+                    Payload::Guest(s) => s.copy_to(0, &mut got),
+                    Payload::Own(b) => got.copy_from_slice(b),
+                    Payload::None => unreachable!(),
+                }
+                assert!(got == model[at..at + len], "seed {seed} round {round} {}", engine.name());
+            }
+            after.push(next);
+        }
+        assert!(after.windows(2).all(|w| w[0] == w[1]));
+        model = after.pop().unwrap();
+        for path in &paths {
+            assert!(std::fs::read(path).unwrap() == model, "seed {seed} round {round} {path:?}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_is_one_call_and_a_look_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut ring) = ring(32) else { return };
+    let (f, _) = file(folder.path(), "f", &[1; 32 * 512]);
+    ring.register(Slot(0), &f).unwrap();
+    let readable = |ring: &dyn Engine| {
+        let fd = ring.wake_fd().unwrap();
+        let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&now)).unwrap() > 0
+    };
+    assert!(!readable(ring.as_ref()));
+    for i in 0..32 {
+        ring.push(Op::read(i, Slot(0), i * 512, Payload::Own(Buffer::zeroed(512)))).unwrap();
+    }
+    assert_eq!(ring.calls(), 0);
+    ring.submit().unwrap();
+    assert_eq!(ring.calls(), 1);
+    let mut out = Vec::new();
+    while out.len() < 32 {
+        ring.wait().unwrap();
+        assert!(readable(ring.as_ref()) || ring.under_way() > 0);
+        ring.reap(&mut out);
+    }
+    let calls = ring.calls();
+    ring.reap(&mut out);
+    ring.submit().unwrap();
+    ring.wait().unwrap();
+    assert_eq!((ring.calls(), ring.under_way(), out.len()), (calls, 0, 32));
+    assert!(!readable(ring.as_ref()));
+    // With completions to reap the fd stays readable.
+    ring.push(Op::sync(7, Slot(0))).unwrap();
+    ring.submit().unwrap();
+    let fd = ring.wake_fd().unwrap();
+    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+    rustix::event::poll(&mut fds, None).unwrap();
+    assert!(readable(ring.as_ref()) && readable(ring.as_ref()));
+    assert_eq!(all(ring.as_mut()).len(), 1);
+}
+
+#[test]
+fn failures_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    for mut engine in engines(4) {
+        let (f, path) = file(folder.path(), engine.name(), &[5; 1000]);
+        let read_only = Host.open(&path, Access::Read).unwrap();
+        engine.register(Slot(1), &f).unwrap();
+        engine.register(Slot(SLOTS - 1), &read_only).unwrap();
+        assert!(engine.register(Slot(SLOTS), &f).is_err() && engine.unregister(Slot(SLOTS)).is_err());
+        let mut fate = |op: Op| {
+            engine.push(op).unwrap();
+            let c = all(engine.as_mut()).pop().unwrap();
+            (c.result, c.op)
+        };
+        let own = |len| Payload::Own(Buffer::zeroed(len));
+        // The end of the file: met midway, at once, far beyond.
+        for at in [900, 1000, 1 << 40] {
+            let e = fate(Op::read(0, Slot(1), at, own(200))).0.unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof, "{at}");
+        }
+        let (result, op) = fate(Op::read(0, Slot(1), 800, own(200)));
+        assert!(result.is_ok() && matches!(op.payload, Payload::Own(b) if b.iter().all(|&x| x == 5)));
+        for offset in [u64::MAX, 1 << 63] {
+            let e = fate(Op::read(0, Slot(1), offset, own(8))).0.unwrap_err();
+            assert_eq!(e.raw_os_error(), Some(libc::EINVAL));
+        }
+        let e = fate(Op::write(0, Slot(SLOTS - 1), 0, own(8))).0.unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EBADF));
+        let e = fate(Op::sync(0, Slot(2))).0.unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EBADF));
+        // More runs than a call takes.
+        let guest = Guest::new(1 << 20);
+        let many = || guest.slices((0..3000).map(|i| (i * 100, 64)));
+        guest.slices([(0, 1 << 20)]).copy_from(0, &vec![0xAB; 1 << 20]);
+        fate(Op::write(0, Slot(1), 10, Payload::Guest(many()))).0.unwrap();
+        assert!(std::fs::read(&path).unwrap()[10..] == vec![0xAB; 3000 * 64]);
+        guest.slices([(0, 1 << 20)]).zero(0, 1 << 20);
+        fate(Op::read(0, Slot(1), 10, Payload::Guest(many()))).0.unwrap();
+        let mut whole = vec![0; 3000 * 64];
+        many().copy_to(0, &mut whole);
+        assert!(whole.iter().all(|&b| b == 0xAB));
+        fate(Op::range(0, Slot(1), Action::Allocate, 1 << 20, 4096)).0.unwrap();
+        assert_eq!(f.stat().unwrap().len, 10 + 3000 * 64);
+        drop(fate);
+        engine.unregister(Slot(1)).unwrap();
+        engine.push(Op::sync(0, Slot(1))).unwrap();
+        assert!(all(engine.as_mut())[0].result.is_err());
+    }
+}
+
+#[test]
+fn what_a_file_system_cannot_do_is_unsupported() {
+    // tmpfs punches holes but has no FALLOC_FL_ZERO_RANGE.
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("skipped: no tmpfs at /dev/shm");
+        return;
+    };
+    for mut engine in engines(1) {
+        let (f, _) = file(folder.path(), engine.name(), &[5; 8192]);
+        engine.register(Slot(0), &f).unwrap();
+        engine.push(Op::range(0, Slot(0), Action::Zero, 0, 4096)).unwrap();
+        let e = all(engine.as_mut()).pop().unwrap().result.unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::Unsupported, "{}", engine.name());
+        assert_eq!(crate::error::Error::io("x", e).kind(), crate::error::ErrorKind::Unsupported);
+    }
+}
+
+#[test]
+fn dropping_an_engine_waits_for_its_memory() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    for mut engine in engines(64) {
+        let (f, path) = file(folder.path(), engine.name(), &vec![1; 16 << 20]);
+        f.sync().unwrap();
+        // Straight from the medium, so that it takes a while.
+        let _ = f.set_direct().unwrap();
+        engine.register(Slot(0), &f).unwrap();
+        let guest = Guest::new(16 << 20);
+        for i in 0..32u64 {
+            let at = i << 19;
+            let payload = Payload::Guest(guest.slices([(at as usize, 1 << 19)]));
+            engine.push(Op::read(i, Slot(0), at, payload)).unwrap();
+        }
+        let _ = engine.submit();
+        for i in 0..32 {
+            engine.push(Op::write(i, Slot(0), i << 19, Payload::Own(Buffer::zeroed(512)))).unwrap();
+        }
+        drop(engine);
+        assert_eq!(Arc::strong_count(&guest), 1, "nobody has the guest's memory any more");
+        assert!(std::fs::read(&path).unwrap().iter().all(|&b| b == 1), "what was not submitted is not done");
+    }
+}
+
+#[test]
+fn the_first_user_owns_a_ring() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut ring) = ring(2) else { return };
+    let (f, _) = file(folder.path(), "f", &[5; 512]);
+    ring.register(Slot(0), &f).unwrap();
+    let mut ring = std::thread::spawn(move || {
+        ring.register(Slot(1), &f).unwrap();
+        ring.push(Op::sync(0, Slot(1))).unwrap();
+        assert!(all(ring.as_mut())[0].result.is_ok());
+        ring.register(Slot(2), &f).unwrap();
+        ring
+    })
+    .join()
+    .unwrap();
+    // Where the kernel ties rings to threads this is an error, elsewhere it works: never a hang or a panic.
+    ring.push(Op::sync(0, Slot(0))).unwrap();
+    if ring.submit().is_ok() {
+        assert!(all(ring.as_mut())[0].result.is_ok());
+    }
+}

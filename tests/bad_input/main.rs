@@ -1,0 +1,43 @@
+//! Hostile images: every limit of the opener at both sides, and parents that lead astray.
+//!
+//! A case builds a file, names the verdict, and is then shown to `info`, `check`, `convert` and the daemon. A refusal
+//! must come as one line that names file, rule and place, in under a second and 64 MiB; no case may change a file.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bat;
+mod builder;
+mod chain;
+mod footer;
+mod header;
+mod measure;
+mod node;
+mod traps;
+mod verdict;
+
+use verdict::{Case, judge};
+
+/// The classes written by hand, those of the trap table excluded.
+const CLASSES: usize = 60;
+
+fn all() -> Vec<Case> {
+    [footer::cases(), header::cases(), bat::cases(), chain::cases(), node::cases()].into_iter().flatten().collect()
+}
+
+#[test]
+fn every_limit_holds_at_both_sides() {
+    let cases = all();
+    let mut names: Vec<_> = cases.iter().map(|case| case.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), cases.len(), "two cases share a name");
+    assert!(cases.len() >= CLASSES, "only {} cases", cases.len());
+    let failed: Vec<_> = cases.iter().filter_map(|case| judge(case).err()).collect();
+    // A child starts with what its parent's memory was at the fork: the figures above hold only over this one.
+    let nothing = measure::run(&mut std::process::Command::new("true"));
+    println!("a program that does nothing counts {} KiB here", nothing.rss_kib);
+    nothing.assert_sane("true");
+    println!("{} cases of malformed images, {} failed", cases.len(), failed.len());
+    assert!(failed.is_empty(), "\n{}", failed.join("\n"));
+}

@@ -1,0 +1,338 @@
+//! Parents that lead astray: at least forty children whose parent strings point where nobody may look. Each is opened
+//! under strace, and every file that was opened is compared with what may be.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+use crate::chain::{BLOCK, SIZE, chain, ring};
+use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
+use crate::common::vhd_bytes::{Spec, VhdFile, id, plain, utf16le};
+use crate::measure::{self, Run};
+
+/// In every sector of the files outside; must never be shown.
+const SECRET: &str = "SECRET";
+/// The classes asked for.
+const CLASSES: usize = 40;
+
+/// Folders and files a run may open besides the child's own folder: what the loader, the C library and the Rust
+/// runtime read, and the daemon's own state.
+const SYSTEM: [&str; 9] = [
+    "/lib/",
+    "/lib64/",
+    "/usr/lib/",
+    "/usr/share/zoneinfo/",
+    "/etc/ld.so.",
+    "/etc/localtime",
+    "/sys/devices/system/",
+    "/sys/fs/cgroup",
+    "/sys/kernel/mm/",
+];
+/// Files of the process's own folder in /proc the runtime reads.
+const OWN_PROC: [&str; 7] = ["maps", "cgroup", "mountinfo", "fd", "status", "limits", "auxv"];
+
+/// One trap.
+struct Trap {
+    name: String,
+    /// Makes what the child's strings point at; returns the child.
+    build: Box<dyn Fn(&Place) -> PathBuf>,
+    /// The sound parent beside it must be found all the same.
+    reads: bool,
+}
+
+/// Where a trap is laid: the child's folder, and beside it one that holds `secret.vhd`, whose id is the recorded one.
+struct Place {
+    inside: PathBuf,
+    outside: PathBuf,
+}
+
+impl Place {
+    fn within(root: &Path) -> Place {
+        let place = Place { inside: root.join("inside"), outside: root.join("outside") };
+        for folder in [&place.inside, &place.outside] {
+            fs::create_dir(folder).expect("a folder");
+        }
+        let secret = Spec { tag: SECRET.into(), ..Spec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1, 2]) };
+        VhdFile::create(&place.outside.join("secret.vhd"), secret);
+        plain(&place.outside.join("secret.raw"), SECRET.repeat(4096).as_bytes());
+        place
+    }
+
+    /// `@` in a trap's string stands for the path of the folder outside.
+    fn path(&self, text: &str) -> String {
+        text.replace('@', &self.outside.display().to_string())
+    }
+
+    fn child(&self) -> VhdFile {
+        VhdFile::create(&self.inside.join("c.vhd"), Spec::child(SIZE, BLOCK, id(1), ""))
+    }
+}
+
+fn trap(name: impl Into<String>, build: impl Fn(&Place) -> PathBuf + 'static) -> Trap {
+    Trap { name: name.into(), build: Box::new(build), reads: false }
+}
+
+/// The string in a locator or, for the code `name`, in the header.
+fn set(place: &Place, child: &VhdFile, slot: u64, code: &str, text: &str) {
+    let text = place.path(text);
+    match code {
+        "name" => drop(child.name(&text.encode_utf16().collect::<Vec<_>>())),
+        "MacX" => drop(child.locator_data(slot, b"MacX", text.as_bytes())),
+        "W2ku" => drop(child.locator_data(slot, b"W2ku", &utf16le(&text))),
+        "W2ru" => drop(child.locator_data(slot, b"W2ru", &utf16le(&text))),
+        _ => unreachable!("no such platform"),
+    }
+}
+
+/// A child whose only parent string is this.
+fn says(code: &'static str, text: &'static str) -> Trap {
+    trap(format!("{code} {text}"), move |place| {
+        let child = place.child();
+        set(place, &child, 0, code, text);
+        child.path
+    })
+}
+
+/// A child of `p.vhd` in its own folder, where something else lies under that name.
+fn finds(name: &'static str, lay: impl Fn(&Place, &Path) + 'static) -> Trap {
+    trap(format!("p.vhd is {name}"), move |place| {
+        lay(place, &place.inside.join("p.vhd"));
+        let child = place.child();
+        set(place, &child, 0, "W2ru", ".\\p.vhd");
+        set(place, &child, 1, "name", "p.vhd");
+        child.path
+    })
+}
+
+/// A child whose first strings are bad and whose last leads to a sound parent beside it.
+fn reads(code: &'static str, text: &'static str) -> Trap {
+    let build = move |place: &Place| {
+        VhdFile::create(&place.inside.join("p.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+        let child = place.child();
+        set(place, &child, 0, code, text);
+        set(place, &child, 7, "W2ru", ".\\p.vhd");
+        child.path
+    };
+    Trap { name: format!("sound parent in spite of {code} {text}"), build: Box::new(build), reads: true }
+}
+
+fn strings() -> Vec<Trap> {
+    vec![
+        says("W2ru", "..\\outside\\secret.vhd"),
+        says("W2ru", ".\\..\\outside\\secret.vhd"),
+        says("W2ru", "../outside/secret.vhd"),
+        says("W2ru", "..\\..\\..\\..\\..\\..\\..\\..\\..\\..\\etc\\passwd"),
+        says("W2ru", "@/secret.vhd"),
+        says("W2ru", ".\\c.vhd\\..\\..\\outside\\secret.vhd"),
+        says("W2ru", "."),
+        says("W2ru", ".."),
+        says("W2ru", "\\"),
+        says("W2ru", ""),
+        says("W2ku", "@/secret.vhd"),
+        says("W2ku", "C:@/secret.vhd"),
+        says("W2ku", "/etc/passwd"),
+        says("W2ku", "\\etc\\passwd"),
+        says("W2ku", "\\\\server\\share\\secret.vhd"),
+        says("W2ku", "\\\\?\\C:@\\secret.vhd"),
+        says("W2ku", "\\\\.\\PhysicalDrive0"),
+        says("W2ku", "/proc/self/cwd/../outside/secret.vhd"),
+        says("W2ku", "/proc/self/root@/secret.vhd"),
+        says("W2ku", "/dev/stdin"),
+        says("W2ku", "/dev/zero"),
+        says("MacX", "file:///etc/passwd"),
+        says("MacX", "file://localhost/etc/passwd"),
+        says("MacX", "file://@/secret.vhd"),
+        says("MacX", "file://localhost@/secret.vhd"),
+        says("MacX", "file://../outside/secret.vhd"),
+        says("MacX", "file://./%2e%2e/outside/secret.vhd"),
+        says("MacX", "file://./..%2foutside%2fsecret.vhd"),
+        says("MacX", "file://./%252e%252e/outside/secret.vhd"),
+        says("MacX", "@/secret.vhd"),
+        says("MacX", "http://127.0.0.1/secret.vhd"),
+        says("name", "../outside/secret.vhd"),
+        says("name", "..\\outside\\secret.vhd"),
+        says("name", "@/secret.vhd"),
+        says("name", "/etc/passwd"),
+        says("name", "../../etc/passwd"),
+        says("name", "json:{\"driver\":\"file\",\"filename\":\"@/secret.vhd\"}"),
+        says("name", "/proc/self/environ"),
+    ]
+}
+
+fn files() -> Vec<Trap> {
+    vec![
+        finds("a link out of the folder", |place, p| symlink(place.outside.join("secret.vhd"), p).expect("a link")),
+        finds("a relative link out of the folder", |_, p| symlink("../outside/secret.vhd", p).expect("a link")),
+        finds("a link to a link out of the folder", |place, p| {
+            symlink("hop", p).expect("a link");
+            symlink(place.outside.join("secret.vhd"), place.inside.join("hop")).expect("a link");
+        }),
+        finds("a link to /etc/passwd", |_, p| symlink("/etc/passwd", p).expect("a link")),
+        finds("a link to /proc/self/environ", |_, p| symlink("/proc/self/environ", p).expect("a link")),
+        finds("a link to /dev/zero", |_, p| symlink("/dev/zero", p).expect("a link")),
+        finds("a link to itself", |_, p| symlink("p.vhd", p).expect("a link")),
+        finds("a ring of links", |place, p| {
+            symlink("hop", p).expect("a link");
+            symlink("p.vhd", place.inside.join("hop")).expect("a link");
+        }),
+        finds("a FIFO", |_, p| mknodat(CWD, p, FileType::Fifo, Mode::RUSR, 0).expect("a FIFO")),
+        finds("a folder", |_, p| fs::create_dir(p).expect("a folder")),
+        finds("a socket", |_, p| tool::leave_socket(p)),
+        finds("a device", |_, p| {
+            let zero = rustix::fs::makedev(1, 5);
+            // Only root may make a device; a link to one is the next best.
+            mknodat(CWD, p, FileType::CharacterDevice, Mode::RUSR, zero)
+                .or_else(|_| symlink("/dev/zero", p).map_err(|_| rustix::io::Errno::IO))
+                .expect("a device");
+        }),
+        finds("of another id", |_, p| drop(VhdFile::create(p, Spec::dynamic(SIZE, BLOCK).with_uuid(id(77))))),
+        finds("not there", |_, _| ()),
+        trap("a linked folder on the way", |place| {
+            symlink(&place.outside, place.inside.join("sub")).expect("a link");
+            let child = place.child();
+            set(place, &child, 0, "W2ru", ".\\sub\\secret.vhd");
+            child.path
+        }),
+        trap("a parent without an id, /etc/passwd by name", |place| raw(place, "/etc/passwd")),
+        trap("a parent without an id, a raw file outside", |place| raw(place, "@/secret.raw")),
+        trap("a parent without an id, a raw file inside", |place| {
+            fs::copy(place.outside.join("secret.raw"), place.inside.join("disk.raw")).expect("a copy");
+            raw(place, "disk.raw")
+        }),
+        trap("its own parent", |place| ring(&place.inside, 1)),
+        trap("a ring of two", |place| ring(&place.inside, 2)),
+        trap("a ring of three", |place| ring(&place.inside, 3)),
+        trap("too deep a chain", |place| chain(&place.inside, crate::chain::MAX_DEPTH + 1)),
+    ]
+}
+
+/// XenServer's dialect: an all-zero parent id means a raw file.
+fn raw(place: &Place, text: &str) -> PathBuf {
+    let child = VhdFile::create(&place.inside.join("c.vhd"), Spec::child(SIZE, BLOCK, [0; 16], ""));
+    for (slot, code) in (0..).zip(["MacX", "W2ku", "W2ru", "name"]) {
+        set(place, &child, slot, code, text);
+    }
+    child.path
+}
+
+fn in_spite() -> Vec<Trap> {
+    vec![
+        reads("W2ku", "@/secret.vhd"),
+        reads("W2ru", "..\\outside\\secret.vhd"),
+        reads("MacX", "file://@/secret.vhd"),
+        reads("MacX", "file:///dev/zero"),
+        reads("name", "../outside/secret.vhd"),
+        reads("name", "\u{0}\u{0}/etc/passwd"),
+        reads("W2ku", "/proc/self/fd/0"),
+    ]
+}
+
+#[test]
+fn no_parent_string_opens_a_file_outside() {
+    tool::require(&["strace"]);
+    let traps: Vec<_> = [strings(), files(), in_spite()].into_iter().flatten().collect();
+    assert!(traps.len() >= CLASSES, "only {} traps", traps.len());
+    let failed: Vec<_> = traps
+        .iter()
+        .filter_map(|trap| {
+            let result = catch_unwind(AssertUnwindSafe(|| spring(trap)));
+            result.err().map(|panic| {
+                let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+                format!("{}: {}", trap.name, said.unwrap_or("panicked"))
+            })
+        })
+        .collect();
+    println!("{} traps, {} failed", traps.len(), failed.len());
+    assert!(failed.is_empty(), "\n{}", failed.join("\n"));
+}
+
+/// Opens the trap's child by every way in.
+fn spring(trap: &Trap) {
+    let folder = tool::scratch("trap");
+    let place = Place::within(folder.path());
+    let leaf = (trap.build)(&place);
+    let leaf_text = leaf.display().to_string();
+    let state = tempfile::tempdir().expect("a folder for the daemon");
+    let allowed = [place.inside.clone(), state.path().to_path_buf()];
+
+    let alone = traced(&[DIFFDISK, "info", &leaf_text], std::slice::from_ref(&leaf));
+    assert_eq!(alone.code, 0, "info of the file alone: {}", alone.stderr);
+    let socket = format!("--socket-path={}", state.path().join("sock").display());
+    let (image, run_dir) = (format!("--blk-file={leaf_text}"), format!("--runtime-dir={}", state.path().display()));
+    let mut runs = vec![
+        ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text]),
+        ("convert", vec![DIFFDISK, "convert", &leaf_text, "-", "--to", "raw"]),
+    ];
+    if !trap.reads {
+        runs.push(("diffdiskd", vec![DIFFDISKD, &socket, &image, &run_dir]));
+    }
+    for (who, args) in runs {
+        let run = traced(&args, &allowed);
+        let shown = String::from_utf8_lossy(&run.stdout);
+        assert!(!shown.contains(SECRET) && !shown.contains("root:"), "{who}: shows what lies outside");
+        if trap.reads {
+            assert_eq!(run.code, 0, "{who}: {}", run.stderr);
+            assert!(who != "convert" || shown.starts_with("<R s=0>"), "{who}: the sound parent's data is missing");
+        } else {
+            assert_eq!(run.code, 1, "{who}: exit code: {}", run.stderr);
+            assert!(run.stdout.is_empty(), "{who}: showed {} bytes", run.stdout.len());
+            run.error_line(who);
+            assert!(!run.stderr.contains(SECRET), "{who}: {}", run.stderr);
+        }
+    }
+}
+
+/// Runs a program under strace and panics if it opened a file that is neither below `allowed` nor the system's.
+fn traced(args: &[&str], allowed: &[PathBuf]) -> Run {
+    let log = tempfile::NamedTempFile::new().expect("a file for the trace");
+    let mut command = Command::new("strace");
+    command.args(["-f", "-y", "-qq", "-e", "trace=open,openat,openat2,open_by_handle_at", "-o"]).arg(log.path());
+    // No files of a locale, whose names differ from host to host.
+    let run = measure::run(command.args(args).env("LC_ALL", "C"));
+    run.assert_sane(args[1]);
+    let trace = fs::read_to_string(log.path()).expect("the trace is text");
+    assert!(trace.contains("open"), "strace saw nothing");
+    for line in trace.lines() {
+        // A call that succeeded ends in the descriptor and, in angle brackets, the file it really is.
+        let Some((_, file)) = line.rsplit_once(") = ").and_then(|(_, result)| result.split_once('<')) else { continue };
+        let file = file.trim_end().trim_end_matches('>');
+        assert!(may_open(file, allowed), "opened {file}: {line}");
+    }
+    run
+}
+
+fn may_open(file: &str, allowed: &[PathBuf]) -> bool {
+    let own_proc = || {
+        let mut parts = file.strip_prefix("/proc/").unwrap_or_default().split('/');
+        parts.next().is_some_and(|pid| pid.parse::<u32>().is_ok())
+            && parts.next().is_some_and(|name| OWN_PROC.contains(&name))
+            && parts.next().is_none()
+    };
+    allowed.iter().any(|folder| Path::new(file).starts_with(folder))
+        || SYSTEM.iter().any(|prefix| file.starts_with(prefix))
+        || own_proc()
+}
+
+#[test]
+fn the_trace_tells_inside_from_outside() {
+    tool::require(&["strace"]);
+    let folder = tool::scratch("trace");
+    let place = Place::within(folder.path());
+    symlink("../outside/secret.vhd", place.inside.join("link")).expect("a link");
+    let caught = |file: PathBuf| {
+        let allowed = [place.inside.clone()];
+        let result = catch_unwind(AssertUnwindSafe(|| traced(&["cat", &file.display().to_string()], &allowed)));
+        result.err().map(|panic| *panic.downcast::<String>().expect("a sentence"))
+    };
+    assert_eq!(caught(plain(&place.inside.join("fine"), b"x")), None);
+    let secret = place.outside.join("secret.vhd").display().to_string();
+    for (file, real) in [(secret.clone().into(), &*secret), (place.inside.join("link"), &*secret)] {
+        let said = caught(file).expect("a file outside was read unseen");
+        assert!(said.starts_with(&format!("opened {real}: ")), "{said}");
+    }
+    assert!(caught("/etc/passwd".into()).expect("it was read unseen").starts_with("opened /etc/passwd: "));
+}

@@ -1,0 +1,140 @@
+//! `diffdiskd` in a test's hands: started, stopped as an administrator would, or killed.
+
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+use super::client::Client;
+
+/// How long a daemon may take to offer its socket, and to end after SIGTERM: both are quick, unless something hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running daemon that serves one disk. Dropped, it is killed.
+pub struct Daemon {
+    child: Child,
+    arguments: Vec<OsString>,
+    // A folder of its own: a socket's path must be short.
+    rendezvous: TempDir,
+}
+
+impl Daemon {
+    /// Serves `image`; returns when the socket is there. `extra` are further command-line arguments.
+    pub fn start(image: &Path, extra: &[&str]) -> Self {
+        let rendezvous = tempfile::tempdir().expect("a temporary folder");
+        let option = |name: &str, value: &Path| {
+            let mut option = OsString::from(name);
+            option.push(value);
+            option
+        };
+        let mut arguments =
+            vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
+        arguments.extend(extra.iter().map(OsString::from));
+        let child = spawn(&arguments, rendezvous.path());
+        let mut daemon = Self { child, arguments, rendezvous };
+        daemon.wait_for_socket(None);
+        daemon
+    }
+
+    /// Where front-ends connect.
+    pub fn socket(&self) -> PathBuf {
+        self.rendezvous.path().join("disk.sock")
+    }
+
+    /// What it has said on standard error.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.rendezvous.path().join("log")).unwrap_or_default()
+    }
+
+    /// A guest on its disk.
+    #[track_caller]
+    pub fn connect(&self) -> Client {
+        Client::connect(&self.socket()).unwrap_or_else(|e| panic!("cannot connect: {e}; {}", self.log()))
+    }
+
+    /// SIGKILL: the process dies as it is.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the daemon can be killed");
+        self.child.wait().expect("a killed daemon ends");
+    }
+
+    /// Ends it by SIGTERM. The test fails when its exit status is not 0.
+    pub fn stop(mut self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");
+        let status = self.wait_for_end();
+        assert!(status.success(), "the daemon ended with {status} after SIGTERM; it said:\n{}", self.log());
+    }
+
+    /// Kills it (SIGKILL), whatever it was doing, and starts it again with the same command line.
+    pub fn kill_and_restart(&mut self) {
+        let running = self.child.try_wait().expect("the daemon can be asked");
+        assert!(running.is_none(), "the daemon ended by itself: {running:?}; it said:\n{}", self.log());
+        let old_socket = identity(&self.socket());
+        self.child.kill().expect("the daemon can be killed");
+        self.child.wait().expect("the daemon can be waited for");
+        self.child = spawn(&self.arguments, self.rendezvous.path());
+        self.wait_for_socket(old_socket);
+    }
+
+    /// Waits until there is a socket other than `old`, the one a killed daemon has left.
+    fn wait_for_socket(&mut self, old: Option<Identity>) {
+        let started = Instant::now();
+        loop {
+            let now = identity(&self.socket());
+            if now.is_some() && now != old {
+                return;
+            }
+            if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
+                panic!("the daemon ended with {status} at its start; it said:\n{}", self.log());
+            }
+            assert!(started.elapsed() < PATIENCE, "the daemon has no socket yet; it said:\n{}", self.log());
+            sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn wait_for_end(&mut self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "the daemon does not end; it said:\n{}", self.log());
+            sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("diffdiskd said:\n{}", self.log());
+        }
+    }
+}
+
+fn spawn(arguments: &[OsString], folder: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
+    Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("diffdiskd starts")
+}
+
+/// Tells a new file from an old one of the same name: an inode number alone may be used again at once.
+type Identity = (u64, i64, i64);
+
+fn identity(path: &Path) -> Option<Identity> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}

@@ -1,0 +1,17 @@
+//! What the integration tests share: running the two programs, a vhost-user client, golden images, patterns, seeds, and a
+//! byte-level VHD builder that knows nothing of `diffdisk::format`, the Linux guest, and programs by others.
+//!
+//! Every test target compiles this module and uses a part of it.
+#![allow(dead_code, unreachable_pub)]
+
+pub(crate) mod chain;
+pub(crate) mod client;
+pub(crate) mod daemon;
+pub(crate) mod digest;
+pub(crate) mod golden;
+pub(crate) mod guest;
+pub(crate) mod oracle;
+pub(crate) mod pattern;
+pub(crate) mod rng;
+pub(crate) mod tool;
+pub(crate) mod vhd_bytes;

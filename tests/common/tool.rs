@@ -1,0 +1,116 @@
+//! Running the two programs under a time limit, with what they printed and how much memory they took.
+
+use std::ffi::OsStr;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The image tool.
+pub(crate) const DIFFDISK: &str = env!("CARGO_BIN_EXE_diffdisk");
+/// The daemon.
+pub(crate) const DIFFDISKD: &str = env!("CARGO_BIN_EXE_diffdiskd");
+
+/// What a finished program left behind.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// The exit code; `None` if a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// Standard output.
+    pub(crate) stdout: Vec<u8>,
+    /// Standard error.
+    pub(crate) stderr: String,
+    /// Wall time.
+    pub(crate) took: Duration,
+    /// True if it had to be killed at the time limit.
+    pub(crate) killed: bool,
+}
+
+impl Finished {
+    /// Panics unless the program exited with 0.
+    #[track_caller]
+    pub(crate) fn ok(self) -> Finished {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        self
+    }
+
+    /// Standard output as JSON.
+    #[track_caller]
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.stdout)
+            .unwrap_or_else(|e| panic!("{e}: {:?}", String::from_utf8_lossy(&self.stdout)))
+    }
+}
+
+/// `diffdisk ARGS`.
+pub(crate) fn diffdisk<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Finished {
+    run(Command::new(DIFFDISK).args(args), Duration::from_secs(60))
+}
+
+/// Runs `command` to its end, or kills it at `limit`.
+pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let started = Instant::now();
+    let mut child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", command.get_program().display()));
+    let stdout = drain(child.stdout.take());
+    let stderr = drain(child.stderr.take());
+    let (code, killed) = wait(&mut child, started + limit);
+    Finished {
+        code,
+        stdout: stdout.join().expect("the reader of stdout ends"),
+        stderr: String::from_utf8_lossy(&stderr.join().expect("the reader of stderr ends")).into_owned(),
+        took: started.elapsed(),
+        killed,
+    }
+}
+
+/// Waits until `deadline`, then kills. Returns the exit code, and whether it had to be killed.
+pub(crate) fn wait(child: &mut Child, deadline: Instant) -> (Option<i32>, bool) {
+    loop {
+        if let Some(status) = child.try_wait().expect("the program can be waited for") {
+            return (status.code(), false);
+        }
+        if Instant::now() >= deadline {
+            child.kill().expect("the program can be killed");
+            return (child.wait().expect("a killed program ends").code(), true);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// True if `name` is a program on PATH.
+pub(crate) fn on_path(name: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
+}
+
+/// Panics, saying how to get it, unless every program of `names` is there.
+#[track_caller]
+pub(crate) fn require(names: &[&str]) {
+    let missing: Vec<_> = names.iter().filter(|name| !on_path(name)).collect();
+    assert!(missing.is_empty(), "not installed: {missing:?}; `make test` installs what the tests need");
+}
+
+/// A folder for a test, under `target`'s temporary folder so that it lies on a real file system.
+pub(crate) fn scratch(name: &str) -> tempfile::TempDir {
+    let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tempfile::Builder::new().prefix(name).tempdir_in(within).expect("a folder for the test")
+}
+
+/// Leaves a socket nobody listens on at `path`, which may be longer than a socket's name: it is bound through its
+/// folder's descriptor.
+pub(crate) fn leave_socket(path: &Path) {
+    let folder = std::fs::File::open(path.parent().expect("a folder")).expect("the folder opens");
+    let name = path.file_name().expect("a name").display();
+    let short = format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&folder));
+    drop(std::os::unix::net::UnixListener::bind(short).expect("a socket"));
+}
+
+fn drain(from: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+    let mut from = from.expect("the stream is piped");
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).expect("the program's output is readable");
+        all
+    })
+}

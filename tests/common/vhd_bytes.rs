@@ -1,0 +1,310 @@
+//! VHD files byte by byte, right or wrong, straight from the format's description. Shares nothing with
+//! `diffdisk::format`, so that a misunderstanding there cannot hide here.
+//!
+//! Layout of what [`VhdFile::create`] makes: footer copy at 0, header at 512, BAT at 1536, eight sectors for the data of
+//! the locators, blocks one behind another, footer. Fixed: data, footer. Everything is written through to the file, so
+//! even huge images cost no memory.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::pattern;
+
+/// Disk type in the footer.
+pub(crate) const FIXED: u32 = 2;
+pub(crate) const DYNAMIC: u32 = 3;
+pub(crate) const DIFFERENCING: u32 = 4;
+/// Where [`VhdFile::create`] puts header and BAT.
+pub(crate) const HEADER_AT: u64 = 512;
+pub(crate) const TABLE_AT: u64 = 1536;
+/// BAT entry of a block that is not there.
+pub(crate) const UNUSED: u32 = 0xFFFF_FFFF;
+
+/// Fields of the footer, by offset.
+pub(crate) mod footer {
+    pub(crate) const VERSION: u64 = 12;
+    pub(crate) const DATA_OFFSET: u64 = 16;
+    pub(crate) const CREATOR: u64 = 28;
+    pub(crate) const CREATOR_VERSION: u64 = 32;
+    pub(crate) const SIZE: u64 = 48;
+    pub(crate) const TYPE: u64 = 60;
+    pub(crate) const CHECKSUM: u64 = 64;
+    pub(crate) const UUID: u64 = 68;
+    pub(crate) const SAVED_STATE: u64 = 84;
+    pub(crate) const HIDDEN: u64 = 85;
+}
+
+/// Fields of the dynamic header, by offset from its start.
+pub(crate) mod header {
+    pub(crate) const DATA_OFFSET: u64 = 8;
+    pub(crate) const TABLE_OFFSET: u64 = 16;
+    pub(crate) const VERSION: u64 = 24;
+    pub(crate) const ENTRIES: u64 = 28;
+    pub(crate) const BLOCK_SIZE: u64 = 32;
+    pub(crate) const CHECKSUM: u64 = 36;
+    pub(crate) const PARENT_UUID: u64 = 40;
+    pub(crate) const PARENT_NAME: u64 = 64;
+    pub(crate) const LOCATORS: u64 = 576;
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec {
+    pub(crate) kind: u32,
+    /// Bytes on the disk.
+    pub(crate) size: u64,
+    pub(crate) block_size: u32,
+    /// Entries of the BAT; `None` for as many as the size needs.
+    pub(crate) entries: Option<u32>,
+    /// Blocks that are there, in file order, every sector written.
+    pub(crate) blocks: Vec<u32>,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) parent: [u8; 16],
+    /// Header parent name.
+    pub(crate) parent_name: String,
+    /// Tag of the pattern in the sectors.
+    pub(crate) tag: String,
+}
+
+impl Spec {
+    /// A fixed disk.
+    pub(crate) fn fixed(size: u64) -> Spec {
+        Spec { kind: FIXED, ..Spec::dynamic(size, 0) }
+    }
+
+    /// A dynamic disk without blocks.
+    pub(crate) fn dynamic(size: u64, block_size: u32) -> Spec {
+        Spec {
+            kind: DYNAMIC,
+            size,
+            block_size,
+            entries: None,
+            blocks: Vec::new(),
+            uuid: id(1),
+            parent: [0; 16],
+            parent_name: String::new(),
+            tag: "R".into(),
+        }
+    }
+
+    /// A differencing disk without blocks whose parent carries `parent` and is called `name`.
+    pub(crate) fn child(size: u64, block_size: u32, parent: [u8; 16], name: &str) -> Spec {
+        let (kind, uuid) = (DIFFERENCING, id(2));
+        Spec { kind, uuid, parent, parent_name: name.into(), tag: "C".into(), ..Spec::dynamic(size, block_size) }
+    }
+
+    pub(crate) fn with_blocks(self, blocks: &[u32]) -> Spec {
+        Spec { blocks: blocks.to_vec(), ..self }
+    }
+
+    pub(crate) fn with_entries(self, entries: u32) -> Spec {
+        Spec { entries: Some(entries), ..self }
+    }
+
+    pub(crate) fn with_uuid(self, uuid: [u8; 16]) -> Spec {
+        Spec { uuid, ..self }
+    }
+}
+
+/// A recognisable unique id.
+pub(crate) fn id(n: u8) -> [u8; 16] {
+    let mut id = [0x11; 16];
+    id[15] = n;
+    id
+}
+
+/// A VHD under construction.
+pub(crate) struct VhdFile {
+    pub(crate) file: File,
+    pub(crate) path: PathBuf,
+    pub(crate) spec: Spec,
+    /// Eight sectors for locator data.
+    pub(crate) locators_at: u64,
+    /// The first block's bitmap.
+    pub(crate) blocks_at: u64,
+    /// The trailing footer.
+    pub(crate) footer_at: u64,
+}
+
+impl VhdFile {
+    /// Writes a valid image.
+    pub(crate) fn create(path: &Path, spec: Spec) -> VhdFile {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
+        let file = file.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let path = path.to_path_buf();
+        let mut vhd = VhdFile { file, path, spec, locators_at: 0, blocks_at: 0, footer_at: 0 };
+        if vhd.spec.kind == FIXED {
+            vhd.footer_at = vhd.spec.size;
+            let data = pattern::sectors(&vhd.spec.tag, 0, usize::try_from(vhd.spec.size.min(1 << 20) / 512).unwrap());
+            vhd.put(0, &data);
+        } else {
+            let table = (u64::from(vhd.entries()) * 4).next_multiple_of(512);
+            vhd.locators_at = TABLE_AT + table;
+            vhd.blocks_at = vhd.locators_at + 8 * 512;
+            vhd.footer_at = vhd.blocks_at + vhd.spec.blocks.len() as u64 * vhd.stride();
+            vhd.write_header();
+            vhd.write_table(table);
+            vhd.write_footer(0);
+        }
+        vhd.write_footer(vhd.footer_at);
+        vhd
+    }
+
+    /// Entries in the BAT.
+    pub(crate) fn entries(&self) -> u32 {
+        let needed = || u32::try_from(self.spec.size.div_ceil(u64::from(self.spec.block_size))).expect("fits a BAT");
+        self.spec.entries.unwrap_or_else(needed)
+    }
+
+    /// Bytes from one block's bitmap to the next block's.
+    pub(crate) fn stride(&self) -> u64 {
+        let block = u64::from(self.spec.block_size);
+        (block / 512).div_ceil(8).next_multiple_of(512) + block
+    }
+
+    fn write_header(&self) {
+        let mut h = [0; 1024];
+        h[..8].copy_from_slice(b"cxsparse");
+        h[8..16].fill(0xFF);
+        h[16..24].copy_from_slice(&TABLE_AT.to_be_bytes());
+        h[24..28].copy_from_slice(&0x0001_0000_u32.to_be_bytes());
+        h[28..32].copy_from_slice(&self.entries().to_be_bytes());
+        h[32..36].copy_from_slice(&self.spec.block_size.to_be_bytes());
+        h[40..56].copy_from_slice(&self.spec.parent);
+        self.put(HEADER_AT, &h);
+        self.name(&self.spec.parent_name.encode_utf16().collect::<Vec<_>>());
+    }
+
+    fn write_table(&self, table: u64) {
+        let unused = [0xFF; 1 << 16];
+        for at in (0..table).step_by(unused.len()) {
+            let rest = usize::try_from(table - at).expect("a small rest").min(unused.len());
+            self.put(TABLE_AT + at, &unused[..rest]);
+        }
+        for (place, &block) in self.spec.blocks.iter().enumerate() {
+            let at = self.blocks_at + place as u64 * self.stride();
+            self.entry(block, u32::try_from(at / 512).expect("a BAT entry"));
+            let sectors = u64::from(self.spec.block_size) / 512;
+            let bitmap = self.stride() - u64::from(self.spec.block_size);
+            self.put(at, &vec![0xFF; usize::try_from(sectors.div_ceil(8)).expect("small")]);
+            let count = usize::try_from(sectors).expect("small");
+            self.put(at + bitmap, &pattern::sectors(&self.spec.tag, u64::from(block) * sectors, count));
+        }
+    }
+
+    fn write_footer(&self, at: u64) {
+        let mut f = [0; 512];
+        f[..8].copy_from_slice(b"conectix");
+        f[11] = 2;
+        f[12..16].copy_from_slice(&0x0001_0000_u32.to_be_bytes());
+        f[16..24].copy_from_slice(&if self.spec.kind == FIXED { u64::MAX } else { HEADER_AT }.to_be_bytes());
+        f[24..28].copy_from_slice(&600_000_000_u32.to_be_bytes());
+        f[28..32].copy_from_slice(b"test");
+        f[34] = 1;
+        f[36..40].copy_from_slice(b"Wi2k");
+        f[40..48].copy_from_slice(&self.spec.size.to_be_bytes());
+        f[48..56].copy_from_slice(&self.spec.size.to_be_bytes());
+        f[60..64].copy_from_slice(&self.spec.kind.to_be_bytes());
+        f[68..84].copy_from_slice(&self.spec.uuid);
+        self.put(at, &f);
+        self.seal(at, 512, footer::CHECKSUM);
+    }
+
+    /// Puts bytes as they are; checksums are the caller's.
+    pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
+        self.file.write_all_at(bytes, at).unwrap_or_else(|e| panic!("{} at {at}: {e}", self.path.display()));
+    }
+
+    /// Recomputes the checksum of the structure of `len` bytes at `at`.
+    pub(crate) fn seal(&self, at: u64, len: usize, checksum: u64) {
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, at).expect("the structure lies in the file");
+        let field = usize::try_from(checksum).expect("a small offset");
+        bytes[field..field + 4].fill(0);
+        let sum = bytes.iter().fold(0_u32, |sum, &b| sum.wrapping_add(u32::from(b)));
+        self.put(at + checksum, &(!sum).to_be_bytes());
+    }
+
+    /// Changes a field of every footer there is and makes the checksums right.
+    pub(crate) fn footers(&self, field: u64, bytes: &[u8]) -> &VhdFile {
+        for at in self.footer_copies() {
+            self.footer(at, field, bytes);
+        }
+        self
+    }
+
+    /// Changes a field of the footer at `at` and makes its checksum right.
+    pub(crate) fn footer(&self, at: u64, field: u64, bytes: &[u8]) -> &VhdFile {
+        self.put(at + field, bytes);
+        self.seal(at, 512, footer::CHECKSUM);
+        self
+    }
+
+    /// Where footers lie.
+    pub(crate) fn footer_copies(&self) -> Vec<u64> {
+        if self.spec.kind == FIXED { vec![self.footer_at] } else { vec![0, self.footer_at] }
+    }
+
+    /// Changes a field of the header and makes its checksum right.
+    pub(crate) fn header(&self, field: u64, bytes: &[u8]) -> &VhdFile {
+        self.put(HEADER_AT + field, bytes);
+        self.seal(HEADER_AT, 1024, header::CHECKSUM);
+        self
+    }
+
+    /// Sets a BAT entry.
+    pub(crate) fn entry(&self, block: u32, sector: u32) -> &VhdFile {
+        self.put(TABLE_AT + 4 * u64::from(block), &sector.to_be_bytes());
+        self
+    }
+
+    /// Sets the header's parent name, in UTF-16 code units: any 16 bits are allowed.
+    pub(crate) fn name(&self, units: &[u16]) -> &VhdFile {
+        let mut field = [0; 512];
+        for (place, unit) in field.chunks_mut(2).zip(units) {
+            place.copy_from_slice(&unit.to_be_bytes());
+        }
+        self.header(header::PARENT_NAME, &field)
+    }
+
+    /// Sets a locator entry to arbitrary values.
+    pub(crate) fn locator(&self, slot: u64, code: &[u8; 4], space: u32, len: u32, offset: u64) -> &VhdFile {
+        let mut entry = [0; 24];
+        entry[..4].copy_from_slice(code);
+        entry[4..8].copy_from_slice(&space.to_be_bytes());
+        entry[8..12].copy_from_slice(&len.to_be_bytes());
+        entry[16..].copy_from_slice(&offset.to_be_bytes());
+        self.header(header::LOCATORS + slot * 24, &entry)
+    }
+
+    /// Points a locator at `data`, which goes to its own sector.
+    pub(crate) fn locator_data(&self, slot: u64, code: &[u8; 4], data: &[u8]) -> &VhdFile {
+        assert!(data.len() <= 512, "a sector per locator");
+        let at = self.locators_at + slot * 512;
+        self.put(at, data);
+        self.locator(slot, code, 512, u32::try_from(data.len()).expect("at most a sector"), at)
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn len(&self) -> u64 {
+        self.file.metadata().expect("the file is there").len()
+    }
+
+    /// Cuts or grows the file.
+    pub(crate) fn set_len(&self, len: u64) -> &VhdFile {
+        self.file.set_len(len).expect("the file takes its length");
+        self
+    }
+}
+
+/// UTF-16LE, as in `W2ru` and `W2ku` locators.
+pub(crate) fn utf16le(text: &str) -> Vec<u8> {
+    text.encode_utf16().flat_map(|unit| [unit.to_be_bytes()[1], unit.to_be_bytes()[0]]).collect()
+}
+
+/// Writes a file that is no VHD at all.
+pub(crate) fn plain(path: &Path, bytes: &[u8]) -> PathBuf {
+    fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    path.to_path_buf()
+}

@@ -1,0 +1,132 @@
+//! Keeps the floors of the house: a file uses only what stands on lower floors, itself, and the words of `units` and
+//! `error`. Neighbours on one floor do not know each other. Crates from outside have homes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Floor of each top-level module; see `src/lib.rs`.
+const FLOORS: &[(&str, u32)] = &[
+    ("format", 0),
+    ("storage", 0),
+    ("image", 1),
+    ("chain", 2),
+    ("disk", 3),
+    ("device", 4),
+    ("ops", 4),
+    ("vhost", 5),
+    ("control", 6),
+    ("cli", 7),
+];
+
+/// Words that any floor may use.
+const WORDS: &[&str] = &["units", "error"];
+
+/// Where each crate from outside may be named.
+const HOMES: &[(&str, &[&str])] = &[
+    ("vhost", &["vhost"]),
+    ("vhost_user_backend", &["vhost", "device"]),
+    ("virtio_queue", &["vhost", "device"]),
+    ("virtio_bindings", &["vhost", "device"]),
+    ("vm_memory", &["vhost", "device"]),
+    ("vmm_sys_util", &["vhost", "device"]),
+    ("epoll", &["vhost"]),
+    ("io_uring", &["storage"]),
+    ("clap", &["cli"]),
+    ("indicatif", &["cli"]),
+    ("toml", &["cli"]),
+    ("env_logger", &["cli"]),
+];
+
+/// Files where `unsafe` is at home.
+const UNSAFE: &[&str] = &["storage/payload.rs", "storage/ring.rs", "storage/transfer.rs", "device/guest.rs"];
+
+#[test]
+fn every_path_leads_down() {
+    let mut bad = Vec::new();
+    for (module, file, text) in sources() {
+        let here = floor(&module);
+        for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim_start().starts_with("//")) {
+            for used in line.match_indices("crate::").map(|(at, found)| word(&line[at + found.len()..])) {
+                let fine = used == module || WORDS.contains(&used) || floor(used) < here;
+                if !fine && !used.is_empty() && !used.starts_with('{') {
+                    bad.push(format!("{}:{}: {module} (floor {here}) uses {used}", file.display(), number + 1));
+                }
+            }
+            if line.contains("use crate::{") {
+                bad.push(format!("{}:{}: name each module in its own `use`", file.display(), number + 1));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+#[test]
+fn crates_from_outside_stay_at_home() {
+    let mut bad = Vec::new();
+    for (module, file, text) in sources() {
+        for (outside, homes) in HOMES {
+            let names = |line: &str| {
+                let path = format!("{outside}::");
+                let found = |at: usize| !line[..at].ends_with(|c: char| c.is_alphanumeric() || "_:".contains(c));
+                line.match_indices(&path).any(|(at, _)| found(at)) && !line.trim_start().starts_with("//")
+            };
+            if !homes.contains(&module.as_str()) && text.lines().any(names) {
+                bad.push(format!("{}: {outside} is at home in {homes:?}", file.display()));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+#[test]
+fn files_say_what_they_do_and_stay_readable() {
+    let mut bad = Vec::new();
+    for (_, file, text) in sources() {
+        let lines = text.lines().count();
+        if !text.starts_with("//!") {
+            bad.push(format!("{}: begins without saying what it does", file.display()));
+        }
+        if lines > 400 {
+            bad.push(format!("{}: {lines} lines", file.display()));
+        }
+        let name = file.strip_prefix(root()).expect("below src").display().to_string();
+        if text.contains("allow(unsafe_code)") && !UNSAFE.contains(&name.as_str()) {
+            bad.push(format!("{name}: unsafe is not at home here"));
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+/// Every source file of a floor: its top-level module, its path, its text.
+fn sources() -> Vec<(String, PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut open = vec![root()];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).expect("src can be listed") {
+            let path = entry.expect("src can be listed").path();
+            let below = path.strip_prefix(root()).expect("below src").to_path_buf();
+            let first = below.components().next().expect("a name").as_os_str().to_string_lossy().into_owned();
+            if path.is_dir() && first != "bin" {
+                open.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") && below.components().count() > 1 {
+                let text = fs::read_to_string(&path).expect("a source file");
+                found.push((first, path, text));
+            }
+        }
+    }
+    assert!(found.len() > 40, "the walk found only {} files", found.len());
+    found
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+fn floor(module: &str) -> u32 {
+    FLOORS.iter().find(|(name, _)| *name == module).map_or(u32::MAX, |(_, floor)| *floor)
+}
+
+fn word(text: &str) -> &str {
+    let end = text.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '{')).unwrap_or(text.len());
+    &text[..end]
+}

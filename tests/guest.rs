@@ -1,0 +1,88 @@
+//! Linux in a QEMU machine uses a chain through `diffdiskd`: its driver, its ext4, its fio.
+//!
+//! `make test` builds the guest these tests boot (vm-images/). A machine that lacks it fails them.
+
+mod common;
+
+use common::chain::Chain;
+use common::daemon::Daemon;
+use common::guest::Guest;
+use common::{digest, oracle};
+
+#[test]
+fn a_file_system_written_on_a_chain_is_what_everyone_reads() {
+    let mut chain = Chain::with_root(128, 1);
+    // A parent whose contents came from a guest, so that the top hides sectors of two different layers.
+    chain.push_child("middle.vhd");
+    let daemon = Daemon::start(chain.top(), &[]);
+    Guest::boot(&daemon.socket(), "fill", &[]).finish();
+    daemon.stop();
+    chain.push_child("top.vhd");
+
+    let daemon = Daemon::start(chain.top(), &[]);
+    let console = Guest::boot(&daemon.socket(), "files", &[]).finish();
+    daemon.stop();
+
+    let seen_by_guest = console.value("DEVICE-SHA256");
+    assert_eq!(digest::sha256_of_disk(chain.top()), seen_by_guest, "diffdisk convert reads another disk");
+    assert_eq!(oracle::sha256_of_disk(chain.top()), seen_by_guest, "7-Zip reads another disk");
+    chain.assert_sound();
+}
+
+#[test]
+fn two_queues_of_random_writes_are_read_back() {
+    let mut chain = Chain::with_root(64, 2);
+    chain.push_child("child.vhd");
+    let daemon = Daemon::start(chain.top(), &["--num-queues=2"]);
+    let console = Guest::boot(&daemon.socket(), "verify", &["--queues", "2"]).finish();
+    daemon.stop();
+    assert_eq!(console.value("QUEUES"), "2");
+    chain.assert_sound();
+}
+
+#[test]
+fn a_killed_daemon_comes_back_and_the_guest_notices_nothing() {
+    let mut chain = Chain::with_root(64, 3);
+    chain.push_child("child.vhd");
+    let mut daemon = Daemon::start(chain.top(), &["--num-queues=2"]);
+    let mut guest = Guest::boot(&daemon.socket(), "verify", &["--queues", "2", "--reconnect"]);
+    // Amid the writes: a quarter of them is done, the others are yet to come.
+    guest.wait_for("WRITTEN");
+    daemon.kill_and_restart();
+    guest.finish();
+    daemon.stop();
+    chain.assert_sound();
+}
+
+#[test]
+fn trimmed_space_goes_back_to_the_host() {
+    let mut chain = Chain::with_root(128, 4);
+    chain.push_child("child.vhd");
+    let daemon = Daemon::start(chain.top(), &[]);
+    let filled = Guest::boot(&daemon.socket(), "fill", &[]).finish();
+    let filled_bytes: u64 = filled.value("FILLED-BYTES").parse().expect("a number of bytes");
+    let before = chain.top_allocated();
+    assert!(before >= filled_bytes, "{filled_bytes} bytes of random data cannot lie in {before}");
+
+    // The same daemon, the next machine.
+    Guest::boot(&daemon.socket(), "trim", &[]).finish();
+    daemon.stop();
+    let after = chain.top_allocated();
+    // A block's bitmap and its unaligned ends stay: an eighth is generous.
+    let expected = filled_bytes - filled_bytes / 8;
+    assert!(before.saturating_sub(after) >= expected, "the child took {before} bytes, and {after} after the trim");
+    chain.assert_sound();
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_and_stays_as_it_is() {
+    let mut chain = Chain::with_root(32, 5);
+    chain.push_child("child.vhd");
+    let before = digest::sha256_of_file(chain.top());
+    let daemon = Daemon::start(chain.top(), &["--read-only"]);
+    let console = Guest::boot(&daemon.socket(), "readonly", &[]).finish();
+    daemon.stop();
+    assert_eq!(console.value("DEVICE-SHA256"), digest::sha256_of_disk(chain.top()));
+    assert_eq!(digest::sha256_of_file(chain.top()), before, "a read-only disk was written");
+    chain.assert_sound();
+}

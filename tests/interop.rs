@@ -1,0 +1,202 @@
+//! What we write, strangers read the same: chains made by `diffdisk create` and filled by a guest through the daemon,
+//! compared with QEMU, 7-Zip and vhd-lib.
+//!
+//! Each reader is asked only where it is known to be right: QEMU for images without a parent, vhd-lib for chains with
+//! one block size and no fixed root.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use common::client::{Client, SLOT};
+use common::daemon::Daemon;
+use common::rng::Rng;
+use common::{pattern, tool};
+
+const MIB: u64 = 1 << 20;
+
+/// A chain on disk, and what its guest must see.
+struct Chain {
+    folder: tempfile::TempDir,
+    files: Vec<PathBuf>,
+    disk: Vec<u8>,
+}
+
+impl Chain {
+    /// One layer per entry of `layers`, root first: `--type` and `--block-size` for the root; children follow it.
+    fn build(name: &str, size: u64, root: &[&str], depth: usize, rng: &mut Rng) -> Chain {
+        let folder = tool::scratch(name);
+        let mut chain =
+            Chain { folder, files: Vec::new(), disk: vec![0; usize::try_from(size).expect("a small disk")] };
+        for layer in 0..depth {
+            let path = chain.folder.path().join(format!("l{layer}.vhd"));
+            let mut args = vec!["create".to_owned(), path.display().to_string()];
+            match chain.files.last() {
+                None => {
+                    args.extend(["--size".into(), size.to_string()]);
+                    args.extend(root.iter().map(ToString::to_string));
+                }
+                Some(parent) => args.extend(["--parent".into(), parent.display().to_string()]),
+            }
+            tool::diffdisk(args).ok();
+            chain.files.push(path.clone());
+            let daemon = Daemon::start(&path, &[]);
+            let mut guest = daemon.connect();
+            assert_eq!(guest.capacity().expect("a configuration"), size, "{name}: capacity of layer {layer}");
+            chain.work(&mut guest, layer, rng);
+            drop(guest);
+            daemon.stop();
+        }
+        chain
+    }
+
+    fn leaf(&self) -> &Path {
+        self.files.last().expect("a chain has a layer")
+    }
+
+    /// A guest's life on the top layer: writes, zeroes, discards, flushes, remembered in `disk`.
+    fn work(&mut self, guest: &mut Client, layer: usize, rng: &mut Rng) {
+        let sectors = self.disk.len() as u64 / 512;
+        for step in 0..60 {
+            let count = 1 + rng.below(if step % 10 == 0 { 3000 } else { 40 });
+            let first = rng.below(sectors - count);
+            let bytes =
+                usize::try_from(first * 512).expect("small")..usize::try_from((first + count) * 512).expect("small");
+            let (offset, len) = (first * 512, count * 512);
+            match rng.below(8) {
+                0..=4 => {
+                    let tag = format!("L{layer}.{step}");
+                    pattern::fill(&mut self.disk[bytes.clone()], &tag, first);
+                    guest.write(offset, &self.disk[bytes]).expect("a write");
+                }
+                5 => {
+                    guest.write_zeroes(offset, len, step % 2 == 0).expect("zeroes");
+                    self.disk[bytes].fill(0);
+                }
+                6 => {
+                    guest.discard(offset, len).expect("a discard");
+                    self.learn_discarded(guest, offset, bytes);
+                }
+                _ => guest.flush().expect("a flush"),
+            }
+        }
+        pattern::assert_same("the guest's own view", &guest.read_all(SLOT).expect("reads"), &self.disk);
+    }
+
+    /// A discarded sector may keep its content or read as zeros, and must then stay so.
+    fn learn_discarded(&mut self, guest: &mut Client, offset: u64, bytes: std::ops::Range<usize>) {
+        let now = guest.read(offset, bytes.len()).expect("a read");
+        for (old, new) in self.disk[bytes].chunks_mut(512).zip(now.chunks(512)) {
+            assert!(new == old || new.iter().all(|&b| b == 0), "a discarded sector shows foreign content");
+            old.copy_from_slice(new);
+        }
+    }
+
+    fn assert_diffdisk(&self) {
+        let args = ["convert".into(), self.leaf().display().to_string(), "-".into(), "--to".into(), "raw".into()];
+        let ours = tool::diffdisk::<String>(args).ok();
+        pattern::assert_same("diffdisk convert", &ours.stdout, &self.disk);
+        let check = tool::diffdisk(["check".into(), self.leaf().to_path_buf(), "--chain".into()]);
+        assert_eq!(check.code, Some(0), "check after a clean stop: {check:?}");
+    }
+
+    fn assert_sevenzip(&self) {
+        tool::require(&["7zz"]);
+        pattern::assert_same("7-Zip", &sevenzip(self.leaf()), &self.disk);
+    }
+
+    fn assert_qemu(&self) {
+        tool::require(&["qemu-img"]);
+        let leaf = self.leaf().display().to_string();
+        let sized = format!("driver=vpc,force_size_calc=current_size,file.driver=file,file.filename={leaf}");
+        for source in [vec!["-f", "vpc", &leaf], vec!["--image-opts", &sized]] {
+            let out = self.folder.path().join("qemu.raw");
+            stranger(Command::new("qemu-img").args(["convert", "-O", "raw"]).args(&source).arg(&out));
+            pattern::assert_same(&format!("qemu-img {source:?}"), &fs::read(out).expect("its output"), &self.disk);
+        }
+    }
+
+    fn assert_vhdlib(&self) {
+        tool::require(&["node", "7zz"]);
+        let modules = target().join("oracles/node_modules");
+        assert!(modules.join("vhd-lib").is_dir(), "{} lacks vhd-lib; run `make test`", modules.display());
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracles/vhdlib.js");
+        let out = self.folder.path().join("vhdlib.vhd");
+        let youngest_first = self.files.iter().rev();
+        stranger(Command::new("node").env("NODE_PATH", modules).arg(script).arg(&out).args(youngest_first));
+        pattern::assert_same("vhd-lib", &sevenzip(&out), &self.disk);
+    }
+}
+
+/// Runs another program, which must succeed.
+fn stranger(command: &mut Command) -> Vec<u8> {
+    let done = tool::run(command, Duration::from_secs(60));
+    assert_eq!(done.code, Some(0), "{command:?}: {}", done.stderr);
+    done.stdout
+}
+
+/// The disk as 7-Zip reads it; it looks for parents in the leaf's folder only.
+fn sevenzip(leaf: &Path) -> Vec<u8> {
+    let (folder, name) = (leaf.parent().expect("a folder"), leaf.file_name().expect("a name"));
+    stranger(Command::new("7zz").current_dir(folder).args(["e", "-so", "-tVHD"]).arg(name))
+}
+
+/// The target folder: tests/oracles/install.sh puts vhd-lib there.
+fn target() -> PathBuf {
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tmp.parent().expect("tmp lies in the target folder").to_path_buf()
+}
+
+#[test]
+fn fixed_disks_are_read_alike() {
+    let mut rng = Rng::from_env("fixed");
+    let chain = Chain::build("interop-fixed", 3 * MIB + 1536, &["--type", "fixed"], 1, &mut rng);
+    chain.assert_diffdisk();
+    chain.assert_qemu();
+    chain.assert_sevenzip();
+    let chain = Chain::build("interop-on-fixed", 5 * MIB, &["--type", "fixed"], 3, &mut rng);
+    chain.assert_diffdisk();
+    chain.assert_sevenzip();
+}
+
+#[test]
+fn dynamic_disks_are_read_alike() {
+    let mut rng = Rng::from_env("dynamic");
+    for block in ["512K", "2M"] {
+        for size in [8 * MIB, 9 * MIB + 3 * 512] {
+            let chain = Chain::build("interop-dynamic", size, &["--block-size", block], 1, &mut rng);
+            chain.assert_diffdisk();
+            chain.assert_qemu();
+            chain.assert_sevenzip();
+            chain.assert_vhdlib();
+        }
+    }
+}
+
+#[test]
+fn chains_are_read_alike() {
+    let mut rng = Rng::from_env("chains");
+    for block in ["512K", "2M"] {
+        for depth in 2..=4 {
+            let chain = Chain::build("interop-chain", 9 * MIB + 512, &["--block-size", block], depth, &mut rng);
+            chain.assert_diffdisk();
+            chain.assert_sevenzip();
+            chain.assert_vhdlib();
+        }
+    }
+}
+
+#[test]
+fn chains_with_small_blocks_are_read_alike() {
+    let mut rng = Rng::from_env("small blocks");
+    for block in ["4K", "16K"] {
+        for depth in 1..=3 {
+            let chain = Chain::build("interop-small", 4 * MIB + 2048, &["--block-size", block], depth, &mut rng);
+            chain.assert_diffdisk();
+            chain.assert_sevenzip();
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! Random work on chains of every shape, held against a flat array of bytes.
+//!
+//! kinds x depths (0..8) x block sizes, parents of other block sizes and other disk sizes, both engines, with clean and
+//! unclean ends in between. Every disagreement names the seed.
+#![allow(unreachable_pub)]
+
+mod rig;
+#[path = "../common/rng.rs"]
+#[allow(dead_code)]
+mod rng;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diffdisk::chain::Policy;
+use diffdisk::disk::{Disk, DiskOptions};
+use diffdisk::format::Severity;
+use diffdisk::image::{self, Kind, ParentLink, Spec};
+use diffdisk::storage::host::Host;
+use diffdisk::storage::{Access, EngineKind, Env};
+use diffdisk::units::{BlockSize, SECTOR, SectorRange};
+use rig::{Memory, Rig};
+use rng::Rng;
+
+const KIB: u64 = 1 << 10;
+
+/// A chain under test, and what its disk must read as.
+struct World {
+    folder: tempfile::TempDir,
+    env: Arc<dyn Env>,
+    random: Rng,
+    engine: EngineKind,
+    direct: bool,
+    layers: Vec<PathBuf>,
+    /// What the guest must read.
+    model: Vec<u8>,
+}
+
+impl World {
+    fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let (env, random) = (Arc::new(Host), Rng::seeded(seed));
+        World { folder, env, random, engine, direct, layers: Vec::new(), model: Vec::new() }
+    }
+
+    fn push(&mut self, kind: &str, block: u64, size: u64) {
+        let path = self.folder.path().join(format!("{}.vhd", self.layers.len()));
+        let kind = match (kind, self.layers.last()) {
+            ("fixed", None) => Kind::Fixed,
+            ("dynamic", None) => Kind::Dynamic,
+            (_, parent) => Kind::Differencing(link(&*self.env, parent.expect("a child has a parent"))),
+        };
+        let block_size = BlockSize::from_bytes(block as u32).expect("a legal size");
+        image::create(&*self.env, &path, &Spec { kind, size, block_size, reserve: 0 }).expect("a new image");
+        self.layers.push(path);
+        self.model.resize(size as usize, 0);
+    }
+
+    fn top(&self) -> &Path {
+        self.layers.last().expect("a chain has a root")
+    }
+
+    fn open(&self, read_only: bool) -> Rig {
+        let options = DiskOptions {
+            path: self.top().to_owned(),
+            read_only,
+            serial: None,
+            direct: self.direct,
+            allow_parents: Vec::new(),
+            write_through: false,
+        };
+        Rig::new(Disk::open(self.env.clone(), &options).expect("the chain opens"), self.engine)
+    }
+
+    fn range(&mut self, longest: u64) -> SectorRange {
+        let sectors = self.model.len() as u64 / SECTOR;
+        let start = self.random.below(sectors);
+        let count = 1 + self.random.below(longest.min(sectors - start));
+        SectorRange::between(start, start + count)
+    }
+
+    fn slot(&mut self, range: SectorRange) -> &mut [u8] {
+        &mut self.model[(range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize]
+    }
+
+    /// A few hundred random acts on the top, then the whole disk is read.
+    fn work(&mut self, rig: &mut Rig, acts: usize) {
+        for _ in 0..acts {
+            match self.random.below(20) {
+                0..=8 => {
+                    let longest = self.random.pick(&[1, 8, 64, 700, 5000]);
+                    let range = self.range(longest);
+                    let bytes = self.pattern(range);
+                    let cuts = [self.random.below(range.bytes()) as usize, 512 * range.count() as usize / 2];
+                    rig.write(range, &bytes, &cuts);
+                    self.slot(range).copy_from_slice(&bytes);
+                }
+                9..=10 => {
+                    let (range, unmap) = (self.range(5000), self.random.below(2) == 0);
+                    rig.zero(range, unmap);
+                    self.slot(range).fill(0);
+                }
+                11 => {
+                    let range = self.range(5000);
+                    rig.discard(vec![range]);
+                    // Each sector is what it was, or zero; from now on it must stay what it is found to be.
+                    let now = rig.read(range);
+                    let seed = self.random.next();
+                    for (n, (was, is)) in self.slot(range).chunks(512).zip(now.chunks(512)).enumerate() {
+                        assert!(was == is || is == [0; 512], "{range} sector {n} after discard (near {seed})");
+                    }
+                    self.slot(range).copy_from_slice(&now);
+                }
+                12 => rig.flush(),
+                13..=14 => self.burst(rig),
+                _ => {
+                    let range = self.range(3000);
+                    let got = rig.read(range);
+                    self.compare(range, &got);
+                }
+            }
+        }
+        self.compare_all(rig);
+    }
+
+    /// Many requests in flight, each on its own part of the disk.
+    fn burst(&mut self, rig: &mut Rig) {
+        let sectors = self.model.len() as u64 / SECTOR;
+        let share = sectors / 16;
+        let mut reads = Vec::new();
+        for n in 0..16 {
+            let start = n * share + self.random.below(share);
+            let range = SectorRange::between(start, (start + 1 + self.random.below(40)).min((n + 1) * share));
+            if self.random.below(2) == 0 {
+                let bytes = self.pattern(range);
+                let memory = Memory::new(&bytes);
+                rig.begin(diffdisk::disk::Work::Write { range, from: memory.slices(&[]) });
+                self.slot(range).copy_from_slice(&bytes);
+            } else {
+                let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
+                rig.begin(diffdisk::disk::Work::Read { range, into: memory.slices(&[]) });
+                reads.push((range, memory));
+            }
+        }
+        for (tag, outcome) in rig.finish() {
+            assert_eq!(outcome, diffdisk::disk::Outcome::Done, "request {tag}");
+        }
+        for (range, memory) in reads {
+            self.compare(range, &memory.bytes());
+        }
+    }
+
+    fn pattern(&mut self, range: SectorRange) -> Vec<u8> {
+        let mark = self.random.next();
+        let sector = |n: u64| {
+            let mut bytes = [0; 512];
+            let text = format!("<layer {} mark {mark:016x} sector {n}>", self.layers.len() - 1);
+            bytes.iter_mut().zip(text.as_bytes().iter().cycle()).for_each(|(to, from)| *to = *from);
+            bytes
+        };
+        (range.start()..range.end()).flat_map(sector).collect()
+    }
+
+    fn compare(&self, range: SectorRange, got: &[u8]) {
+        let want = &self.model[(range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize];
+        if let Some(n) = want.chunks(512).zip(got.chunks(512)).position(|(a, b)| a != b) {
+            let show = |bytes: &[u8]| String::from_utf8_lossy(&bytes[n * 512..n * 512 + 64]).into_owned();
+            let (sector, depth) = (range.start() + n as u64, self.layers.len());
+            panic!("sector {sector} at depth {depth}: want {:?}, got {:?}", show(want), show(got));
+        }
+    }
+
+    fn compare_all(&self, rig: &mut Rig) {
+        let sectors = self.model.len() as u64 / SECTOR;
+        let mut at = 0;
+        while at < sectors {
+            let range = SectorRange::between(at, (at + 3001).min(sectors));
+            let got = rig.read(range);
+            self.compare(range, &got);
+            at = range.end();
+        }
+    }
+
+    fn check(&self, clean: bool) {
+        let file = self.env.open(self.top(), Access::Read).expect("it is there");
+        let (report, _) = image::check(file).expect("it can be read");
+        let bad = report.count(Severity::Corruption) + if clean { report.count(Severity::Leak) } else { 0 };
+        assert_eq!(bad, 0, "{:?}", report.defects);
+    }
+}
+
+fn link(env: &dyn Env, parent: &Path) -> ParentLink {
+    let image = image::Image::open(env.open(parent, Access::Read).expect("it is there")).expect("it opens");
+    let name = PathBuf::from(parent.file_name().expect("a name"));
+    let modified = image.file().stat().expect("it is there").modified;
+    ParentLink { uuid: image.uuid(), modified, relative: Some(name.clone()), absolute: Some(parent.to_owned()), name }
+}
+
+/// Builds a chain of `depth` children over a root, working on each layer before the next covers it.
+fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engine: EngineKind, direct: bool) {
+    let mut world = World::new(seed, engine, direct);
+    for layer in 0..=depth {
+        world.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
+        let mut rig = world.open(false);
+        world.work(&mut rig, 60);
+        if world.random.below(2) == 0 {
+            rig.flush();
+            rig.abandon();
+            world.check(false);
+            let mut rig = world.open(false);
+            world.work(&mut rig, 30);
+            rig.close();
+        } else {
+            rig.close();
+        }
+        world.check(true);
+        let mut rig = world.open(true);
+        world.compare_all(&mut rig);
+        rig.abandon();
+    }
+    let chain = diffdisk::chain::Chain::open(&*world.env, world.top(), &Policy::default(), Access::Read);
+    assert_eq!(chain.expect("it opens").images().len(), depth + 1);
+}
+
+#[test]
+fn two_mebibyte_blocks() {
+    for depth in 0..=8 {
+        run(depth as u64, "dynamic", &[2048 * KIB], &[9 * 1024 * KIB + 512], depth, EngineKind::Auto, false);
+    }
+}
+
+#[test]
+fn small_blocks() {
+    for (seed, block) in [(10, 4 * KIB), (11, 16 * KIB), (12, 512 * KIB)] {
+        for depth in [0, 1, 3, 8] {
+            run(seed, "dynamic", &[block], &[3 * 1024 * KIB + 1536], depth, EngineKind::Auto, false);
+        }
+    }
+}
+
+#[test]
+fn large_blocks() {
+    run(20, "dynamic", &[16 * 1024 * KIB], &[40 * 1024 * KIB], 2, EngineKind::Auto, false);
+    run(21, "fixed", &[64 * 1024 * KIB], &[70 * 1024 * KIB], 1, EngineKind::Auto, false);
+}
+
+#[test]
+fn fixed_roots_and_the_blocking_engine() {
+    for depth in [0, 1, 4] {
+        run(30, "fixed", &[2048 * KIB], &[5 * 1024 * KIB + 512], depth, EngineKind::Blocking, false);
+    }
+}
+
+#[test]
+fn parents_of_other_block_sizes_and_other_disk_sizes() {
+    let blocks = [2048 * KIB, 4 * KIB, 512 * KIB, 8192 * KIB, 64 * KIB];
+    let sizes = [4 * 1024 * KIB, 9 * 1024 * KIB + 512, 9 * 1024 * KIB + 512, 13 * 1024 * KIB];
+    for (seed, root) in [(40, "dynamic"), (41, "fixed")] {
+        run(seed, root, &blocks, &sizes, 8, EngineKind::Auto, false);
+    }
+    // A child may be smaller than its parent, too, and a grandchild larger again: what was cut off stays zero.
+    run(42, "dynamic", &blocks, &[9 * 1024 * KIB, 5 * 1024 * KIB + 512], 5, EngineKind::Auto, false);
+}
+
+#[test]
+fn direct_io() {
+    run(50, "dynamic", &[2048 * KIB], &[9 * 1024 * KIB + 512], 2, EngineKind::Auto, true);
+    run(51, "fixed", &[512 * KIB, 4 * KIB], &[3 * 1024 * KIB], 2, EngineKind::Blocking, true);
+}
+
+#[test]
+fn a_chain_of_sixty_four() {
+    let mut world = World::new(60, EngineKind::Auto, false);
+    for layer in 0..64 {
+        world.push(if layer == 0 { "dynamic" } else { "child" }, 64 * KIB, 1024 * KIB);
+        let mut rig = world.open(false);
+        world.work(&mut rig, 6);
+        rig.close();
+    }
+    let mut rig = world.open(true);
+    world.compare_all(&mut rig);
+}

@@ -1,0 +1,118 @@
+//! A disk with one lane and memory of the test's own in the guest's place.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use diffdisk::disk::{Answer, Disk, Lane, Outcome, Request, Work, ZeroRange};
+use diffdisk::storage::{EngineKind, Slices};
+use diffdisk::units::SectorRange;
+
+/// A disk being worked on through one lane.
+pub struct Rig {
+    pub disk: Arc<Disk>,
+    pub lane: Lane,
+    answers: Vec<Answer>,
+    next_tag: u64,
+}
+
+/// Guest memory: on the heap, kept by whoever holds the slices' owner.
+pub struct Memory(Arc<Box<[u8]>>);
+
+impl Memory {
+    pub fn new(bytes: &[u8]) -> Memory {
+        Memory(Arc::new(bytes.into()))
+    }
+
+    /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
+    pub fn slices(&self, cuts: &[usize]) -> Slices {
+        let mut slices = Slices::with_capacity(4);
+        slices.set_owner(self.0.clone());
+        let start = self.0.as_ptr().cast_mut();
+        let mut at = 0;
+        for cut in cuts.iter().copied().chain([self.0.len()]) {
+            let cut = cut.clamp(at, self.0.len());
+            // SAFETY: inside the boxed slice, which the owner keeps; the test looks at it only when no request is under
+            // way, through a copy.
+            unsafe { slices.push(start.wrapping_add(at), cut - at) };
+            at = cut;
+        }
+        slices
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        // SAFETY: a valid slice; no operation is under way on it.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }.to_vec()
+    }
+}
+
+impl Rig {
+    pub fn new(disk: Arc<Disk>, engine: EngineKind) -> Rig {
+        let lane = disk.lane(engine, 64).expect("a lane");
+        Rig { disk, lane, answers: Vec::new(), next_tag: 0 }
+    }
+
+    /// Begins a request; its tag.
+    pub fn begin(&mut self, work: Work) -> u64 {
+        while self.lane.room() == 0 {
+            self.turn();
+        }
+        self.next_tag += 1;
+        self.lane.push(Request { tag: self.next_tag, work });
+        self.next_tag
+    }
+
+    fn turn(&mut self) {
+        self.lane.submit().expect("the engine works");
+        self.lane.poll(&mut self.answers).expect("the engine works");
+    }
+
+    /// Waits for everything begun; the outcomes by tag.
+    pub fn finish(&mut self) -> Vec<(u64, Outcome)> {
+        self.lane.drain(&mut self.answers).expect("the engine works");
+        self.answers.drain(..).map(|a| (a.tag, a.outcome)).collect()
+    }
+
+    /// Does one thing; its outcome.
+    pub fn work(&mut self, work: Work) -> Outcome {
+        let tag = self.begin(work);
+        let done = self.finish();
+        done.into_iter().find(|(t, _)| *t == tag).expect("every request is answered").1
+    }
+
+    pub fn read(&mut self, range: SectorRange) -> Vec<u8> {
+        let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
+        let outcome = self.work(Work::Read { range, into: memory.slices(&[512]) });
+        assert_eq!(outcome, Outcome::Done, "reading {range}");
+        memory.bytes()
+    }
+
+    pub fn write(&mut self, range: SectorRange, bytes: &[u8], cuts: &[usize]) {
+        let memory = Memory::new(bytes);
+        let outcome = self.work(Work::Write { range, from: memory.slices(cuts) });
+        assert_eq!(outcome, Outcome::Done, "writing {range}");
+    }
+
+    pub fn flush(&mut self) {
+        assert_eq!(self.work(Work::Flush), Outcome::Done);
+    }
+
+    pub fn discard(&mut self, ranges: Vec<SectorRange>) {
+        assert_eq!(self.work(Work::Discard { ranges }), Outcome::Done);
+    }
+
+    pub fn zero(&mut self, range: SectorRange, unmap: bool) {
+        let ranges = vec![ZeroRange { range, unmap }];
+        assert_eq!(self.work(Work::WriteZeroes { ranges }), Outcome::Done);
+    }
+
+    /// Ends it cleanly.
+    pub fn close(self) {
+        let Rig { disk, lane, .. } = self;
+        assert!(lane.is_idle());
+        drop(lane);
+        disk.close().expect("a clean close");
+    }
+
+    /// Leaves without closing, as a killed daemon does.
+    pub fn abandon(self) {}
+}
