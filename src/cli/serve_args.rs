@@ -33,35 +33,35 @@ pub(super) struct Args {
     blk_file: Option<PathBuf>,
 
     /// Listen on this socket (made with mode 0600, removed at exit)
-    #[arg(long, value_name = "PATH", conflicts_with = "fd", requires = "blk_file")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["fd", "disk", "config"])]
     socket_path: Option<PathBuf>,
 
     /// Use this open file descriptor: a listening socket, or one connected to the front-end
-    #[arg(long, value_name = "N", requires = "blk_file")]
+    #[arg(long, value_name = "N", conflicts_with_all = ["disk", "config"])]
     fd: Option<RawFd>,
 
     /// Refuse writes
-    #[arg(long, requires = "blk_file")]
+    #[arg(long, conflicts_with_all = ["disk", "config"])]
     read_only: bool,
 
     /// Queues offered, 1 to 64 [default: the number of CPUs, at most 4]
-    #[arg(long, value_name = "N", value_parser = queues, requires = "blk_file")]
+    #[arg(long, value_name = "N", value_parser = queues, conflicts_with_all = ["disk", "config"])]
     num_queues: Option<u16>,
 
     /// Entries of a queue at most, a power of two up to 32768 [default: 1024]
-    #[arg(long, value_name = "N", value_parser = queue_size, requires = "blk_file")]
+    #[arg(long, value_name = "N", value_parser = queue_size, conflicts_with_all = ["disk", "config"])]
     queue_size: Option<u16>,
 
     /// Whether the guest sees a write cache [default: writeback]
-    #[arg(long, value_name = "MODE", requires = "blk_file")]
+    #[arg(long, value_name = "MODE", conflicts_with_all = ["disk", "config"])]
     cache: Option<Cache>,
 
     /// Bypass the host's page cache
-    #[arg(long, requires = "blk_file")]
+    #[arg(long, conflicts_with_all = ["disk", "config"])]
     direct: bool,
 
     /// The serial number that the guest sees, at most 20 bytes
-    #[arg(long, value_name = "TEXT", value_parser = serial, requires = "blk_file")]
+    #[arg(long, value_name = "TEXT", value_parser = serial, conflicts_with_all = ["disk", "config"])]
     serial: Option<String>,
 
     /// A disk (repeatable): path=IMAGE,socket=PATH[,id=NAME][,readonly=on|off][,serial=TEXT][,queues=N]
@@ -220,7 +220,7 @@ fn read_config(file: &Path) -> Result<Vec<DiskArgs>> {
 
 fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
     let config: Config = toml::from_str(text).map_err(|e| {
-        let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+        let line = 1 + e.span().map_or(0, |s| text[..s.start].matches('\n').count());
         format!("line {line}: {}", e.message())
     })?;
     if config.disk.is_empty() {

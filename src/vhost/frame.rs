@@ -54,14 +54,11 @@ pub(super) enum Next {
 /// Where the socket is broken.
 pub(super) fn peek(socket: impl AsFd) -> io::Result<Next> {
     let mut header = Header::new_zeroed();
-    let mut no_files = RecvAncillaryBuffer::default();
-    let mut into = [IoSliceMut::new(header.as_mut_bytes())];
-    let seen = match recvmsg(&socket, &mut into, &mut no_files, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok(seen) => seen,
+    let (seen, files_seen) = match look(&socket, header.as_mut_bytes()) {
         Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Next::Partial),
-        Err(e) => return Err(e.into()),
+        seen => seen?,
     };
-    match seen.bytes {
+    match seen {
         0 => return Ok(Next::Gone),
         HEADER => {}
         _ => return Ok(Next::Partial),
@@ -71,10 +68,22 @@ pub(super) fn peek(socket: impl AsFd) -> io::Result<Next> {
         return Ok(Next::Garbage);
     }
     // Not by the length of a peek: that ends where file descriptors are attached.
-    if rustix::io::ioctl_fionread(&socket)? < (HEADER as u64) + u64::from(size) {
+    let whole = HEADER + size as usize;
+    if rustix::io::ioctl_fionread(&socket)? < whole as u64 {
         return Ok(Next::Partial);
     }
-    Ok(Next::Whole(Frame { header, has_files: seen.flags.contains(ReturnFlags::CTRUNC) }))
+    // Linux tells of files in the buffer after the last one looked at, too. A peek stops behind the buffer that has
+    // files; so if it reaches into the next message, they are not this one's.
+    let has_files = files_seen && look(&socket, &mut vec![0; whole + 1])?.0 <= whole;
+    Ok(Next::Whole(Frame { header, has_files }))
+}
+
+/// Peeks: how many bytes are in `into` now, and whether file descriptors were met.
+fn look(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, bool)> {
+    let mut no_files = RecvAncillaryBuffer::default();
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let seen = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut no_files, flags)?;
+    Ok((seen.bytes, seen.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 impl Frame {
@@ -258,6 +267,27 @@ mod tests {
             let frame = whole(&near);
             assert!(frame.has_files);
             assert_eq!(frame.is_readable(), readable);
+            frame.skip(&near).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_of_the_next_message_are_not_this_ones() {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
+        let (far, near) = UnixStream::pair().unwrap();
+        for body in [0, 8] {
+            (&far).write_all(&[header(2, 1, body), vec![0; body as usize]].concat()).unwrap();
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [far.as_fd()];
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            let next = header(12, 1, 0);
+            sendmsg(&far, &[io::IoSlice::new(&next)], &mut control, SendFlags::empty()).unwrap();
+            let frame = whole(&near);
+            assert_eq!((frame.request(), frame.has_files), (2, false));
+            frame.skip(&near).unwrap();
+            let frame = whole(&near);
+            assert_eq!((frame.request(), frame.has_files), (12, true));
             frame.skip(&near).unwrap();
         }
     }

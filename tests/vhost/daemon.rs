@@ -1,0 +1,78 @@
+//! The daemon as a child of the test: started, waited for, stopped.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use assert_cmd::cargo::cargo_bin;
+
+/// A running daemon with one disk; killed when dropped.
+pub(crate) struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Serves `image` on a socket in `dir`; returns when the socket is there.
+    pub(crate) fn start(dir: &Path, image: &Path, options: &[&str]) -> Daemon {
+        let (socket, log) = (dir.join("vhost.sock"), dir.join("log"));
+        let mut command = Command::new(cargo_bin!("diffdiskd"));
+        command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image).args(options);
+        let child = command.stderr(File::create(&log).unwrap()).stdin(Stdio::null()).spawn().unwrap();
+        let mut daemon = Daemon { child, socket, log };
+        daemon.wait_until("the socket is there", |daemon| daemon.socket.exists());
+        daemon
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(crate) fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.socket).unwrap()
+    }
+
+    /// What it has said so far.
+    pub(crate) fn log(&self) -> String {
+        let mut text = String::new();
+        File::open(&self.log).unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Waits until it has said `words` this often.
+    pub(crate) fn wait_for_words(&mut self, words: &str, times: usize) {
+        self.wait_until(words, |daemon| daemon.log().matches(words).count() >= times);
+    }
+
+    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Daemon) -> bool) {
+        for _ in 0..3000 {
+            if is_so(self) {
+                return;
+            }
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("waiting for {what:?}: the daemon ended, {status}:\n{}", self.log());
+            }
+            sleep(Duration::from_millis(10));
+        }
+        panic!("in vain waited for {what:?}:\n{}", self.log());
+    }
+
+    /// Asks it to end, and waits.
+    pub(crate) fn terminate(&mut self) -> ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

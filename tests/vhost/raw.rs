@@ -1,0 +1,120 @@
+//! A front-end that says what it is told, right or wrong.
+
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use zerocopy::{FromBytes, IntoBytes};
+
+pub(crate) const GET_FEATURES: u32 = 1;
+pub(crate) const SET_FEATURES: u32 = 2;
+pub(crate) const SET_OWNER: u32 = 3;
+pub(crate) const SET_MEM_TABLE: u32 = 5;
+pub(crate) const SET_VRING_NUM: u32 = 8;
+pub(crate) const SET_VRING_ADDR: u32 = 9;
+pub(crate) const SET_VRING_BASE: u32 = 10;
+pub(crate) const GET_VRING_BASE: u32 = 11;
+pub(crate) const SET_VRING_KICK: u32 = 12;
+pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+pub(crate) const GET_QUEUE_NUM: u32 = 17;
+pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const GET_CONFIG: u32 = 24;
+pub(crate) const SET_CONFIG: u32 = 25;
+pub(crate) const RESET_DEVICE: u32 = 34;
+pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
+pub(crate) const ADD_MEM_REG: u32 = 37;
+pub(crate) const REM_MEM_REG: u32 = 38;
+
+/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+/// VERSION_1 and PROTOCOL_FEATURES.
+pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 30;
+
+pub(crate) struct FrontEnd(UnixStream);
+
+impl FrontEnd {
+    pub(crate) fn new(socket: UnixStream) -> FrontEnd {
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        FrontEnd(socket)
+    }
+
+    /// A front-end that has come as far as having features.
+    pub(crate) fn negotiated(socket: UnixStream) -> FrontEnd {
+        let mut front_end = FrontEnd::new(socket);
+        front_end.tell(SET_OWNER, &[], &[]);
+        assert_eq!(front_end.ask(GET_FEATURES) & FEATURES, FEATURES);
+        assert_eq!(front_end.ask(GET_PROTOCOL_FEATURES), PROTOCOL_FEATURES);
+        front_end.tell(SET_PROTOCOL_FEATURES, PROTOCOL_FEATURES.as_bytes(), &[]);
+        assert!(front_end.set(SET_FEATURES, FEATURES.as_bytes(), &[]));
+        front_end
+    }
+
+    /// Sends a message with any flags.
+    pub(crate) fn send(&mut self, request: u32, flags: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
+        let size = u32::try_from(body.len()).unwrap();
+        let message = [[request, flags, size].as_bytes(), body].concat();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(files)));
+        }
+        let sent = sendmsg(&self.0, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(sent, message.len());
+    }
+
+    /// A message without an answer.
+    pub(crate) fn tell(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
+        self.send(request, 1, body, files);
+    }
+
+    /// A message whose outcome is wanted: whether it was done.
+    pub(crate) fn set(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> bool {
+        self.send(request, 9, body, files);
+        u64::read_from_bytes(&self.answer(request)).unwrap() == 0
+    }
+
+    /// A question without a body, whose answer is a number.
+    pub(crate) fn ask(&mut self, request: u32) -> u64 {
+        self.tell(request, &[], &[]);
+        u64::read_from_bytes(&self.answer(request)).unwrap()
+    }
+
+    pub(crate) fn answer(&mut self, request: u32) -> Vec<u8> {
+        let mut header = [0u32; 3];
+        self.0.read_exact(header.as_mut_bytes()).unwrap();
+        let [answered, flags, size] = header;
+        assert_eq!((answered, flags), (request, 5));
+        let mut body = vec![0; size as usize];
+        self.0.read_exact(&mut body).unwrap();
+        body
+    }
+
+    /// GET_CONFIG.
+    pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
+        let body = [[offset, len, 0].as_bytes(), &vec![0; len as usize]].concat();
+        self.tell(GET_CONFIG, &body, &[]);
+        let answer = self.answer(GET_CONFIG);
+        assert_eq!(answer[..12], *[offset, len, 0].as_bytes());
+        answer[12..].to_vec()
+    }
+
+    /// Whether the daemon has closed the connection.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        // The answers still on their way are read first.
+        let mut rest = Vec::new();
+        matches!(self.0.read_to_end(&mut rest), Ok(_) | Err(_) if !would_block(&self.0))
+    }
+
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn would_block(socket: &UnixStream) -> bool {
+    let mut byte = [0];
+    matches!((&*socket).read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+}
