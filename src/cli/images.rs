@@ -7,6 +7,7 @@ use super::Exit;
 use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
 use super::print;
 use super::progress::Work;
+use super::runtime;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,7 +29,8 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
 }
 
 fn policy(common: &Common) -> Policy {
-    Policy { allowed: common.allow_parents.clone(), ..Policy::default() }
+    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -104,14 +106,14 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     let mut left = false;
-    let done = ops::map::map(&Host, &args.path, &policy(common), |run| match table.run(&run) {
-        Err(e) => {
+    let mut told = |outcome: io::Result<()>| {
+        outcome.map_err(|e| {
             left = e.kind() == io::ErrorKind::BrokenPipe;
-            Err(Error::io("cannot write to standard output", e))
-        }
-        Ok(()) => Ok(()),
-    });
-    match done.and_then(|()| table.end().map_err(|e| Error::io("cannot write to standard output", e))) {
+            Error::io("cannot write to standard output", e)
+        })
+    };
+    let done = ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)));
+    match done.and_then(|()| told(table.end())) {
         Err(_) if left => Ok(Exit::Done),
         done => done.map(|()| Exit::Done),
     }

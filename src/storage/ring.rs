@@ -255,6 +255,10 @@ impl Drop for Ring {
                 self.flying -= 1;
             }
         }
+        // The kernel takes the ring apart later, in its own time; the files, and the locks on them, are let go now. Where
+        // that fails (another thread's ring), they go with the ring.
+        let none = [-1; SLOTS as usize];
+        let _ = self.ring.submitter().register_files_update(0, &none);
     }
 }
 
