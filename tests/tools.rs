@@ -1,4 +1,5 @@
 //! The image tool end to end: what is typed, what is printed, what is left on disk, and the exit codes of the contract.
+#![allow(clippy::cast_possible_truncation, reason = "the disks of these tests are small")]
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
