@@ -64,7 +64,7 @@ impl fmt::Display for Defect {
                 write!(f, "dynamic header version {version:#010x}; only 0x00010000 is known")
             }
             D::BlockSize { size, .. } => {
-                write!(f, "blocks of {size} bytes; the size must be a power of two from 4 KiB to 256 MiB")
+                write!(f, "a block size of {size} bytes; it must be a power of two from 4 KiB to 256 MiB")
             }
             D::TableTooSmall { entries, blocks, .. } => {
                 write!(f, "the block table has {entries} entries for a disk of {blocks} blocks")
