@@ -54,7 +54,6 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
     match search.seek(image)? {
         Sought::Parent(parent) => Ok(Some(parent.file().clone())),
         Sought::Broken(file, _) => Ok(Some(file)),
-        Sought::Nowhere(Defect::ParentUnnamed) => Ok(None), // the check of the file itself says so
         Sought::Wrong(defect, _) | Sought::Nowhere(defect) => {
             defects.push(defect);
             Ok(None)

@@ -35,7 +35,7 @@ impl Default for Policy {
 /// What a search for a parent came to.
 pub(super) enum Sought {
     /// It is here.
-    Parent(Image),
+    Parent(Box<Image>),
     /// A file is where it should be, but is no sound image.
     Broken(File, Error),
     /// The image at this path is where it should be, but is another one.
@@ -104,7 +104,7 @@ impl<'a> Search<'a> {
     /// `NotFound` naming all that was tried and why not; `Refused` for raw parents.
     pub(super) fn parent_of(&self, child: &Image) -> Result<Image> {
         match self.seek(child)? {
-            Sought::Parent(parent) => Ok(parent),
+            Sought::Parent(parent) => Ok(*parent),
             Sought::Broken(_, e) => Err(e),
             Sought::Wrong(defect, path) => Err(Error::from(defect).at_path(path)),
             Sought::Nowhere(defect) => Err(Error::from(defect).at_path(child.file().path())),
@@ -131,7 +131,7 @@ impl<'a> Search<'a> {
                 Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => (reason(&e), None),
                 Err(e) => (reason(&e), Some(Err(e))),
                 Ok(file) => match Image::open(file.clone()) {
-                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(image)),
+                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(Box::new(image))),
                     Ok(image) => {
                         let defect = Defect::ParentUuid { recorded: header.parent_uuid, found: image.uuid() };
                         (defect.to_string(), Some(Ok(Sought::Wrong(defect, file.path().to_path_buf()))))

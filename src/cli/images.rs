@@ -104,14 +104,14 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     let mut left = false;
-    let done = ops::map::map(&Host, &args.path, &policy(common), |run| match table.run(&run) {
-        Err(e) => {
+    let mut told = |outcome: io::Result<()>| {
+        outcome.map_err(|e| {
             left = e.kind() == io::ErrorKind::BrokenPipe;
-            Err(Error::io("cannot write to standard output", e))
-        }
-        Ok(()) => Ok(()),
-    });
-    match done.and_then(|()| table.end().map_err(|e| Error::io("cannot write to standard output", e))) {
+            Error::io("cannot write to standard output", e)
+        })
+    };
+    let done = ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)));
+    match done.and_then(|()| told(table.end())) {
         Err(_) if left => Ok(Exit::Done),
         done => done.map(|()| Exit::Done),
     }

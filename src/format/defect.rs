@@ -246,6 +246,9 @@ impl Defect {
             | D::Hidden { at } => Some(*at),
             D::FooterCopyStale | D::FrontFooterInvalid { .. } => Some(0),
             D::TrailingFooterMissing { len } => Some(*len),
+            // The footer says what cannot be.
+            D::FixedTooShort { data, .. } => Some(*data),
+            D::HeaderPlace { len, .. } => Some(len.saturating_sub(crate::units::SECTOR)),
             D::TableUnaligned { offset }
             | D::TableOutside { offset, .. }
             | D::TableOverlaps { offset, .. }

@@ -31,7 +31,7 @@ pub mod writable;
 pub use bat::Bat;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
-pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name};
+pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name, write_new};
 pub use drive::drive;
 pub use open::Image;
 pub use paged::Paged;

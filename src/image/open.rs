@@ -11,8 +11,8 @@ use uuid::Uuid;
 use super::bat::Bat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, Presence};
-use crate::format::extents::{check_header_place, check_table};
 use crate::format::entries::{EntryRules, Placed, check_entries};
+use crate::format::extents::{check_header_place, check_table};
 use crate::format::locator::{Candidate, candidates};
 use crate::format::{
     Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
@@ -176,7 +176,7 @@ impl Image {
     }
 
     /// First byte behind all metadata.
-    pub(super) fn metadata_end(&self) -> u64 {
+    pub fn metadata_end(&self) -> u64 {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
     }
 

@@ -13,7 +13,9 @@ use crate::units::{SECTOR, SectorRange};
 /// Sectors planned at once: 64 MiB.
 const WINDOW: u64 = 1 << 17;
 /// Bytes read at once, at most.
-pub(super) const CHUNK: u64 = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
+/// Sectors of that.
+pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
 const PAGE: usize = 4096;
 
@@ -228,11 +230,11 @@ pub(super) fn each_run(
     mut put: impl FnMut(SectorRange, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let (mut data, mut plan) = (disk.data(), Plan::default());
-    let mut buffer = Buffer::zeroed(CHUNK as usize);
+    let mut buffer = Buffer::zeroed(CHUNK);
     while let Some(run) = data.next()? {
         let mut rest = run;
         while !rest.is_empty() {
-            let piece = rest.first(CHUNK / SECTOR - rest.start() % (CHUNK / SECTOR));
+            let piece = rest.first(CHUNK_SECTORS - rest.start() % CHUNK_SECTORS);
             rest = rest.skip(piece.count());
             let bytes = &mut buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
             disk.read(piece, bytes, &mut plan)?;
