@@ -40,7 +40,7 @@ pub fn main() -> ExitCode {
     match serve(&args, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("diffdiskd: {}", e.line());
+            super::complain("serve", &e);
             ExitCode::FAILURE
         }
     }
