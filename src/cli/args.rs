@@ -91,9 +91,9 @@ pub(super) struct Create {
     /// Kind of root
     #[arg(long = "type", value_enum, default_value = "dynamic", conflicts_with = "parent")]
     pub(super) kind: RootKind,
-    /// Size of a block, a power of two from 4K to 256M
-    #[arg(long, value_parser = parse_block_size, default_value = "2M")]
-    pub(super) block_size: BlockSize,
+    /// Size of a block, a power of two from 4K to 256M [default: the parent's, or 2M]
+    #[arg(long, value_parser = parse_block_size)]
+    pub(super) block_size: Option<BlockSize>,
     /// Leave room in the block table to grow to this size
     #[arg(long, value_parser = parse, value_name = "SIZE")]
     pub(super) reserve_size: Option<u64>,

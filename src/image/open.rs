@@ -239,8 +239,8 @@ impl Image {
         if self.chosen.footer.saved_state != 0 {
             return refuse("a suspended machine depends on this disk: it may only be read");
         }
-        if self.chosen.footer.hidden() && self.chosen.footer.creator_is_tap() {
-            return refuse("it is marked as the parent of a snapshot: it may only be read");
+        if self.chosen.footer.hidden() {
+            return refuse("it is hidden, as the parent of a snapshot is: it may only be read");
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, 
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::inflight::{self, Region};
 use super::memory::{MAX_REGIONS, MemoryTable};
 use super::worker::{Ring, Worker};
 use crate::device::{AtomicMemory, Device, Vring};
@@ -36,6 +37,8 @@ pub(super) struct Handler<'a> {
     /// The disk's name, for the log.
     name: &'a str,
     memory: MemoryTable,
+    /// Where the front-end keeps what is in flight, if it does.
+    inflight: Option<Region>,
     rings: Vec<RingSetup>,
     /// What the front-end accepted of the features; none before it did.
     features: Option<u64>,
@@ -79,7 +82,8 @@ impl<'a> Handler<'a> {
         device.reset();
         let rings = workers.iter().map(|_| RingSetup::default()).collect();
         let memory = MemoryTable::default();
-        Handler { device, workers, name, memory, rings, features: None, protocol_features: 0, calls: 0 }
+        let (inflight, features) = (None, None);
+        Handler { device, workers, name, memory, inflight, rings, features, protocol_features: 0, calls: 0 }
     }
 
     /// Counts requests that passed the vhost crate's own checks.
@@ -113,7 +117,12 @@ impl<'a> Handler<'a> {
         vring.set_call(call.map_err(VhostError::ReqHandlerError)?);
         let err = err.map_err(VhostError::ReqHandlerError)?;
         let (kick, base) = (kick.clone(), ring.base);
-        let started = self.workers[index].start_ring(Ring { vring, memory: self.memory.memory(), kick, err, base });
+        let record = match &self.inflight {
+            Some(region) => Some(region.record(index).ok_or_else(|| failed("the in-flight region has no such queue"))?),
+            None => None,
+        };
+        let memory = self.memory.memory();
+        let started = self.workers[index].start_ring(Ring { vring, memory, record, kick, err, base });
         started.map_err(|e| failed(e.line()))?;
         debug!("disk {}: ring {index} runs from {base}", self.name);
         self.rings[index].running = true;
@@ -218,6 +227,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
             *ring = RingSetup { call: ring.call.take(), err: ring.err.take(), ..RingSetup::default() };
         }
         self.features = None;
+        self.inflight = None;
         self.device.reset();
         Ok(())
     }
@@ -330,6 +340,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
@@ -374,12 +385,19 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
+        self.calls += 1;
+        inflight::create(inflight, self.device.queues(), self.device.queue_size()).map_err(VhostError::ReqHandlerError)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
+        self.calls += 1;
+        let region = Region::map(inflight, file, self.device.queues(), self.device.queue_size());
+        let region = region.map_err(VhostError::ReqHandlerError)?;
+        self.stop_all();
+        self.inflight = Some(region);
+        self.start_all();
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

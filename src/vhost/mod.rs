@@ -5,6 +5,7 @@
 //!
 //! ```text
 //!  front-end ── socket ── frame ── vhost crate ── handler ──┬── memory   the guest's regions, mapped and checked
+//!                           │                               ├── inflight the record that survives us, kept by the front-end
 //!                           │                               └── worker   one a queue: epoll, device::Queue, lane
 //!                        daemon: accepts, refuses a second front-end, ends on the stop signal
 //! ```
@@ -15,11 +16,12 @@
 //!   with it, after they are drained; the workers wait for the next one.
 //! * A handler lives as long as a connection: nothing of one front-end is left for the next but the disk.
 //!
-//! What is negotiated: MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+//! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod daemon;
 mod frame;
 mod handler;
+mod inflight;
 mod memory;
 mod socket;
 mod worker;

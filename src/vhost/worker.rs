@@ -20,7 +20,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use zerocopy::IntoBytes;
 
-use crate::device::{Device, Memory, Queue, Turn, Vring};
+use crate::device::{Device, Memory, Queue, Record, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
@@ -36,6 +36,8 @@ pub(super) struct Settings {
 pub(super) struct Ring {
     pub(super) vring: Vring,
     pub(super) memory: Arc<Memory>,
+    /// What is in flight, where a kill does not reach.
+    pub(super) record: Option<Record>,
     pub(super) kick: Arc<File>,
     /// Told when the ring breaks.
     pub(super) err: Option<File>,
@@ -312,7 +314,7 @@ impl QueueThread {
             return Err(Error::new(ErrorKind::Io, "the queue is out of service until the daemon is started again"));
         }
         assert!(self.ring.is_none(), "a ring is started only where none runs");
-        self.queue.start(&ring.vring, ring.memory.clone())?;
+        self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
         if let Err(e) = self.epoll.add(ring.kick.as_raw_fd()) {
             let _ = self.queue.stop(&ring.vring);
             return Err(Error::io("the kick of the ring cannot be waited for", e));

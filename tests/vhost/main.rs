@@ -278,7 +278,7 @@ fn failures_are_one_line() {
     let fails = |args: &[&std::ffi::OsStr], words: &str| {
         let output = diffdiskd().args(["--log-level=off"]).args(args).assert().code(1).get_output().clone();
         let line = String::from_utf8(output.stderr).unwrap();
-        assert!(line.starts_with("diffdiskd: ") && line.contains(words), "{line}");
+        assert!(line.starts_with("diffdisk: serve: ") && line.contains(words), "{line}");
         assert_eq!(line.lines().count(), 1, "{line}");
     };
     let (socket_path, blk_file) = ("--socket-path".as_ref(), "--blk-file".as_ref());
