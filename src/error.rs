@@ -64,6 +64,14 @@ impl Error {
         self
     }
 
+    /// Says `to` where it named `from`: for a file that is made under another name first.
+    pub fn renamed(mut self, from: &Path, to: &Path) -> Error {
+        if self.path() == Some(from) {
+            self.0.path = Some(to.to_path_buf());
+        }
+        self
+    }
+
     /// Names the byte offset in the file. The innermost offset stays.
     pub fn at_offset(mut self, offset: u64) -> Error {
         self.0.offset.get_or_insert(offset);
@@ -153,6 +161,7 @@ mod tests {
         assert_eq!(e.kind(), ErrorKind::Io);
         assert_eq!(e.raw_os_error(), Some(libc::EIO));
         assert!(e.line().starts_with("/a/b.vhd: cannot read the footer (at byte 512): "), "{}", e.line());
+        assert_eq!(e.renamed(Path::new("/a/b.vhd"), Path::new("/c")).path(), Some(Path::new("/c")));
         let full = Error::io("cannot grow", io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(full.kind(), ErrorKind::NoSpace);
     }

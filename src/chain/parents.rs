@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::{Image, folder_of};
-use crate::storage::{Env, File, FileId};
+use crate::storage::{Env, File, FileId, Lock};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -24,18 +24,20 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
+    /// Where daemons keep live journals: an image that has one there is refused.
+    pub runtime: Option<PathBuf>,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH }
+        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: None }
     }
 }
 
 /// What a search for a parent came to.
 pub(super) enum Sought {
     /// It is here.
-    Parent(Image),
+    Parent(Box<Image>),
     /// A file is where it should be, but is no sound image.
     Broken(File, Error),
     /// The image at this path is where it should be, but is another one.
@@ -53,16 +55,18 @@ pub(super) struct Search<'a> {
     /// What was passed on the way.
     passed: Vec<(FileId, uuid::Uuid)>,
     tables: u64,
+    /// Whether parents are locked against writers.
+    lock: bool,
 }
 
 impl<'a> Search<'a> {
     /// A search for the parents of the image at `youngest`.
-    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy) -> Result<Search<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy, lock: bool) -> Result<Search<'a>> {
         let mut roots = vec![env.canonical(folder_of(youngest))?];
         for folder in &policy.allowed {
             roots.push(env.canonical(folder)?);
         }
-        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0 })
+        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0, lock })
     }
 
     /// Counts an image in.
@@ -104,7 +108,7 @@ impl<'a> Search<'a> {
     /// `NotFound` naming all that was tried and why not; `Refused` for raw parents.
     pub(super) fn parent_of(&self, child: &Image) -> Result<Image> {
         match self.seek(child)? {
-            Sought::Parent(parent) => Ok(parent),
+            Sought::Parent(parent) => Ok(*parent),
             Sought::Broken(_, e) => Err(e),
             Sought::Wrong(defect, path) => Err(Error::from(defect).at_path(path)),
             Sought::Nowhere(defect) => Err(Error::from(defect).at_path(child.file().path())),
@@ -131,7 +135,7 @@ impl<'a> Search<'a> {
                 Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => (reason(&e), None),
                 Err(e) => (reason(&e), Some(Err(e))),
                 Ok(file) => match Image::open(file.clone()) {
-                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(image)),
+                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(Box::new(image))),
                     Ok(image) => {
                         let defect = Defect::ParentUuid { recorded: header.parent_uuid, found: image.uuid() };
                         (defect.to_string(), Some(Ok(Sought::Wrong(defect, file.path().to_path_buf()))))
@@ -154,7 +158,11 @@ impl<'a> Search<'a> {
         let Some((root, below)) = self.below_root(&whole) else {
             return Err(Error::new(ErrorKind::Refused, "outside of the allowed folders").at_path(whole));
         };
-        self.env.open_beneath(root, &below)
+        let file = self.env.open_beneath(root, &below)?;
+        if self.lock {
+            file.lock(Lock::Shared)?;
+        }
+        Ok(file)
     }
 
     /// The allowed folder that a path begins with, and the rest of the path. `..` is taken away by text, never by

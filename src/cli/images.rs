@@ -7,12 +7,14 @@ use super::Exit;
 use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
 use super::print;
 use super::progress::Work;
+use super::runtime;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::convert::To;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
+use crate::units::BlockSize;
 
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
@@ -28,7 +30,8 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
 }
 
 fn policy(common: &Common) -> Policy {
-    Policy { allowed: common.allow_parents.clone(), ..Policy::default() }
+    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -61,9 +64,10 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let size = args.size.expect("clap asks for it");
             let fixed = args.kind == RootKind::Fixed;
             let reserve = args.reserve_size.unwrap_or(0);
-            let root = ops::create::Root { fixed, size, block_size: args.block_size, reserve };
+            let block_size = args.block_size.unwrap_or(BlockSize::DEFAULT);
+            let root = ops::create::Root { fixed, size, block_size, reserve };
             ops::create::root(&Host, &args.path, &root)?;
-            let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {}", args.block_size) };
+            let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {block_size}") };
             format!("{kind}, {}", human(size))
         }
     };
@@ -104,14 +108,14 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     let mut left = false;
-    let done = ops::map::map(&Host, &args.path, &policy(common), |run| match table.run(&run) {
-        Err(e) => {
+    let mut told = |outcome: io::Result<()>| {
+        outcome.map_err(|e| {
             left = e.kind() == io::ErrorKind::BrokenPipe;
-            Err(Error::io("cannot write to standard output", e))
-        }
-        Ok(()) => Ok(()),
-    });
-    match done.and_then(|()| table.end().map_err(|e| Error::io("cannot write to standard output", e))) {
+            Error::io("cannot write to standard output", e)
+        })
+    };
+    let done = ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)));
+    match done.and_then(|()| told(table.end())) {
         Err(_) if left => Ok(Exit::Done),
         done => done.map(|()| Exit::Done),
     }

@@ -17,6 +17,7 @@ mod args;
 mod images;
 mod print;
 mod progress;
+mod runtime;
 pub mod serve;
 mod serve_args;
 mod size;

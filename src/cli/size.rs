@@ -30,7 +30,7 @@ pub(super) fn human(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let rank = (64 - bytes.leading_zeros()).saturating_sub(1) / 10;
     let (unit, one) = (units[rank as usize], 1u64 << (rank * 10));
-    let (whole, hundredths) = (bytes / one, bytes % one * 100 >> (rank * 10));
+    let (whole, hundredths) = (bytes / one, u128::from(bytes % one) * 100 / u128::from(one));
     match hundredths {
         0 => format!("{whole} {unit}"),
         n if n % 10 == 0 => format!("{whole}.{} {unit}", n / 10),

@@ -11,7 +11,7 @@ impl fmt::Display for Defect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             D::NotRegular => write!(f, "not a regular file"),
-            D::FileTooShort { len } => write!(f, "the file has {len} bytes; the smallest image has 512"),
+            D::FileTooShort { len } => write!(f, "the file is too short: {len} bytes; the smallest image has 512"),
             D::FooterMissing { .. } => {
                 write!(
                     f,
@@ -64,7 +64,7 @@ impl fmt::Display for Defect {
                 write!(f, "dynamic header version {version:#010x}; only 0x00010000 is known")
             }
             D::BlockSize { size, .. } => {
-                write!(f, "blocks of {size} bytes; the size must be a power of two from 4 KiB to 256 MiB")
+                write!(f, "a block size of {size} bytes; it must be a power of two from 4 KiB to 256 MiB")
             }
             D::TableTooSmall { entries, blocks, .. } => {
                 write!(f, "the block table has {entries} entries for a disk of {blocks} blocks")
@@ -72,12 +72,14 @@ impl fmt::Display for Defect {
             D::TableTooLarge { entries, limit, .. } => {
                 write!(f, "the block table needs {entries} entries; at most {limit} are read")
             }
-            D::TableUnaligned { .. } => write!(f, "the block table does not begin at a multiple of 512"),
-            D::TableOutside { bytes, len, .. } => {
-                write!(f, "the block table of {bytes} bytes does not lie in the file of {len} bytes")
+            D::TableUnaligned { offset, .. } => {
+                write!(f, "the block table would begin at {offset}, which is no multiple of 512")
             }
-            D::TableOverlaps { bytes, part, .. } => {
-                write!(f, "the block table of {bytes} bytes overlaps the {part}")
+            D::TableOutside { offset, bytes, len, .. } => {
+                write!(f, "the block table ({bytes} bytes at {offset}) does not lie in the file of {len} bytes")
+            }
+            D::TableOverlaps { offset, bytes, part, .. } => {
+                write!(f, "the block table ({bytes} bytes at {offset}) overlaps the {part}")
             }
             D::BlockInMetadata { block, part, .. } => write!(f, "block {block} overlaps the {part}"),
             D::BlockBeyondEnd { block, end, limit, .. } => {
@@ -129,7 +131,7 @@ impl fmt::Display for Defect {
                 write!(f, "the disk has {child} bytes, its parent {parent}")
             }
             D::ChainTooDeep { limit } => write!(f, "the chain has more than {limit} files; merge some"),
-            D::ChainCycle { file } => write!(f, "the chain comes back to {file}"),
+            D::ChainCycle { file } => write!(f, "the chain is a cycle: it comes back to {file}"),
             D::ChainUuidTwice { uuid } => write!(f, "two files of the chain have UUID {uuid}"),
             D::ChainTablesTooLarge { bytes, limit } => {
                 write!(f, "the block tables of the chain take {bytes} bytes together, more than {limit}")

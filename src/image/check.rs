@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::open::{Image, Sparse};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
-use crate::format::{Defect, DiskType, Part, Severity};
+use crate::format::{Defect, Part, Severity};
 use crate::storage::File;
 use crate::units::SECTOR;
 
@@ -50,7 +50,7 @@ fn look_closer(image: &Image, defects: &mut Vec<Defect>) -> Result<()> {
     if footer.saved_state != 0 {
         defects.push(Defect::SavedState { at });
     }
-    if footer.hidden() && footer.creator_is_tap() {
+    if footer.hidden() {
         defects.push(Defect::Hidden { at });
     }
     let Some(sparse) = image.sparse() else { return Ok(()) };
@@ -60,9 +60,6 @@ fn look_closer(image: &Image, defects: &mut Vec<Defect>) -> Result<()> {
         for gap in unreferenced(&sparse.metadata, &sparse.placed, block_size, image.data_end()) {
             defects.push(Defect::SpaceUnreferenced { offset: gap.start, bytes: gap.end - gap.start });
         }
-    }
-    if image.kind() == DiskType::Differencing && image.parent_candidates()?.is_empty() {
-        defects.push(Defect::ParentUnnamed);
     }
     check_batmap(image, sparse, defects)
 }

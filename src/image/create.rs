@@ -58,12 +58,12 @@ pub struct Spec {
 pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
     let uuid = env.uuid();
     let fresh = fresh_name(path, uuid)?;
-    let file = env.create(&fresh)?;
-    let named = write(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
+    let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, path))?;
+    let named = write_new(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
     if named.is_err() {
         let _ = env.remove(&fresh);
     }
-    named.map(|()| uuid)
+    named.map(|()| uuid).map_err(|e| e.renamed(&fresh, path))
 }
 
 /// The name, in the same folder, under which a file is made that is to be called `path`. `uuid` makes it unique.
@@ -72,7 +72,9 @@ pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
 /// `Refused` where `path` does not end in a file name.
 pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<PathBuf> {
     let file_name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
-    Ok(folder_of(path).join(format!(".{}.{}.new", file_name.to_string_lossy(), uuid.simple())))
+    // Names have at most 255 bytes; a part of it is enough for people to recognise it.
+    let start: String = file_name.to_string_lossy().chars().take(32).collect();
+    Ok(folder_of(path).join(format!(".{start}.{}.new", uuid.simple())))
 }
 
 /// The folder of a path, `.` where it has none.
@@ -99,7 +101,11 @@ pub fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
     .and_then(|()| env.sync_dir(folder_of(path)))
 }
 
-fn write(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {
+/// Writes a new image into an empty file, and makes it durable. The name is the caller's concern.
+///
+/// # Errors
+/// `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {
     let invalid = |defect| Error::from(defect).at_path(file.path());
     let now = u64::try_from(env.now()).unwrap_or(0);
     let (disk_type, locators) = match &spec.kind {

@@ -176,7 +176,7 @@ impl Image {
     }
 
     /// First byte behind all metadata.
-    pub(super) fn metadata_end(&self) -> u64 {
+    pub fn metadata_end(&self) -> u64 {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
     }
 
@@ -239,8 +239,8 @@ impl Image {
         if self.chosen.footer.saved_state != 0 {
             return refuse("a suspended machine depends on this disk: it may only be read");
         }
-        if self.chosen.footer.hidden() && self.chosen.footer.creator_is_tap() {
-            return refuse("it is marked as the parent of a snapshot: it may only be read");
+        if self.chosen.footer.hidden() {
+            return refuse("it is hidden, as the parent of a snapshot is: it may only be read");
         }
         Ok(())
     }

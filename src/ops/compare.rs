@@ -1,6 +1,6 @@
 //! `compare`: whether two disks look the same to a guest.
 
-use super::mover::{CHUNK, Data, Disk, Progress};
+use super::mover::{CHUNK, CHUNK_SECTORS, Data, Disk, Progress};
 use crate::chain::Plan;
 use crate::error::Result;
 use crate::storage::Buffer;
@@ -16,8 +16,7 @@ pub fn compare(a: &Disk, b: &Disk, progress: &mut Progress<'_>) -> Result<Option
     let end = a.bytes().max(b.bytes());
     let mut at = 0;
     while let Some(start) = of_a.from(at)?.into_iter().chain(of_b.from(at)?).min() {
-        let chunk = CHUNK / SECTOR;
-        let piece = SectorRange::between(start, start - start % chunk + chunk);
+        let piece = SectorRange::between(start, start - start % CHUNK_SECTORS + CHUNK_SECTORS);
         let piece = piece.clip(SectorRange::between(0, end.div_ceil(SECTOR)));
         let (left, right) = (of_a.read(piece)?, of_b.read(piece)?);
         if left != right {
@@ -44,7 +43,7 @@ impl<'a> Side<'a> {
     fn new(disk: &'a Disk) -> Result<Side<'a>> {
         let mut data = disk.data();
         let next = data.next()?;
-        Ok(Side { disk, data, next, plan: Plan::default(), buffer: Buffer::zeroed(CHUNK as usize) })
+        Ok(Side { disk, data, next, plan: Plan::default(), buffer: Buffer::zeroed(CHUNK) })
     }
 
     /// The first sector at or after `at` that may hold data.

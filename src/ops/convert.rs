@@ -53,11 +53,11 @@ pub fn convert(
 /// `Io`, also where nobody reads `out` any more; what `progress` fails with.
 pub fn stream(disk: &Disk, out: &mut dyn Write, progress: &mut Progress<'_>) -> Result<()> {
     let failed = |e| Error::io("cannot write to standard output", e);
-    let zeros = Buffer::zeroed(CHUNK as usize);
+    let zeros = Buffer::zeroed(CHUNK);
     let (end, mut done) = (disk.bytes(), 0);
     let fill = |out: &mut dyn Write, done: &mut u64, until: u64| -> Result<()> {
         while *done < until {
-            let len = (until - *done).min(CHUNK);
+            let len = (until - *done).min(CHUNK as u64);
             out.write_all(&zeros[..usize::try_from(len).expect("a chunk")]).map_err(failed)?;
             *done += len;
         }

@@ -4,11 +4,11 @@ use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Policy};
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
 use crate::image::{self, Kind, ParentLink, Spec, folder_of};
-use crate::storage::{Access, Env};
+use crate::storage::Env;
 use crate::units::BlockSize;
 
 /// A root to be made.
@@ -42,8 +42,9 @@ pub struct Child {
     pub parent: PathBuf,
     /// Virtual size in bytes; that of the parent if not given.
     pub size: Option<u64>,
-    /// Size of its blocks.
-    pub block_size: BlockSize,
+    /// Size of its blocks; that of the parent if not given: other programs read chains of one block size only, or read
+    /// others wrongly (vhd-format 6). A child of a fixed image has the size that all expect.
+    pub block_size: Option<BlockSize>,
     /// Virtual size in bytes up to which the block table has room to grow.
     pub reserve: u64,
     /// What it records of where the parent is.
@@ -79,7 +80,7 @@ pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
 /// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
 /// smaller than its parent; `Busy` where somebody writes to the parent.
 pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Result<Created> {
-    let chain = Chain::open(env, &child.parent, policy, Access::Read)?;
+    let chain = Chain::open(env, &child.parent, policy, Use::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
     }
@@ -89,6 +90,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
+    let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
     let (uuid, modified) = (parent.uuid(), parent.file().stat()?.modified);
     let absolute = env.canonical(&child.parent)?;
     let relative = relative(&env.canonical(folder_of(path))?, &absolute);
@@ -99,10 +101,9 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         absolute: (child.locators != Locators::Relative).then(|| absolute.clone()),
         name: relative.clone(),
     };
-    let spec = Spec { kind: Kind::Differencing(link), size, block_size: child.block_size, reserve: child.reserve };
-    let locked = chain.into_version(Access::Read)?;
+    let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     let made = image::create(env, path, &spec);
-    drop(locked);
+    drop(chain); // and with it the locks on the parents
     let outside = relative.components().next() == Some(Component::ParentDir);
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
 }

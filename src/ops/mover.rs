@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Version};
+use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
 use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
@@ -13,7 +13,9 @@ use crate::units::{SECTOR, SectorRange};
 /// Sectors planned at once: 64 MiB.
 const WINDOW: u64 = 1 << 17;
 /// Bytes read at once, at most.
-pub(super) const CHUNK: u64 = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
+/// Sectors of that.
+pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
 const PAGE: usize = 4096;
 
@@ -49,7 +51,7 @@ impl Disk {
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
         }
-        Ok(Disk::Chain(Chain::open(env, path, policy, Access::Read)?.into_version(Access::Read)?))
+        Ok(Disk::Chain(Chain::open(env, path, policy, Use::Read)?.into_frozen()))
     }
 
     /// Bytes of the disk. Those of a raw file need not fill its last sector.
@@ -228,11 +230,11 @@ pub(super) fn each_run(
     mut put: impl FnMut(SectorRange, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let (mut data, mut plan) = (disk.data(), Plan::default());
-    let mut buffer = Buffer::zeroed(CHUNK as usize);
+    let mut buffer = Buffer::zeroed(CHUNK);
     while let Some(run) = data.next()? {
         let mut rest = run;
         while !rest.is_empty() {
-            let piece = rest.first(CHUNK / SECTOR - rest.start() % (CHUNK / SECTOR));
+            let piece = rest.first(CHUNK_SECTORS - rest.start() % CHUNK_SECTORS);
             rest = rest.skip(piece.count());
             let bytes = &mut buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
             disk.read(piece, bytes, &mut plan)?;

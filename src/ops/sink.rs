@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::chain::{Chain, Plan, Policy, Source, Top, Version};
+use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Spec, create, drive, fresh_name, name};
+use crate::image::{Commit, Growth, Keep, Spec, drive, folder_of, fresh_name, name, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -16,14 +16,16 @@ const COMMIT_BYTES: u64 = 1 << 30;
 pub(super) struct Sink<'a> {
     env: &'a dyn Env,
     fresh: PathBuf,
+    /// The path that was asked for, and where it leads.
+    asked: PathBuf,
     path: PathBuf,
     replace: bool,
-    into: Form,
+    form: Form,
     named: bool,
 }
 
 enum Form {
-    Raw(File),
+    Raw(File, u64),
     Image { version: Version, plan: Plan, uncommitted: u64 },
 }
 
@@ -42,7 +44,7 @@ impl<'a> Sink<'a> {
     /// `Refused` where the name exists (or, with `replace`, is no regular file); `Busy` where the file to be replaced is
     /// in use; else as `image::create`.
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &Make<'_>, replace: bool) -> Result<Sink<'a>> {
-        let mut path = path.to_path_buf();
+        let (asked, mut path) = (path.to_path_buf(), path.to_path_buf());
         match env.canonical(&path) {
             Ok(old) if replace => {
                 env.open(&old, Access::Write)?.lock(Lock::Exclusive)?;
@@ -54,33 +56,40 @@ impl<'a> Sink<'a> {
             }
             Err(_) => {}
         }
-        let fresh = fresh_name(&path, env.uuid())?;
-        let into = match make {
-            Make::Raw(len) => {
-                let file = env.create(&fresh)?;
-                file.set_len(*len).map(|()| Form::Raw(file))
-            }
-            Make::Image(spec) => {
-                create(env, &fresh, spec).map_err(|e| if e.path() == Some(&fresh) { named(&e, &path) } else { e })?;
-                let version = Chain::open(env, &fresh, &Policy::default(), Access::Write);
-                let version = version.and_then(|chain| chain.into_version(Access::Write));
-                version.map(|version| Form::Image { version, plan: Plan::default(), uncommitted: 0 })
-            }
+        let uuid = env.uuid();
+        let fresh = fresh_name(&path, uuid)?;
+        let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, &asked))?;
+        let form = match make {
+            Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
+            Make::Image(spec) => write_new(&file, env, uuid, spec).and_then(|()| {
+                let version = Chain::open(env, &fresh, &Policy::default(), Use::Write)?;
+                let version = version.into_writable(env, &Keep::Nothing)?;
+                Ok(Form::Image { version, plan: Plan::default(), uncommitted: 0 })
+            }),
         };
-        match into {
-            Ok(into) => Ok(Sink { env, fresh, path, replace, into, named: false }),
+        match form {
+            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, form, named: false }),
             Err(e) => {
                 let _ = env.remove(&fresh);
-                Err(e)
+                Err(e.renamed(&fresh, &asked))
             }
         }
     }
 
+    /// The failure of a write, under the name that was asked for.
+    fn blame(&self, e: Error) -> Error {
+        e.renamed(&self.fresh, &self.asked)
+    }
+
     /// Writes a run. Ranges ascend or not, as the caller likes.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        let (version, plan, uncommitted) = match &mut self.into {
-            Form::Raw(file) => {
-                let (start, len) = (range.start() * SECTOR, file.stat()?.len);
+        self.write(range, bytes).map_err(|e| self.blame(e))
+    }
+
+    fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        let (version, plan, uncommitted) = match &mut self.form {
+            Form::Raw(file, len) => {
+                let start = range.start() * SECTOR;
                 // The last sector of a raw disk need not be full.
                 let there = usize::try_from(len.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
                 return file.write_at(&bytes[..there], start);
@@ -102,7 +111,8 @@ impl<'a> Sink<'a> {
             rest = later;
             top.image.file().write_at(now, offset)?;
         }
-        top.image.mark(range);
+        // Killed, this tool begins anew: nothing has to outlive it.
+        let _ = top.image.mark(range);
         *uncommitted += range.bytes();
         if *uncommitted >= COMMIT_BYTES {
             *uncommitted = 0;
@@ -113,18 +123,23 @@ impl<'a> Sink<'a> {
 
     /// Makes all of it durable, and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
-        match &self.into {
-            Form::Raw(file) => file.sync()?,
+        self.settle().map_err(|e| self.blame(e))
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        match &self.form {
+            Form::Raw(file, _) => file.sync()?,
             Form::Image { version, .. } => {
                 let top = version.top().expect("opened for writing");
                 commit(self.env, top)?;
+                give_back(top.image.file(), top.image.image().metadata_end())?;
                 top.image.trim()?;
             }
         }
         if self.replace {
             self.env.rename(&self.fresh, &self.path)?;
             self.named = true;
-            return self.env.sync_dir(crate::image::folder_of(&self.path));
+            return self.env.sync_dir(folder_of(&self.path));
         }
         name(self.env, &self.fresh, &self.path)?;
         self.named = true;
@@ -142,21 +157,29 @@ impl Drop for Sink<'_> {
     }
 }
 
-/// The same failure under the name that was asked for.
-fn named(e: &Error, path: &Path) -> Error {
-    let mut line = e.line();
-    if let Some(start) = e.path() {
-        line = line.replacen(&format!("{}: ", start.display()), "", 1);
-    }
-    Error::new(e.kind(), line).at_path(path)
-}
-
 fn grow(env: &dyn Env, top: &Top) -> Result<()> {
     let Some(mut growth) = Growth::begin(&top.image, top.slot) else {
         let what = "there is no room for another block, and none can be made";
         return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
     };
     drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
+}
+
+/// Gives back the room that was reserved in the file and not written: all of it reads as zeros, and holes stay holes.
+/// What is durable does not change, so nothing waits for it.
+fn give_back(file: &File, from: u64) -> Result<()> {
+    let (mut at, len) = (from, file.stat()?.len);
+    while at < len {
+        let (start, count) = match file.next_data(at) {
+            Ok(found) => found.unwrap_or((len, 0)),
+            Err(_) => return Ok(()), // a file system that cannot tell reserved nothing that could be told apart
+        };
+        if start > at {
+            file.punch(at, start - at)?;
+        }
+        at = start + count.max(1);
+    }
+    Ok(())
 }
 
 fn commit(env: &dyn Env, top: &Top) -> Result<()> {

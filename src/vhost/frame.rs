@@ -179,7 +179,7 @@ impl Frame {
     /// # Errors
     /// Where the socket is broken.
     pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
-        let header = Header { request: self.header.request, flags: 1 | REPLY, size: size_of::<u64>() as u32 };
+        let header = Header { request: self.header.request, flags: 1 | REPLY, size: 8 };
         let message = [header.as_bytes(), 1u64.as_bytes()].concat();
         match send(socket, &message, SendFlags::NOSIGNAL)? {
             n if n == message.len() => Ok(()),

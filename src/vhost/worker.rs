@@ -160,6 +160,9 @@ enum State {
     Faulty,
 }
 
+/// Between two ticks of a lane: what waits for time to pass (a full disk, a commit in the background) goes on then.
+const TICK: Duration = Duration::from_secs(1);
+
 struct QueueThread {
     queue: Queue,
     ring: Option<Box<Ring>>,
@@ -191,6 +194,7 @@ impl QueueThread {
     fn run(&mut self) {
         let mut seen = None;
         let mut sleep_at = Instant::now();
+        let mut tick_at = Instant::now() + TICK;
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
@@ -203,10 +207,18 @@ impl QueueThread {
                 }
                 Err(TryRecvError::Empty) => {}
             }
-            match self.serve() {
+            let turn = self.serve();
+            let now = Instant::now();
+            if now >= tick_at {
+                tick_at = now + TICK;
+                if self.state == State::Running {
+                    self.queue.lane().tick();
+                    continue; // what it began is submitted by the next turn
+                }
+            }
+            match turn {
                 Turn::More => continue,
                 Turn::Idle if !self.poll.is_zero() => {
-                    let now = Instant::now();
                     let progress = self.progress();
                     if progress != seen {
                         seen = progress;
@@ -219,7 +231,7 @@ impl QueueThread {
                 }
                 Turn::Idle | Turn::Broken => {}
             }
-            self.epoll.wait();
+            self.epoll.wait(TICK);
         }
     }
 
@@ -356,10 +368,11 @@ impl Epoll {
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
     }
 
-    /// Returns when something happened, or for no reason.
-    fn wait(&self) {
+    /// Returns when something happened, when the time is over, or for no reason.
+    fn wait(&self, at_most: Duration) {
+        let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-        if let Err(e) = epoll::wait(self.0, -1, &mut events)
+        if let Err(e) = epoll::wait(self.0, at_most, &mut events)
             && e.kind() != io::ErrorKind::Interrupted
         {
             panic!("a queue's own epoll instance fails: {e}");

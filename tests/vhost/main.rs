@@ -42,6 +42,7 @@ fn a_guest_writes_and_the_next_one_reads_it() {
     let (_dir, mut daemon) = started(&["--num-queues=2"]);
     let pattern: Vec<u8> = (0..16384u32).map(|i| (i % 251) as u8).collect();
     for round in 0..3 {
+        daemon.wait_for_words("front-end disconnected", round as usize);
         let mut guest = Guest::connect(daemon.socket(), 2, 128);
         assert_eq!(guest.config.capacity.to_native(), 4 * MIB / 512);
         assert_eq!(guest.config.num_queues.to_native(), 2);
@@ -211,13 +212,14 @@ fn lost_connections_do_no_harm() {
     for half in [&[1u8][..], &[0; 11], [SET_FEATURES, 1, 8, 0].as_bytes()] {
         let gone = daemon.connect();
         rustix::net::send(&gone, half, rustix::net::SendFlags::empty()).unwrap();
+        gone.shutdown(std::net::Shutdown::Both).unwrap();
     }
     let half = daemon.connect();
     rustix::net::send(&half, &[1], rustix::net::SendFlags::empty()).unwrap();
     daemon.wait_for_words("began and did not end", 1);
+    assert!(FrontEnd::new(half).is_closed());
     let mut guest = Guest::connect(daemon.socket(), 1, 128);
     assert_eq!(guest.write(0, 0, &[1; 512]), 0);
-    drop(half);
     assert!(daemon.terminate().success());
 }
 
@@ -276,7 +278,7 @@ fn failures_are_one_line() {
     let fails = |args: &[&std::ffi::OsStr], words: &str| {
         let output = diffdiskd().args(["--log-level=off"]).args(args).assert().code(1).get_output().clone();
         let line = String::from_utf8(output.stderr).unwrap();
-        assert!(line.starts_with("diffdiskd: ") && line.contains(words), "{line}");
+        assert!(line.starts_with("diffdisk: serve: ") && line.contains(words), "{line}");
         assert_eq!(line.lines().count(), 1, "{line}");
     };
     let (socket_path, blk_file) = ("--socket-path".as_ref(), "--blk-file".as_ref());

@@ -1,0 +1,500 @@
+//! The image tool end to end: what is typed, what is printed, what is left on disk, and the exit codes of the contract.
+#![allow(clippy::cast_possible_truncation, reason = "the disks of these tests are small")]
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+use assert_cmd::Command;
+use diffdisk::storage::host::Host;
+use diffdisk::storage::{Access, Env, Lock};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// A folder for a test on a real file system: holes must be holes.
+fn folder() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// Runs `diffdisk` with the words of `line` in `folder`.
+fn run(folder: &TempDir, line: &str) -> Output {
+    let mut command = Command::cargo_bin("diffdisk").unwrap();
+    command.current_dir(folder).args(line.split_whitespace()).output().unwrap()
+}
+
+#[track_caller]
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// Runs it; it must end with `code` and say nothing on standard error.
+#[track_caller]
+fn ends(folder: &TempDir, line: &str, code: i32) -> String {
+    let out = run(folder, line);
+    assert_eq!(out.status.code(), Some(code), "{line}: {}", text(&out.stderr));
+    assert_eq!(text(&out.stderr), "", "{line}");
+    text(&out.stdout).to_owned()
+}
+
+#[track_caller]
+fn ok(folder: &TempDir, line: &str) -> String {
+    ends(folder, line, 0)
+}
+
+#[track_caller]
+fn json(folder: &TempDir, line: &str) -> Value {
+    serde_json::from_str(&ok(folder, line)).unwrap()
+}
+
+/// Runs it; it must fail with one line that begins with `start` and holds `why`, and print nothing.
+#[track_caller]
+fn fails(folder: &TempDir, line: &str, start: &str, why: &str) {
+    let out = run(folder, line);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{line}: {said}");
+    assert_eq!((said.lines().count(), text(&out.stdout)), (1, ""), "{line}: {said}");
+    assert!(said.starts_with(&format!("diffdisk: {start}:")) && said.contains(why), "{line}: {said}");
+}
+
+/// A raw disk of `len` bytes with data at some places, among them both ends and odd ones.
+fn raw(folder: &TempDir, name: &str, len: u64) -> PathBuf {
+    let path = folder.path().join(name);
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(len).unwrap();
+    let mut places = vec![(0, 700), (len / 2 + 77, 3000), (len.saturating_sub(5), 5)];
+    places.push((len / 3 / 512 * 512, 200_000));
+    for (number, (at, count)) in (1..).zip(places) {
+        let bytes: Vec<u8> = (0..count).map(|n: u64| (n * 7 % 251) as u8 | number << 6 | 1).collect();
+        let there = len.saturating_sub(at).min(bytes.len() as u64);
+        file.write_all_at(&bytes[..there as usize], at).unwrap();
+    }
+    file.sync_all().unwrap();
+    path
+}
+
+fn allocated(folder: &TempDir, name: &str) -> u64 {
+    fs::metadata(folder.path().join(name)).unwrap().blocks() * 512
+}
+
+/// Writes `bytes` at byte `at` of a dynamic or differencing image's disk, as a writer that knows nothing of diffdisk
+/// does: one new block, its bitmap, its entry.
+fn put(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
+    let mut file = fs::read(image).unwrap();
+    let footer = file.split_off(file.len() - 512);
+    let table = u64::from_be_bytes(file[512 + 16..512 + 24].try_into().unwrap()) as usize;
+    let entry = (file.len() / 512) as u32;
+    file[table + block as usize * 4..][..4].copy_from_slice(&entry.to_be_bytes());
+    let mut room = vec![0; 512 + 2 * MIB as usize];
+    room[sector as usize / 8] |= 0x80 >> (sector % 8);
+    room[512 + sector as usize * 512..][..512].copy_from_slice(bytes);
+    file.extend(room);
+    file.extend(footer);
+    fs::write(image, file).unwrap();
+}
+
+#[test]
+fn create_info_and_check_of_roots() {
+    let d = folder();
+    let said = ok(&d, "create r.vhd --size 10M");
+    assert_eq!(said, "created r.vhd: dynamic, blocks of 2 MiB, 10 MiB\n");
+    assert_eq!(ok(&d, "create q.vhd --size 1T --block-size 64M --reserve-size 2T --quiet"), "");
+    ok(&d, "create f.vhd --size 3M --type fixed");
+    fails(&d, "create r.vhd --size 10M", "create: r.vhd", "exists");
+    fails(&d, "create none/r.vhd --size 10M", "create", "No such file");
+    fails(&d, "create t.vhd --size 2041G", "create", "2040 GiB");
+    fails(&d, "create t.vhd --size 1000", "create", "multiple of 512");
+    fails(&d, "create t.vhd --size 1T --block-size 4K", "create", "entries");
+    let names: Vec<_> = fs::read_dir(&d).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+
+    let info = json(&d, "info r.vhd --json");
+    let keys = "allocated_bytes block_size blocks blocks_allocated created creator_app creator_host file_size format \
+                parent path type uuid virtual_size";
+    let mut told: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
+    told.sort_unstable();
+    assert_eq!(told.join(" "), keys);
+    assert_eq!((&info["path"], &info["format"], &info["type"]), (&"r.vhd".into(), &"vhd".into(), &"dynamic".into()));
+    assert_eq!((info["virtual_size"].as_u64(), info["block_size"].as_u64()), (Some(10 * MIB), Some(2 * MIB)));
+    assert_eq!((info["blocks"].as_u64(), info["blocks_allocated"].as_u64()), (Some(5), Some(0)));
+    let len = fs::metadata(d.path().join("r.vhd")).unwrap().len();
+    assert_eq!((info["file_size"].as_u64(), info["parent"].is_null()), (Some(len), true));
+    assert_eq!((&info["creator_app"], &info["creator_host"]), (&"win".into(), &"Wi2k".into()));
+    let created = info["created"].as_str().unwrap();
+    assert!(created.len() == 20 && created.starts_with("20") && created.ends_with('Z'), "{created}");
+    assert_eq!(info["uuid"].as_str().unwrap().len(), 36);
+    assert_eq!(json(&d, "info q.vhd --json")["blocks"], 2 << 14);
+
+    let fixed = json(&d, "info f.vhd --json --chain");
+    assert_eq!((&fixed["type"], &fixed["file_size"]), (&"fixed".into(), &(3 * MIB + 512).into()));
+    for key in ["block_size", "blocks", "blocks_allocated"] {
+        assert!(fixed[key].is_null(), "{key}");
+    }
+    assert!(allocated(&d, "f.vhd") < 64 << 10);
+    assert_eq!(fixed["chain"].as_array().unwrap().len(), 1);
+    for image in ["r.vhd", "q.vhd", "f.vhd"] {
+        let check = json(&d, &format!("check {image} --json"));
+        assert_eq!(check["ok"], true, "{check}");
+        assert_eq!((&check["corruptions"], &check["leaks"]), (&0.into(), &0.into()));
+        assert_eq!((&check["path"], check["defects"].as_array().unwrap().len()), (&image.into(), 0));
+    }
+    assert!(ok(&d, "info r.vhd").contains("virtual size:   10 MiB (10485760 bytes)"));
+}
+
+#[test]
+fn wrong_usage_ends_with_2() {
+    let d = folder();
+    for line in [
+        "",
+        "frobnicate",
+        "create",
+        "create x",
+        "create x --size 1.5G",
+        "create x --size 10M --block-size 3M",
+        "create x --size 10M --type vhdx",
+        "create x --size 10M --locator both",
+        "create x --parent p --type fixed",
+        "convert a b",
+        "convert a b --to qcow2",
+        "compare a",
+        "info",
+    ] {
+        assert_eq!(run(&d, line).status.code(), Some(2), "{line}");
+    }
+    ok(&d, "--help");
+    ok(&d, "convert --help");
+    assert!(ok(&d, "--version").starts_with("diffdisk "));
+}
+
+#[test]
+fn children_find_parents_by_the_policy() {
+    let d = folder();
+    fs::create_dir_all(d.path().join("a/b")).unwrap();
+    fs::create_dir(d.path().join("c")).unwrap();
+    ok(&d, "create a/r.vhd --size 10M");
+    ok(&d, "create a/b/child.vhd --parent a/r.vhd");
+    ok(&d, "create c/leaf.vhd --parent a/b/child.vhd --size 12M --locator relative --allow-parents a");
+    fails(&d, "create x.vhd --parent c/leaf.vhd", "create: c/leaf.vhd", "--allow-parents");
+    fails(&d, "create x.vhd --parent a/r.vhd --size 9M", "create: x.vhd", "less than");
+    fails(&d, "create x.vhd --parent nothing.vhd", "create: nothing.vhd", "No such file");
+
+    let alone = json(&d, "info c/leaf.vhd --json");
+    let parent = &alone["parent"];
+    assert!(parent["resolved"].is_null());
+    assert_eq!((&parent["name"], &alone["virtual_size"]), (&"../a/b/child.vhd".into(), &(12 * MIB).into()));
+    let locators = parent["locators"].as_array().unwrap();
+    assert_eq!(locators.len(), 1);
+    assert_eq!((&locators[0]["platform"], &locators[0]["path"]), (&"W2ru".into(), &".\\..\\a\\b\\child.vhd".into()));
+    let child = json(&d, "info a/b/child.vhd --json");
+    let platforms: Vec<_> = child["parent"]["locators"].as_array().unwrap().iter().map(|l| &l["platform"]).collect();
+    assert_eq!(platforms, ["W2ru", "W2ku"]);
+
+    fails(&d, "info c/leaf.vhd --chain --json", "info: c/leaf.vhd", "the parent is not there");
+    let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
+    let chain = chain["chain"].as_array().unwrap();
+    let types: Vec<_> = chain.iter().map(|image| &image["type"]).collect();
+    assert_eq!(types, ["differencing", "differencing", "dynamic"]);
+    assert_eq!(chain[0]["parent"]["resolved"], chain[1]["path"]);
+    assert_eq!(chain[1]["parent"]["uuid"], chain[2]["uuid"]);
+    let tree = ok(&d, "info c/leaf.vhd --chain --allow-parents a");
+    assert!(tree.contains("\n     └─ "), "{tree}");
+
+    assert_eq!(json(&d, "check c/leaf.vhd --json")["ok"], true); // not asked, not looked for
+    let sound = json(&d, "check c/leaf.vhd --chain --json --allow-parents a --allow-parents a/b");
+    assert_eq!((&sound["ok"], sound["chain"].as_array().unwrap().len()), (&true.into(), 3));
+
+    // The parent's place is taken by another image.
+    fs::remove_file(d.path().join("a/r.vhd")).unwrap();
+    ok(&d, "create a/r.vhd --size 10M");
+    let out = run(&d, "check c/leaf.vhd --chain --json --allow-parents a");
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), &report["corruptions"]), (Some(3), &1.into()));
+    assert_eq!(report["defects"][0]["kind"], "parent-uuid");
+    assert!(report["defects"][0]["path"].as_str().unwrap().ends_with("a/b/child.vhd"));
+    fails(&d, "map c/leaf.vhd --allow-parents a", "map", "UUID");
+    fails(&d, "convert c/leaf.vhd - --to raw --allow-parents a", "convert", "UUID");
+}
+
+#[test]
+fn a_link_to_an_image_is_followed_and_a_chain_has_an_end() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    symlink("r.vhd", d.path().join("link.vhd")).unwrap();
+    ok(&d, "create n1.vhd --parent link.vhd --block-size 512K");
+    assert_eq!(json(&d, "info n1.vhd --json")["parent"]["name"], "r.vhd");
+    for n in 1..63 {
+        ok(&d, &format!("create n{}.vhd --parent n{n}.vhd", n + 1));
+    }
+    assert_eq!(json(&d, "info n63.vhd --chain --json")["chain"].as_array().unwrap().len(), 64);
+    assert_eq!(json(&d, "info n63.vhd --json")["block_size"], 512 << 10, "a child has its parent's block size");
+    fails(&d, "create n64.vhd --parent n63.vhd", "create: n64.vhd", "more than 64 files");
+    assert!(!d.path().join("n64.vhd").exists());
+    let map = json(&d, "map n63.vhd --json");
+    assert_eq!(map.as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn check_tells_corruption_from_leaks() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    put(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
+    let image = fs::read(d.path().join("r.vhd")).unwrap();
+    ok(&d, "check r.vhd");
+    let write = |bytes: &[u8]| fs::write(d.path().join("r.vhd"), bytes).unwrap();
+
+    // Nothing names the first of two blocks any more.
+    put(&d.path().join("r.vhd"), 2, 0, &[1; 512]);
+    let mut two = fs::read(d.path().join("r.vhd")).unwrap();
+    two[4096 + 4..4096 + 8].copy_from_slice(&[0xFF; 4]);
+    write(&two);
+    let leak: Value = serde_json::from_str(&ends(&d, "check r.vhd --json", 4)).unwrap();
+    assert_eq!((&leak["ok"], &leak["leaks"], &leak["corruptions"]), (&false.into(), &1.into(), &0.into()));
+    let defect = leak["defects"][0].as_object().unwrap();
+    assert_eq!(defect.keys().map(String::as_str).collect::<Vec<_>>(), ["detail", "kind", "offset", "repairable"]);
+    assert_eq!((&defect["offset"], &defect["repairable"]), (&4608.into(), &true.into())); // behind the table
+    assert!(ends(&d, "check r.vhd", 4).contains("leaks 1"));
+
+    let mut bad = image.clone();
+    let entry: [u8; 4] = bad[4096 + 4..4096 + 8].try_into().unwrap();
+    bad[4096..4100].copy_from_slice(&entry);
+    write(&bad);
+    let out = run(&d, "check r.vhd");
+    let line = text(&out.stderr);
+    assert_eq!((out.status.code(), line.lines().count()), (Some(3), 1), "{line}");
+    assert!(line.starts_with("diffdisk: check: r.vhd: blocks ") && line.contains("(at byte "), "{line}");
+    assert!(text(&out.stdout).starts_with("block-duplicate: "), "{}", text(&out.stdout));
+    fails(&d, "info r.vhd", "info: r.vhd", "(at byte ");
+    fails(&d, "convert r.vhd - --to raw", "convert: r.vhd", "(at byte ");
+
+    write(&[]);
+    let out = run(&d, "check r.vhd --json");
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), &report["defects"][0]["kind"]), (Some(3), &"file-too-short".into()));
+    fails(&d, "check nothing.vhd", "check: nothing.vhd", "No such file");
+    fails(&d, "check .", "check: .", "not a regular file");
+}
+
+#[test]
+fn names_from_images_do_not_reach_the_terminal_raw() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    ok(&d, "create c.vhd --parent r.vhd");
+    fs::rename(d.path().join("r.vhd"), d.path().join("\u{1b}]0;x.vhd")).unwrap();
+    let mut command = Command::cargo_bin("diffdisk").unwrap();
+    command.current_dir(&d).args(["create", "e.vhd", "--parent", "\u{1b}]0;x.vhd"]);
+    command.assert().success();
+    assert!(!ok(&d, "info e.vhd --chain").contains('\u{1b}'));
+    fs::remove_file(d.path().join("\u{1b}]0;x.vhd")).unwrap();
+    let out = run(&d, "info e.vhd --chain");
+    assert!(!out.stderr.contains(&0x1b) && out.status.code() == Some(1));
+}
+
+#[test]
+fn a_map_covers_the_disk() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    ok(&d, "create c.vhd --parent r.vhd --size 11M");
+    put(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
+    put(&d.path().join("c.vhd"), 1, 4, &[2; 512]);
+    put(&d.path().join("c.vhd"), 4, 0, &[3; 512]);
+    let runs = json(&d, "map c.vhd --json");
+    let runs = runs.as_array().unwrap();
+    let block = 2 * MIB;
+    let told: Vec<_> = runs.iter().map(|r| (r["start"].as_u64().unwrap(), r["depth"].as_u64())).collect();
+    let wanted = [
+        (0, None),
+        (block + 3 * 512, Some(1)),
+        (block + 4 * 512, Some(0)),
+        (block + 5 * 512, None),
+        (4 * block, Some(0)),
+        (4 * block + 512, None),
+    ];
+    assert_eq!(told, wanted);
+    let mut at = 0;
+    for run in runs {
+        assert_eq!(run["start"], at);
+        at += run["length"].as_u64().unwrap();
+        assert_eq!(run.as_object().unwrap().len(), 6);
+        let answered = !run["zero"].as_bool().unwrap();
+        assert!(answered == run["file"].is_string() && answered == run["offset"].is_u64(), "{run}");
+        if answered {
+            let mut sector = [0; 512];
+            let file = fs::File::open(d.path().join(run["file"].as_str().unwrap())).unwrap();
+            file.read_exact_at(&mut sector, run["offset"].as_u64().unwrap()).unwrap();
+            assert!(sector.iter().all(|&b| b > 0), "{run}");
+        }
+    }
+    assert_eq!(at, 11 * MIB);
+    assert_eq!(ok(&d, "map c.vhd").lines().count(), 7);
+    ok(&d, "create f.vhd --size 3M --type fixed");
+    assert_eq!(json(&d, "map f.vhd --json")[0]["length"], 3 * MIB);
+    ok(&d, "create huge.vhd --size 2040G");
+    assert_eq!(json(&d, "map huge.vhd --json")[0]["length"], 2040u64 << 30);
+    let stream = run(&d, "convert c.vhd - --to raw").stdout;
+    assert_eq!(stream.len() as u64, 11 * MIB);
+    for (at, byte) in [(block + 3 * 512, 1), (block + 4 * 512, 2), (4 * block, 3), (4 * block + 512, 0), (0, 0)] {
+        assert_eq!(stream[at as usize..][..512], [byte; 512], "{at}");
+    }
+}
+
+#[test]
+fn disks_survive_every_way_round() {
+    let d = folder();
+    for len in [512, 4096, 70_000 * 512, 37 * MIB + 512] {
+        let source = raw(&d, "a.raw", len);
+        let wanted = fs::read(&source).unwrap();
+        let mut images = vec!["fixed".to_owned()];
+        images.extend(["4K", "64K", "512K", "2M", "16M", "256M"].map(|size| format!("dynamic --block-size {size}")));
+        for to in images {
+            assert_eq!(ok(&d, &format!("convert a.raw b.vhd --from raw --to {to}")), "");
+            ok(&d, "check b.vhd");
+            assert_eq!(json(&d, "info b.vhd --json")["virtual_size"], len, "{to}");
+            ok(&d, "convert b.vhd c.raw --to raw");
+            assert!(fs::read(d.path().join("c.raw")).unwrap() == wanted, "{to}, {len}");
+            assert!(run(&d, "convert b.vhd - --to raw").stdout == wanted, "{to}, {len}, streamed");
+            assert_eq!(ok(&d, "compare a.raw b.vhd --from raw --from vhd"), "equal\n");
+            ok(&d, "convert b.vhd d.vhd --to dynamic");
+            assert_eq!(ok(&d, "compare b.vhd d.vhd --quiet"), "");
+            // Blocks of 4 KiB take a page for their bitmap each, and a large table.
+            let dense = if to.ends_with(" 4K") { 2 } else { 1 };
+            for (name, times) in [("b.vhd", dense), ("c.raw", 1), ("d.vhd", 1)] {
+                let (got, of) = (allocated(&d, name), allocated(&d, "a.raw"));
+                assert!(got <= of * times + (96 << 10), "{name} ({to}, {len}): {got} bytes of room for {of}");
+                fs::remove_file(d.path().join(name)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn odd_ends_are_filled_up() {
+    let d = folder();
+    let wanted = fs::read(raw(&d, "a.raw", 3 * MIB + 77)).unwrap();
+    let out = run(&d, "convert a.raw b.vhd --from raw --to dynamic");
+    assert!(out.status.success() && text(&out.stderr).contains("filled up with zeros"), "{out:?}");
+    assert_eq!(json(&d, "info b.vhd --json")["virtual_size"], 3 * MIB + 512);
+    let stream = run(&d, "convert b.vhd - --to raw").stdout;
+    assert!(stream[..wanted.len()] == wanted && stream[wanted.len()..].iter().all(|&b| b == 0));
+    ok(&d, "convert a.raw c.raw --from raw --to raw");
+    assert!(fs::read(d.path().join("c.raw")).unwrap() == wanted);
+    assert!(ok(&d, "compare a.raw b.vhd --from raw --from vhd").ends_with("equal\n"));
+    fs::write(d.path().join("none.raw"), []).unwrap();
+    fails(&d, "convert none.raw x.vhd --from raw --to fixed", "convert", "virtual size of 0 bytes");
+    fails(&d, "convert a.raw x.raw --to raw", "convert: a.raw", "--from raw");
+    assert_eq!(ok(&d, "convert none.raw - --from raw --to raw"), "");
+}
+
+#[test]
+fn compare_finds_the_first_difference() {
+    let d = folder();
+    let path = raw(&d, "a.raw", 5 * MIB);
+    ok(&d, "convert a.raw a.vhd --from raw --to dynamic");
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let compare = "compare a.raw a.vhd --from raw --from vhd";
+    for at in [5 * MIB - 1, 4 * MIB, 3 * MIB + 1, 2 * MIB - 1, 1] {
+        file.write_all_at(&[0xEE], at).unwrap();
+        assert_eq!(ends(&d, compare, 5), format!("different from byte {at} on\n"));
+        assert_eq!(ends(&d, "compare a.vhd a.raw --from vhd --from raw", 5), format!("different from byte {at} on\n"));
+    }
+    raw(&d, "b.raw", 5 * MIB);
+    fs::File::options().write(true).open(d.path().join("b.raw")).unwrap().set_len(6 * MIB).unwrap();
+    let said = ok(&d, "compare b.raw a.vhd --from raw --from vhd");
+    assert!(said.starts_with("sizes differ") && said.ends_with("equal\n"), "{said}");
+    let longer = fs::File::options().write(true).open(d.path().join("b.raw")).unwrap();
+    longer.write_all_at(&[1], 5 * MIB + 100).unwrap();
+    assert!(ends(&d, "compare a.vhd b.raw --from vhd --from raw", 5).contains(&format!("byte {}", 5 * MIB + 100)));
+    ok(&d, "compare b.raw b.raw --from raw");
+    fails(&d, "compare a.vhd nothing", "compare: nothing", "No such file");
+}
+
+#[test]
+fn what_exists_is_replaced_only_by_force_and_at_once() {
+    let d = folder();
+    raw(&d, "a.raw", MIB);
+    fs::write(d.path().join("b.vhd"), "precious").unwrap();
+    fails(&d, "convert a.raw b.vhd --from raw --to dynamic", "convert: b.vhd", "--force");
+    assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
+    // A failure with --force leaves what was there, and nothing else.
+    fs::write(d.path().join("none.raw"), []).unwrap();
+    fails(&d, "convert none.raw b.vhd --from raw --to dynamic --force", "convert: b.vhd", "virtual size");
+    assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
+    ok(&d, "convert a.raw b.vhd --from raw --to dynamic --force");
+    assert_eq!(ok(&d, "compare a.raw b.vhd --from raw --from vhd"), "equal\n");
+    fails(&d, "convert a.raw a.raw --from raw --to raw --force", "convert", "open");
+    fails(&d, "convert b.vhd . --to raw --force", "convert", "regular file");
+    fails(&d, "convert b.vhd - --to fixed", "convert: -", "--to raw");
+    assert_eq!(fs::read_dir(&d).unwrap().count(), 3);
+}
+
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    let d = folder();
+    // Long enough to be interrupted: all of it is data.
+    let source = fs::File::create(d.path().join("a.raw")).unwrap();
+    for n in 0..256 {
+        source.write_all_at(&vec![7; MIB as usize], n * MIB).unwrap();
+    }
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("diffdisk"));
+    command.current_dir(&d).args(["convert", "a.raw", "b.vhd", "--from", "raw", "--to", "dynamic"]);
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    while fs::read_dir(&d).unwrap().count() < 2 {
+        std::thread::yield_now();
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert_eq!(text(&out.stderr), "diffdisk: convert: b.vhd: interrupted\n");
+    assert_eq!(fs::read_dir(&d).unwrap().count(), 1);
+}
+
+#[test]
+fn who_writes_keeps_readers_out() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    ok(&d, "create c.vhd --parent r.vhd");
+    let served = Host.open(&d.path().join("r.vhd"), Access::Write).unwrap();
+    served.lock(Lock::Exclusive).unwrap();
+    ok(&d, "info r.vhd");
+    ok(&d, "info c.vhd --chain");
+    ok(&d, "check c.vhd");
+    for line in [
+        "check r.vhd",
+        "check c.vhd --chain",
+        "map c.vhd",
+        "convert r.vhd x --to raw",
+        "convert c.vhd - --to raw",
+        "compare c.vhd c.vhd",
+        "create x.vhd --parent r.vhd",
+        "convert c.vhd r.vhd --to raw --force",
+    ] {
+        fails(&d, line, line.split(' ').next().unwrap(), "has it open");
+    }
+    assert!(!d.path().join("x").exists() && !d.path().join("x.vhd").exists());
+    served.lock(Lock::Shared).unwrap();
+    ok(&d, "check c.vhd --chain");
+}
+
+#[test]
+fn readers_that_leave_are_no_panic() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 64M");
+    let program = assert_cmd::cargo::cargo_bin("diffdisk");
+    let start = |line: &str| {
+        let mut command = std::process::Command::new(&program);
+        let command = command.current_dir(&d).args(line.split(' ')).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stdout.take());
+        child.wait_with_output().unwrap()
+    };
+    let out = start("convert r.vhd - --to raw");
+    assert_eq!(out.status.code(), Some(1));
+    let said = text(&out.stderr);
+    assert!(said.starts_with("diffdisk: convert: ") && said.contains("Broken pipe"), "{said}");
+    for line in ["info r.vhd", "map r.vhd", "map r.vhd --json", "check r.vhd"] {
+        let out = start(line);
+        assert_eq!((out.status.code(), text(&out.stderr)), (Some(0), ""), "{line}");
+    }
+}
