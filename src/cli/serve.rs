@@ -18,7 +18,8 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::adopt::adopt;
-use super::serve_args::{Args, Cache, DiskArgs};
+use super::disk_args::{Cache, DiskArgs};
+use super::serve_args::Args;
 use super::systemd;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -107,12 +108,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
 }
 
 /// Takes what somebody may still have in use: tries until it is free, at most for `limit`, and not beyond the stop signal.
-fn when_free<T>(
-    limit: Duration,
-    disk: &str,
-    stop: &UnixStream,
-    mut take: impl FnMut() -> Result<T>,
-) -> Result<T> {
+fn when_free<T>(limit: Duration, disk: &str, stop: &UnixStream, mut take: impl FnMut() -> Result<T>) -> Result<T> {
     let (begun, mut pause) = (Instant::now(), Duration::from_millis(2));
     let mut told = false;
     loop {

@@ -343,5 +343,4 @@ fn a_hostile_record_is_bounded() {
         x.publish();
         x.take(&RULES, 100, |_| 100);
     }
-
 }

@@ -41,8 +41,7 @@ const OK: Option<(Status, u32)> = Some((Status::Ok, 1));
 fn reads_and_writes() {
     let d = Driver::new(64);
     let data = [(DATA, 512, WRITE), (SEAM - 512, 1024, WRITE)];
-    let Verdict::Work { work: Work::Read { range, into }, status_at, written } =
-        ask(&d, &rules(), kind::IN, 7, &data)
+    let Verdict::Work { work: Work::Read { range, into }, status_at, written } = ask(&d, &rules(), kind::IN, 7, &data)
     else {
         panic!("a read")
     };
@@ -99,8 +98,7 @@ fn the_status_is_the_last_writable_byte_wherever_it_lies() {
     let header = (d.header(0, kind::IN, 0), 16, 0);
     // At the end of the data's descriptor, over a seam, with empty ones behind it.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
-    let Verdict::Work { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
-    else {
+    let Verdict::Work { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces) else {
         panic!("a read")
     };
     assert_eq!((into.len(), status_at, written), (512, SEAM, 513));
@@ -128,11 +126,7 @@ fn transfers_are_whole_sectors_of_the_disk_and_not_too_many() {
         }
         assert!(matches!(go(0, 32 << 20), Verdict::Work { .. }));
         assert_eq!(answer(go(0, (32 << 20) + 512)), IO_ERR);
-        assert_eq!(
-            answer(ask(&d, &rules(), kind, 0, &[(SEAM, 512, flag), (END - 511, 512, flag)])),
-            IO_ERR,
-            "a hole"
-        );
+        assert_eq!(answer(ask(&d, &rules(), kind, 0, &[(SEAM, 512, flag), (END - 511, 512, flag)])), IO_ERR, "a hole");
     }
 }
 
@@ -230,8 +224,7 @@ fn ranges_are_all_checked_first() {
     };
     let got: Vec<_> = ranges.iter().map(|z| (z.range.start(), z.range.count(), z.unmap)).collect();
     assert_eq!(got, [(0, 8, true), (9, 1, false)]);
-    let Verdict::Work { work: Work::Discard { ranges }, .. } =
-        go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
+    let Verdict::Work { work: Work::Discard { ranges }, .. } = go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
     else {
         panic!("a discard")
     };

@@ -196,10 +196,5 @@ impl Queue {
 
 fn rules(device: &Device) -> Rules<'_> {
     let disk = device.disk();
-    Rules {
-        capacity: disk.capacity(),
-        read_only: disk.is_read_only(),
-        features: device.acked(),
-        serial: disk.serial(),
-    }
+    Rules { capacity: disk.capacity(), read_only: disk.is_read_only(), features: device.acked(), serial: disk.serial() }
 }

@@ -11,9 +11,9 @@ use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
 use crate::image::{Kind, Spec, create};
+use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
-use crate::storage::EngineKind;
 use std::sync::Arc;
 
 /// A disk of 2048 sectors in a file that is gone with the test.

@@ -209,7 +209,10 @@ mod tests {
         assert!(table(1536, 9).is_ok());
         assert_eq!(table(1536, 7), Err(Defect::TableTooSmall { at: 512, entries: 7, blocks: 8 }));
         assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { at: 512, offset: 1537 }));
-        assert_eq!(table(1024, 8), Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: Part::Header }));
+        assert_eq!(
+            table(1024, 8),
+            Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: Part::Header })
+        );
         assert_eq!(table(0, 8), Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: Part::FrontFooter }));
         assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));

@@ -247,7 +247,11 @@ mod tests {
         write(&image, 0, 8);
         assert_eq!(commit(&image), (vec!["S".to_owned()], 1), "an overwrite");
         write(&image, 8, 16);
-        assert_eq!(commit(&image), (vec!["S".into(), "W".into(), "S".into()], 2), "new bits in a block that has a place");
+        assert_eq!(
+            commit(&image),
+            (vec!["S".into(), "W".into(), "S".into()], 2),
+            "new bits in a block that has a place"
+        );
     }
 
     #[test]

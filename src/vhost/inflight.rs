@@ -58,12 +58,7 @@ impl Region {
     ///
     /// # Errors
     /// Where the front-end's numbers do not fit the disk, each other, or the file, or the file may shrink.
-    pub(super) fn map(
-        told: &VhostUserInflight,
-        file: File,
-        most_queues: u16,
-        most_entries: u16,
-    ) -> io::Result<Region> {
+    pub(super) fn map(told: &VhostUserInflight, file: File, most_queues: u16, most_entries: u16) -> io::Result<Region> {
         let len = length(told, most_queues, most_entries)?;
         let (size, offset) = (told.mmap_size, told.mmap_offset);
         if size != len as u64 {

@@ -3,7 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use crate::common::vhd_bytes::{Spec, TABLE_AT, VhdFile, footer};
-use crate::verdict::{Case, Place::{Footer, Table}, Want, corrupt};
+use crate::verdict::{
+    Case,
+    Place::{Footer, Table},
+    Want, corrupt,
+};
 
 const BLOCK: u32 = 64 << 10;
 const SIZE: u64 = 8 * BLOCK as u64;

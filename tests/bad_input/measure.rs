@@ -91,10 +91,13 @@ pub(crate) fn run(command: &mut Command) -> Run {
     };
     let took = started.elapsed();
     // As shells do, time tells a program that a signal ended by a code above 128.
-    let code = status.code().map_or_else(|| -status.signal().expect("no code: a signal"), |code| match code {
-        128.. => 128 - code,
-        code => code,
-    });
+    let code = status.code().map_or_else(
+        || -status.signal().expect("no code: a signal"),
+        |code| match code {
+            128.. => 128 - code,
+            code => code,
+        },
+    );
     let rss_kib = std::fs::read_to_string(account.path()).expect("the account is text");
     Run {
         code,
