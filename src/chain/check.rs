@@ -25,7 +25,7 @@ pub struct Checked {
 /// `Busy` where somebody writes to one; `Io`. Broken rules are in the report.
 pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>) -> Result<Vec<Checked>> {
     let mut all = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy)).transpose()?;
+    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
     let mut locked = Vec::new();
     let mut next = Some(youngest);
     while let Some(file) = next.take() {

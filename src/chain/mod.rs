@@ -24,7 +24,7 @@ mod version;
 pub use check::{Checked, check};
 pub use extent::{Extent, Missing, Plan, Source};
 pub use frozen::{Frozen, Layer};
-pub use open::Chain;
+pub use open::{Chain, Use};
 pub use parents::{MAX_DEPTH, Policy};
 pub use resolve::Load;
 pub use top::Top;

@@ -9,9 +9,21 @@ use super::top::Top;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::DiskType;
-use crate::image::{Image, Writable};
+use crate::image::journal::refuse_if_live;
+use crate::image::{Image, Keep, Writable};
 use crate::storage::{Access, Env, Lock, Slot};
 use crate::units::SECTOR;
+
+/// What a chain is opened for, and so who else may have its files open meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Use {
+    /// To look at headers. No locks: somebody may be writing.
+    Look,
+    /// To read. Nobody may be writing.
+    Read,
+    /// To write the youngest image. Nobody else may have that open, nobody may be writing a parent.
+    Write,
+}
 
 /// The images of a disk, youngest first; at least one. The last one is a root.
 #[derive(Debug)]
@@ -20,22 +32,33 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Opens the image at `path`, for reading or writing, and its parents, for reading.
+    /// Opens the image at `path` and its parents. Locks are taken before anything is read: while a killed predecessor's
+    /// I/O can still land, its locks are still held.
     ///
     /// # Errors
-    /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places.
-    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, access: Access) -> Result<Chain> {
-        let youngest = Image::open(env.open(path, access)?)?;
-        Chain::of(env, youngest, policy)
+    /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
+    /// where somebody has one of the files open in a way that does not go with ours.
+    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
+        let access = if how == Use::Write { Access::Write } else { Access::Read };
+        let file = env.open(path, access)?;
+        match how {
+            Use::Look => {}
+            Use::Read => file.lock(Lock::Shared)?,
+            Use::Write => file.lock(Lock::Exclusive)?,
+        }
+        Chain::of(env, Image::open(file)?, policy, how)
     }
 
-    /// The chain of an image that is open already.
+    /// The chain of an image that is open (and, for `Read` and `Write`, locked) already.
     ///
     /// # Errors
     /// As `open`.
-    pub fn of(env: &dyn Env, youngest: Image, policy: &Policy) -> Result<Chain> {
-        let mut search = Search::new(env, youngest.file().path(), policy)?;
+    pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
+        let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
+        if let (Some(folder), Use::Read) = (&policy.runtime, how) {
+            refuse_if_live(env, folder, &youngest)?;
+        }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
             let parent = search.parent_of(child)?;
@@ -63,24 +86,23 @@ impl Chain {
         &self.images[0]
     }
 
-    /// Takes the locks and makes the map: writable with the youngest image as top, or all of it frozen.
+    /// The whole chain as one map that is only read.
+    pub fn into_frozen(self) -> Version {
+        let sectors = self.youngest().size() / SECTOR;
+        let layers = (0..).zip(self.images).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
+        Version::new(None, Frozen::new(layers), sectors)
+    }
+
+    /// The youngest image as writable top over the others. The chain was opened to be written.
     ///
     /// # Errors
-    /// `Busy` where somebody else has one of the files open in a way that does not go with ours; `Refused` where the
-    /// youngest image forbids writing; `Io`.
-    pub fn into_version(self, access: Access) -> Result<Version> {
+    /// As `Writable::new`.
+    pub fn into_writable(mut self, env: &dyn Env, keep: &Keep) -> Result<Version> {
         let sectors = self.youngest().size() / SECTOR;
-        let mut layers = Vec::with_capacity(self.images.len());
-        let mut top = None;
-        for (number, image) in (0..).zip(self.images) {
-            let slot = Slot(number);
-            if number == 0 && access == Access::Write {
-                top = Some(Top { slot, image: Arc::new(Writable::new(image)?) });
-            } else {
-                image.file().lock(Lock::Shared)?;
-                layers.push(Layer { slot, image });
-            }
-        }
-        Ok(Version::new(top, Frozen::new(layers), sectors))
+        let parents = self.images.split_off(1);
+        let youngest = self.images.pop().expect("a chain has an image");
+        let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
+        let layers = (1..).zip(parents).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
+        Ok(Version::new(Some(top), Frozen::new(layers), sectors))
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::{Image, folder_of};
-use crate::storage::{Env, File, FileId};
+use crate::storage::{Env, File, FileId, Lock};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -24,11 +24,13 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
+    /// Where daemons keep live journals: an image that has one there is refused.
+    pub runtime: Option<PathBuf>,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH }
+        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: None }
     }
 }
 
@@ -53,16 +55,18 @@ pub(super) struct Search<'a> {
     /// What was passed on the way.
     passed: Vec<(FileId, uuid::Uuid)>,
     tables: u64,
+    /// Whether parents are locked against writers.
+    lock: bool,
 }
 
 impl<'a> Search<'a> {
     /// A search for the parents of the image at `youngest`.
-    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy) -> Result<Search<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy, lock: bool) -> Result<Search<'a>> {
         let mut roots = vec![env.canonical(folder_of(youngest))?];
         for folder in &policy.allowed {
             roots.push(env.canonical(folder)?);
         }
-        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0 })
+        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0, lock })
     }
 
     /// Counts an image in.
@@ -154,7 +158,11 @@ impl<'a> Search<'a> {
         let Some((root, below)) = self.below_root(&whole) else {
             return Err(Error::new(ErrorKind::Refused, "outside of the allowed folders").at_path(whole));
         };
-        self.env.open_beneath(root, &below)
+        let file = self.env.open_beneath(root, &below)?;
+        if self.lock {
+            file.lock(Lock::Shared)?;
+        }
+        Ok(file)
     }
 
     /// The allowed folder that a path begins with, and the rest of the path. `..` is taken away by text, never by

@@ -28,6 +28,10 @@ pub(super) struct Common {
     /// Where parents may lie besides the folder of the image that is named (repeatable)
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
+    /// Where daemons keep what they acknowledged and did not write yet: an image of which something is there is refused
+    /// [default: /run/diffdisk, or diffdisk in $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(super) runtime_dir: Option<PathBuf>,
     /// No progress bar, and nothing on standard output that was not asked for
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,

@@ -7,6 +7,7 @@ use super::Exit;
 use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
 use super::print;
 use super::progress::Work;
+use super::runtime;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,7 +30,8 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
 }
 
 fn policy(common: &Common) -> Policy {
-    Policy { allowed: common.allow_parents.clone(), ..Policy::default() }
+    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.

@@ -18,6 +18,7 @@ mod disk_args;
 mod images;
 mod print;
 mod progress;
+mod runtime;
 pub mod serve;
 mod serve_args;
 mod size;

@@ -19,10 +19,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::adopt::adopt;
 use super::disk_args::{Cache, DiskArgs};
-use super::serve_args::Args;
+use super::runtime;
+use super::serve_args::{Args, OnEnospc};
 use super::systemd;
-use crate::disk::{Disk, DiskOptions};
+use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::Keep;
 use crate::storage::Env;
 use crate::storage::host::Host;
 use crate::units::SECTOR;
@@ -72,6 +74,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
     // Signals before sockets: from the moment somebody can see us, we can be stopped in good order.
     let stop = stop_signal()?;
     raise_file_limit();
+    let keep = keep(args)?;
     let mut daemons = Vec::new();
     for disk in &disks {
         let service = service(args, disk);
@@ -82,6 +85,11 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
             direct: disk.direct,
             allow_parents: args.allow_parents.clone(),
             write_through: !service.write_back,
+            keep: keep.clone(),
+            when_full: match args.on_enospc {
+                OnEnospc::Park => WhenFull::Park,
+                OnEnospc::Error => WhenFull::Fail,
+            },
         };
         let opened = when_free(PREDECESSORS_IO, &service.name, &stop, || Disk::open(host.clone(), &options))?;
         let socket = when_free(PREDECESSORS_SOCKET, &service.name, &stop, || socket_of(disk, &mut handed_over))?;
@@ -105,6 +113,16 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
     let outcome = run_all(daemons, &stop);
     tell_manager("STOPPING=1");
     outcome
+}
+
+/// How acknowledged writes outlive this process: by a journal in the runtime folder, or, where there is none, by commits.
+fn keep(args: &Args) -> Result<Keep> {
+    let Some(folder) = args.runtime_dir.clone().or_else(runtime::default_folder) else {
+        warn!("no runtime folder: each write is made durable before it is answered; see --runtime-dir");
+        return Ok(Keep::Commit);
+    };
+    runtime::make(&folder)?;
+    Ok(Keep::Journal { folder, discard: args.discard_journal })
 }
 
 /// Takes what somebody may still have in use: tries until it is free, at most for `limit`, and not beyond the stop signal.

@@ -9,6 +9,15 @@ use super::disk_args::{Cache, DiskArgs, disk, queue_size, queues, read_config, s
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
+/// What becomes of writes while the host's file system is full.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum OnEnospc {
+    /// They are held until there is room again; reads and flushes go on
+    Park,
+    /// They fail
+    Error,
+}
+
 /// Serves differencing VHD chains to virtual machines over vhost-user-blk.
 #[derive(Parser, Debug)]
 #[command(name = "diffdiskd", version, about, max_term_width = 100)]
@@ -66,6 +75,19 @@ pub(super) struct Args {
     /// A folder where parents may lie besides the child's own (repeatable)
     #[arg(long, value_name = "DIR")]
     pub(super) allow_parents: Vec<PathBuf>,
+
+    /// Where to keep what must outlive this process but not the host: a folder on tmpfs
+    /// [default: /run/diffdisk, or diffdisk in $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR")]
+    pub(super) runtime_dir: Option<PathBuf>,
+
+    /// Give up what a killed predecessor acknowledged to a guest that is gone
+    #[arg(long)]
+    pub(super) discard_journal: bool,
+
+    /// What becomes of writes while the host's file system is full
+    #[arg(long, value_name = "POLICY", default_value = "park")]
+    pub(super) on_enospc: OnEnospc,
 
     /// How much to tell on standard error
     #[arg(long, value_name = "LEVEL", default_value = "info",

@@ -10,7 +10,7 @@ use super::driver::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
-use crate::image::{Kind, Spec, create};
+use crate::image::{Keep, Kind, Spec, create};
 use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -29,6 +29,8 @@ fn disk() -> (tempfile::TempDir, Arc<Disk>) {
         direct: false,
         allow_parents: Vec::new(),
         write_through: false,
+        keep: Keep::Nothing,
+        when_full: Default::default(),
     };
     (folder, Disk::open(Arc::new(Host), &options).unwrap())
 }

@@ -10,15 +10,18 @@ use std::sync::Arc;
 
 use super::Disk;
 use super::job::{Job, JobKind, Running};
-use super::mailbox::{Letter, Mailbox};
+use super::mailbox::{Grown, Letter, Mailbox};
 use super::request::{Answer, Request};
 use super::task::{Task, Token};
 use crate::chain::Plan;
+use crate::error::ErrorKind;
 use crate::image::{Commit, Growth, Step};
 use crate::storage::{Completion, Engine, Op, Slices};
 
 /// Requests that a lane takes at once.
 const TASKS: usize = 1024;
+/// Ticks between two commits in the background.
+const COMMIT_TICKS: u32 = 5;
 
 /// One queue's share of a disk.
 pub struct Lane {
@@ -33,6 +36,9 @@ pub struct Lane {
     awaiting: Vec<u32>,
     commit: Option<Running>,
     growth: Option<Running>,
+    ticks: u32,
+    /// Whether the log knows that the host is full.
+    told_full: bool,
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
     pub(super) answers: Vec<Answer>,
@@ -56,6 +62,8 @@ impl Lane {
             awaiting: Vec::new(),
             commit: None,
             growth: None,
+            ticks: 0,
+            told_full: false,
             backlog: VecDeque::new(),
             answers: Vec::with_capacity(TASKS),
             plan: Plan::default(),
@@ -152,6 +160,10 @@ impl Lane {
             }
             if self.engine.under_way() > 0 {
                 self.engine.wait()?;
+            } else if !self.parked.is_empty() && self.growth.is_none() {
+                // There is no room, and no time to wait for it.
+                let parked = std::mem::take(&mut self.parked);
+                self.go_on(parked, false);
             } else {
                 // Everything left waits for another lane.
                 wait_readable(self.mailbox.fd());
@@ -169,19 +181,36 @@ impl Lane {
 
     /// What other lanes have to say.
     fn read(&mut self, letter: Letter) {
-        let (concerned, ok) = match letter {
+        let concerned = match letter {
             Letter::Committed { round, ok } => {
                 let tasks = &self.tasks;
                 let of = |n: &u32| tasks[*n as usize].as_ref().is_some_and(|t| t.round == round);
                 let (mine, others) = std::mem::take(&mut self.awaiting).into_iter().partition(of);
                 self.awaiting = others;
-                (mine, ok)
+                self.go_on(mine, ok);
+                return;
             }
-            Letter::Grown { ok } => (std::mem::take(&mut self.parked), ok),
+            Letter::Grown(Grown::Full) if self.disk.parks() => return self.tell_full(),
+            Letter::Grown(grown) => grown == Grown::Room,
         };
-        for number in concerned {
+        let parked = std::mem::take(&mut self.parked);
+        self.told_full &= !concerned;
+        self.go_on(parked, concerned);
+    }
+
+    /// Lets requests that waited go on, or fail.
+    fn go_on(&mut self, waited: Vec<u32>, ok: bool) {
+        for number in waited {
             self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
             self.advance(number);
+        }
+    }
+
+    pub(super) fn tell_full(&mut self) {
+        if !self.parked.is_empty() && !self.told_full {
+            let path = self.disk.version().top().expect("only writable disks grow").image.path().display();
+            log::warn!("{path}: the host is full: {} writes are held until there is room", self.parked.len());
+            self.told_full = true;
         }
     }
 
@@ -215,6 +244,29 @@ impl Lane {
             self.lead();
         }
         joined.round
+    }
+
+    /// Begins a commit for which nobody waits, unless one is going to begin anyway.
+    pub(super) fn commit_soon(&mut self) {
+        if self.disk.rounds.join(&self.mailbox).lead {
+            self.lead();
+        }
+    }
+
+    /// To be called every second, so that what nobody else wakes goes on: writes that found the host full are tried
+    /// again; and every few seconds what was written and not flushed becomes durable in the background, which bounds what
+    /// a power cut takes and what a live journal has to hold.
+    pub fn tick(&mut self) {
+        let parked = std::mem::take(&mut self.parked);
+        self.go_on(parked, true);
+        self.ticks = (self.ticks + 1) % COMMIT_TICKS;
+        if self.ticks != 0 {
+            return;
+        }
+        let top = self.disk.version().top();
+        if top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
+            self.commit_soon();
+        }
     }
 
     fn running(&mut self, kind: JobKind) -> &mut Option<Running> {
@@ -265,10 +317,15 @@ impl Lane {
                 }
             }
             Job::Growth(_) => {
-                if let Err(e) = &result {
-                    log::error!("{}", e.line());
-                }
-                self.disk.post(Letter::Grown { ok: result.is_ok() });
+                let grown = match &result {
+                    Ok(()) => Grown::Room,
+                    Err(e) if e.kind() == ErrorKind::NoSpace => Grown::Full,
+                    Err(e) => {
+                        log::error!("{}", e.line());
+                        Grown::Failed
+                    }
+                };
+                self.disk.post(Letter::Grown(grown));
             }
         }
     }
@@ -290,7 +347,7 @@ impl Drop for Lane {
             while self.disk.rounds.finish(false).is_some() {}
         }
         if self.growth.take().is_some() {
-            self.disk.post(Letter::Grown { ok: false });
+            self.disk.post(Letter::Grown(Grown::Failed));
         }
     }
 }

@@ -18,10 +18,18 @@ pub enum Letter {
         ok: bool,
     },
     /// Growth is over.
-    Grown {
-        /// Whether there is room now.
-        ok: bool,
-    },
+    Grown(Grown),
+}
+
+/// How a step of growth ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Grown {
+    /// There is room now.
+    Room,
+    /// The host has none.
+    Full,
+    /// It failed.
+    Failed,
 }
 
 /// Letters to one lane.
@@ -85,7 +93,7 @@ mod tests {
         let to = Arc::new(Mailbox::new().unwrap());
         assert!(to.take().is_empty());
         let from = to.clone();
-        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(Letter::Grown { ok: true })));
+        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(Letter::Grown(Grown::Room))));
         let mut got = 0;
         while got < 100 {
             got += to.wait().len();

@@ -35,10 +35,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Policy, Version};
+use crate::chain::{Chain, Policy, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Commit, Growth};
-use crate::storage::{Access, EngineKind, Env, SLOTS, Slot};
+use crate::image::{self, Commit, Growth, Keep};
+use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use flush::Rounds;
 use mailbox::{Letter, Mailbox};
 
@@ -57,6 +57,20 @@ pub struct DiskOptions {
     pub allow_parents: Vec<PathBuf>,
     /// Whether a write is durable when it is answered.
     pub write_through: bool,
+    /// How what was answered outlives this process.
+    pub keep: Keep,
+    /// What becomes of writes that find the host full.
+    pub when_full: WhenFull,
+}
+
+/// What becomes of a write for which the host has no room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum WhenFull {
+    /// It is held until there is room; reads and flushes go on.
+    #[default]
+    Park,
+    /// It fails.
+    Fail,
 }
 
 /// A chain that is being served.
@@ -66,6 +80,7 @@ pub struct Disk {
     rounds: Rounds,
     lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
+    when_full: WhenFull,
     serial: [u8; 20],
     /// What O_DIRECT asks of memory, by slot; 1 where a file is buffered.
     memory_align: Vec<usize>,
@@ -87,11 +102,14 @@ impl Disk {
     /// # Errors
     /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
-        let access = if options.read_only { Access::Read } else { Access::Write };
+        let how = if options.read_only { Use::Read } else { Use::Write };
         let policy = Policy { allowed: options.allow_parents.clone(), ..Policy::default() };
-        let chain = Chain::open(&*env, &options.path, &policy, access)?;
+        let chain = Chain::open(&*env, &options.path, &policy, how)?;
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
-        let version = chain.into_version(access)?;
+        let version = match how {
+            Use::Write => chain.into_writable(&*env, &options.keep)?,
+            _ => chain.into_frozen(),
+        };
         let mut memory_align = vec![1; usize::from(SLOTS)];
         if options.direct {
             for (slot, file) in version.files() {
@@ -107,6 +125,7 @@ impl Disk {
             rounds: Rounds::default(),
             lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
+            when_full: options.when_full,
             serial,
             memory_align,
             counts: Counts::default(),
@@ -148,6 +167,10 @@ impl Disk {
     /// Whether a write is answered only when it is durable.
     pub fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::SeqCst)
+    }
+
+    fn parks(&self) -> bool {
+        self.when_full == WhenFull::Park
     }
 
     /// What O_DIRECT asks of memory for a file; 1 where it is buffered.
@@ -216,7 +239,9 @@ impl Disk {
     /// As `commit`; the image is then recovered by the next open.
     pub fn close(&self) -> Result<()> {
         self.commit()?;
-        self.version.top().map_or(Ok(()), |top| top.image.trim())
+        let Some(top) = self.version.top() else { return Ok(()) };
+        top.image.trim()?;
+        top.image.retire(&*self.env)
     }
 
     /// The first room of a disk that is about to be written. Failing is no harm: the first write that needs it asks again.

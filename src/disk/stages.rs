@@ -39,6 +39,11 @@ impl Lane {
                     into.copy_from(detail as usize, &bounce);
                 }
             }
+            (Payload::Guest(slices), Err(e)) if self.disk.parks() && is_full(op.action, &e) => {
+                task.full = true;
+                self.pool.push(slices);
+            }
+            (Payload::Own(_), Err(e)) if self.disk.parks() && is_full(op.action, &e) => task.full = true,
             (Payload::Guest(slices), result) => {
                 task.failed |= report(result, op.action, op.offset, self.disk.version().file(op.slot).path());
                 self.pool.push(slices);
@@ -244,16 +249,24 @@ impl Lane {
         if task.failed {
             return Next::Over(Outcome::Failed);
         }
+        if std::mem::take(&mut task.full) {
+            // The next tick tries it again, from the start: nothing of it was marked.
+            self.park(number);
+            self.tell_full();
+            return Next::Wait(Stage::Room);
+        }
         let (Some(top), false) = (self.disk.version().top(), matches!(task.work, Work::Read { .. })) else {
             return Next::Over(Outcome::Done);
         };
         let ranges = match &task.work {
             Work::Write { range, .. } => {
-                top.image.mark(*range);
+                task.owes_commit |= !top.image.mark(*range);
                 1
             }
             Work::WriteZeroes { ranges } => {
-                task.marks.iter().for_each(|range| top.image.mark(*range));
+                for range in &task.marks {
+                    task.owes_commit |= !top.image.mark(*range);
+                }
                 ranges.len()
             }
             Work::Discard { ranges } => {
@@ -262,10 +275,13 @@ impl Lane {
             }
             Work::Read { .. } | Work::Flush => unreachable!("answered above; a flush moves nothing"),
         };
+        if top.image.take_due() {
+            self.commit_soon();
+        }
         task.at += 1;
         if task.at < ranges {
             Next::Stage(Stage::Plan)
-        } else if self.disk.is_write_through() {
+        } else if task.owes_commit || self.disk.is_write_through() {
             self.make_durable(number, task)
         } else {
             Next::Over(Outcome::Done)
@@ -277,6 +293,11 @@ impl Lane {
         task.round = self.join(number);
         Next::Wait(Stage::Await)
     }
+}
+
+/// Whether a write found the host full: a place that was punched, or a file system that copies on write.
+fn is_full(action: Action, e: &io::Error) -> bool {
+    action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Whether an operation failed; tells the log.

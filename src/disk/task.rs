@@ -28,10 +28,14 @@ pub(super) struct Task {
     pub(super) pending: u32,
     /// Whether one of them failed.
     pub(super) failed: bool,
+    /// Whether one of them found the host full.
+    pub(super) full: bool,
     /// Which of several ranges is at work (discard, write zeroes).
     pub(super) at: usize,
     /// The round that makes it durable.
     pub(super) round: u64,
+    /// Whether it may be answered only after a commit.
+    pub(super) owes_commit: bool,
     /// What is being loaded.
     pub(super) load: Option<Box<Load>>,
     /// What to mark when zeroing is done.
@@ -46,8 +50,10 @@ impl Task {
             stage: Stage::Plan,
             pending: 0,
             failed: false,
+            full: false,
             at: 0,
             round: 0,
+            owes_commit: false,
             load: None,
             marks: Vec::new(),
         }

@@ -7,8 +7,8 @@
 //! A granule is *dirty* when it says more than the file does, *ordered* when its bits must not reach the file before
 //! the data they speak for (crash-safety 3.6).
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::paged::Paged;
 use crate::format::bitmap;
@@ -20,10 +20,15 @@ pub struct Granule {
     words: Box<[AtomicU64]>,
     /// Noted for the next commit.
     dirty: AtomicBool,
-    /// The block's place is not in the file yet, so a commit is owed even where no bit changes.
+    /// The file says nothing of it yet, so a commit is owed even where no bit changes.
+    unwritten: AtomicBool,
+    /// The file does not know the place of the block yet.
     unplaced: AtomicBool,
     /// Its bits may reach the file only after a sync of the data.
     ordered: bool,
+    /// The journal's slot that speaks for it. Held while bits are put there, so that a slot is never given away under a
+    /// mark in progress.
+    slot: Mutex<Option<u32>>,
 }
 
 impl Granule {
@@ -38,8 +43,11 @@ impl Granule {
         self.ordered
     }
 
-    /// Takes the note that it is dirty and copies its bits, in that order: a mark that comes in between notes it anew.
+    /// Takes the note that it is dirty and the journal's slot, and copies its bits, in that order: a mark that comes in
+    /// between notes it anew, and claims another slot.
     pub fn snapshot(&self) -> [u8; SECTOR as usize] {
+        let mut slot = self.slot();
+        *slot = None;
         self.dirty.swap(false, Ordering::SeqCst);
         let mut bytes = [0; SECTOR as usize];
         for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&self.words) {
@@ -48,9 +56,24 @@ impl Granule {
         bytes
     }
 
-    /// Says that the file now knows the place of the block.
-    pub fn set_placed(&self) {
-        self.unplaced.store(false, Ordering::Release);
+    /// The journal's slot that speaks for it.
+    pub(super) fn slot(&self) -> MutexGuard<'_, Option<u32>> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its bits.
+    pub(super) fn words(&self) -> &[AtomicU64] {
+        &self.words
+    }
+
+    /// Whether the file does not know the place of its block.
+    pub(super) fn is_unplaced(&self) -> bool {
+        self.unplaced.load(Ordering::Acquire)
+    }
+
+    /// Says that its bits are in the file.
+    pub(super) fn set_written(&self) {
+        self.unwritten.store(false, Ordering::Release);
     }
 
     /// Notes it as dirty; false where it was noted already.
@@ -119,15 +142,17 @@ impl Bitmaps {
 
     /// Takes in what the file says of a granule. Where it is known already, what is known stays (it may say more).
     pub fn supply(&self, granule: usize, sector: &[u8]) {
-        let words = sector.as_chunks::<8>().0.iter().map(|b| AtomicU64::new(u64::from_be_bytes(*b)));
-        let words = words.take(self.words()).collect();
-        let granule = self.granules.touch(granule);
-        granule.get_or_init(|| Granule {
-            words,
-            dirty: AtomicBool::new(false),
-            unplaced: AtomicBool::new(false),
-            ordered: true,
-        });
+        let words = sector.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b));
+        self.granules.touch(granule).get_or_init(|| self.made(words, false, true));
+    }
+
+    /// Takes in what the journal of a predecessor says of a granule: all its bits, or more of them.
+    pub(super) fn adopt(&self, granule: usize, words: &[u64]) -> &Granule {
+        let known = self.granules.touch(granule).get_or_init(|| self.made(words.iter().copied(), false, true));
+        for (to, word) in known.words.iter().zip(words) {
+            to.fetch_or(*word, Ordering::SeqCst);
+        }
+        known
     }
 
     /// Makes the granules of a block that is about to get its place. The block has none yet, so nobody reads them.
@@ -135,36 +160,51 @@ impl Bitmaps {
         let per_block = self.block_size.bitmap_sectors() as usize;
         for granule in (0..per_block).map(|k| block as usize * per_block + k) {
             let word = if fresh == Fresh::Set { u64::MAX } else { 0 };
-            let words = std::iter::repeat_with(|| AtomicU64::new(word)).take(self.words()).collect();
-            let made = self.granules.touch(granule).set(Granule {
-                words,
-                dirty: AtomicBool::new(false),
-                unplaced: AtomicBool::new(true),
-                ordered: fresh == Fresh::Clear,
-            });
-            assert!(made.is_ok(), "a block without a place has no bitmap");
+            let made = self.made(std::iter::repeat(word), true, fresh == Fresh::Clear);
+            assert!(self.granules.touch(granule).set(made).is_ok(), "a block without a place has no bitmap");
         }
     }
 
-    /// Sets the bits of a range of one block whose granules are all there. Calls `dirtied` for each granule that was
-    /// not noted as dirty before.
+    /// The first granule of a block.
+    pub(super) fn first_of(&self, block: u32) -> usize {
+        block as usize * self.block_size.bitmap_sectors() as usize
+    }
+
+    /// Says that the file now knows the place of a block.
+    pub(super) fn set_placed(&self, block: u32) {
+        let first = self.first_of(block);
+        for granule in (first..first + self.block_size.bitmap_sectors() as usize).filter_map(|g| self.get(g)) {
+            granule.unplaced.store(false, Ordering::Release);
+        }
+    }
+
+    fn made(&self, words: impl Iterator<Item = u64>, fresh: bool, ordered: bool) -> Granule {
+        let count = self.sectors_per_granule.div_ceil(64) as usize;
+        Granule {
+            words: words.take(count).map(AtomicU64::new).collect(),
+            dirty: AtomicBool::new(false),
+            unwritten: AtomicBool::new(fresh),
+            unplaced: AtomicBool::new(fresh),
+            ordered,
+            slot: Mutex::new(None),
+        }
+    }
+
+    /// Sets the bits of a range of one block whose granules are all there. Calls `news(index, granule, bit, count)` for
+    /// each granule that now says something the file does not.
     #[inline]
-    pub fn mark(&self, range: SectorRange, mut dirtied: impl FnMut(usize)) {
+    pub fn mark(&self, range: SectorRange, mut news: impl FnMut(usize, &Granule, u32, u32)) {
         let mut rest = range;
         while !rest.is_empty() {
             let (index, bit) = (self.index_of(rest.start()), self.bit_of(rest.start()));
-            let count = rest.first(u64::from(self.sectors_per_granule - bit)).count();
+            let part = rest.first(u64::from(self.sectors_per_granule - bit));
+            let count = u32::try_from(part.count()).expect("clipped to a granule");
             let granule = self.get(index).expect("a write is planned only when its bitmaps are there");
-            let changed = bitmap::set_atomic(&granule.words, bit, u32::try_from(count).expect("clipped to a granule"));
-            if (changed || granule.unplaced.load(Ordering::Acquire)) && granule.note_dirty() {
-                dirtied(index);
+            if bitmap::set_atomic(&granule.words, bit, count) || granule.unwritten.load(Ordering::Acquire) {
+                news(index, granule, bit, count);
             }
-            rest = rest.skip(count);
+            rest = rest.skip(part.count());
         }
-    }
-
-    fn words(&self) -> usize {
-        self.sectors_per_granule.div_ceil(64) as usize
     }
 }
 
@@ -187,16 +227,21 @@ mod tests {
         assert!(maps.get(0).is_none());
         maps.supply(0, &[0; 512]);
         let mut noted = Vec::new();
-        maps.mark(SectorRange::between(3, 5), |g| noted.push(g));
-        maps.mark(SectorRange::between(4, 9), |g| noted.push(g));
+        let note = |to: &mut Vec<usize>, g, granule: &Granule| {
+            if granule.note_dirty() {
+                to.push(g)
+            }
+        };
+        maps.mark(SectorRange::between(3, 5), |g, granule, _, _| note(&mut noted, g, granule));
+        maps.mark(SectorRange::between(4, 9), |g, granule, _, _| note(&mut noted, g, granule));
         assert_eq!(noted, [0]);
         let granule = maps.get(0).unwrap();
         assert_eq!(granule.run(0, 4096), (false, 3));
         assert_eq!(granule.run(3, 4096), (true, 6));
         assert_eq!(granule.snapshot()[..2], [0b0001_1111, 0b1000_0000]);
-        maps.mark(SectorRange::between(4, 9), |g| noted.push(g));
+        maps.mark(SectorRange::between(4, 9), |g, granule, _, _| note(&mut noted, g, granule));
         assert_eq!(noted.len(), 1, "bits that were set already say nothing new");
-        maps.mark(SectorRange::between(9, 10), |g| noted.push(g));
+        maps.mark(SectorRange::between(9, 10), |g, granule, _, _| note(&mut noted, g, granule));
         assert_eq!(noted, [0, 0]);
     }
 
@@ -205,12 +250,15 @@ mod tests {
         let maps = Bitmaps::new(2, BlockSize::DEFAULT);
         maps.prepare(1, Fresh::Set);
         let mut noted = 0;
-        maps.mark(SectorRange::between(4096, 4097), |_| noted += 1);
+        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
         assert_eq!(noted, 1);
         let granule = maps.get(1).unwrap();
         assert!(!granule.is_ordered() && granule.snapshot() == [0xFF; 512]);
-        granule.set_placed();
-        maps.mark(SectorRange::between(4096, 4097), |_| noted += 1);
-        assert_eq!(noted, 1);
+        maps.set_placed(1);
+        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
+        assert_eq!(noted, 2, "that its block has a place is not all: its bits have to be there, too");
+        granule.set_written();
+        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
+        assert_eq!(noted, 2);
     }
 }

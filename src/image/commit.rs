@@ -11,7 +11,8 @@
 //! subset of the pointers may survive a crash: a bit without its entry is unreachable; an entry without its bits means
 //! "ask the parent", as the room was durably zero before it was given out; both mean data that is durable since C1.
 //! Pointers only change from unused to used and from clear to set, so a torn page is a mixture of legal sectors.
-//! S is copied *before* C1: a bit set while C1 runs is not written in C2.
+//! S is copied *before* C1: a bit set while C1 runs is not written in C2. What the live journal says of S is ended only
+//! after C3, by one store.
 //!
 //! Barriers: 0 when nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
 //!
@@ -63,12 +64,14 @@ pub struct Commit {
     phase: Phase,
     taken: Vec<Taken>,
     barriers: u32,
+    /// Of the live journal.
+    epoch: u64,
 }
 
 impl Commit {
     /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
     pub fn new(image: Arc<Writable>, slot: Slot) -> Commit {
-        Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0 }
+        Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0, epoch: 0 }
     }
 
     /// Syncs used so far.
@@ -96,7 +99,8 @@ impl Commit {
                 Ok(Step::Wait)
             }
             Phase::Seal => {
-                self.image.placed(self.taken.iter().map(|t| t.granule));
+                let granules: Vec<usize> = self.taken.iter().map(|t| t.granule).collect();
+                self.image.committed(self.epoch, Some(&granules));
                 self.phase = Phase::Over;
                 Ok(Step::Done)
             }
@@ -107,8 +111,10 @@ impl Commit {
     fn start(&mut self, ops: &mut Vec<Op>) -> Step {
         // Before the copies are made: a write that completes later owes the next commit a sync.
         let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
+        let dirty = std::mem::take(&mut *self.image.dirty());
+        self.epoch = self.image.committing(&dirty);
         let mut ordered = false;
-        for granule in std::mem::take(&mut *self.image.dirty()) {
+        for granule in dirty {
             let g = self.image.granule(granule);
             ordered |= g.is_ordered();
             self.taken.push(Taken { granule, bytes: g.snapshot() });
@@ -153,6 +159,7 @@ impl Commit {
     fn fail(&mut self, source: io::Error) -> Error {
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         self.image.unsynced.store(true, Ordering::SeqCst);
+        self.image.committed(self.epoch, None);
         for taken in self.taken.drain(..) {
             self.image.dirtied(taken.granule);
         }
@@ -181,7 +188,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::image::{Image, Kind, ParentLink, Spec, create};
+    use crate::image::{Image, Keep, Kind, ParentLink, Spec, create};
     use crate::storage::host::Host;
     use crate::storage::{Access, Action, Env};
     use crate::units::{BlockSize, SectorRange};
@@ -197,7 +204,7 @@ mod tests {
 
     fn reopen(path: &Path) -> Arc<Writable> {
         let image = Image::open(Host.open(path, Access::Write).unwrap()).unwrap();
-        let image = Arc::new(Writable::new(image).unwrap());
+        let image = Arc::new(Writable::new(&Host, image, &Keep::Nothing).unwrap());
         if let Some(mut growth) = super::super::Growth::begin(&image, SLOT) {
             super::super::drive(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap();
         }
@@ -226,7 +233,7 @@ mod tests {
     fn write(image: &Writable, from: u64, to: u64) {
         let block = BlockSize::DEFAULT.block_of(from);
         image.reserve(block).unwrap();
-        image.mark(SectorRange::between(from, to));
+        assert!(image.mark(SectorRange::between(from, to)));
     }
 
     fn commit(image: &Arc<Writable>) -> (Vec<String>, u32) {

@@ -5,15 +5,18 @@
 //!
 //! Does not order durable writes (`commit.rs`), nor make room (`tail.rs`), nor look at parents.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::bitmaps::{Bitmaps, Fresh, Granule};
+use super::journal::{Found, Journal};
 use super::open::Image;
 use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bat, layout};
-use crate::storage::{File, Lock};
+use crate::storage::{Env, File};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
@@ -25,6 +28,32 @@ pub struct Writable {
     /// Granules that say more than the file does.
     dirty: Mutex<Vec<usize>>,
     poison: OnceLock<String>,
+    keep: Kept,
+    /// The journal is running full: a commit should begin.
+    due: AtomicBool,
+}
+
+/// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Keep {
+    /// By a live journal in this folder. `discard`: give up what a predecessor's journal says.
+    Journal {
+        /// The folder, in memory.
+        folder: PathBuf,
+        /// Give up what a predecessor's journal says.
+        discard: bool,
+    },
+    /// By a commit before the acknowledgement.
+    Commit,
+    /// Not at all: whoever writes will write again (tools).
+    Nothing,
+}
+
+/// What came of [`Keep`].
+enum Kept {
+    Journal(Journal),
+    Commit,
+    Nothing,
 }
 
 /// What images with a block table have besides.
@@ -40,21 +69,54 @@ struct Sparse {
 pub struct NoRoom;
 
 impl Writable {
-    /// Makes an opened image writable: takes the lock, and recovers what an unclean end left behind.
+    /// Makes an opened image writable that is locked already, and recovers what an unclean end left behind.
     ///
-    /// Recovery (crash-safety 3.5): the trailing footer is written where it is missing, and everything between the last
-    /// block and the footer is made durably zero. Stale bytes there would be taken for bitmaps of later blocks.
+    /// Recovery (crash-safety 3.5): what a killed predecessor's live journal says is taken in; the trailing footer is
+    /// written where it is missing; and everything between the last block and the footer is made durably zero, as stale
+    /// bytes there would be taken for bitmaps of later blocks.
     ///
     /// # Errors
-    /// `Busy` where somebody else has it open, `Refused` where its own bytes forbid writing (hidden, saved state,
-    /// footers that disagree), `Io`.
-    pub fn new(image: Image) -> Result<Writable> {
-        image.file().lock(Lock::Exclusive)?;
+    /// `Refused` where its own bytes forbid writing (hidden, saved state, footers that disagree) or where a live journal
+    /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
+    pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
         image.check_writable()?;
-        let fixed = image.kind() == DiskType::Fixed;
-        let sparse = if fixed { None } else { Some(recover(&image)?) };
-        let (unsynced, dirty) = (AtomicBool::new(true), Mutex::default());
-        Ok(Writable { image, sparse, unsynced, dirty, poison: OnceLock::new() })
+        let (keep, found) = match keep {
+            _ if image.kind() == DiskType::Fixed => (Kept::Nothing, Vec::new()),
+            Keep::Commit => (Kept::Commit, Vec::new()),
+            Keep::Nothing => (Kept::Nothing, Vec::new()),
+            Keep::Journal { folder, discard } => match Journal::open(env, folder, &image, *discard) {
+                Ok((journal, found)) => (Kept::Journal(journal), found),
+                Err(e) if e.kind() == ErrorKind::Unsupported => {
+                    log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
+                    (Kept::Commit, Vec::new())
+                }
+                Err(e) => return Err(e),
+            },
+        };
+        let sparse = match image.block_size() {
+            None => None,
+            Some(block_size) => Some(recover(&image, block_size, &found)?),
+        };
+        let (unsynced, due) = (AtomicBool::new(true), AtomicBool::new(false));
+        let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
+        image.adopt(&found);
+        Ok(image)
+    }
+
+    /// Takes in the marks of a killed predecessor; the places of their blocks are known already.
+    fn adopt(&self, found: &[Found]) {
+        let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return };
+        for f in found {
+            let granule = sparse.bitmaps.adopt(f.granule, &f.words);
+            let mut slot = granule.slot();
+            // Of two slots for one granule the first goes on, with the bits of both; the commit frees the other.
+            journal.merge(*slot.get_or_insert(f.slot), &f.words);
+            drop(slot);
+            self.dirtied(f.granule);
+        }
+        if !found.is_empty() {
+            log::info!("{}: {} marks of a killed predecessor taken in", self.path().display(), found.len());
+        }
     }
 
     /// What it is.
@@ -99,6 +161,13 @@ impl Writable {
             return Err(NoRoom);
         }
         sparse.bitmaps.prepare(block, sparse.fresh);
+        if let Kept::Journal(journal) = &self.keep {
+            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak.
+            let granule = sparse.bitmaps.first_of(block);
+            let made = sparse.bitmaps.get(granule).expect("prepared");
+            *made.slot() = journal.claim(granule, block, place, true, made.words());
+            self.note_due(journal);
+        }
         room.next = end;
         room.unplaced -= 1;
         room.fresh.insert(block);
@@ -108,17 +177,66 @@ impl Writable {
 
     /// Says that the data of a range is in its final place: from here on reads find it, and the next commit makes it
     /// durable. Blocks of the range have places, their bitmaps are there.
-    pub fn mark(&self, range: SectorRange) {
+    ///
+    /// False where only a commit makes it outlive this process: the write must not be answered before.
+    #[must_use = "a write that is answered must outlive the process"]
+    pub fn mark(&self, range: SectorRange) -> bool {
+        let mut kept = true;
         if let Some(sparse) = &self.sparse {
             let mut rest = range;
             while !rest.is_empty() {
                 let block = sparse.block_size.range_of(sparse.block_size.block_of(rest.start()));
                 let part = rest.clip(block);
-                sparse.bitmaps.mark(part, |granule| lock(&self.dirty).push(granule));
+                sparse.bitmaps.mark(part, |index, granule, bit, count| {
+                    if granule.note_dirty() {
+                        self.dirty().push(index);
+                    }
+                    kept &= self.keep(index, granule, bit, count);
+                });
                 rest = rest.skip(part.count());
             }
         }
         self.touched();
+        kept
+    }
+
+    /// Puts new bits of a granule where they outlive the process; false where a commit has to.
+    fn keep(&self, index: usize, granule: &Granule, bit: u32, count: u32) -> bool {
+        let journal = match &self.keep {
+            Kept::Nothing => return true,
+            Kept::Commit => return false,
+            Kept::Journal(journal) => journal,
+        };
+        let mut slot = granule.slot();
+        if let Some(slot) = *slot {
+            journal.set(slot, bit, count);
+            return true;
+        }
+        let (block, place, _) = self.bitmap_place(index);
+        *slot = journal.claim(index, block, place, granule.is_unplaced(), granule.words());
+        let claimed = slot.is_some();
+        drop(slot);
+        // A snapshot may have come between the note and the claim; a slot in use belongs to a dirty granule.
+        self.dirtied(index);
+        self.note_due(journal);
+        claimed
+    }
+
+    fn note_due(&self, journal: &Journal) {
+        if journal.is_due() {
+            self.due.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the journal is running full and no commit has begun since: true once.
+    #[inline]
+    pub fn take_due(&self) -> bool {
+        self.due.load(Ordering::Relaxed) && self.due.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether a commit would have anything to do.
+    pub fn is_dirty(&self) -> bool {
+        self.unsynced.load(Ordering::SeqCst) || !self.dirty().is_empty()
     }
 
     /// Says that bytes changed that no bit speaks for (a punch in present sectors).
@@ -133,6 +251,9 @@ impl Writable {
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
             log::error!("{}: {why}; writes are refused until it is opened and checked", self.path().display());
+            if let Kept::Journal(journal) = &self.keep {
+                journal.poison(why);
+            }
         }
     }
 
@@ -223,13 +344,54 @@ impl Writable {
         Some((self.image.table_offset()? + u64::from(sector) * SECTOR, bytes))
     }
 
-    /// Says that the file knows the places of the blocks of these granules.
-    pub(super) fn placed(&self, granules: impl Iterator<Item = usize>) {
+    /// A commit begins that takes these granules: their blocks are going to be placed. Its epoch.
+    pub(super) fn committing(&self, granules: &[usize]) -> u64 {
+        let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return 0 };
+        let room = lock(&sparse.room);
+        let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
+        journal.begin(blocks.filter(|b| room.fresh.contains(b)).collect())
+    }
+
+    /// The commit of `epoch` is over, well or not: in the first case the file knows what it took.
+    pub(super) fn committed(&self, epoch: u64, granules: Option<&[usize]>) {
         let Some(sparse) = &self.sparse else { return };
-        let mut room = lock(&sparse.room);
-        for granule in granules {
-            self.granule(granule).set_placed();
-            room.fresh.remove(&sparse.bitmaps.block_of(granule).0);
+        let Some(granules) = granules else {
+            if let Kept::Journal(journal) = &self.keep {
+                journal.failed();
+            }
+            return;
+        };
+        let mut places = Vec::new();
+        {
+            let mut room = lock(&sparse.room);
+            for granule in granules {
+                let (block, place, _) = self.bitmap_place(*granule);
+                self.granule(*granule).set_written();
+                if room.fresh.remove(&block) {
+                    places.push((block, place));
+                }
+            }
+        }
+        for (block, _) in &places {
+            sparse.bitmaps.set_placed(*block);
+        }
+        if let Kept::Journal(journal) = &self.keep {
+            journal.committed(epoch, &places, |slot, granule, renew| {
+                let used = sparse.bitmaps.get(granule).map(Granule::slot);
+                let used = used.filter(|used| **used == Some(slot));
+                if used.is_some() {
+                    renew();
+                }
+                used.is_some()
+            });
+        }
+    }
+
+    /// Removes the journal: all it says is in the file.
+    pub fn retire(&self, env: &dyn Env) -> Result<()> {
+        match &self.keep {
+            Kept::Journal(journal) => journal.remove(env),
+            Kept::Commit | Kept::Nothing => Ok(()),
         }
     }
 
@@ -248,11 +410,27 @@ impl Writable {
     }
 }
 
-/// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero.
-fn recover(image: &Image) -> Result<Sparse> {
-    let (block_size, table) = (image.block_size().expect("not fixed"), image.bat().expect("not fixed"));
-    let file = image.file();
-    let next = image.used_end().div_ceil(SECTOR);
+/// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
+/// of a killed predecessor, whose places the file may not know yet.
+fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> Result<Sparse> {
+    let (table, file) = (image.bat().expect("not fixed"), image.file());
+    let bitmaps = Bitmaps::new(table.len(), block_size);
+    let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
+    let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
+    for f in found {
+        let block = bitmaps.block_of(f.granule).0;
+        if table.place(block).is_none() {
+            let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
+            if u64::from(f.place) * SECTOR < image.used_end() || end * SECTOR > image.data_end() {
+                let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
+                return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
+            }
+            bitmaps.prepare(block, fresh);
+            table.set(block, f.place);
+            new_blocks.insert(block);
+            next = next.max(end);
+        }
+    }
     let end = image.data_end().div_ceil(SECTOR).max(next);
     // The front copy first: while the trailing footer is missing it is the only one.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR as usize]);
@@ -273,9 +451,8 @@ fn recover(image: &Image) -> Result<Sparse> {
     }
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room = Room { next, end, unplaced: blocks - placed, fresh: Default::default(), growing: false };
-    let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
-    Ok(Sparse { bitmaps: Bitmaps::new(table.len(), block_size), block_size, fresh, room: Mutex::new(room) })
+    let room = Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false };
+    Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
 
 /// A lock whose holders leave sound state behind even when they panic: each change is one assignment or insertion.

@@ -4,11 +4,11 @@ use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Policy};
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
 use crate::image::{self, Kind, ParentLink, Spec, folder_of};
-use crate::storage::{Access, Env};
+use crate::storage::Env;
 use crate::units::BlockSize;
 
 /// A root to be made.
@@ -80,7 +80,7 @@ pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
 /// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
 /// smaller than its parent; `Busy` where somebody writes to the parent.
 pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Result<Created> {
-    let chain = Chain::open(env, &child.parent, policy, Access::Read)?;
+    let chain = Chain::open(env, &child.parent, policy, Use::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
     }
@@ -102,9 +102,8 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         name: relative.clone(),
     };
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
-    let locked = chain.into_version(Access::Read)?;
     let made = image::create(env, path, &spec);
-    drop(locked);
+    drop(chain); // and with it the locks on the parents
     let outside = relative.components().next() == Some(Component::ParentDir);
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
 }

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::mover::Extents;
-use crate::chain::{Chain, Extent, Policy, Source};
+use crate::chain::{Chain, Extent, Policy, Source, Use};
 use crate::error::Result;
-use crate::storage::{Access, Env};
+use crate::storage::Env;
 use crate::units::SECTOR;
 
 /// A run of a disk that one place answers.
@@ -35,7 +35,7 @@ pub struct Found<'a> {
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
-    let version = Chain::open(env, path, policy, Access::Read)?.into_version(Access::Read)?;
+    let version = Chain::open(env, path, policy, Use::Read)?.into_frozen();
     let mut tell = |extent: Extent| {
         let place = match extent.source {
             Source::Zero => None,

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Version};
+use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
 use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
@@ -51,7 +51,7 @@ impl Disk {
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
         }
-        Ok(Disk::Chain(Chain::open(env, path, policy, Access::Read)?.into_version(Access::Read)?))
+        Ok(Disk::Chain(Chain::open(env, path, policy, Use::Read)?.into_frozen()))
     }
 
     /// Bytes of the disk. Those of a raw file need not fill its last sector.

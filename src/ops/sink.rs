@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::chain::{Chain, Plan, Policy, Source, Top, Version};
+use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Spec, drive, folder_of, fresh_name, name, write_new};
+use crate::image::{Commit, Growth, Keep, Spec, drive, folder_of, fresh_name, name, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -62,8 +62,8 @@ impl<'a> Sink<'a> {
         let form = match make {
             Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
             Make::Image(spec) => write_new(&file, env, uuid, spec).and_then(|()| {
-                let version = Chain::open(env, &fresh, &Policy::default(), Access::Write)?;
-                let version = version.into_version(Access::Write)?;
+                let version = Chain::open(env, &fresh, &Policy::default(), Use::Write)?;
+                let version = version.into_writable(env, &Keep::Nothing)?;
                 Ok(Form::Image { version, plan: Plan::default(), uncommitted: 0 })
             }),
         };
@@ -111,7 +111,8 @@ impl<'a> Sink<'a> {
             rest = later;
             top.image.file().write_at(now, offset)?;
         }
-        top.image.mark(range);
+        // Killed, this tool begins anew: nothing has to outlive it.
+        let _ = top.image.mark(range);
         *uncommitted += range.bytes();
         if *uncommitted >= COMMIT_BYTES {
             *uncommitted = 0;

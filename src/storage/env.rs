@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::engine::Engine;
 use super::host::HostFile;
+use super::live::Live;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
 use crate::error::Result;
@@ -187,6 +188,18 @@ pub trait Env: Send + Sync {
 
     /// An absolute path without symbolic links, `.` and `..`.
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
+
+    /// Whether there is something at `path`.
+    fn exists(&self, path: &Path) -> bool;
+
+    /// Words of memory that outlive the process but not the host, named by `path`; zero where they are new.
+    ///
+    /// # Errors
+    /// `Unsupported` where the folder is not in memory; `NoSpace`; `Invalid` where there are fewer or more of them.
+    fn live(&self, path: &Path, words: usize) -> Result<Live>;
+
+    /// Tells one start of the host from another.
+    fn boot_id(&self) -> Result<Uuid>;
 
     /// Unix seconds.
     fn now(&self) -> i64;

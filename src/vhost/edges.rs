@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// An epoll instance of edge-triggered reading.
 pub(super) struct Epoll(RawFd);
@@ -22,10 +23,11 @@ impl Epoll {
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
     }
 
-    /// Returns when something happened, or for no reason.
-    pub(super) fn wait(&self) {
+    /// Returns when something happened, when the time is over, or for no reason.
+    pub(super) fn wait(&self, at_most: Duration) {
+        let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-        if let Err(e) = epoll::wait(self.0, -1, &mut events)
+        if let Err(e) = epoll::wait(self.0, at_most, &mut events)
             && e.kind() != io::ErrorKind::Interrupted
         {
             panic!("a queue's own epoll instance fails: {e}");

@@ -161,6 +161,9 @@ enum State {
     Faulty,
 }
 
+/// Between two ticks of a lane: what waits for time to pass (a full disk, a commit in the background) goes on then.
+const TICK: Duration = Duration::from_secs(1);
+
 struct QueueThread {
     queue: Queue,
     ring: Option<Box<Ring>>,
@@ -192,6 +195,7 @@ impl QueueThread {
     fn run(&mut self) {
         let mut seen = None;
         let mut sleep_at = Instant::now();
+        let mut tick_at = Instant::now() + TICK;
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
@@ -204,10 +208,18 @@ impl QueueThread {
                 }
                 Err(TryRecvError::Empty) => {}
             }
-            match self.serve() {
+            let turn = self.serve();
+            let now = Instant::now();
+            if now >= tick_at {
+                tick_at = now + TICK;
+                if self.state == State::Running {
+                    self.queue.lane().tick();
+                    continue; // what it began is submitted by the next turn
+                }
+            }
+            match turn {
                 Turn::More => continue,
                 Turn::Idle if !self.poll.is_zero() => {
-                    let now = Instant::now();
                     let progress = self.progress();
                     if progress != seen {
                         seen = progress;
@@ -220,7 +232,7 @@ impl QueueThread {
                 }
                 Turn::Idle | Turn::Broken => {}
             }
-            self.epoll.wait();
+            self.epoll.wait(TICK);
         }
     }
 

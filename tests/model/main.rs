@@ -12,10 +12,10 @@ mod rng;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::Policy;
+use diffdisk::chain::{Policy, Use};
 use diffdisk::disk::{Disk, DiskOptions};
 use diffdisk::format::Severity;
-use diffdisk::image::{self, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
@@ -27,6 +27,9 @@ const KIB: u64 = 1 << 10;
 /// A chain under test, and what its disk must read as.
 struct World {
     folder: tempfile::TempDir,
+    /// In memory, for live journals.
+    _runtime: tempfile::TempDir,
+    keep: Keep,
     env: Arc<dyn Env>,
     random: Rng,
     engine: EngineKind,
@@ -39,8 +42,10 @@ struct World {
 impl World {
     fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let keep = Keep::Journal { folder: runtime.path().to_owned(), discard: false };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
-        World { folder, env, random, engine, direct, layers: Vec::new(), model: Vec::new() }
+        World { folder, _runtime: runtime, keep, env, random, engine, direct, layers: Vec::new(), model: Vec::new() }
     }
 
     fn push(&mut self, kind: &str, block: u64, size: u64) {
@@ -68,6 +73,8 @@ impl World {
             direct: self.direct,
             allow_parents: Vec::new(),
             write_through: false,
+            keep: self.keep.clone(),
+            when_full: Default::default(),
         };
         Rig::new(Disk::open(self.env.clone(), &options).expect("the chain opens"), self.engine)
     }
@@ -204,7 +211,9 @@ fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engin
         let mut rig = world.open(false);
         world.work(&mut rig, 60);
         if world.random.below(2) == 0 {
-            rig.flush();
+            if world.random.below(2) == 0 {
+                rig.flush();
+            }
             rig.abandon();
             world.check(false);
             let mut rig = world.open(false);
@@ -218,7 +227,7 @@ fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engin
         world.compare_all(&mut rig);
         rig.abandon();
     }
-    let chain = diffdisk::chain::Chain::open(&*world.env, world.top(), &Policy::default(), Access::Read);
+    let chain = diffdisk::chain::Chain::open(&*world.env, world.top(), &Policy::default(), Use::Look);
     assert_eq!(chain.expect("it opens").images().len(), depth + 1);
 }
 
@@ -260,6 +269,34 @@ fn parents_of_other_block_sizes_and_other_disk_sizes() {
     }
     // A child may be smaller than its parent, too, and a grandchild larger again: what was cut off stays zero.
     run(42, "dynamic", &blocks, &[9 * 1024 * KIB, 5 * 1024 * KIB + 512], 5, EngineKind::Auto, false);
+}
+
+#[test]
+fn a_journal_that_is_too_small_and_none_at_all() {
+    // More granules than the journal has slots, written without a flush: commits begin by themselves.
+    let mut world = World::new(70, EngineKind::Auto, false);
+    world.push("dynamic", 4 * KIB, 20 * 1024 * KIB);
+    let mut rig = world.open(false);
+    for block in 0..5000 {
+        let range = SectorRange::between(block * 8 + 3, block * 8 + 4);
+        let bytes = world.pattern(range);
+        rig.write(range, &bytes, &[]);
+        world.slot(range).copy_from_slice(&bytes);
+    }
+    rig.abandon();
+    let mut rig = world.open(false);
+    world.compare_all(&mut rig);
+    rig.close();
+    // Without a journal every answer is durable.
+    let mut world = World::new(71, EngineKind::Auto, false);
+    world.keep = Keep::Commit;
+    world.push("dynamic", 64 * KIB, 1024 * KIB);
+    world.push("child", 64 * KIB, 1024 * KIB);
+    let mut rig = world.open(false);
+    world.work(&mut rig, 40);
+    rig.abandon();
+    let mut rig = world.open(false);
+    world.compare_all(&mut rig);
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod lock;
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags, ResolveFlags};
@@ -16,6 +17,7 @@ pub use self::file::HostFile;
 use super::blocking::Blocking;
 use super::engine::Engine;
 use super::env::{Access, EngineKind, Env, File};
+use super::live::{Live, Mapping};
 use super::ring::Ring;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -88,6 +90,21 @@ impl Env for Host {
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
         fs::canonicalize(path).map_err(|e| Error::io("cannot resolve the path", e).at_path(path))
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        std::fs::symlink_metadata(path).is_ok()
+    }
+
+    fn live(&self, path: &Path, words: usize) -> Result<Live> {
+        Ok(Live::Host(Arc::new(Mapping::open(path, words)?)))
+    }
+
+    fn boot_id(&self) -> Result<Uuid> {
+        let path = Path::new("/proc/sys/kernel/random/boot_id");
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;
+        Uuid::parse_str(text.trim())
+            .map_err(|e| Error::new(ErrorKind::Invalid, "no boot id").at_path(path).caused_by(e))
     }
 
     fn now(&self) -> i64 {

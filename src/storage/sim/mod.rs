@@ -25,6 +25,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
@@ -37,6 +38,7 @@ pub use self::rng::Random;
 use self::world::{Step, World, code};
 use super::engine::Engine;
 use super::env::{Access, EngineKind, Env, File};
+use super::live::Live;
 use crate::error::{Error, ErrorKind, Result};
 
 /// In which order operations complete.
@@ -184,7 +186,7 @@ impl SimHost {
                 }
             }
         }
-        let heir = world.heir(inodes, names);
+        let heir = world.successor(inodes, names);
         world.dead = true;
         SimHost::from(heir)
     }
@@ -355,6 +357,9 @@ impl Env for SimHost {
     fn remove(&self, path: &Path) -> Result<()> {
         self.named(path, "cannot remove the name", |world, name| {
             world.step(Step::Name)?;
+            if world.live.remove(name).is_some() {
+                return Ok(());
+            }
             world.look_up(name)?;
             world.names.apply(names::Change::Remove(name.to_path_buf()));
             Ok(())
@@ -378,6 +383,25 @@ impl Env for SimHost {
             }
             Ok(name.to_path_buf())
         })
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        let (world, name) = (self.0.world(), absolute(path));
+        world.live.contains_key(&name) || world.names.get(&name).is_some()
+    }
+
+    fn live(&self, path: &Path, words: usize) -> Result<Live> {
+        self.named(path, "cannot open", |world, name| {
+            world.alive()?;
+            let fresh = || std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect();
+            let found = world.live.entry(name.to_path_buf()).or_insert_with(fresh);
+            assert_eq!(found.len(), words, "one size for all of a name");
+            Ok(Live::Sim(found.clone()))
+        })
+    }
+
+    fn boot_id(&self) -> Result<Uuid> {
+        Ok(self.0.world().boot)
     }
 
     fn now(&self) -> i64 {

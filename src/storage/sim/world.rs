@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use uuid::Uuid;
 
 use super::inode::{Effect, Inode, PAGE};
 use super::names::{InodeId, Names};
@@ -63,6 +67,9 @@ pub(super) struct World {
     /// The step at which it dies.
     pub(super) stop_at: Option<u64>,
     pub(super) clock: i64,
+    /// Memory that outlives the process, by its name.
+    pub(super) live: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
+    pub(super) boot: Uuid,
     /// Numbers for files, handles, operations, and the order of changes.
     next: u64,
 }
@@ -73,6 +80,8 @@ pub(super) fn code(code: i32) -> io::Error {
 
 impl World {
     pub(super) fn new(random: Random) -> World {
+        let mut random = random;
+        let boot = Uuid::from_u64_pair(random.any(), random.any());
         World {
             inodes: BTreeMap::new(),
             names: Names::default(),
@@ -85,6 +94,8 @@ impl World {
             dead: false,
             stop_at: None,
             clock: 1_700_000_000,
+            live: BTreeMap::new(),
+            boot,
             next: 1,
         }
     }
@@ -94,6 +105,15 @@ impl World {
         let mut heir = World::new(Random::new(self.random.any()));
         (heir.inodes, heir.names) = (inodes, names);
         (heir.order, heir.clock, heir.next) = (self.order, self.clock, self.next);
+        heir
+    }
+
+    /// The same, on the same boot: what lives in memory is as the process left it.
+    pub(super) fn successor(&mut self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> World {
+        let mut heir = self.heir(inodes, names);
+        heir.boot = self.boot;
+        let copy = |words: &Arc<[AtomicU64]>| words.iter().map(|w| AtomicU64::new(w.load(Ordering::SeqCst))).collect();
+        heir.live = self.live.iter().map(|(name, words)| (name.clone(), copy(words))).collect();
         heir
     }
 
