@@ -18,8 +18,9 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::adopt::adopt;
+use super::disk_args::{Cache, DiskArgs};
 use super::runtime;
-use super::serve_args::{Args, Cache, DiskArgs, OnEnospc};
+use super::serve_args::{Args, OnEnospc};
 use super::systemd;
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
