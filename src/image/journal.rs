@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::bat::Bat;
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap;
@@ -103,7 +104,7 @@ impl Journal {
             env.remove(&path)?;
         }
         let live = env.live(&path, HEADER + SLOTS as usize * SLOT)?;
-        let (identity, sum) = (identity(env, image)?, table_sum(image));
+        let (identity, sum) = (identity(env, image)?, image.bat().map_or(0, Bat::sum));
         let new = live[MAGIC_AT].load(Ordering::Acquire) == 0;
         if new {
             for (at, word) in identity.into_iter().enumerate() {
@@ -186,12 +187,37 @@ impl Journal {
                 None => return refuse("it is damaged"),
                 Some(Some(place)) if place != f.place => return refuse("a block has moved"),
                 Some(Some(place)) if !f.counted && seen.insert(block) => {
-                    expected = expected.wrapping_add(mix(block, place));
+                    expected = expected.wrapping_add(Bat::share(block, place));
                 }
                 Some(_) => {}
             }
         }
-        if expected != sum { refuse("its block table has changed") } else { Ok(found) }
+        if expected != sum {
+            return refuse("its block table has changed");
+        }
+        self.settle(sum, &found, |f| {
+            let block = u32::try_from(f.granule / per_block);
+            block.is_ok_and(|block| image.bat().is_some_and(|table| table.place(block).is_some()))
+        });
+        Ok(found)
+    }
+
+    /// What a commit under way at the kill has put into the file is settled, as no commit of ours will put it there. It
+    /// counts from the store of `COMMITTED` on; until then nothing has changed, since the slots' new epochs are later.
+    fn settle(&self, sum: u64, found: &[Found], is_in_file: impl Fn(&Found) -> bool) {
+        let mut state = self.lock();
+        let settled = state.epoch;
+        state.epoch += 1;
+        for f in found {
+            if !f.counted {
+                let placed_by = if is_in_file(f) { settled } else { NEVER };
+                self.word(f.slot, PLACED_BY).store(placed_by, Ordering::Release);
+            }
+            self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
+        }
+        let which = (self.live[COMMITTED].load(Ordering::Acquire) & 1) ^ 1;
+        self.live[SUMS + usize::from(which == 1)].store(sum, Ordering::Release);
+        self.live[COMMITTED].store(settled << 1 | which, Ordering::Release);
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
@@ -304,7 +330,7 @@ impl Journal {
         let word = self.live[COMMITTED].load(Ordering::Acquire);
         let which = usize::from(word & 1 == 1);
         let sum = places.iter().fold(self.live[SUMS + which].load(Ordering::Acquire), |sum, (block, place)| {
-            sum.wrapping_add(mix(*block, *place))
+            sum.wrapping_add(Bat::share(*block, *place))
         });
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
@@ -366,15 +392,6 @@ fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {
     Ok([boot.0, boot.1, id.dev, id.ino, uuid.0, uuid.1])
 }
 
-/// A sum over the block table that does not depend on the order of changes.
-fn table_sum(image: &Image) -> u64 {
-    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(mix(block, place))))
-}
-
-/// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
-fn mix(block: u32, place: u32) -> u64 {
-    let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
+#[cfg(test)]
+#[path = "journal_tests.rs"]
+mod tests;
