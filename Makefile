@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest
+.PHONY: help build demo test check guest kill-long
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the programs diffdisk and diffdiskd, in target/release
 	cargo build --release --bins
@@ -20,6 +20,9 @@ guest: ## the Linux guest that tests boot, in vm-images/cache
 
 test: guest ## everything that can fail; installs what it compares with
 	cargo test --features sim
+
+kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
+	DIFFDISK_KILL_SECONDS=600 cargo test --release --features sim --test kill a_guest -- --nocapture
 
 check: ## formatting, lints, documentation
 	cargo fmt --check
