@@ -99,6 +99,15 @@ impl Daemon {
         self.wait_for_socket(old);
     }
 
+    /// Waits until it, or a predecessor, has said `words` so many times.
+    pub fn wait_for_words(&self, words: &str, times: usize) {
+        let started = Instant::now();
+        while self.log().matches(words).count() < times {
+            assert!(started.elapsed() < PATIENCE, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
+            sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Waits until there is a socket other than `old`, the one a killed daemon has left.
     fn wait_for_socket(&mut self, old: Option<Identity>) {
         let started = Instant::now();
