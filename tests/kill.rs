@@ -4,6 +4,8 @@
 //! acknowledged. Meanwhile the daemon gets SIGKILL every 200 ms or so: at work, at its start, and amid the handshake.
 //! DIFFDISK_KILL_SECONDS says how long (60).
 
+#![allow(clippy::host_endian_bytes)]
+
 mod common;
 
 use std::collections::HashMap;
