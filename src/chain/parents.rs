@@ -159,7 +159,9 @@ impl<'a> Search<'a> {
             return Err(Error::new(ErrorKind::Refused, "outside of the allowed folders").at_path(whole));
         };
         let file = self.env.open_beneath(root, &below)?;
-        if self.lock {
+        // A file that was passed on the way is locked already; that it comes again is found when it is passed.
+        let id = file.stat()?.id;
+        if self.lock && self.passed.iter().all(|(known, _)| *known != id) {
             file.lock(Lock::Shared)?;
         }
         Ok(file)
