@@ -14,7 +14,7 @@ use super::tail::Room;
 use super::writable::Sparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
 /// of a killed predecessor, whose places the file may not know yet.
@@ -39,7 +39,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     }
     let end = image.data_end().div_ceil(SECTOR).max(next);
     // The front copy first: while the trailing footer is missing it is the only one.
-    let (footer, mut front) = (image.footer().encode(), [0; SECTOR as usize]);
+    let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
     if front != footer {
         log::warn!("{}: the footer's copy at the start was not up to date; renewed", file.path().display());

@@ -17,7 +17,7 @@ use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::storage::{Env, File};
-use crate::units::{BlockSize, SECTOR, SectorRange};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
 pub struct Writable {
@@ -239,7 +239,7 @@ impl Writable {
     }
 
     /// The footer as it stands at both ends.
-    pub fn footer_bytes(&self) -> [u8; SECTOR as usize] {
+    pub fn footer_bytes(&self) -> [u8; SECTOR_BYTES] {
         self.image.footer().encode()
     }
 
@@ -291,13 +291,13 @@ impl Writable {
 
     /// Sector `sector` of the block table with what the file knows and the places of `blocks`, and where it goes.
     /// `None` where the file knows the places of all `blocks`.
-    pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR as usize])> {
+    pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
         let (table, room) = (self.image.bat()?, self.room());
         if !blocks.iter().any(|b| room.fresh.contains(b)) {
             return None;
         }
         let first = sector * bat::ENTRIES_PER_SECTOR;
-        let mut bytes = [0; SECTOR as usize];
+        let mut bytes = [0; SECTOR_BYTES];
         for (n, to) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             let block = first + u32::try_from(n).expect("below 128");
             let entry = match table.len().checked_sub(block) {
