@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest kill-long
+.PHONY: help build demo test check guest oracles kill-long
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,7 +18,11 @@ guest: ## the Linux guest that tests boot, in vm-images/cache
 	.ci/install full
 	vm-images/build-guest.sh full
 
-test: guest ## everything that can fail; installs what it compares with
+oracles: ## the programs by others that tests compare with, in target/oracles
+	.ci/install full
+	tests/oracles/install.sh
+
+test: guest oracles ## everything that can fail; installs what it needs
 	cargo test --features sim
 
 kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
@@ -28,4 +32,4 @@ check: ## formatting, lints, documentation
 	cargo fmt --check
 	cargo clippy --all-targets --features sim -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim
-	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh; fi
+	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh; fi

@@ -45,6 +45,7 @@ const UNSAFE: &[&str] = &[
     "device/turns.rs",
     "storage/blocking.rs",
     "storage/host/lock.rs",
+    "storage/live.rs",
     "storage/payload.rs",
     "storage/ring.rs",
     "storage/twins.rs",

@@ -13,7 +13,7 @@ use super::version::Version;
 use crate::error::Result;
 use crate::image::NoRoom;
 use crate::storage::Slot;
-use crate::units::{SECTOR, SectorRange};
+use crate::units::{SECTOR_BYTES, SectorRange};
 
 /// Bitmap sectors under way for a question that could not be answered. Each piece is one sector of a file.
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ pub struct Load {
 struct Piece {
     slot: Slot,
     at: u64,
-    bytes: Option<Box<[u8; SECTOR as usize]>>,
+    bytes: Option<Box<[u8; SECTOR_BYTES]>>,
 }
 
 impl Load {
@@ -48,7 +48,7 @@ impl Load {
         for (_, pieces) in &mut self.cells {
             match pieces.get_mut(rest) {
                 Some(piece) => {
-                    let mut words = Box::new([0; SECTOR as usize / 8]);
+                    let mut words = Box::new([0; SECTOR_BYTES / 8]);
                     crate::format::bitmap::decode(sector, words.as_mut_slice());
                     piece.words = Some(words);
                     return;
@@ -135,7 +135,7 @@ impl Version {
         let mut load = self.load(missing);
         let pieces: Vec<_> = load.pieces().collect();
         for (number, (slot, at)) in pieces.into_iter().enumerate() {
-            let mut sector = [0; SECTOR as usize];
+            let mut sector = [0; SECTOR_BYTES];
             self.file(slot).read_at(&mut sector, at)?;
             load.take(number, &sector);
         }

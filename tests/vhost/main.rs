@@ -1,4 +1,5 @@
 //! The daemon over its real socket: as a well-behaved guest sees it, and as a front-end that breaks every rule.
+#![allow(clippy::cast_possible_truncation, reason = "the small numbers of a test")]
 
 mod blk;
 mod daemon;
