@@ -303,7 +303,10 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
         std::mem::forget(connection);
     });
     assert!(requests.load(Ordering::Relaxed) > 3 * STRIPES / 2);
-    println!("{what}: {} requests were carried out again", daemon.log().matches("carried out again").count());
+    println!(
+        "{what}: {} rings were resumed with requests in flight",
+        daemon.log().matches("carried out again").count()
+    );
     daemon.stop();
     diffdisk([OsStr::new("check"), image.as_os_str(), OsStr::new("--chain")]).ok();
 }
