@@ -29,7 +29,7 @@ pub(super) struct Common {
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
     /// Where daemons keep what they acknowledged and did not write yet: an image of which something is there is refused
-    /// [default: /run/diffdisk, or diffdisk in $XDG_RUNTIME_DIR]
+    /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
     /// No progress bar, and nothing on standard output that was not asked for

@@ -77,7 +77,7 @@ pub(super) struct Args {
     pub(super) allow_parents: Vec<PathBuf>,
 
     /// Where to keep what must outlive this process but not the host: a folder on tmpfs
-    /// [default: /run/diffdisk, or diffdisk in $XDG_RUNTIME_DIR]
+    /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR")]
     pub(super) runtime_dir: Option<PathBuf>,
 

@@ -48,6 +48,11 @@ impl Daemon {
         self.rendezvous.path().join("disk.sock")
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it has said on standard error.
     pub fn log(&self) -> String {
         fs::read_to_string(self.rendezvous.path().join("log")).unwrap_or_default()
