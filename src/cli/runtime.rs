@@ -12,7 +12,8 @@ const TMPFS: i64 = 0x0102_1994;
 /// in memory (containers), in `/dev/shm`. `None` where nothing is.
 pub(super) fn default_folder() -> Option<PathBuf> {
     let uid = rustix::process::geteuid();
-    let own = if uid.is_root() { Some(PathBuf::from("/run")) } else { std::env::var_os("XDG_RUNTIME_DIR").map(Into::into) };
+    let own =
+        if uid.is_root() { Some(PathBuf::from("/run")) } else { std::env::var_os("XDG_RUNTIME_DIR").map(Into::into) };
     if let Some(folder) = own.filter(|folder| in_memory(folder)) {
         return Some(folder.join("diffdisk"));
     }
