@@ -51,19 +51,6 @@ impl Bat {
         })
     }
 
-    /// A sum over all entries that does not depend on the order of changes.
-    pub fn sum(&self) -> u64 {
-        self.used().fold(0, |sum, (block, place)| sum.wrapping_add(Bat::share(block, place)))
-    }
-
-    /// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
-    pub fn share(block: u32, place: u32) -> u64 {
-        let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
     /// The first block at or after `block` that has a place.
     pub fn next_used(&self, block: u32) -> Option<u32> {
         let mut entries = self.entries.touched_from(block as usize);

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::bat::Bat;
+use super::fit::{identity, mix, path_of, table_sum};
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap;
@@ -104,7 +104,7 @@ impl Journal {
             env.remove(&path)?;
         }
         let live = env.live(&path, HEADER + SLOTS as usize * SLOT)?;
-        let (identity, sum) = (identity(env, image)?, image.bat().map_or(0, Bat::sum));
+        let (identity, sum) = (identity(env, image)?, table_sum(image));
         let new = live[MAGIC_AT].load(Ordering::Acquire) == 0;
         if new {
             for (at, word) in identity.into_iter().enumerate() {
@@ -118,7 +118,36 @@ impl Journal {
             State { epoch: committed + 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
         let journal = Journal { live, path, state: Mutex::new(state) };
         let found = journal.look(&identity, sum, image)?;
+        journal.settle(sum, &found, image);
         Ok((journal, found))
+    }
+
+    /// Counts in the places that a commit of the predecessor has put into the file without living to say so: `sum` is that
+    /// of the table now. From here on they are as if they had always been there.
+    ///
+    /// As at the end of a commit, one store makes it so: until then the slots say nothing that they did not say before.
+    fn settle(&self, sum: u64, found: &[Found], image: &Image) {
+        let word = self.live[COMMITTED].load(Ordering::Acquire);
+        let which = usize::from(word & 1 == 1);
+        if self.live[SUMS + which].load(Ordering::Acquire) == sum {
+            return;
+        }
+        let mut state = self.lock();
+        let settled = state.epoch + 1;
+        state.epoch = settled + 1;
+        let per_block = image.block_size().map_or(1, |b| b.bitmap_sectors() as usize);
+        let in_file = |f: &Found| {
+            let block = u32::try_from(f.granule / per_block).expect("looked at before");
+            image.bat().is_some_and(|table| table.place(block).is_some())
+        };
+        for f in found {
+            if !f.counted && in_file(f) {
+                self.word(f.slot, PLACED_BY).store(settled, Ordering::Release);
+            }
+            self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
+        }
+        self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
+        self.live[COMMITTED].store(settled << 1 | (1 - which) as u64, Ordering::Release);
     }
 
     /// Removes it: everything it says is in the file, or is given up.
@@ -187,37 +216,12 @@ impl Journal {
                 None => return refuse("it is damaged"),
                 Some(Some(place)) if place != f.place => return refuse("a block has moved"),
                 Some(Some(place)) if !f.counted && seen.insert(block) => {
-                    expected = expected.wrapping_add(Bat::share(block, place));
+                    expected = expected.wrapping_add(mix(block, place));
                 }
                 Some(_) => {}
             }
         }
-        if expected != sum {
-            return refuse("its block table has changed");
-        }
-        self.settle(sum, &found, |f| {
-            let block = u32::try_from(f.granule / per_block);
-            block.is_ok_and(|block| image.bat().is_some_and(|table| table.place(block).is_some()))
-        });
-        Ok(found)
-    }
-
-    /// What a commit under way at the kill has put into the file is settled, as no commit of ours will put it there. It
-    /// counts from the store of `COMMITTED` on; until then nothing has changed, since the slots' new epochs are later.
-    fn settle(&self, sum: u64, found: &[Found], is_in_file: impl Fn(&Found) -> bool) {
-        let mut state = self.lock();
-        let settled = state.epoch;
-        state.epoch += 1;
-        for f in found {
-            if !f.counted {
-                let placed_by = if is_in_file(f) { settled } else { NEVER };
-                self.word(f.slot, PLACED_BY).store(placed_by, Ordering::Release);
-            }
-            self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
-        }
-        let which = (self.live[COMMITTED].load(Ordering::Acquire) & 1) ^ 1;
-        self.live[SUMS + usize::from(which == 1)].store(sum, Ordering::Release);
-        self.live[COMMITTED].store(settled << 1 | which, Ordering::Release);
+        if expected != sum { refuse("its block table has changed") } else { Ok(found) }
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
@@ -330,7 +334,7 @@ impl Journal {
         let word = self.live[COMMITTED].load(Ordering::Acquire);
         let which = usize::from(word & 1 == 1);
         let sum = places.iter().fold(self.live[SUMS + which].load(Ordering::Acquire), |sum, (block, place)| {
-            sum.wrapping_add(Bat::share(*block, *place))
+            sum.wrapping_add(mix(*block, *place))
         });
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
@@ -363,35 +367,6 @@ impl Journal {
     }
 }
 
-/// Refuses an image whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
-///
-/// # Errors
-/// `Refused`, saying what to do.
-pub fn refuse_if_live(env: &dyn Env, folder: &Path, image: &Image) -> Result<()> {
-    let path = path_of(folder, image)?;
-    if !env.exists(&path) {
-        return Ok(());
-    }
-    let what = format!(
-        "its daemon did not end cleanly, and {} holds what it acknowledged: start diffdiskd on it again, which takes \
-         that in, and end it with SIGTERM",
-        path.display()
-    );
-    Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
-}
-
-/// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.
-pub fn path_of(folder: &Path, image: &Image) -> Result<PathBuf> {
-    let id = image.file().stat()?.id;
-    Ok(folder.join(format!("{}-{:x}-{:x}.live", image.uuid().simple(), id.dev, id.ino)))
-}
-
-fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {
-    let (boot, id) = (env.boot_id()?.as_u64_pair(), image.file().stat()?.id);
-    let uuid = image.uuid().as_u64_pair();
-    Ok([boot.0, boot.1, id.dev, id.ino, uuid.0, uuid.1])
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "sim"))]
 #[path = "journal_tests.rs"]
 mod tests;
