@@ -116,3 +116,32 @@ fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
         }
     }
 }
+
+/// More blocks than slots between two commits, and a kill in the middle of the commit: entries in the table that no slot
+/// tells must not be taken for somebody else's.
+#[test]
+fn a_full_journal_is_still_believed_after_a_kill() {
+    let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+    let rig = Rig { folder, runtime };
+    let block_size = BlockSize::from_bytes(4096).unwrap();
+    create(&Host, &rig.path(), &Spec { kind: Kind::Dynamic, size: 40 << 20, block_size, reserve: 0 }).unwrap();
+    let image = rig.open();
+    let mut kept = 0;
+    for block in 0..SLOTS + 200 {
+        while image.reserve(block).is_err() {
+            let mut growth = Growth::begin(&image, SLOT_OF_FILE).unwrap();
+            drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
+        }
+        let at = u64::from(block) * 8;
+        kept += u32::from(image.mark(SectorRange::between(at, at + 8)));
+    }
+    assert_eq!(kept, SLOTS, "the others owe a commit before they are answered");
+    // All bitmaps, and all sectors of the table but the last few.
+    assert!(!commit(&image, SLOTS as usize + 200 + 25));
+    drop(image);
+    let image = rig.open();
+    assert!((0..SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()), "what was kept is there");
+    assert!(commit(&image, usize::MAX));
+    drop(image);
+    rig.open();
+}
