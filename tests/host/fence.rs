@@ -42,6 +42,57 @@ fn direct_io_of_a_killed_thread_is_waited_for() {
     on_ext4("direct_io_of_a_killed_thread_is_waited_for", "--io-engine=blocking");
 }
 
+#[test]
+fn reads_of_a_killed_ring_are_waited_for() {
+    reads_of_a_parent("reads_of_a_killed_ring_are_waited_for", "--io-engine=io_uring");
+}
+
+#[test]
+fn reads_of_a_killed_thread_are_waited_for() {
+    reads_of_a_parent("reads_of_a_killed_thread_are_waited_for", "--io-engine=blocking");
+}
+
+/// Only the parent lies on the slow medium. Direct reads of it still land in the guest's memory when their daemon is gone,
+/// and no kernel lock of an inode stands between them and the successor: nothing but the lock on the child does. (A
+/// buffered read ends with its process; what goes on is the kernel's reading ahead.)
+fn reads_of_a_parent(test: &str, engine: &str) {
+    if !may_mount(test) {
+        return;
+    }
+    let disk = fuse::blank(Kind::Ext4.size());
+    let device = LoopDevice::attach(&disk.path());
+    Kind::Ext4.make(device.path(), &[]);
+    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    let folder = tempfile::tempdir().expect("a folder");
+    let (root, child) = (mounted.path().join("root.vhd"), folder.path().join("child.vhd"));
+    let raw = folder.path().join("raw");
+    std::fs::write(&raw, tagged_run(1, 0, 4096)).expect("a raw disk");
+    let [convert, create] = ["convert", "create"].map(Path::new);
+    let [to, dynamic, from, kind] = ["--to", "dynamic", "--from", "raw"].map(Path::new);
+    diffdisk([convert, &raw, &root, to, dynamic, from, kind]).ok();
+    let allow = format!("--allow-parents={}", mounted.path().display());
+    diffdisk([create, &child, Path::new("--parent"), &root, Path::new(&allow)]).ok();
+    let runtime = Runtime::new();
+    let options = [engine, "--direct", &allow, runtime.option()];
+    let old = Daemon::start(&child, &options);
+    let mut client = old.connect();
+    disk.set_read_delay(LATENCY);
+    client.submit(0, Command::Read { offset: 1000 * SECTOR as u64, len: 8192 }).expect("a read is queued");
+    disk.wait_for_held_read();
+    let killed = Instant::now();
+    old.strike();
+    disk.set_read_delay(Duration::ZERO);
+    let new = Daemon::start(&child, &options);
+    let over = disk.late_reads_over().expect("the new daemon serves when the old reads are over");
+    assert!(over > killed, "nothing was under way when the daemon was killed");
+    let found = new.connect().read(1000 * SECTOR as u64, 8192).expect("a read");
+    assert!(found == tagged_run(1, 1000, 16));
+    new.stop();
+    drop(old);
+    mounted.unmount();
+    drop(device);
+}
+
 /// The image is the FUSE file: all that arrives there is the daemons' doing.
 fn on_the_medium_itself(test: &str, engine: &str) {
     if !may_mount(test) {

@@ -51,6 +51,7 @@ struct Shared {
     /// A delayed request has taken effect.
     landed: Condvar,
     delay_ms: AtomicU64,
+    read_delay_ms: AtomicU64,
     fail_writes: AtomicBool,
     fail_syncs: AtomicBool,
     failures: AtomicU64,
@@ -62,6 +63,9 @@ struct State {
     log: Vec<Entry>,
     /// Data of writes that are being held back.
     held: Vec<Arc<[u8]>>,
+    /// Reads that are being held back, and when the last of them was answered.
+    held_reads: usize,
+    last_late_read: Option<Instant>,
     /// When requests arrived that move or sync bytes.
     arrivals: Vec<Instant>,
 }
@@ -120,8 +124,12 @@ impl FuseDisk {
 
     /// Writes and syncs that arrive from now on take effect, and are answered, after this time.
     pub(crate) fn set_delay(&self, delay: Duration) {
-        let ms = u64::try_from(delay.as_millis()).expect("a short time");
-        self.shared.delay_ms.store(ms, Ordering::SeqCst);
+        self.shared.delay_ms.store(millis(delay), Ordering::SeqCst);
+    }
+
+    /// Reads that arrive from now on are answered after this time.
+    pub(crate) fn set_read_delay(&self, delay: Duration) {
+        self.shared.read_delay_ms.store(millis(delay), Ordering::SeqCst);
     }
 
     /// Whether writes fail with EIO from now on, changing nothing.
@@ -149,6 +157,17 @@ impl FuseDisk {
         self.wait("the write to arrive", |state| state.held.iter().any(|data| contains(data, needle)));
     }
 
+    /// Waits until a read has arrived and is being held back.
+    pub(crate) fn wait_for_held_read(&self) {
+        self.wait("a read to arrive", |state| state.held_reads > 0);
+    }
+
+    /// When the last of the reads that were held back was answered; `None` while one still is, or if none was.
+    pub(crate) fn late_reads_over(&self) -> Option<Instant> {
+        let state = self.shared.state();
+        state.last_late_read.filter(|_| state.held_reads == 0)
+    }
+
     /// Waits until nothing is held back.
     pub(crate) fn wait_until_landed(&self) {
         self.wait("the held writes to land", |state| state.held.is_empty());
@@ -168,6 +187,7 @@ impl FuseDisk {
 impl Drop for FuseDisk {
     fn drop(&mut self) {
         self.set_delay(Duration::ZERO);
+        self.set_read_delay(Duration::ZERO);
         let path = self.mount_point.path();
         if let Err(why) = unmount(path) {
             // A test that failed may have left users. They get errors from now on, and end.
@@ -183,6 +203,10 @@ impl Drop for FuseDisk {
             eprintln!("{}: {e}", path.display());
         }
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).expect("a short time")
 }
 
 /// Whether `needle` is somewhere in `data`.
@@ -296,7 +320,8 @@ impl Filesystem for Server {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::empty());
+        // Else an open would wait for reads under way, to drop their pages.
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }
 
     fn read(
@@ -311,8 +336,24 @@ impl Filesystem for Server {
         reply: ReplyData,
     ) {
         self.arrived();
-        let bytes = self.0.state().pages.read(offset, usize::try_from(size).expect("a size in memory"));
-        reply.data(&bytes);
+        let size = usize::try_from(size).expect("a size in memory");
+        let delay = Duration::from_millis(self.0.read_delay_ms.load(Ordering::SeqCst));
+        if delay.is_zero() {
+            let bytes = self.0.state().pages.read(offset, size);
+            return reply.data(&bytes);
+        }
+        self.0.state().held_reads += 1;
+        self.0.landed.notify_all();
+        let shared = self.0.clone();
+        thread::spawn(move || {
+            thread::sleep(delay);
+            let mut state = shared.state();
+            state.held_reads -= 1;
+            state.last_late_read = Some(Instant::now());
+            let bytes = state.pages.read(offset, size);
+            drop(state);
+            reply.data(&bytes);
+        });
     }
 
     fn write(

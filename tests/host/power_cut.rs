@@ -5,7 +5,8 @@
 //! At a cut, everything up to the last sync is there, and any part of what came after, page by page. A write counts as
 //! covered by a sync that reached the disk after it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -21,7 +22,7 @@ use crate::common::rng::Rng;
 use crate::common::tool::{self, diffdisk};
 
 /// Bytes of the guests' disks.
-const DISK: u64 = 24 << 20;
+const DISK: u64 = 12 << 20;
 /// Small blocks, so that the files grow several times.
 const BLOCK: &str = "256K";
 /// Requests of each guest.
@@ -111,8 +112,8 @@ fn record(kind: Kind, modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<En
 /// Makes the images. Returns the initial contents of [`TOPS`].
 fn make_images(folder: &Path) -> [Vec<Content>; 2] {
     let sectors = DISK / SECTOR as u64;
-    // Two MiB of data, two MiB of nothing.
-    let of_root = |sector: u64| if sector >> 12 & 1 == 0 { Content::Tag(ROOT) } else { Content::Zero };
+    // One MiB of data, one MiB of nothing.
+    let of_root = |sector: u64| if sector >> 11 & 1 == 0 { Content::Tag(ROOT) } else { Content::Zero };
     let mut raw = Vec::new();
     for sector in 0..sectors {
         match of_root(sector) {
@@ -240,14 +241,19 @@ fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut
 
 /// Both footers are there and are the same (S4).
 fn footers_are_valid(image: &Path) -> Vec<String> {
-    let bytes = match fs::read(image) {
-        Ok(bytes) if bytes.len() >= 2 * SECTOR => bytes,
-        Ok(bytes) => return vec![format!("has {} bytes", bytes.len())],
+    let ends = File::open(image).and_then(|file| {
+        let (mut front, mut tail) = ([0; SECTOR], [0; SECTOR]);
+        let len = file.metadata()?.len();
+        file.read_exact_at(&mut front, 0)?;
+        file.read_exact_at(&mut tail, len.saturating_sub(SECTOR as u64))?;
+        Ok((front, tail))
+    });
+    let (front, tail) = match ends {
+        Ok(ends) => ends,
         Err(e) => return vec![format!("cannot be read: {e}")],
     };
-    let (front, tail) = (&bytes[..SECTOR], &bytes[bytes.len() - SECTOR..]);
     let mut wrong = Vec::new();
-    for (name, footer) in [("front", front), ("trailing", tail)] {
+    for (name, footer) in [("front", &front), ("trailing", &tail)] {
         let sum: u32 =
             footer.iter().enumerate().filter(|(at, _)| !(64..68).contains(at)).map(|(_, b)| u32::from(*b)).sum();
         if &footer[..8] != b"conectix" || footer[64..68] != (!sum).to_be_bytes() {
@@ -277,8 +283,8 @@ fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     let daemon = Daemon::start(image, &[runtime.option()]);
     let mut client = daemon.connect();
     let shown = client.read_all(1 << 20).expect("reads after recovery");
-    let fresh = super::guest::tagged_run(u64::MAX >> 1, 30_000, 40);
-    client.write(30_000 * SECTOR as u64, &fresh).expect("a write after recovery");
+    let fresh = super::guest::tagged_run(u64::MAX >> 1, 20_000, 40);
+    client.write(20_000 * SECTOR as u64, &fresh).expect("a write after recovery");
     client.flush().expect("a flush after recovery");
     drop(client);
     daemon.stop();
@@ -292,7 +298,7 @@ fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
         wrong.push(format!("after recovery and a clean end check says {:?}: {}", check.code, check.stderr));
     }
     let mut want = before.to_vec();
-    want[30_000 * SECTOR..30_040 * SECTOR].copy_from_slice(&fresh);
+    want[20_000 * SECTOR..20_040 * SECTOR].copy_from_slice(&fresh);
     match contents(image, raw) {
         Ok(disk) if disk == want => {}
         Ok(_) => wrong.push("after recovery and one write the disk is another".into()),
