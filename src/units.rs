@@ -7,6 +7,8 @@ use std::fmt;
 
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
+/// Bytes in a sector, as the length of a buffer.
+pub const SECTOR_BYTES: usize = 512;
 /// Bits in a sector.
 pub const SECTOR_BITS: u32 = 4096;
 

@@ -228,6 +228,7 @@ fn a_link_to_an_image_is_followed_and_a_chain_has_an_end() {
         ok(&d, &format!("create n{}.vhd --parent n{n}.vhd", n + 1));
     }
     assert_eq!(json(&d, "info n63.vhd --chain --json")["chain"].as_array().unwrap().len(), 64);
+    assert_eq!(json(&d, "info n63.vhd --json")["block_size"], 512 << 10, "a child has its parent's block size");
     fails(&d, "create n64.vhd --parent n63.vhd", "create: n64.vhd", "more than 64 files");
     assert!(!d.path().join("n64.vhd").exists());
     let map = json(&d, "map n63.vhd --json");

@@ -1,6 +1,6 @@
 //! Floor 2: many files as one disk.
 //!
-//! Owns: finding parents ([`parents`], [`open`]), and the answer to "where is this sector" ([`resolve`]). Leaves to
+//! Owns: finding parents (`parents`, `open`), and the answer to "where is this sector" (`resolve`). Leaves to
 //! others: moving bytes (`disk`, `ops`), one file's bytes (`image`).
 //!
 //! ```text
@@ -18,6 +18,8 @@ mod frozen;
 mod open;
 mod parents;
 mod resolve;
+#[cfg(test)]
+mod rig;
 mod top;
 mod version;
 

@@ -1,5 +1,5 @@
-#![allow(unsafe_code)]
 //! File descriptors that whoever started us left open for us, by number.
+#![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::io;

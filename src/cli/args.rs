@@ -29,7 +29,7 @@ pub(super) struct Common {
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
     /// Where daemons keep what they acknowledged and did not write yet: an image of which something is there is refused
-    /// [default: /run/diffdisk, or diffdisk in $XDG_RUNTIME_DIR]
+    /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
     /// No progress bar, and nothing on standard output that was not asked for
@@ -91,9 +91,9 @@ pub(super) struct Create {
     /// Kind of root
     #[arg(long = "type", value_enum, default_value = "dynamic", conflicts_with = "parent")]
     pub(super) kind: RootKind,
-    /// Size of a block, a power of two from 4K to 256M
-    #[arg(long, value_parser = parse_block_size, default_value = "2M")]
-    pub(super) block_size: BlockSize,
+    /// Size of a block, a power of two from 4K to 256M [default: the parent's, or 2M]
+    #[arg(long, value_parser = parse_block_size)]
+    pub(super) block_size: Option<BlockSize>,
     /// Leave room in the block table to grow to this size
     #[arg(long, value_parser = parse, value_name = "SIZE")]
     pub(super) reserve_size: Option<u64>,

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ops::convert::To;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
+use crate::units::BlockSize;
 
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
@@ -63,9 +64,10 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let size = args.size.expect("clap asks for it");
             let fixed = args.kind == RootKind::Fixed;
             let reserve = args.reserve_size.unwrap_or(0);
-            let root = ops::create::Root { fixed, size, block_size: args.block_size, reserve };
+            let block_size = args.block_size.unwrap_or(BlockSize::DEFAULT);
+            let root = ops::create::Root { fixed, size, block_size, reserve };
             ops::create::root(&Host, &args.path, &root)?;
-            let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {}", args.block_size) };
+            let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {block_size}") };
             format!("{kind}, {}", human(size))
         }
     };

@@ -8,12 +8,13 @@
 //!                size      │ └────> progress   a bar, on a terminal only
 //!                          └──────> print      people, or JSON
 //!   diffdiskd   serve_args ──> serve ──> vhost
-//!                               ├── adopt      descriptors handed over by who starts us
+//!                 disk_args     ├── adopt      descriptors handed over by who starts us
 //!                               └── systemd    readiness
 //! ```
 
 mod adopt;
 mod args;
+mod disk_args;
 mod images;
 mod print;
 mod progress;

@@ -9,15 +9,18 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use log::{error, info, warn};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::adopt::adopt;
+use super::disk_args::{Cache, DiskArgs};
 use super::runtime;
-use super::serve_args::{Args, Cache, DiskArgs, OnEnospc};
+use super::serve_args::{Args, OnEnospc};
 use super::systemd;
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
@@ -29,6 +32,11 @@ use crate::vhost::{Daemon, Service, Socket};
 
 /// What QEMU's conventions for back-end programs ask to be told.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+
+/// How long to wait for the files of a disk. A daemon that was killed holds them until its last I/O is over.
+const PREDECESSORS_IO: Duration = Duration::from_secs(30);
+/// How long to wait for the socket of a disk. A daemon that was killed holds it until its process is taken apart.
+const PREDECESSORS_SOCKET: Duration = Duration::from_secs(1);
 
 /// Runs the daemon with the arguments of the process.
 pub fn main() -> ExitCode {
@@ -42,7 +50,7 @@ pub fn main() -> ExitCode {
     match serve(&args, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("diffdiskd: {}", e.line());
+            super::complain("serve", &e);
             ExitCode::FAILURE
         }
     }
@@ -83,8 +91,8 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
                 OnEnospc::Error => WhenFull::Fail,
             },
         };
-        let opened = Disk::open(host.clone(), &options)?;
-        let socket = socket_of(disk, &mut handed_over)?;
+        let opened = when_free(PREDECESSORS_IO, &service.name, &stop, || Disk::open(host.clone(), &options))?;
+        let socket = when_free(PREDECESSORS_SOCKET, &service.name, &stop, || socket_of(disk, &mut handed_over))?;
         let size = opened.capacity().saturating_mul(SECTOR);
         let mode = if opened.is_read_only() { ", read-only" } else { "" };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
@@ -115,6 +123,33 @@ fn keep(args: &Args) -> Result<Keep> {
     };
     runtime::make(&folder)?;
     Ok(Keep::Journal { folder, discard: args.discard_journal })
+}
+
+/// Takes what somebody may still have in use: tries until it is free, at most for `limit`, and not beyond the stop signal.
+fn when_free<T>(limit: Duration, disk: &str, stop: &UnixStream, mut take: impl FnMut() -> Result<T>) -> Result<T> {
+    let (begun, mut pause) = (Instant::now(), Duration::from_millis(2));
+    let mut told = false;
+    loop {
+        let busy = match take() {
+            Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < limit => e,
+            outcome => {
+                if told && outcome.is_ok() {
+                    info!("disk {disk}: free after {} ms", begun.elapsed().as_millis());
+                }
+                return outcome;
+            }
+        };
+        if !told {
+            info!("disk {disk}: waits up to {} s: {}", limit.as_secs(), busy.line());
+            told = true;
+        }
+        let wait = Timespec { tv_sec: 0, tv_nsec: i64::from(pause.subsec_nanos()) };
+        match poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&wait)) {
+            Ok(0) | Err(Errno::INTR) => pause = (pause * 2).min(Duration::from_millis(100)),
+            Ok(_) => return Err(busy),
+            Err(e) => return Err(Error::io("cannot wait", e.into())),
+        }
+    }
 }
 
 fn service(args: &Args, disk: &DiskArgs) -> Service {

@@ -99,7 +99,7 @@ impl Chain {
     fn walk_indirect(&mut self, view: &View, of: Descriptor, size: u16) -> Result<(), Defect> {
         let len = of.len as usize;
         let entries = len / desc::LEN;
-        let most = size.max(MIN_INDIRECT).min(MAX_INDIRECT);
+        let most = size.clamp(MIN_INDIRECT, MAX_INDIRECT);
         if !len.is_multiple_of(desc::LEN) || entries == 0 || entries > usize::from(most) {
             return Err(Defect::Table);
         }

@@ -1,6 +1,7 @@
 //! The driver's side of a ring, for tests: a guest's memory, descriptors, and as much mischief as a test wants.
 #![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -29,6 +30,33 @@ pub(super) const END: u64 = 0x600_0000;
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
 pub(super) const INDIRECT_FLAG: u16 = 4;
+
+thread_local! {
+    static UNTIL_KILLED: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// The unwinding of a thread that was killed.
+pub(super) struct Killed;
+
+/// Has this thread end, by an unwinding, when it has made so many more stores to rings, status bytes and records.
+pub(super) fn kill_after(stores: Option<u32>) {
+    UNTIL_KILLED.set(stores);
+}
+
+/// Stores left of those in [`kill_after`].
+pub(super) fn stores_left() -> Option<u32> {
+    UNTIL_KILLED.get()
+}
+
+/// A store was made.
+pub(super) fn stored() {
+    if let Some(left) = UNTIL_KILLED.get() {
+        UNTIL_KILLED.set(left.checked_sub(1));
+        if left == 0 {
+            std::panic::resume_unwind(Box::new(Killed));
+        }
+    }
+}
 
 pub(super) struct Driver {
     pub(super) memory: Arc<Memory>,

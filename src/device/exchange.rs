@@ -2,8 +2,11 @@
 //!
 //! Knows neither lane nor event fds, so that every rule of a ring can be tried without a disk.
 
+use std::collections::VecDeque;
+
 use super::chain::Chain;
 use super::guest::View;
+use super::inflight::Record;
 use super::parse::{MAX_BYTES, Rules, Verdict, parse};
 use super::ring::{Broken, Ring};
 use super::spec::Status;
@@ -49,18 +52,45 @@ pub struct Exchange {
     chain: Chain,
     spare: Vec<Slices>,
     broken: Option<Broken>,
+    record: Option<Record>,
+    /// Heads that a predecessor had in flight when it was killed, to be carried out before any other.
+    owed: VecDeque<u16>,
 }
 
 impl Exchange {
-    /// Nothing is in flight.
-    pub fn new(view: View, ring: Ring) -> Exchange {
+    /// Goes on where the ring says, with nothing in flight; or, with a record, where that and the used ring say, with
+    /// what a predecessor took and did not give back.
+    ///
+    /// # Errors
+    /// As [`Record::resume`].
+    pub fn new(view: View, mut ring: Ring, mut record: Option<Record>) -> crate::error::Result<Exchange> {
+        let mut owed = VecDeque::new();
+        if let Some(record) = &mut record {
+            owed = record.resume(ring.size(), ring.next_used())?.into();
+            ring.resume(u16::try_from(owed.len()).expect("a head is in flight once"));
+        }
         let heads = vec![InFlight::default(); usize::from(ring.size())];
-        Exchange { view, ring, heads, bytes: 0, chain: Chain::default(), spare: Vec::new(), broken: None }
+        let (chain, spare) = (Chain::default(), Vec::new());
+        Ok(Exchange { view, ring, heads, bytes: 0, chain, spare, broken: None, record, owed })
     }
 
     /// The ring.
     pub fn ring(&mut self) -> &mut Ring {
         &mut self.ring
+    }
+
+    /// Chains left by a predecessor that are not begun yet.
+    pub fn owed(&self) -> usize {
+        self.owed.len()
+    }
+
+    /// Shows the driver all chains given back; true if it wants a signal.
+    pub fn publish(&mut self) -> bool {
+        let wanted = self.ring.publish();
+        if let Some(record) = &mut self.record {
+            record.settle(self.ring.next_used());
+        }
+        wanted
     }
 
     /// The rule that the driver broke, once it did.
@@ -80,12 +110,25 @@ impl Exchange {
         })
     }
 
+    /// Begins what a predecessor left, at most [`TURN`] chains, as [`Exchange::take`] does with new ones.
+    pub fn take_owed(&mut self, rules: &Rules<'_>, mut room: usize, mut push: impl FnMut(Request) -> usize) -> Pause {
+        for _ in 0..TURN {
+            let Some(&head) = self.owed.front() else { return Pause::Empty };
+            if room == 0 || !self.begin(head, true, rules, &mut room, &mut push) {
+                return Pause::Full;
+            }
+            self.owed.pop_front();
+        }
+        if self.owed.is_empty() { Pause::Empty } else { Pause::Turn }
+    }
+
     fn try_take(
         &mut self,
         rules: &Rules<'_>,
         mut room: usize,
         mut push: impl FnMut(Request) -> usize,
     ) -> Result<Pause, Broken> {
+        assert!(self.owed.is_empty(), "what a predecessor left comes before all else");
         let available = self.ring.available()?;
         for _ in 0..available.min(TURN) {
             if room == 0 {
@@ -95,39 +138,72 @@ impl Exchange {
             if self.heads[usize::from(head)].taken {
                 return Err(Broken::Twice);
             }
-            if self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head).is_err() {
-                // V4: the head is known, so the driver gets it back, and the ring goes on.
-                self.ring.advance();
-                self.ring.put_used(head, 0);
-                continue;
-            }
-            match parse(&self.chain, &self.view, rules, &mut self.spare) {
-                Verdict::Work { work, status_at, written } => {
-                    let bytes = bytes_of(&work);
-                    if self.bytes + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
-                        // It stays in the avail ring and is looked at afresh when answers have made room.
-                        self.recycle(memory_of(work));
-                        return Ok(Pause::Full);
-                    }
-                    self.ring.advance();
-                    self.bytes += u64::from(bytes);
-                    self.heads[usize::from(head)] = InFlight { taken: true, status_at, written, bytes };
-                    room = push(Request { tag: u64::from(head), work });
-                }
-                Verdict::Answer { status, status_at, written } => {
-                    self.ring.advance();
-                    self.finish(head, status, status_at, written);
-                }
-                Verdict::Return => {
-                    self.ring.advance();
-                    self.ring.put_used(head, 0);
-                }
+            if !self.begin(head, false, rules, &mut room, &mut push) {
+                return Ok(Pause::Full);
             }
         }
         Ok(if available > TURN { Pause::Turn } else { Pause::Empty })
     }
 
-    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Ring::publish`].
+    /// Takes a chain, unless the bytes in flight are at their limit, and begins what it asks for.
+    fn begin(
+        &mut self,
+        head: u16,
+        owed: bool,
+        rules: &Rules<'_>,
+        room: &mut usize,
+        push: &mut impl FnMut(Request) -> usize,
+    ) -> bool {
+        if self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head).is_err() {
+            // V4: the head is known, so the driver gets it back, and the ring goes on.
+            self.taken(head, owed);
+            self.give(head, 0);
+            return true;
+        }
+        match parse(&self.chain, &self.view, rules, &mut self.spare) {
+            Verdict::Work { work, status_at, written } => {
+                let bytes = bytes_of(&work);
+                if self.bytes + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
+                    // It stays where it is and is looked at afresh when answers have made room.
+                    self.recycle(memory_of(work));
+                    return false;
+                }
+                self.taken(head, owed);
+                self.bytes += u64::from(bytes);
+                self.heads[usize::from(head)] = InFlight { taken: true, status_at, written, bytes };
+                *room = push(Request { tag: u64::from(head), work });
+            }
+            Verdict::Answer { status, status_at, written } => {
+                self.taken(head, owed);
+                self.finish(head, status, status_at, written);
+            }
+            Verdict::Return => {
+                self.taken(head, owed);
+                self.give(head, 0);
+            }
+        }
+        true
+    }
+
+    /// From here on a successor would carry the chain out, if we were killed. One that we owe is on record already.
+    fn taken(&mut self, head: u16, owed: bool) {
+        if owed {
+            return;
+        }
+        if let Some(record) = &mut self.record {
+            record.take(head);
+        }
+        self.ring.advance();
+    }
+
+    fn give(&mut self, head: u16, written: u32) {
+        self.ring.put_used(head, written);
+        if let Some(record) = &mut self.record {
+            record.give(head);
+        }
+    }
+
+    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Exchange::publish`].
     pub fn complete(&mut self, answer: Answer) {
         let head = u16::try_from(answer.tag).expect("a tag is a head");
         let slot = std::mem::take(&mut self.heads[usize::from(head)]);
@@ -147,7 +223,7 @@ impl Exchange {
     fn finish(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
         let there = self.view.write_byte(status_at, status as u8);
         assert!(there, "the place of a status was checked when its chain was taken");
-        self.ring.put_used(head, written);
+        self.give(head, written);
     }
 
     fn recycle(&mut self, memory: Option<Slices>) {

@@ -19,7 +19,7 @@ struct Bench {
 impl Bench {
     fn new(size: u16) -> Bench {
         let d = Driver::new(size);
-        let x = Exchange::new(d.view(), d.ring(false));
+        let x = Exchange::new(d.view(), d.ring(false), None).unwrap();
         Bench { d, x, disk: Vec::new(), depth: 1000 }
     }
 
@@ -48,7 +48,7 @@ impl Bench {
     }
 
     fn used(&mut self) -> Vec<(u32, u32)> {
-        self.x.ring().publish();
+        self.x.publish();
         self.d.used()
     }
 

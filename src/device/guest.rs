@@ -103,7 +103,10 @@ impl View {
 
     /// Writes one byte; false where that is not the guest's memory.
     pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
-        self.each(addr, 1, |piece, _| piece.copy_from(&[byte]))
+        let there = self.each(addr, 1, |piece, _| piece.copy_from(&[byte]));
+        #[cfg(test)]
+        super::driver::stored();
+        there
     }
 
     /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
@@ -156,6 +159,8 @@ impl Span {
     /// Puts a 16-bit word at byte `at`, an even number.
     pub fn store(&self, at: usize, word: u16, order: Ordering) {
         self.slice(at, 2).store(spec::word(word), 0, order).expect("rings and their words are aligned");
+        #[cfg(test)]
+        super::driver::stored();
     }
 
     /// The 64-bit word at byte `at`, a multiple of 8 as is the span's alignment; in the guest's order.
@@ -166,6 +171,8 @@ impl Span {
     /// Puts a 32-bit word, in the guest's order, at byte `at`, a multiple of 4 as is the span's alignment.
     pub fn store_raw32(&self, at: usize, word: u32) {
         self.slice(at, 4).store(word, 0, Ordering::Relaxed).expect("used elements are aligned");
+        #[cfg(test)]
+        super::driver::stored();
     }
 }
 

@@ -12,7 +12,7 @@
 //!                                      guest (guest addresses to Slices)  |
 //!                                                                         |
 //!   used ring ◄─ ring ◄─ exchange (status byte, length, heads in flight) ◄┘ Answer
-//!                          |
+//!                          |  └─ inflight (the same heads, where a kill does not reach)
 //!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
 //! ```
 
@@ -22,6 +22,7 @@ pub mod config;
 mod driver;
 pub mod exchange;
 pub mod guest;
+pub mod inflight;
 pub mod parse;
 pub mod queue;
 pub mod ring;
@@ -30,6 +31,7 @@ pub mod spec;
 mod turns;
 
 pub use config::Device;
+pub use inflight::Record;
 pub use queue::{Queue, Turn};
 
 /// The guest's memory as one front-end shared it.

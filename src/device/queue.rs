@@ -16,6 +16,7 @@ use virtio_queue::QueueT;
 
 use super::exchange::{Exchange, Pause};
 use super::guest::View;
+use super::inflight::Record;
 use super::parse::Rules;
 use super::ring::{Layout, Ring};
 use super::spec::feature;
@@ -52,12 +53,13 @@ impl Queue {
         Queue { device, lane, index, exchange: None, answers: Vec::new(), deaf: false }
     }
 
-    /// Takes the ring that `vring` describes into service. It goes on at the vring's next avail index, and at the used
-    /// index that the ring itself holds. The features must have been acknowledged before.
+    /// Takes the ring that `vring` describes into service. It goes on at the used index that the ring itself holds, and
+    /// at the vring's next avail index; or, with a record, behind the chains that the record has in flight, which are
+    /// carried out first. The features must have been acknowledged before.
     ///
     /// # Errors
-    /// `Invalid` where the ring breaks V1; the queue is then not in service.
-    pub fn start(&mut self, vring: &Vring, memory: Arc<Memory>) -> Result<()> {
+    /// `Invalid` where the ring breaks V1, or the record is of no use; the queue is then not in service.
+    pub fn start(&mut self, vring: &Vring, memory: Arc<Memory>, record: Option<Record>) -> Result<()> {
         assert!(self.exchange.is_none(), "a queue is stopped before it is started again");
         let (layout, next_avail) = {
             let state = vring.get_ref();
@@ -68,7 +70,11 @@ impl Queue {
         let view = View::new(memory);
         let event_idx = self.device.acked() & feature::EVENT_IDX != 0;
         let ring = Ring::new(&view, layout, self.device.queue_size(), event_idx, next_avail)?;
-        self.exchange = Some(Exchange::new(view, ring));
+        let exchange = Exchange::new(view, ring, record)?;
+        if exchange.owed() > 0 {
+            log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.owed());
+        }
+        self.exchange = Some(exchange);
         self.deaf = false;
         Ok(())
     }
@@ -88,21 +94,24 @@ impl Queue {
         if !vring.get_ref().is_enabled() {
             return Ok(Turn::Idle);
         }
-        let disk = self.device.disk();
-        let rules = Rules {
-            capacity: disk.capacity(),
-            read_only: disk.is_read_only(),
-            features: self.device.acked(),
-            serial: disk.serial(),
-        };
+        let rules = rules(&self.device);
         exchange.ring().refuse_kicks();
         let lane = &mut self.lane;
         let mut pushed = false;
-        let pause = exchange.take(&rules, lane.room(), |request| {
+        let room = lane.room();
+        let push = |request| {
             lane.push(request);
             pushed = true;
             lane.room()
-        });
+        };
+        let pause = match exchange.owed() {
+            0 => exchange.take(&rules, room, push),
+            _ => match exchange.take_owed(&rules, room, push) {
+                // What is new has its turn after what is old.
+                Pause::Empty => Pause::Turn,
+                pause => pause,
+            },
+        };
         if pushed {
             self.lane.submit()?;
             self.lane.poll(&mut self.answers)?;
@@ -131,6 +140,17 @@ impl Queue {
     pub fn stop(&mut self, vring: &Vring) -> io::Result<u16> {
         self.lane.drain(&mut self.answers)?;
         self.settle(vring);
+        // The index we give counts what a predecessor left as taken, so that has to be carried out, too.
+        while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0) {
+            let lane = &mut self.lane;
+            exchange.take_owed(&rules(&self.device), lane.room(), |request| {
+                lane.push(request);
+                lane.room()
+            });
+            self.lane.submit()?;
+            self.lane.drain(&mut self.answers)?;
+            self.settle(vring);
+        }
         let mut state = vring.get_mut();
         let q = state.get_queue_mut();
         if let Some(mut exchange) = self.exchange.take() {
@@ -159,7 +179,7 @@ impl Queue {
         };
         let any = !self.answers.is_empty();
         self.answers.drain(..).for_each(|answer| exchange.complete(answer));
-        if exchange.ring().publish() {
+        if exchange.publish() {
             match vring.get_ref().signal_used_queue() {
                 Err(e) if e.kind() != io::ErrorKind::WouldBlock && !self.deaf => {
                     // Its own harm; other queues go on.
@@ -172,4 +192,9 @@ impl Queue {
         }
         any
     }
+}
+
+fn rules(device: &Device) -> Rules<'_> {
+    let disk = device.disk();
+    Rules { capacity: disk.capacity(), read_only: disk.is_read_only(), features: device.acked(), serial: disk.serial() }
 }

@@ -146,6 +146,11 @@ impl Ring {
         if head < self.size { Ok(head) } else { Err(Broken::Head) }
     }
 
+    /// `taken` chains were taken and not given back by whoever served the ring before: goes on behind them.
+    pub fn resume(&mut self, taken: u16) {
+        self.next_avail = self.next_used + Wrapping(taken);
+    }
+
     /// The next chain was taken.
     pub fn advance(&mut self) {
         self.next_avail += 1;

@@ -58,7 +58,7 @@ fn rig(features: u64) -> Rig {
     vring.set_enabled(true);
     let lane = device.disk().lane(EngineKind::Auto, 16).unwrap();
     let mut queue = Queue::new(device.clone(), lane, 0);
-    queue.start(&vring, d.memory.clone()).unwrap();
+    queue.start(&vring, d.memory.clone(), None).unwrap();
     Rig { _folder: folder, d, device, vring, queue, call }
 }
 
@@ -124,7 +124,7 @@ fn disabled_broken_stopped() {
     assert_eq!(r.vring.queue_next_avail(), 10);
     assert_eq!(serve(&mut r), Turn::Idle);
     let count = weak.strong_count();
-    r.queue.start(&r.vring, r.d.memory.clone()).unwrap();
+    r.queue.start(&r.vring, r.d.memory.clone(), None).unwrap();
     assert_eq!(weak.strong_count(), count + 1, "stopped, it keeps no memory");
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
     assert_eq!(serve(&mut r), Turn::Idle);
@@ -134,7 +134,7 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), Turn::Broken);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
     r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
-    assert!(r.queue.start(&r.vring, r.d.memory.clone()).is_err());
+    assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }
 
 #[test]
@@ -157,5 +157,5 @@ fn cache_switch() {
     assert!(!through());
     r.device.reset();
     assert!(through() && r.device.acked() == 0);
-    assert_eq!(r.device.read_config(0, 8), 2048u64.to_le_bytes());
+    assert_eq!(r.device.read_config(0, 8), [0, 8, 0, 0, 0, 0, 0, 0]);
 }

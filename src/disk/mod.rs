@@ -1,6 +1,6 @@
 //! Floor 3: requests become operations.
 //!
-//! Owns: the disk that queues share ([`Disk`]), a queue's engine ([`Lane`]), requests in flight ([`task`]), group commit
+//! Owns: the disk that queues share ([`Disk`]), a queue's engine ([`Lane`]), requests in flight (`task`), group commit
 //! ([`flush`]). Leaves to others: where sectors are (`chain`), the order of durable writes (`image`), virtqueues
 //! (`device`).
 //!

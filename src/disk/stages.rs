@@ -10,7 +10,7 @@ use super::request::{Answer, Outcome, Work};
 use super::task::{Stage, Task, Token};
 use crate::chain::{Plan, Source};
 use crate::storage::{Action, Buffer, Completion, Op, Payload, Slices, Slot};
-use crate::units::SECTOR;
+use crate::units::SECTOR_BYTES;
 
 /// Zeros written at once where a file system cannot punch, in bytes.
 const ZERO_CHUNK: u64 = 1 << 20;
@@ -180,7 +180,7 @@ impl Lane {
     fn load(&mut self, number: u32, task: &mut Task, plan: &Plan) -> Next {
         let load = self.disk.version().load(&plan.missing);
         for (piece, (slot, at)) in (0..).zip(load.pieces()) {
-            let sector = Payload::Own(Buffer::zeroed(SECTOR as usize));
+            let sector = Payload::Own(Buffer::zeroed(SECTOR_BYTES));
             task.pending += 1;
             self.push_op(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, at, sector));
         }

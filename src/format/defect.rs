@@ -70,11 +70,11 @@ pub enum Defect {
     /// More BAT than is read into memory (O9).
     TableTooLarge { at: u64, entries: u64, limit: u64 },
     /// The BAT does not begin at a sector (O10).
-    TableUnaligned { offset: u64 },
+    TableUnaligned { at: u64, offset: u64 },
     /// The BAT lies outside the file (O10).
-    TableOutside { offset: u64, bytes: u64, len: u64 },
+    TableOutside { at: u64, offset: u64, bytes: u64, len: u64 },
     /// The BAT lies over the front footer or the header (O10).
-    TableOverlaps { offset: u64, bytes: u64, part: Part },
+    TableOverlaps { at: u64, offset: u64, bytes: u64, part: Part },
     /// A block lies over metadata (O12).
     BlockInMetadata { block: u32, entry: u32, part: Part },
     /// A block ends behind the end of the data (O12).
@@ -236,6 +236,9 @@ impl Defect {
             | D::BlockSize { at, .. }
             | D::TableTooSmall { at, .. }
             | D::TableTooLarge { at, .. }
+            | D::TableUnaligned { at, .. }
+            | D::TableOutside { at, .. }
+            | D::TableOverlaps { at, .. }
             | D::DataUnderClearBit { at, .. }
             | D::BatmapHeader { at }
             | D::BatmapPlace { at, .. }
@@ -249,10 +252,7 @@ impl Defect {
             // The footer says what cannot be.
             D::FixedTooShort { data, .. } => Some(*data),
             D::HeaderPlace { len, .. } => Some(len.saturating_sub(crate::units::SECTOR)),
-            D::TableUnaligned { offset }
-            | D::TableOutside { offset, .. }
-            | D::TableOverlaps { offset, .. }
-            | D::SpaceUnreferenced { offset, .. } => Some(*offset),
+            D::SpaceUnreferenced { offset, .. } => Some(*offset),
             D::BlockInMetadata { entry, .. }
             | D::BlockBeyondEnd { entry, .. }
             | D::BlockDuplicate { entry, .. }

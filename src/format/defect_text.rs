@@ -72,12 +72,14 @@ impl fmt::Display for Defect {
             D::TableTooLarge { entries, limit, .. } => {
                 write!(f, "the block table needs {entries} entries; at most {limit} are read")
             }
-            D::TableUnaligned { .. } => write!(f, "the block table does not begin at a multiple of 512"),
-            D::TableOutside { bytes, len, .. } => {
-                write!(f, "the block table of {bytes} bytes does not lie in the file of {len} bytes")
+            D::TableUnaligned { offset, .. } => {
+                write!(f, "the block table would begin at {offset}, which is no multiple of 512")
             }
-            D::TableOverlaps { bytes, part, .. } => {
-                write!(f, "the block table of {bytes} bytes overlaps the {part}")
+            D::TableOutside { offset, bytes, len, .. } => {
+                write!(f, "the block table ({bytes} bytes at {offset}) does not lie in the file of {len} bytes")
+            }
+            D::TableOverlaps { offset, bytes, part, .. } => {
+                write!(f, "the block table ({bytes} bytes at {offset}) overlaps the {part}")
             }
             D::BlockInMetadata { block, part, .. } => write!(f, "block {block} overlaps the {part}"),
             D::BlockBeyondEnd { block, end, limit, .. } => {

@@ -85,16 +85,16 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
     }
     let (offset, bytes) = (header.table_offset, bat::bytes(header.entries));
     if !offset.is_multiple_of(SECTOR) {
-        return Err(Defect::TableUnaligned { offset });
+        return Err(Defect::TableUnaligned { at, offset });
     }
     let end = offset.checked_add(bytes).filter(|&end| end <= len);
-    let end = end.ok_or(Defect::TableOutside { offset, bytes, len })?;
+    let end = end.ok_or(Defect::TableOutside { at, offset, bytes, len })?;
     let range = offset..end;
     if offset < FOOTER_BYTES {
-        return Err(Defect::TableOverlaps { offset, bytes, part: Part::FrontFooter });
+        return Err(Defect::TableOverlaps { at, offset, bytes, part: Part::FrontFooter });
     }
     if overlap(&range, &(at..at.saturating_add(HEADER_BYTES))) {
-        return Err(Defect::TableOverlaps { offset, bytes, part: Part::Header });
+        return Err(Defect::TableOverlaps { at, offset, bytes, part: Part::Header });
     }
     Ok(range)
 }
@@ -208,9 +208,12 @@ mod tests {
         assert_eq!(table(1536, 8), Ok(1536..2048));
         assert!(table(1536, 9).is_ok());
         assert_eq!(table(1536, 7), Err(Defect::TableTooSmall { at: 512, entries: 7, blocks: 8 }));
-        assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { offset: 1537 }));
-        assert_eq!(table(1024, 8), Err(Defect::TableOverlaps { offset: 1024, bytes: 512, part: Part::Header }));
-        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { offset: 0, bytes: 512, part: Part::FrontFooter }));
+        assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { at: 512, offset: 1537 }));
+        assert_eq!(
+            table(1024, 8),
+            Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: Part::Header })
+        );
+        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: Part::FrontFooter }));
         assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
         assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));

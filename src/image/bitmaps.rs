@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::paged::Paged;
 use crate::format::bitmap;
-use crate::units::{BlockSize, SECTOR, SECTOR_BITS, SectorRange};
+use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// The bits that one sector of bitmap holds.
 #[derive(Debug)]
@@ -45,11 +45,11 @@ impl Granule {
 
     /// Takes the note that it is dirty and the journal's slot, and copies its bits, in that order: a mark that comes in
     /// between notes it anew, and claims another slot.
-    pub fn snapshot(&self) -> [u8; SECTOR as usize] {
+    pub fn snapshot(&self) -> [u8; SECTOR_BYTES] {
         let mut slot = self.slot();
         *slot = None;
         self.dirty.swap(false, Ordering::SeqCst);
-        let mut bytes = [0; SECTOR as usize];
+        let mut bytes = [0; SECTOR_BYTES];
         for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&self.words) {
             *to = word.load(Ordering::SeqCst).to_be_bytes();
         }

@@ -50,7 +50,7 @@ fn look_closer(image: &Image, defects: &mut Vec<Defect>) -> Result<()> {
     if footer.saved_state != 0 {
         defects.push(Defect::SavedState { at });
     }
-    if footer.hidden() && footer.creator_is_tap() {
+    if footer.hidden() {
         defects.push(Defect::Hidden { at });
     }
     let Some(sparse) = image.sparse() else { return Ok(()) };

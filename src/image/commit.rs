@@ -28,7 +28,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::storage::{Buffer, Op, Payload, Slot};
-use crate::units::SECTOR;
+use crate::units::SECTOR_BYTES;
 
 /// What a job wants after a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,7 +54,7 @@ enum Phase {
 /// A granule as it was when the commit began.
 struct Taken {
     granule: usize,
-    bytes: [u8; SECTOR as usize],
+    bytes: [u8; SECTOR_BYTES],
 }
 
 /// One commit under way. At most one an image at a time (`disk/flush` sees to it).
@@ -191,6 +191,7 @@ mod tests {
     use crate::image::{Image, Keep, Kind, ParentLink, Spec, create};
     use crate::storage::host::Host;
     use crate::storage::{Access, Action, Env};
+    use crate::units::SECTOR;
     use crate::units::{BlockSize, SectorRange};
 
     const SLOT: Slot = Slot(3);

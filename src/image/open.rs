@@ -18,7 +18,7 @@ use crate::format::{
     Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
 };
 use crate::storage::File;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
 /// Bytes of the block table read at once.
 const TABLE_CHUNK: u64 = 1 << 20;
@@ -239,8 +239,8 @@ impl Image {
         if self.chosen.footer.saved_state != 0 {
             return refuse("a suspended machine depends on this disk: it may only be read");
         }
-        if self.chosen.footer.hidden() && self.chosen.footer.creator_is_tap() {
-            return refuse("it is marked as the parent of a snapshot: it may only be read");
+        if self.chosen.footer.hidden() {
+            return refuse("it is hidden, as the parent of a snapshot is: it may only be read");
         }
         Ok(())
     }
@@ -268,7 +268,7 @@ fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
     if tail_len > 0 {
         file.read_at(&mut tail, len - tail_len)?;
     }
-    let mut front = [0; SECTOR as usize];
+    let mut front = [0; SECTOR_BYTES];
     let has_front = len >= SECTOR;
     if has_front {
         file.read_at(&mut front, 0)?;
@@ -285,7 +285,7 @@ fn read_batmap(file: &File, footer: &Footer, header: &DynamicHeader, len: u64) -
     if batmap::presence(footer) == Presence::Absent {
         return Ok(None);
     }
-    let mut bytes = [0; SECTOR as usize];
+    let mut bytes = [0; SECTOR_BYTES];
     file.read_at(&mut bytes, at)?;
     Ok(BatmapHeader::decode(&bytes).ok())
 }

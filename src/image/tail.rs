@@ -26,7 +26,7 @@ use super::commit::Step;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Action, Buffer, Op, Payload, Slot};
-use crate::units::SECTOR;
+use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Blocks by which a file grows at least, room permitting.
 const MIN_STEP_BLOCKS: u64 = 16;
@@ -131,7 +131,7 @@ impl Growth {
             }
             (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
             (Phase::SyncFooter, None) => {
-                let zeros = Buffer::zeroed(SECTOR as usize);
+                let zeros = Buffer::zeroed(SECTOR_BYTES);
                 ops.push(Op::write(0, self.slot, self.old * SECTOR, Payload::Own(zeros)));
                 self.phase = Phase::Wipe;
             }

@@ -5,19 +5,19 @@
 //!
 //! Does not order durable writes (`commit.rs`), nor make room (`tail.rs`), nor look at parents.
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::bitmaps::{Bitmaps, Fresh, Granule};
 use super::journal::{Found, Journal};
+use super::keep::{Keep, Kept};
 use super::open::Image;
+use super::recover::recover;
 use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, bat, layout};
+use crate::format::{bat, layout};
 use crate::storage::{Env, File};
-use crate::units::{BlockSize, SECTOR, SectorRange};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
 pub struct Writable {
@@ -33,35 +33,13 @@ pub struct Writable {
     due: AtomicBool,
 }
 
-/// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Keep {
-    /// By a live journal in this folder. `discard`: give up what a predecessor's journal says.
-    Journal {
-        /// The folder, in memory.
-        folder: PathBuf,
-        /// Give up what a predecessor's journal says.
-        discard: bool,
-    },
-    /// By a commit before the acknowledgement.
-    Commit,
-    /// Not at all: whoever writes will write again (tools).
-    Nothing,
-}
-
-/// What came of [`Keep`].
-enum Kept {
-    Journal(Journal),
-    Commit,
-    Nothing,
-}
-
 /// What images with a block table have besides.
-struct Sparse {
-    bitmaps: Bitmaps,
-    block_size: BlockSize,
-    fresh: Fresh,
-    room: Mutex<Room>,
+pub(super) struct Sparse {
+    pub(super) bitmaps: Bitmaps,
+    pub(super) block_size: BlockSize,
+    /// What the bits of a new block are.
+    pub(super) fresh: Fresh,
+    pub(super) room: Mutex<Room>,
 }
 
 /// There is no prepared room for the block: the write waits for growth.
@@ -80,19 +58,7 @@ impl Writable {
     /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
     pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
         image.check_writable()?;
-        let (keep, found) = match keep {
-            _ if image.kind() == DiskType::Fixed => (Kept::Nothing, Vec::new()),
-            Keep::Commit => (Kept::Commit, Vec::new()),
-            Keep::Nothing => (Kept::Nothing, Vec::new()),
-            Keep::Journal { folder, discard } => match Journal::open(env, folder, &image, *discard) {
-                Ok((journal, found)) => (Kept::Journal(journal), found),
-                Err(e) if e.kind() == ErrorKind::Unsupported => {
-                    log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
-                    (Kept::Commit, Vec::new())
-                }
-                Err(e) => return Err(e),
-            },
-        };
+        let (keep, found) = Kept::begin(env, &image, keep)?;
         let sparse = match image.block_size() {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found)?),
@@ -273,7 +239,7 @@ impl Writable {
     }
 
     /// The footer as it stands at both ends.
-    pub fn footer_bytes(&self) -> [u8; SECTOR as usize] {
+    pub fn footer_bytes(&self) -> [u8; SECTOR_BYTES] {
         self.image.footer().encode()
     }
 
@@ -325,13 +291,13 @@ impl Writable {
 
     /// Sector `sector` of the block table with what the file knows and the places of `blocks`, and where it goes.
     /// `None` where the file knows the places of all `blocks`.
-    pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR as usize])> {
+    pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
         let (table, room) = (self.image.bat()?, self.room());
         if !blocks.iter().any(|b| room.fresh.contains(b)) {
             return None;
         }
         let first = sector * bat::ENTRIES_PER_SECTOR;
-        let mut bytes = [0; SECTOR as usize];
+        let mut bytes = [0; SECTOR_BYTES];
         for (n, to) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             let block = first + u32::try_from(n).expect("below 128");
             let entry = match table.len().checked_sub(block) {
@@ -408,51 +374,6 @@ impl Writable {
     fn sparse(&self) -> &Sparse {
         self.sparse.as_ref().expect("a fixed image has no blocks")
     }
-}
-
-/// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
-/// of a killed predecessor, whose places the file may not know yet.
-fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> Result<Sparse> {
-    let (table, file) = (image.bat().expect("not fixed"), image.file());
-    let bitmaps = Bitmaps::new(table.len(), block_size);
-    let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
-    let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
-    for f in found {
-        let block = bitmaps.block_of(f.granule).0;
-        if table.place(block).is_none() {
-            let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
-            if u64::from(f.place) * SECTOR < image.used_end() || end * SECTOR > image.data_end() {
-                let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
-                return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
-            }
-            bitmaps.prepare(block, fresh);
-            table.set(block, f.place);
-            new_blocks.insert(block);
-            next = next.max(end);
-        }
-    }
-    let end = image.data_end().div_ceil(SECTOR).max(next);
-    // The front copy first: while the trailing footer is missing it is the only one.
-    let (footer, mut front) = (image.footer().encode(), [0; SECTOR as usize]);
-    file.read_at(&mut front, 0)?;
-    if front != footer {
-        log::warn!("{}: the footer's copy at the start was not up to date; renewed", file.path().display());
-        file.write_at(&footer, 0)?;
-        file.sync()?;
-    }
-    if !image.has_whole_tail_footer() {
-        log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
-        file.write_at(&footer, end * SECTOR)?;
-        file.sync()?;
-    }
-    if end > next {
-        file.punch(next * SECTOR, (end - next) * SECTOR)?;
-        file.sync()?;
-    }
-    let blocks = block_size.blocks_for(image.size() / SECTOR);
-    let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room = Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false };
-    Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
 
 /// A lock whose holders leave sound state behind even when they panic: each change is one assignment or insertion.

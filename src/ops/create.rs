@@ -42,8 +42,9 @@ pub struct Child {
     pub parent: PathBuf,
     /// Virtual size in bytes; that of the parent if not given.
     pub size: Option<u64>,
-    /// Size of its blocks.
-    pub block_size: BlockSize,
+    /// Size of its blocks; that of the parent if not given: other programs read chains of one block size only, or read
+    /// others wrongly (vhd-format 6). A child of a fixed image has the size that all expect.
+    pub block_size: Option<BlockSize>,
     /// Virtual size in bytes up to which the block table has room to grow.
     pub reserve: u64,
     /// What it records of where the parent is.
@@ -89,6 +90,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
+    let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
     let (uuid, modified) = (parent.uuid(), parent.file().stat()?.modified);
     let absolute = env.canonical(&child.parent)?;
     let relative = relative(&env.canonical(folder_of(path))?, &absolute);
@@ -99,7 +101,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         absolute: (child.locators != Locators::Relative).then(|| absolute.clone()),
         name: relative.clone(),
     };
-    let spec = Spec { kind: Kind::Differencing(link), size, block_size: child.block_size, reserve: child.reserve };
+    let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
     let outside = relative.components().next() == Some(Component::ParentDir);

@@ -255,10 +255,12 @@ impl Drop for Ring {
                 self.flying -= 1;
             }
         }
-        // The kernel takes the ring apart later, in its own time; the files, and the locks on them, are let go now. Where
-        // that fails (another thread's ring), they go with the ring.
-        let none = [-1; SLOTS as usize];
-        let _ = self.ring.submitter().register_files_update(0, &none);
+        // The kernel takes a closed ring apart later, on a thread of its own, and until then its table holds the files
+        // and their locks: who opens them next would find them busy. A thread that does not own the ring cannot empty
+        // the table; then it is as late as the kernel is.
+        if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; SLOTS as usize]) {
+            log::debug!("the files of a ring are let go of by the kernel: {e}");
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use super::blocking::Blocking;
 use super::host::Host;
 use super::payload::{Buffer, Payload, Slices};
 use super::ring::Ring;
-use super::{Access, Action, Completion, Engine, Env, File, Op, SLOTS, Slot};
+use super::{Access, Action, Completion, Engine, Env, File, Lock, Op, SLOTS, Slot};
 
 /// Memory of a pretended guest: pages, as a direct file asks for.
 struct Guest {
@@ -330,5 +330,23 @@ fn the_first_user_owns_a_ring() {
     ring.push(Op::sync(0, Slot(0))).unwrap();
     if ring.submit().is_ok() {
         assert!(all(ring.as_mut())[0].result.is_ok());
+    }
+}
+
+#[test]
+fn a_dropped_engine_lets_go_of_locks() {
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..50 {
+        for mut engine in engines(2) {
+            let (f, path) = file(folder.path(), &format!("{}-{round}", engine.name()), &[5; 512]);
+            f.lock(Lock::Exclusive).unwrap();
+            engine.register(Slot(0), &f).unwrap();
+            engine.push(Op::sync(0, Slot(0))).unwrap();
+            assert!(all(engine.as_mut())[0].result.is_ok());
+            let name = engine.name();
+            drop((engine, f));
+            let next = Host.open(&path, Access::Write).unwrap();
+            next.lock(Lock::Exclusive).unwrap_or_else(|e| panic!("{name}, round {round}: {}", e.line()));
+        }
     }
 }

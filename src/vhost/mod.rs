@@ -1,11 +1,13 @@
-//! vhost-user: what front-ends say to a disk, and the threads that serve its rings.
+//! Floor 5: vhost-user. What front-ends say to a disk, and the threads that serve its rings.
 //!
 //! This floor owns the socket of a disk, the messages on it, the table of guest memory, and one thread per queue. It
 //! leaves what stands in the rings to `device`, and what becomes of the bytes to `disk`.
 //!
 //! ```text
-//!  front-end ── socket ── frame ── vhost crate ── handler ──┬── memory   the guest's regions, mapped and checked
-//!                           │                               └── worker   one a queue: epoll, device::Queue, lane
+//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory    the guest's regions, mapped and checked
+//!                           │                                        ├── inflight  the record that survives us, kept by
+//!                           │                                        │             the front-end
+//!                           │                                        └── worker    one a queue: edges, device::Queue, lane
 //!                        daemon: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
@@ -15,12 +17,15 @@
 //!   with it, after they are drained; the workers wait for the next one.
 //! * A handler lives as long as a connection: nothing of one front-end is left for the next but the disk.
 //!
-//! What is negotiated: MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+//! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod daemon;
+mod edges;
 mod frame;
 mod handler;
+mod inflight;
 mod memory;
+mod rings;
 mod socket;
 mod worker;
 

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
@@ -20,7 +20,8 @@ use virtio_queue::QueueT;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use zerocopy::IntoBytes;
 
-use crate::device::{Device, Memory, Queue, Turn, Vring};
+use super::edges::Epoll;
+use crate::device::{Device, Memory, Queue, Record, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
@@ -36,6 +37,8 @@ pub(super) struct Settings {
 pub(super) struct Ring {
     pub(super) vring: Vring,
     pub(super) memory: Arc<Memory>,
+    /// What is in flight, where a kill does not reach.
+    pub(super) record: Option<Record>,
     pub(super) kick: Arc<File>,
     /// Told when the ring breaks.
     pub(super) err: Option<File>,
@@ -312,7 +315,7 @@ impl QueueThread {
             return Err(Error::new(ErrorKind::Io, "the queue is out of service until the daemon is started again"));
         }
         assert!(self.ring.is_none(), "a ring is started only where none runs");
-        self.queue.start(&ring.vring, ring.memory.clone())?;
+        self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
         if let Err(e) = self.epoll.add(ring.kick.as_raw_fd()) {
             let _ = self.queue.stop(&ring.vring);
             return Err(Error::io("the kick of the ring cannot be waited for", e));
@@ -344,69 +347,5 @@ impl QueueThread {
                 ring.base
             }
         }
-    }
-}
-
-/// An epoll instance of edge-triggered reading.
-struct Epoll(RawFd);
-
-impl Epoll {
-    fn new() -> io::Result<Epoll> {
-        epoll::create(true).map(Epoll)
-    }
-
-    fn add(&self, fd: RawFd) -> io::Result<()> {
-        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
-        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
-    }
-
-    fn remove(&self, fd: RawFd) {
-        let none = epoll::Event::new(epoll::Events::empty(), 0);
-        // It may be gone already: a broken ring's kick is removed when it breaks.
-        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
-    }
-
-    /// Returns when something happened, when the time is over, or for no reason.
-    fn wait(&self, at_most: Duration) {
-        let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
-        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-        if let Err(e) = epoll::wait(self.0, at_most, &mut events)
-            && e.kind() != io::ErrorKind::Interrupted
-        {
-            panic!("a queue's own epoll instance fails: {e}");
-        }
-    }
-}
-
-impl Drop for Epoll {
-    fn drop(&mut self) {
-        let _ = epoll::close(self.0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The rule the loop stands on: every write to an event counter is one event, though nobody reads the counter.
-    #[test]
-    fn each_ring_of_the_bell_is_one_event() {
-        let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-        let epoll = Epoll::new().unwrap();
-        bell.notify().unwrap();
-        epoll.add(end.as_raw_fd()).unwrap();
-        let happened = |epoll: &Epoll| {
-            let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-            epoll::wait(epoll.0, 0, &mut events).unwrap()
-        };
-        assert_eq!(happened(&epoll), 1, "rung before it was added");
-        assert_eq!(happened(&epoll), 0, "an edge is told once");
-        for _ in 0..3 {
-            bell.notify().unwrap();
-            assert_eq!(happened(&epoll), 1);
-        }
-        epoll.remove(end.as_raw_fd());
-        bell.notify().unwrap();
-        assert_eq!(happened(&epoll), 0);
     }
 }

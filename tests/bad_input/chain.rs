@@ -141,9 +141,9 @@ fn parents() -> Vec<Case> {
 
 fn locators() -> Vec<Case> {
     let longest = |len: usize| {
-        let mut path = ".\\".repeat(len / 4);
-        path.truncate(len / 2 - 5);
-        path + "p.vhd"
+        // Whole parts, and a separator more where one is left over.
+        let before = len / 2 - "p.vhd".len();
+        ".\\".repeat(before / 2) + &"\\".repeat(before % 2) + "p.vhd"
     };
     vec![
         with_locator("O11 unknown platform", |c| {

@@ -262,13 +262,13 @@ fn spring(trap: &Trap) {
     let alone = traced(&[DIFFDISK, "info", &leaf_text], std::slice::from_ref(&leaf));
     assert_eq!(alone.code, 0, "info of the file alone: {}", alone.stderr);
     let socket = format!("--socket-path={}", state.path().join("sock").display());
-    let (image, run_dir) = (format!("--blk-file={leaf_text}"), format!("--runtime-dir={}", state.path().display()));
+    let image = format!("--blk-file={leaf_text}");
     let mut runs = vec![
         ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text]),
         ("convert", vec![DIFFDISK, "convert", &leaf_text, "-", "--to", "raw"]),
     ];
     if !trap.reads {
-        runs.push(("diffdiskd", vec![DIFFDISKD, &socket, &image, &run_dir]));
+        runs.push(("diffdiskd", vec![DIFFDISKD, &socket, &image]));
     }
     for (who, args) in runs {
         let run = traced(&args, &allowed);

@@ -112,12 +112,11 @@ fn tool_run(args: &[&str], image: &Path, rest: &[&str]) -> Run {
     measure::run(Command::new(DIFFDISK).args(args).arg(image).args(rest))
 }
 
-/// The daemon's options for one disk; the socket's folder is short-lived and holds its volatile state too.
+/// The daemon's options for one disk, its socket in a short-lived folder.
 pub(crate) fn daemon_command(image: &Path, folder: &Path) -> Command {
     let mut command = Command::new(DIFFDISKD);
     command.arg(format!("--socket-path={}", folder.join("sock").display()));
     command.arg(format!("--blk-file={}", image.display()));
-    command.arg(format!("--runtime-dir={}", folder.display()));
     command
 }
 
@@ -189,7 +188,7 @@ fn points_at(line: &str, place: Place, len: u64) -> bool {
     let mut offsets = offsets.peekable();
     match place {
         Place::Nowhere => true,
-        Place::Footer => offsets.any(|at| at < 512 || at + 512 >= len),
+        Place::Footer => offsets.any(|at| at < 512 || at <= len && len - at <= 512),
         Place::Header => offsets.any(|at| at < 1536),
         Place::Table => offsets.any(|at| at >= 512),
     }

@@ -3,6 +3,7 @@
 //! kinds x depths (0..8) x block sizes, parents of other block sizes and other disk sizes, both engines, with clean and
 //! unclean ends in between. Every disagreement names the seed.
 #![allow(unreachable_pub)]
+#![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
 mod rig;
 #[path = "../common/rng.rs"]

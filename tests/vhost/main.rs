@@ -1,4 +1,5 @@
 //! The daemon over its real socket: as a well-behaved guest sees it, and as a front-end that breaks every rule.
+#![allow(clippy::cast_possible_truncation, reason = "the small numbers of a test")]
 
 mod blk;
 mod daemon;
@@ -278,7 +279,7 @@ fn failures_are_one_line() {
     let fails = |args: &[&std::ffi::OsStr], words: &str| {
         let output = diffdiskd().args(["--log-level=off"]).args(args).assert().code(1).get_output().clone();
         let line = String::from_utf8(output.stderr).unwrap();
-        assert!(line.starts_with("diffdiskd: ") && line.contains(words), "{line}");
+        assert!(line.starts_with("diffdisk: serve: ") && line.contains(words), "{line}");
         assert_eq!(line.lines().count(), 1, "{line}");
     };
     let (socket_path, blk_file) = ("--socket-path".as_ref(), "--blk-file".as_ref());

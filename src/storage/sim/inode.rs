@@ -5,11 +5,11 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
 
+use crate::units::SECTOR_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
 
 const SECTOR: u64 = crate::units::SECTOR;
-const SECTOR_BYTES: usize = SECTOR as usize;
 /// Room is given by pages of this many bytes.
 pub(super) const PAGE: u64 = 4096;
 

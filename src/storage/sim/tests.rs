@@ -2,7 +2,9 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use super::*;
+use crate::error::ErrorKind;
 use crate::storage::env::Lock;
+use crate::storage::env::{EngineKind, Env};
 use crate::storage::{Action, Buffer, Op, Payload, Slot};
 
 fn p(name: &str) -> PathBuf {

@@ -1,0 +1,368 @@
+//! Tests of `inflight.rs`, by itself and under an exchange that is killed after any store.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::super::driver::{
+    DATA, Driver, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, WRITE, kill_after, stores_left,
+};
+use super::super::exchange::{Exchange, Pause};
+use super::super::parse::Rules;
+use super::super::ring::Ring;
+use super::super::spec::{ID_LEN, kind};
+use super::*;
+use crate::disk::{Answer, Outcome, Request, Work};
+
+const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
+const RULES: Rules<'static> = Rules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
+const SIZE: u16 = 64;
+/// Requests that a driver can have at once: of three descriptors each.
+const SLOTS: u16 = 20;
+
+fn region(entries: u16) -> Arc<MmapRegion<()>> {
+    Arc::new(MmapRegion::new(Record::len(entries)).unwrap())
+}
+
+fn next(seed: &mut u64) -> u64 {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *seed >> 33
+}
+
+/// A guest whose device is killed and comes back.
+struct World {
+    d: Driver,
+    map: Arc<MmapRegion<()>>,
+    device: Option<(Exchange, Vec<Request>)>,
+    /// By slot: the requests that have no answer yet, numbered as they were made.
+    asked: [Option<u32>; SLOTS as usize],
+    asks: u32,
+    answers: u32,
+    lives: u32,
+    kills: u32,
+    /// After how many stores the successor of one that is killed is killed.
+    again: Option<u32>,
+    /// At the end of [`World::live`].
+    stores_left: Option<u32>,
+    seed: u64,
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let (d, map) = (Driver::new(SIZE), region(SIZE));
+        let asked = Default::default();
+        World {
+            d,
+            map,
+            device: None,
+            asked,
+            asks: 0,
+            answers: 0,
+            lives: 0,
+            kills: 0,
+            again: None,
+            stores_left: None,
+            seed,
+        }
+    }
+
+    fn ask(&mut self) {
+        let Some(slot) = (0..SLOTS).find(|s| self.asked[usize::from(*s)].is_none()) else { return };
+        let first = 3 * slot;
+        let at = STATUS + u64::from(slot);
+        self.d.put(at, &[0xff]);
+        let ask = |d: &Driver, kind, flag| {
+            let header = d.header(slot, kind, 0);
+            d.chain(TABLE, first, &[(header, 16, 0), (SEAM, 512, flag), (at, 1, WRITE)]);
+        };
+        match next(&mut self.seed) % 8 {
+            0..3 => ask(&self.d, kind::IN, WRITE),
+            3..6 => ask(&self.d, kind::OUT, 0),
+            6 => ask(&self.d, kind::GET_ID, WRITE),
+            // Two that are given back with nothing said: a loop, and one without a status.
+            _ if slot.is_multiple_of(2) => self.d.desc(TABLE, first, (DATA, 1, FOLLOWED, first)),
+            _ => self.d.chain(TABLE, first, &[(DATA, 16, 0)]),
+        }
+        self.asked[usize::from(slot)] = Some(self.asks);
+        self.asks += 1;
+        self.d.add(first);
+    }
+
+    /// Carries `f` out on the device, which is made if there is none. It may be killed at that.
+    fn run(&mut self, f: impl FnOnce(&mut Exchange, &mut Vec<Request>, &mut u64)) {
+        let (d, map) = (&self.d, &self.map);
+        let (device, seed) = (self.device.take(), &mut self.seed);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let (mut x, mut disk) = device.unwrap_or_else(|| {
+                self.lives += 1;
+                // QEMU would say the used index, cloud-hypervisor the avail index; it must not matter.
+                let base = u16::try_from(next(seed) & 0xffff).unwrap();
+                let ring = Ring::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
+                (Exchange::new(d.view(), ring, Some(Record::new(map.clone(), 0, SIZE))).unwrap(), Vec::new())
+            });
+            f(&mut x, &mut disk, seed);
+            (x, disk)
+        }));
+        match outcome {
+            Ok(device) => self.device = Some(device),
+            Err(e) if e.is::<Killed>() => {
+                self.kills += 1;
+                kill_after(self.again.take());
+            }
+            Err(e) => std::panic::resume_unwind(e),
+        }
+        self.reap();
+    }
+
+    /// The device takes chains. What it begins has no answer yet, and comes in the order in which it was asked.
+    fn take(&mut self) {
+        let asked = self.asked;
+        self.run(|x, disk, _| {
+            let mut last = disk.iter().filter_map(|r| asked[slot_of(r)]).max();
+            let push = |r: Request| {
+                let number = asked[slot_of(&r)];
+                assert!(number.is_some(), "a request that was answered is carried out again");
+                assert!(number > last, "request {number:?} is begun after {last:?}");
+                last = number;
+                disk.push(r);
+                100
+            };
+            match x.owed() {
+                0 => assert_eq!(x.take(&RULES, 100, push), Pause::Empty),
+                _ => assert_eq!(x.take_owed(&RULES, 100, push), Pause::Empty),
+            }
+        });
+    }
+
+    /// The disk answers some of its requests, in any order, and the driver is told.
+    fn answer(&mut self, all: bool) {
+        self.run(|x, disk, seed| {
+            while !disk.is_empty() && (all || !next(seed).is_multiple_of(4)) {
+                let at = usize::try_from(next(seed)).unwrap() % disk.len();
+                let Request { tag, work } = disk.remove(at);
+                let memory = match work {
+                    Work::Read { into: s, .. } | Work::Write { from: s, .. } => Some(s),
+                    _ => None,
+                };
+                x.complete(Answer { tag, outcome: Outcome::Done, memory });
+            }
+            x.publish();
+        });
+    }
+
+    /// The driver looks at what it was given back.
+    fn reap(&mut self) {
+        for (head, written) in self.d.used() {
+            let slot = usize::try_from(head / 3).unwrap();
+            assert!(self.asked[slot].take().is_some(), "head {head} is given back twice");
+            self.answers += 1;
+            let status = self.d.get(STATUS + u64::from(head / 3), 1)[0];
+            assert_eq!(status, if written == 0 { 0xff } else { 0 }, "head {head} with {written} bytes");
+        }
+    }
+
+    /// A busy minute in the life of a guest, at the end of which everything is answered.
+    fn live(&mut self) {
+        for _ in 0..12 {
+            (0..next(&mut self.seed) % 5).for_each(|_| self.ask());
+            self.take();
+            self.answer(false);
+        }
+        let mut turns = 0;
+        while self.asked.iter().any(Option::is_some) {
+            self.take();
+            self.answer(true);
+            turns += 1;
+            assert!(turns < 20, "{:?} are never answered", self.asked);
+        }
+        assert_eq!(self.answers, self.asks);
+        self.stores_left = stores_left();
+        // Whoever comes now finds nothing to do.
+        kill_after(None);
+        self.device = None;
+        self.take();
+        assert_eq!(self.device.as_ref().map(|(x, disk)| (x.owed(), disk.len())), Some((0, 0)));
+    }
+}
+
+fn slot_of(request: &Request) -> usize {
+    usize::try_from(request.tag / 3).unwrap()
+}
+
+#[test]
+fn a_kill_after_any_store_loses_and_doubles_nothing() {
+    for seed in [1, 2, 3] {
+        const MANY: u32 = 1 << 30;
+        kill_after(Some(MANY));
+        let mut world = World::new(seed);
+        world.live();
+        let stores = MANY - world.stores_left.unwrap();
+        assert!(world.kills == 0 && stores > 200, "{stores}");
+        for at in 0..stores {
+            // The second kill hits the daemon that mends what the first has left, or a later one.
+            for again in [None, Some(at % 5), Some(at % 97)] {
+                let mut world = World::new(seed);
+                world.again = again;
+                kill_after(Some(at));
+                world.live();
+                assert!(world.kills > 0, "it was killed at store {at} of {stores}");
+            }
+        }
+    }
+}
+
+#[test]
+fn kills_at_random() {
+    for mut seed in 1..400u64 {
+        let mut world = World::new(seed);
+        for _ in 0..60 {
+            if stores_left().is_none() {
+                kill_after(Some(u32::try_from(next(&mut seed) % 60).unwrap()));
+            }
+            (0..next(&mut seed) % 4).for_each(|_| world.ask());
+            world.take();
+            world.answer(false);
+        }
+        kill_after(None);
+        world.live();
+        assert!(world.kills > 3 && world.lives > 3);
+    }
+}
+
+/// The two front-ends that reconnect say different things of where a ring is.
+#[test]
+fn any_base_gives_the_same() {
+    let outcome = |base: u16| {
+        let mut world = World::new(7);
+        (0..9).for_each(|_| world.ask());
+        world.take();
+        (0..3).for_each(|_| world.ask());
+        let taken = world.d.added - 3;
+        let (d, used) = (&world.d, world.d.seen);
+        let base = [used, d.added, taken, 12345][usize::from(base)];
+        let ring = Ring::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
+        let mut x = Exchange::new(d.view(), ring, Some(Record::new(world.map.clone(), 0, SIZE))).unwrap();
+        assert_eq!((x.ring().next_avail(), x.owed()), (taken, 9));
+        let mut begun = Vec::new();
+        let mut push = |r: Request| {
+            begun.push(r.tag);
+            100
+        };
+        assert_eq!(x.take_owed(&RULES, 100, &mut push), Pause::Empty);
+        assert_eq!(x.take(&RULES, 100, &mut push), Pause::Empty);
+        begun
+    };
+    assert!(outcome(0).len() > 6);
+    for base in 1..4 {
+        assert_eq!(outcome(base), outcome(0));
+    }
+}
+
+#[test]
+fn a_fresh_record_starts_at_the_rings_own_index() {
+    let map = region(SIZE);
+    let mut record = Record::new(map.clone(), 0, SIZE);
+    assert_eq!(record.resume(SIZE, 65530).unwrap(), [0u16; 0]);
+    record.take(3);
+    record.give(3);
+    // Not SPDK's bug 3766: from 0 it would take 65530 chains for given.
+    assert_eq!(Record::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
+    assert_eq!(Record::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
+    let raw = |at: usize, len: usize| {
+        let mut bytes = vec![0; len];
+        map.get_slice(at, len).unwrap().copy_to(&mut bytes);
+        bytes
+    };
+    assert_eq!(raw(0, 8), [0; 8]);
+    assert_eq!(raw(8, 8), [1u16, SIZE, 3, 65531].map(u16::to_ne_bytes).concat());
+}
+
+/// Where it stands in memory is QEMU's business, too: a region moves between back-ends.
+#[test]
+fn the_words_are_where_others_look_for_them() {
+    let map = region(8);
+    assert_eq!(Record::len(8), 192);
+    let mut record = Record::new(map.clone(), 0, 8);
+    record.resume(8, 0).unwrap();
+    for head in [5, 2, 7] {
+        record.take(head);
+    }
+    record.give(7);
+    record.give(2);
+    let mut raw = [0u8; 144];
+    map.get_slice(0, 144).unwrap().copy_to(&mut raw);
+    let head = |h: usize| (raw[16 + 16 * h], raw[22 + 16 * h], raw[24 + 16 * h]);
+    assert_eq!((head(5), head(2), head(7)), ((1, 0, 0), (1, 7, 1), (1, 0, 2)));
+    assert_eq!((raw[12], raw[14]), (2, 0));
+    record.settle(2);
+    map.get_slice(0, 144).unwrap().copy_to(&mut raw);
+    assert_eq!([5, 2, 7].map(|h| raw[16 + 16 * h]), [1, 0, 0]);
+    assert_eq!(raw[14], 2);
+}
+
+#[test]
+fn records_of_others_are_refused() {
+    let map = region(64);
+    let mut record = Record::new(map.clone(), 0, 64);
+    assert!(record.resume(128, 0).is_err(), "the ring is larger");
+    assert!(record.resume(64, 0).is_ok() && record.resume(32, 0).is_ok());
+    for (at, word) in [(VERSION, 2), (VERSION, u16::MAX), (DESC_NUM, 63), (DESC_NUM, 65), (DESC_NUM, 0)] {
+        let was: u16 = record.load(at);
+        record.store(at, word);
+        assert_eq!(record.resume(64, 0).unwrap_err().kind(), ErrorKind::Invalid);
+        record.store(at, was);
+    }
+    assert!(record.resume(64, 0).is_ok());
+}
+
+/// A record of a ring that began anew is no reason to carry out anything.
+#[test]
+fn a_record_that_cannot_be_of_this_ring_is_forgotten() {
+    let mut record = Record::new(region(64), 0, 64);
+    record.resume(64, 1000).unwrap();
+    record.take(1);
+    assert_eq!(record.clone().resume(64, 1064).unwrap(), [1], "a whole ring's batch, of others");
+    let mut record = Record::new(region(64), 0, 64);
+    record.resume(64, 1000).unwrap();
+    record.take(1);
+    assert_eq!(record.resume(64, 0).unwrap(), [0u16; 0]);
+    assert_eq!(record.resume(64, 0).unwrap(), [0u16; 0]);
+}
+
+#[test]
+fn a_hostile_record_is_bounded() {
+    for mut seed in 1..2000u64 {
+        let map = region(64);
+        let bytes: Vec<u8> = (0..Record::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
+        map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
+        let mut record = Record::new(map, 0, 64);
+        // Good enough to be looked at.
+        record.store(VERSION, VERSION_1);
+        record.store(DESC_NUM, 64u16);
+        let used = u16::try_from(next(&mut seed) & 0xffff).unwrap();
+        record.store(USED_IDX, used.wrapping_sub(u16::try_from(next(&mut seed) % 80).unwrap()));
+        if seed.is_multiple_of(2) {
+            record.store(LAST_BATCH_HEAD, u16::try_from(next(&mut seed) % 64).unwrap());
+            (0..64u16).for_each(|h| record.store(place(h) + NEXT, h ^ 1));
+            (0..64).for_each(|h| record.store(place(h), 1u8));
+            record.store(place(9) + COUNTER, u64::MAX);
+        }
+        let size = [64, 32, 1][usize::try_from(next(&mut seed) % 3).unwrap()];
+        let heads = record.resume(size, used).unwrap();
+        let mut once = heads.clone();
+        once.sort_unstable();
+        once.dedup();
+        assert_eq!(once.len(), heads.len());
+        assert!(heads.iter().all(|h| *h < size));
+        record.take(0);
+        record.give(0);
+        record.settle(used.wrapping_add(1));
+        let d = Driver::new(size);
+        let ring = Ring::new(&d.view(), d.layout(), 64, false, 0).unwrap();
+        let mut x = Exchange::new(d.view(), ring, Some(record)).unwrap();
+        for _ in 0..3 {
+            let _ = x.take_owed(&RULES, 100, |_| 100);
+        }
+        assert_eq!(x.owed(), 0);
+        x.publish();
+        x.take(&RULES, 100, |_| 100);
+    }
+}

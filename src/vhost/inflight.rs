@@ -1,0 +1,151 @@
+//! The in-flight region: made for the front-end, which keeps it and hands it back to whoever serves its rings next.
+//!
+//! Nothing of it is kept here beyond a connection. A front-end whose guest was reset throws its region away and asks
+//! for a new one; to one that comes back after a kill the region is all that it has to say of the past.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::{FileOffset, MmapRegion};
+
+use crate::device::Record;
+
+/// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
+#[derive(Clone)]
+pub(super) struct Region {
+    map: Arc<MmapRegion<()>>,
+    queues: u16,
+    queue_size: u16,
+}
+
+fn refuse(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+/// Bytes of a region. Checked: at most 64 queues of 32768 descriptors, 32 MiB.
+fn length(shape: &VhostUserInflight, most_queues: u16, most_entries: u16) -> io::Result<usize> {
+    let (queues, entries) = (shape.num_queues, shape.queue_size);
+    if queues == 0 || queues > most_queues || entries == 0 || entries > most_entries {
+        return Err(refuse(format!(
+            "an in-flight region for {queues} queues of {entries}: there are at most {most_queues} of {most_entries}"
+        )));
+    }
+    Ok(usize::from(queues) * Record::len(entries))
+}
+
+/// Makes a region of the shape asked for: what to tell the front-end of it, and its file.
+///
+/// # Errors
+/// Where it is for more than the disk has, or the host has no memory.
+pub(super) fn create(
+    shape: &VhostUserInflight,
+    most_queues: u16,
+    most_entries: u16,
+) -> io::Result<(VhostUserInflight, File)> {
+    let len = length(shape, most_queues, most_entries)? as u64;
+    let file = File::from(memfd_create("diffdisk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    file.set_len(len)?;
+    // Whoever holds it cannot pull it from under the other: a load from a lost page would end the process.
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok((VhostUserInflight::new(len, 0, shape.num_queues, shape.queue_size), file))
+}
+
+impl Region {
+    /// A region that a front-end hands in.
+    ///
+    /// # Errors
+    /// Where the front-end's numbers do not fit the disk, each other, or the file, or the file may shrink.
+    pub(super) fn map(told: &VhostUserInflight, file: File, most_queues: u16, most_entries: u16) -> io::Result<Region> {
+        let len = length(told, most_queues, most_entries)?;
+        let (size, offset) = (told.mmap_size, told.mmap_offset);
+        if size != len as u64 {
+            return Err(refuse(format!("an in-flight region of {size} bytes, where its queues take {len}")));
+        }
+        let there = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
+        if offset.checked_add(size).is_none_or(|end| end > there) {
+            return Err(refuse(format!("an in-flight region at {offset} of {size} bytes, in a file of {there}")));
+        }
+        if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+            return Err(refuse("an in-flight region in a file that may shrink".into()));
+        }
+        let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
+            .map_err(|e| io::Error::other(format!("the in-flight region cannot be mapped: {e}")))?;
+        Ok(Region { map: Arc::new(map), queues: told.num_queues, queue_size: told.queue_size })
+    }
+
+    /// The record of a queue; none where the region is for fewer queues.
+    pub(super) fn record(&self, index: usize) -> Option<Record> {
+        let at = index * Record::len(self.queue_size);
+        (index < usize::from(self.queues)).then(|| Record::new(self.map.clone(), at, self.queue_size))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(queues: u16, entries: u16) -> VhostUserInflight {
+        VhostUserInflight::new(0, 0, queues, entries)
+    }
+
+    #[test]
+    fn a_region_goes_out_and_comes_back() {
+        let (told, file) = create(&shape(3, 128), 4, 256).unwrap();
+        let (size, offset, queues, entries) = (told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size);
+        assert_eq!((size, offset, queues, entries), (3 * 2112, 0, 3, 128), "16 + 128 * 16, and up to 64");
+        assert!(file.set_len(size - 1).is_err() && file.set_len(size + 1).is_err(), "sealed");
+        let mut first = Region::map(&told, file.try_clone().unwrap(), 4, 256).unwrap();
+        assert!(first.record(3).is_none());
+        let mut record = first.record(2).unwrap();
+        assert_eq!(record.resume(128, 7).unwrap(), [0u16; 0]);
+        record.take(9);
+        record.take(5);
+        first = Region::map(&told, file, 4, 256).unwrap();
+        assert_eq!(first.record(2).unwrap().resume(128, 7).unwrap(), [9, 5], "memory, not a copy");
+        assert_eq!(first.record(1).unwrap().resume(128, 7).unwrap(), [0u16; 0]);
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() {
+        for (queues, entries) in [(0, 128), (5, 128), (1, 0), (1, 257), (u16::MAX, u16::MAX)] {
+            assert!(create(&shape(queues, entries), 4, 256).is_err(), "{queues} {entries}");
+        }
+        let (_, file) = create(&shape(2, 128), 4, 256).unwrap();
+        let map = |size, offset, queues, entries| {
+            let told = VhostUserInflight::new(size, offset, queues, entries);
+            Region::map(&told, file.try_clone().unwrap(), 4, 256).is_ok()
+        };
+        assert!(map(4224, 0, 2, 128));
+        assert!(map(2112, 0, 1, 128), "less of it");
+        for (size, offset, queues, entries) in [
+            (4223, 0, 2, 128),
+            (4225, 0, 2, 128),
+            (u64::MAX, 0, 2, 128),
+            (6336, 0, 3, 128),
+            (4224, 1, 2, 128),
+            (2112, 64, 1, 128),
+            (4224, 4096, 2, 128),
+            (4224, u64::MAX, 2, 128),
+            (10560, 0, 5, 128),
+            (0, 0, 0, 128),
+            (128, 0, 2, 0),
+        ] {
+            assert!(!map(size, offset, queues, entries), "{size} {offset} {queues} {entries}");
+        }
+    }
+
+    #[test]
+    fn files_that_may_shrink_are_refused() {
+        let told = VhostUserInflight::new(2112, 0, 1, 128);
+        let soft = File::from(memfd_create("soft", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
+        soft.set_len(4096).unwrap();
+        assert!(Region::map(&told, soft.try_clone().unwrap(), 4, 256).is_err());
+        fcntl_add_seals(&soft, SealFlags::SHRINK).unwrap();
+        assert!(Region::map(&told, soft, 4, 256).is_ok());
+        assert!(Region::map(&told, tempfile::tempfile().unwrap(), 4, 256).is_err());
+        assert!(Region::map(&told, File::open("/dev/zero").unwrap(), 4, 256).is_err());
+    }
+}

@@ -1,0 +1,175 @@
+//! What a front-end has said of its rings, and running those that are complete.
+//!
+//! A ring runs when everything it needs is there: features, memory, size, addresses, a kick, and the word to enable
+//! it. What a running ring uses is changed only after the ring is drained and stopped; then it goes on where it was.
+//! Dropped, the rings are drained. Addresses of rings stay as the front-end gave them until a ring is started, so they
+//! may come before the memory they lie in.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use log::{debug, warn};
+use vhost::vhost_user::{Error as VhostError, Result as VhostResult};
+use vhost_user_backend::VringT;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::inflight::Region;
+use super::memory::MemoryTable;
+use super::worker::{Ring, Worker};
+use crate::device::{AtomicMemory, Vring};
+
+/// The rings of one connection.
+pub(super) struct Rings<'a> {
+    pub(super) workers: &'a [Worker],
+    /// The disk's name, for the log.
+    pub(super) name: &'a str,
+    pub(super) memory: MemoryTable,
+    /// Where the front-end keeps what is in flight, if it does.
+    pub(super) inflight: Option<Region>,
+    /// What the front-end accepted of the features; none before it did.
+    pub(super) features: Option<u64>,
+    pub(super) setups: Vec<RingSetup>,
+}
+
+/// What the front-end has said about a ring.
+#[derive(Default)]
+pub(super) struct RingSetup {
+    pub(super) size: u16,
+    pub(super) addresses: Option<Addresses>,
+    /// Where it starts, or where it stopped.
+    pub(super) base: u16,
+    pub(super) kick: Option<Arc<File>>,
+    pub(super) call: Option<File>,
+    pub(super) err: Option<File>,
+    pub(super) enabled: bool,
+    pub(super) running: bool,
+}
+
+/// Where a ring lies, in the front-end's own address space.
+#[derive(Clone, Copy)]
+pub(super) struct Addresses {
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+}
+
+/// A refusal, with the reason for the log.
+pub(super) fn failed(why: impl Into<String>) -> VhostError {
+    VhostError::ReqHandlerError(io::Error::other(why.into()))
+}
+
+impl<'a> Rings<'a> {
+    /// Rings of which nothing has been said, one a worker.
+    pub(super) fn new(workers: &'a [Worker], name: &'a str) -> Rings<'a> {
+        let setups = workers.iter().map(|_| RingSetup::default()).collect();
+        Rings { workers, name, memory: MemoryTable::default(), inflight: None, features: None, setups }
+    }
+
+    /// Starts the ring if it has all it needs and does not run.
+    pub(super) fn start_if_complete(&mut self, index: usize) -> VhostResult<()> {
+        let ring = &self.setups[index];
+        let (Some(features), Some(addresses), Some(kick)) = (self.features, ring.addresses, &ring.kick) else {
+            return Ok(());
+        };
+        if ring.running || !ring.enabled || ring.size == 0 || self.memory.is_empty() {
+            return Ok(());
+        }
+        let vring = self.lay_out(ring, addresses, features)?;
+        let cloned = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+        let (call, err) = (cloned(&ring.call), cloned(&ring.err));
+        vring.set_call(call.map_err(VhostError::ReqHandlerError)?);
+        let err = err.map_err(VhostError::ReqHandlerError)?;
+        let (kick, base) = (kick.clone(), ring.base);
+        let record = match &self.inflight {
+            Some(region) => Some(region.record(index).ok_or_else(|| failed("the in-flight region has no such queue"))?),
+            None => None,
+        };
+        let memory = self.memory.memory();
+        let started = self.workers[index].start_ring(Ring { vring, memory, record, kick, err, base });
+        started.map_err(|e| failed(e.line()))?;
+        debug!("disk {}: ring {index} runs from {base}", self.name);
+        self.setups[index].running = true;
+        Ok(())
+    }
+
+    /// A ring's state as the device works on it.
+    fn lay_out(&self, ring: &RingSetup, at: Addresses, features: u64) -> VhostResult<Vring> {
+        let at = self.to_guest(at, ring.size)?;
+        let refused = |e| failed(format!("the ring cannot be laid out: {e}"));
+        let vring = Vring::new(AtomicMemory::from(self.memory.memory()), ring.size).map_err(refused)?;
+        vring.set_queue_size(ring.size);
+        vring.set_queue_info(at.descriptors, at.available, at.used).map_err(refused)?;
+        vring.set_queue_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        vring.set_queue_next_avail(ring.base);
+        vring.set_queue_next_used(vring.queue_used_idx().map_err(refused)?);
+        vring.set_enabled(true);
+        vring.set_queue_ready(true);
+        Ok(vring)
+    }
+
+    /// The ring's places as guest addresses; each part must lie in one region.
+    pub(super) fn to_guest(&self, at: Addresses, size: u16) -> VhostResult<Addresses> {
+        let size = u64::from(size);
+        // A split ring: 16 bytes a descriptor; flags, index and 2 bytes an entry; flags, index and 8 bytes an entry;
+        // and the event index after each of the latter.
+        let place = |what: &str, user, len| {
+            let guest = self.memory.guest_address(user, len);
+            guest.ok_or_else(|| failed(format!("the {what} at {user:#x} lies outside the guest's memory")))
+        };
+        Ok(Addresses {
+            descriptors: place("descriptor table", at.descriptors, 16 * size)?,
+            available: place("available ring", at.available, 6 + 2 * size)?,
+            used: place("used ring", at.used, 6 + 8 * size)?,
+        })
+    }
+
+    /// Drains and stops these rings, all at once; they keep their place. Tells which ran.
+    pub(super) fn stop(&mut self, range: Range<usize>) -> Vec<usize> {
+        let running: Vec<usize> = range.filter(|i| self.setups[*i].running).collect();
+        let answers: Vec<_> = running.iter().map(|i| self.workers[*i].stop_ring()).collect();
+        for (index, answer) in running.iter().zip(answers) {
+            let ring = &mut self.setups[*index];
+            ring.running = false;
+            match answer.recv() {
+                Ok(base) => ring.base = base,
+                Err(_) => warn!("disk {}: the thread of queue {index} is lost", self.name),
+            }
+        }
+        running
+    }
+
+    pub(super) fn stop_all(&mut self) -> Vec<usize> {
+        self.stop(0..self.setups.len())
+    }
+
+    /// Starts every ring that is complete. One that cannot be started stays stopped until it is set up anew.
+    pub(super) fn start_all(&mut self) {
+        for index in 0..self.setups.len() {
+            if let Err(e) = self.start_if_complete(index) {
+                warn!("disk {}: ring {index} does not start: {e}", self.name);
+            }
+        }
+    }
+
+    /// Puts another memory table in place while no ring runs.
+    pub(super) fn change_memory(&mut self, table: MemoryTable) {
+        self.stop_all();
+        self.memory = table;
+        self.start_all();
+    }
+
+    /// Changes a ring while it does not run.
+    pub(super) fn change_ring(&mut self, index: usize, change: impl FnOnce(&mut RingSetup)) -> VhostResult<()> {
+        self.stop(index..index + 1);
+        change(&mut self.setups[index]);
+        self.start_if_complete(index)
+    }
+}
+
+impl Drop for Rings<'_> {
+    fn drop(&mut self) {
+        self.stop_all();
+    }
+}
