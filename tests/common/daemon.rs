@@ -70,6 +70,11 @@ impl Daemon {
         self.child.wait().expect("a killed daemon ends");
     }
 
+    /// SIGKILL without waiting for its end.
+    pub fn strike(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
+    }
+
     /// Ends it by SIGTERM. The test fails when its exit status is not 0.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
@@ -17,6 +18,9 @@ use crate::units::SECTOR;
 
 /// Bytes moved at once through bounce memory.
 const BOUNCE: usize = 1 << 20;
+
+/// How long the I/O of a process that is gone may take to end.
+const FENCE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// An open regular file. Clones share the open description, and with it the locks.
 #[derive(Clone, Debug)]
@@ -252,13 +256,30 @@ impl HostFile {
     }
 
     /// See [`File::lock`](crate::storage::File::lock). It may be called again to change the kind of lock.
+    ///
+    /// A killed process's I/O can still land after it is gone; its locks stay until then, since rings hold the locked
+    /// descriptions. That is the fence (crash-safety 3.10), and here is who waits at it.
     pub fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.0.access == Access::Read {
             let what = "an exclusive lock needs a file opened for writing";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(self.path()));
         }
         let mut held = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        lock::change(self.as_fd(), self.0.id, *held, wanted).map_err(|e| e.at_path(self.path()))?;
+        let began = Instant::now();
+        let mut pause = Duration::from_millis(2);
+        loop {
+            let e = match lock::change(self.as_fd(), self.0.id, *held, wanted) {
+                Ok(()) => break,
+                Err(e) => e,
+            };
+            let fenced = e.kind() == ErrorKind::Busy && !lock::is_held_by_the_living(self.as_fd(), self.0.id);
+            if !fenced || began.elapsed() >= FENCE_PATIENCE {
+                return Err(e.at_path(self.path()));
+            }
+            log::debug!("{}: waiting for the I/O of a process that has ended", self.path().display());
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(250));
+        }
         *held = Some(wanted);
         Ok(())
     }
