@@ -157,7 +157,8 @@ impl Load<'_> {
             }
             tag += 1;
             // One request a stripe at a time: what is written meanwhile may be read as either.
-            let busy = |stripe: u64| asked.iter().flatten().any(|a| a.kind != Kind::Flush && a.sector / STRIPE == stripe);
+            let busy =
+                |stripe: u64| asked.iter().flatten().any(|a| a.kind != Kind::Flush && a.sector / STRIPE == stripe);
             let stripe = loop {
                 // The part that is written at all grows, so that there are fresh blocks to the end.
                 grown = (tag / 8).clamp(64, of_queue);
@@ -166,7 +167,8 @@ impl Load<'_> {
                     break stripe;
                 }
             };
-            let sectors = [1, 1, 8, 8, 8, 16, 128, 1 + rng.below(STRIPE)][usize::try_from(rng.below(8)).expect("small")];
+            let sectors =
+                [1, 1, 8, 8, 8, 16, 128, 1 + rng.below(STRIPE)][usize::try_from(rng.below(8)).expect("small")];
             let sector = stripe * STRIPE + rng.below(STRIPE - sectors + 1);
             let kind = match rng.below(20) {
                 0..11 => Kind::Write,
@@ -210,17 +212,20 @@ fn torment(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, rng: &mu
         daemon.wait_until_it_listens();
         let mut left = if fate == 1 { rng.below(40) } else { u64::MAX };
         let mut cut = false;
-        let outcome = machine.connect(&daemon.socket(), &mut Manners {
-            base: rng.pick(&[Base::Used, Base::Avail]),
-            patient: rng.below(2) == 0,
-            before_each: &mut || {
-                if left == 0 && !cut {
-                    daemon.kill_now();
-                    cut = true;
-                }
-                left = left.saturating_sub(1);
+        let outcome = machine.connect(
+            &daemon.socket(),
+            &mut Manners {
+                base: rng.pick(&[Base::Used, Base::Avail]),
+                patient: rng.below(2) == 0,
+                before_each: &mut || {
+                    if left == 0 && !cut {
+                        daemon.kill_now();
+                        cut = true;
+                    }
+                    left = left.saturating_sub(1);
+                },
             },
-        });
+        );
         match outcome {
             _ if cut => tally.handshakes_cut += 1,
             Ok(stream) => {
@@ -306,7 +311,15 @@ fn seconds() -> Duration {
 fn created(folder: &Path, kind: &str) -> PathBuf {
     let image = folder.join(format!("{kind}.vhd"));
     let size = format!("{}M", SIZE / MIB);
-    diffdisk([OsStr::new("create"), image.as_os_str(), OsStr::new("--size"), size.as_ref(), OsStr::new("--type"), kind.as_ref()]).ok();
+    diffdisk([
+        OsStr::new("create"),
+        image.as_os_str(),
+        OsStr::new("--size"),
+        size.as_ref(),
+        OsStr::new("--type"),
+        kind.as_ref(),
+    ])
+    .ok();
     image
 }
 
