@@ -3,6 +3,7 @@
 //! Several queues write, overwrite, zero, flush and read, and compare every byte that comes back with what was
 //! acknowledged. Meanwhile the daemon gets SIGKILL every 200 ms or so: at work, at its start, and amid the handshake.
 //! DIFFDISK_KILL_SECONDS says how long (60).
+#![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
 
 #![allow(clippy::host_endian_bytes)]
 

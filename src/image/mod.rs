@@ -29,6 +29,8 @@ mod keep;
 pub mod open;
 mod paged;
 mod recover;
+#[cfg(all(test, feature = "sim"))]
+mod rig;
 pub mod tail;
 pub mod writable;
 

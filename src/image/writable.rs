@@ -386,3 +386,7 @@ impl Writable {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "writable_tests.rs"]
+mod tests;
