@@ -5,8 +5,6 @@
 //! DIFFDISK_KILL_SECONDS says how long (60).
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
 
-#![allow(clippy::host_endian_bytes)]
-
 mod common;
 
 use std::collections::HashMap;
