@@ -265,6 +265,10 @@ fn recover(image: &Image) -> Result<Sparse> {
     if !image.has_whole_tail_footer() {
         log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
         file.write_at(&footer, end * SECTOR)?;
+    }
+    // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
+    // is punched next: there must be one at every moment.
+    if end > next || !image.has_whole_tail_footer() {
         file.sync()?;
     }
     if end > next {
