@@ -7,6 +7,7 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod mutant;
 pub mod ops;
 pub mod storage;
 pub mod units;

@@ -13,6 +13,7 @@ use super::open::Image;
 use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bat, layout};
+use crate::mutant::{self, Mutant};
 use crate::storage::{File, Lock};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
@@ -53,7 +54,7 @@ impl Writable {
         image.check_writable()?;
         let fixed = image.kind() == DiskType::Fixed;
         let sparse = if fixed { None } else { Some(recover(&image)?) };
-        let (unsynced, dirty) = (AtomicBool::new(true), Mutex::default());
+        let (unsynced, dirty) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), Mutex::default());
         Ok(Writable { image, sparse, unsynced, dirty, poison: OnceLock::new() })
     }
 
@@ -119,6 +120,20 @@ impl Writable {
             }
         }
         self.touched();
+        if mutant::is(Mutant::EagerMetadata) {
+            self.write_eagerly();
+        }
+    }
+
+    /// A mistake: what is dirty goes to the file before its data is durable.
+    fn write_eagerly(&self) {
+        for granule in self.dirty().clone() {
+            let (block, _, at) = self.bitmap_place(granule);
+            let _ = self.file().write_at(&self.granule(granule).snapshot(), at);
+            if let Some((at, bytes)) = self.bat_sector(block / bat::ENTRIES_PER_SECTOR, &[block]) {
+                let _ = self.file().write_at(&bytes, at);
+            }
+        }
     }
 
     /// Says that bytes changed that no bit speaks for (a punch in present sectors).
@@ -231,6 +246,9 @@ impl Writable {
             self.granule(granule).set_placed();
             room.fresh.remove(&sparse.bitmaps.block_of(granule).0);
         }
+        if mutant::is(Mutant::AllPlaced) {
+            room.fresh.clear();
+        }
     }
 
     /// The file sector after the last block the file knows.
@@ -268,12 +286,14 @@ fn recover(image: &Image) -> Result<Sparse> {
     }
     // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
     // is punched next: there must be one at every moment.
-    if end > next || !image.has_whole_tail_footer() {
+    if (end > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    if end > next {
+    if end > next && !mutant::is(Mutant::NoScrub) {
         file.punch(next * SECTOR, (end - next) * SECTOR)?;
-        file.sync()?;
+        if !mutant::is(Mutant::ScrubUnsynced) {
+            file.sync()?;
+        }
     }
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;

@@ -4,6 +4,8 @@
 //! unclean ends in between. Every disagreement names the seed.
 #![allow(unreachable_pub)]
 
+#[path = "../common/memory.rs"]
+mod memory;
 mod rig;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
