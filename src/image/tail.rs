@@ -25,6 +25,7 @@ use std::sync::Arc;
 use super::commit::Step;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Op, Payload, Slot};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -126,12 +127,18 @@ impl Growth {
             (Phase::Allocate, _) => {
                 let at = end(self).expect("checked at the start") * SECTOR;
                 let footer = Buffer::copy_of(&self.image.footer_bytes());
+                if mutant::is(Mutant::LengthFirst) {
+                    self.image.file().set_len(at + SECTOR)?;
+                }
                 ops.push(Op::write(0, self.slot, at, Payload::Own(footer)));
                 self.phase = Phase::Footer;
             }
             (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
             (Phase::SyncFooter, None) => {
-                let zeros = Buffer::zeroed(SECTOR_BYTES);
+                let mut zeros = Buffer::zeroed(SECTOR_BYTES);
+                if mutant::is(Mutant::NoWipe) {
+                    zeros.copy_from_slice(&self.image.footer_bytes());
+                }
                 ops.push(Op::write(0, self.slot, self.old * SECTOR, Payload::Own(zeros)));
                 self.phase = Phase::Wipe;
             }
@@ -160,7 +167,11 @@ impl Growth {
     }
 
     fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        ops.push(Op::sync(0, self.slot));
+        let missing = match phase {
+            Phase::SyncFooter => mutant::is(Mutant::GrowUnsynced),
+            _ => mutant::is(Mutant::WipeUnsynced),
+        };
+        ops.push(if missing { Op::range(0, self.slot, Action::Allocate, 0, SECTOR) } else { Op::sync(0, self.slot) });
         self.phase = phase;
     }
 
@@ -228,7 +239,9 @@ impl Writable {
             return Ok(());
         }
         file.write_at(&self.footer_bytes(), end)?;
-        file.sync()?;
+        if !mutant::is(Mutant::TrimUnsynced) {
+            file.sync()?;
+        }
         file.set_len(end + SECTOR)?;
         file.sync()
     }

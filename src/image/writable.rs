@@ -17,6 +17,7 @@ use super::recover::recover;
 use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -64,7 +65,7 @@ impl Writable {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found)?),
         };
-        let (unsynced, due) = (AtomicBool::new(true), AtomicBool::new(false));
+        let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
         image.adopt(&found);
         Ok(image)
@@ -165,6 +166,8 @@ impl Writable {
             }
         }
         self.touched();
+        #[cfg(feature = "mutants")]
+        self.mistake_metadata();
         kept
     }
 
@@ -173,6 +176,7 @@ impl Writable {
         let journal = match &self.keep {
             Kept::Nothing => return true,
             Kept::Commit => return false,
+            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
             Kept::Journal(journal) => journal,
         };
         let mut slot = granule.slot();
@@ -344,6 +348,8 @@ impl Writable {
                 }
             }
         }
+        #[cfg(feature = "mutants")]
+        self.mistake_places();
         for (block, _) in &places {
             sparse.bitmaps.set_placed(*block);
         }

@@ -5,6 +5,8 @@
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
+#[path = "../common/memory.rs"]
+mod memory;
 mod rig;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
