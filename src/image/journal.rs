@@ -45,6 +45,7 @@ const MAGIC_AT: usize = 0;
 const IDENTITY_AT: usize = 1; // boot id (2), device, inode, UUID (2)
 const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
 const SUMS: usize = 8; // two
+const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
 // Not zero: why the image was poisoned, as text.
 const POISON: usize = 16;
 const POISON_WORDS: usize = 32;
@@ -141,13 +142,15 @@ impl Journal {
             image.bat().is_some_and(|table| table.place(block).is_some())
         };
         for f in found {
-            if !f.counted && in_file(f) {
-                self.word(f.slot, PLACED_BY).store(settled, Ordering::Release);
+            if !f.counted {
+                let placed_by = if in_file(f) { settled } else { NEVER };
+                self.word(f.slot, PLACED_BY).store(placed_by, Ordering::Release);
             }
             self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
         }
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(settled << 1 | (1 - which) as u64, Ordering::Release);
+        self.live[UNACCOUNTED].store(0, Ordering::Release);
     }
 
     /// Removes it: everything it says is in the file, or is given up.
@@ -221,7 +224,8 @@ impl Journal {
                 Some(_) => {}
             }
         }
-        if expected != sum { refuse("its block table has changed") } else { Ok(found) }
+        let accounted = self.live[UNACCOUNTED].load(Ordering::Acquire) == 0;
+        if expected != sum && accounted { refuse("its block table has changed") } else { Ok(found) }
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
@@ -293,9 +297,13 @@ impl Journal {
     }
 
     /// A commit begins, which is going to put the places of `blocks` into the file. Called before its snapshot is taken:
-    /// slots claimed from now on belong to the next one. Its epoch.
-    pub(super) fn begin(&self, blocks: BTreeSet<u32>) -> u64 {
+    /// slots claimed from now on belong to the next one. Its epoch. `unaccounted`: some of the blocks found no slot when
+    /// they got their places; if this commit is killed, the sum proves nothing.
+    pub(super) fn begin(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
+        if unaccounted {
+            self.live[UNACCOUNTED].store(1, Ordering::Release);
+        }
         let epoch = state.epoch;
         state.placing = (epoch, blocks);
         state.epoch += 1;
@@ -338,6 +346,7 @@ impl Journal {
         });
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
+        self.live[UNACCOUNTED].store(0, Ordering::Release);
         let mut state = self.lock();
         // Not before the store: a slot claimed in between must say that it counts with this commit only.
         state.placing.1.clear();

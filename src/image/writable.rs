@@ -5,6 +5,7 @@
 //!
 //! Does not order durable writes (`commit.rs`), nor make room (`tail.rs`), nor look at parents.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -128,7 +129,8 @@ impl Writable {
         }
         sparse.bitmaps.prepare(block, sparse.fresh);
         if let Kept::Journal(journal) = &self.keep {
-            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak.
+            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
+            // entry that a killed commit leaves in the table is accounted for.
             let granule = sparse.bitmaps.first_of(block);
             let made = sparse.bitmaps.get(granule).expect("prepared");
             *made.slot() = journal.claim(granule, block, place, true, made.words());
@@ -149,17 +151,13 @@ impl Writable {
     pub fn mark(&self, range: SectorRange) -> bool {
         let mut kept = true;
         if let Some(sparse) = &self.sparse {
-            let mut rest = range;
-            while !rest.is_empty() {
-                let block = sparse.block_size.range_of(sparse.block_size.block_of(rest.start()));
-                let part = rest.clip(block);
+            for (_, part) in sparse.block_size.parts(range) {
                 sparse.bitmaps.mark(part, |index, granule, bit, count| {
                     if granule.note_dirty() {
                         self.dirty().push(index);
                     }
                     kept &= self.keep(index, granule, bit, count);
                 });
-                rest = rest.skip(part.count());
             }
         }
         self.touched();
@@ -315,7 +313,11 @@ impl Writable {
         let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return 0 };
         let room = lock(&sparse.room);
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
-        journal.begin(blocks.filter(|b| room.fresh.contains(b)).collect())
+        let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
+        // A block has a slot from its reservation on, unless all were taken then.
+        let slotless = |b: &u32| sparse.bitmaps.get(sparse.bitmaps.first_of(*b)).is_none_or(|g| g.slot().is_none());
+        let unaccounted = blocks.iter().any(slotless);
+        journal.begin(blocks, unaccounted)
     }
 
     /// The commit of `epoch` is over, well or not: in the first case the file knows what it took.

@@ -70,6 +70,11 @@ impl Daemon {
         self.child.wait().expect("a killed daemon ends");
     }
 
+    /// SIGKILL without waiting for its end.
+    pub fn strike(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
+    }
+
     /// Ends it by SIGTERM. The test fails when its exit status is not 0.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");
@@ -102,6 +107,15 @@ impl Daemon {
     pub fn wait_until_it_listens(&mut self) {
         let old = self.old_socket;
         self.wait_for_socket(old);
+    }
+
+    /// Waits until it, or a predecessor, has said `words` so many times.
+    pub fn wait_for_words(&self, words: &str, times: usize) {
+        let started = Instant::now();
+        while self.log().matches(words).count() < times {
+            assert!(started.elapsed() < PATIENCE, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
+            sleep(Duration::from_millis(10));
+        }
     }
 
     /// Waits until there is a socket other than `old`, the one a killed daemon has left.

@@ -3,8 +3,7 @@
 //!
 //! [`Machine::connect`] is the front-end; each [`Driver`] is the guest's driver of one queue, on a thread of its own,
 //! and never learns that the back-end was away.
-#![allow(clippy::host_endian_bytes, reason = "vhost-user and event counters speak in the order of the host")]
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::host_endian_bytes)]
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
