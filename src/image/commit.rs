@@ -91,6 +91,12 @@ impl Commit {
         self.image.check_poison()?;
         match self.phase {
             Phase::Start => Ok(self.start(ops)),
+            // The host tells of a failure once: to one of two syncs that ran side by side. While growth syncs, a yes may hide
+            // its no; when it is over, the image is poisoned or the yes was one.
+            Phase::Settle | Phase::Seal if self.image.is_growth_syncing() => {
+                self.sync(self.phase, ops);
+                Ok(Step::Wait)
+            }
             Phase::Settle => {
                 self.point(ops);
                 Ok(Step::Wait)

@@ -47,6 +47,8 @@ pub struct Room {
     pub fresh: BTreeSet<u32>,
     /// A step is under way.
     pub growing: bool,
+    /// A sync of a step is under way.
+    pub syncing: bool,
 }
 
 /// One step of growth under way.
@@ -93,7 +95,11 @@ impl Growth {
     /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
     /// and growth may be tried again; `Poisoned` where a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
-        match self.advance(failed, ops) {
+        let step = self.advance(failed, ops);
+        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SyncFooter | Phase::SyncWipe));
+        // After a failure has poisoned the image: a commit that sees no sync any more must see that.
+        self.image.room().syncing = syncs;
+        match step {
             Ok(Step::Wait) => Ok(Step::Wait),
             over => {
                 self.phase = Phase::Over;
@@ -134,6 +140,8 @@ impl Growth {
                 self.phase = Phase::Footer;
             }
             (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
+            // A commit's sync may have been told of a failure that concerns ours, too.
+            (Phase::SyncFooter | Phase::SyncWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
             (Phase::SyncFooter, None) => {
                 let mut zeros = Buffer::zeroed(SECTOR_BYTES);
                 if mutant::is(Mutant::NoWipe) {
@@ -222,6 +230,11 @@ impl Writable {
     pub fn is_short(&self, room: &Room) -> bool {
         let wanted = (self.step_blocks() / 4).max(1).min(room.unplaced);
         wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.end)
+    }
+
+    /// Whether a step of growth waits for a sync.
+    pub(super) fn is_growth_syncing(&self) -> bool {
+        self.image().block_size().is_some() && self.room().syncing
     }
 
     /// Whether a step of growth is under way.

@@ -152,17 +152,13 @@ impl Writable {
     pub fn mark(&self, range: SectorRange) -> bool {
         let mut kept = true;
         if let Some(sparse) = &self.sparse {
-            let mut rest = range;
-            while !rest.is_empty() {
-                let block = sparse.block_size.range_of(sparse.block_size.block_of(rest.start()));
-                let part = rest.clip(block);
+            for (_, part) in sparse.block_size.parts(range) {
                 sparse.bitmaps.mark(part, |index, granule, bit, count| {
                     if granule.note_dirty() {
                         self.dirty().push(index);
                     }
                     kept &= self.keep(index, granule, bit, count);
                 });
-                rest = rest.skip(part.count());
             }
         }
         self.touched();

@@ -71,8 +71,8 @@ impl Rig {
         assert_eq!(self.work(Work::Discard { ranges }), Outcome::Done);
     }
 
-    pub fn zero(&mut self, range: SectorRange, unmap: bool) {
-        let ranges = vec![ZeroRange { range, unmap }];
+    pub fn zero(&mut self, ranges: &[SectorRange], unmap: bool) {
+        let ranges = ranges.iter().map(|range| ZeroRange { range: *range, unmap }).collect();
         assert_eq!(self.work(Work::WriteZeroes { ranges }), Outcome::Done);
     }
 
