@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest oracles bench bench-full bench-instructions fio
+.PHONY: help build demo test check guest oracles kill-long bench bench-full bench-instructions fio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ oracles: ## the programs by others that tests compare with, in target/oracles
 
 test: guest oracles ## everything that can fail; installs what it needs
 	cargo test --features sim
+
+kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
+	DIFFDISK_KILL_SECONDS=600 cargo test --release --features sim --test kill a_guest -- --nocapture
 
 check: ## formatting, lints, documentation
 	cargo fmt --check

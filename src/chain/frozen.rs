@@ -141,15 +141,25 @@ impl Frozen {
 
     /// The bitmap sectors that decide a cell; none where it is decided.
     pub fn pieces(&self, index: usize) -> Vec<BitmapPiece> {
+        if self.is_decided(index) {
+            return Vec::new();
+        }
         let wanted = self.decide(index, &[]).err().unwrap_or_default();
         wanted.into_iter().map(|(layer, at)| BitmapPiece { layer, at, words: None }).collect()
     }
 
     /// Takes in all pieces of a cell, and decides it.
     pub fn supply(&self, index: usize, pieces: &[BitmapPiece]) {
-        let cell = self.decide(index, pieces).expect("all pieces that were asked for are there");
         // Two queues may have loaded the same cell; both found the same.
+        if self.is_decided(index) {
+            return;
+        }
+        let cell = self.decide(index, pieces).expect("all pieces that were asked for are there");
         let _ = self.cells.touch(index).set(cell);
+    }
+
+    fn is_decided(&self, index: usize) -> bool {
+        self.cells.get(index).and_then(OnceLock::get).is_some()
     }
 
     /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not among `known`.
@@ -278,5 +288,98 @@ impl Walk<'_> {
             DiskType::Differencing => self.open.push(run),
             _ => self.decided.push((run, Source::Zero)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rig::{Rig, seen};
+    use super::super::{Use, Version};
+    use super::*;
+
+    #[test]
+    fn runs_keep_their_limits() {
+        let last = Source::File { slot: Slot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
+        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: Slot(0), offset: 0 })] {
+            let run = Run::new(end, source);
+            assert_eq!((run.end(), run.source(0)), (end, source));
+        }
+        let run = Run::new(4096, Source::File { slot: Slot(5), offset: 512 });
+        assert_eq!(run.source(3), Source::File { slot: Slot(5), offset: 2048 });
+        assert_eq!(Run::new(9, Source::Zero).source(8), Source::Zero);
+    }
+
+    /// Three layers of other block sizes; the one in the middle is the shortest.
+    fn three() -> (Rig, Vec<u8>) {
+        let rig = Rig::new();
+        rig.dynamic("root", 4 << 10, 10_000);
+        rig.fill("root", &[(0, 10_000, 1)]);
+        rig.child("middle", "root", 2 << 20, 9_000);
+        rig.fill("middle", &[(3, 5, 2), (4_090, 4_100, 3), (8_999, 9_000, 4)]);
+        rig.child("leaf", "middle", 512 << 10, 10_001);
+        rig.fill("leaf", &[(4, 5, 5), (4_095, 4_097, 6), (9_500, 9_501, 7)]);
+        let mut want = vec![1; 9_000];
+        want.resize(10_001, 0);
+        for (from, to, byte) in [
+            (3, 4, 2),
+            (4, 5, 5),
+            (4_090, 4_095, 3),
+            (4_095, 4_097, 6),
+            (4_097, 4_100, 3),
+            (8_999, 9_000, 4),
+            (9_500, 9_501, 7),
+        ] {
+            want[from..to].fill(byte);
+        }
+        (rig, want)
+    }
+
+    #[test]
+    fn every_sector_comes_from_the_youngest_layer_that_has_it() {
+        let (rig, want) = three();
+        let whole = rig.read("leaf");
+        assert_eq!(seen(&whole, 0, 10_001), want);
+        // From inside of runs, of warm and of cold maps.
+        for version in [whole, rig.read("leaf")] {
+            for from in [1, 3, 4, 5, 100, 4_094, 4_095, 4_096, 4_099, 4_100, 8_998, 8_999, 9_000, 9_499, 9_501] {
+                for to in [from + 1, from + 2, from + 130].map(|to| to.min(10_001)) {
+                    assert_eq!(seen(&version, from as u64, to as u64), want[from..to], "{from}..{to}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cell_is_loaded_once() {
+        let (rig, _) = three();
+        let version = rig.read("leaf");
+        let (range, mut plan) = (SectorRange::between(4_000, 4_200), Plan::default());
+        version.plan_read(range, &mut plan);
+        assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
+        // A bitmap sector of the child and of the middle; the root's blocks of 4 KiB have one each, which only the open
+        // part of the cell needs.
+        let pieces = version.frozen().pieces(1);
+        assert!(pieces.iter().any(|p| p.layer == 0) && pieces.iter().any(|p| p.layer == 2), "{pieces:?}");
+        version.load_now(&plan.missing).unwrap();
+        version.plan_read(range, &mut plan);
+        assert!(plan.missing.is_empty() && version.frozen().pieces(1).is_empty());
+        let ends: Vec<_> = plan.extents.iter().map(|e| e.range.end()).collect();
+        assert!(ends.contains(&4_095) && ends.contains(&4_097) && ends.last() == Some(&4_200), "{ends:?}");
+    }
+
+    #[test]
+    fn blocks_without_a_place_need_nothing_from_the_files() {
+        let rig = Rig::new();
+        rig.fixed("root", 9_000);
+        rig.child("leaf", "root", 2 << 20, 9_000);
+        let version = rig.chain("leaf", Use::Look).unwrap().into_frozen();
+        let mut plan = Plan::default();
+        version.plan_read(SectorRange::between(10, 8_900), &mut plan);
+        assert!(plan.missing.is_empty());
+        let want = Source::File { slot: Slot(1), offset: 10 * SECTOR };
+        assert!(matches!(plan.extents[..], [extent] if extent.source == want), "{plan:?}");
+        let nothing = Version::new(None, Frozen::new(Vec::new()), 8);
+        nothing.plan_read(SectorRange::between(0, 8), &mut plan);
+        assert_eq!(plan.extents[0].source, Source::Zero);
     }
 }

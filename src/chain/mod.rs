@@ -18,6 +18,8 @@ mod frozen;
 mod open;
 mod parents;
 mod resolve;
+#[cfg(test)]
+mod rig;
 mod top;
 mod version;
 

@@ -9,7 +9,7 @@ use super::top::Top;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::DiskType;
-use crate::image::journal::refuse_if_live;
+use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
 use crate::storage::{Access, Env, Lock, Slot};
 use crate::units::SECTOR;
@@ -104,5 +104,43 @@ impl Chain {
         let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
         let layers = (1..).zip(parents).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
         Ok(Version::new(Some(top), Frozen::new(layers), sectors))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rig::{Rig, seen};
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn who_reads_shares_and_who_writes_does_not() {
+        let rig = Rig::new();
+        rig.dynamic("root", 2 << 20, 100);
+        rig.child("a", "root", 2 << 20, 100);
+        rig.child("b", "root", 2 << 20, 100);
+        let busy = |name, how| matches!(rig.chain(name, how), Err(e) if e.kind() == ErrorKind::Busy);
+        let a = rig.chain("a", Use::Write).unwrap();
+        assert!(busy("a", Use::Write) && busy("a", Use::Read), "one writer, alone");
+        assert!(!busy("a", Use::Look), "headers may be looked at");
+        assert!(!busy("b", Use::Write), "children share their parent");
+        assert!(busy("root", Use::Write) && !busy("root", Use::Read), "a parent does not change");
+        drop(a);
+        let _reader = rig.chain("a", Use::Read).unwrap();
+        assert!(busy("a", Use::Write) && !busy("a", Use::Read));
+    }
+
+    #[test]
+    fn the_disk_is_as_large_as_the_youngest() {
+        let rig = Rig::new();
+        rig.fixed("root", 50);
+        rig.fill("root", &[(0, 50, 1)]);
+        rig.child("larger", "root", 4 << 10, 60);
+        rig.child("smaller", "larger", 4 << 10, 20);
+        let version = rig.read("larger");
+        assert_eq!((version.sectors(), version.depth()), (60, 2));
+        assert_eq!(seen(&version, 45, 60), [[1; 5].as_slice(), &[0; 10]].concat());
+        let version = rig.write("smaller");
+        assert_eq!((version.sectors(), version.depth(), seen(&version, 0, 20)), (20, 3, vec![1; 20]));
     }
 }

@@ -196,3 +196,74 @@ fn reason(e: &Error) -> String {
         _ => e.line(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Use;
+    use super::super::rig::Rig;
+    use super::*;
+    use crate::storage::host::Host;
+
+    const BLOCK: u32 = 2 << 20;
+
+    #[test]
+    fn dots_are_taken_away_by_text() {
+        let roots = vec![PathBuf::from("/vms/a"), PathBuf::from("/golden")];
+        let search = Search { env: &Host, roots, max_depth: 9, passed: Vec::new(), tables: 0, lock: false };
+        let below = |path: &str| search.below_root(Path::new(path)).map(|(root, rest)| root.join("|").join(rest));
+        for (path, found) in [
+            ("/vms/a/p.vhd", Some("/vms/a/|/p.vhd")),
+            ("/vms/a/./x/../p.vhd", Some("/vms/a/|/p.vhd")),
+            ("/vms/b/../a/p.vhd", Some("/vms/a/|/p.vhd")),
+            ("/vms/a/../../golden/r.vhd", Some("/golden/|/r.vhd")),
+            ("/vms/a/../b/p.vhd", None),
+            ("/vms/ab/p.vhd", None),
+            ("/vms/a/../../etc/passwd", None),
+            ("/../../../golden/r.vhd", Some("/golden/|/r.vhd")),
+            ("/vms/a", None),
+            ("/vms/a/x/..", None),
+        ] {
+            assert_eq!(below(path), found.map(PathBuf::from), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_candidate_with_another_uuid_is_not_the_parent() {
+        let rig = Rig::new();
+        rig.dynamic("stranger", BLOCK, 100);
+        rig.dynamic("parent", BLOCK, 100);
+        rig.child_by("both", "parent", ["stranger", "parent"], BLOCK, 100);
+        let chain = rig.chain("both", Use::Look).unwrap();
+        assert_eq!(chain.images()[1].file().path().file_name().unwrap(), "parent", "the next candidate is tried");
+        rig.child_by("wrong", "parent", ["stranger", "stranger"], BLOCK, 100);
+        let e = rig.chain("wrong", Use::Look).unwrap_err();
+        assert!(e.kind() == ErrorKind::Invalid && e.line().contains("UUID"), "{e}");
+        rig.child_by("lost", "parent", ["gone", "../nowhere"], BLOCK, 100);
+        let e = rig.chain("lost", Use::Look).unwrap_err();
+        let line = e.line();
+        assert!(e.kind() == ErrorKind::NotFound && line.contains("gone (not there)"), "{line}");
+        assert!(line.contains("--allow-parents"), "{line}");
+    }
+
+    #[test]
+    fn chains_end() {
+        let rig = Rig::new();
+        rig.dynamic("0", BLOCK, 100);
+        for n in 1..=MAX_DEPTH {
+            rig.child(&n.to_string(), &(n - 1).to_string(), BLOCK, 100);
+        }
+        let longest = rig.chain(&(MAX_DEPTH - 1).to_string(), Use::Look).unwrap();
+        assert_eq!(longest.images().len(), MAX_DEPTH);
+        let e = rig.chain(&MAX_DEPTH.to_string(), Use::Look).unwrap_err();
+        assert!(e.kind() == ErrorKind::Refused && e.line().contains("more than 64 files"), "{e}");
+        std::fs::copy(rig.path("2"), rig.path("copy")).unwrap();
+        std::fs::rename(rig.path("copy"), rig.path("1")).unwrap();
+        let e = rig.chain("2", Use::Write).unwrap_err();
+        // The copy is not the parent: its UUID is that of the child.
+        assert!(e.line().contains("UUID"), "{e}");
+        std::fs::remove_file(rig.path("1")).unwrap();
+        std::fs::hard_link(rig.path("2"), rig.path("1")).unwrap();
+        assert!(rig.chain("2", Use::Write).unwrap_err().kind() == ErrorKind::Invalid);
+        assert!(rig.folder().is_dir());
+    }
+}

@@ -173,3 +173,97 @@ fn each_block(block_size: BlockSize, range: SectorRange, mut f: impl FnMut(u32, 
         f(block, part);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::rig::{Rig, planned, seen, write};
+    use super::super::{Use, Version};
+    use super::*;
+
+    fn ranges(plan: &Plan) -> Vec<(u64, u64)> {
+        plan.extents.iter().map(|e| (e.range.start(), e.range.end())).collect()
+    }
+
+    fn range(from: u64, to: u64) -> SectorRange {
+        SectorRange::between(from, to)
+    }
+
+    /// Two blocks over a parent that has sectors 0 to 100 of the first one only.
+    fn child(rig: &Rig) -> Version {
+        rig.dynamic("root", 2 << 20, 8_192);
+        rig.fill("root", &[(0, 100, 1)]);
+        // A dynamic root's whole block is there: the other sectors of block 0 are zeros of its own.
+        rig.child("leaf", "root", 2 << 20, 8_192);
+        rig.write("leaf")
+    }
+
+    #[test]
+    fn clear_bits_ask_beneath() {
+        let rig = Rig::new();
+        let version = child(&rig);
+        write(&version, range(10, 12), 2);
+        write(&version, range(5_000, 5_001), 3);
+        assert_eq!(seen(&version, 8, 14), [1, 1, 2, 2, 1, 1]);
+        assert_eq!(seen(&version, 98, 102), [1, 1, 0, 0]);
+        assert_eq!(seen(&version, 4_999, 5_002), [0, 3, 0]);
+    }
+
+    #[test]
+    fn zeros_hide_what_is_beneath_and_take_no_room_where_nothing_is() {
+        let rig = Rig::new();
+        let version = child(&rig);
+        let top = version.top().unwrap();
+        let plan = planned(&version, |plan| version.plan_zero(range(6_000, 6_100), plan).unwrap());
+        assert!(plan.extents.is_empty() && plan.marks.is_empty() && !plan.reserved, "zeros over nothing: {plan:?}");
+        let plan = planned(&version, |plan| version.plan_zero(range(50, 5_000), plan).unwrap());
+        assert!(plan.extents.is_empty() && plan.reserved, "the new block's room is zero already: {plan:?}");
+        assert_eq!(plan.marks, [range(50, 4_096)], "the second block has nothing to hide");
+        assert!(plan.marks.iter().all(|marked| top.image.mark(*marked)));
+        assert_eq!(seen(&version, 48, 52), [1, 1, 0, 0]);
+        // In a block that has a place, bits are set and the file is zeroed, whether they were set or not.
+        let plan = planned(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());
+        assert_eq!((ranges(&plan), plan.marks), (vec![(40, 60)], vec![range(40, 60)]));
+    }
+
+    #[test]
+    fn only_what_is_here_is_punched() {
+        let rig = Rig::new();
+        let version = child(&rig);
+        write(&version, range(10, 20), 2);
+        write(&version, range(30, 31), 2);
+        let plan = planned(&version, |plan| version.plan_discard(range(15, 5_000), plan));
+        assert_eq!((ranges(&plan), plan.marks.len()), (vec![(15, 20), (30, 31)], 0));
+    }
+
+    #[test]
+    fn a_write_of_two_blocks_gives_both_a_place() {
+        let rig = Rig::new();
+        let version = child(&rig);
+        let bat = version.top().unwrap().image.image().bat().unwrap();
+        let plan = planned(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
+        assert!(plan.reserved);
+        let (a, b) = (bat.place(0).unwrap(), bat.place(1).unwrap());
+        assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
+        let at =
+            |place: u32, within: u64| Source::File { slot: Slot(0), offset: (u64::from(place) + 1 + within) * SECTOR };
+        let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();
+        assert_eq!((ranges(&plan), got), (vec![(4_090, 4_096), (4_096, 4_100)], vec![at(a, 4_090), at(b, 0)]));
+        let again = planned(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
+        assert!(!again.reserved && again.extents == plan.extents);
+    }
+
+    #[test]
+    fn bitmaps_are_loaded_before_anything_is_reserved() {
+        let rig = Rig::new();
+        drop(child(&rig));
+        rig.fill("leaf", &[(0, 1, 9)]);
+        let version = rig.write("leaf");
+        let mut plan = Plan::default();
+        version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
+        assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::Granule(0)][..], false));
+        assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(1), None);
+        drop(version);
+        // Read-only, the same file is a layer as any other.
+        assert_eq!(seen(&rig.chain("leaf", Use::Read).unwrap().into_frozen(), 0, 2), [9, 1]);
+    }
+}

@@ -319,7 +319,12 @@ impl Lane {
             Job::Growth(_) => {
                 let grown = match &result {
                     Ok(()) => Grown::Room,
-                    Err(e) if e.kind() == ErrorKind::NoSpace => Grown::Full,
+                    Err(e) if e.kind() == ErrorKind::NoSpace => {
+                        if !self.disk.parks() && !std::mem::replace(&mut self.told_full, true) {
+                            log::error!("{}; writes fail until then", e.line());
+                        }
+                        Grown::Full
+                    }
                     Err(e) => {
                         log::error!("{}", e.line());
                         Grown::Failed

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::fit::{identity, mix, path_of, table_sum};
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap;
@@ -44,6 +45,7 @@ const MAGIC_AT: usize = 0;
 const IDENTITY_AT: usize = 1; // boot id (2), device, inode, UUID (2)
 const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
 const SUMS: usize = 8; // two
+const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
 // Not zero: why the image was poisoned, as text.
 const POISON: usize = 16;
 const POISON_WORDS: usize = 32;
@@ -117,7 +119,38 @@ impl Journal {
             State { epoch: committed + 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
         let journal = Journal { live, path, state: Mutex::new(state) };
         let found = journal.look(&identity, sum, image)?;
+        journal.settle(sum, &found, image);
         Ok((journal, found))
+    }
+
+    /// Counts in the places that a commit of the predecessor has put into the file without living to say so: `sum` is that
+    /// of the table now. From here on they are as if they had always been there.
+    ///
+    /// As at the end of a commit, one store makes it so: until then the slots say nothing that they did not say before.
+    fn settle(&self, sum: u64, found: &[Found], image: &Image) {
+        let word = self.live[COMMITTED].load(Ordering::Acquire);
+        let which = usize::from(word & 1 == 1);
+        if self.live[SUMS + which].load(Ordering::Acquire) == sum {
+            return;
+        }
+        let mut state = self.lock();
+        let settled = state.epoch + 1;
+        state.epoch = settled + 1;
+        let per_block = image.block_size().map_or(1, |b| b.bitmap_sectors() as usize);
+        let in_file = |f: &Found| {
+            let block = u32::try_from(f.granule / per_block).expect("looked at before");
+            image.bat().is_some_and(|table| table.place(block).is_some())
+        };
+        for f in found {
+            if !f.counted {
+                let placed_by = if in_file(f) { settled } else { NEVER };
+                self.word(f.slot, PLACED_BY).store(placed_by, Ordering::Release);
+            }
+            self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
+        }
+        self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
+        self.live[COMMITTED].store(settled << 1 | (1 - which) as u64, Ordering::Release);
+        self.live[UNACCOUNTED].store(0, Ordering::Release);
     }
 
     /// Removes it: everything it says is in the file, or is given up.
@@ -191,7 +224,8 @@ impl Journal {
                 Some(_) => {}
             }
         }
-        if expected != sum { refuse("its block table has changed") } else { Ok(found) }
+        let accounted = self.live[UNACCOUNTED].load(Ordering::Acquire) == 0;
+        if expected != sum && accounted { refuse("its block table has changed") } else { Ok(found) }
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
@@ -263,9 +297,13 @@ impl Journal {
     }
 
     /// A commit begins, which is going to put the places of `blocks` into the file. Called before its snapshot is taken:
-    /// slots claimed from now on belong to the next one. Its epoch.
-    pub(super) fn begin(&self, blocks: BTreeSet<u32>) -> u64 {
+    /// slots claimed from now on belong to the next one. Its epoch. `unaccounted`: some of the blocks found no slot when
+    /// they got their places; if this commit is killed, the sum proves nothing.
+    pub(super) fn begin(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
+        if unaccounted {
+            self.live[UNACCOUNTED].store(1, Ordering::Release);
+        }
         let epoch = state.epoch;
         state.placing = (epoch, blocks);
         state.epoch += 1;
@@ -308,6 +346,7 @@ impl Journal {
         });
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
+        self.live[UNACCOUNTED].store(0, Ordering::Release);
         let mut state = self.lock();
         // Not before the store: a slot claimed in between must say that it counts with this commit only.
         state.placing.1.clear();
@@ -337,44 +376,6 @@ impl Journal {
     }
 }
 
-/// Refuses an image whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
-///
-/// # Errors
-/// `Refused`, saying what to do.
-pub fn refuse_if_live(env: &dyn Env, folder: &Path, image: &Image) -> Result<()> {
-    let path = path_of(folder, image)?;
-    if !env.exists(&path) {
-        return Ok(());
-    }
-    let what = format!(
-        "its daemon did not end cleanly, and {} holds what it acknowledged: start diffdiskd on it again, which takes \
-         that in, and end it with SIGTERM",
-        path.display()
-    );
-    Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
-}
-
-/// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.
-pub fn path_of(folder: &Path, image: &Image) -> Result<PathBuf> {
-    let id = image.file().stat()?.id;
-    Ok(folder.join(format!("{}-{:x}-{:x}.live", image.uuid().simple(), id.dev, id.ino)))
-}
-
-fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {
-    let (boot, id) = (env.boot_id()?.as_u64_pair(), image.file().stat()?.id);
-    let uuid = image.uuid().as_u64_pair();
-    Ok([boot.0, boot.1, id.dev, id.ino, uuid.0, uuid.1])
-}
-
-/// A sum over the block table that does not depend on the order of changes.
-fn table_sum(image: &Image) -> u64 {
-    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(mix(block, place))))
-}
-
-/// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
-fn mix(block: u32, place: u32) -> u64 {
-    let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
+#[cfg(all(test, feature = "sim"))]
+#[path = "journal_tests.rs"]
+mod tests;

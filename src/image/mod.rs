@@ -23,11 +23,14 @@ pub mod check;
 pub mod commit;
 pub mod create;
 mod drive;
+mod fit;
 pub mod journal;
 mod keep;
 pub mod open;
 mod paged;
 mod recover;
+#[cfg(all(test, feature = "sim"))]
+mod rig;
 pub mod tail;
 pub mod writable;
 
@@ -36,6 +39,7 @@ pub use check::{Report, check};
 pub use commit::{Commit, Step};
 pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name, write_new};
 pub use drive::drive;
+pub use fit::refuse_if_live;
 pub use keep::Keep;
 pub use open::Image;
 pub use paged::Paged;

@@ -60,3 +60,66 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     let room = Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use super::super::rig::{child, commit, file, grow, host_with, open};
+    use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
+
+    fn footers(host: &crate::storage::sim::SimHost) -> ([u8; SECTOR_BYTES], [u8; SECTOR_BYTES]) {
+        let (file, mut front, mut tail) = (file(host), [0; SECTOR_BYTES], [0; SECTOR_BYTES]);
+        file.read_at(&mut front, 0).unwrap();
+        file.read_at(&mut tail, file.stat().unwrap().len - SECTOR).unwrap();
+        (front, tail)
+    }
+
+    #[test]
+    fn stale_bytes_behind_the_last_block_become_zeros() {
+        let host = host_with(child(), 1000);
+        let image = open(&host).unwrap();
+        grow(&host, &image).unwrap();
+        let place = image.reserve(0).unwrap();
+        assert!(image.mark(SectorRange::between(0, 1)));
+        commit(&host, &image);
+        // The room of the next block, which a killed write has used and no pointer reaches.
+        let next = u64::from(image.reserve(1).unwrap()) * SECTOR;
+        image.file().write_at(&[0xFF; 4096], next).unwrap();
+        drop(image);
+        let image = open(&host).unwrap();
+        let again = u64::from(image.reserve(3).unwrap()) * SECTOR;
+        assert_eq!((image.image().bat().unwrap().place(0), again), (Some(place), next), "the same room");
+        let mut bytes = [1; 4096];
+        image.file().read_at(&mut bytes, next).unwrap();
+        assert_eq!(bytes, [0; 4096]);
+        assert_eq!(image.bitmaps().unwrap().get(3).unwrap().run(0, 128), (false, 128));
+    }
+
+    #[test]
+    fn footers_are_made_whole() {
+        let host = host_with(child(), 1000);
+        let (whole, _) = footers(&host);
+        let len = file(&host).stat().unwrap().len;
+        // Cut off, as by a file system that lost the last page.
+        file(&host).set_len(len - SECTOR).unwrap();
+        drop(open(&host).unwrap());
+        assert_eq!((file(&host).stat().unwrap().len, footers(&host)), (len, (whole, whole)));
+        // A front copy that is no footer: the one at the end counts.
+        file(&host).write_at(&[9; SECTOR_BYTES], 0).unwrap();
+        drop(open(&host).unwrap());
+        assert_eq!(footers(&host), (whole, whole));
+    }
+
+    #[test]
+    fn blocks_that_have_no_place_are_counted() {
+        let host = host_with(child(), 128 * 20);
+        let image = open(&host).unwrap();
+        grow(&host, &image).unwrap();
+        for block in 0..16 {
+            image.reserve(block).unwrap();
+            assert!(image.mark(SectorRange::between(u64::from(block) * 128, u64::from(block) * 128 + 1)));
+        }
+        commit(&host, &image);
+        drop(image);
+        assert_eq!(open(&host).unwrap().room().unplaced, 4);
+    }
+}

@@ -5,6 +5,7 @@
 //!
 //! Does not order durable writes (`commit.rs`), nor make room (`tail.rs`), nor look at parents.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -128,7 +129,8 @@ impl Writable {
         }
         sparse.bitmaps.prepare(block, sparse.fresh);
         if let Kept::Journal(journal) = &self.keep {
-            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak.
+            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
+            // entry that a killed commit leaves in the table is accounted for.
             let granule = sparse.bitmaps.first_of(block);
             let made = sparse.bitmaps.get(granule).expect("prepared");
             *made.slot() = journal.claim(granule, block, place, true, made.words());
@@ -315,7 +317,11 @@ impl Writable {
         let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return 0 };
         let room = lock(&sparse.room);
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
-        journal.begin(blocks.filter(|b| room.fresh.contains(b)).collect())
+        let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
+        // A block has a slot from its reservation on, unless all were taken then.
+        let slotless = |b: &u32| sparse.bitmaps.get(sparse.bitmaps.first_of(*b)).is_none_or(|g| g.slot().is_none());
+        let unaccounted = blocks.iter().any(slotless);
+        journal.begin(blocks, unaccounted)
     }
 
     /// The commit of `epoch` is over, well or not: in the first case the file knows what it took.
@@ -380,3 +386,7 @@ impl Writable {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "writable_tests.rs"]
+mod tests;

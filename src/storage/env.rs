@@ -146,7 +146,7 @@ impl File {
     }
 
     /// Takes a lock that dies with the open description; `Busy` (naming the holder where it can be known) where
-    /// somebody else has one against it. It does not wait.
+    /// somebody else has one against it. Waits, up to 30 s, only for the I/O of processes that have ended.
     pub fn lock(&self, lock: Lock) -> Result<()> {
         each_kind!(self, f => f.lock(lock))
     }

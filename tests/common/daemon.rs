@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Daemon {
     child: Child,
     arguments: Vec<OsString>,
+    /// What a killed predecessor has left.
+    old_socket: Option<Identity>,
     // A folder of its own: a socket's path must be short.
     rendezvous: TempDir,
 }
@@ -36,7 +38,7 @@ impl Daemon {
             vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
         arguments.extend(extra.iter().map(OsString::from));
         let child = spawn(&arguments, rendezvous.path());
-        let mut daemon = Self { child, arguments, rendezvous };
+        let mut daemon = Self { child, arguments, old_socket: None, rendezvous };
         daemon.wait_for_socket(None);
         daemon
     }
@@ -68,6 +70,11 @@ impl Daemon {
         self.child.wait().expect("a killed daemon ends");
     }
 
+    /// SIGKILL without waiting for its end.
+    pub fn strike(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
+    }
+
     /// Ends it by SIGTERM. The test fails when its exit status is not 0.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");
@@ -77,13 +84,38 @@ impl Daemon {
 
     /// Kills it (SIGKILL), whatever it was doing, and starts it again with the same command line.
     pub fn kill_and_restart(&mut self) {
+        self.kill_now();
+        self.start_again();
+        self.wait_until_it_listens();
+    }
+
+    /// SIGKILL, at work: it must not have ended by itself.
+    pub fn kill_now(&mut self) {
         let running = self.child.try_wait().expect("the daemon can be asked");
         assert!(running.is_none(), "the daemon ended by itself: {running:?}; it said:\n{}", self.log());
-        let old_socket = identity(&self.socket());
         self.child.kill().expect("the daemon can be killed");
         self.child.wait().expect("the daemon can be waited for");
+    }
+
+    /// Starts it again, after its end, with the same command line.
+    pub fn start_again(&mut self) {
+        self.old_socket = identity(&self.socket());
         self.child = spawn(&self.arguments, self.rendezvous.path());
-        self.wait_for_socket(old_socket);
+    }
+
+    /// Waits until there is a socket other than the one that its predecessor has left.
+    pub fn wait_until_it_listens(&mut self) {
+        let old = self.old_socket;
+        self.wait_for_socket(old);
+    }
+
+    /// Waits until it, or a predecessor, has said `words` so many times.
+    pub fn wait_for_words(&self, words: &str, times: usize) {
+        let started = Instant::now();
+        while self.log().matches(words).count() < times {
+            assert!(started.elapsed() < PATIENCE, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
+            sleep(Duration::from_millis(10));
+        }
     }
 
     /// Waits until there is a socket other than `old`, the one a killed daemon has left.
@@ -98,7 +130,7 @@ impl Daemon {
                 panic!("the daemon ended with {status} at its start; it said:\n{}", self.log());
             }
             assert!(started.elapsed() < PATIENCE, "the daemon has no socket yet; it said:\n{}", self.log());
-            sleep(Duration::from_millis(10));
+            sleep(Duration::from_millis(1));
         }
     }
 

@@ -8,6 +8,7 @@ pub(crate) mod chain;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod digest;
+pub(crate) mod frontend;
 pub(crate) mod golden;
 pub(crate) mod guest;
 pub(crate) mod oracle;

@@ -318,3 +318,27 @@ fn a_chain_of_sixty_four() {
     let mut rig = world.open(true);
     world.compare_all(&mut rig);
 }
+
+#[test]
+fn a_write_is_seen_when_it_has_moved_and_not_before() {
+    for engine in [EngineKind::Blocking, EngineKind::Auto] {
+        let mut world = World::new(70, engine, false);
+        world.push("dynamic", 64 * KIB, 1024 * KIB);
+        world.push("child", 64 * KIB, 1024 * KIB);
+        let mut rig = world.open(false);
+        let range = SectorRange::between(10, 20);
+        let memory = Memory::new(&[7; 10 * 512]);
+        let sources = |rig: &Rig| {
+            let mut plan = diffdisk::chain::Plan::default();
+            rig.disk.version().plan_read(range, &mut plan);
+            plan.extents.iter().map(|e| e.source).collect::<Vec<_>>()
+        };
+        // Taken, its block has a place, and its bytes are still where they were.
+        rig.begin(diffdisk::disk::Work::Write { range, from: memory.slices(&[]) });
+        assert_eq!(sources(&rig), [diffdisk::chain::Source::Zero]);
+        rig.finish();
+        assert!(matches!(sources(&rig)[..], [diffdisk::chain::Source::File { .. }]));
+        assert_eq!(rig.read(range), [7; 10 * 512]);
+        rig.close();
+    }
+}

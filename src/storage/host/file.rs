@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
@@ -17,6 +18,9 @@ use crate::units::SECTOR;
 
 /// Bytes moved at once through bounce memory.
 const BOUNCE: usize = 1 << 20;
+
+/// How long the I/O of a process that is gone may take to end.
+const FENCE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// An open regular file. Clones share the open description, and with it the locks.
 #[derive(Clone, Debug)]
@@ -252,13 +256,30 @@ impl HostFile {
     }
 
     /// See [`File::lock`](crate::storage::File::lock). It may be called again to change the kind of lock.
+    ///
+    /// A killed process's I/O can still land after it is gone; its locks stay until then, since rings hold the locked
+    /// descriptions. That is the fence (crash-safety 3.10), and here is who waits at it.
     pub fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.0.access == Access::Read {
             let what = "an exclusive lock needs a file opened for writing";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(self.path()));
         }
         let mut held = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        lock::change(self.as_fd(), self.0.id, *held, wanted).map_err(|e| e.at_path(self.path()))?;
+        let began = Instant::now();
+        let mut pause = Duration::from_millis(2);
+        loop {
+            let e = match lock::change(self.as_fd(), self.0.id, *held, wanted) {
+                Ok(()) => break,
+                Err(e) => e,
+            };
+            let fenced = e.kind() == ErrorKind::Busy && !lock::is_held_by_the_living(self.as_fd(), self.0.id);
+            if !fenced || began.elapsed() >= FENCE_PATIENCE {
+                return Err(e.at_path(self.path()));
+            }
+            log::debug!("{}: waiting for the I/O of a process that has ended", self.path().display());
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(250));
+        }
         *held = Some(wanted);
         Ok(())
     }
@@ -301,88 +322,5 @@ impl AsRawFd for HostFile {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::storage::env::{Env, File};
-    use crate::storage::host::Host;
-
-    fn file(bytes: &[u8]) -> (tempfile::TempDir, HostFile) {
-        let folder = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).unwrap();
-        let path = folder.path().join("f");
-        std::fs::write(&path, bytes).unwrap();
-        match Host.open(&path, Access::Write).unwrap() {
-            File::Host(f) => (folder, f),
-            #[cfg(feature = "sim")]
-            File::Sim(_) => unreachable!(),
-        }
-    }
-
-    #[allow(clippy::cast_possible_truncation, reason = "any byte will do")]
-    fn pattern(len: usize) -> Vec<u8> {
-        (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
-    }
-
-    #[test]
-    fn transfers_are_whole_or_name_the_place() {
-        let (_folder, f) = file(&pattern(1000));
-        let mut b = [0; 100];
-        f.read_at(&mut b, 900).unwrap();
-        assert_eq!(b, pattern(1000)[900..]);
-        let e = f.read_at(&mut b, 901).unwrap_err();
-        assert_eq!((e.kind(), e.offset(), e.path()), (ErrorKind::Io, Some(901), Some(f.path())));
-        assert!(f.read_at(&mut b, u64::MAX - 3).is_err() && f.write_at(&b, u64::MAX - 3).is_err());
-        f.write_at(&[9; 7], 1500).unwrap();
-        f.read_at(&mut b[..8], 1499).unwrap();
-        assert_eq!(b[..8], [0, 9, 9, 9, 9, 9, 9, 9]);
-        assert_eq!(f.stat().unwrap().len, 1507);
-        assert_eq!(f.stat().unwrap().id, f.id());
-        f.sync().unwrap();
-    }
-
-    #[test]
-    fn holes_are_seen_and_made() {
-        let (_folder, f) = file(&[]);
-        f.set_len(1 << 20).unwrap();
-        f.write_at(&[1; 65536], 262_144).unwrap();
-        f.sync().unwrap();
-        assert_eq!(f.next_data(0).unwrap(), Some((262_144, 65536)));
-        assert_eq!(f.next_data(262_144 + 65536).unwrap(), None);
-        assert_eq!(f.next_data(1 << 21).unwrap(), None);
-        let before = f.stat().unwrap().allocated;
-        f.punch(262_144, 32768).unwrap();
-        assert_eq!(f.next_data(0).unwrap(), Some((262_144 + 32768, 32768)));
-        assert!(f.stat().unwrap().allocated < before);
-        f.allocate(1 << 20, 1 << 16).unwrap();
-        assert_eq!(f.stat().unwrap().len, 1 << 20);
-        f.write_zeros(262_144 + 32768 + 10, 1 << 30).unwrap();
-        let mut b = [7; 12];
-        f.read_at(&mut b, 262_144 + 32768).unwrap();
-        assert_eq!(b, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
-        assert_eq!(f.stat().unwrap().len, 1 << 20);
-    }
-
-    #[test]
-    fn direct_files_take_any_memory() {
-        let bytes = pattern(2 * BOUNCE + 1000);
-        let (_folder, f) = file(&bytes);
-        let Some(rules) = f.set_direct().unwrap() else {
-            eprintln!("skipped: no O_DIRECT with sectors in /var/tmp");
-            return;
-        };
-        assert_eq!(f.set_direct().unwrap(), Some(rules));
-        let mut whole = vec![0; bytes.len() + 1];
-        for (at, len) in [(1, 10), (511, 2), (3, bytes.len() - 3), (bytes.len() - 1, 1), (512, 2 * BOUNCE)] {
-            f.read_at(&mut whole[1..=len], at as u64).unwrap();
-            assert_eq!(whole[1..=len], bytes[at..at + len], "{at} {len}");
-        }
-        for (at, len) in [(bytes.len() - 1, 2), (bytes.len(), 1), (0, bytes.len() + 1), (1 << 30, 5)] {
-            let e = f.read_at(&mut whole[..len], at as u64).unwrap_err();
-            assert!(e.line().contains("end of file"), "{e}");
-        }
-        f.write_at(&whole[1..=BOUNCE + 512], 1024).unwrap();
-        let mut back = vec![0; BOUNCE + 512];
-        f.read_at(&mut back, 1024).unwrap();
-        assert_eq!(back, whole[1..=BOUNCE + 512]);
-        assert!(f.write_at(&[0; 512], 1).is_err() && f.write_at(&[0; 5], 0).is_err());
-    }
-}
+#[path = "file_tests.rs"]
+mod tests;

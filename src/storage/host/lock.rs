@@ -8,6 +8,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{FileId, Lock};
@@ -55,6 +56,15 @@ fn meaning(byte: i64) -> &'static str {
     }
 }
 
+/// Whether a process that goes on holds a lock that may be against ours, by another description than `fd`. If not, the
+/// lock is that of a process that has ended, or is about to, and of its I/O on the way: it goes when that is over.
+pub(super) fn is_held_by_the_living(fd: BorrowedFd<'_>, id: FileId) -> bool {
+    let bytes = [OURS, 100, 101, 103, 200, 201, 203];
+    let theirs = |d: &Descriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
+    descriptors(|line| bytes.iter().any(|&byte| covers(line, id.ino, byte)))
+        .any(|d| theirs(&d) && d.is_of(id) && !is_dying(d.pid))
+}
+
 /// Goes from the lock `held` by the description to `wanted`; after an error `held` is still held.
 pub(super) fn change(fd: BorrowedFd<'_>, id: FileId, held: Option<Lock>, wanted: Lock) -> Result<()> {
     let (old, new) = (bytes_of(held), bytes_of(Some(wanted)));
@@ -97,8 +107,9 @@ fn failed(e: io::Error) -> Error {
 }
 
 fn busy(id: FileId, byte: i64, pid: Option<i32>, does: &str) -> Error {
-    let who = match pid.filter(|&p| p > 0).or_else(|| holder(id, byte)) {
-        Some(pid) if u32::try_from(pid) == Ok(std::process::id()) => "this process".to_string(),
+    let told = pid.and_then(|p| u32::try_from(p).ok()).filter(|p| *p > 0);
+    let who = match told.or_else(|| holder(id, byte)) {
+        Some(pid) if pid == std::process::id() => "this process".to_string(),
         Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
             Ok(name) => format!("{} (process {pid})", name.trim_end()),
             Err(_) => format!("process {pid}"),
@@ -141,31 +152,64 @@ fn stranger(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
 /// A process that has a descriptor with a lock over that byte, as far as `/proc` shows others to us; another one than
 /// this where there is one, since the description that asks holds some of the bytes itself. A description belongs to no
 /// process, so this is the only trace.
-fn holder(id: FileId, byte: i64) -> Option<i32> {
-    let (mut looks, mut own) = (0, None);
-    for process in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-        let Ok(descriptors) = fs::read_dir(process.path().join("fdinfo")) else { continue };
-        for d in descriptors.flatten() {
-            looks += 1;
-            if looks > LOOKS {
-                return own;
-            }
-            let Ok(text) = fs::read_to_string(d.path()) else { continue };
-            let mut locks = text.lines().filter_map(|l| l.strip_prefix("lock:"));
-            if locks.any(|l| covers(l, id.ino, byte)) {
-                if u32::try_from(pid) != Ok(std::process::id()) {
-                    return Some(pid);
-                }
-                own = Some(pid);
-            }
+fn holder(id: FileId, byte: i64) -> Option<u32> {
+    let mut own = None;
+    for d in descriptors(|line| covers(line, id.ino, byte)).filter(|d| d.is_of(id)) {
+        if d.pid != std::process::id() {
+            return Some(d.pid);
         }
+        own = Some(d.pid);
     }
     own
 }
 
-/// Whether the text of a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) speaks of that inode
-/// and byte. The device is not compared: on btrfs it is not the one of stat.
+/// A descriptor of a process.
+struct Descriptor {
+    pid: u32,
+    number: i32,
+}
+
+impl Descriptor {
+    /// Whether it is of that file. A lock's line does not tell for sure: inode numbers are not unique among file systems,
+    /// and the device in it is, on btrfs, not the one of stat.
+    fn is_of(&self, id: FileId) -> bool {
+        fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.number))
+            .is_ok_and(|m| FileId { dev: m.dev(), ino: m.ino() } == id)
+    }
+}
+
+/// The descriptors of all processes with a lock whose line in fdinfo `is_wanted`.
+fn descriptors(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = Descriptor> {
+    let number = |entry: &fs::DirEntry| entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let all = processes.filter_map(move |entry| Some((number(&entry)?, entry.path().join("fdinfo"))));
+    let all = all.flat_map(move |(pid, folder)| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.filter_map(move |entry| Some((pid, i32::try_from(number(&entry)?).ok()?, entry.path())))
+    });
+    all.take(LOOKS).filter_map(move |(pid, number, path)| {
+        let text = fs::read_to_string(path).ok()?;
+        text.lines().filter_map(|l| l.strip_prefix("lock:")).any(&is_wanted).then_some(Descriptor { pid, number })
+    })
+}
+
+/// Whether a process is gone but for its entry, or has been sent SIGKILL.
+fn is_dying(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| tells_of_death(&status))
+}
+
+/// The same, by the text of its status (proc_pid_status(5)).
+fn tells_of_death(status: &str) -> bool {
+    let kill = 1 << (libc::SIGKILL - 1);
+    status.lines().any(|line| match line.split_once(":\t") {
+        Some(("State", state)) => state.starts_with(['Z', 'X']),
+        Some(("SigPnd" | "ShdPnd", set)) => u64::from_str_radix(set, 16).is_ok_and(|set| set & kill != 0),
+        _ => false,
+    })
+}
+
+/// Whether the text of a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) speaks of such an inode
+/// and byte.
 fn covers(line: &str, ino: u64, byte: i64) -> bool {
     let mut words = line.split_whitespace().rev();
     let (Some(last), Some(first), Some(inode)) = (words.next(), words.next(), words.next()) else { return false };
@@ -180,6 +224,8 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use std::os::fd::AsFd;
+
     use crate::storage::env::{Access, Env, File};
     use crate::storage::host::Host;
 
@@ -291,6 +337,29 @@ mod tests {
         drop(qemu.stdin.take());
         qemu.wait().unwrap();
         open(&path, Access::Write).lock(Lock::Exclusive).unwrap();
+    }
+
+    /// A fence: another process has the description with the lock, and is being killed.
+    #[test]
+    fn the_living_are_not_waited_for_and_the_dying_are() {
+        let _alone = alone();
+        let (_folder, path) = image();
+        let held = open(&path, Access::Write);
+        held.lock(Lock::Exclusive).unwrap();
+        let ours = open(&path, Access::Write);
+        let f = match &ours {
+            File::Host(f) => f,
+            #[cfg(feature = "sim")]
+            File::Sim(_) => unreachable!("opened by the host"),
+        };
+        assert!(is_held_by_the_living(f.as_fd(), f.id()));
+        assert_eq!(ours.lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
+        drop(held);
+        ours.lock(Lock::Exclusive).unwrap();
+        assert!(!is_held_by_the_living(f.as_fd(), f.id()), "its own lock is none against it");
+        assert!(tells_of_death("Name:\tx\nState:\tZ (zombie)\n"));
+        assert!(tells_of_death("State:\tD (disk sleep)\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n"));
+        assert!(!tells_of_death("State:\tS (sleeping)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000004000\n"));
     }
 
     #[test]

@@ -1,0 +1,125 @@
+//! A folder of chains for the tests of this floor: made, written sector by sector, closed, opened again.
+
+use std::path::{Path, PathBuf};
+
+use super::{Chain, Plan, Policy, Use, Version};
+use crate::image::{self, Commit, Growth, Image, Keep, Kind, ParentLink, Spec};
+use crate::storage::host::Host;
+use crate::storage::{Access, Env};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
+
+pub(super) struct Rig(tempfile::TempDir);
+
+impl Rig {
+    pub(super) fn new() -> Rig {
+        Rig(tempfile::tempdir().unwrap())
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn make(&self, name: &str, kind: Kind, block: u32, sectors: u64) {
+        let block_size = BlockSize::from_bytes(block).unwrap();
+        image::create(&Host, &self.path(name), &Spec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
+    }
+
+    pub(super) fn fixed(&self, name: &str, sectors: u64) {
+        self.make(name, Kind::Fixed, 2 << 20, sectors);
+    }
+
+    pub(super) fn dynamic(&self, name: &str, block: u32, sectors: u64) {
+        self.make(name, Kind::Dynamic, block, sectors);
+    }
+
+    /// A child of `parent` that records `paths` (relative to the folder) in its two locators and its name.
+    pub(super) fn child_by(&self, name: &str, parent: &str, paths: [&str; 2], block: u32, sectors: u64) {
+        let uuid = Image::open(Host.open(&self.path(parent), Access::Read).unwrap()).unwrap().uuid();
+        let relative = Some(paths[0].into());
+        let link = ParentLink { uuid, modified: 0, relative, absolute: None, name: paths[1].into() };
+        self.make(name, Kind::Differencing(link), block, sectors);
+    }
+
+    pub(super) fn child(&self, name: &str, parent: &str, block: u32, sectors: u64) {
+        self.child_by(name, parent, [parent, parent], block, sectors);
+    }
+
+    pub(super) fn chain(&self, name: &str, how: Use) -> crate::error::Result<Chain> {
+        Chain::open(&Host, &self.path(name), &Policy::default(), how)
+    }
+
+    /// The chain that ends in `name`, to be read.
+    pub(super) fn read(&self, name: &str) -> Version {
+        self.chain(name, Use::Read).unwrap().into_frozen()
+    }
+
+    /// The same, to be written, with room for new blocks.
+    pub(super) fn write(&self, name: &str) -> Version {
+        let version = self.chain(name, Use::Write).unwrap().into_writable(&Host, &Keep::Nothing).unwrap();
+        make_room(&version);
+        version
+    }
+
+    /// Opens `name`, fills the ranges with a byte each, and closes it.
+    pub(super) fn fill(&self, name: &str, ranges: &[(u64, u64, u8)]) {
+        let version = self.write(name);
+        for &(from, to, byte) in ranges {
+            write(&version, SectorRange::between(from, to), byte);
+        }
+        let top = version.top().unwrap();
+        let mut commit = Commit::new(top.image.clone(), top.slot);
+        image::drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).unwrap();
+        top.image.trim().unwrap();
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+fn make_room(version: &Version) {
+    let top = version.top().unwrap();
+    if top.image.wants_room() {
+        let mut growth = Growth::begin(&top.image, top.slot).unwrap();
+        image::drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).unwrap();
+    }
+}
+
+/// A plan, with what it misses loaded.
+pub(super) fn planned(version: &Version, mut ask: impl FnMut(&mut Plan)) -> Plan {
+    let mut plan = Plan::default();
+    ask(&mut plan);
+    for _ in 0..2 {
+        if !plan.missing.is_empty() {
+            version.load_now(&plan.missing).unwrap();
+            ask(&mut plan);
+        }
+    }
+    assert!(plan.missing.is_empty(), "two loads are enough: {:?}", plan.missing);
+    plan
+}
+
+pub(super) fn write(version: &Version, range: SectorRange, byte: u8) {
+    let plan = planned(version, |plan| {
+        while version.plan_write(range, plan).is_err() {
+            make_room(version);
+        }
+    });
+    for extent in &plan.extents {
+        let super::Source::File { slot, offset } = extent.source else { panic!("a write goes into a file") };
+        let bytes = vec![byte; usize::try_from(extent.range.bytes()).unwrap()];
+        version.file(slot).write_at(&bytes, offset).unwrap();
+    }
+    assert!(version.top().unwrap().image.mark(range));
+}
+
+/// The first byte of each sector of a range, read in one piece; each sector is full of it.
+pub(super) fn seen(version: &Version, from: u64, to: u64) -> Vec<u8> {
+    let range = SectorRange::between(from, to);
+    let mut bytes = vec![0xEE; usize::try_from(range.bytes()).unwrap()];
+    version.read_now(range, &mut bytes, &mut Plan::default()).unwrap();
+    let sectors = bytes.chunks(SECTOR_BYTES);
+    sectors
+        .map(|sector| sector.iter().all(|b| *b == sector[0]).then_some(sector[0]).expect("one byte all over"))
+        .collect()
+}

@@ -1,0 +1,49 @@
+//! Whether a live journal belongs to an image: where it lies, whose it is, and the sum that the block table must have.
+
+use std::path::{Path, PathBuf};
+
+use super::open::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Env;
+
+/// Refuses an image whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
+///
+/// # Errors
+/// `Refused`, saying what to do.
+pub fn refuse_if_live(env: &dyn Env, folder: &Path, image: &Image) -> Result<()> {
+    let path = path_of(folder, image)?;
+    if !env.exists(&path) {
+        return Ok(());
+    }
+    let what = format!(
+        "its daemon did not end cleanly, and {} holds what it acknowledged: start diffdiskd on it again, which takes \
+         that in, and end it with SIGTERM",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
+}
+
+/// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.
+pub(super) fn path_of(folder: &Path, image: &Image) -> Result<PathBuf> {
+    let id = image.file().stat()?.id;
+    Ok(folder.join(format!("{}-{:x}-{:x}.live", image.uuid().simple(), id.dev, id.ino)))
+}
+
+pub(super) fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {
+    let (boot, id) = (env.boot_id()?.as_u64_pair(), image.file().stat()?.id);
+    let uuid = image.uuid().as_u64_pair();
+    Ok([boot.0, boot.1, id.dev, id.ino, uuid.0, uuid.1])
+}
+
+/// A sum over the block table that does not depend on the order of changes.
+pub(super) fn table_sum(image: &Image) -> u64 {
+    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(mix(block, place))))
+}
+
+/// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
+pub(super) fn mix(block: u32, place: u32) -> u64 {
+    let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,134 @@
+//! The medium fails syncs or writes: nothing is acknowledged that is not so, a failed sync is final, and what was flushed
+//! before is there after a restart (crash-safety 3.8; 5.2, R10).
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::fuse;
+use super::guest::{SECTOR, tagged_run};
+use super::loopdev::{Kind, LoopDevice, Mounted, may_mount};
+use super::runtime::Runtime;
+use crate::common::client::Client;
+use crate::common::daemon::Daemon;
+use crate::common::tool::{self, diffdisk};
+
+/// What the medium refuses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failing {
+    Syncs,
+    Writes,
+}
+
+#[test]
+fn failed_syncs_are_final_on_ext4() {
+    both_modes("failed_syncs_are_final_on_ext4", Kind::Ext4, Failing::Syncs);
+}
+
+#[test]
+fn failed_syncs_are_final_on_xfs() {
+    both_modes("failed_syncs_are_final_on_xfs", Kind::Xfs, Failing::Syncs);
+}
+
+#[test]
+fn failed_writes_are_told_on_ext4() {
+    both_modes("failed_writes_are_told_on_ext4", Kind::Ext4, Failing::Writes);
+}
+
+#[test]
+fn failed_writes_are_told_on_xfs() {
+    both_modes("failed_writes_are_told_on_xfs", Kind::Xfs, Failing::Writes);
+}
+
+fn both_modes(test: &str, kind: Kind, failing: Failing) {
+    if may_mount(test) {
+        run(kind, failing, "--cache=writeback");
+        run(kind, failing, "--direct");
+    }
+}
+
+fn run(kind: Kind, failing: Failing, mode: &str) {
+    let disk = fuse::blank(kind.size());
+    let device = LoopDevice::attach(&disk.path());
+    kind.make(device.path(), &[]);
+    let mounted = Mounted::mount(kind, device.path());
+    let image = mounted.path().join("image.vhd");
+    diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("64M")]).ok();
+    let runtime = Runtime::new();
+    let daemon = Daemon::start(&image, &[mode, runtime.option()]);
+    let mut client = daemon.connect();
+    write(&mut client, 1, 0, 64).expect("a write");
+    write(&mut client, 2, 5000, 300).expect("a write");
+    client.flush().expect("a flush of a sound medium");
+
+    disk.fail_syncs(failing == Failing::Syncs);
+    disk.fail_writes(failing == Failing::Writes);
+    let written = write(&mut client, 3, 0, 64);
+    let direct = mode == "--direct";
+    if failing == Failing::Writes && direct {
+        assert_eq!(written.expect_err("it went to the medium").raw_os_error(), Some(libc::EIO));
+    } else {
+        written.expect("a write into the cache, or one that the medium took");
+        client.flush().expect_err("a flush that the medium did not take");
+    }
+    assert!(disk.failures() > 0, "the medium has refused nothing");
+    disk.fail_syncs(false);
+    disk.fail_writes(false);
+    if failing == Failing::Syncs || !direct {
+        // The kernel would say yes now, though it has dropped what it could not write.
+        for _ in 0..3 {
+            client.flush().expect_err("a flush after a failed sync");
+        }
+        write(&mut client, 4, 5000, 8).expect_err("a write after a failed sync");
+        assert!(daemon.log().contains("sync failed"), "the log does not say why: {}", daemon.log());
+    }
+    let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("reads go on");
+    assert!(kept == tagged_run(2, 5000, 300));
+    drop(client);
+    let poisoned = failing == Failing::Syncs || !direct;
+    daemon.kill();
+
+    mounted.unmount();
+    let mounted = Mounted::mount(kind, device.path());
+    let image = mounted.path().join("image.vhd");
+    let options: &[&str] = if poisoned {
+        refuses(&image, runtime.option());
+        &[mode, runtime.option(), "--discard-journal"]
+    } else {
+        &[mode, runtime.option()]
+    };
+    let daemon = Daemon::start(&image, options);
+    let mut client = daemon.connect();
+    let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("a read after the restart");
+    assert!(kept == tagged_run(2, 5000, 300), "{kind:?} {failing:?} {mode}: flushed data is gone");
+    // Written again since, but never flushed: each sector is the old or the new one.
+    let either = client.read(0, 64 * SECTOR).expect("a read after the restart");
+    let (old, new) = (tagged_run(1, 0, 64), tagged_run(3, 0, 64));
+    for (n, sector) in either.chunks(SECTOR).enumerate() {
+        let at = n * SECTOR..(n + 1) * SECTOR;
+        assert!(sector == &old[at.clone()] || sector == &new[at], "{kind:?} {failing:?} {mode}: sector {n} is neither");
+    }
+    write(&mut client, 5, 0, 64).expect("a write after the restart");
+    client.flush().expect("a flush after the restart");
+    drop(client);
+    daemon.stop();
+    diffdisk([Path::new("check"), &image]).ok();
+    mounted.unmount();
+}
+
+/// A successor is told of the failed sync, and says so instead of serving.
+fn refuses(image: &Path, runtime: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = Command::new(tool::DIFFDISKD);
+    command.arg(format!("--blk-file={}", image.display())).arg(runtime);
+    command.arg(format!("--socket-path={}", folder.path().join("s").display()));
+    let ended = tool::run(&mut command, Duration::from_secs(20));
+    assert_eq!(ended.code, Some(1), "a poisoned image is served: {}", ended.stderr);
+    assert!(ended.stderr.contains("sync failed"), "it does not say why: {}", ended.stderr);
+    assert!(fs::read_dir(folder.path()).expect("a folder").next().is_none(), "a socket is left behind");
+}
+
+fn write(client: &mut Client, tag: u64, first: u64, count: u64) -> std::io::Result<()> {
+    client.write(first * SECTOR as u64, &tagged_run(tag, first, count))
+}

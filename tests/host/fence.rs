@@ -1,0 +1,189 @@
+//! A killed daemon's I/O goes on without it; its successor must wait (crash-safety 3.10; 5.2, R7).
+//!
+//! A write is held back by the medium while its daemon is killed and a new one started at once. The medium's record tells
+//! whether the new one did anything before the old write had landed.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::fuse::{self, Entry, Event, FuseDisk, contains};
+use super::guest::{SECTOR, tagged, tagged_run};
+use super::loopdev::{Kind, LoopDevice, Mounted, may_mount};
+use super::runtime::Runtime;
+use crate::common::client::{Client, Command};
+use crate::common::daemon::Daemon;
+use crate::common::tool::diffdisk;
+
+/// How long the medium holds a write back.
+const LATENCY: Duration = Duration::from_secs(3);
+/// First sector, and number of sectors, of the write that is under way when its daemon is killed.
+const PLACE: (u64, u64) = (640, 16);
+
+const OLD: u64 = 1001;
+const NEW: u64 = 1002;
+
+#[test]
+fn buffered_io_of_a_killed_ring_is_waited_for() {
+    on_the_medium_itself("buffered_io_of_a_killed_ring_is_waited_for", "--io-engine=io_uring");
+}
+
+#[test]
+fn buffered_io_of_a_killed_thread_is_waited_for() {
+    on_the_medium_itself("buffered_io_of_a_killed_thread_is_waited_for", "--io-engine=blocking");
+}
+
+#[test]
+fn direct_io_of_a_killed_ring_is_waited_for() {
+    on_ext4("direct_io_of_a_killed_ring_is_waited_for", "--io-engine=io_uring");
+}
+
+#[test]
+fn direct_io_of_a_killed_thread_is_waited_for() {
+    on_ext4("direct_io_of_a_killed_thread_is_waited_for", "--io-engine=blocking");
+}
+
+#[test]
+fn reads_of_a_killed_ring_are_waited_for() {
+    reads_of_a_parent("reads_of_a_killed_ring_are_waited_for", "--io-engine=io_uring");
+}
+
+#[test]
+fn reads_of_a_killed_thread_are_waited_for() {
+    reads_of_a_parent("reads_of_a_killed_thread_are_waited_for", "--io-engine=blocking");
+}
+
+/// Only the parent lies on the slow medium. Direct reads of it still land in the guest's memory when their daemon is gone,
+/// and no kernel lock of an inode stands between them and the successor: nothing but the lock on the child does. (A
+/// buffered read ends with its process; what goes on is the kernel's reading ahead.)
+fn reads_of_a_parent(test: &str, engine: &str) {
+    if !may_mount(test) {
+        return;
+    }
+    let disk = fuse::blank(Kind::Ext4.size());
+    let device = LoopDevice::attach(&disk.path());
+    Kind::Ext4.make(device.path(), &[]);
+    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    let folder = tempfile::tempdir().expect("a folder");
+    let (root, child) = (mounted.path().join("root.vhd"), folder.path().join("child.vhd"));
+    let raw = folder.path().join("raw");
+    std::fs::write(&raw, tagged_run(1, 0, 4096)).expect("a raw disk");
+    let [convert, create] = ["convert", "create"].map(Path::new);
+    let [to, dynamic, from, kind] = ["--to", "dynamic", "--from", "raw"].map(Path::new);
+    diffdisk([convert, &raw, &root, to, dynamic, from, kind]).ok();
+    let allow = format!("--allow-parents={}", mounted.path().display());
+    diffdisk([create, &child, Path::new("--parent"), &root, Path::new(&allow)]).ok();
+    let runtime = Runtime::new();
+    let options = [engine, "--direct", &allow, runtime.option()];
+    let old = Daemon::start(&child, &options);
+    let mut client = old.connect();
+    disk.set_read_delay(LATENCY);
+    client.submit(0, Command::Read { offset: 1000 * SECTOR as u64, len: 8192 }).expect("a read is queued");
+    disk.wait_for_held_read();
+    let killed = Instant::now();
+    old.strike();
+    disk.set_read_delay(Duration::ZERO);
+    let new = Daemon::start(&child, &options);
+    let over = disk.late_reads_over().expect("the new daemon serves when the old reads are over");
+    assert!(over > killed, "nothing was under way when the daemon was killed");
+    let found = new.connect().read(1000 * SECTOR as u64, 8192).expect("a read");
+    assert!(found == tagged_run(1, 1000, 16));
+    new.stop();
+    drop(old);
+    mounted.unmount();
+    drop(device);
+}
+
+/// The image is the FUSE file: all that arrives there is the daemons' doing.
+fn on_the_medium_itself(test: &str, engine: &str) {
+    if !may_mount(test) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let made = folder.path().join("image.vhd");
+    create(&made);
+    let disk = fuse::copy_of(&made);
+    let runtime = Runtime::new();
+    let options = [engine, runtime.option()];
+    let (old, killed) = kill_with_a_write_under_way(&disk, &disk.path(), &options);
+    let new = Daemon::start(&disk.path(), &options);
+    let landed = entry_of(&disk.log(), OLD).expect("the old write has landed before the new daemon serves").done;
+    assert!(landed > killed, "nothing was under way when the daemon was killed");
+    let first = disk.first_arrival_after(killed).expect("the new daemon has read the image");
+    assert!(first >= landed, "the new daemon came {:?} before the old write had landed", landed - first);
+    the_new_write_stays(&disk, &new);
+    new.stop();
+    drop(old);
+}
+
+/// The image lies in ext4: the daemons' direct I/O reaches the medium among the file system's own.
+fn on_ext4(test: &str, engine: &str) {
+    if !may_mount(test) {
+        return;
+    }
+    let disk = fuse::blank(Kind::Ext4.size());
+    let device = LoopDevice::attach(&disk.path());
+    Kind::Ext4.make(device.path(), &[]);
+    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    let image = mounted.path().join("image.vhd");
+    create(&image);
+    let runtime = Runtime::new();
+    let options = [engine, "--direct", runtime.option()];
+    let (old, killed) = kill_with_a_write_under_way(&disk, &image, &options);
+    let new = Daemon::start(&image, &options);
+    let landed = entry_of(&disk.log(), OLD).expect("the old write has landed before the new daemon serves").done;
+    assert!(landed > killed, "nothing was under way when the daemon was killed");
+    assert!(!new.log().contains("buffered"), "direct I/O was asked for: {}", new.log());
+    the_new_write_stays(&disk, &new);
+    new.stop();
+    drop(old);
+    mounted.unmount();
+    drop(device);
+}
+
+fn create(image: &Path) {
+    diffdisk([Path::new("create"), image, Path::new("--size"), Path::new("16M")]).ok();
+}
+
+/// Starts a daemon, writes, and kills it while the medium holds the write back. Returns the dead daemon and when it died.
+fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) -> (Daemon, Instant) {
+    let daemon = Daemon::start(image, options);
+    let mut client = daemon.connect();
+    // Blocks and file have their places: what follows is this one write.
+    client.write(0, &tagged_run(1, 0, 2048)).expect("a first write");
+    client.flush().expect("a flush");
+    disk.set_delay(LATENCY);
+    submit(&mut client, OLD);
+    disk.wait_for_held(&tagged(OLD, PLACE.0));
+    let killed = Instant::now();
+    daemon.strike();
+    disk.set_delay(Duration::ZERO);
+    assert!(entry_of(&disk.log(), OLD).is_none(), "the write is still under way");
+    (daemon, killed)
+}
+
+fn submit(client: &mut Client, tag: u64) {
+    let data = tagged_run(tag, PLACE.0, PLACE.1);
+    client.submit(0, Command::Write { offset: PLACE.0 * SECTOR as u64, data: &data }).expect("a write is queued");
+}
+
+/// A write to the same place is not overtaken.
+fn the_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
+    let mut client = daemon.connect();
+    submit(&mut client, NEW);
+    client.wait().expect("an answer").result.expect("a write");
+    client.flush().expect("a flush");
+    disk.wait_until_landed();
+    let (offset, len) = (PLACE.0 * SECTOR as u64, usize::try_from(PLACE.1).expect("small") * SECTOR);
+    assert!(client.read(offset, len).expect("a read") == tagged_run(NEW, PLACE.0, PLACE.1));
+    let log = disk.log();
+    let at = |tag| log.iter().rposition(|entry| holds(entry, tag)).expect("both writes are in the record");
+    assert!(at(OLD) < at(NEW), "the old write came after the new one");
+}
+
+fn entry_of(log: &[Entry], tag: u64) -> Option<&Entry> {
+    log.iter().find(|entry| holds(entry, tag))
+}
+
+fn holds(entry: &Entry, tag: u64) -> bool {
+    matches!(&entry.event, Event::Write { data, .. } if contains(data, &tagged(tag, PLACE.0)))
+}

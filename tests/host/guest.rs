@@ -1,0 +1,272 @@
+//! A guest whose disk can be judged afterwards: every sector says which write it comes from, and every write and flush is
+//! noted with the medium's position at its submission and completion.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::common::client::{Client, Command, Options};
+use crate::common::rng::Rng;
+
+pub(crate) const SECTOR: usize = 512;
+
+/// Requests in flight.
+const DEPTH: usize = 8;
+/// Sectors of the largest request.
+const MAX_SECTORS: u64 = 256;
+/// Sectors of the part of the disk that is written over and over.
+const HOT: u64 = 2048;
+
+/// What a sector holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Content {
+    Zero,
+    /// A write, or a part of the initial contents.
+    Tag(u64),
+}
+
+/// The bytes of sector `sector` with the tag `tag`.
+pub(crate) fn tagged(tag: u64, sector: u64) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
+    for unit in bytes.chunks_exact_mut(16) {
+        unit[..8].copy_from_slice(&(tag | 1 << 63).to_be_bytes());
+        unit[8..].copy_from_slice(&sector.to_be_bytes());
+    }
+    bytes
+}
+
+/// The bytes of a run of sectors with one tag.
+pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
+    (first..first + count).flat_map(|sector| tagged(tag, sector)).collect()
+}
+
+/// What `bytes` are, as the contents of sector `sector`; an explanation where nobody has written that there.
+pub(crate) fn recognise(bytes: &[u8], sector: u64) -> Result<Content, String> {
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    // Every unit is as the one before.
+    if bytes[16..] != bytes[..SECTOR - 16] {
+        return Err("a mixture".into());
+    }
+    match (word(0), word(8)) {
+        (0, 0) => Ok(Content::Zero),
+        (tag, place) if tag >> 63 == 1 && place == sector => Ok(Content::Tag(tag & !(1 << 63))),
+        (tag, place) if tag >> 63 == 1 => Err(format!("sector {place} of write {}", tag & !(1 << 63))),
+        _ => Err(format!("bytes of somebody else: {:02x?}", &bytes[..16])),
+    }
+}
+
+/// A write or zeroing.
+struct Change {
+    content: Content,
+    sectors: Range<u64>,
+    /// The medium's position before it was submitted.
+    submitted: usize,
+    /// The number of the guest's event that was its completion.
+    acknowledged: Option<u64>,
+}
+
+struct Flush {
+    /// The number of the guest's event that was its submission: it covers what was acknowledged before.
+    asked: u64,
+    /// The medium's position when it was complete.
+    complete: Option<usize>,
+}
+
+/// What the guest knows.
+pub(crate) struct History {
+    initial: Vec<Content>,
+    changes: Vec<Change>,
+    /// By sector: its changes, in order.
+    of_sector: Vec<Vec<u32>>,
+    flushes: Vec<Flush>,
+    events: u64,
+}
+
+impl History {
+    /// Of a disk with these contents.
+    pub(crate) fn of(initial: Vec<Content>) -> History {
+        let of_sector = vec![Vec::new(); initial.len()];
+        History { initial, changes: Vec::new(), of_sector, flushes: Vec::new(), events: 0 }
+    }
+
+    fn event(&mut self) -> u64 {
+        self.events += 1;
+        self.events
+    }
+
+    fn change(&mut self, content: Content, sectors: Range<u64>, submitted: usize) -> usize {
+        let number = self.changes.len();
+        for list in &mut self.of_sector[index(sectors.start)..index(sectors.end)] {
+            list.push(u32::try_from(number).expect("a short history"));
+        }
+        self.changes.push(Change { content, sectors, submitted, acknowledged: None });
+        number
+    }
+
+    /// Flushes that are complete.
+    pub(crate) fn flushes(&self) -> usize {
+        self.flushes.iter().filter(|f| f.complete.is_some()).count()
+    }
+
+    /// Holds a disk, as it was found after the medium lost all beyond `cut`, against what may be there: in each sector
+    /// what the last completed flush covered, or something written since (S1, S2). Returns the violations.
+    pub(crate) fn judge(&self, disk: &[u8], cut: usize) -> Vec<String> {
+        let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
+        let covered = complete.map(|f| f.asked).max().unwrap_or(0);
+        let mut wrong = Vec::new();
+        if disk.len() != self.initial.len() * SECTOR {
+            wrong.push(format!("the disk has {} bytes", disk.len()));
+        }
+        for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
+            let changes = || self.of_sector[index(sector)].iter().map(|n| &self.changes[*n as usize]);
+            let is_covered = |c: &Change| c.acknowledged.is_some_and(|at| at < covered);
+            let base = changes().rposition(is_covered);
+            let since = changes().skip(base.unwrap_or(0)).take_while(|c| c.submitted <= cut).map(|c| c.content);
+            let before = base.is_none().then_some(self.initial[index(sector)]);
+            let found = recognise(bytes, sector);
+            if !found.as_ref().is_ok_and(|found| before.into_iter().chain(since.clone()).any(|c| c == *found)) {
+                let allowed: Vec<_> = before.into_iter().chain(since).collect();
+                wrong.push(format!("sector {sector}: {found:?}, not one of {allowed:?}"));
+            }
+        }
+        wrong
+    }
+
+    /// The same, of a disk that lost nothing: every sector holds its last acknowledged change.
+    pub(crate) fn judge_whole(&self, disk: &[u8]) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
+            let last = self.of_sector[index(sector)].last().map(|n| &self.changes[*n as usize]);
+            let want = last.map_or(self.initial[index(sector)], |c| c.content);
+            let found = recognise(bytes, sector);
+            if found != Ok(want) {
+                wrong.push(format!("sector {sector}: {found:?}, not {want:?}"));
+            }
+        }
+        wrong
+    }
+}
+
+fn index(sector: u64) -> usize {
+    usize::try_from(sector).expect("a small disk")
+}
+
+/// A connected guest with its history.
+pub(crate) struct Guest<'a> {
+    client: Client,
+    history: History,
+    position: &'a dyn Fn() -> usize,
+    in_flight: HashMap<u64, Sent>,
+    sectors: u64,
+}
+
+enum Sent {
+    Change(usize),
+    Flush(usize),
+}
+
+impl<'a> Guest<'a> {
+    /// Connects. `position` tells the medium's position.
+    pub(crate) fn connect(socket: &std::path::Path, history: History, position: &'a dyn Fn() -> usize) -> Guest<'a> {
+        let options = Options { queues: 2, depth: DEPTH, ..Options::default() };
+        let client = Client::connect_with(socket, &options).expect("a connection");
+        let sectors = client.capacity().expect("a configuration") / SECTOR as u64;
+        assert_eq!(sectors, history.initial.len() as u64);
+        Guest { client, history, position, in_flight: HashMap::new(), sectors }
+    }
+
+    /// One random request more.
+    pub(crate) fn step(&mut self, rng: &mut Rng) {
+        while !self.client.has_room() {
+            self.complete_one();
+        }
+        let queue = usize::from(rng.below(2) == 1);
+        let kind = rng.below(100);
+        if kind < 10 {
+            let asked = self.history.event();
+            let ticket = self.client.submit(queue, Command::Flush).expect("a flush is queued");
+            self.in_flight.insert(ticket, Sent::Flush(self.history.flushes.len()));
+            self.history.flushes.push(Flush { asked, complete: None });
+            return;
+        }
+        let count = 1 + rng.below(MAX_SECTORS) / (1 << rng.below(8));
+        let within = if rng.below(2) == 0 { HOT } else { self.sectors };
+        let start = rng.below(within - count);
+        // Two changes of one sector in flight have no order.
+        while self.touches(&(start..start + count)) {
+            self.complete_one();
+        }
+        let submitted = (self.position)();
+        let (sent, ticket) = if kind < 20 {
+            let sent = self.history.change(Content::Zero, start..start + count, submitted);
+            let (offset, len) = (start * SECTOR as u64, count * SECTOR as u64);
+            (sent, self.client.submit(queue, Command::WriteZeroes { offset, len, unmap: kind < 15 }))
+        } else {
+            let tag = self.history.changes.len() as u64 + 1;
+            let sent = self.history.change(Content::Tag(tag), start..start + count, submitted);
+            let data = tagged_run(tag, start, count);
+            (sent, self.client.submit(queue, Command::Write { offset: start * SECTOR as u64, data: &data }))
+        };
+        self.in_flight.insert(ticket.expect("a request is queued"), Sent::Change(sent));
+    }
+
+    fn touches(&self, range: &Range<u64>) -> bool {
+        self.in_flight.values().any(|sent| match sent {
+            Sent::Change(n) => {
+                let other = &self.history.changes[*n].sectors;
+                other.start < range.end && range.start < other.end
+            }
+            Sent::Flush(_) => false,
+        })
+    }
+
+    fn complete_one(&mut self) {
+        let done = self.client.wait().expect("the daemon answers");
+        done.result.expect("no request fails");
+        let event = self.history.event();
+        match self.in_flight.remove(&done.ticket).expect("a ticket comes back once") {
+            Sent::Change(n) => self.history.changes[n].acknowledged = Some(event),
+            Sent::Flush(n) => self.history.flushes[n].complete = Some((self.position)()),
+        }
+    }
+
+    /// Waits for all requests, flushes, and hangs up.
+    pub(crate) fn finish(mut self) -> History {
+        while self.client.in_flight() > 0 {
+            self.complete_one();
+        }
+        let asked = self.history.event();
+        self.client.flush().expect("a flush");
+        self.history.flushes.push(Flush { asked, complete: Some((self.position)()) });
+        self.history
+    }
+}
+
+#[test]
+fn a_history_tells_right_from_wrong() {
+    let mut h = History::of(vec![Content::Tag(0), Content::Zero]);
+    let disk = |a: Content, b: Content| {
+        let bytes = |c, s| match c {
+            Content::Zero => [0; SECTOR],
+            Content::Tag(t) => tagged(t, s),
+        };
+        [bytes(a, 0), bytes(b, 1)].concat()
+    };
+    let (zero, tag) = (Content::Zero, Content::Tag);
+    // Position 10: a write to both sectors, acknowledged; 20: a flush completes; 30: sector 0 is written again.
+    let first = h.change(tag(1), 0..2, 10);
+    h.changes[first].acknowledged = Some(h.event());
+    let asked = h.event();
+    h.flushes.push(Flush { asked, complete: Some(20) });
+    h.change(tag(2), 0..1, 30);
+    let ok = |a, b, cut| h.judge(&disk(a, b), cut).is_empty();
+    assert!(ok(tag(0), zero, 9) && !ok(tag(1), zero, 9), "not written yet");
+    assert!(ok(tag(0), tag(1), 10) && ok(tag(1), zero, 19), "each sector by itself");
+    assert!(!ok(zero, tag(1), 19), "zero was never in sector 0");
+    assert!(ok(tag(1), tag(1), 20) && !ok(tag(0), tag(1), 20) && !ok(tag(1), zero, 20), "flushed");
+    assert!(!ok(tag(2), tag(1), 29) && ok(tag(2), tag(1), 30) && ok(tag(1), tag(1), 30), "written since");
+    assert!(h.judge_whole(&disk(tag(2), tag(1))).is_empty() && !h.judge_whole(&disk(tag(1), tag(1))).is_empty());
+    assert!(recognise(&tagged(3, 7), 8).unwrap_err().contains("sector 7 of write 3"));
+    let mut torn = tagged(3, 7);
+    torn[100] = 7;
+    assert!(recognise(&torn, 7).is_err());
+}

@@ -1,0 +1,333 @@
+//! Power fails under a real file system: daemons work on images in ext4 or XFS on a loop device on a disk that notes
+//! everything; afterwards the disk is put together as a power cut at many moments could have left it, mounted, and the
+//! images are held against what their guests knew by then (crash-safety 5.2, R8: S1, S2, S4).
+//!
+//! At a cut, everything up to the last sync is there, and any part of what came after, page by page. A write counts as
+//! covered by a sync that reached the disk after it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::fuse::{self, Entry, Event, FuseDisk};
+use super::guest::{Content, Guest, History, SECTOR, tagged};
+use super::loopdev::{Kind, LoopDevice, Mounted, may_mount, must};
+use super::pages::{PAGE, Pages};
+use super::runtime::Runtime;
+use crate::common::daemon::Daemon;
+use crate::common::rng::Rng;
+use crate::common::tool::{self, diffdisk};
+
+/// Bytes of the guests' disks.
+const DISK: u64 = 12 << 20;
+/// Small blocks, so that the files grow several times.
+const BLOCK: &str = "256K";
+/// Requests of each guest.
+const REQUESTS: usize = 500;
+/// Tag of the root's contents.
+const ROOT: u64 = 1 << 40;
+
+/// The images under test: a child of a root, and a dynamic image without a parent.
+const TOPS: [&str; 2] = ["child.vhd", "alone.vhd"];
+
+#[test]
+fn power_fails_under_ext4() {
+    power_fails(Kind::Ext4, ["--direct", "--cache=writeback"]);
+}
+
+#[test]
+fn power_fails_under_xfs() {
+    power_fails(Kind::Xfs, ["--cache=writeback", "--direct"]);
+}
+
+/// `modes`: an option of each image's daemon.
+fn power_fails(kind: Kind, modes: [&'static str; 2]) {
+    let test = format!("power_fails_under_{}", kind.name());
+    if !may_mount(&test) {
+        return;
+    }
+    let cuts = std::env::var("DIFFDISK_CUTS").map_or(100, |n| n.parse().expect("a number of cuts"));
+    let started = Instant::now();
+    let mut rng = Rng::from_env(&test);
+    let (base, log, histories) = record(kind, modes, &mut rng);
+    let flushes: usize = histories.iter().map(History::flushes).sum();
+    let syncs: Vec<usize> = (0..log.len()).filter(|n| matches!(log[*n].event, Event::Sync)).collect();
+    println!(
+        "{test}: {} events, {} syncs, {flushes} flushes noted in {:.1} s",
+        log.len(),
+        syncs.len(),
+        started.elapsed().as_secs_f64()
+    );
+    assert!(flushes > 50 && syncs.len() > 50, "the load did not do what the test is about");
+
+    let mut places: Vec<usize> = (0..cuts)
+        .map(|n| match n % 2 {
+            // Right before a sync the most is at stake.
+            0 => syncs[usize::try_from(rng.below(syncs.len() as u64)).expect("an index")],
+            _ => usize::try_from(rng.below(log.len() as u64 + 1)).expect("an index"),
+        })
+        .collect();
+    places.sort_unstable();
+    let mut medium = Medium { synced: base, log: &log, at: 0 };
+    // A tmpfs: nothing here has to survive.
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let mut violations = 0;
+    for (n, &cut) in places.iter().enumerate() {
+        let device = folder.path().join("device");
+        let pages = medium.cut(cut, &mut rng);
+        pages.save(&device).expect("room in memory");
+        let wrong = examine(kind, &device, folder.path(), &histories, cut, n % 5 == 0);
+        if !wrong.is_empty() {
+            violations += wrong.len();
+            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}-{cut}.img"));
+            pages.save(&kept).expect("room for the evidence");
+            println!("{test}: cut at {cut} of {}, kept as {}:", log.len(), kept.display());
+            wrong.iter().take(10).for_each(|line| println!("  {line}"));
+        }
+    }
+    println!("{test}: {cuts} cuts, {violations} violations, {:.1} s", started.elapsed().as_secs_f64());
+    assert_eq!(violations, 0);
+}
+
+/// Works on the images. Returns the medium at the start, what happened to it, and what the guests know.
+fn record(kind: Kind, modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
+    let disk = fuse::blank(kind.size());
+    let device = LoopDevice::attach(&disk.path());
+    // A small log wraps around, and more of the file system's own work is in the record.
+    kind.make(device.path(), if kind == Kind::Ext4 { &["-J", "size=4"] } else { &[] });
+    let mounted = Mounted::mount(kind, device.path());
+    let initial = make_images(mounted.path());
+    mounted.unmount();
+    let mounted = Mounted::mount(kind, device.path());
+    let base = disk.start_log();
+    let histories = work(&disk, &mounted, initial, modes, rng);
+    mounted.unmount();
+    drop(device);
+    (base, disk.log(), histories)
+}
+
+/// Makes the images. Returns the initial contents of [`TOPS`].
+fn make_images(folder: &Path) -> [Vec<Content>; 2] {
+    let sectors = DISK / SECTOR as u64;
+    // One MiB of data, one MiB of nothing.
+    let of_root = |sector: u64| if sector >> 11 & 1 == 0 { Content::Tag(ROOT) } else { Content::Zero };
+    let mut raw = Vec::new();
+    for sector in 0..sectors {
+        match of_root(sector) {
+            Content::Zero => raw.extend([0; SECTOR]),
+            Content::Tag(tag) => raw.extend(tagged(tag, sector)),
+        }
+    }
+    let scratch = tempfile::tempdir().expect("a folder");
+    let source = scratch.path().join("root.raw");
+    fs::write(&source, raw).expect("room for the root");
+    let path = |name: &str| folder.join(name).to_str().expect("a plain name").to_owned();
+    let source = source.to_str().expect("a plain name");
+    diffdisk(["convert", source, &path("root.vhd"), "--to", "dynamic", "--from", "raw"]).ok();
+    diffdisk(["create", &path(TOPS[0]), "--parent", &path("root.vhd"), "--block-size", BLOCK]).ok();
+    diffdisk(["create", &path(TOPS[1]), "--size", &DISK.to_string(), "--block-size", BLOCK]).ok();
+    [(0..sectors).map(of_root).collect(), vec![Content::Zero; usize::try_from(sectors).expect("a small disk")]]
+}
+
+/// Two daemons and two guests, each at random work at the same time.
+fn work(
+    disk: &FuseDisk,
+    mounted: &Mounted,
+    initial: [Vec<Content>; 2],
+    modes: [&'static str; 2],
+    rng: &mut Rng,
+) -> Vec<History> {
+    let runtime = Runtime::new();
+    let start =
+        |(top, mode): (&&str, &'static str)| Daemon::start(&mounted.path().join(top), &[mode, runtime.option()]);
+    let daemons: Vec<Daemon> = TOPS.iter().zip(modes).map(start).collect();
+    let histories = thread::scope(|scope| {
+        let guests: Vec<_> = daemons
+            .iter()
+            .zip(initial)
+            .map(|(daemon, initial)| {
+                let mut rng = Rng::new(rng.next());
+                scope.spawn(move || {
+                    let position = || disk.position();
+                    let mut guest = Guest::connect(&daemon.socket(), History::of(initial), &position);
+                    (0..REQUESTS).for_each(|_| guest.step(&mut rng));
+                    guest.finish()
+                })
+            })
+            .collect();
+        guests.into_iter().map(|guest| guest.join().expect("the guest ends well")).collect()
+    });
+    daemons.into_iter().for_each(Daemon::stop);
+    histories
+}
+
+/// What the medium holds, from cut to later cut.
+struct Medium<'a> {
+    log: &'a [Entry],
+    /// With all events before `at`, behind the last sync looked at.
+    synced: Pages,
+    at: usize,
+}
+
+impl Medium<'_> {
+    /// The medium as it may be when the events from `cut` on never happened, and since the last sync before it each page
+    /// by itself reached the medium or not.
+    fn cut(&mut self, cut: usize, rng: &mut Rng) -> Pages {
+        let is_sync = |entry: &Entry| matches!(entry.event, Event::Sync);
+        if let Some(sync) = self.log[self.at..cut].iter().rposition(is_sync) {
+            for entry in &self.log[self.at..=self.at + sync] {
+                match &entry.event {
+                    Event::Write { offset, data } => self.synced.write(*offset, data),
+                    Event::Zero { offset, len } => self.synced.zero(*offset, *len),
+                    Event::Sync => {}
+                }
+            }
+            self.at += sync + 1;
+        }
+        let mut pages = self.synced.clone();
+        // Little, half, or nearly all of it.
+        let chance = rng.pick(&[1, 4, 7]);
+        let mut survives = || rng.below(8) < chance;
+        for entry in &self.log[self.at..cut] {
+            match &entry.event {
+                Event::Write { offset, data } => {
+                    // File systems trust that a block is whole; a sector is, where nothing larger was written.
+                    for (at, piece) in (*offset..).step_by(PAGE).zip(data.chunks(PAGE)) {
+                        if survives() {
+                            pages.write(at, piece);
+                        }
+                    }
+                }
+                Event::Zero { offset, len } if survives() => pages.zero(*offset, *len),
+                Event::Zero { .. } | Event::Sync => {}
+            }
+        }
+        pages
+    }
+}
+
+/// Mounts what the power cut left, and holds the images against their guests' knowledge. `serve`: daemons recover them,
+/// too. Returns what is wrong.
+fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut: usize, serve: bool) -> Vec<String> {
+    let mounted = match Mounted::try_mount(kind, device) {
+        Ok(mounted) => mounted,
+        Err(why) => return vec![format!("the file system does not mount: {why}")],
+    };
+    let mut wrong = Vec::new();
+    for (top, history) in TOPS.iter().zip(histories) {
+        let image = mounted.path().join(top);
+        let mut note = |what: String| wrong.push(format!("{top}: {what}"));
+        footers_are_valid(&image).into_iter().for_each(&mut note);
+        let check = diffdisk([Path::new("check"), &image, Path::new("--chain")]);
+        // 4: leaks, which a crash may leave.
+        if !matches!(check.code, Some(0 | 4)) {
+            note(format!("check: {}", check.stderr));
+        }
+        match contents(&image, &scratch.join("raw")) {
+            Ok(disk) => history.judge(&disk, cut).into_iter().for_each(&mut note),
+            Err(why) => note(why),
+        }
+        if serve {
+            let before = fs::read(scratch.join("raw")).unwrap_or_default();
+            recovers(&image, &before, &scratch.join("raw")).into_iter().for_each(&mut note);
+        }
+    }
+    mounted.unmount();
+    wrong
+}
+
+/// Both footers are there and are the same (S4).
+fn footers_are_valid(image: &Path) -> Vec<String> {
+    let ends = File::open(image).and_then(|file| {
+        let (mut front, mut tail) = ([0; SECTOR], [0; SECTOR]);
+        let len = file.metadata()?.len();
+        file.read_exact_at(&mut front, 0)?;
+        file.read_exact_at(&mut tail, len.saturating_sub(SECTOR as u64))?;
+        Ok((front, tail))
+    });
+    let (front, tail) = match ends {
+        Ok(ends) => ends,
+        Err(e) => return vec![format!("cannot be read: {e}")],
+    };
+    let mut wrong = Vec::new();
+    for (name, footer) in [("front", &front), ("trailing", &tail)] {
+        let sum: u32 =
+            footer.iter().enumerate().filter(|(at, _)| !(64..68).contains(at)).map(|(_, b)| u32::from(*b)).sum();
+        if &footer[..8] != b"conectix" || footer[64..68] != (!sum).to_be_bytes() {
+            wrong.push(format!("the {name} footer is not valid"));
+        }
+    }
+    if front != tail {
+        wrong.push("the footers differ".into());
+    }
+    wrong
+}
+
+fn contents(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
+    let _ = fs::remove_file(raw);
+    let mut convert = Command::new(tool::DIFFDISK);
+    let ended = tool::run(convert.arg("convert").arg(image).arg(raw).args(["--to", "raw"]), Duration::from_secs(60));
+    if ended.code != Some(0) {
+        return Err(format!("convert: {}", ended.stderr));
+    }
+    fs::read(raw).map_err(|e| e.to_string())
+}
+
+/// A daemon opens it for writing, shows the same disk, takes a write, and closes it in good order.
+fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
+    // What lived in the host's memory is gone with it.
+    let runtime = Runtime::new();
+    let daemon = Daemon::start(image, &[runtime.option()]);
+    let mut client = daemon.connect();
+    let shown = client.read_all(1 << 20).expect("reads after recovery");
+    let fresh = super::guest::tagged_run(u64::MAX >> 1, 20_000, 40);
+    client.write(20_000 * SECTOR as u64, &fresh).expect("a write after recovery");
+    client.flush().expect("a flush after recovery");
+    drop(client);
+    daemon.stop();
+    let mut wrong = Vec::new();
+    if shown != before {
+        wrong.push("the daemon shows another disk than the tool".to_owned());
+    }
+    let check = diffdisk([Path::new("check"), image]);
+    // Places of blocks that never came to be are lost between others.
+    if !matches!(check.code, Some(0 | 4)) {
+        wrong.push(format!("after recovery and a clean end check says {:?}: {}", check.code, check.stderr));
+    }
+    let mut want = before.to_vec();
+    want[20_000 * SECTOR..20_040 * SECTOR].copy_from_slice(&fresh);
+    match contents(image, raw) {
+        Ok(disk) if disk == want => {}
+        Ok(_) => wrong.push("after recovery and one write the disk is another".into()),
+        Err(why) => wrong.push(why),
+    }
+    wrong
+}
+
+/// The record and the replay agree with what the medium really held.
+#[test]
+fn a_replay_of_everything_is_the_medium() {
+    if !may_mount("a_replay_of_everything_is_the_medium") {
+        return;
+    }
+    let disk = fuse::blank(Kind::Ext4.size());
+    let device = LoopDevice::attach(&disk.path());
+    Kind::Ext4.make(device.path(), &[]);
+    let base = disk.start_log();
+    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    must(Command::new("cp").arg(tool::DIFFDISK).arg(mounted.path()));
+    mounted.unmount();
+    drop(device);
+    let log = disk.log();
+    let last = log.iter().rposition(|e| matches!(e.event, Event::Sync)).expect("unmounting syncs");
+    let mut medium = Medium { synced: base.clone(), log: &log, at: 0 };
+    let replayed = medium.cut(last + 1, &mut Rng::new(1));
+    let (all, first) = (disk.contents(), base);
+    let whole = usize::try_from(all.len()).expect("a small disk");
+    assert!(first.read(0, whole) != all.read(0, whole), "something was written");
+    assert_eq!(log.len(), last + 1, "nothing comes after the last sync");
+    assert!(replayed.read(0, whole) == all.read(0, whole), "the replay is another disk");
+}

@@ -1,0 +1,346 @@
+//! R5: a guest does not notice that its disk daemon is killed, again and again, and started anew.
+//!
+//! Several queues write, overwrite, zero, flush and read, and compare every byte that comes back with what was
+//! acknowledged. Meanwhile the daemon gets SIGKILL every 200 ms or so: at work, at its start, and amid the handshake.
+//! DIFFDISK_KILL_SECONDS says how long (60).
+#![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::chain::Chain;
+use common::daemon::Daemon;
+use common::frontend::{Base, DEPTH, Driver, Kind, Machine, Manners};
+use common::rng::Rng;
+use common::tool::{diffdisk, scratch};
+
+const QUEUES: usize = 3;
+const MIB: u64 = 1 << 20;
+/// Of a disk.
+const SIZE: u64 = 128 * MIB;
+/// Sectors that belong to one queue; the next as many belong to the next queue. So queues share blocks and bitmaps.
+const STRIPE: u64 = 128;
+const STRIPES: u64 = SIZE / 512 / STRIPE;
+
+/// What a queue knows of its part of the disk.
+struct Model {
+    queue: u64,
+    /// What was there before.
+    initial: HashMap<u64, Vec<u8>>,
+    /// By sector: the number of the last write that was acknowledged; 0 for zeros, none for what was there before.
+    written: HashMap<u64, u64>,
+}
+
+/// What a sector holds after write number `tag`, other than 0.
+fn fill(data: &mut [u8], tag: u64, first: u64) {
+    for (sector, chunk) in (first..).zip(data.chunks_mut(512)) {
+        let mut word = tag.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ sector.rotate_left(40);
+        for eight in chunk.chunks_mut(8) {
+            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(tag | 1);
+            eight.copy_from_slice(&word.to_ne_bytes());
+        }
+    }
+}
+
+impl Model {
+    fn check(&self, data: &[u8], first: u64) {
+        let mut want = [0; 512];
+        for (sector, got) in (first..).zip(data.chunks(512)) {
+            match self.written.get(&sector) {
+                Some(0) => want.fill(0),
+                Some(tag) => fill(&mut want, *tag, sector),
+                None => {
+                    let at = usize::try_from(sector % STRIPE * 512).expect("small");
+                    want.copy_from_slice(&self.initial[&(sector / STRIPE)][at..at + 512]);
+                }
+            }
+            let written = self.written.get(&sector);
+            let is = match got {
+                got if got.iter().all(|b| *b == 0) => "zeros".into(),
+                got => format!("{:02x?}", &got[..16]),
+            };
+            assert!(*got == want, "MISCOMPARE: queue {}, sector {sector}, write {written:?}, is {is}", self.queue);
+        }
+    }
+}
+
+/// A request in flight.
+#[derive(Clone, Copy)]
+struct Asked {
+    kind: Kind,
+    sector: u64,
+    sectors: u32,
+    tag: u64,
+}
+
+struct Load<'a> {
+    driver: Driver,
+    model: Model,
+    asked: [Option<Asked>; DEPTH],
+    requests: &'a AtomicU64,
+}
+
+impl Load<'_> {
+    /// Asks for something in every free slot, as `next` says, until it says no more; waits for all answers.
+    fn run(&mut self, mut next: impl FnMut(&Model, &[Option<Asked>]) -> Option<Asked>) {
+        let mut more = true;
+        loop {
+            let mut added = 0;
+            while let (true, Some(slot)) = (more, self.asked.iter().position(Option::is_none)) {
+                let Some(asked) = next(&self.model, &self.asked) else {
+                    more = false;
+                    break;
+                };
+                if asked.kind == Kind::Write {
+                    fill(&mut self.driver.data(slot)[..asked.sectors as usize * 512], asked.tag, asked.sector);
+                }
+                self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
+                self.asked[slot] = Some(asked);
+                added += 1;
+                // Not always in batches.
+                if asked.tag.is_multiple_of(3) {
+                    self.driver.kick(added);
+                    added = 0;
+                }
+            }
+            self.driver.kick(added);
+            if self.asked.iter().all(Option::is_none) {
+                return;
+            }
+            for (slot, status) in self.driver.wait() {
+                let asked = self.asked[slot].take().unwrap_or_else(|| panic!("slot {slot} is answered twice"));
+                let Asked { kind, sector, sectors, tag } = asked;
+                assert_eq!(status, 0, "GUEST ERROR: {kind:?} of {sectors} sectors at {sector}");
+                self.requests.fetch_add(1, Ordering::Relaxed);
+                let sectors_of = || sector..sector + u64::from(sectors);
+                match kind {
+                    Kind::Write => self.model.written.extend(sectors_of().map(|s| (s, tag))),
+                    Kind::WriteZeroes => self.model.written.extend(sectors_of().map(|s| (s, 0))),
+                    Kind::Flush => {}
+                    Kind::Read => {
+                        let len = sectors as usize * 512;
+                        let stripe = sector / STRIPE;
+                        if !self.model.initial.contains_key(&stripe) {
+                            assert_eq!(u64::from(sectors), STRIPE);
+                            self.model.initial.insert(stripe, self.driver.data(slot)[..len].to_vec());
+                        }
+                        self.model.check(&self.driver.data(slot)[..len], sector);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads all of the queue's part, at first to learn what is there.
+    fn read_all(&mut self) {
+        let mut stripe = self.model.queue;
+        self.run(|_, _| {
+            let asked = Asked { kind: Kind::Read, sector: stripe * STRIPE, sectors: STRIPE as u32, tag: 0 };
+            stripe += QUEUES as u64;
+            (asked.sector < STRIPES * STRIPE).then_some(asked)
+        });
+    }
+
+    /// Random work, until told to stop; reading is compared all along.
+    fn work(&mut self, stop: &AtomicBool, mut rng: Rng) {
+        let (queue, mut tag) = (self.model.queue, 0);
+        let of_queue = STRIPES / QUEUES as u64;
+        let mut grown = 0;
+        self.run(|_, asked| {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            tag += 1;
+            // One request a stripe at a time: what is written meanwhile may be read as either.
+            let busy =
+                |stripe: u64| asked.iter().flatten().any(|a| a.kind != Kind::Flush && a.sector / STRIPE == stripe);
+            let stripe = loop {
+                // The part that is written at all grows, so that there are fresh blocks to the end.
+                grown = (tag / 8).clamp(64, of_queue);
+                let stripe = rng.below(grown) * QUEUES as u64 + queue;
+                if !busy(stripe) {
+                    break stripe;
+                }
+            };
+            let sectors =
+                [1, 1, 8, 8, 8, 16, 128, 1 + rng.below(STRIPE)][usize::try_from(rng.below(8)).expect("small")];
+            let sector = stripe * STRIPE + rng.below(STRIPE - sectors + 1);
+            let kind = match rng.below(20) {
+                0..11 => Kind::Write,
+                11 => Kind::WriteZeroes,
+                12 => Kind::Flush,
+                _ => Kind::Read,
+            };
+            Some(Asked { kind, sector, sectors: u32::try_from(sectors).expect("small"), tag })
+        });
+        println!("queue {queue}: {tag} requests over {grown} stripes of {of_queue}");
+    }
+}
+
+/// Kills and restarts of one run.
+#[derive(Default)]
+struct Tally {
+    kills: u32,
+    handshakes_cut: u32,
+    starts_cut: u32,
+    reconnects: Vec<Duration>,
+}
+
+/// Kills the daemon for as long as `lasts`, and leaves one that serves the machine.
+fn torment(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, rng: &mut Rng) -> (Tally, impl Drop + use<>) {
+    let mut tally = Tally::default();
+    let begun = Instant::now();
+    let mut killed_at = None;
+    loop {
+        let over = begun.elapsed() >= lasts;
+        // Now and then the next one dies before it serves: at its start, or amid the handshake.
+        let fate = if over { 9 } else { rng.below(10) };
+        if fate == 0 && killed_at.is_some() {
+            thread::sleep(Duration::from_micros(rng.below(20_000)));
+            daemon.kill_now();
+            tally.starts_cut += 1;
+            tally.kills += 1;
+            killed_at = Some(Instant::now());
+            daemon.start_again();
+            continue;
+        }
+        daemon.wait_until_it_listens();
+        let mut left = if fate == 1 { rng.below(40) } else { u64::MAX };
+        let mut cut = false;
+        let outcome = machine.connect(
+            &daemon.socket(),
+            &mut Manners {
+                base: rng.pick(&[Base::Used, Base::Avail]),
+                patient: rng.below(2) == 0,
+                before_each: &mut || {
+                    if left == 0 && !cut {
+                        daemon.kill_now();
+                        cut = true;
+                    }
+                    left = left.saturating_sub(1);
+                },
+            },
+        );
+        match outcome {
+            _ if cut => tally.handshakes_cut += 1,
+            Ok(stream) => {
+                tally.reconnects.extend(killed_at.map(|at: Instant| at.elapsed()));
+                if over {
+                    return (tally, Connection(stream));
+                }
+                thread::sleep(Duration::from_millis(100 + rng.below(200)));
+                daemon.kill_now();
+                drop(stream);
+            }
+            Err(e) => panic!("the front-end cannot connect: {e}; {}", daemon.log()),
+        }
+        killed_at = Some(Instant::now());
+        tally.kills += 1;
+        daemon.start_again();
+    }
+}
+
+struct Connection(std::os::unix::net::UnixStream);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// A run on `image`; the disk is whole and right at its end, through another daemon too.
+fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng) {
+    // The journal lives as long as the host: on tmpfs, as /run is.
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder on tmpfs");
+    let runtime = format!("--runtime-dir={}", folder.path().display());
+    let mut daemon = Daemon::start(image, &["--num-queues=3", "--log-level=info", &runtime]);
+    let mut machine = Machine::new(QUEUES, event_idx);
+    let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
+    let seeds: Vec<u64> = (0..QUEUES).map(|_| rng.next()).collect();
+    thread::scope(|scope| {
+        for (queue, seed) in seeds.into_iter().enumerate() {
+            let driver = machine.driver(queue);
+            let (stop, requests) = (&stop, &requests);
+            scope.spawn(move || {
+                let model = Model { queue: queue as u64, initial: HashMap::new(), written: HashMap::new() };
+                let mut load = Load { driver, model, asked: [None; DEPTH], requests };
+                // One of us that fails shall not leave the others to go on for ever.
+                struct Stop<'a>(&'a AtomicBool);
+                impl Drop for Stop<'_> {
+                    fn drop(&mut self) {
+                        self.0.store(true, Ordering::Relaxed);
+                    }
+                }
+                let _stop = Stop(stop);
+                load.read_all();
+                load.work(stop, Rng::new(seed));
+                load.read_all();
+            });
+        }
+        let (mut tally, connection) = torment(&mut daemon, &mut machine, lasts, rng);
+        stop.store(true, Ordering::Relaxed);
+        let at = |reconnects: &mut Vec<Duration>, percent: usize| {
+            reconnects.sort_unstable();
+            reconnects.get((reconnects.len() * percent / 100).min(reconnects.len().saturating_sub(1))).copied()
+        };
+        println!(
+            "{what}: {} kills ({} at the start, {} in the handshake), {} requests, reconnect p50 {:?} p99 {:?}",
+            tally.kills,
+            tally.starts_cut,
+            tally.handshakes_cut,
+            requests.load(Ordering::Relaxed),
+            at(&mut tally.reconnects, 50).unwrap_or_default(),
+            at(&mut tally.reconnects, 99).unwrap_or_default(),
+        );
+        // The daemon goes on until the drivers have read all of it.
+        std::mem::forget(connection);
+    });
+    assert!(requests.load(Ordering::Relaxed) > 3 * STRIPES / 2);
+    println!(
+        "{what}: {} rings were resumed with requests in flight",
+        daemon.log().matches("carried out again").count()
+    );
+    daemon.stop();
+    diffdisk([OsStr::new("check"), image.as_os_str(), OsStr::new("--chain")]).ok();
+}
+
+fn seconds() -> Duration {
+    let text = std::env::var("DIFFDISK_KILL_SECONDS").unwrap_or_else(|_| "60".into());
+    Duration::from_secs(text.parse().expect("DIFFDISK_KILL_SECONDS is a number"))
+}
+
+fn created(folder: &Path, kind: &str) -> PathBuf {
+    let image = folder.join(format!("{kind}.vhd"));
+    let size = format!("{}M", SIZE / MIB);
+    diffdisk([
+        OsStr::new("create"),
+        image.as_os_str(),
+        OsStr::new("--size"),
+        size.as_ref(),
+        OsStr::new("--type"),
+        kind.as_ref(),
+    ])
+    .ok();
+    image
+}
+
+#[test]
+fn a_guest_does_not_notice_kills() {
+    let mut rng = Rng::from_env("kill");
+    let folder = scratch("kill");
+    let part = seconds() / 4;
+    run("fixed", &created(folder.path(), "fixed"), part, true, &mut rng);
+    run("dynamic", &created(folder.path(), "dynamic"), part, false, &mut rng);
+    let mut chain = Chain::with_root(SIZE / MIB, rng.next());
+    for (name, event_idx) in [("child", true), ("grandchild", false)] {
+        chain.push_child(&format!("{name}.vhd"));
+        run(name, chain.top(), part, event_idx, &mut rng);
+    }
+    chain.assert_sound();
+}
