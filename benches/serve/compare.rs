@@ -58,7 +58,6 @@ impl<'a> Contestant<'a> {
     fn server(system: &str, kind: &Kind, image: &Path, load: Load) -> Contestant<'a> {
         let server = Server::start(kind, image);
         let mut guest = server.connect(1);
-        server.pin(|_| 0);
         Contestant::new(system, move || measure(&server, &mut guest, &load))
     }
 }
@@ -174,7 +173,6 @@ pub fn latency(bench: &mut Bench) {
             let alone = move |kind: Kind, image: &Path| {
                 let server = Server::start(&kind, image);
                 let mut guest = server.connect(1);
-                server.pin(|_| 0);
                 measure(&server, &mut guest, &load)
             };
             all.push(Contestant::new("diffdiskd, 16 layers", move || alone(Kind::Ours(extra.clone()), vhd)));
@@ -214,7 +212,6 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
         let image = disks.fresh(format, options);
         let server = Server::start(&format.server(), &image);
         let mut guest = server.connect(1);
-        server.pin(|_| 0);
         let sample = measure(&server, &mut guest, &load);
         drop((guest, server));
         std::fs::remove_file(image).expect("it was made a moment ago");

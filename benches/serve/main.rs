@@ -2,7 +2,8 @@
 //!
 //! Each comparison starts all its servers, then loads them in turn, over and over, so that whatever the machine does
 //! besides hits all of them; the guest (see [`load`]) and the server have a processor each. The table gives medians;
-//! ratios are medians of the ratios of neighbouring runs. `--full` takes longer and more often; words pick comparisons.
+//! ratios are medians of the ratios of neighbouring runs. `--full` takes longer and more often; words pick comparisons; `--disks`
+//! only makes the chains.
 //! Results: `target/bench/serve.json`, and drawings beside it.
 
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
@@ -21,6 +22,7 @@ mod start;
 use std::time::Duration;
 
 use compare::Bench;
+use disks::Format;
 
 /// How long and how often.
 #[derive(Clone, Copy)]
@@ -44,8 +46,16 @@ fn main() {
     } else {
         Pace { time: Duration::from_millis(300), rounds: 3, writes: 16_384, size: 512 << 20, full }
     };
-    server::pin_this_thread(server::processors() - 1);
     let mut bench = Bench::new(pace);
+    if std::env::args().any(|a| a == "--disks") {
+        // For fio in the guest: the chains, and where they are.
+        for format in [Format::Vhd, Format::Qcow2] {
+            bench.disks.spread(format, 16);
+        }
+        let raw = bench.disks.spread(Format::Raw, 1);
+        return println!("{}", raw.parent().expect("it is in a folder").display());
+    }
+    server::pin_this_thread(server::processors() - 1);
     type Part = (&'static str, fn(&mut Bench));
     let parts: &[Part] = &[
         ("read", compare::random_reads),

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,9 +18,10 @@ use crate::load::Guest;
 /// How long a server may take to offer its socket, and to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Processors of this machine.
+/// Processors of this machine, whichever this thread is tied to.
 pub fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Ties the calling thread to a processor.
@@ -66,6 +68,8 @@ impl Server {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let (program, arguments) = command(kind, image, folder.path());
         let log = File::create(folder.path().join("log")).expect("a log file");
+        // It inherits the processor.
+        pin_this_thread(0);
         let started = Instant::now();
         let child = Command::new(&program)
             .args(arguments)
@@ -74,9 +78,9 @@ impl Server {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|e| panic!("{}: {e}; run `make bench`", program.display()));
+        pin_this_thread(processors() - 1);
         let mut server = Server { child, folder, started };
         server.wait_for_socket();
-        server.pin(|_| 0);
         server
     }
 
