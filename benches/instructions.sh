@@ -18,7 +18,7 @@ count() {
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 printf '%-44s%14s\n' 'instructions of' 'each'
-for what in plan-2 plan-64 request; do
+for what in plan-3 plan-64 request; do
     less=$(count "$what" "$few" "$out/less")
     more=$(count "$what" "$many" "$out/$what")
     case $what in

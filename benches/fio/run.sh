@@ -32,7 +32,7 @@ serve() {
     case $1 in
     chain | flat)
         "$programs/diffdiskd" --blk-file "$work/$1.vhd" --socket-path "$work/socket" --runtime-dir "$runtime" \
-            --allow-parents "$disks"             --log-level warn &
+            --allow-parents "$disks" --log-level warn &
         ;;
     qcow2)
         qemu-storage-daemon --object iothread,id=io \

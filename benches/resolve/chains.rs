@@ -24,7 +24,8 @@ pub enum Cut {
     Runs(u64),
 }
 
-/// An empty child over `depth` layers, as it is served.
+/// An empty child over `depth` layers that have the data, over an empty root (whose blocks would be all in one piece), as
+/// it is served.
 pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
     let top = make(folder, depth, cut);
     let chain = Chain::open(&Host, &top, &Policy::default(), Use::Write).unwrap_or_else(|e| panic!("{}", e.line()));
@@ -59,7 +60,7 @@ pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
 pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
     std::fs::create_dir(folder).expect("a folder of our own");
     let name = |layer: u64| folder.join(format!("{layer}.vhd"));
-    for layer in 0..=depth {
+    for layer in 0..=depth + 1 {
         let mut create = Command::new(env!("CARGO_BIN_EXE_diffdisk"));
         create.args(["create", "--quiet"]).arg(name(layer));
         match layer {
@@ -67,11 +68,11 @@ pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
             _ => create.arg("--parent").arg(name(layer - 1)),
         };
         assert!(create.status().is_ok_and(|s| s.success()), "{create:?}");
-        if layer < depth {
-            fill(&name(layer), layer, depth, cut);
+        if (1..=depth).contains(&layer) {
+            fill(&name(layer), layer - 1, depth, cut);
         }
     }
-    name(depth)
+    name(depth + 1)
 }
 
 fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
