@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest oracles world-long kill-long
+.PHONY: help build demo test check guest oracles world-long kill-long bench bench-full bench-instructions fio
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## the programs diffdisk and diffdiskd, in target/release
 	cargo build --release --bins
@@ -37,3 +37,23 @@ check: ## formatting, lints, documentation
 	cargo clippy --all-targets --features sim,mutants -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim,mutants
 	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh; fi
+
+bench: ## speed beside qemu-storage-daemon, in two minutes; installs what it needs
+	.ci/install bench
+	cargo bench --bench resolve
+	cargo bench --bench serve
+
+bench-full: ## the same, longer and more often
+	.ci/install bench
+	cargo bench --bench resolve
+	cargo bench --bench serve -- --full
+
+bench-instructions: ## instructions of a look-up and of a whole request, counted by valgrind
+	.ci/install bench
+	benches/instructions.sh
+
+fio: ## fio in the guest on a chain, a flat image, and a chain of qcow2 by qemu-storage-daemon
+	.ci/install full
+	vm-images/build-guest.sh full
+	cargo build --release --bins
+	benches/fio/run.sh

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Instructions of a look-up and of a whole read, from the virtqueue and back, on an engine that does nothing. Counted by
+# valgrind, twice with different numbers of requests: the difference is what requests cost, and the same on any machine.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+few=2000 many=12000
+
+program=$(cargo bench --bench resolve --no-run --message-format=json 2>/dev/null |
+    sed -n 's/.*"name":"resolve".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+[ -x "$program" ] || { echo "instructions: the benchmark was not built" >&2; exit 1; }
+
+count() {
+    valgrind --tool=callgrind --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |
+        sed -n 's/.*Collected : \([0-9]*\).*/\1/p'
+}
+
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+printf '%-44s%14s\n' 'instructions of' 'each'
+for what in plan-3 plan-64 request; do
+    less=$(count "$what" "$few" "$out/less")
+    more=$(count "$what" "$many" "$out/$what")
+    case $what in
+    plan-*) name="a look-up in a chain of ${what#plan-} files" ;;
+    request) name='a read of 4 KiB, ring to ring, 32 in a batch' ;;
+    esac
+    printf '%-44s%14s\n' "$name" $(((more - less) / (many - few)))
+done
+echo
+echo 'of the reads, by function (per cent of the program):'
+callgrind_annotate "$out/request" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | head -n 20 | cut -c1-150

@@ -1,0 +1,91 @@
+//! What it costs to find out where sectors are: nanoseconds of a `plan_read`, by depth of the chain and by how finely the
+//! data of a block is cut up between its layers. Depth must not show.
+//!
+//! With `--instructions NAME` it does one thing a number of times, for a program that counts instructions.
+#![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
+#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+
+#[path = "resolve/chains.rs"]
+mod chains;
+#[path = "resolve/null.rs"]
+mod null;
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use chains::{BLOCKS, Cut, plan_all, version};
+use diffdisk::chain::{Plan, Version};
+use diffdisk::units::SectorRange;
+
+/// Sectors of a request.
+const REQUEST: u64 = 8;
+/// Requests in a measured run, and runs.
+const REQUESTS: u64 = 200_000;
+const RUNS: usize = 9;
+/// Most that the longest chain may cost over the shortest.
+const FLAT: f64 = 1.25;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let [option, name, count] = &arguments[..] {
+        assert_eq!(option, "--instructions");
+        return instructions(name, count.parse().expect("a count"));
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    println!("{:<28}{:>10}{:>10}{:>10}{:>10}{:>14}", "ns a plan, files in chain", 3, 6, 18, 64, "64 over 3");
+    let mut flat = true;
+    for cut in [Cut::Whole, Cut::Runs(8), Cut::Runs(512)] {
+        let versions = [1, 4, 16, 62].map(|depth| version(&folder.path().join(format!("{cut:?}-{depth}")), depth, cut));
+        versions.iter().for_each(plan_all);
+        let mut best = [f64::MAX; 4];
+        // The least of many: whatever else the machine does only adds.
+        for _ in 0..RUNS {
+            for (version, best) in versions.iter().zip(&mut best) {
+                *best = best.min(measure(version));
+            }
+        }
+        let ratio = best[3] / best[0];
+        flat &= ratio <= FLAT;
+        let name = match cut {
+            Cut::Whole => "whole blocks".to_owned(),
+            Cut::Runs(n) => format!("{n} runs in a block"),
+        };
+        println!("{name:<28}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{ratio:>14.2}", best[0], best[1], best[2], best[3]);
+    }
+    println!("flat in depth (at most {FLAT}): {}", if flat { "yes" } else { "NO" });
+}
+
+/// Nanoseconds a plan.
+fn measure(version: &Version) -> f64 {
+    let mut plan = Plan::default();
+    let start = Instant::now();
+    some_plans(version, &mut plan, REQUESTS);
+    start.elapsed().as_secs_f64() * 1e9 / REQUESTS as f64
+}
+
+fn some_plans(version: &Version, plan: &mut Plan, count: u64) {
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    for _ in 0..count {
+        // Marsaglia's xorshift64.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let start = (random >> 20) % (BLOCKS * 4096 / REQUEST) * REQUEST;
+        version.plan_read(black_box(SectorRange::between(start, start + REQUEST)), plan);
+        black_box(&plan);
+    }
+}
+
+fn instructions(name: &str, count: u64) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("chain");
+    match name {
+        "plan-3" | "plan-64" => {
+            let version = version(&path, if name == "plan-3" { 1 } else { 62 }, Cut::Runs(8));
+            plan_all(&version);
+            some_plans(&version, &mut Plan::default(), count);
+        }
+        "request" => null::requests(&path, count),
+        other => panic!("nothing is called {other}"),
+    }
+}

@@ -1,0 +1,102 @@
+//! Chains whose blocks are cut up between their layers, made through the library itself.
+#![allow(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use diffdisk::chain::{Chain, Plan, Policy, Use, Version};
+use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
+use diffdisk::image::Keep;
+use diffdisk::storage::{EngineKind, Env, Slices, host::Host};
+use diffdisk::units::SectorRange;
+
+/// Blocks of 2 MiB on the disk.
+pub const BLOCKS: u64 = 32;
+const BLOCK_SECTORS: u64 = 4096;
+
+/// How finely the data of a block is cut up.
+#[derive(Clone, Copy, Debug)]
+pub enum Cut {
+    /// One layer has all of it.
+    Whole,
+    /// So many runs of equal length: every second one is nobody's, the others belong to one layer after the other.
+    Runs(u64),
+}
+
+/// An empty child over `depth` layers that have the data, over an empty root (whose blocks would be all in one piece), as
+/// it is served.
+pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
+    let top = make(folder, depth, cut);
+    let chain = Chain::open(&Host, &top, &Policy::default(), Use::Write).unwrap_or_else(|e| panic!("{}", e.line()));
+    chain.into_writable(&Host, &Keep::Nothing).unwrap_or_else(|e| panic!("{}", e.line()))
+}
+
+/// Has everything decided, so that only look-ups are left.
+pub fn plan_all(version: &Version) {
+    let mut plan = Plan::default();
+    for block in 0..BLOCKS {
+        let range = SectorRange::between(block * BLOCK_SECTORS, (block + 1) * BLOCK_SECTORS);
+        version.plan_read_now(range, &mut plan).unwrap_or_else(|e| panic!("{}", e.line()));
+    }
+}
+
+/// Opens a disk.
+pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
+    let options = DiskOptions {
+        path: path.to_owned(),
+        read_only: false,
+        serial: None,
+        direct: false,
+        allow_parents: Vec::new(),
+        write_through: false,
+        keep: Keep::Nothing,
+        when_full: WhenFull::Fail,
+    };
+    Disk::open(env, &options).unwrap_or_else(|e| panic!("{}", e.line()))
+}
+
+/// Makes the files; the youngest.
+pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
+    std::fs::create_dir(folder).expect("a folder of our own");
+    let name = |layer: u64| folder.join(format!("{layer}.vhd"));
+    for layer in 0..=depth + 1 {
+        let mut create = Command::new(env!("CARGO_BIN_EXE_diffdisk"));
+        create.args(["create", "--quiet"]).arg(name(layer));
+        match layer {
+            0 => create.args(["--size", &(BLOCKS * BLOCK_SECTORS * 512).to_string()]),
+            _ => create.arg("--parent").arg(name(layer - 1)),
+        };
+        assert!(create.status().is_ok_and(|s| s.success()), "{create:?}");
+        if (1..=depth).contains(&layer) {
+            fill(&name(layer), layer - 1, depth, cut);
+        }
+    }
+    name(depth + 1)
+}
+
+fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
+    let disk = open(Arc::new(Host), path);
+    let mut lane = disk.lane(EngineKind::Auto, 64).unwrap_or_else(|e| panic!("{}", e.line()));
+    let memory: Arc<Box<[u8]>> = Arc::new(vec![7; 2 << 20].into());
+    let mut answers = Vec::new();
+    for block in 0..BLOCKS {
+        let runs = match cut {
+            Cut::Whole => 1,
+            Cut::Runs(runs) => runs,
+        };
+        let len = BLOCK_SECTORS / runs;
+        for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {
+            let start = block * BLOCK_SECTORS + run * len;
+            let mut from = Slices::with_capacity(1);
+            from.set_owner(memory.clone());
+            // SAFETY: inside the boxed slice, which the owner keeps; it is only read.
+            unsafe { from.push(memory.as_ptr().cast_mut(), (len * 512) as usize) };
+            lane.push(Request { tag: 0, work: Work::Write { range: SectorRange::between(start, start + len), from } });
+            lane.drain(&mut answers).expect("the engine works");
+        }
+    }
+    assert!(answers.iter().all(|a| a.outcome == Outcome::Done));
+    drop(lane);
+    disk.close().unwrap_or_else(|e| panic!("{}", e.line()));
+}

@@ -1,0 +1,159 @@
+//! Requests that come through a virtqueue and meet an engine that does nothing: what is left is our own work.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
+use diffdisk::error::Result;
+use diffdisk::storage::host::Host;
+use diffdisk::storage::{Access, Completion, Engine, EngineKind, Env, File, Live, Op, Slot};
+use uuid::Uuid;
+use vhost_user_backend::VringT;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::chains::{BLOCKS, Cut, make, open, plan_all};
+
+const SIZE: u16 = 128;
+const TABLE: u64 = 0x1000;
+const AVAIL: u64 = 0x4000;
+const USED: u64 = 0x5000;
+const HEADERS: u64 = 0x6000;
+const STATUS: u64 = 0x7000;
+const DATA: u64 = 0x10_0000;
+/// Requests in a batch.
+const BATCH: u16 = 32;
+
+/// Serves at least `count` reads of 4 KiB in batches of 32.
+pub fn requests(path: &Path, count: u64) {
+    let disk = open(Arc::new(Null), &make(path, 16, Cut::Runs(8)));
+    plan_all(disk.version());
+    let device = Device::new(disk.clone(), 1, SIZE, true);
+    device.ack(1 << 32);
+    let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("memory");
+    let vring = Vring::new(AtomicMemory::new(memory.clone()), SIZE).expect("a ring");
+    vring.set_queue_size(SIZE);
+    vring.set_queue_info(TABLE, AVAIL, USED).expect("addresses");
+    vring.set_queue_ready(true);
+    vring.set_enabled(true);
+    let lane = disk.lane(EngineKind::Auto, usize::from(SIZE)).unwrap_or_else(|e| panic!("{}", e.line()));
+    let mut queue = Queue::new(device, lane, 0);
+    queue.start(&vring, Arc::new(memory.clone()), None).unwrap_or_else(|e| panic!("{}", e.line()));
+    let put = |at: u64, word: u64| memory.write_obj(word.to_le(), GuestAddress(at)).expect("inside");
+    let (next, write) = (1u64, 2u64);
+    for i in 0..u64::from(BATCH) {
+        let chain = [(HEADERS + i * 16, 16, next), (DATA + i * 4096, 4096, next | write), (STATUS + i, 1, write)];
+        for (n, (addr, len, flags)) in (0..).zip(chain) {
+            let at = TABLE + (i * 3 + n) * 16;
+            put(at, addr);
+            put(at + 8, len | flags << 32 | (i * 3 + n + 1) << 48);
+        }
+    }
+    let (mut avail, mut random) = (0u16, 0x9e37_79b9u64);
+    for _ in 0..count.div_ceil(u64::from(BATCH)) {
+        for i in 0..BATCH {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            put(HEADERS + u64::from(i) * 16 + 8, (random >> 20) % (BLOCKS * 512) * 8);
+            let entry = AVAIL + 4 + u64::from(avail % SIZE) * 2;
+            memory.write_obj((i * 3).to_le(), GuestAddress(entry)).expect("inside");
+            avail = avail.wrapping_add(1);
+        }
+        memory.write_obj(avail.to_le(), GuestAddress(AVAIL + 2)).expect("inside");
+        queue.serve(&vring).expect("the engine works");
+        let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("inside");
+        assert_eq!(u16::from_le(used), avail, "every request is answered at once");
+    }
+    queue.stop(&vring).expect("the engine works");
+}
+
+/// The host, with engines that do nothing.
+struct Null;
+
+impl Env for Null {
+    fn open(&self, path: &Path, access: Access) -> Result<File> {
+        Host.open(path, access)
+    }
+    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File> {
+        Host.open_beneath(root, relative)
+    }
+    fn create(&self, path: &Path) -> Result<File> {
+        Host.create(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        Host.rename(from, to)
+    }
+    fn link(&self, existing: &Path, new: &Path) -> Result<()> {
+        Host.link(existing, new)
+    }
+    fn remove(&self, path: &Path) -> Result<()> {
+        Host.remove(path)
+    }
+    fn sync_dir(&self, folder: &Path) -> Result<()> {
+        Host.sync_dir(folder)
+    }
+    fn canonical(&self, path: &Path) -> Result<PathBuf> {
+        Host.canonical(path)
+    }
+    fn exists(&self, path: &Path) -> bool {
+        Host.exists(path)
+    }
+    fn live(&self, path: &Path, words: usize) -> Result<Live> {
+        Host.live(path, words)
+    }
+    fn boot_id(&self) -> Result<Uuid> {
+        Host.boot_id()
+    }
+    fn now(&self) -> i64 {
+        Host.now()
+    }
+    fn uuid(&self) -> Uuid {
+        Host.uuid()
+    }
+    fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
+        // The room that a disk makes for itself when it is opened is real.
+        if kind == EngineKind::Blocking { Host.engine(kind, depth) } else { Ok(Box::new(Nothing(Vec::new()))) }
+    }
+}
+
+/// Completes what it is given.
+struct Nothing(Vec<Completion>);
+
+impl Engine for Nothing {
+    fn register(&mut self, _: Slot, _: &File) -> io::Result<()> {
+        Ok(())
+    }
+    fn unregister(&mut self, _: Slot) -> io::Result<()> {
+        Ok(())
+    }
+    fn push(&mut self, op: Op) -> std::result::Result<(), Op> {
+        self.0.push(Completion { op, result: Ok(()) });
+        Ok(())
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        out.append(&mut self.0);
+    }
+    fn wait(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn under_way(&self) -> usize {
+        self.0.len()
+    }
+    fn depth(&self) -> usize {
+        usize::from(SIZE)
+    }
+    fn calls(&self) -> u64 {
+        0
+    }
+    fn name(&self) -> &'static str {
+        "nothing"
+    }
+}

@@ -1,0 +1,95 @@
+//! What the reads cost without any server: the same file by io_uring in batches, and by plain calls, in this process.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, types};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::sample::{Latencies, Sample};
+
+const BLOCK: usize = 4096;
+const DEPTH: usize = 32;
+
+fn thread_time() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) % below
+    }
+}
+
+/// Has the host read all of a file.
+fn warm(file: &File, region: u64) {
+    let mut piece = vec![0; 1 << 20];
+    (0..region >> 20).for_each(|i| file.read_exact_at(&mut piece, i << 20).expect("the image can be read"));
+}
+
+/// Calls `batch` until the time is over; it does [`DEPTH`] reads.
+fn measure(time: Duration, mut batch: impl FnMut()) -> Sample {
+    let (start, before) = (Instant::now(), thread_time());
+    let (mut count, mut latencies, mut now) = (0, Latencies::default(), start);
+    while now - start < time {
+        batch();
+        let after = Instant::now();
+        latencies.add(after - now);
+        now = after;
+        count += DEPTH as u64;
+    }
+    let mut sample = Sample::new(count, (now - start).as_secs_f64(), &latencies);
+    sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
+    sample
+}
+
+/// Random reads of 4 KiB by preadv(2), one behind the other.
+pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
+    let file = File::open(path).expect("the image can be read");
+    warm(&file, region);
+    let mut memory = vec![0; DEPTH * BLOCK];
+    let mut random = Random(0x9e37_79b9);
+    measure(time, || {
+        for page in memory.chunks_mut(BLOCK) {
+            let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+            file.read_exact_at(page, at).expect("the image can be read");
+        }
+    })
+}
+
+/// Random reads of 4 KiB by io_uring, 32 in a submit, with all that makes it fast.
+pub fn io_uring(path: &Path, region: u64, time: Duration) -> Sample {
+    let file = File::open(path).expect("the image can be read");
+    warm(&file, region);
+    let mut ring: IoUring = IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .build(DEPTH as u32)
+        .or_else(|_| IoUring::new(DEPTH as u32))
+        .expect("the host has io_uring");
+    ring.submitter().register_files(&[file.as_raw_fd()]).expect("a file can be registered");
+    let mut memory = vec![0u8; DEPTH * BLOCK];
+    let mut random = Random(0x9e37_79b9);
+    measure(time, || {
+        for page in memory.chunks_mut(BLOCK) {
+            let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+            let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();
+            // SAFETY: the pages live until all of the batch has completed, below.
+            unsafe { ring.submission().push(&read).expect("there is room for a batch") };
+        }
+        ring.submit_and_wait(DEPTH).expect("the batch is taken");
+        for done in ring.completion() {
+            assert_eq!(done.result(), BLOCK as i32, "the image can be read");
+        }
+    })
+}

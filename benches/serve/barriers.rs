@@ -1,0 +1,89 @@
+//! Syncs a guest's flush costs, by situation, whatever the number of writes before it: counted, not timed.
+#![allow(unsafe_code)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, WhenFull, Work};
+use diffdisk::image::Keep;
+use diffdisk::storage::{EngineKind, Slices, host::Host};
+use diffdisk::units::SectorRange;
+
+use crate::compare::{Bench, Bound};
+use crate::disks::Format;
+
+const WRITES: u64 = 500;
+
+pub fn barriers(bench: &mut Bench) {
+    let child = bench.disks.fresh(Format::Vhd, &[]);
+    let root = bench.disks.written(Format::Vpc).with_extension("root");
+    let _ = std::fs::remove_file(&root);
+    let made = std::process::Command::new(env!("CARGO_BIN_EXE_diffdisk"))
+        .args(["create", "--quiet", "--size", "1G"])
+        .arg(&root)
+        .status();
+    assert!(made.is_ok_and(|s| s.success()), "an image can be made");
+    for (image, what, new) in [(&child, "a child", 2.0), (&root, "a dynamic root", 1.0)] {
+        let mut guest = Guest::new(image);
+        guest.flush();
+        let clean = guest.flush();
+        let fresh = guest.write_and_flush();
+        let again = guest.write_and_flush();
+        bench.target(format!("syncs of a flush, {what}, nothing written"), clean, Bound::Exactly(0.0));
+        bench.target(format!("syncs of a flush, {what}, {WRITES} writes of new sectors"), fresh, Bound::AtMost(new));
+        bench.target(format!("syncs of a flush, {what}, {WRITES} writes over old ones"), again, Bound::Exactly(1.0));
+    }
+}
+
+/// A queue of a disk in this process.
+struct Guest {
+    disk: Arc<Disk>,
+    lane: Lane,
+    page: Arc<Box<[u8]>>,
+}
+
+impl Guest {
+    fn new(image: &Path) -> Guest {
+        let options = DiskOptions {
+            path: image.to_owned(),
+            read_only: false,
+            serial: None,
+            direct: false,
+            allow_parents: Vec::new(),
+            write_through: false,
+            keep: Keep::Nothing,
+            when_full: WhenFull::Fail,
+        };
+        let disk = Disk::open(Arc::new(Host), &options).unwrap_or_else(|e| panic!("{}", e.line()));
+        let lane = disk.lane(EngineKind::Auto, 64).expect("a lane");
+        Guest { disk, lane, page: Arc::new(vec![7; 4096].into()) }
+    }
+
+    fn run(&mut self, work: Work) {
+        let mut answers = Vec::new();
+        self.lane.push(Request { tag: 0, work });
+        self.lane.drain(&mut answers).expect("the engine works");
+        assert!(answers.iter().all(|a| a.outcome == Outcome::Done), "{answers:?}");
+    }
+
+    /// Syncs that it took.
+    fn flush(&mut self) -> f64 {
+        let count = |guest: &Guest| guest.disk.counts().barriers.load(Ordering::Relaxed);
+        let before = count(self);
+        self.run(Work::Flush);
+        (count(self) - before) as f64
+    }
+
+    fn write_and_flush(&mut self) -> f64 {
+        for i in 0..WRITES {
+            let start = i * 7919 % (1 << 17) * 8;
+            let mut from = Slices::with_capacity(1);
+            from.set_owner(self.page.clone());
+            // SAFETY: the page stays as long as its owner; it is only read.
+            unsafe { from.push(self.page.as_ptr().cast_mut(), self.page.len()) };
+            self.run(Work::Write { range: SectorRange::between(start, start + 8), from });
+        }
+        self.flush()
+    }
+}

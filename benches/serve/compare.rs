@@ -1,0 +1,344 @@
+//! The comparisons: which servers, under which loads, and what must come of it (the targets).
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::Pace;
+use crate::bare;
+use crate::disks::{Disks, Format};
+use crate::load::{Guest, Load, Order, Until};
+use crate::sample::{Row, Sample, median};
+use crate::server::{Kind, Server, processors};
+
+/// What must hold.
+pub struct Target {
+    pub what: String,
+    pub ratio: f64,
+    pub bound: Bound,
+}
+
+/// The side on which a ratio is good.
+#[derive(Clone, Copy)]
+pub enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+    Exactly(f64),
+}
+
+impl Target {
+    pub fn met(&self) -> bool {
+        match self.bound {
+            Bound::AtLeast(bound) => self.ratio >= bound,
+            Bound::AtMost(bound) => self.ratio <= bound,
+            Bound::Exactly(bound) => (self.ratio - bound).abs() < 1e-9,
+        }
+    }
+}
+
+/// All that was measured.
+pub struct Bench {
+    pub pace: Pace,
+    pub disks: Disks,
+    pub rows: Vec<Row>,
+    pub targets: Vec<Target>,
+}
+
+/// One who takes part in a comparison.
+pub struct Contestant<'a> {
+    system: String,
+    run: Box<dyn FnMut() -> Sample + 'a>,
+}
+
+impl<'a> Contestant<'a> {
+    pub fn new(system: &str, run: impl FnMut() -> Sample + 'a) -> Contestant<'a> {
+        Contestant { system: system.to_owned(), run: Box::new(run) }
+    }
+
+    /// A server that stays for the whole comparison.
+    fn server(system: &str, kind: &Kind, image: &Path, load: Load) -> Contestant<'a> {
+        let server = Server::start(kind, image);
+        let mut guest = server.connect(1);
+        Contestant::new(system, move || measure(&server, &mut guest, &load))
+    }
+}
+
+/// One run, with the processor time of the server. What is read is in the host's memory before, even if the host gives up
+/// what has not been used for a while.
+pub fn measure(server: &Server, guest: &mut Guest, load: &Load) -> Sample {
+    if !load.write {
+        guest.warm(load.region).unwrap_or_else(|e| panic!("a request failed: {e}"));
+    }
+    let before = server.processor_time();
+    let mut sample = guest.run(load).unwrap_or_else(|e| panic!("a request failed: {e}"));
+    let used = server.processor_time().saturating_sub(before);
+    sample.cpu = used.as_secs_f64() * 1e6 / sample.count.max(1) as f64;
+    sample
+}
+
+impl Bench {
+    pub fn new(pace: Pace) -> Bench {
+        Bench { pace, disks: Disks::new(pace.size), rows: Vec::new(), targets: Vec::new() }
+    }
+
+    /// Has each contestant run once unmeasured, then in turn.
+    pub fn compare(&mut self, load: &str, mut contestants: Vec<Contestant<'_>>) {
+        let first = self.rows.len();
+        for contestant in &mut contestants {
+            (contestant.run)();
+            self.rows.push(Row { load: load.into(), system: contestant.system.clone(), samples: Vec::new() });
+        }
+        let count = contestants.len();
+        for round in 0..self.pace.rounds {
+            for turn in 0..count {
+                // Another begins in each round.
+                let i = (round + turn) % count;
+                let sample = (contestants[i].run)();
+                self.rows[first + i].samples.push(sample);
+            }
+        }
+    }
+
+    pub fn row(&self, load: &str, system: &str) -> &Row {
+        let found = self.rows.iter().find(|r| r.load == load && r.system == system);
+        found.unwrap_or_else(|| panic!("{system} was not measured under {load}"))
+    }
+
+    /// The median, over rounds, of one system's value over another's.
+    pub fn ratio(&self, load: &str, a: &str, b: &str, of: impl Fn(&Sample) -> f64) -> f64 {
+        let (a, b) = (self.row(load, a), self.row(load, b));
+        median(a.samples.iter().zip(&b.samples).map(|(a, b)| of(a) / of(b)))
+    }
+
+    pub fn target(&mut self, what: impl Into<String>, ratio: f64, bound: Bound) {
+        self.targets.push(Target { what: what.into(), ratio, bound });
+    }
+
+    fn want_iops(&mut self, load: &str, a: &str, b: &str, least: f64) {
+        let ratio = self.ratio(load, a, b, |s| s.iops);
+        self.target(format!("{load}: {a} / {b}"), ratio, Bound::AtLeast(least));
+    }
+
+    fn random_read(&self) -> Load {
+        Load::random_read(self.disks.size, self.pace.time)
+    }
+}
+
+const READ: &str = "rand read 4 KiB, qd 32";
+
+/// Random reads at depth 32 of the queue, by depth of the chain.
+pub fn random_reads(bench: &mut Bench) {
+    let load = bench.random_read();
+    let (raw, vpc) = (bench.disks.spread(Format::Raw, 1), bench.disks.spread(Format::Vpc, 1));
+    let mut all = Vec::new();
+    for layers in [1, 4, 16, 64] {
+        let image = bench.disks.spread(Format::Vhd, layers);
+        all.push(Contestant::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
+    }
+    for layers in [1, 4, 16] {
+        let image = bench.disks.spread(Format::Qcow2, layers);
+        all.push(Contestant::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
+    }
+    all.push(Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
+    all.push(Contestant::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
+    let (size, time) = (load.region, bench.pace.time);
+    all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time)));
+    all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
+    bench.compare(READ, all);
+    bench.want_iops(READ, "diffdiskd, 16 layers", "QSD qcow2, 16 layers", 4.0);
+    bench.want_iops(READ, "diffdiskd, 16 layers", "QSD raw", 2.0);
+    bench.want_iops(READ, "diffdiskd, 16 layers", "diffdiskd, 1 layers", 0.95);
+    bench.want_iops(READ, "diffdiskd, 64 layers", "diffdiskd, 1 layers", 0.95);
+    for bare in ["io_uring, no server", "preadv, no server"] {
+        let ratio = bench.ratio(READ, "diffdiskd, 16 layers", bare, |s| s.cpu);
+        bench.target(format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"), ratio, Bound::AtMost(1.5));
+    }
+}
+
+/// One request at a time: both sides asleep in between, or both looking.
+pub fn latency(bench: &mut Bench) {
+    let (vhd, raw) = (bench.disks.spread(Format::Vhd, 16), bench.disks.spread(Format::Raw, 1));
+    for (name, poll, extra, most) in [
+        ("rand read 4 KiB, qd 1, event", false, vec![], 0.6),
+        ("rand read 4 KiB, qd 1, polling", true, vec!["--poll-us=1000"], 0.35),
+    ] {
+        let load = Load { depth: 1, poll, ..bench.random_read() };
+        let mut all = vec![
+            Contestant::server("diffdiskd, 16 layers", &Kind::Ours(extra.clone()), &vhd, load),
+            Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+        ];
+        if poll {
+            // Nobody else may have the processor of one who looks: the servers are started for each run.
+            all.clear();
+            let (vhd, raw) = (&vhd, &raw);
+            let alone = move |kind: Kind, image: &Path| {
+                let server = Server::start(&kind, image);
+                let mut guest = server.connect(1);
+                measure(&server, &mut guest, &load)
+            };
+            all.push(Contestant::new("diffdiskd, 16 layers", move || alone(Kind::Ours(extra.clone()), vhd)));
+            all.push(Contestant::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
+        }
+        bench.compare(name, all);
+        let ratio = bench.ratio(name, "diffdiskd, 16 layers", "QSD raw", |s| s.p50);
+        bench.target(format!("{name}: median latency, diffdiskd, 16 layers / QSD raw"), ratio, Bound::AtMost(most));
+    }
+}
+
+/// The depths of the queue in the drawing of latencies.
+pub const QUEUE_DEPTHS: [usize; 6] = [1, 2, 4, 8, 16, 64];
+
+/// Latency by depth of the queue.
+pub fn queue_depths(bench: &mut Bench) {
+    let images = [Format::Vhd, Format::Qcow2].map(|f| bench.disks.spread(f, 16));
+    let raw = bench.disks.spread(Format::Raw, 1);
+    for depth in QUEUE_DEPTHS {
+        let load = Load { depth, ..bench.random_read() };
+        let all = vec![
+            Contestant::server("diffdiskd, 16 layers", &Kind::ours(), &images[0], load),
+            Contestant::server("QSD qcow2, 16 layers", &Kind::Qemu("qcow2"), &images[1], load),
+            Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+        ];
+        bench.compare(&format!("rand read 4 KiB, by depth, qd {depth}"), all);
+    }
+}
+
+const OURS: &str = "diffdiskd, fresh child";
+const FRESH: &str = "QSD qcow2, fresh overlay";
+const EXTENDED: &str = "QSD qcow2, fresh overlay, extended_l2";
+
+fn fresh(bench: &mut Bench, name: &str, load: Load) {
+    // Killed and removed at the end: what one contestant has left to write back must not be another's burden.
+    let once = |disks: &Disks, format: Format, options: &[&str]| {
+        let image = disks.fresh(format, options);
+        let server = Server::start(&format.server(), &image);
+        let mut guest = server.connect(1);
+        let sample = measure(&server, &mut guest, &load);
+        drop((guest, server));
+        std::fs::remove_file(image).expect("it was made a moment ago");
+        sample
+    };
+    let disks = Disks::new(bench.disks.size);
+    let all = vec![
+        Contestant::new(OURS, || once(&disks, Format::Vhd, &[])),
+        Contestant::new(FRESH, || once(&disks, Format::Qcow2, &[])),
+        Contestant::new(EXTENDED, || once(&disks, Format::Qcow2, &["extended_l2=on"])),
+    ];
+    bench.compare(name, all);
+}
+
+/// Small writes into an overlay that has nothing yet.
+pub fn fresh_writes(bench: &mut Bench) {
+    let name = "rand write 4 KiB, qd 32, fresh";
+    let load =
+        Load { write: true, order: Order::Shuffled, until: Until::Count(bench.pace.writes), ..bench.random_read() };
+    fresh(bench, name, load);
+    bench.want_iops(name, OURS, FRESH, 5.0);
+    bench.want_iops(name, OURS, EXTENDED, 1.3);
+    let name = "seq write 1 MiB, qd 4, fresh";
+    let count = bench.disks.size >> 20;
+    let load = Load { block: 1 << 20, depth: 4, order: Order::Sequential, until: Until::Count(count), ..load };
+    fresh(bench, name, load);
+    bench.want_iops(name, OURS, FRESH, 1.0);
+}
+
+/// The same with a flush after every 32.
+pub fn flushed_writes(bench: &mut Bench) {
+    let name = "rand write 4 KiB, qd 32, flush every 32, fresh";
+    let load = Load {
+        write: true,
+        order: Order::Shuffled,
+        flush_every: Some(32),
+        until: Until::Count(bench.pace.writes / 4),
+        ..bench.random_read()
+    };
+    fresh(bench, name, load);
+    bench.want_iops(name, OURS, FRESH, 2.0);
+    bench.want_iops(name, OURS, EXTENDED, 1.2);
+}
+
+/// Small writes where there is room already.
+pub fn allocated_writes(bench: &mut Bench) {
+    let name = "rand write 4 KiB, qd 32, allocated";
+    let load = Load { write: true, ..bench.random_read() };
+    written(bench, name, load, &[Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc]);
+    bench.want_iops(name, "diffdiskd", "QSD raw", 1.5);
+    bench.want_iops(name, "diffdiskd", "QSD vpc", 20.0);
+}
+
+fn written(bench: &mut Bench, name: &str, load: Load, formats: &[Format]) {
+    let all = formats.iter().map(|&format| {
+        let image = bench.disks.written(format);
+        Contestant::server(label(format), &format.server(), &image, load)
+    });
+    let all = all.collect();
+    bench.compare(name, all);
+}
+
+fn label(format: Format) -> &'static str {
+    match format {
+        Format::Vhd => "diffdiskd",
+        Format::Qcow2 => "QSD qcow2",
+        Format::Vpc => "QSD vpc",
+        Format::Raw => "QSD raw",
+    }
+}
+
+/// Streams: the best peer counts.
+pub fn sequential(bench: &mut Bench) {
+    let formats = [Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc];
+    for (write, block, depth) in
+        [(false, 1 << 20, 4), (false, 128 << 10, 16), (true, 1 << 20, 4), (true, 128 << 10, 16)]
+    {
+        let verb = if write { "write" } else { "read" };
+        let name = format!("seq {verb} {} KiB, qd {depth}", block >> 10);
+        let load = Load { write, block, depth, order: Order::Sequential, ..bench.random_read() };
+        if write {
+            // Writing back would decide the race; a quarter fits into what the host leaves dirty.
+            let load = Load { region: bench.disks.size / 4, ..load };
+            written(bench, &name, load, &formats);
+        } else {
+            let all = formats.map(|format| {
+                let image = bench.disks.spread(format, if format == Format::Vhd { 16 } else { 1 });
+                Contestant::server(label(format), &format.server(), &image, load)
+            });
+            bench.compare(&name, all.into());
+        }
+        let best = formats[1..].iter().map(|&f| bench.ratio(&name, "diffdiskd", label(f), |s| s.iops));
+        let best = best.fold(f64::MAX, f64::min);
+        if block == 1 << 20 {
+            bench.target(format!("{name}: diffdiskd / the best peer"), best, Bound::AtLeast(1.0));
+        }
+    }
+}
+
+/// Two queues against one. Each queue has a processor, which its part of the guest shares on small machines.
+pub fn two_queues(bench: &mut Bench) {
+    if processors() < 2 {
+        return eprintln!("two queues want two processors");
+    }
+    let image = bench.disks.spread(Format::Vhd, 16);
+    let load = bench.random_read();
+    let with = |queues: usize| {
+        let image = &image;
+        move || {
+            let extra = if queues == 1 { "--num-queues=1" } else { "--num-queues=2" };
+            let server = Server::start(&Kind::Ours(vec![extra]), image);
+            let mut guest = server.connect(queues);
+            server.pin(|name| usize::from(name == "queue-1"));
+            let warm = Load { until: Until::Time(Duration::from_millis(100)), ..load };
+            guest.warm(load.region).expect("the disk can be read");
+            guest.run_on_all(&warm).expect("the disk can be read");
+            let before = server.processor_time();
+            let samples = guest.run_on_all(&load).expect("the disk can be read");
+            let mut sum = samples[0];
+            sum.iops = samples.iter().map(|s| s.iops).sum();
+            sum.count = samples.iter().map(|s| s.count).sum();
+            sum.cpu = (server.processor_time() - before).as_secs_f64() * 1e6 / sum.count as f64;
+            sum
+        }
+    };
+    let name = "rand read 4 KiB, qd 32 each, guest and server on the same processors";
+    let all = vec![Contestant::new("1 queue", with(1)), Contestant::new("2 queues", with(2))];
+    bench.compare(name, all);
+    bench.want_iops(name, "2 queues", "1 queue", 1.7);
+}

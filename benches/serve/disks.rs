@@ -1,0 +1,181 @@
+//! The disks that are served, the same data everywhere: in one file, or spread over the layers of a chain.
+//!
+//! What is only read is made once and kept in `target/bench/disks`; what is written is made anew for every run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::server::{Kind, Server};
+
+/// A cluster of qcow2, the finest at which QEMU need not copy: there data changes from layer to layer.
+const CHUNK: u64 = 64 << 10;
+/// Chunks in 2 MiB, a block of a VHD. Each block's chunks alternate between two neighbouring layers, the next block's
+/// between the next two: so every look-up meets a block of many runs, and a chain takes but twice the room of its data.
+const CHUNKS: u64 = 32;
+
+/// The layer that holds a chunk.
+fn owner(chunk: u64, layers: u64) -> u64 {
+    (chunk / CHUNKS * 2 + chunk % 2) % layers
+}
+/// Names what [`Disks`] makes; to be raised when that changes.
+const LAYOUT: &str = "1";
+
+/// A format of images, and who makes them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Vhd,
+    Qcow2,
+    Vpc,
+    Raw,
+}
+
+impl Format {
+    pub fn server(self) -> Kind {
+        match self {
+            Format::Vhd => Kind::ours(),
+            Format::Qcow2 => Kind::Qemu("qcow2"),
+            Format::Vpc => Kind::Qemu("vpc"),
+            Format::Raw => Kind::Qemu("raw"),
+        }
+    }
+}
+
+/// Where the disks are.
+pub struct Disks {
+    folder: PathBuf,
+    /// Bytes of data.
+    pub size: u64,
+}
+
+impl Disks {
+    pub fn new(size: u64) -> Disks {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder");
+        let folder = target.join("bench/disks").join(format!("{LAYOUT}-{}", size >> 20));
+        fs::create_dir_all(&folder).expect("the target folder can be written");
+        Disks { folder, size }
+    }
+
+    /// A chain of `layers` images with the data spread over all of them; the youngest.
+    pub fn spread(&self, format: Format, layers: u64) -> PathBuf {
+        let name = |layer: u64| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)));
+        let (top, ready) = (name(layers - 1), name(0).with_extension("ready"));
+        if !ready.exists() {
+            eprintln!("making {} of {layers} layers", suffix(format));
+            for layer in 0..layers {
+                let image = name(layer);
+                let _ = fs::remove_file(&image);
+                let parent = layer.checked_sub(1).map(&name);
+                create(format, &image, parent.as_deref(), self.size, &[]);
+                self.fill(format, &image, layers, layer);
+            }
+            self.verify(format, &top);
+            fs::write(&ready, "").expect("the target folder can be written");
+        }
+        top
+    }
+
+    /// A new child of the single image of a format, with what QEMU calls options.
+    pub fn fresh(&self, format: Format, options: &[&str]) -> PathBuf {
+        let (parent, child) = (self.spread(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
+        let _ = fs::remove_file(&child);
+        create(format, &child, Some(&parent), self.size, options);
+        child
+    }
+
+    /// An image of its own that may be written, and has all the data: for VHD a child over a root, for others one file.
+    pub fn written(&self, format: Format) -> PathBuf {
+        let name = self.folder.join(format!("{}-written", suffix(format)));
+        let ready = name.with_extension("ready");
+        if !ready.exists() {
+            eprintln!("making {} to be written", suffix(format));
+            let parent = (format == Format::Vhd).then(|| self.spread(format, 1));
+            let _ = fs::remove_file(&name);
+            create(format, &name, parent.as_deref(), self.size, &[]);
+            self.fill(format, &name, 1, 0);
+            fs::write(&ready, "").expect("the target folder can be written");
+        }
+        name
+    }
+
+    /// A chain of `layers` images of 1 TiB without data; the youngest.
+    pub fn sparse(&self, format: Format, layers: u64) -> PathBuf {
+        let name = |layer: u64| self.folder.join(format!("{}-sparse-{layer}", suffix(format)));
+        for layer in 0..layers {
+            if !name(layer).exists() {
+                let parent = layer.checked_sub(1).map(&name);
+                create(format, &name(layer), parent.as_deref(), 1 << 40, &[]);
+            }
+        }
+        name(layers - 1)
+    }
+
+    /// Writes the chunks of a layer, through a server of the format.
+    fn fill(&self, format: Format, image: &Path, layers: u64, layer: u64) {
+        let server = Server::start(&format.server(), image);
+        let mut guest = server.connect(1);
+        let mut data = vec![0; CHUNK as usize];
+        for chunk in (0..self.size / CHUNK).filter(|c| owner(*c, layers) == layer) {
+            for (i, page) in data.chunks_mut(4096).enumerate() {
+                page.fill((chunk % 251) as u8);
+                page[..8].copy_from_slice(&(chunk * CHUNK + i as u64 * 4096).to_be_bytes());
+            }
+            guest.write(chunk * CHUNK, &data).expect("the disk can be filled");
+        }
+        guest.flush().expect("the disk can be flushed");
+        drop(guest);
+        server.stop();
+    }
+
+    /// Whether each page says where it is: a server that is fast and wrong must not be measured.
+    fn verify(&self, format: Format, image: &Path) {
+        let server = Server::start(&format.server(), image);
+        let mut guest = server.connect(1);
+        for chunk in 0..self.size / CHUNK {
+            let at = chunk * CHUNK;
+            let data = guest.read(at, CHUNK as usize).expect("the disk can be read");
+            for (i, page) in data.chunks(4096).enumerate() {
+                assert_eq!(page[..8], (at + i as u64 * 4096).to_be_bytes(), "{} at {at}", image.display());
+                assert_eq!(page[4095], (chunk % 251) as u8, "{} at {at}", image.display());
+            }
+        }
+        drop(guest);
+        server.stop();
+    }
+}
+
+fn suffix(format: Format) -> &'static str {
+    match format {
+        Format::Vhd => "vhd",
+        Format::Qcow2 => "qcow2",
+        Format::Vpc => "vpc",
+        Format::Raw => "raw",
+    }
+}
+
+fn create(format: Format, image: &Path, parent: Option<&Path>, size: u64, options: &[&str]) {
+    let size = size.to_string();
+    let mut command;
+    if format == Format::Vhd {
+        command = Command::new(env!("CARGO_BIN_EXE_diffdisk"));
+        command.args(["create", "--quiet"]).arg(image);
+        match parent {
+            Some(parent) => command.arg("--parent").arg(parent),
+            None => command.args(["--size", &size]),
+        };
+    } else {
+        command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", suffix(format)]);
+        if let Some(parent) = parent {
+            command.args(["-F", suffix(format), "-b"]).arg(parent);
+        }
+        let all = if format == Format::Vpc { &["subformat=dynamic,force_size=on"] } else { options };
+        for option in all {
+            command.args(["-o", option]);
+        }
+        command.arg(image).arg(&size);
+    }
+    let done = command.stdin(Stdio::null()).output();
+    let done = done.unwrap_or_else(|e| panic!("{}: {e}; run `make bench`", command.get_program().display()));
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}

@@ -1,0 +1,358 @@
+//! A guest that does nothing but load a vhost-user-blk socket: the `virtio-driver` crate, memory laid out beforehand, no
+//! copy and no allocation while it runs.
+//!
+//! One kick for all that was added at once; asleep on the call eventfd, or looking at the used ring without a pause.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::MemfdFlags;
+use virtio_driver::{
+    VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport,
+    VirtioFeatureFlags,
+};
+
+use crate::sample::{Latencies, Sample};
+
+/// Bytes of guest memory: the deepest queue of 4 KiB, or eight requests of 1 MiB.
+const MEMORY: usize = 8 << 20;
+/// A back-end that completes nothing for this long is stuck.
+const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
+/// Entries of a queue; a request takes three.
+const QUEUE_SIZE: u16 = 512;
+
+/// Where the requests of a load lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Anywhere, with repetition.
+    Random,
+    /// Each block once, in an order that looks random: what finds a fresh overlay fresh.
+    Shuffled,
+    /// One behind the other.
+    Sequential,
+}
+
+/// When a load ends.
+#[derive(Clone, Copy)]
+pub enum Until {
+    /// After this time.
+    Time(Duration),
+    /// After so many requests.
+    Count(u64),
+}
+
+/// What is asked of a server.
+#[derive(Clone, Copy)]
+pub struct Load {
+    /// Whether the requests write.
+    pub write: bool,
+    /// Bytes of a request.
+    pub block: usize,
+    /// Requests in flight.
+    pub depth: usize,
+    pub order: Order,
+    /// Bytes of the disk that are touched, from its start; a power of two.
+    pub region: u64,
+    /// After so many writes, all completed, comes a flush.
+    pub flush_every: Option<u64>,
+    /// Whether the guest looks at its ring all the time, rather than sleep until it is signalled.
+    pub poll: bool,
+    pub until: Until,
+}
+
+impl Load {
+    /// Reads of 4 KiB anywhere, 32 in flight.
+    pub fn random_read(region: u64, time: Duration) -> Load {
+        let until = Until::Time(time);
+        Load {
+            write: false,
+            block: 4096,
+            depth: 32,
+            order: Order::Random,
+            region,
+            flush_every: None,
+            poll: false,
+            until,
+        }
+    }
+}
+
+/// A connected guest with one queue in use, or one of a guest's several queues.
+pub struct Guest {
+    // Before `transport`, which owns the memory the queue lies in.
+    queues: Vec<VirtioBlkQueue<'static, usize>>,
+    transport: Box<VirtioBlkTransport>,
+    memory: MmapMut,
+    _memfd: File,
+    random: u64,
+    next: u64,
+}
+
+impl Guest {
+    /// Connects with `queues` queues.
+    pub fn connect(socket: &Path, queues: usize) -> io::Result<Guest> {
+        let features = VirtioFeatureFlags::VERSION_1.bits()
+            | VirtioFeatureFlags::RING_EVENT_IDX.bits()
+            | VirtioBlkFeatureFlags::all().bits();
+        let path = socket.to_str().ok_or(io::ErrorKind::InvalidInput)?;
+        let transport = VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, features)?;
+        let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
+        let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, QUEUE_SIZE)?;
+        let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
+        memfd.set_len((MEMORY * queues.len()) as u64)?;
+        // SAFETY: the memfd is private to this guest and the server, and nobody truncates it.
+        let mut memory = unsafe { MmapMut::map_mut(&memfd)? };
+        // All of it there before anything is measured.
+        memory.fill(0x5a);
+        transport.map_mem_region(memory.as_ptr() as usize, memory.len(), memfd.as_raw_fd(), 0)?;
+        Ok(Guest { queues, transport, memory, _memfd: memfd, random: 0x9e37_79b9_7f4a_7c15, next: 0 })
+    }
+
+    /// One load on the first queue.
+    pub fn run(&mut self, load: &Load) -> io::Result<Sample> {
+        let Guest { queues, transport, memory, random, next, .. } = self;
+        let mut lane = Lane { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        lane.run(load, &mut memory[..MEMORY])
+    }
+
+    /// Reads all of the disk's first `size` bytes, so that the host has them in memory.
+    pub fn warm(&mut self, size: u64) -> io::Result<()> {
+        self.next = 0;
+        let until = Until::Count(size >> 20);
+        let load = Load {
+            block: 1 << 20,
+            depth: 4,
+            order: Order::Sequential,
+            until,
+            ..Load::random_read(size, Duration::ZERO)
+        };
+        self.run(&load)?;
+        self.next = 0;
+        Ok(())
+    }
+
+    /// The same load on every queue, each by a thread of its own on processor `i`.
+    pub fn run_on_all(&mut self, load: &Load) -> io::Result<Vec<Sample>> {
+        let Guest { queues, transport, memory, .. } = self;
+        let transport = Shared(&**transport);
+        let pieces = memory.chunks_mut(MEMORY);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = queues
+                .iter_mut()
+                .zip(pieces)
+                .enumerate()
+                .map(|(queue, (ring, memory))| {
+                    let (ring, transport) = (Alone(ring), &transport);
+                    scope.spawn(move || {
+                        crate::server::pin_this_thread(queue);
+                        let Alone(ring) = { ring };
+                        let (random, next) = (&mut (0x1234_5677 + queue as u64), &mut 0);
+                        let Shared(transport) = *transport;
+                        Lane { ring, transport, queue, random, next }.run(load, memory)
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().expect("a guest's thread does not panic")).collect()
+        })
+    }
+
+    /// Writes `data` (up to 1 MiB) at `offset`, and waits for it.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory[..data.len()].copy_from_slice(data);
+        self.queues[0].write(offset, &self.memory[..data.len()], 0)?;
+        self.finish()
+    }
+
+    /// Reads `len` bytes at `offset`.
+    pub fn read(&mut self, offset: u64, len: usize) -> io::Result<&[u8]> {
+        self.queues[0].read(offset, &mut self.memory[..len], 0)?;
+        self.finish()?;
+        Ok(&self.memory[..len])
+    }
+
+    /// Makes writes durable.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.queues[0].flush(0)?;
+        self.finish()
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        let Guest { queues, transport, random, next, .. } = self;
+        let mut lane = Lane { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        lane.kick()?;
+        let mut done = Vec::new();
+        while done.is_empty() {
+            lane.reap(&mut done)?;
+            if done.is_empty() {
+                lane.sleep()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The transport as the threads of several queues use it.
+struct Shared<'a>(&'a VirtioBlkTransport);
+// SAFETY: the threads only fetch event descriptors of their own queue from it, which changes nothing.
+unsafe impl Sync for Shared<'_> {}
+
+/// A queue in the hands of its thread.
+struct Alone<'a>(&'a mut VirtioBlkQueue<'static, usize>);
+// SAFETY: exclusively borrowed, and `Virtqueue` itself is Send; only its owner's box of contexts hides that.
+unsafe impl Send for Alone<'_> {}
+
+/// One queue at work.
+struct Lane<'a> {
+    ring: &'a mut VirtioBlkQueue<'static, usize>,
+    transport: &'a VirtioBlkTransport,
+    queue: usize,
+    random: &'a mut u64,
+    next: &'a mut u64,
+}
+
+impl Lane<'_> {
+    fn run(&mut self, load: &Load, memory: &mut [u8]) -> io::Result<Sample> {
+        assert!(load.depth * load.block <= memory.len() && load.region.is_power_of_two());
+        self.ring.set_used_notif_enabled(false);
+        let mut began = vec![Instant::now(); load.depth];
+        let mut free: Vec<usize> = (0..load.depth).rev().collect();
+        let mut done = Vec::with_capacity(load.depth);
+        let mut latencies = Latencies::default();
+        let (mut added, mut over) = (0u64, 0u64);
+        let start = Instant::now();
+        let (count, end) = match load.until {
+            Until::Time(time) => (u64::MAX, start + time),
+            Until::Count(count) => (count, start + Duration::from_secs(600)),
+        };
+        let mut now = start;
+        loop {
+            let most = match load.flush_every {
+                None => count,
+                // Nothing is added over the next flush before that is done.
+                Some(every) => count.min((over / every + 1) * every),
+            };
+            let any = !free.is_empty() && added < most && now < end;
+            while added < most && now < end {
+                let Some(slot) = free.pop() else { break };
+                let buffer = &mut memory[slot * load.block..(slot + 1) * load.block];
+                let offset = self.offset(load);
+                if load.write {
+                    buffer[..8].copy_from_slice(&offset.to_be_bytes());
+                    self.ring.write(offset, buffer, slot)?;
+                } else {
+                    self.ring.read(offset, buffer, slot)?;
+                }
+                began[slot] = now;
+                added += 1;
+            }
+            if any {
+                self.kick()?;
+            }
+            if free.len() == load.depth {
+                break;
+            }
+            self.reap(&mut done)?;
+            if done.is_empty() {
+                if load.poll {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                self.sleep()?;
+                self.reap(&mut done)?;
+            }
+            now = Instant::now();
+            over += done.len() as u64;
+            for slot in done.drain(..) {
+                latencies.add(now - began[slot]);
+                free.push(slot);
+            }
+            if load.flush_every.is_some_and(|every| over.is_multiple_of(every) && over == added) {
+                self.flush(&mut done, load.poll)?;
+                now = Instant::now();
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Sample::new(over, seconds, &latencies))
+    }
+
+    fn flush(&mut self, done: &mut Vec<usize>, poll: bool) -> io::Result<()> {
+        self.ring.flush(0)?;
+        self.kick()?;
+        while done.is_empty() {
+            self.reap(done)?;
+            if done.is_empty() && !poll {
+                self.sleep()?;
+            }
+        }
+        done.clear();
+        Ok(())
+    }
+
+    fn offset(&mut self, load: &Load) -> u64 {
+        let blocks = load.region / load.block as u64;
+        let index = match load.order {
+            Order::Sequential => *self.next % blocks,
+            Order::Shuffled => shuffled(*self.next % blocks, blocks),
+            Order::Random => {
+                // Marsaglia's xorshift64.
+                *self.random ^= *self.random << 13;
+                *self.random ^= *self.random >> 7;
+                *self.random ^= *self.random << 17;
+                (*self.random >> 20) % blocks
+            }
+        };
+        *self.next += 1;
+        index * load.block as u64
+    }
+
+    /// Tells the server of what was added, if it wants to know.
+    fn kick(&mut self) -> io::Result<()> {
+        if self.ring.avail_notif_needed() {
+            self.transport.get_submission_notifier(self.queue).notify()?;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<usize>) -> io::Result<()> {
+        for completion in self.ring.completions() {
+            if completion.ret != 0 {
+                return Err(io::Error::from_raw_os_error(-completion.ret));
+            }
+            done.push(completion.context);
+        }
+        Ok(())
+    }
+
+    /// Sleeps until the server signals, unless something completed meanwhile.
+    fn sleep(&mut self) -> io::Result<()> {
+        self.ring.set_used_notif_enabled(true);
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        if !self.ring.completions().has_next() {
+            let fd = self.transport.get_completion_fd(self.queue);
+            let mut polled = [PollFd::new(&*fd, PollFlags::IN)];
+            if rustix::event::poll(&mut polled, Some(&PATIENCE))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            fd.read()?;
+        }
+        self.ring.set_used_notif_enabled(false);
+        Ok(())
+    }
+}
+
+/// The place of `index` in a shuffling of `blocks`, a power of two: steps that each can be undone.
+fn shuffled(index: u64, blocks: u64) -> u64 {
+    let (mask, half) = (blocks - 1, blocks.trailing_zeros().div_ceil(2));
+    let mut x = index;
+    for odd in [0x9e37_79b1, 0x85eb_ca6b, 0xc2b2_ae35] {
+        x = x.wrapping_mul(odd) & mask;
+        x ^= x >> half;
+    }
+    x
+}

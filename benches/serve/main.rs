@@ -1,0 +1,81 @@
+//! The daemon under load, beside qemu-storage-daemon in the same run.
+//!
+//! Each comparison starts all its servers, then loads them in turn, over and over, so that whatever the machine does
+//! besides hits all of them; the guest (see [`load`]) and the server have a processor each. The table gives medians;
+//! ratios are medians of the ratios of neighbouring runs. `--full` takes longer and more often; words pick comparisons; `--disks`
+//! only makes the chains.
+//! Results: `target/bench/serve.json`, and drawings beside it.
+#![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
+#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+
+mod bare;
+mod barriers;
+mod compare;
+mod disks;
+mod load;
+mod plot;
+mod report;
+mod sample;
+mod server;
+mod start;
+
+use std::time::Duration;
+
+use compare::Bench;
+use disks::Format;
+
+/// How long and how often.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// A run whose end is a time.
+    pub time: Duration,
+    /// Runs of each contestant.
+    pub rounds: usize,
+    /// Requests of a run whose end is a count.
+    pub writes: u64,
+    /// Bytes of data.
+    pub size: u64,
+    pub full: bool,
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let full = std::env::args().any(|a| a == "--full");
+    let pace = if full {
+        Pace { time: Duration::from_secs(2), rounds: 7, writes: 65_536, size: 1 << 30, full }
+    } else {
+        Pace { time: Duration::from_millis(300), rounds: 3, writes: 16_384, size: 512 << 20, full }
+    };
+    let mut bench = Bench::new(pace);
+    if std::env::args().any(|a| a == "--disks") {
+        // For fio in the guest: the chains, and where they are.
+        for format in [Format::Vhd, Format::Qcow2] {
+            bench.disks.spread(format, 16);
+        }
+        let raw = bench.disks.spread(Format::Raw, 1);
+        return println!("{}", raw.parent().expect("it is in a folder").display());
+    }
+    server::pin_this_thread(server::processors() - 1);
+    type Part = (&'static str, fn(&mut Bench));
+    let parts: &[Part] = &[
+        ("read", compare::random_reads),
+        ("latency", compare::latency),
+        ("depth", compare::queue_depths),
+        ("fresh", compare::fresh_writes),
+        ("flush", compare::flushed_writes),
+        ("write", compare::allocated_writes),
+        ("seq", compare::sequential),
+        ("queues", compare::two_queues),
+        ("start", start::start),
+        ("barriers", barriers::barriers),
+    ];
+    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let before = load();
+    for (name, part) in parts {
+        if words.is_empty() || words.iter().any(|w| w == name) {
+            eprintln!("{name}");
+            part(&mut bench);
+        }
+    }
+    report::report(&bench, &[before.trim(), load().trim()]);
+}

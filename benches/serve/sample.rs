@@ -1,0 +1,110 @@
+//! What one run of a load measured, and medians over runs.
+
+use std::time::Duration;
+
+/// Buckets of an octave.
+const PARTS: usize = 32;
+
+/// How often each latency was seen, to 3 per cent.
+pub struct Latencies {
+    counts: Vec<u64>,
+    sum: u128,
+    total: u64,
+}
+
+impl Default for Latencies {
+    fn default() -> Self {
+        Latencies { counts: vec![0; 64 * PARTS], sum: 0, total: 0 }
+    }
+}
+
+impl Latencies {
+    pub fn add(&mut self, latency: Duration) {
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(PARTS as u64);
+        let octave = nanos.ilog2();
+        let part = usize::try_from(nanos >> (octave - PARTS.ilog2())).expect("two times PARTS at most") - PARTS;
+        self.counts[octave as usize * PARTS + part] += 1;
+        self.sum += u128::from(nanos);
+        self.total += 1;
+    }
+
+    /// The latency, in microseconds, that `share` of all stay below.
+    fn quantile(&self, share: f64) -> f64 {
+        let wanted = (self.total as f64 * share) as u64;
+        let mut seen = 0;
+        for (i, count) in self.counts.iter().enumerate() {
+            seen += count;
+            if seen > wanted {
+                let (octave, part) = (i / PARTS, i % PARTS);
+                return (1u64 << octave) as f64 * (1.0 + (part as f64 + 0.5) / PARTS as f64) / 1000.0;
+            }
+        }
+        0.0
+    }
+}
+
+/// One run.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Requests a second.
+    pub iops: f64,
+    /// Requests.
+    pub count: u64,
+    /// Latency in microseconds: mean, median, and what 99 of 100 stay below.
+    pub mean: f64,
+    pub p50: f64,
+    pub p99: f64,
+    /// Processor time of the server a request, in microseconds.
+    pub cpu: f64,
+}
+
+impl Sample {
+    pub fn new(count: u64, seconds: f64, latencies: &Latencies) -> Sample {
+        Sample {
+            iops: count as f64 / seconds,
+            count,
+            mean: latencies.sum as f64 / latencies.total.max(1) as f64 / 1000.0,
+            p50: latencies.quantile(0.5),
+            p99: latencies.quantile(0.99),
+            cpu: 0.0,
+        }
+    }
+
+    /// A run whose only result is a time in microseconds.
+    pub fn time(taken: Duration) -> Sample {
+        let mean = taken.as_secs_f64() * 1e6;
+        Sample { iops: 1e6 / mean, count: 1, mean, p50: mean, p99: mean, cpu: 0.0 }
+    }
+}
+
+/// The middle of some numbers.
+pub fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = numbers.into_iter().collect();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+/// All runs of one system under one load.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub load: String,
+    pub system: String,
+    pub samples: Vec<Sample>,
+}
+
+impl Row {
+    pub fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
+        median(self.samples.iter().map(of))
+    }
+
+    /// Half the distance of the outermost runs, as a share of the median.
+    pub fn spread(&self) -> f64 {
+        let all = || self.samples.iter().map(|s| s.iops);
+        let (low, high) = (all().fold(f64::MAX, f64::min), all().fold(0.0, f64::max));
+        (high - low) / 2.0 / self.median(|s| s.iops)
+    }
+}

@@ -1,0 +1,37 @@
+//! A chain of 1 TiB images: from exec to the first sector, and memory.
+
+use std::path::Path;
+
+use crate::compare::{Bench, Bound, Contestant};
+use crate::disks::Format;
+use crate::sample::Sample;
+use crate::server::Server;
+
+pub fn start(bench: &mut Bench) {
+    for layers in [1, 64] {
+        let name = format!("1 TiB, {layers} layers, exec to first read");
+        let once = |format: Format, image: &Path| {
+            let server = Server::start(&format.server(), image);
+            let mut guest = server.connect(1);
+            guest.read(1 << 39, 4096).expect("the disk can be read");
+            let mut sample = Sample::time(server.started.elapsed());
+            // The highest, in KiB, where other loads have the processor time.
+            sample.cpu = (server.memory().1 >> 10) as f64;
+            drop(guest);
+            server.stop();
+            sample
+        };
+        let (vhd, qcow2) = (bench.disks.sparse(Format::Vhd, layers), bench.disks.sparse(Format::Qcow2, layers));
+        let all = vec![
+            Contestant::new("diffdiskd", || once(Format::Vhd, &vhd)),
+            Contestant::new("QSD qcow2", || once(Format::Qcow2, &qcow2)),
+        ];
+        bench.compare(&name, all);
+        let ratio = bench.ratio(&name, "diffdiskd", "QSD qcow2", |s| s.mean);
+        bench.target(format!("{name}: diffdiskd / QSD qcow2"), ratio, Bound::AtMost(1.0));
+        if layers == 64 {
+            let mebibytes = bench.row(&name, "diffdiskd").median(|s| s.cpu) / 1024.0;
+            bench.target("1 TiB, 64 layers: resident MiB of diffdiskd at its highest", mebibytes, Bound::AtMost(32.0));
+        }
+    }
+}
