@@ -8,8 +8,12 @@ use std::sync::Arc;
 use diffdisk::chain::{Chain, Plan, Policy, Use, Version};
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
 use diffdisk::image::Keep;
-use diffdisk::storage::{EngineKind, Env, Slices, host::Host};
+use diffdisk::storage::{EngineKind, Env, Slices};
 use diffdisk::units::SectorRange;
+
+use super::null::Plain;
+
+const HOST: Plain = Plain { idle: false };
 
 /// Blocks of 2 MiB on the disk.
 pub const BLOCKS: u64 = 32;
@@ -28,8 +32,8 @@ pub enum Cut {
 /// it is served.
 pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
     let top = make(folder, depth, cut);
-    let chain = Chain::open(&Host, &top, &Policy::default(), Use::Write).unwrap_or_else(|e| panic!("{}", e.line()));
-    chain.into_writable(&Host, &Keep::Nothing).unwrap_or_else(|e| panic!("{}", e.line()))
+    let chain = Chain::open(&HOST, &top, &Policy::default(), Use::Write).unwrap_or_else(|e| panic!("{}", e.line()));
+    chain.into_writable(&HOST, &Keep::Nothing).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
 /// Has everything decided, so that only look-ups are left.
@@ -76,7 +80,7 @@ pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
 }
 
 fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
-    let disk = open(Arc::new(Host), path);
+    let disk = open(Arc::new(HOST), path);
     let mut lane = disk.lane(EngineKind::Auto, 64).unwrap_or_else(|e| panic!("{}", e.line()));
     let memory: Arc<Box<[u8]>> = Arc::new(vec![7; 2 << 20].into());
     let mut answers = Vec::new();
