@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest oracles kill-long bench bench-full bench-instructions fio
+.PHONY: help build demo test check guest oracles world-long kill-long bench bench-full bench-instructions fio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,15 +23,19 @@ oracles: ## the programs by others that tests compare with, in target/oracles
 	tests/oracles/install.sh
 
 test: guest oracles ## everything that can fail; installs what it needs
-	cargo test --features sim
+	cargo test --features sim,mutants
+
+world-long: ## crashes for hours: all workloads of six acts, a thousand million random states
+	DIFFDISK_WORLD_K=6 DIFFDISK_WORLD_ACTS=500 DIFFDISK_STATES=500000000 DIFFDISK_SECONDS=86400 \
+	cargo test --release --features sim,mutants --test world -- --nocapture --test-threads 1
 
 kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
 	DIFFDISK_KILL_SECONDS=600 cargo test --release --features sim --test kill a_guest -- --nocapture
 
 check: ## formatting, lints, documentation
 	cargo fmt --check
-	cargo clippy --all-targets --features sim -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim
+	cargo clippy --all-targets --features sim,mutants -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim,mutants
 	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh; fi
 
 bench: ## speed beside qemu-storage-daemon, in two minutes; installs what it needs

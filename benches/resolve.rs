@@ -2,7 +2,7 @@
 //! data of a block is cut up between its layers. Depth must not show.
 //!
 //! With `--instructions NAME` it does one thing a number of times, for a program that counts instructions.
-
+#![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 #[path = "resolve/chains.rs"]

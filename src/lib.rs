@@ -82,6 +82,7 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod image;
+pub mod mutant;
 pub mod ops;
 pub mod storage;
 pub mod units;

@@ -137,6 +137,20 @@ impl BlockSize {
         u32::try_from(sector & (u64::from(self.sectors()) - 1)).expect("masked to 19 bits")
     }
 
+    /// The blocks that a range touches, each with the part of the range that lies in it.
+    #[inline]
+    pub fn parts(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            (!rest.is_empty()).then(|| {
+                let block = self.block_of(rest.start());
+                let part = rest.clip(self.range_of(block));
+                rest = rest.skip(part.count());
+                (block, part)
+            })
+        })
+    }
+
     /// The virtual sectors of a block.
     pub fn range_of(self, block: u32) -> SectorRange {
         SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
@@ -170,6 +184,17 @@ mod tests {
         assert!(r.clip(SectorRange::between(30, 100)).is_empty());
         assert_eq!(r.skip(5).first(3), SectorRange::between(15, 18));
         assert!(r.skip(50).is_empty());
+    }
+
+    #[test]
+    fn ranges_are_cut_at_blocks() {
+        let size = BlockSize::from_bytes(4096).unwrap();
+        let parts = |from, to| -> Vec<_> {
+            size.parts(SectorRange::between(from, to)).map(|(b, part)| (b, part.start(), part.end())).collect()
+        };
+        assert_eq!(parts(6, 17), [(0, 6, 8), (1, 8, 16), (2, 16, 17)]);
+        assert_eq!(parts(8, 16), [(1, 8, 16)]);
+        assert_eq!(parts(9, 9), []);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What reads cost in system calls: strace counts those of the daemon while a guest reads.
+//! What reads, writes and flushes cost in system calls: strace looks at the daemon while a guest works.
 
 mod common;
 
@@ -25,28 +25,9 @@ fn queued_reads_share_their_system_calls() {
     let mut guest = Client::connect_with(&daemon.socket(), &options).expect("a connection");
     read_many(&mut guest, 2 * 4096);
 
-    let report = tempfile::NamedTempFile::new().expect("a file");
-    let mut strace = Command::new("strace")
-        .args(["-f", "-c", "-S", "calls", "-U", "calls,name", "-p", &daemon.pid().to_string(), "-o"])
-        .arg(report.path())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("strace starts");
-    let attached = format!("TracerPid:\t{}", strace.id());
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let status = || std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("the daemon is there");
-    while !status().contains(&attached) {
-        assert!(Instant::now() < deadline, "strace does not attach");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    read_many(&mut guest, READS);
-    let pid = rustix::process::Pid::from_child(&strace);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("strace can be signalled");
-    strace.wait().expect("strace ends");
+    let report = traced(&daemon, &["-c", "-S", "calls", "-U", "calls,name"], || read_many(&mut guest, READS));
     drop(guest);
     daemon.stop();
-
-    let report = std::fs::read_to_string(report.path()).expect("strace's report");
     println!("{READS} reads of 4 KiB, {DEPTH} at once:\n{report}");
     let total = report.lines().rev().find_map(|line| line.strip_suffix(" total")?.trim().parse::<usize>().ok());
     let total = total.expect("strace counts");
@@ -67,4 +48,74 @@ fn read_many(guest: &mut Client, count: usize) {
         guest.wait().expect("an answer").result.expect("the read succeeds");
         done += 1;
     }
+}
+
+/// What a flush costs in syncs: none, one, or two (crash-safety 3.6), however many writes it covers; and a write that is
+/// answered has cost no write but its own. Plain calls, so that strace sees each.
+#[test]
+fn a_flush_costs_none_one_or_two_syncs() {
+    tool::require(&["strace"]);
+    let mut chain = Chain::with_root(64, 6);
+    chain.push_child("child.vhd");
+    let child = chain.top().to_owned();
+    let root = child.with_file_name("empty.vhd");
+    let root_text = root.to_str().expect("a plain path");
+    tool::diffdisk(["create", root_text, "--size", "64M"]).ok();
+    // New sectors of a child need two, overwrites one; a root's new blocks one.
+    for (image, fresh) in [(&child, 2), (&root, 1)] {
+        let daemon = Daemon::start(image, &["--num-queues=1", "--io-engine=blocking"]);
+        let mut guest = daemon.connect();
+        guest.flush().expect("the first flush, which covers what went before");
+        for count in [1, 5, 50] {
+            // The fifty go to ten blocks.
+            let (first, blocks) = if count == 50 { (40 << 20, 10) } else { (count * (2 << 20), 1) };
+            let write = |guest: &mut Client, page: u64| {
+                let at = first + page % blocks * (2 << 20) + page * 4096;
+                guest.write(at, &[7; 4096]).expect("a write");
+            };
+            let ask = ["-e", "trace=fdatasync,pwritev,pwrite64,pwritev2,fallocate"];
+            let writes = traced(&daemon, &ask, || (0..count).for_each(|page| write(&mut guest, page)));
+            let calls = |report: &str, name: &str| report.lines().filter(|l| l.contains(name)).count();
+            let grown = calls(&writes, "fallocate");
+            assert!(grown > 0 || calls(&writes, "fdatasync") == 0, "a write waits for no sync:\n{writes}");
+            assert!(grown > 0 || calls(&writes, "pwrite") as u64 == count, "a write is one write:\n{writes}");
+            let new = calls(&traced(&daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");
+            (0..count).for_each(|page| write(&mut guest, page));
+            let again = calls(&traced(&daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");
+            let clean = calls(&traced(&daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");
+            println!("{} writes: {new} syncs when new, {again} when written again, {clean} when nothing was", count);
+            assert_eq!((new, again, clean), (fresh, 1, 0), "{} with {count} writes", image.display());
+        }
+        drop(guest);
+        daemon.stop();
+    }
+}
+
+/// What strace says of the daemon while something is done.
+fn traced(daemon: &Daemon, options: &[&str], done: impl FnOnce()) -> String {
+    let report = tempfile::NamedTempFile::new().expect("a file");
+    let mut strace = Command::new("strace")
+        .arg("-f")
+        .args(options)
+        .args(["-p", &daemon.pid().to_string(), "-o"])
+        .arg(report.path())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("strace starts");
+    let attached = format!("TracerPid:\t{}", strace.id());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // Every thread: the one that serves the queue is not the first.
+    let tasks = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon is there");
+        tasks.map(|task| std::fs::read_to_string(task.expect("a thread").path().join("status")).expect("a thread"))
+    };
+    while !tasks().all(|status| status.contains(&attached)) {
+        assert!(Instant::now() < deadline, "strace does not attach");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    done();
+    let pid = rustix::process::Pid::from_child(&strace);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("strace can be signalled");
+    strace.wait().expect("strace ends");
+    std::fs::read_to_string(report.path()).expect("strace's report")
 }

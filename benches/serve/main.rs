@@ -5,7 +5,7 @@
 //! ratios are medians of the ratios of neighbouring runs. `--full` takes longer and more often; words pick comparisons; `--disks`
 //! only makes the chains.
 //! Results: `target/bench/serve.json`, and drawings beside it.
-
+#![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bare;

@@ -228,11 +228,7 @@ impl Walk<'_> {
         let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else {
             return self.take(layer, range, range.start() * SECTOR); // fixed
         };
-        let mut rest = range;
-        while !rest.is_empty() {
-            let block = block_size.block_of(rest.start());
-            let part = rest.clip(block_size.range_of(block));
-            rest = rest.skip(part.count());
+        for (block, part) in block_size.parts(range) {
             match table.place(block) {
                 None => self.pass(layer, part),
                 Some(place) => self.ask_block(number, layer, u64::from(place), part),

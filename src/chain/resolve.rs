@@ -5,7 +5,8 @@
 //!      └─────> missing ─> Load ─> read its pieces ─> supply ─> plan_* again
 //! ```
 //!
-//! After `supply` the same question needs nothing further, since bits once known stay known: that is the only loop.
+//! That is the only loop, and it ends: bits once known stay known. It may turn twice, for what lies beneath a block is
+//! asked for only when the block's own bits are known.
 
 use super::extent::{Missing, Plan};
 use super::frozen::BitmapPiece;

@@ -23,11 +23,7 @@ impl Top {
         let Some((block_size, table)) = self.table() else {
             return plan.push(range, self.at(range.start() * SECTOR)); // fixed
         };
-        let mut rest = range;
-        while !rest.is_empty() {
-            let block = block_size.block_of(rest.start());
-            let part = rest.clip(block_size.range_of(block));
-            rest = rest.skip(part.count());
+        for (block, part) in block_size.parts(range) {
             match table.place(block) {
                 None => beneath.split(part, plan),
                 Some(place) => self.each_run(part, plan, |plan, run, set| match set {
@@ -48,22 +44,20 @@ impl Top {
             return Ok(());
         };
         // Bits can be set only in bitmaps that are known: load before anything is reserved.
-        each_block(block_size, range, |block, part| {
+        for (block, part) in block_size.parts(range) {
             if table.place(block).is_some() {
                 self.each_run(part, plan, |_, _, _| ());
             }
-        });
+        }
         if !plan.missing.is_empty() {
             return Ok(());
         }
-        let mut room = Ok(());
-        each_block(block_size, range, |block, part| {
+        for (block, part) in block_size.parts(range) {
             plan.reserved |= table.place(block).is_none();
-            room = room.and_then(|()| self.image.reserve(block)).map(|place| {
-                plan.push(part, self.data(block_size, place, part));
-            });
-        });
-        room
+            let place = self.image.reserve(block)?;
+            plan.push(part, self.data(block_size, place, part));
+        }
+        Ok(())
     }
 
     /// What it takes to make `range` read as zeros: extents to zero in the file, ranges to mark.
@@ -80,21 +74,23 @@ impl Top {
             return Ok(());
         };
         let mut shining = Vec::new();
-        each_block(block_size, range, |block, part| match table.place(block) {
-            Some(place) => {
-                self.each_run(part, plan, |_, _, _| ());
-                plan.push(part, self.data(block_size, place, part));
-                plan.marks.push(part);
-            }
-            None => {
-                let mut look = Plan::default();
-                beneath.split(part, &mut look);
-                look.missing.iter().for_each(|m| plan.miss(*m));
-                if look.extents.iter().any(|e| e.source != Source::Zero) {
-                    shining.push((block, part));
+        for (block, part) in block_size.parts(range) {
+            match table.place(block) {
+                Some(place) => {
+                    self.each_run(part, plan, |_, _, _| ());
+                    plan.push(part, self.data(block_size, place, part));
+                    plan.marks.push(part);
+                }
+                None => {
+                    let mut look = Plan::default();
+                    beneath.split(part, &mut look);
+                    look.missing.iter().for_each(|m| plan.miss(*m));
+                    if look.extents.iter().any(|e| e.source != Source::Zero) {
+                        shining.push((block, part));
+                    }
                 }
             }
-        });
+        }
         if !plan.missing.is_empty() {
             return Ok(());
         }
@@ -112,7 +108,7 @@ impl Top {
         let Some((block_size, table)) = self.table() else {
             return plan.push(range, self.at(range.start() * SECTOR));
         };
-        each_block(block_size, range, |block, part| {
+        for (block, part) in block_size.parts(range) {
             if let Some(place) = table.place(block) {
                 self.each_run(part, plan, |plan, run, set| {
                     if set {
@@ -120,7 +116,7 @@ impl Top {
                     }
                 });
             }
-        });
+        }
     }
 
     fn table(&self) -> Option<(BlockSize, &crate::image::Bat)> {
@@ -160,17 +156,6 @@ impl Top {
                 f(plan, run, set);
             }
         }
-    }
-}
-
-/// Calls `f(block, part)` for each block of a range.
-fn each_block(block_size: BlockSize, range: SectorRange, mut f: impl FnMut(u32, SectorRange)) {
-    let mut rest = range;
-    while !rest.is_empty() {
-        let block = block_size.block_of(rest.start());
-        let part = rest.clip(block_size.range_of(block));
-        rest = rest.skip(part.count());
-        f(block, part);
     }
 }
 

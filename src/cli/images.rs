@@ -86,7 +86,8 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
-    let report = ops::check::check(&Host, &args.path, policy.as_ref())?;
+    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let report = ops::check::check(&Host, &args.path, policy.as_ref(), runtime.as_deref())?;
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),

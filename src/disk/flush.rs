@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::mailbox::{Letter, Mailbox};
+use crate::mutant::{self, Mutant};
 
 /// The rounds of a disk.
 #[derive(Debug, Default)]
@@ -41,8 +42,8 @@ impl Rounds {
             state.running = true;
             state.number += 1;
         }
-        let round = state.number + u64::from(!lead);
-        let waiting = if lead { &mut state.current } else { &mut state.next };
+        let round = state.number + u64::from(!lead && !mutant::is(Mutant::JoinRunning));
+        let waiting = if round == state.number { &mut state.current } else { &mut state.next };
         if !waiting.iter().any(|m| Arc::ptr_eq(m, mailbox)) {
             waiting.push(mailbox.clone());
         }

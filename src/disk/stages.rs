@@ -9,6 +9,7 @@ use super::lane::Lane;
 use super::request::{Answer, Outcome, Work};
 use super::task::{Stage, Task, Token};
 use crate::chain::{Plan, Source};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Completion, Op, Payload, Slices, Slot};
 use crate::units::SECTOR_BYTES;
 
@@ -166,6 +167,9 @@ impl Lane {
         } else {
             task.marks.clear();
             task.marks.extend_from_slice(&plan.marks);
+            if let (Work::Write { range, .. }, true) = (&task.work, mutant::is(Mutant::EarlyMarks)) {
+                let _ = self.disk.version().top().expect("a writable disk").image.mark(*range);
+            }
             self.move_all(number, task, &plan);
             if plan.reserved {
                 self.grow_if_short();

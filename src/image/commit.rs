@@ -27,8 +27,9 @@ use std::sync::atomic::Ordering;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
-use crate::storage::{Buffer, Op, Payload, Slot};
-use crate::units::SECTOR_BYTES;
+use crate::mutant::{self, Mutant};
+use crate::storage::{Action, Buffer, Op, Payload, Slot};
+use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// What a job wants after a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,6 +91,12 @@ impl Commit {
         self.image.check_poison()?;
         match self.phase {
             Phase::Start => Ok(self.start(ops)),
+            // The host tells of a failure once: to one of two syncs that ran side by side. While growth syncs, a yes may hide
+            // its no; when it is over, the image is poisoned or the yes was one.
+            Phase::Settle | Phase::Seal if self.image.is_growth_syncing() => {
+                self.sync(self.phase, ops);
+                Ok(Step::Wait)
+            }
             Phase::Settle => {
                 self.point(ops);
                 Ok(Step::Wait)
@@ -116,7 +123,7 @@ impl Commit {
         let mut ordered = false;
         for granule in dirty {
             let g = self.image.granule(granule);
-            ordered |= g.is_ordered();
+            ordered |= g.is_ordered() && !mutant::is(Mutant::OneBarrier);
             self.taken.push(Taken { granule, bytes: g.snapshot() });
         }
         if self.taken.is_empty() && !unsynced {
@@ -134,7 +141,9 @@ impl Commit {
     }
 
     fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        ops.push(Op::sync(0, self.slot));
+        let missing = phase == Phase::Seal && !self.taken.is_empty() && mutant::is(Mutant::NoLastSync);
+        let nothing = Op::range(0, self.slot, Action::Allocate, 0, SECTOR);
+        ops.push(if missing { nothing } else { Op::sync(0, self.slot) });
         self.barriers += 1;
         self.phase = phase;
     }
@@ -144,7 +153,9 @@ impl Commit {
         let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for taken in &self.taken {
             let (block, place, at) = self.image.bitmap_place(taken.granule);
-            ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&taken.bytes))));
+            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.granule(taken.granule).snapshot());
+            let bytes = current.as_ref().unwrap_or(&taken.bytes);
+            ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
             placing.entry(block / bat::ENTRIES_PER_SECTOR).or_default().push(block);
         }
@@ -165,6 +176,7 @@ impl Commit {
         }
         match phase {
             Phase::Point => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
+            _ if mutant::is(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
                 let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
                 self.image.poison(&why);
@@ -190,8 +202,7 @@ mod tests {
     use super::*;
     use crate::image::{Image, Keep, Kind, ParentLink, Spec, create};
     use crate::storage::host::Host;
-    use crate::storage::{Access, Action, Env};
-    use crate::units::SECTOR;
+    use crate::storage::{Access, Env};
     use crate::units::{BlockSize, SectorRange};
 
     const SLOT: Slot = Slot(3);

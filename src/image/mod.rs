@@ -26,6 +26,8 @@ mod drive;
 mod fit;
 pub mod journal;
 mod keep;
+#[cfg(feature = "mutants")]
+mod mistakes;
 pub mod open;
 mod paged;
 mod recover;

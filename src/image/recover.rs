@@ -14,6 +14,7 @@ use super::tail::Room;
 use super::writable::Sparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
+use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
@@ -23,17 +24,24 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     let bitmaps = Bitmaps::new(table.len(), block_size);
     let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
     let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
+    let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
+    if !found.is_empty() {
+        places.extend(table.used().map(|(_, place)| place));
+    }
     for f in found {
         let block = bitmaps.block_of(f.granule).0;
         if table.place(block).is_none() {
             let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
-            if u64::from(f.place) * SECTOR < image.used_end() || end * SECTOR > image.data_end() {
+            // Not always behind the last block of the file: a younger one may have been committed first.
+            let inside = u64::from(f.place) * SECTOR >= image.metadata_end() && end * SECTOR <= image.data_end();
+            if !inside || places.range(f.place.saturating_sub(reach)..=f.place.saturating_add(reach)).next().is_some() {
                 let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
             }
             bitmaps.prepare(block, fresh);
             table.set(block, f.place);
             new_blocks.insert(block);
+            places.insert(f.place);
             next = next.max(end);
         }
     }
@@ -49,15 +57,21 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     if !image.has_whole_tail_footer() {
         log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
         file.write_at(&footer, end * SECTOR)?;
+    }
+    // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
+    // is punched next: there must be one at every moment.
+    if (end > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    if end > next {
+    if end > next && !mutant::is(Mutant::NoScrub) {
         file.punch(next * SECTOR, (end - next) * SECTOR)?;
-        file.sync()?;
+        if !mutant::is(Mutant::ScrubUnsynced) {
+            file.sync()?;
+        }
     }
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room = Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false };
+    let room = Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false, syncing: false };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
 

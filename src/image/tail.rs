@@ -25,6 +25,7 @@ use std::sync::Arc;
 use super::commit::Step;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Op, Payload, Slot};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -46,6 +47,8 @@ pub struct Room {
     pub fresh: BTreeSet<u32>,
     /// A step is under way.
     pub growing: bool,
+    /// A sync of a step is under way.
+    pub syncing: bool,
 }
 
 /// One step of growth under way.
@@ -92,7 +95,11 @@ impl Growth {
     /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
     /// and growth may be tried again; `Poisoned` where a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
-        match self.advance(failed, ops) {
+        let step = self.advance(failed, ops);
+        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SyncFooter | Phase::SyncWipe));
+        // After a failure has poisoned the image: a commit that sees no sync any more must see that.
+        self.image.room().syncing = syncs;
+        match step {
             Ok(Step::Wait) => Ok(Step::Wait),
             over => {
                 self.phase = Phase::Over;
@@ -126,12 +133,20 @@ impl Growth {
             (Phase::Allocate, _) => {
                 let at = end(self).expect("checked at the start") * SECTOR;
                 let footer = Buffer::copy_of(&self.image.footer_bytes());
+                if mutant::is(Mutant::LengthFirst) {
+                    self.image.file().set_len(at + SECTOR)?;
+                }
                 ops.push(Op::write(0, self.slot, at, Payload::Own(footer)));
                 self.phase = Phase::Footer;
             }
             (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
+            // A commit's sync may have been told of a failure that concerns ours, too.
+            (Phase::SyncFooter | Phase::SyncWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
             (Phase::SyncFooter, None) => {
-                let zeros = Buffer::zeroed(SECTOR_BYTES);
+                let mut zeros = Buffer::zeroed(SECTOR_BYTES);
+                if mutant::is(Mutant::NoWipe) {
+                    zeros.copy_from_slice(&self.image.footer_bytes());
+                }
                 ops.push(Op::write(0, self.slot, self.old * SECTOR, Payload::Own(zeros)));
                 self.phase = Phase::Wipe;
             }
@@ -160,7 +175,11 @@ impl Growth {
     }
 
     fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        ops.push(Op::sync(0, self.slot));
+        let missing = match phase {
+            Phase::SyncFooter => mutant::is(Mutant::GrowUnsynced),
+            _ => mutant::is(Mutant::WipeUnsynced),
+        };
+        ops.push(if missing { Op::range(0, self.slot, Action::Allocate, 0, SECTOR) } else { Op::sync(0, self.slot) });
         self.phase = phase;
     }
 
@@ -213,6 +232,11 @@ impl Writable {
         wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.end)
     }
 
+    /// Whether a step of growth waits for a sync.
+    pub(super) fn is_growth_syncing(&self) -> bool {
+        self.image().block_size().is_some() && self.room().syncing
+    }
+
     /// Whether a step of growth is under way.
     pub fn is_growing(&self) -> bool {
         self.room().growing
@@ -228,7 +252,9 @@ impl Writable {
             return Ok(());
         }
         file.write_at(&self.footer_bytes(), end)?;
-        file.sync()?;
+        if !mutant::is(Mutant::TrimUnsynced) {
+            file.sync()?;
+        }
         file.set_len(end + SECTOR)?;
         file.sync()
     }

@@ -17,6 +17,7 @@ use super::recover::recover;
 use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -64,7 +65,7 @@ impl Writable {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found)?),
         };
-        let (unsynced, due) = (AtomicBool::new(true), AtomicBool::new(false));
+        let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
         image.adopt(&found);
         Ok(image)
@@ -151,20 +152,18 @@ impl Writable {
     pub fn mark(&self, range: SectorRange) -> bool {
         let mut kept = true;
         if let Some(sparse) = &self.sparse {
-            let mut rest = range;
-            while !rest.is_empty() {
-                let block = sparse.block_size.range_of(sparse.block_size.block_of(rest.start()));
-                let part = rest.clip(block);
+            for (_, part) in sparse.block_size.parts(range) {
                 sparse.bitmaps.mark(part, |index, granule, bit, count| {
                     if granule.note_dirty() {
                         self.dirty().push(index);
                     }
                     kept &= self.keep(index, granule, bit, count);
                 });
-                rest = rest.skip(part.count());
             }
         }
         self.touched();
+        #[cfg(feature = "mutants")]
+        self.mistake_metadata();
         kept
     }
 
@@ -173,6 +172,7 @@ impl Writable {
         let journal = match &self.keep {
             Kept::Nothing => return true,
             Kept::Commit => return false,
+            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
             Kept::Journal(journal) => journal,
         };
         let mut slot = granule.slot();
@@ -344,6 +344,8 @@ impl Writable {
                 }
             }
         }
+        #[cfg(feature = "mutants")]
+        self.mistake_places();
         for (block, _) in &places {
             sparse.bitmaps.set_placed(*block);
         }

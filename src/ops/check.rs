@@ -50,9 +50,10 @@ pub struct Found {
 /// image names is opened.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file; `Io`.
-pub fn check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Report> {
-    let checked = chain::check(env, env.open(path, Access::Read)?, parents)?;
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
+/// `runtime` says more than the file; `Io`.
+pub fn check(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Report> {
+    let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime)?;
     let mut reports: Vec<Report> = checked.iter().map(|file| report(file, parents.is_some())).collect();
     if parents.is_none() {
         return Ok(reports.remove(0));

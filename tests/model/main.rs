@@ -5,6 +5,8 @@
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
+#[path = "../common/memory.rs"]
+mod memory;
 mod rig;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
@@ -104,20 +106,14 @@ impl World {
                     self.slot(range).copy_from_slice(&bytes);
                 }
                 9..=10 => {
-                    let (range, unmap) = (self.range(5000), self.random.below(2) == 0);
-                    rig.zero(range, unmap);
-                    self.slot(range).fill(0);
+                    let (ranges, unmap) = (self.ranges(), self.random.below(2) == 0);
+                    rig.zero(&ranges, unmap);
+                    ranges.into_iter().for_each(|range| self.slot(range).fill(0));
                 }
                 11 => {
-                    let range = self.range(5000);
-                    rig.discard(vec![range]);
-                    // Each sector is what it was, or zero; from now on it must stay what it is found to be.
-                    let now = rig.read(range);
-                    let seed = self.random.next();
-                    for (n, (was, is)) in self.slot(range).chunks(512).zip(now.chunks(512)).enumerate() {
-                        assert!(was == is || is == [0; 512], "{range} sector {n} after discard (near {seed})");
-                    }
-                    self.slot(range).copy_from_slice(&now);
+                    let ranges = self.ranges();
+                    rig.discard(ranges.clone());
+                    ranges.into_iter().for_each(|range| self.learn_discarded(rig, range));
                 }
                 12 => rig.flush(),
                 13..=14 => self.burst(rig),
@@ -129,6 +125,21 @@ impl World {
             }
         }
         self.compare_all(rig);
+    }
+
+    /// Up to three ranges, as one request may name; they may overlap.
+    fn ranges(&mut self) -> Vec<SectorRange> {
+        (0..1 + self.random.below(3)).map(|_| self.range(5000)).collect()
+    }
+
+    /// Each sector is what it was, or zero; from now on it must stay what it is found to be.
+    fn learn_discarded(&mut self, rig: &mut Rig, range: SectorRange) {
+        let now = rig.read(range);
+        let seed = self.random.next();
+        for (n, (was, is)) in self.slot(range).chunks(512).zip(now.chunks(512)).enumerate() {
+            assert!(was == is || is == [0; 512], "{range} sector {n} after discard (near {seed})");
+        }
+        self.slot(range).copy_from_slice(&now);
     }
 
     /// Many requests in flight, each on its own part of the disk.

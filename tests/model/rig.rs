@@ -1,11 +1,12 @@
 //! A disk with one lane and memory of the test's own in the guest's place.
-#![allow(unsafe_code)]
 
 use std::sync::Arc;
 
 use diffdisk::disk::{Answer, Disk, Lane, Outcome, Request, Work, ZeroRange};
-use diffdisk::storage::{EngineKind, Slices};
+use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
+
+pub use crate::memory::Memory;
 
 /// A disk being worked on through one lane.
 pub struct Rig {
@@ -13,36 +14,6 @@ pub struct Rig {
     pub lane: Lane,
     answers: Vec<Answer>,
     next_tag: u64,
-}
-
-/// Guest memory: on the heap, kept by whoever holds the slices' owner.
-pub struct Memory(Arc<Box<[u8]>>);
-
-impl Memory {
-    pub fn new(bytes: &[u8]) -> Memory {
-        Memory(Arc::new(bytes.into()))
-    }
-
-    /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
-    pub fn slices(&self, cuts: &[usize]) -> Slices {
-        let mut slices = Slices::with_capacity(4);
-        slices.set_owner(self.0.clone());
-        let start = self.0.as_ptr().cast_mut();
-        let mut at = 0;
-        for cut in cuts.iter().copied().chain([self.0.len()]) {
-            let cut = cut.clamp(at, self.0.len());
-            // SAFETY: inside the boxed slice, which the owner keeps; the test looks at it only when no request is under
-            // way, through a copy.
-            unsafe { slices.push(start.wrapping_add(at), cut - at) };
-            at = cut;
-        }
-        slices
-    }
-
-    pub fn bytes(&self) -> Vec<u8> {
-        // SAFETY: a valid slice; no operation is under way on it.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }.to_vec()
-    }
 }
 
 impl Rig {
@@ -100,8 +71,8 @@ impl Rig {
         assert_eq!(self.work(Work::Discard { ranges }), Outcome::Done);
     }
 
-    pub fn zero(&mut self, range: SectorRange, unmap: bool) {
-        let ranges = vec![ZeroRange { range, unmap }];
+    pub fn zero(&mut self, ranges: &[SectorRange], unmap: bool) {
+        let ranges = ranges.iter().map(|range| ZeroRange { range: *range, unmap }).collect();
         assert_eq!(self.work(Work::WriteZeroes { ranges }), Outcome::Done);
     }
 

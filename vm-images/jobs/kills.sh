@@ -45,7 +45,7 @@ while [ "$(seconds)" -lt "$end" ]; do
     done
     rm -rf "/mnt/copy-$((rounds - 2))"
     cp -a /mnt/tree "/mnt/copy-$rounds"
-    (cd /mnt && find tree copy-* -type f | xargs sha256sum) >/tmp/written
+    (cd /mnt && find tree copy-* -type f -print0 | xargs -0 sha256sum) >/tmp/written
     sync
     echo 3 >/proc/sys/vm/drop_caches
     (cd /mnt && sha256sum -c /tmp/written >/tmp/checked) || {

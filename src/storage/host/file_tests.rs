@@ -1,4 +1,4 @@
-//! Tests of `file.rs`.
+//! Tests of `file.rs` on real files.
 
 use super::*;
 use crate::storage::env::{Env, File};

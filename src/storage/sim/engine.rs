@@ -57,9 +57,11 @@ impl SimEngine {
     fn complete_one(&mut self) {
         let at = {
             let mut world = self.shared.world();
-            match world.order {
-                Order::Pushed => 0,
-                Order::Any => world.random.index(self.flying.len()),
+            let late = |(number, _): &(u64, Op)| world.flying.get(number).is_some_and(|op| op.late);
+            let on_time: Vec<usize> = (0..self.flying.len()).filter(|&at| !late(&self.flying[at])).collect();
+            match (world.order, on_time.len()) {
+                (_, 0) | (Order::Pushed, _) => on_time.first().copied().unwrap_or(0),
+                (Order::Any, count) => on_time[world.random.index(count)],
             }
         };
         self.complete(at);
@@ -68,6 +70,10 @@ impl SimEngine {
     /// Whether the machine goes on after what is complete now.
     fn goes_on(&self) -> bool {
         let mut world = self.shared.world();
+        if let Some(left) = world.granted {
+            world.granted = Some(left.saturating_sub(1));
+            return !world.dead && left > 0;
+        }
         !world.dead && (world.order == Order::Pushed || world.random.chance(1, 2))
     }
 }
@@ -131,7 +137,9 @@ impl Engine for SimEngine {
             let covers = world.last();
             let number = world.number();
             let bytes = bytes_of(&op);
-            let flying = Flying { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers };
+            world.counts.submitted += 1;
+            let late = world.faults.late.contains(&world.counts.submitted);
+            let flying = Flying { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers, late };
             world.flying.insert(number, flying);
             self.flying.push((number, op));
         }

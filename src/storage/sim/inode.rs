@@ -13,9 +13,27 @@ const SECTOR: u64 = crate::units::SECTOR;
 /// Room is given by pages of this many bytes.
 pub(super) const PAGE: u64 = 4096;
 
-type Sector = Arc<[u8; SECTOR_BYTES]>;
+/// The bytes of a sector, and their digest.
+#[derive(Debug)]
+pub(super) struct Stored([u8; SECTOR_BYTES], u64);
 
-static ZERO: LazyLock<Sector> = LazyLock::new(|| Arc::new([0; SECTOR_BYTES]));
+impl Stored {
+    fn new(bytes: [u8; SECTOR_BYTES]) -> Sector {
+        let words = bytes.as_chunks::<8>().0.iter();
+        let digest = words.fold(1, |digest, word| mix(digest, u64::from_be_bytes(*word)));
+        Arc::new(Stored(bytes, digest))
+    }
+}
+
+type Sector = Arc<Stored>;
+
+static ZERO: LazyLock<Sector> = LazyLock::new(|| Stored::new([0; SECTOR_BYTES]));
+
+/// Mixes a word into a digest (the finish of splitmix64, as in `rng.rs`).
+fn mix(digest: u64, word: u64) -> u64 {
+    let z = (digest ^ word).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    (z ^ (z >> 29)).wrapping_mul(0x94D0_49BB_1331_11EB).rotate_left(31)
+}
 
 /// A step from one state of a file to the next.
 #[derive(Clone, Debug)]
@@ -65,17 +83,25 @@ impl Contents {
         if keep > 0
             && let Some(last) = self.sectors.get_mut(&(self.len / SECTOR))
         {
-            Arc::make_mut(last)[keep..].fill(0);
+            let mut bytes = last.0;
+            bytes[keep..].fill(0);
+            *last = Stored::new(bytes);
         }
     }
 
     fn read(&self, into: &mut [u8], offset: u64) {
         for (piece, sector, at) in pieces(offset, into.len() as u64) {
             match self.sectors.get(&sector) {
-                Some(bytes) => into[piece.clone()].copy_from_slice(&bytes[at..at + piece.len()]),
+                Some(bytes) => into[piece.clone()].copy_from_slice(&bytes.0[at..at + piece.len()]),
                 None => into[piece].fill(0),
             }
         }
+    }
+
+    /// A number that tells contents apart; holes and zeros are the same.
+    fn digest(&self) -> u64 {
+        let written = self.sectors.iter().filter(|(_, bytes)| !Arc::ptr_eq(bytes, &ZERO));
+        written.fold(mix(1, self.len), |digest, (at, bytes)| mix(mix(digest, *at), bytes.1))
     }
 
     fn changes(&self, effect: Effect<'_>) -> Vec<Change> {
@@ -111,9 +137,9 @@ impl Contents {
 
     fn patched(&self, sector: u64, at: usize, bytes: &[u8]) -> Sector {
         let old = self.sectors.get(&sector).unwrap_or(&ZERO);
-        let mut new = **old;
+        let mut new = old.0;
         new[at..at + bytes.len()].copy_from_slice(bytes);
-        if new == **ZERO { ZERO.clone() } else { Arc::new(new) }
+        if new == ZERO.0 { ZERO.clone() } else { Stored::new(new) }
     }
 }
 
@@ -138,8 +164,9 @@ struct Logged {
 /// See the file's first lines.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Inode {
-    now: Contents,
-    durable: Contents,
+    // Shared between the fates of a machine until one of them writes.
+    now: Arc<Contents>,
+    durable: Arc<Contents>,
     log: Vec<Logged>,
     /// Pages it has room for.
     pages: BTreeSet<u64>,
@@ -162,6 +189,11 @@ impl Inode {
 
     pub(super) fn read(&self, into: &mut [u8], offset: u64) {
         self.now.read(into, offset);
+    }
+
+    /// A number that tells what reads see from what they see of other files.
+    pub(super) fn digest(&self) -> u64 {
+        self.now.digest()
     }
 
     /// The next run of sectors that are no holes, clipped to the length.
@@ -203,7 +235,7 @@ impl Inode {
 
     /// Takes a step that readers see at once and that becomes durable with a sync.
     pub(super) fn apply(&mut self, seq: u64, change: Change) {
-        self.now.apply(&change);
+        Arc::make_mut(&mut self.now).apply(&change);
         if let Change::Len(len) = change {
             self.pages.split_off(&len.div_ceil(PAGE));
         }
@@ -213,12 +245,13 @@ impl Inode {
     /// Makes every step up to `seq` durable that no failed sync forgot.
     pub(super) fn sync(&mut self, seq: u64) {
         let mut kept: Vec<Logged> = Vec::new();
+        let durable = Arc::make_mut(&mut self.durable);
         for step in std::mem::take(&mut self.log) {
             if step.seq > seq || step.forgotten {
                 kept.push(step);
                 continue;
             }
-            self.durable.apply(&step.change);
+            durable.apply(&step.change);
             kept.retain(|old| !same_place(&old.change, &step.change));
         }
         self.log = kept;
@@ -229,16 +262,20 @@ impl Inode {
         self.log.iter_mut().filter(|s| s.seq <= seq).for_each(|s| s.forgotten = true);
     }
 
-    /// The steps that are not durable, oldest first.
-    pub(super) fn unsynced(&self) -> impl Iterator<Item = &Change> {
-        self.log.iter().map(|s| &s.change)
+    /// The steps that are not durable, oldest first, with their numbers.
+    pub(super) fn unsynced(&self) -> impl Iterator<Item = (u64, &Change)> {
+        self.log.iter().map(|s| (s.seq, &s.change))
     }
 
     /// The file after a crash in which just these steps survived, in this order.
     pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a Change>) -> Inode {
+        let mut survived = survived.peekable();
         let mut left = self.durable.clone();
-        survived.for_each(|change| left.apply(change));
-        left.cut();
+        if survived.peek().is_some() {
+            let left = Arc::make_mut(&mut left);
+            survived.for_each(|change| left.apply(change));
+            left.cut();
+        }
         let pages = left.sectors.keys().map(|s| s * SECTOR / PAGE).collect();
         Inode { now: left.clone(), durable: left, log: Vec::new(), pages, modified: self.modified }
     }
@@ -276,7 +313,7 @@ mod tests {
         i.sync(1);
         let old = i.after_crash([].into_iter());
         assert_eq!((byte(&old, 0), byte(&old, 600), old.len()), (1, 1, 1024));
-        assert_eq!(byte(&i.after_crash(i.unsynced()), 600), 2);
+        assert_eq!(byte(&i.after_crash(i.unsynced().map(|(_, change)| change)), 600), 2);
         assert_eq!(byte(&i, 600), 2);
     }
 

@@ -21,6 +21,7 @@ mod names;
 mod rng;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod world;
 
 use std::collections::BTreeMap;
@@ -36,6 +37,7 @@ pub use self::rng::Random;
 use self::world::{Step, World};
 use super::env::{Access, File};
 use crate::error::{Error, Result};
+use crate::mutant::{self, Mutant};
 
 /// In which order operations complete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,6 +55,8 @@ pub enum Fault {
     Io,
     /// ENOSPC.
     NoSpace,
+    /// Half the sectors of a write land, then it fails with EIO; a read meets the end of the file; anything else fails with EIO.
+    Short,
 }
 
 /// What goes wrong, and when.
@@ -62,6 +66,10 @@ pub struct FaultPlan {
     pub fail: Vec<(u64, Fault)>,
     /// The syncs of files (counted from 1) that say yes and do nothing.
     pub lying_syncs: Vec<u64>,
+    /// The syncs of files (counted from 1) that fail with EIO.
+    pub failing_syncs: Vec<u64>,
+    /// The operations (counted from 1, as engines submit them) that complete after all others of their engine.
+    pub late: Vec<u64>,
     /// Bytes that all files together may take.
     pub room: Option<u64>,
     /// The file system cannot reserve room.
@@ -79,12 +87,16 @@ pub struct Counts {
     pub writes: u64,
     /// Syncs of files.
     pub syncs: u64,
+    /// Those of them that failed.
+    pub failed_syncs: u64,
     /// Changes of lengths, reservations, holes, zeroed ranges.
     pub ranges: u64,
     /// Openings, creations, renames, links, removals.
     pub names: u64,
     /// Syncs of folders.
     pub dir_syncs: u64,
+    /// Operations that engines submitted; each is counted above, too, when it completes.
+    pub submitted: u64,
 }
 
 /// Something that survives a crash or not, whatever becomes of the rest. Units of one place are in order: the last that
@@ -131,7 +143,7 @@ impl SimHost {
     /// What is not durable now, in the order it happened: names, then files by number, then what is under way.
     pub fn unsynced(&self) -> Vec<Unit> {
         let mut units = Vec::new();
-        survivors(&self.0.world(), &mut |unit| {
+        survivors(&self.0.world(), &mut |_, unit| {
             units.push(unit());
             false
         });
@@ -143,8 +155,8 @@ impl SimHost {
     pub fn crash_with(&self, survives: &dyn Fn(usize) -> bool) -> SimHost {
         // Asked before the machine is locked: the choice may look at it.
         let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
-        let mut world = self.0.world();
-        let (names, inodes) = survivors(&world, &mut |_| fates.next().expect("one fate for each unit"));
+        let world = self.0.world();
+        let (names, inodes) = survivors(&world, &mut |_, _| fates.next().expect("one fate for each unit"));
         let heir = world.heir(inodes, names);
         SimHost::from(heir)
     }
@@ -162,6 +174,9 @@ impl SimHost {
             Random::new(salt ^ place.wrapping_mul(0xD6E8_FEB8_6659_FD93)).chance(yes, 8)
         };
         let heir = self.crash_with(&fate);
+        if mutant::is(Mutant::OldJournal) {
+            heir.0.world().live = self.0.world().live_copy();
+        }
         self.halt();
         heir
     }
@@ -222,20 +237,6 @@ impl SimHost {
         self.0.world().clock = now;
     }
 
-    /// All names of files.
-    pub fn names(&self) -> Vec<PathBuf> {
-        self.0.world().names.all().map(|(name, _)| name.to_path_buf()).collect()
-    }
-
-    /// The bytes of a file as a reader sees them now; no step.
-    pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
-        let world = self.0.world();
-        let inode = &world.inodes[&world.names.get(&absolute(path))?];
-        let mut bytes = vec![0; usize::try_from(inode.len()).expect("a test reads what fits in memory")];
-        inode.read(&mut bytes, 0);
-        Some(bytes)
-    }
-
     fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut World, &Path) -> io::Result<T>) -> Result<T> {
         call(&mut self.0.world(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
     }
@@ -255,18 +256,22 @@ impl SimHost {
     }
 }
 
-/// What is left of a machine: asks for each unit whether it survives.
+/// What is left of a machine: asks for each unit (with the number of the step that changed it; names have none) whether
+/// it survives.
 fn survivors(
     world: &World,
-    survives: &mut dyn FnMut(&dyn Fn() -> Unit) -> bool,
+    survives: &mut dyn FnMut(u64, &dyn Fn() -> Unit) -> bool,
 ) -> (names::Names, BTreeMap<InodeId, Inode>) {
-    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(&|| Unit::Name(c.name().to_path_buf()))).collect();
+    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(0, &|| Unit::Name(c.name().to_path_buf()))).collect();
     let names = world.names.after_crash(kept.into_iter());
     let mut inodes = BTreeMap::new();
     for (&id, inode) in &world.inodes {
-        let flying = world.flying.values().filter(|op| op.inode == id).filter_map(world::Flying::effect);
-        let landing: Vec<_> = flying.flat_map(|effect| inode.changes(effect)).collect();
-        let kept: Vec<_> = inode.unsynced().chain(&landing).filter(|c| survives(&|| unit(id, c))).collect();
+        let flying = world.flying.iter().filter(|(_, op)| op.inode == id);
+        let effects = flying.filter_map(|(number, op)| Some((*number, op.effect()?)));
+        let landing: Vec<_> =
+            effects.flat_map(|(n, effect)| inode.changes(effect).into_iter().map(move |c| (n, c))).collect();
+        let all = inode.unsynced().chain(landing.iter().map(|(n, change)| (*n, change)));
+        let kept: Vec<_> = all.filter(|(n, c)| survives(*n, &|| unit(id, c))).map(|(_, change)| change).collect();
         inodes.insert(id, inode.after_crash(kept.into_iter()));
     }
     (names, inodes)

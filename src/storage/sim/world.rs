@@ -15,6 +15,8 @@ use super::{Counts, Fault, FaultPlan, Order};
 use crate::storage::env::Lock;
 use crate::storage::op::Action;
 
+const SECTOR: usize = 512;
+
 /// What a step is, for counters and faults.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Step {
@@ -38,6 +40,8 @@ pub(super) struct Flying {
     pub(super) bytes: Vec<u8>,
     /// For a sync: the last step it covers.
     pub(super) covers: u64,
+    /// It completes after all others of its engine.
+    pub(super) late: bool,
 }
 
 impl Flying {
@@ -51,7 +55,7 @@ impl Flying {
 }
 
 /// See the file's first line.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct World {
     pub(super) inodes: BTreeMap<InodeId, Inode>,
     pub(super) names: Names,
@@ -66,6 +70,10 @@ pub(super) struct World {
     pub(super) dead: bool,
     /// The step at which it dies.
     pub(super) stop_at: Option<u64>,
+    /// Operations that engines may still give back; no limit if none.
+    pub(super) granted: Option<u64>,
+    /// The machine as it was before each change, while that is being recorded.
+    pub(super) recorded: Option<Vec<World>>,
     pub(super) clock: i64,
     /// Memory that outlives the process, by its name.
     pub(super) live: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
@@ -93,6 +101,8 @@ impl World {
             random,
             dead: false,
             stop_at: None,
+            granted: None,
+            recorded: None,
             clock: 1_700_000_000,
             live: BTreeMap::new(),
             boot,
@@ -101,19 +111,25 @@ impl World {
     }
 
     /// The machine after the end of this process: same clock and numbers, nothing open.
-    pub(super) fn heir(&mut self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> World {
-        let mut heir = World::new(Random::new(self.random.any()));
+    pub(super) fn heir(&self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> World {
+        // A copy draws: what is tried from a moment changes nothing of what comes after it.
+        let mut heir = World::new(Random::new(self.random.clone().any()));
         (heir.inodes, heir.names) = (inodes, names);
         (heir.order, heir.clock, heir.next) = (self.order, self.clock, self.next);
         heir
+    }
+
+    /// What lives in memory, as it is now.
+    pub(super) fn live_copy(&self) -> BTreeMap<PathBuf, Arc<[AtomicU64]>> {
+        let copy = |words: &Arc<[AtomicU64]>| words.iter().map(|w| AtomicU64::new(w.load(Ordering::SeqCst))).collect();
+        self.live.iter().map(|(name, words)| (name.clone(), copy(words))).collect()
     }
 
     /// The same, on the same boot: what lives in memory is as the process left it.
     pub(super) fn successor(&mut self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> World {
         let mut heir = self.heir(inodes, names);
         heir.boot = self.boot;
-        let copy = |words: &Arc<[AtomicU64]>| words.iter().map(|w| AtomicU64::new(w.load(Ordering::SeqCst))).collect();
-        heir.live = self.live.iter().map(|(name, words)| (name.clone(), copy(words))).collect();
+        heir.live = self.live_copy();
         heir
     }
 
@@ -140,6 +156,12 @@ impl World {
             self.dead = true;
             return self.alive();
         }
+        if !matches!(step, Step::Read)
+            && let Some(mut recorded) = self.recorded.take()
+        {
+            recorded.push(self.clone());
+            self.recorded = Some(recorded);
+        }
         match step {
             Step::Read => self.counts.reads += 1,
             Step::Write => self.counts.writes += 1,
@@ -152,6 +174,7 @@ impl World {
             None => Ok(()),
             Some((_, Fault::Io)) => Err(code(libc::EIO)),
             Some((_, Fault::NoSpace)) => Err(code(libc::ENOSPC)),
+            Some((_, Fault::Short)) => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 
@@ -181,8 +204,14 @@ impl World {
     }
 
     pub(super) fn write(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
-        self.step(Step::Write)?;
+        let stepped = self.step(Step::Write);
         in_reach(offset, from.len() as u64)?;
+        if stepped.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::UnexpectedEof) {
+            self.take_room(id, offset, from.len() as u64)?;
+            self.bring_about(id, Effect::Write(offset, &from[..from.len() / SECTOR / 2 * SECTOR]));
+            return Err(code(libc::EIO));
+        }
+        stepped?;
         self.take_room(id, offset, from.len() as u64)?;
         self.bring_about(id, Effect::Write(offset, from));
         Ok(())
@@ -194,7 +223,7 @@ impl World {
         let result = self.write(id, from, offset);
         if self.dead && in_reach(offset, from.len() as u64).is_ok() {
             let (len, bytes, number) = (from.len() as u64, from.to_vec(), self.number());
-            let op = Flying { inode: id, action: Action::Write, offset, len, bytes, covers: 0 };
+            let op = Flying { inode: id, action: Action::Write, offset, len, bytes, covers: 0, late: false };
             self.flying.insert(number, op);
         }
         result
@@ -203,7 +232,10 @@ impl World {
     pub(super) fn sync(&mut self, id: InodeId, covers: u64) -> io::Result<()> {
         let result = self.step(Step::Sync);
         self.alive()?;
+        let fails = self.faults.failing_syncs.contains(&self.counts.syncs);
+        let result = if fails { Err(code(libc::EIO)) } else { result };
         if result.is_err() {
+            self.counts.failed_syncs += 1;
             self.inode(id).forget(covers);
         } else if !self.faults.lying_syncs.contains(&self.counts.syncs) {
             self.inode(id).sync(covers);

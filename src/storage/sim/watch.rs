@@ -1,0 +1,60 @@
+//! Watching a simulated machine from outside: a completion at a time, and as it was before each change.
+
+use std::path::{Path, PathBuf};
+
+use super::{Random, SimHost, Unit, absolute, survivors};
+
+impl SimHost {
+    /// Engines give back at most `count` operations from now on in `reap`, one after another; any number if `None`.
+    /// Whoever grants one at a time sees the machine between any two completions. `wait` takes no grant.
+    pub fn grant(&self, count: Option<u64>) {
+        self.0.world().granted = count;
+    }
+
+    /// Draws from another seed from now on.
+    pub fn set_seed(&self, seed: u64) {
+        self.0.world().random = Random::new(seed);
+    }
+
+    /// Keeps the machine as it is before each change from now on, for `recorded`.
+    pub fn record(&self) {
+        self.0.world().recorded = Some(Vec::new());
+    }
+
+    /// The machine before each change since `record`, to try fates from; recording is over.
+    pub fn recorded(&self) -> Vec<SimHost> {
+        let recorded = self.0.world().recorded.take().unwrap_or_default();
+        recorded.into_iter().map(SimHost::from).collect()
+    }
+
+    /// A number that tells the contents of a file, as readers see it, from others; no step.
+    pub fn digest(&self, path: &Path) -> Option<u64> {
+        let world = self.0.world();
+        Some(world.inodes[&world.names.get(&absolute(path))?].digest())
+    }
+
+    /// All names of files.
+    pub fn names(&self) -> Vec<PathBuf> {
+        self.0.world().names.all().map(|(name, _)| name.to_path_buf()).collect()
+    }
+
+    /// The bytes of a file as a reader sees them now; no step.
+    pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
+        let world = self.0.world();
+        let inode = &world.inodes[&world.names.get(&absolute(path))?];
+        let mut bytes = vec![0; usize::try_from(inode.len()).expect("a test reads what fits in memory")];
+        inode.read(&mut bytes, 0);
+        Some(bytes)
+    }
+
+    /// What is not durable now, as [`unsynced`](SimHost::unsynced) lists it, with the number of the step that changed
+    /// each: units of one write have one number.
+    pub fn unsynced_steps(&self) -> Vec<(u64, Unit)> {
+        let mut units = Vec::new();
+        survivors(&self.0.world(), &mut |step, unit| {
+            units.push((step, unit()));
+            false
+        });
+        units
+    }
+}

@@ -1,0 +1,41 @@
+//! The live journal from outside: tools refuse an image whose daemon was killed, and the next daemon takes in what the
+//! last one acknowledged.
+
+mod common;
+
+use common::chain::Chain;
+use common::daemon::Daemon;
+use common::tool::diffdisk;
+
+#[test]
+fn tools_refuse_an_image_until_a_daemon_has_taken_in_what_the_last_one_acknowledged() {
+    let mut chain = Chain::with_root(8, 8);
+    chain.push_child("child.vhd");
+    let image = chain.top().to_str().expect("a plain path").to_owned();
+    let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = format!("--runtime-dir={}", runtime.path().display());
+    let daemon = Daemon::start(chain.top(), &[&folder]);
+    let mut guest = daemon.connect();
+    guest.write(5 << 20, &[0xA5; 4096]).expect("a write that is never flushed");
+    drop(guest);
+    daemon.kill();
+
+    for verb in [&["check"][..], &["convert", "--to", "raw"], &["map"]] {
+        let target = if verb[0] == "convert" { &["-"][..] } else { &[] };
+        let refused = diffdisk(
+            verb[..1].iter().chain(&[image.as_str()]).chain(target).chain(&verb[1..]).chain(&[folder.as_str()]),
+        );
+        assert_eq!(refused.code, Some(1), "{verb:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains("did not end cleanly") && refused.stdout.is_empty(), "{}", refused.stderr);
+    }
+    assert_eq!(diffdisk(["info", &image, &folder]).code, Some(0), "headers may be looked at");
+
+    let daemon = Daemon::start(chain.top(), &[&folder]);
+    assert_eq!(daemon.connect().read(5 << 20, 4096).expect("a read"), [0xA5; 4096]);
+    daemon.stop();
+    diffdisk(["check", &image, &folder]).ok();
+    let disk = diffdisk(["convert", &image, "-", "--to", "raw", &folder]).ok().stdout;
+    assert_eq!(disk[5 << 20..(5 << 20) + 4096], [0xA5; 4096]);
+    chain.assert_sound();
+    assert_eq!(runtime.path().read_dir().expect("the folder is there").count(), 0, "a clean end leaves no journal");
+}

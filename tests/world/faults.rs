@@ -1,0 +1,76 @@
+//! R4: one script; every operation of it goes wrong once, in every way.
+
+use diffdisk::storage::sim::{Fault, FaultPlan, Random};
+use diffdisk::units::SectorRange;
+
+use crate::judge::Judge;
+use crate::layouts::{BLOCK, Layout};
+use crate::world::{Care, World};
+
+/// How an operation may go wrong.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wrong {
+    Io,
+    NoSpace,
+    Short,
+    Late,
+}
+
+/// Runs a script of `acts` with operation `at` going wrong; false where the script has fewer operations.
+pub(crate) fn run(layout: &Layout, acts: u64, wrong: Wrong, at: u64, judge: &mut Judge) -> Result<bool, String> {
+    let mut random = Random::new(5);
+    let care = Care { sample: 0, every: 1, journal: false };
+    let mut world = World::new(layout, 5, 1, care, judge);
+    let steps = world.host.counts().steps;
+    let fault = match wrong {
+        Wrong::Io => Fault::Io,
+        Wrong::NoSpace => Fault::NoSpace,
+        Wrong::Short => Fault::Short,
+        Wrong::Late => {
+            world.faults(FaultPlan { late: vec![at], ..FaultPlan::default() });
+            return script(&mut world, &mut random, acts, at, None).map_err(|e| tell(e, &world, wrong, at));
+        }
+    };
+    world.faults(FaultPlan { fail: vec![(steps + at, fault)], ..FaultPlan::default() });
+    script(&mut world, &mut random, acts, at, Some(steps)).map_err(|e| tell(e, &world, wrong, at))
+}
+
+fn tell(e: String, world: &World<'_>, wrong: Wrong, at: u64) -> String {
+    let tail = world.trace.len().saturating_sub(40);
+    format!("{e}\n  operation {at} goes wrong: {wrong:?}\n  ...\n  {}", world.trace[tail..].join("\n  "))
+}
+
+fn script(world: &mut World<'_>, random: &mut Random, acts: u64, at: u64, steps: Option<u64>) -> Result<bool, String> {
+    for act in 0..acts {
+        let start = random.below(world.sectors() - BLOCK);
+        let range = SectorRange::between(start, start + 1 + random.below(BLOCK));
+        match act % 10 {
+            0..=5 if !world.is_busy(range) => world.write(0, range),
+            6 if !world.is_busy(range) => world.zero(0, range, act % 20 < 10),
+            7 if !world.is_busy(range) => world.discard(0, range),
+            8 => world.flush(0),
+            _ => {
+                world.finish()?;
+                world.read(0, SectorRange::between(0, world.sectors()));
+                world.finish()?;
+            }
+        }
+        if act % 3 == 0 {
+            world.finish()?;
+        }
+    }
+    world.finish()?;
+    let counts = world.host.counts();
+    let reached = steps.map_or(counts.submitted >= at, |steps| counts.steps >= steps + at);
+    // The process ends, or the machine; what was flushed must be there, and the disk must go on.
+    if at.is_multiple_of(2) {
+        world.kill()?
+    } else {
+        world.crash()?
+    }
+    world.write(0, SectorRange::between(0, 3));
+    world.flush(0);
+    world.finish()?;
+    world.crash()?;
+    Ok(reached)
+}

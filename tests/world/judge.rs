@@ -1,0 +1,201 @@
+//! Holds what a crash left behind against the promises: it opens, it is sound, each sector is what it may be.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::format::{Defect, Severity};
+use diffdisk::image::{self, Keep};
+use diffdisk::storage::sim::{Random, SimHost, Unit};
+use diffdisk::storage::{Access, Env};
+use diffdisk::units::SectorRange;
+
+use crate::layouts::top;
+use crate::model::{self, Model, Value};
+
+/// Fates of so few units are tried all; of more, a sample.
+const ALL_BELOW: usize = 9;
+
+/// What an image turned out to be.
+#[derive(Clone)]
+struct Found {
+    values: Vec<Value>,
+    /// The trailing footer was there before recovery.
+    tail: bool,
+}
+
+/// Tries fates, and remembers images that it has seen.
+#[derive(Default)]
+pub(crate) struct Judge {
+    seen: HashMap<u64, Result<Arc<Found>, String>>,
+    /// The trailing footer may be missing: an earlier crash took it, and its recovery is not over.
+    pub(crate) tail_may_miss: bool,
+    /// Crash states so far.
+    pub(crate) states: u64,
+    /// Different images among them.
+    pub(crate) distinct: u64,
+    /// Whether the last image ended with a footer.
+    pub(crate) found_tail: bool,
+    /// Crashes in the middle of a recovery among them.
+    pub(crate) again: u64,
+}
+
+impl Judge {
+    /// Forgets the images it has seen, so that memory stays small; the counts go on.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
+    }
+
+    /// Takes in the counts of another.
+    pub(crate) fn add(&mut self, other: &Judge) {
+        self.states += other.states;
+        self.distinct += other.distinct;
+        self.again += other.again;
+    }
+
+    /// Tries the fates of a machine: all of them where they are few, else up to `sample`.
+    pub(crate) fn explore(
+        &mut self,
+        host: &SimHost,
+        model: &Model,
+        sample: u64,
+        random: &mut Random,
+    ) -> Result<(), String> {
+        let units = host.unsynced_steps();
+        let count = units.len();
+        if count < ALL_BELOW && 1 << count <= sample.max(256) {
+            for mask in 0_u64..1 << count {
+                self.try_fate(host, &units, model, &|i| mask >> i & 1 == 1)?;
+            }
+            return Ok(());
+        }
+        self.try_fate(host, &units, model, &|_| false)?;
+        self.try_fate(host, &units, model, &|_| true)?;
+        for n in 0..sample.saturating_sub(2) {
+            let (salt, yes) = (random.any(), 1 + random.below(7));
+            let lone = random.index(count);
+            self.try_fate(host, &units, model, &|i| match n % 4 {
+                0 => i == lone,
+                1 => i != lone,
+                // Whole pages of 4 KiB.
+                2 => {
+                    let place = match units[i].1 {
+                        Unit::Sector(_, at) => at / 8,
+                        _ => 1 << 40,
+                    };
+                    Random::new(salt ^ place).chance(yes, 8)
+                }
+                _ => Random::new(salt ^ i as u64).chance(yes, 8),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn try_fate(
+        &mut self,
+        host: &SimHost,
+        units: &[(u64, Unit)],
+        model: &Model,
+        fate: &dyn Fn(usize) -> bool,
+    ) -> Result<(), String> {
+        let after = host.crash_with(fate);
+        // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
+        let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
+            let Unit::Len(inode, len) = unit else { return true };
+            let last = Unit::Sector(*inode, (len - 1) / 512);
+            let cause = units.iter().position(|(s, u)| s == step && *u == last);
+            cause.is_none_or(|cause| fate(cause) == fate(i))
+        });
+        self.verdict(&after, model, needs_tail, false).map(|_| ()).map_err(|e| {
+            let survived: Vec<_> = (0..units.len()).filter(|&i| fate(i)).map(|i| &units[i].1).collect();
+            let lost: Vec<_> = (0..units.len()).filter(|&i| !fate(i)).map(|i| &units[i].1).collect();
+            format!("{e}\n  survived: {survived:?}\n  lost: {lost:?}")
+        })
+    }
+
+    /// What is wrong with a machine after its end; else what its disk reads as.
+    pub(crate) fn verdict(
+        &mut self,
+        after: &SimHost,
+        model: &Model,
+        needs_tail: bool,
+        acknowledged: bool,
+    ) -> Result<Vec<Value>, String> {
+        self.states += 1;
+        let digest = after.digest(&top()).ok_or("the image has lost its name")?;
+        if !self.seen.contains_key(&digest) {
+            self.distinct += 1;
+            let found =
+                if self.distinct % 64 == 1 { self.look_twice(after) } else { look(after, self.distinct % 8 == 2) };
+            self.seen.insert(digest, found.map(Arc::new));
+        }
+        let found = self.seen[&digest].clone()?;
+        if needs_tail && !found.tail && !self.tail_may_miss {
+            return Err("the trailing footer is missing".into());
+        }
+        self.found_tail = found.tail;
+        model.judge(&found.values, acknowledged)?;
+        Ok(found.values.clone())
+    }
+
+    /// As `look`, and the machine may end again at any moment of the recovery: the disk must read the same then.
+    fn look_twice(&mut self, after: &SimHost) -> Result<Found, String> {
+        after.record();
+        let found = look(after, true)?;
+        let mut random = Random::new(self.distinct);
+        let moments = after.recorded();
+        for (step, moment) in moments.iter().chain([after]).enumerate() {
+            let count = moment.unsynced().len();
+            for n in 0..4.min(1_u64 << count.min(3)) {
+                let fates: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
+                let again = look(&moment.crash_with(&|i| fates[i]), false);
+                let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
+                self.again += 1;
+                Model::new(&found.values)
+                    .judge(&again.values, false)
+                    .map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Opens what a crash left behind as the daemon does, and reads all of it. `twice`: it is checked again after that.
+fn look(after: &SimHost, twice: bool) -> Result<Found, String> {
+    let sound = |when: &str| {
+        let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;
+        let (report, _) = image::check(file).map_err(|e| format!("{when} it cannot be checked: {}", e.line()))?;
+        let mut bad = report.defects.into_iter().filter(|d| d.severity() == Severity::Corruption);
+        let mut tail = true;
+        let worse = bad.find(|d| {
+            let missing = matches!(d, Defect::TrailingFooterMissing { .. } | Defect::TrailingFooterInvalid { .. });
+            tail &= !missing;
+            !missing
+        });
+        worse.map_or(Ok(tail), |d| Err(format!("{when} the check finds: {d}")))
+    };
+    let tail = sound("before recovery")?;
+    let values = recover(after)?;
+    if twice && !sound("after recovery")? {
+        return Err("after recovery the trailing footer is missing".into());
+    }
+    Ok(Found { values, tail })
+}
+
+/// What the disk reads as, once it was opened for writing.
+pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
+    let env: Arc<dyn Env> = Arc::new(host.clone());
+    let chain = Chain::open(&*env, &top(), &Policy::default(), Use::Write);
+    let version = chain.and_then(|chain| chain.into_writable(&*env, &Keep::Nothing));
+    let version = version.map_err(|e| format!("it does not open: {}", e.line()))?;
+    read(&version)
+}
+
+/// What a disk reads as.
+pub(crate) fn read(version: &diffdisk::chain::Version) -> Result<Vec<Value>, String> {
+    let sectors = version.sectors();
+    let mut bytes = vec![0; (sectors * 512) as usize];
+    let all = SectorRange::between(0, sectors);
+    version.read_now(all, &mut bytes, &mut Plan::default()).map_err(|e| format!("it does not read: {}", e.line()))?;
+    Ok((0..).zip(bytes.chunks(512)).map(|(sector, found)| model::value(sector, found)).collect())
+}

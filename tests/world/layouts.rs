@@ -1,0 +1,143 @@
+//! The disks under test, each on a simulated machine of its own: images as we make them, and as strangers do.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diffdisk::disk::{Disk, DiskOptions, WhenFull};
+use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
+use diffdisk::storage::sim::SimHost;
+use diffdisk::storage::{Access, Env};
+use diffdisk::units::BlockSize;
+
+use crate::model::{self, PARENT, Value};
+
+/// Sectors of a block: the smallest there is.
+pub(crate) const BLOCK: u64 = 8;
+
+/// A machine with a disk that nobody has open, all of it durable.
+pub(crate) struct Layout {
+    pub(crate) name: &'static str,
+    host: SimHost,
+    /// What the disk reads as.
+    pub(crate) values: Vec<Value>,
+}
+
+impl Layout {
+    /// A machine of its own.
+    pub(crate) fn host(&self, seed: u64) -> SimHost {
+        let host = self.host.crash_with(&|_| true);
+        host.set_seed(seed);
+        host
+    }
+}
+
+/// The disk's youngest image.
+pub(crate) fn top() -> PathBuf {
+    PathBuf::from("/disk/top.vhd")
+}
+
+/// How the disk is opened; with a live journal if `journal`.
+pub(crate) fn options(journal: bool) -> DiskOptions {
+    DiskOptions {
+        path: top(),
+        read_only: false,
+        serial: None,
+        direct: false,
+        allow_parents: Vec::new(),
+        write_through: false,
+        keep: if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing },
+        when_full: WhenFull::Fail,
+    }
+}
+
+/// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.
+pub(crate) fn all(blocks: u64) -> Vec<Layout> {
+    vec![
+        layout("child, aligned", blocks, true, Form::Ours),
+        layout("child, packed", blocks, true, Form::Packed),
+        layout("dynamic, aligned", blocks, false, Form::Ours),
+        layout("dynamic, packed", blocks, false, Form::Packed),
+        layout("child, full", blocks, true, Form::Full),
+    ]
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// As we make it, empty.
+    Ours,
+    /// The first block in place, ending so that the next bitmap comes to lie where the footer is (child), or with
+    /// some room and the footer where the second new block's data comes to lie (dynamic).
+    Packed,
+    /// Every block in place, one right behind another, then the footer.
+    Full,
+}
+
+fn layout(name: &'static str, blocks: u64, child: bool, form: Form) -> Layout {
+    let host = SimHost::new(1);
+    let mut values = vec![0; (blocks * BLOCK) as usize];
+    let kind = if child { Kind::Differencing(parent(&host, blocks, &mut values)) } else { Kind::Dynamic };
+    let block_size = BlockSize::from_bytes(4096).expect("the smallest");
+    let spec = Spec { kind, size: blocks * BLOCK * 512, block_size, reserve: 0 };
+    image::create(&host, &top(), &spec).expect("a new image");
+    if form != Form::Ours {
+        rebuild(&host, blocks, child, form);
+    }
+    let host = host.crash_with(&|_| true);
+    Layout { name, host, values }
+}
+
+/// A parent smaller than its child, with data in some sectors of some blocks.
+fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
+    let path = Path::new("/disk/parent.vhd");
+    let sectors = (blocks - 1) * BLOCK;
+    let block_size = BlockSize::from_bytes(4096).expect("the smallest");
+    let spec = Spec { kind: Kind::Dynamic, size: sectors * 512, block_size, reserve: 0 };
+    let uuid = image::create(host, path, &spec).expect("a new image");
+    let options = DiskOptions { path: path.into(), ..options(false) };
+    let disk = Disk::open(Arc::new(host.clone()), &options).expect("it opens");
+    let top = disk.version().top().expect("it is writable");
+    for block in (0..blocks - 1).filter(|b| b % 3 != 2) {
+        let place = top.image.reserve(u32::try_from(block).expect("small")).expect("there is room");
+        for sector in block * BLOCK..(block + 1) * BLOCK {
+            if sector % BLOCK < 6 {
+                let at = u64::from(place) + 1 + sector % BLOCK;
+                top.image.file().write_at(&model::bytes(sector, PARENT), at * 512).expect("it takes data");
+                let _ = top.image.mark(diffdisk::units::SectorRange::between(sector, sector + 1));
+                values[sector as usize] = PARENT;
+            }
+        }
+        disk.commit().expect("it commits");
+        if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
+            image::drive(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
+        }
+    }
+    disk.close().expect("a clean end");
+    let name = PathBuf::from("parent.vhd");
+    ParentLink { uuid, modified: host.now(), relative: Some(name.clone()), absolute: None, name }
+}
+
+/// Gives an empty image blocks and a footer at odd places, as other writers do.
+fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Form) {
+    let file = host.open(&top(), Access::Write).expect("it is there");
+    let mut footer = [0; 512];
+    file.read_at(&mut footer, 0).expect("a footer");
+    let mut table = [0; 8];
+    file.read_at(&mut table, 512 + 16).expect("a header");
+    let table = u64::from_be_bytes(table);
+    let end = file.stat().expect("it is there").len / 512 - 1;
+    file.punch(end * 512, 512).expect("it can be cut");
+    let present = if form == Form::Full { blocks } else { 1 };
+    // A packed block takes nine sectors; the first begins so that it ends one before a page.
+    let first = end + 6;
+    for block in 0..present {
+        let place = first + block * 9;
+        file.write_at(&u32::try_from(place).expect("small").to_be_bytes(), table + block * 4).expect("an entry");
+        let bits = if child { 0 } else { 0xFF };
+        file.write_at(&[bits], place * 512).expect("a bitmap");
+        file.set_len((place + 9) * 512).expect("room for the data");
+    }
+    let used = first + present * 9;
+    let at = if form == Form::Packed && !child { used + 21 } else { used };
+    file.write_at(&footer, at * 512).expect("the footer");
+    file.sync().expect("it is durable");
+}

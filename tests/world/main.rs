@@ -1,0 +1,143 @@
+//! The seeded world: the production code on a simulated machine that crashes, is killed, and fails, against a guest that
+//! knows what each sector may be (crash-safety 3.1, 5.2).
+//!
+//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs it alone.
+#![allow(unreachable_pub, clippy::cast_possible_truncation)]
+
+mod exhaustive;
+mod faults;
+mod judge;
+mod layouts;
+#[path = "../common/memory.rs"]
+mod memory;
+mod model;
+mod mutants;
+mod random;
+mod world;
+
+use std::time::{Duration, Instant};
+
+use judge::Judge;
+use world::Care;
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+fn show(what: &str, runs: u64, judge: &Judge, took: Duration) {
+    let rate = judge.states as f64 / took.as_secs_f64();
+    println!(
+        "{what}: {runs} runs, {} crash states ({} different images, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
+        judge.states,
+        judge.distinct,
+        judge.again,
+        took.as_secs_f64()
+    );
+}
+
+#[test]
+fn random_work_and_crashes() {
+    let care = Care { sample: 24, every: 3, journal: true };
+    let start = Instant::now();
+    let (states, limit) = (
+        number("DIFFDISK_STATES").unwrap_or(2_500_000),
+        Duration::from_secs(number("DIFFDISK_SECONDS").unwrap_or(300)),
+    );
+    let only = number("DIFFDISK_SEED");
+    let threads = [0_u64, 1].map(|thread| {
+        std::thread::spawn(move || {
+            let layouts = layouts::all(20);
+            let mut judge = Judge::default();
+            let mut runs = 0;
+            while judge.states < states && start.elapsed() < limit {
+                let seed = only.unwrap_or(runs * 2 + thread);
+                if let Err(e) = random::run(&layouts, seed, care, &mut judge) {
+                    panic!("seed {seed}: {e}\nreplay: DIFFDISK_SEED={seed} cargo test --features sim,mutants --test world random");
+                }
+                judge.forget();
+                runs += 1;
+                if only.is_some() {
+                    break;
+                }
+            }
+            (runs, judge)
+        })
+    });
+    for thread in threads {
+        let (runs, judge) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        show("random", runs, &judge, start.elapsed());
+    }
+}
+
+#[test]
+fn every_mutant_is_found() {
+    let care = Care { sample: 24, every: 2, journal: true };
+    let half = |thread: usize| {
+        std::thread::spawn(move || {
+            let layouts = layouts::all(20);
+            let mine = diffdisk::mutant::ALL.iter().skip(thread).step_by(2);
+            let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
+            found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
+        })
+    };
+    let found = [half(0), half(1)].map(|t| t.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
+    let missed: Vec<_> = found.iter().flatten().filter(|(_, how)| how.is_none()).map(|(m, _)| m).collect();
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+/// Runs `work(share)` on two threads, and shows what they judged.
+fn on_two_threads(what: &str, work: impl Fn(usize, &mut Judge) -> Result<u64, String> + Send + Copy + 'static) {
+    let start = Instant::now();
+    let threads = [0, 1].map(|share| {
+        std::thread::spawn(move || {
+            let mut judge = Judge::default();
+            let runs = work(share, &mut judge).unwrap_or_else(|e| panic!("{e}"));
+            (runs, judge)
+        })
+    });
+    let mut all = (0, Judge::default());
+    for thread in threads {
+        let (runs, judge) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        all.0 += runs;
+        all.1.add(&judge);
+    }
+    show(what, all.0, &all.1, start.elapsed());
+}
+
+#[test]
+fn every_short_workload() {
+    let longest = number("DIFFDISK_WORLD_K").map_or(5, |k| u32::try_from(k).expect("a small number"));
+    on_two_threads(&format!("every workload of up to {longest} acts"), move |share, judge| {
+        let mut runs = 0;
+        for layout in &layouts::all(4)[..4] {
+            for len in 1..=longest {
+                // The longest ones leave out what needs no company.
+                let kinds = if len > 3 { 8 } else { exhaustive::ALL.len() };
+                runs += exhaustive::all(layout, len, kinds, (share, 2), judge)?;
+            }
+            judge.forget();
+        }
+        Ok(runs)
+    });
+}
+
+#[test]
+fn every_operation_fails_once() {
+    let acts = number("DIFFDISK_WORLD_ACTS").unwrap_or(100);
+    on_two_threads(&format!("every operation of {acts} acts goes wrong"), move |share, judge| {
+        let mut runs = 0;
+        let layouts = layouts::all(20);
+        let layout = &layouts[share * 3];
+        for wrong in [faults::Wrong::Io, faults::Wrong::NoSpace, faults::Wrong::Short, faults::Wrong::Late] {
+            for at in 1.. {
+                runs += 1;
+                if !faults::run(layout, acts, wrong, at, judge)? {
+                    break;
+                }
+                judge.forget();
+            }
+        }
+        Ok(runs)
+    });
+}

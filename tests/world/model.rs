@@ -1,0 +1,128 @@
+//! What each sector may be after a crash: its value at the last completed flush, and every value written since.
+
+use diffdisk::units::SectorRange;
+
+/// What is in a sector: 0 for zeros, else the number of the act that wrote it.
+pub(crate) type Value = u32;
+/// What the parent has in a sector, where it has something.
+pub(crate) const PARENT: Value = 1;
+/// Bytes that no act ever wrote to that sector.
+pub(crate) const GARBAGE: Value = u32::MAX;
+
+/// The values of a sector, oldest first, each with the number of its act.
+#[derive(Clone, Debug)]
+struct Sector {
+    values: Vec<(u32, Value)>,
+    /// The last one whose act was answered with success: reads find this or a later one.
+    sure: usize,
+}
+
+/// The disk as its guest knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Model(Vec<Sector>);
+
+impl Model {
+    pub(crate) fn new(values: &[Value]) -> Model {
+        Model(values.iter().map(|&v| Sector { values: vec![(0, v)], sure: 0 }).collect())
+    }
+
+    pub(crate) fn sectors(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn range(&mut self, range: SectorRange) -> &mut [Sector] {
+        &mut self.0[range.start() as usize..range.end() as usize]
+    }
+
+    /// An act begins to write a value.
+    pub(crate) fn begin(&mut self, range: SectorRange, act: u32, value: Value) {
+        self.range(range).iter_mut().for_each(|s| s.values.push((act, value)));
+    }
+
+    /// The act was answered with success.
+    pub(crate) fn done(&mut self, range: SectorRange, act: u32) {
+        for sector in self.range(range) {
+            let at = sector.values.iter().position(|(a, _)| *a == act).expect("it began");
+            sector.sure = sector.sure.max(at);
+        }
+    }
+
+    /// What a flush that begins now makes durable.
+    pub(crate) fn flush(&self) -> Vec<u32> {
+        self.0.iter().map(|s| s.values[s.sure].0).collect()
+    }
+
+    /// It was answered with success.
+    pub(crate) fn flushed(&mut self, covered: &[u32]) {
+        for (sector, act) in self.0.iter_mut().zip(covered) {
+            if let Some(at) = sector.values.iter().position(|(a, _)| a == act) {
+                sector.values.drain(..at);
+                sector.sure -= at;
+            }
+        }
+    }
+
+    /// What is wrong with a disk that reads so after a crash (`acknowledged`: after the end of the process alone, whose
+    /// answered acts must all be there).
+    pub(crate) fn judge(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
+        for (number, (sector, value)) in self.0.iter().zip(values).enumerate() {
+            let from = if acknowledged { sector.sure } else { 0 };
+            if !sector.values[from..].iter().any(|(_, v)| v == value) {
+                let may: Vec<_> = sector.values[from..].iter().map(|(_, v)| name(*v)).collect();
+                return Err(format!("sector {number} is {}, and may be {}", name(*value), may.join(" or ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is wrong with what was read of some sectors of the running disk.
+    pub(crate) fn judge_some(&self, values: &[Option<Value>]) -> Result<(), String> {
+        let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.sure].1));
+        self.judge(&missing.collect::<Vec<_>>(), true)
+    }
+
+    /// The disk after a crash: it reads so, durably.
+    pub(crate) fn crashed(&mut self, values: &[Value]) {
+        *self = Model::new(values);
+    }
+
+    /// The disk after the end of the process alone: it reads so, but not durably.
+    pub(crate) fn killed(&mut self, values: &[Value]) {
+        for (sector, value) in self.0.iter_mut().zip(values) {
+            let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was judged");
+            sector.values.truncate(at + 1);
+            sector.sure = at;
+        }
+    }
+}
+
+fn name(value: Value) -> String {
+    match value {
+        0 => "zero".into(),
+        PARENT => "the parent's".into(),
+        GARBAGE => "garbage, or another sector's".into(),
+        act => format!("of act {act}"),
+    }
+}
+
+/// The bytes of a value in a sector.
+pub(crate) fn bytes(sector: u64, value: Value) -> [u8; 512] {
+    let mut bytes = [0; 512];
+    if value != 0 {
+        let place = u32::try_from(sector).expect("a small disk");
+        for pair in bytes.as_chunks_mut::<8>().0 {
+            pair[..4].copy_from_slice(&value.to_be_bytes());
+            pair[4..].copy_from_slice(&place.to_be_bytes());
+        }
+    }
+    bytes
+}
+
+/// The value that the bytes of a sector hold.
+pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
+    let pairs = found.as_chunks::<8>().0;
+    let value = Value::from_be_bytes(found[..4].try_into().expect("four bytes"));
+    let place = u32::from_be_bytes(found[4..8].try_into().expect("four bytes"));
+    let whole = pairs.iter().all(|pair| *pair == pairs[0]);
+    if whole && u64::from(place) == if value == 0 { 0 } else { sector } { value } else { GARBAGE }
+}

@@ -1,0 +1,28 @@
+//! R3: each deliberate mistake in the production code must be found (crash-safety 3.13).
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use diffdisk::mutant::{self, Mutant};
+
+use crate::judge::Judge;
+use crate::layouts::Layout;
+use crate::random;
+use crate::world::Care;
+
+/// Runs after which a mistake counts as not found.
+const RUNS: u64 = 3000;
+
+/// The first line of what finds a mistake, with the seed.
+pub(crate) fn find(mutant: Mutant, layouts: &[Layout], care: Care) -> Option<String> {
+    let mut judge = Judge::default();
+    mutant::make(Some(mutant));
+    let found = (0..RUNS).find_map(|seed| {
+        let run = catch_unwind(AssertUnwindSafe(|| random::run(layouts, seed, care, &mut judge)));
+        judge.forget();
+        let why = run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()?;
+        let layout = why.lines().find(|line| line.contains("layout:")).unwrap_or_default().trim();
+        Some(format!("seed {seed}, {} states: {} ({layout})", judge.states, why.lines().next().unwrap_or_default()))
+    });
+    mutant::make(None);
+    found
+}

@@ -1,0 +1,93 @@
+//! R2: random work on every layout, with crashes, kills, faults and two lanes; fates of moments in between are tried.
+
+use diffdisk::storage::sim::{FaultPlan, Random};
+use diffdisk::units::SectorRange;
+
+use crate::judge::Judge;
+use crate::layouts::{BLOCK, Layout};
+use crate::world::{Care, World};
+
+/// Ends in a row (crashes, kills, clean ends), each continuing from what the last one left.
+const ENDS: u64 = 6;
+
+/// One run. Err: what went wrong, with all that led there.
+pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) -> Result<(), String> {
+    let mut random = Random::new(seed);
+    let layout = &layouts[random.index(layouts.len())];
+    let lanes = 1 + random.index(2);
+    let mut world = World::new(layout, random.any(), lanes, care, judge);
+    let result = live(&mut world, &mut random);
+    result.map_err(|e| {
+        let trace = world.trace.join("\n  ");
+        format!("{e}\n  layout: {}, {lanes} lanes, step {}\n  {trace}", layout.name, world.host.counts().steps)
+    })
+}
+
+fn live(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
+    for _ in 0..ENDS {
+        work(world, random)?;
+        match random.below(4) {
+            0 => {
+                world.finish()?;
+                world.reopen()?;
+                if !world.is_open() {
+                    world.crash()?;
+                }
+            }
+            1 => world.kill()?,
+            _ => world.crash()?,
+        }
+    }
+    world.finish()?;
+    world.read(0, SectorRange::between(0, world.sectors()));
+    world.finish()
+}
+
+/// What a guest does between two ends.
+fn work(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
+    // Some guests stay in a few blocks, some go everywhere and make the file grow.
+    let sectors = if random.chance(1, 2) { world.sectors() } else { 4 * BLOCK };
+    let acts = 4 + random.below(24);
+    let fault = random.chance(1, 4).then(|| random.below(acts));
+    for act in 0..acts {
+        if fault == Some(act) {
+            plan_fault(world, random);
+        }
+        let lane = random.index(world.lanes.len());
+        let start = random.below(sectors);
+        let longest = [1, 3, 8, 20][random.index(4)];
+        let range = SectorRange::between(start, (start + 1 + random.below(longest)).min(sectors));
+        match random.below(16) {
+            0..=8 if !world.is_busy(range) => world.write(lane, range),
+            9 if !world.is_busy(range) => world.zero(lane, range, random.chance(1, 2)),
+            10 if !world.is_busy(range) => world.discard(lane, range),
+            11 if !world.is_busy(range) => world.read(lane, range),
+            _ => world.flush(lane),
+        }
+        for _ in 0..random.below(8) {
+            let lane = random.index(world.lanes.len());
+            world.step(lane)?;
+        }
+        if random.chance(1, 6) {
+            world.finish()?;
+        }
+    }
+    Ok(())
+}
+
+fn plan_fault(world: &mut World<'_>, random: &mut Random) {
+    use diffdisk::storage::sim::Fault;
+    let steps = world.host.counts().steps;
+    let mut plan = FaultPlan::default();
+    match random.below(4) {
+        0 => plan.room = Some(world.allocated() + 4096 * random.below(6)),
+        1 => plan.no_allocate = true,
+        _ => {
+            for _ in 0..1 + random.below(3) {
+                let kind = [Fault::Io, Fault::NoSpace, Fault::Short][random.index(3)];
+                plan.fail.push((steps + 1 + random.below(30), kind));
+            }
+        }
+    }
+    world.faults(plan);
+}
