@@ -27,7 +27,7 @@ const BATCH: u16 = 32;
 
 /// Serves at least `count` reads of 4 KiB in batches of 32.
 pub fn requests(path: &Path, count: u64) {
-    let disk = open(Arc::new(Plain { idle: true }), &make(path, 16, Cut::Runs(8)));
+    let disk = open(Arc::new(Plain { idle: true }), &make(path, 16, Cut::Whole));
     plan_all(disk.version());
     let device = Device::new(disk.clone(), 1, SIZE, true);
     device.ack(1 << 32);

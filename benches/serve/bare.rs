@@ -67,16 +67,20 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     })
 }
 
-/// Random reads of 4 KiB by io_uring, 32 in a submit, with all that makes it fast.
-pub fn io_uring(path: &Path, region: u64, time: Duration) -> Sample {
+/// Random reads of 4 KiB by io_uring, 32 in a submit. Completions wait until they are asked for (`defer`), or do not
+/// interrupt, as in our own ring.
+pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
-    let mut ring: IoUring = IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .build(DEPTH as u32)
-        .or_else(|_| IoUring::new(DEPTH as u32))
-        .expect("the host has io_uring");
+    let mut how = IoUring::builder();
+    how.setup_single_issuer();
+    if defer {
+        how.setup_defer_taskrun()
+    } else {
+        how.setup_coop_taskrun()
+    };
+    let made = how.build(DEPTH as u32).or_else(|_| IoUring::new(DEPTH as u32));
+    let mut ring: IoUring = made.expect("the host has io_uring");
     ring.submitter().register_files(&[file.as_raw_fd()]).expect("a file can be registered");
     let mut memory = vec![0u8; DEPTH * BLOCK];
     let mut random = Random(0x9e37_79b9);

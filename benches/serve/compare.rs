@@ -123,6 +123,8 @@ impl Bench {
     }
 }
 
+const OURS_16: &str = "diffdiskd, 16 layers";
+const QCOW2_16: &str = "QSD qcow2, 16 layers";
 const READ: &str = "rand read 4 KiB, qd 32";
 
 /// Random reads at depth 32 of the queue, by depth of the chain.
@@ -141,15 +143,16 @@ pub fn random_reads(bench: &mut Bench) {
     all.push(Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
     all.push(Contestant::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
     let (size, time) = (load.region, bench.pace.time);
-    all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time)));
+    all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
+    all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
     all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
     bench.compare(READ, all);
-    bench.want_iops(READ, "diffdiskd, 16 layers", "QSD qcow2, 16 layers", 4.0);
-    bench.want_iops(READ, "diffdiskd, 16 layers", "QSD raw", 2.0);
-    bench.want_iops(READ, "diffdiskd, 16 layers", "diffdiskd, 1 layers", 0.95);
+    bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);
+    bench.want_iops(READ, OURS_16, "QSD raw", 2.0);
+    bench.want_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);
     bench.want_iops(READ, "diffdiskd, 64 layers", "diffdiskd, 1 layers", 0.95);
     for bare in ["io_uring, no server", "preadv, no server"] {
-        let ratio = bench.ratio(READ, "diffdiskd, 16 layers", bare, |s| s.cpu);
+        let ratio = bench.ratio(READ, OURS_16, bare, |s| s.cpu);
         bench.target(format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"), ratio, Bound::AtMost(1.5));
     }
 }
@@ -163,7 +166,7 @@ pub fn latency(bench: &mut Bench) {
     ] {
         let load = Load { depth: 1, poll, ..bench.random_read() };
         let mut all = vec![
-            Contestant::server("diffdiskd, 16 layers", &Kind::Ours(extra.clone()), &vhd, load),
+            Contestant::server(OURS_16, &Kind::Ours(extra.clone()), &vhd, load),
             Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         if poll {
@@ -175,11 +178,11 @@ pub fn latency(bench: &mut Bench) {
                 let mut guest = server.connect(1);
                 measure(&server, &mut guest, &load)
             };
-            all.push(Contestant::new("diffdiskd, 16 layers", move || alone(Kind::Ours(extra.clone()), vhd)));
+            all.push(Contestant::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Contestant::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
         }
         bench.compare(name, all);
-        let ratio = bench.ratio(name, "diffdiskd, 16 layers", "QSD raw", |s| s.p50);
+        let ratio = bench.ratio(name, OURS_16, "QSD raw", |s| s.p50);
         bench.target(format!("{name}: median latency, diffdiskd, 16 layers / QSD raw"), ratio, Bound::AtMost(most));
     }
 }
@@ -194,8 +197,8 @@ pub fn queue_depths(bench: &mut Bench) {
     for depth in QUEUE_DEPTHS {
         let load = Load { depth, ..bench.random_read() };
         let all = vec![
-            Contestant::server("diffdiskd, 16 layers", &Kind::ours(), &images[0], load),
-            Contestant::server("QSD qcow2, 16 layers", &Kind::Qemu("qcow2"), &images[1], load),
+            Contestant::server(OURS_16, &Kind::ours(), &images[0], load),
+            Contestant::server(QCOW2_16, &Kind::Qemu("qcow2"), &images[1], load),
             Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         bench.compare(&format!("rand read 4 KiB, by depth, qd {depth}"), all);
@@ -297,11 +300,15 @@ pub fn sequential(bench: &mut Bench) {
             let load = Load { region: bench.disks.size / 4, ..load };
             written(bench, &name, load, &formats);
         } else {
-            let all = formats.map(|format| {
-                let image = bench.disks.spread(format, if format == Format::Vhd { 16 } else { 1 });
-                Contestant::server(label(format), &format.server(), &image, load)
+            let single = formats.map(|format| (format, 1, label(format)));
+            let spread =
+                [Format::Vhd, Format::Qcow2].map(|f| (f, 16, if f == Format::Vhd { OURS_16 } else { QCOW2_16 }));
+            let all = single.into_iter().chain(spread).map(|(format, layers, label)| {
+                Contestant::server(label, &format.server(), &bench.disks.spread(format, layers), load)
             });
-            bench.compare(&name, all.into());
+            let all = all.collect();
+            bench.compare(&name, all);
+            bench.want_iops(&name, OURS_16, QCOW2_16, 1.0);
         }
         let best = formats[1..].iter().map(|&f| bench.ratio(&name, "diffdiskd", label(f), |s| s.iops));
         let best = best.fold(f64::MAX, f64::min);
