@@ -23,7 +23,7 @@ oracles: ## the programs by others that tests compare with, in target/oracles
 	tests/oracles/install.sh
 
 test: guest oracles ## everything that can fail; installs what it needs
-	cargo test --features sim,mutants
+	cargo test --features sim,mutants -- --show-output
 
 world-long: ## crashes for hours: all workloads of six acts, a thousand million random states
 	DIFFDISK_WORLD_K=6 DIFFDISK_WORLD_ACTS=500 DIFFDISK_STATES=500000000 DIFFDISK_SECONDS=86400 \

@@ -190,9 +190,11 @@ impl SimHost {
             let Some(effect) = op.effect() else { continue };
             let seq = world.number();
             let inode = inodes.get_mut(&op.inode).expect("files live as long as the machine");
-            let yes = random.below(5);
-            for change in inode.changes(effect) {
-                if random.chance(yes, 4) {
+            let (yes, changes) = (random.below(5), inode.changes(effect));
+            // The page cache gets a new length only with the bytes that made it: a write that grows the file lands as one.
+            let as_one = changes.iter().any(|c| matches!(c, inode::Change::Len(_))).then(|| random.chance(yes, 4));
+            for change in changes {
+                if as_one.unwrap_or_else(|| random.chance(yes, 4)) {
                     inode.apply(seq, change);
                 }
             }
