@@ -11,7 +11,10 @@ program=$(cargo bench --bench resolve --no-run --message-format=json 2>/dev/null
 [ -x "$program" ] || { echo "instructions: the benchmark was not built" >&2; exit 1; }
 
 count() {
-    valgrind --tool=callgrind --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |
+    # Of the reads only what the queue itself does, without the driver that asks.
+    local only=()
+    [ "$1" != request ] || only=(--toggle-collect='diffdisk::device::queue::Queue::serve')
+    valgrind --tool=callgrind "${only[@]}" --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |
         sed -n 's/.*Collected : \([0-9]*\).*/\1/p'
 }
 
@@ -28,5 +31,5 @@ for what in plan-3 plan-64 request; do
     printf '%-44s%14s\n' "$name" $(((more - less) / (many - few)))
 done
 echo
-echo 'of the reads, by function (per cent of the program):'
+echo 'of the reads, by function:'
 callgrind_annotate "$out/request" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | head -n 20 | cut -c1-150

@@ -2,6 +2,11 @@
 //!
 //! On the way of a read of known sectors there is no lock, no allocation (tasks, slices and plans are used again) and no
 //! system call but the one `submit` for everything pushed.
+//!
+//! From virtqueue to virtqueue a read is 2,770 instructions on an engine that does nothing
+//! (`make bench-instructions`); the look-up is 406 of them, with 3 files or with 64. Next to what the
+//! kernel needs to copy 4 KiB that is little; what a queue spends beyond it are wake-ups: at 32 in flight the server takes
+//! 2.0 us a read where guest and server share a processor, 3.3 us where each wakes the other on its own (a busy machine).
 
 use std::collections::VecDeque;
 use std::io;

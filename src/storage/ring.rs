@@ -3,6 +3,12 @@
 //! Every operation has an entry in a slab for as long as the kernel may touch its memory; its number is the
 //! operation's user data. Submission entries never run out, since there are as many as operations under way may be and
 //! each of those waits in the queue at most once.
+//!
+//! DEFER_TASKRUN is left out, and not missed: reads that the page cache answers are complete when the submit returns.
+//! Without a server around them, 32 reads of 4 KiB in a submit: 673,000 reads a second and 1.34 us of processor each as
+//! set up here, 663,000 and 1.39 us with DEFER_TASKRUN; preadv(2), 738,000 and 1.29 us (`benches/serve`, interleaved, a
+//! busy machine of two processors). So a call for each read would be no slower than a ring; where a read has to wait for
+//! the disk, it would hold up its queue.
 #![allow(unsafe_code)]
 
 use std::io;
