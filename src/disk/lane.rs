@@ -171,7 +171,7 @@ impl Lane {
                 self.go_on(parked, false);
             } else {
                 // Everything left waits for another lane.
-                wait_readable(self.mailbox.fd());
+                self.mailbox.sleep();
             }
         }
     }
@@ -360,9 +360,4 @@ impl Drop for Lane {
             self.disk.post(Letter::Grown(Grown::Failed));
         }
     }
-}
-
-/// Waits until a descriptor is readable, or a signal comes.
-fn wait_readable(fd: BorrowedFd<'_>) {
-    let _ = rustix::event::poll(&mut [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)], None);
 }

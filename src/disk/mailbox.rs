@@ -66,6 +66,11 @@ impl Mailbox {
         std::mem::take(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Waits until there are letters (or a signal comes), and leaves them.
+    pub fn sleep(&self) {
+        self.bell.wait();
+    }
+
     /// Waits until there are letters, and takes them.
     pub fn wait(&self) -> Vec<Letter> {
         loop {
@@ -73,7 +78,7 @@ impl Mailbox {
             if !letters.is_empty() {
                 return letters;
             }
-            self.bell.wait();
+            self.sleep();
         }
     }
 

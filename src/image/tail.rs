@@ -246,7 +246,7 @@ impl Writable {
     /// The new footer is durable before the file is cut, so that there is always one.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
-        let end = self.used_end()? * SECTOR;
+        let end = self.used_end() * SECTOR;
         let file = self.file();
         if file.stat()?.len == end + SECTOR {
             return Ok(());

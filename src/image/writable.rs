@@ -370,13 +370,13 @@ impl Writable {
     }
 
     /// The file sector after the last block the file knows.
-    pub(super) fn used_end(&self) -> Result<u64> {
-        let Some(sparse) = &self.sparse else { return Ok(self.image.data_end() / SECTOR) };
+    pub(super) fn used_end(&self) -> u64 {
+        let Some(sparse) = &self.sparse else { return self.image.data_end() / SECTOR };
         let (room, table) = (lock(&sparse.room), self.image.bat().expect("sparse images have a table"));
         let stride = u64::from(sparse.block_size.stride_sectors());
         let known = table.used().filter(|(block, _)| !room.fresh.contains(block));
         let last = known.map(|(_, place)| u64::from(place) + stride).max().unwrap_or(0);
-        Ok(last.max(self.image.metadata_end().div_ceil(SECTOR)))
+        last.max(self.image.metadata_end().div_ceil(SECTOR))
     }
 
     fn sparse(&self) -> &Sparse {
