@@ -22,5 +22,6 @@ pub mod info;
 pub mod map;
 mod mover;
 mod sink;
+mod writer;
 
 pub use mover::{Disk, Format, Progress};

@@ -1,16 +1,13 @@
 //! Where a copied disk goes: a file under another name until it is whole and durable.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
+use super::writer::Writer;
+use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, Spec, drive, folder_of, fresh_name, name, write_new};
+use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
-
-/// Bytes written between commits: bounds what a commit must carry.
-const COMMIT_BYTES: u64 = 1 << 30;
 
 /// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
 pub(super) struct Sink<'a> {
@@ -20,13 +17,13 @@ pub(super) struct Sink<'a> {
     asked: PathBuf,
     path: PathBuf,
     replace: bool,
-    form: Form,
+    form: Form<'a>,
     named: bool,
 }
 
-enum Form {
+enum Form<'a> {
     Raw(File, u64),
-    Image { version: Version, plan: Plan, uncommitted: u64 },
+    Image(Writer<'a>),
 }
 
 /// What to make.
@@ -61,11 +58,8 @@ impl<'a> Sink<'a> {
         let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, &asked))?;
         let form = match make {
             Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
-            Make::Image(spec) => write_new(&file, env, uuid, spec).and_then(|()| {
-                let version = Chain::open(env, &fresh, &Policy::default(), Use::Write)?;
-                let version = version.into_writable(env, &Keep::Nothing)?;
-                Ok(Form::Image { version, plan: Plan::default(), uncommitted: 0 })
-            }),
+            Make::Image(spec) => write_new(&file, env, uuid, spec)
+                .and_then(|()| Ok(Form::Image(Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing)?))),
         };
         match form {
             Ok(form) => Ok(Sink { env, fresh, asked, path, replace, form, named: false }),
@@ -87,38 +81,15 @@ impl<'a> Sink<'a> {
     }
 
     fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        let (version, plan, uncommitted) = match &mut self.form {
+        match &mut self.form {
             Form::Raw(file, len) => {
                 let start = range.start() * SECTOR;
                 // The last sector of a raw disk need not be full.
                 let there = usize::try_from(len.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
-                return file.write_at(&bytes[..there], start);
+                file.write_at(&bytes[..there], start)
             }
-            Form::Image { version, plan, uncommitted } => (version, plan, uncommitted),
-        };
-        let top = version.top().expect("opened for writing");
-        loop {
-            match version.plan_write(range, plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
-                Err(_) => grow(self.env, top)?,
-            }
+            Form::Image(writer) => writer.put(range, bytes),
         }
-        let mut rest = bytes;
-        for extent in &plan.extents {
-            let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
-            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("a part of the bytes"));
-            rest = later;
-            top.image.file().write_at(now, offset)?;
-        }
-        // Killed, this tool begins anew: nothing has to outlive it.
-        let _ = top.image.mark(range);
-        *uncommitted += range.bytes();
-        if *uncommitted >= COMMIT_BYTES {
-            *uncommitted = 0;
-            commit(self.env, top)?;
-        }
-        Ok(())
     }
 
     /// Makes all of it durable, and gives it its name.
@@ -127,11 +98,11 @@ impl<'a> Sink<'a> {
     }
 
     fn settle(&mut self) -> Result<()> {
-        match &self.form {
+        match &mut self.form {
             Form::Raw(file, _) => file.sync()?,
-            Form::Image { version, .. } => {
-                let top = version.top().expect("opened for writing");
-                commit(self.env, top)?;
+            Form::Image(writer) => {
+                writer.commit()?;
+                let top = writer.top();
                 give_back(top.image.file(), top.image.image().metadata_end())?;
                 top.image.trim()?;
             }
@@ -157,14 +128,6 @@ impl Drop for Sink<'_> {
     }
 }
 
-fn grow(env: &dyn Env, top: &Top) -> Result<()> {
-    let Some(mut growth) = Growth::begin(&top.image, top.slot) else {
-        let what = "there is no room for another block, and none can be made";
-        return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
-    };
-    drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
-}
-
 /// Gives back the room that was reserved in the file and not written: all of it reads as zeros, and holes stay holes.
 /// What is durable does not change, so nothing waits for it.
 fn give_back(file: &File, from: u64) -> Result<()> {
@@ -180,9 +143,4 @@ fn give_back(file: &File, from: u64) -> Result<()> {
         at = start + count.max(1);
     }
     Ok(())
-}
-
-fn commit(env: &dyn Env, top: &Top) -> Result<()> {
-    let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
-    drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
 }

@@ -1,0 +1,91 @@
+//! Writes to an image that no guest has: into its blocks, new ones where it has none, by its own order of commits.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Commit, Growth, Keep, drive};
+use crate::storage::Env;
+use crate::units::SectorRange;
+
+/// Bytes written between commits: bounds what a commit must carry.
+const COMMIT_BYTES: u64 = 1 << 30;
+
+/// An image that is being written to, and the chain beneath it.
+pub(super) struct Writer<'a> {
+    env: &'a dyn Env,
+    version: Version,
+    plan: Plan,
+    uncommitted: u64,
+}
+
+impl<'a> Writer<'a> {
+    /// Opens the image at `path` for writing, and its parents, under the locks that go with that.
+    ///
+    /// # Errors
+    /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours.
+    pub(super) fn open(env: &'a dyn Env, path: &Path, policy: &Policy, keep: &Keep) -> Result<Writer<'a>> {
+        let version = Chain::open(env, path, policy, Use::Write)?.into_writable(env, keep)?;
+        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0 })
+    }
+
+    /// The disk as it is now.
+    pub(super) fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// The image that is written to.
+    pub(super) fn top(&self) -> &Top {
+        self.version.top().expect("opened for writing")
+    }
+
+    /// Writes a run. Ranges ascend or not, as the caller likes. Durable after the next [`Writer::commit`].
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`, `Poisoned`.
+    pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        let (version, plan) = (&self.version, &mut self.plan);
+        let top = version.top().expect("opened for writing");
+        loop {
+            match version.plan_write(range, plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing)?,
+                Err(_) => grow(self.env, top)?,
+            }
+        }
+        let mut rest = bytes;
+        for extent in &plan.extents {
+            let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
+            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("a part of the bytes"));
+            rest = later;
+            top.image.file().write_at(now, offset)?;
+        }
+        // Killed, this tool begins anew: nothing has to outlive it.
+        let _ = top.image.mark(range);
+        self.uncommitted += range.bytes();
+        if self.uncommitted >= COMMIT_BYTES {
+            self.commit()?;
+        }
+        Ok(())
+    }
+
+    /// Makes all of it durable.
+    ///
+    /// # Errors
+    /// `Io`, `Poisoned`.
+    pub(super) fn commit(&mut self) -> Result<()> {
+        self.uncommitted = 0;
+        let top = self.version.top().expect("opened for writing");
+        let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
+        drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
+    }
+}
+
+fn grow(env: &dyn Env, top: &Top) -> Result<()> {
+    let Some(mut growth) = Growth::begin(&top.image, top.slot) else {
+        let what = "there is no room for another block, and none can be made";
+        return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
+    };
+    drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
+}
