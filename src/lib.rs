@@ -84,6 +84,7 @@ pub mod format;
 pub mod image;
 pub mod mutant;
 pub mod ops;
+pub mod point;
 pub mod storage;
 pub mod units;
 pub mod vhost;

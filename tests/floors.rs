@@ -19,7 +19,7 @@ const FLOORS: &[(&str, u32)] = &[
 ];
 
 /// Words that any floor may use.
-const WORDS: &[&str] = &["units", "error", "mutant"];
+const WORDS: &[&str] = &["units", "error", "mutant", "point"];
 
 /// Where each crate from outside may be named.
 const HOMES: &[(&str, &[&str])] = &[

@@ -1,0 +1,5 @@
+//! The verbs that change images, killed at every point and run again.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod points;
