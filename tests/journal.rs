@@ -5,7 +5,9 @@ mod common;
 
 use common::chain::Chain;
 use common::daemon::Daemon;
-use common::tool::diffdisk;
+use common::tool::{DIFFDISKD, diffdisk, run};
+use std::process::Command;
+use std::time::Duration;
 
 #[test]
 fn tools_refuse_an_image_until_a_daemon_has_taken_in_what_the_last_one_acknowledged() {
@@ -28,6 +30,13 @@ fn tools_refuse_an_image_until_a_daemon_has_taken_in_what_the_last_one_acknowled
         assert_eq!(refused.code, Some(1), "{verb:?}: {}", refused.stderr);
         assert!(refused.stderr.contains("did not end cleanly") && refused.stdout.is_empty(), "{}", refused.stderr);
     }
+    let socket = runtime.path().join("s");
+    let refused = run(
+        Command::new(DIFFDISKD).args(["--read-only", "--blk-file", &image, "--socket-path"]).arg(&socket).arg(&folder),
+        Duration::from_secs(10),
+    );
+    assert_eq!(refused.code, Some(1), "a daemon that only reads: {}", refused.stderr);
+    assert!(refused.stderr.contains("did not end cleanly"), "{}", refused.stderr);
     assert_eq!(diffdisk(["info", &image, &folder]).code, Some(0), "headers may be looked at");
 
     let daemon = Daemon::start(chain.top(), &[&folder]);

@@ -22,7 +22,7 @@ use super::ring::{Layout, Ring};
 use super::spec::feature;
 use super::{Device, Memory, Vring};
 use crate::disk::{Answer, Lane};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What is to be done after a turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +76,7 @@ impl Queue {
         if exchange.owed() > 0 {
             log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.owed());
         }
+        self.lane.prepare().map_err(|e| Error::io("the engine of a queue failed", e))?;
         self.exchange = Some(exchange);
         self.deaf = false;
         Ok(())

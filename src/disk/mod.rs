@@ -37,7 +37,7 @@ pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
 use crate::chain::{Chain, Policy, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Commit, Growth, Keep};
+use crate::image::{self, Commit, Keep};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use flush::Rounds;
 use mailbox::{Letter, Mailbox};
@@ -97,13 +97,18 @@ pub struct Counts {
 }
 
 impl Disk {
-    /// Opens a chain. A writable image that was not closed cleanly is recovered, and given its first room to grow.
+    /// Opens a chain. A writable image that was not closed cleanly is recovered.
     ///
     /// # Errors
     /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
-        let policy = Policy { allowed: options.allow_parents.clone(), ..Policy::default() };
+        // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
+        let runtime = match &options.keep {
+            Keep::Journal { folder, .. } => Some(folder.clone()),
+            Keep::Commit | Keep::Nothing => None,
+        };
+        let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         let chain = Chain::open(&*env, &options.path, &policy, how)?;
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {
@@ -130,7 +135,6 @@ impl Disk {
             memory_align,
             counts: Counts::default(),
         };
-        disk.grow_now();
         Ok(Arc::new(disk))
     }
 
@@ -242,20 +246,6 @@ impl Disk {
         let Some(top) = self.version.top() else { return Ok(()) };
         top.image.trim()?;
         top.image.retire(&*self.env)
-    }
-
-    /// The first room of a disk that is about to be written. Failing is no harm: the first write that needs it asks again.
-    fn grow_now(&self) {
-        let Some(top) = self.version.top() else { return };
-        if !top.image.wants_room() {
-            return;
-        }
-        if let Some(mut growth) = Growth::begin(&top.image, top.slot) {
-            let grown = image::drive(&*self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops));
-            if let Err(e) = grown {
-                log::warn!("no room prepared: {}", e.line());
-            }
-        }
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {

@@ -40,6 +40,14 @@ pub fn encode_sector(entries: &[u32]) -> [u8; 512] {
     sector
 }
 
+/// Whether no entry of a sector of the table is used (nor any of what fills it).
+pub fn is_unused(sector: &[u8]) -> bool {
+    let (words, rest) = sector.as_chunks::<8>();
+    // Without an early end the compiler compares many at once.
+    words.iter().fold(u64::MAX, |all, word| all & u64::from_be_bytes(*word)) == u64::MAX
+        && rest.iter().all(|byte| *byte == u8::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,5 +63,17 @@ mod tests {
         let back: Vec<u32> = decode(&sector).collect();
         assert_eq!((back.len(), back[1], back[127]), (128, 0x0102_0304, UNUSED));
         assert_eq!(decode(&sector[..7]).len(), 1);
+    }
+
+    #[test]
+    fn one_used_entry_is_seen() {
+        let mut sector = vec![0xFF; 512];
+        assert!(is_unused(&sector) && is_unused(&sector[..508]));
+        for at in 0..512 {
+            sector[at] = 0xFE;
+            assert!(!is_unused(&sector), "{at}");
+            sector[at] = 0xFF;
+        }
+        assert!(!is_unused(&[0xFF, 0xFF, 0xFF, 0]));
     }
 }
