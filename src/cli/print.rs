@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::size::human;
-use crate::ops::{check, info, map};
+use crate::ops::{check, diff, info, map};
 
 /// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
 pub(super) fn plain(text: &str) -> Cow<'_, str> {
@@ -70,14 +70,23 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
 
 /// `check` for people: a line per defect, and how it stands.
 pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
+    for repaired in &report.repaired {
+        for defect in &repaired.defects {
+            writeln!(out, "repaired: {}", line(defect, Some(&repaired.path)))?;
+        }
+        for undo in &repaired.undo {
+            writeln!(out, "{}: what was replaced is kept in {}", plain(&repaired.path), plain(undo))?;
+        }
+    }
     for defect in &report.defects {
-        let file = defect.path.as_ref().map_or(String::new(), |path| format!("{}: ", plain(path)));
-        let place = defect.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
         let mend = if defect.repairable { " [repairable]" } else { "" };
-        writeln!(out, "{file}{}: {}{place}{mend}", defect.kind, plain(&defect.detail))?;
+        writeln!(out, "{}{mend}", line(defect, None))?;
     }
     if quiet {
         return Ok(());
+    }
+    for note in &report.notes {
+        writeln!(out, "note: {}", line(note, None))?;
     }
     let files = report.chain.as_ref().map_or(String::new(), |chain| match chain.len() {
         1 => " (1 file)".to_owned(),
@@ -86,9 +95,52 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
     if report.ok {
         return writeln!(out, "{}{files}: no defects", plain(&report.path));
     }
-    let other = report.defects.len() as u64 - report.corruptions - report.leaks;
-    let (corruptions, leaks) = (report.corruptions, report.leaks);
+    let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))
+}
+
+fn line(found: &check::Found, path: Option<&str>) -> String {
+    let file = found.path.as_deref().or(path).map_or(String::new(), |path| format!("{}: ", plain(path)));
+    let place = found.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
+    format!("{file}{}: {}{place}", found.kind, plain(&found.detail))
+}
+
+/// `diff`, a run at a time.
+pub(super) struct Diff<W: Write> {
+    out: W,
+    json: bool,
+    quiet: bool,
+    runs: u64,
+    bytes: u64,
+}
+
+impl<W: Write> Diff<W> {
+    pub(super) fn new(out: W, json: bool, quiet: bool) -> Diff<W> {
+        Diff { out, json, quiet, runs: 0, bytes: 0 }
+    }
+
+    pub(super) fn run(&mut self, run: &diff::Run) -> Result<()> {
+        let first = self.runs == 0;
+        self.runs += 1;
+        self.bytes += run.length;
+        if self.json {
+            self.out.write_all(if first { b"[" } else { b",\n " })?;
+            return Ok(serde_json::to_writer(&mut self.out, run)?);
+        }
+        if first {
+            writeln!(self.out, "{:>16} {:>16}", "start", "length")?;
+        }
+        writeln!(self.out, "{:>16} {:>16}", run.start, run.length)
+    }
+
+    pub(super) fn end(mut self) -> Result<()> {
+        match self.json {
+            true => self.out.write_all(if self.runs > 0 { b"]\n" } else { b"[]\n" })?,
+            false if self.quiet => {}
+            false => writeln!(self.out, "total {} in {} ranges", bytes(self.bytes), self.runs)?,
+        }
+        self.out.flush()
+    }
 }
 
 /// `map`, a run at a time.

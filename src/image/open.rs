@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use uuid::Uuid;
 
 use super::bat::Bat;
+use super::batmap::read_bitmap;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::entries::{EntryRules, Placed, check_entries};
@@ -178,6 +179,16 @@ impl Image {
     /// First byte behind all metadata.
     pub fn metadata_end(&self) -> u64 {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
+    }
+
+    /// The bits of a block's sectors, as words of [`format::bitmap`](crate::format::bitmap), from the file; `None` where the
+    /// block has no place. What the file does not hold of them is clear.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sector_bits(&self, block: u32) -> Result<Option<Vec<u64>>> {
+        let place = self.bat().and_then(|table| table.place(block));
+        place.map(|place| read_bitmap(self, place)).transpose()
     }
 
     /// Whether the file ends with a footer of 512 bytes.

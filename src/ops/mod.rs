@@ -18,6 +18,7 @@ pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod diff;
 pub mod info;
 pub mod map;
 mod mover;
