@@ -10,8 +10,8 @@ use crate::format::bitmap;
 use crate::image::Image;
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors that are looked at together: 64 MiB.
-const WINDOW: u64 = 1 << 17;
+/// Sectors that are looked at together: 512 MiB.
+const WINDOW: u64 = 1 << 20;
 
 /// A layer above the ancestor.
 struct Above<'a> {
@@ -20,6 +20,8 @@ struct Above<'a> {
     seen: u64,
     /// What lies behind its end and in the ancestor.
     cut: SectorRange,
+    /// What `next` found last; good for all that is asked for up to there. `None`: there is nothing more.
+    found: Option<u64>,
 }
 
 impl Chain {
@@ -34,18 +36,24 @@ impl Chain {
         for image in &images[..ancestor] {
             let seen = sees.min(image.size() / SECTOR);
             let cut = SectorRange::between(seen, sees.min(images[ancestor].size() / SECTOR));
-            layers.push(Above { image, seen, cut });
+            layers.push(Above { image, seen, cut, found: Some(0) });
             sees = seen;
         }
+        images.iter().take(ancestor).for_each(|image| image.file().expect_scattered_reads());
         let mut window = vec![0; (WINDOW / 64) as usize];
-        let (mut from, mut pending) = (0, SectorRange::default());
-        while let Some(next) = layers.iter().filter_map(|layer| layer.next(from)).min() {
+        let mut pending = SectorRange::default();
+        let mut from = 0;
+        while let Some(next) = layers.iter_mut().filter_map(|layer| layer.next(from)).min() {
             from = next / WINDOW * WINDOW;
             window.fill(0);
+            let range = SectorRange::between(from, from + WINDOW);
+            layers.iter().filter(|layer| layer.found.is_some_and(|found| found < range.end())).for_each(|layer| {
+                layer.image.prefetch_bits(range.clip(SectorRange::between(0, layer.seen)));
+            });
             for layer in &layers {
-                layer.mark(SectorRange::between(from, from + WINDOW), &mut window)?;
+                layer.mark(range, &mut window)?;
             }
-            let end = u32::try_from(WINDOW).expect("2^17");
+            let end = u32::try_from(WINDOW).expect("2^20");
             let mut bit = 0;
             while bit < end {
                 let (set, count) = bitmap::run(&window, bit, end);
@@ -73,7 +81,14 @@ fn tell(range: SectorRange, found: &mut impl FnMut(SectorRange) -> Result<()>) -
 
 impl Above<'_> {
     /// The first sector at or after `from` that it may have changed.
-    fn next(&self, from: u64) -> Option<u64> {
+    fn next(&mut self, from: u64) -> Option<u64> {
+        if self.found.is_some_and(|found| found < from || from == 0) {
+            self.found = self.find(from);
+        }
+        self.found
+    }
+
+    fn find(&self, from: u64) -> Option<u64> {
         let (table, block_size) = (self.image.bat()?, self.image.block_size()?);
         let block = if from < self.seen { table.next_used(block_size.block_of(from)) } else { None };
         let placed = block.map(|block| block_size.range_of(block).start().max(from)).filter(|at| *at < self.seen);
@@ -133,18 +148,18 @@ mod tests {
     #[test]
     fn what_any_layer_above_has_written() {
         let rig = Rig::new();
-        let sectors = 300_000;
+        let sectors = 1_300_000;
         rig.dynamic("root", 2 << 20, sectors);
         rig.fill("root", &[(0, 5_000, 1)]);
         rig.child("a", "root", 4 << 10, sectors);
-        rig.fill("a", &[(3, 5, 2), (131_070, 131_073, 2), (299_999, 300_000, 2)]);
+        rig.fill("a", &[(3, 5, 2), (1_048_574, 1_048_577, 2), (1_299_999, 1_300_000, 2)]);
         rig.child("b", "a", 512 << 10, sectors);
-        rig.fill("b", &[(4, 9, 3), (9, 10, 3), (131_073, 131_080, 3), (200_000, 200_001, 3)]);
-        assert_eq!(changed(&rig, "b", 1), [(4, 10), (131_073, 131_080), (200_000, 200_001)]);
-        let both = [(3, 10), (131_070, 131_080), (200_000, 200_001), (299_999, 300_000)];
+        rig.fill("b", &[(4, 9, 3), (9, 10, 3), (1_048_577, 1_048_584, 3), (200_000, 200_001, 3)]);
+        assert_eq!(changed(&rig, "b", 1), [(4, 10), (200_000, 200_001), (1_048_577, 1_048_584)]);
+        let both = [(3, 10), (200_000, 200_001), (1_048_574, 1_048_584), (1_299_999, 1_300_000)];
         assert_eq!(changed(&rig, "b", 2), both, "joined over the edges of layers, blocks and windows");
         assert_eq!(changed(&rig, "b", 0), []);
-        assert_eq!(changed(&rig, "a", 1), [(3, 5), (131_070, 131_073), (299_999, 300_000)]);
+        assert_eq!(changed(&rig, "a", 1), [(3, 5), (1_048_574, 1_048_577), (1_299_999, 1_300_000)]);
     }
 
     #[test]

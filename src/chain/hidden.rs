@@ -23,7 +23,8 @@ const CHUNK: usize = 64 << 10;
 /// # Errors
 /// `Io`.
 pub(super) fn hidden(child: &Image, parents: &[Image], suspects: &Suspects) -> Result<Vec<Defect>> {
-    let open = |(number, image): (u16, &Image)| Ok(Layer { slot: Slot(number), image: Image::open(image.file().clone())? });
+    let open =
+        |(number, image): (u16, &Image)| Ok(Layer { slot: Slot(number), image: Image::open(image.file().clone())? });
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
     let mut look = Look {
         child,

@@ -74,7 +74,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         for defect in &repaired.defects {
             writeln!(out, "repaired: {}", line(defect, Some(&repaired.path)))?;
         }
-        for undo in &repaired.undo {
+        if let Some(undo) = &repaired.undo {
             writeln!(out, "{}: what was replaced is kept in {}", plain(&repaired.path), plain(undo))?;
         }
     }
@@ -148,6 +148,8 @@ pub(super) struct Map<W: Write> {
     out: W,
     json: bool,
     begun: bool,
+    /// How the files are written, by depth.
+    paths: Vec<Option<String>>,
 }
 
 #[derive(Serialize)]
@@ -162,7 +164,7 @@ struct JsonRun<'a> {
 
 impl<W: Write> Map<W> {
     pub(super) fn new(out: W, json: bool) -> Map<W> {
-        Map { out, json, begun: false }
+        Map { out, json, begun: false, paths: Vec::new() }
     }
 
     pub(super) fn run(&mut self, run: &map::Run<'_>) -> Result<()> {
@@ -171,11 +173,13 @@ impl<W: Write> Map<W> {
             if first {
                 writeln!(self.out, "{:>16} {:>16} {:>5} {:>16}  file", "start", "length", "depth", "offset")?;
             }
-            let (depth, offset, file) = match &run.found {
-                None => ("-".to_owned(), "-".to_owned(), "(zero)".to_owned()),
-                Some(found) => (found.depth.to_string(), found.offset.to_string(), path(found.file)),
+            let Some(found) = &run.found else {
+                return writeln!(self.out, "{:>16} {:>16}     -                -  (zero)", run.start, run.length);
             };
-            return writeln!(self.out, "{:>16} {:>16} {depth:>5} {offset:>16}  {file}", run.start, run.length);
+            let depth = usize::from(found.depth);
+            self.paths.resize(self.paths.len().max(depth + 1), None);
+            let file = self.paths[depth].get_or_insert_with(|| path(found.file));
+            return writeln!(self.out, "{:>16} {:>16} {depth:>5} {:>16}  {file}", run.start, run.length, found.offset);
         }
         self.out.write_all(if first { b"[" } else { b",\n " })?;
         let document = JsonRun {

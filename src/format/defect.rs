@@ -290,10 +290,9 @@ impl Defect {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
-            D::ParentSize { .. }
-            | D::ParentChanged { .. }
-            | D::PlacedByAnother { .. }
-            | D::ZerosOverParent { .. } => Severity::Note,
+            D::ParentSize { .. } | D::ParentChanged { .. } | D::PlacedByAnother { .. } | D::ZerosOverParent { .. } => {
+                Severity::Note
+            }
             D::SpaceUnreferenced { .. } => Severity::Leak,
             D::FooterCopyStale
             | D::ShortFooter { .. }

@@ -165,7 +165,10 @@ mod tests {
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
-        assert_eq!(all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end), (Placed { entries: vec![], beyond: vec![], end: 2048 }, vec![]));
+        assert_eq!(
+            all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
+            (Placed { entries: vec![], beyond: vec![], end: 2048 }, vec![])
+        );
         assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
         assert_eq!(all(&[(0, 4), (7, 4)], LEN).1, ["block-duplicate"]);
@@ -221,6 +224,10 @@ mod tests {
         assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
         assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing behind the end counts");
         let whole = free(vec![], 64 * 512);
-        assert_eq!((whole.len(), whole[0].clone()), (1, 2048..60 * 512), "the room of a block behind the end of the disk");
+        assert_eq!(
+            (whole.len(), whole[0].clone()),
+            (1, 2048..60 * 512),
+            "the room of a block behind the end of the disk"
+        );
     }
 }

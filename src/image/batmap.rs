@@ -28,7 +28,9 @@ impl Batmap {
     /// # Errors
     /// `Io`.
     pub fn read(image: &Image) -> Result<Option<Batmap>> {
-        let Some((sparse, header)) = image.sparse().and_then(|s| Some((s, s.batmap.as_ref()?))) else { return Ok(None) };
+        let Some((sparse, header)) = image.sparse().and_then(|s| Some((s, s.batmap.as_ref()?))) else {
+            return Ok(None);
+        };
         let place = |part| sparse.metadata.extents().iter().find(|e| e.part == part).map(|e| e.range.clone());
         let (Some(header_at), Some(region)) = (place(Part::BatmapHeader), place(Part::Batmap)) else { return Ok(None) };
         // Both numbers come from the size of the disk, which is limited, and not from the map's own size.
@@ -39,7 +41,14 @@ impl Batmap {
         image.file().read_at(&mut map, region.start)?;
         let summed = usize::try_from(summed.min(len)).expect("a part of the map");
         let blocks = u32::try_from(blocks).expect("the table has an entry for each");
-        Ok(Some(Batmap { header: header.clone(), header_at: header_at.start, map_at: region.start, map, summed, blocks }))
+        Ok(Some(Batmap {
+            header: header.clone(),
+            header_at: header_at.start,
+            map_at: region.start,
+            map,
+            summed,
+            blocks,
+        }))
     }
 
     /// Whether it calls a block whole.

@@ -19,7 +19,7 @@ use crate::format::{
     Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
 };
 use crate::storage::File;
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Bytes of the block table read at once.
 const TABLE_CHUNK: u64 = 1 << 20;
@@ -191,6 +191,21 @@ impl Image {
         place.map(|place| read_bitmap(self, place)).transpose()
     }
 
+    /// Says that the bitmaps of the blocks that have a place and lie in a range are going to be read.
+    pub fn prefetch_bits(&self, range: SectorRange) {
+        let (Some(table), Some(block_size)) = (self.bat(), self.block_size()) else { return };
+        let range = range.clip(SectorRange::between(0, self.size() / SECTOR));
+        if range.is_empty() {
+            return;
+        }
+        let (mut block, last) = (block_size.block_of(range.start()), block_size.block_of(range.end() - 1));
+        while let Some(next) = table.next_used(block).filter(|next| *next <= last) {
+            let place = table.place(next).expect("it is used");
+            self.file.prefetch(u64::from(place) * SECTOR, u64::from(block_size.bitmap_sectors()) * SECTOR);
+            block = next + 1;
+        }
+    }
+
     /// Whether the file ends with a footer of 512 bytes.
     pub fn has_whole_tail_footer(&self) -> bool {
         self.chosen.source == FooterSource::TailFull
@@ -306,17 +321,26 @@ fn read_table(file: &File, header: &DynamicHeader) -> Result<(Bat, u32)> {
     let table = Bat::new(header.entries);
     let bytes = bat::bytes(header.entries);
     let mut chunk = vec![0; usize::try_from(bytes.min(TABLE_CHUNK)).expect("a chunk")];
-    let (mut at, mut block, mut padding) = (0, 0, bat::UNUSED);
+    let (mut at, mut block, mut padding) = (0, 0u32, bat::UNUSED);
     while at < bytes {
         let len = usize::try_from((bytes - at).min(TABLE_CHUNK)).expect("a chunk");
         file.read_at(&mut chunk[..len], header.table_offset + at)?;
-        for entry in bat::decode(&chunk[..len]) {
-            match block < header.entries {
-                true if entry != bat::UNUSED => table.set(block, entry),
-                true => {}
-                false => padding = entry,
+        for sector in chunk[..len].chunks(SECTOR_BYTES) {
+            // Most of a large table is unused; where that is all a sector says, it is not looked at entry by entry.
+            if block.saturating_add(bat::ENTRIES_PER_SECTOR) <= header.entries
+                && sector.iter().all(|byte| *byte == 0xFF)
+            {
+                block += bat::ENTRIES_PER_SECTOR;
+                continue;
             }
-            block = block.saturating_add(1);
+            for entry in bat::decode(sector) {
+                match block < header.entries {
+                    true if entry != bat::UNUSED => table.set(block, entry),
+                    true => {}
+                    false => padding = entry,
+                }
+                block = block.saturating_add(1);
+            }
         }
         at += len as u64;
     }

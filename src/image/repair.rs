@@ -44,13 +44,13 @@ struct Plan {
     len: Option<u64>,
 }
 
-/// Mends the image in a file that is locked exclusively. Returns the files that keep what was replaced, oldest first; none
-/// where there was nothing to mend.
+/// Mends the image in a file that is locked exclusively. Returns the file that keeps what was replaced; `None` where there
+/// was nothing to mend.
 ///
 /// # Errors
 /// `Io`, `NoSpace`, and whatever makes it impossible to open the image at all: then nothing was changed.
-pub fn repair(env: &dyn Env, file: &File) -> Result<Vec<PathBuf>> {
-    let mut kept = Vec::new();
+pub fn repair(env: &dyn Env, file: &File) -> Result<Option<PathBuf>> {
+    let mut undo = None;
     for _ in 0..ROUNDS {
         let mut defects = Vec::new();
         let image = Image::examine(file.clone(), &mut |defect, _| {
@@ -61,9 +61,15 @@ pub fn repair(env: &dyn Env, file: &File) -> Result<Vec<PathBuf>> {
         if plan.is_empty() {
             break;
         }
-        kept.push(plan.carry_out(env, &image)?);
+        let undo = match &mut undo {
+            Some(undo) => undo,
+            none => none.insert(Undo::begin(env, &image)?),
+        };
+        plan.keep(undo)?;
+        point::reached("check.undo-kept");
+        plan.carry_out(file)?;
     }
-    Ok(kept)
+    Ok(undo.map(|undo| undo.path().to_path_buf()))
 }
 
 impl Plan {
@@ -103,10 +109,7 @@ impl Plan {
         self.front.is_none() && self.tail.is_none() && self.pointers.is_empty() && self.holes.is_empty()
     }
 
-    fn carry_out(&self, env: &dyn Env, image: &Image) -> Result<PathBuf> {
-        let file = image.file();
-        let undo = self.keep(env, image)?;
-        point::reached("check.undo-kept");
+    fn carry_out(&self, file: &File) -> Result<()> {
         if let Some(front) = &self.front {
             file.write_at(front, 0)?;
             file.sync()?;
@@ -137,11 +140,10 @@ impl Plan {
             file.sync()?;
             point::reached("check.space-given-back");
         }
-        Ok(undo)
+        Ok(())
     }
 
-    fn keep(&self, env: &dyn Env, image: &Image) -> Result<PathBuf> {
-        let mut undo = Undo::begin(env, image)?;
+    fn keep(&self, undo: &mut Undo<'_>) -> Result<()> {
         if self.front.is_some() {
             undo.keep(0..SECTOR)?;
         }
@@ -157,7 +159,7 @@ impl Plan {
         if let Some(len) = self.len {
             undo.keep_data(len..u64::MAX)?;
         }
-        undo.finish(image.uuid())
+        undo.seal()
     }
 }
 

@@ -17,6 +17,8 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 const LOOKED_AT: u64 = 64 << 20;
 /// Bytes that are read at once.
 const CHUNK_SECTORS: u32 = 128;
+/// Bitmaps that the host is asked for at once.
+const AHEAD: usize = 256;
 /// Suspects that are kept.
 const SUSPECTS: usize = 4096;
 /// The file sector from which on every writer packs blocks, as there is no room for gaps (crash-safety 3.4).
@@ -59,28 +61,38 @@ fn writer_of(image: &Image) -> Writer {
 /// `Io`.
 pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
     let Some(sparse) = image.sparse() else { return Ok(()) };
+    image.file().expect_scattered_reads();
     check_batmap(image, report)?;
     let (child, writer) = (image.kind() == DiskType::Differencing, writer_of(image));
     let block_size = sparse.header.block_size;
     let bitmap_sectors = block_size.bitmap_sectors();
     let page = u32::try_from(PAGE / SECTOR).expect("eight");
     let aligned = |place: u32| (place % page + bitmap_sectors % page).is_multiple_of(page);
-    let (mut suspects, mut any_aligned, mut budget) = (Vec::new(), false, LOOKED_AT);
-    for &(place, block) in &sparse.placed.entries {
-        let sectors = on_disk(image, block);
-        let ends = (u64::from(place) + u64::from(block_size.stride_sectors())) * SECTOR;
-        let cut = ends > image.data_end();
-        let partial = sectors < block_size.sectors();
-        any_aligned |= aligned(place);
-        let odd = child && place < PACKED_FROM && (writer == Writer::Unknown || !aligned(place));
-        if child && !(cut || partial || odd) {
-            continue;
+    let odd = |place: u32| child && place < PACKED_FROM && (writer == Writer::Unknown || !aligned(place));
+    let ends = |place: u32| (u64::from(place) + u64::from(block_size.stride_sectors())) * SECTOR;
+    let (mut suspects, mut budget) = (Vec::new(), LOOKED_AT);
+    let entries = &sparse.placed.entries;
+    // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
+    let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
+    // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
+    let wanted = |&&(place, block): &&(u32, u32)| {
+        let cut = ends(place) > image.data_end();
+        !child || cut || on_disk(image, block) < block_size.sectors() || odd(place)
+    };
+    let wanted = entries.iter().filter(wanted);
+    let mut ahead = wanted.clone();
+    for (number, &(place, block)) in wanted.enumerate() {
+        if number % AHEAD == 0 {
+            let bytes = u64::from(bitmap_sectors) * SECTOR;
+            ahead.by_ref().take(AHEAD).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
         }
+        let sectors = on_disk(image, block);
+        let (cut, odd) = (ends(place) > image.data_end(), odd(place));
         let words = read_bitmap(image, place)?;
         let whole = bitmap::run(&words, 0, sectors) == (true, sectors);
         let at = u64::from(place) * SECTOR;
         if cut {
-            let there = image.data_end().saturating_sub((u64::from(place) + u64::from(bitmap_sectors)) * SECTOR) / SECTOR;
+            let there = (image.data_end() / SECTOR).saturating_sub(u64::from(place) + u64::from(bitmap_sectors));
             let there = u32::try_from(there).unwrap_or(u32::MAX).min(sectors);
             let lost = bitmap::count(&words, there, sectors);
             if lost > 0 {
@@ -101,7 +113,7 @@ pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
         }
     }
     if let Some(&(block, place)) = suspects.first() {
-        let placed_by_another = writer == Writer::Us || (writer == Writer::Tap && any_aligned);
+        let placed_by_another = writer == Writer::Us || (writer == Writer::Tap && aligns);
         if placed_by_another {
             let at = u64::from(place) * SECTOR;
             report.add(Defect::PlacedByAnother { block, blocks: suspects.len() as u64, at });

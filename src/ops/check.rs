@@ -61,8 +61,8 @@ pub struct Repaired {
     pub path: String,
     /// What was wrong with it and could be mended.
     pub defects: Vec<Found>,
-    /// The files that keep what was replaced, oldest first.
-    pub undo: Vec<String>,
+    /// The file that keeps what was replaced; `None` where nothing had to be.
+    pub undo: Option<String>,
 }
 
 /// Holds the image at `path`, and with a policy its parents, against every rule. Without a policy nothing that the
@@ -95,8 +95,7 @@ pub fn repair(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Opt
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
-        let undo = image::repair(env, &file)?;
-        let undo = undo.iter().map(|path| path.display().to_string()).collect();
+        let undo = image::repair(env, &file)?.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
     Ok(Report { repaired, ..check(env, path, parents, runtime)? })
