@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::hidden::hidden;
+use super::hidden;
 use super::parents::{Policy, Search, Sought};
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
@@ -55,7 +55,7 @@ pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: O
     // Only a whole chain tells what its parents have.
     if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
-            all[number].defects.extend(hidden(&images[number], &images[number + 1..], &suspects)?);
+            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects)?;
         }
     }
     Ok(all)

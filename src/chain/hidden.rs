@@ -18,11 +18,12 @@ const LOOKED_AT: u64 = 256 << 20;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 
-/// The blocks of a child among `suspects` that hold zeros where the parents have data.
+/// Looks which blocks of a child among `suspects` hold zeros where the parents have data, and puts that in the place of what
+/// `defects` say of blocks that another program has placed.
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn hidden(child: &Image, parents: &[Image], suspects: &Suspects) -> Result<Vec<Defect>> {
+pub(super) fn look(child: &Image, parents: &[Image], suspects: &Suspects, defects: &mut Vec<Defect>) -> Result<()> {
     let open =
         |(number, image): (u16, &Image)| Ok(Layer { slot: Slot(number), image: Image::open(image.file().clone())? });
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
@@ -43,11 +44,17 @@ pub(super) fn hidden(child: &Image, parents: &[Image], suspects: &Suspects) -> R
             break;
         }
     }
-    if suspects.placed_by_another {
-        return Ok(found.into_iter().map(|(block, sector, at)| Defect::ParentHidden { block, sector, at }).collect());
+    if !suspects.placed_by_another {
+        let blocks = found.len() as u64;
+        defects.extend(found.first().map(|&(block, _, at)| Defect::ZerosOverParent { block, blocks, at }));
+        return Ok(());
     }
-    let blocks = found.len() as u64;
-    Ok(found.first().map(|&(block, _, at)| Defect::ZerosOverParent { block, blocks, at }).into_iter().collect())
+    // Now it is known what came of it.
+    if look.left > 0 {
+        defects.retain(|defect| !matches!(defect, Defect::PlacedByAnother { .. }));
+    }
+    defects.extend(found.into_iter().map(|(block, sector, at)| Defect::ParentHidden { block, sector, at }));
+    Ok(())
 }
 
 struct Look<'a> {

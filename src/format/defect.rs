@@ -290,15 +290,14 @@ impl Defect {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
-            D::ParentSize { .. } | D::ParentChanged { .. } | D::PlacedByAnother { .. } | D::ZerosOverParent { .. } => {
-                Severity::Note
-            }
+            D::ParentSize { .. } | D::ParentChanged { .. } | D::ZerosOverParent { .. } => Severity::Note,
             D::SpaceUnreferenced { .. } => Severity::Leak,
             D::FooterCopyStale
             | D::ShortFooter { .. }
             | D::BlockBeyondDisk { .. }
             | D::BitsBeyondDisk { .. }
             | D::DataUnderClearBit { .. }
+            | D::PlacedByAnother { .. }
             | D::LocatorPlatform { .. }
             | D::LocatorLength { .. }
             | D::LocatorPlace { .. }

@@ -152,17 +152,23 @@ impl fmt::Display for Defect {
                  {sector} of the block on. QEMU does that when it writes to a differencing VHD, which it takes for a \
                  dynamic one"
             ),
-            D::PlacedByAnother { block, blocks, .. } => write!(
-                f,
-                "{blocks} blocks (the first is {block}) are marked whole and lie where the image's own writer would not \
-                 place them. QEMU does that when it writes to a differencing VHD, and hides the parent's data; `check \
-                 --chain` looks whether it did"
-            ),
-            D::ZerosOverParent { block, blocks, .. } => write!(
-                f,
-                "{blocks} blocks (the first is {block}) are marked whole and hold zeros over data of the parent: the guest \
-                 has zeroed it, or QEMU has written to the image, which it takes for a dynamic one"
-            ),
+            D::PlacedByAnother { block, blocks, .. } => {
+                let more = And(*blocks - 1);
+                write!(
+                    f,
+                    "block {block}{more} was placed by another program than the image's own writer, and marked whole. QEMU \
+                     does that when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the \
+                     parent's data; `check --chain` tells whether it did"
+                )
+            }
+            D::ZerosOverParent { block, blocks, .. } => {
+                let more = And(*blocks - 1);
+                write!(
+                    f,
+                    "block {block}{more} is marked whole and holds zeros over data of the parent: the guest has zeroed it, or \
+                     QEMU has written to the image, which it takes for a dynamic one"
+                )
+            }
             D::ChainTooDeep { limit } => write!(f, "the chain has more than {limit} files; merge some"),
             D::ChainCycle { file } => write!(f, "the chain is a cycle: it comes back to {file}"),
             D::ChainUuidTwice { uuid } => write!(f, "two files of the chain have UUID {uuid}"),
@@ -187,6 +193,15 @@ impl fmt::Display for Defect {
                 write!(f, "marked as the inner node of a chain; writing would break its children")
             }
         }
+    }
+}
+
+/// So many more of the same.
+struct And(u64);
+
+impl fmt::Display for And {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
 }
 

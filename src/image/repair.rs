@@ -22,6 +22,7 @@ use super::batmap::{Batmap, on_disk, read_bitmap};
 use super::check::{free, inside, places_are_believed};
 use super::open::{Image, Sparse};
 use super::undo::Undo;
+use super::walk::beyond_disk;
 use crate::error::{Error, Result};
 use crate::format::{Defect, bat, bitmap};
 use crate::point;
@@ -204,13 +205,11 @@ fn last_bitmap(image: &Image, block: u32, place: u32) -> Result<Writes> {
     let block_size = image.block_size().expect("it has blocks");
     let (sectors, all) = (on_disk(image, block), block_size.sectors());
     let words = read_bitmap(image, place)?;
-    let beyond = bitmap::count(&words, sectors, all);
-    let whole = bitmap::run(&words, 0, sectors) == (true, sectors) && beyond == all - sectors;
-    if beyond == 0 || whole {
+    let mut right = words.clone();
+    beyond_disk(&words, sectors, all).for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
+    if right == words {
         return Ok(Writes::new());
     }
-    let mut right = words.clone();
-    bitmap::clear(&mut right, sectors, all - sectors);
     let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
     let at = u64::from(place) * SECTOR;
     // What stands in the bitmap's last sector behind its last bit stays.

@@ -11,7 +11,7 @@ use super::open::Image;
 use crate::error::Result;
 use crate::format::layout::PAGE;
 use crate::format::{Defect, DiskType, bitmap};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Bytes of data that are looked at in one image.
 const LOOKED_AT: u64 = 64 << 20;
@@ -99,10 +99,11 @@ pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
                 report.add(Defect::BlockCutOff { block, sectors: lost.into(), at });
             }
         }
-        let beyond = bitmap::count(&words, sectors, block_size.sectors());
-        // Who marks whole blocks (QEMU, Xen Orchestra, we in a root) marks those sectors, too.
-        if beyond > 0 && !(whole && beyond == block_size.sectors() - sectors) {
-            report.add(Defect::BitsBeyondDisk { block, bits: beyond, at });
+        let bits =
+            beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
+        let bits = bits.sum();
+        if bits > 0 {
+            report.add(Defect::BitsBeyondDisk { block, bits, at });
         }
         if odd && whole && suspects.len() < SUSPECTS {
             suspects.push((block, place));
@@ -121,6 +122,17 @@ pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
         report.suspects = Some(Suspects { placed_by_another, blocks: suspects });
     }
     Ok(())
+}
+
+/// The runs of bits behind the end of the disk, at `sectors` in a block of `all`, some of which are set and should not be.
+///
+/// Who marks all that a block or a sector of its bitmap speaks for (QEMU, Xen Orchestra, we in a root), marks these, too.
+pub(super) fn beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
+    let first = sectors / SECTOR_BITS * SECTOR_BITS;
+    let parts = (first..all).step_by(SECTOR_BITS as usize).map(move |from| (from, all.min(from + SECTOR_BITS)));
+    let partial = parts.filter(|(from, end)| bitmap::run(words, *from, *end) != (true, end - from));
+    let beyond = partial.map(move |(from, end)| (from.max(sectors), end));
+    beyond.filter(|(from, end)| bitmap::count(words, *from, *end) > 0)
 }
 
 /// The batmap: its checksum, which tapdisk insists on, and each block that it calls whole.
