@@ -133,7 +133,7 @@ fn a_parent_that_was_changed_is_a_note() {
     let file = HostFile::options().write(true).open(rig.path("leaf")).unwrap();
     let modified = Host.open(&rig.path("root"), Access::Read).unwrap().stat().unwrap().modified;
     let modified = time_from_unix(u64::try_from(modified).unwrap());
-    let mut record = |time: u32| {
+    let record = |time: u32| {
         let mut header = image.header().unwrap().clone();
         header.parent_timestamp = time;
         file.write_all_at(&header.encode(), image.footer().data_offset).unwrap();

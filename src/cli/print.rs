@@ -60,10 +60,24 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
     }
     let Some(chain) = &info.chain else { return Ok(()) };
     writeln!(out, "chain:")?;
-    for (depth, layer) in chain.iter().enumerate() {
+    tree(out, chain)
+}
+
+/// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
+fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
+    let name = |(depth, layer): (usize, &info::Info)| {
         let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
-        let sizes = format!("{}, {} allocated", human(layer.virtual_size), human(layer.allocated_bytes));
-        writeln!(out, "  {branch}{} ({}, {sizes})", plain(&layer.path), layer.disk_type)?;
+        format!("{branch}{}", plain(&layer.path))
+    };
+    let names: Vec<String> = chain.iter().enumerate().map(name).collect();
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    for (name, layer) in names.iter().zip(chain) {
+        let blocks = match (layer.blocks_allocated, layer.blocks) {
+            (Some(allocated), Some(blocks)) => format!("  {allocated} of {blocks} blocks"),
+            _ => String::new(),
+        };
+        let (size, room) = (human(layer.virtual_size), human(layer.allocated_bytes));
+        writeln!(out, "  {name:<width$}  {:<12}  {size:>10}  {room:>10} allocated{blocks}", layer.disk_type)?;
     }
     Ok(())
 }

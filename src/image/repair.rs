@@ -15,6 +15,7 @@
 //! do. A second round frees what the first one has made free.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 
@@ -187,12 +188,14 @@ fn pointers(image: &Image, sparse: &Sparse) -> Result<Writes> {
     let mut sectors = BTreeMap::new();
     for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
-        if !sectors.contains_key(&at) {
-            let mut bytes = vec![0; SECTOR_BYTES];
-            image.file().read_at(&mut bytes, at)?;
-            sectors.insert(at, bytes);
-        }
-        let bytes = sectors.get_mut(&at).expect("read just now");
+        let bytes = match sectors.entry(at) {
+            Entry::Occupied(read) => read.into_mut(),
+            Entry::Vacant(none) => {
+                let mut bytes = vec![0; SECTOR_BYTES];
+                image.file().read_at(&mut bytes, at)?;
+                none.insert(bytes)
+            }
+        };
         let entry = (block % bat::ENTRIES_PER_SECTOR) as usize * 4;
         bytes[entry..entry + 4].copy_from_slice(&bat::UNUSED.to_be_bytes());
     }

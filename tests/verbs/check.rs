@@ -229,7 +229,7 @@ fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str
 fn a_killed_repair_is_ended_by_the_next() {
     for (name, f) in [("front", front_and_space as fn(&mut Bytes)), ("tail", tail_and_pointers)] {
         let folder = scratch("check-kill");
-        let child = broken(folder.path(), |bytes| f(bytes));
+        let child = broken(folder.path(), f);
         let policy = Policy::default();
         let want = seen(&Host, &child, &policy);
         assert!(want[..512] == [1; 512] && want[77 * 512..78 * 512] == [2; 512], "{name}");
