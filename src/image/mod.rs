@@ -15,6 +15,9 @@
 //!              │ trim                  the file ends behind its last block
 //!              v
 //!            closed
+//!
+//!   check ──> Report                  every rule, and what blocks say (walk); repair mends what needs no guess (undo keeps
+//!                                    what it replaces)
 //! ```
 
 pub mod bat;
