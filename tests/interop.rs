@@ -200,3 +200,28 @@ fn chains_with_small_blocks_are_read_alike() {
         }
     }
 }
+
+/// QEMU opens a child as if it had no parent. The check says so of what QEMU has really written.
+#[test]
+fn what_qemu_does_to_a_child_is_recognised() {
+    tool::require(&["qemu-io"]);
+    let folder = tool::scratch("interop-qemu-child");
+    let path = |name: &str| folder.path().join(name);
+    let raw = pattern::sectors("root", 0, 8 << 11);
+    fs::write(path("root.raw"), raw).expect("the raw disk is written");
+    let text = |name: &str| path(name).display().to_string();
+    tool::diffdisk(["convert", &text("root.raw"), &text("root.vhd"), "--from", "raw", "--to", "dynamic"]).ok();
+    tool::diffdisk(["create", &text("child.vhd"), "--parent", &text("root.vhd")]).ok();
+    tool::diffdisk(["check", &text("child.vhd"), "--chain"]).ok();
+    for offset in ["4096", "5M"] {
+        let write = format!("write -P 90 {offset} 512");
+        stranger(Command::new("qemu-io").args(["-f", "vpc", "-c", &write]).arg(path("child.vhd")));
+    }
+    let check = tool::diffdisk(["check", &text("child.vhd"), "--chain", "--json"]);
+    let defects = check.json()["defects"].as_array().expect("a list").clone();
+    let hidden: Vec<_> = defects.iter().filter(|d| d["kind"] == "parent-hidden").collect();
+    assert_eq!((check.code, hidden.len(), defects.len()), (Some(3), 2, 2), "{defects:?}");
+    assert!(hidden.iter().all(|d| d["repairable"] == false && d["detail"].as_str().expect("text").contains("QEMU")));
+    let alone = tool::diffdisk(["check", &text("child.vhd"), "--json"]);
+    assert_eq!((alone.code, &alone.json()["defects"][0]["kind"]), (Some(4), &"placed-by-another".into()));
+}

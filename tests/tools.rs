@@ -276,6 +276,138 @@ fn check_tells_corruption_from_leaks() {
     fails(&d, "check .", "check: .", "not a regular file");
 }
 
+/// The kinds of a list of a report.
+fn kinds(report: &Value, list: &str) -> Vec<String> {
+    report[list].as_array().unwrap().iter().map(|d| d["kind"].as_str().unwrap().to_owned()).collect()
+}
+
+/// What `check` prints as JSON, ending with `code`.
+#[track_caller]
+fn checked(folder: &TempDir, line: &str, code: i32) -> Value {
+    let out = run(folder, &format!("check {line} --json"));
+    assert_eq!(out.status.code(), Some(code), "{line}: {}{}", text(&out.stdout), text(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+#[test]
+fn a_repair_says_what_it_did_and_keeps_what_was() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    put(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
+    ok(&d, "create c.vhd --parent r.vhd");
+    put(&d.path().join("c.vhd"), 2, 5, &[2; 512]);
+    let (path, root) = (d.path().join("c.vhd"), d.path().join("r.vhd"));
+    let disk = run(&d, "convert c.vhd - --to raw").stdout;
+    assert_eq!(json(&d, "check c.vhd --json --repair")["repaired"], Value::Null, "nothing to do, nothing done");
+    assert_eq!(fs::read_dir(&d).unwrap().count(), 2);
+
+    let mut broken = fs::read(&path).unwrap();
+    broken[100] ^= 1;
+    fs::write(&path, &broken).unwrap();
+    let mut longer = fs::read(&root).unwrap();
+    let footer = longer.split_off(longer.len() - 512);
+    longer.extend(vec![0xEE; 58 * 512]);
+    longer.extend(footer);
+    fs::write(&root, &longer).unwrap();
+    let found = checked(&d, "c.vhd --chain", 3);
+    assert_eq!(kinds(&found, "defects"), ["front-footer-invalid", "space-unreferenced"]);
+    assert!(found["defects"].as_array().unwrap().iter().all(|d| d["repairable"] == true), "{found}");
+    assert_eq!((&found["corruptions"], &found["leaks"], &found["cosmetic"]), (&1.into(), &1.into(), &0.into()));
+
+    // Alone, a file is mended without its parents.
+    let out = ok(&d, "check c.vhd --repair");
+    let mut lines = out.lines();
+    assert!(lines.next().unwrap().starts_with("repaired: c.vhd: front-footer-invalid: "), "{out}");
+    let kept = lines.next().unwrap().strip_prefix("c.vhd: what was replaced is kept in ").unwrap();
+    let undo = fs::read(d.path().join(kept)).unwrap();
+    assert!(kept.starts_with("c.vhd.repair-") && kept.ends_with(".undo"), "{kept}");
+    assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 1\n"[..], broken[100]));
+    assert_eq!(lines.next(), Some("c.vhd: no defects"));
+    assert_eq!(checked(&d, "c.vhd --chain", 4)["defects"][0]["path"], found["defects"][1]["path"]);
+
+    let mended = checked(&d, "c.vhd --chain --repair", 0);
+    assert_eq!((kinds(&mended, "defects").len(), mended["ok"].as_bool()), (0, Some(true)));
+    let repaired = &mended["repaired"][0];
+    assert_eq!(kinds(repaired, "defects"), ["space-unreferenced"]);
+    assert_eq!(repaired["path"], found["defects"][1]["path"]);
+    assert!(fs::metadata(d.path().join(repaired["undo"].as_str().unwrap())).unwrap().len() >= 58 * 512);
+    assert!(run(&d, "convert c.vhd - --to raw").stdout == disk);
+    assert_eq!(fs::read_dir(&d).unwrap().count(), 4);
+
+    // What takes a guess is left, and said.
+    let mut twice = fs::read(&path).unwrap();
+    let entry: [u8; 4] = twice[4096 + 8..4096 + 12].try_into().unwrap();
+    twice[4096..4100].copy_from_slice(&entry);
+    twice[100] ^= 1;
+    fs::write(&path, &twice).unwrap();
+    let left = checked(&d, "c.vhd --repair", 3);
+    assert_eq!(kinds(&left, "defects"), ["block-duplicate"]);
+    assert_eq!(kinds(&left["repaired"][0], "defects"), ["front-footer-invalid"]);
+    assert_eq!(left["defects"][0]["repairable"], false);
+
+    let mut broken = fs::read(&root).unwrap();
+    broken[100] ^= 1;
+    fs::write(&root, &broken).unwrap();
+    let reader = Host.open(&root, Access::Read).unwrap();
+    reader.lock(Lock::Shared).unwrap();
+    fails(&d, "check r.vhd --repair", "check", "has it open");
+    assert!(fs::read(&root).unwrap() == broken);
+}
+
+#[test]
+fn what_changed_since_an_ancestor() {
+    let d = folder();
+    ok(&d, "create r.vhd --size 10M");
+    put(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
+    ok(&d, "create m.vhd --parent r.vhd");
+    put(&d.path().join("m.vhd"), 1, 4, &[2; 512]);
+    ok(&d, "create c.vhd --parent m.vhd");
+    put(&d.path().join("c.vhd"), 1, 5, &[3; 512]);
+    put(&d.path().join("c.vhd"), 3, 0, &[4; 512]);
+    let block = 2 * MIB;
+    let runs = |line: &str| -> Vec<(u64, u64)> {
+        let told = json(&d, &format!("diff {line} --json"));
+        let run = |run: &Value| {
+            assert_eq!(run.as_object().unwrap().len(), 2);
+            (run["start"].as_u64().unwrap(), run["length"].as_u64().unwrap())
+        };
+        told.as_array().unwrap().iter().map(run).collect()
+    };
+    assert_eq!(runs("c.vhd"), [(block + 5 * 512, 512), (3 * block, 512)]);
+    assert_eq!(runs("c.vhd --since m.vhd"), runs("c.vhd"));
+    assert_eq!(runs("c.vhd --since r.vhd"), [(block + 4 * 512, 1024), (3 * block, 512)]);
+    assert_eq!(runs("c.vhd --since c.vhd"), []);
+    assert_eq!(ok(&d, "diff m.vhd --since m.vhd"), "total 0 bytes in 0 ranges\n");
+    let table = ok(&d, "diff c.vhd");
+    assert_eq!(table.lines().count(), 4);
+    assert!(table.lines().take(3).all(|line| line.len() == 33), "{table}");
+    assert!(table.ends_with("total 1 KiB (1024 bytes) in 2 ranges\n"), "{table}");
+    assert_eq!(ok(&d, "diff c.vhd --quiet").lines().count(), 3);
+    fails(&d, "diff r.vhd", "diff: r.vhd", "no parent");
+    fails(&d, "diff m.vhd --since c.vhd", "diff: c.vhd", "no ancestor");
+    fails(&d, "diff c.vhd --since none.vhd", "diff: none.vhd", "No such file");
+}
+
+#[test]
+fn sizes_are_rounded_up_where_that_is_asked_for() {
+    let d = folder();
+    let wanted = fs::read(raw(&d, "a.raw", 3 * MIB + 512)).unwrap();
+    for (to, len) in [("fixed", 4 * MIB + 512), ("raw", 4 * MIB)] {
+        ok(&d, &format!("convert a.raw b --from raw --to {to} --align 1M --force"));
+        assert_eq!(fs::metadata(d.path().join("b")).unwrap().len(), len);
+        let copy = fs::read(d.path().join("b")).unwrap();
+        assert!(copy[..wanted.len()] == wanted && copy[wanted.len()..4 * MIB as usize].iter().all(|b| *b == 0));
+    }
+    let stream = run(&d, "convert a.raw - --from raw --to raw --align 64K").stdout;
+    assert_eq!(stream.len() as u64, 3 * MIB + (64 << 10));
+    ok(&d, "convert a.raw c.vhd --from raw --to dynamic --align 1M");
+    assert_eq!(json(&d, "info c.vhd --json")["virtual_size"], 4 * MIB);
+    ok(&d, "convert a.raw e.vhd --from raw --to fixed");
+    assert_eq!(json(&d, "info e.vhd --json")["virtual_size"], 3 * MIB + 512, "exact unless asked otherwise");
+    assert_eq!(run(&d, "convert a.raw f.vhd --from raw --to fixed --align 1000").status.code(), Some(2));
+    assert_eq!(run(&d, "convert a.raw f.vhd --from raw --to fixed --align 0").status.code(), Some(2));
+}
+
 #[test]
 fn names_from_images_do_not_reach_the_terminal_raw() {
     let d = folder();

@@ -2,19 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
+use super::hidden;
 use super::parents::{Policy, Search, Sought};
 use crate::error::Result;
-use crate::format::{Defect, DiskType};
-use crate::image::{self, Image, refuse_if_live};
-use crate::storage::{Env, File, Lock};
+use crate::format::footer::time_from_unix;
+use crate::format::{Defect, DiskType, Severity};
+use crate::image::{self, Image, Suspects, refuse_if_live};
+use crate::storage::{Env, File, FileId, Lock};
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
 pub struct Checked {
     /// Its path.
     pub path: PathBuf,
+    /// Which file that was.
+    pub id: FileId,
     /// Each broken rule.
     pub defects: Vec<Defect>,
+    /// How many corruptions, leaks and cosmetic faults are not listed, since there are too many of their kind.
+    pub unlisted: [u64; 3],
     /// Whether it can be opened at all.
     pub opens: bool,
 }
@@ -25,23 +31,32 @@ pub struct Checked {
 /// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
 /// `Io`. Broken rules are in the report.
 pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Vec<Checked>> {
-    let mut all = Vec::new();
+    let mut all: Vec<Checked> = Vec::new();
     let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
-    let mut locked = Vec::new();
+    // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
+    let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
     while let Some(file) = next.take() {
         file.lock(Lock::Shared)?;
-        let path = file.path().to_path_buf();
+        let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check(file)?;
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
             refuse_if_live(env, folder, image)?;
         }
-        let mut checked = Checked { path, defects: report.defects, opens: image.is_some() };
+        let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
+        let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
         if let (Some(search), Some(image)) = (&mut search, image) {
+            suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
             next = link(search, &image, &mut checked.defects)?;
-            locked.push(image);
+            images.push(image);
         }
         all.push(checked);
+    }
+    // Only a whole chain tells what its parents have.
+    if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
+        for (number, suspects) in suspects {
+            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects)?;
+        }
     }
     Ok(all)
 }
@@ -56,7 +71,10 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
         return Ok(None);
     }
     match search.seek(image)? {
-        Sought::Parent(parent) => Ok(Some(parent.file().clone())),
+        Sought::Parent(parent) => {
+            note_differences(image, &parent, defects)?;
+            Ok(Some(parent.file().clone()))
+        }
         Sought::Broken(file, _) => Ok(Some(file)),
         Sought::Wrong(defect, _) | Sought::Nowhere(defect) => {
             defects.push(defect);
@@ -64,3 +82,21 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
         }
     }
 }
+
+/// What is no fault and may explain one.
+fn note_differences(child: &Image, parent: &Image, defects: &mut Vec<Defect>) -> Result<()> {
+    if child.size() != parent.size() {
+        defects.push(Defect::ParentSize { child: child.size(), parent: parent.size() });
+    }
+    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
+    let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
+    // Who does not record it writes 0.
+    if recorded != 0 && found > recorded {
+        defects.push(Defect::ParentChanged { recorded, found });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;

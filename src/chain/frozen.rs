@@ -17,7 +17,7 @@ use crate::storage::Slot;
 use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 
 /// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
-const CELL_SECTORS: u64 = 4096;
+pub(super) const CELL_SECTORS: u64 = 4096;
 
 /// A file of the chain.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub struct Layer {
 
 /// A run inside a cell, in 8 bytes: end in the cell (13 bits), file (12 bits, all ones for zero), file sector (39 bits).
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Run(u64);
+pub(super) struct Run(u64);
 
 const END_BITS: u32 = 13;
 const SLOT_BITS: u32 = 12;
@@ -71,12 +71,17 @@ impl std::fmt::Debug for Run {
 
 /// The answer for a cell.
 #[derive(Debug)]
-enum Cell {
+pub(super) enum Cell {
     /// One run covers it all.
     Whole(Run),
     /// Runs in ascending order, at least two.
     Runs(Box<[Run]>),
 }
+
+/// The words of a sector of bitmap.
+pub(super) type Words = [u64; SECTOR_BITS as usize / 64];
+/// Supplies a sector of bitmap (layer, byte offset) where it is known.
+pub(super) type Known<'a> = dyn FnMut(usize, u64) -> Option<Words> + 'a;
 
 /// A sector of bitmap that a cell needs, and its words once it was read.
 #[derive(Debug)]
@@ -86,7 +91,7 @@ pub struct BitmapPiece {
     /// Byte offset of the bitmap sector in the layer's file.
     pub at: u64,
     /// What was read.
-    pub words: Option<Box<[u64; SECTOR_BITS as usize / 64]>>,
+    pub words: Option<Box<Words>>,
 }
 
 /// The merged layers, youngest first. Immutable but for what it remembers.
@@ -122,8 +127,7 @@ impl Frozen {
             rest = rest.skip(part.count());
             match self.cell(index) {
                 None => plan.miss(Missing::Cell(index)),
-                Some(Cell::Whole(run)) => plan.push(part, run.source(part.start() - start)),
-                Some(Cell::Runs(runs)) => split_runs(runs, start, part, plan),
+                Some(cell) => cell.split(start, part, plan),
             }
         }
         plan.push(beyond, Source::Zero);
@@ -135,7 +139,7 @@ impl Frozen {
         if let Some(cell) = self.cells.get(index).and_then(OnceLock::get) {
             return Some(cell);
         }
-        let cell = self.decide(index, &[]).ok()?;
+        let cell = self.decide(index, &mut |_, _| None).ok()?;
         Some(self.cells.touch(index).get_or_init(|| cell))
     }
 
@@ -144,7 +148,7 @@ impl Frozen {
         if self.is_decided(index) {
             return Vec::new();
         }
-        let wanted = self.decide(index, &[]).err().unwrap_or_default();
+        let wanted = self.decide(index, &mut |_, _| None).err().unwrap_or_default();
         wanted.into_iter().map(|(layer, at)| BitmapPiece { layer, at, words: None }).collect()
     }
 
@@ -154,7 +158,9 @@ impl Frozen {
         if self.is_decided(index) {
             return;
         }
-        let cell = self.decide(index, pieces).expect("all pieces that were asked for are there");
+        let piece = |layer, at| pieces.iter().find(|p| p.layer == layer && p.at == at);
+        let mut words = |layer, at| piece(layer, at).and_then(|p| p.words.as_deref().copied());
+        let cell = self.decide(index, &mut words).expect("all pieces that were asked for are there");
         let _ = self.cells.touch(index).set(cell);
     }
 
@@ -162,8 +168,8 @@ impl Frozen {
         self.cells.get(index).and_then(OnceLock::get).is_some()
     }
 
-    /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not among `known`.
-    fn decide(&self, index: usize, known: &[BitmapPiece]) -> Result<Cell, Vec<(usize, u64)>> {
+    /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.
+    pub(super) fn decide(&self, index: usize, known: &mut Known<'_>) -> Result<Cell, Vec<(usize, u64)>> {
         let start = index as u64 * CELL_SECTORS;
         let whole = SectorRange::between(start, (start + CELL_SECTORS).min(self.sectors));
         let mut walk = Walk { known, decided: Vec::new(), open: vec![whole], wanted: Vec::new() };
@@ -186,6 +192,17 @@ impl Frozen {
     }
 }
 
+impl Cell {
+    /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
+    #[inline]
+    pub(super) fn split(&self, start: u64, part: SectorRange, plan: &mut Plan) {
+        match self {
+            Cell::Whole(run) => plan.push(part, run.source(part.start() - start)),
+            Cell::Runs(runs) => split_runs(runs, start, part, plan),
+        }
+    }
+}
+
 /// Appends the part of a cell's runs that covers `part`.
 fn split_runs(runs: &[Run], start: u64, part: SectorRange, plan: &mut Plan) {
     let mut rest = part;
@@ -204,7 +221,7 @@ fn split_runs(runs: &[Run], start: u64, part: SectorRange, plan: &mut Plan) {
 
 /// The walk down the layers for one cell.
 struct Walk<'a> {
-    known: &'a [BitmapPiece],
+    known: &'a mut Known<'a>,
     decided: Vec<(SectorRange, Source)>,
     /// What no layer has answered for yet.
     open: Vec<SectorRange>,
@@ -251,8 +268,7 @@ impl Walk<'_> {
                 self.pass(layer, group); // cut off, as read-only opens tolerate: no bits
                 continue;
             }
-            let piece = self.known.iter().find(|p| p.layer == number && p.at == at);
-            let Some(words) = piece.and_then(|p| p.words.as_ref()) else {
+            let Some(words) = (self.known)(number, at) else {
                 self.wanted.push((number, at));
                 self.open.push(group);
                 continue;

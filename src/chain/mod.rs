@@ -12,9 +12,11 @@
 //!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
 //! ```
 
+mod changed;
 mod check;
 mod extent;
 mod frozen;
+mod hidden;
 mod open;
 mod parents;
 mod resolve;

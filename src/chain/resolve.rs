@@ -9,9 +9,10 @@
 //! asked for only when the block's own bits are known.
 
 use super::extent::{Missing, Plan};
-use super::frozen::BitmapPiece;
+use super::frozen::{BitmapPiece, CELL_SECTORS};
 use super::version::Version;
 use crate::error::Result;
+use crate::format::bitmap;
 use crate::image::NoRoom;
 use crate::storage::Slot;
 use crate::units::{SECTOR_BYTES, SectorRange};
@@ -154,6 +155,37 @@ impl Version {
         while !plan.missing.is_empty() {
             self.load_now(&plan.missing)?;
             self.plan_read(range, plan);
+        }
+        Ok(())
+    }
+
+    /// As `plan_read_now` on a disk without a top, for who passes each place once: what is read is forgotten.
+    ///
+    /// # Errors
+    /// As `load_now`.
+    pub fn plan_once(&self, range: SectorRange, plan: &mut Plan) -> Result<()> {
+        assert!(self.top().is_none(), "only what does not change is passed once");
+        plan.clear();
+        let (frozen, mut rest) = (self.frozen(), range);
+        frozen.layers().iter().for_each(|layer| layer.image.prefetch_bits(range));
+        while !rest.is_empty() {
+            let cell = rest.start() / CELL_SECTORS;
+            let start = cell * CELL_SECTORS;
+            let part = rest.clip(SectorRange::between(start, start + CELL_SECTORS));
+            rest = rest.skip(part.count());
+            let mut failed = None;
+            let mut words = |layer: usize, at: u64| {
+                let (mut bytes, mut words) = ([0; SECTOR_BYTES], [0; SECTOR_BYTES / 8]);
+                let read = frozen.layers()[layer].image.file().read_at(&mut bytes, at);
+                read.map_err(|e| failed = Some(e)).ok()?;
+                bitmap::decode(&bytes, &mut words);
+                Some(words)
+            };
+            let decided = frozen.decide(usize::try_from(cell).expect("at most 2^20 cells"), &mut words);
+            if let Some(e) = failed {
+                return Err(e);
+            }
+            decided.expect("all bitmaps were read").split(start, part, plan);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
-use super::size::{parse, parse_block_size};
+use super::size::{parse, parse_alignment, parse_block_size};
 use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
@@ -71,12 +71,14 @@ pub(super) enum Verb {
     Create(Create),
     /// Tell what an image says of itself; it may be in use
     Info(Info),
-    /// Hold an image against every rule of the format; nothing is changed
+    /// Hold an image against every rule of the format; nothing is changed without --repair
     Check(Check),
     /// Tell which file of the chain answers each range of the disk
     Map(Map),
     /// Copy the disk as its guest sees it; holes stay holes
     Convert(Convert),
+    /// Tell what was written since an ancestor, by the sector: the input of an incremental backup
+    Diff(Diff),
     /// Compare what guests see of two disks
     Compare(Compare),
 }
@@ -148,7 +150,22 @@ pub(super) struct Check {
     /// Check its parents, too, and the links between them
     #[arg(long)]
     pub(super) chain: bool,
+    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo
+    #[arg(long)]
+    pub(super) repair: bool,
     /// One JSON document
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Diff {
+    /// The image
+    pub(super) child: PathBuf,
+    /// The ancestor to compare with [default: its parent]
+    #[arg(long, value_name = "ANCESTOR")]
+    pub(super) since: Option<PathBuf>,
+    /// One JSON array of start and length in bytes
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -177,6 +194,9 @@ pub(super) struct Convert {
     /// Size of a block of a dynamic image, a power of two from 4K to 256M
     #[arg(long, value_parser = parse_block_size, default_value = "2M")]
     pub(super) block_size: BlockSize,
+    /// Round the size of the disk up to a multiple of this; Azure asks for fixed disks of whole 1M
+    #[arg(long, value_parser = parse_alignment, value_name = "SIZE", default_value = "1", hide_default_value = true)]
+    pub(super) align: u64,
     /// Replace an existing file, at the end and all at once
     #[arg(long)]
     pub(super) force: bool,

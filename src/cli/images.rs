@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use super::Exit;
-use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
+use super::args::{Args, Check, Common, Compare, Convert, Create, Diff, Info, Map, RootKind, Source, Target, Verb};
 use super::print;
 use super::progress::Work;
 use super::runtime;
@@ -24,6 +24,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Diff(a) => ("diff", diff(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
         Verb::Compare(a) => ("compare", compare(&a, &common).map_err(|e| e.at_path(&a.a))),
     }
@@ -87,7 +88,8 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
     let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
-    let report = ops::check::check(&Host, &args.path, policy.as_ref(), runtime.as_deref())?;
+    let verb = if args.repair { ops::check::repair } else { ops::check::check };
+    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref())?;
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),
@@ -108,15 +110,30 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
 
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
+    listed(|told| {
+        ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)))?;
+        told(table.end())
+    })
+}
+
+fn diff(args: &Diff, common: &Common) -> Result<Exit> {
+    let mut table = print::Diff::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
+    listed(|told| {
+        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common), |run| told(table.run(&run)))?;
+        told(table.end())
+    })
+}
+
+/// Prints a list by `print`, as it is found. A reader that has seen enough (`| head`) is no failure.
+fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>) -> Result<Exit> {
     let mut left = false;
-    let mut told = |outcome: io::Result<()>| {
+    let done = print(&mut |outcome| {
         outcome.map_err(|e| {
             left = e.kind() == io::ErrorKind::BrokenPipe;
             Error::io("cannot write to standard output", e)
         })
-    };
-    let done = ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)));
-    match done.and_then(|()| told(table.end())) {
+    });
+    match done {
         Err(_) if left => Ok(Exit::Done),
         done => done.map(|()| Exit::Done),
     }
@@ -145,7 +162,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
     let work = Work::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.at(bytes);
     if streamed {
-        ops::convert::stream(&disk, &mut Stdout, &mut progress)?;
+        ops::convert::stream(&disk, &mut Stdout, args.align, &mut progress)?;
         return Ok(Exit::Done);
     }
     if disk.bytes() % 512 != 0 && args.to != Target::Raw {
@@ -156,7 +173,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         Target::Fixed => To::Fixed,
         Target::Dynamic => To::Dynamic(args.block_size),
     };
-    ops::convert::convert(&Host, &disk, &args.destination, to, args.force, &mut progress)
+    ops::convert::convert(&Host, &disk, &args.destination, to, args.align, args.force, &mut progress)
         .map_err(|e| e.at_path(&args.destination))?;
     Ok(Exit::Done)
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::size::human;
-use crate::ops::{check, info, map};
+use crate::ops::{check, diff, info, map};
 
 /// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
 pub(super) fn plain(text: &str) -> Cow<'_, str> {
@@ -60,24 +60,47 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
     }
     let Some(chain) = &info.chain else { return Ok(()) };
     writeln!(out, "chain:")?;
-    for (depth, layer) in chain.iter().enumerate() {
+    tree(out, chain)
+}
+
+/// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
+fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
+    let name = |(depth, layer): (usize, &info::Info)| {
         let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
-        let sizes = format!("{}, {} allocated", human(layer.virtual_size), human(layer.allocated_bytes));
-        writeln!(out, "  {branch}{} ({}, {sizes})", plain(&layer.path), layer.disk_type)?;
+        format!("{branch}{}", plain(&layer.path))
+    };
+    let names: Vec<String> = chain.iter().enumerate().map(name).collect();
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    for (name, layer) in names.iter().zip(chain) {
+        let blocks = match (layer.blocks_allocated, layer.blocks) {
+            (Some(allocated), Some(blocks)) => format!("  {allocated} of {blocks} blocks"),
+            _ => String::new(),
+        };
+        let (size, room) = (human(layer.virtual_size), human(layer.allocated_bytes));
+        writeln!(out, "  {name:<width$}  {:<12}  {size:>10}  {room:>10} allocated{blocks}", layer.disk_type)?;
     }
     Ok(())
 }
 
 /// `check` for people: a line per defect, and how it stands.
 pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
+    for repaired in &report.repaired {
+        for defect in &repaired.defects {
+            writeln!(out, "repaired: {}", line(defect, Some(&repaired.path)))?;
+        }
+        if let Some(undo) = &repaired.undo {
+            writeln!(out, "{}: what was replaced is kept in {}", plain(&repaired.path), plain(undo))?;
+        }
+    }
     for defect in &report.defects {
-        let file = defect.path.as_ref().map_or(String::new(), |path| format!("{}: ", plain(path)));
-        let place = defect.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
         let mend = if defect.repairable { " [repairable]" } else { "" };
-        writeln!(out, "{file}{}: {}{place}{mend}", defect.kind, plain(&defect.detail))?;
+        writeln!(out, "{}{mend}", line(defect, None))?;
     }
     if quiet {
         return Ok(());
+    }
+    for note in &report.notes {
+        writeln!(out, "note: {}", line(note, None))?;
     }
     let files = report.chain.as_ref().map_or(String::new(), |chain| match chain.len() {
         1 => " (1 file)".to_owned(),
@@ -86,9 +109,52 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
     if report.ok {
         return writeln!(out, "{}{files}: no defects", plain(&report.path));
     }
-    let other = report.defects.len() as u64 - report.corruptions - report.leaks;
-    let (corruptions, leaks) = (report.corruptions, report.leaks);
+    let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))
+}
+
+fn line(found: &check::Found, path: Option<&str>) -> String {
+    let file = found.path.as_deref().or(path).map_or(String::new(), |path| format!("{}: ", plain(path)));
+    let place = found.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
+    format!("{file}{}: {}{place}", found.kind, plain(&found.detail))
+}
+
+/// `diff`, a run at a time.
+pub(super) struct Diff<W: Write> {
+    out: W,
+    json: bool,
+    quiet: bool,
+    runs: u64,
+    bytes: u64,
+}
+
+impl<W: Write> Diff<W> {
+    pub(super) fn new(out: W, json: bool, quiet: bool) -> Diff<W> {
+        Diff { out, json, quiet, runs: 0, bytes: 0 }
+    }
+
+    pub(super) fn run(&mut self, run: &diff::Run) -> Result<()> {
+        let first = self.runs == 0;
+        self.runs += 1;
+        self.bytes += run.length;
+        if self.json {
+            self.out.write_all(if first { b"[" } else { b",\n " })?;
+            return Ok(serde_json::to_writer(&mut self.out, run)?);
+        }
+        if first {
+            writeln!(self.out, "{:>16} {:>16}", "start", "length")?;
+        }
+        writeln!(self.out, "{:>16} {:>16}", run.start, run.length)
+    }
+
+    pub(super) fn end(mut self) -> Result<()> {
+        match self.json {
+            true => self.out.write_all(if self.runs > 0 { b"]\n" } else { b"[]\n" })?,
+            false if self.quiet => {}
+            false => writeln!(self.out, "total {} in {} ranges", bytes(self.bytes), self.runs)?,
+        }
+        self.out.flush()
+    }
 }
 
 /// `map`, a run at a time.
@@ -96,6 +162,8 @@ pub(super) struct Map<W: Write> {
     out: W,
     json: bool,
     begun: bool,
+    /// How the files are written, by depth.
+    paths: Vec<Option<String>>,
 }
 
 #[derive(Serialize)]
@@ -110,7 +178,7 @@ struct JsonRun<'a> {
 
 impl<W: Write> Map<W> {
     pub(super) fn new(out: W, json: bool) -> Map<W> {
-        Map { out, json, begun: false }
+        Map { out, json, begun: false, paths: Vec::new() }
     }
 
     pub(super) fn run(&mut self, run: &map::Run<'_>) -> Result<()> {
@@ -119,11 +187,13 @@ impl<W: Write> Map<W> {
             if first {
                 writeln!(self.out, "{:>16} {:>16} {:>5} {:>16}  file", "start", "length", "depth", "offset")?;
             }
-            let (depth, offset, file) = match &run.found {
-                None => ("-".to_owned(), "-".to_owned(), "(zero)".to_owned()),
-                Some(found) => (found.depth.to_string(), found.offset.to_string(), path(found.file)),
+            let Some(found) = &run.found else {
+                return writeln!(self.out, "{:>16} {:>16}     -                -  (zero)", run.start, run.length);
             };
-            return writeln!(self.out, "{:>16} {:>16} {depth:>5} {offset:>16}  {file}", run.start, run.length);
+            let depth = usize::from(found.depth);
+            self.paths.resize(self.paths.len().max(depth + 1), None);
+            let file = self.paths[depth].get_or_insert_with(|| path(found.file));
+            return writeln!(self.out, "{:>16} {:>16} {depth:>5} {:>16}  {file}", run.start, run.length, found.offset);
         }
         self.out.write_all(if first { b"[" } else { b",\n " })?;
         let document = JsonRun {

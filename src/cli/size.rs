@@ -25,6 +25,13 @@ pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
     size.ok_or_else(|| "a block size is a power of two from 4K to 256M".to_owned())
 }
 
+/// A multiple of which a size shall be, in the same notation.
+pub(super) fn parse_alignment(text: &str) -> Result<u64, String> {
+    // More than the largest disk would only make sizes that no disk has.
+    let fits = |align: &u64| *align == 1 || (align.is_multiple_of(512) && (512..=1 << 41).contains(align));
+    Some(parse(text)?).filter(fits).ok_or_else(|| "an alignment is a multiple of 512 bytes, at most 2T".to_owned())
+}
+
 /// A number of bytes in a few letters: `2 MiB`, `1.5 GiB`.
 pub(super) fn human(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -62,6 +69,10 @@ mod tests {
             assert!(parse(bad).is_err(), "{bad}");
         }
         assert_eq!(parse_block_size("512K").map(BlockSize::bytes), Ok(512 << 10));
+        assert_eq!((parse_alignment("1M"), parse_alignment("1536")), (Ok(1 << 20), Ok(1536)));
+        for bad in ["0", "511", "3T", "x"] {
+            assert!(parse_alignment(bad).is_err(), "{bad}");
+        }
         for bad in ["2K", "3M", "512M", "4G"] {
             assert!(parse_block_size(bad).is_err(), "{bad}");
         }

@@ -10,6 +10,8 @@ use crate::format::extents::Part;
 /// How bad a defect is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Severity {
+    /// Nothing is wrong; somebody may want to know.
+    Note,
     /// The disk reads as it should; another program may stumble.
     Cosmetic,
     /// Space that nothing refers to.
@@ -85,6 +87,10 @@ pub enum Defect {
     BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 },
     /// A place is recorded for a block behind the end of the disk.
     BlockBeyondDisk { block: u32, entry: u32, blocks: u64 },
+    /// Sectors that the bitmap calls present lie behind the end of the file.
+    BlockCutOff { block: u32, sectors: u64, at: u64 },
+    /// The bitmap of the last block, which is not whole, calls sectors behind the end of the disk present.
+    BitsBeyondDisk { block: u32, bits: u32, at: u64 },
     /// No place below 2 TiB is left for a block (O14).
     NoPlace { end: u64 },
     /// Space that no block and no metadata uses.
@@ -109,6 +115,14 @@ pub enum Defect {
     ParentRaw,
     /// The parent's virtual size differs from the child's.
     ParentSize { child: u64, parent: u64 },
+    /// The parent's file was changed after the child was made (seconds since 2000).
+    ParentChanged { recorded: u32, found: u32 },
+    /// A block that another program has marked whole, with zeros over data of the parent: what QEMU does to a child.
+    ParentHidden { block: u32, sector: u64, at: u64 },
+    /// Blocks that the image's own writer would have placed elsewhere, marked whole; `block` is the first.
+    PlacedByAnother { block: u32, blocks: u64, at: u64 },
+    /// Blocks that are whole, with zeros over data of the parent; `block` is the first.
+    ZerosOverParent { block: u32, blocks: u64, at: u64 },
     /// A chain of too many files (O17).
     ChainTooDeep { limit: usize },
     /// A chain that comes back to a file it has passed (O17).
@@ -192,6 +206,8 @@ impl Defect {
             D::BlockDuplicate { .. } => "block-duplicate",
             D::BlockOverlap { .. } => "block-overlap",
             D::BlockBeyondDisk { .. } => "block-beyond-disk",
+            D::BlockCutOff { .. } => "block-cut-off",
+            D::BitsBeyondDisk { .. } => "bits-beyond-disk",
             D::NoPlace { .. } => "no-place",
             D::SpaceUnreferenced { .. } => "space-unreferenced",
             D::DataUnderClearBit { .. } => "data-under-clear-bit",
@@ -204,6 +220,10 @@ impl Defect {
             D::ParentUuid { .. } => "parent-uuid",
             D::ParentRaw => "parent-raw",
             D::ParentSize { .. } => "parent-size",
+            D::ParentChanged { .. } => "parent-changed",
+            D::ParentHidden { .. } => "parent-hidden",
+            D::PlacedByAnother { .. } => "placed-by-another",
+            D::ZerosOverParent { .. } => "zeros-over-parent",
             D::ChainTooDeep { .. } => "chain-too-deep",
             D::ChainCycle { .. } => "chain-cycle",
             D::ChainUuidTwice { .. } => "chain-uuid-twice",
@@ -239,7 +259,12 @@ impl Defect {
             | D::TableUnaligned { at, .. }
             | D::TableOutside { at, .. }
             | D::TableOverlaps { at, .. }
+            | D::BlockCutOff { at, .. }
+            | D::BitsBeyondDisk { at, .. }
             | D::DataUnderClearBit { at, .. }
+            | D::ParentHidden { at, .. }
+            | D::PlacedByAnother { at, .. }
+            | D::ZerosOverParent { at, .. }
             | D::BatmapHeader { at }
             | D::BatmapPlace { at, .. }
             | D::BatmapChecksum { at, .. }
@@ -265,16 +290,18 @@ impl Defect {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
+            D::ParentSize { .. } | D::ParentChanged { .. } | D::ZerosOverParent { .. } => Severity::Note,
             D::SpaceUnreferenced { .. } => Severity::Leak,
             D::FooterCopyStale
             | D::ShortFooter { .. }
             | D::BlockBeyondDisk { .. }
+            | D::BitsBeyondDisk { .. }
             | D::DataUnderClearBit { .. }
+            | D::PlacedByAnother { .. }
             | D::LocatorPlatform { .. }
             | D::LocatorLength { .. }
             | D::LocatorPlace { .. }
             | D::ParentPath { .. }
-            | D::ParentSize { .. }
             | D::Encrypted { .. }
             | D::SavedState { .. }
             | D::Hidden { .. } => Severity::Cosmetic,
@@ -291,6 +318,9 @@ impl Defect {
                 | D::TrailingFooterMissing { .. }
                 | D::TrailingFooterInvalid { .. }
                 | D::FrontFooterInvalid { .. }
+                | D::ShortFooter { .. }
+                | D::BlockCutOff { .. }
+                | D::BitsBeyondDisk { .. }
                 | D::BlockBeyondDisk { .. }
                 | D::SpaceUnreferenced { .. }
                 | D::BatmapChecksum { .. }

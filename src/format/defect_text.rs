@@ -94,6 +94,16 @@ impl fmt::Display for Defect {
             D::BlockBeyondDisk { block, blocks, .. } => {
                 write!(f, "a place is recorded for block {block} of a disk of {blocks} blocks")
             }
+            D::BlockCutOff { block, sectors, .. } => write!(
+                f,
+                "{sectors} sectors of block {block} are marked present but lie behind the end of the file: they read as \
+                 zeros"
+            ),
+            D::BitsBeyondDisk { block, bits, .. } => write!(
+                f,
+                "the bitmap of block {block}, the last one, marks {bits} sectors present that lie behind the end of the \
+                 disk"
+            ),
             D::NoPlace { end } => {
                 write!(f, "no room for another block below 2 TiB (the data ends at byte {end}); compact the image")
             }
@@ -130,6 +140,35 @@ impl fmt::Display for Defect {
             D::ParentSize { child, parent } => {
                 write!(f, "the disk has {child} bytes, its parent {parent}")
             }
+            D::ParentChanged { recorded, found } => write!(
+                f,
+                "the parent's file was changed {} seconds after the time that the child records: harmless where it was \
+                 copied, touched or merged into; where its contents changed, so did the child's",
+                found.saturating_sub(*recorded)
+            ),
+            D::ParentHidden { block, sector, .. } => write!(
+                f,
+                "block {block} was placed by another program and marked whole: zeros hide data of the parent, from sector \
+                 {sector} of the block on. QEMU does that when it writes to a differencing VHD, which it takes for a \
+                 dynamic one"
+            ),
+            D::PlacedByAnother { block, blocks, .. } => {
+                let more = And(*blocks - 1);
+                write!(
+                    f,
+                    "block {block}{more} was placed by another program than the image's own writer, and marked whole. QEMU \
+                     does that when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the \
+                     parent's data; `check --chain` tells whether it did"
+                )
+            }
+            D::ZerosOverParent { block, blocks, .. } => {
+                let more = And(*blocks - 1);
+                write!(
+                    f,
+                    "block {block}{more} is marked whole and holds zeros over data of the parent: the guest has zeroed it, or \
+                     QEMU has written to the image, which it takes for a dynamic one"
+                )
+            }
             D::ChainTooDeep { limit } => write!(f, "the chain has more than {limit} files; merge some"),
             D::ChainCycle { file } => write!(f, "the chain is a cycle: it comes back to {file}"),
             D::ChainUuidTwice { uuid } => write!(f, "two files of the chain have UUID {uuid}"),
@@ -144,7 +183,7 @@ impl fmt::Display for Defect {
                 write!(f, "the batmap's checksum is {stored:#010x}, its bytes give {computed:#010x}")
             }
             D::BatmapWrong { block, .. } => {
-                write!(f, "the batmap calls block {block} whole, its bitmap does not")
+                write!(f, "the batmap calls block {block} whole, which it is not")
             }
             D::Encrypted { .. } => write!(f, "the data is encrypted by XenServer; decrypt it there"),
             D::SavedState { .. } => {
@@ -154,6 +193,15 @@ impl fmt::Display for Defect {
                 write!(f, "marked as the inner node of a chain; writing would break its children")
             }
         }
+    }
+}
+
+/// So many more of the same.
+struct And(u64);
+
+impl fmt::Display for And {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
 }
 

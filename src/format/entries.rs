@@ -47,6 +47,8 @@ impl<'a> EntryRules<'a> {
 pub struct Placed {
     /// The used entries of blocks of the disk and their blocks, by place.
     pub entries: Vec<(u32, u32)>,
+    /// The places of blocks behind the end of the disk: nobody reads them, and nobody else gets their room.
+    pub beyond: Vec<u32>,
     /// The first byte behind all metadata and all blocks.
     pub end: u64,
 }
@@ -66,7 +68,7 @@ pub fn check_entries<B>(
         ControlFlow::Break(value) => Err(value),
     };
     let stride = u64::from(rules.block_size.stride_sectors());
-    let mut placed = Placed { entries: Vec::new(), end: rules.metadata.end() };
+    let mut placed = Placed { entries: Vec::new(), beyond: Vec::new(), end: rules.metadata.end() };
     for (block, entry) in entries {
         if entry == bat::UNUSED {
             continue;
@@ -75,6 +77,7 @@ pub fn check_entries<B>(
         if u64::from(block) >= rules.blocks {
             if range.end <= rules.limit {
                 placed.end = placed.end.max(range.end);
+                placed.beyond.push(entry);
             }
             tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
             continue;
@@ -105,8 +108,8 @@ pub fn check_entries<B>(
 /// block.
 pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
-    let blocks =
-        placed.entries.iter().map(|&(entry, _)| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
+    let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond);
+    let blocks = places.map(|&entry| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
     let mut taken: Vec<Range<u64>> =
         metadata.extents().iter().map(|extent| extent.range.clone()).chain(blocks).collect();
     taken.sort_unstable_by_key(|range| range.start);
@@ -156,13 +159,16 @@ mod tests {
     fn entries_at_their_limits() {
         // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
         let end = 13 * 512;
-        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], end }, vec![]));
+        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end }, vec![]));
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
         assert_eq!(all(&[(0, 4)], end - 1).1, ["block-beyond-end"]);
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
-        assert_eq!(all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end), (Placed { entries: vec![], end: 2048 }, vec![]));
+        assert_eq!(
+            all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
+            (Placed { entries: vec![], beyond: vec![], end: 2048 }, vec![])
+        );
         assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
         assert_eq!(all(&[(0, 4), (7, 4)], LEN).1, ["block-duplicate"]);
@@ -210,7 +216,7 @@ mod tests {
         let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let free = |entries, end| {
-            let placed = Placed { entries, end: 0 };
+            let placed = Placed { entries, beyond: vec![60], end: 0 };
             unreferenced(&metadata, &placed, block_size, end)
         };
         assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);
@@ -218,6 +224,10 @@ mod tests {
         assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
         assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing behind the end counts");
         let whole = free(vec![], 64 * 512);
-        assert_eq!((whole.len(), whole[0].clone()), (1, 2048..64 * 512));
+        assert_eq!(
+            (whole.len(), whole[0].clone()),
+            (1, 2048..60 * 512),
+            "the room of a block behind the end of the disk"
+        );
     }
 }

@@ -55,7 +55,7 @@ impl Bat {
     pub fn next_used(&self, block: u32) -> Option<u32> {
         let mut entries = self.entries.touched_from(block as usize);
         let used = |entry: &AtomicU32| entry.load(Ordering::Acquire) != UNUSED;
-        let (found, _) = entries.find(|(number, entry)| *number >= block as usize && used(entry))?;
+        let (found, _) = entries.find(|(_, entry)| used(entry))?;
         Some(u32::try_from(found).expect("at most 2^32 blocks"))
     }
 }

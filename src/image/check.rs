@@ -1,25 +1,54 @@
 //! Checking: the walk of an open that goes on where an open stops, and what only a check looks at.
+//!
+//! What is found is a fact about the bytes of this file. Whether a block hides data of the parent can be told only beside
+//! the parent (`chain`); [`Report::suspects`] are the blocks to look at.
 
-use std::ops::ControlFlow;
+use std::collections::BTreeMap;
+use std::ops::{ControlFlow, Range};
 
-use super::open::{Image, Sparse};
+use super::holes::next_data;
+use super::open::Image;
+use super::walk::{self, Suspects};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
-use crate::format::{Defect, Part, Severity};
+use crate::format::layout::PAGE;
+use crate::format::{Defect, Severity};
 use crate::storage::File;
-use crate::units::SECTOR;
+
+/// Defects of a kind that are listed; of a table of millions of wrong entries more would help nobody.
+const LISTED: u64 = 1000;
 
 /// What a check found.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Each broken rule.
+    /// Each broken rule; of one kind at most a thousand.
     pub defects: Vec<Defect>,
+    /// Blocks that may hide data of the parent.
+    pub suspects: Option<Suspects>,
+    kinds: BTreeMap<&'static str, u64>,
+    unlisted: BTreeMap<Severity, u64>,
 }
 
 impl Report {
-    /// Defects of a severity.
+    /// Defects of a severity, listed or not.
     pub fn count(&self, severity: Severity) -> usize {
-        self.defects.iter().filter(|d| d.severity() == severity).count()
+        let listed = self.defects.iter().filter(|d| d.severity() == severity).count();
+        listed + usize::try_from(self.unlisted(severity)).unwrap_or(usize::MAX)
+    }
+
+    /// Defects of a severity that are not listed.
+    pub fn unlisted(&self, severity: Severity) -> u64 {
+        self.unlisted.get(&severity).copied().unwrap_or(0)
+    }
+
+    pub(super) fn add(&mut self, defect: Defect) {
+        let kind = self.kinds.entry(defect.kind()).or_default();
+        *kind += 1;
+        if *kind <= LISTED {
+            self.defects.push(defect);
+        } else {
+            *self.unlisted.entry(defect.severity()).or_default() += 1;
+        }
     }
 }
 
@@ -30,12 +59,12 @@ impl Report {
 pub fn check(file: File) -> Result<(Report, Option<Image>)> {
     let mut report = Report::default();
     let examined = Image::examine(file, &mut |defect, _| {
-        report.defects.push(defect);
+        report.add(defect);
         ControlFlow::<Error>::Continue(())
     });
     match examined {
         Ok(image) => {
-            look_closer(&image, &mut report.defects)?;
+            look_closer(&image, &mut report)?;
             Ok((report, Some(image)))
         }
         Err(_) if !report.defects.is_empty() => Ok((report, None)),
@@ -44,37 +73,61 @@ pub fn check(file: File) -> Result<(Report, Option<Image>)> {
 }
 
 /// What opening does not need to know.
-fn look_closer(image: &Image, defects: &mut Vec<Defect>) -> Result<()> {
+fn look_closer(image: &Image, report: &mut Report) -> Result<()> {
     let footer = image.footer();
     let at = image.data_end();
     if footer.saved_state != 0 {
-        defects.push(Defect::SavedState { at });
+        report.add(Defect::SavedState { at });
     }
     if footer.hidden() {
-        defects.push(Defect::Hidden { at });
+        report.add(Defect::Hidden { at });
     }
-    let Some(sparse) = image.sparse() else { return Ok(()) };
-    // Anything can be said of free space only when the blocks' places can be believed.
-    if defects.iter().all(|d| d.severity() != Severity::Corruption) {
-        let block_size = sparse.header.block_size;
-        for gap in unreferenced(&sparse.metadata, &sparse.placed, block_size, image.data_end()) {
-            defects.push(Defect::SpaceUnreferenced { offset: gap.start, bytes: gap.end - gap.start });
+    if places_are_believed(&report.defects) {
+        for gap in free(image)? {
+            report.add(Defect::SpaceUnreferenced { offset: gap.start, bytes: gap.end - gap.start });
         }
-    }
-    check_batmap(image, sparse, defects)
-}
-
-/// XenServer's batmap: its checksum, which tapdisk insists on.
-fn check_batmap(image: &Image, sparse: &Sparse, defects: &mut Vec<Defect>) -> Result<()> {
-    let Some(batmap) = &sparse.batmap else { return Ok(()) };
-    let region = sparse.metadata.extents().iter().find(|e| e.part == Part::Batmap);
-    let Some(region) = region.map(|e| e.range.clone()) else { return Ok(()) };
-    // The region lies in the file, but only so much of it is summed as the disk has blocks.
-    let summed = crate::format::BatmapHeader::summed_bytes(image.size()).min(region.end - region.start);
-    let mut map = vec![0; usize::try_from(summed.max(SECTOR)).expect("a bit a block")];
-    image.file().read_at(&mut map, region.start)?;
-    if let Err(defect) = batmap.verify(&map) {
-        defects.push(defect);
+        walk::walk(image, report)?;
     }
     Ok(())
 }
+
+/// Whether it is sure which bytes of the file somebody refers to.
+pub(super) fn places_are_believed(defects: &[Defect]) -> bool {
+    !defects.iter().any(|defect| {
+        matches!(
+            defect,
+            Defect::FootersDiffer { .. }
+                | Defect::BlockInMetadata { .. }
+                | Defect::BlockBeyondEnd { .. }
+                | Defect::BlockDuplicate { .. }
+                | Defect::BlockOverlap { .. }
+                | Defect::BatmapHeader { .. }
+                | Defect::BatmapPlace { .. }
+                | Defect::LocatorPlatform { .. }
+                | Defect::LocatorLength { .. }
+                | Defect::LocatorPlace { .. }
+        )
+    })
+}
+
+/// The space that nothing refers to: before the footer, and between blocks where it takes room on the host.
+pub(super) fn free(image: &Image) -> Result<Vec<Range<u64>>> {
+    let (Some(sparse), end) = (image.sparse(), image.data_end()) else { return Ok(Vec::new()) };
+    let mut free = unreferenced(&sparse.metadata, &sparse.placed, sparse.header.block_size, end);
+    let mut kept = Vec::new();
+    for gap in free.drain(..) {
+        if gap.end == end || next_data(image.file(), inside(&gap))?.is_some() {
+            kept.push(gap);
+        }
+    }
+    Ok(kept)
+}
+
+/// The whole pages of a range: what can be given back of it.
+pub(super) fn inside(range: &Range<u64>) -> Range<u64> {
+    range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE
+}
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "check_tests.rs"]
+pub(super) mod tests;

@@ -15,15 +15,20 @@
 //!              │ trim                  the file ends behind its last block
 //!              v
 //!            closed
+//!
+//!   check ──> Report                  every rule, and what blocks say (walk); repair mends what needs no guess (undo keeps
+//!                                    what it replaces)
 //! ```
 
 pub mod bat;
+mod batmap;
 pub mod bitmaps;
 pub mod check;
 pub mod commit;
 pub mod create;
 mod drive;
 mod fit;
+mod holes;
 pub mod journal;
 mod keep;
 #[cfg(feature = "mutants")]
@@ -31,19 +36,26 @@ mod mistakes;
 pub mod open;
 mod paged;
 mod recover;
+mod repair;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 pub mod tail;
+mod undo;
+mod walk;
 pub mod writable;
 
 pub use bat::Bat;
+pub use batmap::Batmap;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
 pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name, write_new};
 pub use drive::drive;
 pub use fit::refuse_if_live;
+pub use holes::is_zero;
 pub use keep::Keep;
 pub use open::Image;
 pub use paged::Paged;
+pub use repair::repair;
 pub use tail::Growth;
+pub use walk::Suspects;
 pub use writable::{NoRoom, Writable};

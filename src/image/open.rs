@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use uuid::Uuid;
 
 use super::bat::Bat;
+use super::batmap::read_bitmap;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::entries::{EntryRules, Placed, check_entries};
@@ -18,7 +19,7 @@ use crate::format::{
     Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
 };
 use crate::storage::File;
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Bytes of the block table read at once.
 const TABLE_CHUNK: u64 = 1 << 20;
@@ -178,6 +179,31 @@ impl Image {
     /// First byte behind all metadata.
     pub fn metadata_end(&self) -> u64 {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
+    }
+
+    /// The bits of a block's sectors, as words of [`format::bitmap`](crate::format::bitmap), from the file; `None` where the
+    /// block has no place. What the file does not hold of them is clear.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sector_bits(&self, block: u32) -> Result<Option<Vec<u64>>> {
+        let place = self.bat().and_then(|table| table.place(block));
+        place.map(|place| read_bitmap(self, place)).transpose()
+    }
+
+    /// Says that the bitmaps of the blocks that have a place and lie in a range are going to be read.
+    pub fn prefetch_bits(&self, range: SectorRange) {
+        let (Some(table), Some(block_size)) = (self.bat(), self.block_size()) else { return };
+        let range = range.clip(SectorRange::between(0, self.size() / SECTOR));
+        if range.is_empty() {
+            return;
+        }
+        let (mut block, last) = (block_size.block_of(range.start()), block_size.block_of(range.end() - 1));
+        while let Some(next) = table.next_used(block).filter(|next| *next <= last) {
+            let place = table.place(next).expect("it is used");
+            self.file.prefetch(u64::from(place) * SECTOR, u64::from(block_size.bitmap_sectors()) * SECTOR);
+            block = next + 1;
+        }
     }
 
     /// Whether the file ends with a footer of 512 bytes.

@@ -48,15 +48,18 @@ impl<T> Paged<T> {
         &page[at % PAGE]
     }
 
-    /// Every element of every touched page with its index, ascending. Indices may lie beyond `len` on the last page.
+    /// Every element of every touched page with its index, ascending; some lie beyond `len` on the last page.
     pub fn touched(&self) -> impl Iterator<Item = (usize, &T)> {
         self.touched_from(0)
     }
 
-    /// As `touched`, from the page of element `at` on.
+    /// As `touched`, from element `at` on.
     pub fn touched_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
         let pages = self.pages.iter().enumerate().skip(at / PAGE).filter_map(|(n, p)| Some((n, p.get()?)));
-        pages.flat_map(|(n, page)| page.iter().enumerate().map(move |(k, t)| (n * PAGE + k, t)))
+        pages.flat_map(move |(n, page)| {
+            let skip = at.saturating_sub(n * PAGE);
+            (n * PAGE + skip..).zip(page.iter().skip(skip))
+        })
     }
 }
 
@@ -74,6 +77,8 @@ mod tests {
         assert_eq!(t.get(5 * PAGE + 1).unwrap().load(Ordering::Relaxed), 9);
         assert_eq!(t.touched().count(), PAGE);
         assert_eq!(t.touched().next().unwrap().0, 5 * PAGE);
+        assert_eq!(t.touched_from(5 * PAGE + 7).next().unwrap().0, 5 * PAGE + 7);
+        assert_eq!((t.touched_from(3).count(), t.touched_from(6 * PAGE).count()), (PAGE, 0));
         t.touch(10 * PAGE + 2);
     }
 }

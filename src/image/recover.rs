@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
+use super::batmap;
 use super::bitmaps::{Bitmaps, Fresh};
 use super::journal::Found;
 use super::open::Image;
@@ -69,6 +70,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
             file.sync()?;
         }
     }
+    batmap::disclaim(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
     let room =

@@ -1,13 +1,14 @@
-//! `check`: every rule of the format, without changing anything.
+//! `check`: every rule of the format; with `repair` what can be mended without guessing is mended.
 
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::chain::{self, Checked, Policy};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Severity};
-use crate::storage::{Access, Env};
+use crate::image;
+use crate::storage::{Access, Env, Lock};
 
 /// What was found in one file, or in all of a chain.
 #[derive(Clone, Debug, Serialize)]
@@ -20,8 +21,15 @@ pub struct Report {
     pub corruptions: u64,
     /// Regions that nothing refers to.
     pub leaks: u64,
-    /// All that was found.
+    /// Defects that are neither.
+    pub cosmetic: u64,
+    /// All that was found; of one kind at most a thousand in a file.
     pub defects: Vec<Found>,
+    /// What is no defect but may explain something.
+    pub notes: Vec<Found>,
+    /// What a repair has mended; this report tells what is left.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<Repaired>,
     /// The same for each file, youngest first, when the chain was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Report>>,
@@ -46,6 +54,17 @@ pub struct Found {
     pub corrupt: bool,
 }
 
+/// A file that was mended.
+#[derive(Clone, Debug, Serialize)]
+pub struct Repaired {
+    /// The file.
+    pub path: String,
+    /// What was wrong with it and could be mended.
+    pub defects: Vec<Found>,
+    /// The file that keeps what was replaced; `None` where nothing had to be.
+    pub undo: Option<String>,
+}
+
 /// Holds the image at `path`, and with a policy its parents, against every rule. Without a policy nothing that the
 /// image names is opened.
 ///
@@ -54,18 +73,50 @@ pub struct Found {
 /// `runtime` says more than the file; `Io`.
 pub fn check(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime)?;
-    let mut reports: Vec<Report> = checked.iter().map(|file| report(file, parents.is_some())).collect();
-    if parents.is_none() {
-        return Ok(reports.remove(0));
+    Ok(all(&checked, parents.is_some()))
+}
+
+/// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. The guest's
+/// disk reads the same at every moment.
+///
+/// # Errors
+/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `NoSpace`.
+pub fn repair(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Report> {
+    let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime)?;
+    let mut repaired = Vec::new();
+    for checked in before.iter().filter(|checked| checked.opens) {
+        let report = report(checked, parents.is_some());
+        let defects: Vec<Found> = report.defects.into_iter().filter(|found| found.repairable).collect();
+        if defects.is_empty() {
+            continue;
+        }
+        let file = env.open(&checked.path, Access::Write)?;
+        file.lock(Lock::Exclusive)?;
+        if file.stat()?.id != checked.id {
+            return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
+        }
+        let undo = image::repair(env, &file)?.map(|path| path.display().to_string());
+        repaired.push(Repaired { path: report.path, defects, undo });
     }
-    Ok(Report {
+    Ok(Report { repaired, ..check(env, path, parents, runtime)? })
+}
+
+fn all(checked: &[Checked], chain: bool) -> Report {
+    let mut reports: Vec<Report> = checked.iter().map(|file| report(file, chain)).collect();
+    if !chain {
+        return reports.remove(0);
+    }
+    Report {
         path: reports[0].path.clone(),
         ok: reports.iter().all(|r| r.ok),
         corruptions: reports.iter().map(|r| r.corruptions).sum(),
         leaks: reports.iter().map(|r| r.leaks).sum(),
+        cosmetic: reports.iter().map(|r| r.cosmetic).sum(),
         defects: reports.iter().flat_map(|r| r.defects.iter().cloned()).collect(),
+        notes: reports.iter().flat_map(|r| r.notes.iter().cloned()).collect(),
+        repaired: Vec::new(),
         chain: Some(reports),
-    })
+    }
 }
 
 fn report(file: &Checked, named: bool) -> Report {
@@ -79,16 +130,26 @@ fn report(file: &Checked, named: bool) -> Report {
         kind: defect.kind(),
         offset: defect.offset(),
         detail: defect.to_string(),
-        repairable: defect.repairable(),
+        repairable: defect.repairable() && file.opens,
         corrupt: corrupt(number, defect),
     };
-    let defects: Vec<Found> = file.defects.iter().enumerate().map(found).collect();
+    let (mut defects, mut notes) = (Vec::new(), Vec::new());
+    for (number, defect) in file.defects.iter().enumerate() {
+        let to = if defect.severity() == Severity::Note { &mut notes } else { &mut defects };
+        to.push(found((number, defect)));
+    }
+    let [corruptions, leaks, cosmetic] = file.unlisted;
+    let corrupt = defects.iter().filter(|d| d.corrupt).count() as u64;
+    let leak = file.defects.iter().filter(|d| d.severity() == Severity::Leak).count() as u64;
     Report {
         ok: defects.is_empty(),
-        corruptions: defects.iter().filter(|d| d.corrupt).count() as u64,
-        leaks: file.defects.iter().filter(|d| d.severity() == Severity::Leak).count() as u64,
+        corruptions: corruptions + corrupt,
+        leaks: leaks + leak,
+        cosmetic: cosmetic + defects.len() as u64 - corrupt - leak,
         path,
         defects,
+        notes,
+        repaired: Vec::new(),
         chain: None,
     }
 }

@@ -21,7 +21,7 @@ pub enum To {
     Dynamic(BlockSize),
 }
 
-/// Copies `disk` to a new file at `path`. The name appears when the copy is whole and durable; with `replace` it then
+/// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy is whole and durable; with `replace` it then
 /// takes the place of what has the name. A VHD gets whole sectors: what the last one lacks is zero.
 ///
 /// # Errors
@@ -32,26 +32,27 @@ pub fn convert(
     disk: &Disk,
     path: &Path,
     to: To,
+    align: u64,
     replace: bool,
     progress: &mut Progress<'_>,
 ) -> Result<()> {
-    let size = disk.sectors() * SECTOR;
+    let size = (disk.sectors() * SECTOR).next_multiple_of(align);
     let spec = match to {
         To::Raw => None,
         To::Fixed => Some(Spec { kind: Kind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
         To::Dynamic(block_size) => Some(Spec { kind: Kind::Dynamic, size, block_size, reserve: size }),
     };
-    let make = spec.as_ref().map_or(Make::Raw(disk.bytes()), Make::Image);
+    let make = spec.as_ref().map_or(Make::Raw(disk.bytes().next_multiple_of(align)), Make::Image);
     let mut sink = Sink::new(env, path, &make, replace)?;
     each_run(disk, progress, |range, bytes| sink.put(range, bytes))?;
     sink.finish()
 }
 
-/// Writes `disk` to `out` from its first byte to its last, zeros as zeros.
+/// Writes `disk` to `out` from its first byte to its last, zeros as zeros, and zeros up to a multiple of `align` bytes.
 ///
 /// # Errors
 /// `Io`, also where nobody reads `out` any more; what `progress` fails with.
-pub fn stream(disk: &Disk, out: &mut dyn Write, progress: &mut Progress<'_>) -> Result<()> {
+pub fn stream(disk: &Disk, out: &mut dyn Write, align: u64, progress: &mut Progress<'_>) -> Result<()> {
     let failed = |e| Error::io("cannot write to standard output", e);
     let zeros = Buffer::zeroed(CHUNK);
     let (end, mut done) = (disk.bytes(), 0);
@@ -70,6 +71,6 @@ pub fn stream(disk: &Disk, out: &mut dyn Write, progress: &mut Progress<'_>) -> 
         done += len;
         Ok(())
     })?;
-    fill(out, &mut done, end)?;
+    fill(out, &mut done, end.next_multiple_of(align))?;
     out.flush().map_err(failed)
 }

@@ -36,14 +36,17 @@ pub struct Found<'a> {
 /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, Use::Read)?.into_frozen();
+    let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
+    version.files().for_each(|(_, file)| file.expect_scattered_reads());
     let mut tell = |extent: Extent| {
         let place = match extent.source {
             Source::Zero => None,
-            Source::File { slot, offset } => Some(Found { depth: slot.0, file: version.file(slot).path(), offset }),
+            // Slots are numbered as the files are, from the youngest.
+            Source::File { slot, offset } => Some(Found { depth: slot.0, file: paths[usize::from(slot.0)], offset }),
         };
         found(Run { start: extent.range.start() * SECTOR, length: extent.range.bytes(), found: place })
     };
-    let (mut extents, mut pending) = (Extents::new(&version), None::<Extent>);
+    let (mut extents, mut pending) = (Extents::new(&version).once(), None::<Extent>);
     while let Some(next) = extents.next()? {
         pending = match pending {
             None => Some(next),

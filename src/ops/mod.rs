@@ -1,13 +1,13 @@
 //! Floor 4: the verbs on images that nobody serves.
 //!
-//! Owns: what `create`, `info`, `check`, `map`, `convert` and `compare` do, as functions that return values. Leaves to
-//! others: words, screens and exit codes (`cli`), requests of guests (`device`), one image's order of writes (`image`).
+//! Owns: what `create`, `info`, `check`, `map`, `diff`, `convert` and `compare` do, as functions that return values. Leaves
+//! to others: words, screens and exit codes (`cli`), requests of guests (`device`), one image's order of writes (`image`).
 //!
 //! ```text
-//!   create   info   check        map      convert   compare
-//!      |       |      |           |          |         |
-//!      |       |      |           └── mover: a disk as runs, read past its holes
-//!      v       v      v                      |
+//!   create  info  check  diff    map      convert   compare
+//!      |     |      |     |       |          |         |
+//!      |     |      |     |       └── mover: a disk as runs, read past its holes
+//!      v     v      v     v                  |
 //!    image and chain <───────────────────────┘
 //! ```
 //!
@@ -18,6 +18,7 @@ pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod diff;
 pub mod info;
 pub mod map;
 mod mover;

@@ -100,12 +100,19 @@ pub(super) struct Extents<'a> {
     placed: Vec<u64>,
     plan: Plan,
     next: usize,
+    /// What is read on the way is forgotten.
+    once: bool,
 }
 
 impl<'a> Extents<'a> {
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
         let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, 0)).collect();
-        Extents { version, at: 0, placed, plan: Plan::default(), next: 0 }
+        Extents { version, at: 0, placed, plan: Plan::default(), next: 0, once: false }
+    }
+
+    /// For who asks nothing else of the version: what is read on the way is forgotten.
+    pub(super) fn once(self) -> Extents<'a> {
+        Extents { once: true, ..self }
     }
 
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {
@@ -123,7 +130,11 @@ impl<'a> Extents<'a> {
                 return Ok(Some(Extent { range: SectorRange::between(from, self.at), source: Source::Zero }));
             }
             self.at = (from + WINDOW).min(sectors);
-            self.version.plan_read_now(SectorRange::between(from, self.at), &mut self.plan)?;
+            let window = SectorRange::between(from, self.at);
+            match self.once {
+                true => self.version.plan_once(window, &mut self.plan)?,
+                false => self.version.plan_read_now(window, &mut self.plan)?,
+            }
             self.next = 0;
         }
     }

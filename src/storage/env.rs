@@ -145,6 +145,16 @@ impl File {
         each_kind!(self, f => f.next_data(offset))
     }
 
+    /// Says that small pieces of it are going to be read here and there, so that the host reads no more than is asked for.
+    pub fn expect_scattered_reads(&self) {
+        each_kind!(self, f => f.expect_scattered_reads())
+    }
+
+    /// Says that a range is going to be read soon: reads of many such ranges then do not wait for one another.
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        each_kind!(self, f => f.prefetch(offset, len))
+    }
+
     /// Takes a lock that dies with the open description; `Busy` (naming the holder where it can be known) where
     /// somebody else has one against it. Waits, up to 30 s, only for the I/O of processes that have ended.
     pub fn lock(&self, lock: Lock) -> Result<()> {

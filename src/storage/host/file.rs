@@ -284,6 +284,17 @@ impl HostFile {
         Ok(())
     }
 
+    /// See [`File::expect_scattered_reads`](crate::storage::File::expect_scattered_reads).
+    pub fn expect_scattered_reads(&self) {
+        // Advice: where it is not taken, nothing is lost but time.
+        let _ = rustix::fs::fadvise(self, 0, None, rustix::fs::Advice::Random);
+    }
+
+    /// See [`File::prefetch`](crate::storage::File::prefetch).
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
+    }
+
     /// Whether it was switched to O_DIRECT.
     pub fn is_direct(&self) -> bool {
         self.0.direct.get().is_some()

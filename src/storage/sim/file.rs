@@ -112,6 +112,12 @@ impl SimFile {
         })
     }
 
+    /// Nothing is read ahead here.
+    pub fn expect_scattered_reads(&self) {}
+
+    /// Nothing has to be waited for here.
+    pub fn prefetch(&self, _: u64, _: u64) {}
+
     /// See [`File::lock`](crate::storage::File::lock).
     pub fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.0.access == Access::Read {

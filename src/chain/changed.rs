@@ -1,0 +1,178 @@
+//! What has changed between an ancestor and a child: the sectors that any layer above the ancestor calls its own. Bitmaps
+//! tell, to the sector; no data is read.
+//!
+//! A sector counts as changed when it was written, whether or not the bytes differ; and where a layer in between ends
+//! before the ancestor does, since zeros stand there.
+
+use super::open::Chain;
+use crate::error::Result;
+use crate::format::bitmap;
+use crate::image::Image;
+use crate::units::{SECTOR, SectorRange};
+
+/// Sectors that are looked at together: 512 MiB.
+const WINDOW: u64 = 1 << 20;
+
+/// A layer above the ancestor.
+struct Above<'a> {
+    image: &'a Image,
+    /// Sectors of it that can be seen from the child.
+    seen: u64,
+    /// What lies behind its end and in the ancestor.
+    cut: SectorRange,
+    /// What `next` found last; good for all that is asked for up to there. `None`: there is nothing more.
+    found: Option<u64>,
+}
+
+impl Chain {
+    /// Tells `found` the ranges that changed since image `ancestor` of this chain, ascending, neighbours joined.
+    ///
+    /// # Errors
+    /// `Io`; what `found` fails with.
+    pub fn changed(&self, ancestor: usize, mut found: impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
+        let images = self.images();
+        let mut sees = self.youngest().size() / SECTOR;
+        let mut layers = Vec::new();
+        for image in &images[..ancestor] {
+            let seen = sees.min(image.size() / SECTOR);
+            let cut = SectorRange::between(seen, sees.min(images[ancestor].size() / SECTOR));
+            layers.push(Above { image, seen, cut, found: Some(0) });
+            sees = seen;
+        }
+        images.iter().take(ancestor).for_each(|image| image.file().expect_scattered_reads());
+        let mut window = vec![0; (WINDOW / 64) as usize];
+        let mut pending = SectorRange::default();
+        let mut from = 0;
+        while let Some(next) = layers.iter_mut().filter_map(|layer| layer.next(from)).min() {
+            from = next / WINDOW * WINDOW;
+            window.fill(0);
+            let range = SectorRange::between(from, from + WINDOW);
+            layers.iter().filter(|layer| layer.found.is_some_and(|found| found < range.end())).for_each(|layer| {
+                layer.image.prefetch_bits(range.clip(SectorRange::between(0, layer.seen)));
+            });
+            for layer in &layers {
+                layer.mark(range, &mut window)?;
+            }
+            let end = u32::try_from(WINDOW).expect("2^20");
+            let mut bit = 0;
+            while bit < end {
+                let (set, count) = bitmap::run(&window, bit, end);
+                if set {
+                    let start = from + u64::from(bit);
+                    let run = SectorRange::between(start, start + u64::from(count));
+                    if pending.end() == run.start() && !pending.is_empty() {
+                        pending = SectorRange::between(pending.start(), run.end());
+                    } else {
+                        tell(pending, &mut found)?;
+                        pending = run;
+                    }
+                }
+                bit += count;
+            }
+            from += WINDOW;
+        }
+        tell(pending, &mut found)
+    }
+}
+
+fn tell(range: SectorRange, found: &mut impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
+    if range.is_empty() { Ok(()) } else { found(range) }
+}
+
+impl Above<'_> {
+    /// The first sector at or after `from` that it may have changed.
+    fn next(&mut self, from: u64) -> Option<u64> {
+        if self.found.is_some_and(|found| found < from || from == 0) {
+            self.found = self.find(from);
+        }
+        self.found
+    }
+
+    fn find(&self, from: u64) -> Option<u64> {
+        let (table, block_size) = (self.image.bat()?, self.image.block_size()?);
+        let block = if from < self.seen { table.next_used(block_size.block_of(from)) } else { None };
+        let placed = block.map(|block| block_size.range_of(block).start().max(from)).filter(|at| *at < self.seen);
+        let cut = (from < self.cut.end() && !self.cut.is_empty()).then(|| self.cut.start().max(from));
+        placed.into_iter().chain(cut).min()
+    }
+
+    /// Sets the bits of the sectors of a window that it has changed.
+    fn mark(&self, window: SectorRange, bits: &mut [u64]) -> Result<()> {
+        let within = |sector: u64| u32::try_from(sector - window.start()).expect("inside a window");
+        let cut = self.cut.clip(window);
+        if !cut.is_empty() {
+            bitmap::set(bits, within(cut.start()), within(cut.end()) - within(cut.start()));
+        }
+        let Some((table, block_size)) = self.image.bat().zip(self.image.block_size()) else { return Ok(()) };
+        let seen = window.clip(SectorRange::between(0, self.seen));
+        let mut rest = seen;
+        while !rest.is_empty() {
+            let Some(block) = table.next_used(block_size.block_of(rest.start())) else { return Ok(()) };
+            let range = block_size.range_of(block);
+            let part = range.clip(rest);
+            if part.is_empty() {
+                return Ok(());
+            }
+            rest = SectorRange::between(part.end(), seen.end());
+            let words = self.image.sector_bits(block)?.expect("the table has a place for it");
+            let mut bit = block_size.within(part.start());
+            let end = bit + u32::try_from(part.count()).expect("a part of a block");
+            while bit < end {
+                let (set, count) = bitmap::run(&words, bit, end);
+                if set {
+                    bitmap::set(bits, within(range.start() + u64::from(bit)), count);
+                }
+                bit += count;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Use;
+    use super::super::rig::Rig;
+
+    fn changed(rig: &Rig, child: &str, ancestor: usize) -> Vec<(u64, u64)> {
+        let mut ranges = Vec::new();
+        let chain = rig.chain(child, Use::Read).unwrap();
+        let found = |range: crate::units::SectorRange| {
+            ranges.push((range.start(), range.end()));
+            Ok(())
+        };
+        chain.changed(ancestor, found).unwrap();
+        ranges
+    }
+
+    #[test]
+    fn what_any_layer_above_has_written() {
+        let rig = Rig::new();
+        let sectors = 1_300_000;
+        rig.dynamic("root", 2 << 20, sectors);
+        rig.fill("root", &[(0, 5_000, 1)]);
+        rig.child("a", "root", 4 << 10, sectors);
+        rig.fill("a", &[(3, 5, 2), (1_048_574, 1_048_577, 2), (1_299_999, 1_300_000, 2)]);
+        rig.child("b", "a", 512 << 10, sectors);
+        rig.fill("b", &[(4, 9, 3), (9, 10, 3), (1_048_577, 1_048_584, 3), (200_000, 200_001, 3)]);
+        assert_eq!(changed(&rig, "b", 1), [(4, 10), (200_000, 200_001), (1_048_577, 1_048_584)]);
+        let both = [(3, 10), (200_000, 200_001), (1_048_574, 1_048_584), (1_299_999, 1_300_000)];
+        assert_eq!(changed(&rig, "b", 2), both, "joined over the edges of layers, blocks and windows");
+        assert_eq!(changed(&rig, "b", 0), []);
+        assert_eq!(changed(&rig, "a", 1), [(3, 5), (1_048_574, 1_048_577), (1_299_999, 1_300_000)]);
+    }
+
+    #[test]
+    fn where_a_layer_is_shorter_zeros_have_come() {
+        let rig = Rig::new();
+        rig.fixed("root", 1_000);
+        rig.child("short", "root", 4 << 10, 600);
+        rig.fill("short", &[(599, 600, 1)]);
+        rig.child("leaf", "short", 4 << 10, 1_200);
+        rig.fill("leaf", &[(1_100, 1_101, 1)]);
+        assert_eq!(changed(&rig, "leaf", 2), [(599, 1_000), (1_100, 1_101)]);
+        assert_eq!(changed(&rig, "leaf", 1), [(1_100, 1_101)], "behind the end of a parent all was zero");
+        rig.child("tiny", "leaf", 4 << 10, 100);
+        assert_eq!(changed(&rig, "tiny", 3), [], "nothing of it can be seen");
+    }
+}

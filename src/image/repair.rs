@@ -1,0 +1,228 @@
+//! Repair: mends what needs no guessing, crash-safely, and keeps what it replaces.
+//!
+//! The guest's disk reads the same before, after and at every moment between: only copies (footers), derived data
+//! (XenServer's batmap), bits and entries that nobody reads, and space that nobody refers to are changed.
+//!
+//! ```text
+//!   1  undo       what is going to be replaced, durable (undo.rs)
+//!   2  front      the footer's copy at the start                   sync   the one at the end is whole meanwhile
+//!   3  tail       the footer at the end, or where the end will be  sync   the one at the start is whole meanwhile
+//!   4  pointers   batmap, bits and entries that say too much       sync   before the room they speak of is given back
+//!   5  space      holes where nothing is; the file ends behind its last block       sync
+//! ```
+//!
+//! Each step leaves an image that is at least as sound as before, and a repair that is begun again finds what is left to
+//! do. A second round frees what the first one has made free.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
+
+use super::batmap::{Batmap, on_disk, read_bitmap};
+use super::check::{free, inside, places_are_believed};
+use super::open::{Image, Sparse};
+use super::undo::Undo;
+use super::walk::beyond_disk;
+use crate::error::{Error, Result};
+use crate::format::{Defect, bat, bitmap};
+use crate::point;
+use crate::storage::{Env, File};
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+/// Rounds that a repair takes at most; each mends what the one before made plain.
+const ROUNDS: usize = 4;
+
+/// What is written where.
+type Writes = Vec<(u64, Vec<u8>)>;
+
+/// What a round does.
+#[derive(Debug, Default)]
+struct Plan {
+    front: Option<[u8; SECTOR_BYTES]>,
+    tail: Option<(u64, [u8; SECTOR_BYTES])>,
+    pointers: Writes,
+    holes: Vec<Range<u64>>,
+    len: Option<u64>,
+}
+
+/// Mends the image in a file that is locked exclusively. Returns the file that keeps what was replaced; `None` where there
+/// was nothing to mend.
+///
+/// # Errors
+/// `Io`, `NoSpace`, and whatever makes it impossible to open the image at all: then nothing was changed.
+pub fn repair(env: &dyn Env, file: &File) -> Result<Option<PathBuf>> {
+    let mut undo = None;
+    for _ in 0..ROUNDS {
+        let mut defects = Vec::new();
+        let image = Image::examine(file.clone(), &mut |defect, _| {
+            defects.push(defect);
+            ControlFlow::<Error>::Continue(())
+        })?;
+        let plan = Plan::new(&image, &defects)?;
+        if plan.is_empty() {
+            break;
+        }
+        let undo = match &mut undo {
+            Some(undo) => undo,
+            none => none.insert(Undo::begin(env, &image)?),
+        };
+        plan.keep(undo)?;
+        point::reached("check.undo-kept");
+        plan.carry_out(file)?;
+    }
+    Ok(undo.map(|undo| undo.path().to_path_buf()))
+}
+
+impl Plan {
+    fn new(image: &Image, defects: &[Defect]) -> Result<Plan> {
+        let footer = image.footer().encode();
+        let mut plan = Plan::default();
+        if defects.iter().any(is_about_front) {
+            plan.front = Some(footer);
+        }
+        let believed = places_are_believed(defects);
+        if believed && let Some(sparse) = image.sparse() {
+            plan.pointers = pointers(image, sparse)?;
+        }
+        // Space is given back only when no pointer is about to change.
+        let free = if believed && plan.pointers.is_empty() { free(image)? } else { Vec::new() };
+        let sector = |offset: u64| offset.next_multiple_of(SECTOR);
+        let (used, end) = (sector(image.used_end()), image.data_end());
+        let cut = free.iter().any(|gap| gap.end == end);
+        if cut {
+            plan.tail = Some((used, footer));
+            plan.len = Some(used + SECTOR);
+        } else {
+            let place = defects.iter().find_map(|defect| match defect {
+                Defect::TrailingFooterInvalid { at, .. } | Defect::ShortFooter { at } => Some(sector(*at)),
+                Defect::TrailingFooterMissing { len } => Some(sector(*len)),
+                _ => None,
+            });
+            plan.tail = place.map(|place| (place.max(used), footer));
+        }
+        for gap in free.iter().filter(|gap| gap.end != end) {
+            plan.holes.push(inside(gap));
+        }
+        Ok(plan)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.front.is_none() && self.tail.is_none() && self.pointers.is_empty() && self.holes.is_empty()
+    }
+
+    fn carry_out(&self, file: &File) -> Result<()> {
+        if let Some(front) = &self.front {
+            file.write_at(front, 0)?;
+            file.sync()?;
+            point::reached("check.front-footer-written");
+        }
+        if let Some((at, tail)) = &self.tail {
+            file.write_at(tail, *at)?;
+            file.sync()?;
+            point::reached("check.tail-footer-written");
+        }
+        for (at, bytes) in &self.pointers {
+            file.write_at(bytes, *at)?;
+            point::reached("check.pointer-written");
+        }
+        if !self.pointers.is_empty() {
+            file.sync()?;
+            point::reached("check.pointers-synced");
+        }
+        for hole in &self.holes {
+            file.punch(hole.start, hole.end - hole.start)?;
+            point::reached("check.hole-punched");
+        }
+        if let Some(len) = self.len {
+            file.set_len(len)?;
+            point::reached("check.end-cut");
+        }
+        if self.len.is_some() || !self.holes.is_empty() {
+            file.sync()?;
+            point::reached("check.space-given-back");
+        }
+        Ok(())
+    }
+
+    fn keep(&self, undo: &mut Undo<'_>) -> Result<()> {
+        if self.front.is_some() {
+            undo.keep(0..SECTOR)?;
+        }
+        if let Some((at, _)) = self.tail {
+            undo.keep(at..at + SECTOR)?;
+        }
+        for (at, bytes) in &self.pointers {
+            undo.keep(*at..*at + bytes.len() as u64)?;
+        }
+        for hole in &self.holes {
+            undo.keep_data(hole.clone())?;
+        }
+        if let Some(len) = self.len {
+            undo.keep_data(len..u64::MAX)?;
+        }
+        undo.seal()
+    }
+}
+
+fn is_about_front(defect: &Defect) -> bool {
+    matches!(defect, Defect::FootersDiffer { .. } | Defect::FrontFooterInvalid { .. } | Defect::FooterCopyStale)
+}
+
+/// Bits and entries that say too much, as they should be.
+fn pointers(image: &Image, sparse: &Sparse) -> Result<Writes> {
+    let mut writes = Writes::new();
+    if let Some(mut batmap) = Batmap::read(image)? {
+        let wrong = batmap.wrong(image)?;
+        if !wrong.is_empty() || batmap.verify().is_err() {
+            wrong.into_iter().for_each(|block| batmap.clear(block));
+            writes.extend(batmap.encoded());
+        }
+    }
+    let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
+    let last = u32::try_from(blocks - 1).expect("the table has an entry for each block");
+    if let Some(place) = image.bat().and_then(|table| table.place(last)) {
+        writes.extend(last_bitmap(image, last, place)?);
+    }
+    // Only where nobody but such an entry refers to the place: whose it is was told by the entries of the disk.
+    let mut sectors = BTreeMap::new();
+    for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
+        let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
+        let bytes = match sectors.entry(at) {
+            Entry::Occupied(read) => read.into_mut(),
+            Entry::Vacant(none) => {
+                let mut bytes = vec![0; SECTOR_BYTES];
+                image.file().read_at(&mut bytes, at)?;
+                none.insert(bytes)
+            }
+        };
+        let entry = (block % bat::ENTRIES_PER_SECTOR) as usize * 4;
+        bytes[entry..entry + 4].copy_from_slice(&bat::UNUSED.to_be_bytes());
+    }
+    writes.extend(sectors);
+    Ok(writes)
+}
+
+/// The sectors of the last block's bitmap without bits behind the end of the disk, where such bits are a defect.
+fn last_bitmap(image: &Image, block: u32, place: u32) -> Result<Writes> {
+    let block_size = image.block_size().expect("it has blocks");
+    let (sectors, all) = (on_disk(image, block), block_size.sectors());
+    let words = read_bitmap(image, place)?;
+    let mut right = words.clone();
+    beyond_disk(&words, sectors, all).for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
+    if right == words {
+        return Ok(Writes::new());
+    }
+    let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
+    let at = u64::from(place) * SECTOR;
+    // What stands in the bitmap's last sector behind its last bit stays.
+    image.file().read_at(&mut bytes, at)?;
+    let old = bytes.clone();
+    bitmap::encode(right.into_iter(), &mut bytes);
+    let changed = (0u64..).zip(old.chunks(SECTOR_BYTES).zip(bytes.chunks(SECTOR_BYTES))).filter(|(_, (a, b))| a != b);
+    Ok(changed.map(|(number, (_, new))| (at + number * SECTOR, new.to_vec())).collect())
+}
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "repair_tests.rs"]
+mod tests;

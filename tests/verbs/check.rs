@@ -1,0 +1,354 @@
+//! `check --repair`, killed at every point, stopped at every step, cut off from power, on a host without room: the guest's
+//! disk stays what it is, what was replaced is kept, and the next repair ends the work.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::image::Image;
+use diffdisk::ops;
+use diffdisk::storage::host::Host;
+use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
+use diffdisk::storage::{Access, Env};
+use diffdisk::units::SectorRange;
+
+use crate::common::golden::Golden;
+use crate::common::tool::{diffdisk, scratch};
+use crate::points;
+
+/// Bytes of a VHD by what is at which place in it.
+struct Bytes(Vec<u8>);
+
+impl Bytes {
+    fn read(path: &Path) -> Bytes {
+        Bytes(fs::read(path).expect("the image is readable"))
+    }
+
+    fn number(&self, at: usize, len: usize) -> usize {
+        self.0[at..at + len].iter().fold(0, |n, byte| n << 8 | usize::from(*byte))
+    }
+
+    fn entry_at(&self, block: usize) -> usize {
+        self.number(512 + 16, 8) + block * 4
+    }
+
+    fn place(&self, block: usize) -> usize {
+        self.number(self.entry_at(block), 4) * 512
+    }
+
+    fn set_place(&mut self, block: usize, place: usize) {
+        let (at, sector) = (self.entry_at(block), u32::try_from(place / 512).expect("a small file"));
+        self.0[at..at + 4].copy_from_slice(&sector.to_be_bytes());
+    }
+
+    /// Bytes from one block's bitmap to behind its data; its bitmap takes a sector.
+    fn stride(&self) -> usize {
+        self.number(512 + 32, 4) + 512
+    }
+
+    /// The block with the last place.
+    fn last(&self) -> usize {
+        let entries = (0..self.number(512 + 28, 4)).filter(|block| self.place(*block) != 0xFFFF_FFFF * 512);
+        entries.max_by_key(|block| self.place(*block)).expect("a block")
+    }
+
+    fn take_footer(&mut self) -> Vec<u8> {
+        self.0.split_off(self.0.len() - 512)
+    }
+}
+
+/// A wrong byte in the footer at the start; blocks that nobody knows between others and at the end.
+fn front_and_space(bytes: &mut Bytes) {
+    let footer = bytes.take_footer();
+    let (last, stride) = (bytes.last(), bytes.stride());
+    let from = bytes.place(last);
+    let block = bytes.0[from..from + stride].to_vec();
+    bytes.0.extend(vec![0xAB; 5 * 4096]);
+    bytes.0.resize(bytes.0.len().next_multiple_of(4096) + 4096 - 512, 0);
+    let to = bytes.0.len();
+    bytes.0.extend(block);
+    bytes.set_place(last, to);
+    bytes.0.extend(vec![0xCD; 9 * 4096]);
+    bytes.0.extend(footer);
+    bytes.0[300] ^= 1;
+}
+
+/// No footer at the end, a block behind the end of the disk, bits behind the end of the disk.
+fn tail_and_pointers(bytes: &mut Bytes) {
+    bytes.take_footer();
+    let (to, stride) = (bytes.0.len().next_multiple_of(512), bytes.stride());
+    bytes.0.resize(to, 0);
+    bytes.0.extend(vec![0xEE; stride]);
+    let entries = bytes.number(512 + 28, 4);
+    bytes.set_place(entries - 1, to);
+    bytes.0.extend([0xC7; 512]);
+    let blocks = bytes.number(48, 8).div_ceil(bytes.number(512 + 32, 4));
+    let last = bytes.place(blocks - 1);
+    bytes.0[last] = 0x81;
+}
+
+/// An image of 64 blocks of 4 KiB and one of four sectors, with room for more in its table; broken by `f`. All its sectors
+/// are what they were.
+fn broken(folder: &Path, f: impl FnOnce(&mut Bytes)) -> PathBuf {
+    let (root, child) = (folder.join("root.vhd"), folder.join("child.vhd"));
+    let size = (64 * 4096 + 2048).to_string();
+    diffdisk(["create", root.to_str().expect("text"), "--size", &size, "--block-size", "4K"]).ok();
+    diffdisk([
+        "create",
+        child.to_str().expect("text"),
+        "--parent",
+        root.to_str().expect("text"),
+        "--reserve-size",
+        "1M",
+    ])
+    .ok();
+    fill(&root, &[(0, 40), (500, 512)], 1);
+    fill(&child, &[(3, 30), (77, 78), (400, 410), (512, 513)], 2);
+    let mut bytes = Bytes::read(&child);
+    f(&mut bytes);
+    fs::write(&child, &bytes.0).expect("the image is written");
+    child
+}
+
+/// Writes ranges of sectors by our own commit protocol.
+fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
+    use diffdisk::image::{Commit, Growth, Keep, drive};
+    let version = Chain::open(&Host, path, &Policy::default(), Use::Write).expect("it opens");
+    let version = version.into_writable(&Host, &Keep::Nothing).expect("it is writable");
+    let top = version.top().expect("writable");
+    let mut plan = Plan::default();
+    for &(from, to) in ranges {
+        let range = SectorRange::between(from, to);
+        loop {
+            match version.plan_write(range, &mut plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing).expect("bitmaps are read"),
+                Err(_) => {
+                    let mut growth = Growth::begin(&top.image, top.slot).expect("room is short");
+                    drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
+                }
+            }
+        }
+        for extent in &plan.extents {
+            let diffdisk::chain::Source::File { offset, .. } = extent.source else { panic!("a write goes to a file") };
+            let bytes = vec![byte; usize::try_from(extent.range.bytes()).expect("little")];
+            top.image.file().write_at(&bytes, offset).expect("it is written");
+        }
+        assert!(top.image.mark(range));
+    }
+    let mut commit = Commit::new(top.image.clone(), top.slot);
+    drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("it commits");
+    top.image.trim().expect("it is cut");
+}
+
+/// The disk as a guest sees it.
+fn seen(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
+    let chain = Chain::open(env, path, policy, Use::Read).unwrap_or_else(|e| panic!("{}", e.line()));
+    let version = chain.into_frozen();
+    let range = SectorRange::between(0, version.sectors());
+    let mut bytes = vec![0xEE; usize::try_from(range.bytes()).expect("a small disk")];
+    version.read_now(range, &mut bytes, &mut Plan::default()).expect("it is readable");
+    bytes
+}
+
+/// The image as it was before a repair, by the file that keeps what was replaced; `None` where nothing was.
+fn undone(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
+    let number =
+        |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().expect("8"))).expect("small");
+    if undo.len() < 512 || undo[..512] == [0; 512] {
+        return None;
+    }
+    assert_eq!(undo[..16], *b"diffdisk undo 1\n");
+    image.resize(number(16), 0);
+    let (mut pieces, mut at) = (Vec::new(), 512);
+    while at < number(24) {
+        pieces.push((number(at), &undo[at + 16..at + 16 + number(at + 8)]));
+        at += 16 + number(at + 8);
+    }
+    for (offset, bytes) in pieces.into_iter().rev() {
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    Some(image)
+}
+
+/// The files in a folder that are no undo files, with their bytes; and the undo files, oldest first.
+fn listed(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
+    let (mut images, mut undo) = (BTreeMap::new(), Vec::new());
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        match path.extension().is_some_and(|e| e == "undo") {
+            true => undo.push(path),
+            false => drop(images.insert(path.clone(), fs::read(path).expect("a file"))),
+        }
+    }
+    undo.sort_by_key(|path| fs::metadata(path).expect("a file").modified().expect("a time"));
+    (images, undo)
+}
+
+/// Repairs `image`, killed at every point and run again.
+fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
+    let folder = image.parent().expect("a folder");
+    let (before, _) = listed(folder);
+    let repair = || ["check", image.to_str().expect("text"), "--repair"].into_iter().chain(options.iter().copied());
+    let mut kills = 0;
+    for point in points::of("check") {
+        for count in 1.. {
+            let (_, old) = listed(folder);
+            old.iter().for_each(|path| fs::remove_file(path).expect("it goes"));
+            before.iter().for_each(|(path, bytes)| fs::write(path, bytes).expect("it is written"));
+            let killed = points::killed(&point, count, repair());
+            let what = format!("{point}:{count}");
+            assert!(seen(&Host, image, policy) == want, "{what}: the disk reads otherwise");
+            let again = diffdisk(repair());
+            assert_eq!(again.code, Some(0), "{what}: {}{}", String::from_utf8_lossy(&again.stdout), again.stderr);
+            let check = ["check", image.to_str().expect("text")].into_iter().chain(options.iter().copied());
+            assert_eq!(diffdisk(check).code, Some(0), "{what}: not all was mended");
+            assert!(seen(&Host, image, policy) == want, "{what}: the disk reads otherwise after all");
+            let (mut now, undo) = listed(folder);
+            assert!(now.keys().eq(before.keys()), "{what}: {:?}", now.keys());
+            assert!(!undo.is_empty(), "{what}: nothing was kept");
+            for path in undo.iter().rev() {
+                let name = path.to_str().expect("text");
+                let of = PathBuf::from(name.split(".repair-").next().expect("a name"));
+                let image = now.get_mut(&of).expect("an undo file lies beside its image");
+                let earlier = undone(image.clone(), &fs::read(path).expect("a file"));
+                *image = earlier.unwrap_or_else(|| image.clone());
+            }
+            assert!(now == before, "{what}: what is kept does not lead back");
+            kills += u32::from(killed);
+            if !killed {
+                break;
+            }
+        }
+    }
+    kills
+}
+
+#[test]
+fn a_killed_repair_is_ended_by_the_next() {
+    for (name, f) in [("front", front_and_space as fn(&mut Bytes)), ("tail", tail_and_pointers)] {
+        let folder = scratch("check-kill");
+        let child = broken(folder.path(), f);
+        let policy = Policy::default();
+        let want = seen(&Host, &child, &policy);
+        assert!(want[..512] == [1; 512] && want[77 * 512..78 * 512] == [2; 512], "{name}");
+        let kills = killed_everywhere(&child, &want, &policy, &[]);
+        assert!(kills >= 5, "{name}: killed only {kills} times");
+    }
+}
+
+#[test]
+fn xenservers_images_are_mended_with_their_batmaps() {
+    let folder = scratch("check-tap");
+    let golden = Golden::load();
+    golden.unpack(folder.path());
+    let folder = folder.path().join("vhdutil-chain");
+    let (leaf, base) = (folder.join("s4.vhd"), folder.join("base.vhd"));
+    let policy = Policy::default();
+    let want = seen(&Host, &leaf, &policy);
+    // Block 0 of the root is no whole one; and its checksum is made right, as if that were true.
+    let mut bytes = Bytes::read(&base);
+    let (header, map) = (2048, 2560);
+    assert_eq!(&bytes.0[header..header + 8], b"tdbatmap");
+    bytes.0[map] |= 0x80;
+    let sum = !bytes.0[map..map + 512].iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    bytes.0[header + 24..header + 28].copy_from_slice(&sum.to_be_bytes());
+    fs::write(&base, &bytes.0).expect("it is written");
+    let mut bytes = Bytes::read(&leaf);
+    bytes.take_footer();
+    bytes.0.extend([0xC7; 512]);
+    fs::write(&leaf, &bytes.0).expect("it is written");
+    let check = diffdisk(["check", leaf.to_str().expect("text"), "--chain", "--json"]);
+    let kinds: Vec<_> = check.json()["defects"].as_array().expect("a list").iter().map(|d| d["kind"].clone()).collect();
+    assert_eq!((check.code, kinds), (Some(3), vec!["trailing-footer-missing".into(), "batmap-wrong".into()]));
+    let kills = killed_everywhere(&leaf, &want, &policy, &["--chain"]);
+    assert!(kills >= 4, "killed only {kills} times");
+}
+
+const CHILD: &str = "/disk/child.vhd";
+
+/// A simulated machine with the two images, all of it durable.
+fn machine(folder: &Path) -> SimHost {
+    let host = SimHost::new(7);
+    for name in ["root.vhd", "child.vhd"] {
+        let file = host.create(&Path::new("/disk").join(name)).expect("it is made");
+        file.write_at(&fs::read(folder.join(name)).expect("a file"), 0).expect("it is written");
+        file.sync().expect("it is durable");
+    }
+    host.sync_dir(Path::new("/disk")).expect("names are durable");
+    host
+}
+
+/// A copy of a machine of which all is durable.
+fn copy(host: &SimHost) -> SimHost {
+    host.crash_with(&|_| true)
+}
+
+/// What must hold of a machine on which a repair of `before` ended somewhere.
+fn assert_mended(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
+    let path = Path::new(CHILD);
+    assert!(seen(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise");
+    let undo: Vec<_> = host.names().into_iter().filter(|name| name.extension().is_some_and(|e| e == "undo")).collect();
+    assert!(undo.len() < 2, "{what}: {undo:?}");
+    let image = host.bytes(path).expect("it is there");
+    let kept = undo.first().and_then(|undo| undone(image.clone(), &host.bytes(undo).expect("it is there")));
+    assert!(kept.unwrap_or(image) == before, "{what}: what is kept does not lead back");
+    let report = ops::check::repair(host, path, None, None).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
+    assert!(report.ok, "{what}: {:?}", report.defects);
+    assert!(seen(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise after all");
+}
+
+#[test]
+fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
+    let mut random =
+        Random::new(std::env::var("DIFFDISK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122));
+    let (mut cuts, mut faults) = (0, 0);
+    for f in [front_and_space as fn(&mut Bytes), tail_and_pointers] {
+        let folder = scratch("check-cut");
+        broken(folder.path(), f);
+        let whole = machine(folder.path());
+        let path = Path::new(CHILD);
+        let (want, before) = (seen(&whole, path, &Policy::default()), whole.bytes(path).expect("it is there"));
+        let all = copy(&whole);
+        assert!(ops::check::repair(&all, path, None, None).expect("it is mended").ok);
+        let steps = all.counts().steps;
+        for step in 1..=steps {
+            let host = copy(&whole);
+            host.stop_at(step);
+            ops::check::repair(&host, path, None, None).expect_err("the machine has stopped");
+            let units = host.unsynced().len();
+            for fate in 0..30 {
+                let (few, salt) = (random.below(8), random.any());
+                // Lone units are those of which whole orders of writes hang: lengths come last, footers among the first.
+                let lone = if fate < 20 { units.saturating_sub(1 + fate / 2) } else { random.index(units.max(1)) };
+                let survives = |unit: usize| match fate {
+                    0..22 if fate % 2 == 0 => unit == lone,
+                    0..22 => unit != lone,
+                    22 => false,
+                    23 => true,
+                    _ => Random::new(salt ^ unit as u64).chance(few + 1, 9),
+                };
+                let what = format!("step {step} of {steps}, fate {fate} of {units} units, salt {salt}, {few}");
+                assert_mended(&host.crash_with(&survives), &before, &want, &what);
+                cuts += 1;
+            }
+            for fault in [Fault::NoSpace, Fault::Io, Fault::Short] {
+                let host = copy(&whole);
+                host.set_faults(FaultPlan { fail: vec![(step, fault)], ..FaultPlan::default() });
+                let done = ops::check::repair(&host, path, None, None);
+                host.set_faults(FaultPlan::default());
+                faults += u32::from(done.is_err());
+                if done.is_err() {
+                    // What no sync has reached may be lost: a sync that failed is none.
+                    let what = format!("step {step} of {steps}, {fault:?}");
+                    assert_mended(&host, &before, &want, &what);
+                    let image = Image::open(host.open(path, Access::Read).expect("it opens"));
+                    assert!(image.is_ok(), "{what}");
+                }
+            }
+        }
+    }
+    println!("{cuts} power cuts, {faults} faults");
+    assert!(cuts > 200 && faults > 50, "{cuts} power cuts, {faults} faults");
+}
