@@ -15,12 +15,15 @@
 //!              │ trim                  the file ends behind its last block
 //!              v
 //!            closed
+//!
+//!           Offline            nobody else has it open: another size, fewer blocks, blocks elsewhere
 //! ```
 
 pub mod bat;
 pub mod bitmaps;
 pub mod check;
 pub mod commit;
+pub mod compact;
 pub mod create;
 mod drive;
 mod fit;
@@ -28,9 +31,11 @@ pub mod journal;
 mod keep;
 #[cfg(feature = "mutants")]
 mod mistakes;
+pub mod offline;
 pub mod open;
 mod paged;
 mod recover;
+pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 pub mod tail;
@@ -39,11 +44,14 @@ pub mod writable;
 pub use bat::Bat;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
+pub use compact::{Watch, give_back};
 pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name, write_new};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use keep::Keep;
+pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
+pub use resize::Shining;
 pub use tail::Growth;
 pub use writable::{NoRoom, Writable};

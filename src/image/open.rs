@@ -180,9 +180,9 @@ impl Image {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
     }
 
-    /// Whether the file ends with a footer of 512 bytes.
+    /// Whether the file ends with a footer of 512 bytes that fills a sector.
     pub fn has_whole_tail_footer(&self) -> bool {
-        self.chosen.source == FooterSource::TailFull
+        self.chosen.source == FooterSource::TailFull && self.chosen.data_end.is_multiple_of(SECTOR)
     }
 
     pub(super) fn sparse(&self) -> Option<&Sparse> {

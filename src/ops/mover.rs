@@ -140,7 +140,7 @@ impl<'a> Extents<'a> {
 }
 
 /// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
-fn next_placed(layer: &Layer, from: u64) -> u64 {
+pub(super) fn next_placed(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;
     }
@@ -213,7 +213,7 @@ impl Data<'_> {
 }
 
 /// As `File::next_data`; where a file system cannot tell, all is data.
-fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
+pub(super) fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
     match file.next_data(offset) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             let len = file.stat()?.len;

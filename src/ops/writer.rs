@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Growth, Keep, drive};
-use crate::storage::Env;
+use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
 /// Bytes written between commits: bounds what a commit must carry.
@@ -26,7 +26,15 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours.
     pub(super) fn open(env: &'a dyn Env, path: &Path, policy: &Policy, keep: &Keep) -> Result<Writer<'a>> {
-        let version = Chain::open(env, path, policy, Use::Write)?.into_writable(env, keep)?;
+        Writer::of(env, Chain::open(env, path, policy, Use::Write)?, keep)
+    }
+
+    /// Makes the youngest image of a chain writable that was opened to be written.
+    ///
+    /// # Errors
+    /// As `Writable::new`.
+    pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
+        let version = chain.into_writable(env, keep)?;
         Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0 })
     }
 
@@ -45,6 +53,27 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        self.change(range, |file, extent, offset| {
+            let (now, later) = rest.split_at(usize::try_from(extent.bytes()).expect("a part of the bytes"));
+            rest = later;
+            file.write_at(now, offset)
+        })
+    }
+
+    /// Makes a run present and zero, whatever lies beneath it. Takes room for bitmaps, none for the zeros.
+    ///
+    /// # Errors
+    /// As [`Writer::put`].
+    pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
+        self.change(range, |file, extent, offset| file.punch(offset, extent.bytes()))
+    }
+
+    fn change(
+        &mut self,
+        range: SectorRange,
+        mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
+    ) -> Result<()> {
         let (version, plan) = (&self.version, &mut self.plan);
         let top = version.top().expect("opened for writing");
         loop {
@@ -54,12 +83,9 @@ impl<'a> Writer<'a> {
                 Err(_) => grow(self.env, top)?,
             }
         }
-        let mut rest = bytes;
         for extent in &plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
-            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("a part of the bytes"));
-            rest = later;
-            top.image.file().write_at(now, offset)?;
+            write(top.image.file(), extent.range, offset)?;
         }
         // Killed, this tool begins anew: nothing has to outlive it.
         let _ = top.image.mark(range);
