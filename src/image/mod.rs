@@ -36,6 +36,7 @@ pub mod open;
 mod paged;
 mod recover;
 pub mod resize;
+pub mod relink;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 pub mod tail;
@@ -53,5 +54,6 @@ pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
 pub use resize::Shining;
+pub use relink::{check_link, relink};
 pub use tail::Growth;
 pub use writable::{NoRoom, Writable};
