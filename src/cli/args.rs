@@ -79,6 +79,14 @@ pub(super) enum Verb {
     Convert(Convert),
     /// Compare what guests see of two disks
     Compare(Compare),
+    /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
+    Flatten(Flatten),
+    /// Give a child another parent
+    Rebase(Rebase),
+    /// Give back room that an image takes without need
+    Compact(Compact),
+    /// Give a disk another size
+    Resize(Resize),
 }
 
 #[derive(Group, Debug)]
@@ -213,6 +221,45 @@ pub(super) struct Compare {
     /// What the disks are; given twice, the first is for A and the second for B
     #[arg(long, value_enum, default_value = "vhd")]
     pub(super) from: Vec<Source>,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Flatten {
+    /// The child; its parents are only read
+    pub(super) child: PathBuf,
+    /// Stand on this one of its parents instead of alone
+    #[arg(long, value_name = "ANCESTOR")]
+    pub(super) keep: Option<PathBuf>,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Rebase {
+    /// The child. What it shows does not change: what the new parent would show differently is copied into it
+    pub(super) child: PathBuf,
+    /// The image it is to stand on
+    #[arg(long, value_name = "NEW")]
+    pub(super) parent: PathBuf,
+    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there
+    #[arg(long)]
+    pub(super) r#unsafe: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Compact {
+    /// The image: blocks go that say nothing but what the chain beneath says, zeros become holes, gaps are closed
+    pub(super) path: PathBuf,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Resize {
+    /// The image. Its children keep their own sizes and contents
+    pub(super) path: PathBuf,
+    /// The new size of the disk, a multiple of 512; what is added reads as zeros
+    #[arg(value_parser = parse)]
+    pub(super) size: u64,
+    /// The disk may become smaller, where nothing but zeros is cut off
+    #[arg(long)]
+    pub(super) shrink: bool,
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::Exit;
 use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
+use super::args::{Compact, Flatten, Rebase, Resize};
 use super::print;
 use super::progress::Work;
 use super::runtime;
@@ -26,6 +27,10 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
         Verb::Compare(a) => ("compare", compare(&a, &common).map_err(|e| e.at_path(&a.a))),
+        Verb::Flatten(a) => ("flatten", flatten(&a, &common).map_err(|e| e.at_path(&a.child))),
+        Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
+        Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
@@ -182,6 +187,49 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
         }
     })?;
     Ok(if difference.is_some() { Exit::Different } else { Exit::Done })
+}
+
+/// The line that says how it went, unless nobody wants to know.
+fn told(common: &Common, line: &str) -> Result<Exit> {
+    if !common.quiet {
+        printed(|out| writeln!(out, "{}", print::plain(line)))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common), progress)?;
+    drop(work);
+    let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
+    told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
+}
+
+fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    drop(work);
+    let (child, parent) = (args.child.display(), args.parent.display());
+    told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
+}
+
+fn compact(args: &Compact, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common), &mut |bytes| work.at(bytes))?;
+    drop(work);
+    let (given, blocks) = (human(done.given_back), done.blocks);
+    told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
+}
+
+fn resize(args: &Resize, common: &Common) -> Result<Exit> {
+    let work = Work::new(args.size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common), progress)?;
+    drop(work);
+    let (from, to) = (human(done.from), human(done.to));
+    told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
 }
 
 /// Standard output without the buffer of lines that the standard library puts before it.

@@ -35,8 +35,8 @@ pub mod offline;
 pub mod open;
 mod paged;
 mod recover;
-pub mod resize;
 pub mod relink;
+pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 pub mod tail;
@@ -53,7 +53,7 @@ pub use keep::Keep;
 pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
-pub use resize::Shining;
 pub use relink::{check_link, relink};
+pub use resize::Shining;
 pub use tail::Growth;
 pub use writable::{NoRoom, Writable};

@@ -412,7 +412,8 @@ impl Offline {
         let Some(region) = self.shape().metadata.extents().iter().find(|e| e.part == Part::Batmap) else {
             return Ok(true); // a broken one
         };
-        let mut map = vec![0; usize::try_from((region.range.end - region.range.start).min(TABLE_CHUNK)).expect("small")];
+        let mut map =
+            vec![0; usize::try_from((region.range.end - region.range.start).min(TABLE_CHUNK)).expect("small")];
         self.file.read_at(&mut map, region.range.start)?;
         Ok(map.len() as u64 != region.range.end - region.range.start || map.iter().any(|byte| *byte != 0))
     }

@@ -51,7 +51,8 @@ impl Offline {
         self = self.without_beyond()?;
         self.blank_last_block(block_size)?;
         point::reached("resize.last-block-blank");
-        let hiding = if self.kind() == DiskType::Differencing { self.hide(block_size, size, shining)? } else { Vec::new() };
+        let hiding =
+            if self.kind() == DiskType::Differencing { self.hide(block_size, size, shining)? } else { Vec::new() };
         point::reached("resize.parent-hidden");
         self.make_entries(blocks, &hiding)?;
         self.switch(size)?;
@@ -88,6 +89,15 @@ impl Offline {
         self.cut()?;
         point::reached("resize.room-given-back");
         Ok(())
+    }
+
+    /// Makes the file end behind its last block: what an interrupted [`Offline::grow`] has left to do.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn end_behind_blocks(mut self) -> Result<()> {
+        self.align_tail()?;
+        self.cut()
     }
 
     /// Gives up entries of blocks behind the end, which would come to life, and what lies behind all blocks then.

@@ -14,13 +14,19 @@
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
 //! The reports serialise under the names that `--json` promises.
 
+mod alone;
 pub mod check;
+pub mod compact;
 pub mod compare;
 pub mod convert;
+mod copy_up;
 pub mod create;
+pub mod flatten;
 pub mod info;
 pub mod map;
 mod mover;
+pub mod rebase;
+pub mod resize;
 mod sink;
 mod writer;
 

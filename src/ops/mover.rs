@@ -11,13 +11,13 @@ use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
-const WINDOW: u64 = 1 << 17;
+pub(super) const WINDOW: u64 = 1 << 17;
 /// Bytes read at once, at most.
 pub(super) const CHUNK: usize = 1 << 20;
 /// Sectors of that.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Is told how many bytes of the disk are done, and ends the work where it fails.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -84,9 +84,14 @@ impl Disk {
 
     /// The runs that may hold data.
     pub(super) fn data(&self) -> Data<'_> {
+        self.data_from(0)
+    }
+
+    /// As [`Disk::data`], from a sector on.
+    pub(super) fn data_from(&self, sector: u64) -> Data<'_> {
         let runs = match self {
-            Disk::Chain(version) => Runs::Chain(Extents::new(version)),
-            Disk::Raw(file, _) => Runs::Raw(file, 0),
+            Disk::Chain(version) => Runs::Chain(Extents::from(version, sector)),
+            Disk::Raw(file, _) => Runs::Raw(file, sector * SECTOR),
         };
         Data { sectors: self.sectors(), runs, seen: Seen::default(), rest: None }
     }
@@ -104,8 +109,13 @@ pub(super) struct Extents<'a> {
 
 impl<'a> Extents<'a> {
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, 0)).collect();
-        Extents { version, at: 0, placed, plan: Plan::default(), next: 0 }
+        Extents::from(version, 0)
+    }
+
+    /// As [`Extents::new`], from sector `at` on.
+    pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
+        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, at)).collect();
+        Extents { version, at, placed, plan: Plan::default(), next: 0 }
     }
 
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {

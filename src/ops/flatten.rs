@@ -1,0 +1,91 @@
+//! `flatten`: a child takes in what its parents show, and stands alone, or on one of its ancestors.
+
+use std::path::Path;
+
+use super::alone;
+use super::copy_up::{Stage, copy_up};
+use super::mover::{Progress, next_data};
+use super::rebase::{files, link_to, open_beneath};
+use super::writer::Writer;
+use crate::chain::Policy;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DiskType, bitmap};
+use crate::image::{Image, Keep, Offline, check_link, relink};
+use crate::point;
+use crate::storage::{Access, Env, File};
+use crate::units::SECTOR;
+
+/// Copies up what the image at `path` shows of its parents, all of them or those above `keep`, and lets go of them. The
+/// disk stays as it is, at every moment. The bytes that were copied.
+///
+/// A call that was interrupted is completed by the same call; an image that stands alone already is left as it is.
+///
+/// # Errors
+/// `Refused` where `keep` is not among the parents; `NoSpace`, `Io`; what `progress` fails with. In all cases the image
+/// has its old parent or what was asked for.
+pub fn flatten(
+    env: &dyn Env,
+    path: &Path,
+    keep: Option<&Path>,
+    policy: &Policy,
+    progress: &mut Progress<'_>,
+) -> Result<u64> {
+    let chain = alone::chain(env, path, policy)?;
+    let (file, kind) = (chain.youngest().file().clone(), chain.youngest().kind());
+    let kept = match keep {
+        None => None,
+        Some(ancestor) => {
+            let id = env.open(ancestor, Access::Read)?.stat()?.id;
+            let Some(number) = files(&chain)?.iter().skip(1).position(|other| *other == id) else {
+                let what = format!("{} is not among its parents", ancestor.display());
+                return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+            };
+            if number == 0 {
+                return Ok(0); // it stands there already
+            }
+            Some(ancestor)
+        }
+    };
+    if kind != DiskType::Differencing {
+        return Ok(0);
+    }
+    let kept = kept.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
+    let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
+    check_link(chain.youngest(), link.as_ref())?;
+    let kept = kept.map(crate::chain::Chain::into_frozen);
+    let mut writer = Writer::of(env, chain, &Keep::Nothing)?;
+    point::reached("flatten.recovered");
+    let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
+        Stage::Written => point::reached("flatten.some-written"),
+        Stage::Committed => point::reached("flatten.all-committed"),
+    })?;
+    writer.top().image.trim()?;
+    point::reached("flatten.file-cut");
+    drop(writer);
+    if link.is_none() {
+        blank_absent(&file)?;
+        point::reached("flatten.absent-blank");
+    }
+    relink(env, &file, link.as_ref())?;
+    point::reached("flatten.linked");
+    Ok(copied)
+}
+
+/// Makes zero what lies under clear bits: in a root it reads as zeros, but not by programs that look at no bitmaps.
+fn blank_absent(file: &File) -> Result<()> {
+    let offline = Offline::new(&Image::open(file.clone())?)?;
+    let block_size = offline.block_size().expect("it is a child");
+    for block in offline.blocks() {
+        let (words, (_, data)) = (offline.bitmap(block)?, offline.block(block).expect("it has a place"));
+        let mut at = 0;
+        while at < block_size.sectors() {
+            let (set, count) = bitmap::run(&words, at, block_size.sectors());
+            let (start, len) = (data + u64::from(at) * SECTOR, u64::from(count) * SECTOR);
+            if !set && next_data(file, start)?.is_some_and(|(found, _)| found < start + len) {
+                file.punch(start, len)?;
+            }
+            at += count;
+        }
+    }
+    file.sync()
+}
