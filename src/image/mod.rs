@@ -39,6 +39,7 @@ pub mod relink;
 pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
+mod table;
 pub mod tail;
 pub mod writable;
 

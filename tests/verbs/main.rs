@@ -3,3 +3,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod points;
+mod reshape;
+mod resize;
+mod scene;
+mod sweep;
+mod tap;
