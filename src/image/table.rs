@@ -59,15 +59,17 @@ impl Offline {
         wanted.is_empty() || free
     }
 
-    /// Writes what the table will have more when it has `entries`, behind what it has now. Durable when it returns.
-    pub(super) fn write_more_entries(&mut self, entries: u32) -> Result<()> {
-        let shape = self.shape();
-        let (at, end) = (shape.header.table_offset, shape.header.table_offset + bat::bytes(entries));
-        let (first, last) = (bat::sector_of(shape.header.entries), entries.div_ceil(bat::ENTRIES_PER_SECTOR));
-        self.extend(end)?;
-        let shape = self.shape();
-        for sector in first..last {
-            let bytes = shape.entries(sector, entries, bat::UNUSED);
+    /// Writes the entries of the blocks in `made`, and what the table will have more when it has `entries`, behind what it
+    /// has now. Durable when it returns.
+    pub(super) fn write_more_entries(&mut self, entries: u32, made: &[u32]) -> Result<()> {
+        let (at, old) = (self.shape().header.table_offset, self.shape().header.entries);
+        let more = bat::sector_of(old)..entries.div_ceil(bat::ENTRIES_PER_SECTOR);
+        let padding = if entries > old { bat::UNUSED } else { self.shape().padding };
+        let mut sectors: BTreeSet<u32> = made.iter().copied().map(bat::sector_of).collect();
+        sectors.extend(more.filter(|_| entries > old));
+        self.extend(at + bat::bytes(entries))?;
+        for sector in sectors {
+            let bytes = self.shape().entries(sector, entries, padding);
             self.file().write_at(&bytes, at + u64::from(sector) * SECTOR)?;
         }
         self.sync()

@@ -7,10 +7,10 @@ use super::copy_up::{Stage, copy_up};
 use super::mover::{Progress, next_data};
 use super::rebase::{files, link_to, open_beneath};
 use super::writer::Writer;
-use crate::chain::Policy;
+use crate::chain::{Chain, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Keep, Offline, check_link, relink};
+use crate::image::{Image, Keep, Offline, ParentLink, check_link, relink};
 use crate::point;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
@@ -32,27 +32,27 @@ pub fn flatten(
 ) -> Result<u64> {
     let chain = alone::chain(env, path, policy)?;
     let (file, kind) = (chain.youngest().file().clone(), chain.youngest().kind());
-    let kept = match keep {
+    let number = match keep {
         None => None,
         Some(ancestor) => {
             let id = env.open(ancestor, Access::Read)?.stat()?.id;
-            let Some(number) = files(&chain)?.iter().skip(1).position(|other| *other == id) else {
-                let what = format!("{} is not among its parents", ancestor.display());
-                return Err(Error::new(ErrorKind::Refused, what).at_path(path));
-            };
-            if number == 0 {
-                return Ok(0); // it stands there already
-            }
-            Some(ancestor)
+            let what = || format!("{} is not among its parents", ancestor.display());
+            let number = files(&chain)?.iter().skip(1).position(|other| *other == id);
+            Some(number.ok_or_else(|| Error::new(ErrorKind::Refused, what()).at_path(path))?)
         }
     };
-    if kind != DiskType::Differencing {
-        return Ok(0);
-    }
-    let kept = kept.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
+    let kept = keep.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
     let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
+    match (kind, number) {
+        (DiskType::Fixed, _) => return Ok(0),
+        (DiskType::Dynamic, _) | (DiskType::Differencing, Some(0)) => {
+            drop(chain);
+            return complete(env, &file, link.as_ref()).map(|()| 0);
+        }
+        (DiskType::Differencing, _) => {}
+    }
     check_link(chain.youngest(), link.as_ref())?;
-    let kept = kept.map(crate::chain::Chain::into_frozen);
+    let kept = kept.map(Chain::into_frozen);
     let mut writer = Writer::of(env, chain, &Keep::Nothing)?;
     point::reached("flatten.recovered");
     let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
@@ -69,6 +69,16 @@ pub fn flatten(
     relink(env, &file, link.as_ref())?;
     point::reached("flatten.linked");
     Ok(copied)
+}
+
+/// Brings to its end what an interrupted call has left when the link was made.
+fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
+    let image = Image::open(file.clone())?;
+    // While it is made, the header is elsewhere.
+    match image.footer().data_offset {
+        SECTOR => Offline::new(&image)?.end_behind_blocks(),
+        _ => relink(env, file, link),
+    }
 }
 
 /// Makes zero what lies under clear bits: in a root it reads as zeros, but not by programs that look at no bitmaps.

@@ -2,9 +2,13 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod compact;
+mod flatten;
 mod points;
+mod rebase;
 mod reshape;
 mod resize;
 mod scene;
+mod sequences;
 mod sweep;
 mod tap;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use diffdisk::error::Result;
 use diffdisk::storage::Env;
-use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
+use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, Unit};
 
 use crate::scene::Scene;
 
@@ -23,6 +23,13 @@ pub(crate) struct Case<'a> {
     pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
     /// Images to look at afterwards, and what each may show: at first, and when the verb is done.
     pub(crate) shows: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
+    /// A file's new length survives only with the bytes that made it, as on ext4, XFS and btrfs: what the growth of a
+    /// fixed image, which has one footer, cannot do without.
+    pub(crate) kind: bool,
+}
+
+fn is_len(unit: &Unit) -> bool {
+    matches!(unit, Unit::Len(..))
 }
 
 /// Defects that a killed verb may leave: all of them go with the next writable open or the next call.
@@ -104,7 +111,15 @@ impl Case<'_> {
                 // Nothing, all, or this and that of what is not durable.
                 let bits =
                     [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.any() & random.any() | random.any());
-                let after = moment.crash_with(&|unit| bits >> (unit % 61) & 1 == 1);
+                let units = moment.unsynced_steps();
+                // The unit that decides: its own, or where that is asked for the length that came with it.
+                let judge_of = |unit: usize| match self.kind && units[unit].0 != 0 {
+                    true => {
+                        units.iter().position(|(step, other)| *step == units[unit].0 && is_len(other)).unwrap_or(unit)
+                    }
+                    false => unit,
+                };
+                let after = moment.crash_with(&|unit| bits >> (judge_of(unit) % 61) & 1 == 1);
                 let when = || format!("power cut before change {number}, fate {bits:x}");
                 self.judge(&after, &when);
                 self.complete(&after, &when);
