@@ -31,6 +31,7 @@ mod mistakes;
 pub mod open;
 mod paged;
 mod recover;
+pub mod relink;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 pub mod tail;
@@ -45,5 +46,6 @@ pub use fit::refuse_if_live;
 pub use keep::Keep;
 pub use open::Image;
 pub use paged::Paged;
+pub use relink::{check_link, relink};
 pub use tail::Growth;
 pub use writable::{NoRoom, Writable};
