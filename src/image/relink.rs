@@ -11,6 +11,7 @@
 //!   switched   wiped        old            texts, new header               -> new header    one sector: the switch
 //!   settled    wiped        new, texts     texts, new header               -> new header
 //!   returned   wiped        new, texts     texts, new header               -> home          one sector
+//!   renewed    -> home      new, texts     texts, new header               -> home
 //!   trimmed    -> home      new, texts                                     -> home          recovered, cut
 //! ```
 //!
@@ -96,9 +97,14 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     file.sync()?;
     point::reached("relink.settled");
 
-    file.write_at(&Footer { data_offset: home, ..new.footer }.encode(), footer_at)?;
+    let footer = Footer { data_offset: home, ..new.footer }.encode();
+    file.write_at(&footer, footer_at)?;
     file.sync()?;
     point::reached("relink.returned");
+
+    file.write_at(&footer, 0)?;
+    file.sync()?;
+    point::reached("relink.renewed");
 
     // What is open in memory is the image of before.
     drop(writable);

@@ -17,7 +17,7 @@ pub(super) const CHUNK: usize = 1 << 20;
 /// Sectors of that.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Is told how many bytes of the disk are done, and ends the work where it fails.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -104,8 +104,13 @@ pub(super) struct Extents<'a> {
 
 impl<'a> Extents<'a> {
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, 0)).collect();
-        Extents { version, at: 0, placed, plan: Plan::default(), next: 0 }
+        Extents::from(version, 0)
+    }
+
+    /// Only those from sector `at` on.
+    pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
+        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, at)).collect();
+        Extents { version, at, placed, plan: Plan::default(), next: 0 }
     }
 
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {
@@ -213,7 +218,7 @@ impl Data<'_> {
 }
 
 /// As `File::next_data`; where a file system cannot tell, all is data.
-fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
+pub(super) fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
     match file.next_data(offset) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             let len = file.stat()?.len;
@@ -248,7 +253,7 @@ pub(super) fn each_run(
 }
 
 /// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
         let end = bytes.len().min((at + into_page) / PAGE * PAGE + PAGE - into_page);

@@ -130,7 +130,7 @@ impl Drop for Sink<'_> {
 
 /// Gives back the room that was reserved in the file and not written: all of it reads as zeros, and holes stay holes.
 /// What is durable does not change, so nothing waits for it.
-fn give_back(file: &File, from: u64) -> Result<()> {
+pub(super) fn give_back(file: &File, from: u64) -> Result<()> {
     let (mut at, len) = (from, file.stat()?.len);
     while at < len {
         let (start, count) = match file.next_data(at) {

@@ -2,4 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod merge_scenes;
+mod merge_worlds;
 mod points;
+mod scenes;
