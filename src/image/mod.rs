@@ -48,6 +48,6 @@ pub use glance::Glance;
 pub use keep::Keep;
 pub use open::Image;
 pub use paged::Paged;
-pub use relink::{check_link, relink};
+pub use relink::{check_link, is_settled, relink};
 pub use tail::Growth;
 pub use writable::{NoRoom, Writable};

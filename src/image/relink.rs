@@ -18,7 +18,8 @@
 //! The trailing footer is the one that counts, is whole at every moment, and what it names was durable before: a crash
 //! leaves the old parent or the new one, never none and never half of each. The copy at the start is away meanwhile:
 //! two whole footers that contradict each other would forbid writing, a missing one is renewed by any writable open.
-//! Whoever is ended in the middle begins again; the image may be read and written by anyone in between.
+//! Whoever is ended in the middle begins again ([`is_settled`] tells); the image may be read and written by anyone in
+//! between.
 //!
 //! A type that changes (a child that becomes a root) goes with the footers.
 //!
@@ -36,7 +37,7 @@ use crate::format::footer::time_from_unix;
 use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
-use crate::format::{DiskType, DynamicHeader, Footer, LocatorEntry, Part, Platform};
+use crate::format::{Defect, DiskType, DynamicHeader, Footer, LocatorEntry, Part, Platform};
 use crate::point;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -119,6 +120,14 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
 /// `Unsupported`: a fixed image, or a path that cannot be recorded in a child.
 pub fn check_link(image: &Image, link: Option<&ParentLink>) -> Result<()> {
     New::of(image, link).map(drop)
+}
+
+/// Whether nothing is left of a relinking that was ended in the middle. Where something is, relinking it again tidies up.
+pub fn is_settled(image: &Image) -> bool {
+    let Some(sparse) = image.sparse() else { return true };
+    let is_whole = |defect: &Defect| !matches!(defect, Defect::FrontFooterInvalid { .. });
+    let end = sparse.placed.end.next_multiple_of(SECTOR);
+    image.notes().iter().all(is_whole) && home_of(image) == image.footer().data_offset && end >= image.data_end()
 }
 
 /// What an image is going to say.
@@ -349,6 +358,8 @@ mod tests {
                 let after = moment.crash_with(&|unit| bits >> (unit % 64) & 1 == 1);
                 let found = seen(&after);
                 assert!(found == old || found == new, "{found:?}, fate {bits:x} of {count}");
+                let is_left = Image::open(file(&after)).is_ok_and(|image| !is_settled(&image));
+                assert!(is_left || found == old || defects(&after).is_empty(), "{:?}", defects(&after));
                 switched += usize::from(found == new);
                 // A stranger writes in between, or nobody does.
                 if fate % 2 == 0 {

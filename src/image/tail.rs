@@ -91,6 +91,7 @@ impl Growth {
     /// Begins a step that makes room for so many more blocks, or fails; `None` where there is room for them, or a step is
     /// under way.
     pub fn begin_for(image: &Arc<Writable>, slot: Slot, blocks: u64) -> Option<Growth> {
+        image.bitmaps()?; // a fixed image has all its room
         let mut room = image.room();
         let blocks = blocks.min(room.unplaced);
         let fits = image.end_after(room.next, blocks, room.unplaced).is_some_and(|end| end <= room.end);

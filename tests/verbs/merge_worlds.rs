@@ -88,9 +88,12 @@ impl Case {
 /// Steps of a whole merge.
 fn steps(case: &Case) -> u64 {
     let host = case.host();
+    let before = host.counts().steps;
     case.merge(&host).expect("a merge");
+    let steps = host.counts().steps - before;
+    assert_eq!(before, 0, "steps are counted from the start");
     case.check_done(&host).unwrap_or_else(|e| panic!("{}: {e}", case.name));
-    host.counts().steps
+    steps
 }
 
 #[test]
@@ -130,7 +133,8 @@ fn crashes_in_a_row() {
     let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_061_111);
     println!("DIFFDISK_SEED={seed}");
     let mut random = Random::new(seed);
-    for round in 0..400 {
+    let rounds = std::env::var("DIFFDISK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(600);
+    for round in 0..rounds {
         let number = random.index(cases.len());
         let (case, mut host) = (&cases[number], cases[number].host());
         let mut trace = Vec::new();

@@ -19,7 +19,7 @@
 //!    commit, never before;
 //! 4. the ancestor is closed, and the note says that all is copied;
 //! 5. each child is linked to the ancestor ([`mod@crate::image::relink`], whole at every moment);
-//! 6. CHILD's name is removed, then those of the layers between, downwards; the folders are synced;
+//! 6. CHILD's name is removed, then those of the layers between, downwards;
 //! 7. the note is removed.
 //!
 //! Whoever is ended anywhere starts again with the same command. Until 5 every reader of CHILD or of its children sees
@@ -45,7 +45,7 @@ use super::mover::Progress;
 use super::writer::Writer;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Image, Keep, folder_of, refuse_if_live, relink};
+use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
 use crate::point;
 use crate::storage::{Access, Env, File, FileId, Lock};
 use crate::units::SECTOR;
@@ -156,6 +156,10 @@ impl<'a> Merge<'a> {
 
     fn go(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let path = self.intent.folder.join(&self.intent.ancestor_path);
+        if self.begun {
+            // A killed start may have left its note in memory alone, and what follows builds on it.
+            self.env.sync_dir(&self.intent.folder)?;
+        }
         // Holds the locks to the end.
         let survey = self.survey.take();
         let (copied, file) = match &survey {
@@ -248,18 +252,27 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// Step 5: CHILD's children, those that were found at first and any that came since.
+    /// Step 5: CHILD's children, those that were found at first and any that came since. And those that are the
+    /// ancestor's already, where an earlier start was ended while it linked them: they are tidied up unless in use.
     fn relink(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
         for child in kin::in_folders(self.env, &self.folders)? {
-            if child.glance.parent != Some(self.intent.layers[0].uuid) {
+            let is_folded = self.intent.layers.iter().any(|layer| layer.uuid == child.glance.uuid);
+            let is_linked = child.glance.parent == Some(ancestor.uuid());
+            if is_folded || !(is_linked || child.glance.parent == Some(self.intent.layers[0].uuid)) {
+                continue;
+            }
+            if is_linked && is_settled(&Image::open(self.env.open(&child.path, Access::Read)?)?) {
                 continue;
             }
             let file = match locked.iter().find(|(id, _)| *id == child.id) {
                 Some((_, file)) => file.clone(),
                 None => {
                     let file = self.env.open(&child.path, Access::Write)?;
-                    file.lock(Lock::Exclusive)?;
+                    match file.lock(Lock::Exclusive) {
+                        Err(e) if is_linked && e.kind() == ErrorKind::Busy => continue,
+                        locked => locked?,
+                    }
                     file
                 }
             };
@@ -277,13 +290,16 @@ impl<'a> Merge<'a> {
 
     /// Step 6.
     fn remove(&self) -> Result<Vec<PathBuf>> {
-        let (mut removed, mut folders) = (Vec::new(), vec![self.intent.folder.clone()]);
+        let mut removed = Vec::new();
         for layer in &self.intent.layers {
             let path = self.intent.folder.join(&layer.path);
-            folders.push(folder_of(&path).to_path_buf());
             let file = match self.env.open(&path, Access::Read) {
                 Ok(file) => file,
-                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    // Whoever removed it may not have come to make that durable.
+                    self.env.sync_dir(folder_of(&path))?;
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             if Glance::at(&file)?.map(|glance| glance.uuid) != Some(layer.uuid) {
@@ -297,14 +313,11 @@ impl<'a> Merge<'a> {
             }
             self.env.remove(&path)?;
             point::reached("merge.layer-removed");
+            // Before its parent goes, lest it come back without one.
+            self.env.sync_dir(folder_of(&path))?;
+            point::reached("merge.layer-gone");
             removed.push(path);
         }
-        folders.sort_unstable();
-        folders.dedup();
-        for folder in folders {
-            self.env.sync_dir(&folder)?;
-        }
-        point::reached("merge.removed");
         Ok(removed)
     }
 }
