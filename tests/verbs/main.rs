@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod merge;
 mod merge_scenes;
 mod merge_worlds;
 mod points;
