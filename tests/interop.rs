@@ -190,6 +190,21 @@ fn chains_are_read_alike() {
 }
 
 #[test]
+fn merged_chains_are_read_alike() {
+    let mut rng = Rng::from_env("merged");
+    for block in ["512K", "2M"] {
+        for (depth, layer) in [(4, 2), (4, 1), (3, 2)] {
+            let mut chain = Chain::build("interop-merge", 9 * MIB + 512, &["--block-size", block], depth, &mut rng);
+            let folded = chain.files.remove(layer);
+            tool::diffdisk(["merge".into(), folded]).ok();
+            chain.assert_diffdisk();
+            chain.assert_sevenzip();
+            chain.assert_vhdlib();
+        }
+    }
+}
+
+#[test]
 fn chains_with_small_blocks_are_read_alike() {
     let mut rng = Rng::from_env("small blocks");
     for block in ["4K", "16K"] {

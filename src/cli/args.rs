@@ -9,7 +9,7 @@ use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
 
-/// Makes, inspects, checks, converts and compares VHD images and chains of them.
+/// Makes, inspects, checks, merges, converts and compares VHD images and chains of them.
 ///
 /// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found corruption, 4 check found only leaks or cosmetic faults,
 /// 5 compare found a difference.
@@ -79,6 +79,16 @@ pub(super) enum Verb {
     Convert(Convert),
     /// Compare what guests see of two disks
     Compare(Compare),
+    /// Fold a child, and all between, into its parent or another ancestor
+    ///
+    /// The ancestor's file receives what the child says, and keeps its name: afterwards it shows the child's disk. The
+    /// child's file is removed, with those between. Children of the child that lie in a folder of the chain (or in one
+    /// given by --allow-parents) become children of the ancestor. Nobody may have the files open meanwhile.
+    ///
+    /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
+    /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
+    /// the same command goes on.
+    Merge(Merge),
     /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
     Flatten(Flatten),
     /// Give a child another parent
@@ -87,6 +97,15 @@ pub(super) enum Verb {
     Compact(Compact),
     /// Give a disk another size
     Resize(Resize),
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Merge {
+    /// The image to fold; it is removed in the end
+    pub(super) child: PathBuf,
+    /// What receives it [default: its parent]
+    #[arg(long, value_name = "ANCESTOR")]
+    pub(super) into: Option<PathBuf>,
 }
 
 #[derive(Group, Debug)]

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use super::Exit;
-use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, RootKind, Source, Target, Verb};
+use super::args::{Args, Check, Common, Compare, Convert, Create, Info, Map, Merge, RootKind, Source, Target, Verb};
 use super::args::{Compact, Flatten, Rebase, Resize};
 use super::print;
 use super::progress::Work;
@@ -26,6 +26,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
+        Verb::Merge(a) => ("merge", merge(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compare(a) => ("compare", compare(&a, &common).map_err(|e| e.at_path(&a.a))),
         Verb::Flatten(a) => ("flatten", flatten(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
@@ -187,6 +188,24 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
         }
     })?;
     Ok(if difference.is_some() { Exit::Different } else { Exit::Done })
+}
+
+fn merge(args: &Merge, common: &Common) -> Result<Exit> {
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common))?;
+    let work = Work::new(merge.bytes(), common.quiet)?;
+    let merged = merge.run(&mut |bytes| work.at(bytes))?;
+    drop(work);
+    if common.quiet {
+        return Ok(Exit::Done);
+    }
+    let images = |n: usize| if n == 1 { "1 image".to_owned() } else { format!("{n} images") };
+    let mut said = format!("{} copied, {} removed", human(merged.copied), images(merged.removed.len()));
+    if !merged.relinked.is_empty() {
+        said.push_str(&format!(", {} linked to it", images(merged.relinked.len())));
+    }
+    let (child, ancestor) = (print::path(&args.child), print::path(&merged.ancestor));
+    printed(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
+    Ok(Exit::Done)
 }
 
 /// The line that says how it went, unless nobody wants to know.

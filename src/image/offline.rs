@@ -240,25 +240,16 @@ impl Offline {
         Ok(())
     }
 
-    /// Takes away the copy of the footer at the start: two whole ones that differ would forbid writing, a missing one is
-    /// renewed by any writable open.
-    pub(super) fn wipe_front(&mut self) -> Result<()> {
-        self.file.write_at(&[0; SECTOR_BYTES], 0)?;
-        self.sync()
-    }
-
-    /// Replaces the trailing footer, the one that counts: one sector.
-    pub(super) fn put_tail(&mut self, footer: Footer) -> Result<()> {
+    /// Replaces the footers: the one at the end, which counts, and the copy at the start; one sector each. Durable when it
+    /// returns.
+    pub(super) fn put_footers(&mut self, footer: Footer) -> Result<()> {
         self.file.write_at(&footer.encode(), self.tail)?;
+        if self.shape.is_some() {
+            self.file.write_at(&footer.encode(), 0)?;
+        }
         self.sync()?;
         self.footer = footer;
         Ok(())
-    }
-
-    /// Brings back the copy of the footer at the start.
-    pub(super) fn put_front(&mut self) -> Result<()> {
-        self.file.write_at(&self.footer.encode(), 0)?;
-        self.sync()
     }
 
     /// # Errors

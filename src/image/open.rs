@@ -262,7 +262,7 @@ fn fatal(file: &File, found: &mut Found<'_>, defect: Defect) -> Error {
 }
 
 /// Reads both ends and chooses.
-fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
+pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
     let tail_len = len.min(SECTOR);
     let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
     if tail_len > 0 {

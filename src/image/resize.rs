@@ -10,7 +10,7 @@
 //!   with a table     1  what the disk will show of the last block and behind it is made zero
 //!                    2  the table gets entries: where it is, or else a new one behind the blocks; then the header, whose
 //!                       first sector holds both the table's place and its length
-//!                    3  the footers: the copy at the start away, the trailing one (the switch), the copy back
+//!                    3  the footers: the one at the end (the switch) and the copy at the start
 //!   smaller          3, then the entries behind the end go, and then their room
 //! ```
 //!
@@ -197,14 +197,11 @@ impl Offline {
         Ok(())
     }
 
-    /// The footers say another size.
+    /// Both footers say another size. The one at the end counts; where the power goes between the two, both are true, and
+    /// nothing is written before [`agreed`](super::agreed) has renewed the other.
     fn switch(&mut self, size: u64) -> Result<()> {
-        self.wipe_front()?;
-        point::reached("resize.front-footer-away");
-        self.put_tail(self.footer().with_size(size))?;
+        self.put_footers(self.footer().with_size(size))?;
         point::reached("resize.size-switched");
-        self.put_front()?;
-        point::reached("resize.front-footer-back");
         Ok(())
     }
 
@@ -219,7 +216,7 @@ impl Offline {
         point::reached("resize.fixed-room-blank");
         self.use_second_tail(size)?;
         point::reached("resize.fixed-end-there");
-        self.put_tail(self.footer().with_size(size))?;
+        self.put_footers(self.footer().with_size(size))?;
         point::reached("resize.fixed-size-switched");
         Ok(())
     }
@@ -227,7 +224,7 @@ impl Offline {
     fn shrink_fixed(mut self, size: u64) -> Result<()> {
         self.align_tail()?;
         if size < self.size() {
-            self.put_tail(self.footer().with_size(size))?;
+            self.put_footers(self.footer().with_size(size))?;
             point::reached("resize.fixed-size-smaller");
         }
         self.cut()?;

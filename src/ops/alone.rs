@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::chain::{Chain, Policy, Use};
 use crate::error::Result;
-use crate::image::{Image, refuse_if_live};
+use crate::image::{Image, agreed, refuse_if_live};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
@@ -13,9 +13,7 @@ use crate::storage::{Access, Env, Lock};
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
 /// `Refused` where a live journal says more than the image.
 pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain> {
-    let chain = Chain::open(env, path, policy, Use::Write)?;
-    check(env, chain.youngest(), policy)?;
-    Ok(chain)
+    Chain::of(env, image(env, path, policy)?, policy, Use::Write)
 }
 
 /// Opens the image at `path` to change it, whatever its parents are.
@@ -25,11 +23,8 @@ pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain
 pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    let image = Image::open(file)?;
-    check(env, &image, policy)?;
-    Ok(image)
-}
-
-fn check(env: &dyn Env, image: &Image, policy: &Policy) -> Result<()> {
-    policy.runtime.as_ref().map_or(Ok(()), |folder| refuse_if_live(env, folder, image))
+    if let Some(folder) = &policy.runtime {
+        refuse_if_live(env, folder, &Image::open(file.clone())?)?;
+    }
+    agreed(&file)
 }

@@ -117,7 +117,7 @@ pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locat
 }
 
 /// The way from a folder to a file, both absolute and without `..` and symbolic links.
-fn relative(folder: &Path, file: &Path) -> PathBuf {
+pub(super) fn relative(folder: &Path, file: &Path) -> PathBuf {
     let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = folder.components().skip(common).map(|_| Component::ParentDir);
     up.chain(file.components().skip(common)).collect()

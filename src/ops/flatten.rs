@@ -10,7 +10,7 @@ use super::writer::Writer;
 use crate::chain::{Chain, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Keep, Offline, ParentLink, check_link, relink};
+use crate::image::{Image, Keep, Offline, ParentLink, check_link, is_settled, relink};
 use crate::point;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
@@ -59,9 +59,8 @@ pub fn flatten(
         Stage::Written => point::reached("flatten.some-written"),
         Stage::Committed => point::reached("flatten.all-committed"),
     })?;
-    writer.top().image.trim()?;
+    writer.close()?;
     point::reached("flatten.file-cut");
-    drop(writer);
     if link.is_none() {
         blank_absent(&file)?;
         point::reached("flatten.absent-blank");
@@ -74,10 +73,9 @@ pub fn flatten(
 /// Brings to its end what an interrupted call has left when the link was made.
 fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let image = Image::open(file.clone())?;
-    // While it is made, the header is elsewhere.
-    match image.footer().data_offset {
-        SECTOR => Offline::new(&image)?.end_behind_blocks(),
-        _ => relink(env, file, link),
+    match is_settled(&image) {
+        true => Offline::new(&image)?.end_behind_blocks(),
+        false => relink(env, file, link),
     }
 }
 

@@ -258,7 +258,7 @@ pub(super) fn each_run(
 }
 
 /// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
         let end = bytes.len().min((at + into_page) / PAGE * PAGE + PAGE - into_page);

@@ -42,6 +42,7 @@ pub fn rebase(
     let new = open_beneath(env, path, parent, policy)?;
     let to = link_to(env, &image, new.youngest())?;
     check_link(&image, Some(&to))?;
+    point::reached("rebase.begun");
     let mut copied = 0;
     if !only_link {
         let new = new.into_frozen();
@@ -53,10 +54,8 @@ pub fn rebase(
             Stage::Written => point::reached("rebase.some-written"),
             Stage::Committed => point::reached("rebase.all-committed"),
         })?;
-        writer.top().image.trim()?;
+        writer.close()?;
         point::reached("rebase.file-cut");
-        drop(writer);
-        point::reached("rebase.copied-and-closed");
     }
     relink(env, &file, Some(&to))?;
     point::reached("rebase.linked");

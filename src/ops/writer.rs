@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, drive};
+use crate::image::{Commit, Growth, Keep, drive, give_back};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
@@ -18,6 +18,8 @@ pub(super) struct Writer<'a> {
     version: Version,
     plan: Plan,
     uncommitted: u64,
+    /// Byte behind which the file had nothing when it was opened.
+    was_used: u64,
 }
 
 impl<'a> Writer<'a> {
@@ -35,7 +37,18 @@ impl<'a> Writer<'a> {
     /// As `Writable::new`.
     pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
         let version = chain.into_writable(env, keep)?;
-        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0 })
+        let was_used = version.top().expect("opened for writing").image.image().used_end();
+        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0, was_used })
+    }
+
+    /// Makes room for so many more blocks now, all of them or none.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`, `Poisoned`.
+    pub(super) fn make_room(&mut self, blocks: u64) -> Result<()> {
+        let top = self.top();
+        let Some(mut growth) = Growth::begin_for(&top.image, top.slot, blocks) else { return Ok(()) };
+        drive(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
     }
 
     /// The disk as it is now.
@@ -94,6 +107,52 @@ impl<'a> Writer<'a> {
             self.commit()?;
         }
         Ok(())
+    }
+
+    /// Makes a run read as zeros, with as little room as that takes: none where nothing beneath has data. Durable after
+    /// the next [`Writer::commit`].
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`, `Poisoned`.
+    pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
+        let (version, plan) = (&self.version, &mut self.plan);
+        let top = version.top().expect("opened for writing");
+        loop {
+            match version.plan_zero(range, plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing)?,
+                Err(_) => grow(self.env, top)?,
+            }
+        }
+        for extent in &plan.extents {
+            let Source::File { offset, .. } = extent.source else {
+                unreachable!("what is zeroed lies in the top's file")
+            };
+            top.image.file().punch(offset, extent.range.bytes())?;
+            top.image.touched();
+        }
+        for marked in &plan.marks {
+            let _ = top.image.mark(*marked);
+            self.uncommitted += marked.bytes();
+        }
+        Ok(())
+    }
+
+    /// Bytes of the disk that were written since the last commit.
+    pub(super) fn uncommitted(&self) -> u64 {
+        self.uncommitted
+    }
+
+    /// Gives back the room that was made and not used: the file ends behind its last block. After a commit.
+    ///
+    /// # Errors
+    /// `Io`, `Poisoned`.
+    pub(super) fn close(self) -> Result<()> {
+        let image = &self.top().image;
+        if image.bitmaps().is_some() {
+            give_back(image.file(), self.was_used)?;
+        }
+        image.trim()
     }
 
     /// Makes all of it durable.
