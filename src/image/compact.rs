@@ -198,3 +198,18 @@ pub fn give_back(file: &File, from: u64) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_go_to_pages_or_where_they_fit() {
+        let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
+        assert_eq!(place_in(&(16..100), block), Some(23), "its data at a page");
+        assert_eq!(place_in(&(23..32), block), Some(23));
+        assert_eq!(place_in(&(16..31), block), Some(16), "packed where that is too much");
+        assert_eq!((place_in(&(16..25), block), place_in(&(16..24), block)), (Some(16), None));
+        assert_eq!(place_in(&(u64::from(u32::MAX)..u64::MAX / 2), block), None, "no entry names that");
+    }
+}

@@ -258,3 +258,71 @@ impl Offline {
         Error::new(ErrorKind::NoSpace, why).at_path(self.file.path())
     }
 }
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use super::super::Kind;
+    use super::super::rig::{child, file, host_with};
+    use super::*;
+    use crate::storage::sim::{FaultPlan, SimHost};
+
+    fn offline(host: &SimHost) -> Offline {
+        Offline::new(&Image::open(file(host)).unwrap()).unwrap()
+    }
+
+    fn len(host: &SimHost) -> u64 {
+        file(host).stat().unwrap().len
+    }
+
+    #[test]
+    fn the_end_moves_out_and_back() {
+        let host = host_with(child(), 1000);
+        let mut image = offline(&host);
+        let (before, end) = (len(&host), image.tail());
+        image.extend(end + 100 * SECTOR).unwrap();
+        assert_eq!((image.tail(), len(&host)), (end + 100 * SECTOR, before + 100 * SECTOR));
+        let mut room = [1; 8 * SECTOR_BYTES];
+        image.file().read_at(&mut room, end).unwrap();
+        assert_eq!(room, [0; 8 * SECTOR_BYTES], "where the footer was");
+        image.cut().unwrap();
+        assert_eq!((len(&host), image.tail()), (image.used_end() + SECTOR, image.used_end()));
+        let stat = file(&host).stat().unwrap();
+        host.set_faults(FaultPlan { room: Some(stat.allocated + 8192), ..FaultPlan::default() });
+        assert_eq!(image.extend(stat.len + (1 << 20)).unwrap_err().kind(), ErrorKind::NoSpace);
+        let after = file(&host).stat().unwrap();
+        assert_eq!((after.len, after.allocated), (stat.len, stat.allocated), "as it was");
+    }
+
+    #[test]
+    fn a_footer_across_two_sectors_is_made_one() {
+        for kind in [Kind::Fixed, Kind::Dynamic] {
+            let host = host_with(kind, 1000);
+            let (f, mut footer) = (file(&host), [0; SECTOR_BYTES]);
+            let end = len(&host);
+            f.read_at(&mut footer, end - SECTOR).unwrap();
+            f.write_at(&[0; SECTOR_BYTES], end - SECTOR).unwrap();
+            f.write_at(&footer, end + 100).unwrap();
+            let mut image = offline(&host);
+            image.align_tail().unwrap();
+            assert!(image.tail().is_multiple_of(SECTOR) && len(&host) == image.tail() + SECTOR);
+            image.cut().unwrap();
+            let footer_now = Image::open(file(&host)).unwrap().footer().encode();
+            assert_eq!(footer_now, footer);
+        }
+    }
+
+    #[test]
+    fn gaps_are_what_nothing_takes() {
+        let host = host_with(child(), 128 * 4);
+        let mut image = offline(&host);
+        let first = image.used_end() / SECTOR;
+        let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
+        let places = places.map(|(block, place)| (block, u32::try_from(place).unwrap()));
+        image.shape_mut().places.extend(places);
+        let gaps = image.gaps(image.used_end());
+        let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
+        assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
+        assert_eq!(image.used_end(), (first + 529) * SECTOR);
+        assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
+    }
+}

@@ -206,3 +206,40 @@ impl Shape {
         bytes
     }
 }
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use super::super::Image;
+    use super::super::rig::{child, file, host_with};
+    use super::*;
+
+    #[test]
+    fn a_table_grows_where_it_is_or_moves() {
+        let host = host_with(child(), 128 * 4);
+        let mut image = Offline::new(&Image::open(file(&host)).unwrap()).unwrap();
+        let (at, room) = (image.shape().header.table_offset, u32::try_from(layout::PAGE / 4).unwrap());
+        assert!(image.has_room_for(4) && image.has_room_for(room + 1), "nothing lies behind it");
+        let place = u32::try_from(image.used_end() / SECTOR + 7).unwrap();
+        image.shape_mut().places.insert(1, place);
+        assert!(image.has_room_for(room) && !image.has_room_for(3 * room), "a block lies behind its page");
+        image.extend((u64::from(place) + 129) * SECTOR).unwrap();
+        image.write_more_entries(200, &[1]).unwrap();
+        assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().place(1), Some(place));
+        image.use_table(at, 200).unwrap();
+        let to = image.used_end().next_multiple_of(layout::PAGE);
+        image.write_table(to, 5000).unwrap();
+        assert_eq!(Image::open(file(&host)).unwrap().table_offset(), Some(at), "of no meaning yet");
+        image.use_table(to, 5000).unwrap();
+        let moved = Image::open(file(&host)).unwrap();
+        let table = moved.bat().unwrap();
+        assert_eq!(
+            (moved.table_offset(), table.len(), table.used().collect::<Vec<_>>()),
+            (Some(to), 5000, vec![(1, place)])
+        );
+        let mut old = [1; 64];
+        image.file().read_at(&mut old, at).unwrap();
+        assert_eq!(old, [0; 64], "its room is given back");
+        image.drop_blocks(&[1]).unwrap();
+        assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().used().count(), 0);
+    }
+}
