@@ -73,8 +73,9 @@ fn same(sectors: u64, name: &'static str, runs: &Runs) -> (&'static str, Vec<u8>
 #[test]
 fn the_disk_stays_at_every_moment() {
     let of_child = [CHILD, &[(11, 12, T)]].concat();
-    let cases: [(&str, &dyn Fn(&Scene<'_>), _); 4] = [
-        ("root", &root, vec![same(100, "i.vhd", ROOT), same(100, "k.vhd", OF_ROOT)]),
+    type Setup<'a> = &'a dyn Fn(&Scene<'_>);
+    let cases = [
+        ("root", &root as Setup<'_>, vec![same(100, "i.vhd", ROOT), same(100, "k.vhd", OF_ROOT)]),
         ("child", &child, vec![same(100, "i.vhd", CHILD), same(100, "k.vhd", &of_child)]),
         ("moved table", &moved_table, vec![same(9_000, "i.vhd", MOVED), same(100, "k.vhd", OF_ROOT)]),
         ("batmap", &with_batmap, vec![same(100, "i.vhd", ROOT)]),
