@@ -1,14 +1,15 @@
 //! Floor 4: the verbs on images that nobody serves.
 //!
-//! Owns: what `create`, `info`, `check`, `map`, `convert` and `compare` do, as functions that return values. Leaves to
-//! others: words, screens and exit codes (`cli`), requests of guests (`device`), one image's order of writes (`image`).
+//! Owns: what `create`, `info`, `check`, `map`, `convert`, `compare` and `merge` do, as functions that return values.
+//! Leaves to others: words, screens and exit codes (`cli`), requests of guests (`device`), one image's order of writes
+//! (`image`).
 //!
 //! ```text
-//!   create   info   check        map      convert   compare
-//!      |       |      |           |          |         |
+//!   create   info   check        map   convert   compare   merge ── kin: whose child is what
+//!      |       |      |           |       |         |        |
 //!      |       |      |           └── mover: a disk as runs, read past its holes
-//!      v       v      v                      |
-//!    image and chain <───────────────────────┘
+//!      v       v      v                   |         |        |
+//!    image and chain <────────────────────┴─────────┴────────┘
 //! ```
 //!
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
