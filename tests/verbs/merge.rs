@@ -87,7 +87,8 @@ impl Stage {
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let entries = fs::read_dir(self.folder.path()).expect("the folder");
         let mut names: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
-        (left.sort(), names.sort());
+        left.sort();
+        names.sort();
         assert_eq!(names, left, "{}, {when}", self.case.name);
         for path in left {
             let check = diffdisk(["check".into(), path]);

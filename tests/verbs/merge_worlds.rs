@@ -60,7 +60,8 @@ impl Case {
         let left = (0..self.scene.layers.len()).filter(|layer| !self.folded.contains(layer));
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let mut names = host.names();
-        (left.sort(), names.sort());
+        left.sort();
+        names.sort();
         if left != names {
             return Err(format!("there is {names:?}, not {left:?}"));
         }

@@ -44,21 +44,30 @@ impl Layers {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
     }
 
-    /// Blocks that the image beneath needs besides those it has, at most.
-    pub(super) fn new_blocks(&self, beneath: &Image) -> u64 {
-        let (Some(table), Some(block_size)) = (beneath.bat(), beneath.block_size()) else { return 0 };
+    /// Blocks that the image beneath needs for data besides those it has, at most. (Zeros may need a few more, where they
+    /// hide something further down.)
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn new_blocks(&self, beneath: &Image) -> Result<u64> {
+        let (Some(table), Some(block_size)) = (beneath.bat(), beneath.block_size()) else { return Ok(0) };
         let disk = SectorRange::between(0, beneath.size() / SECTOR);
         let mut wanted = vec![false; table.len() as usize];
         for image in self.images() {
             let (Some(blocks), Some(theirs)) = (image.bat(), image.block_size()) else { continue };
-            for (block, _) in blocks.used() {
+            let (bitmap, bytes) = (u64::from(theirs.bitmap_sectors()), u64::from(theirs.bytes()));
+            for (block, place) in blocks.used() {
+                let at = (u64::from(place) + bitmap) * SECTOR;
+                if next_data(image.file(), at)?.is_none_or(|(start, _)| start >= at + bytes) {
+                    continue; // holes are zeros
+                }
                 let range = theirs.range_of(block).clip(disk);
                 for (block, _) in block_size.parts(range) {
-                    wanted[block as usize] = table.place(block).is_none();
+                    wanted[block as usize] |= table.place(block).is_none();
                 }
             }
         }
-        wanted.iter().filter(|wanted| **wanted).count() as u64
+        Ok(wanted.iter().filter(|wanted| **wanted).count() as u64)
     }
 
     /// Copies all that the layers say, from sector `from` on, into `writer`'s image. Tells how many bytes were data.

@@ -13,8 +13,8 @@
 //!
 //! Each step is durable before the next:
 //!
-//! 1. room for all blocks that the ancestor lacks: a full host is found before anything is copied;
-//! 2. the [note](intent) of what is being done;
+//! 1. room for all blocks that the ancestor lacks and that get data: a full host is found before anything is copied;
+//! 2. the note of what is being done (`intent.rs`);
 //! 3. what the layers say is copied into the ancestor, by its own order of commits; how far it has come is noted after a
 //!    commit, never before;
 //! 4. the ancestor is closed, and the note says that all is copied;
@@ -88,6 +88,8 @@ impl<'a> Merge<'a> {
     /// ours; `Refused` where another child would change, where the sizes do not fit, or where another merge of it was
     /// begun.
     pub fn prepare(env: &'a dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Merge<'a>> {
+        // The file a link leads to is what is folded and removed.
+        let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
         let present = match env.open(child, Access::Read) {
             Ok(file) => Glance::at(&file)?.map(|glance| glance.uuid),
             Err(e) if e.kind() == ErrorKind::NotFound => None,
@@ -200,7 +202,7 @@ impl<'a> Merge<'a> {
             Copied::Before(sector) => sector,
             Copied::All => unreachable!("then nothing is copied"),
         };
-        let blocks = survey.layers.new_blocks(image);
+        let blocks = survey.layers.new_blocks(image)?;
         let begun = writer.make_room(blocks).and_then(|()| {
             point::reached("merge.room-made");
             self.intent.save(self.env)
