@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::offline::Offline;
 use crate::error::Result;
-use crate::format::layout;
+use crate::format::{bat, layout};
 use crate::point;
 use crate::storage::{Buffer, File};
 use crate::units::{BlockSize, SECTOR};
@@ -153,7 +153,7 @@ impl Offline {
 /// Where in a gap, in sectors, a block may go: its data at a page, or packed where that is too much.
 fn place_in(gap: &Range<u64>, block_size: BlockSize) -> Option<u32> {
     let stride = u64::from(block_size.stride_sectors());
-    let fits = |place: &u32| u64::from(*place) + stride <= gap.end;
+    let fits = |place: &u32| *place <= bat::MAX_ENTRY && u64::from(*place) + stride <= gap.end;
     let aligned = layout::next_place(gap.start, block_size, 1).ok().filter(fits);
     aligned.or_else(|| u32::try_from(gap.start).ok().filter(fits))
 }
