@@ -128,7 +128,8 @@ impl Offline {
     }
 
     /// Makes sectors behind the end of the disk, up to `size`, present and zero where the chain beneath would shine
-    /// through. They are durable; the blocks made for them have no entries yet and are returned.
+    /// through. Of no meaning before the size changes, and durable with the table; the blocks made for them have no entries
+    /// yet and are returned.
     fn hide(&mut self, block_size: BlockSize, size: u64, shining: &mut Shining<'_>) -> Result<Vec<u32>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
@@ -163,7 +164,6 @@ impl Offline {
             crate::format::bitmap::encode(words.into_iter(), &mut bytes);
             self.file().write_at(&bytes, self.block(block).expect("it has a place now").0)?;
         }
-        self.sync()?;
         Ok(made)
     }
 

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use super::alone;
 use super::mover::{CHUNK, CHUNK_SECTORS, Disk, Progress};
+use super::{alone, kin};
 use crate::chain::{Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, Offline};
+use crate::image::{Image, Offline, folder_of};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
@@ -22,7 +22,8 @@ pub struct Resized {
 
 /// Gives the disk at `path` another size. What is added reads as zeros; what is cut off must.
 ///
-/// Children keep their own sizes and what they show, since both kinds of change are zeros. A call that was interrupted is
+/// Children keep their own sizes and what they show, since both kinds of change are zeros; those beside the image are
+/// named in the log, as other programs want sizes to be equal. A call that was interrupted is
 /// completed by the same call.
 ///
 /// # Errors
@@ -46,6 +47,7 @@ pub fn resize(
         let (image, beneath) = chain.into_parts();
         let mut plan = Plan::default();
         Offline::new(&image)?.grow(size, &mut |range| shining(&beneath, range, &mut plan))?;
+        tell_of_children(env, &image);
         return Ok(done);
     }
     if size < from && !shrink {
@@ -57,14 +59,29 @@ pub fn resize(
         let what = format!("byte {at} of the disk is not zero: it would be lost");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
-    let offline = Offline::new(&Image::open(file)?)?;
+    let image = Image::open(file)?;
+    let offline = Offline::new(&image)?;
     let mut watch = |_| progress(from);
     if size < from || shrink {
         offline.shrink(size, &mut watch)?
     } else {
         offline.end_behind_blocks()?
     }
+    if size < from {
+        tell_of_children(env, &image);
+    }
     Ok(done)
+}
+
+/// Says which children beside the image have another size now. Not more than that: what they show is the same.
+fn tell_of_children(env: &dyn Env, parent: &Image) {
+    let folder = folder_of(parent.file().path()).to_path_buf();
+    for kin in kin::in_folders(env, &[folder]).unwrap_or_default() {
+        if kin.glance.parent == Some(parent.uuid()) {
+            let path = kin.path.display();
+            log::warn!("{path}: a child of the resized image keeps its own size; Hyper-V wants the two to be equal");
+        }
+    }
 }
 
 /// The parts of a range that are not known to be zero in a chain.
