@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::storage::host::Host;
+use diffdisk::storage::sim::SimHost;
 
 use crate::common::tool::{self, diffdisk};
 use crate::points;
 use crate::scene::Scene;
+use crate::sweep::FOLDER;
 
 /// What the program is killed in: the images are made by `setup`, and `args` is the command line in their folder.
 pub(crate) struct Act<'a> {
@@ -28,10 +29,21 @@ impl Act<'_> {
         self.args.iter().map(in_folder).collect()
     }
 
+    /// Makes the images on a simulated host and copies them: a lock of this process would live on for a moment in every
+    /// program that another test starts meanwhile.
+    fn make(&self, folder: &Path) {
+        let host = SimHost::new(3);
+        (self.setup)(&Scene::new(&host, Path::new(FOLDER)));
+        for path in host.names() {
+            let bytes = host.bytes(&path).expect("it is there");
+            std::fs::write(folder.join(path.file_name().expect("a name")), bytes).expect("a copy");
+        }
+    }
+
     /// Kills it at a point, looks, and calls it again. Whether it came to that point.
     fn kill(&self, point: &str) -> bool {
         let folder = tool::scratch("verbs");
-        (self.setup)(&Scene::new(&Host, folder.path()));
+        self.make(folder.path());
         let killed = points::killed(point, 1, self.args(folder.path()));
         if killed {
             for (name, old, new) in &self.shows {
