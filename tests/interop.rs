@@ -103,6 +103,23 @@ impl Chain {
         assert_eq!(check.code, Some(0), "check after a clean stop: {check:?}");
     }
 
+    /// What all agree on of an image without a parent.
+    fn assert_alone(&self, vhdlib: bool) {
+        self.assert_diffdisk();
+        self.assert_qemu();
+        self.assert_sevenzip();
+        if vhdlib {
+            self.assert_vhdlib();
+        }
+    }
+
+    /// Another size; what is cut off must be zero.
+    fn resize(&mut self, size: u64) {
+        let args = ["resize".into(), self.leaf().display().to_string(), size.to_string(), "--shrink".into()];
+        tool::diffdisk::<String>(args).ok();
+        self.disk.resize(usize::try_from(size).expect("a small disk"), 0);
+    }
+
     fn assert_sevenzip(&self) {
         tool::require(&["7zz"]);
         pattern::assert_same("7-Zip", &sevenzip(self.leaf()), &self.disk);
@@ -186,6 +203,60 @@ fn chains_are_read_alike() {
             chain.assert_sevenzip();
             chain.assert_vhdlib();
         }
+    }
+}
+
+#[test]
+fn merged_chains_are_read_alike() {
+    let mut rng = Rng::from_env("merged");
+    for block in ["512K", "2M"] {
+        for (depth, layer) in [(4, 2), (4, 1), (3, 2)] {
+            let mut chain = Chain::build("interop-merge", 9 * MIB + 512, &["--block-size", block], depth, &mut rng);
+            let folded = chain.files.remove(layer);
+            tool::diffdisk(["merge".into(), folded]).ok();
+            chain.assert_diffdisk();
+            chain.assert_sevenzip();
+            chain.assert_vhdlib();
+        }
+    }
+}
+
+#[test]
+fn reshaped_chains_are_read_alike() {
+    let mut rng = Rng::from_env("reshaped");
+    for block in ["512K", "2M"] {
+        let mut chain = Chain::build("interop-rebase", 9 * MIB + 512, &["--block-size", block], 4, &mut rng);
+        let (leaf, root) = (chain.leaf().to_path_buf(), chain.files[0].clone());
+        tool::diffdisk(["rebase".into(), leaf.clone(), "--parent".into(), chain.files[1].clone()]).ok();
+        chain.files.remove(2);
+        chain.assert_sevenzip();
+        chain.assert_vhdlib();
+        tool::diffdisk(["flatten".into(), leaf.clone(), "--keep".into(), root]).ok();
+        chain.files.remove(1);
+        tool::diffdisk(["compact".into(), leaf.clone()]).ok();
+        chain.assert_diffdisk();
+        chain.assert_sevenzip();
+        chain.assert_vhdlib();
+        tool::diffdisk(["flatten".into(), leaf.clone()]).ok();
+        chain.files = vec![leaf];
+        chain.assert_alone(true);
+        for size in [13 * MIB + 1024, 11 * MIB + 1536, 700 * MIB, 12 * MIB] {
+            chain.resize(size);
+            if size < 100 * MIB {
+                chain.assert_alone(true);
+            }
+        }
+    }
+    // The table finds no room where it is, and moves behind the blocks.
+    let mut small = Chain::build("interop-resize", 4 * MIB, &["--block-size", "4K"], 1, &mut rng);
+    small.resize(7 * MIB + 512);
+    small.assert_alone(false);
+    tool::diffdisk(["compact".into(), small.leaf().to_path_buf()]).ok();
+    small.assert_alone(false);
+    let mut fixed = Chain::build("interop-resize", 3 * MIB + 1536, &["--type", "fixed"], 1, &mut rng);
+    for size in [5 * MIB + 512, 4 * MIB] {
+        fixed.resize(size);
+        fixed.assert_alone(false);
     }
 }
 

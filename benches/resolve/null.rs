@@ -103,6 +103,9 @@ impl Env for Plain {
     fn exists(&self, path: &Path) -> bool {
         Host.exists(path)
     }
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        Host.list(folder)
+    }
     fn live(&self, path: &Path, words: usize) -> Result<Live> {
         Host.live(path, words)
     }

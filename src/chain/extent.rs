@@ -19,7 +19,8 @@ pub enum Source {
 
 impl Source {
     /// The source of what follows `sectors` further on in the same run.
-    fn after(self, sectors: u64) -> Source {
+    #[must_use]
+    pub fn after(self, sectors: u64) -> Source {
         match self {
             Source::Zero => Source::Zero,
             Source::File { slot, offset } => Source::File { slot, offset: offset + sectors * crate::units::SECTOR },
@@ -42,6 +43,12 @@ impl Extent {
     pub fn joined(self, next: Extent) -> Option<Extent> {
         let adjoins = self.range.end() == next.range.start() && self.source.after(self.range.count()) == next.source;
         adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
+    }
+
+    /// What is left after its first `sectors`.
+    #[must_use]
+    pub fn skip(self, sectors: u64) -> Extent {
+        Extent { range: self.range.skip(sectors), source: self.source.after(sectors) }
     }
 }
 

@@ -93,6 +93,15 @@ impl Chain {
         Version::new(None, Frozen::new(layers), sectors)
     }
 
+    /// The youngest image, and what lies beneath it as a map of its own.
+    pub fn into_parts(mut self) -> (Image, Version) {
+        let parents = self.images.split_off(1);
+        let youngest = self.images.pop().expect("a chain has an image");
+        let sectors = youngest.size() / SECTOR;
+        let layers = (0..).zip(parents).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
+        (youngest, Version::new(None, Frozen::new(layers), sectors))
+    }
+
     /// The youngest image as writable top over the others. The chain was opened to be written.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
 
-/// Makes, inspects, checks, converts and compares VHD images and chains of them.
+/// Makes, inspects, checks, merges, converts and compares VHD images and chains of them.
 ///
 /// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found corruption, 4 check found only leaks or cosmetic faults,
 /// 5 compare found a difference.
@@ -81,6 +81,33 @@ pub(super) enum Verb {
     Diff(Diff),
     /// Compare what guests see of two disks
     Compare(Compare),
+    /// Fold a child, and all between, into its parent or another ancestor
+    ///
+    /// The ancestor's file receives what the child says, and keeps its name: afterwards it shows the child's disk. The
+    /// child's file is removed, with those between. Children of the child that lie in a folder of the chain (or in one
+    /// given by --allow-parents) become children of the ancestor. Nobody may have the files open meanwhile.
+    ///
+    /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
+    /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
+    /// the same command goes on.
+    Merge(Merge),
+    /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
+    Flatten(Flatten),
+    /// Give a child another parent
+    Rebase(Rebase),
+    /// Give back room that an image takes without need
+    Compact(Compact),
+    /// Give a disk another size
+    Resize(Resize),
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Merge {
+    /// The image to fold; it is removed in the end
+    pub(super) child: PathBuf,
+    /// What receives it [default: its parent]
+    #[arg(long, value_name = "ANCESTOR")]
+    pub(super) into: Option<PathBuf>,
 }
 
 #[derive(Group, Debug)]
@@ -233,6 +260,45 @@ pub(super) struct Compare {
     /// What the disks are; given twice, the first is for A and the second for B
     #[arg(long, value_enum, default_value = "vhd")]
     pub(super) from: Vec<Source>,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Flatten {
+    /// The child; its parents are only read
+    pub(super) child: PathBuf,
+    /// Stand on this one of its parents instead of alone
+    #[arg(long, value_name = "ANCESTOR")]
+    pub(super) keep: Option<PathBuf>,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Rebase {
+    /// The child. What it shows does not change: what the new parent would show differently is copied into it
+    pub(super) child: PathBuf,
+    /// The image it is to stand on
+    #[arg(long, value_name = "NEW")]
+    pub(super) parent: PathBuf,
+    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there
+    #[arg(long)]
+    pub(super) r#unsafe: bool,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Compact {
+    /// The image: blocks go that say nothing but what the chain beneath says, zeros become holes, gaps are closed
+    pub(super) path: PathBuf,
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Resize {
+    /// The image. Its children keep their own sizes and contents
+    pub(super) path: PathBuf,
+    /// The new size of the disk, a multiple of 512; what is added reads as zeros
+    #[arg(value_parser = parse)]
+    pub(super) size: u64,
+    /// The disk may become smaller, where nothing but zeros is cut off
+    #[arg(long)]
+    pub(super) shrink: bool,
 }
 
 #[cfg(test)]

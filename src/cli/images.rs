@@ -4,7 +4,10 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use super::Exit;
-use super::args::{Args, Check, Common, Compare, Convert, Create, Diff, Info, Map, RootKind, Source, Target, Verb};
+use super::args::{
+    Args, Check, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize, RootKind,
+    Source, Target, Verb,
+};
 use super::print;
 use super::progress::Work;
 use super::runtime;
@@ -26,7 +29,12 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Diff(a) => ("diff", diff(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
+        Verb::Merge(a) => ("merge", merge(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compare(a) => ("compare", compare(&a, &common).map_err(|e| e.at_path(&a.a))),
+        Verb::Flatten(a) => ("flatten", flatten(&a, &common).map_err(|e| e.at_path(&a.child))),
+        Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
+        Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
@@ -199,6 +207,67 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
         }
     })?;
     Ok(if difference.is_some() { Exit::Different } else { Exit::Done })
+}
+
+fn merge(args: &Merge, common: &Common) -> Result<Exit> {
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common))?;
+    let work = Work::new(merge.bytes(), common.quiet)?;
+    let merged = merge.run(&mut |bytes| work.at(bytes))?;
+    drop(work);
+    if common.quiet {
+        return Ok(Exit::Done);
+    }
+    let images = |n: usize| if n == 1 { "1 image".to_owned() } else { format!("{n} images") };
+    let mut said = format!("{} copied, {} removed", human(merged.copied), images(merged.removed.len()));
+    if !merged.relinked.is_empty() {
+        said.push_str(&format!(", {} linked to it", images(merged.relinked.len())));
+    }
+    let (child, ancestor) = (print::path(&args.child), print::path(&merged.ancestor));
+    printed(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
+    Ok(Exit::Done)
+}
+
+/// The line that says how it went, unless nobody wants to know.
+fn told(common: &Common, line: &str) -> Result<Exit> {
+    if !common.quiet {
+        printed(|out| writeln!(out, "{}", print::plain(line)))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common), progress)?;
+    drop(work);
+    let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
+    told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
+}
+
+fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    drop(work);
+    let (child, parent) = (args.child.display(), args.parent.display());
+    told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
+}
+
+fn compact(args: &Compact, common: &Common) -> Result<Exit> {
+    let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common), &mut |bytes| work.at(bytes))?;
+    drop(work);
+    let (given, blocks) = (human(done.given_back), done.blocks);
+    told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
+}
+
+fn resize(args: &Resize, common: &Common) -> Result<Exit> {
+    let work = Work::new(args.size, common.quiet)?;
+    let progress = &mut |bytes| work.at(bytes);
+    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common), progress)?;
+    drop(work);
+    let (from, to) = (human(done.from), human(done.to));
+    told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
 }
 
 /// Standard output without the buffer of lines that the standard library puts before it.

@@ -77,6 +77,14 @@ pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<PathBuf> {
     Ok(folder_of(path).join(format!(".{start}.{}.new", uuid.simple())))
 }
 
+/// Whether a path has a name that [`fresh_name`] gave.
+pub fn is_fresh_name(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let middle = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new"));
+    let uuid = middle.and_then(|middle| middle.rsplit_once('.')).map(|(_, uuid)| uuid);
+    uuid.is_some_and(|uuid| uuid.len() == 32 && uuid.bytes().all(|digit| digit.is_ascii_hexdigit()))
+}
+
 /// The folder of a path, `.` where it has none.
 pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {

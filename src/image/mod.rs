@@ -18,6 +18,7 @@
 //!
 //!   check ──> Report                  every rule, and what blocks say (walk); repair mends what needs no guess (undo keeps
 //!                                    what it replaces)
+//!           Offline            nobody else has it open: another size, fewer blocks, blocks elsewhere
 //! ```
 
 pub mod bat;
@@ -25,20 +26,26 @@ mod batmap;
 pub mod bitmaps;
 pub mod check;
 pub mod commit;
+pub mod compact;
 pub mod create;
 mod drive;
 mod fit;
+mod glance;
 mod holes;
 pub mod journal;
 mod keep;
 #[cfg(feature = "mutants")]
 mod mistakes;
+pub mod offline;
 pub mod open;
 mod paged;
 mod recover;
+pub mod relink;
 mod repair;
+pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
+mod table;
 pub mod tail;
 mod undo;
 mod walk;
@@ -48,14 +55,19 @@ pub use bat::Bat;
 pub use batmap::Batmap;
 pub use check::{Report, check};
 pub use commit::{Commit, Step};
-pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, name, write_new};
+pub use compact::{Watch, give_back};
+pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
 pub use drive::drive;
 pub use fit::refuse_if_live;
+pub use glance::Glance;
 pub use holes::is_zero;
 pub use keep::Keep;
+pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
+pub use relink::{agreed, check_link, is_settled, relink};
 pub use repair::repair;
+pub use resize::Shining;
 pub use tail::Growth;
 pub use walk::Suspects;
 pub use writable::{NoRoom, Writable};

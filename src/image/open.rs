@@ -206,9 +206,9 @@ impl Image {
         }
     }
 
-    /// Whether the file ends with a footer of 512 bytes.
+    /// Whether the file ends with a footer of 512 bytes that fills a sector.
     pub fn has_whole_tail_footer(&self) -> bool {
-        self.chosen.source == FooterSource::TailFull
+        self.chosen.source == FooterSource::TailFull && self.chosen.data_end.is_multiple_of(SECTOR)
     }
 
     pub(super) fn sparse(&self) -> Option<&Sparse> {
@@ -288,7 +288,7 @@ fn fatal(file: &File, found: &mut Found<'_>, defect: Defect) -> Error {
 }
 
 /// Reads both ends and chooses.
-fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
+pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
     let tail_len = len.min(SECTOR);
     let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
     if tail_len > 0 {

@@ -62,6 +62,8 @@ pub struct Growth {
     old: u64,
     /// Blocks that the step makes room for.
     blocks: u64,
+    /// And at least, where the host has no room for all.
+    least: u64,
     /// Blocks without a place when it began.
     unplaced: u64,
 }
@@ -84,11 +86,27 @@ impl Growth {
         if room.growing || !image.is_short(&room) {
             return None;
         }
-        room.growing = true;
         let blocks = image.step_blocks(&room).min(room.unplaced);
+        Some(Growth::of(image, slot, &mut room, blocks, 1))
+    }
+
+    /// Begins a step that makes room for so many more blocks, or fails; `None` where there is room for them, or a step is
+    /// under way.
+    pub fn begin_for(image: &Arc<Writable>, slot: Slot, blocks: u64) -> Option<Growth> {
+        image.bitmaps()?; // a fixed image has all its room
+        let mut room = image.room();
+        let blocks = blocks.min(room.unplaced);
+        let fits = image.end_after(room.next, blocks, room.unplaced).is_some_and(|end| end <= room.end);
+        if room.growing || blocks == 0 || fits {
+            return None;
+        }
+        Some(Growth::of(image, slot, &mut room, blocks, blocks))
+    }
+
+    fn of(image: &Arc<Writable>, slot: Slot, room: &mut Room, blocks: u64, least: u64) -> Growth {
+        room.growing = true;
         let (old, unplaced) = (room.end, room.unplaced);
-        drop(room);
-        Some(Growth { image: image.clone(), slot, phase: Phase::Start, old, blocks, unplaced })
+        Growth { image: image.clone(), slot, phase: Phase::Start, old, blocks, least, unplaced }
     }
 
     /// The next step. `failed` is the first failure among the operations of the last one.
@@ -124,7 +142,7 @@ impl Growth {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
                 self.image.file().set_len(self.image.file().stat()?.len)?;
                 self.blocks /= 2;
-                if self.blocks == 0 {
+                if self.blocks < self.least {
                     return Err(self.full(e));
                 }
                 self.allocate(ops);
@@ -325,6 +343,23 @@ mod tests {
         assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
         host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
         grow(&host, &image).unwrap();
+    }
+
+    #[test]
+    fn room_for_all_or_none() {
+        let host = host_with(child(), 128 * 40);
+        let image = open(&host).unwrap();
+        let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
+            super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
+        });
+        host.set_faults(FaultPlan { room: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
+        let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
+        assert_eq!(step(&mut growth).unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
+        host.set_faults(FaultPlan::default());
+        step(&mut Growth::begin_for(&image, SLOT, 30).expect("there is none yet")).unwrap();
+        assert!(Growth::begin_for(&image, SLOT, 30).is_none());
+        assert!((0..30).all(|block| image.reserve(block).is_ok()));
     }
 
     #[test]

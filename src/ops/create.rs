@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
-use crate::image::{self, Kind, ParentLink, Spec, folder_of};
+use crate::image::{self, Image, Kind, ParentLink, Spec, folder_of};
 use crate::storage::Env;
 use crate::units::BlockSize;
 
@@ -91,16 +91,8 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
-    let (uuid, modified) = (parent.uuid(), parent.file().stat()?.modified);
-    let absolute = env.canonical(&child.parent)?;
-    let relative = relative(&env.canonical(folder_of(path))?, &absolute);
-    let link = ParentLink {
-        uuid,
-        modified,
-        relative: (child.locators != Locators::Absolute).then(|| relative.clone()),
-        absolute: (child.locators != Locators::Relative).then(|| absolute.clone()),
-        name: relative.clone(),
-    };
+    let link = link(env, folder_of(path), parent, child.locators)?;
+    let (relative, absolute) = (link.name.clone(), env.canonical(&child.parent)?);
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
@@ -108,8 +100,24 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
 }
 
+/// What a child in `folder` records of its parent, by these locators.
+///
+/// # Errors
+/// `Io`: the parent or the folder is not where it was opened.
+pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
+    let absolute = env.canonical(parent.file().path())?;
+    let name = relative(&env.canonical(folder)?, &absolute);
+    Ok(ParentLink {
+        uuid: parent.uuid(),
+        modified: parent.file().stat()?.modified,
+        relative: (locators != Locators::Absolute).then(|| name.clone()),
+        absolute: (locators != Locators::Relative).then_some(absolute),
+        name,
+    })
+}
+
 /// The way from a folder to a file, both absolute and without `..` and symbolic links.
-fn relative(folder: &Path, file: &Path) -> PathBuf {
+pub(super) fn relative(folder: &Path, file: &Path) -> PathBuf {
     let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = folder.components().skip(common).map(|_| Component::ParentDir);
     up.chain(file.components().skip(common)).collect()

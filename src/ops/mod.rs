@@ -1,27 +1,39 @@
 //! Floor 4: the verbs on images that nobody serves.
 //!
-//! Owns: what `create`, `info`, `check`, `map`, `diff`, `convert` and `compare` do, as functions that return values. Leaves
-//! to others: words, screens and exit codes (`cli`), requests of guests (`device`), one image's order of writes (`image`).
+//! Owns: what the verbs of the tool do, as functions that return values. Leaves to others: words, screens and exit codes
+//! (`cli`), requests of guests (`device`), one image's order of writes (`image`).
 //!
 //! ```text
-//!   create  info  check  diff    map      convert   compare
-//!      |     |      |     |       |          |         |
-//!      |     |      |     |       └── mover: a disk as runs, read past its holes
-//!      v     v      v     v                  |
-//!    image and chain <───────────────────────┘
+//!   create info check diff   map  convert  compare     flatten  rebase  merge     resize  compact
+//!      |     |    |    |      |     |        |           |        |      |          |        |
+//!      |     |    |    |      └─ mover: a disk as runs   └─ copy_up      |          |        |
+//!      |     |    |    |         past its holes              └─ writer ──┘          |        |
+//!      v     v    v    v           |                          |                  v        v
+//!    image and chain <─────────────┴──────────────────────────┘             image::Offline
 //! ```
+//!
+//! What changes an image takes it for itself, with its parents only to be read, and is valid at every moment: a verb that
+//! was ended is called again and goes on.
 //!
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
 //! The reports serialise under the names that `--json` promises.
 
+mod alone;
 pub mod check;
+pub mod compact;
 pub mod compare;
 pub mod convert;
+mod copy_up;
 pub mod create;
 pub mod diff;
+pub mod flatten;
 pub mod info;
+mod kin;
 pub mod map;
+pub mod merge;
 mod mover;
+pub mod rebase;
+pub mod resize;
 mod sink;
 mod writer;
 

@@ -11,13 +11,13 @@ use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
-const WINDOW: u64 = 1 << 17;
+pub(super) const WINDOW: u64 = 1 << 17;
 /// Bytes read at once, at most.
 pub(super) const CHUNK: usize = 1 << 20;
 /// Sectors of that.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Is told how many bytes of the disk are done, and ends the work where it fails.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -84,9 +84,14 @@ impl Disk {
 
     /// The runs that may hold data.
     pub(super) fn data(&self) -> Data<'_> {
+        self.data_from(0)
+    }
+
+    /// As [`Disk::data`], from a sector on.
+    pub(super) fn data_from(&self, sector: u64) -> Data<'_> {
         let runs = match self {
-            Disk::Chain(version) => Runs::Chain(Extents::new(version)),
-            Disk::Raw(file, _) => Runs::Raw(file, 0),
+            Disk::Chain(version) => Runs::Chain(Extents::from(version, sector)),
+            Disk::Raw(file, _) => Runs::Raw(file, sector * SECTOR),
         };
         Data { sectors: self.sectors(), runs, seen: Seen::default(), rest: None }
     }
@@ -106,8 +111,13 @@ pub(super) struct Extents<'a> {
 
 impl<'a> Extents<'a> {
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, 0)).collect();
-        Extents { version, at: 0, placed, plan: Plan::default(), next: 0, once: false }
+        Extents::from(version, 0)
+    }
+
+    /// As [`Extents::new`], from sector `at` on.
+    pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
+        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, at)).collect();
+        Extents { version, at, placed, plan: Plan::default(), next: 0, once: false }
     }
 
     /// For who asks nothing else of the version: what is read on the way is forgotten.
@@ -151,7 +161,7 @@ impl<'a> Extents<'a> {
 }
 
 /// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
-fn next_placed(layer: &Layer, from: u64) -> u64 {
+pub(super) fn next_placed(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;
     }
@@ -224,7 +234,7 @@ impl Data<'_> {
 }
 
 /// As `File::next_data`; where a file system cannot tell, all is data.
-fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
+pub(super) fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
     match file.next_data(offset) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             let len = file.stat()?.len;
@@ -259,7 +269,7 @@ pub(super) fn each_run(
 }
 
 /// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
         let end = bytes.len().min((at + into_page) / PAGE * PAGE + PAGE - into_page);

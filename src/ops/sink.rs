@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::writer::Writer;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
+use crate::image::{Keep, Spec, folder_of, fresh_name, give_back, name, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -126,21 +126,4 @@ impl Drop for Sink<'_> {
             log::warn!("{}", e.line());
         }
     }
-}
-
-/// Gives back the room that was reserved in the file and not written: all of it reads as zeros, and holes stay holes.
-/// What is durable does not change, so nothing waits for it.
-fn give_back(file: &File, from: u64) -> Result<()> {
-    let (mut at, len) = (from, file.stat()?.len);
-    while at < len {
-        let (start, count) = match file.next_data(at) {
-            Ok(found) => found.unwrap_or((len, 0)),
-            Err(_) => return Ok(()), // a file system that cannot tell reserved nothing that could be told apart
-        };
-        if start > at {
-            file.punch(at, start - at)?;
-        }
-        at = start + count.max(1);
-    }
-    Ok(())
 }

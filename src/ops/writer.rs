@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, drive};
-use crate::storage::Env;
+use crate::image::{Commit, Growth, Keep, drive, give_back};
+use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
 /// Bytes written between commits: bounds what a commit must carry.
@@ -18,6 +18,8 @@ pub(super) struct Writer<'a> {
     version: Version,
     plan: Plan,
     uncommitted: u64,
+    /// Byte behind which the file had nothing when it was opened.
+    was_used: u64,
 }
 
 impl<'a> Writer<'a> {
@@ -26,8 +28,27 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours.
     pub(super) fn open(env: &'a dyn Env, path: &Path, policy: &Policy, keep: &Keep) -> Result<Writer<'a>> {
-        let version = Chain::open(env, path, policy, Use::Write)?.into_writable(env, keep)?;
-        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0 })
+        Writer::of(env, Chain::open(env, path, policy, Use::Write)?, keep)
+    }
+
+    /// Makes the youngest image of a chain writable that was opened to be written.
+    ///
+    /// # Errors
+    /// As `Writable::new`.
+    pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
+        let version = chain.into_writable(env, keep)?;
+        let was_used = version.top().expect("opened for writing").image.image().used_end();
+        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0, was_used })
+    }
+
+    /// Makes room for so many more blocks now, all of them or none.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`, `Poisoned`.
+    pub(super) fn make_room(&mut self, blocks: u64) -> Result<()> {
+        let top = self.top();
+        let Some(mut growth) = Growth::begin_for(&top.image, top.slot, blocks) else { return Ok(()) };
+        drive(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
     }
 
     /// The disk as it is now.
@@ -45,6 +66,27 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        self.change(range, |file, extent, offset| {
+            let (now, later) = rest.split_at(usize::try_from(extent.bytes()).expect("a part of the bytes"));
+            rest = later;
+            file.write_at(now, offset)
+        })
+    }
+
+    /// Makes a run present and zero, whatever lies beneath it. Takes room for bitmaps, none for the zeros.
+    ///
+    /// # Errors
+    /// As [`Writer::put`].
+    pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
+        self.change(range, |file, extent, offset| file.punch(offset, extent.bytes()))
+    }
+
+    fn change(
+        &mut self,
+        range: SectorRange,
+        mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
+    ) -> Result<()> {
         let (version, plan) = (&self.version, &mut self.plan);
         let top = version.top().expect("opened for writing");
         loop {
@@ -54,12 +96,9 @@ impl<'a> Writer<'a> {
                 Err(_) => grow(self.env, top)?,
             }
         }
-        let mut rest = bytes;
         for extent in &plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
-            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("a part of the bytes"));
-            rest = later;
-            top.image.file().write_at(now, offset)?;
+            write(top.image.file(), extent.range, offset)?;
         }
         // Killed, this tool begins anew: nothing has to outlive it.
         let _ = top.image.mark(range);
@@ -68,6 +107,52 @@ impl<'a> Writer<'a> {
             self.commit()?;
         }
         Ok(())
+    }
+
+    /// Makes a run read as zeros, with as little room as that takes: none where nothing beneath has data. Durable after
+    /// the next [`Writer::commit`].
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`, `Poisoned`.
+    pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
+        let (version, plan) = (&self.version, &mut self.plan);
+        let top = version.top().expect("opened for writing");
+        loop {
+            match version.plan_zero(range, plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing)?,
+                Err(_) => grow(self.env, top)?,
+            }
+        }
+        for extent in &plan.extents {
+            let Source::File { offset, .. } = extent.source else {
+                unreachable!("what is zeroed lies in the top's file")
+            };
+            top.image.file().punch(offset, extent.range.bytes())?;
+            top.image.touched();
+        }
+        for marked in &plan.marks {
+            let _ = top.image.mark(*marked);
+            self.uncommitted += marked.bytes();
+        }
+        Ok(())
+    }
+
+    /// Bytes of the disk that were written since the last commit.
+    pub(super) fn uncommitted(&self) -> u64 {
+        self.uncommitted
+    }
+
+    /// Gives back the room that was made and not used: the file ends behind its last block. After a commit.
+    ///
+    /// # Errors
+    /// `Io`, `Poisoned`.
+    pub(super) fn close(self) -> Result<()> {
+        let image = &self.top().image;
+        if image.bitmaps().is_some() {
+            give_back(image.file(), self.was_used)?;
+        }
+        image.trim()
     }
 
     /// Makes all of it durable.

@@ -64,6 +64,8 @@ pub struct Stat {
     pub allocated: u64,
     /// Last change of its bytes, Unix seconds.
     pub modified: i64,
+    /// And nanoseconds, as far as the file system tells.
+    pub modified_nanos: u32,
     /// Permission bits.
     pub mode: u32,
 }
@@ -201,6 +203,9 @@ pub trait Env: Send + Sync {
 
     /// Whether there is something at `path`.
     fn exists(&self, path: &Path) -> bool;
+
+    /// The paths of all that lies in a folder, in no order.
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>>;
 
     /// Words of memory that outlive the process but not the host, named by `path`; zero where they are new.
     ///

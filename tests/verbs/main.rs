@@ -3,4 +3,17 @@
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
+mod compact;
+mod flatten;
+mod merge;
+mod merge_scenes;
+mod merge_worlds;
 mod points;
+mod rebase;
+mod reshape;
+mod resize;
+mod scene;
+mod scenes;
+mod sequences;
+mod sweep;
+mod tap;

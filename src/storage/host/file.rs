@@ -82,6 +82,7 @@ impl HostFile {
             // st_blocks counts units of 512 bytes, whatever the file system's blocks are (stat(2)).
             allocated: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
             modified: s.st_mtime,
+            modified_nanos: u32::try_from(s.st_mtime_nsec).unwrap_or(0),
             mode: s.st_mode & 0o7777,
         })
     }

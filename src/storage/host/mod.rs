@@ -96,6 +96,11 @@ impl Env for Host {
         std::fs::symlink_metadata(path).is_ok()
     }
 
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(folder).and_then(|entries| entries.map(|e| Ok(e?.path())).collect());
+        entries.map_err(|e| Error::io("cannot list the folder", e).at_path(folder))
+    }
+
     fn live(&self, path: &Path, words: usize) -> Result<Live> {
         Ok(Live::Host(Arc::new(Mapping::open(path, words)?)))
     }
@@ -243,6 +248,8 @@ mod tests {
         assert_eq!(kind(Host.remove(&p("a"))), ErrorKind::NotFound);
         Host.sync_dir(d.path()).unwrap();
         Host.sync_dir(Path::new("")).unwrap();
+        assert_eq!(Host.list(d.path()).unwrap(), [p("b")]);
+        assert_eq!(kind(Host.list(&p("none"))), ErrorKind::NotFound);
         assert_eq!(Host.canonical(&p("./b")).unwrap(), fs::canonicalize(d.path()).unwrap().join("b"));
         assert!(Host.now() > 1_700_000_000);
         assert_ne!(Host.uuid(), Host.uuid());

@@ -122,6 +122,14 @@ impl Env for SimHost {
         world.live.contains_key(&name) || world.names.get(&name).is_some()
     }
 
+    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        self.named(folder, "cannot list the folder", |world, name| {
+            world.step(Step::Name)?;
+            let inside = world.names.all().filter(|(path, _)| path.parent() == Some(name));
+            Ok(inside.map(|(path, _)| folder.join(path.file_name().expect("a file has a name"))).collect())
+        })
+    }
+
     fn live(&self, path: &Path, words: usize) -> Result<Live> {
         self.named(path, "cannot open", |world, name| {
             world.alive()?;

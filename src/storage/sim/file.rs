@@ -65,6 +65,7 @@ impl SimFile {
                 len: inode.len(),
                 allocated: inode.allocated(),
                 modified: inode.modified,
+                modified_nanos: 0,
                 mode: 0o644,
             })
         })

@@ -1,0 +1,30 @@
+//! Opening what a verb is going to change: nobody else has it, and no killed daemon has left more than the file says.
+
+use std::path::Path;
+
+use crate::chain::{Chain, Policy, Use};
+use crate::error::Result;
+use crate::image::{Image, agreed, refuse_if_live};
+use crate::storage::{Access, Env, Lock};
+
+/// Opens the image at `path` to change it, and its parents to read them.
+///
+/// # Errors
+/// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
+/// `Refused` where a live journal says more than the image.
+pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain> {
+    Chain::of(env, image(env, path, policy)?, policy, Use::Write)
+}
+
+/// Opens the image at `path` to change it, whatever its parents are.
+///
+/// # Errors
+/// As for [`chain`].
+pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image> {
+    let file = env.open(path, Access::Write)?;
+    file.lock(Lock::Exclusive)?;
+    if let Some(folder) = &policy.runtime {
+        refuse_if_live(env, folder, &Image::open(file.clone())?)?;
+    }
+    agreed(&file)
+}

@@ -1,0 +1,175 @@
+//! `compact`: the room of blocks that say nothing, of zeros, and of gaps goes back to the host.
+
+use std::path::Path;
+
+use super::alone;
+use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, is_zero, next_data};
+use crate::chain::{Plan, Policy, Source, Version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DiskType, bitmap};
+use crate::image::Offline;
+use crate::point;
+use crate::storage::{Buffer, Env};
+use crate::units::{BlockSize, SECTOR, SectorRange};
+
+/// Zeros in a row, in bytes of the file, that become a hole: less would cost more than it gives.
+const HOLE: u64 = 64 << 10;
+
+/// What came of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Compacted {
+    /// Blocks that were given up.
+    pub blocks: u64,
+    /// Bytes of room on the host that were given back.
+    pub given_back: u64,
+}
+
+/// Gives back what the image at `path` takes without need: blocks that hold only what the chain beneath shows anyway
+/// (zeros, in a root), zeros in others, gaps between blocks, room behind them. The disk stays as it is, at every moment,
+/// and so do the disks of children.
+///
+/// # Errors
+/// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
+/// again.
+pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
+    let chain = alone::chain(env, path, policy)?;
+    if chain.youngest().kind() == DiskType::Fixed {
+        let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
+        return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
+    }
+    let before = chain.youngest().file().stat()?.allocated;
+    let (image, beneath) = chain.into_parts();
+    let mut offline = Offline::new(&image)?;
+    point::reached("compact.recovered");
+    let blocks: Vec<u32> = offline.blocks().collect();
+    let mut look = Look::new(&offline, &beneath);
+    let (mut idle, mut holes) = (Vec::new(), Vec::new());
+    let mut done = 0;
+    for block in &blocks {
+        holes.clear();
+        match look.is_idle(*block, &mut holes)? {
+            true => idle.push(*block),
+            false => holes.iter().try_for_each(|(at, len)| offline.file().punch(*at, *len))?,
+        }
+        done += u64::from(look.block_size.bytes());
+        progress(done)?;
+    }
+    offline.give_up(&idle)?;
+    offline.close_gaps(&mut |_| progress(done))?;
+    offline.settle()?;
+    let given_back = before.saturating_sub(offline.file().stat()?.allocated);
+    Ok(Compacted { blocks: idle.len() as u64, given_back })
+}
+
+/// Looks into blocks.
+struct Look<'a> {
+    offline: &'a Offline,
+    beneath: &'a Version,
+    block_size: BlockSize,
+    plan: Plan,
+    own: Buffer,
+    below: Buffer,
+}
+
+impl<'a> Look<'a> {
+    fn new(offline: &'a Offline, beneath: &'a Version) -> Look<'a> {
+        let block_size = offline.block_size().expect("it is not fixed");
+        let plan = Plan::default();
+        Look { offline, beneath, block_size, plan, own: Buffer::zeroed(CHUNK), below: Buffer::zeroed(CHUNK) }
+    }
+
+    /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.
+    fn is_idle(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+        let words = self.offline.bitmap(block)?;
+        let whole = self.block_size.range_of(block);
+        let range = whole.clip(SectorRange::between(0, self.offline.size() / SECTOR));
+        let (mut rest, mut idle) = (range, true);
+        while !rest.is_empty() {
+            let from = self.block_size.within(rest.start());
+            let end = from + u32::try_from(rest.count()).expect("a part of a block");
+            let (set, count) = bitmap::run(&words, from, end);
+            let run = rest.first(u64::from(count));
+            rest = rest.skip(run.count());
+            if set {
+                idle &= self.is_same(block, run, holes)?;
+            }
+        }
+        Ok(idle)
+    }
+
+    /// Whether a present run of a block is as what lies beneath. All of it is looked at, for the holes.
+    fn is_same(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+        let (_, data) = self.offline.block(block).expect("it has a place");
+        let (mut rest, mut same) = (run, true);
+        while !rest.is_empty() {
+            let piece = rest.first(CHUNK_SECTORS);
+            rest = rest.skip(piece.count());
+            let at = data + u64::from(self.block_size.within(piece.start())) * SECTOR;
+            let len = usize::try_from(piece.bytes()).expect("at most a chunk");
+            let own = &mut self.own[..len];
+            let hole = next_data(self.offline.file(), at)?.is_none_or(|(start, _)| start >= at + len as u64);
+            match hole {
+                true => own.fill(0),
+                false => {
+                    self.offline.file().read_at(own, at)?;
+                    zeros(own, at, holes);
+                }
+            }
+            if !same {
+                continue;
+            }
+            self.beneath.plan_read_now(piece, &mut self.plan)?;
+            same = if self.plan.extents.iter().all(|e| e.source == Source::Zero) {
+                hole || is_zero(own)
+            } else {
+                let below = &mut self.below[..len];
+                self.beneath.read_now(piece, below, &mut self.plan)?;
+                own == below
+            };
+        }
+        Ok(same)
+    }
+}
+
+/// Notes the runs of whole pages of zeros in bytes that lie at byte `at` of a file, long ones only.
+fn zeros(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
+    let first = usize::try_from(at.next_multiple_of(PAGE as u64) - at).expect("less than a page");
+    let Some(pages) = bytes.get(first..) else { return };
+    let (mut start, mut run) = (at + first as u64, 0);
+    let mut end = |start: u64, run: u64| {
+        if run >= HOLE {
+            holes.push((start, run));
+        }
+    };
+    for page in pages.chunks_exact(PAGE) {
+        if is_zero(page) {
+            run += PAGE as u64;
+        } else {
+            end(start, run);
+            (start, run) = (start + run + PAGE as u64, 0);
+        }
+    }
+    end(start, run);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_zeros_at_pages_become_holes() {
+        let found = |bytes: &[u8], at| {
+            let mut holes = Vec::new();
+            zeros(bytes, at, &mut holes);
+            holes
+        };
+        let mut bytes = vec![0; 200 << 10];
+        assert_eq!(found(&bytes, 8192), [(8192, 200 << 10)]);
+        assert_eq!(found(&bytes, 8192 + 512), [(12288, 196 << 10)], "whole pages only");
+        bytes[70 << 10] = 1; // in the page from 68 KiB on
+        assert_eq!(found(&bytes, 4096), [(4096, 68 << 10), (4096 + (72 << 10), 128 << 10)]);
+        bytes[60 << 10] = 1;
+        assert_eq!(found(&bytes, 4096), [(4096 + (72 << 10), 128 << 10)], "too short to be worth it");
+        assert_eq!(found(&[0; 100], 1), []);
+    }
+}

@@ -1,0 +1,196 @@
+//! Copying up: what a child shows of its parents and would not show on others is written into the child itself. Under
+//! `flatten` and `rebase`.
+//!
+//! ```text
+//!   old chain beneath   ──┐  same file, same place: nothing to do, nothing is read
+//!                         ├─ both zero: nothing to do
+//!   new chain beneath   ──┘  else compared page by page: what differs goes into the child, zeros as bits alone
+//! ```
+//!
+//! The disk stays as it is meanwhile: what is written is what it shows.
+
+use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, WINDOW, is_zero, next_data, next_placed};
+use super::writer::Writer;
+use crate::chain::{Extent, Plan, Source, Version};
+use crate::error::Result;
+use crate::storage::{Buffer, FileId};
+use crate::units::{SECTOR, SectorRange};
+
+/// How far it has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    /// A part was written.
+    Written,
+    /// All was written and is durable.
+    Committed,
+}
+
+/// Copies into the image of `writer` what it does not have and `new` (or nothing, which is zero) would not show.
+/// Durable when it returns. The bytes that were copied.
+///
+/// # Errors
+/// `NoSpace`, `Io`, `Poisoned`: the disk shows the same; what `progress` fails with.
+pub(super) fn copy_up(
+    writer: &mut Writer<'_>,
+    new: Option<&Version>,
+    progress: &mut Progress<'_>,
+    stage: &mut dyn FnMut(Stage),
+) -> Result<u64> {
+    let mut work = CopyUp {
+        old_files: ids(writer.version())?,
+        new_files: new.map_or(Ok(Vec::new()), ids)?,
+        new,
+        plan: Plan::default(),
+        old: Buffer::zeroed(CHUNK),
+        below: Buffer::zeroed(CHUNK),
+        copied: 0,
+    };
+    let (mut at, sectors) = (0, writer.version().sectors());
+    loop {
+        at = work.next(writer.version(), at);
+        if at >= sectors {
+            break;
+        }
+        let window = SectorRange::between(at, (at + WINDOW).min(sectors));
+        for piece in work.differing(writer.version(), window)? {
+            work.copy(writer, piece)?;
+        }
+        at = window.end();
+        stage(Stage::Written);
+        progress(at * SECTOR)?;
+    }
+    writer.commit()?;
+    stage(Stage::Committed);
+    progress(sectors * SECTOR)?;
+    Ok(work.copied)
+}
+
+/// A run of which the child has nothing and the chains may show different things.
+struct Piece {
+    range: SectorRange,
+    old: Source,
+    new: Source,
+}
+
+struct CopyUp<'a> {
+    new: Option<&'a Version>,
+    old_files: Vec<FileId>,
+    new_files: Vec<FileId>,
+    plan: Plan,
+    old: Buffer,
+    below: Buffer,
+    copied: u64,
+}
+
+/// The files of a chain by their slots, which are numbered from 0.
+fn ids(version: &Version) -> Result<Vec<FileId>> {
+    version.files().map(|(_, file)| Ok(file.stat()?.id)).collect()
+}
+
+impl CopyUp<'_> {
+    /// The first sector from `at` on that any layer beneath has a place for.
+    fn next(&self, version: &Version, at: u64) -> u64 {
+        let new = self.new.iter().flat_map(|new| new.frozen().layers());
+        let all = version.frozen().layers().iter().chain(new);
+        all.map(|layer| next_placed(layer, at)).min().unwrap_or(u64::MAX)
+    }
+
+    /// The runs of a window to look at.
+    fn differing(&mut self, version: &Version, window: SectorRange) -> Result<Vec<Piece>> {
+        let (mut pieces, top) = (Vec::new(), version.top().expect("opened for writing").slot);
+        version.plan_read_now(window, &mut self.plan)?;
+        for extent in &self.plan.extents {
+            if matches!(extent.source, Source::File { slot, .. } if slot == top) {
+                continue;
+            }
+            let Some(new) = self.new else {
+                pieces.push(Piece { range: extent.range, old: extent.source, new: Source::Zero });
+                continue;
+            };
+            let mut beneath = Plan::default();
+            new.plan_read_now(extent.range, &mut beneath)?;
+            let mut old = *extent;
+            for Extent { range, source } in beneath.extents {
+                pieces.push(Piece { range, old: old.source, new: source });
+                old = old.skip(range.count());
+            }
+        }
+        pieces.retain(|piece| !self.is_same(piece));
+        Ok(pieces)
+    }
+
+    /// Whether both chains name the same bytes.
+    fn is_same(&self, piece: &Piece) -> bool {
+        match (piece.old, piece.new) {
+            (Source::Zero, Source::Zero) => true,
+            (Source::File { slot: a, offset: old }, Source::File { slot: b, offset: new }) => {
+                old == new && self.old_files[usize::from(a.0)] == self.new_files[usize::from(b.0)]
+            }
+            _ => false,
+        }
+    }
+
+    fn copy(&mut self, writer: &mut Writer<'_>, piece: Piece) -> Result<()> {
+        let mut rest = piece;
+        while !rest.range.is_empty() {
+            let range = rest.range.first(CHUNK_SECTORS - rest.range.start() % CHUNK_SECTORS);
+            let len = usize::try_from(range.bytes()).expect("at most a chunk");
+            let there = fill(writer.version(), rest.old, &mut self.old[..len])?;
+            match self.new {
+                Some(new) => drop(fill(new, rest.new, &mut self.below[..len])?),
+                None if there => self.below[..len].fill(0),
+                None => {}
+            }
+            if there || self.new.is_some() {
+                self.put(writer, range)?;
+            }
+            rest = Piece {
+                range: rest.range.skip(range.count()),
+                old: rest.old.after(range.count()),
+                new: rest.new.after(range.count()),
+            };
+        }
+        Ok(())
+    }
+
+    /// Writes the pages of a range in which the two differ, neighbours together.
+    fn put(&mut self, writer: &mut Writer<'_>, range: SectorRange) -> Result<()> {
+        let into_page = usize::try_from(range.start() * SECTOR % PAGE as u64).expect("in a page");
+        let (old, below) = (&self.old, &self.below);
+        let len = usize::try_from(range.bytes()).expect("at most a chunk");
+        let need = |from: usize, to: usize| match &old[from..to] {
+            old if old == &below[from..to] => None,
+            old => Some(is_zero(old)),
+        };
+        let mut at = 0;
+        while at < len {
+            let page_end = |at: usize| len.min((at + into_page) / PAGE * PAGE + PAGE - into_page);
+            let (start, first) = (at, need(at, page_end(at)));
+            at = page_end(at);
+            while at < len && need(at, page_end(at)) == first {
+                at = page_end(at);
+            }
+            let run = range.skip(start as u64 / SECTOR).first((at - start) as u64 / SECTOR);
+            match first {
+                None => continue,
+                Some(true) => writer.put_zeros(run)?,
+                Some(false) => writer.put(run, &old[start..at])?,
+            }
+            self.copied += run.bytes();
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of a run from one source; false where they are known to be zeros without being read.
+fn fill(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
+    if let Source::File { slot, offset } = source {
+        let file = version.file(slot);
+        if next_data(file, offset)?.is_some_and(|(start, _)| start < offset + into.len() as u64) {
+            file.read_at(into, offset)?;
+            return Ok(true);
+        }
+    }
+    into.fill(0);
+    Ok(false)
+}

@@ -1,0 +1,99 @@
+//! `flatten`: a child takes in what its parents show, and stands alone, or on one of its ancestors.
+
+use std::path::Path;
+
+use super::alone;
+use super::copy_up::{Stage, copy_up};
+use super::mover::{Progress, next_data};
+use super::rebase::{files, link_to, open_beneath};
+use super::writer::Writer;
+use crate::chain::{Chain, Policy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DiskType, bitmap};
+use crate::image::{Image, Keep, Offline, ParentLink, check_link, is_settled, relink};
+use crate::point;
+use crate::storage::{Access, Env, File};
+use crate::units::SECTOR;
+
+/// Copies up what the image at `path` shows of its parents, all of them or those above `keep`, and lets go of them. The
+/// disk stays as it is, at every moment. The bytes that were copied.
+///
+/// A call that was interrupted is completed by the same call; an image that stands alone already is left as it is.
+///
+/// # Errors
+/// `Refused` where `keep` is not among the parents; `NoSpace`, `Io`; what `progress` fails with. In all cases the image
+/// has its old parent or what was asked for.
+pub fn flatten(
+    env: &dyn Env,
+    path: &Path,
+    keep: Option<&Path>,
+    policy: &Policy,
+    progress: &mut Progress<'_>,
+) -> Result<u64> {
+    let chain = alone::chain(env, path, policy)?;
+    let (file, kind) = (chain.youngest().file().clone(), chain.youngest().kind());
+    let number = match keep {
+        None => None,
+        Some(ancestor) => {
+            let id = env.open(ancestor, Access::Read)?.stat()?.id;
+            let what = || format!("{} is not among its parents", ancestor.display());
+            let number = files(&chain)?.iter().skip(1).position(|other| *other == id);
+            Some(number.ok_or_else(|| Error::new(ErrorKind::Refused, what()).at_path(path))?)
+        }
+    };
+    let kept = keep.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
+    let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
+    match (kind, number) {
+        (DiskType::Fixed, _) => return Ok(0),
+        (DiskType::Dynamic, _) | (DiskType::Differencing, Some(0)) => {
+            drop(chain);
+            return complete(env, &file, link.as_ref()).map(|()| 0);
+        }
+        (DiskType::Differencing, _) => {}
+    }
+    check_link(chain.youngest(), link.as_ref())?;
+    let kept = kept.map(Chain::into_frozen);
+    let mut writer = Writer::of(env, chain, &Keep::Nothing)?;
+    point::reached("flatten.recovered");
+    let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
+        Stage::Written => point::reached("flatten.some-written"),
+        Stage::Committed => point::reached("flatten.all-committed"),
+    })?;
+    writer.close()?;
+    point::reached("flatten.file-cut");
+    if link.is_none() {
+        blank_absent(&file)?;
+        point::reached("flatten.absent-blank");
+    }
+    relink(env, &file, link.as_ref())?;
+    point::reached("flatten.linked");
+    Ok(copied)
+}
+
+/// Brings to its end what an interrupted call has left when the link was made.
+fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
+    let image = Image::open(file.clone())?;
+    match is_settled(&image) {
+        true => Offline::new(&image)?.end_behind_blocks(),
+        false => relink(env, file, link),
+    }
+}
+
+/// Makes zero what lies under clear bits: in a root it reads as zeros, but not by programs that look at no bitmaps.
+fn blank_absent(file: &File) -> Result<()> {
+    let offline = Offline::new(&Image::open(file.clone())?)?;
+    let block_size = offline.block_size().expect("it is a child");
+    for block in offline.blocks() {
+        let (words, (_, data)) = (offline.bitmap(block)?, offline.block(block).expect("it has a place"));
+        let mut at = 0;
+        while at < block_size.sectors() {
+            let (set, count) = bitmap::run(&words, at, block_size.sectors());
+            let (start, len) = (data + u64::from(at) * SECTOR, u64::from(count) * SECTOR);
+            if !set && next_data(file, start)?.is_some_and(|(found, _)| found < start + len) {
+                file.punch(start, len)?;
+            }
+            at += count;
+        }
+    }
+    file.sync()
+}

@@ -1,0 +1,170 @@
+//! What some layers say, copied down into the image beneath them.
+//!
+//! Only sectors change that the layers answer for, so whoever reads through the layers sees the same disk before, while
+//! and after; and doing any part of it again changes nothing.
+
+use crate::chain::{Frozen, Layer, Source, Version};
+use crate::error::Result;
+use crate::format::DiskType;
+use crate::image::Image;
+use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled, next_data};
+use crate::ops::writer::Writer;
+use crate::point;
+use crate::storage::{Buffer, File, Slot};
+use crate::units::{SECTOR, SectorRange};
+
+/// Sectors that are made zero at once: 64 MiB.
+const WINDOW: u64 = 1 << 17;
+/// Sectors of zeros, at least, that are not written like data: less is not worth a hole.
+const HOLE: u64 = 128;
+
+/// Some layers of a chain, without what lies beneath them.
+pub(super) struct Layers {
+    version: Version,
+    /// From this sector on nothing beneath is asked: a layer ends here.
+    masked: u64,
+}
+
+/// Is told the sector before which all is copied. What it fails with ends the work.
+pub(super) type Step<'a> = dyn FnMut(&mut Writer<'_>, u64) -> Result<()> + 'a;
+
+impl Layers {
+    /// These images, youngest first; all of them children.
+    pub(super) fn new(images: Vec<Image>) -> Layers {
+        assert!(images.iter().all(|image| image.kind() == DiskType::Differencing), "only children are folded");
+        let sizes = images.iter().map(Image::size);
+        let masked = sizes.min().expect("at least one image") / SECTOR;
+        let sectors = images[0].size() / SECTOR;
+        let layers = (0..).zip(images).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
+        Layers { version: Version::new(None, Frozen::new(layers), sectors), masked }
+    }
+
+    /// The images, youngest first.
+    pub(super) fn images(&self) -> impl Iterator<Item = &Image> {
+        self.version.frozen().layers().iter().map(|layer| &layer.image)
+    }
+
+    /// Blocks that the image beneath needs for data besides those it has, at most. (Zeros may need a few more, where they
+    /// hide something further down.)
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn new_blocks(&self, beneath: &Image) -> Result<u64> {
+        let (Some(table), Some(block_size)) = (beneath.bat(), beneath.block_size()) else { return Ok(0) };
+        let disk = SectorRange::between(0, beneath.size() / SECTOR);
+        let mut wanted = vec![false; table.len() as usize];
+        for image in self.images() {
+            let (Some(blocks), Some(theirs)) = (image.bat(), image.block_size()) else { continue };
+            let (bitmap, bytes) = (u64::from(theirs.bitmap_sectors()), u64::from(theirs.bytes()));
+            for (block, place) in blocks.used() {
+                let at = (u64::from(place) + bitmap) * SECTOR;
+                if next_data(image.file(), at)?.is_none_or(|(start, _)| start >= at + bytes) {
+                    continue; // holes are zeros
+                }
+                let range = theirs.range_of(block).clip(disk);
+                for (block, _) in block_size.parts(range) {
+                    wanted[block as usize] |= table.place(block).is_none();
+                }
+            }
+        }
+        Ok(wanted.iter().filter(|wanted| **wanted).count() as u64)
+    }
+
+    /// Copies all that the layers say, from sector `from` on, into `writer`'s image. Tells how many bytes were data.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`, `Poisoned`; what `step` fails with.
+    pub(super) fn copy(&self, from: u64, writer: &mut Writer<'_>, step: &mut Step<'_>) -> Result<u64> {
+        let end = writer.version().sectors();
+        let mut run = Run { writer, step, buffer: Buffer::zeroed(CHUNK), seen: None, written: 0 };
+        let mut extents = Extents::from(&self.version, from);
+        while let Some(extent) = extents.next()? {
+            let range = extent.range.clip(SectorRange::between(0, end));
+            match extent.source {
+                Source::Zero => run.zero(range.skip(self.masked.saturating_sub(range.start())))?,
+                Source::File { slot, offset } => run.copy(slot, self.version.file(slot), range, offset)?,
+            }
+            (run.step)(run.writer, extent.range.end().min(end))?;
+        }
+        run.zero(SectorRange::between(self.version.sectors().max(from), end))?;
+        Ok(run.written)
+    }
+}
+
+/// The work on one run after another.
+struct Run<'a, 'w, 's> {
+    writer: &'a mut Writer<'w>,
+    step: &'a mut Step<'s>,
+    buffer: Buffer,
+    /// What was last found that is no hole: file, its first byte, its end.
+    seen: Option<(Slot, u64, u64)>,
+    written: u64,
+}
+
+impl Run<'_, '_, '_> {
+    fn zero(&mut self, range: SectorRange) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let piece = rest.first(WINDOW - rest.start() % WINDOW);
+            rest = rest.skip(piece.count());
+            self.writer.zero(piece)?;
+            point::reached("merge.zeroed");
+            (self.step)(self.writer, piece.end())?;
+        }
+        Ok(())
+    }
+
+    /// Copies a run that lies in one piece in a file, from byte `offset` on.
+    fn copy(&mut self, slot: Slot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
+        let (mut rest, mut offset) = (range, offset);
+        while !rest.is_empty() {
+            let hole = self.hole(slot, file, offset)?;
+            if hole >= HOLE.min(rest.count()) {
+                let piece = rest.first(hole);
+                self.zero(piece)?;
+                (rest, offset) = (rest.skip(piece.count()), offset + piece.bytes());
+                continue;
+            }
+            let piece = rest.first(CHUNK_SECTORS - rest.start() % CHUNK_SECTORS);
+            self.piece(file, piece, offset)?;
+            point::reached("merge.put");
+            (self.step)(self.writer, piece.end())?;
+            (rest, offset) = (rest.skip(piece.count()), offset + piece.bytes());
+        }
+        Ok(())
+    }
+
+    /// Sectors from byte `offset` on that are a hole in the file.
+    fn hole(&mut self, slot: Slot, file: &File, offset: u64) -> Result<u64> {
+        let (start, end) = match self.seen {
+            Some((seen, start, end)) if seen == slot && (start..end).contains(&offset) => (start, end),
+            _ => next_data(file, offset)?.map_or((u64::MAX, u64::MAX), |(start, len)| (start, start + len)),
+        };
+        self.seen = Some((slot, start, end));
+        Ok(start.saturating_sub(offset) / SECTOR)
+    }
+
+    fn piece(&mut self, file: &File, piece: SectorRange, offset: u64) -> Result<()> {
+        let bytes = &mut self.buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
+        file.read_at(bytes, offset)?;
+        let into_page = usize::try_from(piece.start() * SECTOR % PAGE as u64).expect("in a page");
+        // Runs of data, short zeros between them included.
+        let (mut runs, mut done) = (Vec::<SectorRange>::new(), piece.start());
+        for (at, len) in filled(bytes, into_page) {
+            let run = piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR);
+            match runs.last_mut() {
+                Some(last) if run.start() - last.end() < HOLE => *last = SectorRange::between(last.start(), run.end()),
+                _ => runs.push(run),
+            }
+        }
+        for run in runs {
+            self.writer.zero(SectorRange::between(done, run.start()))?;
+            let at = usize::try_from((run.start() - piece.start()) * SECTOR).expect("in a chunk");
+            let len = usize::try_from(run.bytes()).expect("in a chunk");
+            self.writer.put(run, &self.buffer[at..at + len])?;
+            self.written += run.bytes();
+            done = run.end();
+        }
+        self.writer.zero(SectorRange::between(done, piece.end()))
+    }
+}

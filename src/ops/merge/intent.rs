@@ -1,0 +1,313 @@
+//! The note of a merge: what is being done, and how far it has come. It outlives the process and the host.
+//!
+//! It lies beside CHILD as `.<uuid of CHILD>.merge`: lines of ASCII, ended by a sum.
+//!
+//! ```text
+//! diffdisk merge 1
+//! layer <uuid> <last change: seconds.nanoseconds> <path>      CHILD first, then what lies between
+//! ancestor <uuid> <path>
+//! copied <sector>                                             all before this sector; or: copied all
+//! sum <FNV-1a of all lines above, 16 hexadecimal digits>
+//! ```
+//!
+//! Paths begin in the note's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
+//! A note is replaced as a whole: temporary name, sync, rename, sync of the folder.
+
+use std::ffi::OsStr;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::folder_of;
+use crate::point;
+use crate::storage::{Access, Env};
+
+const FIRST_LINE: &str = "diffdisk merge 1";
+/// More is no note of ours: a chain has few layers, and a path at most 4096 bytes.
+const MAX_BYTES: u64 = 2 << 20;
+
+/// An image that is folded into another one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Folded {
+    pub(super) uuid: Uuid,
+    /// Its last change, Unix seconds and nanoseconds, before anything of it was copied.
+    pub(super) modified: (i64, u32),
+    /// From the note's folder.
+    pub(super) path: PathBuf,
+}
+
+/// How far a merge has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Copied {
+    /// All before this sector is in the ancestor, durably.
+    Before(u64),
+    /// All is, and the ancestor is complete.
+    All,
+}
+
+/// See the module.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Intent {
+    /// Where the note lies: CHILD's folder.
+    pub(super) folder: PathBuf,
+    /// CHILD and what lies between, youngest first.
+    pub(super) layers: Vec<Folded>,
+    pub(super) ancestor: Uuid,
+    /// From the note's folder.
+    pub(super) ancestor_path: PathBuf,
+    pub(super) copied: Copied,
+}
+
+impl Intent {
+    /// The note of a merge of the image at `child` that was begun and not ended, if there is one; `present` is the image
+    /// that has the name now.
+    ///
+    /// # Errors
+    /// `Refused` where another image has the name than when it was begun; `Invalid` for a broken note; `Io`.
+    pub(super) fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<Option<Intent>> {
+        let folder = env.canonical(folder_of(child))?;
+        let Some(name) = child.file_name() else { return Ok(None) };
+        for path in env.list(&folder)? {
+            let Some(uuid) = uuid_in(&path) else { continue };
+            let intent = match Intent::load(env, &folder, &path) {
+                Ok(intent) => intent,
+                Err(e) if e.kind() == ErrorKind::Invalid && present.is_some_and(|present| present != uuid) => {
+                    log::warn!("{}", e.line());
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let is_named = intent.layers[0].path.as_os_str() == name;
+            match present {
+                Some(present) if present == uuid => return Ok(Some(intent)),
+                None if is_named => return Ok(Some(intent)),
+                Some(_) if is_named => {
+                    let what = format!(
+                        "a merge of another image of this name was not ended ({}): give this one another name and run \
+                         the same command, which ends it",
+                        path.display()
+                    );
+                    return Err(Error::new(ErrorKind::Refused, what).at_path(child));
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn load(env: &dyn Env, folder: &Path, path: &Path) -> Result<Intent> {
+        let file = env.open(path, Access::Read)?;
+        let len = file.stat()?.len;
+        let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
+        file.read_at(&mut bytes, 0)?;
+        let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder));
+        read.filter(|intent| uuid_in(path) == Some(intent.layers[0].uuid)).ok_or_else(|| {
+            let what = "the note of a merge cannot be read; if the image that was being merged is still there, remove the \
+                        note and merge it again";
+            Error::new(ErrorKind::Invalid, what).at_path(path)
+        })
+    }
+
+    /// Its own path.
+    pub(super) fn path(&self) -> PathBuf {
+        self.folder.join(format!(".{}.merge", self.layers[0].uuid))
+    }
+
+    fn fresh_path(&self) -> PathBuf {
+        self.folder.join(format!(".{}.merge.new", self.layers[0].uuid))
+    }
+
+    /// Says it durably, in the place of what it said before.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`: it says what it said before.
+    pub(super) fn save(&self, env: &dyn Env) -> Result<()> {
+        let fresh = self.fresh_path();
+        let saved = self.write(env, &fresh).and_then(|()| {
+            point::reached("merge.note-written");
+            env.rename(&fresh, &self.path())
+        });
+        if saved.is_err() {
+            let _ = env.remove(&fresh);
+        }
+        saved?;
+        point::reached("merge.note-named");
+        env.sync_dir(&self.folder)
+    }
+
+    fn write(&self, env: &dyn Env, fresh: &Path) -> Result<()> {
+        // What a killed predecessor left.
+        if env.exists(fresh) {
+            env.remove(fresh)?;
+        }
+        let file = env.create(fresh)?;
+        file.write_at(self.encode().as_bytes(), 0)?;
+        file.sync()
+    }
+
+    /// Ends it: the last act of a merge.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn remove(&self, env: &dyn Env) -> Result<()> {
+        for path in [self.fresh_path(), self.path()] {
+            if env.exists(&path) {
+                env.remove(&path)?;
+            }
+        }
+        env.sync_dir(&self.folder)
+    }
+
+    fn encode(&self) -> String {
+        let mut text = format!("{FIRST_LINE}\n");
+        for layer in &self.layers {
+            let (seconds, nanos) = layer.modified;
+            let path = escaped(&layer.path);
+            writeln!(text, "layer {} {seconds}.{nanos:09} {path}", layer.uuid).expect("a string takes all");
+        }
+        writeln!(text, "ancestor {} {}", self.ancestor, escaped(&self.ancestor_path)).expect("a string takes all");
+        match self.copied {
+            Copied::Before(sector) => writeln!(text, "copied {sector}"),
+            Copied::All => writeln!(text, "copied all"),
+        }
+        .expect("a string takes all");
+        let sum = sum(&text);
+        writeln!(text, "sum {sum:016x}").expect("a string takes all");
+        text
+    }
+}
+
+/// What a note says; `None` where it is broken.
+fn decode(text: &str, folder: &Path) -> Option<Intent> {
+    let end = text.strip_suffix('\n')?.rfind('\n')? + 1;
+    let (said, last) = text.split_at(end);
+    if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", sum(said)) {
+        return None;
+    }
+    let mut lines = said.lines().filter(|line| !line.is_empty());
+    if lines.next()? != FIRST_LINE {
+        return None;
+    }
+    let (mut layers, mut ancestor, mut copied) = (Vec::new(), None, None);
+    for line in lines {
+        let (word, rest) = line.split_once(' ')?;
+        match (word, rest.split_once(' ')) {
+            ("layer", Some((uuid, rest))) => {
+                let (modified, path) = rest.split_once(' ')?;
+                let (seconds, nanos) = modified.split_once('.')?;
+                let modified = (seconds.parse().ok()?, nanos.parse().ok()?);
+                layers.push(Folded { uuid: uuid.parse().ok()?, modified, path: unescaped(path)? });
+            }
+            ("ancestor", Some((uuid, path))) => ancestor = Some((uuid.parse().ok()?, unescaped(path)?)),
+            ("copied", None) if rest == "all" => copied = Some(Copied::All),
+            ("copied", None) => copied = Some(Copied::Before(rest.parse().ok()?)),
+            _ => return None,
+        }
+    }
+    let (ancestor, ancestor_path) = ancestor?;
+    let folder = folder.to_path_buf();
+    (!layers.is_empty()).then_some(Intent { folder, layers, ancestor, ancestor_path, copied: copied? })
+}
+
+/// The UUID in the name of a note.
+fn uuid_in(path: &Path) -> Option<Uuid> {
+    path.file_name()?.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+}
+
+/// FNV-1a: it is accidents that are to be found.
+fn sum(text: &str) -> u64 {
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
+}
+
+fn escaped(path: &Path) -> String {
+    let mut text = String::new();
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b' '..=b'~' if byte != b'%' => text.push(char::from(byte)),
+            _ => write!(text, "%{byte:02X}").expect("a string takes all"),
+        }
+    }
+    text
+}
+
+fn unescaped(text: &str) -> Option<PathBuf> {
+    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte == b'%' {
+            let (digits, after) = rest.split_at_checked(2)?;
+            bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+            rest = after;
+        } else {
+            bytes.push(byte);
+        }
+    }
+    Some(OsStr::from_bytes(&bytes).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::host::Host;
+
+    fn intent(folder: &Path) -> Intent {
+        let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
+        let layers = vec![
+            Folded { uuid: Uuid::from_u128(1), modified: (-5, 7), path: odd.into() },
+            Folded { uuid: Uuid::from_u128(2), modified: (1 << 40, 999_999_999), path: "../x/m.vhd".into() },
+        ];
+        let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
+        Intent { folder: folder.into(), layers, ancestor, ancestor_path, copied: Copied::Before(77) }
+    }
+
+    #[test]
+    fn what_is_saved_is_found_by_name_or_by_identity() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().canonicalize().unwrap();
+        let mut note = intent(&at);
+        let child = at.join(&note.layers[0].path);
+        assert_eq!(Intent::find(&Host, &child, None).unwrap(), None);
+        note.save(&Host).unwrap();
+        std::fs::write(note.fresh_path(), "left by a killed one").unwrap();
+        note.copied = Copied::All;
+        note.save(&Host).unwrap();
+        assert_eq!(Intent::find(&Host, &child, None).unwrap().as_ref(), Some(&note));
+        let other = at.join("renamed.vhd");
+        assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(1))).unwrap().as_ref(), Some(&note));
+        assert_eq!(Intent::find(&Host, &other, None).unwrap(), None);
+        assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), None);
+        let e = Intent::find(&Host, &child, Some(Uuid::from_u128(9))).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Refused, "another image has the name");
+        note.remove(&Host).unwrap();
+        assert_eq!(Host.list(&at).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_broken_note_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().canonicalize().unwrap();
+        let note = intent(&at);
+        let text = note.encode();
+        assert_eq!(decode(&text, &at), Some(note.clone()));
+        for cut in 0..text.len() {
+            assert_eq!(decode(&text[..cut], &at), None, "cut at {cut}");
+        }
+        for at_byte in 0..text.len() {
+            let mut bytes = text.clone().into_bytes();
+            bytes[at_byte] ^= 1;
+            let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, &at));
+            assert_eq!(read, None, "byte {at_byte}");
+        }
+        std::fs::write(note.path(), &text[1..]).unwrap();
+        let child = at.join("c.vhd");
+        assert_eq!(Intent::find(&Host, &child, Some(Uuid::from_u128(1))).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(Intent::find(&Host, &child, None).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(Intent::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(), None, "another one's");
+        // The same under the name of another image.
+        std::fs::rename(note.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
+        assert!(Intent::find(&Host, &child, Some(Uuid::from_u128(2))).is_err());
+    }
+}

@@ -1,0 +1,183 @@
+//! Which files a merge concerns, whether it may be, and the locks on them. Nothing is changed here.
+
+use std::path::{Path, PathBuf};
+
+use super::copy::Layers;
+use super::intent::Folded;
+use crate::chain::{Chain, Policy, Use};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Platform;
+use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
+use crate::ops::create::{self, Locators};
+use crate::ops::kin;
+use crate::storage::{Access, Env, File, FileId, Lock};
+
+/// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
+pub(super) struct Survey {
+    /// CHILD and what lies between, youngest first.
+    pub(super) layers: Layers,
+    pub(super) folded: Vec<Folded>,
+    /// What receives it, read only.
+    pub(super) ancestor: Image,
+    /// CHILD's own children.
+    pub(super) children: Vec<(FileId, File)>,
+    /// Where children were looked for.
+    pub(super) folders: Vec<PathBuf>,
+}
+
+/// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
+///
+/// # Errors
+/// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
+/// `Refused` where another child would change, or the sizes do not fit.
+pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Survey> {
+    let file = env.open(child, Access::Read)?;
+    file.lock(Lock::Shared)?;
+    let folder = env.canonical(folder_of(child))?;
+    let chain = Chain::of(env, Image::open(file)?, policy, Use::Look)?;
+    let depth = depth_of(env, &chain, into)?;
+    let (folded, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
+    // Those between were opened before they were locked: once more, now that nobody changes them.
+    let mut images = Vec::with_capacity(depth);
+    for image in folded {
+        let file = image.file().clone();
+        file.lock(Lock::Shared)?;
+        let image = Image::open(file)?;
+        whole(&image)?;
+        images.push(image);
+    }
+    let parents = images.iter().map(|image| image.header().map(|header| header.parent_uuid));
+    if !parents.eq(chain.images()[1..=depth].iter().map(|parent| Some(parent.uuid()))) {
+        return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
+    }
+    if let Some(runtime) = &policy.runtime {
+        refuse_if_live(env, runtime, &images[0])?;
+        refuse_if_live(env, runtime, ancestor)?;
+    }
+    let mut folders = Vec::new();
+    for path in images.iter().chain([ancestor]).map(|image| image.file().path()) {
+        push_new(&mut folders, env.canonical(folder_of(path))?);
+    }
+    for allowed in &policy.allowed {
+        push_new(&mut folders, env.canonical(allowed)?);
+    }
+    let children = children(env, &images, ancestor, &folders, policy)?;
+    sizes(&images[0], ancestor, children.is_empty())?;
+    let folded = images.iter().map(|image| folded_as(env, image, &folder)).collect::<Result<_>>()?;
+    let ancestor = Image::open(env.open(ancestor.file().path(), Access::Read)?)?;
+    Ok(Survey { layers: Layers::new(images), folded, ancestor, children, folders })
+}
+
+fn push_new(folders: &mut Vec<PathBuf>, folder: PathBuf) {
+    if !folders.contains(&folder) {
+        folders.push(folder);
+    }
+}
+
+/// How many images are folded: those above `into`.
+fn depth_of(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> {
+    let refuse = |what: &str, path: &Path| Err(Error::new(ErrorKind::Refused, what).at_path(path));
+    let child = chain.youngest().file().path();
+    if chain.images().len() == 1 {
+        return refuse("it has no parent to be merged into", child);
+    }
+    let Some(into) = into else { return Ok(1) };
+    let id = env.open(into, Access::Read)?.stat()?.id;
+    for (depth, image) in chain.images().iter().enumerate() {
+        if image.file().stat()?.id == id {
+            return if depth == 0 { refuse("an image cannot be merged into itself", into) } else { Ok(depth) };
+        }
+    }
+    refuse(&format!("it is not an ancestor of {}", child.display()), into)
+}
+
+/// # Errors
+/// `Invalid` for a file that was cut off inside a block: what is missing reads as zero, which cannot be told from what
+/// was never there.
+fn whole(image: &Image) -> Result<()> {
+    if image.used_end() > image.data_end() {
+        let what = "a block goes on behind the end of the file: repair it before it is merged";
+        return Err(Error::new(ErrorKind::Invalid, what).at_path(image.file().path()).at_offset(image.data_end()));
+    }
+    Ok(())
+}
+
+/// The disk must be the same afterwards, in size, too.
+fn sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
+    let (size, received) = (child.size(), ancestor.size());
+    // A smaller child hides what its ancestor has behind its end; zeros there do the same for the child's children.
+    if size == received || (size < received && !youngest) {
+        return Ok(());
+    }
+    let (path, ancestor) = (child.file().path(), ancestor.file().path());
+    let smaller = if size < received { path } else { ancestor };
+    let what = format!(
+        "its disk has {size} bytes, and that of {} has {received}: run `diffdisk resize {} {}` first",
+        ancestor.display(),
+        smaller.display(),
+        size.max(received)
+    );
+    Err(Error::new(ErrorKind::Refused, what).at_path(path))
+}
+
+/// CHILD's children, locked. Nobody else's child may be a child of what changes or goes.
+fn children(
+    env: &dyn Env,
+    images: &[Image],
+    ancestor: &Image,
+    folders: &[PathBuf],
+    policy: &Policy,
+) -> Result<Vec<(FileId, File)>> {
+    let ids = images.iter().map(|image| Ok(image.file().stat()?.id)).collect::<Result<Vec<_>>>()?;
+    let mut children = Vec::new();
+    for found in kin::in_folders(env, folders)? {
+        if found.glance.parent == Some(images[0].uuid()) {
+            children.push(lock_child(env, &found.path, ancestor, policy)?);
+            continue;
+        }
+        // The parent of image n is image n + 1; that of the last one is the ancestor.
+        for (above, parent) in images[1..].iter().chain([ancestor]).enumerate() {
+            if found.glance.parent == Some(parent.uuid()) && found.id != ids[above] {
+                let what = format!("it has another child, {}, whose disk would change", found.path.display());
+                return Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()));
+            }
+        }
+    }
+    Ok(children)
+}
+
+/// A child that is going to be relinked: locked, and known to be fit for it.
+fn lock_child(env: &dyn Env, path: &Path, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
+    let file = env.open(path, Access::Write)?;
+    file.lock(Lock::Exclusive)?;
+    let image = Image::open(file.clone())?;
+    if let Some(runtime) = &policy.runtime {
+        refuse_if_live(env, runtime, &image)?;
+    }
+    check_link(&image, Some(&link(env, &image, ancestor)?))?;
+    Ok((file.stat()?.id, file))
+}
+
+/// What `child` records when `parent` becomes its parent: the paths that it records now.
+pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
+    let locators = child.header().map_or([].as_slice(), |header| header.locators.as_slice());
+    let has = |platform| locators.iter().any(|locator| locator.platform() == platform);
+    let locators = match (has(Platform::W2ru), has(Platform::W2ku)) {
+        (true, true) => Locators::Both,
+        (false, true) => Locators::Absolute,
+        _ => Locators::Relative,
+    };
+    create::link(env, folder_of(child.file().path()), parent, locators)
+}
+
+fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
+    let stat = image.file().stat()?;
+    let path = create::relative(folder, &named(env, image.file().path())?);
+    Ok(Folded { uuid: image.uuid(), modified: (stat.modified, stat.modified_nanos), path })
+}
+
+/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
+fn named(env: &dyn Env, path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
+    Ok(env.canonical(folder_of(path))?.join(name))
+}

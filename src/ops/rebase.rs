@@ -1,0 +1,115 @@
+//! `rebase`: a child gets another parent, and shows what it showed before.
+
+use std::path::Path;
+
+use super::alone;
+use super::copy_up::{Stage, copy_up};
+use super::create::{Locators, link};
+use super::mover::Progress;
+use super::writer::Writer;
+use crate::chain::{Chain, Policy, Use};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Defect, DiskType, Platform};
+use crate::image::{Image, Keep, ParentLink, check_link, folder_of, relink};
+use crate::point;
+use crate::storage::{Env, FileId};
+
+/// Makes the image at `path` a child of the one at `parent`. What it would show otherwise then, and its old parents do,
+/// is copied into it first: the disk stays as it is, at every moment. The bytes that were copied.
+///
+/// With `only_link` nothing is copied, and the old parents need not be there: the disk shows what the image has over what
+/// the new parent has. A call that was interrupted is completed by the same call.
+///
+/// # Errors
+/// `Refused` where the image is no child, or the new parent is the image itself or a descendant of it, or the chain would
+/// be too deep; whatever is wrong with a file of either chain; `NoSpace`, `Io`; what `progress` fails with. In all cases
+/// the image has its old parent or its new one.
+pub fn rebase(
+    env: &dyn Env,
+    path: &Path,
+    parent: &Path,
+    only_link: bool,
+    policy: &Policy,
+    progress: &mut Progress<'_>,
+) -> Result<u64> {
+    let image = alone::image(env, path, policy)?;
+    let file = image.file().clone();
+    if image.kind() != DiskType::Differencing {
+        let what = format!("a {} image has no parent to replace", image.kind().word());
+        return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+    }
+    refuse_cycle(env, &image, parent, policy)?;
+    let new = open_beneath(env, path, parent, policy)?;
+    let to = link_to(env, &image, new.youngest())?;
+    check_link(&image, Some(&to))?;
+    point::reached("rebase.begun");
+    let mut copied = 0;
+    if !only_link {
+        let new = new.into_frozen();
+        // Begun anew after the link was made: then this is the old parent, too.
+        let policy = &beside(policy, folder_of(parent));
+        let mut writer = Writer::of(env, Chain::of(env, image, policy, Use::Write)?, &Keep::Nothing)?;
+        point::reached("rebase.recovered");
+        copied = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
+            Stage::Written => point::reached("rebase.some-written"),
+            Stage::Committed => point::reached("rebase.all-committed"),
+        })?;
+        writer.close()?;
+        point::reached("rebase.file-cut");
+    }
+    relink(env, &file, Some(&to))?;
+    point::reached("rebase.linked");
+    Ok(copied)
+}
+
+/// The chain that the image at `child` is to stand on, locked against writers. Its files may lie where those of the
+/// child may.
+///
+/// # Errors
+/// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
+pub(super) fn open_beneath(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
+    let chain = Chain::open(env, parent, &beside(policy, folder_of(child)), Use::Read)?;
+    if chain.images().len() >= policy.max_depth {
+        return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(child));
+    }
+    Ok(chain)
+}
+
+/// The policy, with one more folder in which parents may lie.
+fn beside(policy: &Policy, folder: &Path) -> Policy {
+    let mut policy = policy.clone();
+    policy.allowed.push(folder.to_path_buf());
+    policy
+}
+
+/// What a child is going to record of a parent: the kinds of paths that it records now.
+pub(super) fn link_to(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
+    let entries = child.header().into_iter().flat_map(|header| &header.locators);
+    let platforms: Vec<Platform> = entries.map(|entry| entry.platform()).collect();
+    let locators = match (platforms.contains(&Platform::W2ru), platforms.contains(&Platform::W2ku)) {
+        (true, false) => Locators::Relative,
+        (false, true) => Locators::Absolute,
+        _ => Locators::Both,
+    };
+    link(env, folder_of(child.file().path()), parent, locators)
+}
+
+/// The files of a chain, youngest first.
+pub(super) fn files(chain: &Chain) -> Result<Vec<FileId>> {
+    chain.images().iter().map(|image| Ok(image.file().stat()?.id)).collect()
+}
+
+/// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.
+fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
+    let id = child.file().stat()?.id;
+    let chain = Chain::open(env, parent, &beside(policy, folder_of(child.file().path())), Use::Look)?;
+    let why = match files(&chain)?.iter().position(|other| *other == id) {
+        Some(0) => "an image cannot be its own parent",
+        Some(_) => "the new parent has this image among its own parents",
+        None if chain.images().iter().any(|image| image.uuid() == child.uuid()) => {
+            "the new parent, or one of its parents, has the same UUID"
+        }
+        None => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::Refused, why).at_path(child.file().path()))
+}

@@ -1,0 +1,137 @@
+//! `flatten`: a child stands alone, or on an ancestor, and shows what it showed.
+
+use std::path::Path;
+
+use diffdisk::chain::Policy;
+use diffdisk::error::{ErrorKind, Result};
+use diffdisk::ops;
+use diffdisk::storage::Env;
+use diffdisk::storage::sim::SimHost;
+
+use crate::reshape::{Act, kill_everywhere};
+use crate::scene::{Fill, Scene, disk};
+use crate::sweep::{Case, FOLDER};
+
+const R: Fill<'static> = Fill::Tag("R");
+const M: Fill<'static> = Fill::Tag("M");
+const T: Fill<'static> = Fill::Tag("T");
+const Z: Fill<'static> = Fill::Zeros;
+const SMALL: u32 = 4096;
+
+type Runs = [(u64, u64, Fill<'static>)];
+
+fn flattened(env: &dyn Env, folder: &Path, keep: Option<&str>) -> Result<u64> {
+    let keep = keep.map(|name| folder.join(name));
+    ops::flatten::flatten(env, &folder.join("i.vhd"), keep.as_deref(), &Policy::default(), &mut |_| Ok(()))
+}
+
+/// Four layers with blocks of several sizes. The second hides parts of the first, with zeros and by its end; beyond it
+/// the third is zero.
+fn chain(scene: &Scene<'_>) {
+    scene.dynamic("r.vhd", 2 * SMALL, 200);
+    scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
+    scene.child("m.vhd", "r.vhd", SMALL);
+    scene.write("m.vhd", &[(10, 20, M), (30, 40, Z), (150, 200, Z)]);
+    let shrunk =
+        ops::resize::resize(scene.env, &scene.path("m.vhd"), 160 * 512, true, &Policy::default(), &mut |_| Ok(()));
+    shrunk.expect("only zeros are cut off");
+    scene.sized_child("n.vhd", "m.vhd", SMALL, Some(210));
+    scene.write("n.vhd", &[(15, 17, Z), (100, 101, M)]);
+    scene.child("i.vhd", "n.vhd", SMALL);
+    scene.write("i.vhd", &[(5, 6, T), (35, 36, T), (120, 130, T)]);
+    scene.child("k.vhd", "i.vhd", SMALL);
+    scene.write("k.vhd", &[(16, 17, T)]);
+}
+
+const SEEN: &Runs =
+    &[(0, 60, R), (10, 20, M), (30, 40, Z), (15, 17, Z), (100, 101, M), (5, 6, T), (35, 36, T), (120, 130, T)];
+
+fn shows() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
+    let kid = disk(210, &[SEEN, &[(16, 17, T)]].concat());
+    vec![("i.vhd", disk(210, SEEN), disk(210, SEEN)), ("k.vhd", kid.clone(), kid)]
+}
+
+#[test]
+fn the_disk_stays_at_every_moment() {
+    let alone = |env: &dyn Env, folder: &Path| flattened(env, folder, None).map(drop);
+    Case { name: "alone", setup: &chain, verb: &alone, shows: shows(), kind: false }.sweep();
+    let on_root = |env: &dyn Env, folder: &Path| flattened(env, folder, Some("r.vhd")).map(drop);
+    Case { name: "on the root", setup: &chain, verb: &on_root, shows: shows(), kind: false }.sweep();
+}
+
+#[test]
+fn what_stays_needs_no_copy() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    chain(&scene);
+    let copied = flattened(&host, &scene.folder, Some("m.vhd")).expect("it works");
+    // Two zeros of the third layer and a sector of its own, in whole pages at most.
+    assert!((3 * 512..=2 * 4096).contains(&copied), "{copied}");
+    assert_eq!(flattened(&host, &scene.folder, Some("m.vhd")).expect("it stands there"), 0);
+    let copied = flattened(&host, &scene.folder, Some("r.vhd")).expect("it works");
+    assert!(((10 + 9 + 40) * 512..90 * 512).contains(&copied), "what the second layer had and hid: {copied}");
+    let info = ops::info::info(&host, &scene.path("i.vhd"), Some(&Policy::default())).expect("it opens");
+    assert_eq!(info.chain.expect("asked for").len(), 2);
+    flattened(&host, &scene.folder, None).expect("it works");
+    let info = ops::info::info(&host, &scene.path("i.vhd"), Some(&Policy::default())).expect("it opens");
+    assert_eq!((info.disk_type, info.parent.is_none()), ("dynamic", true));
+    for name in ["n.vhd", "m.vhd", "r.vhd"] {
+        host.remove(&scene.path(name)).expect("nobody needs it");
+    }
+    assert!(scene.seen("i.vhd").expect("it stands alone") == disk(210, SEEN));
+    assert_eq!(flattened(&host, &scene.folder, None).expect("it stands alone"), 0);
+}
+
+#[test]
+fn zeros_take_no_room_where_nothing_shines_through() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("r.vhd", SMALL, 200);
+    scene.write("r.vhd", &[(0, 80, Z), (100, 104, R)]);
+    scene.child("i.vhd", "r.vhd", SMALL);
+    let copied = flattened(&host, &scene.folder, None).expect("it works");
+    let info = ops::info::info(&host, &scene.path("i.vhd"), None).expect("it opens");
+    assert!(copied <= 4096 && info.blocks_allocated <= Some(2), "{copied} {info:?}");
+}
+
+#[test]
+fn bytes_under_clear_bits_do_not_come_to_light() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("r.vhd", SMALL, 16);
+    scene.child("i.vhd", "r.vhd", SMALL);
+    scene.write("i.vhd", &[(1, 2, T)]);
+    // What a write leaves that a power cut ended: data, and no bit.
+    let path = scene.path("i.vhd");
+    let file = host.open(&path, diffdisk::storage::Access::Write).expect("it opens");
+    let at = file.stat().expect("it is there").len - 512 - 4096 + 5 * 512;
+    file.write_at(&[0xAB; 512], at).expect("a write");
+    drop(file);
+    flattened(&host, &scene.folder, None).expect("it works");
+    let bytes = host.bytes(&path).expect("it is there");
+    assert!(!bytes.windows(16).any(|window| window == [0xAB; 16]));
+}
+
+#[test]
+fn strangers_are_not_kept() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    chain(&scene);
+    scene.dynamic("x.vhd", SMALL, 200);
+    let before = host.bytes(&scene.path("i.vhd"));
+    for name in ["x.vhd", "k.vhd", "i.vhd"] {
+        let e = flattened(&host, &scene.folder, Some(name)).unwrap_err();
+        assert!(e.kind() == ErrorKind::Refused && e.line().contains("not among its parents"), "{e:?}");
+    }
+    assert_eq!(flattened(&host, &scene.folder, Some("nowhere.vhd")).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
+}
+
+#[test]
+fn killed_at_every_point() {
+    let acts = [
+        Act { name: "alone", setup: &chain, args: &["flatten", "i.vhd"], shows: shows() },
+        Act { name: "on the root", setup: &chain, args: &["flatten", "i.vhd", "--keep", "r.vhd"], shows: shows() },
+    ];
+    kill_everywhere(&["flatten", "relink"], &acts);
+}

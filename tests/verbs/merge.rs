@@ -1,0 +1,326 @@
+//! `diffdisk merge` as a program: killed at every point, interrupted, refused; and strangers who read what it leaves.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use diffdisk::storage::host::Host;
+use tempfile::TempDir;
+
+use crate::common::daemon::Daemon;
+use crate::common::tool::{DIFFDISK, Finished, diffdisk, scratch, wait};
+use crate::common::{digest, oracle};
+use crate::merge_scenes::{Case, all};
+use crate::points;
+use crate::scenes::{Layer, Scene, check_shows, fill};
+
+/// A folder with the files of a case.
+struct Stage {
+    case: Case,
+    folder: TempDir,
+}
+
+impl Stage {
+    fn new(case: Case) -> Stage {
+        let folder = scratch("merge");
+        case.scene.build(&Host, folder.path()).expect("a scene");
+        Stage { case, folder }
+    }
+
+    /// The same once more, to be spoilt.
+    fn copy(&self) -> Stage {
+        let folder = scratch("merge");
+        for entry in fs::read_dir(self.folder.path()).expect("the folder") {
+            let from = entry.expect("a file").path();
+            fs::copy(&from, folder.path().join(from.file_name().expect("a name"))).expect("a copy");
+        }
+        Stage { case: self.case.clone(), folder }
+    }
+
+    fn at(&self, layer: usize) -> PathBuf {
+        self.case.scene.path(self.folder.path(), layer)
+    }
+
+    fn child(&self) -> PathBuf {
+        self.at(self.case.folded[0])
+    }
+
+    fn args(&self) -> Vec<PathBuf> {
+        let mut args = vec!["merge".into(), self.child()];
+        if self.case.folded.len() > 1 {
+            args.extend(["--into".into(), self.at(self.case.into)]);
+        }
+        args
+    }
+
+    fn merge(&self) -> Finished {
+        diffdisk(self.args())
+    }
+
+    /// Who is left shows what it showed, and `check` finds no corruption.
+    #[track_caller]
+    fn assert_same(&self, when: &str) {
+        let (child, scene) = (self.case.folded[0], &self.case.scene);
+        let mut shown = scene.shows(child);
+        let mut all: Vec<(usize, Vec<u8>)> = self.case.kept.iter().map(|&kept| (kept, scene.shows(kept))).collect();
+        if self.child().exists() {
+            all.push((child, shown));
+        } else {
+            shown.resize(usize::try_from(scene.sectors(self.case.into)).expect("small"), 0);
+            all.push((self.case.into, shown));
+        }
+        for (layer, values) in all {
+            let same = check_shows(&Host, &self.at(layer), &values);
+            same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
+            let check = diffdisk(["check".into(), self.at(layer), "--chain".into()]);
+            assert!(matches!(check.code, Some(0 | 4)), "{}, {when}: {check:?}", self.case.name);
+        }
+    }
+
+    /// It is done, nothing is left over, and nothing is wrong.
+    #[track_caller]
+    fn assert_done(&self, when: &str) {
+        self.assert_same(when);
+        let left = (0..self.case.scene.layers.len()).filter(|layer| !self.case.folded.contains(layer));
+        let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
+        let entries = fs::read_dir(self.folder.path()).expect("the folder");
+        let mut names: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
+        left.sort();
+        names.sort();
+        assert_eq!(names, left, "{}, {when}", self.case.name);
+        for path in left {
+            let check = diffdisk(["check".into(), path]);
+            assert_eq!(check.code, Some(0), "{}, {when}: {check:?}", self.case.name);
+        }
+    }
+}
+
+/// Blocks of 256 KiB, disks of 4 MiB.
+fn stage(name: &str) -> Stage {
+    Stage::new(all(64).into_iter().find(|case| case.name == name).expect("a case"))
+}
+
+#[test]
+fn killed_at_every_point() {
+    let points = [points::of("merge"), points::of("relink")].concat();
+    assert!(points.len() >= 20, "{points:?}");
+    let mut reached = std::collections::BTreeMap::<&str, u32>::new();
+    for name in ["smaller blocks", "two grandchildren", "two levels", "fixed root", "larger blocks", "a smaller child"]
+    {
+        let whole = stage(name);
+        for point in &points {
+            for count in [1, 3] {
+                let stage = whole.copy();
+                let when = format!("{point}:{count}");
+                if !points::killed(point, count, stage.args()) {
+                    stage.assert_done(&when);
+                    break;
+                }
+                *reached.entry(point).or_default() += 1;
+                stage.assert_same(&when);
+                stage.merge().ok();
+                stage.assert_done(&when);
+            }
+        }
+    }
+    let missed: Vec<_> = points.iter().filter(|point| !reached.contains_key(point.as_str())).collect();
+    assert!(missed.is_empty(), "never reached: {missed:?}");
+}
+
+#[test]
+fn killed_again_and_again() {
+    let whole = stage("two levels");
+    let points = [points::of("merge"), points::of("relink")].concat();
+    for first in ["merge.noted", "merge.marked", "relink.switched", "merge.layer-removed"] {
+        for second in &points {
+            let stage = whole.copy();
+            assert!(points::killed(first, 1, stage.args()), "{first}");
+            let when = format!("{first}, then {second}");
+            if points::killed(second, 1, stage.args()) {
+                stage.assert_same(&when);
+                stage.merge().ok();
+            }
+            stage.assert_done(&when);
+        }
+    }
+}
+
+#[test]
+fn interrupted_and_gone_on_with() {
+    // Dense, so that there is time for a signal.
+    let layer = |name, parent, value| Layer {
+        name,
+        parent,
+        fixed: false,
+        block: 4096,
+        sectors: 1024,
+        writes: vec![(0, 1024, value)],
+    };
+    let scene = Scene { layers: vec![layer("root.vhd", None, 1), layer("child.vhd", Some(0), 2)], scale: 512 };
+    let case = Case { name: "dense", scene, folded: vec![1], into: 0, kept: vec![] };
+    let whole = Stage::new(case);
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let stage = whole.copy();
+        let mut merge = Command::new(DIFFDISK);
+        let mut merge = merge.args(stage.args()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let is_begun = || {
+            let entries = fs::read_dir(stage.folder.path()).expect("the folder");
+            entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "merge"))
+        };
+        while !is_begun() {
+            assert!(Instant::now() < deadline && merge.try_wait().expect("a child").is_none(), "it must begin");
+        }
+        let pid = rustix::process::Pid::from_child(&merge);
+        let signal = rustix::process::Signal::from_named_raw(signal).expect("a signal");
+        rustix::process::kill_process(pid, signal).expect("it is there");
+        let mut said = String::new();
+        merge.stderr.take().expect("a pipe").read_to_string(&mut said).expect("text");
+        assert_eq!(wait(&mut merge, deadline), (Some(1), false), "{said}");
+        assert!(said.starts_with("diffdisk: merge: ") && said.contains("interrupted") && said.lines().count() == 1);
+        stage.assert_same("interrupted");
+        for layer in 0..2 {
+            assert_eq!(diffdisk(["check".into(), stage.at(layer)]).code, Some(0), "it was left at rest");
+        }
+        let note = fs::read_dir(stage.folder.path()).expect("the folder").flatten();
+        let note = note.map(|entry| entry.path()).find(|path| path.extension().is_some_and(|ending| ending == "merge"));
+        let note = fs::read_to_string(note.expect("the note stays")).expect("text");
+        assert!(note.lines().any(|line| line.starts_with("copied ") && line != "copied all"), "{note}");
+        stage.merge().ok();
+        stage.assert_done("gone on with");
+    }
+}
+
+#[test]
+fn what_is_said() {
+    let stage = stage("two levels");
+    let done = stage.merge().ok();
+    let (said, root) =
+        (String::from_utf8(done.stdout).expect("text"), stage.at(0).canonicalize().expect("it is there"));
+    let end = "copied, 2 images removed, 1 image linked to it\n";
+    assert!(said.starts_with(&format!("merged {} into {}: ", stage.child().display(), root.display())), "{said}");
+    assert!(said.ends_with(end) && done.stderr.is_empty(), "{said}{}", done.stderr);
+    let stage = self::stage("leaf");
+    let done = diffdisk([stage.args(), vec!["--quiet".into()]].concat()).ok();
+    assert!(done.stdout.is_empty() && done.stderr.is_empty());
+    // All is done: there is nothing to go on with.
+    let again = stage.merge();
+    assert!(again.code == Some(1) && again.stderr.lines().count() == 1, "{again:?}");
+}
+
+#[track_caller]
+fn assert_refused(done: &Finished, why: &str) {
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(done.stderr.contains(why) && done.stderr.lines().count() == 1 && done.stdout.is_empty(), "{}", done.stderr);
+}
+
+/// The bytes of all files.
+fn digests(folder: &Path) -> Vec<(PathBuf, String)> {
+    let entries = fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("a file").path());
+    let mut all: Vec<_> = entries.map(|path| (path.clone(), digest::sha256_of_file(&path))).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn refusals_change_nothing() {
+    let stage = stage("two levels");
+    let create = |name: &str, parent: usize, more: &[&str]| {
+        let path = stage.folder.path().join(name);
+        let mut args = vec!["create".into(), path.clone(), "--parent".into(), stage.at(parent)];
+        args.extend(more.iter().map(Into::into));
+        diffdisk(args).ok();
+        path
+    };
+    let merge = |child: &Path, into: Option<&Path>| {
+        let mut args = vec!["merge".into(), child.to_path_buf()];
+        args.extend(into.into_iter().flat_map(|into| ["--into".into(), into.to_path_buf()]));
+        diffdisk(args)
+    };
+    let (root, middle, child, grand) = (stage.at(0), stage.at(1), stage.at(2), stage.at(3));
+    let check = |done: &Finished, why: &str, before: &[(PathBuf, String)]| {
+        assert_refused(done, why);
+        assert_eq!(digests(stage.folder.path()), before, "{why}");
+    };
+    let before = digests(stage.folder.path());
+    check(&merge(&root, None), "no parent", &before);
+    check(&merge(&child, Some(&child)), "into itself", &before);
+    check(&merge(&middle, Some(&child)), "not an ancestor", &before);
+    check(&merge(&child, Some(&stage.folder.path().join("none.vhd"))), "No such file", &before);
+    check(&merge(&stage.folder.path().join("none.vhd"), None), "No such file", &before);
+    for parent in [0, 1] {
+        let other = create("stranger.vhd", parent, &[]);
+        let before = digests(stage.folder.path());
+        check(&merge(&child, Some(&root)), "another child, ", &before);
+        fs::remove_file(other).expect("it is there");
+    }
+    let larger = create("larger.vhd", 3, &["--size", "5M"]);
+    let before = digests(stage.folder.path());
+    check(&merge(&larger, None), &format!("run `diffdisk resize {}", grand.display()), &before);
+    fs::remove_file(larger).expect("it is there");
+    // Somebody has the disk open: by the youngest, which holds its parents.
+    let before = digests(stage.folder.path());
+    let daemon = Daemon::start(&grand, &[]);
+    check(&merge(&child, None), "has it open", &digests(stage.folder.path()));
+    daemon.stop();
+    assert_eq!(before.len(), digests(stage.folder.path()).len());
+    stage.assert_same("refused");
+}
+
+#[test]
+fn another_merge_than_the_one_that_was_begun() {
+    let whole = stage("two levels");
+    let stage = whole.copy();
+    assert!(points::killed("merge.begun", 1, stage.args()));
+    assert_refused(&diffdisk(["merge".into(), stage.child()]), "was begun: end that first, with --into");
+    let stage = whole.copy();
+    assert!(points::killed("merge.layer-removed", 1, stage.args()));
+    // Another image has got the name.
+    diffdisk(["create".into(), stage.child(), "--parent".into(), stage.at(3)]).ok();
+    assert_refused(&stage.merge(), "another image of this name");
+    let aside = stage.folder.path().join("aside.vhd");
+    fs::rename(stage.child(), &aside).expect("it is there");
+    stage.merge().ok();
+    fs::remove_file(aside).expect("it is there");
+    stage.assert_done("with the other one aside");
+    // A note that cannot be read.
+    let stage = whole.copy();
+    assert!(points::killed("merge.noted", 1, stage.args()));
+    let entries = fs::read_dir(stage.folder.path()).expect("the folder").flatten();
+    let note = entries.map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "merge")).expect("a note");
+    fs::write(&note, "diffdisk merge 2\n").expect("it is written");
+    assert_refused(&stage.merge(), "cannot be read");
+    fs::remove_file(note).expect("it is there");
+    stage.merge().ok();
+    stage.assert_done("anew");
+}
+
+#[test]
+fn a_child_that_is_written_after_a_kill_is_copied_again() {
+    let whole = stage("leaf");
+    for point in ["merge.noted", "merge.copied", "merge.marked", "merge.relinked"] {
+        let mut stage = whole.copy();
+        assert!(points::killed(point, 1, stage.args()), "{point}");
+        let more = [(1, 5, 9), (70, 90, 8)];
+        fill(&Host, &stage.child(), &more, 64).expect("it takes writes");
+        stage.case.scene.layers[1].writes.extend(more);
+        stage.assert_same(point);
+        stage.merge().ok();
+        stage.assert_done(point);
+    }
+}
+
+#[test]
+fn strangers_read_it_alike() {
+    for name in ["leaf", "inner", "two levels", "fixed root"] {
+        let case = all(512).into_iter().find(|case| case.name == name).expect("a case");
+        let stage = Stage::new(case);
+        let leaf = stage.at(stage.case.kept.last().copied().unwrap_or(stage.case.into));
+        let before = digest::sha256_of_disk(&if stage.case.kept.is_empty() { stage.child() } else { leaf.clone() });
+        stage.merge().ok();
+        assert_eq!(digest::sha256_of_disk(&leaf), before, "{name}: diffdisk");
+        assert_eq!(oracle::sha256_of_disk(&leaf), before, "{name}: 7-Zip");
+    }
+}

@@ -1,0 +1,137 @@
+//! `rebase`: another parent, the same disk; or with `--unsafe` another disk.
+
+use std::path::Path;
+
+use diffdisk::chain::Policy;
+use diffdisk::error::{ErrorKind, Result};
+use diffdisk::ops;
+use diffdisk::storage::Env;
+use diffdisk::storage::sim::SimHost;
+
+use crate::reshape::{Act, kill_everywhere};
+use crate::scene::{Fill, Scene, disk};
+use crate::sweep::{Case, FOLDER};
+
+const R: Fill<'static> = Fill::Tag("R");
+const A: Fill<'static> = Fill::Tag("A");
+const B: Fill<'static> = Fill::Tag("B");
+const T: Fill<'static> = Fill::Tag("T");
+const Z: Fill<'static> = Fill::Zeros;
+const SMALL: u32 = 4096;
+
+type Runs = [(u64, u64, Fill<'static>)];
+
+fn rebased(env: &dyn Env, folder: &Path, parent: &str, only_link: bool) -> Result<u64> {
+    let (path, parent) = (folder.join("i.vhd"), folder.join(parent));
+    ops::rebase::rebase(env, &path, &parent, only_link, &Policy::default(), &mut |_| Ok(()))
+}
+
+/// Two branches of one root, and another root; the image stands on the first branch.
+fn branches(scene: &Scene<'_>) {
+    scene.dynamic("r.vhd", SMALL, 200);
+    scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
+    scene.child("a.vhd", "r.vhd", SMALL);
+    scene.write("a.vhd", &[(10, 20, A), (160, 170, Z), (150, 151, R)]);
+    scene.child("b.vhd", "r.vhd", 2 * SMALL);
+    scene.write("b.vhd", &[(15, 25, B), (40, 50, Z), (100, 110, B), (12, 13, A)]);
+    scene.dynamic("x.vhd", 2 * SMALL, 220);
+    scene.write("x.vhd", &[(0, 10, R), (50, 90, B), (165, 220, B)]);
+    scene.child("i.vhd", "a.vhd", SMALL);
+    scene.write("i.vhd", &[(5, 6, T), (105, 107, T), (45, 46, Z), (168, 169, T)]);
+    scene.child("k.vhd", "i.vhd", SMALL);
+    scene.write("k.vhd", &[(16, 17, T)]);
+}
+
+const OWN: &Runs = &[(5, 6, T), (105, 107, T), (45, 46, Z), (168, 169, T)];
+const ON_A: &Runs = &[(0, 60, R), (150, 200, R), (10, 20, A), (160, 170, Z)];
+const ON_B: &Runs = &[(0, 60, R), (150, 200, R), (15, 25, B), (40, 50, Z), (100, 110, B), (12, 13, A)];
+
+fn shows() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
+    let (seen, kid) = (disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_A, OWN, &[(16, 17, T)]].concat()));
+    vec![("i.vhd", seen.clone(), seen), ("k.vhd", kid.clone(), kid)]
+}
+
+#[test]
+fn the_disk_stays_at_every_moment() {
+    for parent in ["b.vhd", "x.vhd", "r.vhd"] {
+        let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, parent, false).map(drop);
+        Case { name: parent, setup: &branches, verb: &verb, shows: shows(), kind: false }.sweep();
+    }
+}
+
+#[test]
+fn only_a_link() {
+    let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, "b.vhd", true).map(drop);
+    let shows = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
+    Case { name: "unsafe", setup: &branches, verb: &verb, shows, kind: false }.sweep();
+}
+
+#[test]
+fn a_parent_that_is_gone_is_replaced_only_unsafely() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    branches(&scene);
+    host.rename(&scene.path("a.vhd"), &scene.path("moved.vhd")).expect("it moves");
+    let before = host.bytes(&scene.path("i.vhd"));
+    assert_eq!(rebased(&host, &scene.folder, "moved.vhd", false).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
+    assert_eq!(rebased(&host, &scene.folder, "moved.vhd", true).expect("a link"), 0);
+    assert!(scene.seen("k.vhd").expect("it opens") == shows()[1].1);
+}
+
+#[test]
+fn what_both_chains_have_is_not_read() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    branches(&scene);
+    let copied = rebased(&host, &scene.folder, "b.vhd", false).expect("it works");
+    // 10..25 but for 12, 40..50 but for 45, 100..110 but for 105..107, 160..170 but for 168.
+    assert_eq!(copied, (14 + 9 + 8 + 9) * 512);
+    let reads = host.counts().reads;
+    rebased(&host, &scene.folder, "b.vhd", false).expect("it stands there");
+    let again = host.counts().reads - reads;
+    scene.write("r.vhd", &[(60, 140, R)]);
+    let reads = host.counts().reads;
+    assert_eq!(rebased(&host, &scene.folder, "b.vhd", false).expect("it stands there"), 0);
+    // More of the bitmaps, none of the data: blocks of the root are not looked into when both chains lead there.
+    assert!(host.counts().reads - reads <= again + 20, "{again} reads, then {}", host.counts().reads - reads);
+}
+
+#[test]
+fn no_circles() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    branches(&scene);
+    scene.fixed("f.vhd", 200);
+    let before = host.bytes(&scene.path("i.vhd"));
+    for only_link in [false, true] {
+        for (parent, word) in [("i.vhd", "its own parent"), ("k.vhd", "among its own parents")] {
+            let e = rebased(&host, &scene.folder, parent, only_link).unwrap_err();
+            assert!(e.kind() == ErrorKind::Refused && e.line().contains(word), "{e:?}");
+        }
+        assert_eq!(rebased(&host, &scene.folder, "nowhere.vhd", only_link).unwrap_err().kind(), ErrorKind::NotFound);
+        for root in ["r.vhd", "f.vhd"] {
+            let (path, parent) = (scene.path(root), scene.path("x.vhd"));
+            let e = ops::rebase::rebase(&host, &path, &parent, only_link, &Policy::default(), &mut |_| Ok(()));
+            assert_eq!(e.unwrap_err().kind(), ErrorKind::Refused, "{root} is no child");
+        }
+    }
+    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
+    rebased(&host, &scene.folder, "f.vhd", false).expect("a fixed root is a parent, too");
+    assert!(scene.seen("k.vhd").expect("it opens") == shows()[1].1);
+}
+
+#[test]
+fn killed_at_every_point() {
+    let linked = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
+    let acts = [
+        Act { name: "branch", setup: &branches, args: &["rebase", "i.vhd", "--parent", "b.vhd"], shows: shows() },
+        Act {
+            name: "unsafe",
+            setup: &branches,
+            args: &["rebase", "i.vhd", "--parent", "b.vhd", "--unsafe"],
+            shows: linked,
+        },
+    ];
+    kill_everywhere(&["rebase"], &acts);
+}

@@ -1,0 +1,78 @@
+//! What the tests of `resize`, `compact`, `flatten` and `rebase` share: killing the real program at every point.
+
+use std::path::{Path, PathBuf};
+
+use diffdisk::storage::sim::SimHost;
+
+use crate::common::tool::{self, diffdisk};
+use crate::points;
+use crate::scene::Scene;
+use crate::sweep::FOLDER;
+
+/// What the program is killed in: the images are made by `setup`, and `args` is the command line in their folder.
+pub(crate) struct Act<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) setup: &'a dyn Fn(&Scene<'_>),
+    pub(crate) args: &'a [&'a str],
+    /// Images to look at, and what they may show: at first, and when the verb is done.
+    pub(crate) shows: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
+}
+
+/// The disk, as `diffdisk convert` reads it.
+pub(crate) fn seen(path: &Path) -> Vec<u8> {
+    diffdisk(["convert".as_ref(), path.as_os_str(), "-".as_ref(), "--to".as_ref(), "raw".as_ref()]).ok().stdout
+}
+
+impl Act<'_> {
+    fn args(&self, folder: &Path) -> Vec<PathBuf> {
+        let in_folder = |arg: &&str| if arg.ends_with(".vhd") { folder.join(arg) } else { PathBuf::from(arg) };
+        self.args.iter().map(in_folder).collect()
+    }
+
+    /// Makes the images on a simulated host and copies them: a lock of this process would live on for a moment in every
+    /// program that another test starts meanwhile.
+    fn make(&self, folder: &Path) {
+        let host = SimHost::new(3);
+        (self.setup)(&Scene::new(&host, Path::new(FOLDER)));
+        for path in host.names() {
+            let bytes = host.bytes(&path).expect("it is there");
+            std::fs::write(folder.join(path.file_name().expect("a name")), bytes).expect("a copy");
+        }
+    }
+
+    /// Kills it at a point, looks, and calls it again. Whether it came to that point.
+    fn kill(&self, point: &str) -> bool {
+        let folder = tool::scratch("verbs");
+        self.make(folder.path());
+        let killed = points::killed(point, 1, self.args(folder.path()));
+        if killed {
+            for (name, old, new) in &self.shows {
+                let seen = seen(&folder.path().join(name));
+                assert!(seen == *old || seen == *new, "{}: killed at {point}: {name} shows neither disk", self.name);
+            }
+        }
+        diffdisk(self.args(folder.path())).ok();
+        for (name, _, new) in &self.shows {
+            let path = folder.path().join(name);
+            assert!(seen(&path) == *new, "{}: after {point}: {name} is not what it should be", self.name);
+            diffdisk(["check".as_ref(), path.as_os_str(), "--chain".as_ref()]).ok();
+        }
+        for entry in std::fs::read_dir(folder.path()).expect("a folder") {
+            let name = entry.expect("an entry").file_name();
+            assert!(!name.to_string_lossy().starts_with('.'), "{}: {point} leaves {}", self.name, name.display());
+        }
+        killed
+    }
+}
+
+/// Every point of a verb is reached in one of its acts, and killing it there does no harm.
+pub(crate) fn kill_everywhere(verbs: &[&str], acts: &[Act<'_>]) {
+    for verb in verbs {
+        let points = points::of(verb);
+        assert!(points.len() >= 6, "{verb} has {} points", points.len());
+        for point in points {
+            let reached = acts.iter().filter(|act| act.kill(&point)).count();
+            assert!(reached > 0, "no act reaches {point}");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Chains for the tests of verbs, on any host: made by the library, filled sector by sector, looked at as a guest would.
+
+use std::path::{Path, PathBuf};
+
+use diffdisk::chain::{Chain, Plan, Policy, Source, Use, Version};
+use diffdisk::error::Result;
+use diffdisk::image::{self, Commit, Growth, Keep};
+use diffdisk::ops::create::{Child, Locators, Root};
+use diffdisk::ops::{self, Disk, Format};
+use diffdisk::storage::Env;
+use diffdisk::units::{BlockSize, SECTOR, SectorRange};
+
+use crate::common::pattern;
+
+/// What a sector of a scene holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fill<'a> {
+    /// The pattern of a tag.
+    Tag(&'a str),
+    /// Zeros that are there.
+    Zeros,
+}
+
+/// Images in a folder of a host.
+pub(crate) struct Scene<'a> {
+    pub(crate) env: &'a dyn Env,
+    pub(crate) folder: PathBuf,
+}
+
+impl<'a> Scene<'a> {
+    pub(crate) fn new(env: &'a dyn Env, folder: &Path) -> Scene<'a> {
+        Scene { env, folder: folder.to_path_buf() }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    pub(crate) fn fixed(&self, name: &str, sectors: u64) {
+        let root = Root { fixed: true, size: sectors * SECTOR, block_size: BlockSize::DEFAULT, reserve: 0 };
+        ops::create::root(self.env, &self.path(name), &root).expect("a fixed root");
+    }
+
+    pub(crate) fn dynamic(&self, name: &str, block: u32, sectors: u64) {
+        let block_size = BlockSize::from_bytes(block).expect("a block size");
+        let root = Root { fixed: false, size: sectors * SECTOR, block_size, reserve: 0 };
+        ops::create::root(self.env, &self.path(name), &root).expect("a dynamic root");
+    }
+
+    /// A child with the size of its parent.
+    pub(crate) fn child(&self, name: &str, parent: &str, block: u32) {
+        self.sized_child(name, parent, block, None);
+    }
+
+    /// A child that is larger than its parent.
+    pub(crate) fn sized_child(&self, name: &str, parent: &str, block: u32, sectors: Option<u64>) {
+        let child = Child {
+            parent: self.path(parent),
+            size: sectors.map(|sectors| sectors * SECTOR),
+            block_size: BlockSize::from_bytes(block),
+            reserve: 0,
+            locators: Locators::Both,
+        };
+        ops::create::child(self.env, &self.path(name), &child, &Policy::default()).expect("a child");
+    }
+
+    /// Writes runs of sectors, and closes the image in the clean way.
+    pub(crate) fn write(&self, name: &str, runs: &[(u64, u64, Fill<'_>)]) {
+        let chain = Chain::open(self.env, &self.path(name), &Policy::default(), Use::Write).expect("it opens");
+        let version = chain.into_writable(self.env, &Keep::Nothing).expect("it can be written");
+        for &(from, to, fill) in runs {
+            let mut bytes = vec![0; usize::try_from((to - from) * SECTOR).expect("small")];
+            if let Fill::Tag(tag) = fill {
+                pattern::fill(&mut bytes, tag, from);
+            }
+            self.put(&version, SectorRange::between(from, to), &bytes).expect("a write");
+        }
+        let top = version.top().expect("opened to be written");
+        let mut commit = Commit::new(top.image.clone(), top.slot);
+        image::drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("a commit");
+        top.image.trim().expect("a clean end");
+    }
+
+    fn put(&self, version: &Version, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        let (mut plan, top) = (Plan::default(), version.top().expect("opened to be written"));
+        loop {
+            match version.plan_write(range, &mut plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing)?,
+                Err(_) => {
+                    let mut growth = Growth::begin(&top.image, top.slot).expect("there is no room");
+                    image::drive(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
+                }
+            }
+        }
+        let mut rest = bytes;
+        for extent in &plan.extents {
+            let Source::File { slot, offset } = extent.source else { panic!("a write goes into a file") };
+            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("small"));
+            version.file(slot).write_at(now, offset)?;
+            rest = later;
+        }
+        assert!(top.image.mark(range), "nothing has to be kept");
+        Ok(())
+    }
+
+    /// The disk, as its guest sees it.
+    pub(crate) fn seen(&self, name: &str) -> Result<Vec<u8>> {
+        let disk = Disk::open(self.env, &self.path(name), Format::Vhd, &Policy::default())?;
+        let mut bytes = Vec::new();
+        ops::convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(()))?;
+        Ok(bytes)
+    }
+
+    /// What `check --chain` finds, by their words.
+    pub(crate) fn defects(&self, name: &str) -> Vec<&'static str> {
+        let report = ops::check::check(self.env, &self.path(name), Some(&Policy::default()), None).expect("a check");
+        report.defects.iter().map(|defect| defect.kind).collect()
+    }
+}
+
+/// A disk of zeros, and what was written over it.
+pub(crate) fn disk(sectors: u64, runs: &[(u64, u64, Fill<'_>)]) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(sectors * SECTOR).expect("small")];
+    over(&mut bytes, runs);
+    bytes
+}
+
+/// Writes over a disk.
+pub(crate) fn over(disk: &mut [u8], runs: &[(u64, u64, Fill<'_>)]) {
+    for &(from, to, fill) in runs {
+        let run = usize::try_from(from * SECTOR).expect("small")..usize::try_from(to * SECTOR).expect("small");
+        match fill {
+            Fill::Tag(tag) => pattern::fill(&mut disk[run], tag, from),
+            Fill::Zeros => disk[run].fill(0),
+        }
+    }
+}

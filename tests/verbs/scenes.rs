@@ -1,0 +1,140 @@
+//! Chains to try verbs on: some layers, what was written into each, and what each must show. On any host.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diffdisk::chain::{Chain, Plan, Policy, Source, Use};
+use diffdisk::error::Result;
+use diffdisk::image::{self, Commit, Growth, Image, Keep, Kind, ParentLink, Spec};
+use diffdisk::storage::{Access, Env};
+use diffdisk::units::{BlockSize, SectorRange};
+
+/// What a sector says: zero is zeros, anything else a pattern of this byte and the sector's number.
+pub(crate) type Value = u8;
+
+/// A layer: positions in units of the scene's scale.
+#[derive(Clone, Debug)]
+pub(crate) struct Layer {
+    pub(crate) name: &'static str,
+    /// Index of its parent among the layers before it.
+    pub(crate) parent: Option<usize>,
+    pub(crate) fixed: bool,
+    /// Bytes of a block.
+    pub(crate) block: u32,
+    pub(crate) sectors: u64,
+    /// From, to, value.
+    pub(crate) writes: Vec<(u64, u64, Value)>,
+}
+
+/// Layers, parents first.
+#[derive(Clone, Debug)]
+pub(crate) struct Scene {
+    pub(crate) layers: Vec<Layer>,
+    /// Sectors of a unit, and what blocks are multiplied by.
+    pub(crate) scale: u32,
+}
+
+impl Scene {
+    pub(crate) fn sectors(&self, layer: usize) -> u64 {
+        self.layers[layer].sectors * u64::from(self.scale)
+    }
+
+    /// What a layer shows, a value for each sector.
+    pub(crate) fn shows(&self, layer: usize) -> Vec<Value> {
+        let it = &self.layers[layer];
+        let mut values = it.parent.map_or_else(Vec::new, |parent| self.shows(parent));
+        values.resize(usize::try_from(self.sectors(layer)).expect("small"), 0);
+        for &(from, to, value) in &it.writes {
+            let at = |unit: u64| usize::try_from(unit * u64::from(self.scale)).expect("small");
+            values[at(from)..at(to)].fill(value);
+        }
+        values
+    }
+
+    pub(crate) fn path(&self, folder: &Path, layer: usize) -> PathBuf {
+        folder.join(self.layers[layer].name)
+    }
+
+    /// Makes all files in `folder`.
+    pub(crate) fn build(&self, env: &dyn Env, folder: &Path) -> Result<()> {
+        for (number, layer) in self.layers.iter().enumerate() {
+            let path = self.path(folder, number);
+            let kind = match layer.parent {
+                None if layer.fixed => Kind::Fixed,
+                None => Kind::Dynamic,
+                Some(parent) => {
+                    let at = self.path(folder, parent);
+                    let uuid = Image::open(env.open(&at, Access::Read)?)?.uuid();
+                    let name = PathBuf::from(self.layers[parent].name);
+                    let (relative, absolute) = (Some(name.clone()), Some(at));
+                    Kind::Differencing(ParentLink { uuid, modified: 0, relative, absolute, name })
+                }
+            };
+            let block_size = BlockSize::from_bytes(layer.block * self.scale).expect("a size of blocks");
+            image::create(env, &path, &Spec { kind, size: self.sectors(number) * 512, block_size, reserve: 0 })?;
+            fill(env, &path, &layer.writes, self.scale.into())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes values into an image, present zeros as well, and leaves it at rest.
+pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], scale: u64) -> Result<()> {
+    let version = Chain::open(env, path, &Policy::default(), Use::Write)?.into_writable(env, &Keep::Nothing)?;
+    let top = version.top().expect("opened for writing");
+    for &(from, to, value) in writes {
+        let (range, mut plan) = (SectorRange::between(from * scale, to * scale), Plan::default());
+        loop {
+            match version.plan_write(range, &mut plan) {
+                Ok(()) if plan.missing.is_empty() => break,
+                Ok(()) => version.load_now(&plan.missing)?,
+                Err(_) => {
+                    let mut growth = Growth::begin(&top.image, top.slot).expect("room is short");
+                    image::drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
+                }
+            }
+        }
+        for extent in &plan.extents {
+            let Source::File { offset, .. } = extent.source else { panic!("a write goes into a file") };
+            top.image.file().write_at(&bytes(extent.range, |_| value), offset)?;
+        }
+        assert!(top.image.mark(range));
+    }
+    let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
+    image::drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
+    top.image.trim()
+}
+
+/// What sectors hold that say these values.
+pub(crate) fn bytes(range: SectorRange, value: impl Fn(u64) -> Value) -> Vec<u8> {
+    let mut all = Vec::with_capacity(usize::try_from(range.bytes()).expect("small"));
+    for sector in range.start()..range.end() {
+        let mut one = [value(sector); 512];
+        if one[0] != 0 {
+            one[..8].copy_from_slice(&sector.to_be_bytes());
+        }
+        all.extend_from_slice(&one);
+    }
+    all
+}
+
+/// Whether the disk that ends in `path` shows these values; else the first sector that does not.
+pub(crate) fn check_shows(env: &dyn Env, path: &Path, values: &[Value]) -> Result<(), String> {
+    let open = || Ok(Chain::open(env, path, &Policy::default(), Use::Read)?.into_frozen());
+    let version = open().map_err(|e: diffdisk::error::Error| e.line())?;
+    let range = SectorRange::between(0, version.sectors());
+    let mut read = vec![0; usize::try_from(range.bytes()).expect("small")];
+    version.read_now(range, &mut read, &mut Plan::default()).map_err(|e| e.line())?;
+    let want = bytes(SectorRange::between(0, values.len() as u64), |sector| values[usize::try_from(sector).unwrap()]);
+    if let Some(sector) = read.chunks(512).zip(want.chunks(512)).position(|(a, b)| a != b) {
+        let (got, want) = (&read[sector * 512..][..16], &want[sector * 512..][..16]);
+        return Err(format!("{}: sector {sector} is {got:?}, not {want:?}", path.display()));
+    }
+    if read.len() == want.len() { Ok(()) } else { Err(format!("{}: {} bytes", path.display(), read.len())) }
+}
+
+/// The kinds of what `check` finds in a file.
+pub(crate) fn defects(env: &dyn Env, path: &Path) -> Result<Vec<&'static str>> {
+    let (report, _) = image::check(env.open(path, Access::Read)?)?;
+    Ok(report.defects.iter().map(|defect| defect.kind()).collect())
+}

@@ -1,0 +1,207 @@
+//! Random sequences of verbs on random chains, beside a model: each disk a flat array. After every verb each disk shows
+//! what its array says, and nothing is wrong with any file.
+
+use std::path::Path;
+
+use diffdisk::chain::Policy;
+use diffdisk::error::{ErrorKind, Result};
+use diffdisk::ops;
+use diffdisk::storage::Env;
+use diffdisk::storage::sim::SimHost;
+
+use crate::common::rng::Rng;
+use crate::scene::{Fill, Scene, over};
+use crate::sweep::FOLDER;
+
+/// Images of a world, at most.
+const IMAGES: usize = 7;
+/// Defects that are none here: sizes of parents and children may differ.
+const FINE: [&str; 2] = ["parent-size", "space-unreferenced"];
+
+/// An image, and what it must show.
+struct Model {
+    name: String,
+    parent: Option<usize>,
+    fixed: bool,
+    disk: Vec<u8>,
+}
+
+struct World<'a> {
+    host: &'a SimHost,
+    scene: Scene<'a>,
+    images: Vec<Model>,
+    rng: Rng,
+    step: u64,
+    refused: u64,
+}
+
+impl World<'_> {
+    fn pick(&mut self, fits: impl Fn(usize, &Model) -> bool) -> Option<usize> {
+        let fitting: Vec<usize> = (0..self.images.len()).filter(|n| fits(*n, &self.images[*n])).collect();
+        (!fitting.is_empty()).then(|| self.rng.pick(&fitting))
+    }
+
+    /// The image and what it stands on, youngest first.
+    fn chain(&self, of: usize) -> Vec<usize> {
+        std::iter::successors(Some(of), |n| self.images[*n].parent).collect()
+    }
+
+    fn create(&mut self) -> String {
+        let (name, number) = (format!("i{}.vhd", self.step), self.images.len());
+        let block = self.rng.pick(&[4096, 8192, 65536]);
+        let parent = if self.rng.below(4) > 0 { self.pick(|_, _| true) } else { None };
+        let sectors = 1 + self.rng.below(300);
+        let (fixed, disk) = match parent {
+            Some(parent) => {
+                let (mut disk, more) = (self.images[parent].disk.clone(), self.rng.below(3) * self.rng.below(40));
+                disk.resize(disk.len() + usize::try_from(more * 512).expect("small"), 0);
+                let sectors = Some(disk.len() as u64 / 512);
+                self.scene.sized_child(&name, &self.images[parent].name, block, sectors);
+                (false, disk)
+            }
+            None => {
+                let fixed = self.rng.below(4) == 0;
+                match fixed {
+                    true => self.scene.fixed(&name, sectors),
+                    false => self.scene.dynamic(&name, block, sectors),
+                }
+                (fixed, vec![0; usize::try_from(sectors * 512).expect("small")])
+            }
+        };
+        self.images.push(Model { name: name.clone(), parent, fixed, disk });
+        format!("create {name} ({number}) on {parent:?}")
+    }
+
+    /// Writes to an image that has no children: they would show it.
+    fn write(&mut self) -> String {
+        let parents: Vec<_> = self.images.iter().filter_map(|image| image.parent).collect();
+        let Some(of) = self.pick(|n, _| !parents.contains(&n)) else { return "-".into() };
+        let (tag, mut runs) = (format!("W{}", self.step), Vec::new());
+        let sectors = self.images[of].disk.len() as u64 / 512;
+        for _ in 0..1 + self.rng.below(4) {
+            let from = self.rng.below(sectors);
+            let to = (from + 1 + self.rng.below(30)).min(sectors);
+            runs.push((from, to, if self.rng.below(3) == 0 { Fill::Zeros } else { Fill::Tag(&tag) }));
+        }
+        self.scene.write(&self.images[of].name, &runs);
+        over(&mut self.images[of].disk, &runs);
+        format!("write {of}: {runs:?}")
+    }
+
+    fn flatten(&mut self) -> String {
+        let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
+        let parents = self.chain(of);
+        let keep = (self.rng.below(2) == 0).then(|| self.rng.pick(&parents[1..]));
+        let path = keep.map(|keep| self.scene.path(&self.images[keep].name));
+        let policy = Policy::default();
+        let outcome = ops::flatten::flatten(
+            self.host,
+            &self.scene.path(&self.images[of].name),
+            path.as_deref(),
+            &policy,
+            &mut |_| Ok(()),
+        );
+        outcome.unwrap_or_else(|e| panic!("flatten {of} on {keep:?}: {}", e.line()));
+        self.images[of].parent = keep;
+        format!("flatten {of} on {keep:?}")
+    }
+
+    fn rebase(&mut self) -> String {
+        let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
+        let to = self.pick(|_, _| true).expect("there is one");
+        let circle = self.chain(to).contains(&of);
+        let (path, parent) = (self.scene.path(&self.images[of].name), self.scene.path(&self.images[to].name));
+        let outcome = ops::rebase::rebase(self.host, &path, &parent, false, &Policy::default(), &mut |_| Ok(()));
+        self.expect(outcome.map(drop), circle, &format!("rebase {of} on {to}"));
+        if !circle {
+            self.images[of].parent = Some(to);
+        }
+        format!("rebase {of} on {to}")
+    }
+
+    fn compact(&mut self) -> String {
+        let Some(of) = self.pick(|_, image| !image.fixed) else { return "-".into() };
+        let path = self.scene.path(&self.images[of].name);
+        let outcome = ops::compact::compact(self.host, &path, &Policy::default(), &mut |_| Ok(()));
+        outcome.unwrap_or_else(|e| panic!("compact {of}: {}", e.line()));
+        format!("compact {of}")
+    }
+
+    fn resize(&mut self) -> String {
+        let of = self.pick(|_, _| true).expect("there is one");
+        let old = self.images[of].disk.len();
+        let shrink = self.rng.below(2) == 0;
+        let most = if self.rng.below(8) == 0 { 20_000 } else { 400 };
+        let sectors = 1 + if shrink { self.rng.below(old as u64 / 512) } else { self.rng.below(most) };
+        let new = usize::try_from(sectors * 512).expect("small");
+        let lost = new < old && (!shrink || self.images[of].disk[new..].iter().any(|byte| *byte != 0));
+        let path = self.scene.path(&self.images[of].name);
+        let outcome = ops::resize::resize(self.host, &path, new as u64, shrink, &Policy::default(), &mut |_| Ok(()));
+        self.expect(outcome.map(drop), lost, &format!("resize {of} to {sectors}"));
+        if !lost {
+            self.images[of].disk.resize(new, 0);
+        }
+        format!("resize {of} to {sectors}, {}", if lost { "refused" } else { "done" })
+    }
+
+    fn expect(&mut self, outcome: Result<()>, refused: bool, what: &str) {
+        match outcome {
+            Ok(()) => assert!(!refused, "{what} should be refused"),
+            Err(e) => assert!(refused && e.kind() == ErrorKind::Refused, "{what}: {}", e.line()),
+        }
+        self.refused += u64::from(refused);
+    }
+
+    fn look(&self, trace: &[String]) {
+        for image in &self.images {
+            let seen = self.scene.seen(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
+            let differs = seen.iter().zip(&image.disk).position(|(a, b)| a != b).map(|at| at / 512);
+            let (len, wanted) = (seen.len() / 512, image.disk.len() / 512);
+            assert!(
+                differs.is_none() && len == wanted,
+                "{}: sector {differs:?} differs, {len} sectors of {wanted}\n{}",
+                image.name,
+                trace.join("\n")
+            );
+            let defects: Vec<_> =
+                self.scene.defects(&image.name).into_iter().filter(|kind| !FINE.contains(kind)).collect();
+            assert_eq!(defects, [""; 0], "{}\n{}", image.name, trace.join("\n"));
+        }
+        let strange = self.host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        assert_eq!(strange, None, "{}", trace.join("\n"));
+    }
+}
+
+fn run(seed: u64, steps: u64) -> u64 {
+    let host = SimHost::new(seed);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    let mut world = World { host: &host, scene, images: Vec::new(), rng: Rng::new(seed), step: 0, refused: 0 };
+    let mut trace = vec![format!("replay: DIFFDISK_SEED={seed}"), world.create()];
+    for step in 1..steps {
+        world.step = step;
+        let said = match world.rng.below(12) {
+            0 | 1 if world.images.len() < IMAGES => world.create(),
+            0..=4 => world.write(),
+            5 | 6 => world.flatten(),
+            7 | 8 => world.rebase(),
+            9 => world.compact(),
+            _ => world.resize(),
+        };
+        trace.push(said);
+        world.look(&trace);
+    }
+    assert!(host.canonical(Path::new(FOLDER)).is_ok());
+    world.refused
+}
+
+#[test]
+fn disks_stay_as_the_verbs_say() {
+    if let Ok(seed) = std::env::var("DIFFDISK_SEED") {
+        run(seed.parse().expect("a decimal number"), 60);
+        return;
+    }
+    let first = Rng::from_env("sequences").next() % 1_000_000;
+    let worlds = std::env::var("DIFFDISK_WORLDS").map_or(60, |text| text.parse().expect("a decimal number"));
+    let refused: u64 = (first..first + worlds).map(|seed| run(seed, 60)).sum();
+    assert!(refused > 100, "refusals are tried, too: {refused}");
+}

@@ -1,0 +1,183 @@
+//! A verb on the simulated host: power cuts at every change, the end of the process at every step, a failure at every
+//! step, a host that is full; each time what is left must be a sound image of the old disk or the new one, and the verb,
+//! called again, must complete it.
+
+use std::path::Path;
+
+use diffdisk::error::Result;
+use diffdisk::storage::Env;
+use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, Unit};
+
+use crate::scene::Scene;
+
+/// Where simulated images lie.
+pub(crate) const FOLDER: &str = "/d";
+
+/// What a verb is tried on.
+pub(crate) struct Case<'a> {
+    /// For messages.
+    pub(crate) name: &'a str,
+    /// Makes the images.
+    pub(crate) setup: &'a dyn Fn(&Scene<'_>),
+    /// The verb.
+    pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
+    /// Images to look at afterwards, and what each may show: at first, and when the verb is done.
+    pub(crate) shows: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
+    /// A file's new length survives only with the bytes that made it, as on ext4, XFS and btrfs: what the growth of a
+    /// fixed image, which has one footer, cannot do without.
+    pub(crate) kind: bool,
+}
+
+fn is_len(unit: &Unit) -> bool {
+    matches!(unit, Unit::Len(..))
+}
+
+/// Defects that a killed verb may leave: all of them go with the next writable open or the next call.
+const PASSING: [&str; 6] = [
+    "front-footer-invalid",
+    "trailing-footer-missing",
+    "trailing-footer-invalid",
+    "space-unreferenced",
+    "block-beyond-disk",
+    "footers-differ",
+];
+
+impl Case<'_> {
+    fn host(&self) -> SimHost {
+        let host = SimHost::new(7);
+        (self.setup)(&Scene::new(&host, Path::new(FOLDER)));
+        host.crash_with(&|_| true)
+    }
+
+    fn call(&self, host: &SimHost) -> Result<()> {
+        (self.verb)(host, Path::new(FOLDER))
+    }
+
+    /// What is left shows the old disk or the new one, and every rule is kept that counts.
+    fn judge(&self, host: &SimHost, when: &dyn Fn() -> String) {
+        let scene = Scene::new(host, Path::new(FOLDER));
+        for (name, old, new) in &self.shows {
+            let seen = scene.seen(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            assert!(seen == *old || seen == *new, "{}: {}: {name} shows neither disk", self.name, when());
+            let defects = scene.defects(name);
+            let bad = defects.iter().find(|kind| !PASSING.contains(kind));
+            assert!(bad.is_none(), "{}: {}: {name}: {defects:?}", self.name, when());
+        }
+    }
+
+    /// Called again, it is done, and nothing is wrong or left over.
+    fn complete(&self, host: &SimHost, when: &dyn Fn() -> String) {
+        self.call(host).unwrap_or_else(|e| panic!("{}: {}: called again: {}", self.name, when(), e.line()));
+        let scene = Scene::new(host, Path::new(FOLDER));
+        for (name, _, new) in &self.shows {
+            let seen = scene.seen(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            assert!(seen == *new, "{}: {}: {name} is not what it should be", self.name, when());
+            assert_eq!(scene.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
+        }
+        let strange = host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        assert_eq!(strange, None, "{}: {}", self.name, when());
+    }
+
+    /// All of it.
+    pub(crate) fn sweep(&self) {
+        let steps = self.undisturbed();
+        let cuts = self.power_cuts();
+        self.kills(steps);
+        self.failures(steps);
+        self.full_hosts();
+        println!("{}: {steps} steps, {cuts} power cuts", self.name);
+    }
+
+    /// It works, and works twice. The steps that it takes.
+    fn undisturbed(&self) -> u64 {
+        let host = self.host();
+        let scene = Scene::new(&host, Path::new(FOLDER));
+        for (name, old, _) in &self.shows {
+            assert!(scene.seen(name).expect("it opens") == *old, "{}: {name} at first", self.name);
+        }
+        let before = host.counts().steps;
+        self.call(&host).unwrap_or_else(|e| panic!("{}: {}", self.name, e.line()));
+        let steps = host.counts().steps - before;
+        self.complete(&host, &|| "a second time".to_owned());
+        steps
+    }
+
+    fn power_cuts(&self) -> u64 {
+        let host = self.host();
+        host.record();
+        self.call(&host).expect("it works");
+        let (mut random, mut cuts) = (Random::new(11), 0);
+        for (number, moment) in host.recorded().into_iter().enumerate() {
+            for fate in 0..10 {
+                // Nothing, all, or this and that of what is not durable.
+                let bits =
+                    [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.any() & random.any() | random.any());
+                let units = moment.unsynced_steps();
+                // The unit that decides: its own, or where that is asked for the length that came with it.
+                let judge_of = |unit: usize| match self.kind && units[unit].0 != 0 {
+                    true => {
+                        units.iter().position(|(step, other)| *step == units[unit].0 && is_len(other)).unwrap_or(unit)
+                    }
+                    false => unit,
+                };
+                let after = moment.crash_with(&|unit| bits >> (judge_of(unit) % 61) & 1 == 1);
+                let when = || format!("power cut before change {number}, fate {bits:x}");
+                self.judge(&after, &when);
+                self.complete(&after, &when);
+                cuts += 1;
+            }
+        }
+        cuts
+    }
+
+    fn kills(&self, steps: u64) {
+        let mut random = Random::new(13);
+        for step in 1..=steps {
+            let host = self.host();
+            host.stop_at(host.counts().steps + step);
+            // What comes behind its last change may fail, and nobody is told.
+            let outcome = self.call(&host);
+            assert!(host.is_dead(), "{}: it does not come to step {step}: {outcome:?}", self.name);
+            let after = host.kill(&mut random);
+            let when = || format!("killed at step {step}");
+            self.judge(&after, &when);
+            self.complete(&after, &when);
+        }
+    }
+
+    fn failures(&self, steps: u64) {
+        for fault in [Fault::NoSpace, Fault::Io, Fault::Short] {
+            for step in 1..=steps {
+                let host = self.host();
+                let fail = vec![(host.counts().steps + step, fault)];
+                host.set_faults(FaultPlan { fail, ..FaultPlan::default() });
+                let outcome = self.call(&host);
+                host.set_faults(FaultPlan::default());
+                let when = || format!("{fault:?} at step {step}, which ended in {outcome:?}");
+                self.judge(&host, &when);
+                self.complete(&host, &when);
+            }
+        }
+    }
+
+    /// Some pages of room more than there is taken, from none to enough.
+    fn full_hosts(&self) {
+        let taken = |host: &SimHost| -> u64 {
+            let files = host.names().into_iter().map(|name| host.open(&name, diffdisk::storage::Access::Read));
+            files.map(|file| file.expect("it opens").stat().expect("it is there").allocated).sum()
+        };
+        for pages in 0.. {
+            let host = self.host();
+            let room = Some(taken(&host) + pages * 4096);
+            host.set_faults(FaultPlan { room, ..FaultPlan::default() });
+            let outcome = self.call(&host);
+            host.set_faults(FaultPlan::default());
+            let when = || format!("{pages} pages of room, which ended in {outcome:?}");
+            self.judge(&host, &when);
+            self.complete(&host, &when);
+            if outcome.is_ok() {
+                return;
+            }
+        }
+    }
+}
