@@ -94,8 +94,8 @@ pub(super) struct Args {
           value_parser = clap::builder::PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"]))]
     pub(super) log_level: String,
 
-    /// Microseconds for which a queue is polled after it was busy, before its thread sleeps
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    /// Microseconds for which a queue's thread looks for more work before it sleeps, at most; it adapts to what comes (0: never)
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub(super) poll_us: u64,
 
     /// What carries out I/O

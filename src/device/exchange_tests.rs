@@ -165,15 +165,20 @@ fn a_jump_and_a_bad_head_break_the_ring() {
 #[test]
 fn a_turn_is_bounded() {
     let mut b = Bench::new(256);
-    for _ in 0..65 {
+    let turn = usize::from(TURN);
+    for _ in 0..=turn {
         b.ask(0, kind::GET_ID, 0);
     }
-    assert_eq!((b.take(), b.used().len()), (Pause::Turn, 64));
+    assert_eq!((b.take(), b.used().len()), (Pause::Turn, turn));
     assert_eq!((b.take(), b.used().len()), (Pause::Empty, 1));
-    for _ in 0..64 {
+    for _ in 0..turn {
         b.ask(0, kind::GET_ID, 0);
     }
-    assert_eq!((b.take(), b.used().len()), (Pause::Empty, 64));
+    assert_eq!((b.take(), b.used().len()), (Pause::Empty, turn));
+    let much = u32::try_from(TURN_BYTES).unwrap();
+    (0..3).for_each(|i| b.ask(i, kind::IN, much / 2));
+    assert_eq!((b.take(), b.disk.len()), (Pause::Turn, 2), "so many bytes are a turn, too");
+    assert_eq!((b.take(), b.disk.len()), (Pause::Empty, 3));
 }
 
 #[test]
@@ -200,6 +205,7 @@ fn bytes_in_flight_are_bounded() {
     b.ask(2, kind::IN, 512);
     b.ask(3, kind::IN, 512);
     b.ask(4, kind::FLUSH, 0);
+    assert_eq!((b.take(), b.take()), (Pause::Turn, Pause::Turn));
     assert_eq!((b.take(), b.disk.len()), (Pause::Full, 3), "exactly at the limit");
     assert_eq!((b.x.bytes, b.x.spare.len()), (MAX_BYTES_IN_FLIGHT, 1));
     assert_eq!((b.take(), b.disk.len()), (Pause::Full, 3));

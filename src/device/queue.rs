@@ -27,7 +27,7 @@ use crate::error::Result;
 /// What is to be done after a turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Turn {
-    /// Nothing: wait for a kick or a wake fd.
+    /// Nothing: wait for a kick (see [`Queue::rest`]) or a wake fd.
     Idle,
     /// There is work left: come again (V17).
     More,
@@ -43,6 +43,8 @@ pub struct Queue {
     /// While in service.
     exchange: Option<Exchange>,
     answers: Vec<Answer>,
+    /// Whether the last turn left chains where they are for want of room.
+    full: bool,
     /// Whether a signal that could not be given has been logged.
     deaf: bool,
 }
@@ -50,7 +52,7 @@ pub struct Queue {
 impl Queue {
     /// Queue `index` of `device`, not in service.
     pub fn new(device: Arc<Device>, lane: Lane, index: usize) -> Queue {
-        Queue { device, lane, index, exchange: None, answers: Vec::new(), deaf: false }
+        Queue { device, lane, index, exchange: None, answers: Vec::new(), full: false, deaf: false }
     }
 
     /// Takes the ring that `vring` describes into service. It goes on at the used index that the ring itself holds, and
@@ -112,6 +114,7 @@ impl Queue {
                 pause => pause,
             },
         };
+        self.full = pause == Pause::Full;
         if pushed {
             self.lane.submit()?;
             self.lane.poll(&mut self.answers)?;
@@ -119,7 +122,7 @@ impl Queue {
         let completed = self.settle(vring);
         let exchange = self.exchange.as_mut().expect("in service");
         Ok(match pause {
-            Pause::Empty if !exchange.ring().want_kicks() => Turn::Idle,
+            Pause::Empty if !pushed && !completed => Turn::Idle,
             Pause::Empty | Pause::Turn => Turn::More,
             // Without an answer there is nothing to come again for before the lane wakes us.
             Pause::Full if completed => Turn::More,
@@ -130,6 +133,15 @@ impl Queue {
                 Turn::Broken
             }
         })
+    }
+
+    /// To be called after an idle turn, before sleeping: asks the driver for kicks. True where there is work after all.
+    pub fn rest(&mut self, vring: &Vring) -> bool {
+        // What is full goes on with answers, not with kicks.
+        let Some(exchange) = self.exchange.as_mut().filter(|x| x.broken().is_none() && !self.full) else {
+            return false;
+        };
+        vring.get_ref().is_enabled() && exchange.ring().want_kicks()
     }
 
     /// Completes all that is in flight and ends the service; gives the index of the avail ring at which to go on, which

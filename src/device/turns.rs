@@ -74,7 +74,7 @@ fn ask(d: &mut Driver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
 fn serve(r: &mut Rig) -> Turn {
     loop {
         let turn = r.queue.serve(&r.vring).unwrap();
-        if turn != Turn::More && r.queue.lane().is_idle() {
+        if turn != Turn::More && r.queue.lane().is_idle() && !r.queue.rest(&r.vring) {
             return turn;
         }
     }

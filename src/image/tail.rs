@@ -49,6 +49,8 @@ pub struct Room {
     pub growing: bool,
     /// A sync of a step is under way.
     pub syncing: bool,
+    /// Steps since the image was opened, or since the host was full.
+    pub steps: u32,
 }
 
 /// One step of growth under way.
@@ -84,7 +86,7 @@ impl Growth {
         if room.growing || !image.is_short(&room) {
             return None;
         }
-        let blocks = image.step_blocks().min(room.unplaced);
+        let blocks = image.step_blocks(&room).min(room.unplaced);
         Some(Growth::of(image, slot, &mut room, blocks, 1))
     }
 
@@ -170,7 +172,10 @@ impl Growth {
             }
             (Phase::Wipe, None) => self.sync(Phase::SyncWipe, ops),
             (Phase::SyncWipe, None) => {
-                self.image.room().end = end(self).expect("checked at the start");
+                let end = end(self).expect("checked at the start");
+                let mut room = self.image.room();
+                room.end = end;
+                room.steps += 1;
                 return Ok(Step::Done);
             }
             (Phase::SyncFooter | Phase::SyncWipe, Some(e)) => {
@@ -217,6 +222,7 @@ impl Growth {
     }
 
     fn full(&self, source: io::Error) -> Error {
+        self.image.room().steps = 0;
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
             .at_path(self.image.path())
             .caused_by(source)
@@ -237,16 +243,19 @@ fn is_full(e: &io::Error) -> bool {
 }
 
 impl Writable {
-    /// Blocks of room that a step of growth makes: sixteen, or 1 % of the disk, up to 1 GiB.
-    pub fn step_blocks(&self) -> u64 {
+    /// Blocks of room that the next step of growth makes: sixteen, or 1 % of the disk; twice as many each time, as a step's
+    /// syncs wait for all that was written meanwhile; up to 1 GiB.
+    fn step_blocks(&self, room: &Room) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
-        let bytes = (self.image().size() / 100).min(MAX_STEP_BYTES);
-        (bytes / u64::from(block_size.bytes())).max(MIN_STEP_BLOCKS)
+        let bytes = u64::from(block_size.bytes());
+        let least = (self.image().size() / 100 / bytes).max(MIN_STEP_BLOCKS);
+        let most = (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS);
+        (least << room.steps.min(16)).min(most)
     }
 
     /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
     pub fn is_short(&self, room: &Room) -> bool {
-        let wanted = (self.step_blocks() / 4).max(1).min(room.unplaced);
+        let wanted = (self.step_blocks(room) / 4).max(1).min(room.unplaced);
         wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.end)
     }
 

@@ -102,15 +102,15 @@ fn carry_out(fd: RawFd, op: &mut Op, progress: &mut Progress, calls: &mut u64) -
     progress.reset();
     loop {
         *calls += 1;
-        let returned = call(fd, op, progress);
+        let returned = call(fd, op, progress, 0);
         if let Step::Over(result) = progress.settle(op, returned) {
             return result;
         }
     }
 }
 
-/// Makes one call; what it returned, or the negated error code.
-fn call(fd: RawFd, op: &mut Op, progress: &mut Progress) -> i32 {
+/// Makes one call, a read or write with these RWF flags; what it returned, or the negated error code.
+pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) -> i32 {
     let (Ok(offset), Ok(len)) = (i64::try_from(progress.offset(op)), i64::try_from(op.len)) else {
         // What the kernel says to offsets it cannot express.
         return -libc::EINVAL;
@@ -129,9 +129,9 @@ fn call(fd: RawFd, op: &mut Op, progress: &mut Progress) -> i32 {
             // during the call; the array of runs lies in the payload, in `progress` or on this stack.
             unsafe {
                 if op.action == Action::Read {
-                    libc::preadv(fd, runs, count, offset)
+                    libc::preadv2(fd, runs, count, offset, flags)
                 } else {
-                    libc::pwritev(fd, runs, count, offset)
+                    libc::pwritev2(fd, runs, count, offset, flags)
                 }
             }
         }

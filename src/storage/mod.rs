@@ -21,6 +21,7 @@ pub mod blocking;
 pub mod engine;
 pub mod env;
 pub mod host;
+mod inline;
 pub mod live;
 pub mod op;
 pub mod payload;

@@ -20,6 +20,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::engine::{Engine, SLOTS, host_file};
 use super::env::File;
+use super::inline::Inline;
 use super::op::{Action, Completion, Op, Slot};
 use super::transfer::{self, Piece, Progress, Step};
 
@@ -41,7 +42,10 @@ pub struct Ring {
     ring: IoUring,
     entries: Vec<Entry>,
     free: Vec<u32>,
-    /// Completions that `wait` found.
+    /// Writes that are tried without the ring first, as numbers of entries.
+    inline: Inline,
+    writes: Vec<u32>,
+    /// Completions that `wait` found, and those of such writes.
     over: Vec<Completion>,
     /// Entries whose transfer was short.
     again: Vec<u32>,
@@ -78,6 +82,8 @@ impl Ring {
             entries: (0..depth).map(|_| Entry::default()).collect(),
             // The lowest numbers are used first: they are warm.
             free: (0..numbers).rev().collect(),
+            inline: Inline::new(),
+            writes: Vec::with_capacity(depth),
             over: Vec::with_capacity(depth),
             again: Vec::with_capacity(depth),
             queued: 0,
@@ -163,6 +169,26 @@ impl Ring {
         }
     }
 
+    /// Makes the writes that need no ring; the others are queued.
+    fn write_inline(&mut self) {
+        let mut writes = mem::take(&mut self.writes);
+        for number in writes.drain(..) {
+            let entry = &mut self.entries[number as usize];
+            let op = entry.op.as_mut().expect("an entry in use has an operation");
+            self.calls += 1;
+            let returned = self.inline.write(op, &mut entry.progress);
+            match returned.map(|returned| entry.progress.settle(op, returned)) {
+                None | Some(Step::Again) => self.queue(number),
+                Some(Step::Over(result)) => {
+                    let op = entry.op.take().expect("looked at above");
+                    self.free.push(number);
+                    self.over.push(Completion { op, result });
+                }
+            }
+        }
+        self.writes = writes;
+    }
+
     fn update(&mut self, slot: Slot, fd: RawFd) -> io::Result<()> {
         if slot.0 >= SLOTS {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -175,10 +201,12 @@ impl Engine for Ring {
     fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
         // The table holds the open description itself: locks on it live as long as any operation, even if this process
         // is killed (crash-safety 3.10, the fence).
-        self.update(slot, host_file(file)?.as_raw_fd())
+        self.update(slot, host_file(file)?.as_raw_fd())?;
+        self.inline.register(slot, file)
     }
 
     fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+        self.inline.unregister(slot);
         self.update(slot, -1)
     }
 
@@ -189,16 +217,29 @@ impl Engine for Ring {
         let number = self.free.pop().expect("there are as many entries as operations may be under way");
         let entry = &mut self.entries[number as usize];
         entry.progress.reset();
+        let inline = self.inline.takes(&op);
         entry.op = Some(op);
-        self.queue(number);
+        if inline {
+            self.writes.push(number)
+        } else {
+            self.queue(number)
+        }
         Ok(())
     }
 
     fn submit(&mut self) -> io::Result<()> {
+        if self.queued > 0 {
+            // First what others do for us.
+            self.enter(0)?;
+        }
+        self.write_inline();
         if self.queued == 0 { Ok(()) } else { self.enter(0) }
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
+        if self.enabled {
+            self.write_inline();
+        }
         out.append(&mut self.over);
         self.drain(out);
         // Two reasons for a call: the kernel has completions that only this thread can finish, and short transfers go on.
@@ -212,6 +253,8 @@ impl Engine for Ring {
     fn wait(&mut self) -> io::Result<()> {
         let mut over = mem::take(&mut self.over);
         let result = loop {
+            self.write_inline();
+            over.append(&mut self.over);
             self.drain(&mut over);
             if !over.is_empty() || self.flying == 0 && self.queued == 0 {
                 break self.submit();

@@ -25,6 +25,7 @@ mod frame;
 mod handler;
 mod inflight;
 mod memory;
+mod patience;
 mod rings;
 mod socket;
 mod worker;

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 
 use log::{error, warn};
 use vhost_user_backend::VringT;
-use virtio_queue::QueueT;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use zerocopy::IntoBytes;
 
 use super::edges::Epoll;
+use super::patience::Patience;
 use crate::device::{Device, Memory, Queue, Record, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
@@ -29,7 +29,7 @@ use crate::storage::EngineKind;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settings {
     pub(super) engine: EngineKind,
-    /// How long to go on looking at the ring after it was last busy, before sleeping.
+    /// The longest time for which a queue looks for more work before it sleeps.
     pub(super) poll: Duration,
 }
 
@@ -172,7 +172,7 @@ struct QueueThread {
     /// Never read; kept so that ringing it stays possible.
     _bell: EventConsumer,
     epoll: Epoll,
-    poll: Duration,
+    patience: Patience,
     name: String,
 }
 
@@ -189,12 +189,19 @@ impl QueueThread {
         for fd in queue.wake_fds().into_iter().flatten() {
             epoll.add(fd.as_raw_fd())?;
         }
-        Ok(QueueThread { queue, ring: None, state: State::Stopped, commands, _bell: bell, epoll, poll, name })
+        Ok(QueueThread {
+            queue,
+            ring: None,
+            state: State::Stopped,
+            commands,
+            _bell: bell,
+            epoll,
+            patience: Patience::new(poll),
+            name,
+        })
     }
 
     fn run(&mut self) {
-        let mut seen = None;
-        let mut sleep_at = Instant::now();
         let mut tick_at = Instant::now() + TICK;
         loop {
             match self.commands.try_recv() {
@@ -218,22 +225,18 @@ impl QueueThread {
                 }
             }
             match turn {
-                Turn::More => continue,
-                Turn::Idle if !self.poll.is_zero() => {
-                    let progress = self.progress();
-                    if progress != seen {
-                        seen = progress;
-                        sleep_at = now + self.poll;
-                    }
-                    if now < sleep_at {
-                        std::hint::spin_loop();
-                        continue;
-                    }
-                }
-                Turn::Idle | Turn::Broken => {}
+                Turn::More => self.patience.busy(now),
+                Turn::Idle if self.state == State::Running && self.patience.waits(now) => std::hint::spin_loop(),
+                Turn::Idle if self.rests() => {}
+                Turn::Idle | Turn::Broken => self.epoll.wait(TICK),
             }
-            self.epoll.wait(TICK);
         }
+    }
+
+    /// Asks for kicks before the thread sleeps; true where there is work after all.
+    fn rests(&mut self) -> bool {
+        let (State::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
+        self.queue.rest(&ring.vring)
     }
 
     /// One turn of the ring, if it runs.
@@ -271,13 +274,6 @@ impl QueueThread {
         {
             warn!("{}: the front-end cannot be told of the broken ring: {e}", self.name);
         }
-    }
-
-    /// Where the ring stands: differs after a turn that took or completed something.
-    fn progress(&self) -> Option<(u16, u16)> {
-        let ring = self.ring.as_ref()?;
-        let state = ring.vring.get_ref();
-        Some((state.get_queue().next_avail(), state.get_queue().next_used()))
     }
 
     fn obey(&mut self, command: Command) {

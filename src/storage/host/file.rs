@@ -285,6 +285,11 @@ impl HostFile {
         Ok(())
     }
 
+    /// Whether it was switched to O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.0.direct.get().is_some()
+    }
+
     /// See [`File::set_direct`](crate::storage::File::set_direct).
     pub fn set_direct(&self) -> Result<Option<DirectRules>> {
         if let Some(rules) = self.0.direct.get() {
