@@ -160,6 +160,7 @@ impl Drop for Daemon {
 
 fn spawn(arguments: &[OsString], folder: &Path) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
+    let _alone = super::tool::alone();
     Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
         .args(arguments)
         .stdin(Stdio::null())

@@ -6,11 +6,11 @@ use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::tool::DIFFDISK;
+use super::tool::{DIFFDISK, start};
 
 /// SHA-256, in hexadecimal, of what `command` writes to standard output. The test fails when the command does.
 pub fn sha256_of_output(command: &mut Command) -> String {
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the command starts");
+    let mut child = start(command.stdin(Stdio::null()).stdout(Stdio::piped())).expect("the command starts");
     let digest = sha256_of(child.stdout.take().expect("standard output is a pipe"));
     let status = child.wait().expect("the command can be waited for");
     assert!(status.success(), "{command:?} ended with {status}");

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -52,7 +53,7 @@ pub(crate) fn diffdisk<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Fi
 pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", command.get_program().display()));
+    let mut child = start(command).unwrap_or_else(|e| panic!("{}: {e}", command.get_program().display()));
     let stdout = drain(child.stdout.take());
     let stderr = drain(child.stderr.take());
     let (code, killed) = wait(&mut child, started + limit);
@@ -63,6 +64,19 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
         took: started.elapsed(),
         killed,
     }
+}
+
+/// Starts a program while nobody is [`alone`].
+pub(crate) fn start(command: &mut Command) -> std::io::Result<Child> {
+    let _alone = alone();
+    command.spawn()
+}
+
+/// For who opens images in this process: no program is started meanwhile, since between fork and exec it would hold all
+/// open files, with their locks.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until `deadline`, then kills. Returns the exit code, and whether it had to be killed.

@@ -10,7 +10,7 @@ use diffdisk::storage::host::Host;
 use tempfile::TempDir;
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, Finished, diffdisk, scratch, wait};
+use crate::common::tool::{DIFFDISK, Finished, alone, diffdisk, scratch, start, wait};
 use crate::common::{digest, oracle};
 use crate::merge_scenes::{Case, all};
 use crate::points;
@@ -25,7 +25,11 @@ struct Stage {
 impl Stage {
     fn new(case: Case) -> Stage {
         let folder = scratch("merge");
-        case.scene.build(&Host, folder.path()).expect("a scene");
+        let built = {
+            let _alone = alone();
+            case.scene.build(&Host, folder.path())
+        };
+        built.expect("a scene");
         Stage { case, folder }
     }
 
@@ -72,7 +76,10 @@ impl Stage {
             all.push((self.case.into, shown));
         }
         for (layer, values) in all {
-            let same = check_shows(&Host, &self.at(layer), &values);
+            let same = {
+                let _alone = alone();
+                check_shows(&Host, &self.at(layer), &values)
+            };
             same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
             let check = diffdisk(["check".into(), self.at(layer), "--chain".into()]);
             assert!(matches!(check.code, Some(0 | 4)), "{}, {when}: {check:?}", self.case.name);
@@ -164,7 +171,7 @@ fn interrupted_and_gone_on_with() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         let stage = whole.copy();
         let mut merge = Command::new(DIFFDISK);
-        let mut merge = merge.args(stage.args()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let mut merge = start(merge.args(stage.args()).stderr(Stdio::piped())).expect("it starts");
         let deadline = Instant::now() + Duration::from_secs(60);
         let is_begun = || {
             let entries = fs::read_dir(stage.folder.path()).expect("the folder");
@@ -304,7 +311,11 @@ fn a_child_that_is_written_after_a_kill_is_copied_again() {
         let mut stage = whole.copy();
         assert!(points::killed(point, 1, stage.args()), "{point}");
         let more = [(1, 5, 9), (70, 90, 8)];
-        fill(&Host, &stage.child(), &more, 64).expect("it takes writes");
+        let filled = {
+            let _alone = alone();
+            fill(&Host, &stage.child(), &more, 64)
+        };
+        filled.expect("it takes writes");
         stage.case.scene.layers[1].writes.extend(more);
         stage.assert_same(point);
         stage.merge().ok();

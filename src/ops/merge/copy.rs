@@ -56,9 +56,13 @@ impl Layers {
         for image in self.images() {
             let (Some(blocks), Some(theirs)) = (image.bat(), image.block_size()) else { continue };
             let (bitmap, bytes) = (u64::from(theirs.bitmap_sectors()), u64::from(theirs.bytes()));
+            let mut seen = 0..0;
             for (block, place) in blocks.used() {
                 let at = (u64::from(place) + bitmap) * SECTOR;
-                if next_data(image.file(), at)?.is_none_or(|(start, _)| start >= at + bytes) {
+                if !seen.contains(&at) {
+                    seen = next_data(image.file(), at)?.map_or(0..0, |(start, len)| start..start + len);
+                }
+                if seen.is_empty() || seen.start >= at + bytes {
                     continue; // holes are zeros
                 }
                 let range = theirs.range_of(block).clip(disk);

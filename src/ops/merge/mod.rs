@@ -50,7 +50,7 @@ use crate::point;
 use crate::storage::{Access, Env, File, FileId, Lock};
 use crate::units::SECTOR;
 
-/// Bytes of the disk between two notes of progress: a sixteenth of it, but no more than this.
+/// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
 const NOTE_BYTES: u64 = 512 << 20;
 
 /// What a merge did, all starts of it together but for the bytes.
@@ -214,7 +214,7 @@ impl<'a> Merge<'a> {
         self.begun = true;
         point::reached("merge.begun");
 
-        let every = (writer.version().sectors() * SECTOR / 16).clamp(1, NOTE_BYTES);
+        let every = (writer.version().sectors() * SECTOR / 4).clamp(1, NOTE_BYTES);
         let mut done = from;
         let copied = survey.layers.copy(from, &mut writer, &mut |writer, sector| {
             done = sector;
