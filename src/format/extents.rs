@@ -80,8 +80,10 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
         return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
     }
     let limit = TABLE_LIMIT / 4;
-    if blocks > limit {
-        return Err(Defect::TableTooLarge { at, entries: blocks, limit });
+    // Also entries that the disk does not need are read.
+    let entries = u64::from(header.entries);
+    if entries > limit {
+        return Err(Defect::TableTooLarge { at, entries, limit });
     }
     let (offset, bytes) = (header.table_offset, bat::bytes(header.entries));
     if !offset.is_multiple_of(SECTOR) {
@@ -218,13 +220,16 @@ mod tests {
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
         assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
         assert!(matches!(table(u64::MAX - 511, 8), Err(Defect::TableOutside { .. })));
-        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableOutside { .. })));
+        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableTooLarge { .. })), "also what the disk does not need");
         // A header behind the table, as the format allows.
         let late = Footer { data_offset: 1024, ..footer(4096) };
         assert!(check_table(&late, &header(512, 128), LEN).is_ok());
         assert!(check_table(&late, &header(512, 129), LEN).is_err());
         let most = TABLE_LIMIT / 4;
-        let sized = |blocks: u64| check_table(&footer(blocks * 4096), &header(4096, u32::MAX), u64::MAX);
+        let sized = |blocks: u64| {
+            let header = header(4096, u32::try_from(blocks).unwrap());
+            check_table(&footer(blocks * 4096), &header, u64::MAX)
+        };
         assert!(sized(most - 1).is_ok() && sized(most).is_ok());
         assert_eq!(sized(most + 1), Err(Defect::TableTooLarge { at: 512, entries: most + 1, limit: most }));
     }

@@ -89,10 +89,13 @@ impl Offline {
         let stride = u64::from(block_size.stride_sectors());
         let mut sources: Vec<(u32, u32)> = self.shape().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
+        // Blocks at pages stay at pages; where another writer packed them, they may lie anywhere.
+        let data = u64::from(block_size.bitmap_sectors());
+        let packed = sources.iter().any(|(place, _)| !(u64::from(*place) + data).is_multiple_of(layout::PAGE / SECTOR));
         let (mut batch, mut any) = (Vec::new(), false);
         'gaps: for gap in self.gaps(self.used_end()) {
             let mut free = gap.start / SECTOR..gap.end / SECTOR;
-            while let Some(to) = place_in(&free, block_size) {
+            while let Some(to) = place_in(&free, block_size, packed) {
                 match sources.pop_if(|(from, _)| *from > to) {
                     None => break 'gaps,
                     Some((from, block)) => batch.push(Move { block, from: u64::from(from), to }),
@@ -150,12 +153,12 @@ impl Offline {
     }
 }
 
-/// Where in a gap, in sectors, a block may go: its data at a page, or packed where that is too much.
-fn place_in(gap: &Range<u64>, block_size: BlockSize) -> Option<u32> {
+/// Where in a gap, in sectors, a block may go: its data at a page, or (`packed`) anywhere where that is too much.
+fn place_in(gap: &Range<u64>, block_size: BlockSize, packed: bool) -> Option<u32> {
     let stride = u64::from(block_size.stride_sectors());
     let fits = |place: &u32| *place <= bat::MAX_ENTRY && u64::from(*place) + stride <= gap.end;
     let aligned = layout::next_place(gap.start, block_size, 1).ok().filter(fits);
-    aligned.or_else(|| u32::try_from(gap.start).ok().filter(fits))
+    aligned.or_else(|| u32::try_from(gap.start).ok().filter(|place| packed && fits(place)))
 }
 
 /// Copies `len` bytes; holes stay holes. The two ranges do not overlap.
@@ -206,10 +209,11 @@ mod tests {
     #[test]
     fn blocks_go_to_pages_or_where_they_fit() {
         let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
-        assert_eq!(place_in(&(16..100), block), Some(23), "its data at a page");
-        assert_eq!(place_in(&(23..32), block), Some(23));
-        assert_eq!(place_in(&(16..31), block), Some(16), "packed where that is too much");
-        assert_eq!((place_in(&(16..25), block), place_in(&(16..24), block)), (Some(16), None));
-        assert_eq!(place_in(&(u64::from(u32::MAX)..u64::MAX / 2), block), None, "no entry names that");
+        assert_eq!(place_in(&(16..100), block, true), Some(23), "its data at a page");
+        assert_eq!(place_in(&(23..32), block, true), Some(23));
+        assert_eq!(place_in(&(16..31), block, true), Some(16), "packed where that is too much");
+        assert_eq!(place_in(&(16..31), block, false), None, "never where blocks lie at pages");
+        assert_eq!((place_in(&(16..25), block, true), place_in(&(16..24), block, true)), (Some(16), None));
+        assert_eq!(place_in(&(u64::from(u32::MAX)..u64::MAX / 2), block, true), None, "no entry names that");
     }
 }

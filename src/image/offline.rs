@@ -144,7 +144,9 @@ impl Offline {
     pub(super) fn used_end(&self) -> u64 {
         let shape = self.shape();
         let stride = u64::from(shape.header.block_size.stride_sectors());
-        let blocks = shape.places.values().max().map_or(0, |&place| (u64::from(place) + stride) * SECTOR);
+        // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
+        let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
+        let blocks = ends.filter(|end| *end <= self.tail).max().unwrap_or(0);
         shape.metadata.end().next_multiple_of(SECTOR).max(blocks)
     }
 
@@ -319,10 +321,13 @@ mod tests {
         let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
         let places = places.map(|(block, place)| (block, u32::try_from(place).unwrap()));
         image.shape_mut().places.extend(places);
+        image.tail = (first + 529) * SECTOR;
         let gaps = image.gaps(image.used_end());
         let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
         assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
         assert_eq!(image.used_end(), (first + 529) * SECTOR);
+        image.shape_mut().places.insert(9, u32::MAX - 1);
+        assert_eq!(image.used_end(), (first + 529) * SECTOR, "what lies outside the file is no block");
         assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
     }
 }

@@ -21,7 +21,8 @@ pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain
 /// # Errors
 /// As for [`chain`].
 pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image> {
-    let file = env.open(path, Access::Write)?;
+    // Not the link to it: what it records of its parent counts from the folder it lies in.
+    let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     if let Some(folder) = &policy.runtime {
         refuse_if_live(env, folder, &Image::open(file.clone())?)?;

@@ -21,8 +21,9 @@ pub enum To {
     Dynamic(BlockSize),
 }
 
-/// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy is whole and durable; with `replace` it then
-/// takes the place of what has the name. A VHD gets whole sectors: what the last one lacks is zero.
+/// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy
+/// is whole and durable; with `replace` it then takes the place of what has the name. A VHD gets whole sectors: what the
+/// last one lacks is zero.
 ///
 /// # Errors
 /// `Refused` where the name exists; `Busy` where the file to be replaced is in use; `Invalid` for sizes that a VHD does

@@ -58,8 +58,8 @@ pub fn flatten(
     let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
         Stage::Written => point::reached("flatten.some-written"),
         Stage::Committed => point::reached("flatten.all-committed"),
-    })?;
-    writer.close()?;
+    });
+    let copied = writer.end(copied)?;
     point::reached("flatten.file-cut");
     if link.is_none() {
         blank_absent(&file)?;

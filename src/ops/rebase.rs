@@ -50,11 +50,11 @@ pub fn rebase(
         let policy = &beside(policy, folder_of(parent));
         let mut writer = Writer::of(env, Chain::of(env, image, policy, Use::Write)?, &Keep::Nothing)?;
         point::reached("rebase.recovered");
-        copied = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
+        let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
             Stage::Written => point::reached("rebase.some-written"),
             Stage::Committed => point::reached("rebase.all-committed"),
-        })?;
-        writer.close()?;
+        });
+        copied = writer.end(outcome)?;
         point::reached("rebase.file-cut");
     }
     relink(env, &file, Some(&to))?;

@@ -17,6 +17,8 @@ pub(super) struct Sink<'a> {
     asked: PathBuf,
     path: PathBuf,
     replace: bool,
+    /// What is to be replaced, with its lock.
+    _old: Option<File>,
     form: Form<'a>,
     named: bool,
 }
@@ -41,11 +43,14 @@ impl<'a> Sink<'a> {
     /// `Refused` where the name exists (or, with `replace`, is no regular file); `Busy` where the file to be replaced is
     /// in use; else as `image::create`.
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &Make<'_>, replace: bool) -> Result<Sink<'a>> {
-        let (asked, mut path) = (path.to_path_buf(), path.to_path_buf());
+        let (asked, mut path, mut old) = (path.to_path_buf(), path.to_path_buf(), None);
         match env.canonical(&path) {
-            Ok(old) if replace => {
-                env.open(&old, Access::Write)?.lock(Lock::Exclusive)?;
-                path = old; // the file a link leads to is replaced, not the link
+            Ok(found) if replace => {
+                // Locked until it is replaced: a daemon that opened it meanwhile would go on with a file without a name.
+                let file = env.open(&found, Access::Write)?;
+                file.lock(Lock::Exclusive)?;
+                old = Some(file);
+                path = found; // the file a link leads to is replaced, not the link
             }
             Ok(_) => {
                 let what = "it exists already; give --force to replace it";
@@ -62,7 +67,7 @@ impl<'a> Sink<'a> {
                 .and_then(|()| Ok(Form::Image(Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing)?))),
         };
         match form {
-            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, form, named: false }),
+            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, _old: old, form, named: false }),
             Err(e) => {
                 let _ = env.remove(&fresh);
                 Err(e.renamed(&fresh, &asked))

@@ -155,6 +155,22 @@ impl<'a> Writer<'a> {
         image.trim()
     }
 
+    /// Ends the work, also where it failed: what was done is durable, and what was reserved and not used is given back.
+    ///
+    /// # Errors
+    /// What the work failed with; as [`Writer::close`].
+    pub(super) fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
+        let closed = self.commit().and_then(|()| self.close());
+        match (outcome, closed) {
+            (Ok(done), Ok(())) => Ok(done),
+            (Err(e), Ok(())) | (Ok(_), Err(e)) => Err(e),
+            (Err(e), Err(later)) => {
+                log::warn!("{}", later.line());
+                Err(e)
+            }
+        }
+    }
+
     /// Makes all of it durable.
     ///
     /// # Errors
