@@ -38,15 +38,17 @@ check: ## formatting, lints, documentation
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim,mutants
 	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh; fi
 
-bench: ## speed beside qemu-storage-daemon, in two minutes; installs what it needs
+bench: ## speed beside QEMU's programs and dd, in four minutes; installs what it needs
 	.ci/install bench
 	cargo bench --bench resolve
 	cargo bench --bench serve
+	cargo bench --bench tools
 
 bench-full: ## the same, longer and more often
 	.ci/install bench
 	cargo bench --bench resolve
 	cargo bench --bench serve -- --full
+	cargo bench --bench tools -- --full
 
 bench-instructions: ## instructions of a look-up and of a whole request, counted by valgrind
 	.ci/install bench
