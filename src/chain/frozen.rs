@@ -2,22 +2,20 @@
 //!
 //! The disk is cut into *cells* of 2 MiB, whatever the block sizes of the layers. The first time a cell is asked for,
 //! the layers are walked once, youngest first, and the answer is kept: all zero, all in one run of one file, or a
-//! list of runs. From then on a look-up is an index and, for a cell of many runs, a binary search, at any depth.
+//! list of runs. From then on a look-up is an index and, for a cell of many runs, a binary search, at any depth
+//! (`cells.rs`, which also bounds what is kept).
 //!
 //! Rules (vhd-format 6): a sector beyond the end of a layer is zero, and nothing beneath that layer is asked; a set bit
 //! means here; a clear bit or a missing block means the parent, or zero in a root.
 
 use std::ops::ControlFlow;
-use std::sync::OnceLock;
 
+use super::cells::{CELL_SECTORS, Cell, Cells, Run};
 use super::extent::{Missing, Plan, Source};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Paged};
+use crate::image::Image;
 use crate::storage::Slot;
 use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
-
-/// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
-pub(super) const CELL_SECTORS: u64 = 4096;
 
 /// A file of the chain.
 #[derive(Debug)]
@@ -26,56 +24,6 @@ pub struct Layer {
     pub slot: Slot,
     /// What it is.
     pub image: Image,
-}
-
-/// A run inside a cell, in 8 bytes: end in the cell (13 bits), file (12 bits, all ones for zero), file sector (39 bits).
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run(u64);
-
-const END_BITS: u32 = 13;
-const SLOT_BITS: u32 = 12;
-const ZERO_SLOT: u64 = (1 << SLOT_BITS) - 1;
-
-impl Run {
-    /// A run up to sector `end` of the cell whose first sector is at `source`.
-    fn new(end: u64, source: Source) -> Run {
-        let (slot, sector) = match source {
-            Source::Zero => (ZERO_SLOT, 0),
-            Source::File { slot, offset } => (u64::from(slot.0), offset / SECTOR),
-        };
-        assert!(end <= CELL_SECTORS && sector < 1 << (64 - END_BITS - SLOT_BITS), "files are smaller than 2^48 bytes");
-        Run(end | slot << END_BITS | sector << (END_BITS + SLOT_BITS))
-    }
-
-    fn end(self) -> u64 {
-        self.0 & ((1 << END_BITS) - 1)
-    }
-
-    /// Where sector `skip` of the run is.
-    fn source(self, skip: u64) -> Source {
-        match (self.0 >> END_BITS) & ZERO_SLOT {
-            ZERO_SLOT => Source::Zero,
-            slot => {
-                let slot = Slot(u16::try_from(slot).expect("12 bits"));
-                Source::File { slot, offset: ((self.0 >> (END_BITS + SLOT_BITS)) + skip) * SECTOR }
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for Run {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "..{} {:?}", self.end(), self.source(0))
-    }
-}
-
-/// The answer for a cell.
-#[derive(Debug)]
-pub(super) enum Cell {
-    /// One run covers it all.
-    Whole(Run),
-    /// Runs in ascending order, at least two.
-    Runs(Box<[Run]>),
 }
 
 /// The words of a sector of bitmap.
@@ -98,7 +46,7 @@ pub struct BitmapPiece {
 #[derive(Debug)]
 pub struct Frozen {
     layers: Vec<Layer>,
-    cells: Paged<OnceLock<Cell>>,
+    cells: Cells,
     sectors: u64,
 }
 
@@ -106,8 +54,7 @@ impl Frozen {
     /// The map of these layers, youngest first. May be empty: then all is zero.
     pub fn new(layers: Vec<Layer>) -> Frozen {
         let sectors = layers.first().map_or(0, |l| l.image.size() / SECTOR);
-        let cells = usize::try_from(sectors.div_ceil(CELL_SECTORS)).expect("at most 2^20 cells in 2040 GiB");
-        Frozen { layers, cells: Paged::new(cells, OnceLock::new), sectors }
+        Frozen { layers, cells: Cells::new(sectors), sectors }
     }
 
     /// The layers, youngest first.
@@ -118,6 +65,7 @@ impl Frozen {
     /// Appends where `range` is to `plan`, or what must be loaded to tell.
     #[inline]
     pub fn split(&self, range: SectorRange, plan: &mut Plan) {
+        let known = self.cells.decided();
         let mut rest = range.clip(SectorRange::between(0, self.sectors));
         let beyond = range.skip(rest.count());
         while !rest.is_empty() {
@@ -125,22 +73,19 @@ impl Frozen {
             let start = index as u64 * CELL_SECTORS;
             let part = rest.clip(SectorRange::between(start, start + CELL_SECTORS));
             rest = rest.skip(part.count());
-            match self.cell(index) {
-                None => plan.miss(Missing::Cell(index)),
+            match known.get(index) {
                 Some(cell) => cell.split(start, part, plan),
+                // Decided now, if that needs no bitmap.
+                None => match self.decide(index, &mut |_, _| None) {
+                    Err(_) => plan.miss(Missing::Cell(index)),
+                    Ok(cell) => {
+                        cell.split(start, part, plan);
+                        self.cells.keep(index, cell);
+                    }
+                },
             }
         }
         plan.push(beyond, Source::Zero);
-    }
-
-    /// A cell, decided now if that needs no bitmap.
-    #[inline]
-    fn cell(&self, index: usize) -> Option<&Cell> {
-        if let Some(cell) = self.cells.get(index).and_then(OnceLock::get) {
-            return Some(cell);
-        }
-        let cell = self.decide(index, &mut |_, _| None).ok()?;
-        Some(self.cells.touch(index).get_or_init(|| cell))
     }
 
     /// The bitmap sectors that decide a cell; none where it is decided.
@@ -152,20 +97,21 @@ impl Frozen {
         wanted.into_iter().map(|(layer, at)| BitmapPiece { layer, at, words: None }).collect()
     }
 
-    /// Takes in all pieces of a cell, and decides it.
+    /// Takes in all pieces of a cell, and decides it. Where it was known when they were named, and is forgotten since, it
+    /// is missed again by the next plan.
     pub fn supply(&self, index: usize, pieces: &[BitmapPiece]) {
-        // Two queues may have loaded the same cell; both found the same.
         if self.is_decided(index) {
-            return;
+            return; // by another queue
         }
         let piece = |layer, at| pieces.iter().find(|p| p.layer == layer && p.at == at);
         let mut words = |layer, at| piece(layer, at).and_then(|p| p.words.as_deref().copied());
-        let cell = self.decide(index, &mut words).expect("all pieces that were asked for are there");
-        let _ = self.cells.touch(index).set(cell);
+        if let Ok(cell) = self.decide(index, &mut words) {
+            self.cells.keep(index, cell);
+        }
     }
 
     fn is_decided(&self, index: usize) -> bool {
-        self.cells.get(index).and_then(OnceLock::get).is_some()
+        self.cells.decided().get(index).is_some()
     }
 
     /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.
@@ -189,33 +135,6 @@ impl Frozen {
         }
         let runs: Box<[Run]> = joined.extents.iter().map(|e| Run::new(e.range.end() - start, e.source)).collect();
         Ok(if let [run] = *runs { Cell::Whole(run) } else { Cell::Runs(runs) })
-    }
-}
-
-impl Cell {
-    /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
-    #[inline]
-    pub(super) fn split(&self, start: u64, part: SectorRange, plan: &mut Plan) {
-        match self {
-            Cell::Whole(run) => plan.push(part, run.source(part.start() - start)),
-            Cell::Runs(runs) => split_runs(runs, start, part, plan),
-        }
-    }
-}
-
-/// Appends the part of a cell's runs that covers `part`.
-fn split_runs(runs: &[Run], start: u64, part: SectorRange, plan: &mut Plan) {
-    let mut rest = part;
-    let first = runs.partition_point(|r| r.end() <= part.start() - start);
-    let mut begin = if first == 0 { 0 } else { runs[first - 1].end() };
-    for run in &runs[first..] {
-        if rest.is_empty() {
-            break;
-        }
-        let piece = rest.first(start + run.end() - rest.start());
-        plan.push(piece, run.source(rest.start() - start - begin));
-        rest = rest.skip(piece.count());
-        begin = run.end();
     }
 }
 
@@ -308,18 +227,6 @@ mod tests {
     use super::super::rig::{Rig, seen};
     use super::super::{Use, Version};
     use super::*;
-
-    #[test]
-    fn runs_keep_their_limits() {
-        let last = Source::File { slot: Slot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
-        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: Slot(0), offset: 0 })] {
-            let run = Run::new(end, source);
-            assert_eq!((run.end(), run.source(0)), (end, source));
-        }
-        let run = Run::new(4096, Source::File { slot: Slot(5), offset: 512 });
-        assert_eq!(run.source(3), Source::File { slot: Slot(5), offset: 2048 });
-        assert_eq!(Run::new(9, Source::Zero).source(8), Source::Zero);
-    }
 
     /// Three layers of other block sizes; the one in the middle is the shortest.
     fn three() -> (Rig, Vec<u8>) {

@@ -12,6 +12,7 @@
 //!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
 //! ```
 
+mod cells;
 mod changed;
 mod check;
 mod extent;

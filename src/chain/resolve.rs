@@ -8,8 +8,9 @@
 //! That is the only loop, and it ends: bits once known stay known. It may turn twice, for what lies beneath a block is
 //! asked for only when the block's own bits are known.
 
+use super::cells::CELL_SECTORS;
 use super::extent::{Missing, Plan};
-use super::frozen::{BitmapPiece, CELL_SECTORS};
+use super::frozen::BitmapPiece;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;

@@ -13,10 +13,11 @@ use super::spec::Status;
 use crate::disk::{Answer, Outcome, Request, Work};
 use crate::storage::Slices;
 
-/// Most chains taken in one turn (V17). Few, so that the driver sees the first answers, and goes to work on them, while
-/// the rest of a deep queue is served; enough that a submit and a signal are shared. Measured, 32 in flight, guest and
-/// server on a processor each: see `disk/lane.rs`.
+/// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
+/// what there is: the driver sees the first answers, and goes to work on them, while the rest of its queue is served.
+/// With all of a queue in one turn the two work one after the other (figures in `disk/lane.rs`).
 pub const TURN: u16 = 16;
+const LEAST_TURN: u16 = 4;
 /// Bytes of reads and writes after which a turn takes no more chains, for the same reason.
 const TURN_BYTES: u64 = 512 << 10;
 /// Most bytes of reads and writes in flight for one queue (V15). They are the guest's own memory, so this bounds how
@@ -134,8 +135,8 @@ impl Exchange {
     ) -> Result<Pause, Broken> {
         assert!(self.owed.is_empty(), "what a predecessor left comes before all else");
         let available = self.ring.available()?;
-        let enough = self.bytes + TURN_BYTES;
-        for _ in 0..available.min(TURN) {
+        let (turn, enough) = ((available / 2).clamp(LEAST_TURN, TURN), self.bytes + TURN_BYTES);
+        for _ in 0..available.min(turn) {
             if self.bytes >= enough {
                 return Ok(Pause::Turn);
             }
@@ -150,7 +151,7 @@ impl Exchange {
                 return Ok(Pause::Full);
             }
         }
-        Ok(if available > TURN { Pause::Turn } else { Pause::Empty })
+        Ok(if available > turn { Pause::Turn } else { Pause::Empty })
     }
 
     /// Takes a chain, unless the bytes in flight are at their limit, and begins what it asks for.

@@ -23,9 +23,10 @@
 
 use super::compact::Watch;
 use super::offline::Offline;
+use super::walk::beyond_disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::extents::TABLE_LIMIT;
-use crate::format::{Defect, DiskType, Footer, layout};
+use crate::format::{Defect, DiskType, Footer, bitmap, layout};
 use crate::point;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
@@ -83,6 +84,8 @@ impl Offline {
         }
         self = self.without_beyond()?;
         point::reached("resize.entries-dropped");
+        self.clear_bits_beyond(block_size)?;
+        point::reached("resize.bits-cleared");
         let blocks = u32::try_from(block_size.blocks_for(size / SECTOR)).expect("no more than before");
         let (at, entries) = (self.shape().header.table_offset, self.shape().header.entries);
         if entries > blocks && !self.has_batmap() {
@@ -112,6 +115,30 @@ impl Offline {
         }
         self.drop_blocks(&beyond)?;
         self.reopened()
+    }
+
+    /// Clears the bits of the last block that speak for no sector of the disk any more. Durable.
+    fn clear_bits_beyond(&mut self, block_size: BlockSize) -> Result<()> {
+        let sectors = self.size() / SECTOR;
+        let (block, within) = (block_size.block_of(sectors), block_size.within(sectors));
+        if within == 0 || self.block(block).is_none() {
+            return Ok(());
+        }
+        let words = self.bitmap(block)?;
+        let stray: Vec<_> = beyond_disk(&words, within, block_size.sectors()).collect();
+        if stray.is_empty() {
+            return Ok(());
+        }
+        let mut right = words;
+        stray.into_iter().for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
+        self.put_bitmap(block, right)?;
+        self.sync()
+    }
+
+    fn put_bitmap(&self, block: u32, words: Vec<u64>) -> Result<()> {
+        let mut bytes = vec![0; words.len() * 8];
+        bitmap::encode(words.into_iter(), &mut bytes);
+        self.file().write_at(&bytes, self.block(block).expect("it has a place").0)
     }
 
     /// Makes the part of the last block behind the end of the disk zero, whatever its bits say. Durable.
@@ -158,11 +185,9 @@ impl Offline {
             let mut words = self.bitmap(block)?;
             for range in hidden {
                 let count = u32::try_from(range.count()).expect("a part of a block");
-                crate::format::bitmap::set(&mut words, block_size.within(range.start()), count);
+                bitmap::set(&mut words, block_size.within(range.start()), count);
             }
-            let mut bytes = vec![0; words.len() * 8];
-            crate::format::bitmap::encode(words.into_iter(), &mut bytes);
-            self.file().write_at(&bytes, self.block(block).expect("it has a place now").0)?;
+            self.put_bitmap(block, words)?;
         }
         Ok(made)
     }

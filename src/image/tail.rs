@@ -31,6 +31,8 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Blocks by which a file grows at least, room permitting.
 const MIN_STEP_BLOCKS: u64 = 16;
+/// Bytes by which a file grows at first, where that is no more than an eighth of the disk.
+const FIRST_STEP_BYTES: u64 = 256 << 20;
 /// Bytes by which a file grows at most, unless sixteen blocks are more.
 const MAX_STEP_BYTES: u64 = 1 << 30;
 
@@ -243,12 +245,13 @@ fn is_full(e: &io::Error) -> bool {
 }
 
 impl Writable {
-    /// Blocks of room that the next step of growth makes: sixteen, or 1 % of the disk; twice as many each time, as a step's
-    /// syncs wait for all that was written meanwhile; up to 1 GiB.
+    /// Blocks of room that the next step of growth makes: an eighth of the disk up to 256 MiB, or 1 % of it, or sixteen;
+    /// twice as many each time, as a step's syncs wait for all that was written meanwhile; up to 1 GiB.
     fn step_blocks(&self, room: &Room) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         let bytes = u64::from(block_size.bytes());
-        let least = (self.image().size() / 100 / bytes).max(MIN_STEP_BLOCKS);
+        let size = self.image().size();
+        let least = ((size / 8).min(FIRST_STEP_BYTES).max(size / 100) / bytes).max(MIN_STEP_BLOCKS);
         let most = (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS);
         (least << room.steps.min(16)).min(most)
     }

@@ -3,6 +3,7 @@
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -58,10 +59,20 @@ impl Daemon {
         fs::read_to_string(self.rendezvous.path().join("log")).unwrap_or_default()
     }
 
-    /// A guest on its disk.
+    /// A guest on its disk. The one before may have left a moment ago, with its socket still open in a program that
+    /// another thread is just starting: then it is tried again, as QEMU does.
     #[track_caller]
     pub fn connect(&self) -> Client {
-        Client::connect(&self.socket()).unwrap_or_else(|e| panic!("cannot connect: {e}; {}", self.log()))
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match Client::connect(&self.socket()) {
+                Ok(client) => return client,
+                Err(e) if e.kind() == ErrorKind::ConnectionReset && Instant::now() < deadline => {
+                    sleep(Duration::from_millis(10));
+                }
+                Err(e) => panic!("cannot connect: {e}; {}", self.log()),
+            }
+        }
     }
 
     /// SIGKILL: the process dies as it is.

@@ -96,6 +96,12 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let options = DiskOptions { path: path.into(), ..options(false) };
     let disk = Disk::open(Arc::new(host.clone()), &options).expect("it opens");
     let top = disk.version().top().expect("it is writable");
+    let grow = || {
+        if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
+            image::drive(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
+        }
+    };
+    grow();
     for block in (0..blocks - 1).filter(|b| b % 3 != 2) {
         let place = top.image.reserve(u32::try_from(block).expect("small")).expect("there is room");
         for sector in block * BLOCK..(block + 1) * BLOCK {
@@ -107,9 +113,7 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
             }
         }
         disk.commit().expect("it commits");
-        if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
-            image::drive(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
-        }
+        grow();
     }
     disk.close().expect("a clean end");
     let name = PathBuf::from("parent.vhd");

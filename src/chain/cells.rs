@@ -1,0 +1,196 @@
+//! What was decided about the cells of a chain's lower layers, and how much of it is kept.
+//!
+//! A cell of one run takes a word of a table; lists of runs are kept up to [`MOST_RUN_BYTES`] in all. Then the memory starts
+//! afresh, and what is needed again is read again as on the first look, without holding up other requests. So a chain cut
+//! into single sectors cannot eat the host, and a look-up takes no lock.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::{ArcSwap, Guard};
+
+use super::extent::{Plan, Source};
+use crate::image::Paged;
+use crate::storage::Slot;
+use crate::units::{SECTOR, SectorRange};
+
+/// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
+pub(super) const CELL_SECTORS: u64 = 4096;
+/// Bytes of lists of runs that are kept. A cell has 32 KiB at the worst, and a request touches at most 17 cells.
+const MOST_RUN_BYTES: usize = 32 << 20;
+
+/// A run inside a cell, in 8 bytes: end in the cell (13 bits), file (12 bits, all ones for zero), file sector (39 bits).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run(u64);
+
+const END_BITS: u32 = 13;
+const SLOT_BITS: u32 = 12;
+const ZERO_SLOT: u64 = (1 << SLOT_BITS) - 1;
+
+impl Run {
+    /// A run up to sector `end` of the cell whose first sector is at `source`.
+    pub(super) fn new(end: u64, source: Source) -> Run {
+        let (slot, sector) = match source {
+            Source::Zero => (ZERO_SLOT, 0),
+            Source::File { slot, offset } => (u64::from(slot.0), offset / SECTOR),
+        };
+        assert!(end <= CELL_SECTORS && sector < 1 << (64 - END_BITS - SLOT_BITS), "files are smaller than 2^48 bytes");
+        Run(end | slot << END_BITS | sector << (END_BITS + SLOT_BITS))
+    }
+
+    fn end(self) -> u64 {
+        self.0 & ((1 << END_BITS) - 1)
+    }
+
+    /// Where sector `skip` of the run is.
+    fn source(self, skip: u64) -> Source {
+        match (self.0 >> END_BITS) & ZERO_SLOT {
+            ZERO_SLOT => Source::Zero,
+            slot => {
+                let slot = Slot(u16::try_from(slot).expect("12 bits"));
+                Source::File { slot, offset: ((self.0 >> (END_BITS + SLOT_BITS)) + skip) * SECTOR }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Run {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "..{} {:?}", self.end(), self.source(0))
+    }
+}
+
+/// The answer for a cell.
+#[derive(Debug)]
+pub(super) enum Cell {
+    /// One run covers it all.
+    Whole(Run),
+    /// Runs in ascending order, at least two.
+    Runs(Box<[Run]>),
+}
+
+impl Cell {
+    /// Bytes beside itself.
+    fn bytes(&self) -> usize {
+        match self {
+            Cell::Whole(_) => 0,
+            Cell::Runs(runs) => size_of_val(&**runs),
+        }
+    }
+
+    /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
+    #[inline]
+    pub(super) fn split(&self, start: u64, part: SectorRange, plan: &mut Plan) {
+        match self {
+            Cell::Whole(run) => plan.push(part, run.source(part.start() - start)),
+            Cell::Runs(runs) => split_runs(runs, start, part, plan),
+        }
+    }
+}
+
+/// Appends the part of a cell's runs that covers `part`.
+fn split_runs(runs: &[Run], start: u64, part: SectorRange, plan: &mut Plan) {
+    let mut rest = part;
+    let first = runs.partition_point(|r| r.end() <= part.start() - start);
+    let mut begin = if first == 0 { 0 } else { runs[first - 1].end() };
+    for run in &runs[first..] {
+        if rest.is_empty() {
+            break;
+        }
+        let piece = rest.first(start + run.end() - rest.start());
+        plan.push(piece, run.source(rest.start() - start - begin));
+        rest = rest.skip(piece.count());
+        begin = run.end();
+    }
+}
+
+/// The cells that are decided.
+#[derive(Debug)]
+pub(super) struct Decided {
+    cells: Paged<OnceLock<Cell>>,
+    run_bytes: AtomicUsize,
+}
+
+impl Decided {
+    fn new(sectors: u64) -> Decided {
+        let count = usize::try_from(sectors.div_ceil(CELL_SECTORS)).expect("at most 2^20 cells in 2040 GiB");
+        Decided { cells: Paged::new(count, OnceLock::new), run_bytes: AtomicUsize::new(0) }
+    }
+
+    #[inline]
+    pub(super) fn get(&self, index: usize) -> Option<&Cell> {
+        self.cells.get(index)?.get()
+    }
+}
+
+/// The memory of a chain.
+#[derive(Debug)]
+pub(super) struct Cells {
+    decided: ArcSwap<Decided>,
+    sectors: u64,
+    most: usize,
+}
+
+impl Cells {
+    /// Nothing is decided of a disk of so many sectors.
+    pub(super) fn new(sectors: u64) -> Cells {
+        Cells { decided: ArcSwap::from_pointee(Decided::new(sectors)), sectors, most: MOST_RUN_BYTES }
+    }
+
+    /// What is decided now. What is held is not forgotten.
+    #[inline]
+    pub(super) fn decided(&self) -> Guard<Arc<Decided>> {
+        self.decided.load()
+    }
+
+    /// Keeps a cell, perhaps instead of all others.
+    pub(super) fn keep(&self, index: usize, cell: Cell) {
+        let (decided, bytes) = (self.decided.load(), cell.bytes());
+        if decided.get(index).is_some() {
+            return; // another queue was faster, and found the same
+        }
+        let before = decided.run_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if bytes > 0 && before + bytes > self.most {
+            let fresh = Decided::new(self.sectors);
+            fresh.run_bytes.store(bytes, Ordering::Relaxed);
+            let _ = fresh.cells.touch(index).set(cell);
+            // Where two queues do so at once, one forgets what the other has just kept: it is read again.
+            self.decided.store(Arc::new(fresh));
+        } else if decided.cells.touch(index).set(cell).is_err() {
+            decided.run_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_keep_their_limits() {
+        let last = Source::File { slot: Slot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
+        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: Slot(0), offset: 0 })] {
+            let run = Run::new(end, source);
+            assert_eq!((run.end(), run.source(0)), (end, source));
+        }
+        let run = Run::new(4096, Source::File { slot: Slot(5), offset: 512 });
+        assert_eq!(run.source(3), Source::File { slot: Slot(5), offset: 2048 });
+        assert_eq!(Run::new(9, Source::Zero).source(8), Source::Zero);
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let mut cells = Cells::new(100 * CELL_SECTORS);
+        let runs = |n: u64| (1..=n).map(|end| Run::new(end, Source::Zero)).collect::<Box<[Run]>>();
+        cells.most = 4 * size_of_val(&*runs(10));
+        cells.keep(99, Cell::Whole(Run::new(CELL_SECTORS, Source::Zero)));
+        (0..4).for_each(|n| cells.keep(n, Cell::Runs(runs(10))));
+        cells.keep(3, Cell::Runs(runs(10)));
+        let held = cells.decided();
+        assert!((0..4).all(|n| held.get(n).is_some()) && held.get(99).is_some(), "twice the same counts once");
+        cells.keep(4, Cell::Runs(runs(10)));
+        assert!(held.get(3).is_some(), "who looks keeps what it looks at");
+        let known: Vec<_> = (0..100).filter(|n| cells.decided().get(*n).is_some()).collect();
+        assert_eq!(known, [4], "one more than there is room for");
+    }
+}
