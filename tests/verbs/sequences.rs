@@ -16,9 +16,8 @@ use crate::sweep::FOLDER;
 
 /// Images of a world, at most.
 const IMAGES: usize = 7;
-/// Defects that are none here: sizes of parents and children may differ, and a disk that shrank within its last block
-/// keeps what that block's bitmap said.
-const FINE: [&str; 2] = ["parent-size", "bits-beyond-disk"];
+/// Defects that are none here: sizes of parents and children may differ.
+const FINE: [&str; 1] = ["parent-size"];
 
 /// An image, and what it must show.
 struct Model {
@@ -252,5 +251,5 @@ fn disks_stay_as_the_verbs_say() {
     let worlds = std::env::var("DIFFDISK_WORLDS").map_or(60, |text| text.parse().expect("a decimal number"));
     let all = (first..first + worlds).map(|seed| run(seed, 60));
     let (refused, merged) = all.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    assert!(refused > worlds && merged > worlds, "both are tried: {refused} refusals, {merged} merges");
+    assert!(refused > worlds && merged * 4 > worlds, "both are tried: {refused} refusals, {merged} merges");
 }
