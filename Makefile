@@ -36,17 +36,19 @@ check: ## formatting, lints, documentation
 	cargo fmt --check
 	cargo clippy --all-targets --features sim,mutants -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim,mutants
-	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh; fi
+	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh benches/*.sh benches/fio/run.sh; fi
 
-bench: ## speed beside qemu-storage-daemon, in two minutes; installs what it needs
+bench: ## speed beside QEMU's programs and dd, in four minutes; installs what it needs
 	.ci/install bench
 	cargo bench --bench resolve
 	cargo bench --bench serve
+	cargo bench --bench tools
 
 bench-full: ## the same, longer and more often
 	.ci/install bench
 	cargo bench --bench resolve
 	cargo bench --bench serve -- --full
+	cargo bench --bench tools -- --full
 
 bench-instructions: ## instructions of a look-up and of a whole request, counted by valgrind
 	.ci/install bench

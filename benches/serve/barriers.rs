@@ -10,8 +10,9 @@ use diffdisk::image::Keep;
 use diffdisk::storage::{EngineKind, Slices, host::Host};
 use diffdisk::units::SectorRange;
 
-use crate::compare::{Bench, Bound};
+use crate::compare::Bench;
 use crate::disks::Format;
+use crate::target::Bound;
 
 const WRITES: u64 = 500;
 

@@ -9,31 +9,7 @@ use crate::disks::{Disks, Format};
 use crate::load::{Guest, Load, Order, Until};
 use crate::sample::{Row, Sample, median};
 use crate::server::{Kind, Server, processors};
-
-/// What must hold.
-pub struct Target {
-    pub what: String,
-    pub ratio: f64,
-    pub bound: Bound,
-}
-
-/// The side on which a ratio is good.
-#[derive(Clone, Copy)]
-pub enum Bound {
-    AtLeast(f64),
-    AtMost(f64),
-    Exactly(f64),
-}
-
-impl Target {
-    pub fn met(&self) -> bool {
-        match self.bound {
-            Bound::AtLeast(bound) => self.ratio >= bound,
-            Bound::AtMost(bound) => self.ratio <= bound,
-            Bound::Exactly(bound) => (self.ratio - bound).abs() < 1e-9,
-        }
-    }
-}
+use crate::target::{Bound, Target};
 
 /// All that was measured.
 pub struct Bench {

@@ -18,6 +18,7 @@ mod report;
 mod sample;
 mod server;
 mod start;
+mod target;
 
 use std::time::Duration;
 

@@ -5,14 +5,15 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::compare::{Bench, Bound, QUEUE_DEPTHS};
+use crate::compare::{Bench, QUEUE_DEPTHS};
 use crate::plot::{Bar, Line, bars, lines};
+use crate::target;
 
 pub fn report(bench: &Bench, load: &[&str]) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder").join("bench");
     fs::create_dir_all(&folder).expect("the target folder can be written");
     table(bench);
-    targets(bench);
+    target::print(&bench.targets);
     println!("\nload of the machine before and after: {}", load.join(" | "));
     let write = |name: &str, text: String| {
         let path = folder.join(name);
@@ -49,21 +50,6 @@ fn table(bench: &Bench) {
     }
 }
 
-fn targets(bench: &Bench) {
-    println!("\n{:<108}{:>8}  {:<8}", "target", "ratio", "wanted");
-    for target in &bench.targets {
-        let wanted = match target.bound {
-            Bound::AtLeast(b) => format!(">= {b}"),
-            Bound::AtMost(b) => format!("<= {b}"),
-            Bound::Exactly(b) => format!("= {b}"),
-        };
-        let met = if target.met() { "met" } else { "MISSED" };
-        println!("{:<108}{:>8.2}  {wanted:<8} {met}", target.what, target.ratio);
-    }
-    let met = bench.targets.iter().filter(|t| t.met()).count();
-    println!("{met} of {} targets met", bench.targets.len());
-}
-
 fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
     let rows = bench.rows.iter().map(|row| {
         let samples = row.samples.iter().map(|s| {
@@ -72,20 +58,12 @@ fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
         });
         json!({ "load": row.load, "system": row.system, "samples": samples.collect::<Vec<_>>() })
     });
-    let targets = bench.targets.iter().map(|t| {
-        let (kind, bound) = match t.bound {
-            Bound::AtLeast(b) => ("at least", b),
-            Bound::AtMost(b) => ("at most", b),
-            Bound::Exactly(b) => ("exactly", b),
-        };
-        json!({ "what": t.what, "ratio": t.ratio, "wanted": kind, "bound": bound, "met": t.met() })
-    });
     json!({
         "full": bench.pace.full,
         "bytes": bench.pace.size,
         "load": load,
         "rows": rows.collect::<Vec<_>>(),
-        "targets": targets.collect::<Vec<_>>(),
+        "targets": target::as_json(&bench.targets),
     })
 }
 

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use crate::compare::{Bench, Bound, Contestant};
+use crate::compare::{Bench, Contestant};
 use crate::disks::Format;
 use crate::sample::Sample;
 use crate::server::Server;
+use crate::target::Bound;
 
 pub fn start(bench: &mut Bench) {
     for layers in [1, 64] {

@@ -19,6 +19,7 @@
 //! The reports serialise under the names that `--json` promises.
 
 mod alone;
+mod behind;
 pub mod check;
 pub mod compact;
 pub mod compare;

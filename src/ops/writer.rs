@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::behind::Behind;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Growth, Keep, drive, give_back};
@@ -18,6 +19,7 @@ pub(super) struct Writer<'a> {
     version: Version,
     plan: Plan,
     uncommitted: u64,
+    behind: Behind,
     /// Byte behind which the file had nothing when it was opened.
     was_used: u64,
 }
@@ -38,7 +40,7 @@ impl<'a> Writer<'a> {
     pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
         let version = chain.into_writable(env, keep)?;
         let was_used = version.top().expect("opened for writing").image.image().used_end();
-        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0, was_used })
+        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0, behind: Behind::default(), was_used })
     }
 
     /// Makes room for so many more blocks now, all of them or none.
@@ -99,6 +101,7 @@ impl<'a> Writer<'a> {
         for extent in &plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
             write(top.image.file(), extent.range, offset)?;
+            self.behind.wrote(top.image.file(), offset, extent.range.bytes());
         }
         // Killed, this tool begins anew: nothing has to outlive it.
         let _ = top.image.mark(range);

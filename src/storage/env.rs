@@ -157,6 +157,12 @@ impl File {
         each_kind!(self, f => f.prefetch(offset, len))
     }
 
+    /// A hint: what was written there is going to be synced, and the host may begin to write it now. It may also let go
+    /// of it in memory.
+    pub fn write_behind(&self, offset: u64, len: u64) {
+        each_kind!(self, f => f.write_behind(offset, len))
+    }
+
     /// Takes a lock that dies with the open description; `Busy` (naming the holder where it can be known) where
     /// somebody else has one against it. Waits, up to 30 s, only for the I/O of processes that have ended.
     pub fn lock(&self, lock: Lock) -> Result<()> {

@@ -296,6 +296,12 @@ impl HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
     }
 
+    /// See [`File::write_behind`](crate::storage::File::write_behind). Linux begins to write what is dirty, and drops only
+    /// what is clean (mm/fadvise.c).
+    pub fn write_behind(&self, offset: u64, len: u64) {
+        let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
+    }
+
     /// Whether it was switched to O_DIRECT.
     pub fn is_direct(&self) -> bool {
         self.0.direct.get().is_some()

@@ -119,6 +119,9 @@ impl SimFile {
     /// Nothing has to be waited for here.
     pub fn prefetch(&self, _: u64, _: u64) {}
 
+    /// A crash may find anything written here at any time as it is.
+    pub fn write_behind(&self, _: u64, _: u64) {}
+
     /// See [`File::lock`](crate::storage::File::lock).
     pub fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.0.access == Access::Read {

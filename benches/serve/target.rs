@@ -1,0 +1,56 @@
+//! What must hold, and how it is told: shared by the benches that compare.
+
+use serde_json::json;
+
+/// What must hold.
+pub struct Target {
+    pub what: String,
+    pub ratio: f64,
+    pub bound: Bound,
+}
+
+/// The side on which a ratio is good.
+#[derive(Clone, Copy)]
+pub enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+    Exactly(f64),
+}
+
+impl Target {
+    pub fn met(&self) -> bool {
+        match self.bound {
+            Bound::AtLeast(bound) => self.ratio >= bound,
+            Bound::AtMost(bound) => self.ratio <= bound,
+            Bound::Exactly(bound) => (self.ratio - bound).abs() < 1e-9,
+        }
+    }
+}
+
+/// Prints whether they are met.
+pub fn print(targets: &[Target]) {
+    println!("\n{:<108}{:>8}  {:<8}", "target", "ratio", "wanted");
+    for target in targets {
+        let wanted = match target.bound {
+            Bound::AtLeast(b) => format!(">= {b}"),
+            Bound::AtMost(b) => format!("<= {b}"),
+            Bound::Exactly(b) => format!("= {b}"),
+        };
+        let met = if target.met() { "met" } else { "MISSED" };
+        println!("{:<108}{:>8.2}  {wanted:<8} {met}", target.what, target.ratio);
+    }
+    let met = targets.iter().filter(|t| t.met()).count();
+    println!("{met} of {} targets met", targets.len());
+}
+
+pub fn as_json(targets: &[Target]) -> serde_json::Value {
+    let all = targets.iter().map(|t| {
+        let (kind, bound) = match t.bound {
+            Bound::AtLeast(b) => ("at least", b),
+            Bound::AtMost(b) => ("at most", b),
+            Bound::Exactly(b) => ("exactly", b),
+        };
+        json!({ "what": t.what, "ratio": t.ratio, "wanted": kind, "bound": bound, "met": t.met() })
+    });
+    all.collect()
+}

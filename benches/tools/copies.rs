@@ -1,0 +1,154 @@
+//! Dense disks: copied, folded, compared.
+
+use std::fs;
+use std::path::Path;
+
+use crate::contest::{Bench, Contestant};
+use crate::disks::{create, create_child, verify};
+use crate::run::{dd, diffdisk, program, qemu_convert};
+
+/// Of dd's speed, what whoever copies as many bytes should reach.
+const OF_DD: f64 = 0.8;
+/// What qemu-img calls a dynamic and a fixed VHD of just this size.
+const DYNAMIC: &[&str] = &["subformat=dynamic,force_size=on"];
+const FIXED: &[&str] = &["subformat=fixed,force_size=on"];
+
+/// A form of a disk, as `diffdisk` and as `qemu-img` call it.
+struct Form<'a> {
+    ours: &'a str,
+    theirs: &'a str,
+    options: &'a [&'a str],
+}
+
+const RAW: Form<'_> = Form { ours: "raw", theirs: "raw", options: &[] };
+const DYNAMIC_VHD: Form<'_> = Form { ours: "dynamic", theirs: "vpc", options: DYNAMIC };
+const FIXED_VHD: Form<'_> = Form { ours: "fixed", theirs: "vpc", options: FIXED };
+
+impl Form<'_> {
+    /// What it is as a source.
+    fn source(&self) -> &str {
+        if self.ours == "raw" { "raw" } else { "vhd" }
+    }
+}
+
+pub fn convert(bench: &mut Bench) {
+    let (raw, vhd) = (bench.dense(), bench.dense_vhd());
+    one(bench, "raw to dynamic", (&RAW, &raw), &DYNAMIC_VHD);
+    one(bench, "dynamic to raw", (&DYNAMIC_VHD, &vhd), &RAW);
+    one(bench, "raw to fixed", (&RAW, &raw), &FIXED_VHD);
+}
+
+fn one(bench: &mut Bench, work: &str, (from, source): (&Form<'_>, &Path), to: &Form<'_>) {
+    let (raw, ours) = (bench.dense(), ["--from", from.source(), "--to", to.ours]);
+    let [copy, theirs, mine] = ["copy", "theirs", "mine"].map(|name| bench.path(name));
+    let all = vec![
+        Contestant::new("dd", || dd(&raw, gone(&copy))),
+        Contestant::new("qemu-img", || qemu_convert((from.theirs, source), (to.theirs, gone(&theirs)), to.options)),
+        Contestant::new("diffdisk", || diffdisk("convert", &[source, gone(&mine)], &ours)),
+    ];
+    bench.contest(work, bench.pace.size, all);
+    verify((to.source(), &mine), ("raw", &raw));
+    bench.want_speed(work, "dd", OF_DD);
+    bench.want_speed(work, "qemu-img", 1.0);
+    for path in [copy, theirs, mine] {
+        gone(&path);
+    }
+}
+
+pub fn chain(bench: &mut Bench) {
+    let (raw, top, work) = (bench.dense(), bench.spread(4), "chain of 4 to raw");
+    let [copy, mine] = ["copy", "mine"].map(|name| bench.path(name));
+    let all = vec![
+        Contestant::new("dd", || dd(&raw, gone(&copy))),
+        Contestant::new("diffdisk", || diffdisk("convert", &[&top, gone(&mine)], &["--to", "raw"])),
+    ];
+    bench.contest(work, bench.pace.size, all);
+    verify(("raw", &mine), ("raw", &raw));
+    bench.want_speed(work, "dd", OF_DD);
+    for path in [copy, mine] {
+        gone(&path);
+    }
+}
+
+/// A child full of data, into an empty parent, and into one that has all of the blocks.
+pub fn merge(bench: &mut Bench) {
+    let (raw, copy) = (bench.dense(), bench.path("copy"));
+    let [empty, kept, parent, child] = ["empty.vhd", "kept.vhd", "parent.vhd", "child.vhd"].map(|n| bench.path(n));
+    create(&parent, bench.pace.size);
+    fs::copy(&parent, &empty).expect("there is room");
+    bench.dense_child(&kept, &parent);
+    // The child's own name goes in the end, its file stays for the next run.
+    let again = || {
+        gone(&child);
+        fs::hard_link(&kept, &child).expect("names in one folder");
+        diffdisk("merge", &[&child], &[])
+    };
+    for (work, full) in [("dense child into an empty parent", false), ("dense child into a full parent", true)] {
+        let all = vec![
+            Contestant::new("dd", || dd(&raw, gone(&copy))),
+            Contestant::new("diffdisk", || {
+                if !full {
+                    fs::copy(&empty, gone(&parent)).expect("there is room");
+                }
+                again()
+            }),
+        ];
+        bench.contest(work, bench.pace.size, all);
+        verify(("vhd", &parent), ("raw", &raw));
+        bench.want_speed(work, "dd", OF_DD);
+    }
+    for path in [copy, empty, kept, parent, child] {
+        gone(&path);
+    }
+}
+
+pub fn flatten(bench: &mut Bench) {
+    let (raw, parent, work) = (bench.dense(), bench.dense_vhd(), "flatten on a dense parent");
+    let [copy, child] = ["copy", "child.vhd"].map(|name| bench.path(name));
+    let all = vec![
+        Contestant::new("dd", || dd(&raw, gone(&copy))),
+        Contestant::new("diffdisk", || {
+            create_child(gone(&child), &parent);
+            diffdisk("flatten", &[&child], &[])
+        }),
+    ];
+    bench.contest(work, bench.pace.size, all);
+    verify(("vhd", &child), ("raw", &raw));
+    bench.want_speed(work, "dd", OF_DD);
+    for path in [copy, child] {
+        gone(&path);
+    }
+}
+
+/// Equal disks in two files.
+pub fn compare(bench: &mut Bench) {
+    let (raw, vhd, copy) = (bench.dense(), bench.dense_vhd(), bench.path("copy"));
+    fs::copy(&raw, &copy).expect("there is room");
+    let work = "compare raw with raw";
+    let all = vec![
+        Contestant::new("cmp", || program("cmp", [&raw, &copy])),
+        Contestant::new("qemu-img", || {
+            let mut command = program("qemu-img", ["compare", "-f", "raw", "-F", "raw"]);
+            command.args([&raw, &copy]);
+            command
+        }),
+        Contestant::new("diffdisk", || diffdisk("compare", &[&raw, &copy], &["--from", "raw"])),
+    ];
+    bench.contest(work, bench.pace.size, all);
+    bench.want_speed(work, "cmp", 1.0);
+    bench.want_speed(work, "qemu-img", 1.0);
+    let work = "compare raw with dynamic";
+    let all = vec![
+        Contestant::new("cmp", || program("cmp", [&raw, &copy])),
+        Contestant::new("diffdisk", || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"])),
+    ];
+    bench.contest(work, bench.pace.size, all);
+    bench.want_speed(work, "cmp", 1.0);
+    gone(&copy);
+}
+
+/// A path whose file is gone.
+pub fn gone(path: &Path) -> &Path {
+    let _ = fs::remove_file(path);
+    path
+}

@@ -1,0 +1,158 @@
+//! The disks: dense ones that no program can make smaller, the same spread over a chain, sparse ones, and deep chains.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::contest::Bench;
+use crate::layer::{BLOCK, Layer};
+use crate::run::{diffdisk, run};
+
+/// Bytes that belong to one layer of a spread chain, before the next one's begin.
+const CHUNK: u64 = 64 << 10;
+/// The largest disk that a VHD can have.
+const LARGEST: u64 = 2040 << 30;
+/// Layers of the deep chain, and blocks that each has.
+pub const LAYERS: u64 = 16;
+pub const BLOCKS: u64 = 4000;
+
+/// Words without a pattern.
+fn words() -> impl Iterator<Item = u64> {
+    std::iter::successors(Some(0x9E37_79B9_7F4A_7C15_u64), |x| {
+        let x = x ^ (x << 13);
+        let x = x ^ (x >> 7);
+        Some(x ^ (x << 17))
+    })
+}
+
+impl Bench {
+    /// A raw file full of data.
+    pub fn dense(&self) -> PathBuf {
+        let path = self.path("dense.raw");
+        if !path.exists() {
+            let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).expect("our own folder"));
+            for word in words().take(usize::try_from(self.pace.size / 8).expect("it fits")) {
+                file.write_all(&word.to_be_bytes()).expect("there is room");
+            }
+            file.flush().expect("there is room");
+        }
+        warm(&path)
+    }
+
+    /// The same as a dynamic VHD.
+    pub fn dense_vhd(&self) -> PathBuf {
+        let path = self.path("dense.vhd");
+        if !path.exists() {
+            run(&mut diffdisk("convert", &[&self.dense(), &path], &["--from", "raw", "--to", "dynamic"]));
+        }
+        warm(&path)
+    }
+
+    /// The same spread over the layers of a chain; the youngest.
+    pub fn spread(&self, layers: u64) -> PathBuf {
+        let name = |layer: u64| self.path(&format!("spread-{layer}.vhd"));
+        let dense = File::open(self.dense()).expect("it was just made");
+        let mut data = vec![0; CHUNK as usize];
+        for number in 0..layers {
+            let mut layer = empty_layer(name, number, self.pace.size);
+            for block in 0..self.pace.size / BLOCK {
+                let mut bitmap = [0; 512];
+                let chunks = (0..BLOCK / CHUNK).filter(|chunk| (block + chunk) % layers == number);
+                let mut found = Vec::new();
+                for chunk in chunks {
+                    dense.read_exact_at(&mut data, block * BLOCK + chunk * CHUNK).expect("it is as long");
+                    found.push((chunk * CHUNK, data.clone()));
+                    let bits = (CHUNK / 512 / 8) as usize;
+                    bitmap[chunk as usize * bits..][..bits].fill(0xFF);
+                }
+                if number == 0 {
+                    bitmap.fill(0xFF); // a root has all of a block
+                }
+                let found: Vec<_> = found.iter().map(|(at, bytes)| (*at, bytes.as_slice())).collect();
+                layer.add(block, &bitmap, &found);
+            }
+            layer.finish();
+            warm(&name(number));
+        }
+        name(layers - 1)
+    }
+
+    /// A raw file of 1 TiB in which `bytes` are data, in pieces of 1 MiB far from each other.
+    pub fn sparse(&self, bytes: u64) -> PathBuf {
+        let (path, mut dense) = (self.path("sparse.raw"), File::open(self.dense()).expect("it was just made"));
+        let file = File::create(&path).expect("our own folder");
+        file.set_len(1 << 40).expect("a sparse file");
+        let (mut piece, pieces) = (vec![0; 1 << 20], bytes >> 20);
+        for number in 0..pieces {
+            dense.read_exact(&mut piece).expect("it is longer");
+            file.write_all_at(&piece, number * ((1 << 40) / pieces)).expect("there is room");
+        }
+        path
+    }
+
+    /// A chain of the largest disks, each layer with blocks of its own all over the disk, every second of which hides one
+    /// of the layer beneath; the youngest and the oldest.
+    pub fn deep(&self) -> (PathBuf, PathBuf) {
+        let name = |layer: u64| self.path(&format!("deep-{layer}.vhd"));
+        let page = [7; 4096];
+        for number in 0..LAYERS {
+            let mut layer = empty_layer(name, number, LARGEST);
+            // Of a child the first three quarters of each block, of the root all.
+            let mut bitmap = [0; 512];
+            bitmap[..if number == 0 { 512 } else { 384 }].fill(0xFF);
+            for block in 0..BLOCKS {
+                let to = if block % 2 == 0 { number } else { number / 2 * 2 };
+                layer.add(block * 261 + to * 3, &bitmap, &[(0, &page)]);
+            }
+            layer.finish();
+        }
+        (name(LAYERS - 1), name(0))
+    }
+
+    /// A new child of `parent` that has all the data itself.
+    pub fn dense_child(&self, path: &Path, parent: &Path) {
+        create_child(path, parent);
+        let (mut layer, mut dense) = (Layer::new(path), File::open(self.dense()).expect("it was just made"));
+        let mut data = vec![0; BLOCK as usize];
+        for block in 0..self.pace.size / BLOCK {
+            dense.read_exact(&mut data).expect("it is as long");
+            layer.add(block, &[0xFF; 512], &[(0, &data)]);
+        }
+        layer.finish();
+        warm(path);
+    }
+}
+
+/// An empty root.
+pub fn create(path: &Path, size: u64) {
+    run(&mut diffdisk("create", &[path], &["--size", &size.to_string()]));
+}
+
+/// An empty child.
+pub fn create_child(path: &Path, parent: &Path) {
+    let mut command = diffdisk("create", &[path], &["--parent"]);
+    run(command.arg(parent));
+}
+
+/// Whether two disks are the same: a tool that is fast and wrong must not be measured.
+pub fn verify(a: (&str, &Path), b: (&str, &Path)) {
+    run(&mut diffdisk("compare", &[a.1, b.1], &["--from", a.0, "--from", b.0]));
+}
+
+/// An empty layer to be filled; the oldest is a root.
+fn empty_layer(name: impl Fn(u64) -> PathBuf, number: u64, size: u64) -> Layer {
+    match number.checked_sub(1) {
+        None => create(&name(0), size),
+        Some(parent) => create_child(&name(number), &name(parent)),
+    }
+    Layer::new(&name(number))
+}
+
+/// Has a file in memory.
+fn warm(path: &Path) -> PathBuf {
+    let mut file = File::open(path).expect("it was just made");
+    let mut buffer = vec![0; 1 << 20];
+    while file.read(&mut buffer).expect("it can be read") > 0 {}
+    path.to_owned()
+}

@@ -1,0 +1,63 @@
+//! What is paid for by the data and not by the size of the disk: a sparse disk copied and compared, a deep chain looked at.
+
+use crate::contest::{Bench, Contestant};
+use crate::copies::gone;
+use crate::disks::{BLOCKS, LAYERS, verify};
+use crate::run::{diffdisk, qemu_convert, run};
+
+/// Data of the sparse disk.
+const DATA: u64 = 64 << 20;
+/// What any of it may take: who reads holes takes minutes.
+const SECONDS: f64 = 1.0;
+const MEBIBYTES: f64 = 100.0;
+/// And a check, which reads all that is not data.
+const CHECK_SECONDS: f64 = 3.0;
+
+pub fn sparse(bench: &mut Bench) {
+    let raw = bench.sparse(DATA);
+    let [vhd, mine, theirs] = ["sparse.vhd", "mine", "theirs"].map(|name| bench.path(name));
+    let ours = ["--from", "raw", "--to", "dynamic"];
+    let options = ["subformat=dynamic,force_size=on"];
+    let work = "1 TiB with 64 MiB of data, raw to dynamic";
+    let all = vec![
+        Contestant::new("qemu-img", || qemu_convert(("raw", &raw), ("vpc", gone(&theirs)), &options)),
+        Contestant::new("diffdisk", || diffdisk("convert", &[&raw, gone(&vhd)], &ours)),
+    ];
+    bench.contest(work, DATA, all);
+    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    let work = "the same, dynamic to raw";
+    let all = vec![
+        Contestant::new("qemu-img", || qemu_convert(("vpc", &vhd), ("raw", gone(&theirs)), &[])),
+        Contestant::new("diffdisk", || diffdisk("convert", &[&vhd, gone(&mine)], &["--to", "raw"])),
+    ];
+    bench.contest(work, DATA, all);
+    verify(("raw", &mine), ("raw", &raw));
+    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    let work = "the same, raw compared with dynamic";
+    let compare = || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"]);
+    bench.contest(work, DATA, vec![Contestant::new("diffdisk", compare)]);
+    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    for path in [raw, vhd, mine, theirs] {
+        gone(&path);
+    }
+}
+
+pub fn deep(bench: &mut Bench) {
+    let (top, root) = bench.deep();
+    let of = |what: &str| format!("{what} of 2040 GiB, {LAYERS} layers of {BLOCKS} blocks");
+    let root = root.to_str().expect("our own names");
+    let looks: [(&str, &str, &[&str], f64); 6] = [
+        ("info --chain", "info", &["--chain"], SECONDS),
+        ("map", "map", &[], SECONDS),
+        ("map --json", "map", &["--json"], SECONDS),
+        ("diff", "diff", &[], SECONDS),
+        ("diff --since the root", "diff", &["--since", root], SECONDS),
+        ("check --chain", "check", &["--chain"], CHECK_SECONDS),
+    ];
+    for (what, verb, options, seconds) in looks {
+        let look = || diffdisk(verb, &[&top], options);
+        run(&mut look()); // what it reads is in memory then
+        bench.contest(&of(what), 0, vec![Contestant::new("diffdisk", look)]);
+        bench.want_at_most(&of(what), seconds, MEBIBYTES);
+    }
+}

@@ -1,0 +1,60 @@
+//! The image tool beside `dd`, `cmp` and `qemu-img`: copying, comparing and folding dense disks, what a sparse disk and a
+//! look at a deep chain cost.
+//!
+//! All files lie in one folder below `target/bench`, and those that are read are in memory before. What writes makes its
+//! work durable: `dd` by `conv=fsync`, `qemu-img` by `-t writeback`. Before each run the file system is synced, so that
+//! nobody pays for another. The contestants take turns; the table gives medians, and ratios are medians of the ratios of
+//! neighbouring runs. `--full` takes longer; words pick parts. Results: `target/bench/tools.json`.
+#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+
+mod contest;
+mod copies;
+mod disks;
+mod layer;
+mod looks;
+mod report;
+mod run;
+#[path = "../serve/sample.rs"]
+#[allow(dead_code, reason = "of it only the median is used here")]
+mod sample;
+#[path = "../serve/target.rs"]
+#[allow(dead_code, reason = "no bound is exact here")]
+mod target;
+
+use contest::Bench;
+
+/// How long and how often.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// Runs of each contestant.
+    pub rounds: usize,
+    /// Bytes of a dense disk.
+    pub size: u64,
+    pub full: bool,
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let full = std::env::args().any(|a| a == "--full");
+    let pace = if full { Pace { rounds: 5, size: 1 << 30, full } } else { Pace { rounds: 3, size: 512 << 20, full } };
+    let mut bench = Bench::new(pace);
+    type Part = (&'static str, fn(&mut Bench));
+    let parts: &[Part] = &[
+        ("convert", copies::convert),
+        ("chain", copies::chain),
+        ("merge", copies::merge),
+        ("flatten", copies::flatten),
+        ("compare", copies::compare),
+        ("sparse", looks::sparse),
+        ("look", looks::deep),
+    ];
+    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let before = load();
+    for (name, part) in parts {
+        if words.is_empty() || words.iter().any(|w| w == name) {
+            eprintln!("{name}");
+            part(&mut bench);
+        }
+    }
+    report::report(&bench, &[before.trim(), load().trim()]);
+}

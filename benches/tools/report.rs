@@ -1,0 +1,58 @@
+//! The table and the JSON.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::contest::{Bench, Row};
+use crate::target;
+
+pub fn report(bench: &Bench, load: &[&str]) {
+    table(bench);
+    target::print(&bench.targets);
+    println!("\nload of the machine before and after: {}", load.join(" | "));
+    let path = bench.folder.with_file_name("tools.json");
+    fs::write(&path, format!("{:#}\n", as_json(bench, load))).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    println!("written: {}", path.display());
+}
+
+fn table(bench: &Bench) {
+    let mut last = "";
+    for row in &bench.rows {
+        if row.work != last {
+            println!("\n{:<58}{:>9}{:>7}{:>9}{:>9}{:>9}", row.work, "seconds", "+-", "MiB/s", "CPU s", "MiB");
+            last = &row.work;
+        }
+        let seconds = row.median(|r| r.seconds);
+        let speed = (row.bytes > 0).then(|| format!("{:.0}", row.bytes as f64 / f64::from(1 << 20) / seconds));
+        println!(
+            "  {:<56}{seconds:>9.3}{:>6.0}%{:>9}{:>9.3}{:>9.1}",
+            row.system,
+            spread(row) * 100.0,
+            speed.unwrap_or_default(),
+            row.median(|r| r.cpu),
+            row.median(|r| r.mebibytes),
+        );
+    }
+}
+
+/// Half the distance of the outermost runs, as a share of the median.
+fn spread(row: &Row) -> f64 {
+    let all = || row.runs.iter().map(|r| r.seconds);
+    (all().fold(0.0, f64::max) - all().fold(f64::MAX, f64::min)) / 2.0 / row.median(|r| r.seconds)
+}
+
+fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
+    let rows = bench.rows.iter().map(|row| {
+        let runs =
+            row.runs.iter().map(|r| json!({ "seconds": r.seconds, "cpu_seconds": r.cpu, "peak_mib": r.mebibytes }));
+        json!({ "work": row.work, "system": row.system, "bytes": row.bytes, "runs": runs.collect::<Vec<_>>() })
+    });
+    json!({
+        "full": bench.pace.full,
+        "bytes": bench.pace.size,
+        "load": load,
+        "rows": rows.collect::<Vec<_>>(),
+        "targets": target::as_json(&bench.targets),
+    })
+}

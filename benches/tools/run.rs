@@ -1,0 +1,79 @@
+//! One run of a program: its seconds, and the most memory it had.
+#![allow(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// What a run took.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    pub seconds: f64,
+    /// Processor time, of the program and of the kernel for it, in seconds.
+    pub cpu: f64,
+    /// Resident memory at its highest, in MiB. (Linux counts what the bench had when it started the program, too: it must
+    /// stay small itself.)
+    pub mebibytes: f64,
+}
+
+/// Runs a program to its end.
+///
+/// # Panics
+/// Where it does not end well.
+pub fn run(command: &mut Command) -> Run {
+    let started = Instant::now();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let child = child.unwrap_or_else(|e| panic!("{}: {e}; run `make bench`", command.get_program().display()));
+    let pid = i32::try_from(child.id()).expect("a process number");
+    let mut status = 0;
+    // SAFETY: `rusage` is plain data.
+    let mut used: libc::rusage = unsafe { std::mem::zeroed() };
+    loop {
+        // SAFETY: both places are ours; nobody else waits for the child, so the number is still its own.
+        let ended = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut used) };
+        if ended == pid {
+            break;
+        }
+        let e = io::Error::last_os_error();
+        assert_eq!(e.kind(), io::ErrorKind::Interrupted, "cannot wait for {command:?}: {e}");
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    assert_eq!(status, 0, "{command:?} ended with the wait status {status:#x}");
+    let time = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
+    Run { seconds, cpu: time(used.ru_utime) + time(used.ru_stime), mebibytes: used.ru_maxrss as f64 / 1024.0 }
+}
+
+/// A program with its arguments.
+pub fn program<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(name);
+    command.args(arguments);
+    command
+}
+
+/// `diffdisk VERB`, which sees no daemon of this machine.
+pub fn diffdisk(verb: &str, paths: &[&Path], options: &[&str]) -> Command {
+    let runtime = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let mut command = program(env!("CARGO_BIN_EXE_diffdisk"), [verb, "--quiet", "--runtime-dir"]);
+    command.arg(runtime).args(paths).args(options);
+    command
+}
+
+/// `dd` of a file to another, durably.
+pub fn dd(from: &Path, to: &Path) -> Command {
+    let operand = |name: &str, path: &Path| [OsStr::new(name), path.as_os_str()].join(OsStr::new("="));
+    let mut command = Command::new("dd");
+    command.args([operand("if", from), operand("of", to)]).args(["bs=1M", "conv=fsync", "status=none"]);
+    command
+}
+
+/// `qemu-img convert`, durably.
+pub fn qemu_convert(from: (&str, &Path), to: (&str, &Path), options: &[&str]) -> Command {
+    let mut command = program("qemu-img", ["convert", "-t", "writeback", "-f", from.0, "-O", to.0]);
+    for option in options {
+        command.args(["-o", option]);
+    }
+    command.args([from.1, to.1]);
+    command
+}
