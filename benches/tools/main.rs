@@ -5,6 +5,7 @@
 //! work durable: `dd` by `conv=fsync`, `qemu-img` by `-t writeback`. Before each run the file system is synced, so that
 //! nobody pays for another. The contestants take turns; the table gives medians, and ratios are medians of the ratios of
 //! neighbouring runs. `--full` takes longer; words pick parts. Results: `target/bench/tools.json`.
+#![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod contest;

@@ -22,6 +22,7 @@ pub struct Run {
 ///
 /// # Panics
 /// Where it does not end well.
+#[allow(clippy::zombie_processes, reason = "wait4 below waits for it, and tells its memory")]
 pub fn run(command: &mut Command) -> Run {
     let started = Instant::now();
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();

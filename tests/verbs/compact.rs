@@ -110,7 +110,8 @@ fn blocks_go_and_the_file_becomes_shorter() {
     assert_eq!((done.blocks, before - after), (5, 5 * BLOCK), "{done:?}");
     let (done, before, after) = lengths(&moved_table);
     assert_eq!(done.blocks, 3);
-    assert!(before - after > 3 * BLOCK, "the table moves, too: {before}, now {after}");
+    // The blocks stay at pages, so not every gap can be closed.
+    assert!(before - after > 2 * BLOCK, "the table moves, too: {before}, now {after}");
     let (done, ..) = lengths(&with_batmap);
     assert_eq!(done.blocks, 3);
 }
