@@ -30,6 +30,9 @@ fn tools_refuse_an_image_until_a_daemon_has_taken_in_what_the_last_one_acknowled
         assert_eq!(refused.code, Some(1), "{verb:?}: {}", refused.stderr);
         assert!(refused.stderr.contains("did not end cleanly") && refused.stdout.is_empty(), "{}", refused.stderr);
     }
+    let root = chain.top().with_file_name("root.vhd");
+    let refused = diffdisk(["convert", &root.display().to_string(), &image, "--to", "dynamic", "--force", &folder]);
+    assert_eq!(refused.code, Some(1), "nor replace it: {}", refused.stderr);
     let socket = runtime.path().join("s");
     let refused = run(
         Command::new(DIFFDISKD).args(["--read-only", "--blk-file", &image, "--socket-path"]).arg(&socket).arg(&folder),

@@ -176,6 +176,9 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
     if disk.bytes() % 512 != 0 && args.to != Target::Raw {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
+    if args.force {
+        ops::convert::check_replaced(&Host, &args.destination, policy(common).runtime.as_deref())?;
+    }
     let to = match args.to {
         Target::Raw => To::Raw,
         Target::Fixed => To::Fixed,

@@ -6,8 +6,8 @@ use std::path::Path;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, Result};
-use crate::image::{Kind, Spec};
-use crate::storage::{Buffer, Env};
+use crate::image::{Image, Kind, Spec, refuse_if_live};
+use crate::storage::{Access, Buffer, Env};
 use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
@@ -19,6 +19,18 @@ pub enum To {
     Fixed,
     /// A dynamic VHD with blocks of this size.
     Dynamic(BlockSize),
+}
+
+/// Refuses to replace an image whose daemon was killed: what it acknowledged would be lost, and its journal left behind.
+///
+/// # Errors
+/// `Refused`, saying what to do; `Io`.
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Path>) -> Result<()> {
+    let (Some(folder), true) = (runtime, env.exists(path)) else { return Ok(()) };
+    match Image::open(env.open(path, Access::Read)?) {
+        Ok(image) => refuse_if_live(env, folder, &image),
+        Err(_) => Ok(()), // no image, or one that no daemon serves
+    }
 }
 
 /// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy
