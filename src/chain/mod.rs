@@ -20,6 +20,7 @@ mod frozen;
 mod hidden;
 mod open;
 mod parents;
+mod pending;
 mod resolve;
 #[cfg(test)]
 mod rig;
@@ -31,6 +32,7 @@ pub use extent::{Extent, Missing, Plan, Source};
 pub use frozen::{Frozen, Layer};
 pub use open::{Chain, Use};
 pub use parents::{MAX_DEPTH, Policy};
+pub use pending::{MAX_NOTE_BYTES, folded_by_note, refuse_if_receiving};
 pub use resolve::Load;
 pub use top::Top;
 pub use version::Version;

@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Policy, Use, Version};
+use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
@@ -100,7 +100,8 @@ impl Disk {
     /// Opens a chain. A writable image that was not closed cleanly is recovered.
     ///
     /// # Errors
-    /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open.
+    /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open;
+    /// `Refused` for writing where a merge into it was begun.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
         // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
@@ -110,6 +111,9 @@ impl Disk {
         };
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         let chain = Chain::open(&*env, &options.path, &policy, how)?;
+        if how == Use::Write {
+            refuse_if_receiving(&*env, chain.youngest(), None)?;
+        }
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {
             Use::Write => chain.into_writable(&*env, &options.keep)?,

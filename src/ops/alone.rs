@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
 use crate::error::Result;
 use crate::image::{Image, agreed, refuse_if_live};
 use crate::storage::{Access, Env, Lock};
@@ -11,7 +11,7 @@ use crate::storage::{Access, Env, Lock};
 ///
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where a live journal says more than the image.
+/// `Refused` where a live journal says more than the image, or where a merge into it was begun.
 pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain> {
     Chain::of(env, image(env, path, policy)?, policy, Use::Write)
 }
@@ -27,5 +27,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image
     if let Some(folder) = &policy.runtime {
         refuse_if_live(env, folder, &Image::open(file.clone())?)?;
     }
-    agreed(&file)
+    let image = agreed(&file)?;
+    refuse_if_receiving(env, &image, None)?;
+    Ok(image)
 }

@@ -127,6 +127,16 @@ impl File {
         each_kind!(self, f => f.sync())
     }
 
+    /// Makes its bytes durable and all that is known of it, the time of its last change included (fsync).
+    pub fn sync_all(&self) -> Result<()> {
+        match self {
+            File::Host(f) => f.sync_all(),
+            // There the clock outlives every crash.
+            #[cfg(feature = "sim")]
+            File::Sim(f) => f.sync(),
+        }
+    }
+
     /// Cuts or extends (with zeros) to `len` bytes.
     pub fn set_len(&self, len: u64) -> Result<()> {
         each_kind!(self, f => f.set_len(len))

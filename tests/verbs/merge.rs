@@ -10,7 +10,7 @@ use diffdisk::storage::host::Host;
 use tempfile::TempDir;
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, Finished, alone, diffdisk, scratch, start, wait};
+use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, alone, diffdisk, run, scratch, start, wait};
 use crate::common::{digest, oracle};
 use crate::merge_scenes::{Case, all};
 use crate::points;
@@ -318,6 +318,102 @@ fn a_child_that_is_written_after_a_kill_is_copied_again() {
         filled.expect("it takes writes");
         stage.case.scene.layers[1].writes.extend(more);
         stage.assert_same(point);
+        stage.merge().ok();
+        stage.assert_done(point);
+    }
+}
+
+/// `cp -p`: into the same file, with the old times.
+fn restore(backup: &Path, onto: &Path) {
+    let copied = Command::new("cp").arg("-p").args([backup, onto]).status().expect("cp runs");
+    assert!(copied.success());
+}
+
+#[test]
+fn an_ancestor_that_is_restored_after_a_kill_is_copied_to_again() {
+    let whole = stage("leaf");
+    for point in ["merge.noted", "merge.copied", "merge.closed", "merge.marked", "merge.relinked"] {
+        // In its place, and as another file of the same name.
+        for renamed in [false, true] {
+            let stage = whole.copy();
+            let aside = scratch("backup");
+            let backup = aside.path().join("backup.vhd");
+            restore(&stage.at(0), &backup);
+            let when = format!("{point}, another file: {renamed}");
+            assert!(points::killed(point, 1, stage.args()), "{when}");
+            if renamed {
+                fs::rename(&backup, stage.at(0)).expect("it is there");
+            } else {
+                restore(&backup, &stage.at(0));
+            }
+            stage.merge().ok();
+            stage.assert_done(&when);
+        }
+    }
+}
+
+#[test]
+fn an_ancestor_that_is_restored_when_the_child_is_gone_is_told() {
+    let stage = stage("two levels, leaf");
+    let aside = scratch("backup");
+    let backup = aside.path().join("backup.vhd");
+    restore(&stage.at(0), &backup);
+    assert!(points::killed("merge.layer-removed", 1, stage.args()));
+    let right = aside.path().join("right.vhd");
+    fs::rename(stage.at(0), &right).expect("it is there");
+    restore(&backup, &stage.at(0));
+    let before = digests(stage.folder.path());
+    assert_refused(&stage.merge(), "changed or replaced");
+    assert_eq!(digests(stage.folder.path()), before);
+    // With the one that has received, it goes on.
+    fs::rename(right, stage.at(0)).expect("it is there");
+    stage.merge().ok();
+    stage.assert_done("with the right one");
+}
+
+#[test]
+fn a_child_that_is_restored_after_a_kill_is_copied_again() {
+    let whole = stage("leaf");
+    for point in ["merge.noted", "merge.marked", "merge.relinked"] {
+        let stage = whole.copy();
+        let aside = scratch("backup");
+        let backup = aside.path().join("backup.vhd");
+        restore(&stage.child(), &backup);
+        let more = [(1, 5, 9), (70, 90, 8)];
+        let filled = {
+            let _alone = alone();
+            fill(&Host, &stage.child(), &more, 64)
+        };
+        filled.expect("it takes writes");
+        assert!(points::killed(point, 1, stage.args()), "{point}");
+        // The backup is older than what was noted, and says something else.
+        restore(&backup, &stage.child());
+        // What only the later one wrote lies in the ancestor now, where nothing of the child's hides it.
+        let shown = digest::sha256_of_disk(&stage.child());
+        stage.merge().ok();
+        assert!(!stage.child().exists(), "{point}");
+        assert_eq!(digest::sha256_of_disk(&stage.at(0)), shown, "{point}");
+    }
+}
+
+#[test]
+fn nobody_else_writes_to_an_ancestor() {
+    let whole = stage("two levels");
+    let aside = scratch("socket");
+    for point in ["merge.begun", "merge.noted", "merge.marked", "merge.layer-removed"] {
+        let stage = whole.copy();
+        assert!(points::killed(point, 1, stage.args()), "{point}");
+        let root = stage.at(0);
+        let before = digests(stage.folder.path());
+        for args in [vec!["compact".into(), root.clone()], vec!["resize".into(), root.clone(), "8M".into()]] {
+            assert_refused(&diffdisk(args), "was begun: end that first");
+        }
+        let mut daemon = Command::new(DIFFDISKD);
+        let socket = format!("--socket-path={}", aside.path().join("disk.sock").display());
+        let served = daemon.args([socket, format!("--blk-file={}", root.display())]);
+        let served = run(served, Duration::from_secs(60));
+        assert!(served.code == Some(1) && served.stderr.contains("was begun: end that first"), "{served:?}");
+        assert_eq!(digests(stage.folder.path()), before, "{point}");
         stage.merge().ok();
         stage.assert_done(point);
     }

@@ -3,12 +3,15 @@
 //! It lies beside CHILD as `.<uuid of CHILD>.merge`: lines of ASCII, ended by a sum.
 //!
 //! ```text
-//! diffdisk merge 1
-//! layer <uuid> <last change: seconds.nanoseconds> <path>      CHILD first, then what lies between
-//! ancestor <uuid> <path>
-//! copied <sector>                                             all before this sector; or: copied all
+//! diffdisk merge 2
+//! layer <uuid> <state> <path>         CHILD first, then what lies between
+//! ancestor <uuid> <state> <path>
+//! copied <sector>                     all before this sector; or: copied all
 //! sum <FNV-1a of all lines above, 16 hexadecimal digits>
 //! ```
+//!
+//! A state is what tells one content of a file from another without reading it: `<inode> <bytes> <last change,
+//! seconds.nanoseconds>`. (No device: it may have another number after the next boot.)
 //!
 //! Paths begin in the note's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
 //! A note is replaced as a whole: temporary name, sync, rename, sync of the folder.
@@ -20,21 +23,65 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::chain::{MAX_NOTE_BYTES, folded_by_note};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::folder_of;
+use crate::image::{Glance, folder_of};
 use crate::point;
-use crate::storage::{Access, Env};
+use crate::storage::{Access, Env, File};
 
-const FIRST_LINE: &str = "diffdisk merge 1";
-/// More is no note of ours: a chain has few layers, and a path at most 4096 bytes.
-const MAX_BYTES: u64 = 2 << 20;
+const FIRST_LINE: &str = "diffdisk merge 2";
+
+/// The state of a file, by which it is known again: the same file, and nobody has written to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Seen {
+    /// Its inode.
+    ino: u64,
+    /// Its length in bytes.
+    len: u64,
+    /// Its last change, Unix seconds and nanoseconds.
+    modified: (i64, u32),
+}
+
+impl Seen {
+    /// The state of `file` now.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn of(file: &File) -> Result<Seen> {
+        let stat = file.stat()?;
+        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: (stat.modified, stat.modified_nanos) })
+    }
+
+    /// The state of an image; `None` where another file or none is at `path`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
+        let file = match env.open(path, Access::Read) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
+        is_it.then(|| Seen::of(&file)).transpose()
+    }
+
+    /// The same, made durable: a power cut does not bring back an older one.
+    ///
+    /// # Errors
+    /// `Io`, `Poisoned`.
+    pub(super) fn durably(file: &File) -> Result<Seen> {
+        file.sync_all()?;
+        Seen::of(file)
+    }
+}
 
 /// An image that is folded into another one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Folded {
     pub(super) uuid: Uuid,
-    /// Its last change, Unix seconds and nanoseconds, before anything of it was copied.
-    pub(super) modified: (i64, u32),
+    /// Its state before anything of it was copied.
+    pub(super) seen: Seen,
     /// From the note's folder.
     pub(super) path: PathBuf,
 }
@@ -56,6 +103,8 @@ pub(super) struct Intent {
     /// CHILD and what lies between, youngest first.
     pub(super) layers: Vec<Folded>,
     pub(super) ancestor: Uuid,
+    /// The ancestor's state when all that `copied` says was in it.
+    pub(super) ancestor_seen: Seen,
     /// From the note's folder.
     pub(super) ancestor_path: PathBuf,
     pub(super) copied: Copied,
@@ -71,7 +120,7 @@ impl Intent {
         let folder = env.canonical(folder_of(child))?;
         let Some(name) = child.file_name() else { return Ok(None) };
         for path in env.list(&folder)? {
-            let Some(uuid) = uuid_in(&path) else { continue };
+            let Some(uuid) = folded_by_note(&path) else { continue };
             let intent = match Intent::load(env, &folder, &path) {
                 Ok(intent) => intent,
                 Err(e) if e.kind() == ErrorKind::Invalid && present.is_some_and(|present| present != uuid) => {
@@ -101,10 +150,10 @@ impl Intent {
     fn load(env: &dyn Env, folder: &Path, path: &Path) -> Result<Intent> {
         let file = env.open(path, Access::Read)?;
         let len = file.stat()?.len;
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
+        let mut bytes = vec![0; usize::try_from(len.min(MAX_NOTE_BYTES)).expect("2 MiB at most")];
         file.read_at(&mut bytes, 0)?;
         let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder));
-        read.filter(|intent| uuid_in(path) == Some(intent.layers[0].uuid)).ok_or_else(|| {
+        read.filter(|intent| folded_by_note(path) == Some(intent.layers[0].uuid)).ok_or_else(|| {
             let what = "the note of a merge cannot be read; if the image that was being merged is still there, remove the \
                         note and merge it again";
             Error::new(ErrorKind::Invalid, what).at_path(path)
@@ -164,11 +213,9 @@ impl Intent {
     fn encode(&self) -> String {
         let mut text = format!("{FIRST_LINE}\n");
         for layer in &self.layers {
-            let (seconds, nanos) = layer.modified;
-            let path = escaped(&layer.path);
-            writeln!(text, "layer {} {seconds}.{nanos:09} {path}", layer.uuid).expect("a string takes all");
+            text += &named("layer", layer.uuid, layer.seen, &layer.path);
         }
-        writeln!(text, "ancestor {} {}", self.ancestor, escaped(&self.ancestor_path)).expect("a string takes all");
+        text += &named("ancestor", self.ancestor, self.ancestor_seen, &self.ancestor_path);
         match self.copied {
             Copied::Before(sector) => writeln!(text, "copied {sector}"),
             Copied::All => writeln!(text, "copied all"),
@@ -178,6 +225,21 @@ impl Intent {
         writeln!(text, "sum {sum:016x}").expect("a string takes all");
         text
     }
+}
+
+/// The line of a file.
+fn named(word: &str, uuid: Uuid, seen: Seen, path: &Path) -> String {
+    let Seen { ino, len, modified: (seconds, nanos) } = seen;
+    format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", escaped(path))
+}
+
+/// What such a line says behind its word.
+fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
+    let mut words = text.splitn(5, ' ');
+    let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let (seconds, nanos) = words.next()?.split_once('.')?;
+    let modified = (seconds.parse().ok()?, nanos.parse().ok()?);
+    Some((uuid, Seen { ino, len, modified }, unescaped(words.next()?)?))
 }
 
 /// What a note says; `None` where it is broken.
@@ -194,27 +256,21 @@ fn decode(text: &str, folder: &Path) -> Option<Intent> {
     let (mut layers, mut ancestor, mut copied) = (Vec::new(), None, None);
     for line in lines {
         let (word, rest) = line.split_once(' ')?;
-        match (word, rest.split_once(' ')) {
-            ("layer", Some((uuid, rest))) => {
-                let (modified, path) = rest.split_once(' ')?;
-                let (seconds, nanos) = modified.split_once('.')?;
-                let modified = (seconds.parse().ok()?, nanos.parse().ok()?);
-                layers.push(Folded { uuid: uuid.parse().ok()?, modified, path: unescaped(path)? });
+        match word {
+            "layer" => {
+                let (uuid, seen, path) = decode_named(rest)?;
+                layers.push(Folded { uuid, seen, path });
             }
-            ("ancestor", Some((uuid, path))) => ancestor = Some((uuid.parse().ok()?, unescaped(path)?)),
-            ("copied", None) if rest == "all" => copied = Some(Copied::All),
-            ("copied", None) => copied = Some(Copied::Before(rest.parse().ok()?)),
+            "ancestor" => ancestor = Some(decode_named(rest)?),
+            "copied" if rest == "all" => copied = Some(Copied::All),
+            "copied" => copied = Some(Copied::Before(rest.parse().ok()?)),
             _ => return None,
         }
     }
-    let (ancestor, ancestor_path) = ancestor?;
+    let (ancestor, ancestor_seen, ancestor_path) = ancestor?;
     let folder = folder.to_path_buf();
-    (!layers.is_empty()).then_some(Intent { folder, layers, ancestor, ancestor_path, copied: copied? })
-}
-
-/// The UUID in the name of a note.
-fn uuid_in(path: &Path) -> Option<Uuid> {
-    path.file_name()?.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+    let copied = copied?;
+    (!layers.is_empty()).then_some(Intent { folder, layers, ancestor, ancestor_seen, ancestor_path, copied })
 }
 
 /// FNV-1a: it is accidents that are to be found.
@@ -254,13 +310,15 @@ mod tests {
     use crate::storage::host::Host;
 
     fn intent(folder: &Path) -> Intent {
+        let seen = |ino, modified| Seen { ino, len: 1 << 50, modified };
         let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
         let layers = vec![
-            Folded { uuid: Uuid::from_u128(1), modified: (-5, 7), path: odd.into() },
-            Folded { uuid: Uuid::from_u128(2), modified: (1 << 40, 999_999_999), path: "../x/m.vhd".into() },
+            Folded { uuid: Uuid::from_u128(1), seen: seen(7, (-5, 7)), path: odd.into() },
+            Folded { uuid: Uuid::from_u128(2), seen: seen(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
         ];
         let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
-        Intent { folder: folder.into(), layers, ancestor, ancestor_path, copied: Copied::Before(77) }
+        let ancestor_seen = seen(u64::MAX, (0, 0));
+        Intent { folder: folder.into(), layers, ancestor, ancestor_seen, ancestor_path, copied: Copied::Before(77) }
     }
 
     #[test]

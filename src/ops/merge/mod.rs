@@ -28,8 +28,10 @@
 //! there still has its parents. Doing any of it again changes nothing.
 //!
 //! What the note says is held against the files, by UUID and after they were opened (and recovered: an ancestor without
-//! its trailing footer is what a power cut leaves). A layer that was written since then is copied again from its
-//! beginning, and is never removed.
+//! its trailing footer is what a power cut leaves). And by their state (`intent::Seen`): where a layer or the ancestor is
+//! not what the note knows any more (written to, or restored from a backup), all is copied again from the beginning, which
+//! changes nothing as long as CHILD is there to hide it; without CHILD nothing more is done. Copying changes the ancestor,
+//! too: a killed start goes on where it was only if nothing came behind its last note.
 
 mod copy;
 mod intent;
@@ -37,13 +39,13 @@ mod survey;
 
 use std::path::{Path, PathBuf};
 
-use self::intent::{Copied, Folded, Intent};
+use self::intent::{Copied, Folded, Intent, Seen};
 use self::survey::{Survey, link, survey};
 use super::create::relative;
 use super::kin;
 use super::mover::Progress;
 use super::writer::Writer;
-use crate::chain::Policy;
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
 use crate::point;
@@ -98,7 +100,7 @@ impl<'a> Merge<'a> {
         let found = Intent::find(env, child, present)?;
         if let Some(intent) = &found {
             is_same(env, intent, child, into)?;
-            if intent.copied == Copied::All && !intent.layers.iter().any(|layer| was_written(env, intent, layer)) {
+            if intent.copied == Copied::All && is_complete(env, intent, present.is_some())? {
                 let mut folders = vec![intent.folder.clone()];
                 for path in intent.layers.iter().map(|l| &l.path).chain([&intent.ancestor_path]) {
                     folders.push(env.canonical(folder_of(&intent.folder.join(path)))?);
@@ -120,18 +122,22 @@ impl<'a> Merge<'a> {
             layers: survey.folded.clone(),
             ancestor: survey.ancestor.uuid(),
             ancestor_path,
+            // It is looked at again under the lock.
+            ancestor_seen: Seen::of(survey.ancestor.file())?,
             copied: Copied::Before(0),
         };
-        let same = |layer: &Folded, now: &Folded| layer.uuid == now.uuid && layer.modified == now.modified;
+        let same = |layer: &Folded, now: &Folded| layer.uuid == now.uuid && layer.seen == now.seen;
         let goes_on = |begun: &Intent| {
             begun.layers.len() == fresh.layers.len()
                 && begun.layers.iter().zip(&fresh.layers).all(|(l, now)| same(l, now))
         };
-        let copied = found.as_ref().filter(|begun| goes_on(begun)).map(|begun| begun.copied);
-        // A note that says more than `Before` was looked at above: something was written since.
-        let copied = copied.filter(|copied| *copied != Copied::All).unwrap_or(Copied::Before(0));
         let (folders, begun) = (survey.folders.clone(), found.is_some());
-        let intent = Intent { copied, ..fresh };
+        // A note that says more than `Before` was looked at above: something was written since.
+        let earlier = found.filter(|begun| goes_on(begun) && begun.copied != Copied::All);
+        let intent = match earlier {
+            Some(Intent { copied, ancestor_seen, .. }) => Intent { copied, ancestor_seen, ..fresh },
+            None => fresh,
+        };
         Ok(Merge { env, policy: policy.clone(), intent, survey: Some(survey), folders, begun })
     }
 
@@ -169,6 +175,9 @@ impl<'a> Merge<'a> {
             None => {
                 let file = self.env.open(&path, Access::Read)?;
                 file.lock(Lock::Shared)?;
+                if Seen::of(&file)? != self.intent.ancestor_seen {
+                    return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
+                }
                 (0, file)
             }
         };
@@ -192,8 +201,14 @@ impl<'a> Merge<'a> {
         // The ancestor's own parents may lie wherever the child's chain may.
         let mut policy = self.policy.clone();
         policy.allowed.push(self.intent.folder.clone());
-        let mut writer = Writer::open(self.env, path, &policy, &Keep::Nothing)?;
-        let file = writer.top().image.file().clone();
+        let file = self.env.open(path, Access::Write)?;
+        file.lock(Lock::Exclusive)?;
+        // Before it is opened as an image, which may recover it.
+        if Seen::of(&file)? != self.intent.ancestor_seen {
+            self.intent.copied = Copied::Before(0);
+        }
+        let chain = Chain::of(self.env, Image::open(file.clone())?, &policy, Use::Write)?;
+        let mut writer = Writer::of(self.env, chain, &Keep::Nothing)?;
         let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
         if image.uuid() != self.intent.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
             return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
@@ -205,6 +220,7 @@ impl<'a> Merge<'a> {
         let blocks = survey.layers.new_blocks(image)?;
         let begun = writer.make_room(blocks).and_then(|()| {
             point::reached("merge.room-made");
+            self.intent.ancestor_seen = Seen::of(&file)?;
             self.intent.save(self.env)
         });
         if let Err(e) = begun {
@@ -221,7 +237,7 @@ impl<'a> Merge<'a> {
             if writer.uncommitted() >= every {
                 writer.commit()?;
                 point::reached("merge.committed");
-                self.note(sector)?;
+                self.note(sector, &file)?;
                 point::reached("merge.noted");
             }
             progress(sector * SECTOR)
@@ -233,21 +249,23 @@ impl<'a> Merge<'a> {
                 writer.close()?;
                 point::reached("merge.closed");
                 self.intent.copied = Copied::All;
+                self.intent.ancestor_seen = Seen::durably(&file)?;
                 self.intent.save(self.env)?;
                 point::reached("merge.marked");
                 Ok((copied, file))
             }
             Err(e) => {
                 // What is copied stays copied, and the ancestor is left as an image at rest.
-                at_rest(writer.commit().and_then(|()| self.note(done)).and_then(|()| writer.close()));
+                at_rest(writer.commit().and_then(|()| writer.close()).and_then(|()| self.note(done, &file)));
                 Err(e)
             }
         }
     }
 
     /// Notes that all before a sector is copied, durably. Where there is no room for a note, the last one still holds.
-    fn note(&mut self, sector: u64) -> Result<()> {
+    fn note(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.intent.copied = Copied::Before(sector);
+        self.intent.ancestor_seen = Seen::of(ancestor)?;
         match self.intent.save(self.env) {
             Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
             saved => saved,
@@ -309,8 +327,8 @@ impl<'a> Merge<'a> {
                 continue;
             }
             file.lock(Lock::Shared)?;
-            if was_written(self.env, &self.intent, layer) {
-                let what = "it was written since it was copied; it stays";
+            if Seen::of(&file)? != layer.seen {
+                let what = "it was changed since it was copied; it stays";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             self.env.remove(&path)?;
@@ -345,10 +363,30 @@ fn is_same(env: &dyn Env, intent: &Intent, child: &Path, into: Option<&Path>) ->
     Err(Error::new(ErrorKind::Refused, what).at_path(child))
 }
 
-/// Whether a layer was written since it was noted. The clock may have lost what was not durable, so later is what counts.
-fn was_written(env: &dyn Env, intent: &Intent, layer: &Folded) -> bool {
-    let path = intent.folder.join(&layer.path);
-    let Ok(file) = env.open(&path, Access::Read) else { return false };
-    let is_it = matches!(Glance::at(&file), Ok(Some(glance)) if glance.uuid == layer.uuid);
-    is_it && file.stat().is_ok_and(|stat| (stat.modified, stat.modified_nanos) > layer.modified)
+/// Whether names and links are all that is left of a merge whose note says that all is copied: the ancestor and the
+/// layers are what they were then.
+///
+/// # Errors
+/// `Refused` where the ancestor is not and CHILD is gone; `Io`.
+fn is_complete(env: &dyn Env, intent: &Intent, is_child_there: bool) -> Result<bool> {
+    let ancestor = intent.folder.join(&intent.ancestor_path);
+    let same = Seen::at(env, &ancestor, intent.ancestor)? == Some(intent.ancestor_seen);
+    if !is_child_there {
+        if same {
+            return Ok(true);
+        }
+        let what = format!(
+            "it was changed or replaced since all was copied into it, and what was merged is gone: nothing more is \
+             removed; if its disk is right, remove the note {}",
+            intent.path().display()
+        );
+        return Err(Error::new(ErrorKind::Refused, what).at_path(ancestor));
+    }
+    for layer in &intent.layers {
+        let state = Seen::at(env, &intent.folder.join(&layer.path), layer.uuid)?;
+        if state.is_some_and(|state| state != layer.seen) {
+            return Ok(false);
+        }
+    }
+    Ok(same)
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::copy::Layers;
-use super::intent::Folded;
-use crate::chain::{Chain, Policy, Use};
+use super::intent::{Folded, Seen};
+use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
@@ -51,8 +51,11 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
     if let Some(runtime) = &policy.runtime {
-        refuse_if_live(env, runtime, &images[0])?;
-        refuse_if_live(env, runtime, ancestor)?;
+        images.iter().chain([ancestor]).try_for_each(|image| refuse_if_live(env, runtime, image))?;
+    }
+    // Another merge must find again what it noted of its own ancestor.
+    for image in images.iter().chain([ancestor]) {
+        refuse_if_receiving(env, image, Some(images[0].uuid()))?;
     }
     let mut folders = Vec::new();
     for path in images.iter().chain([ancestor]).map(|image| image.file().path()) {
@@ -171,9 +174,8 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
 }
 
 fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
-    let stat = image.file().stat()?;
     let path = create::relative(folder, &named(env, image.file().path())?);
-    Ok(Folded { uuid: image.uuid(), modified: (stat.modified, stat.modified_nanos), path })
+    Ok(Folded { uuid: image.uuid(), seen: Seen::durably(image.file())?, path })
 }
 
 /// The absolute path of a name: its folder without symbolic links, but the name itself as it is.

@@ -191,6 +191,11 @@ impl HostFile {
         retry(|| rustix::fs::fdatasync(self)).map_err(|e| self.fail("cannot make the data durable", e))
     }
 
+    /// See [`File::sync_all`](crate::storage::File::sync_all).
+    pub fn sync_all(&self) -> Result<()> {
+        retry(|| rustix::fs::fsync(self)).map_err(|e| self.fail("cannot make the file durable", e))
+    }
+
     /// See [`File::set_len`](crate::storage::File::set_len).
     pub fn set_len(&self, len: u64) -> Result<()> {
         retry(|| rustix::fs::ftruncate(self, len))
