@@ -52,12 +52,14 @@ fn receives(file: &File) -> Result<Option<Uuid>> {
     Ok(bytes.split(|byte| *byte == b'\n').find_map(named))
 }
 
-/// `None` for what is gone or closed to us.
+/// `None` for what is gone or closed to us, and where a file system lists no folders.
 fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),
         Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Ok(None),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => Ok(None),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            Ok(None)
+        }
         Err(e) => Err(e),
     }
 }
