@@ -15,8 +15,9 @@
 //! 5. sync: from here the old footer's place is as zero as the rest;
 //! 6. hand out the room.
 //!
-//! Between 2 and 5 a crash leaves one footer or both, never none. Room is handed out only after 5, since a dynamic root
-//! trusts it to be zero without a further barrier.
+//! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, rarely, a length without the new one (it notes how
+//! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
+//! Room is handed out only after 5, since a dynamic root trusts it to be zero without a further barrier.
 
 use std::collections::BTreeSet;
 use std::io;

@@ -220,10 +220,14 @@ fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut
     for (top, history) in TOPS.iter().zip(histories) {
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
-        footers_are_valid(&image).into_iter().for_each(&mut note);
+        // Then the tool says so, and the daemon mends it: see below.
+        let short = kind == Kind::Ext4 && is_cut_at_a_page(&image);
+        if !short {
+            footers_are_valid(&image).into_iter().for_each(&mut note);
+        }
         let check = diffdisk([Path::new("check"), &image, Path::new("--chain")]);
         // 4: leaks, which a crash may leave.
-        if !matches!(check.code, Some(0 | 4)) {
+        if !matches!((check.code, short), (Some(0 | 4), _) | (Some(3), true)) {
             note(format!("check: {}", check.stderr));
         }
         match contents(&image, &scratch.join("raw")) {
@@ -237,6 +241,18 @@ fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut
     }
     mounted.unmount();
     wrong
+}
+
+/// Whether a growing file got the length at which the page of its new footer begins, and nothing of that page.
+///
+/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) notes how far it has come as the length on disk before it writes that
+/// page, and a journal commit in between makes it durable: a length that nobody has set. The footer at the start is whole
+/// then, all blocks are where they were, and recovery writes the one at the end; contents are held against all promises as
+/// in any other cut.
+fn is_cut_at_a_page(image: &Path) -> bool {
+    let Ok(bytes) = fs::read(image) else { return false };
+    let tail = bytes.len().saturating_sub(SECTOR);
+    bytes.len().is_multiple_of(4096) && bytes.starts_with(b"conectix") && bytes[tail..].iter().all(|byte| *byte == 0)
 }
 
 /// Both footers are there and are the same (S4).
