@@ -6,12 +6,15 @@ use std::sync::Arc;
 use super::behind::Behind;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, drive, give_back};
+use crate::image::{Commit, Growth, Keep, NoRoom, drive, give_back};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
 /// Bytes written between commits: bounds what a commit must carry.
 const COMMIT_BYTES: u64 = 1 << 30;
+
+/// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
+type Planner = fn(&Version, SectorRange, &mut Plan) -> Result<(), NoRoom>;
 
 /// An image that is being written to, and the chain beneath it.
 pub(super) struct Writer<'a> {
@@ -84,21 +87,25 @@ impl<'a> Writer<'a> {
         self.change(range, |file, extent, offset| file.punch(offset, extent.bytes()))
     }
 
+    /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
+    fn plan_by(&mut self, planner: Planner, range: SectorRange) -> Result<()> {
+        loop {
+            match planner(&self.version, range, &mut self.plan) {
+                Ok(()) if self.plan.missing.is_empty() => return Ok(()),
+                Ok(()) => self.version.load_now(&self.plan.missing)?,
+                Err(_) => grow(self.env, self.top())?,
+            }
+        }
+    }
+
     fn change(
         &mut self,
         range: SectorRange,
         mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
     ) -> Result<()> {
-        let (version, plan) = (&self.version, &mut self.plan);
-        let top = version.top().expect("opened for writing");
-        loop {
-            match version.plan_write(range, plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
-                Err(_) => grow(self.env, top)?,
-            }
-        }
-        for extent in &plan.extents {
+        self.plan_by(Version::plan_write, range)?;
+        let top = self.version.top().expect("opened for writing");
+        for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
             write(top.image.file(), extent.range, offset)?;
             self.behind.wrote(top.image.file(), offset, extent.range.bytes());
@@ -118,23 +125,16 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
-        let (version, plan) = (&self.version, &mut self.plan);
-        let top = version.top().expect("opened for writing");
-        loop {
-            match version.plan_zero(range, plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
-                Err(_) => grow(self.env, top)?,
-            }
-        }
-        for extent in &plan.extents {
+        self.plan_by(Version::plan_zero, range)?;
+        let top = self.version.top().expect("opened for writing");
+        for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else {
                 unreachable!("what is zeroed lies in the top's file")
             };
             top.image.file().punch(offset, extent.range.bytes())?;
             top.image.touched();
         }
-        for marked in &plan.marks {
+        for marked in &self.plan.marks {
             let _ = top.image.mark(*marked);
             self.uncommitted += marked.bytes();
         }
