@@ -150,7 +150,7 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
-    pub(super) fn close(self) -> Result<()> {
+    pub(super) fn close(&self) -> Result<()> {
         let image = &self.top().image;
         if image.bitmaps().is_some() {
             give_back(image.file(), self.was_used)?;
