@@ -60,7 +60,7 @@ pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;
-pub use holes::is_zero;
+pub use holes::{is_zero, next_data};
 pub use keep::Keep;
 pub use offline::Offline;
 pub use open::Image;
