@@ -41,7 +41,7 @@ pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: O
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check(file)?;
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
-            refuse_if_live(env, folder, image)?;
+            refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };

@@ -57,7 +57,7 @@ impl Chain {
         let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
         if let (Some(folder), Use::Read) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, &youngest)?;
+            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
