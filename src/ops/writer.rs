@@ -164,11 +164,10 @@ impl<'a> Writer<'a> {
     /// What the work failed with; as [`Writer::close`].
     pub(super) fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
-        match (outcome, closed) {
-            (Ok(done), Ok(())) => Ok(done),
-            (Err(e), Ok(())) | (Ok(_), Err(e)) => Err(e),
-            (Err(e), Err(later)) => {
-                log::warn!("{}", later.line());
+        match outcome {
+            Ok(done) => closed.map(|()| done),
+            Err(e) => {
+                at_rest(closed);
                 Err(e)
             }
         }
@@ -183,6 +182,13 @@ impl<'a> Writer<'a> {
         let top = self.version.top().expect("opened for writing");
         let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
         drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
+    }
+}
+
+/// What fails while a failure is dealt with is not what the work failed with.
+pub(super) fn at_rest(outcome: Result<()>) {
+    if let Err(e) = outcome {
+        log::warn!("{}", e.line());
     }
 }
 

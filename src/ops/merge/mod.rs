@@ -44,7 +44,7 @@ use self::survey::{Survey, link, survey};
 use super::create::relative;
 use super::kin;
 use super::mover::Progress;
-use super::writer::Writer;
+use super::writer::{Writer, at_rest};
 use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
@@ -224,8 +224,7 @@ impl<'a> Merge<'a> {
             self.intent.save(self.env)
         });
         if let Err(e) = begun {
-            at_rest(writer.close());
-            return Err(e);
+            return writer.end(Err(e));
         }
         self.begun = true;
         point::reached("merge.begun");
@@ -339,13 +338,6 @@ impl<'a> Merge<'a> {
             removed.push(path);
         }
         Ok(removed)
-    }
-}
-
-/// What fails while a failure is dealt with is not what is told.
-fn at_rest(outcome: Result<()>) {
-    if let Err(e) = outcome {
-        log::debug!("{}", e.line());
     }
 }
 
