@@ -69,16 +69,8 @@ impl World {
     }
 
     fn open(&self, read_only: bool) -> Rig {
-        let options = DiskOptions {
-            path: self.top().to_owned(),
-            read_only,
-            serial: None,
-            direct: self.direct,
-            allow_parents: Vec::new(),
-            write_through: false,
-            keep: self.keep.clone(),
-            when_full: Default::default(),
-        };
+        let options =
+            DiskOptions { read_only, direct: self.direct, keep: self.keep.clone(), ..DiskOptions::new(self.top()) };
         Rig::new(Disk::open(self.env.clone(), &options).expect("the chain opens"), self.engine)
     }
 
