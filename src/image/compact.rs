@@ -20,7 +20,7 @@ const BATCH: u64 = 64 << 20;
 /// Bytes copied at once.
 const CHUNK: usize = 1 << 20;
 
-/// Is told how many more bytes were moved, and ends the work where it fails.
+/// Is told how many more bytes are done, and ends the work where it fails.
 pub type Watch<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// A block on its way down.

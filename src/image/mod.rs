@@ -53,7 +53,7 @@ pub mod writable;
 
 pub use bat::Bat;
 pub use batmap::Batmap;
-pub use check::{Report, check};
+pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
 pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
