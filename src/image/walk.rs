@@ -15,7 +15,7 @@ use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Bytes of data that are looked at in one image.
 const LOOKED_AT: u64 = 64 << 20;
-/// Bytes that are read at once.
+/// Sectors of data that are read at once.
 const CHUNK_SECTORS: u32 = 128;
 /// Bitmaps that the host is asked for at once.
 const AHEAD: usize = 256;
