@@ -7,7 +7,7 @@ use super::parents::{Policy, Search, Sought};
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
 use crate::format::{Defect, DiskType, Severity};
-use crate::image::{self, Image, Suspects, Watch, refuse_if_live};
+use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
 
 /// What was found in a file of a chain, and in its link to its parent.
@@ -25,19 +25,24 @@ pub struct Checked {
     pub opens: bool,
 }
 
-/// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks. `watch` is
-/// told of the bytes of the files as they are passed.
+/// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
+/// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
 /// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
-/// `Io`; what `watch` fails with. Broken rules are in the report.
+/// `Io`; what `progress` fails with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
     runtime: Option<&Path>,
-    watch: &mut Watch<'_>,
+    progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
+    let mut passed = 0;
+    let mut watch = |more| {
+        passed += more;
+        progress(passed)
+    };
     let mut all: Vec<Checked> = Vec::new();
     let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
@@ -46,7 +51,7 @@ pub fn check(
     while let Some(file) = next.take() {
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
-        let (report, image) = image::check_watched(file, watch)?;
+        let (report, image) = image::check_watched(file, &mut watch)?;
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
             refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
@@ -62,7 +67,7 @@ pub fn check(
     // Only a whole chain tells what its parents have.
     if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
-            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, watch)?;
+            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
     }
     Ok(all)

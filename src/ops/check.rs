@@ -88,21 +88,8 @@ pub fn check(
     runtime: Option<&Path>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
-    Ok(all(&examine(env, path, parents, runtime, progress)?, parents.is_some()))
-}
-
-fn examine(
-    env: &dyn Env,
-    path: &Path,
-    parents: Option<&Policy>,
-    runtime: Option<&Path>,
-    progress: &mut Progress<'_>,
-) -> Result<Vec<Checked>> {
-    let mut done = 0;
-    chain::check(env, env.open(path, Access::Read)?, parents, runtime, &mut |more| {
-        done += more;
-        progress(done)
-    })
+    let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
+    Ok(all(&checked, parents.is_some()))
 }
 
 /// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. The guest's
@@ -118,7 +105,7 @@ pub fn repair(
     runtime: Option<&Path>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
-    let before = examine(env, path, parents, runtime, progress)?;
+    let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     let mut repaired = Vec::new();
     for checked in before.iter().filter(|checked| checked.opens) {
         let report = report(checked, parents.is_some());
