@@ -1,4 +1,4 @@
-//! A disk as runs: where it has data, past its holes, and what it says there. Under `map`, `convert` and `compare`.
+//! A disk as runs: where it has data, past its holes, and what it says there. Under every verb that reads disks.
 //!
 //! A chain is walked by plans, and what no layer has a block for is stepped over by looking at the block tables alone,
 //! so that an empty disk costs next to nothing whatever its size. Runs in files are clipped to what is no hole there.
@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};
-use crate::storage::{Access, Buffer, Env, File, Lock};
+use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
@@ -188,7 +188,7 @@ pub(super) struct Data<'a> {
 /// A run of a file that is known to be no hole.
 #[derive(Default)]
 struct Seen {
-    slot: Option<crate::storage::Slot>,
+    slot: Option<Slot>,
     start: u64,
     end: u64,
 }

@@ -55,7 +55,7 @@ use crate::units::SECTOR;
 /// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
 const NOTE_BYTES: u64 = 512 << 20;
 
-/// What a merge did, all starts of it together but for the bytes.
+/// What one start of a merge did; one that was ended before it may have done the rest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merged {
     /// The image that has received.
