@@ -17,7 +17,7 @@ use diffdisk::units::SectorRange;
 use crate::common::golden::Golden;
 use crate::common::tool::{diffdisk, scratch};
 use crate::points;
-use crate::scene::{Fill, Scene};
+use crate::scene::{self, Fill, Scene};
 use crate::sweep::FOLDER;
 
 /// Bytes of a VHD by what is at which place in it.
@@ -116,33 +116,11 @@ fn broken(folder: &Path, f: impl FnOnce(&mut Bytes)) -> PathBuf {
 
 /// Writes ranges of sectors by our own commit protocol.
 fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
-    use diffdisk::image::{Commit, Growth, Keep, drive};
-    let version = Chain::open(&Host, path, &Policy::default(), Use::Write).expect("it opens");
-    let version = version.into_writable(&Host, &Keep::Nothing).expect("it is writable");
-    let top = version.top().expect("writable");
-    let mut plan = Plan::default();
-    for &(from, to) in ranges {
+    let filled = ranges.iter().map(|&(from, to)| {
         let range = SectorRange::between(from, to);
-        loop {
-            match version.plan_write(range, &mut plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing).expect("bitmaps are read"),
-                Err(_) => {
-                    let mut growth = Growth::begin(&top.image, top.slot).expect("room is short");
-                    drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
-                }
-            }
-        }
-        for extent in &plan.extents {
-            let diffdisk::chain::Source::File { offset, .. } = extent.source else { panic!("a write goes to a file") };
-            let bytes = vec![byte; usize::try_from(extent.range.bytes()).expect("little")];
-            top.image.file().write_at(&bytes, offset).expect("it is written");
-        }
-        assert!(top.image.mark(range));
-    }
-    let mut commit = Commit::new(top.image.clone(), top.slot);
-    drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("it commits");
-    top.image.trim().expect("it is cut");
+        (range, vec![byte; usize::try_from(range.bytes()).expect("little")])
+    });
+    scene::write(&Host, path, filled).expect("it can be written");
 }
 
 /// The disk as a guest sees it.
