@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bare::{BLOCK, DEPTH, Random, measure, thread_time, warm};
 use crate::sample::Sample;
@@ -28,15 +28,13 @@ fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
 
 /// Random reads of 4 KiB; after every 16 one who sleeps on the other processor is woken.
 pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
-    let (mut read, bell) = (reader(path, region), eventfd(0, EventfdFlags::empty()).expect("an eventfd can be made"));
+    let (mut read, bell) = (reader(path, region), EventFd::new(0).expect("an eventfd can be made"));
     let over = AtomicU64::new(0);
-    let ring = |n: u64| rustix::io::write(&bell, &n.to_ne_bytes()).expect("a bell can be rung");
     std::thread::scope(|scope| {
         scope.spawn(|| {
             pin_this_thread(processors() - 1);
             while over.load(Ordering::Relaxed) == 0 {
-                poll(&mut [PollFd::new(&bell, PollFlags::IN)], None).expect("a bell can be waited for");
-                rustix::io::read(&bell, &mut [0; 8]).expect("a bell that rang can be read");
+                bell.read().expect("a bell that rang can be read");
             }
         });
         let here = scope.spawn(|| {
@@ -45,11 +43,11 @@ pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
             let sample = measure(time, DEPTH, || {
                 for turn in memory.chunks_mut(TURN * BLOCK) {
                     turn.chunks_mut(BLOCK).for_each(&mut read);
-                    ring(1);
+                    bell.write(1).expect("a bell can be rung");
                 }
             });
             over.store(1, Ordering::Relaxed);
-            ring(1);
+            bell.write(1).expect("a bell can be rung");
             sample
         });
         here.join().expect("reads do not panic")
