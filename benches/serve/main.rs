@@ -11,6 +11,7 @@
 mod bare;
 mod bare_writes;
 mod barriers;
+mod cold;
 mod compare;
 mod course;
 mod disks;
@@ -67,6 +68,7 @@ fn main() {
         ("flush", compare::flushed_writes),
         ("write", compare::allocated_writes),
         ("seq", compare::sequential),
+        ("cold", cold::cold),
         ("queues", compare::two_queues),
         ("start", start::start),
         ("barriers", barriers::barriers),
