@@ -2,9 +2,11 @@
 //!
 //! What is only read is made once and kept in `target/bench/disks`; what is written is made anew for every run.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 
 use crate::server::{Kind, Server};
 
@@ -41,6 +43,13 @@ impl Format {
     }
 }
 
+/// Data in turns: `piece` bytes in the oldest layer, as many in the next, and so on, over and over.
+#[derive(Clone, Copy)]
+pub struct Turns {
+    pub layers: u64,
+    pub piece: u64,
+}
+
 /// Where the disks are.
 pub struct Disks {
     folder: PathBuf,
@@ -67,12 +76,33 @@ impl Disks {
                 let _ = fs::remove_file(&image);
                 let parent = layer.checked_sub(1).map(&name);
                 create(format, &image, parent.as_deref(), self.size, &[]);
-                self.fill(format, &image, layers, layer);
+                self.fill(format, &image, |chunk| owner(chunk, layers) == layer);
             }
             self.verify(format, &top);
             fs::write(&ready, "").expect("the target folder can be written");
         }
         top
+    }
+
+    /// A chain of VHDs with the data in turns; its files, youngest first. What a layer has no data in takes no room.
+    pub fn in_turns(&self, Turns { layers, piece }: Turns) -> Vec<PathBuf> {
+        let name = |layer: u64| self.folder.join(format!("turns-{layers}-{}-{layer}", piece >> 10));
+        let files: Vec<_> = (0..layers).rev().map(name).collect();
+        let ready = name(0).with_extension("ready");
+        if !ready.exists() {
+            eprintln!("making {layers} layers in turns of {} KiB", piece >> 10);
+            for layer in 0..layers {
+                let image = name(layer);
+                let _ = fs::remove_file(&image);
+                let parent = layer.checked_sub(1).map(&name);
+                create(Format::Vhd, &image, parent.as_deref(), self.size, &[]);
+                self.fill(Format::Vhd, &image, |chunk| chunk * CHUNK / piece % layers == layer);
+                give_back_room(&image);
+            }
+            self.verify(Format::Vhd, &files[0]);
+            fs::write(&ready, "").expect("the target folder can be written");
+        }
+        files
     }
 
     /// A new child of the single image of a format, with what QEMU calls options.
@@ -97,7 +127,7 @@ impl Disks {
             let parent = (format == Format::Vhd).then(|| self.spread(format, 1));
             let _ = fs::remove_file(&name);
             create(format, &name, parent.as_deref(), self.size, &[]);
-            self.fill(format, &name, 1, 0);
+            self.fill(format, &name, |_| true);
             fs::write(&ready, "").expect("the target folder can be written");
         }
         name
@@ -115,12 +145,12 @@ impl Disks {
         name(layers - 1)
     }
 
-    /// Writes the chunks of a layer, through a server of the format.
-    fn fill(&self, format: Format, image: &Path, layers: u64, layer: u64) {
+    /// Writes the chunks that are a layer's `own`, through a server of the format.
+    fn fill(&self, format: Format, image: &Path, own: impl Fn(u64) -> bool) {
         let server = Server::start(&format.server(), image);
         let mut guest = server.connect(1);
         let mut data = vec![0; CHUNK as usize];
-        for chunk in (0..self.size / CHUNK).filter(|c| owner(*c, layers) == layer) {
+        for chunk in (0..self.size / CHUNK).filter(|c| own(*c)) {
             for (i, page) in data.chunks_mut(4096).enumerate() {
                 page.fill((chunk % 251) as u8);
                 page[..8].copy_from_slice(&(chunk * CHUNK + i as u64 * 4096).to_be_bytes());
@@ -147,6 +177,35 @@ impl Disks {
         drop(guest);
         server.stop();
     }
+}
+
+/// Gives back the room in which a file has no data.
+fn give_back_room(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).expect("our own file");
+    let len = file.metadata().expect("our own file").len();
+    let mut at = 0;
+    while at < len {
+        let hole = seek(&file, SeekFrom::Hole(at)).expect("the file system knows holes");
+        let end = seek(&file, SeekFrom::Data(hole)).unwrap_or(len);
+        if end > hole {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&file, how, hole, end - hole).expect("the file system can punch");
+        }
+        at = end;
+    }
+}
+
+/// The runs of at least `least` bytes in which a file has data: offset and length.
+pub fn runs_of_data(path: &Path, least: u64) -> Vec<(u64, u64)> {
+    let file = File::open(path).expect("our own file");
+    let (mut at, mut runs) = (0, Vec::new());
+    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
+        at = seek(&file, SeekFrom::Hole(start)).expect("a hole ends a file at last");
+        if at - start >= least {
+            runs.push((start, at - start));
+        }
+    }
+    runs
 }
 
 fn suffix(format: Format) -> &'static str {

@@ -12,6 +12,7 @@ mod bare;
 mod bare_pair;
 mod bare_writes;
 mod barriers;
+mod cold;
 mod compare;
 mod course;
 mod disks;
@@ -68,6 +69,7 @@ fn main() {
         ("flush", compare::flushed_writes),
         ("write", compare::allocated_writes),
         ("seq", compare::sequential),
+        ("cold", cold::cold),
         ("queues", compare::two_queues),
         ("start", start::start),
         ("barriers", barriers::barriers),

@@ -247,14 +247,14 @@ impl Exchange {
 fn bytes_of(work: &Work) -> u32 {
     match work {
         Work::Read { into: s, .. } | Work::Write { from: s, .. } => u32::try_from(s.len()).expect("at most 32 MiB"),
-        Work::Flush | Work::Discard { .. } | Work::WriteZeroes { .. } => 0,
+        Work::Flush | Work::Prefetch { .. } | Work::Discard { .. } | Work::WriteZeroes { .. } => 0,
     }
 }
 
 fn memory_of(work: Work) -> Option<Slices> {
     match work {
         Work::Read { into: s, .. } | Work::Write { from: s, .. } => Some(s),
-        Work::Flush | Work::Discard { .. } | Work::WriteZeroes { .. } => None,
+        Work::Flush | Work::Prefetch { .. } | Work::Discard { .. } | Work::WriteZeroes { .. } => None,
     }
 }
 

@@ -25,14 +25,15 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::Disk;
+use super::ahead::Ahead;
 use super::job::{Job, JobKind, Running};
 use super::mailbox::{Grown, Letter, Mailbox};
-use super::request::{Answer, Request};
+use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::Plan;
 use crate::error::ErrorKind;
 use crate::image::{Commit, Growth, Step};
-use crate::storage::{Completion, Engine, Op, Slices};
+use crate::storage::{Action, Completion, Engine, Op, Slices};
 
 /// Requests that a lane takes at once.
 const TASKS: usize = 1024;
@@ -58,6 +59,9 @@ pub struct Lane {
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
     pub(super) answers: Vec<Answer>,
+    pub(super) ahead: Ahead,
+    /// Whether something was handed over since completions were last looked for.
+    submitted: bool,
     // Used again and again.
     pub(super) plan: Plan,
     done: Vec<Completion>,
@@ -82,6 +86,8 @@ impl Lane {
             told_full: false,
             backlog: VecDeque::new(),
             answers: Vec::with_capacity(TASKS),
+            ahead: Ahead::new(),
+            submitted: false,
             plan: Plan::default(),
             done: Vec::with_capacity(TASKS),
             steps: Vec::new(),
@@ -106,9 +112,11 @@ impl Lane {
 
     /// Takes a request and goes as far with it as memory allows; no system call. There is `room`.
     pub fn push(&mut self, request: Request) {
-        let number = self.free.pop().expect("a request is pushed only where there is room");
-        self.tasks[number as usize] = Some(Task::new(request.tag, request.work));
-        self.advance(number);
+        let read = if let Work::Read { range, .. } = &request.work { Some(*range) } else { None };
+        self.begin(request);
+        if let Some(range) = read {
+            self.follow(range);
+        }
     }
 
     /// A guest begins to use the disk: room for its first writes is made while it does something else.
@@ -128,6 +136,7 @@ impl Lane {
     /// # Errors
     /// The engine is of no further use.
     pub fn submit(&mut self) -> io::Result<()> {
+        self.submitted = true;
         self.engine.submit()
     }
 
@@ -140,6 +149,10 @@ impl Lane {
             let letters = self.mailbox.take();
             let mut done = std::mem::take(&mut self.done);
             self.engine.reap(&mut done);
+            // What the host has in memory is complete as soon as it was handed over.
+            if !std::mem::take(&mut self.submitted) && done.iter().any(|c| c.op.action == Action::Read) {
+                self.ahead.waited();
+            }
             let idle = letters.is_empty() && done.is_empty();
             for completion in done.drain(..) {
                 self.completed(completion);
@@ -156,7 +169,7 @@ impl Lane {
             if idle {
                 return Ok(());
             }
-            self.engine.submit()?;
+            self.submit()?;
         }
     }
 

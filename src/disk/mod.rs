@@ -18,8 +18,11 @@
 //!                                  Answer
 //! ```
 //!
+//! Reads one behind the other that wait for the disk are read ahead of (`ahead`).
+//!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
+mod ahead;
 pub mod flush;
 mod job;
 mod lane;
@@ -39,6 +42,7 @@ use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
+use ahead::Reach;
 use flush::Rounds;
 use mailbox::{Letter, Mailbox};
 
@@ -101,6 +105,8 @@ pub struct Disk {
     serial: [u8; 20],
     /// What O_DIRECT asks of memory, by slot; 1 where a file is buffered.
     memory_align: Vec<usize>,
+    /// How the lanes read ahead, by slot.
+    reach: Vec<Reach>,
     counts: Counts,
 }
 
@@ -111,6 +117,8 @@ pub struct Counts {
     pub commits: AtomicU64,
     /// Syncs that commits used.
     pub barriers: AtomicU64,
+    /// Bytes that the host was told to read ahead of streams.
+    pub read_ahead: AtomicU64,
 }
 
 impl Disk {
@@ -145,6 +153,10 @@ impl Disk {
                 }
             }
         }
+        let mut reach = vec![Reach::Nothing; usize::from(SLOTS)];
+        for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
+            reach[usize::from(slot.0)] = Reach::of(file);
+        }
         let disk = Disk {
             env,
             version,
@@ -154,6 +166,7 @@ impl Disk {
             when_full: options.when_full,
             serial,
             memory_align,
+            reach,
             counts: Counts::default(),
         };
         Ok(Arc::new(disk))
@@ -201,6 +214,11 @@ impl Disk {
     /// What O_DIRECT asks of memory for a file; 1 where it is buffered.
     fn memory_align(&self, slot: Slot) -> usize {
         self.memory_align[usize::from(slot.0)]
+    }
+
+    /// How lanes read ahead in a file.
+    fn reach(&self, slot: Slot) -> Reach {
+        self.reach[usize::from(slot.0)]
     }
 
     /// An engine and all that goes with it for one queue, to be used by one thread.

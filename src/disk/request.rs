@@ -29,6 +29,11 @@ pub enum Work {
         /// What; exactly as long.
         from: Slices,
     },
+    /// Have the host read the range into its memory, as far as that is easy. Has no answer.
+    Prefetch {
+        /// What.
+        range: SectorRange,
+    },
     /// Make all writes that were answered before this was asked durable.
     Flush,
     /// Forget ranges: their room goes back to the host where that shows nothing else to the guest.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use super::lane::Lane;
-use super::request::{Answer, Outcome, Work};
+use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
 use crate::chain::{Plan, Source};
 use crate::mutant::{self, Mutant};
@@ -27,8 +27,18 @@ pub(super) enum Next {
 }
 
 impl Lane {
+    /// Begins a request. There is `room`.
+    pub(super) fn begin(&mut self, request: Request) {
+        let number = self.free.pop().expect("a request is pushed only where there is room");
+        self.tasks[number as usize] = Some(Task::new(request.tag, request.work));
+        self.advance(number);
+    }
+
     /// An operation of a request is over.
     pub(super) fn moved(&mut self, number: u32, detail: u32, Completion { op, result }: Completion) {
+        if op.action == Action::Prefetch {
+            return self.prefetched(number);
+        }
         let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
         let mut again = None;
         match (op.payload, result) {
@@ -117,6 +127,7 @@ impl Lane {
                 Next::Over(outcome) => {
                     self.free.push(number);
                     let memory = match task.work {
+                        Work::Prefetch { .. } => return,
                         Work::Read { into: memory, .. } | Work::Write { from: memory, .. } => Some(memory),
                         _ => None,
                     };
@@ -131,7 +142,7 @@ impl Lane {
         if matches!(task.work, Work::Flush) && self.disk.is_read_only() {
             return Next::Over(Outcome::Done);
         }
-        if !matches!(task.work, Work::Read { .. }) {
+        if !matches!(task.work, Work::Read { .. } | Work::Prefetch { .. }) {
             let top = self.disk.version().top();
             if top.is_none_or(|top| top.image.is_poisoned()) {
                 return Next::Over(Outcome::Failed);
@@ -142,6 +153,10 @@ impl Lane {
         let room = match &task.work {
             Work::Read { range, .. } => {
                 version.plan_read(*range, &mut plan);
+                Ok(())
+            }
+            Work::Prefetch { range } => {
+                self.plan_ahead(*range, &mut plan);
                 Ok(())
             }
             Work::Write { range, .. } => version.plan_write(*range, &mut plan),
@@ -194,6 +209,9 @@ impl Lane {
 
     /// Pushes the operations of a plan.
     fn move_all(&mut self, number: u32, task: &mut Task, plan: &Plan) {
+        if let Work::Prefetch { range } = task.work {
+            return self.prefetch(number, task, range, plan);
+        }
         let mut at = 0;
         for extent in &plan.extents {
             let bytes = extent.range.bytes();
@@ -219,8 +237,8 @@ impl Lane {
                 (Work::Discard { .. }, Source::File { slot, offset }) => {
                     Some(Op::range(token, slot, Action::Punch, offset, bytes))
                 }
-                (_, Source::Zero) | (Work::Flush, _) => {
-                    unreachable!("only reads find zeros, and a flush plans nothing")
+                (_, Source::Zero) | (Work::Flush | Work::Prefetch { .. }, _) => {
+                    unreachable!("only reads find zeros, a flush plans nothing, a prefetch moves nothing")
                 }
             };
             if let Some(op) = op {
@@ -259,7 +277,8 @@ impl Lane {
             self.tell_full();
             return Next::Wait(Stage::Room);
         }
-        let (Some(top), false) = (self.disk.version().top(), matches!(task.work, Work::Read { .. })) else {
+        let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
+        let (Some(top), false) = (self.disk.version().top(), reads) else {
             return Next::Over(Outcome::Done);
         };
         let ranges = match &task.work {
@@ -277,7 +296,9 @@ impl Lane {
                 top.image.touched();
                 ranges.len()
             }
-            Work::Read { .. } | Work::Flush => unreachable!("answered above; a flush moves nothing"),
+            Work::Read { .. } | Work::Prefetch { .. } | Work::Flush => {
+                unreachable!("answered above; a flush moves nothing")
+            }
         };
         if top.image.take_due() {
             self.commit_soon();

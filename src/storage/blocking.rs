@@ -138,6 +138,11 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
         // SAFETY: no memory is passed.
         Action::Sync => unsafe { libc::fdatasync(fd) as isize },
         // SAFETY: no memory is passed.
+        Action::Prefetch => match unsafe { libc::posix_fadvise(fd, offset, len, libc::POSIX_FADV_WILLNEED) } {
+            0 => 0,
+            code => return -code,
+        },
+        // SAFETY: no memory is passed.
         action => unsafe { libc::fallocate(fd, transfer::mode(action), offset, len) as isize },
     };
     match i32::try_from(returned).expect("the kernel moves less than 2 GiB in a call") {

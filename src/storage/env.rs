@@ -167,6 +167,11 @@ impl File {
         each_kind!(self, f => f.prefetch(offset, len))
     }
 
+    /// Bytes that the host itself reads ahead of a stream in it; 0 where that cannot be known.
+    pub fn host_readahead(&self) -> u64 {
+        each_kind!(self, f => f.host_readahead())
+    }
+
     /// A hint: what was written there is going to be synced, and the host may begin to write it now. It may also let go
     /// of it in memory.
     pub fn write_behind(&self, offset: u64, len: u64) {

@@ -21,6 +21,8 @@ pub enum Action {
     /// Make all writes that completed before this was submitted durable, with what is needed to read them back
     /// (fdatasync).
     Sync,
+    /// Have the host begin to read the range into its memory (posix_fadvise, WILLNEED): a hint, which promises nothing.
+    Prefetch,
     /// Reserve room for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
     /// Make the range read as zeros and give its room back; the length stays.
@@ -67,9 +69,9 @@ impl Op {
         Op { token, slot, action: Action::Sync, offset: 0, len: 0, payload: Payload::None }
     }
 
-    /// `Allocate`, `Punch` or `Zero` over a range.
+    /// `Prefetch`, `Allocate`, `Punch` or `Zero` over a range.
     pub fn range(token: u64, slot: Slot, action: Action, offset: u64, len: u64) -> Op {
-        debug_assert!(matches!(action, Action::Allocate | Action::Punch | Action::Zero));
+        debug_assert!(matches!(action, Action::Prefetch | Action::Allocate | Action::Punch | Action::Zero));
         Op { token, slot, action, offset, len, payload: Payload::None }
     }
 }

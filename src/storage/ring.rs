@@ -333,6 +333,11 @@ fn describe(op: &mut Op, progress: &mut Progress) -> squeue::Entry {
             }
         }
         Action::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+        Action::Prefetch => {
+            // The kernel takes 32 bits.
+            let len = libc::off_t::from(u32::try_from(op.len).unwrap_or(u32::MAX));
+            opcode::Fadvise::new(file, len, libc::POSIX_FADV_WILLNEED).offset(offset).build()
+        }
         action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::mode(action)).build(),
     }
 }
@@ -376,6 +381,7 @@ fn set_up(count: u32) -> io::Result<(IoUring, bool)> {
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_op(opcode::Fallocate::CODE),
+            Restriction::sqe_op(opcode::Fadvise::CODE),
             Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
             Restriction::register_op(REGISTER_FILES_UPDATE),
             Restriction::register_op(REGISTER_ENABLE_RINGS),

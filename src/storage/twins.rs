@@ -285,6 +285,32 @@ fn what_a_file_system_cannot_do_is_unsupported() {
 }
 
 #[test]
+fn a_prefetch_is_complete_and_changes_nothing() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    for mut engine in engines(8) {
+        let (f, _) = file(folder.path(), engine.name(), &[5; 8192]);
+        engine.register(Slot(1), &f).unwrap();
+        // Inside, over the end, behind it.
+        for (token, at) in [(0, 0), (1, 4096), (2, 1 << 40)] {
+            engine.push(Op::range(token, Slot(1), Action::Prefetch, at, 8192)).unwrap();
+        }
+        engine.push(Op::read(3, Slot(1), 0, Payload::Own(Buffer::zeroed(8192)))).unwrap();
+        let over = all(engine.as_mut());
+        assert_eq!(over.len(), 4, "{}", engine.name());
+        for c in over {
+            assert!(c.result.is_ok(), "{}: {c:?}", engine.name());
+            if let Payload::Own(bytes) = &c.op.payload {
+                assert!(bytes.iter().all(|b| *b == 5));
+            }
+        }
+        assert_eq!(f.stat().unwrap().len, 8192, "{}", engine.name());
+        engine.unregister(Slot(1)).unwrap();
+        engine.push(Op::range(0, Slot(1), Action::Prefetch, 0, 4096)).unwrap();
+        assert!(all(engine.as_mut())[0].result.is_err(), "{}", engine.name());
+    }
+}
+
+#[test]
 fn dropping_an_engine_waits_for_its_memory() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(64) {

@@ -5,6 +5,7 @@
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
+mod ahead;
 #[path = "../common/memory.rs"]
 mod memory;
 mod rig;

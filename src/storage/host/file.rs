@@ -301,6 +301,16 @@ impl HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
     }
 
+    /// See [`File::host_readahead`](crate::storage::File::host_readahead). File systems without a device of their own
+    /// (btrfs, NFS) are not found where Linux shows it.
+    pub fn host_readahead(&self) -> u64 {
+        let of = |dev: u64| {
+            let name = format!("/sys/class/bdi/{}:{}/read_ahead_kb", rustix::fs::major(dev), rustix::fs::minor(dev));
+            std::fs::read_to_string(name).ok()?.trim().parse::<u64>().ok()
+        };
+        self.stat().ok().and_then(|stat| of(stat.id.dev)).map_or(0, |kib| kib.saturating_mul(1024))
+    }
+
     /// See [`File::write_behind`](crate::storage::File::write_behind). Linux begins to write what is dirty, and drops only
     /// what is clean (mm/fadvise.c).
     pub fn write_behind(&self, offset: u64, len: u64) {

@@ -128,7 +128,11 @@ impl Engine for SimEngine {
             let file = self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref);
             let inode = match file {
                 Some((_, inode, Access::Write)) => *inode,
-                Some((_, inode, Access::Read)) if matches!(op.action, Action::Read | Action::Sync) => *inode,
+                Some((_, inode, Access::Read))
+                    if matches!(op.action, Action::Read | Action::Sync | Action::Prefetch) =>
+                {
+                    *inode
+                }
                 _ => {
                     self.over.push(Completion { op, result: Err(code(libc::EBADF)) });
                     continue;

@@ -120,6 +120,11 @@ impl SimFile {
     /// Nothing has to be waited for here.
     pub fn prefetch(&self, _: u64, _: u64) {}
 
+    /// See [`File::host_readahead`](crate::storage::File::host_readahead).
+    pub fn host_readahead(&self) -> u64 {
+        0
+    }
+
     /// A crash may find anything written here at any time as it is.
     pub fn write_behind(&self, _: u64, _: u64) {}
 

@@ -1,0 +1,164 @@
+//! Sequential reads of what is not in memory: how near a chain whose data lies in turns in 16 files comes to the disk's own
+//! speed, which is what read(2) gets from one flat file.
+//!
+//! Before each run the files leave the page cache and a server is started, so that what it remembers (bitmaps) is cold too.
+//! A chain whose pieces are small cannot be as fast: the disk is slower where it is read piece by piece. What it gives then is
+//! what direct reads of the very pieces get, [`DEPTH`] at once.
+//!
+//! The host's own cache may still answer in a virtual machine: then the disk is fast, and the comparison the harder.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, types};
+use memmap2::MmapMut;
+use rustix::fs::{Advice, OFlags, fadvise};
+
+use crate::compare::{Bench, Contestant};
+use crate::disks::{Format, Turns, runs_of_data};
+use crate::load::{Load, Order, Until};
+use crate::sample::{Latencies, Sample};
+use crate::server::{Kind, Server};
+use crate::target::Bound;
+
+/// The share of the disk's own speed that is wanted.
+const SHARE: f64 = 0.9;
+const FLAT: &str = "read(2) of 1 MiB, flat file";
+const PIECES: &str = "io_uring, the chain's pieces of 64 KiB";
+/// Direct reads at once.
+const DEPTH: usize = 32;
+const RAW: &str = "QSD raw";
+
+/// Requests: bytes, in flight, and whether the share is wanted of them. Small ones one at a time are not bound by the disk.
+const LOADS: [(usize, usize, bool); 4] =
+    [(1 << 20, 4, true), (128 << 10, 4, true), (1 << 20, 1, false), (4 << 10, 1, false)];
+
+pub fn cold(bench: &mut Bench) {
+    let kib = |bytes: u64| format!("pieces of {} KiB", bytes >> 10);
+    let mut all = vec![(1, 2 << 20), (16, 2 << 20), (16, 64 << 10)];
+    if bench.pace.full {
+        all.extend([(4, 2 << 20), (4, 64 << 10)]);
+    }
+    let chains: Vec<_> = all
+        .into_iter()
+        .map(|(layers, piece)| {
+            let name = format!("diffdiskd, {layers} layers, {}", kib(piece));
+            (name, bench.disks.in_turns(Turns { layers, piece }))
+        })
+        .collect();
+    let raw = bench.disks.spread(Format::Raw, 1);
+    let size = bench.disks.size;
+    for &(block, depth, wanted) in if bench.pace.full { &LOADS[..] } else { &LOADS[..2] } {
+        let name = format!("cold seq read {} KiB, qd {depth}", block >> 10);
+        let load = Load {
+            block,
+            depth,
+            order: Order::Sequential,
+            until: Until::Count(size / block as u64),
+            ..Load::random_read(size, Duration::ZERO)
+        };
+        let raw = std::slice::from_ref(&raw);
+        let mut contestants = vec![
+            Contestant::new(FLAT, || flat(&raw[0], size, block)),
+            Contestant::new(RAW, || once(&Format::Raw.server(), raw, &load)),
+        ];
+        let small = &chains[2].1;
+        contestants.push(Contestant::new(PIECES, || pieces(small, 64 << 10, size, block)));
+        for (system, files) in &chains {
+            contestants.push(Contestant::new(system, || once(&Kind::ours(), files, &load)));
+        }
+        bench.compare(&name, contestants);
+        for (system, own) in [(&chains[1].0, FLAT), (&chains[2].0, PIECES)].into_iter().filter(|_| wanted) {
+            let ratio = bench.ratio(&name, system, own, |s| s.iops);
+            bench.target(format!("{name}: {system} / {own}"), ratio, Bound::AtLeast(SHARE));
+        }
+    }
+}
+
+/// One run of a server that has seen nothing, on files (youngest first) that are not in memory.
+fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
+    files.iter().for_each(|file| evict(file));
+    let server = Server::start(kind, &files[0]);
+    let mut guest = server.connect(1);
+    let before = server.processor_time();
+    let mut sample = guest.run(load).unwrap_or_else(|e| panic!("a request failed: {e}"));
+    let used = server.processor_time().saturating_sub(before);
+    sample.cpu = used.as_secs_f64() * 1e6 / sample.count as f64;
+    drop(guest);
+    server.stop();
+    sample
+}
+
+/// The same bytes of a flat file by plain calls, as dd reads them; counted as requests of `block`.
+fn flat(path: &Path, size: u64, block: usize) -> Sample {
+    evict(path);
+    let mut file = File::open(path).expect("the image can be read");
+    let (mut piece, start) = (vec![0; 1 << 20], Instant::now());
+    for _ in 0..size / piece.len() as u64 {
+        file.read_exact(&mut piece).expect("the image can be read");
+    }
+    per_request(start.elapsed(), size, block)
+}
+
+/// The pieces of a chain (files youngest first) in the order of the disk, by direct reads without a server; counted as
+/// requests of `block`.
+fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
+    let open = |path: &PathBuf| {
+        File::options().read(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path).expect("our own file")
+    };
+    let opened: Vec<File> = files.iter().rev().map(open).collect();
+    let cut = |path: &PathBuf| {
+        let runs = runs_of_data(path, piece).into_iter();
+        runs.flat_map(|(at, len)| (0..len / piece).map(move |i| at + len % piece + i * piece)).collect::<Vec<_>>()
+    };
+    let offsets: Vec<Vec<u64>> = files.iter().rev().map(cut).collect();
+    let fds: Vec<_> = opened.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut ring = IoUring::new(DEPTH as u32).expect("the host has io_uring");
+    ring.submitter().register_files(&fds).expect("files can be registered");
+    let mut memory = MmapMut::map_anon(DEPTH * piece as usize).expect("memory");
+    let mut free: Vec<usize> = (0..DEPTH).collect();
+    let (count, start) = ((size / piece) as usize, Instant::now());
+    let (mut next, mut over) = (0, 0);
+    while over < count {
+        while next < count
+            && let Some(slot) = free.pop()
+        {
+            let (file, number) = (next % files.len(), next / files.len());
+            let buffer = &mut memory[slot * piece as usize..][..piece as usize];
+            let read = opcode::Read::new(types::Fixed(file as u32), buffer.as_mut_ptr(), piece as u32)
+                .offset(offsets[file][number])
+                .build()
+                .user_data(slot as u64);
+            // SAFETY: the memory lives until all reads have completed, below.
+            unsafe { ring.submission().push(&read).expect("there is room for all at once") };
+            next += 1;
+        }
+        ring.submit_and_wait(1).expect("reads are taken");
+        for done in ring.completion() {
+            assert_eq!(done.result(), piece as i32, "the image can be read");
+            free.push(done.user_data() as usize);
+            over += 1;
+        }
+    }
+    per_request(start.elapsed(), size, block)
+}
+
+/// What took so long, counted as requests of `block`.
+fn per_request(taken: Duration, size: u64, block: usize) -> Sample {
+    let count = size / block as u64;
+    let mut latencies = Latencies::default();
+    latencies.add(taken / u32::try_from(count).expect("a few requests"));
+    Sample::new(count, taken.as_secs_f64(), &latencies)
+}
+
+/// Has the host let go of all that it has of a file.
+fn evict(path: &Path) {
+    let file = File::open(path).expect("the image can be read");
+    file.sync_all().expect("the image can be synced");
+    fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
+}
