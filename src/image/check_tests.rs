@@ -20,7 +20,7 @@ fn written(kind: Kind, sectors: u64, ranges: &[(u64, u64)]) -> SimHost {
         for sector in from..to {
             image.file().write_at(&[7; SECTOR_BYTES], (place + 1 + sector % 128) * SECTOR).unwrap();
         }
-        assert!(image.mark(SectorRange::between(from, to)));
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }
     commit(&host, &image);
     image.trim().unwrap();
@@ -199,7 +199,7 @@ fn a_writer_clears_what_the_batmap_says_of_blocks_that_are_to_come() {
     while image.reserve(3).is_err() {
         grow(&host, &image).unwrap();
     }
-    assert!(image.mark(SectorRange::between(384, 385)));
+    assert_eq!(image.mark(SectorRange::between(384, 385)), Ok(true));
     commit(&host, &image);
     image.trim().unwrap();
     drop(image);

@@ -20,7 +20,7 @@ fn image() -> SimHost {
         }
         let place = u64::from(image.reserve(block).unwrap());
         image.file().write_at(&[9; SECTOR_BYTES], (place + 1 + from % 128) * SECTOR).unwrap();
-        assert!(image.mark(SectorRange::between(from, to)));
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }
     commit(&host, &image);
     image.trim().unwrap();

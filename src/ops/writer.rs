@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::behind::Behind;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, drive, give_back};
+use crate::image::{Commit, Growth, Held, Keep, drive, give_back};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
@@ -90,11 +90,11 @@ impl<'a> Writer<'a> {
         mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
     ) -> Result<()> {
         let (version, plan) = (&self.version, &mut self.plan);
-        let top = version.top().expect("opened for writing");
+        let (top, mut held) = (version.top().expect("opened for writing"), Held::default());
         loop {
             match version.plan_write(range, plan) {
                 Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
+                Ok(()) => version.load_now(&plan.missing, &mut held)?,
                 Err(_) => grow(self.env, top)?,
             }
         }
@@ -104,9 +104,9 @@ impl<'a> Writer<'a> {
             self.behind.wrote(top.image.file(), offset, extent.range.bytes());
         }
         // Killed, this tool begins anew: nothing has to outlive it.
-        let _ = top.image.mark(range);
+        let _ = version.mark_now(range)?;
         self.uncommitted += range.bytes();
-        if self.uncommitted >= COMMIT_BYTES {
+        if self.uncommitted >= COMMIT_BYTES || top.image.take_due() {
             self.commit()?;
         }
         Ok(())
@@ -119,11 +119,11 @@ impl<'a> Writer<'a> {
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
         let (version, plan) = (&self.version, &mut self.plan);
-        let top = version.top().expect("opened for writing");
+        let (top, mut held) = (version.top().expect("opened for writing"), Held::default());
         loop {
             match version.plan_zero(range, plan) {
                 Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
+                Ok(()) => version.load_now(&plan.missing, &mut held)?,
                 Err(_) => grow(self.env, top)?,
             }
         }
@@ -135,7 +135,7 @@ impl<'a> Writer<'a> {
             top.image.touched();
         }
         for marked in &plan.marks {
-            let _ = top.image.mark(*marked);
+            let _ = version.mark_now(*marked)?;
             self.uncommitted += marked.bytes();
         }
         Ok(())

@@ -135,7 +135,7 @@ fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
             let bytes = vec![byte; usize::try_from(extent.range.bytes()).expect("little")];
             top.image.file().write_at(&bytes, offset).expect("it is written");
         }
-        assert!(top.image.mark(range));
+        assert_eq!(top.image.mark(range), Ok(true));
     }
     let mut commit = Commit::new(top.image.clone(), top.slot);
     drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("it commits");

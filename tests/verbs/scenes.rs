@@ -98,7 +98,7 @@ pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], sca
             let Source::File { offset, .. } = extent.source else { panic!("a write goes into a file") };
             top.image.file().write_at(&bytes(extent.range, |_| value), offset)?;
         }
-        assert!(top.image.mark(range));
+        assert_eq!(top.image.mark(range), Ok(true));
     }
     let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
     image::drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
