@@ -15,7 +15,8 @@ use crate::sample::{Latencies, Sample};
 const BLOCK: usize = 4096;
 const DEPTH: usize = 32;
 
-fn thread_time() -> Duration {
+/// Processor time of this thread.
+pub fn thread_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
 }

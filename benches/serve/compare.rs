@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::Pace;
 use crate::bare;
+use crate::bare_writes;
 use crate::disks::{Disks, Format};
 use crate::load::{Guest, Load, Order, Until};
 use crate::sample::{Row, Sample, median};
@@ -183,6 +184,8 @@ pub fn queue_depths(bench: &mut Bench) {
 
 const OURS: &str = "diffdiskd, fresh child";
 const FRESH: &str = "QSD qcow2, fresh overlay";
+/// The limit: not a peer.
+const BARE: &str = "pwrite, no server";
 const EXTENDED: &str = "QSD qcow2, fresh overlay, extended_l2";
 
 fn fresh(bench: &mut Bench, name: &str, load: Load) {
@@ -201,6 +204,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
         Contestant::new(OURS, || once(&disks, Format::Vhd, &[])),
         Contestant::new(FRESH, || once(&disks, Format::Qcow2, &[])),
         Contestant::new(EXTENDED, || once(&disks, Format::Qcow2, &["extended_l2=on"])),
+        Contestant::new(BARE, || bare_writes::fresh(&disks.scratch(), &load)),
     ];
     bench.compare(name, all);
 }

@@ -83,6 +83,11 @@ impl Disks {
         child
     }
 
+    /// A name for a file of one run.
+    pub fn scratch(&self) -> PathBuf {
+        self.folder.join("scratch")
+    }
+
     /// An image of its own that may be written, and has all the data: for VHD a child over a root, for others one file.
     pub fn written(&self, format: Format) -> PathBuf {
         let name = self.folder.join(format!("{}-written", suffix(format)));

@@ -347,7 +347,7 @@ impl Lane<'_> {
 }
 
 /// The place of `index` in a shuffling of `blocks`, a power of two: steps that each can be undone.
-fn shuffled(index: u64, blocks: u64) -> u64 {
+pub fn shuffled(index: u64, blocks: u64) -> u64 {
     let (mask, half) = (blocks - 1, blocks.trailing_zeros().div_ceil(2));
     let mut x = index;
     for odd in [0x9e37_79b1, 0x85eb_ca6b, 0xc2b2_ae35] {

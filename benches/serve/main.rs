@@ -9,6 +9,7 @@
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bare;
+mod bare_writes;
 mod barriers;
 mod compare;
 mod disks;

@@ -10,10 +10,14 @@
 //!
 //! 1. reserve room on the host; where that fails for want of space, give back what it got and halve the step;
 //! 2. write the footer at the new end (this extends the file);
-//! 3. sync: from here the new footer is the trailing one;
+//! 3. make it durable: from here the new footer is the trailing one;
 //! 4. write zeros over the old footer;
-//! 5. sync: from here the old footer's place is as zero as the rest;
+//! 5. make them durable: from here the old footer's place is as zero as the rest;
 //! 6. hand out the room.
+//!
+//! 3 and 5 write the same sector again, through to the medium, instead of a sync: that would wait for all that the guest
+//! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
+//! between needs none: it was never written, so it reads as zeros whatever becomes of its reservation.
 //!
 //! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, rarely, a length without the new one (it notes how
 //! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
@@ -76,9 +80,9 @@ enum Phase {
     Start,
     Allocate,
     Footer,
-    SyncFooter,
+    SealFooter,
     Wipe,
-    SyncWipe,
+    SealWipe,
     Over,
 }
 
@@ -116,10 +120,10 @@ impl Growth {
     ///
     /// # Errors
     /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
-    /// and growth may be tried again; `Poisoned` where a sync failed.
+    /// and growth may be tried again; `Poisoned` where making it durable failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
         let step = self.advance(failed, ops);
-        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SyncFooter | Phase::SyncWipe));
+        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealFooter | Phase::SealWipe));
         // After a failure has poisoned the image: a commit that sees no sync any more must see that.
         self.image.room().syncing = syncs;
         match step {
@@ -154,34 +158,25 @@ impl Growth {
                 return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
             }
             (Phase::Allocate, _) => {
-                let at = end(self).expect("checked at the start") * SECTOR;
-                let footer = Buffer::copy_of(&self.image.footer_bytes());
                 if mutant::is(Mutant::LengthFirst) {
+                    let at = end(self).expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
-                ops.push(Op::write(0, self.slot, at, Payload::Own(footer)));
-                self.phase = Phase::Footer;
+                self.write(Phase::Footer, ops);
             }
-            (Phase::Footer, None) => self.sync(Phase::SyncFooter, ops),
+            (Phase::Footer, None) => self.write(Phase::SealFooter, ops),
             // A commit's sync may have been told of a failure that concerns ours, too.
-            (Phase::SyncFooter | Phase::SyncWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
-            (Phase::SyncFooter, None) => {
-                let mut zeros = Buffer::zeroed(SECTOR_BYTES);
-                if mutant::is(Mutant::NoWipe) {
-                    zeros.copy_from_slice(&self.image.footer_bytes());
-                }
-                ops.push(Op::write(0, self.slot, self.old * SECTOR, Payload::Own(zeros)));
-                self.phase = Phase::Wipe;
-            }
-            (Phase::Wipe, None) => self.sync(Phase::SyncWipe, ops),
-            (Phase::SyncWipe, None) => {
+            (Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
+            (Phase::SealFooter, None) => self.write(Phase::Wipe, ops),
+            (Phase::Wipe, None) => self.write(Phase::SealWipe, ops),
+            (Phase::SealWipe, None) => {
                 let end = end(self).expect("checked at the start");
                 let mut room = self.image.room();
                 room.end = end;
                 room.steps += 1;
                 return Ok(Step::Done);
             }
-            (Phase::SyncFooter | Phase::SyncWipe, Some(e)) => {
+            (Phase::SealFooter | Phase::SealWipe, Some(e)) => {
                 let why = format!("a sync failed ({e}) while the file grew");
                 self.image.poison(&why);
                 return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
@@ -200,12 +195,24 @@ impl Growth {
         self.phase = Phase::Allocate;
     }
 
-    fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        let missing = match phase {
-            Phase::SyncFooter => mutant::is(Mutant::GrowUnsynced),
-            _ => mutant::is(Mutant::WipeUnsynced),
+    /// The new footer, or zeros over the old one: first plainly, so that what fails there can be undone, then through.
+    fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
+        let at = match phase {
+            Phase::Footer | Phase::SealFooter => self.image.end_after(self.old, self.blocks, self.unplaced),
+            _ => Some(self.old),
         };
-        ops.push(if missing { Op::range(0, self.slot, Action::Allocate, 0, SECTOR) } else { Op::sync(0, self.slot) });
+        let at = at.expect("checked at the start") * SECTOR;
+        let bytes = match phase {
+            Phase::Wipe | Phase::SealWipe if !mutant::is(Mutant::NoWipe) => Buffer::zeroed(SECTOR_BYTES),
+            _ => Buffer::copy_of(&self.image.footer_bytes()),
+        };
+        let through = match phase {
+            Phase::SealFooter => !mutant::is(Mutant::GrowUnsynced),
+            Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
+            _ => false,
+        };
+        let write = if through { Op::write_through } else { Op::write };
+        ops.push(write(0, self.slot, at, Payload::Own(bytes)));
         self.phase = phase;
     }
 
@@ -312,13 +319,12 @@ mod tests {
             for op in ops.drain(..) {
                 match op.payload {
                     Payload::Own(bytes) => image.file().write_at(&bytes, op.offset).unwrap(),
-                    _ if op.action == Action::Sync => image.file().sync().unwrap(),
                     _ => image.file().allocate(op.offset, op.len).unwrap(),
                 }
                 seen.push(match op.action {
                     Action::Allocate => 'A',
                     Action::Write => 'W',
-                    Action::Sync => 'S',
+                    Action::WriteThrough => 'T',
                     _ => '?',
                 });
             }
@@ -327,7 +333,7 @@ mod tests {
             assert!(seen.len() < 4 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
             assert_eq!(image.room().end, old, "no room before it is durably zero");
         }
-        assert_eq!(seen, "AWSWS");
+        assert_eq!(seen, "AWTWT");
         assert!(image.room().end > old && !image.is_growing());
     }
 

@@ -116,7 +116,7 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
         return -libc::EINVAL;
     };
     let returned = match op.action {
-        Action::Read | Action::Write => {
+        Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
             match progress.piece(&mut op.payload) {
                 Piece::One(start, len) => {
@@ -128,10 +128,10 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
             // SAFETY: the runs are memory of the payload, which `op` keeps alive and to which no reference exists
             // during the call; the array of runs lies in the payload, in `progress` or on this stack.
             unsafe {
-                if op.action == Action::Read {
-                    libc::preadv2(fd, runs, count, offset, flags)
-                } else {
-                    libc::pwritev2(fd, runs, count, offset, flags)
+                match op.action {
+                    Action::Read => libc::preadv2(fd, runs, count, offset, flags),
+                    Action::Write => libc::pwritev2(fd, runs, count, offset, flags),
+                    _ => libc::pwritev2(fd, runs, count, offset, flags | libc::RWF_DSYNC),
                 }
             }
         }

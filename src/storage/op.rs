@@ -15,6 +15,9 @@ pub enum Action {
     Read,
     /// Write the payload to the file.
     Write,
+    /// Write the payload and make these bytes durable, with what is needed to read them back, and no others (RWF_DSYNC).
+    /// A failure may be one of an earlier write that the host tells of only now: it is to be taken as a failed sync.
+    WriteThrough,
     /// Make all writes that completed before this was submitted durable, with what is needed to read them back
     /// (fdatasync).
     Sync,
@@ -52,6 +55,11 @@ impl Op {
     /// A write of all of `from`.
     pub fn write(token: u64, slot: Slot, offset: u64, from: Payload) -> Op {
         Op { token, slot, action: Action::Write, offset, len: from.len() as u64, payload: from }
+    }
+
+    /// A write of all of `from` that is durable when it is complete.
+    pub fn write_through(token: u64, slot: Slot, offset: u64, from: Payload) -> Op {
+        Op { action: Action::WriteThrough, ..Op::write(token, slot, offset, from) }
     }
 
     /// A sync of the file's data.

@@ -323,10 +323,15 @@ fn describe(op: &mut Op, progress: &mut Progress) -> squeue::Entry {
             Piece::One(start, len) => opcode::Read::new(file, start, len).offset(offset).build(),
             Piece::Many(runs, count) => opcode::Readv::new(file, runs, count).offset(offset).build(),
         },
-        Action::Write => match progress.piece(&mut op.payload) {
-            Piece::One(start, len) => opcode::Write::new(file, start, len).offset(offset).build(),
-            Piece::Many(runs, count) => opcode::Writev::new(file, runs, count).offset(offset).build(),
-        },
+        Action::Write | Action::WriteThrough => {
+            let flags = if op.action == Action::WriteThrough { libc::RWF_DSYNC } else { 0 };
+            match progress.piece(&mut op.payload) {
+                Piece::One(start, len) => opcode::Write::new(file, start, len).offset(offset).rw_flags(flags).build(),
+                Piece::Many(runs, count) => {
+                    opcode::Writev::new(file, runs, count).offset(offset).rw_flags(flags).build()
+                }
+            }
+        }
         Action::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
         action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::mode(action)).build(),
     }

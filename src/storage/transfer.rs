@@ -78,7 +78,7 @@ impl Progress {
 
     /// Takes in what a call returned: a count, or a negated error code.
     pub(super) fn settle(&mut self, op: &Op, returned: i32) -> Step {
-        let moves = matches!(op.action, Action::Read | Action::Write);
+        let moves = matches!(op.action, Action::Read | Action::Write | Action::WriteThrough);
         if returned < 0 {
             let code = -returned;
             if matches!(code, libc::EINTR | libc::EAGAIN) && self.idle < MAX_IDLE {
@@ -130,6 +130,8 @@ pub(super) fn mode(action: Action) -> i32 {
             Action::Allocate => 0,
             Action::Punch => libc::FALLOC_FL_PUNCH_HOLE,
             Action::Zero => libc::FALLOC_FL_ZERO_RANGE,
-            Action::Read | Action::Write | Action::Sync => panic!("only actions on ranges have a mode"),
+            Action::Read | Action::Write | Action::WriteThrough | Action::Sync => {
+                panic!("only actions on ranges have a mode")
+            }
         }
 }

@@ -121,12 +121,12 @@ fn both_engines_do_what_a_vector_does() {
                     1 => Payload::Guest(guest.slices((0..len).step_by(600).rev().map(|i| (i, (len - i).min(600))))),
                     _ => Payload::Guest(guest.slices([(0, len)])),
                 };
-                let op = match random.below(6) {
+                let op = match random.below(7) {
                     0 => Op::range(stripe as u64, Slot(3), Action::Punch, at as u64, len as u64),
                     1 => Op::range(stripe as u64, Slot(3), Action::Zero, at as u64, len as u64),
                     2 => Op::sync(stripe as u64, Slot(3)),
                     3 => Op::read(stripe as u64, Slot(3), at as u64, payload),
-                    _ => {
+                    kind => {
                         let bytes: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
                         match &mut payload {
                             Payload::Guest(s) => s.copy_from(0, &bytes),
@@ -134,7 +134,8 @@ fn both_engines_do_what_a_vector_does() {
                             Payload::None => unreachable!(),
                         }
                         next[at..at + len].copy_from_slice(&bytes);
-                        Op::write(stripe as u64, Slot(3), at as u64, payload)
+                        let write = if kind == 4 { Op::write_through } else { Op::write };
+                        write(stripe as u64, Slot(3), at as u64, payload)
                     }
                 };
                 if matches!(op.action, Action::Punch | Action::Zero) {

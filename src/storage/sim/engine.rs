@@ -79,7 +79,7 @@ impl SimEngine {
 }
 
 fn bytes_of(op: &Op) -> Vec<u8> {
-    if op.action != Action::Write {
+    if !matches!(op.action, Action::Write | Action::WriteThrough) {
         return Vec::new();
     }
     let mut bytes = vec![0; op.payload.len()];

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Shared;
+use super::inode::Covers;
 use super::names::InodeId;
 use super::world::{World, code};
 use crate::error::{Error, ErrorKind, Result};
@@ -85,8 +86,8 @@ impl SimFile {
     /// See [`File::sync`](crate::storage::File::sync).
     pub fn sync(&self) -> Result<()> {
         self.with("cannot make the data durable", |world, inode| {
-            let covers = world.last();
-            world.sync(inode, covers)
+            let last = world.last();
+            world.sync(inode, last, Covers::All)
         })
     }
 

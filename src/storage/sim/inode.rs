@@ -55,6 +55,24 @@ pub(super) enum Effect<'a> {
     Len(u64),
 }
 
+/// What a sync is for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Covers {
+    /// All of the file.
+    All,
+    /// The bytes of a range, from and to, and the length.
+    Range(u64, u64),
+}
+
+impl Covers {
+    fn has(self, change: &Change) -> bool {
+        match (self, change) {
+            (Covers::All, _) | (_, Change::Len(_)) => true,
+            (Covers::Range(from, to), Change::Sector(at, _)) => (from / SECTOR..to.div_ceil(SECTOR)).contains(at),
+        }
+    }
+}
+
 #[derive(Clone, Default, Debug)]
 struct Contents {
     sectors: BTreeMap<u64, Sector>,
@@ -242,12 +260,12 @@ impl Inode {
         self.log.push(Logged { seq, change, forgotten: false });
     }
 
-    /// Makes every step up to `seq` durable that no failed sync forgot.
-    pub(super) fn sync(&mut self, seq: u64) {
+    /// Makes every step up to `seq` durable that is covered and that no failed sync forgot.
+    pub(super) fn sync(&mut self, seq: u64, covers: Covers) {
         let mut kept: Vec<Logged> = Vec::new();
         let durable = Arc::make_mut(&mut self.durable);
         for step in std::mem::take(&mut self.log) {
-            if step.seq > seq || step.forgotten {
+            if step.seq > seq || step.forgotten || !covers.has(&step.change) {
                 kept.push(step);
                 continue;
             }
@@ -258,8 +276,9 @@ impl Inode {
     }
 
     /// A sync failed: the steps count as clean although they are not durable.
-    pub(super) fn forget(&mut self, seq: u64) {
-        self.log.iter_mut().filter(|s| s.seq <= seq).for_each(|s| s.forgotten = true);
+    pub(super) fn forget(&mut self, seq: u64, covers: Covers) {
+        let lost = self.log.iter_mut().filter(|s| s.seq <= seq && covers.has(&s.change));
+        lost.for_each(|s| s.forgotten = true);
     }
 
     /// The steps that are not durable, oldest first, with their numbers.
@@ -310,7 +329,7 @@ mod tests {
         let mut i = Inode::default();
         write(&mut i, 1, 0, &[1; 1024]);
         write(&mut i, 2, 512, &[2; 512]);
-        i.sync(1);
+        i.sync(1, Covers::All);
         let old = i.after_crash([].into_iter());
         assert_eq!((byte(&old, 0), byte(&old, 600), old.len()), (1, 1, 1024));
         assert_eq!(byte(&i.after_crash(i.unsynced().map(|(_, change)| change)), 600), 2);
@@ -321,16 +340,31 @@ mod tests {
     fn a_forgotten_step_survives_no_newer_one() {
         let mut i = Inode::default();
         write(&mut i, 1, 0, &[1; 512]);
-        i.sync(1);
+        i.sync(1, Covers::All);
         write(&mut i, 2, 0, &[2; 512]);
-        i.forget(2);
-        i.sync(2);
+        i.forget(2, Covers::All);
+        i.sync(2, Covers::All);
         assert_eq!(byte(&i.after_crash([].into_iter()), 0), 1);
         assert_eq!(byte(&i, 0), 2);
         write(&mut i, 3, 0, &[3; 512]);
-        i.sync(3);
+        i.sync(3, Covers::All);
         assert_eq!(i.unsynced().count(), 0);
         assert_eq!(byte(&i.after_crash([].into_iter()), 0), 3);
+    }
+
+    #[test]
+    fn a_sync_of_a_range_covers_no_more_than_that_and_the_length() {
+        let mut i = Inode::default();
+        write(&mut i, 1, 0, &[1; 1024]);
+        write(&mut i, 2, 4096, &[2; 512]);
+        i.sync(2, Covers::Range(4096, 4608));
+        let left = i.after_crash([].into_iter());
+        assert_eq!((byte(&left, 0), byte(&left, 512), byte(&left, 4096), left.len()), (0, 0, 2, 4608));
+        assert_eq!(byte(&i.after_crash(i.unsynced().map(|(_, change)| change)), 600), 1);
+        i.forget(2, Covers::Range(0, 512));
+        i.sync(2, Covers::All);
+        let left = i.after_crash([].into_iter());
+        assert_eq!((byte(&left, 0), byte(&left, 512)), (0, 1), "a failed one forgets no more, either");
     }
 
     #[test]
@@ -348,7 +382,7 @@ mod tests {
         assert_eq!(i.next_data(0), Some((0, 600)));
         assert_eq!(i.next_data(513), Some((513, 87)));
         // The length that was lost takes the bytes beyond with it.
-        i.sync(1);
+        i.sync(1, Covers::All);
         let cut = i.after_crash([Change::Len(501)].iter());
         assert_eq!((cut.len(), byte(&cut, 500), byte(&cut, 501)), (501, 7, 0));
     }

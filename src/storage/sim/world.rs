@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-use super::inode::{Effect, Inode, PAGE};
+use super::inode::{Covers, Effect, Inode, PAGE};
 use super::names::{InodeId, Names};
 use super::rng::Random;
 use super::{Counts, Fault, FaultPlan, Order};
@@ -47,7 +47,7 @@ pub(super) struct Flying {
 impl Flying {
     pub(super) fn effect(&self) -> Option<Effect<'_>> {
         match self.action {
-            Action::Write => Some(Effect::Write(self.offset, &self.bytes)),
+            Action::Write | Action::WriteThrough => Some(Effect::Write(self.offset, &self.bytes)),
             Action::Punch | Action::Zero => Some(Effect::Clear(self.offset, self.len)),
             Action::Read | Action::Sync | Action::Allocate => None,
         }
@@ -217,6 +217,15 @@ impl World {
         Ok(())
     }
 
+    /// A write, and then a sync of just what it wrote.
+    fn write_through(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
+        if let Err(e) = self.write(id, from, offset) {
+            self.counts.failed_syncs += 1;
+            return Err(e);
+        }
+        self.sync(id, self.last(), Covers::Range(offset, offset + from.len() as u64))
+    }
+
     /// A write by a plain call. If the machine ends in the middle of it, parts may have landed.
     pub(super) fn write_now(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         self.alive()?;
@@ -229,16 +238,17 @@ impl World {
         result
     }
 
-    pub(super) fn sync(&mut self, id: InodeId, covers: u64) -> io::Result<()> {
+    /// A sync of the steps up to `last` that are covered.
+    pub(super) fn sync(&mut self, id: InodeId, last: u64, covers: Covers) -> io::Result<()> {
         let result = self.step(Step::Sync);
         self.alive()?;
         let fails = self.faults.failing_syncs.contains(&self.counts.syncs);
         let result = if fails { Err(code(libc::EIO)) } else { result };
         if result.is_err() {
             self.counts.failed_syncs += 1;
-            self.inode(id).forget(covers);
+            self.inode(id).forget(last, covers);
         } else if !self.faults.lying_syncs.contains(&self.counts.syncs) {
-            self.inode(id).sync(covers);
+            self.inode(id).sync(last, covers);
         }
         result
     }
@@ -290,7 +300,8 @@ impl World {
         let result = match op.action {
             Action::Read => self.read(op.inode, into, op.offset),
             Action::Write => self.write(op.inode, &op.bytes, op.offset),
-            Action::Sync => self.sync(op.inode, op.covers),
+            Action::WriteThrough => self.write_through(op.inode, &op.bytes, op.offset),
+            Action::Sync => self.sync(op.inode, op.covers, Covers::All),
             Action::Allocate => self.allocate(op.inode, op.offset, op.len),
             Action::Punch => self.clear(op.inode, op.offset, op.len, false),
             Action::Zero => self.clear(op.inode, op.offset, op.len, true),

@@ -1,0 +1,61 @@
+//! What writes into a fresh child cost without any server: pwrite(2) to the places that the blocks get one after the other,
+//! and for a flush what two syncs and the bitmaps between them cost; in this process.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Instant;
+
+use rustix::fs::FallocateFlags;
+
+use crate::bare::thread_time;
+use crate::load::{Load, Order, Until, shuffled};
+use crate::sample::{Latencies, Sample};
+
+const BLOCK: u64 = 2 << 20;
+/// A block with the page that ends in its bitmap.
+const STRIDE: u64 = BLOCK + 4096;
+const SECTOR: usize = 512;
+
+/// Writes as `load` says, into a new file with room for all of it.
+pub fn fresh(path: &Path, load: &Load) -> Sample {
+    let Until::Count(count) = load.until else { panic!("fresh writes are counted") };
+    let (blocks, pieces) = (load.region / BLOCK, load.region / load.block as u64);
+    let file = File::create(path).expect("a file can be made");
+    let end = 4096 + blocks * STRIDE;
+    rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, end).expect("there is room");
+    file.write_all_at(&[1; SECTOR], end - SECTOR as u64).expect("a footer can be written");
+    file.sync_all().expect("the file can be synced");
+    let (data, mut latencies) = (vec![0x5a; load.block], Latencies::default());
+    let (mut places, mut next) = (vec![None; blocks as usize], 4096);
+    let mut touched = BTreeSet::new();
+    let (start, before) = (Instant::now(), thread_time());
+    let mut now = start;
+    for i in 0..count {
+        let piece = if load.order == Order::Shuffled { shuffled(i % pieces, pieces) } else { i % pieces };
+        let at = piece * load.block as u64;
+        let place = *places[(at / BLOCK) as usize].get_or_insert_with(|| {
+            next += STRIDE;
+            next - STRIDE
+        });
+        file.write_all_at(&data, place + 4096 + at % BLOCK).expect("the file can be written");
+        touched.insert(place);
+        let after = Instant::now();
+        latencies.add(after - now);
+        now = after;
+        if load.flush_every.is_some_and(|every| (i + 1) % every == 0) {
+            file.sync_data().expect("the file can be synced");
+            for place in std::mem::take(&mut touched) {
+                file.write_all_at(&data[..SECTOR], place + 4096 - SECTOR as u64).expect("the file can be written");
+            }
+            file.write_all_at(&data[..SECTOR], 0).expect("the file can be written");
+            file.sync_data().expect("the file can be synced");
+            now = Instant::now();
+        }
+    }
+    let mut sample = Sample::new(count, start.elapsed().as_secs_f64(), &latencies);
+    sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
+    fs::remove_file(path).expect("it was made a moment ago");
+    sample
+}
