@@ -27,38 +27,46 @@ impl Bitmaps {
     pub(super) fn vacate(&self) -> (u32, Locked<'_>) {
         // Frames are only tried while the pool is locked, or belong to nobody: who holds one may ask for the pool.
         let mut pool = self.pool();
+        // After a time of many dirty ones more than one has to leave.
+        while pool.made() - pool.free.len() >= self.most() {
+            let Some(number) = self.turn(&mut pool) else { break };
+            pool.free.push(number);
+        }
         if let Some(number) = pool.free.pop() {
             drop(pool);
             return (number, self.frame(number).lock());
-        }
-        if pool.made() >= self.most() {
-            // Twice round: the first round may be that of those that were looked at.
-            for _ in 0..2 * pool.made() {
-                pool.hand = (pool.hand + 1) % pool.made;
-                if let Some(frame) = self.dismiss(pool.hand) {
-                    return (pool.hand, frame);
-                }
-            }
         }
         let number = pool.made;
         pool.made += 1;
         (number, self.new_frame(number as usize).lock())
     }
 
-    /// Has the granule of a frame leave, if it may.
-    fn dismiss(&self, number: u32) -> Option<Locked<'_>> {
+    /// Turns the hand until a granule leaves: its frame. `None` where all have to stay.
+    fn turn(&self, pool: &mut Pool) -> Option<u32> {
+        // Twice round: the first round may be that of those that were looked at.
+        for _ in 0..2 * pool.made() {
+            pool.hand = (pool.hand + 1) % pool.made;
+            if self.dismiss(pool.hand) {
+                return Some(pool.hand);
+            }
+        }
+        None
+    }
+
+    /// Has the granule of a frame leave; false where it has to stay.
+    fn dismiss(&self, number: u32) -> bool {
         let frame = self.frame(number);
         if frame.take_used() {
-            return None;
+            return false;
         }
-        let mut frame = frame.try_lock()?;
-        let granule = frame.owner()?; // or it is on its way back to the pool
+        let Some(mut frame) = frame.try_lock() else { return false };
+        let Some(granule) = frame.owner() else { return false }; // free, or on its way to be
         if frame.known.pins > 0 || !frame.known.is_in_file() {
-            return None;
+            return false;
         }
         self.enter(granule, Entry::Absent(frame.known.times.wrapping_add(1)));
         frame.pass(None, 0, std::iter::empty());
-        Some(frame)
+        true
     }
 
     /// Gives back a frame that is needed no more; the table does not name it.

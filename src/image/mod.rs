@@ -30,6 +30,8 @@ pub mod compact;
 pub mod create;
 mod drive;
 mod evict;
+#[cfg(all(test, feature = "sim"))]
+mod evict_tests;
 mod fit;
 mod glance;
 mod granule;

@@ -17,7 +17,7 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) 
     let lanes = 1 + random.index(2);
     let mut world = World::new(layout, random.any(), lanes, care, judge);
     // Mostly there is too little memory for the bitmaps.
-    let granules = [None, Some(0), Some(1), Some(4)][random.index(4)];
+    let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
     if let Some(granules) = granules {
         world.keep_at_most(granules);
     }
