@@ -222,3 +222,39 @@ fn threads_find_what_is_forgotten_too_early() {
         assert!(seed.is_some(), "{mutant:?} is not found");
     }
 }
+
+/// A child of 1 TiB all of whose blocks have a place, none of them full; each is looked at once.
+#[test]
+fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
+    let resident = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        status.lines().find(|line| line.starts_with("VmRSS")).unwrap_or_default().to_owned()
+    };
+    let (folder, blocks) = (tempfile::tempdir().unwrap(), 1_u32 << 19);
+    let path = folder.path().join("a.vhd");
+    let spec = Spec { kind: child(), size: 1 << 40, block_size: BlockSize::DEFAULT, reserve: 0 };
+    create(&Host, &path, &spec).unwrap();
+    let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
+    let (table, first) = (image.table_offset().unwrap(), u32::try_from(image.data_end() / SECTOR + 8).unwrap());
+    let stride = BlockSize::DEFAULT.stride_sectors();
+    let places = (0..blocks).map(|block| first + block * stride);
+    let entries: Vec<u8> = places.clone().flat_map(u32::to_be_bytes).collect();
+    let (footer, end) = (image.footer().encode(), u64::from(first) + u64::from(blocks) * u64::from(stride));
+    image.file().punch(image.data_end(), SECTOR).unwrap();
+    image.file().write_at(&entries, table).unwrap();
+    image.file().write_at(&footer, end * SECTOR).unwrap();
+    drop(image);
+    let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
+    let image = Arc::new(Writable::new(&Host, image, &Keep::Nothing).unwrap());
+    let (bitmaps, before) = (image.bitmaps().unwrap(), resident());
+    for granule in 0..blocks as usize {
+        let times = bitmaps.times_absent(granule).expect("nothing was read yet");
+        let mut bytes = [0; SECTOR_BYTES];
+        image.file().read_at(&mut bytes, image.granule_offset(granule)).unwrap();
+        Held::default().supply(&image, granule, Some((times, &bytes[..])));
+        assert!(bitmaps.each_run(granule, 0, 4096, |set, count| assert_eq!((set, count), (false, 4096))));
+    }
+    println!("before: {before}, after: {}, {} granules kept", resident(), bitmaps.frames());
+    let kept = (0..blocks as usize).filter(|granule| bitmaps.times_absent(*granule).is_none()).count();
+    assert!(kept == bitmaps.frames() && (50_000..120_000).contains(&kept), "64 MiB hold {kept} granules of 600 bytes");
+}
