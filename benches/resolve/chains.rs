@@ -47,16 +47,7 @@ pub fn plan_all(version: &Version) {
 
 /// Opens a disk.
 pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
-    let options = DiskOptions {
-        path: path.to_owned(),
-        read_only: false,
-        serial: None,
-        direct: false,
-        allow_parents: Vec::new(),
-        write_through: false,
-        keep: Keep::Nothing,
-        when_full: WhenFull::Fail,
-    };
+    let options = DiskOptions { when_full: WhenFull::Fail, ..DiskOptions::new(path) };
     Disk::open(env, &options).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 

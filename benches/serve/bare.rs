@@ -12,8 +12,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::sample::{Latencies, Sample};
 
-const BLOCK: usize = 4096;
-const DEPTH: usize = 32;
+/// Bytes of a read.
+pub const BLOCK: usize = 4096;
+/// Reads of a batch.
+pub const DEPTH: usize = 32;
 
 /// Processor time of this thread.
 pub fn thread_time() -> Duration {
@@ -21,10 +23,18 @@ pub fn thread_time() -> Duration {
     Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
 }
 
-struct Random(u64);
+/// Marsaglia's xorshift64.
+pub struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Random {
+        Random(0x9e37_79b9)
+    }
+}
 
 impl Random {
-    fn next(&mut self, below: u64) -> u64 {
+    /// A number below `below`.
+    pub fn next(&mut self, below: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -33,13 +43,13 @@ impl Random {
 }
 
 /// Has the host read all of a file.
-fn warm(file: &File, region: u64) {
+pub fn warm(file: &File, region: u64) {
     let mut piece = vec![0; 1 << 20];
     (0..region >> 20).for_each(|i| file.read_exact_at(&mut piece, i << 20).expect("the image can be read"));
 }
 
-/// Calls `batch` until the time is over; it does [`DEPTH`] reads.
-fn measure(time: Duration, mut batch: impl FnMut()) -> Sample {
+/// Calls `batch` until the time is over; it does so many reads.
+pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample {
     let (start, before) = (Instant::now(), thread_time());
     let (mut count, mut latencies, mut now) = (0, Latencies::default(), start);
     while now - start < time {
@@ -47,7 +57,7 @@ fn measure(time: Duration, mut batch: impl FnMut()) -> Sample {
         let after = Instant::now();
         latencies.add(after - now);
         now = after;
-        count += DEPTH as u64;
+        count += reads as u64;
     }
     let mut sample = Sample::new(count, (now - start).as_secs_f64(), &latencies);
     sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
@@ -59,8 +69,8 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
     let mut memory = vec![0; DEPTH * BLOCK];
-    let mut random = Random(0x9e37_79b9);
-    measure(time, || {
+    let mut random = Random::default();
+    measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
             let at = random.next(region / BLOCK as u64) * BLOCK as u64;
             file.read_exact_at(page, at).expect("the image can be read");
@@ -84,8 +94,8 @@ pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample
     let mut ring: IoUring = made.expect("the host has io_uring");
     ring.submitter().register_files(&[file.as_raw_fd()]).expect("a file can be registered");
     let mut memory = vec![0u8; DEPTH * BLOCK];
-    let mut random = Random(0x9e37_79b9);
-    measure(time, || {
+    let mut random = Random::default();
+    measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
             let at = random.next(region / BLOCK as u64) * BLOCK as u64;
             let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();

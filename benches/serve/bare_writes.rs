@@ -1,15 +1,16 @@
 //! What writes into a fresh child cost without any server: pwrite(2) to the places that the blocks get one after the other,
-//! and for a flush what two syncs and the bitmaps between them cost; in this process.
+//! and for a flush what two syncs and the bitmaps between them cost; and what writes over old bytes cost where those are
+//! aligned as an image has them; in this process.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
-use crate::bare::thread_time;
+use crate::bare::{measure, thread_time};
 use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
@@ -17,6 +18,7 @@ const BLOCK: u64 = 2 << 20;
 /// A block with the page that ends in its bitmap.
 const STRIDE: u64 = BLOCK + 4096;
 const SECTOR: usize = 512;
+const PIECE: usize = 64 << 10;
 
 /// Writes as `load` says, into a new file with room for all of it.
 pub fn fresh(path: &Path, load: &Load) -> Sample {
@@ -56,6 +58,24 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     }
     let mut sample = Sample::new(count, start.elapsed().as_secs_f64(), &latencies);
     sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
+    fs::remove_file(path).expect("it was made a moment ago");
+    sample
+}
+
+/// Writes as `load` says, one after the other, over what a file has from `at` on, which was written in pieces of 64 KiB as the
+/// images of the contest were.
+pub fn over(path: &Path, load: &Load, at: u64, time: Duration) -> Sample {
+    let file = File::create(path).expect("a file can be made");
+    let data = vec![0x5a; load.block.max(PIECE)];
+    for piece in (0..load.region).step_by(PIECE) {
+        file.write_all_at(&data[..PIECE], at + piece).expect("the file can be written");
+    }
+    file.sync_all().expect("the file can be synced");
+    let mut next = 0;
+    let sample = measure(time, 1, || {
+        file.write_all_at(&data[..load.block], at + next).expect("the file can be written");
+        next = (next + load.block as u64) % load.region;
+    });
     fs::remove_file(path).expect("it was made a moment ago");
     sample
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, WhenFull, Work};
-use diffdisk::image::Keep;
 use diffdisk::storage::{EngineKind, Slices, host::Host};
 use diffdisk::units::SectorRange;
 
@@ -46,16 +45,7 @@ struct Guest {
 
 impl Guest {
     fn new(image: &Path) -> Guest {
-        let options = DiskOptions {
-            path: image.to_owned(),
-            read_only: false,
-            serial: None,
-            direct: false,
-            allow_parents: Vec::new(),
-            write_through: false,
-            keep: Keep::Nothing,
-            when_full: WhenFull::Fail,
-        };
+        let options = DiskOptions { when_full: WhenFull::Fail, ..DiskOptions::new(image) };
         let disk = Disk::open(Arc::new(Host), &options).unwrap_or_else(|e| panic!("{}", e.line()));
         let lane = disk.lane(EngineKind::Auto, 64).expect("a lane");
         Guest { disk, lane, page: Arc::new(vec![7; 4096].into()) }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::Pace;
 use crate::bare;
+use crate::bare_pair;
 use crate::bare_writes;
 use crate::disks::{Disks, Format};
 use crate::load::{Guest, Load, Order, Until};
@@ -123,6 +124,7 @@ pub fn random_reads(bench: &mut Bench) {
     all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
     all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
     all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
+    all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
     bench.compare(READ, all);
     bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);
     bench.want_iops(READ, OURS_16, "QSD raw", 2.0);
@@ -157,6 +159,8 @@ pub fn latency(bench: &mut Bench) {
             };
             all.push(Contestant::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Contestant::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
+            let (size, time) = (load.region, bench.pace.time);
+            all.push(Contestant::new("preadv for one who looks, no server", move || bare_pair::asked(raw, size, time)));
         }
         bench.compare(name, all);
         let ratio = bench.ratio(name, OURS_16, "QSD raw", |s| s.p50);
@@ -253,7 +257,13 @@ fn written(bench: &mut Bench, name: &str, load: Load, formats: &[Format]) {
         let image = bench.disks.written(format);
         Contestant::server(label(format), &format.server(), &image, load)
     });
-    let all = all.collect();
+    let mut all: Vec<_> = all.collect();
+    if load.order == Order::Sequential {
+        for (label, at) in [("pwrite at 4 KiB, no server", 4096), ("pwrite at 2 MiB, no server", 2 << 20)] {
+            let (scratch, time) = (bench.disks.scratch(), bench.pace.time);
+            all.push(Contestant::new(label, move || bare_writes::over(&scratch, &load, at, time)));
+        }
+    }
     bench.compare(name, all);
 }
 

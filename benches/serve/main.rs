@@ -9,9 +9,11 @@
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bare;
+mod bare_pair;
 mod bare_writes;
 mod barriers;
 mod compare;
+mod course;
 mod disks;
 mod load;
 mod plot;
@@ -24,6 +26,7 @@ mod target;
 use std::time::Duration;
 
 use compare::Bench;
+use course::Part;
 use disks::Format;
 
 /// How long and how often.
@@ -41,8 +44,7 @@ pub struct Pace {
 }
 
 fn main() {
-    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
-    let full = std::env::args().any(|a| a == "--full");
+    let full = course::is_full();
     let pace = if full {
         Pace { time: Duration::from_secs(2), rounds: 7, writes: 65_536, size: 1 << 30, full }
     } else {
@@ -58,8 +60,7 @@ fn main() {
         return println!("{}", raw.parent().expect("it is in a folder").display());
     }
     server::pin_this_thread(server::processors() - 1);
-    type Part = (&'static str, fn(&mut Bench));
-    let parts: &[Part] = &[
+    let parts: &[Part<Bench>] = &[
         ("read", compare::random_reads),
         ("latency", compare::latency),
         ("depth", compare::queue_depths),
@@ -71,13 +72,6 @@ fn main() {
         ("start", start::start),
         ("barriers", barriers::barriers),
     ];
-    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let before = load();
-    for (name, part) in parts {
-        if words.is_empty() || words.iter().any(|w| w == name) {
-            eprintln!("{name}");
-            part(&mut bench);
-        }
-    }
-    report::report(&bench, &[before.trim(), load().trim()]);
+    let course = course::run(&mut bench, parts);
+    report::report(&bench, &course);
 }

@@ -3,26 +3,23 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::compare::{Bench, QUEUE_DEPTHS};
+use crate::course::{self, Course};
 use crate::plot::{Bar, Line, bars, lines};
-use crate::target;
 
-pub fn report(bench: &Bench, load: &[&str]) {
+pub fn report(bench: &Bench, course: &Course) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder").join("bench");
     fs::create_dir_all(&folder).expect("the target folder can be written");
     table(bench);
-    target::print(&bench.targets);
-    println!("\nload of the machine before and after: {}", load.join(" | "));
-    let write = |name: &str, text: String| {
-        let path = folder.join(name);
-        fs::write(&path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        println!("written: {}", path.display());
-    };
-    write("serve.json", format!("{:#}\n", as_json(bench, load)));
+    course.print(&bench.targets);
+    course::write(
+        &folder.join("serve.json"),
+        course.as_json(bench.pace.full, bench.pace.size, rows(bench), &bench.targets),
+    );
     for (name, text) in drawings(bench) {
-        write(name, text);
+        course::write(&folder.join(name), text);
     }
 }
 
@@ -50,7 +47,7 @@ fn table(bench: &Bench) {
     }
 }
 
-fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
+fn rows(bench: &Bench) -> Vec<Value> {
     let rows = bench.rows.iter().map(|row| {
         let samples = row.samples.iter().map(|s| {
             json!({ "iops": s.iops, "requests": s.count, "mean_us": s.mean, "p50_us": s.p50, "p99_us": s.p99,
@@ -58,13 +55,7 @@ fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
         });
         json!({ "load": row.load, "system": row.system, "samples": samples.collect::<Vec<_>>() })
     });
-    json!({
-        "full": bench.pace.full,
-        "bytes": bench.pace.size,
-        "load": load,
-        "rows": rows.collect::<Vec<_>>(),
-        "targets": target::as_json(&bench.targets),
-    })
+    rows.collect()
 }
 
 fn drawings(bench: &Bench) -> Vec<(&'static str, String)> {

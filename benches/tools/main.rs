@@ -10,6 +10,8 @@
 
 mod contest;
 mod copies;
+#[path = "../serve/course.rs"]
+mod course;
 mod disks;
 mod layer;
 mod looks;
@@ -23,6 +25,7 @@ mod sample;
 mod target;
 
 use contest::Bench;
+use course::Part;
 
 /// How long and how often.
 #[derive(Clone, Copy)]
@@ -35,12 +38,10 @@ pub struct Pace {
 }
 
 fn main() {
-    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
-    let full = std::env::args().any(|a| a == "--full");
+    let full = course::is_full();
     let pace = if full { Pace { rounds: 5, size: 1 << 30, full } } else { Pace { rounds: 3, size: 512 << 20, full } };
     let mut bench = Bench::new(pace);
-    type Part = (&'static str, fn(&mut Bench));
-    let parts: &[Part] = &[
+    let parts: &[Part<Bench>] = &[
         ("convert", copies::convert),
         ("chain", copies::chain),
         ("merge", copies::merge),
@@ -49,13 +50,6 @@ fn main() {
         ("sparse", looks::sparse),
         ("look", looks::deep),
     ];
-    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let before = load();
-    for (name, part) in parts {
-        if words.is_empty() || words.iter().any(|w| w == name) {
-            eprintln!("{name}");
-            part(&mut bench);
-        }
-    }
-    report::report(&bench, &[before.trim(), load().trim()]);
+    let course = course::run(&mut bench, parts);
+    report::report(&bench, &course);
 }

@@ -1,19 +1,17 @@
 //! The table and the JSON.
 
-use std::fs;
-
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::contest::{Bench, Row};
-use crate::target;
+use crate::course::{self, Course};
 
-pub fn report(bench: &Bench, load: &[&str]) {
+pub fn report(bench: &Bench, course: &Course) {
     table(bench);
-    target::print(&bench.targets);
-    println!("\nload of the machine before and after: {}", load.join(" | "));
-    let path = bench.folder.with_file_name("tools.json");
-    fs::write(&path, format!("{:#}\n", as_json(bench, load))).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    println!("written: {}", path.display());
+    course.print(&bench.targets);
+    course::write(
+        &bench.folder.with_file_name("tools.json"),
+        course.as_json(bench.pace.full, bench.pace.size, rows(bench), &bench.targets),
+    );
 }
 
 fn table(bench: &Bench) {
@@ -42,17 +40,11 @@ fn spread(row: &Row) -> f64 {
     (all().fold(0.0, f64::max) - all().fold(f64::MAX, f64::min)) / 2.0 / row.median(|r| r.seconds)
 }
 
-fn as_json(bench: &Bench, load: &[&str]) -> serde_json::Value {
+fn rows(bench: &Bench) -> Vec<Value> {
     let rows = bench.rows.iter().map(|row| {
         let runs =
             row.runs.iter().map(|r| json!({ "seconds": r.seconds, "cpu_seconds": r.cpu, "peak_mib": r.mebibytes }));
         json!({ "work": row.work, "system": row.system, "bytes": row.bytes, "runs": runs.collect::<Vec<_>>() })
     });
-    json!({
-        "full": bench.pace.full,
-        "bytes": bench.pace.size,
-        "load": load,
-        "rows": rows.collect::<Vec<_>>(),
-        "targets": target::as_json(&bench.targets),
-    })
+    rows.collect()
 }

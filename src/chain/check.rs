@@ -26,11 +26,23 @@ pub struct Checked {
 }
 
 /// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
+/// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
 /// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
-/// `Io`. Broken rules are in the report.
-pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Vec<Checked>> {
+/// `Io`; what `progress` fails with. Broken rules are in the report.
+pub fn check(
+    env: &dyn Env,
+    youngest: File,
+    parents: Option<&Policy>,
+    runtime: Option<&Path>,
+    progress: &mut dyn FnMut(u64) -> Result<()>,
+) -> Result<Vec<Checked>> {
+    let mut passed = 0;
+    let mut watch = |more| {
+        passed += more;
+        progress(passed)
+    };
     let mut all: Vec<Checked> = Vec::new();
     let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
@@ -39,9 +51,9 @@ pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: O
     while let Some(file) = next.take() {
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
-        let (report, image) = image::check(file)?;
+        let (report, image) = image::check_watched(file, &mut watch)?;
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
-            refuse_if_live(env, folder, image)?;
+            refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
@@ -55,7 +67,7 @@ pub fn check(env: &dyn Env, youngest: File, parents: Option<&Policy>, runtime: O
     // Only a whole chain tells what its parents have.
     if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
-            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects)?;
+            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
     }
     Ok(all)

@@ -9,7 +9,7 @@ use super::frozen::{Frozen, Layer};
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
-use crate::image::{Image, Suspects, is_zero};
+use crate::image::{Image, Suspects, Watch, is_zero};
 use crate::storage::Slot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -22,8 +22,14 @@ const CHUNK: usize = 64 << 10;
 /// `defects` say of blocks that another program has placed.
 ///
 /// # Errors
-/// `Io`.
-pub(super) fn look(child: &Image, parents: &[Image], suspects: &Suspects, defects: &mut Vec<Defect>) -> Result<()> {
+/// `Io`; what `watch` fails with, which is asked between blocks.
+pub(super) fn look(
+    child: &Image,
+    parents: &[Image],
+    suspects: &Suspects,
+    defects: &mut Vec<Defect>,
+    watch: &mut Watch<'_>,
+) -> Result<()> {
     let open =
         |(number, image): (u16, &Image)| Ok(Layer { slot: Slot(number), image: Image::open(image.file().clone())? });
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
@@ -36,6 +42,7 @@ pub(super) fn look(child: &Image, parents: &[Image], suspects: &Suspects, defect
     };
     let mut found = Vec::new();
     for &(block, place) in &suspects.blocks {
+        watch(0)?;
         if let Some(sector) = look.block(block, place, suspects.placed_by_another)? {
             found.push((block, sector, u64::from(place) * SECTOR));
         }

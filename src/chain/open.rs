@@ -57,7 +57,7 @@ impl Chain {
         let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
         if let (Some(folder), Use::Read) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, &youngest)?;
+            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
@@ -89,8 +89,7 @@ impl Chain {
     /// The whole chain as one map that is only read.
     pub fn into_frozen(self) -> Version {
         let sectors = self.youngest().size() / SECTOR;
-        let layers = (0..).zip(self.images).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
-        Version::new(None, Frozen::new(layers), sectors)
+        Version::new(None, Frozen::new(layers(0, self.images)), sectors)
     }
 
     /// The youngest image, and what lies beneath it as a map of its own.
@@ -98,8 +97,7 @@ impl Chain {
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
         let sectors = youngest.size() / SECTOR;
-        let layers = (0..).zip(parents).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
-        (youngest, Version::new(None, Frozen::new(layers), sectors))
+        (youngest, Version::new(None, Frozen::new(layers(0, parents)), sectors))
     }
 
     /// The youngest image as writable top over the others. The chain was opened to be written.
@@ -111,9 +109,13 @@ impl Chain {
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
         let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
-        let layers = (1..).zip(parents).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
-        Ok(Version::new(Some(top), Frozen::new(layers), sectors))
+        Ok(Version::new(Some(top), Frozen::new(layers(1, parents)), sectors))
     }
+}
+
+/// Images as layers whose slots are numbered from `first` on.
+fn layers(first: u16, images: Vec<Image>) -> Vec<Layer> {
+    (first..).zip(images).map(|(number, image)| Layer { slot: Slot(number), image }).collect()
 }
 
 #[cfg(test)]

@@ -97,7 +97,9 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
     let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
     let verb = if args.repair { ops::check::repair } else { ops::check::check };
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref())?;
+    let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
+    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes))?;
+    drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),

@@ -10,7 +10,7 @@ use super::driver::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
-use crate::image::{Keep, Kind, Spec, create};
+use crate::image::{Kind, Spec, create};
 use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -22,17 +22,7 @@ fn disk() -> (tempfile::TempDir, Arc<Disk>) {
     let path = folder.path().join("disk.vhd");
     let spec = Spec { kind: Kind::Dynamic, size: 2048 * 512, block_size: BlockSize::DEFAULT, reserve: 0 };
     create(&Host, &path, &spec).unwrap();
-    let options = DiskOptions {
-        path,
-        read_only: false,
-        serial: None,
-        direct: false,
-        allow_parents: Vec::new(),
-        write_through: false,
-        keep: Keep::Nothing,
-        when_full: Default::default(),
-    };
-    (folder, Disk::open(Arc::new(Host), &options).unwrap())
+    (folder, Disk::open(Arc::new(Host), &DiskOptions::new(path)).unwrap())
 }
 
 struct Rig {

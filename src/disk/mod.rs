@@ -63,6 +63,23 @@ pub struct DiskOptions {
     pub when_full: WhenFull,
 }
 
+impl DiskOptions {
+    /// To read and write, through the page cache, with parents beside the image only. A write is durable after the next
+    /// flush, nothing outlives the process before, and writes for which there is no room are held.
+    pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
+        DiskOptions {
+            path: path.into(),
+            read_only: false,
+            serial: None,
+            direct: false,
+            allow_parents: Vec::new(),
+            write_through: false,
+            keep: Keep::Nothing,
+            when_full: WhenFull::default(),
+        }
+    }
+}
+
 /// What becomes of a write for which the host has no room.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WhenFull {

@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
+use super::compact::Watch;
 use super::holes::next_data;
 use super::open::Image;
-use super::walk::{self, Suspects};
+use super::walk::{self, ComeTo, Suspects};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
 use crate::format::layout::PAGE;
@@ -57,23 +58,39 @@ impl Report {
 /// # Errors
 /// `Io`: the file could not be read; broken rules are in the report.
 pub fn check(file: File) -> Result<(Report, Option<Image>)> {
-    let mut report = Report::default();
+    check_watched(file, &mut |_| Ok(()))
+}
+
+/// As [`check`]; `watch` is told of the file's bytes as they are passed, all of them in the end.
+///
+/// # Errors
+/// As for [`check`]; what `watch` fails with.
+pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Option<Image>)> {
+    let (mut report, mut passed) = (Report::default(), 0);
+    let len = file.stat()?.len;
+    let mut come_to = |at: u64| {
+        let more = at.min(len).saturating_sub(passed);
+        passed += more;
+        watch(more)
+    };
     let examined = Image::examine(file, &mut |defect, _| {
         report.add(defect);
         ControlFlow::<Error>::Continue(())
     });
-    match examined {
+    let image = match examined {
         Ok(image) => {
-            look_closer(&image, &mut report)?;
-            Ok((report, Some(image)))
+            look_closer(&image, &mut report, &mut come_to)?;
+            Some(image)
         }
-        Err(_) if !report.defects.is_empty() => Ok((report, None)),
-        Err(e) => Err(e),
-    }
+        Err(_) if !report.defects.is_empty() => None,
+        Err(e) => return Err(e),
+    };
+    come_to(len)?;
+    Ok((report, image))
 }
 
 /// What opening does not need to know.
-fn look_closer(image: &Image, report: &mut Report) -> Result<()> {
+fn look_closer(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
     let footer = image.footer();
     let at = image.data_end();
     if footer.saved_state != 0 {
@@ -86,7 +103,7 @@ fn look_closer(image: &Image, report: &mut Report) -> Result<()> {
         for gap in free(image)? {
             report.add(Defect::SpaceUnreferenced { offset: gap.start, bytes: gap.end - gap.start });
         }
-        walk::walk(image, report)?;
+        walk::walk(image, report, come_to)?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use super::holes::{cannot_tell, next_data};
 use super::offline::Offline;
 use crate::error::Result;
 use crate::format::{bat, layout};
@@ -19,7 +20,7 @@ const BATCH: u64 = 64 << 20;
 /// Bytes copied at once.
 const CHUNK: usize = 1 << 20;
 
-/// Is told how many more bytes were moved, and ends the work where it fails.
+/// Is told how many more bytes are done, and ends the work where it fails.
 pub type Watch<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// A block on its way down.
@@ -165,15 +166,10 @@ fn place_in(gap: &Range<u64>, block_size: BlockSize, packed: bool) -> Option<u32
 fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Result<()> {
     file.punch(to, len)?;
     let (mut at, end) = (from, from + len);
-    while at < end {
-        let (start, count) = match file.next_data(at) {
-            Ok(found) => found.unwrap_or((end, 0)),
-            Err(_) => (at, end - at), // a file system that cannot tell
-        };
-        let stop = (start + count).min(end);
-        at = start.min(end);
-        while at < stop {
-            let piece = usize::try_from((stop - at).min(CHUNK as u64)).expect("a chunk");
+    while let Some(found) = next_data(file, at..end)? {
+        at = found.start;
+        while at < found.end {
+            let piece = usize::try_from((found.end - at).min(CHUNK as u64)).expect("a chunk");
             file.read_at(&mut buffer[..piece], at)?;
             file.write_at(&buffer[..piece], to + (at - from))?;
             at += piece as u64;
@@ -191,8 +187,9 @@ pub fn give_back(file: &File, from: u64) -> Result<()> {
     let (mut at, len) = (from, file.stat()?.len);
     while at < len {
         let (start, count) = match file.next_data(at) {
-            Ok(found) => found.unwrap_or((len, 0)),
-            Err(_) => return Ok(()), // a file system that cannot tell reserved nothing that could be told apart
+            // It reserved nothing that could be told apart.
+            Err(e) if cannot_tell(&e) => return Ok(()),
+            found => found?.unwrap_or((len, 0)),
         };
         if start > at {
             file.punch(at, start - at)?;

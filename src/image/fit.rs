@@ -2,16 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Env;
+use crate::storage::{Env, File};
 
-/// Refuses an image whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
+/// Refuses an image, by its file and its identity, whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
 ///
 /// # Errors
 /// `Refused`, saying what to do.
-pub fn refuse_if_live(env: &dyn Env, folder: &Path, image: &Image) -> Result<()> {
-    let path = path_of(folder, image)?;
+pub fn refuse_if_live(env: &dyn Env, folder: &Path, file: &File, uuid: Uuid) -> Result<()> {
+    let path = path_of(folder, file, uuid)?;
     if !env.exists(&path) {
         return Ok(());
     }
@@ -20,13 +22,13 @@ pub fn refuse_if_live(env: &dyn Env, folder: &Path, image: &Image) -> Result<()>
          that in, and end it with SIGTERM",
         path.display()
     );
-    Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
+    Err(Error::new(ErrorKind::Refused, what).at_path(file.path()))
 }
 
 /// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.
-pub(super) fn path_of(folder: &Path, image: &Image) -> Result<PathBuf> {
-    let id = image.file().stat()?.id;
-    Ok(folder.join(format!("{}-{:x}-{:x}.live", image.uuid().simple(), id.dev, id.ino)))
+pub(super) fn path_of(folder: &Path, file: &File, uuid: Uuid) -> Result<PathBuf> {
+    let id = file.stat()?.id;
+    Ok(folder.join(format!("{}-{:x}-{:x}.live", uuid.simple(), id.dev, id.ino)))
 }
 
 pub(super) fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {

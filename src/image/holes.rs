@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::storage::File;
 
 /// The next run of bytes in `range` that is no hole. Where a file system cannot tell, all is data.
-pub(super) fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
+///
+/// # Errors
+/// `Io`.
+pub fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
     if range.is_empty() {
         return Ok(None);
     }
@@ -25,7 +28,7 @@ pub(super) fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u
 }
 
 /// Whether a file system has no answer to where its holes are.
-pub(super) fn cannot_tell(e: &crate::error::Error) -> bool {
+pub(super) fn cannot_tell(e: &Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 

@@ -100,7 +100,7 @@ impl Journal {
     /// # Errors
     /// `Unsupported` where `folder` is not in memory; `Refused` where a journal is there that does not fit the image.
     pub fn open(env: &dyn Env, folder: &Path, image: &Image, discard: bool) -> Result<(Journal, Vec<Found>)> {
-        let path = path_of(folder, image)?;
+        let path = path_of(folder, image.file(), image.uuid())?;
         if discard && env.exists(&path) {
             log::warn!("{}: discarded, with what was acknowledged since the last flush", path.display());
             env.remove(&path)?;

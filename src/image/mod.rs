@@ -58,7 +58,7 @@ pub mod writable;
 
 pub use bat::Bat;
 pub use batmap::Batmap;
-pub use check::{Report, check};
+pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
 pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
@@ -66,7 +66,7 @@ pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;
 pub use held::Held;
-pub use holes::is_zero;
+pub use holes::{is_zero, next_data};
 pub use keep::Keep;
 pub use offline::Offline;
 pub use open::Image;

@@ -15,7 +15,7 @@ use std::sync::PoisonError;
 use super::open::Image;
 use super::recover::recover;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, Metadata};
+use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, Metadata, bitmap};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
@@ -111,7 +111,9 @@ impl Offline {
         let (at, data) = self.block(block).expect("only blocks with a place are asked for");
         let mut bytes = vec![0; usize::try_from(data - at).expect("a bitmap")];
         self.file.read_at(&mut bytes, at)?;
-        Ok(bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect())
+        let mut words = vec![0; bitmap::words(self.shape().header.block_size)];
+        bitmap::decode(&bytes, &mut words);
+        Ok(words)
     }
 
     pub(super) fn shape(&self) -> &Shape {
@@ -181,13 +183,7 @@ impl Offline {
             return Ok(());
         }
         let (old, end) = (self.tail, end.max(self.tail + SECTOR));
-        let extended = match self.file.allocate(old, end + SECTOR - old) {
-            Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),
-            _ => self.file.write_at(&self.footer.encode(), end),
-        };
-        // ext4 keeps what a failed fallocate got; cutting to the length of before gives it back.
-        extended.inspect_err(|_| drop(self.file.set_len(old + SECTOR)))?;
-        self.sync()?;
+        lengthen(&self.file, old + SECTOR, end, &self.footer.encode())?;
         self.file.write_at(&[0; SECTOR_BYTES], old)?;
         self.sync()?;
         self.tail = end;
@@ -259,6 +255,18 @@ impl Offline {
     pub(super) fn full(&self, why: &str) -> Error {
         Error::new(ErrorKind::NoSpace, why).at_path(self.file.path())
     }
+}
+
+/// Makes a file of `len` bytes longer, durably: room from there on, and a footer at byte `footer_at` as its end. As it was
+/// where that fails.
+pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+    let longer = match file.allocate(len, footer_at + SECTOR - len) {
+        Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),
+        _ => file.write_at(footer, footer_at),
+    };
+    // ext4 keeps what a failed fallocate got; cutting to the length of before gives it back.
+    longer.inspect_err(|_| drop(file.set_len(len)))?;
+    file.sync()
 }
 
 #[cfg(all(test, feature = "sim"))]

@@ -29,6 +29,7 @@ use std::ops::Range;
 
 use super::create::ParentLink;
 use super::keep::Keep;
+use super::offline::lengthen;
 use super::open::Image;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
@@ -62,7 +63,7 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     let len = file.stat()?.len;
     let (texts_at, header_at, footer_at) = (len, len + new.text_bytes(), len + new.text_bytes() + HEADER_BYTES);
 
-    extend(file, len, footer_at, &old)?;
+    lengthen(file, len, footer_at, &old)?;
     point::reached("relink.extended");
 
     let mut header = new.header.clone();
@@ -213,17 +214,6 @@ fn texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize
     }
     texts.sort_unstable_by_key(|(slot, _, _)| *slot);
     Ok(texts)
-}
-
-/// Makes the file longer: room from `len` on, and the footer at its end. As it was where that fails.
-fn extend(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
-    let extended = match file.allocate(len, footer_at + SECTOR - len) {
-        Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),
-        _ => file.write_at(footer, footer_at),
-    };
-    // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
-    extended.inspect_err(|_| drop(file.set_len(len)))?;
-    file.sync()
 }
 
 /// Where the header goes at last: where all look for it, unless something else is there.

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::super::rig::{commit, file, grow, host_with, open};
+use super::super::rig::{commit, file, grow, host_with, kinds, open};
 use super::*;
-use crate::image::{Kind, check};
+use crate::image::Kind;
 use crate::storage::sim::{FaultPlan, Random, SimHost};
 use crate::units::SectorRange;
 
@@ -44,10 +44,6 @@ fn paths(names: &[&str]) -> Vec<PathBuf> {
     names.iter().map(Into::into).collect()
 }
 
-fn defects(host: &SimHost) -> Vec<&'static str> {
-    check(file(host)).unwrap().0.defects.iter().map(|d| d.kind()).collect()
-}
-
 #[test]
 fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
     let old = (7, paths(&["old.vhd", "/d/old.vhd"]));
@@ -68,7 +64,7 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             let found = seen(&after);
             assert!(found == old || found == new, "{found:?}, fate {bits:x} of {count}");
             let is_left = Image::open(file(&after)).is_ok_and(|image| !is_settled(&image));
-            assert!(is_left || found == old || defects(&after).is_empty(), "{:?}", defects(&after));
+            assert!(is_left || found == old || kinds(&after).is_empty(), "{:?}", kinds(&after));
             switched += usize::from(found == new);
             // A stranger writes in between, or nobody does.
             let image = open(&after);
@@ -83,11 +79,11 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             }
             relink(&after, &file(&after), Some(&to)).unwrap();
             assert_eq!((seen(&after), Image::open(file(&after)).unwrap().footer().data_offset), (new.clone(), HOME));
-            assert!(fate % 2 == 0 || (defects(&after).is_empty() && file(&after).stat().unwrap().len == len));
+            assert!(fate % 2 == 0 || (kinds(&after).is_empty() && file(&after).stat().unwrap().len == len));
         }
     }
     assert!(switched > 100 && (1..200).contains(&contradictions), "{contradictions}");
-    assert_eq!((seen(&host), defects(&host).len(), file(&host).stat().unwrap().len), (new, 0, len));
+    assert_eq!((seen(&host), kinds(&host).len(), file(&host).stat().unwrap().len), (new, 0, len));
 }
 
 #[test]
@@ -98,12 +94,12 @@ fn a_text_without_room_stays_behind_the_blocks() {
     let to = ParentLink { absolute: Some(long.clone()), ..link(8, "p.vhd") };
     let before = file(&host).stat().unwrap().len;
     relink(&host, &file(&host), Some(&to)).unwrap();
-    assert_eq!((seen(&host), defects(&host).len()), ((8, vec!["p.vhd".into(), long]), 0));
+    assert_eq!((seen(&host), kinds(&host).len()), ((8, vec!["p.vhd".into(), long]), 0));
     let after = file(&host).stat().unwrap().len;
     assert!(after > before + 2048 && after < before + 4096);
     // The next one finds room in front, and the file ends behind its blocks again.
     relink(&host, &file(&host), Some(&link(9, "q.vhd"))).unwrap();
-    assert_eq!((seen(&host).0, defects(&host).len(), file(&host).stat().unwrap().len), (9, 0, before));
+    assert_eq!((seen(&host).0, kinds(&host).len(), file(&host).stat().unwrap().len), (9, 0, before));
 }
 
 #[test]
@@ -126,7 +122,7 @@ fn slots_stay_and_roots_have_none() {
     relink(&host, &f, None).unwrap();
     let image = Image::open(f.clone()).unwrap();
     assert_eq!((image.kind(), image.header().unwrap().parent_uuid), (DiskType::Dynamic, Uuid::nil()));
-    assert!(image.header().unwrap().locators.iter().all(LocatorEntry::is_unused) && defects(&host).is_empty());
+    assert!(image.header().unwrap().locators.iter().all(LocatorEntry::is_unused) && kinds(&host).is_empty());
     relink(&host, &f, Some(&link(9, "r.vhd"))).unwrap();
     assert_eq!(seen(&host), (9, paths(&["r.vhd", "/d/r.vhd"])));
 }

@@ -3,32 +3,14 @@
 use std::path::Path;
 
 use super::super::check::{self, tests::with_batmap};
-use super::super::rig::{PATH, child, commit, file, grow, host_with, open};
+use super::super::rig::{PATH, child, file, kinds, poke, written};
 use super::*;
 use crate::format::Severity;
 use crate::storage::sim::{FaultPlan, SimHost};
-use crate::units::SectorRange;
 
 /// An image of 1000 sectors in blocks of 64 KiB: block 0 whole, one sector of block 2, three of the last block.
 fn image() -> SimHost {
-    let host = host_with(child(), 1000);
-    let image = open(&host).unwrap();
-    for (from, to) in [(0, 128), (256, 257), (900, 903)] {
-        let block = u32::try_from(from / 128).unwrap();
-        while image.reserve(block).is_err() {
-            grow(&host, &image).unwrap();
-        }
-        let place = u64::from(image.reserve(block).unwrap());
-        image.file().write_at(&[9; SECTOR_BYTES], (place + 1 + from % 128) * SECTOR).unwrap();
-        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
-    }
-    commit(&host, &image);
-    image.trim().unwrap();
-    host
-}
-
-fn kinds(host: &SimHost) -> Vec<&'static str> {
-    check::check(file(host)).unwrap().0.defects.iter().map(Defect::kind).collect()
+    written(child(), 1000, &[(0, 128), (256, 257), (900, 903)])
 }
 
 /// The image as it was before a repair.
@@ -74,10 +56,6 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
 
 fn end(host: &SimHost) -> u64 {
     Image::open(file(host)).unwrap().data_end()
-}
-
-fn poke(host: &SimHost, at: u64, bytes: &[u8]) {
-    file(host).write_at(bytes, at).unwrap();
 }
 
 #[test]

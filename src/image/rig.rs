@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Commit, Growth, Image, Keep, Kind, ParentLink, Spec, Writable, create, drive};
+use super::{Commit, Growth, Image, Keep, Kind, ParentLink, Spec, Writable, check, create, drive};
 use crate::error::Result;
+use crate::format::Defect;
 use crate::storage::sim::SimHost;
 use crate::storage::{Access, Env, File, Slot};
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 pub(super) const PATH: &str = "/d/a.vhd";
 pub(super) const SLOT: Slot = Slot(0);
@@ -41,4 +42,33 @@ pub(super) fn grow(host: &SimHost, image: &Arc<Writable>) -> Result<()> {
 pub(super) fn commit(host: &SimHost, image: &Arc<Writable>) {
     let mut commit = Commit::new(image.clone(), SLOT);
     drive(host, image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
+}
+
+/// A host with an image of 64 KiB blocks, with sevens in ranges of sectors, none across blocks; closed in the clean way.
+pub(super) fn written(kind: Kind, sectors: u64, ranges: &[(u64, u64)]) -> SimHost {
+    let host = host_with(kind, sectors);
+    let image = open(&host).unwrap();
+    for &(from, to) in ranges {
+        let block = u32::try_from(from / 128).unwrap();
+        while image.reserve(block).is_err() {
+            grow(&host, &image).unwrap();
+        }
+        let place = u64::from(image.reserve(block).unwrap());
+        for sector in from..to {
+            image.file().write_at(&[7; SECTOR_BYTES], (place + 1 + sector % 128) * SECTOR).unwrap();
+        }
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
+    }
+    commit(&host, &image);
+    image.trim().unwrap();
+    host
+}
+
+/// What a check finds, by its words.
+pub(super) fn kinds(host: &SimHost) -> Vec<&'static str> {
+    check::check(file(host)).unwrap().0.defects.iter().map(Defect::kind).collect()
+}
+
+pub(super) fn poke(host: &SimHost, at: u64, bytes: &[u8]) {
+    file(host).write_at(bytes, at).unwrap();
 }

@@ -15,7 +15,7 @@ use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Bytes of data that are looked at in one image.
 const LOOKED_AT: u64 = 64 << 20;
-/// Bytes that are read at once.
+/// Sectors of data that are read at once.
 const CHUNK_SECTORS: u32 = 128;
 /// Bitmaps that the host is asked for at once.
 const AHEAD: usize = 256;
@@ -23,6 +23,9 @@ const AHEAD: usize = 256;
 const SUSPECTS: usize = 4096;
 /// The file sector from which on every writer packs blocks, as there is no room for gaps (crash-safety 3.4).
 const PACKED_FROM: u32 = 0xE000_0000;
+
+/// Is told how far, in bytes of the file, a walk has come, and ends it where it fails.
+pub(super) type ComeTo<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Blocks of a child that are marked whole, though its writers mark what is written and no more.
 #[derive(Clone, Debug)]
@@ -55,11 +58,12 @@ fn writer_of(image: &Image) -> Writer {
     }
 }
 
-/// Looks at the batmap and at every block that can break a rule.
+/// Looks at the batmap and at every block that can break a rule. `come_to` is told the byte of the file before which all
+/// was looked at.
 ///
 /// # Errors
-/// `Io`.
-pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
+/// `Io`; what `come_to` fails with.
+pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
     let Some(sparse) = image.sparse() else { return Ok(()) };
     image.file().expect_scattered_reads();
     check_batmap(image, report)?;
@@ -83,6 +87,7 @@ pub(super) fn walk(image: &Image, report: &mut Report) -> Result<()> {
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
         if number % AHEAD == 0 {
+            come_to(u64::from(place) * SECTOR)?;
             let bytes = u64::from(bitmap_sectors) * SECTOR;
             ahead.by_ref().take(AHEAD).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
 use crate::error::Result;
-use crate::image::{Image, agreed, refuse_if_live};
+use crate::image::{Glance, Image, agreed, refuse_if_live};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
@@ -24,8 +24,9 @@ pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image
     // Not the link to it: what it records of its parent counts from the folder it lies in.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    if let Some(folder) = &policy.runtime {
-        refuse_if_live(env, folder, &Image::open(file.clone())?)?;
+    // Before its footers are made to agree, which writes.
+    if let (Some(folder), Some(glance)) = (&policy.runtime, Glance::at(&file)?) {
+        refuse_if_live(env, folder, &file, glance.uuid)?;
     }
     let image = agreed(&file)?;
     refuse_if_receiving(env, &image, None)?;

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{self, Checked, Policy};
+use super::mover::Progress;
+use crate::chain::{self, Chain, Checked, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Severity};
 use crate::image;
-use crate::storage::{Access, Env, Lock};
+use crate::storage::{Access, Env, File, Lock};
 
 /// What was found in one file, or in all of a chain.
 #[derive(Clone, Debug, Serialize)]
@@ -65,24 +66,46 @@ pub struct Repaired {
     pub undo: Option<String>,
 }
 
+/// Bytes of the files that a check goes through, as far as that can be told before: of a broken chain the youngest.
+pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
+    let len = |file: &File| file.stat().map_or(0, |stat| stat.len);
+    match parents.and_then(|policy| Chain::open(env, path, policy, Use::Look).ok()) {
+        Some(chain) => chain.images().iter().map(|image| len(image.file())).sum(),
+        None => env.open(path, Access::Read).map_or(0, |file| len(&file)),
+    }
+}
+
 /// Holds the image at `path`, and with a policy its parents, against every rule. Without a policy nothing that the
-/// image names is opened.
+/// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
 /// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
-/// `runtime` says more than the file; `Io`.
-pub fn check(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Report> {
-    let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime)?;
+/// `runtime` says more than the file; `Io`; what `progress` fails with.
+pub fn check(
+    env: &dyn Env,
+    path: &Path,
+    parents: Option<&Policy>,
+    runtime: Option<&Path>,
+    progress: &mut Progress<'_>,
+) -> Result<Report> {
+    let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     Ok(all(&checked, parents.is_some()))
 }
 
 /// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. The guest's
-/// disk reads the same at every moment.
+/// disk reads the same at every moment. Once something is mended `progress` is not asked any more: the report has to
+/// tell of it.
 ///
 /// # Errors
 /// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `NoSpace`.
-pub fn repair(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Option<&Path>) -> Result<Report> {
-    let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime)?;
+pub fn repair(
+    env: &dyn Env,
+    path: &Path,
+    parents: Option<&Policy>,
+    runtime: Option<&Path>,
+    progress: &mut Progress<'_>,
+) -> Result<Report> {
+    let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     let mut repaired = Vec::new();
     for checked in before.iter().filter(|checked| checked.opens) {
         let report = report(checked, parents.is_some());
@@ -98,7 +121,7 @@ pub fn repair(env: &dyn Env, path: &Path, parents: Option<&Policy>, runtime: Opt
         let undo = image::repair(env, &file)?.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
-    Ok(Report { repaired, ..check(env, path, parents, runtime)? })
+    Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
 }
 
 fn all(checked: &[Checked], chain: bool) -> Report {

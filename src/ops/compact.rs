@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use super::alone;
-use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, is_zero, next_data};
+use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress};
 use crate::chain::{Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::Offline;
+use crate::image::{Offline, is_zero, next_data};
 use crate::point;
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
@@ -107,7 +107,7 @@ impl<'a> Look<'a> {
             let at = data + u64::from(self.block_size.within(piece.start())) * SECTOR;
             let len = usize::try_from(piece.bytes()).expect("at most a chunk");
             let own = &mut self.own[..len];
-            let hole = next_data(self.offline.file(), at)?.is_none_or(|(start, _)| start >= at + len as u64);
+            let hole = next_data(self.offline.file(), at..at + len as u64)?.is_none();
             match hole {
                 true => own.fill(0),
                 false => {

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, Result};
-use crate::image::{Image, Kind, Spec, refuse_if_live};
+use crate::image::{Glance, Kind, Spec, refuse_if_live};
 use crate::storage::{Access, Buffer, Env};
 use crate::units::{BlockSize, SECTOR};
 
@@ -27,9 +27,10 @@ pub enum To {
 /// `Refused`, saying what to do; `Io`.
 pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Path>) -> Result<()> {
     let (Some(folder), true) = (runtime, env.exists(path)) else { return Ok(()) };
-    match Image::open(env.open(path, Access::Read)?) {
-        Ok(image) => refuse_if_live(env, folder, &image),
-        Err(_) => Ok(()), // no image, or one that no daemon serves
+    let file = env.open(path, Access::Read)?;
+    match Glance::at(&file)? {
+        Some(glance) => refuse_if_live(env, folder, &file, glance.uuid),
+        None => Ok(()), // no image that a daemon could serve
     }
 }
 

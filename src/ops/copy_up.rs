@@ -9,10 +9,11 @@
 //!
 //! The disk stays as it is meanwhile: what is written is what it shows.
 
-use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, WINDOW, is_zero, next_data, next_placed};
+use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, WINDOW, next_placed};
 use super::writer::Writer;
 use crate::chain::{Extent, Plan, Source, Version};
 use crate::error::Result;
+use crate::image::{is_zero, next_data};
 use crate::storage::{Buffer, FileId};
 use crate::units::{SECTOR, SectorRange};
 
@@ -186,7 +187,7 @@ impl CopyUp<'_> {
 fn fill(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
     if let Source::File { slot, offset } = source {
         let file = version.file(slot);
-        if next_data(file, offset)?.is_some_and(|(start, _)| start < offset + into.len() as u64) {
+        if next_data(file, offset..offset + into.len() as u64)?.is_some() {
             file.read_at(into, offset)?;
             return Ok(true);
         }

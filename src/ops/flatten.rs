@@ -4,13 +4,13 @@ use std::path::Path;
 
 use super::alone;
 use super::copy_up::{Stage, copy_up};
-use super::mover::{Progress, next_data};
+use super::mover::Progress;
 use super::rebase::{files, link_to, open_beneath};
 use super::writer::Writer;
 use crate::chain::{Chain, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Keep, Offline, ParentLink, check_link, is_settled, relink};
+use crate::image::{Image, Keep, Offline, ParentLink, check_link, is_settled, next_data, relink};
 use crate::point;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
@@ -89,7 +89,7 @@ fn blank_absent(file: &File) -> Result<()> {
         while at < block_size.sectors() {
             let (set, count) = bitmap::run(&words, at, block_size.sectors());
             let (start, len) = (data + u64::from(at) * SECTOR, u64::from(count) * SECTOR);
-            if !set && next_data(file, start)?.is_some_and(|(found, _)| found < start + len) {
+            if !set && next_data(file, start..start + len)?.is_some() {
                 file.punch(start, len)?;
             }
             at += count;

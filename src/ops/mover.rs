@@ -1,4 +1,4 @@
-//! A disk as runs: where it has data, past its holes, and what it says there. Under `map`, `convert` and `compare`.
+//! A disk as runs: where it has data, past its holes, and what it says there. Under every verb that reads disks.
 //!
 //! A chain is walked by plans, and what no layer has a block for is stepped over by looking at the block tables alone,
 //! so that an empty disk costs next to nothing whatever its size. Runs in files are clipped to what is no hole there.
@@ -7,7 +7,8 @@ use std::path::Path;
 
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
-use crate::storage::{Access, Buffer, Env, File, Lock};
+use crate::image::{is_zero, next_data};
+use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
@@ -187,7 +188,7 @@ pub(super) struct Data<'a> {
 /// A run of a file that is known to be no hole.
 #[derive(Default)]
 struct Seen {
-    slot: Option<crate::storage::Slot>,
+    slot: Option<Slot>,
     start: u64,
     end: u64,
 }
@@ -196,9 +197,9 @@ impl Data<'_> {
     pub(super) fn next(&mut self) -> Result<Option<SectorRange>> {
         match &mut self.runs {
             Runs::Raw(file, at) => {
-                let Some((start, len)) = next_data(file, *at)? else { return Ok(None) };
-                let run =
-                    SectorRange::between((start / SECTOR).max(at.div_ceil(SECTOR)), (start + len).div_ceil(SECTOR));
+                let Some(found) = next_data(file, *at..u64::MAX)? else { return Ok(None) };
+                let start = (found.start / SECTOR).max(at.div_ceil(SECTOR));
+                let run = SectorRange::between(start, found.end.div_ceil(SECTOR));
                 let run = run.clip(SectorRange::between(0, self.sectors));
                 *at = run.end() * SECTOR;
                 Ok((!run.is_empty()).then_some(run))
@@ -214,9 +215,9 @@ impl Data<'_> {
                 let Source::File { slot, offset } = extent.source else { continue };
                 let (range, seen) = (extent.range, &mut self.seen);
                 if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
-                    let run = next_data(extents.version.file(slot), offset)?;
-                    let (start, len) = run.unwrap_or((u64::MAX, 0));
-                    *seen = Seen { slot: Some(slot), start, end: start.saturating_add(len) };
+                    let found = next_data(extents.version.file(slot), offset..u64::MAX)?;
+                    let (start, end) = found.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end));
+                    *seen = Seen { slot: Some(slot), start, end };
                 }
                 let hole = (seen.start.saturating_sub(offset) / SECTOR).min(range.count());
                 let data = (seen.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
@@ -230,17 +231,6 @@ impl Data<'_> {
                 }
             },
         }
-    }
-}
-
-/// As `File::next_data`; where a file system cannot tell, all is data.
-pub(super) fn next_data(file: &File, offset: u64) -> Result<Option<(u64, u64)>> {
-    match file.next_data(offset) {
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
-            let len = file.stat()?.len;
-            Ok((offset < len).then(|| (offset, len - offset)))
-        }
-        result => result,
     }
 }
 
@@ -287,12 +277,6 @@ pub(super) fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (us
     })
 }
 
-/// Whether all bytes are zero; 64 at a time, so that the compiler makes vectors of it.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    let (lines, rest) = bytes.as_chunks::<64>();
-    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|&byte| byte == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,6 +292,5 @@ mod tests {
         bytes[3 * PAGE - 512] = 1;
         bytes[5 * PAGE - 513] = 1;
         assert_eq!(runs(&bytes), [(0, PAGE - 512), (2 * PAGE - 512, 3 * PAGE)]);
-        assert!(is_zero(&[0; 100]) && !is_zero(&[&[0; 99][..], &[1]].concat()) && is_zero(&[]));
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::writer::Writer;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Keep, Spec, folder_of, fresh_name, give_back, name, write_new};
+use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -107,9 +107,7 @@ impl<'a> Sink<'a> {
             Form::Raw(file, _) => file.sync()?,
             Form::Image(writer) => {
                 writer.commit()?;
-                let top = writer.top();
-                give_back(top.image.file(), top.image.image().metadata_end())?;
-                top.image.trim()?;
+                writer.close()?;
             }
         }
         if self.replace {

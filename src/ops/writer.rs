@@ -6,12 +6,15 @@ use std::sync::Arc;
 use super::behind::Behind;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Held, Keep, drive, give_back};
+use crate::image::{Commit, Growth, Held, Keep, NoRoom, drive, give_back};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
 /// Bytes written between commits: bounds what a commit must carry.
 const COMMIT_BYTES: u64 = 1 << 30;
+
+/// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
+type Planner = fn(&Version, SectorRange, &mut Plan) -> Result<(), NoRoom>;
 
 /// An image that is being written to, and the chain beneath it.
 pub(super) struct Writer<'a> {
@@ -84,27 +87,32 @@ impl<'a> Writer<'a> {
         self.change(range, |file, extent, offset| file.punch(offset, extent.bytes()))
     }
 
+    /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
+    fn plan_by(&mut self, planner: Planner, range: SectorRange) -> Result<()> {
+        let mut held = Held::default();
+        loop {
+            match planner(&self.version, range, &mut self.plan) {
+                Ok(()) if self.plan.missing.is_empty() => return Ok(()),
+                Ok(()) => self.version.load_now(&self.plan.missing, &mut held)?,
+                Err(_) => grow(self.env, self.top())?,
+            }
+        }
+    }
+
     fn change(
         &mut self,
         range: SectorRange,
         mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
     ) -> Result<()> {
-        let (version, plan) = (&self.version, &mut self.plan);
-        let (top, mut held) = (version.top().expect("opened for writing"), Held::default());
-        loop {
-            match version.plan_write(range, plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing, &mut held)?,
-                Err(_) => grow(self.env, top)?,
-            }
-        }
-        for extent in &plan.extents {
+        self.plan_by(Version::plan_write, range)?;
+        let top = self.version.top().expect("opened for writing");
+        for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
             write(top.image.file(), extent.range, offset)?;
             self.behind.wrote(top.image.file(), offset, extent.range.bytes());
         }
         // Killed, this tool begins anew: nothing has to outlive it.
-        let _ = version.mark_now(range)?;
+        let _ = self.version.mark_now(range)?;
         self.uncommitted += range.bytes();
         if self.uncommitted >= COMMIT_BYTES || top.image.take_due() {
             self.commit()?;
@@ -118,24 +126,17 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
-        let (version, plan) = (&self.version, &mut self.plan);
-        let (top, mut held) = (version.top().expect("opened for writing"), Held::default());
-        loop {
-            match version.plan_zero(range, plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing, &mut held)?,
-                Err(_) => grow(self.env, top)?,
-            }
-        }
-        for extent in &plan.extents {
+        self.plan_by(Version::plan_zero, range)?;
+        let top = self.version.top().expect("opened for writing");
+        for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else {
                 unreachable!("what is zeroed lies in the top's file")
             };
             top.image.file().punch(offset, extent.range.bytes())?;
             top.image.touched();
         }
-        for marked in &plan.marks {
-            let _ = version.mark_now(*marked)?;
+        for marked in &self.plan.marks {
+            let _ = self.version.mark_now(*marked)?;
             self.uncommitted += marked.bytes();
         }
         Ok(())
@@ -150,7 +151,7 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
-    pub(super) fn close(self) -> Result<()> {
+    pub(super) fn close(&self) -> Result<()> {
         let image = &self.top().image;
         if image.bitmaps().is_some() {
             give_back(image.file(), self.was_used)?;
@@ -164,11 +165,10 @@ impl<'a> Writer<'a> {
     /// What the work failed with; as [`Writer::close`].
     pub(super) fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
-        match (outcome, closed) {
-            (Ok(done), Ok(())) => Ok(done),
-            (Err(e), Ok(())) | (Ok(_), Err(e)) => Err(e),
-            (Err(e), Err(later)) => {
-                log::warn!("{}", later.line());
+        match outcome {
+            Ok(done) => closed.map(|()| done),
+            Err(e) => {
+                at_rest(closed);
                 Err(e)
             }
         }
@@ -183,6 +183,13 @@ impl<'a> Writer<'a> {
         let top = self.version.top().expect("opened for writing");
         let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
         drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
+    }
+}
+
+/// What fails while a failure is dealt with is not what the work failed with.
+pub(super) fn at_rest(outcome: Result<()>) {
+    if let Err(e) = outcome {
+        log::warn!("{}", e.line());
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::fuse;
 use super::guest::{SECTOR, tagged_run};
-use super::loopdev::{Kind, LoopDevice, Mounted, may_mount};
+use super::loopdev::{Kind, Mounted, may_mount, mounted_on};
 use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
@@ -50,9 +50,7 @@ fn both_modes(test: &str, kind: Kind, failing: Failing) {
 
 fn run(kind: Kind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
-    let device = LoopDevice::attach(&disk.path());
-    kind.make(device.path(), &[]);
-    let mounted = Mounted::mount(kind, device.path());
+    let (device, mounted) = mounted_on(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
     diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("64M")]).ok();
     let runtime = Runtime::new();

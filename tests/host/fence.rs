@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::fuse::{self, Entry, Event, FuseDisk, contains};
 use super::guest::{SECTOR, tagged, tagged_run};
-use super::loopdev::{Kind, LoopDevice, Mounted, may_mount};
+use super::loopdev::{Kind, may_mount, mounted_on};
 use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
@@ -60,9 +60,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
         return;
     }
     let disk = fuse::blank(Kind::Ext4.size());
-    let device = LoopDevice::attach(&disk.path());
-    Kind::Ext4.make(device.path(), &[]);
-    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    let (device, mounted) = mounted_on(&disk.path(), Kind::Ext4);
     let folder = tempfile::tempdir().expect("a folder");
     let (root, child) = (mounted.path().join("root.vhd"), folder.path().join("child.vhd"));
     let raw = folder.path().join("raw");
@@ -121,9 +119,7 @@ fn on_ext4(test: &str, engine: &str) {
         return;
     }
     let disk = fuse::blank(Kind::Ext4.size());
-    let device = LoopDevice::attach(&disk.path());
-    Kind::Ext4.make(device.path(), &[]);
-    let mounted = Mounted::mount(Kind::Ext4, device.path());
+    let (device, mounted) = mounted_on(&disk.path(), Kind::Ext4);
     let image = mounted.path().join("image.vhd");
     create(&image);
     let runtime = Runtime::new();

@@ -146,6 +146,14 @@ impl Mounted {
     }
 }
 
+/// A new file system on a loop device over a file.
+pub(crate) fn mounted_on(file: &Path, kind: Kind) -> (LoopDevice, Mounted) {
+    let device = LoopDevice::attach(file);
+    kind.make(device.path(), &[]);
+    let mounted = Mounted::mount(kind, device.path());
+    (device, mounted)
+}
+
 /// Unmounts what is mounted there. The kernel lets go of files in rings, and of loop devices, a moment after their last
 /// user has ended: so long this waits.
 pub(crate) fn unmount(path: &Path) -> Result<(), String> {

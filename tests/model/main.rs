@@ -72,16 +72,8 @@ impl World {
     }
 
     fn open(&self, read_only: bool) -> Rig {
-        let options = DiskOptions {
-            path: self.top().to_owned(),
-            read_only,
-            serial: None,
-            direct: self.direct,
-            allow_parents: Vec::new(),
-            write_through: false,
-            keep: self.keep.clone(),
-            when_full: Default::default(),
-        };
+        let options =
+            DiskOptions { read_only, direct: self.direct, keep: self.keep.clone(), ..DiskOptions::new(self.top()) };
         let disk = Disk::open(self.env.clone(), &options).expect("the chain opens");
         if let (Some(granules), Some(top)) = (self.granules, disk.version().top()) {
             top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.keep_at_most(granules));

@@ -6,8 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::error::{Error, ErrorKind, Result};
 use diffdisk::image::Image;
-use diffdisk::ops;
+use diffdisk::ops::{self, check::Report};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::storage::{Access, Env};
@@ -16,6 +17,8 @@ use diffdisk::units::SectorRange;
 use crate::common::golden::Golden;
 use crate::common::tool::{diffdisk, scratch};
 use crate::points;
+use crate::scene::{self, Fill, Scene};
+use crate::sweep::FOLDER;
 
 /// Bytes of a VHD by what is at which place in it.
 struct Bytes(Vec<u8>);
@@ -113,33 +116,11 @@ fn broken(folder: &Path, f: impl FnOnce(&mut Bytes)) -> PathBuf {
 
 /// Writes ranges of sectors by our own commit protocol.
 fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
-    use diffdisk::image::{Commit, Growth, Keep, drive};
-    let version = Chain::open(&Host, path, &Policy::default(), Use::Write).expect("it opens");
-    let version = version.into_writable(&Host, &Keep::Nothing).expect("it is writable");
-    let top = version.top().expect("writable");
-    let mut plan = Plan::default();
-    for &(from, to) in ranges {
+    let filled = ranges.iter().map(|&(from, to)| {
         let range = SectorRange::between(from, to);
-        loop {
-            match version.plan_write(range, &mut plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing).expect("bitmaps are read"),
-                Err(_) => {
-                    let mut growth = Growth::begin(&top.image, top.slot).expect("room is short");
-                    drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
-                }
-            }
-        }
-        for extent in &plan.extents {
-            let diffdisk::chain::Source::File { offset, .. } = extent.source else { panic!("a write goes to a file") };
-            let bytes = vec![byte; usize::try_from(extent.range.bytes()).expect("little")];
-            top.image.file().write_at(&bytes, offset).expect("it is written");
-        }
-        assert_eq!(top.image.mark(range), Ok(true));
-    }
-    let mut commit = Commit::new(top.image.clone(), top.slot);
-    drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("it commits");
-    top.image.trim().expect("it is cut");
+        (range, vec![byte; usize::try_from(range.bytes()).expect("little")])
+    });
+    scene::write(&Host, path, filled).expect("it can be written");
 }
 
 /// The disk as a guest sees it.
@@ -285,6 +266,10 @@ fn copy(host: &SimHost) -> SimHost {
     host.crash_with(&|_| true)
 }
 
+fn repair(host: &SimHost, path: &Path) -> Result<Report> {
+    ops::check::repair(host, path, None, None, &mut |_| Ok(()))
+}
+
 /// What must hold of a machine on which a repair of `before` ended somewhere.
 fn assert_mended(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
     let path = Path::new(CHILD);
@@ -294,7 +279,7 @@ fn assert_mended(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
     let image = host.bytes(path).expect("it is there");
     let kept = undo.first().and_then(|undo| undone(image.clone(), &host.bytes(undo).expect("it is there")));
     assert!(kept.unwrap_or(image) == before, "{what}: what is kept does not lead back");
-    let report = ops::check::repair(host, path, None, None).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
+    let report = repair(host, path).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
     assert!(report.ok, "{what}: {:?}", report.defects);
     assert!(seen(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise after all");
 }
@@ -311,12 +296,12 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
         let path = Path::new(CHILD);
         let (want, before) = (seen(&whole, path, &Policy::default()), whole.bytes(path).expect("it is there"));
         let all = copy(&whole);
-        assert!(ops::check::repair(&all, path, None, None).expect("it is mended").ok);
+        assert!(repair(&all, path).expect("it is mended").ok);
         let steps = all.counts().steps;
         for step in 1..=steps {
             let host = copy(&whole);
             host.stop_at(step);
-            ops::check::repair(&host, path, None, None).expect_err("the machine has stopped");
+            repair(&host, path).expect_err("the machine has stopped");
             let units = host.unsynced().len();
             for fate in 0..30 {
                 let (few, salt) = (random.below(8), random.any());
@@ -336,7 +321,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
             for fault in [Fault::NoSpace, Fault::Io, Fault::Short] {
                 let host = copy(&whole);
                 host.set_faults(FaultPlan { fail: vec![(step, fault)], ..FaultPlan::default() });
-                let done = ops::check::repair(&host, path, None, None);
+                let done = repair(&host, path);
                 host.set_faults(FaultPlan::default());
                 faults += u32::from(done.is_err());
                 if done.is_err() {
@@ -351,4 +336,39 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
     }
     println!("{cuts} power cuts, {faults} faults");
     assert!(cuts > 200 && faults > 50, "{cuts} power cuts, {faults} faults");
+}
+
+#[test]
+fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
+    let host = SimHost::new(3);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("root.vhd", 4096, 600 * 8);
+    scene.write("root.vhd", &(0..600).map(|block| (block * 8, block * 8 + 1, Fill::Tag("R"))).collect::<Vec<_>>());
+    scene.child("child.vhd", "root.vhd", 4096);
+    let (path, policy) = (scene.path("child.vhd"), Policy::default());
+    let len = |name: &str| host.bytes(&scene.path(name)).expect("it is there").len() as u64;
+    let (first, all) = (len("child.vhd"), len("child.vhd") + len("root.vhd"));
+    let check = |progress: &mut dyn FnMut(u64) -> Result<()>| {
+        ops::check::check(&host, &path, Some(&policy), None, progress).map(|report| report.ok)
+    };
+    let mut told = Vec::new();
+    let ok = check(&mut |bytes| {
+        told.push(bytes);
+        Ok(())
+    });
+    assert!(ok.expect("it can be read") && told.is_sorted(), "{told:?}");
+    assert_eq!((told.last(), ops::check::bytes(&host, &path, Some(&policy))), (Some(&all), all));
+    assert!(told.iter().filter(|bytes| (first + 1..all).contains(*bytes)).count() > 1, "within a file: {told:?}");
+    for moment in 0..told.len() {
+        let mut left = moment;
+        let ended = check(&mut |_| match left.checked_sub(1) {
+            Some(fewer) => {
+                left = fewer;
+                Ok(())
+            }
+            None => Err(Error::new(ErrorKind::Refused, "enough")),
+        });
+        assert_eq!(ended.expect_err("it was ended").line(), "enough", "at moment {moment}");
+    }
+    assert_eq!(ops::check::bytes(&host, &scene.path("root.vhd"), None), all - first);
 }

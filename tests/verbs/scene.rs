@@ -66,42 +66,14 @@ impl<'a> Scene<'a> {
 
     /// Writes runs of sectors, and closes the image in the clean way.
     pub(crate) fn write(&self, name: &str, runs: &[(u64, u64, Fill<'_>)]) {
-        let chain = Chain::open(self.env, &self.path(name), &Policy::default(), Use::Write).expect("it opens");
-        let version = chain.into_writable(self.env, &Keep::Nothing).expect("it can be written");
-        for &(from, to, fill) in runs {
+        let filled = runs.iter().map(|&(from, to, fill)| {
             let mut bytes = vec![0; usize::try_from((to - from) * SECTOR).expect("small")];
             if let Fill::Tag(tag) = fill {
                 pattern::fill(&mut bytes, tag, from);
             }
-            self.put(&version, SectorRange::between(from, to), &bytes).expect("a write");
-        }
-        let top = version.top().expect("opened to be written");
-        let mut commit = Commit::new(top.image.clone(), top.slot);
-        image::drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).expect("a commit");
-        top.image.trim().expect("a clean end");
-    }
-
-    fn put(&self, version: &Version, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        let (mut plan, top) = (Plan::default(), version.top().expect("opened to be written"));
-        loop {
-            match version.plan_write(range, &mut plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
-                Err(_) => {
-                    let mut growth = Growth::begin(&top.image, top.slot).expect("there is no room");
-                    image::drive(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
-                }
-            }
-        }
-        let mut rest = bytes;
-        for extent in &plan.extents {
-            let Source::File { slot, offset } = extent.source else { panic!("a write goes into a file") };
-            let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("small"));
-            version.file(slot).write_at(now, offset)?;
-            rest = later;
-        }
-        assert_eq!(top.image.mark(range), Ok(true), "nothing has to be kept");
-        Ok(())
+            (SectorRange::between(from, to), bytes)
+        });
+        write(self.env, &self.path(name), filled).expect("it can be written");
     }
 
     /// The disk, as its guest sees it.
@@ -114,9 +86,45 @@ impl<'a> Scene<'a> {
 
     /// What `check --chain` finds, by their words.
     pub(crate) fn defects(&self, name: &str) -> Vec<&'static str> {
-        let report = ops::check::check(self.env, &self.path(name), Some(&Policy::default()), None).expect("a check");
+        let (path, policy) = (self.path(name), Policy::default());
+        let report = ops::check::check(self.env, &path, Some(&policy), None, &mut |_| Ok(())).expect("a check");
         report.defects.iter().map(|defect| defect.kind).collect()
     }
+}
+
+/// Writes runs of sectors into an image, and closes it in the clean way.
+pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (SectorRange, Vec<u8>)>) -> Result<()> {
+    let version = Chain::open(env, path, &Policy::default(), Use::Write)?.into_writable(env, &Keep::Nothing)?;
+    for (range, bytes) in runs {
+        put(env, &version, range, &bytes)?;
+    }
+    let top = version.top().expect("opened to be written");
+    let mut commit = Commit::new(top.image.clone(), top.slot);
+    image::drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
+    top.image.trim()
+}
+
+fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Result<()> {
+    let (mut plan, top) = (Plan::default(), version.top().expect("opened to be written"));
+    loop {
+        match version.plan_write(range, &mut plan) {
+            Ok(()) if plan.missing.is_empty() => break,
+            Ok(()) => version.load_now(&plan.missing, &mut diffdisk::image::Held::default())?,
+            Err(_) => {
+                let mut growth = Growth::begin(&top.image, top.slot).expect("there is no room");
+                image::drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
+            }
+        }
+    }
+    let mut rest = bytes;
+    for extent in &plan.extents {
+        let Source::File { slot, offset } = extent.source else { panic!("a write goes into a file") };
+        let (now, later) = rest.split_at(usize::try_from(extent.range.bytes()).expect("small"));
+        version.file(slot).write_at(now, offset)?;
+        rest = later;
+    }
+    assert_eq!(top.image.mark(range), Ok(true), "nothing has to be kept");
+    Ok(())
 }
 
 /// A disk of zeros, and what was written over it.

@@ -1,11 +1,10 @@
 //! Chains to try verbs on: some layers, what was written into each, and what each must show. On any host.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use diffdisk::chain::{Chain, Plan, Policy, Source, Use};
+use diffdisk::chain::{Chain, Plan, Policy, Use};
 use diffdisk::error::Result;
-use diffdisk::image::{self, Commit, Growth, Image, Keep, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Image, Kind, ParentLink, Spec};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 
@@ -80,29 +79,11 @@ impl Scene {
 
 /// Writes values into an image, present zeros as well, and leaves it at rest.
 pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], scale: u64) -> Result<()> {
-    let version = Chain::open(env, path, &Policy::default(), Use::Write)?.into_writable(env, &Keep::Nothing)?;
-    let top = version.top().expect("opened for writing");
-    for &(from, to, value) in writes {
-        let (range, mut plan) = (SectorRange::between(from * scale, to * scale), Plan::default());
-        loop {
-            match version.plan_write(range, &mut plan) {
-                Ok(()) if plan.missing.is_empty() => break,
-                Ok(()) => version.load_now(&plan.missing)?,
-                Err(_) => {
-                    let mut growth = Growth::begin(&top.image, top.slot).expect("room is short");
-                    image::drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
-                }
-            }
-        }
-        for extent in &plan.extents {
-            let Source::File { offset, .. } = extent.source else { panic!("a write goes into a file") };
-            top.image.file().write_at(&bytes(extent.range, |_| value), offset)?;
-        }
-        assert_eq!(top.image.mark(range), Ok(true));
-    }
-    let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
-    image::drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
-    top.image.trim()
+    let runs = writes.iter().map(|&(from, to, value)| {
+        let range = SectorRange::between(from * scale, to * scale);
+        (range, bytes(range, |_| value))
+    });
+    crate::scene::write(env, path, runs)
 }
 
 /// What sectors hold that say these values.

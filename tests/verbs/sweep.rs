@@ -149,16 +149,25 @@ impl Case<'_> {
     fn failures(&self, steps: u64) {
         for fault in [Fault::NoSpace, Fault::Io, Fault::Short] {
             for step in 1..=steps {
-                let host = self.host();
-                let fail = vec![(host.counts().steps + step, fault)];
-                host.set_faults(FaultPlan { fail, ..FaultPlan::default() });
-                let outcome = self.call(&host);
-                host.set_faults(FaultPlan::default());
-                let when = || format!("{fault:?} at step {step}, which ended in {outcome:?}");
-                self.judge(&host, &when);
-                self.complete(&host, &when);
+                let faults = |host: &SimHost| FaultPlan {
+                    fail: vec![(host.counts().steps + step, fault)],
+                    ..FaultPlan::default()
+                };
+                self.with_faults(faults, &format!("{fault:?} at step {step}"));
             }
         }
+    }
+
+    /// A call on a host with faults, and then the same without them. Whether it succeeded at first.
+    fn with_faults(&self, faults: impl Fn(&SimHost) -> FaultPlan, what: &str) -> bool {
+        let host = self.host();
+        host.set_faults(faults(&host));
+        let outcome = self.call(&host);
+        host.set_faults(FaultPlan::default());
+        let when = || format!("{what}, which ended in {outcome:?}");
+        self.judge(&host, &when);
+        self.complete(&host, &when);
+        outcome.is_ok()
     }
 
     /// Some pages of room more than there is taken, from none to enough.
@@ -168,15 +177,8 @@ impl Case<'_> {
             files.map(|file| file.expect("it opens").stat().expect("it is there").allocated).sum()
         };
         for pages in 0.. {
-            let host = self.host();
-            let room = Some(taken(&host) + pages * 4096);
-            host.set_faults(FaultPlan { room, ..FaultPlan::default() });
-            let outcome = self.call(&host);
-            host.set_faults(FaultPlan::default());
-            let when = || format!("{pages} pages of room, which ended in {outcome:?}");
-            self.judge(&host, &when);
-            self.complete(&host, &when);
-            if outcome.is_ok() {
+            let faults = |host: &SimHost| FaultPlan { room: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
+            if self.with_faults(faults, &format!("{pages} pages of room")) {
                 return;
             }
         }

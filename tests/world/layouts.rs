@@ -38,16 +38,8 @@ pub(crate) fn top() -> PathBuf {
 
 /// How the disk is opened; with a live journal if `journal`.
 pub(crate) fn options(journal: bool) -> DiskOptions {
-    DiskOptions {
-        path: top(),
-        read_only: false,
-        serial: None,
-        direct: false,
-        allow_parents: Vec::new(),
-        write_through: false,
-        keep: if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing },
-        when_full: WhenFull::Fail,
-    }
+    let keep = if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing };
+    DiskOptions { keep, when_full: WhenFull::Fail, ..DiskOptions::new(top()) }
 }
 
 /// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.

@@ -6,8 +6,8 @@
 use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::Result;
 use crate::format::DiskType;
-use crate::image::Image;
-use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled, next_data};
+use crate::image::{Image, next_data};
+use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled};
 use crate::ops::writer::Writer;
 use crate::point;
 use crate::storage::{Buffer, File, Slot};
@@ -60,7 +60,7 @@ impl Layers {
             for (block, place) in blocks.used() {
                 let at = (u64::from(place) + bitmap) * SECTOR;
                 if !seen.contains(&at) {
-                    seen = next_data(image.file(), at)?.map_or(0..0, |(start, len)| start..start + len);
+                    seen = next_data(image.file(), at..u64::MAX)?.unwrap_or(0..0);
                 }
                 if seen.is_empty() || seen.start >= at + bytes {
                     continue; // holes are zeros
@@ -142,7 +142,7 @@ impl Run<'_, '_, '_> {
     fn hole(&mut self, slot: Slot, file: &File, offset: u64) -> Result<u64> {
         let (start, end) = match self.seen {
             Some((seen, start, end)) if seen == slot && (start..end).contains(&offset) => (start, end),
-            _ => next_data(file, offset)?.map_or((u64::MAX, u64::MAX), |(start, len)| (start, start + len)),
+            _ => next_data(file, offset..u64::MAX)?.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end)),
         };
         self.seen = Some((slot, start, end));
         Ok(start.saturating_sub(offset) / SECTOR)

@@ -44,7 +44,7 @@ use self::survey::{Survey, link, survey};
 use super::create::relative;
 use super::kin;
 use super::mover::Progress;
-use super::writer::Writer;
+use super::writer::{Writer, at_rest};
 use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
@@ -55,7 +55,7 @@ use crate::units::SECTOR;
 /// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
 const NOTE_BYTES: u64 = 512 << 20;
 
-/// What a merge did, all starts of it together but for the bytes.
+/// What one start of a merge did; one that was ended before it may have done the rest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merged {
     /// The image that has received.
@@ -224,8 +224,7 @@ impl<'a> Merge<'a> {
             self.intent.save(self.env)
         });
         if let Err(e) = begun {
-            at_rest(writer.close());
-            return Err(e);
+            return writer.end(Err(e));
         }
         self.begun = true;
         point::reached("merge.begun");
@@ -298,7 +297,7 @@ impl<'a> Merge<'a> {
             };
             let image = Image::open(file.clone())?;
             if let Some(runtime) = &self.policy.runtime {
-                refuse_if_live(self.env, runtime, &image)?;
+                refuse_if_live(self.env, runtime, &file, image.uuid())?;
             }
             relink(self.env, &file, Some(&link(self.env, &image, ancestor)?))?;
             point::reached("merge.child-relinked");
@@ -339,13 +338,6 @@ impl<'a> Merge<'a> {
             removed.push(path);
         }
         Ok(removed)
-    }
-}
-
-/// What fails while a failure is dealt with is not what is told.
-fn at_rest(outcome: Result<()>) {
-    if let Err(e) = outcome {
-        log::debug!("{}", e.line());
     }
 }
 

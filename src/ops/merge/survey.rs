@@ -51,7 +51,9 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
     if let Some(runtime) = &policy.runtime {
-        images.iter().chain([ancestor]).try_for_each(|image| refuse_if_live(env, runtime, image))?;
+        for image in images.iter().chain([ancestor]) {
+            refuse_if_live(env, runtime, image.file(), image.uuid())?;
+        }
     }
     // Another merge must find again what it noted of its own ancestor.
     for image in images.iter().chain([ancestor]) {
@@ -155,7 +157,7 @@ fn lock_child(env: &dyn Env, path: &Path, ancestor: &Image, policy: &Policy) -> 
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     if let Some(runtime) = &policy.runtime {
-        refuse_if_live(env, runtime, &image)?;
+        refuse_if_live(env, runtime, image.file(), image.uuid())?;
     }
     check_link(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))

@@ -234,11 +234,6 @@ impl SimHost {
         self.0.world().counts
     }
 
-    /// Sets the clock, Unix seconds.
-    pub fn set_now(&self, now: i64) {
-        self.0.world().clock = now;
-    }
-
     fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut World, &Path) -> io::Result<T>) -> Result<T> {
         call(&mut self.0.world(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
     }

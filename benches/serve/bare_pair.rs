@@ -1,0 +1,98 @@
+//! What a reader on one processor and its customer on another cost each other without any server, rings, or requests: reads by
+//! preadv(2) for one who sleeps and has to be woken, or for one who waits looking at memory.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::bare::{BLOCK, DEPTH, Random, measure, thread_time, warm};
+use crate::sample::Sample;
+use crate::server::{pin_this_thread, processors};
+
+/// Reads between two notifications: half of what is in flight, as the daemon does.
+const TURN: usize = DEPTH / 2;
+
+fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
+    let file = File::open(path).expect("the image can be read");
+    warm(&file, region);
+    let mut random = Random::default();
+    move |page| {
+        let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+        file.read_exact_at(page, at).expect("the image can be read");
+    }
+}
+
+/// Random reads of 4 KiB; after every 16 one who sleeps on the other processor is woken.
+pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
+    let (mut read, bell) = (reader(path, region), eventfd(0, EventfdFlags::empty()).expect("an eventfd can be made"));
+    let over = AtomicU64::new(0);
+    let ring = |n: u64| rustix::io::write(&bell, &n.to_ne_bytes()).expect("a bell can be rung");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            pin_this_thread(processors() - 1);
+            while over.load(Ordering::Relaxed) == 0 {
+                poll(&mut [PollFd::new(&bell, PollFlags::IN)], None).expect("a bell can be waited for");
+                rustix::io::read(&bell, &mut [0; 8]).expect("a bell that rang can be read");
+            }
+        });
+        let here = scope.spawn(|| {
+            pin_this_thread(0);
+            let mut memory = vec![0; DEPTH * BLOCK];
+            let sample = measure(time, DEPTH, || {
+                for turn in memory.chunks_mut(TURN * BLOCK) {
+                    turn.chunks_mut(BLOCK).for_each(&mut read);
+                    ring(1);
+                }
+            });
+            over.store(1, Ordering::Relaxed);
+            ring(1);
+            sample
+        });
+        here.join().expect("reads do not panic")
+    })
+}
+
+/// Random reads of 4 KiB, each when one on the other processor asks for it by changing a word; both look all the time.
+pub fn asked(path: &Path, region: u64, time: Duration) -> Sample {
+    const OVER: u64 = u64::MAX;
+    // Each its own line.
+    #[repr(align(128))]
+    #[derive(Default)]
+    struct Word(AtomicU64);
+    let (mut read, question, answer) = (reader(path, region), Word::default(), Word::default());
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            pin_this_thread(0);
+            let (mut memory, mut last, before) = (vec![0; DEPTH * BLOCK], 0, thread_time());
+            loop {
+                let number = question.0.load(Ordering::Acquire);
+                if number == OVER {
+                    return (thread_time() - before).as_secs_f64() * 1e6 / last as f64;
+                }
+                if number == last {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                let page = number as usize % DEPTH * BLOCK;
+                read(&mut memory[page..page + BLOCK]);
+                last = number;
+                answer.0.store(last, Ordering::Release);
+            }
+        });
+        let mut number = 0;
+        let mut sample = measure(time, 1, || {
+            number += 1;
+            question.0.store(number, Ordering::Release);
+            while answer.0.load(Ordering::Acquire) != number {
+                std::hint::spin_loop();
+            }
+        });
+        question.0.store(OVER, Ordering::Release);
+        sample.cpu = there.join().expect("reads do not panic");
+        sample
+    })
+}

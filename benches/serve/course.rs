@@ -1,0 +1,61 @@
+//! How a bench goes and what its results have besides its own: shared by the benches that compare.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::target::{self, Target};
+
+/// A part of a bench by its name.
+pub type Part<B> = (&'static str, fn(&mut B));
+
+/// What the machine did besides: `/proc/loadavg` before and after.
+pub struct Course {
+    load: [String; 2],
+}
+
+/// Whether the command line asks for all the time it takes.
+pub fn is_full() -> bool {
+    std::env::args().any(|a| a == "--full")
+}
+
+/// Runs the parts that the command line names, all of them where it names none.
+pub fn run<B>(bench: &mut B, parts: &[Part<B>]) -> Course {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let load = || fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned();
+    let before = load();
+    for (name, part) in parts {
+        if words.is_empty() || words.iter().any(|w| w == name) {
+            eprintln!("{name}");
+            part(bench);
+        }
+    }
+    Course { load: [before, load()] }
+}
+
+impl Course {
+    /// Prints what has been met of the targets, and how busy the machine was.
+    pub fn print(&self, targets: &[Target]) {
+        target::print(targets);
+        println!("\nload of the machine before and after: {}", self.load.join(" | "));
+    }
+
+    /// The results of a bench with so many bytes of data, each row in its own form.
+    pub fn as_json(&self, full: bool, bytes: u64, rows: Vec<Value>, targets: &[Target]) -> String {
+        let all = json!({
+            "full": full,
+            "bytes": bytes,
+            "load": self.load,
+            "rows": rows,
+            "targets": target::as_json(targets),
+        });
+        format!("{all:#}\n")
+    }
+}
+
+/// Writes a file of results and says so.
+pub fn write(path: &Path, text: String) {
+    fs::write(path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    println!("written: {}", path.display());
+}
