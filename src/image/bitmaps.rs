@@ -370,18 +370,6 @@ impl Bitmaps {
     }
 }
 
-#[cfg(test)]
-impl Bitmaps {
-    /// The first run of equal bits in `from..end` of a granule, where it is in memory.
-    pub(super) fn run(&self, granule: usize, from: u32, end: u32) -> Option<(bool, u32)> {
-        let mut first = None;
-        let known = self.each_run(granule, from, end, |set, count| {
-            first.get_or_insert((set, count));
-        });
-        first.filter(|_| known)
-    }
-}
-
 /// What is new about a granule that was marked.
 pub(super) struct News {
     /// The first bit.

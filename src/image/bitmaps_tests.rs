@@ -2,6 +2,17 @@
 
 use super::*;
 
+impl Bitmaps {
+    /// The first run of equal bits in `from..end` of a granule, where it is in memory.
+    pub(in crate::image) fn run(&self, granule: usize, from: u32, end: u32) -> Option<(bool, u32)> {
+        let mut first = None;
+        let known = self.each_run(granule, from, end, |set, count| {
+            first.get_or_insert((set, count));
+        });
+        first.filter(|_| known)
+    }
+}
+
 /// Marks, with no more than the note that it is dirty; how many granules were new to it.
 fn mark(maps: &Bitmaps, from: u64, to: u64) -> usize {
     let (mut noted, mut absent) = (0, Vec::new());

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::bitmaps::{Bitmaps, Fresh, News, Where};
+use super::bitmaps::{Bitmaps, Fresh, Where};
 use super::granule::{Known, Locked};
 use super::journal::{Found, Journal};
 use super::keep::{Keep, Kept};
@@ -31,7 +31,7 @@ pub struct Writable {
     /// Granules that say more than the file does.
     dirty: Mutex<Vec<usize>>,
     poison: OnceLock<String>,
-    keep: Kept,
+    pub(super) keep: Kept,
     /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
 }
@@ -173,25 +173,7 @@ impl Writable {
         if absent.is_empty() { Ok(kept) } else { Err(absent) }
     }
 
-    /// Puts new bits of a granule where they outlive the process; false where a commit has to.
-    fn keep(&self, index: usize, granule: &mut Locked<'_>, news: &News) -> bool {
-        let journal = match &self.keep {
-            Kept::Nothing => return true,
-            Kept::Commit => return false,
-            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
-            Kept::Journal(journal) => journal,
-        };
-        if let Some(slot) = granule.known.slot {
-            journal.set(slot, news.bit, news.count);
-            return true;
-        }
-        let (block, place, _) = self.bitmap_place(index);
-        granule.known.slot = journal.claim(index, block, place, granule.known.unplaced, granule.words());
-        self.note_due(journal);
-        granule.known.slot.is_some()
-    }
-
-    fn note_due(&self, journal: &Journal) {
+    pub(super) fn note_due(&self, journal: &Journal) {
         if journal.is_due() {
             self.due.store(true, Ordering::Relaxed);
         }
