@@ -1,6 +1,7 @@
 //! Granules that leave memory and come back while threads mark, look and commit: held against what was marked.
 //!
 //! `DIFFDISK_SEED=<seed> cargo test --features sim --lib evict` runs one seed alone.
+#![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
 use std::path::PathBuf;
 use std::sync::Arc;
