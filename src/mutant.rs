@@ -44,10 +44,16 @@ pub enum Mutant {
     NoJournal,
     /// A journal from before the host crashed is believed.
     OldJournal,
+    /// Bits that no commit has taken leave memory.
+    EvictDirty,
+    /// Bits that a commit has taken leave memory before it is over.
+    EvictTaken,
+    /// What was read of a bitmap is believed although it came and left meanwhile.
+    StaleBits,
 }
 
 /// All of them.
-pub const ALL: [Mutant; 19] = [
+pub const ALL: [Mutant; 22] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -67,6 +73,9 @@ pub const ALL: [Mutant; 19] = [
     Mutant::CleanAtOpen,
     Mutant::NoJournal,
     Mutant::OldJournal,
+    Mutant::EvictDirty,
+    Mutant::EvictTaken,
+    Mutant::StaleBits,
 ];
 
 #[cfg(feature = "mutants")]

@@ -61,6 +61,13 @@ pub enum Missing {
     Cell(usize),
 }
 
+impl Missing {
+    /// These granules of the top.
+    pub fn granules(granules: &[usize]) -> Vec<Missing> {
+        granules.iter().copied().map(Missing::Granule).collect()
+    }
+}
+
 /// The answer to "where is this range": extents in ascending order without gaps, unless something is missing.
 ///
 /// One is kept by each queue and used again and again, so that planning allocates nothing once it is warm.

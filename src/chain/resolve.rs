@@ -5,8 +5,8 @@
 //!      └─────> missing ─> Load ─> read its pieces ─> supply ─> plan_* again
 //! ```
 //!
-//! That is the only loop, and it ends: bits once known stay known. It may turn twice, for what lies beneath a block is
-//! asked for only when the block's own bits are known.
+//! That is the only loop. It may turn twice, for what lies beneath a block is asked for only when the block's own bits are
+//! known; and again where memory is short and others need it, too. It ends: what is supplied is held for who asked.
 
 use super::cells::CELL_SECTORS;
 use super::extent::{Missing, Plan};
@@ -14,7 +14,7 @@ use super::frozen::BitmapPiece;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
-use crate::image::NoRoom;
+use crate::image::{Held, NoRoom};
 use crate::storage::Slot;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -22,15 +22,18 @@ use crate::units::{SECTOR_BYTES, SectorRange};
 #[derive(Debug, Default)]
 pub struct Load {
     granules: Vec<(usize, Piece)>,
+    /// Granules that others have loaded meanwhile.
+    there: Vec<usize>,
     cells: Vec<(usize, Vec<BitmapPiece>)>,
     places: Vec<Piece>,
 }
 
-/// Where a piece is, and (granules only) what was read.
+/// Where a piece is, and (granules only) what was read, and how often it had left memory before.
 #[derive(Debug, Clone)]
 struct Piece {
     slot: Slot,
     at: u64,
+    times: u32,
     bytes: Option<Box<[u8; SECTOR_BYTES]>>,
 }
 
@@ -105,8 +108,13 @@ impl Version {
             match *what {
                 Missing::Granule(granule) => {
                     let top = self.top().expect("only a top has granules");
+                    // Asked before the file is read: what comes and goes meanwhile makes the piece worthless.
+                    let Some(times) = top.image.bitmaps().and_then(|b| b.times_absent(granule)) else {
+                        load.there.push(granule);
+                        continue;
+                    };
                     let at = top.image.granule_offset(granule);
-                    load.granules.push((granule, Piece { slot: top.slot, at, bytes: None }));
+                    load.granules.push((granule, Piece { slot: top.slot, at, times, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().pieces(cell))),
             }
@@ -114,27 +122,29 @@ impl Version {
         load.places = load.granules.iter().map(|(_, p)| p.clone()).collect();
         for piece in load.cells.iter().flat_map(|(_, pieces)| pieces) {
             let slot = self.frozen().layers()[piece.layer].slot;
-            load.places.push(Piece { slot, at: piece.at, bytes: None });
+            load.places.push(Piece { slot, at: piece.at, times: 0, bytes: None });
         }
         load
     }
 
-    /// Takes in a load whose pieces are all there.
-    pub fn supply(&self, load: &Load) {
+    /// Takes in a load whose pieces are all there. Granules of the top stay in memory as long as `held` does.
+    pub fn supply(&self, load: &Load, held: &mut Held) {
+        let image = || &self.top().expect("only a top has granules").image;
         for (granule, piece) in &load.granules {
             let bytes = piece.bytes.as_ref().expect("all pieces were read");
-            self.top().and_then(|t| t.image.bitmaps()).expect("granules of a top").supply(*granule, &bytes[..]);
+            held.supply(image(), *granule, Some((piece.times, &bytes[..])));
         }
+        load.there.iter().for_each(|granule| held.supply(image(), *granule, None));
         for (cell, pieces) in &load.cells {
             self.frozen().supply(*cell, pieces);
         }
     }
 
-    /// Reads what a plan missed, here and now; for tools and jobs, which have a thread of their own.
+    /// Reads what a plan missed, here and now; for tools and jobs, which have a thread of their own. `held` as in `supply`.
     ///
     /// # Errors
     /// `Io`, naming file and offset.
-    pub fn load_now(&self, missing: &[Missing]) -> Result<()> {
+    pub fn load_now(&self, missing: &[Missing], held: &mut Held) -> Result<()> {
         let mut load = self.load(missing);
         let pieces: Vec<_> = load.pieces().collect();
         for (number, (slot, at)) in pieces.into_iter().enumerate() {
@@ -142,8 +152,23 @@ impl Version {
             self.file(slot).read_at(&mut sector, at)?;
             load.take(number, &sector);
         }
-        self.supply(&load);
+        self.supply(&load, held);
         Ok(())
+    }
+
+    /// Marks what was written, as `Writable::mark`, and reads what that misses here and now.
+    ///
+    /// # Errors
+    /// As `load_now`.
+    pub fn mark_now(&self, range: SectorRange) -> Result<bool> {
+        let image = &self.top().expect("only writable disks write").image;
+        let mut held = Held::default();
+        loop {
+            match image.mark(range) {
+                Ok(kept) => return Ok(kept),
+                Err(absent) => self.load_now(&Missing::granules(&absent), &mut held)?,
+            }
+        }
     }
 
     /// `plan_read`, with what it misses read here and now.
@@ -152,9 +177,10 @@ impl Version {
     /// As `load_now`.
     pub fn plan_read_now(&self, range: SectorRange, plan: &mut Plan) -> Result<()> {
         self.plan_read(range, plan);
-        // Twice at most: what the top's bits leave open may need the bitmaps of what lies beneath.
+        // Mostly twice at most: what the top's bits leave open may need the bitmaps of what lies beneath.
+        let mut held = Held::default();
         while !plan.missing.is_empty() {
-            self.load_now(&plan.missing)?;
+            self.load_now(&plan.missing, &mut held)?;
             self.plan_read(range, plan);
         }
         Ok(())
@@ -243,7 +269,7 @@ mod tests {
                 version.file(slot).read_at(&mut sector, at).unwrap();
                 load.take(number, &sector);
             }
-            version.supply(&load);
+            version.supply(&load, &mut Held::default());
         }
         let mut want = vec![1; 20_000];
         for (from, to, byte) in [(100, 200, 2), (150, 160, 5), (5_000, 5_100, 3), (8_200, 8_201, 6), (9_000, 9_001, 4)]

@@ -87,11 +87,11 @@ fn make_room(version: &Version) {
 
 /// A plan, with what it misses loaded.
 pub(super) fn planned(version: &Version, mut ask: impl FnMut(&mut Plan)) -> Plan {
-    let mut plan = Plan::default();
+    let (mut plan, mut held) = (Plan::default(), crate::image::Held::default());
     ask(&mut plan);
     for _ in 0..2 {
         if !plan.missing.is_empty() {
-            version.load_now(&plan.missing).unwrap();
+            version.load_now(&plan.missing, &mut held).unwrap();
             ask(&mut plan);
         }
     }
@@ -110,7 +110,7 @@ pub(super) fn write(version: &Version, range: SectorRange, byte: u8) {
         let bytes = vec![byte; usize::try_from(extent.range.bytes()).unwrap()];
         version.file(slot).write_at(&bytes, offset).unwrap();
     }
-    assert!(version.top().unwrap().image.mark(range));
+    assert!(version.mark_now(range).unwrap());
 }
 
 /// The first byte of each sector of a range, read in one piece; each sector is full of it.

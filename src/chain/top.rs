@@ -143,17 +143,14 @@ impl Top {
             let (index, bit) = (bitmaps.index_of(rest.start()), bitmaps.bit_of(rest.start()));
             let group = rest.first(u64::from(bitmaps.sectors_per_granule() - bit));
             rest = rest.skip(group.count());
-            let Some(granule) = bitmaps.get(index) else {
-                plan.miss(Missing::Granule(index));
-                continue;
-            };
-            let mut left = group;
-            while !left.is_empty() {
-                let from = bitmaps.bit_of(left.start());
-                let (set, count) = granule.run(from, from + u32::try_from(left.count()).expect("inside a granule"));
+            let (mut left, end) = (group, bit + u32::try_from(group.count()).expect("inside a granule"));
+            let known = bitmaps.each_run(index, bit, end, |set, count| {
                 let run = left.first(u64::from(count));
                 left = left.skip(run.count());
                 f(plan, run, set);
+            });
+            if !known {
+                plan.miss(Missing::Granule(index));
             }
         }
     }
@@ -203,7 +200,7 @@ mod tests {
         let plan = planned(&version, |plan| version.plan_zero(range(50, 5_000), plan).unwrap());
         assert!(plan.extents.is_empty() && plan.reserved, "the new block's room is zero already: {plan:?}");
         assert_eq!(plan.marks, [range(50, 4_096)], "the second block has nothing to hide");
-        assert!(plan.marks.iter().all(|marked| top.image.mark(*marked)));
+        assert!(plan.marks.iter().all(|marked| top.image.mark(*marked) == Ok(true)));
         assert_eq!(seen(&version, 48, 52), [1, 1, 0, 0]);
         // In a block that has a place, bits are set and the file is zeroed, whether they were set or not.
         let plan = planned(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());

@@ -12,7 +12,7 @@
 //!                                    v
 //!                                  Move   operations over slices of the request's own memory
 //!                                    v
-//!                                  mark   (writes)
+//!                                  mark   (writes; a bitmap that memory lost meanwhile is loaded again)
 //!                                    ├── Await a commit (flushes; writes on a write-through disk)
 //!                                    v
 //!                                  Answer

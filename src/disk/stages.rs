@@ -8,7 +8,7 @@ use std::path::Path;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
-use crate::chain::{Plan, Source};
+use crate::chain::{Missing, Plan, Source};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Completion, Op, Payload, Slices, Slot};
 use crate::units::SECTOR_BYTES;
@@ -106,8 +106,8 @@ impl Lane {
                 Stage::Load if task.failed => Next::Over(Outcome::Failed),
                 Stage::Load => {
                     let load = task.load.take().expect("loading");
-                    self.disk.version().supply(&load);
-                    Next::Stage(Stage::Plan)
+                    self.disk.version().supply(&load, &mut task.held);
+                    Next::Stage(if task.moved { Stage::Move } else { Stage::Plan })
                 }
                 Stage::Room if task.failed => Next::Over(Outcome::Failed),
                 Stage::Room => Next::Stage(Stage::Plan),
@@ -171,7 +171,7 @@ impl Lane {
             }
         };
         let next = if !plan.missing.is_empty() {
-            self.load(number, task, &plan)
+            self.load(number, task, &plan.missing)
         } else if room.is_err() {
             if self.grow_if_short() {
                 self.park(number);
@@ -186,6 +186,9 @@ impl Lane {
                 let _ = self.disk.version().top().expect("a writable disk").image.mark(*range);
             }
             self.move_all(number, task, &plan);
+            if !matches!(task.work, Work::Write { .. } | Work::WriteZeroes { .. }) {
+                task.held.release();
+            }
             if plan.reserved {
                 self.grow_if_short();
             }
@@ -195,9 +198,9 @@ impl Lane {
         next
     }
 
-    /// Begins to read the bitmaps that a plan missed.
-    fn load(&mut self, number: u32, task: &mut Task, plan: &Plan) -> Next {
-        let load = self.disk.version().load(&plan.missing);
+    /// Begins to read the bitmaps that a plan or a mark missed.
+    fn load(&mut self, number: u32, task: &mut Task, missing: &[Missing]) -> Next {
+        let load = self.disk.version().load(missing);
         for (piece, (slot, at)) in (0..).zip(load.pieces()) {
             let sector = Payload::Own(Buffer::zeroed(SECTOR_BYTES));
             task.pending += 1;
@@ -281,25 +284,31 @@ impl Lane {
         let (Some(top), false) = (self.disk.version().top(), reads) else {
             return Next::Over(Outcome::Done);
         };
-        let ranges = match &task.work {
-            Work::Write { range, .. } => {
-                task.owes_commit |= !top.image.mark(*range);
-                1
-            }
-            Work::WriteZeroes { ranges } => {
-                for range in &task.marks {
-                    task.owes_commit |= !top.image.mark(*range);
-                }
-                ranges.len()
-            }
+        let (marks, ranges) = match &task.work {
+            Work::Write { range, .. } => (std::slice::from_ref(range), 1),
+            Work::WriteZeroes { ranges } => (task.marks.as_slice(), ranges.len()),
             Work::Discard { ranges } => {
                 top.image.touched();
-                ranges.len()
+                (&[][..], ranges.len())
             }
             Work::Read { .. } | Work::Prefetch { .. } | Work::Flush => {
                 unreachable!("answered above; a flush moves nothing")
             }
         };
+        let mut absent = Vec::new();
+        for range in marks {
+            match top.image.mark(*range) {
+                Ok(kept) => task.owes_commit |= !kept,
+                Err(granules) => absent.extend(granules),
+            }
+        }
+        if !absent.is_empty() {
+            // They left memory while the bytes moved. Marks may be repeated.
+            task.moved = true;
+            return self.load(number, task, &Missing::granules(&absent));
+        }
+        task.moved = false;
+        task.held.release();
         if top.image.take_due() {
             self.commit_soon();
         }

@@ -2,6 +2,7 @@
 
 use super::request::Work;
 use crate::chain::Load;
+use crate::image::Held;
 use crate::units::SectorRange;
 
 /// How far a request is.
@@ -9,7 +10,7 @@ use crate::units::SectorRange;
 pub(super) enum Stage {
     /// Ask where the sectors are.
     Plan,
-    /// Bitmaps are being read; then plan again.
+    /// Bitmaps are being read; then plan again, or mark.
     Load,
     /// A fresh block waits for the file to grow; then plan again.
     Room,
@@ -38,6 +39,10 @@ pub(super) struct Task {
     pub(super) owes_commit: bool,
     /// What is being loaded.
     pub(super) load: Option<Box<Load>>,
+    /// What must stay in memory until it is planned (reads) or marked.
+    pub(super) held: Held,
+    /// Whether its bytes have moved, and what is being loaded is for the marks.
+    pub(super) moved: bool,
     /// What to mark when zeroing is done.
     pub(super) marks: Vec<SectorRange>,
 }
@@ -55,6 +60,8 @@ impl Task {
             round: 0,
             owes_commit: false,
             load: None,
+            held: Held::default(),
+            moved: false,
             marks: Vec::new(),
         }
     }

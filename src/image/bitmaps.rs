@@ -1,86 +1,36 @@
 //! The sector bitmaps of a writable image in memory, a granule at a time.
 //!
 //! A granule is what one sector of bitmap speaks for: at most 4096 sectors (2 MiB), less where the block is smaller.
-//! Granules are read when first asked for, and stay: bits only go from clear to set while an image is open, so a
-//! look-up takes no lock, and a granule that was read is never stale.
+//! Granules are read when first asked for. One whose sectors are all here, and of which the file says so, takes no more
+//! than its word of the table from then on. Of the others as many are kept as there is memory for (`evict.rs`); what was
+//! forgotten is read again as on the first look, without holding up other requests.
+//!
+//! No bit is lost by that, since
+//! - a granule leaves only while its frame is locked and the file says all it says: it is not dirty, no commit has taken
+//!   it that is not over, no slot of the journal speaks for it, its block's place is in the file;
+//! - a mark sets bits and notes the granule as dirty under the same lock, after it has made sure whose the frame is.
+//!   Where the granule is gone by then it is read again before the write is answered;
+//! - what was read counts only where the granule was absent all the while: the table counts how often it left.
 //!
 //! A granule is *dirty* when it says more than the file does, *ordered* when its bits must not reach the file before
 //! the data they speak for (crash-safety 3.6).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::evict::Pool;
+use super::granule::{Entry, Frame, Known, Locked, Look};
 use super::paged::Paged;
 use crate::format::bitmap;
+use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
-/// The bits that one sector of bitmap holds.
-#[derive(Debug)]
-pub struct Granule {
-    words: Box<[AtomicU64]>,
-    /// Noted for the next commit.
-    dirty: AtomicBool,
-    /// The file says nothing of it yet, so a commit is owed even where no bit changes.
-    unwritten: AtomicBool,
-    /// The file does not know the place of the block yet.
-    unplaced: AtomicBool,
-    /// Its bits may reach the file only after a sync of the data.
-    ordered: bool,
-    /// The journal's slot that speaks for it. Held while bits are put there, so that a slot is never given away under a
-    /// mark in progress.
-    slot: Mutex<Option<u32>>,
-}
-
-impl Granule {
-    /// The run of equal bits from `from`, not beyond `end`: whether they are set, and how many.
-    #[inline]
-    pub fn run(&self, from: u32, end: u32) -> (bool, u32) {
-        bitmap::run_atomic(&self.words, from, end)
-    }
-
-    /// Whether its bits may reach the file only after a sync of the data.
-    pub fn is_ordered(&self) -> bool {
-        self.ordered
-    }
-
-    /// Takes the note that it is dirty and the journal's slot, and copies its bits, in that order: a mark that comes in
-    /// between notes it anew, and claims another slot.
-    pub fn snapshot(&self) -> [u8; SECTOR_BYTES] {
-        let mut slot = self.slot();
-        *slot = None;
-        self.dirty.swap(false, Ordering::SeqCst);
-        let mut bytes = [0; SECTOR_BYTES];
-        for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(&self.words) {
-            *to = word.load(Ordering::SeqCst).to_be_bytes();
-        }
-        bytes
-    }
-
-    /// The journal's slot that speaks for it.
-    pub(super) fn slot(&self) -> MutexGuard<'_, Option<u32>> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Its bits.
-    pub(super) fn words(&self) -> &[AtomicU64] {
-        &self.words
-    }
-
-    /// Whether the file does not know the place of its block.
-    pub(super) fn is_unplaced(&self) -> bool {
-        self.unplaced.load(Ordering::Acquire)
-    }
-
-    /// Says that its bits are in the file.
-    pub(super) fn set_written(&self) {
-        self.unwritten.store(false, Ordering::Release);
-    }
-
-    /// Notes it as dirty; false where it was noted already.
-    pub fn note_dirty(&self) -> bool {
-        !self.dirty.swap(true, Ordering::SeqCst)
-    }
-}
+/// Bytes of frames that are kept for granules that are neither full nor needed by what is under way.
+const MOST_BYTES: usize = 64 << 20;
+/// Frames that may be in the hands of threads besides those that belong to granules.
+const IN_HAND: usize = 1024;
+/// Dirty granules that are never too many: as many as the journal has slots.
+const FEW_DIRTY: usize = super::journal::SLOTS as usize;
 
 /// What a fresh block's bitmap says before anything is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,9 +45,23 @@ pub enum Fresh {
 /// All granules of an image.
 #[derive(Debug)]
 pub struct Bitmaps {
-    granules: Paged<OnceLock<Granule>>,
+    /// An `Entry` each.
+    table: Paged<AtomicU32>,
+    frames: Paged<Frame>,
+    pool: Mutex<Pool>,
+    most: AtomicUsize,
     block_size: BlockSize,
     sectors_per_granule: u32,
+}
+
+/// Where a granule is.
+pub(super) enum Where<'a> {
+    /// In the file alone; it left memory so many times.
+    Absent(u32),
+    /// Nowhere: it is full.
+    Full,
+    /// In a frame, which is locked.
+    Here(Locked<'a>),
 }
 
 impl Bitmaps {
@@ -105,7 +69,36 @@ impl Bitmaps {
     pub fn new(blocks: u32, block_size: BlockSize) -> Bitmaps {
         let count = blocks as usize * block_size.bitmap_sectors() as usize;
         let sectors_per_granule = block_size.sectors().min(SECTOR_BITS);
-        Bitmaps { granules: Paged::new(count, OnceLock::new), block_size, sectors_per_granule }
+        let frame = size_of::<Frame>() + bitmap_words(sectors_per_granule) * 8;
+        Bitmaps {
+            table: Paged::new(count, || AtomicU32::new(Entry::Absent(0).encode())),
+            frames: Paged::new(count + IN_HAND, Frame::new),
+            pool: Mutex::default(),
+            most: AtomicUsize::new(MOST_BYTES / frame),
+            block_size,
+            sectors_per_granule,
+        }
+    }
+
+    /// Sets how many granules that are not full are kept, from the next one on that is needed. More are kept only while
+    /// the file does not say what they say, or requests under way need them.
+    pub fn keep_at_most(&self, granules: usize) {
+        self.most.store(granules, Ordering::Relaxed);
+    }
+
+    /// How many granules that are not full are kept.
+    pub(super) fn most(&self) -> usize {
+        self.most.load(Ordering::Relaxed)
+    }
+
+    /// Dirty granules from which on a commit is due, so that they leave room for others.
+    pub(super) fn most_dirty(&self) -> usize {
+        (self.most() / 2).max(FEW_DIRTY)
+    }
+
+    /// Frames that were ever needed at once: memory that is taken.
+    pub fn frames(&self) -> usize {
+        self.pool().made()
     }
 
     /// Sectors that a granule speaks for.
@@ -134,131 +127,264 @@ impl Bitmaps {
         (block, u32::try_from(granule % per_block).expect("below the sectors of a bitmap"))
     }
 
-    /// A granule, if it was read or made.
-    #[inline]
-    pub fn get(&self, granule: usize) -> Option<&Granule> {
-        self.granules.get(granule)?.get()
+    /// The first granule of a block.
+    pub(super) fn first_of(&self, block: u32) -> usize {
+        block as usize * self.block_size.bitmap_sectors() as usize
     }
 
-    /// Takes in what the file says of a granule. Where it is known already, what is known stays (it may say more).
-    pub fn supply(&self, granule: usize, sector: &[u8]) {
-        let words = sector.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b));
-        self.granules.touch(granule).get_or_init(|| self.made(words, false, true));
+    fn granules_of(&self, block: u32) -> std::ops::Range<usize> {
+        let first = self.first_of(block);
+        first..first + self.block_size.bitmap_sectors() as usize
+    }
+
+    #[inline]
+    fn entry(&self, granule: usize) -> Entry {
+        self.table.get(granule).map_or(Entry::Absent(0), |word| Entry::decode(word.load(Ordering::Acquire)))
+    }
+
+    #[inline]
+    pub(super) fn frame(&self, number: u32) -> &Frame {
+        self.frames.get(number as usize).expect("a number that was given out")
+    }
+
+    /// The frame of a number that is given out for the first time.
+    pub(super) fn new_frame(&self, number: usize) -> &Frame {
+        self.frames.touch(number)
+    }
+
+    pub(super) fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what the table says of a granule whose frame is locked.
+    pub(super) fn enter(&self, granule: usize, entry: Entry) {
+        self.table.touch(granule).store(entry.encode(), Ordering::Release);
+    }
+
+    /// Calls `f(set, count)` for each run of equal bits in `from..end` of a granule. False where the granule is not in
+    /// memory, or left it meanwhile: then what `f` was told means nothing.
+    #[inline]
+    pub fn each_run(&self, granule: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
+        let look = match self.look(granule) {
+            Ok(look) => look,
+            Err(Entry::Full) => {
+                f(true, end - from);
+                return true;
+            }
+            Err(_) => return false,
+        };
+        let mut at = from;
+        while at < end {
+            let (set, count) = look.run(at, end);
+            f(set, count);
+            at += count;
+        }
+        look.is_sound()
+    }
+
+    #[inline]
+    fn look(&self, granule: usize) -> Result<Look<'_>, Entry> {
+        match self.entry(granule) {
+            Entry::In(number) => self.frame(number).look(granule).ok_or(Entry::Absent(0)),
+            other => Err(other),
+        }
+    }
+
+    /// How often an absent granule has left memory; `None` where it is there. To be asked before the file is read.
+    pub fn times_absent(&self, granule: usize) -> Option<u32> {
+        match self.entry(granule) {
+            Entry::Absent(times) => Some(times),
+            _ => None,
+        }
+    }
+
+    /// Takes in what the file says of a granule that was absent from before it was read until now, and pins it. Where it
+    /// came and left meanwhile, this is out of date: it stays absent. Where it is known, what is known stays.
+    ///
+    /// Whether it is pinned.
+    pub(super) fn supply(&self, granule: usize, times: u32, sector: &[u8]) -> bool {
+        let mut words = [0; SECTOR_BYTES / 8];
+        bitmap::decode(sector, &mut words);
+        let before = match self.entry(granule) {
+            absent @ Entry::Absent(_) if mutant::is(Mutant::StaleBits) => absent,
+            _ => Entry::Absent(times),
+        };
+        if bitmap::run(&words, 0, self.sectors_per_granule) == (true, self.sectors_per_granule) {
+            return !self.exchange(granule, before, Entry::Full) && self.pin(granule);
+        }
+        let known = Known { ordered: true, pins: 1, times, ..Known::default() };
+        self.assign(granule, before, words.into_iter(), known) || self.pin(granule)
+    }
+
+    /// Makes a granule stay in memory, if it is there. Whether it is to be unpinned.
+    pub(super) fn pin(&self, granule: usize) -> bool {
+        match self.lock(granule) {
+            Where::Here(mut here) => {
+                here.known.pins += 1;
+                true
+            }
+            Where::Full | Where::Absent(_) => false,
+        }
+    }
+
+    /// Takes back one `pin` that was true.
+    pub(super) fn unpin(&self, granule: usize) {
+        match self.lock(granule) {
+            Where::Here(mut here) => here.known.pins -= 1,
+            Where::Full => {}
+            Where::Absent(_) => debug_assert!(false, "a granule that is pinned stays"),
+        }
     }
 
     /// Takes in what the journal of a predecessor says of a granule: all its bits, or more of them.
-    pub(super) fn adopt(&self, granule: usize, words: &[u64]) -> &Granule {
-        let known = self.granules.touch(granule).get_or_init(|| self.made(words.iter().copied(), false, true));
-        for (to, word) in known.words.iter().zip(words) {
+    pub(super) fn adopt(&self, granule: usize, words: &[u64]) -> Locked<'_> {
+        if let Where::Absent(times) = self.lock(granule) {
+            let known = Known { ordered: true, times, ..Known::default() };
+            self.assign(granule, Entry::Absent(times), words.iter().copied(), known);
+        }
+        let known = self.expect(granule);
+        for (to, word) in known.words().iter().zip(words) {
             to.fetch_or(*word, Ordering::SeqCst);
         }
         known
     }
 
     /// Makes the granules of a block that is about to get its place. The block has none yet, so nobody reads them.
-    pub fn prepare(&self, block: u32, fresh: Fresh) {
-        let per_block = self.block_size.bitmap_sectors() as usize;
-        for granule in (0..per_block).map(|k| block as usize * per_block + k) {
+    pub(super) fn prepare(&self, block: u32, fresh: Fresh) {
+        for granule in self.granules_of(block) {
             let word = if fresh == Fresh::Set { u64::MAX } else { 0 };
-            let made = self.made(std::iter::repeat(word), true, fresh == Fresh::Clear);
-            assert!(self.granules.touch(granule).set(made).is_ok(), "a block without a place has no bitmap");
+            let times = self.times_absent(granule).expect("a block without a place has no bitmap");
+            let ordered = fresh == Fresh::Clear;
+            let known = Known { unwritten: true, unplaced: true, ordered, times, ..Known::default() };
+            let made = self.assign(granule, Entry::Absent(times), std::iter::repeat(word), known);
+            assert!(made, "a block without a place has no bitmap");
         }
     }
 
-    /// The first granule of a block.
-    pub(super) fn first_of(&self, block: u32) -> usize {
-        block as usize * self.block_size.bitmap_sectors() as usize
+    /// Gives a frame to a granule, if the table still says `before` of it.
+    fn assign(&self, granule: usize, before: Entry, words: impl Iterator<Item = u64>, known: Known) -> bool {
+        let (number, mut frame) = self.vacate();
+        frame.pass(Some(granule), bitmap_words(self.sectors_per_granule), words);
+        *frame.known = known;
+        let entered = self.exchange(granule, before, Entry::In(number));
+        if !entered {
+            self.put_back(number, frame);
+        }
+        entered
+    }
+
+    fn exchange(&self, granule: usize, before: Entry, after: Entry) -> bool {
+        let word = self.table.touch(granule);
+        word.compare_exchange(before.encode(), after.encode(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// A granule, locked where it is in a frame.
+    pub(super) fn lock(&self, granule: usize) -> Where<'_> {
+        loop {
+            match self.entry(granule) {
+                Entry::Absent(times) => return Where::Absent(times),
+                Entry::Full => return Where::Full,
+                Entry::In(number) => {
+                    let here = self.frame(number).lock();
+                    if here.owner() == Some(granule) {
+                        return Where::Here(here);
+                    }
+                    // It left before it was locked, and the table says so.
+                }
+            }
+        }
+    }
+
+    /// A granule that cannot have left, locked.
+    pub(super) fn expect(&self, granule: usize) -> Locked<'_> {
+        match self.lock(granule) {
+            Where::Here(here) => here,
+            Where::Full | Where::Absent(_) => panic!("a granule stays until the file says all it says"),
+        }
     }
 
     /// Says that the file now knows the place of a block.
     pub(super) fn set_placed(&self, block: u32) {
-        let first = self.first_of(block);
-        for granule in (first..first + self.block_size.bitmap_sectors() as usize).filter_map(|g| self.get(g)) {
-            granule.unplaced.store(false, Ordering::Release);
+        for granule in self.granules_of(block) {
+            if let Where::Here(mut here) = self.lock(granule) {
+                here.known.unplaced = false;
+                // Claimed with the place, which the file has now; of the bits nobody has relied on any.
+                if !here.known.dirty {
+                    here.known.slot = None;
+                }
+            }
         }
     }
 
-    fn made(&self, words: impl Iterator<Item = u64>, fresh: bool, ordered: bool) -> Granule {
-        let count = self.sectors_per_granule.div_ceil(64) as usize;
-        Granule {
-            words: words.take(count).map(AtomicU64::new).collect(),
-            dirty: AtomicBool::new(false),
-            unwritten: AtomicBool::new(fresh),
-            unplaced: AtomicBool::new(fresh),
-            ordered,
-            slot: Mutex::new(None),
+    /// Says that the file has the copy of a granule that a commit has taken.
+    pub(super) fn set_written(&self, granule: usize) {
+        let mut here = self.expect(granule);
+        (here.known.taken, here.known.unwritten) = (false, false);
+        here.known.unkept &= here.known.dirty;
+        let whole = (true, self.sectors_per_granule);
+        if here.known.is_in_file() && bitmap::run_atomic(here.words(), 0, self.sectors_per_granule) == whole {
+            let Entry::In(number) = self.entry(granule) else { unreachable!("its frame is locked") };
+            self.enter(granule, Entry::Full);
+            self.put_back(number, here);
         }
     }
 
-    /// Sets the bits of a range of one block whose granules are all there. Calls `news(index, granule, bit, count)` for
-    /// each granule that now says something the file does not.
+    /// Whether a mark of these bits has nothing to do.
     #[inline]
-    pub fn mark(&self, range: SectorRange, mut news: impl FnMut(usize, &Granule, u32, u32)) {
+    fn is_marked(&self, granule: usize, bit: u32, count: u32) -> bool {
+        match self.look(granule) {
+            Ok(look) => look.run(bit, bit + count) == (true, count) && look.owes_nothing() && look.is_sound(),
+            Err(entry) => entry == Entry::Full,
+        }
+    }
+
+    /// Sets the bits of a range of one block. Calls `news(granule, its frame, what)` for each granule of which the file
+    /// does not say all that it now says. Granules that are not there are named in `absent`, and not marked.
+    #[inline]
+    pub(super) fn mark(
+        &self,
+        range: SectorRange,
+        absent: &mut Vec<usize>,
+        mut news: impl FnMut(usize, &mut Locked<'_>, News),
+    ) {
         let mut rest = range;
         while !rest.is_empty() {
             let (index, bit) = (self.index_of(rest.start()), self.bit_of(rest.start()));
             let part = rest.first(u64::from(self.sectors_per_granule - bit));
             let count = u32::try_from(part.count()).expect("clipped to a granule");
-            let granule = self.get(index).expect("a write is planned only when its bitmaps are there");
-            if bitmap::set_atomic(&granule.words, bit, count) || granule.unwritten.load(Ordering::Acquire) {
-                news(index, granule, bit, count);
-            }
             rest = rest.skip(part.count());
+            if self.is_marked(index, bit, count) {
+                continue;
+            }
+            match self.lock(index) {
+                Where::Here(mut here) => {
+                    let more = here.set(bit, count) || here.known.unwritten;
+                    if more || here.known.unkept {
+                        news(index, &mut here, News { bit, count, more });
+                    }
+                }
+                Where::Full => {}
+                Where::Absent(_) => absent.push(index),
+            }
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn granules_of_large_and_small_blocks() {
-        let large = Bitmaps::new(4, BlockSize::from_bytes(8 << 20).unwrap());
-        assert_eq!((large.index_of(16384 + 4096), large.bit_of(16384 + 4097)), (5, 1));
-        assert_eq!(large.block_of(5), (1, 1));
-        let small = Bitmaps::new(10, BlockSize::from_bytes(4096).unwrap());
-        assert_eq!((small.index_of(17), small.bit_of(17), small.sectors_per_granule()), (2, 1, 8));
-    }
-
-    #[test]
-    fn marks_are_noted_once_until_the_snapshot() {
-        let maps = Bitmaps::new(2, BlockSize::DEFAULT);
-        assert!(maps.get(0).is_none());
-        maps.supply(0, &[0; 512]);
-        let mut noted = Vec::new();
-        let note = |to: &mut Vec<usize>, g, granule: &Granule| {
-            if granule.note_dirty() {
-                to.push(g)
-            }
-        };
-        maps.mark(SectorRange::between(3, 5), |g, granule, _, _| note(&mut noted, g, granule));
-        maps.mark(SectorRange::between(4, 9), |g, granule, _, _| note(&mut noted, g, granule));
-        assert_eq!(noted, [0]);
-        let granule = maps.get(0).unwrap();
-        assert_eq!(granule.run(0, 4096), (false, 3));
-        assert_eq!(granule.run(3, 4096), (true, 6));
-        assert_eq!(granule.snapshot()[..2], [0b0001_1111, 0b1000_0000]);
-        maps.mark(SectorRange::between(4, 9), |g, granule, _, _| note(&mut noted, g, granule));
-        assert_eq!(noted.len(), 1, "bits that were set already say nothing new");
-        maps.mark(SectorRange::between(9, 10), |g, granule, _, _| note(&mut noted, g, granule));
-        assert_eq!(noted, [0, 0]);
-    }
-
-    #[test]
-    fn a_fresh_block_owes_a_commit_even_if_no_bit_changes() {
-        let maps = Bitmaps::new(2, BlockSize::DEFAULT);
-        maps.prepare(1, Fresh::Set);
-        let mut noted = 0;
-        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
-        assert_eq!(noted, 1);
-        let granule = maps.get(1).unwrap();
-        assert!(!granule.is_ordered() && granule.snapshot() == [0xFF; 512]);
-        maps.set_placed(1);
-        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
-        assert_eq!(noted, 2, "that its block has a place is not all: its bits have to be there, too");
-        granule.set_written();
-        maps.mark(SectorRange::between(4096, 4097), |_, _, _, _| noted += 1);
-        assert_eq!(noted, 2);
-    }
+/// What is new about a granule that was marked.
+pub(super) struct News {
+    /// The first bit.
+    pub(super) bit: u32,
+    /// How many.
+    pub(super) count: u32,
+    /// It says more than the file. If not, the bits were set before, and would not outlive the process.
+    pub(super) more: bool,
 }
+
+/// Words that hold the bits of so many sectors.
+fn bitmap_words(sectors: u32) -> usize {
+    sectors.div_ceil(u64::BITS) as usize
+}
+
+#[cfg(test)]
+#[path = "bitmaps_tests.rs"]
+mod tests;

@@ -171,7 +171,7 @@ fn a_writer_clears_what_the_batmap_says_of_blocks_that_are_to_come() {
     while image.reserve(3).is_err() {
         grow(&host, &image).unwrap();
     }
-    assert!(image.mark(SectorRange::between(384, 385)));
+    assert_eq!(image.mark(SectorRange::between(384, 385)), Ok(true));
     commit(&host, &image);
     image.trim().unwrap();
     drop(image);

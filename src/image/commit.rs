@@ -122,7 +122,7 @@ impl Commit {
         self.epoch = self.image.committing(&dirty);
         let mut ordered = false;
         for granule in dirty {
-            let g = self.image.granule(granule);
+            let mut g = self.image.granule(granule);
             ordered |= g.is_ordered() && !mutant::is(Mutant::OneBarrier);
             self.taken.push(Taken { granule, bytes: g.snapshot() });
         }
@@ -153,7 +153,7 @@ impl Commit {
         let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for taken in &self.taken {
             let (block, place, at) = self.image.bitmap_place(taken.granule);
-            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.granule(taken.granule).snapshot());
+            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.granule(taken.granule).copy());
             let bytes = current.as_ref().unwrap_or(&taken.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
@@ -245,7 +245,7 @@ mod tests {
     fn write(image: &Writable, from: u64, to: u64) {
         let block = BlockSize::DEFAULT.block_of(from);
         image.reserve(block).unwrap();
-        assert!(image.mark(SectorRange::between(from, to)));
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }
 
     fn commit(image: &Arc<Writable>) -> (Vec<String>, u32) {

@@ -45,7 +45,7 @@ impl Rig {
 fn write(image: &Writable, block: u32, sector: u64) {
     image.reserve(block).unwrap();
     let at = u64::from(block) * BLOCK + sector;
-    assert!(image.mark(SectorRange::between(at, at + 8)), "the journal has room");
+    assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has room");
 }
 
 /// Which of the first eight blocks have the sectors of `write(block, sector)`, in memory or, where nothing of them is
@@ -55,8 +55,8 @@ fn marked(image: &Writable, sector: u32) -> Vec<u32> {
         let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
         let bitmaps = image.bitmaps().unwrap();
         let mut bytes = [0; 512];
-        match bitmaps.get(bitmaps.first_of(*block)) {
-            Some(granule) => bytes[..8].copy_from_slice(&granule.words()[0].load(Ordering::SeqCst).to_be_bytes()),
+        match bitmaps.run(bitmaps.first_of(*block), sector, sector + 1) {
+            Some((set, _)) => return set,
             None => image.file().read_at(&mut bytes, u64::from(place) * 512).unwrap(),
         }
         bytes[sector as usize / 8] >> (7 - sector % 8) & 1 == 1
@@ -133,7 +133,7 @@ fn a_full_journal_is_still_believed_after_a_kill() {
             drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
         }
         let at = u64::from(block) * 8;
-        kept += u32::from(image.mark(SectorRange::between(at, at + 8)));
+        kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
     assert_eq!(kept, SLOTS, "the others owe a commit before they are answered");
     // All bitmaps, and all sectors of the table but the last few.

@@ -2,10 +2,14 @@
 
 use std::path::PathBuf;
 
+use super::bitmaps::News;
+use super::granule::Locked;
 use super::journal::{Found, Journal};
 use super::open::Image;
+use super::writable::Writable;
 use crate::error::{ErrorKind, Result};
 use crate::format::DiskType;
+use crate::mutant::{self, Mutant};
 use crate::storage::Env;
 
 /// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
@@ -50,5 +54,25 @@ impl Kept {
                 Err(e) => return Err(e),
             },
         })
+    }
+}
+
+impl Writable {
+    /// Puts new bits of a granule where they outlive the process; false where a commit has to.
+    pub(super) fn keep(&self, index: usize, granule: &mut Locked<'_>, news: &News) -> bool {
+        let journal = match &self.keep {
+            Kept::Nothing => return true,
+            Kept::Commit => return false,
+            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
+            Kept::Journal(journal) => journal,
+        };
+        if let Some(slot) = granule.known.slot {
+            journal.set(slot, news.bit, news.count);
+            return true;
+        }
+        let (block, place, _) = self.bitmap_place(index);
+        granule.known.slot = journal.claim(index, block, place, granule.known.unplaced, granule.words());
+        self.note_due(journal);
+        granule.known.slot.is_some()
     }
 }

@@ -12,7 +12,7 @@ impl Writable {
         }
         for granule in self.dirty().clone() {
             let (block, _, at) = self.bitmap_place(granule);
-            let _ = self.file().write_at(&self.granule(granule).snapshot(), at);
+            let _ = self.file().write_at(&self.granule(granule).copy(), at);
             if let Some((at, bytes)) = self.bat_sector(block / bat::ENTRIES_PER_SECTOR, &[block]) {
                 let _ = self.file().write_at(&bytes, at);
             }

@@ -29,8 +29,13 @@ pub mod commit;
 pub mod compact;
 pub mod create;
 mod drive;
+mod evict;
+#[cfg(all(test, feature = "sim"))]
+mod evict_tests;
 mod fit;
 mod glance;
+mod granule;
+mod held;
 mod holes;
 pub mod journal;
 mod keep;
@@ -60,6 +65,7 @@ pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;
+pub use held::Held;
 pub use holes::{is_zero, next_data};
 pub use keep::Keep;
 pub use offline::Offline;

@@ -96,7 +96,7 @@ mod tests {
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
         let place = image.reserve(0).unwrap();
-        assert!(image.mark(SectorRange::between(0, 1)));
+        assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);
         // The room of the next block, which a killed write has used and no pointer reaches.
         let next = u64::from(image.reserve(1).unwrap()) * SECTOR;
@@ -108,7 +108,7 @@ mod tests {
         let mut bytes = [1; 4096];
         image.file().read_at(&mut bytes, next).unwrap();
         assert_eq!(bytes, [0; 4096]);
-        assert_eq!(image.bitmaps().unwrap().get(3).unwrap().run(0, 128), (false, 128));
+        assert_eq!(image.bitmaps().unwrap().run(3, 0, 128), Some((false, 128)));
     }
 
     #[test]
@@ -133,7 +133,7 @@ mod tests {
         grow(&host, &image).unwrap();
         for block in 0..16 {
             image.reserve(block).unwrap();
-            assert!(image.mark(SectorRange::between(u64::from(block) * 128, u64::from(block) * 128 + 1)));
+            assert_eq!(image.mark(SectorRange::between(u64::from(block) * 128, u64::from(block) * 128 + 1)), Ok(true));
         }
         commit(&host, &image);
         drop(image);

@@ -22,7 +22,7 @@ fn child() -> SimHost {
     grow(&host, &image).unwrap();
     let place = image.reserve(1).unwrap();
     image.file().write_at(&[5; SECTOR_BYTES], (u64::from(place) + 1) * SECTOR).unwrap();
-    assert!(image.mark(SectorRange::between(128, 129)));
+    assert_eq!(image.mark(SectorRange::between(128, 129)), Ok(true));
     commit(&host, &image);
     image.trim().unwrap();
     host
@@ -74,7 +74,7 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             contradictions += usize::from(image.is_err());
             if let (Ok(image), true) = (image, fate % 2 == 0) {
                 image.reserve(0).or_else(|_| grow(&after, &image).map(|()| image.reserve(0).unwrap())).unwrap();
-                assert!(image.mark(SectorRange::between(0, 1)));
+                assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
                 commit(&after, &image);
             }
             relink(&after, &file(&after), Some(&to)).unwrap();

@@ -57,7 +57,7 @@ pub(super) fn written(kind: Kind, sectors: u64, ranges: &[(u64, u64)]) -> SimHos
         for sector in from..to {
             image.file().write_at(&[7; SECTOR_BYTES], (place + 1 + sector % 128) * SECTOR).unwrap();
         }
-        assert!(image.mark(SectorRange::between(from, to)));
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }
     commit(&host, &image);
     image.trim().unwrap();

@@ -378,7 +378,7 @@ mod tests {
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
         let place = image.reserve(7).unwrap();
-        assert!(image.mark(crate::units::SectorRange::between(7 * 128, 7 * 128 + 1)));
+        assert_eq!(image.mark(crate::units::SectorRange::between(7 * 128, 7 * 128 + 1)), Ok(true));
         super::super::rig::commit(&host, &image);
         image.reserve(8).unwrap();
         image.trim().unwrap();

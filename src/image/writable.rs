@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::bitmaps::{Bitmaps, Fresh, Granule};
+use super::bitmaps::{Bitmaps, Fresh, Where};
+use super::granule::{Known, Locked};
 use super::journal::{Found, Journal};
 use super::keep::{Keep, Kept};
 use super::open::Image;
@@ -30,8 +31,8 @@ pub struct Writable {
     /// Granules that say more than the file does.
     dirty: Mutex<Vec<usize>>,
     poison: OnceLock<String>,
-    keep: Kept,
-    /// The journal is running full: a commit should begin.
+    pub(super) keep: Kept,
+    /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
 }
 
@@ -75,12 +76,10 @@ impl Writable {
     fn adopt(&self, found: &[Found]) {
         let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return };
         for f in found {
-            let granule = sparse.bitmaps.adopt(f.granule, &f.words);
-            let mut slot = granule.slot();
+            let mut granule = sparse.bitmaps.adopt(f.granule, &f.words);
             // Of two slots for one granule the first goes on, with the bits of both; the commit frees the other.
-            journal.merge(*slot.get_or_insert(f.slot), &f.words);
-            drop(slot);
-            self.dirtied(f.granule);
+            journal.merge(*granule.known.slot.get_or_insert(f.slot), &f.words);
+            self.note_dirty(f.granule, &mut granule.known);
         }
         if !found.is_empty() {
             log::info!("{}: {} marks of a killed predecessor taken in", self.path().display(), found.len());
@@ -133,8 +132,9 @@ impl Writable {
             // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
             // entry that a killed commit leaves in the table is accounted for.
             let granule = sparse.bitmaps.first_of(block);
-            let made = sparse.bitmaps.get(granule).expect("prepared");
-            *made.slot() = journal.claim(granule, block, place, true, made.words());
+            let mut made = sparse.bitmaps.expect(granule);
+            made.known.slot = journal.claim(granule, block, place, true, made.words());
+            drop(made);
             self.note_due(journal);
         }
         room.next = end;
@@ -145,58 +145,41 @@ impl Writable {
     }
 
     /// Says that the data of a range is in its final place: from here on reads find it, and the next commit makes it
-    /// durable. Blocks of the range have places, their bitmaps are there.
+    /// durable. Blocks of the range have places.
     ///
     /// False where only a commit makes it outlive this process: the write must not be answered before.
+    ///
+    /// # Errors
+    /// The granules that were not in memory. All others are marked; load these, and mark the whole range again.
     #[must_use = "a write that is answered must outlive the process"]
-    pub fn mark(&self, range: SectorRange) -> bool {
-        let mut kept = true;
+    pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
+        let (mut kept, mut absent) = (true, Vec::new());
         if let Some(sparse) = &self.sparse {
             for (_, part) in sparse.block_size.parts(range) {
-                sparse.bitmaps.mark(part, |index, granule, bit, count| {
-                    if granule.note_dirty() {
-                        self.dirty().push(index);
+                sparse.bitmaps.mark(part, &mut absent, |index, granule, news| {
+                    let keeps = self.keep(index, granule, &news);
+                    granule.known.unkept = !keeps;
+                    kept &= keeps;
+                    // A slot in use belongs to a dirty granule.
+                    if news.more || granule.known.slot.is_some() {
+                        self.note_dirty(index, &mut granule.known);
                     }
-                    kept &= self.keep(index, granule, bit, count);
                 });
             }
         }
         self.touched();
         #[cfg(feature = "mutants")]
         self.mistake_metadata();
-        kept
+        if absent.is_empty() { Ok(kept) } else { Err(absent) }
     }
 
-    /// Puts new bits of a granule where they outlive the process; false where a commit has to.
-    fn keep(&self, index: usize, granule: &Granule, bit: u32, count: u32) -> bool {
-        let journal = match &self.keep {
-            Kept::Nothing => return true,
-            Kept::Commit => return false,
-            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
-            Kept::Journal(journal) => journal,
-        };
-        let mut slot = granule.slot();
-        if let Some(slot) = *slot {
-            journal.set(slot, bit, count);
-            return true;
-        }
-        let (block, place, _) = self.bitmap_place(index);
-        *slot = journal.claim(index, block, place, granule.is_unplaced(), granule.words());
-        let claimed = slot.is_some();
-        drop(slot);
-        // A snapshot may have come between the note and the claim; a slot in use belongs to a dirty granule.
-        self.dirtied(index);
-        self.note_due(journal);
-        claimed
-    }
-
-    fn note_due(&self, journal: &Journal) {
+    pub(super) fn note_due(&self, journal: &Journal) {
         if journal.is_due() {
             self.due.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether the journal is running full and no commit has begun since: true once.
+    /// Whether the journal is running full, or memory with what is dirty, and no commit has begun since: true once.
     #[inline]
     pub fn take_due(&self) -> bool {
         self.due.load(Ordering::Relaxed) && self.due.swap(false, Ordering::Relaxed)
@@ -268,15 +251,27 @@ impl Writable {
         lock(&self.dirty)
     }
 
-    pub(super) fn granule(&self, granule: usize) -> &Granule {
-        self.sparse().bitmaps.get(granule).expect("a dirty granule is there")
+    /// A granule that is dirty, or that a commit has taken.
+    pub(super) fn granule(&self, granule: usize) -> Locked<'_> {
+        self.sparse().bitmaps.expect(granule)
     }
 
-    /// Notes a granule as dirty again.
-    pub(super) fn dirtied(&self, granule: usize) {
-        if self.granule(granule).note_dirty() {
-            self.dirty().push(granule);
+    /// Notes a granule as dirty.
+    fn note_dirty(&self, granule: usize, known: &mut Known) {
+        if !std::mem::replace(&mut known.dirty, true) {
+            let mut dirty = self.dirty();
+            dirty.push(granule);
+            if dirty.len() >= self.sparse().bitmaps.most_dirty() {
+                self.due.store(true, Ordering::Relaxed);
+            }
         }
+    }
+
+    /// Notes a granule that a commit has taken in vain as dirty again.
+    pub(super) fn dirtied(&self, granule: usize) {
+        let mut taken = self.granule(granule);
+        taken.known.taken = false;
+        self.note_dirty(granule, &mut taken.known);
     }
 
     /// Where in the file a granule's sector is, in bytes. Its block has a place.
@@ -319,7 +314,7 @@ impl Writable {
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
         let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
         // A block has a slot from its reservation on, unless all were taken then.
-        let slotless = |b: &u32| sparse.bitmaps.get(sparse.bitmaps.first_of(*b)).is_none_or(|g| g.slot().is_none());
+        let slotless = |b: &u32| sparse.bitmaps.expect(sparse.bitmaps.first_of(*b)).known.slot.is_none();
         let unaccounted = blocks.iter().any(slotless);
         journal.begin(blocks, unaccounted)
     }
@@ -338,7 +333,6 @@ impl Writable {
             let mut room = lock(&sparse.room);
             for granule in granules {
                 let (block, place, _) = self.bitmap_place(*granule);
-                self.granule(*granule).set_written();
                 if room.fresh.remove(&block) {
                     places.push((block, place));
                 }
@@ -349,14 +343,15 @@ impl Writable {
         for (block, _) in &places {
             sparse.bitmaps.set_placed(*block);
         }
+        granules.iter().for_each(|granule| sparse.bitmaps.set_written(*granule));
         if let Kept::Journal(journal) = &self.keep {
             journal.committed(epoch, &places, |slot, granule, renew| {
-                let used = sparse.bitmaps.get(granule).map(Granule::slot);
-                let used = used.filter(|used| **used == Some(slot));
-                if used.is_some() {
+                let Where::Here(here) = sparse.bitmaps.lock(granule) else { return false };
+                let used = here.known.slot == Some(slot);
+                if used {
                     renew();
                 }
-                used.is_some()
+                used
             });
         }
     }

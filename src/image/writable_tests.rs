@@ -30,9 +30,9 @@ fn marks_reach_over_blocks() {
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
     (0..3).for_each(|block| assert!(image.reserve(block).is_ok()));
-    assert!(image.mark(SectorRange::between(120, 260)));
+    assert_eq!(image.mark(SectorRange::between(120, 260)), Ok(true));
     let bitmaps = image.bitmaps().unwrap();
-    let runs: Vec<_> = (0..3).map(|block| bitmaps.get(block).unwrap().run(0, 128)).collect();
+    let runs: Vec<_> = (0..3).map(|block| bitmaps.run(block, 0, 128).unwrap()).collect();
     assert_eq!(runs, [(false, 120), (true, 128), (true, 4)]);
     let mut dirty = image.dirty().clone();
     dirty.sort_unstable();

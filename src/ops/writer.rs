@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::behind::Behind;
 use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Keep, NoRoom, drive, give_back};
+use crate::image::{Commit, Growth, Held, Keep, NoRoom, drive, give_back};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
@@ -89,10 +89,11 @@ impl<'a> Writer<'a> {
 
     /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
     fn plan_by(&mut self, planner: Planner, range: SectorRange) -> Result<()> {
+        let mut held = Held::default();
         loop {
             match planner(&self.version, range, &mut self.plan) {
                 Ok(()) if self.plan.missing.is_empty() => return Ok(()),
-                Ok(()) => self.version.load_now(&self.plan.missing)?,
+                Ok(()) => self.version.load_now(&self.plan.missing, &mut held)?,
                 Err(_) => grow(self.env, self.top())?,
             }
         }
@@ -111,9 +112,9 @@ impl<'a> Writer<'a> {
             self.behind.wrote(top.image.file(), offset, extent.range.bytes());
         }
         // Killed, this tool begins anew: nothing has to outlive it.
-        let _ = top.image.mark(range);
+        let _ = self.version.mark_now(range)?;
         self.uncommitted += range.bytes();
-        if self.uncommitted >= COMMIT_BYTES {
+        if self.uncommitted >= COMMIT_BYTES || top.image.take_due() {
             self.commit()?;
         }
         Ok(())
@@ -135,7 +136,7 @@ impl<'a> Writer<'a> {
             top.image.touched();
         }
         for marked in &self.plan.marks {
-            let _ = top.image.mark(*marked);
+            let _ = self.version.mark_now(*marked)?;
             self.uncommitted += marked.bytes();
         }
         Ok(())

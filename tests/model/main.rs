@@ -41,6 +41,8 @@ struct World {
     layers: Vec<PathBuf>,
     /// What the guest must read.
     model: Vec<u8>,
+    /// Granules of bitmap that are kept in memory; `None` for as many as the disk likes.
+    granules: Option<usize>,
 }
 
 impl World {
@@ -49,7 +51,8 @@ impl World {
         let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let keep = Keep::Journal { folder: runtime.path().to_owned(), discard: false };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
-        World { folder, _runtime: runtime, keep, env, random, engine, direct, layers: Vec::new(), model: Vec::new() }
+        let (layers, model, granules) = (Vec::new(), Vec::new(), None);
+        World { folder, _runtime: runtime, keep, env, random, engine, direct, layers, model, granules }
     }
 
     fn push(&mut self, kind: &str, block: u64, size: u64) {
@@ -72,7 +75,11 @@ impl World {
     fn open(&self, read_only: bool) -> Rig {
         let options =
             DiskOptions { read_only, direct: self.direct, keep: self.keep.clone(), ..DiskOptions::new(self.top()) };
-        Rig::new(Disk::open(self.env.clone(), &options).expect("the chain opens"), self.engine)
+        let disk = Disk::open(self.env.clone(), &options).expect("the chain opens");
+        if let (Some(granules), Some(top)) = (self.granules, disk.version().top()) {
+            top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.keep_at_most(granules));
+        }
+        Rig::new(disk, self.engine)
     }
 
     fn range(&mut self, longest: u64) -> SectorRange {
@@ -213,6 +220,8 @@ fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engin
     let mut world = World::new(seed, engine, direct);
     for layer in 0..=depth {
         world.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
+        // Every second layer with too little memory for its bitmaps.
+        world.granules = (layer % 2 == 1).then_some(layer / 2 % 4);
         let mut rig = world.open(false);
         world.work(&mut rig, 60);
         if world.random.below(2) == 0 {

@@ -21,6 +21,10 @@ pub(crate) fn run(layout: &Layout, acts: u64, wrong: Wrong, at: u64, judge: &mut
     let mut random = Random::new(5);
     let care = Care { sample: 0, every: 1, journal: false };
     let mut world = World::new(layout, 5, 1, care, judge);
+    // Every second time with too little memory for the bitmaps, so that reading them again goes wrong, too.
+    if at.is_multiple_of(2) {
+        world.keep_at_most(1);
+    }
     let steps = world.host.counts().steps;
     let fault = match wrong {
         Wrong::Io => Fault::Io,

@@ -16,10 +16,16 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) 
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
     let mut world = World::new(layout, random.any(), lanes, care, judge);
+    // Mostly there is too little memory for the bitmaps.
+    let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
+    if let Some(granules) = granules {
+        world.keep_at_most(granules);
+    }
     let result = live(&mut world, &mut random);
     result.map_err(|e| {
         let trace = world.trace.join("\n  ");
-        format!("{e}\n  layout: {}, {lanes} lanes, step {}\n  {trace}", layout.name, world.host.counts().steps)
+        let steps = world.host.counts().steps;
+        format!("{e}\n  layout: {}, {lanes} lanes, granules {granules:?}, step {steps}\n  {trace}", layout.name)
     })
 }
 

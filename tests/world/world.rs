@@ -56,6 +56,8 @@ pub(crate) struct World<'a> {
     model: Model,
     pending: BTreeMap<u64, Pending>,
     acts: u32,
+    /// Granules of bitmap that the disk keeps in memory; `None` for as many as it likes.
+    granules: Option<usize>,
 }
 
 impl<'a> World<'a> {
@@ -72,6 +74,7 @@ impl<'a> World<'a> {
             model: Model::new(&layout.values),
             pending: BTreeMap::new(),
             acts: model::PARENT,
+            granules: None,
         };
         // Nothing is wrong with a disk that is opened for the first time.
         let care = std::mem::replace(&mut world.care, Care { sample: 0, ..care });
@@ -90,6 +93,14 @@ impl<'a> World<'a> {
         self.host.names().iter().map(|name| file(name)).sum()
     }
 
+    /// Has the disk keep so few granules of bitmap in memory, now and when it is opened again.
+    pub(crate) fn keep_at_most(&mut self, granules: usize) {
+        self.granules = Some(granules);
+        if let Some(bitmaps) = self.disk.as_ref().and_then(|disk| disk.version().top()?.image.bitmaps()) {
+            bitmaps.keep_at_most(granules);
+        }
+    }
+
     pub(crate) fn is_open(&self) -> bool {
         self.disk.is_some()
     }
@@ -105,6 +116,9 @@ impl<'a> World<'a> {
                 }
                 self.host.grant(Some(0));
                 self.disk = Some(disk);
+                if let Some(granules) = self.granules {
+                    self.keep_at_most(granules);
+                }
                 Ok(true)
             }
             Err(_) if self.may_fail => Ok(false),
