@@ -12,18 +12,21 @@
 //!   the stream, and does better: it reads into large folios, where a hint gets single pages.
 //! - *Never more than a quarter of the engine's operations*, so that requests find room; what is beyond is left out.
 //!
-//! Measured by `benches/serve cold` on ext4 (medians, MiB/s, 512 MiB read by requests of 128 KiB, 4 in flight; guest and server
-//! on a processor each of two; 2026-11-22), without this and with it, where the host reads 8 MiB ahead and (on a loop device)
-//! Linux's usual 128 KiB. "Flat" is read(2) of a flat file, "pieces" direct reads of the same pieces, 32 at once:
+//! Measured by `benches/serve cold` on ext4, daemons without and with this in turns, three times each (medians, MiB/s, 512 MiB,
+//! guest and server on a processor each of two, the host reads 8 MiB ahead; 2026-11-22). "Flat" is read(2) of a flat file,
+//! "pieces" direct reads of the same pieces, 32 at once:
 //!
 //! ```text
-//!                          host reads 8 MiB ahead     128 KiB ahead
-//!   flat | pieces          1,950 | 860                1,500 | 860
-//!   qemu-storage-daemon    1,570 (raw)                745 (raw)
-//!   1 layer                1,540, left to the host    960 -> 1,370
-//!   16, blocks in turns    1,620, left to the host    760 -> 1,230
-//!   16, 64 KiB in turns      395 -> 780               450 -> 800
+//!                          128 KiB, 4 in flight    1 MiB, 4 in flight
+//!   flat | pieces          1,780 | 920             1,890 | 840
+//!   qemu-storage-daemon    1,510 (raw)             1,570 (raw)
+//!   1 layer                1,660 -> 1,770          1,650 -> 1,710
+//!   16, blocks in turns    1,510 -> 1,720          1,780 -> 1,880
+//!   16, 64 KiB in turns      440 ->   930            620 ->   890
 //! ```
+//!
+//! On a loop device, where the host reads Linux's usual 128 KiB ahead, by requests of 128 KiB: 1 layer from 960 to 1,370, blocks
+//! in turns from 760 to 1,230, 64 KiB in turns from 450 to 800. Warm reads are as fast with it as without.
 //!
 //! What was tried and dropped:
 //! - *Hints for long extents where the host reads 8 MiB ahead*: 16 layers of blocks in turns from 1,620 to 1,140-1,250, by
