@@ -8,18 +8,17 @@
 //! `benches/serve` (medians, guest and server on a processor each of two, page cache, 2026-11-22):
 //!
 //! - *Turns* (`device/exchange.rs`). All 32 reads of a queue in one turn: 150,000 reads a second, p50 162 us, since the guest
-//!   sees nothing before the last is done. Turns of 4, 8, 16 and 32: 275,000, 348,000, 339,000 and 245,000. Half of what
-//!   there is, 4 to 16: 340,000, and the same at depth 16, where 16 gave 145,000. Kept.
+//!   sees nothing before the last is done. Of 4, 8, 16 and 32: 275,000, 348,000, 339,000 and 245,000. Half of what there
+//!   is: 340,000, and the same at depth 16, where 16 gave 145,000. Kept.
 //! - *Waiting for the guest* (`vhost/patience.rs`). At depth 1 from 67 to 16-20 us. Kept.
 //! - *Writes through the page cache without the ring* (`storage/inline.rs`). Over old sectors on ext4 from 100,000 to 200,000
 //!   and more a second; into a fresh child from 90,000 to 130,000-170,000. Kept.
 //! - *Growth without syncs* (`image/tail.rs`): 1 MiB writes in order into a fresh child from 1,600 to 4,700 a second. Kept.
-//! - *Reading ahead of cold streams* (`ahead.rs`): from 440 to 930 MiB/s where layers change every 64 KiB. Kept.
+//! - *Reading ahead of cold streams*: see `ahead.rs`. Kept.
 //! - *preadv for each read, or DEFER_TASKRUN*: no gain (`storage/ring.rs`). Not kept.
 //!
-//! What is left is the kernel's: a profile at depth 32 has 85 % in system calls (io_uring_enter 64 %, of it the copy 37 %; the
-//! notification 15 %: waking a guest that sleeps takes 5 to 7 us). preadv(2) alone takes 1.1 to 1.3 us a read; with a sleeper to
-//! be woken after every 16, 1.5 to 1.9.
+//! What is left is the kernel's: a profile at depth 32 has 85 % in system calls (io_uring_enter 64, of it the copy 37; the
+//! notification 15: waking a guest takes 5 to 7 us). preadv(2) alone takes 1.1 to 1.3 us; waking after every 16, 1.5 to 1.9.
 
 use std::collections::VecDeque;
 use std::io;
