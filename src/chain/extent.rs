@@ -83,6 +83,9 @@ pub struct Plan {
     pub reserved: bool,
 }
 
+/// Layers of the deepest chain, and some more: what one place of the disk can miss.
+const RECENT: usize = 128;
+
 impl Plan {
     /// Forgets everything, keeps the memory.
     pub fn clear(&mut self) {
@@ -108,9 +111,10 @@ impl Plan {
         self.extents.push(next);
     }
 
-    /// Notes something to load, once.
+    /// Notes something to load; what was noted lately, once. (A range may miss more than can be compared, and what is loaded
+    /// twice does no harm.)
     pub fn miss(&mut self, what: Missing) {
-        if !self.missing.contains(&what) {
+        if !self.missing.iter().rev().take(RECENT).any(|known| *known == what) {
             self.missing.push(what);
         }
     }

@@ -263,11 +263,15 @@ impl Bitmaps {
 
     /// Gives a frame to a granule, if the table still says `before` of it.
     fn assign(&self, granule: usize, before: Entry, words: impl Iterator<Item = u64>, known: Known) -> bool {
+        if self.entry(granule) != before {
+            return false; // nobody has to leave for it
+        }
         let (number, mut frame) = self.vacate();
-        frame.pass(Some(granule), bitmap_words(self.sectors_per_granule), words);
-        *frame.known = known;
+        frame.fill(bitmap_words(self.sectors_per_granule), words, known);
         let entered = self.exchange(granule, before, Entry::In(number));
-        if !entered {
+        if entered {
+            frame.give_to(granule);
+        } else {
             self.put_back(number, frame);
         }
         entered

@@ -88,12 +88,14 @@ impl Commit {
         if let Some(source) = failed {
             return Err(self.fail(source));
         }
+        // In this order: growth that failed poisons the image before it says that it syncs no more.
+        let growth_syncs = self.image.is_growth_syncing();
         self.image.check_poison()?;
         match self.phase {
             Phase::Start => Ok(self.start(ops)),
             // The host tells of a failure once: to one of two syncs that ran side by side. While growth syncs, a yes may hide
             // its no; when it is over, the image is poisoned or the yes was one.
-            Phase::Settle | Phase::Seal if self.image.is_growth_syncing() => {
+            Phase::Settle | Phase::Seal if growth_syncs => {
                 self.sync(self.phase, ops);
                 Ok(Step::Wait)
             }

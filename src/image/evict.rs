@@ -7,6 +7,9 @@
 use super::bitmaps::Bitmaps;
 use super::granule::{Entry, Locked};
 
+/// Frames that are tried for one that is needed.
+const TRIES: usize = 256;
+
 /// Frames that belong to nobody, and the hand of the clock.
 #[derive(Debug, Default)]
 pub(super) struct Pool {
@@ -43,8 +46,9 @@ impl Bitmaps {
 
     /// Turns the hand until a granule leaves: its frame. `None` where all have to stay.
     fn turn(&self, pool: &mut Pool) -> Option<u32> {
-        // Twice round: the first round may be that of those that were looked at.
-        for _ in 0..2 * pool.made() {
+        // Twice round: the first round may be that of those that were looked at. But not for long: where most have to stay,
+        // one more frame is cheaper than to look for the few, and the next who come go on from here.
+        for _ in 0..(2 * pool.made()).min(TRIES) {
             pool.hand = (pool.hand + 1) % pool.made;
             if self.dismiss(pool.hand) {
                 return Some(pool.hand);
@@ -65,13 +69,13 @@ impl Bitmaps {
             return false;
         }
         self.enter(granule, Entry::Absent(frame.known.times.wrapping_add(1)));
-        frame.pass(None, 0, std::iter::empty());
+        frame.vacate();
         true
     }
 
     /// Gives back a frame that is needed no more; the table does not name it.
     pub(super) fn put_back(&self, number: u32, mut frame: Locked<'_>) {
-        frame.pass(None, 0, std::iter::empty());
+        frame.vacate();
         drop(frame);
         self.pool().free.push(number);
     }

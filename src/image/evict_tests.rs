@@ -53,7 +53,12 @@ impl World {
         if slow {
             // Commits come and go meanwhile.
             let until = self.commits.load(Ordering::SeqCst) + 2;
-            while self.commits.load(Ordering::SeqCst) < until && !self.over.load(Ordering::SeqCst) {
+            let is_over = || self.commits.load(Ordering::SeqCst) >= until || self.over.load(Ordering::SeqCst);
+            // Not for ever: with a mutant the one who commits may be the first to find out, and panic.
+            for _ in 0..10_000 {
+                if is_over() {
+                    break;
+                }
                 std::thread::yield_now();
             }
         }
@@ -257,5 +262,8 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     }
     println!("before: {before}, after: {}, {} granules kept", resident(), bitmaps.frames());
     let kept = (0..blocks as usize).filter(|granule| bitmaps.times_absent(*granule).is_none()).count();
-    assert!(kept == bitmaps.frames() && (50_000..120_000).contains(&kept), "64 MiB hold {kept} granules of 600 bytes");
+    // A few more frames than granules: the clock does not look for long.
+    let (frames, most) = (bitmaps.frames(), kept + kept / 100);
+    assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} granules of 600 bytes");
+    assert!((kept..most).contains(&frames), "{frames} frames for {kept} granules");
 }

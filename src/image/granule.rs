@@ -161,7 +161,7 @@ impl Look<'_> {
     /// Whether all that was seen was of the granule. If not, it means nothing.
     #[inline]
     pub(super) fn is_sound(&self) -> bool {
-        // With the fence in `pass`: who has seen a bit of the next granule sees the tag changed.
+        // With the fence in `fill`: who has seen a bit of the next granule sees the tag changed.
         fence(Ordering::Acquire);
         self.frame.tag.load(Ordering::Relaxed) == self.tag
     }
@@ -212,17 +212,27 @@ impl Locked<'_> {
         bitmap::set_atomic(self.words(), bit, count)
     }
 
-    /// Gives the frame to a granule of `count` words, or to nobody.
-    pub(super) fn pass(&mut self, granule: Option<usize>, count: usize, mut words: impl Iterator<Item = u64>) {
+    /// Gives the frame to nobody.
+    pub(super) fn vacate(&mut self) {
         let hands = self.frame.tag.load(Ordering::Relaxed) >> 32;
-        let tag = hands.wrapping_add(1) << 32;
-        self.frame.tag.store(tag | NOBODY, Ordering::Relaxed);
+        self.frame.tag.store(hands.wrapping_add(1) << 32 | NOBODY, Ordering::Relaxed);
         *self.known = Known::default();
-        let Some(granule) = granule else { return };
-        // Whoever sees a bit that is stored below sees the tag above, or a later one.
+    }
+
+    /// Puts `count` words into a frame that is nobody's, and leaves it so.
+    pub(super) fn fill(&mut self, count: usize, mut words: impl Iterator<Item = u64>, known: Known) {
+        self.vacate();
+        // Whoever sees a bit that is stored below sees the tag of `vacate`, or a later one.
         fence(Ordering::Release);
         let held = self.frame.words.get_or_init(|| (0..count).map(|_| AtomicU64::new(0)).collect());
         held.iter().for_each(|to| to.store(words.next().unwrap_or(0), Ordering::Relaxed));
+        *self.known = known;
+    }
+
+    /// Gives a frame that was filled to a granule, of which the table says so already: who remembers this frame from an
+    /// earlier stay of the granule must not meet bits that turn out to be out of date.
+    pub(super) fn give_to(&mut self, granule: usize) {
+        let tag = self.frame.tag.load(Ordering::Relaxed) & !NOBODY;
         self.frame.used.store(false, Ordering::Relaxed);
         self.frame.tag.store(tag | granule as u64, Ordering::Release);
     }
@@ -253,16 +263,22 @@ mod tests {
     fn a_look_is_sound_while_the_frame_has_one_owner() {
         let frame = Frame::new();
         assert!(frame.look(7).is_none());
-        frame.lock().pass(Some(7), 1, std::iter::once(1 << 63));
+        let give = |granule, word| {
+            let mut frame = frame.lock();
+            frame.fill(1, std::iter::once(word), Known::default());
+            assert_eq!(frame.owner(), None, "filled, and nobody's yet");
+            frame.give_to(granule);
+        };
+        give(7, 1 << 63);
         let look = frame.look(7).unwrap();
         assert!(look.run(0, 8) == (true, 1) && look.is_sound() && look.owes_nothing() && frame.look(8).is_none());
         frame.lock().set(1, 1);
         assert!(look.run(0, 8) == (true, 2) && look.is_sound());
         // There and back again: the same granule, and yet not what was looked at.
-        frame.lock().pass(Some(8), 1, std::iter::once(0));
-        frame.lock().pass(Some(7), 1, std::iter::once(1 << 63));
+        give(8, 0);
+        give(7, 1 << 63);
         assert!(!look.is_sound() && frame.look(7).unwrap().is_sound());
-        frame.lock().pass(None, 1, std::iter::empty());
+        frame.lock().vacate();
         assert!(frame.look(7).is_none() && frame.owner().is_none());
     }
 }

@@ -220,6 +220,8 @@ impl Growth {
     /// file behind it. Where even that fails, the image takes no further writes.
     fn undo(&mut self, source: io::Error) -> Error {
         let (file, at) = (self.image.file(), self.old * SECTOR);
+        // These syncs, too, may be told of a failure that concerns a commit.
+        self.image.room().syncing = true;
         let back = file
             .write_at(&self.image.footer_bytes(), at)
             .and_then(|()| file.sync())

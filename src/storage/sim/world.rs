@@ -221,6 +221,8 @@ impl World {
     fn write_through(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         if let Err(e) = self.write(id, from, offset) {
             self.counts.failed_syncs += 1;
+            let last = self.last();
+            self.inode(id).forget(last, Covers::All);
             return Err(e);
         }
         self.sync(id, self.last(), Covers::Range(offset, offset + from.len() as u64))
@@ -246,7 +248,8 @@ impl World {
         let result = if fails { Err(code(libc::EIO)) } else { result };
         if result.is_err() {
             self.counts.failed_syncs += 1;
-            self.inode(id).forget(last, covers);
+            // The host tells of a failure once, whatever it has dropped.
+            self.inode(id).forget(last, Covers::All);
         } else if !self.faults.lying_syncs.contains(&self.counts.syncs) {
             self.inode(id).sync(last, covers);
         }
