@@ -283,8 +283,9 @@ impl Disk {
     pub fn close(&self) -> Result<()> {
         self.commit()?;
         let Some(top) = self.version.top() else { return Ok(()) };
-        top.image.trim()?;
-        top.image.retire(&*self.env)
+        // The journal first: it may still speak for places of blocks that were never written, which are cut off now.
+        top.image.retire(&*self.env)?;
+        top.image.trim()
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {
