@@ -44,11 +44,14 @@ const UNSAFE: &[&str] = &[
     "device/guest.rs",
     "device/turns.rs",
     "storage/blocking.rs",
+    "storage/copy.rs",
     "storage/host/lock.rs",
+    "storage/host/mapped.rs",
     "storage/live.rs",
     "storage/payload.rs",
     "storage/ring.rs",
     "storage/twins.rs",
+    "storage/warm.rs",
 ];
 
 #[test]

@@ -9,7 +9,7 @@
 //!        v                        v
 //!   Env ── File             Engine (one a thread)
 //!    |  open, names, clock    |
-//!    |                        ├── ring      io_uring, one call a batch
+//!    |                        ├── ring      io_uring, one call a batch; none for what the host has in memory
 //!    ├── host  Linux          ├── blocking  preadv, pwritev, one call an operation
 //!    └── sim   one seed       └── sim       any order, torn sectors, faults
 //! ```
@@ -18,6 +18,7 @@
 
 pub mod bell;
 pub mod blocking;
+mod copy;
 pub mod engine;
 pub mod env;
 pub mod host;
@@ -28,9 +29,11 @@ pub mod payload;
 pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod sqe;
 mod transfer;
 #[cfg(test)]
 mod twins;
+mod warm;
 
 pub use bell::Bell;
 pub use engine::{Engine, SLOTS};

@@ -14,21 +14,21 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr::NonNull;
+use std::time::Instant;
 
-use io_uring::register::Restriction;
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::IoUring;
 
 use super::engine::{Engine, SLOTS, host_file};
 use super::env::File;
 use super::inline::Inline;
-use super::op::{Action, Completion, Op, Slot};
-use super::transfer::{self, Piece, Progress, Step};
+use super::op::{Completion, Op, Slot};
+use super::sqe::{describe, set_up};
+use super::transfer::{Progress, Step};
+use super::warm::Warm;
 
 /// io_uring_enter(2): run what is pending for this thread, and wait for as many completions as asked.
 const ENTER_GETEVENTS: u32 = 1;
-/// io_uring_register(2): operation codes that stay allowed.
-const REGISTER_FILES_UPDATE: u8 = 6;
-const REGISTER_ENABLE_RINGS: u8 = 12;
 
 /// Calls in a row that the kernel may refuse for want of memory.
 const MAX_REFUSALS: u32 = 1000;
@@ -45,7 +45,10 @@ pub struct Ring {
     /// Writes that are tried without the ring first, as numbers of entries.
     inline: Inline,
     writes: Vec<u32>,
-    /// Completions that `wait` found, and those of such writes.
+    /// Reads that are copies, with where from.
+    warm: Warm,
+    reads: Vec<(u32, NonNull<u8>)>,
+    /// Completions that `wait` found, and those of such reads and writes.
     over: Vec<Completion>,
     /// Entries whose transfer was short.
     again: Vec<u32>,
@@ -63,7 +66,7 @@ struct Entry {
     progress: Progress,
 }
 
-// SAFETY: the ring's mappings and the pointers in `entries` belong to it alone and to no thread; a ring that the kernel
+// SAFETY: the ring's mappings and the pointers in `entries` and `reads` belong to it alone and to no thread; a ring that the kernel
 // ties to a thread refuses calls from others with an error.
 unsafe impl Send for Ring {}
 
@@ -84,6 +87,8 @@ impl Ring {
             free: (0..numbers).rev().collect(),
             inline: Inline::new(),
             writes: Vec::with_capacity(depth),
+            warm: Warm::new(),
+            reads: Vec::with_capacity(depth),
             over: Vec::with_capacity(depth),
             again: Vec::with_capacity(depth),
             queued: 0,
@@ -169,8 +174,9 @@ impl Ring {
         }
     }
 
-    /// Makes the writes that need no ring; the others are queued.
-    fn write_inline(&mut self) {
+    /// Makes the reads and writes that need no ring; the others are queued.
+    fn at_once(&mut self) {
+        self.read_warm();
         let mut writes = mem::take(&mut self.writes);
         for number in writes.drain(..) {
             let entry = &mut self.entries[number as usize];
@@ -189,6 +195,25 @@ impl Ring {
         self.writes = writes;
     }
 
+    fn read_warm(&mut self) {
+        if self.reads.is_empty() {
+            return;
+        }
+        let (begin, mut reads, first) = (Instant::now(), mem::take(&mut self.reads), self.over.len());
+        for (number, from) in reads.drain(..) {
+            let op = self.entries[number as usize].op.as_mut().expect("an entry in use has an operation");
+            if self.warm.fill(op, from) {
+                let op = self.entries[number as usize].op.take().expect("looked at above");
+                self.free.push(number);
+                self.over.push(Completion { op, result: Ok(()) });
+            } else {
+                self.queue(number);
+            }
+        }
+        self.reads = reads;
+        self.warm.judge(begin.elapsed(), self.over[first..].iter().map(|completion| &completion.op));
+    }
+
     fn update(&mut self, slot: Slot, fd: RawFd) -> io::Result<()> {
         if slot.0 >= SLOTS {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -202,11 +227,13 @@ impl Engine for Ring {
         // The table holds the open description itself: locks on it live as long as any operation, even if this process
         // is killed (crash-safety 3.10, the fence).
         self.update(slot, host_file(file)?.as_raw_fd())?;
+        self.warm.register(slot, file)?;
         self.inline.register(slot, file)
     }
 
     fn unregister(&mut self, slot: Slot) -> io::Result<()> {
         self.inline.unregister(slot);
+        self.warm.unregister(slot);
         self.update(slot, -1)
     }
 
@@ -217,12 +244,12 @@ impl Engine for Ring {
         let number = self.free.pop().expect("there are as many entries as operations may be under way");
         let entry = &mut self.entries[number as usize];
         entry.progress.reset();
-        let inline = self.inline.takes(&op);
+        let (warm, inline) = (self.warm.find(&op), self.inline.takes(&op));
         entry.op = Some(op);
-        if inline {
-            self.writes.push(number)
-        } else {
-            self.queue(number)
+        match warm {
+            Some(from) => self.reads.push((number, from)),
+            None if inline => self.writes.push(number),
+            None => self.queue(number),
         }
         Ok(())
     }
@@ -232,13 +259,17 @@ impl Engine for Ring {
             // First what others do for us.
             self.enter(0)?;
         }
-        self.write_inline();
-        if self.queued == 0 { Ok(()) } else { self.enter(0) }
+        self.at_once();
+        if self.queued > 0 {
+            self.enter(0)?;
+        }
+        self.warm.ask();
+        Ok(())
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         if self.enabled {
-            self.write_inline();
+            self.at_once();
         }
         out.append(&mut self.over);
         self.drain(out);
@@ -253,7 +284,7 @@ impl Engine for Ring {
     fn wait(&mut self) -> io::Result<()> {
         let mut over = mem::take(&mut self.over);
         let result = loop {
-            self.write_inline();
+            self.at_once();
             over.append(&mut self.over);
             self.drain(&mut over);
             if !over.is_empty() || self.flying == 0 && self.queued == 0 {
@@ -311,81 +342,4 @@ impl Drop for Ring {
             log::debug!("the files of a ring are let go of by the kernel: {e}");
         }
     }
-}
-
-/// The submission entry for what is left of an operation.
-fn describe(op: &mut Op, progress: &mut Progress) -> squeue::Entry {
-    let file = types::Fixed(u32::from(op.slot.0));
-    // -1 would mean the file position; what is no offset (beyond 2^63) is left to the kernel to refuse.
-    let offset = progress.offset(op).min(1 << 63);
-    match op.action {
-        Action::Read => match progress.piece(&mut op.payload) {
-            Piece::One(start, len) => opcode::Read::new(file, start, len).offset(offset).build(),
-            Piece::Many(runs, count) => opcode::Readv::new(file, runs, count).offset(offset).build(),
-        },
-        Action::Write | Action::WriteThrough => {
-            let flags = if op.action == Action::WriteThrough { libc::RWF_DSYNC } else { 0 };
-            match progress.piece(&mut op.payload) {
-                Piece::One(start, len) => opcode::Write::new(file, start, len).offset(offset).rw_flags(flags).build(),
-                Piece::Many(runs, count) => {
-                    opcode::Writev::new(file, runs, count).offset(offset).rw_flags(flags).build()
-                }
-            }
-        }
-        Action::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
-        Action::Prefetch => {
-            // The kernel takes 32 bits.
-            let len = libc::off_t::from(u32::try_from(op.len).unwrap_or(u32::MAX));
-            opcode::Fadvise::new(file, len, libc::POSIX_FADV_WILLNEED).offset(offset).build()
-        }
-        action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::mode(action)).build(),
-    }
-}
-
-/// A ring with an empty table of files, and whether it is enabled yet.
-fn set_up(count: u32) -> io::Result<(IoUring, bool)> {
-    // Linux 6.0: one thread submits and reaps; completions do not interrupt it, but do wake it. DEFER_TASKRUN would make
-    // them wait until it asks, and does not wake who sleeps on the ring's fd [tried: 6.18, a sync never woke a poll(2)].
-    let first = IoUring::builder()
-        .setup_r_disabled()
-        .setup_single_issuer()
-        .setup_coop_taskrun()
-        .setup_taskrun_flag()
-        .setup_submit_all()
-        .dontfork()
-        .build(count);
-    let (ring, enabled) = match first {
-        Ok(ring) => (ring, false),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            // Linux 5.19.
-            let mut next = IoUring::builder();
-            next.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all().dontfork();
-            match next.build(count) {
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => (IoUring::builder().dontfork().build(count)?, true),
-                other => (other?, true),
-            }
-        }
-        Err(e) => return Err(e),
-    };
-    let submitter = ring.submitter();
-    match submitter.register_files_sparse(u32::from(SLOTS)) {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => submitter.register_files(&[-1; SLOTS as usize])?,
-        other => other?,
-    }
-    if !enabled {
-        // A ring that is taken over by a bug opens no files and no sockets: seccomp does not see what rings do.
-        submitter.register_restrictions(&mut [
-            Restriction::sqe_op(opcode::Read::CODE),
-            Restriction::sqe_op(opcode::Readv::CODE),
-            Restriction::sqe_op(opcode::Write::CODE),
-            Restriction::sqe_op(opcode::Writev::CODE),
-            Restriction::sqe_op(opcode::Fsync::CODE),
-            Restriction::sqe_op(opcode::Fallocate::CODE),
-            Restriction::sqe_op(opcode::Fadvise::CODE),
-            Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
-            Restriction::register_op(REGISTER_FILES_UPDATE),
-            Restriction::register_op(REGISTER_ENABLE_RINGS),
-        ])?;
-    }
-    Ok((ring, enabled))
 }

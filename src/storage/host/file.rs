@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags
 use rustix::io::Errno;
 
 use super::lock;
+use super::mapped::Mapped;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
@@ -28,6 +29,8 @@ pub struct HostFile(Arc<Open>);
 
 #[derive(Debug)]
 struct Open {
+    /// Dropped before the descriptor, whose locks it keeps.
+    mapped: Mapped,
     fd: OwnedFd,
     path: PathBuf,
     access: Access,
@@ -50,6 +53,7 @@ impl HostFile {
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| fail("cannot read the flags", e))?;
         rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| fail("cannot set the flags", e))?;
         Ok(HostFile(Arc::new(Open {
+            mapped: Mapped::default(),
             fd,
             path: path.to_path_buf(),
             access,
@@ -315,6 +319,12 @@ impl HostFile {
     /// what is clean (mm/fadvise.c).
     pub fn write_behind(&self, offset: u64, len: u64) {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
+    }
+
+    /// Its parts that can be copied from.
+    #[inline]
+    pub(in crate::storage) fn mapped(&self) -> &Mapped {
+        &self.0.mapped
     }
 
     /// Whether it was switched to O_DIRECT.

@@ -2,6 +2,7 @@
 
 mod file;
 mod lock;
+mod mapped;
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -14,6 +15,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use self::file::HostFile;
+pub(super) use self::mapped::Place;
 use super::blocking::Blocking;
 use super::engine::Engine;
 use super::env::{Access, EngineKind, Env, File};

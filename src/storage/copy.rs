@@ -1,0 +1,161 @@
+//! A copy out of memory that may turn out not to be there.
+//!
+//! A page of a mapped file cannot be had where the file was cut, or its disk fails: the kernel then sends SIGBUS to who
+//! touched it. Here that ends the copy, and nothing else: the handler finds that the program stood in one of the copy's few
+//! instructions and has it go on where the copy says that it failed. The same holds for guest memory that a front-end took
+//! back. Every other SIGBUS goes to whoever had it before. (gVisor's `safecopy` is built in this way, and the kernel's own
+//! copies to user space are.)
+//!
+//! Only x86-64 has such a copy so far; elsewhere [`is_ready`] says no.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+/// Whether the copy may be used: made ready with the first call.
+pub(super) fn is_ready() -> bool {
+    static READY: OnceLock<bool> = OnceLock::new();
+    *READY.get_or_init(catch::install)
+}
+
+/// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.
+///
+/// # Safety
+/// `from` and `to` are the starts of `len` bytes that are mapped, to be read and to be written, and that do not overlap; no
+/// reference to them exists. [`is_ready`] said yes.
+#[inline]
+pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { catch::copy(from, to, len) }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod catch {
+    use std::ffi::{c_int, c_void};
+    use std::mem::MaybeUninit;
+    use std::ptr;
+    use std::sync::OnceLock;
+
+    // No stack is used and no register that a callee must keep: from any instruction one can go on at the second end.
+    std::arch::global_asm!(
+        ".pushsection .text.diffdisk_copy,\"ax\",@progbits",
+        ".globl diffdisk_copy",
+        ".hidden diffdisk_copy",
+        ".globl diffdisk_copy_failed",
+        ".hidden diffdisk_copy_failed",
+        ".p2align 4",
+        "diffdisk_copy:", // rdi: to, rsi: from, rdx: bytes
+        "mov rcx, rdx",
+        "shr rcx, 3",
+        "rep movsq",
+        "mov ecx, edx",
+        "and ecx, 7",
+        "rep movsb",
+        "mov eax, 1",
+        "ret",
+        "diffdisk_copy_failed:",
+        "xor eax, eax",
+        "ret",
+        ".popsection",
+    );
+
+    unsafe extern "C" {
+        fn diffdisk_copy(to: *mut u8, from: *const u8, len: usize) -> u32;
+        /// Not data: where the copy ends when it has failed.
+        static diffdisk_copy_failed: u8;
+    }
+
+    /// What was done about SIGBUS before.
+    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+    /// Has SIGBUS end a copy; false where the kernel does not want it.
+    pub(super) fn install() -> bool {
+        // SAFETY: plain data, for which zeros are a value; filled in before it is used.
+        let (mut ours, mut before) =
+            unsafe { MaybeUninit::<(libc::sigaction, libc::sigaction)>::zeroed().assume_init() };
+        ours.sa_sigaction = on_bus as *const () as usize;
+        // On the alternate stack, where the one before may count on it (a stack that overflows).
+        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // SAFETY: both are valid; the handler is one for SA_SIGINFO. What was there is kept before ours can run.
+        unsafe {
+            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
+                return false;
+            }
+            let _ = BEFORE.set(before);
+            libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) == 0
+        }
+    }
+
+    extern "C" fn on_bus(signal: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+        let context = context.cast::<libc::ucontext_t>();
+        let start = diffdisk_copy as *const () as usize;
+        let failed = (&raw const diffdisk_copy_failed) as usize;
+        // SAFETY: with SA_SIGINFO the kernel passes the registers of the interrupted thread, which is this one.
+        let at = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
+        if usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at)) {
+            *at = failed as i64;
+        } else if let Some(before) = BEFORE.get() {
+            // The instruction runs again, and meets who was there before. SAFETY: what the kernel gave is valid.
+            unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
+        }
+    }
+
+    #[inline]
+    pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
+        // SAFETY: as the caller promises; the code above keeps to the C calling convention.
+        unsafe { diffdisk_copy(to, from, len) != 0 }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod catch {
+    pub(super) fn install() -> bool {
+        false
+    }
+
+    pub(super) unsafe fn copy(_: *const u8, _: *mut u8, _: usize) -> bool {
+        unreachable!("it is not ready on this architecture")
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_length_and_place() {
+        assert!(is_ready());
+        let from: Vec<u8> = (0..100u8).collect();
+        for len in 0..80 {
+            for at in 0..9 {
+                let mut to = [0xEE; 100];
+                // SAFETY: both ranges lie in their arrays, and nothing refers to them meanwhile.
+                assert!(unsafe { copy(from.as_ptr().wrapping_add(at), to.as_mut_ptr().wrapping_add(9 - at), len) });
+                assert_eq!(to[9 - at..][..len], from[at..][..len]);
+                assert!(to[..9 - at].iter().chain(&to[9 - at + len..]).all(|&byte| byte == 0xEE));
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_gone_ends_the_copy_and_nothing_else() {
+        assert!(is_ready());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        // SAFETY: a fresh mapping, which stays until the process ends.
+        let mapped = unsafe {
+            let (start, shared) = (std::ptr::null_mut(), rustix::mm::MapFlags::SHARED);
+            let both = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+            rustix::mm::mmap(start, 8192, both, shared, &file, 0).unwrap().cast::<u8>()
+        };
+        let mut memory = [7u8; 8192];
+        for (len, works) in [(8192, true), (4096, false)] {
+            file.set_len(len).unwrap();
+            // SAFETY: mapped, whatever stands behind it; the array is not used meanwhile.
+            let (read, written) =
+                unsafe { (copy(mapped, memory.as_mut_ptr(), 8192), copy(memory.as_ptr(), mapped, 8192)) };
+            assert_eq!((read, written), (works, works), "a file of {len} bytes");
+            // SAFETY: as above.
+            assert!(unsafe { copy(mapped, memory.as_mut_ptr(), 4096) }, "the first page is always there");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The parts of a file that are mapped into our memory, to be copied from: where the host is known to have their pages.
+//!
+//! ```text
+//!   file     regions of 256 MiB, mapped when something in them is asked for the second time
+//!   region   a bit a page: the host had it in memory when it was asked
+//!            a count a window of 16 pages: how often what has no bit was wanted
+//! ```
+//!
+//! The kernel is asked (mincore) for a whole window at once, and only where something in it is wanted again and again: the
+//! question costs as much as a read. What it says may be out of date a moment later; then the copy waits for the disk, as
+//! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
+#![allow(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+const PAGE: usize = 4096;
+/// Bytes of a window: what the kernel maps around a page that is touched, by default.
+const WINDOW: usize = 64 << 10;
+const WINDOW_PAGES: usize = WINDOW / PAGE;
+/// Bytes of a region.
+const REGION: usize = 256 << 20;
+/// Regions of a file: no sector of an image lies behind 2 TiB.
+const REGIONS: usize = 1 << 13;
+/// Regions of all files together: 1 TiB of addresses (of 128), 48 MiB of bits and counts.
+const MOST_REGIONS: usize = 4096;
+/// What a window is asked for before the kernel is.
+const ASKED: u8 = 2;
+
+static MADE: AtomicUsize = AtomicUsize::new(0);
+
+/// The mapped parts of one file.
+#[derive(Debug, Default)]
+pub(in crate::storage) struct Mapped {
+    regions: OnceLock<Box<[AtomicPtr<Region>]>>,
+    /// Bytes of the file, as far as it was looked at.
+    len: AtomicU64,
+    /// The file cannot be mapped, or what is in memory is not told.
+    refused: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Region {
+    start: NonNull<u8>,
+    /// A bit a page.
+    there: Box<[AtomicU64]>,
+    /// A count a window.
+    asked: Box<[AtomicU8]>,
+}
+
+/// What is known of a range of a file.
+pub(in crate::storage) enum Place {
+    /// All of it was in the host's memory: it can be copied from here.
+    Here(NonNull<u8>),
+    /// It is worth to ask the kernel: [`Mapped::ask`].
+    Ask,
+    /// Nothing.
+    Unknown,
+}
+
+impl Mapped {
+    /// What is known of `len` bytes from `offset`; counts what is not. No system call.
+    #[inline]
+    pub(in crate::storage) fn place(&self, offset: u64, len: usize) -> Place {
+        let (index, within) = locate(offset);
+        let end = within + len;
+        if end > REGION || len == 0 || self.refused.load(Ordering::Relaxed) {
+            return Place::Unknown;
+        }
+        let Some(region) = self.region(index) else { return Place::Ask };
+        match (within / PAGE..end.div_ceil(PAGE)).find(|page| !region.has(*page)) {
+            None if offset + len as u64 <= self.len.load(Ordering::Relaxed) => {
+                // SAFETY: below the region's length.
+                Place::Here(unsafe { region.start.add(within) })
+            }
+            None => Place::Unknown,
+            Some(page) => {
+                let asked = &region.asked[page / WINDOW_PAGES];
+                // Threads may count one another's away: a little later, then.
+                let count = asked.load(Ordering::Relaxed).saturating_add(1);
+                asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
+                if count < ASKED { Place::Unknown } else { Place::Ask }
+            }
+        }
+    }
+
+    /// Asks the kernel what it has in memory around `offset`. `len`: says how long the file is.
+    pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: impl FnOnce() -> Option<u64>) {
+        let Some(len) = len() else { return };
+        self.len.store(len, Ordering::Relaxed);
+        if self.regions.get().is_none() && !tells(&file, len) {
+            return self.refused.store(true, Ordering::Relaxed);
+        }
+        let (index, within) = locate(offset);
+        match self.region(index) {
+            Some(region) => region.ask(within / WINDOW),
+            None => self.map(file, index),
+        }
+    }
+
+    /// Forgets what was known of `len` bytes from `offset`.
+    pub(in crate::storage) fn forget(&self, offset: u64, len: usize) {
+        let (index, within) = locate(offset);
+        let Some(region) = self.region(index) else { return };
+        for window in within / WINDOW..(within + len).div_ceil(WINDOW).min(REGION / WINDOW) {
+            region.learn(window, 0);
+        }
+    }
+
+    #[inline]
+    fn region(&self, index: usize) -> Option<&Region> {
+        let region = self.regions.get()?.get(index)?.load(Ordering::Acquire);
+        // SAFETY: null, or a region that was published whole and stays until self is dropped.
+        unsafe { region.as_ref() }
+    }
+
+    fn map(&self, file: impl AsFd, index: usize) {
+        let regions = self.regions.get_or_init(|| (0..REGIONS).map(|_| AtomicPtr::default()).collect());
+        let Some(slot) = regions.get(index) else { return };
+        let refuse = || self.refused.store(true, Ordering::Relaxed);
+        if MADE.fetch_add(1, Ordering::Relaxed) >= MOST_REGIONS {
+            MADE.fetch_sub(1, Ordering::Relaxed);
+            return refuse();
+        }
+        let Some(region) = Region::map(file, (index * REGION) as u64) else {
+            MADE.fetch_sub(1, Ordering::Relaxed);
+            return refuse();
+        };
+        let region = Box::into_raw(Box::new(region));
+        if slot.compare_exchange(ptr::null_mut(), region, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // Another thread was faster. SAFETY: made above, and published nowhere.
+            drop(unsafe { Box::from_raw(region) });
+        }
+    }
+}
+
+/// The region of an offset, and where in it.
+fn locate(offset: u64) -> (usize, usize) {
+    let index = usize::try_from(offset / REGION as u64).unwrap_or(REGIONS);
+    (index, usize::try_from(offset % REGION as u64).expect("below the bytes of a region"))
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        for slot in self.regions.get_mut().into_iter().flatten() {
+            let region = *slot.get_mut();
+            if !region.is_null() {
+                // SAFETY: from `Box::into_raw`, and nobody has self any more.
+                drop(unsafe { Box::from_raw(region) });
+            }
+        }
+    }
+}
+
+impl Region {
+    fn map(file: impl AsFd, offset: u64) -> Option<Region> {
+        // SAFETY: a fresh mapping at a place that the kernel chooses. What lies behind the file's end is not touched but by
+        // copies that can do with a signal.
+        let start = unsafe { mmap(ptr::null_mut(), REGION, ProtFlags::READ, MapFlags::SHARED, file, offset) };
+        let start = NonNull::new(start.ok()?.cast())?;
+        let there = (0..REGION / PAGE / 64).map(|_| AtomicU64::new(0)).collect();
+        let asked = (0..REGION / WINDOW).map(|_| AtomicU8::new(0)).collect();
+        Some(Region { start, there, asked })
+    }
+
+    #[inline]
+    fn has(&self, page: usize) -> bool {
+        self.there[page / 64].load(Ordering::Relaxed) >> (page % 64) & 1 != 0
+    }
+
+    fn ask(&self, window: usize) {
+        // SAFETY: a window of the region.
+        let start = unsafe { self.start.add(window * WINDOW) };
+        self.learn(window, resident(start, WINDOW_PAGES).unwrap_or(0));
+    }
+
+    /// Takes in which pages of a window are in memory, the first in the lowest bit.
+    fn learn(&self, window: usize, pages: u64) {
+        let first = window * WINDOW_PAGES;
+        let (word, shift) = (&self.there[first / 64], first % 64);
+        let mask = ((1 << WINDOW_PAGES) - 1) << shift;
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(old & !mask | pages << shift));
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        MADE.fetch_sub(1, Ordering::Relaxed);
+        // SAFETY: mapped in `map` with this length; nobody has self any more.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), REGION) };
+    }
+}
+
+/// Which of at most 64 pages from `start` on, which are mapped, the host has in memory.
+fn resident(start: NonNull<u8>, pages: usize) -> Option<u64> {
+    let mut told = [0u8; 64];
+    let told = &mut told[..pages];
+    // SAFETY: the pages are mapped, and there is a byte for each.
+    let done = unsafe { libc::mincore(start.as_ptr().cast(), pages * PAGE, told.as_mut_ptr()) };
+    (done == 0).then(|| told.iter().rev().fold(0, |bits, page| bits << 1 | u64::from(page & 1)))
+}
+
+/// Whether the kernel tells what is in memory of a file: not of one that we neither own nor may write, of which it says
+/// that all is (mincore(2), since Linux 5.2). So it is asked for a page that cannot be there, behind the file's end.
+fn tells(file: impl AsFd, len: u64) -> bool {
+    let behind = len.next_multiple_of(PAGE as u64) + WINDOW as u64;
+    // SAFETY: a fresh mapping, which nobody touches.
+    let mapped = unsafe { mmap(ptr::null_mut(), PAGE, ProtFlags::READ, MapFlags::SHARED, file, behind) };
+    let Some(page) = mapped.ok().and_then(|page| NonNull::new(page.cast())) else { return false };
+    let told = resident(page, 1);
+    // SAFETY: mapped above.
+    let _ = unsafe { munmap(page.as_ptr().cast(), PAGE) };
+    told == Some(0)
+}

@@ -1,0 +1,158 @@
+//! Tests of reads that are copies, on files of the host.
+#![cfg(target_arch = "x86_64")]
+
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::storage::host::Host;
+use crate::storage::payload::Buffer;
+use crate::storage::ring::Ring;
+use crate::storage::{Access, Completion, Engine, Env};
+
+const PAGE: u64 = 4096;
+const SLOT: Slot = Slot(2);
+
+/// A folder on a disk, with a file in which each page says its number; durable, so that the host may forget it.
+fn pages(count: u64) -> (TempDir, File) {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = folder.path().join("f");
+    let bytes: Vec<u8> = (0..count).flat_map(|page| (page + 1).to_be_bytes().repeat(512)).collect();
+    std::fs::write(&path, bytes).unwrap();
+    let file = Host.open(&path, Access::Write).unwrap();
+    file.sync().unwrap();
+    (folder, file)
+}
+
+fn read(offset: u64, len: usize) -> Op {
+    Op::read(offset, SLOT, offset, Payload::Own(Buffer::zeroed(len)))
+}
+
+fn ring(file: &File) -> Option<Ring> {
+    let mut ring = Ring::new(8).map_err(|e| eprintln!("skipped for io_uring: {e}")).ok()?;
+    ring.register(SLOT, file).unwrap();
+    Some(ring)
+}
+
+fn done(ring: &mut Ring, op: Op) -> Completion {
+    ring.push(op).unwrap();
+    let mut out = Vec::new();
+    while out.is_empty() {
+        ring.wait().unwrap();
+        ring.reap(&mut out);
+    }
+    out.pop().unwrap()
+}
+
+/// Reads pages with one operation each; how many calls that took.
+fn read_all(ring: &mut Ring, pages: impl Iterator<Item = u64>, expected: impl Fn(u64) -> u64) -> u64 {
+    let calls = ring.calls();
+    for page in pages {
+        let Completion { op, result } = done(ring, read(page * PAGE, PAGE as usize));
+        result.unwrap();
+        let Payload::Own(bytes) = op.payload else { unreachable!() };
+        assert!(*bytes == expected(page).to_be_bytes().repeat(512), "page {page}");
+    }
+    ring.calls() - calls
+}
+
+#[test]
+fn what_is_read_again_and_again_takes_no_call() {
+    let (_folder, file) = pages(64);
+    let Some(mut ring) = ring(&file) else { return };
+    let number = |page| page + 1;
+    assert!(read_all(&mut ring, 0..64, number) >= 4, "at first nothing is known");
+    for _ in 0..3 {
+        read_all(&mut ring, 0..64, number);
+    }
+    assert_eq!(read_all(&mut ring, 0..64, number), 0);
+    // What others write, and what is punched, is what is read.
+    file.write_at(&[0; PAGE as usize], 7 * PAGE).unwrap();
+    file.punch(9 * PAGE, PAGE).unwrap();
+    let written = done(&mut ring, Op::write(0, SLOT, 8 * PAGE, Payload::Own(Buffer::zeroed(PAGE as usize))));
+    written.result.unwrap();
+    let zeros = |page| if (7..10).contains(&page) { 0 } else { page + 1 };
+    assert_eq!(read_all(&mut ring, 0..64, zeros), 0);
+    // Any part of it, and any number of runs.
+    let Completion { op, result } = done(&mut ring, read(20 * PAGE - 512, 5000));
+    result.unwrap();
+    let Payload::Own(bytes) = op.payload else { unreachable!() };
+    assert!(bytes[..512] == 20u64.to_be_bytes().repeat(64) && bytes[512..4608] == 21u64.to_be_bytes().repeat(512));
+    ring.unregister(SLOT).unwrap();
+    assert!(done(&mut ring, read(0, 512)).result.is_err());
+}
+
+#[test]
+fn a_file_that_was_cut_is_an_error_and_grows_again() {
+    let (_folder, file) = pages(64);
+    let Some(mut ring) = ring(&file) else { return };
+    for _ in 0..4 {
+        read_all(&mut ring, 0..64, |page| page + 1);
+    }
+    file.set_len(10 * PAGE + 100).unwrap();
+    assert_eq!(done(&mut ring, read(20 * PAGE, 512)).result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    assert_eq!(read_all(&mut ring, 0..10, |page| page + 1), 0);
+    file.set_len(64 * PAGE).unwrap();
+    read_all(&mut ring, 11..64, |_| 0);
+}
+
+#[test]
+fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
+    const REGION: u64 = 256 << 20;
+    let (folder, file) = pages(64);
+    file.set_len(REGION + 64 * PAGE).unwrap();
+    file.write_at(&[9; 8192], REGION - PAGE).unwrap();
+    let Some(mut ring) = ring(&file) else { return };
+    let calls = |ring: &mut Ring, offset, len| {
+        for _ in 0..9 {
+            done(ring, read(offset, len)).result.unwrap();
+        }
+        let before = ring.calls();
+        done(ring, read(offset, len)).result.unwrap();
+        ring.calls() - before
+    };
+    assert_eq!(calls(&mut ring, REGION - PAGE, PAGE as usize), 0);
+    assert_eq!(calls(&mut ring, REGION, PAGE as usize), 0);
+    assert_ne!(calls(&mut ring, REGION - PAGE, 8192), 0);
+    assert_ne!(calls(&mut ring, 0, MOST + 512), 0);
+    let direct = Host.open(&Path::new(folder.path()).join("f"), Access::Read).unwrap();
+    if direct.set_direct().unwrap().is_some() {
+        ring.register(SLOT, &direct).unwrap();
+        assert_ne!(calls(&mut ring, 0, PAGE as usize), 0);
+    }
+}
+
+#[test]
+fn who_waited_for_a_page_copies_no_more_for_a_while() {
+    let (_folder, file) = pages(64);
+    let mut warm = Warm::new();
+    warm.register(SLOT, &file).unwrap();
+    let host = host_file(&file).unwrap().clone();
+    // To be compared with later.
+    warm.judge(Duration::from_secs(1), [].iter());
+    let mut op = read(16 * PAGE, PAGE as usize);
+    let found = |warm: &mut Warm, op: &Op| {
+        for _ in 0..8 {
+            if let Some(start) = warm.find(op) {
+                return Some(start);
+            }
+            let mut byte = [0; 1];
+            host.read_at(&mut byte, op.offset).unwrap();
+            warm.ask();
+        }
+        None
+    };
+    let start = found(&mut warm, &op).expect("it is in memory");
+    warm.judge(Duration::from_secs(1), [&op].into_iter());
+    assert!(found(&mut warm, &op).is_some(), "slow, but not for a page");
+    // Nobody has touched the mapping yet, so the host can forget the page.
+    rustix::fs::fadvise(&host, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    assert!(warm.fill(&mut op, start), "the host reads it again");
+    assert!(matches!(&op.payload, Payload::Own(bytes) if bytes[..8] == 17u64.to_be_bytes()));
+    warm.judge(Duration::from_millis(1), [&op].into_iter());
+    assert!(matches!(host.mapped().place(op.offset, PAGE as usize), Place::Unknown), "forgotten");
+    assert!(found(&mut warm, &op).is_none(), "held");
+    std::thread::sleep(Duration::from_millis(150));
+    assert!(found(&mut warm, &op).is_some(), "learned again, and held no more");
+}
