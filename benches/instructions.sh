@@ -13,7 +13,7 @@ program=$(cargo bench --bench resolve --no-run --message-format=json 2>/dev/null
 count() {
     # Of the reads only what the queue itself does, without the driver that asks.
     local only=()
-    [ "$1" != request ] || only=(--toggle-collect='diffdisk::device::queue::Queue::serve')
+    [[ $1 != request* ]] || only=(--toggle-collect='diffdisk::device::queue::Queue::serve')
     valgrind --tool=callgrind "${only[@]}" --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |
         sed -n 's/.*Collected : \([0-9]*\).*/\1/p'
 }
@@ -21,15 +21,16 @@ count() {
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 printf '%-44s%14s\n' 'instructions of' 'each'
-for what in plan-3 plan-64 request; do
+for what in plan-3 plan-64 request request-copied; do
     less=$(count "$what" "$few" "$out/less")
     more=$(count "$what" "$many" "$out/$what")
     case $what in
     plan-*) name="a look-up in a chain of ${what#plan-} files" ;;
-    request) name='a read of 4 KiB, ring to ring, 32 in a batch' ;;
+    request) name='a read of 4 KiB, ring to ring' ;;
+    request-copied) name='the same of what is in memory' ;;
     esac
     printf '%-44s%14s\n' "$name" $(((more - less) / (many - few)))
 done
 echo
-echo 'of the reads, by function:'
-callgrind_annotate "$out/request" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | head -n 20 | cut -c1-150
+echo 'of the last, by function:'
+callgrind_annotate "$out/request-copied" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | head -n 20 | cut -c1-150

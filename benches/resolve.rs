@@ -16,6 +16,7 @@ use std::time::Instant;
 use chains::{BLOCKS, Cut, plan_all, version};
 use diffdisk::chain::{Plan, Version};
 use diffdisk::units::SectorRange;
+use null::Idle;
 
 /// Sectors of a request.
 const REQUEST: u64 = 8;
@@ -85,7 +86,8 @@ fn instructions(name: &str, count: u64) {
             plan_all(&version);
             some_plans(&version, &mut Plan::default(), count);
         }
-        "request" => null::requests(&path, count),
+        "request" => null::requests(&path, count, Idle::Operations),
+        "request-copied" => null::requests(&path, count, Idle::Copies),
         other => panic!("nothing is called {other}"),
     }
 }

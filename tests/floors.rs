@@ -52,6 +52,7 @@ const UNSAFE: &[&str] = &[
     "storage/ring.rs",
     "storage/twins.rs",
     "storage/warm.rs",
+    "storage/warm_tests.rs",
 ];
 
 #[test]

@@ -13,7 +13,7 @@ use diffdisk::units::SectorRange;
 
 use super::null::Plain;
 
-const HOST: Plain = Plain { idle: false };
+const HOST: Plain = Plain { idle: None };
 
 /// Blocks of 2 MiB on the disk.
 pub const BLOCKS: u64 = 32;

@@ -1,11 +1,10 @@
 //! A queue's engine: takes requests, drives each through its stages, answers. Belongs to one thread, never waits.
 //!
-//! On the way of a read of known sectors there is no lock, no allocation (tasks, slices and plans are used again) and no
-//! system call but the one `submit` for everything pushed.
+//! On the way of a read of known sectors there is no lock and no allocation (tasks, slices and plans are used again). What the
+//! host has in memory is copied as it is planned; for all else there is one system call, the `submit` of everything pushed.
 //!
-//! From virtqueue to virtqueue a read is 2,800 instructions on an engine that does nothing (`make bench-instructions`);
-//! the look-up is 410 of them, with 3 files or with 64. What was tried to make a queue faster, each with the figures of
-//! `benches/serve` (medians, guest and server on a processor each of two, page cache, 2026-11-22):
+//! What was tried to make a queue faster, each with the figures of `benches/serve` (medians, guest and server on a processor
+//! each of two, page cache, November 2026):
 //!
 //! - *Turns* (`device/exchange.rs`). All 32 reads of a queue in one turn: 150,000 reads a second, p50 162 us, since the guest
 //!   sees nothing before the last is done. Of 4, 8, 16 and 32: 275,000, 348,000, 339,000 and 245,000. Half of what there
@@ -16,9 +15,6 @@
 //! - *Growth without syncs* (`image/tail.rs`): 1 MiB writes in order into a fresh child from 1,600 to 4,700 a second. Kept.
 //! - *Reading ahead of cold streams*: see `ahead.rs`. Kept.
 //! - *preadv for each read, or DEFER_TASKRUN*: no gain (`storage/ring.rs`). Not kept.
-//!
-//! What is left is the kernel's: a profile at depth 32 has 85 % in system calls (io_uring_enter 64, of it the copy 37; the
-//! notification 15: waking a guest takes 5 to 7 us). preadv(2) alone takes 1.1 to 1.3 us; waking after every 16, 1.5 to 1.9.
 
 use std::collections::VecDeque;
 use std::io;
@@ -44,10 +40,11 @@ const COMMIT_TICKS: u32 = 5;
 /// One queue's share of a disk.
 pub struct Lane {
     // Dropped first: it waits for the kernel, which may still write into memory that the tasks own.
-    engine: Box<dyn Engine>,
+    pub(super) engine: Box<dyn Engine>,
     pub(super) disk: Arc<Disk>,
     mailbox: Arc<Mailbox>,
-    pub(super) tasks: Vec<Option<Task>>,
+    /// Boxes, which are handed on and kept: a task is a few hundred bytes.
+    pub(super) tasks: Vec<Option<Box<Task>>>,
     pub(super) free: Vec<u32>,
     /// Tasks that wait for room, and tasks that wait for a commit.
     parked: Vec<u32>,
@@ -64,6 +61,8 @@ pub struct Lane {
     /// Whether something was handed over since completions were last looked for.
     submitted: bool,
     // Used again and again.
+    #[expect(clippy::vec_box, reason = "they come from `tasks` and go there")]
+    pub(super) spare: Vec<Box<Task>>,
     pub(super) plan: Plan,
     done: Vec<Completion>,
     steps: Vec<Op>,
@@ -89,6 +88,7 @@ impl Lane {
             answers: Vec::with_capacity(TASKS),
             ahead: Ahead::new(),
             submitted: false,
+            spare: Vec::new(),
             plan: Plan::default(),
             done: Vec::with_capacity(TASKS),
             steps: Vec::new(),

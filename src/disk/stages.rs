@@ -30,7 +30,14 @@ impl Lane {
     /// Begins a request. There is `room`.
     pub(super) fn begin(&mut self, request: Request) {
         let number = self.free.pop().expect("a request is pushed only where there is room");
-        self.tasks[number as usize] = Some(Task::new(request.tag, request.work));
+        let task = match self.spare.pop() {
+            Some(mut task) => {
+                task.renew(request.tag, request.work);
+                task
+            }
+            None => Box::new(Task::new(request.tag, request.work)),
+        };
+        self.tasks[number as usize] = Some(task);
         self.advance(number);
     }
 
@@ -56,14 +63,14 @@ impl Lane {
             }
             (Payload::Own(_), Err(e)) if self.disk.parks() && is_full(op.action, &e) => task.full = true,
             (Payload::Guest(slices), result) => {
-                task.failed |= report(result, op.action, op.offset, self.disk.version().file(op.slot).path());
+                task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
                 self.pool.push(slices);
             }
             (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
                 again = Some(Op::range(op.token, op.slot, op.action, op.offset, op.len));
             }
             (_, result) => {
-                task.failed |= report(result, op.action, op.offset, self.disk.version().file(op.slot).path());
+                task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
             }
         }
         if let Some(op) = again {
@@ -99,8 +106,8 @@ impl Lane {
 
     /// Goes on with a request until it has to wait. The only place where stages change.
     pub(super) fn advance(&mut self, number: u32) {
-        loop {
-            let mut task = self.tasks[number as usize].take().expect("a task under way");
+        let mut task = self.tasks[number as usize].take().expect("a task under way");
+        let outcome = loop {
             let next = match task.stage {
                 Stage::Plan => self.plan(number, &mut task),
                 Stage::Load if task.failed => Next::Over(Outcome::Failed),
@@ -115,27 +122,25 @@ impl Lane {
                 Stage::Await => Next::Over(if task.failed { Outcome::Failed } else { Outcome::Done }),
             };
             match next {
-                Next::Stage(stage) => {
-                    task.stage = stage;
-                    self.tasks[number as usize] = Some(task);
-                }
+                Next::Stage(stage) => task.stage = stage,
                 Next::Wait(stage) => {
                     task.stage = stage;
                     self.tasks[number as usize] = Some(task);
                     return;
                 }
-                Next::Over(outcome) => {
-                    self.free.push(number);
-                    let memory = match task.work {
-                        Work::Prefetch { .. } => return,
-                        Work::Read { into: memory, .. } | Work::Write { from: memory, .. } => Some(memory),
-                        _ => None,
-                    };
-                    self.answers.push(Answer { tag: task.tag, outcome, memory });
-                    return;
-                }
+                Next::Over(outcome) => break outcome,
             }
+        };
+        self.free.push(number);
+        let tag = task.tag;
+        match task.end() {
+            Work::Prefetch { .. } => {}
+            Work::Read { into: memory, .. } | Work::Write { from: memory, .. } => {
+                self.answers.push(Answer { tag, outcome, memory: Some(memory) });
+            }
+            _ => self.answers.push(Answer { tag, outcome, memory: None }),
         }
+        self.spare.push(task);
     }
 
     fn plan(&mut self, number: u32, task: &mut Task) -> Next {
@@ -223,6 +228,11 @@ impl Lane {
             let op = match (&task.work, extent.source) {
                 (Work::Read { into, .. }, Source::Zero) => {
                     into.zero(at, len);
+                    None
+                }
+                (Work::Read { into, .. }, Source::File { slot, offset })
+                    if self.engine.copy(slot, offset, into, at, len) =>
+                {
                     None
                 }
                 (Work::Read { into, .. }, Source::File { slot, offset }) => {
@@ -334,9 +344,9 @@ fn is_full(action: Action, e: &io::Error) -> bool {
     action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Whether an operation failed; tells the log.
-fn report(result: io::Result<()>, action: Action, offset: u64, path: &Path) -> bool {
+/// Whether an operation failed; tells the log. To find the file takes longer the deeper the chain is.
+fn report<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
-    log::warn!("{}: {action:?} failed at byte {offset}: {e}", path.display());
+    log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());
     true
 }

@@ -65,6 +65,20 @@ impl Task {
             marks: Vec::new(),
         }
     }
+
+    /// Begins anew after `end`, with the room it has.
+    pub(super) fn renew(&mut self, tag: u64, work: Work) {
+        (self.tag, self.work, self.stage) = (tag, work, Stage::Plan);
+        (self.pending, self.failed, self.full, self.at) = (0, false, false, 0);
+        (self.round, self.owes_commit, self.moved) = (0, false, false);
+    }
+
+    /// What it was asked to do, with the guest's memory; holds nothing any more.
+    pub(super) fn end(&mut self) -> Work {
+        self.held.release();
+        self.load = None;
+        std::mem::replace(&mut self.work, Work::Flush)
+    }
 }
 
 /// What a completion is for, packed into an operation's token.

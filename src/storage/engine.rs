@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use super::env::File;
 use super::host::HostFile;
 use super::op::{Completion, Op, Slot};
+use super::payload::Slices;
 
 /// Files that can be registered at once: a chain at its longest (256), and room for the file a snapshot or merge brings.
 pub const SLOTS: u16 = 256 + 16;
@@ -30,6 +31,14 @@ pub trait Engine: Send {
     /// # Errors
     /// Where the host refuses.
     fn unregister(&mut self, slot: Slot) -> io::Result<()>;
+
+    /// Fills `len` bytes of `into` from byte `at` on with those at `offset` of a file, at once and without a system call, if
+    /// the host is known to have them in memory; false where it is not, and an operation has to find them. Part of the bytes
+    /// may have changed then.
+    fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
+        let _ = (slot, offset, into, at, len);
+        false
+    }
 
     /// Takes an operation for the next `submit`. Gives it back where `depth` operations are under way already.
     fn push(&mut self, op: Op) -> Result<(), Op>;

@@ -185,7 +185,7 @@ impl Slices {
     }
 
     /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
-    fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
+    pub(super) fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice lies in its whole");
         let (mut skip, mut done) = (at, 0);
         for run in &self.runs {

@@ -14,8 +14,6 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::ptr::NonNull;
-use std::time::Instant;
 
 use io_uring::IoUring;
 
@@ -23,6 +21,7 @@ use super::engine::{Engine, SLOTS, host_file};
 use super::env::File;
 use super::inline::Inline;
 use super::op::{Completion, Op, Slot};
+use super::payload::Slices;
 use super::sqe::{describe, set_up};
 use super::transfer::{Progress, Step};
 use super::warm::Warm;
@@ -45,10 +44,8 @@ pub struct Ring {
     /// Writes that are tried without the ring first, as numbers of entries.
     inline: Inline,
     writes: Vec<u32>,
-    /// Reads that are copies, with where from.
     warm: Warm,
-    reads: Vec<(u32, NonNull<u8>)>,
-    /// Completions that `wait` found, and those of such reads and writes.
+    /// Completions that `wait` found, and those of such writes.
     over: Vec<Completion>,
     /// Entries whose transfer was short.
     again: Vec<u32>,
@@ -66,7 +63,7 @@ struct Entry {
     progress: Progress,
 }
 
-// SAFETY: the ring's mappings and the pointers in `entries` and `reads` belong to it alone and to no thread; a ring that the kernel
+// SAFETY: the ring's mappings and the pointers in `entries` belong to it alone and to no thread; a ring that the kernel
 // ties to a thread refuses calls from others with an error.
 unsafe impl Send for Ring {}
 
@@ -88,7 +85,6 @@ impl Ring {
             inline: Inline::new(),
             writes: Vec::with_capacity(depth),
             warm: Warm::new(),
-            reads: Vec::with_capacity(depth),
             over: Vec::with_capacity(depth),
             again: Vec::with_capacity(depth),
             queued: 0,
@@ -174,9 +170,8 @@ impl Ring {
         }
     }
 
-    /// Makes the reads and writes that need no ring; the others are queued.
-    fn at_once(&mut self) {
-        self.read_warm();
+    /// Makes the writes that need no ring; the others are queued.
+    fn write_inline(&mut self) {
         let mut writes = mem::take(&mut self.writes);
         for number in writes.drain(..) {
             let entry = &mut self.entries[number as usize];
@@ -193,25 +188,6 @@ impl Ring {
             }
         }
         self.writes = writes;
-    }
-
-    fn read_warm(&mut self) {
-        if self.reads.is_empty() {
-            return;
-        }
-        let (begin, mut reads, first) = (Instant::now(), mem::take(&mut self.reads), self.over.len());
-        for (number, from) in reads.drain(..) {
-            let op = self.entries[number as usize].op.as_mut().expect("an entry in use has an operation");
-            if self.warm.fill(op, from) {
-                let op = self.entries[number as usize].op.take().expect("looked at above");
-                self.free.push(number);
-                self.over.push(Completion { op, result: Ok(()) });
-            } else {
-                self.queue(number);
-            }
-        }
-        self.reads = reads;
-        self.warm.judge(begin.elapsed(), self.over[first..].iter().map(|completion| &completion.op));
     }
 
     fn update(&mut self, slot: Slot, fd: RawFd) -> io::Result<()> {
@@ -244,22 +220,28 @@ impl Engine for Ring {
         let number = self.free.pop().expect("there are as many entries as operations may be under way");
         let entry = &mut self.entries[number as usize];
         entry.progress.reset();
-        let (warm, inline) = (self.warm.find(&op), self.inline.takes(&op));
+        let inline = self.inline.takes(&op);
         entry.op = Some(op);
-        match warm {
-            Some(from) => self.reads.push((number, from)),
-            None if inline => self.writes.push(number),
-            None => self.queue(number),
+        if inline {
+            self.writes.push(number)
+        } else {
+            self.queue(number)
         }
         Ok(())
     }
 
+    #[inline]
+    fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
+        self.warm.copy(slot, offset, into, at, len)
+    }
+
     fn submit(&mut self) -> io::Result<()> {
+        self.warm.judge();
         if self.queued > 0 {
             // First what others do for us.
             self.enter(0)?;
         }
-        self.at_once();
+        self.write_inline();
         if self.queued > 0 {
             self.enter(0)?;
         }
@@ -269,7 +251,7 @@ impl Engine for Ring {
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         if self.enabled {
-            self.at_once();
+            self.write_inline();
         }
         out.append(&mut self.over);
         self.drain(out);
@@ -284,7 +266,7 @@ impl Engine for Ring {
     fn wait(&mut self) -> io::Result<()> {
         let mut over = mem::take(&mut self.over);
         let result = loop {
-            self.at_once();
+            self.write_inline();
             over.append(&mut self.over);
             self.drain(&mut over);
             if !over.is_empty() || self.flying == 0 && self.queued == 0 {

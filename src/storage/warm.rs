@@ -12,23 +12,22 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use super::copy;
 use super::engine::{SLOTS, host_file};
 use super::env::File;
 use super::host::{HostFile, Place};
-use super::op::{Action, Op, Slot};
-use super::payload::Payload;
+use super::op::Slot;
+use super::payload::Slices;
 
 /// Most bytes of a read that is copied: of longer ones the way into the kernel is a small part.
 const MOST: usize = 16 << 10;
 /// Places to ask the kernel about, at most, after a batch.
 const QUESTIONS: usize = 4;
-/// A batch of copies takes less, and each of them; what takes longer may have waited.
+/// A batch of copies, and what is done between them, takes less; what takes longer may have waited.
 const LONG: Duration = Duration::from_micros(20);
-const LONG_EACH: Duration = Duration::from_micros(2);
+const LONG_EACH: Duration = Duration::from_micros(4);
 /// For so many times as long as it waited nothing is copied.
 const RECOVERY: u32 = 100;
 
@@ -36,6 +35,9 @@ const RECOVERY: u32 = 100;
 pub(super) struct Warm {
     files: Vec<Option<HostFile>>,
     questions: Vec<(Slot, u64)>,
+    /// When the batch began, and what was copied in it.
+    began: Option<Instant>,
+    batch: Vec<(Slot, u64, usize)>,
     /// Until when nothing is copied.
     held: Option<Instant>,
     /// Pages this thread has waited for so far.
@@ -47,6 +49,8 @@ impl Warm {
         Warm {
             files: (0..SLOTS).map(|_| None).collect(),
             questions: Vec::with_capacity(QUESTIONS),
+            began: None,
+            batch: Vec::new(),
             held: None,
             waits: i64::MAX,
         }
@@ -67,49 +71,54 @@ impl Warm {
         self.questions.retain(|(of, _)| *of != slot);
     }
 
-    /// Where in memory the bytes are that an operation wants, if they can be copied.
+    /// See [`Engine::copy`](super::Engine::copy).
     #[inline]
-    pub(super) fn find(&mut self, op: &Op) -> Option<NonNull<u8>> {
-        let len = op.payload.len();
-        if op.action != Action::Read || len > MOST {
-            return None;
+    pub(super) fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
+        if len > MOST {
+            return false;
         }
-        let file = self.files.get(usize::from(op.slot.0))?.as_ref()?;
-        match file.mapped().place(op.offset, len) {
-            Place::Here(start) => {
-                self.held = self.held.filter(|until| Instant::now() < *until);
-                self.held.is_none().then_some(start)
-            }
+        let Some(Some(file)) = self.files.get(usize::from(slot.0)) else { return false };
+        let mut from = match file.mapped().place(offset, len) {
+            Place::Here(start) => start.as_ptr().cast_const(),
             Place::Ask => {
                 if self.questions.len() < QUESTIONS {
-                    self.questions.push((op.slot, op.offset));
+                    self.questions.push((slot, offset));
                 }
-                None
+                return false;
             }
-            Place::Unknown => None,
-        }
-    }
-
-    /// Fills the operation's memory with the bytes at `from`, where `find` found them; false where that failed.
-    pub(super) fn fill(&self, op: &mut Op, from: NonNull<u8>) -> bool {
-        let mut from = from.as_ptr().cast_const();
-        let mut piece = |to: *mut u8, len: usize| {
-            // SAFETY: the file keeps its regions mapped, and `files` keeps the file: an operation is over before its slot is
-            // given to another. The other side is the operation's own memory, to which nobody has a reference.
-            let whole = unsafe { copy::copy(from, to, len) };
-            from = from.wrapping_add(len);
-            whole
+            Place::Unknown => return false,
         };
-        match &mut op.payload {
-            Payload::None => false,
-            Payload::Own(buffer) => piece(buffer.as_mut_ptr(), buffer.len()),
-            Payload::Guest(slices) => slices.iovecs().iter().all(|run| piece(run.iov_base.cast(), run.iov_len)),
+        if self.batch.is_empty() {
+            let now = Instant::now();
+            if self.held.is_some_and(|until| now < until) {
+                return false;
+            }
+            (self.began, self.held) = (Some(now), None);
+        }
+        self.batch.push((slot, offset, len));
+        let mut whole = true;
+        into.each(at, len, |_, to, len| {
+            // SAFETY: the file keeps its regions mapped, and `files` keeps the file. The other side is mapped as long as the
+            // owner of `into`, and no reference to it exists.
+            whole &= unsafe { copy::copy(from, to, len) };
+            from = from.wrapping_add(len);
+        });
+        if !whole {
+            file.mapped().forget(offset, len);
+        }
+        whole
+    }
+
+    /// Ends a batch of copies: looks whether they took long, and why.
+    pub(super) fn judge(&mut self) {
+        if let Some(began) = self.began.take() {
+            self.judge_by(began.elapsed());
+            self.batch.clear();
         }
     }
 
-    /// To be called after a batch of copies, with how long they took.
-    pub(super) fn judge<'a>(&mut self, took: Duration, copied: impl ExactSizeIterator<Item = &'a Op>) {
-        let count = u32::try_from(copied.len()).unwrap_or(u32::MAX);
+    fn judge_by(&mut self, took: Duration) {
+        let count = u32::try_from(self.batch.len()).unwrap_or(u32::MAX);
         if took <= LONG + LONG_EACH * count {
             return;
         }
@@ -117,9 +126,9 @@ impl Warm {
         if self.waits <= before {
             return; // or nothing to compare with yet
         }
-        for op in copied {
-            if let Some(Some(file)) = self.files.get(usize::from(op.slot.0)) {
-                file.mapped().forget(op.offset, op.payload.len());
+        for (slot, offset, len) in &self.batch {
+            if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {
+                file.mapped().forget(*offset, *len);
             }
         }
         self.held = Some(Instant::now() + took * RECOVERY);
