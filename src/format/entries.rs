@@ -9,7 +9,7 @@ use crate::format::defect::Defect;
 use crate::format::extents::Metadata;
 use crate::format::footer_choice::{Chosen, FooterSource};
 use crate::format::header::DynamicHeader;
-use crate::format::layout::PAGE;
+use crate::format::layout::{self, PAGE};
 use crate::units::{BlockSize, SECTOR};
 
 /// What the entries of a BAT are held against.
@@ -104,8 +104,7 @@ pub fn check_entries<B>(
     Ok(placed)
 }
 
-/// The space before byte `end` that neither metadata nor blocks take, in pieces of more than the gap that aligns a
-/// block.
+/// The space before byte `end` that neither metadata nor blocks take, but for gaps that align the block behind them.
 pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
     let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond);
@@ -117,7 +116,10 @@ pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize,
     let mut at = 0;
     for range in taken.into_iter().chain(std::iter::once(end..end)) {
         let gap = at..range.start.min(end);
-        if gap.end.saturating_sub(gap.start) >= 2 * PAGE {
+        let place = layout::place_from(at.div_ceil(SECTOR), block_size, layout::alignment(block_size));
+        // Less than two pages is what aligns at pages, or too little to be worth a word.
+        let aligns = gap.end < end && place == Some(gap.end / SECTOR);
+        if gap.end.saturating_sub(gap.start) >= 2 * PAGE && !aligns {
             free.push(gap);
         }
         at = at.max(range.end);
@@ -209,6 +211,29 @@ mod tests {
             let end = entries.iter().map(|&(_, entry)| u64::from(entry + 9) * 512).max().unwrap_or(2048);
             assert_eq!(placed.end, end);
         }
+    }
+
+    #[test]
+    fn gaps_that_align_larger_blocks_are_used() {
+        let block_size = BlockSize::DEFAULT;
+        let header = DynamicHeader::new(4096, 1024, block_size);
+        let (metadata, _) = Metadata::new(&footer(1 << 30), &header, None, LEN);
+        let free = |places: &[u32], end: u64| {
+            let entries = places.iter().copied().zip(0..).collect();
+            let behind = unreferenced(&metadata, &Placed { entries, beyond: vec![], end: 0 }, block_size, end * 512);
+            behind.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
+        };
+        // The table ends at sector 16; blocks take 4097 sectors.
+        assert_eq!(free(&[127, 4351], 8448), []);
+        assert_eq!(free(&[23, 4127, 8319], 8319 + 4097), [], "at pages first");
+        assert_eq!(
+            free(&[127 - 8, 4351], 8448),
+            [(16, 119), (4216, 4351)],
+            "the first is not aligned, the gap too large"
+        );
+        assert_eq!(free(&[127, 4351 + 128], 8448 + 128), [(4224, 4479)], "more than aligns");
+        assert_eq!(free(&[127, 8575], 12672), [(4224, 8575)], "a lost block");
+        assert_eq!(free(&[127], 4351), [(4224, 4351)], "a gap before the end aligns nothing");
     }
 
     #[test]

@@ -1,8 +1,20 @@
 //! Where things go in the files that we write.
 //!
+//! ```text
+//!   | footer, header | BAT ... | gap | bitmap | data ........... | gap | bitmap | data ........... | footer |
+//!                    ^ page                   ^ unit                            ^ unit
+//! ```
+//!
 //! Metadata and guest data share no 4 KiB page: the BAT stands at a page boundary and fills its pages, block data
-//! begins at one, and its bitmap takes the last sectors before it (crash-safety 3.4). Near the 2 TiB that entries can
-//! reach, blocks are packed without gaps where they would not all fit otherwise.
+//! begins at one, and its bitmap takes the last sectors before it (crash-safety 3.4).
+//!
+//! Of blocks of 256 KiB and more the data begins at a larger [unit](alignment), up to 64 KiB: what a guest writes in
+//! pieces of that size gets whole folios of the page cache. Against data at pages (ext4, Linux 6.18), sequential reads
+//! of 128 KiB went from 90,000 to 130,000 a second, writes of 1 MiB from 7,500 to 9,800; data at 2 MiB is no faster.
+//! The gaps take at most a thirty-second of the file, and no room on the host once they are given back.
+//!
+//! Near the 2 TiB that entries can reach, blocks stand at pages, or are packed without gaps, where they would not all
+//! fit otherwise. Images with blocks anywhere are read and written as they are.
 
 use std::ops::Range;
 
@@ -16,6 +28,10 @@ use crate::units::{BlockSize, SECTOR};
 /// The unit of alignment, in bytes: a page, and a physical sector of every medium.
 pub const PAGE: u64 = 4096;
 const PAGE_SECTORS: u64 = PAGE / SECTOR;
+/// The largest unit at which block data is aligned, in bytes: more makes nothing faster.
+const LARGEST_UNIT: u64 = 64 << 10;
+/// The part of a block that its unit is at most, so that gaps do not count.
+const UNITS_A_BLOCK: u64 = 32;
 
 /// The places in a new image.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -77,6 +93,39 @@ impl NewLayout {
     }
 }
 
+/// The unit at which the data of a new block is aligned, in bytes: a power of two from 4 KiB to 64 KiB.
+pub fn alignment(block_size: BlockSize) -> u64 {
+    (u64::from(block_size.bytes()) / UNITS_A_BLOCK).clamp(PAGE, LARGEST_UNIT)
+}
+
+/// Sectors from one block to the next where both are aligned, gap included.
+pub fn aligned_stride(block_size: BlockSize) -> u64 {
+    u64::from(block_size.stride_sectors()).next_multiple_of(alignment(block_size) / SECTOR)
+}
+
+/// Sectors from one block to the next where both stand at pages, gap included.
+pub fn paged_stride(block_size: BlockSize) -> u64 {
+    u64::from(block_size.stride_sectors()).next_multiple_of(PAGE_SECTORS)
+}
+
+/// The first file sector from `from` on where a block can begin whose data is to lie at a multiple of `unit` bytes.
+pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
+    let bitmap = u64::from(block_size.bitmap_sectors());
+    let data = from.checked_add(bitmap)?.checked_next_multiple_of(unit / SECTOR)?;
+    Some(data - bitmap)
+}
+
+/// The best place from file sector `from` on for the first of `blocks` blocks, the last of which must begin at sector
+/// `last` or before: aligned, if the others still fit at pages then; else at a page, if they still fit packed.
+pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> Option<u64> {
+    let ways = [(alignment(block_size), paged_stride(block_size)), (PAGE, block_size.stride_sectors().into())];
+    ways.into_iter().find_map(|(unit, stride)| {
+        let place = place_from(from, block_size, unit)?;
+        let others = blocks.saturating_sub(1).checked_mul(stride)?;
+        (place.checked_add(others)? <= last).then_some(place)
+    })
+}
+
 /// The entry of the next new block, where the data ends before sector `end` and `unplaced` blocks of the disk have no
 /// place yet, this one included.
 ///
@@ -84,16 +133,7 @@ impl NewLayout {
 /// [`Defect::NoPlace`] where no entry can name the place (O14).
 pub fn next_place(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
     let full = Defect::NoPlace { end: end.saturating_mul(SECTOR) };
-    let stride = u64::from(block_size.stride_sectors());
-    let bitmap = u64::from(block_size.bitmap_sectors());
-    let aligned = end.checked_add(bitmap).and_then(|data| data.checked_next_multiple_of(PAGE_SECTORS));
-    let aligned = aligned.map(|data| data - bitmap);
-    // The last of the others would begin here if they were packed behind this one.
-    let last = aligned.and_then(|entry| entry.checked_add(unplaced.saturating_sub(1).checked_mul(stride)?));
-    let entry = match (aligned, last) {
-        (Some(aligned), Some(last)) if last <= bat::MAX_ENTRY.into() => aligned,
-        _ => end,
-    };
+    let entry = best_place(end, block_size, unplaced, bat::MAX_ENTRY.into()).unwrap_or(end);
     u32::try_from(entry).ok().filter(|&entry| entry <= bat::MAX_ENTRY).ok_or(full)
 }
 
@@ -140,18 +180,46 @@ mod tests {
     }
 
     #[test]
-    fn blocks_stand_at_pages() {
-        for bytes in [4096, HALF_MIB, 2 << 20, 4 << 20, 256 << 20] {
-            let block = size(bytes);
-            for end in 16..40 {
+    fn blocks_are_aligned() {
+        let units = [
+            (4 << 10, 4),
+            (128 << 10, 4),
+            (256 << 10, 8),
+            (HALF_MIB, 16),
+            (1 << 20, 32),
+            (2 << 20, 64),
+            (4 << 20, 64),
+            (32 << 20, 64),
+            (256 << 20, 64),
+        ];
+        for (bytes, kib) in units {
+            let (block, unit) = (size(bytes), kib << 10);
+            assert_eq!(alignment(block), unit, "{bytes}");
+            for end in 16..400 {
                 let entry = u64::from(next_place(end, block, 10).unwrap());
                 let data = (entry + u64::from(block.bitmap_sectors())) * SECTOR;
-                assert!(data.is_multiple_of(PAGE) && entry >= end && entry < end + PAGE_SECTORS, "{bytes} {end}");
+                assert!(data.is_multiple_of(unit) && entry >= end && entry < end + unit / SECTOR, "{bytes} {end}");
+                let next = next_place(entry + u64::from(block.stride_sectors()), block, 9).unwrap();
+                assert_eq!(u64::from(next), entry + aligned_stride(block), "{bytes} {end}");
             }
         }
-        assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(23));
-        assert_eq!(next_place(23, BlockSize::DEFAULT, 1), Ok(23));
-        assert_eq!(next_place(24 + 4096, BlockSize::DEFAULT, 1), Ok(23 + 4104));
+        assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(127));
+        assert_eq!(next_place(127, BlockSize::DEFAULT, 1), Ok(127));
+        assert_eq!(next_place(128 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4224));
+        assert_eq!(next_place(24 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4096), "behind a block at a page");
+    }
+
+    #[test]
+    fn alignment_gives_way_to_pages_and_pages_to_packing() {
+        let (block, last) = (BlockSize::DEFAULT, u64::from(bat::MAX_ENTRY));
+        let aligned = (last - 127) / 4104 + 1;
+        assert_eq!(next_place(16, block, aligned), Ok(127), "all others fit at pages");
+        assert_eq!(next_place(16, block, aligned + 1), Ok(23));
+        let paged = (last - 23) / 4097 + 1;
+        assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
+        // Of small blocks aligned is at pages.
+        let (block, paged) = (size(4096), (last - 23) / 9 + 1);
+        assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
     }
 
     #[test]
@@ -159,8 +227,10 @@ mod tests {
         let block = BlockSize::DEFAULT;
         let top = u64::from(u32::MAX);
         // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry; but it means "unused".
+        assert_eq!(next_place(top - 128, block, 1), Ok(u32::MAX - 128));
+        assert_eq!(next_place(top - 127, block, 1), Ok(u32::MAX - 120), "at a page, since aligned does not fit");
         assert_eq!(next_place(top - 8, block, 1), Ok(u32::MAX - 8));
-        assert_eq!(next_place(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since aligned does not fit");
+        assert_eq!(next_place(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since a page does not fit");
         assert_eq!(next_place(top - 1, block, 1), Ok(u32::MAX - 1));
         for end in [top, top + 1, u64::MAX / SECTOR, u64::MAX] {
             assert!(matches!(next_place(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
@@ -170,18 +240,27 @@ mod tests {
 
     #[test]
     fn full_disks_of_2040_gib_fit() {
-        for bytes in [HALF_MIB, 2 << 20] {
-            let block = size(bytes);
-            let plan = NewLayout::plan(DiskType::Dynamic, 2040 * GIB, block, 0, &[]).unwrap();
-            let (mut end, mut aligned) = (plan.footer / SECTOR, 0);
-            let blocks = u64::from(plan.entries);
+        // Blocks of a full disk, and of those the ones that are aligned, and at pages.
+        let fill = |gib: u64, block: BlockSize| {
+            let plan = NewLayout::plan(DiskType::Dynamic, gib * GIB, block, 0, &[]).unwrap();
+            let (mut end, mut aligned, mut paged) = (plan.footer / SECTOR, 0, 0);
+            let (blocks, unit) = (u64::from(plan.entries), alignment(block) / SECTOR);
             for unplaced in (1..=blocks).rev() {
                 let entry = u64::from(next_place(end, block, unplaced).unwrap());
                 assert!(entry >= end);
-                aligned += u64::from((entry + 1).is_multiple_of(PAGE_SECTORS));
+                aligned += u64::from((entry + 1).is_multiple_of(unit));
+                paged += u64::from((entry + 1).is_multiple_of(PAGE_SECTORS));
                 end = entry + u64::from(block.stride_sectors());
             }
-            assert!(if bytes == HALF_MIB { aligned > blocks / 4 } else { aligned == blocks }, "{aligned} of {blocks}");
+            (blocks, aligned, paged)
+        };
+        let (blocks, aligned, paged) = fill(2040, BlockSize::DEFAULT);
+        assert!(paged == blocks && aligned > blocks / 8, "{aligned} and {paged} of {blocks}");
+        let (blocks, _, paged) = fill(2040, size(HALF_MIB));
+        assert!(paged > blocks / 4, "{paged} of {blocks}");
+        for bytes in [HALF_MIB, 2 << 20] {
+            let (blocks, aligned, _) = fill(1984, size(bytes));
+            assert_eq!(aligned, blocks, "{bytes}");
         }
     }
 }

@@ -19,6 +19,8 @@ use crate::units::{BlockSize, SECTOR};
 const BATCH: u64 = 64 << 20;
 /// Bytes copied at once.
 const CHUNK: usize = 1 << 20;
+/// Of so many blocks that a gap has room for at pages, one may be left out so that the others are aligned.
+const SPARED: u64 = 32;
 
 /// Is told how many more bytes are done, and ends the work where it fails.
 pub type Watch<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -90,18 +92,22 @@ impl Offline {
         let stride = u64::from(block_size.stride_sectors());
         let mut sources: Vec<(u32, u32)> = self.shape().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
-        // Blocks at pages stay at pages; where another writer packed them, they may lie anywhere.
+        // No block moves to be aligned. Blocks at pages stay at pages; where another writer packed them, they may lie
+        // anywhere.
         let data = u64::from(block_size.bitmap_sectors());
         let packed = sources.iter().any(|(place, _)| !(u64::from(*place) + data).is_multiple_of(layout::PAGE / SECTOR));
         let (mut batch, mut any) = (Vec::new(), false);
         'gaps: for gap in self.gaps(self.used_end()) {
             let mut free = gap.start / SECTOR..gap.end / SECTOR;
-            while let Some(to) = place_in(&free, block_size, packed) {
+            let above = sources.len() - sources.partition_point(|(place, _)| u64::from(*place) < free.start);
+            let mut coming = capacity(&free, block_size).min(above as u64);
+            while let Some(to) = place_in(&free, block_size, coming, packed) {
                 match sources.pop_if(|(from, _)| *from > to) {
                     None => break 'gaps,
                     Some((from, block)) => batch.push(Move { block, from: u64::from(from), to }),
                 }
                 free.start = u64::from(to) + stride;
+                coming = coming.saturating_sub(1);
                 any = true;
                 if batch.len() as u64 * stride * SECTOR >= BATCH {
                     self.carry_out(&mut batch, watch)?;
@@ -154,12 +160,23 @@ impl Offline {
     }
 }
 
-/// Where in a gap, in sectors, a block may go: its data at a page, or (`packed`) anywhere where that is too much.
-fn place_in(gap: &Range<u64>, block_size: BlockSize, packed: bool) -> Option<u32> {
-    let stride = u64::from(block_size.stride_sectors());
-    let fits = |place: &u32| *place <= bat::MAX_ENTRY && u64::from(*place) + stride <= gap.end;
-    let aligned = layout::next_place(gap.start, block_size, 1).ok().filter(fits);
-    aligned.or_else(|| u32::try_from(gap.start).ok().filter(|place| packed && fits(place)))
+/// How many blocks a gap, in sectors, is to take: all that fit at pages where those are few; of many some less, so that
+/// a large gap is filled with aligned blocks.
+fn capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
+    let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::paged_stride(block_size));
+    let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
+    let most = (gap.end + paged - stride).saturating_sub(first) / paged;
+    most - most / SPARED
+}
+
+/// Where in a gap, in sectors, the first of the blocks that are coming may go: aligned, where that keeps room for the
+/// others, or at a page; or (`packed`) anywhere where that is too much.
+fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) -> Option<u32> {
+    let last = gap.end.checked_sub(block_size.stride_sectors().into())?.min(bat::MAX_ENTRY.into());
+    let place = layout::best_place(gap.start, block_size, coming, last);
+    let place = place.or_else(|| layout::best_place(gap.start, block_size, 1, last));
+    let place = place.or_else(|| (packed && gap.start <= last).then_some(gap.start))?;
+    u32::try_from(place).ok()
 }
 
 /// Copies `len` bytes; holes stay holes. The two ranges do not overlap.
@@ -206,11 +223,51 @@ mod tests {
     #[test]
     fn blocks_go_to_pages_or_where_they_fit() {
         let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
-        assert_eq!(place_in(&(16..100), block, true), Some(23), "its data at a page");
-        assert_eq!(place_in(&(23..32), block, true), Some(23));
-        assert_eq!(place_in(&(16..31), block, true), Some(16), "packed where that is too much");
-        assert_eq!(place_in(&(16..31), block, false), None, "never where blocks lie at pages");
-        assert_eq!((place_in(&(16..25), block, true), place_in(&(16..24), block, true)), (Some(16), None));
-        assert_eq!(place_in(&(u64::from(u32::MAX)..u64::MAX / 2), block, true), None, "no entry names that");
+        let place = |gap: Range<u64>, packed| place_in(&gap, block, 1, packed);
+        assert_eq!(place(16..100, true), Some(23), "its data at a page");
+        assert_eq!(place(23..32, true), Some(23));
+        assert_eq!(place(16..31, true), Some(16), "packed where that is too much");
+        assert_eq!(place(16..31, false), None, "never where blocks lie at pages");
+        assert_eq!((place(16..25, true), place(16..24, true)), (Some(16), None));
+        assert_eq!(place(u64::from(u32::MAX)..u64::MAX / 2, true), None, "no entry names that");
+        let place = |gap: Range<u64>, coming| place_in(&gap, BlockSize::DEFAULT, coming, false);
+        assert_eq!(place(16..4224, 1), Some(127), "aligned");
+        assert_eq!((place(16..4223, 1), place(16..4120, 1), place(16..4119, 1)), (Some(23), Some(23), None));
+        assert_eq!((place(16..8328, 2), place(16..8327, 2)), (Some(127), Some(23)), "with room for another at a page");
+        assert_eq!(place(16..4224, 9), Some(127), "they do not all fit anyway");
+    }
+
+    /// The blocks that a gap takes, and of those the ones that are aligned.
+    fn filled(mut gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
+        let (mut coming, mut blocks, mut aligned) = (capacity(&gap, block).min(above), 0, 0);
+        while let Some(place) = place_in(&gap, block, coming, false).filter(|_| blocks < above) {
+            let data = (u64::from(place) + u64::from(block.bitmap_sectors())) * SECTOR;
+            assert!(u64::from(place) >= gap.start && data.is_multiple_of(layout::PAGE));
+            gap.start = u64::from(place) + u64::from(block.stride_sectors());
+            assert!(gap.start <= gap.end);
+            coming = coming.saturating_sub(1);
+            (blocks, aligned) = (blocks + 1, aligned + u64::from(data.is_multiple_of(layout::alignment(block))));
+        }
+        (blocks, aligned)
+    }
+
+    #[test]
+    fn gaps_of_whole_blocks_are_filled() {
+        for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 256 << 20] {
+            let block = BlockSize::from_bytes(bytes).unwrap();
+            let stride = u64::from(block.stride_sectors());
+            let first = |unit| layout::place_from(1 << 20, block, unit).unwrap();
+            let (page, unit) = (first(layout::PAGE), first(layout::alignment(block)));
+            for n in 1..300 {
+                // Between blocks of which the next stands where it would if the gap were full.
+                let gap = page - layout::paged_stride(block) + stride..page + n * layout::paged_stride(block);
+                let (blocks, aligned) = filled(gap.clone(), block, u64::MAX);
+                assert!(blocks <= n && blocks >= n - n / 32, "{blocks} of {n} at pages, of {bytes}");
+                assert!(blocks == n || 2 * aligned > blocks, "left out for few aligned ones: {n} of {bytes}");
+                assert_eq!(filled(gap, block, n / 2).0, n / 2, "{n} of {bytes}");
+                let gap = unit - layout::aligned_stride(block) + stride..unit + n * layout::aligned_stride(block);
+                assert_eq!(filled(gap, block, u64::MAX), (n, n), "{bytes}");
+            }
+        }
     }
 }

@@ -173,7 +173,7 @@ impl Offline {
                 let place = place.map_err(|defect| self.full(&defect.to_string()))?;
                 next = u64::from(place) + u64::from(block_size.stride_sectors());
                 if next * SECTOR > self.tail() {
-                    let more = (blocks - u64::from(block)).min(HIDING_STEP) * u64::from(block_size.stride_sectors());
+                    let more = (blocks - u64::from(block)).min(HIDING_STEP) * layout::aligned_stride(block_size);
                     match self.extend((next + more) * SECTOR) {
                         Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next * SECTOR)?,
                         extended => extended?,

@@ -39,7 +39,7 @@ pub struct Suspects {
 /// Who placed the blocks of an image, as far as its metadata tells.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Writer {
-    /// We: data at pages, always.
+    /// We: data at pages, always; mostly at more.
     Us,
     /// XenServer: the same. But others put blocks into images that say so.
     Tap,

@@ -229,13 +229,13 @@ impl Writable {
     }
 
     /// A file sector behind which `blocks` > 0 more blocks, placed from sector `from` on, do not reach; `None` where not
-    /// even one of them could be named by an entry. Room that is reckoned so is at most a page a block too large.
+    /// even one of them could be named by an entry. All are taken as aligned, as `next_place` never goes farther;
+    /// where they are not, the room is at most their [unit](layout::alignment) a block too large.
     pub(super) fn end_after(&self, from: u64, blocks: u64, unplaced: u64) -> Option<u64> {
         let block_size = self.sparse().block_size;
-        let first = u64::from(layout::next_place(from, block_size, unplaced).ok()?);
-        let page = layout::PAGE / SECTOR;
-        let step = u64::from(block_size.stride_sectors()).next_multiple_of(page);
-        first.checked_add(blocks.checked_mul(step)?)
+        layout::next_place(from, block_size, unplaced).ok()?;
+        let first = layout::place_from(from, block_size, layout::alignment(block_size))?;
+        first.checked_add(blocks.checked_mul(layout::aligned_stride(block_size))?)
     }
 
     pub(super) fn room(&self) -> MutexGuard<'_, Room> {

@@ -1,8 +1,12 @@
 //! Tests of `writable.rs` on the simulated host.
 
-use super::super::rig::{child, file, grow, host_with, open};
+use std::path::Path;
+
+use super::super::rig::{PATH, child, file, grow, host_with, open};
+use super::super::{Kind, Spec, create};
 use super::*;
 use crate::format::Footer;
+use crate::storage::sim::SimHost;
 
 #[test]
 fn places_are_distinct_and_end_with_the_room() {
@@ -22,6 +26,34 @@ fn places_are_distinct_and_end_with_the_room() {
     assert!(places.iter().all(|p| p + 129 <= footer && (p + 1) % 8 == 0), "data at pages, before the footer");
     grow(&host, &image).unwrap();
     assert!(image.reserve(39).is_ok());
+}
+
+#[test]
+fn no_block_reaches_behind_what_was_reckoned() {
+    for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 128 << 20, 256 << 20] {
+        let (host, block_size) = (SimHost::new(1), BlockSize::from_bytes(bytes).unwrap());
+        let spec = Spec { kind: Kind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
+        create(&host, Path::new(PATH), &spec).unwrap();
+        let image = open(&host).unwrap();
+        let (stride, last) = (u64::from(block_size.stride_sectors()), u64::from(bat::MAX_ENTRY));
+        let (unit, paged) = (layout::alignment(block_size) / SECTOR, layout::paged_stride(block_size));
+        // Far from 2 TiB; where only some of the blocks can be aligned, or at pages; where they are packed.
+        let most = [1 << 20, 30 * layout::aligned_stride(block_size), 30 * paged + 200, 30 * paged, 30 * stride];
+        for from in most.into_iter().flat_map(|room| (0..150).map(move |n| last - stride - room - n)) {
+            let (mut end, mut unplaced) = (from, 30);
+            for blocks in 1..=30 {
+                let Ok(place) = layout::next_place(end, block_size, unplaced) else { break };
+                (end, unplaced) = (u64::from(place) + stride, unplaced - 1);
+                let reckoned = image.end_after(from, blocks, 30).unwrap();
+                assert!(end <= reckoned, "{blocks} of {bytes} from {from} end at {end}, not {reckoned}");
+                assert!(
+                    reckoned <= from + (unit - 1) + blocks * (stride + unit - 1),
+                    "{blocks} of {bytes} from {from}"
+                );
+            }
+        }
+        assert_eq!(image.end_after(last + 1, 1, 1), None);
+    }
 }
 
 #[test]

@@ -51,6 +51,15 @@ fn child(scene: &Scene<'_>) {
 
 const CHILD: &Runs = &[(0, 20, P), (40, 60, P), (40, 48, Z), (56, 57, T), (64, 66, T)];
 
+/// As `root`, of blocks whose data is aligned at 8 KiB: those at the end move into gaps.
+fn larger_blocks(scene: &Scene<'_>) {
+    scene.dynamic("i.vhd", 64 * SMALL, 4096);
+    scene.write("i.vhd", &[(520, 523, Z), (1500, 1600, T)]);
+    scene.write("i.vhd", &[(0, 3, T), (3000, 3200, Z), (3700, 3705, T)]);
+}
+
+const LARGER: &Runs = &[(1500, 1600, T), (0, 3, T), (3700, 3705, T)];
+
 /// A root whose table lies behind blocks of which most are zeros.
 fn moved_table(scene: &Scene<'_>) {
     root(scene);
@@ -79,6 +88,7 @@ fn the_disk_stays_at_every_moment() {
         ("child", &child, vec![same(100, "i.vhd", CHILD), same(100, "k.vhd", &of_child)]),
         ("moved table", &moved_table, vec![same(9_000, "i.vhd", MOVED), same(100, "k.vhd", OF_ROOT)]),
         ("batmap", &with_batmap, vec![same(100, "i.vhd", ROOT)]),
+        ("larger blocks", &larger_blocks, vec![same(4096, "i.vhd", LARGER)]),
     ];
     for (name, setup, shows) in cases {
         Case { name, setup, verb: &verb, shows, kind: false }.sweep();
@@ -114,6 +124,30 @@ fn blocks_go_and_the_file_becomes_shorter() {
     assert!(before - after > 2 * BLOCK, "the table moves, too: {before}, now {after}");
     let (done, ..) = lengths(&with_batmap);
     assert_eq!(done.blocks, 3);
+    let (done, before, after) = lengths(&larger_blocks);
+    assert_eq!((done.blocks, before - after), (3, 3 * 33 * 2 * SMALL as usize), "with the gaps before them");
+}
+
+#[test]
+fn a_table_goes_before_aligned_blocks() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    scene.write("i.vhd", &[(0, 9, T)]);
+    let path = scene.path("i.vhd");
+    ops::resize::resize(&host, &path, 5000 * u64::from(LARGE), false, &Policy::default(), &mut |_| Ok(()))
+        .expect("grows");
+    let (moved, block) = (block_table(&host, &path), places(&host, &path, 1));
+    assert!(moved > u64::from(block[0]) * 512, "behind the block: it has five pages");
+    scene.write("i.vhd", &[(SECTORS, SECTORS + 9, T), (2 * SECTORS, 2 * SECTORS + 9, T)]);
+    let before = places(&host, &path, 3);
+    assert!(before.iter().all(|place| (place + 1) % 32 == 0), "{before:?}");
+    compacted(&host, &scene.folder).expect("it works");
+    assert_eq!((block_table(&host, &path), places(&host, &path, 3)), (moved, before), "the gaps are too small");
+    ops::resize::resize(&host, &path, 1500 * u64::from(LARGE), true, &Policy::default(), &mut |_| Ok(()))
+        .expect("shrinks");
+    assert_eq!(block_table(&host, &path), 4096, "two pages: where it was, and the gap before the first block");
+    assert_eq!(scene.defects("i.vhd"), [""; 0]);
 }
 
 #[test]
@@ -144,6 +178,113 @@ fn zeros_in_blocks_and_reserved_room_become_holes() {
     assert_eq!((done.blocks, done.given_back), (0, before - after));
     assert!(done.given_back > 700 * 512, "{done:?}");
     assert!(scene.seen("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
+}
+
+/// Blocks whose data is aligned at 16 KiB, and sectors of one and of its bitmap.
+const LARGE: u32 = 512 << 10;
+const SECTORS: u64 = 1024;
+const STRIDE: u64 = SECTORS + 1;
+
+fn block_table(host: &SimHost, path: &Path) -> u64 {
+    let mut at = [0; 8];
+    host.open(path, Access::Read).expect("it opens").read_at(&mut at, 512 + 16).expect("a header");
+    u64::from_be_bytes(at)
+}
+
+/// The places of the first blocks, in sectors of the file.
+fn places(host: &SimHost, path: &Path, blocks: usize) -> Vec<u32> {
+    let mut entries = vec![0; blocks * 4];
+    host.open(path, Access::Read).expect("it opens").read_at(&mut entries, block_table(host, path)).expect("a table");
+    entries.chunks(4).map(|entry| u32::from_be_bytes(entry.try_into().expect("four"))).collect()
+}
+
+/// A root whose first blocks stand where this program put them once, and XenServer does: data at pages, here at the
+/// `slots` of a row without gaps. Their first 64 sectors have something in them.
+fn at_pages(scene: &Scene<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
+    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    let (path, mut footer) = (scene.path("i.vhd"), [0; 512]);
+    let file = host.open(&path, Access::Write).expect("it opens");
+    let (table, first) = (block_table(host, &path), file.stat().expect("it is there").len / 512 - 1 + 7);
+    file.read_at(&mut footer, 0).expect("a footer");
+    file.write_at(&[0; 512], (first - 7) * 512).expect("no footer here");
+    let places: Vec<u64> = slots.iter().map(|slot| first + slot * (STRIDE + 7)).collect();
+    for (block, place) in (0..).zip(&places) {
+        let mut data = [0; 64 * 512];
+        crate::common::pattern::fill(&mut data, "T", block * SECTORS);
+        file.write_at(&u32::try_from(*place).expect("small").to_be_bytes(), table + block * 4).expect("an entry");
+        file.write_at(&[0xFF; 128], place * 512).expect("a bitmap");
+        file.write_at(&data, (place + 1) * 512).expect("data");
+    }
+    let end = places.iter().max().expect("a block") + STRIDE;
+    file.write_at(&footer, end * 512).expect("the footer");
+    file.sync().expect("it is durable");
+    places.into_iter().map(|place| u32::try_from(place).expect("small")).collect()
+}
+
+#[test]
+fn blocks_at_pages_move_only_into_gaps() {
+    // Where blocks stand in the row, and where then.
+    let cases: [(&[u64], &[u64]); 5] = [
+        (&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]),
+        (&[3, 0, 1, 2], &[3, 0, 1, 2]),
+        (&[0, 1, 3, 4], &[0, 1, 3, 2]),
+        (&[0, 3, 4, 5], &[0, 3, 2, 1]),
+        (&[0, 1, 6, 4, 5, 7], &[0, 1, 3, 4, 5, 2]),
+    ];
+    for (before, after) in cases {
+        let host = SimHost::new(1);
+        let scene = Scene::new(&host, Path::new(FOLDER));
+        let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, before));
+        assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
+        let shown: Vec<_> = (0..placed.len() as u64).map(|b| (b * SECTORS, b * SECTORS + 64, T)).collect();
+        for _ in 0..2 {
+            assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 0);
+            let first = u64::from(placed[before.iter().position(|slot| *slot == 0).expect("one is first")]);
+            let wanted: Vec<_> = after.iter().map(|slot| u32::try_from(first + slot * (STRIDE + 7)).unwrap()).collect();
+            assert_eq!(places(&host, &path, placed.len()), wanted, "{before:?}");
+            let end = u64::from(*wanted.iter().max().expect("a block")) + STRIDE + 1;
+            assert_eq!(host.bytes(&path).expect("it is there").len() as u64, end * 512, "{before:?}");
+            assert!(scene.seen("i.vhd").expect("it opens") == disk(64 * SECTORS, &shown), "{before:?}");
+        }
+        assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
+    }
+    // What is written next is aligned, and then a gap takes aligned blocks.
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, &[0, 1, 2]));
+    scene.write("i.vhd", &[(3 * SECTORS, 3 * SECTORS + 9, T), (4 * SECTORS, 4 * SECTORS + 9, T)]);
+    scene.write("i.vhd", &[(5 * SECTORS, 5 * SECTORS + 9, T), (3 * SECTORS, 3 * SECTORS + 9, Z)]);
+    let before = places(&host, &path, 6);
+    assert!(before[..3] == placed && before[3..].iter().all(|place| (place + 1) % 32 == 0), "{before:?}");
+    assert_eq!(scene.defects("i.vhd"), [""; 0]);
+    assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 1);
+    let moved = [&before[..3], &[u32::MAX, before[4], before[3]]].concat();
+    assert_eq!(places(&host, &path, 6), moved);
+}
+
+#[test]
+fn gaps_that_align_are_no_leaks_and_take_no_room() {
+    let host = SimHost::new(1);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    // Each time the file grows from an end that is not aligned: zeros are written there, over the footer.
+    (0..5).for_each(|block| scene.write("i.vhd", &[(block * SECTORS, (block + 1) * SECTORS, T)]));
+    let path = scene.path("i.vhd");
+    let before = places(&host, &path, 5);
+    assert!(before.windows(2).all(|pair| pair[1] - pair[0] == 33 * 32), "each gap has 31 sectors: {before:?}");
+    assert_eq!(scene.defects("i.vhd"), [""; 0]);
+    let file = host.open(&path, Access::Write).expect("it opens");
+    let allocated = || file.stat().expect("it is there").allocated;
+    file.allocate(0, file.stat().expect("it is there").len).expect("there is room");
+    assert!(allocated() > 5 * 33 * (16 << 10), "as a daemon leaves it");
+    assert_eq!(scene.defects("i.vhd"), [""; 0]);
+    assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 0);
+    assert_eq!(places(&host, &path, 5), before, "no gap of a block");
+    // A page of bitmap each; header and table; the footer.
+    assert_eq!(allocated(), 5 * (u64::from(LARGE) + 4096) + 8192 + 4096);
+    // A block that the table does not name any more is a leak all the same.
+    file.write_at(&[0xFF; 4], block_table(&host, &path) + 2 * 4).expect("no entry");
+    assert_eq!(scene.defects("i.vhd"), ["space-unreferenced"]);
 }
 
 #[test]
