@@ -1,6 +1,5 @@
 //! What writes into a fresh child cost without any server: pwrite(2) to the places that the blocks get one after the other,
-//! and for a flush what two syncs and the bitmaps between them cost; and what writes over old bytes cost where those are
-//! aligned as an image has them; in this process.
+//! and for a flush what two syncs and the bitmaps between them cost; and what writes over old bytes cost; in this process.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,8 +14,10 @@ use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
 const BLOCK: u64 = 2 << 20;
-/// A block with the page that ends in its bitmap.
-const STRIDE: u64 = BLOCK + 4096;
+/// Where block data is aligned, as in the images that we make.
+const UNIT: u64 = 64 << 10;
+/// A block with the gap that ends in its bitmap.
+const STRIDE: u64 = BLOCK + UNIT;
 const SECTOR: usize = 512;
 const PIECE: usize = 64 << 10;
 
@@ -25,12 +26,12 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     let Until::Count(count) = load.until else { panic!("fresh writes are counted") };
     let (blocks, pieces) = (load.region / BLOCK, load.region / load.block as u64);
     let file = File::create(path).expect("a file can be made");
-    let end = 4096 + blocks * STRIDE;
+    let end = UNIT + blocks * STRIDE;
     rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, end).expect("there is room");
     file.write_all_at(&[1; SECTOR], end - SECTOR as u64).expect("a footer can be written");
     file.sync_all().expect("the file can be synced");
     let (data, mut latencies) = (vec![0x5a; load.block], Latencies::default());
-    let (mut places, mut next) = (vec![None; blocks as usize], 4096);
+    let (mut places, mut next) = (vec![None; blocks as usize], UNIT);
     let mut touched = BTreeSet::new();
     let (start, before) = (Instant::now(), thread_time());
     let mut now = start;
@@ -41,7 +42,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
             next += STRIDE;
             next - STRIDE
         });
-        file.write_all_at(&data, place + 4096 + at % BLOCK).expect("the file can be written");
+        file.write_all_at(&data, place + UNIT + at % BLOCK).expect("the file can be written");
         touched.insert(place);
         let after = Instant::now();
         latencies.add(after - now);
@@ -49,7 +50,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
         if load.flush_every.is_some_and(|every| (i + 1) % every == 0) {
             file.sync_data().expect("the file can be synced");
             for place in std::mem::take(&mut touched) {
-                file.write_all_at(&data[..SECTOR], place + 4096 - SECTOR as u64).expect("the file can be written");
+                file.write_all_at(&data[..SECTOR], place + UNIT - SECTOR as u64).expect("the file can be written");
             }
             file.write_all_at(&data[..SECTOR], 0).expect("the file can be written");
             file.sync_data().expect("the file can be synced");
@@ -62,18 +63,18 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     sample
 }
 
-/// Writes as `load` says, one after the other, over what a file has from `at` on, which was written in pieces of 64 KiB as the
-/// images of the contest were.
-pub fn over(path: &Path, load: &Load, at: u64, time: Duration) -> Sample {
+/// Writes as `load` says, one after the other, over what a file has, which was written in pieces of 64 KiB as the images of the
+/// contest were.
+pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     let file = File::create(path).expect("a file can be made");
     let data = vec![0x5a; load.block.max(PIECE)];
     for piece in (0..load.region).step_by(PIECE) {
-        file.write_all_at(&data[..PIECE], at + piece).expect("the file can be written");
+        file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
     file.sync_all().expect("the file can be synced");
     let mut next = 0;
     let sample = measure(time, 1, || {
-        file.write_all_at(&data[..load.block], at + next).expect("the file can be written");
+        file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");
         next = (next + load.block as u64) % load.region;
     });
     fs::remove_file(path).expect("it was made a moment ago");

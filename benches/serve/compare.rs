@@ -259,10 +259,8 @@ fn written(bench: &mut Bench, name: &str, load: Load, formats: &[Format]) {
     });
     let mut all: Vec<_> = all.collect();
     if load.order == Order::Sequential {
-        for (label, at) in [("pwrite at 4 KiB, no server", 4096), ("pwrite at 2 MiB, no server", 2 << 20)] {
-            let (scratch, time) = (bench.disks.scratch(), bench.pace.time);
-            all.push(Contestant::new(label, move || bare_writes::over(&scratch, &load, at, time)));
-        }
+        let (scratch, time) = (bench.disks.scratch(), bench.pace.time);
+        all.push(Contestant::new(BARE, move || bare_writes::over(&scratch, &load, time)));
     }
     bench.compare(name, all);
 }

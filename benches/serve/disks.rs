@@ -21,7 +21,7 @@ fn owner(chunk: u64, layers: u64) -> u64 {
     (chunk / CHUNKS * 2 + chunk % 2) % layers
 }
 /// Names what [`Disks`] makes; to be raised when that changes.
-const LAYOUT: &str = "1";
+const LAYOUT: &str = "2";
 
 /// A format of images, and who makes them.
 #[derive(Clone, Copy, PartialEq, Eq)]
