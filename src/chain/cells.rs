@@ -88,11 +88,24 @@ impl Cell {
     }
 }
 
+/// Where in the cell a run begins.
+fn begin_of(runs: &[Run], number: usize) -> u64 {
+    if number == 0 { 0 } else { runs[number - 1].end() }
+}
+
+/// The run that holds sector `at` of the cell. Where runs are of like lengths, as a guest's clusters make them, the first
+/// guess is right, and only one line of the list is fetched.
+fn find(runs: &[Run], at: u64) -> usize {
+    let guess = usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs");
+    let right = at < runs[guess].end() && begin_of(runs, guess) <= at;
+    if right { guess } else { runs.partition_point(|run| run.end() <= at) }
+}
+
 /// Appends the part of a cell's runs that covers `part`.
 fn split_runs(runs: &[Run], start: u64, part: SectorRange, plan: &mut Plan) {
     let mut rest = part;
-    let first = runs.partition_point(|r| r.end() <= part.start() - start);
-    let mut begin = if first == 0 { 0 } else { runs[first - 1].end() };
+    let first = find(runs, part.start() - start);
+    let mut begin = begin_of(runs, first);
     for run in &runs[first..] {
         if rest.is_empty() {
             break;
@@ -176,6 +189,18 @@ mod tests {
         let run = Run::new(4096, Source::File { slot: Slot(5), offset: 512 });
         assert_eq!(run.source(3), Source::File { slot: Slot(5), offset: 2048 });
         assert_eq!(Run::new(9, Source::Zero).source(8), Source::Zero);
+    }
+
+    #[test]
+    fn runs_of_like_and_of_other_lengths_are_found() {
+        let runs = |ends: &[u64]| ends.iter().map(|end| Run::new(*end, Source::Zero)).collect::<Vec<_>>();
+        let like: Vec<u64> = (1..=32).map(|n| n * 128).collect();
+        for ends in [&like[..], &[1, 4096], &[4095, 4096], &[7, 8, 9, 3000, 4096], &[100, 200], &[1, 2, 3]] {
+            let runs = runs(ends);
+            for at in 0..*ends.last().unwrap() {
+                assert_eq!(find(&runs, at), ends.iter().position(|end| at < *end).unwrap(), "{at} in {ends:?}");
+            }
+        }
     }
 
     #[test]

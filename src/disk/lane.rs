@@ -1,20 +1,18 @@
 //! A queue's engine: takes requests, drives each through its stages, answers. Belongs to one thread, never waits.
 //!
 //! On the way of a read of known sectors there is no lock and no allocation (tasks, slices and plans are used again). What the
-//! host has in memory is copied as it is planned; for all else there is one system call, the `submit` of everything pushed.
+//! host has in memory is copied (`copies.rs`); for all else there is one system call, the `submit` of everything pushed.
 //!
 //! What was tried to make a queue faster, each with the figures of `benches/serve` (medians, guest and server on a processor
 //! each of two, page cache, November 2026):
 //!
 //! - *Turns* (`device/exchange.rs`). All 32 reads of a queue in one turn: 150,000 reads a second, p50 162 us, since the guest
-//!   sees nothing before the last is done. Of 4, 8, 16 and 32: 275,000, 348,000, 339,000 and 245,000. Half of what there
-//!   is: 340,000, and the same at depth 16, where 16 gave 145,000. Kept.
+//!   sees nothing before the last is done. Of 4 to 32: 275,000 to 348,000. Half of what there is: 340,000. Kept.
 //! - *Waiting for the guest* (`vhost/patience.rs`). At depth 1 from 67 to 16-20 us. Kept.
 //! - *Writes through the page cache without the ring* (`storage/inline.rs`). Over old sectors on ext4 from 100,000 to 200,000
 //!   and more a second; into a fresh child from 90,000 to 130,000-170,000. Kept.
 //! - *Growth without syncs* (`image/tail.rs`): 1 MiB writes in order into a fresh child from 1,600 to 4,700 a second. Kept.
-//! - *Reading ahead of cold streams*: see `ahead.rs`. Kept.
-//! - *preadv for each read, or DEFER_TASKRUN*: no gain (`storage/ring.rs`). Not kept.
+//! - *Reading ahead of cold streams* (`ahead.rs`). Kept. *preadv for each read, or DEFER_TASKRUN* (`storage/ring.rs`). Not kept.
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,6 +21,7 @@ use std::sync::Arc;
 
 use super::Disk;
 use super::ahead::Ahead;
+use super::copies::PlannedCopy;
 use super::job::{Job, JobKind, Running};
 use super::mailbox::{Grown, Letter, Mailbox};
 use super::request::{Answer, Request, Work};
@@ -67,6 +66,8 @@ pub struct Lane {
     done: Vec<Completion>,
     steps: Vec<Op>,
     pub(super) pool: Vec<Slices>,
+    /// Planned, to be made with the next submit.
+    pub(super) copies: Vec<PlannedCopy>,
 }
 
 impl Lane {
@@ -93,6 +94,7 @@ impl Lane {
             done: Vec::with_capacity(TASKS),
             steps: Vec::new(),
             pool: Vec::new(),
+            copies: Vec::new(),
         }
     }
 
@@ -132,12 +134,13 @@ impl Lane {
         self.submit()
     }
 
-    /// Hands everything pushed to the host in one call.
+    /// Hands everything pushed to the host in one call, but for what is only to be copied: that is done here.
     ///
     /// # Errors
     /// The engine is of no further use.
     pub fn submit(&mut self) -> io::Result<()> {
         self.submitted = true;
+        self.copy_all();
         self.engine.submit()
     }
 
@@ -154,7 +157,7 @@ impl Lane {
             if !std::mem::take(&mut self.submitted) && done.iter().any(|c| c.op.action == Action::Read) {
                 self.ahead.waited();
             }
-            let idle = letters.is_empty() && done.is_empty();
+            let idle = letters.is_empty() && done.is_empty() && self.copies.is_empty();
             for completion in done.drain(..) {
                 self.completed(completion);
             }
@@ -184,7 +187,7 @@ impl Lane {
         self.mailbox.fd()
     }
 
-    /// Whether nothing is under way and no answer is owed.
+    /// Whether nothing is under way and no answer owed.
     pub fn is_idle(&self) -> bool {
         self.free.len() == TASKS && self.commit.is_none() && self.growth.is_none() && self.answers.is_empty()
     }

@@ -23,6 +23,7 @@
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
 mod ahead;
+mod copies;
 pub mod flush;
 mod job;
 mod lane;

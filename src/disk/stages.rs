@@ -5,6 +5,7 @@
 use std::io;
 use std::path::Path;
 
+use super::copies::PlannedCopy;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
@@ -230,14 +231,15 @@ impl Lane {
                     into.zero(at, len);
                     None
                 }
-                (Work::Read { into, .. }, Source::File { slot, offset })
-                    if self.engine.copy(slot, offset, into, at, len) =>
-                {
-                    None
-                }
                 (Work::Read { into, .. }, Source::File { slot, offset }) => {
-                    let payload = self.payload(into, at, len, slot, false);
-                    Some(Op::read(token, slot, offset, payload))
+                    if let Some(found) = self.engine.find(slot, offset, len) {
+                        task.pending += 1;
+                        self.copies.push(PlannedCopy { task: number, at, found });
+                        None
+                    } else {
+                        let payload = self.payload(into, at, len, slot, false);
+                        Some(Op::read(token, slot, offset, payload))
+                    }
                 }
                 (Work::Write { from, .. }, Source::File { slot, offset }) => {
                     let payload = self.payload(from, at, len, slot, true);

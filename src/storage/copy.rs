@@ -9,6 +9,7 @@
 //! Only x86-64 has such a copy so far; elsewhere [`is_ready`] says no.
 #![allow(unsafe_code)]
 
+use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 /// Whether the copy may be used: made ready with the first call.
@@ -26,6 +27,20 @@ pub(super) fn is_ready() -> bool {
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
     // SAFETY: as the caller promises.
     unsafe { catch::copy(from, to, len) }
+}
+
+/// Has the processor begin to fetch what will be copied from here: with its first lines it finds out where the page is, and
+/// that there is more.
+#[inline]
+pub(super) fn fetch(from: NonNull<u8>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..4 {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(line * 64).cast_const().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
 }
 
 #[cfg(target_arch = "x86_64")]

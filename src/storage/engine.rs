@@ -7,6 +7,7 @@ use super::env::File;
 use super::host::HostFile;
 use super::op::{Completion, Op, Slot};
 use super::payload::Slices;
+use super::warm::Found;
 
 /// Files that can be registered at once: a chain at its longest (256), and room for the file a snapshot or merge brings.
 pub const SLOTS: u16 = 256 + 16;
@@ -32,13 +33,22 @@ pub trait Engine: Send {
     /// Where the host refuses.
     fn unregister(&mut self, slot: Slot) -> io::Result<()>;
 
-    /// Fills `len` bytes of `into` from byte `at` on with those at `offset` of a file, at once and without a system call, if
-    /// the host is known to have them in memory; false where it is not, and an operation has to find them. Part of the bytes
-    /// may have changed then.
-    fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
-        let _ = (slot, offset, into, at, len);
+    /// Where in memory `len` bytes at `offset` of a file are, if the host is known to have them there: then they are copied
+    /// ([`Engine::fill`]) without a system call. The processor begins to fetch them. None: an operation has to find them.
+    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
+        let _ = (slot, offset, len);
+        None
+    }
+
+    /// Copies what was found over the bytes of `into` from `at` on; the slot is still the file's. False where that failed
+    /// half-way: an operation has to find out why.
+    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+        let _ = (found, into, at);
         false
     }
+
+    /// To be called after a batch of `fill`.
+    fn filled(&mut self) {}
 
     /// Takes an operation for the next `submit`. Gives it back where `depth` operations are under way already.
     fn push(&mut self, op: Op) -> Result<(), Op>;

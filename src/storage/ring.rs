@@ -24,7 +24,7 @@ use super::op::{Completion, Op, Slot};
 use super::payload::Slices;
 use super::sqe::{describe, set_up};
 use super::transfer::{Progress, Step};
-use super::warm::Warm;
+use super::warm::{Found, Warm};
 
 /// io_uring_enter(2): run what is pending for this thread, and wait for as many completions as asked.
 const ENTER_GETEVENTS: u32 = 1;
@@ -231,12 +231,20 @@ impl Engine for Ring {
     }
 
     #[inline]
-    fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
-        self.warm.copy(slot, offset, into, at, len)
+    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
+        self.warm.find(slot, offset, len)
+    }
+
+    #[inline]
+    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+        self.warm.fill(found, into, at)
+    }
+
+    fn filled(&mut self) {
+        self.warm.judge();
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        self.warm.judge();
         if self.queued > 0 {
             // First what others do for us.
             self.enter(0)?;

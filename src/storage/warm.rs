@@ -12,6 +12,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use super::copy;
@@ -25,11 +26,49 @@ use super::payload::Slices;
 const MOST: usize = 16 << 10;
 /// Places to ask the kernel about, at most, after a batch.
 const QUESTIONS: usize = 4;
-/// A batch of copies, and what is done between them, takes less; what takes longer may have waited.
+/// A batch of copies takes less; what takes longer may have waited.
 const LONG: Duration = Duration::from_micros(20);
-const LONG_EACH: Duration = Duration::from_micros(4);
+const LONG_EACH: Duration = Duration::from_micros(2);
 /// For so many times as long as it waited nothing is copied.
 const RECOVERY: u32 = 100;
+
+/// Bytes of a file that can be copied, while the file has its slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    from: NonNull<u8>,
+    slot: Slot,
+    offset: u64,
+    len: usize,
+}
+
+impl Found {
+    /// What an engine found at `from`: `len` > 0 bytes at `offset` of the file.
+    ///
+    /// # Safety
+    /// They are mapped there, to be read, while the file has its slot in that engine.
+    pub unsafe fn new(from: NonNull<u8>, slot: Slot, offset: u64, len: usize) -> Found {
+        Found { from, slot, offset, len }
+    }
+
+    /// The file's.
+    pub fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// In the file, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Bytes.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+// SAFETY: the pointer is to a mapping of a file, which any thread may read; it is used only by the engine that found it.
+unsafe impl Send for Found {}
 
 /// The files of a ring that may be copied from.
 pub(super) struct Warm {
@@ -37,7 +76,7 @@ pub(super) struct Warm {
     questions: Vec<(Slot, u64)>,
     /// When the batch began, and what was copied in it.
     began: Option<Instant>,
-    batch: Vec<(Slot, u64, usize)>,
+    batch: Vec<Found>,
     /// Until when nothing is copied.
     held: Option<Instant>,
     /// Pages this thread has waited for so far.
@@ -71,40 +110,50 @@ impl Warm {
         self.questions.retain(|(of, _)| *of != slot);
     }
 
-    /// See [`Engine::copy`](super::Engine::copy).
+    /// See [`Engine::find`](super::Engine::find).
     #[inline]
-    pub(super) fn copy(&mut self, slot: Slot, offset: u64, into: &Slices, at: usize, len: usize) -> bool {
+    pub(super) fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
         if len > MOST {
-            return false;
+            return None;
         }
-        let Some(Some(file)) = self.files.get(usize::from(slot.0)) else { return false };
-        let mut from = match file.mapped().place(offset, len) {
-            Place::Here(start) => start.as_ptr().cast_const(),
+        let file = self.files.get(usize::from(slot.0))?.as_ref()?;
+        let from = match file.mapped().place(offset, len) {
+            Place::Here(from) => from,
             Place::Ask => {
                 if self.questions.len() < QUESTIONS {
                     self.questions.push((slot, offset));
                 }
-                return false;
+                return None;
             }
-            Place::Unknown => return false,
+            Place::Unknown => return None,
         };
-        if self.batch.is_empty() {
-            let now = Instant::now();
-            if self.held.is_some_and(|until| now < until) {
-                return false;
+        if let Some(until) = self.held {
+            if Instant::now() < until {
+                return None;
             }
-            (self.began, self.held) = (Some(now), None);
+            self.held = None;
         }
-        self.batch.push((slot, offset, len));
-        let mut whole = true;
-        into.each(at, len, |_, to, len| {
-            // SAFETY: the file keeps its regions mapped, and `files` keeps the file. The other side is mapped as long as the
-            // owner of `into`, and no reference to it exists.
+        copy::fetch(from);
+        Some(Found { from, slot, offset, len })
+    }
+
+    /// See [`Engine::fill`](super::Engine::fill).
+    #[inline]
+    pub(super) fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+        let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) else { return false };
+        if self.batch.is_empty() {
+            self.began = Some(Instant::now());
+        }
+        self.batch.push(*found);
+        let (mut from, mut whole) = (found.from.as_ptr().cast_const(), true);
+        into.each(at, found.len, |_, to, len| {
+            // SAFETY: found in this file, which keeps its regions mapped, and `files` keeps the file. The other side is mapped as
+            // long as the owner of `into`, and no reference to it exists.
             whole &= unsafe { copy::copy(from, to, len) };
             from = from.wrapping_add(len);
         });
         if !whole {
-            file.mapped().forget(offset, len);
+            file.mapped().forget(found.offset, found.len);
         }
         whole
     }
@@ -126,9 +175,9 @@ impl Warm {
         if self.waits <= before {
             return; // or nothing to compare with yet
         }
-        for (slot, offset, len) in &self.batch {
-            if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {
-                file.mapped().forget(*offset, *len);
+        for found in &self.batch {
+            if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
+                file.mapped().forget(found.offset, found.len);
             }
         }
         self.held = Some(Instant::now() + took * RECOVERY);

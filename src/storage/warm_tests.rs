@@ -55,8 +55,10 @@ fn ring(file: &File) -> Option<Ring> {
 fn done(ring: &mut Ring, mut op: Op) -> Completion {
     if let (Action::Read, Payload::Own(buffer)) = (op.action, &mut op.payload) {
         let memory = slices(buffer);
-        if ring.copy(SLOT, op.offset, &memory, 0, memory.len()) {
-            ring.submit().unwrap();
+        let copied = ring.find(SLOT, op.offset, memory.len()).is_some_and(|found| ring.fill(&found, &memory, 0));
+        ring.filled();
+        ring.submit().unwrap();
+        if copied {
             return Completion { op, result: Ok(()) };
         }
     }
@@ -166,7 +168,8 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
         })
     };
     let copy = |warm: &mut Warm, took| {
-        let copied = warm.copy(SLOT, at, &memory, 0, PAGE as usize);
+        let found = warm.find(SLOT, at, PAGE as usize);
+        let copied = found.is_some_and(|found| warm.fill(&found, &memory, 0));
         warm.judge_by(took);
         warm.batch.clear();
         copied

@@ -47,9 +47,9 @@ pub(in crate::storage) struct Mapped {
 struct Region {
     start: NonNull<u8>,
     /// A bit a page.
-    there: Box<[AtomicU64]>,
+    there: [AtomicU64; REGION / PAGE / 64],
     /// A count a window.
-    asked: Box<[AtomicU8]>,
+    asked: [AtomicU8; REGION / WINDOW],
 }
 
 /// What is known of a range of a file.
@@ -162,8 +162,7 @@ impl Region {
         // copies that can do with a signal.
         let start = unsafe { mmap(ptr::null_mut(), REGION, ProtFlags::READ, MapFlags::SHARED, file, offset) };
         let start = NonNull::new(start.ok()?.cast())?;
-        let there = (0..REGION / PAGE / 64).map(|_| AtomicU64::new(0)).collect();
-        let asked = (0..REGION / WINDOW).map(|_| AtomicU8::new(0)).collect();
+        let (there, asked) = ([const { AtomicU64::new(0) }; _], [const { AtomicU8::new(0) }; _]);
         Some(Region { start, there, asked })
     }
 
