@@ -119,6 +119,10 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
         Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
             match progress.piece(&mut op.payload) {
+                // SAFETY: as below. The usual case, in which the kernel need not fetch an array of runs first.
+                Piece::One(start, len) if op.action == Action::Write && flags == 0 => {
+                    return told(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
+                }
                 Piece::One(start, len) => {
                     one = libc::iovec { iov_base: start.cast(), iov_len: len as usize };
                     (runs, count) = (&raw const one, 1);
@@ -145,6 +149,11 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
         // SAFETY: no memory is passed.
         action => unsafe { libc::fallocate(fd, transfer::mode(action), offset, len) as isize },
     };
+    told(returned)
+}
+
+/// What a call returned, or the negated error code.
+fn told(returned: isize) -> i32 {
     match i32::try_from(returned).expect("the kernel moves less than 2 GiB in a call") {
         -1 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         n => n,

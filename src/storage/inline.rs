@@ -21,8 +21,8 @@ use super::transfer::Progress;
 const MOST: usize = 1 << 20;
 /// A copy takes less; what takes longer has waited.
 const LONG: Duration = Duration::from_millis(1);
-/// For how long the ring's threads then do the waiting.
-const RECOVERY: Duration = Duration::from_millis(100);
+/// For so many times as long the ring's threads then do the waiting: the queue waits a small part of the time.
+const RECOVERY: u32 = 16;
 
 /// The files of a ring whose writes may be made at once.
 pub(super) struct Inline {
@@ -82,7 +82,7 @@ impl Inline {
         }
         let returned = call(fd, op, progress, 0);
         let end = Instant::now();
-        self.held = (end - begin > LONG).then(|| end + RECOVERY);
+        self.held = (end - begin > LONG).then(|| end + (end - begin) * RECOVERY);
         Some(returned)
     }
 }
