@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use crate::bare::{measure, thread_time};
+use crate::disks::settle;
 use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
@@ -63,15 +64,14 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     sample
 }
 
-/// Writes as `load` says, one after the other, over what a file has, which was written in pieces of 64 KiB as the images of the
-/// contest were.
+/// Writes as `load` says, one after the other, over what a file has, which was made as the images of the contest were.
 pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     let file = File::create(path).expect("a file can be made");
     let data = vec![0x5a; load.block.max(PIECE)];
     for piece in (0..load.region).step_by(PIECE) {
         file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
-    file.sync_all().expect("the file can be synced");
+    settle(path);
     let mut next = 0;
     let sample = measure(time, 1, || {
         file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");

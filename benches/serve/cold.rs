@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use memmap2::MmapMut;
-use rustix::fs::{Advice, OFlags, fadvise};
+use rustix::fs::OFlags;
 
 use crate::compare::{Bench, Contestant};
-use crate::disks::{Format, Turns, runs_of_data};
+use crate::disks::{Format, Turns, evict, runs_of_data};
 use crate::load::{Load, Order, Until};
 use crate::sample::{Latencies, Sample};
 use crate::server::{Kind, Server};
@@ -154,11 +154,4 @@ fn per_request(taken: Duration, size: u64, block: usize) -> Sample {
     let mut latencies = Latencies::default();
     latencies.add(taken / u32::try_from(count).expect("a few requests"));
     Sample::new(count, taken.as_secs_f64(), &latencies)
-}
-
-/// Has the host let go of all that it has of a file.
-fn evict(path: &Path) {
-    let file = File::open(path).expect("the image can be read");
-    file.sync_all().expect("the image can be synced");
-    fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }

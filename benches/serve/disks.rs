@@ -1,12 +1,16 @@
 //! The disks that are served, the same data everywhere: in one file, or spread over the layers of a chain.
 //!
-//! What is only read is made once and kept in `target/bench/disks`; what is written is made anew for every run.
+//! What is only read is made once and kept in `target/bench/disks`, and read anew by the host before it is used; what is written
+//! is made anew for every run.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 
 use crate::server::{Kind, Server};
 
@@ -53,6 +57,7 @@ pub struct Turns {
 /// Where the disks are.
 pub struct Disks {
     folder: PathBuf,
+    settled: RefCell<HashSet<PathBuf>>,
     /// Bytes of data.
     pub size: u64,
 }
@@ -62,7 +67,7 @@ impl Disks {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder");
         let folder = target.join("bench/disks").join(format!("{LAYOUT}-{}", size >> 20));
         fs::create_dir_all(&folder).expect("the target folder can be written");
-        Disks { folder, size }
+        Disks { folder, settled: RefCell::default(), size }
     }
 
     /// A chain of `layers` images with the data spread over all of them; the youngest.
@@ -81,7 +86,15 @@ impl Disks {
             self.verify(format, &top);
             fs::write(&ready, "").expect("the target folder can be written");
         }
+        (0..layers).for_each(|layer| self.settle_once(name(layer)));
         top
+    }
+
+    fn settle_once(&self, path: PathBuf) {
+        if !self.settled.borrow().contains(&path) {
+            settle(&path);
+            self.settled.borrow_mut().insert(path);
+        }
     }
 
     /// A chain of VHDs with the data in turns; its files, youngest first. What a layer has no data in takes no room.
@@ -130,6 +143,7 @@ impl Disks {
             self.fill(format, &name, |_| true);
             fs::write(&ready, "").expect("the target folder can be written");
         }
+        self.settle_once(name.clone());
         name
     }
 
@@ -192,6 +206,27 @@ fn give_back_room(path: &Path) {
             fallocate(&file, how, hole, end - hole).expect("the file system can punch");
         }
         at = end;
+    }
+}
+
+/// Has the host forget a file.
+pub fn evict(path: &Path) {
+    let file = File::open(path).expect("the image can be read");
+    file.sync_all().expect("the image can be synced");
+    fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
+}
+
+/// Has the host read a file anew, from its beginning to its end: how large the folios of the page cache are is then the work
+/// of its own readahead, whoever wrote the file, and whatever of it was forgotten since.
+pub fn settle(path: &Path) {
+    evict(path);
+    let file = File::open(path).expect("the image can be read");
+    let mut piece = vec![0; 1 << 20];
+    for (start, len) in runs_of_data(path, 1) {
+        for at in (start..start + len).step_by(piece.len()) {
+            let want = usize::try_from(start + len - at).map_or(piece.len(), |rest| rest.min(piece.len()));
+            file.read_exact_at(&mut piece[..want], at).expect("the image can be read");
+        }
     }
 }
 

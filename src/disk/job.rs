@@ -2,7 +2,10 @@
 
 use std::io;
 
-use crate::error::Result;
+use super::lane::Lane;
+use super::mailbox::{Grown, Letter};
+use super::task::Token;
+use crate::error::{ErrorKind, Result};
 use crate::image::{Commit, Growth, Step};
 use crate::storage::Op;
 
@@ -39,6 +42,76 @@ impl Running {
         match &mut self.job {
             Job::Commit(commit) => commit.next(failed, ops),
             Job::Growth(growth) => growth.next(failed, ops),
+        }
+    }
+}
+
+impl Lane {
+    fn running(&mut self, kind: JobKind) -> &mut Option<Running> {
+        match kind {
+            JobKind::Commit => &mut self.commit,
+            JobKind::Growth => &mut self.growth,
+        }
+    }
+
+    /// Begins a job.
+    pub(super) fn start(&mut self, kind: JobKind, job: Job) {
+        let before = self.running(kind).replace(Running::new(job));
+        assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
+        self.step(kind);
+    }
+
+    /// An operation of a job is over.
+    pub(super) fn job_moved(&mut self, kind: JobKind, result: io::Result<()>) {
+        let running = self.running(kind).as_mut().expect("operations belong to a running job");
+        if let Err(e) = result {
+            running.failed.get_or_insert(e);
+        }
+        running.pending -= 1;
+        if running.pending == 0 {
+            self.step(kind);
+        }
+    }
+
+    fn step(&mut self, kind: JobKind) {
+        let mut ops = std::mem::take(&mut self.steps);
+        let running = self.running(kind).as_mut().expect("a running job");
+        let step = running.next(&mut ops);
+        running.pending = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
+        let token = if kind == JobKind::Commit { Token::Commit } else { Token::Growth };
+        for mut op in ops.drain(..) {
+            op.token = token.pack();
+            self.push_op(op);
+        }
+        self.steps = ops;
+        if let Ok(Step::Wait) = step {
+            return;
+        }
+        let over = self.running(kind).take().expect("a running job");
+        let result = step.map(|_| ());
+        match over.job {
+            Job::Commit(commit) => {
+                self.disk.committed(&result, commit.barriers());
+                if self.disk.rounds.finish(result.is_ok()).is_some() {
+                    self.lead();
+                }
+            }
+            Job::Growth(_) => {
+                let grown = match &result {
+                    Ok(()) => Grown::Room,
+                    Err(e) if e.kind() == ErrorKind::NoSpace => {
+                        if !self.disk.parks() && !std::mem::replace(&mut self.told_full, true) {
+                            log::error!("{}; writes fail until then", e.line());
+                        }
+                        Grown::Full
+                    }
+                    Err(e) => {
+                        log::error!("{}", e.line());
+                        Grown::Failed
+                    }
+                };
+                self.disk.post(Letter::Grown(grown));
+            }
         }
     }
 }

@@ -3,16 +3,18 @@
 //! On the way of a read of known sectors there is no lock and no allocation (tasks, slices and plans are used again). What the
 //! host has in memory is copied (`copies.rs`); for all else there is one system call, the `submit` of everything pushed.
 //!
-//! What was tried to make a queue faster, each with the figures of `benches/serve` (medians, guest and server on a processor
-//! each of two, page cache, November 2026):
+//! What was tried to make a queue faster, with the figures of `benches/serve` (medians, guest and server on a processor each of
+//! two, page cache, November 2026, 4 KiB):
 //!
-//! - *Turns* (`device/exchange.rs`). All 32 reads of a queue in one turn: 150,000 reads a second, p50 162 us, since the guest
-//!   sees nothing before the last is done. Of 4 to 32: 275,000 to 348,000. Half of what there is: 340,000. Kept.
-//! - *Waiting for the guest* (`vhost/patience.rs`). At depth 1 from 67 to 16-20 us. Kept.
-//! - *Writes through the page cache without the ring* (`storage/inline.rs`). Over old sectors on ext4 from 100,000 to 200,000
-//!   and more a second; into a fresh child from 90,000 to 130,000-170,000. Kept.
-//! - *Growth without syncs* (`image/tail.rs`): 1 MiB writes in order into a fresh child from 1,600 to 4,700 a second. Kept.
-//! - *Reading ahead of cold streams* (`ahead.rs`). Kept. *preadv for each read, or DEFER_TASKRUN* (`storage/ring.rs`). Not kept.
+//! - *Turns* (`device/exchange.rs`): all 32 reads of a queue in one: 150,000 a second, as the guest sees nothing before the last
+//!   is done; 4 to 16: 275,000 to 348,000; half of what there is: 340,000 at any depth. Kept.
+//! - *Waiting for the guest* (`vhost/patience.rs`): one read at a time from 67 to 16-20 us. Kept.
+//! - *Writes to the page cache without the ring* (`storage/inline.rs`): over old sectors from 100,000 to 300,000. Kept.
+//! - *Copies instead of reads* (`storage/warm.rs`), *planned together* (`copies.rs`): chain of 16 from 460,000 to 720,000-830,000,
+//!   then to 900,000 a second; of processor time from 2.1 to 1.1 us each. Kept.
+//! - *Growth without syncs* (`image/tail.rs`), *reading ahead of cold streams* (`ahead.rs`). Kept.
+//! - *preadv for each read, DEFER_TASKRUN* (`storage/ring.rs`): no gain. Not kept. Nor was *not to look for work while a sync
+//!   runs*: a flush after every 32 writes was no faster.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,8 +29,7 @@ use super::mailbox::{Grown, Letter, Mailbox};
 use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::Plan;
-use crate::error::ErrorKind;
-use crate::image::{Commit, Growth, Step};
+use crate::image::{Commit, Growth};
 use crate::storage::{Action, Completion, Engine, Op, Slices};
 
 /// Requests that a lane takes at once.
@@ -48,11 +49,11 @@ pub struct Lane {
     /// Tasks that wait for room, and tasks that wait for a commit.
     parked: Vec<u32>,
     awaiting: Vec<u32>,
-    commit: Option<Running>,
-    growth: Option<Running>,
+    pub(super) commit: Option<Running>,
+    pub(super) growth: Option<Running>,
     ticks: u32,
     /// Whether the log knows that the host is full.
-    told_full: bool,
+    pub(super) told_full: bool,
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
     pub(super) answers: Vec<Answer>,
@@ -64,7 +65,7 @@ pub struct Lane {
     pub(super) spare: Vec<Box<Task>>,
     pub(super) plan: Plan,
     done: Vec<Completion>,
-    steps: Vec<Op>,
+    pub(super) steps: Vec<Op>,
     pub(super) pool: Vec<Slices>,
     /// Planned, to be made with the next submit.
     pub(super) copies: Vec<PlannedCopy>,
@@ -311,72 +312,6 @@ impl Lane {
         let top = self.disk.version().top();
         if top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
             self.commit_soon();
-        }
-    }
-
-    fn running(&mut self, kind: JobKind) -> &mut Option<Running> {
-        match kind {
-            JobKind::Commit => &mut self.commit,
-            JobKind::Growth => &mut self.growth,
-        }
-    }
-
-    fn start(&mut self, kind: JobKind, job: Job) {
-        let before = self.running(kind).replace(Running::new(job));
-        assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
-        self.step(kind);
-    }
-
-    fn job_moved(&mut self, kind: JobKind, result: io::Result<()>) {
-        let running = self.running(kind).as_mut().expect("operations belong to a running job");
-        if let Err(e) = result {
-            running.failed.get_or_insert(e);
-        }
-        running.pending -= 1;
-        if running.pending == 0 {
-            self.step(kind);
-        }
-    }
-
-    fn step(&mut self, kind: JobKind) {
-        let mut ops = std::mem::take(&mut self.steps);
-        let running = self.running(kind).as_mut().expect("a running job");
-        let step = running.next(&mut ops);
-        running.pending = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
-        let token = if kind == JobKind::Commit { Token::Commit } else { Token::Growth };
-        for mut op in ops.drain(..) {
-            op.token = token.pack();
-            self.push_op(op);
-        }
-        self.steps = ops;
-        if let Ok(Step::Wait) = step {
-            return;
-        }
-        let over = self.running(kind).take().expect("a running job");
-        let result = step.map(|_| ());
-        match over.job {
-            Job::Commit(commit) => {
-                self.disk.committed(&result, commit.barriers());
-                if self.disk.rounds.finish(result.is_ok()).is_some() {
-                    self.lead();
-                }
-            }
-            Job::Growth(_) => {
-                let grown = match &result {
-                    Ok(()) => Grown::Room,
-                    Err(e) if e.kind() == ErrorKind::NoSpace => {
-                        if !self.disk.parks() && !std::mem::replace(&mut self.told_full, true) {
-                            log::error!("{}; writes fail until then", e.line());
-                        }
-                        Grown::Full
-                    }
-                    Err(e) => {
-                        log::error!("{}", e.line());
-                        Grown::Failed
-                    }
-                };
-                self.disk.post(Letter::Grown(grown));
-            }
         }
     }
 

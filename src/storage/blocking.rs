@@ -119,8 +119,9 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
         Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
             match progress.piece(&mut op.payload) {
-                // SAFETY: as below. The usual case, in which the kernel need not fetch an array of runs first.
+                // The usual case, in which the kernel need not fetch an array of runs first.
                 Piece::One(start, len) if op.action == Action::Write && flags == 0 => {
+                    // SAFETY: as below.
                     return told(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
                 }
                 Piece::One(start, len) => {
