@@ -9,6 +9,9 @@
 //! The kernel is asked (mincore) for a whole window at once, and only where something in it is wanted again and again: the
 //! question costs as much as a read. What it says may be out of date a moment later; then the copy waits for the disk, as
 //! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
+//!
+//! A mapping counts as memory of ours where such things are counted (VmRSS, as RssFile), but it is the host's page cache, which
+//! it takes back when it likes.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -30,6 +33,10 @@ const REGIONS: usize = 1 << 13;
 const MOST_REGIONS: usize = 4096;
 /// What a window is asked for before the kernel is.
 const ASKED: u8 = 2;
+
+/// File systems whose reads, writes and mappings are all of the page cache (linux/magic.h): ext2 to ext4, XFS, btrfs, f2fs,
+/// bcachefs, tmpfs.
+const COHERENT: [i64; 6] = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010, 0xCA45_1A4E, 0x0102_1994];
 
 static MADE: AtomicUsize = AtomicUsize::new(0);
 
@@ -92,7 +99,7 @@ impl Mapped {
     pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: impl FnOnce() -> Option<u64>) {
         let Some(len) = len() else { return };
         self.len.store(len, Ordering::Relaxed);
-        if self.regions.get().is_none() && !tells(&file, len) {
+        if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, len)) {
             return self.refused.store(true, Ordering::Relaxed);
         }
         let (index, within) = locate(offset);
@@ -203,10 +210,17 @@ fn resident(start: NonNull<u8>, pages: usize) -> Option<u64> {
     (done == 0).then(|| told.iter().rev().fold(0, |bits, page| bits << 1 | u64::from(page & 1)))
 }
 
+/// Whether a mapping of the file shows what is read and written by calls, at any time. So it is where both are the page
+/// cache's; on file systems of networks and of user space calls may go past that, and a mapping show what was.
+fn is_coherent(file: impl AsFd) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|told| COHERENT.contains(&told.f_type))
+}
+
 /// Whether the kernel tells what is in memory of a file: not of one that we neither own nor may write, of which it says
-/// that all is (mincore(2), since Linux 5.2). So it is asked for a page that cannot be there, behind the file's end.
+/// that all is (mincore(2), since Linux 5.2). So it is asked for a page that cannot be there, so far behind the file's end
+/// that it does not grow up to it meanwhile.
 fn tells(file: impl AsFd, len: u64) -> bool {
-    let behind = len.next_multiple_of(PAGE as u64) + WINDOW as u64;
+    let behind = len.next_multiple_of(PAGE as u64) + (4 << 30);
     // SAFETY: a fresh mapping, which nobody touches.
     let mapped = unsafe { mmap(ptr::null_mut(), PAGE, ProtFlags::READ, MapFlags::SHARED, file, behind) };
     let Some(page) = mapped.ok().and_then(|page| NonNull::new(page.cast())) else { return false };
