@@ -56,7 +56,8 @@
 //!                                                          │ plan     chain: top splits, frozen splits
 //!                                                          │ (load    bitmaps that are not in memory; plan again)
 //!                                                          │ (room    a new block, and the file must grow; plan again)
-//!                                                          │ move     storage: one submit for everything popped
+//!                                                          │ move     storage: one submit for everything popped, and
+//!                                                          │          copies of what the host has in memory
 //!                                                          │ mark     image: bits in memory, and in the journal
 //!                                                          │ (commit  flushes; writes on a write-through disk)
 //!  call <─ one signal <── device: status, used ring <── outcome

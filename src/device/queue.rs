@@ -121,6 +121,9 @@ impl Queue {
             self.lane.poll(&mut self.answers)?;
         }
         let completed = self.settle(vring);
+        if pushed {
+            self.lane.learn();
+        }
         let exchange = self.exchange.as_mut().expect("in service");
         Ok(match pause {
             Pause::Empty if !pushed && !completed => Turn::Idle,

@@ -18,11 +18,12 @@ pub(super) struct PlannedCopy {
 }
 
 impl Lane {
-    /// Makes the copies that were planned.
-    pub(super) fn copy_all(&mut self) {
+    /// Makes the copies that were planned; true where some of it is left to the host after all.
+    pub(super) fn copy_all(&mut self) -> bool {
         if self.copies.is_empty() {
-            return;
+            return false;
         }
+        let mut left = false;
         let mut copies = std::mem::take(&mut self.copies);
         for PlannedCopy { task: number, at, found } in copies.drain(..) {
             let task = self.tasks[number as usize].as_mut().expect("copies belong to tasks");
@@ -34,7 +35,8 @@ impl Lane {
                 }
                 continue;
             }
-            // A page that cannot be had: the host is to say why.
+            // It takes too long, or a page cannot be had: then the host says why.
+            left = true;
             let mut slices = self.pool.pop().unwrap_or_else(|| Slices::with_capacity(8));
             slices.clear();
             into.slice_into(at, found.len(), &mut slices);
@@ -44,5 +46,6 @@ impl Lane {
         debug_assert!(self.copies.is_empty(), "a read whose bytes are there is over");
         self.copies = copies;
         self.engine.filled();
+        left
     }
 }

@@ -141,8 +141,14 @@ impl Lane {
     /// The engine is of no further use.
     pub fn submit(&mut self) -> io::Result<()> {
         self.submitted = true;
-        self.copy_all();
-        self.engine.submit()
+        // First what takes the host a while.
+        self.engine.submit()?;
+        if self.copy_all() { self.engine.submit() } else { Ok(()) }
+    }
+
+    /// To be called when answers have been given, and nobody waits.
+    pub fn learn(&mut self) {
+        self.engine.learn();
     }
 
     /// Takes what is complete, goes on with its requests and jobs, and appends the answers. Never waits.

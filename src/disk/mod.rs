@@ -10,7 +10,7 @@
 //!                              └─────┼──────────┘
 //!                                    ├── Wait for room (a fresh block, and the file has to grow)
 //!                                    v
-//!                                  Move   operations over slices of the request's own memory
+//!                                  Move   operations over slices of the request's own memory, or copies into it
 //!                                    v
 //!                                  mark   (writes; a bitmap that memory lost meanwhile is loaded again)
 //!                                    ├── Await a commit (flushes; writes on a write-through disk)

@@ -100,8 +100,19 @@ mod catch {
         }
     }
 
-    extern "C" fn on_bus(signal: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         let context = context.cast::<libc::ucontext_t>();
+        // SAFETY: with SA_SIGINFO the kernel passes it.
+        let code = unsafe { (*info).si_code };
+        if code <= 0 || code == libc::BUS_MCEERR_AO {
+            // No access of ours: somebody sent it, or memory failed that nobody asked for. As if there were no handler.
+            // SAFETY: both may be called in a handler; the signal comes when this one returns.
+            unsafe {
+                libc::signal(signal, libc::SIG_DFL);
+                libc::raise(signal);
+            }
+            return;
+        }
         let start = diffdisk_copy as *const () as usize;
         let failed = (&raw const diffdisk_copy_failed) as usize;
         // SAFETY: with SA_SIGINFO the kernel passes the registers of the interrupted thread, which is this one.

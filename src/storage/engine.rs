@@ -50,6 +50,15 @@ pub trait Engine: Send {
     /// To be called after a batch of `fill`.
     fn filled(&mut self) {}
 
+    /// Finds out more about what the host has in memory, where what was asked for makes it worth that. May make system
+    /// calls: to be called when all answers are given.
+    fn learn(&mut self) {}
+
+    /// Copies made so far (for statistics and tests).
+    fn copies(&self) -> u64 {
+        0
+    }
+
     /// Takes an operation for the next `submit`. Gives it back where `depth` operations are under way already.
     fn push(&mut self, op: Op) -> Result<(), Op>;
 

@@ -5,8 +5,9 @@
 //! files are mapped, and what is known to be in memory (`host/mapped.rs`) is copied; all else goes through the ring.
 //!
 //! A page may have left memory since it was known to be there. Then the copy waits for the disk, and with it the queue. It
-//! is noticed: a batch that took long, while the kernel says that this thread waited for a page, has its pages forgotten,
-//! and for a hundred times as long nothing is copied, so that waiting takes a hundredth of the time at most.
+//! is noticed: of a batch that takes longer than copies do the rest is left to the ring; and if the kernel says that this
+//! thread has waited for a page, the batch is forgotten, and for a hundred times as long nothing is copied. So a queue waits
+//! for a hundredth of its time, and not for more than some pages at once.
 //! A page that cannot be had (a cut file, a failing disk) ends the copy; the ring then finds out why.
 #![allow(unsafe_code)]
 
@@ -22,7 +23,7 @@ use super::host::{HostFile, Place};
 use super::op::Slot;
 use super::payload::Slices;
 
-/// Most bytes of a read that is copied: of longer ones the way into the kernel is a small part.
+/// Most bytes that are copied from one place: of longer reads the way into the kernel is a small part.
 const MOST: usize = 16 << 10;
 /// Places to ask the kernel about, at most, after a batch.
 const QUESTIONS: usize = 4;
@@ -31,6 +32,11 @@ const LONG: Duration = Duration::from_micros(20);
 const LONG_EACH: Duration = Duration::from_micros(2);
 /// For so many times as long as it waited nothing is copied.
 const RECOVERY: u32 = 100;
+/// After so many copies, and as many again, it is looked whether they take far too long.
+const LOOK: usize = 4;
+const FAR_TOO_LONG: Duration = Duration::from_millis(1);
+/// After so many batches it is noted how often this thread has waited, whatever for.
+const NOTE: u32 = 1024;
 
 /// Bytes of a file that can be copied, while the file has its slot.
 #[derive(Clone, Copy, Debug)]
@@ -42,12 +48,9 @@ pub struct Found {
 }
 
 impl Found {
-    /// What an engine found at `from`: `len` > 0 bytes at `offset` of the file.
-    ///
-    /// # Safety
-    /// They are mapped there, to be read, while the file has its slot in that engine.
-    pub unsafe fn new(from: NonNull<u8>, slot: Slot, offset: u64, len: usize) -> Found {
-        Found { from, slot, offset, len }
+    /// What an engine that copies in its own way has found: `len` > 0 bytes at `offset` of the file.
+    pub fn new(slot: Slot, offset: u64, len: usize) -> Found {
+        Found { from: NonNull::dangling(), slot, offset, len }
     }
 
     /// The file's.
@@ -79,8 +82,10 @@ pub(super) struct Warm {
     batch: Vec<Found>,
     /// Until when nothing is copied.
     held: Option<Instant>,
-    /// Pages this thread has waited for so far.
+    /// Pages this thread had waited for when that was last noted.
     waits: i64,
+    batches: u32,
+    copies: u64,
 }
 
 impl Warm {
@@ -92,6 +97,8 @@ impl Warm {
             batch: Vec::new(),
             held: None,
             waits: i64::MAX,
+            batches: 0,
+            copies: 0,
         }
     }
 
@@ -119,9 +126,9 @@ impl Warm {
         let file = self.files.get(usize::from(slot.0))?.as_ref()?;
         let from = match file.mapped().place(offset, len) {
             Place::Here(from) => from,
-            Place::Ask => {
+            Place::Ask(about) => {
                 if self.questions.len() < QUESTIONS {
-                    self.questions.push((slot, offset));
+                    self.questions.push((slot, about));
                 }
                 return None;
             }
@@ -141,14 +148,19 @@ impl Warm {
     #[inline]
     pub(super) fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
         let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) else { return false };
-        if self.batch.is_empty() {
-            self.began = Some(Instant::now());
+        if !file.mapped().is_at(found.offset, found.from) {
+            return false; // another engine's, or another file's
+        }
+        let began = *self.began.get_or_insert_with(Instant::now);
+        if self.batch.len() % LOOK == LOOK - 1 && began.elapsed() > FAR_TOO_LONG {
+            return false;
         }
         self.batch.push(*found);
+        self.copies += 1;
         let (mut from, mut whole) = (found.from.as_ptr().cast_const(), true);
         into.each(at, found.len, |_, to, len| {
-            // SAFETY: found in this file, which keeps its regions mapped, and `files` keeps the file. The other side is mapped as
-            // long as the owner of `into`, and no reference to it exists.
+            // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which it keeps mapped, and
+            // `files` keeps the file. The other side is mapped as long as the owner of `into`, and no reference to it exists.
             whole &= unsafe { copy::copy(from, to, len) };
             from = from.wrapping_add(len);
         });
@@ -166,9 +178,18 @@ impl Warm {
         }
     }
 
+    /// Copies made so far.
+    pub(super) fn copies(&self) -> u64 {
+        self.copies
+    }
+
     fn judge_by(&mut self, took: Duration) {
         let count = u32::try_from(self.batch.len()).unwrap_or(u32::MAX);
+        self.batches = self.batches.wrapping_add(1);
         if took <= LONG + LONG_EACH * count {
+            if self.batches.is_multiple_of(NOTE) {
+                self.waits = waits();
+            }
             return;
         }
         let before = std::mem::replace(&mut self.waits, waits());
@@ -183,7 +204,7 @@ impl Warm {
         self.held = Some(Instant::now() + took * RECOVERY);
     }
 
-    /// Asks the kernel what it has in memory, where that is worth it. To be called when nobody waits for an answer.
+    /// See [`Engine::learn`](super::Engine::learn).
     pub(super) fn ask(&mut self) {
         for (slot, offset) in self.questions.drain(..) {
             if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {

@@ -57,7 +57,7 @@ fn done(ring: &mut Ring, mut op: Op) -> Completion {
         let memory = slices(buffer);
         let copied = ring.find(SLOT, op.offset, memory.len()).is_some_and(|found| ring.fill(&found, &memory, 0));
         ring.filled();
-        ring.submit().unwrap();
+        ring.learn();
         if copied {
             return Completion { op, result: Ok(()) };
         }
@@ -105,8 +105,39 @@ fn what_is_read_again_and_again_takes_no_call() {
     result.unwrap();
     let Payload::Own(bytes) = op.payload else { unreachable!() };
     assert!(bytes[..512] == 20u64.to_be_bytes().repeat(64) && bytes[512..4608] == 21u64.to_be_bytes().repeat(512));
+    // Over the border of what the kernel is asked about at once.
+    let (border, calls) = ((64 << 10) - 512, |ring: &Ring| (ring.calls(), ring.copies()));
+    let before = calls(&ring);
+    done(&mut ring, read(border, PAGE as usize)).result.unwrap();
+    assert_eq!(calls(&ring), (before.0, before.1 + 1));
     ring.unregister(SLOT).unwrap();
     assert!(done(&mut ring, read(0, 512)).result.is_err());
+}
+
+#[test]
+fn what_lies_in_two_windows_is_learned() {
+    let (_folder, file) = pages(64);
+    let Some(mut ring) = ring(&file) else { return };
+    for _ in 0..10 {
+        done(&mut ring, read((64 << 10) - 512, PAGE as usize)).result.unwrap();
+    }
+    assert!(ring.copies() > 0);
+}
+
+#[test]
+fn nobody_copies_what_another_found() {
+    let (_folder, file) = pages(64);
+    let (Some(mut ring), Some(mut other)) = (ring(&file), ring(&file)) else { return };
+    for _ in 0..4 {
+        read_all(&mut ring, 0..64, |page| page + 1);
+    }
+    let found = ring.find(SLOT, 0, 512).expect("it is known");
+    let mut buffer = Buffer::zeroed(512);
+    assert!(other.fill(&found, &slices(&mut buffer), 0), "the same open file");
+    let (_folder, next) = pages(64);
+    other.register(SLOT, &next).unwrap();
+    assert!(!other.fill(&found, &slices(&mut buffer), 0));
+    assert!(!ring.fill(&Found::new(SLOT, 0, 512), &slices(&mut buffer), 0));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
 mod ahead;
+mod copies;
 #[path = "../common/memory.rs"]
 mod memory;
 mod rig;

@@ -1,7 +1,7 @@
 //! The parts of a file that are mapped into our memory, to be copied from: where the host is known to have their pages.
 //!
 //! ```text
-//!   file     regions of 256 MiB, mapped when something in them is asked for the second time
+//!   file     regions of 256 MiB, mapped when something in them is asked for
 //!   region   a bit a page: the host had it in memory when it was asked
 //!            a count a window of 16 pages: how often what has no bit was wanted
 //! ```
@@ -11,7 +11,10 @@
 //! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
 //!
 //! A mapping counts as memory of ours where such things are counted (VmRSS, as RssFile), but it is the host's page cache, which
-//! it takes back when it likes.
+//! it takes back when it likes. What it does not take back are page tables: 4 KiB for each 2 MiB of which something was
+//! copied; hence the bounds.
+//!
+//! Who cuts a file that we have open makes the rest of its last page zeros, here as in any mapping.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -27,16 +30,19 @@ const WINDOW: usize = 64 << 10;
 const WINDOW_PAGES: usize = WINDOW / PAGE;
 /// Bytes of a region.
 const REGION: usize = 256 << 20;
-/// Regions of a file: no sector of an image lies behind 2 TiB.
+/// Regions of a file: no block of an image begins behind 2 TiB.
 const REGIONS: usize = 1 << 13;
-/// Regions of all files together: 1 TiB of addresses (of 128), 48 MiB of bits and counts.
-const MOST_REGIONS: usize = 4096;
+/// Mapped regions of a file: 32 GiB; 64 MiB of page tables at the worst, 2 MiB of bits and counts.
+const MOST_OF_A_FILE: usize = 128;
+/// Mapped regions of all files together, so that all disks of a daemon do not take more than 512 MiB so.
+const MOST_REGIONS: usize = 1024;
 /// What a window is asked for before the kernel is.
 const ASKED: u8 = 2;
 
 /// File systems whose reads, writes and mappings are all of the page cache (linux/magic.h): ext2 to ext4, XFS, btrfs, f2fs,
-/// bcachefs, tmpfs.
-const COHERENT: [i64; 6] = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010, 0xCA45_1A4E, 0x0102_1994];
+/// bcachefs. Not tmpfs, where to look at a hole through a mapping gives it memory, so that what a guest has discarded would
+/// come back.
+const COHERENT: [i64; 5] = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010, 0xCA45_1A4E];
 
 static MADE: AtomicUsize = AtomicUsize::new(0);
 
@@ -46,8 +52,12 @@ pub(in crate::storage) struct Mapped {
     regions: OnceLock<Box<[AtomicPtr<Region>]>>,
     /// Bytes of the file, as far as it was looked at.
     len: AtomicU64,
+    /// How many are mapped.
+    made: AtomicUsize,
     /// The file cannot be mapped, or what is in memory is not told.
     refused: AtomicBool,
+    /// There are to be no more regions.
+    full: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -63,8 +73,8 @@ struct Region {
 pub(in crate::storage) enum Place {
     /// All of it was in the host's memory: it can be copied from here.
     Here(NonNull<u8>),
-    /// It is worth to ask the kernel: [`Mapped::ask`].
-    Ask,
+    /// It is worth to ask the kernel about this offset: [`Mapped::ask`].
+    Ask(u64),
     /// Nothing.
     Unknown,
 }
@@ -78,7 +88,10 @@ impl Mapped {
         if end > REGION || len == 0 || self.refused.load(Ordering::Relaxed) {
             return Place::Unknown;
         }
-        let Some(region) = self.region(index) else { return Place::Ask };
+        let Some(region) = self.region(index) else {
+            let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
+            return if more { Place::Ask(offset) } else { Place::Unknown };
+        };
         match (within / PAGE..end.div_ceil(PAGE)).find(|page| !region.has(*page)) {
             None if offset + len as u64 <= self.len.load(Ordering::Relaxed) => {
                 // SAFETY: below the region's length.
@@ -90,7 +103,7 @@ impl Mapped {
                 // Threads may count one another's away: a little later, then.
                 let count = asked.load(Ordering::Relaxed).saturating_add(1);
                 asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
-                if count < ASKED { Place::Unknown } else { Place::Ask }
+                if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + page * PAGE) as u64) }
             }
         }
     }
@@ -107,6 +120,14 @@ impl Mapped {
             Some(region) => region.ask(within / WINDOW),
             None => self.map(file, index),
         }
+    }
+
+    /// Whether the bytes at `offset` are mapped at `from`.
+    #[inline]
+    pub(in crate::storage) fn is_at(&self, offset: u64, from: NonNull<u8>) -> bool {
+        let (index, within) = locate(offset);
+        // SAFETY: below the region's length.
+        self.region(index).is_some_and(|region| unsafe { region.start.add(within) } == from)
     }
 
     /// Forgets what was known of `len` bytes from `offset`.
@@ -128,14 +149,12 @@ impl Mapped {
     fn map(&self, file: impl AsFd, index: usize) {
         let regions = self.regions.get_or_init(|| (0..REGIONS).map(|_| AtomicPtr::default()).collect());
         let Some(slot) = regions.get(index) else { return };
-        let refuse = || self.refused.store(true, Ordering::Relaxed);
-        if MADE.fetch_add(1, Ordering::Relaxed) >= MOST_REGIONS {
+        let mine = self.made.fetch_add(1, Ordering::Relaxed) < MOST_OF_A_FILE;
+        let all = MADE.fetch_add(1, Ordering::Relaxed) < MOST_REGIONS;
+        let region = if mine && all { Region::map(file, (index * REGION) as u64) } else { None };
+        let Some(region) = region else {
             MADE.fetch_sub(1, Ordering::Relaxed);
-            return refuse();
-        }
-        let Some(region) = Region::map(file, (index * REGION) as u64) else {
-            MADE.fetch_sub(1, Ordering::Relaxed);
-            return refuse();
+            return self.full.store(true, Ordering::Relaxed);
         };
         let region = Box::into_raw(Box::new(region));
         if slot.compare_exchange(ptr::null_mut(), region, Ordering::AcqRel, Ordering::Acquire).is_err() {

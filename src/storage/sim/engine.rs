@@ -6,11 +6,12 @@ use std::os::fd::BorrowedFd;
 use super::Shared;
 use super::names::InodeId;
 use super::world::{Flying, code};
-use super::{Order, SimFile};
+use super::{Order, Random, SimFile};
 use crate::storage::engine::{Engine, SLOTS};
 use crate::storage::env::{Access, File};
 use crate::storage::op::{Action, Completion, Op, Slot};
-use crate::storage::payload::Payload;
+use crate::storage::payload::{Payload, Slices};
+use crate::storage::warm::Found;
 
 /// See the file's first line.
 pub(super) struct SimEngine {
@@ -23,13 +24,17 @@ pub(super) struct SimEngine {
     over: Vec<Completion>,
     depth: usize,
     calls: u64,
+    copies: u64,
+    /// For copies only: who makes none has the same course of events.
+    random: Random,
 }
 
 impl SimEngine {
     pub(super) fn new(shared: Shared, depth: usize) -> SimEngine {
         assert!(depth > 0, "an engine takes at least one operation");
         let files = (0..SLOTS).map(|_| None).collect();
-        SimEngine { shared, files, pushed: Vec::new(), flying: Vec::new(), over: Vec::new(), depth, calls: 0 }
+        let (pushed, flying, over) = (Vec::new(), Vec::new(), Vec::new());
+        SimEngine { shared, files, pushed, flying, over, depth, calls: 0, copies: 0, random: Random::new(1) }
     }
 
     fn complete(&mut self, at: usize) {
@@ -107,6 +112,29 @@ impl Engine for SimEngine {
     fn unregister(&mut self, slot: Slot) -> io::Result<()> {
         *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
+    }
+
+    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
+        (self.shared.world().copies && self.random.chance(1, 2)).then(|| Found::new(slot, offset, len))
+    }
+
+    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+        let Some(Some((_, inode, _))) = self.files.get(usize::from(found.slot().0)) else { return false };
+        let mut bytes = vec![0; found.len()];
+        let there = self.shared.world().look(*inode, &mut bytes, found.offset()).is_ok();
+        let whole = there && self.random.chance(3, 4);
+        if !whole {
+            // Half of it.
+            bytes.truncate(found.len() / 2);
+            bytes.fill(0xA5);
+        }
+        into.copy_from(at, &bytes);
+        self.copies += u64::from(whole);
+        whole
+    }
+
+    fn copies(&self) -> u64 {
+        self.copies
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {

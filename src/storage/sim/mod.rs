@@ -224,6 +224,11 @@ impl SimHost {
         self.0.world().faults = plan;
     }
 
+    /// Whether engines find some of what is read in memory, and copy it, if they can.
+    pub fn set_copies(&self, copies: bool) {
+        self.0.world().copies = copies;
+    }
+
     /// Says in which order operations complete.
     pub fn set_order(&self, order: Order) {
         self.0.world().order = order;

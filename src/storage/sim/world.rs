@@ -65,6 +65,8 @@ pub(super) struct World {
     pub(super) faults: FaultPlan,
     pub(super) counts: Counts,
     pub(super) order: Order,
+    /// Whether engines find some of what is read in memory.
+    pub(super) copies: bool,
     pub(super) random: Random,
     /// Every call fails: the process or the machine is no more.
     pub(super) dead: bool,
@@ -98,6 +100,7 @@ impl World {
             faults: FaultPlan::default(),
             counts: Counts::default(),
             order: Order::Any,
+            copies: false,
             random,
             dead: false,
             stop_at: None,
@@ -116,6 +119,7 @@ impl World {
         let mut heir = World::new(Random::new(self.random.clone().any()));
         (heir.inodes, heir.names) = (inodes, names);
         (heir.order, heir.clock, heir.next) = (self.order, self.clock, self.next);
+        heir.copies = self.copies;
         heir
     }
 
@@ -184,6 +188,11 @@ impl World {
 
     pub(super) fn read(&mut self, id: InodeId, into: &mut [u8], offset: u64) -> io::Result<()> {
         self.step(Step::Read)?;
+        self.look(id, into, offset)
+    }
+
+    /// A read that asks nobody: of a mapping.
+    pub(super) fn look(&mut self, id: InodeId, into: &mut [u8], offset: u64) -> io::Result<()> {
         let inode = self.inode(id);
         if offset.checked_add(into.len() as u64).is_none_or(|end| end > inode.len()) {
             return Err(io::ErrorKind::UnexpectedEof.into());

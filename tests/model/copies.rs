@@ -1,0 +1,105 @@
+//! Reads of which some parts are copies and others operations, on the simulated host: any mixture, copies that fail half-way,
+//! and operations that come in any order, held against a flat array.
+#![cfg(feature = "sim")]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use diffdisk::disk::{Disk, DiskOptions, Outcome, Work};
+use diffdisk::image::{self, Kind, ParentLink, Spec};
+use diffdisk::storage::sim::{Fault, FaultPlan, SimHost};
+use diffdisk::storage::{Access, EngineKind, Env};
+use diffdisk::units::{BlockSize, SECTOR, SectorRange};
+
+use crate::rig::{Memory, Rig};
+use crate::rng::Rng;
+
+const SECTORS: u64 = 2048;
+const TOP: &str = "/d/child";
+
+fn host(seed: u64) -> SimHost {
+    let host = SimHost::new(seed);
+    let block_size = BlockSize::from_bytes(16 << 10).expect("a legal size");
+    let spec = |kind| Spec { kind, size: SECTORS * SECTOR, block_size, reserve: 0 };
+    image::create(&host, Path::new("/d/root"), &spec(Kind::Dynamic)).expect("a new image");
+    let root = image::Image::open(host.open(Path::new("/d/root"), Access::Read).expect("it is there")).expect("sound");
+    let link = ParentLink {
+        uuid: root.uuid(),
+        modified: 0,
+        relative: Some("root".into()),
+        absolute: None,
+        name: "root".into(),
+    };
+    image::create(&host, Path::new(TOP), &spec(Kind::Differencing(link))).expect("a new image");
+    host.set_copies(true);
+    host
+}
+
+fn run(seed: u64) -> u64 {
+    let host = host(seed);
+    let mut model = vec![0u8; (SECTORS * SECTOR) as usize];
+    let mut random = Rng::seeded(seed);
+    let mut made = 0;
+    for path in ["/d/root", TOP] {
+        let disk = Disk::open(Arc::new(host.clone()), &DiskOptions::new(path)).expect("the chain opens");
+        let mut rig = Rig::new(disk, EngineKind::Auto);
+        let bytes_of = |range: SectorRange| (range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize;
+        for _ in 0..60 {
+            let mut range = || {
+                let start = random.below(SECTORS);
+                SectorRange::between(start, (start + 1 + random.below(100)).min(SECTORS))
+            };
+            let (written, read) = (range(), [range(), range(), range(), range()]);
+            if random.below(4) == 0 {
+                rig.discard(vec![written]);
+                // What is discarded from a child may show the parent's data no more; from a root it is zeros.
+                model[bytes_of(written)].copy_from_slice(&rig.read(written));
+            } else {
+                let data: Vec<u8> = (0..written.bytes()).map(|_| random.below(256) as u8).collect();
+                rig.write(written, &data, &[512, 1536]);
+                model[bytes_of(written)].copy_from_slice(&data);
+            }
+            // All at once.
+            let memories = read.map(|range| Memory::new(&vec![0xEE; range.bytes() as usize]));
+            for (range, memory) in read.iter().zip(&memories) {
+                rig.begin(Work::Read { range: *range, into: memory.slices(&[512, 4096]) });
+            }
+            assert!(rig.finish().iter().all(|(_, outcome)| *outcome == Outcome::Done), "seed {seed}");
+            for (range, memory) in read.iter().zip(memories) {
+                assert!(memory.bytes() == model[bytes_of(*range)], "seed {seed}: {range}");
+            }
+        }
+        made += rig.lane.engine().copies();
+        rig.flush();
+        rig.close();
+    }
+    made
+}
+
+#[test]
+fn copies_beside_operations() {
+    for seed in 0..20 {
+        assert!(run(seed) > 100, "seed {seed}: hardly anything was copied");
+    }
+}
+
+/// A read of which a copy fails, and then the operation in its place, fails.
+#[test]
+fn what_neither_a_copy_nor_the_host_can_read_fails() {
+    let host = host(1);
+    let disk = Disk::open(Arc::new(host.clone()), &DiskOptions::new(TOP)).expect("the chain opens");
+    let mut rig = Rig::new(disk, EngineKind::Auto);
+    let range = SectorRange::between(0, 8);
+    rig.write(range, &[7; 4096], &[512]);
+    let steps = host.counts().steps;
+    host.set_faults(FaultPlan { fail: (1..1000).map(|n| (steps + n, Fault::Io)).collect(), ..FaultPlan::default() });
+    let (mut failed, copies) = (0, rig.lane.engine().copies());
+    for _ in 0..40 {
+        let memory = Memory::new(&[0; 4096]);
+        match rig.work(Work::Read { range, into: memory.slices(&[512]) }) {
+            Outcome::Done => assert!(memory.bytes() == [7; 4096]),
+            _ => failed += 1,
+        }
+    }
+    assert!(failed > 5 && rig.lane.engine().copies() > copies + 5, "{failed} of 40 failed");
+}
