@@ -4,12 +4,14 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::disks::runs_of_data;
 use crate::sample::{Latencies, Sample};
 
 /// Bytes of a read.
@@ -62,6 +64,30 @@ pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample 
     let mut sample = Sample::new(count, (now - start).as_secs_f64(), &latencies);
     sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
     sample
+}
+
+/// The same in the files of a chain, where their data is: what its being spread costs without any server.
+pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
+    const LEAST: u64 = 32 << 10; // a bitmap is no data
+    let mut pieces = Vec::new();
+    for path in files {
+        let file = Rc::new(File::open(path).expect("the image can be read"));
+        for (start, len) in runs_of_data(path, LEAST) {
+            let first = start.next_multiple_of(BLOCK as u64);
+            pieces.extend(
+                (first..(start + len) / BLOCK as u64 * BLOCK as u64).step_by(BLOCK).map(|at| (file.clone(), at)),
+            );
+        }
+    }
+    let mut memory = vec![0; DEPTH * BLOCK];
+    let mut random = Random::default();
+    pieces.iter().for_each(|(file, at)| file.read_exact_at(&mut memory[..BLOCK], *at).expect("the image can be read"));
+    measure(time, DEPTH, || {
+        for page in memory.chunks_mut(BLOCK) {
+            let (file, at) = &pieces[random.next(pieces.len() as u64) as usize];
+            file.read_exact_at(page, *at).expect("the image can be read");
+        }
+    })
 }
 
 /// Random reads of 4 KiB by preadv(2), one behind the other.

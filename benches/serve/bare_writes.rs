@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use crate::bare::{measure, thread_time};
-use crate::disks::settle;
 use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
@@ -71,7 +70,7 @@ pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     for piece in (0..load.region).step_by(PIECE) {
         file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
-    settle(path);
+    file.sync_all().expect("the file can be synced");
     let mut next = 0;
     let sample = measure(time, 1, || {
         file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");

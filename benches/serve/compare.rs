@@ -109,6 +109,7 @@ const READ: &str = "rand read 4 KiB, qd 32";
 pub fn random_reads(bench: &mut Bench) {
     let load = bench.random_read();
     let (raw, vpc) = (bench.disks.spread(Format::Raw, 1), bench.disks.spread(Format::Vpc, 1));
+    let chain = bench.disks.files(Format::Vhd, 16);
     let mut all = Vec::new();
     for layers in [1, 4, 16, 64] {
         let image = bench.disks.spread(Format::Vhd, layers);
@@ -124,6 +125,7 @@ pub fn random_reads(bench: &mut Bench) {
     all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
     all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
     all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
+    all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&chain, time)));
     all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
     bench.compare(READ, all);
     bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);

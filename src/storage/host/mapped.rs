@@ -3,11 +3,11 @@
 //! ```text
 //!   file     regions of 256 MiB, mapped when something in them is asked for
 //!   region   a bit a page: the host had it in memory when it was asked
-//!            a count a window of 16 pages: how often what has no bit was wanted
+//!            a count a window of 64 pages: how often what has no bit was wanted
 //! ```
 //!
 //! The kernel is asked (mincore) for a whole window at once, and only where something in it is wanted again and again: the
-//! question costs as much as a read. What it says may be out of date a moment later; then the copy waits for the disk, as
+//! question costs as much as two reads. What it says may be out of date a moment later; then the copy waits for the disk, as
 //! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
 //!
 //! A mapping counts as memory of ours where such things are counted (VmRSS, as RssFile), but it is the host's page cache, which
@@ -25,9 +25,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize,
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const PAGE: usize = 4096;
-/// Bytes of a window: what the kernel maps around a page that is touched, by default.
-const WINDOW: usize = 64 << 10;
-const WINDOW_PAGES: usize = WINDOW / PAGE;
+/// Bytes of a window: a bit a page in a word.
+const WINDOW: usize = 64 * PAGE;
 /// Bytes of a region.
 const REGION: usize = 256 << 20;
 /// Regions of a file: no block of an image begins behind 2 TiB.
@@ -63,8 +62,8 @@ pub(in crate::storage) struct Mapped {
 #[derive(Debug)]
 struct Region {
     start: NonNull<u8>,
-    /// A bit a page.
-    there: [AtomicU64; REGION / PAGE / 64],
+    /// A bit a page, a word a window.
+    there: [AtomicU64; REGION / WINDOW],
     /// A count a window.
     asked: [AtomicU8; REGION / WINDOW],
 }
@@ -99,7 +98,7 @@ impl Mapped {
             }
             None => Place::Unknown,
             Some(page) => {
-                let asked = &region.asked[page / WINDOW_PAGES];
+                let asked = &region.asked[page / 64];
                 // Threads may count one another's away: a little later, then.
                 let count = asked.load(Ordering::Relaxed).saturating_add(1);
                 asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
@@ -135,7 +134,7 @@ impl Mapped {
         let (index, within) = locate(offset);
         let Some(region) = self.region(index) else { return };
         for window in within / WINDOW..(within + len).div_ceil(WINDOW).min(REGION / WINDOW) {
-            region.learn(window, 0);
+            region.there[window].store(0, Ordering::Relaxed);
         }
     }
 
@@ -200,15 +199,7 @@ impl Region {
     fn ask(&self, window: usize) {
         // SAFETY: a window of the region.
         let start = unsafe { self.start.add(window * WINDOW) };
-        self.learn(window, resident(start, WINDOW_PAGES).unwrap_or(0));
-    }
-
-    /// Takes in which pages of a window are in memory, the first in the lowest bit.
-    fn learn(&self, window: usize, pages: u64) {
-        let first = window * WINDOW_PAGES;
-        let (word, shift) = (&self.there[first / 64], first % 64);
-        let mask = ((1 << WINDOW_PAGES) - 1) << shift;
-        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(old & !mask | pages << shift));
+        self.there[window].store(resident(start, 64).unwrap_or(0), Ordering::Relaxed);
     }
 }
 
