@@ -4,7 +4,8 @@
 //!   serve:  poll ─ complete ─ signal ─ take up to 64 ─ submit ─ poll ─ complete ─ signal
 //! ```
 //!
-//! A turn makes one submit and no other system call but a signal where the driver wants one. The vring's lock is held
+//! A turn makes one submit and no other system call but a signal where the driver wants one; behind that, while it is still
+//! being found out what the host has in memory, a few to ask (`Lane::learn`). The vring's lock is held
 //! for moments, never across I/O, so that the control thread does not wait for a disk.
 
 use std::io;

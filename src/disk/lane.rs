@@ -194,7 +194,7 @@ impl Lane {
         self.mailbox.fd()
     }
 
-    /// Whether nothing is under way and no answer owed.
+    /// Whether nothing is under way and no answer is owed.
     pub fn is_idle(&self) -> bool {
         self.free.len() == TASKS && self.commit.is_none() && self.growth.is_none() && self.answers.is_empty()
     }
