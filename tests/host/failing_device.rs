@@ -52,7 +52,9 @@ fn run(kind: Kind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
     let (device, mounted) = mounted_on(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
-    diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("64M")]).ok();
+    // Sixteen blocks: the first write's step of growth is the only one. A second one in the background would be under way
+    // or not when the medium fails, and one that can be neither ended nor undone poisons the image.
+    diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("32M")]).ok();
     let runtime = Runtime::new();
     let daemon = Daemon::start(&image, &[mode, runtime.option()]);
     let mut client = daemon.connect();
