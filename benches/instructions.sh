@@ -33,4 +33,4 @@ for what in plan-3 plan-64 request request-copied; do
 done
 echo
 echo 'of the last, by function:'
-callgrind_annotate "$out/request-copied" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | head -n 20 | cut -c1-150
+callgrind_annotate "$out/request-copied" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | sed -n 1,20p | cut -c1-150
