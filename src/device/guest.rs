@@ -2,16 +2,16 @@
 //!
 //! A [`View`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
 //! one, and hands its own count of the memory to every [`Slices`], so that queues do not fight over one counter.
-//! Loads and stores go through vm-memory's volatile slices; the one `unsafe` block is where memory is handed on to the
-//! kernel.
+//! The guest may change any byte at any moment: bytes are copied or loaded, once each, and no reference to them is made.
 #![allow(unsafe_code)]
 
 use std::any::Any;
 use std::cell::Cell;
+use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::{Memory, spec};
 use crate::storage::Slices;
@@ -27,15 +27,16 @@ pub struct View {
 
 struct Region {
     start: u64,
-    len: u64,
+    len: usize,
     map: Arc<MmapRegion<()>>,
 }
 
 impl Region {
     /// How far `addr` lies in the region.
+    #[inline]
     fn offset(&self, addr: u64) -> Option<usize> {
-        let offset = addr.checked_sub(self.start).filter(|&o| o < self.len)?;
-        usize::try_from(offset).ok()
+        let offset = usize::try_from(addr.checked_sub(self.start)?).ok()?;
+        (offset < self.len).then_some(offset)
     }
 }
 
@@ -44,7 +45,7 @@ impl View {
     pub fn new(memory: Arc<Memory>) -> View {
         let region = |r: &vm_memory::GuestRegionMmap<()>| Region {
             start: r.start_addr().raw_value(),
-            len: r.len(),
+            len: r.get_mmap().size(),
             map: r.get_mmap(),
         };
         let regions = memory.iter().map(region).collect();
@@ -53,6 +54,7 @@ impl View {
     }
 
     /// The region of an address, and how far in it lies.
+    #[inline]
     fn locate(&self, addr: u64) -> Option<(&Region, usize)> {
         if let Some(found) = self.regions.get(self.last.get()).and_then(|r| Some((r, r.offset(addr)?))) {
             return Some(found);
@@ -64,17 +66,18 @@ impl View {
         Some((region, offset))
     }
 
-    /// Calls `f(piece, bytes before it)` over a range, which may span adjacent regions; false, perhaps after some
-    /// pieces, where part of it is not the guest's memory (V6).
-    fn each(&self, addr: u64, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) -> bool {
+    /// Calls `f(start, length, bytes before it)` for the pieces of a range, which may span adjacent regions; false, perhaps
+    /// after some pieces, where part of it is not the guest's memory (V6). A piece is not empty, and lies in a region, which
+    /// `owner` keeps mapped.
+    #[inline]
+    fn each(&self, addr: u64, len: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> bool {
         let mut done = 0;
         while done < len {
             let Some((region, offset)) = addr.checked_add(done as u64).and_then(|a| self.locate(a)) else {
                 return false;
             };
-            let n = (len - done).min(region.map.size() - offset);
-            let piece = region.map.get_slice(offset, n).expect("a located piece lies in its region");
-            f(piece, done);
+            let n = (len - done).min(region.len - offset);
+            f(region.map.as_ptr().wrapping_add(offset), n, done);
             done += n;
         }
         true
@@ -82,15 +85,16 @@ impl View {
 
     /// Whether all of a range is the guest's memory.
     pub fn holds(&self, addr: u64, len: usize) -> bool {
-        self.each(addr, len, |_, _| ())
+        self.each(addr, len, |_, _, _| ())
     }
 
     /// Copies a range, once (V5).
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
-        let whole = self.each(addr, into.len(), |piece, at| {
-            piece.copy_to(&mut into[at..at + piece.len()]);
+        let whole = self.each(addr, into.len(), |from, n, at| {
+            // SAFETY: the piece is mapped (`each`), and cannot overlap memory of ours.
+            unsafe { ptr::copy_nonoverlapping(from, into[at..at + n].as_mut_ptr(), n) };
         });
-        // Longer copies are plain ones: the compiler may not look at the guest's bytes again instead of at the copy.
+        // The compiler may not look at the guest's bytes again instead of at the copy.
         compiler_fence(Ordering::SeqCst);
         whole
     }
@@ -98,12 +102,19 @@ impl View {
     /// Writes a range; nothing where part of it is not the guest's memory.
     pub fn write(&self, addr: u64, from: &[u8]) -> bool {
         self.holds(addr, from.len())
-            && self.each(addr, from.len(), |piece, at| piece.copy_from(&from[at..at + piece.len()]))
+            && self.each(addr, from.len(), |to, n, at| {
+                // SAFETY: as in `read`, the other way round. Front-ends share memory for reading and writing.
+                unsafe { ptr::copy_nonoverlapping(from[at..at + n].as_ptr(), to, n) };
+            })
     }
 
     /// Writes one byte; false where that is not the guest's memory.
+    #[inline]
     pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
-        let there = self.each(addr, 1, |piece, _| piece.copy_from(&[byte]));
+        let there = self.each(addr, 1, |to, _, _| {
+            // SAFETY: as in `write`; any address is aligned for a byte.
+            unsafe { AtomicU8::from_ptr(to) }.store(byte, Ordering::Relaxed);
+        });
         #[cfg(test)]
         super::driver::stored();
         there
@@ -115,10 +126,10 @@ impl View {
         out.clear();
         out.set_owner(self.owner.clone());
         for (addr, len) in ranges {
-            let whole = self.each(addr, len as usize, |piece, _| {
+            let whole = self.each(addr, len as usize, |start, n, _| {
                 // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` got a
                 // count of that owner above, before its first run. Front-ends share memory for reading and writing.
-                unsafe { out.push(piece.ptr_guard_mut().as_ptr(), piece.len()) }
+                unsafe { out.push(start, n) }
             });
             if !whole {
                 out.clear();
@@ -131,46 +142,61 @@ impl View {
     /// A range that lies wholly in one region, at an address that is a multiple of `align` for the guest and for us.
     pub fn span(&self, addr: u64, len: usize, align: usize) -> Option<Span> {
         let (region, at) = self.locate(addr)?;
-        let inside = at.checked_add(len).is_some_and(|end| end <= region.map.size());
-        let ours = region.map.as_ptr() as usize + at;
-        let aligned = addr.is_multiple_of(align as u64) && ours.is_multiple_of(align);
-        (inside && aligned).then(|| Span { map: region.map.clone(), at, len })
+        let inside = at.checked_add(len).is_some_and(|end| end <= region.len);
+        let start = region.map.as_ptr().wrapping_add(at);
+        let aligned = addr.is_multiple_of(align as u64) && (start as usize).is_multiple_of(align);
+        (inside && aligned).then(|| Span { start, len, _map: region.map.clone() })
     }
 }
 
 /// A part of the guest's memory that was checked once: a ring.
 pub struct Span {
-    map: Arc<MmapRegion<()>>,
-    at: usize,
+    start: *mut u8,
     len: usize,
+    /// Keeps it mapped.
+    _map: Arc<MmapRegion<()>>,
 }
 
+// SAFETY: the pointer is to memory that `_map` keeps mapped, and that others change anyway: it is only used for atomics.
+unsafe impl Send for Span {}
+
 impl Span {
-    fn slice(&self, at: usize, len: usize) -> VolatileSlice<'_> {
-        assert!(at + len <= self.len, "a place in a ring lies in the ring");
-        self.map.get_slice(self.at + at, len).expect("a span lies in its region")
+    /// The word at byte `at`: mapped as long as self, and aligned.
+    #[inline]
+    fn place<T>(&self, at: usize) -> *mut T {
+        let place = self.start.wrapping_add(at).cast::<T>();
+        assert!(at + size_of::<T>() <= self.len && place.is_aligned(), "a word of a ring lies in the ring, aligned");
+        place
     }
 
     /// The 16-bit word at byte `at`, an even number.
+    #[inline]
     pub fn load(&self, at: usize, order: Ordering) -> u16 {
-        spec::word(self.slice(at, 2).load(0, order).expect("rings and their words are aligned"))
+        // SAFETY: by `place`; whatever else we do with a ring is atomic, too.
+        spec::word(unsafe { AtomicU16::from_ptr(self.place(at)) }.load(order))
     }
 
     /// Puts a 16-bit word at byte `at`, an even number.
+    #[inline]
     pub fn store(&self, at: usize, word: u16, order: Ordering) {
-        self.slice(at, 2).store(spec::word(word), 0, order).expect("rings and their words are aligned");
+        // SAFETY: as in `load`.
+        unsafe { AtomicU16::from_ptr(self.place(at)) }.store(spec::word(word), order);
         #[cfg(test)]
         super::driver::stored();
     }
 
     /// The 64-bit word at byte `at`, a multiple of 8 as is the span's alignment; in the guest's order.
+    #[inline]
     pub fn load_raw64(&self, at: usize) -> u64 {
-        self.slice(at, 8).load(0, Ordering::Relaxed).expect("descriptors are aligned")
+        // SAFETY: as in `load`.
+        unsafe { AtomicU64::from_ptr(self.place(at)) }.load(Ordering::Relaxed)
     }
 
     /// Puts a 32-bit word, in the guest's order, at byte `at`, a multiple of 4 as is the span's alignment.
+    #[inline]
     pub fn store_raw32(&self, at: usize, word: u32) {
-        self.slice(at, 4).store(word, 0, Ordering::Relaxed).expect("used elements are aligned");
+        // SAFETY: as in `load`.
+        unsafe { AtomicU32::from_ptr(self.place(at)) }.store(word, Ordering::Relaxed);
         #[cfg(test)]
         super::driver::stored();
     }
@@ -178,7 +204,7 @@ impl Span {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
 

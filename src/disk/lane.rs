@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use super::Disk;
 use super::ahead::Ahead;
-use super::copies::PlannedCopy;
+use super::copies::Copies;
 use super::job::{Job, JobKind, Running};
 use super::mailbox::{Grown, Letter, Mailbox};
 use super::request::{Answer, Request, Work};
@@ -64,11 +64,13 @@ pub struct Lane {
     #[expect(clippy::vec_box, reason = "they come from `tasks` and go there")]
     pub(super) spare: Vec<Box<Task>>,
     pub(super) plan: Plan,
+    /// Whether `plan` is that of the read that begins now.
+    pub(super) planned: bool,
     done: Vec<Completion>,
     pub(super) steps: Vec<Op>,
     pub(super) pool: Vec<Slices>,
     /// Planned, to be made with the next submit.
-    pub(super) copies: Vec<PlannedCopy>,
+    pub(super) copies: Copies,
 }
 
 impl Lane {
@@ -92,10 +94,11 @@ impl Lane {
             submitted: false,
             spare: Vec::new(),
             plan: Plan::default(),
+            planned: false,
             done: Vec::with_capacity(TASKS),
             steps: Vec::new(),
             pool: Vec::new(),
-            copies: Vec::new(),
+            copies: Copies::default(),
         }
     }
 
@@ -111,16 +114,19 @@ impl Lane {
 
     /// Requests that may be pushed now.
     pub fn room(&self) -> usize {
-        if self.backlog.is_empty() { self.free.len() } else { 0 }
+        // A read that is planned as copies may yet need a task.
+        if self.backlog.is_empty() { self.free.len() - self.copies.len() } else { 0 }
     }
 
     /// Takes a request and goes as far with it as memory allows; no system call. There is `room`.
-    pub fn push(&mut self, request: Request) {
-        let read = if let Work::Read { range, .. } = &request.work { Some(*range) } else { None };
-        self.begin(request);
-        if let Some(range) = read {
-            self.follow(range);
+    #[inline]
+    pub fn push(&mut self, Request { tag, work }: Request) {
+        let Work::Read { range, into } = work else { return self.begin(Request { tag, work }) };
+        if let Err(into) = self.plan_copies(tag, range, into) {
+            self.planned = true;
+            self.begin(Request { tag, work: Work::Read { range, into } });
         }
+        self.follow(range);
     }
 
     /// A guest begins to use the disk: room for its first writes is made while it does something else.
@@ -164,7 +170,7 @@ impl Lane {
             if !std::mem::take(&mut self.submitted) && done.iter().any(|c| c.op.action == Action::Read) {
                 self.ahead.waited();
             }
-            let idle = letters.is_empty() && done.is_empty() && self.copies.is_empty();
+            let idle = letters.is_empty() && done.is_empty();
             for completion in done.drain(..) {
                 self.completed(completion);
             }
@@ -196,7 +202,8 @@ impl Lane {
 
     /// Whether nothing is under way and no answer is owed.
     pub fn is_idle(&self) -> bool {
-        self.free.len() == TASKS && self.commit.is_none() && self.growth.is_none() && self.answers.is_empty()
+        let nothing = self.free.len() == TASKS && self.copies.len() == 0 && self.answers.is_empty();
+        nothing && self.commit.is_none() && self.growth.is_none()
     }
 
     /// Waits until the lane is idle.

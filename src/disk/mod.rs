@@ -10,7 +10,7 @@
 //!                              └─────┼──────────┘
 //!                                    ├── Wait for room (a fresh block, and the file has to grow)
 //!                                    v
-//!                                  Move   operations over slices of the request's own memory, or copies into it
+//!                                  Move   operations over slices of the request's own memory
 //!                                    v
 //!                                  mark   (writes; a bitmap that memory lost meanwhile is loaded again)
 //!                                    ├── Await a commit (flushes; writes on a write-through disk)
@@ -18,6 +18,7 @@
 //!                                  Answer
 //! ```
 //!
+//! A read of what the host has in memory is a copy, and goes none of this way (`copies`).
 //! Reads one behind the other that wait for the disk are read ahead of (`ahead`).
 //!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.

@@ -5,7 +5,6 @@
 use std::io;
 use std::path::Path;
 
-use super::copies::PlannedCopy;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
@@ -158,7 +157,9 @@ impl Lane {
         let version = self.disk.version();
         let room = match &task.work {
             Work::Read { range, .. } => {
-                version.plan_read(*range, &mut plan);
+                if !std::mem::take(&mut self.planned) {
+                    version.plan_read(*range, &mut plan);
+                }
                 Ok(())
             }
             Work::Prefetch { range } => {
@@ -232,14 +233,8 @@ impl Lane {
                     None
                 }
                 (Work::Read { into, .. }, Source::File { slot, offset }) => {
-                    if let Some(found) = self.engine.find(slot, offset, len) {
-                        task.pending += 1;
-                        self.copies.push(PlannedCopy { task: number, at, found });
-                        None
-                    } else {
-                        let payload = self.payload(into, at, len, slot, false);
-                        Some(Op::read(token, slot, offset, payload))
-                    }
+                    let payload = self.payload(into, at, len, slot, false);
+                    Some(Op::read(token, slot, offset, payload))
                 }
                 (Work::Write { from, .. }, Source::File { slot, offset }) => {
                     let payload = self.payload(from, at, len, slot, true);

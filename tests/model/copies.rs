@@ -1,5 +1,5 @@
-//! Reads of which some parts are copies and others operations, on the simulated host: any mixture, copies that fail half-way,
-//! and operations that come in any order, held against a flat array.
+//! Reads that are copies beside reads that are operations, on the simulated host: of many parts and of one, copies that fail
+//! half-way, and operations that come in any order, held against a flat array.
 #![cfg(feature = "sim")]
 
 use std::path::Path;

@@ -115,14 +115,14 @@ impl Engine for SimEngine {
     }
 
     fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
-        (self.shared.world().copies && self.random.chance(1, 2)).then(|| Found::new(slot, offset, len))
+        (self.shared.world().copies && self.random.chance(7, 8)).then(|| Found::new(slot, offset, len))
     }
 
     fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
         let Some(Some((_, inode, _))) = self.files.get(usize::from(found.slot().0)) else { return false };
         let mut bytes = vec![0; found.len()];
         let there = self.shared.world().look(*inode, &mut bytes, found.offset()).is_ok();
-        let whole = there && self.random.chance(3, 4);
+        let whole = there && self.random.chance(7, 8);
         if !whole {
             // Half of it.
             bytes.truncate(found.len() / 2);
