@@ -2,12 +2,13 @@
 //!
 //! A cell of one run takes a word of a table; lists of runs are kept up to [`MOST_RUN_BYTES`] in all. Then the memory starts
 //! afresh, and what is needed again is read again as on the first look, without holding up other requests. So a chain cut
-//! into single sectors cannot eat the host, and a look-up takes no lock.
+//! into single sectors cannot eat the host, and a look-up takes no lock. Nor does it count on a counter that queues share:
+//! who asks again and again remembers what it saw last ([`Memo`]), and lets go of it when it is idle.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, Cache};
 
 use super::extent::{Plan, Source};
 use crate::image::Paged;
@@ -136,10 +137,14 @@ impl Decided {
     }
 }
 
+/// What one who asks saw last.
+#[derive(Debug)]
+pub(super) struct Memo(Cache<Arc<ArcSwap<Decided>>, Arc<Decided>>);
+
 /// The memory of a chain.
 #[derive(Debug)]
 pub(super) struct Cells {
-    decided: ArcSwap<Decided>,
+    decided: Arc<ArcSwap<Decided>>,
     sectors: u64,
     most: usize,
 }
@@ -147,13 +152,22 @@ pub(super) struct Cells {
 impl Cells {
     /// Nothing is decided of a disk of so many sectors.
     pub(super) fn new(sectors: u64) -> Cells {
-        Cells { decided: ArcSwap::from_pointee(Decided::new(sectors)), sectors, most: MOST_RUN_BYTES }
+        let decided = Arc::new(ArcSwap::from_pointee(Decided::new(sectors)));
+        Cells { decided, sectors, most: MOST_RUN_BYTES }
     }
 
-    /// What is decided now. What is held is not forgotten.
+    /// What is decided now, as long as it is held in `memo`.
     #[inline]
-    pub(super) fn decided(&self) -> Guard<Arc<Decided>> {
-        self.decided.load()
+    pub(super) fn decided<'a>(&self, memo: &'a mut Option<Memo>) -> &'a Decided {
+        if !memo.as_ref().is_some_and(|memo| std::ptr::eq(memo.0.arc_swap(), &*self.decided)) {
+            *memo = Some(Memo(Cache::new(self.decided.clone())));
+        }
+        memo.as_mut().expect("made above").0.load()
+    }
+
+    /// Whether a cell is decided now.
+    pub(super) fn has(&self, index: usize) -> bool {
+        self.decided.load().get(index).is_some()
     }
 
     /// Keeps a cell, perhaps instead of all others.
@@ -211,11 +225,16 @@ mod tests {
         cells.keep(99, Cell::Whole(Run::new(CELL_SECTORS, Source::Zero)));
         (0..4).for_each(|n| cells.keep(n, Cell::Runs(runs(10))));
         cells.keep(3, Cell::Runs(runs(10)));
-        let held = cells.decided();
+        let mut memo = None;
+        let held = cells.decided(&mut memo);
         assert!((0..4).all(|n| held.get(n).is_some()) && held.get(99).is_some(), "twice the same counts once");
         cells.keep(4, Cell::Runs(runs(10)));
         assert!(held.get(3).is_some(), "who looks keeps what it looks at");
-        let known: Vec<_> = (0..100).filter(|n| cells.decided().get(*n).is_some()).collect();
+        let known: Vec<_> = (0..100).filter(|n| cells.has(*n)).collect();
         assert_eq!(known, [4], "one more than there is room for");
+        let now = cells.decided(&mut memo);
+        assert!(now.get(4).is_some() && now.get(3).is_none(), "and who looks again sees that");
+        let others = Cells::new(CELL_SECTORS);
+        assert!(others.decided(&mut memo).get(0).is_none() && cells.decided(&mut memo).get(4).is_some());
     }
 }

@@ -1,5 +1,6 @@
 //! Plans: a range of the disk as runs of sectors that have one source each.
 
+use super::cells::Memo;
 use crate::storage::Slot;
 use crate::units::SectorRange;
 
@@ -81,6 +82,8 @@ pub struct Plan {
     pub missing: Vec<Missing>,
     /// Whether a block got a place: room may be short now.
     pub reserved: bool,
+    /// Of the last look-up beneath the top.
+    pub(super) memo: Option<Memo>,
 }
 
 /// Layers of the deepest chain, and some more: what one place of the disk can miss.
@@ -93,6 +96,11 @@ impl Plan {
         self.marks.clear();
         self.missing.clear();
         self.reserved = false;
+    }
+
+    /// Lets go of what look-ups remember of a chain. To be called when nobody asks for a while.
+    pub fn rest(&mut self) {
+        self.memo = None;
     }
 
     /// Appends a run, joining it to the last where they are neighbours in both worlds.

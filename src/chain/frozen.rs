@@ -65,7 +65,8 @@ impl Frozen {
     /// Appends where `range` is to `plan`, or what must be loaded to tell.
     #[inline]
     pub fn split(&self, range: SectorRange, plan: &mut Plan) {
-        let known = self.cells.decided();
+        let mut memo = plan.memo.take();
+        let known = self.cells.decided(&mut memo);
         let mut rest = range.clip(SectorRange::between(0, self.sectors));
         let beyond = range.skip(rest.count());
         while !rest.is_empty() {
@@ -86,6 +87,7 @@ impl Frozen {
             }
         }
         plan.push(beyond, Source::Zero);
+        plan.memo = memo;
     }
 
     /// The bitmap sectors that decide a cell; none where it is decided.
@@ -111,7 +113,7 @@ impl Frozen {
     }
 
     fn is_decided(&self, index: usize) -> bool {
-        self.cells.decided().get(index).is_some()
+        self.cells.has(index)
     }
 
     /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.

@@ -126,6 +126,7 @@ impl Chain {
         Err(Defect::Long)
     }
 
+    #[inline]
     fn add(&mut self, d: Descriptor) -> Result<(), Defect> {
         let piece = Piece { addr: d.addr, len: d.len };
         if d.has(desc::WRITE) {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, com
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::{Memory, spec};
-use crate::storage::Slices;
+use crate::storage::{Slices, fetch_line};
 
 /// A memory table as one queue uses it.
 pub struct View {
@@ -83,6 +83,14 @@ impl View {
         true
     }
 
+    /// Has the processor fetch what is at an address, if it is the guest's memory.
+    #[inline]
+    pub fn fetch(&self, addr: u64) {
+        if let Some((region, offset)) = self.locate(addr) {
+            fetch_line(region.map.as_ptr().wrapping_add(offset));
+        }
+    }
+
     /// Whether all of a range is the guest's memory.
     pub fn holds(&self, addr: u64, len: usize) -> bool {
         self.each(addr, len, |_, _, _| ())
@@ -123,12 +131,11 @@ impl View {
     /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
     /// memory.
     pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut Slices) -> bool {
-        out.clear();
-        out.set_owner(self.owner.clone());
+        out.restart(&self.owner);
         for (addr, len) in ranges {
             let whole = self.each(addr, len as usize, |start, n, _| {
-                // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` got a
-                // count of that owner above, before its first run. Front-ends share memory for reading and writing.
+                // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` has a
+                // count of that owner since above, before its first run. Front-ends share memory for reading and writing.
                 unsafe { out.push(start, n) }
             });
             if !whole {
@@ -167,6 +174,12 @@ impl Span {
         let place = self.start.wrapping_add(at).cast::<T>();
         assert!(at + size_of::<T>() <= self.len && place.is_aligned(), "a word of a ring lies in the ring, aligned");
         place
+    }
+
+    /// Has the processor fetch what is at byte `at`.
+    #[inline]
+    pub fn fetch(&self, at: usize) {
+        fetch_line(self.start.wrapping_add(at));
     }
 
     /// The 16-bit word at byte `at`, an even number.

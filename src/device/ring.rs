@@ -10,7 +10,7 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use super::guest::{Span, View};
-use super::spec::{self, AVAIL_NO_INTERRUPT, USED_NO_NOTIFY, desc, used_element};
+use super::spec::{self, AVAIL_NO_INTERRUPT, Descriptor, USED_NO_NOTIFY, desc, used_element};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Both rings: flags.
@@ -141,9 +141,33 @@ impl Ring {
     /// # Errors
     /// [`Broken::Head`].
     pub fn head(&self) -> Result<u16, Broken> {
-        let at = ELEMENTS + usize::from(self.next_avail.0 & (self.size - 1)) * AVAIL_ELEMENT;
-        let head = self.avail.load(at, Ordering::Relaxed);
+        let head = self.entry(0);
         if head < self.size { Ok(head) } else { Err(Broken::Head) }
+    }
+
+    /// Entry of the avail ring, so many behind the next.
+    #[inline]
+    fn entry(&self, behind: u16) -> u16 {
+        let at = ELEMENTS + usize::from((self.next_avail + Wrapping(behind)).0 & (self.size - 1)) * AVAIL_ELEMENT;
+        self.avail.load(at, Ordering::Relaxed)
+    }
+
+    /// Has the processor fetch the first descriptor of a chain, so many behind the next: the driver's processor wrote it last.
+    #[inline]
+    pub fn fetch(&self, behind: u16) {
+        self.table.fetch(self.first(behind));
+    }
+
+    /// Where the first descriptor of such a chain points. Good for a hint only: it is not checked, and is read again.
+    #[inline]
+    pub fn hint(&self, behind: u16) -> u64 {
+        Descriptor::decode(self.table.load_raw64(self.first(behind)), 0).addr
+    }
+
+    /// Place of that descriptor; of another one where the head is none.
+    #[inline]
+    fn first(&self, behind: u16) -> usize {
+        usize::from(self.entry(behind) & (self.size - 1)) * desc::LEN
     }
 
     /// `taken` chains were taken and not given back by whoever served the ring before: goes on behind them.
@@ -286,6 +310,14 @@ mod tests {
         for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(Broken::Head)), (u16::MAX, Err(Broken::Head))] {
             d.put_word(AVAIL + 4, head);
             assert_eq!(ring.head(), want);
+        }
+        // What is fetched ahead takes any head.
+        d.desc(TABLE, 3, (0x1234, 5, 0, 0));
+        for (behind, head, want) in [(1, 3, 0x1234), (8, u16::MAX, 0), (9, 3, 0x1234)] {
+            d.put_word(AVAIL + 4 + behind % 8 * 2, head);
+            let behind = u16::try_from(behind).unwrap();
+            ring.fetch(behind);
+            assert_eq!(ring.hint(behind), want, "{head} in entry {behind}");
         }
     }
 

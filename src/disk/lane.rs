@@ -215,6 +215,7 @@ impl Lane {
         loop {
             self.poll(answers)?;
             if self.is_idle() {
+                self.plan.rest();
                 return Ok(());
             }
             if self.engine.under_way() > 0 {
@@ -316,6 +317,7 @@ impl Lane {
     /// again; and every few seconds what was written and not flushed becomes durable in the background, which bounds what
     /// a power cut takes and what a live journal has to hold.
     pub fn tick(&mut self) {
+        self.plan.rest();
         let parked = std::mem::take(&mut self.parked);
         self.go_on(parked, true);
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;

@@ -59,12 +59,12 @@ impl Lane {
             }
             (Payload::Guest(slices), Err(e)) if self.disk.parks() && is_full(op.action, &e) => {
                 task.full = true;
-                self.pool.push(slices);
+                give_back(&mut self.pool, slices);
             }
             (Payload::Own(_), Err(e)) if self.disk.parks() && is_full(op.action, &e) => task.full = true,
             (Payload::Guest(slices), result) => {
                 task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
-                self.pool.push(slices);
+                give_back(&mut self.pool, slices);
             }
             (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
                 again = Some(Op::range(op.token, op.slot, op.action, op.offset, op.len));
@@ -262,7 +262,6 @@ impl Lane {
     /// The part of a request's memory that an operation moves; a bounce buffer where O_DIRECT does not take it.
     fn payload(&mut self, memory: &Slices, at: usize, len: usize, slot: Slot, copy: bool) -> Payload {
         let mut slices = self.pool.pop().unwrap_or_else(|| Slices::with_capacity(8));
-        slices.clear();
         memory.slice_into(at, len, &mut slices);
         let align = self.disk.memory_align(slot);
         if align == 1 || slices.is_aligned(align) {
@@ -272,7 +271,7 @@ impl Lane {
         if copy {
             slices.copy_to(0, &mut bounce);
         }
-        self.pool.push(slices);
+        give_back(&mut self.pool, slices);
         Payload::Own(bounce)
     }
 
@@ -334,6 +333,12 @@ impl Lane {
         task.round = self.join(number);
         Next::Wait(Stage::Await)
     }
+}
+
+/// Keeps the room of an operation's slices, and not a moment longer the memory, which the front-end may have taken back.
+fn give_back(pool: &mut Vec<Slices>, mut slices: Slices) {
+    slices.clear();
+    pool.push(slices);
 }
 
 /// Whether a write found the host full: a place that was punched, or a file system that copies on write.

@@ -33,14 +33,20 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
 /// that there is more.
 #[inline]
 pub(super) fn fetch(from: NonNull<u8>) {
+    (0..4).for_each(|line| fetch_line(from.as_ptr().wrapping_add(line * 64)));
+}
+
+/// Has the processor begin to fetch the cache line of an address, if there is anything.
+#[inline]
+pub fn fetch_line(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    for line in 0..4 {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a hint, which may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(line * 64).cast_const().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = from;
+    let _ = at;
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -37,6 +37,7 @@ mod twins;
 mod warm;
 
 pub use bell::Bell;
+pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
 pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use live::Live;

@@ -108,6 +108,16 @@ impl Slices {
         self.owner = Some(owner);
     }
 
+    /// Forgets the runs; `owner` keeps those mapped that come next. Counts nothing where it did so before.
+    #[inline]
+    pub fn restart(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
+        self.runs.clear();
+        self.len = 0;
+        if !self.owner.as_ref().is_some_and(|before| Arc::ptr_eq(before, owner)) {
+            self.set_owner(owner.clone());
+        }
+    }
+
     /// Appends a run; neighbours in memory are joined.
     ///
     /// # Safety
