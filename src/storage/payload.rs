@@ -80,7 +80,12 @@ impl std::fmt::Debug for Buffer {
 ///
 /// The bytes may change under us at any moment (the guest runs), so no `&[u8]` is ever made of them: they are
 /// handed to the kernel, or copied by `ptr::copy`.
-pub struct Slices {
+///
+/// In a box, since it goes through many hands on its way, and is used again: to move all of it each time is a tenth of our own
+/// share of a read.
+pub struct Slices(Box<Inner>);
+
+struct Inner {
     runs: Vec<libc::iovec>,
     len: usize,
     owner: Option<Arc<dyn Any + Send + Sync>>,
@@ -93,27 +98,27 @@ unsafe impl Send for Slices {}
 impl Slices {
     /// No memory yet; room for `runs` runs without a further allocation.
     pub fn with_capacity(runs: usize) -> Slices {
-        Slices { runs: Vec::with_capacity(runs), len: 0, owner: None }
+        Slices(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
 
     /// Forgets runs and owner, keeps the room.
     pub fn clear(&mut self) {
-        self.runs.clear();
-        self.len = 0;
-        self.owner = None;
+        self.0.runs.clear();
+        self.0.len = 0;
+        self.0.owner = None;
     }
 
     /// Says what keeps the memory of the runs mapped.
     pub fn set_owner(&mut self, owner: Arc<dyn Any + Send + Sync>) {
-        self.owner = Some(owner);
+        self.0.owner = Some(owner);
     }
 
     /// Forgets the runs; `owner` keeps those mapped that come next. Counts nothing where it did so before.
     #[inline]
     pub fn restart(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
-        self.runs.clear();
-        self.len = 0;
-        if !self.owner.as_ref().is_some_and(|before| Arc::ptr_eq(before, owner)) {
+        self.0.runs.clear();
+        self.0.len = 0;
+        if !self.0.owner.as_ref().is_some_and(|before| Arc::ptr_eq(before, owner)) {
             self.set_owner(owner.clone());
         }
     }
@@ -126,34 +131,34 @@ impl Slices {
         if len == 0 {
             return;
         }
-        self.len = self.len.checked_add(len).expect("mapped memory is below 2^63 bytes");
-        match self.runs.last_mut() {
+        self.0.len = self.0.len.checked_add(len).expect("mapped memory is below 2^63 bytes");
+        match self.0.runs.last_mut() {
             Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start => last.iov_len += len,
-            _ => self.runs.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
+            _ => self.0.runs.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
         }
     }
 
     /// Total bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.0.len
     }
 
     /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.0.len == 0
     }
 
     /// The runs, as the kernel wants them.
     pub fn iovecs(&self) -> &[libc::iovec] {
-        &self.runs
+        &self.0.runs
     }
 
     /// Appends `len` bytes from byte `at` of self to `out`, and shares the owner. The range lies in self.
     pub fn slice_into(&self, at: usize, len: usize, out: &mut Slices) {
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice lies in its whole");
-        out.owner.clone_from(&self.owner);
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
+        out.0.owner.clone_from(&self.0.owner);
         let (mut skip, mut left) = (at, len);
-        for run in &self.runs {
+        for run in &self.0.runs {
             if left == 0 {
                 break;
             }
@@ -196,9 +201,9 @@ impl Slices {
 
     /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
     pub(super) fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "a slice lies in its whole");
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         let (mut skip, mut done) = (at, 0);
-        for run in &self.runs {
+        for run in &self.0.runs {
             if done == len {
                 break;
             }
@@ -215,13 +220,13 @@ impl Slices {
 
     /// Whether every run begins and ends on a multiple of `align` (a power of two): what O_DIRECT asks of memory.
     pub fn is_aligned(&self, align: usize) -> bool {
-        self.runs.iter().all(|r| (r.iov_base as usize | r.iov_len) & (align - 1) == 0)
+        self.0.runs.iter().all(|r| (r.iov_base as usize | r.iov_len) & (align - 1) == 0)
     }
 }
 
 impl std::fmt::Debug for Slices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Slices({} runs, {} bytes)", self.runs.len(), self.len)
+        write!(f, "Slices({} runs, {} bytes)", self.0.runs.len(), self.0.len)
     }
 }
 

@@ -33,7 +33,7 @@ const LONG_EACH: Duration = Duration::from_micros(2);
 /// For so many times as long as it waited nothing is copied.
 const RECOVERY: u32 = 100;
 /// After so many copies, and as many again, it is looked whether they take far too long.
-const LOOK: usize = 4;
+const LOOK: usize = 8;
 const FAR_TOO_LONG: Duration = Duration::from_millis(1);
 /// After so many batches it is noted how often this thread has waited, whatever for.
 const NOTE: u32 = 1024;
