@@ -66,25 +66,30 @@ pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample 
     sample
 }
 
-/// The same in the files of a chain, where their data is: what its being spread costs without any server.
-pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
+/// Where the files of a chain have data, page by page.
+pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
     const LEAST: u64 = 32 << 10; // a bitmap is no data
-    let mut pieces = Vec::new();
+    let page = BLOCK as u64;
+    let mut pages = Vec::new();
     for path in files {
         let file = Rc::new(File::open(path).expect("the image can be read"));
         for (start, len) in runs_of_data(path, LEAST) {
-            let first = start.next_multiple_of(BLOCK as u64);
-            pieces.extend(
-                (first..(start + len) / BLOCK as u64 * BLOCK as u64).step_by(BLOCK).map(|at| (file.clone(), at)),
-            );
+            let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
+            pages.extend((first..end).step_by(BLOCK).map(|at| (file.clone(), at)));
         }
     }
+    pages
+}
+
+/// The same in the files of a chain, where their data is: what its being spread costs without any server.
+pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
+    let pages = pages(files);
     let mut memory = vec![0; DEPTH * BLOCK];
     let mut random = Random::default();
-    pieces.iter().for_each(|(file, at)| file.read_exact_at(&mut memory[..BLOCK], *at).expect("the image can be read"));
+    pages.iter().for_each(|(file, at)| file.read_exact_at(&mut memory[..BLOCK], *at).expect("the image can be read"));
     measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
-            let (file, at) = &pieces[random.next(pieces.len() as u64) as usize];
+            let (file, at) = &pages[random.next(pages.len() as u64) as usize];
             file.read_exact_at(page, *at).expect("the image can be read");
         }
     })

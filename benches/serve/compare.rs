@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::Pace;
 use crate::bare;
+use crate::bare_mapped;
 use crate::bare_pair;
 use crate::bare_writes;
 use crate::disks::{Disks, Format};
@@ -60,18 +61,24 @@ impl Bench {
 
     /// Has each contestant run once unmeasured, then in turn.
     pub fn compare(&mut self, load: &str, mut contestants: Vec<Contestant<'_>>) {
-        let first = self.rows.len();
         for contestant in &mut contestants {
             (contestant.run)();
-            self.rows.push(Row { load: load.into(), system: contestant.system.clone(), samples: Vec::new() });
         }
-        let count = contestants.len();
         for round in 0..self.pace.rounds {
-            for turn in 0..count {
-                // Another begins in each round.
-                let i = (round + turn) % count;
-                let sample = (contestants[i].run)();
-                self.rows[first + i].samples.push(sample);
+            self.round(load, &mut contestants, round);
+        }
+    }
+
+    /// Has each run once; another begins in each round.
+    fn round(&mut self, load: &str, contestants: &mut [Contestant<'_>], round: usize) {
+        let count = contestants.len();
+        for turn in 0..count {
+            let contestant = &mut contestants[(round + turn) % count];
+            let sample = (contestant.run)();
+            let system = &contestant.system;
+            match self.rows.iter_mut().find(|row| row.load == load && row.system == *system) {
+                Some(row) => row.samples.push(sample),
+                None => self.rows.push(Row { load: load.into(), system: system.clone(), samples: vec![sample] }),
             }
         }
     }
@@ -105,29 +112,29 @@ const OURS_16: &str = "diffdiskd, 16 layers";
 const QCOW2_16: &str = "QSD qcow2, 16 layers";
 const READ: &str = "rand read 4 KiB, qd 32";
 
-/// Random reads at depth 32 of the queue, by depth of the chain.
+/// Random reads at depth 32 of the queue, by depth of the chain. Each round has the files read anew, and new servers.
 pub fn random_reads(bench: &mut Bench) {
-    let load = bench.random_read();
-    let (raw, vpc) = (bench.disks.spread(Format::Raw, 1), bench.disks.spread(Format::Vpc, 1));
-    let chain = bench.disks.files(Format::Vhd, 16);
-    let mut all = Vec::new();
-    for layers in [1, 4, 16, 64] {
-        let image = bench.disks.spread(Format::Vhd, layers);
-        all.push(Contestant::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
+    for round in 0..bench.pace.rounds {
+        bench.disks.draw_again();
+        let files =
+            [1, 16, 64].map(|layers| (bench.disks.spread(Format::Vhd, layers), bench.disks.files(Format::Vhd, layers)));
+        let raw = bench.disks.spread(Format::Raw, 1);
+        let (size, time) = (bench.disks.size, bench.pace.time);
+        let mut all = read_servers(bench);
+        for (_, files) in &files {
+            let name = format!("mapped copies of {} files, no server", files.len());
+            all.push(Contestant::new(&name, move || bare_mapped::copies(files, time)));
+        }
+        all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
+        all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
+        all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
+        all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&files[1].1, time)));
+        all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
+        for contestant in &mut all {
+            (contestant.run)();
+        }
+        bench.round(READ, &mut all, round);
     }
-    for layers in [1, 4, 16] {
-        let image = bench.disks.spread(Format::Qcow2, layers);
-        all.push(Contestant::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
-    }
-    all.push(Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
-    all.push(Contestant::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
-    let (size, time) = (load.region, bench.pace.time);
-    all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
-    all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
-    all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
-    all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&chain, time)));
-    all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
-    bench.compare(READ, all);
     bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);
     bench.want_iops(READ, OURS_16, "QSD raw", 2.0);
     bench.want_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);
@@ -136,6 +143,24 @@ pub fn random_reads(bench: &mut Bench) {
         let ratio = bench.ratio(READ, OURS_16, bare, |s| s.cpu);
         bench.target(format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"), ratio, Bound::AtMost(1.5));
     }
+}
+
+fn read_servers<'a>(bench: &Bench) -> Vec<Contestant<'a>> {
+    let (load, disks) = (bench.random_read(), &bench.disks);
+    let mut all = Vec::new();
+    for layers in [1, 4, 16, 64] {
+        let image = disks.spread(Format::Vhd, layers);
+        all.push(Contestant::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
+    }
+    all.push(Contestant::server("diffdiskd, 1 layers, large folios", &Kind::ours(), &disks.in_large_folios(), load));
+    for layers in [1, 4, 16] {
+        let image = disks.spread(Format::Qcow2, layers);
+        all.push(Contestant::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
+    }
+    let (raw, vpc) = (disks.spread(Format::Raw, 1), disks.spread(Format::Vpc, 1));
+    all.push(Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
+    all.push(Contestant::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
+    all
 }
 
 /// One request at a time: both sides asleep in between, or both looking.

@@ -95,6 +95,29 @@ impl Disks {
         (0..layers).map(|layer| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)))).collect()
     }
 
+    /// Has all files read anew, when they are next used: the pages that the host takes for them are faster or slower by luck,
+    /// so it is tried more than once.
+    pub fn draw_again(&self) {
+        self.settled.borrow_mut().clear();
+    }
+
+    /// A copy of the single VHD that the host has read from its beginning to its end: in folios as large as it likes, which it
+    /// maps at once.
+    pub fn in_large_folios(&self) -> PathBuf {
+        let (single, copy) = (self.spread(Format::Vhd, 1), self.folder.join("vhd-1-large"));
+        if !copy.exists() {
+            fs::copy(single, &copy).expect("there is room");
+        }
+        evict(&copy);
+        let file = File::open(&copy).expect("the image can be read");
+        let (mut piece, len) = (vec![0; 1 << 20], file.metadata().expect("our own file").len());
+        for at in (0..len).step_by(piece.len()) {
+            let want = usize::try_from(len - at).map_or(piece.len(), |rest| rest.min(piece.len()));
+            file.read_exact_at(&mut piece[..want], at).expect("the image can be read");
+        }
+        copy
+    }
+
     fn settle_once(&self, path: PathBuf) {
         if !self.settled.borrow().contains(&path) {
             settle(&path);
@@ -220,16 +243,20 @@ pub fn evict(path: &Path) {
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }
 
-/// Has the host read a file anew, from its beginning to its end: how large the folios of the page cache are is then the work
-/// of its own readahead, whoever wrote the file, and whatever of it was forgotten since.
+/// Has the host read a file anew, a chunk at a time and every other one first, as if a guest did: so the folios of the page
+/// cache are of one size whatever the file, and what is compared is the depth of a chain. (Read from end to end, a file that
+/// is all data gets folios of 2 MiB, which a processor finds with one look; one in which data and holes take turns cannot.)
 pub fn settle(path: &Path) {
     evict(path);
     let file = File::open(path).expect("the image can be read");
-    let mut piece = vec![0; 1 << 20];
-    for (start, len) in runs_of_data(path, 1) {
-        for at in (start..start + len).step_by(piece.len()) {
-            let want = usize::try_from(start + len - at).map_or(piece.len(), |rest| rest.min(piece.len()));
-            file.read_exact_at(&mut piece[..want], at).expect("the image can be read");
+    let mut piece = vec![0; CHUNK as usize];
+    for parity in 0..2 {
+        for (start, end) in runs_of_data(path, 1).into_iter().map(|(start, len)| (start, start + len)) {
+            for chunk in (start / CHUNK..end.div_ceil(CHUNK)).filter(|chunk| chunk % 2 == parity) {
+                let (from, to) = (start.max(chunk * CHUNK), end.min((chunk + 1) * CHUNK));
+                let piece = &mut piece[..(to - from) as usize];
+                file.read_exact_at(piece, from).expect("the image can be read");
+            }
         }
     }
 }

@@ -9,6 +9,7 @@
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bare;
+mod bare_mapped;
 mod bare_pair;
 mod bare_writes;
 mod barriers;

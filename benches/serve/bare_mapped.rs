@@ -1,0 +1,60 @@
+//! What reads of a chain in the page cache come down to, without any server: copies from the mapped files.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::ptr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::bare::{BLOCK, DEPTH, Random, measure, pages};
+use crate::sample::Sample;
+
+/// Copies of a turn: the processor begins to fetch all of them first.
+const TURN: usize = 16;
+const LINE: usize = 64;
+
+/// A file that is mapped.
+struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `copies`, and no pointer into it is used any more.
+        let _ = unsafe { munmap(self.start.cast(), self.len) };
+    }
+}
+
+/// Random copies of 4 KiB from where the files of a chain have data.
+pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
+    let mut mappings = HashMap::new();
+    let mut places = Vec::new();
+    for (file, at) in pages(files) {
+        let mapping = mappings.entry(Rc::as_ptr(&file)).or_insert_with(|| {
+            let len = file.metadata().expect("our own file").len() as usize;
+            // SAFETY: a fresh mapping at a place that the kernel chooses.
+            let start = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*file, 0) };
+            Mapping { start: start.expect("the image can be mapped").cast(), len }
+        });
+        places.push(mapping.start.wrapping_add(at as usize).cast_const());
+    }
+    let mut memory = vec![0u8; DEPTH * BLOCK];
+    let copy = |from: *const u8, to: &mut [u8]| {
+        // SAFETY: a page of a file that nobody cuts, in its mapping; `to` is memory of ours, a page long.
+        unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), BLOCK) };
+    };
+    places.iter().for_each(|place| copy(*place, &mut memory[..BLOCK]));
+    let mut random = Random::default();
+    measure(time, DEPTH, || {
+        for turn in memory.chunks_mut(TURN * BLOCK) {
+            let from = [(); TURN].map(|()| places[random.next(places.len() as u64) as usize]);
+            from.iter()
+                .for_each(|from| (0..4).for_each(|n| diffdisk::storage::fetch_line(from.wrapping_add(n * LINE))));
+            from.iter().zip(turn.chunks_mut(BLOCK)).for_each(|(from, to)| copy(*from, to));
+        }
+    })
+}
