@@ -8,7 +8,7 @@ use crate::bare;
 use crate::bare_mapped;
 use crate::bare_pair;
 use crate::bare_writes;
-use crate::disks::{Disks, Format};
+use crate::disks::{Disks, Format, Settle};
 use crate::load::{Guest, Load, Order, Until};
 use crate::sample::{Row, Sample, median};
 use crate::server::{Kind, Server, processors};
@@ -115,7 +115,7 @@ const READ: &str = "rand read 4 KiB, qd 32";
 /// Random reads at depth 32 of the queue, by depth of the chain. Each round has the files read anew, and new servers.
 pub fn random_reads(bench: &mut Bench) {
     for round in 0..bench.pace.rounds {
-        bench.disks.draw_again();
+        bench.disks.settle_again(Settle::Chunks);
         let files =
             [1, 16, 64].map(|layers| (bench.disks.spread(Format::Vhd, layers), bench.disks.files(Format::Vhd, layers)));
         let raw = bench.disks.spread(Format::Raw, 1);
@@ -135,6 +135,7 @@ pub fn random_reads(bench: &mut Bench) {
         }
         bench.round(READ, &mut all, round);
     }
+    bench.disks.settle_again(Settle::Through);
     bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);
     bench.want_iops(READ, OURS_16, "QSD raw", 2.0);
     bench.want_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);

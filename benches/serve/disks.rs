@@ -3,7 +3,7 @@
 //! What is only read is made once and kept in `target/bench/disks`, and read anew by the host before it is used; what is written
 //! is made anew for every run.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -54,10 +54,21 @@ pub struct Turns {
     pub piece: u64,
 }
 
+/// In which order the host reads a file anew. It decides how large the folios of the page cache are, whoever wrote the file.
+#[derive(Clone, Copy)]
+pub enum Settle {
+    /// From end to end, in folios as large as the host likes. A file that is all data gets such of 2 MiB, which are mapped at
+    /// once and which a processor finds with one look; one in which data and holes take turns cannot.
+    Through,
+    /// A chunk at a time and every other one first, as guests do: so folios are of one size whatever the file.
+    Chunks,
+}
+
 /// Where the disks are.
 pub struct Disks {
     folder: PathBuf,
     settled: RefCell<HashSet<PathBuf>>,
+    order: Cell<Settle>,
     /// Bytes of data.
     pub size: u64,
 }
@@ -67,7 +78,7 @@ impl Disks {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder");
         let folder = target.join("bench/disks").join(format!("{LAYOUT}-{}", size >> 20));
         fs::create_dir_all(&folder).expect("the target folder can be written");
-        Disks { folder, settled: RefCell::default(), size }
+        Disks { folder, settled: RefCell::default(), order: Cell::new(Settle::Through), size }
     }
 
     /// A chain of `layers` images with the data spread over all of them; the youngest.
@@ -95,32 +106,26 @@ impl Disks {
         (0..layers).map(|layer| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)))).collect()
     }
 
-    /// Has all files read anew, when they are next used: the pages that the host takes for them are faster or slower by luck,
-    /// so it is tried more than once.
-    pub fn draw_again(&self) {
+    /// Has all files read anew when they are next used, in this order. The pages that the host takes for them are faster or
+    /// slower by luck, so what is compared closely draws more than once.
+    pub fn settle_again(&self, order: Settle) {
         self.settled.borrow_mut().clear();
+        self.order.set(order);
     }
 
-    /// A copy of the single VHD that the host has read from its beginning to its end: in folios as large as it likes, which it
-    /// maps at once.
+    /// A copy of the single VHD that is settled from end to end, whatever the order is.
     pub fn in_large_folios(&self) -> PathBuf {
         let (single, copy) = (self.spread(Format::Vhd, 1), self.folder.join("vhd-1-large"));
         if !copy.exists() {
             fs::copy(single, &copy).expect("there is room");
         }
-        evict(&copy);
-        let file = File::open(&copy).expect("the image can be read");
-        let (mut piece, len) = (vec![0; 1 << 20], file.metadata().expect("our own file").len());
-        for at in (0..len).step_by(piece.len()) {
-            let want = usize::try_from(len - at).map_or(piece.len(), |rest| rest.min(piece.len()));
-            file.read_exact_at(&mut piece[..want], at).expect("the image can be read");
-        }
+        settle(&copy, Settle::Through);
         copy
     }
 
     fn settle_once(&self, path: PathBuf) {
         if !self.settled.borrow().contains(&path) {
-            settle(&path);
+            settle(&path, self.order.get());
             self.settled.borrow_mut().insert(path);
         }
     }
@@ -243,19 +248,20 @@ pub fn evict(path: &Path) {
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }
 
-/// Has the host read a file anew, a chunk at a time and every other one first, as if a guest did: so the folios of the page
-/// cache are of one size whatever the file, and what is compared is the depth of a chain. (Read from end to end, a file that
-/// is all data gets folios of 2 MiB, which a processor finds with one look; one in which data and holes take turns cannot.)
-pub fn settle(path: &Path) {
+/// Has the host read a file anew.
+fn settle(path: &Path, order: Settle) {
     evict(path);
     let file = File::open(path).expect("the image can be read");
-    let mut piece = vec![0; CHUNK as usize];
-    for parity in 0..2 {
-        for (start, end) in runs_of_data(path, 1).into_iter().map(|(start, len)| (start, start + len)) {
-            for chunk in (start / CHUNK..end.div_ceil(CHUNK)).filter(|chunk| chunk % 2 == parity) {
-                let (from, to) = (start.max(chunk * CHUNK), end.min((chunk + 1) * CHUNK));
-                let piece = &mut piece[..(to - from) as usize];
-                file.read_exact_at(piece, from).expect("the image can be read");
+    let (passes, piece) = match order {
+        Settle::Through => (1, 1 << 20),
+        Settle::Chunks => (2, CHUNK),
+    };
+    let (runs, mut memory) = (runs_of_data(path, 1), vec![0; piece as usize]);
+    for pass in 0..passes {
+        for (start, end) in runs.iter().map(|(start, len)| (*start, start + len)) {
+            for number in (start / piece..end.div_ceil(piece)).filter(|number| number % passes == pass) {
+                let (from, to) = (start.max(number * piece), end.min((number + 1) * piece));
+                file.read_exact_at(&mut memory[..(to - from) as usize], from).expect("the image can be read");
             }
         }
     }

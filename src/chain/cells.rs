@@ -3,7 +3,7 @@
 //! A cell of one run takes a word of a table; lists of runs are kept up to [`MOST_RUN_BYTES`] in all. Then the memory starts
 //! afresh, and what is needed again is read again as on the first look, without holding up other requests. So a chain cut
 //! into single sectors cannot eat the host, and a look-up takes no lock. Nor does it count on a counter that queues share:
-//! who asks again and again remembers what it saw last ([`Memo`]), and lets go of it when it is idle.
+//! who asks several times remembers what it saw last ([`Memo`]), and lets go of it before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

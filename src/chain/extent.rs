@@ -98,7 +98,8 @@ impl Plan {
         self.reserved = false;
     }
 
-    /// Lets go of what look-ups remember of a chain. To be called when nobody asks for a while.
+    /// Lets go of what look-ups remember of a chain, perhaps the last that keep it in memory. To be called by who may not ask
+    /// again soon.
     pub fn rest(&mut self) {
         self.memo = None;
     }

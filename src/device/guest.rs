@@ -2,7 +2,7 @@
 //!
 //! A [`View`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
 //! one, and hands its own count of the memory to every [`Slices`], so that queues do not fight over one counter.
-//! The guest may change any byte at any moment: bytes are copied or loaded, once each, and no reference to them is made.
+//! The guest may change any byte at any moment: what is used was copied or loaded once, and no reference to plain bytes is made.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -164,7 +164,7 @@ pub struct Span {
     _map: Arc<MmapRegion<()>>,
 }
 
-// SAFETY: the pointer is to memory that `_map` keeps mapped, and that others change anyway: it is only used for atomics.
+// SAFETY: the pointer is to memory that `_map` keeps mapped, and that others change anyway; no reference to plain bytes is made of it.
 unsafe impl Send for Span {}
 
 impl Span {
@@ -185,7 +185,7 @@ impl Span {
     /// The 16-bit word at byte `at`, an even number.
     #[inline]
     pub fn load(&self, at: usize, order: Ordering) -> u16 {
-        // SAFETY: by `place`; whatever else we do with a ring is atomic, too.
+        // SAFETY: by `place`. (Who points a buffer into a ring has plain copies race with this, and gets what it gets.)
         spec::word(unsafe { AtomicU16::from_ptr(self.place(at)) }.load(order))
     }
 

@@ -1,10 +1,10 @@
 //! One virtqueue in service: a ring on one side, a lane of the disk on the other, and turns between them.
 //!
 //! ```text
-//!   serve:  poll ─ complete ─ signal ─ take up to 64 ─ submit ─ poll ─ complete ─ signal
+//!   serve:  poll ─ complete ─ signal ─ take up to 16 ─ submit ─ poll ─ complete ─ signal
 //! ```
 //!
-//! A turn makes one submit and no other system call but a signal where the driver wants one; behind that, while it is still
+//! A turn makes one submit (two where a copy fails) and no other system call but a signal where the driver wants one; behind that, while it is still
 //! being found out what the host has in memory, a few to ask (`Lane::learn`). The vring's lock is held
 //! for moments, never across I/O, so that the control thread does not wait for a disk.
 

@@ -13,6 +13,9 @@ use crate::chain::Source;
 use crate::storage::{Found, Slices};
 use crate::units::SectorRange;
 
+/// Most bytes of a read that is copied: what is longer would hold up those behind it, and mostly has parts too long to copy.
+const MOST: u64 = 256 << 10;
+
 /// What is planned, and not made yet.
 #[derive(Default)]
 pub(super) struct Copies {
@@ -29,10 +32,10 @@ struct CopiedRead {
     parts: usize,
 }
 
-/// A copy, and from which byte of the request's memory on.
+/// A part of a read: a copy, or zeros.
 struct Part {
-    at: usize,
-    found: Found,
+    found: Option<Found>,
+    len: usize,
 }
 
 impl Copies {
@@ -48,24 +51,30 @@ impl Lane {
     /// `room`.
     #[inline]
     pub(super) fn plan_copies(&mut self, tag: u64, range: SectorRange, into: Slices) -> Result<(), Slices> {
-        self.disk.version().plan_read(range, &mut self.plan);
-        if !self.plan.missing.is_empty() {
+        if range.bytes() > MOST {
             return Err(into);
         }
-        let (before, mut at) = (self.copies.parts.len(), 0);
-        for extent in &self.plan.extents {
-            let len = usize::try_from(extent.range.bytes()).expect("a range on a disk of 2040 GiB");
-            match extent.source {
-                Source::Zero => into.zero(at, len),
-                Source::File { slot, offset } => {
-                    let Some(found) = self.engine.find(slot, offset, len) else {
-                        self.copies.parts.truncate(before);
-                        return Err(into);
-                    };
-                    self.copies.parts.push(Part { at, found });
-                }
+        self.disk.version().plan_read(range, &mut self.plan);
+        let (before, mut whole) = (self.copies.parts.len(), self.plan.missing.is_empty());
+        if whole {
+            for extent in &self.plan.extents {
+                let len = usize::try_from(extent.range.bytes()).expect("a range on a disk of 2040 GiB");
+                let found = match extent.source {
+                    Source::Zero => None,
+                    Source::File { slot, offset } => {
+                        // Those behind one that is not found are asked for all the same: it counts how often they are wanted.
+                        let found = self.engine.find(slot, offset, len);
+                        whole &= found.is_some();
+                        found
+                    }
+                };
+                self.copies.parts.push(Part { found, len });
             }
-            at += len;
+        }
+        if !whole {
+            self.copies.parts.truncate(before);
+            self.planned = true;
+            return Err(into);
         }
         let parts = self.copies.parts.len() - before;
         self.copies.reads.push(CopiedRead { tag, range, into, parts });
@@ -81,9 +90,13 @@ impl Lane {
         let Copies { mut reads, mut parts } = std::mem::take(&mut self.copies);
         let mut rest = parts.iter();
         for CopiedRead { tag, range, into, parts } in reads.drain(..) {
-            let mut whole = true;
-            for Part { at, found } in rest.by_ref().take(parts) {
-                whole = whole && self.engine.fill(found, &into, *at);
+            let (mut whole, mut at) = (true, 0);
+            for Part { found, len } in rest.by_ref().take(parts) {
+                match found {
+                    Some(found) => whole = whole && self.engine.fill(found, &into, at),
+                    None => into.zero(at, *len),
+                }
+                at += len;
             }
             if whole {
                 self.answers.push(Answer { tag, outcome: Outcome::Done, memory: Some(into) });

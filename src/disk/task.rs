@@ -1,4 +1,4 @@
-//! A request in flight. Its stages are driven by one `match` in `lane.rs`; here is what it remembers between them.
+//! A request in flight. Its stages are driven by one `match` in `stages.rs`; here is what it remembers between them.
 
 use super::request::Work;
 use crate::chain::Load;
