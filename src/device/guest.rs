@@ -266,6 +266,20 @@ mod tests {
     }
 
     #[test]
+    fn slices_that_are_used_again_keep_what_they_were_used_for_last() {
+        let (old, new) = (memory(), memory());
+        let weak = Arc::downgrade(&old);
+        let (view, mut slices) = (View::new(old), Slices::with_capacity(4));
+        for len in [16, 8] {
+            assert!(view.gather([(0x1000, len)].into_iter(), &mut slices) && slices.len() == len as usize);
+        }
+        drop(view);
+        assert!(weak.upgrade().is_some());
+        assert!(View::new(new).gather([(0x3000, 4)].into_iter(), &mut slices) && slices.len() == 4);
+        assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
     fn a_failed_gather_leaves_nothing() {
         let view = View::new(memory());
         let mut slices = Slices::with_capacity(4);

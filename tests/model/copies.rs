@@ -103,3 +103,29 @@ fn what_neither_a_copy_nor_the_host_can_read_fails() {
     }
     assert!(failed > 5 && rig.lane.engine().copies() > copies + 5, "{failed} of 40 failed");
 }
+
+/// A copy that is planned may fail, and then takes the room of a request after all.
+#[test]
+fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
+    let host = host(2);
+    let disk = Disk::open(Arc::new(host), &DiskOptions::new(TOP)).expect("the chain opens");
+    let lane = disk.lane(EngineKind::Auto, 4096).expect("a lane");
+    let mut rig = Rig::new(disk, EngineKind::Auto);
+    rig.lane = lane;
+    let range = SectorRange::between(0, 8);
+    rig.write(range, &[7; 4096], &[512]);
+    let (room, copies) = (rig.lane.room(), rig.lane.engine().copies());
+    let mut reads = Vec::new();
+    while rig.lane.room() > 0 {
+        let memory = Memory::new(&[0; 4096]);
+        reads.push((rig.begin(Work::Read { range, into: memory.slices(&[512]) }), memory));
+    }
+    let mut answers = rig.finish();
+    answers.sort_unstable_by_key(|(tag, _)| *tag);
+    assert!(answers.iter().map(|(tag, _)| *tag).eq(reads.iter().map(|(tag, _)| *tag)), "each once");
+    assert!(answers.iter().all(|(_, outcome)| *outcome == Outcome::Done));
+    assert!(reads.iter().all(|(_, memory)| memory.bytes() == [7; 4096]));
+    let copied = usize::try_from(rig.lane.engine().copies() - copies).expect("a small number");
+    assert!(copied > room / 2 && copied < room && reads.len() == room, "{copied} of {} were copied", reads.len());
+    assert_eq!(rig.lane.room(), room);
+}
