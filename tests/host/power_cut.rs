@@ -35,24 +35,34 @@ const TOPS: [&str; 2] = ["child.vhd", "alone.vhd"];
 
 #[test]
 fn power_fails_under_ext4() {
-    power_fails(Kind::Ext4, ["--direct", "--cache=writeback"]);
+    power_fails("power_fails_under_ext4", Kind::Ext4, &["-b", "1024"], ["--direct", "--cache=writeback"]);
+}
+
+/// As file systems of usual size have them.
+#[test]
+fn power_fails_under_ext4_with_large_blocks() {
+    power_fails(
+        "power_fails_under_ext4_with_large_blocks",
+        Kind::Ext4,
+        &["-b", "4096"],
+        ["--cache=writeback", "--direct"],
+    );
 }
 
 #[test]
 fn power_fails_under_xfs() {
-    power_fails(Kind::Xfs, ["--cache=writeback", "--direct"]);
+    power_fails("power_fails_under_xfs", Kind::Xfs, &[], ["--cache=writeback", "--direct"]);
 }
 
-/// `modes`: an option of each image's daemon.
-fn power_fails(kind: Kind, modes: [&'static str; 2]) {
-    let test = format!("power_fails_under_{}", kind.name());
-    if !may_mount(&test) {
+/// `options` go to mkfs. `modes`: an option of each image's daemon.
+fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2]) {
+    if !may_mount(test) {
         return;
     }
     let cuts = std::env::var("DIFFDISK_CUTS").map_or(100, |n| n.parse().expect("a number of cuts"));
     let started = Instant::now();
-    let mut rng = Rng::from_env(&test);
-    let (base, log, histories) = record(kind, modes, &mut rng);
+    let mut rng = Rng::from_env(test);
+    let (base, log, histories) = record(kind, options, modes, &mut rng);
     let flushes: usize = histories.iter().map(History::flushes).sum();
     let syncs: Vec<usize> = (0..log.len()).filter(|n| matches!(log[*n].event, Event::Sync)).collect();
     println!(
@@ -105,11 +115,12 @@ fn power_fails(kind: Kind, modes: [&'static str; 2]) {
 }
 
 /// Works on the images. Returns the medium at the start, what happened to it, and what the guests know.
-fn record(kind: Kind, modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
+fn record(kind: Kind, options: &[&str], modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
     let disk = fuse::blank(kind.size());
     let device = LoopDevice::attach(&disk.path());
     // A small log wraps around, and more of the file system's own work is in the record.
-    kind.make(device.path(), if kind == Kind::Ext4 { &["-J", "size=4"] } else { &[] });
+    let small: &[&str] = if kind == Kind::Ext4 { &["-J", "size=4"] } else { &[] };
+    kind.make(device.path(), &[options, small].concat());
     let mounted = Mounted::mount(kind, device.path());
     let initial = make_images(mounted.path());
     mounted.unmount();
