@@ -116,19 +116,18 @@ const READ: &str = "rand read 4 KiB, qd 32";
 pub fn random_reads(bench: &mut Bench) {
     for round in 0..bench.pace.rounds {
         bench.disks.settle_again(Settle::Chunks);
-        let files =
-            [1, 16, 64].map(|layers| (bench.disks.spread(Format::Vhd, layers), bench.disks.files(Format::Vhd, layers)));
+        let files = [1, 16, 64].map(|layers| bench.disks.files(Format::Vhd, layers));
         let raw = bench.disks.spread(Format::Raw, 1);
         let (size, time) = (bench.disks.size, bench.pace.time);
         let mut all = read_servers(bench);
-        for (_, files) in &files {
+        for files in &files {
             let name = format!("mapped copies of {} files, no server", files.len());
             all.push(Contestant::new(&name, move || bare_mapped::copies(files, time)));
         }
         all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
         all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
         all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
-        all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&files[1].1, time)));
+        all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&files[1], time)));
         all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
         for contestant in &mut all {
             (contestant.run)();

@@ -117,7 +117,9 @@ impl Disks {
     pub fn in_large_folios(&self) -> PathBuf {
         let (single, copy) = (self.spread(Format::Vhd, 1), self.folder.join("vhd-1-large"));
         if !copy.exists() {
-            fs::copy(single, &copy).expect("there is room");
+            // A copy that was cut short must not be taken for one.
+            fs::copy(single, self.scratch()).expect("there is room");
+            fs::rename(self.scratch(), &copy).expect("the target folder can be written");
         }
         settle(&copy, Settle::Through);
         copy

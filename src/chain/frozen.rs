@@ -92,7 +92,7 @@ impl Frozen {
 
     /// The bitmap sectors that decide a cell; none where it is decided.
     pub fn pieces(&self, index: usize) -> Vec<BitmapPiece> {
-        if self.is_decided(index) {
+        if self.cells.has(index) {
             return Vec::new();
         }
         let wanted = self.decide(index, &mut |_, _| None).err().unwrap_or_default();
@@ -102,7 +102,7 @@ impl Frozen {
     /// Takes in all pieces of a cell, and decides it. Where it was known when they were named, and is forgotten since, it
     /// is missed again by the next plan.
     pub fn supply(&self, index: usize, pieces: &[BitmapPiece]) {
-        if self.is_decided(index) {
+        if self.cells.has(index) {
             return; // by another queue
         }
         let piece = |layer, at| pieces.iter().find(|p| p.layer == layer && p.at == at);
@@ -110,10 +110,6 @@ impl Frozen {
         if let Ok(cell) = self.decide(index, &mut words) {
             self.cells.keep(index, cell);
         }
-    }
-
-    fn is_decided(&self, index: usize) -> bool {
-        self.cells.has(index)
     }
 
     /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.

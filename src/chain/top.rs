@@ -73,7 +73,7 @@ impl Top {
             plan.marks.push(range);
             return Ok(());
         };
-        let mut shining = Vec::new();
+        let (mut shining, mut look) = (Vec::new(), Plan::default());
         for (block, part) in block_size.parts(range) {
             match table.place(block) {
                 Some(place) => {
@@ -82,7 +82,7 @@ impl Top {
                     plan.marks.push(part);
                 }
                 None => {
-                    let mut look = Plan::default();
+                    look.clear();
                     beneath.split(part, &mut look);
                     look.missing.iter().for_each(|m| plan.miss(*m));
                     if look.extents.iter().any(|e| e.source != Source::Zero) {
