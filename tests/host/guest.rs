@@ -54,6 +54,27 @@ pub(crate) fn recognise(bytes: &[u8], sector: u64) -> Result<Content, String> {
     }
 }
 
+/// Whether `bytes` are a mixture of such contents of sector `sector`, each unit from one of them.
+fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
+    bytes.chunks_exact(16).all(|unit| {
+        allowed.iter().any(|content| match content {
+            Content::Zero => unit == [0; 16],
+            Content::Tag(tag) => *unit == tagged(*tag, sector)[..16],
+        })
+    })
+}
+
+/// What a power cut may do to a sector that is being written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Sectors {
+    /// It is old or new.
+    Whole,
+    /// It may be a mixture of what it may be. Linux does not hold a page of its cache still on the way to the medium: a
+    /// write that comes meanwhile is in part on the medium until the page is written once more. (Seen with nothing but
+    /// `pwrite` and `fdatasync` on ext4: one sector in 1,400 under constant overwriting.)
+    Torn,
+}
+
 /// A write or zeroing.
 struct Change {
     content: Content,
@@ -109,7 +130,7 @@ impl History {
 
     /// Holds a disk, as it was found after the medium lost all beyond `cut`, against what may be there: in each sector
     /// what the last completed flush covered, or something written since (S1, S2). Returns the violations.
-    pub(crate) fn judge(&self, disk: &[u8], cut: usize) -> Vec<String> {
+    pub(crate) fn judge(&self, disk: &[u8], cut: usize, sectors: Sectors) -> Vec<String> {
         let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
         let covered = complete.map(|f| f.asked).max().unwrap_or(0);
         let mut wrong = Vec::new();
@@ -125,6 +146,9 @@ impl History {
             let found = recognise(bytes, sector);
             if !found.as_ref().is_ok_and(|found| before.into_iter().chain(since.clone()).any(|c| c == *found)) {
                 let allowed: Vec<_> = before.into_iter().chain(since).collect();
+                if sectors == Sectors::Torn && is_mixture_of(&allowed, bytes, sector) {
+                    continue;
+                }
                 wrong.push(format!("sector {sector}: {found:?}, not one of {allowed:?}"));
             }
         }
@@ -258,7 +282,7 @@ fn a_history_tells_right_from_wrong() {
     let asked = h.event();
     h.flushes.push(Flush { asked, complete: Some(20) });
     h.change(tag(2), 0..1, 30);
-    let ok = |a, b, cut| h.judge(&disk(a, b), cut).is_empty();
+    let ok = |a, b, cut| [Sectors::Whole, Sectors::Torn].map(|s| h.judge(&disk(a, b), cut, s).is_empty()) == [true; 2];
     assert!(ok(tag(0), zero, 9) && !ok(tag(1), zero, 9), "not written yet");
     assert!(ok(tag(0), tag(1), 10) && ok(tag(1), zero, 19), "each sector by itself");
     assert!(!ok(zero, tag(1), 19), "zero was never in sector 0");
@@ -269,4 +293,14 @@ fn a_history_tells_right_from_wrong() {
     let mut torn = tagged(3, 7);
     torn[100] = 7;
     assert!(recognise(&torn, 7).is_err());
+
+    // Half of sector 0 is of one write, half of another.
+    let mixed = |a, b| [&tagged(a, 0)[..256], &tagged(b, 0)[256..], &tagged(1, 1)].concat();
+    let may_be = |a, b, cut| [Sectors::Whole, Sectors::Torn].map(|s| h.judge(&mixed(a, b), cut, s).is_empty());
+    assert_eq!(may_be(1, 2, 30), [false, true], "flushed, and being overwritten");
+    assert_eq!(
+        (may_be(1, 2, 29), may_be(0, 2, 30)),
+        ([false; 2], [false; 2]),
+        "not yet written, and overwritten for good"
+    );
 }

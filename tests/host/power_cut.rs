@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::fuse::{self, Entry, Event, FuseDisk};
-use super::guest::{Content, Guest, History, SECTOR, tagged};
+use super::guest::{Content, Guest, History, SECTOR, Sectors, tagged};
 use super::loopdev::{Kind, LoopDevice, Mounted, may_mount, must};
 use super::pages::{PAGE, Pages};
 use super::runtime::Runtime;
@@ -92,10 +92,11 @@ fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2
     let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
     // In a file of its own each time: in one that a dying loop device still has, a mount may find that device again, and in
     // its cache a superblock of the cut before, which says that there is no journal to replay.
+    let sectors = modes.map(|mode| if mode == "--direct" { Sectors::Whole } else { Sectors::Torn });
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");
-        let wrong = examine(kind, &device, folder.path(), &histories, cut, serve);
+        let wrong = examine(kind, &device, folder.path(), (&histories, sectors), cut, serve);
         fs::remove_file(&device).expect("it is there");
         wrong
     };
@@ -238,13 +239,20 @@ impl Medium<'_> {
 
 /// Mounts what the power cut left, and holds the images against their guests' knowledge. `serve`: daemons recover them,
 /// too. Returns what is wrong.
-fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut: usize, serve: bool) -> Vec<String> {
+fn examine(
+    kind: Kind,
+    device: &Path,
+    scratch: &Path,
+    (histories, sectors): (&[History], [Sectors; 2]),
+    cut: usize,
+    serve: bool,
+) -> Vec<String> {
     let mounted = match Mounted::try_mount(kind, device) {
         Ok(mounted) => mounted,
         Err(why) => return vec![format!("the file system does not mount: {why}")],
     };
     let mut wrong = Vec::new();
-    for (top, history) in TOPS.iter().zip(histories) {
+    for ((top, history), sectors) in TOPS.iter().zip(histories).zip(sectors) {
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
         // Then the tool says so, and the daemon mends it: see below.
@@ -258,7 +266,7 @@ fn examine(kind: Kind, device: &Path, scratch: &Path, histories: &[History], cut
             note(format!("check: {}", check.stderr));
         }
         match contents(&image, &scratch.join("raw")) {
-            Ok(disk) => history.judge(&disk, cut).into_iter().for_each(&mut note),
+            Ok(disk) => history.judge(&disk, cut, sectors).into_iter().for_each(&mut note),
             Err(why) => note(why),
         }
         if serve {

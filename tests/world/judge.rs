@@ -38,6 +38,8 @@ pub(crate) struct Judge {
     pub(crate) found_tail: bool,
     /// Crashes in the middle of a recovery among them.
     pub(crate) again: u64,
+    /// States with a torn sector among them.
+    pub(crate) torn: u64,
 }
 
 impl Judge {
@@ -51,6 +53,7 @@ impl Judge {
         self.states += other.states;
         self.distinct += other.distinct;
         self.again += other.again;
+        self.torn += other.torn;
     }
 
     /// Tries the fates of a machine: all of them where they are few, else up to `sample`.
@@ -65,16 +68,20 @@ impl Judge {
         let count = units.len();
         if count < ALL_BELOW && 1 << count <= sample.max(256) {
             for mask in 0_u64..1 << count {
-                self.try_fate(host, &units, model, &|i| mask >> i & 1 == 1)?;
+                self.try_fate(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
+            }
+            for _ in 0..if count > 0 { 4 } else { 0 } {
+                self.try_fate(host, &units, model, &|_| true, Some(random.any()))?;
             }
             return Ok(());
         }
-        self.try_fate(host, &units, model, &|_| false)?;
-        self.try_fate(host, &units, model, &|_| true)?;
+        self.try_fate(host, &units, model, &|_| false, None)?;
+        self.try_fate(host, &units, model, &|_| true, None)?;
         for n in 0..sample.saturating_sub(2) {
             let (salt, yes) = (random.any(), 1 + random.below(7));
             let lone = random.index(count);
-            self.try_fate(host, &units, model, &|i| match n % 4 {
+            let torn = random.chance(1, 4).then(|| random.any());
+            let fate = |i: usize| match n % 4 {
                 0 => i == lone,
                 1 => i != lone,
                 // Whole pages of 4 KiB.
@@ -86,19 +93,29 @@ impl Judge {
                     Random::new(salt ^ place).chance(yes, 8)
                 }
                 _ => Random::new(salt ^ i as u64).chance(yes, 8),
-            })?;
+            };
+            self.try_fate(host, &units, model, &fate, torn)?;
         }
         Ok(())
     }
 
+    /// `torn`: a seed, where sectors may be torn.
     fn try_fate(
         &mut self,
         host: &SimHost,
         units: &[(u64, Unit)],
         model: &Model,
         fate: &dyn Fn(usize) -> bool,
+        torn: Option<u64>,
     ) -> Result<(), String> {
-        let after = host.crash_with(fate);
+        let (mut random, mut torn_here) = (torn.map(Random::new), false);
+        let after = host.crash_torn(fate, &mut |old, new| {
+            // Of a guest's data it may be true, and a mixture has no place in the model: see `tests/host/guest.rs`.
+            let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
+            torn_here = true;
+            Some(u128::from(random.any()) << 64 | u128::from(random.any()))
+        });
+        self.torn += u64::from(torn_here);
         // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
         let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
             let Unit::Len(inode, len) = unit else { return true };

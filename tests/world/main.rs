@@ -28,9 +28,10 @@ fn number(name: &str) -> Option<u64> {
 fn show(what: &str, runs: u64, judge: &Judge, took: Duration) {
     let rate = judge.states as f64 / took.as_secs_f64();
     println!(
-        "{what}: {runs} runs, {} crash states ({} different images, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
+        "{what}: {runs} runs, {} crash states ({} different images, {} with torn sectors, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
         judge.states,
         judge.distinct,
+        judge.torn,
         judge.again,
         took.as_secs_f64()
     );

@@ -126,3 +126,12 @@ pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
     let whole = pairs.iter().all(|pair| *pair == pairs[0]);
     if whole && u64::from(place) == if value == 0 { 0 } else { sector } { value } else { GARBAGE }
 }
+
+/// Whether the bytes of a sector are what a guest or the parent wrote.
+pub(crate) fn is_data(found: &[u8]) -> bool {
+    let pairs = found.as_chunks::<8>().0;
+    let (value, place) = found[..8].split_at(4);
+    // Far more acts and sectors than any run has; a table is never such.
+    let is_small = |bytes: &[u8]| bytes[..2] == [0, 0];
+    pairs.iter().all(|pair| *pair == pairs[0]) && value != [0; 4] && is_small(value) && is_small(place)
+}

@@ -15,10 +15,10 @@ pub(super) const PAGE: u64 = 4096;
 
 /// The bytes of a sector, and their digest.
 #[derive(Debug)]
-pub(super) struct Stored([u8; SECTOR_BYTES], u64);
+pub(super) struct Stored(pub(super) [u8; SECTOR_BYTES], u64);
 
 impl Stored {
-    fn new(bytes: [u8; SECTOR_BYTES]) -> Sector {
+    pub(super) fn new(bytes: [u8; SECTOR_BYTES]) -> Sector {
         let words = bytes.as_chunks::<8>().0.iter();
         let digest = words.fold(1, |digest, word| mix(digest, u64::from_be_bytes(*word)));
         Arc::new(Stored(bytes, digest))
@@ -199,6 +199,14 @@ impl Inode {
 
     pub(super) fn len(&self) -> u64 {
         self.now.len
+    }
+
+    pub(super) fn durable_len(&self) -> u64 {
+        self.durable.len
+    }
+
+    pub(super) fn durable_sector(&self, at: u64) -> [u8; SECTOR_BYTES] {
+        self.durable.sectors.get(&at).unwrap_or(&ZERO).0
     }
 
     pub(super) fn allocated(&self) -> u64 {

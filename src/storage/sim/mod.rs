@@ -21,6 +21,7 @@ mod names;
 mod rng;
 #[cfg(test)]
 mod tests;
+mod torn;
 mod watch;
 mod world;
 
@@ -34,6 +35,7 @@ pub use self::file::SimFile;
 use self::inode::Inode;
 use self::names::InodeId;
 pub use self::rng::Random;
+pub use self::torn::Tear;
 use self::world::{Step, World};
 use super::env::{Access, File};
 use crate::error::{Error, Result};
@@ -143,7 +145,7 @@ impl SimHost {
     /// What is not durable now, in the order it happened: names, then files by number, then what is under way.
     pub fn unsynced(&self) -> Vec<Unit> {
         let mut units = Vec::new();
-        survivors(&self.0.world(), &mut |_, unit| {
+        survivors(&self.0.world(), &mut |_, _| None, &mut |_, unit| {
             units.push(unit());
             false
         });
@@ -153,10 +155,15 @@ impl SimHost {
     /// The machine after a power cut in which the units (as [`unsynced`](Self::unsynced) lists them) survived that
     /// `survives` says. This machine goes on: any number of fates can be tried from one moment.
     pub fn crash_with(&self, survives: &dyn Fn(usize) -> bool) -> SimHost {
+        self.crash_torn(survives, &mut |_, _| None)
+    }
+
+    /// The same, in which sectors that were being overwritten may be mixtures.
+    pub fn crash_torn(&self, survives: &dyn Fn(usize) -> bool, tear: Tear<'_>) -> SimHost {
         // Asked before the machine is locked: the choice may look at it.
         let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
         let world = self.0.world();
-        let (names, inodes) = survivors(&world, &mut |_, _| fates.next().expect("one fate for each unit"));
+        let (names, inodes) = survivors(&world, tear, &mut |_, _| fates.next().expect("one fate for each unit"));
         let heir = world.heir(inodes, names);
         SimHost::from(heir)
     }
@@ -262,6 +269,7 @@ impl SimHost {
 /// it survives.
 fn survivors(
     world: &World,
+    torn: Tear<'_>,
     survives: &mut dyn FnMut(u64, &dyn Fn() -> Unit) -> bool,
 ) -> (names::Names, BTreeMap<InodeId, Inode>) {
     let kept: Vec<_> = world.names.unsynced().filter(|c| survives(0, &|| Unit::Name(c.name().to_path_buf()))).collect();
@@ -272,9 +280,10 @@ fn survivors(
         let effects = flying.filter_map(|(number, op)| Some((*number, op.effect()?)));
         let landing: Vec<_> =
             effects.flat_map(|(n, effect)| inode.changes(effect).into_iter().map(move |c| (n, c))).collect();
-        let all = inode.unsynced().chain(landing.iter().map(|(n, change)| (*n, change)));
-        let kept: Vec<_> = all.filter(|(n, c)| survives(*n, &|| unit(id, c))).map(|(_, change)| change).collect();
-        inodes.insert(id, inode.after_crash(kept.into_iter()));
+        let mut all: Vec<_> = inode.unsynced().map(|(n, change)| (n, change.clone())).chain(landing).collect();
+        torn::tear(inode, &mut all, torn);
+        all.retain(|(n, c)| survives(*n, &|| unit(id, c)));
+        inodes.insert(id, inode.after_crash(all.iter().map(|(_, change)| change)));
     }
     (names, inodes)
 }

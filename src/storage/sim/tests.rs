@@ -125,6 +125,26 @@ fn a_crash_tears_what_is_under_way() {
 }
 
 #[test]
+fn a_crash_mixes_a_sector_only_within_the_durable_length() {
+    let (host, f) = machine(1);
+    let len = usize::try_from(f.stat().unwrap().len).unwrap();
+    f.write_at(&vec![7; len + 512], 0).unwrap();
+    let whole = host.crash_with(&|_| true).bytes(&p("/d/f")).unwrap();
+    assert!(whole == vec![7; len + 512]);
+    let after = host.crash_torn(&|_| true, &mut |old, new| {
+        assert_eq!((old[0], new[0]), (1, 7));
+        Some(0b101)
+    });
+    let bytes = after.bytes(&p("/d/f")).unwrap();
+    for sector in bytes[..len].chunks(512) {
+        assert!(sector[..4] == [7; 4] && sector[4..8] == [1; 4] && sector[8..12] == [7; 4] && sector[12..] == [1; 500]);
+    }
+    assert!(bytes[len..] == [7; 512], "the file's new end is whole");
+    f.sync().unwrap();
+    assert_eq!(host.crash_torn(&|_| true, &mut |_, _| Some(0)).bytes(&p("/d/f")).unwrap()[0], 7, "durable");
+}
+
+#[test]
 fn operations_complete_once_in_any_order() {
     let mut orders = std::collections::BTreeSet::new();
     for seed in 0..40 {

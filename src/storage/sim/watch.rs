@@ -51,7 +51,7 @@ impl SimHost {
     /// each: units of one write have one number.
     pub fn unsynced_steps(&self) -> Vec<(u64, Unit)> {
         let mut units = Vec::new();
-        survivors(&self.0.world(), &mut |step, unit| {
+        survivors(&self.0.world(), &mut |_, _| None, &mut |step, unit| {
             units.push((step, unit()));
             false
         });
