@@ -103,6 +103,11 @@ impl Exchange {
         self.broken
     }
 
+    /// Chains that the driver has added and that were not taken.
+    pub fn left(&self) -> u16 {
+        self.ring.available().unwrap_or(0)
+    }
+
     /// Takes chains, at most [`TURN`], while there is room for requests; `push` takes one and says how many more there
     /// is room for. What needs no disk is answered at once.
     pub fn take(&mut self, rules: &Rules<'_>, room: usize, push: impl FnMut(Request) -> usize) -> Pause {

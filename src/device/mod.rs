@@ -26,6 +26,7 @@ pub mod inflight;
 pub mod parse;
 pub mod queue;
 pub mod ring;
+mod signal;
 pub mod spec;
 #[cfg(test)]
 mod turns;

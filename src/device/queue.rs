@@ -1,7 +1,7 @@
 //! One virtqueue in service: a ring on one side, a lane of the disk on the other, and turns between them.
 //!
 //! ```text
-//!   serve:  poll ─ complete ─ signal ─ take up to 16 ─ submit ─ poll ─ complete ─ signal
+//!   serve:  poll ─ complete ─ (signal) ─ take up to 16 ─ submit ─ poll ─ complete ─ (signal: `signal.rs`)
 //! ```
 //!
 //! A turn makes one submit (two where a copy fails) and no other system call but a signal where the driver wants one; behind that, while it is still
@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
@@ -20,6 +21,7 @@ use super::guest::View;
 use super::inflight::Record;
 use super::parse::Rules;
 use super::ring::{Layout, Ring};
+use super::signal::Signals;
 use super::spec::feature;
 use super::{Device, Memory, Vring};
 use crate::disk::{Answer, Lane};
@@ -48,12 +50,22 @@ pub struct Queue {
     full: bool,
     /// Whether a signal that could not be given has been logged.
     deaf: bool,
+    pub(super) signals: Signals,
 }
 
 impl Queue {
     /// Queue `index` of `device`, not in service.
     pub fn new(device: Arc<Device>, lane: Lane, index: usize) -> Queue {
-        Queue { device, lane, index, exchange: None, answers: Vec::new(), full: false, deaf: false }
+        Queue {
+            device,
+            lane,
+            index,
+            exchange: None,
+            answers: Vec::new(),
+            full: false,
+            deaf: false,
+            signals: Signals::default(),
+        }
     }
 
     /// Takes the ring that `vring` describes into service. It goes on at the used index that the ring itself holds, and
@@ -90,22 +102,24 @@ impl Queue {
     /// Where the lane's engine fails, which ends this disk's service.
     pub fn serve(&mut self, vring: &Vring) -> io::Result<Turn> {
         self.lane.poll(&mut self.answers)?;
-        self.settle(vring);
-        let Some(exchange) = &mut self.exchange else { return Ok(Turn::Idle) };
-        if exchange.broken().is_some() {
-            return Ok(Turn::Broken);
+        self.settle();
+        let Some(exchange) = &self.exchange else { return Ok(Turn::Idle) };
+        let is_broken = exchange.broken().is_some();
+        if is_broken || !vring.get_ref().is_enabled() {
+            self.signal(vring);
+            return Ok(if is_broken { Turn::Broken } else { Turn::Idle });
         }
-        if !vring.get_ref().is_enabled() {
-            return Ok(Turn::Idle);
-        }
+        self.signal_if_due(vring);
+        let exchange = self.exchange.as_mut().expect("in service");
         let rules = rules(&self.device);
         exchange.ring().refuse_kicks();
         let lane = &mut self.lane;
-        let mut pushed = false;
+        let (mut pushed, mut begin) = (0, None);
         let room = lane.room();
         let push = |request| {
             lane.push(request);
-            pushed = true;
+            begin.get_or_insert_with(Instant::now);
+            pushed += 1;
             lane.room()
         };
         let pause = match exchange.owed() {
@@ -117,17 +131,19 @@ impl Queue {
             },
         };
         self.full = pause == Pause::Full;
-        if pushed {
+        if let Some(begin) = begin {
             self.lane.submit()?;
             self.lane.poll(&mut self.answers)?;
+            self.signals.turn(pushed, begin.elapsed());
         }
-        let completed = self.settle(vring);
-        if pushed {
+        let completed = self.settle();
+        self.signal_if_due(vring);
+        if pushed > 0 {
             self.lane.learn();
         }
         let exchange = self.exchange.as_mut().expect("in service");
         Ok(match pause {
-            Pause::Empty if !pushed && !completed => Turn::Idle,
+            Pause::Empty if pushed == 0 && !completed => Turn::Idle,
             Pause::Empty | Pause::Turn => Turn::More,
             // Without an answer there is nothing to come again for before the lane wakes us.
             Pause::Full if completed => Turn::More,
@@ -156,7 +172,7 @@ impl Queue {
     /// Where the lane's engine fails.
     pub fn stop(&mut self, vring: &Vring) -> io::Result<u16> {
         self.lane.drain(&mut self.answers)?;
-        self.settle(vring);
+        self.settle();
         // The index we give counts what a predecessor left as taken, so that has to be carried out, too.
         while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0) {
             let lane = &mut self.lane;
@@ -166,8 +182,9 @@ impl Queue {
             });
             self.lane.submit()?;
             self.lane.drain(&mut self.answers)?;
-            self.settle(vring);
+            self.settle();
         }
+        self.signal(vring);
         let mut state = vring.get_mut();
         let q = state.get_queue_mut();
         if let Some(mut exchange) = self.exchange.take() {
@@ -188,8 +205,8 @@ impl Queue {
         &mut self.lane
     }
 
-    /// Gives the driver all answers, with one signal if it wants one; whether there were answers.
-    fn settle(&mut self, vring: &Vring) -> bool {
+    /// Gives the driver all answers, and notes whether it wants a signal; whether there were answers.
+    fn settle(&mut self) -> bool {
         let Some(exchange) = &mut self.exchange else {
             assert!(self.answers.is_empty(), "a queue out of service has nothing in flight");
             return false;
@@ -197,17 +214,40 @@ impl Queue {
         let any = !self.answers.is_empty();
         self.answers.drain(..).for_each(|answer| exchange.complete(answer));
         if exchange.publish() {
-            match vring.get_ref().signal_used_queue() {
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock && !self.deaf => {
-                    // Its own harm; other queues go on.
-                    log::warn!("queue {}: the front-end's call descriptor takes no signals: {e}", self.index);
-                    self.deaf = true;
-                }
-                // WouldBlock: a counter at its limit is a signal that was not yet looked at.
-                _ => (),
-            }
+            self.signals.owe(Instant::now());
         }
         any
+    }
+
+    /// Gives the driver the signal that it is owed, unless what is left to be taken at once lets it wait.
+    fn signal_if_due(&mut self, vring: &Vring) {
+        if !self.signals.is_owed() {
+            return;
+        }
+        // For what waits for room or lies in a broken ring, there is no next turn at once.
+        let left = match &self.exchange {
+            Some(exchange) if !self.full && exchange.broken().is_none() => exchange.left(),
+            _ => 0,
+        };
+        if self.signals.is_due(Instant::now(), left) {
+            self.signal(vring);
+        }
+    }
+
+    /// Gives the driver the signal that it is owed.
+    fn signal(&mut self, vring: &Vring) {
+        if !self.signals.settle() {
+            return;
+        }
+        match vring.get_ref().signal_used_queue() {
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock && !self.deaf => {
+                // Its own harm; other queues go on.
+                log::warn!("queue {}: the front-end's call descriptor takes no signals: {e}", self.index);
+                self.deaf = true;
+            }
+            // WouldBlock: a counter at its limit is a signal that was not yet looked at.
+            _ => (),
+        }
     }
 }
 

@@ -128,6 +128,34 @@ fn disabled_broken_stopped() {
 }
 
 #[test]
+fn a_signal_that_waits_is_not_lost() {
+    let mut waited = 0;
+    for round in 0..60 {
+        let mut r = rig(u64::MAX);
+        serve(&mut r);
+        assert!(signals(&r), "the first signal may be owed");
+        // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
+        r.queue.signals.turn(1, std::time::Duration::from_millis(1));
+        (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
+        assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::More);
+        let owed = !signals(&r);
+        waited += u32::from(owed);
+        match round % 3 {
+            0 => drop(serve(&mut r)),
+            1 => drop(r.queue.stop(&r.vring).unwrap()),
+            _ => {
+                r.vring.set_enabled(false);
+                assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::Idle);
+            }
+        }
+        assert!(!owed || signals(&r), "round {round}");
+        let answered = if round % 3 == 0 { 16 } else { 8 };
+        assert_eq!(r.d.used().len(), answered);
+    }
+    assert!(waited > 0, "no signal ever waited");
+}
+
+#[test]
 fn cache_switch() {
     use std::sync::atomic::Ordering::Relaxed;
     let r = rig(u64::MAX);
