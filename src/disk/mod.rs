@@ -25,6 +25,7 @@
 
 mod ahead;
 mod copies;
+mod early;
 pub mod flush;
 mod job;
 mod lane;
@@ -121,6 +122,8 @@ pub struct Counts {
     pub barriers: AtomicU64,
     /// Bytes that the host was told to read ahead of streams.
     pub read_ahead: AtomicU64,
+    /// Times that the host was told to begin to write before a flush.
+    pub early: AtomicU64,
 }
 
 impl Disk {

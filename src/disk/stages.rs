@@ -4,6 +4,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
@@ -315,6 +316,9 @@ impl Lane {
         }
         task.moved = false;
         task.held.release();
+        if matches!(task.work, Work::Write { .. }) {
+            self.early.wrote(self.disk.counts().commits.load(Ordering::Relaxed));
+        }
         if top.image.take_due() {
             self.commit_soon();
         }

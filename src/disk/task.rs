@@ -90,10 +90,13 @@ pub(super) enum Token {
     Commit,
     /// Operation of a step of growth.
     Growth,
+    /// The hint to write before a flush.
+    Early,
 }
 
 const COMMIT: u64 = u64::MAX;
 const GROWTH: u64 = u64::MAX - 1;
+const EARLY: u64 = u64::MAX - 2;
 
 impl Token {
     pub(super) fn pack(self) -> u64 {
@@ -101,6 +104,7 @@ impl Token {
             Token::Task { task, detail } => u64::from(task) << 32 | u64::from(detail),
             Token::Commit => COMMIT,
             Token::Growth => GROWTH,
+            Token::Early => EARLY,
         }
     }
 
@@ -108,6 +112,7 @@ impl Token {
         match token {
             COMMIT => Token::Commit,
             GROWTH => Token::Growth,
+            EARLY => Token::Early,
             // Both halves are 32 bits wide by construction.
             #[expect(clippy::cast_possible_truncation)]
             _ => Token::Task { task: (token >> 32) as u32, detail: token as u32 },
@@ -121,7 +126,7 @@ mod tests {
 
     #[test]
     fn tokens_come_back() {
-        for token in [Token::Commit, Token::Growth, Token::Task { task: 65535, detail: u32::MAX }] {
+        for token in [Token::Commit, Token::Growth, Token::Early, Token::Task { task: 65535, detail: u32::MAX }] {
             assert_eq!(Token::unpack(token.pack()), token);
         }
     }

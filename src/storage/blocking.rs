@@ -147,6 +147,8 @@ pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) 
             0 => 0,
             code => return -code,
         },
+        // SAFETY: no memory is passed. A length of 0: to the end.
+        Action::WriteBehind => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
         // SAFETY: no memory is passed.
         action => unsafe { libc::fallocate(fd, transfer::mode(action), offset, len) as isize },
     };

@@ -23,6 +23,9 @@ pub enum Action {
     Sync,
     /// Have the host begin to read the range into its memory (posix_fadvise, WILLNEED): a hint, which promises nothing.
     Prefetch,
+    /// Have the host begin to write what is dirty in its memory (sync_file_range, WRITE): a hint, which promises nothing and
+    /// takes no error from the sync that would tell of it.
+    WriteBehind,
     /// Reserve room for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
     /// Make the range read as zeros and give its room back; the length stays.
@@ -40,9 +43,9 @@ pub struct Op {
     pub slot: Slot,
     /// What to do.
     pub action: Action,
-    /// File offset in bytes; 0 for a sync.
+    /// File offset in bytes; 0 for a sync or a `WriteBehind`.
     pub offset: u64,
-    /// Bytes of the range. For reads and writes the length of the payload; 0 for a sync.
+    /// Bytes of the range. For reads and writes the length of the payload; 0 for a sync or a `WriteBehind`.
     pub len: u64,
     /// The memory, for reads and writes.
     pub payload: Payload,
@@ -67,6 +70,11 @@ impl Op {
     /// A sync of the file's data.
     pub fn sync(token: u64, slot: Slot) -> Op {
         Op { token, slot, action: Action::Sync, offset: 0, len: 0, payload: Payload::None }
+    }
+
+    /// A hint to write the file's dirty bytes.
+    pub fn write_behind(token: u64, slot: Slot) -> Op {
+        Op { action: Action::WriteBehind, ..Op::sync(token, slot) }
     }
 
     /// `Prefetch`, `Allocate`, `Punch` or `Zero` over a range.

@@ -38,6 +38,8 @@ pub(super) fn describe(op: &mut Op, progress: &mut Progress) -> squeue::Entry {
             let len = libc::off_t::from(u32::try_from(op.len).unwrap_or(u32::MAX));
             opcode::Fadvise::new(file, len, libc::POSIX_FADV_WILLNEED).offset(offset).build()
         }
+        // A length of 0: to the end.
+        Action::WriteBehind => opcode::SyncFileRange::new(file, 0).flags(libc::SYNC_FILE_RANGE_WRITE).build(),
         action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::mode(action)).build(),
     }
 }
@@ -82,6 +84,7 @@ pub(super) fn set_up(count: u32) -> io::Result<(IoUring, bool)> {
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_op(opcode::Fallocate::CODE),
             Restriction::sqe_op(opcode::Fadvise::CODE),
+            Restriction::sqe_op(opcode::SyncFileRange::CODE),
             Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
             Restriction::register_op(REGISTER_FILES_UPDATE),
             Restriction::register_op(REGISTER_ENABLE_RINGS),

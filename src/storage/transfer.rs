@@ -130,8 +130,11 @@ pub(super) fn mode(action: Action) -> i32 {
             Action::Allocate => 0,
             Action::Punch => libc::FALLOC_FL_PUNCH_HOLE,
             Action::Zero => libc::FALLOC_FL_ZERO_RANGE,
-            Action::Read | Action::Write | Action::WriteThrough | Action::Sync | Action::Prefetch => {
-                panic!("only actions on ranges have a mode")
-            }
+            Action::Read
+            | Action::Write
+            | Action::WriteThrough
+            | Action::Sync
+            | Action::Prefetch
+            | Action::WriteBehind => panic!("only actions on ranges have a mode"),
         }
 }

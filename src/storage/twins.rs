@@ -311,6 +311,24 @@ fn a_prefetch_is_complete_and_changes_nothing() {
 }
 
 #[test]
+fn a_hint_to_write_is_complete_and_changes_nothing() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    for mut engine in engines(8) {
+        let (f, path) = file(folder.path(), engine.name(), &[5; 8192]);
+        engine.register(Slot(1), &f).unwrap();
+        engine.push(Op::write(0, Slot(1), 4096, Payload::Own(Buffer::copy_of(&[6; 4096])))).unwrap();
+        assert!(all(engine.as_mut())[0].result.is_ok());
+        engine.push(Op::write_behind(1, Slot(1))).unwrap();
+        let over = all(engine.as_mut());
+        assert!(over.len() == 1 && over[0].result.is_ok(), "{}: {over:?}", engine.name());
+        assert!(std::fs::read(&path).unwrap() == [[5; 4096], [6; 4096]].concat(), "{}", engine.name());
+        engine.unregister(Slot(1)).unwrap();
+        engine.push(Op::write_behind(0, Slot(1))).unwrap();
+        assert!(all(engine.as_mut())[0].result.is_err(), "{}", engine.name());
+    }
+}
+
+#[test]
 fn dropping_an_engine_waits_for_its_memory() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(64) {

@@ -7,6 +7,7 @@
 
 mod ahead;
 mod copies;
+mod early;
 #[path = "../common/memory.rs"]
 mod memory;
 mod rig;

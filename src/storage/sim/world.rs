@@ -49,7 +49,7 @@ impl Flying {
         match self.action {
             Action::Write | Action::WriteThrough => Some(Effect::Write(self.offset, &self.bytes)),
             Action::Punch | Action::Zero => Some(Effect::Clear(self.offset, self.len)),
-            Action::Read | Action::Sync | Action::Prefetch | Action::Allocate => None,
+            Action::Read | Action::Sync | Action::Prefetch | Action::WriteBehind | Action::Allocate => None,
         }
     }
 }
@@ -314,7 +314,8 @@ impl World {
             Action::Write => self.write(op.inode, &op.bytes, op.offset),
             Action::WriteThrough => self.write_through(op.inode, &op.bytes, op.offset),
             Action::Sync => self.sync(op.inode, op.covers, Covers::All),
-            Action::Prefetch => Ok(()),
+            // A crash may find anything written at any time as it is.
+            Action::Prefetch | Action::WriteBehind => Ok(()),
             Action::Allocate => self.allocate(op.inode, op.offset, op.len),
             Action::Punch => self.clear(op.inode, op.offset, op.len, false),
             Action::Zero => self.clear(op.inode, op.offset, op.len, true),

@@ -1,0 +1,106 @@
+//! Writing before the flush: a guest that flushes after every few writes waits for the disk twice, first for its data, then
+//! for what points to it. While it still writes, the host can begin with the data ([`Action::WriteBehind`]).
+//!
+//! That is a hint: no request waits for it, a sync goes on to be what makes data durable, and a failure shows there. Where
+//! the guest flushes rarely, or after every write, nothing is done: the host does better with all at once, or has no time
+//! left to win.
+
+use std::sync::atomic::Ordering;
+
+use super::lane::Lane;
+use super::task::Token;
+use crate::storage::Op;
+
+/// Writes between two commits that are worth it: fewer leave nothing to overlap, more the host writes in better order.
+const FEWEST: u32 = 16;
+const MOST: u32 = 512;
+/// Writes for which the host is told.
+const PORTION: u32 = 8;
+
+/// What a queue wrote between commits.
+#[derive(Default)]
+pub(super) struct Early {
+    /// The number of commits that have ended.
+    commits: u64,
+    /// Writes since then, and of these, those of which the host was not told.
+    writes: u32,
+    untold: u32,
+    /// Whether the time between the last two commits was worth it.
+    worthwhile: bool,
+    /// An operation is under way.
+    pub(super) under_way: bool,
+}
+
+impl Early {
+    /// A write is in the host's memory; so many commits have ended.
+    pub(super) fn wrote(&mut self, commits: u64) {
+        if self.commits != commits {
+            self.worthwhile = (FEWEST..=MOST).contains(&self.writes);
+            (self.commits, self.writes, self.untold) = (commits, 0, 0);
+        }
+        self.writes = self.writes.saturating_add(1);
+        self.untold = self.untold.saturating_add(1);
+    }
+
+    /// Whether the host is to be told now.
+    fn is_due(&mut self) -> bool {
+        let due = self.worthwhile && self.untold >= PORTION && self.writes <= MOST && !self.under_way;
+        if due {
+            (self.untold, self.under_way) = (0, true);
+        }
+        due
+    }
+}
+
+impl Lane {
+    /// Has the host begin to write where that is worth it.
+    pub(super) fn write_early(&mut self) {
+        let Some(top) = self.disk.version().top() else { return };
+        let slot = top.slot;
+        let is_buffered = self.disk.memory_align(slot) == 1;
+        if is_buffered && !self.disk.is_write_through() && self.early.is_due() {
+            self.disk.counts().early.fetch_add(1, Ordering::Relaxed);
+            self.push_op(Op::write_behind(Token::Early.pack(), slot));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often the host is told in rounds of so many writes, after the first.
+    fn told(writes: u32) -> u32 {
+        let mut early = Early::default();
+        let mut count = 0;
+        for commits in 0..11 {
+            for _ in 0..writes {
+                early.wrote(commits);
+                if early.is_due() {
+                    assert!(!early.is_due(), "one at a time");
+                    early.under_way = false;
+                    count += u32::from(commits > 0);
+                }
+            }
+        }
+        count
+    }
+
+    #[test]
+    fn the_host_is_told_where_flushes_come_after_some_writes() {
+        assert_eq!([1, 15, 16, 32, 512, 513, 5000].map(told), [0, 0, 20, 40, 640, 0, 0]);
+    }
+
+    #[test]
+    fn a_guest_that_stops_flushing_is_left_to_the_host() {
+        let mut early = Early::default();
+        (0..32).for_each(|_| early.wrote(0));
+        let told = (0..10_000).filter(|_| {
+            early.wrote(1);
+            let due = early.is_due();
+            early.under_way = false;
+            due
+        });
+        assert_eq!(told.count(), (MOST / PORTION) as usize);
+    }
+}

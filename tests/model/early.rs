@@ -1,0 +1,47 @@
+//! A guest that flushes after every few writes: the host is told to write before, and nothing else is different.
+
+use std::sync::atomic::Ordering;
+
+use diffdisk::disk::{Outcome, Work};
+use diffdisk::storage::EngineKind;
+use diffdisk::units::SectorRange;
+
+use crate::World;
+use crate::rig::Memory;
+
+const SIZE: u64 = 24 << 20;
+
+/// Rounds of so many writes, each with a flush behind it; how often the host was told.
+fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
+    let mut world = World::new(11, engine, direct);
+    world.push("dynamic", 2 << 20, SIZE);
+    let mut rig = world.open(false);
+    rig.disk.set_write_through(through);
+    for round in 0..4 {
+        for n in 0..writes {
+            let start = (round * 7919 + n * 1571) * 8 % (SIZE / 512 - 8);
+            let range = SectorRange::between(start, start + 8);
+            let bytes = world.pattern(range);
+            let memory = Memory::new(&bytes);
+            // Each is in the host's memory before the next: two to one place have an order.
+            assert_eq!(rig.work(Work::Write { range, from: memory.slices(&[]) }), Outcome::Done);
+            world.slot(range).copy_from_slice(&bytes);
+        }
+        rig.flush();
+    }
+    let all = SectorRange::between(0, SIZE / 512);
+    world.compare(all, &rig.read(all));
+    let told = rig.disk.counts().early.load(Ordering::Relaxed);
+    rig.close();
+    told
+}
+
+#[test]
+fn the_host_writes_early_where_flushes_come_after_some_writes() {
+    for engine in [EngineKind::Ring, EngineKind::Blocking] {
+        assert_eq!(told(engine, false, 32, false), 3 * 4, "after the first flush, every eight writes");
+        assert_eq!(told(engine, false, 8, false), 0, "there is nothing to win");
+        assert_eq!(told(engine, false, 32, true), 0, "each write is a flush");
+    }
+    assert_eq!(told(EngineKind::Ring, true, 32, false), 0, "nothing is in the host's memory");
+}
