@@ -216,17 +216,19 @@ impl Growth {
         self.phase = phase;
     }
 
-    /// A write failed. The old footer may be half wiped or the new one half there: write the old one again and cut the
-    /// file behind it. Where even that fails, the image takes no further writes.
+    /// A write failed. The new footer may be half there, or the old one half wiped while the new one is durable: see to it
+    /// that the old one is whole, and cut the file behind it. Where even that fails, the image takes no further writes.
+    ///
+    /// A new footer that is not there must not become durable as a length: there is no sync before the cut then.
     fn undo(&mut self, source: io::Error) -> Error {
         let (file, at) = (self.image.file(), self.old * SECTOR);
         // These syncs, too, may be told of a failure that concerns a commit.
         self.image.room().syncing = true;
-        let back = file
-            .write_at(&self.image.footer_bytes(), at)
-            .and_then(|()| file.sync())
-            .and_then(|()| file.set_len(at + SECTOR))
-            .and_then(|()| file.sync());
+        let whole = match self.phase {
+            Phase::Wipe => file.write_at(&self.image.footer_bytes(), at).and_then(|()| file.sync()),
+            _ => Ok(()),
+        };
+        let back = whole.and_then(|()| file.set_len(at + SECTOR)).and_then(|()| file.sync());
         if let Err(e) = back {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }

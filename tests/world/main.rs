@@ -17,6 +17,7 @@ mod world;
 
 use std::time::{Duration, Instant};
 
+use diffdisk::mutant::Mutant;
 use judge::Judge;
 use world::Care;
 
@@ -77,7 +78,10 @@ fn every_mutant_is_found() {
     let half = |thread: usize| {
         std::thread::spawn(move || {
             let layouts = layouts::all(20);
-            let mine = diffdisk::mutant::ALL.iter().skip(thread).step_by(2);
+            // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
+            // (`image/evict_tests.rs`); here 12 million states had none.
+            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits);
+            let mine = all.skip(thread).step_by(2);
             let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
         })

@@ -20,6 +20,9 @@ pub(crate) fn find(mutant: Mutant, layouts: &[Layout], care: Care) -> Option<Str
         let run = catch_unwind(AssertUnwindSafe(|| random::run(layouts, seed, care, &mut judge)));
         judge.forget();
         let why = run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()?;
+        mutant::make(None);
+        let sound = random::run(layouts, seed, care, &mut judge);
+        assert!(sound.is_ok(), "seed {seed} finds what is wrong without {mutant:?}, too: {sound:?}");
         let layout = why.lines().find(|line| line.contains("layout:")).unwrap_or_default().trim();
         Some(format!("seed {seed}, {} states: {} ({layout})", judge.states, why.lines().next().unwrap_or_default()))
     });

@@ -217,7 +217,11 @@ impl World {
         in_reach(offset, from.len() as u64)?;
         if stepped.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::UnexpectedEof) {
             self.take_room(id, offset, from.len() as u64)?;
-            self.bring_about(id, Effect::Write(offset, &from[..from.len() / SECTOR / 2 * SECTOR]));
+            let landed = from.len() / SECTOR / 2 * SECTOR;
+            // Of nothing, a file gets no longer.
+            if landed > 0 {
+                self.bring_about(id, Effect::Write(offset, &from[..landed]));
+            }
             return Err(code(libc::EIO));
         }
         stepped?;
