@@ -13,10 +13,13 @@ const WAKE: Duration = Duration::from_micros(40);
 const MOST: Duration = Duration::from_micros(100);
 
 /// The signals of one queue.
+///
+/// The clock is asked only where something is left: a guest with one request at a time would wait for that, too.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
-    /// Since when the driver is owed one.
-    owed: Option<Instant>,
+    /// Whether the driver is owed one, and since when it waits.
+    owed: bool,
+    since: Option<Instant>,
     /// What a chain took in the last turns.
     pace: Duration,
 }
@@ -29,25 +32,29 @@ impl Signals {
         }
     }
 
-    /// From `now` on the driver is owed a signal.
-    pub(super) fn owe(&mut self, now: Instant) {
-        self.owed.get_or_insert(now);
+    /// The driver is owed a signal.
+    pub(super) fn owe(&mut self) {
+        self.owed = true;
     }
 
     /// Whether the driver is owed one.
     pub(super) fn is_owed(&self) -> bool {
-        self.owed.is_some()
+        self.owed
     }
 
-    /// Whether one that is owed is to be given at `now`. `left`: chains that will be taken at once.
-    pub(super) fn is_due(&self, now: Instant, left: u16) -> bool {
-        self.owed
-            .is_some_and(|since| self.pace * u32::from(left) <= WAKE || now.saturating_duration_since(since) >= MOST)
+    /// Whether one that is owed is to be given, `now` being the time. `left`: chains that will be taken at once.
+    pub(super) fn is_due(&mut self, left: u16, now: impl FnOnce() -> Instant) -> bool {
+        if !self.owed || left == 0 || self.pace * u32::from(left) <= WAKE {
+            return self.owed;
+        }
+        let now = now();
+        now.saturating_duration_since(*self.since.get_or_insert(now)) >= MOST
     }
 
     /// It is given; whether one was owed.
     pub(super) fn settle(&mut self) -> bool {
-        self.owed.take().is_some()
+        self.since = None;
+        std::mem::take(&mut self.owed)
     }
 }
 
@@ -57,32 +64,37 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// After turns with that pace, with a signal owed since now.
+    /// After turns with that pace, with a signal owed.
     fn signals(pace: Duration) -> (Signals, Instant) {
         let (mut signals, now) = (Signals::default(), Instant::now());
         (0..40).for_each(|_| signals.turn(16, pace * 16));
         signals.turn(0, US * 1000);
-        assert!(!signals.is_owed() && !signals.is_due(now, 0), "none is owed");
-        signals.owe(now);
+        assert!(!signals.is_owed() && !signals.is_due(0, || now), "none is owed");
+        signals.owe();
         (signals, now)
     }
 
     #[test]
     fn a_signal_waits_while_more_is_left_than_a_guest_takes_to_wake() {
         let (mut s, now) = signals(US * 4);
-        assert!(!s.is_due(now, 16) && !s.is_due(now, 11) && s.is_due(now, 9) && s.is_due(now, 0));
-        assert!(s.settle() && !s.settle() && !s.is_due(now, 0), "it was given");
-        let (s, now) = signals(US);
-        assert!(s.is_due(now, 16), "fast ones are told at once");
+        assert!(!s.is_due(16, || now) && !s.is_due(11, || now) && s.is_due(9, || now));
+        assert!(s.is_due(0, || unreachable!("the clock is not asked")));
+        assert!(s.settle() && !s.settle() && !s.is_due(0, || now), "it was given");
+        let (mut s, _) = signals(US);
+        assert!(s.is_due(16, || unreachable!("nor here")), "fast ones are told at once");
     }
 
     #[test]
     fn no_signal_waits_for_long() {
         let (mut s, now) = signals(US * 4);
-        s.owe(now + US * 90);
-        assert!(!s.is_due(now + US * 99, 200));
-        assert!(s.is_due(now + US * 100, 200), "counted from the first that is owed");
-        let (s, now) = signals(US * 400);
-        assert!(!s.is_due(now, 1) && s.is_due(now + US * 400, 1));
+        assert!(!s.is_due(200, || now));
+        s.owe();
+        assert!(!s.is_due(200, || now + US * 99));
+        assert!(s.is_due(200, || now + US * 100), "counted from the first that waits");
+        s.settle();
+        s.owe();
+        assert!(!s.is_due(200, || now + US * 101), "counted anew");
+        let (mut s, now) = signals(US * 400);
+        assert!(!s.is_due(1, || now) && s.is_due(1, || now + US * 400));
     }
 }
