@@ -4,8 +4,9 @@
 //!   serve:  poll ─ complete ─ (signal) ─ take up to 16 ─ submit ─ poll ─ complete ─ (signal: `signal.rs`)
 //! ```
 //!
-//! A turn makes one submit (two where a copy fails) and no other system call but a signal where the driver wants one; behind that, while it is still
-//! being found out what the host has in memory, a few to ask (`Lane::learn`). The vring's lock is held
+//! A turn makes one submit (two where a copy fails, or the host is told to write early) and no other system call but a signal
+//! where the driver wants one; behind that, while it is still being found out what the host has in memory, a few to ask
+//! (`Lane::learn`). The vring's lock is held
 //! for moments, never across I/O, so that the control thread does not wait for a disk.
 
 use std::io;
@@ -104,15 +105,28 @@ impl Queue {
     /// # Errors
     /// Where the lane's engine fails, which ends this disk's service.
     pub fn serve(&mut self, vring: &Vring) -> io::Result<Turn> {
+        let turn = self.turn(vring);
+        if turn.is_err() {
+            self.signal(vring);
+        }
+        turn
+    }
+
+    fn turn(&mut self, vring: &Vring) -> io::Result<Turn> {
         self.lane.poll(&mut self.answers)?;
-        self.settle();
+        let late = self.settle();
         let Some(exchange) = &self.exchange else { return Ok(Turn::Idle) };
         let is_broken = exchange.broken().is_some();
-        if is_broken || !vring.get_ref().is_enabled() {
+        let is_served = !is_broken && vring.get_ref().is_enabled();
+        // What had to wait for the disk does not wait for a turn, too.
+        if late || !is_served {
             self.signal(vring);
+        } else {
+            self.signal_if_due(vring);
+        }
+        if !is_served {
             return Ok(if is_broken { Turn::Broken } else { Turn::Idle });
         }
-        self.signal_if_due(vring);
         let exchange = self.exchange.as_mut().expect("in service");
         let rules = rules(&self.device);
         exchange.ring().refuse_kicks();
@@ -141,8 +155,10 @@ impl Queue {
             self.lane.submit()?;
             self.lane.poll(&mut self.answers)?;
         }
-        if let Some(begin) = begin {
-            self.signals.turn(pushed, begin.elapsed());
+        match begin {
+            Some(begin) => self.signals.turn(pushed, begin.elapsed()),
+            None if pause == Pause::Turn => self.signals.large_turn(),
+            None => {}
         }
         let completed = self.settle();
         self.signal_if_due(vring);
@@ -179,6 +195,7 @@ impl Queue {
     /// # Errors
     /// Where the lane's engine fails.
     pub fn stop(&mut self, vring: &Vring) -> io::Result<u16> {
+        self.signal(vring);
         self.lane.drain(&mut self.answers)?;
         self.settle();
         // The index we give counts what a predecessor left as taken, so that has to be carried out, too.

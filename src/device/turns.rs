@@ -135,7 +135,7 @@ fn a_signal_that_waits_is_not_lost() {
         serve(&mut r);
         assert!(signals(&r), "the first signal may be owed");
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
-        r.queue.signals.turn(1, std::time::Duration::from_millis(1));
+        r.queue.signals.turn(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::More);
         let owed = !signals(&r);

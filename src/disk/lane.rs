@@ -252,8 +252,7 @@ impl Lane {
             Token::Task { task, detail } => self.moved(task, detail, completion),
             Token::Commit => self.job_moved(JobKind::Commit, completion.result),
             Token::Growth => self.job_moved(JobKind::Growth, completion.result),
-            // What failed, a sync will tell.
-            Token::Early => self.early.under_way = false,
+            Token::Early => self.written_early(completion.result),
         }
     }
 
@@ -344,6 +343,8 @@ impl Lane {
         let top = self.disk.version().top();
         if top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
             self.commit_soon();
+            // A turn without requests submits nothing. A failure shows again in the next one that does.
+            let _ = self.submit();
         }
     }
 

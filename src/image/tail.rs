@@ -217,9 +217,8 @@ impl Growth {
     }
 
     /// A write failed. The new footer may be half there, or the old one half wiped while the new one is durable: see to it
-    /// that the old one is whole, and cut the file behind it. Where even that fails, the image takes no further writes.
-    ///
-    /// A new footer that is not there must not become durable as a length: there is no sync before the cut then.
+    /// that the old one is whole, and cut the file behind it; in the first case without a sync before that, which would make
+    /// a length durable that has no footer. Where even that fails, the image takes no further writes.
     fn undo(&mut self, source: io::Error) -> Error {
         let (file, at) = (self.image.file(), self.old * SECTOR);
         // These syncs, too, may be told of a failure that concerns a commit.

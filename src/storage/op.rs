@@ -24,7 +24,7 @@ pub enum Action {
     /// Have the host begin to read the range into its memory (posix_fadvise, WILLNEED): a hint, which promises nothing.
     Prefetch,
     /// Have the host begin to write what is dirty in its memory (sync_file_range, WRITE): a hint, which promises nothing and
-    /// takes no error from the sync that would tell of it.
+    /// takes no error of the medium from the sync that would tell of it.
     WriteBehind,
     /// Reserve room for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,

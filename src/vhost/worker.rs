@@ -221,7 +221,7 @@ impl QueueThread {
                 tick_at = now + TICK;
                 if self.state == State::Running {
                     self.queue.lane().tick();
-                    continue; // what it began is submitted by the next turn
+                    continue; // what it began goes on in the next turn
                 }
             }
             match turn {

@@ -1,4 +1,5 @@
-//! A guest that flushes after every few writes: the host is told to write before, and nothing else is different.
+//! Writing before anybody asks: a guest that flushes after every few writes has the host told to write before, and nothing
+//! else is different; what no guest flushes is committed in the background.
 
 use std::sync::atomic::Ordering;
 
@@ -7,7 +8,7 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 
 use crate::World;
-use crate::rig::Memory;
+use crate::rig::{Memory, Rig};
 
 const SIZE: u64 = 24 << 20;
 
@@ -38,10 +39,34 @@ fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
 
 #[test]
 fn the_host_writes_early_where_flushes_come_after_some_writes() {
-    for engine in [EngineKind::Ring, EngineKind::Blocking] {
-        assert_eq!(told(engine, false, 32, false), 3 * 4, "after the first flush, every eight writes");
-        assert_eq!(told(engine, false, 8, false), 0, "there is nothing to win");
-        assert_eq!(told(engine, false, 32, true), 0, "each write is a flush");
-    }
+    assert_eq!(told(EngineKind::Ring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
+    assert_eq!(told(EngineKind::Ring, false, 8, false), 0, "there is nothing to win");
+    assert_eq!(told(EngineKind::Ring, false, 32, true), 0, "each write is a flush");
+    assert_eq!(told(EngineKind::Blocking, false, 32, false), 0, "the queue would wait for it");
     assert_eq!(told(EngineKind::Ring, true, 32, false), 0, "nothing is in the host's memory");
+}
+
+/// What nobody flushes becomes durable by itself, whatever the engine, without a request after it.
+#[test]
+fn what_is_not_flushed_is_committed_in_the_background() {
+    for engine in [EngineKind::Ring, EngineKind::Blocking] {
+        let mut world = World::new(12, engine, false);
+        world.push("dynamic", 2 << 20, SIZE);
+        let mut rig = world.open(false);
+        let range = SectorRange::between(8, 16);
+        let bytes = world.pattern(range);
+        rig.write(range, &bytes, &[]);
+        world.slot(range).copy_from_slice(&bytes);
+        let commits = |rig: &Rig| rig.disk.counts().commits.load(Ordering::Relaxed);
+        let before = commits(&rig);
+        (0..5).for_each(|_| rig.lane.tick());
+        let started = std::time::Instant::now();
+        while commits(&rig) == before && started.elapsed().as_secs() < 20 {
+            let mut answers = Vec::new();
+            rig.lane.poll(&mut answers).expect("the engine works");
+            assert!(answers.is_empty(), "nobody asked");
+        }
+        assert_eq!(commits(&rig), before + 1, "{engine:?}");
+        rig.close();
+    }
 }

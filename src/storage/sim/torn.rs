@@ -23,8 +23,12 @@ pub type Tear<'a> = &'a mut dyn FnMut(&[u8; SECTOR_BYTES], &[u8; SECTOR_BYTES]) 
 pub(super) fn tear(inode: &Inode, changes: &mut [(u64, Change)], tear: Tear<'_>) {
     let mut before = BTreeMap::new();
     for (_, change) in changes {
-        let Change::Sector(at, Some(new)) = change else { continue };
-        let (at, new) = (*at, new.0);
+        let Change::Sector(at, new) = change else { continue };
+        let (at, Some(new)) = (*at, new.as_ref().map(|new| new.0)) else {
+            // A hole is not written, so never in part.
+            before.insert(*at, [0; SECTOR_BYTES]);
+            continue;
+        };
         let old = before.insert(at, new).unwrap_or_else(|| inode.durable_sector(at));
         if (at + 1) * SECTOR > inode.durable_len() {
             continue;
