@@ -108,13 +108,8 @@ impl Judge {
         fate: &dyn Fn(usize) -> bool,
         torn: Option<u64>,
     ) -> Result<(), String> {
-        let (mut random, mut torn_here) = (torn.map(Random::new), false);
-        let after = host.crash_torn(fate, &mut |old, new| {
-            // Of a guest's data it may be true, and a mixture has no place in the model: see `tests/host/guest.rs`.
-            let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
-            torn_here = true;
-            Some(u128::from(random.any()) << 64 | u128::from(random.any()))
-        });
+        let (mut tear, mut torn_here) = (tearing(torn), false);
+        let after = host.crash_torn(fate, &mut |old, new| tear(old, new).inspect(|_| torn_here = true));
         self.torn += u64::from(torn_here);
         // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
         let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
@@ -165,7 +160,8 @@ impl Judge {
             let count = moment.unsynced().len();
             for n in 0..4.min(1_u64 << count.min(3)) {
                 let fates: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
-                let again = look(&moment.crash_with(&|i| fates[i]), false);
+                let mut tear = tearing((n > 1).then(|| random.any()));
+                let again = look(&moment.crash_torn(&|i| fates[i], &mut tear), false);
                 let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
                 self.again += 1;
                 Model::new(&found.values)
@@ -174,6 +170,16 @@ impl Judge {
             }
         }
         Ok(found)
+    }
+}
+
+/// Tears sectors of the image's own; none without a seed.
+fn tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u128> {
+    let mut random = seed.map(Random::new);
+    move |old, new| {
+        // A guest's data may be torn, too, and such a mixture has no place in the model: see `tests/host/guest.rs`.
+        let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
+        Some(u128::from(random.any()) << 64 | u128::from(random.any()))
     }
 }
 
