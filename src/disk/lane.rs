@@ -337,15 +337,12 @@ impl Lane {
         let parked = std::mem::take(&mut self.parked);
         self.go_on(parked, true);
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;
-        if self.ticks != 0 {
-            return;
-        }
         let top = self.disk.version().top();
-        if top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
+        if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
             self.commit_soon();
-            // A turn without requests submits nothing. A failure shows again in the next one that does.
-            let _ = self.submit();
         }
+        // A turn without requests submits nothing. A failure shows again in the next one that does.
+        let _ = self.submit();
     }
 
     pub(super) fn push_op(&mut self, op: Op) {

@@ -90,9 +90,9 @@ fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2
     let mut medium = Medium { synced: base, log: &log, at: 0 };
     // A tmpfs: nothing here has to survive.
     let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let sectors = modes.map(|mode| if mode == "--direct" { Sectors::Whole } else { Sectors::Torn });
     // In a file of its own each time: in one that a dying loop device still has, a mount may find that device again, and in
     // its cache a superblock of the cut before, which says that there is no journal to replay.
-    let sectors = modes.map(|mode| if mode == "--direct" { Sectors::Whole } else { Sectors::Torn });
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");

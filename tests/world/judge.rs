@@ -70,7 +70,8 @@ impl Judge {
             for mask in 0_u64..1 << count {
                 self.try_fate(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
             }
-            for _ in 0..if count > 0 { 4 } else { 0 } {
+            let torn = if count > 0 { 4 } else { 0 };
+            for _ in 0..torn {
                 self.try_fate(host, &units, model, &|_| true, Some(random.any()))?;
             }
             return Ok(());
