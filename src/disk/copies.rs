@@ -3,9 +3,11 @@
 //! A read goes this way where all of its bytes are known to be there: it needs no task, and no system call. Any other, and one
 //! that turns out not to be there after all, is a request as all are (`stages.rs`).
 //!
-//! Between the two the processor fetches what will be copied: a page of a large file is in none of its caches, and neither is
-//! the way there. Copied as they are planned, 4 KiB take 0.5 to 0.6 us; fetched for a turn of 16 first, 0.35 to 0.4 (AMD EPYC,
-//! 512 MiB in the page cache).
+//! Between the two the processor is told what will be copied: a page of a large file is in none of its caches, and neither is
+//! the way there. It stops at a page until it has found it, even to fetch it; told of all pages of a turn one close behind the
+//! other, it looks for several at once. And while one part is copied, the next is fetched whole. Reads of 4 KiB, 16 layers, 512
+//! MiB in the page cache, each fetched as it is planned: 1,000,000 a second; found together: 1,250,000; and the next fetched:
+//! 1,550,000 (AMD EPYC). Into buffers that lie anywhere in 1 GiB of the guest, found together as well, a quarter more.
 
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
@@ -88,12 +90,20 @@ impl Lane {
         }
         let mut left = false;
         let Copies { mut reads, mut parts } = std::mem::take(&mut self.copies);
+        let found = || parts.iter().filter_map(|part| part.found.as_ref());
+        found().for_each(Found::fetch_way);
+        reads.iter().for_each(|read| read.into.fetch_way());
+        let mut next = found();
+        next.next().into_iter().for_each(Found::fetch);
         let mut rest = parts.iter();
         for CopiedRead { tag, range, into, parts } in reads.drain(..) {
             let (mut whole, mut at) = (true, 0);
             for Part { found, len } in rest.by_ref().take(parts) {
                 match found {
-                    Some(found) => whole = whole && self.engine.fill(found, &into, at),
+                    Some(found) => {
+                        next.next().into_iter().for_each(Found::fetch);
+                        whole = whole && self.engine.fill(found, &into, at);
+                    }
                     None => into.zero(at, *len),
                 }
                 at += len;

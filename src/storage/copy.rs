@@ -9,8 +9,11 @@
 //! Only x86-64 has such a copy so far; elsewhere [`is_ready`] says no.
 #![allow(unsafe_code)]
 
-use std::ptr::NonNull;
+use std::hint::black_box;
 use std::sync::OnceLock;
+
+const PAGE: usize = 4096;
+const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
 pub(super) fn is_ready() -> bool {
@@ -29,13 +32,6 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
     unsafe { catch::copy(from, to, len) }
 }
 
-/// Has the processor begin to fetch what will be copied from here: with its first lines it finds out where the page is, and
-/// that there is more.
-#[inline]
-pub(super) fn fetch(from: NonNull<u8>) {
-    (0..4).for_each(|line| fetch_line(from.as_ptr().wrapping_add(line * 64)));
-}
-
 /// Has the processor begin to fetch the cache line of an address, if there is anything.
 #[inline]
 pub fn fetch_line(at: *const u8) {
@@ -47,6 +43,30 @@ pub fn fetch_line(at: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
+}
+
+/// Has the processor find out where the pages of `len` > 0 bytes are: a walk through tables that are in none of its caches.
+/// It waits for a walk before it copies, but makes several at once for hints that come one close behind the other.
+#[inline]
+pub(super) fn fetch_way(at: *const u8, len: usize) {
+    (0..len).step_by(PAGE).for_each(|to| fetch_line(at.wrapping_add(to)));
+    if !(at as usize).is_multiple_of(PAGE) {
+        fetch_line(at.wrapping_add(len - 1));
+    }
+}
+
+/// Has the processor begin to fetch `len` bytes, into the cache behind the first, which takes more at once. One line after the
+/// other (hence the `black_box`): a burst of them holds up what comes next.
+#[inline]
+pub(super) fn fetch_all(at: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for to in (0..len).step_by(LINE) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: as in `fetch_line`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(black_box(at.wrapping_add(to)).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (at, len);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -34,7 +34,7 @@ pub trait Engine: Send {
     fn unregister(&mut self, slot: Slot) -> io::Result<()>;
 
     /// Where in memory `len` bytes at `offset` of a file are, if the host is known to have them there: then they are copied
-    /// ([`Engine::fill`]) without a system call. The processor begins to fetch them. None: an operation has to find them.
+    /// ([`Engine::fill`]) without a system call. None: an operation has to find them.
     fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
         let _ = (slot, offset, len);
         None

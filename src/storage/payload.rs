@@ -11,6 +11,8 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
+use super::copy;
+
 /// Alignment of [`Buffer`]: a page, which every O_DIRECT medium accepts.
 pub const BUFFER_ALIGN: usize = 4096;
 
@@ -172,6 +174,12 @@ impl Slices {
             skip = 0;
             left -= n;
         }
+    }
+
+    /// Has the processor find the pages, without waiting for them.
+    #[inline]
+    pub fn fetch_way(&self) {
+        self.0.runs.iter().for_each(|run| copy::fetch_way(run.iov_base.cast(), run.iov_len));
     }
 
     /// Writes zeros over `len` bytes from byte `at`.

@@ -63,6 +63,18 @@ impl Found {
         self.offset
     }
 
+    /// Has the processor find the pages, without waiting for them.
+    #[inline]
+    pub fn fetch_way(&self) {
+        copy::fetch_way(self.from.as_ptr(), self.len);
+    }
+
+    /// Has the processor fetch all of the bytes, without waiting for them.
+    #[inline]
+    pub fn fetch(&self) {
+        copy::fetch_all(self.from.as_ptr(), self.len);
+    }
+
     /// Bytes.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
@@ -140,7 +152,6 @@ impl Warm {
             }
             self.held = None;
         }
-        copy::fetch(from);
         Some(Found { from, slot, offset, len })
     }
 
