@@ -12,7 +12,7 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::extent::{Plan, Source};
 use crate::image::Paged;
-use crate::storage::Slot;
+use crate::storage::{Slot, fetch_line};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
@@ -79,6 +79,14 @@ impl Cell {
         }
     }
 
+    /// Has the processor fetch the run that holds sector `at` of the cell, as [`find`] guesses it.
+    #[inline]
+    pub(super) fn fetch(&self, at: u64) {
+        if let Cell::Runs(runs) = self {
+            fetch_line((&raw const runs[guess(runs, at)]).cast());
+        }
+    }
+
     /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
     #[inline]
     pub(super) fn split(&self, start: u64, part: SectorRange, plan: &mut Plan) {
@@ -94,10 +102,15 @@ fn begin_of(runs: &[Run], number: usize) -> u64 {
     if number == 0 { 0 } else { runs[number - 1].end() }
 }
 
+/// Which run holds sector `at` of the cell, if all are as long as each other.
+fn guess(runs: &[Run], at: u64) -> usize {
+    usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs")
+}
+
 /// The run that holds sector `at` of the cell. Where runs are of like lengths, as a guest's clusters make them, the first
 /// guess is right, and only one line of the list is fetched.
 fn find(runs: &[Run], at: u64) -> usize {
-    let guess = usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs");
+    let guess = guess(runs, at);
     let right = at < runs[guess].end() && begin_of(runs, guess) <= at;
     if right { guess } else { runs.partition_point(|run| run.end() <= at) }
 }

@@ -90,6 +90,17 @@ impl Frozen {
         plan.memo = memo;
     }
 
+    /// Has the processor fetch what is known of the cell of a sector, where that is not in the table of cells itself.
+    #[inline]
+    pub fn fetch(&self, sector: u64, plan: &mut Plan) {
+        if sector < self.sectors {
+            let index = usize::try_from(sector / CELL_SECTORS).expect("at most 2^20 cells");
+            if let Some(cell) = self.cells.decided(&mut plan.memo).get(index) {
+                cell.fetch(sector % CELL_SECTORS);
+            }
+        }
+    }
+
     /// The bitmap sectors that decide a cell; none where it is decided.
     pub fn pieces(&self, index: usize) -> Vec<BitmapPiece> {
         if self.cells.has(index) {

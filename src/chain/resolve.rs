@@ -77,6 +77,12 @@ impl Version {
         }
     }
 
+    /// Has the processor fetch what a look-up of `range` will need and has in none of its caches. Nothing else.
+    #[inline]
+    pub fn fetch(&self, range: SectorRange, plan: &mut Plan) {
+        self.frozen().fetch(range.start(), plan);
+    }
+
     /// Where a write of `range` goes; blocks get places. Only on a disk with a top.
     ///
     /// # Errors

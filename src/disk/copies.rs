@@ -9,6 +9,8 @@
 //! MiB in the page cache, each fetched as it is planned: 1,000,000 a second; found together: 1,250,000; and the next fetched:
 //! 1,550,000 (AMD EPYC). Into buffers that lie anywhere in 1 GiB of the guest, found together as well, a quarter more.
 
+use std::collections::VecDeque;
+
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use crate::chain::Source;
@@ -18,20 +20,22 @@ use crate::units::SectorRange;
 /// Most bytes of a read that is copied: what is longer would hold up those behind it, and mostly has parts too long to copy.
 const MOST: u64 = 256 << 10;
 
-/// What is planned, and not made yet.
+/// What is asked for, or planned, and not made yet.
 #[derive(Default)]
 pub(super) struct Copies {
-    reads: Vec<CopiedRead>,
+    /// Not planned yet.
+    asked: VecDeque<ShortRead>,
+    /// Planned, with the number of their parts.
+    reads: Vec<(ShortRead, usize)>,
     /// Of all reads, in their order.
     parts: Vec<Part>,
 }
 
-/// A read that needs nothing but copies.
-struct CopiedRead {
+/// A read that needs nothing but copies, perhaps.
+struct ShortRead {
     tag: u64,
     range: SectorRange,
     into: Slices,
-    parts: usize,
 }
 
 /// A part of a read: a copy, or zeros.
@@ -41,22 +45,44 @@ struct Part {
 }
 
 impl Copies {
-    /// Reads that are planned.
+    /// Reads.
     #[inline]
     pub(super) fn len(&self) -> usize {
-        self.reads.len()
+        self.asked.len() + self.reads.len()
     }
 }
 
 impl Lane {
-    /// Plans a read all of whose bytes are known to be in memory, or nowhere; gives the memory of any other back. There is
+    /// Takes a read that may be a copy, to be planned with the others of a turn; gives the memory of any other back. There is
     /// `room`.
     #[inline]
-    pub(super) fn plan_copies(&mut self, tag: u64, range: SectorRange, into: Slices) -> Result<(), Slices> {
+    pub(super) fn ask_copies(&mut self, tag: u64, range: SectorRange, into: Slices) -> Result<(), Slices> {
         if range.bytes() > MOST {
             return Err(into);
         }
-        self.disk.version().plan_read(range, &mut self.plan);
+        self.copies.asked.push_back(ShortRead { tag, range, into });
+        Ok(())
+    }
+
+    /// Plans what was asked for: copies, where all bytes are known to be in memory, or nowhere; requests as all are, else.
+    pub(super) fn plan_copies(&mut self) {
+        for read in &self.copies.asked {
+            self.disk.version().fetch(read.range, &mut self.plan);
+        }
+        while let Some(read) = self.copies.asked.pop_front() {
+            let range = read.range;
+            if let Err(ShortRead { tag, range, into }) = self.plan_one(read) {
+                self.planned = true;
+                self.begin(Request { tag, work: Work::Read { range, into } });
+            }
+            self.follow(range);
+        }
+    }
+
+    /// Plans a read as copies, if it can be.
+    #[inline]
+    fn plan_one(&mut self, read: ShortRead) -> Result<(), ShortRead> {
+        self.disk.version().plan_read(read.range, &mut self.plan);
         let (before, mut whole) = (self.copies.parts.len(), self.plan.missing.is_empty());
         if whole {
             for extent in &self.plan.extents {
@@ -75,11 +101,10 @@ impl Lane {
         }
         if !whole {
             self.copies.parts.truncate(before);
-            self.planned = true;
-            return Err(into);
+            return Err(read);
         }
         let parts = self.copies.parts.len() - before;
-        self.copies.reads.push(CopiedRead { tag, range, into, parts });
+        self.copies.reads.push((read, parts));
         Ok(())
     }
 
@@ -89,14 +114,14 @@ impl Lane {
             return false;
         }
         let mut left = false;
-        let Copies { mut reads, mut parts } = std::mem::take(&mut self.copies);
+        let (mut reads, mut parts) = (std::mem::take(&mut self.copies.reads), std::mem::take(&mut self.copies.parts));
         let found = || parts.iter().filter_map(|part| part.found.as_ref());
         found().for_each(Found::fetch_way);
-        reads.iter().for_each(|read| read.into.fetch_way());
+        reads.iter().for_each(|(read, _)| read.into.fetch_way());
         let mut next = found();
         next.next().into_iter().for_each(Found::fetch);
         let mut rest = parts.iter();
-        for CopiedRead { tag, range, into, parts } in reads.drain(..) {
+        for (ShortRead { tag, range, into }, parts) in reads.drain(..) {
             let (mut whole, mut at) = (true, 0);
             for Part { found, len } in rest.by_ref().take(parts) {
                 match found {
@@ -117,7 +142,7 @@ impl Lane {
             }
         }
         parts.clear();
-        self.copies = Copies { reads, parts };
+        (self.copies.reads, self.copies.parts) = (reads, parts);
         self.engine.filled();
         left
     }

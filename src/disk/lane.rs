@@ -81,7 +81,7 @@ pub struct Lane {
     done: Vec<Completion>,
     pub(super) steps: Vec<Op>,
     pub(super) pool: Vec<Slices>,
-    /// Planned, to be made with the next submit.
+    /// To be made with the next submit.
     pub(super) copies: Copies,
 }
 
@@ -131,14 +131,15 @@ impl Lane {
         if self.backlog.is_empty() { self.free.len() - self.copies.len() } else { 0 }
     }
 
-    /// Takes a request and goes as far with it as memory allows; no system call. There is `room`.
+    /// Takes a request and goes as far with it as memory allows, but for short reads, which are planned together with the next
+    /// `submit`; no system call. There is `room`.
     #[inline]
     pub fn push(&mut self, Request { tag, work }: Request) {
         let Work::Read { range, into } = work else { return self.begin(Request { tag, work }) };
-        if let Err(into) = self.plan_copies(tag, range, into) {
+        if let Err(into) = self.ask_copies(tag, range, into) {
             self.begin(Request { tag, work: Work::Read { range, into } });
+            self.follow(range);
         }
-        self.follow(range);
     }
 
     /// A guest begins to use the disk: room for its first writes is made while it does something else.
@@ -159,6 +160,7 @@ impl Lane {
     /// The engine is of no further use.
     pub fn submit(&mut self) -> io::Result<()> {
         self.submitted = true;
+        self.plan_copies();
         // First what takes the host a while.
         let mut result = self.engine.submit();
         if result.is_ok() && self.copy_all() {
