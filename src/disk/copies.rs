@@ -18,7 +18,7 @@ use crate::storage::{Found, Slices};
 use crate::units::SectorRange;
 
 /// Most bytes of a read that is copied: what is longer would hold up those behind it, and mostly has parts too long to copy.
-const MOST: u64 = 256 << 10;
+const MOST: u64 = 2 << 20;
 
 /// What is asked for, or planned, and not made yet.
 #[derive(Default)]

@@ -125,6 +125,31 @@ fn what_lies_in_two_windows_is_learned() {
 }
 
 #[test]
+fn long_reads_are_learned_whole_and_copied_in_pieces() {
+    let (_folder, file) = pages(512);
+    let Some(mut ring) = ring(&file) else { return };
+    let (at, len) = (3 * PAGE + 512, (500 * PAGE) as usize);
+    let ask = |ring: &mut Ring| {
+        let Completion { op, result } = done(ring, read(at, len));
+        result.unwrap();
+        let Payload::Own(bytes) = op.payload else { unreachable!() };
+        let number = |at: u64| (at / PAGE + 1).to_be_bytes();
+        assert!(bytes.chunks(8).zip((at..).step_by(8)).all(|(bytes, at)| *bytes == number(at)));
+    };
+    // The file is mapped after the first, and all of its windows are asked for after the third.
+    (0..3).for_each(|_| ask(&mut ring));
+    assert_eq!(ring.copies(), 0);
+    let calls = ring.calls();
+    ask(&mut ring);
+    assert_eq!((ring.copies(), ring.calls() - calls), (1, 0));
+    // One page of it is not there any more, as far as is known.
+    host_file(&file).unwrap().mapped().forget(300 * PAGE, 1);
+    let calls = ring.calls();
+    ask(&mut ring);
+    assert!(ring.copies() == 1 && ring.calls() > calls);
+}
+
+#[test]
 fn nobody_copies_what_another_found() {
     let (_folder, file) = pages(64);
     let (Some(mut ring), Some(mut other)) = (ring(&file), ring(&file)) else { return };
@@ -194,7 +219,7 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
     let learns = || {
         (0..8).any(|_| {
             host.read_at(&mut [0; 1], at).unwrap();
-            host.mapped().ask(&host, at, || Some(64 * PAGE));
+            host.mapped().ask(&host, at, 1, || Some(64 * PAGE));
             matches!(host.mapped().place(at, PAGE as usize), Place::Here(_))
         })
     };

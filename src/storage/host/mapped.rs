@@ -72,8 +72,8 @@ struct Region {
 pub(in crate::storage) enum Place {
     /// All of it was in the host's memory: it can be copied from here.
     Here(NonNull<u8>),
-    /// It is worth to ask the kernel about this offset: [`Mapped::ask`].
-    Ask(u64),
+    /// It is worth to ask the kernel about so many bytes from this offset on: [`Mapped::ask`].
+    Ask(u64, usize),
     /// Nothing.
     Unknown,
 }
@@ -89,9 +89,9 @@ impl Mapped {
         }
         let Some(region) = self.region(index) else {
             let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
-            return if more { Place::Ask(offset) } else { Place::Unknown };
+            return if more { Place::Ask(offset, len) } else { Place::Unknown };
         };
-        match (within / PAGE..end.div_ceil(PAGE)).find(|page| !region.has(*page)) {
+        match region.lacks(within / PAGE, end.div_ceil(PAGE)) {
             None if offset + len as u64 <= self.len.load(Ordering::Relaxed) => {
                 // SAFETY: below the region's length.
                 Place::Here(unsafe { region.start.add(within) })
@@ -102,21 +102,27 @@ impl Mapped {
                 // Threads may count one another's away: a little later, then.
                 let count = asked.load(Ordering::Relaxed).saturating_add(1);
                 asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
-                if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + page * PAGE) as u64) }
+                let at = page * PAGE;
+                if count < ASKED {
+                    Place::Unknown
+                } else {
+                    Place::Ask((index * REGION + at) as u64, end - at.max(within))
+                }
             }
         }
     }
 
-    /// Asks the kernel what it has in memory around `offset`. `len`: says how long the file is.
-    pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: impl FnOnce() -> Option<u64>) {
-        let Some(len) = len() else { return };
-        self.len.store(len, Ordering::Relaxed);
-        if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, len)) {
+    /// Asks the kernel what it has in memory of `len` > 0 bytes from `offset` on, and around them. `size`: says how long the
+    /// file is.
+    pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: usize, size: impl FnOnce() -> Option<u64>) {
+        let Some(size) = size() else { return };
+        self.len.store(size, Ordering::Relaxed);
+        if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, size)) {
             return self.refused.store(true, Ordering::Relaxed);
         }
         let (index, within) = locate(offset);
         match self.region(index) {
-            Some(region) => region.ask(within / WINDOW),
+            Some(region) => windows(within, len).for_each(|window| region.ask(window)),
             None => self.map(file, index),
         }
     }
@@ -133,7 +139,7 @@ impl Mapped {
     pub(in crate::storage) fn forget(&self, offset: u64, len: usize) {
         let (index, within) = locate(offset);
         let Some(region) = self.region(index) else { return };
-        for window in within / WINDOW..(within + len).div_ceil(WINDOW).min(REGION / WINDOW) {
+        for window in windows(within, len) {
             region.there[window].store(0, Ordering::Relaxed);
         }
     }
@@ -161,6 +167,11 @@ impl Mapped {
             drop(unsafe { Box::from_raw(region) });
         }
     }
+}
+
+/// The windows of `len` bytes, as far as they lie in a region.
+fn windows(within: usize, len: usize) -> std::ops::Range<usize> {
+    within / WINDOW..(within + len).div_ceil(WINDOW).min(REGION / WINDOW)
 }
 
 /// The region of an offset, and where in it.
@@ -191,9 +202,21 @@ impl Region {
         Some(Region { start, there, asked })
     }
 
+    /// The first page, of those from `from` to before `end`, that has no bit.
     #[inline]
-    fn has(&self, page: usize) -> bool {
-        self.there[page / 64].load(Ordering::Relaxed) >> (page % 64) & 1 != 0
+    fn lacks(&self, from: usize, end: usize) -> Option<usize> {
+        let mut page = from;
+        while page < end {
+            let gone = !self.there[page / 64].load(Ordering::Relaxed) >> (page % 64);
+            let first = page + gone.trailing_zeros() as usize;
+            // The shift has zeros come in from above: no bit of this word is missing.
+            let next = (page / 64 + 1) * 64;
+            if gone != 0 {
+                return (first < end).then_some(first);
+            }
+            page = next;
+        }
+        None
     }
 
     fn ask(&self, window: usize) {
@@ -238,4 +261,29 @@ fn tells(file: impl AsFd, len: u64) -> bool {
     // SAFETY: mapped above.
     let _ = unsafe { munmap(page.as_ptr().cast(), PAGE) };
     told == Some(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_without_a_bit_are_found() {
+        let region = Region {
+            start: NonNull::dangling(),
+            there: [const { AtomicU64::new(u64::MAX) }; _],
+            asked: [const { AtomicU8::new(0) }; _],
+        };
+        let region = std::mem::ManuallyDrop::new(region); // nothing is mapped
+        assert_eq!(region.lacks(0, REGION / PAGE), None);
+        for page in [0, 5, 63, 64, 130, REGION / PAGE - 1] {
+            region.there[page / 64].store(!(1 << (page % 64)), Ordering::Relaxed);
+            for from in [page.saturating_sub(200), page.saturating_sub(1), page] {
+                assert_eq!(region.lacks(from, page + 1), Some(page));
+                assert_eq!(region.lacks(from, page), None);
+            }
+            assert_eq!(region.lacks(page + 1, (page + 100).min(REGION / PAGE)), None);
+            region.there[page / 64].store(u64::MAX, Ordering::Relaxed);
+        }
+    }
 }
