@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use crate::bare::{measure, thread_time};
+use crate::disks::{Settle, settle};
 use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
@@ -71,6 +72,7 @@ pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
         file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
     file.sync_all().expect("the file can be synced");
+    settle(path, Settle::Chunks);
     let mut next = 0;
     let sample = measure(time, 1, || {
         file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");
