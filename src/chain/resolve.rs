@@ -77,7 +77,7 @@ impl Version {
         }
     }
 
-    /// Has the processor fetch what a look-up of `range` will need and has in none of its caches. Nothing else.
+    /// Has the processor fetch what a look-up of the beginning of `range` will need and has in none of its caches.
     #[inline]
     pub fn fetch(&self, range: SectorRange, plan: &mut Plan) {
         self.frozen().fetch(range.start(), plan);

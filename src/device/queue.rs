@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A turn makes one submit (two where a copy fails, or the host is told to write early) and no other system call but a signal
-//! where the driver wants one; behind that, while it is still being found out what the host has in memory, a few to ask
+//! where the driver wants one; behind that, while it is still being found out what the host has in memory, some to ask
 //! (`Lane::learn`). The vring's lock is held for moments, never across I/O, so that the control thread does not wait for a
 //! disk.
 

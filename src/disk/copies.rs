@@ -1,4 +1,4 @@
-//! Reads of what the host has in memory: copies, which are planned with the requests of a turn and made at its end.
+//! Reads of what the host has in memory: copies, which are planned and made at the end of a turn, all together.
 //!
 //! A read goes this way where all of its bytes are known to be there: it needs no task, and no system call. Any other, and one
 //! that turns out not to be there after all, is a request as all are (`stages.rs`).
@@ -17,22 +17,22 @@ use crate::chain::Source;
 use crate::storage::{Found, Slices};
 use crate::units::SectorRange;
 
-/// Most bytes of a read that is copied: what is longer would hold up those behind it, and mostly has parts too long to copy.
+/// Most bytes of a read that is copied: what is longer would hold up those behind it.
 const MOST: u64 = 2 << 20;
 
 /// What is asked for, or planned, and not made yet.
 #[derive(Default)]
 pub(super) struct Copies {
     /// Not planned yet.
-    asked: VecDeque<ShortRead>,
+    asked: VecDeque<AskedRead>,
     /// Planned, with the number of their parts.
-    reads: Vec<(ShortRead, usize)>,
+    reads: Vec<(AskedRead, usize)>,
     /// Of all reads, in their order.
     parts: Vec<Part>,
 }
 
 /// A read that needs nothing but copies, perhaps.
-struct ShortRead {
+struct AskedRead {
     tag: u64,
     range: SectorRange,
     into: Slices,
@@ -60,7 +60,7 @@ impl Lane {
         if range.bytes() > MOST {
             return Err(into);
         }
-        self.copies.asked.push_back(ShortRead { tag, range, into });
+        self.copies.asked.push_back(AskedRead { tag, range, into });
         Ok(())
     }
 
@@ -71,7 +71,7 @@ impl Lane {
         }
         while let Some(read) = self.copies.asked.pop_front() {
             let range = read.range;
-            if let Err(ShortRead { tag, range, into }) = self.plan_one(read) {
+            if let Err(AskedRead { tag, range, into }) = self.plan_one(read) {
                 self.planned = true;
                 self.begin(Request { tag, work: Work::Read { range, into } });
             }
@@ -81,7 +81,7 @@ impl Lane {
 
     /// Plans a read as copies, if it can be.
     #[inline]
-    fn plan_one(&mut self, read: ShortRead) -> Result<(), ShortRead> {
+    fn plan_one(&mut self, read: AskedRead) -> Result<(), AskedRead> {
         self.disk.version().plan_read(read.range, &mut self.plan);
         let (before, mut whole) = (self.copies.parts.len(), self.plan.missing.is_empty());
         if whole {
@@ -121,7 +121,7 @@ impl Lane {
         let mut next = found();
         next.next().into_iter().for_each(Found::fetch);
         let mut rest = parts.iter();
-        for (ShortRead { tag, range, into }, parts) in reads.drain(..) {
+        for (AskedRead { tag, range, into }, parts) in reads.drain(..) {
             let (mut whole, mut at) = (true, 0);
             for Part { found, len } in rest.by_ref().take(parts) {
                 match found {

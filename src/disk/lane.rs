@@ -127,12 +127,12 @@ impl Lane {
 
     /// Requests that may be pushed now.
     pub fn room(&self) -> usize {
-        // A read that is planned as copies may yet need a task.
+        // A read that may be copies may yet need a task.
         if self.backlog.is_empty() { self.free.len() - self.copies.len() } else { 0 }
     }
 
-    /// Takes a request and goes as far with it as memory allows, but for short reads, which are planned together with the next
-    /// `submit`; no system call. There is `room`.
+    /// Takes a request and goes as far with it as memory allows, but for reads that may be copies, which are planned together with
+    /// the next `submit`; no system call. There is `room`.
     #[inline]
     pub fn push(&mut self, Request { tag, work }: Request) {
         let Work::Read { range, into } = work else { return self.begin(Request { tag, work }) };

@@ -29,14 +29,14 @@ use super::payload::Slices;
 const MOST: usize = 2 << 20;
 /// So many bytes are fetched while as many before them are copied.
 const PIECE: usize = 4 << 10;
-/// Places to ask the kernel about, at most, after a batch.
+/// Ranges to ask the kernel about, at most, after a batch.
 const QUESTIONS: usize = 4;
-/// A batch of copies takes less; what takes longer may have waited.
+/// A batch of copies takes less, and so much for each page of it; what takes longer may have waited.
 const LONG: Duration = Duration::from_micros(20);
-const LONG_EACH: Duration = Duration::from_micros(2);
+const LONG_EACH: Duration = Duration::from_nanos(500);
 /// For so many times as long as it waited nothing is copied.
 const RECOVERY: u32 = 100;
-/// After so many pieces, and as many again, it is looked whether they take far too long.
+/// After so many pieces, and as many again, it is looked whether they take far too long, which is looked into then.
 const LOOK: usize = 8;
 const FAR_TOO_LONG: Duration = Duration::from_millis(1);
 /// After so many batches it is noted how often this thread has waited, whatever for.
@@ -94,11 +94,12 @@ pub(super) struct Warm {
     files: Vec<Option<HostFile>>,
     /// File, offset and bytes.
     questions: Vec<(Slot, u64, usize)>,
-    /// When the batch began, what was copied in it, and in how many pieces.
+    /// When the batch began (or was last looked into), what was copied in it, in how many pieces, and how many bytes.
     began: Option<Instant>,
     batch: Vec<Found>,
     pieces: usize,
-    /// Until when nothing is copied.
+    bytes: usize,
+    /// Until when nothing is copied, as of the last batch.
     held: Option<Instant>,
     /// Pages this thread had waited for when that was last noted.
     waits: i64,
@@ -114,6 +115,7 @@ impl Warm {
             began: None,
             batch: Vec::new(),
             pieces: 0,
+            bytes: 0,
             held: None,
             waits: i64::MAX,
             batches: 0,
@@ -146,20 +148,17 @@ impl Warm {
         let from = match file.mapped().place(offset, len) {
             Place::Here(from) => from,
             Place::Ask(about, len) => {
-                if self.questions.len() < QUESTIONS {
+                let known = |(of, from, bytes): &(Slot, u64, usize)| {
+                    *of == slot && (*from..*from + *bytes as u64).contains(&about)
+                };
+                if self.questions.len() < QUESTIONS && !self.questions.iter().any(known) {
                     self.questions.push((slot, about, len));
                 }
                 return None;
             }
             Place::Unknown => return None,
         };
-        if let Some(until) = self.held {
-            if Instant::now() < until {
-                return None;
-            }
-            self.held = None;
-        }
-        Some(Found { from, slot, offset, len })
+        self.held.is_none().then_some(Found { from, slot, offset, len })
     }
 
     /// See [`Engine::fill`](super::Engine::fill).
@@ -169,27 +168,34 @@ impl Warm {
         if !file.mapped().is_at(found.offset, found.from) {
             return false; // another engine's, or another file's
         }
-        let began = *self.began.get_or_insert_with(Instant::now);
-        self.batch.push(*found);
-        self.copies += 1;
-        let (mut from, mut left) = (found.from.as_ptr().cast_const(), found.len);
-        let (mut whole, mut late) = (true, false);
+        self.began.get_or_insert_with(Instant::now);
+        let start = found.from.as_ptr().cast_const();
+        // `Found::fetch` was for the first piece.
+        let (mut done, mut fetched, mut whole, mut late) = (0, PIECE, true, false);
         into.each(at, found.len, |_, mut to, mut len| {
             while len > 0 && whole && !late {
-                if self.pieces % LOOK == LOOK - 1 && began.elapsed() > FAR_TOO_LONG {
-                    late = true;
-                    return;
+                if self.pieces % LOOK == LOOK - 1 {
+                    late = takes_too_long(&mut self.began, self.waits);
                 }
                 let piece = len.min(PIECE);
-                copy::fetch_all(from.wrapping_add(piece), (left - piece).min(PIECE));
+                let ahead = (done + piece + PIECE).min(found.len);
+                if ahead > fetched {
+                    copy::fetch_all(start.wrapping_add(fetched), ahead - fetched);
+                    fetched = ahead;
+                }
                 // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which it keeps mapped, and
                 // `files` keeps the file. The other side is mapped as long as the owner of `into`, and no reference to it exists.
-                whole = unsafe { copy::copy(from, to, piece) };
-                (from, to) = (from.wrapping_add(piece), to.wrapping_add(piece));
-                (left, len) = (left - piece, len - piece);
+                whole = unsafe { copy::copy(start.wrapping_add(done), to, piece) };
+                to = to.wrapping_add(piece);
+                (done, len) = (done + piece, len - piece);
                 self.pieces += 1;
             }
         });
+        if done > 0 {
+            self.batch.push(*found);
+            self.bytes += done;
+            self.copies += 1;
+        }
         if !whole {
             file.mapped().forget(found.offset, found.len);
         }
@@ -201,7 +207,7 @@ impl Warm {
         if let Some(began) = self.began.take() {
             self.judge_by(began.elapsed());
             self.batch.clear();
-            self.pieces = 0;
+            (self.pieces, self.bytes) = (0, 0);
         }
     }
 
@@ -211,9 +217,9 @@ impl Warm {
     }
 
     fn judge_by(&mut self, took: Duration) {
-        let count = u32::try_from(self.pieces).unwrap_or(u32::MAX);
+        let pages = u32::try_from(self.bytes.div_ceil(PIECE)).unwrap_or(u32::MAX);
         self.batches = self.batches.wrapping_add(1);
-        if took <= LONG + LONG_EACH * count {
+        if took <= LONG + LONG_EACH * pages {
             if self.batches.is_multiple_of(NOTE) {
                 self.waits = waits();
             }
@@ -233,12 +239,27 @@ impl Warm {
 
     /// See [`Engine::learn`](super::Engine::learn).
     pub(super) fn ask(&mut self) {
+        self.held = self.held.filter(|until| Instant::now() < *until);
         for (slot, offset, len) in self.questions.drain(..) {
             if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {
                 file.mapped().ask(file, offset, len, || file.stat().ok().map(|stat| stat.len));
             }
         }
     }
+}
+
+/// Whether copies that began then wait for pages: they take far too long, and this thread has waited since it was last noted how
+/// often. Where it was for something else (a processor that was taken from us, memory of the guest that is touched for the first
+/// time), they go on, and it is looked anew from now on.
+fn takes_too_long(began: &mut Option<Instant>, noted: i64) -> bool {
+    if began.is_none_or(|began| began.elapsed() <= FAR_TOO_LONG) {
+        return false;
+    }
+    let waited = waits() > noted;
+    if !waited {
+        *began = Some(Instant::now());
+    }
+    waited
 }
 
 /// Pages that this thread has waited for.

@@ -136,8 +136,10 @@ fn long_reads_are_learned_whole_and_copied_in_pieces() {
         let number = |at: u64| (at / PAGE + 1).to_be_bytes();
         assert!(bytes.chunks(8).zip((at..).step_by(8)).all(|(bytes, at)| *bytes == number(at)));
     };
-    // The file is mapped after the first, and all of its windows are asked for after the third.
-    (0..3).for_each(|_| ask(&mut ring));
+    // The file is not mapped for a long read, all of its windows are asked for after the second when it is.
+    ask(&mut ring);
+    read_all(&mut ring, 0..1, |_| 1);
+    (0..2).for_each(|_| ask(&mut ring));
     assert_eq!(ring.copies(), 0);
     let calls = ring.calls();
     ask(&mut ring);
@@ -224,6 +226,7 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
         })
     };
     let copy = |warm: &mut Warm, took| {
+        warm.ask(); // which looks whether it is held
         let found = warm.find(SLOT, at, PAGE as usize);
         let copied = found.is_some_and(|found| warm.fill(&found, &memory, 0));
         warm.judge_by(took);
@@ -240,4 +243,15 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
     assert!(copy(&mut warm, Duration::from_secs(1)), "held no more");
     assert!(copy(&mut warm, Duration::ZERO), "that was slow, but not for a page");
     assert_eq!(buffer[..8], 17u64.to_be_bytes());
+}
+
+#[test]
+fn who_is_late_for_other_reasons_goes_on() {
+    let (now, long_ago) = (Instant::now(), Instant::now() - FAR_TOO_LONG * 2);
+    let late = |began: &mut Option<Instant>, noted| takes_too_long(began, noted);
+    assert!(!late(&mut None, -1) && !late(&mut Some(now + Duration::from_secs(9)), -1));
+    let mut began = Some(long_ago);
+    assert!(late(&mut began, -1), "it has waited since");
+    assert_eq!(began, Some(long_ago), "the whole batch is judged");
+    assert!(!late(&mut began, i64::MAX) && began.unwrap() >= now, "looked at anew from now on");
 }

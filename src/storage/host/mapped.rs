@@ -6,8 +6,8 @@
 //!            a count a window of 64 pages: how often what has no bit was wanted
 //! ```
 //!
-//! The kernel is asked (mincore) for a whole window at once, and only where something in it is wanted again and again: the
-//! question costs as much as two reads. What it says may be out of date a moment later; then the copy waits for the disk, as
+//! The kernel is asked (mincore) for whole windows at once, and only where something in the first of them is wanted again and
+//! again: the question costs as much as two reads. What it says may be out of date a moment later; then the copy waits for the disk, as
 //! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
 //!
 //! A mapping counts as memory of ours where such things are counted (VmRSS, as RssFile), but it is the host's page cache, which
@@ -35,6 +35,10 @@ const REGIONS: usize = 1 << 13;
 const MOST_OF_A_FILE: usize = 128;
 /// Mapped regions of all files together, so that all disks of a daemon do not take more than 512 MiB so.
 const MOST_REGIONS: usize = 1024;
+/// Bytes of what is wanted at most for a region to be mapped at once.
+const SHORT: usize = 16 << 10;
+/// Bytes of an area: a bit in 32.
+const AREA: usize = REGION / 32;
 /// What a window is asked for before the kernel is.
 const ASKED: u8 = 2;
 
@@ -49,6 +53,9 @@ static MADE: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug, Default)]
 pub(in crate::storage) struct Mapped {
     regions: OnceLock<Box<[AtomicPtr<Region>]>>,
+    /// What was wanted of regions that are not mapped in long reads: a bit an area, and the sum of it all behind them, in units of
+    /// [`SHORT`].
+    wanted: OnceLock<Box<[AtomicU64]>>,
     /// Bytes of the file, as far as it was looked at.
     len: AtomicU64,
     /// How many are mapped.
@@ -72,7 +79,7 @@ struct Region {
 pub(in crate::storage) enum Place {
     /// All of it was in the host's memory: it can be copied from here.
     Here(NonNull<u8>),
-    /// It is worth to ask the kernel about so many bytes from this offset on: [`Mapped::ask`].
+    /// It is worth to ask the kernel about so many bytes, at most those wanted, from this offset on: [`Mapped::ask`].
     Ask(u64, usize),
     /// Nothing.
     Unknown,
@@ -89,7 +96,7 @@ impl Mapped {
         }
         let Some(region) = self.region(index) else {
             let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
-            return if more { Place::Ask(offset, len) } else { Place::Unknown };
+            return if more && self.is_worth(index, within, len) { Place::Ask(offset, len) } else { Place::Unknown };
         };
         match region.lacks(within / PAGE, end.div_ceil(PAGE)) {
             None if offset + len as u64 <= self.len.load(Ordering::Relaxed) => {
@@ -103,11 +110,7 @@ impl Mapped {
                 let count = asked.load(Ordering::Relaxed).saturating_add(1);
                 asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
                 let at = page * PAGE;
-                if count < ASKED {
-                    Place::Unknown
-                } else {
-                    Place::Ask((index * REGION + at) as u64, end - at.max(within))
-                }
+                if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + at) as u64, end - at) }
             }
         }
     }
@@ -142,6 +145,22 @@ impl Mapped {
         for window in windows(within, len) {
             region.there[window].store(0, Ordering::Relaxed);
         }
+    }
+
+    /// Whether to map a region of which `len` bytes at `within` are wanted: at once if that is little, as of what is used again
+    /// and again; else when more was wanted than the areas have of which it was, so that who reads a whole disk once leaves the
+    /// room to others.
+    fn is_worth(&self, index: usize, within: usize, len: usize) -> bool {
+        if len <= SHORT {
+            return true;
+        }
+        let wanted = self.wanted.get_or_init(|| (0..REGIONS).map(|_| AtomicU64::default()).collect());
+        // Threads may count one another's away: a little later, then.
+        let before = wanted[index].load(Ordering::Relaxed);
+        let areas = before & u64::from(u32::MAX) | 1 << (within / AREA);
+        let sum = (before >> 32) + (len / SHORT) as u64;
+        wanted[index].store(sum.min(u32::MAX.into()) << 32 | areas, Ordering::Relaxed);
+        sum > u64::from(areas.count_ones()) * (AREA / SHORT) as u64
     }
 
     #[inline]
@@ -266,6 +285,15 @@ fn tells(file: impl AsFd, len: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_reads_map_a_region_when_they_come_back() {
+        let (mapped, is_ask) = (Mapped::default(), |place| matches!(place, Place::Ask(..)));
+        let long = |n: u64| is_ask(mapped.place(n << 20, 1 << 20));
+        assert!((0..256).all(|n| !long(n)) && long(0) && long(100), "once through all of it, and again");
+        assert!((256..260).all(|n| !long(n)) && (256..260).all(|n| !long(n)) && long(256), "a part of another region");
+        assert!(is_ask(mapped.place(300 << 20, SHORT)));
+    }
 
     #[test]
     fn pages_without_a_bit_are_found() {
