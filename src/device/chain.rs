@@ -108,11 +108,8 @@ impl Chain {
             if usize::from(next) >= entries {
                 return Err(Defect::Next);
             }
-            let mut raw = [0; desc::LEN];
             let at = of.addr.checked_add(u64::from(next) * desc::LEN as u64).ok_or(Defect::Table)?;
-            if !view.read(at, &mut raw) {
-                return Err(Defect::Table);
-            }
+            let raw = view.read_array(at).ok_or(Defect::Table)?;
             let d = Descriptor::decode_bytes(&raw);
             if d.has(desc::INDIRECT) {
                 return Err(Defect::Nested);

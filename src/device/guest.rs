@@ -92,8 +92,24 @@ impl View {
     }
 
     /// Whether all of a range is the guest's memory.
+    #[inline]
     pub fn holds(&self, addr: u64, len: usize) -> bool {
         self.each(addr, len, |_, _, _| ())
+    }
+
+    /// Copies a range of a known length, once (V5): what lies in one region in a single step.
+    #[inline]
+    pub fn read_array<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
+        let mut into = [0; N];
+        match self.locate(addr) {
+            Some((region, offset)) if region.len - offset >= N => {
+                // SAFETY: as in `read`.
+                unsafe { ptr::copy_nonoverlapping(region.map.as_ptr().wrapping_add(offset), into.as_mut_ptr(), N) };
+                compiler_fence(Ordering::SeqCst);
+                Some(into)
+            }
+            _ => self.read(addr, &mut into).then_some(into),
+        }
     }
 
     /// Copies a range, once (V5).
@@ -240,6 +256,8 @@ mod tests {
         let mut back = [0; 4];
         memory.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
         assert_eq!(&back, b"abcd");
+        assert_eq!((view.read_array(0x1ffe), view.read_array(0x1fff)), (Some(*b"abcd"), Some(*b"bcd")));
+        assert_eq!((view.read_array::<2>(0x3fff), view.read_array::<1>(0x4000)), (None, None));
         assert!(!view.write(0x3ffe, b"abcd"), "half of it is a hole");
         assert!(view.read(0x3ffe, &mut back[..2]) && back[..2] == [0, 0], "so nothing was written");
     }

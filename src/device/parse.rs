@@ -66,6 +66,7 @@ enum Early {
 use Early::{Bad, Done};
 
 /// Judges a chain. Memory for data comes from `spare` where there is some.
+#[inline]
 pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>) -> Verdict {
     // V8: the status is the last writable byte, wherever it lies.
     let last = chain.writable().iter().rev().find(|p| p.len > 0);
@@ -85,8 +86,14 @@ pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slic
 /// The work and the bytes it will write for the guest.
 fn judge(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>) -> Result<(Work, u32), Early> {
     // V7: the header is the first 16 readable bytes, over however many descriptors.
-    let mut raw = [0; HEADER_LEN];
-    copy_in(chain, view, 0, &mut raw)?;
+    let raw = match chain.readable() {
+        [first, ..] if first.len as usize >= HEADER_LEN => view.read_array(first.addr).ok_or(Bad(Status::IoErr))?,
+        _ => {
+            let mut raw = [0; HEADER_LEN];
+            copy_in(chain, view, 0, &mut raw)?;
+            raw
+        }
+    };
     let header = Header::decode(&raw);
     let payload = chain.readable_len() - HEADER_LEN as u64;
     let room = chain.writable_len() - 1;
@@ -193,6 +200,7 @@ fn copy_in(chain: &Chain, view: &View, skip: u64, into: &mut [u8]) -> Result<(),
 }
 
 /// The guest's memory of a read or write (V6).
+#[inline]
 fn gather(view: &View, pieces: impl Iterator<Item = (u64, u32)>, spare: &mut Vec<Slices>) -> Result<Slices, Early> {
     let mut slices = spare.pop().unwrap_or_else(|| Slices::with_capacity(RUNS));
     if view.gather(pieces, &mut slices) {

@@ -257,11 +257,16 @@ impl Engine for Ring {
             // First what others do for us.
             self.enter(0)?;
         }
-        self.write_inline();
+        if !self.writes.is_empty() {
+            self.write_inline();
+        }
         if self.queued == 0 { Ok(()) } else { self.enter(0) }
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
+        if self.under_way() == 0 {
+            return; // nearly always so beside a guest that reads what is in memory
+        }
         if self.enabled {
             self.write_inline();
         }
