@@ -27,6 +27,7 @@ mod inline;
 pub mod live;
 pub mod op;
 pub mod payload;
+mod recent;
 pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;

@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 use super::copy;
 use super::engine::{SLOTS, host_file};
 use super::env::File;
-use super::host::{HostFile, Place};
+use super::host::{HostFile, Place, Region, mapped};
 use super::op::Slot;
 use super::payload::Slices;
+use super::recent::Recent;
 
 /// Most bytes that are copied from one place: longer copies would hold up what is behind them.
 const MOST: usize = 2 << 20;
@@ -92,6 +93,7 @@ unsafe impl Send for Found {}
 /// The files of a ring that may be copied from.
 pub(super) struct Warm {
     files: Vec<Option<HostFile>>,
+    recent: Recent,
     /// File, offset and bytes.
     questions: Vec<(Slot, u64, usize)>,
     /// When the batch began (or was last looked into), what was copied in it, in how many pieces, and how many bytes.
@@ -111,6 +113,7 @@ impl Warm {
     pub(super) fn new() -> Warm {
         Warm {
             files: (0..SLOTS).map(|_| None).collect(),
+            recent: Recent::new(),
             questions: Vec::with_capacity(QUESTIONS),
             began: None,
             batch: Vec::new(),
@@ -127,6 +130,7 @@ impl Warm {
     pub(super) fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = host_file(file)?;
+        self.recent.forget(slot);
         *entry = (!file.is_direct() && copy::is_ready()).then(|| file.clone());
         Ok(())
     }
@@ -135,6 +139,7 @@ impl Warm {
         if let Some(entry) = self.files.get_mut(usize::from(slot.0)) {
             *entry = None;
         }
+        self.recent.forget(slot);
         self.questions.retain(|(of, ..)| *of != slot);
     }
 
@@ -144,9 +149,16 @@ impl Warm {
         if len > MOST {
             return None;
         }
+        let (index, within) = mapped::locate(offset);
+        if let Some(from) = self.recent.get(slot, index).and_then(|region| region.here(within, len)) {
+            return self.held.is_none().then_some(Found { from, slot, offset, len });
+        }
         let file = self.files.get(usize::from(slot.0))?.as_ref()?;
         let from = match file.mapped().place(offset, len) {
-            Place::Here(from) => from,
+            Place::Here(from) => {
+                file.mapped().region(index).into_iter().for_each(|region| self.recent.keep(slot, index, region));
+                from
+            }
             Place::Ask(about, len) => {
                 let known = |(of, from, bytes): &(Slot, u64, usize)| {
                     *of == slot && (*from..*from + *bytes as u64).contains(&about)
@@ -164,9 +176,14 @@ impl Warm {
     /// See [`Engine::fill`](super::Engine::fill).
     #[inline]
     pub(super) fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
-        let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) else { return false };
-        if !file.mapped().is_at(found.offset, found.from) {
-            return false; // another engine's, or another file's
+        let (index, within) = mapped::locate(found.offset);
+        let is_at = |region: &Region| region.is_at(within, found.from);
+        if !self.recent.get(found.slot, index).is_some_and(is_at) {
+            // Another engine's, or another file's.
+            let file = self.files.get(usize::from(found.slot.0)).and_then(Option::as_ref);
+            if !file.and_then(|file| file.mapped().region(index)).is_some_and(|region| is_at(region)) {
+                return false;
+            }
         }
         self.began.get_or_insert_with(Instant::now);
         let start = found.from.as_ptr().cast_const();
@@ -183,8 +200,8 @@ impl Warm {
                     copy::fetch_all(start.wrapping_add(fetched), ahead - fetched);
                     fetched = ahead;
                 }
-                // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which it keeps mapped, and
-                // `files` keeps the file. The other side is mapped as long as the owner of `into`, and no reference to it exists.
+                // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which keeps it mapped, and
+                // `recent` or `files` keeps the region. The other side is mapped as long as the owner of `into`, and no reference to it exists.
                 whole = unsafe { copy::copy(start.wrapping_add(done), to, piece) };
                 to = to.wrapping_add(piece);
                 (done, len) = (done + piece, len - piece);
@@ -197,7 +214,7 @@ impl Warm {
             self.copies += 1;
         }
         if !whole {
-            file.mapped().forget(found.offset, found.len);
+            self.forget(found);
         }
         whole && !late
     }
@@ -216,6 +233,12 @@ impl Warm {
         self.copies
     }
 
+    fn forget(&self, found: &Found) {
+        if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
+            file.mapped().forget(found.offset, found.len);
+        }
+    }
+
     fn judge_by(&mut self, took: Duration) {
         let pages = u32::try_from(self.bytes.div_ceil(PIECE)).unwrap_or(u32::MAX);
         self.batches = self.batches.wrapping_add(1);
@@ -229,11 +252,7 @@ impl Warm {
         if self.waits <= before {
             return; // or nothing to compare with yet
         }
-        for found in &self.batch {
-            if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
-                file.mapped().forget(found.offset, found.len);
-            }
-        }
+        self.batch.iter().for_each(|found| self.forget(found));
         self.held = Some(Instant::now() + took * RECOVERY);
     }
 

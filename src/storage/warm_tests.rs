@@ -255,3 +255,34 @@ fn who_is_late_for_other_reasons_goes_on() {
     assert_eq!(began, Some(long_ago), "the whole batch is judged");
     assert!(!late(&mut began, i64::MAX) && began.unwrap() >= now, "looked at anew from now on");
 }
+
+#[test]
+fn files_that_share_a_place_among_the_recent_are_told_apart() {
+    let ((_one, one), (_other, other)) = (pages(64), pages(64));
+    other.write_at(&[9; PAGE as usize], 0).unwrap();
+    let (mut warm, mut buffer) = (Warm::new(), Buffer::zeroed(PAGE as usize));
+    let (first, second) = (Slot(2), Slot(130));
+    warm.register(first, &one).unwrap();
+    warm.register(second, &other).unwrap();
+    for file in [&one, &other].map(|file| host_file(file).unwrap()) {
+        // First it is mapped.
+        (0..2).for_each(|_| file.mapped().ask(file, 0, PAGE as usize, || Some(64 * PAGE)));
+    }
+    let mut byte = |warm: &mut Warm, slot| {
+        let found = warm.find(slot, 0, PAGE as usize).expect("it is known");
+        assert!(warm.fill(&found, &slices(&mut buffer), 0));
+        (found, buffer[7])
+    };
+    let mut found = None;
+    for (slot, want) in [(first, 1), (second, 9), (second, 9), (first, 1), (second, 9), (first, 1)] {
+        let (at, got) = byte(&mut warm, slot);
+        assert_eq!(got, want);
+        found = Some(at);
+    }
+    warm.register(first, &other).unwrap();
+    let mut memory = Buffer::zeroed(PAGE as usize);
+    assert!(!warm.fill(&found.unwrap(), &slices(&mut memory), 0), "what was found in another file");
+    assert_eq!(byte(&mut warm, first).1, 9);
+    warm.unregister(first);
+    assert!(warm.find(first, 0, 512).is_none());
+}

@@ -19,8 +19,8 @@
 
 use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -52,12 +52,10 @@ static MADE: AtomicUsize = AtomicUsize::new(0);
 /// The mapped parts of one file.
 #[derive(Debug, Default)]
 pub(in crate::storage) struct Mapped {
-    regions: OnceLock<Box<[AtomicPtr<Region>]>>,
+    regions: OnceLock<Box<[OnceLock<Arc<Region>>]>>,
     /// What was wanted of regions that are not mapped in long reads: a bit an area, and the sum of it all behind them, in units of
     /// [`SHORT`].
     wanted: OnceLock<Box<[AtomicU64]>>,
-    /// Bytes of the file, as far as it was looked at.
-    len: AtomicU64,
     /// How many are mapped.
     made: AtomicUsize,
     /// The file cannot be mapped, or what is in memory is not told.
@@ -66,9 +64,12 @@ pub(in crate::storage) struct Mapped {
     full: AtomicBool,
 }
 
+/// A region that is mapped, for as long as anybody has it.
 #[derive(Debug)]
-struct Region {
+pub(in crate::storage) struct Region {
     start: NonNull<u8>,
+    /// Bytes that the file had in it when the kernel was last asked about it.
+    bytes: AtomicUsize,
     /// A bit a page, a word a window.
     there: [AtomicU64; REGION / WINDOW],
     /// A count a window.
@@ -98,44 +99,34 @@ impl Mapped {
             let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
             return if more && self.is_worth(index, within, len) { Place::Ask(offset, len) } else { Place::Unknown };
         };
-        match region.lacks(within / PAGE, end.div_ceil(PAGE)) {
-            None if offset + len as u64 <= self.len.load(Ordering::Relaxed) => {
-                // SAFETY: below the region's length.
-                Place::Here(unsafe { region.start.add(within) })
-            }
-            None => Place::Unknown,
-            Some(page) => {
-                let asked = &region.asked[page / 64];
-                // Threads may count one another's away: a little later, then.
-                let count = asked.load(Ordering::Relaxed).saturating_add(1);
-                asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
-                let at = page * PAGE;
-                if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + at) as u64, end - at) }
-            }
+        if let Some(from) = region.here(within, len) {
+            return Place::Here(from);
         }
+        // Or the file has grown since.
+        let page = region.lacks(within / PAGE, end.div_ceil(PAGE)).unwrap_or((end - 1) / PAGE);
+        let asked = &region.asked[page / 64];
+        // Threads may count one another's away: a little later, then.
+        let count = asked.load(Ordering::Relaxed).saturating_add(1);
+        asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
+        let at = page * PAGE;
+        if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + at) as u64, end - at) }
     }
 
     /// Asks the kernel what it has in memory of `len` > 0 bytes from `offset` on, and around them. `size`: says how long the
     /// file is.
     pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: usize, size: impl FnOnce() -> Option<u64>) {
         let Some(size) = size() else { return };
-        self.len.store(size, Ordering::Relaxed);
         if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, size)) {
             return self.refused.store(true, Ordering::Relaxed);
         }
         let (index, within) = locate(offset);
         match self.region(index) {
-            Some(region) => windows(within, len).for_each(|window| region.ask(window)),
-            None => self.map(file, index),
+            Some(region) => {
+                region.bytes.store(bytes_in(index, size), Ordering::Relaxed);
+                windows(within, len).for_each(|window| region.ask(window));
+            }
+            None => self.map(file, index, size),
         }
-    }
-
-    /// Whether the bytes at `offset` are mapped at `from`.
-    #[inline]
-    pub(in crate::storage) fn is_at(&self, offset: u64, from: NonNull<u8>) -> bool {
-        let (index, within) = locate(offset);
-        // SAFETY: below the region's length.
-        self.region(index).is_some_and(|region| unsafe { region.start.add(within) } == from)
     }
 
     /// Forgets what was known of `len` bytes from `offset`.
@@ -163,27 +154,24 @@ impl Mapped {
         sum > u64::from(areas.count_ones()) * (AREA / SHORT) as u64
     }
 
+    /// Region `index`, if it is mapped.
     #[inline]
-    fn region(&self, index: usize) -> Option<&Region> {
-        let region = self.regions.get()?.get(index)?.load(Ordering::Acquire);
-        // SAFETY: null, or a region that was published whole and stays until self is dropped.
-        unsafe { region.as_ref() }
+    pub(in crate::storage) fn region(&self, index: usize) -> Option<&Arc<Region>> {
+        self.regions.get()?.get(index)?.get()
     }
 
-    fn map(&self, file: impl AsFd, index: usize) {
-        let regions = self.regions.get_or_init(|| (0..REGIONS).map(|_| AtomicPtr::default()).collect());
+    fn map(&self, file: impl AsFd, index: usize, size: u64) {
+        let regions = self.regions.get_or_init(|| (0..REGIONS).map(|_| OnceLock::new()).collect());
         let Some(slot) = regions.get(index) else { return };
         let mine = self.made.fetch_add(1, Ordering::Relaxed) < MOST_OF_A_FILE;
         let all = MADE.fetch_add(1, Ordering::Relaxed) < MOST_REGIONS;
-        let region = if mine && all { Region::map(file, (index * REGION) as u64) } else { None };
-        let Some(region) = region else {
-            MADE.fetch_sub(1, Ordering::Relaxed);
-            return self.full.store(true, Ordering::Relaxed);
-        };
-        let region = Box::into_raw(Box::new(region));
-        if slot.compare_exchange(ptr::null_mut(), region, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // Another thread was faster. SAFETY: made above, and published nowhere.
-            drop(unsafe { Box::from_raw(region) });
+        match if mine && all { Region::map(file, index, size) } else { None } {
+            // Another thread may be faster, then its region it is.
+            Some(region) => drop(slot.set(Arc::new(region))),
+            None => {
+                MADE.fetch_sub(1, Ordering::Relaxed);
+                self.full.store(true, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -193,32 +181,48 @@ fn windows(within: usize, len: usize) -> std::ops::Range<usize> {
     within / WINDOW..(within + len).div_ceil(WINDOW).min(REGION / WINDOW)
 }
 
+/// Bytes that a file of `size` has in a region.
+fn bytes_in(index: usize, size: u64) -> usize {
+    usize::try_from(size.saturating_sub((index * REGION) as u64)).unwrap_or(REGION).min(REGION)
+}
+
 /// The region of an offset, and where in it.
-fn locate(offset: u64) -> (usize, usize) {
+#[inline]
+pub(in crate::storage) fn locate(offset: u64) -> (usize, usize) {
     let index = usize::try_from(offset / REGION as u64).unwrap_or(REGIONS);
     (index, usize::try_from(offset % REGION as u64).expect("below the bytes of a region"))
 }
 
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        for slot in self.regions.get_mut().into_iter().flatten() {
-            let region = *slot.get_mut();
-            if !region.is_null() {
-                // SAFETY: from `Box::into_raw`, and nobody has self any more.
-                drop(unsafe { Box::from_raw(region) });
-            }
-        }
-    }
-}
+// SAFETY: the pointer is to a mapping of its own, which any thread may read.
+unsafe impl Send for Region {}
+// SAFETY: the same, and all else is atomic.
+unsafe impl Sync for Region {}
 
 impl Region {
-    fn map(file: impl AsFd, offset: u64) -> Option<Region> {
+    fn map(file: impl AsFd, index: usize, size: u64) -> Option<Region> {
+        let offset = (index * REGION) as u64;
         // SAFETY: a fresh mapping at a place that the kernel chooses. What lies behind the file's end is not touched but by
         // copies that can do with a signal.
         let start = unsafe { mmap(ptr::null_mut(), REGION, ProtFlags::READ, MapFlags::SHARED, file, offset) };
         let start = NonNull::new(start.ok()?.cast())?;
         let (there, asked) = ([const { AtomicU64::new(0) }; _], [const { AtomicU8::new(0) }; _]);
-        Some(Region { start, there, asked })
+        Some(Region { start, bytes: AtomicUsize::new(bytes_in(index, size)), there, asked })
+    }
+
+    /// Where in memory `len` bytes at `within` are, if the host had all of them there when it was asked.
+    #[inline]
+    pub(in crate::storage) fn here(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
+        let end = within + len;
+        let whole =
+            end <= self.bytes.load(Ordering::Relaxed) && self.lacks(within / PAGE, end.div_ceil(PAGE)).is_none();
+        // SAFETY: below the region's length, which `bytes` does not exceed.
+        whole.then(|| unsafe { self.start.add(within) })
+    }
+
+    /// Whether what is at `within` is mapped at `from`.
+    #[inline]
+    pub(in crate::storage) fn is_at(&self, within: usize, from: NonNull<u8>) -> bool {
+        self.start.as_ptr().wrapping_add(within) == from.as_ptr()
     }
 
     /// The first page, of those from `from` to before `end`, that has no bit.
@@ -248,7 +252,7 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         MADE.fetch_sub(1, Ordering::Relaxed);
-        // SAFETY: mapped in `map` with this length; nobody has self any more.
+        // SAFETY: mapped in `map` with this length; nobody has self any more, and who copies has it.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), REGION) };
     }
 }
@@ -299,6 +303,7 @@ mod tests {
     fn pages_without_a_bit_are_found() {
         let region = Region {
             start: NonNull::dangling(),
+            bytes: AtomicUsize::new(REGION),
             there: [const { AtomicU64::new(u64::MAX) }; _],
             asked: [const { AtomicU8::new(0) }; _],
         };

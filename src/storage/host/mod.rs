@@ -2,7 +2,7 @@
 
 mod file;
 mod lock;
-mod mapped;
+pub(super) mod mapped;
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use self::file::HostFile;
-pub(super) use self::mapped::Place;
+pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
 use super::engine::Engine;
 use super::env::{Access, EngineKind, Env, File};
