@@ -14,7 +14,7 @@
 //!    └── sim   one seed       └── sim       any order, torn sectors, faults
 //! ```
 //!
-//! Only positional I/O is used: there is no file position to share. Small reads of what the host has in memory are copies from
+//! Only positional I/O is used: there is no file position to share. Reads of what the host has in memory are copies from
 //! mapped files (`warm`).
 
 pub mod bell;

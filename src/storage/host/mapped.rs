@@ -1,14 +1,14 @@
 //! The parts of a file that are mapped into our memory, to be copied from: where the host is known to have their pages.
 //!
 //! ```text
-//!   file     regions of 256 MiB, mapped when something in them is asked for
+//!   file     regions of 256 MiB, mapped when something in them is asked for; by long reads when they come back
 //!   region   a bit a page: the host had it in memory when it was asked
 //!            a count a window of 64 pages: how often what has no bit was wanted
 //! ```
 //!
 //! The kernel is asked (mincore) for whole windows at once, and only where something in the first of them is wanted again and
-//! again: the question costs as much as two reads. What it says may be out of date a moment later; then the copy waits for the disk, as
-//! any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
+//! again: the question costs as much as two reads. What it says may be out of date a moment later; then the copy waits for the
+//! disk, as any program that reads mapped files does. Who copies looks at how long it took, and has such windows forgotten.
 //!
 //! A mapping counts as memory of ours where such things are counted (VmRSS, as RssFile), but it is the host's page cache, which
 //! it takes back when it likes. What it does not take back are page tables: 4 KiB for each 2 MiB of which something was
