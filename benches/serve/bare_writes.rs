@@ -71,7 +71,6 @@ pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     for piece in (0..load.region).step_by(PIECE) {
         file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
-    file.sync_all().expect("the file can be synced");
     settle(path, Settle::Chunks);
     let mut next = 0;
     let sample = measure(time, 1, || {

@@ -97,22 +97,15 @@ impl View {
         self.each(addr, len, |_, _, _| ())
     }
 
-    /// Copies a range of a known length, once (V5): what lies in one region in a single step.
+    /// Copies a range of a known length, once (V5).
     #[inline]
     pub fn read_array<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
         let mut into = [0; N];
-        match self.locate(addr) {
-            Some((region, offset)) if region.len - offset >= N => {
-                // SAFETY: as in `read`.
-                unsafe { ptr::copy_nonoverlapping(region.map.as_ptr().wrapping_add(offset), into.as_mut_ptr(), N) };
-                compiler_fence(Ordering::SeqCst);
-                Some(into)
-            }
-            _ => self.read(addr, &mut into).then_some(into),
-        }
+        self.read(addr, &mut into).then_some(into)
     }
 
     /// Copies a range, once (V5).
+    #[inline]
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
         let whole = self.each(addr, into.len(), |from, n, at| {
             // SAFETY: the piece is mapped (`each`), and cannot overlap memory of ours.

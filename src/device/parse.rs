@@ -86,14 +86,8 @@ pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slic
 /// The work and the bytes it will write for the guest.
 fn judge(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>) -> Result<(Work, u32), Early> {
     // V7: the header is the first 16 readable bytes, over however many descriptors.
-    let raw = match chain.readable() {
-        [first, ..] if first.len as usize >= HEADER_LEN => view.read_array(first.addr).ok_or(Bad(Status::IoErr))?,
-        _ => {
-            let mut raw = [0; HEADER_LEN];
-            copy_in(chain, view, 0, &mut raw)?;
-            raw
-        }
-    };
+    let mut raw = [0; HEADER_LEN];
+    copy_in(chain, view, 0, &mut raw)?;
     let header = Header::decode(&raw);
     let payload = chain.readable_len() - HEADER_LEN as u64;
     let room = chain.writable_len() - 1;
@@ -188,6 +182,7 @@ fn segments(
 }
 
 /// Copies readable bytes from `skip` on, once. There are enough.
+#[inline]
 fn copy_in(chain: &Chain, view: &View, skip: u64, into: &mut [u8]) -> Result<(), Early> {
     let mut done = 0;
     for (addr, n) in part(chain.readable(), skip, into.len() as u64) {

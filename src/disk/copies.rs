@@ -14,11 +14,8 @@ use std::collections::VecDeque;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use crate::chain::Source;
-use crate::storage::{Found, Slices};
+use crate::storage::{Found, MOST_COPIED, Slices};
 use crate::units::SectorRange;
-
-/// Most bytes of a read that is copied: what is longer would hold up those behind it.
-const MOST: u64 = 2 << 20;
 
 /// What is asked for, or planned, and not made yet.
 #[derive(Default)]
@@ -57,7 +54,7 @@ impl Lane {
     /// `room`.
     #[inline]
     pub(super) fn ask_copies(&mut self, tag: u64, range: SectorRange, into: Slices) -> Result<(), Slices> {
-        if range.bytes() > MOST {
+        if range.bytes() > MOST_COPIED as u64 {
             return Err(into);
         }
         self.copies.asked.push_back(AskedRead { tag, range, into });

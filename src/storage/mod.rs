@@ -44,4 +44,4 @@ pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
-pub use warm::Found;
+pub use warm::{Found, MOST_COPIED};

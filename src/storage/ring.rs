@@ -171,7 +171,11 @@ impl Ring {
     }
 
     /// Makes the writes that need no ring; the others are queued.
+    #[inline]
     fn write_inline(&mut self) {
+        if self.writes.is_empty() {
+            return;
+        }
         let mut writes = mem::take(&mut self.writes);
         for number in writes.drain(..) {
             let entry = &mut self.entries[number as usize];
@@ -257,9 +261,7 @@ impl Engine for Ring {
             // First what others do for us.
             self.enter(0)?;
         }
-        if !self.writes.is_empty() {
-            self.write_inline();
-        }
+        self.write_inline();
         if self.queued == 0 { Ok(()) } else { self.enter(0) }
     }
 

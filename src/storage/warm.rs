@@ -27,7 +27,7 @@ use super::payload::Slices;
 use super::recent::Recent;
 
 /// Most bytes that are copied from one place: longer copies would hold up what is behind them.
-const MOST: usize = 2 << 20;
+pub const MOST_COPIED: usize = 2 << 20;
 /// So many bytes are fetched while as many before them are copied.
 const PIECE: usize = 4 << 10;
 /// Ranges to ask the kernel about, at most, after a batch.
@@ -146,18 +146,23 @@ impl Warm {
     /// See [`Engine::find`](super::Engine::find).
     #[inline]
     pub(super) fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
-        if len > MOST {
+        if len > MOST_COPIED {
             return None;
         }
         let (index, within) = mapped::locate(offset);
-        if let Some(from) = self.recent.get(slot, index).and_then(|region| region.here(within, len)) {
-            return self.held.is_none().then_some(Found { from, slot, offset, len });
-        }
-        let file = self.files.get(usize::from(slot.0))?.as_ref()?;
-        let from = match file.mapped().place(offset, len) {
+        let here = self.recent.get(slot, index).and_then(|region| region.here(within, len));
+        let from = here.or_else(|| self.find_in_file(slot, offset, len))?;
+        self.held.is_none().then_some(Found { from, slot, offset, len })
+    }
+
+    /// Finds what is in none of the recent regions, and remembers its region; or notes the question that is worth it.
+    fn find_in_file(&mut self, slot: Slot, offset: u64, len: usize) -> Option<NonNull<u8>> {
+        let mapped = self.files.get(usize::from(slot.0))?.as_ref()?.mapped();
+        match mapped.place(offset, len) {
             Place::Here(from) => {
-                file.mapped().region(index).into_iter().for_each(|region| self.recent.keep(slot, index, region));
-                from
+                let (index, _) = mapped::locate(offset);
+                self.recent.keep(slot, index, mapped.region(index)?);
+                Some(from)
             }
             Place::Ask(about, len) => {
                 let known = |(of, from, bytes): &(Slot, u64, usize)| {
@@ -166,11 +171,10 @@ impl Warm {
                 if self.questions.len() < QUESTIONS && !self.questions.iter().any(known) {
                     self.questions.push((slot, about, len));
                 }
-                return None;
+                None
             }
-            Place::Unknown => return None,
-        };
-        self.held.is_none().then_some(Found { from, slot, offset, len })
+            Place::Unknown => None,
+        }
     }
 
     /// See [`Engine::fill`](super::Engine::fill).
@@ -179,7 +183,7 @@ impl Warm {
         let (index, within) = mapped::locate(found.offset);
         let is_at = |region: &Region| region.is_at(within, found.from);
         if !self.recent.get(found.slot, index).is_some_and(is_at) {
-            // Another engine's, or another file's.
+            // Not remembered; or another engine's, or another file's.
             let file = self.files.get(usize::from(found.slot.0)).and_then(Option::as_ref);
             if !file.and_then(|file| file.mapped().region(index)).is_some_and(|region| is_at(region)) {
                 return false;
@@ -200,8 +204,9 @@ impl Warm {
                     copy::fetch_all(start.wrapping_add(fetched), ahead - fetched);
                     fetched = ahead;
                 }
-                // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which keeps it mapped, and
-                // `recent` or `files` keeps the region. The other side is mapped as long as the owner of `into`, and no reference to it exists.
+                // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which keeps it
+                // mapped, and `recent` or `files` keeps the region. The other side is mapped as long as the owner of `into`, and no
+                // reference to it exists.
                 whole = unsafe { copy::copy(start.wrapping_add(done), to, piece) };
                 to = to.wrapping_add(piece);
                 (done, len) = (done + piece, len - piece);

@@ -199,7 +199,7 @@ fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
     assert_eq!(calls(&mut ring, REGION - PAGE, PAGE as usize), 0);
     assert_eq!(calls(&mut ring, REGION, PAGE as usize), 0);
     assert_ne!(calls(&mut ring, REGION - PAGE, 8192), 0);
-    assert_ne!(calls(&mut ring, 0, MOST + 512), 0);
+    assert_ne!(calls(&mut ring, 0, MOST_COPIED + 512), 0);
     let direct = Host.open(&Path::new(folder.path()).join("f"), Access::Read).unwrap();
     if direct.set_direct().unwrap().is_some() {
         ring.register(SLOT, &direct).unwrap();
@@ -248,12 +248,11 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
 #[test]
 fn who_is_late_for_other_reasons_goes_on() {
     let (now, long_ago) = (Instant::now(), Instant::now() - FAR_TOO_LONG * 2);
-    let late = |began: &mut Option<Instant>, noted| takes_too_long(began, noted);
-    assert!(!late(&mut None, -1) && !late(&mut Some(now + Duration::from_secs(9)), -1));
+    assert!(!takes_too_long(&mut None, -1) && !takes_too_long(&mut Some(now + Duration::from_secs(9)), -1));
     let mut began = Some(long_ago);
-    assert!(late(&mut began, -1), "it has waited since");
+    assert!(takes_too_long(&mut began, -1), "it has waited since");
     assert_eq!(began, Some(long_ago), "the whole batch is judged");
-    assert!(!late(&mut began, i64::MAX) && began.unwrap() >= now, "looked at anew from now on");
+    assert!(!takes_too_long(&mut began, i64::MAX) && began.unwrap() >= now, "looked at anew from now on");
 }
 
 #[test]
