@@ -2,7 +2,7 @@
 //! and for a flush what two syncs and the bitmaps between them cost; and what writes over old bytes cost; in this process.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use crate::bare::{measure, thread_time};
-use crate::disks::{Settle, settle};
+use crate::disks::{Settle, remove, settle};
 use crate::load::{Load, Order, Until, shuffled};
 use crate::sample::{Latencies, Sample};
 
@@ -60,7 +60,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     }
     let mut sample = Sample::new(count, start.elapsed().as_secs_f64(), &latencies);
     sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
-    fs::remove_file(path).expect("it was made a moment ago");
+    remove(path);
     sample
 }
 
@@ -77,6 +77,6 @@ pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
         file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");
         next = (next + load.block as u64) % load.region;
     });
-    fs::remove_file(path).expect("it was made a moment ago");
+    remove(path);
     sample
 }

@@ -8,7 +8,7 @@ use crate::bare;
 use crate::bare_mapped;
 use crate::bare_pair;
 use crate::bare_writes;
-use crate::disks::{Disks, Format, Settle};
+use crate::disks::{self, Disks, Format, Settle};
 use crate::load::{Guest, Load, Order, Until};
 use crate::sample::{Row, Sample, median};
 use crate::server::{Kind, Server, processors};
@@ -227,7 +227,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
         let mut guest = server.connect(1);
         let sample = measure(&server, &mut guest, &load);
         drop((guest, server));
-        std::fs::remove_file(image).expect("it was made a moment ago");
+        disks::remove(&image);
         sample
     };
     let disks = Disks::new(bench.disks.size);

@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 
@@ -250,6 +251,27 @@ pub fn evict(path: &Path) {
     let file = File::open(path).expect("the image can be read");
     file.sync_all().expect("the image can be synced");
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
+}
+
+/// Removes a file and waits until the host has given back its room: where that is discarded on the disk beneath, it goes on after
+/// the name is gone, by a kernel thread on the processor of whoever had the file open last, for a second if it is in many pieces.
+pub fn remove(path: &Path) {
+    fs::remove_file(path).expect("it was made a moment ago");
+    let (mut before, mut calm, start) = (discards(), 0, Instant::now());
+    while calm < 5 && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = discards();
+        calm = if now == before { calm + 1 } else { 0 };
+        before = now;
+    }
+}
+
+/// Discards that the host's disks have carried out.
+fn discards() -> u64 {
+    /// Of a line of the file, from 0 (the kernel's Documentation/admin-guide/iostats.rst).
+    const DISCARDS: usize = 14;
+    let table = fs::read_to_string("/proc/diskstats").unwrap_or_default();
+    table.lines().filter_map(|line| line.split_whitespace().nth(DISCARDS)?.parse::<u64>().ok()).sum()
 }
 
 /// Has the host read a file anew.
