@@ -1,17 +1,16 @@
 //! Writing before the flush: a guest that flushes after every few writes waits for the disk twice, first for its data, then
 //! for what points to it. While it still writes, the host can begin with the data ([`Action::WriteBehind`]).
 //!
-//! That is a hint: no request waits for it, and a sync goes on to be what makes data durable. The host tells that sync of
-//! writes that failed; of a place that it could not even find for the data it tells the hint alone, so that counts as a
-//! failed sync. Where the guest flushes rarely, or after every write, nothing is done: the host does better with all at
-//! once, or has no time left to win. Nor with the engine of plain calls, whose queue would wait for it.
+//! That is a hint: no request waits for it, and a sync goes on to be what makes data durable. One that fails in such a way that
+//! data may be lost counts as a failed sync. Where the guest flushes rarely, or after every write, nothing is done: the host
+//! does better with all at once, or has no time left to win.
 
 use std::io;
 use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::task::Token;
-use crate::storage::Op;
+use crate::storage::{Op, Slot, op};
 
 /// Writes between two commits that are worth it: fewer leave nothing to overlap, more the host writes in better order.
 const FEWEST: u32 = 16;
@@ -55,13 +54,17 @@ impl Early {
 }
 
 impl Lane {
+    /// Whether to tell the host to begin to write a file is of use: what is written directly is there, and with the engine of
+    /// plain calls the queue would wait.
+    pub(super) fn takes_hints(&self, slot: Slot) -> bool {
+        self.disk.memory_align(slot) == 1 && self.engine.takes_hints()
+    }
+
     /// Has the host begin to write where that is worth it.
     pub(super) fn write_early(&mut self) {
         let Some(top) = self.disk.version().top() else { return };
         let slot = top.slot;
-        let is_buffered = self.disk.memory_align(slot) == 1;
-        let waits = self.engine.wake_fd().is_none();
-        if is_buffered && !waits && !self.disk.is_write_through() && self.early.is_due() {
+        if self.takes_hints(slot) && !self.disk.is_write_through() && self.early.is_due() {
             self.disk.counts().early.fetch_add(1, Ordering::Relaxed);
             self.push_op(Op::write_behind(Token::Early.pack(), slot));
         }
@@ -72,9 +75,8 @@ impl Lane {
     /// The hint was taken, or failed.
     pub(super) fn written_early(&mut self, result: io::Result<()>) {
         self.early.under_way = false;
-        let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
         if let Err(e) = result
-            && (e.raw_os_error() == Some(libc::EIO) || full.contains(&e.kind()))
+            && op::is_lost(&e)
         {
             let why = format!("the host could not write ({e})");
             self.disk.version().top().expect("only writable disks are told").image.poison(&why);

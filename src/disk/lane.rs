@@ -301,6 +301,7 @@ impl Lane {
     pub(super) fn lead(&mut self) {
         let top = self.disk.version().top().expect("only writable disks commit");
         let commit = Commit::new(top.image.clone(), top.slot);
+        let commit = if self.takes_hints(top.slot) { commit.with_hints() } else { commit };
         self.start(JobKind::Commit, Job::Commit(commit));
     }
 

@@ -197,6 +197,10 @@ impl Engine for SimEngine {
         None
     }
 
+    fn takes_hints(&self) -> bool {
+        true
+    }
+
     fn under_way(&self) -> usize {
         self.pushed.len() + self.flying.len() + self.over.len()
     }
