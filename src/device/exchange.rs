@@ -19,7 +19,7 @@ use crate::storage::Slices;
 pub const TURN: u16 = 16;
 const LEAST_TURN: u16 = 4;
 /// Bytes of reads and writes after which a turn takes no more chains, for the same reason.
-const TURN_BYTES: u64 = 512 << 10;
+pub const TURN_BYTES: u64 = 512 << 10;
 /// Most bytes of reads and writes in flight for one queue (V15). They are the guest's own memory, so this bounds how
 /// far one queue gets ahead of the others, not what it costs us; it is more than one request may have.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
@@ -120,10 +120,14 @@ impl Exchange {
         })
     }
 
-    /// Begins what a predecessor left, at most [`TURN`] chains, as [`Exchange::take`] does with new ones.
+    /// Begins what a predecessor left, at most [`TURN`] chains or [`TURN_BYTES`], as [`Exchange::take`] does with new ones.
     pub fn take_owed(&mut self, rules: &Rules<'_>, mut room: usize, mut push: impl FnMut(Request) -> usize) -> Pause {
+        let enough = self.bytes + TURN_BYTES;
         for _ in 0..TURN {
             let Some(&head) = self.owed.front() else { return Pause::Empty };
+            if self.bytes >= enough {
+                return Pause::Turn;
+            }
             if room == 0 || !self.begin(head, true, rules, &mut room, &mut push) {
                 return Pause::Full;
             }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::super::driver::{
     DATA, Driver, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, WRITE, kill_after, stores_left,
 };
-use super::super::exchange::{Exchange, Pause, TURN};
+use super::super::exchange::{Exchange, Pause, TURN, TURN_BYTES};
 use super::super::parse::Rules;
 use super::super::ring::Ring;
 use super::super::spec::{ID_LEN, kind};
@@ -258,6 +258,32 @@ fn any_base_gives_the_same() {
     for base in 1..4 {
         assert_eq!(outcome(base), outcome(0));
     }
+}
+
+#[test]
+fn a_turn_of_what_is_owed_is_bounded_in_bytes() {
+    let (mut d, map) = (Driver::new(SIZE), region(SIZE));
+    let much = u32::try_from(TURN_BYTES).unwrap();
+    let mut record = Record::new(map.clone(), 0, SIZE);
+    record.resume(SIZE, 0).unwrap();
+    for slot in 0..3 {
+        let (first, header) = (3 * slot, d.header(slot, kind::IN, 0));
+        let at = STATUS + u64::from(slot);
+        d.chain(TABLE, first, &[(header, 16, 0), (SEAM, much / 2, WRITE), (at, 1, WRITE)]);
+        d.add(first);
+        record.take(first);
+    }
+    let ring = Ring::new(&d.view(), d.layout(), SIZE, false, 3).unwrap();
+    let mut x = Exchange::new(d.view(), ring, Some(Record::new(map, 0, SIZE))).unwrap();
+    let mut begun = Vec::new();
+    let mut take = || {
+        let pause = x.take_owed(&RULES, 100, |r| {
+            begun.push(r.tag);
+            100
+        });
+        (pause, begun.len())
+    };
+    assert_eq!((take(), take()), ((Pause::Turn, 2), (Pause::Empty, 3)));
 }
 
 #[test]
