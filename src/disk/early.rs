@@ -1,16 +1,18 @@
 //! Writing before the flush: a guest that flushes after every few writes waits for the disk twice, first for its data, then
 //! for what points to it. While it still writes, the host can begin with the data ([`Action::WriteBehind`]).
 //!
-//! That is a hint: no request waits for it, and a sync goes on to be what makes data durable. One that fails in such a way that
-//! data may be lost counts as a failed sync. Where the guest flushes rarely, or after every write, nothing is done: the host
-//! does better with all at once, or has no time left to win.
+//! That is a hint: no request waits for it, and a sync goes on to be what makes data durable. The host tells that sync of
+//! writes that failed; of a place that it could not even find for the data it tells the hint alone, and drops the data (ext4:
+//! no room, a damaged table of its own), so that counts as a failed sync as soon as it is known. Where the guest flushes rarely,
+//! or after every write, nothing is done: the host does better with all at once, or has no time left to win. Nor with the
+//! engine of plain calls, whose queue would wait for it.
 
 use std::io;
 use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::task::Token;
-use crate::storage::{Op, Slot, op};
+use crate::storage::Op;
 
 /// Writes between two commits that are worth it: fewer leave nothing to overlap, more the host writes in better order.
 const FEWEST: u32 = 16;
@@ -54,17 +56,13 @@ impl Early {
 }
 
 impl Lane {
-    /// Whether to tell the host to begin to write a file is of use: what is written directly is there, and with the engine of
-    /// plain calls the queue would wait.
-    pub(super) fn takes_hints(&self, slot: Slot) -> bool {
-        self.disk.memory_align(slot) == 1 && self.engine.takes_hints()
-    }
-
     /// Has the host begin to write where that is worth it.
     pub(super) fn write_early(&mut self) {
         let Some(top) = self.disk.version().top() else { return };
         let slot = top.slot;
-        if self.takes_hints(slot) && !self.disk.is_write_through() && self.early.is_due() {
+        let is_buffered = self.disk.memory_align(slot) == 1;
+        let waits = self.engine.wake_fd().is_none();
+        if is_buffered && !waits && !self.disk.is_write_through() && self.early.is_due() {
             self.disk.counts().early.fetch_add(1, Ordering::Relaxed);
             self.push_op(Op::write_behind(Token::Early.pack(), slot));
         }
@@ -76,7 +74,7 @@ impl Lane {
     pub(super) fn written_early(&mut self, result: io::Result<()>) {
         self.early.under_way = false;
         if let Err(e) = result
-            && op::is_lost(&e)
+            && !is_harmless(&e)
         {
             let why = format!("the host could not write ({e})");
             self.disk.version().top().expect("only writable disks are told").image.poison(&why);
@@ -84,9 +82,34 @@ impl Lane {
     }
 }
 
+/// Whether a hint failed because it could not be given, or the host had no memory to begin: the data is where it was. What is not
+/// known to be harmless is not.
+fn is_harmless(failure: &io::Error) -> bool {
+    let harmless = [
+        libc::EINVAL,
+        libc::ENOSYS,
+        libc::EOPNOTSUPP,
+        libc::ESPIPE,
+        libc::ENOMEM,
+        libc::EINTR,
+        libc::EAGAIN,
+        libc::ECANCELED,
+    ];
+    failure.kind() == io::ErrorKind::Unsupported || failure.raw_os_error().is_some_and(|code| harmless.contains(&code))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_known_to_be_harmless_is() {
+        let of = |code| is_harmless(&io::Error::from_raw_os_error(code));
+        assert!([libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOMEM].into_iter().all(of));
+        let lost = [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EUCLEAN, libc::EBADMSG, libc::EROFS, 4000];
+        assert!(!lost.into_iter().any(of));
+        assert!(!is_harmless(&io::ErrorKind::Other.into()));
+    }
 
     /// How often the host is told in rounds of so many writes, after the first.
     fn told(writes: u32) -> u32 {

@@ -14,16 +14,12 @@
 //! S is copied *before* C1: a bit set while C1 runs is not written in C2. What the live journal says of S is ended only
 //! after C3, by one store.
 //!
-//! C2 may go in portions ([`Commit::with_hints`]), the host being told in between to begin with what it has: it then writes the
-//! first bitmaps while the last are made. A hint is no barrier and needs none: C1 is before all of C2, and C3 behind it.
-//!
 //! Barriers: 0 when nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
 //!
 //! A failed sync is final: the kernel may have dropped the pages and will say yes the next time, so the image is
-//! poisoned; so it is by a hint that fails in such a way. A failed write of C2 is not final: S is dirty again, and the next
-//! commit starts at C1.
+//! poisoned. A failed write of C2 is not: S is dirty again, and the next commit starts at C1.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,7 +28,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Op, Payload, Slot, op};
+use crate::storage::{Action, Buffer, Op, Payload, Slot};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// What a job wants after a step.
@@ -49,18 +45,12 @@ enum Phase {
     Start,
     /// C1 runs.
     Settle,
-    /// C2 runs, or a portion of it.
+    /// C2 runs.
     Point,
-    /// Between portions of C2, the host is told to begin with what was written.
-    Hint,
     /// C3 runs.
     Seal,
     Over,
 }
-
-/// Writes of a portion of C2 at least, and portions at most: a hint costs as much as a few writes.
-const PORTION: usize = 8;
-const PORTIONS: usize = 4;
 
 /// A granule as it was when the commit began.
 struct Taken {
@@ -74,9 +64,6 @@ pub struct Commit {
     slot: Slot,
     phase: Phase,
     taken: Vec<Taken>,
-    hints: bool,
-    /// What C2 has yet to write.
-    rest: VecDeque<Op>,
     barriers: u32,
     /// Of the live journal.
     epoch: u64,
@@ -85,15 +72,7 @@ pub struct Commit {
 impl Commit {
     /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
     pub fn new(image: Arc<Writable>, slot: Slot) -> Commit {
-        let (taken, rest) = (Vec::new(), VecDeque::new());
-        Commit { image, slot, phase: Phase::Start, taken, hints: false, rest, barriers: 0, epoch: 0 }
-    }
-
-    /// Has C2 go in portions; for an engine and a file with which a hint makes nobody wait.
-    #[must_use]
-    pub fn with_hints(mut self) -> Commit {
-        self.hints = true;
-        self
+        Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0, epoch: 0 }
     }
 
     /// Syncs used so far.
@@ -106,7 +85,7 @@ impl Commit {
     /// # Errors
     /// The commit failed and is over; nothing of it may be acknowledged.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
-        if let Some(source) = failed.filter(|e| self.phase != Phase::Hint || op::is_lost(e)) {
+        if let Some(source) = failed {
             return Err(self.fail(source));
         }
         // In this order: growth that failed poisons the image before it says that it syncs no more.
@@ -124,17 +103,8 @@ impl Commit {
                 self.point(ops);
                 Ok(Step::Wait)
             }
-            Phase::Point if self.rest.is_empty() => {
-                self.sync(Phase::Seal, ops);
-                Ok(Step::Wait)
-            }
             Phase::Point => {
-                ops.push(Op::write_behind(0, self.slot));
-                self.phase = Phase::Hint;
-                Ok(Step::Wait)
-            }
-            Phase::Hint => {
-                self.portion(ops);
+                self.sync(Phase::Seal, ops);
                 Ok(Step::Wait)
             }
             Phase::Seal => {
@@ -187,24 +157,15 @@ impl Commit {
             let (block, place, at) = self.image.bitmap_place(taken.granule);
             let current = mutant::is(Mutant::CurrentBits).then(|| self.image.granule(taken.granule).copy());
             let bytes = current.as_ref().unwrap_or(&taken.bytes);
-            self.rest.push_back(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
+            ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
             placing.entry(block / bat::ENTRIES_PER_SECTOR).or_default().push(block);
         }
         for (sector, blocks) in placing {
             if let Some((at, bytes)) = self.image.bat_sector(sector, &blocks) {
-                self.rest.push_back(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&bytes))));
+                ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&bytes))));
             }
         }
-        self.portion(ops);
-    }
-
-    /// The next portion of C2: all of it, where the host is not told. A rest that is not worth a hint goes with the one before.
-    fn portion(&mut self, ops: &mut Vec<Op>) {
-        let size = PORTION.max(self.taken.len().div_ceil(PORTIONS));
-        let left = self.rest.len();
-        let count = if self.hints && left >= size + PORTION / 2 { size } else { left };
-        ops.extend(self.rest.drain(..count));
         self.phase = Phase::Point;
     }
 
@@ -219,8 +180,7 @@ impl Commit {
             Phase::Point => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
             _ if mutant::is(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
-                let what = if phase == Phase::Hint { "the host could not write" } else { "a sync failed" };
-                let why = format!("{what} ({source}): what was written since the last flush may be lost");
+                let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
                 self.image.poison(&why);
                 Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(source)
             }
@@ -238,5 +198,137 @@ impl Drop for Commit {
 }
 
 #[cfg(test)]
-#[path = "commit_tests.rs"]
-mod tests;
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::image::{Image, Keep, Kind, ParentLink, Spec, create};
+    use crate::storage::host::Host;
+    use crate::storage::{Access, Env};
+    use crate::units::{BlockSize, SectorRange};
+
+    const SLOT: Slot = Slot(3);
+
+    /// A writable image of 8 MiB with room to write, nothing written.
+    fn image(folder: &Path, kind: Kind) -> Arc<Writable> {
+        let path = folder.join("a.vhd");
+        create(&Host, &path, &Spec { kind, size: 8 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
+        reopen(&path)
+    }
+
+    fn reopen(path: &Path) -> Arc<Writable> {
+        let image = Image::open(Host.open(path, Access::Write).unwrap()).unwrap();
+        let image = Arc::new(Writable::new(&Host, image, &Keep::Nothing).unwrap());
+        if let Some(mut growth) = super::super::Growth::begin(&image, SLOT) {
+            super::super::drive(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap();
+        }
+        image
+    }
+
+    fn child() -> Kind {
+        let uuid = uuid::Uuid::from_u128(7);
+        Kind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
+    }
+
+    /// Carries out a commit step by step; what each step did, in a letter an operation.
+    fn steps(commit: &mut Commit, image: &Writable) -> Vec<String> {
+        let (mut all, mut ops) = (Vec::new(), Vec::new());
+        while commit.next(None, &mut ops).unwrap() == Step::Wait {
+            all.push(ops.iter().map(|op| if op.action == Action::Sync { 'S' } else { 'W' }).collect());
+            for op in ops.drain(..) {
+                if let Payload::Own(bytes) = op.payload {
+                    image.file().write_at(&bytes, op.offset).unwrap();
+                }
+            }
+        }
+        all
+    }
+
+    fn write(image: &Writable, from: u64, to: u64) {
+        let block = BlockSize::DEFAULT.block_of(from);
+        image.reserve(block).unwrap();
+        assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
+    }
+
+    fn commit(image: &Arc<Writable>) -> (Vec<String>, u32) {
+        let mut commit = Commit::new(image.clone(), SLOT);
+        (steps(&mut commit, image), commit.barriers())
+    }
+
+    #[test]
+    fn a_child_needs_two_barriers_for_new_bits_and_one_for_overwrites() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        assert_eq!(commit(&image).1, 1, "the first commit covers what a predecessor left in the page cache");
+        assert_eq!(commit(&image), (vec![], 0), "nothing written");
+        write(&image, 0, 8);
+        write(&image, 9000, 9008);
+        let want = vec!["S".to_owned(), "WWW".to_owned(), "S".to_owned()];
+        assert_eq!(commit(&image), (want, 2), "two bitmaps and one sector of the table");
+        write(&image, 0, 8);
+        assert_eq!(commit(&image), (vec!["S".to_owned()], 1), "an overwrite");
+        write(&image, 8, 16);
+        assert_eq!(
+            commit(&image),
+            (vec!["S".into(), "W".into(), "S".into()], 2),
+            "new bits in a block that has a place"
+        );
+    }
+
+    #[test]
+    fn a_dynamic_root_needs_one_barrier_for_new_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), Kind::Dynamic);
+        commit(&image);
+        write(&image, 5000, 5001);
+        assert_eq!(commit(&image), (vec!["WW".to_owned(), "S".to_owned()], 1));
+        let (path, mut bitmap) = (image.path().to_path_buf(), [0; 512]);
+        let place = image.image().bat().unwrap().place(1).unwrap();
+        image.file().read_at(&mut bitmap, u64::from(place) * SECTOR).unwrap();
+        assert_eq!(bitmap, [0xFF; 512], "readers that ignore bitmaps see the same");
+        drop(image);
+        assert_eq!(reopen(&path).image().bat().unwrap().place(1), Some(place));
+    }
+
+    #[test]
+    fn bits_that_come_while_the_first_sync_runs_wait_for_the_next_commit() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        commit(&image);
+        write(&image, 0, 8);
+        let (mut running, mut ops) = (Commit::new(image.clone(), SLOT), Vec::new());
+        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Wait);
+        write(&image, 8, 16);
+        write(&image, 5000, 5001);
+        ops.clear();
+        running.next(None, &mut ops).unwrap();
+        let Payload::Own(bitmap) = &ops[0].payload else { panic!("a bitmap first") };
+        assert_eq!(bitmap[..3], [0xFF, 0, 0], "only what was complete at the start");
+        let Payload::Own(table) = &ops[1].payload else { panic!("then the table") };
+        assert!(table[..4] != [0xFF; 4] && table[4..8] == [0xFF; 4], "block 1 has no place in the file yet");
+        ops.clear();
+        running.next(None, &mut ops).unwrap();
+        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Done);
+        assert_eq!(commit(&image).1, 2, "the next commit has the rest");
+    }
+
+    #[test]
+    fn a_failed_pointer_write_is_tried_again_and_a_failed_sync_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = image(folder.path(), child());
+        commit(&image);
+        write(&image, 0, 8);
+        let (mut first, mut ops) = (Commit::new(image.clone(), SLOT), Vec::new());
+        first.next(None, &mut ops).unwrap();
+        first.next(None, &mut ops).unwrap();
+        let eio = || io::Error::from_raw_os_error(libc::EIO);
+        assert_eq!(first.next(Some(eio()), &mut ops).unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(commit(&image).1, 2, "everything again, from the first sync");
+        write(&image, 0, 8);
+        let mut second = Commit::new(image.clone(), SLOT);
+        second.next(None, &mut ops).unwrap();
+        assert_eq!(second.next(Some(eio()), &mut ops).unwrap_err().kind(), ErrorKind::Poisoned);
+        let third = Commit::new(image.clone(), SLOT).next(None, &mut ops).unwrap_err();
+        assert_eq!(third.kind(), ErrorKind::Poisoned, "{}", third.line());
+    }
+}

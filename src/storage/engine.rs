@@ -81,12 +81,6 @@ pub trait Engine: Send {
     /// returns.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Whether a [`WriteBehind`](super::op::Action::WriteBehind) makes nobody wait: another thread than the one that submits
-    /// does it.
-    fn takes_hints(&self) -> bool {
-        self.wake_fd().is_some()
-    }
-
     /// Operations pushed and not yet reaped.
     fn under_way(&self) -> usize;
 

@@ -84,13 +84,6 @@ impl Op {
     }
 }
 
-/// Whether a hint that failed so says that bytes may be lost. The host tells the next sync of writes that failed; of a place that
-/// it could not even find for the data it tells the hint alone.
-pub fn is_lost(failure: &io::Error) -> bool {
-    let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
-    failure.raw_os_error() == Some(libc::EIO) || full.contains(&failure.kind())
-}
-
 /// An operation that is over.
 ///
 /// It is whole or an error: short transfers are continued inside the engine, and a read that meets the end of the file

@@ -197,10 +197,6 @@ impl Engine for SimEngine {
         None
     }
 
-    fn takes_hints(&self) -> bool {
-        true
-    }
-
     fn under_way(&self) -> usize {
         self.pushed.len() + self.flying.len() + self.over.len()
     }
