@@ -244,7 +244,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
 pub fn fresh_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, fresh";
     let load =
-        Load { write: true, order: Order::Shuffled, until: Until::Count(bench.pace.writes), ..bench.random_read() };
+        Load { write: true, order: Order::Shuffled, until: Until::Count(bench.pace.writes()), ..bench.random_read() };
     fresh(bench, name, load);
     bench.want_iops(name, OURS, FRESH, 5.0);
     bench.want_iops(name, OURS, EXTENDED, 1.3);
@@ -262,7 +262,7 @@ pub fn flushed_writes(bench: &mut Bench) {
         write: true,
         order: Order::Shuffled,
         flush_every: Some(32),
-        until: Until::Count(bench.pace.writes / 4),
+        until: Until::Count(bench.pace.writes() / 4),
         ..bench.random_read()
     };
     fresh(bench, name, load);

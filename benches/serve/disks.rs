@@ -16,7 +16,7 @@ use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use crate::server::{Kind, Server};
 
 /// A cluster of qcow2, the finest at which QEMU need not copy: there data changes from layer to layer.
-const CHUNK: u64 = 64 << 10;
+pub const CHUNK: u64 = 64 << 10;
 /// Chunks in 2 MiB, a block of a VHD. Each block's chunks alternate between two neighbouring layers, the next block's
 /// between the next two: so every look-up meets a block of many runs, and a chain takes but twice the room of its data.
 const CHUNKS: u64 = 32;
