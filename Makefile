@@ -34,6 +34,7 @@ kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
 
 check: ## formatting, lints, documentation
 	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --features sim,mutants -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --features sim,mutants
 	if command -v shellcheck >/dev/null; then shellcheck .ci/install .ci/run vm-images/init vm-images/*.sh vm-images/jobs/*.sh tests/oracles/install.sh benches/*.sh benches/fio/run.sh; fi

@@ -25,7 +25,7 @@ pub(super) struct Sink<'a> {
 
 enum Form<'a> {
     Raw(File, u64),
-    Image(Writer<'a>),
+    Image(Box<Writer<'a>>),
 }
 
 /// What to make.
@@ -64,7 +64,8 @@ impl<'a> Sink<'a> {
         let form = match make {
             Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
             Make::Image(spec) => write_new(&file, env, uuid, spec)
-                .and_then(|()| Ok(Form::Image(Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing)?))),
+                .and_then(|()| Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing))
+                .map(|writer| Form::Image(Box::new(writer))),
         };
         match form {
             Ok(form) => Ok(Sink { env, fresh, asked, path, replace, _old: old, form, named: false }),

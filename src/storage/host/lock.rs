@@ -226,6 +226,7 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
+    use crate::storage::engine::host_file;
     use crate::storage::env::{Access, Env, File};
     use crate::storage::host::Host;
 
@@ -347,11 +348,7 @@ mod tests {
         let held = open(&path, Access::Write);
         held.lock(Lock::Exclusive).unwrap();
         let ours = open(&path, Access::Write);
-        let f = match &ours {
-            File::Host(f) => f,
-            #[cfg(feature = "sim")]
-            File::Sim(_) => unreachable!("opened by the host"),
-        };
+        let f = host_file(&ours).unwrap();
         assert!(is_held_by_the_living(f.as_fd(), f.id()));
         assert_eq!(ours.lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
         drop(held);
