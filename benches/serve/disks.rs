@@ -257,12 +257,13 @@ pub fn evict(path: &Path) {
 /// the name is gone, by a kernel thread on the processor of whoever had the file open last, for a second if it is in many pieces.
 pub fn remove(path: &Path) {
     fs::remove_file(path).expect("it was made a moment ago");
-    let (mut before, mut calm, start) = (discards(), 0, Instant::now());
-    while calm < 5 && start.elapsed() < Duration::from_secs(20) {
-        std::thread::sleep(Duration::from_millis(20));
-        let now = discards();
-        calm = if now == before { calm + 1 } else { 0 };
-        before = now;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(20) {
+        let before = discards();
+        std::thread::sleep(Duration::from_millis(100));
+        if discards() == before {
+            break;
+        }
     }
 }
 

@@ -44,8 +44,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Writes into a fresh overlay: two for each of qcow2's clusters, of which the first has to allocate it. With more the overlay is
-    /// no longer fresh, with fewer all of the time goes to growth; in both forms the same.
+    /// Writes into a fresh overlay: two for each of qcow2's clusters, whatever the size. The first has to allocate the cluster; with
+    /// many more the overlay is not fresh.
     pub fn writes(&self) -> u64 {
         self.size / disks::CHUNK * 2
     }
