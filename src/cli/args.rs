@@ -126,6 +126,10 @@ pub(super) struct Create {
     /// Leave room in the block table to grow to this size
     #[arg(long, value_parser = parse, value_name = "SIZE")]
     pub(super) reserve_size: Option<u64>,
+    /// Give every block its place and its room on the host now: the file has its full size and is not fragmented.
+    /// `compact` gives back what was not written
+    #[arg(long)]
+    pub(super) preallocate: bool,
     /// Make a child of this image
     #[arg(long)]
     pub(super) parent: Option<PathBuf>,

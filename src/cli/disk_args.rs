@@ -8,6 +8,7 @@ use std::thread::available_parallelism;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use crate::disk::Allocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
@@ -29,6 +30,26 @@ pub(super) enum Cache {
     Writethrough,
 }
 
+/// How new blocks take room on the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AllocationArg {
+    /// Data takes room when it is written
+    #[default]
+    Sparse,
+    /// Whole blocks are reserved ahead
+    Block,
+}
+
+impl From<AllocationArg> for Allocation {
+    fn from(arg: AllocationArg) -> Allocation {
+        match arg {
+            AllocationArg::Sparse => Allocation::Sparse,
+            AllocationArg::Block => Allocation::Block,
+        }
+    }
+}
+
 /// One disk to serve.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -48,6 +69,7 @@ pub(super) struct DiskArgs {
     pub(super) cache: Cache,
     #[serde(default)]
     pub(super) direct: bool,
+    pub(super) allocation: Option<AllocationArg>,
 }
 
 #[derive(Deserialize)]
@@ -61,8 +83,8 @@ impl DiskArgs {
     /// A disk of which nothing but the path is said.
     pub(super) fn of(path: PathBuf) -> DiskArgs {
         let (socket, fd, id, serial, queues, queue_size) = Default::default();
-        let cache = Cache::default();
-        DiskArgs { path, socket, fd, id, readonly: false, serial, queues, queue_size, cache, direct: false }
+        let (cache, allocation) = Default::default();
+        DiskArgs { path, socket, fd, id, readonly: false, serial, queues, queue_size, cache, direct: false, allocation }
     }
 
     /// Its name in the log.
@@ -168,6 +190,7 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "queue-size" => disk.queue_size = Some(queue_size(value)?),
             "cache" => disk.cache = Cache::from_str(value, false)?,
             "direct" => disk.direct = switch(value)?,
+            "allocation" => disk.allocation = Some(AllocationArg::from_str(value, false)?),
             _ => return Err(format!("there is no key {key:?}")),
         }
     }
@@ -185,7 +208,7 @@ mod tests {
     fn a_disk_by_keys() {
         let d = disk(
             "path=/a,,b.vhd,socket=/s,id=x,readonly=on,serial=S 1,queues=64,queue-size=32768,\
-                      cache=writethrough,direct=on",
+                      cache=writethrough,direct=on,allocation=block",
         )
         .unwrap();
         let expected = DiskArgs {
@@ -199,6 +222,7 @@ mod tests {
             queue_size: Some(32768),
             cache: Cache::Writethrough,
             direct: true,
+            allocation: Some(AllocationArg::Block),
         };
         assert_eq!(d, expected);
         for bad in [
@@ -212,6 +236,7 @@ mod tests {
             "path=/a,queue-size=65536",
             "path=/a,readonly=yes",
             "path=/a,cache=none",
+            "path=/a,allocation=thin",
             "path=/a,serial=123456789012345678901",
             "path=",
             "path=/a,",
@@ -223,9 +248,10 @@ mod tests {
     #[test]
     fn disks_by_file() {
         let text = "[[disk]]\npath = \"/a\"\nsocket = \"/s\"\nreadonly = true\nqueue-size = 256\n\
-                    [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\n";
+                    [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\nallocation = \"block\"\n";
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, Cache::Writethrough));
+        assert_eq!((disks[0].allocation, disks[1].allocation), (None, Some(AllocationArg::Block)));
         assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256").unwrap(), disks[0]);
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
         assert!(why.starts_with("line 3: unknown field `colour`"), "{why}");

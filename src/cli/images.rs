@@ -61,6 +61,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 block_size: args.block_size,
                 reserve: args.reserve_size.unwrap_or(0),
                 locators: args.locator.into(),
+                preallocate: args.preallocate,
             };
             let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
             if made.outside {
@@ -74,7 +75,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let fixed = args.kind == RootKind::Fixed;
             let reserve = args.reserve_size.unwrap_or(0);
             let block_size = args.block_size.unwrap_or(BlockSize::DEFAULT);
-            let root = ops::create::Root { fixed, size, block_size, reserve };
+            let root = ops::create::Root { fixed, size, block_size, reserve, preallocate: args.preallocate };
             ops::create::root(&Host, &args.path, &root)?;
             let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {block_size}") };
             format!("{kind}, {}", human(size))
@@ -90,6 +91,14 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
     printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
+    if let Some(short) = info.short_of_room() {
+        let (left, more) = (human(short.available), human(short.wanted));
+        log::warn!(
+            "{}: its file system has {left} left, and the disk may take up to {more} more; \
+             writes wait or fail when the file system is full",
+            print::path(&args.path)
+        );
+    }
     Ok(Exit::Done)
 }
 

@@ -41,6 +41,7 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
     field("virtual size", &bytes(info.virtual_size))?;
     field("file size", &bytes(info.file_size))?;
     field("allocated", &bytes(info.allocated_bytes))?;
+    field("written", &bytes(info.written_bytes))?;
     if let (Some(size), Some(blocks), Some(allocated)) = (info.block_size, info.blocks, info.blocks_allocated) {
         field("block size", &bytes(size.into()))?;
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;

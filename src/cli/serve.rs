@@ -90,6 +90,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
                 OnEnospc::Park => WhenFull::Park,
                 OnEnospc::Error => WhenFull::Fail,
             },
+            allocation: disk.allocation.unwrap_or(args.allocation).into(),
         };
         let opened = when_free(PREDECESSORS_IO, &service.name, &stop, || Disk::open(host.clone(), &options))?;
         let socket = when_free(PREDECESSORS_SOCKET, &service.name, &stop, || socket_of(disk, &mut handed_over))?;

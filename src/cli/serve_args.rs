@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use super::disk_args::{Cache, DiskArgs, disk, queue_size, queues, read_config, serial};
+use super::disk_args::{AllocationArg, Cache, DiskArgs, disk, queue_size, queues, read_config, serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
 /// What becomes of writes while the host's file system is full.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum OnEnospc {
-    /// They are held until there is room again; reads and flushes go on
+    /// They are held until there is room again; reads go on, and so do flushes
     Park,
     /// They fail
     Error,
@@ -64,7 +64,8 @@ pub(super) struct Args {
     serial: Option<String>,
 
     /// A disk (repeatable): path=IMAGE,socket=PATH[,id=NAME][,readonly=on|off][,serial=TEXT][,queues=N]
-    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off]; a comma in a value is doubled
+    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off][,allocation=sparse|block]; a comma in a value is
+    /// doubled
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = disk)]
     disk: Vec<DiskArgs>,
 
@@ -88,6 +89,10 @@ pub(super) struct Args {
     /// What becomes of writes while the host's file system is full
     #[arg(long, value_name = "POLICY", default_value = "park")]
     pub(super) on_enospc: OnEnospc,
+
+    /// How new blocks take room on the host, for disks without a key of their own
+    #[arg(long, value_name = "HOW", default_value = "sparse")]
+    pub(super) allocation: AllocationArg,
 
     /// How much to tell on standard error
     #[arg(long, value_name = "LEVEL", default_value = "info",
@@ -195,6 +200,7 @@ mod tests {
             &["--disk=path=/a", "--read-only"],
             &["--disk=path=/a,x=y"],
             &["--blk-file=/a", "--log-level=loud"],
+            &["--blk-file=/a", "--allocation=thin"],
             &["--blk-file=/a", "--io-engine=magic"],
         ] {
             assert_eq!(args(bad).unwrap_err().exit_code(), 2, "{bad:?}");

@@ -90,7 +90,12 @@ impl Lane {
         let over = self.running(kind).take().expect("a running job");
         let result = step.map(|_| ());
         match over.job {
+            // Nothing of it was acknowledged, and all of it is dirty again.
+            Job::Commit(_) if self.disk.parks() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) => {
+                self.hold_commit();
+            }
             Job::Commit(commit) => {
+                self.told_commit_held = false;
                 self.disk.committed(&result, commit.barriers());
                 if self.disk.rounds.finish(result.is_ok()).is_some() {
                     self.lead();
@@ -112,6 +117,16 @@ impl Lane {
                 };
                 self.disk.post(Letter::Grown(grown));
             }
+        }
+    }
+
+    /// Keeps the round of a commit that found the host full open: flushes wait, as writes do, until there is room. The next
+    /// tick leads a new commit for the same round.
+    fn hold_commit(&mut self) {
+        self.commit_is_held = true;
+        if !std::mem::replace(&mut self.told_commit_held, true) {
+            let path = self.disk.version().top().expect("only writable disks commit").image.path().display();
+            log::warn!("{path}: the host is full: a commit is held until there is room; free space on its file system");
         }
     }
 }

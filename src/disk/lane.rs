@@ -67,6 +67,9 @@ pub struct Lane {
     awaiting: Vec<u32>,
     pub(super) commit: Option<Running>,
     pub(super) growth: Option<Running>,
+    /// The commit that this lane leads found the host full; the next tick tries it again.
+    pub(super) commit_is_held: bool,
+    pub(super) told_commit_held: bool,
     ticks: u32,
     /// Whether the log knows that the host is full.
     pub(super) told_full: bool,
@@ -103,6 +106,8 @@ impl Lane {
             awaiting: Vec::new(),
             commit: None,
             growth: None,
+            commit_is_held: false,
+            told_commit_held: false,
             ticks: 0,
             told_full: false,
             backlog: VecDeque::new(),
@@ -145,18 +150,6 @@ impl Lane {
             self.begin(Request { tag, work: Work::Read { range, into } });
             self.follow(range);
         }
-    }
-
-    /// A guest begins to use the disk: room for its first writes is made while it does something else.
-    ///
-    /// # Errors
-    /// As `submit`.
-    pub fn prepare(&mut self) -> io::Result<()> {
-        let top = self.disk.version().top();
-        if top.is_some_and(|top| top.image.wants_room() && !top.image.is_poisoned()) {
-            self.grow_if_short();
-        }
-        self.submit()
     }
 
     /// Hands everything pushed to the host in one call, but for what is only to be copied: that is done here.
@@ -228,7 +221,7 @@ impl Lane {
     /// Whether nothing is under way and no answer is owed.
     pub fn is_idle(&self) -> bool {
         let nothing = self.free.len() == TASKS && self.copies.len() == 0 && self.answers.is_empty();
-        nothing && !self.early.under_way && self.commit.is_none() && self.growth.is_none()
+        nothing && !self.early.under_way && self.commit.is_none() && !self.commit_is_held && self.growth.is_none()
     }
 
     /// Waits until the lane is idle.
@@ -244,6 +237,11 @@ impl Lane {
             }
             if self.engine.under_way() > 0 {
                 self.engine.wait()?;
+            } else if std::mem::take(&mut self.commit_is_held) {
+                // There is no room, and no time to wait for it: who waits for this commit is refused.
+                if self.disk.rounds.finish(false).is_some() {
+                    self.lead();
+                }
             } else if !self.parked.is_empty() && self.growth.is_none() {
                 // There is no room, and no time to wait for it.
                 let parked = std::mem::take(&mut self.parked);
@@ -338,12 +336,15 @@ impl Lane {
         }
     }
 
-    /// To be called every second, so that what nobody else wakes goes on: writes that found the host full are tried
-    /// again; and every few seconds what was written and not flushed becomes durable in the background, which bounds what
+    /// To be called every second, so that what nobody else wakes goes on: writes and commits that found the host full are
+    /// tried again; and every few seconds what was written and not flushed becomes durable in the background, which bounds what
     /// a power cut takes and what a live journal has to hold.
     pub fn tick(&mut self) {
         let parked = std::mem::take(&mut self.parked);
         self.go_on(parked, true);
+        if std::mem::take(&mut self.commit_is_held) {
+            self.lead();
+        }
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;
         let top = self.disk.version().top();
         if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
@@ -366,7 +367,7 @@ impl Lane {
 impl Drop for Lane {
     /// A lane that goes while it leads a commit must not leave the others waiting.
     fn drop(&mut self) {
-        if self.commit.take().is_some() {
+        if self.commit.take().is_some() || self.commit_is_held {
             while self.disk.rounds.finish(false).is_some() {}
         }
         if self.growth.take().is_some() {

@@ -38,6 +38,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+pub use crate::image::Allocation;
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
@@ -68,6 +69,8 @@ pub struct DiskOptions {
     pub keep: Keep,
     /// What becomes of writes that find the host full.
     pub when_full: WhenFull,
+    /// How new blocks take room on the host.
+    pub allocation: Allocation,
 }
 
 impl DiskOptions {
@@ -83,14 +86,15 @@ impl DiskOptions {
             write_through: false,
             keep: Keep::Nothing,
             when_full: WhenFull::default(),
+            allocation: Allocation::default(),
         }
     }
 }
 
-/// What becomes of a write for which the host has no room.
+/// What becomes of a write, or a commit, for which the host has no room.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WhenFull {
-    /// It is held until there is room; reads and flushes go on.
+    /// It is held until there is room; reads go on, and so do flushes for which there is room.
     #[default]
     Park,
     /// It fails.
@@ -149,6 +153,9 @@ impl Disk {
             Use::Write => chain.into_writable(&*env, &options.keep)?,
             _ => chain.into_frozen(),
         };
+        if let Some(top) = version.top() {
+            top.image.set_allocation(options.allocation);
+        }
         let mut memory_align = vec![1; usize::from(SLOTS)];
         if options.direct {
             for (slot, file) in version.files() {

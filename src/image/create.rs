@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::preallocate::preallocate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_from_unix;
 use crate::format::header::LOCATORS;
@@ -56,10 +57,23 @@ pub struct Spec {
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
+    make(env, path, spec, false)
+}
+
+/// The same, with every block in its place and its room reserved on the host.
+///
+/// # Errors
+/// As [`create`]; `Unsupported` where the file system cannot reserve room.
+pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
+    make(env, path, spec, true)
+}
+
+fn make(env: &dyn Env, path: &Path, spec: &Spec, whole: bool) -> Result<Uuid> {
     let uuid = env.uuid();
     let fresh = fresh_name(path, uuid)?;
     let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, path))?;
-    let named = write_new(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
+    let made = write_new(&file, env, uuid, spec).and_then(|()| if whole { preallocate(&file) } else { Ok(()) });
+    let named = made.and_then(|()| name(env, &fresh, path));
     if named.is_err() {
         let _ = env.remove(&fresh);
     }
@@ -126,6 +140,10 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<
     let reserve = u32::try_from(reserve).unwrap_or(u32::MAX);
     let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
     let footer = Footer::new(disk_type, spec.size, uuid, now).encode();
+    // Bitmaps and tables are written over and over: where each such write took new room, a full host would stop commits.
+    if let Err(e) = file.overwrite_in_place() {
+        log::warn!("{}", e.line());
+    }
     file.set_len(layout.footer + SECTOR)?;
     file.write_at(&footer, layout.footer)?;
     if let Some(header_at) = layout.header {

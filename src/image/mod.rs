@@ -21,6 +21,7 @@
 //!           Offline            nobody else has it open: another size, fewer blocks, blocks elsewhere
 //! ```
 
+mod allocation;
 pub mod bat;
 mod batmap;
 pub mod bitmaps;
@@ -44,6 +45,7 @@ mod mistakes;
 pub mod offline;
 pub mod open;
 mod paged;
+mod preallocate;
 mod recover;
 pub mod relink;
 mod repair;
@@ -56,12 +58,15 @@ mod undo;
 mod walk;
 pub mod writable;
 
+pub use allocation::Allocation;
 pub use bat::Bat;
 pub use batmap::Batmap;
 pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
-pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
+pub use create::{
+    Kind, ParentLink, Spec, create, create_preallocated, folder_of, fresh_name, is_fresh_name, name, write_new,
+};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;

@@ -73,8 +73,16 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     batmap::disclaim(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room =
-        Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false, syncing: false, steps: 0 };
+    let room = Room {
+        next,
+        end,
+        reserved: next,
+        unplaced: blocks - placed,
+        fresh: new_blocks,
+        growing: false,
+        syncing: false,
+        steps: 0,
+    };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
 

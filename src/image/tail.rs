@@ -8,7 +8,8 @@
 //! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
 //! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
 //!
-//! 1. reserve room on the host; where that fails for want of space, give back what it got and halve the step;
+//! 1. reserve room on the host ([`Allocation`](super::Allocation) says how much); where that fails for want of space, give back
+//!    what it got and halve the step;
 //! 2. write the footer at the new end (this extends the file);
 //! 3. make it durable: from here the new footer is the trailing one;
 //! 4. write zeros over the old footer;
@@ -22,24 +23,24 @@
 //! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, rarely, a length without the new one (it notes how
 //! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
 //! Room is handed out only after 5, since a dynamic root trusts it to be zero without a further barrier.
+//!
+//! Nothing is reserved before the first block needs a place. A tail that recovery has emptied is zero but not reserved: a
+//! step that finds one only reserves in it. On a file system that copies on write, 3 and 5 are syncs: a write through that
+//! fails for want of room could not be told from a failed sync, which poisons.
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::allocation::{Allocation, Reservation, places};
 use super::commit::Step;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::layout::PAGE;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Op, Payload, Slot};
+use crate::storage::{Buffer, Op, Payload, RoomRule, Slot};
 use crate::units::{SECTOR, SECTOR_BYTES};
-
-/// Blocks by which a file grows at least, room permitting.
-const MIN_STEP_BLOCKS: u64 = 16;
-/// Bytes by which a file grows at first, where that is no more than an eighth of the disk.
-const FIRST_STEP_BYTES: u64 = 256 << 20;
-/// Bytes by which a file grows at most, unless sixteen blocks are more.
-const MAX_STEP_BYTES: u64 = 1 << 30;
 
 /// Where the next block goes.
 #[derive(Debug)]
@@ -48,6 +49,8 @@ pub struct Room {
     pub next: u64,
     /// File sector of the footer: the end of what is durably zero.
     pub end: u64,
+    /// File sector before which the host has the room that blocks must find.
+    pub reserved: u64,
     /// Blocks that have no place yet.
     pub unplaced: u64,
     /// Blocks whose place the file does not know yet.
@@ -58,6 +61,13 @@ pub struct Room {
     pub syncing: bool,
     /// Steps since the image was opened, or since the host was full.
     pub steps: u32,
+}
+
+impl Room {
+    /// File sector before which a block may go.
+    pub fn usable(&self) -> u64 {
+        self.end.min(self.reserved)
+    }
 }
 
 /// One step of growth under way.
@@ -73,6 +83,13 @@ pub struct Growth {
     least: u64,
     /// Blocks without a place when it began.
     unplaced: u64,
+    /// Where the next block goes, and before which sector room was reserved, when it began.
+    next: u64,
+    reserved: u64,
+    /// What is being reserved.
+    reservation: Option<Reservation>,
+    /// Only room before the footer is reserved: up to this file sector.
+    within: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,7 +120,7 @@ impl Growth {
         image.bitmaps()?; // a fixed image has all its room
         let mut room = image.room();
         let blocks = blocks.min(room.unplaced);
-        let fits = image.end_after(room.next, blocks, room.unplaced).is_some_and(|end| end <= room.end);
+        let fits = image.end_after(room.next, blocks, room.unplaced).is_some_and(|end| end <= room.usable());
         if room.growing || blocks == 0 || fits {
             return None;
         }
@@ -112,8 +129,20 @@ impl Growth {
 
     fn of(image: &Arc<Writable>, slot: Slot, room: &mut Room, blocks: u64, least: u64) -> Growth {
         room.growing = true;
-        let (old, unplaced) = (room.end, room.unplaced);
-        Growth { image: image.clone(), slot, phase: Phase::Start, old, blocks, least, unplaced }
+        let Room { end: old, unplaced, next, reserved, .. } = *room;
+        let (image, phase, reservation) = (image.clone(), Phase::Start, None);
+        let mut growth =
+            Growth { image, slot, phase, old, blocks, least, unplaced, next, reserved, reservation, within: None };
+        let inside = growth.unreserved(old).count() as u64;
+        growth.within = (inside >= least).then_some(old);
+        growth
+    }
+
+    /// The places of the next blocks, before file sector `end`, that lack room on the host.
+    fn unreserved(&self, end: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
+        let all = places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
+        all.skip_while(move |place| place.end <= reserved)
     }
 
     /// The next step. `failed` is the first failure among the operations of the last one.
@@ -157,6 +186,8 @@ impl Growth {
             (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
                 return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
             }
+            (Phase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push(self.slot, ops)) => {}
+            (Phase::Allocate, _) if self.within.is_some() => return Ok(self.over()),
             (Phase::Allocate, _) => {
                 if mutant::is(Mutant::LengthFirst) {
                     let at = end(self).expect("checked at the start") * SECTOR;
@@ -169,13 +200,7 @@ impl Growth {
             (Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
             (Phase::SealFooter, None) => self.write(Phase::Wipe, ops),
             (Phase::Wipe, None) => self.write(Phase::SealWipe, ops),
-            (Phase::SealWipe, None) => {
-                let end = end(self).expect("checked at the start");
-                let mut room = self.image.room();
-                room.end = end;
-                room.steps += 1;
-                return Ok(Step::Done);
-            }
+            (Phase::SealWipe, None) => return Ok(self.over()),
             (Phase::SealFooter | Phase::SealWipe, Some(e)) => {
                 let why = format!("a sync failed ({e}) while the file grew");
                 self.image.poison(&why);
@@ -188,11 +213,33 @@ impl Growth {
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
-        let end =
-            self.image.end_after(self.old, self.blocks, self.unplaced).expect("a smaller step than one that fits");
-        let (at, len) = (self.old * SECTOR, (end - self.old + 1) * SECTOR);
-        ops.push(Op::range(0, self.slot, Action::Allocate, at, len));
+        let end = self.image.end_after(self.old, self.blocks, self.unplaced).expect("smaller than one that fits");
+        let block_size = self.image.image().block_size().expect("it has blocks");
+        let taken = usize::try_from(self.blocks).unwrap_or(usize::MAX);
+        let inside = self.within.map(|_| self.unreserved(self.old).take(taken).last().expect("counted").end);
+        self.within = inside;
+        let mut reservation = match (self.image.allocation(), inside) {
+            (Allocation::Block, inside) => Reservation::whole(self.reserved, inside.unwrap_or(end)),
+            (Allocation::Sparse, None) => Reservation::bitmaps(self.unreserved(end), block_size, end),
+            (Allocation::Sparse, Some(until)) => Reservation::bitmaps(self.unreserved(until), block_size, self.old),
+        };
+        reservation.push(self.slot, ops);
+        self.reservation = Some(reservation);
         self.phase = Phase::Allocate;
+    }
+
+    /// The room is there.
+    fn over(&self) -> Step {
+        let mut room = self.image.room();
+        match self.within {
+            Some(until) => room.reserved = until,
+            None => {
+                let end = self.image.end_after(self.old, self.blocks, self.unplaced).expect("checked at the start");
+                (room.end, room.reserved) = (end, end);
+            }
+        }
+        room.steps += 1;
+        Step::Done
     }
 
     /// The new footer, or zeros over the old one: first plainly, so that what fails there can be undone, then through.
@@ -211,8 +258,11 @@ impl Growth {
             Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
             _ => false,
         };
-        let write = if through { Op::write_through } else { Op::write };
-        ops.push(write(0, self.slot, at, Payload::Own(bytes)));
+        ops.push(match (through, self.image.room_rule) {
+            (true, RoomRule::CopyOnWrite) => Op::sync(0, self.slot),
+            (true, _) => Op::write_through(0, self.slot, at, Payload::Own(bytes)),
+            (false, _) => Op::write(0, self.slot, at, Payload::Own(bytes)),
+        });
         self.phase = phase;
     }
 
@@ -223,8 +273,12 @@ impl Growth {
         let (file, at) = (self.image.file(), self.old * SECTOR);
         // These syncs, too, may be told of a failure that concerns a commit.
         self.image.room().syncing = true;
+        let mut there = [0; SECTOR_BYTES];
+        let footer = self.image.footer_bytes();
         let whole = match self.phase {
-            Phase::Wipe => file.write_at(&self.image.footer_bytes(), at).and_then(|()| file.sync()),
+            // A write that was refused has changed nothing, and another one would be refused, too.
+            Phase::Wipe if file.read_at(&mut there, at).is_ok() && there == footer => file.sync(),
+            Phase::Wipe => file.write_at(&footer, at).and_then(|()| file.sync()),
             _ => Ok(()),
         };
         let back = whole.and_then(|()| file.set_len(at + SECTOR)).and_then(|()| file.sync());
@@ -256,21 +310,10 @@ fn is_full(e: &io::Error) -> bool {
 }
 
 impl Writable {
-    /// Blocks of room that the next step of growth makes: an eighth of the disk up to 256 MiB, or 1 % of it, or sixteen;
-    /// four times as many each time, as a guest that fills its disk waits some milliseconds for a step; up to 1 GiB.
-    fn step_blocks(&self, room: &Room) -> u64 {
-        let Some(block_size) = self.image().block_size() else { return 0 };
-        let bytes = u64::from(block_size.bytes());
-        let size = self.image().size();
-        let least = ((size / 8).min(FIRST_STEP_BYTES).max(size / 100) / bytes).max(MIN_STEP_BLOCKS);
-        let most = (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS);
-        (least << (2 * room.steps).min(16)).min(most)
-    }
-
     /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
     pub fn is_short(&self, room: &Room) -> bool {
         let wanted = (self.step_blocks(room) / 4).max(1).min(room.unplaced);
-        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.end)
+        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable())
     }
 
     /// Whether a step of growth waits for a sync.
@@ -292,7 +335,18 @@ impl Writable {
         if file.stat()?.len == end + SECTOR {
             return Ok(());
         }
-        file.write_at(&self.footer_bytes(), end)?;
+        if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+            // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
+            let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
+            if e.kind() != ErrorKind::NoSpace {
+                return Err(e);
+            }
+            file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
+            if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+                log::warn!("{}; the file keeps its length until it is next closed", e.line());
+                return Ok(());
+            }
+        }
         if !mutant::is(Mutant::TrimUnsynced) {
             file.sync()?;
         }
@@ -302,99 +356,5 @@ impl Writable {
 }
 
 #[cfg(all(test, feature = "sim"))]
-mod tests {
-    use super::super::rig::{SLOT, child, file, grow, host_with, open};
-    use super::*;
-    use crate::storage::sim::FaultPlan;
-
-    #[test]
-    fn both_footers_are_valid_at_every_moment() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let (footer, old) = (image.footer_bytes(), image.room().end);
-        let at = |sector: u64| {
-            let mut bytes = [0; SECTOR_BYTES];
-            image.file().read_at(&mut bytes, sector * SECTOR).map(|()| bytes).ok()
-        };
-        let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
-        assert!(Growth::begin(&image, SLOT).is_none(), "one step at a time");
-        while growth.next(None, &mut ops).unwrap() == Step::Wait {
-            for op in ops.drain(..) {
-                match op.payload {
-                    Payload::Own(bytes) => image.file().write_at(&bytes, op.offset).unwrap(),
-                    _ => image.file().allocate(op.offset, op.len).unwrap(),
-                }
-                seen.push(match op.action {
-                    Action::Allocate => 'A',
-                    Action::Write => 'W',
-                    Action::WriteThrough => 'T',
-                    _ => '?',
-                });
-            }
-            let last = file(&host).stat().unwrap().len / SECTOR - 1;
-            assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
-            assert!(seen.len() < 4 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
-            assert_eq!(image.room().end, old, "no room before it is durably zero");
-        }
-        assert_eq!(seen, "AWTWT");
-        assert!(image.room().end > old && !image.is_growing());
-    }
-
-    #[test]
-    fn a_full_host_is_told_and_costs_nothing() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let before = file(&host).stat().unwrap();
-        host.set_faults(FaultPlan { room: Some(before.allocated + 8192), ..FaultPlan::default() });
-        assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
-        assert!(!image.is_poisoned() && !image.is_growing() && image.wants_room());
-        let after = file(&host).stat().unwrap();
-        assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
-        // A little room: fewer blocks.
-        host.set_faults(FaultPlan { room: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
-        grow(&host, &image).unwrap();
-        assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
-        host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
-        grow(&host, &image).unwrap();
-    }
-
-    #[test]
-    fn room_for_all_or_none() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
-            super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
-        });
-        host.set_faults(FaultPlan { room: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
-        let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
-        assert_eq!(step(&mut growth).unwrap_err().kind(), ErrorKind::NoSpace);
-        assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
-        host.set_faults(FaultPlan::default());
-        step(&mut Growth::begin_for(&image, SLOT, 30).expect("there is none yet")).unwrap();
-        assert!(Growth::begin_for(&image, SLOT, 30).is_none());
-        assert!((0..30).all(|block| image.reserve(block).is_ok()));
-    }
-
-    #[test]
-    fn a_trimmed_file_ends_behind_its_last_block() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        grow(&host, &image).unwrap();
-        let place = image.reserve(7).unwrap();
-        assert_eq!(image.mark(crate::units::SectorRange::between(7 * 128, 7 * 128 + 1)), Ok(true));
-        super::super::rig::commit(&host, &image);
-        image.reserve(8).unwrap();
-        image.trim().unwrap();
-        assert_eq!(file(&host).stat().unwrap().len, (u64::from(place) + 129 + 1) * SECTOR, "block 8 was never written");
-        drop(image);
-        let image = open(&host).unwrap();
-        assert_eq!((image.image().bat().unwrap().place(7), image.image().bat().unwrap().place(8)), (Some(place), None));
-        let empty = host_with(child(), 128 * 40);
-        let image = open(&empty).unwrap();
-        grow(&empty, &image).unwrap();
-        image.trim().unwrap();
-        assert_eq!(file(&empty).stat().unwrap().len, image.image().metadata_end() + SECTOR);
-        drop(image);
-        assert!(open(&empty).is_ok());
-    }
-}
+#[path = "tail_tests.rs"]
+mod tests;

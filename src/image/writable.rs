@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::allocation::Allocation;
 use super::bitmaps::{Bitmaps, Fresh, Where};
 use super::granule::{Known, Locked};
 use super::journal::{Found, Journal};
@@ -19,7 +20,7 @@ use super::tail::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, File};
+use crate::storage::{Env, File, RoomRule};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
@@ -34,6 +35,9 @@ pub struct Writable {
     pub(super) keep: Kept,
     /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
+    /// What its file system promises about room, and how new blocks take it.
+    pub(super) room_rule: RoomRule,
+    pub(super) allocation: OnceLock<Allocation>,
 }
 
 /// What images with a block table have besides.
@@ -67,7 +71,9 @@ impl Writable {
             Some(block_size) => Some(recover(&image, block_size, &found)?),
         };
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
-        let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
+        let (dirty, poison, allocation) = (Mutex::default(), OnceLock::new(), OnceLock::new());
+        let room_rule = image.file().room_rule();
+        let image = Writable { image, sparse, unsynced, dirty, poison, keep, due, room_rule, allocation };
         image.adopt(&found);
         Ok(image)
     }
@@ -124,7 +130,7 @@ impl Writable {
         }
         let place = layout::next_place(room.next, sparse.block_size, room.unplaced).map_err(|_| NoRoom)?;
         let end = u64::from(place) + u64::from(sparse.block_size.stride_sectors());
-        if end > room.end {
+        if end > room.usable() {
             return Err(NoRoom);
         }
         sparse.bitmaps.prepare(block, sparse.fresh);

@@ -12,6 +12,7 @@ use crate::storage::sim::SimHost;
 fn places_are_distinct_and_end_with_the_room() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
+    image.set_allocation(Allocation::Block);
     assert_eq!(image.reserve(0), Err(NoRoom), "nothing is prepared yet");
     grow(&host, &image).unwrap();
     let mut places = Vec::new();

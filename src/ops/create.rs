@@ -22,6 +22,8 @@ pub struct Root {
     pub block_size: BlockSize,
     /// Virtual size in bytes up to which the block table has room to grow.
     pub reserve: u64,
+    /// Whether every block gets its room on the host.
+    pub preallocate: bool,
 }
 
 /// Which paths to the parent a child records.
@@ -49,6 +51,8 @@ pub struct Child {
     pub reserve: u64,
     /// What it records of where the parent is.
     pub locators: Locators,
+    /// Whether every block gets its room on the host.
+    pub preallocate: bool,
 }
 
 /// A child that was made.
@@ -70,7 +74,8 @@ pub struct Created {
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
     let kind = if root.fixed { Kind::Fixed } else { Kind::Dynamic };
-    image::create(env, path, &Spec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve })
+    let spec = Spec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve };
+    maker(root.preallocate)(env, path, &spec)
 }
 
 /// Makes a child at `path`, which must not exist. The parent's whole chain is opened first, by `policy`, and stays
@@ -94,10 +99,14 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     let link = link(env, folder_of(path), parent, child.locators)?;
     let (relative, absolute) = (link.name.clone(), env.canonical(&child.parent)?);
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
-    let made = image::create(env, path, &spec);
+    let made = maker(child.preallocate)(env, path, &spec);
     drop(chain); // and with it the locks on the parents
     let outside = relative.components().next() == Some(Component::ParentDir);
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
+}
+
+fn maker(preallocate: bool) -> fn(&dyn Env, &Path, &Spec) -> Result<Uuid> {
+    if preallocate { image::create_preallocated } else { image::create }
 }
 
 /// What a child in `folder` records of its parent, by these locators.

@@ -9,11 +9,13 @@ use crate::error::{ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
 use crate::format::{DiskType, Platform};
-use crate::image::Image;
-use crate::storage::{Access, Env, Stat};
+use crate::image::{Image, next_data};
+use crate::storage::{Access, Env, File, HostRoom, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
 const TRIES: usize = 4;
+/// Bytes left on a file system that are enough, whatever part of it they are.
+const NEARLY_FULL: u64 = 10 << 30;
 
 /// One image. Texts that are not UTF-8 have replacement characters.
 #[derive(Clone, Debug, Serialize)]
@@ -29,8 +31,10 @@ pub struct Info {
     pub virtual_size: u64,
     /// Length of the file in bytes.
     pub file_size: u64,
-    /// Bytes of room that the file takes on the host.
+    /// Bytes of room that the file takes on the host: what was written, and what is reserved.
     pub allocated_bytes: u64,
+    /// Bytes of the file that were written, data and metadata: neither holes nor room that is only reserved.
+    pub written_bytes: u64,
     /// Bytes of a block; `None` for a fixed image, as for the next two.
     pub block_size: Option<u32>,
     /// Entries of the block table.
@@ -50,6 +54,39 @@ pub struct Info {
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Info>>,
+    /// The room that the file system of the file has.
+    #[serde(skip)]
+    room: Option<HostRoom>,
+}
+
+/// Too little room on the host for a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Short {
+    /// Bytes that the file system has left.
+    pub available: u64,
+    /// Bytes that the disk may still take.
+    pub wanted: u64,
+}
+
+impl Info {
+    /// Whether the file system is nearly full: it has less than 5 % and less than 10 GiB left, and less than the disk may
+    /// still take.
+    pub fn short_of_room(&self) -> Option<Short> {
+        let room = self.room?;
+        let wanted = self.virtual_size.saturating_sub(self.allocated_bytes);
+        let few = (room.total / 20).min(NEARLY_FULL).min(wanted);
+        (room.available < few).then_some(Short { available: room.available, wanted })
+    }
+}
+
+/// Bytes of a file without its holes.
+fn written(file: &File) -> Result<u64> {
+    let (mut at, mut bytes) = (0, 0);
+    while let Some(run) = next_data(file, at..u64::MAX)? {
+        bytes += run.end - run.start;
+        at = run.end;
+    }
+    Ok(bytes)
 }
 
 /// What a child records of its parent.
@@ -127,6 +164,7 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         virtual_size: image.size(),
         file_size: stat.len,
         allocated_bytes: stat.allocated,
+        written_bytes: written(image.file())?,
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
@@ -136,6 +174,7 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         creator_host: tag(footer.creator_host),
         parent,
         chain: None,
+        room: image.file().host_room().ok(),
     })
 }
 

@@ -12,6 +12,7 @@ use super::host::HostFile;
 use super::live::Live;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
+use super::space::{HostRoom, RoomRule};
 use crate::error::Result;
 
 /// What a file is opened for.
@@ -150,6 +151,22 @@ impl File {
     /// Makes a range read as zeros, giving room back where the file system can (else by writing zeros).
     pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
         each_kind!(self, f => f.punch(offset, len))
+    }
+
+    /// What its file system promises about room.
+    pub fn room_rule(&self) -> RoomRule {
+        each_kind!(self, f => f.room_rule())
+    }
+
+    /// Asks the file system to write over old bytes in place from now on. Takes effect on an empty file alone, and only on
+    /// a file system that copies on write.
+    pub fn overwrite_in_place(&self) -> Result<()> {
+        each_kind!(self, f => f.overwrite_in_place())
+    }
+
+    /// The room that its file system has.
+    pub fn host_room(&self) -> Result<HostRoom> {
+        each_kind!(self, f => f.host_room())
     }
 
     /// The next run of bytes at or after `offset` that is not a hole, clipped to the length of the file.

@@ -31,6 +31,7 @@ mod recent;
 pub mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod space;
 mod sqe;
 mod transfer;
 #[cfg(test)]
@@ -44,4 +45,5 @@ pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
+pub use space::{HostRoom, RoomRule};
 pub use warm::{Found, MOST_COPIED};

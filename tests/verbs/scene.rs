@@ -37,13 +37,19 @@ impl<'a> Scene<'a> {
     }
 
     pub(crate) fn fixed(&self, name: &str, sectors: u64) {
-        let root = Root { fixed: true, size: sectors * SECTOR, block_size: BlockSize::DEFAULT, reserve: 0 };
+        let root = Root {
+            fixed: true,
+            size: sectors * SECTOR,
+            block_size: BlockSize::DEFAULT,
+            reserve: 0,
+            preallocate: false,
+        };
         ops::create::root(self.env, &self.path(name), &root).expect("a fixed root");
     }
 
     pub(crate) fn dynamic(&self, name: &str, block: u32, sectors: u64) {
         let block_size = BlockSize::from_bytes(block).expect("a block size");
-        let root = Root { fixed: false, size: sectors * SECTOR, block_size, reserve: 0 };
+        let root = Root { fixed: false, size: sectors * SECTOR, block_size, reserve: 0, preallocate: false };
         ops::create::root(self.env, &self.path(name), &root).expect("a dynamic root");
     }
 
@@ -60,6 +66,7 @@ impl<'a> Scene<'a> {
             block_size: BlockSize::from_bytes(block),
             reserve: 0,
             locators: Locators::Both,
+            preallocate: false,
         };
         ops::create::child(self.env, &self.path(name), &child, &Policy::default()).expect("a child");
     }

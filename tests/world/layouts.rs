@@ -53,6 +53,14 @@ pub(crate) fn all(blocks: u64) -> Vec<Layout> {
     ]
 }
 
+/// Two layouts with blocks of 32 KiB, in which data and the bitmaps beside it take room apart.
+pub(crate) fn large() -> Vec<Layout> {
+    let size = BlockSize::from_bytes(32 << 10).expect("a power of two");
+    let blocks = 20 * u64::from(size.sectors()) / BLOCK;
+    let of = |name, child| layout_with(name, blocks, child, Form::Ours, size);
+    vec![of("child, blocks of 32 KiB", true), of("dynamic, blocks of 32 KiB", false)]
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     /// As we make it, empty.
@@ -65,10 +73,13 @@ enum Form {
 }
 
 fn layout(name: &'static str, blocks: u64, child: bool, form: Form) -> Layout {
+    layout_with(name, blocks, child, form, BlockSize::from_bytes(4096).expect("the smallest"))
+}
+
+fn layout_with(name: &'static str, blocks: u64, child: bool, form: Form, block_size: BlockSize) -> Layout {
     let host = SimHost::new(1);
     let mut values = vec![0; (blocks * BLOCK) as usize];
     let kind = if child { Kind::Differencing(parent(&host, blocks, &mut values)) } else { Kind::Dynamic };
-    let block_size = BlockSize::from_bytes(4096).expect("the smallest");
     let spec = Spec { kind, size: blocks * BLOCK * 512, block_size, reserve: 0 };
     image::create(&host, &top(), &spec).expect("a new image");
     if form != Form::Ours {

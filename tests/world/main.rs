@@ -6,6 +6,7 @@
 
 mod exhaustive;
 mod faults;
+mod full;
 mod judge;
 mod layouts;
 #[path = "../common/memory.rs"]
@@ -145,4 +146,9 @@ fn every_operation_fails_once() {
         }
         Ok(runs)
     });
+}
+
+#[test]
+fn a_full_host_in_every_phase() {
+    on_two_threads("a full host in every phase", |share, judge| full::all(&layouts::large()[share], judge));
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use diffdisk::disk::{Answer, Disk, Lane, Outcome, Request, Work, ZeroRange};
+use diffdisk::disk::{Allocation, Answer, Disk, DiskOptions, Lane, Outcome, Request, WhenFull, Work, ZeroRange};
 use diffdisk::storage::EngineKind;
 use diffdisk::storage::sim::{FaultPlan, Random, SimHost};
 use diffdisk::units::SectorRange;
@@ -27,6 +27,19 @@ pub(crate) struct Care {
     pub(crate) journal: bool,
 }
 
+/// How a disk is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct How {
+    pub(crate) when_full: WhenFull,
+    pub(crate) allocation: Allocation,
+}
+
+impl Default for How {
+    fn default() -> How {
+        How { when_full: WhenFull::Fail, allocation: Allocation::Sparse }
+    }
+}
+
 /// What a request in flight will mean.
 struct Pending {
     act: u32,
@@ -44,6 +57,7 @@ enum Kind {
 /// See the file's first line.
 pub(crate) struct World<'a> {
     pub(crate) host: SimHost,
+    how: How,
     pub(crate) random: Random,
     pub(crate) judge: &'a mut Judge,
     pub(crate) care: Care,
@@ -62,8 +76,24 @@ pub(crate) struct World<'a> {
 
 impl<'a> World<'a> {
     pub(crate) fn new(layout: &Layout, seed: u64, lanes: usize, care: Care, judge: &'a mut Judge) -> World<'a> {
+        World::opened(layout, seed, lanes, care, judge, How::default(), &FaultPlan::default())
+    }
+
+    /// The same, opened in another way, on a host with these faults.
+    pub(crate) fn opened(
+        layout: &Layout,
+        seed: u64,
+        lanes: usize,
+        care: Care,
+        judge: &'a mut Judge,
+        how: How,
+        faults: &FaultPlan,
+    ) -> World<'a> {
+        let host = layout.host(seed);
+        host.set_faults(faults.clone());
         let mut world = World {
-            host: layout.host(seed),
+            host,
+            how,
             random: Random::new(seed),
             judge,
             care,
@@ -107,8 +137,9 @@ impl<'a> World<'a> {
 
     /// Opens the disk; false where planned faults forbid it.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
-        let (host, journal) = (self.host.clone(), self.care.journal);
-        let opened = self.watched(|| Disk::open(Arc::new(host), &layouts::options(journal)))?;
+        let (host, How { when_full, allocation }) = (self.host.clone(), self.how);
+        let options = DiskOptions { when_full, allocation, ..layouts::options(self.care.journal) };
+        let opened = self.watched(|| Disk::open(Arc::new(host), &options))?;
         match opened {
             Ok(disk) => {
                 for _ in 0..lanes {
@@ -320,6 +351,18 @@ impl<'a> World<'a> {
         self.heal();
         self.open(lanes)?;
         self.look()
+    }
+
+    /// Requests that are not answered.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// There is room from now on: no new request may fail. Those that wait do not, either.
+    pub(crate) fn roomy(&mut self, faults: &FaultPlan) {
+        self.trace.push("room is freed".into());
+        self.may_fail = false;
+        self.host.set_faults(faults.clone());
     }
 
     fn heal(&mut self) {

@@ -11,10 +11,11 @@ use rustix::io::Errno;
 
 use super::lock;
 use super::mapped::Mapped;
-use super::retry;
+use super::{retry, space};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
 use crate::storage::payload::{BUFFER_ALIGN, Buffer};
+use crate::storage::space::{HostRoom, RoomRule};
 use crate::units::SECTOR;
 
 /// Bytes moved at once through bounce memory.
@@ -242,6 +243,21 @@ impl HostFile {
             at += n as u64;
         }
         Ok(())
+    }
+
+    /// See [`File::room_rule`](crate::storage::File::room_rule).
+    pub fn room_rule(&self) -> RoomRule {
+        space::rule(self.as_fd())
+    }
+
+    /// See [`File::overwrite_in_place`](crate::storage::File::overwrite_in_place).
+    pub fn overwrite_in_place(&self) -> Result<()> {
+        space::overwrite_in_place(self.as_fd()).map_err(|e| self.fail("cannot switch copy on write off", e))
+    }
+
+    /// See [`File::host_room`](crate::storage::File::host_room).
+    pub fn host_room(&self) -> Result<HostRoom> {
+        space::room(self.as_fd()).map_err(|e| self.fail("cannot ask for the room of the file system", e))
     }
 
     /// See [`File::next_data`](crate::storage::File::next_data).

@@ -3,6 +3,7 @@
 mod file;
 mod lock;
 pub(super) mod mapped;
+mod space;
 
 use std::fs;
 use std::os::fd::AsFd;

@@ -10,6 +10,7 @@ use super::names::InodeId;
 use super::world::{World, code};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::space::{HostRoom, RoomRule};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -104,6 +105,26 @@ impl SimFile {
     /// See [`File::punch`](crate::storage::File::punch).
     pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
         self.change("cannot punch a hole", |world, inode| world.clear(inode, offset, len, false))
+    }
+
+    /// See [`File::room_rule`](crate::storage::File::room_rule).
+    pub fn room_rule(&self) -> RoomRule {
+        match self.0.shared.world().faults.copy_on_write {
+            true => RoomRule::CopyOnWrite,
+            false => RoomRule::InPlace,
+        }
+    }
+
+    /// All files of a machine are alike: [`FaultPlan::copy_on_write`](super::FaultPlan) decides.
+    pub fn overwrite_in_place(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// See [`File::host_room`](crate::storage::File::host_room).
+    pub fn host_room(&self) -> Result<HostRoom> {
+        let world = self.0.shared.world();
+        let total = world.faults.room.unwrap_or(u64::MAX);
+        Ok(HostRoom { available: total.saturating_sub(world.taken()), total })
     }
 
     /// See [`File::next_data`](crate::storage::File::next_data).

@@ -238,8 +238,13 @@ impl Inode {
     pub(super) fn pages_missing(&self, offset: u64, len: u64) -> Vec<u64> {
         (offset / PAGE..(offset + len).div_ceil(PAGE)).filter(|p| !self.pages.contains(p)).collect()
     }
+    /// Pages of a range that hold something written: reserved ones do not.
+    pub(super) fn pages_written(&self, offset: u64, len: u64) -> u64 {
+        let sectors = offset / PAGE * (PAGE / SECTOR)..(offset + len).div_ceil(PAGE) * (PAGE / SECTOR);
+        self.now.sectors.range(sectors).map(|(at, _)| at * SECTOR / PAGE).collect::<BTreeSet<_>>().len() as u64
+    }
 
-    pub(super) fn hold(&mut self, pages: impl IntoIterator<Item = u64>) {
+    pub(super) fn hold(&mut self, pages: Vec<u64>) {
         self.pages.extend(pages);
     }
 
@@ -247,11 +252,8 @@ impl Inode {
     pub(super) fn release(&mut self, offset: u64, len: u64) {
         let end = offset + len;
         let last = if end >= self.now.len { end.div_ceil(PAGE) } else { end / PAGE };
-        for page in
-            self.pages.range(offset.div_ceil(PAGE)..last.max(offset.div_ceil(PAGE))).copied().collect::<Vec<_>>()
-        {
-            self.pages.remove(&page);
-        }
+        let first = offset.div_ceil(PAGE);
+        self.pages.retain(|page| !(first..last.max(first)).contains(page));
     }
 
     /// The steps that an effect would take now.

@@ -76,6 +76,8 @@ pub struct FaultPlan {
     pub room: Option<u64>,
     /// The file system cannot reserve room.
     pub no_allocate: bool,
+    /// A write to a page that was written before takes a new page, and gives the old one back afterwards.
+    pub copy_on_write: bool,
 }
 
 /// Steps so far: every call on files and names that a host could fail, and every operation of an engine.

@@ -33,6 +33,11 @@ impl SimHost {
         Some(world.inodes[&world.names.get(&absolute(path))?].digest())
     }
 
+    /// Bytes of room that all files take; no step.
+    pub fn taken(&self) -> u64 {
+        self.0.world().taken()
+    }
+
     /// All names of files.
     pub fn names(&self) -> Vec<PathBuf> {
         self.0.world().names.all().map(|(name, _)| name.to_path_buf()).collect()

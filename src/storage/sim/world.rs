@@ -226,6 +226,7 @@ impl World {
         }
         stepped?;
         self.take_room(id, offset, from.len() as u64)?;
+        self.find_copies(id, offset, from.len() as u64)?;
         self.bring_about(id, Effect::Write(offset, from));
         Ok(())
     }
@@ -296,13 +297,24 @@ impl World {
         Ok(())
     }
 
+    /// Bytes that all files take.
+    pub(super) fn taken(&self) -> u64 {
+        self.inodes.values().map(Inode::allocated).sum()
+    }
+
+    /// Room for the copies of pages that are written over, if the file system makes such.
+    fn find_copies(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
+        let (Some(room), true) = (self.faults.room, self.faults.copy_on_write) else { return Ok(()) };
+        let copies = self.inode(id).pages_written(offset, len) * PAGE;
+        if self.taken() + copies > room { Err(code(libc::ENOSPC)) } else { Ok(()) }
+    }
+
     /// Room for a range. What was there before the disk became full stays taken, as on ext4 (crash-safety 0.8).
     fn take_room(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
         let mut missing = self.inode(id).pages_missing(offset, len);
         let wanted = missing.len();
         if let Some(room) = self.faults.room {
-            let taken: u64 = self.inodes.values().map(Inode::allocated).sum();
-            missing.truncate(usize::try_from(room.saturating_sub(taken) / PAGE).unwrap_or(usize::MAX));
+            missing.truncate(usize::try_from(room.saturating_sub(self.taken()) / PAGE).unwrap_or(usize::MAX));
         }
         let got = missing.len();
         self.inode(id).hold(missing);

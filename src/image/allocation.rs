@@ -1,0 +1,171 @@
+//! How a growing file takes room on the host: whole blocks ahead, or only the pages that a commit must find.
+//!
+//! A commit must never fail for want of room after the data it makes visible was acknowledged, so growth reserves what C2
+//! writes before a block gets its place (docs/space.md):
+//!
+//! | | reserved by growth | taken by the first write | a full host refuses |
+//! | --- | --- | --- | --- |
+//! | sparse | the pages of each block's bitmap | the pages it covers | growth, or that write |
+//! | block | the whole block | nothing | growth |
+//!
+//! Sparse relies on the file system's [`RoomRule`]. Growth covers what a commit needs as far as that rule reaches; beyond it
+//! (copy on write, reflinked files, file systems that cannot reserve) a commit that finds no room is tried again
+//! (`disk/job.rs`).
+
+use std::ops::Range;
+
+use super::tail::Room;
+use super::writable::Writable;
+use crate::format::layout;
+use crate::storage::{Action, Op, RoomRule, Slot};
+use crate::units::{BlockSize, SECTOR};
+
+/// Blocks by which a file grows at least, room permitting.
+const MIN_STEP_BLOCKS: u64 = 16;
+/// Bytes by which a file grows at first with whole blocks, if that is no more than an eighth of the disk.
+const FIRST_STEP_BYTES: u64 = 256 << 20;
+/// Bytes by which a file grows at most with whole blocks, unless sixteen blocks are more.
+const MAX_STEP_BYTES: u64 = 1 << 30;
+/// Blocks by which a sparse file grows at first. Each step doubles that: what is reserved and not used stays in
+/// proportion to what was written.
+const FIRST_SPARSE_BLOCKS: u64 = 8;
+/// Blocks, and bytes of the file, by which a sparse file grows at most.
+const MAX_SPARSE_BLOCKS: u64 = 2048;
+const MAX_SPARSE_BYTES: u64 = 4 << 30;
+/// Bytes between two reserved ranges that are reserved with them: those of a block of 4 KiB, which one write fills.
+const GAP: u64 = layout::PAGE;
+/// Reservations handed to the engine at once: the queue's requests must find room there, too.
+const PORTION: usize = 32;
+
+/// How the host's room for new blocks is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Allocation {
+    /// Data takes room when it is written. Growth reserves the pages of bitmaps alone.
+    #[default]
+    Sparse,
+    /// Growth reserves whole blocks: the file is less fragmented, and a write into a placed block never meets a full host.
+    Block,
+}
+
+impl Writable {
+    /// Chooses how new blocks take room. Without a call the allocation is sparse. Only the first call counts.
+    ///
+    /// A file system whose rules are not known gets whole blocks.
+    pub fn set_allocation(&self, wanted: Allocation) {
+        let chosen = match (wanted, self.room_rule) {
+            (Allocation::Sparse, RoomRule::Unknown) => {
+                let why = "it is not known whether this file system refuses a write at once when it is full";
+                log::info!("{}: allocation=block is used: {why}", self.path().display());
+                Allocation::Block
+            }
+            _ => wanted,
+        };
+        let _ = self.allocation.set(chosen);
+    }
+
+    /// How new blocks take room.
+    pub(super) fn allocation(&self) -> Allocation {
+        *self.allocation.get_or_init(|| match self.room_rule {
+            RoomRule::Unknown => Allocation::Block,
+            RoomRule::InPlace | RoomRule::CopyOnWrite => Allocation::default(),
+        })
+    }
+
+    /// Blocks of room that the next step of growth makes. Whole blocks: an eighth of the disk up to 256 MiB, or 1 % of it,
+    /// or sixteen; four times as many each time, as a guest that fills its disk waits some milliseconds for a step; up to
+    /// 1 GiB. Sparse: eight, and twice as many each time.
+    pub(super) fn step_blocks(&self, room: &Room) -> u64 {
+        let Some(block_size) = self.image().block_size() else { return 0 };
+        let bytes = u64::from(block_size.bytes());
+        let size = self.image().size();
+        let (least, growth, most) = match self.allocation() {
+            Allocation::Sparse => (FIRST_SPARSE_BLOCKS, 1, MAX_SPARSE_BLOCKS.min(MAX_SPARSE_BYTES / bytes)),
+            Allocation::Block => {
+                let least = (size / 8).min(FIRST_STEP_BYTES).max(size / 100) / bytes;
+                (least.max(MIN_STEP_BLOCKS), 2, (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS))
+            }
+        };
+        (least << (growth * room.steps).min(16)).min(most)
+    }
+}
+
+/// The places of the next blocks, in sectors from the bitmap to the end of the data, if the next goes behind sector `next`.
+pub(super) fn places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
+    let (mut next, mut unplaced) = (next, unplaced);
+    std::iter::from_fn(move || {
+        let place = layout::next_place(next, block_size, unplaced).ok().filter(|_| unplaced > 0)?;
+        next = u64::from(place) + u64::from(block_size.stride_sectors());
+        unplaced -= 1;
+        Some(u64::from(place)..next)
+    })
+}
+
+/// The room that one step of growth reserves, handed out in portions.
+pub(super) struct Reservation {
+    /// Ranges of bytes.
+    ranges: Vec<Range<u64>>,
+    next: usize,
+}
+
+impl Reservation {
+    /// All bytes from sector `from` to the end of the footer at sector `end`.
+    pub(super) fn whole(from: u64, end: u64) -> Reservation {
+        Reservation { ranges: vec![from * SECTOR..(end + 1) * SECTOR], next: 0 }
+    }
+
+    /// The pages of the bitmaps of blocks at these places, and of the footer at sector `end`.
+    pub(super) fn bitmaps(places: impl Iterator<Item = Range<u64>>, block_size: BlockSize, end: u64) -> Reservation {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let bitmap = u64::from(block_size.bitmap_sectors());
+        for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain([(end, end + 1)]) {
+            let page = from * SECTOR / layout::PAGE * layout::PAGE..(to * SECTOR).next_multiple_of(layout::PAGE);
+            match ranges.last_mut() {
+                Some(last) if page.start <= last.end + GAP => last.end = page.end,
+                _ => ranges.push(page),
+            }
+        }
+        Reservation { ranges, next: 0 }
+    }
+
+    /// Pushes the next portion; false if all was pushed before.
+    pub(super) fn push(&mut self, slot: Slot, ops: &mut Vec<Op>) -> bool {
+        let portion = &self.ranges[self.next..(self.next + PORTION).min(self.ranges.len())];
+        self.next += portion.len();
+        ops.extend(portion.iter().map(|r| Op::range(0, slot, Action::Allocate, r.start, r.end - r.start)));
+        !portion.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bitmaps_are_reserved_by_pages_and_small_blocks_whole() {
+        let ranges = |bytes: u32, blocks: usize| {
+            let block_size = BlockSize::from_bytes(bytes).unwrap();
+            let all: Vec<_> = places(16, block_size, 10).take(blocks).collect();
+            let end = all.last().unwrap().end;
+            Reservation::bitmaps(all.into_iter(), block_size, end).ranges
+        };
+        let stride = (2 << 20) + (64 << 10);
+        let page = |at: u64| at..at + 4096;
+        let footer = 2 * stride - (64 << 10) + (64 << 10);
+        assert_eq!(ranges(2 << 20, 2), [page(60 << 10), page((60 << 10) + stride), page(footer)], "the footer apart");
+        assert_eq!(ranges(4096, 3), [8192..8192 + 7 * 4096], "bitmap, block, bitmap, block, bitmap, block, footer");
+        let large = ranges(256 << 20, 1);
+        assert_eq!(large[0].end - large[0].start, 64 << 10, "a bitmap of 128 sectors");
+    }
+
+    #[test]
+    fn portions_leave_room_in_the_engine() {
+        let block_size = BlockSize::DEFAULT;
+        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, 1 << 20);
+        let mut counts = Vec::new();
+        let mut ops = Vec::new();
+        while reservation.push(Slot(0), &mut ops) {
+            counts.push(ops.drain(..).count());
+        }
+        assert_eq!(counts, [32, 32, 7]);
+    }
+}

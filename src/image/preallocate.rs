@@ -1,0 +1,102 @@
+//! Gives every block of a new image its place and its room on the host.
+
+use super::allocation::places;
+use super::open::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DiskType, bat};
+use crate::storage::File;
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+/// Bytes reserved by one call.
+const PIECE: u64 = 1 << 30;
+
+/// Places all blocks of a new image that has no name yet, and reserves their room. What the disk shows does not change: a
+/// child's blocks refer to the parent, a root's are zeros. Durable when it returns.
+///
+/// # Errors
+/// - `Unsupported` if the file system cannot reserve room, or the format cannot place all blocks;
+/// - `NoSpace`, `Io`.
+pub(super) fn preallocate(file: &File) -> Result<()> {
+    let image = Image::open(file.clone())?;
+    let (Some(block_size), Some(table)) = (image.block_size(), image.bat()) else {
+        reserve(file, 0, image.size() + SECTOR)?;
+        return file.sync();
+    };
+    let blocks = block_size.blocks_for(image.size() / SECTOR);
+    let (old, first) = (image.data_end(), image.used_end().div_ceil(SECTOR));
+    let all: Vec<_> = places(first, block_size, blocks).collect();
+    let Some(last) = all.last().filter(|_| all.len() as u64 == blocks) else {
+        let what = "the format cannot place all blocks of this disk; take larger blocks";
+        return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
+    };
+    let end = last.end * SECTOR;
+    reserve(file, all[0].start * SECTOR, end + SECTOR)?;
+    file.write_at(&image.footer().encode(), end)?;
+    file.punch(old, (all[0].start * SECTOR).saturating_sub(old))?;
+    if image.kind() == DiskType::Dynamic {
+        let ones = vec![0xFF; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
+        all.iter().try_for_each(|place| file.write_at(&ones, place.start * SECTOR))?;
+    }
+    let place = |block: usize| all.get(block).map(|place| u32::try_from(place.start).expect("an entry names it"));
+    let entries = (0..table.len() as usize).map(|block| place(block).unwrap_or(bat::UNUSED));
+    let bytes: Vec<u8> = entries.flat_map(u32::to_be_bytes).collect();
+    file.write_at(&bytes, image.table_offset().expect("it has a table"))?;
+    file.sync()
+}
+
+/// Reserves the room of a range of bytes, piece by piece.
+fn reserve(file: &File, from: u64, to: u64) -> Result<()> {
+    let mut at = from;
+    while at < to {
+        let len = (to - at).min(PIECE);
+        file.allocate(at, len)?;
+        at += len;
+    }
+    Ok(())
+}
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use std::path::Path;
+
+    use super::super::rig::{PATH, child, file, kinds, open};
+    use super::super::{Kind, Spec, create, create_preallocated};
+    use super::*;
+    use crate::storage::sim::{FaultPlan, SimHost};
+    use crate::units::BlockSize;
+
+    fn spec(kind: Kind) -> Spec {
+        Spec { kind, size: 10 * (64 << 10) + SECTOR, block_size: BlockSize::from_bytes(64 << 10).unwrap(), reserve: 0 }
+    }
+
+    #[test]
+    fn all_blocks_have_room_and_nothing_to_say() {
+        for kind in [child(), Kind::Dynamic] {
+            let (host, root) = (SimHost::new(1), matches!(kind, Kind::Dynamic));
+            create_preallocated(&host, Path::new(PATH), &spec(kind)).unwrap();
+            assert_eq!(kinds(&host), Vec::<&str>::new());
+            let image = open(&host).unwrap();
+            assert_eq!(image.image().bat().unwrap().used().count(), 11);
+            let before = file(&host).stat().unwrap();
+            assert!(before.allocated >= before.len - (8 << 10), "{before:?}");
+            // Nothing is left on the host, and nothing is needed.
+            host.set_faults(FaultPlan { room: Some(before.allocated), ..FaultPlan::default() });
+            let place = u64::from(image.reserve(10).unwrap());
+            image.file().write_at(&[7; SECTOR_BYTES], (place + 1) * SECTOR).unwrap();
+            let mut bitmap = [1; SECTOR_BYTES];
+            image.file().read_at(&mut bitmap, place * SECTOR).unwrap();
+            assert_eq!(bitmap, [if root { 0xFF } else { 0 }; SECTOR_BYTES]);
+            assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
+        }
+    }
+
+    #[test]
+    fn a_full_host_leaves_nothing() {
+        let host = SimHost::new(1);
+        create(&host, Path::new("/d/other.vhd"), &spec(Kind::Dynamic)).unwrap();
+        host.set_faults(FaultPlan { room: Some(200 << 10), ..FaultPlan::default() });
+        let failed = create_preallocated(&host, Path::new(PATH), &spec(Kind::Dynamic)).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::NoSpace);
+        assert_eq!(host.names(), [Path::new("/d/other.vhd")]);
+    }
+}

@@ -1,0 +1,206 @@
+//! Tests of `tail.rs` on the simulated host.
+
+use super::super::rig::{SLOT, child, file, grow, host_with, open};
+use super::*;
+use crate::storage::Action;
+use crate::storage::sim::FaultPlan;
+
+#[test]
+fn both_footers_are_valid_at_every_moment() {
+    let host = host_with(child(), 128 * 40);
+    let image = open(&host).unwrap();
+    image.set_allocation(Allocation::Block);
+    let (footer, old) = (image.footer_bytes(), image.room().end);
+    let at = |sector: u64| {
+        let mut bytes = [0; SECTOR_BYTES];
+        image.file().read_at(&mut bytes, sector * SECTOR).map(|()| bytes).ok()
+    };
+    let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
+    assert!(Growth::begin(&image, SLOT).is_none(), "one step at a time");
+    while growth.next(None, &mut ops).unwrap() == Step::Wait {
+        for op in ops.drain(..) {
+            match op.payload {
+                Payload::Own(bytes) => image.file().write_at(&bytes, op.offset).unwrap(),
+                _ => image.file().allocate(op.offset, op.len).unwrap(),
+            }
+            seen.push(match op.action {
+                Action::Allocate => 'A',
+                Action::Write => 'W',
+                Action::WriteThrough => 'T',
+                _ => '?',
+            });
+        }
+        let last = file(&host).stat().unwrap().len / SECTOR - 1;
+        assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
+        assert!(seen.len() < 4 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
+        assert_eq!(image.room().end, old, "no room before it is durably zero");
+    }
+    assert_eq!(seen, "AWTWT");
+    assert!(image.room().end > old && !image.is_growing());
+}
+
+#[test]
+fn a_full_host_is_told_and_costs_nothing() {
+    let host = host_with(child(), 128 * 40);
+    let image = open(&host).unwrap();
+    image.set_allocation(Allocation::Block);
+    let before = file(&host).stat().unwrap();
+    host.set_faults(FaultPlan { room: Some(before.allocated + 8192), ..FaultPlan::default() });
+    assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert!(!image.is_poisoned() && !image.is_growing() && image.wants_room());
+    let after = file(&host).stat().unwrap();
+    assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
+    // A little room: fewer blocks.
+    host.set_faults(FaultPlan { room: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
+    grow(&host, &image).unwrap();
+    assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
+    host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
+    grow(&host, &image).unwrap();
+}
+
+#[test]
+fn room_for_all_or_none() {
+    let host = host_with(child(), 128 * 40);
+    let image = open(&host).unwrap();
+    image.set_allocation(Allocation::Block);
+    let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
+        super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
+    });
+    host.set_faults(FaultPlan { room: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
+    let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
+    assert_eq!(step(&mut growth).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
+    host.set_faults(FaultPlan::default());
+    step(&mut Growth::begin_for(&image, SLOT, 30).expect("there is none yet")).unwrap();
+    assert!(Growth::begin_for(&image, SLOT, 30).is_none());
+    assert!((0..30).all(|block| image.reserve(block).is_ok()));
+}
+
+#[test]
+fn a_trimmed_file_ends_behind_its_last_block() {
+    let host = host_with(child(), 128 * 40);
+    let image = open(&host).unwrap();
+    grow(&host, &image).unwrap();
+    let place = image.reserve(7).unwrap();
+    assert_eq!(image.mark(crate::units::SectorRange::between(7 * 128, 7 * 128 + 1)), Ok(true));
+    super::super::rig::commit(&host, &image);
+    image.reserve(8).unwrap();
+    image.trim().unwrap();
+    assert_eq!(file(&host).stat().unwrap().len, (u64::from(place) + 129 + 1) * SECTOR, "block 8 was never written");
+    drop(image);
+    let image = open(&host).unwrap();
+    assert_eq!((image.image().bat().unwrap().place(7), image.image().bat().unwrap().place(8)), (Some(place), None));
+    let empty = host_with(child(), 128 * 40);
+    let image = open(&empty).unwrap();
+    grow(&empty, &image).unwrap();
+    image.trim().unwrap();
+    assert_eq!(file(&empty).stat().unwrap().len, image.image().metadata_end() + SECTOR);
+    drop(image);
+    assert!(open(&empty).is_ok());
+}
+
+#[test]
+fn a_sparse_step_takes_the_pages_that_commits_write() {
+    let host = host_with(child(), 128 * 400);
+    let image = open(&host).unwrap();
+    let before = file(&host).stat().unwrap();
+    assert_eq!(file(&host).stat().unwrap(), before, "nothing before the first block needs a place");
+    assert!(image.reserve(0).is_err());
+    grow(&host, &image).unwrap();
+    let after = file(&host).stat().unwrap();
+    assert!(after.len > before.len + 8 * (64 << 10));
+    assert_eq!(after.allocated - before.allocated, 9 * 4096, "eight bitmaps, and the footer at the next one's place");
+    // Now the host is full: no data fits, and all that a commit writes does.
+    host.set_faults(FaultPlan { room: Some(after.allocated), ..FaultPlan::default() });
+    for block in 0..8 {
+        let place = u64::from(image.reserve(block).unwrap()) * SECTOR;
+        assert_eq!(image.file().write_at(&[7; 512], place + SECTOR).unwrap_err().kind(), ErrorKind::NoSpace);
+        let first = u64::from(block) * 128;
+        assert_eq!(image.mark(crate::units::SectorRange::between(first, first + 1)), Ok(true));
+    }
+    super::super::rig::commit(&host, &image);
+    assert_eq!(file(&host).stat().unwrap().allocated, after.allocated);
+    assert!(Growth::begin(&image, SLOT).is_some_and(|mut growth| {
+        let grown = super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops));
+        grown.is_err_and(|e| e.kind() == ErrorKind::NoSpace)
+    }));
+    assert!(!image.is_poisoned());
+}
+
+#[test]
+fn steps_double_with_what_is_used() {
+    let host = host_with(child(), 128 * 4000);
+    let image = open(&host).unwrap();
+    let before = file(&host).stat().unwrap().allocated;
+    for block in 0..1000 {
+        while image.reserve(block).is_err() {
+            grow(&host, &image).unwrap();
+        }
+        while image.wants_room() {
+            grow(&host, &image).unwrap();
+        }
+        let (used, taken) = (u64::from(block) + 1, (file(&host).stat().unwrap().allocated - before) / 4096);
+        assert!(taken <= 8 + used * 3, "{taken} pages for {used} blocks");
+    }
+}
+
+#[test]
+fn room_that_recovery_gave_back_is_reserved_again() {
+    for allocation in [Allocation::Sparse, Allocation::Block] {
+        let host = host_with(child(), 128 * 40);
+        let image = open(&host).unwrap();
+        image.set_allocation(allocation);
+        grow(&host, &image).unwrap();
+        let left = file(&host).stat().unwrap();
+        drop(image); // killed: the tail stays, and the next one empties it
+        let image = open(&host).unwrap();
+        image.set_allocation(allocation);
+        let found = file(&host).stat().unwrap();
+        assert!(found.len == left.len && found.allocated < left.allocated, "{found:?}");
+        host.set_faults(FaultPlan { room: Some(found.allocated), ..FaultPlan::default() });
+        assert!(image.reserve(0).is_err(), "a commit might find no room");
+        assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
+        host.set_faults(FaultPlan::default());
+        grow(&host, &image).unwrap();
+        assert_eq!(file(&host).stat().unwrap().len, left.len, "the footer stays");
+        assert!((0..8).all(|block| image.reserve(block).is_ok()));
+    }
+}
+
+#[test]
+fn a_step_on_a_host_that_copies_on_write_is_undone() {
+    // The old footer is written over, which takes a page more than was reserved.
+    let plan = |room| FaultPlan { room, copy_on_write: true, ..FaultPlan::default() };
+    let host = host_with(child(), 128 * 400);
+    host.set_faults(plan(None));
+    let image = open(&host).unwrap();
+    let before = file(&host).stat().unwrap();
+    host.set_faults(plan(Some(before.allocated + 9 * 4096)));
+    assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert!(!image.is_poisoned(), "the old footer is as it was");
+    let after = file(&host).stat().unwrap();
+    assert_eq!((after.len, after.allocated), (before.len, before.allocated));
+    host.set_faults(plan(Some(before.allocated + 10 * 4096)));
+    grow(&host, &image).unwrap();
+}
+
+#[test]
+fn a_file_that_cannot_be_trimmed_is_left_whole() {
+    let host = host_with(child(), 128 * 400);
+    let image = open(&host).unwrap();
+    grow(&host, &image).unwrap();
+    let place = u64::from(image.reserve(0).unwrap());
+    image.file().write_at(&[7; 512], (place + 1) * SECTOR).unwrap();
+    assert_eq!(image.mark(crate::units::SectorRange::between(0, 1)), Ok(true));
+    super::super::rig::commit(&host, &image);
+    let before = file(&host).stat().unwrap();
+    host.set_faults(FaultPlan { room: Some(before.allocated - 7 * 4096), ..FaultPlan::default() });
+    image.trim().unwrap();
+    assert_eq!(file(&host).stat().unwrap().len, before.len);
+    host.set_faults(FaultPlan { room: Some(before.allocated), ..FaultPlan::default() });
+    drop(image);
+    let image = open(&host).unwrap();
+    image.trim().unwrap();
+    assert_eq!(file(&host).stat().unwrap().len, (place + 129 + 1) * SECTOR);
+    assert_eq!(super::super::rig::kinds(&host), Vec::<&str>::new());
+}

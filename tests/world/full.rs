@@ -1,0 +1,132 @@
+//! R9: the host is full in every phase. The same script runs with no free page, with one, with two, and so on, until
+//! nothing meets the limit any more.
+
+use diffdisk::disk::{Allocation, WhenFull};
+use diffdisk::storage::sim::{FaultPlan, Random};
+use diffdisk::units::SectorRange;
+
+use crate::judge::Judge;
+use crate::layouts::Layout;
+use crate::world::{Care, How, World};
+
+/// Acts while the host may be full.
+const ACTS: u64 = 24;
+/// Bytes of a page of the simulated host.
+const PAGE: u64 = 4096;
+
+/// How a full host ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    /// Room is freed.
+    Freed,
+    /// The process is killed.
+    Killed,
+    /// The power fails.
+    Cut,
+}
+
+/// Runs all cases on one layout. The runs it took.
+pub(crate) fn all(layout: &Layout, judge: &mut Judge) -> Result<u64, String> {
+    let mut runs = 0;
+    for (when_full, allocation) in [
+        (WhenFull::Park, Allocation::Sparse),
+        (WhenFull::Park, Allocation::Block),
+        (WhenFull::Fail, Allocation::Sparse),
+        (WhenFull::Fail, Allocation::Block),
+    ] {
+        for copy_on_write in [false, true] {
+            for end in [End::Freed, End::Killed, End::Cut] {
+                let how = How { when_full, allocation };
+                let mut pages = 0;
+                loop {
+                    runs += 1;
+                    let tell =
+                        |e| format!("{e}\n  {}, {how:?}, copies {copy_on_write}, {end:?}, {pages} pages", layout.name);
+                    if !run(layout, how, copy_on_write, end, pages, judge).map_err(tell)? {
+                        break;
+                    }
+                    pages += 1;
+                }
+                if pages < 10 {
+                    return Err(format!("{}, {how:?}: the script needs only {pages} pages", layout.name));
+                }
+            }
+        }
+    }
+    Ok(runs)
+}
+
+/// One run with so many free pages. Whether they were too few.
+fn run(
+    layout: &Layout,
+    how: How,
+    copy_on_write: bool,
+    end: End,
+    pages: u64,
+    judge: &mut Judge,
+) -> Result<bool, String> {
+    let care = Care { sample: 0, every: 1, journal: true };
+    let roomy = FaultPlan { copy_on_write, ..FaultPlan::default() };
+    let mut world = World::opened(layout, 7 + pages, 1, care, judge, how, &roomy);
+    let room = world.host.taken() + pages * PAGE;
+    let plan = FaultPlan { room: Some(room), ..roomy.clone() };
+    match how.when_full {
+        WhenFull::Fail => world.faults(plan),
+        // Nothing fails: all of it waits.
+        WhenFull::Park => world.host.set_faults(plan),
+    }
+    let result = script(&mut world, end, &roomy);
+    result.map_err(|e| format!("{e}\n  {}", world.trace.join("\n  ")))
+}
+
+fn script(world: &mut World<'_>, end: End, roomy: &FaultPlan) -> Result<bool, String> {
+    let mut random = Random::new(3);
+    for act in 0..ACTS {
+        let start = random.below(world.sectors() - 12);
+        let range = SectorRange::between(start, start + 1 + random.below(12));
+        match act % 4 {
+            3 => world.flush(0),
+            2 if !world.is_busy(range) && act % 8 == 6 => world.zero(0, range, true),
+            _ if !world.is_busy(range) => world.write(0, range),
+            _ => {}
+        }
+        for _ in 0..random.below(12) {
+            world.step(0)?;
+        }
+        if act % 5 == 4 {
+            world.lanes[0].tick();
+        }
+    }
+    // What can be answered is, and a commit that cannot be carried out has been tried more than once.
+    for _ in 0..3 {
+        for _ in 0..200 {
+            world.step(0)?;
+        }
+        world.lanes[0].tick();
+    }
+    if world.host.counts().failed_syncs > 0 {
+        return Err("a full host has poisoned the image".into());
+    }
+    let met = world.in_flight() > 0 || world.trace.iter().any(|line| line.ends_with("failed"));
+    match end {
+        End::Freed => {
+            world.roomy(roomy);
+            world.lanes[0].tick();
+            world.finish()?;
+            // It is as good as new: nothing fails any more, whatever the policy.
+            world.write(0, SectorRange::between(0, 9));
+            world.flush(0);
+            world.finish()?;
+            world.read(0, SectorRange::between(0, world.sectors()));
+            world.finish()?;
+            world.kill()?;
+        }
+        End::Killed => world.kill()?,
+        End::Cut => world.crash()?,
+    }
+    world.write(0, SectorRange::between(3, 5));
+    world.flush(0);
+    world.finish()?;
+    world.crash()?;
+    Ok(met)
+}
