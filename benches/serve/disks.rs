@@ -77,7 +77,8 @@ pub struct Disks {
 impl Disks {
     pub fn new(size: u64) -> Disks {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder");
-        let folder = target.join("bench/disks").join(format!("{LAYOUT}-{}", size >> 20));
+        let folder = std::env::var_os("DIFFDISK_BENCH_FOLDER").map_or(target.join("bench/disks"), PathBuf::from);
+        let folder = folder.join(format!("{LAYOUT}-{}", size >> 20));
         fs::create_dir_all(&folder).expect("the target folder can be written");
         Disks { folder, settled: RefCell::default(), order: Cell::new(Settle::Through), size }
     }
@@ -159,6 +160,18 @@ impl Disks {
         let (parent, child) = (self.spread(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
         let _ = fs::remove_file(&child);
         create(format, &child, Some(&parent), self.size, options);
+        child
+    }
+
+    /// A new child, of `size` bytes, of an empty root.
+    pub fn empty_child(&self, format: Format, size: u64) -> PathBuf {
+        let name = |what: &str| self.folder.join(format!("{}-{what}-{}", suffix(format), size >> 30));
+        let (root, child) = (name("empty"), name("empty-child"));
+        if !root.exists() {
+            create(format, &root, None, size, &[]);
+        }
+        let _ = fs::remove_file(&child);
+        create(format, &child, Some(&root), size, &[]);
         child
     }
 

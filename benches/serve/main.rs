@@ -22,6 +22,7 @@ mod plot;
 mod report;
 mod sample;
 mod server;
+mod space;
 mod start;
 mod target;
 
@@ -80,6 +81,7 @@ fn main() {
         ("queues", compare::two_queues),
         ("start", start::start),
         ("barriers", barriers::barriers),
+        ("space", space::space),
     ];
     let course = course::run(&mut bench, parts);
     report::report(&bench, &course);

@@ -113,11 +113,16 @@ impl Reservation {
         Reservation { ranges: vec![from * SECTOR..(end + 1) * SECTOR], next: 0 }
     }
 
-    /// The pages of the bitmaps of blocks at these places, and of the footer at sector `end`.
-    pub(super) fn bitmaps(places: impl Iterator<Item = Range<u64>>, block_size: BlockSize, end: u64) -> Reservation {
+    /// The pages of the bitmaps of blocks at these places, and of the footer at a sector behind them.
+    pub(super) fn bitmaps(
+        places: impl Iterator<Item = Range<u64>>,
+        block_size: BlockSize,
+        footer: Option<u64>,
+    ) -> Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let bitmap = u64::from(block_size.bitmap_sectors());
-        for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain([(end, end + 1)]) {
+        let footer = footer.map(|sector| (sector, sector + 1));
+        for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain(footer) {
             let page = from * SECTOR / layout::PAGE * layout::PAGE..(to * SECTOR).next_multiple_of(layout::PAGE);
             match ranges.last_mut() {
                 Some(last) if page.start <= last.end + GAP => last.end = page.end,
@@ -146,12 +151,15 @@ mod tests {
             let block_size = BlockSize::from_bytes(bytes).unwrap();
             let all: Vec<_> = places(16, block_size, 10).take(blocks).collect();
             let end = all.last().unwrap().end;
-            Reservation::bitmaps(all.into_iter(), block_size, end).ranges
+            Reservation::bitmaps(all.into_iter(), block_size, Some(end)).ranges
         };
         let stride = (2 << 20) + (64 << 10);
         let page = |at: u64| at..at + 4096;
-        let footer = 2 * stride - (64 << 10) + (64 << 10);
-        assert_eq!(ranges(2 << 20, 2), [page(60 << 10), page((60 << 10) + stride), page(footer)], "the footer apart");
+        assert_eq!(
+            ranges(2 << 20, 2),
+            [page(60 << 10), page((60 << 10) + stride), page(2 * stride)],
+            "the footer apart"
+        );
         assert_eq!(ranges(4096, 3), [8192..8192 + 7 * 4096], "bitmap, block, bitmap, block, bitmap, block, footer");
         let large = ranges(256 << 20, 1);
         assert_eq!(large[0].end - large[0].start, 64 << 10, "a bitmap of 128 sectors");
@@ -160,7 +168,7 @@ mod tests {
     #[test]
     fn portions_leave_room_in_the_engine() {
         let block_size = BlockSize::DEFAULT;
-        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, 1 << 20);
+        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, Some(1 << 20));
         let mut counts = Vec::new();
         let mut ops = Vec::new();
         while reservation.push(Slot(0), &mut ops) {

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use super::batmap;
 use super::bitmaps::{Bitmaps, Fresh};
+use super::holes::next_data;
 use super::journal::Found;
 use super::open::Image;
 use super::tail::Room;
@@ -65,7 +66,10 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
         file.sync()?;
     }
     if end > next && !mutant::is(Mutant::NoScrub) {
-        file.punch(next * SECTOR, (end - next) * SECTOR)?;
+        // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
+        if next_data(file, next * SECTOR..end * SECTOR)?.is_some() {
+            file.punch(next * SECTOR, (end - next) * SECTOR)?;
+        }
         if !mutant::is(Mutant::ScrubUnsynced) {
             file.sync()?;
         }

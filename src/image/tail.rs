@@ -133,8 +133,9 @@ impl Growth {
         let (image, phase, reservation) = (image.clone(), Phase::Start, None);
         let mut growth =
             Growth { image, slot, phase, old, blocks, least, unplaced, next, reserved, reservation, within: None };
-        let inside = growth.unreserved(old).count() as u64;
-        growth.within = (inside >= least).then_some(old);
+        let least = usize::try_from(least).unwrap_or(usize::MAX);
+        let is_inside = least > 0 && growth.unreserved(old).take(least).count() == least;
+        growth.within = is_inside.then_some(old);
         growth
     }
 
@@ -166,10 +167,9 @@ impl Growth {
     }
 
     fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
-        let end = |g: &Growth| g.image.end_after(g.old, g.blocks, g.unplaced);
         match (self.phase, failed) {
             (Phase::Start, _) => {
-                if self.blocks == 0 || end(self).is_none() {
+                if self.blocks == 0 || (self.within.is_none() && self.end().is_none()) {
                     return Err(self.full(io::Error::from_raw_os_error(libc::EFBIG)));
                 }
                 self.allocate(ops);
@@ -190,7 +190,7 @@ impl Growth {
             (Phase::Allocate, _) if self.within.is_some() => return Ok(self.over()),
             (Phase::Allocate, _) => {
                 if mutant::is(Mutant::LengthFirst) {
-                    let at = end(self).expect("checked at the start") * SECTOR;
+                    let at = self.end().expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
                 self.write(Phase::Footer, ops);
@@ -213,31 +213,32 @@ impl Growth {
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
-        let end = self.image.end_after(self.old, self.blocks, self.unplaced).expect("smaller than one that fits");
         let block_size = self.image.image().block_size().expect("it has blocks");
-        let taken = usize::try_from(self.blocks).unwrap_or(usize::MAX);
-        let inside = self.within.map(|_| self.unreserved(self.old).take(taken).last().expect("counted").end);
-        self.within = inside;
-        let mut reservation = match (self.image.allocation(), inside) {
-            (Allocation::Block, inside) => Reservation::whole(self.reserved, inside.unwrap_or(end)),
-            (Allocation::Sparse, None) => Reservation::bitmaps(self.unreserved(end), block_size, end),
-            (Allocation::Sparse, Some(until)) => Reservation::bitmaps(self.unreserved(until), block_size, self.old),
+        let some = usize::try_from(self.blocks).unwrap_or(usize::MAX);
+        self.within = self.within.map(|_| self.unreserved(self.old).take(some).last().expect("counted").end);
+        let until = self.within.or_else(|| self.end()).expect("checked at the start");
+        let mut reservation = match self.image.allocation() {
+            Allocation::Block => Reservation::whole(self.reserved, until),
+            Allocation::Sparse => {
+                let footer = if self.within.is_none() { Some(until) } else { None };
+                Reservation::bitmaps(self.unreserved(until), block_size, footer)
+            }
         };
         reservation.push(self.slot, ops);
         self.reservation = Some(reservation);
         self.phase = Phase::Allocate;
     }
 
+    /// File sector of the footer that the step writes.
+    fn end(&self) -> Option<u64> {
+        self.image.end_after(self.old, self.blocks, self.unplaced)
+    }
+
     /// The room is there.
     fn over(&self) -> Step {
         let mut room = self.image.room();
-        match self.within {
-            Some(until) => room.reserved = until,
-            None => {
-                let end = self.image.end_after(self.old, self.blocks, self.unplaced).expect("checked at the start");
-                (room.end, room.reserved) = (end, end);
-            }
-        }
+        room.reserved = self.within.or_else(|| self.end()).expect("checked at the start");
+        room.end = room.end.max(room.reserved);
         room.steps += 1;
         Step::Done
     }
@@ -245,7 +246,7 @@ impl Growth {
     /// The new footer, or zeros over the old one: first plainly, so that what fails there can be undone, then through.
     fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
         let at = match phase {
-            Phase::Footer | Phase::SealFooter => self.image.end_after(self.old, self.blocks, self.unplaced),
+            Phase::Footer | Phase::SealFooter => self.end(),
             _ => Some(self.old),
         };
         let at = at.expect("checked at the start") * SECTOR;

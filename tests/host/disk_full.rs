@@ -1,6 +1,7 @@
 //! The host's file system is full: writes fail or wait, as told; flushes and reads go on; nothing is lost, and all goes on
 //! where there is room again (crash-safety 3.5, 3.8; 5.2, R9).
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -39,10 +40,135 @@ fn full_btrfs() {
     both_policies("full_btrfs", Kind::Btrfs, Kind::Btrfs.size());
 }
 
+#[test]
+fn full_btrfs_apart() {
+    both_policies("full_btrfs_apart", Kind::BtrfsApart, Kind::BtrfsApart.size());
+}
+
 fn both_policies(test: &str, kind: Kind, size: u64) {
     if may_mount(test) {
-        writes_fail(&Full::new(kind, size));
-        writes_wait(&Full::new(kind, size));
+        for allocation in ["sparse", "block"] {
+            writes_fail(&Full::new(kind, size, allocation));
+            writes_wait(&Full::new(kind, size, allocation));
+        }
+    }
+}
+
+#[test]
+fn full_again_and_again_ext4() {
+    again_and_again("full_again_and_again_ext4", Kind::Ext4, 64 << 20);
+}
+
+#[test]
+fn full_again_and_again_xfs() {
+    again_and_again("full_again_and_again_xfs", Kind::Xfs, Kind::Xfs.size());
+}
+
+#[test]
+fn full_again_and_again_btrfs() {
+    again_and_again("full_again_and_again_btrfs", Kind::BtrfsApart, Kind::BtrfsApart.size());
+}
+
+fn again_and_again(test: &str, kind: Kind, size: u64) {
+    if may_mount(test) {
+        scattered(&Full::new(kind, size, "sparse"), true);
+        scattered(&Full::new(kind, size, "block"), true);
+    }
+}
+
+#[test]
+fn commits_wait_on_btrfs_with_copies_on_write() {
+    if may_mount("commits_wait_on_btrfs_with_copies_on_write") {
+        let full = Full::new(Kind::BtrfsApart, Kind::BtrfsApart.size(), "sparse");
+        // An image that another program made: nothing is written in place.
+        let bytes = fs::read(&full.image).expect("the image");
+        fs::remove_file(&full.image).expect("the image goes");
+        fs::write(&full.image, bytes).expect("a copy of it");
+        scattered(&full, false);
+    }
+}
+
+/// Small writes here and there, with flushes, as the host becomes full again and again at every step of what the daemon
+/// does; then it is killed while the host is full. `in_place`: what a commit writes has its room, so flushes succeed while
+/// writes wait. Otherwise a flush may wait, too.
+fn scattered(full: &Full, in_place: bool) {
+    let options = full.options("park");
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let daemon = Daemon::start(&full.image, &options);
+    let mut client = daemon.connect();
+    let place = |number: u64| (number * 7919 % 16_384) * (64 << 10);
+    let page = |number: u64| tagged_run(number + 1, place(number) / SECTOR as u64, 8);
+    // What is left in the end is given back in steps.
+    let steps: Vec<PathBuf> = (0..10).map(|n| full.mounted.path().join(format!("step{n}"))).collect();
+    for step in &steps {
+        let file = File::create(step).expect("a step");
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 256 << 10).expect("room for a step");
+    }
+    fill_up(full);
+    let (mut next, mut acknowledged) = (0u64, Vec::new());
+    let mut left = steps.iter();
+    let mut waiting: BTreeMap<u64, Option<u64>> = BTreeMap::new();
+    let mut waited = 0;
+    loop {
+        while client.in_flight() < 8 {
+            let ticket = if next % 5 == 4 {
+                client.submit(0, Command::Flush).expect("a flush is queued")
+            } else {
+                client.submit(0, Command::Write { offset: place(next), data: &page(next) }).expect("a write is queued")
+            };
+            waiting.insert(ticket, (next % 5 != 4).then_some(next));
+            next += 1;
+        }
+        match client.wait_for(Duration::from_secs(3)) {
+            Ok(done) => {
+                done.result.expect("nothing fails while the host is full");
+                acknowledged.extend(waiting.remove(&done.ticket).expect("its own ticket"));
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                waited += 1;
+                if in_place {
+                    assert!(waiting.values().all(Option::is_some), "a flush waits: {}", daemon.log());
+                }
+                match left.next() {
+                    Some(step) => fs::remove_file(step).expect("a step goes"),
+                    None => break,
+                }
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    assert!(waited > 1, "the host was never full: {}", daemon.log());
+    for refused in ["failed", "writes are refused", "ERROR"] {
+        assert!(!daemon.log().contains(refused), "{}", daemon.log());
+    }
+    drop(client);
+    daemon.kill();
+    full.make_room();
+    let daemon = Daemon::start(&full.image, &options);
+    let mut client = daemon.connect();
+    for number in &acknowledged {
+        let found = client.read(place(*number), 8 * SECTOR).expect("a read");
+        assert!(found == page(*number), "write {number} of {} is lost: {}", acknowledged.len(), daemon.log());
+    }
+    client.flush().expect("a flush");
+    drop(client);
+    daemon.stop();
+    diffdisk(["check", text(&full.image), full.runtime.option()]).ok();
+}
+
+/// Fills the file system until only a little is left.
+fn fill_up(full: &Full) {
+    let file = File::create(full.mounted.path().join("filler")).expect("a filler");
+    let mut at = 0;
+    let mut piece = 16 << 20;
+    while piece >= 64 << 10 {
+        let keep = full.mounted.available() <= piece + (512 << 10);
+        if keep || rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, piece).is_err() {
+            file.set_len(at).expect("what a failed call got goes");
+            piece /= 2;
+        } else {
+            at += piece;
+        }
     }
 }
 
@@ -55,10 +181,11 @@ struct Full {
     image: PathBuf,
     ballast: PathBuf,
     runtime: Runtime,
+    allocation: &'static str,
 }
 
 impl Full {
-    fn new(kind: Kind, size: u64) -> Full {
+    fn new(kind: Kind, size: u64, allocation: &'static str) -> Full {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let device = folder.path().join("device");
         File::create(&device).and_then(|file| file.set_len(size)).expect("a device in memory");
@@ -68,11 +195,17 @@ impl Full {
         let file = File::create(&ballast).expect("a ballast");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BALLAST).expect("room for the ballast");
         diffdisk(["create", text(&image), "--size", DISK, "--block-size", BLOCK]).ok();
-        Full { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new() }
+        Full { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new(), allocation }
+    }
+
+    fn options(&self, policy: &str) -> [String; 3] {
+        let allocation = format!("--allocation={}", self.allocation);
+        [format!("--on-enospc={policy}"), allocation, self.runtime.option().to_owned()]
     }
 
     fn serve(&self, policy: &str) -> Daemon {
-        Daemon::start(&self.image, &[&format!("--on-enospc={policy}"), self.runtime.option()])
+        let options = self.options(policy);
+        Daemon::start(&self.image, &options.each_ref().map(String::as_str))
     }
 
     /// The image holds nothing on the file system that it has no use for: ext4 keeps what a failed fallocate got.

@@ -19,7 +19,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) enum Kind {
     Ext4,
     Xfs,
+    /// With data and metadata in the same room.
     Btrfs,
+    /// As mkfs makes it.
+    BtrfsApart,
 }
 
 impl Kind {
@@ -27,7 +30,7 @@ impl Kind {
         match self {
             Kind::Ext4 => "ext4",
             Kind::Xfs => "xfs",
-            Kind::Btrfs => "btrfs",
+            Kind::Btrfs | Kind::BtrfsApart => "btrfs",
         }
     }
 
@@ -37,6 +40,7 @@ impl Kind {
             Kind::Ext4 => 128 << 20,
             Kind::Xfs => 300 << 20,
             Kind::Btrfs => 160 << 20,
+            Kind::BtrfsApart => 400 << 20,
         }
     }
 
@@ -49,6 +53,7 @@ impl Kind {
             Kind::Xfs => mkfs.args(["-q", "-f"]),
             // Data and metadata share their room: apart, a small one runs out of the latter and never recovers.
             Kind::Btrfs => mkfs.args(["-q", "-f", "--mixed"]),
+            Kind::BtrfsApart => mkfs.args(["-q", "-f"]),
         };
         must(mkfs.args(options).arg(on));
     }
@@ -58,7 +63,7 @@ impl Kind {
             Kind::Ext4 => "noatime",
             // Copies of one device are mounted at one time.
             Kind::Xfs => "noatime,nouuid",
-            Kind::Btrfs => "noatime,max_inline=0",
+            Kind::Btrfs | Kind::BtrfsApart => "noatime,max_inline=0",
         }
     }
 }

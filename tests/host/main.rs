@@ -19,3 +19,4 @@ mod loopdev;
 mod pages;
 mod power_cut;
 mod runtime;
+mod space;

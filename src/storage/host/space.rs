@@ -1,6 +1,8 @@
 //! Room on the file systems of Linux: which promises they make, and what they have left.
 
+use std::fs;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use rustix::fs::IFlags;
 use rustix::io::Errno;
@@ -17,12 +19,32 @@ fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 pub(super) fn rule(fd: BorrowedFd<'_>) -> RoomRule {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
         Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => RoomRule::InPlace,
+        Ok(libc::BTRFS_SUPER_MAGIC) if is_mixed(fd) => RoomRule::Unknown,
         Ok(libc::BTRFS_SUPER_MAGIC) => match rustix::fs::ioctl_getflags(fd) {
             Ok(flags) if flags.contains(IFlags::NOCOW) => RoomRule::InPlace,
             _ => RoomRule::CopyOnWrite,
         },
         _ => RoomRule::Unknown,
     }
+}
+
+/// Whether a btrfs keeps data and metadata in the same block groups (`mkfs.btrfs --mixed`), or cannot be asked. Metadata may
+/// then take the room that a write has been promised, and the write is lost at the sync.
+fn is_mixed(fd: BorrowedFd<'_>) -> bool {
+    let Ok(stat) = rustix::fs::fstatvfs(fd) else { return true };
+    let folders = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().flatten().map(|entry| entry.path());
+    let found = folders.into_iter().find(|folder| is_of(folder, stat.f_fsid));
+    found.is_none_or(|folder| folder.join("allocation/mixed").exists())
+}
+
+/// Whether a folder of `/sys/fs/btrfs` belongs to the file system with this id, whose lower half Linux makes of the first and
+/// the third word of the UUID (`btrfs_statfs`).
+fn is_of(folder: &Path, id: u64) -> bool {
+    let uuid = folder.file_name().and_then(|name| uuid::Uuid::parse_str(name.to_str()?).ok());
+    uuid.is_some_and(|uuid| {
+        let bits = uuid.as_u128();
+        (bits >> 96 ^ bits >> 32) & u128::from(u32::MAX) == u128::from(id) & u128::from(u32::MAX)
+    })
 }
 
 /// Switches copy on write off for an empty file, if its file system has it (btrfs).

@@ -1,0 +1,254 @@
+//! What images take of the host's room: as served, after the verbs, preallocated, and many on one file system.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::loopdev::{Kind, Mounted, may_mount};
+use super::runtime::Runtime;
+use crate::common::client::Client;
+use crate::common::daemon::Daemon;
+use crate::common::tool::diffdisk;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Images on a real file system, and a runtime folder.
+struct Farm {
+    folder: TempDir,
+    runtime: Runtime,
+}
+
+impl Farm {
+    fn new() -> Farm {
+        Farm::within(Path::new(env!("CARGO_TARGET_TMPDIR")))
+    }
+
+    fn within(folder: &Path) -> Farm {
+        Farm { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: Runtime::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// An empty root, or a child.
+    fn create(&self, name: &str, options: &[&str]) {
+        let path = self.path(name);
+        let mut all = vec!["create", path.to_str().expect("a plain name")];
+        let parent = options.iter().position(|o| *o == "--parent").map(|at| self.path(options[at + 1]));
+        for option in options {
+            match &parent {
+                Some(parent) if parent.ends_with(option) => all.push(parent.to_str().expect("a plain name")),
+                _ => all.push(option),
+            }
+        }
+        diffdisk(all).ok();
+    }
+
+    fn tool(&self, verb: &str, name: &str, options: &[&str]) {
+        let path = self.path(name);
+        let words = [&[verb, path.to_str().expect("a plain name"), self.runtime.option()], options].concat();
+        diffdisk(words).ok();
+    }
+
+    fn serve(&self, name: &str, extra: &[&str]) -> (Daemon, Client) {
+        let daemon = Daemon::start(&self.path(name), &[&[self.runtime.option()], extra].concat());
+        let client = daemon.connect();
+        (daemon, client)
+    }
+
+    /// Bytes that a file takes.
+    fn taken(&self, name: &str) -> u64 {
+        fs::metadata(self.path(name)).expect("it is there").blocks() * 512
+    }
+
+    fn info(&self, name: &str) -> serde_json::Value {
+        let path = self.path(name);
+        diffdisk(["info", path.to_str().expect("a plain name"), "--json"]).json()
+    }
+
+    /// Small writes at so many places of a disk.
+    fn scatter(&self, client: &mut Client, size: u64, count: u64) {
+        for number in 0..count {
+            client.write(place(size, number), &page(number)).expect("a write");
+        }
+        client.flush().expect("a flush");
+    }
+
+    fn assert_scattered(&self, name: &str, size: u64, count: u64) {
+        let (daemon, mut client) = self.serve(name, &["--read-only"]);
+        for number in 0..count {
+            let found = client.read(place(size, number), 4096).expect("a read");
+            assert!(found == page(number), "write {number} of {name} is lost");
+        }
+        drop(client);
+        daemon.stop();
+    }
+}
+
+fn place(size: u64, number: u64) -> u64 {
+    number.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (size / 4096) * 4096
+}
+
+fn page(number: u64) -> Vec<u8> {
+    (number + 1).to_be_bytes().repeat(512)
+}
+
+#[test]
+fn a_guest_that_only_reads_takes_nothing() {
+    let farm = Farm::new();
+    farm.create("root.vhd", &["--size", "1T"]);
+    farm.create("child.vhd", &["--parent", "root.vhd"]);
+    let before = fs::metadata(farm.path("child.vhd")).expect("the child");
+    for allocation in ["--allocation=sparse", "--allocation=block"] {
+        let (daemon, mut client) = farm.serve("child.vhd", &[allocation]);
+        for number in 0..10 {
+            client.read(number * 100 * GIB, 4096).expect("a read");
+        }
+        client.flush().expect("a flush");
+        drop(client);
+        let served = fs::metadata(farm.path("child.vhd")).expect("the child");
+        assert_eq!((served.len(), served.blocks()), (before.len(), before.blocks()), "served, {allocation}");
+        daemon.stop();
+        let closed = fs::metadata(farm.path("child.vhd")).expect("the child");
+        assert_eq!((closed.len(), closed.blocks()), (before.len(), before.blocks()), "closed, {allocation}");
+    }
+}
+
+#[test]
+fn small_writes_take_little() {
+    let farm = Farm::new();
+    farm.create("root.vhd", &["--size", "64G"]);
+    farm.create("child.vhd", &["--parent", "root.vhd"]);
+    let empty = farm.taken("child.vhd");
+    for (count, served, closed) in [(1, 64 * KIB, 48 * KIB), (100, 2200 * KIB, 1100 * KIB), (1000, 14 * MIB, 10 * MIB)]
+    {
+        let (daemon, mut client) = farm.serve("child.vhd", &[]);
+        farm.scatter(&mut client, 64 * GIB, count);
+        drop(client);
+        let taken = farm.taken("child.vhd") - empty;
+        assert!(taken <= served, "{count} writes take {} KiB", taken / KIB);
+        daemon.stop();
+        let taken = farm.taken("child.vhd") - empty;
+        assert!(taken <= closed, "{count} writes take {} KiB, closed", taken / KIB);
+    }
+    let info = farm.info("child.vhd");
+    let (written, taken) = (info["written_bytes"].as_u64(), info["allocated_bytes"].as_u64());
+    assert_eq!(taken, Some(farm.taken("child.vhd")));
+    assert!(written.is_some_and(|w| w > 1000 * 4096 && w <= farm.taken("child.vhd")), "{info}");
+    farm.assert_scattered("child.vhd", 64 * GIB, 1000);
+    farm.tool("check", "child.vhd", &[]);
+}
+
+#[test]
+fn whole_blocks_are_given_back_by_compact() {
+    let farm = Farm::new();
+    farm.create("root.vhd", &["--size", "1G"]);
+    farm.create("child.vhd", &["--parent", "root.vhd"]);
+    farm.create("whole.vhd", &["--parent", "root.vhd", "--preallocate"]);
+    farm.create("whole-root.vhd", &["--size", "64M", "--preallocate"]);
+    assert!(farm.taken("whole.vhd") >= GIB && farm.taken("whole-root.vhd") >= 64 * MIB);
+    for name in ["whole.vhd", "whole-root.vhd"] {
+        farm.tool("check", name, &[]);
+        let written = farm.info(name)["written_bytes"].as_u64().expect("a number");
+        assert!(written < MIB, "{name}: {written}");
+    }
+    let before = farm.taken("whole.vhd");
+    for (name, allocation) in [("child.vhd", "--allocation=block"), ("whole.vhd", "--allocation=sparse")] {
+        let (daemon, mut client) = farm.serve(name, &[allocation]);
+        farm.scatter(&mut client, GIB, 50);
+        drop(client);
+        daemon.stop();
+        farm.tool("check", name, &[]);
+    }
+    assert!(farm.taken("child.vhd") > 50 * MIB, "whole blocks: {}", farm.taken("child.vhd"));
+    assert!(farm.taken("whole.vhd") <= before + 64 * KIB, "all of it was there before");
+    for name in ["child.vhd", "whole.vhd", "whole-root.vhd"] {
+        farm.tool("compact", name, &[]);
+        assert!(farm.taken(name) < 2 * MIB, "{name}: {}", farm.taken(name));
+        farm.tool("check", name, &[]);
+    }
+    farm.assert_scattered("child.vhd", GIB, 50);
+    farm.assert_scattered("whole.vhd", GIB, 50);
+}
+
+#[test]
+fn holes_stay_holes_in_every_verb() {
+    let farm = Farm::new();
+    farm.create("root.vhd", &["--size", "1G"]);
+    farm.create("a.vhd", &["--parent", "root.vhd"]);
+    let (daemon, mut client) = farm.serve("a.vhd", &[]);
+    farm.scatter(&mut client, GIB, 200);
+    drop(client);
+    daemon.stop();
+    let most = 200 * (8 + 4) * KIB;
+    let sparse = |name: &str| assert!(farm.taken(name) <= most, "{name} takes {} KiB", farm.taken(name) / KIB);
+    sparse("a.vhd");
+    farm.tool("check", "a.vhd", &["--repair"]);
+    farm.tool("compact", "a.vhd", &[]);
+    sparse("a.vhd");
+    let alone = farm.path("alone.vhd");
+    farm.tool("convert", "a.vhd", &[alone.to_str().expect("a plain name"), "--to", "dynamic"]);
+    sparse("alone.vhd");
+    farm.assert_scattered("alone.vhd", GIB, 200);
+    fs::copy(farm.path("a.vhd"), farm.path("b.vhd")).expect("a copy");
+    farm.tool("flatten", "b.vhd", &[]);
+    sparse("b.vhd");
+    farm.assert_scattered("b.vhd", GIB, 200);
+    fs::remove_file(farm.path("b.vhd")).expect("it goes");
+    farm.tool("merge", "a.vhd", &[]);
+    sparse("root.vhd");
+    farm.assert_scattered("root.vhd", GIB, 200);
+}
+
+/// `DIFFDISK_FARM=64,100` makes it 64 children that each write 100 MiB; then the file system has 8 GiB.
+#[test]
+fn many_children_take_what_they_write() {
+    if !may_mount("many_children_take_what_they_write") {
+        return;
+    }
+    let wanted = std::env::var("DIFFDISK_FARM").unwrap_or("12,8".into());
+    let (children, mib) = wanted.split_once(',').expect("two numbers");
+    let (children, mib): (u64, u64) = (children.parse().expect("a number"), mib.parse().expect("a number"));
+    let kinds = if children < 64 { vec![Kind::Ext4, Kind::Xfs, Kind::BtrfsApart] } else { vec![Kind::Ext4] };
+    for kind in kinds {
+        let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let device = outside.path().join("device");
+        let size = children * mib * MIB * 5 / 4 + 300 * MIB;
+        fs::File::create(&device).and_then(|file| file.set_len(size)).expect("a device");
+        kind.make(&device, &[]);
+        let mounted = Mounted::mount(kind, &device);
+        let farm = Farm::within(mounted.path());
+        farm.create("root.vhd", &["--size", "8G"]);
+        let (daemon, mut client) = farm.serve("root.vhd", &[]);
+        farm.scatter(&mut client, 8 * GIB, 100);
+        drop(client);
+        daemon.stop();
+        let before = mounted.available();
+        let names: Vec<String> = (0..children).map(|n| format!("child{n}.vhd")).collect();
+        names.iter().for_each(|name| farm.create(name, &["--parent", "root.vhd"]));
+        let served: Vec<_> = names.iter().map(|name| farm.serve(name, &[])).collect();
+        let mut clients: Vec<_> = served;
+        // As a guest does: files here and there, in pieces of 256 KiB.
+        let piece = vec![0x5A; 256 << 10];
+        for number in 0..mib * 4 {
+            for (_, client) in &mut clients {
+                let at = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (8 * GIB / (256 << 10)) * (256 << 10);
+                client.write(at, &piece).expect("a write");
+            }
+        }
+        clients.iter_mut().for_each(|(_, client)| client.flush().expect("a flush"));
+        let taken = before - mounted.available();
+        let written = children * mib * MIB;
+        eprintln!("{}: {children} children wrote {} MiB and take {} MiB", kind.name(), written / MIB, taken / MIB);
+        assert!(taken < written * 6 / 5, "{}: {} MiB for {} MiB", kind.name(), taken / MIB, written / MIB);
+        for (daemon, client) in clients {
+            drop(client);
+            daemon.stop();
+        }
+    }
+}
