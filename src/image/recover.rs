@@ -115,6 +115,7 @@ mod tests {
         image.file().write_at(&[0xFF; 4096], next).unwrap();
         drop(image);
         let image = open(&host).unwrap();
+        grow(&host, &image).unwrap();
         let again = u64::from(image.reserve(3).unwrap()) * SECTOR;
         assert_eq!((image.image().bat().unwrap().place(0), again), (Some(place), next), "the same room");
         let mut bytes = [1; 4096];
@@ -142,6 +143,7 @@ mod tests {
     fn blocks_that_have_no_place_are_counted() {
         let host = host_with(child(), 128 * 20);
         let image = open(&host).unwrap();
+        image.set_allocation(crate::image::Allocation::Block);
         grow(&host, &image).unwrap();
         for block in 0..16 {
             image.reserve(block).unwrap();
