@@ -10,7 +10,7 @@ use super::driver::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
-use crate::image::{Kind, Spec, create};
+use crate::image::{self, Kind, Spec, create};
 use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -127,6 +127,13 @@ fn disabled_broken_stopped() {
     assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }
 
+/// Has the file grown already, so that no write waits for that.
+fn make_room(r: &Rig) {
+    let top = r.device.disk().version().top().expect("a writable disk");
+    let mut growth = image::Growth::begin(&top.image, top.slot).expect("it has not grown yet");
+    image::drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("there is room");
+}
+
 #[test]
 fn a_signal_that_waits_is_not_lost() {
     let mut waited = 0;
@@ -134,6 +141,7 @@ fn a_signal_that_waits_is_not_lost() {
         let mut r = rig(u64::MAX);
         serve(&mut r);
         assert!(signals(&r), "the first signal may be owed");
+        make_room(&r);
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
         r.queue.signals.turn(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
