@@ -119,7 +119,7 @@ fn scattered(full: &Full, in_place: bool) {
             waiting.insert(ticket, (next % 5 != 4).then_some(next));
             next += 1;
         }
-        match client.wait_for(Duration::from_secs(3)) {
+        match client.wait_for(Duration::from_millis(1500)) {
             Ok(done) => {
                 done.result.expect("nothing fails while the host is full");
                 acknowledged.extend(waiting.remove(&done.ticket).expect("its own ticket"));
@@ -277,8 +277,14 @@ fn writes_fail(full: &Full) {
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     assert!(done > 50, "only {done} pieces found room: {}", daemon.log());
     client.flush().expect("a flush while the host is full");
-    submit(&mut client, done).expect("a write is queued");
-    client.wait().expect("an answer").result.expect_err("the host is still full");
+    // A file system may find some room when it has been asked for it (XFS), but not for long.
+    let found = (0..200).position(|_| {
+        submit(&mut client, done).expect("a write is queued");
+        let refused = client.wait().expect("an answer").result.is_err();
+        done += u64::from(!refused);
+        refused
+    });
+    found.expect("the host is still full");
     assert_readable(&mut client, done);
     full.assert_no_leak();
     full.make_room();
