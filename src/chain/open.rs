@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
 use super::parents::{Policy, Search};
+use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::DiskType;
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
@@ -54,14 +55,38 @@ impl Chain {
     /// # Errors
     /// As `open`.
     pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
-        let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
+        match Chain::as_far_as_found(env, youngest, policy, how)? {
+            (chain, None) => Ok(chain),
+            (_, Some(missing)) => Err(missing),
+        }
+    }
+
+    /// The chain of an image that is open already, down to the first parent that is not found; the error says why.
+    ///
+    /// # Errors
+    /// As `open`, but for parents that are not there, may not be opened, or are other images.
+    pub fn as_far_as_found(
+        env: &dyn Env,
+        youngest: Image,
+        policy: &Policy,
+        how: Use,
+    ) -> Result<(Chain, Option<Error>)> {
+        let mut search = Search::new(env, youngest.file(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
         if let (Some(folder), Use::Read) = (&policy.runtime, how) {
             refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
-            let parent = search.parent_of(child)?;
+            let parent = match search.seek(child)? {
+                Sought::Parent(parent) => *parent,
+                Sought::Broken(_, e) => return Err(e),
+                Sought::Refused(e) => return Ok((Chain { images }, Some(e))),
+                Sought::Nowhere(defect) => {
+                    let e = Error::from(defect).at_path(child.file().path());
+                    return Ok((Chain { images }, Some(e)));
+                }
+            };
             search.pass(&parent)?;
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
@@ -73,7 +98,7 @@ impl Chain {
             }
             images.push(parent);
         }
-        Ok(Chain { images })
+        Ok((Chain { images }, None))
     }
 
     /// The images, youngest first.
