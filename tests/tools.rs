@@ -191,7 +191,16 @@ fn children_find_parents_by_the_policy() {
     let platforms: Vec<_> = child["parent"]["locators"].as_array().unwrap().iter().map(|l| &l["platform"]).collect();
     assert_eq!(platforms, ["W2ru", "W2ku"]);
 
-    fails(&d, "info c/leaf.vhd --chain --json", "info: c/leaf.vhd", "the parent is not there");
+    // The chain is shown as far as it is found, and the warning names the way out.
+    let out = run(&d, "info c/leaf.vhd --chain --json");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(0), "{said}");
+    assert!(said.contains("a/b/child.vhd is there") && said.contains("--allow-parents"), "{said}");
+    let cut: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(cut["chain"].as_array().unwrap().len(), 1);
+    assert!(cut["parent"]["resolved"].is_null() && cut["chain"][0]["parent"]["resolved"].is_null());
+    // That is no corruption.
+    fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
     let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
     let chain = chain["chain"].as_array().unwrap();
     let types: Vec<_> = chain.iter().map(|image| &image["type"]).collect();

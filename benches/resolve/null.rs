@@ -8,7 +8,9 @@ use std::sync::Arc;
 use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
-use diffdisk::storage::{Access, Completion, Engine, EngineKind, Env, File, Found, Live, Op, Slices, Slot};
+use diffdisk::storage::{
+    Access, Completion, Engine, EngineKind, Env, File, Folder, Found, Live, Op, Presence, Slices, Slot,
+};
 use uuid::Uuid;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress};

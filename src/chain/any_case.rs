@@ -160,7 +160,9 @@ mod tests {
         for folder in ["Gold/Sub", "two", "TWO", "gold2"] {
             fs::create_dir_all(d.path().join(folder)).unwrap();
         }
-        for file in ["Gold/Sub/Base.VHD", "Gold/b.vhd", "Gold/B.vhd", "TWO/f.vhd", "gold2/\u{c4}.vhd", "gold2/stra\u{df}e"] {
+        for file in
+            ["Gold/Sub/Base.VHD", "Gold/b.vhd", "Gold/B.vhd", "TWO/f.vhd", "gold2/\u{c4}.vhd", "gold2/stra\u{df}e"]
+        {
             fs::write(d.path().join(file), "x").unwrap();
         }
         symlink(outside.path(), d.path().join("Link")).unwrap();

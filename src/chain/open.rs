@@ -9,7 +9,7 @@ use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
 use crate::error::{Error, Result};
-use crate::format::DiskType;
+use crate::format::{Defect, DiskType};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
 use crate::storage::{Access, Env, Lock, Slot};
@@ -61,10 +61,11 @@ impl Chain {
         }
     }
 
-    /// The chain of an image that is open already, down to the first parent that is not found; the error says why.
+    /// The chain of an image that is open already, down to the first parent that is not there or may not be opened; the
+    /// error says why.
     ///
     /// # Errors
-    /// As `open`, but for parents that are not there, may not be opened, or are other images.
+    /// As `open`, but for such parents.
     pub fn as_far_as_found(
         env: &dyn Env,
         youngest: Image,
@@ -83,8 +84,9 @@ impl Chain {
                 Sought::Broken(_, e) => return Err(e),
                 Sought::Refused(e) => return Ok((Chain { images }, Some(e))),
                 Sought::Nowhere(defect) => {
+                    let is_missing = matches!(defect, Defect::ParentMissing { .. });
                     let e = Error::from(defect).at_path(child.file().path());
-                    return Ok((Chain { images }, Some(e)));
+                    return if is_missing { Ok((Chain { images }, Some(e))) } else { Err(e) };
                 }
             };
             search.pass(&parent)?;

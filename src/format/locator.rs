@@ -190,9 +190,9 @@ impl Recorded {
     pub fn read<'a>(locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>, name: &[u8; 512]) -> Recorded {
         let (mut relative, mut absolute, mut found) = (Vec::new(), Vec::new(), Recorded::default());
         let name = header_name(name);
-        let texts = locators.into_iter().flat_map(|(slot, platform, data)| {
-            texts(platform, data).into_iter().map(move |text| (Some(slot), text))
-        });
+        let texts = locators
+            .into_iter()
+            .flat_map(|(slot, platform, data)| texts(platform, data).into_iter().map(move |text| (Some(slot), text)));
         let header = (!name.is_empty()).then_some((None, name));
         let mut header_file = None;
         for (slot, text) in texts.chain(header) {

@@ -272,12 +272,24 @@ mod tests {
     #[test]
     fn names_on_other_hosts() {
         let name = |text: &str| name_on_share(text.as_bytes()).map(|name| name.into_string().unwrap());
-        for text in ["\\\\server\\share\\a b.vhd", "//s/x/y/z/a b.vhd", "\\\\?\\UNC\\server\\share\\a b.vhd", "file:////s/x/a b.vhd"] {
+        for text in [
+            "\\\\server\\share\\a b.vhd",
+            "//s/x/y/z/a b.vhd",
+            "\\\\?\\UNC\\server\\share\\a b.vhd",
+            "file:////s/x/a b.vhd",
+        ] {
             assert_eq!(name(text).as_deref(), Some("a b.vhd"), "{text}");
         }
-        for text in
-            ["a.vhd", "C:\\x\\y\\a.vhd", "\\\\server\\share", "\\\\s\\x\\..", "\\\\.\\x\\y\\a", "\\\\?\\C:\\x\\a.vhd", "http://s/x/a", ""]
-        {
+        for text in [
+            "a.vhd",
+            "C:\\x\\y\\a.vhd",
+            "\\\\server\\share",
+            "\\\\s\\x\\..",
+            "\\\\.\\x\\y\\a",
+            "\\\\?\\C:\\x\\a.vhd",
+            "http://s/x/a",
+            "",
+        ] {
             assert_eq!(name(text), None, "{text}");
         }
     }

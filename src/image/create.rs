@@ -109,7 +109,9 @@ pub fn folder_of(path: &Path) -> &Path {
 pub fn publish(folder: &Folder, fresh: &OsStr, name: &OsStr) -> Result<()> {
     match folder.link(fresh, name) {
         Ok(()) => folder.remove(fresh),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => folder.rename(fresh, folder, name),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+            folder.rename(fresh, folder, name)
+        }
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
             let path = folder.path().join(name);
             Err(Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path))

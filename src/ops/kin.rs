@@ -39,15 +39,14 @@ impl Kin {
 ///
 /// # Errors
 /// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
-pub(super) fn in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>> {
+pub(super) fn in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
     let mut found: Vec<Kin> = Vec::new();
     for folder in folders {
-        let folder = env.folder(folder)?;
         for name in folder.list()? {
             if is_fresh_name(&name) {
                 continue;
             }
-            let file = match open(env, &folder, &name) {
+            let file = match open(env, folder, &name) {
                 Ok(file) => file,
                 Err(e) if is_none_of_ours(&e) => continue,
                 Err(e) => return Err(e),
@@ -61,6 +60,13 @@ pub(super) fn in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>>
         }
     }
     Ok(found)
+}
+
+/// Adds a folder that is not there yet.
+pub(super) fn add_folder(folders: &mut Vec<Folder>, folder: Folder) {
+    if folders.iter().all(|known| !known.is_same(&folder)) {
+        folders.push(folder);
+    }
 }
 
 /// Opens a name of a folder; a symbolic link that an operator has put there leads to a file of another folder.

@@ -76,7 +76,7 @@ pub struct Merge<'a> {
     /// What is to be copied; none where all is.
     survey: Option<Survey>,
     /// Where children of CHILD may be.
-    folders: Vec<PathBuf>,
+    folders: Vec<Folder>,
     /// The note's folder, and that of each layer: what is removed is removed there, wherever their paths lead by then.
     home: Folder,
     places: Vec<Folder>,
@@ -104,18 +104,16 @@ impl<'a> Merge<'a> {
         if let Some(intent) = &found {
             is_same(env, intent, child, into)?;
             if intent.copied == Copied::All && is_complete(env, intent, present.is_some())? {
-                let mut folders = vec![intent.folder.clone()];
-                for path in intent.layers.iter().map(|l| &l.path).chain([&intent.ancestor_path]) {
-                    folders.push(env.canonical(folder_of(&intent.folder.join(path)))?);
+                let home = env.folder(&intent.folder)?.absolute()?;
+                let place = |path: &Path| env.folder(folder_of(&intent.folder.join(path)))?.absolute();
+                let places = intent.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
+                let mut folders = vec![home.clone()];
+                for folder in places.iter().cloned().chain([place(&intent.ancestor_path)?]) {
+                    kin::add_folder(&mut folders, folder);
                 }
                 for allowed in &policy.allowed {
-                    folders.push(env.canonical(allowed)?);
+                    kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
                 }
-                folders.sort_unstable();
-                folders.dedup();
-                let home = env.folder(&intent.folder)?;
-                let place = |layer: &Folded| env.folder(folder_of(&intent.folder.join(&layer.path)));
-                let places = intent.layers.iter().map(place).collect::<Result<_>>()?;
                 let (policy, intent) = (policy.clone(), intent.clone());
                 return Ok(Merge { env, policy, intent, survey: None, folders, home, places, begun: true });
             }

@@ -24,7 +24,7 @@ pub(super) struct Survey {
     /// CHILD's own children.
     pub(super) children: Vec<(FileId, File)>,
     /// Where children were looked for.
-    pub(super) folders: Vec<PathBuf>,
+    pub(super) folders: Vec<Folder>,
 }
 
 /// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
@@ -62,11 +62,11 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
         refuse_if_receiving(env, image, Some(images[0].uuid()))?;
     }
     let mut folders = Vec::new();
-    for path in images.iter().chain([ancestor]).map(|image| image.file().path()) {
-        push_new(&mut folders, env.canonical(folder_of(path))?);
+    for image in images.iter().chain([ancestor]) {
+        kin::add_folder(&mut folders, image.file().folder().absolute()?);
     }
     for allowed in &policy.allowed {
-        push_new(&mut folders, env.canonical(allowed)?);
+        kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
     }
     let children = children(env, &images, ancestor, &folders, policy)?;
     sizes(&images[0], ancestor, children.is_empty())?;
@@ -74,12 +74,6 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
     let places = images.iter().map(|image| image.file().folder()).collect();
     let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
     Ok(Survey { layers: Layers::new(images), folded, places, ancestor, children, folders })
-}
-
-fn push_new(folders: &mut Vec<PathBuf>, folder: PathBuf) {
-    if !folders.contains(&folder) {
-        folders.push(folder);
-    }
 }
 
 /// How many images are folded: those above `into`.
@@ -133,7 +127,7 @@ fn children(
     env: &dyn Env,
     images: &[Image],
     ancestor: &Image,
-    folders: &[PathBuf],
+    folders: &[Folder],
     policy: &Policy,
 ) -> Result<Vec<(FileId, File)>> {
     let ids = images.iter().map(|image| Ok(image.file().stat()?.id)).collect::<Result<Vec<_>>>()?;

@@ -19,8 +19,7 @@ use crate::storage::env::{Access, FileId};
 const HELD: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// How what lies below a held folder is looked up.
-const BENEATH: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
 
 /// A held folder. See [`Folder`](crate::storage::Folder) for its calls.
 #[derive(Clone, Debug)]
@@ -59,7 +58,9 @@ impl HostFolder {
         let kernel = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
         let path = match kernel {
             Ok(path) if path.is_absolute() => path,
-            _ => fs::canonicalize(&self.path).map_err(|e| Error::io("cannot resolve the path", e).at_path(&self.path))?,
+            _ => {
+                fs::canonicalize(&self.path).map_err(|e| Error::io("cannot resolve the path", e).at_path(&self.path))?
+            }
         };
         Ok(HostFolder { path: path.into(), ..self.clone() })
     }
@@ -76,12 +77,13 @@ impl HostFolder {
 
     pub(in crate::storage) fn open(&self, name: &OsStr, access: Access) -> Result<HostFile> {
         let path = self.join(name);
-        let fd = retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | CAREFUL | OFlags::NOFOLLOW, Mode::empty()))
-            .map_err(|e| match e {
-                Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
-                e => open_error(e),
-            })
-            .map_err(|e| e.at_path(&path))?;
+        let fd =
+            retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | CAREFUL | OFlags::NOFOLLOW, Mode::empty()))
+                .map_err(|e| match e {
+                    Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
+                    e => open_error(e),
+                })
+                .map_err(|e| e.at_path(&path))?;
         HostFile::new(fd, &path, access, self)
     }
 
@@ -95,7 +97,9 @@ impl HostFolder {
             return self.open(name, Access::Read); // one component needs no openat2
         }
         let folder = self.beneath(above)?;
-        let fd = folder.look_up(Path::new(name), OFlags::RDONLY | CAREFUL).map_err(|e| self.beneath_error(e).at_path(&path))?;
+        let fd = folder
+            .look_up(Path::new(name), OFlags::RDONLY | CAREFUL)
+            .map_err(|e| self.beneath_error(e).at_path(&path))?;
         HostFile::new(fd, &path, Access::Read, &folder)
     }
 

@@ -40,7 +40,10 @@ fn beneath_stays_beneath() {
     }
     assert_eq!(kind(folder.open_beneath(&root.join("in"))), ErrorKind::Refused);
     assert_eq!((kind(open("none")), kind(open(""))), (ErrorKind::NotFound, ErrorKind::NotFound));
-    assert_eq!((kind(folder.subfolder(n("up"))), kind(folder.subfolder(n("..")))), (ErrorKind::Refused, ErrorKind::Refused));
+    assert_eq!(
+        (kind(folder.subfolder(n("up"))), kind(folder.subfolder(n("..")))),
+        (ErrorKind::Refused, ErrorKind::Refused)
+    );
 }
 
 #[test]

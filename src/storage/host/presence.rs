@@ -16,17 +16,8 @@ const KERNEL: [&str; 3] = ["proc", "sys", "dev"];
 
 /// `f_type` of the file systems in which a lookup acts on the kernel (linux/magic.h): proc, sysfs, devpts, debugfs,
 /// tracefs, cgroup, cgroup2, securityfs, bpf.
-const KERNEL_MAGIC: [i64; 9] = [
-    0x9FA0,
-    0x6265_6572,
-    0x1CD1,
-    0x6462_6720,
-    0x7472_6163,
-    0x0027_E0EB,
-    0x6367_7270,
-    0x7363_6673,
-    0xCAFE_4A11,
-];
+const KERNEL_MAGIC: [i64; 9] =
+    [0x9FA0, 0x6265_6572, 0x1CD1, 0x6462_6720, 0x7472_6163, 0x0027_E0EB, 0x6367_7270, 0x7363_6673, 0xCAFE_4A11];
 /// `f_type` of autofs.
 const AUTOFS_MAGIC: i64 = 0x0187;
 
