@@ -74,6 +74,8 @@ fn step<T>(
     open: impl Fn(&OsStr) -> Result<T>,
 ) -> Result<Result<T, String>> {
     match open(name) {
+        // The exact name is there, and is no folder.
+        Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => return Ok(Err("not there".to_owned())),
         Err(e) if is_missing(&e) => {}
         found => return found.map(Ok),
     }
