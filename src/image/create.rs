@@ -65,7 +65,7 @@ pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
     if named.is_err() {
         let _ = folder.remove(&fresh);
     }
-    named.map(|()| uuid).map_err(|e| e.renamed(made.path(), path))
+    named.map(|()| uuid).map_err(|e| e.renamed(made.path(), path).at_path(path))
 }
 
 /// The last part of a path.
@@ -113,8 +113,7 @@ pub fn publish(folder: &Folder, fresh: &OsStr, name: &OsStr) -> Result<()> {
             folder.rename(fresh, folder, name)
         }
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-            let path = folder.path().join(name);
-            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path))
+            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first"))
         }
         Err(e) => Err(e),
     }

@@ -60,7 +60,8 @@ pub struct Created {
     pub size: u64,
     /// Its parent's absolute path.
     pub parent: PathBuf,
-    /// Folders of the chain below it that do not lie below its own: it can be opened only if they are allowed.
+    /// Folders of its parents that lie neither below its own nor below an allowed one: it cannot be opened before they are
+    /// allowed.
     pub outside: Vec<PathBuf>,
 }
 
@@ -93,21 +94,22 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
     let link = link(env, folder_of(path), parent, child.locators)?;
     let absolute = env.canonical(&child.parent)?;
-    let outside = outside(env, folder_of(path), &chain)?;
+    let outside = outside(env, folder_of(path), policy, &chain)?;
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
 }
 
-/// The folders of a chain that do not lie below `folder`, each once.
-fn outside(env: &dyn Env, folder: &Path, chain: &Chain) -> Result<Vec<PathBuf>> {
-    let own = env.canonical(folder)?;
+/// The folders of a chain that lie neither below `folder` nor below an allowed one, each once.
+fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
+    let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
+    let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;
     let mut outside: Vec<PathBuf> = Vec::new();
     for image in chain.images() {
         let real = env.canonical(image.file().path())?;
         let above = folder_of(&real);
-        if !above.starts_with(&own) && outside.iter().all(|known| known != above) {
+        if !allowed.iter().any(|folder| above.starts_with(folder)) && outside.iter().all(|known| known != above) {
             outside.push(above.to_path_buf());
         }
     }

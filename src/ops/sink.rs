@@ -82,7 +82,7 @@ impl<'a> Sink<'a> {
 
     /// The failure of a write, under the name that was asked for.
     fn blame(&self, e: Error) -> Error {
-        e.renamed(&self.made, &self.asked)
+        e.renamed(&self.made, &self.asked).at_path(&self.asked)
     }
 
     /// Writes a run. Ranges ascend or not, as the caller likes.
