@@ -26,6 +26,15 @@ fn exchange(one: &Path, other: &Path) -> bool {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
 }
 
+/// Sets its flag when it is dropped.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Exchanges the pairs in turn, without a pause, until `work` is done; how often it did.
 fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -> (T, u64) {
     let (done, exchanges) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -37,9 +46,9 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
                 }
             }
         });
-        let outcome = work();
-        done.store(true, Ordering::Relaxed);
-        outcome
+        // Also if `work` panics: the scope waits for the thread.
+        let _ends = Ends(&done);
+        work()
     });
     (outcome, exchanges.into_inner())
 }
