@@ -62,6 +62,9 @@ impl Search<'_> {
                 ParentPath::Relative(path) => plain(&here.join(path)),
                 ParentPath::Absolute(path) => plain(path),
             };
+            if seen.has_tried(&whole) {
+                continue;
+            }
             match self.known_above(&whole) {
                 Some((folder, below)) => self.try_one(folder, &below, whole.clone(), wanted, &mut seen),
                 None => match self.env().presence(&whole) {
@@ -80,7 +83,7 @@ impl Search<'_> {
         for name in &recorded.names {
             for (path, folder) in std::iter::once((here, folder)).chain(self.allowed()) {
                 let whole = path.join(name);
-                if seen.nothing.iter().all(|(tried, _)| *tried != whole) {
+                if !seen.has_tried(&whole) {
                     self.try_one(folder, Path::new(name), whole, wanted, &mut seen);
                 }
             }
@@ -119,6 +122,10 @@ impl Search<'_> {
 }
 
 impl Seen {
+    fn has_tried(&self, path: &Path) -> bool {
+        self.nothing.iter().any(|(tried, _)| tried == path)
+    }
+
     fn stands(&mut self, what: Result<Sought>) {
         self.first.get_or_insert(what);
     }
