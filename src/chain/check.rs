@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::hidden;
-use super::parents::{Policy, Search, Sought};
+use super::parents::{Policy, Search};
+use super::seek::Sought;
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
 use crate::format::{Defect, DiskType, Severity};
@@ -29,8 +30,8 @@ pub struct Checked {
 /// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
-/// `Io`; what `progress` fails with. Broken rules are in the report.
+/// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file, and
+/// for a parent that is there and may not be opened; `Io`; what `progress` fails with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
@@ -44,7 +45,7 @@ pub fn check(
         progress(passed)
     };
     let mut all: Vec<Checked> = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
+    let mut search = parents.map(|policy| Search::new(env, &youngest, policy, true)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
@@ -88,7 +89,8 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
             Ok(Some(parent.file().clone()))
         }
         Sought::Broken(file, _) => Ok(Some(file)),
-        Sought::Wrong(defect, _) | Sought::Nowhere(defect) => {
+        Sought::Refused(e) => Err(e),
+        Sought::Nowhere(defect) => {
             defects.push(defect);
             Ok(None)
         }

@@ -1,6 +1,6 @@
 //! Floor 2: many files as one disk.
 //!
-//! Owns: finding parents (`parents`, `open`), and the answer to "where is this sector" (`resolve`). Leaves to
+//! Owns: finding parents (`parents`, `seek`, `open`), and the answer to "where is this sector" (`resolve`). Leaves to
 //! others: moving bytes (`disk`, `ops`), one file's bytes (`image`).
 //!
 //! ```text
@@ -12,6 +12,7 @@
 //!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
 //! ```
 
+mod any_case;
 mod cells;
 mod changed;
 mod check;
@@ -24,6 +25,7 @@ mod pending;
 mod resolve;
 #[cfg(test)]
 mod rig;
+mod seek;
 mod top;
 mod version;
 

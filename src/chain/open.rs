@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
 use super::parents::{Policy, Search};
+use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
-use crate::error::Result;
-use crate::format::DiskType;
+use crate::error::{Error, Result};
+use crate::format::{Defect, DiskType};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
 use crate::storage::{Access, Env, Lock, Slot};
@@ -54,14 +55,40 @@ impl Chain {
     /// # Errors
     /// As `open`.
     pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
-        let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
+        match Chain::as_far_as_found(env, youngest, policy, how)? {
+            (chain, None) => Ok(chain),
+            (_, Some(missing)) => Err(missing),
+        }
+    }
+
+    /// The chain of an image that is open already, down to the first parent that is not there or may not be opened; the
+    /// error says why.
+    ///
+    /// # Errors
+    /// As `open`, but for such parents.
+    pub fn as_far_as_found(
+        env: &dyn Env,
+        youngest: Image,
+        policy: &Policy,
+        how: Use,
+    ) -> Result<(Chain, Option<Error>)> {
+        let mut search = Search::new(env, youngest.file(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
         if let (Some(folder), Use::Read) = (&policy.runtime, how) {
             refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
-            let parent = search.parent_of(child)?;
+            let parent = match search.seek(child)? {
+                Sought::Parent(parent) => *parent,
+                Sought::Broken(_, e) => return Err(e),
+                Sought::Refused(e) => return Ok((Chain { images }, Some(e))),
+                Sought::Nowhere(defect) => {
+                    let is_missing = matches!(defect, Defect::ParentMissing { .. });
+                    let e = Error::from(defect).at_path(child.file().path());
+                    return if is_missing { Ok((Chain { images }, Some(e))) } else { Err(e) };
+                }
+            };
             search.pass(&parent)?;
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
@@ -73,7 +100,7 @@ impl Chain {
             }
             images.push(parent);
         }
-        Ok(Chain { images })
+        Ok((Chain { images }, None))
     }
 
     /// The images, youngest first.

@@ -4,20 +4,20 @@
 //! A merge leaves a note beside the image that it folds, `.<uuid of that image>.merge`; a line of it names what receives:
 //! `ancestor <uuid> …`. Writing and reading all of it is the merge's own (`ops::merge`).
 
-use std::path::Path;
+use std::ffi::OsStr;
 
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
-use crate::storage::{Access, Env, File};
+use crate::storage::{Access, Env, File, Folder};
 
 /// A note of more bytes is none: a chain has few layers, and a path at most 4096 bytes.
 pub const MAX_NOTE_BYTES: u64 = 2 << 20;
 
 /// The UUID in the name of a merge's note: that of the image that is folded.
-pub fn folded_by_note(path: &Path) -> Option<Uuid> {
-    path.file_name()?.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+pub fn folded_by_note(name: &OsStr) -> Option<Uuid> {
+    name.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
 }
 
 /// Fails where a note beside `image` says that a merge into it was begun; that of `own` does not count.
@@ -26,19 +26,30 @@ pub fn folded_by_note(path: &Path) -> Option<Uuid> {
 /// `Refused`, naming the note; `Io`. A folder or a note that we may not read tells nothing.
 pub fn refuse_if_receiving(env: &dyn Env, image: &Image, own: Option<Uuid>) -> Result<()> {
     let path = image.file().path();
-    let listed = env.canonical(path).and_then(|path| env.list(folder_of(&path)));
-    for note in passed_over(listed)?.unwrap_or_default() {
+    let folder = real_folder(env, image.file())?;
+    for note in passed_over(folder.list())?.unwrap_or_default() {
         let Some(folded) = folded_by_note(&note).filter(|folded| Some(*folded) != own) else { continue };
-        let Some(file) = passed_over(env.open(&note, Access::Read))? else { continue };
+        let Some(file) = passed_over(folder.open(&note, Access::Read))? else { continue };
         if receives(&file)? == Some(image.uuid()) {
             let what = format!(
                 "a merge of image {folded} into it was begun: end that first, by the same `diffdisk merge` ({})",
-                note.display()
+                file.path().display()
             );
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
     }
     Ok(())
+}
+
+/// The folder in which a file really lies: that of what a symbolic link leads to, if an operator's path ends in one.
+fn real_folder(env: &dyn Env, file: &File) -> Result<Folder> {
+    let folder = file.folder();
+    match folder.open(file.name(), Access::Read) {
+        Err(e) if e.kind() == ErrorKind::Refused => {
+            Ok(passed_over(env.canonical(file.path()).and_then(|path| env.folder(folder_of(&path))))?.unwrap_or(folder))
+        }
+        _ => Ok(folder),
+    }
 }
 
 /// The image that the note in `file` names as the one that receives.

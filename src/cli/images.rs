@@ -63,9 +63,10 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 locators: args.locator.into(),
             };
             let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
-            if made.outside {
-                let folder = made.parent.parent().unwrap_or(Path::new("/"));
-                log::info!("its parent is found with --allow-parents {}", folder.display());
+            if !made.outside.is_empty() {
+                let options = made.outside.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
+                let (path, options) = (args.path.display(), options.collect::<String>());
+                log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
             format!("differencing, {}, child of {}", human(made.size), made.parent.display())
         }

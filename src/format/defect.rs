@@ -110,7 +110,7 @@ pub enum Defect {
     /// None of the recorded paths leads to the parent.
     ParentMissing { tried: Vec<String> },
     /// The file found is not the recorded parent (O17).
-    ParentUuid { recorded: Uuid, found: Uuid },
+    ParentUuid { file: String, recorded: Uuid, found: Uuid },
     /// The parent is a raw file, in XenServer's dialect.
     ParentRaw,
     /// The parent's virtual size differs from the child's.

@@ -128,14 +128,25 @@ impl fmt::Display for Defect {
             D::ParentPath { slot: None, text, why } => {
                 write!(f, "the parent's name {text:?} in the header cannot be used: {why}")
             }
-            D::ParentUnnamed => write!(f, "no usable path to the parent is recorded; set one with `rebase`"),
-            D::ParentMissing { tried } => match tried.as_slice() {
-                [] => write!(f, "the parent is not there"),
-                tried => write!(f, "the parent is not there; tried {}", tried.join(", ")),
-            },
-            D::ParentUuid { recorded, found } => {
-                write!(f, "the parent must have UUID {recorded}, the file has {found}: not the parent, or replaced")
+            D::ParentUnnamed => {
+                write!(f, "no usable path to the parent is recorded; link it with `diffdisk rebase --unsafe`")
             }
+            D::ParentMissing { tried } => {
+                write!(f, "the parent is not there")?;
+                if !tried.is_empty() {
+                    write!(f, "; tried {}", tried.join(", "))?;
+                }
+                write!(
+                    f,
+                    ". If it was moved or renamed, give its folder with --allow-parents, or link the child to it with \
+                     `diffdisk rebase --unsafe`"
+                )
+            }
+            D::ParentUuid { file, recorded, found } => write!(
+                f,
+                "the parent must have UUID {recorded}, and {file} has {found}: another image, or one that was made \
+                 again. Only if it holds the parent's very data, link the child to it with `diffdisk rebase --unsafe`"
+            ),
             D::ParentRaw => write!(f, "the recorded parent is a raw file, which a VHD must not choose"),
             D::ParentSize { child, parent } => {
                 write!(f, "the disk has {child} bytes, its parent {parent}")

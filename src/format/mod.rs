@@ -49,7 +49,7 @@ pub use footer_choice::{Chosen, FooterSource, choose};
 pub use geometry::Geometry;
 pub use header::DynamicHeader;
 pub use layout::NewLayout;
-pub use locator::{Candidate, LocatorEntry, Platform};
+pub use locator::{LocatorEntry, Platform, Recorded};
 pub use parent_path::ParentPath;
 
 #[cfg(test)]

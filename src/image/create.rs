@@ -1,5 +1,6 @@
 //! Making new images. A name appears only when what it names is whole and durable.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -9,7 +10,7 @@ use crate::format::footer::time_from_unix;
 use crate::format::header::LOCATORS;
 use crate::format::parent_path::{encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{DiskType, DynamicHeader, Footer, LocatorEntry, NewLayout, Platform, bat};
-use crate::storage::{Env, File};
+use crate::storage::{Env, File, Folder};
 use crate::units::{BlockSize, SECTOR};
 
 /// How the parent is found again.
@@ -57,29 +58,37 @@ pub struct Spec {
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
     let uuid = env.uuid();
-    let fresh = fresh_name(path, uuid)?;
-    let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, path))?;
-    let named = write_new(&file, env, uuid, spec).and_then(|()| name(env, &fresh, path));
+    let (name, fresh) = (file_name(path)?, fresh_name(path, uuid)?);
+    let folder = env.folder(folder_of(path))?;
+    let made = folder.create(&fresh).map_err(|e| e.renamed(&folder.path().join(&fresh), path))?;
+    let named = write_new(&made, env, uuid, spec).and_then(|()| publish(&folder, &fresh, name));
     if named.is_err() {
-        let _ = env.remove(&fresh);
+        let _ = folder.remove(&fresh);
     }
-    named.map(|()| uuid).map_err(|e| e.renamed(&fresh, path))
+    named.map(|()| uuid).map_err(|e| e.renamed(made.path(), path).at_path(path))
+}
+
+/// The last part of a path.
+///
+/// # Errors
+/// `Refused` where `path` does not end in a file name.
+pub fn file_name(path: &Path) -> Result<&OsStr> {
+    path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))
 }
 
 /// The name, in the same folder, under which a file is made that is to be called `path`. `uuid` makes it unique.
 ///
 /// # Errors
 /// `Refused` where `path` does not end in a file name.
-pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<PathBuf> {
-    let file_name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
+pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<OsString> {
     // Names have at most 255 bytes; a part of it is enough for people to recognise it.
-    let start: String = file_name.to_string_lossy().chars().take(32).collect();
-    Ok(folder_of(path).join(format!(".{start}.{}.new", uuid.simple())))
+    let start: String = file_name(path)?.to_string_lossy().chars().take(32).collect();
+    Ok(format!(".{start}.{}.new", uuid.simple()).into())
 }
 
-/// Whether a path has a name that [`fresh_name`] gave.
-pub fn is_fresh_name(path: &Path) -> bool {
-    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+/// Whether a name is one that [`fresh_name`] gave.
+pub fn is_fresh_name(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
     let middle = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new"));
     let uuid = middle.and_then(|middle| middle.rsplit_once('.')).map(|(_, uuid)| uuid);
     uuid.is_some_and(|uuid| uuid.len() == 32 && uuid.bytes().all(|digit| digit.is_ascii_hexdigit()))
@@ -97,16 +106,18 @@ pub fn folder_of(path: &Path) -> &Path {
 ///
 /// # Errors
 /// `Refused` where the name exists; `Io`.
-pub fn name(env: &dyn Env, fresh: &Path, path: &Path) -> Result<()> {
-    match env.link(fresh, path) {
-        Ok(()) => env.remove(fresh),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => env.rename(fresh, path),
+pub fn publish(folder: &Folder, fresh: &OsStr, name: &OsStr) -> Result<()> {
+    match folder.link(fresh, name) {
+        Ok(()) => folder.remove(fresh),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+            folder.rename(fresh, folder, name)
+        }
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path))
+            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first"))
         }
         Err(e) => Err(e),
     }
-    .and_then(|()| env.sync_dir(folder_of(path)))
+    .and_then(|()| folder.sync())
 }
 
 /// Writes a new image into an empty file, and makes it durable. The name is the caller's concern.

@@ -61,7 +61,7 @@ pub use batmap::Batmap;
 pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
-pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
+pub use create::{Kind, ParentLink, Spec, create, file_name, folder_of, fresh_name, is_fresh_name, publish, write_new};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;

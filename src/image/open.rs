@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::entries::{EntryRules, Placed, check_entries};
 use crate::format::extents::{check_header_place, check_table};
-use crate::format::locator::{Candidate, candidates};
+use crate::format::locator::Recorded;
 use crate::format::{
     Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
 };
@@ -216,21 +216,21 @@ impl Image {
         self.sparse.as_ref()
     }
 
-    /// Where the parent may be, in the order to try; empty for a root.
+    /// What it records of where its parent is; empty for a root.
     ///
     /// # Errors
     /// `Io`; texts that no path comes out of are skipped.
-    pub fn parent_candidates(&self) -> Result<Vec<Candidate>> {
+    pub fn recorded_parent(&self) -> Result<Recorded> {
         let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
-            return Ok(Vec::new());
+            return Ok(Recorded::default());
         };
         let texts = self.parent_locators()?;
         let texts = texts.iter().map(|(slot, platform, text)| (*slot, *platform, text.as_slice()));
-        let (found, notes) = candidates(texts, &sparse.header.parent_name);
-        for note in notes {
+        let recorded = Recorded::read(texts, &sparse.header.parent_name);
+        for note in &recorded.notes {
             log::debug!("{}: {note}", self.file.path().display());
         }
-        Ok(found)
+        Ok(recorded)
     }
 
     /// The bytes of each parent locator that passes the rules, with its number and platform; none for a root.

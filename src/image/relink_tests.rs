@@ -36,7 +36,7 @@ fn seen(host: &SimHost) -> (u128, Vec<PathBuf>) {
     image.file().read_at(&mut bits, u64::from(place) * SECTOR).unwrap();
     image.file().read_at(&mut data, (u64::from(place) + 1) * SECTOR).unwrap();
     assert!(bits[0] == 0x80 && bits[1..] == [0; SECTOR_BYTES - 1] && data == [5; SECTOR_BYTES]);
-    let paths = image.parent_candidates().unwrap().into_iter().map(|c| c.path.as_path().to_path_buf()).collect();
+    let paths = image.recorded_parent().unwrap().paths.iter().map(|path| path.as_path().to_path_buf()).collect();
     (image.header().unwrap().parent_uuid.as_u128(), paths)
 }
 

@@ -145,7 +145,7 @@ impl Plan {
         Ok(())
     }
 
-    fn keep(&self, undo: &mut Undo<'_>) -> Result<()> {
+    fn keep(&self, undo: &mut Undo) -> Result<()> {
         if self.front.is_some() {
             undo.keep(0..SECTOR)?;
         }

@@ -16,12 +16,11 @@
 //! last one first. What was cut off and is in no piece was zero.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::create::folder_of;
 use super::holes::{is_zero, next_data};
 use super::open::Image;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -30,34 +29,33 @@ const MAGIC: [u8; 16] = *b"diffdisk undo 1\n";
 const CHUNK: usize = 64 << 10;
 
 /// The file that keeps. Dropped before the first [`Undo::seal`] it vanishes.
-pub(super) struct Undo<'a> {
-    env: &'a dyn Env,
+pub(super) struct Undo {
     image: File,
     uuid: uuid::Uuid,
     /// Length of the image before the repair.
     len: u64,
     file: File,
-    path: PathBuf,
     end: u64,
     sealed: bool,
 }
 
-impl<'a> Undo<'a> {
+impl Undo {
     /// Begins the file for a repair of an image.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn begin(env: &'a dyn Env, image: &Image) -> Result<Undo<'a>> {
-        let path = path_of(image.file().path(), env.uuid())?;
+    pub(super) fn begin(env: &dyn Env, image: &Image) -> Result<Undo> {
         let (uuid, image) = (image.uuid(), image.file().clone());
         let len = image.stat()?.len;
-        let file = env.create(&path)?;
-        Ok(Undo { env, image, uuid, len, file, path, end: SECTOR, sealed: false })
+        let mut name = image.name().to_os_string();
+        name.push(format!(".repair-{}.undo", env.uuid().simple()));
+        let file = image.folder().create(&name)?;
+        Ok(Undo { image, uuid, len, file, end: SECTOR, sealed: false })
     }
 
     /// Its path.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// Keeps a range of the image that is going to be replaced; all of it.
@@ -118,26 +116,19 @@ impl<'a> Undo<'a> {
         self.file.write_at(&head, 0)?;
         self.file.sync()?;
         if !self.sealed {
-            self.env.sync_dir(folder_of(&self.path))?;
+            self.file.folder().sync()?;
         }
         self.sealed = true;
         Ok(())
     }
 }
 
-impl Drop for Undo<'_> {
+impl Drop for Undo {
     fn drop(&mut self) {
         if !self.sealed
-            && let Err(e) = self.env.remove(&self.path)
+            && let Err(e) = self.file.folder().remove(self.file.name())
         {
             log::warn!("{}", e.line());
         }
     }
-}
-
-fn path_of(image: &Path, uuid: uuid::Uuid) -> Result<PathBuf> {
-    let name = image.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(image))?;
-    let mut name = name.to_os_string();
-    name.push(format!(".repair-{}.undo", uuid.simple()));
-    Ok(image.with_file_name(name))
 }

@@ -60,8 +60,9 @@ pub struct Created {
     pub size: u64,
     /// Its parent's absolute path.
     pub parent: PathBuf,
-    /// Whether the parent lies outside of the child's folder: it is then found only where its folder is allowed.
-    pub outside: bool,
+    /// Folders of its parents that lie neither below its own nor below an allowed one: it cannot be opened before they are
+    /// allowed.
+    pub outside: Vec<PathBuf>,
 }
 
 /// Makes a root at `path`, which must not exist.
@@ -92,12 +93,27 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
     let link = link(env, folder_of(path), parent, child.locators)?;
-    let (relative, absolute) = (link.name.clone(), env.canonical(&child.parent)?);
+    let absolute = env.canonical(&child.parent)?;
+    let outside = outside(env, folder_of(path), policy, &chain)?;
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
-    let outside = relative.components().next() == Some(Component::ParentDir);
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
+}
+
+/// The folders of a chain that lie neither below `folder` nor below an allowed one, each once.
+fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
+    let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
+    let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;
+    let mut outside: Vec<PathBuf> = Vec::new();
+    for image in chain.images() {
+        let real = env.canonical(image.file().path())?;
+        let above = folder_of(&real);
+        if !allowed.iter().any(|folder| above.starts_with(folder)) && outside.iter().all(|known| known != above) {
+            outside.push(above.to_path_buf());
+        }
+    }
+    Ok(outside)
 }
 
 /// What a child in `folder` records of its parent, by these locators.

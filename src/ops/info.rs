@@ -76,10 +76,11 @@ pub struct Locator {
 
 /// Looks at the image at `path`, and with a policy at its parents. Takes no lock: the image may be in use.
 ///
-/// Without a policy nothing that the image names is opened.
+/// Without a policy nothing that the image names is opened. With one the chain ends, with a warning, at the first image
+/// whose parent is not found.
 ///
 /// # Errors
-/// Whatever is wrong with the image, or (with a policy) with its chain.
+/// Whatever is wrong with the image, or (with a policy) with a parent that was found.
 pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let mut tries = 1;
     loop {
@@ -99,7 +100,10 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::open(env.open(path, Access::Read)?)?;
     let Some(policy) = parents else { return describe(&image, None) };
-    let chain = Chain::of(env, image, policy, Use::Look)?;
+    let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
+    if let Some(e) = missing {
+        log::warn!("the chain is shown without what is below {}", e.line());
+    }
     let mut all = Vec::with_capacity(chain.images().len());
     for (number, image) in chain.images().iter().enumerate() {
         all.push(describe(image, chain.images().get(number + 1))?);

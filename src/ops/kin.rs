@@ -1,20 +1,37 @@
 //! Whose child is what: the images in some folders, by their footers and headers alone.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, is_fresh_name};
-use crate::storage::{Access, Env, FileId};
+use crate::image::{Glance, file_name, is_fresh_name};
+use crate::storage::{Access, Env, File, FileId, Folder};
 
 /// An image that was found.
 #[derive(Debug)]
 pub(super) struct Kin {
     /// Its absolute path, without symbolic links.
     pub(super) path: PathBuf,
+    /// The folder in which it was found.
+    folder: Folder,
     /// Which file it is.
     pub(super) id: FileId,
     /// Who it is.
     pub(super) glance: Glance,
+}
+
+impl Kin {
+    /// Opens it again in the folder in which it was found.
+    ///
+    /// # Errors
+    /// `Busy` if another file has the name now; `NotFound`, `Io`.
+    pub(super) fn open(&self, access: Access) -> Result<File> {
+        let file = self.folder.open(file_name(&self.path)?, access)?;
+        if file.stat()?.id != self.id {
+            return Err(Error::new(ErrorKind::Busy, "it was replaced while it was looked at").at_path(&self.path));
+        }
+        Ok(file)
+    }
 }
 
 /// The images that lie in these folders, each once. What is no image is passed over, and what nobody but its maker knows
@@ -22,14 +39,14 @@ pub(super) struct Kin {
 ///
 /// # Errors
 /// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
-pub(super) fn in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>> {
+pub(super) fn in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
     let mut found: Vec<Kin> = Vec::new();
     for folder in folders {
-        for path in env.list(folder)? {
-            if is_fresh_name(&path) {
+        for name in folder.list()? {
+            if is_fresh_name(&name) {
                 continue;
             }
-            let file = match env.open(&path, Access::Read) {
+            let file = match open(env, folder, &name) {
                 Ok(file) => file,
                 Err(e) if is_none_of_ours(&e) => continue,
                 Err(e) => return Err(e),
@@ -38,11 +55,28 @@ pub(super) fn in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>>
             if found.iter().all(|kin| kin.id != id)
                 && let Some(glance) = Glance::at(&file)?
             {
-                found.push(Kin { path: env.canonical(&path)?, id, glance });
+                found.push(Kin { path: file.path().to_path_buf(), folder: file.folder(), id, glance });
             }
         }
     }
     Ok(found)
+}
+
+/// Adds a folder that is not there yet.
+pub(super) fn add_folder(folders: &mut Vec<Folder>, folder: Folder) {
+    if folders.iter().all(|known| !known.is_same(&folder)) {
+        folders.push(folder);
+    }
+}
+
+/// Opens a name of a folder; a symbolic link that an operator has put there leads to a file of another folder.
+fn open(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
+    match folder.open(name, Access::Read) {
+        Err(e) if e.raw_os_error() == Some(libc::ELOOP) => {
+            env.open(&env.canonical(&folder.path().join(name))?, Access::Read)
+        }
+        opened => opened,
+    }
 }
 
 /// Folders, devices and sockets; names that lead nowhere (any more); what is closed to us.

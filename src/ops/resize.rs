@@ -7,7 +7,7 @@ use super::{alone, kin};
 use crate::chain::{Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, Offline, folder_of};
+use crate::image::{Image, Offline};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
@@ -75,8 +75,7 @@ pub fn resize(
 
 /// Says which children beside the image have another size now. Not more than that: what they show is the same.
 fn tell_of_children(env: &dyn Env, parent: &Image) {
-    let folder = folder_of(parent.file().path()).to_path_buf();
-    for kin in kin::in_folders(env, &[folder]).unwrap_or_default() {
+    for kin in kin::in_folders(env, &[parent.file().folder()]).unwrap_or_default() {
         if kin.glance.parent == Some(parent.uuid()) {
             let path = kin.path.display();
             log::warn!("{path}: a child of the resized image keeps its own size; Hyper-V wants the two to be equal");

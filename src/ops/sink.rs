@@ -1,21 +1,26 @@
 //! Where a copied disk goes: a file under another name until it is whole and durable.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use super::writer::Writer;
-use crate::chain::Policy;
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
-use crate::storage::{Access, Env, File, Lock};
+use crate::image::{Image, Keep, Spec, file_name, folder_of, fresh_name, publish, write_new};
+use crate::storage::{Access, Env, File, Folder, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
 pub(super) struct Sink<'a> {
-    env: &'a dyn Env,
-    fresh: PathBuf,
-    /// The path that was asked for, and where it leads.
+    /// Where it is made, and will be named.
+    folder: Folder,
+    fresh: OsString,
+    name: OsString,
+    /// The path under which it is made, and the one that was asked for.
+    made: PathBuf,
     asked: PathBuf,
-    path: PathBuf,
     replace: bool,
     /// What is to be replaced, with its lock.
     _old: Option<File>,
@@ -43,42 +48,41 @@ impl<'a> Sink<'a> {
     /// `Refused` where the name exists (or, with `replace`, is no regular file); `Busy` where the file to be replaced is
     /// in use; else as `image::create`.
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &Make<'_>, replace: bool) -> Result<Sink<'a>> {
-        let (asked, mut path, mut old) = (path.to_path_buf(), path.to_path_buf(), None);
-        match env.canonical(&path) {
+        let asked = path.to_path_buf();
+        let (folder, name, old) = match env.canonical(path) {
             Ok(found) if replace => {
                 // Locked until it is replaced: a daemon that opened it meanwhile would go on with a file without a name.
+                // The file that a link leads to is replaced, not the link.
                 let file = env.open(&found, Access::Write)?;
                 file.lock(Lock::Exclusive)?;
-                old = Some(file);
-                path = found; // the file a link leads to is replaced, not the link
+                (file.folder(), file.name().to_os_string(), Some(file))
             }
             Ok(_) => {
                 let what = "it exists already; give --force to replace it";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
-            Err(_) => {}
-        }
+            Err(_) => (env.folder(folder_of(path))?, file_name(path)?.to_os_string(), None),
+        };
         let uuid = env.uuid();
-        let fresh = fresh_name(&path, uuid)?;
-        let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, &asked))?;
+        let fresh = fresh_name(Path::new(&name), uuid)?;
+        let file = folder.create(&fresh).map_err(|e| e.renamed(&folder.path().join(&fresh), &asked))?;
+        let made = file.path().to_path_buf();
         let form = match make {
             Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
-            Make::Image(spec) => write_new(&file, env, uuid, spec)
-                .and_then(|()| Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing))
-                .map(|writer| Form::Image(Box::new(writer))),
+            Make::Image(spec) => image(env, file, uuid, spec).map(|writer| Form::Image(Box::new(writer))),
         };
         match form {
-            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, _old: old, form, named: false }),
+            Ok(form) => Ok(Sink { folder, fresh, name, made, asked, replace, _old: old, form, named: false }),
             Err(e) => {
-                let _ = env.remove(&fresh);
-                Err(e.renamed(&fresh, &asked))
+                let _ = folder.remove(&fresh);
+                Err(e.renamed(&made, &asked))
             }
         }
     }
 
     /// The failure of a write, under the name that was asked for.
     fn blame(&self, e: Error) -> Error {
-        e.renamed(&self.fresh, &self.asked)
+        e.renamed(&self.made, &self.asked).at_path(&self.asked)
     }
 
     /// Writes a run. Ranges ascend or not, as the caller likes.
@@ -112,11 +116,11 @@ impl<'a> Sink<'a> {
             }
         }
         if self.replace {
-            self.env.rename(&self.fresh, &self.path)?;
+            self.folder.rename(&self.fresh, &self.folder, &self.name)?;
             self.named = true;
-            return self.env.sync_dir(folder_of(&self.path));
+            return self.folder.sync();
         }
-        name(self.env, &self.fresh, &self.path)?;
+        publish(&self.folder, &self.fresh, &self.name)?;
         self.named = true;
         Ok(())
     }
@@ -125,9 +129,16 @@ impl<'a> Sink<'a> {
 impl Drop for Sink<'_> {
     fn drop(&mut self) {
         if !self.named
-            && let Err(e) = self.env.remove(&self.fresh)
+            && let Err(e) = self.folder.remove(&self.fresh)
         {
             log::warn!("{}", e.line());
         }
     }
+}
+
+/// Writes a new image into an empty file, and opens it to be filled.
+fn image<'a>(env: &'a dyn Env, file: File, uuid: Uuid, spec: &Spec) -> Result<Writer<'a>> {
+    write_new(&file, env, uuid, spec)?;
+    file.lock(Lock::Exclusive)?;
+    Writer::of(env, Chain::of(env, Image::open(file)?, &Policy::default(), Use::Write)?, &Keep::Nothing)
 }

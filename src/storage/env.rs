@@ -3,11 +3,13 @@
 //! Two implementations: [`Host`](super::host::Host), and (feature `sim`) a simulated host whose every crash, fault and
 //! reordering comes from one seed.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::engine::Engine;
+use super::folder::Folder;
 use super::host::HostFile;
 use super::live::Live;
 #[cfg(feature = "sim")]
@@ -107,6 +109,20 @@ impl File {
         each_kind!(self, f => f.path())
     }
 
+    /// The folder in which it was found or made, which is held as long as the file is open.
+    pub fn folder(&self) -> Folder {
+        match self {
+            File::Host(f) => Folder::Host(f.folder().clone()),
+            #[cfg(feature = "sim")]
+            File::Sim(f) => Folder::Sim(f.folder()),
+        }
+    }
+
+    /// Its name in that folder.
+    pub fn name(&self) -> &OsStr {
+        self.path().file_name().expect("a file is opened by a name")
+    }
+
     /// What is known of it now.
     pub fn stat(&self) -> Result<Stat> {
         each_kind!(self, f => f.stat())
@@ -191,42 +207,41 @@ impl File {
     }
 }
 
+/// What is known of a file that may not be opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Presence {
+    /// There is no regular file, or it lies where nothing is looked up (`/proc`, `/sys`, `/dev`).
+    Absent,
+    /// There is one.
+    Present,
+    /// There may be one; why that cannot be found out.
+    Unknown(&'static str),
+}
+
 /// The outside world. Every source of non-determinism enters here.
 ///
-/// Names are as durable as the host makes them: a created, renamed, linked or removed name is sure to survive a crash
-/// only after `sync_dir` on its folder.
+/// Paths are an operator's: symbolic links are followed. What takes more than one step, or begins with a string of an
+/// image, goes through a held [`Folder`].
 pub trait Env: Send + Sync {
     /// Opens a regular file; FIFOs, devices, sockets and (as the last component) symbolic links to nowhere are refused
-    /// without blocking and without reading.
+    /// without blocking and without reading. Its [`File::folder`] is the one that the path named.
     fn open(&self, path: &Path, access: Access) -> Result<File>;
 
-    /// Opens a regular file below `root` for reading, in one step (openat2): `Refused` where `relative` is absolute, or
-    /// leaves `root`, or passes a symbolic link.
-    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File>;
+    /// Opens a folder, to be held.
+    fn folder(&self, path: &Path) -> Result<Folder>;
 
-    /// Makes a new file for reading and writing; fails where the name exists.
-    fn create(&self, path: &Path) -> Result<File>;
-
-    /// Gives a file a new name, over what has that name.
-    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
-
-    /// Gives a file a second name; fails where that exists.
-    fn link(&self, existing: &Path, new: &Path) -> Result<()>;
+    /// Asks whether a regular file is at an absolute path without `.` and `..`, without opening it, following a link or
+    /// triggering an automount.
+    fn presence(&self, path: &Path) -> Presence;
 
     /// Removes a name.
     fn remove(&self, path: &Path) -> Result<()>;
-
-    /// Makes the names in a folder durable.
-    fn sync_dir(&self, folder: &Path) -> Result<()>;
 
     /// An absolute path without symbolic links, `.` and `..`.
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
 
     /// Whether there is something at `path`.
     fn exists(&self, path: &Path) -> bool;
-
-    /// The paths of all that lies in a folder, in no order.
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>>;
 
     /// Words of memory that outlive the process but not the host, named by `path`; zero where they are new.
     ///

@@ -252,12 +252,13 @@ const CHILD: &str = "/disk/child.vhd";
 /// A simulated machine with the two images, all of it durable.
 fn machine(folder: &Path) -> SimHost {
     let host = SimHost::new(7);
+    let disk = host.folder(Path::new("/disk")).expect("a folder");
     for name in ["root.vhd", "child.vhd"] {
-        let file = host.create(&Path::new("/disk").join(name)).expect("it is made");
+        let file = disk.create(name.as_ref()).expect("it is made");
         file.write_at(&fs::read(folder.join(name)).expect("a file"), 0).expect("it is written");
         file.sync().expect("it is durable");
     }
-    host.sync_dir(Path::new("/disk")).expect("names are durable");
+    disk.sync().expect("names are durable");
     host
 }
 

@@ -4,6 +4,7 @@ mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod compact;
+mod exchange;
 mod flatten;
 mod merge;
 mod merge_scenes;

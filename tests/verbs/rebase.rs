@@ -71,7 +71,8 @@ fn a_parent_that_is_gone_is_replaced_only_unsafely() {
     let host = SimHost::new(1);
     let scene = Scene::new(&host, Path::new(FOLDER));
     branches(&scene);
-    host.rename(&scene.path("a.vhd"), &scene.path("moved.vhd")).expect("it moves");
+    let folder = host.folder(&scene.folder).expect("a folder");
+    folder.rename("a.vhd".as_ref(), &folder, "moved.vhd".as_ref()).expect("it moves");
     let before = host.bytes(&scene.path("i.vhd"));
     assert_eq!(rebased(&host, &scene.folder, "moved.vhd", false).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(host.bytes(&scene.path("i.vhd")), before);

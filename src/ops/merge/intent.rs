@@ -16,7 +16,7 @@
 //! Paths begin in the note's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
 //! A note is replaced as a whole: temporary name, sync, rename, sync of the folder.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ use crate::chain::{MAX_NOTE_BYTES, folded_by_note};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, folder_of};
 use crate::point;
-use crate::storage::{Access, Env, File};
+use crate::storage::{Access, Env, File, Folder};
 
 const FIRST_LINE: &str = "diffdisk merge 2";
 
@@ -117,11 +117,12 @@ impl Intent {
     /// # Errors
     /// `Refused` where another image has the name than when it was begun; `Invalid` for a broken note; `Io`.
     pub(super) fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<Option<Intent>> {
-        let folder = env.canonical(folder_of(child))?;
+        let folder = env.folder(folder_of(child))?.absolute()?;
         let Some(name) = child.file_name() else { return Ok(None) };
-        for path in env.list(&folder)? {
-            let Some(uuid) = folded_by_note(&path) else { continue };
-            let intent = match Intent::load(env, &folder, &path) {
+        for note in folder.list()? {
+            let Some(uuid) = folded_by_note(&note) else { continue };
+            let path = folder.path().join(&note);
+            let intent = match Intent::load(&folder, &note) {
                 Ok(intent) => intent,
                 Err(e) if e.kind() == ErrorKind::Invalid && present.is_some_and(|present| present != uuid) => {
                     log::warn!("{}", e.line());
@@ -147,52 +148,56 @@ impl Intent {
         Ok(None)
     }
 
-    fn load(env: &dyn Env, folder: &Path, path: &Path) -> Result<Intent> {
-        let file = env.open(path, Access::Read)?;
+    fn load(folder: &Folder, note: &OsStr) -> Result<Intent> {
+        let file = folder.open(note, Access::Read)?;
         let len = file.stat()?.len;
         let mut bytes = vec![0; usize::try_from(len.min(MAX_NOTE_BYTES)).expect("2 MiB at most")];
         file.read_at(&mut bytes, 0)?;
-        let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder));
-        read.filter(|intent| folded_by_note(path) == Some(intent.layers[0].uuid)).ok_or_else(|| {
+        let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder.path()));
+        read.filter(|intent| folded_by_note(note) == Some(intent.layers[0].uuid)).ok_or_else(|| {
             let what = "the note of a merge cannot be read; if the image that was being merged is still there, remove the \
                         note and merge it again";
-            Error::new(ErrorKind::Invalid, what).at_path(path)
+            Error::new(ErrorKind::Invalid, what).at_path(file.path())
         })
     }
 
     /// Its own path.
     pub(super) fn path(&self) -> PathBuf {
-        self.folder.join(format!(".{}.merge", self.layers[0].uuid))
+        self.folder.join(self.name())
     }
 
-    fn fresh_path(&self) -> PathBuf {
-        self.folder.join(format!(".{}.merge.new", self.layers[0].uuid))
+    fn name(&self) -> OsString {
+        format!(".{}.merge", self.layers[0].uuid).into()
     }
 
-    /// Says it durably, in the place of what it said before.
+    fn fresh_name(&self) -> OsString {
+        format!(".{}.merge.new", self.layers[0].uuid).into()
+    }
+
+    /// Says it durably, in the place of what it said before. `home` is the folder in which it lies, held open.
     ///
     /// # Errors
     /// `NoSpace`, `Io`: it says what it said before.
-    pub(super) fn save(&self, env: &dyn Env) -> Result<()> {
-        let fresh = self.fresh_path();
-        let saved = self.write(env, &fresh).and_then(|()| {
+    pub(super) fn save(&self, home: &Folder) -> Result<()> {
+        let fresh = self.fresh_name();
+        let saved = self.write(home, &fresh).and_then(|()| {
             point::reached("merge.note-written");
-            env.rename(&fresh, &self.path())
+            home.rename(&fresh, home, &self.name())
         });
         if saved.is_err() {
-            let _ = env.remove(&fresh);
+            let _ = home.remove(&fresh);
         }
         saved?;
         point::reached("merge.note-named");
-        env.sync_dir(&self.folder)
+        home.sync()
     }
 
-    fn write(&self, env: &dyn Env, fresh: &Path) -> Result<()> {
+    fn write(&self, home: &Folder, fresh: &OsStr) -> Result<()> {
         // What a killed predecessor left.
-        if env.exists(fresh) {
-            env.remove(fresh)?;
+        if home.exists(fresh)? {
+            home.remove(fresh)?;
         }
-        let file = env.create(fresh)?;
+        let file = home.create(fresh)?;
         file.write_at(self.encode().as_bytes(), 0)?;
         file.sync()
     }
@@ -201,13 +206,13 @@ impl Intent {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn remove(&self, env: &dyn Env) -> Result<()> {
-        for path in [self.fresh_path(), self.path()] {
-            if env.exists(&path) {
-                env.remove(&path)?;
+    pub(super) fn remove(&self, home: &Folder) -> Result<()> {
+        for name in [self.fresh_name(), self.name()] {
+            if home.exists(&name)? {
+                home.remove(&name)?;
             }
         }
-        env.sync_dir(&self.folder)
+        home.sync()
     }
 
     fn encode(&self) -> String {
@@ -325,13 +330,14 @@ mod tests {
     fn what_is_saved_is_found_by_name_or_by_identity() {
         let folder = tempfile::tempdir().unwrap();
         let at = folder.path().canonicalize().unwrap();
+        let home = Host.folder(&at).unwrap();
         let mut note = intent(&at);
         let child = at.join(&note.layers[0].path);
         assert_eq!(Intent::find(&Host, &child, None).unwrap(), None);
-        note.save(&Host).unwrap();
-        std::fs::write(note.fresh_path(), "left by a killed one").unwrap();
+        note.save(&home).unwrap();
+        std::fs::write(at.join(note.fresh_name()), "left by a killed one").unwrap();
         note.copied = Copied::All;
-        note.save(&Host).unwrap();
+        note.save(&home).unwrap();
         assert_eq!(Intent::find(&Host, &child, None).unwrap().as_ref(), Some(&note));
         let other = at.join("renamed.vhd");
         assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(1))).unwrap().as_ref(), Some(&note));
@@ -339,8 +345,8 @@ mod tests {
         assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), None);
         let e = Intent::find(&Host, &child, Some(Uuid::from_u128(9))).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Refused, "another image has the name");
-        note.remove(&Host).unwrap();
-        assert_eq!(Host.list(&at).unwrap().len(), 0);
+        note.remove(&home).unwrap();
+        assert_eq!(home.list().unwrap().len(), 0);
     }
 
     #[test]

@@ -47,9 +47,9 @@ use super::mover::Progress;
 use super::writer::{Writer, at_rest};
 use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
+use crate::image::{Glance, Image, Keep, file_name, folder_of, is_settled, refuse_if_live, relink};
 use crate::point;
-use crate::storage::{Access, Env, File, FileId, Lock};
+use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
 /// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
@@ -76,7 +76,10 @@ pub struct Merge<'a> {
     /// What is to be copied; none where all is.
     survey: Option<Survey>,
     /// Where children of CHILD may be.
-    folders: Vec<PathBuf>,
+    folders: Vec<Folder>,
+    /// The note's folder, and that of each layer: what is removed is removed there, wherever their paths lead by then.
+    home: Folder,
+    places: Vec<Folder>,
     /// Whether the note is there.
     begun: bool,
 }
@@ -101,17 +104,18 @@ impl<'a> Merge<'a> {
         if let Some(intent) = &found {
             is_same(env, intent, child, into)?;
             if intent.copied == Copied::All && is_complete(env, intent, present.is_some())? {
-                let mut folders = vec![intent.folder.clone()];
-                for path in intent.layers.iter().map(|l| &l.path).chain([&intent.ancestor_path]) {
-                    folders.push(env.canonical(folder_of(&intent.folder.join(path)))?);
+                let home = env.folder(&intent.folder)?.absolute()?;
+                let place = |path: &Path| env.folder(folder_of(&intent.folder.join(path)))?.absolute();
+                let places = intent.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
+                let mut folders = vec![home.clone()];
+                for folder in places.iter().cloned().chain([place(&intent.ancestor_path)?]) {
+                    kin::add_folder(&mut folders, folder);
                 }
                 for allowed in &policy.allowed {
-                    folders.push(env.canonical(allowed)?);
+                    kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
                 }
-                folders.sort_unstable();
-                folders.dedup();
                 let (policy, intent) = (policy.clone(), intent.clone());
-                return Ok(Merge { env, policy, intent, survey: None, folders, begun: true });
+                return Ok(Merge { env, policy, intent, survey: None, folders, home, places, begun: true });
             }
         }
         let survey = survey(env, child, into, policy)?;
@@ -138,7 +142,8 @@ impl<'a> Merge<'a> {
             Some(Intent { copied, ancestor_seen, .. }) => Intent { copied, ancestor_seen, ..fresh },
             None => fresh,
         };
-        Ok(Merge { env, policy: policy.clone(), intent, survey: Some(survey), folders, begun })
+        let (home, places) = (survey.places[0].clone(), survey.places.clone());
+        Ok(Merge { env, policy: policy.clone(), intent, survey: Some(survey), folders, home, places, begun })
     }
 
     /// Bytes of the disk, which is what progress is told of; none where only names and links are left to do.
@@ -166,7 +171,7 @@ impl<'a> Merge<'a> {
         let path = self.intent.folder.join(&self.intent.ancestor_path);
         if self.begun {
             // A killed start may have left its note in memory alone, and what follows builds on it.
-            self.env.sync_dir(&self.intent.folder)?;
+            self.home.sync()?;
         }
         // Holds the locks to the end.
         let survey = self.survey.take();
@@ -184,7 +189,7 @@ impl<'a> Merge<'a> {
         let ancestor = self.is_ancestor(Image::open(file)?)?;
         let relinked = self.relink(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
         let removed = self.remove()?;
-        self.intent.remove(self.env)?;
+        self.intent.remove(&self.home)?;
         Ok(Merged { ancestor: path, copied, relinked, removed })
     }
 
@@ -201,7 +206,8 @@ impl<'a> Merge<'a> {
         // The ancestor's own parents may lie wherever the child's chain may.
         let mut policy = self.policy.clone();
         policy.allowed.push(self.intent.folder.clone());
-        let file = self.env.open(path, Access::Write)?;
+        let ancestor = survey.ancestor.file();
+        let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
         // Before it is opened as an image, which may recover it.
         if Seen::of(&file)? != self.intent.ancestor_seen {
@@ -221,7 +227,7 @@ impl<'a> Merge<'a> {
         let begun = writer.make_room(blocks).and_then(|()| {
             point::reached("merge.room-made");
             self.intent.ancestor_seen = Seen::of(&file)?;
-            self.intent.save(self.env)
+            self.intent.save(&self.home)
         });
         if let Err(e) = begun {
             return writer.end(Err(e));
@@ -249,7 +255,7 @@ impl<'a> Merge<'a> {
                 point::reached("merge.closed");
                 self.intent.copied = Copied::All;
                 self.intent.ancestor_seen = Seen::durably(&file)?;
-                self.intent.save(self.env)?;
+                self.intent.save(&self.home)?;
                 point::reached("merge.marked");
                 Ok((copied, file))
             }
@@ -265,7 +271,7 @@ impl<'a> Merge<'a> {
     fn note(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.intent.copied = Copied::Before(sector);
         self.intent.ancestor_seen = Seen::of(ancestor)?;
-        match self.intent.save(self.env) {
+        match self.intent.save(&self.home) {
             Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
             saved => saved,
         }
@@ -281,13 +287,13 @@ impl<'a> Merge<'a> {
             if is_folded || !(is_linked || child.glance.parent == Some(self.intent.layers[0].uuid)) {
                 continue;
             }
-            if is_linked && is_settled(&Image::open(self.env.open(&child.path, Access::Read)?)?) {
+            if is_linked && is_settled(&Image::open(child.open(Access::Read)?)?) {
                 continue;
             }
             let file = match locked.iter().find(|(id, _)| *id == child.id) {
                 Some((_, file)) => file.clone(),
                 None => {
-                    let file = self.env.open(&child.path, Access::Write)?;
+                    let file = child.open(Access::Write)?;
                     match file.lock(Lock::Exclusive) {
                         Err(e) if is_linked && e.kind() == ErrorKind::Busy => continue,
                         locked => locked?,
@@ -310,13 +316,14 @@ impl<'a> Merge<'a> {
     /// Step 6.
     fn remove(&self) -> Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
-        for layer in &self.intent.layers {
+        for (layer, folder) in self.intent.layers.iter().zip(&self.places) {
             let path = self.intent.folder.join(&layer.path);
-            let file = match self.env.open(&path, Access::Read) {
+            let name = file_name(&path)?;
+            let file = match folder.open(name, Access::Read) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
                     // Whoever removed it may not have come to make that durable.
-                    self.env.sync_dir(folder_of(&path))?;
+                    folder.sync()?;
                     continue;
                 }
                 Err(e) => return Err(e),
@@ -330,10 +337,10 @@ impl<'a> Merge<'a> {
                 let what = "it was changed since it was copied; it stays";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
-            self.env.remove(&path)?;
+            folder.remove(name)?;
             point::reached("merge.layer-removed");
             // Before its parent goes, lest it come back without one.
-            self.env.sync_dir(folder_of(&path))?;
+            folder.sync()?;
             point::reached("merge.layer-gone");
             removed.push(path);
         }

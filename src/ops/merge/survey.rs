@@ -9,20 +9,22 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
 use crate::ops::create::{self, Locators};
-use crate::ops::kin;
-use crate::storage::{Access, Env, File, FileId, Lock};
+use crate::ops::kin::{self, Kin};
+use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
 /// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
 pub(super) struct Survey {
     /// CHILD and what lies between, youngest first.
     pub(super) layers: Layers,
     pub(super) folded: Vec<Folded>,
+    /// The folder in which each of them was found.
+    pub(super) places: Vec<Folder>,
     /// What receives it, read only.
     pub(super) ancestor: Image,
     /// CHILD's own children.
     pub(super) children: Vec<(FileId, File)>,
     /// Where children were looked for.
-    pub(super) folders: Vec<PathBuf>,
+    pub(super) folders: Vec<Folder>,
 }
 
 /// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
@@ -60,23 +62,18 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
         refuse_if_receiving(env, image, Some(images[0].uuid()))?;
     }
     let mut folders = Vec::new();
-    for path in images.iter().chain([ancestor]).map(|image| image.file().path()) {
-        push_new(&mut folders, env.canonical(folder_of(path))?);
+    for image in images.iter().chain([ancestor]) {
+        kin::add_folder(&mut folders, image.file().folder().absolute()?);
     }
     for allowed in &policy.allowed {
-        push_new(&mut folders, env.canonical(allowed)?);
+        kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
     }
     let children = children(env, &images, ancestor, &folders, policy)?;
     sizes(&images[0], ancestor, children.is_empty())?;
     let folded = images.iter().map(|image| folded_as(env, image, &folder)).collect::<Result<_>>()?;
-    let ancestor = Image::open(env.open(ancestor.file().path(), Access::Read)?)?;
-    Ok(Survey { layers: Layers::new(images), folded, ancestor, children, folders })
-}
-
-fn push_new(folders: &mut Vec<PathBuf>, folder: PathBuf) {
-    if !folders.contains(&folder) {
-        folders.push(folder);
-    }
+    let places = images.iter().map(|image| image.file().folder()).collect();
+    let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
+    Ok(Survey { layers: Layers::new(images), folded, places, ancestor, children, folders })
 }
 
 /// How many images are folded: those above `into`.
@@ -130,14 +127,14 @@ fn children(
     env: &dyn Env,
     images: &[Image],
     ancestor: &Image,
-    folders: &[PathBuf],
+    folders: &[Folder],
     policy: &Policy,
 ) -> Result<Vec<(FileId, File)>> {
     let ids = images.iter().map(|image| Ok(image.file().stat()?.id)).collect::<Result<Vec<_>>>()?;
     let mut children = Vec::new();
     for found in kin::in_folders(env, folders)? {
         if found.glance.parent == Some(images[0].uuid()) {
-            children.push(lock_child(env, &found.path, ancestor, policy)?);
+            children.push(lock_child(env, &found, ancestor, policy)?);
             continue;
         }
         // The parent of image n is image n + 1; that of the last one is the ancestor.
@@ -152,8 +149,8 @@ fn children(
 }
 
 /// A child that is going to be relinked: locked, and known to be fit for it.
-fn lock_child(env: &dyn Env, path: &Path, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
-    let file = env.open(path, Access::Write)?;
+fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
+    let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     if let Some(runtime) = &policy.runtime {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use super::folder::HostFolder;
 use super::lock;
 use super::mapped::Mapped;
 use super::retry;
@@ -33,6 +34,8 @@ struct Open {
     mapped: Mapped,
     fd: OwnedFd,
     path: PathBuf,
+    /// Where it was found.
+    folder: HostFolder,
     access: Access,
     id: FileId,
     /// What O_DIRECT asks for, once switched on.
@@ -42,7 +45,7 @@ struct Open {
 
 impl HostFile {
     /// Takes an fd that was opened non-blocking; refuses what is not a regular file.
-    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access) -> Result<HostFile> {
+    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder) -> Result<HostFile> {
         let fail = |what, e: Errno| Error::io(what, e.into()).at_path(path);
         let stat = rustix::fs::fstat(&fd).map_err(|e| fail("cannot stat", e))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -56,6 +59,7 @@ impl HostFile {
             mapped: Mapped::default(),
             fd,
             path: path.to_path_buf(),
+            folder: folder.clone(),
             access,
             id: FileId { dev: stat.st_dev, ino: stat.st_ino },
             direct: OnceLock::new(),
@@ -66,6 +70,11 @@ impl HostFile {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.0.path
+    }
+
+    /// The folder in which it was found.
+    pub fn folder(&self) -> &HostFolder {
+        &self.0.folder
     }
 
     /// Which file it is; no system call.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Shared;
+use super::folder::SimFolder;
 use super::inode::Covers;
 use super::names::InodeId;
 use super::world::{World, code};
@@ -54,6 +55,11 @@ impl SimFile {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.0.path
+    }
+
+    /// The folder in which it was found.
+    pub fn folder(&self) -> SimFolder {
+        SimFolder::new(&self.0.shared, self.0.path.parent().unwrap_or(Path::new("/")))
     }
 
     /// See [`File::stat`](crate::storage::File::stat).

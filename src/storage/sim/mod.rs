@@ -16,6 +16,7 @@
 mod engine;
 mod env;
 mod file;
+mod folder;
 mod inode;
 mod names;
 mod rng;
@@ -32,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::env::absolute;
 pub use self::file::SimFile;
+pub use self::folder::SimFolder;
 use self::inode::Inode;
 use self::names::InodeId;
 pub use self::rng::Random;
