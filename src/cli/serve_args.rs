@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", value_parser = queues, conflicts_with_all = ["disk", "config"])]
     num_queues: Option<u16>,
 
-    /// Entries of a queue at most, a power of two up to 32768 [default: 1024]
+    /// Expected entries of a queue, a power of two up to 32768; larger ones work, too [default: 1024]
     #[arg(long, value_name = "N", value_parser = queue_size, conflicts_with_all = ["disk", "config"])]
     queue_size: Option<u16>,
 

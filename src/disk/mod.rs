@@ -20,6 +20,7 @@
 //!
 //! A read of what the host has in memory is a copy, and goes none of this way (`copies`).
 //! Reads one behind the other that wait for the disk are read ahead of (`ahead`).
+//! Discards and zeroing are cut into pieces, of which a disk punches one at a time (`punch`).
 //!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
@@ -30,6 +31,7 @@ pub mod flush;
 mod job;
 mod lane;
 pub mod mailbox;
+mod punch;
 mod request;
 mod stages;
 mod task;
@@ -48,6 +50,7 @@ use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use ahead::Reach;
 use flush::Rounds;
 use mailbox::{Letter, Mailbox};
+use punch::PunchTurn;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -102,6 +105,7 @@ pub struct Disk {
     env: Arc<dyn Env>,
     version: Version,
     rounds: Rounds,
+    punch_turn: PunchTurn,
     lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
     when_full: WhenFull,
@@ -166,6 +170,7 @@ impl Disk {
             env,
             version,
             rounds: Rounds::default(),
+            punch_turn: PunchTurn::default(),
             lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,

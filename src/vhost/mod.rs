@@ -7,6 +7,7 @@
 //!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory    the guest's regions, mapped and checked
 //!                           │                                        ├── inflight  the record that survives us, kept by
 //!                           │                                        │             the front-end
+//!                           │                                        ├── unshared  guest memory that only the guest sees
 //!                           │                                        └── worker    one a queue: edges, device::Queue, lane
 //!                        daemon: accepts, refuses a second front-end, ends on the stop signal
 //! ```
@@ -28,6 +29,7 @@ mod memory;
 mod patience;
 mod rings;
 mod socket;
+mod unshared;
 mod worker;
 
 pub use daemon::{Daemon, Service};
