@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use super::hidden;
+use super::open::Use;
 use super::parents::{Policy, Search, Sought};
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
+use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
@@ -23,6 +25,10 @@ pub struct Checked {
     pub unlisted: [u64; 3],
     /// Whether it can be opened at all.
     pub opens: bool,
+    /// The ranges of its disk that are lost, ascending.
+    pub lost: Vec<SectorRange>,
+    /// Whether it is a child whose parents were not to be looked at.
+    pub alone: bool,
 }
 
 /// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
@@ -44,7 +50,7 @@ pub fn check(
         progress(passed)
     };
     let mut all: Vec<Checked> = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
+    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, Use::Read)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
@@ -55,8 +61,10 @@ pub fn check(
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
             refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
+        let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
-        let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
+        let mut checked =
+            Checked { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, alone };
         if let (Some(search), Some(image)) = (&mut search, image) {
             suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
             next = link(search, &image, &mut checked.defects)?;
@@ -89,7 +97,10 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
         }
         Sought::Broken(file, _) => Ok(Some(file)),
         Sought::Wrong(defect, _) | Sought::Nowhere(defect) => {
-            defects.push(defect);
+            // The image's own bytes may have told it already.
+            if !defects.contains(&defect) {
+                defects.push(defect);
+            }
             Ok(None)
         }
     }

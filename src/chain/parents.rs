@@ -7,6 +7,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use super::open::Use;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::{Image, folder_of};
@@ -55,18 +56,18 @@ pub(super) struct Search<'a> {
     /// What was passed on the way.
     passed: Vec<(FileId, uuid::Uuid)>,
     tables: u64,
-    /// Whether parents are locked against writers.
-    lock: bool,
+    /// What the chain is opened for.
+    how: Use,
 }
 
 impl<'a> Search<'a> {
     /// A search for the parents of the image at `youngest`.
-    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy, lock: bool) -> Result<Search<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy, how: Use) -> Result<Search<'a>> {
         let mut roots = vec![env.canonical(folder_of(youngest))?];
         for folder in &policy.allowed {
             roots.push(env.canonical(folder)?);
         }
-        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0, lock })
+        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0, how })
     }
 
     /// Counts an image in.
@@ -134,7 +135,7 @@ impl<'a> Search<'a> {
             let (reason, found) = match self.open_candidate(&folder, &candidate.path) {
                 Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => (reason(&e), None),
                 Err(e) => (reason(&e), Some(Err(e))),
-                Ok(file) => match Image::open(file.clone()) {
+                Ok(file) => match self.how.opened(file.clone()) {
                     Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(Box::new(image))),
                     Ok(image) => {
                         let defect = Defect::ParentUuid { recorded: header.parent_uuid, found: image.uuid() };
@@ -161,7 +162,7 @@ impl<'a> Search<'a> {
         let file = self.env.open_beneath(root, &below)?;
         // A file that was passed on the way is locked already; that it comes again is found when it is passed.
         let id = file.stat()?.id;
-        if self.lock && self.passed.iter().all(|(known, _)| *known != id) {
+        if self.how != Use::Look && self.passed.iter().all(|(known, _)| *known != id) {
             file.lock(Lock::Shared)?;
         }
         Ok(file)
@@ -199,7 +200,6 @@ fn reason(e: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Use;
     use super::super::rig::Rig;
     use super::*;
     use crate::storage::host::Host;
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn dots_are_taken_away_by_text() {
         let roots = vec![PathBuf::from("/vms/a"), PathBuf::from("/golden")];
-        let search = Search { env: &Host, roots, max_depth: 9, passed: Vec::new(), tables: 0, lock: false };
+        let search = Search { env: &Host, roots, max_depth: 9, passed: Vec::new(), tables: 0, how: Use::Look };
         let below = |path: &str| search.below_root(Path::new(path)).map(|(root, rest)| root.join("|").join(rest));
         for (path, found) in [
             ("/vms/a/p.vhd", Some("/vms/a/|/p.vhd")),

@@ -4,6 +4,7 @@ mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod compact;
+mod field;
 mod flatten;
 mod merge;
 mod merge_scenes;
@@ -17,3 +18,5 @@ mod scenes;
 mod sequences;
 mod sweep;
 mod tap;
+mod truncation;
+mod undo;
