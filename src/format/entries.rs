@@ -161,7 +161,7 @@ mod tests {
     fn all(entries: &[(u32, u32)], limit: u64) -> (Placed, Vec<&'static str>) {
         let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
-        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit };
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: limit, slack: 0 };
         let mut kinds = Vec::new();
         let placed = check_entries(entries.iter().copied(), &rules, |defect| {
             kinds.push(defect.kind());
@@ -174,15 +174,15 @@ mod tests {
     fn entries_at_their_limits() {
         // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
         let end = 13 * 512;
-        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end }, vec![]));
+        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end, cut: 0 }, vec![]));
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
-        assert_eq!(all(&[(0, 4)], end - 1).1, ["block-beyond-end"]);
+        assert_eq!((all(&[(0, 4)], end - 1).0.cut, all(&[(0, 4)], end - 1).1.len()), (1, 0), "its bitmap decides");
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
         assert_eq!(
             all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
-            (Placed { entries: vec![], beyond: vec![], end: 2048 }, vec![])
+            (Placed { entries: vec![], beyond: vec![], end: 2048, cut: 0 }, vec![])
         );
         assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::super::check::{self, tests::with_batmap};
-use super::super::rig::{PATH, child, file, kinds, poke, written};
+use super::super::rig::{PATH, child, file, host_with, kinds, poke, written};
 use super::super::undone::undo;
 use super::*;
 use crate::error::ErrorKind;
@@ -173,7 +173,8 @@ fn footers_of_two_kinds_are_mended_by_choice_alone() {
 
 #[test]
 fn padding_after_a_fixed_disk_is_cut_off() {
-    let host = written(crate::image::Kind::Fixed, 100, &[(0, 3)]);
+    let host = host_with(crate::image::Kind::Fixed, 100);
+    poke(&host, 0, &[7; 1536]);
     let whole = host.bytes(Path::new(PATH)).unwrap();
     file(&host).set_len(whole.len() as u64 + 3584).unwrap();
     let padded = host.bytes(Path::new(PATH)).unwrap();

@@ -205,6 +205,9 @@ impl<'a> Undo<'a> {
         let (before, len_after) = (self.end, self.image.stat()?.len);
         for range in std::mem::take(&mut self.kept) {
             let there = range.end.min(len_after).saturating_sub(range.start);
+            if there == 0 {
+                continue;
+            }
             let mut bytes = vec![0; usize::try_from(there).expect("a chunk")];
             self.image.read_at(&mut bytes, range.start)?;
             if !is_zero(&bytes) {

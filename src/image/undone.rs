@@ -109,7 +109,9 @@ fn is_known(file: &File, undo: &File, before: &[Piece], after: &[Piece], or_befo
         piece.each_chunk(undo, |at, old| {
             let mut now = vec![0; old.len()];
             let there = usize::try_from(file.stat()?.len.saturating_sub(at)).unwrap_or(usize::MAX).min(now.len());
-            file.read_at(&mut now[..there], at)?;
+            if there > 0 {
+                file.read_at(&mut now[..there], at)?;
+            }
             let new = content(undo, after, at, old.len())?;
             let sectors = (0u64..).zip(now.chunks(SECTOR_BYTES).zip(new.chunks(SECTOR_BYTES)));
             for (number, (now, new)) in sectors {

@@ -163,7 +163,10 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("rebase", |folder| {
         let (path, new) = (folder.join("disk.vhd"), folder.join("other.vhd"));
-        VhdFile::create(&new, Spec { tag: "OTHER".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[1]).with_uuid(id(9)));
+        VhdFile::create(
+            &new,
+            Spec { tag: "OTHER".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[1]).with_uuid(id(9)),
+        );
         ops::rebase::rebase(&Host, &path, &new, false, &Policy::default(), &mut |_| Ok(()))?;
         Ok(path)
     }),
@@ -299,7 +302,8 @@ fn a_lost_sector_is_never_the_parents_old_data() {
     let report = check(scratch.path(), false);
     let lost: Vec<(u64, u64)> = report.lost.iter().map(|run| (run.start / SECTOR, run.length / SECTOR)).collect();
     assert_eq!(lost, [(24, 8), (49, 1)]);
-    let (disk, given_up) = salvage::open(&Host, &scratch.path().join("disk.vhd"), &Policy::default()).expect("it opens");
+    let (disk, given_up) =
+        salvage::open(&Host, &scratch.path().join("disk.vhd"), &Policy::default()).expect("it opens");
     assert_eq!(given_up.iter().map(|run| (run.start / SECTOR, run.length / SECTOR)).collect::<Vec<_>>(), lost);
     let mut bytes = Vec::new();
     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
