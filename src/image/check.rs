@@ -95,8 +95,10 @@ pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Optio
 
 /// What opening does not need to know.
 fn look_closer(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
-    // Its own bytes decide that: no parent is looked for.
-    if let Some(header) = image.header().filter(|_| image.kind() == DiskType::Differencing) {
+    // Its own bytes decide that: no parent is looked for. Of two kinds of disk it may not be the one that has a parent.
+    let child = image.kind() == DiskType::Differencing
+        && !report.defects.iter().any(|defect| matches!(defect, Defect::FooterKindsDiffer { .. }));
+    if let Some(header) = image.header().filter(|_| child) {
         if header.parent_is_raw() {
             report.add(Defect::ParentRaw);
         } else if image.parent_candidates()?.is_empty() {

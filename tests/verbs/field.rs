@@ -1,10 +1,11 @@
 //! Small images that people meet, by the program: what is healthy is called so, and what is not is named.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::common::tool::{Finished, diffdisk, scratch};
-use crate::common::vhd_bytes::{DIFFERENCING, Spec, VhdFile, footer, id, plain, utf16le};
+use crate::common::vhd_bytes::{DIFFERENCING, Spec, VhdFile, footer, header, id, plain, utf16le};
 
 fn run(folder: &Path, args: &[&str]) -> Finished {
     let args = args.iter().map(|arg| match folder.join(arg) {
@@ -30,20 +31,25 @@ fn assert_healthy(folder: &Path, name: &str) {
 fn windows(folder: &Path) -> VhdFile {
     let parent = Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]).with_uuid(id(7));
     VhdFile::create(&folder.join("win-parent.vhd"), parent);
-    let spec = Spec::child(256 << 10, 64 << 10, id(7), "win-parent.vhd");
-    let vhd = VhdFile::create(&folder.join("win-child.vhd"), spec);
-    let (text, at, place) = (utf16le(".\\win-parent.vhd"), 12288, 81408);
-    // Written, not holes.
-    vhd.put(0x1000, &vec![0; 81408 - 0x1000]);
-    vhd.put(at, &text);
-    vhd.locator(1, b"W2ru", 64 << 10, u32::try_from(text.len()).expect("short"), at);
+    let vhd = VhdFile::create(&folder.join("win-child.vhd"), Spec::child(256 << 10, 64 << 10, id(7), "win-parent.vhd"));
     let mut footer = [0; 512];
-    std::os::unix::fs::FileExt::read_exact_at(&vhd.file, &mut footer, 0).expect("a footer");
-    vhd.put(place, &vec![0; 512 + (64 << 10)]);
+    vhd.file.read_exact_at(&mut footer, 0).expect("a footer");
+    let (table, place) = (8192_u64, 81408);
+    vhd.header(header::TABLE_OFFSET, &table.to_be_bytes());
+    // Written, not holes.
+    vhd.put(1536, &vec![0; 81408 - 1536 + 512 + (64 << 10)]);
+    vhd.put(table, &[0xFF; 512]);
+    vhd.put(table, &u32::try_from(place / 512).expect("a place").to_be_bytes());
+    for (slot, code, text, space, at) in
+        [(0, b"W2ku", "C:\\VMs\\win-parent.vhd", 4096, 4096), (1, b"W2ru", ".\\win-parent.vhd", 64 << 10, 12288)]
+    {
+        let text = utf16le(text);
+        vhd.put(at, &text);
+        vhd.locator(slot, code, space, u32::try_from(text.len()).expect("short"), at);
+    }
     vhd.put(place, &[0x20]);
     vhd.put(place + 512 + 1024, &[0x77; 512]);
     vhd.put(place + vhd.stride(), &footer);
-    vhd.entry(0, u32::try_from(place / 512).expect("a place"));
     vhd
 }
 

@@ -227,7 +227,8 @@ fn sweep(case: &Case, figures: &mut Figures) {
         cut_copy(case, &whole, &copy, cut);
         figures.cuts += 1;
         let report = check(&copy, true);
-        assert!(report.corruptions > 0, "{what}: nothing is said");
+        // A footer that lost its last byte is one as written before 2004.
+        assert!(!report.ok, "{what}: nothing is said");
         let readable = match seen(&copy) {
             Some(bytes) => {
                 pattern::assert_same(&what, &bytes, &want);
@@ -286,7 +287,7 @@ fn a_copy_that_was_cut_off_is_read_right_or_refused() {
         assert!(figures.cuts > 40 && figures.refused > 40, "{figures:?}");
         // Only of a fixed image nothing is left without its footer.
         assert_eq!(figures.salvaged > 20, case.name != "fixed", "{figures:?}");
-        assert_eq!(figures.verbs_done > 0, case.name != "fixed", "{figures:?}");
+        assert!(figures.verbs_done > 0, "{figures:?}");
     }
 }
 
