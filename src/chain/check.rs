@@ -7,7 +7,7 @@ use super::open::Use;
 use super::parents::{Policy, Search, Sought};
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
-use crate::format::{Defect, DiskType, Severity};
+use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
 use crate::units::SectorRange;
@@ -73,7 +73,9 @@ pub fn check(
         all.push(checked);
     }
     // Only a whole chain tells what its parents have.
-    if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
+    let is_readable = |c: &Checked| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
+    let readable = images.len() == all.len() && all.iter().all(is_readable);
+    if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
             hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
