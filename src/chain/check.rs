@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use super::hidden;
+use super::open::Use;
 use super::parents::{Policy, Search};
 use super::seek::Sought;
 use crate::error::Result;
 use crate::format::footer::time_from_unix;
-use crate::format::{Defect, DiskType, Severity};
+use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
+use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
@@ -24,6 +26,10 @@ pub struct Checked {
     pub unlisted: [u64; 3],
     /// Whether it can be opened at all.
     pub opens: bool,
+    /// The ranges of its disk that are lost, ascending.
+    pub lost: Vec<SectorRange>,
+    /// Whether it is a child whose parents were not to be looked at.
+    pub alone: bool,
 }
 
 /// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
@@ -45,7 +51,7 @@ pub fn check(
         progress(passed)
     };
     let mut all: Vec<Checked> = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, &youngest, policy, true)).transpose()?;
+    let mut search = parents.map(|policy| Search::new(env, &youngest, policy, Use::Read)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
@@ -56,8 +62,10 @@ pub fn check(
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
             refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
+        let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
-        let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
+        let mut checked =
+            Checked { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, alone };
         if let (Some(search), Some(image)) = (&mut search, image) {
             suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
             next = link(search, &image, &mut checked.defects)?;
@@ -66,7 +74,9 @@ pub fn check(
         all.push(checked);
     }
     // Only a whole chain tells what its parents have.
-    if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
+    let is_readable = |c: &Checked| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
+    let readable = images.len() == all.len() && all.iter().all(is_readable);
+    if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
             hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
@@ -91,7 +101,10 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
         Sought::Broken(file, _) => Ok(Some(file)),
         Sought::Refused(e) => Err(e),
         Sought::Nowhere(defect) => {
-            defects.push(defect);
+            // The image's own bytes may have shown it already.
+            if !defects.contains(&defect) {
+                defects.push(defect);
+            }
             Ok(None)
         }
     }

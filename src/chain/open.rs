@@ -9,10 +9,10 @@ use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
 use crate::error::{Error, Result};
-use crate::format::{Defect, DiskType};
+use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
-use crate::storage::{Access, Env, Lock, Slot};
+use crate::storage::{Access, Env, File, Lock, Slot};
 use crate::units::SECTOR;
 
 /// What a chain is opened for, and so who else may have its files open meanwhile.
@@ -22,8 +22,17 @@ pub enum Use {
     Look,
     /// To read. Nobody may be writing.
     Read,
+    /// To read what is left of it, where files have lost sectors. Otherwise as `Read`.
+    Salvage,
     /// To write the youngest image. Nobody else may have that open, nobody may be writing a parent.
     Write,
+}
+
+impl Use {
+    /// Opens the image in a file for this.
+    pub(super) fn opened(self, file: File) -> Result<Image> {
+        if self == Use::Salvage { Image::salvage(file) } else { Image::open(file) }
+    }
 }
 
 /// The images of a disk, youngest first; at least one. The last one is a root.
@@ -44,10 +53,10 @@ impl Chain {
         let file = env.open(path, access)?;
         match how {
             Use::Look => {}
-            Use::Read => file.lock(Lock::Shared)?,
+            Use::Read | Use::Salvage => file.lock(Lock::Shared)?,
             Use::Write => file.lock(Lock::Exclusive)?,
         }
-        Chain::of(env, Image::open(file)?, policy, how)
+        Chain::of(env, how.opened(file)?, policy, how)
     }
 
     /// The chain of an image that is open (and, for `Read` and `Write`, locked) already.
@@ -72,9 +81,9 @@ impl Chain {
         policy: &Policy,
         how: Use,
     ) -> Result<(Chain, Option<Error>)> {
-        let mut search = Search::new(env, youngest.file(), policy, how != Use::Look)?;
+        let mut search = Search::new(env, youngest.file(), policy, how)?;
         search.pass(&youngest)?;
-        if let (Some(folder), Use::Read) = (&policy.runtime, how) {
+        if let (Some(folder), Use::Read | Use::Salvage) = (&policy.runtime, how) {
             refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
@@ -99,6 +108,9 @@ impl Chain {
                 );
             }
             images.push(parent);
+        }
+        if how != Use::Look {
+            images.iter().for_each(warn);
         }
         Ok((Chain { images }, None))
     }
@@ -138,6 +150,17 @@ impl Chain {
         let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
         Ok(Version::new(Some(top), Frozen::new(layers(1, parents)), sectors))
     }
+}
+
+/// Logs one line for an image with defects that do not prevent its use.
+fn warn(image: &Image) {
+    // XenServer hides every parent, which is no fault.
+    let told =
+        |d: &&Defect| d.severity() > Severity::Note && !matches!(d, Defect::Hidden { .. } | Defect::BlockCutOff { .. });
+    let mut told = image.notes().iter().filter(told);
+    let (Some(first), more) = (told.next(), told.count()) else { return };
+    let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+    log::warn!("{}: {first}{more}; see `diffdisk check`", image.file().path().display());
 }
 
 /// Images as layers whose slots are numbered from `first` on.

@@ -8,6 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use super::any_case::Budget;
+use super::open::Use;
 use super::seek::plain;
 use crate::error::{Error, Result};
 use crate::format::Defect;
@@ -49,8 +50,8 @@ pub(super) struct Search<'a> {
     /// What was passed on the way.
     passed: Vec<(FileId, uuid::Uuid)>,
     tables: u64,
-    /// Whether parents are locked against writers.
-    lock: bool,
+    /// What the chain is opened for.
+    how: Use,
 }
 
 impl<'a> Search<'a> {
@@ -58,14 +59,14 @@ impl<'a> Search<'a> {
     ///
     /// # Errors
     /// `NotFound`, `Io`: of an allowed folder.
-    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, lock: bool) -> Result<Search<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, how: Use) -> Result<Search<'a>> {
         let hold = |folder: Folder| folder.absolute().map(|folder| (folder.path().to_path_buf(), folder));
         let mut known = vec![hold(youngest.folder())?];
         for folder in &policy.allowed {
             known.push(hold(env.folder(folder)?)?);
         }
         let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, Budget::default());
-        Ok(Search { env, known, allowed, budget, max_depth, passed: Vec::new(), tables: 0, lock })
+        Ok(Search { env, known, allowed, budget, max_depth, passed: Vec::new(), tables: 0, how })
     }
 
     /// Counts an image in.
@@ -112,9 +113,9 @@ impl<'a> Search<'a> {
         &self.budget
     }
 
-    /// Whether parents are locked against writers.
-    pub(super) fn locks(&self) -> bool {
-        self.lock
+    /// What the chain is opened for.
+    pub(super) fn how(&self) -> Use {
+        self.how
     }
 
     pub(super) fn has_passed(&self, id: FileId) -> bool {
@@ -151,7 +152,6 @@ impl<'a> Search<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Use;
     use super::super::rig::Rig;
     use super::*;
     use crate::error::ErrorKind;
@@ -172,7 +172,7 @@ mod tests {
             max_depth: 9,
             passed: Vec::new(),
             tables: 0,
-            lock: false,
+            how: Use::Look,
         };
         let below = |path: &str| search.known_above(Path::new(path)).map(|(_, rest)| rest.display().to_string());
         for (path, found) in [

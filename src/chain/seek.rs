@@ -11,6 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use uuid::Uuid;
 
 use super::any_case::{Found, look_up};
+use super::open::Use;
 use super::parents::Search;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
@@ -109,10 +110,10 @@ impl Search<'_> {
     /// Opens a candidate, locked; the inner error if it is another image.
     fn open(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
         // A file that was passed on the way is locked already; that it comes again is found when it is passed.
-        if self.locks() && !self.has_passed(file.stat()?.id) {
+        if self.how() != Use::Look && !self.has_passed(file.stat()?.id) {
             file.lock(Lock::Shared)?;
         }
-        let image = Image::open(file.clone())?;
+        let image = self.how().opened(file.clone())?;
         if image.uuid() == wanted {
             return Ok(Ok(image));
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use super::size::{parse, parse_alignment, parse_block_size};
+use crate::image::Take;
 use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
@@ -177,12 +178,36 @@ pub(super) struct Check {
     /// Check its parents, too, and the links between them
     #[arg(long)]
     pub(super) chain: bool,
-    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo
+    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo.
+    /// An image that has lost sectors is left as it is
     #[arg(long)]
     pub(super) repair: bool,
+    /// Of two valid footers that contradict each other, the one that is right
+    #[arg(long, value_enum, value_name = "FOOTER", requires = "repair")]
+    pub(super) take: Option<FooterToTake>,
+    /// Undo a repair: make the image byte by byte what it was, by the undo file that the repair left
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["repair", "chain", "json"])]
+    pub(super) undo: Option<PathBuf>,
     /// One JSON document
     #[arg(long)]
     pub(super) json: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum FooterToTake {
+    /// The copy at the start of the file
+    Front,
+    /// The one at the end of the file
+    End,
+}
+
+impl From<FooterToTake> for Take {
+    fn from(take: FooterToTake) -> Take {
+        match take {
+            FooterToTake::Front => Take::Front,
+            FooterToTake::End => Take::End,
+        }
+    }
 }
 
 #[derive(Group, Debug)]
@@ -227,6 +252,10 @@ pub(super) struct Convert {
     /// Replace an existing file, at the end and all at once
     #[arg(long)]
     pub(super) force: bool,
+    /// Copy what is left of a disk whose files have lost sectors; what is given up becomes zeros, and is listed. The source
+    /// is never written to
+    #[arg(long)]
+    pub(super) salvage: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]

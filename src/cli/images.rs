@@ -14,6 +14,7 @@ use super::runtime;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Container;
 use crate::ops::convert::To;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
@@ -90,6 +91,9 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
 fn info(args: &Info, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
+    for damage in &info.damage {
+        log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
+    }
     printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     Ok(Exit::Done)
 }
@@ -97,16 +101,25 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
     let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
-    let verb = if args.repair { ops::check::repair } else { ops::check::check };
+    if let Some(undo) = &args.undo {
+        ops::check::undo(&Host, &args.path, undo, runtime.as_deref())?;
+        return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
+    }
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes))?;
+    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes));
+    let report = match args.repair {
+        true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
+        false => ops::check::check(&Host, &args.path, parents, runtime, progress)?,
+    };
     drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),
     })?;
     if report.corruptions > 0 {
-        let worst = report.defects.iter().find(|d| d.corrupt).expect("one was counted");
+        // Of several the first that prevents most.
+        let corrupt = report.defects.iter().rev().filter(|defect| defect.corrupt);
+        let worst = corrupt.max_by_key(|defect| defect.consequence).expect("one was counted");
         let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
         if report.corruptions > 1 {
             let more = report.corruptions - 1;
@@ -152,6 +165,16 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
+    if format == Format::Raw
+        && let Some(container) = ops::raw_container(&Host, path)?
+    {
+        let (name, driver) = (container.name(), container.qemu_driver());
+        let way = match container {
+            Container::Vhd => "without `--from raw` it is read as one".to_owned(),
+            _ => format!("`qemu-img convert -f {driver}` converts one"),
+        };
+        log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
+    }
     Disk::open(&Host, path, format, &policy(common)).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
         ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
@@ -169,7 +192,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
     if streamed && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
     }
-    let disk = open(&args.source, args.from, common)?;
+    let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
     let work = Work::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.at(bytes);
     if streamed {
@@ -190,6 +213,23 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
     ops::convert::convert(&Host, &disk, &args.destination, to, args.align, args.force, &mut progress)
         .map_err(|e| e.at_path(&args.destination))?;
     Ok(Exit::Done)
+}
+
+/// Opens what is left of a disk, and lists what is given up.
+fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
+    if args.from == Source::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
+    }
+    let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common))?;
+    for run in &given_up {
+        let (start, end) = (run.start, run.start + run.length);
+        log::warn!("{}: given up: bytes {start} to {end} of the disk, {} bytes", run.file.display(), run.length);
+    }
+    let bytes = given_up.iter().map(|run| run.length).sum();
+    if bytes > 0 {
+        log::warn!("{} of the disk are given up; they are zeros in the copy", human(bytes));
+    }
+    Ok(disk)
 }
 
 fn compare(args: &Compare, common: &Common) -> Result<Exit> {

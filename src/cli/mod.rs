@@ -24,6 +24,7 @@ mod serve_args;
 mod size;
 mod systemd;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -62,14 +63,14 @@ pub fn diffdisk() -> ExitCode {
 
 /// The one line of a failure.
 fn complain(verb: &str, e: &Error) {
-    eprintln!("diffdisk: {verb}: {}", print::plain(&e.line()));
+    // Nobody may be reading.
+    let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", print::plain(&e.line()));
 }
 
 fn log_to_stderr(level: &args::LogLevel) {
     env_logger::Builder::new()
         .filter_level(level.filter())
         .format(|to, record| {
-            use std::io::Write;
             writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::plain(&record.args().to_string()))
         })
         .init();

@@ -9,6 +9,9 @@ use serde::Serialize;
 use super::size::human;
 use crate::ops::{check, diff, info, map};
 
+/// Lost ranges that are listed for people.
+const LISTED: usize = 100;
+
 /// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
 pub(super) fn plain(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
@@ -58,6 +61,9 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
             field("  resolved", resolved)?;
         }
     }
+    for damage in &info.damage {
+        field("damage", damage)?;
+    }
     let Some(chain) = &info.chain else { return Ok(()) };
     writeln!(out, "chain:")?;
     tree(out, chain)
@@ -96,6 +102,13 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         let mend = if defect.repairable { " [repairable]" } else { "" };
         writeln!(out, "{}{mend}", line(defect, None))?;
     }
+    for lost in report.lost.iter().take(LISTED) {
+        let (start, end) = (lost.start, lost.start + lost.length);
+        writeln!(out, "lost: bytes {start} to {end} of the disk, {}", bytes(lost.length))?;
+    }
+    if let Some(more) = report.lost.len().checked_sub(LISTED).filter(|more| *more > 0) {
+        writeln!(out, "lost: {more} more ranges; --json lists all")?;
+    }
     if quiet {
         return Ok(());
     }
@@ -107,7 +120,8 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         n => format!(" ({n} files)"),
     });
     if report.ok {
-        return writeln!(out, "{}{files}: no defects", plain(&report.path));
+        let alone = if report.parents_unseen { " (--chain checks its parents, too)" } else { "" };
+        return writeln!(out, "{}{files}: no defects{alone}", plain(&report.path));
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))

@@ -37,6 +37,30 @@ impl fmt::Display for Defect {
             D::FixedTooShort { size, data } => {
                 write!(f, "a fixed disk of {size} bytes, of which the file holds only {data}")
             }
+            D::FixedMore { size, data } => write!(
+                f,
+                "a fixed disk of {size} bytes in a file that holds {data} bytes of data: no guest sees the {} bytes after \
+                 the end of the disk",
+                data - size
+            ),
+            D::FixedPadded { padding, .. } => write!(
+                f,
+                "a padded fixed disk: {padding} zeros follow its footer. It is not opened, since a guest can write such \
+                 bytes to a raw disk; if it is a fixed VHD, `check --repair` cuts the padding off"
+            ),
+            D::OtherFormat { format } => {
+                let (name, driver) = (format.name(), format.qemu_driver());
+                write!(
+                    f,
+                    "a {name} image, not a VHD; QEMU converts it: `qemu-img convert -f {driver} -O vpc -o force_size=on \
+                     SOURCE DESTINATION`"
+                )
+            }
+            D::FooterKindsDiffer { front, end, .. } => write!(
+                f,
+                "the two footers are valid, but the one at the start says {front} and the one at the end {end}; `check \
+                 --repair --take front` or `--take end` chooses"
+            ),
             D::FootersDiffer { field, .. } => write!(
                 f,
                 "the two footers are valid but differ in the {field}; the one at the end counts, and nothing is \
@@ -85,6 +109,10 @@ impl fmt::Display for Defect {
             D::BlockBeyondEnd { block, end, limit, .. } => {
                 write!(f, "block {block} ends at byte {end}; the data ends at {limit}")
             }
+            D::EntryZero { block, entries, .. } => {
+                let more = And(*entries - 1);
+                write!(f, "the table entry of block {block}{more} is 0, where no block can begin; it is read as unused")
+            }
             D::BlockDuplicate { block, other, .. } => {
                 write!(f, "blocks {block} and {other} share one place; a write to one would change the other")
             }
@@ -96,8 +124,8 @@ impl fmt::Display for Defect {
             }
             D::BlockCutOff { block, sectors, .. } => write!(
                 f,
-                "{sectors} sectors of block {block} are marked present but lie behind the end of the file: they read as \
-                 zeros"
+                "{sectors} sectors of block {block} are lost: the file was cut off before them. Restore the image from a \
+                 whole copy; `convert --salvage` copies what is left"
             ),
             D::BitsBeyondDisk { block, bits, .. } => write!(
                 f,
@@ -229,6 +257,7 @@ impl From<Defect> for Error {
             | D::TableTooLarge { .. }
             | D::ChainTablesTooLarge { .. } => ErrorKind::Refused,
             D::ParentMissing { .. } => ErrorKind::NotFound,
+            D::OtherFormat { .. } => ErrorKind::Unsupported,
             D::NoPlace { .. } => ErrorKind::NoSpace,
             _ => ErrorKind::Invalid,
         };

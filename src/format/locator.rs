@@ -12,6 +12,9 @@ use crate::units::SECTOR;
 /// The longest text of a locator that is read (O11), in bytes.
 pub const MAX_TEXT_BYTES: u32 = 4096;
 
+/// The most room for a text that is taken as set aside, in bytes.
+const MAX_SPACE_BYTES: u64 = 64 << 10;
+
 /// How a locator's text is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Platform {
@@ -92,6 +95,14 @@ impl LocatorEntry {
     /// How its text is written.
     pub fn platform(&self) -> Platform {
         Platform::from_code(self.platform)
+    }
+
+    /// Room that is set aside for its text, in bytes: at most the 64 KiB that Windows sets aside. 0 if the field has no
+    /// meaning.
+    pub fn space_bytes(&self) -> u64 {
+        let space = u64::from(self.space);
+        let bytes = if space < SECTOR { space * SECTOR } else { space };
+        if bytes.is_multiple_of(SECTOR) { bytes.min(MAX_SPACE_BYTES) } else { 0 }
     }
 
     /// Where its text lies in a file of `len` bytes; `None` where there is no text to read. `slot` is its index, for

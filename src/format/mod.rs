@@ -28,6 +28,7 @@ pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
+pub mod container;
 pub mod defect;
 mod defect_text;
 pub mod entries;
@@ -41,7 +42,8 @@ pub mod locator;
 pub mod parent_path;
 
 pub use batmap::BatmapHeader;
-pub use defect::{Defect, Severity};
+pub use container::Container;
+pub use defect::{Consequence, Defect, Severity};
 pub use entries::{EntryRules, Placed, check_entries, unreferenced};
 pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
 pub use footer::{DiskType, Footer};

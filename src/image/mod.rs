@@ -39,6 +39,7 @@ mod held;
 mod holes;
 pub mod journal;
 mod keep;
+mod lost;
 #[cfg(feature = "mutants")]
 mod mistakes;
 pub mod offline;
@@ -50,9 +51,12 @@ mod repair;
 pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
+mod strange;
+mod structures;
 mod table;
 pub mod tail;
 mod undo;
+mod undone;
 mod walk;
 pub mod writable;
 
@@ -68,12 +72,14 @@ pub use glance::Glance;
 pub use held::Held;
 pub use holes::{is_zero, next_data};
 pub use keep::Keep;
+pub use lost::joined;
 pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
 pub use relink::{agreed, check_link, is_settled, relink};
-pub use repair::repair;
+pub use repair::{Take, repair};
 pub use resize::Shining;
 pub use tail::Growth;
+pub use undone::undo;
 pub use walk::Suspects;
 pub use writable::{NoRoom, Writable};

@@ -27,6 +27,7 @@
 
 use std::ops::Range;
 
+use super::check::{free, inside};
 use super::create::ParentLink;
 use super::keep::Keep;
 use super::offline::lengthen;
@@ -35,6 +36,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_from_unix;
 use crate::format::header::{HEADER_BYTES, LOCATORS};
+use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{Defect, DiskType, DynamicHeader, Footer, LocatorEntry, Part, Platform};
@@ -104,9 +106,26 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     point::reached("relink.returned");
 
     // What is open in memory is the image of before.
+    let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.set_aside().to_vec());
     drop(writable);
-    Writable::new(env, Image::open(file.clone())?, &Keep::Nothing)?.trim()?;
+    let image = Image::open(file.clone())?;
+    release(&image, &set_aside)?;
+    Writable::new(env, image, &Keep::Nothing)?.trim()?;
     point::reached("relink.trimmed");
+    Ok(())
+}
+
+/// Gives back the room that was set aside for the old locators, if nothing refers to it now.
+fn release(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
+    for gap in free(image)? {
+        for room in set_aside {
+            let pages = room.start / PAGE * PAGE..room.end.next_multiple_of(PAGE);
+            let hole = inside(&(gap.start.max(pages.start)..gap.end.min(pages.end)));
+            if !hole.is_empty() {
+                image.file().punch(hole.start, hole.end - hole.start)?;
+            }
+        }
+    }
     Ok(())
 }
 
@@ -125,7 +144,10 @@ pub fn agreed(file: &File) -> Result<Image> {
     let tail = image.footer();
     match Footer::decode(&front) {
         Ok(front) if front != *tail && front.disk_type != DiskType::Fixed => {
-            // Anything else that differs is no work of ours.
+            // Anything else that differs is no work of ours. Relinking changes the type and the place together.
+            if front.disk_type != tail.disk_type && front.data_offset == tail.data_offset {
+                return Ok(image);
+            }
             let (disk_type, data_offset) = (tail.disk_type, tail.data_offset);
             let resized =
                 if front.current_size == tail.current_size { front } else { front.with_size(tail.current_size) };
@@ -151,7 +173,7 @@ pub fn check_link(image: &Image, link: Option<&ParentLink>) -> Result<()> {
 /// Whether nothing is left of a relinking that was ended in the middle. Where something is, relinking it again tidies up.
 pub fn is_settled(image: &Image) -> bool {
     let Some(sparse) = image.sparse() else { return true };
-    let is_alike = |defect: &Defect| !matches!(defect, Defect::FootersDiffer { .. });
+    let is_alike = |d: &Defect| !matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
     let end = sparse.placed.end.next_multiple_of(SECTOR);
     image.notes().iter().all(is_alike) && home_of(image) == image.footer().data_offset && end >= image.data_end()
 }

@@ -29,6 +29,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image
         refuse_if_live(env, folder, &file, glance.uuid)?;
     }
     let image = agreed(&file)?;
+    image.check_writable()?;
     refuse_if_receiving(env, &image, None)?;
     Ok(image)
 }

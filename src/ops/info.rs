@@ -8,7 +8,7 @@ use crate::chain::{Chain, Policy, Use};
 use crate::error::{ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
-use crate::format::{DiskType, Platform};
+use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::Image;
 use crate::storage::{Access, Env, Stat};
 
@@ -47,6 +47,9 @@ pub struct Info {
     pub creator_host: String,
     /// What a child records of its parent.
     pub parent: Option<Parent>,
+    /// Defects that were seen, in words; `check` looks for more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<String>,
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Info>>,
@@ -88,6 +91,8 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info
         match look(env, path, parents) {
             // Somebody is writing: table and length were not read at one moment.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < TRIES && changed(env, path, &before)? => tries += 1,
+            // The same, as damage that is none.
+            Ok(info) if !info.damage.is_empty() && tries < TRIES && changed(env, path, &before)? => tries += 1,
             result => return result,
         }
     }
@@ -98,7 +103,7 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 }
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
-    let image = Image::open(env.open(path, Access::Read)?)?;
+    let image = Image::inspect(env.open(path, Access::Read)?)?;
     let Some(policy) = parents else { return describe(&image, None) };
     let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
     if let Some(e) = missing {
@@ -139,8 +144,18 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         creator_app: tag(footer.creator),
         creator_host: tag(footer.creator_host),
         parent,
+        damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(in_words).collect(),
         chain: None,
     })
+}
+
+/// A defect, and what it prevents.
+fn in_words(defect: &Defect) -> String {
+    match defect.consequence() {
+        Consequence::Told => defect.to_string(),
+        Consequence::NotWritable => format!("only readable: {defect}"),
+        Consequence::NotReadable => format!("not readable: {defect}"),
+    }
 }
 
 fn locators(image: &Image) -> Result<Vec<Locator>> {

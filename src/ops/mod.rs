@@ -35,7 +35,8 @@ pub mod merge;
 mod mover;
 pub mod rebase;
 pub mod resize;
+pub mod salvage;
 mod sink;
 mod writer;
 
-pub use mover::{Disk, Format, Progress};
+pub use mover::{Disk, Format, Progress, raw_container};

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
+use crate::format::Container;
+use crate::format::container::HEAD_BYTES;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
 use crate::units::{SECTOR, SectorRange};
@@ -30,6 +32,25 @@ pub enum Format {
     Raw,
     /// A VHD and its parents.
     Vhd,
+}
+
+/// The format of images that a file begins as, for a warning to who takes it for a raw disk.
+///
+/// # Errors
+/// `Io`; as for opening the file.
+pub fn raw_container(env: &dyn Env, path: &Path) -> Result<Option<Container>> {
+    let file = env.open(path, Access::Read)?;
+    let mut head = [0; HEAD_BYTES];
+    let (len, there) = (file.stat()?.len, head.len());
+    let there = there.min(usize::try_from(len).unwrap_or(usize::MAX));
+    file.read_at(&mut head[..there], 0)?;
+    let mut tail = [0; HEAD_BYTES];
+    // A fixed VHD has its footer at the end alone.
+    if len >= HEAD_BYTES as u64 {
+        file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
+    }
+    let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
+    Ok(Container::of(&head[..there]).or(at_end))
 }
 
 /// A disk to be read, locked against writers.

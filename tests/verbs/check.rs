@@ -140,7 +140,7 @@ fn undone(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
     if undo.len() < 512 || undo[..512] == [0; 512] {
         return None;
     }
-    assert_eq!(undo[..16], *b"diffdisk undo 1\n");
+    assert_eq!(undo[..16], *b"diffdisk undo 2\n");
     image.resize(number(16), 0);
     let (mut pieces, mut at) = (Vec::new(), 512);
     while at < number(24) {
@@ -268,7 +268,7 @@ fn copy(host: &SimHost) -> SimHost {
 }
 
 fn repair(host: &SimHost, path: &Path) -> Result<Report> {
-    ops::check::repair(host, path, None, None, &mut |_| Ok(()))
+    ops::check::repair(host, path, None, None, None, &mut |_| Ok(()))
 }
 
 /// What must hold of a machine on which a repair of `before` ended somewhere.
