@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::hidden;
+use super::parent_time;
 use super::parents::{Policy, Search, Sought};
+use super::pending::warn_of_merges;
 use crate::error::Result;
-use crate::format::footer::time_from_unix;
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
@@ -55,6 +56,9 @@ pub fn check(
         if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
             refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
+        if let Some(image) = &image {
+            warn_of_merges(env, image)?;
+        }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
         if let (Some(search), Some(image)) = (&mut search, image) {
@@ -100,12 +104,7 @@ fn note_differences(child: &Image, parent: &Image, defects: &mut Vec<Defect>) ->
     if child.size() != parent.size() {
         defects.push(Defect::ParentSize { child: child.size(), parent: parent.size() });
     }
-    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
-    let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
-    // Who does not record it writes 0.
-    if recorded != 0 && found > recorded {
-        defects.push(Defect::ParentChanged { recorded, found });
-    }
+    defects.extend(parent_time::changed(child, parent)?);
     Ok(())
 }
 

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
+use super::parent_time;
 use super::parents::{Policy, Search};
+use super::pending::check_chain;
 use super::top::Top;
 use super::version::Version;
 use crate::error::Result;
@@ -29,6 +31,8 @@ pub enum Use {
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
+    /// Positions of images whose parent's file is newer than they record.
+    outdated: Vec<usize>,
 }
 
 impl Chain {
@@ -37,7 +41,8 @@ impl Chain {
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours.
+    /// where somebody has one of the files open in a way that does not go with ours; `Refused`, to read, if an image is
+    /// partly overwritten by a merge that was not finished and CHILD of that merge does not hide it.
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
         let access = if how == Use::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -73,7 +78,22 @@ impl Chain {
             }
             images.push(parent);
         }
-        Ok(Chain { images })
+        let all: Vec<&Image> = images.iter().collect();
+        let receiving = check_chain(env, &all, &policy.allowed, policy.merging, how)?;
+        let mut outdated = Vec::new();
+        for (number, pair) in images.windows(2).enumerate().filter(|(number, _)| !receiving.contains(&(number + 1))) {
+            if let Some(defect) = parent_time::changed(&pair[0], &pair[1])? {
+                parent_time::warn(&pair[0], &pair[1], &defect);
+                outdated.push(number);
+            }
+        }
+        Ok(Chain { images, outdated })
+    }
+
+    /// The images, youngest first, whose parent was written to since they recorded its time; each with that parent. What an
+    /// unfinished merge of a younger image wrote to the parent does not count.
+    pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
+        self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))
     }
 
     /// The images, youngest first.

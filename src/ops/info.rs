@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, Use, warn_of_merges};
 use crate::error::{ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
@@ -98,7 +98,10 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::open(env.open(path, Access::Read)?)?;
-    let Some(policy) = parents else { return describe(&image, None) };
+    let Some(policy) = parents else {
+        warn_of_merges(env, &image)?;
+        return describe(&image, None);
+    };
     let chain = Chain::of(env, image, policy, Use::Look)?;
     let mut all = Vec::with_capacity(chain.images().len());
     for (number, image) in chain.images().iter().enumerate() {

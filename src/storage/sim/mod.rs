@@ -17,6 +17,7 @@ mod engine;
 mod env;
 mod file;
 mod inode;
+mod metadata;
 mod names;
 mod rng;
 #[cfg(test)]
