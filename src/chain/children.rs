@@ -22,9 +22,9 @@ use crate::storage::{Access, Env, File, FileId};
 
 const MARK: &str = "user.diffdisk.children";
 /// Files of the folder whose headers are looked at, at most.
-pub const MOST_FILES: usize = 1000;
+const MOST_FILES: usize = 1000;
 /// How long they are looked at, at most.
-pub const MOST_TIME: Duration = Duration::from_millis(50);
+const MOST_TIME: Duration = Duration::from_millis(50);
 /// Children in a mark, at most, and its bytes: ext4 keeps all attributes of a file in 4 KiB.
 const MOST_MARKED: usize = 16;
 const MARK_BYTES: usize = 2048;

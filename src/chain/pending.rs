@@ -198,7 +198,7 @@ pub fn refuse_change(
         let what = format!("{what} was begun: finish that first with `{}`{give_up}", merge.command());
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     };
-    for merge in merges_into(image, &records)?.filter_by(own) {
+    for merge in merges_into(image, &records)?.into_iter().filter(|merge| Some(merge.child) != own) {
         let is_free = match change {
             Change::Size | Change::Room => merge.is_abandoned(),
             Change::Contents | Change::Link | Change::Child => false,
@@ -213,8 +213,7 @@ pub fn refuse_change(
         let is_free = match change {
             Change::Child => place == 0,
             Change::Contents | Change::Room => !complete,
-            Change::Link => record.abandoned,
-            Change::Size => false,
+            Change::Link | Change::Size => record.abandoned,
         };
         if !is_free {
             return refuse(&Merge::of(record), "a merge of it");
@@ -230,24 +229,7 @@ impl Merge {
 }
 
 /// The merges into an image.
-struct Merges(Vec<Merge>);
-
-impl Merges {
-    fn filter_by(self, own: Option<Uuid>) -> impl Iterator<Item = Merge> {
-        self.0.into_iter().filter(move |merge| Some(merge.child) != own)
-    }
-}
-
-impl IntoIterator for Merges {
-    type Item = Merge;
-    type IntoIter = std::vec::IntoIter<Merge>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
-    }
-}
-
-fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Merges> {
+fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<Merge>> {
     let mut merges: Vec<Merge> =
         records.iter().filter(|record| record.ancestor == image.uuid()).map(Merge::of).collect();
     if let Some((child, path)) = marked_by(image.file())?
@@ -255,7 +237,7 @@ fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Merges> {
     {
         merges.push(Merge { child, path, record: None });
     }
-    Ok(Merges(merges))
+    Ok(merges)
 }
 
 /// The records in the folders of these images, and in allowed ones.

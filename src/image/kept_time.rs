@@ -78,6 +78,14 @@ impl Writable {
         }
     }
 
+    /// Puts the time of the file back after its structure changed, if the disk's contents did not. Nobody may be writing.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn put_time_back(&self) -> Result<()> {
+        if self.changed.load(Ordering::SeqCst) { Ok(()) } else { self.opened.put_back() }
+    }
+
     /// Gives the file the time that goes with what was done to it; the last act before it is closed.
     pub(super) fn settle_time(&self) -> Result<()> {
         match self.changed.load(Ordering::SeqCst) {

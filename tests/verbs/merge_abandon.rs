@@ -98,7 +98,8 @@ fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64;
             let steps = host.counts().steps;
             host.stop_at(steps + stop);
             let done = give_up(case, &host);
-            let host = if done.is_ok() { host } else { host.crash(random) };
+            host.stop_at(u64::MAX);
+            let host = if host.is_dead() { host.crash(random) } else { host };
             let before = check(case, &host)?;
             // Again, until it is done; it is done at most once in vain.
             let again = give_up(case, &host)?;
@@ -128,7 +129,7 @@ fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64;
                 check(case, &host)?;
             }
             if done.is_ok() {
-                break;
+                break; // it came to its end
             }
         }
     }

@@ -12,10 +12,11 @@
 use std::path::{Path, PathBuf};
 
 use super::resume::present_at;
+use super::survey::link;
 use crate::chain::{Chain, Copied, Earlier, Folded, MergeRecord, Policy, Seen, Use, mark_receiver, marked_by};
 use crate::chain::{relative, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Image, folder_of};
+use crate::image::{Glance, Image, KeptTime, agreed, folder_of, relink};
 use crate::ops::kin;
 use crate::point;
 use crate::storage::{Access, Env, File, Lock};
@@ -59,7 +60,10 @@ pub fn abandon(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Abandoned
     };
     match record.copied {
         Copied::Nothing => end(env, &record, &ancestor).map(|()| Abandoned::Undone),
-        Copied::All => end(env, &record, &ancestor).map(|()| Abandoned::Whole(path)),
+        Copied::All => {
+            record_time_again(env, &record, &ancestor)?;
+            end(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
+        }
         Copied::Before(_) if present.is_none() => {
             if marked_by(&ancestor)?.is_some_and(|(uuid, _)| uuid == record.layers[0].uuid) {
                 let what = format!(
@@ -86,6 +90,25 @@ fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<F
     file.lock(Lock::Exclusive)?;
     let is_it = Glance::at(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
     Ok(is_it.then_some(file))
+}
+
+/// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
+fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
+    let layer = record.layers.last().expect("a merge folds an image");
+    let file = match env.open(&record.folder.join(&layer.path), Access::Write) {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    file.lock(Lock::Exclusive)?;
+    let time = KeptTime::of(&file)?;
+    let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
+    let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
+    if image.uuid() != layer.uuid || !stands_on_it {
+        return Ok(());
+    }
+    let link = link(env, &image, &ancestor)?;
+    time.put_back_after(relink(env, &file, Some(&link)))
 }
 
 fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {

@@ -232,6 +232,7 @@ impl<'a> Merge<'a> {
         let blocks = survey.layers.new_blocks(image)?;
         let begun = writer.make_room(blocks).and_then(|()| {
             point::reached("merge.room-made");
+            writer.top().image.put_time_back()?;
             self.record.ancestor_seen = Seen::of(&file)?;
             self.record.save(self.env)
         });
