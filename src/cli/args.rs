@@ -106,7 +106,7 @@ pub(super) struct Merge {
     /// The image to fold; it is removed in the end
     pub(super) child: PathBuf,
     /// What receives it [default: its parent]
-    #[arg(long, value_name = "ANCESTOR", conflicts_with = "abandon")]
+    #[arg(long, value_name = "ANCESTOR")]
     pub(super) into: Option<PathBuf>,
     /// Give up a merge of CHILD that was begun and not finished
     ///

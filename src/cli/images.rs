@@ -239,7 +239,7 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
 
 fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
     let child = args.child.display();
-    let line = match ops::merge::abandon(&Host, &args.child, &policy(common))? {
+    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common))? {
         Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
         Abandoned::Whole(into) => {
             format!(

@@ -73,7 +73,7 @@ fn check(case: &Case, host: &SimHost) -> Result<bool, String> {
 
 /// Gives the merge up; `None` if there is none.
 fn give_up(case: &Case, host: &SimHost) -> Result<Option<Abandoned>, String> {
-    match abandon(host, &at(case, case.folded[0]), &Policy::default()) {
+    match abandon(host, &at(case, case.folded[0]), None, &Policy::default()) {
         Ok(done) => Ok(Some(done)),
         Err(e) if e.line().contains("no merge of it was begun") => Ok(None),
         Err(e) => Err(e.line()),
@@ -85,7 +85,7 @@ fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64;
     let first = host(case);
     first.stop_at(step);
     let _ = merge(case, &first);
-    for fate in 0..4 {
+    for fate in 0..4u64 {
         let after = match fate {
             0 => first.crash_with(&|_| false),
             1 => first.crash_with(&|_| true),
@@ -93,7 +93,9 @@ fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64;
             _ => first.crash(random),
         };
         check(case, &after)?;
-        for stop in 1.. {
+        // Ended at each of its steps for one of the fates, and not ended for the others.
+        let first_stop = if fate == step % 4 { 1 } else { 1 << 32 };
+        for stop in first_stop.. {
             let host = after.crash_with(&|_| true);
             let steps = host.counts().steps;
             host.stop_at(steps + stop);

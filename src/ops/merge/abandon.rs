@@ -11,7 +11,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::resume::present_at;
+use super::resume::{is_same, present_at};
 use super::survey::link;
 use crate::chain::{Chain, Copied, Earlier, Folded, MergeRecord, Policy, Seen, Use, mark_receiver, marked_by};
 use crate::chain::{relative, unmark_receiver};
@@ -32,13 +32,13 @@ pub enum Abandoned {
     Partial(PathBuf),
 }
 
-/// Gives up the merge of the image at `child`.
+/// Gives up the merge of the image at `child`, which was begun into the image at `into` if that is given.
 ///
 /// # Errors
-/// - `Refused` if no merge of it was begun, or if CHILD is gone and the receiver is partly overwritten
+/// - `Refused` if no such merge of it was begun, or if CHILD is gone and the receiver is partly overwritten
 /// - `Busy` while a merge of it runs
 /// - `Io`, `NoSpace`: the same call may be made again
-pub fn abandon(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Abandoned> {
+pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
     let present = present_at(env, child)?;
     let record = match MergeRecord::find(env, child, present) {
@@ -53,6 +53,9 @@ pub fn abandon(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Abandoned
         Err(e) if present.is_none() && e.kind() == ErrorKind::Invalid => return remove_orphan(env, e),
         Err(e) => return Err(e),
     };
+    if into.is_some() {
+        is_same(env, &record, child, into)?;
+    }
     let path = record.folder.join(&record.ancestor_path);
     let Some(ancestor) = receiver(env, &path, &record)? else {
         record.remove(env)?;
