@@ -42,8 +42,21 @@ impl KeptTime {
         if self.file.stat()?.last_change() == self.before {
             return Ok(());
         }
-        self.file.set_modified(self.before)?;
-        self.file.sync_all()
+        self.set(self.before)
+    }
+
+    /// Sets the time, durably. Only the owner of a file may: without that right the file keeps its new time, and children
+    /// warn in vain.
+    fn set(&self, time: Modified) -> Result<()> {
+        match self.file.set_modified(time) {
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EOPNOTSUPP)) =>
+            {
+                log::info!("{}; its children will warn that it was written to", e.line());
+                Ok(())
+            }
+            set => set.and_then(|()| self.file.sync_all()),
+        }
     }
 
     /// Ends `outcome`'s work, which left the contents as they were also if it failed.
@@ -61,10 +74,10 @@ impl KeptTime {
     /// # Errors
     /// `Io`.
     pub fn move_on(&self) -> Result<()> {
-        if self.file.stat()?.modified <= self.before.seconds {
-            self.file.set_modified(Modified { seconds: self.before.seconds.saturating_add(1), nanos: 0 })?;
+        match self.file.stat()?.modified <= self.before.seconds {
+            true => self.set(Modified { seconds: self.before.seconds.saturating_add(1), nanos: 0 }),
+            false => self.file.sync_all(),
         }
-        self.file.sync_all()
     }
 }
 
