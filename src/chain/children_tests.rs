@@ -23,16 +23,16 @@ fn children_are_found_by_headers() {
     rig.dynamic("p", BLOCK, 100);
     rig.dynamic("other", BLOCK, 100);
     std::fs::write(rig.path("text"), "no image").unwrap();
-    assert_eq!(found(&rig, "p"), [PathBuf::new(); 0]);
+    assert_eq!(found(&rig, "p"), Vec::<PathBuf>::new());
     rig.child("a", "p", BLOCK, 100);
     rig.child("b", "a", BLOCK, 100);
     assert_eq!(found(&rig, "p"), [canonical(&rig.path("a"))]);
-    assert_eq!(found(&rig, "other"), [PathBuf::new(); 0]);
+    assert_eq!(found(&rig, "other"), Vec::<PathBuf>::new());
     let e = refuse_if_parent(&Host, rig.chain("p", Use::Look).unwrap().youngest()).unwrap_err();
     assert!(e.kind() == ErrorKind::Refused && e.line().contains("/a"), "{e}");
     // A copy of the parent has the same UUID, and no children.
     std::fs::copy(rig.path("p"), rig.path("copy")).unwrap();
-    assert_eq!(found(&rig, "copy"), [PathBuf::new(); 0]);
+    assert_eq!(found(&rig, "copy"), Vec::<PathBuf>::new());
     // A child whose paths lead nowhere may stand on any of them.
     rig.child_by("lost", "p", ["gone", "gone"], BLOCK, 100);
     assert_eq!(found(&rig, "copy"), [canonical(&rig.path("lost"))]);
@@ -66,11 +66,11 @@ fn a_mark_leads_to_children_elsewhere_and_stale_lines_go() {
         "the living are not pushed out by stale ones"
     );
     std::fs::remove_file(elsewhere.join("c")).unwrap();
-    assert_eq!(children_of(&Host, &parent).unwrap(), [PathBuf::new(); 0]);
-    assert_eq!(marked(parent.file()).unwrap(), [PathBuf::new(); 0]);
+    assert_eq!(children_of(&Host, &parent).unwrap(), Vec::<PathBuf>::new());
+    assert_eq!(marked(parent.file()).unwrap(), Vec::<PathBuf>::new());
     // Strings that lead into the kernel's folders are not opened, and nonsense is passed over.
     parent.file().set_attribute(MARK, Some(b"../../../../../../proc/kmsg\n%zz\n\xFF")).unwrap();
-    assert_eq!(children_of(&Host, &parent).unwrap(), [PathBuf::new(); 0]);
+    assert_eq!(children_of(&Host, &parent).unwrap(), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -81,6 +81,6 @@ fn the_search_is_bounded() {
         std::fs::write(rig.path(&format!("f{n}")), [0; 600]).unwrap();
     }
     let began = std::time::Instant::now();
-    assert_eq!(found(&rig, "p"), [PathBuf::new(); 0]);
+    assert_eq!(found(&rig, "p"), Vec::<PathBuf>::new());
     assert!(began.elapsed() < MOST_TIME * 40, "{:?}", began.elapsed());
 }
