@@ -119,6 +119,9 @@ impl Env for Plain {
     fn now(&self) -> i64 {
         Host.now()
     }
+    fn uptime(&self) -> std::time::Duration {
+        Host.uptime()
+    }
     fn uuid(&self) -> Uuid {
         Host.uuid()
     }

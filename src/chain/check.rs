@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::hidden;
 use super::open::Use;
+use super::parent_time;
 use super::parents::{Policy, Search};
+use super::pending::warn_of_merges;
 use super::seek::Sought;
 use crate::error::Result;
-use crate::format::footer::time_from_unix;
 use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::storage::{Env, File, FileId, Lock};
@@ -63,6 +64,9 @@ pub fn check(
             refuse_if_live(env, folder, image.file(), image.uuid())?;
         }
         let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
+        if let Some(image) = &image {
+            warn_of_merges(env, image)?;
+        }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked =
             Checked { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, alone };
@@ -115,12 +119,7 @@ fn note_differences(child: &Image, parent: &Image, defects: &mut Vec<Defect>) ->
     if child.size() != parent.size() {
         defects.push(Defect::ParentSize { child: child.size(), parent: parent.size() });
     }
-    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
-    let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
-    // Who does not record it writes 0.
-    if recorded != 0 && found > recorded {
-        defects.push(Defect::ParentChanged { recorded, found });
-    }
+    defects.extend(parent_time::changed(child, parent)?);
     Ok(())
 }
 

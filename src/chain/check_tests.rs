@@ -1,5 +1,6 @@
 //! Tests of `check.rs` and `hidden.rs`: children as QEMU leaves them.
 
+use crate::format::footer::time_from_unix;
 use std::fs::File as HostFile;
 use std::os::unix::fs::FileExt;
 

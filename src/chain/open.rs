@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
+use super::parent_time;
 use super::parents::{Policy, Search};
+use super::pending::check_chain;
 use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
@@ -39,6 +41,8 @@ impl Use {
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
+    /// Positions of images whose parent's file is newer than they record.
+    outdated: Vec<usize>,
 }
 
 impl Chain {
@@ -47,7 +51,8 @@ impl Chain {
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours.
+    /// where somebody has one of the files open in a way that does not go with ours; `Refused`, to read, if an image is
+    /// partly overwritten by a merge that was not finished and CHILD of that merge does not hide it.
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
         let access = if how == Use::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -86,16 +91,23 @@ impl Chain {
         if let (Some(folder), Use::Read | Use::Salvage) = (&policy.runtime, how) {
             refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
         }
-        let mut images = vec![youngest];
+        let (mut images, mut missing) = (vec![youngest], None);
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
             let parent = match search.seek(child)? {
                 Sought::Parent(parent) => *parent,
                 Sought::Broken(_, e) => return Err(e),
-                Sought::Refused(e) => return Ok((Chain { images }, Some(e))),
+                Sought::Refused(e) => {
+                    missing = Some(e);
+                    break;
+                }
                 Sought::Nowhere(defect) => {
                     let is_missing = matches!(defect, Defect::ParentMissing { .. });
                     let e = Error::from(defect).at_path(child.file().path());
-                    return if is_missing { Ok((Chain { images }, Some(e))) } else { Err(e) };
+                    if !is_missing {
+                        return Err(e);
+                    }
+                    missing = Some(e);
+                    break;
                 }
             };
             search.pass(&parent)?;
@@ -112,7 +124,22 @@ impl Chain {
         if how != Use::Look {
             images.iter().for_each(warn);
         }
-        Ok((Chain { images }, None))
+        let all: Vec<&Image> = images.iter().collect();
+        let receiving = check_chain(env, &all, &policy.allowed, policy.merging, how)?;
+        let mut outdated = Vec::new();
+        for (number, pair) in images.windows(2).enumerate().filter(|(number, _)| !receiving.contains(&(number + 1))) {
+            if let Some(defect) = parent_time::changed(&pair[0], &pair[1])? {
+                parent_time::warn(&pair[0], &pair[1], &defect);
+                outdated.push(number);
+            }
+        }
+        Ok((Chain { images, outdated }, missing))
+    }
+
+    /// The images, youngest first, whose parent was written to since they recorded its time; each with that parent. What an
+    /// unfinished merge of a younger image wrote to the parent does not count.
+    pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
+        self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))
     }
 
     /// The images, youngest first.

@@ -90,7 +90,7 @@ pub(super) enum Verb {
     ///
     /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
     /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
-    /// the same command goes on.
+    /// the same command continues, and --abandon gives it up. Until then nobody reads a half-merged image by mistake.
     Merge(Merge),
     /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
     Flatten(Flatten),
@@ -109,6 +109,15 @@ pub(super) struct Merge {
     /// What receives it [default: its parent]
     #[arg(long, value_name = "ANCESTOR")]
     pub(super) into: Option<PathBuf>,
+    /// Give up a merge of CHILD that was begun and not finished
+    ///
+    /// If nothing was copied, or everything, nothing is left of it. If a part was copied, the image that received it stays
+    /// readable only below CHILD, and the merge may still be finished.
+    #[arg(long, conflicts_with = "changed_parent")]
+    pub(super) abandon: bool,
+    /// Merge although a parent was written to after its child recorded the time of that parent's file
+    #[arg(long)]
+    pub(super) changed_parent: bool,
 }
 
 #[derive(Group, Debug)]
@@ -307,7 +316,8 @@ pub(super) struct Rebase {
     /// The image it is to stand on
     #[arg(long, value_name = "NEW")]
     pub(super) parent: PathBuf,
-    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there
+    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there. With
+    /// the parent that the child has, only the time of the parent's file is recorded again
     #[arg(long)]
     pub(super) r#unsafe: bool,
 }

@@ -48,6 +48,8 @@ pub(super) struct DiskArgs {
     pub(super) cache: Cache,
     #[serde(default)]
     pub(super) direct: bool,
+    #[serde(default)]
+    pub(super) allow_writable_parent: bool,
 }
 
 #[derive(Deserialize)]
@@ -61,8 +63,8 @@ impl DiskArgs {
     /// A disk of which nothing but the path is said.
     pub(super) fn of(path: PathBuf) -> DiskArgs {
         let (socket, fd, id, serial, queues, queue_size) = Default::default();
-        let cache = Cache::default();
-        DiskArgs { path, socket, fd, id, readonly: false, serial, queues, queue_size, cache, direct: false }
+        let (cache, readonly, direct, allow_writable_parent) = (Cache::default(), false, false, false);
+        DiskArgs { path, socket, fd, id, readonly, serial, queues, queue_size, cache, direct, allow_writable_parent }
     }
 
     /// Its name in the log.
@@ -168,6 +170,7 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "queue-size" => disk.queue_size = Some(queue_size(value)?),
             "cache" => disk.cache = Cache::from_str(value, false)?,
             "direct" => disk.direct = switch(value)?,
+            "allow-writable-parent" => disk.allow_writable_parent = switch(value)?,
             _ => return Err(format!("there is no key {key:?}")),
         }
     }
@@ -185,7 +188,7 @@ mod tests {
     fn a_disk_by_keys() {
         let d = disk(
             "path=/a,,b.vhd,socket=/s,id=x,readonly=on,serial=S 1,queues=64,queue-size=32768,\
-                      cache=writethrough,direct=on",
+                      cache=writethrough,direct=on,allow-writable-parent=on",
         )
         .unwrap();
         let expected = DiskArgs {
@@ -199,6 +202,7 @@ mod tests {
             queue_size: Some(32768),
             cache: Cache::Writethrough,
             direct: true,
+            allow_writable_parent: true,
         };
         assert_eq!(d, expected);
         for bad in [
@@ -223,10 +227,11 @@ mod tests {
     #[test]
     fn disks_by_file() {
         let text = "[[disk]]\npath = \"/a\"\nsocket = \"/s\"\nreadonly = true\nqueue-size = 256\n\
+                    allow-writable-parent = true\n\
                     [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\n";
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, Cache::Writethrough));
-        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256").unwrap(), disks[0]);
+        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
         assert!(why.starts_with("line 3: unknown field `colour`"), "{why}");
         for bad in ["", "[[disk]]\npath=\"/a\"\nqueues=0\n", "[[disk]]\nsocket=\"/a\"\n", "disk = 1", "[other]\n"] {

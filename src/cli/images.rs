@@ -16,6 +16,7 @@ use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Container;
 use crate::ops::convert::To;
+use crate::ops::merge::Abandoned;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -256,7 +257,11 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
 }
 
 fn merge(args: &Merge, common: &Common) -> Result<Exit> {
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common))?;
+    if args.abandon {
+        return abandon(args, common);
+    }
+    let (into, changed) = (args.into.as_deref(), args.changed_parent);
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common))?;
     let work = Work::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.at(bytes))?;
     drop(work);
@@ -271,6 +276,25 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
     let (child, ancestor) = (print::path(&args.child), print::path(&merged.ancestor));
     printed(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
     Ok(Exit::Done)
+}
+
+fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
+    let child = args.child.display();
+    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common))? {
+        Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
+        Abandoned::Whole(into) => {
+            format!(
+                "abandoned the merge of {child}: {} has received everything and shows the same disk",
+                into.display()
+            )
+        }
+        Abandoned::Partial(into) => format!(
+            "abandoned the merge of {child}: {} is partly overwritten and readable only below {child}; the same command \
+             without --abandon finishes the merge",
+            into.display()
+        ),
+    };
+    told(common, &line)
 }
 
 /// The line that says how it went, unless nobody wants to know.
@@ -293,10 +317,13 @@ fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
 fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
-    told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
+    if args.r#unsafe && done.same_parent {
+        return told(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
+    }
+    told(common, &format!("{child} stands on {parent}: {} copied", human(done.copied)))
 }
 
 fn compact(args: &Compact, common: &Common) -> Result<Exit> {

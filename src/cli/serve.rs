@@ -86,6 +86,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
             allow_parents: args.allow_parents.clone(),
             write_through: !service.write_back,
             keep: keep.clone(),
+            allow_writable_parent: disk.allow_writable_parent,
             when_full: match args.on_enospc {
                 OnEnospc::Park => WhenFull::Park,
                 OnEnospc::Error => WhenFull::Fail,

@@ -63,8 +63,13 @@ pub(super) struct Args {
     #[arg(long, value_name = "TEXT", value_parser = serial, conflicts_with_all = ["disk", "config"])]
     serial: Option<String>,
 
+    /// Serve an image for writing although others stand on it: writes change what those show
+    #[arg(long, conflicts_with_all = ["disk", "config"])]
+    allow_writable_parent: bool,
+
     /// A disk (repeatable): path=IMAGE,socket=PATH[,id=NAME][,readonly=on|off][,serial=TEXT][,queues=N]
-    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off]; a comma in a value is doubled
+    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off][,allow-writable-parent=on|off]; a comma in a value
+    /// is doubled
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = disk)]
     disk: Vec<DiskArgs>,
 
@@ -140,6 +145,7 @@ impl Args {
                 queue_size: self.queue_size,
                 cache: self.cache.unwrap_or_default(),
                 direct: self.direct,
+                allow_writable_parent: self.allow_writable_parent,
                 ..DiskArgs::of(path.clone())
             });
         }

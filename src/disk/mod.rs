@@ -43,7 +43,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving};
+use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if_parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
@@ -71,6 +71,8 @@ pub struct DiskOptions {
     pub keep: Keep,
     /// What becomes of writes that find the host full.
     pub when_full: WhenFull,
+    /// Whether an image may be written to although others stand on it.
+    pub allow_writable_parent: bool,
 }
 
 impl DiskOptions {
@@ -86,6 +88,7 @@ impl DiskOptions {
             write_through: false,
             keep: Keep::Nothing,
             when_full: WhenFull::default(),
+            allow_writable_parent: false,
         }
     }
 }
@@ -135,7 +138,7 @@ impl Disk {
     ///
     /// # Errors
     /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open;
-    /// `Refused` for writing where a merge into it was begun.
+    /// `Refused` for writing if an unfinished merge forbids it, or if children stand on the image.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
         // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
@@ -146,7 +149,10 @@ impl Disk {
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         let chain = Chain::open(&*env, &options.path, &policy, how)?;
         if how == Use::Write {
-            refuse_if_receiving(&*env, chain.youngest(), None)?;
+            refuse_change(&*env, chain.youngest(), Change::Contents, &policy.allowed, None)?;
+            if !options.allow_writable_parent {
+                refuse_if_parent(&*env, chain.youngest())?;
+            }
         }
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {

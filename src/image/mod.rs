@@ -39,6 +39,7 @@ mod held;
 mod holes;
 pub mod journal;
 mod keep;
+mod kept_time;
 mod lost;
 #[cfg(feature = "mutants")]
 mod mistakes;
@@ -72,6 +73,7 @@ pub use glance::Glance;
 pub use held::Held;
 pub use holes::{is_zero, next_data};
 pub use keep::Keep;
+pub use kept_time::KeptTime;
 pub use lost::joined;
 pub use offline::Offline;
 pub use open::Image;

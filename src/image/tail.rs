@@ -284,20 +284,20 @@ impl Writable {
     }
 
     /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
-    /// The new footer is durable before the file is cut, so that there is always one.
+    /// The new footer is durable before the file is cut, so that there is always one. Settles the file's time, too.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
         let end = self.used_end() * SECTOR;
         let file = self.file();
-        if file.stat()?.len == end + SECTOR {
-            return Ok(());
-        }
-        file.write_at(&self.footer_bytes(), end)?;
-        if !mutant::is(Mutant::TrimUnsynced) {
+        if file.stat()?.len != end + SECTOR {
+            file.write_at(&self.footer_bytes(), end)?;
+            if !mutant::is(Mutant::TrimUnsynced) {
+                file.sync()?;
+            }
+            file.set_len(end + SECTOR)?;
             file.sync()?;
         }
-        file.set_len(end + SECTOR)?;
-        file.sync()
+        self.settle_time()
     }
 }
 

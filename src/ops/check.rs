@@ -5,10 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::mover::Progress;
-use crate::chain::{self, Chain, Checked, Policy, Use};
+use crate::chain::{self, Chain, Change, Checked, Policy, Use, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
-use crate::image::{self, Glance, Take, joined, refuse_if_live};
+use crate::image::{self, Glance, Image, KeptTime, Take, joined, refuse_if_live};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -116,7 +116,8 @@ pub fn check(
 /// tell of it.
 ///
 /// # Errors
-/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `NoSpace`.
+/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `Refused` for an image of an unfinished
+/// merge; `NoSpace`.
 pub fn repair(
     env: &dyn Env,
     path: &Path,
@@ -126,6 +127,7 @@ pub fn repair(
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
+    let allowed = parents.map_or(&[][..], |policy| &policy.allowed);
     let mut repaired = Vec::new();
     for checked in &before {
         let report = report(checked, parents.is_some());
@@ -140,7 +142,12 @@ pub fn repair(
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
-        let undo = image::repair(env, &file, taken)?.map(|path| path.display().to_string());
+        // What cannot be opened can be no part of a merge.
+        if let Ok(image) = Image::open(file.clone()) {
+            refuse_change(env, &image, Change::Room, allowed, None)?;
+        }
+        let time = KeptTime::of(&file)?;
+        let undo = time.put_back_after(image::repair(env, &file, taken))?.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
     Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })

@@ -1,10 +1,10 @@
 //! `create`: a new root, or a child of an image.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Change, Policy, Use, mark_parent, refuse_change, relative};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
 use crate::image::{self, Image, Kind, ParentLink, Spec, folder_of};
@@ -86,6 +86,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
     }
     let parent = chain.youngest();
+    refuse_change(env, parent, Change::Child, &policy.allowed, None)?;
     let size = child.size.unwrap_or(parent.size());
     if size < parent.size() {
         let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
@@ -96,6 +97,8 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     let absolute = env.canonical(&child.parent)?;
     let outside = outside(env, folder_of(path), policy, &chain)?;
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
+    // Before the child is there: a mark that leads to no child is dropped when it is looked at.
+    mark_parent(env, parent, path);
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
@@ -130,13 +133,6 @@ pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locat
         absolute: (locators != Locators::Relative).then_some(absolute),
         name,
     })
-}
-
-/// The way from a folder to a file, both absolute and without `..` and symbolic links.
-pub(super) fn relative(folder: &Path, file: &Path) -> PathBuf {
-    let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
-    let up = folder.components().skip(common).map(|_| Component::ParentDir);
-    up.chain(file.components().skip(common)).collect()
 }
 
 #[cfg(test)]

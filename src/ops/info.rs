@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, Use, warn_of_merges};
 use crate::error::{ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
@@ -104,7 +104,10 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
-    let Some(policy) = parents else { return describe(&image, None) };
+    let Some(policy) = parents else {
+        warn_of_merges(env, &image)?;
+        return describe(&image, None);
+    };
     let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
     if let Some(e) = missing {
         log::warn!("the chain is shown without what is below {}", e.line());

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::mover::{CHUNK, CHUNK_SECTORS, Disk, Progress};
 use super::{alone, kin};
-use crate::chain::{Plan, Policy, Source, Version};
+use crate::chain::{Chain, Change, Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, Offline};
+use crate::image::{Image, KeptTime, Offline};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
@@ -40,7 +40,19 @@ pub fn resize(
     if !Footer::size_fits(size) {
         return Err(Error::from(Defect::DiskSize { at: 0, size }).at_path(path));
     }
-    let chain = alone::chain(env, path, policy)?;
+    let chain = alone::chain(env, path, Change::Size, policy)?;
+    let time = KeptTime::of(chain.youngest().file())?;
+    time.put_back_after(change(env, path, chain, size, shrink, progress))
+}
+
+fn change(
+    env: &dyn Env,
+    path: &Path,
+    chain: Chain,
+    size: u64,
+    shrink: bool,
+    progress: &mut Progress<'_>,
+) -> Result<Resized> {
     let (file, from) = (chain.youngest().file().clone(), chain.youngest().size());
     let done = Resized { from, to: size };
     if size > from {

@@ -5,6 +5,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -70,6 +71,22 @@ pub struct Stat {
     pub modified_nanos: u32,
     /// Permission bits.
     pub mode: u32,
+}
+
+/// When the bytes of a file were last changed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Modified {
+    /// Unix seconds.
+    pub seconds: i64,
+    /// Nanoseconds within the second.
+    pub nanos: u32,
+}
+
+impl Stat {
+    /// Returns the time of the last change as one value.
+    pub fn last_change(&self) -> Modified {
+        Modified { seconds: self.modified, nanos: self.modified_nanos }
+    }
 }
 
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
@@ -147,10 +164,35 @@ impl File {
     pub fn sync_all(&self) -> Result<()> {
         match self {
             File::Host(f) => f.sync_all(),
-            // There the clock outlives every crash.
             #[cfg(feature = "sim")]
-            File::Sim(f) => f.sync(),
+            File::Sim(f) => f.sync_all(),
         }
+    }
+
+    /// Sets the time of the last change (futimens). A later write sets it again. Durable after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_modified(&self, time: Modified) -> Result<()> {
+        each_kind!(self, f => f.set_modified(time))
+    }
+
+    /// Reads an extended attribute; `None` if the file does not have it, or the file system has none.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        each_kind!(self, f => f.attribute(name))
+    }
+
+    /// Sets an extended attribute, or removes it. The bytes of the file and the time of their last change stay. Durable
+    /// after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system has no such attributes
+    /// - `Io`, also for a file that may not be changed
+    pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        each_kind!(self, f => f.set_attribute(name, value))
     }
 
     /// Cuts or extends (with zeros) to `len` bytes.
@@ -254,6 +296,9 @@ pub trait Env: Send + Sync {
 
     /// Unix seconds.
     fn now(&self) -> i64;
+
+    /// Returns the time since some fixed moment; never goes back. Bounds how long something is looked for.
+    fn uptime(&self) -> Duration;
 
     /// A new random UUID.
     fn uuid(&self) -> Uuid;

@@ -23,7 +23,8 @@ type Runs = [(u64, u64, Fill<'static>)];
 
 fn rebased(env: &dyn Env, folder: &Path, parent: &str, only_link: bool) -> Result<u64> {
     let (path, parent) = (folder.join("i.vhd"), folder.join(parent));
-    ops::rebase::rebase(env, &path, &parent, only_link, &Policy::default(), &mut |_| Ok(()))
+    let done = ops::rebase::rebase(env, &path, &parent, only_link, &Policy::default(), &mut |_| Ok(()));
+    done.map(|done| done.copied)
 }
 
 /// Two branches of one root, and another root; the image stands on the first branch.

@@ -182,7 +182,7 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("merge", |folder| {
         let path = folder.join("disk.vhd");
-        let merge = ops::merge::Merge::prepare(&Host, &path, None, &Policy::default())?;
+        let merge = ops::merge::Merge::prepare(&Host, &path, None, false, &Policy::default())?;
         merge.run(&mut |_| Ok(()))?;
         Ok(folder.join(PARENT))
     }),

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::copy::Layers;
-use super::intent::{Folded, Seen};
-use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
+use crate::chain::{Chain, Change, Folded, Policy, Seen, Use, refuse_change, relative};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
@@ -31,8 +30,15 @@ pub(super) struct Survey {
 ///
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where another child would change, or the sizes do not fit.
-pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Survey> {
+/// `Refused` where another child would change, or the sizes do not fit, or (unless `changed_parent`) a parent was written
+/// to since its child recorded its time.
+pub(super) fn survey(
+    env: &dyn Env,
+    child: &Path,
+    into: Option<&Path>,
+    changed_parent: bool,
+    policy: &Policy,
+) -> Result<Survey> {
     let file = env.open(child, Access::Read)?;
     file.lock(Lock::Shared)?;
     let folder = env.canonical(folder_of(child))?;
@@ -57,9 +63,14 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
             refuse_if_live(env, runtime, image.file(), image.uuid())?;
         }
     }
-    // Another merge must find again what it noted of its own ancestor.
-    for image in images.iter().chain([ancestor]) {
-        refuse_if_receiving(env, image, Some(images[0].uuid()))?;
+    // Another merge must find again what it recorded of its own images.
+    let own = Some(images[0].uuid());
+    for image in &images {
+        refuse_change(env, image, Change::Link, &policy.allowed, own)?;
+    }
+    refuse_change(env, ancestor, Change::Contents, &policy.allowed, own)?;
+    if !changed_parent {
+        refuse_changed(&chain, depth)?;
     }
     let mut folders = Vec::new();
     for image in images.iter().chain([ancestor]) {
@@ -74,6 +85,20 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
     let places = images.iter().map(|image| image.file().folder()).collect();
     let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
     Ok(Survey { layers: Layers::new(images), folded, places, ancestor, children, folders })
+}
+
+/// # Errors
+/// `Refused` if the parent of one of the first `depth` images was written to since.
+fn refuse_changed(chain: &Chain, depth: usize) -> Result<()> {
+    let folded = &chain.images()[..depth];
+    let outdated = chain.outdated().find(|(child, _)| folded.iter().any(|image| image.uuid() == child.uuid()));
+    let Some((child, parent)) = outdated else { return Ok(()) };
+    let what = format!(
+        "it was written to after {} recorded its time, so the disk above may be damaged; if that disk is right, run the \
+         same command with --changed-parent",
+        child.file().path().display()
+    );
+    Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
 /// How many images are folded: those above `into`.
@@ -173,7 +198,7 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
 }
 
 fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
-    let path = create::relative(folder, &named(env, image.file().path())?);
+    let path = relative(folder, &named(env, image.file().path())?);
     Ok(Folded { uuid: image.uuid(), seen: Seen::durably(image.file())?, path })
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -87,6 +88,10 @@ impl Env for SimHost {
 
     fn now(&self) -> i64 {
         self.0.world().clock
+    }
+
+    fn uptime(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn uuid(&self) -> Uuid {

@@ -18,6 +18,7 @@ mod env;
 mod file;
 mod folder;
 mod inode;
+mod metadata;
 mod names;
 mod rng;
 #[cfg(test)]

@@ -1,20 +1,23 @@
-//! The note of a merge: what is being done, and how far it has come. It outlives the process and the host.
+//! The record of a merge: what is being done, and how far it has come. It outlives the process and the host.
 //!
 //! It lies beside CHILD as `.<uuid of CHILD>.merge`: lines of ASCII, ended by a sum.
 //!
 //! ```text
-//! diffdisk merge 2
+//! diffdisk merge 3
 //! layer <uuid> <state> <path>         CHILD first, then what lies between
 //! ancestor <uuid> <state> <path>
-//! copied <sector>                     all before this sector; or: copied all
+//! copied nothing                      no byte of the ancestor's disk has changed
+//!      | <sector>                     all before this sector is copied, and some behind it may be
+//!      | all                          the ancestor shows CHILD's disk
+//! abandoned                           only if the merge was given up; it may still be finished
 //! sum <FNV-1a of all lines above, 16 hexadecimal digits>
 //! ```
 //!
-//! A state is what tells one content of a file from another without reading it: `<inode> <bytes> <last change,
-//! seconds.nanoseconds>`. (No device: it may have another number after the next boot.)
+//! A state identifies one content of a file without reading it: `<inode> <bytes> <last change, seconds.nanoseconds>`.
+//! (No device: it may have another number after the next boot.)
 //!
-//! Paths begin in the note's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
-//! A note is replaced as a whole: temporary name, sync, rename, sync of the folder.
+//! Paths begin in the record's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
+//! A record is replaced as a whole: temporary name, sync, rename, sync of the folder.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
@@ -23,17 +26,18 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{MAX_NOTE_BYTES, folded_by_note};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, folder_of};
 use crate::point;
 use crate::storage::{Access, Env, File, Folder};
 
-const FIRST_LINE: &str = "diffdisk merge 2";
+const FIRST_LINE: &str = "diffdisk merge 3";
+/// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
+const MAX_BYTES: u64 = 2 << 20;
 
 /// The state of a file, by which it is known again: the same file, and nobody has written to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Seen {
+pub struct Seen {
     /// Its inode.
     ino: u64,
     /// Its length in bytes.
@@ -47,7 +51,7 @@ impl Seen {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn of(file: &File) -> Result<Seen> {
+    pub fn of(file: &File) -> Result<Seen> {
         let stat = file.stat()?;
         Ok(Seen { ino: stat.id.ino, len: stat.len, modified: (stat.modified, stat.modified_nanos) })
     }
@@ -56,7 +60,7 @@ impl Seen {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
+    pub fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
         let file = match env.open(path, Access::Read) {
             Ok(file) => file,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -70,7 +74,7 @@ impl Seen {
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
-    pub(super) fn durably(file: &File) -> Result<Seen> {
+    pub fn durably(file: &File) -> Result<Seen> {
         file.sync_all()?;
         Seen::of(file)
     }
@@ -78,18 +82,21 @@ impl Seen {
 
 /// An image that is folded into another one.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Folded {
-    pub(super) uuid: Uuid,
+pub struct Folded {
+    /// Its identity.
+    pub uuid: Uuid,
     /// Its state before anything of it was copied.
-    pub(super) seen: Seen,
+    pub seen: Seen,
     /// From the note's folder.
-    pub(super) path: PathBuf,
+    pub path: PathBuf,
 }
 
 /// How far a merge has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Copied {
-    /// All before this sector is in the ancestor, durably.
+pub enum Copied {
+    /// No byte of the ancestor's disk has changed.
+    Nothing,
+    /// All before this sector is in the ancestor, durably; some behind it may be.
     Before(u64),
     /// All is, and the ancestor is complete.
     All,
@@ -97,47 +104,67 @@ pub(super) enum Copied {
 
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Intent {
+pub struct MergeRecord {
     /// Where the note lies: CHILD's folder.
-    pub(super) folder: PathBuf,
+    pub folder: PathBuf,
     /// CHILD and what lies between, youngest first.
-    pub(super) layers: Vec<Folded>,
-    pub(super) ancestor: Uuid,
+    pub layers: Vec<Folded>,
+    /// The identity of what receives.
+    pub ancestor: Uuid,
     /// The ancestor's state when all that `copied` says was in it.
-    pub(super) ancestor_seen: Seen,
+    pub ancestor_seen: Seen,
     /// From the note's folder.
-    pub(super) ancestor_path: PathBuf,
-    pub(super) copied: Copied,
+    pub ancestor_path: PathBuf,
+    /// How far it has come.
+    pub copied: Copied,
+    /// Whether it was given up after something was copied. It may still be finished.
+    pub abandoned: bool,
 }
 
-impl Intent {
-    /// The note of a merge of the image at `child` that was begun and not ended, if there is one; `present` is the image
+/// What is found of an earlier start of a merge.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Earlier {
+    /// Nothing: it was not begun.
+    None,
+    /// Its record.
+    Record(Box<MergeRecord>),
+    /// A record at this path that cannot be read.
+    Unreadable(PathBuf),
+}
+
+impl MergeRecord {
+    /// Finds the record of a merge of the image at `child` that was begun and not finished; `present` is the image
     /// that has the name now.
     ///
     /// # Errors
-    /// `Refused` where another image has the name than when it was begun; `Invalid` for a broken note; `Io`.
-    pub(super) fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<Option<Intent>> {
+    /// - `Refused` if another image has the name than when it was begun
+    /// - `Invalid` for a record that cannot be read while no image has the name
+    /// - `Io`
+    pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<Earlier> {
         let folder = env.folder(folder_of(child))?.absolute()?;
-        let Some(name) = child.file_name() else { return Ok(None) };
-        for note in folder.list()? {
-            let Some(uuid) = folded_by_note(&note) else { continue };
-            let path = folder.path().join(&note);
-            let intent = match Intent::load(&folder, &note) {
-                Ok(intent) => intent,
-                Err(e) if e.kind() == ErrorKind::Invalid && present.is_some_and(|present| present != uuid) => {
+        let Some(name) = child.file_name() else { return Ok(Earlier::None) };
+        for record_name in folder.list()? {
+            let Some(uuid) = folded_by_record(&record_name) else { continue };
+            let path = folder.path().join(&record_name);
+            let record = match (MergeRecord::load(&folder, &record_name), present) {
+                (Ok(record), _) => record,
+                (Err(e), Some(present)) if e.kind() == ErrorKind::Invalid && present == uuid => {
+                    return Ok(Earlier::Unreadable(path));
+                }
+                (Err(e), Some(_)) if e.kind() == ErrorKind::Invalid => {
                     log::warn!("{}", e.line());
                     continue;
                 }
-                Err(e) => return Err(e),
+                (Err(e), _) => return Err(e),
             };
-            let is_named = intent.layers[0].path.as_os_str() == name;
+            let is_named = record.layers[0].path.as_os_str() == name;
             match present {
-                Some(present) if present == uuid => return Ok(Some(intent)),
-                None if is_named => return Ok(Some(intent)),
+                Some(present) if present == uuid => return Ok(Earlier::Record(Box::new(record))),
+                None if is_named => return Ok(Earlier::Record(Box::new(record))),
                 Some(_) if is_named => {
                     let what = format!(
-                        "a merge of another image of this name was not ended ({}): give this one another name and run \
-                         the same command, which ends it",
+                        "another image of this name was being merged ({}): give this one another name and run the same \
+                         command to finish that merge",
                         path.display()
                     );
                     return Err(Error::new(ErrorKind::Refused, what).at_path(child));
@@ -145,24 +172,62 @@ impl Intent {
                 _ => {}
             }
         }
-        Ok(None)
+        Ok(Earlier::None)
     }
 
-    fn load(folder: &Folder, note: &OsStr) -> Result<Intent> {
-        let file = folder.open(note, Access::Read)?;
+    /// Returns the records in a folder that can be read. What may not be read, and a folder that cannot be listed, is passed
+    /// over.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn all_in(folder: &Folder) -> Result<Vec<MergeRecord>> {
+        let mut records = Vec::new();
+        for name in passed_over(folder.list())?.unwrap_or_default() {
+            if folded_by_record(&name).is_none() {
+                continue;
+            }
+            match passed_over(MergeRecord::load(folder, &name)) {
+                Err(e) if e.kind() == ErrorKind::Invalid => log::debug!("{}", e.line()),
+                loaded => records.extend(loaded?),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Returns the UUID in the path of a record: that of the image that is folded.
+    pub fn folded_by(path: &Path) -> Option<Uuid> {
+        folded_by_record(path.file_name()?)
+    }
+
+    /// The path of CHILD.
+    pub fn child(&self) -> PathBuf {
+        self.folder.join(&self.layers[0].path)
+    }
+
+    /// The command that finishes it.
+    pub fn command(&self) -> String {
+        let into = match self.layers.len() {
+            1 => String::new(),
+            _ => format!(" --into {}", self.folder.join(&self.ancestor_path).display()),
+        };
+        format!("diffdisk merge {}{into}", self.child().display())
+    }
+
+    fn load(folder: &Folder, name: &OsStr) -> Result<MergeRecord> {
+        let file = folder.open(name, Access::Read)?;
         let len = file.stat()?.len;
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_NOTE_BYTES)).expect("2 MiB at most")];
+        let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
         file.read_at(&mut bytes, 0)?;
         let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder.path()));
-        read.filter(|intent| folded_by_note(note) == Some(intent.layers[0].uuid)).ok_or_else(|| {
-            let what = "the note of a merge cannot be read; if the image that was being merged is still there, remove the \
-                        note and merge it again";
+        read.filter(|record| folded_by_record(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
+            let what =
+                "the record of a merge cannot be read; `diffdisk merge CHILD --abandon` removes it if CHILD is gone";
             Error::new(ErrorKind::Invalid, what).at_path(file.path())
         })
     }
 
     /// Its own path.
-    pub(super) fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.folder.join(self.name())
     }
 
@@ -178,7 +243,7 @@ impl Intent {
     ///
     /// # Errors
     /// `NoSpace`, `Io`: it says what it said before.
-    pub(super) fn save(&self, home: &Folder) -> Result<()> {
+    pub fn save(&self, home: &Folder) -> Result<()> {
         let fresh = self.fresh_name();
         let saved = self.write(home, &fresh).and_then(|()| {
             point::reached("merge.note-written");
@@ -206,7 +271,7 @@ impl Intent {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn remove(&self, home: &Folder) -> Result<()> {
+    pub fn remove(&self, home: &Folder) -> Result<()> {
         for name in [self.fresh_name(), self.name()] {
             if home.exists(&name)? {
                 home.remove(&name)?;
@@ -222,13 +287,34 @@ impl Intent {
         }
         text += &named("ancestor", self.ancestor, self.ancestor_seen, &self.ancestor_path);
         match self.copied {
+            Copied::Nothing => writeln!(text, "copied nothing"),
             Copied::Before(sector) => writeln!(text, "copied {sector}"),
             Copied::All => writeln!(text, "copied all"),
         }
         .expect("a string takes all");
+        if self.abandoned {
+            text.push_str("abandoned\n");
+        }
         let sum = sum(&text);
         writeln!(text, "sum {sum:016x}").expect("a string takes all");
         text
+    }
+}
+
+/// The UUID in the name of a record: that of the image that is folded.
+fn folded_by_record(name: &OsStr) -> Option<Uuid> {
+    name.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+}
+
+/// `None` for what is gone or closed to us, and for a file system that lists no folders.
+fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Ok(None),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            Ok(None)
+        }
+        Err(e) => Err(e),
     }
 }
 
@@ -248,7 +334,7 @@ fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
 }
 
 /// What a note says; `None` where it is broken.
-fn decode(text: &str, folder: &Path) -> Option<Intent> {
+fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
     let end = text.strip_suffix('\n')?.rfind('\n')? + 1;
     let (said, last) = text.split_at(end);
     if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", sum(said)) {
@@ -258,15 +344,17 @@ fn decode(text: &str, folder: &Path) -> Option<Intent> {
     if lines.next()? != FIRST_LINE {
         return None;
     }
-    let (mut layers, mut ancestor, mut copied) = (Vec::new(), None, None);
+    let (mut layers, mut ancestor, mut copied, mut abandoned) = (Vec::new(), None, None, false);
     for line in lines {
-        let (word, rest) = line.split_once(' ')?;
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match word {
+            "abandoned" => abandoned = true,
             "layer" => {
                 let (uuid, seen, path) = decode_named(rest)?;
                 layers.push(Folded { uuid, seen, path });
             }
             "ancestor" => ancestor = Some(decode_named(rest)?),
+            "copied" if rest == "nothing" => copied = Some(Copied::Nothing),
             "copied" if rest == "all" => copied = Some(Copied::All),
             "copied" => copied = Some(Copied::Before(rest.parse().ok()?)),
             _ => return None,
@@ -275,7 +363,8 @@ fn decode(text: &str, folder: &Path) -> Option<Intent> {
     let (ancestor, ancestor_seen, ancestor_path) = ancestor?;
     let folder = folder.to_path_buf();
     let copied = copied?;
-    (!layers.is_empty()).then_some(Intent { folder, layers, ancestor, ancestor_seen, ancestor_path, copied })
+    let record = MergeRecord { folder, layers, ancestor, ancestor_seen, ancestor_path, copied, abandoned };
+    (!record.layers.is_empty()).then_some(record)
 }
 
 /// FNV-1a: it is accidents that are to be found.
@@ -283,7 +372,7 @@ fn sum(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 
-fn escaped(path: &Path) -> String {
+pub(super) fn escaped(path: &Path) -> String {
     let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
@@ -294,7 +383,7 @@ fn escaped(path: &Path) -> String {
     text
 }
 
-fn unescaped(text: &str) -> Option<PathBuf> {
+pub(super) fn unescaped(text: &str) -> Option<PathBuf> {
     let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
     while let Some((&byte, after)) = rest.split_first() {
         rest = after;
@@ -310,68 +399,5 @@ fn unescaped(text: &str) -> Option<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::storage::host::Host;
-
-    fn intent(folder: &Path) -> Intent {
-        let seen = |ino, modified| Seen { ino, len: 1 << 50, modified };
-        let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
-        let layers = vec![
-            Folded { uuid: Uuid::from_u128(1), seen: seen(7, (-5, 7)), path: odd.into() },
-            Folded { uuid: Uuid::from_u128(2), seen: seen(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
-        ];
-        let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
-        let ancestor_seen = seen(u64::MAX, (0, 0));
-        Intent { folder: folder.into(), layers, ancestor, ancestor_seen, ancestor_path, copied: Copied::Before(77) }
-    }
-
-    #[test]
-    fn what_is_saved_is_found_by_name_or_by_identity() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path().canonicalize().unwrap();
-        let home = Host.folder(&at).unwrap();
-        let mut note = intent(&at);
-        let child = at.join(&note.layers[0].path);
-        assert_eq!(Intent::find(&Host, &child, None).unwrap(), None);
-        note.save(&home).unwrap();
-        std::fs::write(at.join(note.fresh_name()), "left by a killed one").unwrap();
-        note.copied = Copied::All;
-        note.save(&home).unwrap();
-        assert_eq!(Intent::find(&Host, &child, None).unwrap().as_ref(), Some(&note));
-        let other = at.join("renamed.vhd");
-        assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(1))).unwrap().as_ref(), Some(&note));
-        assert_eq!(Intent::find(&Host, &other, None).unwrap(), None);
-        assert_eq!(Intent::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), None);
-        let e = Intent::find(&Host, &child, Some(Uuid::from_u128(9))).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Refused, "another image has the name");
-        note.remove(&home).unwrap();
-        assert_eq!(home.list().unwrap().len(), 0);
-    }
-
-    #[test]
-    fn a_broken_note_is_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path().canonicalize().unwrap();
-        let note = intent(&at);
-        let text = note.encode();
-        assert_eq!(decode(&text, &at), Some(note.clone()));
-        for cut in 0..text.len() {
-            assert_eq!(decode(&text[..cut], &at), None, "cut at {cut}");
-        }
-        for at_byte in 0..text.len() {
-            let mut bytes = text.clone().into_bytes();
-            bytes[at_byte] ^= 1;
-            let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, &at));
-            assert_eq!(read, None, "byte {at_byte}");
-        }
-        std::fs::write(note.path(), &text[1..]).unwrap();
-        let child = at.join("c.vhd");
-        assert_eq!(Intent::find(&Host, &child, Some(Uuid::from_u128(1))).unwrap_err().kind(), ErrorKind::Invalid);
-        assert_eq!(Intent::find(&Host, &child, None).unwrap_err().kind(), ErrorKind::Invalid);
-        assert_eq!(Intent::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(), None, "another one's");
-        // The same under the name of another image.
-        std::fs::rename(note.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
-        assert!(Intent::find(&Host, &child, Some(Uuid::from_u128(2))).is_err());
-    }
-}
+#[path = "merge_record_tests.rs"]
+mod tests;
