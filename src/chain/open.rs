@@ -56,8 +56,8 @@ impl Chain {
     pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
         let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
-        if let (Some(folder), Use::Read) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
+        if how == Use::Read {
+            refuse_if_live(env, &policy.runtime, youngest.file(), youngest.uuid())?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {

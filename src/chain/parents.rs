@@ -24,13 +24,13 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
-    /// Where daemons keep live journals: an image that has one there is refused.
-    pub runtime: Option<PathBuf>,
+    /// Folders in which daemons keep live journals: an image that has one there is refused.
+    pub runtime: Vec<PathBuf>,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: None }
+        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: Vec::new() }
     }
 }
 

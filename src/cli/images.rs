@@ -39,7 +39,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
 }
 
 fn policy(common: &Common) -> Policy {
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let runtime = runtime::folders(common.runtime_dir.as_deref());
     Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
 }
 
@@ -65,7 +65,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
             if made.outside {
                 let folder = made.parent.parent().unwrap_or(Path::new("/"));
-                log::info!("its parent is found with --allow-parents {}", folder.display());
+                log::warn!("its parent is found only with --allow-parents {}", folder.display());
             }
             format!("differencing, {}, child of {}", human(made.size), made.parent.display())
         }
@@ -95,10 +95,10 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let runtime = runtime::folders(common.runtime_dir.as_deref());
     let verb = if args.repair { ops::check::repair } else { ops::check::check };
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes))?;
+    let report = verb(&Host, &args.path, policy.as_ref(), &runtime, &mut |bytes| work.at(bytes))?;
     drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
@@ -179,7 +179,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, policy(common).runtime.as_deref())?;
+        ops::convert::check_replaced(&Host, &args.destination, &policy(common).runtime)?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,

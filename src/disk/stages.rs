@@ -133,6 +133,9 @@ impl Lane {
             }
         };
         self.free.push(number);
+        if task.held_by_host {
+            self.release_held(outcome == Outcome::Done);
+        }
         let tag = task.tag;
         match task.end() {
             Work::Prefetch { .. } => {}
@@ -284,7 +287,7 @@ impl Lane {
         if std::mem::take(&mut task.full) {
             // The next tick tries it again, from the start: nothing of it was marked.
             self.park(number);
-            self.tell_full();
+            self.hold(task);
             return Next::Wait(Stage::Room);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });

@@ -31,6 +31,8 @@ pub(super) struct Task {
     pub(super) failed: bool,
     /// Whether one of them found the host full.
     pub(super) full: bool,
+    /// Whether it is counted among the writes that wait for room on the host.
+    pub(super) held_by_host: bool,
     /// Which of several ranges is at work (discard, write zeroes).
     pub(super) at: usize,
     /// The round that makes it durable.
@@ -56,6 +58,7 @@ impl Task {
             pending: 0,
             failed: false,
             full: false,
+            held_by_host: false,
             at: 0,
             round: 0,
             owes_commit: false,
@@ -70,7 +73,7 @@ impl Task {
     pub(super) fn renew(&mut self, tag: u64, work: Work) {
         (self.tag, self.work, self.stage) = (tag, work, Stage::Plan);
         (self.pending, self.failed, self.full, self.at) = (0, false, false, 0);
-        (self.round, self.owes_commit, self.moved) = (0, false, false);
+        (self.round, self.owes_commit, self.moved, self.held_by_host) = (0, false, false, false);
     }
 
     /// What it was asked to do, with the guest's memory; holds nothing any more.

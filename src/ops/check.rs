@@ -1,6 +1,6 @@
 //! `check`: every rule of the format; with `repair` what can be mended without guessing is mended.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -79,13 +79,13 @@ pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
 /// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
-/// `runtime` says more than the file; `Io`; what `progress` fails with.
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in one of the
+/// folders `runtime` says more than the file; `Io`; what `progress` fails with.
 pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[PathBuf],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -102,7 +102,7 @@ pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[PathBuf],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;

@@ -4,6 +4,7 @@
 //! read when it is there as a whole, and answered only when there is room for the answer, so no front-end can keep
 //! the thread from accepting, refusing or ending.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,8 @@ use crate::storage::EngineKind;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a half message is looked at again.
 const GLANCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+/// How often the names of the served files are looked up.
+const NAMES_PERIOD: Duration = Duration::from_secs(5);
 /// Refused messages of one connection that are logged; a front-end cannot fill the log.
 const LOGGED_REFUSALS: u32 = 32;
 
@@ -53,6 +56,8 @@ pub struct Daemon {
     device: Arc<Device>,
     workers: Vec<Worker>,
     socket: Socket,
+    /// When the names of the served files are looked up next.
+    names_due: Cell<Instant>,
 }
 
 /// What becomes of a connection.
@@ -82,7 +87,23 @@ impl Daemon {
         let settings = Settings { engine: service.engine, poll: service.poll };
         let start = |index| Worker::start(&device, usize::from(index), settings, &service.name);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
-        Ok(Daemon { name: service.name.clone(), device, workers, socket })
+        let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
+        Ok(Daemon { name: service.name.clone(), device, workers, socket, names_due })
+    }
+
+    /// What carries out I/O, in a word for the log.
+    pub fn engine(&self) -> &'static str {
+        self.workers.first().map_or("none", |worker| worker.engine)
+    }
+
+    /// Looks up the names of the served files if that is due. Returns the time until it is due again.
+    fn watch_names(&self) -> Timespec {
+        if Instant::now() >= self.names_due.get() {
+            self.device.disk().check_names();
+            self.names_due.set(Instant::now() + NAMES_PERIOD);
+        }
+        let left = self.names_due.get().saturating_duration_since(Instant::now());
+        Timespec::try_from(left).unwrap_or(GLANCE)
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -113,7 +134,7 @@ impl Daemon {
     fn serve_all(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
             let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-            wait(&mut fds, None)?;
+            wait(&mut fds, Some(&self.watch_names()))?;
             if !fds[0].revents().is_empty() {
                 return Ok(());
             }
@@ -166,7 +187,8 @@ impl Daemon {
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
-            wait(&mut fds, half_since.map(|_| &GLANCE))?;
+            let at_most = self.watch_names();
+            wait(&mut fds, Some(if half_since.is_some() { &GLANCE } else { &at_most }))?;
             if !fds[0].revents().is_empty() {
                 return Ok(Fate::Stop);
             }

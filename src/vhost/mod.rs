@@ -8,7 +8,7 @@
 //!                           │                                        ├── inflight  the record that survives us, kept by
 //!                           │                                        │             the front-end
 //!                           │                                        └── worker    one a queue: edges, device::Queue, lane
-//!                        daemon: accepts, refuses a second front-end, ends on the stop signal
+//!                 bind ─ daemon: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
 //! * The **control thread** (one a disk, `daemon`) reads messages and never touches a running ring. It stops a ring,
@@ -19,7 +19,9 @@
 //!
 //! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
+mod bind;
 mod daemon;
+mod descriptors;
 mod edges;
 mod frame;
 mod handler;
@@ -30,7 +32,9 @@ mod rings;
 mod socket;
 mod worker;
 
+pub use bind::SocketAccess;
 pub use daemon::{Daemon, Service};
+pub use descriptors::descriptors;
 pub use socket::{Listener, Socket};
 
 /// Queues that one disk may have.

@@ -5,6 +5,8 @@ mod blk;
 mod daemon;
 mod image;
 mod raw;
+mod start;
+mod system;
 
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Shared;
+use super::env::absolute;
 use super::inode::Covers;
 use super::names::InodeId;
 use super::world::{World, code};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Naming, Stat};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -68,6 +69,19 @@ impl SimFile {
                 modified: inode.modified,
                 modified_nanos: 0,
                 mode: 0o644,
+            })
+        })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        self.with("cannot look up its name", |world, id| {
+            world.alive()?;
+            Ok(match world.names.get(&absolute(&self.0.path)) {
+                Some(found) if found == id => Naming::Kept,
+                Some(_) => Naming::Replaced,
+                None if world.names.all().any(|(_, inode)| inode == id) => Naming::Renamed,
+                None => Naming::Removed,
             })
         })
     }
