@@ -120,7 +120,7 @@ mod tests {
         std::fs::create_dir(path("b")).unwrap();
         assert_eq!(choose(&all, 1), [path("a"), path("b")], "a predecessor may have used it");
         assert_eq!(choose(&all, u64::MAX - 1), [path("a"), path("b")], "journals that exist need no room");
-        assert_eq!(choose(&all[..1], 1), [PathBuf::new(); 0]);
+        assert!(choose(&all[..1], 1).is_empty());
         assert!(prepare(Some(&path("file")), 1).is_err());
         assert_eq!(prepare(Some(&path("c")), u64::MAX).unwrap(), [path("c")]);
     }
