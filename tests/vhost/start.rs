@@ -327,6 +327,20 @@ fn a_limit_of_the_files_size_is_an_error_of_the_write() {
     assert_eq!(check.status.code(), Some(0), "{}", said(&check));
 }
 
+/// The tool reports the limit, too, instead of dying by SIGXFSZ with its temporary file left behind.
+#[test]
+fn the_tool_outlives_a_limit_of_the_files_size() {
+    let scene = Scene::new();
+    fs::write(scene.path("source"), vec![7; 8 << 20]).unwrap();
+    for line in ["create a.vhd --type fixed --size 64M", "convert source a.vhd --from raw --to dynamic"] {
+        let line = format!("ulimit -f 2048; exec {} {line}", cargo_bin!("diffdisk").display());
+        let output = Command::new("sh").current_dir(&scene.dir).args(["-c", &line]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{line}: {}", said(&output));
+        assert!(said(&output).contains("File too large"), "{line}: {}", said(&output));
+        assert_eq!(scene.left(), ["source"], "{line}");
+    }
+}
+
 /// The descriptors that a start asks for are enough for what is then used, and not many times as much.
 #[test]
 fn descriptors_are_counted_right() {
