@@ -174,7 +174,10 @@ fn children_find_parents_by_the_policy() {
     fs::create_dir_all(d.path().join("a/b")).unwrap();
     fs::create_dir(d.path().join("c")).unwrap();
     ok(&d, "create a/r.vhd --size 10M");
-    ok(&d, "create a/b/child.vhd --parent a/r.vhd");
+    // The parent lies outside of the child's folder: the child is made, with a warning that names the option.
+    let made = run(&d, "create a/b/child.vhd --parent a/r.vhd");
+    let hint = format!("warn: its parent is found only with --allow-parents {}\n", d.path().join("a").display());
+    assert_eq!((made.status.code(), text(&made.stderr)), (Some(0), hint.as_str()));
     ok(&d, "create c/leaf.vhd --parent a/b/child.vhd --size 12M --locator relative --allow-parents a");
     fails(&d, "create x.vhd --parent c/leaf.vhd", "create: c/leaf.vhd", "--allow-parents");
     fails(&d, "create x.vhd --parent a/r.vhd --size 9M", "create: x.vhd", "less than");

@@ -1,7 +1,7 @@
 //! The verbs on images: from arguments to what `ops` does, to what is printed.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Exit;
 use super::args::{
@@ -65,7 +65,10 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
             if made.outside {
                 let folder = made.parent.parent().unwrap_or(Path::new("/"));
-                log::warn!("its parent is found only with --allow-parents {}", folder.display());
+                let holds = |allowed: &PathBuf| allowed.canonicalize().is_ok_and(|a| made.parent.starts_with(a));
+                let allowed = common.allow_parents.iter().any(holds);
+                let level = if allowed { log::Level::Info } else { log::Level::Warn };
+                log::log!(level, "its parent is found only with --allow-parents {}", folder.display());
             }
             format!("differencing, {}, child of {}", human(made.size), made.parent.display())
         }

@@ -95,6 +95,8 @@ fn the_configuration_of_the_machine() {
     assert_eq!(code, Some(0), "{told}");
     let hint = format!("warn: its parent is found only with --allow-parents {}", path("images").display());
     assert!(told.contains(&hint), "{told}");
+    let (_, told) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
+    assert!(!told.contains("warn"), "a folder that is allowed needs no option: {told}");
     let info = "diffdisk info vms/a.vhd --chain";
     let serve = "diffdiskd --blk-file=vms/a.vhd --socket-path=a.sock 2>log & daemon=$!; \
         while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
