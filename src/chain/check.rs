@@ -1,6 +1,6 @@
 //! Checking a chain: each of its files, and the links between them. Goes on where an open stops.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::hidden;
 use super::open::Use;
@@ -37,13 +37,13 @@ pub struct Checked {
 /// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file, and
-/// for a parent that is there and may not be opened; `Io`; what `progress` fails with. Broken rules are in the report.
+/// `Busy` where somebody writes to one; `Refused` where a live journal in one of the folders `runtime` says more than the file,
+/// and for a parent that is there and may not be opened; `Io`; what `progress` fails with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[PathBuf],
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
     let mut passed = 0;
@@ -60,8 +60,8 @@ pub fn check(
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check_watched(file, &mut watch)?;
-        if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
-            refuse_if_live(env, folder, image.file(), image.uuid())?;
+        if let (Some(image), true) = (&image, all.is_empty()) {
+            refuse_if_live(env, runtime, image.file(), image.uuid())?;
         }
         let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
         if let Some(image) = &image {

@@ -88,8 +88,8 @@ impl Chain {
     ) -> Result<(Chain, Option<Error>)> {
         let mut search = Search::new(env, youngest.file(), policy, how)?;
         search.pass(&youngest)?;
-        if let (Some(folder), Use::Read | Use::Salvage) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
+        if matches!(how, Use::Read | Use::Salvage) {
+            refuse_if_live(env, &policy.runtime, youngest.file(), youngest.uuid())?;
         }
         let (mut images, mut missing) = (vec![youngest], None);
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {

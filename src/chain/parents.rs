@@ -27,15 +27,15 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
-    /// Where daemons keep live journals: an image that has one there is refused.
-    pub runtime: Option<PathBuf>,
+    /// Folders in which daemons keep live journals: an image that has one there is refused.
+    pub runtime: Vec<PathBuf>,
     /// CHILD of the merge that opens the chain: what its own record forbids to others does not count.
     pub merging: Option<uuid::Uuid>,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: None, merging: None }
+        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: Vec::new(), merging: None }
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use super::size::{parse, parse_alignment, parse_block_size};
+use super::system_config::SystemConfig;
 use crate::image::Take;
 use crate::ops::Format;
 use crate::ops::create::Locators;
@@ -33,12 +34,23 @@ pub(super) struct Common {
     /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
+    /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
+    #[arg(long, global = true)]
+    pub(super) no_system_config: bool,
     /// No progress bar, and nothing on standard output that was not asked for
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
     /// What is logged to standard error
     #[arg(long, value_enum, default_value = "warn", value_name = "LEVEL", global = true)]
     pub(super) log_level: LogLevel,
+}
+
+impl Common {
+    /// Adds what the machine's configuration says and the command line does not.
+    pub(super) fn add(&mut self, config: SystemConfig) {
+        self.allow_parents.extend(config.allow_parents);
+        self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
+    }
 }
 
 /// Levels of the log.

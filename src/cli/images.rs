@@ -41,7 +41,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
 }
 
 fn policy(common: &Common) -> Policy {
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let runtime = runtime::folders(common.runtime_dir.as_deref());
     Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
 }
 
@@ -101,13 +101,13 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common));
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let runtime = runtime::folders(common.runtime_dir.as_deref());
     if let Some(undo) = &args.undo {
-        ops::check::undo(&Host, &args.path, undo, runtime.as_deref())?;
+        ops::check::undo(&Host, &args.path, undo, &runtime)?;
         return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
     }
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes));
+    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.at(bytes));
     let report = match args.repair {
         true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
         false => ops::check::check(&Host, &args.path, parents, runtime, progress)?,
@@ -204,7 +204,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, policy(common).runtime.as_deref())?;
+        ops::convert::check_replaced(&Host, &args.destination, &policy(common).runtime)?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,

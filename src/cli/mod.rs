@@ -7,21 +7,26 @@
 //!   diffdisk    args ──> images ──> ops
 //!                size      │ └────> progress   a bar, on a terminal only
 //!                          └──────> print      people, or JSON
-//!   diffdiskd   serve_args ──> serve ──> vhost
-//!                 disk_args     ├── adopt      descriptors handed over by who starts us
-//!                               └── systemd    readiness
+//!   diffdiskd   serve_args ──> serve ──> start ──> vhost
+//!                 disk_args     ├── handover   sockets of the starting process (adopt, systemd)
+//!                               └── signals    what ends the daemon
+//!   both        system_config, runtime
 //! ```
 
 mod adopt;
 mod args;
 mod disk_args;
+mod handover;
 mod images;
 mod print;
 mod progress;
 mod runtime;
 pub mod serve;
 mod serve_args;
+mod signals;
 mod size;
+mod start;
+mod system_config;
 mod systemd;
 
 use std::io::Write;
@@ -30,6 +35,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
+use system_config::SystemConfig;
+
+/// The version of the programs, with the commit they are built from.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
 
 /// How a program ended, in the words of the contract.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,8 +58,16 @@ impl From<Exit> for ExitCode {
 
 /// The whole of `diffdisk`: reads the command line, does what it says, tells how it went.
 pub fn diffdisk() -> ExitCode {
-    let args = args::Args::parse();
+    let mut args = args::Args::parse();
     log_to_stderr(&args.common.log_level);
+    signals::survive_file_size_limit();
+    match SystemConfig::load(args.common.no_system_config) {
+        Ok(config) => args.common.add(config),
+        Err(e) => {
+            complain("configuration", &e);
+            return Exit::Failed.into();
+        }
+    }
     let (verb, outcome) = images::run(args);
     match outcome {
         Ok(exit) => exit.into(),

@@ -64,13 +64,13 @@ pub struct Lane {
     pub(super) tasks: Vec<Option<Box<Task>>>,
     pub(super) free: Vec<u32>,
     /// Tasks that wait for room, and tasks that wait for a commit.
-    parked: Vec<u32>,
+    pub(super) parked: Vec<u32>,
     awaiting: Vec<u32>,
     pub(super) commit: Option<Running>,
     pub(super) growth: Option<Running>,
     pub(super) punches: Punches,
     ticks: u32,
-    /// Whether the log knows that the host is full.
+    /// Whether the log says that the host is full and writes fail.
     pub(super) told_full: bool,
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
@@ -282,12 +282,14 @@ impl Lane {
                 self.go_on(mine, ok);
                 return;
             }
-            Letter::Grown(Grown::Full) if self.disk.parks() => return self.tell_full(),
+            Letter::Grown(Grown::Full) if self.disk.parks() => return self.hold_parked(),
             Letter::Grown(grown) => grown == Grown::Room,
             Letter::Punch => return self.turn_to_punch(),
         };
         let parked = std::mem::take(&mut self.parked);
-        self.told_full &= !concerned;
+        if concerned && std::mem::take(&mut self.told_full) {
+            self.log_room();
+        }
         self.go_on(parked, concerned);
     }
 
@@ -296,14 +298,6 @@ impl Lane {
         for number in waited {
             self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
             self.advance(number);
-        }
-    }
-
-    pub(super) fn tell_full(&mut self) {
-        if !self.parked.is_empty() && !self.told_full {
-            let path = self.disk.version().top().expect("only writable disks grow").image.path().display();
-            log::warn!("{path}: the host is full: {} writes are held until there is room", self.parked.len());
-            self.told_full = true;
         }
     }
 

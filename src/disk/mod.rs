@@ -28,15 +28,17 @@ mod ahead;
 mod copies;
 mod early;
 pub mod flush;
+mod full;
 mod job;
 mod lane;
 pub mod mailbox;
+mod names;
 mod punch;
 mod request;
 mod stages;
 mod task;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -49,7 +51,9 @@ use crate::image::{self, Commit, Keep};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use ahead::Reach;
 use flush::Rounds;
+use full::HeldWrites;
 use mailbox::{Letter, Mailbox};
+use names::LostNames;
 use punch::PunchTurn;
 
 /// How a disk is opened.
@@ -118,6 +122,8 @@ pub struct Disk {
     /// How the lanes read ahead, by slot.
     reach: Vec<Reach>,
     counts: Counts,
+    held_writes: HeldWrites,
+    lost_names: LostNames,
 }
 
 /// What was done, for statistics.
@@ -143,8 +149,8 @@ impl Disk {
         let how = if options.read_only { Use::Read } else { Use::Write };
         // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
         let runtime = match &options.keep {
-            Keep::Journal { folder, .. } => Some(folder.clone()),
-            Keep::Commit | Keep::Nothing => None,
+            Keep::Journal { folders, .. } => folders.clone(),
+            Keep::Commit | Keep::Nothing => Vec::new(),
         };
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         let chain = Chain::open(&*env, &options.path, &policy, how)?;
@@ -159,15 +165,7 @@ impl Disk {
             Use::Write => chain.into_writable(&*env, &options.keep)?,
             _ => chain.into_frozen(),
         };
-        let mut memory_align = vec![1; usize::from(SLOTS)];
-        if options.direct {
-            for (slot, file) in version.files() {
-                match file.set_direct()? {
-                    Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,
-                    None => log::warn!("{}: direct I/O cannot be used here: buffered", file.path().display()),
-                }
-            }
-        }
+        let memory_align = memory_align(&version, options.direct).inspect_err(|_| abandon(&*env, &version))?;
         let mut reach = vec![Reach::Nothing; usize::from(SLOTS)];
         for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
             reach[usize::from(slot.0)] = Reach::of(file);
@@ -184,8 +182,21 @@ impl Disk {
             memory_align,
             reach,
             counts: Counts::default(),
+            held_writes: HeldWrites::default(),
+            lost_names: LostNames::default(),
         };
         Ok(Arc::new(disk))
+    }
+
+    /// Gives up a disk that was opened and never served: a live journal that contains nothing a successor needs is removed,
+    /// so that a start that failed leaves nothing behind.
+    pub fn abandon(&self) {
+        abandon(&*self.env, &self.version);
+    }
+
+    /// The folder of the live journal; `None` if there is none.
+    pub fn journal_folder(&self) -> Option<&Path> {
+        self.version.top().and_then(|top| top.image.journal_folder())
     }
 
     /// Sectors that the guest sees.
@@ -319,6 +330,24 @@ impl Disk {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(letter)).is_some());
     }
+}
+
+fn abandon(env: &dyn Env, version: &Version) {
+    if let Some(top) = version.top() {
+        top.image.abandon(env);
+    }
+}
+
+/// What O_DIRECT asks of memory, by slot; 1 where a file is buffered. Switches to it if `direct`.
+fn memory_align(version: &Version, direct: bool) -> Result<Vec<usize>> {
+    let mut memory_align = vec![1; usize::from(SLOTS)];
+    for (slot, file) in version.files().filter(|_| direct) {
+        match file.set_direct()? {
+            Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,
+            None => log::warn!("{}: direct I/O cannot be used here: buffered", file.path().display()),
+        }
+    }
+    Ok(memory_align)
 }
 
 /// The serial as the guest gets it.

@@ -134,6 +134,9 @@ impl Lane {
         };
         self.punched(number);
         self.free.push(number);
+        if task.held_by_host {
+            self.release_held(outcome == Outcome::Done);
+        }
         let tag = task.tag;
         match task.end() {
             Work::Prefetch { .. } => {}
@@ -290,7 +293,7 @@ impl Lane {
             // The next tick tries it again, from the start: nothing of it was marked.
             self.punched(number);
             self.park(number);
-            self.tell_full();
+            self.hold(task);
             return Next::Wait(Stage::Room);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });

@@ -32,6 +32,8 @@ pub(super) struct Task {
     pub(super) failed: bool,
     /// Whether one of them found the host full.
     pub(super) full: bool,
+    /// Whether it is counted among the writes that wait for room on the host.
+    pub(super) held_by_host: bool,
     /// Which of several ranges is at work (discard, write zeroes), and how many of its sectors are done.
     pub(super) at: usize,
     pub(super) sectors_done: u64,
@@ -58,6 +60,7 @@ impl Task {
             pending: 0,
             failed: false,
             full: false,
+            held_by_host: false,
             at: 0,
             sectors_done: 0,
             round: 0,
@@ -74,6 +77,7 @@ impl Task {
         (self.tag, self.work, self.stage) = (tag, work, Stage::Plan);
         (self.pending, self.failed, self.full, self.at) = (0, false, false, 0);
         (self.round, self.owes_commit, self.moved, self.sectors_done) = (0, false, false, 0);
+        self.held_by_host = false;
     }
 
     /// Whether it punches or zeroes, and so has to wait for its turn.

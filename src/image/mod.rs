@@ -72,6 +72,7 @@ pub use fit::refuse_if_live;
 pub use glance::Glance;
 pub use held::Held;
 pub use holes::{is_zero, next_data};
+pub use journal::BYTES as JOURNAL_BYTES;
 pub use keep::Keep;
 pub use kept_time::KeptTime;
 pub use lost::joined;

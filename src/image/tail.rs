@@ -141,17 +141,27 @@ impl Growth {
         match (self.phase, failed) {
             (Phase::Start, _) => {
                 if self.blocks == 0 || end(self).is_none() {
-                    return Err(self.full(io::Error::from_raw_os_error(libc::EFBIG)));
+                    let why = "the file cannot grow: a block table names no place beyond 2 TiB";
+                    return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
                 self.allocate(ops);
             }
-            (Phase::Allocate, Some(e)) if is_full(&e) => {
+            (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
                 self.image.file().set_len(self.image.file().stat()?.len)?;
                 self.blocks /= 2;
                 if self.blocks < self.least {
-                    return Err(self.full(e));
+                    return Err(self.refused(e));
                 }
+                self.allocate(ops);
+            }
+            // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
+            (Phase::Footer, Some(e)) if is_too_large(&e) && self.blocks / 2 >= self.least => {
+                let error = self.undo(e);
+                if self.image.is_poisoned() {
+                    return Err(error);
+                }
+                self.blocks /= 2;
                 self.allocate(ops);
             }
             (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
@@ -231,10 +241,18 @@ impl Growth {
         if let Err(e) = back {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
-        if is_full(&source) { self.full(source) } else { Error::io("cannot grow", source).at_path(self.image.path()) }
+        self.refused(source)
     }
 
-    fn full(&self, source: io::Error) -> Error {
+    /// The error of a step for which there is no room, or that failed.
+    fn refused(&self, source: io::Error) -> Error {
+        if is_too_large(&source) {
+            let why = "the file cannot grow beyond the limit of the process (ulimit -f) or of the file system";
+            return Error::io(why, source).at_path(self.image.path());
+        }
+        if !is_full(&source) {
+            return Error::io("cannot grow", source).at_path(self.image.path());
+        }
         self.image.room().steps = 0;
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
             .at_path(self.image.path())
@@ -252,7 +270,12 @@ impl Drop for Growth {
 }
 
 fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Whether a file may not become that large. Waiting does not help, as it does on a full host.
+fn is_too_large(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::FileTooLarge
 }
 
 impl Writable {
@@ -302,99 +325,5 @@ impl Writable {
 }
 
 #[cfg(all(test, feature = "sim"))]
-mod tests {
-    use super::super::rig::{SLOT, child, file, grow, host_with, open};
-    use super::*;
-    use crate::storage::sim::FaultPlan;
-
-    #[test]
-    fn both_footers_are_valid_at_every_moment() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let (footer, old) = (image.footer_bytes(), image.room().end);
-        let at = |sector: u64| {
-            let mut bytes = [0; SECTOR_BYTES];
-            image.file().read_at(&mut bytes, sector * SECTOR).map(|()| bytes).ok()
-        };
-        let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
-        assert!(Growth::begin(&image, SLOT).is_none(), "one step at a time");
-        while growth.next(None, &mut ops).unwrap() == Step::Wait {
-            for op in ops.drain(..) {
-                match op.payload {
-                    Payload::Own(bytes) => image.file().write_at(&bytes, op.offset).unwrap(),
-                    _ => image.file().allocate(op.offset, op.len).unwrap(),
-                }
-                seen.push(match op.action {
-                    Action::Allocate => 'A',
-                    Action::Write => 'W',
-                    Action::WriteThrough => 'T',
-                    _ => '?',
-                });
-            }
-            let last = file(&host).stat().unwrap().len / SECTOR - 1;
-            assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
-            assert!(seen.len() < 4 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
-            assert_eq!(image.room().end, old, "no room before it is durably zero");
-        }
-        assert_eq!(seen, "AWTWT");
-        assert!(image.room().end > old && !image.is_growing());
-    }
-
-    #[test]
-    fn a_full_host_is_told_and_costs_nothing() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let before = file(&host).stat().unwrap();
-        host.set_faults(FaultPlan { room: Some(before.allocated + 8192), ..FaultPlan::default() });
-        assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
-        assert!(!image.is_poisoned() && !image.is_growing() && image.wants_room());
-        let after = file(&host).stat().unwrap();
-        assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
-        // A little room: fewer blocks.
-        host.set_faults(FaultPlan { room: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
-        grow(&host, &image).unwrap();
-        assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
-        host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
-        grow(&host, &image).unwrap();
-    }
-
-    #[test]
-    fn room_for_all_or_none() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
-            super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
-        });
-        host.set_faults(FaultPlan { room: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
-        let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
-        assert_eq!(step(&mut growth).unwrap_err().kind(), ErrorKind::NoSpace);
-        assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
-        host.set_faults(FaultPlan::default());
-        step(&mut Growth::begin_for(&image, SLOT, 30).expect("there is none yet")).unwrap();
-        assert!(Growth::begin_for(&image, SLOT, 30).is_none());
-        assert!((0..30).all(|block| image.reserve(block).is_ok()));
-    }
-
-    #[test]
-    fn a_trimmed_file_ends_behind_its_last_block() {
-        let host = host_with(child(), 128 * 40);
-        let image = open(&host).unwrap();
-        grow(&host, &image).unwrap();
-        let place = image.reserve(7).unwrap();
-        assert_eq!(image.mark(crate::units::SectorRange::between(7 * 128, 7 * 128 + 1)), Ok(true));
-        super::super::rig::commit(&host, &image);
-        image.reserve(8).unwrap();
-        image.trim().unwrap();
-        assert_eq!(file(&host).stat().unwrap().len, (u64::from(place) + 129 + 1) * SECTOR, "block 8 was never written");
-        drop(image);
-        let image = open(&host).unwrap();
-        assert_eq!((image.image().bat().unwrap().place(7), image.image().bat().unwrap().place(8)), (Some(place), None));
-        let empty = host_with(child(), 128 * 40);
-        let image = open(&empty).unwrap();
-        grow(&empty, &image).unwrap();
-        image.trim().unwrap();
-        assert_eq!(file(&empty).stat().unwrap().len, image.image().metadata_end() + SECTOR);
-        drop(image);
-        assert!(open(&empty).is_ok());
-    }
-}
+#[path = "tail_tests.rs"]
+mod tests;

@@ -69,7 +69,7 @@ impl Writable {
         let (keep, found) = Kept::begin(env, &image, keep)?;
         let sparse = match image.block_size() {
             None => None,
-            Some(block_size) => Some(recover(&image, block_size, &found)?),
+            Some(block_size) => Some(recover(&image, block_size, &found).inspect_err(|_| keep.abandon(env))?),
         };
         opened.put_back()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
@@ -360,14 +360,6 @@ impl Writable {
                 }
                 used
             });
-        }
-    }
-
-    /// Removes the journal: all it says is in the file.
-    pub fn retire(&self, env: &dyn Env) -> Result<()> {
-        match &self.keep {
-            Kept::Journal(journal) => journal.remove(env),
-            Kept::Commit | Kept::Nothing => Ok(()),
         }
     }
 

@@ -25,8 +25,8 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy)
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
-    if let (Some(folder), Some(glance)) = (&policy.runtime, Glance::at(&file)?) {
-        refuse_if_live(env, folder, &file, glance.uuid)?;
+    if let Some(glance) = Glance::at(&file)? {
+        refuse_if_live(env, &policy.runtime, &file, glance.uuid)?;
     }
     let time = KeptTime::of(&file)?;
     let image = agreed(&file)?;

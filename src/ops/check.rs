@@ -1,6 +1,6 @@
 //! `check`: every rule of the format; with `repair` what can be mended without guessing is mended.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -97,13 +97,13 @@ pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
 /// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
-/// `runtime` says more than the file; `Io`; what `progress` fails with.
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in one of the
+/// folders `runtime` says more than the file; `Io`; what `progress` fails with.
 pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[PathBuf],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -122,7 +122,7 @@ pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[PathBuf],
     take: Option<Take>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
@@ -159,11 +159,11 @@ pub fn repair(
 /// `Refused` if the file belongs to another image, if the image was changed since the repair, or if a live journal says more
 /// than the image; `Invalid` for a file that is no undo file of a finished repair; `Busy`, `NoSpace`, `Io`: then the same
 /// call completes it.
-pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: Option<&Path>) -> Result<()> {
+pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[PathBuf]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    if let (Some(folder), Some(glance)) = (runtime, Glance::at(&file)?) {
-        refuse_if_live(env, folder, &file, glance.uuid)?;
+    if let Some(glance) = Glance::at(&file)? {
+        refuse_if_live(env, runtime, &file, glance.uuid)?;
     }
     let kept = env.open(undo, Access::Write)?;
     kept.lock(Lock::Exclusive)?;

@@ -1,7 +1,7 @@
 //! `convert`: the disk as its guest sees it, in another form. Holes stay holes.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
@@ -25,11 +25,13 @@ pub enum To {
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Path>) -> Result<()> {
-    let (Some(folder), true) = (runtime, env.exists(path)) else { return Ok(()) };
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[PathBuf]) -> Result<()> {
+    if !env.exists(path) {
+        return Ok(());
+    }
     let file = env.open(path, Access::Read)?;
     match Glance::at(&file)? {
-        Some(glance) => refuse_if_live(env, folder, &file, glance.uuid),
+        Some(glance) => refuse_if_live(env, runtime, &file, glance.uuid),
         None => Ok(()), // no image that a daemon could serve
     }
 }

@@ -89,6 +89,19 @@ impl Stat {
     }
 }
 
+/// What became of the name by which a file was opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Naming {
+    /// It still names the file.
+    Kept,
+    /// It is gone. The file has another name.
+    Renamed,
+    /// It is gone. The file has no name, and vanishes when it is closed.
+    Removed,
+    /// It names another file.
+    Replaced,
+}
+
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DirectRules {
@@ -143,6 +156,11 @@ impl File {
     /// What is known of it now.
     pub fn stat(&self) -> Result<Stat> {
         each_kind!(self, f => f.stat())
+    }
+
+    /// What became of the name by which it was opened.
+    pub fn naming(&self) -> Result<Naming> {
+        each_kind!(self, f => f.naming())
     }
 
     /// Fills `into` from byte `offset`; the file ending before that is an error.

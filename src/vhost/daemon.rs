@@ -34,6 +34,8 @@ const GLANCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 const MEMORY_PATIENCE: Duration = Duration::from_secs(3);
 /// How often such rings are looked at again.
 const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often the names of the served files are looked up.
+const NAMES_PERIOD: Duration = Duration::from_secs(5);
 /// Refused messages of one connection that are logged; a front-end cannot fill the log.
 const LOGGED_REFUSALS: u32 = 32;
 
@@ -62,6 +64,8 @@ pub struct Daemon {
     socket: Socket,
     /// Whether the last front-end left because it uses more queues, as it seems.
     wants_more: Cell<bool>,
+    /// When the names of the served files are looked up next.
+    names_due: Cell<Instant>,
 }
 
 /// What becomes of a connection.
@@ -91,7 +95,23 @@ impl Daemon {
         let settings = Settings { engine: service.engine, poll: service.poll };
         let start = |index| Worker::start(&device, usize::from(index), settings, &service.name);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
-        Ok(Daemon { name: service.name.clone(), device, workers, socket, wants_more: Cell::new(false) })
+        let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
+        Ok(Daemon { name: service.name.clone(), device, workers, socket, wants_more: Cell::new(false), names_due })
+    }
+
+    /// What carries out I/O, in a word for the log.
+    pub fn engine(&self) -> &'static str {
+        self.workers.first().map_or("none", |worker| worker.engine)
+    }
+
+    /// Looks up the names of the served files if that is due. Returns the time until it is due again.
+    fn watch_names(&self) -> Timespec {
+        if Instant::now() >= self.names_due.get() {
+            self.device.disk().check_names();
+            self.names_due.set(Instant::now() + NAMES_PERIOD);
+        }
+        let left = self.names_due.get().saturating_duration_since(Instant::now());
+        Timespec::try_from(left).unwrap_or(GLANCE)
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -122,7 +142,7 @@ impl Daemon {
     fn serve_all(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
             let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-            wait(&mut fds, None)?;
+            wait(&mut fds, Some(&self.watch_names()))?;
             if !fds[0].revents().is_empty() {
                 return Ok(());
             }
@@ -179,7 +199,9 @@ impl Daemon {
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
             let lacks_memory = session.watch_memory();
-            wait(&mut fds, half_since.map(|_| &GLANCE).or(lacks_memory.then_some(&LOOK)))?;
+            let names = self.watch_names();
+            let at_most = if lacks_memory { names.min(LOOK) } else { names };
+            wait(&mut fds, Some(if half_since.is_some() { &GLANCE } else { &at_most }))?;
             if !fds[0].revents().is_empty() {
                 return Ok(Fate::Stop);
             }

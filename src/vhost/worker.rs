@@ -63,6 +63,8 @@ pub(super) struct Worker {
     commands: Sender<Command>,
     bell: EventNotifier,
     thread: Option<JoinHandle<()>>,
+    /// What carries out its I/O, in a word for the log.
+    pub(super) engine: &'static str,
 }
 
 impl Worker {
@@ -80,6 +82,7 @@ impl Worker {
         let body = move || {
             // The lane is made by the thread that uses it: a ring of the host may belong to one thread.
             let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
+            let engine = lane.as_ref().map_or("", |lane| lane.engine().name());
             let made = lane.and_then(|lane| {
                 let queue = Queue::new(device, lane, index);
                 QueueThread::new(queue, receiver, bell_end, settings.poll, name)
@@ -87,15 +90,15 @@ impl Worker {
             });
             match made {
                 Ok(mut thread) => {
-                    let _ = ready.send(Ok(()));
+                    let _ = ready.send(Ok(engine));
                     thread.run();
                 }
                 Err(e) => drop(ready.send(Err(e))),
             }
         };
         let thread = thread::Builder::new().name(format!("queue-{index}")).spawn(body).map_err(cannot)?;
-        let worker = Worker { commands, bell, thread: Some(thread) };
-        is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
+        let mut worker = Worker { commands, bell, thread: Some(thread), engine: "" };
+        worker.engine = is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
         Ok(worker)
     }
 

@@ -268,7 +268,7 @@ fn copy(host: &SimHost) -> SimHost {
 }
 
 fn repair(host: &SimHost, path: &Path) -> Result<Report> {
-    ops::check::repair(host, path, None, None, None, &mut |_| Ok(()))
+    ops::check::repair(host, path, None, &[], None, &mut |_| Ok(()))
 }
 
 /// What must hold of a machine on which a repair of `before` ended somewhere.
@@ -350,7 +350,7 @@ fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
     let len = |name: &str| host.bytes(&scene.path(name)).expect("it is there").len() as u64;
     let (first, all) = (len("child.vhd"), len("child.vhd") + len("root.vhd"));
     let check = |progress: &mut dyn FnMut(u64) -> Result<()>| {
-        ops::check::check(&host, &path, Some(&policy), None, progress).map(|report| report.ok)
+        ops::check::check(&host, &path, Some(&policy), &[], progress).map(|report| report.ok)
     };
     let mut told = Vec::new();
     let ok = check(&mut |bytes| {

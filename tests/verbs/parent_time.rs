@@ -26,7 +26,7 @@ fn time(env: &dyn Env, path: &Path) -> Modified {
 /// The kinds of what `check --chain` notes.
 fn notes(scene: &Scene<'_>, name: &str) -> Vec<&'static str> {
     let policy = Policy::default();
-    let report = ops::check::check(scene.env, &scene.path(name), Some(&policy), None, &mut |_| Ok(()));
+    let report = ops::check::check(scene.env, &scene.path(name), Some(&policy), &[], &mut |_| Ok(()));
     report.expect("a check").notes.iter().map(|note| note.kind).collect()
 }
 
@@ -76,7 +76,7 @@ fn what_leaves_the_disk_as_it_was_puts_the_time_back() {
             let before = file.stat().expect("its state").last_change();
             file.write_at(&[0; 512], 0).expect("the copy of the footer goes");
             file.set_modified(before).expect("its time");
-            let report = ops::check::repair(env, path, None, None, None, &mut |_| Ok(())).expect("repair");
+            let report = ops::check::repair(env, path, None, &[], None, &mut |_| Ok(())).expect("repair");
             assert!(!report.repaired.is_empty());
         }),
     ];

@@ -191,12 +191,12 @@ const VERBS: &[(&str, Verb)] = &[
 fn check(folder: &Path, chain: bool) -> ops::check::Report {
     let policy = Policy::default();
     let parents = chain.then_some(&policy);
-    ops::check::check(&Host, &folder.join("disk.vhd"), parents, None, &mut |_| Ok(())).expect("a check")
+    ops::check::check(&Host, &folder.join("disk.vhd"), parents, &[], &mut |_| Ok(())).expect("a check")
 }
 
 fn repair(folder: &Path) -> ops::check::Report {
     let (path, policy) = (folder.join("disk.vhd"), Policy::default());
-    ops::check::repair(&Host, &path, Some(&policy), None, None, &mut |_| Ok(())).expect("a repair")
+    ops::check::repair(&Host, &path, Some(&policy), &[], None, &mut |_| Ok(())).expect("a repair")
 }
 
 /// Reads what is left: every sector that is not given up is right, and what is given up is zero.

@@ -6,6 +6,8 @@ mod daemon;
 mod image;
 mod legal;
 mod raw;
+mod start;
+mod system;
 
 use std::fs::File;
 use std::os::fd::AsFd;

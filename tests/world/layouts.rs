@@ -38,7 +38,11 @@ pub(crate) fn top() -> PathBuf {
 
 /// How the disk is opened; with a live journal if `journal`.
 pub(crate) fn options(journal: bool) -> DiskOptions {
-    let keep = if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing };
+    let keep = if journal {
+        Keep::Journal { folders: vec!["/run".into()], required: true, discard: false }
+    } else {
+        Keep::Nothing
+    };
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 

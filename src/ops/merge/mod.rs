@@ -338,9 +338,7 @@ impl<'a> Merge<'a> {
                 }
             };
             let image = Image::open(file.clone())?;
-            if let Some(runtime) = &self.policy.runtime {
-                refuse_if_live(self.env, runtime, &file, image.uuid())?;
-            }
+            refuse_if_live(self.env, &self.policy.runtime, &file, image.uuid())?;
             mark_parent(self.env, ancestor, &child.path);
             let (time, link) = (KeptTime::of(&file)?, link(self.env, &image, ancestor)?);
             time.put_back_after(relink(self.env, &file, Some(&link)))?;

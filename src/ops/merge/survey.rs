@@ -58,10 +58,8 @@ pub(super) fn survey(
     if !parents.eq(chain.images()[1..=depth].iter().map(|parent| Some(parent.uuid()))) {
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
-    if let Some(runtime) = &policy.runtime {
-        for image in images.iter().chain([ancestor]) {
-            refuse_if_live(env, runtime, image.file(), image.uuid())?;
-        }
+    for image in images.iter().chain([ancestor]) {
+        refuse_if_live(env, &policy.runtime, image.file(), image.uuid())?;
     }
     // Another merge must find again what it recorded of its own images.
     let own = Some(images[0].uuid());
@@ -178,9 +176,7 @@ fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> 
     let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
-    if let Some(runtime) = &policy.runtime {
-        refuse_if_live(env, runtime, image.file(), image.uuid())?;
-    }
+    refuse_if_live(env, &policy.runtime, image.file(), image.uuid())?;
     check_link(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }

@@ -14,7 +14,7 @@ use super::lock;
 use super::mapped::Mapped;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Naming, Stat};
 use crate::storage::payload::{BUFFER_ALIGN, Buffer};
 use crate::units::SECTOR;
 
@@ -98,6 +98,19 @@ impl HostFile {
             modified_nanos: u32::try_from(s.st_mtime_nsec).unwrap_or(0),
             mode: s.st_mode & 0o7777,
         })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        match rustix::fs::stat(self.path()) {
+            Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(Naming::Kept),
+            Ok(_) => Ok(Naming::Replaced),
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                let links = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?.st_nlink;
+                Ok(if links == 0 { Naming::Removed } else { Naming::Renamed })
+            }
+            Err(e) => Err(self.fail("cannot look up its name", e)),
+        }
     }
 
     /// See [`File::read_at`](crate::storage::File::read_at).

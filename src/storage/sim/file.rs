@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Shared;
+use super::env::absolute;
 use super::folder::SimFolder;
 use super::inode::Covers;
 use super::names::InodeId;
 use super::world::{Step, World, code};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Modified, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Modified, Naming, Stat};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -74,6 +75,19 @@ impl SimFile {
                 modified: inode.metadata.modified().seconds,
                 modified_nanos: inode.metadata.modified().nanos,
                 mode: 0o644,
+            })
+        })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        self.with("cannot look up its name", |world, id| {
+            world.alive()?;
+            Ok(match world.names.get(&absolute(&self.0.path)) {
+                Some(found) if found == id => Naming::Kept,
+                Some(_) => Naming::Replaced,
+                None if world.names.all().any(|(_, inode)| inode == id) => Naming::Renamed,
+                None => Naming::Removed,
             })
         })
     }
