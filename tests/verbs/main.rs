@@ -9,6 +9,7 @@ mod merge;
 mod merge_scenes;
 mod merge_worlds;
 mod points;
+mod qemu_size;
 mod rebase;
 mod reshape;
 mod resize;
