@@ -12,7 +12,7 @@ use super::host::HostFile;
 use super::live::Live;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// What a file is opened for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,6 +70,22 @@ pub struct Stat {
     pub mode: u32,
 }
 
+/// What holds a lock on a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Holder {
+    /// A process.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// Its program's name, as the kernel records it.
+        program: String,
+        /// When it was started, Unix seconds; `None` if that cannot be read.
+        since: Option<i64>,
+    },
+    /// A process that the kernel does not show to this one.
+    Unseen,
+}
+
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DirectRules {
@@ -107,7 +123,16 @@ impl File {
         each_kind!(self, f => f.path())
     }
 
-    /// What is known of it now.
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        match self {
+            File::Host(f) => f.is_device(),
+            #[cfg(feature = "sim")]
+            File::Sim(_) => false,
+        }
+    }
+
+    /// What is known of it now. The length of a block device is its capacity.
     pub fn stat(&self) -> Result<Stat> {
         each_kind!(self, f => f.stat())
     }
@@ -206,6 +231,33 @@ pub trait Env: Send + Sync {
 
     /// Makes a new file for reading and writing; fails where the name exists.
     fn create(&self, path: &Path) -> Result<File>;
+
+    /// Makes a new file without a name in `folder`, for reading and writing. It vanishes with its last handle unless
+    /// [`Env::give_name`] gives it a name. Errors call it `known_as`.
+    ///
+    /// # Errors
+    /// `Unsupported` if the file system has no files without names.
+    fn create_unnamed(&self, folder: &Path, known_as: &Path) -> Result<File> {
+        let _ = folder;
+        Err(Error::new(ErrorKind::Unsupported, "files without names cannot be made here").at_path(known_as))
+    }
+
+    /// Gives a file of [`Env::create_unnamed`] a name; fails if the name exists.
+    fn give_name(&self, file: &File, new: &Path) -> Result<()> {
+        let _ = new;
+        Err(Error::new(ErrorKind::Unsupported, "files without names cannot be made here").at_path(file.path()))
+    }
+
+    /// Opens a regular file or a block device that holds a raw disk. All else is refused as by [`Env::open`]. A device
+    /// opened for writing is held exclusively: `Busy` if it is mounted or otherwise in use.
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        self.open(path, access)
+    }
+
+    /// For each file, what holds a lock on it. A file whose locks cannot be asked for counts as one without.
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        vec![None; files.len()]
+    }
 
     /// Gives a file a new name, over what has that name.
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;

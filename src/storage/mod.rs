@@ -40,7 +40,7 @@ mod warm;
 pub use bell::Bell;
 pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
-pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
+pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Stat};
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};

@@ -1,24 +1,26 @@
 //! The host itself: Linux files, names, clock and entropy.
 
 mod file;
+mod holder;
 mod lock;
 pub(super) mod mapped;
+mod zeros;
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use self::file::HostFile;
 pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
-use super::engine::Engine;
-use super::env::{Access, EngineKind, Env, File};
+use super::engine::{Engine, host_file};
+use super::env::{Access, EngineKind, Env, File, Holder};
 use super::live::{Live, Mapping};
 use super::ring::Ring;
 use crate::error::{Error, ErrorKind, Result};
@@ -65,6 +67,51 @@ impl Env for Host {
         let fd = retry(|| rustix::fs::openat(CWD, path, flags, Mode::from_raw_mode(0o644)))
             .map_err(|e| Error::io("cannot create the file", e.into()).at_path(path))?;
         HostFile::new(fd, path, Access::Write).map(File::Host)
+    }
+
+    fn create_unnamed(&self, folder: &Path, known_as: &Path) -> Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = retry(|| rustix::fs::openat(CWD, folder, flags, Mode::from_raw_mode(0o644))).map_err(|e| match e {
+            // The last one is the answer of kernels before 3.11.
+            Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::ISDIR => {
+                let what = "this file system has no files without names";
+                Error::new(ErrorKind::Unsupported, what).caused_by(std::io::Error::from(e)).at_path(known_as)
+            }
+            e => Error::io("cannot create the file", e.into()).at_path(known_as),
+        })?;
+        // The name is given through /proc: better known now than when the file is whole.
+        if !self.exists(&name_in_proc(fd.as_fd())) {
+            let what = "files without names need /proc, which is not mounted";
+            return Err(Error::new(ErrorKind::Unsupported, what).at_path(known_as));
+        }
+        HostFile::new(fd, known_as, Access::Write).map(File::Host)
+    }
+
+    fn give_name(&self, file: &File, new: &Path) -> Result<()> {
+        let fail = |e: std::io::Error| Error::io("cannot give the file its name", e).at_path(new);
+        let of = name_in_proc(host_file(file).map_err(fail)?.as_fd());
+        rustix::fs::linkat(CWD, of, CWD, new, AtFlags::SYMLINK_FOLLOW).map_err(|e| fail(e.into()))
+    }
+
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        let mode = match access {
+            Access::Read => OFlags::RDONLY,
+            // Without O_CREAT this concerns block devices only (open(2)).
+            Access::Write => OFlags::RDWR | OFlags::EXCL,
+        };
+        let fd = retry(|| rustix::fs::openat(CWD, path, mode | CAREFUL, Mode::empty())).map_err(|e| match e {
+            Errno::BUSY => {
+                let what = "the block device is in use: it is mounted, or held by LVM, RAID, swap or another program";
+                Error::new(ErrorKind::Busy, what).at_path(path)
+            }
+            e => open_error(e).at_path(path),
+        })?;
+        HostFile::new_disk(fd, path, access).map(File::Host)
+    }
+
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        let files: Vec<_> = files.iter().map(|file| host_file(file).ok()).collect();
+        holder::of(&files)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -139,6 +186,11 @@ impl Env for Host {
             Err(e) => Err(Error::io("cannot set up io_uring", e)),
         }
     }
+}
+
+/// A path that leads to an open file, whether it has a name or not.
+fn name_in_proc(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 /// Calls again while a signal interrupts.

@@ -12,7 +12,7 @@ use super::names;
 use super::world::{Step, code};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File};
+use crate::storage::env::{Access, EngineKind, Env, File, Holder};
 use crate::storage::live::Live;
 
 /// The path from the root, without `.` and `..`; the working folder is the root.
@@ -60,6 +60,42 @@ impl Env for SimHost {
             world.names.apply(names::Change::Set(name.to_path_buf(), inode));
             Ok(inode)
         })
+    }
+
+    fn create_unnamed(&self, _folder: &Path, known_as: &Path) -> Result<File> {
+        if self.0.world().faults.no_unnamed {
+            return Err(Error::new(ErrorKind::Unsupported, "no files without names here").at_path(known_as));
+        }
+        self.handle(known_as, Access::Write, |world, _| {
+            let inode = world.number();
+            world.inodes.insert(inode, Inode::new(world.clock));
+            Ok(inode)
+        })
+    }
+
+    fn give_name(&self, file: &File, new: &Path) -> Result<()> {
+        let File::Sim(file) = file else { panic!("a file of another host") };
+        self.named(new, "cannot give the file its name", |world, name| {
+            world.step(Step::Name)?;
+            let (inode, _) = file.inode_in(&self.0).ok_or_else(|| code(libc::EBADF))?;
+            if world.look_up(name).is_ok() {
+                return Err(code(libc::EEXIST));
+            }
+            world.names.apply(names::Change::Set(name.to_path_buf(), inode));
+            Ok(())
+        })
+    }
+
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        let world = self.0.world();
+        let held = |file: &&File| match file {
+            File::Sim(file) => {
+                let (inode, _) = file.inode_in(&self.0)?;
+                world.locks.iter().any(|(_, other, _)| *other == inode).then_some(Holder::Unseen)
+            }
+            File::Host(_) => None,
+        };
+        files.iter().map(held).collect()
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
