@@ -28,6 +28,7 @@ pub mod check;
 pub mod commit;
 pub mod compact;
 pub mod create;
+mod draft;
 mod drive;
 mod evict;
 #[cfg(all(test, feature = "sim"))]
@@ -61,7 +62,8 @@ pub use batmap::Batmap;
 pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
-pub use create::{Kind, ParentLink, Spec, create, folder_of, fresh_name, is_fresh_name, name, write_new};
+pub use create::{Kind, ParentLink, Spec, create, folder_of, write_new};
+pub use draft::{Draft, is_fresh_name};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;

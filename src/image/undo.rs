@@ -18,7 +18,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::create::folder_of;
+use super::draft::Draft;
 use super::holes::{is_zero, next_data};
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
@@ -31,12 +31,11 @@ const CHUNK: usize = 64 << 10;
 
 /// The file that keeps. Dropped before the first [`Undo::seal`] it vanishes.
 pub(super) struct Undo<'a> {
-    env: &'a dyn Env,
     image: File,
     uuid: uuid::Uuid,
     /// Length of the image before the repair.
     len: u64,
-    file: File,
+    draft: Draft<'a>,
     path: PathBuf,
     end: u64,
     sealed: bool,
@@ -51,8 +50,8 @@ impl<'a> Undo<'a> {
         let path = path_of(image.file().path(), env.uuid())?;
         let (uuid, image) = (image.uuid(), image.file().clone());
         let len = image.stat()?.len;
-        let file = env.create(&path)?;
-        Ok(Undo { env, image, uuid, len, file, path, end: SECTOR, sealed: false })
+        let draft = Draft::begin(env, &path, &path)?;
+        Ok(Undo { image, uuid, len, draft, path, end: SECTOR, sealed: false })
     }
 
     /// Its path.
@@ -99,7 +98,7 @@ impl<'a> Undo<'a> {
     fn record(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let record = [&offset.to_be_bytes(), &len.to_be_bytes()[..], bytes].concat();
-        self.file.write_at(&record, self.end)?;
+        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.blame(e))?;
         self.end += record.len() as u64;
         Ok(())
     }
@@ -109,29 +108,19 @@ impl<'a> Undo<'a> {
     /// # Errors
     /// `Io`, `NoSpace`.
     pub(super) fn seal(&mut self) -> Result<()> {
-        self.file.sync()?;
+        self.draft.file().sync()?;
         let mut head = [0; SECTOR_BYTES];
         head[..16].copy_from_slice(&MAGIC);
         head[16..24].copy_from_slice(&self.len.to_be_bytes());
         head[24..32].copy_from_slice(&self.end.to_be_bytes());
         head[32..48].copy_from_slice(self.uuid.as_bytes());
-        self.file.write_at(&head, 0)?;
-        self.file.sync()?;
+        self.draft.file().write_at(&head, 0)?;
+        self.draft.file().sync()?;
         if !self.sealed {
-            self.env.sync_dir(folder_of(&self.path))?;
+            self.draft.publish()?;
         }
         self.sealed = true;
         Ok(())
-    }
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        if !self.sealed
-            && let Err(e) = self.env.remove(&self.path)
-        {
-            log::warn!("{}", e.line());
-        }
     }
 }
 

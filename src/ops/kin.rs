@@ -1,6 +1,7 @@
 //! Whose child is what: the images in some folders, by their footers and headers alone.
 
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Glance, is_fresh_name};
@@ -23,26 +24,49 @@ pub(super) struct Kin {
 /// # Errors
 /// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
 pub(super) fn in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>> {
+    gather(env, folders, &mut Err)
+}
+
+/// As [`in_folders`], without the images that cannot be read: the log names them.
+///
+/// # Errors
+/// `Io`, `NotFound`: a folder cannot be listed.
+pub(super) fn readable_in_folders(env: &dyn Env, folders: &[PathBuf]) -> Result<Vec<Kin>> {
+    gather(env, folders, &mut |e| {
+        log::warn!("{}", e.line());
+        Ok(())
+    })
+}
+
+/// The images in these folders; `unreadable` decides whether one that cannot be read ends the search.
+fn gather(env: &dyn Env, folders: &[PathBuf], unreadable: &mut dyn FnMut(Error) -> Result<()>) -> Result<Vec<Kin>> {
     let mut found: Vec<Kin> = Vec::new();
+    // A file may have more than one name, and a folder may be given twice.
+    let mut seen = HashSet::new();
     for folder in folders {
         for path in env.list(folder)? {
             if is_fresh_name(&path) {
                 continue;
             }
-            let file = match env.open(&path, Access::Read) {
-                Ok(file) => file,
-                Err(e) if is_none_of_ours(&e) => continue,
-                Err(e) => return Err(e),
-            };
-            let id = file.stat()?.id;
-            if found.iter().all(|kin| kin.id != id)
-                && let Some(glance) = Glance::at(&file)?
-            {
-                found.push(Kin { path: env.canonical(&path)?, id, glance });
+            match look(env, &path, &mut seen) {
+                Ok(kin) => found.extend(kin),
+                Err(e) if is_none_of_ours(&e) => {}
+                Err(e) => unreadable(e)?,
             }
         }
     }
     Ok(found)
+}
+
+/// The image at `path`; `None` if it is no image, or was seen before.
+fn look(env: &dyn Env, path: &Path, seen: &mut HashSet<FileId>) -> Result<Option<Kin>> {
+    let file = env.open(path, Access::Read)?;
+    let id = file.stat()?.id;
+    if !seen.insert(id) {
+        return Ok(None);
+    }
+    let Some(glance) = Glance::at(&file)? else { return Ok(None) };
+    Ok(Some(Kin { path: env.canonical(path)?, id, glance }))
 }
 
 /// Folders, devices and sockets; names that lead nowhere (any more); what is closed to us.

@@ -1,26 +1,24 @@
-//! Where a copied disk goes: a file under another name until it is whole and durable.
+//! Where a copied disk goes: a file that gets its name when it is whole and durable.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use uuid::Uuid;
 
 use super::writer::Writer;
-use crate::chain::Policy;
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
+use crate::image::{Draft, Image, Keep, Spec, write_new};
+use crate::point;
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
 pub(super) struct Sink<'a> {
-    env: &'a dyn Env,
-    fresh: PathBuf,
-    /// The path that was asked for, and where it leads.
-    asked: PathBuf,
-    path: PathBuf,
+    draft: Draft<'a>,
     replace: bool,
     /// What is to be replaced, with its lock.
     _old: Option<File>,
     form: Form<'a>,
-    named: bool,
 }
 
 enum Form<'a> {
@@ -32,8 +30,8 @@ enum Form<'a> {
 pub(super) enum Make<'a> {
     /// A raw file of so many bytes.
     Raw(u64),
-    /// An image without parent.
-    Image(&'a Spec),
+    /// An image without parent, with this identity.
+    Image(&'a Spec, Uuid),
 }
 
 impl<'a> Sink<'a> {
@@ -58,35 +56,22 @@ impl<'a> Sink<'a> {
             }
             Err(_) => {}
         }
-        let uuid = env.uuid();
-        let fresh = fresh_name(&path, uuid)?;
-        let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, &asked))?;
+        let draft = Draft::begin(env, &asked, &path)?;
         let form = match make {
-            Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
-            Make::Image(spec) => write_new(&file, env, uuid, spec)
-                .and_then(|()| Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing))
-                .map(|writer| Form::Image(Box::new(writer))),
+            Make::Raw(len) => draft.file().set_len(*len).map(|()| Form::Raw(draft.file().clone(), *len)),
+            Make::Image(spec, uuid) => image(env, draft.file(), spec, *uuid),
         };
-        match form {
-            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, _old: old, form, named: false }),
-            Err(e) => {
-                let _ = env.remove(&fresh);
-                Err(e.renamed(&fresh, &asked))
-            }
-        }
-    }
-
-    /// The failure of a write, under the name that was asked for.
-    fn blame(&self, e: Error) -> Error {
-        e.renamed(&self.fresh, &self.asked)
+        let form = form.map_err(|e| draft.blame(e))?;
+        Ok(Sink { draft, replace, _old: old, form })
     }
 
     /// Writes a run. Ranges ascend or not, as the caller likes.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        self.write(range, bytes).map_err(|e| self.blame(e))
+        self.write(range, bytes).map_err(|e| self.draft.blame(e))
     }
 
     fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        point::reached("convert.run-copied");
         match &mut self.form {
             Form::Raw(file, len) => {
                 let start = range.start() * SECTOR;
@@ -100,7 +85,7 @@ impl<'a> Sink<'a> {
 
     /// Makes all of it durable, and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
-        self.settle().map_err(|e| self.blame(e))
+        self.settle().map_err(|e| self.draft.blame(e))
     }
 
     fn settle(&mut self) -> Result<()> {
@@ -111,23 +96,14 @@ impl<'a> Sink<'a> {
                 writer.close()?;
             }
         }
-        if self.replace {
-            self.env.rename(&self.fresh, &self.path)?;
-            self.named = true;
-            return self.env.sync_dir(folder_of(&self.path));
-        }
-        name(self.env, &self.fresh, &self.path)?;
-        self.named = true;
-        Ok(())
+        if self.replace { self.draft.replace() } else { self.draft.publish() }
     }
 }
 
-impl Drop for Sink<'_> {
-    fn drop(&mut self) {
-        if !self.named
-            && let Err(e) = self.env.remove(&self.fresh)
-        {
-            log::warn!("{}", e.line());
-        }
-    }
+/// Writes an empty image into the file of a draft, and opens it for writing.
+fn image<'a>(env: &'a dyn Env, file: &File, spec: &Spec, uuid: Uuid) -> Result<Form<'a>> {
+    write_new(file, env, uuid, spec)?;
+    file.lock(Lock::Exclusive)?;
+    let chain = Chain::of(env, Image::open(file.clone())?, &Policy::default(), Use::Write)?;
+    Ok(Form::Image(Box::new(Writer::of(env, chain, &Keep::Nothing)?)))
 }

@@ -4,7 +4,10 @@ mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod compact;
+mod convert;
+mod drafts;
 mod flatten;
+mod listing;
 mod merge;
 mod merge_scenes;
 mod merge_worlds;
