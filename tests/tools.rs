@@ -112,7 +112,7 @@ fn create_info_and_check_of_roots() {
 
     let info = json(&d, "info r.vhd --json");
     let keys = "allocated_bytes block_size blocks blocks_allocated created creator_app creator_host file_size format \
-                parent path type uuid virtual_size";
+                in_use parent path type uuid virtual_size";
     let mut told: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
     told.sort_unstable();
     assert_eq!(told.join(" "), keys);
@@ -587,7 +587,11 @@ fn an_interrupted_conversion_leaves_nothing() {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("diffdisk"));
     command.current_dir(&d).args(["convert", "a.raw", "b.vhd", "--from", "raw", "--to", "dynamic"]);
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
-    while fs::read_dir(&d).unwrap().count() < 2 {
+    // The copy has no name before it is whole: the descriptor shows that it was begun.
+    let descriptors = format!("/proc/{}/fd", child.id());
+    let begun =
+        |entry: fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|to| to.display().to_string().contains("/#"));
+    while !fs::read_dir(&descriptors).unwrap().flatten().any(begun) {
         std::thread::yield_now();
     }
     let pid = rustix::process::Pid::from_child(&child);

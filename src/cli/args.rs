@@ -86,6 +86,8 @@ pub(super) enum Verb {
     Info(Info),
     /// Hold an image against every rule of the format; nothing is changed without --repair
     Check(Check),
+    /// List the images that stand on an image: those that record its UUID as their parent's
+    Children(Children),
     /// Tell which file of the chain answers each range of the disk
     Map(Map),
     /// Copy the disk as its guest sees it; holes stay holes
@@ -232,6 +234,18 @@ impl From<FooterToTake> for Take {
 }
 
 #[derive(Group, Debug)]
+pub(super) struct Children {
+    /// The image. Its own folder is searched
+    pub(super) path: PathBuf,
+    /// Search this folder, too (repeatable)
+    #[arg(long = "in", value_name = "DIR")]
+    pub(super) folders: Vec<PathBuf>,
+    /// One JSON array of path and uuid
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Group, Debug)]
 pub(super) struct Diff {
     /// The image
     pub(super) child: PathBuf,
@@ -254,9 +268,10 @@ pub(super) struct Map {
 
 #[derive(Group, Debug)]
 pub(super) struct Convert {
-    /// The disk to copy
+    /// The disk to copy: an image, or with --from raw a file or a block device
     pub(super) source: PathBuf,
-    /// The file to make, or - for standard output (only with --to raw)
+    /// The file to make, or - for standard output, or (with --force) a block device to overwrite; these two only with
+    /// --to raw
     pub(super) destination: PathBuf,
     /// What to make
     #[arg(long, value_enum)]
@@ -270,7 +285,10 @@ pub(super) struct Convert {
     /// Round the size of the disk up to a multiple of this; Azure asks for fixed disks of whole 1M
     #[arg(long, value_parser = parse_alignment, value_name = "SIZE", default_value = "1", hide_default_value = true)]
     pub(super) align: u64,
-    /// Replace an existing file, at the end and all at once
+    /// Give the copy the UUID of the source, from an image to an image. Children take either of the two for their parent
+    #[arg(long)]
+    pub(super) keep_uuid: bool,
+    /// Replace an existing file, at the end and all at once; or overwrite a block device, in place
     #[arg(long)]
     pub(super) force: bool,
     /// Copy what is left of a disk whose files have lost sectors; what is given up becomes zeros, and is listed. The source

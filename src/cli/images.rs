@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::Exit;
 use super::args::{
-    Args, Check, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize, RootKind,
-    Source, Target, Verb,
+    Args, Check, Children, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize,
+    RootKind, Source, Target, Verb,
 };
 use super::print;
 use super::progress::Work;
@@ -15,7 +15,7 @@ use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Container;
-use crate::ops::convert::To;
+use crate::ops::convert::{Conversion, To};
 use crate::ops::merge::Abandoned;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
@@ -28,6 +28,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Children(a) => ("children", children(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Diff(a) => ("diff", diff(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
@@ -133,6 +134,15 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
 }
 
+fn children(args: &Children, common: &Common) -> Result<Exit> {
+    let found = ops::children::children(&Host, &args.path, &args.folders)?;
+    if found.is_empty() && !args.json {
+        return told(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
+    }
+    printed(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
+    Ok(Exit::Done)
+}
+
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     listed(|told| {
@@ -186,12 +196,16 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
 }
 
 fn convert(args: &Convert, common: &Common) -> Result<Exit> {
-    let streamed = args.destination == Path::new("-");
+    let streamed = is_standard_output(&args.destination);
     if streamed && args.to != Target::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
     }
     if streamed && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
+    }
+    if args.keep_uuid && (args.to == Target::Raw || args.from == Source::Raw) {
+        let what = "--keep-uuid: only an image has a UUID; it goes with --to fixed or dynamic, and not with --from raw";
+        return Err(Error::new(ErrorKind::Unsupported, what));
     }
     let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
     let work = Work::new(disk.bytes(), common.quiet)?;
@@ -211,8 +225,17 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         Target::Fixed => To::Fixed,
         Target::Dynamic => To::Dynamic(args.block_size),
     };
-    ops::convert::convert(&Host, &disk, &args.destination, to, args.align, args.force, &mut progress)
+    let uuid = if args.keep_uuid { disk.uuid() } else { None };
+    let how = Conversion { to, align: args.align, replace: args.force, uuid };
+    ops::convert::convert(&Host, &disk, &args.destination, &how, &mut progress)
         .map_err(|e| e.at_path(&args.destination))?;
+    if args.keep_uuid {
+        let (copy, source) = (args.destination.display(), args.source.display());
+        log::warn!(
+            "{copy} has the UUID of {source}: a child of one accepts the other as its parent. Keep only one of them where \
+             children look for it"
+        );
+    }
     Ok(Exit::Done)
 }
 
@@ -231,6 +254,11 @@ fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
         log::warn!("{} of the disk are given up; they are zeros in the copy", human(bytes));
     }
     Ok(disk)
+}
+
+/// Whether a destination means standard output.
+fn is_standard_output(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn compare(args: &Compare, common: &Common) -> Result<Exit> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::size::human;
-use crate::ops::{check, diff, info, map};
+use crate::ops::{check, children, diff, info, map};
 
 /// Lost ranges that are listed for people.
 const LISTED: usize = 100;
@@ -48,6 +48,9 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
         field("block size", &bytes(size.into()))?;
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;
     }
+    if let Some(user) = &info.in_use {
+        field("in use", &in_use(user))?;
+    }
     field("uuid", &info.uuid)?;
     field("created", &info.created)?;
     field("creator", &format!("{} on {}", info.creator_app, info.creator_host))?;
@@ -69,6 +72,18 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
     tree(out, chain)
 }
 
+/// The process that has an image in use.
+fn in_use(user: &info::InUse) -> String {
+    let who = match (user.pid, &user.program) {
+        (Some(pid), Some(program)) => format!("by {program} (process {pid})"),
+        _ => "by another process".to_owned(),
+    };
+    match &user.since {
+        Some(since) => format!("{who}, since {since}"),
+        None => who,
+    }
+}
+
 /// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
 fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
     let name = |(depth, layer): (usize, &info::Info)| {
@@ -86,6 +101,11 @@ fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
         writeln!(out, "  {name:<width$}  {:<12}  {size:>10}  {room:>10} allocated{blocks}", layer.disk_type)?;
     }
     Ok(())
+}
+
+/// `children` for people: one a line.
+pub(super) fn children(out: &mut dyn Write, children: &[children::ChildFound]) -> Result<()> {
+    children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, plain(&child.path)))
 }
 
 /// `check` for people: a line per defect, and how it stands.

@@ -1,16 +1,17 @@
-//! Making new images. A name appears only when what it names is whole and durable.
+//! The bytes of new images.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::draft::{Draft, already_there};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_from_unix;
 use crate::format::header::LOCATORS;
 use crate::format::parent_path::{encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{DiskType, DynamicHeader, Footer, LocatorEntry, NewLayout, Platform, bat};
-use crate::storage::{Env, File, Folder};
+use crate::storage::{Env, File};
 use crate::units::{BlockSize, SECTOR};
 
 /// How the parent is found again.
@@ -52,46 +53,26 @@ pub struct Spec {
     pub reserve: u64,
 }
 
-/// Makes an image at `path`, which must not exist. It is written under another name, made durable, and then named.
+/// Makes an image at `path`, which must not exist. The name appears when the image is whole and durable.
 ///
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
-    let uuid = env.uuid();
-    let (name, fresh) = (file_name(path)?, fresh_name(path, uuid)?);
-    let folder = env.folder(folder_of(path))?;
-    let made = folder.create(&fresh).map_err(|e| e.renamed(&folder.path().join(&fresh), path))?;
-    let named = write_new(&made, env, uuid, spec).and_then(|()| publish(&folder, &fresh, name));
-    if named.is_err() {
-        let _ = folder.remove(&fresh);
+    if env.exists(path) {
+        return Err(already_there(path));
     }
-    named.map(|()| uuid).map_err(|e| e.renamed(made.path(), path).at_path(path))
+    let uuid = env.uuid();
+    let mut draft = Draft::begin(env, path, env.folder(folder_of(path))?, file_name(path)?)?;
+    let made = write_new(draft.file(), env, uuid, spec).and_then(|()| draft.publish());
+    made.map(|()| uuid).map_err(|e| draft.blame(e).at_path(path))
 }
 
 /// The last part of a path.
 ///
 /// # Errors
-/// `Refused` where `path` does not end in a file name.
+/// `Refused` if `path` does not end in a file name.
 pub fn file_name(path: &Path) -> Result<&OsStr> {
     path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))
-}
-
-/// The name, in the same folder, under which a file is made that is to be called `path`. `uuid` makes it unique.
-///
-/// # Errors
-/// `Refused` where `path` does not end in a file name.
-pub fn fresh_name(path: &Path, uuid: Uuid) -> Result<OsString> {
-    // Names have at most 255 bytes; a part of it is enough for people to recognise it.
-    let start: String = file_name(path)?.to_string_lossy().chars().take(32).collect();
-    Ok(format!(".{start}.{}.new", uuid.simple()).into())
-}
-
-/// Whether a name is one that [`fresh_name`] gave.
-pub fn is_fresh_name(name: &OsStr) -> bool {
-    let name = name.to_string_lossy();
-    let middle = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new"));
-    let uuid = middle.and_then(|middle| middle.rsplit_once('.')).map(|(_, uuid)| uuid);
-    uuid.is_some_and(|uuid| uuid.len() == 32 && uuid.bytes().all(|digit| digit.is_ascii_hexdigit()))
 }
 
 /// The folder of a path, `.` where it has none.
@@ -102,30 +83,13 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
-///
-/// # Errors
-/// `Refused` where the name exists; `Io`.
-pub fn publish(folder: &Folder, fresh: &OsStr, name: &OsStr) -> Result<()> {
-    match folder.link(fresh, name) {
-        Ok(()) => folder.remove(fresh),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
-            folder.rename(fresh, folder, name)
-        }
-        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
-            Err(Error::new(ErrorKind::Refused, "it exists already; remove it first"))
-        }
-        Err(e) => Err(e),
-    }
-    .and_then(|()| folder.sync())
-}
-
 /// Writes a new image into an empty file, and makes it durable. The name is the caller's concern.
 ///
 /// # Errors
 /// `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {
-    let invalid = |defect| Error::from(defect).at_path(file.path());
+    // The sizes are those of the command line.
+    let invalid = |defect| Error::from(defect).at_no_offset().at_path(file.path());
     let now = u64::try_from(env.now()).unwrap_or(0);
     let (disk_type, locators) = match &spec.kind {
         Kind::Fixed => (DiskType::Fixed, Vec::new()),

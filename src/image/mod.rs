@@ -28,6 +28,7 @@ pub mod check;
 pub mod commit;
 pub mod compact;
 pub mod create;
+mod draft;
 mod drive;
 mod evict;
 #[cfg(all(test, feature = "sim"))]
@@ -66,7 +67,8 @@ pub use batmap::Batmap;
 pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
-pub use create::{Kind, ParentLink, Spec, create, file_name, folder_of, fresh_name, is_fresh_name, publish, write_new};
+pub use create::{Kind, ParentLink, Spec, create, file_name, folder_of, write_new};
+pub use draft::{Draft, is_fresh_name};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;

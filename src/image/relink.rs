@@ -39,7 +39,7 @@ use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
-use crate::format::{Defect, DiskType, DynamicHeader, Footer, LocatorEntry, Part, Platform};
+use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, Part, Platform};
 use crate::point;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -148,10 +148,10 @@ pub fn agreed(file: &File) -> Result<Image> {
             if front.disk_type != tail.disk_type && front.data_offset == tail.data_offset {
                 return Ok(image);
             }
-            let (disk_type, data_offset) = (tail.disk_type, tail.data_offset);
+            let (disk_type, data_offset, geometry) = (tail.disk_type, tail.data_offset, tail.geometry);
             let resized =
                 if front.current_size == tail.current_size { front } else { front.with_size(tail.current_size) };
-            if (Footer { disk_type, data_offset, ..resized }) != *tail {
+            if (Footer { disk_type, data_offset, geometry, ..resized }) != *tail {
                 return Ok(image);
             }
         }
@@ -197,6 +197,8 @@ impl New {
         let old = std::mem::replace(&mut header.locators, [LocatorEntry::UNUSED; LOCATORS]);
         let Some(link) = link else {
             footer.disk_type = DiskType::Dynamic;
+            // Only a root can be read by QEMU, which may count its sectors by the geometry.
+            footer.geometry = Geometry::for_creator(footer.creator, footer.current_size);
             (header.parent_uuid, header.parent_timestamp, header.parent_name) = (uuid::Uuid::nil(), 0, [0; 512]);
             return Ok(New { footer, header, texts: Vec::new() });
         };

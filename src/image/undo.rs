@@ -21,8 +21,9 @@
 //! first. What was cut off and is in no piece was zero. `undone.rs` does that.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use super::draft::Draft;
 use super::fit::table_sum;
 use super::holes::{is_zero, next_data};
 use super::open::Image;
@@ -112,7 +113,7 @@ pub(super) struct Undo {
     uuid: uuid::Uuid,
     /// Length of the image before the repair.
     len: u64,
-    file: File,
+    draft: Draft,
     end: u64,
     sealed: bool,
     /// The ranges of the image that the pieces of before have.
@@ -128,13 +129,14 @@ impl Undo {
         let (image, len) = (image.clone(), image.stat()?.len);
         let mut name = image.name().to_os_string();
         name.push(format!(".repair-{}.undo", env.uuid().simple()));
-        let file = image.folder().create(&name)?;
-        Ok(Undo { image, uuid, len, file, end: SECTOR, sealed: false, kept: Vec::new() })
+        let folder = image.folder();
+        let draft = Draft::begin(env, &folder.path().join(&name), folder, &name)?;
+        Ok(Undo { image, uuid, len, draft, end: SECTOR, sealed: false, kept: Vec::new() })
     }
 
     /// Its path.
-    pub(super) fn path(&self) -> &Path {
-        self.file.path()
+    pub(super) fn path(&self) -> PathBuf {
+        self.draft.path()
     }
 
     /// Keeps a range of the image that is going to be replaced; all of it.
@@ -179,7 +181,7 @@ impl Undo {
     fn record(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let record = [&offset.to_be_bytes(), &len.to_be_bytes()[..], bytes].concat();
-        self.file.write_at(&record, self.end)?;
+        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.blame(e))?;
         self.end += record.len() as u64;
         Ok(())
     }
@@ -189,12 +191,12 @@ impl Undo {
     /// # Errors
     /// `Io`, `NoSpace`.
     pub(super) fn seal(&mut self) -> Result<()> {
-        self.file.sync()?;
+        self.draft.file().sync()?;
         let (len, before, uuid) = (self.len, self.end, self.uuid);
         let head = Head { len, before, uuid, state: State::Repairing, len_after: 0, table: 0, after: before };
-        head.write(&self.file)?;
+        head.write(self.draft.file())?;
         if !self.sealed {
-            self.file.folder().sync()?;
+            self.draft.publish()?;
         }
         self.sealed = true;
         Ok(())
@@ -217,21 +219,11 @@ impl Undo {
                 self.record(range.start, &bytes)?;
             }
         }
-        self.file.sync()?;
+        self.draft.file().sync()?;
         let image = Image::inspect(self.image.clone())?;
         let (uuid, table, after) = (image.uuid(), table_sum(&image), self.end);
         let head = Head { len: self.len, before, uuid, state: State::Repaired, len_after, table, after };
-        head.write(&self.file)?;
-        Ok(self.path().to_path_buf())
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if !self.sealed
-            && let Err(e) = self.file.folder().remove(self.file.name())
-        {
-            log::warn!("{}", e.line());
-        }
+        head.write(self.draft.file())?;
+        Ok(self.path())
     }
 }

@@ -10,7 +10,7 @@ use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::Image;
-use crate::storage::{Access, Env, Stat};
+use crate::storage::{Access, Env, Holder, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
 const TRIES: usize = 4;
@@ -37,6 +37,8 @@ pub struct Info {
     pub blocks: Option<u32>,
     /// Blocks that have a place in the file.
     pub blocks_allocated: Option<u64>,
+    /// A process that has it in use; `None` if no process holds a lock on it.
+    pub in_use: Option<InUse>,
     /// Identity.
     pub uuid: String,
     /// Time of creation, RFC 3339 in UTC.
@@ -53,6 +55,30 @@ pub struct Info {
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Info>>,
+}
+
+/// A process that has an image in use. What this user is not permitted to see of it is `None`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct InUse {
+    /// Its number.
+    pub pid: Option<u32>,
+    /// When it was started, RFC 3339 in UTC.
+    pub since: Option<String>,
+    /// Its program's name.
+    #[serde(skip)]
+    pub program: Option<String>,
+}
+
+impl InUse {
+    fn by(holder: Holder) -> InUse {
+        let time = |unix| u64::try_from(unix).ok().map(rfc3339);
+        match holder {
+            Holder::Process { pid, program, since } => {
+                InUse { pid: Some(pid), since: since.and_then(time), program: Some(program) }
+            }
+            Holder::Unseen => InUse { pid: None, since: None, program: None },
+        }
+    }
 }
 
 /// What a child records of its parent.
@@ -106,7 +132,9 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
     let Some(policy) = parents else {
         warn_of_merges(env, &image)?;
-        return describe(&image, None);
+        let mut info = describe(&image, None)?;
+        tell_who_uses(env, &[&image], std::slice::from_mut(&mut info));
+        return Ok(info);
     };
     let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
     if let Some(e) = missing {
@@ -116,9 +144,18 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     for (number, image) in chain.images().iter().enumerate() {
         all.push(describe(image, chain.images().get(number + 1))?);
     }
+    tell_who_uses(env, &chain.images().iter().collect::<Vec<_>>(), &mut all);
     let mut youngest = all[0].clone();
     youngest.chain = Some(all);
     Ok(youngest)
+}
+
+/// Fills in who has the images in use, by one look at all of them.
+fn tell_who_uses(env: &dyn Env, images: &[&Image], infos: &mut [Info]) {
+    let files: Vec<_> = images.iter().map(|image| image.file()).collect();
+    for (info, holder) in infos.iter_mut().zip(env.holders(&files)) {
+        info.in_use = holder.map(InUse::by);
+    }
 }
 
 fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
@@ -142,6 +179,7 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
+        in_use: None,
         uuid: image.uuid().to_string(),
         created: rfc3339(time_to_unix(footer.timestamp)),
         creator_app: tag(footer.creator),

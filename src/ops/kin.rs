@@ -1,5 +1,6 @@
 //! Whose child is what: the images in some folders, by their footers and headers alone.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
@@ -40,22 +41,34 @@ impl Kin {
 /// # Errors
 /// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
 pub(super) fn in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
+    gather(env, folders, &mut Err)
+}
+
+/// As [`in_folders`], without the images that cannot be read: the log names them.
+///
+/// # Errors
+/// `Io`, `NotFound`: a folder cannot be listed.
+pub(super) fn readable_in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
+    gather(env, folders, &mut |e| {
+        log::warn!("{}", e.line());
+        Ok(())
+    })
+}
+
+/// The images in these folders; `unreadable` decides whether one that cannot be read ends the search.
+fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -> Result<()>) -> Result<Vec<Kin>> {
     let mut found: Vec<Kin> = Vec::new();
+    // A file may have more than one name, and a folder may be given twice.
+    let mut seen = HashSet::new();
     for folder in folders {
         for name in folder.list()? {
             if is_fresh_name(&name) {
                 continue;
             }
-            let file = match open(env, folder, &name) {
-                Ok(file) => file,
-                Err(e) if is_none_of_ours(&e) => continue,
-                Err(e) => return Err(e),
-            };
-            let id = file.stat()?.id;
-            if found.iter().all(|kin| kin.id != id)
-                && let Some(glance) = Glance::at(&file)?
-            {
-                found.push(Kin { path: file.path().to_path_buf(), folder: file.folder(), id, glance });
+            match look(env, folder, &name, &mut seen) {
+                Ok(kin) => found.extend(kin),
+                Err(e) if is_none_of_ours(&e) => {}
+                Err(e) => unreadable(e)?,
             }
         }
     }
@@ -67,6 +80,17 @@ pub(super) fn add_folder(folders: &mut Vec<Folder>, folder: Folder) {
     if folders.iter().all(|known| !known.is_same(&folder)) {
         folders.push(folder);
     }
+}
+
+/// The image of a name in a folder; `None` if it is no image, or was seen before.
+fn look(env: &dyn Env, folder: &Folder, name: &OsStr, seen: &mut HashSet<FileId>) -> Result<Option<Kin>> {
+    let file = open(env, folder, name)?;
+    let id = file.stat()?.id;
+    if !seen.insert(id) {
+        return Ok(None);
+    }
+    let Some(glance) = Glance::at(&file)? else { return Ok(None) };
+    Ok(Some(Kin { path: file.path().to_path_buf(), folder: file.folder(), id, glance }))
 }
 
 /// Opens a name of a folder; a symbolic link that an operator has put there leads to a file of another folder.

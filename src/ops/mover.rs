@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use uuid::Uuid;
+
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
 use crate::format::Container;
@@ -57,7 +59,7 @@ pub fn raw_container(env: &dyn Env, path: &Path) -> Result<Option<Container>> {
 pub enum Disk {
     /// A chain of VHDs.
     Chain(Version),
-    /// A raw file of so many bytes.
+    /// A raw file or block device of so many bytes.
     Raw(File, u64),
 }
 
@@ -68,7 +70,7 @@ impl Disk {
     /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
     pub fn open(env: &dyn Env, path: &Path, format: Format, policy: &Policy) -> Result<Disk> {
         if format == Format::Raw {
-            let file = env.open(path, Access::Read)?;
+            let file = env.open_disk(path, Access::Read)?;
             file.lock(Lock::Shared)?;
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
@@ -81,6 +83,14 @@ impl Disk {
         match self {
             Disk::Chain(version) => version.sectors() * SECTOR,
             Disk::Raw(_, len) => *len,
+        }
+    }
+
+    /// The identity of the youngest image; `None` for a raw disk.
+    pub fn uuid(&self) -> Option<Uuid> {
+        match self {
+            Disk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
+            Disk::Raw(..) => None,
         }
     }
 

@@ -102,6 +102,22 @@ pub enum Naming {
     Replaced,
 }
 
+/// What holds a lock on a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Holder {
+    /// A process.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// Its program's name, as the kernel records it.
+        program: String,
+        /// When it was started, Unix seconds; `None` if that cannot be read.
+        since: Option<i64>,
+    },
+    /// A process that the kernel does not show to this one.
+    Unseen,
+}
+
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DirectRules {
@@ -153,7 +169,16 @@ impl File {
         self.path().file_name().expect("a file is opened by a name")
     }
 
-    /// What is known of it now.
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        match self {
+            File::Host(f) => f.is_device(),
+            #[cfg(feature = "sim")]
+            File::Sim(_) => false,
+        }
+    }
+
+    /// What is known of it now. The length of a block device is its capacity.
     pub fn stat(&self) -> Result<Stat> {
         each_kind!(self, f => f.stat())
     }
@@ -293,6 +318,17 @@ pub trait Env: Send + Sync {
     /// Asks whether a regular file is at an absolute path without `.` and `..`, without opening it, following a link or
     /// triggering an automount.
     fn presence(&self, path: &Path) -> Presence;
+
+    /// Opens a regular file or a block device that holds a raw disk. All else is refused as by [`Env::open`]. A device
+    /// opened for writing is held exclusively: `Busy` if it is mounted or otherwise in use.
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        self.open(path, access)
+    }
+
+    /// For each file, what holds a lock on it. A file whose locks cannot be asked for counts as one without.
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        vec![None; files.len()]
+    }
 
     /// Removes a name.
     fn remove(&self, path: &Path) -> Result<()>;

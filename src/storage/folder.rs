@@ -122,6 +122,36 @@ impl Folder {
         }
     }
 
+    /// Makes a new file without a name, for reading and writing. It vanishes with its last handle unless
+    /// [`Folder::give_name`] gives it a name. [`File::path`] and errors call it `known_as`.
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system has no files without names.
+    /// - `NoSpace`, `Io`.
+    pub fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
+        self.one(known_as)?;
+        match self {
+            Folder::Host(f) => f.create_unnamed(known_as).map(File::Host),
+            #[cfg(feature = "sim")]
+            Folder::Sim(f) => f.create_unnamed(known_as),
+        }
+    }
+
+    /// Gives a file of [`Folder::create_unnamed`] a name in this folder.
+    ///
+    /// # Errors
+    /// `Io` with `EEXIST` if the name exists.
+    pub fn give_name(&self, file: &File, name: &OsStr) -> Result<()> {
+        self.one(name)?;
+        match (self, file) {
+            (Folder::Host(f), File::Host(file)) => f.give_name(file, name),
+            #[cfg(feature = "sim")]
+            (Folder::Sim(f), File::Sim(file)) => f.give_name(file, name),
+            #[cfg(feature = "sim")]
+            _ => panic!("a file of another host"),
+        }
+    }
+
     /// Whether the name exists, also as a symbolic link.
     ///
     /// # Errors

@@ -41,7 +41,7 @@ mod warm;
 pub use bell::Bell;
 pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
-pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Modified, Naming, Presence, Stat};
+pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Modified, Naming, Presence, Stat};
 pub use folder::Folder;
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};

@@ -152,8 +152,9 @@ const VERBS: &[(&str, Verb)] = &[
     ("convert", |folder| {
         let path = folder.join("disk.vhd");
         let disk = ops::Disk::open(&Host, &path, ops::Format::Vhd, &Policy::default())?;
-        let (to, new) = (convert::To::Fixed, folder.join("new.vhd"));
-        convert::convert(&Host, &disk, &new, to, 1, false, &mut |_| Ok(()))?;
+        let new = folder.join("new.vhd");
+        let how = convert::Conversion { to: convert::To::Fixed, align: 1, replace: false, uuid: None };
+        convert::convert(&Host, &disk, &new, &how, &mut |_| Ok(()))?;
         Ok(new)
     }),
     ("flatten", |folder| {

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -143,6 +143,38 @@ impl HostFolder {
         HostFile::new(fd, &path, Access::Write, self)
     }
 
+    /// Opens a disk that an operator has named: a regular file, or a device, which is then held exclusively for writing.
+    pub(super) fn open_disk(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
+        // Without O_CREAT, O_EXCL concerns block devices only (open(2)).
+        let exclusive = if access == Access::Write { OFlags::EXCL } else { OFlags::empty() };
+        retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | exclusive | CAREFUL, Mode::empty()))
+    }
+
+    pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<HostFile> {
+        let path = self.join(known_as);
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd =
+            retry(|| rustix::fs::openat(&self.fd, ".", flags, Mode::from_raw_mode(0o644))).map_err(|e| match e {
+                // The last one is the answer of kernels before 3.11.
+                Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::ISDIR => {
+                    let what = "this file system has no files without names";
+                    Error::new(ErrorKind::Unsupported, what).caused_by(std::io::Error::from(e)).at_path(&path)
+                }
+                e => Error::io("cannot create the file", e.into()).at_path(&path),
+            })?;
+        // The name is given through /proc: better known now than when the file is whole.
+        if fs::symlink_metadata(name_in_proc(&fd)).is_err() {
+            let what = "files without names need /proc, which is not mounted";
+            return Err(Error::new(ErrorKind::Unsupported, what).at_path(&path));
+        }
+        HostFile::new(fd, &path, Access::Write, self)
+    }
+
+    pub(in crate::storage) fn give_name(&self, file: &HostFile, name: &OsStr) -> Result<()> {
+        rustix::fs::linkat(CWD, name_in_proc(file), &self.fd, name, AtFlags::SYMLINK_FOLLOW)
+            .map_err(|e| Error::io("cannot give the file its name", e.into()).at_path(self.join(name)))
+    }
+
     pub(in crate::storage) fn exists(&self, name: &OsStr) -> Result<bool> {
         match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT) {
             Ok(_) => Ok(true),
@@ -197,6 +229,11 @@ impl HostFolder {
             .and_then(|fd| retry(|| rustix::fs::fsync(&fd)))
             .map_err(|e| Error::io("cannot make the names in the folder durable", e.into()).at_path(&self.path))
     }
+}
+
+/// A path that leads to an open file, whether it has a name or not.
+fn name_in_proc(fd: impl AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -2,11 +2,14 @@
 
 mod file;
 mod folder;
+mod holder;
 mod lock;
 pub(super) mod mapped;
 mod metadata;
 mod presence;
+mod zeros;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -20,8 +23,8 @@ pub use self::file::HostFile;
 pub use self::folder::HostFolder;
 pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
-use super::engine::Engine;
-use super::env::{Access, EngineKind, Env, File, Presence};
+use super::engine::{Engine, host_file};
+use super::env::{Access, EngineKind, Env, File, Holder, Presence};
 use super::folder::Folder;
 use super::live::{Live, Mapping};
 use super::ring::Ring;
@@ -37,15 +40,8 @@ pub struct Host;
 
 impl Env for Host {
     fn open(&self, path: &Path, access: Access) -> Result<File> {
-        let fail = |e: Errno| open_error(e).at_path(path);
-        let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(fail(if path.as_os_str().is_empty() { Errno::NOENT } else { Errno::ISDIR }));
-        };
-        let folder = HostFolder::at(above).map_err(|e| match e.raw_os_error() {
-            Some(code) => fail(Errno::from_raw_os_error(code)),
-            None => e,
-        })?;
-        let fd = folder.open_named(name, access).map_err(fail)?;
+        let (folder, name) = parted(path)?;
+        let fd = folder.open_named(name, access).map_err(|e| open_error(e).at_path(path))?;
         HostFile::new(fd, path, access, &folder).map(File::Host)
     }
 
@@ -55,6 +51,23 @@ impl Env for Host {
 
     fn presence(&self, path: &Path) -> Presence {
         presence::presence(path)
+    }
+
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        let (folder, name) = parted(path)?;
+        let fd = folder.open_disk(name, access).map_err(|e| match e {
+            Errno::BUSY => {
+                let what = "the block device is in use: it is mounted, or held by LVM, RAID, swap or another program";
+                Error::new(ErrorKind::Busy, what).at_path(path)
+            }
+            e => open_error(e).at_path(path),
+        })?;
+        HostFile::new_disk(fd, path, access, &folder).map(File::Host)
+    }
+
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        let files: Vec<_> = files.iter().map(|file| host_file(file).ok()).collect();
+        holder::of(&files)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
@@ -110,6 +123,19 @@ impl Env for Host {
             Err(e) => Err(Error::io("cannot set up io_uring", e)),
         }
     }
+}
+
+/// The folder of an operator's path, held open, and the name in it.
+fn parted(path: &Path) -> Result<(HostFolder, &OsStr)> {
+    let fail = |e: Errno| open_error(e).at_path(path);
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(fail(if path.as_os_str().is_empty() { Errno::NOENT } else { Errno::ISDIR }));
+    };
+    let folder = HostFolder::at(above).map_err(|e| match e.raw_os_error() {
+        Some(code) => fail(Errno::from_raw_os_error(code)),
+        None => e,
+    })?;
+    Ok((folder, name))
 }
 
 /// Calls again while a signal interrupts.

@@ -13,7 +13,7 @@ use super::names;
 use super::world::{Step, code};
 use crate::error::Result;
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File, Presence};
+use crate::storage::env::{Access, EngineKind, Env, File, Holder, Presence};
 use crate::storage::folder::Folder;
 use crate::storage::live::Live;
 
@@ -42,6 +42,18 @@ impl Env for SimHost {
     fn presence(&self, path: &Path) -> Presence {
         let there = self.0.world().names.get(&absolute(path)).is_some();
         if there { Presence::Present } else { Presence::Absent }
+    }
+
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        let world = self.0.world();
+        let held = |file: &&File| match file {
+            File::Sim(file) => {
+                let (inode, _) = file.inode_in(&self.0)?;
+                world.locks.iter().any(|(_, other, _)| *other == inode).then_some(Holder::Unseen)
+            }
+            File::Host(_) => None,
+        };
+        files.iter().map(held).collect()
     }
 
     fn remove(&self, path: &Path) -> Result<()> {

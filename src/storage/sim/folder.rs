@@ -7,7 +7,7 @@ use super::env::absolute;
 use super::inode::Inode;
 use super::names::Change;
 use super::world::{Step, code};
-use super::{Shared, SimHost};
+use super::{Shared, SimFile, SimHost};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, File};
 
@@ -76,6 +76,30 @@ impl SimFolder {
             world.inodes.insert(inode, Inode::new(world.clock));
             world.names.apply(Change::Set(name.to_path_buf(), inode));
             Ok(inode)
+        })
+    }
+
+    pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
+        let path = self.path.join(known_as);
+        if self.host.0.world().faults.no_unnamed {
+            return Err(Error::new(ErrorKind::Unsupported, "no files without names here").at_path(path));
+        }
+        self.host.handle(&path, Access::Write, |world, _| {
+            let inode = world.number();
+            world.inodes.insert(inode, Inode::new(world.clock));
+            Ok(inode)
+        })
+    }
+
+    pub(in crate::storage) fn give_name(&self, file: &SimFile, name: &OsStr) -> Result<()> {
+        self.host.named(&self.path.join(name), "cannot give the file its name", |world, name| {
+            world.step(Step::Name)?;
+            let (inode, _) = file.inode_in(&self.host.0).ok_or_else(|| code(libc::EBADF))?;
+            if world.look_up(name).is_ok() {
+                return Err(code(libc::EEXIST));
+            }
+            world.names.apply(Change::Set(name.to_path_buf(), inode));
+            Ok(())
         })
     }
 

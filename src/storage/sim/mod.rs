@@ -79,6 +79,8 @@ pub struct FaultPlan {
     pub room: Option<u64>,
     /// The file system cannot reserve room.
     pub no_allocate: bool,
+    /// The file system has no files without names.
+    pub no_unnamed: bool,
 }
 
 /// Steps so far: every call on files and names that a host could fail, and every operation of an engine.
