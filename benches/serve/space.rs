@@ -94,7 +94,7 @@ fn reads_alone(bench: &mut Bench) {
 
 /// Data dealt to 16 layers in pieces of 64 KiB, in an order that looks random.
 fn spread_over_layers(bench: &mut Bench) {
-    let (layers, pieces) = (16, bench.disks.size / disks::CHUNK);
+    let (layers, pieces) = (16u64, bench.disks.size / disks::CHUNK);
     let files: Vec<PathBuf> = (0..layers).map(|n| bench.disks.scratch().with_extension(format!("layer{n}"))).collect();
     for layer in 0..layers {
         let image = &files[layer as usize];

@@ -148,7 +148,7 @@ fn raise(states: &[AtomicU8], to: u8) {
 
 fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     let path: PathBuf = folder.path().join("a.vhd");
-    let keep = Keep::Journal { folder: runtime.path().into(), discard: false };
+    let keep = Keep::Journal { folders: vec![runtime.path().into()], required: true, discard: false };
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }

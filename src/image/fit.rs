@@ -8,21 +8,33 @@ use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Env, File};
 
-/// Refuses an image, by its file and its identity, whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
+/// Refuses an image, by its file and its identity, if one of the runtime `folders` holds its live journal: its daemon was
+/// killed, and what it acknowledged is in the journal, not yet in the file.
 ///
 /// # Errors
 /// `Refused`, saying what to do.
-pub fn refuse_if_live(env: &dyn Env, folder: &Path, file: &File, uuid: Uuid) -> Result<()> {
-    let path = path_of(folder, file, uuid)?;
-    if !env.exists(&path) {
-        return Ok(());
-    }
+pub fn refuse_if_live(env: &dyn Env, folders: &[PathBuf], file: &File, uuid: Uuid) -> Result<()> {
+    let Some(path) = find(env, folders, file, uuid)? else { return Ok(()) };
     let what = format!(
         "its daemon did not end cleanly, and {} holds what it acknowledged: start diffdiskd on it again, which takes \
          that in, and end it with SIGTERM",
         path.display()
     );
     Err(Error::new(ErrorKind::Refused, what).at_path(file.path()))
+}
+
+/// The live journal of an image, in the first of the `folders` that has one.
+fn find(env: &dyn Env, folders: &[PathBuf], file: &File, uuid: Uuid) -> Result<Option<PathBuf>> {
+    let paths: Vec<PathBuf> = folders.iter().map(|folder| path_of(folder, file, uuid)).collect::<Result<_>>()?;
+    Ok(paths.into_iter().find(|path| env.exists(path)))
+}
+
+/// The folders in which to open the journal of an image, in the order to try: one that holds it already comes first.
+pub(super) fn by_preference<'a>(env: &dyn Env, folders: &'a [PathBuf], image: &Image) -> Result<Vec<&'a PathBuf>> {
+    let found = find(env, folders, image.file(), image.uuid())?;
+    let mut ordered: Vec<&PathBuf> = folders.iter().collect();
+    ordered.sort_by_key(|folder| found.as_ref().and_then(|path| path.parent()) != Some(folder.as_path()));
+    Ok(ordered)
 }
 
 /// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.

@@ -40,6 +40,8 @@ const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl01");
 const HEADER: usize = 512;
 const SLOT: usize = 68;
 const WORDS: usize = 64;
+/// Bytes of memory that a journal takes.
+pub const BYTES: u64 = ((HEADER + SLOTS as usize * SLOT) * size_of::<u64>()) as u64;
 
 // Words of the header.
 const MAGIC_AT: usize = 0;
@@ -105,8 +107,9 @@ impl Journal {
             log::warn!("{}: discarded, with what was acknowledged since the last flush", path.display());
             env.remove(&path)?;
         }
-        let live = env.live(&path, HEADER + SLOTS as usize * SLOT)?;
+        // The file comes last: a failure before leaves nothing behind.
         let (identity, sum) = (identity(env, image)?, table_sum(image));
+        let live = env.live(&path, HEADER + SLOTS as usize * SLOT)?;
         let new = live[MAGIC_AT].load(Ordering::Acquire) == 0;
         if new {
             for (at, word) in identity.into_iter().enumerate() {
@@ -152,6 +155,16 @@ impl Journal {
         self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
         self.live[COMMITTED].store(settled << 1 | (1 - which) as u64, Ordering::Release);
         self.live[UNACCOUNTED].store(0, Ordering::Release);
+    }
+
+    /// The folder it lies in.
+    pub fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// Whether it contains nothing that a successor needs: no mark, and no record of a failed sync.
+    pub(super) fn is_vacant(&self) -> bool {
+        self.is_empty() && self.poisoned().is_none()
     }
 
     /// Removes it: everything it says is in the file, or is given up.

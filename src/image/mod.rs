@@ -29,6 +29,7 @@ pub mod check;
 pub mod commit;
 pub mod compact;
 pub mod create;
+mod draft;
 mod drive;
 mod evict;
 #[cfg(all(test, feature = "sim"))]
@@ -40,6 +41,8 @@ mod held;
 mod holes;
 pub mod journal;
 mod keep;
+mod kept_time;
+mod lost;
 #[cfg(feature = "mutants")]
 mod mistakes;
 pub mod offline;
@@ -52,9 +55,12 @@ mod repair;
 pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
+mod strange;
+mod structures;
 mod table;
 pub mod tail;
 mod undo;
+mod undone;
 mod walk;
 pub mod writable;
 
@@ -64,21 +70,24 @@ pub use batmap::Batmap;
 pub use check::{Report, check, check_watched};
 pub use commit::{Commit, Step};
 pub use compact::{Watch, give_back};
-pub use create::{
-    Kind, ParentLink, Spec, create, create_preallocated, folder_of, fresh_name, is_fresh_name, name, write_new,
-};
+pub use create::{Kind, ParentLink, Spec, create, create_preallocated, file_name, folder_of, write_new};
+pub use draft::{Draft, is_fresh_name};
 pub use drive::drive;
 pub use fit::refuse_if_live;
 pub use glance::Glance;
 pub use held::Held;
 pub use holes::{is_zero, next_data};
+pub use journal::BYTES as JOURNAL_BYTES;
 pub use keep::Keep;
+pub use kept_time::KeptTime;
+pub use lost::joined;
 pub use offline::Offline;
 pub use open::Image;
 pub use paged::Paged;
 pub use relink::{agreed, check_link, is_settled, relink};
-pub use repair::repair;
+pub use repair::{Take, repair};
 pub use resize::Shining;
 pub use tail::Growth;
+pub use undone::undo;
 pub use walk::Suspects;
 pub use writable::{NoRoom, Writable};

@@ -170,17 +170,27 @@ impl Growth {
         match (self.phase, failed) {
             (Phase::Start, _) => {
                 if self.blocks == 0 || (self.within.is_none() && self.end().is_none()) {
-                    return Err(self.full(io::Error::from_raw_os_error(libc::EFBIG)));
+                    let why = "the file cannot grow: a block table names no place beyond 2 TiB";
+                    return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
                 self.allocate(ops);
             }
-            (Phase::Allocate, Some(e)) if is_full(&e) => {
+            (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
                 self.image.file().set_len(self.image.file().stat()?.len)?;
                 self.blocks /= 2;
                 if self.blocks < self.least {
-                    return Err(self.full(e));
+                    return Err(self.refused(e));
                 }
+                self.allocate(ops);
+            }
+            // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
+            (Phase::Footer, Some(e)) if is_too_large(&e) && self.blocks / 2 >= self.least => {
+                let error = self.undo(e);
+                if self.image.is_poisoned() {
+                    return Err(error);
+                }
+                self.blocks /= 2;
                 self.allocate(ops);
             }
             (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
@@ -286,10 +296,18 @@ impl Growth {
         if let Err(e) = back {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
-        if is_full(&source) { self.full(source) } else { Error::io("cannot grow", source).at_path(self.image.path()) }
+        self.refused(source)
     }
 
-    fn full(&self, source: io::Error) -> Error {
+    /// The error of a step for which there is no room, or that failed.
+    fn refused(&self, source: io::Error) -> Error {
+        if is_too_large(&source) {
+            let why = "the file cannot grow beyond the limit of the process (ulimit -f) or of the file system";
+            return Error::io(why, source).at_path(self.image.path());
+        }
+        if !is_full(&source) {
+            return Error::io("cannot grow", source).at_path(self.image.path());
+        }
         self.image.room().steps = 0;
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
             .at_path(self.image.path())
@@ -307,7 +325,12 @@ impl Drop for Growth {
 }
 
 fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Whether a file may not become that large. Waiting does not help, as it does on a full host.
+fn is_too_large(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::FileTooLarge
 }
 
 impl Writable {
@@ -328,31 +351,31 @@ impl Writable {
     }
 
     /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
-    /// The new footer is durable before the file is cut, so that there is always one.
+    /// The new footer is durable before the file is cut, so that there is always one. Settles the file's time, too.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
         let end = self.used_end() * SECTOR;
         let file = self.file();
-        if file.stat()?.len == end + SECTOR {
-            return Ok(());
-        }
-        if let Err(e) = file.write_at(&self.footer_bytes(), end) {
-            // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
-            let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
-            if e.kind() != ErrorKind::NoSpace {
-                return Err(e);
-            }
-            file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
+        if file.stat()?.len != end + SECTOR {
             if let Err(e) = file.write_at(&self.footer_bytes(), end) {
-                log::warn!("{}; the file keeps its length until it is next closed", e.line());
-                return Ok(());
+                // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
+                let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
+                if e.kind() != ErrorKind::NoSpace {
+                    return Err(e);
+                }
+                file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
+                if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+                    log::warn!("{}; the file keeps its length until it is next closed", e.line());
+                    return self.settle_time();
+                }
             }
-        }
-        if !mutant::is(Mutant::TrimUnsynced) {
+            if !mutant::is(Mutant::TrimUnsynced) {
+                file.sync()?;
+            }
+            file.set_len(end + SECTOR)?;
             file.sync()?;
         }
-        file.set_len(end + SECTOR)?;
-        file.sync()
+        self.settle_time()
     }
 }
 

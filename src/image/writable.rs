@@ -14,6 +14,7 @@ use super::bitmaps::{Bitmaps, Fresh, Where};
 use super::granule::{Known, Locked};
 use super::journal::{Found, Journal};
 use super::keep::{Keep, Kept};
+use super::kept_time::KeptTime;
 use super::open::Image;
 use super::recover::recover;
 use super::tail::Room;
@@ -38,6 +39,9 @@ pub struct Writable {
     /// What its file system promises about room, and how new blocks take it.
     pub(super) room_rule: RoomRule,
     pub(super) allocation: OnceLock<Allocation>,
+    /// The time of the file when it was opened, and whether the disk's contents may have changed since.
+    pub(super) opened: KeptTime,
+    pub(super) changed: AtomicBool,
 }
 
 /// What images with a block table have besides.
@@ -65,15 +69,18 @@ impl Writable {
     /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
     pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
         image.check_writable()?;
+        let opened = KeptTime::of(image.file())?;
         let (keep, found) = Kept::begin(env, &image, keep)?;
         let sparse = match image.block_size() {
             None => None,
-            Some(block_size) => Some(recover(&image, block_size, &found)?),
+            Some(block_size) => Some(recover(&image, block_size, &found).inspect_err(|_| keep.abandon(env))?),
         };
+        opened.put_back()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
-        let (dirty, poison, allocation) = (Mutex::default(), OnceLock::new(), OnceLock::new());
-        let room_rule = image.file().room_rule();
-        let image = Writable { image, sparse, unsynced, dirty, poison, keep, due, room_rule, allocation };
+        let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
+        let (room_rule, allocation) = (image.file().room_rule(), OnceLock::new());
+        let image =
+            Writable { image, sparse, unsynced, dirty, poison, keep, due, room_rule, allocation, opened, changed };
         image.adopt(&found);
         Ok(image)
     }
@@ -359,14 +366,6 @@ impl Writable {
                 }
                 used
             });
-        }
-    }
-
-    /// Removes the journal: all it says is in the file.
-    pub fn retire(&self, env: &dyn Env) -> Result<()> {
-        match &self.keep {
-            Kept::Journal(journal) => journal.remove(env),
-            Kept::Commit | Kept::Nothing => Ok(()),
         }
     }
 

@@ -38,8 +38,12 @@ pub(crate) fn top() -> PathBuf {
 
 /// How the disk is opened; with a live journal if `journal`.
 pub(crate) fn options(journal: bool) -> DiskOptions {
-    let keep = if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing };
-    DiskOptions { keep, when_full: WhenFull::Fail, ..DiskOptions::new(top()) }
+    let keep = if journal {
+        Keep::Journal { folders: vec!["/run".into()], required: true, discard: false }
+    } else {
+        Keep::Nothing
+    };
+    DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
 /// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.

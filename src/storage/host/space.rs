@@ -1,13 +1,34 @@
 //! Room on the file systems of Linux: which promises they make, and what they have left.
 
 use std::fs;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use rustix::fs::IFlags;
 use rustix::io::Errno;
 
+use super::HostFile;
+use crate::error::{Error, Result};
 use crate::storage::space::{HostRoom, RoomRule};
+
+impl HostFile {
+    /// See [`File::room_rule`](crate::storage::File::room_rule).
+    pub fn room_rule(&self) -> RoomRule {
+        rule(self.as_fd())
+    }
+
+    /// See [`File::overwrite_in_place`](crate::storage::File::overwrite_in_place).
+    pub fn overwrite_in_place(&self) -> Result<()> {
+        let failed = |e: Errno| Error::io("cannot switch copy on write off", e.into()).at_path(self.path());
+        overwrite_in_place(self.as_fd()).map_err(failed)
+    }
+
+    /// See [`File::host_room`](crate::storage::File::host_room).
+    pub fn host_room(&self) -> Result<HostRoom> {
+        let failed = |e: Errno| Error::io("cannot ask for the room of the file system", e.into()).at_path(self.path());
+        room(self.as_fd()).map_err(failed)
+    }
+}
 
 /// Whether a file lies on btrfs.
 fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
@@ -16,7 +37,7 @@ fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 
 /// What the file system of a file promises about room. Only file systems that were filled by the tests are known
 /// (`tests/host/disk_full.rs`).
-pub(super) fn rule(fd: BorrowedFd<'_>) -> RoomRule {
+fn rule(fd: BorrowedFd<'_>) -> RoomRule {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
         Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => RoomRule::InPlace,
         Ok(libc::BTRFS_SUPER_MAGIC) if is_mixed(fd) => RoomRule::Unknown,
@@ -48,7 +69,7 @@ fn is_of(folder: &Path, id: u64) -> bool {
 }
 
 /// Switches copy on write off for an empty file, if its file system has it (btrfs).
-pub(super) fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     if !is_btrfs(fd)? {
         return Ok(());
     }
@@ -57,7 +78,7 @@ pub(super) fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 }
 
 /// What the file system of a file has left.
-pub(super) fn room(fd: BorrowedFd<'_>) -> Result<HostRoom, Errno> {
+fn room(fd: BorrowedFd<'_>) -> Result<HostRoom, Errno> {
     let s = rustix::fs::fstatvfs(fd)?;
     let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
     Ok(HostRoom { available: bytes(s.f_bavail), total: bytes(s.f_blocks) })
