@@ -114,13 +114,19 @@ type Maker = fn(&dyn Env, &Path) -> Result<()>;
 
 fn create_root(env: &dyn Env, folder: &Path) -> Result<()> {
     let block_size = BlockSize::from_bytes(4096).expect("a block size");
-    let root = Root { fixed: false, size: 100 * 512, block_size, reserve: 0 };
+    let root = Root { fixed: false, size: 100 * 512, block_size, reserve: 0, preallocate: false };
     ops::create::root(env, &folder.join("new.vhd"), &root).map(drop)
 }
 
 fn create_child(env: &dyn Env, folder: &Path) -> Result<()> {
-    let child =
-        Child { parent: folder.join("root.vhd"), size: None, block_size: None, reserve: 0, locators: Locators::Both };
+    let child = Child {
+        parent: folder.join("root.vhd"),
+        size: None,
+        block_size: None,
+        reserve: 0,
+        locators: Locators::Both,
+        preallocate: false,
+    };
     ops::create::child(env, &folder.join("new.vhd"), &child, &Policy::default()).map(drop)
 }
 

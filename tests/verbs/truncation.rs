@@ -145,7 +145,8 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("create", |folder| {
         let (parent, path) = (folder.join("disk.vhd"), folder.join("new.vhd"));
-        let spec = Child { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both };
+        let spec =
+            Child { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both, preallocate: false };
         ops::create::child(&Host, &path, &spec, &Policy::default())?;
         Ok(path)
     }),
