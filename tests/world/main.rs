@@ -1,7 +1,8 @@
 //! The seeded world: the production code on a simulated machine that crashes, is killed, and fails, against a guest that
 //! knows what each sector may be (crash-safety 3.1, 5.2).
 //!
-//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs it alone.
+//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs it alone. With
+//! `DIFFDISK_MUTANT=<name>` only that mistake is looked for.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
 mod exhaustive;
@@ -81,7 +82,9 @@ fn every_mutant_is_found() {
             let layouts = layouts::all(20);
             // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
             // (`image/evict_tests.rs`); here 12 million states had none.
-            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits);
+            let only = std::env::var("DIFFDISK_MUTANT").ok();
+            let wanted = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
+            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && wanted(m));
             let mine = all.skip(thread).step_by(2);
             let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
