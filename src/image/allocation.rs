@@ -110,7 +110,8 @@ pub(super) struct Reservation {
 impl Reservation {
     /// All bytes from sector `from` to the end of the footer at sector `end`.
     pub(super) fn whole(from: u64, end: u64) -> Reservation {
-        Reservation { ranges: vec![from * SECTOR..(end + 1) * SECTOR], next: 0 }
+        let range = from * SECTOR..(end + 1) * SECTOR;
+        Reservation { ranges: std::iter::once(range).collect(), next: 0 }
     }
 
     /// The pages of the bitmaps of blocks at these places, and of the footer at a sector behind them.
@@ -160,7 +161,8 @@ mod tests {
             [page(60 << 10), page((60 << 10) + stride), page(2 * stride)],
             "the footer apart"
         );
-        assert_eq!(ranges(4096, 3), [8192..8192 + 7 * 4096], "bitmap, block, bitmap, block, bitmap, block, footer");
+        let small = ranges(4096, 3);
+        assert_eq!((small.len(), small[0].start, small[0].end), (1, 8192, 8192 + 7 * 4096), "blocks of 4 KiB whole");
         let large = ranges(256 << 20, 1);
         assert_eq!(large[0].end - large[0].start, 64 << 10, "a bitmap of 128 sectors");
     }
