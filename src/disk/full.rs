@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::lane::Lane;
 use super::task::Task;
 
+/// Bytes of room with which the host counts as no longer full: a file system that is full may report a few.
+const ENOUGH: u64 = 4 << 20;
+
 /// The writes of a disk that wait for room on the host.
 #[derive(Debug, Default)]
 pub(super) struct HeldWrites(AtomicUsize);
@@ -49,6 +52,23 @@ impl Lane {
     /// Counts out a held write that is over. `done`: it found room.
     pub(super) fn release_held(&mut self, done: bool) {
         if self.disk.held_writes.remove() && done {
+            self.log_room();
+        }
+    }
+
+    /// Logs, once, that writes fail because the host has no room.
+    pub(super) fn log_refused(&mut self) {
+        if !std::mem::replace(&mut self.told_full, true) {
+            log::error!("{}: the host is full: writes fail until there is room", self.top_path().display());
+        }
+    }
+
+    /// Looks once in a while whether the host has room again, after the log said that writes fail.
+    pub(super) fn look_for_room(&mut self) {
+        let top = self.disk.version().top().filter(|_| self.told_full);
+        let room = top.and_then(|top| top.image.file().host_room().ok());
+        if room.is_some_and(|room| room.available >= ENOUGH) {
+            self.told_full = false;
             self.log_room();
         }
     }

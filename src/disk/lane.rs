@@ -347,6 +347,7 @@ impl Lane {
         if std::mem::take(&mut self.commit_is_held) {
             self.lead();
         }
+        self.look_for_room();
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;
         let top = self.disk.version().top();
         if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {

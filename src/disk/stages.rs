@@ -48,7 +48,7 @@ impl Lane {
             return self.prefetched(number);
         }
         let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        let mut again = None;
+        let (mut again, mut refused) = (None, false);
         match (op.payload, result) {
             (Payload::Own(sector), Ok(())) if task.stage == Stage::Load => {
                 task.load.as_mut().expect("loading").take(detail as usize, &sector);
@@ -63,6 +63,10 @@ impl Lane {
                 give_back(&mut self.pool, slices);
             }
             (Payload::Own(_), Err(e)) if self.disk.parks() && is_full(op.action, &e) => task.full = true,
+            (Payload::Guest(slices), Err(e)) if is_full(op.action, &e) => {
+                (task.failed, refused) = (true, true);
+                give_back(&mut self.pool, slices);
+            }
             (Payload::Guest(slices), result) => {
                 task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
                 give_back(&mut self.pool, slices);
@@ -78,6 +82,10 @@ impl Lane {
             return self.without_punch(number, op);
         }
         task.pending -= 1;
+        if refused {
+            self.log_refused();
+        }
+        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
         if task.pending == 0 {
             self.advance(number);
         }

@@ -8,7 +8,7 @@
 //! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
 //! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
 //!
-//! 1. reserve room on the host ([`Allocation`](super::Allocation) says how much); where that fails for want of space, give back
+//! 1. reserve room on the host ([`Allocation`] says how much); where that fails for want of space, give back
 //!    what it got and halve the step;
 //! 2. write the footer at the new end (this extends the file);
 //! 3. make it durable: from here the new footer is the trailing one;

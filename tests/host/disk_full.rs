@@ -294,6 +294,7 @@ fn writes_fail(full: &Full) {
     }
     client.flush().expect("a flush");
     drop(client);
+    daemon.wait_for_words("there is room again", 1);
     assert_eq!(daemon.log().matches("there is room again").count(), 1, "{}", daemon.log());
     daemon.stop();
     full.assert_holds(done + 20);
