@@ -293,8 +293,8 @@ fn writes_fail(full: &Full) {
         client.wait().expect("an answer").result.expect("there is room again");
     }
     client.flush().expect("a flush");
-    drop(client);
     daemon.wait_for_words("there is room again", 1);
+    drop(client);
     assert_eq!(daemon.log().matches("there is room again").count(), 1, "{}", daemon.log());
     daemon.stop();
     full.assert_holds(done + 20);
@@ -338,8 +338,10 @@ fn writes_wait(full: &Full) {
     client.flush().expect("a flush");
     drop(client);
     let log = daemon.log();
-    assert_eq!(log.matches("the host is full").count(), 1, "{log}");
-    assert_eq!(log.matches("there is room again").count(), 1, "{log}");
+    // XFS finds some room when it has been asked for it, so the host may be full more than once.
+    let times = if full.kind == Kind::Xfs { 1..=3 } else { 1..=1 };
+    assert!(times.contains(&log.matches("the host is full").count()), "{log}");
+    assert_eq!(log.matches("there is room again").count(), log.matches("the host is full").count(), "{log}");
     daemon.stop();
     full.assert_holds(done + 5);
 }
