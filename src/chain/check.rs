@@ -1,6 +1,6 @@
 //! Checking a chain: each of its files, and the links between them. Goes on where an open stops.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::hidden;
 use super::parents::{Policy, Search, Sought};
@@ -8,7 +8,8 @@ use crate::error::Result;
 use crate::format::footer::time_from_unix;
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
-use crate::storage::{Env, File, FileId, Lock};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Env, File, FileId, Lock, Runtime};
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
@@ -29,13 +30,13 @@ pub struct Checked {
 /// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
-/// `Io`; what `progress` fails with. Broken rules are in the report.
+/// `Busy` where somebody writes to one; `Refused` if the daemon of one was killed and its live journal not taken in, which
+/// may be in `runtime`; `Io`; what `progress` fails with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: Option<&Runtime>,
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
     let mut passed = 0;
@@ -52,8 +53,8 @@ pub fn check(
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check_watched(file, &mut watch)?;
-        if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
-            refuse_if_live(env, folder, image.file(), image.uuid())?;
+        if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::is(Mutant::ParentNotAsked)) {
+            refuse_if_live(env, runtime, image)?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };

@@ -24,6 +24,7 @@ mod pending;
 mod resolve;
 #[cfg(test)]
 mod rig;
+mod settle;
 mod top;
 mod version;
 
@@ -34,5 +35,6 @@ pub use open::{Chain, Use};
 pub use parents::{MAX_DEPTH, Policy};
 pub use pending::{MAX_NOTE_BYTES, folded_by_note, refuse_if_receiving};
 pub use resolve::Load;
+pub use settle::settle_parents;
 pub use top::Top;
 pub use version::Version;

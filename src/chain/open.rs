@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::format::DiskType;
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, Lock, Slot};
 use crate::units::SECTOR;
 
@@ -37,7 +38,8 @@ impl Chain {
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours.
+    /// where somebody has one of the files open in a way that does not go with ours; `Refused` for a file (but the one to be
+    /// written) whose daemon was killed, or that is in use on another machine.
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
         let access = if how == Use::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -56,13 +58,17 @@ impl Chain {
     pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
         let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
         search.pass(&youngest)?;
-        if let (Some(folder), Use::Read) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
+        // Who writes takes the journal of the youngest in; parents are asked by everybody.
+        if how == Use::Read {
+            refuse_if_live(env, policy.runtime.as_ref(), &youngest)?;
         }
         let mut images = vec![youngest];
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
             let parent = search.parent_of(child)?;
             search.pass(&parent)?;
+            if how != Use::Look && !mutant::is(Mutant::ParentNotAsked) {
+                refuse_if_live(env, policy.runtime.as_ref(), &parent)?;
+            }
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
                 log::info!(

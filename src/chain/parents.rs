@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::{Image, folder_of};
-use crate::storage::{Env, File, FileId, Lock};
+use crate::storage::{Env, File, FileId, Lock, Runtime};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -24,8 +24,9 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
-    /// Where daemons keep live journals: an image that has one there is refused.
-    pub runtime: Option<PathBuf>,
+    /// Where daemons of this user keep live journals. An image that is in use or was not closed is refused in any case; this
+    /// is for what is said then, and for taking the journal of a parent in.
+    pub runtime: Option<Runtime>,
 }
 
 impl Default for Policy {

@@ -1,12 +1,12 @@
 //! The verbs on images: from arguments to what `ops` does, to what is printed.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Exit;
 use super::args::{
     Args, Check, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize, RootKind,
-    Source, Target, Verb,
+    Settle, Source, Target, Verb,
 };
 use super::print;
 use super::progress::Work;
@@ -22,6 +22,9 @@ use crate::units::BlockSize;
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     let common = args.common;
+    if common.discard_journal && let Err(e) = discard(&args.verb, &common) {
+        return ("discard the journal", Err(e));
+    }
     match args.verb {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
@@ -35,12 +38,44 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Settle(a) => ("settle", settle(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
-fn policy(common: &Common) -> Policy {
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
-    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
+fn policy(common: &Common) -> Result<Policy> {
+    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
+    Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
+}
+
+/// Gives up the journals of the images that a verb names.
+fn discard(verb: &Verb, common: &Common) -> Result<()> {
+    let vhd = |path, from| (from == Source::Vhd).then_some(path);
+    let named: Vec<Option<&PathBuf>> = match verb {
+        Verb::Create(_) | Verb::Info(_) => Vec::new(),
+        Verb::Check(a) => vec![Some(&a.path)],
+        Verb::Map(a) => vec![Some(&a.path)],
+        Verb::Diff(a) => vec![Some(&a.child)],
+        Verb::Convert(a) => vec![vhd(&a.source, a.from)],
+        Verb::Merge(a) => vec![Some(&a.child)],
+        Verb::Compare(a) => {
+            let from = |n: usize| a.from.get(n).or(a.from.first()).copied().unwrap_or(Source::Vhd);
+            vec![vhd(&a.a, from(0)), vhd(&a.b, from(1))]
+        }
+        Verb::Flatten(a) => vec![Some(&a.child)],
+        Verb::Rebase(a) => vec![Some(&a.child)],
+        Verb::Compact(a) => vec![Some(&a.path)],
+        Verb::Resize(a) => vec![Some(&a.path)],
+        Verb::Settle(a) => vec![Some(&a.path)],
+    };
+    let named: Vec<&Path> = named.into_iter().flatten().map(PathBuf::as_path).collect();
+    ops::settle::discard(&Host, &named, runtime::for_tool(common.runtime_dir.as_deref())?.as_ref())
+}
+
+fn settle(args: &Settle, common: &Common) -> Result<Exit> {
+    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
+    let settled = ops::settle::settle(&Host, &args.path, runtime.as_ref())?;
+    let said = if settled { "settled: its live journal is taken in" } else { "nothing to settle" };
+    told(common, &format!("{}: {said}", args.path.display()))
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -62,7 +97,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 reserve: args.reserve_size.unwrap_or(0),
                 locators: args.locator.into(),
             };
-            let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
+            let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
             if made.outside {
                 let folder = made.parent.parent().unwrap_or(Path::new("/"));
                 log::info!("its parent is found with --allow-parents {}", folder.display());
@@ -87,18 +122,18 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
 }
 
 fn info(args: &Info, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
+    let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
     printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     Ok(Exit::Done)
 }
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
+    let policy = args.chain.then(|| policy(common)).transpose()?;
+    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
     let verb = if args.repair { ops::check::repair } else { ops::check::check };
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes))?;
+    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_ref(), &mut |bytes| work.at(bytes))?;
     drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
@@ -121,7 +156,7 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     listed(|told| {
-        ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)))?;
+        ops::map::map(&Host, &args.path, &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -129,7 +164,7 @@ fn map(args: &Map, common: &Common) -> Result<Exit> {
 fn diff(args: &Diff, common: &Common) -> Result<Exit> {
     let mut table = print::Diff::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
     listed(|told| {
-        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common), |run| told(table.run(&run)))?;
+        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -151,7 +186,7 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
-    Disk::open(&Host, path, format, &policy(common)).map_err(|e| match e.kind() {
+    Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
         ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
             Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
@@ -179,7 +214,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, policy(common).runtime.as_deref())?;
+        ops::convert::check_replaced(&Host, &args.destination, policy(common)?.runtime.as_ref())?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,
@@ -215,7 +250,7 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
 }
 
 fn merge(args: &Merge, common: &Common) -> Result<Exit> {
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common))?;
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common)?)?;
     let work = Work::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.at(bytes))?;
     drop(work);
@@ -243,7 +278,7 @@ fn told(common: &Common, line: &str) -> Result<Exit> {
 fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common), progress)?;
+    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common)?, progress)?;
     drop(work);
     let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
     told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
@@ -252,7 +287,7 @@ fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
 fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
     told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
@@ -260,7 +295,7 @@ fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
 
 fn compact(args: &Compact, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
-    let done = ops::compact::compact(&Host, &args.path, &policy(common), &mut |bytes| work.at(bytes))?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.at(bytes))?;
     drop(work);
     let (given, blocks) = (human(done.given_back), done.blocks);
     told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
@@ -269,7 +304,7 @@ fn compact(args: &Compact, common: &Common) -> Result<Exit> {
 fn resize(args: &Resize, common: &Common) -> Result<Exit> {
     let work = Work::new(args.size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common), progress)?;
+    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common)?, progress)?;
     drop(work);
     let (from, to) = (human(done.from), human(done.to));
     told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))

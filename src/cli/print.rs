@@ -45,6 +45,10 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
         field("block size", &bytes(size.into()))?;
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;
     }
+    if let Some(session) = &info.session {
+        let state = if session.open { "open" } else { "over: the host was restarted" };
+        field("session", &format!("{state}; {} on {}, {}", session.user, session.host, session.folder))?;
+    }
     field("uuid", &info.uuid)?;
     field("created", &info.created)?;
     field("creator", &format!("{} on {}", info.creator_app, info.creator_host))?;

@@ -24,7 +24,7 @@ use super::serve_args::{Args, OnEnospc};
 use super::systemd;
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Keep;
+use crate::image::{Keep, sweep};
 use crate::storage::Env;
 use crate::storage::host::Host;
 use crate::units::SECTOR;
@@ -74,7 +74,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
     // Signals before sockets: from the moment somebody can see us, we can be stopped in good order.
     let stop = stop_signal()?;
     raise_file_limit();
-    let keep = keep(args)?;
+    let keep = keep(args, &**host)?;
     let mut daemons = Vec::new();
     for disk in &disks {
         let service = service(args, disk);
@@ -86,6 +86,7 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
             allow_parents: args.allow_parents.clone(),
             write_through: !service.write_back,
             keep: keep.clone(),
+            discard_journal: args.discard_journal && !disk.readonly,
             when_full: match args.on_enospc {
                 OnEnospc::Park => WhenFull::Park,
                 OnEnospc::Error => WhenFull::Fail,
@@ -116,13 +117,12 @@ fn serve(args: &Args, host: &Arc<dyn Env>) -> Result<()> {
 }
 
 /// How acknowledged writes outlive this process: by a journal in the runtime folder, or, where there is none, by commits.
-fn keep(args: &Args) -> Result<Keep> {
-    let Some(folder) = args.runtime_dir.clone().or_else(runtime::default_folder) else {
-        warn!("no runtime folder: each write is made durable before it is answered; see --runtime-dir");
-        return Ok(Keep::Commit);
-    };
-    runtime::make(&folder)?;
-    Ok(Keep::Journal { folder, discard: args.discard_journal })
+fn keep(args: &Args, host: &dyn Env) -> Result<Keep> {
+    let Some(runtime) = runtime::for_daemon(args.runtime_dir.as_deref())? else { return Ok(Keep::Commit) };
+    if let Err(e) = sweep(host, &runtime) {
+        warn!("journals that belong to no image may be left: {}", e.line());
+    }
+    Ok(Keep::Journal(runtime))
 }
 
 /// Takes what somebody may still have in use: tries until it is free, at most for `limit`, and not beyond the stop signal.

@@ -26,7 +26,7 @@ use super::signal::Signals;
 use super::spec::feature;
 use super::{Device, Memory, Vring};
 use crate::disk::{Answer, Lane};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Requests of a turn before the clock is asked: with two in flight it cost 7 per cent.
 const UNTIMED: u32 = 3;
@@ -93,7 +93,6 @@ impl Queue {
         if exchange.owed() > 0 {
             log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.owed());
         }
-        self.lane.prepare().map_err(|e| Error::io("the engine of a queue failed", e))?;
         self.exchange = Some(exchange);
         self.deaf = false;
         Ok(())

@@ -147,18 +147,6 @@ impl Lane {
         }
     }
 
-    /// A guest begins to use the disk: room for its first writes is made while it does something else.
-    ///
-    /// # Errors
-    /// As `submit`.
-    pub fn prepare(&mut self) -> io::Result<()> {
-        let top = self.disk.version().top();
-        if top.is_some_and(|top| top.image.wants_room() && !top.image.is_poisoned()) {
-            self.grow_if_short();
-        }
-        self.submit()
-    }
-
     /// Hands everything pushed to the host in one call, but for what is only to be copied: that is done here.
     ///
     /// # Errors

@@ -41,9 +41,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving};
+use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
+use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use ahead::Reach;
 use flush::Rounds;
@@ -66,6 +67,8 @@ pub struct DiskOptions {
     pub write_through: bool,
     /// How what was answered outlives this process.
     pub keep: Keep,
+    /// Whether what a killed predecessor acknowledged and did not write is given up.
+    pub discard_journal: bool,
     /// What becomes of writes that find the host full.
     pub when_full: WhenFull,
 }
@@ -82,6 +85,7 @@ impl DiskOptions {
             allow_parents: Vec::new(),
             write_through: false,
             keep: Keep::Nothing,
+            discard_journal: false,
             when_full: WhenFull::default(),
         }
     }
@@ -134,13 +138,23 @@ impl Disk {
     /// `Refused` for writing where a merge into it was begun.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
-        // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
-        let runtime = match &options.keep {
-            Keep::Journal { folder, .. } => Some(folder.clone()),
-            Keep::Commit | Keep::Nothing => None,
-        };
+        // A reader must not miss what a killed daemon acknowledged; a writer takes it in, of parents, too.
+        let runtime = options.keep.runtime().cloned();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
-        let chain = Chain::open(&*env, &options.path, &policy, how)?;
+        if options.discard_journal {
+            image::discard(&*env, policy.runtime.as_ref(), &options.path)?;
+        }
+        let open = || Chain::open(&*env, &options.path, &policy, how);
+        let chain = match open() {
+            Err(e) if how == Use::Write && e.kind() == ErrorKind::Refused => {
+                match settle_parents(&*env, &options.path, &policy) {
+                    Ok(settled) if settled > 0 => open()?,
+                    Err(e) if e.kind() != ErrorKind::Refused => return Err(e),
+                    _ => return Err(e),
+                }
+            }
+            opened => opened?,
+        };
         if how == Use::Write {
             refuse_if_receiving(&*env, chain.youngest(), None)?;
         }
@@ -286,11 +300,19 @@ impl Disk {
     /// # Errors
     /// As `commit`; the image is then recovered by the next open.
     pub fn close(&self) -> Result<()> {
-        self.commit()?;
         let Some(top) = self.version.top() else { return Ok(()) };
-        // The journal first: it may still speak for places of blocks that were never written, which are cut off now.
-        top.image.retire(&*self.env)?;
-        top.image.trim()
+        if mutant::is(Mutant::TrimFirst) {
+            top.image.trim()?;
+        }
+        self.commit()?;
+        // Places of blocks that were never written are cut off now.
+        top.image.end_session();
+        if mutant::is(Mutant::RetireFirst) {
+            top.image.retire()?;
+        }
+        top.image.trim()?;
+        // Not before the stamp is gone: a stamp without a journal is refused.
+        top.image.retire()
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {

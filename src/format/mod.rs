@@ -53,7 +53,7 @@ pub use header::DynamicHeader;
 pub use layout::NewLayout;
 pub use locator::{Candidate, LocatorEntry, Platform};
 pub use parent_path::ParentPath;
-pub use stamp::{Origin, Stamp};
+pub use stamp::Stamp;
 
 #[cfg(test)]
 pub(crate) mod random {

@@ -32,21 +32,6 @@ const HOST: std::ops::Range<usize> = 144..208;
 const FOLDER: std::ops::Range<usize> = 208..464;
 const SUM: usize = 496;
 
-/// Who began a session, and on which start of which machine.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Origin {
-    /// The start of the kernel.
-    pub boot: Uuid,
-    /// The installed system, whatever its starts; derived, so that it does not give the machine id away.
-    pub machine: Uuid,
-    /// Number of the user.
-    pub user_id: u32,
-    /// Name of the user.
-    pub user: String,
-    /// Name of the host.
-    pub host: String,
-}
-
 /// A stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Stamp {
@@ -54,8 +39,16 @@ pub struct Stamp {
     pub session: Uuid,
     /// Changes whenever an older copy of the image would no longer fit the journal.
     pub generation: u64,
-    /// Who began the session, or took it over.
-    pub origin: Origin,
+    /// The start of the kernel on which the session was begun or taken over.
+    pub boot: Uuid,
+    /// The installed system, whatever its starts.
+    pub machine: Uuid,
+    /// Number of the user.
+    pub user_id: u32,
+    /// Name of the user.
+    pub user: String,
+    /// Name of the host.
+    pub host: String,
     /// The folder in which the journal was made, as text.
     pub folder: String,
 }
@@ -67,10 +60,10 @@ impl Stamp {
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[SESSION..SESSION + 16].copy_from_slice(self.session.as_bytes());
         bytes[GENERATION..GENERATION + 8].copy_from_slice(&self.generation.to_be_bytes());
-        bytes[BOOT..BOOT + 16].copy_from_slice(self.origin.boot.as_bytes());
-        bytes[MACHINE..MACHINE + 16].copy_from_slice(self.origin.machine.as_bytes());
-        bytes[USER_ID..USER_ID + 4].copy_from_slice(&self.origin.user_id.to_be_bytes());
-        for (range, text) in [(USER, &self.origin.user), (HOST, &self.origin.host), (FOLDER, &self.folder)] {
+        bytes[BOOT..BOOT + 16].copy_from_slice(self.boot.as_bytes());
+        bytes[MACHINE..MACHINE + 16].copy_from_slice(self.machine.as_bytes());
+        bytes[USER_ID..USER_ID + 4].copy_from_slice(&self.user_id.to_be_bytes());
+        for (range, text) in [(USER, &self.user), (HOST, &self.host), (FOLDER, &self.folder)] {
             let text = &text.as_bytes()[..text.len().min(range.len())];
             bytes[range][..text.len()].copy_from_slice(text);
         }
@@ -89,15 +82,16 @@ impl Stamp {
             let bytes = bytes[range].split(|byte| *byte == 0).next().unwrap_or_default();
             String::from_utf8_lossy(bytes).into_owned()
         };
-        let origin = Origin {
+        Some(Stamp {
+            session: uuid(SESSION),
+            generation: u64::from_be_bytes(bytes[GENERATION..GENERATION + 8].try_into().expect("eight bytes")),
             boot: uuid(BOOT),
             machine: uuid(MACHINE),
             user_id: u32::from_be_bytes(bytes[USER_ID..USER_ID + 4].try_into().expect("four bytes")),
             user: text(USER),
             host: text(HOST),
-        };
-        let generation = u64::from_be_bytes(bytes[GENERATION..GENERATION + 8].try_into().expect("eight bytes"));
-        Some(Stamp { session: uuid(SESSION), generation, origin, folder: text(FOLDER) })
+            folder: text(FOLDER),
+        })
     }
 }
 
@@ -138,14 +132,16 @@ mod tests {
     use super::*;
 
     fn stamp() -> Stamp {
-        let origin = Origin {
+        Stamp {
+            session: Uuid::from_u128(1),
+            generation: u64::MAX - 1,
             boot: Uuid::from_u128(2),
             machine: Uuid::from_u128(3),
             user_id: 107,
             user: "libvirt-qemu".into(),
             host: "höst".into(),
-        };
-        Stamp { session: Uuid::from_u128(1), generation: u64::MAX - 1, origin, folder: "/run/user/107/diffdisk".into() }
+            folder: "/run/user/107/diffdisk".into(),
+        }
     }
 
     #[test]

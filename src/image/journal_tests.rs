@@ -1,6 +1,5 @@
 //! Tests of `journal.rs`: images whose process is killed, which is one that forgets everything and cleans nothing up.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -8,7 +7,7 @@ use tempfile::TempDir;
 use super::super::{Commit, Growth, Keep, Kind, ParentLink, Spec, Step, Writable, create, drive};
 use super::*;
 use crate::storage::host::Host;
-use crate::storage::{Access, Op, Payload, Slot};
+use crate::storage::{Access, Env, Op, Payload, Slot};
 use crate::units::{BlockSize, SectorRange};
 
 const SLOT_OF_FILE: Slot = Slot(3);
@@ -33,7 +32,7 @@ impl Rig {
     /// Opens the image as the next process does.
     fn open(&self) -> Arc<Writable> {
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Keep::Journal { folder: Path::new(self.runtime.path()).into(), discard: false };
+        let keep = Keep::Journal(Host.runtime(self.runtime.path()).unwrap());
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
             drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
 use crate::error::Result;
-use crate::image::{Glance, Image, agreed, refuse_if_live};
+use crate::image::{Image, agreed, refuse_live_file};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
@@ -25,9 +25,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
-    if let (Some(folder), Some(glance)) = (&policy.runtime, Glance::at(&file)?) {
-        refuse_if_live(env, folder, &file, glance.uuid)?;
-    }
+    refuse_live_file(env, policy.runtime.as_ref(), &file)?;
     let image = agreed(&file)?;
     refuse_if_receiving(env, &image, None)?;
     Ok(image)

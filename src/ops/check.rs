@@ -9,7 +9,7 @@ use crate::chain::{self, Chain, Checked, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Severity};
 use crate::image;
-use crate::storage::{Access, Env, File, Lock};
+use crate::storage::{Access, Env, File, Lock, Runtime};
 
 /// What was found in one file, or in all of a chain.
 #[derive(Clone, Debug, Serialize)]
@@ -79,13 +79,13 @@ pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
 /// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
-/// `runtime` says more than the file; `Io`; what `progress` fails with.
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and for an image whose daemon was killed and
+/// whose live journal, which may be in `runtime`, was not taken in; `Io`; what `progress` fails with.
 pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: Option<&Runtime>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -102,7 +102,7 @@ pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: Option<&Runtime>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -118,6 +118,8 @@ pub fn repair(
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
+        // A daemon may have come and gone since it was checked.
+        image::refuse_live_file(env, runtime, &file)?;
         let undo = image::repair(env, &file)?.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }

@@ -6,8 +6,8 @@ use std::path::Path;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, Result};
-use crate::image::{Glance, Kind, Spec, refuse_if_live};
-use crate::storage::{Access, Buffer, Env};
+use crate::image::{Kind, Spec, refuse_live_file};
+use crate::storage::{Access, Buffer, Env, Runtime};
 use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
@@ -25,13 +25,11 @@ pub enum To {
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Path>) -> Result<()> {
-    let (Some(folder), true) = (runtime, env.exists(path)) else { return Ok(()) };
-    let file = env.open(path, Access::Read)?;
-    match Glance::at(&file)? {
-        Some(glance) => refuse_if_live(env, folder, &file, glance.uuid),
-        None => Ok(()), // no image that a daemon could serve
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Runtime>) -> Result<()> {
+    if !env.exists(path) {
+        return Ok(());
     }
+    refuse_live_file(env, runtime, &env.open(path, Access::Read)?)
 }
 
 /// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy

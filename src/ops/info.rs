@@ -8,8 +8,9 @@ use crate::chain::{Chain, Policy, Use};
 use crate::error::{ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
+use crate::format::stamp::readable;
 use crate::format::{DiskType, Platform};
-use crate::image::Image;
+use crate::image::{Image, Standing};
 use crate::storage::{Access, Env, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
@@ -37,6 +38,8 @@ pub struct Info {
     pub blocks: Option<u32>,
     /// Blocks that have a place in the file.
     pub blocks_allocated: Option<u64>,
+    /// Whose live journal belongs to it; `None` if it was closed.
+    pub session: Option<Session>,
     /// Identity.
     pub uuid: String,
     /// Time of creation, RFC 3339 in UTC.
@@ -50,6 +53,19 @@ pub struct Info {
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Info>>,
+}
+
+/// A daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
+#[derive(Clone, Debug, Serialize)]
+pub struct Session {
+    /// Whether it counts. If not, the host was restarted meanwhile, and what is in the file is all there is.
+    pub open: bool,
+    /// The host on which it runs or ran.
+    pub host: String,
+    /// Its user.
+    pub user: String,
+    /// The runtime folder with its live journal.
+    pub folder: String,
 }
 
 /// What a child records of its parent.
@@ -98,18 +114,18 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::open(env.open(path, Access::Read)?)?;
-    let Some(policy) = parents else { return describe(&image, None) };
+    let Some(policy) = parents else { return describe(env, &image, None) };
     let chain = Chain::of(env, image, policy, Use::Look)?;
     let mut all = Vec::with_capacity(chain.images().len());
     for (number, image) in chain.images().iter().enumerate() {
-        all.push(describe(image, chain.images().get(number + 1))?);
+        all.push(describe(env, image, chain.images().get(number + 1))?);
     }
     let mut youngest = all[0].clone();
     youngest.chain = Some(all);
     Ok(youngest)
 }
 
-fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
+fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Info> {
     let (stat, footer) = (image.file().stat()?, image.footer());
     let parent = match image.header().filter(|_| image.kind() == DiskType::Differencing) {
         None => None,
@@ -130,6 +146,7 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
+        session: session(env, image)?,
         uuid: image.uuid().to_string(),
         created: rfc3339(time_to_unix(footer.timestamp)),
         creator_app: tag(footer.creator),
@@ -137,6 +154,13 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         parent,
         chain: None,
     })
+}
+
+fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
+    let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
+    let open = Standing::of(env, image)? != Standing::Closed;
+    let (host, user, folder) = (readable(&stamp.host), readable(&stamp.user), readable(&stamp.folder));
+    Ok(Some(Session { open, host, user, folder }))
 }
 
 fn locators(image: &Image) -> Result<Vec<Locator>> {

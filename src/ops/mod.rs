@@ -35,6 +35,7 @@ pub mod merge;
 mod mover;
 pub mod rebase;
 pub mod resize;
+pub mod settle;
 mod sink;
 mod writer;
 

@@ -19,6 +19,7 @@
 
 pub mod bell;
 pub mod blocking;
+mod bus;
 mod copy;
 pub mod engine;
 pub mod env;
@@ -29,6 +30,7 @@ pub mod op;
 pub mod payload;
 mod recent;
 pub mod ring;
+pub mod runtime;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod sqe;
@@ -40,8 +42,9 @@ mod warm;
 pub use bell::Bell;
 pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
-pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
+pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Origin, Stat};
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
+pub use runtime::Runtime;
 pub use warm::{Found, MOST_COPIED};

@@ -296,9 +296,7 @@ impl<'a> Merge<'a> {
                 }
             };
             let image = Image::open(file.clone())?;
-            if let Some(runtime) = &self.policy.runtime {
-                refuse_if_live(self.env, runtime, &file, image.uuid())?;
-            }
+            refuse_if_live(self.env, self.policy.runtime.as_ref(), &image)?;
             relink(self.env, &file, Some(&link(self.env, &image, ancestor)?))?;
             point::reached("merge.child-relinked");
             relinked.push(child.path);

@@ -50,10 +50,8 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
     if !parents.eq(chain.images()[1..=depth].iter().map(|parent| Some(parent.uuid()))) {
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
-    if let Some(runtime) = &policy.runtime {
-        for image in images.iter().chain([ancestor]) {
-            refuse_if_live(env, runtime, image.file(), image.uuid())?;
-        }
+    for image in images.iter().chain([ancestor]) {
+        refuse_if_live(env, policy.runtime.as_ref(), image)?;
     }
     // Another merge must find again what it noted of its own ancestor.
     for image in images.iter().chain([ancestor]) {
@@ -156,9 +154,7 @@ fn lock_child(env: &dyn Env, path: &Path, ancestor: &Image, policy: &Policy) -> 
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
-    if let Some(runtime) = &policy.runtime {
-        refuse_if_live(env, runtime, image.file(), image.uuid())?;
-    }
+    refuse_if_live(env, policy.runtime.as_ref(), &image)?;
     check_link(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }

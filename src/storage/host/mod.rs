@@ -3,11 +3,11 @@
 mod file;
 mod lock;
 pub(super) mod mapped;
+mod origin;
 
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags, ResolveFlags};
@@ -18,9 +18,9 @@ pub use self::file::HostFile;
 pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
 use super::engine::Engine;
-use super::env::{Access, EngineKind, Env, File};
-use super::live::{Live, Mapping};
+use super::env::{Access, EngineKind, Env, File, Origin};
 use super::ring::Ring;
+use super::runtime::{HostRuntime, Runtime};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every file is opened: not passed on to children, not waiting for the other end of a FIFO, not becoming our
@@ -103,15 +103,12 @@ impl Env for Host {
         entries.map_err(|e| Error::io("cannot list the folder", e).at_path(folder))
     }
 
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        Ok(Live::Host(Arc::new(Mapping::open(path, words)?)))
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        HostRuntime::open_folder(folder).map(Runtime::Host)
     }
 
-    fn boot_id(&self) -> Result<Uuid> {
-        let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;
-        Uuid::parse_str(text.trim())
-            .map_err(|e| Error::new(ErrorKind::Invalid, "no boot id").at_path(path).caused_by(e))
+    fn origin(&self) -> Result<Origin> {
+        origin::origin()
     }
 
     fn now(&self) -> i64 {
