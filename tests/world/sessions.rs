@@ -254,19 +254,21 @@ pub(crate) fn faults(layout: &Layout) -> Outcomes {
 /// Copies made at every act, put back in place and opened elsewhere after a kill.
 pub(crate) fn copies(layout: &Layout) -> Outcomes {
     let (host, mut known) = (layout.host(7), Known::default());
+    // Of a dynamic root's block all sectors are marked with the first one: there something new takes another block.
+    let new = |n: u64| if layout.name.contains("dynamic") { (2 + n) * BLOCK + n } else { n };
     let mut copies = vec![("before the session", bytes(&host, &top()))];
     let mut guest = open(&host).map_err(line)?;
     guest.write(&mut known, 1, 2);
     guest.flush();
     host.pass(1);
     copies.push(("after the first flush", bytes(&host, &top())));
-    guest.write(&mut known, 2, 3);
+    guest.write(&mut known, new(2), 3);
     // The next commit changes nothing but bits, in the same second.
     copies.push(("before the second flush", bytes(&host, &top())));
     guest.flush();
     host.pass(1);
     copies.push(("after the second flush", bytes(&host, &top())));
-    guest.write(&mut known, 3, 4);
+    guest.write(&mut known, new(3), 4);
     let host = kill(&host, 1);
     let last = bytes(&host, &top());
     for (when, old) in &copies[1..] {
