@@ -117,7 +117,10 @@ fn another_user_is_told_what_to_run() {
     // The folder of root, named by nobody: not theirs.
     refused(&as_nobody(&["check", text(&visible), &runtime.option()]), &["runtime folder"]);
     // And root with another folder.
-    refused(&diffdisk(["convert", text(&image), "-", "--to", "raw", &empty.option()]), &["did not end cleanly", &folder_of_root]);
+    refused(
+        &diffdisk(["convert", text(&image), "-", "--to", "raw", &empty.option()]),
+        &["did not end cleanly", &folder_of_root],
+    );
     diffdisk(["settle", text(&image), &runtime.option()]).ok();
     assert_eq!((reads(&image, &empty, 5 * MIB), runtime.journals().len()), (0xA5, 0));
 }
@@ -205,7 +208,10 @@ fn a_killed_parent_is_asked_too() {
         &["merge", text(&child)],
         &["flatten", text(&child)],
     ] {
-        refused(&diffdisk(args.iter().copied().chain([runtime.option().as_str()])), &["did not end cleanly", "parent.vhd"]);
+        refused(
+            &diffdisk(args.iter().copied().chain([runtime.option().as_str()])),
+            &["did not end cleanly", "parent.vhd"],
+        );
     }
     assert!(fs::read(&parent).expect("the parent") == before, "nothing was cut out of it");
     let daemon = Daemon::start(&child, &[&runtime.option()]);
@@ -227,7 +233,9 @@ fn hostile_folders_and_journals_are_refused() {
     fs::set_permissions(runtime.0.path(), Permissions::from_mode(0o700)).expect("ours");
     let journal = runtime.journals().pop().expect("the journal");
     let whole = fs::read(&journal).expect("the journal");
-    fs::hard_link(&journal, folder.path().join("link")).or_else(|_| fs::hard_link(&journal, runtime.0.path().join("x"))).expect("a link");
+    fs::hard_link(&journal, folder.path().join("link"))
+        .or_else(|_| fs::hard_link(&journal, runtime.0.path().join("x")))
+        .expect("a link");
     let said = daemon_refused(&image, &[&runtime.option()]);
     assert!(said.contains("2 names"), "{said}");
     for name in [folder.path().join("link"), runtime.0.path().join("x")] {

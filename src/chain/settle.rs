@@ -26,7 +26,10 @@ pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usi
         }
         file.lock(Lock::Exclusive)?;
         if image::settle(env, runtime, &file)? {
-            log::info!("{}: what was acknowledged to its guest before its daemon was killed is settled", path.display());
+            log::info!(
+                "{}: what was acknowledged to its guest before its daemon was killed is settled",
+                path.display()
+            );
             settled += 1;
         }
     }

@@ -22,7 +22,9 @@ use crate::units::BlockSize;
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     let common = args.common;
-    if common.discard_journal && let Err(e) = discard(&args.verb, &common) {
+    if common.discard_journal
+        && let Err(e) = discard(&args.verb, &common)
+    {
         return ("discard the journal", Err(e));
     }
     match args.verb {

@@ -51,8 +51,8 @@ pub mod resize;
 #[cfg(all(test, feature = "sim"))]
 mod rig;
 mod session;
-mod stamping;
 mod settle;
+mod stamping;
 pub mod standing;
 mod sweep;
 mod table;

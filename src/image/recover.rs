@@ -36,7 +36,8 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         if table.place(block).is_none() {
             let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
             // Not always behind the last block of the file: a younger one may have been committed first.
-            let inside = u64::from(f.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
+            let inside =
+                u64::from(f.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
             if !inside || places.range(f.place.saturating_sub(reach)..=f.place.saturating_add(reach)).next().is_some() {
                 let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));

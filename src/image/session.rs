@@ -91,9 +91,7 @@ impl Session {
         };
         let journal = Journal::open(runtime, &Journal::name_of(stamp.session)).map_err(|e| match e.kind() {
             ErrorKind::NotFound => refusal(&stamp, &session.origin, Some(runtime), image.file().path()),
-            kind => {
-                Error::new(kind, "its live journal cannot be used").at_path(image.file().path()).caused_by(e)
-            }
+            kind => Error::new(kind, "its live journal cannot be used").at_path(image.file().path()).caused_by(e),
         })?;
         let found = journal.take_in(image, &stamp)?;
         journal.hold(image)?;

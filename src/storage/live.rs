@@ -77,7 +77,8 @@ struct Guard {
 const MAPPINGS: usize = 4096;
 
 static GUARDS: [Guard; MAPPINGS] =
-    [const { Guard { start: AtomicUsize::new(0), bytes: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; MAPPINGS];
+    [const { Guard { start: AtomicUsize::new(0), bytes: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
+        MAPPINGS];
 
 /// A mapped file.
 #[derive(Debug)]

@@ -213,7 +213,8 @@ fn why_not_ours(found: &Stat, words: usize) -> Option<String> {
     if found.st_nlink > 1 {
         return Some(format!("it has {} names", found.st_nlink));
     }
-    (usize::try_from(found.st_size) != Ok(bytes)).then(|| format!("it has {} bytes, and must have {bytes}", found.st_size))
+    (usize::try_from(found.st_size) != Ok(bytes))
+        .then(|| format!("it has {} bytes, and must have {bytes}", found.st_size))
 }
 
 fn refused(why: &str) -> Error {

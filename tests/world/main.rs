@@ -81,7 +81,8 @@ fn every_mutant_is_found() {
             let layouts = layouts::all(20);
             // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
             // (`image/evict_tests.rs`); here 12 million states had none.
-            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !sessions::MUTANTS.contains(m));
+            let all =
+                diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !sessions::MUTANTS.contains(m));
             let mine = all.skip(thread).step_by(2);
             let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()

@@ -214,8 +214,9 @@ fn kill_twin(host: &SimHost, seed: u64) -> SimHost {
     kill(&host.twin(), seed)
 }
 
-/// Every step fails once, and the process is killed at the end: what was answered is there, unless a sync failed.
-pub(crate) fn faults(layout: &Layout) -> Outcomes {
+/// Every step fails once, and the process is killed, soon after or at the end: what was answered is there, unless a sync
+/// failed.
+pub(crate) fn faults(layout: &Layout, soon: bool) -> Outcomes {
     for fault in [Fault::Io, Fault::NoSpace, Fault::Short] {
         for step in 1.. {
             let (host, mut known) = (layout.host(7), Known::default());
@@ -224,14 +225,18 @@ pub(crate) fn faults(layout: &Layout) -> Outcomes {
             guest.flush();
             let begun = host.counts().steps;
             host.set_faults(FaultPlan { fail: vec![(begun + step, fault)], ..FaultPlan::default() });
-            for block in 4..19 {
+            let is_reached = || host.counts().steps >= begun + step;
+            for block in (4..19).take_while(|_| !(soon && is_reached())) {
                 guest.write(&mut known, block * BLOCK + 2, 10 + block as Value);
             }
-            host.pass(1);
-            guest.write(&mut known, 2, 3);
-            guest.flush();
-            guest.write(&mut known, 3, 4);
-            let reached = host.counts().steps >= begun + step;
+            let reached = is_reached();
+            if !(soon && reached) {
+                host.pass(1);
+                guest.write(&mut known, 2, 3);
+                guest.flush();
+                guest.write(&mut known, 3, 4);
+            }
+            let reached = if soon { reached } else { is_reached() };
             let poisoned = host.counts().failed_syncs > 0;
             let host = kill(&host, step);
             if poisoned {
@@ -251,8 +256,37 @@ pub(crate) fn faults(layout: &Layout) -> Outcomes {
     Ok(())
 }
 
+/// A block that got its place and was never written is cut off by a clean end; a kill at every step of that.
+pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
+    for step in 1.. {
+        let (host, mut known) = (layout.host(7), Known::default());
+        let mut guest = open(&host).map_err(line)?;
+        guest.write(&mut known, 1, 2);
+        guest.flush();
+        let now = host.counts().steps;
+        host.set_faults(FaultPlan { fail: vec![(now + 1, Fault::Io), (now + 2, Fault::Io)], ..FaultPlan::default() });
+        guest.write(&mut known, 4 * BLOCK, 3);
+        host.set_faults(FaultPlan::default());
+        host.stop_at(host.counts().steps + step);
+        let closed = guest.close();
+        let whole = !host.is_dead();
+        if whole {
+            closed.map_err(line)?;
+        }
+        for seed in 0..2 {
+            let host = kill(&host.twin(), seed);
+            goes_on(&host, &known, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
+        }
+        if whole {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Copies made at every act, put back in place and opened elsewhere after a kill.
-pub(crate) fn copies(layout: &Layout) -> Outcomes {
+/// `ends_marked`: the last act before the kill is a mark; else it is a flush.
+pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
     let (host, mut known) = (layout.host(7), Known::default());
     // Of a dynamic root's block all sectors are marked with the first one: there something new takes another block.
     let new = |n: u64| if layout.name.contains("dynamic") { (2 + n) * BLOCK + n } else { n };
@@ -266,9 +300,11 @@ pub(crate) fn copies(layout: &Layout) -> Outcomes {
     // The next commit changes nothing but bits, in the same second.
     copies.push(("before the second flush", bytes(&host, &top())));
     guest.flush();
-    host.pass(1);
-    copies.push(("after the second flush", bytes(&host, &top())));
-    guest.write(&mut known, new(3), 4);
+    if ends_marked {
+        host.pass(1);
+        copies.push(("after the second flush", bytes(&host, &top())));
+        guest.write(&mut known, new(3), 4);
+    }
     let host = kill(&host, 1);
     let last = bytes(&host, &top());
     for (when, old) in &copies[1..] {
@@ -277,6 +313,9 @@ pub(crate) fn copies(layout: &Layout) -> Outcomes {
         let name = copy(&host, "old.vhd", old);
         refused(open_at(&host, &name, "/run"), &format!("{}: a copy made {when}", layout.name))?;
         host.remove(&name).map_err(line)?;
+    }
+    if !ends_marked {
+        return Ok(());
     }
     // From before the session: it has no stamp, and is what it was; the journal waits for its image.
     restore(&host, &top(), &copies[0].1);
@@ -310,7 +349,7 @@ pub(crate) fn twins(layout: &Layout) -> Outcomes {
         // The copy is opened, and its daemon killed somewhere in that.
         host.stop_at(host.counts().steps + step);
         let whole = open_at(&host, &other, "/run").is_ok();
-        for seed in 0..3 {
+        for seed in 0..8 {
             let host = kill(&host.twin(), seed);
             let mut known = known.clone();
             match open(&host) {
@@ -400,7 +439,8 @@ pub(crate) fn parents(layout: &Layout) -> Outcomes {
     let block_size = BlockSize::from_bytes(4096).expect("the smallest");
     let size = layout.values.len() as u64 * 512;
     let child = Path::new("/disk/child.vhd");
-    image::create(&host, child, &Spec { kind: Kind::Differencing(link), size, block_size, reserve: 0 }).map_err(line)?;
+    image::create(&host, child, &Spec { kind: Kind::Differencing(link), size, block_size, reserve: 0 })
+        .map_err(line)?;
     let env: &dyn Env = &host;
     refused(Chain::open(env, child, &Policy::default(), Use::Read), "to a reader, a killed parent")?;
     let file = host.open(child, Access::Read).map_err(line)?;
@@ -433,10 +473,13 @@ pub(crate) fn all(layout: &Layout, every: usize) -> Outcomes {
     let named = |what: &str, outcome: Outcomes| outcome.map_err(|e| format!("{what}, {}: {e}", layout.name));
     named("readers", readers(layout))?;
     named("others", others(layout))?;
-    named("copies", copies(layout))?;
+    named("copies", copies(layout, true))?;
+    named("copies", copies(layout, false))?;
     named("twins", twins(layout))?;
     named("parents", parents(layout))?;
-    named("faults", faults(layout))?;
+    named("faults", faults(layout, false))?;
+    named("faults", faults(layout, true))?;
+    named("unwritten", unwritten(layout))?;
     named("kills", kills(layout, every))
 }
 
