@@ -29,8 +29,20 @@ impl Rig {
         self.folder.path().join("a.vhd")
     }
 
+    /// Puts copies in the place of the journals: who was killed in a test still holds the old ones, and their locks.
+    fn unlock(&self) {
+        for entry in self.runtime.path().read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        }
+    }
+
     /// Opens the image as the next process does.
     fn open(&self) -> Arc<Writable> {
+        self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
         let keep = Keep::Journal(Host.runtime(self.runtime.path()).unwrap());
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());

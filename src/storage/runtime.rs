@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, fallocate, flock, fstat, fstatfs,
+    AtFlags, CWD, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, fallocate, fchmod, flock, fstat,
+    fstatfs,
     linkat, openat, unlinkat,
 };
 use rustix::io::Errno;
@@ -110,7 +111,8 @@ impl HostRuntime {
     /// Opens the folder at `path`.
     ///
     /// # Errors
-    /// `NotFound`; `Refused` if it is another user's, or open to other users; `Unsupported` if it is not in memory; `Io`.
+    /// `NotFound`; `Refused` if it is another user's, or other users may write to it; `Unsupported` if it is not in memory;
+    /// `Io`.
     pub(super) fn open_folder(path: &Path) -> Result<HostRuntime> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = openat(CWD, path, flags, Mode::empty()).map_err(|e| match e {
@@ -123,12 +125,17 @@ impl HostRuntime {
             let what = format!("the runtime folder belongs to user {}; choose one with --runtime-dir", found.st_uid);
             return Err(refused(&what).at_path(path));
         }
-        if found.st_mode & 0o077 != 0 {
+        if found.st_mode & 0o022 != 0 {
             let what = format!("the runtime folder is open to other users: its mode is {:o}", found.st_mode & 0o777);
             return Err(refused(&format!("{what}, and must be 700")).at_path(path));
         }
         if !MEMORY_FILE_SYSTEMS.contains(&fstatfs(&fd).map_err(failed)?.f_type) {
             return Err(Error::new(ErrorKind::Unsupported, "not on a file system in memory (tmpfs)").at_path(path));
+        }
+        // Others could read it, but not have put anything there.
+        if found.st_mode & 0o077 != 0 {
+            fchmod(&fd, Mode::RWXU)
+                .map_err(|e| Error::io("cannot close the runtime folder to other users", e.into()).at_path(path))?;
         }
         Ok(HostRuntime(Arc::new(Folder { fd, path: path.to_path_buf() })))
     }

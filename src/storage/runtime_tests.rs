@@ -39,12 +39,16 @@ fn what_was_stored_is_found_again_by_one_at_a_time() {
 fn folders_of_others_and_open_ones_are_refused() {
     let (folder, _) = folder();
     let open = |path: &Path| HostRuntime::open_folder(path);
-    for mode in [0o777, 0o755, 0o710, 0o701] {
+    for mode in [0o777, 0o720, 0o702, 0o775] {
         fs::set_permissions(folder.path(), Permissions::from_mode(mode)).unwrap();
         let e = open(folder.path()).unwrap_err();
         assert!(e.kind() == ErrorKind::Refused && e.line().contains(&format!("{mode:o}")), "{e}");
     }
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
+    for mode in [0o755, 0o710, 0o701, 0o700] {
+        fs::set_permissions(folder.path(), Permissions::from_mode(mode)).unwrap();
+        open(folder.path()).unwrap();
+        assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700, "closed to others");
+    }
     let link = folder.path().join("link");
     symlink(folder.path(), &link).unwrap();
     assert_eq!(kind(open(&link)), ErrorKind::Refused);
