@@ -78,6 +78,13 @@ impl Error {
         self
     }
 
+    /// Removes the offset: for a number from the command line, which stands at no byte of the file.
+    #[must_use]
+    pub fn at_no_offset(mut self) -> Error {
+        self.0.offset = None;
+        self
+    }
+
     /// Attaches the cause.
     pub fn caused_by(mut self, source: impl Into<Box<dyn error::Error + Send + Sync>>) -> Error {
         self.0.source = Some(source.into());

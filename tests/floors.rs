@@ -33,6 +33,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("io_uring", &["storage"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
+    ("nix", &["cli"]),
     ("toml", &["cli"]),
     ("env_logger", &["cli"]),
 ];

@@ -14,7 +14,9 @@ use crate::storage::{Access, Env, Lock};
 /// # Errors
 /// `Busy` if a process has such a parent open; as [`image::settle`].
 pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usize> {
-    let Some(runtime) = &policy.runtime else { return Ok(0) };
+    if policy.runtime.is_empty() {
+        return Ok(0);
+    }
     let chain = Chain::open(env, path, policy, Use::Look)?;
     let mut settled = 0;
     for parent in &chain.images()[1..] {
@@ -25,7 +27,7 @@ pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usi
             return Err(Error::new(ErrorKind::Busy, "it was replaced while it was opened").at_path(path));
         }
         file.lock(Lock::Exclusive)?;
-        if image::settle(env, runtime, &file)? {
+        if image::settle(env, &policy.runtime, &file)? {
             log::info!(
                 "{}: what was acknowledged to its guest before its daemon was killed is settled",
                 path.display()

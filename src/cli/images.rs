@@ -1,20 +1,23 @@
 //! The verbs on images: from arguments to what `ops` does, to what is printed.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::Exit;
 use super::args::{
-    Args, Check, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize, RootKind,
-    Settle, Source, Target, Verb,
+    Args, Check, Children, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize,
+    RootKind, Source, Target, Verb,
 };
 use super::print;
 use super::progress::Work;
 use super::runtime;
+use super::settle;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::convert::To;
+use crate::format::Container;
+use crate::ops::convert::{Conversion, To};
+use crate::ops::merge::Abandoned;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -23,7 +26,7 @@ use crate::units::BlockSize;
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     let common = args.common;
     if common.discard_journal
-        && let Err(e) = discard(&args.verb, &common)
+        && let Err(e) = settle::discard(&args.verb, &common)
     {
         return ("discard the journal", Err(e));
     }
@@ -31,6 +34,7 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Children(a) => ("children", children(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Diff(a) => ("diff", diff(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
@@ -40,44 +44,13 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
-        Verb::Settle(a) => ("settle", settle(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Settle(a) => ("settle", settle::settle(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
 fn policy(common: &Common) -> Result<Policy> {
-    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
     Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
-}
-
-/// Gives up the journals of the images that a verb names.
-fn discard(verb: &Verb, common: &Common) -> Result<()> {
-    let vhd = |path, from| (from == Source::Vhd).then_some(path);
-    let named: Vec<Option<&PathBuf>> = match verb {
-        Verb::Create(_) | Verb::Info(_) => Vec::new(),
-        Verb::Check(a) => vec![Some(&a.path)],
-        Verb::Map(a) => vec![Some(&a.path)],
-        Verb::Diff(a) => vec![Some(&a.child)],
-        Verb::Convert(a) => vec![vhd(&a.source, a.from)],
-        Verb::Merge(a) => vec![Some(&a.child)],
-        Verb::Compare(a) => {
-            let from = |n: usize| a.from.get(n).or(a.from.first()).copied().unwrap_or(Source::Vhd);
-            vec![vhd(&a.a, from(0)), vhd(&a.b, from(1))]
-        }
-        Verb::Flatten(a) => vec![Some(&a.child)],
-        Verb::Rebase(a) => vec![Some(&a.child)],
-        Verb::Compact(a) => vec![Some(&a.path)],
-        Verb::Resize(a) => vec![Some(&a.path)],
-        Verb::Settle(a) => vec![Some(&a.path)],
-    };
-    let named: Vec<&Path> = named.into_iter().flatten().map(PathBuf::as_path).collect();
-    ops::settle::discard(&Host, &named, runtime::for_tool(common.runtime_dir.as_deref())?.as_ref())
-}
-
-fn settle(args: &Settle, common: &Common) -> Result<Exit> {
-    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
-    let settled = ops::settle::settle(&Host, &args.path, runtime.as_ref())?;
-    let said = if settled { "settled: its live journal is taken in" } else { "nothing to settle" };
-    told(common, &format!("{}: {said}", args.path.display()))
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -100,9 +73,10 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 locators: args.locator.into(),
             };
             let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
-            if made.outside {
-                let folder = made.parent.parent().unwrap_or(Path::new("/"));
-                log::info!("its parent is found with --allow-parents {}", folder.display());
+            if !made.outside.is_empty() {
+                let options = made.outside.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
+                let (path, options) = (args.path.display(), options.collect::<String>());
+                log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
             format!("differencing, {}, child of {}", human(made.size), made.parent.display())
         }
@@ -126,23 +100,35 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
 fn info(args: &Info, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
+    for damage in &info.damage {
+        log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
+    }
     printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     Ok(Exit::Done)
 }
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common)).transpose()?;
-    let runtime = runtime::for_tool(common.runtime_dir.as_deref())?;
-    let verb = if args.repair { ops::check::repair } else { ops::check::check };
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+    if let Some(undo) = &args.undo {
+        ops::check::undo(&Host, &args.path, undo, &runtime)?;
+        return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
+    }
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_ref(), &mut |bytes| work.at(bytes))?;
+    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.at(bytes));
+    let report = match args.repair {
+        true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
+        false => ops::check::check(&Host, &args.path, parents, runtime, progress)?,
+    };
     drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),
     })?;
     if report.corruptions > 0 {
-        let worst = report.defects.iter().find(|d| d.corrupt).expect("one was counted");
+        // Of several the first that prevents most.
+        let corrupt = report.defects.iter().rev().filter(|defect| defect.corrupt);
+        let worst = corrupt.max_by_key(|defect| defect.consequence).expect("one was counted");
         let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
         if report.corruptions > 1 {
             let more = report.corruptions - 1;
@@ -153,6 +139,15 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
         return Ok(Exit::Corrupt);
     }
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
+}
+
+fn children(args: &Children, common: &Common) -> Result<Exit> {
+    let found = ops::children::children(&Host, &args.path, &args.folders)?;
+    if found.is_empty() && !args.json {
+        return told(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
+    }
+    printed(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
+    Ok(Exit::Done)
 }
 
 fn map(args: &Map, common: &Common) -> Result<Exit> {
@@ -188,6 +183,16 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
+    if format == Format::Raw
+        && let Some(container) = ops::raw_container(&Host, path)?
+    {
+        let (name, driver) = (container.name(), container.qemu_driver());
+        let way = match container {
+            Container::Vhd => "without `--from raw` it is read as one".to_owned(),
+            _ => format!("`qemu-img convert -f {driver}` converts one"),
+        };
+        log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
+    }
     Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
         ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
@@ -198,14 +203,18 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
 }
 
 fn convert(args: &Convert, common: &Common) -> Result<Exit> {
-    let streamed = args.destination == Path::new("-");
+    let streamed = is_standard_output(&args.destination);
     if streamed && args.to != Target::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
     }
     if streamed && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
     }
-    let disk = open(&args.source, args.from, common)?;
+    if args.keep_uuid && (args.to == Target::Raw || args.from == Source::Raw) {
+        let what = "--keep-uuid: only an image has a UUID; it goes with --to fixed or dynamic, and not with --from raw";
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
     let work = Work::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.at(bytes);
     if streamed {
@@ -216,16 +225,47 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, policy(common)?.runtime.as_ref())?;
+        ops::convert::check_replaced(&Host, &args.destination, &policy(common)?.runtime)?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,
         Target::Fixed => To::Fixed,
         Target::Dynamic => To::Dynamic(args.block_size),
     };
-    ops::convert::convert(&Host, &disk, &args.destination, to, args.align, args.force, &mut progress)
+    let uuid = if args.keep_uuid { disk.uuid() } else { None };
+    let how = Conversion { to, align: args.align, replace: args.force, uuid };
+    ops::convert::convert(&Host, &disk, &args.destination, &how, &mut progress)
         .map_err(|e| e.at_path(&args.destination))?;
+    if args.keep_uuid {
+        let (copy, source) = (args.destination.display(), args.source.display());
+        log::warn!(
+            "{copy} has the UUID of {source}: a child of one accepts the other as its parent. Keep only one of them where \
+             children look for it"
+        );
+    }
     Ok(Exit::Done)
+}
+
+/// Opens what is left of a disk, and lists what is given up.
+fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
+    if args.from == Source::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
+    }
+    let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common)?)?;
+    for run in &given_up {
+        let (start, end) = (run.start, run.start + run.length);
+        log::warn!("{}: given up: bytes {start} to {end} of the disk, {} bytes", run.file.display(), run.length);
+    }
+    let bytes = given_up.iter().map(|run| run.length).sum();
+    if bytes > 0 {
+        log::warn!("{} of the disk are given up; they are zeros in the copy", human(bytes));
+    }
+    Ok(disk)
+}
+
+/// Whether a destination means standard output.
+fn is_standard_output(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn compare(args: &Compare, common: &Common) -> Result<Exit> {
@@ -252,7 +292,11 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
 }
 
 fn merge(args: &Merge, common: &Common) -> Result<Exit> {
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common)?)?;
+    if args.abandon {
+        return abandon(args, common);
+    }
+    let (into, changed) = (args.into.as_deref(), args.changed_parent);
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
     let work = Work::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.at(bytes))?;
     drop(work);
@@ -269,8 +313,27 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
+    let child = args.child.display();
+    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common)?)? {
+        Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
+        Abandoned::Whole(into) => {
+            format!(
+                "abandoned the merge of {child}: {} has received everything and shows the same disk",
+                into.display()
+            )
+        }
+        Abandoned::Partial(into) => format!(
+            "abandoned the merge of {child}: {} is partly overwritten and readable only below {child}; the same command \
+             without --abandon finishes the merge",
+            into.display()
+        ),
+    };
+    told(common, &line)
+}
+
 /// The line that says how it went, unless nobody wants to know.
-fn told(common: &Common, line: &str) -> Result<Exit> {
+pub(super) fn told(common: &Common, line: &str) -> Result<Exit> {
     if !common.quiet {
         printed(|out| writeln!(out, "{}", print::plain(line)))?;
     }
@@ -289,10 +352,13 @@ fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
 fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
+    let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
-    told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
+    if args.r#unsafe && done.same_parent {
+        return told(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
+    }
+    told(common, &format!("{child} stands on {parent}: {} copied", human(done.copied)))
 }
 
 fn compact(args: &Compact, common: &Common) -> Result<Exit> {

@@ -84,6 +84,11 @@ impl Exchange {
         &mut self.ring
     }
 
+    /// Whether the ring looks as if no driver had used it: all indices are zero.
+    pub fn is_blank(&self) -> bool {
+        self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.left() == 0
+    }
+
     /// Chains left by a predecessor that are not begun yet.
     pub fn owed(&self) -> usize {
         self.owed.len()

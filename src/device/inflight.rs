@@ -79,6 +79,11 @@ impl Record {
         Record { map, at, entries, last: 0, counter: 0, batch: Vec::new() }
     }
 
+    /// Descriptors of the largest ring that it is for.
+    pub fn entries(&self) -> u16 {
+        self.entries
+    }
+
     /// Goes on where the last user of the record stopped: the heads in flight, in the order in which they were taken,
     /// each once. `size` is the size of the ring and `used_idx` what stands in it now.
     ///

@@ -23,7 +23,7 @@ use super::inflight::Record;
 use super::parse::Rules;
 use super::ring::{Layout, Ring};
 use super::signal::Signals;
-use super::spec::feature;
+use super::spec::{MAX_QUEUE_SIZE, feature};
 use super::{Device, Memory, Vring};
 use crate::disk::{Answer, Lane};
 use crate::error::Result;
@@ -88,7 +88,7 @@ impl Queue {
         };
         let view = View::new(memory);
         let event_idx = self.device.acked() & feature::EVENT_IDX != 0;
-        let ring = Ring::new(&view, layout, self.device.queue_size(), event_idx, next_avail)?;
+        let ring = Ring::new(&view, layout, MAX_QUEUE_SIZE, event_idx, next_avail)?;
         let exchange = Exchange::new(view, ring, record)?;
         if exchange.owed() > 0 {
             log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.owed());
@@ -166,10 +166,10 @@ impl Queue {
         }
         let exchange = self.exchange.as_mut().expect("in service");
         Ok(match pause {
-            Pause::Empty if pushed == 0 && !completed => Turn::Idle,
+            Pause::Empty if pushed == 0 && !completed && !self.lane.is_to_punch() => Turn::Idle,
             Pause::Empty | Pause::Turn => Turn::More,
             // Without an answer there is nothing to come again for before the lane wakes us.
-            Pause::Full if completed => Turn::More,
+            Pause::Full if completed || self.lane.is_to_punch() => Turn::More,
             Pause::Full => Turn::Idle,
             Pause::Broken => {
                 let rule = exchange.broken();
@@ -186,6 +186,11 @@ impl Queue {
             return false;
         };
         vring.get_ref().is_enabled() && exchange.ring().want_kicks()
+    }
+
+    /// Whether the ring in service looks as if no driver had used it.
+    pub fn is_blank(&self) -> bool {
+        self.exchange.as_ref().is_some_and(Exchange::is_blank)
     }
 
     /// Completes all that is in flight and ends the service; gives the index of the avail ring at which to go on, which

@@ -29,6 +29,7 @@ pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
+pub mod container;
 pub mod defect;
 mod defect_text;
 pub mod entries;
@@ -43,7 +44,8 @@ pub mod parent_path;
 pub mod stamp;
 
 pub use batmap::BatmapHeader;
-pub use defect::{Defect, Severity};
+pub use container::Container;
+pub use defect::{Consequence, Defect, Severity};
 pub use entries::{EntryRules, Placed, check_entries, unreferenced};
 pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
 pub use footer::{DiskType, Footer};
@@ -51,7 +53,7 @@ pub use footer_choice::{Chosen, FooterSource, choose};
 pub use geometry::Geometry;
 pub use header::DynamicHeader;
 pub use layout::NewLayout;
-pub use locator::{Candidate, LocatorEntry, Platform};
+pub use locator::{LocatorEntry, Platform, Recorded};
 pub use parent_path::ParentPath;
 pub use stamp::Stamp;
 

@@ -155,7 +155,7 @@ fn raise(states: &[AtomicU8], to: u8) {
 
 fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     let path: PathBuf = folder.path().join("a.vhd");
-    let keep = Keep::Journal(Host.runtime(runtime.path()).unwrap());
+    let keep = Keep::Journal { folders: vec![Host.runtime(runtime.path()).unwrap()], required: true };
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }

@@ -19,7 +19,7 @@
 //! `take_in.rs` what a successor believes of it.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -41,6 +41,8 @@ pub(super) const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl02");
 const HEADER: usize = 512;
 const SLOT: usize = 68;
 pub(super) const WORDS: usize = 64;
+/// Bytes of memory that a journal takes.
+pub const BYTES: u64 = ((HEADER + SLOTS as usize * SLOT) * size_of::<u64>()) as u64;
 /// Epochs that can be; no journal of ours comes near.
 pub(super) const EPOCHS: u64 = 1 << 60;
 
@@ -129,6 +131,19 @@ impl Journal {
     fn of(live: Live, runtime: &Runtime, name: String) -> Journal {
         let state = State { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
         Journal { live, runtime: runtime.clone(), name, state: Mutex::new(state) }
+    }
+
+    /// Whether a journal can be made in a folder.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub(super) fn probe(runtime: &Runtime) -> Result<()> {
+        runtime.probe(BYTES)
+    }
+
+    /// The folder in which it lies.
+    pub(super) fn folder(&self) -> &Path {
+        self.runtime.path()
     }
 
     /// Where it lies, for messages.

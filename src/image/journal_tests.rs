@@ -44,7 +44,7 @@ impl Rig {
     fn open(&self) -> Arc<Writable> {
         self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Keep::Journal(Host.runtime(self.runtime.path()).unwrap());
+        let keep = Keep::Journal { folders: vec![Host.runtime(self.runtime.path()).unwrap()], required: true };
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
             drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();

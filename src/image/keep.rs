@@ -1,5 +1,7 @@
 //! How acknowledged writes outlive a killed process: what was asked for, and what came of it.
 
+use std::path::Path;
+
 use super::bitmaps::News;
 use super::granule::Locked;
 use super::open::Image;
@@ -15,8 +17,13 @@ use crate::storage::{Env, Runtime};
 /// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
 #[derive(Clone, Debug)]
 pub enum Keep {
-    /// By a live journal in this folder.
-    Journal(Runtime),
+    /// By a live journal in one of these folders.
+    Journal {
+        /// Folders in memory, in the order to try. One that holds a journal of the image already is used.
+        folders: Vec<Runtime>,
+        /// Whether it is an error if there is no room for a journal. If not, each write is committed instead.
+        required: bool,
+    },
     /// By a commit before the acknowledgement.
     Commit,
     /// Not at all: whoever writes will write again (tools).
@@ -24,11 +31,11 @@ pub enum Keep {
 }
 
 impl Keep {
-    /// The folder of live journals, if there is one.
-    pub fn runtime(&self) -> Option<&Runtime> {
+    /// The folders of live journals.
+    pub fn folders(&self) -> &[Runtime] {
         match self {
-            Keep::Journal(runtime) => Some(runtime),
-            Keep::Commit | Keep::Nothing => None,
+            Keep::Journal { folders, .. } => folders,
+            Keep::Commit | Keep::Nothing => &[],
         }
     }
 }
@@ -45,16 +52,16 @@ impl Kept {
     ///
     /// # Errors
     /// `Refused` if the image has a session whose journal is not at hand or does not fit, `Poisoned` if a predecessor's sync
-    /// failed, `Busy`, `Io`.
+    /// failed, `Busy`, `Io`; `NoSpace` if a journal is required and there is no room for it.
     pub(super) fn begin(env: &dyn Env, image: &Image, keep: &Keep) -> Result<(Kept, Vec<Found>)> {
         if image.kind() == DiskType::Fixed {
             return Ok((Kept::Nothing, Vec::new()));
         }
-        if let Keep::Journal(runtime) = keep {
-            let (session, found) = Session::of(env, runtime, image)?;
+        if let Keep::Journal { folders, required } = keep {
+            let (session, found) = Session::of(env, folders, *required, image)?;
             return Ok((Kept::Session(Box::new(session)), found));
         }
-        refuse_if_live(env, None, image)?;
+        refuse_if_live(env, &[], image)?;
         Ok((if matches!(keep, Keep::Commit) { Kept::Commit } else { Kept::Nothing }, Vec::new()))
     }
 }
@@ -77,5 +84,10 @@ impl Writable {
         let Some(slot) = granule.known.slot else { return false };
         journal.set(slot, news.bit, news.count);
         session.check_journal(journal)
+    }
+
+    /// The folder of its live journal, or in which it will be; `None` if it has none.
+    pub fn journal_folder(&self) -> Option<&Path> {
+        self.session().and_then(Session::folder)
     }
 }

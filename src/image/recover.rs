@@ -61,7 +61,10 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         file.sync()?;
     }
     if !image.has_whole_tail_footer() {
-        log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
+        log::info!(
+            "{}: the trailing footer was missing: the image was not closed cleanly; recovered",
+            file.path().display()
+        );
         file.write_at(&footer, end * SECTOR)?;
     }
     // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what

@@ -16,6 +16,7 @@
 //! All writes of the stamp are made under one lock and are plain calls: two under way at once could land in any order, and
 //! leave a generation that the journal does not have. They are one a second, one a commit and one a step of growth.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -43,13 +44,16 @@ pub(super) const PAIR_BYTES: usize = 2 * SECTOR_BYTES;
 
 /// The session of an image that is open for writing.
 pub(super) struct Session {
-    runtime: Runtime,
+    /// Where its journal may be made, in the order to try; the one that has it, once there is one.
+    folders: Vec<Runtime>,
     origin: Origin,
     file: File,
     uuid: Uuid,
     mode: AtomicU8,
     journal: OnceLock<Journal>,
     stamp: Mutex<Option<Placed>>,
+    /// The stamp of a session whose journal is made, and which could not be written yet.
+    unwritten: Mutex<Option<Stamp>>,
     /// The second in which the generation was renewed last.
     second: AtomicU64,
 }
@@ -64,15 +68,16 @@ struct Placed {
 }
 
 impl Session {
-    fn new(runtime: &Runtime, origin: Origin, image: &Image) -> Session {
+    fn new(folders: Vec<Runtime>, origin: Origin, image: &Image) -> Session {
         Session {
-            runtime: runtime.clone(),
+            folders,
             origin,
             file: image.file().clone(),
             uuid: image.uuid(),
             mode: AtomicU8::new(IDLE),
             journal: OnceLock::new(),
             stamp: Mutex::default(),
+            unwritten: Mutex::default(),
             second: AtomicU64::new(0),
         }
     }
@@ -82,17 +87,43 @@ impl Session {
     /// # Errors
     /// `Refused` if the image has a session whose journal cannot be taken in, or one of another machine; `Poisoned` if a sync of
     /// the predecessor failed; `Busy` if a process has the journal open; `Io`.
-    pub(super) fn of(env: &dyn Env, runtime: &Runtime, image: &Image) -> Result<(Session, Vec<Found>)> {
-        let session = Session::new(runtime, env.origin()?, image);
+    pub(super) fn of(
+        env: &dyn Env,
+        folders: &[Runtime],
+        required: bool,
+        image: &Image,
+    ) -> Result<(Session, Vec<Found>)> {
+        let session = Session::new(folders.to_vec(), env.origin()?, image);
         let stamp = match Standing::of(env, image)? {
-            Standing::Closed => return Ok((session, Vec::new())),
+            Standing::Closed => {
+                // Told at the start, not at the first write.
+                if let Some(folder) = folders.first().filter(|_| required) {
+                    Journal::probe(folder)?;
+                }
+                return Ok((session, Vec::new()));
+            }
             Standing::Elsewhere(stamp) => return Err(elsewhere(&stamp, image.file().path())),
             Standing::Open(stamp) => stamp,
         };
-        let journal = Journal::open(runtime, &Journal::name_of(stamp.session)).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => refusal(&stamp, &session.origin, Some(runtime), image.file().path()),
-            kind => Error::new(kind, "its live journal cannot be used").at_path(image.file().path()).caused_by(e),
-        })?;
+        let name = Journal::name_of(stamp.session);
+        let mut missing = refusal(&stamp, &session.origin, folders, image.file().path());
+        let mut opened = None;
+        for folder in folders {
+            match Journal::open(folder, &name) {
+                Ok(journal) => {
+                    opened = Some((journal, folder.clone()));
+                    break;
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => {
+                    let what = "its live journal cannot be used";
+                    missing = Error::new(e.kind(), what).at_path(image.file().path()).caused_by(e);
+                    break;
+                }
+            }
+        }
+        let Some((journal, folder)) = opened else { return Err(missing) };
+        let session = Session { folders: vec![folder], ..session };
         let found = journal.take_in(image, &stamp)?;
         journal.hold(image)?;
         let at = image.data_end() / SECTOR - 1;
@@ -128,10 +159,33 @@ impl Session {
         self.stamp.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The folder of its journal, or the one in which it is to be made.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        self.journal().map(Journal::folder).or_else(|| self.folders.first().map(Runtime::path))
+    }
+
+    /// The door to clock and random bits; every folder has the same.
+    fn host(&self) -> &Runtime {
+        self.folders.first().expect("a session has a folder")
+    }
+
+    /// Makes a journal in the first folder that takes one.
+    fn make_journal(&self, session: Uuid, image: &Image) -> Result<Journal> {
+        let mut made = Err(Error::new(ErrorKind::NotFound, "there is no runtime folder"));
+        for folder in &self.folders {
+            made = Journal::create(folder, session, self.origin.boot, image);
+            if made.is_ok() {
+                break;
+            }
+        }
+        made
+    }
+
     /// Makes the journal of a new session, and the stamp that names it, which is not written yet.
     fn make(&self, image: &Image) -> Result<Stamp> {
-        let session = self.runtime.random();
-        let journal = Journal::create(&self.runtime, session, self.origin.boot, image)?;
+        let session = self.host().random();
+        let journal = self.make_journal(session, image)?;
+        let folder = journal.folder().display().to_string();
         let generation = self.new_generation(0);
         journal.announce(generation);
         journal.confirm(generation);
@@ -144,23 +198,30 @@ impl Session {
             user_id: self.origin.user_id,
             user: self.origin.user.clone(),
             host: self.origin.host.clone(),
-            folder: self.runtime.path().display().to_string(),
+            folder,
         })
     }
 
-    /// Makes the journal of a new session and the stamp that names it; `None`, for good, if that cannot be had.
+    /// Makes the journal of a new session and the stamp that names it, unless that was done before; `None`, for good, if that
+    /// cannot be had.
     pub(super) fn made(&self, image: &Image) -> Option<Stamp> {
-        self.make(image).inspect_err(|e| self.give_up(&e.line())).ok()
+        let made = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner).take();
+        made.or_else(|| self.make(image).inspect_err(|e| self.give_up(&e.line())).ok())
     }
 
     /// Begins the session by writing its stamp at file sector `at`, with a footer behind it if there is one to write.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: there is no session, and each write is committed before it is answered.
-    pub(super) fn begin(&self, stamp: Stamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
+    /// `Io`, `NoSpace`: there is no session. If `again`, it may be tried again; if not, each write is committed before it is
+    /// answered.
+    pub(super) fn begin(&self, stamp: Stamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>, again: bool) -> Result<()> {
         let mut placed = self.stamp();
         let written = if mutant::is(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
         if let Err(e) = written {
+            if again {
+                *self.unwritten.lock().unwrap_or_else(PoisonError::into_inner) = Some(stamp);
+                return Err(e);
+            }
             self.give_up(&e.line());
             // No stamp may name a journal that nobody keeps. It is not there, or nothing can be written there.
             if footer.is_none() {
@@ -170,7 +231,7 @@ impl Session {
             return Err(e);
         }
         *placed = Some(Placed { stamp, at, pending: None });
-        self.second.store(self.runtime.second(), Ordering::Relaxed);
+        self.second.store(self.host().second(), Ordering::Relaxed);
         self.mode.store(OPEN, Ordering::Release);
         Ok(())
     }
@@ -205,7 +266,7 @@ impl Session {
     }
 
     fn new_generation(&self, last: u64) -> u64 {
-        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.runtime.random().as_u64_pair().0 }
+        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.host().random().as_u64_pair().0 }
     }
 
     /// Gives the stamp a new generation: an older copy of the image fits the journal no longer.
@@ -231,7 +292,7 @@ impl Session {
     /// As for [`Session::renew`].
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
-        let (now, last) = (self.runtime.second(), self.second.load(Ordering::Relaxed));
+        let (now, last) = (self.host().second(), self.second.load(Ordering::Relaxed));
         if now == last || self.second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return Ok(());
         }
@@ -248,7 +309,7 @@ impl Session {
     /// `Io`, `NoSpace`: the stamp that counts is where it was.
     pub(super) fn move_to(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
         if let Some(stamp) = (!self.is_begun()).then(|| self.made(image)).flatten() {
-            return self.begin(stamp, at, Some(footer));
+            return self.begin(stamp, at, Some(footer), true);
         }
         let mut placed = self.stamp();
         let Some(placed) = placed.as_mut() else { return put_footer(&self.file, at, footer) };
@@ -274,9 +335,9 @@ impl Session {
         let old = self.journal.get().expect("it was taken in");
         let _ = old.remove();
         if let Some(placed) = self.stamp().as_mut() {
-            placed.stamp.session = self.runtime.random();
+            placed.stamp.session = self.host().random();
             let _ = self.write(&placed.stamp, placed.at, None);
-            let _ = Journal::create(&self.runtime, placed.stamp.session, self.origin.boot, image);
+            let _ = self.make_journal(placed.stamp.session, image);
         }
     }
 }

@@ -43,11 +43,11 @@ impl Writable {
         let old = room.footer;
         if old > room.next {
             // A failure is told by `begin`.
-            let _ = session.begin(stamp, old - 1, None);
+            let _ = session.begin(stamp, old - 1, None, false);
             return;
         }
         let at = pair_place(old + 2, old);
-        match session.begin(stamp, at, Some(&self.footer_bytes())) {
+        match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
             Ok(()) => {
                 room.stale.push(old);
                 room.footer = at + 1;

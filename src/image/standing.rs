@@ -53,13 +53,13 @@ impl Standing {
 ///
 /// # Errors
 /// `Refused`, with whose session it is and what to do; `Io`.
-pub fn refuse_if_live(env: &dyn Env, runtime: Option<&Runtime>, image: &Image) -> Result<()> {
+pub fn refuse_if_live(env: &dyn Env, folders: &[Runtime], image: &Image) -> Result<()> {
     if mutant::is(Mutant::ToolIgnoresStamp) {
         return Ok(());
     }
     match Standing::of(env, image)? {
         Standing::Closed => Ok(()),
-        Standing::Open(stamp) => Err(refusal(&stamp, &env.origin()?, runtime, image.file().path())),
+        Standing::Open(stamp) => Err(refusal(&stamp, &env.origin()?, folders, image.file().path())),
         Standing::Elsewhere(stamp) => Err(elsewhere(&stamp, image.file().path())),
     }
 }
@@ -68,17 +68,17 @@ pub fn refuse_if_live(env: &dyn Env, runtime: Option<&Runtime>, image: &Image) -
 ///
 /// # Errors
 /// As for [`refuse_if_live`].
-pub fn refuse_live_file(env: &dyn Env, runtime: Option<&Runtime>, file: &File) -> Result<()> {
-    Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, runtime, &image))
+pub fn refuse_live_file(env: &dyn Env, folders: &[Runtime], file: &File) -> Result<()> {
+    Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
 /// Gives up what the session of the image at `path` acknowledged and did not write: cuts the stamp, and removes the journal if
-/// it lies in `runtime`, no process has it open, and it was last held for this very file. An image without a stamp stays as
+/// it lies in one of `folders`, no process has it open, and it was last held for this very file. An image without a stamp stays as
 /// it is.
 ///
 /// # Errors
 /// `Busy` if a process has the image open; whatever makes it impossible to open it; `Io`.
-pub fn discard(env: &dyn Env, runtime: Option<&Runtime>, path: &Path) -> Result<()> {
+pub fn discard(env: &dyn Env, folders: &[Runtime], path: &Path) -> Result<()> {
     // A look first: an image that is in order may be one that this user can only read.
     if Image::open(env.open(path, Access::Read)?)?.stamp()?.is_none() {
         return Ok(());
@@ -89,25 +89,21 @@ pub fn discard(env: &dyn Env, runtime: Option<&Runtime>, path: &Path) -> Result<
     file.write_at(&[0; SECTOR_BYTES], at)?;
     file.sync()?;
     log::warn!("{}: its live journal is discarded, with what was acknowledged since the last flush", path.display());
-    let Some(runtime) = runtime else { return Ok(()) };
-    match Journal::open(runtime, &Journal::name_of(stamp.session)) {
-        Ok(journal) if journal.held().0 == file.stat()?.id => journal.remove(),
-        Ok(journal) => {
-            log::warn!("{} stays: it was last held for another file", journal.path().display());
-            Ok(())
-        }
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        Err(e) => {
-            log::warn!("the journal stays: {}", e.line());
-            Ok(())
+    for folder in folders {
+        match Journal::open(folder, &Journal::name_of(stamp.session)) {
+            Ok(journal) if journal.held().0 == file.stat()?.id => journal.remove()?,
+            Ok(journal) => log::warn!("{} stays: it was last held for another file", journal.path().display()),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => log::warn!("the journal stays: {}", e.line()),
         }
     }
+    Ok(())
 }
 
 /// Why an image whose daemon was killed is refused.
-pub(super) fn refusal(stamp: &Stamp, here: &Origin, runtime: Option<&Runtime>, path: &Path) -> Error {
+pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[Runtime], path: &Path) -> Error {
     let name = Journal::name_of(stamp.session);
-    let ours = runtime.filter(|runtime| runtime.list().is_ok_and(|names| names.contains(&name)));
+    let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
     let settle = format!("diffdisk settle {}", quoted(&path.display().to_string()));
     let what = if let Some(ours) = ours {
         format!(
@@ -119,9 +115,11 @@ pub(super) fn refusal(stamp: &Stamp, here: &Origin, runtime: Option<&Runtime>, p
     } else {
         let sudo =
             if stamp.user_id == here.user_id { String::new() } else { format!("sudo -u {} ", quoted(&stamp.user)) };
-        let looked = runtime.map_or("no runtime folder was searched".to_owned(), |runtime| {
-            format!("it is not in {}", runtime.path().display())
-        });
+        let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
+        let looked = match searched.is_empty() {
+            true => "no runtime folder was searched".to_owned(),
+            false => format!("it is not in {}", searched.join(" or ")),
+        };
         format!(
             "its daemon did not end cleanly, and what it acknowledged is in the live journal {name} of user {} ({}) in {}; \
              {looked}. Run `{sudo}{settle} --runtime-dir={}`. If the journal is gone, a copy of this image may have taken it \

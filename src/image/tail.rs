@@ -150,16 +150,17 @@ impl Growth {
         match (self.phase, failed) {
             (Phase::Start, _) => {
                 if self.blocks == 0 || end(self).is_none() {
-                    return Err(self.full(io::Error::from_raw_os_error(libc::EFBIG)));
+                    let why = "the file cannot grow: a block table names no place beyond 2 TiB";
+                    return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
                 self.allocate(ops);
             }
-            (Phase::Allocate, Some(e)) if is_full(&e) => {
+            (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
                 self.image.file().set_len(self.image.file().stat()?.len)?;
                 self.blocks /= 2;
                 if self.blocks < self.least {
-                    return Err(self.full(e));
+                    return Err(self.refused(e));
                 }
                 self.allocate(ops);
             }
@@ -171,8 +172,15 @@ impl Growth {
                     let at = end(self).expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
-                self.move_end()?;
-                self.write(Phase::SealFooter, ops);
+                match self.move_end() {
+                    Ok(()) => self.write(Phase::SealFooter, ops),
+                    // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
+                    Err(e) if e.raw_os_error() == Some(libc::EFBIG) && self.may_halve() => {
+                        self.blocks /= 2;
+                        self.allocate(ops);
+                    }
+                    Err(e) => return Err(e),
+                }
             }
             // A commit's sync may have been told of a failure that concerns ours, too.
             (Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
@@ -194,11 +202,16 @@ impl Growth {
                 if mutant::is(Mutant::UndoCutsStamp) {
                     return Err(self.undo(e, self.old));
                 }
-                return Err(self.failed(e));
+                return Err(self.refused(e));
             }
             (Phase::Over, _) => unreachable!("growth that is over is not asked again"),
         }
         Ok(Step::Wait)
+    }
+
+    /// Whether a smaller step may do where this one is too large.
+    fn may_halve(&self) -> bool {
+        self.blocks / 2 >= self.least && !self.image.is_poisoned()
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
@@ -265,14 +278,18 @@ impl Growth {
         if let Err(e) = back {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
-        self.failed(source)
+        self.refused(source)
     }
 
-    fn failed(&self, source: io::Error) -> Error {
-        if is_full(&source) { self.full(source) } else { Error::io("cannot grow", source).at_path(self.image.path()) }
-    }
-
-    fn full(&self, source: io::Error) -> Error {
+    /// The error of a step for which there is no room, or that failed.
+    fn refused(&self, source: io::Error) -> Error {
+        if is_too_large(&source) {
+            let why = "the file cannot grow beyond the limit of the process (ulimit -f) or of the file system";
+            return Error::io(why, source).at_path(self.image.path());
+        }
+        if !is_full(&source) {
+            return Error::io("cannot grow", source).at_path(self.image.path());
+        }
         self.image.room().steps = 0;
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
             .at_path(self.image.path())
@@ -290,7 +307,12 @@ impl Drop for Growth {
 }
 
 fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Whether a file may not become that large. Waiting does not help, as it does on a full host.
+fn is_too_large(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::FileTooLarge
 }
 
 impl Writable {
@@ -322,20 +344,20 @@ impl Writable {
     }
 
     /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
-    /// The new footer is durable before the file is cut, so that there is always one.
+    /// The new footer is durable before the file is cut, so that there is always one. Settles the file's time, too.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
         let end = self.used_end() * SECTOR;
         let file = self.file();
-        if file.stat()?.len == end + SECTOR {
-            return Ok(());
-        }
-        file.write_at(&self.footer_bytes(), end)?;
-        if !mutant::is(Mutant::TrimUnsynced) {
+        if file.stat()?.len != end + SECTOR {
+            file.write_at(&self.footer_bytes(), end)?;
+            if !mutant::is(Mutant::TrimUnsynced) {
+                file.sync()?;
+            }
+            file.set_len(end + SECTOR)?;
             file.sync()?;
         }
-        file.set_len(end + SECTOR)?;
-        file.sync()
+        self.settle_time()
     }
 }
 

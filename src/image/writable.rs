@@ -13,6 +13,7 @@ use super::bitmaps::{Bitmaps, Fresh, Where};
 use super::granule::{Known, Locked};
 use super::journal::Journal;
 use super::keep::{Keep, Kept};
+use super::kept_time::KeptTime;
 use super::open::Image;
 use super::recover::recover;
 use super::session::Session;
@@ -36,6 +37,9 @@ pub struct Writable {
     pub(super) keep: Kept,
     /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
+    /// The time of the file when it was opened, and whether the disk's contents may have changed since.
+    pub(super) opened: KeptTime,
+    pub(super) changed: AtomicBool,
 }
 
 /// What images with a block table have besides.
@@ -63,14 +67,17 @@ impl Writable {
     /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
     pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
         image.check_writable()?;
+        let opened = KeptTime::of(image.file())?;
         let (keep, found) = Kept::begin(env, &image, keep)?;
         let stamped = matches!(&keep, Kept::Session(session) if session.is_stamped());
         let sparse = match image.block_size() {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
         };
+        opened.put_back()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
-        let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
+        let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
+        let image = Writable { image, sparse, unsynced, dirty, poison, keep, due, opened, changed };
         image.renew_at_take_over()?;
         image.adopt(&found);
         Ok(image)

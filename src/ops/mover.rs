@@ -5,8 +5,12 @@
 
 use std::path::Path;
 
+use uuid::Uuid;
+
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
+use crate::format::Container;
+use crate::format::container::HEAD_BYTES;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
 use crate::units::{SECTOR, SectorRange};
@@ -32,11 +36,30 @@ pub enum Format {
     Vhd,
 }
 
+/// The format of images that a file begins as, for a warning to who takes it for a raw disk.
+///
+/// # Errors
+/// `Io`; as for opening the file.
+pub fn raw_container(env: &dyn Env, path: &Path) -> Result<Option<Container>> {
+    let file = env.open(path, Access::Read)?;
+    let mut head = [0; HEAD_BYTES];
+    let (len, there) = (file.stat()?.len, head.len());
+    let there = there.min(usize::try_from(len).unwrap_or(usize::MAX));
+    file.read_at(&mut head[..there], 0)?;
+    let mut tail = [0; HEAD_BYTES];
+    // A fixed VHD has its footer at the end alone.
+    if len >= HEAD_BYTES as u64 {
+        file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
+    }
+    let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
+    Ok(Container::of(&head[..there]).or(at_end))
+}
+
 /// A disk to be read, locked against writers.
 pub enum Disk {
     /// A chain of VHDs.
     Chain(Version),
-    /// A raw file of so many bytes.
+    /// A raw file or block device of so many bytes.
     Raw(File, u64),
 }
 
@@ -47,7 +70,7 @@ impl Disk {
     /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
     pub fn open(env: &dyn Env, path: &Path, format: Format, policy: &Policy) -> Result<Disk> {
         if format == Format::Raw {
-            let file = env.open(path, Access::Read)?;
+            let file = env.open_disk(path, Access::Read)?;
             file.lock(Lock::Shared)?;
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
@@ -60,6 +83,14 @@ impl Disk {
         match self {
             Disk::Chain(version) => version.sectors() * SECTOR,
             Disk::Raw(_, len) => *len,
+        }
+    }
+
+    /// The identity of the youngest image; `None` for a raw disk.
+    pub fn uuid(&self) -> Option<Uuid> {
+        match self {
+            Disk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
+            Disk::Raw(..) => None,
         }
     }
 

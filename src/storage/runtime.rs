@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, fallocate, fchmod, flock, fstat,
-    fstatfs,
-    linkat, openat, unlinkat,
+    fstatfs, linkat, openat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -58,6 +57,18 @@ impl Runtime {
     /// `NoSpace`, `Io`; the name exists.
     pub fn create(&self, name: &str, words: usize) -> Result<Live> {
         each_kind!(self, f => f.create(name, words))
+    }
+
+    /// Looks whether there is room for `bytes` of such memory, by taking it and giving it back.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub fn probe(&self, bytes: u64) -> Result<()> {
+        match self {
+            Runtime::Host(f) => f.probe(bytes),
+            #[cfg(feature = "sim")]
+            Runtime::Sim(_) => Ok(()),
+        }
     }
 
     /// Opens and locks words of memory that a process made before.
@@ -147,15 +158,26 @@ impl HostRuntime {
     fn create(&self, name: &str, words: usize) -> Result<Live> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(self.0.path.join(name));
         // Without a name until it is whole and locked: nobody else can lock it first, and a kill leaves nothing.
-        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
-        let file = openat(&self.0.fd, ".", flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot make", e))?;
+        let file = self.unnamed((words * size_of::<u64>()) as u64)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed("cannot lock", e))?;
-        let bytes = (words * size_of::<u64>()) as u64;
-        // Reserved now, so that a full tmpfs is an error here and not a signal later.
-        fallocate(&file, FallocateFlags::empty(), 0, bytes).map_err(|e| failed("cannot reserve room", e))?;
         let ours = format!("/proc/self/fd/{}", file.as_raw_fd());
         linkat(CWD, ours, &self.0.fd, name, AtFlags::SYMLINK_FOLLOW).map_err(|e| failed("cannot name", e))?;
         Mapping::new(file, words).map(Live::host).map_err(|e| e.at_path(self.0.path.join(name)))
+    }
+
+    fn probe(&self, bytes: u64) -> Result<()> {
+        self.unnamed(bytes).map(drop)
+    }
+
+    /// A file without a name, whose room is reserved: a full tmpfs is an error here and not a signal later.
+    fn unnamed(&self, bytes: u64) -> Result<OwnedFd> {
+        let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(&self.0.path);
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = openat(&self.0.fd, ".", flags, mode).map_err(|e| failed("cannot make a live journal", e))?;
+        fallocate(&file, FallocateFlags::empty(), 0, bytes)
+            .map_err(|e| failed("cannot reserve room for a live journal", e))?;
+        Ok(file)
     }
 
     fn open(&self, name: &str, words: usize) -> Result<Live> {

@@ -4,6 +4,7 @@
 //! read when it is there as a whole, and answered only when there is room for the answer, so no front-end can keep
 //! the thread from accepting, refusing or ending.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,11 +12,13 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::frame::{self, Frame, Next};
-use super::handler::Handler;
+use super::handler::{Handler, more_queues};
 use super::socket::{Listener, Socket, peer};
+use super::unshared::SHARE;
 use super::worker::{Settings, Worker};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
@@ -27,6 +30,12 @@ use crate::storage::EngineKind;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a half message is looked at again.
 const GLANCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+/// Rings that have everything but memory have this long to get it before the log has it.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(3);
+/// How often such rings are looked at again.
+const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often the names of the served files are looked up.
+const NAMES_PERIOD: Duration = Duration::from_secs(5);
 /// Refused messages of one connection that are logged; a front-end cannot fill the log.
 const LOGGED_REFUSALS: u32 = 32;
 
@@ -37,7 +46,7 @@ pub struct Service {
     pub name: String,
     /// Queues offered, 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Entries that a queue may have, a power of two up to [`MAX_QUEUE_SIZE`].
+    /// Entries that a queue is expected to have, a power of two up to [`MAX_QUEUE_SIZE`]. Larger rings are served.
     pub queue_size: u16,
     /// What carries out I/O.
     pub engine: EngineKind,
@@ -53,6 +62,10 @@ pub struct Daemon {
     device: Arc<Device>,
     workers: Vec<Worker>,
     socket: Socket,
+    /// Whether the last front-end left because it uses more queues, as it seems.
+    wants_more: Cell<bool>,
+    /// When the names of the served files are looked up next.
+    names_due: Cell<Instant>,
 }
 
 /// What becomes of a connection.
@@ -82,7 +95,23 @@ impl Daemon {
         let settings = Settings { engine: service.engine, poll: service.poll };
         let start = |index| Worker::start(&device, usize::from(index), settings, &service.name);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
-        Ok(Daemon { name: service.name.clone(), device, workers, socket })
+        let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
+        Ok(Daemon { name: service.name.clone(), device, workers, socket, wants_more: Cell::new(false), names_due })
+    }
+
+    /// What carries out I/O, in a word for the log.
+    pub fn engine(&self) -> &'static str {
+        self.workers.first().map_or("none", |worker| worker.engine)
+    }
+
+    /// Looks up the names of the served files if that is due. Returns the time until it is due again.
+    fn watch_names(&self) -> Timespec {
+        if Instant::now() >= self.names_due.get() {
+            self.device.disk().check_names();
+            self.names_due.set(Instant::now() + NAMES_PERIOD);
+        }
+        let left = self.names_due.get().saturating_duration_since(Instant::now());
+        Timespec::try_from(left).unwrap_or(GLANCE)
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -113,7 +142,7 @@ impl Daemon {
     fn serve_all(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
             let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-            wait(&mut fds, None)?;
+            wait(&mut fds, Some(&self.watch_names()))?;
             if !fds[0].revents().is_empty() {
                 return Ok(());
             }
@@ -157,6 +186,9 @@ impl Daemon {
             requests: BackendReqHandler::from_stream(stream, handler.clone()),
             handler,
             refusals: 0,
+            last: None,
+            without_memory: None,
+            lacks_memory: false,
         };
         let mut half_since = None;
         loop {
@@ -166,7 +198,10 @@ impl Daemon {
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
-            wait(&mut fds, half_since.map(|_| &GLANCE))?;
+            let lacks_memory = session.watch_memory();
+            let names = self.watch_names();
+            let at_most = if lacks_memory { names.min(LOOK) } else { names };
+            wait(&mut fds, Some(if half_since.is_some() { &GLANCE } else { &at_most }))?;
             if !fds[0].revents().is_empty() {
                 return Ok(Fate::Stop);
             }
@@ -182,7 +217,10 @@ impl Daemon {
                 continue;
             }
             match frame::peek(&socket).map_err(|e| Error::io("the socket fails", e))? {
-                Next::Gone => return Ok(Fate::Gone),
+                Next::Gone => {
+                    self.explain_end(&session);
+                    return Ok(Fate::Gone);
+                }
                 Next::Garbage => return Err(Error::io("what came is no vhost-user message", invalid())),
                 Next::Partial if gone => return Ok(Fate::Gone),
                 Next::Partial => {
@@ -202,6 +240,18 @@ impl Daemon {
                 }
             }
         }
+    }
+
+    /// Warns if the front-end left because it uses more queues than it was offered. It checks that itself, and retries.
+    fn explain_end(&self, session: &Session<'_>) {
+        let offered = self.workers.len();
+        let has_rings = session.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();
+        let asked = session.last == Some(FrontendReq::GET_QUEUE_NUM as u32) && !has_rings;
+        if asked && !self.wants_more.get() {
+            let what = more_queues(offered);
+            warn!("disk {}: the front-end left when it had the number of queues: it may use more. {what}", self.name);
+        }
+        self.wants_more.set(asked);
     }
 
     fn refuse_another(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
@@ -224,12 +274,36 @@ struct Session<'a> {
     requests: BackendReqHandler<Mutex<Handler<'a>>>,
     handler: Arc<Mutex<Handler<'a>>>,
     refusals: u32,
+    /// The number of the last request.
+    last: Option<u32>,
+    /// Since when rings wait for guest memory and nothing else.
+    without_memory: Option<Instant>,
+    /// Whether the log has that.
+    lacks_memory: bool,
 }
 
 impl Session<'_> {
+    /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
+    fn watch_memory(&mut self) -> bool {
+        if self.lacks_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {
+            self.without_memory = None;
+            return false;
+        }
+        if self.without_memory.get_or_insert_with(Instant::now).elapsed() < MEMORY_PATIENCE {
+            return true;
+        }
+        warn!(
+            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE}",
+            self.name
+        );
+        self.lacks_memory = true;
+        false
+    }
+
     /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
     /// wait for ever for an answer that the protocol has no words for.
     fn handle(&mut self, frame: Frame, socket: &UnixStream) -> Result<Fate> {
+        self.last = Some(frame.request());
         let broken = |e| Error::io("the socket fails", e);
         let state = |session: &Self| {
             let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,6 +4,15 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+/// What a descriptor stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Source {
+    /// The daemon's own threads and the kernel.
+    Inside,
+    /// The guest's kick.
+    Kick,
+}
+
 /// An epoll instance of edge-triggered reading.
 pub(super) struct Epoll(RawFd);
 
@@ -12,8 +21,8 @@ impl Epoll {
         epoll::create(true).map(Epoll)
     }
 
-    pub(super) fn add(&self, fd: RawFd) -> io::Result<()> {
-        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
+    pub(super) fn add(&self, fd: RawFd, source: Source) -> io::Result<()> {
+        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
         epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
     }
 
@@ -23,14 +32,14 @@ impl Epoll {
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
     }
 
-    /// Returns when something happened, when the time is over, or for no reason.
-    pub(super) fn wait(&self, at_most: Duration) {
+    /// Returns when something happened, when the time is over, or for no reason; true if there was a kick.
+    pub(super) fn wait(&self, at_most: Duration) -> bool {
         let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-        if let Err(e) = epoll::wait(self.0, at_most, &mut events)
-            && e.kind() != io::ErrorKind::Interrupted
-        {
-            panic!("a queue's own epoll instance fails: {e}");
+        match epoll::wait(self.0, at_most, &mut events) {
+            Ok(count) => events[..count].iter().any(|event| event.data == Source::Kick as u64),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
+            Err(e) => panic!("a queue's own epoll instance fails: {e}"),
         }
     }
 }
@@ -55,7 +64,7 @@ mod tests {
         let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
         let epoll = Epoll::new().unwrap();
         bell.notify().unwrap();
-        epoll.add(end.as_raw_fd()).unwrap();
+        epoll.add(end.as_raw_fd(), Source::Kick).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()
@@ -66,6 +75,8 @@ mod tests {
             bell.notify().unwrap();
             assert_eq!(happened(&epoll), 1);
         }
+        bell.notify().unwrap();
+        assert!(epoll.wait(Duration::ZERO) && !epoll.wait(Duration::ZERO));
         epoll.remove(end.as_raw_fd());
         bell.notify().unwrap();
         assert_eq!(happened(&epoll), 0);

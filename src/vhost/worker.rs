@@ -19,8 +19,9 @@ use vhost_user_backend::VringT;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use zerocopy::IntoBytes;
 
-use super::edges::Epoll;
+use super::edges::{Epoll, Source};
 use super::patience::Patience;
+use super::unshared::{SHARE, Sharing};
 use crate::device::{Device, Memory, Queue, Record, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
@@ -39,11 +40,14 @@ pub(super) struct Ring {
     pub(super) memory: Arc<Memory>,
     /// What is in flight, where a kill does not reach.
     pub(super) record: Option<Record>,
-    pub(super) kick: Arc<File>,
+    /// By what the guest announces requests; none if the ring is to be polled.
+    pub(super) kick: Option<Arc<File>>,
     /// Told when the ring breaks.
     pub(super) err: Option<File>,
     /// Where it starts: the number of the next available entry.
     pub(super) base: u16,
+    /// What is known about the guest's memory.
+    pub(super) sharing: Sharing,
 }
 
 enum Command {
@@ -59,6 +63,8 @@ pub(super) struct Worker {
     commands: Sender<Command>,
     bell: EventNotifier,
     thread: Option<JoinHandle<()>>,
+    /// What carries out its I/O, in a word for the log.
+    pub(super) engine: &'static str,
 }
 
 impl Worker {
@@ -76,6 +82,7 @@ impl Worker {
         let body = move || {
             // The lane is made by the thread that uses it: a ring of the host may belong to one thread.
             let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
+            let engine = lane.as_ref().map_or("", |lane| lane.engine().name());
             let made = lane.and_then(|lane| {
                 let queue = Queue::new(device, lane, index);
                 QueueThread::new(queue, receiver, bell_end, settings.poll, name)
@@ -83,15 +90,15 @@ impl Worker {
             });
             match made {
                 Ok(mut thread) => {
-                    let _ = ready.send(Ok(()));
+                    let _ = ready.send(Ok(engine));
                     thread.run();
                 }
                 Err(e) => drop(ready.send(Err(e))),
             }
         };
         let thread = thread::Builder::new().name(format!("queue-{index}")).spawn(body).map_err(cannot)?;
-        let worker = Worker { commands, bell, thread: Some(thread) };
-        is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
+        let mut worker = Worker { commands, bell, thread: Some(thread), engine: "" };
+        worker.engine = is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
         Ok(worker)
     }
 
@@ -163,10 +170,14 @@ enum State {
 
 /// Between two ticks of a lane: what waits for time to pass (a full disk, a commit in the background) goes on then.
 const TICK: Duration = Duration::from_secs(1);
+/// How often a ring without a kick is looked at.
+const POLL: Duration = Duration::from_millis(1);
 
 struct QueueThread {
     queue: Queue,
     ring: Option<Box<Ring>>,
+    /// When the ring had its first kick.
+    kicked: Option<Instant>,
     state: State,
     commands: Receiver<Command>,
     /// Never read; kept so that ringing it stays possible.
@@ -185,13 +196,14 @@ impl QueueThread {
         name: String,
     ) -> io::Result<QueueThread> {
         let epoll = Epoll::new()?;
-        epoll.add(bell.as_raw_fd())?;
+        epoll.add(bell.as_raw_fd(), Source::Inside)?;
         for fd in queue.wake_fds().into_iter().flatten() {
-            epoll.add(fd.as_raw_fd())?;
+            epoll.add(fd.as_raw_fd(), Source::Inside)?;
         }
         Ok(QueueThread {
             queue,
             ring: None,
+            kicked: None,
             state: State::Stopped,
             commands,
             _bell: bell,
@@ -221,6 +233,7 @@ impl QueueThread {
                 tick_at = now + TICK;
                 if self.state == State::Running {
                     self.queue.lane().tick();
+                    self.check_sharing(now);
                     continue; // what it began goes on in the next turn
                 }
             }
@@ -228,8 +241,28 @@ impl QueueThread {
                 Turn::More => self.patience.busy(now),
                 Turn::Idle if self.state == State::Running && self.patience.waits(now) => std::hint::spin_loop(),
                 Turn::Idle if self.rests() => {}
-                Turn::Idle | Turn::Broken => self.epoll.wait(TICK),
+                Turn::Idle | Turn::Broken => self.sleep(),
             }
+        }
+    }
+
+    /// Sleeps until there may be work.
+    fn sleep(&mut self) {
+        let polled = self.state == State::Running && self.ring.as_ref().is_some_and(|ring| ring.kick.is_none());
+        if self.epoll.wait(if polled { POLL } else { TICK }) {
+            self.kicked.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Warns if the guest kicks and nothing of what it writes arrives.
+    fn check_sharing(&self, now: Instant) {
+        let Some(ring) = &self.ring else { return };
+        if ring.sharing.is_missing(self.kicked, now, || self.queue.is_blank()) {
+            warn!(
+                "{}: the guest announces requests, but its rings are blank: the front-end seems not to share the guest's \
+                 memory, and the guest will wait for ever. {SHARE}",
+                self.name
+            );
         }
     }
 
@@ -268,11 +301,17 @@ impl QueueThread {
     /// Stops listening to the kick and tells the front-end, if it wants to know.
     fn tell_broken(&self) {
         let Some(ring) = &self.ring else { return };
-        self.epoll.remove(ring.kick.as_raw_fd());
+        self.ignore_kicks(ring);
         if let Some(mut err) = ring.err.as_ref()
             && let Err(e) = err.write(1u64.as_bytes())
         {
             warn!("{}: the front-end cannot be told of the broken ring: {e}", self.name);
+        }
+    }
+
+    fn ignore_kicks(&self, ring: &Ring) {
+        if let Some(kick) = &ring.kick {
+            self.epoll.remove(kick.as_raw_fd());
         }
     }
 
@@ -312,7 +351,9 @@ impl QueueThread {
         }
         assert!(self.ring.is_none(), "a ring is started only where none runs");
         self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
-        if let Err(e) = self.epoll.add(ring.kick.as_raw_fd()) {
+        self.kicked = None;
+        let kick = ring.kick.as_ref();
+        if let Err(e) = kick.map_or(Ok(()), |kick| self.epoll.add(kick.as_raw_fd(), Source::Kick)) {
             let _ = self.queue.stop(&ring.vring);
             return Err(Error::io("the kick of the ring cannot be waited for", e));
         }
@@ -325,7 +366,7 @@ impl QueueThread {
     fn stop(&mut self) -> u16 {
         let Some(ring) = self.ring.take() else { return 0 };
         if self.state == State::Running {
-            self.epoll.remove(ring.kick.as_raw_fd());
+            self.ignore_kicks(&ring);
         }
         if self.state == State::Faulty {
             return ring.base;

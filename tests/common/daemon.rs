@@ -67,7 +67,11 @@ impl Daemon {
         loop {
             match Client::connect(&self.socket()) {
                 Ok(client) => return client,
-                Err(e) if e.kind() == ErrorKind::ConnectionReset && Instant::now() < deadline => {
+                // Refused: the socket was bound a moment ago and does not listen yet.
+                Err(e)
+                    if matches!(e.kind(), ErrorKind::ConnectionReset | ErrorKind::ConnectionRefused)
+                        && Instant::now() < deadline =>
+                {
                     sleep(Duration::from_millis(10));
                 }
                 Err(e) => panic!("cannot connect: {e}; {}", self.log()),

@@ -39,8 +39,8 @@ pub(crate) fn top() -> PathBuf {
 /// How the disk is opened on a machine; with a live journal if `journal`.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime(Path::new("/run")).expect("every folder is in memory");
-    let keep = if journal { Keep::Journal(runtime()) } else { Keep::Nothing };
-    DiskOptions { keep, when_full: WhenFull::Fail, ..DiskOptions::new(top()) }
+    let keep = if journal { Keep::Journal { folders: vec![runtime()], required: true } } else { Keep::Nothing };
+    DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
 /// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.

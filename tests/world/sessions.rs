@@ -37,7 +37,8 @@ struct Guest {
 }
 
 fn options(host: &SimHost, path: &Path, folder: &str) -> DiskOptions {
-    let keep = Keep::Journal(host.runtime(Path::new(folder)).expect("every folder is in memory"));
+    let folder = host.runtime(Path::new(folder)).expect("every folder is in memory");
+    let keep = Keep::Journal { folders: vec![folder], required: true };
     DiskOptions { keep, path: path.into(), ..layouts::options(host, false) }
 }
 
@@ -131,7 +132,8 @@ fn restore(host: &SimHost, path: &Path, bytes: &[u8]) {
 
 fn copy(host: &SimHost, name: &str, bytes: &[u8]) -> PathBuf {
     let path = PathBuf::from(format!("/disk/{name}"));
-    host.create(&path).expect("a new name").write_at(bytes, 0).expect("it can be written");
+    let folder = host.folder(Path::new("/disk")).expect("it is there");
+    folder.create(name.as_ref()).expect("a new name").write_at(bytes, 0).expect("it can be written");
     path
 }
 
@@ -396,19 +398,19 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     refused(Chain::open(env, &top(), &Policy::default(), Use::Read), "to a reader, a killed image")?;
     let written = Chain::open(env, &top(), &Policy::default(), Use::Write);
     refused(written.and_then(|chain| chain.into_writable(env, &Keep::Nothing)), "to a tool, a killed image")?;
-    let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, None, &mut |_| Ok(()));
+    let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     refused(checked(&host), "to a check, a killed image")?;
     // Another machine may be alive.
     let away = kill(&host.twin(), 1);
     away.move_to_another_machine(9);
     refused(open(&away), "an image of another machine")?;
     let runtime = away.runtime(Path::new("/run")).map_err(line)?;
-    image::discard(&away, Some(&runtime), &top()).map_err(line)?;
+    image::discard(&away, std::slice::from_ref(&runtime), &top()).map_err(line)?;
     open(&away).map_err(line)?.close().map_err(line)?;
     // Discarded here: what was flushed is there, and the journal is gone.
     let given_up = kill(&host.twin(), 1);
     let runtime = given_up.runtime(Path::new("/run")).map_err(line)?;
-    image::discard(&given_up, Some(&runtime), &top()).map_err(line)?;
+    image::discard(&given_up, std::slice::from_ref(&runtime), &top()).map_err(line)?;
     if !given_up.live_names().is_empty() {
         return Err("a discarded journal stays".into());
     }
@@ -417,7 +419,9 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     let file = host.open(&top(), Access::Write).map_err(line)?;
     file.lock(Lock::Exclusive).map_err(line)?;
     let runtime = host.runtime(Path::new("/run")).map_err(line)?;
-    if !image::settle(env, &runtime, &file).map_err(line)? || image::settle(env, &runtime, &file).map_err(line)? {
+    if !image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
+        || image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
+    {
         return Err("it is settled once".into());
     }
     drop(file);
@@ -444,7 +448,7 @@ pub(crate) fn parents(layout: &Layout) -> Outcomes {
     let env: &dyn Env = &host;
     refused(Chain::open(env, child, &Policy::default(), Use::Read), "to a reader, a killed parent")?;
     let file = host.open(child, Access::Read).map_err(line)?;
-    refused(chain::check(env, file, Some(&Policy::default()), None, &mut |_| Ok(())), "to a check, a killed parent")?;
+    refused(chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())), "to a check, a killed parent")?;
     refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
     let guest = open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle it: {}", e.line()))?;
     guest.judge(&known, &layout.values)?;

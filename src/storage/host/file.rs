@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use super::folder::HostFolder;
 use super::lock;
 use super::mapped::Mapped;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Naming, Stat};
 use crate::storage::payload::{BUFFER_ALIGN, Buffer};
 use crate::units::SECTOR;
 
 /// Bytes moved at once through bounce memory.
-const BOUNCE: usize = 1 << 20;
+pub(super) const BOUNCE: usize = 1 << 20;
 
 /// How long the I/O of a process that is gone may take to end.
 const FENCE_PATIENCE: Duration = Duration::from_secs(30);
@@ -33,8 +34,11 @@ struct Open {
     mapped: Mapped,
     fd: OwnedFd,
     path: PathBuf,
+    /// Where it was found.
+    folder: HostFolder,
     access: Access,
     id: FileId,
+    is_device: bool,
     /// What O_DIRECT asks for, once switched on.
     direct: OnceLock<DirectRules>,
     lock: Mutex<Option<Lock>>,
@@ -42,11 +46,28 @@ struct Open {
 
 impl HostFile {
     /// Takes an fd that was opened non-blocking; refuses what is not a regular file.
-    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access) -> Result<HostFile> {
+    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder) -> Result<HostFile> {
+        HostFile::of_kind(fd, path, access, folder, &[FileType::RegularFile])
+    }
+
+    /// As [`HostFile::new`]; block devices are taken, too.
+    pub(super) fn new_disk(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder) -> Result<HostFile> {
+        HostFile::of_kind(fd, path, access, folder, &[FileType::RegularFile, FileType::BlockDevice])
+    }
+
+    fn of_kind(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder, kinds: &[FileType]) -> Result<HostFile> {
         let fail = |what, e: Errno| Error::io(what, e.into()).at_path(path);
         let stat = rustix::fs::fstat(&fd).map_err(|e| fail("cannot stat", e))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::new(ErrorKind::Refused, "not a regular file").at_path(path));
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if !kinds.contains(&kind) {
+            let what = match kind {
+                FileType::BlockDevice => {
+                    "not a regular file but a block device: VHDs inside devices are not supported, raw disks on devices \
+                     are (--from raw, --to raw)"
+                }
+                _ => "not a regular file",
+            };
+            return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
         // Only the opening had to be non-blocking: on file systems that cannot do it, io_uring hands EAGAIN to
         // whoever left the flag on.
@@ -56,8 +77,10 @@ impl HostFile {
             mapped: Mapped::default(),
             fd,
             path: path.to_path_buf(),
+            folder: folder.clone(),
             access,
             id: FileId { dev: stat.st_dev, ino: stat.st_ino },
+            is_device: kind == FileType::BlockDevice,
             direct: OnceLock::new(),
             lock: Mutex::new(None),
         })))
@@ -68,27 +91,57 @@ impl HostFile {
         &self.0.path
     }
 
+    /// The folder in which it was found.
+    pub fn folder(&self) -> &HostFolder {
+        &self.0.folder
+    }
+
     /// Which file it is; no system call.
     pub fn id(&self) -> FileId {
         self.0.id
     }
 
-    fn fail(&self, what: &str, e: Errno) -> Error {
+    /// See [`File::is_device`](crate::storage::File::is_device).
+    pub fn is_device(&self) -> bool {
+        self.0.is_device
+    }
+
+    pub(super) fn fail(&self, what: &str, e: Errno) -> Error {
         Error::io(what, e.into()).at_path(&self.0.path)
     }
 
     /// See [`File::stat`](crate::storage::File::stat).
     pub fn stat(&self) -> Result<Stat> {
         let s = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?;
+        // The size in a device's inode is 0. Seeking moves the file position, which nothing reads.
+        let len = match self.0.is_device {
+            true => {
+                rustix::fs::seek(self, SeekFrom::End(0)).map_err(|e| self.fail("cannot read the device's size", e))?
+            }
+            false => u64::try_from(s.st_size).unwrap_or(0),
+        };
         Ok(Stat {
             id: self.0.id,
-            len: u64::try_from(s.st_size).unwrap_or(0),
+            len,
             // st_blocks counts units of 512 bytes, whatever the file system's blocks are (stat(2)).
             allocated: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
             modified: s.st_mtime,
             modified_nanos: u32::try_from(s.st_mtime_nsec).unwrap_or(0),
             mode: s.st_mode & 0o7777,
         })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        match rustix::fs::stat(self.path()) {
+            Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(Naming::Kept),
+            Ok(_) => Ok(Naming::Replaced),
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                let links = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?.st_nlink;
+                Ok(if links == 0 { Naming::Removed } else { Naming::Renamed })
+            }
+            Err(e) => Err(self.fail("cannot look up its name", e)),
+        }
     }
 
     /// See [`File::read_at`](crate::storage::File::read_at).
@@ -216,32 +269,6 @@ impl HostFile {
             }
             Err(e) => Err(self.fail(&format!("cannot reserve {len} bytes"), e).at_offset(offset)),
         }
-    }
-
-    /// See [`File::punch`](crate::storage::File::punch).
-    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
-            Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
-            Err(e) => Err(self.fail(&format!("cannot punch a hole of {len} bytes"), e).at_offset(offset)),
-        }
-    }
-
-    /// Writes zeros over the part of the range that lies in the file.
-    fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
-        let end = offset.saturating_add(len).min(self.stat()?.len);
-        let mut at = offset;
-        let zeros = Buffer::zeroed(BOUNCE);
-        while at < end {
-            let n = usize::try_from(end - at).unwrap_or(BOUNCE).min(BOUNCE);
-            self.write_at(&zeros[..n], at)?;
-            at += n as u64;
-        }
-        Ok(())
     }
 
     /// See [`File::next_data`](crate::storage::File::next_data).

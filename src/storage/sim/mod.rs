@@ -16,7 +16,9 @@
 mod engine;
 mod env;
 mod file;
+mod folder;
 mod inode;
+mod metadata;
 mod names;
 mod rng;
 mod runtime;
@@ -33,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::env::absolute;
 pub use self::file::SimFile;
+pub use self::folder::SimFolder;
 use self::inode::Inode;
 use self::names::InodeId;
 pub use self::rng::Random;
@@ -78,6 +81,8 @@ pub struct FaultPlan {
     pub room: Option<u64>,
     /// The file system cannot reserve room.
     pub no_allocate: bool,
+    /// The file system has no files without names.
+    pub no_unnamed: bool,
 }
 
 /// Steps so far: every call on files and names that a host could fail, and every operation of an engine.

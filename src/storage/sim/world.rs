@@ -198,7 +198,7 @@ impl World {
         }
     }
 
-    fn inode(&mut self, id: InodeId) -> &mut Inode {
+    pub(super) fn inode(&mut self, id: InodeId) -> &mut Inode {
         self.inodes.get_mut(&id).expect("files live as long as the machine")
     }
 
@@ -225,7 +225,7 @@ impl World {
         for change in inode.changes(effect) {
             inode.apply(seq, change);
         }
-        inode.modified = clock;
+        inode.metadata.touch(clock);
     }
 
     pub(super) fn write(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
