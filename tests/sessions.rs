@@ -1,5 +1,6 @@
 //! Sessions from outside, with the real programs: a killed daemon's image meets another user, another folder, a move, a
 //! restore, a child, tools, hostile folders and journals.
+#![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "words of a journal, small numbers")]
 
 mod common;
 
