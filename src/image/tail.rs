@@ -88,6 +88,8 @@ pub struct Growth {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Start,
+    /// The footer that came with the stamp when the session began becomes durable.
+    SealBegun,
     Allocate,
     SealFooter,
     Wipe,
@@ -132,7 +134,8 @@ impl Growth {
     /// and growth may be tried again; `Poisoned` where making it durable failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
         let step = self.advance(failed, ops);
-        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealFooter | Phase::SealWipe));
+        let syncs =
+            matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealBegun | Phase::SealFooter | Phase::SealWipe));
         // After a failure has poisoned the image: a commit that sees no sync any more must see that.
         self.image.room().syncing = syncs;
         match step {
@@ -153,7 +156,12 @@ impl Growth {
                     let why = "the file cannot grow: a block table names no place beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
-                self.allocate(ops);
+                // Whatever cuts the file back to this footer must not make a length durable that has none.
+                let is_sealed = self.image.room().stale.is_empty();
+                match is_sealed {
+                    true => self.allocate(ops),
+                    false => self.write(Phase::SealBegun, ops),
+                }
             }
             (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
@@ -183,7 +191,10 @@ impl Growth {
                 }
             }
             // A commit's sync may have been told of a failure that concerns ours, too.
-            (Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
+            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => {
+                self.image.check_poison()?;
+            }
+            (Phase::SealBegun, None) => self.allocate(ops),
             (Phase::SealFooter, None) => self.write(Phase::Wipe, ops),
             (Phase::Wipe, None) => self.write(Phase::SealWipe, ops),
             (Phase::SealWipe, None) => {
@@ -193,7 +204,7 @@ impl Growth {
                 room.steps += 1;
                 return Ok(Step::Done);
             }
-            (Phase::SealFooter | Phase::SealWipe, Some(e)) => {
+            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, Some(e)) => {
                 let why = format!("a sync failed ({e}) while the file grew");
                 self.image.poison(&why);
                 return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
@@ -243,6 +254,7 @@ impl Growth {
     /// through.
     fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
         let through = match phase {
+            Phase::SealBegun => true,
             Phase::SealFooter => !mutant::is(Mutant::GrowUnsynced),
             Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
             Phase::Wipe | Phase::Start | Phase::Allocate | Phase::Over => false,
@@ -251,7 +263,7 @@ impl Growth {
         self.phase = phase;
         let room = self.image.room();
         let footer = Buffer::copy_of(&self.image.footer_bytes());
-        if phase == Phase::SealFooter {
+        if matches!(phase, Phase::SealBegun | Phase::SealFooter) {
             return ops.push(write(0, self.slot, room.footer * SECTOR, Payload::Own(footer)));
         }
         for run in room.stale.chunk_by(|a, b| a + 1 == *b) {

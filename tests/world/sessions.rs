@@ -264,6 +264,8 @@ pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
         let (host, mut known) = (layout.host(7), Known::default());
         let mut guest = open(&host).map_err(line)?;
         guest.write(&mut known, 1, 2);
+        // Room is made by a block of its own: what fails below is no sync.
+        guest.write(&mut known, 2 * BLOCK, 3);
         guest.flush();
         let now = host.counts().steps;
         host.set_faults(FaultPlan { fail: vec![(now + 1, Fault::Io), (now + 2, Fault::Io)], ..FaultPlan::default() });
