@@ -4,7 +4,7 @@
 //!
 //! A store must not cost more than a store, so the words are not written by system calls, and a file that somebody cuts
 //! while it is mapped raises SIGBUS. Seals that forbid cutting exist only for files without a name, which a successor could
-//! not find. So the signal is caught ([`rescue`]): the handler puts anonymous memory in the place of the mapping, notes that
+//! not find. So the signal is caught (`bus.rs`): the handler puts anonymous memory in the place of the mapping, notes that
 //! it is *lost*, and the access goes on there. Whoever relies on the words asks [`Live::is_lost`] after the store.
 #![allow(unsafe_code)]
 
