@@ -112,7 +112,7 @@ fn create_info_and_check_of_roots() {
 
     let info = json(&d, "info r.vhd --json");
     let keys = "allocated_bytes block_size blocks blocks_allocated created creator_app creator_host file_size format \
-                in_use parent path type uuid virtual_size";
+                in_use parent path session type uuid virtual_size";
     let mut told: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
     told.sort_unstable();
     assert_eq!(told.join(" "), keys);

@@ -63,20 +63,6 @@ fn an_explicit_runtime_folder_is_used_or_refused() {
     assert!(said(&output).contains("failed") && said(&output).contains("/run/diffdisk"), "{}", said(&output));
 }
 
-/// The tool finds what a daemon left in the folder it fell back to.
-#[test]
-fn the_tool_looks_where_the_daemon_fell_back_to() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let script = format!(
-        "mount -t tmpfs -o size=64k small /run; mount -t tmpfs shm /dev/shm; {}; umount /run; mount -t tmpfs large /run; \
-         diffdisk compact a.vhd --no-system-config 2>&1 || echo refused",
-        SERVE.replace("kill $daemon 2", "kill -9 $daemon 2")
-    );
-    let Some(output) = alone(dir.path(), &script) else { return };
-    let said = said(&output);
-    assert!(said.contains("refused") && said.contains("did not end cleanly"), "{said}");
-}
-
 #[test]
 fn the_configuration_of_the_machine() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -396,6 +396,12 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     if !message.contains("/run") || !message.contains("settle") {
         return Err(format!("the message does not help: {message}"));
     }
+    // Of several folders, the one that has the journal counts, whatever the order.
+    let twin = kill(&host.twin(), 1);
+    let folder = |path: &str| twin.runtime(Path::new(path)).expect("every folder is in memory");
+    let keep = Keep::Journal { folders: vec![folder("/other"), folder("/run")], required: true };
+    let options = DiskOptions { keep, ..layouts::options(&twin, false) };
+    Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
     let env: &dyn Env = &host;
     refused(Chain::open(env, &top(), &Policy::default(), Use::Read), "to a reader, a killed image")?;
     let written = Chain::open(env, &top(), &Policy::default(), Use::Write);
