@@ -171,7 +171,8 @@ impl Piece {
 fn pieces(undo: &File, from: u64, to: u64) -> Result<Option<Vec<Piece>>> {
     let (mut all, mut at) = (Vec::new(), from);
     while at < to {
-        let mut head = [0; PIECE_HEAD as usize];
+        let mut head = [0; 16];
+        debug_assert_eq!(head.len() as u64, PIECE_HEAD);
         if to - at < PIECE_HEAD {
             return Ok(None);
         }

@@ -1,5 +1,6 @@
 //! The host itself: Linux files, names, clock and entropy.
 
+mod direct;
 mod file;
 mod folder;
 mod holder;
