@@ -306,7 +306,6 @@ mod tests {
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, Cache::Writethrough));
         assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
-        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256").unwrap(), disks[0]);
         let text =
             "[[disk]]\npath = \"/a\"\nallow-parents = [\"/i\", \"/j\"]\nsocket-group = \"9\"\nsocket-mode = \"660\"\n";
         let same = disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::{Chain, Policy, Use, warn_of_merges};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
@@ -130,6 +130,11 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
+    // If only data is lost, headers and table are still right. Otherwise what they contain is no information.
+    let wrong = |d: &&Defect| d.consequence() == Consequence::NotReadable && !matches!(d, Defect::BlockCutOff { .. });
+    if let Some(defect) = image.notes().iter().find(wrong) {
+        return Err(Error::from(defect.clone()).at_path(path));
+    }
     let Some(policy) = parents else {
         warn_of_merges(env, &image)?;
         let mut info = describe(&image, None)?;

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | nothing | nothing: the record is removed |
 //! | a part | record and mark, which keep the receiver from being opened by itself; the merge may still be finished |
-//! | all | the receiver with CHILD's disk, and CHILD, which shows the same: the record is removed |
+//! | all | the receiver with CHILD's disk, and CHILD, which shows the same: the record is removed, unless a layer between is |
+//! |     | still there, which shows neither disk: then the record is kept as for a part |
 //!
 //! A record whose receiver is gone is removed, too, and so is one whose CHILD is gone if the receiver has no mark (it was
 //! restored from a backup).
@@ -63,6 +64,8 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     };
     match record.copied {
         Copied::Nothing => end(env, &record, &ancestor).map(|()| Abandoned::Undone),
+        // A layer between would show parts of both disks.
+        Copied::All if has_layer_between(env, &record)? => keep(env, record).map(|()| Abandoned::Partial(path)),
         Copied::All => {
             record_time_again(env, &record, &ancestor)?;
             end(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
@@ -122,15 +125,30 @@ fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     Ok(())
 }
 
-fn keep_as_partial(env: &dyn Env, mut record: MergeRecord, ancestor: &File) -> Result<()> {
+fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Result<()> {
     match mark_receiver(ancestor, record.layers[0].uuid, &record.child()) {
         Err(e) => log::warn!("{}; only the record beside CHILD shows that it is not whole", e.line()),
         Ok(()) => point::reached("abandon.marked"),
     }
+    keep(env, record)
+}
+
+/// Keeps the record, as that of a merge that was given up.
+fn keep(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
     record.save(&home(env, &record)?)?;
     point::reached("abandon.recorded");
     Ok(())
+}
+
+/// Whether an image between CHILD and the receiver is still there.
+fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
+    for layer in &record.layers[1..] {
+        if Seen::at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The record of a merge of the image at `child` into the ancestor that its mark names, in the place of one that cannot be
