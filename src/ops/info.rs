@@ -130,9 +130,8 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
-    // If only data is lost, headers and table are still right. Otherwise what they contain is no information.
-    let wrong = |d: &&Defect| d.consequence() == Consequence::NotReadable && !matches!(d, Defect::BlockCutOff { .. });
-    if let Some(defect) = image.notes().iter().find(wrong) {
+    // Nothing that such an image contains is sure.
+    if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
         return Err(Error::from(defect.clone()).at_path(path));
     }
     let Some(policy) = parents else {
@@ -200,7 +199,7 @@ fn in_words(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Told => defect.to_string(),
         Consequence::NotWritable => format!("only readable: {defect}"),
-        Consequence::NotReadable => format!("not readable: {defect}"),
+        Consequence::NotReadable => unreachable!("refused before"),
     }
 }
 
