@@ -45,17 +45,33 @@ impl KeptTime {
         self.set(self.before)
     }
 
-    /// Sets the time, durably. Only the owner of a file may: without that right the file keeps its new time, and children
-    /// warn in vain.
+    /// Puts the time back as the file is opened. A power cut may undo that, which is a false alarm; no order of durable
+    /// writes may rely on a sync that the owner of the file alone would get.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn put_back_at_open(&self) -> Result<()> {
+        if self.file.stat()?.last_change() != self.before {
+            self.set_cached(self.before)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the time, durably.
     fn set(&self, time: Modified) -> Result<()> {
+        if self.set_cached(time)? { self.file.sync_all() } else { Ok(()) }
+    }
+
+    /// Sets the time; false if nobody but the owner of the file may: it keeps its new time, and children warn in vain.
+    fn set_cached(&self, time: Modified) -> Result<bool> {
         match self.file.set_modified(time) {
             Err(e)
                 if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EOPNOTSUPP)) =>
             {
                 log::info!("{}; its children will warn that it was written to", e.line());
-                Ok(())
+                Ok(false)
             }
-            set => set.and_then(|()| self.file.sync_all()),
+            set => set.map(|()| true),
         }
     }
 
