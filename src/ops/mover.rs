@@ -41,7 +41,7 @@ pub enum Format {
 /// # Errors
 /// `Io`; as for opening the file.
 pub fn raw_container(env: &dyn Env, path: &Path) -> Result<Option<Container>> {
-    let file = env.open(path, Access::Read)?;
+    let file = env.open_disk(path, Access::Read)?;
     let mut head = [0; HEAD_BYTES];
     let (len, there) = (file.stat()?.len, head.len());
     let there = there.min(usize::try_from(len).unwrap_or(usize::MAX));
