@@ -30,7 +30,7 @@ use super::seen::Seen;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
 use crate::point;
-use crate::storage::{Access, Env, Folder};
+use crate::storage::{Access, Env, Folder, Modified};
 
 const FIRST_LINE: &str = "diffdisk merge 3";
 /// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
@@ -266,17 +266,14 @@ fn folded_by_record(name: &OsStr) -> Option<Uuid> {
 fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),
-        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Ok(None),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => {
-            Ok(None)
-        }
+        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) || e.is_denied() => Ok(None),
         Err(e) => Err(e),
     }
 }
 
 /// The line of a file.
 fn named(word: &str, uuid: Uuid, seen: Seen, path: &Path) -> String {
-    let Seen { ino, len, modified: (seconds, nanos) } = seen;
+    let Seen { ino, len, modified: Modified { seconds, nanos } } = seen;
     format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", escaped(path))
 }
 
@@ -285,7 +282,7 @@ fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
     let mut words = text.splitn(5, ' ');
     let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let (seconds, nanos) = words.next()?.split_once('.')?;
-    let modified = (seconds.parse().ok()?, nanos.parse().ok()?);
+    let modified = Modified { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
     Some((uuid, Seen { ino, len, modified }, unescaped(words.next()?)?))
 }
 

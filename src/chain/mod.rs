@@ -35,7 +35,7 @@ mod version;
 mod warning;
 
 pub use check::{Checked, check};
-pub use children::{children_of, mark_parent, refuse_if_parent, relative};
+pub use children::{children_of, mark_parent, place_of, refuse_if_parent, relative};
 pub use extent::{Extent, Missing, Plan, Source};
 pub use frozen::{Frozen, Layer};
 pub use merge_record::{Copied, Earlier, Folded, MergeRecord};

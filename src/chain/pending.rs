@@ -252,10 +252,8 @@ fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result
     let own = images.iter().map(|image| real_folder(env, image.file()));
     // A folder that is gone or closed to us holds no record that we could read.
     for folder in own.chain(allowed.iter().map(|folder| env.folder(folder))) {
-        if let Ok(folder) = folder.and_then(|folder| folder.absolute())
-            && folders.iter().all(|known| !known.is_same(&folder))
-        {
-            folders.push(folder);
+        if let Ok(folder) = folder.and_then(|folder| folder.absolute()) {
+            folder.add_to(&mut folders);
         }
     }
     let mut records = Vec::new();

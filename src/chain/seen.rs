@@ -4,9 +4,9 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::error::{ErrorKind, Result};
+use crate::error::{Result, found};
 use crate::image::Glance;
-use crate::storage::{Access, Env, File};
+use crate::storage::{Access, Env, File, Modified};
 
 /// The state of a file, by which it is known again: the same file, and nobody has written to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,8 +15,8 @@ pub struct Seen {
     pub(super) ino: u64,
     /// Its length in bytes.
     pub(super) len: u64,
-    /// Its last change, Unix seconds and nanoseconds.
-    pub(super) modified: (i64, u32),
+    /// Its last change.
+    pub(super) modified: Modified,
 }
 
 impl Seen {
@@ -26,7 +26,7 @@ impl Seen {
     /// `Io`.
     pub fn of(file: &File) -> Result<Seen> {
         let stat = file.stat()?;
-        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: (stat.modified, stat.modified_nanos) })
+        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: stat.last_change() })
     }
 
     /// The state of an image; `None` where another file or none is at `path`.
@@ -34,11 +34,7 @@ impl Seen {
     /// # Errors
     /// `Io`.
     pub fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
-        let file = match env.open(path, Access::Read) {
-            Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
+        let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
         let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
         is_it.then(|| Seen::of(&file)).transpose()
     }

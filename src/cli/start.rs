@@ -31,8 +31,8 @@ const OWN_DESCRIPTORS: u64 = 32;
 /// A disk that is ready to be served.
 pub(super) struct Ready {
     // Dropped first: it removes the socket and ends the threads of the queues.
-    daemon: Option<Daemon>,
-    disk: Arc<Disk>,
+    daemon: Daemon,
+    disk: Opened,
     name: String,
 }
 
@@ -47,26 +47,21 @@ impl Ready {
     /// # Errors
     /// As [`Daemon::run`].
     pub(super) fn run(mut self, stop: &UnixStream) -> Result<()> {
-        self.daemon.take().expect("it is run once").run(stop)
+        self.disk.is_served = true;
+        self.daemon.run(stop)
     }
 }
 
-impl Drop for Ready {
-    /// A disk that is not served after all.
-    fn drop(&mut self) {
-        if self.daemon.take().is_some() {
-            self.disk.abandon();
-        }
-    }
+/// A disk that was opened. Dropped before it is served, it leaves no live journal behind.
+struct Opened {
+    disk: Arc<Disk>,
+    is_served: bool,
 }
-
-/// A disk that was opened, until its daemon stands. Dropped before that, it leaves no live journal behind.
-struct Opened(Option<Arc<Disk>>);
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        if let Some(disk) = self.0.take() {
-            disk.abandon();
+        if !self.is_served {
+            self.disk.abandon();
         }
     }
 }
@@ -99,8 +94,8 @@ pub(super) fn all(
         let options = options(args, disk, &keep);
         let open = || Disk::open(host.clone(), &options);
         let Some(opened) = when_free(PREDECESSORS_IO, &service.name, stop, open)? else { return Ok(None) };
-        let mut guard = Opened(Some(opened.clone()));
-        let depths = ready.iter().map(|r| r.disk.version().depth()).chain([opened.version().depth()]);
+        let opened = Opened { disk: opened, is_served: false };
+        let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|opened| opened.disk.version().depth());
         check_descriptors(disks, depths.chain(std::iter::repeat(1)))?;
         let bind = || match (handed_over.take(), &disk.socket) {
             (Some(socket), _) => Ok(socket),
@@ -109,10 +104,9 @@ pub(super) fn all(
         };
         let Some(socket) = when_free(PREDECESSORS_SOCKET, &service.name, stop, bind)? else { return Ok(None) };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
-        let daemon = Daemon::new(opened.clone(), &service, socket)?;
-        guard.0 = None;
-        info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));
-        ready.push(Ready { daemon: Some(daemon), disk: opened, name: service.name });
+        let daemon = Daemon::new(opened.disk.clone(), &service, socket)?;
+        info!("{}", describe(&service, disk, &opened.disk, &place, daemon.engine()));
+        ready.push(Ready { daemon, disk: opened, name: service.name });
     }
     Ok(Some(ready))
 }

@@ -28,9 +28,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy)
     if let Some(glance) = Glance::at(&file)? {
         refuse_if_live(env, &policy.runtime, &file, glance.uuid)?;
     }
-    let time = KeptTime::of(&file)?;
-    let image = agreed(&file)?;
-    time.put_back()?;
+    let image = KeptTime::during(&file, || agreed(&file))?;
     image.check_writable()?;
     refuse_change(env, &image, change, &policy.allowed, None)?;
     Ok(image)

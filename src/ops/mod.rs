@@ -41,4 +41,4 @@ pub mod salvage;
 mod sink;
 mod writer;
 
-pub use mover::{Disk, Format, Progress, raw_container};
+pub use mover::{Disk, Format, Progress};

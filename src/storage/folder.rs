@@ -75,6 +75,13 @@ impl Folder {
         }
     }
 
+    /// Adds it to folders that are each there once.
+    pub fn add_to(self, folders: &mut Vec<Folder>) {
+        if folders.iter().all(|known| !known.is_same(&self)) {
+            folders.push(self);
+        }
+    }
+
     /// Opens the regular file of a name.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use super::resume::{is_same, present_at};
 use super::survey::link;
 use crate::chain::{Chain, Copied, Earlier, Folded, MergeRecord, Policy, Seen, Use, mark_receiver, marked_by};
 use crate::chain::{relative, unmark_receiver};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, found};
 use crate::image::{Glance, Image, KeptTime, agreed, file_name, folder_of, relink};
 use crate::ops::kin;
 use crate::point;
@@ -88,11 +88,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
 
 /// The receiver, locked so that no merge of it runs; `None` if it is gone, or another image has its name.
 fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
-    let file = match env.open(path, Access::Write) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-    };
+    let Some(file) = found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
     let is_it = Glance::at(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
     Ok(is_it.then_some(file))
@@ -101,20 +97,17 @@ fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<F
 /// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
 fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge folds an image");
-    let file = match env.open(&record.folder.join(&layer.path), Access::Write) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
+    let Some(file) = found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
     file.lock(Lock::Exclusive)?;
-    let time = KeptTime::of(&file)?;
-    let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
-    let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
-    if image.uuid() != layer.uuid || !stands_on_it {
-        return Ok(());
-    }
-    let link = link(env, &image, &ancestor)?;
-    time.put_back_after(relink(env, &file, Some(&link)))
+    KeptTime::during(&file, || {
+        let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
+        let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
+        if image.uuid() != layer.uuid || !stands_on_it {
+            return Ok(());
+        }
+        let link = link(env, &image, &ancestor)?;
+        relink(env, &file, Some(&link))
+    })
 }
 
 fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
