@@ -335,7 +335,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     let kept = lines.next().unwrap().strip_prefix("c.vhd: what was replaced is kept in ").unwrap();
     let undo = fs::read(d.path().join(kept)).unwrap();
     assert!(kept.starts_with("c.vhd.repair-") && kept.ends_with(".undo"), "{kept}");
-    assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 1\n"[..], broken[100]));
+    assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 2\n"[..], broken[100]));
     assert_eq!(lines.next(), Some("c.vhd: no defects"));
     assert_eq!(checked(&d, "c.vhd --chain", 4)["defects"][0]["path"], found["defects"][1]["path"]);
 

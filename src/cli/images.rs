@@ -183,9 +183,14 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
-    if format == Format::Raw
-        && let Some(container) = ops::raw_container(&Host, path)?
-    {
+    let disk = Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
+        // Not an error of a parent: there a hint would mislead.
+        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
+            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
+        }
+        _ => e,
+    })?;
+    if let Some(container) = disk.container()? {
         let (name, driver) = (container.name(), container.qemu_driver());
         let way = match container {
             Container::Vhd => "without `--from raw` it is read as one".to_owned(),
@@ -193,13 +198,7 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
         };
         log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
     }
-    Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
-        // Not an error of a parent: there a hint would mislead.
-        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
-            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
-        }
-        _ => e,
-    })
+    Ok(disk)
 }
 
 fn convert(args: &Convert, common: &Common) -> Result<Exit> {

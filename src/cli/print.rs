@@ -144,8 +144,11 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         n => format!(" ({n} files)"),
     });
     if report.ok {
-        let alone = if report.parents_unseen { " (--chain checks its parents, too)" } else { "" };
-        return writeln!(out, "{}{files}: no defects{alone}", plain(&report.path));
+        writeln!(out, "{}{files}: no defects", plain(&report.path))?;
+        if report.parents_unseen {
+            writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
+        }
+        return Ok(());
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))

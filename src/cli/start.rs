@@ -31,7 +31,7 @@ const OWN_DESCRIPTORS: u64 = 32;
 /// A disk that is ready to be served.
 pub(super) struct Ready {
     // Dropped first: it removes the socket and ends the threads of the queues.
-    daemon: Option<Daemon>,
+    daemon: Daemon,
     disk: Arc<Disk>,
     name: String,
 }
@@ -46,8 +46,8 @@ impl Ready {
     ///
     /// # Errors
     /// As [`Daemon::run`].
-    pub(super) fn run(mut self, stop: &UnixStream) -> Result<()> {
-        self.daemon.take().expect("it is run once").run(stop)
+    pub(super) fn run(self, stop: &UnixStream) -> Result<()> {
+        self.daemon.run(stop)
     }
 }
 
@@ -79,7 +79,7 @@ pub(super) fn all(
         let options = options(args, disk, &keep);
         let open = || Disk::open(host.clone(), &options);
         let Some(opened) = when_free(PREDECESSORS_IO, &service.name, stop, open)? else { return Ok(None) };
-        let depths = ready.iter().map(|r| r.disk.version().depth()).chain([opened.version().depth()]);
+        let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
         check_descriptors(disks, depths.chain(std::iter::repeat(1)))?;
         let bind = || match (handed_over.take(), &disk.socket) {
             (Some(socket), _) => Ok(socket),
@@ -90,7 +90,7 @@ pub(super) fn all(
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
         let daemon = Daemon::new(opened.clone(), &service, socket)?;
         info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));
-        ready.push(Ready { daemon: Some(daemon), disk: opened, name: service.name });
+        ready.push(Ready { daemon, disk: opened, name: service.name });
     }
     Ok(Some(ready))
 }

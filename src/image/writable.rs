@@ -74,7 +74,7 @@ impl Writable {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
         };
-        opened.put_back()?;
+        opened.put_back_at_open()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
         let image = Writable { image, sparse, unsynced, dirty, poison, keep, due, opened, changed };

@@ -26,9 +26,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy)
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
     refuse_live_file(env, &policy.runtime, &file)?;
-    let time = KeptTime::of(&file)?;
-    let image = agreed(&file)?;
-    time.put_back()?;
+    let image = KeptTime::during(&file, || agreed(&file))?;
     image.check_writable()?;
     refuse_change(env, &image, change, &policy.allowed, None)?;
     Ok(image)

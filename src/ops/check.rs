@@ -148,8 +148,8 @@ pub fn repair(
         if let Ok(image) = Image::open(file.clone()) {
             refuse_change(env, &image, Change::Room, allowed, None)?;
         }
-        let time = KeptTime::of(&file)?;
-        let undo = time.put_back_after(image::repair(env, &file, taken))?.map(|path| path.display().to_string());
+        let undo = KeptTime::during(&file, || image::repair(env, &file, taken))?;
+        let undo = undo.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
     Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::{Chain, Policy, Use, warn_of_merges};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
 use crate::format::stamp::readable;
@@ -146,6 +146,10 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
+    // Nothing that such an image contains is sure.
+    if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
+        return Err(Error::from(defect.clone()).at_path(path));
+    }
     let Some(policy) = parents else {
         warn_of_merges(env, &image)?;
         let mut info = describe(env, &image, None)?;
@@ -219,7 +223,7 @@ fn in_words(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Told => defect.to_string(),
         Consequence::NotWritable => format!("only readable: {defect}"),
-        Consequence::NotReadable => format!("not readable: {defect}"),
+        Consequence::NotReadable => unreachable!("refused before"),
     }
 }
 

@@ -42,4 +42,4 @@ pub mod settle;
 mod sink;
 mod writer;
 
-pub use mover::{Disk, Format, Progress, raw_container};
+pub use mover::{Disk, Format, Progress};
