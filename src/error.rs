@@ -118,6 +118,11 @@ impl Error {
         None
     }
 
+    /// Whether the host does not let this user do it, or cannot do it on this file system at all.
+    pub fn is_denied(&self) -> bool {
+        matches!(self.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
+    }
+
     /// The whole story on one line: what failed, path, offset, and the chain of causes.
     pub fn line(&self) -> String {
         let mut line = self.to_string();
@@ -154,6 +159,17 @@ impl fmt::Debug for Error {
 impl error::Error for Error {
     fn source(&self) -> Option<&(dyn error::Error + 'static)> {
         self.0.source.as_deref().map(|e| e as _)
+    }
+}
+
+/// `None` for what does not exist.
+///
+/// # Errors
+/// All others.
+pub fn found<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        outcome => outcome.map(Some),
     }
 }
 

@@ -45,6 +45,7 @@ const UNSAFE: &[&str] = &[
     "device/guest.rs",
     "device/turns.rs",
     "storage/blocking.rs",
+    "storage/bus.rs",
     "storage/copy.rs",
     "storage/host/lock.rs",
     "storage/host/mapped.rs",

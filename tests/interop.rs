@@ -296,3 +296,28 @@ fn what_qemu_does_to_a_child_is_recognised() {
     let alone = tool::diffdisk(["check", &text("child.vhd"), "--json"]);
     assert_eq!((alone.code, &alone.json()["defects"][0]["kind"]), (Some(4), &"placed-by-another".into()));
 }
+
+#[test]
+fn killed_images_are_read_alike() {
+    let mut rng = Rng::from_env("killed");
+    for (depth, qemu) in [(1, true), (3, false)] {
+        let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let option = format!("--runtime-dir={}", runtime.path().display());
+        let mut chain = Chain::build("killed", 24 * MIB, &["--block-size", "2M"], depth, &mut rng);
+        let daemon = Daemon::start(chain.leaf(), &[&option]);
+        let mut guest = daemon.connect();
+        chain.work(&mut guest, depth, &mut rng);
+        guest.flush().expect("a flush");
+        drop(guest);
+        daemon.kill();
+        let info = tool::diffdisk(["info".into(), chain.leaf().display().to_string(), "--json".into()]).ok().json();
+        assert_eq!(info["session"]["open"], true, "the stamp is there: {info}");
+        if qemu {
+            chain.assert_qemu();
+        }
+        chain.assert_sevenzip();
+        chain.assert_vhdlib();
+        tool::diffdisk(["settle", &chain.leaf().display().to_string(), &option]).ok();
+        chain.assert_diffdisk();
+    }
+}

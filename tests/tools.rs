@@ -112,7 +112,7 @@ fn create_info_and_check_of_roots() {
 
     let info = json(&d, "info r.vhd --json");
     let keys = "allocated_bytes block_size blocks blocks_allocated created creator_app creator_host file_size format \
-                in_use parent path type uuid virtual_size written_bytes";
+                in_use parent path session type uuid virtual_size written_bytes";
     let mut told: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
     told.sort_unstable();
     assert_eq!(told.join(" "), keys);
@@ -335,7 +335,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     let kept = lines.next().unwrap().strip_prefix("c.vhd: what was replaced is kept in ").unwrap();
     let undo = fs::read(d.path().join(kept)).unwrap();
     assert!(kept.starts_with("c.vhd.repair-") && kept.ends_with(".undo"), "{kept}");
-    assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 1\n"[..], broken[100]));
+    assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 2\n"[..], broken[100]));
     assert_eq!(lines.next(), Some("c.vhd: no defects"));
     assert_eq!(checked(&d, "c.vhd --chain", 4)["defects"][0]["path"], found["defects"][1]["path"]);
 

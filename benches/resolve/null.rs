@@ -9,7 +9,7 @@ use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{
-    Access, Completion, Engine, EngineKind, Env, File, Folder, Found, Live, Op, Presence, Slices, Slot,
+    Access, Completion, Engine, EngineKind, Env, File, Folder, Found, Op, Origin, Presence, Runtime, Slices, Slot,
 };
 use uuid::Uuid;
 use vhost_user_backend::VringT;
@@ -110,11 +110,11 @@ impl Env for Plain {
     fn exists(&self, path: &Path) -> bool {
         Host.exists(path)
     }
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        Host.live(path, words)
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        Host.runtime(folder)
     }
-    fn boot_id(&self) -> Result<Uuid> {
-        Host.boot_id()
+    fn origin(&self) -> Result<Origin> {
+        Host.origin()
     }
     fn now(&self) -> i64 {
         Host.now()

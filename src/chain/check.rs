@@ -11,7 +11,8 @@ use super::seek::Sought;
 use crate::error::Result;
 use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
-use crate::storage::{Env, File, FileId, Lock};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Env, File, FileId, Lock, Runtime};
 use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
@@ -37,13 +38,14 @@ pub struct Checked {
 /// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` where a live journal in one of the folders `runtime` says more than the file,
-/// and for a parent that is there and may not be opened; `Io`; what `progress` fails with. Broken rules are in the report.
+/// `Busy` where somebody writes to one; `Refused` if the daemon of one was killed and its live journal not taken in, which
+/// may be in one of the folders `runtime`, and for a parent that is there and may not be opened; `Io`; what `progress` fails
+/// with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
-    runtime: &[PathBuf],
+    runtime: &[Runtime],
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
     let mut passed = 0;
@@ -60,8 +62,8 @@ pub fn check(
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check_watched(file, &mut watch)?;
-        if let (Some(image), true) = (&image, all.is_empty()) {
-            refuse_if_live(env, runtime, image.file(), image.uuid())?;
+        if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::is(Mutant::ParentNotAsked)) {
+            refuse_if_live(env, runtime, image)?;
         }
         let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
         if let Some(image) = &image {

@@ -16,10 +16,10 @@ use std::time::Duration;
 use super::merge_record::{escaped, unescaped};
 use super::open::Use;
 use super::parents::{Policy, Search};
-use super::seek::Sought;
+use super::seek::{Sought, plain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::image::{Glance, Image, folder_of, is_fresh_name};
+use crate::image::{Glance, Image, file_name, folder_of, is_fresh_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const MARK: &str = "user.diffdisk.children";
@@ -65,7 +65,7 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     let marked = marked(parent.file())?;
     let mut alive = Vec::new();
     for line in &marked {
-        let path = plain(&folder, line);
+        let path = plain(&folder.join(line));
         if !is_of_the_kernel(&path) && search.look(&path)? {
             alive.push(line.clone());
         }
@@ -76,7 +76,7 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     }
     let began = env.uptime();
     let listed = match env.folder(&folder).and_then(|folder| folder.list()) {
-        Err(e) if is_closed(&e) => Vec::new(),
+        Err(e) if e.is_denied() => Vec::new(),
         listed => listed?,
     };
     for (number, name) in listed.iter().filter(|name| !is_fresh_name(name)).enumerate() {
@@ -99,8 +99,7 @@ pub fn mark_parent(env: &dyn Env, parent: &Image, child: &Path) {
 
 fn mark(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
-    let name = child.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(child))?;
-    let line = relative(&folder, &env.canonical(folder_of(child))?.join(name));
+    let line = relative(&folder, &place_of(env, child)?);
     // Another process may change the mark between the two calls, and there is no call for both.
     for _ in 0..4 {
         let mut lines = marked(parent.file())?;
@@ -134,7 +133,7 @@ impl Children<'_> {
         let file = match self.env.open(path, Access::Read) {
             Ok(file) => file,
             Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => return Ok(false),
-            Err(e) if is_closed(&e) => return Ok(true),
+            Err(e) if e.is_denied() => return Ok(true),
             Err(e) => return Err(e),
         };
         let id = file.stat()?.id;
@@ -169,10 +168,6 @@ fn is_of_the_kernel(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"].iter().any(|folder| path.starts_with(folder))
 }
 
-fn is_closed(e: &Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
-}
-
 /// The lines of the mark on a file; none if there is no mark, or none of ours.
 fn marked(parent: &File) -> Result<Vec<PathBuf>> {
     let value = parent.attribute(MARK)?.unwrap_or_default();
@@ -185,23 +180,20 @@ fn encode(lines: &[PathBuf]) -> Option<Vec<u8>> {
     (!text.is_empty()).then(|| text.join("\n").into_bytes())
 }
 
+/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
+///
+/// # Errors
+/// `Refused` if `path` does not end in a file name; `Io`, `NotFound`: of the folder.
+pub fn place_of(env: &dyn Env, path: &Path) -> Result<PathBuf> {
+    let name = file_name(path)?;
+    Ok(env.canonical(folder_of(path))?.join(name))
+}
+
 /// The way from a folder to a file, both absolute and without `..` and symbolic links.
 pub fn relative(folder: &Path, file: &Path) -> PathBuf {
     let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = folder.components().skip(common).map(|_| Component::ParentDir);
     up.chain(file.components().skip(common)).collect()
-}
-
-/// A path from a folder as an absolute one without `..`.
-fn plain(folder: &Path, path: &Path) -> PathBuf {
-    let mut whole = PathBuf::new();
-    for component in folder.join(path).components() {
-        match component {
-            Component::ParentDir => drop(whole.pop()),
-            other => whole.push(other),
-        }
-    }
-    whole
 }
 
 #[cfg(test)]

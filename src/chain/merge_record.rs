@@ -26,59 +26,15 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::seen::Seen;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, folder_of};
+use crate::image::folder_of;
 use crate::point;
-use crate::storage::{Access, Env, File, Folder};
+use crate::storage::{Access, Env, Folder, Modified};
 
 const FIRST_LINE: &str = "diffdisk merge 3";
 /// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
 const MAX_BYTES: u64 = 2 << 20;
-
-/// The state of a file, by which it is known again: the same file, and nobody has written to it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Seen {
-    /// Its inode.
-    ino: u64,
-    /// Its length in bytes.
-    len: u64,
-    /// Its last change, Unix seconds and nanoseconds.
-    modified: (i64, u32),
-}
-
-impl Seen {
-    /// The state of `file` now.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn of(file: &File) -> Result<Seen> {
-        let stat = file.stat()?;
-        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: (stat.modified, stat.modified_nanos) })
-    }
-
-    /// The state of an image; `None` where another file or none is at `path`.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
-        let file = match env.open(path, Access::Read) {
-            Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
-        is_it.then(|| Seen::of(&file)).transpose()
-    }
-
-    /// The same, made durable: a power cut does not bring back an older one.
-    ///
-    /// # Errors
-    /// `Io`, `Poisoned`.
-    pub fn durably(file: &File) -> Result<Seen> {
-        file.sync_all()?;
-        Seen::of(file)
-    }
-}
 
 /// An image that is folded into another one.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -310,17 +266,14 @@ fn folded_by_record(name: &OsStr) -> Option<Uuid> {
 fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),
-        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Ok(None),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => {
-            Ok(None)
-        }
+        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) || e.is_denied() => Ok(None),
         Err(e) => Err(e),
     }
 }
 
 /// The line of a file.
 fn named(word: &str, uuid: Uuid, seen: Seen, path: &Path) -> String {
-    let Seen { ino, len, modified: (seconds, nanos) } = seen;
+    let Seen { ino, len, modified: Modified { seconds, nanos } } = seen;
     format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", escaped(path))
 }
 
@@ -329,7 +282,7 @@ fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
     let mut words = text.splitn(5, ' ');
     let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let (seconds, nanos) = words.next()?.split_once('.')?;
-    let modified = (seconds.parse().ok()?, nanos.parse().ok()?);
+    let modified = Modified { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
     Some((uuid, Seen { ino, len, modified }, unescaped(words.next()?)?))
 }
 

@@ -29,18 +29,22 @@ mod resolve;
 #[cfg(test)]
 mod rig;
 mod seek;
+mod seen;
+mod settle;
 mod top;
 mod version;
 mod warning;
 
 pub use check::{Checked, check};
-pub use children::{children_of, mark_parent, refuse_if_parent, relative};
+pub use children::{children_of, mark_parent, place_of, refuse_if_parent, relative};
 pub use extent::{Extent, Missing, Plan, Source};
 pub use frozen::{Frozen, Layer};
-pub use merge_record::{Copied, Earlier, Folded, MergeRecord, Seen};
+pub use merge_record::{Copied, Earlier, Folded, MergeRecord};
 pub use open::{Chain, Use};
 pub use parents::{MAX_DEPTH, Policy};
 pub use pending::{Change, mark_receiver, marked_by, refuse_change, unmark_receiver, warn_of_merges};
 pub use resolve::Load;
+pub use seen::Seen;
+pub use settle::settle_parents;
 pub use top::Top;
 pub use version::Version;

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
+use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, File, Lock, Slot};
 use crate::units::SECTOR;
 
@@ -51,8 +52,9 @@ impl Chain {
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours; `Refused`, to read, if an image is
-    /// partly overwritten by a merge that was not finished and CHILD of that merge does not hide it.
+    /// where somebody has one of the files open in a way that does not go with ours; `Refused` for a file (but the one to be
+    /// written) whose daemon was killed, or that is in use on another machine, and, to read, if an image is partly overwritten
+    /// by a merge that was not finished and CHILD of that merge does not hide it.
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
         let access = if how == Use::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -88,8 +90,9 @@ impl Chain {
     ) -> Result<(Chain, Option<Error>)> {
         let mut search = Search::new(env, youngest.file(), policy, how)?;
         search.pass(&youngest)?;
+        // Who writes takes the journal of the youngest in; parents are asked by everybody.
         if matches!(how, Use::Read | Use::Salvage) {
-            refuse_if_live(env, &policy.runtime, youngest.file(), youngest.uuid())?;
+            refuse_if_live(env, &policy.runtime, &youngest)?;
         }
         let (mut images, mut missing) = (vec![youngest], None);
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
@@ -111,6 +114,9 @@ impl Chain {
                 }
             };
             search.pass(&parent)?;
+            if how != Use::Look && !mutant::is(Mutant::ParentNotAsked) {
+                refuse_if_live(env, &policy.runtime, &parent)?;
+            }
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
                 log::info!(

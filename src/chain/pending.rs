@@ -11,7 +11,7 @@
 //! | --- | --- | --- | --- |
 //! | nothing copied | its own disk | CHILD's disk | refused |
 //! | partly copied | refused: neither disk | CHILD's disk: CHILD hides every sector that was overwritten | refused |
-//! | all copied | CHILD's disk | CHILD's disk | refused, and CHILD too |
+//! | all copied | CHILD's disk; refused below a layer between | CHILD's disk | refused, and CHILD too |
 //! | abandoned | refused: neither disk | CHILD's disk | only its size and room |
 //!
 //! Every open of a chain writes one warning for each unfinished merge in it.
@@ -70,6 +70,12 @@ impl Merge {
     /// Whether the disk of the receiver is neither its own nor CHILD's.
     fn is_partial(&self) -> bool {
         self.record.as_ref().is_none_or(|record| matches!(record.copied, Copied::Before(_)))
+    }
+
+    /// Whether one of the images above the receiver is folded below CHILD: what it takes from the receiver is CHILD's by now.
+    fn exposes(&self, above: &[&Image]) -> bool {
+        let Some(record) = self.record.as_ref().filter(|record| record.copied != Copied::Nothing) else { return false };
+        above.iter().any(|image| record.layers[1..].iter().any(|layer| layer.uuid == image.uuid()))
     }
 
     fn refusal(&self, receiver: &Path) -> Error {
@@ -161,8 +167,8 @@ pub(super) fn check_chain(
             }
             let path = image.file().path();
             // Who writes the youngest image asks `refuse_change`.
-            let is_read = how == Use::Read || (how == Use::Write && number > 0);
-            if is_read && !is_hidden && merge.is_partial() {
+            let is_read = matches!(how, Use::Read | Use::Salvage) || (how == Use::Write && number > 0);
+            if is_read && !is_hidden && (merge.is_partial() || merge.exposes(&images[..number])) {
                 return Err(merge.refusal(path));
             }
             warning::once(format!("{}: {}", path.display(), merge.describe()));
@@ -246,10 +252,8 @@ fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result
     let own = images.iter().map(|image| real_folder(env, image.file()));
     // A folder that is gone or closed to us holds no record that we could read.
     for folder in own.chain(allowed.iter().map(|folder| env.folder(folder))) {
-        if let Ok(folder) = folder.and_then(|folder| folder.absolute())
-            && folders.iter().all(|known| !known.is_same(&folder))
-        {
-            folders.push(folder);
+        if let Ok(folder) = folder.and_then(|folder| folder.absolute()) {
+            folder.add_to(&mut folders);
         }
     }
     let mut records = Vec::new();

@@ -30,10 +30,13 @@ pub(super) struct Common {
     /// Where parents may lie besides the folder of the image that is named (repeatable)
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
-    /// Where daemons keep what they acknowledged and did not write yet: an image of which something is there is refused
+    /// Where the live journals of this user's daemons are: what they acknowledged and did not write yet
     /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
+    /// Give up what a killed daemon acknowledged and did not write to the image that is named: its guest must be gone
+    #[arg(long, global = true)]
+    pub(super) discard_journal: bool,
     /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
     #[arg(long, global = true)]
     pub(super) no_system_config: bool,
@@ -114,6 +117,14 @@ pub(super) enum Verb {
     Compact(Compact),
     /// Give a disk another size
     Resize(Resize),
+    /// Write to an image what its killed daemon acknowledged, without serving it
+    Settle(Settle),
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Settle {
+    /// The image
+    pub(super) path: PathBuf,
 }
 
 #[derive(Group, Debug)]

@@ -11,6 +11,7 @@ use super::adopt::adopt;
 use super::disk_args::DiskArgs;
 use super::systemd;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::folder_of;
 use crate::vhost::Socket;
 
 /// A socket in `LISTEN_FDS`, as far as it decides on the disk.
@@ -118,10 +119,7 @@ fn has_default_name(socket: &Offered) -> bool {
 
 /// Whether two paths name one place: folders may be reached by links (`/var/run`).
 fn is_same_place(a: &Path, b: &Path) -> bool {
-    let folder = |path: &Path| {
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::canonicalize(folder).ok()
-    };
+    let folder = |path: &Path| std::fs::canonicalize(folder_of(path)).ok();
     a == b || (a.file_name() == b.file_name() && folder(a).is_some_and(|a| Some(a) == folder(b)))
 }
 

@@ -11,6 +11,7 @@ use super::args::{
 use super::print;
 use super::progress::Work;
 use super::runtime;
+use super::settle;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,6 +25,11 @@ use crate::units::BlockSize;
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     let common = args.common;
+    if common.discard_journal
+        && let Err(e) = settle::discard(&args.verb, &common)
+    {
+        return ("discard the journal", Err(e));
+    }
     match args.verb {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
@@ -38,12 +44,13 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Settle(a) => ("settle", settle::settle(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
-fn policy(common: &Common) -> Policy {
-    let runtime = runtime::folders(common.runtime_dir.as_deref());
-    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
+fn policy(common: &Common) -> Result<Policy> {
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+    Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -66,7 +73,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 locators: args.locator.into(),
                 preallocate: args.preallocate,
             };
-            let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
+            let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
             if !made.outside.is_empty() {
                 let options = made.outside.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
                 let (path, options) = (args.path.display(), options.collect::<String>());
@@ -92,7 +99,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
 }
 
 fn info(args: &Info, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
+    let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
     for damage in &info.damage {
         log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
@@ -110,8 +117,8 @@ fn info(args: &Info, common: &Common) -> Result<Exit> {
 }
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
-    let runtime = runtime::folders(common.runtime_dir.as_deref());
+    let policy = args.chain.then(|| policy(common)).transpose()?;
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
     if let Some(undo) = &args.undo {
         ops::check::undo(&Host, &args.path, undo, &runtime)?;
         return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
@@ -155,7 +162,7 @@ fn children(args: &Children, common: &Common) -> Result<Exit> {
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     listed(|told| {
-        ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)))?;
+        ops::map::map(&Host, &args.path, &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -163,7 +170,7 @@ fn map(args: &Map, common: &Common) -> Result<Exit> {
 fn diff(args: &Diff, common: &Common) -> Result<Exit> {
     let mut table = print::Diff::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
     listed(|told| {
-        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common), |run| told(table.run(&run)))?;
+        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -185,9 +192,14 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
-    if format == Format::Raw
-        && let Some(container) = ops::raw_container(&Host, path)?
-    {
+    let disk = Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
+        // Not an error of a parent: there a hint would mislead.
+        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
+            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
+        }
+        _ => e,
+    })?;
+    if let Some(container) = disk.container()? {
         let (name, driver) = (container.name(), container.qemu_driver());
         let way = match container {
             Container::Vhd => "without `--from raw` it is read as one".to_owned(),
@@ -195,13 +207,7 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
         };
         log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
     }
-    Disk::open(&Host, path, format, &policy(common)).map_err(|e| match e.kind() {
-        // Not an error of a parent: there a hint would mislead.
-        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
-            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
-        }
-        _ => e,
-    })
+    Ok(disk)
 }
 
 fn convert(args: &Convert, common: &Common) -> Result<Exit> {
@@ -227,7 +233,7 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, &policy(common).runtime)?;
+        ops::convert::check_replaced(&Host, &args.destination, &policy(common)?.runtime)?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,
@@ -253,7 +259,7 @@ fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
     if args.from == Source::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
     }
-    let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common))?;
+    let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common)?)?;
     for run in &given_up {
         let (start, end) = (run.start, run.start + run.length);
         log::warn!("{}: given up: bytes {start} to {end} of the disk, {} bytes", run.file.display(), run.length);
@@ -298,7 +304,7 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
         return abandon(args, common);
     }
     let (into, changed) = (args.into.as_deref(), args.changed_parent);
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common))?;
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
     let work = Work::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.at(bytes))?;
     drop(work);
@@ -317,7 +323,7 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
 
 fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
     let child = args.child.display();
-    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common))? {
+    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common)?)? {
         Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
         Abandoned::Whole(into) => {
             format!(
@@ -335,7 +341,7 @@ fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
 }
 
 /// The line that says how it went, unless nobody wants to know.
-fn told(common: &Common, line: &str) -> Result<Exit> {
+pub(super) fn told(common: &Common, line: &str) -> Result<Exit> {
     if !common.quiet {
         printed(|out| writeln!(out, "{}", print::plain(line)))?;
     }
@@ -345,7 +351,7 @@ fn told(common: &Common, line: &str) -> Result<Exit> {
 fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common), progress)?;
+    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common)?, progress)?;
     drop(work);
     let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
     told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
@@ -354,7 +360,7 @@ fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
 fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
     if args.r#unsafe && done.same_parent {
@@ -365,7 +371,7 @@ fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
 
 fn compact(args: &Compact, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
-    let done = ops::compact::compact(&Host, &args.path, &policy(common), &mut |bytes| work.at(bytes))?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.at(bytes))?;
     drop(work);
     let (given, blocks) = (human(done.given_back), done.blocks);
     told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
@@ -374,7 +380,7 @@ fn compact(args: &Compact, common: &Common) -> Result<Exit> {
 fn resize(args: &Resize, common: &Common) -> Result<Exit> {
     let work = Work::new(args.size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common), progress)?;
+    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common)?, progress)?;
     drop(work);
     let (from, to) = (human(done.from), human(done.to));
     told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))

@@ -23,6 +23,7 @@ mod progress;
 mod runtime;
 pub mod serve;
 mod serve_args;
+mod settle;
 mod signals;
 mod size;
 mod start;

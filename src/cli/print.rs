@@ -49,6 +49,10 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
         field("block size", &bytes(size.into()))?;
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;
     }
+    if let Some(session) = &info.session {
+        let state = if session.open { "open" } else { "over: the host was restarted" };
+        field("session", &format!("{state}; {} on {}, {}", session.user, session.host, session.folder))?;
+    }
     if let Some(user) = &info.in_use {
         field("in use", &in_use(user))?;
     }
@@ -141,8 +145,11 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         n => format!(" ({n} files)"),
     });
     if report.ok {
-        let alone = if report.parents_unseen { " (--chain checks its parents, too)" } else { "" };
-        return writeln!(out, "{}{files}: no defects{alone}", plain(&report.path));
+        writeln!(out, "{}{files}: no defects", plain(&report.path))?;
+        if report.parents_unseen {
+            writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
+        }
+        return Ok(());
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))

@@ -16,7 +16,7 @@ use super::runtime;
 use super::serve_args::{Args, OnEnospc};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{JOURNAL_BYTES, Keep};
+use crate::image::{JOURNAL_BYTES, Keep, sweep};
 use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{Daemon, Service, Socket, descriptors};
@@ -31,7 +31,7 @@ const OWN_DESCRIPTORS: u64 = 32;
 /// A disk that is ready to be served.
 pub(super) struct Ready {
     // Dropped first: it removes the socket and ends the threads of the queues.
-    daemon: Option<Daemon>,
+    daemon: Daemon,
     disk: Arc<Disk>,
     name: String,
 }
@@ -46,28 +46,8 @@ impl Ready {
     ///
     /// # Errors
     /// As [`Daemon::run`].
-    pub(super) fn run(mut self, stop: &UnixStream) -> Result<()> {
-        self.daemon.take().expect("it is run once").run(stop)
-    }
-}
-
-impl Drop for Ready {
-    /// A disk that is not served after all.
-    fn drop(&mut self) {
-        if self.daemon.take().is_some() {
-            self.disk.abandon();
-        }
-    }
-}
-
-/// A disk that was opened, until its daemon stands. Dropped before that, it leaves no live journal behind.
-struct Opened(Option<Arc<Disk>>);
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        if let Some(disk) = self.0.take() {
-            disk.abandon();
-        }
+    pub(super) fn run(self, stop: &UnixStream) -> Result<()> {
+        self.daemon.run(stop)
     }
 }
 
@@ -91,7 +71,7 @@ pub(super) fn all(
     raise_file_limit();
     // Before the chains are known each has at least one file.
     check_descriptors(disks, disks.iter().map(|_| 1))?;
-    let keep = keep(args, disks)?;
+    let keep = keep(args, disks, &**host)?;
     let mut ready: Vec<Ready> = Vec::new();
     for (disk, handed_over) in disks.iter().zip(&mut handed_over) {
         let access = disk.socket_access()?;
@@ -99,8 +79,7 @@ pub(super) fn all(
         let options = options(args, disk, &keep);
         let open = || Disk::open(host.clone(), &options);
         let Some(opened) = when_free(PREDECESSORS_IO, &service.name, stop, open)? else { return Ok(None) };
-        let mut guard = Opened(Some(opened.clone()));
-        let depths = ready.iter().map(|r| r.disk.version().depth()).chain([opened.version().depth()]);
+        let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
         check_descriptors(disks, depths.chain(std::iter::repeat(1)))?;
         let bind = || match (handed_over.take(), &disk.socket) {
             (Some(socket), _) => Ok(socket),
@@ -110,9 +89,8 @@ pub(super) fn all(
         let Some(socket) = when_free(PREDECESSORS_SOCKET, &service.name, stop, bind)? else { return Ok(None) };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
         let daemon = Daemon::new(opened.clone(), &service, socket)?;
-        guard.0 = None;
         info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));
-        ready.push(Ready { daemon: Some(daemon), disk: opened, name: service.name });
+        ready.push(Ready { daemon, disk: opened, name: service.name });
     }
     Ok(Some(ready))
 }
@@ -137,12 +115,17 @@ fn describe(service: &Service, args: &DiskArgs, disk: &Disk, place: &str, engine
 }
 
 /// How acknowledged writes outlive this process: by a journal in the runtime folder, or without one by commits.
-fn keep(args: &Args, disks: &[DiskArgs]) -> Result<Keep> {
+fn keep(args: &Args, disks: &[DiskArgs], host: &dyn Env) -> Result<Keep> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
     let folders = runtime::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
+    for folder in &folders {
+        if let Err(e) = sweep(host, folder) {
+            warn!("journals that belong to no image may be left: {}", e.line());
+        }
+    }
     match folders.is_empty() {
         true => Ok(Keep::Commit),
-        false => Ok(Keep::Journal { folders, required: args.runtime_dir.is_some(), discard: args.discard_journal }),
+        false => Ok(Keep::Journal { folders, required: args.runtime_dir.is_some() }),
     }
 }
 
@@ -156,6 +139,7 @@ fn options(args: &Args, disk: &DiskArgs, keep: &Keep) -> DiskOptions {
         allow_parents: args.allow_parents.iter().chain(&disk.allow_parents).cloned().collect(),
         write_through: disk.cache == Cache::Writethrough,
         keep: keep.clone(),
+        discard_journal: args.discard_journal && !disk.readonly,
         when_full: match args.on_enospc {
             OnEnospc::Park => WhenFull::Park,
             OnEnospc::Error => WhenFull::Fail,

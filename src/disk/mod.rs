@@ -46,9 +46,10 @@ pub use crate::image::Allocation;
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if_parent};
+use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if_parent, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
+use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use ahead::Reach;
 use flush::Rounds;
@@ -74,6 +75,8 @@ pub struct DiskOptions {
     pub write_through: bool,
     /// How what was answered outlives this process.
     pub keep: Keep,
+    /// Whether what a killed predecessor acknowledged and did not write is given up.
+    pub discard_journal: bool,
     /// What becomes of writes that find the host full.
     pub when_full: WhenFull,
     /// How new blocks take room on the host.
@@ -94,6 +97,7 @@ impl DiskOptions {
             allow_parents: Vec::new(),
             write_through: false,
             keep: Keep::Nothing,
+            discard_journal: false,
             when_full: WhenFull::default(),
             allocation: Allocation::default(),
             allow_writable_parent: false,
@@ -151,13 +155,23 @@ impl Disk {
     /// `Refused` for writing if an unfinished merge forbids it, or if children stand on the image.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
-        // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
-        let runtime = match &options.keep {
-            Keep::Journal { folders, .. } => folders.clone(),
-            Keep::Commit | Keep::Nothing => Vec::new(),
-        };
+        // A reader must not miss what a killed daemon acknowledged; a writer takes it in, of parents, too.
+        let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
-        let chain = Chain::open(&*env, &options.path, &policy, how)?;
+        if options.discard_journal {
+            image::discard(&*env, &policy.runtime, &options.path)?;
+        }
+        let open = || Chain::open(&*env, &options.path, &policy, how);
+        let chain = match open() {
+            Err(e) if how == Use::Write && e.kind() == ErrorKind::Refused => {
+                match settle_parents(&*env, &options.path, &policy) {
+                    Ok(settled) if settled > 0 => open()?,
+                    Err(e) if e.kind() != ErrorKind::Refused => return Err(e),
+                    _ => return Err(e),
+                }
+            }
+            opened => opened?,
+        };
         if how == Use::Write {
             refuse_change(&*env, chain.youngest(), Change::Contents, &policy.allowed, None)?;
             if !options.allow_writable_parent {
@@ -172,7 +186,7 @@ impl Disk {
         if let Some(top) = version.top() {
             top.image.set_allocation(options.allocation);
         }
-        let memory_align = memory_align(&version, options.direct).inspect_err(|_| abandon(&*env, &version))?;
+        let memory_align = memory_align(&version, options.direct)?;
         let mut reach = vec![Reach::Nothing; usize::from(SLOTS)];
         for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
             reach[usize::from(slot.0)] = Reach::of(file);
@@ -193,12 +207,6 @@ impl Disk {
             lost_names: LostNames::default(),
         };
         Ok(Arc::new(disk))
-    }
-
-    /// Gives up a disk that was opened and never served: a live journal that contains nothing a successor needs is removed,
-    /// so that a start that failed leaves nothing behind.
-    pub fn abandon(&self) {
-        abandon(&*self.env, &self.version);
     }
 
     /// The folder of the live journal; `None` if there is none.
@@ -315,11 +323,19 @@ impl Disk {
     /// # Errors
     /// As `commit`; the image is then recovered by the next open.
     pub fn close(&self) -> Result<()> {
-        self.commit()?;
         let Some(top) = self.version.top() else { return Ok(()) };
-        // The journal first: it may still speak for places of blocks that were never written, which are cut off now.
-        top.image.retire(&*self.env)?;
-        top.image.trim()
+        if mutant::is(Mutant::TrimFirst) {
+            top.image.trim()?;
+        }
+        self.commit()?;
+        // Places of blocks that were never written are cut off now.
+        top.image.end_session();
+        if mutant::is(Mutant::RetireFirst) {
+            top.image.retire()?;
+        }
+        top.image.trim()?;
+        // Not before the stamp is gone: a stamp without a journal is refused.
+        top.image.retire()
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {
@@ -336,12 +352,6 @@ impl Disk {
     fn post(&self, letter: Letter) {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(letter)).is_some());
-    }
-}
-
-fn abandon(env: &dyn Env, version: &Version) {
-    if let Some(top) = version.top() {
-        top.image.abandon(env);
     }
 }
 

@@ -22,7 +22,8 @@
 //!
 //! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
 //! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition.
+//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
+//! [`stamp`] names the live journal of an image that a daemon has open.
 
 pub mod bat;
 pub mod batmap;
@@ -40,6 +41,7 @@ pub mod header;
 pub mod layout;
 pub mod locator;
 pub mod parent_path;
+pub mod stamp;
 
 pub use batmap::BatmapHeader;
 pub use container::Container;
@@ -53,6 +55,7 @@ pub use header::DynamicHeader;
 pub use layout::NewLayout;
 pub use locator::{LocatorEntry, Platform, Recorded};
 pub use parent_path::ParentPath;
+pub use stamp::Stamp;
 
 #[cfg(test)]
 pub(crate) mod random {

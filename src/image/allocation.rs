@@ -14,7 +14,7 @@
 
 use std::ops::Range;
 
-use super::tail::Room;
+use super::room::Room;
 use super::writable::Writable;
 use crate::format::layout;
 use crate::storage::{Action, Op, RoomRule, Slot};
@@ -108,22 +108,22 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// All bytes from sector `from` to the end of the footer at sector `end`.
+    /// All bytes from sector `from` to sector `end`.
     pub(super) fn whole(from: u64, end: u64) -> Reservation {
-        let range = from * SECTOR..(end + 1) * SECTOR;
+        let range = from * SECTOR..end * SECTOR;
         Reservation { ranges: std::iter::once(range).collect(), next: 0 }
     }
 
-    /// The pages of the bitmaps of blocks at these places, and of the footer at a sector behind them.
+    /// The pages of the bitmaps of blocks at these places, and of the sectors at the file's end, which lie behind them.
     pub(super) fn bitmaps(
         places: impl Iterator<Item = Range<u64>>,
         block_size: BlockSize,
-        footer: Option<u64>,
+        ends: Range<u64>,
     ) -> Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let bitmap = u64::from(block_size.bitmap_sectors());
-        let footer = footer.map(|sector| (sector, sector + 1));
-        for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain(footer) {
+        let ends = (!ends.is_empty()).then_some((ends.start, ends.end));
+        for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain(ends) {
             let page = from * SECTOR / layout::PAGE * layout::PAGE..(to * SECTOR).next_multiple_of(layout::PAGE);
             match ranges.last_mut() {
                 Some(last) if page.start <= last.end + GAP => last.end = page.end,
@@ -152,7 +152,7 @@ mod tests {
             let block_size = BlockSize::from_bytes(bytes).unwrap();
             let all: Vec<_> = places(16, block_size, 10).take(blocks).collect();
             let end = all.last().unwrap().end;
-            Reservation::bitmaps(all.into_iter(), block_size, Some(end)).ranges
+            Reservation::bitmaps(all.into_iter(), block_size, end..end + 1).ranges
         };
         let stride = (2 << 20) + (64 << 10);
         let page = |at: u64| at..at + 4096;
@@ -170,7 +170,8 @@ mod tests {
     #[test]
     fn portions_leave_room_in_the_engine() {
         let block_size = BlockSize::DEFAULT;
-        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, Some(1 << 20));
+        let ends = 1 << 20..(1 << 20) + 2;
+        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, ends);
         let mut counts = Vec::new();
         let mut ops = Vec::new();
         while reservation.push(Slot(0), &mut ops) {

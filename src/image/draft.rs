@@ -42,7 +42,7 @@ impl Draft {
             Err(e) if e.kind() == ErrorKind::Unsupported => folder.create(&fresh).map(|file| (file, true)),
             Err(e) => Err(e),
         };
-        let known_as = [folder.path().join(name), folder.path().join(&fresh)];
+        let known_as = [folder.path_of(name), folder.path_of(&fresh)];
         let blame = |e: Error| known_as.iter().fold(e, |e, path| e.renamed(path, asked)).at_path(asked);
         let (file, is_named_freshly) = made.map_err(blame)?;
         let (name, asked) = (name.to_os_string(), asked.to_path_buf());
@@ -56,12 +56,12 @@ impl Draft {
 
     /// The path under which it is known while it is made, or under its name later.
     pub fn path(&self) -> PathBuf {
-        self.folder.path().join(&self.name)
+        self.folder.path_of(&self.name)
     }
 
     /// The error, under the name that was asked for.
     pub fn blame(&self, e: Error) -> Error {
-        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path().join(&self.fresh)];
+        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_of(&self.fresh)];
         known_as.iter().fold(e, |e, path| e.renamed(path, &self.asked))
     }
 

@@ -38,33 +38,43 @@ impl KeptTime {
     ///
     /// # Errors
     /// `Io`.
-    pub fn put_back(&self) -> Result<()> {
-        if self.file.stat()?.last_change() == self.before {
-            return Ok(());
-        }
-        self.set(self.before)
+    fn put_back(&self) -> Result<()> {
+        if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
-    /// Sets the time, durably. Only the owner of a file may: without that right the file keeps its new time, and children
-    /// warn in vain.
-    fn set(&self, time: Modified) -> Result<()> {
-        match self.file.set_modified(time) {
-            Err(e)
-                if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EOPNOTSUPP)) =>
-            {
-                log::info!("{}; its children will warn that it was written to", e.line());
-                Ok(())
-            }
-            set => set.and_then(|()| self.file.sync_all()),
-        }
-    }
-
-    /// Ends `outcome`'s work, which left the contents as they were also if it failed.
+    /// Puts the time back as the file is opened. A power cut may undo that, which is a false alarm; no order of durable
+    /// writes may rely on a sync that the owner of the file alone would get.
     ///
     /// # Errors
-    /// What the work failed with; as [`KeptTime::put_back`].
-    pub fn put_back_after<T>(&self, outcome: Result<T>) -> Result<T> {
-        let put_back = self.put_back();
+    /// `Io`.
+    pub(super) fn put_back_at_open(&self) -> Result<()> {
+        self.restore().map(drop)
+    }
+
+    /// Puts the time back in the host's memory. Returns whether there is something to make durable.
+    fn restore(&self) -> Result<bool> {
+        Ok(self.file.stat()?.last_change() != self.before && self.set(self.before)?)
+    }
+
+    /// Sets the time; false if nobody but the owner of the file may: it keeps its new time, and children warn in vain.
+    fn set(&self, time: Modified) -> Result<bool> {
+        match self.file.set_modified(time) {
+            Err(e) if e.is_denied() => {
+                log::info!("{}; its children will warn that it was written to", e.line());
+                Ok(false)
+            }
+            set => set.map(|()| true),
+        }
+    }
+
+    /// Does `work`, which leaves the contents as they are also if it fails, and puts the time of `file` back, durably.
+    ///
+    /// # Errors
+    /// What the work fails with; `Io`.
+    pub fn during<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let time = KeptTime::of(file)?;
+        let outcome = work();
+        let put_back = time.put_back();
         let done = outcome?;
         put_back.map(|()| done)
     }
@@ -74,10 +84,9 @@ impl KeptTime {
     /// # Errors
     /// `Io`.
     pub fn move_on(&self) -> Result<()> {
-        match self.file.stat()?.modified <= self.before.seconds {
-            true => self.set(Modified { seconds: self.before.seconds.saturating_add(1), nanos: 0 }),
-            false => self.file.sync_all(),
-        }
+        let is_later = self.file.stat()?.modified > self.before.seconds;
+        let later = Modified { seconds: self.before.seconds.saturating_add(1), nanos: 0 };
+        if is_later || self.set(later)? { self.file.sync_all() } else { Ok(()) }
     }
 }
 

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::bat::Bat;
 use super::batmap::read_bitmap;
 use super::lost::Cut;
+use super::standing::place_of;
 use super::strange;
 use super::structures::{read_behind_table, read_footers, read_table};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,7 +20,7 @@ use crate::format::entries::{EntryRules, Placed, check_entries};
 use crate::format::extents::{check_header_place, check_table};
 use crate::format::locator::Recorded;
 use crate::format::{
-    Chosen, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, bat,
+    Chosen, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Stamp, bat,
 };
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -266,6 +267,18 @@ impl Image {
     /// Whether the file ends with a footer of 512 bytes that fills a sector.
     pub fn has_whole_tail_footer(&self) -> bool {
         self.chosen.source == FooterSource::TailFull && self.chosen.data_end.is_multiple_of(SECTOR)
+    }
+
+    /// The stamp before the trailing footer, and its byte offset; `None` if blocks or metadata reach that far, as a guest may
+    /// write what looks like a stamp, or if there is none.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn stamp(&self) -> Result<Option<(Stamp, u64)>> {
+        let Some(at) = place_of(self) else { return Ok(None) };
+        let mut bytes = [0; SECTOR_BYTES];
+        self.file.read_at(&mut bytes, at)?;
+        Ok(Stamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
     }
 
     pub(super) fn sparse(&self) -> Option<&Sparse> {

@@ -10,9 +10,9 @@ use std::sync::Mutex;
 use super::batmap;
 use super::bitmaps::{Bitmaps, Fresh};
 use super::holes::next_data;
-use super::journal::Found;
 use super::open::Image;
-use super::tail::Room;
+use super::room::Room;
+use super::take_in::Found;
 use super::writable::Sparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
@@ -20,12 +20,14 @@ use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
-/// of a killed predecessor, whose places the file may not know yet.
-pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> Result<Sparse> {
+/// of a killed predecessor, whose places the file may not know yet. `stamped`: the sector before the footer is the stamp of a
+/// session that goes on.
+pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], stamped: bool) -> Result<Sparse> {
     let (table, file) = (image.bat().expect("not fixed"), image.file());
     let bitmaps = Bitmaps::new(table.len(), block_size);
     let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
     let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
+    let stamp = u64::from(stamped);
     let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
     if !found.is_empty() {
         places.extend(table.used().map(|(_, place)| place));
@@ -35,7 +37,8 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
         if table.place(block).is_none() {
             let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
             // Not always behind the last block of the file: a younger one may have been committed first.
-            let inside = u64::from(f.place) * SECTOR >= image.metadata_end() && end * SECTOR <= image.data_end();
+            let inside =
+                u64::from(f.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
             if !inside || places.range(f.place.saturating_sub(reach)..=f.place.saturating_add(reach)).next().is_some() {
                 let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
@@ -47,7 +50,9 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
             next = next.max(end);
         }
     }
-    let end = image.data_end().div_ceil(SECTOR).max(next);
+    let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
+    // What is made zero ends before the stamp.
+    let zeros = if mutant::is(Mutant::ScrubStamp) { end } else { end - stamp };
     // The front copy first: while the trailing footer is missing it is the only one.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
@@ -65,13 +70,14 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     }
     // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
     // is punched next: there must be one at every moment.
-    if (end > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
+    if (zeros > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    if end > next && !mutant::is(Mutant::NoScrub) {
-        // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
-        if next_data(file, next * SECTOR..end * SECTOR)?.is_some() {
-            file.punch(next * SECTOR, (end - next) * SECTOR)?;
+    // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
+    let is_zero = || Ok::<_, Error>(next_data(file, next * SECTOR..zeros * SECTOR)?.is_none());
+    if zeros > next && !mutant::is(Mutant::NoScrub) {
+        if !is_zero()? {
+            file.punch(next * SECTOR, (zeros - next) * SECTOR)?;
         }
         if !mutant::is(Mutant::ScrubUnsynced) {
             file.sync()?;
@@ -82,8 +88,11 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
     let room = Room {
         next,
-        end,
+        // The sector before the footer is kept for a stamp.
+        end: if end > next { end - 1 } else { next },
         reserved: next,
+        footer: end,
+        stale: Vec::new(),
         unplaced: blocks - placed,
         fresh: new_blocks,
         growing: false,

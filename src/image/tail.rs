@@ -1,20 +1,25 @@
 //! Room for new blocks: the prepared tail, and how it grows.
 //!
 //! ```text
-//!   | headers | blocks .......... | durably zero tail ............ | footer |
-//!                                 ^ next                           ^ end
+//!   | headers | blocks .......... | durably zero tail ............ | stamp | footer |
+//!                                 ^ next                           ^ end   ^ end + 1
 //! ```
+//!
+//! The sector before the footer is never given out: the stamp of a session goes there (session.rs).
 //!
 //! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
 //! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
 //!
-//! 1. reserve room on the host ([`Allocation`] says how much); where that fails for want of space, give back
-//!    what it got and halve the step;
-//! 2. write the footer at the new end (this extends the file);
-//! 3. make it durable: from here the new footer is the trailing one;
-//! 4. write zeros over the old footer;
-//! 5. make them durable: from here the old footer's place is as zero as the rest;
+//! 1. reserve room on the host ([`Allocation`] says how much); if that fails for want of space, give back what it got and
+//!    halve the step;
+//! 2. write stamp and footer at the new end (this extends the file), in one call within one page: no kill comes between;
+//! 3. make the footer durable: from here it is the trailing one;
+//! 4. write zeros over the old stamp and footer;
+//! 5. make them durable: from here their places are as zero as the rest;
 //! 6. hand out the room.
+//!
+//! A step that fails before 3 is undone. One that fails later is not, as the old stamp is out of date by then: the file keeps
+//! its new end, and the next step wipes what is left of the old one.
 //!
 //! 3 and 5 write the same sector again, through to the medium, instead of a sync: that would wait for all that the guest
 //! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
@@ -28,54 +33,26 @@
 //! step that finds one only reserves in it. On a file system that copies on write, 3 and 5 are syncs: a write through that
 //! fails for want of room could not be told from a failed sync, which poisons.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::allocation::{Allocation, Reservation, places};
 use super::commit::Step;
+use super::room::Room;
+use super::stamping::pair_place;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::layout::PAGE;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Buffer, Op, Payload, RoomRule, Slot};
 use crate::units::{SECTOR, SECTOR_BYTES};
-
-/// Where the next block goes.
-#[derive(Debug)]
-pub struct Room {
-    /// First file sector after all that is in use.
-    pub next: u64,
-    /// File sector of the footer: the end of what is durably zero.
-    pub end: u64,
-    /// File sector before which the host has the room that blocks must find.
-    pub reserved: u64,
-    /// Blocks that have no place yet.
-    pub unplaced: u64,
-    /// Blocks whose place the file does not know yet.
-    pub fresh: BTreeSet<u32>,
-    /// A step is under way.
-    pub growing: bool,
-    /// A sync of a step is under way.
-    pub syncing: bool,
-    /// Steps since the image was opened, or since the host was full.
-    pub steps: u32,
-}
-
-impl Room {
-    /// File sector before which a block may go.
-    pub fn usable(&self) -> u64 {
-        self.end.min(self.reserved)
-    }
-}
 
 /// One step of growth under way.
 pub struct Growth {
     image: Arc<Writable>,
     slot: Slot,
     phase: Phase,
-    /// File sector of the footer before.
+    /// Where the room ended before.
     old: u64,
     /// Blocks that the step makes room for.
     blocks: u64,
@@ -95,8 +72,9 @@ pub struct Growth {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Start,
+    /// The footer that came with the stamp when the session began becomes durable.
+    SealBegun,
     Allocate,
-    Footer,
     SealFooter,
     Wipe,
     SealWipe,
@@ -153,7 +131,8 @@ impl Growth {
     /// and growth may be tried again; `Poisoned` where making it durable failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
         let step = self.advance(failed, ops);
-        let syncs = matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealFooter | Phase::SealWipe));
+        let syncs =
+            matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealBegun | Phase::SealFooter | Phase::SealWipe));
         // After a failure has poisoned the image: a commit that sees no sync any more must see that.
         self.image.room().syncing = syncs;
         match step {
@@ -173,7 +152,12 @@ impl Growth {
                     let why = "the file cannot grow: a block table names no place beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
-                self.allocate(ops);
+                // Whatever cuts the file back to this footer must not make a length durable that has none.
+                let is_sealed = self.image.room().stale.is_empty();
+                match is_sealed {
+                    true => self.allocate(ops),
+                    false => self.write(Phase::SealBegun, ops),
+                }
             }
             (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
@@ -182,15 +166,6 @@ impl Growth {
                 if self.blocks < self.least {
                     return Err(self.refused(e));
                 }
-                self.allocate(ops);
-            }
-            // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
-            (Phase::Footer, Some(e)) if is_too_large(&e) && self.blocks / 2 >= self.least => {
-                let error = self.undo(e);
-                if self.image.is_poisoned() {
-                    return Err(error);
-                }
-                self.blocks /= 2;
                 self.allocate(ops);
             }
             (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
@@ -203,23 +178,43 @@ impl Growth {
                     let at = self.end().expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
-                self.write(Phase::Footer, ops);
+                match self.move_end() {
+                    Ok(()) => self.write(Phase::SealFooter, ops),
+                    // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
+                    Err(e) if e.raw_os_error() == Some(libc::EFBIG) && self.may_halve() => {
+                        self.blocks /= 2;
+                        self.allocate(ops);
+                    }
+                    Err(e) => return Err(e),
+                }
             }
-            (Phase::Footer, None) => self.write(Phase::SealFooter, ops),
             // A commit's sync may have been told of a failure that concerns ours, too.
-            (Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => self.image.check_poison()?,
+            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => {
+                self.image.check_poison()?;
+            }
+            (Phase::SealBegun, None) => self.allocate(ops),
             (Phase::SealFooter, None) => self.write(Phase::Wipe, ops),
             (Phase::Wipe, None) => self.write(Phase::SealWipe, ops),
             (Phase::SealWipe, None) => return Ok(self.over()),
-            (Phase::SealFooter | Phase::SealWipe, Some(e)) => {
+            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, Some(e)) => {
                 let why = format!("a sync failed ({e}) while the file grew");
                 self.image.poison(&why);
                 return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
             }
-            (Phase::Footer | Phase::Wipe, Some(e)) => return Err(self.undo(e)),
+            (Phase::Wipe, Some(e)) => {
+                if mutant::is(Mutant::UndoCutsStamp) {
+                    return Err(self.undo(e, self.old));
+                }
+                return Err(self.refused(e));
+            }
             (Phase::Over, _) => unreachable!("growth that is over is not asked again"),
         }
         Ok(Step::Wait)
+    }
+
+    /// Whether a smaller step may do where this one is too large.
+    fn may_halve(&self) -> bool {
+        self.blocks / 2 >= self.least && !self.image.is_poisoned()
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
@@ -227,19 +222,23 @@ impl Growth {
         let some = usize::try_from(self.blocks).unwrap_or(usize::MAX);
         self.within = self.within.map(|_| self.unreserved(self.old).take(some).last().expect("counted").end);
         let until = self.within.or_else(|| self.end()).expect("checked at the start");
-        let mut reservation = match self.image.allocation() {
-            Allocation::Block => Reservation::whole(self.reserved, until),
-            Allocation::Sparse => {
-                let footer = if self.within.is_none() { Some(until) } else { None };
-                Reservation::bitmaps(self.unreserved(until), block_size, footer)
+        let ends = match self.within {
+            Some(_) => until..until,
+            None => {
+                let at = pair_place(until, self.image.room().footer);
+                at..at + 2
             }
+        };
+        let mut reservation = match self.image.allocation() {
+            Allocation::Block => Reservation::whole(self.reserved, ends.end),
+            Allocation::Sparse => Reservation::bitmaps(self.unreserved(until), block_size, ends),
         };
         reservation.push(self.slot, ops);
         self.reservation = Some(reservation);
         self.phase = Phase::Allocate;
     }
 
-    /// File sector of the footer that the step writes.
+    /// The end of the room that the step makes.
     fn end(&self) -> Option<u64> {
         self.image.end_after(self.old, self.blocks, self.unplaced)
     }
@@ -247,52 +246,75 @@ impl Growth {
     /// The room is there.
     fn over(&self) -> Step {
         let mut room = self.image.room();
-        room.reserved = self.within.or_else(|| self.end()).expect("checked at the start");
-        room.end = room.end.max(room.reserved);
+        match self.within {
+            Some(end) => room.reserved = end,
+            None => {
+                room.end = room.footer - 1;
+                room.reserved = room.end;
+                room.stale.clear();
+            }
+        }
         room.steps += 1;
         Step::Done
     }
 
-    /// The new footer, or zeros over the old one: first plainly, so that what fails there can be undone, then through.
-    fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        let at = match phase {
-            Phase::Footer | Phase::SealFooter => self.end(),
-            _ => Some(self.old),
-        };
-        let at = at.expect("checked at the start") * SECTOR;
-        let bytes = match phase {
-            Phase::Wipe | Phase::SealWipe if !mutant::is(Mutant::NoWipe) => Buffer::zeroed(SECTOR_BYTES),
-            _ => Buffer::copy_of(&self.image.footer_bytes()),
-        };
-        let through = match phase {
-            Phase::SealFooter => !mutant::is(Mutant::GrowUnsynced),
-            Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
-            _ => false,
-        };
-        ops.push(match (through, self.image.room_rule) {
-            (true, RoomRule::CopyOnWrite) => Op::sync(0, self.slot),
-            (true, _) => Op::write_through(0, self.slot, at, Payload::Own(bytes)),
-            (false, _) => Op::write(0, self.slot, at, Payload::Own(bytes)),
-        });
-        self.phase = phase;
+    /// Writes stamp and footer at the new end. Nothing else of this image writes either meanwhile, so this is a plain call.
+    fn move_end(&mut self) -> Result<()> {
+        let mut room = self.image.room();
+        let end = self.end().expect("checked at the start");
+        let (at, old) = (pair_place(end, room.footer), room.footer);
+        if let Err(e) = self.image.put_end(at) {
+            drop(room);
+            let source = e.raw_os_error().map_or_else(|| io::Error::other(e.line()), io::Error::from_raw_os_error);
+            return Err(self.undo(source, old));
+        }
+        // A footer right behind a block has no stamp before it.
+        let first = if old > room.end { old - 1 } else { old };
+        room.stale.extend(first..=old);
+        room.footer = at + 1;
+        Ok(())
     }
 
-    /// A write failed. The new footer may be half there, or the old one half wiped while the new one is durable: see to it
-    /// that the old one is whole, and cut the file behind it; in the first case without a sync before that, which would make
-    /// a length durable that has no footer. Where even that fails, the image takes no further writes.
-    fn undo(&mut self, source: io::Error) -> Error {
-        let (file, at) = (self.image.file(), self.old * SECTOR);
-        // These syncs, too, may be told of a failure that concerns a commit.
-        self.image.room().syncing = true;
-        let mut there = [0; SECTOR_BYTES];
-        let footer = self.image.footer_bytes();
-        let whole = match self.phase {
-            // A write that was refused has changed nothing, and another one would be refused, too.
-            Phase::Wipe if file.read_at(&mut there, at).is_ok() && there == footer => file.sync(),
-            Phase::Wipe => file.write_at(&footer, at).and_then(|()| file.sync()),
-            _ => Ok(()),
+    /// The new footer, or zeros over the old ends: the latter first plainly, so that a full host is no failed sync, then
+    /// through.
+    fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
+        let through = match phase {
+            Phase::SealBegun => true,
+            Phase::SealFooter => !mutant::is(Mutant::GrowUnsynced),
+            Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
+            Phase::Wipe | Phase::Start | Phase::Allocate | Phase::Over => false,
         };
-        let back = whole.and_then(|()| file.set_len(at + SECTOR)).and_then(|()| file.sync());
+        self.phase = phase;
+        if through && self.image.room_rule == RoomRule::CopyOnWrite {
+            return ops.push(Op::sync(0, self.slot));
+        }
+        let write = if through { Op::write_through } else { Op::write };
+        let room = self.image.room();
+        let footer = Buffer::copy_of(&self.image.footer_bytes());
+        if matches!(phase, Phase::SealBegun | Phase::SealFooter) {
+            return ops.push(write(0, self.slot, room.footer * SECTOR, Payload::Own(footer)));
+        }
+        for run in room.stale.chunk_by(|a, b| a + 1 == *b) {
+            let bytes = match mutant::is(Mutant::NoWipe) {
+                true => footer.repeat(run.len()),
+                false => vec![0; run.len() * SECTOR_BYTES],
+            };
+            ops.push(write(0, self.slot, run[0] * SECTOR, Payload::Own(Buffer::copy_of(&bytes))));
+        }
+    }
+
+    /// The new end could not be written, and may be half there: cuts the file behind the old footer, without a sync before
+    /// that, which would make a length durable that has no footer. If that fails, the image takes no further writes.
+    fn undo(&mut self, source: io::Error, footer: u64) -> Error {
+        let file = self.image.file();
+        // This sync, too, may be told of a failure that concerns a commit.
+        self.image.room().syncing = true;
+        let mut back = Ok(());
+        if mutant::is(Mutant::UndoCutsStamp) && self.phase == Phase::Wipe {
+            back = file.write_at(&self.image.footer_bytes(), footer * SECTOR);
+            self.image.room().footer = footer;
+        }
+        let back = back.and_then(|()| file.set_len((footer + 1) * SECTOR)).and_then(|()| file.sync());
         if let Err(e) = back {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
@@ -331,52 +353,6 @@ fn is_full(e: &io::Error) -> bool {
 /// Whether a file may not become that large. Waiting does not help, as it does on a full host.
 fn is_too_large(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::FileTooLarge
-}
-
-impl Writable {
-    /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
-    pub fn is_short(&self, room: &Room) -> bool {
-        let wanted = (self.step_blocks(room) / 4).max(1).min(room.unplaced);
-        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable())
-    }
-
-    /// Whether a step of growth waits for a sync.
-    pub(super) fn is_growth_syncing(&self) -> bool {
-        self.image().block_size().is_some() && self.room().syncing
-    }
-
-    /// Whether a step of growth is under way.
-    pub fn is_growing(&self) -> bool {
-        self.room().growing
-    }
-
-    /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
-    /// The new footer is durable before the file is cut, so that there is always one. Settles the file's time, too.
-    pub fn trim(&self) -> Result<()> {
-        self.check_poison()?;
-        let end = self.used_end() * SECTOR;
-        let file = self.file();
-        if file.stat()?.len != end + SECTOR {
-            if let Err(e) = file.write_at(&self.footer_bytes(), end) {
-                // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
-                let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
-                if e.kind() != ErrorKind::NoSpace {
-                    return Err(e);
-                }
-                file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
-                if let Err(e) = file.write_at(&self.footer_bytes(), end) {
-                    log::warn!("{}; the file keeps its length until it is next closed", e.line());
-                    return self.settle_time();
-                }
-            }
-            if !mutant::is(Mutant::TrimUnsynced) {
-                file.sync()?;
-            }
-            file.set_len(end + SECTOR)?;
-            file.sync()?;
-        }
-        self.settle_time()
-    }
 }
 
 #[cfg(all(test, feature = "sim"))]

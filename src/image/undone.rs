@@ -26,7 +26,7 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 /// Bytes that are compared and written at once.
 const CHUNK: u64 = 64 << 10;
 /// Bytes of a piece's head.
-const PIECE_HEAD: u64 = 16;
+const PIECE_HEAD: usize = 16;
 
 /// Undoes the repair of an image in a file that is locked exclusively, by the undo file `undo`, which is, too.
 ///
@@ -171,13 +171,13 @@ impl Piece {
 fn pieces(undo: &File, from: u64, to: u64) -> Result<Option<Vec<Piece>>> {
     let (mut all, mut at) = (Vec::new(), from);
     while at < to {
-        let mut head = [0; PIECE_HEAD as usize];
-        if to - at < PIECE_HEAD {
+        let mut head = [0; PIECE_HEAD];
+        if to - at < head.len() as u64 {
             return Ok(None);
         }
         undo.read_at(&mut head, at)?;
         let number = |at: usize| u64::from_be_bytes(*head[at..].first_chunk().expect("two numbers"));
-        let piece = Piece { offset: number(0), len: number(8), at: at + PIECE_HEAD };
+        let piece = Piece { offset: number(0), len: number(8), at: at + head.len() as u64 };
         let inside = piece.len <= CHUNK && piece.len <= to - piece.at && piece.offset <= i64::MAX as u64 - CHUNK;
         if !inside {
             return Ok(None);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::chain::{Chain, Change, Policy, Use, refuse_change};
 use crate::error::Result;
-use crate::image::{Glance, Image, KeptTime, agreed, refuse_if_live};
+use crate::image::{Image, KeptTime, agreed, refuse_live_file};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
@@ -25,12 +25,8 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy)
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
-    if let Some(glance) = Glance::at(&file)? {
-        refuse_if_live(env, &policy.runtime, &file, glance.uuid)?;
-    }
-    let time = KeptTime::of(&file)?;
-    let image = agreed(&file)?;
-    time.put_back()?;
+    refuse_live_file(env, &policy.runtime, &file)?;
+    let image = KeptTime::during(&file, || agreed(&file))?;
     image.check_writable()?;
     refuse_change(env, &image, change, &policy.allowed, None)?;
     Ok(image)

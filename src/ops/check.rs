@@ -1,6 +1,6 @@
 //! `check`: every rule of the format; with `repair` what can be mended without guessing is mended.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -8,8 +8,8 @@ use super::mover::Progress;
 use crate::chain::{self, Chain, Change, Checked, Policy, Use, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
-use crate::image::{self, Glance, Image, KeptTime, Take, joined, refuse_if_live};
-use crate::storage::{Access, Env, File, Lock};
+use crate::image::{self, Image, KeptTime, Take, joined, refuse_live_file};
+use crate::storage::{Access, Env, File, Lock, Runtime};
 use crate::units::{SECTOR, SectorRange};
 
 /// What was found in one file, or in all of a chain.
@@ -97,13 +97,13 @@ pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
 /// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in one of the
-/// folders `runtime` says more than the file; `Io`; what `progress` fails with.
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and for an image whose daemon was killed and
+/// whose live journal, which may be in one of the folders `runtime`, was not taken in; `Io`; what `progress` fails with.
 pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: &[PathBuf],
+    runtime: &[Runtime],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -122,7 +122,7 @@ pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: &[PathBuf],
+    runtime: &[Runtime],
     take: Option<Take>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
@@ -142,12 +142,14 @@ pub fn repair(
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
+        // A daemon may have come and gone since it was checked.
+        refuse_live_file(env, runtime, &file)?;
         // What cannot be opened can be no part of a merge.
         if let Ok(image) = Image::open(file.clone()) {
             refuse_change(env, &image, Change::Room, allowed, None)?;
         }
-        let time = KeptTime::of(&file)?;
-        let undo = time.put_back_after(image::repair(env, &file, taken))?.map(|path| path.display().to_string());
+        let undo = KeptTime::during(&file, || image::repair(env, &file, taken))?;
+        let undo = undo.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
     Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
@@ -159,12 +161,10 @@ pub fn repair(
 /// `Refused` if the file belongs to another image, if the image was changed since the repair, or if a live journal says more
 /// than the image; `Invalid` for a file that is no undo file of a finished repair; `Busy`, `NoSpace`, `Io`: then the same
 /// call completes it.
-pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[PathBuf]) -> Result<()> {
+pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[Runtime]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    if let Some(glance) = Glance::at(&file)? {
-        refuse_if_live(env, runtime, &file, glance.uuid)?;
-    }
+    refuse_live_file(env, runtime, &file)?;
     let kept = env.open(undo, Access::Write)?;
     kept.lock(Lock::Exclusive)?;
     image::undo(&file, &kept)

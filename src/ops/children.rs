@@ -32,10 +32,7 @@ pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<C
         return Err(Error::new(ErrorKind::Invalid, "not a VHD").at_path(&path));
     };
     let id = file.stat()?.id;
-    let mut all = vec![file.folder()];
-    for folder in folders {
-        kin::add_folder(&mut all, env.folder(folder)?.absolute()?);
-    }
+    let all = kin::folders(env, std::iter::once(Ok(file.folder())), folders)?;
     let found = kin::readable_in_folders(env, &all)?;
     let stands = found.iter().filter(|kin| kin.glance.parent == Some(parent.uuid) && kin.id != id);
     let mut children: Vec<_> = stands

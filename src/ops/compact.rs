@@ -37,8 +37,8 @@ pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progr
         let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
-    let time = KeptTime::of(chain.youngest().file())?;
-    time.put_back_after(give_back(chain, progress))
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || give_back(chain, progress))
 }
 
 fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {

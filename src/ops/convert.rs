@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use uuid::Uuid;
 
@@ -10,8 +10,8 @@ use super::device::DeviceSink;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Kind, Spec, refuse_if_live};
-use crate::storage::{Access, Buffer, Env};
+use crate::image::{Kind, Spec, refuse_live_file};
+use crate::storage::{Access, Buffer, Env, Runtime};
 use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
@@ -42,7 +42,7 @@ pub struct Conversion {
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[PathBuf]) -> Result<()> {
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[Runtime]) -> Result<()> {
     if !env.exists(path) {
         return Ok(());
     }
@@ -50,10 +50,7 @@ pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[PathBuf]) -> Result
     if file.is_device() {
         return Ok(()); // no daemon serves one
     }
-    match Glance::at(&file)? {
-        Some(glance) => refuse_if_live(env, runtime, &file, glance.uuid),
-        None => Ok(()), // no image that a daemon could serve
-    }
+    refuse_live_file(env, runtime, &file)
 }
 
 /// Copies `disk` to a new file at `path`. The name appears when the copy is whole and durable; to replace a file, it then

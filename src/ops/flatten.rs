@@ -31,8 +31,8 @@ pub fn flatten(
     progress: &mut Progress<'_>,
 ) -> Result<u64> {
     let chain = alone::chain(env, path, Change::Link, policy)?;
-    let time = KeptTime::of(chain.youngest().file())?;
-    time.put_back_after(copy_and_link(env, path, chain, keep, policy, progress))
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || copy_and_link(env, path, chain, keep, policy, progress))
 }
 
 fn copy_and_link(

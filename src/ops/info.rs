@@ -5,11 +5,12 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::{Chain, Policy, Use, warn_of_merges};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
+use crate::format::stamp::readable;
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
-use crate::image::{Image, next_data};
+use crate::image::{Image, Standing, next_data};
 use crate::storage::{Access, Env, File, Holder, HostRoom, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
@@ -41,6 +42,8 @@ pub struct Info {
     pub blocks: Option<u32>,
     /// Blocks that have a place in the file.
     pub blocks_allocated: Option<u64>,
+    /// Whose live journal belongs to it; `None` if it was closed.
+    pub session: Option<Session>,
     /// A process that has it in use; `None` if no process holds a lock on it.
     pub in_use: Option<InUse>,
     /// Identity.
@@ -92,6 +95,19 @@ fn written(file: &File) -> Result<u64> {
         at = run.end;
     }
     Ok(bytes)
+}
+
+/// A daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
+#[derive(Clone, Debug, Serialize)]
+pub struct Session {
+    /// Whether it counts. If not, the host was restarted meanwhile, and what is in the file is all there is.
+    pub open: bool,
+    /// The host on which it runs or ran.
+    pub host: String,
+    /// Its user.
+    pub user: String,
+    /// The runtime folder with its live journal.
+    pub folder: String,
 }
 
 /// A process that has an image in use. What this user is not permitted to see of it is `None`.
@@ -167,9 +183,13 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
+    // Nothing that such an image contains is sure.
+    if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
+        return Err(Error::from(defect.clone()).at_path(path));
+    }
     let Some(policy) = parents else {
         warn_of_merges(env, &image)?;
-        let mut info = describe(&image, None)?;
+        let mut info = describe(env, &image, None)?;
         tell_who_uses(env, &[&image], std::slice::from_mut(&mut info));
         return Ok(info);
     };
@@ -179,7 +199,7 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     }
     let mut all = Vec::with_capacity(chain.images().len());
     for (number, image) in chain.images().iter().enumerate() {
-        all.push(describe(image, chain.images().get(number + 1))?);
+        all.push(describe(env, image, chain.images().get(number + 1))?);
     }
     tell_who_uses(env, &chain.images().iter().collect::<Vec<_>>(), &mut all);
     let mut youngest = all[0].clone();
@@ -195,7 +215,7 @@ fn tell_who_uses(env: &dyn Env, images: &[&Image], infos: &mut [Info]) {
     }
 }
 
-fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
+fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Info> {
     let (stat, footer) = (image.file().stat()?, image.footer());
     let parent = match image.header().filter(|_| image.kind() == DiskType::Differencing) {
         None => None,
@@ -217,6 +237,7 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
+        session: session(env, image)?,
         in_use: None,
         uuid: image.uuid().to_string(),
         created: rfc3339(time_to_unix(footer.timestamp)),
@@ -229,12 +250,19 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
     })
 }
 
+fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
+    let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
+    let open = Standing::of(env, image)? != Standing::Closed;
+    let (host, user, folder) = (readable(&stamp.host), readable(&stamp.user), readable(&stamp.folder));
+    Ok(Some(Session { open, host, user, folder }))
+}
+
 /// A defect, and what it prevents.
 fn in_words(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Told => defect.to_string(),
         Consequence::NotWritable => format!("only readable: {defect}"),
-        Consequence::NotReadable => format!("not readable: {defect}"),
+        Consequence::NotReadable => unreachable!("refused before"),
     }
 }
 

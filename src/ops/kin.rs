@@ -75,11 +75,20 @@ fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -
     Ok(found)
 }
 
-/// Adds a folder that is not there yet.
-pub(super) fn add_folder(folders: &mut Vec<Folder>, folder: Folder) {
-    if folders.iter().all(|known| !known.is_same(&folder)) {
-        folders.push(folder);
+/// The folders in `own`, and those at the paths of `more` under their absolute paths; each once.
+///
+/// # Errors
+/// Those in `own`; `NotFound`, `Io`: of a path.
+pub(super) fn folders(
+    env: &dyn Env,
+    own: impl Iterator<Item = Result<Folder>>,
+    more: &[PathBuf],
+) -> Result<Vec<Folder>> {
+    let mut all = Vec::new();
+    for folder in own.chain(more.iter().map(|path| env.folder(path)?.absolute())) {
+        folder?.add_to(&mut all);
     }
+    Ok(all)
 }
 
 /// The image of a name in a folder; `None` if it is no image, or was seen before.

@@ -38,7 +38,8 @@ mod mover;
 pub mod rebase;
 pub mod resize;
 pub mod salvage;
+pub mod settle;
 mod sink;
 mod writer;
 
-pub use mover::{Disk, Format, Progress, raw_container};
+pub use mover::{Disk, Format, Progress};

@@ -36,25 +36,6 @@ pub enum Format {
     Vhd,
 }
 
-/// The format of images that a file begins as, for a warning to who takes it for a raw disk.
-///
-/// # Errors
-/// `Io`; as for opening the file.
-pub fn raw_container(env: &dyn Env, path: &Path) -> Result<Option<Container>> {
-    let file = env.open(path, Access::Read)?;
-    let mut head = [0; HEAD_BYTES];
-    let (len, there) = (file.stat()?.len, head.len());
-    let there = there.min(usize::try_from(len).unwrap_or(usize::MAX));
-    file.read_at(&mut head[..there], 0)?;
-    let mut tail = [0; HEAD_BYTES];
-    // A fixed VHD has its footer at the end alone.
-    if len >= HEAD_BYTES as u64 {
-        file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
-    }
-    let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
-    Ok(Container::of(&head[..there]).or(at_end))
-}
-
 /// A disk to be read, locked against writers.
 pub enum Disk {
     /// A chain of VHDs.
@@ -92,6 +73,23 @@ impl Disk {
             Disk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
             Disk::Raw(..) => None,
         }
+    }
+
+    /// The format of images that a raw disk begins as, for a warning; `None` for a chain.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn container(&self) -> Result<Option<Container>> {
+        let Disk::Raw(file, len) = self else { return Ok(None) };
+        let (mut head, mut tail) = ([0; HEAD_BYTES], [0; HEAD_BYTES]);
+        let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
+        file.read_at(&mut head[..there], 0)?;
+        // A fixed VHD has its footer at the end alone.
+        if *len >= HEAD_BYTES as u64 {
+            file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
+        }
+        let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
+        Ok(Container::of(&head[..there]).or(at_end))
     }
 
     /// Sectors of the disk, the last one perhaps not full.

@@ -52,13 +52,13 @@ pub fn rebase(
     let same_parent = is_parent(env, &image, new.youngest(), policy)?;
     let to = link_to(env, &image, new.youngest())?;
     check_link(&image, Some(&to))?;
-    let time = KeptTime::of(&file)?;
     mark_parent(env, new.youngest(), &env.canonical(path)?);
     point::reached("rebase.begun");
     if only_link {
         if same_parent {
-            time.put_back_after(relinked(env, &file, &to))?;
+            KeptTime::during(&file, || relinked(env, &file, &to))?;
         } else {
+            let time = KeptTime::of(&file)?;
             warn_children(env, &image)?;
             relinked(env, &file, &to)?;
             time.move_on()?;
@@ -80,7 +80,7 @@ pub fn rebase(
         relinked(env, &file, &to)?;
         Ok(copied)
     };
-    let copied = time.put_back_after(copy())?;
+    let copied = KeptTime::during(&file, copy)?;
     Ok(Rebased { copied, same_parent })
 }
 

@@ -41,8 +41,8 @@ pub fn resize(
         return Err(Error::from(Defect::DiskSize { at: 0, size }).at_no_offset().at_path(path));
     }
     let chain = alone::chain(env, path, Change::Size, policy)?;
-    let time = KeptTime::of(chain.youngest().file())?;
-    time.put_back_after(change(env, path, chain, size, shrink, progress))
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || change(env, path, chain, size, shrink, progress))
 }
 
 fn change(

@@ -10,15 +10,24 @@
 #![allow(unsafe_code)]
 
 use std::hint::black_box;
-use std::sync::OnceLock;
+
+use super::bus;
 
 const PAGE: usize = 4096;
 const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
 pub(super) fn is_ready() -> bool {
-    static READY: OnceLock<bool> = OnceLock::new();
-    *READY.get_or_init(catch::install)
+    cfg!(target_arch = "x86_64") && bus::is_caught()
+}
+
+/// Ends a copy that met a page that is not there: for the handler of SIGBUS. False if the thread was not in a copy.
+///
+/// # Safety
+/// `context` is what the kernel passed to the handler.
+pub(super) unsafe fn rescue(context: *mut libc::ucontext_t) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { catch::rescue(context) }
 }
 
 /// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.
@@ -71,11 +80,6 @@ pub(super) fn fetch_all(at: *const u8, len: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod catch {
-    use std::ffi::{c_int, c_void};
-    use std::mem::MaybeUninit;
-    use std::ptr;
-    use std::sync::OnceLock;
-
     // No stack is used and no register that a callee must keep: from any instruction one can go on at the second end.
     std::arch::global_asm!(
         ".pushsection .text.diffdisk_copy,\"ax\",@progbits",
@@ -105,50 +109,17 @@ mod catch {
         static diffdisk_copy_failed: u8;
     }
 
-    /// What was done about SIGBUS before.
-    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
-
-    /// Has SIGBUS end a copy; false where the kernel does not want it.
-    pub(super) fn install() -> bool {
-        // SAFETY: plain data, for which zeros are a value; filled in before it is used.
-        let (mut ours, mut before) =
-            unsafe { MaybeUninit::<(libc::sigaction, libc::sigaction)>::zeroed().assume_init() };
-        ours.sa_sigaction = on_bus as *const () as usize;
-        // On the alternate stack, where the one before may count on it (a stack that overflows).
-        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: both are valid; the handler is one for SA_SIGINFO. What was there is kept before ours can run.
-        unsafe {
-            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
-                return false;
-            }
-            let _ = BEFORE.set(before);
-            libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) == 0
-        }
-    }
-
-    extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-        let context = context.cast::<libc::ucontext_t>();
-        // SAFETY: with SA_SIGINFO the kernel passes it.
-        let code = unsafe { (*info).si_code };
-        if code <= 0 || code == libc::BUS_MCEERR_AO {
-            // No access of ours: somebody sent it, or memory failed that nobody asked for. As if there were no handler.
-            // SAFETY: both may be called in a handler; the signal comes when this one returns.
-            unsafe {
-                libc::signal(signal, libc::SIG_DFL);
-                libc::raise(signal);
-            }
-            return;
-        }
+    /// Has the interrupted thread go on where the copy ends when it has failed, if it stood in the copy.
+    pub(super) unsafe fn rescue(context: *mut libc::ucontext_t) -> bool {
         let start = diffdisk_copy as *const () as usize;
         let failed = (&raw const diffdisk_copy_failed) as usize;
-        // SAFETY: with SA_SIGINFO the kernel passes the registers of the interrupted thread, which is this one.
+        // SAFETY: as the caller promises.
         let at = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
-        if usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at)) {
+        let ours = usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at));
+        if ours {
             *at = failed as i64;
-        } else if let Some(before) = BEFORE.get() {
-            // The instruction runs again, and meets who was there before. SAFETY: what the kernel gave is valid.
-            unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
         }
+        ours
     }
 
     #[inline]
@@ -160,7 +131,7 @@ mod catch {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod catch {
-    pub(super) fn install() -> bool {
+    pub(super) unsafe fn rescue(_: *mut libc::ucontext_t) -> bool {
         false
     }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::folder::Folder;
 use super::host::HostFile;
-use super::live::Live;
+use super::runtime::Runtime;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
 use super::space::{HostRoom, RoomRule};
@@ -72,6 +72,21 @@ pub struct Stat {
     pub modified_nanos: u32,
     /// Permission bits.
     pub mode: u32,
+}
+
+/// Whose process this is, on which start of which machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Origin {
+    /// The start of the kernel.
+    pub boot: Uuid,
+    /// The installed system, whatever its starts: derived from its machine id, which it does not give away.
+    pub machine: Uuid,
+    /// Number of the user.
+    pub user_id: u32,
+    /// Name of the user; the number if it has none.
+    pub user: String,
+    /// Name of the host.
+    pub host: String,
 }
 
 /// When the bytes of a file were last changed.
@@ -356,14 +371,17 @@ pub trait Env: Send + Sync {
     /// Whether there is something at `path`.
     fn exists(&self, path: &Path) -> bool;
 
-    /// Words of memory that outlive the process but not the host, named by `path`; zero where they are new.
+    /// Opens the folder in which live journals lie, which holds memory that outlives the process but not the host.
     ///
     /// # Errors
-    /// `Unsupported` where the folder is not in memory; `NoSpace`; `Invalid` where there are fewer or more of them.
-    fn live(&self, path: &Path, words: usize) -> Result<Live>;
+    /// `NotFound`; `Refused` if it is another user's, or open to other users; `Unsupported` if it is not in memory; `Io`.
+    fn runtime(&self, folder: &Path) -> Result<Runtime>;
 
-    /// Tells one start of the host from another.
-    fn boot_id(&self) -> Result<Uuid>;
+    /// Tells this process from those of other users, of other starts of the host, and of other hosts.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn origin(&self) -> Result<Origin>;
 
     /// Unix seconds.
     fn now(&self) -> i64;

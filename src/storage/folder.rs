@@ -5,7 +5,7 @@
 //! the way, and the second call acts on another folder. A held folder does not change.
 
 use std::ffi::{OsStr, OsString};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use super::env::{Access, File};
 use super::host::HostFolder;
@@ -43,6 +43,15 @@ impl Folder {
         each_kind!(self, f => f.path())
     }
 
+    /// The path of a name in the folder, as an operator would write it.
+    pub fn path_of(&self, name: &OsStr) -> PathBuf {
+        match self {
+            Folder::Host(f) => f.join(name),
+            #[cfg(feature = "sim")]
+            Folder::Sim(f) => f.path().join(name),
+        }
+    }
+
     /// The same folder under its absolute path without symbolic links, as it is now.
     ///
     /// # Errors
@@ -63,6 +72,13 @@ impl Folder {
             (Folder::Sim(a), Folder::Sim(b)) => a.is_same(b),
             #[cfg(feature = "sim")]
             _ => false,
+        }
+    }
+
+    /// Adds it to folders that are each there once.
+    pub fn add_to(self, folders: &mut Vec<Folder>) {
+        if folders.iter().all(|known| !known.is_same(&self)) {
+            folders.push(self);
         }
     }
 

@@ -19,6 +19,7 @@
 
 pub mod bell;
 pub mod blocking;
+mod bus;
 mod copy;
 pub mod engine;
 pub mod env;
@@ -30,6 +31,7 @@ pub mod op;
 pub mod payload;
 mod recent;
 pub mod ring;
+pub mod runtime;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod space;
@@ -42,10 +44,13 @@ mod warm;
 pub use bell::Bell;
 pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
-pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Modified, Naming, Presence, Stat};
+pub use env::{
+    Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Modified, Naming, Origin, Presence, Stat,
+};
 pub use folder::Folder;
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
+pub use runtime::Runtime;
 pub use space::{HostRoom, RoomRule};
 pub use warm::{Found, MOST_COPIED};

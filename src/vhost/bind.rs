@@ -8,10 +8,11 @@
 //! the socket of the other does not listen yet and looks like a stale one. The socket is bound with mode 0600 and gets its
 //! group before its mode, so at no moment may others connect than in the end.
 
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
 use rustix::io::Errno;
@@ -19,6 +20,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::socket::{Listener, Made};
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::{file_name, folder_of};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -44,8 +46,8 @@ impl Default for SocketAccess {
 /// The folder of a socket, open, and the name in it.
 struct Place<'a> {
     path: &'a Path,
-    folder: OwnedFd,
-    name: &'a Path,
+    folder: Arc<OwnedFd>,
+    name: &'a OsStr,
 }
 
 /// Makes a socket at `path` that accepts connections from those whom `access` admits.
@@ -57,12 +59,10 @@ struct Place<'a> {
 /// * `Io`: the host refuses a step, for example the group.
 pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
     let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
-    let name =
-        path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not the name of a socket").at_path(path))?;
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    let name = file_name(path)?;
+    let folder = rustix::fs::open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| failed("cannot open the folder of the socket", e))?;
-    let place = Place { path, folder, name: Path::new(name) };
+    let place = Place { path, folder: Arc::new(folder), name };
     let lock = NameLock::take(&place)?;
     remove_stale(&place)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -76,9 +76,9 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
     let bound =
         rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| failed("cannot open the socket that was just made", e))?;
-    let stat = rustix::fs::fstat(&bound).map_err(|e| failed("cannot stat the socket", e))?;
     // From here on an error removes the name again.
-    let made = Made { path: path.to_path_buf(), dev: stat.st_dev, ino: stat.st_ino, _lock: lock };
+    let name = OwnName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
+    let made = Made { name, _lock: lock };
     let listener = Listener::new(UnixListener::from(socket), Some(made));
     listens.map_err(|e| failed("cannot listen", e))?;
     if let Some(group) = access.group {
@@ -133,20 +133,64 @@ fn remove_stale(place: &Place<'_>) -> Result<()> {
     }
 }
 
+/// A name that this process has given a file. Dropped, it is removed, unless another file has it by then.
+#[derive(Debug)]
+pub(super) struct OwnName {
+    path: PathBuf,
+    folder: Arc<OwnedFd>,
+    name: OsString,
+    /// Device and inode.
+    id: (u64, u64),
+}
+
+impl OwnName {
+    fn of(file: impl AsFd, place: &Place<'_>, name: &OsStr) -> rustix::io::Result<OwnName> {
+        let (stat, path) = (rustix::fs::fstat(file)?, place.path.with_file_name(name));
+        let id = (stat.st_dev, stat.st_ino);
+        Ok(OwnName { path, folder: place.folder.clone(), name: name.to_owned(), id })
+    }
+
+    /// Its path when it was given.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn leads_to_it(&self) -> rustix::io::Result<bool> {
+        match rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) => Ok((found.st_dev, found.st_ino) == self.id),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl Drop for OwnName {
+    fn drop(&mut self) {
+        if self.leads_to_it() == Ok(true)
+            && let Err(e) = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
+            && e != Errno::NOENT
+        {
+            log::warn!("{}: cannot remove the name: {e}", self.path.display());
+        }
+    }
+}
+
 /// A lock on the name of a socket: a file `NAME.lock` with a lock that ends with its holder. The file is removed by the
 /// holder; a killed one leaves it behind, unlocked, and it is used again.
 #[derive(Debug)]
 pub(super) struct NameLock {
-    file: OwnedFd,
-    path: PathBuf,
+    // Dropped first: the file is removed while it is locked.
+    _name: OwnName,
+    _file: OwnedFd,
 }
 
 impl NameLock {
     fn take(place: &Place<'_>) -> Result<NameLock> {
-        let mut name = place.name.as_os_str().to_owned();
+        let mut name = place.name.to_owned();
         name.push(".lock");
-        let path = place.path.with_file_name(&name);
-        let failed = |e: Errno| Error::io("cannot lock the name of the socket", e.into()).at_path(&path);
+        let failed = |e: Errno| {
+            Error::io("cannot lock the name of the socket", e.into()).at_path(place.path.with_file_name(&name))
+        };
         loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let file = rustix::fs::openat(&place.folder, &name, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
@@ -159,31 +203,11 @@ impl NameLock {
                 Err(Errno::INTR) => continue,
                 Err(e) => return Err(failed(e)),
             }
+            let own = OwnName::of(&file, place, &name).map_err(failed)?;
             // Its last holder may have removed it after it was opened here.
-            let lock = NameLock { file, path: path.clone() };
-            if lock.is_at_its_name().map_err(failed)? {
-                return Ok(lock);
+            if own.leads_to_it().map_err(failed)? {
+                return Ok(NameLock { _name: own, _file: file });
             }
-        }
-    }
-
-    fn is_at_its_name(&self) -> rustix::io::Result<bool> {
-        let held = rustix::fs::fstat(&self.file)?;
-        match rustix::fs::lstat(&self.path) {
-            Ok(found) => Ok((found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)),
-            Err(Errno::NOENT) => Ok(false),
-            Err(e) => Err(e),
-        }
-    }
-}
-
-impl Drop for NameLock {
-    fn drop(&mut self) {
-        if self.is_at_its_name() == Ok(true)
-            && let Err(e) = std::fs::remove_file(&self.path)
-            && e.kind() != io::ErrorKind::NotFound
-        {
-            log::warn!("{}: cannot remove the lock: {e}", self.path.display());
         }
     }
 }

@@ -30,6 +30,18 @@ fn a_socket_is_private_and_goes_with_its_owner() {
 }
 
 #[test]
+fn its_names_go_also_if_the_folder_was_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+    fs::create_dir(&old).unwrap();
+    let socket = made(&old.join("s"));
+    fs::rename(&old, &new).unwrap();
+    assert_eq!(fs::read_dir(&new).unwrap().count(), 2);
+    drop(socket);
+    assert_eq!(fs::read_dir(&new).unwrap().count(), 0);
+}
+
+#[test]
 fn the_kernel_has_the_name_that_was_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
@@ -74,7 +86,7 @@ fn a_socket_that_does_not_listen_yet_is_not_stale() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let folder = rustix::fs::open(dir.path(), OFlags::PATH, Mode::empty()).unwrap();
-    let place = Place { path: &path, folder, name: Path::new("s") };
+    let place = Place { path: &path, folder: Arc::new(folder), name: OsStr::new("s") };
     let lock = NameLock::take(&place).unwrap();
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
     rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();

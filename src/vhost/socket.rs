@@ -1,15 +1,13 @@
 //! The sockets of the daemon: made, taken over, and gone when their owner goes.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use super::bind::{NameLock, SocketAccess, bind};
+use super::bind::{NameLock, OwnName, SocketAccess, bind};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How front-ends reach a disk.
@@ -24,18 +22,16 @@ pub enum Socket {
 /// A listening socket. The name in the file system goes with it if we made it.
 #[derive(Debug)]
 pub struct Listener {
-    socket: UnixListener,
+    // Dropped first: nobody finds a name on which nobody listens.
     made: Option<Made>,
+    socket: UnixListener,
 }
 
 /// The name of a socket that this process made.
 #[derive(Debug)]
 pub(super) struct Made {
-    pub(super) path: PathBuf,
-    /// Device and inode: a socket that has taken the name since is not removed.
-    pub(super) dev: u64,
-    pub(super) ino: u64,
-    /// Held as long as the name.
+    // Dropped first: it is removed while the name is locked.
+    pub(super) name: OwnName,
     pub(super) _lock: NameLock,
 }
 
@@ -74,7 +70,7 @@ impl Socket {
     /// The name of a listening socket, if it has one.
     pub fn path(&self) -> Option<PathBuf> {
         match self {
-            Socket::Listening(Listener { made: Some(made), .. }) => Some(made.path.clone()),
+            Socket::Listening(Listener { made: Some(made), .. }) => Some(made.name.path().to_path_buf()),
             Socket::Listening(l) => l.socket.local_addr().ok()?.as_pathname().map(Path::to_path_buf),
             Socket::Connected(_) => None,
         }
@@ -101,16 +97,6 @@ impl AsFd for Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(made) = &self.made
-            && fs::symlink_metadata(&made.path).is_ok_and(|m| (m.dev(), m.ino()) == (made.dev, made.ino))
-        {
-            let _ = fs::remove_file(&made.path);
-        }
-    }
-}
-
 /// Who is at the other end, for the log.
 pub(super) fn peer(stream: &UnixStream) -> String {
     match sockopt::socket_peercred(stream) {
@@ -121,6 +107,8 @@ pub(super) fn peer(stream: &UnixStream) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -159,7 +159,9 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
     for (who, args) in [("info", "info"), ("check", "check")] {
         let run = tool_run(&[args], image, &[]);
         run.assert_sane(who);
-        assert!(matches!(run.code, 0 | 4), "{who} of the file alone: exit code {}: {}", run.code, run.stderr);
+        // What its own bytes show of a parent that is never opened is a defect of the file.
+        let names_none = who == "check" && run.code == 3 && run.stderr.contains("parent");
+        assert!(matches!(run.code, 0 | 4) || names_none, "{who} alone: exit code {}: {}", run.code, run.stderr);
     }
     let socket = tempfile::tempdir().expect("a folder for the socket");
     for (who, run) in [

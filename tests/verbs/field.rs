@@ -221,9 +221,8 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
         let done = run(folder, verb);
         assert!(done.code == Some(1) && done.stderr.contains("are lost"), "{verb:?}: {}", done.stderr);
     }
-    let info = run(folder, &["info", "disk.vhd", "--json"]).ok();
-    assert!(info.stderr.contains("not readable"), "{}", info.stderr);
-    assert!(info.json()["damage"].to_string().contains("not readable") && info.json()["virtual_size"] == 256 << 10);
+    let info = run(folder, &["info", "disk.vhd", "--json"]);
+    assert!(info.code == Some(1) && info.stderr.contains("are lost"), "{}", info.stderr);
     let report = run(folder, &["check", "disk.vhd", "--json"]);
     let lost = serde_json::json!([{"start": 32 << 10, "length": 32 << 10}]);
     assert_eq!((report.code, &report.json()["lost"]), (Some(3), &lost));
@@ -234,7 +233,7 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
     assert_healthy(folder, "saved.vhd");
     // Readable only.
     let vhd = make();
-    vhd.footer(0, footer::SIZE, &(128_u64 << 10).to_be_bytes());
+    vhd.footer(0, footer::UUID, &[7; 16]);
     run(folder, readers[0]).ok();
     for verb in [&["resize", "disk.vhd", "1M"][..], &["compact", "disk.vhd"]] {
         let done = run(folder, verb);

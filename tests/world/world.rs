@@ -138,7 +138,7 @@ impl<'a> World<'a> {
     /// Opens the disk; false where planned faults forbid it.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
         let (host, How { when_full, allocation }) = (self.host.clone(), self.how);
-        let options = DiskOptions { when_full, allocation, ..layouts::options(self.care.journal) };
+        let options = DiskOptions { when_full, allocation, ..layouts::options(&self.host, self.care.journal) };
         let opened = self.watched(|| Disk::open(Arc::new(host), &options))?;
         match opened {
             Ok(disk) => {

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | nothing | nothing: the record is removed |
 //! | a part | record and mark, which keep the receiver from being opened by itself; the merge may still be finished |
-//! | all | the receiver with CHILD's disk, and CHILD, which shows the same: the record is removed |
+//! | all | the receiver with CHILD's disk, and CHILD, which shows the same: the record is removed, unless a layer between is |
+//! |     | still there, which shows neither disk: then the record is kept as for a part |
 //!
 //! A record whose receiver is gone is removed, too, and so is one whose CHILD is gone if the receiver has no mark (it was
 //! restored from a backup).
@@ -15,7 +16,7 @@ use super::resume::{is_same, present_at};
 use super::survey::link;
 use crate::chain::{Chain, Copied, Earlier, Folded, MergeRecord, Policy, Seen, Use, mark_receiver, marked_by};
 use crate::chain::{relative, unmark_receiver};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, found};
 use crate::image::{Glance, Image, KeptTime, agreed, file_name, folder_of, relink};
 use crate::ops::kin;
 use crate::point;
@@ -63,6 +64,8 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     };
     match record.copied {
         Copied::Nothing => end(env, &record, &ancestor).map(|()| Abandoned::Undone),
+        // A layer between would show parts of both disks.
+        Copied::All if has_layer_between(env, &record)? => keep(env, record).map(|()| Abandoned::Partial(path)),
         Copied::All => {
             record_time_again(env, &record, &ancestor)?;
             end(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
@@ -85,11 +88,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
 
 /// The receiver, locked so that no merge of it runs; `None` if it is gone, or another image has its name.
 fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
-    let file = match env.open(path, Access::Write) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-    };
+    let Some(file) = found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
     let is_it = Glance::at(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
     Ok(is_it.then_some(file))
@@ -98,20 +97,17 @@ fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<F
 /// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
 fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge folds an image");
-    let file = match env.open(&record.folder.join(&layer.path), Access::Write) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
+    let Some(file) = found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
     file.lock(Lock::Exclusive)?;
-    let time = KeptTime::of(&file)?;
-    let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
-    let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
-    if image.uuid() != layer.uuid || !stands_on_it {
-        return Ok(());
-    }
-    let link = link(env, &image, &ancestor)?;
-    time.put_back_after(relink(env, &file, Some(&link)))
+    KeptTime::during(&file, || {
+        let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
+        let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
+        if image.uuid() != layer.uuid || !stands_on_it {
+            return Ok(());
+        }
+        let link = link(env, &image, &ancestor)?;
+        relink(env, &file, Some(&link))
+    })
 }
 
 fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
@@ -122,15 +118,30 @@ fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     Ok(())
 }
 
-fn keep_as_partial(env: &dyn Env, mut record: MergeRecord, ancestor: &File) -> Result<()> {
+fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Result<()> {
     match mark_receiver(ancestor, record.layers[0].uuid, &record.child()) {
         Err(e) => log::warn!("{}; only the record beside CHILD shows that it is not whole", e.line()),
         Ok(()) => point::reached("abandon.marked"),
     }
+    keep(env, record)
+}
+
+/// Keeps the record, as that of a merge that was given up.
+fn keep(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
     record.save(&home(env, &record)?)?;
     point::reached("abandon.recorded");
     Ok(())
+}
+
+/// Whether an image between CHILD and the receiver is still there.
+fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
+    for layer in &record.layers[1..] {
+        if Seen::at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The record of a merge of the image at `child` into the ancestor that its mark names, in the place of one that cannot be

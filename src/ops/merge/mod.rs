@@ -124,13 +124,9 @@ impl<'a> Merge<'a> {
                 let home = env.folder(&record.folder)?.absolute()?;
                 let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
                 let places = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
-                let mut folders = vec![home.clone()];
-                for folder in places.iter().cloned().chain([place(&record.ancestor_path)?]) {
-                    kin::add_folder(&mut folders, folder);
-                }
-                for allowed in &policy.allowed {
-                    kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
-                }
+                let own = [home.clone(), place(&record.ancestor_path)?];
+                let folders =
+                    kin::folders(env, own.into_iter().chain(places.iter().cloned()).map(Ok), &policy.allowed)?;
                 let record = MergeRecord::clone(record);
                 return Ok(Merge { env, policy, record, survey: None, folders, home, places, begun: true });
             }
@@ -338,10 +334,10 @@ impl<'a> Merge<'a> {
                 }
             };
             let image = Image::open(file.clone())?;
-            refuse_if_live(self.env, &self.policy.runtime, &file, image.uuid())?;
+            refuse_if_live(self.env, &self.policy.runtime, &image)?;
             mark_parent(self.env, ancestor, &child.path);
-            let (time, link) = (KeptTime::of(&file)?, link(self.env, &image, ancestor)?);
-            time.put_back_after(relink(self.env, &file, Some(&link)))?;
+            let link = link(self.env, &image, ancestor)?;
+            KeptTime::during(&file, || relink(self.env, &file, Some(&link)))?;
             point::reached("merge.child-relinked");
             relinked.push(child.path);
         }

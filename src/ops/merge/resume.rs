@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::survey::Survey;
 use crate::chain::{Copied, Earlier, Folded, MergeRecord, Seen, marked_by};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, found};
 use crate::image::Glance;
 use crate::storage::{Access, Env};
 
@@ -15,11 +15,8 @@ use crate::storage::{Access, Env};
 /// # Errors
 /// `Io`; `Refused` for what is no regular file.
 pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
-    match env.open(path, Access::Read) {
-        Ok(file) => Ok(Glance::at(&file)?.map(|glance| glance.uuid)),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
-    }
+    let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
+    Ok(Glance::at(&file)?.map(|glance| glance.uuid))
 }
 
 /// Puts into `record`, which is that of a new merge, what an earlier start has done of it.

@@ -1,9 +1,9 @@
 //! Which files a merge concerns, whether it may be, and the locks on them. Nothing is changed here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::copy::Layers;
-use crate::chain::{Chain, Change, Folded, Policy, Seen, Use, refuse_change, relative};
+use crate::chain::{Chain, Change, Folded, Policy, Seen, Use, place_of, refuse_change, relative};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
@@ -59,7 +59,7 @@ pub(super) fn survey(
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
     for image in images.iter().chain([ancestor]) {
-        refuse_if_live(env, &policy.runtime, image.file(), image.uuid())?;
+        refuse_if_live(env, &policy.runtime, image)?;
     }
     // Another merge must find again what it recorded of its own images.
     let own = Some(images[0].uuid());
@@ -70,13 +70,8 @@ pub(super) fn survey(
     if !changed_parent {
         refuse_changed(&chain, depth)?;
     }
-    let mut folders = Vec::new();
-    for image in images.iter().chain([ancestor]) {
-        kin::add_folder(&mut folders, image.file().folder().absolute()?);
-    }
-    for allowed in &policy.allowed {
-        kin::add_folder(&mut folders, env.folder(allowed)?.absolute()?);
-    }
+    let own = images.iter().chain([ancestor]).map(|image| image.file().folder().absolute());
+    let folders = kin::folders(env, own, &policy.allowed)?;
     let children = children(env, &images, ancestor, &folders, policy)?;
     sizes(&images[0], ancestor, children.is_empty())?;
     let folded = images.iter().map(|image| folded_as(env, image, &folder)).collect::<Result<_>>()?;
@@ -176,7 +171,7 @@ fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> 
     let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
-    refuse_if_live(env, &policy.runtime, image.file(), image.uuid())?;
+    refuse_if_live(env, &policy.runtime, &image)?;
     check_link(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }
@@ -194,12 +189,6 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
 }
 
 fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
-    let path = relative(folder, &named(env, image.file().path())?);
+    let path = relative(folder, &place_of(env, image.file().path())?);
     Ok(Folded { uuid: image.uuid(), seen: Seen::durably(image.file())?, path })
-}
-
-/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
-fn named(env: &dyn Env, path: &Path) -> Result<PathBuf> {
-    let name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
-    Ok(env.canonical(folder_of(path))?.join(name))
 }

@@ -65,7 +65,8 @@ impl HostFolder {
         Ok(HostFolder { path: path.into(), ..self.clone() })
     }
 
-    fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+    /// The path of a name in the folder.
+    pub(in crate::storage) fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         // What the operator gave as `f` is not called `./f`.
         if self.path.as_os_str() == "." { name.as_ref().to_path_buf() } else { self.path.join(name) }
     }

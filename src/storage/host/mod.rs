@@ -1,11 +1,13 @@
 //! The host itself: Linux files, names, clock and entropy.
 
+mod direct;
 mod file;
 mod folder;
 mod holder;
 mod lock;
 pub(super) mod mapped;
 mod metadata;
+mod origin;
 mod presence;
 mod space;
 mod zeros;
@@ -13,7 +15,7 @@ mod zeros;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::OFlags;
@@ -25,10 +27,10 @@ pub use self::folder::HostFolder;
 pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
 use super::engine::{Engine, host_file};
-use super::env::{Access, EngineKind, Env, File, Holder, Presence};
+use super::env::{Access, EngineKind, Env, File, Holder, Origin, Presence};
 use super::folder::Folder;
-use super::live::{Live, Mapping};
 use super::ring::Ring;
+use super::runtime::{HostRuntime, Runtime};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every file is opened: not passed on to children, not waiting for the other end of a FIFO, not becoming our
@@ -83,15 +85,12 @@ impl Env for Host {
         std::fs::symlink_metadata(path).is_ok()
     }
 
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        Ok(Live::Host(Arc::new(Mapping::open(path, words)?)))
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        HostRuntime::open_folder(folder).map(Runtime::Host)
     }
 
-    fn boot_id(&self) -> Result<Uuid> {
-        let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;
-        Uuid::parse_str(text.trim())
-            .map_err(|e| Error::new(ErrorKind::Invalid, "no boot id").at_path(path).caused_by(e))
+    fn origin(&self) -> Result<Origin> {
+        origin::origin()
     }
 
     fn now(&self) -> i64 {
@@ -203,6 +202,10 @@ mod tests {
         symlink("f", p("link")).unwrap();
         Host.open(&p("link"), Access::Write).unwrap();
         // The file must not stay non-blocking: a ring would get EAGAIN where it should wait.
+        #[cfg_attr(
+            not(feature = "sim"),
+            allow(irrefutable_let_patterns, reason = "the simulated host is the other kind")
+        )]
         let File::Host(f) = Host.open(&p("f"), Access::Read).unwrap() else { unreachable!("a file of the host") };
         assert!(!rustix::fs::fcntl_getfl(&f).unwrap().contains(OFlags::NONBLOCK));
     }

@@ -3,7 +3,8 @@
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::file::{BOUNCE, HostFile};
+use super::direct::BOUNCE;
+use super::file::HostFile;
 use super::retry;
 use crate::error::Result;
 use crate::storage::payload::Buffer;

@@ -1,7 +1,6 @@
 //! The simulated host as the world sees it: names, files, clock, engines. Each call is a step, and may fail by plan.
 
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -10,12 +9,13 @@ use super::SimHost;
 use super::engine::SimEngine;
 use super::folder::SimFolder;
 use super::names;
+use super::runtime::SimRuntime;
 use super::world::{Step, code};
 use crate::error::Result;
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File, Holder, Presence};
+use crate::storage::env::{Access, EngineKind, Env, File, Holder, Origin, Presence};
 use crate::storage::folder::Folder;
-use crate::storage::live::Live;
+use crate::storage::runtime::Runtime;
 
 /// The path from the root, without `.` and `..`; the working folder is the root.
 pub(super) fn absolute(path: &Path) -> PathBuf {
@@ -59,9 +59,6 @@ impl Env for SimHost {
     fn remove(&self, path: &Path) -> Result<()> {
         self.named(path, "cannot remove the name", |world, name| {
             world.step(Step::Name)?;
-            if world.live.remove(name).is_some() {
-                return Ok(());
-            }
             world.look_up(name)?;
             world.names.apply(names::Change::Remove(name.to_path_buf()));
             Ok(())
@@ -80,22 +77,17 @@ impl Env for SimHost {
     }
 
     fn exists(&self, path: &Path) -> bool {
-        let (world, name) = (self.0.world(), absolute(path));
-        world.live.contains_key(&name) || world.names.get(&name).is_some()
+        self.0.world().names.get(&absolute(path)).is_some()
     }
 
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        self.named(path, "cannot open", |world, name| {
-            world.alive()?;
-            let fresh = || std::iter::repeat_with(|| AtomicU64::new(0)).take(words).collect();
-            let found = world.live.entry(name.to_path_buf()).or_insert_with(fresh);
-            assert_eq!(found.len(), words, "one size for all of a name");
-            Ok(Live::Sim(found.clone()))
-        })
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        Ok(Runtime::Sim(SimRuntime::new(&self.0, folder)))
     }
 
-    fn boot_id(&self) -> Result<Uuid> {
-        Ok(self.0.world().boot)
+    fn origin(&self) -> Result<Origin> {
+        let world = self.0.world();
+        let (boot, machine) = (world.boot, world.machine);
+        Ok(Origin { boot, machine, user_id: 1000, user: "guest".into(), host: "sim".into() })
     }
 
     fn now(&self) -> i64 {
@@ -107,9 +99,7 @@ impl Env for SimHost {
     }
 
     fn uuid(&self) -> Uuid {
-        let mut world = self.0.world();
-        let bits = u128::from(world.random.any()) << 64 | u128::from(world.random.any());
-        uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
+        self.0.world().uuid()
     }
 
     fn engine(&self, _kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {

@@ -1,0 +1,55 @@
+//! Where the next blocks of an image go, and when more room for them is due.
+
+use std::collections::BTreeSet;
+
+use super::writable::Writable;
+
+/// Where the next block goes.
+#[derive(Debug)]
+pub struct Room {
+    /// First file sector after all that is in use.
+    pub next: u64,
+    /// The end of what is durably zero and may be given out.
+    pub end: u64,
+    /// File sector before which the host has the room that blocks must find.
+    pub reserved: u64,
+    /// File sector of the trailing footer.
+    pub footer: u64,
+    /// File sectors before it that are to be wiped before room behind `end` is given out: older footers and stamps.
+    pub stale: Vec<u64>,
+    /// Blocks that have no place yet.
+    pub unplaced: u64,
+    /// Blocks whose place the file does not know yet.
+    pub fresh: BTreeSet<u32>,
+    /// A step is under way.
+    pub growing: bool,
+    /// A sync of a step is under way.
+    pub syncing: bool,
+    /// Steps since the image was opened, or since the host was full.
+    pub steps: u32,
+}
+
+impl Room {
+    /// File sector before which a block may go.
+    pub fn usable(&self) -> u64 {
+        self.end.min(self.reserved)
+    }
+}
+
+impl Writable {
+    /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
+    pub fn is_short(&self, room: &Room) -> bool {
+        let wanted = (self.step_blocks(room) / 4).max(1).min(room.unplaced);
+        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable())
+    }
+
+    /// Whether a step of growth waits for a sync.
+    pub(super) fn is_growth_syncing(&self) -> bool {
+        self.image().block_size().is_some() && self.room().syncing
+    }
+
+    /// Whether a step of growth is under way.
+    pub fn is_growing(&self) -> bool {
+        self.room().growing
+    }
+}

@@ -1,0 +1,39 @@
+//! The end of a file that was committed: right behind its last block.
+
+use super::writable::Writable;
+use crate::error::{ErrorKind, Result};
+use crate::format::layout::PAGE;
+use crate::mutant::{self, Mutant};
+use crate::units::SECTOR;
+
+impl Writable {
+    /// Makes the file end right behind its last block, durably: the last act on an image that was committed.
+    /// The new footer is durable before the file is cut, so that there is always one. Settles the file's time, too.
+    pub fn trim(&self) -> Result<()> {
+        self.check_poison()?;
+        let end = self.used_end() * SECTOR;
+        let file = self.file();
+        if file.stat()?.len != end + SECTOR {
+            if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+                // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
+                let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
+                if e.kind() != ErrorKind::NoSpace {
+                    return Err(e);
+                }
+                file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
+                if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+                    log::warn!("{}; the file keeps its length until it is next closed", e.line());
+                    // It is not cut off, and must not stay without its journal.
+                    self.erase_stamp()?;
+                    return self.settle_time();
+                }
+            }
+            if !mutant::is(Mutant::TrimUnsynced) {
+                file.sync()?;
+            }
+            file.set_len(end + SECTOR)?;
+            file.sync()?;
+        }
+        self.settle_time()
+    }
+}
