@@ -137,6 +137,7 @@ fn a_signal_that_waits_is_not_lost() {
         serve(&mut r);
         assert!(signals(&r), "the first signal may be owed");
         assert_eq!(r.d.used().len(), 1);
+        r.d.put_word(AVAIL + 4 + 128, 1); // the next answer is to be signalled
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
         r.queue.signals.turn(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
