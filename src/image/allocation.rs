@@ -3,7 +3,7 @@
 //! A commit must never fail for want of room after the data it makes visible was acknowledged, so growth reserves what C2
 //! writes before a block gets its place (docs/space.md):
 //!
-//! | | reserved by growth | taken by the first write | a full host refuses |
+//! | | reserved ahead | taken by the first write | a full host refuses |
 //! | --- | --- | --- | --- |
 //! | sparse | the pages of each block's bitmap | the pages it covers | growth, or that write |
 //! | block | the whole block | nothing | growth |
@@ -22,16 +22,15 @@ use crate::units::{BlockSize, SECTOR};
 
 /// Blocks by which a file grows at least, room permitting.
 const MIN_STEP_BLOCKS: u64 = 16;
-/// Bytes by which a file grows at first with whole blocks, if that is no more than an eighth of the disk.
+/// Bytes by which a file grows at first, if that is no more than an eighth of the disk.
 const FIRST_STEP_BYTES: u64 = 256 << 20;
-/// Bytes by which a file grows at most with whole blocks, unless sixteen blocks are more.
+/// Bytes by which a file grows at most, unless sixteen blocks are more.
 const MAX_STEP_BYTES: u64 = 1 << 30;
-/// Blocks by which a sparse file grows at first. Each step doubles that: what is reserved and not used stays in
+/// Blocks for which a sparse file takes room at first. Each time doubles that: what is reserved and not used stays in
 /// proportion to what was written.
-const FIRST_SPARSE_BLOCKS: u64 = 8;
-/// Blocks, and bytes of the file, by which a sparse file grows at most.
-const MAX_SPARSE_BLOCKS: u64 = 2048;
-const MAX_SPARSE_BYTES: u64 = 4 << 30;
+const FIRST_RESERVED_BLOCKS: u64 = 8;
+/// Bytes of bitmaps for which a sparse file takes room at once, at most.
+const MAX_RESERVED_BYTES: u64 = 8 << 20;
 /// Bytes between two reserved ranges that are reserved with them: those of a block of 4 KiB, which one write fills.
 const GAP: u64 = layout::PAGE;
 /// Reservations handed to the engine at once: the queue's requests must find room there, too.
@@ -71,21 +70,28 @@ impl Writable {
         })
     }
 
-    /// Blocks of room that the next step of growth makes. Whole blocks: an eighth of the disk up to 256 MiB, or 1 % of it,
-    /// or sixteen; four times as many each time, as a guest that fills its disk waits some milliseconds for a step; up to
-    /// 1 GiB. Sparse: eight, and twice as many each time.
+    /// Blocks by which the next step makes the file longer: an eighth of the disk up to 256 MiB, or 1 % of it, or sixteen
+    /// blocks; four times as many each time, as a guest that fills its disk waits some milliseconds for a step; up to 1 GiB.
     pub(super) fn step_blocks(&self, room: &Room) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         let bytes = u64::from(block_size.bytes());
         let size = self.image().size();
-        let (least, growth, most) = match self.allocation() {
-            Allocation::Sparse => (FIRST_SPARSE_BLOCKS, 1, MAX_SPARSE_BLOCKS.min(MAX_SPARSE_BYTES / bytes)),
-            Allocation::Block => {
-                let least = (size / 8).min(FIRST_STEP_BYTES).max(size / 100) / bytes;
-                (least.max(MIN_STEP_BLOCKS), 2, (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS))
+        let least = ((size / 8).min(FIRST_STEP_BYTES).max(size / 100) / bytes).max(MIN_STEP_BLOCKS);
+        let most = (MAX_STEP_BYTES / bytes).max(MIN_STEP_BLOCKS);
+        (least << (2 * room.steps).min(16)).min(most)
+    }
+
+    /// Blocks for which the next step reserves room on the host: all that the file then has room for, or sparse eight and
+    /// twice as many each time.
+    pub(super) fn reserved_blocks(&self, room: &Room) -> u64 {
+        let Some(block_size) = self.image().block_size() else { return 0 };
+        match self.allocation() {
+            Allocation::Block => self.step_blocks(room),
+            Allocation::Sparse => {
+                let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
+                (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(MAX_RESERVED_BYTES / bitmap)
             }
-        };
-        (least << (growth * room.steps).min(16)).min(most)
+        }
     }
 }
 
@@ -108,10 +114,10 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// All bytes from sector `from` to sector `end`.
-    pub(super) fn whole(from: u64, end: u64) -> Reservation {
-        let range = from * SECTOR..end * SECTOR;
-        Reservation { ranges: std::iter::once(range).collect(), next: 0 }
+    /// All bytes from sector `from` to the end of blocks at these places, or of the file.
+    pub(super) fn whole(from: u64, places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
+        let to = if ends.is_empty() { places.last().map_or(from, |place| place.end) } else { ends.end };
+        Reservation { ranges: std::iter::once(from * SECTOR..to * SECTOR).collect(), next: 0 }
     }
 
     /// The pages of the bitmaps of blocks at these places, and of the sectors at the file's end, which lie behind them.

@@ -98,6 +98,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         growing: false,
         syncing: false,
         steps: 0,
+        reservations: 0,
     };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }

@@ -25,8 +25,10 @@ pub struct Room {
     pub growing: bool,
     /// A sync of a step is under way.
     pub syncing: bool,
-    /// Steps since the image was opened, or since the host was full.
+    /// Steps that made the file longer, since the image was opened or the host was full.
     pub steps: u32,
+    /// Steps that reserved room, since then.
+    pub reservations: u32,
 }
 
 impl Room {
@@ -39,7 +41,7 @@ impl Room {
 impl Writable {
     /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
     pub fn is_short(&self, room: &Room) -> bool {
-        let wanted = (self.step_blocks(room) / 4).max(1).min(room.unplaced);
+        let wanted = (self.reserved_blocks(room) / 4).max(1).min(room.unplaced);
         wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable())
     }
 

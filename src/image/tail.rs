@@ -10,8 +10,8 @@
 //! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
 //! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
 //!
-//! 1. reserve room on the host ([`Allocation`] says how much); if that fails for want of space, give back what it got and
-//!    halve the step;
+//! 1. reserve room on the host for some of the blocks ([`Allocation`]); if that fails for want of space, give back what it
+//!    got and halve the reservation;
 //! 2. write stamp and footer at the new end (this extends the file), in one call within one page: no kill comes between;
 //! 3. make the footer durable: from here it is the trailing one;
 //! 4. write zeros over the old stamp and footer;
@@ -19,7 +19,7 @@
 //! 6. hand out the room.
 //!
 //! A step that fails before 3 is undone. One that fails later is not, as the old stamp is out of date by then: the file keeps
-//! its new end, and the next step wipes what is left of the old one.
+//! its new end, and the next step only wipes what is left of the old one.
 //!
 //! 3 and 5 write the same sector again, through to the medium, instead of a sync: that would wait for all that the guest
 //! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
@@ -29,8 +29,8 @@
 //! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
 //! Room is handed out only after 5, since a dynamic root trusts it to be zero without a further barrier.
 //!
-//! Nothing is reserved before the first block needs a place. A tail that recovery has emptied is zero but not reserved: a
-//! step that finds one only reserves in it. On a file system that copies on write, 3 and 5 are syncs: a write through that
+//! Nothing is reserved before the first block needs a place. Most steps only reserve, in a tail that is long enough, and
+//! need no sync. On a file system that copies on write, 3 and 5 are syncs: a write through that
 //! fails for want of room could not be told from a failed sync, which poisons.
 
 use std::io;
@@ -54,9 +54,11 @@ pub struct Growth {
     phase: Phase,
     /// Where the room ended before.
     old: u64,
-    /// Blocks that the step makes room for.
+    /// Blocks by which the file becomes longer.
     blocks: u64,
-    /// And at least, where the host has no room for all.
+    /// Blocks whose room is reserved on the host, at most.
+    wanted: u64,
+    /// And at least, if the host has no room for all.
     least: u64,
     /// Blocks without a place when it began.
     unplaced: u64,
@@ -65,8 +67,10 @@ pub struct Growth {
     reserved: u64,
     /// What is being reserved.
     reservation: Option<Reservation>,
-    /// Only room before the footer is reserved: up to this file sector.
-    within: Option<u64>,
+    /// Whether the file is long enough: room is only reserved in it.
+    is_within: bool,
+    /// The end that an earlier step has written, which could not wipe the one before.
+    moved: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -88,40 +92,54 @@ impl Growth {
         if room.growing || !image.is_short(&room) {
             return None;
         }
-        let blocks = image.step_blocks(&room).min(room.unplaced);
-        Some(Growth::of(image, slot, &mut room, blocks, 1))
+        Some(Growth::of(image, slot, &mut room, 1))
     }
 
     /// Begins a step that makes room for so many more blocks, or fails; `None` where there is room for them, or a step is
     /// under way.
     pub fn begin_for(image: &Arc<Writable>, slot: Slot, blocks: u64) -> Option<Growth> {
-        image.bitmaps()?; // a fixed image has all its room
+        let block_size = image.image().block_size()?; // a fixed image has all its room
         let mut room = image.room();
         let blocks = blocks.min(room.unplaced);
-        let fits = image.end_after(room.next, blocks, room.unplaced).is_some_and(|end| end <= room.usable());
+        let fits =
+            places(room.next, block_size, room.unplaced).zip(0..blocks).all(|(place, _)| place.end <= room.usable());
         if room.growing || blocks == 0 || fits {
             return None;
         }
-        Some(Growth::of(image, slot, &mut room, blocks, blocks))
+        Some(Growth::of(image, slot, &mut room, blocks))
     }
 
-    fn of(image: &Arc<Writable>, slot: Slot, room: &mut Room, blocks: u64, least: u64) -> Growth {
+    fn of(image: &Arc<Writable>, slot: Slot, room: &mut Room, least: u64) -> Growth {
         room.growing = true;
         let Room { end: old, unplaced, next, reserved, .. } = *room;
-        let (image, phase, reservation) = (image.clone(), Phase::Start, None);
-        let mut growth =
-            Growth { image, slot, phase, old, blocks, least, unplaced, next, reserved, reservation, within: None };
-        let least = usize::try_from(least).unwrap_or(usize::MAX);
-        let is_inside = least > 0 && growth.unreserved(old).take(least).count() == least;
-        growth.within = is_inside.then_some(old);
+        let blocks = image.step_blocks(room).max(least).min(unplaced);
+        let wanted = image.reserved_blocks(room).max(least).min(unplaced);
+        let mut growth = Growth {
+            image: image.clone(),
+            slot,
+            phase: Phase::Start,
+            old,
+            blocks,
+            wanted,
+            least,
+            unplaced,
+            next,
+            reserved,
+            reservation: None,
+            is_within: false,
+            moved: None,
+        };
+        let moved = room.footer.saturating_sub(1);
+        growth.moved = image.end_after(old, least, unplaced).filter(|end| moved >= *end).map(|_| moved);
+        growth.is_within = least > 0 && growth.unreserved(old, least).count() as u64 == least;
         growth
     }
 
-    /// The places of the next blocks, before file sector `end`, that lack room on the host.
-    fn unreserved(&self, end: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+    /// The places of the next blocks, before file sector `end`, that lack room on the host; at most so many.
+    fn unreserved(&self, end: u64, most: u64) -> impl Iterator<Item = Range<u64>> + use<> {
         let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
         let all = places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
-        all.skip_while(move |place| place.end <= reserved)
+        all.skip_while(move |place| place.end <= reserved).zip(0..most).map(|(place, _)| place)
     }
 
     /// The next step. `failed` is the first failure among the operations of the last one.
@@ -148,7 +166,7 @@ impl Growth {
     fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
         match (self.phase, failed) {
             (Phase::Start, _) => {
-                if self.blocks == 0 || (self.within.is_none() && self.end().is_none()) {
+                if self.blocks == 0 || (!self.is_within && self.end().is_none()) {
                     let why = "the file cannot grow: a block table names no place beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
@@ -162,8 +180,7 @@ impl Growth {
             (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
                 // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
                 self.image.file().set_len(self.image.file().stat()?.len)?;
-                self.blocks /= 2;
-                if self.blocks < self.least {
+                if !self.halve(is_too_large(&e)) {
                     return Err(self.refused(e));
                 }
                 self.allocate(ops);
@@ -172,7 +189,8 @@ impl Growth {
                 return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
             }
             (Phase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push(self.slot, ops)) => {}
-            (Phase::Allocate, _) if self.within.is_some() => return Ok(self.over()),
+            (Phase::Allocate, _) if self.is_within => return Ok(self.over()),
+            (Phase::Allocate, _) if self.moved.is_some() => self.write(Phase::Wipe, ops),
             (Phase::Allocate, _) => {
                 if mutant::is(Mutant::LengthFirst) {
                     let at = self.end().expect("checked at the start") * SECTOR;
@@ -181,8 +199,9 @@ impl Growth {
                 match self.move_end() {
                     Ok(()) => self.write(Phase::SealFooter, ops),
                     // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
-                    Err(e) if e.raw_os_error() == Some(libc::EFBIG) && self.may_halve() => {
-                        self.blocks /= 2;
+                    Err(e)
+                        if e.raw_os_error() == Some(libc::EFBIG) && !self.image.is_poisoned() && self.halve(true) =>
+                    {
                         self.allocate(ops);
                     }
                     Err(e) => return Err(e),
@@ -212,26 +231,31 @@ impl Growth {
         Ok(Step::Wait)
     }
 
-    /// Whether a smaller step may do where this one is too large.
-    fn may_halve(&self) -> bool {
-        self.blocks / 2 >= self.least && !self.image.is_poisoned()
+    /// Makes the step smaller: what it reserves, or also the file. Whether that is still enough.
+    fn halve(&mut self, file: bool) -> bool {
+        if file || self.image.allocation() == Allocation::Block {
+            self.blocks /= 2;
+            self.wanted = self.wanted.min(self.blocks);
+        } else {
+            self.wanted /= 2;
+        }
+        self.wanted >= self.least.max(1)
     }
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
         let block_size = self.image.image().block_size().expect("it has blocks");
-        let some = usize::try_from(self.blocks).unwrap_or(usize::MAX);
-        self.within = self.within.map(|_| self.unreserved(self.old).take(some).last().expect("counted").end);
-        let until = self.within.or_else(|| self.end()).expect("checked at the start");
-        let ends = match self.within {
-            Some(_) => until..until,
-            None => {
-                let at = pair_place(until, self.image.room().footer);
-                at..at + 2
+        let (until, ends) = match self.is_within {
+            true => (self.old, self.old..self.old),
+            false => {
+                let until = self.end().expect("checked at the start");
+                let at = self.moved.unwrap_or_else(|| pair_place(until, self.image.room().footer));
+                (until, at..at + 2)
             }
         };
+        let places = self.unreserved(until, self.wanted);
         let mut reservation = match self.image.allocation() {
-            Allocation::Block => Reservation::whole(self.reserved, ends.end),
-            Allocation::Sparse => Reservation::bitmaps(self.unreserved(until), block_size, ends),
+            Allocation::Block => Reservation::whole(self.reserved, places, ends),
+            Allocation::Sparse => Reservation::bitmaps(places, block_size, ends),
         };
         reservation.push(self.slot, ops);
         self.reservation = Some(reservation);
@@ -240,21 +264,19 @@ impl Growth {
 
     /// The end of the room that the step makes.
     fn end(&self) -> Option<u64> {
-        self.image.end_after(self.old, self.blocks, self.unplaced)
+        self.moved.or_else(|| self.image.end_after(self.old, self.blocks, self.unplaced))
     }
 
     /// The room is there.
     fn over(&self) -> Step {
         let mut room = self.image.room();
-        match self.within {
-            Some(end) => room.reserved = end,
-            None => {
-                room.end = room.footer - 1;
-                room.reserved = room.end;
-                room.stale.clear();
-            }
+        if !self.is_within {
+            room.end = room.footer - 1;
+            room.stale.clear();
+            room.steps += 1;
         }
-        room.steps += 1;
+        room.reserved = self.unreserved(room.end, self.wanted).last().map_or(self.reserved, |place| place.end);
+        room.reservations += 1;
         Step::Done
     }
 
@@ -330,7 +352,9 @@ impl Growth {
         if !is_full(&source) {
             return Error::io("cannot grow", source).at_path(self.image.path());
         }
-        self.image.room().steps = 0;
+        let mut room = self.image.room();
+        (room.steps, room.reservations) = (0, 0);
+        drop(room);
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
             .at_path(self.image.path())
             .caused_by(source)
