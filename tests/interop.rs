@@ -9,7 +9,8 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use common::client::{Client, SLOT};
 use common::daemon::Daemon;
@@ -310,8 +311,14 @@ fn killed_images_are_read_alike() {
         guest.flush().expect("a flush");
         drop(guest);
         daemon.kill();
-        let info = tool::diffdisk(["info".into(), chain.leaf().display().to_string(), "--json".into()]).ok().json();
-        assert_eq!(info["session"]["open"], true, "the stamp is there: {info}");
+        let info = || tool::diffdisk(["info".into(), chain.leaf().display().to_string(), "--json".into()]).ok().json();
+        // The kernel ends what was in flight a moment after the process, and the lock with it.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !info()["in_use"].is_null() {
+            assert!(Instant::now() < deadline, "still in use: {}", info());
+            sleep(Duration::from_millis(10));
+        }
+        assert_eq!(info()["session"]["open"], true, "the stamp is there: {}", info());
         if qemu {
             chain.assert_qemu();
         }

@@ -306,12 +306,14 @@ fn spring(trap: &Trap) {
     assert_eq!(alone.code, 0, "info of the file alone: {}", alone.stderr);
     let socket = format!("--socket-path={}", state.path().join("sock").display());
     let image = format!("--blk-file={leaf_text}");
+    // Live journals are looked for there.
+    let runtime = format!("--runtime-dir={}", state.path().display());
     let mut runs = vec![
-        ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text]),
-        ("convert", vec![DIFFDISK, "convert", &leaf_text, "-", "--to", "raw"]),
+        ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text, &runtime]),
+        ("convert", vec![DIFFDISK, "convert", &leaf_text, "-", "--to", "raw", &runtime]),
     ];
     if !trap.reads {
-        runs.push(("diffdiskd", vec![DIFFDISKD, &socket, &image]));
+        runs.push(("diffdiskd", vec![DIFFDISKD, &socket, &image, &runtime]));
     }
     for (who, args) in runs {
         let run = traced(&args, &allowed);

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::cargo_bin;
@@ -45,7 +46,9 @@ impl Scene {
 
     /// The daemon, run by a shell after `before`.
     fn daemon(&self, before: &str, args: &str) -> Command {
-        let mut command = Command::new("sh");
+        // Also under nohup, where a shell cannot take SIGHUP back.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=HUP", "sh"]);
         let runtime = self.runtime.path().display();
         let program = cargo_bin!("diffdiskd").display();
         let line = format!("{before} exec {program} --no-system-config --runtime-dir={runtime} {args}");
@@ -85,7 +88,17 @@ fn said(output: &Output) -> String {
 
 fn end(mut child: Child, signal: Signal) -> Option<i32> {
     kill_process(Pid::from_child(&child), signal).unwrap();
-    child.wait().unwrap().code()
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("it does not end by {signal:?}");
+        }
+        sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]
