@@ -178,8 +178,7 @@ impl Growth {
                 }
             }
             (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
-                // ext4 keeps what a failed fallocate got; cutting to the present length gives it back.
-                self.image.file().set_len(self.image.file().stat()?.len)?;
+                self.give_back()?;
                 if !self.halve(is_too_large(&e)) {
                     return Err(self.refused(e));
                 }
@@ -222,7 +221,7 @@ impl Growth {
             }
             (Phase::Wipe, Some(e)) => {
                 if mutant::is(Mutant::UndoCutsStamp) {
-                    return Err(self.undo(e, self.old));
+                    return Err(self.undo(e));
                 }
                 return Err(self.refused(e));
             }
@@ -252,7 +251,7 @@ impl Growth {
                 (until, at..at + 2)
             }
         };
-        let places = self.unreserved(until, self.wanted);
+        let places = self.unreserved(ends.start.max(until), self.wanted);
         let mut reservation = match self.image.allocation() {
             Allocation::Block => Reservation::whole(self.reserved, places, ends),
             Allocation::Sparse => Reservation::bitmaps(places, block_size, ends),
@@ -288,7 +287,7 @@ impl Growth {
         if let Err(e) = self.image.put_end(at) {
             drop(room);
             let source = e.raw_os_error().map_or_else(|| io::Error::other(e.line()), io::Error::from_raw_os_error);
-            return Err(self.undo(source, old));
+            return Err(self.undo(source));
         }
         // A footer right behind a block has no stamp before it.
         let first = if old > room.end { old - 1 } else { old };
@@ -325,19 +324,29 @@ impl Growth {
         }
     }
 
+    /// Gives back what a failed fallocate got and ext4 keeps, by cutting the file to its present length.
+    fn give_back(&self) -> Result<()> {
+        // Under the lock: a session that begins on another queue makes the file longer.
+        let _room = self.image.room();
+        self.image.file().set_len(self.image.file().stat()?.len)
+    }
+
     /// The new end could not be written, and may be half there: cuts the file behind the old footer, without a sync before
     /// that, which would make a length durable that has no footer. If that fails, the image takes no further writes.
-    fn undo(&mut self, source: io::Error, footer: u64) -> Error {
+    fn undo(&mut self, source: io::Error) -> Error {
         let file = self.image.file();
+        let mut room = self.image.room();
         // This sync, too, may be told of a failure that concerns a commit.
-        self.image.room().syncing = true;
+        room.syncing = true;
         let mut back = Ok(());
         if mutant::is(Mutant::UndoCutsStamp) && self.phase == Phase::Wipe {
-            back = file.write_at(&self.image.footer_bytes(), footer * SECTOR);
-            self.image.room().footer = footer;
+            room.footer = self.old;
+            back = file.write_at(&self.image.footer_bytes(), room.footer * SECTOR);
         }
-        let back = back.and_then(|()| file.set_len((footer + 1) * SECTOR)).and_then(|()| file.sync());
-        if let Err(e) = back {
+        // Under the lock: a session that began meanwhile has moved the footer.
+        let back = back.and_then(|()| file.set_len((room.footer + 1) * SECTOR));
+        drop(room);
+        if let Err(e) = back.and_then(|()| file.sync()) {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
         self.refused(source)
