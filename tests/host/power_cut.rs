@@ -260,7 +260,8 @@ fn examine(
         if !short {
             footers_are_valid(&image).into_iter().for_each(&mut note);
         }
-        let check = diffdisk([Path::new("check"), &image, Path::new("--chain")]);
+        // This host was not restarted, so an open session still counts here: it is given up.
+        let check = diffdisk([Path::new("check"), &image, Path::new("--chain"), Path::new("--discard-journal")]);
         // 4: leaks, which a crash may leave.
         if !matches!((check.code, short), (Some(0 | 4), _) | (Some(3), true)) {
             note(format!("check: {}", check.stderr));
