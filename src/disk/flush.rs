@@ -4,6 +4,7 @@
 //! lane whose flush starts a round leads it on its own engine; the others get a letter. When a round ends and some wait
 //! for the next, the same lane leads on.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::mailbox::{Letter, Mailbox};
@@ -11,7 +12,20 @@ use crate::mutant::{self, Mutant};
 
 /// The rounds of a disk.
 #[derive(Debug, Default)]
-pub struct Rounds(Mutex<State>);
+pub struct Rounds {
+    state: Mutex<State>,
+    /// Threads that cannot wait until a full host has room again.
+    hurried: AtomicUsize,
+}
+
+/// A thread that waits for a round and cannot wait for room on the host.
+pub(super) struct Hurried<'a>(&'a AtomicUsize);
+
+impl Drop for Hurried<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -50,6 +64,18 @@ impl Rounds {
         Joined { round, lead }
     }
 
+    /// Has a round that is held because the host is full fail within a second, for as long as the result lives: a queue that
+    /// stops, or the control thread, waits for it.
+    pub(super) fn hurry(&self) -> Hurried<'_> {
+        self.hurried.fetch_add(1, Ordering::Relaxed);
+        Hurried(&self.hurried)
+    }
+
+    /// Whether a round must not be held.
+    pub(super) fn is_hurried(&self) -> bool {
+        self.hurried.load(Ordering::Relaxed) > 0
+    }
+
     /// Ends the running round and tells all who wait for it. Some: the round that the caller has to lead now.
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
@@ -66,7 +92,7 @@ impl Rounds {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,5 +116,15 @@ mod tests {
             assert_eq!(m.take(), [Letter::Committed { round: 2, ok: false }]);
         }
         assert_eq!(rounds.join(&b), Joined { round: 3, lead: true });
+    }
+
+    #[test]
+    fn a_round_is_hurried_as_long_as_one_thread_hurries() {
+        let rounds = Rounds::default();
+        let (first, second) = (rounds.hurry(), rounds.hurry());
+        drop(first);
+        assert!(rounds.is_hurried());
+        drop(second);
+        assert!(!rounds.is_hurried());
     }
 }

@@ -255,6 +255,7 @@ impl Lane {
                 self.go_on(parked, false);
             } else if !self.is_to_punch() {
                 // Everything left waits for another lane.
+                let _hurried = self.disk.rounds.hurry();
                 self.mailbox.sleep();
             }
         }
@@ -345,7 +346,10 @@ impl Lane {
         let parked = std::mem::take(&mut self.parked);
         self.go_on(parked, true);
         if std::mem::take(&mut self.commit_is_held) {
-            self.lead();
+            // Before a queue that stops waits for ever, those who wait for this commit are refused.
+            if !self.disk.rounds.is_hurried() || self.disk.rounds.finish(false).is_some() {
+                self.lead();
+            }
         }
         self.look_for_room();
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;

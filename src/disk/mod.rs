@@ -289,6 +289,7 @@ impl Disk {
         if joined.lead {
             return self.lead(top);
         }
+        let _hurried = self.rounds.hurry();
         loop {
             for letter in mailbox.wait() {
                 match letter {

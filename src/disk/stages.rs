@@ -62,7 +62,10 @@ impl Lane {
                 task.full = true;
                 give_back(&mut self.pool, slices);
             }
-            (Payload::Own(_), Err(e)) if self.disk.parks() && is_full(op.action, &e) => task.full = true,
+            // Zeroing a range takes room, too.
+            (Payload::Own(_) | Payload::None, Err(e)) if self.disk.parks() && is_full(op.action, &e) => {
+                task.full = true
+            }
             (Payload::Guest(slices), Err(e)) if is_full(op.action, &e) => {
                 (task.failed, refused) = (true, true);
                 give_back(&mut self.pool, slices);

@@ -115,6 +115,7 @@ impl Commit {
             Phase::Seal => {
                 let granules: Vec<usize> = self.taken.iter().map(|t| t.granule).collect();
                 self.image.committed(self.epoch, Some(&granules));
+                self.image.forget_lost_journal();
                 self.phase = Phase::Over;
                 Ok(Step::Done)
             }

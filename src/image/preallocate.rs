@@ -30,9 +30,11 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
     };
     let end = last.end * SECTOR;
+    // What lies behind the table: its padding, and the footer. The first block may begin there.
+    let from = first * SECTOR;
+    file.punch(from, old + SECTOR - from)?;
     reserve(file, all[0].start * SECTOR, end + SECTOR)?;
     file.write_at(&image.footer().encode(), end)?;
-    file.punch(old, (all[0].start * SECTOR).saturating_sub(old))?;
     if image.kind() == DiskType::Dynamic {
         let ones = vec![0xFF; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
         all.iter().try_for_each(|place| file.write_at(&ones, place.start * SECTOR))?;
@@ -79,6 +81,13 @@ mod tests {
             assert_eq!(image.image().bat().unwrap().used().count(), 11);
             let before = file(&host).stat().unwrap();
             assert!(before.allocated >= before.len - (8 << 10), "{before:?}");
+            let mut first = [1; 2 * SECTOR_BYTES];
+            image
+                .file()
+                .read_at(&mut first, u64::from(image.image().bat().unwrap().place(0).unwrap()) * SECTOR)
+                .unwrap();
+            assert_eq!(first[..SECTOR_BYTES], [if root { 0xFF } else { 0 }; SECTOR_BYTES], "the bitmap of block 0");
+            assert_eq!(first[SECTOR_BYTES..], [0; SECTOR_BYTES], "its first sector");
             // Nothing is left on the host, and nothing is needed.
             host.set_faults(FaultPlan { room: Some(before.allocated), ..FaultPlan::default() });
             let place = u64::from(image.reserve(10).unwrap());

@@ -30,7 +30,9 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
     let stamp = u64::from(stamped);
     let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
     if !found.is_empty() {
-        places.extend(table.used().map(|(_, place)| place));
+        // An entry of a block behind the disk's end keeps no room.
+        let blocks = block_size.blocks_for(image.size() / SECTOR);
+        places.extend(table.used().filter(|(block, _)| u64::from(*block) < blocks).map(|(_, place)| place));
     }
     for f in found {
         let block = bitmaps.block_of(f.granule).0;

@@ -150,6 +150,12 @@ impl Session {
         self.mode.load(Ordering::Acquire) != IDLE
     }
 
+    /// Whether marks cannot go to a journal any more: each write is committed before it is answered.
+    #[inline]
+    pub(super) fn is_given_up(&self) -> bool {
+        self.mode.load(Ordering::Acquire) == GIVEN_UP
+    }
+
     /// Whether the file has a stamp.
     pub(super) fn is_stamped(&self) -> bool {
         self.stamp().is_some()

@@ -44,7 +44,7 @@ impl Writable {
         if old > room.next {
             // A failure is told by `begin`.
             let _ = session.begin(stamp, old - 1, None, false);
-            return;
+            return self.pass_poison_on();
         }
         let at = pair_place(old + 2, old);
         match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
@@ -53,6 +53,24 @@ impl Writable {
                 room.footer = at + 1;
             }
             Err(_) => self.cut_behind(old),
+        }
+        self.pass_poison_on();
+    }
+
+    /// Notes in the journal of a session that has just begun that the image was poisoned meanwhile: there was no journal to note
+    /// it in.
+    fn pass_poison_on(&self) {
+        if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
+            journal.poison(&e.line());
+        }
+    }
+
+    /// Wipes the stamp of a session whose journal was lost, after a commit. Otherwise the image is refused after a kill, although
+    /// everything is in it.
+    pub(super) fn forget_lost_journal(&self) {
+        let Some(session) = self.session().filter(|session| session.is_given_up()) else { return };
+        if let Err(e) = session.erase_stamp() {
+            log::warn!("{}; after a kill the image is refused until --discard-journal", e.line());
         }
     }
 

@@ -243,15 +243,16 @@ impl Growth {
 
     fn allocate(&mut self, ops: &mut Vec<Op>) {
         let block_size = self.image.image().block_size().expect("it has blocks");
-        let (until, ends) = match self.is_within {
-            true => (self.old, self.old..self.old),
+        // Stamp and footer at the new end, if there is one.
+        let ends = match self.is_within {
+            true => self.old..self.old,
             false => {
-                let until = self.end().expect("checked at the start");
-                let at = self.moved.unwrap_or_else(|| pair_place(until, self.image.room().footer));
-                (until, at..at + 2)
+                let end = self.end().expect("checked at the start");
+                let at = self.moved.unwrap_or_else(|| pair_place(end, self.image.room().footer));
+                at..at + 2
             }
         };
-        let places = self.unreserved(ends.start.max(until), self.wanted);
+        let places = self.unreserved(ends.start, self.wanted);
         let mut reservation = match self.image.allocation() {
             Allocation::Block => Reservation::whole(self.reserved, places, ends),
             Allocation::Sparse => Reservation::bitmaps(places, block_size, ends),

@@ -20,8 +20,9 @@ impl Writable {
                 if e.kind() != ErrorKind::NoSpace {
                     return Err(e);
                 }
-                file.punch(tail.start, tail.end.saturating_sub(tail.start))?;
-                if let Err(e) = file.write_at(&self.footer_bytes(), end) {
+                // A file system may have no room for the change either (XFS).
+                let given = file.punch(tail.start, tail.end.saturating_sub(tail.start));
+                if let Err(e) = given.and_then(|()| file.write_at(&self.footer_bytes(), end)) {
                     log::warn!("{}; the file keeps its length until it is next closed", e.line());
                     // It is not cut off, and must not stay without its journal.
                     self.erase_stamp()?;
@@ -35,5 +36,15 @@ impl Writable {
             file.sync()?;
         }
         self.settle_time()
+    }
+    /// The file sector after the last block the file knows.
+    fn used_end(&self) -> u64 {
+        let Some(block_size) = self.image().block_size() else { return self.image().data_end() / SECTOR };
+        let (room, table) = (self.room(), self.image().bat().expect("sparse images have a table"));
+        let stride = u64::from(block_size.stride_sectors());
+        // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
+        let known = table.used().filter(|(block, _)| !room.fresh.contains(block));
+        let last = known.map(|(_, place)| u64::from(place) + stride).filter(|end| *end <= room.end).max().unwrap_or(0);
+        last.max(self.image().metadata_end().div_ceil(SECTOR))
     }
 }

@@ -380,17 +380,6 @@ impl Writable {
         }
     }
 
-    /// The file sector after the last block the file knows.
-    pub(super) fn used_end(&self) -> u64 {
-        let Some(sparse) = &self.sparse else { return self.image.data_end() / SECTOR };
-        let (room, table) = (lock(&sparse.room), self.image.bat().expect("sparse images have a table"));
-        let stride = u64::from(sparse.block_size.stride_sectors());
-        // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
-        let known = table.used().filter(|(block, _)| !room.fresh.contains(block));
-        let last = known.map(|(_, place)| u64::from(place) + stride).filter(|end| *end <= room.end).max().unwrap_or(0);
-        last.max(self.image.metadata_end().div_ceil(SECTOR))
-    }
-
     fn sparse(&self) -> &Sparse {
         self.sparse.as_ref().expect("a fixed image has no blocks")
     }

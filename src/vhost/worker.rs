@@ -231,7 +231,8 @@ impl QueueThread {
             let now = Instant::now();
             if now >= tick_at {
                 tick_at = now + TICK;
-                if self.state == State::Running {
+                // A broken ring's lane may lead a commit that is held.
+                if matches!(self.state, State::Running | State::Broken) {
                     self.queue.lane().tick();
                     self.check_sharing(now);
                     continue; // what it began goes on in the next turn

@@ -4,7 +4,7 @@
 //! and after; and doing any part of it again changes nothing.
 
 use crate::chain::{Frozen, Layer, Source, Version};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, next_data};
 use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled};
@@ -42,6 +42,27 @@ impl Layers {
     /// The images, youngest first.
     pub(super) fn images(&self) -> impl Iterator<Item = &Image> {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
+    }
+
+    /// Checks that the host has room for the data of so many new blocks of the image beneath: at most for all that the layers
+    /// take.
+    ///
+    /// # Errors
+    /// `NoSpace`; `Io`.
+    pub(super) fn check_room(&self, blocks: u64, beneath: &Image) -> Result<()> {
+        let Some(block_size) = beneath.block_size().filter(|_| blocks > 0) else { return Ok(()) };
+        let mut taken = 0u64;
+        for image in self.images() {
+            taken += image.file().stat()?.allocated;
+        }
+        let wanted = taken.min(blocks * u64::from(block_size.bytes()));
+        let available = beneath.file().host_room()?.available;
+        if available >= wanted {
+            return Ok(());
+        }
+        let what =
+            format!("its file system has {available} bytes left, and the merge may need {wanted}; free space there");
+        Err(Error::new(ErrorKind::NoSpace, what).at_path(beneath.file().path()))
     }
 
     /// Blocks that the image beneath needs for data besides those it has, at most. (Zeros may need a few more, where they

@@ -13,7 +13,8 @@
 //!
 //! Each step is durable before the next:
 //!
-//! 1. room for all blocks that the ancestor lacks and that get data: a full host is found before anything is copied;
+//! 1. room for the bitmaps of all blocks that the ancestor lacks and that get data; a host that has no room for their data is
+//!    refused before anything is copied;
 //! 2. the record of what is being done ([`MergeRecord`]), then the receiver's mark (`chain/pending.rs`), then a record
 //!    that copying has begun;
 //! 3. what the layers say is copied into the ancestor, by its own order of commits; how far it has come is noted after a
@@ -232,7 +233,8 @@ impl<'a> Merge<'a> {
             Copied::All => unreachable!("then nothing is copied"),
         };
         let blocks = survey.layers.new_blocks(image)?;
-        let begun = writer.make_room(blocks).and_then(|()| {
+        let has_room = survey.layers.check_room(blocks, image);
+        let begun = has_room.and_then(|()| writer.make_room(blocks)).and_then(|()| {
             point::reached("merge.room-made");
             writer.top().image.put_time_back()?;
             self.record.ancestor_seen = Seen::of(&file)?;
