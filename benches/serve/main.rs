@@ -82,6 +82,7 @@ fn main() {
         ("start", start::start),
         ("barriers", barriers::barriers),
         ("space", space::space),
+        ("allocation", space::allocation),
     ];
     let course = course::run(&mut bench, parts);
     report::report(&bench, &course);

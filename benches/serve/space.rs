@@ -20,12 +20,11 @@ const BLOCK: &str = "diffdiskd, block";
 const QCOW2: &str = "QSD qcow2";
 const KIB: f64 = 1024.0;
 
-/// All of it.
+/// What is taken.
 pub fn space(bench: &mut Bench) {
     scattered_writes(bench);
     reads_alone(bench);
     spread_over_layers(bench);
-    time(bench);
 }
 
 fn block() -> Kind {
@@ -123,7 +122,7 @@ fn spread_over_layers(bench: &mut Bench) {
 }
 
 /// Fresh writes, flushes, commits, and what is read afterwards, by both ways of allocation.
-fn time(bench: &mut Bench) {
+pub fn allocation(bench: &mut Bench) {
     let writes = bench.pace.writes();
     let fresh = Load {
         write: true,
@@ -198,7 +197,8 @@ fn once(disks: &Disks, format: Format, kind: &Kind, load: &Load, after: Option<&
     let server = Server::start(kind, &image);
     let mut guest = server.connect(1);
     let mut sample = measure(&server, &mut guest, load);
-    drop((guest, server));
+    drop(guest);
+    server.stop();
     if let Some(after) = after {
         disks::evict(&image);
         let server = Server::start(kind, &image);
