@@ -8,6 +8,8 @@
 //! | sparse | the pages of each block's bitmap | the pages it covers | growth, or that write |
 //! | block | the whole block | nothing | growth |
 //!
+//! Sparse reserves whole blocks, too, while the guest writes whole blocks one after the other.
+//!
 //! Sparse relies on the file system's [`RoomRule`]. Growth covers what a commit needs as far as that rule reaches; beyond it
 //! (copy on write, reflinked files, file systems that cannot reserve) a commit that finds no room is tried again
 //! (`disk/job.rs`).
@@ -31,6 +33,12 @@ const MAX_STEP_BYTES: u64 = 1 << 30;
 const FIRST_RESERVED_BLOCKS: u64 = 8;
 /// Bytes of bitmaps for which a sparse file takes room at once, at most.
 const MAX_RESERVED_BYTES: u64 = 8 << 20;
+/// Blocks in a row that got places after each other, before the next ones are expected to be written as a whole.
+const RUN: u32 = 8;
+/// Of these the last ones are not looked at: their writes may be under way.
+const YOUNG: u32 = 4;
+/// Bytes of blocks in a row that are reserved whole at once.
+const MAX_WHOLE_BYTES: u64 = 64 << 20;
 /// Bytes between two reserved ranges that are reserved with them: those of a block of 4 KiB, which one write fills.
 const GAP: u64 = layout::PAGE;
 /// Reservations handed to the engine at once: the queue's requests must find room there, too.
@@ -89,9 +97,24 @@ impl Writable {
             Allocation::Block => self.step_blocks(room),
             Allocation::Sparse => {
                 let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
-                (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(MAX_RESERVED_BYTES / bitmap)
+                let most = match room.run >= RUN {
+                    // In proportion to what was written so.
+                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.run / 2)).max(1),
+                    false => MAX_RESERVED_BYTES / bitmap,
+                };
+                (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(most)
             }
         }
+    }
+
+    /// Whether the guest writes whole blocks in a row, so that the next ones are to be reserved whole: that is faster, and
+    /// takes what is going to be taken anyway.
+    pub(super) fn writes_whole_blocks(&self, room: &Room) -> bool {
+        let Some(bitmaps) = self.bitmaps().filter(|_| room.run >= RUN) else { return false };
+        let granule = bitmaps.first_of(room.last.saturating_sub(YOUNG));
+        let mut all = true;
+        // In a root all bits are set from the beginning.
+        bitmaps.each_run(granule, 0, bitmaps.sectors_per_granule(), |is_set, _| all &= is_set) && all
     }
 }
 
@@ -134,6 +157,18 @@ impl Reservation {
             match ranges.last_mut() {
                 Some(last) if page.start <= last.end + GAP => last.end = page.end,
                 _ => ranges.push(page),
+            }
+        }
+        Reservation { ranges, next: 0 }
+    }
+
+    /// Whole blocks at these places, and the sectors at the file's end.
+    pub(super) fn blocks(places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for place in places.chain((!ends.is_empty()).then_some(ends)) {
+            match ranges.last_mut() {
+                Some(last) if place.start * SECTOR <= last.end + GAP => last.end = place.end * SECTOR,
+                _ => ranges.push(place.start * SECTOR..place.end * SECTOR),
             }
         }
         Reservation { ranges, next: 0 }

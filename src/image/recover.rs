@@ -101,6 +101,8 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         syncing: false,
         steps: 0,
         reservations: 0,
+        last: u32::MAX,
+        run: 0,
     };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }

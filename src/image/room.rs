@@ -4,6 +4,9 @@ use std::collections::BTreeSet;
 
 use super::writable::Writable;
 
+/// Blocks between two that count as neighbours.
+const NEAR: u32 = 2;
+
 /// Where the next block goes.
 #[derive(Debug)]
 pub struct Room {
@@ -29,9 +32,22 @@ pub struct Room {
     pub steps: u32,
     /// Steps that reserved room, since then.
     pub reservations: u32,
+    /// The block that got a place last, and how many before it were its neighbours.
+    pub last: u32,
+    pub run: u32,
 }
 
 impl Room {
+    /// Notes that a block got the place at `next`, which ends at `end`.
+    pub fn placed(&mut self, block: u32, end: u64) {
+        // Several queues, or several writes in flight, place neighbours in almost their order.
+        self.run = if block.abs_diff(self.last) <= NEAR { self.run.saturating_add(1) } else { 0 };
+        self.last = block;
+        self.next = end;
+        self.unplaced -= 1;
+        self.fresh.insert(block);
+    }
+
     /// File sector before which a block may go.
     pub fn usable(&self) -> u64 {
         self.end.min(self.reserved)

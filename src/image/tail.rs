@@ -23,7 +23,7 @@
 //!
 //! 3 and 5 write the same sector again, through to the medium, instead of a sync: that would wait for all that the guest
 //! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
-//! between needs none: it was never written, so it reads as zeros whatever becomes of its reservation.
+//! between needs none: it was never written, so it reads as zeros.
 //!
 //! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, rarely, a length without the new one (it notes how
 //! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
@@ -65,8 +65,9 @@ pub struct Growth {
     /// Where the next block goes, and before which sector room was reserved, when it began.
     next: u64,
     reserved: u64,
-    /// What is being reserved.
     reservation: Option<Reservation>,
+    /// Whether a sparse file gets whole blocks.
+    whole: bool,
     /// Whether the file is long enough: room is only reserved in it.
     is_within: bool,
     /// The end that an earlier step has written, which could not wipe the one before.
@@ -114,6 +115,8 @@ impl Growth {
         let Room { end: old, unplaced, next, reserved, .. } = *room;
         let blocks = image.step_blocks(room).max(least).min(unplaced);
         let wanted = image.reserved_blocks(room).max(least).min(unplaced);
+        let end = image.end_after(old, least, unplaced);
+        let moved = Some(room.footer.saturating_sub(1)).filter(|moved| end.is_some_and(|end| *moved >= end));
         let mut growth = Growth {
             image: image.clone(),
             slot,
@@ -126,11 +129,10 @@ impl Growth {
             next,
             reserved,
             reservation: None,
+            whole: image.writes_whole_blocks(room),
             is_within: false,
-            moved: None,
+            moved,
         };
-        let moved = room.footer.saturating_sub(1);
-        growth.moved = image.end_after(old, least, unplaced).filter(|end| moved >= *end).map(|_| moved);
         growth.is_within = least > 0 && growth.unreserved(old, least).count() as u64 == least;
         growth
     }
@@ -232,6 +234,9 @@ impl Growth {
 
     /// Makes the step smaller: what it reserves, or also the file. Whether that is still enough.
     fn halve(&mut self, file: bool) -> bool {
+        if !file && std::mem::take(&mut self.whole) {
+            return true;
+        }
         if file || self.image.allocation() == Allocation::Block {
             self.blocks /= 2;
             self.wanted = self.wanted.min(self.blocks);
@@ -255,6 +260,7 @@ impl Growth {
         let places = self.unreserved(ends.start, self.wanted);
         let mut reservation = match self.image.allocation() {
             Allocation::Block => Reservation::whole(self.reserved, places, ends),
+            Allocation::Sparse if self.whole => Reservation::blocks(places, ends),
             Allocation::Sparse => Reservation::bitmaps(places, block_size, ends),
         };
         reservation.push(self.slot, ops);

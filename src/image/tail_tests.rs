@@ -235,3 +235,26 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
     assert_eq!(file(&host).stat().unwrap().len, (place + 2049 + 1) * SECTOR);
     assert_eq!(kinds(&host), Vec::<&str>::new());
 }
+
+#[test]
+fn blocks_that_are_written_whole_are_reserved_whole() {
+    let host = host_with(child(), 128 * 4000);
+    let image = open(&host).unwrap();
+    // The bitmaps of blocks in a row with as many sectors marked; the bytes that are taken in the end.
+    let taken = |first: u32, marked: u64| {
+        let before = file(&host).stat().unwrap().allocated;
+        for block in first..first + 200 {
+            while image.reserve(block).is_err() || image.wants_room() {
+                grow(&host, &image).unwrap();
+            }
+            let sector = u64::from(block) * 128;
+            assert_eq!(image.mark(SectorRange::between(sector, sector + marked)), Ok(true));
+        }
+        file(&host).stat().unwrap().allocated - before
+    };
+    let few = taken(0, 8);
+    assert!(few < 700 * 4096, "{few} bytes for pieces of 200 blocks");
+    let all = taken(1000, 128);
+    assert!(all > 100 * (64 << 10), "{all} bytes for 200 whole blocks");
+    assert!(all < 350 * (64 << 10), "{all} bytes for 200 whole blocks");
+}

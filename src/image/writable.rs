@@ -155,9 +155,7 @@ impl Writable {
             drop(made);
             self.note_due(journal);
         }
-        room.next = end;
-        room.unplaced -= 1;
-        room.fresh.insert(block);
+        room.placed(block, end);
         table.set(block, place);
         Ok(place)
     }
