@@ -8,6 +8,8 @@
 mod ahead;
 mod copies;
 mod early;
+#[cfg(feature = "sim")]
+mod full;
 #[path = "../common/memory.rs"]
 mod memory;
 mod rig;

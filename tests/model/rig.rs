@@ -32,9 +32,15 @@ impl Rig {
         self.next_tag
     }
 
-    fn turn(&mut self) {
+    pub fn turn(&mut self) {
         self.lane.submit().expect("the engine works");
         self.lane.poll(&mut self.answers).expect("the engine works");
+    }
+
+    /// Answers that came and were not asked for yet.
+    #[cfg(feature = "sim")]
+    pub fn answers(&self) -> &[Answer] {
+        &self.answers
     }
 
     /// Waits for everything begun; the outcomes by tag.

@@ -306,6 +306,9 @@ impl World {
     pub(super) fn clear(&mut self, id: InodeId, offset: u64, len: u64, keep: bool) -> io::Result<()> {
         self.step(Step::Range)?;
         in_reach(offset, len)?;
+        if keep {
+            self.take_room(id, offset, len)?;
+        }
         self.bring_about(id, Effect::Clear(offset, len));
         if !keep {
             self.inode(id).release(offset, len);

@@ -1,0 +1,93 @@
+//! A full host, as requests meet it, on the simulated machine.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use diffdisk::disk::{Disk, DiskOptions, Outcome, Work, ZeroRange};
+use diffdisk::image::{self, Kind, Spec};
+use diffdisk::storage::sim::{FaultPlan, SimHost};
+use diffdisk::storage::{Access, EngineKind, Env};
+use diffdisk::units::{BlockSize, SectorRange};
+
+use crate::rig::Rig;
+
+const PATH: &str = "/d/disk.vhd";
+
+/// A root of 1 MiB in blocks of 64 KiB, served under `park`.
+fn disk(host: &SimHost) -> Arc<Disk> {
+    let block_size = BlockSize::from_bytes(64 << 10).expect("a legal size");
+    let spec = Spec { kind: Kind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
+    image::create(host, Path::new(PATH), &spec).expect("a new image");
+    Disk::open(Arc::new(host.clone()), &DiskOptions::new(Path::new(PATH))).expect("it opens")
+}
+
+/// Leaves the host so much room.
+fn leave(host: &SimHost, bytes: u64, copy_on_write: bool) {
+    let taken = host.open(Path::new(PATH), Access::Read).and_then(|file| file.stat()).expect("the image").allocated;
+    host.set_faults(FaultPlan { room: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
+}
+
+fn sectors(first: u64, count: u64) -> SectorRange {
+    SectorRange::between(first, first + count)
+}
+
+#[test]
+fn zeroing_waits_for_room() {
+    let host = SimHost::new(1);
+    let mut rig = Rig::new(disk(&host), EngineKind::Auto);
+    rig.write(sectors(0, 8), &[7; 4096], &[4096]);
+    leave(&host, 0, false);
+    let zero = Work::WriteZeroes { ranges: vec![ZeroRange { range: sectors(16, 64), unmap: false }] };
+    let tag = rig.begin(zero);
+    for _ in 0..100 {
+        rig.turn();
+        rig.lane.tick();
+    }
+    assert!(rig.answers().is_empty(), "it waits: {:?}", rig.answers());
+    host.set_faults(FaultPlan::default());
+    rig.lane.tick();
+    let done = rig.finish();
+    assert_eq!(done.iter().map(|(t, o)| (*t, *o)).collect::<Vec<_>>(), [(tag, Outcome::Done)]);
+    rig.close();
+}
+
+#[test]
+fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
+    let host = SimHost::new(1);
+    let disk = disk(&host);
+    let (mut holder, mut stopping) = (Rig::new(disk.clone(), EngineKind::Auto), Rig::new(disk, EngineKind::Auto));
+    holder.write(sectors(0, 8), &[7; 4096], &[4096]);
+    stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
+    // All that a commit writes takes new room, and there is none.
+    leave(&host, 0, true);
+    holder.begin(Work::Flush);
+    for _ in 0..100 {
+        holder.turn();
+        holder.lane.tick();
+    }
+    assert!(holder.answers().is_empty(), "it is held: {:?}", holder.answers());
+    stopping.begin(Work::Flush);
+    let stopped = thread::spawn(move || {
+        let outcomes: Vec<_> = stopping.finish().into_iter().map(|(_, outcome)| outcome).collect();
+        (stopping, outcomes)
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !stopped.is_finished() {
+        assert!(Instant::now() < deadline, "the queue does not stop");
+        holder.lane.tick();
+        holder.turn();
+        thread::sleep(Duration::from_millis(1));
+    }
+    let (mut stopping, outcomes) = stopped.join().expect("it stops");
+    assert_eq!(outcomes, [Outcome::Failed]);
+    // Nothing is lost: both go on when there is room.
+    host.set_faults(FaultPlan::default());
+    holder.lane.tick();
+    holder.finish();
+    stopping.flush();
+    assert_eq!(holder.read(sectors(128, 8)), [8; 4096]);
+    drop(stopping);
+    holder.close();
+}
