@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest oracles world-long kill-long exchange-long bench bench-full bench-instructions fio
+.PHONY: help build demo test quick test-one check guest oracles world-long kill-long exchange-long bench bench-full bench-instructions fio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ oracles: ## the programs by others that tests compare with, in target/oracles
 
 test: guest oracles ## everything that can fail; installs what it needs
 	cargo test --features sim,mutants -- --show-output
+
+quick: ## tests that need no other programs, a minute after the build
+	cargo test --features sim,mutants --lib --test floors --test golden --test model
+	DIFFDISK_SECONDS=10 cargo test --features sim,mutants --test world random_work
+
+test-one: ## one test target: make test-one T=verbs, or with F= only tests whose names contain that; see CONTRIBUTING.md
+	cargo test --features sim,mutants $(if $(filter lib,$(T)),--lib,--test $(or $(T),$(error T= names a test target, for example T=verbs))) -- $(F)
 
 world-long: ## crashes for hours: all workloads of six acts, a thousand million random states
 	DIFFDISK_WORLD_K=6 DIFFDISK_WORLD_ACTS=500 DIFFDISK_STATES=500000000 DIFFDISK_SECONDS=86400 \
