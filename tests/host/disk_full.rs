@@ -295,7 +295,8 @@ fn writes_fail(full: &Full) {
     client.flush().expect("a flush");
     daemon.wait_for_words("there is room again", 1);
     drop(client);
-    assert_eq!(daemon.log().matches("there is room again").count(), 1, "{}", daemon.log());
+    // File systems find some room when they have written back what they had promised too much for.
+    assert!((1..=3).contains(&daemon.log().matches("there is room again").count()), "{}", daemon.log());
     daemon.stop();
     full.assert_holds(done + 20);
 }
@@ -338,9 +339,8 @@ fn writes_wait(full: &Full) {
     client.flush().expect("a flush");
     drop(client);
     let log = daemon.log();
-    // XFS finds some room when it has been asked for it, so the host may be full more than once.
-    let times = if full.kind == Kind::Xfs { 1..=3 } else { 1..=1 };
-    assert!(times.contains(&log.matches("the host is full").count()), "{log}");
+    // The same: the host may be full more than once.
+    assert!((1..=3).contains(&log.matches("the host is full").count()), "{log}");
     assert_eq!(log.matches("there is room again").count(), log.matches("the host is full").count(), "{log}");
     daemon.stop();
     full.assert_holds(done + 5);

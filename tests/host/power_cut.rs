@@ -256,7 +256,7 @@ fn examine(
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
         // Then the tool says so, and the daemon mends it: see below.
-        let short = kind == Kind::Ext4 && is_cut_at_a_page(&image);
+        let short = kind == Kind::Ext4 && lacks_its_new_footer(&image);
         if !short {
             footers_are_valid(&image).into_iter().for_each(&mut note);
         }
@@ -279,16 +279,17 @@ fn examine(
     wrong
 }
 
-/// Whether a growing file got the length at which the page of its new footer begins, and nothing of that page.
+/// Whether a growing file got a new length, and nothing of its new footer.
 ///
 /// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) notes how far it has come as the length on disk before it writes that
-/// page, and a journal commit in between makes it durable: a length that nobody has set. The footer at the start is whole
-/// then, all blocks are where they were, and recovery writes the one at the end; contents are held against all promises as
-/// in any other cut.
-fn is_cut_at_a_page(image: &Path) -> bool {
+/// page, and a journal commit in between makes it durable: a length that nobody has synced. The footer at the start is whole
+/// then, the old trailing one is not wiped yet, all blocks are where they were, and recovery writes the one at the end;
+/// contents are held against all promises as in any other cut.
+fn lacks_its_new_footer(image: &Path) -> bool {
     let Ok(bytes) = fs::read(image) else { return false };
-    let tail = bytes.len().saturating_sub(SECTOR);
-    bytes.len().is_multiple_of(4096) && bytes.starts_with(b"conectix") && bytes[tail..].iter().all(|byte| *byte == 0)
+    let (front, tail) = (&bytes[..SECTOR.min(bytes.len())], bytes.len().saturating_sub(SECTOR));
+    let has_old_one = bytes[SECTOR..tail].chunks(SECTOR).any(|sector| sector == front);
+    front.starts_with(b"conectix") && bytes[tail..].iter().all(|byte| *byte == 0) && has_old_one
 }
 
 /// Both footers are there and are the same (S4).
