@@ -79,6 +79,12 @@ impl Exchange {
         Ok(Exchange { view, ring, heads, bytes: 0, chain, spare, broken: None, record, owed })
     }
 
+    /// Whether a page of the guest's memory, or of the record, could not be had.
+    #[inline]
+    pub fn is_memory_lost(&self) -> bool {
+        self.view.is_lost() || self.record.as_ref().is_some_and(Record::is_lost)
+    }
+
     /// The ring.
     pub fn ring(&mut self) -> &mut Ring {
         &mut self.ring

@@ -24,7 +24,7 @@ use super::parse::Rules;
 use super::ring::{Layout, Ring};
 use super::signal::Signals;
 use super::spec::feature;
-use super::{Device, Memory, Vring};
+use super::{Device, SharedMemory, Vring};
 use crate::disk::{Answer, Lane};
 use crate::error::{Error, Result};
 
@@ -78,7 +78,7 @@ impl Queue {
     ///
     /// # Errors
     /// `Invalid` where the ring breaks V1, or the record is of no use; the queue is then not in service.
-    pub fn start(&mut self, vring: &Vring, memory: Arc<Memory>, record: Option<Record>) -> Result<()> {
+    pub fn start(&mut self, vring: &Vring, memory: Arc<SharedMemory>, record: Option<Record>) -> Result<()> {
         assert!(self.exchange.is_none(), "a queue is stopped before it is started again");
         let (layout, next_avail) = {
             let state = vring.get_ref();
@@ -218,6 +218,13 @@ impl Queue {
             q.set_next_used(ring.next_used());
         }
         Ok(q.next_avail())
+    }
+
+    /// Whether a page of the guest's memory, or of the record, could not be had: what was taken from the ring since, or given to
+    /// it, may be zeros of ours.
+    #[inline]
+    pub fn is_memory_lost(&self) -> bool {
+        self.exchange.as_ref().is_some_and(Exchange::is_memory_lost)
     }
 
     /// What to wait for beside the kick.

@@ -39,7 +39,7 @@ fn rig(features: u64) -> Rig {
     let (folder, disk) = disk();
     let device = Device::new(disk, 1, 64, true);
     device.ack(features);
-    let vring = Vring::new(GuestMemoryAtomic::from(d.memory.clone()), 64).unwrap();
+    let vring = Vring::new(GuestMemoryAtomic::from(d.memory.regions().clone()), 64).unwrap();
     vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
     vring.set_queue_ready(true);
     let (call, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();

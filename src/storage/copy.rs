@@ -1,24 +1,23 @@
 //! A copy out of memory that may turn out not to be there.
 //!
-//! A page of a mapped file cannot be had where the file was cut, or its disk fails: the kernel then sends SIGBUS to who
-//! touched it. Here that ends the copy, and nothing else: the handler finds that the program stood in one of the copy's few
-//! instructions and has it go on where the copy says that it failed. The same holds for guest memory that a front-end took
-//! back. Every other SIGBUS goes to whoever had it before. (gVisor's `safecopy` is built in this way, and the kernel's own
-//! copies to user space are.)
+//! A page of a mapped file cannot be had if the file was cut, or if its disk fails: the kernel then sends SIGBUS. The handler
+//! (`sigbus.rs`) finds that the program stood in one of the copy's few instructions, and continues at the copy's failure exit.
+//! (gVisor's `safecopy` works in this way, and so do the kernel's own copies to user space.)
 //!
 //! Only x86-64 has such a copy so far; elsewhere [`is_ready`] says no.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
 use std::hint::black_box;
-use std::sync::OnceLock;
+
+use super::sigbus;
 
 const PAGE: usize = 4096;
 const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
 pub(super) fn is_ready() -> bool {
-    static READY: OnceLock<bool> = OnceLock::new();
-    *READY.get_or_init(catch::install)
+    cfg!(target_arch = "x86_64") && sigbus::install()
 }
 
 /// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.
@@ -30,6 +29,15 @@ pub(super) fn is_ready() -> bool {
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
     // SAFETY: as the caller promises.
     unsafe { catch::copy(from, to, len) }
+}
+
+/// Has the interrupted copy fail, if the thread stood in one; false if it did not.
+///
+/// # Safety
+/// `context` is what the kernel passed to a signal handler on this thread.
+pub(super) unsafe fn end_copy(context: *mut c_void) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { catch::end(context) }
 }
 
 /// Has the processor begin to fetch the cache line of an address, if there is anything.
@@ -71,10 +79,7 @@ pub(super) fn fetch_all(at: *const u8, len: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod catch {
-    use std::ffi::{c_int, c_void};
-    use std::mem::MaybeUninit;
-    use std::ptr;
-    use std::sync::OnceLock;
+    use std::ffi::c_void;
 
     // No stack is used and no register that a callee must keep: from any instruction one can go on at the second end.
     std::arch::global_asm!(
@@ -105,50 +110,16 @@ mod catch {
         static diffdisk_copy_failed: u8;
     }
 
-    /// What was done about SIGBUS before.
-    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
-
-    /// Has SIGBUS end a copy; false where the kernel does not want it.
-    pub(super) fn install() -> bool {
-        // SAFETY: plain data, for which zeros are a value; filled in before it is used.
-        let (mut ours, mut before) =
-            unsafe { MaybeUninit::<(libc::sigaction, libc::sigaction)>::zeroed().assume_init() };
-        ours.sa_sigaction = on_bus as *const () as usize;
-        // On the alternate stack, where the one before may count on it (a stack that overflows).
-        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: both are valid; the handler is one for SA_SIGINFO. What was there is kept before ours can run.
-        unsafe {
-            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
-                return false;
-            }
-            let _ = BEFORE.set(before);
-            libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) == 0
-        }
-    }
-
-    extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-        let context = context.cast::<libc::ucontext_t>();
-        // SAFETY: with SA_SIGINFO the kernel passes it.
-        let code = unsafe { (*info).si_code };
-        if code <= 0 || code == libc::BUS_MCEERR_AO {
-            // No access of ours: somebody sent it, or memory failed that nobody asked for. As if there were no handler.
-            // SAFETY: both may be called in a handler; the signal comes when this one returns.
-            unsafe {
-                libc::signal(signal, libc::SIG_DFL);
-                libc::raise(signal);
-            }
-            return;
-        }
-        let start = diffdisk_copy as *const () as usize;
-        let failed = (&raw const diffdisk_copy_failed) as usize;
-        // SAFETY: with SA_SIGINFO the kernel passes the registers of the interrupted thread, which is this one.
-        let at = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
-        if usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at)) {
+    /// See [`end_copy`](super::end_copy).
+    pub(super) unsafe fn end(context: *mut c_void) -> bool {
+        let (start, failed) = (diffdisk_copy as *const () as usize, (&raw const diffdisk_copy_failed) as usize);
+        // SAFETY: by the caller's word it is the context of this thread, which the kernel continues with.
+        let at = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] };
+        let inside = usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at));
+        if inside {
             *at = failed as i64;
-        } else if let Some(before) = BEFORE.get() {
-            // The instruction runs again, and meets who was there before. SAFETY: what the kernel gave is valid.
-            unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
         }
+        inside
     }
 
     #[inline]
@@ -160,7 +131,9 @@ mod catch {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod catch {
-    pub(super) fn install() -> bool {
+    use std::ffi::c_void;
+
+    pub(super) unsafe fn end(_: *mut c_void) -> bool {
         false
     }
 

@@ -29,6 +29,7 @@ pub mod op;
 pub mod payload;
 mod recent;
 pub mod ring;
+pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod sqe;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vmm_sys_util::event::{EventConsumer, EventFlag, new_event_consumer_and_notifier};
 
 use super::frame::{self, Frame, Next};
 use super::handler::Handler;
@@ -20,7 +21,7 @@ use super::worker::{Settings, Worker};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
 /// A front-end that sends the first half of a message has this long for the second.
@@ -53,6 +54,8 @@ pub struct Daemon {
     device: Arc<Device>,
     workers: Vec<Worker>,
     socket: Socket,
+    /// Readable when a page of the guest's memory could not be had.
+    alarm: EventConsumer,
 }
 
 /// What becomes of a connection.
@@ -80,9 +83,15 @@ impl Daemon {
         assert!(size.is_power_of_two() && size <= MAX_QUEUE_SIZE, "a queue's size is a power of two up to 32768");
         let device = Device::new(disk, service.queues, size, service.write_back);
         let settings = Settings { engine: service.engine, poll: service.poll };
-        let start = |index| Worker::start(&device, usize::from(index), settings, &service.name);
+        let cannot = |e| Error::io("cannot make an event counter", e);
+        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        let (alarm, ring) = new_event_consumer_and_notifier(flags).map_err(cannot)?;
+        let start = |index| {
+            let ring = ring.try_clone().map_err(cannot)?;
+            Worker::start(&device, usize::from(index), settings, &service.name, ring)
+        };
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
-        Ok(Daemon { name: service.name.clone(), device, workers, socket })
+        Ok(Daemon { name: service.name.clone(), device, workers, socket, alarm })
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -100,6 +109,16 @@ impl Daemon {
                 })
             }
         };
+        self.workers.iter().for_each(Worker::ask_to_end);
+        let late = self.workers.iter().filter(|worker| !worker.has_ended()).count();
+        if late > 0 {
+            let what = format!(
+                "{late} queues do not end, as the storage does not answer: the image is not closed; what was acknowledged is in \
+                 the live journal, which the next daemon takes in"
+            );
+            log::error!("disk {}: {what}", self.name);
+            return Err(Error::new(ErrorKind::Io, what));
+        }
         self.workers.clear();
         let closed = self.device.disk().close();
         match &closed {
@@ -151,7 +170,7 @@ impl Daemon {
 
     fn converse(&self, stream: UnixStream, listener: Option<&Listener>, stop: BorrowedFd<'_>) -> Result<Fate> {
         let socket = stream.try_clone().map_err(|e| Error::io("cannot use the connection", e))?;
-        let handler = Arc::new(Mutex::new(Handler::new(&self.device, &self.workers, &self.name)));
+        let handler = Arc::new(Mutex::new(Handler::new(&self.device, &self.workers, &self.name, stop)));
         let mut session = Session {
             name: &self.name,
             requests: BackendReqHandler::from_stream(stream, handler.clone()),
@@ -162,7 +181,7 @@ impl Daemon {
         loop {
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
-            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&self.alarm, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
@@ -170,10 +189,15 @@ impl Daemon {
             if !fds[0].revents().is_empty() {
                 return Ok(Fate::Stop);
             }
+            if !fds[1].revents().is_empty() {
+                // May be about memory of an earlier front-end.
+                let _ = self.alarm.consume();
+            }
+            session.check_memory()?;
             let from_front_end = fds.last().expect("pushed above").revents();
             let gone = from_front_end.intersects(PollFlags::HUP | PollFlags::ERR);
             if let Some(listener) = listener
-                && !fds[1].revents().is_empty()
+                && !fds[2].revents().is_empty()
                 && !gone
             {
                 self.refuse_another(listener, stop)?;
@@ -227,6 +251,13 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    /// # Errors
+    /// If a page of the memory that the front-end shared could not be had: what it says from now on has no ground.
+    fn check_memory(&self) -> Result<()> {
+        let lost = self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_memory_lost();
+        if lost { Err(Error::new(ErrorKind::Io, "a page of the guest's memory could not be had")) } else { Ok(()) }
+    }
+
     /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
     /// wait for ever for an answer that the protocol has no words for.
     fn handle(&mut self, frame: Frame, socket: &UnixStream) -> Result<Fate> {

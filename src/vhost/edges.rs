@@ -1,7 +1,7 @@
 //! Waiting for edges: an event counter reports each write to it without ever being read.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 /// An epoll instance of edge-triggered reading.
@@ -12,15 +12,16 @@ impl Epoll {
         epoll::create(true).map(Epoll)
     }
 
-    pub(super) fn add(&self, fd: RawFd) -> io::Result<()> {
+    /// Waits for `fd`, too. Descriptors that are closed leave by themselves.
+    pub(super) fn add(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
-        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
+        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
-    pub(super) fn remove(&self, fd: RawFd) {
+    pub(super) fn remove(&self, fd: BorrowedFd<'_>) {
         let none = epoll::Event::new(epoll::Events::empty(), 0);
         // It may be gone already: a broken ring's kick is removed when it breaks.
-        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
+        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), none);
     }
 
     /// Returns when something happened, when the time is over, or for no reason.
@@ -43,7 +44,7 @@ impl Drop for Epoll {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
+    use std::os::fd::AsFd;
 
     use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
@@ -55,7 +56,7 @@ mod tests {
         let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
         let epoll = Epoll::new().unwrap();
         bell.notify().unwrap();
-        epoll.add(end.as_raw_fd()).unwrap();
+        epoll.add(end.as_fd()).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()
@@ -66,7 +67,7 @@ mod tests {
             bell.notify().unwrap();
             assert_eq!(happened(&epoll), 1);
         }
-        epoll.remove(end.as_raw_fd());
+        epoll.remove(end.as_fd());
         bell.notify().unwrap();
         assert_eq!(happened(&epoll), 0);
     }

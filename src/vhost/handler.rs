@@ -4,6 +4,7 @@
 //! (`rings`). The handler ends with its connection, and its rings are drained.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use log::debug;
@@ -14,6 +15,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
+use super::descriptor::event_counter;
 use super::inflight::{self, Region};
 use super::memory::{MAX_REGIONS, MemoryTable};
 use super::rings::{Addresses, RingSetup, Rings, failed};
@@ -37,9 +39,15 @@ fn not_offered<T>() -> VhostResult<T> {
 
 impl<'a> Handler<'a> {
     /// A handler for a new connection; the device forgets what an earlier front-end negotiated.
-    pub(super) fn new(device: &'a Arc<Device>, workers: &'a [Worker], name: &'a str) -> Handler<'a> {
+    /// `end` is readable when the daemon is to end.
+    pub(super) fn new(device: &'a Arc<Device>, workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Handler<'a> {
         device.reset();
-        Handler { device, rings: Rings::new(workers, name), protocol_features: 0, calls: 0 }
+        Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, calls: 0 }
+    }
+
+    /// Whether a page of the memory that the front-end shared could not be had.
+    pub(super) fn is_memory_lost(&self) -> bool {
+        self.rings.is_memory_lost()
     }
 
     /// Counts requests that passed the vhost crate's own checks.
@@ -71,7 +79,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn reset_device(&mut self) -> VhostResult<()> {
         self.calls += 1;
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         for ring in &mut self.rings.setups {
             // The counters stay: front-ends set them once and not again after a reset.
             *ring = RingSetup { call: ring.call.take(), err: ring.err.take(), ..RingSetup::default() };
@@ -93,7 +101,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         if unknown != 0 {
             return Err(failed(format!("features {unknown:#x} were not offered")));
         }
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         self.device.ack(features & !PROTOCOL_FEATURES);
         self.rings.features = Some(features);
         if features & PROTOCOL_FEATURES == 0 {
@@ -112,7 +120,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     ) -> VhostResult<Option<Vec<u64>>> {
         self.calls += 1;
         let table = MemoryTable::from_regions(regions, files).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(None)
     }
 
@@ -150,7 +158,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         let (at, _) = self.ring(index)?;
-        self.rings.stop(at..at + 1);
+        self.rings.stop(at..at + 1)?;
         let ring = &mut self.rings.setups[at];
         ring.kick = None;
         debug!("disk {}: ring {index} stopped at {}", self.rings.name, ring.base);
@@ -162,11 +170,15 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         let Some(kick) = fd else {
             return Err(failed("a ring without a kick, which the back-end is to poll, is not supported"));
         };
+        event_counter(&kick).map_err(|e| failed(format!("the kick of ring {index}: {e}")))?;
         self.rings.change_ring(index, |ring| ring.kick = Some(Arc::new(kick)))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
+        if let Some(fd) = &fd {
+            event_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+        }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.call = copy;
         if ring.running {
@@ -177,6 +189,9 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
+        if let Some(fd) = &fd {
+            event_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+        }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.err = copy;
         if ring.running {
@@ -244,7 +259,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         self.calls += 1;
         let region = Region::map(inflight, file, self.device.queues(), self.device.queue_size());
         let region = region.map_err(VhostError::ReqHandlerError)?;
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         self.rings.inflight = Some(region);
         self.rings.start_all();
         Ok(())
@@ -263,14 +278,14 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     ) -> VhostResult<Option<u64>> {
         self.calls += 1;
         let table = self.rings.memory.with(region, fd).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
         self.calls += 1;
         let table = self.rings.memory.without(region).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(())
     }
 

@@ -20,6 +20,7 @@
 //! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod daemon;
+mod descriptor;
 mod edges;
 mod frame;
 mod handler;

@@ -7,10 +7,10 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use zerocopy::IntoBytes;
 
 use super::edges::Epoll;
 use super::patience::Patience;
-use crate::device::{Device, Memory, Queue, Record, Turn, Vring};
+use crate::device::{Device, Queue, Record, SharedMemory, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
@@ -36,7 +36,7 @@ pub(super) struct Settings {
 /// A ring that is ready to run.
 pub(super) struct Ring {
     pub(super) vring: Vring,
-    pub(super) memory: Arc<Memory>,
+    pub(super) memory: Arc<SharedMemory>,
     /// What is in flight, where a kill does not reach.
     pub(super) record: Option<Record>,
     pub(super) kick: Arc<File>,
@@ -54,19 +54,46 @@ enum Command {
     Exit,
 }
 
-/// The control thread's end of a worker. Dropping it drains the queue and ends the thread.
+/// How long a thread may take to end: it waits for the requests in flight, and the storage may not answer.
+const END: Duration = Duration::from_secs(5);
+/// How often it is looked whether a thread has ended.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// The control thread's end of a worker. Dropping it drains the queue and ends the thread, or leaves the thread behind if its
+/// requests do not end in time.
 pub(super) struct Worker {
     commands: Sender<Command>,
     bell: EventNotifier,
     thread: Option<JoinHandle<()>>,
+    /// The answer to a stop that was not waited for any longer.
+    late: Mutex<Option<Receiver<u16>>>,
+    /// When the thread was asked to end.
+    asked: OnceLock<Instant>,
+}
+
+/// What became of a wait for the thread of a queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Waited<T> {
+    /// Its answer.
+    Answer(T),
+    /// It did not answer in time. Its requests are still in flight.
+    Late,
+    /// The thread is lost.
+    Lost,
 }
 
 impl Worker {
-    /// Starts the thread of queue `index` of `device`; returns when its lane stands.
+    /// Starts the thread of queue `index` of `device`; returns when its lane stands. `alarm` is rung when a page of the guest's memory cannot be had.
     ///
     /// # Errors
     /// Where the host has no room for a thread or a lane.
-    pub(super) fn start(device: &Arc<Device>, index: usize, settings: Settings, disk: &str) -> Result<Worker> {
+    pub(super) fn start(
+        device: &Arc<Device>,
+        index: usize,
+        settings: Settings,
+        disk: &str,
+        alarm: EventNotifier,
+    ) -> Result<Worker> {
         let cannot = |e| Error::io("cannot start the thread of a queue", e);
         let (bell_end, bell) =
             new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).map_err(cannot)?;
@@ -78,7 +105,7 @@ impl Worker {
             let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
             let made = lane.and_then(|lane| {
                 let queue = Queue::new(device, lane, index);
-                QueueThread::new(queue, receiver, bell_end, settings.poll, name)
+                QueueThread::new(queue, receiver, (bell_end, alarm), settings.poll, name)
                     .map_err(|e| Error::io("cannot make the event loop of a queue", e))
             });
             match made {
@@ -90,19 +117,73 @@ impl Worker {
             }
         };
         let thread = thread::Builder::new().name(format!("queue-{index}")).spawn(body).map_err(cannot)?;
-        let worker = Worker { commands, bell, thread: Some(thread) };
+        let worker = Worker {
+            commands,
+            bell,
+            thread: Some(thread),
+            late: Mutex::default(),
+            asked: OnceLock::new(),
+        };
         is_ready.recv().unwrap_or_else(|_| Err(Worker::lost()))?;
         Ok(worker)
     }
 
-    /// Runs a ring. The queue must be stopped.
+    /// Runs a ring. The queue must be stopped. `is_late` returns whether a wait of so long is too long.
     ///
     /// # Errors
-    /// Where the ring cannot be run, or the queue is broken for good.
-    pub(super) fn start_ring(&self, ring: Ring) -> Result<()> {
+    /// If the ring cannot be run, the queue is broken for good, or requests of an earlier ring are still in flight.
+    pub(super) fn start_ring(&self, ring: Ring, is_late: impl Fn(Duration) -> bool) -> Result<()> {
+        if self.is_late() {
+            let what = "requests of an earlier ring are still in flight: the storage does not answer";
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Command::Start(Box::new(ring), reply));
-        answer.recv().unwrap_or_else(|_| Err(Worker::lost()))
+        match wait_for(&answer, &is_late) {
+            Waited::Answer(outcome) => outcome,
+            Waited::Lost => Err(Worker::lost()),
+            Waited::Late => {
+                // If it starts the ring after all, it stops it right after.
+                self.keep_late(self.stop_ring());
+                Err(Error::new(ErrorKind::Busy, "the thread of the queue does not answer: the storage does not"))
+            }
+        }
+    }
+
+    /// Whether an earlier stop has no answer yet.
+    pub(super) fn is_late(&self) -> bool {
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        if late.as_ref().is_some_and(|answer| answer.try_recv() != Err(TryRecvError::Empty)) {
+            *late = None;
+        }
+        late.is_some()
+    }
+
+    /// Remembers a stop that is not waited for any longer.
+    pub(super) fn keep_late(&self, answer: Receiver<u16>) {
+        *self.late.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+    }
+
+    /// Asks the thread to end, without waiting for it.
+    pub(super) fn ask_to_end(&self) {
+        self.asked.get_or_init(|| {
+            self.send(Command::Exit);
+            Instant::now()
+        });
+    }
+
+    /// Waits until the thread has ended, or has had its time since it was asked to; whether it has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ask_to_end();
+        let time = if self.is_late() { Duration::ZERO } else { END };
+        let Some(thread) = &self.thread else { return true };
+        while !thread.is_finished() {
+            if self.asked.get().is_none_or(|asked| asked.elapsed() >= time) {
+                return false;
+            }
+            thread::sleep(LOOK);
+        }
+        true
     }
 
     /// Puts another event counter in the place of the one by which the guest learns of completions.
@@ -140,11 +221,24 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.send(Command::Exit);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            error!("the thread of a queue ended by a fault");
+        let ended = self.has_ended();
+        match self.thread.take() {
+            Some(thread) if ended && thread.join().is_err() => error!("the thread of a queue ended by a fault"),
+            Some(_) if !ended => error!("the thread of a queue is left behind: its requests do not end"),
+            _ => {}
+        }
+    }
+}
+
+/// Waits for an answer of a thread; `is_late` returns whether a wait of so long is too long.
+pub(super) fn wait_for<T>(answer: &Receiver<T>, is_late: impl Fn(Duration) -> bool) -> Waited<T> {
+    let begun = Instant::now();
+    loop {
+        match answer.recv_timeout(Duration::from_millis(20)) {
+            Ok(answer) => return Waited::Answer(answer),
+            Err(RecvTimeoutError::Disconnected) => return Waited::Lost,
+            Err(RecvTimeoutError::Timeout) if is_late(begun.elapsed()) => return Waited::Late,
+            Err(RecvTimeoutError::Timeout) => {}
         }
     }
 }
@@ -171,6 +265,8 @@ struct QueueThread {
     commands: Receiver<Command>,
     /// Never read; kept so that ringing it stays possible.
     _bell: EventConsumer,
+    /// Rung when a page of the guest's memory cannot be had.
+    alarm: EventNotifier,
     epoll: Epoll,
     patience: Patience,
     name: String,
@@ -180,14 +276,14 @@ impl QueueThread {
     fn new(
         queue: Queue,
         commands: Receiver<Command>,
-        bell: EventConsumer,
+        (bell, alarm): (EventConsumer, EventNotifier),
         poll: Duration,
         name: String,
     ) -> io::Result<QueueThread> {
         let epoll = Epoll::new()?;
-        epoll.add(bell.as_raw_fd())?;
+        epoll.add(bell.as_fd())?;
         for fd in queue.wake_fds().into_iter().flatten() {
-            epoll.add(fd.as_raw_fd())?;
+            epoll.add(fd)?;
         }
         Ok(QueueThread {
             queue,
@@ -195,6 +291,7 @@ impl QueueThread {
             state: State::Stopped,
             commands,
             _bell: bell,
+            alarm,
             epoll,
             patience: Patience::new(poll),
             name,
@@ -257,6 +354,22 @@ impl QueueThread {
                 return Turn::Broken;
             }
         };
+        if self.queue.is_memory_lost() && self.state == State::Running {
+            // Rings and requests may be zeros of ours by now: nothing more may follow from them.
+            error!(
+                "{}: a page of the guest's memory cannot be had: the front-end has taken it back, or the host has none left; \
+                 the disk is out of service until a front-end connects again",
+                self.name
+            );
+            self.state = State::Broken;
+            self.tell_broken();
+            if let Err(e) = self.alarm.notify()
+                && e.kind() != io::ErrorKind::WouldBlock
+            {
+                error!("{}: the control thread cannot be woken: {e}", self.name);
+            }
+            return Turn::Broken;
+        }
         if matches!(turn, Turn::Broken) && self.state == State::Running {
             warn!("{}: the ring is broken; nothing more is taken from it until it is set up again", self.name);
             self.state = State::Broken;
@@ -268,7 +381,7 @@ impl QueueThread {
     /// Stops listening to the kick and tells the front-end, if it wants to know.
     fn tell_broken(&self) {
         let Some(ring) = &self.ring else { return };
-        self.epoll.remove(ring.kick.as_raw_fd());
+        self.epoll.remove(ring.kick.as_fd());
         if let Some(mut err) = ring.err.as_ref()
             && let Err(e) = err.write(1u64.as_bytes())
         {
@@ -312,7 +425,7 @@ impl QueueThread {
         }
         assert!(self.ring.is_none(), "a ring is started only where none runs");
         self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
-        if let Err(e) = self.epoll.add(ring.kick.as_raw_fd()) {
+        if let Err(e) = self.epoll.add(ring.kick.as_fd()) {
             let _ = self.queue.stop(&ring.vring);
             return Err(Error::io("the kick of the ring cannot be waited for", e));
         }
@@ -325,7 +438,7 @@ impl QueueThread {
     fn stop(&mut self) -> u16 {
         let Some(ring) = self.ring.take() else { return 0 };
         if self.state == State::Running {
-            self.epoll.remove(ring.kick.as_raw_fd());
+            self.epoll.remove(ring.kick.as_fd());
         }
         if self.state == State::Faulty {
             return ring.base;
