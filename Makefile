@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check guest oracles world-long kill-long bench bench-full bench-instructions fio
+.PHONY: help build demo test check guest oracles world-long kill-long exchange-long bench bench-full bench-instructions fio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ world-long: ## crashes for hours: all workloads of six acts, a thousand million 
 
 kill-long: ## ten minutes of a guest whose disk daemon is killed every 200 ms
 	DIFFDISK_KILL_SECONDS=600 cargo test --release --features sim --test kill a_guest -- --nocapture
+
+exchange-long: ## two minutes of folders, files and links that are exchanged while images are opened and merged
+	DIFFDISK_EXCHANGE_SECONDS=60 \
+	cargo test --release --features sim,mutants --test verbs exchange -- --nocapture --test-threads 1
 
 check: ## formatting, lints, documentation
 	cargo fmt --check

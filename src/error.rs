@@ -78,6 +78,13 @@ impl Error {
         self
     }
 
+    /// Removes the offset: for a number from the command line, which stands at no byte of the file.
+    #[must_use]
+    pub fn at_no_offset(mut self) -> Error {
+        self.0.offset = None;
+        self
+    }
+
     /// Attaches the cause.
     pub fn caused_by(mut self, source: impl Into<Box<dyn error::Error + Send + Sync>>) -> Error {
         self.0.source = Some(source.into());
@@ -109,6 +116,11 @@ impl Error {
             next = e.source();
         }
         None
+    }
+
+    /// Whether the host does not let this user do it, or cannot do it on this file system at all.
+    pub fn is_denied(&self) -> bool {
+        matches!(self.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
     }
 
     /// The whole story on one line: what failed, path, offset, and the chain of causes.
@@ -147,6 +159,17 @@ impl fmt::Debug for Error {
 impl error::Error for Error {
     fn source(&self) -> Option<&(dyn error::Error + 'static)> {
         self.0.source.as_deref().map(|e| e as _)
+    }
+}
+
+/// `None` for what does not exist.
+///
+/// # Errors
+/// All others.
+pub fn found<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        outcome => outcome.map(Some),
     }
 }
 

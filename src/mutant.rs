@@ -42,7 +42,7 @@ pub enum Mutant {
     CleanAtOpen,
     /// Marks are not put into the live journal.
     NoJournal,
-    /// A journal from before the host crashed is believed.
+    /// The boot id is ignored: a journal from before the host crashed is believed.
     OldJournal,
     /// Bits that no commit has taken leave memory.
     EvictDirty,
@@ -50,10 +50,46 @@ pub enum Mutant {
     EvictTaken,
     /// What was read of a bitmap is believed although it came and left meanwhile.
     StaleBits,
+    /// The journal is removed before the stamp.
+    RetireFirst,
+    /// The stamp is written after the first answer.
+    LateStamp,
+    /// The file is cut before the last commit.
+    TrimFirst,
+    /// Stamp and footer are two writes.
+    SplitPair,
+    /// The stamp stays where it was when the footer moves.
+    StampLeftBehind,
+    /// Growth that fails late cuts the file at its old end, with the stamp that counts.
+    UndoCutsStamp,
+    /// Recovery makes the stamp zero, too.
+    ScrubStamp,
+    /// Who takes a journal in begins a session of its own.
+    FreshSession,
+    /// Who takes a journal in leaves the generation.
+    NoTakeoverGeneration,
+    /// A commit leaves the generation.
+    NoCommitGeneration,
+    /// Marks leave the generation.
+    NoMarkGeneration,
+    /// Generations are counted.
+    CountedGeneration,
+    /// Slots are not ended at a clean end.
+    SlotsNotEnded,
+    /// A journal that a process has open is opened by another.
+    NoJournalLock,
+    /// A journal with marks that no stamp names is removed.
+    StaleJournalRemoved,
+    /// A parent's stamp is not looked at.
+    ParentNotAsked,
+    /// Tools do not look at the stamp.
+    ToolIgnoresStamp,
+    /// A slot has new bits only, and replaces those of the file.
+    SlotReplacesBits,
 }
 
 /// All of them.
-pub const ALL: [Mutant; 22] = [
+pub const ALL: [Mutant; 40] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -76,6 +112,24 @@ pub const ALL: [Mutant; 22] = [
     Mutant::EvictDirty,
     Mutant::EvictTaken,
     Mutant::StaleBits,
+    Mutant::RetireFirst,
+    Mutant::LateStamp,
+    Mutant::TrimFirst,
+    Mutant::SplitPair,
+    Mutant::StampLeftBehind,
+    Mutant::UndoCutsStamp,
+    Mutant::ScrubStamp,
+    Mutant::FreshSession,
+    Mutant::NoTakeoverGeneration,
+    Mutant::NoCommitGeneration,
+    Mutant::NoMarkGeneration,
+    Mutant::CountedGeneration,
+    Mutant::SlotsNotEnded,
+    Mutant::NoJournalLock,
+    Mutant::StaleJournalRemoved,
+    Mutant::ParentNotAsked,
+    Mutant::ToolIgnoresStamp,
+    Mutant::SlotReplacesBits,
 ];
 
 #[cfg(feature = "mutants")]

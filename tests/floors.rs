@@ -33,6 +33,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("io_uring", &["storage"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
+    ("nix", &["cli"]),
     ("toml", &["cli"]),
     ("env_logger", &["cli"]),
 ];
@@ -50,9 +51,12 @@ const UNSAFE: &[&str] = &[
     "storage/live.rs",
     "storage/payload.rs",
     "storage/ring.rs",
+    "storage/sigbus.rs",
     "storage/twins.rs",
     "storage/warm.rs",
     "storage/warm_tests.rs",
+    "vhost/inflight.rs",
+    "vhost/memory.rs",
 ];
 
 #[test]

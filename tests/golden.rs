@@ -122,7 +122,7 @@ fn a_guest_writes_on_top_of_every_image() {
         golden.unpack(folder.path());
         let (name, path) = (text(image, "file"), folder.path().join(text(image, "file")));
         let [option, root] = allow(folder.path());
-        let daemon = Daemon::start(&path, &[&option, &root]);
+        let daemon = Daemon::start(&path, &[&option, &root, "--allow-writable-parent"]);
         let mut guest = daemon.connect();
         let mut disk = guest.read_all(SLOT).expect("reads in flight");
         assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} before the writes");

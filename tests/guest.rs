@@ -33,6 +33,30 @@ fn a_file_system_written_on_a_chain_is_what_everyone_reads() {
     chain.assert_sound();
 }
 
+/// The guest of a virtio-mmio machine chooses its rings without regard to the front-end's queue size.
+#[test]
+fn a_microvm_boots_on_a_chain() {
+    let mut chain = Chain::with_root(128, 6);
+    chain.push_child("middle.vhd");
+    chain.push_child("top.vhd");
+    let daemon = Daemon::start(chain.top(), &[]);
+    let console = Guest::boot(&daemon.socket(), "files", &["--machine", "microvm"]).finish();
+    assert_eq!(daemon.log().matches("served without the record").count(), 1, "{}", daemon.log());
+    daemon.stop();
+    assert_eq!(digest::sha256_of_disk(chain.top()), console.value("DEVICE-SHA256"));
+    chain.assert_sound();
+}
+
+#[test]
+fn a_guest_whose_memory_is_not_shared_is_explained() {
+    let chain = Chain::with_root(32, 7);
+    let daemon = Daemon::start(chain.top(), &[]);
+    let guest = Guest::boot(&daemon.socket(), "fill", &["--private-memory"]);
+    daemon.wait_for_words("share=on", 1);
+    drop(guest);
+    daemon.stop();
+}
+
 #[test]
 fn two_queues_of_random_writes_are_read_back() {
     let mut chain = Chain::with_root(64, 2);

@@ -9,7 +9,8 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use common::client::{Client, SLOT};
 use common::daemon::Daemon;
@@ -295,4 +296,35 @@ fn what_qemu_does_to_a_child_is_recognised() {
     assert!(hidden.iter().all(|d| d["repairable"] == false && d["detail"].as_str().expect("text").contains("QEMU")));
     let alone = tool::diffdisk(["check", &text("child.vhd"), "--json"]);
     assert_eq!((alone.code, &alone.json()["defects"][0]["kind"]), (Some(4), &"placed-by-another".into()));
+}
+
+#[test]
+fn killed_images_are_read_alike() {
+    let mut rng = Rng::from_env("killed");
+    for (depth, qemu) in [(1, true), (3, false)] {
+        let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let option = format!("--runtime-dir={}", runtime.path().display());
+        let mut chain = Chain::build("killed", 24 * MIB, &["--block-size", "2M"], depth, &mut rng);
+        let daemon = Daemon::start(chain.leaf(), &[&option]);
+        let mut guest = daemon.connect();
+        chain.work(&mut guest, depth, &mut rng);
+        guest.flush().expect("a flush");
+        drop(guest);
+        daemon.kill();
+        let info = || tool::diffdisk(["info".into(), chain.leaf().display().to_string(), "--json".into()]).ok().json();
+        // The kernel ends what was in flight a moment after the process, and the lock with it.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !info()["in_use"].is_null() {
+            assert!(Instant::now() < deadline, "still in use: {}", info());
+            sleep(Duration::from_millis(10));
+        }
+        assert_eq!(info()["session"]["open"], true, "the stamp is there: {}", info());
+        if qemu {
+            chain.assert_qemu();
+        }
+        chain.assert_sevenzip();
+        chain.assert_vhdlib();
+        tool::diffdisk(["settle", &chain.leaf().display().to_string(), &option]).ok();
+        chain.assert_diffdisk();
+    }
 }

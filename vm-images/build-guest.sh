@@ -6,7 +6,7 @@
 # into vm-images/cache (or $DIFFDISK_CACHE):
 #
 #   vmlinuz      the kernel
-#   base.cpio    init, busybox, modules for virtio-blk and ext4, mke2fs, e2fsck
+#   base.cpio    init, busybox, modules for virtio-blk (on PCI and MMIO) and ext4, mke2fs, e2fsck
 #   fio.cpio     fio and its libraries, added for jobs that say `# needs: fio` (`full` only)
 #   built-from   what it was made from; while that stays the same, nothing is done
 #
@@ -158,7 +158,7 @@ ln -s "$prefix/lib" "$work/tree/lib"
 ln -s "$prefix/lib" "$work/tree/usr/lib"
 depmod -b "$work/tree" "$version"
 mkdir "$work/no-config"
-modprobe -C "$work/no-config" -d "$work/tree" -S "$version" --show-depends -a virtio_pci virtio_blk ext4 crc32c |
+modprobe -C "$work/no-config" -d "$work/tree" -S "$version" --show-depends -a virtio_pci virtio_mmio virtio_blk ext4 crc32c |
     sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$work/insmod"
 while read -r module; do
     name=${module##*/}

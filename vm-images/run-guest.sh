@@ -2,10 +2,12 @@
 # Boots the test guest on vhost-user-blk disks, runs one job in it, and ends as the job ended.
 #
 #   vm-images/run-guest.sh --socket PATH [--socket PATH2 ...] --job FILE
-#       [--queues N] [--memory SIZE] [--reconnect] [--timeout SECONDS]
+#       [--machine q35|microvm] [--private-memory] [--queues N] [--memory SIZE] [--reconnect] [--timeout SECONDS]
 #
 #   --socket PATH   a back-end's socket; the first is /dev/vda, the next /dev/vdb, ...
 #   --job FILE      a shell script for the guest; it runs under `sh -eu` as root
+#   --machine M     QEMU's machine: q35 (the default), with disks on PCI, or microvm, with disks on virtio-mmio
+#   --private-memory  the guest's memory is not shared with the back-end, which is a mistake
 #   --queues N      request queues of each disk, and processors of the guest (1)
 #   --memory SIZE   the guest's memory (512M)
 #   --reconnect     a back-end that goes away may come back on the same socket
@@ -24,16 +26,18 @@ accel=${DIFFDISK_ACCEL:-tcg}
 die() { printf 'run-guest: %s\n' "$*" >&2; exit 1; }
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 
-sockets=() job='' queues=1 memory=512M reconnect='' limit=300
+sockets=() job='' machine=q35 share=on kernel_extra='' queues=1 memory=512M reconnect='' limit=300
 while [ $# -gt 0 ]; do
     case $1 in
     --reconnect) reconnect=yes && shift && continue ;;
-    --socket | --job | --queues | --memory | --timeout) [ $# -ge 2 ] || usage ;;
+    --private-memory) share=off && shift && continue ;;
+    --socket | --job | --machine | --queues | --memory | --timeout) [ $# -ge 2 ] || usage ;;
     *) usage ;;
     esac
     case $1 in
     --socket) sockets+=("$2") ;;
     --job) job=$2 ;;
+    --machine) machine=$2 ;;
     --queues) queues=$2 ;;
     --memory) memory=$2 ;;
     --timeout) limit=$2 ;;
@@ -43,6 +47,15 @@ done
 if [ ${#sockets[@]} -eq 0 ] || [ -z "$job" ]; then
     usage
 fi
+case $machine in
+q35) device=vhost-user-blk-pci ;;
+microvm)
+    device=vhost-user-blk
+    # An emulated microvm has no timer by which the kernel could find its speed.
+    kernel_extra=" tsc_early_khz=2000000 lpj=4000000"
+    ;;
+*) usage ;;
+esac
 
 command -v "$qemu" >/dev/null || die "no $qemu: run .ci/install demo"
 command -v cpio >/dev/null || die "no cpio: run .ci/install demo"
@@ -88,11 +101,11 @@ fi
 # shellcheck disable=SC2054 # the commas are QEMU's
 arguments=(
     -nodefaults -no-user-config -no-reboot -display none
-    -machine q35,memory-backend=memory
-    -object "memory-backend-memfd,id=memory,size=$memory,share=on"
+    -machine "$machine,memory-backend=memory"
+    -object "memory-backend-memfd,id=memory,size=$memory,share=$share"
     -m "$memory" -accel "$accel" -smp "$queues"
     -kernel "$cache/vmlinuz" -initrd "$work/initramfs"
-    -append "console=ttyS0 quiet loglevel=3 panic=-1 random.trust_cpu=on mitigations=off"
+    -append "console=ttyS0 quiet loglevel=3 panic=-1 random.trust_cpu=on mitigations=off$kernel_extra"
     -chardev stdio,id=console,signal=off -serial chardev:console
 )
 case $accel in
@@ -102,7 +115,7 @@ esac
 for i in "${!sockets[@]}"; do
     arguments+=(
         -chardev "socket,id=socket$i,path=${sockets[i]//,/,,}$chardev_extra"
-        -device "vhost-user-blk-pci,id=disk$i,chardev=socket$i,num-queues=$queues"
+        -device "$device,id=disk$i,chardev=socket$i,num-queues=$queues"
     )
 done
 

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
-use diffdisk::storage::{Access, Completion, Engine, EngineKind, Env, File, Found, Live, Op, Slices, Slot};
+use diffdisk::storage::{
+    Access, Completion, Engine, EngineKind, Env, File, Folder, Found, Op, Origin, Presence, Runtime, Slices, Slot,
+};
 use uuid::Uuid;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress};
@@ -39,7 +41,7 @@ pub fn requests(path: &Path, count: u64, engine: Idle) {
     vring.set_enabled(true);
     let lane = disk.lane(EngineKind::Auto, usize::from(SIZE)).unwrap_or_else(|e| panic!("{}", e.line()));
     let mut queue = Queue::new(device, lane, 0);
-    queue.start(&vring, Arc::new(memory.clone()), None).unwrap_or_else(|e| panic!("{}", e.line()));
+    queue.start(&vring, Arc::new(memory.clone().into()), None).unwrap_or_else(|e| panic!("{}", e.line()));
     let put = |at: u64, word: u64| memory.write_obj(word.to_le(), GuestAddress(at)).expect("inside");
     let (next, write) = (1u64, 2u64);
     for i in 0..u64::from(BATCH) {
@@ -93,24 +95,14 @@ impl Env for Plain {
     fn open(&self, path: &Path, access: Access) -> Result<File> {
         Host.open(path, access)
     }
-    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File> {
-        // valgrind 3.19 has no openat2; these are our own files.
-        Host.open(&root.join(relative), Access::Read)
+    fn folder(&self, path: &Path) -> Result<Folder> {
+        Host.folder(path)
     }
-    fn create(&self, path: &Path) -> Result<File> {
-        Host.create(path)
-    }
-    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
-        Host.rename(from, to)
-    }
-    fn link(&self, existing: &Path, new: &Path) -> Result<()> {
-        Host.link(existing, new)
+    fn presence(&self, path: &Path) -> Presence {
+        Host.presence(path)
     }
     fn remove(&self, path: &Path) -> Result<()> {
         Host.remove(path)
-    }
-    fn sync_dir(&self, folder: &Path) -> Result<()> {
-        Host.sync_dir(folder)
     }
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
         Host.canonical(path)
@@ -118,17 +110,17 @@ impl Env for Plain {
     fn exists(&self, path: &Path) -> bool {
         Host.exists(path)
     }
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        Host.list(folder)
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        Host.runtime(folder)
     }
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        Host.live(path, words)
-    }
-    fn boot_id(&self) -> Result<Uuid> {
-        Host.boot_id()
+    fn origin(&self) -> Result<Origin> {
+        Host.origin()
     }
     fn now(&self) -> i64 {
         Host.now()
+    }
+    fn uptime(&self) -> std::time::Duration {
+        Host.uptime()
     }
     fn uuid(&self) -> Uuid {
         Host.uuid()

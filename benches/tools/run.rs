@@ -55,7 +55,7 @@ pub fn program<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = 
 
 /// `diffdisk VERB`, which sees no daemon of this machine.
 pub fn diffdisk(verb: &str, paths: &[&Path], options: &[&str]) -> Command {
-    let runtime = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let runtime = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-runtime-folder");
     let mut command = program(env!("CARGO_BIN_EXE_diffdisk"), [verb, "--quiet", "--runtime-dir"]);
     command.arg(runtime).args(paths).args(options);
     command

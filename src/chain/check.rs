@@ -1,14 +1,19 @@
 //! Checking a chain: each of its files, and the links between them. Goes on where an open stops.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::hidden;
-use super::parents::{Policy, Search, Sought};
+use super::open::Use;
+use super::parent_time;
+use super::parents::{Policy, Search};
+use super::pending::warn_of_merges;
+use super::seek::Sought;
 use crate::error::Result;
-use crate::format::footer::time_from_unix;
-use crate::format::{Defect, DiskType, Severity};
+use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
-use crate::storage::{Env, File, FileId, Lock};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Env, File, FileId, Lock, Runtime};
+use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
@@ -23,19 +28,24 @@ pub struct Checked {
     pub unlisted: [u64; 3],
     /// Whether it can be opened at all.
     pub opens: bool,
+    /// The ranges of its disk that are lost, ascending.
+    pub lost: Vec<SectorRange>,
+    /// Whether it is a child whose parents were not to be looked at.
+    pub alone: bool,
 }
 
 /// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
 /// `progress` is told how many bytes of all files were passed.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` where a live journal in the folder `runtime` says more than the file;
-/// `Io`; what `progress` fails with. Broken rules are in the report.
+/// `Busy` where somebody writes to one; `Refused` if the daemon of one was killed and its live journal not taken in, which
+/// may be in one of the folders `runtime`, and for a parent that is there and may not be opened; `Io`; what `progress` fails
+/// with. Broken rules are in the report.
 pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[Runtime],
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
     let mut passed = 0;
@@ -44,7 +54,7 @@ pub fn check(
         progress(passed)
     };
     let mut all: Vec<Checked> = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, youngest.path(), policy, true)).transpose()?;
+    let mut search = parents.map(|policy| Search::new(env, &youngest, policy, Use::Read)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
@@ -52,11 +62,16 @@ pub fn check(
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check_watched(file, &mut watch)?;
-        if let (Some(folder), Some(image), true) = (runtime, &image, all.is_empty()) {
-            refuse_if_live(env, folder, image.file(), image.uuid())?;
+        if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::is(Mutant::ParentNotAsked)) {
+            refuse_if_live(env, runtime, image)?;
+        }
+        let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
+        if let Some(image) = &image {
+            warn_of_merges(env, image)?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
-        let mut checked = Checked { path, id, defects: report.defects, unlisted, opens: image.is_some() };
+        let mut checked =
+            Checked { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, alone };
         if let (Some(search), Some(image)) = (&mut search, image) {
             suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
             next = link(search, &image, &mut checked.defects)?;
@@ -65,7 +80,9 @@ pub fn check(
         all.push(checked);
     }
     // Only a whole chain tells what its parents have.
-    if images.len() == all.len() && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
+    let is_readable = |c: &Checked| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
+    let readable = images.len() == all.len() && all.iter().all(is_readable);
+    if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
             hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
@@ -88,8 +105,12 @@ fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Re
             Ok(Some(parent.file().clone()))
         }
         Sought::Broken(file, _) => Ok(Some(file)),
-        Sought::Wrong(defect, _) | Sought::Nowhere(defect) => {
-            defects.push(defect);
+        Sought::Refused(e) => Err(e),
+        Sought::Nowhere(defect) => {
+            // The image's own bytes may have shown it already.
+            if !defects.contains(&defect) {
+                defects.push(defect);
+            }
             Ok(None)
         }
     }
@@ -100,12 +121,7 @@ fn note_differences(child: &Image, parent: &Image, defects: &mut Vec<Defect>) ->
     if child.size() != parent.size() {
         defects.push(Defect::ParentSize { child: child.size(), parent: parent.size() });
     }
-    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
-    let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
-    // Who does not record it writes 0.
-    if recorded != 0 && found > recorded {
-        defects.push(Defect::ParentChanged { recorded, found });
-    }
+    defects.extend(parent_time::changed(child, parent)?);
     Ok(())
 }
 

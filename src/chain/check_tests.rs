@@ -1,5 +1,6 @@
 //! Tests of `check.rs` and `hidden.rs`: children as QEMU leaves them.
 
+use crate::format::footer::time_from_unix;
 use std::fs::File as HostFile;
 use std::os::unix::fs::FileExt;
 
@@ -13,7 +14,7 @@ const BLOCK: u32 = 512 << 10;
 
 fn checked(rig: &Rig, name: &str) -> Vec<Checked> {
     let youngest = Host.open(&rig.path(name), Access::Read).unwrap();
-    check(&Host, youngest, Some(&Policy::default()), None, &mut |_| Ok(())).unwrap()
+    check(&Host, youngest, Some(&Policy::default()), &[], &mut |_| Ok(())).unwrap()
 }
 
 /// The defects of the youngest file that are no notes of how sizes and times differ.
@@ -63,7 +64,7 @@ fn a_write_by_qemu_is_recognised() {
     assert!(matches!(defects[..], [Defect::ParentHidden { block: 0, sector: 7, .. }]), "{defects:?}");
     // Alone, nothing is said that only the parent's data can tell.
     let leaf = Host.open(&rig.path("leaf"), Access::Read).unwrap();
-    let alone = check(&Host, leaf, None, None, &mut |_| Ok(())).unwrap().remove(0).defects;
+    let alone = check(&Host, leaf, None, &[], &mut |_| Ok(())).unwrap().remove(0).defects;
     assert!(matches!(alone[..], [Defect::PlacedByAnother { .. }]), "{alone:?}");
 }
 

@@ -193,7 +193,8 @@ impl Walk<'_> {
             let group = rest.first(u64::from(SECTOR_BITS - bit));
             rest = rest.skip(group.count());
             if at + SECTOR > layer.image.data_end() {
-                self.pass(layer, group); // cut off, as read-only opens tolerate: no bits
+                // Lost with its bitmap. Only a salvage opens such an image, and never shows old data of the parent there.
+                self.decided.push((group, Source::Zero));
                 continue;
             }
             let Some(words) = (self.known)(number, at) else {
@@ -214,7 +215,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The layer holds the run at byte `offset`. What lies behind a missing tail of the file is zero (O12).
+    /// The layer holds the run at byte `offset`. Lost sectors, which only a salvage meets, are zero (O12).
     fn take(&mut self, layer: &Layer, run: SectorRange, offset: u64) {
         let there = layer.image.data_end().saturating_sub(offset) / SECTOR;
         let inside = run.first(there);

@@ -4,14 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
+use super::parent_time;
 use super::parents::{Policy, Search};
+use super::pending::check_chain;
+use super::seek::Sought;
 use super::top::Top;
 use super::version::Version;
-use crate::error::Result;
-use crate::format::DiskType;
+use crate::error::{Error, Result};
+use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
-use crate::storage::{Access, Env, Lock, Slot};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Access, Env, File, Lock, Slot};
 use crate::units::SECTOR;
 
 /// What a chain is opened for, and so who else may have its files open meanwhile.
@@ -21,14 +25,25 @@ pub enum Use {
     Look,
     /// To read. Nobody may be writing.
     Read,
+    /// To read what is left of it, where files have lost sectors. Otherwise as `Read`.
+    Salvage,
     /// To write the youngest image. Nobody else may have that open, nobody may be writing a parent.
     Write,
+}
+
+impl Use {
+    /// Opens the image in a file for this.
+    pub(super) fn opened(self, file: File) -> Result<Image> {
+        if self == Use::Salvage { Image::salvage(file) } else { Image::open(file) }
+    }
 }
 
 /// The images of a disk, youngest first; at least one. The last one is a root.
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
+    /// Positions of images whose parent's file is newer than they record.
+    outdated: Vec<usize>,
 }
 
 impl Chain {
@@ -37,16 +52,18 @@ impl Chain {
     ///
     /// # Errors
     /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours.
+    /// where somebody has one of the files open in a way that does not go with ours; `Refused` for a file (but the one to be
+    /// written) whose daemon was killed, or that is in use on another machine, and, to read, if an image is partly overwritten
+    /// by a merge that was not finished and CHILD of that merge does not hide it.
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
         let access = if how == Use::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
         match how {
             Use::Look => {}
-            Use::Read => file.lock(Lock::Shared)?,
+            Use::Read | Use::Salvage => file.lock(Lock::Shared)?,
             Use::Write => file.lock(Lock::Exclusive)?,
         }
-        Chain::of(env, Image::open(file)?, policy, how)
+        Chain::of(env, how.opened(file)?, policy, how)
     }
 
     /// The chain of an image that is open (and, for `Read` and `Write`, locked) already.
@@ -54,15 +71,52 @@ impl Chain {
     /// # Errors
     /// As `open`.
     pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
-        let mut search = Search::new(env, youngest.file().path(), policy, how != Use::Look)?;
-        search.pass(&youngest)?;
-        if let (Some(folder), Use::Read) = (&policy.runtime, how) {
-            refuse_if_live(env, folder, youngest.file(), youngest.uuid())?;
+        match Chain::as_far_as_found(env, youngest, policy, how)? {
+            (chain, None) => Ok(chain),
+            (_, Some(missing)) => Err(missing),
         }
-        let mut images = vec![youngest];
+    }
+
+    /// The chain of an image that is open already, down to the first parent that is not there or may not be opened; the
+    /// error says why.
+    ///
+    /// # Errors
+    /// As `open`, but for such parents.
+    pub fn as_far_as_found(
+        env: &dyn Env,
+        youngest: Image,
+        policy: &Policy,
+        how: Use,
+    ) -> Result<(Chain, Option<Error>)> {
+        let mut search = Search::new(env, youngest.file(), policy, how)?;
+        search.pass(&youngest)?;
+        // Who writes takes the journal of the youngest in; parents are asked by everybody.
+        if matches!(how, Use::Read | Use::Salvage) {
+            refuse_if_live(env, &policy.runtime, &youngest)?;
+        }
+        let (mut images, mut missing) = (vec![youngest], None);
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
-            let parent = search.parent_of(child)?;
+            let parent = match search.seek(child)? {
+                Sought::Parent(parent) => *parent,
+                Sought::Broken(_, e) => return Err(e),
+                Sought::Refused(e) => {
+                    missing = Some(e);
+                    break;
+                }
+                Sought::Nowhere(defect) => {
+                    let is_missing = matches!(defect, Defect::ParentMissing { .. });
+                    let e = Error::from(defect).at_path(child.file().path());
+                    if !is_missing {
+                        return Err(e);
+                    }
+                    missing = Some(e);
+                    break;
+                }
+            };
             search.pass(&parent)?;
+            if how != Use::Look && !mutant::is(Mutant::ParentNotAsked) {
+                refuse_if_live(env, &policy.runtime, &parent)?;
+            }
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
                 log::info!(
@@ -73,7 +127,25 @@ impl Chain {
             }
             images.push(parent);
         }
-        Ok(Chain { images })
+        if how != Use::Look {
+            images.iter().for_each(warn);
+        }
+        let all: Vec<&Image> = images.iter().collect();
+        let receiving = check_chain(env, &all, &policy.allowed, policy.merging, how)?;
+        let mut outdated = Vec::new();
+        for (number, pair) in images.windows(2).enumerate().filter(|(number, _)| !receiving.contains(&(number + 1))) {
+            if let Some(defect) = parent_time::changed(&pair[0], &pair[1])? {
+                parent_time::warn(&pair[0], &pair[1], &defect);
+                outdated.push(number);
+            }
+        }
+        Ok((Chain { images, outdated }, missing))
+    }
+
+    /// The images, youngest first, whose parent was written to since they recorded its time; each with that parent. What an
+    /// unfinished merge of a younger image wrote to the parent does not count.
+    pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
+        self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))
     }
 
     /// The images, youngest first.
@@ -111,6 +183,17 @@ impl Chain {
         let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
         Ok(Version::new(Some(top), Frozen::new(layers(1, parents)), sectors))
     }
+}
+
+/// Logs one line for an image with defects that do not prevent its use.
+fn warn(image: &Image) {
+    // XenServer hides every parent, which is no fault.
+    let told =
+        |d: &&Defect| d.severity() > Severity::Note && !matches!(d, Defect::Hidden { .. } | Defect::BlockCutOff { .. });
+    let mut told = image.notes().iter().filter(told);
+    let (Some(first), more) = (told.next(), told.count()) else { return };
+    let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+    log::warn!("{}: {first}{more}; see `diffdisk check`", image.file().path().display());
 }
 
 /// Images as layers whose slots are numbered from `first` on.

@@ -1,16 +1,19 @@
-//! Which file is the parent: an image may name anything, and gets only what lies in an allowed folder and has the
-//! recorded UUID (crash-safety 4.2, vhd-format 4.4).
+//! Where parents may lie, and the way down from the youngest image: an image may name anything, and gets only what lies
+//! below an allowed folder and has the recorded UUID (crash-safety 4.2, vhd-format 4.4).
 //!
-//! A string from an image never chooses a path of the host: it is looked up *below* an allowed folder in one system
-//! call, which follows no symbolic link and does not leave the folder. An absolute string is refused unless it begins
-//! with an allowed folder.
+//! A string from an image never chooses a path of the host. It is compared by text with the paths of the folders that are
+//! held open, and what is left of it is looked up below one of them, following no symbolic link. A folder on the way that
+//! is renamed or replaced meanwhile changes nothing: the descriptor stays.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Defect, ParentPath};
-use crate::image::{Image, folder_of};
-use crate::storage::{Env, File, FileId, Lock};
+use super::any_case::Budget;
+use super::open::Use;
+use super::seek::plain;
+use crate::error::{Error, Result};
+use crate::format::Defect;
+use crate::image::Image;
+use crate::storage::{Env, File, FileId, Folder, Runtime};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -24,49 +27,49 @@ pub struct Policy {
     pub allowed: Vec<PathBuf>,
     /// Files that a chain may have.
     pub max_depth: usize,
-    /// Where daemons keep live journals: an image that has one there is refused.
-    pub runtime: Option<PathBuf>,
+    /// Folders in which daemons of this user keep live journals. An image that is in use or was not closed is refused in any
+    /// case; this is for what is said then, and for taking the journal of a parent in.
+    pub runtime: Vec<Runtime>,
+    /// CHILD of the merge that opens the chain: what its own record forbids to others does not count.
+    pub merging: Option<uuid::Uuid>,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: None }
+        Policy { allowed: Vec::new(), max_depth: MAX_DEPTH, runtime: Vec::new(), merging: None }
     }
-}
-
-/// What a search for a parent came to.
-pub(super) enum Sought {
-    /// It is here.
-    Parent(Box<Image>),
-    /// A file is where it should be, but is no sound image.
-    Broken(File, Error),
-    /// The image at this path is where it should be, but is another one.
-    Wrong(Defect, PathBuf),
-    /// No recorded path leads to a file.
-    Nowhere(Defect),
 }
 
 /// The way down from the youngest image.
 pub(super) struct Search<'a> {
     env: &'a dyn Env,
-    /// Absolute folders without symbolic links, that of the youngest image first.
-    roots: Vec<PathBuf>,
+    /// Folders under their absolute paths without symbolic links: that of the youngest image, the allowed ones, and
+    /// those below them in which parents were found.
+    known: Vec<(PathBuf, Folder)>,
+    /// How many folders the operator has allowed.
+    allowed: usize,
+    budget: Budget,
     max_depth: usize,
     /// What was passed on the way.
     passed: Vec<(FileId, uuid::Uuid)>,
     tables: u64,
-    /// Whether parents are locked against writers.
-    lock: bool,
+    /// What the chain is opened for.
+    how: Use,
 }
 
 impl<'a> Search<'a> {
-    /// A search for the parents of the image at `youngest`.
-    pub(super) fn new(env: &'a dyn Env, youngest: &Path, policy: &Policy, lock: bool) -> Result<Search<'a>> {
-        let mut roots = vec![env.canonical(folder_of(youngest))?];
+    /// A search for the parents of the youngest image, which is in `youngest`.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`: of an allowed folder.
+    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, how: Use) -> Result<Search<'a>> {
+        let hold = |folder: Folder| folder.absolute().map(|folder| (folder.path().to_path_buf(), folder));
+        let mut known = vec![hold(youngest.folder())?];
         for folder in &policy.allowed {
-            roots.push(env.canonical(folder)?);
+            known.push(hold(env.folder(folder)?)?);
         }
-        Ok(Search { env, roots, max_depth: policy.max_depth, passed: Vec::new(), tables: 0, lock })
+        let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, Budget::default());
+        Ok(Search { env, known, allowed, budget, max_depth, passed: Vec::new(), tables: 0, how })
     }
 
     /// Counts an image in.
@@ -98,151 +101,99 @@ impl<'a> Search<'a> {
             return Ok(Some(Defect::ChainTablesTooLarge { bytes: self.tables, limit: MAX_TABLES }));
         }
         self.passed.push((id, image.uuid()));
+        let folder = image.file().folder();
+        if self.known.iter().all(|(_, known)| !known.is_same(&folder)) {
+            self.known.push((folder.path().to_path_buf(), folder));
+        }
         Ok(None)
     }
 
-    /// Finds and opens the parent of a differencing image. A candidate with another UUID is not the parent: the search
-    /// goes on.
-    ///
-    /// # Errors
-    /// `NotFound` naming all that was tried and why not; `Refused` for raw parents.
-    pub(super) fn parent_of(&self, child: &Image) -> Result<Image> {
-        match self.seek(child)? {
-            Sought::Parent(parent) => Ok(*parent),
-            Sought::Broken(_, e) => Err(e),
-            Sought::Wrong(defect, path) => Err(Error::from(defect).at_path(path)),
-            Sought::Nowhere(defect) => Err(Error::from(defect).at_path(child.file().path())),
-        }
+    pub(super) fn env(&self) -> &dyn Env {
+        self.env
     }
 
-    /// As `parent_of`, with what stands in the way as a value.
-    ///
-    /// # Errors
-    /// `Io`: of the child, or of a parent that is there.
-    pub(super) fn seek(&self, child: &Image) -> Result<Sought> {
-        let header = child.header().expect("differencing images have a header");
-        if header.parent_is_raw() {
-            return Ok(Sought::Nowhere(Defect::ParentRaw));
-        }
-        let candidates = child.parent_candidates()?;
-        if candidates.is_empty() {
-            return Ok(Sought::Nowhere(Defect::ParentUnnamed));
-        }
-        let folder = self.env.canonical(folder_of(child.file().path()))?;
-        let (mut tried, mut worst) = (Vec::new(), None);
-        for candidate in candidates {
-            let (reason, found) = match self.open_candidate(&folder, &candidate.path) {
-                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => (reason(&e), None),
-                Err(e) => (reason(&e), Some(Err(e))),
-                Ok(file) => match Image::open(file.clone()) {
-                    Ok(image) if image.uuid() == header.parent_uuid => return Ok(Sought::Parent(Box::new(image))),
-                    Ok(image) => {
-                        let defect = Defect::ParentUuid { recorded: header.parent_uuid, found: image.uuid() };
-                        (defect.to_string(), Some(Ok(Sought::Wrong(defect, file.path().to_path_buf()))))
-                    }
-                    Err(e) => (reason(&e), Some(Ok(Sought::Broken(file, e)))),
-                },
-            };
-            tried.push(format!("{} ({reason})", candidate.path.as_path().display()));
-            // A parent that is there but cannot be opened says more than names that lead nowhere.
-            worst = worst.or(found);
-        }
-        worst.unwrap_or(Ok(Sought::Nowhere(Defect::ParentMissing { tried })))
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
     }
 
-    fn open_candidate(&self, folder: &Path, path: &ParentPath) -> Result<File> {
-        let whole = match path {
-            ParentPath::Relative(path) => folder.join(path),
-            ParentPath::Absolute(path) => path.clone(),
-        };
-        let Some((root, below)) = self.below_root(&whole) else {
-            return Err(Error::new(ErrorKind::Refused, "outside of the allowed folders").at_path(whole));
-        };
-        let file = self.env.open_beneath(root, &below)?;
-        // A file that was passed on the way is locked already; that it comes again is found when it is passed.
-        let id = file.stat()?.id;
-        if self.lock && self.passed.iter().all(|(known, _)| *known != id) {
-            file.lock(Lock::Shared)?;
-        }
-        Ok(file)
+    /// What the chain is opened for.
+    pub(super) fn how(&self) -> Use {
+        self.how
     }
 
-    /// The allowed folder that a path begins with, and the rest of the path. `..` is taken away by text, never by
-    /// following: what is left is looked up without leaving the folder.
-    fn below_root(&self, path: &Path) -> Option<(&Path, PathBuf)> {
-        let mut plain = PathBuf::new();
-        for component in path.components() {
-            match component {
-                Component::ParentDir => {
-                    plain.pop();
-                }
-                Component::CurDir => {}
-                other => plain.push(other),
+    pub(super) fn has_passed(&self, id: FileId) -> bool {
+        self.passed.iter().any(|(known, _)| *known == id)
+    }
+
+    /// The folder of an image that was passed.
+    pub(super) fn place_of(&self, image: &Image) -> (&Path, &Folder) {
+        let folder = image.file().folder();
+        let known = self.known.iter().find(|(_, known)| known.is_same(&folder));
+        known.map(|(path, folder)| (path.as_path(), folder)).expect("it was passed")
+    }
+
+    /// The folders that the operator has allowed.
+    pub(super) fn allowed(&self) -> impl Iterator<Item = (&Path, &Folder)> {
+        self.known[1..=self.allowed].iter().map(|(path, folder)| (path.as_path(), folder))
+    }
+
+    /// The held folder that a path begins with, and the rest of the path; of several the one with the longest path.
+    pub(super) fn known_above(&self, path: &Path) -> Option<(&Folder, PathBuf)> {
+        let path = plain(path);
+        let mut best: Option<(&Folder, &Path)> = None;
+        for (root, folder) in &self.known {
+            if let Ok(below) = path.strip_prefix(root)
+                && !below.as_os_str().is_empty()
+                && best.is_none_or(|(_, other)| below.components().count() < other.components().count())
+            {
+                best = Some((folder, below));
             }
         }
-        let inside = |root: &'_ PathBuf| plain.strip_prefix(root).ok().map(Path::to_path_buf);
-        let found = self.roots.iter().find_map(|root| Some((root.as_path(), inside(root)?)));
-        found.filter(|(_, below)| !below.as_os_str().is_empty())
-    }
-}
-
-/// Why a candidate is not the parent, in a few words.
-fn reason(e: &Error) -> String {
-    match e.kind() {
-        ErrorKind::NotFound => "not there".to_owned(),
-        ErrorKind::Refused if e.raw_os_error().is_none() => {
-            "outside of the allowed folders; see --allow-parents".to_owned()
-        }
-        _ => e.line(),
+        best.map(|(folder, below)| (folder, below.to_path_buf()))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Use;
     use super::super::rig::Rig;
     use super::*;
+    use crate::error::ErrorKind;
     use crate::storage::host::Host;
 
     const BLOCK: u32 = 2 << 20;
 
     #[test]
     fn dots_are_taken_away_by_text() {
-        let roots = vec![PathBuf::from("/vms/a"), PathBuf::from("/golden")];
-        let search = Search { env: &Host, roots, max_depth: 9, passed: Vec::new(), tables: 0, lock: false };
-        let below = |path: &str| search.below_root(Path::new(path)).map(|(root, rest)| root.join("|").join(rest));
+        // Which folders they are does not matter here.
+        let folder = Host.folder(Path::new("/")).unwrap();
+        let known = ["/vms/a", "/golden", "/golden/deep"].map(|path| (PathBuf::from(path), folder.clone())).to_vec();
+        let search = Search {
+            env: &Host,
+            known,
+            allowed: 2,
+            budget: Budget::default(),
+            max_depth: 9,
+            passed: Vec::new(),
+            tables: 0,
+            how: Use::Look,
+        };
+        let below = |path: &str| search.known_above(Path::new(path)).map(|(_, rest)| rest.display().to_string());
         for (path, found) in [
-            ("/vms/a/p.vhd", Some("/vms/a/|/p.vhd")),
-            ("/vms/a/./x/../p.vhd", Some("/vms/a/|/p.vhd")),
-            ("/vms/b/../a/p.vhd", Some("/vms/a/|/p.vhd")),
-            ("/vms/a/../../golden/r.vhd", Some("/golden/|/r.vhd")),
+            ("/vms/a/p.vhd", Some("p.vhd")),
+            ("/vms/a/./x/../p.vhd", Some("p.vhd")),
+            ("/vms/b/../a/p.vhd", Some("p.vhd")),
+            ("/vms/a/../../golden/r.vhd", Some("r.vhd")),
+            ("/golden/deep/x/r.vhd", Some("x/r.vhd")),
+            ("/golden/deep", Some("deep")),
             ("/vms/a/../b/p.vhd", None),
             ("/vms/ab/p.vhd", None),
             ("/vms/a/../../etc/passwd", None),
-            ("/../../../golden/r.vhd", Some("/golden/|/r.vhd")),
+            ("/../../../golden/r.vhd", Some("r.vhd")),
             ("/vms/a", None),
             ("/vms/a/x/..", None),
         ] {
-            assert_eq!(below(path), found.map(PathBuf::from), "{path}");
+            assert_eq!(below(path).as_deref(), found, "{path}");
         }
-    }
-
-    #[test]
-    fn a_candidate_with_another_uuid_is_not_the_parent() {
-        let rig = Rig::new();
-        rig.dynamic("stranger", BLOCK, 100);
-        rig.dynamic("parent", BLOCK, 100);
-        rig.child_by("both", "parent", ["stranger", "parent"], BLOCK, 100);
-        let chain = rig.chain("both", Use::Look).unwrap();
-        assert_eq!(chain.images()[1].file().path().file_name().unwrap(), "parent", "the next candidate is tried");
-        rig.child_by("wrong", "parent", ["stranger", "stranger"], BLOCK, 100);
-        let e = rig.chain("wrong", Use::Look).unwrap_err();
-        assert!(e.kind() == ErrorKind::Invalid && e.line().contains("UUID"), "{e}");
-        rig.child_by("lost", "parent", ["gone", "../nowhere"], BLOCK, 100);
-        let e = rig.chain("lost", Use::Look).unwrap_err();
-        let line = e.line();
-        assert!(e.kind() == ErrorKind::NotFound && line.contains("gone (not there)"), "{line}");
-        assert!(line.contains("--allow-parents"), "{line}");
     }
 
     #[test]

@@ -1,91 +1,273 @@
-//! Images into which a merge was begun and not ended: whoever writes to one meanwhile would change what the merge goes on
-//! with.
+//! Images of a merge that was begun and not finished: what may still be done with them.
 //!
-//! A merge leaves a note beside the image that it folds, `.<uuid of that image>.merge`; a line of it names what receives:
-//! `ancestor <uuid> …`. Writing and reading all of it is the merge's own (`ops::merge`).
+//! A merge leaves a [`MergeRecord`] beside CHILD, and on the image that receives a mark: the extended attribute
+//! `user.diffdisk.merge`, `<uuid of CHILD> <path of CHILD>`. The mark is there while the receiver is partly overwritten: it
+//! is durable before the first byte is copied, and goes when all is copied. Where both are found, the record counts. A file
+//! system may keep no attributes, and a copy of the receiver may lose its mark: then only a record shows that the receiver
+//! is not whole, if it lies in a folder of the chain or in an allowed one. A record names the receiver by UUID, so it also
+//! counts for copies and for files restored from a backup.
+//!
+//! | state of the merge | the receiver by itself | below CHILD | changed |
+//! | --- | --- | --- | --- |
+//! | nothing copied | its own disk | CHILD's disk | refused |
+//! | partly copied | refused: neither disk | CHILD's disk: CHILD hides every sector that was overwritten | refused |
+//! | all copied | CHILD's disk; refused below a layer between | CHILD's disk | refused, and CHILD too |
+//! | abandoned | refused: neither disk | CHILD's disk | only its size and room |
+//!
+//! Every open of a chain writes one warning for each unfinished merge in it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use super::merge_record::{Copied, MergeRecord, escaped, unescaped};
+use super::open::Use;
+use super::warning;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
-use crate::storage::{Access, Env, File};
+use crate::storage::{Access, Env, File, Folder};
 
-/// A note of more bytes is none: a chain has few layers, and a path at most 4096 bytes.
-pub const MAX_NOTE_BYTES: u64 = 2 << 20;
+const MARK: &str = "user.diffdisk.merge";
 
-/// The UUID in the name of a merge's note: that of the image that is folded.
-pub fn folded_by_note(path: &Path) -> Option<Uuid> {
-    path.file_name()?.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+/// What is going to be done with an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// Its disk is written to.
+    Contents,
+    /// It gets another parent or none, or is removed.
+    Link,
+    /// Its disk gets another size.
+    Size,
+    /// Its blocks move, or give room back: the disk stays as it is.
+    Room,
+    /// It gets a child.
+    Child,
 }
 
-/// Fails where a note beside `image` says that a merge into it was begun; that of `own` does not count.
+/// An unfinished merge, as far as an image of it shows.
+struct Merge {
+    /// CHILD: identity and path.
+    child: Uuid,
+    path: PathBuf,
+    /// None if only the receiver's mark was found.
+    record: Option<MergeRecord>,
+}
+
+impl Merge {
+    fn is_abandoned(&self) -> bool {
+        self.record.as_ref().is_none_or(|record| record.abandoned)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.record.as_ref().is_some_and(|record| record.copied == Copied::All)
+    }
+
+    fn command(&self) -> String {
+        let by_mark = || format!("diffdisk merge {}", self.path.display());
+        self.record.as_ref().map_or_else(by_mark, MergeRecord::command)
+    }
+
+    /// Whether the disk of the receiver is neither its own nor CHILD's.
+    fn is_partial(&self) -> bool {
+        self.record.as_ref().is_none_or(|record| matches!(record.copied, Copied::Before(_)))
+    }
+
+    /// Whether one of the images above the receiver is folded below CHILD: what it takes from the receiver is CHILD's by now.
+    fn exposes(&self, above: &[&Image]) -> bool {
+        let Some(record) = self.record.as_ref().filter(|record| record.copied != Copied::Nothing) else { return false };
+        above.iter().any(|image| record.layers[1..].iter().any(|layer| layer.uuid == image.uuid()))
+    }
+
+    fn refusal(&self, receiver: &Path) -> Error {
+        let (child, command) = (self.path.display(), self.command());
+        let what = format!(
+            "it is partly overwritten by a merge of {child} that was not finished, and is readable only below that: run \
+             `{command}` to finish the merge"
+        );
+        Error::new(ErrorKind::Refused, what).at_path(receiver)
+    }
+
+    fn describe(&self) -> String {
+        let (child, command) = (self.path.display(), self.command());
+        match (self.is_abandoned(), self.is_complete()) {
+            (true, _) => format!(
+                "a merge of {child} into it was abandoned, and it is readable only below that; run `{command}` to finish \
+                 the merge"
+            ),
+            (false, true) => format!(
+                "a merge of {child} into it copied everything and was not finished; run `{command}` to finish it"
+            ),
+            (false, false) => format!(
+                "a merge of {child} into it was not finished; run `{command}` to finish it, or `{command} --abandon` to \
+                 give it up"
+            ),
+        }
+    }
+}
+
+/// Marks the image in `receiver` as partly overwritten by CHILD, durably.
 ///
 /// # Errors
-/// `Refused`, naming the note; `Io`. A folder or a note that we may not read tells nothing.
-pub fn refuse_if_receiving(env: &dyn Env, image: &Image, own: Option<Uuid>) -> Result<()> {
-    let path = image.file().path();
-    let listed = env.canonical(path).and_then(|path| env.list(folder_of(&path)));
-    for note in passed_over(listed)?.unwrap_or_default() {
-        let Some(folded) = folded_by_note(&note).filter(|folded| Some(*folded) != own) else { continue };
-        let Some(file) = passed_over(env.open(&note, Access::Read))? else { continue };
-        if receives(&file)? == Some(image.uuid()) {
-            let what = format!(
-                "a merge of image {folded} into it was begun: end that first, by the same `diffdisk merge` ({})",
-                note.display()
-            );
-            return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+/// - `Unsupported` if the file system keeps no attributes
+/// - `Io`
+pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
+    receiver.set_attribute(MARK, Some(format!("{child} {}", escaped(path)).as_bytes()))?;
+    receiver.sync_all()
+}
+
+/// Removes the mark of [`mark_receiver`], durably.
+///
+/// # Errors
+/// `Io`.
+pub fn unmark_receiver(receiver: &File) -> Result<()> {
+    if receiver.attribute(MARK)?.is_none() {
+        return Ok(());
+    }
+    receiver.set_attribute(MARK, None)?;
+    receiver.sync_all()
+}
+
+/// Returns the identity and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`].
+///
+/// # Errors
+/// `Io`.
+pub fn marked_by(receiver: &File) -> Result<Option<(Uuid, PathBuf)>> {
+    let Some(value) = receiver.attribute(MARK)? else { return Ok(None) };
+    let decode = || {
+        let (uuid, path) = std::str::from_utf8(&value).ok()?.split_once(' ')?;
+        Some((uuid.parse().ok()?, unescaped(path)?))
+    };
+    Ok(decode())
+}
+
+/// Refuses a chain (youngest image first) in which an image is read that is partly overwritten and that its CHILD does not
+/// hide; warns of every other unfinished merge in it. The merge of `own` does not count. Returns the positions of images
+/// that CHILD's data was written to below CHILD: their files are newer than recorded for this reason.
+///
+/// # Errors
+/// - `Refused` naming the image and the command that finishes the merge, unless only headers are looked at
+/// - `Io`
+pub(super) fn check_chain(
+    env: &dyn Env,
+    images: &[&Image],
+    allowed: &[PathBuf],
+    own: Option<Uuid>,
+    how: Use,
+) -> Result<Vec<usize>> {
+    let records = records_near(env, images, allowed)?;
+    let mut receiving = Vec::new();
+    for (number, image) in images.iter().enumerate() {
+        for merge in merges_into(image, &records)? {
+            let is_hidden = images[..number].iter().any(|above| above.uuid() == merge.child);
+            if is_hidden {
+                receiving.push(number);
+            }
+            if own == Some(merge.child) {
+                continue;
+            }
+            let path = image.file().path();
+            // Who writes the youngest image asks `refuse_change`.
+            let is_read = matches!(how, Use::Read | Use::Salvage) || (how == Use::Write && number > 0);
+            if is_read && !is_hidden && (merge.is_partial() || merge.exposes(&images[..number])) {
+                return Err(merge.refusal(path));
+            }
+            warning::once(format!("{}: {}", path.display(), merge.describe()));
+        }
+    }
+    Ok(receiving)
+}
+
+/// Warns of unfinished merges into an image whose headers alone are looked at.
+///
+/// # Errors
+/// `Io`.
+pub fn warn_of_merges(env: &dyn Env, image: &Image) -> Result<()> {
+    check_chain(env, &[image], &[], None, Use::Look).map(drop)
+}
+
+/// Refuses a change of an image after which a merge that was begun could be neither finished nor abandoned. The merge of
+/// `own` does not count.
+///
+/// # Errors
+/// - `Refused` naming the command that finishes the merge
+/// - `Io`
+pub fn refuse_change(
+    env: &dyn Env,
+    image: &Image,
+    change: Change,
+    allowed: &[PathBuf],
+    own: Option<Uuid>,
+) -> Result<()> {
+    let records = records_near(env, &[image], allowed)?;
+    let refuse = |merge: &Merge, what: &str| {
+        let give_up = if merge.is_abandoned() || merge.is_complete() { "" } else { ", or give it up with --abandon" };
+        let what = format!("{what} was begun: finish that first with `{}`{give_up}", merge.command());
+        Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
+    };
+    for merge in merges_into(image, &records)?.into_iter().filter(|merge| Some(merge.child) != own) {
+        let is_free = match change {
+            Change::Size | Change::Room => merge.is_abandoned(),
+            Change::Contents | Change::Link | Change::Child => false,
+        };
+        if !is_free {
+            return refuse(&merge, &format!("a merge of {} into it", merge.path.display()));
+        }
+    }
+    for record in records.iter().filter(|record| Some(record.layers[0].uuid) != own) {
+        let Some(place) = record.layers.iter().position(|layer| layer.uuid == image.uuid()) else { continue };
+        let complete = record.copied == Copied::All;
+        let is_free = match change {
+            Change::Child => place == 0,
+            Change::Contents | Change::Room => !complete,
+            Change::Link | Change::Size => record.abandoned,
+        };
+        if !is_free {
+            return refuse(&Merge::of(record), "a merge of it");
         }
     }
     Ok(())
 }
 
-/// The image that the note in `file` names as the one that receives.
-fn receives(file: &File) -> Result<Option<Uuid>> {
-    let mut bytes = vec![0; usize::try_from(file.stat()?.len.min(MAX_NOTE_BYTES)).expect("2 MiB at most")];
-    file.read_at(&mut bytes, 0)?;
-    let named = |line: &[u8]| {
-        let rest = std::str::from_utf8(line.strip_prefix(b"ancestor ")?).ok()?;
-        rest.split(' ').next()?.parse().ok()
-    };
-    Ok(bytes.split(|byte| *byte == b'\n').find_map(named))
-}
-
-/// `None` for what is gone or closed to us, and where a file system lists no folders.
-fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
-    match outcome {
-        Ok(found) => Ok(Some(found)),
-        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => Ok(None),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP)) => {
-            Ok(None)
-        }
-        Err(e) => Err(e),
+impl Merge {
+    fn of(record: &MergeRecord) -> Merge {
+        Merge { child: record.layers[0].uuid, path: record.child(), record: Some(record.clone()) }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::rig::Rig;
-    use super::*;
-    use crate::chain::Use;
-    use crate::storage::host::Host;
+/// The merges into an image.
+fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<Merge>> {
+    let mut merges: Vec<Merge> =
+        records.iter().filter(|record| record.ancestor == image.uuid()).map(Merge::of).collect();
+    if let Some((child, path)) = marked_by(image.file())?
+        && merges.iter().all(|merge| merge.child != child)
+    {
+        merges.push(Merge { child, path, record: None });
+    }
+    Ok(merges)
+}
 
-    #[test]
-    fn a_note_names_who_receives() {
-        let rig = Rig::new();
-        rig.dynamic("root", 2 << 20, 100);
-        rig.dynamic("other", 2 << 20, 100);
-        let (root, other) = (rig.chain("root", Use::Look).unwrap(), rig.chain("other", Use::Look).unwrap());
-        let (root, other) = (root.youngest(), other.youngest());
-        let folded = Uuid::from_u128(5);
-        let note = folder_of(root.file().path()).join(format!(".{folded}.merge"));
-        let check = |image: &Image, own| refuse_if_receiving(&Host, image, own).map_err(|e| e.kind());
-        assert_eq!(check(root, None), Ok(()));
-        std::fs::write(&note, format!("diffdisk\nlayer {} x\nancestor {} 1 p\n", other.uuid(), root.uuid())).unwrap();
-        assert_eq!(check(root, None), Err(ErrorKind::Refused));
-        assert_eq!((check(root, Some(folded)), check(other, None)), (Ok(()), Ok(())));
-        std::fs::write(&note, b"ancestor \xFF\nancestor\nancestor x\n").unwrap();
-        assert_eq!(check(root, None), Ok(()), "no note of ours");
+/// The records in the folders of these images, and in allowed ones.
+fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result<Vec<MergeRecord>> {
+    let mut folders: Vec<Folder> = Vec::new();
+    let own = images.iter().map(|image| real_folder(env, image.file()));
+    // A folder that is gone or closed to us holds no record that we could read.
+    for folder in own.chain(allowed.iter().map(|folder| env.folder(folder))) {
+        if let Ok(folder) = folder.and_then(|folder| folder.absolute()) {
+            folder.add_to(&mut folders);
+        }
+    }
+    let mut records = Vec::new();
+    for folder in &folders {
+        records.extend(MergeRecord::all_in(folder)?);
+    }
+    Ok(records)
+}
+
+/// The folder in which a file really lies: that of what a symbolic link leads to, if an operator's path ends in one.
+fn real_folder(env: &dyn Env, file: &File) -> Result<Folder> {
+    let folder = file.folder();
+    match folder.open(file.name(), Access::Read) {
+        Err(e) if e.kind() == ErrorKind::Refused => env.folder(folder_of(&env.canonical(file.path())?)),
+        _ => Ok(folder),
     }
 }

@@ -41,6 +41,7 @@ impl Top {
     pub fn place(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.at(range.start() * SECTOR));
+            self.image.will_change();
             return Ok(());
         };
         // Bits can be set only in bitmaps that are known: load before anything is reserved.
@@ -57,6 +58,7 @@ impl Top {
             let place = self.image.reserve(block)?;
             plan.push(part, self.data(block_size, place, part));
         }
+        self.image.will_change();
         Ok(())
     }
 
@@ -71,6 +73,7 @@ impl Top {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.at(range.start() * SECTOR));
             plan.marks.push(range);
+            self.image.will_change();
             return Ok(());
         };
         let (mut shining, mut look) = (Vec::new(), Plan::default());
@@ -99,6 +102,9 @@ impl Top {
             self.image.reserve(block)?;
             plan.marks.push(part);
         }
+        if !plan.marks.is_empty() {
+            self.image.will_change();
+        }
         Ok(())
     }
 
@@ -106,6 +112,7 @@ impl Top {
     /// parents' data must not be hidden, nor (where bits are set) come back.
     pub fn present(&self, range: SectorRange, plan: &mut Plan) {
         let Some((block_size, table)) = self.table() else {
+            self.image.will_change();
             return plan.push(range, self.at(range.start() * SECTOR));
         };
         for (block, part) in block_size.parts(range) {
@@ -116,6 +123,9 @@ impl Top {
                     }
                 });
             }
+        }
+        if !plan.extents.is_empty() {
+            self.image.will_change();
         }
     }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use super::size::{parse, parse_alignment, parse_block_size};
+use super::system_config::SystemConfig;
+use crate::image::Take;
 use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
@@ -28,16 +30,30 @@ pub(super) struct Common {
     /// Where parents may lie besides the folder of the image that is named (repeatable)
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
-    /// Where daemons keep what they acknowledged and did not write yet: an image of which something is there is refused
+    /// Where the live journals of this user's daemons are: what they acknowledged and did not write yet
     /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
+    /// Give up what a killed daemon acknowledged and did not write to the image that is named: its guest must be gone
+    #[arg(long, global = true)]
+    pub(super) discard_journal: bool,
+    /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
+    #[arg(long, global = true)]
+    pub(super) no_system_config: bool,
     /// No progress bar, and nothing on standard output that was not asked for
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
     /// What is logged to standard error
     #[arg(long, value_enum, default_value = "warn", value_name = "LEVEL", global = true)]
     pub(super) log_level: LogLevel,
+}
+
+impl Common {
+    /// Adds what the machine's configuration says and the command line does not.
+    pub(super) fn add(&mut self, config: SystemConfig) {
+        self.allow_parents.extend(config.allow_parents);
+        self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
+    }
 }
 
 /// Levels of the log.
@@ -73,6 +89,8 @@ pub(super) enum Verb {
     Info(Info),
     /// Hold an image against every rule of the format; nothing is changed without --repair
     Check(Check),
+    /// List the images that stand on an image: those that record its UUID as their parent's
+    Children(Children),
     /// Tell which file of the chain answers each range of the disk
     Map(Map),
     /// Copy the disk as its guest sees it; holes stay holes
@@ -89,7 +107,7 @@ pub(super) enum Verb {
     ///
     /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
     /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
-    /// the same command goes on.
+    /// the same command continues, and --abandon gives it up. Until then nobody reads a half-merged image by mistake.
     Merge(Merge),
     /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
     Flatten(Flatten),
@@ -99,6 +117,14 @@ pub(super) enum Verb {
     Compact(Compact),
     /// Give a disk another size
     Resize(Resize),
+    /// Write to an image what its killed daemon acknowledged, without serving it
+    Settle(Settle),
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Settle {
+    /// The image
+    pub(super) path: PathBuf,
 }
 
 #[derive(Group, Debug)]
@@ -108,6 +134,15 @@ pub(super) struct Merge {
     /// What receives it [default: its parent]
     #[arg(long, value_name = "ANCESTOR")]
     pub(super) into: Option<PathBuf>,
+    /// Give up a merge of CHILD that was begun and not finished
+    ///
+    /// If nothing was copied, or everything, nothing is left of it. If a part was copied, the image that received it stays
+    /// readable only below CHILD, and the merge may still be finished.
+    #[arg(long, conflicts_with = "changed_parent")]
+    pub(super) abandon: bool,
+    /// Merge although a parent was written to after its child recorded the time of that parent's file
+    #[arg(long)]
+    pub(super) changed_parent: bool,
 }
 
 #[derive(Group, Debug)]
@@ -177,10 +212,46 @@ pub(super) struct Check {
     /// Check its parents, too, and the links between them
     #[arg(long)]
     pub(super) chain: bool,
-    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo
+    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo.
+    /// An image that has lost sectors is left as it is
     #[arg(long)]
     pub(super) repair: bool,
+    /// Of two valid footers that contradict each other, the one that is right
+    #[arg(long, value_enum, value_name = "FOOTER", requires = "repair")]
+    pub(super) take: Option<FooterToTake>,
+    /// Undo a repair: make the image byte by byte what it was, by the undo file that the repair left
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["repair", "chain", "json"])]
+    pub(super) undo: Option<PathBuf>,
     /// One JSON document
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum FooterToTake {
+    /// The copy at the start of the file
+    Front,
+    /// The one at the end of the file
+    End,
+}
+
+impl From<FooterToTake> for Take {
+    fn from(take: FooterToTake) -> Take {
+        match take {
+            FooterToTake::Front => Take::Front,
+            FooterToTake::End => Take::End,
+        }
+    }
+}
+
+#[derive(Group, Debug)]
+pub(super) struct Children {
+    /// The image. Its own folder is searched
+    pub(super) path: PathBuf,
+    /// Search this folder, too (repeatable)
+    #[arg(long = "in", value_name = "DIR")]
+    pub(super) folders: Vec<PathBuf>,
+    /// One JSON array of path and uuid
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -208,9 +279,10 @@ pub(super) struct Map {
 
 #[derive(Group, Debug)]
 pub(super) struct Convert {
-    /// The disk to copy
+    /// The disk to copy: an image, or with --from raw a file or a block device
     pub(super) source: PathBuf,
-    /// The file to make, or - for standard output (only with --to raw)
+    /// The file to make, or - for standard output, or (with --force) a block device to overwrite; these two only with
+    /// --to raw
     pub(super) destination: PathBuf,
     /// What to make
     #[arg(long, value_enum)]
@@ -224,9 +296,16 @@ pub(super) struct Convert {
     /// Round the size of the disk up to a multiple of this; Azure asks for fixed disks of whole 1M
     #[arg(long, value_parser = parse_alignment, value_name = "SIZE", default_value = "1", hide_default_value = true)]
     pub(super) align: u64,
-    /// Replace an existing file, at the end and all at once
+    /// Give the copy the UUID of the source, from an image to an image. Children take either of the two for their parent
+    #[arg(long)]
+    pub(super) keep_uuid: bool,
+    /// Replace an existing file, at the end and all at once; or overwrite a block device, in place
     #[arg(long)]
     pub(super) force: bool,
+    /// Copy what is left of a disk whose files have lost sectors; what is given up becomes zeros, and is listed. The source
+    /// is never written to
+    #[arg(long)]
+    pub(super) salvage: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
@@ -278,7 +357,8 @@ pub(super) struct Rebase {
     /// The image it is to stand on
     #[arg(long, value_name = "NEW")]
     pub(super) parent: PathBuf,
-    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there
+    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there. With
+    /// the parent that the child has, only the time of the parent's file is recorded again
     #[arg(long)]
     pub(super) r#unsafe: bool,
 }

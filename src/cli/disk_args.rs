@@ -1,20 +1,20 @@
 //! One disk to serve, as `--disk` and a configuration file describe it: the same keys, the same rules.
 
-use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::thread::available_parallelism;
 
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES, SocketAccess};
 
 /// A queue's size unless told otherwise: what QEMU allows at most. crosvm's own default is 32768.
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
-/// Queues unless told otherwise, at most: crosvm takes as many as are offered, and each has a thread here.
-const DEFAULT_QUEUES: usize = 4;
+/// Queues unless told otherwise: the same on every machine, since a front-end's configuration asks for a number of them.
+/// crosvm takes as many as are offered, and each has a thread here.
+const DEFAULT_QUEUES: u16 = 4;
 /// Bytes of a virtio-blk serial.
 const SERIAL: usize = 20;
 
@@ -48,6 +48,16 @@ pub(super) struct DiskArgs {
     pub(super) cache: Cache,
     #[serde(default)]
     pub(super) direct: bool,
+    #[serde(default)]
+    pub(super) allow_writable_parent: bool,
+    /// Folders where its parents may lie, besides those of all disks.
+    #[serde(default)]
+    pub(super) allow_parents: Vec<PathBuf>,
+    /// The group that may connect, by name or number.
+    pub(super) socket_group: Option<String>,
+    /// The mode of the socket.
+    #[serde(default, deserialize_with = "mode_of_toml")]
+    pub(super) socket_mode: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -60,9 +70,37 @@ struct Config {
 impl DiskArgs {
     /// A disk of which nothing but the path is said.
     pub(super) fn of(path: PathBuf) -> DiskArgs {
-        let (socket, fd, id, serial, queues, queue_size) = Default::default();
-        let cache = Cache::default();
-        DiskArgs { path, socket, fd, id, readonly: false, serial, queues, queue_size, cache, direct: false }
+        DiskArgs {
+            path,
+            socket: None,
+            fd: None,
+            id: None,
+            readonly: false,
+            serial: None,
+            queues: None,
+            queue_size: None,
+            cache: Cache::default(),
+            direct: false,
+            allow_writable_parent: false,
+            allow_parents: Vec::new(),
+            socket_group: None,
+            socket_mode: None,
+        }
+    }
+
+    /// Whether it says who may connect to its socket.
+    pub(super) fn has_socket_access(&self) -> bool {
+        self.socket_group.is_some() || self.socket_mode.is_some()
+    }
+
+    /// Who may connect to the socket that is made for it: its owner, and the group if one is given.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such group.
+    pub(super) fn socket_access(&self) -> Result<SocketAccess> {
+        let group = self.socket_group.as_deref().map(gid).transpose()?;
+        let usual = if group.is_some() { 0o660 } else { 0o600 };
+        Ok(SocketAccess { group, mode: self.socket_mode.unwrap_or(usual) })
     }
 
     /// Its name in the log.
@@ -72,8 +110,7 @@ impl DiskArgs {
     }
 
     pub(super) fn queues(&self) -> u16 {
-        let cpus = || available_parallelism().map_or(1, NonZeroUsize::get).min(DEFAULT_QUEUES);
-        self.queues.unwrap_or_else(|| u16::try_from(cpus()).expect("at most 4"))
+        self.queues.unwrap_or(DEFAULT_QUEUES)
     }
 
     pub(super) fn queue_size(&self) -> u16 {
@@ -88,10 +125,7 @@ pub(super) fn read_config(file: &Path) -> Result<Vec<DiskArgs>> {
 }
 
 fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
-    let config: Config = toml::from_str(text).map_err(|e| {
-        let line = 1 + e.span().map_or(0, |s| text[..s.start].matches('\n').count());
-        format!("line {line}: {}", e.message())
-    })?;
+    let config: Config = toml::from_str(text).map_err(|e| toml_error(text, &e))?;
     if config.disk.is_empty() {
         return Err("there is no [[disk]] table".into());
     }
@@ -107,6 +141,36 @@ fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
         }
     }
     Ok(config.disk)
+}
+
+/// What is wrong with a TOML text, and in which line.
+pub(super) fn toml_error(text: &str, e: &toml::de::Error) -> String {
+    let line = 1 + e.span().map_or(0, |s| text[..s.start].matches('\n').count());
+    format!("line {line}: {}", e.message())
+}
+
+/// The number of a group that is given by name or number.
+fn gid(group: &str) -> Result<u32> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    match nix::unistd::Group::from_name(group) {
+        Ok(Some(found)) => Ok(found.gid.as_raw()),
+        Ok(None) => Err(Error::new(ErrorKind::NotFound, format!("there is no group {group:?}"))),
+        Err(e) => Err(Error::io(format!("cannot look up the group {group:?}"), e.into())),
+    }
+}
+
+/// The mode of a socket: octal digits, as for chmod.
+pub(super) fn socket_mode(text: &str) -> Result<u32, String> {
+    let digits = !text.is_empty() && text.bytes().all(|b| (b'0'..=b'7').contains(&b));
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777);
+    mode.ok_or_else(|| format!("{text:?} is not a mode of octal digits, such as 0660"))
+}
+
+fn mode_of_toml<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(value)?;
+    socket_mode(&text).map(Some).map_err(D::Error::custom)
 }
 
 pub(super) fn queues(text: &str) -> Result<u16, String> {
@@ -154,7 +218,7 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
         if value.is_empty() {
             return Err(format!("{key} has no value"));
         }
-        if seen.contains(&key.to_owned()) {
+        if key != "allow-parents" && seen.contains(&key.to_owned()) {
             return Err(format!("{key} is given twice"));
         }
         seen.push(key.to_owned());
@@ -168,6 +232,10 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "queue-size" => disk.queue_size = Some(queue_size(value)?),
             "cache" => disk.cache = Cache::from_str(value, false)?,
             "direct" => disk.direct = switch(value)?,
+            "allow-writable-parent" => disk.allow_writable_parent = switch(value)?,
+            "allow-parents" => disk.allow_parents.push(value.into()),
+            "socket-group" => disk.socket_group = Some(value.into()),
+            "socket-mode" => disk.socket_mode = Some(socket_mode(value)?),
             _ => return Err(format!("there is no key {key:?}")),
         }
     }
@@ -185,7 +253,8 @@ mod tests {
     fn a_disk_by_keys() {
         let d = disk(
             "path=/a,,b.vhd,socket=/s,id=x,readonly=on,serial=S 1,queues=64,queue-size=32768,\
-                      cache=writethrough,direct=on",
+                      cache=writethrough,direct=on,allow-writable-parent=on,allow-parents=/i,,j,allow-parents=/k,\
+                      socket-group=kvm,socket-mode=0660",
         )
         .unwrap();
         let expected = DiskArgs {
@@ -199,6 +268,10 @@ mod tests {
             queue_size: Some(32768),
             cache: Cache::Writethrough,
             direct: true,
+            allow_writable_parent: true,
+            allow_parents: vec!["/i,j".into(), "/k".into()],
+            socket_group: Some("kvm".into()),
+            socket_mode: Some(0o660),
         };
         assert_eq!(d, expected);
         for bad in [
@@ -213,6 +286,11 @@ mod tests {
             "path=/a,readonly=yes",
             "path=/a,cache=none",
             "path=/a,serial=123456789012345678901",
+            "path=/a,socket-mode=rw",
+            "path=/a,socket-mode=0888",
+            "path=/a,socket-mode=1777",
+            "path=/a,socket-mode=+660",
+            "path=/a,socket-group=x,socket-group=y",
             "path=",
             "path=/a,",
         ] {
@@ -223,14 +301,30 @@ mod tests {
     #[test]
     fn disks_by_file() {
         let text = "[[disk]]\npath = \"/a\"\nsocket = \"/s\"\nreadonly = true\nqueue-size = 256\n\
+                    allow-writable-parent = true\n\
                     [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\n";
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, Cache::Writethrough));
-        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256").unwrap(), disks[0]);
+        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
+        let text =
+            "[[disk]]\npath = \"/a\"\nallow-parents = [\"/i\", \"/j\"]\nsocket-group = \"9\"\nsocket-mode = \"660\"\n";
+        let same = disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
+        assert_eq!(parse_config(text).unwrap(), [same]);
+        assert!(parse_config("[[disk]]\npath = \"/a\"\nsocket-mode = 660\n").is_err(), "decimal is not meant");
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
         assert!(why.starts_with("line 3: unknown field `colour`"), "{why}");
         for bad in ["", "[[disk]]\npath=\"/a\"\nqueues=0\n", "[[disk]]\nsocket=\"/a\"\n", "disk = 1", "[other]\n"] {
             assert!(parse_config(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn who_may_connect() {
+        let access = |text: &str| disk(&format!("path=/a{text}")).unwrap().socket_access();
+        assert_eq!(access("").unwrap(), SocketAccess { group: None, mode: 0o600 });
+        assert_eq!(access(",socket-group=77").unwrap(), SocketAccess { group: Some(77), mode: 0o660 });
+        assert_eq!(access(",socket-group=root").unwrap().group, Some(0));
+        assert_eq!(access(",socket-mode=666").unwrap(), SocketAccess { group: None, mode: 0o666 });
+        assert_eq!(access(",socket-group=no-such-group").unwrap_err().kind(), ErrorKind::NotFound);
     }
 }

@@ -5,16 +5,19 @@ use std::path::Path;
 
 use super::Exit;
 use super::args::{
-    Args, Check, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize, RootKind,
-    Source, Target, Verb,
+    Args, Check, Children, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize,
+    RootKind, Source, Target, Verb,
 };
 use super::print;
 use super::progress::Work;
 use super::runtime;
+use super::settle;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::convert::To;
+use crate::format::Container;
+use crate::ops::convert::{Conversion, To};
+use crate::ops::merge::Abandoned;
 use crate::ops::{self, Disk, Format};
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -22,10 +25,16 @@ use crate::units::BlockSize;
 /// Carries a verb out. Returns its name, too, for the line of a failure.
 pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     let common = args.common;
+    if common.discard_journal
+        && let Err(e) = settle::discard(&args.verb, &common)
+    {
+        return ("discard the journal", Err(e));
+    }
     match args.verb {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Info(a) => ("info", info(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Check(a) => ("check", check(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Children(a) => ("children", children(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Map(a) => ("map", map(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Diff(a) => ("diff", diff(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Convert(a) => ("convert", convert(&a, &common).map_err(|e| e.at_path(&a.source))),
@@ -35,12 +44,13 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Settle(a) => ("settle", settle::settle(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }
 
-fn policy(common: &Common) -> Policy {
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
-    Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() }
+fn policy(common: &Common) -> Result<Policy> {
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+    Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
@@ -62,10 +72,11 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 reserve: args.reserve_size.unwrap_or(0),
                 locators: args.locator.into(),
             };
-            let made = ops::create::child(&Host, &args.path, &child, &policy(common))?;
-            if made.outside {
-                let folder = made.parent.parent().unwrap_or(Path::new("/"));
-                log::info!("its parent is found with --allow-parents {}", folder.display());
+            let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
+            if !made.outside.is_empty() {
+                let options = made.outside.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
+                let (path, options) = (args.path.display(), options.collect::<String>());
+                log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
             format!("differencing, {}, child of {}", human(made.size), made.parent.display())
         }
@@ -87,25 +98,37 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
 }
 
 fn info(args: &Info, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
+    let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
+    for damage in &info.damage {
+        log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
+    }
     printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     Ok(Exit::Done)
 }
 
 fn check(args: &Check, common: &Common) -> Result<Exit> {
-    let policy = args.chain.then(|| policy(common));
-    let runtime = common.runtime_dir.clone().or_else(runtime::default_folder);
-    let verb = if args.repair { ops::check::repair } else { ops::check::check };
+    let policy = args.chain.then(|| policy(common)).transpose()?;
+    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+    if let Some(undo) = &args.undo {
+        ops::check::undo(&Host, &args.path, undo, &runtime)?;
+        return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
+    }
     let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let report = verb(&Host, &args.path, policy.as_ref(), runtime.as_deref(), &mut |bytes| work.at(bytes))?;
+    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.at(bytes));
+    let report = match args.repair {
+        true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
+        false => ops::check::check(&Host, &args.path, parents, runtime, progress)?,
+    };
     drop(work);
     printed(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),
     })?;
     if report.corruptions > 0 {
-        let worst = report.defects.iter().find(|d| d.corrupt).expect("one was counted");
+        // Of several the first that prevents most.
+        let corrupt = report.defects.iter().rev().filter(|defect| defect.corrupt);
+        let worst = corrupt.max_by_key(|defect| defect.consequence).expect("one was counted");
         let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
         if report.corruptions > 1 {
             let more = report.corruptions - 1;
@@ -118,10 +141,19 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
 }
 
+fn children(args: &Children, common: &Common) -> Result<Exit> {
+    let found = ops::children::children(&Host, &args.path, &args.folders)?;
+    if found.is_empty() && !args.json {
+        return told(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
+    }
+    printed(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
+    Ok(Exit::Done)
+}
+
 fn map(args: &Map, common: &Common) -> Result<Exit> {
     let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
     listed(|told| {
-        ops::map::map(&Host, &args.path, &policy(common), |run| told(table.run(&run)))?;
+        ops::map::map(&Host, &args.path, &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -129,7 +161,7 @@ fn map(args: &Map, common: &Common) -> Result<Exit> {
 fn diff(args: &Diff, common: &Common) -> Result<Exit> {
     let mut table = print::Diff::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
     listed(|told| {
-        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common), |run| told(table.run(&run)))?;
+        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
@@ -151,24 +183,37 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
 
 fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     let format = Format::from(from);
-    Disk::open(&Host, path, format, &policy(common)).map_err(|e| match e.kind() {
+    let disk = Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
         ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
             Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
         }
         _ => e,
-    })
+    })?;
+    if let Some(container) = disk.container()? {
+        let (name, driver) = (container.name(), container.qemu_driver());
+        let way = match container {
+            Container::Vhd => "without `--from raw` it is read as one".to_owned(),
+            _ => format!("`qemu-img convert -f {driver}` converts one"),
+        };
+        log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
+    }
+    Ok(disk)
 }
 
 fn convert(args: &Convert, common: &Common) -> Result<Exit> {
-    let streamed = args.destination == Path::new("-");
+    let streamed = is_standard_output(&args.destination);
     if streamed && args.to != Target::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
     }
     if streamed && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
     }
-    let disk = open(&args.source, args.from, common)?;
+    if args.keep_uuid && (args.to == Target::Raw || args.from == Source::Raw) {
+        let what = "--keep-uuid: only an image has a UUID; it goes with --to fixed or dynamic, and not with --from raw";
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
+    let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
     let work = Work::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.at(bytes);
     if streamed {
@@ -179,16 +224,47 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, policy(common).runtime.as_deref())?;
+        ops::convert::check_replaced(&Host, &args.destination, &policy(common)?.runtime)?;
     }
     let to = match args.to {
         Target::Raw => To::Raw,
         Target::Fixed => To::Fixed,
         Target::Dynamic => To::Dynamic(args.block_size),
     };
-    ops::convert::convert(&Host, &disk, &args.destination, to, args.align, args.force, &mut progress)
+    let uuid = if args.keep_uuid { disk.uuid() } else { None };
+    let how = Conversion { to, align: args.align, replace: args.force, uuid };
+    ops::convert::convert(&Host, &disk, &args.destination, &how, &mut progress)
         .map_err(|e| e.at_path(&args.destination))?;
+    if args.keep_uuid {
+        let (copy, source) = (args.destination.display(), args.source.display());
+        log::warn!(
+            "{copy} has the UUID of {source}: a child of one accepts the other as its parent. Keep only one of them where \
+             children look for it"
+        );
+    }
     Ok(Exit::Done)
+}
+
+/// Opens what is left of a disk, and lists what is given up.
+fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
+    if args.from == Source::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
+    }
+    let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common)?)?;
+    for run in &given_up {
+        let (start, end) = (run.start, run.start + run.length);
+        log::warn!("{}: given up: bytes {start} to {end} of the disk, {} bytes", run.file.display(), run.length);
+    }
+    let bytes = given_up.iter().map(|run| run.length).sum();
+    if bytes > 0 {
+        log::warn!("{} of the disk are given up; they are zeros in the copy", human(bytes));
+    }
+    Ok(disk)
+}
+
+/// Whether a destination means standard output.
+fn is_standard_output(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn compare(args: &Compare, common: &Common) -> Result<Exit> {
@@ -215,7 +291,11 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
 }
 
 fn merge(args: &Merge, common: &Common) -> Result<Exit> {
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, args.into.as_deref(), &policy(common))?;
+    if args.abandon {
+        return abandon(args, common);
+    }
+    let (into, changed) = (args.into.as_deref(), args.changed_parent);
+    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
     let work = Work::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.at(bytes))?;
     drop(work);
@@ -232,8 +312,27 @@ fn merge(args: &Merge, common: &Common) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
+    let child = args.child.display();
+    let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common)?)? {
+        Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
+        Abandoned::Whole(into) => {
+            format!(
+                "abandoned the merge of {child}: {} has received everything and shows the same disk",
+                into.display()
+            )
+        }
+        Abandoned::Partial(into) => format!(
+            "abandoned the merge of {child}: {} is partly overwritten and readable only below {child}; the same command \
+             without --abandon finishes the merge",
+            into.display()
+        ),
+    };
+    told(common, &line)
+}
+
 /// The line that says how it went, unless nobody wants to know.
-fn told(common: &Common, line: &str) -> Result<Exit> {
+pub(super) fn told(common: &Common, line: &str) -> Result<Exit> {
     if !common.quiet {
         printed(|out| writeln!(out, "{}", print::plain(line)))?;
     }
@@ -243,7 +342,7 @@ fn told(common: &Common, line: &str) -> Result<Exit> {
 fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common), progress)?;
+    let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common)?, progress)?;
     drop(work);
     let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
     told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
@@ -252,15 +351,18 @@ fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
 fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let copied = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common), progress)?;
+    let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
-    told(common, &format!("{child} stands on {parent}: {} copied", human(copied)))
+    if args.r#unsafe && done.same_parent {
+        return told(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
+    }
+    told(common, &format!("{child} stands on {parent}: {} copied", human(done.copied)))
 }
 
 fn compact(args: &Compact, common: &Common) -> Result<Exit> {
     let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
-    let done = ops::compact::compact(&Host, &args.path, &policy(common), &mut |bytes| work.at(bytes))?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.at(bytes))?;
     drop(work);
     let (given, blocks) = (human(done.given_back), done.blocks);
     told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
@@ -269,7 +371,7 @@ fn compact(args: &Compact, common: &Common) -> Result<Exit> {
 fn resize(args: &Resize, common: &Common) -> Result<Exit> {
     let work = Work::new(args.size, common.quiet)?;
     let progress = &mut |bytes| work.at(bytes);
-    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common), progress)?;
+    let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common)?, progress)?;
     drop(work);
     let (from, to) = (human(done.from), human(done.to));
     told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))

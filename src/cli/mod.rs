@@ -7,28 +7,39 @@
 //!   diffdisk    args ──> images ──> ops
 //!                size      │ └────> progress   a bar, on a terminal only
 //!                          └──────> print      people, or JSON
-//!   diffdiskd   serve_args ──> serve ──> vhost
-//!                 disk_args     ├── adopt      descriptors handed over by who starts us
-//!                               └── systemd    readiness
+//!   diffdiskd   serve_args ──> serve ──> start ──> vhost
+//!                 disk_args     ├── handover   sockets of the starting process (adopt, systemd)
+//!                               └── signals    what ends the daemon
+//!   both        system_config, runtime
 //! ```
 
 mod adopt;
 mod args;
 mod disk_args;
+mod handover;
 mod images;
 mod print;
 mod progress;
 mod runtime;
 pub mod serve;
 mod serve_args;
+mod settle;
+mod signals;
 mod size;
+mod start;
+mod system_config;
 mod systemd;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use crate::error::Error;
+use system_config::SystemConfig;
+
+/// The version of the programs, with the commit they are built from.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
 
 /// How a program ended, in the words of the contract.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,8 +59,16 @@ impl From<Exit> for ExitCode {
 
 /// The whole of `diffdisk`: reads the command line, does what it says, tells how it went.
 pub fn diffdisk() -> ExitCode {
-    let args = args::Args::parse();
+    let mut args = args::Args::parse();
     log_to_stderr(&args.common.log_level);
+    signals::survive_file_size_limit();
+    match SystemConfig::load(args.common.no_system_config) {
+        Ok(config) => args.common.add(config),
+        Err(e) => {
+            complain("configuration", &e);
+            return Exit::Failed.into();
+        }
+    }
     let (verb, outcome) = images::run(args);
     match outcome {
         Ok(exit) => exit.into(),
@@ -62,14 +81,14 @@ pub fn diffdisk() -> ExitCode {
 
 /// The one line of a failure.
 fn complain(verb: &str, e: &Error) {
-    eprintln!("diffdisk: {verb}: {}", print::plain(&e.line()));
+    // Nobody may be reading.
+    let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", print::plain(&e.line()));
 }
 
 fn log_to_stderr(level: &args::LogLevel) {
     env_logger::Builder::new()
         .filter_level(level.filter())
         .format(|to, record| {
-            use std::io::Write;
             writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::plain(&record.args().to_string()))
         })
         .init();

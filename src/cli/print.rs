@@ -7,7 +7,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::size::human;
-use crate::ops::{check, diff, info, map};
+use crate::ops::{check, children, diff, info, map};
+
+/// Lost ranges that are listed for people.
+const LISTED: usize = 100;
 
 /// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
 pub(super) fn plain(text: &str) -> Cow<'_, str> {
@@ -45,6 +48,13 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
         field("block size", &bytes(size.into()))?;
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;
     }
+    if let Some(session) = &info.session {
+        let state = if session.open { "open" } else { "over: the host was restarted" };
+        field("session", &format!("{state}; {} on {}, {}", session.user, session.host, session.folder))?;
+    }
+    if let Some(user) = &info.in_use {
+        field("in use", &in_use(user))?;
+    }
     field("uuid", &info.uuid)?;
     field("created", &info.created)?;
     field("creator", &format!("{} on {}", info.creator_app, info.creator_host))?;
@@ -58,9 +68,24 @@ pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
             field("  resolved", resolved)?;
         }
     }
+    for damage in &info.damage {
+        field("damage", damage)?;
+    }
     let Some(chain) = &info.chain else { return Ok(()) };
     writeln!(out, "chain:")?;
     tree(out, chain)
+}
+
+/// The process that has an image in use.
+fn in_use(user: &info::InUse) -> String {
+    let who = match (user.pid, &user.program) {
+        (Some(pid), Some(program)) => format!("by {program} (process {pid})"),
+        _ => "by another process".to_owned(),
+    };
+    match &user.since {
+        Some(since) => format!("{who}, since {since}"),
+        None => who,
+    }
 }
 
 /// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
@@ -82,6 +107,11 @@ fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
     Ok(())
 }
 
+/// `children` for people: one a line.
+pub(super) fn children(out: &mut dyn Write, children: &[children::ChildFound]) -> Result<()> {
+    children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, plain(&child.path)))
+}
+
 /// `check` for people: a line per defect, and how it stands.
 pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
     for repaired in &report.repaired {
@@ -96,6 +126,13 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         let mend = if defect.repairable { " [repairable]" } else { "" };
         writeln!(out, "{}{mend}", line(defect, None))?;
     }
+    for lost in report.lost.iter().take(LISTED) {
+        let (start, end) = (lost.start, lost.start + lost.length);
+        writeln!(out, "lost: bytes {start} to {end} of the disk, {}", bytes(lost.length))?;
+    }
+    if let Some(more) = report.lost.len().checked_sub(LISTED).filter(|more| *more > 0) {
+        writeln!(out, "lost: {more} more ranges; --json lists all")?;
+    }
     if quiet {
         return Ok(());
     }
@@ -107,7 +144,11 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
         n => format!(" ({n} files)"),
     });
     if report.ok {
-        return writeln!(out, "{}{files}: no defects", plain(&report.path));
+        writeln!(out, "{}{files}: no defects", plain(&report.path))?;
+        if report.parents_unseen {
+            writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
+        }
+        return Ok(());
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))

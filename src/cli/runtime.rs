@@ -1,40 +1,147 @@
-//! The runtime folder: where live journals are, for the daemon that keeps them and the tool that minds them.
+//! The runtime folder: where live journals are, for the daemon that keeps them and the tool that looks for them.
+//!
+//! An explicit folder is used or refused. Without one there are candidates, tried in order; the daemon uses the first that
+//! has room, and both programs look into all of them for journals that exist already. Each is opened once and held.
 
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::host::Host;
+use crate::storage::{Env, Runtime};
 
-/// What `statfs` says of tmpfs (linux/magic.h).
+/// What `statfs` returns for tmpfs (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
 
-/// Where it is unless told otherwise: `/run/diffdisk` for root, else in the user's own runtime folder; where those are not
-/// in memory (containers), in `/dev/shm`. `None` where nothing is.
-pub(super) fn default_folder() -> Option<PathBuf> {
+/// The folders in which journals may lie: the explicit one, else the candidates that exist and are this user's.
+///
+/// # Errors
+/// The explicit folder exists and cannot be used.
+pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<Runtime>> {
+    let Some(folder) = explicit else {
+        return Ok(candidates().iter().filter_map(|folder| Host.runtime(folder).ok()).collect());
+    };
+    match Host.runtime(folder) {
+        Ok(folder) => Ok(vec![folder]),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {
+            log::debug!("no live journal is looked for: {}", e.line());
+            Ok(Vec::new())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes the folder for journals of `bytes` altogether. Returns it, and others in which journals may exist already. Warns
+/// once if a candidate had to be passed over; returns none if no candidate can be used.
+///
+/// # Errors
+/// If an explicit folder cannot be made, cannot be written to, is another user's or open to other users.
+pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<Runtime>> {
+    let Some(folder) = explicit else { return Ok(choose(&candidates(), bytes)) };
+    match made(folder) {
+        Ok(folder) => Ok(vec![folder]),
+        Err(e) if e.kind() == ErrorKind::Unsupported => {
+            log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
+            Ok(Vec::new())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn choose(candidates: &[PathBuf], bytes: u64) -> Vec<Runtime> {
+    let (mut reasons, mut chosen, mut passed) = (Vec::new(), None, Vec::new());
+    for folder in candidates {
+        let opened = if chosen.is_none() { made(folder) } else { Host.runtime(folder) };
+        match opened {
+            Ok(runtime) if chosen.is_some() => passed.push(runtime),
+            Ok(runtime) if free(folder) < bytes => {
+                reasons.push(format!("{}: {bytes} bytes are needed and {} are free", folder.display(), free(folder)));
+                // A predecessor may have used it.
+                passed.push(runtime);
+            }
+            Ok(runtime) => chosen = Some(runtime),
+            Err(e) if chosen.is_none() => reasons.push(e.line()),
+            Err(_) => {}
+        }
+    }
+    let without = "each write is made durable before it is answered; see --runtime-dir";
+    match (&chosen, reasons.join("; ")) {
+        (Some(_), why) if why.is_empty() => {}
+        (Some(folder), why) => log::warn!("{why}; live journals are kept in {}", folder.path().display()),
+        (None, why) if why.is_empty() => log::warn!("no runtime folder: {without}"),
+        (None, why) => log::warn!("no runtime folder: {why}; without a live journal {without}"),
+    }
+    chosen.into_iter().chain(passed).collect()
+}
+
+/// `/run/diffdisk` for root, else a folder in the user's own runtime folder; then one in `/dev/shm`. Only those in memory.
+fn candidates() -> Vec<PathBuf> {
     let uid = rustix::process::geteuid();
     let own =
         if uid.is_root() { Some(PathBuf::from("/run")) } else { std::env::var_os("XDG_RUNTIME_DIR").map(Into::into) };
-    if let Some(folder) = own.filter(|folder| in_memory(folder)) {
-        return Some(folder.join("diffdisk"));
-    }
-    let shared = Path::new("/dev/shm");
-    in_memory(shared).then(|| shared.join(format!("diffdisk-{}", uid.as_raw())))
+    let shared = ("/dev/shm".into(), format!("diffdisk-{}", uid.as_raw()));
+    let all = own.map(|folder| (folder, "diffdisk".to_owned())).into_iter().chain([shared]);
+    all.filter(|(folder, _)| in_memory(folder)).map(|(folder, name)| folder.join(name)).collect()
 }
 
 fn in_memory(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
-/// Makes the folder if it is not there, for its owner alone.
+/// Bytes that are free on the file system of a folder. A tmpfs without a limit has no blocks at all.
+fn free(folder: &Path) -> u64 {
+    match rustix::fs::statvfs(folder) {
+        Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),
+        _ => u64::MAX,
+    }
+}
+
+/// Makes the folder if it does not exist, for its owner alone, and opens it.
 ///
 /// # Errors
-/// `Io`; `Refused` where it belongs to somebody else, who could take what is kept there away or make it up.
-pub(super) fn make(folder: &Path) -> Result<()> {
+/// `Io`; as [`Env::runtime`].
+fn made(folder: &Path) -> Result<Runtime> {
     let failed = |e| Error::io("cannot make the runtime folder", e).at_path(folder);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-    let found = std::fs::symlink_metadata(folder).map_err(failed)?;
-    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
-        return Err(Error::new(ErrorKind::Refused, "the runtime folder belongs to somebody else").at_path(folder));
+    Host.runtime(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(folders: &[Runtime]) -> Vec<&Path> {
+        folders.iter().map(Runtime::path).collect()
     }
-    Ok(())
+
+    #[test]
+    fn the_first_that_can_be_used_and_has_room() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("file"), "").unwrap();
+        let all = [path("file"), path("a"), path("b")];
+        assert_eq!(paths(&choose(&all, 1)), [path("a")]);
+        assert!(!path("b").exists(), "what is not needed is not made");
+        std::fs::create_dir(path("b")).unwrap();
+        assert_eq!(paths(&choose(&all, 1)), [path("a"), path("b")], "a predecessor may have used it");
+        assert_eq!(paths(&choose(&all, u64::MAX - 1)), [path("a"), path("b")], "journals that exist need no room");
+        assert!(choose(&all[..1], 1).is_empty());
+        assert!(prepare(Some(&path("file")), 1).is_err());
+        assert_eq!(paths(&prepare(Some(&path("c")), u64::MAX).unwrap()), [path("c")]);
+        assert!(folders(Some(&path("none"))).unwrap().is_empty() && folders(Some(&path("file"))).is_err());
+    }
+
+    #[test]
+    fn a_folder_of_another_user_is_not_used() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("a")).unwrap();
+        std::os::unix::fs::chown(path("a"), Some(1234), None).unwrap();
+        assert_eq!(paths(&choose(&[path("a"), path("b")], 1)), [path("b")]);
+        assert_eq!(prepare(Some(&path("a")), 1).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(folders(Some(&path("a"))).unwrap_err().kind(), ErrorKind::Refused);
+    }
 }

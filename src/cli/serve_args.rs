@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use super::disk_args::{Cache, DiskArgs, disk, queue_size, queues, read_config, serial};
+use super::disk_args::{Cache, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode};
+use super::system_config::SystemConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
@@ -31,7 +32,8 @@ pub(super) struct Args {
           required_unless_present_any = ["disk", "config", "print_capabilities"])]
     blk_file: Option<PathBuf>,
 
-    /// Listen on this socket (made with mode 0600, removed at exit)
+    /// Listen on this socket, which only its owner may connect to unless --socket-group or --socket-mode is given; it is
+    /// removed at exit
     #[arg(long, value_name = "PATH", conflicts_with_all = ["fd", "disk", "config"])]
     socket_path: Option<PathBuf>,
 
@@ -43,11 +45,11 @@ pub(super) struct Args {
     #[arg(long, conflicts_with_all = ["disk", "config"])]
     read_only: bool,
 
-    /// Queues offered, 1 to 64 [default: the number of CPUs, at most 4]
+    /// Queues offered, 1 to 64; a front-end may use fewer, not more [default: 4]
     #[arg(long, value_name = "N", value_parser = queues, conflicts_with_all = ["disk", "config"])]
     num_queues: Option<u16>,
 
-    /// Entries of a queue at most, a power of two up to 32768 [default: 1024]
+    /// Expected entries of a queue, a power of two up to 32768; larger ones work, too [default: 1024]
     #[arg(long, value_name = "N", value_parser = queue_size, conflicts_with_all = ["disk", "config"])]
     queue_size: Option<u16>,
 
@@ -63,14 +65,31 @@ pub(super) struct Args {
     #[arg(long, value_name = "TEXT", value_parser = serial, conflicts_with_all = ["disk", "config"])]
     serial: Option<String>,
 
+    /// Serve an image for writing although others stand on it: writes change what those show
+    #[arg(long, conflicts_with_all = ["disk", "config"])]
+    allow_writable_parent: bool,
+
     /// A disk (repeatable): path=IMAGE,socket=PATH[,id=NAME][,readonly=on|off][,serial=TEXT][,queues=N]
-    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off]; a comma in a value is doubled
+    /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off][,allow-writable-parent=on|off]
+    /// [,allow-parents=DIR (repeatable)][,socket-group=NAME][,socket-mode=MODE]; a comma in a value is doubled
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = disk)]
     disk: Vec<DiskArgs>,
 
     /// A TOML file with a [[disk]] table a disk, of the same keys
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+
+    /// The group that may connect to the sockets that are made, by name or number; of a disk: socket-group=
+    #[arg(long, value_name = "NAME", conflicts_with = "fd")]
+    socket_group: Option<String>,
+
+    /// The mode of the sockets that are made, in octal digits; of a disk: socket-mode= [default: 0600, with a group 0660]
+    #[arg(long, value_name = "MODE", value_parser = socket_mode, conflicts_with = "fd")]
+    socket_mode: Option<u32>,
+
+    /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
+    #[arg(long)]
+    pub(super) no_system_config: bool,
 
     /// A folder where parents may lie besides the child's own (repeatable)
     #[arg(long, value_name = "DIR")]
@@ -124,6 +143,28 @@ impl Args {
         }
     }
 
+    /// Adds what the machine's configuration says and the command line does not.
+    pub(super) fn add(&mut self, config: SystemConfig) {
+        self.allow_parents.extend(config.allow_parents);
+        self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
+    }
+
+    /// `--socket-group` and `--socket-mode` are of all disks whose sockets are made here and that do not say otherwise.
+    fn add_socket_access(&self, disks: &mut [DiskArgs]) -> Result<()> {
+        if self.socket_group.is_none() && self.socket_mode.is_none() {
+            return Ok(());
+        }
+        if disks.iter().all(|disk| disk.socket.is_none()) {
+            let why = "--socket-group and --socket-mode are of sockets that are made, and no disk has a socket path";
+            return Err(Error::new(ErrorKind::Refused, why));
+        }
+        for disk in disks.iter_mut().filter(|disk| disk.socket.is_some()) {
+            disk.socket_group = disk.socket_group.take().or_else(|| self.socket_group.clone());
+            disk.socket_mode = disk.socket_mode.or(self.socket_mode);
+        }
+        Ok(())
+    }
+
     /// All disks to serve, from whichever form of arguments.
     ///
     /// # Errors
@@ -140,12 +181,14 @@ impl Args {
                 queue_size: self.queue_size,
                 cache: self.cache.unwrap_or_default(),
                 direct: self.direct,
+                allow_writable_parent: self.allow_writable_parent,
                 ..DiskArgs::of(path.clone())
             });
         }
         if let Some(file) = &self.config {
             disks.extend(read_config(file)?);
         }
+        self.add_socket_access(&mut disks)?;
         for (i, disk) in disks.iter().enumerate() {
             let earlier = &disks[..i];
             let refuse = |why: String| Err(Error::new(ErrorKind::Refused, why));
@@ -182,7 +225,7 @@ mod tests {
         };
         assert_eq!(disks, [expected]);
         assert_eq!((disks[0].name(), disks[0].queue_size()), ("b.vhd".into(), 1024));
-        assert!((1..=4).contains(&DiskArgs::of("x".into()).queues()));
+        assert_eq!(DiskArgs::of("x".into()).queues(), 4, "on every machine");
     }
 
     #[test]

@@ -14,15 +14,28 @@ use super::adopt::adopt;
 /// The number of the first file descriptor handed over.
 const FIRST: RawFd = 3;
 
-/// The sockets that were handed over, in their order; none where the environment names none for this process.
+/// The sockets that were handed over, in their order, with their names; none if the environment names none for this process.
 ///
 /// # Errors
-/// Where a number handed over is not open.
-pub(super) fn sockets() -> io::Result<Vec<OwnedFd>> {
+/// If a number handed over is not open, or there are not as many names as sockets.
+pub(super) fn sockets() -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
     let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
     let count = if ours { read("LISTEN_FDS").unwrap_or(0).clamp(0, 4096) } else { 0 };
-    (FIRST..FIRST + count).map(adopt).collect()
+    let count = usize::try_from(count).expect("not negative");
+    let names = std::env::var_os("LISTEN_FDNAMES").filter(|_| count > 0);
+    let names = names_of(names.as_deref(), count)?;
+    names.into_iter().zip(FIRST..).map(|(name, number)| Ok((name, adopt(number)?))).collect()
+}
+
+fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String>>> {
+    let Some(names) = names else { return Ok(vec![None; count]) };
+    let names: Vec<_> = names.to_string_lossy().split(':').map(|name| Some(name.to_owned())).collect();
+    if names.len() != count {
+        let why = format!("LISTEN_FDNAMES has {} names for {count} sockets", names.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(names)
 }
 
 /// Tells the service manager of our state, such as `READY=1`; does nothing where nobody asked.
@@ -48,6 +61,14 @@ fn tell(name: &OsStr, state: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_as_many_as_sockets() {
+        let names = |text: &str, count| names_of(Some(OsStr::new(text)), count).map_err(|e| e.to_string());
+        assert_eq!(names("a::c", 3).unwrap(), [Some("a".into()), Some(String::new()), Some("c".into())]);
+        assert_eq!(names_of(None, 2).unwrap(), [None, None]);
+        assert!(names("a:b", 1).unwrap_err().contains("2 names for 1"), "as sd_listen_fds_with_names(3) refuses it");
+    }
 
     #[test]
     fn the_manager_hears_of_it_by_path_and_by_abstract_name() {

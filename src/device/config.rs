@@ -13,10 +13,12 @@ pub const CONFIG_SPACE: u32 = 256;
 /// Most segments of a request. With header and status they fit into a ring of 128, the smallest default of any
 /// front-end; the ring's size is not known when the guest reads this.
 pub const SEG_MAX: u16 = 126;
-/// Limits of DISCARD: ranges of 1 GiB.
-pub const DISCARD: Limits = Limits { sectors: 1 << 21, segments: 32 };
-/// Limits of WRITE_ZEROES: ranges of 64 MiB, since on some hosts zeros must be written.
-pub const WRITE_ZEROES: Limits = Limits { sectors: 1 << 17, segments: 32 };
+/// Limits of DISCARD and WRITE_ZEROES that drivers are given: ranges of 32 MiB, so that a trim is many requests, between which
+/// the guest's other requests are served.
+pub const ZEROING: Limits = Limits { sectors: 1 << 16, segments: 32 };
+/// Most sectors of a range that is carried out. A guest that was started before an update of the daemon keeps the limit of that
+/// time, 1 GiB.
+pub const MOST_ZEROED: u32 = 1 << 21;
 /// log2 of the sectors in a physical block of 4 KiB, to which the images' data is aligned.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
@@ -36,7 +38,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device with `queues` queues (at least one) of at most `queue_size` descriptors, whose cache is on from the
+    /// A device with `queues` queues (at least one) that carry out `queue_size` operations at once, whose cache is on from the
     /// start if `write_back`. Until the driver acknowledges FLUSH it writes through.
     pub fn new(disk: Arc<Disk>, queues: u16, queue_size: u16, write_back: bool) -> Arc<Device> {
         assert!(queues > 0, "a device has a queue");
@@ -62,7 +64,7 @@ impl Device {
         self.queues
     }
 
-    /// Largest size of a queue, in descriptors.
+    /// Expected size of a queue, in descriptors, and operations that it carries out at once. A ring may be larger.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }
@@ -131,9 +133,9 @@ impl Device {
             opt_io_size: BlockSize::DEFAULT.sectors(),
             writeback: self.cache.load(Ordering::Relaxed),
             num_queues: self.queues,
-            discard: if writable { DISCARD } else { Limits::default() },
+            discard: if writable { ZEROING } else { Limits::default() },
             discard_sector_alignment: if writable { 1 << PHYSICAL_BLOCK_EXP } else { 0 },
-            write_zeroes: if writable { WRITE_ZEROES } else { Limits::default() },
+            write_zeroes: if writable { ZEROING } else { Limits::default() },
             write_zeroes_may_unmap: writable,
         }
     }

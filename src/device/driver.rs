@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Memory, SharedMemory};
 use super::chain::{Chain, Defect};
 use super::guest::View;
 use super::ring::{Layout, Ring};
+use super::{Memory, SharedMemory};
 
 pub(super) const TABLE: u64 = 0x1000;
 pub(super) const AVAIL: u64 = 0x8000;

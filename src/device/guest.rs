@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, com
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::{Memory, spec};
-use crate::storage::sigbus::{self, Guard};
+use crate::storage::sigbus::Guard;
 use crate::storage::{Slices, fetch_line};
 
 /// The guest's memory as one front-end shared it, with the guards of its mappings.
@@ -60,8 +60,6 @@ pub struct View {
     /// Keeps all regions mapped.
     owner: Arc<dyn Any + Send + Sync>,
     memory: Arc<SharedMemory>,
-    /// [`sigbus::losses`] when it was last found that nothing of this memory is lost.
-    losses: Cell<u32>,
 }
 
 struct Region {
@@ -90,24 +88,12 @@ impl View {
         let regions = memory.regions.iter().map(region).collect();
         // A count of its own for this queue, around the shared one.
         let owner = Arc::new(memory.clone());
-        // Not the present number: a page may have been lost already.
-        View { regions, last: Cell::new(0), owner, memory, losses: Cell::new(0) }
+        View { regions, last: Cell::new(0), owner, memory }
     }
 
-    /// Whether a page of the memory could not be had. A load and a comparison as long as no page of any guest was lost.
-    #[inline]
+    /// Whether a page of the memory could not be had.
     pub fn is_lost(&self) -> bool {
-        let losses = sigbus::losses();
-        losses != self.losses.get() && self.find_loss(losses)
-    }
-
-    #[cold]
-    fn find_loss(&self, losses: u32) -> bool {
-        let lost = self.memory.is_lost();
-        if !lost {
-            self.losses.set(losses);
-        }
-        lost
+        self.memory.is_lost()
     }
 
     /// The region of an address, and how far in it lies.

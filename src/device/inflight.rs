@@ -107,6 +107,11 @@ impl Record {
         self.map.is_lost()
     }
 
+    /// Descriptors of the largest ring that it is for.
+    pub fn entries(&self) -> u16 {
+        self.entries
+    }
+
     /// Goes on where the last user of the record stopped: the heads in flight, in the order in which they were taken,
     /// each once. `size` is the size of the ring and `used_idx` what stands in it now.
     ///

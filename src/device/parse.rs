@@ -3,9 +3,9 @@
 //! Everything is checked here, before any effect; what goes to the disk is in range, in size and in the guest's memory.
 
 use super::chain::{Chain, part};
-use super::config::{DISCARD, WRITE_ZEROES};
+use super::config::{MOST_ZEROED, ZEROING};
 use super::guest::View;
-use super::spec::{HEADER_LEN, Header, ID_LEN, Limits, SEGMENT_LEN, SEGMENT_UNMAP, Segment, Status, feature, kind};
+use super::spec::{HEADER_LEN, Header, ID_LEN, SEGMENT_LEN, SEGMENT_UNMAP, Segment, Status, feature, kind};
 use crate::disk::{Work, ZeroRange};
 use crate::storage::Slices;
 use crate::units::{SECTOR, SectorRange};
@@ -13,7 +13,7 @@ use crate::units::{SECTOR, SectorRange};
 /// Most bytes of one read or write (V9).
 pub const MAX_BYTES: u64 = 32 << 20;
 /// Most ranges of a DISCARD or WRITE_ZEROES.
-const MAX_SEGMENTS: usize = 32;
+const MAX_SEGMENTS: usize = ZEROING.segments as usize;
 /// Runs for which a new [`Slices`] has room before it must grow.
 const RUNS: usize = 16;
 
@@ -119,12 +119,12 @@ fn judge(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>)
         }
         kind::DISCARD if rules.features & feature::DISCARD != 0 && !rules.read_only => {
             let mut ranges = Vec::new();
-            segments(chain, view, payload, rules, DISCARD, 0, |range, _| ranges.push(range))?;
+            segments(chain, view, payload, rules, 0, |range, _| ranges.push(range))?;
             if ranges.is_empty() { Err(Done(0)) } else { Ok((Work::Discard { ranges }, 0)) }
         }
         kind::WRITE_ZEROES if rules.features & feature::WRITE_ZEROES != 0 && !rules.read_only => {
             let mut ranges = Vec::new();
-            segments(chain, view, payload, rules, WRITE_ZEROES, SEGMENT_UNMAP, |range, flags| {
+            segments(chain, view, payload, rules, SEGMENT_UNMAP, |range, flags| {
                 ranges.push(ZeroRange { range, unmap: flags & SEGMENT_UNMAP != 0 });
             })?;
             if ranges.is_empty() { Err(Done(0)) } else { Ok((Work::WriteZeroes { ranges }, 0)) }
@@ -153,13 +153,12 @@ fn segments(
     view: &View,
     payload: u64,
     rules: &Rules<'_>,
-    limits: Limits,
     flags: u32,
     mut each: impl FnMut(SectorRange, u32),
 ) -> Result<(), Early> {
     let n = usize::try_from(payload / SEGMENT_LEN as u64).unwrap_or(usize::MAX);
     let whole = payload.is_multiple_of(SEGMENT_LEN as u64);
-    if !whole || n == 0 || n > MAX_SEGMENTS.min(limits.segments as usize) {
+    if !whole || n == 0 || n > MAX_SEGMENTS {
         return Err(Bad(Status::IoErr));
     }
     let mut raw = [0; MAX_SEGMENTS * SEGMENT_LEN];
@@ -170,7 +169,7 @@ fn segments(
         if s.flags & !flags != 0 {
             return Err(Bad(Status::Unsupp));
         }
-        if s.count > limits.sectors {
+        if s.count > MOST_ZEROED {
             return Err(Bad(Status::IoErr));
         }
         let range = in_disk(s.sector, u64::from(s.count), rules)?;

@@ -21,12 +21,12 @@ use super::exchange::{Exchange, Pause};
 use super::guest::View;
 use super::inflight::Record;
 use super::parse::Rules;
-use super::ring::{Layout, Ring};
+use super::ring::{Broken, Layout, Ring};
 use super::signal::Signals;
-use super::spec::feature;
+use super::spec::{MAX_QUEUE_SIZE, feature};
 use super::{Device, SharedMemory, Vring};
 use crate::disk::{Answer, Lane};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Requests of a turn before the clock is asked: with two in flight it cost 7 per cent.
 const UNTIMED: u32 = 3;
@@ -88,12 +88,11 @@ impl Queue {
         };
         let view = View::new(memory);
         let event_idx = self.device.acked() & feature::EVENT_IDX != 0;
-        let ring = Ring::new(&view, layout, self.device.queue_size(), event_idx, next_avail)?;
+        let ring = Ring::new(&view, layout, MAX_QUEUE_SIZE, event_idx, next_avail)?;
         let exchange = Exchange::new(view, ring, record)?;
         if exchange.owed() > 0 {
             log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.owed());
         }
-        self.lane.prepare().map_err(|e| Error::io("the engine of a queue failed", e))?;
         self.exchange = Some(exchange);
         self.deaf = false;
         Ok(())
@@ -167,14 +166,16 @@ impl Queue {
         }
         let exchange = self.exchange.as_mut().expect("in service");
         Ok(match pause {
-            Pause::Empty if pushed == 0 && !completed => Turn::Idle,
+            Pause::Empty if pushed == 0 && !completed && !self.lane.is_to_punch() => Turn::Idle,
             Pause::Empty | Pause::Turn => Turn::More,
             // Without an answer there is nothing to come again for before the lane wakes us.
-            Pause::Full if completed => Turn::More,
+            Pause::Full if completed || self.lane.is_to_punch() => Turn::More,
             Pause::Full => Turn::Idle,
             Pause::Broken => {
-                let rule = exchange.broken();
-                log::error!("queue {}: the driver broke its ring ({rule:?}); it is served no more", self.index);
+                // Memory that is lost concerns all queues: the control thread logs it, once.
+                if let Some(rule) = exchange.broken().filter(|rule| *rule != Broken::Lost) {
+                    log::error!("queue {}: the driver broke its ring ({rule:?}); it is served no more", self.index);
+                }
                 Turn::Broken
             }
         })
@@ -189,6 +190,11 @@ impl Queue {
         vring.get_ref().is_enabled() && exchange.ring().want_kicks()
     }
 
+    /// Whether the ring in service looks as if no driver had used it.
+    pub fn is_blank(&self) -> bool {
+        self.exchange.as_ref().is_some_and(Exchange::is_blank)
+    }
+
     /// Completes all that is in flight and ends the service; gives the index of the avail ring at which to go on, which
     /// `vring` knows then too.
     ///
@@ -199,7 +205,7 @@ impl Queue {
         self.lane.drain(&mut self.answers)?;
         self.settle();
         // The index we give counts what a predecessor left as taken, so that has to be carried out, too.
-        while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0) {
+        while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0 && x.broken().is_none()) {
             let lane = &mut self.lane;
             exchange.take_owed(&rules(&self.device), lane.room(), |request| {
                 lane.push(request);
@@ -220,11 +226,9 @@ impl Queue {
         Ok(q.next_avail())
     }
 
-    /// Whether a page of the guest's memory, or of the record, could not be had: what was taken from the ring since, or given to
-    /// it, may be zeros of ours.
-    #[inline]
+    /// Whether the ring is broken since a page of the guest's memory, or of the record, could not be had.
     pub fn is_memory_lost(&self) -> bool {
-        self.exchange.as_ref().is_some_and(Exchange::is_memory_lost)
+        self.exchange.as_ref().and_then(Exchange::broken) == Some(Broken::Lost)
     }
 
     /// What to wait for beside the kick.

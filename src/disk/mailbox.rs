@@ -19,6 +19,8 @@ pub enum Letter {
     },
     /// Growth is over.
     Grown(Grown),
+    /// The lane has the disk's turn to punch.
+    Punch,
 }
 
 /// How a step of growth ended.

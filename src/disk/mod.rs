@@ -20,6 +20,7 @@
 //!
 //! A read of what the host has in memory is a copy, and goes none of this way (`copies`).
 //! Reads one behind the other that wait for the disk are read ahead of (`ahead`).
+//! Discards and zeroing are cut into pieces, of which a disk punches one at a time (`punch`).
 //!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
@@ -27,27 +28,34 @@ mod ahead;
 mod copies;
 mod early;
 pub mod flush;
+mod full;
 mod job;
 mod lane;
 pub mod mailbox;
+mod names;
+mod punch;
 mod request;
 mod stages;
 mod task;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Policy, Use, Version, refuse_if_receiving};
+use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if_parent, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
+use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, SLOTS, Slot};
 use ahead::Reach;
 use flush::Rounds;
+use full::HeldWrites;
 use mailbox::{Letter, Mailbox};
+use names::LostNames;
+use punch::PunchTurn;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -66,8 +74,12 @@ pub struct DiskOptions {
     pub write_through: bool,
     /// How what was answered outlives this process.
     pub keep: Keep,
+    /// Whether what a killed predecessor acknowledged and did not write is given up.
+    pub discard_journal: bool,
     /// What becomes of writes that find the host full.
     pub when_full: WhenFull,
+    /// Whether an image may be written to although others stand on it.
+    pub allow_writable_parent: bool,
 }
 
 impl DiskOptions {
@@ -82,7 +94,9 @@ impl DiskOptions {
             allow_parents: Vec::new(),
             write_through: false,
             keep: Keep::Nothing,
+            discard_journal: false,
             when_full: WhenFull::default(),
+            allow_writable_parent: false,
         }
     }
 }
@@ -102,6 +116,7 @@ pub struct Disk {
     env: Arc<dyn Env>,
     version: Version,
     rounds: Rounds,
+    punch_turn: PunchTurn,
     lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
     when_full: WhenFull,
@@ -111,6 +126,8 @@ pub struct Disk {
     /// How the lanes read ahead, by slot.
     reach: Vec<Reach>,
     counts: Counts,
+    held_writes: HeldWrites,
+    lost_names: LostNames,
 }
 
 /// What was done, for statistics.
@@ -131,33 +148,38 @@ impl Disk {
     ///
     /// # Errors
     /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open;
-    /// `Refused` for writing where a merge into it was begun.
+    /// `Refused` for writing if an unfinished merge forbids it, or if children stand on the image.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { Use::Read } else { Use::Write };
-        // Who reads must not miss what a killed daemon acknowledged; who writes takes it in.
-        let runtime = match &options.keep {
-            Keep::Journal { folder, .. } => Some(folder.clone()),
-            Keep::Commit | Keep::Nothing => None,
-        };
+        // A reader must not miss what a killed daemon acknowledged; a writer takes it in, of parents, too.
+        let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
-        let chain = Chain::open(&*env, &options.path, &policy, how)?;
+        if options.discard_journal {
+            image::discard(&*env, &policy.runtime, &options.path)?;
+        }
+        let open = || Chain::open(&*env, &options.path, &policy, how);
+        let chain = match open() {
+            Err(e) if how == Use::Write && e.kind() == ErrorKind::Refused => {
+                match settle_parents(&*env, &options.path, &policy) {
+                    Ok(settled) if settled > 0 => open()?,
+                    Err(e) if e.kind() != ErrorKind::Refused => return Err(e),
+                    _ => return Err(e),
+                }
+            }
+            opened => opened?,
+        };
         if how == Use::Write {
-            refuse_if_receiving(&*env, chain.youngest(), None)?;
+            refuse_change(&*env, chain.youngest(), Change::Contents, &policy.allowed, None)?;
+            if !options.allow_writable_parent {
+                refuse_if_parent(&*env, chain.youngest())?;
+            }
         }
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {
             Use::Write => chain.into_writable(&*env, &options.keep)?,
             _ => chain.into_frozen(),
         };
-        let mut memory_align = vec![1; usize::from(SLOTS)];
-        if options.direct {
-            for (slot, file) in version.files() {
-                match file.set_direct()? {
-                    Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,
-                    None => log::warn!("{}: direct I/O cannot be used here: buffered", file.path().display()),
-                }
-            }
-        }
+        let memory_align = memory_align(&version, options.direct)?;
         let mut reach = vec![Reach::Nothing; usize::from(SLOTS)];
         for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
             reach[usize::from(slot.0)] = Reach::of(file);
@@ -166,6 +188,7 @@ impl Disk {
             env,
             version,
             rounds: Rounds::default(),
+            punch_turn: PunchTurn::default(),
             lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,
@@ -173,8 +196,15 @@ impl Disk {
             memory_align,
             reach,
             counts: Counts::default(),
+            held_writes: HeldWrites::default(),
+            lost_names: LostNames::default(),
         };
         Ok(Arc::new(disk))
+    }
+
+    /// The folder of the live journal; `None` if there is none.
+    pub fn journal_folder(&self) -> Option<&Path> {
+        self.version.top().and_then(|top| top.image.journal_folder())
     }
 
     /// Sectors that the guest sees.
@@ -286,11 +316,19 @@ impl Disk {
     /// # Errors
     /// As `commit`; the image is then recovered by the next open.
     pub fn close(&self) -> Result<()> {
-        self.commit()?;
         let Some(top) = self.version.top() else { return Ok(()) };
-        // The journal first: it may still speak for places of blocks that were never written, which are cut off now.
-        top.image.retire(&*self.env)?;
-        top.image.trim()
+        if mutant::is(Mutant::TrimFirst) {
+            top.image.trim()?;
+        }
+        self.commit()?;
+        // Places of blocks that were never written are cut off now.
+        top.image.end_session();
+        if mutant::is(Mutant::RetireFirst) {
+            top.image.retire()?;
+        }
+        top.image.trim()?;
+        // Not before the stamp is gone: a stamp without a journal is refused.
+        top.image.retire()
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {
@@ -308,6 +346,18 @@ impl Disk {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(letter)).is_some());
     }
+}
+
+/// What O_DIRECT asks of memory, by slot; 1 where a file is buffered. Switches to it if `direct`.
+fn memory_align(version: &Version, direct: bool) -> Result<Vec<usize>> {
+    let mut memory_align = vec![1; usize::from(SLOTS)];
+    for (slot, file) in version.files().filter(|_| direct) {
+        match file.set_direct()? {
+            Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,
+            None => log::warn!("{}: direct I/O cannot be used here: buffered", file.path().display()),
+        }
+    }
+    Ok(memory_align)
 }
 
 /// The serial as the guest gets it.

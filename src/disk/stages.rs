@@ -132,7 +132,11 @@ impl Lane {
                 Next::Over(outcome) => break outcome,
             }
         };
+        self.punched(number);
         self.free.push(number);
+        if task.held_by_host {
+            self.release_held(outcome == Outcome::Done);
+        }
         let tag = task.tag;
         match task.end() {
             Work::Prefetch { .. } => {}
@@ -154,6 +158,9 @@ impl Lane {
                 return Next::Over(Outcome::Failed);
             }
         }
+        if task.punches() && !self.may_punch(number) {
+            return Next::Wait(Stage::Plan);
+        }
         let mut plan = std::mem::take(&mut self.plan);
         let version = self.disk.version();
         let room = match &task.work {
@@ -168,11 +175,11 @@ impl Lane {
                 Ok(())
             }
             Work::Write { range, .. } => version.plan_write(*range, &mut plan),
-            Work::Discard { ranges } => {
-                version.plan_discard(ranges[task.at], &mut plan);
+            Work::Discard { .. } => {
+                version.plan_discard(task.piece(), &mut plan);
                 Ok(())
             }
-            Work::WriteZeroes { ranges } => version.plan_zero(ranges[task.at].range, &mut plan),
+            Work::WriteZeroes { .. } => version.plan_zero(task.piece(), &mut plan),
             Work::Flush => {
                 self.plan = plan;
                 return self.make_durable(number, task);
@@ -182,6 +189,7 @@ impl Lane {
             self.load(number, task, &plan.missing)
         } else if room.is_err() {
             if self.grow_if_short() {
+                self.punched(number);
                 self.park(number);
                 Next::Wait(Stage::Room)
             } else {
@@ -283,20 +291,21 @@ impl Lane {
         }
         if std::mem::take(&mut task.full) {
             // The next tick tries it again, from the start: nothing of it was marked.
+            self.punched(number);
             self.park(number);
-            self.tell_full();
+            self.hold(task);
             return Next::Wait(Stage::Room);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
         let (Some(top), false) = (self.disk.version().top(), reads) else {
             return Next::Over(Outcome::Done);
         };
-        let (marks, ranges) = match &task.work {
-            Work::Write { range, .. } => (std::slice::from_ref(range), 1),
-            Work::WriteZeroes { ranges } => (task.marks.as_slice(), ranges.len()),
-            Work::Discard { ranges } => {
+        let marks = match &task.work {
+            Work::Write { range, .. } => std::slice::from_ref(range),
+            Work::WriteZeroes { .. } => task.marks.as_slice(),
+            Work::Discard { .. } => {
                 top.image.touched();
-                (&[][..], ranges.len())
+                &[][..]
             }
             Work::Read { .. } | Work::Prefetch { .. } | Work::Flush => {
                 unreachable!("answered above; a flush moves nothing")
@@ -322,9 +331,9 @@ impl Lane {
         if top.image.take_due() {
             self.commit_soon();
         }
-        task.at += 1;
-        if task.at < ranges {
-            Next::Stage(Stage::Plan)
+        if task.next_piece() {
+            self.punch_later(number);
+            Next::Wait(Stage::Plan)
         } else if task.owes_commit || self.disk.is_write_through() {
             self.make_durable(number, task)
         } else {
@@ -353,6 +362,10 @@ fn is_full(action: Action, e: &io::Error) -> bool {
 /// Whether an operation failed; tells the log. To find the file takes longer the deeper the chain is.
 fn report<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
+    if e.raw_os_error() == Some(libc::EFAULT) {
+        // No failure of the file: a page of the guest's memory cannot be had, which is logged once for the disk.
+        return true;
+    }
     log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());
     true
 }

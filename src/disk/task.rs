@@ -1,5 +1,6 @@
 //! A request in flight. Its stages are driven by one `match` in `stages.rs`; here is what it remembers between them.
 
+use super::punch::PIECE;
 use super::request::Work;
 use crate::chain::Load;
 use crate::image::Held;
@@ -31,8 +32,11 @@ pub(super) struct Task {
     pub(super) failed: bool,
     /// Whether one of them found the host full.
     pub(super) full: bool,
-    /// Which of several ranges is at work (discard, write zeroes).
+    /// Whether it is counted among the writes that wait for room on the host.
+    pub(super) held_by_host: bool,
+    /// Which of several ranges is at work (discard, write zeroes), and how many of its sectors are done.
     pub(super) at: usize,
+    pub(super) sectors_done: u64,
     /// The round that makes it durable.
     pub(super) round: u64,
     /// Whether it may be answered only after a commit.
@@ -56,7 +60,9 @@ impl Task {
             pending: 0,
             failed: false,
             full: false,
+            held_by_host: false,
             at: 0,
+            sectors_done: 0,
             round: 0,
             owes_commit: false,
             load: None,
@@ -70,7 +76,40 @@ impl Task {
     pub(super) fn renew(&mut self, tag: u64, work: Work) {
         (self.tag, self.work, self.stage) = (tag, work, Stage::Plan);
         (self.pending, self.failed, self.full, self.at) = (0, false, false, 0);
-        (self.round, self.owes_commit, self.moved) = (0, false, false);
+        (self.round, self.owes_commit, self.moved, self.sectors_done) = (0, false, false, 0);
+        self.held_by_host = false;
+    }
+
+    /// Whether it punches or zeroes, and so has to wait for its turn.
+    pub(super) fn punches(&self) -> bool {
+        matches!(self.work, Work::Discard { .. } | Work::WriteZeroes { .. })
+    }
+
+    /// The range of a discard or zeroing that is at work, and the number of ranges.
+    fn range(&self) -> Option<(SectorRange, usize)> {
+        match &self.work {
+            Work::Discard { ranges } => Some((ranges[self.at], ranges.len())),
+            Work::WriteZeroes { ranges } => Some((ranges[self.at].range, ranges.len())),
+            Work::Read { .. } | Work::Write { .. } | Work::Prefetch { .. } | Work::Flush => None,
+        }
+    }
+
+    /// The piece of a discard or zeroing that is at work.
+    pub(super) fn piece(&self) -> SectorRange {
+        let (range, _) = self.range().expect("only discards and zeroing have pieces");
+        let left = range.skip(self.sectors_done);
+        // Pieces end at multiples of their size, and so at ends of blocks.
+        left.first(PIECE - left.start() % PIECE)
+    }
+
+    /// Moves on to the next piece. Returns false if there is none.
+    pub(super) fn next_piece(&mut self) -> bool {
+        let Some((range, ranges)) = self.range() else { return false };
+        self.sectors_done += self.piece().count();
+        if self.sectors_done == range.count() {
+            (self.at, self.sectors_done) = (self.at + 1, 0);
+        }
+        self.at < ranges
     }
 
     /// What it was asked to do, with the guest's memory; holds nothing any more.
@@ -123,6 +162,19 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_are_cut_at_multiples_of_a_piece() {
+        let ranges = vec![SectorRange::between(5, 8), SectorRange::between(PIECE - 1, 2 * PIECE + 1)];
+        let mut task = Task::new(0, Work::Discard { ranges });
+        let mut pieces = vec![task.piece()];
+        while task.next_piece() {
+            pieces.push(task.piece());
+        }
+        let wanted = [(5, 8), (PIECE - 1, PIECE), (PIECE, 2 * PIECE), (2 * PIECE, 2 * PIECE + 1)];
+        assert_eq!(pieces, wanted.map(|(start, end)| SectorRange::between(start, end)));
+        assert!(!Task::new(0, Work::Flush).next_piece());
+    }
 
     #[test]
     fn tokens_come_back() {

@@ -1,11 +1,24 @@
 //! Every way in which the bytes of an image can be wrong, each with the numbers that offend.
 //!
-//! One variant a rule. [`Defect::kind`] is the word for programs (`check --json`); the sentences for people, which name the
-//! rule's limit and what to do, are in `defect_text`. Rules: crash-safety O1 to O19.
+//! One variant a rule. `Defect::rule` is the table of all rules: the word for programs (`check --json`), the severity,
+//! whether a repair mends it, and the [`Consequence`] by which every verb and the daemon decide. The sentences for people,
+//! which name the rule's limit and what to do, are in `defect_text`. Rules: crash-safety O1 to O19.
 
 use uuid::Uuid;
 
+use crate::format::container::Container;
 use crate::format::extents::Part;
+
+/// What a defect means for programs that open the image.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Consequence {
+    /// The image is read and written. Programs that read or write its data log a warning.
+    Told,
+    /// The image is read, and not written until the defect is mended.
+    NotWritable,
+    /// The image is neither read nor written.
+    NotReadable,
+}
 
 /// How bad a defect is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -45,8 +58,16 @@ pub enum Defect {
     DiskSize { at: u64, size: u64 },
     /// A fixed disk with less data than its size (O2).
     FixedTooShort { size: u64, data: u64 },
+    /// A fixed disk whose file holds more data than the disk has.
+    FixedMore { size: u64, data: u64 },
+    /// A fixed disk with zeros after its footer.
+    FixedPadded { at: u64, padding: u64 },
+    /// An image of another format.
+    OtherFormat { format: Container },
     /// Both footers are valid and contradict each other (O3).
     FootersDiffer { at: u64, field: &'static str },
+    /// Both footers are valid and name two kinds of disk (O3).
+    FooterKindsDiffer { at: u64, front: &'static str, end: &'static str },
     /// Both footers are valid and differ in a byte without consequence.
     FooterCopyStale,
     /// A dynamic disk without a footer at its end (O3).
@@ -79,7 +100,7 @@ pub enum Defect {
     TableOverlaps { at: u64, offset: u64, bytes: u64, part: Part },
     /// A block lies over metadata (O12).
     BlockInMetadata { block: u32, entry: u32, part: Part },
-    /// A block ends behind the end of the data (O12).
+    /// A block ends after the end of the data, of which its bitmap calls nothing there present (O12).
     BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 },
     /// Two blocks name the same place (O13).
     BlockDuplicate { block: u32, other: u32, entry: u32 },
@@ -87,7 +108,9 @@ pub enum Defect {
     BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 },
     /// A place is recorded for a block behind the end of the disk.
     BlockBeyondDisk { block: u32, entry: u32, blocks: u64 },
-    /// Sectors that the bitmap calls present lie behind the end of the file.
+    /// Entries of 0, where no block can begin: they mean "unused". `block` is the first.
+    EntryZero { block: u32, entries: u64, at: u64 },
+    /// Sectors of a block are lost: its bitmap calls them present, or is lost itself, and the data ends before them (O12).
     BlockCutOff { block: u32, sectors: u64, at: u64 },
     /// The bitmap of the last block, which is not whole, calls sectors behind the end of the disk present.
     BitsBeyondDisk { block: u32, bits: u32, at: u64 },
@@ -110,7 +133,7 @@ pub enum Defect {
     /// None of the recorded paths leads to the parent.
     ParentMissing { tried: Vec<String> },
     /// The file found is not the recorded parent (O17).
-    ParentUuid { recorded: Uuid, found: Uuid },
+    ParentUuid { file: String, recorded: Uuid, found: Uuid },
     /// The parent is a raw file, in XenServer's dialect.
     ParentRaw,
     /// The parent's virtual size differs from the child's.
@@ -147,6 +170,7 @@ pub enum Defect {
     Hidden { at: u64 },
 }
 
+use Consequence as C;
 use Defect as D;
 
 impl Defect {
@@ -172,70 +196,95 @@ impl Defect {
         self
     }
 
+    /// The table of all rules: what each defect means to programs and people.
+    fn rule(&self) -> Rule {
+        match self {
+            D::NotRegular => unreadable("not-regular"),
+            D::FileTooShort { .. } => unreadable("file-too-short"),
+            D::FooterMissing { .. } => unreadable("footer-missing"),
+            D::FooterCookie { .. } => unreadable("footer-cookie"),
+            D::Poisoned { .. } => unreadable("poisoned"),
+            D::FooterChecksum { .. } => unreadable("footer-checksum"),
+            D::FooterVersion { .. } => unreadable("footer-version"),
+            D::DiskType { .. } => unreadable("disk-type"),
+            D::DiskSize { .. } => unreadable("disk-size"),
+            D::FixedTooShort { .. } => unreadable("fixed-too-short"),
+            D::FixedMore { .. } => cosmetic("fixed-more"),
+            D::FixedPadded { .. } => of("fixed-padded", Severity::Cosmetic, C::NotReadable).repairable(),
+            D::OtherFormat { .. } => unreadable("other-format"),
+            D::FootersDiffer { .. } => of("footers-differ", Severity::Corruption, C::NotWritable).repairable(),
+            D::FooterKindsDiffer { .. } => of("footer-kinds-differ", Severity::Corruption, C::NotWritable),
+            D::FooterCopyStale => cosmetic("footer-copy-stale").repairable(),
+            D::TrailingFooterMissing { .. } => corrupt("trailing-footer-missing").repairable(),
+            D::TrailingFooterInvalid { .. } => corrupt("trailing-footer-invalid").repairable(),
+            D::FrontFooterInvalid { .. } => corrupt("front-footer-invalid").repairable(),
+            D::ShortFooter { .. } => cosmetic("short-footer").repairable(),
+            D::HeaderPlace { .. } => unreadable("header-place"),
+            D::HeaderCookie { .. } => unreadable("header-cookie"),
+            D::HeaderChecksum { .. } => unreadable("header-checksum"),
+            D::HeaderVersion { .. } => unreadable("header-version"),
+            D::BlockSize { .. } => unreadable("block-size"),
+            D::TableTooSmall { .. } => unreadable("table-too-small"),
+            D::TableTooLarge { .. } => unreadable("table-too-large"),
+            D::TableUnaligned { .. } => unreadable("table-unaligned"),
+            D::TableOutside { .. } => unreadable("table-outside"),
+            D::TableOverlaps { .. } => unreadable("table-overlaps"),
+            D::BlockInMetadata { .. } => unreadable("block-in-metadata"),
+            D::BlockBeyondEnd { .. } => of("block-beyond-end", Severity::Corruption, C::NotWritable),
+            D::BlockDuplicate { .. } => unreadable("block-duplicate"),
+            D::BlockOverlap { .. } => unreadable("block-overlap"),
+            D::BlockBeyondDisk { .. } => cosmetic("block-beyond-disk").repairable(),
+            D::EntryZero { .. } => cosmetic("entry-zero").repairable(),
+            D::BlockCutOff { .. } => unreadable("block-cut-off"),
+            D::BitsBeyondDisk { .. } => cosmetic("bits-beyond-disk").repairable(),
+            D::NoPlace { .. } => of("no-place", Severity::Corruption, C::NotWritable),
+            D::SpaceUnreferenced { .. } => of("space-unreferenced", Severity::Leak, C::Told).repairable(),
+            D::DataUnderClearBit { .. } => cosmetic("data-under-clear-bit"),
+            D::LocatorPlatform { .. } => cosmetic("locator-platform"),
+            D::LocatorLength { .. } => cosmetic("locator-length"),
+            D::LocatorPlace { .. } => cosmetic("locator-place"),
+            D::ParentPath { .. } => cosmetic("parent-path"),
+            D::ParentUnnamed => unreadable("parent-unnamed"),
+            D::ParentMissing { .. } => unreadable("parent-missing"),
+            D::ParentUuid { .. } => unreadable("parent-uuid"),
+            D::ParentRaw => unreadable("parent-raw"),
+            D::ParentSize { .. } => note("parent-size"),
+            D::ParentChanged { .. } => note("parent-changed"),
+            D::ParentHidden { .. } => corrupt("parent-hidden"),
+            D::PlacedByAnother { .. } => cosmetic("placed-by-another"),
+            D::ZerosOverParent { .. } => note("zeros-over-parent"),
+            D::ChainTooDeep { .. } => unreadable("chain-too-deep"),
+            D::ChainCycle { .. } => unreadable("chain-cycle"),
+            D::ChainUuidTwice { .. } => unreadable("chain-uuid-twice"),
+            D::ChainTablesTooLarge { .. } => unreadable("chain-tables-too-large"),
+            D::BatmapHeader { .. } => corrupt("batmap-header"),
+            D::BatmapPlace { .. } => corrupt("batmap-place"),
+            D::BatmapChecksum { .. } => corrupt("batmap-checksum").repairable(),
+            D::BatmapWrong { .. } => corrupt("batmap-wrong").repairable(),
+            D::Encrypted { .. } => of("encrypted", Severity::Cosmetic, C::NotReadable),
+            D::SavedState { .. } => of("saved-state", Severity::Cosmetic, C::NotWritable),
+            D::Hidden { .. } => of("hidden", Severity::Cosmetic, C::NotWritable),
+        }
+    }
+
     /// The word for programs.
     pub fn kind(&self) -> &'static str {
-        match self {
-            D::NotRegular => "not-regular",
-            D::FileTooShort { .. } => "file-too-short",
-            D::FooterMissing { .. } => "footer-missing",
-            D::FooterCookie { .. } => "footer-cookie",
-            D::Poisoned { .. } => "poisoned",
-            D::FooterChecksum { .. } => "footer-checksum",
-            D::FooterVersion { .. } => "footer-version",
-            D::DiskType { .. } => "disk-type",
-            D::DiskSize { .. } => "disk-size",
-            D::FixedTooShort { .. } => "fixed-too-short",
-            D::FootersDiffer { .. } => "footers-differ",
-            D::FooterCopyStale => "footer-copy-stale",
-            D::TrailingFooterMissing { .. } => "trailing-footer-missing",
-            D::TrailingFooterInvalid { .. } => "trailing-footer-invalid",
-            D::FrontFooterInvalid { .. } => "front-footer-invalid",
-            D::ShortFooter { .. } => "short-footer",
-            D::HeaderPlace { .. } => "header-place",
-            D::HeaderCookie { .. } => "header-cookie",
-            D::HeaderChecksum { .. } => "header-checksum",
-            D::HeaderVersion { .. } => "header-version",
-            D::BlockSize { .. } => "block-size",
-            D::TableTooSmall { .. } => "table-too-small",
-            D::TableTooLarge { .. } => "table-too-large",
-            D::TableUnaligned { .. } => "table-unaligned",
-            D::TableOutside { .. } => "table-outside",
-            D::TableOverlaps { .. } => "table-overlaps",
-            D::BlockInMetadata { .. } => "block-in-metadata",
-            D::BlockBeyondEnd { .. } => "block-beyond-end",
-            D::BlockDuplicate { .. } => "block-duplicate",
-            D::BlockOverlap { .. } => "block-overlap",
-            D::BlockBeyondDisk { .. } => "block-beyond-disk",
-            D::BlockCutOff { .. } => "block-cut-off",
-            D::BitsBeyondDisk { .. } => "bits-beyond-disk",
-            D::NoPlace { .. } => "no-place",
-            D::SpaceUnreferenced { .. } => "space-unreferenced",
-            D::DataUnderClearBit { .. } => "data-under-clear-bit",
-            D::LocatorPlatform { .. } => "locator-platform",
-            D::LocatorLength { .. } => "locator-length",
-            D::LocatorPlace { .. } => "locator-place",
-            D::ParentPath { .. } => "parent-path",
-            D::ParentUnnamed => "parent-unnamed",
-            D::ParentMissing { .. } => "parent-missing",
-            D::ParentUuid { .. } => "parent-uuid",
-            D::ParentRaw => "parent-raw",
-            D::ParentSize { .. } => "parent-size",
-            D::ParentChanged { .. } => "parent-changed",
-            D::ParentHidden { .. } => "parent-hidden",
-            D::PlacedByAnother { .. } => "placed-by-another",
-            D::ZerosOverParent { .. } => "zeros-over-parent",
-            D::ChainTooDeep { .. } => "chain-too-deep",
-            D::ChainCycle { .. } => "chain-cycle",
-            D::ChainUuidTwice { .. } => "chain-uuid-twice",
-            D::ChainTablesTooLarge { .. } => "chain-tables-too-large",
-            D::BatmapHeader { .. } => "batmap-header",
-            D::BatmapPlace { .. } => "batmap-place",
-            D::BatmapChecksum { .. } => "batmap-checksum",
-            D::BatmapWrong { .. } => "batmap-wrong",
-            D::Encrypted { .. } => "encrypted",
-            D::SavedState { .. } => "saved-state",
-            D::Hidden { .. } => "hidden",
-        }
+        self.rule().kind
+    }
+
+    /// How bad it is.
+    pub fn severity(&self) -> Severity {
+        self.rule().severity
+    }
+
+    /// Whether the image may be read and written all the same.
+    pub fn consequence(&self) -> Consequence {
+        self.rule().consequence
+    }
+
+    /// Whether `check --repair` mends it without guessing.
+    pub fn repairable(&self) -> bool {
+        self.rule().repairable
     }
 
     /// The byte offset it is about, where there is one.
@@ -247,7 +296,10 @@ impl Defect {
             | D::FooterVersion { at, .. }
             | D::DiskType { at, .. }
             | D::DiskSize { at, .. }
+            | D::FixedPadded { at, .. }
             | D::FootersDiffer { at, .. }
+            | D::FooterKindsDiffer { at, .. }
+            | D::EntryZero { at, .. }
             | D::TrailingFooterInvalid { at, .. }
             | D::ShortFooter { at }
             | D::HeaderCookie { at }
@@ -275,7 +327,7 @@ impl Defect {
             D::FooterCopyStale | D::FrontFooterInvalid { .. } => Some(0),
             D::TrailingFooterMissing { len } => Some(*len),
             // The footer says what cannot be.
-            D::FixedTooShort { data, .. } => Some(*data),
+            D::FixedTooShort { data, .. } | D::FixedMore { data, .. } => Some(*data),
             D::HeaderPlace { len, .. } => Some(len.saturating_sub(crate::units::SECTOR)),
             D::SpaceUnreferenced { offset, .. } => Some(*offset),
             D::BlockInMetadata { entry, .. }
@@ -286,47 +338,40 @@ impl Defect {
             _ => None,
         }
     }
+}
 
-    /// How bad it is.
-    pub fn severity(&self) -> Severity {
-        match self {
-            D::ParentSize { .. } | D::ParentChanged { .. } | D::ZerosOverParent { .. } => Severity::Note,
-            D::SpaceUnreferenced { .. } => Severity::Leak,
-            D::FooterCopyStale
-            | D::ShortFooter { .. }
-            | D::BlockBeyondDisk { .. }
-            | D::BitsBeyondDisk { .. }
-            | D::DataUnderClearBit { .. }
-            | D::PlacedByAnother { .. }
-            | D::LocatorPlatform { .. }
-            | D::LocatorLength { .. }
-            | D::LocatorPlace { .. }
-            | D::ParentPath { .. }
-            | D::Encrypted { .. }
-            | D::SavedState { .. }
-            | D::Hidden { .. } => Severity::Cosmetic,
-            _ => Severity::Corruption,
-        }
-    }
+/// A row of the table of rules.
+struct Rule {
+    kind: &'static str,
+    severity: Severity,
+    consequence: Consequence,
+    repairable: bool,
+}
 
-    /// Whether `check --repair` can mend it without guessing.
-    pub fn repairable(&self) -> bool {
-        matches!(
-            self,
-            D::FootersDiffer { .. }
-                | D::FooterCopyStale
-                | D::TrailingFooterMissing { .. }
-                | D::TrailingFooterInvalid { .. }
-                | D::FrontFooterInvalid { .. }
-                | D::ShortFooter { .. }
-                | D::BlockCutOff { .. }
-                | D::BitsBeyondDisk { .. }
-                | D::BlockBeyondDisk { .. }
-                | D::SpaceUnreferenced { .. }
-                | D::BatmapChecksum { .. }
-                | D::BatmapWrong { .. }
-        )
+impl Rule {
+    fn repairable(self) -> Rule {
+        Rule { repairable: true, ..self }
     }
+}
+
+fn of(kind: &'static str, severity: Severity, consequence: Consequence) -> Rule {
+    Rule { kind, severity, consequence, repairable: false }
+}
+
+fn unreadable(kind: &'static str) -> Rule {
+    of(kind, Severity::Corruption, C::NotReadable)
+}
+
+fn corrupt(kind: &'static str) -> Rule {
+    of(kind, Severity::Corruption, C::Told)
+}
+
+fn cosmetic(kind: &'static str) -> Rule {
+    of(kind, Severity::Cosmetic, C::Told)
+}
+
+fn note(kind: &'static str) -> Rule {
+    of(kind, Severity::Note, C::Told)
 }
 
 #[cfg(test)]

@@ -37,6 +37,30 @@ impl fmt::Display for Defect {
             D::FixedTooShort { size, data } => {
                 write!(f, "a fixed disk of {size} bytes, of which the file holds only {data}")
             }
+            D::FixedMore { size, data } => write!(
+                f,
+                "a fixed disk of {size} bytes in a file that holds {data} bytes of data: no guest sees the {} bytes after \
+                 the end of the disk",
+                data - size
+            ),
+            D::FixedPadded { padding, .. } => write!(
+                f,
+                "a padded fixed disk: {padding} zeros follow its footer. It is not opened, since a guest can write such \
+                 bytes to a raw disk; if it is a fixed VHD, `check --repair` cuts the padding off"
+            ),
+            D::OtherFormat { format } => {
+                let (name, driver) = (format.name(), format.qemu_driver());
+                write!(
+                    f,
+                    "a {name} image, not a VHD; QEMU converts it: `qemu-img convert -f {driver} -O vpc -o force_size=on \
+                     SOURCE DESTINATION`"
+                )
+            }
+            D::FooterKindsDiffer { front, end, .. } => write!(
+                f,
+                "the two footers are valid, but the one at the start says {front} and the one at the end {end}; `check \
+                 --repair --take front` or `--take end` chooses"
+            ),
             D::FootersDiffer { field, .. } => write!(
                 f,
                 "the two footers are valid but differ in the {field}; the one at the end counts, and nothing is \
@@ -85,6 +109,10 @@ impl fmt::Display for Defect {
             D::BlockBeyondEnd { block, end, limit, .. } => {
                 write!(f, "block {block} ends at byte {end}; the data ends at {limit}")
             }
+            D::EntryZero { block, entries, .. } => {
+                let more = And(*entries - 1);
+                write!(f, "the table entry of block {block}{more} is 0, where no block can begin; it is read as unused")
+            }
             D::BlockDuplicate { block, other, .. } => {
                 write!(f, "blocks {block} and {other} share one place; a write to one would change the other")
             }
@@ -96,8 +124,8 @@ impl fmt::Display for Defect {
             }
             D::BlockCutOff { block, sectors, .. } => write!(
                 f,
-                "{sectors} sectors of block {block} are marked present but lie behind the end of the file: they read as \
-                 zeros"
+                "{sectors} sectors of block {block} are lost: the file was cut off before them. Restore the image from a \
+                 whole copy; `convert --salvage` copies what is left"
             ),
             D::BitsBeyondDisk { block, bits, .. } => write!(
                 f,
@@ -128,14 +156,25 @@ impl fmt::Display for Defect {
             D::ParentPath { slot: None, text, why } => {
                 write!(f, "the parent's name {text:?} in the header cannot be used: {why}")
             }
-            D::ParentUnnamed => write!(f, "no usable path to the parent is recorded; set one with `rebase`"),
-            D::ParentMissing { tried } => match tried.as_slice() {
-                [] => write!(f, "the parent is not there"),
-                tried => write!(f, "the parent is not there; tried {}", tried.join(", ")),
-            },
-            D::ParentUuid { recorded, found } => {
-                write!(f, "the parent must have UUID {recorded}, the file has {found}: not the parent, or replaced")
+            D::ParentUnnamed => {
+                write!(f, "no usable path to the parent is recorded; link it with `diffdisk rebase --unsafe`")
             }
+            D::ParentMissing { tried } => {
+                write!(f, "the parent is not there")?;
+                if !tried.is_empty() {
+                    write!(f, "; tried {}", tried.join(", "))?;
+                }
+                write!(
+                    f,
+                    ". If it was moved or renamed, give its folder with --allow-parents, or link the child to it with \
+                     `diffdisk rebase --unsafe`"
+                )
+            }
+            D::ParentUuid { file, recorded, found } => write!(
+                f,
+                "the parent must have UUID {recorded}, and {file} has {found}: another image, or one that was made \
+                 again. Only if it holds the parent's very data, link the child to it with `diffdisk rebase --unsafe`"
+            ),
             D::ParentRaw => write!(f, "the recorded parent is a raw file, which a VHD must not choose"),
             D::ParentSize { child, parent } => {
                 write!(f, "the disk has {child} bytes, its parent {parent}")
@@ -218,6 +257,7 @@ impl From<Defect> for Error {
             | D::TableTooLarge { .. }
             | D::ChainTablesTooLarge { .. } => ErrorKind::Refused,
             D::ParentMissing { .. } => ErrorKind::NotFound,
+            D::OtherFormat { .. } => ErrorKind::Unsupported,
             D::NoPlace { .. } => ErrorKind::NoSpace,
             _ => ErrorKind::Invalid,
         };

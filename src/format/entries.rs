@@ -21,13 +21,14 @@ pub struct EntryRules<'a> {
     pub block_size: BlockSize,
     /// Blocks of the disk; entries behind are ignored, but for their space.
     pub blocks: u64,
-    /// The byte before which every block must end.
-    pub limit: u64,
+    /// The byte at which the data ends. Blocks that end after it are [`Placed::cut`].
+    pub data_end: u64,
+    /// How far after that a block of no use may end and still keep its room.
+    pub slack: u64,
 }
 
 impl<'a> EntryRules<'a> {
-    /// The rules for an image. A block may run into a missing trailing footer and beyond by one block (O12): what the
-    /// file does not hold of it reads as zero, until a repair has made the file whole.
+    /// The rules for an image.
     pub fn new(chosen: &Chosen, header: &DynamicHeader, metadata: &'a Metadata) -> EntryRules<'a> {
         let slack = match chosen.source {
             FooterSource::FrontOnly => header.block_size.bytes().into(),
@@ -37,7 +38,8 @@ impl<'a> EntryRules<'a> {
             metadata,
             block_size: header.block_size,
             blocks: header.block_size.blocks_for(chosen.footer.sectors()),
-            limit: chosen.data_end.saturating_add(slack),
+            data_end: chosen.data_end,
+            slack,
         }
     }
 }
@@ -51,6 +53,17 @@ pub struct Placed {
     pub beyond: Vec<u32>,
     /// The first byte behind all metadata and all blocks.
     pub end: u64,
+    /// How many of `entries`, the last ones, end after the data does. Their bitmaps decide whether bytes are lost (O12).
+    pub cut: usize,
+}
+
+impl Placed {
+    /// Whether a block, of the disk or behind its end, lies over a range of the file.
+    pub fn covers(&self, range: &Range<u64>, block_size: BlockSize) -> bool {
+        let stride = u64::from(block_size.stride_sectors());
+        let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond).copied().map(u64::from);
+        places.any(|place| place * SECTOR < range.end && range.start < (place + stride) * SECTOR)
+    }
 }
 
 /// Holds entries, as (block, entry), against the rules (O12, O13) and tells `found` each defect, until it breaks.
@@ -68,14 +81,14 @@ pub fn check_entries<B>(
         ControlFlow::Break(value) => Err(value),
     };
     let stride = u64::from(rules.block_size.stride_sectors());
-    let mut placed = Placed { entries: Vec::new(), beyond: Vec::new(), end: rules.metadata.end() };
+    let mut placed = Placed { entries: Vec::new(), beyond: Vec::new(), end: rules.metadata.end(), cut: 0 };
     for (block, entry) in entries {
         if entry == bat::UNUSED {
             continue;
         }
         let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
         if u64::from(block) >= rules.blocks {
-            if range.end <= rules.limit {
+            if range.end <= rules.data_end.saturating_add(rules.slack) {
                 placed.end = placed.end.max(range.end);
                 placed.beyond.push(entry);
             }
@@ -85,9 +98,7 @@ pub fn check_entries<B>(
         if let Some(part) = rules.metadata.overlapping(&range) {
             tell(Defect::BlockInMetadata { block, entry, part })?;
         }
-        if range.end > rules.limit {
-            tell(Defect::BlockBeyondEnd { block, entry, end: range.end, limit: rules.limit })?;
-        }
+        placed.cut += usize::from(range.end > rules.data_end);
         placed.end = placed.end.max(range.end);
         placed.entries.push((entry, block));
     }
@@ -104,13 +115,15 @@ pub fn check_entries<B>(
     Ok(placed)
 }
 
-/// The space before byte `end` that neither metadata nor blocks take, but for gaps that align the block behind them.
+/// The space before byte `end` that neither metadata nor blocks take, but for gaps that align the block after them and
+/// room that is set aside for locators.
 pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
     let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond);
     let blocks = places.map(|&entry| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
     let mut taken: Vec<Range<u64>> =
         metadata.extents().iter().map(|extent| extent.range.clone()).chain(blocks).collect();
+    taken.extend(metadata.set_aside().iter().cloned());
     taken.sort_unstable_by_key(|range| range.start);
     let mut free = Vec::new();
     let mut at = 0;
@@ -148,7 +161,7 @@ mod tests {
     fn all(entries: &[(u32, u32)], limit: u64) -> (Placed, Vec<&'static str>) {
         let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
-        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit };
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: limit, slack: 0 };
         let mut kinds = Vec::new();
         let placed = check_entries(entries.iter().copied(), &rules, |defect| {
             kinds.push(defect.kind());
@@ -161,15 +174,15 @@ mod tests {
     fn entries_at_their_limits() {
         // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
         let end = 13 * 512;
-        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end }, vec![]));
+        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end, cut: 0 }, vec![]));
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
-        assert_eq!(all(&[(0, 4)], end - 1).1, ["block-beyond-end"]);
+        assert_eq!((all(&[(0, 4)], end - 1).0.cut, all(&[(0, 4)], end - 1).1.len()), (1, 0), "its bitmap decides");
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
         assert_eq!(
             all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
-            (Placed { entries: vec![], beyond: vec![], end: 2048 }, vec![])
+            (Placed { entries: vec![], beyond: vec![], end: 2048, cut: 0 }, vec![])
         );
         assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
@@ -182,7 +195,7 @@ mod tests {
     fn stops_where_it_is_told() {
         let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
-        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, limit: LEN };
+        let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: LEN, slack: 0 };
         let first = check_entries([(0, 0), (1, 1)], &rules, ControlFlow::Break);
         assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: Part::FrontFooter }));
     }
@@ -194,9 +207,10 @@ mod tests {
         let (metadata, _) = Metadata::new(&f, &h, None, LEN);
         let missing = crate::format::choose(&[0; 512], Some(&f.encode()), LEN).unwrap();
         let rules = EntryRules::new(&missing, &h, &metadata);
-        assert_eq!((rules.limit, rules.blocks), (LEN + 4096, 4));
+        assert_eq!((rules.data_end, rules.slack, rules.blocks), (LEN, 4096, 4));
         let there = crate::format::choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
-        assert_eq!(EntryRules::new(&there, &h, &metadata).limit, LEN - 512);
+        let rules = EntryRules::new(&there, &h, &metadata);
+        assert_eq!((rules.data_end, rules.slack), (LEN - 512, 0));
     }
 
     #[test]
@@ -220,7 +234,8 @@ mod tests {
         let (metadata, _) = Metadata::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
             let entries = places.iter().copied().zip(0..).collect();
-            let behind = unreferenced(&metadata, &Placed { entries, beyond: vec![], end: 0 }, block_size, end * 512);
+            let behind =
+                unreferenced(&metadata, &Placed { entries, beyond: vec![], end: 0, cut: 0 }, block_size, end * 512);
             behind.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
         };
         // The table ends at sector 16; blocks take 4097 sectors.
@@ -241,7 +256,7 @@ mod tests {
         let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let free = |entries, end| {
-            let placed = Placed { entries, beyond: vec![60], end: 0 };
+            let placed = Placed { entries, beyond: vec![60], end: 0, cut: 0 };
             unreferenced(&metadata, &placed, block_size, end)
         };
         assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);

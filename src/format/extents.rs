@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::format::bat;
-use crate::format::batmap::{self, BatmapHeader, Presence};
+use crate::format::batmap::BatmapHeader;
 use crate::format::defect::Defect;
 use crate::format::footer::{FOOTER_BYTES, Footer};
 use crate::format::header::{DynamicHeader, HEADER_BYTES};
@@ -105,6 +105,8 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Metadata {
     extents: Vec<Extent>,
+    /// Room that locators have by their space fields.
+    set_aside: Vec<Range<u64>>,
 }
 
 impl Metadata {
@@ -117,7 +119,7 @@ impl Metadata {
         batmap: Option<&BatmapHeader>,
         len: u64,
     ) -> (Metadata, Vec<Defect>) {
-        let (mut extents, mut notes) = (Vec::new(), Vec::new());
+        let (mut extents, mut set_aside, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         let mut add = |part, range: Range<u64>| extents.push(Extent { part, range });
         let table = header.table_offset..header.table_offset.saturating_add(bat::bytes(header.entries));
         let front = 0..FOOTER_BYTES;
@@ -125,13 +127,12 @@ impl Metadata {
         add(Part::FrontFooter, front.clone());
         add(Part::Header, own.clone());
         add(Part::Table, table.clone());
-        if batmap.is_some() || batmap::presence(footer) == Presence::Present {
+        if let Some(batmap) = batmap {
             let at = table.end;
             add(Part::BatmapHeader, at..at.saturating_add(SECTOR));
-            match batmap.map(|batmap| batmap.region(at, len)) {
-                Some(Ok(region)) => add(Part::Batmap, region),
-                Some(Err(defect)) => notes.push(defect),
-                None => notes.push(Defect::BatmapHeader { at }),
+            match batmap.region(at, len) {
+                Ok(region) => add(Part::Batmap, region),
+                Err(defect) => notes.push(defect),
             }
         }
         for (slot, locator) in header.locators.iter().enumerate() {
@@ -142,6 +143,7 @@ impl Metadata {
                         let (offset, length) = (locator.offset, locator.length);
                         notes.push(Defect::LocatorPlace { slot, offset, length });
                     } else {
+                        set_aside.push(text.start..text.start.saturating_add(locator.space_bytes()));
                         add(Part::Locator(slot), text);
                     }
                 }
@@ -150,12 +152,17 @@ impl Metadata {
             }
         }
         extents.sort_by_key(|extent| extent.range.start);
-        (Metadata { extents }, notes)
+        (Metadata { extents, set_aside }, notes)
     }
 
     /// The extents, by place.
     pub fn extents(&self) -> &[Extent] {
         &self.extents
+    }
+
+    /// Room that locators have by their space fields, and that a longer text may take. Blocks may lie there all the same.
+    pub fn set_aside(&self) -> &[Range<u64>] {
+        &self.set_aside
     }
 
     /// The first byte behind all of them.
@@ -260,7 +267,7 @@ mod tests {
         let (m, notes) = Metadata::new(&tap, &header(1536, 8), Some(&batmap), LEN);
         assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, Part::BatmapHeader));
         let (m, notes) = Metadata::new(&tap, &header(1536, 8), None, LEN);
-        assert_eq!((m.end(), notes), (2560, vec![Defect::BatmapHeader { at: 2048 }]));
+        assert_eq!((m.end(), notes), (2048, vec![]), "Xen Orchestra writes none");
         let outside = BatmapHeader { offset: LEN, ..batmap };
         assert_eq!(Metadata::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
     }

@@ -158,10 +158,12 @@ impl Footer {
         }
     }
 
-    /// The same disk with another size. The original size follows, since libvhdi reads the size there.
+    /// The same disk with another size. The original size follows, since libvhdi reads the size there, and the geometry,
+    /// by which QEMU counts the sectors of some creators.
     #[must_use]
     pub fn with_size(&self, size: u64) -> Footer {
-        Footer { original_size: size, current_size: size, geometry: Geometry::for_size(size), ..self.clone() }
+        let geometry = Geometry::for_creator(self.creator, size);
+        Footer { original_size: size, current_size: size, geometry, ..self.clone() }
     }
 
     /// From the 512 bytes of a footer. Whether the disk fits its file is not asked here.

@@ -25,8 +25,6 @@ pub struct Chosen {
     pub footer: Footer,
     /// Where it was read.
     pub source: FooterSource,
-    /// False where the two copies are both valid and contradict each other: nothing may be written before a repair.
-    pub agree: bool,
     /// What is wrong but does not prevent reading.
     pub notes: Vec<Defect>,
     /// Where the data must end: the offset of the trailing footer, or the length of the file where it is missing.
@@ -110,28 +108,30 @@ fn with_tail(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 
         if footer.current_size > at {
             return Err(Defect::FixedTooShort { size: footer.current_size, data: at });
         }
-        return Ok(Chosen { footer, source, agree: true, notes, data_end: at });
+        if footer.current_size < at {
+            notes.push(Defect::FixedMore { size: footer.current_size, data: at });
+        }
+        return Ok(Chosen { footer, source, notes, data_end: at });
     }
-    let mut agree = true;
     match front.map_or(Err(Defect::FooterCookie { at: 0 }), Footer::decode) {
         Err(poisoned @ Defect::Poisoned { .. }) => return Err(poisoned),
         Err(reason) => notes.push(Defect::FrontFooterInvalid { reason: Box::new(reason) }),
         Ok(copy) => match difference(&footer, &copy) {
-            Some(field) => {
-                agree = false;
-                notes.push(Defect::FootersDiffer { at, field });
+            _ if footer.disk_type != copy.disk_type => {
+                let (front, end) = (copy.disk_type.word(), footer.disk_type.word());
+                notes.push(Defect::FooterKindsDiffer { at, front, end });
             }
+            Some(field) => notes.push(Defect::FootersDiffer { at, field }),
             None if copy != footer => notes.push(Defect::FooterCopyStale),
             None => {}
         },
     }
-    Ok(Chosen { footer, source, agree, notes, data_end: at })
+    Ok(Chosen { footer, source, notes, data_end: at })
 }
 
-/// The first field with consequences in which two footers differ.
+/// The first field with consequences in which two footers of one kind differ.
 fn difference(a: &Footer, b: &Footer) -> Option<&'static str> {
     match () {
-        () if a.disk_type != b.disk_type => Some("disk type"),
         () if a.current_size != b.current_size => Some("size"),
         () if a.uuid != b.uuid => Some("UUID"),
         () if a.data_offset != b.data_offset => Some("data offset"),
@@ -142,7 +142,7 @@ fn difference(a: &Footer, b: &Footer) -> Option<&'static str> {
 fn with_front(front: Option<&[u8; 512]>, len: u64, note: Defect, otherwise: Defect) -> Result<Chosen, Defect> {
     match front.map(Footer::decode) {
         Some(Ok(footer)) if footer.disk_type != DiskType::Fixed => {
-            Ok(Chosen { footer, source: FooterSource::FrontOnly, agree: true, notes: vec![note], data_end: len })
+            Ok(Chosen { footer, source: FooterSource::FrontOnly, notes: vec![note], data_end: len })
         }
         Some(Err(poisoned @ Defect::Poisoned { .. })) => Err(poisoned),
         _ => Err(otherwise),
@@ -170,7 +170,7 @@ mod tests {
     fn two_equal_copies() {
         let f = footer(DiskType::Dynamic);
         let c = choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
-        assert_eq!((c.footer, c.source, c.agree, c.data_end), (f, FooterSource::TailFull, true, LEN - 512));
+        assert_eq!((c.footer, c.source, c.data_end), (f, FooterSource::TailFull, LEN - 512));
         assert_eq!(c.notes, []);
     }
 
@@ -178,8 +178,11 @@ mod tests {
     fn a_fixed_disk_never_looks_at_its_front() {
         let f = footer(DiskType::Fixed);
         let forged = footer(DiskType::Differencing).encode();
+        let size = f.current_size;
+        let c = choose(&f.encode(), Some(&forged), size + 512).unwrap();
+        assert_eq!((c.footer.disk_type, c.notes.len()), (DiskType::Fixed, 0));
         let c = choose(&f.encode(), Some(&forged), LEN).unwrap();
-        assert_eq!((c.footer.disk_type, c.agree, c.notes.len()), (DiskType::Fixed, true, 0));
+        assert_eq!(c.notes, [Defect::FixedMore { size, data: LEN - 512 }]);
         let mut poison = f.encode();
         poison[..8].copy_from_slice(b"v_poison");
         assert!(choose(&f.encode(), Some(&poison), LEN).is_ok());
@@ -219,21 +222,24 @@ mod tests {
     fn valid_copies_that_differ() {
         let tail = footer(DiskType::Dynamic);
         let fronts = [
-            ("disk type", Footer { disk_type: DiskType::Differencing, ..tail.clone() }),
             ("size", tail.with_size(2 << 20)),
             ("UUID", Footer { uuid: Uuid::from_u128(2), ..tail.clone() }),
             ("data offset", Footer { data_offset: 1024, ..tail.clone() }),
         ];
         for (field, front) in fronts {
             let c = choose(&tail.encode(), Some(&front.encode()), LEN).unwrap();
-            assert_eq!((&c.footer, c.agree), (&tail, false));
+            assert_eq!(c.footer, tail);
             assert_eq!(c.notes, [Defect::FootersDiffer { at: LEN - 512, field }]);
         }
+        let other = Footer { disk_type: DiskType::Differencing, ..tail.clone() };
+        let c = choose(&tail.encode(), Some(&other.encode()), LEN).unwrap();
+        let kinds = Defect::FooterKindsDiffer { at: LEN - 512, front: "differencing", end: "dynamic" };
+        assert_eq!((c.footer, c.notes), (tail.clone(), vec![kinds]));
         let stale = Footer { timestamp: 99, ..tail.clone() };
         let c = choose(&tail.encode(), Some(&stale.encode()), LEN).unwrap();
-        assert_eq!((c.agree, c.notes), (true, vec![Defect::FooterCopyStale]));
+        assert_eq!(c.notes, [Defect::FooterCopyStale]);
         let c = choose(&tail.encode(), Some(&damaged(DiskType::Dynamic)), LEN).unwrap();
-        assert!(c.agree && matches!(c.notes[..], [Defect::FrontFooterInvalid { .. }]));
+        assert!(matches!(c.notes[..], [Defect::FrontFooterInvalid { .. }]));
     }
 
     #[test]

@@ -2,6 +2,9 @@
 
 use crate::units::SECTOR;
 
+/// The creator tags with which every version of QEMU takes the current size.
+const EXACT_CREATORS: [[u8; 4]; 5] = [*b"win ", *b"qem2", *b"d2v ", *b"tap\0", *b"CTXS"];
+
 /// A disk geometry. Never a reason to reject an image, and never divided by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
@@ -38,6 +41,17 @@ impl Geometry {
         Geometry { cylinders, heads: u8::try_from(heads).expect("at most 16 heads"), sectors }
     }
 
+    /// The geometry to record for a disk of `bytes` in an image with this creator tag, so that every version of QEMU
+    /// takes the current size: the largest geometry if QEMU would cut the disk down to the ordinary one.
+    ///
+    /// QEMU takes the current size of a few creators' images, and of all images with the largest geometry. Of others it
+    /// multiplies cylinders, heads and sectors: before QEMU 10 for all other tags, since then for `vpc ` and `qemu`
+    /// (vhd-format 2.3).
+    pub fn for_creator(creator: [u8; 4], bytes: u64) -> Geometry {
+        let ordinary = Geometry::for_size(bytes);
+        if EXACT_CREATORS.contains(&creator) || ordinary.bytes() == bytes { ordinary } else { Geometry::MAX }
+    }
+
     /// The bytes that it covers.
     pub const fn bytes(self) -> u64 {
         self.cylinders as u64 * self.heads as u64 * self.sectors as u64 * SECTOR
@@ -47,6 +61,50 @@ impl Geometry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The size that QEMU takes, before version 10 and since (block/vpc.c).
+    fn by_qemu(creator: [u8; 4], geometry: Geometry, current: u64) -> [u64; 2] {
+        let exact_before = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS"].contains(&&creator);
+        let exact_since = ![b"vpc ", b"qemu"].contains(&&creator);
+        [exact_before, exact_since].map(|exact| match exact || geometry == Geometry::MAX {
+            true => current,
+            false => geometry.bytes(),
+        })
+    }
+
+    #[test]
+    fn no_qemu_cuts_a_disk() {
+        let tags = [
+            b"win ",
+            b"qem2",
+            b"d2v ",
+            b"tap\0",
+            b"CTXS",
+            b"vpc ",
+            b"qemu",
+            b"vbox",
+            b"dutl",
+            b"xo  ",
+            b"vs  ",
+            b"wa\0\0",
+            b"caml",
+            b"d2v\0",
+            b"\0\0\0\0",
+        ];
+        for &tag in tags {
+            for size in [512, 34816, 1 << 20, 10 << 20, 504 << 20, 1 << 30, 127 << 30, 2040 << 30] {
+                let geometry = Geometry::for_creator(tag, size);
+                assert_eq!(by_qemu(tag, geometry, size), [size; 2], "{} {size}", tag.escape_ascii());
+            }
+        }
+        assert_eq!(by_qemu(*b"vbox", Geometry::for_size(1 << 20), 1 << 20), [1_044_480, 1 << 20]);
+        assert_eq!(
+            Geometry::for_creator(*b"tap\0", 1 << 20),
+            Geometry::for_size(1 << 20),
+            "vhd-util minds the largest"
+        );
+        assert_eq!(Geometry::for_creator(*b"vpc ", 504 << 20), Geometry::for_size(504 << 20), "no sector is cut off");
+    }
 
     #[test]
     fn the_table_of_the_specification() {

@@ -2,15 +2,18 @@
 //!
 //! Entries are hints. A broken one is skipped with a note and never keeps an image from opening (O11).
 
+use std::ffi::{OsStr, OsString};
 use std::ops::Range;
-use std::path::Path;
 
 use crate::format::defect::Defect;
-use crate::format::parent_path::{ParentPath, normalise};
+use crate::format::parent_path::{ParentPath, name_on_share, normalise};
 use crate::units::SECTOR;
 
 /// The longest text of a locator that is read (O11), in bytes.
 pub const MAX_TEXT_BYTES: u32 = 4096;
+
+/// The most room for a text that is taken as set aside, in bytes.
+const MAX_SPACE_BYTES: u64 = 64 << 10;
 
 /// How a locator's text is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,6 +97,14 @@ impl LocatorEntry {
         Platform::from_code(self.platform)
     }
 
+    /// Room that is set aside for its text, in bytes: at most the 64 KiB that Windows sets aside. 0 if the field has no
+    /// meaning.
+    pub fn space_bytes(&self) -> u64 {
+        let space = u64::from(self.space);
+        let bytes = if space < SECTOR { space * SECTOR } else { space };
+        if bytes.is_multiple_of(SECTOR) { bytes.min(MAX_SPACE_BYTES) } else { 0 }
+    }
+
     /// Where its text lies in a file of `len` bytes; `None` where there is no text to read. `slot` is its index, for
     /// the message.
     ///
@@ -173,46 +184,65 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A place where the parent may be.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Candidate {
-    /// The locator that says so; `None` for the name in the header.
-    pub slot: Option<usize>,
-    /// The place.
-    pub path: ParentPath,
+/// What an image records of where its parent is.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Recorded {
+    /// Paths, in the order to try, each once: relative ones, the header's if it names a folder, absolute ones
+    /// (vhd-format 4.4).
+    pub paths: Vec<ParentPath>,
+    /// File names, the header's first, each once: what is left to look for if no path leads to a file.
+    pub names: Vec<OsString>,
+    /// What is wrong with texts that no path comes out of.
+    pub notes: Vec<Defect>,
 }
 
-/// Where the parent may be, in the order to try: relative paths, the header's name, its last part in the child's
-/// folder, absolute paths (vhd-format 4.4). Each place once. And notes on texts that no path comes out of.
-pub fn candidates<'a>(
-    locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>,
-    name: &[u8; 512],
-) -> (Vec<Candidate>, Vec<Defect>) {
-    let (mut relative, mut absolute, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut sort = |slot, text: &[u8]| match normalise(text) {
-        Ok(path @ ParentPath::Relative(_)) => relative.push(Candidate { slot, path }),
-        Ok(path @ ParentPath::Absolute(_)) => absolute.push(Candidate { slot, path }),
-        Err(why) => notes.push(Defect::ParentPath { slot, text: String::from_utf8_lossy(text).into_owned(), why }),
-    };
-    for (slot, platform, data) in locators {
-        texts(platform, data).iter().for_each(|text| sort(Some(slot), text));
-    }
-    let name = header_name(name);
-    if !name.is_empty() {
-        sort(None, &name);
-        if let Some(last) =
-            normalise(&name).ok().and_then(|path| path.as_path().file_name().map(Path::new).map(Into::into))
-        {
-            relative.push(Candidate { slot: None, path: ParentPath::Relative(last) });
+impl Recorded {
+    /// Reads the locators' texts, each with its slot and platform, and the name in the header.
+    pub fn read<'a>(locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>, name: &[u8; 512]) -> Recorded {
+        let (mut relative, mut absolute, mut found) = (Vec::new(), Vec::new(), Recorded::default());
+        let name = header_name(name);
+        let texts = locators
+            .into_iter()
+            .flat_map(|(slot, platform, data)| texts(platform, data).into_iter().map(move |text| (Some(slot), text)));
+        let header = (!name.is_empty()).then_some((None, name));
+        let mut header_file = None;
+        for (slot, text) in texts.chain(header) {
+            let file_name = match normalise(&text) {
+                Ok(path) => {
+                    let file_name = path.as_path().file_name().map(OsStr::to_os_string);
+                    let is_bare = path.as_path().components().count() == 1;
+                    match &path {
+                        // A bare name in the header is what most writers leave there, wherever the parent is.
+                        ParentPath::Relative(_) if slot.is_none() && is_bare => {}
+                        ParentPath::Relative(_) => push_new(&mut relative, path),
+                        ParentPath::Absolute(_) => push_new(&mut absolute, path),
+                    }
+                    file_name
+                }
+                Err(why) => {
+                    let shown = String::from_utf8_lossy(&text).into_owned();
+                    found.notes.push(Defect::ParentPath { slot, text: shown, why });
+                    name_on_share(&text)
+                }
+            };
+            match slot {
+                None => header_file = file_name,
+                Some(_) => file_name.into_iter().for_each(|name| push_new(&mut found.names, name)),
+            }
         }
-    }
-    let mut all: Vec<Candidate> = Vec::new();
-    for candidate in relative.into_iter().chain(absolute) {
-        if all.iter().all(|known| known.path != candidate.path) {
-            all.push(candidate);
+        if let Some(first) = header_file {
+            found.names.retain(|name| *name != first);
+            found.names.insert(0, first);
         }
+        absolute.into_iter().for_each(|path| push_new(&mut relative, path));
+        Recorded { paths: relative, ..found }
     }
-    (all, notes)
+}
+
+fn push_new<T: PartialEq>(all: &mut Vec<T>, one: T) {
+    if !all.contains(&one) {
+        all.push(one);
+    }
 }
 
 #[cfg(test)]
@@ -282,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn candidates_in_their_order() {
+    fn paths_in_their_order() {
         let (relative, absolute) = (le(".\\..\\p\\base.vhd"), le("C:\\VMs\\corpus\\base.vhd"));
         let unc = le("\\\\server\\share\\base.vhd");
         let locators = [
@@ -291,20 +321,26 @@ mod tests {
             (6, Platform::W2ku, &absolute),
             (7, Platform::W2ru, &relative),
         ];
-        let (all, notes) = candidates(locators, &name("x\\base2.vhd"));
-        let at = |slot, path: &str| Candidate { slot, path: ParentPath::Relative(path.into()) };
-        let expected = [
-            at(Some(0), "base.vhd"),
-            at(Some(7), "../p/base.vhd"),
-            at(None, "x/base2.vhd"),
-            at(None, "base2.vhd"),
-            Candidate { slot: Some(6), path: ParentPath::Absolute("/VMs/corpus/base.vhd".into()) },
-        ];
-        assert_eq!(all, expected);
+        let recorded = Recorded::read(locators, &name("x\\base2.vhd"));
+        let expected = ["base.vhd", "../p/base.vhd", "x/base2.vhd"].map(|path| ParentPath::Relative(path.into()));
+        let absolute = ParentPath::Absolute("/VMs/corpus/base.vhd".into());
+        assert_eq!(recorded.paths, [&expected[..], &[absolute]].concat());
+        assert_eq!(recorded.names, ["base2.vhd", "base.vhd"], "the header's name is the first");
         assert!(
-            matches!(&notes[..], [Defect::ParentPath { slot: Some(1), text, .. }] if text.starts_with("\\\\server"))
+            matches!(&recorded.notes[..], [Defect::ParentPath { slot: Some(1), text, .. }] if text.starts_with("\\\\server"))
         );
-        assert_eq!(candidates([], &[0; 512]), (vec![], vec![]));
+        assert_eq!(Recorded::read([], &[0; 512]), Recorded::default());
+    }
+
+    #[test]
+    fn a_bare_name_in_the_header_is_no_path() {
+        let bare = Recorded::read([], &name("base.vhd"));
+        assert_eq!((bare.paths.len(), &bare.names[..]), (0, &["base.vhd".into()][..]));
+        let windows = Recorded::read([], &name("C:\\VMs\\base.vhd"));
+        assert_eq!(windows.paths, [ParentPath::Absolute("/VMs/base.vhd".into())]);
+        assert_eq!(windows.names, ["base.vhd"]);
+        let share = Recorded::read([], &name("\\\\server\\share\\VMs\\base.vhd"));
+        assert_eq!((share.paths.len(), share.notes.len(), &share.names[..]), (0, 1, &["base.vhd".into()][..]));
     }
 
     #[test]
@@ -317,9 +353,9 @@ mod tests {
             random.fill(&mut name);
             for code in [*b"W2ru", *b"Wi2k", *b"MacX", *b"Mac "] {
                 let platform = Platform::from_code(u32::from_be_bytes(code));
-                for candidate in candidates([(0, platform, &data[..])], &name).0 {
-                    assert!(candidate.path.as_path().file_name().is_some());
-                }
+                let recorded = Recorded::read([(0, platform, &data[..])], &name);
+                assert!(recorded.paths.iter().all(|path| path.as_path().file_name().is_some()));
+                assert!(recorded.names.iter().all(|name| !name.as_encoded_bytes().contains(&b'/')));
             }
         }
     }

@@ -22,12 +22,14 @@
 //!
 //! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
 //! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition.
+//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
+//! [`stamp`] names the live journal of an image that a daemon has open.
 
 pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
+pub mod container;
 pub mod defect;
 mod defect_text;
 pub mod entries;
@@ -39,9 +41,11 @@ pub mod header;
 pub mod layout;
 pub mod locator;
 pub mod parent_path;
+pub mod stamp;
 
 pub use batmap::BatmapHeader;
-pub use defect::{Defect, Severity};
+pub use container::Container;
+pub use defect::{Consequence, Defect, Severity};
 pub use entries::{EntryRules, Placed, check_entries, unreferenced};
 pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
 pub use footer::{DiskType, Footer};
@@ -49,8 +53,9 @@ pub use footer_choice::{Chosen, FooterSource, choose};
 pub use geometry::Geometry;
 pub use header::DynamicHeader;
 pub use layout::NewLayout;
-pub use locator::{Candidate, LocatorEntry, Platform};
+pub use locator::{LocatorEntry, Platform, Recorded};
 pub use parent_path::ParentPath;
+pub use stamp::Stamp;
 
 #[cfg(test)]
 pub(crate) mod random {

@@ -2,7 +2,7 @@
 //!
 //! The image is hostile: what comes out of [`normalise`] is a wish, which the chain grants only below allowed folders.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -72,6 +72,23 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     } else {
         ParentPath::Relative(path)
     })
+}
+
+/// The file name at the end of a path on another host (`\\\\server\\share\\name`), from any text that writers leave.
+pub fn name_on_share(text: &[u8]) -> Option<OsString> {
+    if text.len() > MAX_TEXT_BYTES as usize || text.contains(&0) {
+        return None;
+    }
+    let text: Vec<u8> = text.iter().map(|&byte| if byte == b'\\' { b'/' } else { byte }).collect();
+    let rest = strip_word(&text, b"file://").unwrap_or(&text).strip_prefix(b"//")?;
+    let rest = strip_word(rest, b"?/unc/").unwrap_or(rest);
+    let parts: Vec<&[u8]> = rest.split(|&byte| byte == b'/').filter(|part| !part.is_empty()).collect();
+    match parts.as_slice() {
+        // `\\\\.\\` and `\\\\?\\` begin names of devices and of drives.
+        [b"." | b"?", ..] => None,
+        [_server, _share, .., name] if ![&b"."[..], b".."].contains(name) => Some(OsStr::from_bytes(name).into()),
+        _ => None,
+    }
 }
 
 /// Regardless of case.
@@ -250,6 +267,31 @@ mod tests {
         }
         assert!(normalise(&[b'a'; 4095]).is_ok() && normalise(&[b'a'; 4096]).is_ok());
         assert!(normalise(&[b'a'; 4097]).is_err());
+    }
+
+    #[test]
+    fn names_on_other_hosts() {
+        let name = |text: &str| name_on_share(text.as_bytes()).map(|name| name.into_string().unwrap());
+        for text in [
+            "\\\\server\\share\\a b.vhd",
+            "//s/x/y/z/a b.vhd",
+            "\\\\?\\UNC\\server\\share\\a b.vhd",
+            "file:////s/x/a b.vhd",
+        ] {
+            assert_eq!(name(text).as_deref(), Some("a b.vhd"), "{text}");
+        }
+        for text in [
+            "a.vhd",
+            "C:\\x\\y\\a.vhd",
+            "\\\\server\\share",
+            "\\\\s\\x\\..",
+            "\\\\.\\x\\y\\a",
+            "\\\\?\\C:\\x\\a.vhd",
+            "http://s/x/a",
+            "",
+        ] {
+            assert_eq!(name(text), None, "{text}");
+        }
     }
 
     #[test]

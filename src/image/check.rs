@@ -13,8 +13,9 @@ use super::walk::{self, ComeTo, Suspects};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
 use crate::format::layout::PAGE;
-use crate::format::{Defect, Severity};
+use crate::format::{Defect, DiskType, Severity};
 use crate::storage::File;
+use crate::units::SectorRange;
 
 /// Defects of a kind that are listed; of a table of millions of wrong entries more would help nobody.
 const LISTED: u64 = 1000;
@@ -26,6 +27,8 @@ pub struct Report {
     pub defects: Vec<Defect>,
     /// Blocks that may hide data of the parent.
     pub suspects: Option<Suspects>,
+    /// The ranges of the disk that are lost, ascending.
+    pub lost: Vec<SectorRange>,
     kinds: BTreeMap<&'static str, u64>,
     unlisted: BTreeMap<Severity, u64>,
 }
@@ -73,12 +76,13 @@ pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Optio
         passed += more;
         watch(more)
     };
-    let examined = Image::examine(file, &mut |defect, _| {
+    let examined = Image::examine(file, &mut |defect| {
         report.add(defect);
         ControlFlow::<Error>::Continue(())
     });
     let image = match examined {
         Ok(image) => {
+            report.lost = image.lost().to_vec();
             look_closer(&image, &mut report, &mut come_to)?;
             Some(image)
         }
@@ -91,13 +95,18 @@ pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Optio
 
 /// What opening does not need to know.
 fn look_closer(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
-    let footer = image.footer();
-    let at = image.data_end();
-    if footer.saved_state != 0 {
-        report.add(Defect::SavedState { at });
-    }
-    if footer.hidden() {
-        report.add(Defect::Hidden { at });
+    // Its own bytes decide that: no parent is looked for. Of two kinds of disk it may not be the one that has a parent.
+    let child = image.kind() == DiskType::Differencing
+        && !report.defects.iter().any(|defect| matches!(defect, Defect::FooterKindsDiffer { .. }));
+    if let Some(header) = image.header().filter(|_| child) {
+        if header.parent_is_raw() {
+            report.add(Defect::ParentRaw);
+        } else {
+            let recorded = image.recorded_parent()?;
+            if recorded.paths.is_empty() && recorded.names.is_empty() {
+                report.add(Defect::ParentUnnamed);
+            }
+        }
     }
     if places_are_believed(&report.defects) {
         for gap in free(image)? {
@@ -114,6 +123,8 @@ pub(super) fn places_are_believed(defects: &[Defect]) -> bool {
         matches!(
             defect,
             Defect::FootersDiffer { .. }
+                | Defect::FooterKindsDiffer { .. }
+                | Defect::BlockCutOff { .. }
                 | Defect::BlockInMetadata { .. }
                 | Defect::BlockBeyondEnd { .. }
                 | Defect::BlockDuplicate { .. }

@@ -55,12 +55,13 @@ fn data_that_a_root_calls_absent() {
 #[test]
 fn sectors_that_the_file_does_not_hold() {
     let host = written(child(), 1000, &[(0, 128)]);
-    let end = place(&host, 0) + 129 * SECTOR;
+    let at = place(&host, 0);
+    let end = at + 129 * SECTOR;
     file(&host).set_len(end - 3 * SECTOR).unwrap();
     let (report, _) = check(file(&host)).unwrap();
-    let at = place(&host, 0);
     let cut = Defect::BlockCutOff { block: 0, sectors: 3, at };
     assert!(report.defects.contains(&cut) && report.defects.len() == 2, "{:?}", report.defects);
+    assert_eq!(report.lost, [SectorRange::between(125, 128)]);
     poke(&host, at + 12, &[0; 4]);
     assert_eq!(kinds(&host), ["trailing-footer-missing"], "sectors that are not marked are not missed");
 }

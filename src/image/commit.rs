@@ -4,6 +4,7 @@
 //!   S = dirty granules of completed writes, and the places of their blocks that the file does not know
 //!   C1  sync             only if S has bits that must not precede their data (an ordered granule)
 //!   C2  write bitmap sectors and BAT sectors of S, all at once, in any order
+//!       a new generation in the stamp, if a live journal is kept (session.rs)
 //!   C3  sync             also covers overwrites, which have nothing in S
 //! ```
 //!
@@ -104,6 +105,10 @@ impl Commit {
                 Ok(Step::Wait)
             }
             Phase::Point => {
+                // Before the new bits are durable: a copy of the image that lacks them does not fit the journal any more.
+                if let Err(e) = self.image.renew_generation() {
+                    return Err(self.unpointed(e));
+                }
                 self.sync(Phase::Seal, ops);
                 Ok(Step::Wait)
             }
@@ -169,14 +174,25 @@ impl Commit {
         self.phase = Phase::Point;
     }
 
-    fn fail(&mut self, source: io::Error) -> Error {
+    /// Notes that the commit is over and nothing of it counts. Returns the phase in which it failed.
+    fn give_back(&mut self) -> Phase {
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         self.image.unsynced.store(true, Ordering::SeqCst);
         self.image.committed(self.epoch, None);
         for taken in self.taken.drain(..) {
             self.image.dirtied(taken.granule);
         }
-        match phase {
+        phase
+    }
+
+    /// The stamp could not be written. As after a failed write of C2, the next commit starts at C1.
+    fn unpointed(&mut self, e: Error) -> Error {
+        self.give_back();
+        e
+    }
+
+    fn fail(&mut self, source: io::Error) -> Error {
+        match self.give_back() {
             Phase::Point => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
             _ if mutant::is(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {

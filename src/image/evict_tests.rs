@@ -35,6 +35,13 @@ struct World {
 }
 
 impl World {
+    /// A clean end, after a commit.
+    fn end(&self) {
+        self.image.end_session();
+        self.image.trim().unwrap();
+        self.image.retire().unwrap();
+    }
+
     fn new(seed: u64, block_size: u32, granules: u64) -> World {
         let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
         let block_size = BlockSize::from_bytes(block_size).unwrap();
@@ -148,7 +155,7 @@ fn raise(states: &[AtomicU8], to: u8) {
 
 fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     let path: PathBuf = folder.path().join("a.vhd");
-    let keep = Keep::Journal { folder: runtime.path().into(), discard: false };
+    let keep = Keep::Journal { folders: vec![Host.runtime(runtime.path()).unwrap()], required: true };
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }
@@ -193,7 +200,7 @@ fn run(seed: u64) {
         let frames = bitmaps.frames();
         (0..world.sectors.len() as u64).for_each(|sector| world.look_at(sector, false));
         assert!(bitmaps.frames() <= frames.max(most + 1), "seed {seed}: {} frames", bitmaps.frames());
-        world.image.retire(&Host).unwrap();
+        world.end();
     }
     let world = world.reopened();
     for (sector, state) in (0..).zip(&world.sectors) {
@@ -232,7 +239,7 @@ fn is_forgotten(tempting: Mutant) -> bool {
         mark(&world, u64::from(block) * 4096 + MARKED_EARLY);
     }
     world.commit();
-    world.image.retire(&Host).unwrap();
+    world.end();
     let world = world.reopened();
     let (image, bitmaps) = (&world.image, world.image.bitmaps().unwrap());
     bitmaps.keep_at_most(0);

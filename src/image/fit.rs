@@ -1,41 +1,6 @@
-//! Whether a live journal belongs to an image: where it lies, whose it is, and the sum that the block table must have.
-
-use std::path::{Path, PathBuf};
-
-use uuid::Uuid;
+//! A sum over the block table, by which a live journal knows the file that it belongs to.
 
 use super::open::Image;
-use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Env, File};
-
-/// Refuses an image, by its file and its identity, whose daemon was killed: what it acknowledged is in the journal, not yet in the file.
-///
-/// # Errors
-/// `Refused`, saying what to do.
-pub fn refuse_if_live(env: &dyn Env, folder: &Path, file: &File, uuid: Uuid) -> Result<()> {
-    let path = path_of(folder, file, uuid)?;
-    if !env.exists(&path) {
-        return Ok(());
-    }
-    let what = format!(
-        "its daemon did not end cleanly, and {} holds what it acknowledged: start diffdiskd on it again, which takes \
-         that in, and end it with SIGTERM",
-        path.display()
-    );
-    Err(Error::new(ErrorKind::Refused, what).at_path(file.path()))
-}
-
-/// Where the journal of an image is: named by its file and its UUID, since copies of an image have the same UUID.
-pub(super) fn path_of(folder: &Path, file: &File, uuid: Uuid) -> Result<PathBuf> {
-    let id = file.stat()?.id;
-    Ok(folder.join(format!("{}-{:x}-{:x}.live", uuid.simple(), id.dev, id.ino)))
-}
-
-pub(super) fn identity(env: &dyn Env, image: &Image) -> Result<[u64; 6]> {
-    let (boot, id) = (env.boot_id()?.as_u64_pair(), image.file().stat()?.id);
-    let uuid = image.uuid().as_u64_pair();
-    Ok([boot.0, boot.1, id.dev, id.ino, uuid.0, uuid.1])
-}
 
 /// A sum over the block table that does not depend on the order of changes.
 pub(super) fn table_sum(image: &Image) -> u64 {

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::open::read_footers;
+use super::structures::read_footers;
 use crate::error::Result;
 use crate::format::{DiskType, DynamicHeader, check_header_place};
 use crate::storage::File;

@@ -49,7 +49,7 @@ mod tests {
     #[test]
     fn data_is_found_between_holes_and_not_beyond_the_range() {
         let host = SimHost::new(1);
-        let file = host.create(Path::new("/d/f")).unwrap();
+        let file = host.folder(Path::new("/d")).unwrap().create("f".as_ref()).unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_at(&[1; 1024], 4096).unwrap();
         let found = |range| next_data(&file, range).unwrap();

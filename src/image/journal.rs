@@ -1,232 +1,242 @@
 //! The live journal: what was marked since the last commit, in memory that outlives the process (crash-safety 3.9).
 //!
 //! A killed daemon's guest lives on and will never repeat what was acknowledged, so its successor must know every mark.
-//! The journal lives on tmpfs: it is there after a kill, and gone after a host crash, when the guest is gone too. Marking
+//! The journal lies on tmpfs: it is there after a kill, and gone after a host crash, when the guest is gone too. Marking
 //! costs a store.
 //!
 //! ```text
-//!   words 0..512      header: who it belongs to, the last commit, a sum over the block table
+//!   words 0..512      header: whose it is, which generation of the stamp fits, the last commit, a sum over the block table
 //!   then SLOTS x 68   slot: epoch | granule | place | placed by | 64 words of bitmap
 //! ```
 //!
-//! A slot speaks for one granule: where its block is, and all its bits. It counts while its epoch is younger than the last
+//! A slot holds the place of one granule's block, and all its bits. It counts while its epoch is younger than the last
 //! commit. Epochs advance with each commit's snapshot, so one store of the header (`COMMITTED`) ends all slots that
 //! the commit has made superfluous, together with the sum that goes with it; there is no moment in between.
 //!
 //! Order of stores: a slot's words before its epoch; its bits before the request is answered.
 //!
-//! It is believed only by a process on the same boot, for the same file (inode and UUID) whose block table sums to what
-//! the journal expects: the sum of the entries that commits have put there, and, of the blocks that slots speak for and
-//! no commit has, those whose entries a commit under way may have written.
+//! The file is named by its session, which the image's stamp names. `session.rs` tells when it is made and ends, and
+//! `take_in.rs` what a successor believes of it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::fit::{identity, mix, path_of, table_sum};
+use uuid::Uuid;
+
+use super::fit::{mix, table_sum};
 use super::open::Image;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, Live};
+use crate::storage::{FileId, Live, Runtime};
 
 /// Granules that may be marked between two commits.
 pub const SLOTS: u32 = 4096;
 /// Slots in use from which on a commit is due.
 const DUE: usize = SLOTS as usize * 3 / 4;
 
-const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl01");
+pub(super) const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl02");
 const HEADER: usize = 512;
 const SLOT: usize = 68;
-const WORDS: usize = 64;
+pub(super) const WORDS: usize = 64;
+/// Bytes of memory that a journal takes.
+pub const BYTES: u64 = ((HEADER + SLOTS as usize * SLOT) * size_of::<u64>()) as u64;
+/// Epochs that can be; no journal of ours comes near.
+pub(super) const EPOCHS: u64 = 1 << 60;
 
 // Words of the header.
-const MAGIC_AT: usize = 0;
-const IDENTITY_AT: usize = 1; // boot id (2), device, inode, UUID (2)
-const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
-const SUMS: usize = 8; // two
-const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
+pub(super) const MAGIC_AT: usize = 0;
+pub(super) const SESSION_AT: usize = 1; // two
+pub(super) const IMAGE_AT: usize = 3; // two
+pub(super) const BOOT_AT: usize = 5; // two
+pub(super) const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
+pub(super) const SUMS: usize = 8; // two
+pub(super) const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
+pub(super) const NEXT: usize = 11; // the generation that the stamp is about to get, or has
+pub(super) const NOW: usize = 12; // the generation that the stamp had last
+const HELD_AT: usize = 13; // the file it is held for: device, inode
 // Not zero: why the image was poisoned, as text.
 const POISON: usize = 16;
 const POISON_WORDS: usize = 32;
+// The path of the file it is held for; none if it is longer.
+const PATH: usize = 64;
+const PATH_WORDS: usize = 128;
 
 // Words of a slot.
-const EPOCH: usize = 0;
-const GRANULE: usize = 1;
-const PLACE: usize = 2;
-const PLACED_BY: usize = 3;
-const BITS: usize = 4;
+pub(super) const EPOCH: usize = 0;
+pub(super) const GRANULE: usize = 1;
+pub(super) const PLACE: usize = 2;
+pub(super) const PLACED_BY: usize = 3;
+pub(super) const BITS: usize = 4;
 
 /// No commit has put the block's place into the file.
-const NEVER: u64 = u64::MAX;
+pub(super) const NEVER: u64 = u64::MAX;
 
 /// The journal of an image that is open for writing.
 #[derive(Debug)]
 pub struct Journal {
     live: Live,
-    path: PathBuf,
+    runtime: Runtime,
+    name: String,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// Slots claimed now belong to this epoch.
-    epoch: u64,
-    free: Vec<u32>,
-    used: BTreeSet<u32>,
+    pub(super) epoch: u64,
+    pub(super) free: Vec<u32>,
+    pub(super) used: BTreeSet<u32>,
     /// Blocks whose places the running commit puts into the file, and its epoch.
     placing: (u64, BTreeSet<u32>),
 }
 
-/// What a slot of a predecessor says.
-#[derive(Clone, Debug)]
-pub struct Found {
-    /// The slot.
-    pub slot: u32,
-    /// The granule.
-    pub granule: usize,
-    /// Place of the granule's block.
-    pub place: u32,
-    /// The granule's bits.
-    pub words: [u64; WORDS],
-    counted: bool,
-}
-
 impl Journal {
-    /// Opens the journal of an image in `folder`, a new one if there is none or `discard` says so. What a predecessor left
-    /// there is returned; the caller takes it in, or gives up.
+    /// The name of the journal of a session.
+    pub fn name_of(session: Uuid) -> String {
+        format!("{}.live", session.simple())
+    }
+
+    /// Makes the journal of a new session for an image, on a start of the host.
     ///
     /// # Errors
-    /// `Unsupported` where `folder` is not in memory; `Refused` where a journal is there that does not fit the image.
-    pub fn open(env: &dyn Env, folder: &Path, image: &Image, discard: bool) -> Result<(Journal, Vec<Found>)> {
-        let path = path_of(folder, image.file(), image.uuid())?;
-        if discard && env.exists(&path) {
-            log::warn!("{}: discarded, with what was acknowledged since the last flush", path.display());
-            env.remove(&path)?;
+    /// `NoSpace`, `Io`.
+    pub(super) fn create(runtime: &Runtime, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
+        let name = Journal::name_of(session);
+        let live = runtime.create(&name, HEADER + SLOTS as usize * SLOT)?;
+        let journal = Journal::of(live, runtime, name);
+        for (at, uuid) in [(SESSION_AT, session), (IMAGE_AT, image.uuid()), (BOOT_AT, boot)] {
+            let (high, low) = uuid.as_u64_pair();
+            journal.live[at].store(high, Ordering::Relaxed);
+            journal.live[at + 1].store(low, Ordering::Relaxed);
         }
-        let live = env.live(&path, HEADER + SLOTS as usize * SLOT)?;
-        let (identity, sum) = (identity(env, image)?, table_sum(image));
-        let new = live[MAGIC_AT].load(Ordering::Acquire) == 0;
-        if new {
-            for (at, word) in identity.into_iter().enumerate() {
-                live[IDENTITY_AT + at].store(word, Ordering::Relaxed);
-            }
-            live[SUMS].store(sum, Ordering::Relaxed);
-            live[MAGIC_AT].store(MAGIC, Ordering::Release);
-        }
-        let committed = live[COMMITTED].load(Ordering::Acquire) >> 1;
-        let state =
-            State { epoch: committed + 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
-        let journal = Journal { live, path, state: Mutex::new(state) };
-        let found = journal.look(&identity, sum, image)?;
-        journal.settle(sum, &found, image);
-        Ok((journal, found))
+        journal.live[SUMS].store(table_sum(image), Ordering::Relaxed);
+        journal.hold(image)?;
+        journal.live[MAGIC_AT].store(MAGIC, Ordering::Release);
+        journal.lock().free = (0..SLOTS).rev().collect();
+        Ok(journal)
     }
 
-    /// Counts in the places that a commit of the predecessor has put into the file without living to say so: `sum` is that
-    /// of the table now. From here on they are as if they had always been there.
+    /// Opens and locks the journal of a session; nothing of it is believed yet.
     ///
-    /// As at the end of a commit, one store makes it so: until then the slots say nothing that they did not say before.
-    fn settle(&self, sum: u64, found: &[Found], image: &Image) {
-        let word = self.live[COMMITTED].load(Ordering::Acquire);
-        let which = usize::from(word & 1 == 1);
-        if self.live[SUMS + which].load(Ordering::Acquire) == sum {
-            return;
-        }
-        let mut state = self.lock();
-        let settled = state.epoch + 1;
-        state.epoch = settled + 1;
-        let per_block = image.block_size().map_or(1, |b| b.bitmap_sectors() as usize);
-        let in_file = |f: &Found| {
-            let block = u32::try_from(f.granule / per_block).expect("looked at before");
-            image.bat().is_some_and(|table| table.place(block).is_some())
-        };
-        for f in found {
-            if !f.counted {
-                let placed_by = if in_file(f) { settled } else { NEVER };
-                self.word(f.slot, PLACED_BY).store(placed_by, Ordering::Release);
-            }
-            self.word(f.slot, EPOCH).store(state.epoch, Ordering::Release);
-        }
-        self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
-        self.live[COMMITTED].store(settled << 1 | (1 - which) as u64, Ordering::Release);
-        self.live[UNACCOUNTED].store(0, Ordering::Release);
+    /// # Errors
+    /// `NotFound`; `Busy` if a process has it open; `Refused` if it is not one of ours; `Io`.
+    pub(super) fn open(runtime: &Runtime, name: &str) -> Result<Journal> {
+        let live = runtime.open(name, HEADER + SLOTS as usize * SLOT)?;
+        Ok(Journal::of(live, runtime, name.to_owned()))
     }
 
-    /// Removes it: everything it says is in the file, or is given up.
+    fn of(live: Live, runtime: &Runtime, name: String) -> Journal {
+        let state = State { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
+        Journal { live, runtime: runtime.clone(), name, state: Mutex::new(state) }
+    }
+
+    /// Whether a journal can be made in a folder.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub(super) fn probe(runtime: &Runtime) -> Result<()> {
+        runtime.probe(BYTES)
+    }
+
+    /// The folder in which it lies.
+    pub(super) fn folder(&self) -> &Path {
+        self.runtime.path()
+    }
+
+    /// Where it lies, for messages.
+    pub(super) fn path(&self) -> PathBuf {
+        self.runtime.path().join(&self.name)
+    }
+
+    /// Notes which file it is held for.
     ///
     /// # Errors
     /// `Io`.
-    pub fn remove(&self, env: &dyn Env) -> Result<()> {
-        env.remove(&self.path)
+    pub(super) fn hold(&self, image: &Image) -> Result<()> {
+        use std::os::unix::ffi::OsStrExt;
+        let id = image.file().stat()?.id;
+        self.live[HELD_AT].store(id.dev, Ordering::Relaxed);
+        self.live[HELD_AT + 1].store(id.ino, Ordering::Relaxed);
+        let path = std::path::absolute(image.file().path()).unwrap_or_default();
+        let path = path.as_os_str().as_bytes();
+        let mut bytes = [0; PATH_WORDS * 8];
+        if path.len() < bytes.len() {
+            bytes[..path.len()].copy_from_slice(path);
+        }
+        self.put_text(PATH, &bytes);
+        Ok(())
     }
 
-    /// Holds what is there against the image, and gathers the slots that count.
-    fn look(&self, identity: &[u64; 6], sum: u64, image: &Image) -> Result<Vec<Found>> {
-        let refuse = |why: &str| {
-            let what = format!(
-                "the live journal does not fit {}: {why}; what it holds was acknowledged to a guest. \
-                 If that guest is gone, start with --discard-journal",
-                image.file().path().display()
-            );
-            Err(Error::new(ErrorKind::Refused, what).at_path(&self.path))
-        };
-        if self.live[MAGIC_AT].load(Ordering::Acquire) != MAGIC {
-            return refuse("it is of another version");
+    /// The file it was last held for.
+    pub(super) fn held(&self) -> (FileId, Option<PathBuf>) {
+        use std::os::unix::ffi::OsStringExt;
+        let id = FileId { dev: self.at(HELD_AT), ino: self.at(HELD_AT + 1) };
+        let path = self.text(PATH, PATH_WORDS);
+        (id, (!path.is_empty()).then(|| std::ffi::OsString::from_vec(path).into()))
+    }
+
+    /// The stamp is about to get a generation: from here on a stamp with it fits, too.
+    pub(super) fn announce(&self, generation: u64) {
+        self.live[NEXT].store(generation, Ordering::Release);
+    }
+
+    /// The stamp has the generation that was announced: from here on no stamp with an older one fits.
+    pub(super) fn confirm(&self, generation: u64) {
+        self.live[NOW].store(generation, Ordering::Release);
+    }
+
+    /// Whether the file was cut: nothing that is stored will be found again.
+    #[inline]
+    pub(super) fn is_lost(&self) -> bool {
+        self.live.is_lost()
+    }
+
+    /// Ends all slots by one store: all they hold is in the file, or was never written.
+    pub(super) fn end(&self) {
+        let state = self.lock();
+        let which = self.live[COMMITTED].load(Ordering::Acquire) & 1;
+        self.live[COMMITTED].store(state.epoch << 1 | which, Ordering::Release);
+    }
+
+    /// Removes it: everything it holds is in the file, or is given up.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn remove(&self) -> Result<()> {
+        self.runtime.remove(&self.name)
+    }
+
+    /// Whether any slot counts.
+    pub(super) fn has_marks(&self) -> bool {
+        let committed = self.at(COMMITTED) >> 1;
+        (0..SLOTS).any(|slot| self.word(slot, EPOCH).load(Ordering::Acquire) > committed)
+    }
+
+    /// A word of the header.
+    pub(super) fn at(&self, word: usize) -> u64 {
+        self.live[word].load(Ordering::Acquire)
+    }
+
+    /// A UUID in the header.
+    pub(super) fn uuid_at(&self, word: usize) -> Uuid {
+        Uuid::from_u64_pair(self.at(word), self.at(word + 1))
+    }
+
+    pub(super) fn put(&self, word: usize, value: u64) {
+        self.live[word].store(value, Ordering::Release);
+    }
+
+    fn put_text(&self, word: usize, bytes: &[u8]) {
+        for (n, word_bytes) in bytes.as_chunks::<8>().0.iter().enumerate().rev() {
+            self.live[word + n].store(u64::from_be_bytes(*word_bytes), Ordering::Release);
         }
-        if let Some(why) = self.poisoned() {
-            let what = format!(
-                "it was poisoned: {why}. What was acknowledged since the last flush is lost; check it, then start with \
-                 --discard-journal"
-            );
-            return Err(Error::new(ErrorKind::Poisoned, what).at_path(image.file().path()));
-        }
-        let stored = |at: usize| self.live[IDENTITY_AT + at].load(Ordering::Relaxed);
-        if (0..2).any(|at| stored(at) != identity[at]) && !mutant::is(Mutant::OldJournal) {
-            return refuse("the host was started anew since");
-        }
-        if (2..6).any(|at| stored(at) != identity[at]) {
-            return refuse("it belongs to another file");
-        }
-        let word = self.live[COMMITTED].load(Ordering::Acquire);
-        let (committed, settled) = (word >> 1, self.live[SUMS + usize::from(word & 1 == 1)].load(Ordering::Acquire));
-        let mut state = self.lock();
-        let mut found = Vec::new();
-        for slot in (0..SLOTS).rev() {
-            let epoch = self.word(slot, EPOCH).load(Ordering::Acquire);
-            if epoch <= committed {
-                self.word(slot, EPOCH).store(0, Ordering::Release);
-                state.free.push(slot);
-                continue;
-            }
-            state.epoch = state.epoch.max(epoch);
-            state.used.insert(slot);
-            let placed_by = self.word(slot, PLACED_BY).load(Ordering::Relaxed);
-            let place = u32::try_from(self.word(slot, PLACE).load(Ordering::Relaxed));
-            let Ok(place) = place else { return refuse("it is damaged") };
-            let words = std::array::from_fn(|n| self.word(slot, BITS + n).load(Ordering::Acquire));
-            let granule = usize::try_from(self.word(slot, GRANULE).load(Ordering::Relaxed)).unwrap_or(usize::MAX);
-            found.push(Found { slot, granule, place, words, counted: placed_by <= committed });
-        }
-        drop(state);
-        let per_block = image.block_size().map_or(1, |b| b.bitmap_sectors() as usize);
-        let mut expected = settled;
-        let mut seen = BTreeSet::new();
-        for f in &found {
-            let Ok(block) = u32::try_from(f.granule / per_block) else { return refuse("it is damaged") };
-            let in_file = image.bat().filter(|t| block < t.len()).map(|t| t.place(block));
-            match in_file {
-                None => return refuse("it is damaged"),
-                Some(Some(place)) if place != f.place => return refuse("a block has moved"),
-                Some(Some(place)) if !f.counted && seen.insert(block) => {
-                    expected = expected.wrapping_add(mix(block, place));
-                }
-                Some(_) => {}
-            }
-        }
-        let accounted = self.live[UNACCOUNTED].load(Ordering::Acquire) == 0;
-        if expected != sum && accounted { refuse("its block table has changed") } else { Ok(found) }
+    }
+
+    fn text(&self, word: usize, words: usize) -> Vec<u8> {
+        (word..word + words).flat_map(|n| self.at(n).to_be_bytes()).take_while(|b| *b != 0).collect()
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
@@ -251,6 +261,7 @@ impl Journal {
         self.word(slot, PLACED_BY).store(placed_by, Ordering::Relaxed);
         for n in 0..WORDS {
             let bits = words.get(n).map_or(0, |w| w.load(Ordering::SeqCst));
+            let bits = if mutant::is(Mutant::SlotReplacesBits) { 0 } else { bits };
             self.word(slot, BITS + n).store(bits, Ordering::Relaxed);
         }
         self.word(slot, EPOCH).store(state.epoch, Ordering::Release);
@@ -270,15 +281,12 @@ impl Journal {
         let mut bytes = [0; POISON_WORDS * 8];
         let len = why.len().min(bytes.len());
         bytes[..len].copy_from_slice(&why.as_bytes()[..len]);
-        for (n, word) in bytes.as_chunks::<8>().0.iter().enumerate().rev() {
-            self.live[POISON + n].store(u64::from_be_bytes(*word), Ordering::Release);
-        }
+        self.put_text(POISON, &bytes);
     }
 
     /// Why it was poisoned.
-    fn poisoned(&self) -> Option<String> {
-        let words = (0..POISON_WORDS).map(|n| self.live[POISON + n].load(Ordering::Acquire).to_be_bytes());
-        let bytes: Vec<u8> = words.flatten().take_while(|b| *b != 0).collect();
+    pub(super) fn poisoned(&self) -> Option<String> {
+        let bytes = self.text(POISON, POISON_WORDS);
         (!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -368,11 +376,11 @@ impl Journal {
         self.word(slot, EPOCH).load(Ordering::Acquire)
     }
 
-    fn word(&self, slot: u32, at: usize) -> &AtomicU64 {
+    pub(super) fn word(&self, slot: u32, at: usize) -> &AtomicU64 {
         &self.live[HEADER + slot as usize * SLOT + at]
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,5 @@
 //! Tests of `journal.rs`: images whose process is killed, which is one that forgets everything and cleans nothing up.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -8,7 +7,7 @@ use tempfile::TempDir;
 use super::super::{Commit, Growth, Keep, Kind, ParentLink, Spec, Step, Writable, create, drive};
 use super::*;
 use crate::storage::host::Host;
-use crate::storage::{Access, Op, Payload, Slot};
+use crate::storage::{Access, Env, Op, Payload, Slot};
 use crate::units::{BlockSize, SectorRange};
 
 const SLOT_OF_FILE: Slot = Slot(3);
@@ -30,10 +29,22 @@ impl Rig {
         self.folder.path().join("a.vhd")
     }
 
+    /// Puts copies in the place of the journals: who was killed in a test still holds the old ones, and their locks.
+    fn unlock(&self) {
+        for entry in self.runtime.path().read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        }
+    }
+
     /// Opens the image as the next process does.
     fn open(&self) -> Arc<Writable> {
+        self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Keep::Journal { folder: Path::new(self.runtime.path()).into(), discard: false };
+        let keep = Keep::Journal { folders: vec![Host.runtime(self.runtime.path()).unwrap()], required: true };
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
             drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();

@@ -1,26 +1,28 @@
 //! How acknowledged writes outlive a killed process: what was asked for, and what came of it.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use super::bitmaps::News;
 use super::granule::Locked;
-use super::journal::{Found, Journal};
 use super::open::Image;
+use super::session::Session;
+use super::standing::refuse_if_live;
+use super::take_in::Found;
 use super::writable::Writable;
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::format::DiskType;
 use crate::mutant::{self, Mutant};
-use crate::storage::Env;
+use crate::storage::{Env, Runtime};
 
 /// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub enum Keep {
-    /// By a live journal in this folder. `discard`: give up what a predecessor's journal says.
+    /// By a live journal in one of these folders.
     Journal {
-        /// The folder, in memory.
-        folder: PathBuf,
-        /// Give up what a predecessor's journal says.
-        discard: bool,
+        /// Folders in memory, in the order to try. One that holds a journal of the image already is used.
+        folders: Vec<Runtime>,
+        /// Whether it is an error if there is no room for a journal. If not, each write is committed instead.
+        required: bool,
     },
     /// By a commit before the acknowledgement.
     Commit,
@@ -28,51 +30,64 @@ pub enum Keep {
     Nothing,
 }
 
+impl Keep {
+    /// The folders of live journals.
+    pub fn folders(&self) -> &[Runtime] {
+        match self {
+            Keep::Journal { folders, .. } => folders,
+            Keep::Commit | Keep::Nothing => &[],
+        }
+    }
+}
+
 /// What came of [`Keep`].
 pub(super) enum Kept {
-    Journal(Journal),
+    Session(Box<Session>),
     Commit,
     Nothing,
 }
 
 impl Kept {
-    /// Opens the journal where one is asked for and can be had; with the marks of a killed predecessor.
+    /// The session of the image, if a journal is asked for, with the marks of a killed predecessor.
     ///
     /// # Errors
-    /// `Refused` where a journal does not fit the image, `Poisoned` where a predecessor's sync failed, `Io`.
+    /// `Refused` if the image has a session whose journal is not at hand or does not fit, `Poisoned` if a predecessor's sync
+    /// failed, `Busy`, `Io`; `NoSpace` if a journal is required and there is no room for it.
     pub(super) fn begin(env: &dyn Env, image: &Image, keep: &Keep) -> Result<(Kept, Vec<Found>)> {
-        Ok(match keep {
-            _ if image.kind() == DiskType::Fixed => (Kept::Nothing, Vec::new()),
-            Keep::Commit => (Kept::Commit, Vec::new()),
-            Keep::Nothing => (Kept::Nothing, Vec::new()),
-            Keep::Journal { folder, discard } => match Journal::open(env, folder, image, *discard) {
-                Ok((journal, found)) => (Kept::Journal(journal), found),
-                Err(e) if e.kind() == ErrorKind::Unsupported => {
-                    log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
-                    (Kept::Commit, Vec::new())
-                }
-                Err(e) => return Err(e),
-            },
-        })
+        if image.kind() == DiskType::Fixed {
+            return Ok((Kept::Nothing, Vec::new()));
+        }
+        if let Keep::Journal { folders, required } = keep {
+            let (session, found) = Session::of(env, folders, *required, image)?;
+            return Ok((Kept::Session(Box::new(session)), found));
+        }
+        refuse_if_live(env, &[], image)?;
+        Ok((if matches!(keep, Keep::Commit) { Kept::Commit } else { Kept::Nothing }, Vec::new()))
     }
 }
 
 impl Writable {
     /// Puts new bits of a granule where they outlive the process; false where a commit has to.
     pub(super) fn keep(&self, index: usize, granule: &mut Locked<'_>, news: &News) -> bool {
-        let journal = match &self.keep {
+        let session = match &self.keep {
             Kept::Nothing => return true,
             Kept::Commit => return false,
-            Kept::Journal(_) if mutant::is(Mutant::NoJournal) => return true,
-            Kept::Journal(journal) => journal,
+            Kept::Session(_) if mutant::is(Mutant::NoJournal) => return true,
+            Kept::Session(session) => session,
         };
-        if let Some(slot) = granule.known.slot {
-            journal.set(slot, news.bit, news.count);
-            return true;
+        let Some(journal) = session.journal() else { return false };
+        if granule.known.slot.is_none() {
+            let (block, place, _) = self.bitmap_place(index);
+            granule.known.slot = journal.claim(index, block, place, granule.known.unplaced, granule.words());
+            self.note_due(journal);
         }
-        let (block, place, _) = self.bitmap_place(index);
-        granule.known.slot = journal.claim(index, block, place, granule.known.unplaced, granule.words());
-        self.note_due(journal);
-        granule.known.slot.is_some()
+        let Some(slot) = granule.known.slot else { return false };
+        journal.set(slot, news.bit, news.count);
+        session.check_journal(journal)
+    }
+
+    /// The folder of its live journal, or in which it will be; `None` if it has none.
+    pub fn journal_folder(&self) -> Option<&Path> {
+        self.session().and_then(Session::folder)
     }
 }

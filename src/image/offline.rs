@@ -50,8 +50,8 @@ impl Offline {
         let Some(sparse) = image.sparse() else {
             return Ok(Offline { file, footer, tail: image.data_end(), shape: None });
         };
-        let room = recover(image, sparse.header.block_size, &[])?.room.into_inner();
-        let tail = room.unwrap_or_else(PoisonError::into_inner).end * SECTOR;
+        let room = recover(image, sparse.header.block_size, &[], false)?.room.into_inner();
+        let tail = room.unwrap_or_else(PoisonError::into_inner).footer * SECTOR;
         let shape = Shape {
             header: sparse.header.clone(),
             metadata: sparse.metadata.clone(),

@@ -10,20 +10,23 @@ use uuid::Uuid;
 
 use super::bat::Bat;
 use super::batmap::read_bitmap;
+use super::lost::Cut;
+use super::standing::place_of;
+use super::strange;
+use super::structures::{read_behind_table, read_footers, read_table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, Presence};
 use crate::format::entries::{EntryRules, Placed, check_entries};
 use crate::format::extents::{check_header_place, check_table};
-use crate::format::locator::{Candidate, candidates};
+use crate::format::locator::Recorded;
 use crate::format::{
-    Chosen, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Severity, bat, choose,
+    Chosen, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Stamp, bat,
 };
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-/// Bytes of the block table read at once: they are passed while the processor's cache has them, and the memory for them is
-/// not fetched from the host anew for every file of a chain.
-const TABLE_CHUNK: u64 = 64 << 10;
+/// Defects that are kept of an open; a table of millions of wrong entries has as many.
+const NOTES: usize = 64;
 
 /// An opened image: what it is, where its blocks are. Sound by the rules.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ pub struct Image {
     file: File,
     chosen: Chosen,
     sparse: Option<Sparse>,
+    /// The defects that were found and did not end the open.
+    notes: Vec<Defect>,
 }
 
 /// What images with a block table have besides.
@@ -45,46 +50,73 @@ pub(super) struct Sparse {
     pub(super) placed: Placed,
     /// XenServer's batmap.
     pub(super) batmap: Option<BatmapHeader>,
+    /// The ranges of the disk that are lost; none of an image that is read or written.
+    lost: Vec<SectorRange>,
 }
 
-/// What a broken rule means for an open.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Weight {
-    /// It can go on.
-    Note,
-    /// The image must not be used.
-    Fatal,
-}
-
-/// Is told of each broken rule.
-pub(super) type Found<'a> = dyn FnMut(Defect, Weight) -> ControlFlow<Error> + 'a;
+/// Takes each defect, and ends the examination with an error or lets it continue.
+pub(super) type Found<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
 
 impl Image {
     /// Opens the image in a file.
     ///
     /// # Errors
-    /// `Invalid` with the first broken rule and its offset; `Refused` for encrypted images; `Io`.
+    /// `Invalid` with the first defect that makes it unreadable and its offset; `Refused` for encrypted images; `Io`.
     pub fn open(file: File) -> Result<Image> {
-        let path = file.path().to_path_buf();
-        Image::examine(file, &mut |defect, weight| match weight {
-            Weight::Fatal => ControlFlow::Break(Error::from(defect).at_path(&path)),
-            Weight::Note => {
-                log::debug!("{}: {defect}", path.display());
-                ControlFlow::Continue(())
-            }
-        })
+        Image::open_despite(file, |_| false)
     }
 
-    /// Opens the image and tells `found` each broken rule. It ends where `found` breaks, or where nothing further can be
-    /// read.
+    /// Opens an image that may have lost sectors, to read what is left of it: [`Image::lost`] has them.
+    ///
+    /// # Errors
+    /// As [`Image::open`], for all other defects.
+    pub fn salvage(file: File) -> Result<Image> {
+        Image::open_despite(file, |defect| matches!(defect, Defect::BlockCutOff { .. }))
+    }
+
+    /// Opens an image that may be unreadable, to describe it. Its data must not be read.
+    ///
+    /// # Errors
+    /// As [`Image::open`], for defects after which nothing more can be said of it.
+    pub fn inspect(file: File) -> Result<Image> {
+        Image::open_despite(file, |_| true)
+    }
+
+    /// Opens the image in a file, past the defects that make it unreadable for which `bears` returns true.
+    fn open_despite(file: File, bears: fn(&Defect) -> bool) -> Result<Image> {
+        let (path, mut notes) = (file.path().to_path_buf(), Vec::new());
+        let mut image = Image::examine(file, &mut |defect| {
+            let consequence = defect.consequence();
+            if consequence == Consequence::NotReadable && !bears(&defect) {
+                return ControlFlow::Break(Error::from(defect).at_path(&path));
+            }
+            log::debug!("{}: {defect}", path.display());
+            // The first of each consequence is kept in any case.
+            if notes.len() < NOTES || notes.iter().all(|known: &Defect| known.consequence() < consequence) {
+                notes.push(defect);
+            }
+            ControlFlow::Continue(())
+        })?;
+        image.notes = notes;
+        Ok(image)
+    }
+
+    /// Opens the image and hands `found` each defect. It ends when `found` breaks, or when nothing further can be read.
     pub(super) fn examine(file: File, found: &mut Found<'_>) -> Result<Image> {
         let len = file.stat()?.len;
-        let chosen = read_footers(&file, len)?.map_err(|d| fatal(&file, found, d))?;
-        for defect in &chosen.notes {
-            tell(found, defect.clone(), Weight::Note)?;
+        let chosen = match read_footers(&file, len)? {
+            Ok(chosen) => chosen,
+            Err(Defect::FooterMissing { len }) => {
+                let defect = strange::explain(&file, len)?.unwrap_or(Defect::FooterMissing { len });
+                return Err(fatal(&file, found, defect));
+            }
+            Err(defect) => return Err(fatal(&file, found, defect)),
+        };
+        for defect in chosen.notes.iter().cloned().chain(forbids_writing(&chosen)) {
+            tell(found, defect)?;
         }
         if chosen.footer.disk_type == DiskType::Fixed {
-            return Ok(Image { file, chosen, sparse: None });
+            return Ok(Image { file, chosen, sparse: None, notes: Vec::new() });
         }
         let footer = &chosen.footer;
         check_header_place(footer, len).map_err(|d| fatal(&file, found, d))?;
@@ -93,21 +125,41 @@ impl Image {
         let header = DynamicHeader::decode(&bytes);
         let header = header.map_err(|d| fatal(&file, found, d.placed(footer.data_offset)))?;
         let table_range = check_table(footer, &header, len).map_err(|d| fatal(&file, found, d))?;
-        let batmap = read_batmap(&file, footer, &header, len)?;
+        let behind_table = read_behind_table(&file, footer, &header, len)?;
+        let batmap = behind_table.as_ref().and_then(|bytes| BatmapHeader::decode(bytes).ok());
         if batmap.as_ref().is_some_and(BatmapHeader::encrypted) {
             return Err(fatal(&file, found, Defect::Encrypted { at: table_range.end }));
         }
         let (metadata, notes) = Metadata::new(footer, &header, batmap.as_ref(), len);
         for defect in notes {
-            tell(found, defect, Weight::Note)?;
+            tell(found, defect)?;
         }
-        let (table, padding) = read_table(&file, &header)?;
+        let (table, padding) = read_table(&file, &header, found)?;
         let rules = EntryRules::new(&chosen, &header, &metadata);
-        let placed = check_entries(table.used(), &rules, |defect| {
-            let weight = if defect.severity() == Severity::Corruption { Weight::Fatal } else { Weight::Note };
-            found(defect, weight)
-        })?;
-        Ok(Image { file, chosen, sparse: Some(Sparse { header, metadata, table, padding, placed, batmap }) })
+        let placed = check_entries(table.used(), &rules, &mut *found)?;
+        let is_damaged = |bytes: [u8; SECTOR_BYTES]| {
+            let at = table_range.end..table_range.end + SECTOR;
+            batmap.is_none()
+                && batmap::presence(footer) == Presence::Present
+                && bytes != [0; SECTOR_BYTES]
+                && at.end <= chosen.data_end
+                && metadata.overlapping(&at).is_none()
+                && !placed.covers(&at, header.block_size)
+        };
+        if behind_table.is_some_and(is_damaged) {
+            tell(found, Defect::BatmapHeader { at: table_range.end })?;
+        }
+        let cut = Cut {
+            file: &file,
+            header: &header,
+            placed: &placed,
+            data_end: chosen.data_end,
+            footer_follows: chosen.source != FooterSource::FrontOnly,
+            disk: SectorRange::between(0, footer.sectors()),
+        };
+        let lost = cut.lost(found)?;
+        let sparse = Sparse { header, metadata, table, padding, placed, batmap, lost };
+        Ok(Image { file, chosen, sparse: Some(sparse), notes: Vec::new() })
     }
 
     /// The open file.
@@ -120,9 +172,14 @@ impl Image {
         &self.chosen.footer
     }
 
-    /// What is wrong with the footers but does not prevent reading.
+    /// The defects that were found and did not end the open: of many, the first.
     pub fn notes(&self) -> &[Defect] {
-        &self.chosen.notes
+        &self.notes
+    }
+
+    /// The ranges of the disk that are lost, ascending; none unless the image was opened in spite of it.
+    pub fn lost(&self) -> &[SectorRange] {
+        self.sparse.as_ref().map_or(&[], |s| &s.lost)
     }
 
     /// The dynamic header; `None` for a fixed image.
@@ -212,25 +269,37 @@ impl Image {
         self.chosen.source == FooterSource::TailFull && self.chosen.data_end.is_multiple_of(SECTOR)
     }
 
+    /// The stamp before the trailing footer, and its byte offset; `None` if blocks or metadata reach that far, as a guest may
+    /// write what looks like a stamp, or if there is none.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn stamp(&self) -> Result<Option<(Stamp, u64)>> {
+        let Some(at) = place_of(self) else { return Ok(None) };
+        let mut bytes = [0; SECTOR_BYTES];
+        self.file.read_at(&mut bytes, at)?;
+        Ok(Stamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
+    }
+
     pub(super) fn sparse(&self) -> Option<&Sparse> {
         self.sparse.as_ref()
     }
 
-    /// Where the parent may be, in the order to try; empty for a root.
+    /// What it records of where its parent is; empty for a root.
     ///
     /// # Errors
     /// `Io`; texts that no path comes out of are skipped.
-    pub fn parent_candidates(&self) -> Result<Vec<Candidate>> {
+    pub fn recorded_parent(&self) -> Result<Recorded> {
         let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
-            return Ok(Vec::new());
+            return Ok(Recorded::default());
         };
         let texts = self.parent_locators()?;
         let texts = texts.iter().map(|(slot, platform, text)| (*slot, *platform, text.as_slice()));
-        let (found, notes) = candidates(texts, &sparse.header.parent_name);
-        for note in notes {
+        let recorded = Recorded::read(texts, &sparse.header.parent_name);
+        for note in &recorded.notes {
             log::debug!("{}: {note}", self.file.path().display());
         }
-        Ok(found)
+        Ok(recorded)
     }
 
     /// The bytes of each parent locator that passes the rules, with its number and platform; none for a root.
@@ -256,92 +325,39 @@ impl Image {
         Ok(texts)
     }
 
+    /// Whether it may be written to.
+    ///
     /// # Errors
-    /// `Refused` where its own bytes forbid writing (O3, O16).
-    pub(super) fn check_writable(&self) -> Result<()> {
-        let refuse = |why: &str| Err(Error::new(ErrorKind::Refused, why).at_path(self.file.path()));
-        if !self.chosen.agree {
-            return refuse("its two footers contradict each other: run `diffdisk check` before it is written");
+    /// `Refused` for a defect by which it is not written.
+    pub fn check_writable(&self) -> Result<()> {
+        match self.notes.iter().find(|defect| defect.consequence() >= Consequence::NotWritable) {
+            None => Ok(()),
+            Some(defect) => {
+                let what = format!("it may only be read: {defect}");
+                Err(Error::new(ErrorKind::Refused, what).at_path(self.file.path()))
+            }
         }
-        if self.chosen.footer.saved_state != 0 {
-            return refuse("a suspended machine depends on this disk: it may only be read");
-        }
-        if self.chosen.footer.hidden() {
-            return refuse("it is hidden, as the parent of a snapshot is: it may only be read");
-        }
-        Ok(())
     }
 }
 
-fn tell(found: &mut Found<'_>, defect: Defect, weight: Weight) -> Result<()> {
-    match found(defect, weight) {
+/// What a footer contains for which the image is not written.
+fn forbids_writing(chosen: &Chosen) -> impl Iterator<Item = Defect> {
+    let at = chosen.data_end;
+    let saved = (chosen.footer.saved_state != 0).then_some(Defect::SavedState { at });
+    saved.into_iter().chain(chosen.footer.hidden().then_some(Defect::Hidden { at }))
+}
+
+pub(super) fn tell(found: &mut Found<'_>, defect: Defect) -> Result<()> {
+    match found(defect) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(error) => Err(error),
     }
 }
 
-/// The error of a rule whose breach ends an examination.
+/// The error of a defect that ends an examination.
 fn fatal(file: &File, found: &mut Found<'_>, defect: Defect) -> Error {
-    match found(defect.clone(), Weight::Fatal) {
+    match found(defect.clone()) {
         ControlFlow::Break(error) => error,
         ControlFlow::Continue(()) => Error::from(defect).at_path(file.path()),
     }
-}
-
-/// Reads both ends and chooses.
-pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
-    let tail_len = len.min(SECTOR);
-    let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
-    if tail_len > 0 {
-        file.read_at(&mut tail, len - tail_len)?;
-    }
-    let mut front = [0; SECTOR_BYTES];
-    let has_front = len >= SECTOR;
-    if has_front {
-        file.read_at(&mut front, 0)?;
-    }
-    Ok(choose(&tail, has_front.then_some(&front), len))
-}
-
-/// The header of XenServer's batmap, where there is one that can be decoded.
-fn read_batmap(file: &File, footer: &Footer, header: &DynamicHeader, len: u64) -> Result<Option<BatmapHeader>> {
-    let Some(at) = batmap::header_offset(header).filter(|at| at.checked_add(SECTOR).is_some_and(|end| end <= len))
-    else {
-        return Ok(None);
-    };
-    if batmap::presence(footer) == Presence::Absent {
-        return Ok(None);
-    }
-    let mut bytes = [0; SECTOR_BYTES];
-    file.read_at(&mut bytes, at)?;
-    Ok(BatmapHeader::decode(&bytes).ok())
-}
-
-/// The table's entries, and what fills its last sector. Its place and size were checked against the file.
-fn read_table(file: &File, header: &DynamicHeader) -> Result<(Bat, u32)> {
-    let table = Bat::new(header.entries);
-    let bytes = bat::bytes(header.entries);
-    let mut chunk = vec![0; usize::try_from(bytes.min(TABLE_CHUNK)).expect("a chunk")];
-    let (mut at, mut block, mut padding) = (0, 0u32, bat::UNUSED);
-    while at < bytes {
-        let len = usize::try_from((bytes - at).min(TABLE_CHUNK)).expect("a chunk");
-        file.read_at(&mut chunk[..len], header.table_offset + at)?;
-        for sector in chunk[..len].chunks(SECTOR_BYTES) {
-            // Most of a large disk's table is unused, and 64 layers have 64 of them: those are passed at memory's speed.
-            if bat::is_unused(sector) {
-                block = block.saturating_add(bat::ENTRIES_PER_SECTOR);
-                continue;
-            }
-            for entry in bat::decode(sector) {
-                match block < header.entries {
-                    true if entry != bat::UNUSED => table.set(block, entry),
-                    true => {}
-                    false => padding = entry,
-                }
-                block = block.saturating_add(1);
-            }
-        }
-        at += len as u64;
-    }
-    Ok((table, padding))
 }

@@ -9,9 +9,9 @@ use std::sync::Mutex;
 
 use super::batmap;
 use super::bitmaps::{Bitmaps, Fresh};
-use super::journal::Found;
 use super::open::Image;
 use super::tail::Room;
+use super::take_in::Found;
 use super::writable::Sparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
@@ -19,12 +19,14 @@ use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
-/// of a killed predecessor, whose places the file may not know yet.
-pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> Result<Sparse> {
+/// of a killed predecessor, whose places the file may not know yet. `stamped`: the sector before the footer is the stamp of a
+/// session that goes on.
+pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], stamped: bool) -> Result<Sparse> {
     let (table, file) = (image.bat().expect("not fixed"), image.file());
     let bitmaps = Bitmaps::new(table.len(), block_size);
     let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
     let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
+    let stamp = u64::from(stamped);
     let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
     if !found.is_empty() {
         places.extend(table.used().map(|(_, place)| place));
@@ -34,7 +36,8 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
         if table.place(block).is_none() {
             let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
             // Not always behind the last block of the file: a younger one may have been committed first.
-            let inside = u64::from(f.place) * SECTOR >= image.metadata_end() && end * SECTOR <= image.data_end();
+            let inside =
+                u64::from(f.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
             if !inside || places.range(f.place.saturating_sub(reach)..=f.place.saturating_add(reach)).next().is_some() {
                 let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
@@ -46,7 +49,9 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
             next = next.max(end);
         }
     }
-    let end = image.data_end().div_ceil(SECTOR).max(next);
+    let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
+    // What is made zero ends before the stamp.
+    let zeros = if mutant::is(Mutant::ScrubStamp) { end } else { end - stamp };
     // The front copy first: while the trailing footer is missing it is the only one.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
@@ -56,16 +61,19 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
         file.sync()?;
     }
     if !image.has_whole_tail_footer() {
-        log::warn!("{}: the trailing footer is missing: it was not closed cleanly; recovered", file.path().display());
+        log::info!(
+            "{}: the trailing footer was missing: the image was not closed cleanly; recovered",
+            file.path().display()
+        );
         file.write_at(&footer, end * SECTOR)?;
     }
     // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
     // is punched next: there must be one at every moment.
-    if (end > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
+    if (zeros > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    if end > next && !mutant::is(Mutant::NoScrub) {
-        file.punch(next * SECTOR, (end - next) * SECTOR)?;
+    if zeros > next && !mutant::is(Mutant::NoScrub) {
+        file.punch(next * SECTOR, (zeros - next) * SECTOR)?;
         if !mutant::is(Mutant::ScrubUnsynced) {
             file.sync()?;
         }
@@ -73,8 +81,18 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found]) -> 
     batmap::disclaim(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room =
-        Room { next, end, unplaced: blocks - placed, fresh: new_blocks, growing: false, syncing: false, steps: 0 };
+    let room = Room {
+        next,
+        // The sector before the footer is kept for a stamp.
+        end: if end > next { end - 1 } else { next },
+        footer: end,
+        stale: Vec::new(),
+        unplaced: blocks - placed,
+        fresh: new_blocks,
+        growing: false,
+        syncing: false,
+        steps: 0,
+    };
     Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
 }
 

@@ -27,6 +27,7 @@
 
 use std::ops::Range;
 
+use super::check::{free, inside};
 use super::create::ParentLink;
 use super::keep::Keep;
 use super::offline::lengthen;
@@ -35,9 +36,10 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_from_unix;
 use crate::format::header::{HEADER_BYTES, LOCATORS};
+use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
-use crate::format::{Defect, DiskType, DynamicHeader, Footer, LocatorEntry, Part, Platform};
+use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, Part, Platform};
 use crate::point;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -104,9 +106,26 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     point::reached("relink.returned");
 
     // What is open in memory is the image of before.
+    let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.set_aside().to_vec());
     drop(writable);
-    Writable::new(env, Image::open(file.clone())?, &Keep::Nothing)?.trim()?;
+    let image = Image::open(file.clone())?;
+    release(&image, &set_aside)?;
+    Writable::new(env, image, &Keep::Nothing)?.trim()?;
     point::reached("relink.trimmed");
+    Ok(())
+}
+
+/// Gives back the room that was set aside for the old locators, if nothing refers to it now.
+fn release(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
+    for gap in free(image)? {
+        for room in set_aside {
+            let pages = room.start / PAGE * PAGE..room.end.next_multiple_of(PAGE);
+            let hole = inside(&(gap.start.max(pages.start)..gap.end.min(pages.end)));
+            if !hole.is_empty() {
+                image.file().punch(hole.start, hole.end - hole.start)?;
+            }
+        }
+    }
     Ok(())
 }
 
@@ -125,11 +144,14 @@ pub fn agreed(file: &File) -> Result<Image> {
     let tail = image.footer();
     match Footer::decode(&front) {
         Ok(front) if front != *tail && front.disk_type != DiskType::Fixed => {
-            // Anything else that differs is no work of ours.
-            let (disk_type, data_offset) = (tail.disk_type, tail.data_offset);
+            // Anything else that differs is no work of ours. Relinking changes the type and the place together.
+            if front.disk_type != tail.disk_type && front.data_offset == tail.data_offset {
+                return Ok(image);
+            }
+            let (disk_type, data_offset, geometry) = (tail.disk_type, tail.data_offset, tail.geometry);
             let resized =
                 if front.current_size == tail.current_size { front } else { front.with_size(tail.current_size) };
-            if (Footer { disk_type, data_offset, ..resized }) != *tail {
+            if (Footer { disk_type, data_offset, geometry, ..resized }) != *tail {
                 return Ok(image);
             }
         }
@@ -151,7 +173,7 @@ pub fn check_link(image: &Image, link: Option<&ParentLink>) -> Result<()> {
 /// Whether nothing is left of a relinking that was ended in the middle. Where something is, relinking it again tidies up.
 pub fn is_settled(image: &Image) -> bool {
     let Some(sparse) = image.sparse() else { return true };
-    let is_alike = |defect: &Defect| !matches!(defect, Defect::FootersDiffer { .. });
+    let is_alike = |d: &Defect| !matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
     let end = sparse.placed.end.next_multiple_of(SECTOR);
     image.notes().iter().all(is_alike) && home_of(image) == image.footer().data_offset && end >= image.data_end()
 }
@@ -175,6 +197,8 @@ impl New {
         let old = std::mem::replace(&mut header.locators, [LocatorEntry::UNUSED; LOCATORS]);
         let Some(link) = link else {
             footer.disk_type = DiskType::Dynamic;
+            // Only a root can be read by QEMU, which may count its sectors by the geometry.
+            footer.geometry = Geometry::for_creator(footer.creator, footer.current_size);
             (header.parent_uuid, header.parent_timestamp, header.parent_name) = (uuid::Uuid::nil(), 0, [0; 512]);
             return Ok(New { footer, header, texts: Vec::new() });
         };

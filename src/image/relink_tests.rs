@@ -36,7 +36,7 @@ fn seen(host: &SimHost) -> (u128, Vec<PathBuf>) {
     image.file().read_at(&mut bits, u64::from(place) * SECTOR).unwrap();
     image.file().read_at(&mut data, (u64::from(place) + 1) * SECTOR).unwrap();
     assert!(bits[0] == 0x80 && bits[1..] == [0; SECTOR_BYTES - 1] && data == [5; SECTOR_BYTES]);
-    let paths = image.parent_candidates().unwrap().into_iter().map(|c| c.path.as_path().to_path_buf()).collect();
+    let paths = image.recorded_parent().unwrap().paths.iter().map(|path| path.as_path().to_path_buf()).collect();
     (image.header().unwrap().parent_uuid.as_u128(), paths)
 }
 
@@ -142,4 +142,23 @@ fn a_full_host_and_what_cannot_be_recorded_change_nothing() {
     assert_eq!(host.bytes(Path::new(super::super::rig::PATH)), before);
     let fixed = host_with(Kind::Fixed, 100);
     assert_eq!(relink(&fixed, &file(&fixed), None).unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+/// The power went between two footers: the one at the end has another size, and a geometry by the rule for its creator or
+/// by that of an earlier version.
+#[test]
+fn footers_agree_again_whatever_the_geometry() {
+    let host = host_with(Kind::Dynamic, 1000);
+    let f = file(&host);
+    let end = f.stat().unwrap().len - SECTOR;
+    let old = Footer { creator: *b"vbox", ..Image::open(f.clone()).unwrap().footer().clone() };
+    for geometry in [Geometry::for_size(999 * SECTOR), Geometry::MAX] {
+        let new = Footer { geometry, ..old.with_size(999 * SECTOR) };
+        f.write_at(&old.encode(), 0).unwrap();
+        f.write_at(&new.encode(), end).unwrap();
+        agreed(&f).unwrap();
+        let mut front = [0; SECTOR_BYTES];
+        f.read_at(&mut front, 0).unwrap();
+        assert_eq!(Footer::decode(&front).as_ref(), Ok(&new));
+    }
 }

@@ -19,19 +19,33 @@ use std::collections::btree_map::Entry;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use super::batmap::{Batmap, on_disk, read_bitmap};
 use super::check::{free, inside, places_are_believed};
 use super::open::{Image, Sparse};
+use super::strange::padded;
+use super::structures::read_footers;
 use super::undo::Undo;
 use super::walk::beyond_disk;
 use crate::error::{Error, Result};
-use crate::format::{Defect, bat, bitmap};
+use crate::format::footer::FOOTER_BYTES;
+use crate::format::{Defect, Footer, bat, bitmap};
 use crate::point;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Rounds that a repair takes at most; each mends what the one before made plain.
 const ROUNDS: usize = 4;
+
+/// Which of two valid footers that contradict each other is right.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Take {
+    /// The copy at the start.
+    Front,
+    /// The one at the end.
+    End,
+}
 
 /// What is written where.
 type Writes = Vec<(u64, Vec<u8>)>;
@@ -46,35 +60,72 @@ struct Plan {
     len: Option<u64>,
 }
 
-/// Mends the image in a file that is locked exclusively. Returns the file that keeps what was replaced; `None` where there
-/// was nothing to mend.
+/// Mends the image in a file that is locked exclusively. With `take`, that one of two contradicting footers is copied over
+/// the other. Returns the file that keeps what was replaced; `None` if there was nothing to mend. An image that has lost
+/// sectors is left as it is.
 ///
 /// # Errors
 /// `Io`, `NoSpace`, and whatever makes it impossible to open the image at all: then nothing was changed.
-pub fn repair(env: &dyn Env, file: &File) -> Result<Option<PathBuf>> {
+pub fn repair(env: &dyn Env, file: &File, take: Option<Take>) -> Result<Option<PathBuf>> {
     let mut undo = None;
+    if let Some((plan, uuid)) = Plan::before_opening(file, take)? {
+        plan.keep_and_carry_out(undo.insert(Undo::begin(env, file, uuid)?), file)?;
+    }
     for _ in 0..ROUNDS {
         let mut defects = Vec::new();
-        let image = Image::examine(file.clone(), &mut |defect, _| {
+        let image = Image::examine(file.clone(), &mut |defect| {
             defects.push(defect);
             ControlFlow::<Error>::Continue(())
         })?;
-        let plan = Plan::new(&image, &defects)?;
+        let plan = if image.lost().is_empty() { Plan::new(&image, &defects)? } else { Plan::default() };
         if plan.is_empty() {
             break;
         }
         let undo = match &mut undo {
             Some(undo) => undo,
-            none => none.insert(Undo::begin(env, &image)?),
+            none => none.insert(Undo::begin(env, file, image.uuid())?),
         };
-        plan.keep(undo)?;
-        point::reached("check.undo-kept");
-        plan.carry_out(file)?;
+        plan.keep_and_carry_out(undo, file)?;
     }
-    Ok(undo.map(|undo| undo.path().to_path_buf()))
+    let path = undo.map(Undo::finish).transpose()?;
+    if path.is_some() {
+        point::reached("check.undo-finished");
+    }
+    Ok(path)
 }
 
 impl Plan {
+    /// What is mended before the image can be opened: padding after a fixed disk, and a choice between two footers.
+    fn before_opening(file: &File, take: Option<Take>) -> Result<Option<(Plan, Uuid)>> {
+        let len = file.stat()?.len;
+        let chosen = match read_footers(file, len)? {
+            Err(Defect::FooterMissing { .. }) => {
+                let footer = padded(file, len)?;
+                let end = |footer: &Footer| footer.current_size + FOOTER_BYTES;
+                return Ok(footer.map(|f| (Plan { len: Some(end(&f)), ..Plan::default() }, f.uuid)));
+            }
+            Err(_) => return Ok(None),
+            Ok(chosen) => chosen,
+        };
+        let differ = |d: &Defect| matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
+        let Some(take) = take.filter(|_| chosen.notes.iter().any(differ)) else { return Ok(None) };
+        let plan = match take {
+            Take::End => Plan { front: Some(chosen.footer.encode()), ..Plan::default() },
+            Take::Front => {
+                let mut front = [0; SECTOR_BYTES];
+                file.read_at(&mut front, 0)?;
+                Plan { tail: Some((chosen.data_end, front)), ..Plan::default() }
+            }
+        };
+        Ok(Some((plan, chosen.footer.uuid)))
+    }
+
+    fn keep_and_carry_out(&self, undo: &mut Undo, file: &File) -> Result<()> {
+        self.keep(undo)?;
+        point::reached("check.undo-kept");
+        self.carry_out(file)
+    }
+
     fn new(image: &Image, defects: &[Defect]) -> Result<Plan> {
         let footer = image.footer().encode();
         let mut plan = Plan::default();
@@ -83,7 +134,8 @@ impl Plan {
         }
         let believed = places_are_believed(defects);
         if believed && let Some(sparse) = image.sparse() {
-            plan.pointers = pointers(image, sparse)?;
+            let zeros = defects.iter().any(|defect| matches!(defect, Defect::EntryZero { .. }));
+            plan.pointers = pointers(image, sparse, zeros)?;
         }
         // Space is given back only when no pointer is about to change.
         let free = if believed && plan.pointers.is_empty() { free(image)? } else { Vec::new() };
@@ -145,7 +197,7 @@ impl Plan {
         Ok(())
     }
 
-    fn keep(&self, undo: &mut Undo<'_>) -> Result<()> {
+    fn keep(&self, undo: &mut Undo) -> Result<()> {
         if self.front.is_some() {
             undo.keep(0..SECTOR)?;
         }
@@ -169,8 +221,8 @@ fn is_about_front(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FrontFooterInvalid { .. } | Defect::FooterCopyStale)
 }
 
-/// Bits and entries that say too much, as they should be.
-fn pointers(image: &Image, sparse: &Sparse) -> Result<Writes> {
+/// Bits and entries that say too much, as they should be; with `zeros`, entries of 0 become unused ones.
+fn pointers(image: &Image, sparse: &Sparse, zeros: bool) -> Result<Writes> {
     let mut writes = Writes::new();
     if let Some(mut batmap) = Batmap::read(image)? {
         let wrong = batmap.wrong(image)?;
@@ -185,7 +237,7 @@ fn pointers(image: &Image, sparse: &Sparse) -> Result<Writes> {
         writes.extend(last_bitmap(image, last, place)?);
     }
     // Only where nobody but such an entry refers to the place: whose it is was told by the entries of the disk.
-    let mut sectors = BTreeMap::new();
+    let mut sectors = if zeros { without_zeros(image, sparse)? } else { BTreeMap::new() };
     for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
         let bytes = match sectors.entry(at) {
@@ -201,6 +253,26 @@ fn pointers(image: &Image, sparse: &Sparse) -> Result<Writes> {
     }
     writes.extend(sectors);
     Ok(writes)
+}
+
+/// The sectors of the table that have entries of 0, by their offset, with unused entries instead.
+fn without_zeros(image: &Image, sparse: &Sparse) -> Result<BTreeMap<u64, Vec<u8>>> {
+    let (mut changed, mut bytes) = (BTreeMap::new(), vec![0; SECTOR_BYTES]);
+    for sector in 0..sparse.header.entries.div_ceil(bat::ENTRIES_PER_SECTOR) {
+        let at = sparse.header.table_offset + u64::from(sector) * SECTOR;
+        image.file().read_at(&mut bytes, at)?;
+        let entries = (sparse.header.entries - sector * bat::ENTRIES_PER_SECTOR).min(bat::ENTRIES_PER_SECTOR);
+        let entries = &mut bytes.as_chunks_mut::<4>().0[..entries as usize];
+        let mut any = false;
+        for entry in entries.iter_mut().filter(|entry| **entry == [0; 4]) {
+            *entry = bat::UNUSED.to_be_bytes();
+            any = true;
+        }
+        if any {
+            changed.insert(at, bytes.clone());
+        }
+    }
+    Ok(changed)
 }
 
 /// The sectors of the last block's bitmap without bits behind the end of the disk, where such bits are a defect.

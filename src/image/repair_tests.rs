@@ -3,9 +3,13 @@
 use std::path::Path;
 
 use super::super::check::{self, tests::with_batmap};
-use super::super::rig::{PATH, child, file, kinds, poke, written};
+use super::super::rig::{PATH, child, file, host_with, kinds, poke, written};
+use super::super::undone::undo;
 use super::*;
+use crate::error::ErrorKind;
+use crate::format::DiskType;
 use crate::format::Severity;
+use crate::storage::Access;
 use crate::storage::sim::{FaultPlan, SimHost};
 
 /// An image of 1000 sectors in blocks of 64 KiB: block 0 whole, one sector of block 2, three of the last block.
@@ -17,10 +21,10 @@ fn image() -> SimHost {
 fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     let (mut image, undo) = (host.bytes(Path::new(PATH)).unwrap(), host.bytes(kept).unwrap());
     let number = |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().unwrap())).unwrap();
-    assert_eq!((&undo[..16], number(24)), (&b"diffdisk undo 1\n"[..], undo.len()));
+    assert_eq!((&undo[..16], number(48), number(72)), (&b"diffdisk undo 2\n"[..], 1, undo.len()));
     image.resize(number(16), 0);
     let (mut pieces, mut at) = (Vec::new(), 512);
-    while at < undo.len() {
+    while at < number(24) {
         pieces.push((number(at), &undo[at + 16..at + 16 + number(at + 8)]));
         at += 16 + number(at + 8);
     }
@@ -47,11 +51,23 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
         (0..8).map(of).collect::<Vec<_>>()
     };
     let before = bits(&host);
-    let kept = repair(&host, &file(&host)).unwrap().unwrap();
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
     assert_eq!(kinds(&host), [""; 0], "{expected:?}");
     assert!(bits(&host) == before, "{expected:?}");
-    assert!(repair(&host, &file(&host)).unwrap().is_none(), "nothing is left to do");
+    assert!(repair(&host, &file(&host), None).unwrap().is_none(), "nothing is left to do");
     assert!(undone(&host, &kept) == broken, "{expected:?}: an undone repair leaves other bytes");
+    let undo_file = host.open(&kept, Access::Write).unwrap();
+    let undo = || undo(&file(&host), &undo_file).map_err(|e| e.kind());
+    // Changed since, even in bytes without consequence, it is not undone.
+    let tail = end(&host);
+    let mut footer = [0; SECTOR_BYTES];
+    file(&host).read_at(&mut footer, tail).unwrap();
+    file(&host).set_len(tail + SECTOR + 1).unwrap();
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}");
+    file(&host).set_len(tail + SECTOR).unwrap();
+    assert_eq!(undo(), Ok(()), "{expected:?}");
+    assert!(host.bytes(Path::new(PATH)).unwrap() == broken, "{expected:?}: an undo leaves other bytes");
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}: once only");
 }
 
 fn end(host: &SimHost) -> u64 {
@@ -101,7 +117,7 @@ fn space_between_blocks_becomes_holes() {
     poke(&host, image.table_offset().unwrap() + 8, &[0xFF; 4]);
     let (broken, room) = (host.bytes(Path::new(PATH)).unwrap(), file(&host).stat().unwrap());
     assert_eq!(kinds(&host), ["space-unreferenced"]);
-    let kept = repair(&host, &file(&host)).unwrap().unwrap();
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
     let now = file(&host).stat().unwrap();
     assert!(kinds(&host).is_empty() && now.allocated < room.allocated && now.len == room.len);
     assert!(undone(&host, &kept) == broken);
@@ -117,10 +133,64 @@ fn entries_behind_the_end_of_the_disk_go_with_their_room() {
     poke(&host, image.data_end(), &footer);
     let broken = host.bytes(Path::new(PATH)).unwrap();
     assert_eq!(kinds(&host), ["block-beyond-disk"]);
-    let kept = repair(&host, &file(&host)).unwrap().unwrap();
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
     assert_eq!(kinds(&host), [""; 0], "the entry goes, then its room");
     assert!(file(&host).stat().unwrap().len < broken.len() as u64);
     assert!(undone(&host, &kept) == broken);
+}
+
+#[test]
+fn entries_of_zero_become_unused() {
+    mends(
+        |host| {
+            let table = Image::open(file(host)).unwrap().table_offset().unwrap();
+            poke(host, table + 4, &[0; 4]);
+            poke(host, table + 12, &[0; 8]);
+        },
+        &["entry-zero"],
+    );
+}
+
+#[test]
+fn footers_of_two_kinds_are_mended_by_choice_alone() {
+    for (take, kind) in [(Take::Front, DiskType::Differencing), (Take::End, DiskType::Dynamic)] {
+        let host = image();
+        let tail = end(&host);
+        let footer = Image::open(file(&host)).unwrap().footer().clone();
+        poke(&host, tail, &Footer { disk_type: DiskType::Dynamic, ..footer }.encode());
+        let broken = host.bytes(Path::new(PATH)).unwrap();
+        assert_eq!(kinds(&host), ["footer-kinds-differ"]);
+        assert!(repair(&host, &file(&host), None).unwrap().is_none());
+        let refused = Image::open(file(&host)).unwrap().check_writable().unwrap_err();
+        assert!(refused.line().contains("--take"), "{}", refused.line());
+        assert!(crate::image::agreed(&file(&host)).is_ok() && host.bytes(Path::new(PATH)).unwrap() == broken);
+        let kept = repair(&host, &file(&host), Some(take)).unwrap().unwrap();
+        assert_eq!((kinds(&host), Image::open(file(&host)).unwrap().kind()), (vec![], kind));
+        undo(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+        assert!(host.bytes(Path::new(PATH)).unwrap() == broken);
+    }
+}
+
+#[test]
+fn padding_after_a_fixed_disk_is_cut_off() {
+    let host = host_with(crate::image::Kind::Fixed, 100);
+    poke(&host, 0, &[7; 1536]);
+    let whole = host.bytes(Path::new(PATH)).unwrap();
+    file(&host).set_len(whole.len() as u64 + 3584).unwrap();
+    let padded = host.bytes(Path::new(PATH)).unwrap();
+    assert!(kinds(&host) == ["fixed-padded"] && Image::open(file(&host)).is_err());
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
+    assert!(kinds(&host).is_empty() && host.bytes(Path::new(PATH)).unwrap() == whole);
+    undo(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+    assert!(host.bytes(Path::new(PATH)).unwrap() == padded);
+    // A byte in the padding, or a footer of another size there: no padding.
+    poke(&host, padded.len() as u64 - 1, &[1]);
+    assert_eq!(kinds(&host), ["footer-missing"]);
+    poke(&host, padded.len() as u64 - 1, &[0]);
+    let at = whole.len() as u64 - SECTOR;
+    let footer = Footer::decode(whole.last_chunk().unwrap()).unwrap();
+    poke(&host, at, &footer.with_size(at - SECTOR).encode());
+    assert_eq!(kinds(&host), ["footer-missing"]);
 }
 
 #[test]
@@ -129,12 +199,12 @@ fn what_takes_a_guess_stays() {
     let image = Image::open(file(&host)).unwrap();
     let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(0).unwrap());
     poke(&host, table + 4, &place.to_be_bytes());
-    assert!(repair(&host, &file(&host)).unwrap().is_none());
+    assert!(repair(&host, &file(&host), None).unwrap().is_none());
     poke(&host, 0, &[0; 512]);
-    assert!(repair(&host, &file(&host)).unwrap().is_some(), "a footer is mended whatever the blocks are");
+    assert!(repair(&host, &file(&host), None).unwrap().is_some(), "a footer is mended whatever the blocks are");
     assert_eq!(kinds(&host), ["block-duplicate"]);
     poke(&host, 512, &[0; 512]);
-    let e = repair(&host, &file(&host)).unwrap_err();
+    let e = repair(&host, &file(&host), None).unwrap_err();
     assert!(e.line().contains("no dynamic header"), "{}", e.line());
 }
 
@@ -144,11 +214,11 @@ fn a_full_host_changes_nothing() {
     poke(&host, 0, &[1; 512]);
     let before = host.digest(Path::new(PATH));
     host.set_faults(FaultPlan { room: Some(0), ..FaultPlan::default() });
-    let e = repair(&host, &file(&host)).unwrap_err();
+    let e = repair(&host, &file(&host), None).unwrap_err();
     assert_eq!((e.kind(), host.digest(Path::new(PATH))), (crate::error::ErrorKind::NoSpace, before));
     assert_eq!(host.names().len(), 1, "{:?}", host.names());
     host.set_faults(FaultPlan::default());
-    assert!(repair(&host, &file(&host)).unwrap().is_some());
+    assert!(repair(&host, &file(&host), None).unwrap().is_some());
     let report = check::check(file(&host)).unwrap().0;
     assert_eq!(report.count(Severity::Corruption), 0);
 }

@@ -45,7 +45,7 @@ impl Offline {
     /// resizing it again is safe.
     pub fn grow(mut self, size: u64, shining: &mut Shining<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
-        let invalid = |defect: Defect| Error::from(defect).at_path(self.file().path());
+        let invalid = |defect: Defect| Error::from(defect).at_no_offset().at_path(self.file().path());
         if !Footer::size_fits(size) {
             return Err(invalid(Defect::DiskSize { at: 0, size }));
         }

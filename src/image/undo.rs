@@ -4,60 +4,139 @@
 //! numbers are big-endian, 64 bits, in bytes:
 //!
 //! ```text
-//!   0   "diffdisk undo 1\n"                          512   offset in the image   16 bytes
-//!  16   length of the image before                         length                of head
-//!  24   where the pieces end in this file                  the bytes that were there
-//!  32   the image's UUID, 16 bytes                         the next piece ...
-//!  48   zeros to 512
+//!   0   "diffdisk undo 2\n"                          512   pieces of before:
+//!  16   length of the image before                           offset in the image   16 bytes
+//!  24   where the pieces of before end in this file          length                of head
+//!  32   the image's UUID, 16 bytes                           the bytes that were there
+//!  48   state                                              the next piece ...
+//!  56   length of the image after                          pieces of after:
+//!  64   sum over the block table after                       what the same ranges hold after
+//!  72   where the pieces of after end                        the repair, without zeros
+//!  80   zeros to 512
 //! ```
 //!
 //! The first 512 bytes are written after a sync of the pieces that they count in. Where they are zeros, the repair ended
-//! before it changed anything. To undo a repair: give the image the length that it had, then write the pieces back, the
-//! last one first. What was cut off and is in no piece was zero.
+//! before it changed anything. States: 0, the repair was not finished; 1, it was; 2, an undo was begun; 3, the repair is
+//! undone. To undo a repair: give the image the length that it had, then write the pieces of before back, the last one
+//! first. What was cut off and is in no piece was zero. `undone.rs` does that.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::create::folder_of;
+use super::draft::Draft;
+use super::fit::table_sum;
 use super::holes::{is_zero, next_data};
 use super::open::Image;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-const MAGIC: [u8; 16] = *b"diffdisk undo 1\n";
+pub(super) const MAGIC: [u8; 16] = *b"diffdisk undo 2\n";
 /// Bytes of the image that are looked at, and kept, together.
 const CHUNK: usize = 64 << 10;
 
+/// The first 512 bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Head {
+    /// Length of the image before the repair.
+    pub(super) len: u64,
+    /// Where the pieces of before end in the undo file.
+    pub(super) before: u64,
+    pub(super) uuid: uuid::Uuid,
+    pub(super) state: State,
+    /// Length of the image after the repair.
+    pub(super) len_after: u64,
+    /// Sum over the block table after the repair.
+    pub(super) table: u64,
+    /// Where the pieces of after end in the undo file.
+    pub(super) after: u64,
+}
+
+/// How far repair and undo have come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum State {
+    Repairing,
+    Repaired,
+    Undoing,
+    Undone,
+}
+
+impl Head {
+    /// The head in the bytes of a file; `None` for other bytes.
+    pub(super) fn decode(bytes: &[u8; SECTOR_BYTES]) -> Option<Head> {
+        let number = |at: usize| u64::from_be_bytes(*bytes[at..].first_chunk().expect("inside the sector"));
+        let state = match number(48) {
+            0 => State::Repairing,
+            1 => State::Repaired,
+            2 => State::Undoing,
+            3 => State::Undone,
+            _ => return None,
+        };
+        let uuid = uuid::Uuid::from_bytes(*bytes[32..].first_chunk().expect("inside the sector"));
+        let (len, before, after) = (number(16), number(24), number(72));
+        let head = Head { len, before, uuid, state, len_after: number(56), table: number(64), after };
+        bytes.starts_with(&MAGIC).then_some(head)
+    }
+
+    /// The 512 bytes.
+    pub(super) fn encode(&self) -> [u8; SECTOR_BYTES] {
+        let mut bytes = [0; SECTOR_BYTES];
+        bytes[..16].copy_from_slice(&MAGIC);
+        bytes[32..48].copy_from_slice(self.uuid.as_bytes());
+        let state: u64 = match self.state {
+            State::Repairing => 0,
+            State::Repaired => 1,
+            State::Undoing => 2,
+            State::Undone => 3,
+        };
+        let numbers =
+            [(16, self.len), (24, self.before), (48, state), (56, self.len_after), (64, self.table), (72, self.after)];
+        for (at, number) in numbers {
+            bytes[at..at + 8].copy_from_slice(&number.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// Writes it over the head of an undo file, durably.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn write(&self, undo: &File) -> Result<()> {
+        undo.write_at(&self.encode(), 0)?;
+        undo.sync()
+    }
+}
+
 /// The file that keeps. Dropped before the first [`Undo::seal`] it vanishes.
-pub(super) struct Undo<'a> {
-    env: &'a dyn Env,
+pub(super) struct Undo {
     image: File,
     uuid: uuid::Uuid,
     /// Length of the image before the repair.
     len: u64,
-    file: File,
-    path: PathBuf,
+    draft: Draft,
     end: u64,
     sealed: bool,
+    /// The ranges of the image that the pieces of before have.
+    kept: Vec<Range<u64>>,
 }
 
-impl<'a> Undo<'a> {
+impl Undo {
     /// Begins the file for a repair of an image.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn begin(env: &'a dyn Env, image: &Image) -> Result<Undo<'a>> {
-        let path = path_of(image.file().path(), env.uuid())?;
-        let (uuid, image) = (image.uuid(), image.file().clone());
-        let len = image.stat()?.len;
-        let file = env.create(&path)?;
-        Ok(Undo { env, image, uuid, len, file, path, end: SECTOR, sealed: false })
+    pub(super) fn begin(env: &dyn Env, image: &File, uuid: uuid::Uuid) -> Result<Undo> {
+        let (image, len) = (image.clone(), image.stat()?.len);
+        let mut name = image.name().to_os_string();
+        name.push(format!(".repair-{}.undo", env.uuid().simple()));
+        let folder = image.folder();
+        let draft = Draft::begin(env, &folder.path_of(&name), folder.clone(), &name)?;
+        Ok(Undo { image, uuid, len, draft, end: SECTOR, sealed: false, kept: Vec::new() })
     }
 
     /// Its path.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    pub(super) fn path(&self) -> PathBuf {
+        self.draft.path()
     }
 
     /// Keeps a range of the image that is going to be replaced; all of it.
@@ -72,6 +151,7 @@ impl<'a> Undo<'a> {
             let mut bytes = vec![0; len];
             self.image.read_at(&mut bytes, at)?;
             self.record(at, &bytes)?;
+            self.kept.push(at..at + len as u64);
             at += len as u64;
         }
         Ok(())
@@ -89,7 +169,9 @@ impl<'a> Undo<'a> {
             let bytes = &mut bytes[..len];
             self.image.read_at(bytes, found.start)?;
             for (number, piece) in (0u64..).zip(bytes.chunks(4096)).filter(|(_, piece)| !is_zero(piece)) {
-                self.record(found.start + number * 4096, piece)?;
+                let at = found.start + number * 4096;
+                self.record(at, piece)?;
+                self.kept.push(at..at + piece.len() as u64);
             }
             rest.start = found.start + len as u64;
         }
@@ -99,7 +181,7 @@ impl<'a> Undo<'a> {
     fn record(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let record = [&offset.to_be_bytes(), &len.to_be_bytes()[..], bytes].concat();
-        self.file.write_at(&record, self.end)?;
+        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.blame(e))?;
         self.end += record.len() as u64;
         Ok(())
     }
@@ -109,35 +191,39 @@ impl<'a> Undo<'a> {
     /// # Errors
     /// `Io`, `NoSpace`.
     pub(super) fn seal(&mut self) -> Result<()> {
-        self.file.sync()?;
-        let mut head = [0; SECTOR_BYTES];
-        head[..16].copy_from_slice(&MAGIC);
-        head[16..24].copy_from_slice(&self.len.to_be_bytes());
-        head[24..32].copy_from_slice(&self.end.to_be_bytes());
-        head[32..48].copy_from_slice(self.uuid.as_bytes());
-        self.file.write_at(&head, 0)?;
-        self.file.sync()?;
+        self.draft.file().sync()?;
+        let (len, before, uuid) = (self.len, self.end, self.uuid);
+        let head = Head { len, before, uuid, state: State::Repairing, len_after: 0, table: 0, after: before };
+        head.write(self.draft.file())?;
         if !self.sealed {
-            self.env.sync_dir(folder_of(&self.path))?;
+            self.draft.publish()?;
         }
         self.sealed = true;
         Ok(())
     }
-}
 
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        if !self.sealed
-            && let Err(e) = self.env.remove(&self.path)
-        {
-            log::warn!("{}", e.line());
+    /// Records how the repair left the image, so that an undo can tell whether it was changed since.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`: the repair is done, and its undo file will be refused.
+    pub(super) fn finish(mut self) -> Result<PathBuf> {
+        let (before, len_after) = (self.end, self.image.stat()?.len);
+        for range in std::mem::take(&mut self.kept) {
+            let there = range.end.min(len_after).saturating_sub(range.start);
+            if there == 0 {
+                continue;
+            }
+            let mut bytes = vec![0; usize::try_from(there).expect("a chunk")];
+            self.image.read_at(&mut bytes, range.start)?;
+            if !is_zero(&bytes) {
+                self.record(range.start, &bytes)?;
+            }
         }
+        self.draft.file().sync()?;
+        let image = Image::inspect(self.image.clone())?;
+        let (uuid, table, after) = (image.uuid(), table_sum(&image), self.end);
+        let head = Head { len: self.len, before, uuid, state: State::Repaired, len_after, table, after };
+        head.write(self.draft.file())?;
+        Ok(self.path())
     }
-}
-
-fn path_of(image: &Path, uuid: uuid::Uuid) -> Result<PathBuf> {
-    let name = image.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(image))?;
-    let mut name = name.to_os_string();
-    name.push(format!(".repair-{}.undo", uuid.simple()));
-    Ok(image.with_file_name(name))
 }

@@ -1,5 +1,4 @@
-//! The part of a check that looks into blocks: bitmaps beside the batmap, the end of the disk, the end of the file and the
-//! data they speak of.
+//! The part of a check that looks into blocks: bitmaps beside the batmap, the end of the disk and the data they speak of.
 //!
 //! Bitmaps are read only where they can break a rule: of a child's blocks most may say what they like. Data is looked at
 //! only under clear bits of a root, where the file has no hole, and only so much of it.
@@ -73,16 +72,12 @@ pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>)
     let page = u32::try_from(PAGE / SECTOR).expect("eight");
     let aligned = |place: u32| (place % page + bitmap_sectors % page).is_multiple_of(page);
     let odd = |place: u32| child && place < PACKED_FROM && (writer == Writer::Unknown || !aligned(place));
-    let ends = |place: u32| (u64::from(place) + u64::from(block_size.stride_sectors())) * SECTOR;
     let (mut suspects, mut budget) = (Vec::new(), LOOKED_AT);
     let entries = &sparse.placed.entries;
     // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
-    let wanted = |&&(place, block): &&(u32, u32)| {
-        let cut = ends(place) > image.data_end();
-        !child || cut || on_disk(image, block) < block_size.sectors() || odd(place)
-    };
+    let wanted = |&&(place, block): &&(u32, u32)| !child || on_disk(image, block) < block_size.sectors() || odd(place);
     let wanted = entries.iter().filter(wanted);
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
@@ -92,18 +87,10 @@ pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>)
             ahead.by_ref().take(AHEAD).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
         }
         let sectors = on_disk(image, block);
-        let (cut, odd) = (ends(place) > image.data_end(), odd(place));
+        let odd = odd(place);
         let words = read_bitmap(image, place)?;
         let whole = bitmap::run(&words, 0, sectors) == (true, sectors);
         let at = u64::from(place) * SECTOR;
-        if cut {
-            let there = (image.data_end() / SECTOR).saturating_sub(u64::from(place) + u64::from(bitmap_sectors));
-            let there = u32::try_from(there).unwrap_or(u32::MAX).min(sectors);
-            let lost = bitmap::count(&words, there, sectors);
-            if lost > 0 {
-                report.add(Defect::BlockCutOff { block, sectors: lost.into(), at });
-            }
-        }
         let bits =
             beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
         let bits = bits.sum();

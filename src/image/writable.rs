@@ -11,11 +11,14 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::bitmaps::{Bitmaps, Fresh, Where};
 use super::granule::{Known, Locked};
-use super::journal::{Found, Journal};
+use super::journal::Journal;
 use super::keep::{Keep, Kept};
+use super::kept_time::KeptTime;
 use super::open::Image;
 use super::recover::recover;
+use super::session::Session;
 use super::tail::Room;
+use super::take_in::Found;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::mutant::{self, Mutant};
@@ -34,6 +37,9 @@ pub struct Writable {
     pub(super) keep: Kept,
     /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
+    /// The time of the file when it was opened, and whether the disk's contents may have changed since.
+    pub(super) opened: KeptTime,
+    pub(super) changed: AtomicBool,
 }
 
 /// What images with a block table have besides.
@@ -61,20 +67,25 @@ impl Writable {
     /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
     pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
         image.check_writable()?;
+        let opened = KeptTime::of(image.file())?;
         let (keep, found) = Kept::begin(env, &image, keep)?;
+        let stamped = matches!(&keep, Kept::Session(session) if session.is_stamped());
         let sparse = match image.block_size() {
             None => None,
-            Some(block_size) => Some(recover(&image, block_size, &found)?),
+            Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
         };
+        opened.put_back_at_open()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
-        let image = Writable { image, sparse, unsynced, dirty: Mutex::default(), poison: OnceLock::new(), keep, due };
+        let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
+        let image = Writable { image, sparse, unsynced, dirty, poison, keep, due, opened, changed };
+        image.renew_at_take_over()?;
         image.adopt(&found);
         Ok(image)
     }
 
     /// Takes in the marks of a killed predecessor; the places of their blocks are known already.
     fn adopt(&self, found: &[Found]) {
-        let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return };
+        let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return };
         for f in found {
             let mut granule = sparse.bitmaps.adopt(f.granule, &f.words);
             // Of two slots for one granule the first goes on, with the bits of both; the commit frees the other.
@@ -127,8 +138,9 @@ impl Writable {
         if end > room.end {
             return Err(NoRoom);
         }
+        self.begin_session(&mut room);
         sparse.bitmaps.prepare(block, sparse.fresh);
-        if let Kept::Journal(journal) = &self.keep {
+        if let Some(journal) = self.journal() {
             // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
             // entry that a killed commit leaves in the table is accounted for.
             let granule = sparse.bitmaps.first_of(block);
@@ -153,13 +165,14 @@ impl Writable {
     /// The granules that were not in memory. All others are marked; load these, and mark the whole range again.
     #[must_use = "a write that is answered must outlive the process"]
     pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
-        let (mut kept, mut absent) = (true, Vec::new());
+        let (mut kept, mut news_kept, mut absent) = (true, false, Vec::new());
         if let Some(sparse) = &self.sparse {
+            self.begin_session_now();
             for (_, part) in sparse.block_size.parts(range) {
                 sparse.bitmaps.mark(part, &mut absent, |index, granule, news| {
                     let keeps = self.keep(index, granule, &news);
                     granule.known.unkept = !keeps;
-                    kept &= keeps;
+                    (kept, news_kept) = (kept & keeps, true);
                     // A slot in use belongs to a dirty granule.
                     if news.more || granule.known.slot.is_some() {
                         self.note_dirty(index, &mut granule.known);
@@ -168,6 +181,10 @@ impl Writable {
             }
         }
         self.touched();
+        if news_kept && let Some(Err(e)) = self.session().map(Session::renew_each_second) {
+            log::warn!("{}: a commit has to do what the live journal cannot: {}", self.path().display(), e.line());
+            kept = false;
+        }
         #[cfg(feature = "mutants")]
         self.mistake_metadata();
         if absent.is_empty() { Ok(kept) } else { Err(absent) }
@@ -202,7 +219,10 @@ impl Writable {
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
             log::error!("{}: {why}; writes are refused until it is opened and checked", self.path().display());
-            if let Kept::Journal(journal) = &self.keep {
+            if let Some(Ok(mut room)) = self.sparse.as_ref().map(|sparse| sparse.room.try_lock()) {
+                self.begin_session(&mut room);
+            }
+            if let Some(journal) = self.session().and_then(Session::any_journal) {
                 journal.poison(why);
             }
         }
@@ -309,7 +329,7 @@ impl Writable {
 
     /// A commit begins that takes these granules: their blocks are going to be placed. Its epoch.
     pub(super) fn committing(&self, granules: &[usize]) -> u64 {
-        let (Some(sparse), Kept::Journal(journal)) = (&self.sparse, &self.keep) else { return 0 };
+        let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
         let room = lock(&sparse.room);
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
         let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
@@ -323,9 +343,7 @@ impl Writable {
     pub(super) fn committed(&self, epoch: u64, granules: Option<&[usize]>) {
         let Some(sparse) = &self.sparse else { return };
         let Some(granules) = granules else {
-            if let Kept::Journal(journal) = &self.keep {
-                journal.failed();
-            }
+            self.journal().into_iter().for_each(Journal::failed);
             return;
         };
         let mut places = Vec::new();
@@ -344,7 +362,7 @@ impl Writable {
             sparse.bitmaps.set_placed(*block);
         }
         granules.iter().for_each(|granule| sparse.bitmaps.set_written(*granule));
-        if let Kept::Journal(journal) = &self.keep {
+        if let Some(journal) = self.journal() {
             journal.committed(epoch, &places, |slot, granule, renew| {
                 let Where::Here(here) = sparse.bitmaps.lock(granule) else { return false };
                 let used = here.known.slot == Some(slot);
@@ -353,14 +371,6 @@ impl Writable {
                 }
                 used
             });
-        }
-    }
-
-    /// Removes the journal: all it says is in the file.
-    pub fn retire(&self, env: &dyn Env) -> Result<()> {
-        match &self.keep {
-            Kept::Journal(journal) => journal.remove(env),
-            Kept::Commit | Kept::Nothing => Ok(()),
         }
     }
 

@@ -2,33 +2,32 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
+use crate::chain::{Chain, Change, Policy, Use, refuse_change};
 use crate::error::Result;
-use crate::image::{Glance, Image, agreed, refuse_if_live};
+use crate::image::{Image, KeptTime, agreed, refuse_live_file};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
 ///
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where a live journal says more than the image, or where a merge into it was begun.
-pub(super) fn chain(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Chain> {
-    Chain::of(env, image(env, path, policy)?, policy, Use::Write)
+/// `Refused` where a live journal says more than the image, or if an unfinished merge forbids the change.
+pub(super) fn chain(env: &dyn Env, path: &Path, change: Change, policy: &Policy) -> Result<Chain> {
+    Chain::of(env, image(env, path, change, policy)?, policy, Use::Write)
 }
 
 /// Opens the image at `path` to change it, whatever its parents are.
 ///
 /// # Errors
 /// As for [`chain`].
-pub(super) fn image(env: &dyn Env, path: &Path, policy: &Policy) -> Result<Image> {
+pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy) -> Result<Image> {
     // Not the link to it: what it records of its parent counts from the folder it lies in.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
-    if let (Some(folder), Some(glance)) = (&policy.runtime, Glance::at(&file)?) {
-        refuse_if_live(env, folder, &file, glance.uuid)?;
-    }
-    let image = agreed(&file)?;
-    refuse_if_receiving(env, &image, None)?;
+    refuse_live_file(env, &policy.runtime, &file)?;
+    let image = KeptTime::during(&file, || agreed(&file))?;
+    image.check_writable()?;
+    refuse_change(env, &image, change, &policy.allowed, None)?;
     Ok(image)
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::mover::Progress;
-use crate::chain::{self, Chain, Checked, Policy, Use};
+use crate::chain::{self, Chain, Change, Checked, Policy, Use, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Defect, Severity};
-use crate::image;
-use crate::storage::{Access, Env, File, Lock};
+use crate::format::{Consequence, Defect, Severity};
+use crate::image::{self, Image, KeptTime, Take, joined, refuse_live_file};
+use crate::storage::{Access, Env, File, Lock, Runtime};
+use crate::units::{SECTOR, SectorRange};
 
 /// What was found in one file, or in all of a chain.
 #[derive(Clone, Debug, Serialize)]
@@ -28,12 +29,26 @@ pub struct Report {
     pub defects: Vec<Found>,
     /// What is no defect but may explain something.
     pub notes: Vec<Found>,
+    /// The ranges of the disk that are lost, ascending; of a chain those that any of its files has lost.
+    pub lost: Vec<Lost>,
+    /// Whether it is a child whose parents were not to be looked at.
+    #[serde(skip)]
+    pub parents_unseen: bool,
     /// What a repair has mended; this report tells what is left.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<Repaired>,
     /// The same for each file, youngest first, when the chain was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Report>>,
+}
+
+/// A run of a disk that a file has lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Lost {
+    /// First byte of the disk.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// A broken rule.
@@ -53,6 +68,9 @@ pub struct Found {
     /// Whether it counts among the corruptions.
     #[serde(skip)]
     pub corrupt: bool,
+    /// What it prevents.
+    #[serde(skip)]
+    pub consequence: Consequence,
 }
 
 /// A file that was mended.
@@ -79,37 +97,43 @@ pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
 /// image names is opened. `progress` is told how many bytes of the files are done.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and where a live journal in the folder
-/// `runtime` says more than the file; `Io`; what `progress` fails with.
+/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and for an image whose daemon was killed and
+/// whose live journal, which may be in one of the folders `runtime`, was not taken in; `Io`; what `progress` fails with.
 pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[Runtime],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     Ok(all(&checked, parents.is_some()))
 }
 
-/// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. The guest's
-/// disk reads the same at every moment. Once something is mended `progress` is not asked any more: the report has to
+/// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. With `take`
+/// one of two footers that contradict each other is chosen. The guest's disk reads the same at every moment, unless the
+/// chosen footer is of another disk. Nothing is mended in a file that has lost sectors. Once something is mended `progress` is not asked any more: the report has to
 /// tell of it.
 ///
 /// # Errors
-/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `NoSpace`.
+/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `Refused` for an image of an unfinished
+/// merge; `NoSpace`.
 pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: Option<&Path>,
+    runtime: &[Runtime],
+    take: Option<Take>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
+    let allowed = parents.map_or(&[][..], |policy| &policy.allowed);
     let mut repaired = Vec::new();
-    for checked in before.iter().filter(|checked| checked.opens) {
+    for checked in &before {
         let report = report(checked, parents.is_some());
-        let defects: Vec<Found> = report.defects.into_iter().filter(|found| found.repairable).collect();
+        let taken = take.filter(|_| checked.defects.iter().any(contradicts));
+        let mended = |found: &Found| found.repairable || (taken.is_some() && found.kind == KINDS_DIFFER);
+        let defects: Vec<Found> = report.defects.into_iter().filter(mended).collect();
         if defects.is_empty() {
             continue;
         }
@@ -118,10 +142,39 @@ pub fn repair(
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
-        let undo = image::repair(env, &file)?.map(|path| path.display().to_string());
+        // A daemon may have come and gone since it was checked.
+        refuse_live_file(env, runtime, &file)?;
+        // What cannot be opened can be no part of a merge.
+        if let Ok(image) = Image::open(file.clone()) {
+            refuse_change(env, &image, Change::Room, allowed, None)?;
+        }
+        let undo = KeptTime::during(&file, || image::repair(env, &file, taken))?;
+        let undo = undo.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
     Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
+}
+
+/// Applies the undo file at `undo`, which a repair of the image at `path` left: the image is as before that repair.
+///
+/// # Errors
+/// `Refused` if the file belongs to another image, if the image was changed since the repair, or if a live journal says more
+/// than the image; `Invalid` for a file that is no undo file of a finished repair; `Busy`, `NoSpace`, `Io`: then the same
+/// call completes it.
+pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[Runtime]) -> Result<()> {
+    let file = env.open(path, Access::Write)?;
+    file.lock(Lock::Exclusive)?;
+    refuse_live_file(env, runtime, &file)?;
+    let kept = env.open(undo, Access::Write)?;
+    kept.lock(Lock::Exclusive)?;
+    image::undo(&file, &kept)
+}
+
+/// The word for footers of two kinds, which only a choice mends.
+const KINDS_DIFFER: &str = "footer-kinds-differ";
+
+fn contradicts(defect: &Defect) -> bool {
+    matches!(defect, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. })
 }
 
 fn all(checked: &[Checked], chain: bool) -> Report {
@@ -137,6 +190,8 @@ fn all(checked: &[Checked], chain: bool) -> Report {
         cosmetic: reports.iter().map(|r| r.cosmetic).sum(),
         defects: reports.iter().flat_map(|r| r.defects.iter().cloned()).collect(),
         notes: reports.iter().flat_map(|r| r.notes.iter().cloned()).collect(),
+        lost: runs(&joined(checked.iter().flat_map(|file| file.lost.iter().copied()).collect())),
+        parents_unseen: false,
         repaired: Vec::new(),
         chain: Some(reports),
     }
@@ -148,13 +203,17 @@ fn report(file: &Checked, named: bool) -> Report {
     let last = file.defects.len().wrapping_sub(1);
     let corrupt =
         |number: usize, defect: &Defect| defect.severity() == Severity::Corruption || (!file.opens && number == last);
+    // A padded file is mended although it does not open.
+    let padded = file.defects.iter().any(|defect| matches!(defect, Defect::FixedPadded { .. }));
+    let mendable = (file.opens || padded) && file.lost.is_empty();
     let found = |(number, defect): (usize, &Defect)| Found {
         path: named.then(|| path.clone()),
         kind: defect.kind(),
         offset: defect.offset(),
         detail: defect.to_string(),
-        repairable: defect.repairable() && file.opens,
+        repairable: defect.repairable() && mendable,
         corrupt: corrupt(number, defect),
+        consequence: defect.consequence(),
     };
     let (mut defects, mut notes) = (Vec::new(), Vec::new());
     for (number, defect) in file.defects.iter().enumerate() {
@@ -172,7 +231,13 @@ fn report(file: &Checked, named: bool) -> Report {
         path,
         defects,
         notes,
+        lost: runs(&file.lost),
+        parents_unseen: file.alone,
         repaired: Vec::new(),
         chain: None,
     }
+}
+
+fn runs(lost: &[SectorRange]) -> Vec<Lost> {
+    lost.iter().map(|range| Lost { start: range.start() * SECTOR, length: range.bytes() }).collect()
 }

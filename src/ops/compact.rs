@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::alone;
 use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress};
-use crate::chain::{Plan, Policy, Source, Version};
+use crate::chain::{Chain, Change, Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Offline, is_zero, next_data};
+use crate::image::{KeptTime, Offline, is_zero, next_data};
 use crate::point;
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
@@ -32,11 +32,16 @@ pub struct Compacted {
 /// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
 /// again.
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
-    let chain = alone::chain(env, path, policy)?;
+    let chain = alone::chain(env, path, Change::Room, policy)?;
     if chain.youngest().kind() == DiskType::Fixed {
         let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || give_back(chain, progress))
+}
+
+fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
     let before = chain.youngest().file().stat()?.allocated;
     let (image, beneath) = chain.into_parts();
     let mut offline = Offline::new(&image)?;

@@ -1,13 +1,17 @@
 //! `convert`: the disk as its guest sees it, in another form. Holes stay holes.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::path::Path;
 
+use uuid::Uuid;
+
+use super::device::DeviceSink;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
-use crate::error::{Error, Result};
-use crate::image::{Glance, Kind, Spec, refuse_if_live};
-use crate::storage::{Access, Buffer, Env};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Kind, Spec, refuse_live_file};
+use crate::storage::{Access, Buffer, Env, Runtime};
 use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
@@ -21,45 +25,87 @@ pub enum To {
     Dynamic(BlockSize),
 }
 
+/// A conversion.
+#[derive(Clone, Copy, Debug)]
+pub struct Conversion {
+    /// What is made.
+    pub to: To,
+    /// Its size is rounded up to a multiple of so many bytes.
+    pub align: u64,
+    /// It takes the place of the file that has its name, or is written over a block device.
+    pub replace: bool,
+    /// The identity of an image that is made; a new one if none.
+    pub uuid: Option<Uuid>,
+}
+
 /// Refuses to replace an image whose daemon was killed: what it acknowledged would be lost, and its journal left behind.
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: Option<&Path>) -> Result<()> {
-    let (Some(folder), true) = (runtime, env.exists(path)) else { return Ok(()) };
-    let file = env.open(path, Access::Read)?;
-    match Glance::at(&file)? {
-        Some(glance) => refuse_if_live(env, folder, &file, glance.uuid),
-        None => Ok(()), // no image that a daemon could serve
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[Runtime]) -> Result<()> {
+    if !env.exists(path) {
+        return Ok(());
     }
+    let file = env.open_disk(path, Access::Read)?;
+    if file.is_device() {
+        return Ok(()); // no daemon serves one
+    }
+    refuse_live_file(env, runtime, &file)
 }
 
-/// Copies `disk` to a new file at `path`, its size rounded up to a multiple of `align` bytes. The name appears when the copy
-/// is whole and durable; with `replace` it then takes the place of what has the name. A VHD gets whole sectors: what the
-/// last one lacks is zero.
+/// Copies `disk` to a new file at `path`. The name appears when the copy is whole and durable; to replace a file, it then
+/// takes the place of what has the name. A VHD gets whole sectors: what the last one lacks is zero.
+///
+/// A block device at `path` is overwritten in place with a raw disk: if that fails, what it holds is of no use.
 ///
 /// # Errors
-/// `Refused` where the name exists; `Busy` where the file to be replaced is in use; `Invalid` for sizes that a VHD does
-/// not have; `Io`, `NoSpace`; what `progress` fails with. Nothing is left behind.
-pub fn convert(
-    env: &dyn Env,
-    disk: &Disk,
-    path: &Path,
-    to: To,
-    align: u64,
-    replace: bool,
-    progress: &mut Progress<'_>,
-) -> Result<()> {
-    let size = (disk.sectors() * SECTOR).next_multiple_of(align);
-    let spec = match to {
+/// `Refused` where the name exists, or for a device that is too small or is to hold a VHD; `Busy` where the file to be
+/// replaced or the device is in use; `Invalid` for sizes that a VHD does not have; `Io`, `NoSpace`; what `progress` fails
+/// with. No file is left behind.
+pub fn convert(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+    if is_device(env, path)? {
+        return to_device(env, disk, path, how, progress);
+    }
+    let size = (disk.sectors() * SECTOR).next_multiple_of(how.align);
+    let spec = match how.to {
         To::Raw => None,
         To::Fixed => Some(Spec { kind: Kind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
         To::Dynamic(block_size) => Some(Spec { kind: Kind::Dynamic, size, block_size, reserve: size }),
     };
-    let make = spec.as_ref().map_or(Make::Raw(disk.bytes().next_multiple_of(align)), Make::Image);
-    let mut sink = Sink::new(env, path, &make, replace)?;
+    let raw = Make::Raw(disk.bytes().next_multiple_of(how.align));
+    let uuid = how.uuid.unwrap_or_else(|| env.uuid());
+    let make = spec.as_ref().map_or(raw, |spec| Make::Image(spec, uuid));
+    let mut sink = Sink::new(env, path, &make, how.replace)?;
     each_run(disk, progress, |range, bytes| sink.put(range, bytes))?;
     sink.finish()
+}
+
+/// Whether there is a block device at `path`. It is not asked of names that lead nowhere, nor of files that are closed to
+/// this user: what opens them later reports that.
+fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
+    match env.open_disk(path, Access::Read) {
+        Ok(file) => Ok(file.is_device()),
+        Err(e) if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(libc::EACCES) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn to_device(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+    let refused = |what| Err(Error::new(ErrorKind::Refused, what).at_path(path));
+    if how.to != To::Raw {
+        return refused(
+            "it is a block device, and VHDs are written to regular files only; --to raw writes the disk itself",
+        );
+    }
+    if !how.replace {
+        return refused("it is a block device; give --force to overwrite what it holds");
+    }
+    let mut sink = DeviceSink::open(env, path, disk.bytes().next_multiple_of(how.align))?;
+    // Both the reader and the writer report progress.
+    let progress = RefCell::new(progress);
+    let mut report = |bytes| (progress.borrow_mut())(bytes);
+    each_run(disk, &mut report, |range, bytes| sink.put(range, bytes, &mut |bytes| (progress.borrow_mut())(bytes)))?;
+    sink.finish(&mut |bytes| (progress.borrow_mut())(bytes))
 }
 
 /// Writes `disk` to `out` from its first byte to its last, zeros as zeros, and zeros up to a multiple of `align` bytes.

@@ -1,10 +1,10 @@
 //! `create`: a new root, or a child of an image.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Change, Policy, Use, mark_parent, refuse_change, relative};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
 use crate::image::{self, Image, Kind, ParentLink, Spec, folder_of};
@@ -60,8 +60,9 @@ pub struct Created {
     pub size: u64,
     /// Its parent's absolute path.
     pub parent: PathBuf,
-    /// Whether the parent lies outside of the child's folder: it is then found only where its folder is allowed.
-    pub outside: bool,
+    /// Folders of its parents that lie neither below its own nor below an allowed one: it cannot be opened before they are
+    /// allowed.
+    pub outside: Vec<PathBuf>,
 }
 
 /// Makes a root at `path`, which must not exist.
@@ -85,6 +86,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
     }
     let parent = chain.youngest();
+    refuse_change(env, parent, Change::Child, &policy.allowed, None)?;
     let size = child.size.unwrap_or(parent.size());
     if size < parent.size() {
         let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
@@ -92,12 +94,29 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
     let link = link(env, folder_of(path), parent, child.locators)?;
-    let (relative, absolute) = (link.name.clone(), env.canonical(&child.parent)?);
+    let absolute = env.canonical(&child.parent)?;
+    let outside = outside(env, folder_of(path), policy, &chain)?;
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
+    // Before the child is there: a mark that leads to no child is dropped when it is looked at.
+    mark_parent(env, parent, path);
     let made = image::create(env, path, &spec);
     drop(chain); // and with it the locks on the parents
-    let outside = relative.components().next() == Some(Component::ParentDir);
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
+}
+
+/// The folders of a chain that lie neither below `folder` nor below an allowed one, each once.
+fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
+    let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
+    let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;
+    let mut outside: Vec<PathBuf> = Vec::new();
+    for image in chain.images() {
+        let real = env.canonical(image.file().path())?;
+        let above = folder_of(&real);
+        if !allowed.iter().any(|folder| above.starts_with(folder)) && outside.iter().all(|known| known != above) {
+            outside.push(above.to_path_buf());
+        }
+    }
+    Ok(outside)
 }
 
 /// What a child in `folder` records of its parent, by these locators.
@@ -114,13 +133,6 @@ pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locat
         absolute: (locators != Locators::Relative).then_some(absolute),
         name,
     })
-}
-
-/// The way from a folder to a file, both absolute and without `..` and symbolic links.
-pub(super) fn relative(folder: &Path, file: &Path) -> PathBuf {
-    let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
-    let up = folder.components().skip(common).map(|_| Component::ParentDir);
-    up.chain(file.components().skip(common)).collect()
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use super::copy_up::{Stage, copy_up};
 use super::mover::Progress;
 use super::rebase::{files, link_to, open_beneath};
 use super::writer::Writer;
-use crate::chain::{Chain, Policy};
+use crate::chain::{Chain, Change, Policy, mark_parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Keep, Offline, ParentLink, check_link, is_settled, next_data, relink};
+use crate::image::{Image, Keep, KeptTime, Offline, ParentLink, check_link, is_settled, next_data, relink};
 use crate::point;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
@@ -30,7 +30,19 @@ pub fn flatten(
     policy: &Policy,
     progress: &mut Progress<'_>,
 ) -> Result<u64> {
-    let chain = alone::chain(env, path, policy)?;
+    let chain = alone::chain(env, path, Change::Link, policy)?;
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || copy_and_link(env, path, chain, keep, policy, progress))
+}
+
+fn copy_and_link(
+    env: &dyn Env,
+    path: &Path,
+    chain: Chain,
+    keep: Option<&Path>,
+    policy: &Policy,
+    progress: &mut Progress<'_>,
+) -> Result<u64> {
     let (file, kind) = (chain.youngest().file().clone(), chain.youngest().kind());
     let number = match keep {
         None => None,
@@ -43,6 +55,9 @@ pub fn flatten(
     };
     let kept = keep.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
     let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
+    if let Some(kept) = &kept {
+        mark_parent(env, kept.youngest(), &env.canonical(path)?);
+    }
     match (kind, number) {
         (DiskType::Fixed, _) => return Ok(0),
         (DiskType::Dynamic, _) | (DiskType::Differencing, Some(0)) => {

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, Policy, Use};
-use crate::error::{ErrorKind, Result};
+use crate::chain::{Chain, Policy, Use, warn_of_merges};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, texts};
-use crate::format::{DiskType, Platform};
-use crate::image::Image;
-use crate::storage::{Access, Env, Stat};
+use crate::format::stamp::readable;
+use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
+use crate::image::{Image, Standing};
+use crate::storage::{Access, Env, Holder, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
 const TRIES: usize = 4;
@@ -37,6 +38,10 @@ pub struct Info {
     pub blocks: Option<u32>,
     /// Blocks that have a place in the file.
     pub blocks_allocated: Option<u64>,
+    /// Whose live journal belongs to it; `None` if it was closed.
+    pub session: Option<Session>,
+    /// A process that has it in use; `None` if no process holds a lock on it.
+    pub in_use: Option<InUse>,
     /// Identity.
     pub uuid: String,
     /// Time of creation, RFC 3339 in UTC.
@@ -47,9 +52,49 @@ pub struct Info {
     pub creator_host: String,
     /// What a child records of its parent.
     pub parent: Option<Parent>,
+    /// Defects that were seen, in words; `check` looks for more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<String>,
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<Info>>,
+}
+
+/// A daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
+#[derive(Clone, Debug, Serialize)]
+pub struct Session {
+    /// Whether it counts. If not, the host was restarted meanwhile, and what is in the file is all there is.
+    pub open: bool,
+    /// The host on which it runs or ran.
+    pub host: String,
+    /// Its user.
+    pub user: String,
+    /// The runtime folder with its live journal.
+    pub folder: String,
+}
+
+/// A process that has an image in use. What this user is not permitted to see of it is `None`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct InUse {
+    /// Its number.
+    pub pid: Option<u32>,
+    /// When it was started, RFC 3339 in UTC.
+    pub since: Option<String>,
+    /// Its program's name.
+    #[serde(skip)]
+    pub program: Option<String>,
+}
+
+impl InUse {
+    fn by(holder: Holder) -> InUse {
+        let time = |unix| u64::try_from(unix).ok().map(rfc3339);
+        match holder {
+            Holder::Process { pid, program, since } => {
+                InUse { pid: Some(pid), since: since.and_then(time), program: Some(program) }
+            }
+            Holder::Unseen => InUse { pid: None, since: None, program: None },
+        }
+    }
 }
 
 /// What a child records of its parent.
@@ -76,10 +121,11 @@ pub struct Locator {
 
 /// Looks at the image at `path`, and with a policy at its parents. Takes no lock: the image may be in use.
 ///
-/// Without a policy nothing that the image names is opened.
+/// Without a policy nothing that the image names is opened. With one the chain ends, with a warning, at the first image
+/// whose parent is not found.
 ///
 /// # Errors
-/// Whatever is wrong with the image, or (with a policy) with its chain.
+/// Whatever is wrong with the image, or (with a policy) with a parent that was found.
 pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let mut tries = 1;
     loop {
@@ -87,6 +133,8 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info
         match look(env, path, parents) {
             // Somebody is writing: table and length were not read at one moment.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < TRIES && changed(env, path, &before)? => tries += 1,
+            // The same, as damage that is none.
+            Ok(info) if !info.damage.is_empty() && tries < TRIES && changed(env, path, &before)? => tries += 1,
             result => return result,
         }
     }
@@ -97,19 +145,40 @@ fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 }
 
 fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
-    let image = Image::open(env.open(path, Access::Read)?)?;
-    let Some(policy) = parents else { return describe(&image, None) };
-    let chain = Chain::of(env, image, policy, Use::Look)?;
+    let image = Image::inspect(env.open(path, Access::Read)?)?;
+    // Nothing that such an image contains is sure.
+    if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
+        return Err(Error::from(defect.clone()).at_path(path));
+    }
+    let Some(policy) = parents else {
+        warn_of_merges(env, &image)?;
+        let mut info = describe(env, &image, None)?;
+        tell_who_uses(env, &[&image], std::slice::from_mut(&mut info));
+        return Ok(info);
+    };
+    let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
+    if let Some(e) = missing {
+        log::warn!("the chain is shown without what is below {}", e.line());
+    }
     let mut all = Vec::with_capacity(chain.images().len());
     for (number, image) in chain.images().iter().enumerate() {
-        all.push(describe(image, chain.images().get(number + 1))?);
+        all.push(describe(env, image, chain.images().get(number + 1))?);
     }
+    tell_who_uses(env, &chain.images().iter().collect::<Vec<_>>(), &mut all);
     let mut youngest = all[0].clone();
     youngest.chain = Some(all);
     Ok(youngest)
 }
 
-fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
+/// Fills in who has the images in use, by one look at all of them.
+fn tell_who_uses(env: &dyn Env, images: &[&Image], infos: &mut [Info]) {
+    let files: Vec<_> = images.iter().map(|image| image.file()).collect();
+    for (info, holder) in infos.iter_mut().zip(env.holders(&files)) {
+        info.in_use = holder.map(InUse::by);
+    }
+}
+
+fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Info> {
     let (stat, footer) = (image.file().stat()?, image.footer());
     let parent = match image.header().filter(|_| image.kind() == DiskType::Differencing) {
         None => None,
@@ -130,13 +199,32 @@ fn describe(image: &Image, resolved: Option<&Image>) -> Result<Info> {
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
+        session: session(env, image)?,
+        in_use: None,
         uuid: image.uuid().to_string(),
         created: rfc3339(time_to_unix(footer.timestamp)),
         creator_app: tag(footer.creator),
         creator_host: tag(footer.creator_host),
         parent,
+        damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(in_words).collect(),
         chain: None,
     })
+}
+
+fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
+    let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
+    let open = Standing::of(env, image)? != Standing::Closed;
+    let (host, user, folder) = (readable(&stamp.host), readable(&stamp.user), readable(&stamp.folder));
+    Ok(Some(Session { open, host, user, folder }))
+}
+
+/// A defect, and what it prevents.
+fn in_words(defect: &Defect) -> String {
+    match defect.consequence() {
+        Consequence::Told => defect.to_string(),
+        Consequence::NotWritable => format!("only readable: {defect}"),
+        Consequence::NotReadable => unreachable!("refused before"),
+    }
 }
 
 fn locators(image: &Image) -> Result<Vec<Locator>> {

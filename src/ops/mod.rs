@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   create info check diff   map  convert  compare     flatten  rebase  merge     resize  compact
-//!      |     |    |    |      |     |        |           |        |      |          |        |
+//!   children  |    |    |    |     |        |           |        |      |          |        |
 //!      |     |    |    |      └─ mover: a disk as runs   └─ copy_up      |          |        |
 //!      |     |    |    |         past its holes              └─ writer ──┘          |        |
 //!      v     v    v    v           |                          |                  v        v
@@ -21,11 +21,13 @@
 mod alone;
 mod behind;
 pub mod check;
+pub mod children;
 pub mod compact;
 pub mod compare;
 pub mod convert;
 mod copy_up;
 pub mod create;
+mod device;
 pub mod diff;
 pub mod flatten;
 pub mod info;
@@ -35,6 +37,8 @@ pub mod merge;
 mod mover;
 pub mod rebase;
 pub mod resize;
+pub mod salvage;
+pub mod settle;
 mod sink;
 mod writer;
 

@@ -5,8 +5,12 @@
 
 use std::path::Path;
 
+use uuid::Uuid;
+
 use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
 use crate::error::Result;
+use crate::format::Container;
+use crate::format::container::HEAD_BYTES;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
 use crate::units::{SECTOR, SectorRange};
@@ -36,7 +40,7 @@ pub enum Format {
 pub enum Disk {
     /// A chain of VHDs.
     Chain(Version),
-    /// A raw file of so many bytes.
+    /// A raw file or block device of so many bytes.
     Raw(File, u64),
 }
 
@@ -47,7 +51,7 @@ impl Disk {
     /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
     pub fn open(env: &dyn Env, path: &Path, format: Format, policy: &Policy) -> Result<Disk> {
         if format == Format::Raw {
-            let file = env.open(path, Access::Read)?;
+            let file = env.open_disk(path, Access::Read)?;
             file.lock(Lock::Shared)?;
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
@@ -61,6 +65,31 @@ impl Disk {
             Disk::Chain(version) => version.sectors() * SECTOR,
             Disk::Raw(_, len) => *len,
         }
+    }
+
+    /// The identity of the youngest image; `None` for a raw disk.
+    pub fn uuid(&self) -> Option<Uuid> {
+        match self {
+            Disk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
+            Disk::Raw(..) => None,
+        }
+    }
+
+    /// The format of images that a raw disk begins as, for a warning; `None` for a chain.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn container(&self) -> Result<Option<Container>> {
+        let Disk::Raw(file, len) = self else { return Ok(None) };
+        let (mut head, mut tail) = ([0; HEAD_BYTES], [0; HEAD_BYTES]);
+        let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
+        file.read_at(&mut head[..there], 0)?;
+        // A fixed VHD has its footer at the end alone.
+        if *len >= HEAD_BYTES as u64 {
+            file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
+        }
+        let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
+        Ok(Container::of(&head[..there]).or(at_end))
     }
 
     /// Sectors of the disk, the last one perhaps not full.

@@ -7,15 +7,24 @@ use super::copy_up::{Stage, copy_up};
 use super::create::{Locators, link};
 use super::mover::Progress;
 use super::writer::Writer;
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Change, Policy, Use, children_of, mark_parent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, DiskType, Platform};
-use crate::image::{Image, Keep, ParentLink, check_link, folder_of, relink};
+use crate::image::{Image, Keep, KeptTime, ParentLink, check_link, folder_of, relink};
 use crate::point;
-use crate::storage::{Env, FileId};
+use crate::storage::{Access, Env, File, FileId};
+
+/// What a rebase did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rebased {
+    /// Bytes that were copied.
+    pub copied: u64,
+    /// Whether the parent is the file that it was before: only what is recorded of it is new, its time included.
+    pub same_parent: bool,
+}
 
 /// Makes the image at `path` a child of the one at `parent`. What it would show otherwise then, and its old parents do,
-/// is copied into it first: the disk stays as it is, at every moment. The bytes that were copied.
+/// is copied into it first: the disk stays as it is, at every moment.
 ///
 /// With `only_link` nothing is copied, and the old parents need not be there: the disk shows what the image has over what
 /// the new parent has. A call that was interrupted is completed by the same call.
@@ -31,8 +40,8 @@ pub fn rebase(
     only_link: bool,
     policy: &Policy,
     progress: &mut Progress<'_>,
-) -> Result<u64> {
-    let image = alone::image(env, path, policy)?;
+) -> Result<Rebased> {
+    let image = alone::image(env, path, Change::Link, policy)?;
     let file = image.file().clone();
     if image.kind() != DiskType::Differencing {
         let what = format!("a {} image has no parent to replace", image.kind().word());
@@ -40,11 +49,23 @@ pub fn rebase(
     }
     refuse_cycle(env, &image, parent, policy)?;
     let new = open_beneath(env, path, parent, policy)?;
+    let same_parent = is_parent(env, &image, new.youngest(), policy)?;
     let to = link_to(env, &image, new.youngest())?;
     check_link(&image, Some(&to))?;
+    mark_parent(env, new.youngest(), &env.canonical(path)?);
     point::reached("rebase.begun");
-    let mut copied = 0;
-    if !only_link {
+    if only_link {
+        if same_parent {
+            KeptTime::during(&file, || relinked(env, &file, &to))?;
+        } else {
+            let time = KeptTime::of(&file)?;
+            warn_children(env, &image)?;
+            relinked(env, &file, &to)?;
+            time.move_on()?;
+        }
+        return Ok(Rebased { copied: 0, same_parent });
+    }
+    let copy = || {
         let new = new.into_frozen();
         // Begun anew after the link was made: then this is the old parent, too.
         let policy = &beside(policy, folder_of(parent));
@@ -54,12 +75,36 @@ pub fn rebase(
             Stage::Written => point::reached("rebase.some-written"),
             Stage::Committed => point::reached("rebase.all-committed"),
         });
-        copied = writer.end(outcome)?;
+        let copied = writer.end(outcome)?;
         point::reached("rebase.file-cut");
-    }
-    relink(env, &file, Some(&to))?;
+        relinked(env, &file, &to)?;
+        Ok(copied)
+    };
+    let copied = KeptTime::during(&file, copy)?;
+    Ok(Rebased { copied, same_parent })
+}
+
+fn relinked(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
+    relink(env, file, Some(to))?;
     point::reached("rebase.linked");
-    Ok(copied)
+    Ok(())
+}
+
+/// Whether `parent` is the file on which `child` stands now. False if its parent cannot be found.
+fn is_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
+    let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
+    let policy = beside(policy, folder_of(parent.file().path()));
+    let Ok(chain) = Chain::of(env, again, &policy, Use::Look) else { return Ok(false) };
+    Ok(files(&chain)?.get(1) == Some(&parent.file().stat()?.id))
+}
+
+/// Warns of the images that stand on `image`, whose disks may change with its parent.
+fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
+    for child in children_of(env, image)? {
+        let parent = image.file().path().display();
+        log::warn!("{}: it stands on {parent}, which gets another parent: what it shows may change", child.display());
+    }
+    Ok(())
 }
 
 /// The chain that the image at `child` is to stand on, locked against writers. Its files may lie where those of the

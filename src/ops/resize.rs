@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::mover::{CHUNK, CHUNK_SECTORS, Disk, Progress};
 use super::{alone, kin};
-use crate::chain::{Plan, Policy, Source, Version};
+use crate::chain::{Chain, Change, Plan, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, Offline, folder_of};
+use crate::image::{Image, KeptTime, Offline};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
@@ -38,9 +38,21 @@ pub fn resize(
     progress: &mut Progress<'_>,
 ) -> Result<Resized> {
     if !Footer::size_fits(size) {
-        return Err(Error::from(Defect::DiskSize { at: 0, size }).at_path(path));
+        return Err(Error::from(Defect::DiskSize { at: 0, size }).at_no_offset().at_path(path));
     }
-    let chain = alone::chain(env, path, policy)?;
+    let chain = alone::chain(env, path, Change::Size, policy)?;
+    let file = chain.youngest().file().clone();
+    KeptTime::during(&file, || change(env, path, chain, size, shrink, progress))
+}
+
+fn change(
+    env: &dyn Env,
+    path: &Path,
+    chain: Chain,
+    size: u64,
+    shrink: bool,
+    progress: &mut Progress<'_>,
+) -> Result<Resized> {
     let (file, from) = (chain.youngest().file().clone(), chain.youngest().size());
     let done = Resized { from, to: size };
     if size > from {
@@ -75,8 +87,7 @@ pub fn resize(
 
 /// Says which children beside the image have another size now. Not more than that: what they show is the same.
 fn tell_of_children(env: &dyn Env, parent: &Image) {
-    let folder = folder_of(parent.file().path()).to_path_buf();
-    for kin in kin::in_folders(env, &[folder]).unwrap_or_default() {
+    for kin in kin::in_folders(env, &[parent.file().folder()]).unwrap_or_default() {
         if kin.glance.parent == Some(parent.uuid()) {
             let path = kin.path.display();
             log::warn!("{path}: a child of the resized image keeps its own size; Hyper-V wants the two to be equal");

@@ -1,26 +1,24 @@
-//! Where a copied disk goes: a file under another name until it is whole and durable.
+//! Where a copied disk goes: a file that gets its name when it is whole and durable.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use uuid::Uuid;
 
 use super::writer::Writer;
-use crate::chain::Policy;
+use crate::chain::{Chain, Policy, Use};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Keep, Spec, folder_of, fresh_name, name, write_new};
+use crate::image::{Draft, Image, Keep, Spec, file_name, folder_of, write_new};
+use crate::point;
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
 pub(super) struct Sink<'a> {
-    env: &'a dyn Env,
-    fresh: PathBuf,
-    /// The path that was asked for, and where it leads.
-    asked: PathBuf,
-    path: PathBuf,
+    draft: Draft,
     replace: bool,
     /// What is to be replaced, with its lock.
     _old: Option<File>,
     form: Form<'a>,
-    named: bool,
 }
 
 enum Form<'a> {
@@ -32,8 +30,8 @@ enum Form<'a> {
 pub(super) enum Make<'a> {
     /// A raw file of so many bytes.
     Raw(u64),
-    /// An image without parent.
-    Image(&'a Spec),
+    /// An image without parent, with this identity.
+    Image(&'a Spec, Uuid),
 }
 
 impl<'a> Sink<'a> {
@@ -43,50 +41,38 @@ impl<'a> Sink<'a> {
     /// `Refused` where the name exists (or, with `replace`, is no regular file); `Busy` where the file to be replaced is
     /// in use; else as `image::create`.
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &Make<'_>, replace: bool) -> Result<Sink<'a>> {
-        let (asked, mut path, mut old) = (path.to_path_buf(), path.to_path_buf(), None);
-        match env.canonical(&path) {
+        let (folder, name, old) = match env.canonical(path) {
             Ok(found) if replace => {
                 // Locked until it is replaced: a daemon that opened it meanwhile would go on with a file without a name.
+                // The file that a link leads to is replaced, not the link.
                 let file = env.open(&found, Access::Write)?;
                 file.lock(Lock::Exclusive)?;
-                old = Some(file);
-                path = found; // the file a link leads to is replaced, not the link
+                (file.folder(), file.name().to_os_string(), Some(file))
             }
             Ok(_) => {
                 let what = "it exists already; give --force to replace it";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
-            Err(_) => {}
-        }
-        let uuid = env.uuid();
-        let fresh = fresh_name(&path, uuid)?;
-        let file = env.create(&fresh).map_err(|e| e.renamed(&fresh, &asked))?;
-        let form = match make {
-            Make::Raw(len) => file.set_len(*len).map(|()| Form::Raw(file, *len)),
-            Make::Image(spec) => write_new(&file, env, uuid, spec)
-                .and_then(|()| Writer::open(env, &fresh, &Policy::default(), &Keep::Nothing))
-                .map(|writer| Form::Image(Box::new(writer))),
+            Err(_) => (env.folder(folder_of(path))?, file_name(path)?.to_os_string(), None),
         };
-        match form {
-            Ok(form) => Ok(Sink { env, fresh, asked, path, replace, _old: old, form, named: false }),
-            Err(e) => {
-                let _ = env.remove(&fresh);
-                Err(e.renamed(&fresh, &asked))
+        let draft = Draft::begin(env, path, folder, &name)?;
+        let form = match make {
+            Make::Raw(len) => draft.file().set_len(*len).map(|()| Form::Raw(draft.file().clone(), *len)),
+            Make::Image(spec, uuid) => {
+                image(env, draft.file(), spec, *uuid).map(|writer| Form::Image(Box::new(writer)))
             }
-        }
-    }
-
-    /// The failure of a write, under the name that was asked for.
-    fn blame(&self, e: Error) -> Error {
-        e.renamed(&self.fresh, &self.asked)
+        };
+        let form = form.map_err(|e| draft.blame(e))?;
+        Ok(Sink { draft, replace, _old: old, form })
     }
 
     /// Writes a run. Ranges ascend or not, as the caller likes.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        self.write(range, bytes).map_err(|e| self.blame(e))
+        self.write(range, bytes).map_err(|e| self.draft.blame(e))
     }
 
     fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
+        point::reached("convert.run-copied");
         match &mut self.form {
             Form::Raw(file, len) => {
                 let start = range.start() * SECTOR;
@@ -100,7 +86,7 @@ impl<'a> Sink<'a> {
 
     /// Makes all of it durable, and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
-        self.settle().map_err(|e| self.blame(e))
+        self.settle().map_err(|e| self.draft.blame(e))
     }
 
     fn settle(&mut self) -> Result<()> {
@@ -111,23 +97,14 @@ impl<'a> Sink<'a> {
                 writer.close()?;
             }
         }
-        if self.replace {
-            self.env.rename(&self.fresh, &self.path)?;
-            self.named = true;
-            return self.env.sync_dir(folder_of(&self.path));
-        }
-        name(self.env, &self.fresh, &self.path)?;
-        self.named = true;
-        Ok(())
+        if self.replace { self.draft.replace() } else { self.draft.publish() }
     }
 }
 
-impl Drop for Sink<'_> {
-    fn drop(&mut self) {
-        if !self.named
-            && let Err(e) = self.env.remove(&self.fresh)
-        {
-            log::warn!("{}", e.line());
-        }
-    }
+/// Writes a new image into an empty file, and opens it to be filled.
+fn image<'a>(env: &'a dyn Env, file: &File, spec: &Spec, uuid: Uuid) -> Result<Writer<'a>> {
+    write_new(file, env, uuid, spec)?;
+    file.lock(Lock::Exclusive)?;
+    let chain = Chain::of(env, Image::open(file.clone())?, &Policy::default(), Use::Write)?;
+    Writer::of(env, chain, &Keep::Nothing)
 }

@@ -1,10 +1,9 @@
 //! Writes to an image that no guest has: into its blocks, new ones where it has none, by its own order of commits.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::behind::Behind;
-use crate::chain::{Chain, Plan, Policy, Source, Top, Use, Version};
+use crate::chain::{Chain, Plan, Source, Top, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Growth, Held, Keep, NoRoom, drive, give_back};
 use crate::storage::{Env, File};
@@ -28,14 +27,6 @@ pub(super) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Opens the image at `path` for writing, and its parents, under the locks that go with that.
-    ///
-    /// # Errors
-    /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours.
-    pub(super) fn open(env: &'a dyn Env, path: &Path, policy: &Policy, keep: &Keep) -> Result<Writer<'a>> {
-        Writer::of(env, Chain::open(env, path, policy, Use::Write)?, keep)
-    }
-
     /// Makes the youngest image of a chain writable that was opened to be written.
     ///
     /// # Errors

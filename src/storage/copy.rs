@@ -12,12 +12,12 @@ use std::hint::black_box;
 
 use super::sigbus;
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
 pub(super) fn is_ready() -> bool {
-    cfg!(target_arch = "x86_64") && sigbus::install()
+    cfg!(target_arch = "x86_64") && sigbus::is_caught()
 }
 
 /// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.

@@ -3,13 +3,16 @@
 //! Two implementations: [`Host`](super::host::Host), and (feature `sim`) a simulated host whose every crash, fault and
 //! reordering comes from one seed.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::engine::Engine;
+use super::folder::Folder;
 use super::host::HostFile;
-use super::live::Live;
+use super::runtime::Runtime;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
 use crate::error::Result;
@@ -70,6 +73,66 @@ pub struct Stat {
     pub mode: u32,
 }
 
+/// Whose process this is, on which start of which machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Origin {
+    /// The start of the kernel.
+    pub boot: Uuid,
+    /// The installed system, whatever its starts: derived from its machine id, which it does not give away.
+    pub machine: Uuid,
+    /// Number of the user.
+    pub user_id: u32,
+    /// Name of the user; the number if it has none.
+    pub user: String,
+    /// Name of the host.
+    pub host: String,
+}
+
+/// When the bytes of a file were last changed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Modified {
+    /// Unix seconds.
+    pub seconds: i64,
+    /// Nanoseconds within the second.
+    pub nanos: u32,
+}
+
+impl Stat {
+    /// Returns the time of the last change as one value.
+    pub fn last_change(&self) -> Modified {
+        Modified { seconds: self.modified, nanos: self.modified_nanos }
+    }
+}
+
+/// What became of the name by which a file was opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Naming {
+    /// It still names the file.
+    Kept,
+    /// It is gone. The file has another name.
+    Renamed,
+    /// It is gone. The file has no name, and vanishes when it is closed.
+    Removed,
+    /// It names another file.
+    Replaced,
+}
+
+/// What holds a lock on a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Holder {
+    /// A process.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// Its program's name, as the kernel records it.
+        program: String,
+        /// When it was started, Unix seconds; `None` if that cannot be read.
+        since: Option<i64>,
+    },
+    /// A process that the kernel does not show to this one.
+    Unseen,
+}
+
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DirectRules {
@@ -107,9 +170,37 @@ impl File {
         each_kind!(self, f => f.path())
     }
 
-    /// What is known of it now.
+    /// The folder in which it was found or made, which is held as long as the file is open.
+    pub fn folder(&self) -> Folder {
+        match self {
+            File::Host(f) => Folder::Host(f.folder().clone()),
+            #[cfg(feature = "sim")]
+            File::Sim(f) => Folder::Sim(f.folder()),
+        }
+    }
+
+    /// Its name in that folder.
+    pub fn name(&self) -> &OsStr {
+        self.path().file_name().expect("a file is opened by a name")
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        match self {
+            File::Host(f) => f.is_device(),
+            #[cfg(feature = "sim")]
+            File::Sim(_) => false,
+        }
+    }
+
+    /// What is known of it now. The length of a block device is its capacity.
     pub fn stat(&self) -> Result<Stat> {
         each_kind!(self, f => f.stat())
+    }
+
+    /// What became of the name by which it was opened.
+    pub fn naming(&self) -> Result<Naming> {
+        each_kind!(self, f => f.naming())
     }
 
     /// Fills `into` from byte `offset`; the file ending before that is an error.
@@ -131,10 +222,35 @@ impl File {
     pub fn sync_all(&self) -> Result<()> {
         match self {
             File::Host(f) => f.sync_all(),
-            // There the clock outlives every crash.
             #[cfg(feature = "sim")]
-            File::Sim(f) => f.sync(),
+            File::Sim(f) => f.sync_all(),
         }
+    }
+
+    /// Sets the time of the last change (futimens). A later write sets it again. Durable after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_modified(&self, time: Modified) -> Result<()> {
+        each_kind!(self, f => f.set_modified(time))
+    }
+
+    /// Reads an extended attribute; `None` if the file does not have it, or the file system has none.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        each_kind!(self, f => f.attribute(name))
+    }
+
+    /// Sets an extended attribute, or removes it. The bytes of the file and the time of their last change stay. Durable
+    /// after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system has no such attributes
+    /// - `Io`, also for a file that may not be changed
+    pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        each_kind!(self, f => f.set_attribute(name, value))
     }
 
     /// Cuts or extends (with zeros) to `len` bytes.
@@ -191,33 +307,46 @@ impl File {
     }
 }
 
+/// What is known of a file that may not be opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Presence {
+    /// There is no regular file, or it lies where nothing is looked up (`/proc`, `/sys`, `/dev`).
+    Absent,
+    /// There is one.
+    Present,
+    /// There may be one; why that cannot be found out.
+    Unknown(&'static str),
+}
+
 /// The outside world. Every source of non-determinism enters here.
 ///
-/// Names are as durable as the host makes them: a created, renamed, linked or removed name is sure to survive a crash
-/// only after `sync_dir` on its folder.
+/// Paths are an operator's: symbolic links are followed. What takes more than one step, or begins with a string of an
+/// image, goes through a held [`Folder`].
 pub trait Env: Send + Sync {
     /// Opens a regular file; FIFOs, devices, sockets and (as the last component) symbolic links to nowhere are refused
-    /// without blocking and without reading.
+    /// without blocking and without reading. Its [`File::folder`] is the one that the path named.
     fn open(&self, path: &Path, access: Access) -> Result<File>;
 
-    /// Opens a regular file below `root` for reading, in one step (openat2): `Refused` where `relative` is absolute, or
-    /// leaves `root`, or passes a symbolic link.
-    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File>;
+    /// Opens a folder, to be held.
+    fn folder(&self, path: &Path) -> Result<Folder>;
 
-    /// Makes a new file for reading and writing; fails where the name exists.
-    fn create(&self, path: &Path) -> Result<File>;
+    /// Asks whether a regular file is at an absolute path without `.` and `..`, without opening it, following a link or
+    /// triggering an automount.
+    fn presence(&self, path: &Path) -> Presence;
 
-    /// Gives a file a new name, over what has that name.
-    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+    /// Opens a regular file or a block device that holds a raw disk. All else is refused as by [`Env::open`]. A device
+    /// opened for writing is held exclusively: `Busy` if it is mounted or otherwise in use.
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        self.open(path, access)
+    }
 
-    /// Gives a file a second name; fails where that exists.
-    fn link(&self, existing: &Path, new: &Path) -> Result<()>;
+    /// For each file, what holds a lock on it. A file whose locks cannot be asked for counts as one without.
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        vec![None; files.len()]
+    }
 
     /// Removes a name.
     fn remove(&self, path: &Path) -> Result<()>;
-
-    /// Makes the names in a folder durable.
-    fn sync_dir(&self, folder: &Path) -> Result<()>;
 
     /// An absolute path without symbolic links, `.` and `..`.
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
@@ -225,20 +354,23 @@ pub trait Env: Send + Sync {
     /// Whether there is something at `path`.
     fn exists(&self, path: &Path) -> bool;
 
-    /// The paths of all that lies in a folder, in no order.
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>>;
-
-    /// Words of memory that outlive the process but not the host, named by `path`; zero where they are new.
+    /// Opens the folder in which live journals lie, which holds memory that outlives the process but not the host.
     ///
     /// # Errors
-    /// `Unsupported` where the folder is not in memory; `NoSpace`; `Invalid` where there are fewer or more of them.
-    fn live(&self, path: &Path, words: usize) -> Result<Live>;
+    /// `NotFound`; `Refused` if it is another user's, or open to other users; `Unsupported` if it is not in memory; `Io`.
+    fn runtime(&self, folder: &Path) -> Result<Runtime>;
 
-    /// Tells one start of the host from another.
-    fn boot_id(&self) -> Result<Uuid>;
+    /// Tells this process from those of other users, of other starts of the host, and of other hosts.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn origin(&self) -> Result<Origin>;
 
     /// Unix seconds.
     fn now(&self) -> i64;
+
+    /// Returns the time since some fixed moment; never goes back. Bounds how long something is looked for.
+    fn uptime(&self) -> Duration;
 
     /// A new random UUID.
     fn uuid(&self) -> Uuid;

@@ -1,132 +1,122 @@
-//! Memory that outlives the process but not the host: a file on tmpfs, mapped.
+//! Memory that outlives the process but not the host: a file on tmpfs, mapped. `runtime.rs` makes and opens it.
 //!
-//! A killed daemon's successor finds it as it was, store for store; after a reboot it is gone, as it must be. Its room is
-//! reserved when it is made, so that a full tmpfs is an error then and not a signal later.
+//! A killed daemon's successor finds it as it was, store for store; after a reboot it is gone, as it must be.
+//!
+//! A store must not cost more than a store, so the words are not written by system calls, and a file that another process cuts
+//! while it is mapped raises SIGBUS. Seals that forbid cutting exist only for files without a name, which a successor could
+//! not find. So the mapping has a [`Guard`]: zeros of our own take its place, it counts as *lost*, and the access goes on
+//! there. Code that relies on the words checks [`Live::is_lost`] after the store.
 #![allow(unsafe_code)]
 
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, fstatfs, open};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::sigbus::Guard;
+#[cfg(feature = "sim")]
+use super::sim::SimLive;
 use crate::error::{Error, ErrorKind, Result};
 
-/// What `statfs` says of tmpfs and ramfs (linux/magic.h).
-const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58F6];
-
-/// Words of such memory.
+/// Words of such memory. It is locked against other processes until the last clone is gone.
 #[derive(Clone, Debug)]
-pub enum Live {
-    /// Of the host.
+pub struct Live(Kind);
+
+#[derive(Clone, Debug)]
+enum Kind {
     Host(Arc<Mapping>),
-    /// Of the simulated host.
     #[cfg(feature = "sim")]
-    Sim(Arc<[AtomicU64]>),
+    Sim(Arc<SimLive>),
+}
+
+impl Live {
+    pub(super) fn host(mapping: Mapping) -> Live {
+        Live(Kind::Host(Arc::new(mapping)))
+    }
+
+    #[cfg(feature = "sim")]
+    pub(super) fn sim(words: SimLive) -> Live {
+        Live(Kind::Sim(Arc::new(words)))
+    }
+
+    /// Whether an access met a page that the file does not have any more: nothing stored here will be found again.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        match &self.0 {
+            Kind::Host(mapping) => mapping.guard.is_lost(),
+            #[cfg(feature = "sim")]
+            Kind::Sim(_) => false,
+        }
+    }
 }
 
 impl Deref for Live {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        match self {
-            Live::Host(mapping) => mapping,
+        match &self.0 {
+            Kind::Host(mapping) => mapping,
             #[cfg(feature = "sim")]
-            Live::Sim(words) => words,
+            Kind::Sim(words) => words,
         }
     }
 }
 
 /// A mapped file.
 #[derive(Debug)]
-pub struct Mapping {
-    start: NonNull<AtomicU64>,
-    words: usize,
-    /// Nobody else cuts the file while we hold it open: it lies in a folder of ours.
+pub(super) struct Mapping {
+    // Fields are dropped in order: the guard goes before the mapping that it is for.
+    guard: Guard,
+    map: Map,
+    /// Keeps the lock.
     _file: OwnedFd,
 }
 
+#[derive(Debug)]
+struct Map {
+    start: NonNull<AtomicU64>,
+    words: usize,
+}
+
 // SAFETY: the mapping is shared memory that is only reached as atomics.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
+unsafe impl Send for Map {}
+// SAFETY: as for `Send`: any thread may load and store atomics at any time.
+unsafe impl Sync for Map {}
 
 impl Mapping {
-    /// Maps `words` words of the file at `path`, which is made if it is not there.
+    /// Maps all `words` words of a file.
     ///
     /// # Errors
-    /// `Unsupported` where the folder is not on a file system in memory; `NoSpace` where that is full; `Invalid` where
-    /// the file has another length than ours.
-    pub(super) fn open(path: &Path, words: usize) -> Result<Mapping> {
-        let failed = |what: &str, e: rustix::io::Errno| Error::io(what, e.into()).at_path(path);
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot open", e))?;
-        let kind = fstatfs(&file).map_err(|e| failed("cannot ask for the file system", e))?.f_type;
-        if !MEMORY_FILE_SYSTEMS.contains(&kind) {
-            let _ = rustix::fs::unlink(path);
-            return Err(Error::new(ErrorKind::Unsupported, "not on a file system in memory (tmpfs)").at_path(path));
-        }
+    /// `Io`; `Unsupported` if SIGBUS cannot be caught.
+    pub(super) fn new(file: OwnedFd, words: usize) -> Result<Mapping> {
         let bytes = words * size_of::<AtomicU64>();
-        let len = fstat(&file).map_err(|e| failed("cannot look at", e))?.st_size;
-        if len == 0 {
-            let reserved = fallocate(&file, FallocateFlags::empty(), 0, bytes as u64);
-            reserved.map_err(|e| {
-                let _ = rustix::fs::unlink(path);
-                failed("cannot reserve room", e)
-            })?;
-        } else if usize::try_from(len) != Ok(bytes) {
-            return Err(Error::new(ErrorKind::Invalid, format!("has {len} bytes instead of {bytes}")).at_path(path));
-        }
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping of a whole file at a place that the kernel chooses.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
-        };
-        let start = start.map_err(|e| failed("cannot map", e))?;
-        let start = NonNull::new(start.cast()).expect("a mapping is not at address zero");
-        Ok(Mapping { start, words, _file: file })
+        let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, &file, 0) };
+        let start = start.map_err(|e| Error::io("cannot map", e.into()))?;
+        let map = Map { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), words };
+        // SAFETY: the mapping begins at a page and has only bytes of the file, up to the end of its last page. `Mapping` drops
+        // the guard before the map, and its words are reached as atomics only. The journal's users check `is_lost`.
+        let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
+        let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "SIGBUS cannot be caught"))?;
+        Ok(Mapping { guard, map, _file: file })
     }
 }
 
 impl Deref for Mapping {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: mapped, page-aligned, `words` long, for as long as self lives; any bits are a u64; everybody who has
-        // the file uses atomics.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+        // SAFETY: mapped, page-aligned, `words` long, for as long as self lives (by the file, or by the zeros that the guard puts
+        // in its place); any bits are a u64; everybody who has the file uses atomics.
+        unsafe { std::slice::from_raw_parts(self.map.start.as_ptr(), self.map.words) }
     }
 }
 
-impl Drop for Mapping {
+impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: mapped in `open` with this length; no reference outlives self.
+        // SAFETY: mapped in `Mapping::new` with this length; no reference outlives the `Mapping` that has self.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.words * size_of::<AtomicU64>()) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::Ordering;
-
-    #[test]
-    fn what_was_stored_is_found_again() {
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let path = folder.path().join("a.live");
-        let first = Mapping::open(&path, 1024).unwrap();
-        first[1023].store(7, Ordering::Release);
-        drop(first);
-        assert_eq!(Mapping::open(&path, 1024).unwrap()[1023].load(Ordering::Acquire), 7);
-        assert_eq!(Mapping::open(&path, 512).unwrap_err().kind(), ErrorKind::Invalid);
-    }
-
-    #[test]
-    fn a_disk_is_no_memory() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let path = folder.path().join("a.live");
-        assert_eq!(Mapping::open(&path, 1024).unwrap_err().kind(), ErrorKind::Unsupported);
-        assert!(!path.exists());
     }
 }

@@ -7,7 +7,7 @@
 //!   image, chain, ops            disk
 //!        |                        |  push(Op) .. submit() .. reap()
 //!        v                        v
-//!   Env ── File             Engine (one a thread)
+//!   Env ── Folder ── File   Engine (one a thread)
 //!    |  open, names, clock    |
 //!    |                        ├── ring      io_uring, one call a batch; none for what the host has in memory
 //!    ├── host  Linux          ├── blocking  preadv, pwritev, one call an operation
@@ -22,6 +22,7 @@ pub mod blocking;
 mod copy;
 pub mod engine;
 pub mod env;
+pub mod folder;
 pub mod host;
 mod inline;
 pub mod live;
@@ -29,6 +30,7 @@ pub mod op;
 pub mod payload;
 mod recent;
 pub mod ring;
+pub mod runtime;
 pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -41,8 +43,12 @@ mod warm;
 pub use bell::Bell;
 pub use copy::fetch_line;
 pub use engine::{Engine, SLOTS};
-pub use env::{Access, DirectRules, EngineKind, Env, File, FileId, Lock, Stat};
+pub use env::{
+    Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Modified, Naming, Origin, Presence, Stat,
+};
+pub use folder::Folder;
 pub use live::Live;
 pub use op::{Action, Completion, Op, Slot};
 pub use payload::{Buffer, Payload, Slices};
+pub use runtime::Runtime;
 pub use warm::{Found, MOST_COPIED};

@@ -218,6 +218,17 @@ impl Slices {
         });
     }
 
+    /// Reads a byte of each page, so that a page that cannot be had is found out (`sigbus.rs`).
+    pub fn touch(&self) {
+        for run in &self.0.runs {
+            let start = run.iov_base.cast::<u8>();
+            for at in (0..run.iov_len).step_by(copy::PAGE).chain([run.iov_len - 1]) {
+                // SAFETY: a byte of a run, which is mapped while the owner, which we hold, lives; no reference to it exists.
+                let _ = unsafe { start.wrapping_add(at).read_volatile() };
+            }
+        }
+    }
+
     /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
     pub(super) fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");

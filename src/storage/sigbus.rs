@@ -1,17 +1,21 @@
 //! SIGBUS: what happens when a page of shared memory cannot be had.
 //!
-//! The kernel sends SIGBUS to a thread that touches a mapped page that does not exist any more: a file or a memory file was
+//! The kernel sends SIGBUS to a thread that touches a mapped page that does not exist (any more): a file or a memory file was
 //! cut, its disk failed, or the host has no memory left for it. Two kinds of access survive that here:
 //!
-//! - *Guest memory* ([`Guard`]): the handler maps a zeroed page of our own in place of the lost one, marks the mapping as
-//!   lost, and the access is repeated. Every kind of access survives (plain copies, atomics, code of other crates), and an
-//!   access that succeeds costs nothing. Whoever uses the mapping looks at [`Guard::is_lost`] afterwards.
+//! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a mapped journal. The handler puts anonymous zeros in
+//!   the place of the whole mapping, marks it as lost, and the access is repeated. Every kind of access survives (plain copies,
+//!   atomics, code of other crates). An access that succeeds costs nothing: the handler runs only after a fault. Users of the
+//!   mapping check [`Guard::is_lost`] afterwards, before they rely on what they read or wrote.
 //! - *Copies from mapped files* (`copy.rs`): the handler sets the program counter to the failure exit of the copy.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
 //!
-//! The handler runs in the middle of arbitrary code, so it takes no lock, allocates nothing, and reads only atomics: the
-//! registry of guarded mappings is a list of chunks that grows at its end and is never freed.
+//! The whole mapping is replaced, not the page: a front-end could otherwise make the daemon reach the kernel's limit of
+//! mappings, page by page.
+//!
+//! The handler runs in the middle of arbitrary code, so it takes no lock, allocates nothing, calls only `mmap`, and reads only
+//! atomics: the registry of guarded mappings is a list of chunks that grows at its end and is never freed.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -31,8 +35,6 @@ struct Entry {
     /// Address of the first byte; 0 while the entry guards nothing.
     start: AtomicUsize,
     len: AtomicUsize,
-    /// Bytes of a page of this mapping, a power of two.
-    page: AtomicUsize,
     lost: AtomicBool,
 }
 
@@ -48,7 +50,6 @@ impl Chunk {
                 taken: AtomicBool::new(false),
                 start: AtomicUsize::new(0),
                 len: AtomicUsize::new(0),
-                page: AtomicUsize::new(0),
                 lost: AtomicBool::new(false),
             }
         }; CHUNK];
@@ -73,7 +74,7 @@ static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 /// How many times a page of any guarded mapping was lost: while the number stays the same, no [`Guard::is_lost`] changes.
 #[inline]
 pub fn losses() -> u32 {
-    LOSSES.load(Ordering::Relaxed)
+    LOSSES.load(Ordering::Acquire)
 }
 
 /// Keeps accesses to a shared mapping from ending the process.
@@ -87,27 +88,30 @@ impl std::fmt::Debug for Entry {
 }
 
 impl Guard {
-    /// Guards the `len` bytes at `start`, which are mapped in pages of `page` bytes.
+    /// Guards the mapping of `len` bytes at `start`, which has pages of `page` bytes. None if SIGBUS cannot be caught.
     ///
     /// # Safety
-    /// The range is a mapping (or part of one) of the caller's, `start` is a multiple of `page`, and the range stays mapped
-    /// until the guard is dropped. The caller can do with private zeros in place of a page that was lost.
+    /// From `start` to the end of the page with the last byte lies a mapping of the caller's that is readable and writable. It
+    /// stays mapped until the guard is dropped. At any moment its bytes may become zeros that other processes do not see, and
+    /// the caller makes no reference to them but to atomics.
     ///
     /// # Panics
     /// If `page` is not a power of two, or `start` not a multiple of it.
-    pub unsafe fn new(start: *mut u8, len: usize, page: usize) -> Guard {
+    pub unsafe fn new(start: *mut u8, len: usize, page: usize) -> Option<Guard> {
         assert!(page.is_power_of_two() && (start as usize).is_multiple_of(page), "a mapping begins at a page");
-        install();
+        if !is_caught() {
+            return None;
+        }
         let entry = take();
-        entry.len.store(len, Ordering::Relaxed);
-        entry.page.store(page, Ordering::Relaxed);
         entry.lost.store(false, Ordering::Relaxed);
-        // Release: the handler that finds `start` finds what goes with it.
+        // Release: a handler that reads this length sees that the start before it is gone.
+        entry.len.store(len.next_multiple_of(page), Ordering::Release);
+        // Release: a handler that reads this start reads what belongs to it.
         entry.start.store(start as usize, Ordering::Release);
-        Guard(entry)
+        Some(Guard(entry))
     }
 
-    /// Whether a page of the mapping was lost: zeros of our own stand in its place.
+    /// Whether a page of the mapping was lost: zeros of our own stand in the place of all pages.
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.0.lost.load(Ordering::Relaxed)
@@ -116,7 +120,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0.start.store(0, Ordering::SeqCst);
+        self.0.start.store(0, Ordering::Release);
         self.0.taken.store(false, Ordering::Release);
     }
 }
@@ -148,10 +152,10 @@ fn take() -> &'static Entry {
     }
 }
 
-/// Installs the handler, once; returns whether it is in place.
-pub(super) fn install() -> bool {
-    static DONE: OnceLock<bool> = OnceLock::new();
-    *DONE.get_or_init(|| {
+/// Whether SIGBUS is caught. The first call installs the handler.
+pub(super) fn is_caught() -> bool {
+    static CAUGHT: OnceLock<bool> = OnceLock::new();
+    *CAUGHT.get_or_init(|| {
         // SAFETY: plain data, for which zeros are a value; filled in before it is used.
         let (mut ours, mut before) =
             unsafe { MaybeUninit::<(libc::sigaction, libc::sigaction)>::zeroed().assume_init() };
@@ -181,29 +185,33 @@ extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
         }
         return;
     }
-    // SAFETY: the kernel's context of this thread.
-    if replace(addr) || unsafe { copy::end_copy(context) } {
-        return;
-    }
-    if let Some(before) = BEFORE.get() {
-        // The instruction runs again, and meets the handler that was there before. SAFETY: what the kernel gave is valid.
+    // SAFETY: `context` is what the kernel passed to this handler, which runs on the interrupted thread; errno is that thread's.
+    let handled = unsafe {
+        let errno = *libc::__errno_location();
+        let handled = replace(addr) || copy::end_copy(context);
+        *libc::__errno_location() = errno;
+        handled
+    };
+    if !handled && let Some(before) = BEFORE.get() {
+        // The instruction runs again, and meets the handler that was there before.
+        // SAFETY: `before` is what the kernel returned for this signal.
         unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
     }
 }
 
-/// Puts a page of zeros in place of the lost one at `addr`, if that lies in a guarded mapping.
+/// Puts zeros in the place of the guarded mapping in which `addr` lies, if there is one.
 fn replace(addr: usize) -> bool {
     let mut next = Some(&REGISTRY);
     while let Some(chunk) = next {
         for entry in &chunk.entries {
             let start = entry.start.load(Ordering::Acquire);
-            let (len, page) = (entry.len.load(Ordering::Relaxed), entry.page.load(Ordering::Relaxed));
+            let len = entry.len.load(Ordering::Relaxed);
             fence(Ordering::Acquire);
-            // The entry may be given to another mapping meanwhile. The one of the access that failed is not: its mapping
-            // is in use, so its guard lives.
+            // The entry may pass to another mapping meanwhile, but not if it is the one of the access that failed: that
+            // mapping is in use, so its guard lives.
             let is_same = entry.start.load(Ordering::Relaxed) == start;
             if start != 0 && is_same && addr.wrapping_sub(start) < len {
-                return put_page(addr & !(page - 1), page, entry);
+                return put_zeros(start, len, entry);
             }
         }
         next = chunk.next();
@@ -211,21 +219,16 @@ fn replace(addr: usize) -> bool {
     false
 }
 
-fn put_page(at: usize, page: usize, entry: &Entry) -> bool {
-    // Whether the page is there is known before anything is used that may be made of its bytes.
+fn put_zeros(start: usize, len: usize, entry: &Entry) -> bool {
+    // Before there are zeros, so that nobody takes them for the bytes that were lost.
     entry.lost.store(true, Ordering::Release);
     LOSSES.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: errno belongs to this thread, and is put back as the interrupted code left it. The page lies in a mapping that
-    // its owner gave us to replace pages of (`Guard::new`); nobody has a reference to its bytes, which change at any time.
-    unsafe {
-        let errno = libc::__errno_location();
-        let before = *errno;
-        let placed =
-            libc::mmap(ptr::without_provenance_mut(at), page, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
-        *errno = before;
-        placed != libc::MAP_FAILED
-    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the range is a mapping that its owner gave us to replace (`Guard::new`). It is still mapped: the access that
+    // failed uses it, so its guard lives. Nobody has a reference to its bytes but to atomics, for which any bits are a value.
+    let placed = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, protection, flags, -1, 0) };
+    placed != libc::MAP_FAILED
 }
 
 #[cfg(test)]
@@ -250,48 +253,53 @@ mod tests {
         (file, start.cast())
     }
 
+    /// A guard of `pages` pages at `start`, which [`mapping`] made.
+    fn guard(start: *mut u8, pages: usize) -> Guard {
+        // SAFETY: such a mapping lives for good, and the tests reach it by atomics and raw pointers only.
+        unsafe { Guard::new(start, pages * PAGE, PAGE) }.unwrap()
+    }
+
+    fn word<'a>(start: *mut u8, page: usize) -> &'a AtomicU32 {
+        // SAFETY: mapped for good, aligned, and only reached as atomics.
+        unsafe { AtomicU32::from_ptr(start.add(page * PAGE).cast()) }
+    }
+
     #[test]
-    fn a_lost_page_becomes_zeros_and_the_others_stay() {
+    fn a_mapping_that_lost_a_page_becomes_zeros() {
         let (file, start) = mapping(3);
-        // SAFETY: mapped for good.
-        let guard = unsafe { Guard::new(start, 3 * PAGE, PAGE) };
-        // SAFETY: mapped; only reached here.
-        let word = |page: usize| unsafe { AtomicU32::from_ptr(start.add(page * PAGE).cast()) };
-        (0..3).for_each(|page| word(page).store(7, Ordering::Relaxed));
+        let guard = guard(start, 3);
+        (0..3).for_each(|page| word(start, page).store(7, Ordering::Relaxed));
         let before = losses();
         file.set_len(PAGE as u64).unwrap();
+        assert_eq!(word(start, 0).load(Ordering::Relaxed), 7);
         assert!(!guard.is_lost());
-        assert_eq!(word(1).load(Ordering::Relaxed), 0);
+        assert_eq!(word(start, 1).load(Ordering::Relaxed), 0);
         assert!(guard.is_lost() && losses() > before);
-        word(2).store(9, Ordering::Relaxed);
-        assert_eq!([0, 1, 2].map(|page| word(page).load(Ordering::Relaxed)), [7, 0, 9]);
-        // What other crates do with such memory survives, too.
-        let mut bytes = [1; 2 * PAGE];
+        word(start, 2).store(9, Ordering::Relaxed);
+        assert_eq!([0, 1, 2].map(|page| word(start, page).load(Ordering::Relaxed)), [0, 0, 9]);
+    }
+
+    #[test]
+    fn copies_by_others_survive() {
+        let (file, start) = mapping(2);
+        let guard = guard(start, 2);
+        word(start, 0).store(7, Ordering::Relaxed);
         file.set_len(0).unwrap();
-        // SAFETY: mapped; the array is another place.
+        let mut bytes = [1; 2 * PAGE];
+        // SAFETY: mapped for good; the array is another place.
         unsafe { ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), bytes.len()) };
-        assert_eq!(bytes, [0; 2 * PAGE]);
+        assert!(bytes == [0; 2 * PAGE] && guard.is_lost());
     }
 
     #[test]
     fn a_guard_is_of_its_own_mapping_and_of_its_own_time() {
         let (file, start) = mapping(1);
-        let many: Vec<Guard> = (0..3 * CHUNK)
-            .map(|_| {
-                let (_, start) = mapping(1);
-                // SAFETY: mapped for good.
-                unsafe { Guard::new(start, PAGE, PAGE) }
-            })
-            .collect();
-        // SAFETY: mapped for good.
-        let guard = unsafe { Guard::new(start, PAGE, PAGE) };
+        let many: Vec<Guard> = (0..3 * CHUNK).map(|_| guard(mapping(1).1, 1)).collect();
+        let one = guard(start, 1);
         file.set_len(0).unwrap();
-        // SAFETY: mapped.
-        assert_eq!(unsafe { AtomicU32::from_ptr(start.cast()) }.load(Ordering::Relaxed), 0);
-        assert!(guard.is_lost() && many.iter().all(|other| !other.is_lost()));
-        drop((guard, many));
-        let (_, again) = mapping(1);
-        // SAFETY: mapped for good.
-        assert!(!unsafe { Guard::new(again, PAGE, PAGE) }.is_lost(), "an entry that is used again");
+        assert_eq!(word(start, 0).load(Ordering::Relaxed), 0);
+        assert!(one.is_lost() && many.iter().all(|other| !other.is_lost()));
+        drop((one, many));
+        assert!(!guard(mapping(1).1, 1).is_lost(), "an entry that is used again");
     }
 }

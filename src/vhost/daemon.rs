@@ -4,32 +4,38 @@
 //! read when it is there as a whole, and answered only when there is room for the answer, so no front-end can keep
 //! the thread from accepting, refusing or ending.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{error, info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
-use vmm_sys_util::event::{EventConsumer, EventFlag, new_event_consumer_and_notifier};
+use vhost::vhost_user::message::FrontendReq;
 
-use super::frame::{self, Frame, Next};
-use super::handler::Handler;
+use super::connection::{Connection, Fate, invalid};
+use super::frame::{self, Next};
+use super::handler::{Handler, more_queues};
 use super::socket::{Listener, Socket, peer};
-use super::worker::{Settings, Worker};
+use super::worker::{END, Settings, Worker};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::EngineKind;
+use crate::storage::{Bell, EngineKind};
 
 /// A front-end that sends the first half of a message has this long for the second.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What idle threads have to end in.
+const MOMENT: Duration = Duration::from_millis(500);
 /// How often a half message is looked at again.
 const GLANCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-/// Refused messages of one connection that are logged; a front-end cannot fill the log.
-const LOGGED_REFUSALS: u32 = 32;
+/// How often such rings are looked at again.
+const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often the names of the served files are looked up.
+const NAMES_PERIOD: Duration = Duration::from_secs(5);
 
 /// How a disk is served.
 #[derive(Clone, Debug)]
@@ -38,7 +44,7 @@ pub struct Service {
     pub name: String,
     /// Queues offered, 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Entries that a queue may have, a power of two up to [`MAX_QUEUE_SIZE`].
+    /// Entries that a queue is expected to have, a power of two up to [`MAX_QUEUE_SIZE`]. Larger rings are served.
     pub queue_size: u16,
     /// What carries out I/O.
     pub engine: EngineKind,
@@ -55,18 +61,15 @@ pub struct Daemon {
     workers: Vec<Worker>,
     socket: Socket,
     /// Readable when a page of the guest's memory could not be had.
-    alarm: EventConsumer,
-}
-
-/// What becomes of a connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Fate {
-    /// It goes on.
-    Stay,
-    /// The front-end left, or was left.
-    Gone,
-    /// The daemon is to stop.
-    Stop,
+    alarm: Arc<Bell>,
+    /// Whether the last front-end left because it uses more queues, as it seems.
+    wants_more: Cell<bool>,
+    /// When the names of the served files are looked up next.
+    names_due: Cell<Instant>,
+    /// The thread that looks them up.
+    names: Cell<Option<JoinHandle<()>>>,
+    /// When the stop signal was seen.
+    stopped: Cell<Option<Instant>>,
 }
 
 impl Daemon {
@@ -83,15 +86,40 @@ impl Daemon {
         assert!(size.is_power_of_two() && size <= MAX_QUEUE_SIZE, "a queue's size is a power of two up to 32768");
         let device = Device::new(disk, service.queues, size, service.write_back);
         let settings = Settings { engine: service.engine, poll: service.poll };
-        let cannot = |e| Error::io("cannot make an event counter", e);
-        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
-        let (alarm, ring) = new_event_consumer_and_notifier(flags).map_err(cannot)?;
-        let start = |index| {
-            let ring = ring.try_clone().map_err(cannot)?;
-            Worker::start(&device, usize::from(index), settings, &service.name, ring)
-        };
+        let alarm = Arc::new(Bell::new()?);
+        let start = |index| Worker::start(&device, usize::from(index), settings, &service.name, &alarm);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
-        Ok(Daemon { name: service.name.clone(), device, workers, socket, alarm })
+        let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
+        let (name, wants_more, stopped) = (service.name.clone(), Cell::new(false), Cell::new(None));
+        let names = Cell::new(None);
+        Ok(Daemon { name, device, workers, socket, alarm, wants_more, names_due, names, stopped })
+    }
+
+    /// What carries out I/O, in a word for the log.
+    pub fn engine(&self) -> &'static str {
+        self.workers.first().map_or("none", |worker| worker.engine)
+    }
+
+    /// Looks up the names of the served files if that is due. Returns the time until it is due again.
+    ///
+    /// A thread of its own does it: a file system that does not answer must not keep this one from answering.
+    fn watch_names(&self) -> Timespec {
+        if Instant::now() >= self.names_due.get() {
+            let last = self.names.take();
+            self.names.set(match last.filter(|thread| !thread.is_finished()) {
+                Some(busy) => Some(busy),
+                None => self.look_up_names(),
+            });
+            self.names_due.set(Instant::now() + NAMES_PERIOD);
+        }
+        let left = self.names_due.get().saturating_duration_since(Instant::now());
+        Timespec::try_from(left).unwrap_or(GLANCE)
+    }
+
+    fn look_up_names(&self) -> Option<JoinHandle<()>> {
+        let device = self.device.clone();
+        let thread = thread::Builder::new().name("names".into()).spawn(move || device.disk().check_names());
+        thread.inspect_err(|e| warn!("disk {}: the names of its files are not watched: {e}", self.name)).ok()
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -109,21 +137,24 @@ impl Daemon {
                 })
             }
         };
-        self.workers.iter().for_each(Worker::ask_to_end);
+        // What the drain of the rings took of the time is gone, but for a moment in which idle threads end.
+        let now = Instant::now();
+        let by = (self.stopped.get().unwrap_or(now) + END).max(now + MOMENT);
+        self.workers.iter().for_each(|worker| worker.ask_to_end(by));
         let late = self.workers.iter().filter(|worker| !worker.has_ended()).count();
         if late > 0 {
             let what = format!(
-                "{late} queues do not end, as the storage does not answer: the image is not closed; what was acknowledged is in \
-                 the live journal, which the next daemon takes in"
+                "{late} queues do not end, as the storage does not answer: the image is not closed; the next \
+                 daemon recovers what was acknowledged"
             );
-            log::error!("disk {}: {what}", self.name);
+            error!("disk {}: {what}", self.name);
             return Err(Error::new(ErrorKind::Io, what));
         }
         self.workers.clear();
         let closed = self.device.disk().close();
         match &closed {
             Ok(()) => info!("disk {}: closed", self.name),
-            Err(e) => log::error!("disk {}: did not close: {}", self.name, e.line()),
+            Err(e) => error!("disk {}: did not close: {}", self.name, e.line()),
         }
         drop(self.socket);
         served.and(closed)
@@ -132,8 +163,9 @@ impl Daemon {
     fn serve_all(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
             let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-            wait(&mut fds, None)?;
+            wait(&mut fds, Some(&self.watch_names()))?;
             if !fds[0].revents().is_empty() {
+                self.stopped.set(Some(Instant::now()));
                 return Ok(());
             }
             if fds[1].revents().is_empty() {
@@ -170,30 +202,36 @@ impl Daemon {
 
     fn converse(&self, stream: UnixStream, listener: Option<&Listener>, stop: BorrowedFd<'_>) -> Result<Fate> {
         let socket = stream.try_clone().map_err(|e| Error::io("cannot use the connection", e))?;
-        let handler = Arc::new(Mutex::new(Handler::new(&self.device, &self.workers, &self.name, stop)));
-        let mut session = Session {
-            name: &self.name,
-            requests: BackendReqHandler::from_stream(stream, handler.clone()),
-            handler,
-            refusals: 0,
-        };
+        let handler = Handler::new(&self.device, &self.workers, &self.name, stop);
+        let mut connection = Connection::new(&self.name, stream, handler);
         let mut half_since = None;
         loop {
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
-            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&self.alarm, PollFlags::IN)];
+            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.alarm, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
-            wait(&mut fds, half_since.map(|_| &GLANCE))?;
+            let lacks_memory = connection.watch_memory();
+            let names = self.watch_names();
+            let at_most = if lacks_memory { names.min(LOOK) } else { names };
+            wait(&mut fds, Some(if half_since.is_some() { &GLANCE } else { &at_most }))?;
             if !fds[0].revents().is_empty() {
+                self.stopped.set(Some(Instant::now()));
                 return Ok(Fate::Stop);
             }
             if !fds[1].revents().is_empty() {
                 // May be about memory of an earlier front-end.
-                let _ = self.alarm.consume();
+                self.alarm.silence();
             }
-            session.check_memory()?;
+            if connection.is_memory_lost() {
+                error!(
+                    "disk {}: a page of the guest's memory cannot be had: the front-end has cut the memory file, or the host has no \
+                     memory left for it. The disk is out of service until a front-end connects again",
+                    self.name
+                );
+                return Ok(Fate::Gone);
+            }
             let from_front_end = fds.last().expect("pushed above").revents();
             let gone = from_front_end.intersects(PollFlags::HUP | PollFlags::ERR);
             if let Some(listener) = listener
@@ -206,7 +244,10 @@ impl Daemon {
                 continue;
             }
             match frame::peek(&socket).map_err(|e| Error::io("the socket fails", e))? {
-                Next::Gone => return Ok(Fate::Gone),
+                Next::Gone => {
+                    self.explain_end(&connection);
+                    return Ok(Fate::Gone);
+                }
                 Next::Garbage => return Err(Error::io("what came is no vhost-user message", invalid())),
                 Next::Partial if gone => return Ok(Fate::Gone),
                 Next::Partial => {
@@ -220,12 +261,24 @@ impl Daemon {
                     if !frame::has_room(&socket) {
                         return Err(Error::io("the front-end does not read its answers", invalid()));
                     }
-                    if let Fate::Gone = session.handle(frame, &socket)? {
+                    if let Fate::Gone = connection.handle(frame, &socket)? {
                         return Ok(Fate::Gone);
                     }
                 }
             }
         }
+    }
+
+    /// Warns if the front-end left because it uses more queues than it was offered. It checks that itself, and retries.
+    fn explain_end(&self, connection: &Connection<'_>) {
+        let offered = self.workers.len();
+        let has_rings = connection.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();
+        let asked = connection.last == Some(FrontendReq::GET_QUEUE_NUM as u32) && !has_rings;
+        if asked && !self.wants_more.get() {
+            let what = more_queues(offered);
+            warn!("disk {}: the front-end left when it had the number of queues: it may use more. {what}", self.name);
+        }
+        self.wants_more.set(asked);
     }
 
     fn refuse_another(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
@@ -240,64 +293,6 @@ impl Daemon {
             }
         }
     }
-}
-
-/// One connection.
-struct Session<'a> {
-    name: &'a str,
-    requests: BackendReqHandler<Mutex<Handler<'a>>>,
-    handler: Arc<Mutex<Handler<'a>>>,
-    refusals: u32,
-}
-
-impl Session<'_> {
-    /// # Errors
-    /// If a page of the memory that the front-end shared could not be had: what it says from now on has no ground.
-    fn check_memory(&self) -> Result<()> {
-        let lost = self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_memory_lost();
-        if lost { Err(Error::new(ErrorKind::Io, "a page of the guest's memory could not be had")) } else { Ok(()) }
-    }
-
-    /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
-    /// wait for ever for an answer that the protocol has no words for.
-    fn handle(&mut self, frame: Frame, socket: &UnixStream) -> Result<Fate> {
-        let broken = |e| Error::io("the socket fails", e);
-        let state = |session: &Self| {
-            let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);
-            (handler.calls(), handler.acknowledges())
-        };
-        let (calls, _) = state(self);
-        let (why, acknowledged) = if frame.is_readable() {
-            match self.requests.handle_request() {
-                Ok(()) => return Ok(Fate::Stay),
-                Err(VhostError::Disconnected) => return Ok(Fate::Gone),
-                Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
-                    return Err(Error::io("the socket fails", std::io::Error::other(e)));
-                }
-                Err(e) => (e.to_string(), state(self).0 != calls || frame.is_always_acknowledged()),
-            }
-        } else {
-            frame.skip(socket).map_err(broken)?;
-            ("it is unknown, or came with files it must not have".into(), false)
-        };
-        self.refusals += 1;
-        match self.refusals {
-            ..LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
-            LOGGED_REFUSALS => warn!("disk {}: further refusals of this front-end are not logged", self.name),
-            _ => {}
-        }
-        if frame.has_no_refusal() && !(acknowledged && frame.refuses_in_its_answer()) {
-            return Err(Error::io("a question has no answer", invalid()));
-        }
-        if !acknowledged && frame.wants_acknowledgement() && state(self).1 {
-            frame.refuse(socket).map_err(broken)?;
-        }
-        Ok(Fate::Stay)
-    }
-}
-
-fn invalid() -> std::io::Error {
-    std::io::ErrorKind::InvalidData.into()
 }
 
 /// Waits until something happens, for `at_most` if given.

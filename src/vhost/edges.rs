@@ -4,6 +4,15 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
+/// What a descriptor stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Source {
+    /// The daemon's own threads and the kernel.
+    Inside,
+    /// The guest's kick.
+    Kick,
+}
+
 /// An epoll instance of edge-triggered reading.
 pub(super) struct Epoll(RawFd);
 
@@ -13,8 +22,8 @@ impl Epoll {
     }
 
     /// Waits for `fd`, too. Descriptors that are closed leave by themselves.
-    pub(super) fn add(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
+    pub(super) fn add(&self, fd: BorrowedFd<'_>, source: Source) -> io::Result<()> {
+        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
         epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
@@ -24,14 +33,14 @@ impl Epoll {
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), none);
     }
 
-    /// Returns when something happened, when the time is over, or for no reason.
-    pub(super) fn wait(&self, at_most: Duration) {
+    /// Returns when something happened, when the time is over, or for no reason; true if there was a kick.
+    pub(super) fn wait(&self, at_most: Duration) -> bool {
         let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
-        if let Err(e) = epoll::wait(self.0, at_most, &mut events)
-            && e.kind() != io::ErrorKind::Interrupted
-        {
-            panic!("a queue's own epoll instance fails: {e}");
+        match epoll::wait(self.0, at_most, &mut events) {
+            Ok(count) => events[..count].iter().any(|event| event.data == Source::Kick as u64),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
+            Err(e) => panic!("a queue's own epoll instance fails: {e}"),
         }
     }
 }
@@ -46,17 +55,16 @@ impl Drop for Epoll {
 mod tests {
     use std::os::fd::AsFd;
 
-    use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
-
     use super::*;
+    use crate::storage::Bell;
 
     /// The rule the workers' loop stands on: every write to an event counter is one event, though nobody reads the counter.
     #[test]
     fn each_ring_of_the_bell_is_one_event() {
-        let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+        let bell = Bell::new().unwrap();
         let epoll = Epoll::new().unwrap();
-        bell.notify().unwrap();
-        epoll.add(end.as_fd()).unwrap();
+        bell.ring();
+        epoll.add(bell.as_fd(), Source::Kick).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()
@@ -64,11 +72,13 @@ mod tests {
         assert_eq!(happened(&epoll), 1, "rung before it was added");
         assert_eq!(happened(&epoll), 0, "an edge is told once");
         for _ in 0..3 {
-            bell.notify().unwrap();
+            bell.ring();
             assert_eq!(happened(&epoll), 1);
         }
-        epoll.remove(end.as_fd());
-        bell.notify().unwrap();
+        bell.ring();
+        assert!(epoll.wait(Duration::ZERO) && !epoll.wait(Duration::ZERO));
+        epoll.remove(bell.as_fd());
+        bell.ring();
         assert_eq!(happened(&epoll), 0);
     }
 }

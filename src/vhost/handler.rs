@@ -15,10 +15,11 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
-use super::descriptor::event_counter;
+use super::MAX_QUEUE_SIZE;
 use super::inflight::{self, Region};
 use super::memory::{MAX_REGIONS, MemoryTable};
-use super::rings::{Addresses, RingSetup, Rings, failed};
+use super::passed_fd::{event_counter, written_counter};
+use super::rings::{Addresses, Kick, RingSetup, Rings, failed};
 use super::worker::Worker;
 use crate::device::Device;
 
@@ -33,6 +34,13 @@ pub(super) struct Handler<'a> {
     calls: u64,
 }
 
+/// What to do about a front-end that uses more queues than are offered.
+pub(super) fn more_queues(offered: usize) -> String {
+    format!(
+        "It offers {offered}: set the front-end to at most as many (num-queues), or start diffdiskd with a larger --num-queues"
+    )
+}
+
 fn not_offered<T>() -> VhostResult<T> {
     Err(VhostError::InvalidOperation("not offered"))
 }
@@ -40,7 +48,12 @@ fn not_offered<T>() -> VhostResult<T> {
 impl<'a> Handler<'a> {
     /// A handler for a new connection; the device forgets what an earlier front-end negotiated.
     /// `end` is readable when the daemon is to end.
-    pub(super) fn new(device: &'a Arc<Device>, workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Handler<'a> {
+    pub(super) fn new(
+        device: &'a Arc<Device>,
+        workers: &'a [Worker],
+        name: &'a str,
+        end: BorrowedFd<'a>,
+    ) -> Handler<'a> {
         device.reset();
         Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, calls: 0 }
     }
@@ -55,6 +68,16 @@ impl<'a> Handler<'a> {
         self.calls
     }
 
+    /// Whether a ring waits for nothing but guest memory.
+    pub(super) fn waits_for_memory(&self) -> bool {
+        self.rings.waits_for_memory()
+    }
+
+    /// Whether the front-end has described a ring.
+    pub(super) fn has_rings(&self) -> bool {
+        self.rings.setups.iter().any(|ring| ring.size > 0)
+    }
+
     /// Whether REPLY_ACK was negotiated.
     pub(super) fn acknowledges(&self) -> bool {
         self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
@@ -62,7 +85,10 @@ impl<'a> Handler<'a> {
 
     fn ring(&mut self, index: impl TryInto<usize>) -> VhostResult<(usize, &mut RingSetup)> {
         self.calls += 1;
-        let index = index.try_into().ok().filter(|i| *i < self.rings.setups.len()).ok_or(VhostError::InvalidParam)?;
+        let offered = self.rings.setups.len();
+        let index = index.try_into().ok().filter(|i| *i < offered);
+        let index =
+            index.ok_or_else(|| failed(format!("a queue that this disk does not have. {}", more_queues(offered))))?;
         Ok((index, &mut self.rings.setups[index]))
     }
 }
@@ -125,9 +151,10 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
-        let most = self.device.queue_size();
         let (index, _) = self.ring(index)?;
-        let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= most);
+        // Not only up to the size that the disk expects: no message gives it to the front-end, and the guest may choose.
+        let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
+        let most = MAX_QUEUE_SIZE;
         let size = size.ok_or_else(|| failed(format!("a queue of {num} entries: at most {most}, a power of two")))?;
         self.rings.change_ring(index, |ring| ring.size = size)
     }
@@ -141,12 +168,8 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         available: u64,
         _log: u64,
     ) -> VhostResult<()> {
-        let (index, ring) = self.ring(index)?;
-        let size = ring.size;
+        let (index, _) = self.ring(index)?;
         let addresses = Addresses { descriptors: descriptor, available, used };
-        if !self.rings.memory.is_empty() {
-            self.rings.to_guest(addresses, size)?;
-        }
         self.rings.change_ring(index, |ring| ring.addresses = Some(addresses))
     }
 
@@ -167,17 +190,17 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
-        let Some(kick) = fd else {
-            return Err(failed("a ring without a kick, which the back-end is to poll, is not supported"));
-        };
-        event_counter(&kick).map_err(|e| failed(format!("the kick of ring {index}: {e}")))?;
-        self.rings.change_ring(index, |ring| ring.kick = Some(Arc::new(kick)))
+        if let Some(kick) = &fd {
+            event_counter(kick).map_err(|e| failed(format!("the kick of ring {index}: {e}")))?;
+        }
+        let kick = fd.map_or(Kick::Polled, |file| Kick::By(Arc::new(file)));
+        self.rings.change_ring(index, |ring| ring.kick = Some(kick))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            event_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.call = copy;
@@ -190,7 +213,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            event_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.err = copy;
@@ -252,13 +275,14 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
         self.calls += 1;
-        inflight::create(inflight, self.device.queues(), self.device.queue_size()).map_err(VhostError::ReqHandlerError)
+        inflight::create(inflight).map_err(VhostError::ReqHandlerError)
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
         self.calls += 1;
-        let region = Region::map(inflight, file, self.device.queues(), self.device.queue_size());
-        let region = region.map_err(VhostError::ReqHandlerError)?;
+        let region = Region::map(inflight, file).map_err(|e| {
+            failed(format!("{e}; without the region, requests in flight may be lost if this daemon is killed"))
+        })?;
         self.rings.stop_all()?;
         self.rings.inflight = Some(region);
         self.rings.start_all();

@@ -13,9 +13,11 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::descriptor::memory_page;
+use super::passed_fd::{memory_page, no_sigbus};
 use crate::device::{Record, RecordMap};
 use crate::storage::sigbus::Guard;
+
+use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
 /// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
 #[derive(Clone)]
@@ -29,12 +31,13 @@ fn refuse(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// Bytes of a region. Checked: at most 64 queues of 32768 descriptors, 32 MiB.
-fn length(shape: &VhostUserInflight, most_queues: u16, most_entries: u16) -> io::Result<usize> {
+/// Bytes of a region: at most 64 queues of 32768 descriptors, 32 MiB. The disk may have fewer and expect smaller ones: a
+/// front-end asks for the numbers that it was given by its user, and a refusal would cost the guest its disk.
+fn length(shape: &VhostUserInflight) -> io::Result<usize> {
     let (queues, entries) = (shape.num_queues, shape.queue_size);
-    if queues == 0 || queues > most_queues || entries == 0 || entries > most_entries {
+    if queues == 0 || queues > MAX_QUEUES || entries == 0 || entries > MAX_QUEUE_SIZE {
         return Err(refuse(format!(
-            "an in-flight region for {queues} queues of {entries}: there are at most {most_queues} of {most_entries}"
+            "an in-flight region for {queues} queues of {entries}: there are 1 to {MAX_QUEUES} of at most {MAX_QUEUE_SIZE}"
         )));
     }
     Ok(usize::from(queues) * Record::len(entries))
@@ -43,13 +46,9 @@ fn length(shape: &VhostUserInflight, most_queues: u16, most_entries: u16) -> io:
 /// Makes a region of the shape asked for: what to tell the front-end of it, and its file.
 ///
 /// # Errors
-/// Where it is for more than the disk has, or the host has no memory.
-pub(super) fn create(
-    shape: &VhostUserInflight,
-    most_queues: u16,
-    most_entries: u16,
-) -> io::Result<(VhostUserInflight, File)> {
-    let len = length(shape, most_queues, most_entries)? as u64;
+/// Where it is for more than any disk has, or the host has no memory.
+pub(super) fn create(shape: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
+    let len = length(shape)? as u64;
     let file = File::from(memfd_create("diffdisk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.set_len(len)?;
     // Whoever holds it cannot pull it from under the other: a load from a lost page would end the process.
@@ -61,9 +60,9 @@ impl Region {
     /// A region that a front-end hands in.
     ///
     /// # Errors
-    /// Where the front-end's numbers do not fit the disk, each other, or the file, or the file may shrink.
-    pub(super) fn map(told: &VhostUserInflight, file: File, most_queues: u16, most_entries: u16) -> io::Result<Region> {
-        let len = length(told, most_queues, most_entries)?;
+    /// Where the front-end's numbers do not fit any disk, each other, or the file, or the file may shrink.
+    pub(super) fn map(told: &VhostUserInflight, file: File) -> io::Result<Region> {
+        let len = length(told)?;
         let (size, offset) = (told.mmap_size, told.mmap_offset);
         if size != len as u64 {
             return Err(refuse(format!("an in-flight region of {size} bytes, where its queues take {len}")));
@@ -82,7 +81,12 @@ impl Region {
         // SAFETY: a whole mapping of our own, at an offset that the kernel took as a multiple of the page, which `RecordMap` unmaps
         // after it has dropped the guard. A record that meets zeros is given up as soon as `is_lost` is seen.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
-        Ok(Region { map: Arc::new(RecordMap::new(map, Some(guard))), queues: told.num_queues, queue_size: told.queue_size })
+        let guard = guard.ok_or_else(no_sigbus)?;
+        Ok(Region {
+            map: Arc::new(RecordMap::new(map, Some(guard))),
+            queues: told.num_queues,
+            queue_size: told.queue_size,
+        })
     }
 
     /// Whether a page of it could not be had.
@@ -107,30 +111,30 @@ mod tests {
 
     #[test]
     fn a_region_goes_out_and_comes_back() {
-        let (told, file) = create(&shape(3, 128), 4, 256).unwrap();
+        let (told, file) = create(&shape(3, 128)).unwrap();
         let (size, offset, queues, entries) = (told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size);
         assert_eq!((size, offset, queues, entries), (3 * 2112, 0, 3, 128), "16 + 128 * 16, and up to 64");
         assert!(file.set_len(size - 1).is_err() && file.set_len(size + 1).is_err(), "sealed");
-        let mut first = Region::map(&told, file.try_clone().unwrap(), 4, 256).unwrap();
+        let mut first = Region::map(&told, file.try_clone().unwrap()).unwrap();
         assert!(first.record(3).is_none());
         let mut record = first.record(2).unwrap();
         assert_eq!(record.resume(128, 7).unwrap(), [0u16; 0]);
         record.take(9);
         record.take(5);
-        first = Region::map(&told, file, 4, 256).unwrap();
+        first = Region::map(&told, file).unwrap();
         assert_eq!(first.record(2).unwrap().resume(128, 7).unwrap(), [9, 5], "memory, not a copy");
         assert_eq!(first.record(1).unwrap().resume(128, 7).unwrap(), [0u16; 0]);
     }
 
     #[test]
     fn numbers_that_do_not_fit_are_refused() {
-        for (queues, entries) in [(0, 128), (5, 128), (1, 0), (1, 257), (u16::MAX, u16::MAX)] {
-            assert!(create(&shape(queues, entries), 4, 256).is_err(), "{queues} {entries}");
+        for (queues, entries) in [(0, 128), (65, 128), (1, 0), (1, 32769), (u16::MAX, u16::MAX)] {
+            assert!(create(&shape(queues, entries)).is_err(), "{queues} {entries}");
         }
-        let (_, file) = create(&shape(2, 128), 4, 256).unwrap();
+        let (_, file) = create(&shape(2, 128)).unwrap();
         let map = |size, offset, queues, entries| {
             let told = VhostUserInflight::new(size, offset, queues, entries);
-            Region::map(&told, file.try_clone().unwrap(), 4, 256).is_ok()
+            Region::map(&told, file.try_clone().unwrap()).is_ok()
         };
         assert!(map(4224, 0, 2, 128));
         assert!(map(2112, 0, 1, 128), "less of it");
@@ -143,7 +147,7 @@ mod tests {
             (2112, 64, 1, 128),
             (4224, 4096, 2, 128),
             (4224, u64::MAX, 2, 128),
-            (10560, 0, 5, 128),
+            (65 * 2112, 0, 65, 128),
             (0, 0, 0, 128),
             (128, 0, 2, 0),
         ] {
@@ -156,10 +160,10 @@ mod tests {
         let told = VhostUserInflight::new(2112, 0, 1, 128);
         let soft = File::from(memfd_create("soft", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         soft.set_len(4096).unwrap();
-        assert!(Region::map(&told, soft.try_clone().unwrap(), 4, 256).is_err());
+        assert!(Region::map(&told, soft.try_clone().unwrap()).is_err());
         fcntl_add_seals(&soft, SealFlags::SHRINK).unwrap();
-        assert!(Region::map(&told, soft, 4, 256).is_ok());
-        assert!(Region::map(&told, tempfile::tempfile().unwrap(), 4, 256).is_err());
-        assert!(Region::map(&told, File::open("/dev/zero").unwrap(), 4, 256).is_err());
+        assert!(Region::map(&told, soft).is_ok());
+        assert!(Region::map(&told, tempfile::tempfile().unwrap()).is_err());
+        assert!(Region::map(&told, File::open("/dev/zero").unwrap()).is_err());
     }
 }

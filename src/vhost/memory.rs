@@ -13,7 +13,7 @@ use rustix::fs::fstat;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use super::descriptor::memory_page;
+use super::passed_fd::{memory_page, no_sigbus};
 use crate::device::{Memory, SharedMemory};
 use crate::storage::sigbus::Guard;
 
@@ -89,7 +89,8 @@ impl MemoryTable {
         // SAFETY: a whole mapping of our own, at an offset that the kernel took as a multiple of the page. It is unmapped when the
         // last table or `SharedMemory` that has it is dropped, and each of these drops its guard first. The rings and requests
         // that meet zeros are given up as soon as `is_lost` is seen.
-        let guard = Arc::new(unsafe { Guard::new(mapping.as_ptr(), mapping.size(), page) });
+        let guard = unsafe { Guard::new(mapping.as_ptr(), mapping.size(), page) };
+        let guard = Arc::new(guard.ok_or_else(no_sigbus)?);
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| refuse(format!("{shown} ends beyond 2^64")))?;
         let mut regions = self.regions.clone();

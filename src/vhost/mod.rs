@@ -7,8 +7,9 @@
 //!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory    the guest's regions, mapped and checked
 //!                           │                                        ├── inflight  the record that survives us, kept by
 //!                           │                                        │             the front-end
+//!                           │                                        ├── unshared  guest memory that only the guest sees
 //!                           │                                        └── worker    one a queue: edges, device::Queue, lane
-//!                        daemon: accepts, refuses a second front-end, ends on the stop signal
+//!                 bind ─ daemon: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
 //! * The **control thread** (one a disk, `daemon`) reads messages and never touches a running ring. It stops a ring,
@@ -19,19 +20,26 @@
 //!
 //! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
+mod bind;
+mod connection;
 mod daemon;
-mod descriptor;
+mod descriptors;
 mod edges;
 mod frame;
 mod handler;
 mod inflight;
 mod memory;
+mod passed_fd;
 mod patience;
+mod queue_thread;
 mod rings;
 mod socket;
+mod unshared;
 mod worker;
 
+pub use bind::SocketAccess;
 pub use daemon::{Daemon, Service};
+pub use descriptors::descriptors;
 pub use socket::{Listener, Socket};
 
 /// Queues that one disk may have.

@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,13 +20,13 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::inflight::Region;
 use super::memory::MemoryTable;
-use super::worker::{Ring, Waited, Worker, wait_for};
-use crate::device::{AtomicMemory, Vring};
+use super::queue_thread::Ring;
+use super::unshared::{SHARE, Sharing};
+use super::worker::{END, Waited, Worker, wait_for};
+use crate::device::{AtomicMemory, Record, Vring};
 
 /// How long a front-end may wait for the requests in flight: longer than a disk takes that wakes, or a path that fails over.
 const STOP: Duration = Duration::from_secs(30);
-/// The same once the daemon is to end.
-const STOP_AT_END: Duration = Duration::from_secs(5);
 
 /// The rings of one connection.
 pub(super) struct Rings<'a> {
@@ -41,6 +41,9 @@ pub(super) struct Rings<'a> {
     /// What the front-end accepted of the features; none before it did.
     pub(super) features: Option<u64>,
     pub(super) setups: Vec<RingSetup>,
+    sharing: Sharing,
+    /// Whether the log has it that a ring has no in-flight record.
+    unrecorded: bool,
 }
 
 /// What the front-end has said about a ring.
@@ -50,11 +53,20 @@ pub(super) struct RingSetup {
     pub(super) addresses: Option<Addresses>,
     /// Where it starts, or where it stopped.
     pub(super) base: u16,
-    pub(super) kick: Option<Arc<File>>,
+    pub(super) kick: Option<Kick>,
     pub(super) call: Option<File>,
     pub(super) err: Option<File>,
     pub(super) enabled: bool,
     pub(super) running: bool,
+}
+
+/// How the guest announces requests in a ring.
+#[derive(Clone)]
+pub(super) enum Kick {
+    /// By this event counter.
+    By(Arc<File>),
+    /// Not at all: the ring is to be polled.
+    Polled,
 }
 
 /// Where a ring lies, in the front-end's own address space.
@@ -74,7 +86,17 @@ impl<'a> Rings<'a> {
     /// Rings of which nothing has been said, one a worker.
     pub(super) fn new(workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Rings<'a> {
         let setups = workers.iter().map(|_| RingSetup::default()).collect();
-        Rings { end, workers, name, memory: MemoryTable::default(), inflight: None, features: None, setups }
+        Rings {
+            end,
+            workers,
+            name,
+            memory: MemoryTable::default(),
+            inflight: None,
+            features: None,
+            setups,
+            sharing: Sharing::default(),
+            unrecorded: false,
+        }
     }
 
     /// Starts the ring if it has all it needs and does not run.
@@ -91,25 +113,54 @@ impl<'a> Rings<'a> {
         let (call, err) = (cloned(&ring.call), cloned(&ring.err));
         vring.set_call(call.map_err(VhostError::ReqHandlerError)?);
         let err = err.map_err(VhostError::ReqHandlerError)?;
-        let (kick, base) = (kick.clone(), ring.base);
-        let record = match &self.inflight {
-            Some(region) => Some(region.record(index).ok_or_else(|| failed("the in-flight region has no such queue"))?),
-            None => None,
+        let kick = match kick {
+            Kick::By(file) => Some(file.clone()),
+            Kick::Polled => None,
         };
-        let memory = self.memory.memory();
-        let started = self.workers[index]
-            .start_ring(Ring { vring, memory, record, kick, err, base }, |waited| is_late(self.end, waited));
+        let base = ring.base;
+        let (memory, record, sharing) = (self.memory.memory(), self.record(index), self.sharing.clone());
+        let ring = Ring { vring, memory, record, kick, err, base, sharing };
+        let begun = Instant::now();
+        let started = self.workers[index].start_ring(ring, || is_late(self.end, begun.elapsed()));
         started.map_err(|e| failed(e.line()))?;
         debug!("disk {}: ring {index} runs from {base}", self.name);
         self.setups[index].running = true;
         Ok(())
     }
 
+    /// The in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger ring than
+    /// the front-end expects (virtio-mmio lets it). Such a ring is served without a record, as if the front-end kept none.
+    fn record(&mut self, index: usize) -> Option<Record> {
+        let size = self.setups[index].size;
+        let record = self.inflight.as_ref()?.record(index);
+        let room = record.as_ref().map_or(0, Record::entries);
+        if size <= room {
+            return record;
+        }
+        if !std::mem::replace(&mut self.unrecorded, true) {
+            warn!(
+                "disk {}: the front-end's in-flight record of ring {index} is for {room} descriptors, and the ring has {size}: it \
+                 is served without the record, and requests in flight may be lost if this daemon is killed. Set the \
+                 front-end's queue size to {size} or more (QEMU: queue-size={size})",
+                self.name
+            );
+        }
+        None
+    }
+
+    /// Whether a ring has everything but memory.
+    pub(super) fn waits_for_memory(&self) -> bool {
+        let complete =
+            |ring: &RingSetup| ring.enabled && ring.size > 0 && ring.addresses.is_some() && ring.kick.is_some();
+        self.memory.is_empty() && self.features.is_some() && self.setups.iter().any(complete)
+    }
+
     /// A ring's state as the device works on it.
     fn lay_out(&self, ring: &RingSetup, at: Addresses, features: u64) -> VhostResult<Vring> {
         let at = self.to_guest(at, ring.size)?;
         let refused = |e| failed(format!("the ring cannot be laid out: {e}"));
-        let vring = Vring::new(AtomicMemory::from(self.memory.memory().regions().clone()), ring.size).map_err(refused)?;
+        let vring =
+            Vring::new(AtomicMemory::from(self.memory.memory().regions().clone()), ring.size).map_err(refused)?;
         vring.set_queue_size(ring.size);
         vring.set_queue_info(at.descriptors, at.available, at.used).map_err(refused)?;
         vring.set_queue_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
@@ -127,7 +178,9 @@ impl<'a> Rings<'a> {
         // and the event index after each of the latter.
         let place = |what: &str, user, len| {
             let guest = self.memory.guest_address(user, len);
-            guest.ok_or_else(|| failed(format!("the {what} at {user:#x} lies outside the guest's memory")))
+            guest.ok_or_else(|| {
+                failed(format!("the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE}"))
+            })
         };
         Ok(Addresses {
             descriptors: place("descriptor table", at.descriptors, 16 * size)?,
@@ -143,11 +196,11 @@ impl<'a> Rings<'a> {
     pub(super) fn stop(&mut self, range: Range<usize>) -> VhostResult<()> {
         let running: Vec<usize> = range.filter(|i| self.setups[*i].running).collect();
         let answers: Vec<_> = running.iter().map(|i| self.workers[*i].stop_ring()).collect();
-        let mut outcome = Ok(());
+        let (begun, mut outcome) = (Instant::now(), Ok(()));
         for (index, answer) in running.iter().zip(answers) {
             let ring = &mut self.setups[*index];
             ring.running = false;
-            match wait_for(&answer, |waited| is_late(self.end, waited)) {
+            match wait_for(&answer, || is_late(self.end, begun.elapsed())) {
                 Waited::Answer(base) => ring.base = base,
                 Waited::Lost => warn!("disk {}: the thread of queue {index} is lost", self.name),
                 Waited::Late => {
@@ -209,5 +262,5 @@ impl Drop for Rings<'_> {
 fn is_late(end: BorrowedFd<'_>, waited: Duration) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let is_ending = || poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);
-    waited > STOP || waited > STOP_AT_END && is_ending()
+    waited > STOP || waited > END && is_ending()
 }

@@ -40,7 +40,7 @@ fn junk(name: &'static str, bytes: impl Fn() -> Vec<u8> + 'static) -> Case {
 
 const NO_FOOTER: Want = Want::Refused {
     check: &[1, 3],
-    words: &["footer", "too short", "too small"],
+    words: &["footer", "too short", "too small", "not a vhd"],
     place: crate::verdict::Place::Nowhere,
 };
 

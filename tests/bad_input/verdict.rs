@@ -159,7 +159,9 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
     for (who, args) in [("info", "info"), ("check", "check")] {
         let run = tool_run(&[args], image, &[]);
         run.assert_sane(who);
-        assert!(matches!(run.code, 0 | 4), "{who} of the file alone: exit code {}: {}", run.code, run.stderr);
+        // What its own bytes show of a parent that is never opened is a defect of the file.
+        let names_none = who == "check" && run.code == 3 && run.stderr.contains("parent");
+        assert!(matches!(run.code, 0 | 4) || names_none, "{who} alone: exit code {}: {}", run.code, run.stderr);
     }
     let socket = tempfile::tempdir().expect("a folder for the socket");
     for (who, run) in [
@@ -169,6 +171,12 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
         ("diffdiskd", measure::run(&mut daemon_command(image, socket.path()))),
     ] {
         run.assert_sane_within(who, memory_mib);
+        if who == "info --chain" && run.stderr.contains("the parent is not there") {
+            // The chain is shown as far as it is found.
+            assert_eq!(run.code, 0, "{who}: exit code: {}", run.stderr);
+            assert!(run.stderr.starts_with("warn: the chain is shown without what is below "), "{who}: {}", run.stderr);
+            continue;
+        }
         assert_eq!(run.code, 1, "{who}: exit code: {}", run.stderr);
         assert!(run.stdout.is_empty(), "{who}: showed {} bytes", run.stdout.len());
         let line = run.error_line(who);

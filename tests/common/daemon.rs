@@ -114,7 +114,7 @@ impl Daemon {
         self.child = spawn(&self.arguments, self.rendezvous.path());
     }
 
-    /// Waits until there is a socket other than the one that its predecessor has left.
+    /// Waits until there is a socket other than the one that its predecessor has left, and it listens.
     pub fn wait_until_it_listens(&mut self) {
         let old = self.old_socket;
         self.wait_for_socket(old);
@@ -129,12 +129,13 @@ impl Daemon {
         }
     }
 
-    /// Waits until there is a socket other than `old`, the one a killed daemon has left.
+    /// Waits until there is a socket other than `old`, the one a killed daemon has left, and it listens: a moment lies
+    /// between the two.
     fn wait_for_socket(&mut self, old: Option<Identity>) {
         let started = Instant::now();
         loop {
             let now = identity(&self.socket());
-            if now.is_some() && now != old {
+            if now.is_some() && now != old && listens(&self.socket()) {
                 return;
             }
             if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
@@ -186,4 +187,17 @@ type Identity = (u64, i64, i64);
 fn identity(path: &Path) -> Option<Identity> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
+
+/// If a socket that is bound to `path` accepts connections, by the host's table of them: to connect to it would keep its
+/// front-end out.
+fn listens(path: &Path) -> bool {
+    /// Of the column "Flags": it accepts connections (`__SO_ACCEPTCON`).
+    const LISTENS: &str = "00010000";
+    let table = fs::read_to_string("/proc/net/unix").expect("the host's table of sockets");
+    let mut of_path = table
+        .lines()
+        .map(str::split_whitespace)
+        .filter(|line| line.clone().last().is_some_and(|p| Path::new(p) == path));
+    of_path.any(|mut line| line.nth(3) == Some(LISTENS))
 }

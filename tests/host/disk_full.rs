@@ -155,6 +155,7 @@ fn writes_fail(full: &Full) {
     }
     client.flush().expect("a flush");
     drop(client);
+    assert_eq!(daemon.log().matches("there is room again").count(), 1, "{}", daemon.log());
     daemon.stop();
     full.assert_holds(done + 20);
 }
@@ -196,6 +197,9 @@ fn writes_wait(full: &Full) {
     }
     client.flush().expect("a flush");
     drop(client);
+    let log = daemon.log();
+    assert_eq!(log.matches("the host is full").count(), 1, "{log}");
+    assert_eq!(log.matches("there is room again").count(), 1, "{log}");
     daemon.stop();
     full.assert_holds(done + 5);
 }

@@ -10,6 +10,7 @@
 mod common;
 
 mod alignment;
+mod devices;
 mod disk_full;
 mod failing_device;
 mod fence;

@@ -41,7 +41,8 @@ fn run(seed: u64) -> u64 {
     let mut random = Rng::seeded(seed);
     let mut made = 0;
     for path in ["/d/root", TOP] {
-        let disk = Disk::open(Arc::new(host.clone()), &DiskOptions::new(path)).expect("the chain opens");
+        let options = DiskOptions { allow_writable_parent: true, ..DiskOptions::new(path) };
+        let disk = Disk::open(Arc::new(host.clone()), &options).expect("the chain opens");
         let mut rig = Rig::new(disk, EngineKind::Auto);
         let bytes_of = |range: SectorRange| (range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize;
         for _ in 0..60 {

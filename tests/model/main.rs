@@ -51,7 +51,8 @@ impl World {
     fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
-        let keep = Keep::Journal { folder: runtime.path().to_owned(), discard: false };
+        let journals = Host.runtime(runtime.path()).expect("a folder of ours in memory");
+        let keep = Keep::Journal { folders: vec![journals], required: true };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         let (layers, model, granules) = (Vec::new(), Vec::new(), None);
         World { folder, _runtime: runtime, keep, env, random, engine, direct, layers, model, granules }

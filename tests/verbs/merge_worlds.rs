@@ -30,7 +30,7 @@ impl Case {
     fn merge(&self, host: &SimHost) -> Result<Merged> {
         let into = self.at(self.into);
         let into = (self.folded.len() > 1).then_some(into.as_path());
-        Merge::prepare(host, &self.at(self.folded[0]), into, &Policy::default())?.run(&mut |_| Ok(()))
+        Merge::prepare(host, &self.at(self.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
     }
 
     /// Whatever happened: who is left shows what it showed.

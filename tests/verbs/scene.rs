@@ -87,7 +87,7 @@ impl<'a> Scene<'a> {
     /// What `check --chain` finds, by their words.
     pub(crate) fn defects(&self, name: &str) -> Vec<&'static str> {
         let (path, policy) = (self.path(name), Policy::default());
-        let report = ops::check::check(self.env, &path, Some(&policy), None, &mut |_| Ok(())).expect("a check");
+        let report = ops::check::check(self.env, &path, Some(&policy), &[], &mut |_| Ok(())).expect("a check");
         report.defects.iter().map(|defect| defect.kind).collect()
     }
 }

@@ -138,8 +138,9 @@ impl World<'_> {
         let refused = others || !(size == received || size < received && has_children);
         let path = self.scene.path(&self.images[of].name);
         let target = self.scene.path(&self.images[into].name);
-        let outcome = Merge::prepare(self.host, &path, (depth > 1).then_some(target.as_path()), &Policy::default())
-            .and_then(|merge| merge.run(&mut |_| Ok(())));
+        let outcome =
+            Merge::prepare(self.host, &path, (depth > 1).then_some(target.as_path()), false, &Policy::default())
+                .and_then(|merge| merge.run(&mut |_| Ok(())));
         let said = format!("merge {of} into {into}, {}", if refused { "refused" } else { "done" });
         let folded = folded.to_vec();
         self.expect(outcome.map(drop), refused, &said);

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags};
 use virtio_driver::{VirtioBlkConfig, VirtioBlkFeatureFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -53,7 +54,10 @@ impl Guest {
             if let Some(done) = self.queues[queue].completions().next() {
                 return done.ret;
             }
-            self.transport.get_completion_fd(queue).read().unwrap();
+            // The daemon has made it non-blocking.
+            let counter = self.transport.get_completion_fd(queue);
+            poll(&mut [PollFd::new(&*counter, PollFlags::IN)], None).unwrap();
+            counter.read().unwrap();
         }
     }
 

@@ -3,8 +3,16 @@
 
 mod blk;
 mod daemon;
+mod fds;
+mod guest;
 mod image;
+mod legal;
+mod lost;
+mod mounts;
 mod raw;
+mod start;
+mod stuck;
+mod system;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -32,6 +40,10 @@ fn memory(len: u64) -> File {
     let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
+}
+
+fn event() -> File {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
 }
 
 fn diffdiskd() -> Command {
@@ -164,12 +176,11 @@ fn bad_messages_are_refused_and_forgotten() {
         ("a queue far away", SET_VRING_BASE, [u32::MAX, 0].as_bytes().to_vec(), &[]),
         ("a queue of nothing", SET_VRING_NUM, [0u32, 0].as_bytes().to_vec(), &[]),
         ("a queue of no power of two", SET_VRING_NUM, [0u32, 100].as_bytes().to_vec(), &[]),
-        ("a queue too long", SET_VRING_NUM, [0u32, 2048].as_bytes().to_vec(), &[]),
+        ("a queue too long", SET_VRING_NUM, [0u32, 0x1_0000].as_bytes().to_vec(), &[]),
         ("a queue of 65536 and more", SET_VRING_NUM, [0u32, 0x1_0080].as_bytes().to_vec(), &[]),
         ("a base of more than 16 bits", SET_VRING_BASE, [0u32, 0x1_0000].as_bytes().to_vec(), &[]),
         ("a ring that is not aligned", SET_VRING_ADDR, [0u64, 1, 1, 1, 0].as_bytes().to_vec(), &[]),
         ("a kick without a file", SET_VRING_KICK, 0u64.as_bytes().to_vec(), &[]),
-        ("a kick to poll for", SET_VRING_KICK, 0x100u64.as_bytes().to_vec(), &[]),
         ("a kick for a queue that is not there", SET_VRING_KICK, 200u64.as_bytes().to_vec(), one_null),
         ("neither on nor off", SET_VRING_ENABLE, [0u32, 2].as_bytes().to_vec(), &[]),
         ("a configuration to write nowhere", SET_CONFIG, [[0u32, 8, 0].as_bytes(), &[0xff; 8]].concat(), &[]),

@@ -1,12 +1,16 @@
 //! A front-end that says what it is told, right or wrong.
 
-use std::io::{IoSlice, Read};
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 pub(crate) const GET_FEATURES: u32 = 1;
@@ -18,12 +22,16 @@ pub(crate) const SET_VRING_ADDR: u32 = 9;
 pub(crate) const SET_VRING_BASE: u32 = 10;
 pub(crate) const GET_VRING_BASE: u32 = 11;
 pub(crate) const SET_VRING_KICK: u32 = 12;
+pub(crate) const SET_VRING_CALL: u32 = 13;
+pub(crate) const SET_VRING_ERR: u32 = 14;
 pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
 pub(crate) const GET_CONFIG: u32 = 24;
 pub(crate) const SET_CONFIG: u32 = 25;
+pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+pub(crate) const SET_INFLIGHT_FD: u32 = 32;
 pub(crate) const RESET_DEVICE: u32 = 34;
 pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(crate) const ADD_MEM_REG: u32 = 37;
@@ -100,6 +108,23 @@ impl FrontEnd {
         let answer = self.answer(GET_CONFIG);
         assert_eq!(answer[..12], *[offset, len, 0].as_bytes());
         answer[12..].to_vec()
+    }
+
+    /// GET_INFLIGHT_FD: the description to hand back, and the file.
+    pub(crate) fn inflight(&mut self, queues: u16, size: u16) -> (Vec<u8>, File) {
+        self.tell(GET_INFLIGHT_FD, &[[0u64, 0].as_bytes(), [queues, size, 0, 0].as_bytes()].concat(), &[]);
+        let mut message = [0; 12 + 24];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let into = &mut [IoSliceMut::new(&mut message)];
+        let got = recvmsg(&self.0, into, &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL).unwrap();
+        assert_eq!(got.bytes, message.len());
+        let mut files = control.drain().filter_map(|part| match part {
+            RecvAncillaryMessage::ScmRights(files) => Some(files),
+            _ => None,
+        });
+        let file = files.next().and_then(|mut files| files.next()).expect("a region has a file");
+        (message[12..].to_vec(), file.into())
     }
 
     /// Whether the daemon has closed the connection.

@@ -36,10 +36,11 @@ pub(crate) fn top() -> PathBuf {
     PathBuf::from("/disk/top.vhd")
 }
 
-/// How the disk is opened; with a live journal if `journal`.
-pub(crate) fn options(journal: bool) -> DiskOptions {
-    let keep = if journal { Keep::Journal { folder: "/run".into(), discard: false } } else { Keep::Nothing };
-    DiskOptions { keep, when_full: WhenFull::Fail, ..DiskOptions::new(top()) }
+/// How the disk is opened on a machine; with a live journal if `journal`.
+pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
+    let runtime = || host.runtime(Path::new("/run")).expect("every folder is in memory");
+    let keep = if journal { Keep::Journal { folders: vec![runtime()], required: true } } else { Keep::Nothing };
+    DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
 /// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.
@@ -85,7 +86,7 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let block_size = BlockSize::from_bytes(4096).expect("the smallest");
     let spec = Spec { kind: Kind::Dynamic, size: sectors * 512, block_size, reserve: 0 };
     let uuid = image::create(host, path, &spec).expect("a new image");
-    let options = DiskOptions { path: path.into(), ..options(false) };
+    let options = DiskOptions { path: path.into(), ..options(host, false) };
     let disk = Disk::open(Arc::new(host.clone()), &options).expect("it opens");
     let top = disk.version().top().expect("it is writable");
     let grow = || {

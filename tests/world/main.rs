@@ -13,6 +13,7 @@ mod memory;
 mod model;
 mod mutants;
 mod random;
+mod sessions;
 mod world;
 
 use std::time::{Duration, Instant};
@@ -80,7 +81,8 @@ fn every_mutant_is_found() {
             let layouts = layouts::all(20);
             // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
             // (`image/evict_tests.rs`); here 12 million states had none.
-            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits);
+            let all =
+                diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !sessions::MUTANTS.contains(m));
             let mine = all.skip(thread).step_by(2);
             let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
@@ -88,6 +90,24 @@ fn every_mutant_is_found() {
     };
     let found = [half(0), half(1)].map(|t| t.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
     let missed: Vec<_> = found.iter().flatten().filter(|(_, how)| how.is_none()).map(|(m, _)| m).collect();
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+#[test]
+fn sessions_outlive_kills_copies_and_restores() {
+    on_two_threads("sessions", |share, _| {
+        let layouts = layouts::all(20);
+        let mine = layouts.iter().skip(share).step_by(2);
+        mine.map(|layout| sessions::all(layout, 1).map(|()| 1)).sum()
+    });
+}
+
+#[test]
+fn every_mutant_of_sessions_is_found() {
+    let layouts = layouts::all(20);
+    let found = sessions::MUTANTS.map(|m| (m, sessions::find(m, &layouts)));
+    found.iter().for_each(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND")));
+    let missed: Vec<_> = found.iter().filter(|(_, how)| how.is_none()).map(|(m, _)| m).collect();
     assert!(missed.is_empty(), "not found: {missed:?}");
 }
 

@@ -107,8 +107,8 @@ impl<'a> World<'a> {
 
     /// Opens the disk; false where planned faults forbid it.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
-        let (host, journal) = (self.host.clone(), self.care.journal);
-        let opened = self.watched(|| Disk::open(Arc::new(host), &layouts::options(journal)))?;
+        let (host, options) = (self.host.clone(), layouts::options(&self.host, self.care.journal));
+        let opened = self.watched(|| Disk::open(Arc::new(host), &options))?;
         match opened {
             Ok(disk) => {
                 for _ in 0..lanes {

@@ -14,7 +14,8 @@
 //! Each step is durable before the next:
 //!
 //! 1. room for all blocks that the ancestor lacks and that get data: a full host is found before anything is copied;
-//! 2. the note of what is being done (`intent.rs`);
+//! 2. the record of what is being done ([`MergeRecord`]), then the receiver's mark (`chain/pending.rs`), then a record
+//!    that copying has begun;
 //! 3. what the layers say is copied into the ancestor, by its own order of commits; how far it has come is noted after a
 //!    commit, never before;
 //! 4. the ancestor is closed, and the note says that all is copied;
@@ -28,28 +29,38 @@
 //! there still has its parents. Doing any of it again changes nothing.
 //!
 //! What the note says is held against the files, by UUID and after they were opened (and recovered: an ancestor without
-//! its trailing footer is what a power cut leaves). And by their state (`intent::Seen`): where a layer or the ancestor is
+//! its trailing footer is what a power cut leaves). And by their state ([`Seen`]): where a layer or the ancestor is
 //! not what the note knows any more (written to, or restored from a backup), all is copied again from the beginning, which
 //! changes nothing as long as CHILD is there to hide it; without CHILD nothing more is done. Copying changes the ancestor,
 //! too: a killed start goes on where it was only if nothing came behind its last note.
+//!
+//! A merge that was not finished may be given up (`abandon.rs`). Until it is finished or given up, `chain` refuses every
+//! use of its images that would read wrong data or prevent both.
+//!
+//! The file times that children record (vhd-format 4.3) are right afterwards: the ancestor has a new one, which its new
+//! children record; the files of these children have the times that they had before.
 
+mod abandon;
 mod copy;
-mod intent;
+mod resume;
 mod survey;
 
 use std::path::{Path, PathBuf};
 
-use self::intent::{Copied, Folded, Intent, Seen};
+pub use self::abandon::{Abandoned, abandon};
+use self::resume::{is_complete, is_same, present_at};
 use self::survey::{Survey, link, survey};
-use super::create::relative;
 use super::kin;
 use super::mover::Progress;
 use super::writer::{Writer, at_rest};
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{
+    Chain, Copied, Earlier, MergeRecord, Policy, Seen, Use, mark_parent, mark_receiver, marked_by, relative,
+    unmark_receiver,
+};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Image, Keep, folder_of, is_settled, refuse_if_live, relink};
+use crate::image::{Glance, Image, Keep, KeptTime, file_name, folder_of, is_settled, refuse_if_live, relink};
 use crate::point;
-use crate::storage::{Access, Env, File, FileId, Lock};
+use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
 /// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
@@ -72,73 +83,71 @@ pub struct Merged {
 pub struct Merge<'a> {
     env: &'a dyn Env,
     policy: Policy,
-    intent: Intent,
+    record: MergeRecord,
     /// What is to be copied; none where all is.
     survey: Option<Survey>,
     /// Where children of CHILD may be.
-    folders: Vec<PathBuf>,
+    folders: Vec<Folder>,
+    /// The note's folder, and that of each layer: what is removed is removed there, wherever their paths lead by then.
+    home: Folder,
+    places: Vec<Folder>,
     /// Whether the note is there.
     begun: bool,
 }
 
 impl<'a> Merge<'a> {
     /// Looks at the image at `child` and its chain, and at who else lives on it; takes the locks. Where a merge of it was
-    /// begun, it goes on with that: `child` may be gone by then.
+    /// begun, it goes on with that: `child` may be gone by then. With `changed_parent` parents may have been written to
+    /// since their children recorded their times.
     ///
     /// # Errors
     /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with
-    /// ours; `Refused` where another child would change, where the sizes do not fit, or where another merge of it was
-    /// begun.
-    pub fn prepare(env: &'a dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Merge<'a>> {
+    /// ours; `Refused` where another child would change, where the sizes do not fit, where another merge of it was
+    /// begun, or where a parent was written to.
+    pub fn prepare(
+        env: &'a dyn Env,
+        child: &Path,
+        into: Option<&Path>,
+        changed_parent: bool,
+        policy: &Policy,
+    ) -> Result<Merge<'a>> {
         // The file a link leads to is what is folded and removed.
         let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
-        let present = match env.open(child, Access::Read) {
-            Ok(file) => Glance::at(&file)?.map(|glance| glance.uuid),
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
-        };
-        let found = Intent::find(env, child, present)?;
-        if let Some(intent) = &found {
-            is_same(env, intent, child, into)?;
-            if intent.copied == Copied::All && is_complete(env, intent, present.is_some())? {
-                let mut folders = vec![intent.folder.clone()];
-                for path in intent.layers.iter().map(|l| &l.path).chain([&intent.ancestor_path]) {
-                    folders.push(env.canonical(folder_of(&intent.folder.join(path)))?);
-                }
-                for allowed in &policy.allowed {
-                    folders.push(env.canonical(allowed)?);
-                }
-                folders.sort_unstable();
-                folders.dedup();
-                let (policy, intent) = (policy.clone(), intent.clone());
-                return Ok(Merge { env, policy, intent, survey: None, folders, begun: true });
+        let present = present_at(env, child)?;
+        let earlier = MergeRecord::find(env, child, present)?;
+        let mut policy = policy.clone();
+        policy.merging = present;
+        if let Earlier::Record(record) = &earlier {
+            is_same(env, record, child, into)?;
+            policy.merging = Some(record.layers[0].uuid);
+            if record.copied == Copied::All && is_complete(env, record, present.is_some())? {
+                let home = env.folder(&record.folder)?.absolute()?;
+                let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
+                let places = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
+                let own = [home.clone(), place(&record.ancestor_path)?];
+                let folders =
+                    kin::folders(env, own.into_iter().chain(places.iter().cloned()).map(Ok), &policy.allowed)?;
+                let record = MergeRecord::clone(record);
+                return Ok(Merge { env, policy, record, survey: None, folders, home, places, begun: true });
             }
         }
-        let survey = survey(env, child, into, policy)?;
+        let survey = survey(env, child, into, changed_parent, &policy)?;
         let folder = env.canonical(folder_of(child))?;
         let ancestor_path = relative(&folder, &env.canonical(survey.ancestor.file().path())?);
-        let fresh = Intent {
+        let mut record = MergeRecord {
             folder,
             layers: survey.folded.clone(),
             ancestor: survey.ancestor.uuid(),
             ancestor_path,
             // It is looked at again under the lock.
             ancestor_seen: Seen::of(survey.ancestor.file())?,
-            copied: Copied::Before(0),
+            copied: Copied::Nothing,
+            abandoned: false,
         };
-        let same = |layer: &Folded, now: &Folded| layer.uuid == now.uuid && layer.seen == now.seen;
-        let goes_on = |begun: &Intent| {
-            begun.layers.len() == fresh.layers.len()
-                && begun.layers.iter().zip(&fresh.layers).all(|(l, now)| same(l, now))
-        };
-        let (folders, begun) = (survey.folders.clone(), found.is_some());
-        // A note that says more than `Before` was looked at above: something was written since.
-        let earlier = found.filter(|begun| goes_on(begun) && begun.copied != Copied::All);
-        let intent = match earlier {
-            Some(Intent { copied, ancestor_seen, .. }) => Intent { copied, ancestor_seen, ..fresh },
-            None => fresh,
-        };
-        Ok(Merge { env, policy: policy.clone(), intent, survey: Some(survey), folders, begun })
+        let (folders, begun) = (survey.folders.clone(), earlier != Earlier::None);
+        resume::go_on_from(earlier, &mut record, &survey)?;
+        let (home, places) = (survey.places[0].clone(), survey.places.clone());
+        Ok(Merge { env, policy, record, survey: Some(survey), folders, home, places, begun })
     }
 
     /// Bytes of the disk, which is what progress is told of; none where only names and links are left to do.
@@ -156,17 +165,18 @@ impl<'a> Merge<'a> {
         done.map_err(|e| match self.begun {
             false => e,
             true => {
-                let what = "not ended; every image is valid, and the same command goes on";
+                let what =
+                    "not finished; all images are valid. Run the same command again to continue, or add --abandon";
                 Error::new(e.kind(), what).caused_by(e)
             }
         })
     }
 
     fn go(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
-        let path = self.intent.folder.join(&self.intent.ancestor_path);
+        let path = self.record.folder.join(&self.record.ancestor_path);
         if self.begun {
             // A killed start may have left its note in memory alone, and what follows builds on it.
-            self.env.sync_dir(&self.intent.folder)?;
+            self.home.sync()?;
         }
         // Holds the locks to the end.
         let survey = self.survey.take();
@@ -175,24 +185,26 @@ impl<'a> Merge<'a> {
             None => {
                 let file = self.env.open(&path, Access::Read)?;
                 file.lock(Lock::Shared)?;
-                if Seen::of(&file)? != self.intent.ancestor_seen {
+                if Seen::of(&file)? != self.record.ancestor_seen {
                     return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
                 }
                 (0, file)
             }
         };
         let ancestor = self.is_ancestor(Image::open(file)?)?;
+        unmark_receiver(ancestor.file())?;
+        point::reached("merge.receiver-unmarked");
         let relinked = self.relink(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
         let removed = self.remove()?;
-        self.intent.remove(self.env)?;
+        self.record.remove(&self.home)?;
         Ok(Merged { ancestor: path, copied, relinked, removed })
     }
 
     fn is_ancestor(&self, image: Image) -> Result<Image> {
-        if image.uuid() == self.intent.ancestor {
+        if image.uuid() == self.record.ancestor {
             return Ok(image);
         }
-        let what = format!("another image has this name now: it should be {}", self.intent.ancestor);
+        let what = format!("another image has this name now: it should be {}", self.record.ancestor);
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     }
 
@@ -200,34 +212,40 @@ impl<'a> Merge<'a> {
     fn copy(&mut self, survey: &Survey, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
         // The ancestor's own parents may lie wherever the child's chain may.
         let mut policy = self.policy.clone();
-        policy.allowed.push(self.intent.folder.clone());
-        let file = self.env.open(path, Access::Write)?;
+        policy.allowed.push(self.record.folder.clone());
+        let ancestor = survey.ancestor.file();
+        let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
         // Before it is opened as an image, which may recover it.
-        if Seen::of(&file)? != self.intent.ancestor_seen {
-            self.intent.copied = Copied::Before(0);
+        if Seen::of(&file)? != self.record.ancestor_seen && self.record.copied != Copied::Nothing {
+            self.record.copied = Copied::Before(0);
         }
         let chain = Chain::of(self.env, Image::open(file.clone())?, &policy, Use::Write)?;
         let mut writer = Writer::of(self.env, chain, &Keep::Nothing)?;
         let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
-        if image.uuid() != self.intent.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
+        if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
             return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
         }
-        let from = match self.intent.copied {
+        let from = match self.record.copied {
+            Copied::Nothing => 0,
             Copied::Before(sector) => sector,
             Copied::All => unreachable!("then nothing is copied"),
         };
         let blocks = survey.layers.new_blocks(image)?;
         let begun = writer.make_room(blocks).and_then(|()| {
             point::reached("merge.room-made");
-            self.intent.ancestor_seen = Seen::of(&file)?;
-            self.intent.save(self.env)
+            writer.top().image.put_time_back()?;
+            self.record.ancestor_seen = Seen::of(&file)?;
+            self.record.save(&self.home)
         });
         if let Err(e) = begun {
             return writer.end(Err(e));
         }
         self.begun = true;
         point::reached("merge.begun");
+        if let Err(e) = self.mark(&file) {
+            return writer.end(Err(e));
+        }
 
         let every = (writer.version().sectors() * SECTOR / 4).clamp(1, NOTE_BYTES);
         let mut done = from;
@@ -247,9 +265,9 @@ impl<'a> Merge<'a> {
                 point::reached("merge.copied");
                 writer.close()?;
                 point::reached("merge.closed");
-                self.intent.copied = Copied::All;
-                self.intent.ancestor_seen = Seen::durably(&file)?;
-                self.intent.save(self.env)?;
+                self.record.copied = Copied::All;
+                self.record.ancestor_seen = Seen::durably(&file)?;
+                self.record.save(&self.home)?;
                 point::reached("merge.marked");
                 Ok((copied, file))
             }
@@ -261,11 +279,31 @@ impl<'a> Merge<'a> {
         }
     }
 
+    /// Marks the ancestor as partly overwritten, and then records that copying has begun: durable before the first byte.
+    fn mark(&mut self, ancestor: &File) -> Result<()> {
+        let child = self.record.layers[0].uuid;
+        if marked_by(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
+            match mark_receiver(ancestor, child, &self.record.child()) {
+                // Then the record alone shows it, if it lies in the same folder.
+                Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
+                Err(e) => log::warn!("{}; do not open the image by itself before the merge is finished", e.line()),
+                Ok(()) => {}
+            }
+        }
+        point::reached("merge.receiver-marked");
+        if self.record.copied == Copied::Nothing {
+            self.record.copied = Copied::Before(0);
+            self.record.save(&self.home)?;
+        }
+        point::reached("merge.copying");
+        Ok(())
+    }
+
     /// Notes that all before a sector is copied, durably. Where there is no room for a note, the last one still holds.
     fn note(&mut self, sector: u64, ancestor: &File) -> Result<()> {
-        self.intent.copied = Copied::Before(sector);
-        self.intent.ancestor_seen = Seen::of(ancestor)?;
-        match self.intent.save(self.env) {
+        self.record.copied = Copied::Before(sector);
+        self.record.ancestor_seen = Seen::of(ancestor)?;
+        match self.record.save(&self.home) {
             Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
             saved => saved,
         }
@@ -276,18 +314,18 @@ impl<'a> Merge<'a> {
     fn relink(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
         for child in kin::in_folders(self.env, &self.folders)? {
-            let is_folded = self.intent.layers.iter().any(|layer| layer.uuid == child.glance.uuid);
+            let is_folded = self.record.layers.iter().any(|layer| layer.uuid == child.glance.uuid);
             let is_linked = child.glance.parent == Some(ancestor.uuid());
-            if is_folded || !(is_linked || child.glance.parent == Some(self.intent.layers[0].uuid)) {
+            if is_folded || !(is_linked || child.glance.parent == Some(self.record.layers[0].uuid)) {
                 continue;
             }
-            if is_linked && is_settled(&Image::open(self.env.open(&child.path, Access::Read)?)?) {
+            if is_linked && is_settled(&Image::open(child.open(Access::Read)?)?) {
                 continue;
             }
             let file = match locked.iter().find(|(id, _)| *id == child.id) {
                 Some((_, file)) => file.clone(),
                 None => {
-                    let file = self.env.open(&child.path, Access::Write)?;
+                    let file = child.open(Access::Write)?;
                     match file.lock(Lock::Exclusive) {
                         Err(e) if is_linked && e.kind() == ErrorKind::Busy => continue,
                         locked => locked?,
@@ -296,10 +334,10 @@ impl<'a> Merge<'a> {
                 }
             };
             let image = Image::open(file.clone())?;
-            if let Some(runtime) = &self.policy.runtime {
-                refuse_if_live(self.env, runtime, &file, image.uuid())?;
-            }
-            relink(self.env, &file, Some(&link(self.env, &image, ancestor)?))?;
+            refuse_if_live(self.env, &self.policy.runtime, &image)?;
+            mark_parent(self.env, ancestor, &child.path);
+            let link = link(self.env, &image, ancestor)?;
+            KeptTime::during(&file, || relink(self.env, &file, Some(&link)))?;
             point::reached("merge.child-relinked");
             relinked.push(child.path);
         }
@@ -310,13 +348,14 @@ impl<'a> Merge<'a> {
     /// Step 6.
     fn remove(&self) -> Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
-        for layer in &self.intent.layers {
-            let path = self.intent.folder.join(&layer.path);
-            let file = match self.env.open(&path, Access::Read) {
+        for (layer, folder) in self.record.layers.iter().zip(&self.places) {
+            let path = self.record.folder.join(&layer.path);
+            let name = file_name(&path)?;
+            let file = match folder.open(name, Access::Read) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
                     // Whoever removed it may not have come to make that durable.
-                    self.env.sync_dir(folder_of(&path))?;
+                    folder.sync()?;
                     continue;
                 }
                 Err(e) => return Err(e),
@@ -330,55 +369,13 @@ impl<'a> Merge<'a> {
                 let what = "it was changed since it was copied; it stays";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
-            self.env.remove(&path)?;
+            folder.remove(name)?;
             point::reached("merge.layer-removed");
             // Before its parent goes, lest it come back without one.
-            self.env.sync_dir(folder_of(&path))?;
+            folder.sync()?;
             point::reached("merge.layer-gone");
             removed.push(path);
         }
         Ok(removed)
     }
-}
-
-/// Whether a merge that was begun is the one that is asked for.
-fn is_same(env: &dyn Env, intent: &Intent, child: &Path, into: Option<&Path>) -> Result<()> {
-    let ancestor = intent.folder.join(&intent.ancestor_path);
-    let same = match into {
-        None => intent.layers.len() == 1,
-        Some(into) => Glance::at(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(intent.ancestor),
-    };
-    if same {
-        return Ok(());
-    }
-    let what = format!("a merge of it into {0} was begun: end that first, with --into {0}", ancestor.display());
-    Err(Error::new(ErrorKind::Refused, what).at_path(child))
-}
-
-/// Whether names and links are all that is left of a merge whose note says that all is copied: the ancestor and the
-/// layers are what they were then.
-///
-/// # Errors
-/// `Refused` where the ancestor is not and CHILD is gone; `Io`.
-fn is_complete(env: &dyn Env, intent: &Intent, is_child_there: bool) -> Result<bool> {
-    let ancestor = intent.folder.join(&intent.ancestor_path);
-    let same = Seen::at(env, &ancestor, intent.ancestor)? == Some(intent.ancestor_seen);
-    if !is_child_there {
-        if same {
-            return Ok(true);
-        }
-        let what = format!(
-            "it was changed or replaced since all was copied into it, and what was merged is gone: nothing more is \
-             removed; if its disk is right, remove the note {}",
-            intent.path().display()
-        );
-        return Err(Error::new(ErrorKind::Refused, what).at_path(ancestor));
-    }
-    for layer in &intent.layers {
-        let state = Seen::at(env, &intent.folder.join(&layer.path), layer.uuid)?;
-        if state.is_some_and(|state| state != layer.seen) {
-            return Ok(false);
-        }
-    }
-    Ok(same)
 }

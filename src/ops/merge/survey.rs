@@ -1,36 +1,44 @@
 //! Which files a merge concerns, whether it may be, and the locks on them. Nothing is changed here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::copy::Layers;
-use super::intent::{Folded, Seen};
-use crate::chain::{Chain, Policy, Use, refuse_if_receiving};
+use crate::chain::{Chain, Change, Folded, Policy, Seen, Use, place_of, refuse_change, relative};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
 use crate::ops::create::{self, Locators};
-use crate::ops::kin;
-use crate::storage::{Access, Env, File, FileId, Lock};
+use crate::ops::kin::{self, Kin};
+use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
 /// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
 pub(super) struct Survey {
     /// CHILD and what lies between, youngest first.
     pub(super) layers: Layers,
     pub(super) folded: Vec<Folded>,
+    /// The folder in which each of them was found.
+    pub(super) places: Vec<Folder>,
     /// What receives it, read only.
     pub(super) ancestor: Image,
     /// CHILD's own children.
     pub(super) children: Vec<(FileId, File)>,
     /// Where children were looked for.
-    pub(super) folders: Vec<PathBuf>,
+    pub(super) folders: Vec<Folder>,
 }
 
 /// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
 ///
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where another child would change, or the sizes do not fit.
-pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Survey> {
+/// `Refused` where another child would change, or the sizes do not fit, or (unless `changed_parent`) a parent was written
+/// to since its child recorded its time.
+pub(super) fn survey(
+    env: &dyn Env,
+    child: &Path,
+    into: Option<&Path>,
+    changed_parent: bool,
+    policy: &Policy,
+) -> Result<Survey> {
     let file = env.open(child, Access::Read)?;
     file.lock(Lock::Shared)?;
     let folder = env.canonical(folder_of(child))?;
@@ -50,33 +58,40 @@ pub(super) fn survey(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &
     if !parents.eq(chain.images()[1..=depth].iter().map(|parent| Some(parent.uuid()))) {
         return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
     }
-    if let Some(runtime) = &policy.runtime {
-        for image in images.iter().chain([ancestor]) {
-            refuse_if_live(env, runtime, image.file(), image.uuid())?;
-        }
-    }
-    // Another merge must find again what it noted of its own ancestor.
     for image in images.iter().chain([ancestor]) {
-        refuse_if_receiving(env, image, Some(images[0].uuid()))?;
+        refuse_if_live(env, &policy.runtime, image)?;
     }
-    let mut folders = Vec::new();
-    for path in images.iter().chain([ancestor]).map(|image| image.file().path()) {
-        push_new(&mut folders, env.canonical(folder_of(path))?);
+    // Another merge must find again what it recorded of its own images.
+    let own = Some(images[0].uuid());
+    for image in &images {
+        refuse_change(env, image, Change::Link, &policy.allowed, own)?;
     }
-    for allowed in &policy.allowed {
-        push_new(&mut folders, env.canonical(allowed)?);
+    refuse_change(env, ancestor, Change::Contents, &policy.allowed, own)?;
+    if !changed_parent {
+        refuse_changed(&chain, depth)?;
     }
+    let own = images.iter().chain([ancestor]).map(|image| image.file().folder().absolute());
+    let folders = kin::folders(env, own, &policy.allowed)?;
     let children = children(env, &images, ancestor, &folders, policy)?;
     sizes(&images[0], ancestor, children.is_empty())?;
     let folded = images.iter().map(|image| folded_as(env, image, &folder)).collect::<Result<_>>()?;
-    let ancestor = Image::open(env.open(ancestor.file().path(), Access::Read)?)?;
-    Ok(Survey { layers: Layers::new(images), folded, ancestor, children, folders })
+    let places = images.iter().map(|image| image.file().folder()).collect();
+    let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
+    Ok(Survey { layers: Layers::new(images), folded, places, ancestor, children, folders })
 }
 
-fn push_new(folders: &mut Vec<PathBuf>, folder: PathBuf) {
-    if !folders.contains(&folder) {
-        folders.push(folder);
-    }
+/// # Errors
+/// `Refused` if the parent of one of the first `depth` images was written to since.
+fn refuse_changed(chain: &Chain, depth: usize) -> Result<()> {
+    let folded = &chain.images()[..depth];
+    let outdated = chain.outdated().find(|(child, _)| folded.iter().any(|image| image.uuid() == child.uuid()));
+    let Some((child, parent)) = outdated else { return Ok(()) };
+    let what = format!(
+        "it was written to after {} recorded its time, so the disk above may be damaged; if that disk is right, run the \
+         same command with --changed-parent",
+        child.file().path().display()
+    );
+    Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
 /// How many images are folded: those above `into`.
@@ -130,14 +145,14 @@ fn children(
     env: &dyn Env,
     images: &[Image],
     ancestor: &Image,
-    folders: &[PathBuf],
+    folders: &[Folder],
     policy: &Policy,
 ) -> Result<Vec<(FileId, File)>> {
     let ids = images.iter().map(|image| Ok(image.file().stat()?.id)).collect::<Result<Vec<_>>>()?;
     let mut children = Vec::new();
     for found in kin::in_folders(env, folders)? {
         if found.glance.parent == Some(images[0].uuid()) {
-            children.push(lock_child(env, &found.path, ancestor, policy)?);
+            children.push(lock_child(env, &found, ancestor, policy)?);
             continue;
         }
         // The parent of image n is image n + 1; that of the last one is the ancestor.
@@ -152,13 +167,11 @@ fn children(
 }
 
 /// A child that is going to be relinked: locked, and known to be fit for it.
-fn lock_child(env: &dyn Env, path: &Path, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
-    let file = env.open(path, Access::Write)?;
+fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
+    let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
-    if let Some(runtime) = &policy.runtime {
-        refuse_if_live(env, runtime, image.file(), image.uuid())?;
-    }
+    refuse_if_live(env, &policy.runtime, &image)?;
     check_link(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }
@@ -176,12 +189,6 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
 }
 
 fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
-    let path = create::relative(folder, &named(env, image.file().path())?);
+    let path = relative(folder, &place_of(env, image.file().path())?);
     Ok(Folded { uuid: image.uuid(), seen: Seen::durably(image.file())?, path })
-}
-
-/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
-fn named(env: &dyn Env, path: &Path) -> Result<PathBuf> {
-    let name = path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))?;
-    Ok(env.canonical(folder_of(path))?.join(name))
 }

@@ -6,47 +6,64 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::folder::HostFolder;
 use super::lock;
 use super::mapped::Mapped;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
-use crate::storage::payload::{BUFFER_ALIGN, Buffer};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Naming, Stat};
 use crate::units::SECTOR;
-
-/// Bytes moved at once through bounce memory.
-const BOUNCE: usize = 1 << 20;
 
 /// How long the I/O of a process that is gone may take to end.
 const FENCE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// An open regular file. Clones share the open description, and with it the locks.
 #[derive(Clone, Debug)]
-pub struct HostFile(Arc<Open>);
+pub struct HostFile(pub(super) Arc<Open>);
 
 #[derive(Debug)]
-struct Open {
+pub(super) struct Open {
     /// Dropped before the descriptor, whose locks it keeps.
     mapped: Mapped,
     fd: OwnedFd,
     path: PathBuf,
+    /// Where it was found.
+    folder: HostFolder,
     access: Access,
     id: FileId,
+    is_device: bool,
     /// What O_DIRECT asks for, once switched on.
-    direct: OnceLock<DirectRules>,
+    pub(super) direct: OnceLock<DirectRules>,
     lock: Mutex<Option<Lock>>,
 }
 
 impl HostFile {
     /// Takes an fd that was opened non-blocking; refuses what is not a regular file.
-    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access) -> Result<HostFile> {
+    pub(super) fn new(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder) -> Result<HostFile> {
+        HostFile::of_kind(fd, path, access, folder, &[FileType::RegularFile])
+    }
+
+    /// As [`HostFile::new`]; block devices are taken, too.
+    pub(super) fn new_disk(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder) -> Result<HostFile> {
+        HostFile::of_kind(fd, path, access, folder, &[FileType::RegularFile, FileType::BlockDevice])
+    }
+
+    fn of_kind(fd: OwnedFd, path: &Path, access: Access, folder: &HostFolder, kinds: &[FileType]) -> Result<HostFile> {
         let fail = |what, e: Errno| Error::io(what, e.into()).at_path(path);
         let stat = rustix::fs::fstat(&fd).map_err(|e| fail("cannot stat", e))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::new(ErrorKind::Refused, "not a regular file").at_path(path));
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if !kinds.contains(&kind) {
+            let what = match kind {
+                FileType::BlockDevice => {
+                    "not a regular file but a block device: VHDs inside devices are not supported, raw disks on devices \
+                     are (--from raw, --to raw)"
+                }
+                _ => "not a regular file",
+            };
+            return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
         // Only the opening had to be non-blocking: on file systems that cannot do it, io_uring hands EAGAIN to
         // whoever left the flag on.
@@ -56,8 +73,10 @@ impl HostFile {
             mapped: Mapped::default(),
             fd,
             path: path.to_path_buf(),
+            folder: folder.clone(),
             access,
             id: FileId { dev: stat.st_dev, ino: stat.st_ino },
+            is_device: kind == FileType::BlockDevice,
             direct: OnceLock::new(),
             lock: Mutex::new(None),
         })))
@@ -68,27 +87,57 @@ impl HostFile {
         &self.0.path
     }
 
+    /// The folder in which it was found.
+    pub fn folder(&self) -> &HostFolder {
+        &self.0.folder
+    }
+
     /// Which file it is; no system call.
     pub fn id(&self) -> FileId {
         self.0.id
     }
 
-    fn fail(&self, what: &str, e: Errno) -> Error {
+    /// See [`File::is_device`](crate::storage::File::is_device).
+    pub fn is_device(&self) -> bool {
+        self.0.is_device
+    }
+
+    pub(super) fn fail(&self, what: &str, e: Errno) -> Error {
         Error::io(what, e.into()).at_path(&self.0.path)
     }
 
     /// See [`File::stat`](crate::storage::File::stat).
     pub fn stat(&self) -> Result<Stat> {
         let s = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?;
+        // The size in a device's inode is 0. Seeking moves the file position, which nothing reads.
+        let len = match self.0.is_device {
+            true => {
+                rustix::fs::seek(self, SeekFrom::End(0)).map_err(|e| self.fail("cannot read the device's size", e))?
+            }
+            false => u64::try_from(s.st_size).unwrap_or(0),
+        };
         Ok(Stat {
             id: self.0.id,
-            len: u64::try_from(s.st_size).unwrap_or(0),
+            len,
             // st_blocks counts units of 512 bytes, whatever the file system's blocks are (stat(2)).
             allocated: u64::try_from(s.st_blocks).unwrap_or(0).saturating_mul(512),
             modified: s.st_mtime,
             modified_nanos: u32::try_from(s.st_mtime_nsec).unwrap_or(0),
             mode: s.st_mode & 0o7777,
         })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        match rustix::fs::stat(self.path()) {
+            Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(Naming::Kept),
+            Ok(_) => Ok(Naming::Replaced),
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                let links = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?.st_nlink;
+                Ok(if links == 0 { Naming::Removed } else { Naming::Renamed })
+            }
+            Err(e) => Err(self.fail("cannot look up its name", e)),
+        }
     }
 
     /// See [`File::read_at`](crate::storage::File::read_at).
@@ -123,7 +172,7 @@ impl HostFile {
     }
 
     /// Reads until `into` is full or the file ends.
-    fn read_some(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    pub(super) fn read_some(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut done = 0;
         while done < into.len() {
             let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -139,7 +188,7 @@ impl HostFile {
         Ok(done)
     }
 
-    fn pour(&self, from: &[u8], offset: u64) -> io::Result<()> {
+    pub(super) fn pour(&self, from: &[u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < from.len() {
             let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::FileTooLarge)?;
@@ -149,43 +198,6 @@ impl HostFile {
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
-        }
-        Ok(())
-    }
-
-    /// Reads the aligned range around the wanted one, piece by piece through memory that suits the medium.
-    #[allow(clippy::cast_possible_truncation, reason = "a remainder of the unit, at most a sector")]
-    fn fill_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
-        let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
-        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE).min(BOUNCE);
-        let mut bounce = Buffer::zeroed(room);
-        let mut done = 0;
-        while done < into.len() {
-            let at = offset + done as u64;
-            let start = at / unit * unit;
-            let skip = (at % unit) as usize;
-            let ask = (skip + into.len() - done).next_multiple_of(unit as usize).min(room);
-            let got = self.read_some(&mut bounce[..ask], start)?;
-            let n = (into.len() - done).min(ask - skip);
-            if got < skip + n {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            into[done..done + n].copy_from_slice(&bounce[skip..skip + n]);
-            done += n;
-        }
-        Ok(())
-    }
-
-    fn pour_direct(&self, from: &[u8], offset: u64, unit: u64) -> io::Result<()> {
-        if !offset.is_multiple_of(unit) || !(from.len() as u64).is_multiple_of(unit) {
-            // Reading and rewriting the neighbours could undo what somebody else writes there now.
-            let what = format!("a direct write must begin and end on a multiple of {unit} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        }
-        let mut bounce = Buffer::zeroed(from.len().min(BOUNCE));
-        for (i, piece) in from.chunks(BOUNCE).enumerate() {
-            bounce[..piece.len()].copy_from_slice(piece);
-            self.pour(&bounce[..piece.len()], offset + (i * BOUNCE) as u64)?;
         }
         Ok(())
     }
@@ -216,32 +228,6 @@ impl HostFile {
             }
             Err(e) => Err(self.fail(&format!("cannot reserve {len} bytes"), e).at_offset(offset)),
         }
-    }
-
-    /// See [`File::punch`](crate::storage::File::punch).
-    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
-            Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
-            Err(e) => Err(self.fail(&format!("cannot punch a hole of {len} bytes"), e).at_offset(offset)),
-        }
-    }
-
-    /// Writes zeros over the part of the range that lies in the file.
-    fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
-        let end = offset.saturating_add(len).min(self.stat()?.len);
-        let mut at = offset;
-        let zeros = Buffer::zeroed(BOUNCE);
-        while at < end {
-            let n = usize::try_from(end - at).unwrap_or(BOUNCE).min(BOUNCE);
-            self.write_at(&zeros[..n], at)?;
-            at += n as u64;
-        }
-        Ok(())
     }
 
     /// See [`File::next_data`](crate::storage::File::next_data).
@@ -325,35 +311,6 @@ impl HostFile {
     #[inline]
     pub(in crate::storage) fn mapped(&self) -> &Mapped {
         &self.0.mapped
-    }
-
-    /// Whether it was switched to O_DIRECT.
-    pub fn is_direct(&self) -> bool {
-        self.0.direct.get().is_some()
-    }
-
-    /// See [`File::set_direct`](crate::storage::File::set_direct).
-    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
-        if let Some(rules) = self.0.direct.get() {
-            return Ok(Some(*rules));
-        }
-        let s = match rustix::fs::statx(self, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
-            Ok(s) => s,
-            Err(Errno::NOSYS) => return Ok(None),
-            Err(e) => return Err(self.fail("cannot ask for the rules of O_DIRECT", e)),
-        };
-        let rules = DirectRules { memory: s.stx_dio_mem_align as usize, offset: u64::from(s.stx_dio_offset_align) };
-        let told = s.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
-        let sane = rules.memory.is_power_of_two() && rules.offset.is_power_of_two();
-        if !told || !sane || rules.offset > SECTOR || rules.memory > BUFFER_ALIGN {
-            return Ok(None);
-        }
-        let flags = rustix::fs::fcntl_getfl(self).map_err(|e| self.fail("cannot read the flags", e))?;
-        match rustix::fs::fcntl_setfl(self, flags | OFlags::DIRECT) {
-            Ok(()) => Ok(Some(*self.0.direct.get_or_init(|| rules))),
-            Err(Errno::INVAL) => Ok(None),
-            Err(e) => Err(self.fail("cannot switch to O_DIRECT", e)),
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tests of `file.rs` on real files.
 
+use super::super::direct::BOUNCE;
 use super::*;
 use crate::storage::env::{Env, File};
 use crate::storage::host::Host;

@@ -21,6 +21,9 @@ const WRITER: &[i64] = &[100, 101, 103, 201, 203];
 /// A reader: uses read; shares neither write nor resize.
 const READER: &[i64] = &[100, 201, 203];
 
+/// All bytes by which a process says that it has a file in use: ours, and those of QEMU's permissions.
+pub(super) const BYTES: [i64; 7] = [OURS, 100, 101, 103, 200, 201, 203];
+
 /// Descriptors looked at, at most, to name who holds a lock.
 const LOOKS: usize = 20_000;
 
@@ -59,9 +62,8 @@ fn meaning(byte: i64) -> &'static str {
 /// Whether a process that goes on holds a lock that may be against ours, by another description than `fd`. If not, the
 /// lock is that of a process that has ended, or is about to, and of its I/O on the way: it goes when that is over.
 pub(super) fn is_held_by_the_living(fd: BorrowedFd<'_>, id: FileId) -> bool {
-    let bytes = [OURS, 100, 101, 103, 200, 201, 203];
     let theirs = |d: &Descriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
-    descriptors(|line| bytes.iter().any(|&byte| covers(line, id.ino, byte)))
+    descriptors(|line| BYTES.iter().any(|&byte| covers(line, id.ino, byte)))
         .any(|d| theirs(&d) && d.is_of(id) && !is_dying(d.pid))
 }
 
@@ -139,6 +141,16 @@ fn set(fd: BorrowedFd<'_>, kind: i32, byte: i64) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether another description than `fd` holds a lock by which a process of ours or of QEMU has the file in use.
+pub(super) fn is_held(fd: BorrowedFd<'_>) -> Result<bool> {
+    for byte in BYTES {
+        if stranger(fd, byte).map_err(failed)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Whether another description holds any lock on a byte, and the process if the kernel says (else -1).
 fn stranger(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     let mut l = range(libc::F_WRLCK, byte);
@@ -164,22 +176,22 @@ fn holder(id: FileId, byte: i64) -> Option<u32> {
 }
 
 /// A descriptor of a process.
-struct Descriptor {
-    pid: u32,
+pub(super) struct Descriptor {
+    pub(super) pid: u32,
     number: i32,
 }
 
 impl Descriptor {
     /// Whether it is of that file. A lock's line does not tell for sure: inode numbers are not unique among file systems,
     /// and the device in it is, on btrfs, not the one of stat.
-    fn is_of(&self, id: FileId) -> bool {
+    pub(super) fn is_of(&self, id: FileId) -> bool {
         fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.number))
             .is_ok_and(|m| FileId { dev: m.dev(), ino: m.ino() } == id)
     }
 }
 
 /// The descriptors of all processes with a lock whose line in fdinfo `is_wanted`.
-fn descriptors(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = Descriptor> {
+pub(super) fn descriptors(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = Descriptor> {
     let number = |entry: &fs::DirEntry| entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let all = processes.filter_map(move |entry| Some((number(&entry)?, entry.path().join("fdinfo"))));
@@ -210,7 +222,7 @@ fn tells_of_death(status: &str) -> bool {
 
 /// Whether the text of a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) speaks of such an inode
 /// and byte.
-fn covers(line: &str, ino: u64, byte: i64) -> bool {
+pub(super) fn covers(line: &str, ino: u64, byte: i64) -> bool {
     let mut words = line.split_whitespace().rev();
     let (Some(last), Some(first), Some(inode)) = (words.next(), words.next(), words.next()) else { return false };
     let first = first.parse::<i64>().unwrap_or(i64::MAX);
@@ -219,7 +231,7 @@ fn covers(line: &str, ino: u64, byte: i64) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
     use std::process::Command;
 
@@ -235,7 +247,7 @@ mod tests {
     }
 
     /// One test at a time: a child process holds all descriptions, with their locks, from fork to exec.
-    fn alone() -> std::sync::MutexGuard<'static, ()> {
+    pub(in crate::storage::host) fn alone() -> std::sync::MutexGuard<'static, ()> {
         static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
         ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

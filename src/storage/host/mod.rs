@@ -1,26 +1,35 @@
 //! The host itself: Linux files, names, clock and entropy.
 
+mod direct;
 mod file;
+mod folder;
+mod holder;
 mod lock;
 pub(super) mod mapped;
+mod metadata;
+mod origin;
+mod presence;
+mod zeros;
 
+use std::ffi::OsStr;
 use std::fs;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use self::file::HostFile;
+pub use self::folder::HostFolder;
 pub(super) use self::mapped::{Place, Region};
 use super::blocking::Blocking;
-use super::engine::Engine;
-use super::env::{Access, EngineKind, Env, File};
-use super::live::{Live, Mapping};
+use super::engine::{Engine, host_file};
+use super::env::{Access, EngineKind, Env, File, Holder, Origin, Presence};
+use super::folder::Folder;
 use super::ring::Ring;
+use super::runtime::{HostRuntime, Runtime};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every file is opened: not passed on to children, not waiting for the other end of a FIFO, not becoming our
@@ -33,61 +42,38 @@ pub struct Host;
 
 impl Env for Host {
     fn open(&self, path: &Path, access: Access) -> Result<File> {
-        let mode = match access {
-            Access::Read => OFlags::RDONLY,
-            Access::Write => OFlags::RDWR,
-        };
-        let fd = retry(|| rustix::fs::openat(CWD, path, mode | CAREFUL, Mode::empty()))
-            .map_err(|e| open_error(e).at_path(path))?;
-        HostFile::new(fd, path, access).map(File::Host)
+        let (folder, name) = parted(path)?;
+        let fd = folder.open_named(name, access).map_err(|e| open_error(e).at_path(path))?;
+        HostFile::new(fd, path, access, &folder).map(File::Host)
     }
 
-    fn open_beneath(&self, root: &Path, relative: &Path) -> Result<File> {
-        let folder =
-            retry(|| rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()))
-                .map_err(|e| Error::io("cannot open the folder", e.into()).at_path(root))?;
-        let path = root.join(relative);
-        let rules = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
-        let mut tries = 0;
-        let fd = loop {
-            match rustix::fs::openat2(&folder, relative, OFlags::RDONLY | CAREFUL, Mode::empty(), rules) {
-                // A rename elsewhere, seen while `..` was resolved: the kernel asks to try again.
-                Err(Errno::AGAIN | Errno::INTR) if tries < 100 => tries += 1,
-                Err(e) => return Err(beneath_error(e, root).at_path(path)),
-                Ok(fd) => break fd,
+    fn folder(&self, path: &Path) -> Result<Folder> {
+        HostFolder::at(path).map(Folder::Host)
+    }
+
+    fn presence(&self, path: &Path) -> Presence {
+        presence::presence(path)
+    }
+
+    fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
+        let (folder, name) = parted(path)?;
+        let fd = folder.open_disk(name, access).map_err(|e| match e {
+            Errno::BUSY => {
+                let what = "the block device is in use: it is mounted, or held by LVM, RAID, swap or another program";
+                Error::new(ErrorKind::Busy, what).at_path(path)
             }
-        };
-        HostFile::new(fd, &path, Access::Read).map(File::Host)
+            e => open_error(e).at_path(path),
+        })?;
+        HostFile::new_disk(fd, path, access, &folder).map(File::Host)
     }
 
-    fn create(&self, path: &Path) -> Result<File> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | CAREFUL;
-        let fd = retry(|| rustix::fs::openat(CWD, path, flags, Mode::from_raw_mode(0o644)))
-            .map_err(|e| Error::io("cannot create the file", e.into()).at_path(path))?;
-        HostFile::new(fd, path, Access::Write).map(File::Host)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
-        rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::empty())
-            .map_err(|e| Error::io(format!("cannot rename to {}", to.display()), e.into()).at_path(from))
-    }
-
-    fn link(&self, existing: &Path, new: &Path) -> Result<()> {
-        fs::hard_link(existing, new)
-            .map_err(|e| Error::io(format!("cannot give it the second name {}", new.display()), e).at_path(existing))
+    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+        let files: Vec<_> = files.iter().map(|file| host_file(file).ok()).collect();
+        holder::of(&files)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
         fs::remove_file(path).map_err(|e| Error::io("cannot remove the name", e).at_path(path))
-    }
-
-    fn sync_dir(&self, folder: &Path) -> Result<()> {
-        // The parent of a bare file name is the empty path.
-        let named = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        retry(|| rustix::fs::openat(CWD, named, flags, Mode::empty()))
-            .and_then(|fd| retry(|| rustix::fs::fsync(fd.as_fd())))
-            .map_err(|e| Error::io("cannot make the names in the folder durable", e.into()).at_path(named))
     }
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
@@ -98,20 +84,12 @@ impl Env for Host {
         std::fs::symlink_metadata(path).is_ok()
     }
 
-    fn list(&self, folder: &Path) -> Result<Vec<PathBuf>> {
-        let entries = fs::read_dir(folder).and_then(|entries| entries.map(|e| Ok(e?.path())).collect());
-        entries.map_err(|e| Error::io("cannot list the folder", e).at_path(folder))
+    fn runtime(&self, folder: &Path) -> Result<Runtime> {
+        HostRuntime::open_folder(folder).map(Runtime::Host)
     }
 
-    fn live(&self, path: &Path, words: usize) -> Result<Live> {
-        Ok(Live::Host(Arc::new(Mapping::open(path, words)?)))
-    }
-
-    fn boot_id(&self) -> Result<Uuid> {
-        let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;
-        Uuid::parse_str(text.trim())
-            .map_err(|e| Error::new(ErrorKind::Invalid, "no boot id").at_path(path).caused_by(e))
+    fn origin(&self) -> Result<Origin> {
+        origin::origin()
     }
 
     fn now(&self) -> i64 {
@@ -119,6 +97,11 @@ impl Env for Host {
             Ok(after) => i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
             Err(before) => -i64::try_from(before.duration().as_secs()).unwrap_or(i64::MAX),
         }
+    }
+
+    fn uptime(&self) -> Duration {
+        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+        BEGAN.elapsed()
     }
 
     fn uuid(&self) -> Uuid {
@@ -139,6 +122,19 @@ impl Env for Host {
             Err(e) => Err(Error::io("cannot set up io_uring", e)),
         }
     }
+}
+
+/// The folder of an operator's path, held open, and the name in it.
+fn parted(path: &Path) -> Result<(HostFolder, &OsStr)> {
+    let fail = |e: Errno| open_error(e).at_path(path);
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(fail(if path.as_os_str().is_empty() { Errno::NOENT } else { Errno::ISDIR }));
+    };
+    let folder = HostFolder::at(above).map_err(|e| match e.raw_os_error() {
+        Some(code) => fail(Errno::from_raw_os_error(code)),
+        None => e,
+    })?;
+    Ok((folder, name))
 }
 
 /// Calls again while a signal interrupts.
@@ -162,23 +158,20 @@ fn open_error(e: Errno) -> Error {
     }
 }
 
-fn beneath_error(e: Errno, root: &Path) -> Error {
-    let why = match e {
-        Errno::XDEV => format!("the path leaves the allowed folder {}", root.display()),
-        Errno::LOOP => format!("the path passes a symbolic link below the allowed folder {}", root.display()),
-        Errno::NOSYS => {
-            let what = "this kernel has no openat2 (Linux 5.6), which keeps parents inside the allowed folders";
-            return Error::new(ErrorKind::Unsupported, what);
-        }
-        e => return open_error(e),
-    };
-    Error::new(ErrorKind::Refused, why).caused_by(std::io::Error::from(e))
+/// The flags of an access.
+fn flags_of(access: Access) -> OFlags {
+    match access {
+        Access::Read => OFlags::RDONLY,
+        Access::Write => OFlags::RDWR,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
+
+    use rustix::fs::{CWD, Mode};
 
     use super::*;
 
@@ -208,51 +201,31 @@ mod tests {
         symlink("f", p("link")).unwrap();
         Host.open(&p("link"), Access::Write).unwrap();
         // The file must not stay non-blocking: a ring would get EAGAIN where it should wait.
-        let fd = fs::File::from(rustix::fs::openat(CWD, p("f"), OFlags::RDONLY | CAREFUL, Mode::empty()).unwrap());
-        let f = HostFile::new(fd.into(), &p("f"), Access::Read).unwrap();
+        #[cfg_attr(
+            not(feature = "sim"),
+            allow(irrefutable_let_patterns, reason = "the simulated host is the other kind")
+        )]
+        let File::Host(f) = Host.open(&p("f"), Access::Read).unwrap() else { unreachable!("a file of the host") };
         assert!(!rustix::fs::fcntl_getfl(&f).unwrap().contains(OFlags::NONBLOCK));
     }
 
     #[test]
-    fn beneath_stays_beneath() {
-        let d = tempfile::tempdir().unwrap();
-        let root = d.path().join("root");
-        fs::create_dir_all(root.join("sub")).unwrap();
-        fs::write(d.path().join("outside"), "secret").unwrap();
-        fs::write(root.join("in"), "fine").unwrap();
-        symlink("in", root.join("link")).unwrap();
-        symlink("..", root.join("up")).unwrap();
-        for good in ["in", "sub/../in", "./in"] {
-            Host.open_beneath(&root, Path::new(good)).unwrap();
-        }
-        for bad in ["../outside", "sub/../../outside", "link", "up/outside", "/etc/passwd", "sub", ".", "../root/in"] {
-            assert_eq!(kind(Host.open_beneath(&root, Path::new(bad))), ErrorKind::Refused, "{bad}");
-        }
-        assert_eq!(kind(Host.open_beneath(&root, &root.join("in"))), ErrorKind::Refused);
-        assert_eq!(kind(Host.open_beneath(&root, Path::new("none"))), ErrorKind::NotFound);
-        assert_eq!(kind(Host.open_beneath(&root, Path::new(""))), ErrorKind::NotFound);
-    }
-
-    #[test]
-    fn names_change() {
+    fn paths_are_the_operators() {
         let d = tempfile::tempdir().unwrap();
         let p = |name: &str| d.path().join(name);
-        let a = Host.create(&p("a")).unwrap();
-        assert_eq!(a.stat().unwrap().mode & !0o644, 0);
-        assert_eq!(Host.create(&p("a")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
-        Host.link(&p("a"), &p("b")).unwrap();
-        assert_eq!(Host.link(&p("a"), &p("b")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
-        Host.create(&p("c")).unwrap();
-        Host.rename(&p("c"), &p("b")).unwrap();
-        let b = Host.open(&p("b"), Access::Read).unwrap();
-        assert_ne!(a.stat().unwrap().id, b.stat().unwrap().id);
+        fs::write(p("a"), "x").unwrap();
+        let a = Host.open(&p("a"), Access::Read).unwrap();
+        assert!(a.folder().is_same(&Host.folder(d.path()).unwrap()));
+        assert_eq!((a.name(), a.path()), (std::ffi::OsStr::new("a"), p("a").as_path()));
+        assert_eq!(Host.canonical(&p("./a")).unwrap(), fs::canonicalize(d.path()).unwrap().join("a"));
+        for (path, expected) in [("", ErrorKind::NotFound), ("..", ErrorKind::Refused), ("/", ErrorKind::Refused)] {
+            assert_eq!(kind(Host.open(Path::new(path), Access::Read)), expected, "{path}");
+        }
+        assert_eq!(kind(Host.open(&p("none/a"), Access::Read)), ErrorKind::NotFound);
+        assert_eq!(kind(Host.folder(&p("none"))), ErrorKind::NotFound);
+        assert!(Host.exists(&p("a")));
         Host.remove(&p("a")).unwrap();
         assert_eq!(kind(Host.remove(&p("a"))), ErrorKind::NotFound);
-        Host.sync_dir(d.path()).unwrap();
-        Host.sync_dir(Path::new("")).unwrap();
-        assert_eq!(Host.list(d.path()).unwrap(), [p("b")]);
-        assert_eq!(kind(Host.list(&p("none"))), ErrorKind::NotFound);
-        assert_eq!(Host.canonical(&p("./b")).unwrap(), fs::canonicalize(d.path()).unwrap().join("b"));
         assert!(Host.now() > 1_700_000_000);
         assert_ne!(Host.uuid(), Host.uuid());
     }

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Shared;
+use super::env::absolute;
+use super::folder::SimFolder;
 use super::inode::Covers;
 use super::names::InodeId;
-use super::world::{World, code};
+use super::world::{Step, World, code};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, Modified, Naming, Stat};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -56,6 +58,11 @@ impl SimFile {
         &self.0.path
     }
 
+    /// The folder in which it was found.
+    pub fn folder(&self) -> SimFolder {
+        SimFolder::new(&self.0.shared, self.0.path.parent().unwrap_or(Path::new("/")))
+    }
+
     /// See [`File::stat`](crate::storage::File::stat).
     pub fn stat(&self) -> Result<Stat> {
         self.with("cannot stat", |world, id| {
@@ -65,9 +72,22 @@ impl SimFile {
                 id: FileId { dev: 1, ino: id },
                 len: inode.len(),
                 allocated: inode.allocated(),
-                modified: inode.modified,
-                modified_nanos: 0,
+                modified: inode.metadata.modified().seconds,
+                modified_nanos: inode.metadata.modified().nanos,
                 mode: 0o644,
+            })
+        })
+    }
+
+    /// See [`File::naming`](crate::storage::File::naming).
+    pub fn naming(&self) -> Result<Naming> {
+        self.with("cannot look up its name", |world, id| {
+            world.alive()?;
+            Ok(match world.names.get(&absolute(&self.0.path)) {
+                Some(found) if found == id => Naming::Kept,
+                Some(_) => Naming::Replaced,
+                None if world.names.all().any(|(_, inode)| inode == id) => Naming::Renamed,
+                None => Naming::Removed,
             })
         })
     }
@@ -88,6 +108,42 @@ impl SimFile {
         self.with("cannot make the data durable", |world, inode| {
             let last = world.last();
             world.sync(inode, last, Covers::All)
+        })
+    }
+
+    /// See [`File::sync_all`](crate::storage::File::sync_all).
+    pub fn sync_all(&self) -> Result<()> {
+        self.sync()?;
+        self.with("cannot make the file durable", |world, inode| {
+            world.alive()?;
+            world.inode(inode).metadata.sync();
+            Ok(())
+        })
+    }
+
+    /// See [`File::set_modified`](crate::storage::File::set_modified).
+    pub fn set_modified(&self, time: Modified) -> Result<()> {
+        self.with("cannot set the modification time", |world, inode| {
+            world.step(Step::Range)?;
+            world.inode(inode).metadata.set_modified(time);
+            Ok(())
+        })
+    }
+
+    /// See [`File::attribute`](crate::storage::File::attribute).
+    pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.with("cannot read an attribute", |world, inode| {
+            world.alive()?;
+            Ok(world.inode(inode).metadata.attribute(name).map(<[u8]>::to_vec))
+        })
+    }
+
+    /// See [`File::set_attribute`](crate::storage::File::set_attribute).
+    pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        self.with("cannot change an attribute", |world, inode| {
+            world.step(Step::Range)?;
+            world.inode(inode).metadata.set_attribute(name, value);
+            Ok(())
         })
     }
 

@@ -5,6 +5,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
 
+use super::metadata::Metadata;
 use crate::units::SECTOR_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
@@ -188,13 +189,13 @@ pub(super) struct Inode {
     log: Vec<Logged>,
     /// Pages it has room for.
     pages: BTreeSet<u64>,
-    pub(super) modified: i64,
+    pub(super) metadata: Metadata,
 }
 
 impl Inode {
     /// An empty file, made at a time.
     pub(super) fn new(modified: i64) -> Inode {
-        Inode { modified, ..Inode::default() }
+        Inode { metadata: Metadata::new(modified), ..Inode::default() }
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -304,7 +305,7 @@ impl Inode {
             left.cut();
         }
         let pages = left.sectors.keys().map(|s| s * SECTOR / PAGE).collect();
-        Inode { now: left.clone(), durable: left, log: Vec::new(), pages, modified: self.modified }
+        Inode { now: left.clone(), durable: left, log: Vec::new(), pages, metadata: self.metadata.after_crash() }
     }
 }
 

@@ -16,9 +16,12 @@
 mod engine;
 mod env;
 mod file;
+mod folder;
 mod inode;
+mod metadata;
 mod names;
 mod rng;
+mod runtime;
 #[cfg(test)]
 mod tests;
 mod torn;
@@ -32,9 +35,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::env::absolute;
 pub use self::file::SimFile;
+pub use self::folder::SimFolder;
 use self::inode::Inode;
 use self::names::InodeId;
 pub use self::rng::Random;
+pub use self::runtime::{SimLive, SimRuntime};
 pub use self::torn::Tear;
 use self::world::{Step, World};
 use super::env::{Access, File};
@@ -76,6 +81,8 @@ pub struct FaultPlan {
     pub room: Option<u64>,
     /// The file system cannot reserve room.
     pub no_allocate: bool,
+    /// The file system has no files without names.
+    pub no_unnamed: bool,
 }
 
 /// Steps so far: every call on files and names that a host could fail, and every operation of an engine.
@@ -211,6 +218,14 @@ impl SimHost {
         SimHost::from(heir)
     }
 
+    /// A machine that is the same in all, what lives in memory included, and goes its own way.
+    pub fn twin(&self) -> SimHost {
+        let world = self.0.world();
+        let mut twin = world.clone();
+        twin.live = world.live_copy();
+        SimHost::from(twin)
+    }
+
     /// From now on every call fails.
     pub fn halt(&self) {
         self.0.world().dead = true;
@@ -239,6 +254,23 @@ impl SimHost {
     /// Says in which order operations complete.
     pub fn set_order(&self, order: Order) {
         self.0.world().order = order;
+    }
+
+    /// Lets so many seconds pass.
+    pub fn pass(&self, seconds: i64) {
+        self.0.world().clock += seconds;
+    }
+
+    /// Makes it another machine, as one on which the files are mounted, too: the boot is another, and nothing is in memory.
+    pub fn move_to_another_machine(&self, number: u128) {
+        let mut world = self.0.world();
+        (world.machine, world.boot) = (uuid::Uuid::from_u128(number), uuid::Uuid::from_u128(number));
+        world.live.clear();
+    }
+
+    /// The names of what outlives a process in memory.
+    pub fn live_names(&self) -> Vec<PathBuf> {
+        self.0.world().live.keys().cloned().collect()
     }
 
     /// What happened so far.

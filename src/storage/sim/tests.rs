@@ -1,23 +1,34 @@
 //! What the simulated host promises to the tests built on it.
 #![allow(clippy::cast_possible_truncation)]
 
+use std::ffi::OsStr;
+
 use super::*;
 use crate::error::ErrorKind;
 use crate::storage::env::Lock;
 use crate::storage::env::{EngineKind, Env};
-use crate::storage::{Action, Buffer, Op, Payload, Slot};
+use crate::storage::{Action, Buffer, Folder, Op, Payload, Slot};
 
 fn p(name: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+fn n(name: &str) -> &OsStr {
+    OsStr::new(name)
+}
+
+/// Its folder `/d`.
+fn d(host: &SimHost) -> Folder {
+    host.folder(&p("/d")).unwrap()
+}
+
 /// A machine with a durable file `/d/f` of 4 sectors of ones.
 fn machine(seed: u64) -> (SimHost, File) {
     let host = SimHost::new(seed);
-    let f = host.create(&p("/d/f")).unwrap();
+    let f = d(&host).create(n("f")).unwrap();
     f.write_at(&[1; 2048], 0).unwrap();
     f.sync().unwrap();
-    host.sync_dir(&p("/d")).unwrap();
+    d(&host).sync().unwrap();
     assert_eq!(host.unsynced(), []);
     (host, f)
 }
@@ -51,30 +62,38 @@ fn every_subset_of_units_is_a_fate() {
 #[test]
 fn names_are_durable_after_the_sync_of_their_folder() {
     let (host, _) = machine(1);
-    let g = host.create(&p("/d/g")).unwrap();
+    let g = d(&host).create(n("g")).unwrap();
     g.write_at(&[9; 512], 0).unwrap();
     g.sync().unwrap();
     assert_eq!(host.crash_with(&|_| false).names(), [p("/d/f")]);
-    host.rename(&p("/d/g"), &p("/d/f")).unwrap();
-    host.sync_dir(&p("/")).unwrap();
+    d(&host).rename(n("g"), &d(&host), n("f")).unwrap();
+    host.folder(&p("/")).unwrap().sync().unwrap();
     let lost = host.crash_with(&|_| false);
     assert_eq!((lost.names(), lost.bytes(&p("/d/f")).unwrap()[0]), (vec![p("/d/f")], 1));
     let renamed = host.crash_with(&|i| host.unsynced()[i] == Unit::Name(p("/d/f")));
     assert_eq!((renamed.names(), renamed.bytes(&p("/d/f")).unwrap()[0]), (vec![p("/d/f")], 9));
-    host.sync_dir(&p("/d")).unwrap();
+    d(&host).sync().unwrap();
     assert_eq!(host.crash_with(&|_| false).bytes(&p("/d/f")).unwrap(), [9; 512]);
-    host.link(&p("/d/f"), &p("/d/h")).unwrap();
-    host.remove(&p("/d/f")).unwrap();
+    d(&host).link(n("f"), n("h")).unwrap();
+    d(&host).remove(n("f")).unwrap();
     assert_eq!(host.names(), [p("/d/h")]);
     let gone = host.crash_with(&|i| i == 1);
     assert_eq!(gone.names(), Vec::<PathBuf>::new(), "nothing but the order per name is kept");
-    assert_eq!(host.create(&p("/d/h")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
+    assert_eq!(d(&host).create(n("h")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
     assert_eq!(host.open(&p("/d/none"), Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(host.canonical(&p("/d/../d/./h")).unwrap(), p("/d/h"));
     for bad in ["../h", "/d/h", "x/../../h"] {
-        assert_eq!(host.open_beneath(&p("/d"), &p(bad)).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(d(&host).open_beneath(&p(bad)).unwrap_err().kind(), ErrorKind::Refused);
     }
-    host.open_beneath(&p("/d"), &p("x/../h")).unwrap();
+    d(&host).open_beneath(&p("x/../h")).unwrap();
+    // A held folder's calls take one name each, and look it up in that folder.
+    let (root, mut names) = (host.folder(&p("/")).unwrap(), d(&host).list().unwrap());
+    names.sort();
+    assert_eq!((names, root.list().unwrap().len()), (vec![n("h").to_os_string()], 0));
+    assert!(root.subfolder(n("d")).unwrap().is_same(&d(&host)) && root.subfolder(n("e")).is_err());
+    assert_eq!(d(&host).open(n("d/h"), Access::Read).unwrap_err().kind(), ErrorKind::Refused);
+    assert_eq!((d(&host).exists(n("h")).unwrap(), d(&host).exists(n("f")).unwrap()), (true, false));
+    assert!(d(&host).open(n("h"), Access::Read).unwrap().folder().is_same(&d(&host)));
 }
 
 #[test]
@@ -236,7 +255,7 @@ fn a_full_disk_keeps_what_a_failed_reservation_got() {
     host.set_faults(FaultPlan { room: Some(16 * 4096), ..FaultPlan::default() });
     assert_eq!(f.allocate(4096, 32 * 4096).unwrap_err().kind(), ErrorKind::NoSpace);
     assert_eq!(f.stat().unwrap().allocated, 16 * 4096);
-    let g = host.create(&p("/d/g")).unwrap();
+    let g = d(&host).create(n("g")).unwrap();
     assert_eq!(g.write_at(&[1; 512], 0).unwrap_err().kind(), ErrorKind::NoSpace);
     f.write_at(&[1; 512], 15 * 4096).unwrap();
     f.set_len(8192).unwrap();

@@ -1,6 +1,6 @@
 //! The simulated machine: its files, names, locks, faults and counters, and the operations it has under way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -79,7 +79,10 @@ pub(super) struct World {
     pub(super) clock: i64,
     /// Memory that outlives the process, by its name.
     pub(super) live: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
+    /// The names of it that a process has open.
+    pub(super) live_locks: BTreeSet<PathBuf>,
     pub(super) boot: Uuid,
+    pub(super) machine: Uuid,
     /// Numbers for files, handles, operations, and the order of changes.
     next: u64,
 }
@@ -108,7 +111,9 @@ impl World {
             recorded: None,
             clock: 1_700_000_000,
             live: BTreeMap::new(),
+            live_locks: BTreeSet::new(),
             boot,
+            machine: Uuid::from_u128(1),
             next: 1,
         }
     }
@@ -119,7 +124,7 @@ impl World {
         let mut heir = World::new(Random::new(self.random.clone().any()));
         (heir.inodes, heir.names) = (inodes, names);
         (heir.order, heir.clock, heir.next) = (self.order, self.clock, self.next);
-        heir.copies = self.copies;
+        (heir.copies, heir.machine) = (self.copies, self.machine);
         heir
     }
 
@@ -135,6 +140,12 @@ impl World {
         heir.boot = self.boot;
         heir.live = self.live_copy();
         heir
+    }
+
+    /// A UUID from the seed.
+    pub(super) fn uuid(&mut self) -> Uuid {
+        let bits = u128::from(self.random.any()) << 64 | u128::from(self.random.any());
+        uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
     }
 
     pub(super) fn number(&mut self) -> u64 {
@@ -158,12 +169,17 @@ impl World {
         let n = self.counts.steps;
         if self.stop_at.is_some_and(|at| n >= at) {
             self.dead = true;
+            // A killed process stores nothing any more: what its destructors do must not be seen.
+            self.live = self.live_copy();
             return self.alive();
         }
         if !matches!(step, Step::Read)
             && let Some(mut recorded) = self.recorded.take()
         {
-            recorded.push(self.clone());
+            // A process that is killed there leaves what is in memory as it is now.
+            let mut moment = self.clone();
+            moment.live = self.live_copy();
+            recorded.push(moment);
             self.recorded = Some(recorded);
         }
         match step {
@@ -182,7 +198,7 @@ impl World {
         }
     }
 
-    fn inode(&mut self, id: InodeId) -> &mut Inode {
+    pub(super) fn inode(&mut self, id: InodeId) -> &mut Inode {
         self.inodes.get_mut(&id).expect("files live as long as the machine")
     }
 
@@ -209,7 +225,7 @@ impl World {
         for change in inode.changes(effect) {
             inode.apply(seq, change);
         }
-        inode.modified = clock;
+        inode.metadata.touch(clock);
     }
 
     pub(super) fn write(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {

@@ -5,15 +5,23 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 
-use rustix::fs::{AtFlags, FileType, StatxFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl, fstatfs, statx};
+use rustix::fs::{
+    AtFlags, CWD, FileType, OFlags, StatxFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl, fstatfs, readlinkat, statx,
+};
+use rustix::param::page_size;
 
 /// What `statfs` reports for hugetlbfs (linux/magic.h).
 const HUGETLBFS: i64 = 0x9584_58F6;
 
 fn refuse(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+/// The refusal of memory that could not be guarded.
+pub(super) fn no_sigbus() -> io::Error {
+    io::Error::other("SIGBUS cannot be caught, and without that a page that is taken back would end the daemon")
 }
 
 /// Checks that a file is memory (a memfd, or a file on tmpfs or hugetlbfs), and returns the bytes of its pages.
@@ -23,29 +31,45 @@ fn refuse(why: &str) -> io::Error {
 pub(super) fn memory_page(file: &File) -> io::Result<usize> {
     // Only files in memory have seals. The kernel answers this without asking a file system.
     fcntl_get_seals(file).map_err(|_| {
-        refuse("it is not a file in memory (memfd, tmpfs, hugetlbfs): share the guest's memory by a memfd, in QEMU by \
-                -object memory-backend-memfd,share=on")
+        refuse(
+            "it is not a file in memory (memfd, tmpfs, hugetlbfs). Share the guest's memory by a memfd (QEMU: -object \
+             memory-backend-memfd,share=on), or by a file on tmpfs or hugetlbfs (memory-backend-file,share=on,mem-path=/dev/shm)",
+        )
     })?;
-    let told = fstatfs(file)?;
-    let page = if told.f_type == HUGETLBFS { usize::try_from(told.f_bsize).unwrap_or(0) } else { rustix::param::page_size() };
+    let file_system = fstatfs(file)?;
+    let page = match file_system.f_type {
+        HUGETLBFS => usize::try_from(file_system.f_bsize).unwrap_or(0),
+        _ => page_size(),
+    };
     if page.is_power_of_two() { Ok(page) } else { Err(refuse("its file system reports no page size")) }
 }
 
-/// Checks that a descriptor is an event counter (eventfd), and makes it non-blocking.
+/// Checks that a descriptor is an event counter (eventfd).
 ///
 /// # Errors
-/// `InvalidInput` for any other descriptor: a write to it could block the thread of a queue.
+/// `InvalidInput` for any other descriptor: its answers may depend on others.
 pub(super) fn event_counter(file: &File) -> io::Result<()> {
-    // Descriptors without a file behind them (eventfd and its like) have no type. `DONT_SYNC`: FUSE answers from its cache.
-    let told = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
-    let link = rustix::fs::readlinkat(rustix::fs::CWD, format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)), []);
-    // Without /proc the type has to do: no other descriptor without a file takes writes that block.
-    let is_counter = link.map_or(true, |name| name.as_bytes() == b"anon_inode:[eventfd]");
-    if FileType::from_raw_mode(told.stx_mode.into()) != FileType::Unknown || !is_counter {
-        return Err(refuse("it is no event counter (eventfd)"));
-    }
-    let flags = fcntl_getfl(file.as_fd())?;
-    Ok(fcntl_setfl(file.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)?)
+    // The name of an open file comes from the kernel alone. Without /proc the type has to do: a file without a type has no
+    // file system that could block.
+    let is_counter = match readlinkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), []) {
+        Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
+        Err(_) => {
+            // `DONT_SYNC`: FUSE answers from its cache.
+            let told = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+            FileType::from_raw_mode(told.stx_mode.into()) == FileType::Unknown
+        }
+    };
+    if is_counter { Ok(()) } else { Err(refuse("it is not an event counter (eventfd)")) }
+}
+
+/// The same for a counter that the daemon writes. It becomes non-blocking, for the front-end, too: a write to a counter at its
+/// limit would otherwise wait for the front-end to read it.
+///
+/// # Errors
+/// As [`event_counter`].
+pub(super) fn written_counter(file: &File) -> io::Result<()> {
+    event_counter(file)?;
+    Ok(fcntl_setfl(file, fcntl_getfl(file)? | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]
@@ -61,7 +85,7 @@ mod tests {
     #[test]
     fn only_memory_is_memory() {
         let memory = File::from(memfd_create("m", MemfdFlags::CLOEXEC).unwrap());
-        assert_eq!(memory_page(&memory).unwrap(), rustix::param::page_size());
+        assert_eq!(memory_page(&memory).unwrap(), page_size());
         assert!(memory_page(&tempfile::tempfile_in("/dev/shm").unwrap()).is_ok());
         let disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         for other in [disk, File::open("/dev/zero").unwrap(), File::open("/proc/self/status").unwrap()] {
@@ -73,15 +97,16 @@ mod tests {
     #[test]
     fn only_event_counters_are_counters_and_they_do_not_block() {
         let mut counter = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-        event_counter(&counter).unwrap();
+        written_counter(&counter).unwrap();
         counter.write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
         let full = counter.write(&1u64.to_ne_bytes()).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
         let (reader, writer) = io::pipe().unwrap();
         let (a, b) = UnixStream::pair().unwrap();
-        let others = [reader.into(), writer.into(), a.into(), b.into(), memfd_create("m", MemfdFlags::CLOEXEC).unwrap()];
+        let others =
+            [reader.into(), writer.into(), a.into(), b.into(), memfd_create("m", MemfdFlags::CLOEXEC).unwrap()];
         for other in others.map(File::from).iter().chain([&File::open("/dev/null").unwrap()]) {
-            assert!(event_counter(other).is_err(), "{other:?}");
+            assert!(written_counter(other).is_err(), "{other:?}");
         }
     }
 }

@@ -1,0 +1,216 @@
+//! Looks a path up below a held folder as Windows does: for each component the exact name, else the only name that
+//! matches it without regard to case.
+//!
+//! Each component is opened relative to the folder that was opened for the one before it, and no symbolic link is
+//! followed: the walk cannot leave the folder it began in.
+
+use std::cell::Cell;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Access, File, Folder};
+
+/// Names of one folder that are compared.
+const MAX_NAMES: usize = 100_000;
+/// Names that are compared for one chain.
+const MAX_NAMES_TOGETHER: usize = 1_000_000;
+
+/// What a look-up found.
+pub(super) enum Found {
+    /// The file.
+    File(File),
+    /// No file, and why.
+    Nothing(String),
+}
+
+/// How many names may still be compared.
+pub(super) struct Budget {
+    folder: usize,
+    left: Cell<usize>,
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget { folder: MAX_NAMES, left: Cell::new(MAX_NAMES_TOGETHER) }
+    }
+}
+
+/// Looks for a file below `folder`.
+///
+/// # Errors
+/// - `Refused` if the path passes a symbolic link or names something else than a regular file.
+/// - `Io`.
+pub(super) fn look_up(folder: &Folder, below: &Path, budget: &Budget) -> Result<Found> {
+    match folder.open_beneath(below) {
+        Err(e) if is_missing(&e) => {}
+        found => return found.map(Found::File),
+    }
+    let mut parts = Vec::new();
+    for part in below.components() {
+        match part {
+            Component::Normal(name) => parts.push(name),
+            _ => return Ok(Found::Nothing("not there".to_owned())),
+        }
+    }
+    let Some((last, above)) = parts.split_last() else { return Ok(Found::Nothing("not there".to_owned())) };
+    let mut at = folder.clone();
+    for name in above {
+        match step(&at, name, budget, |name| at.subfolder(name))? {
+            Ok(next) => at = next,
+            Err(why) => return Ok(Found::Nothing(why)),
+        }
+    }
+    let file = step(&at, last, budget, |name| at.open(name, Access::Read))?;
+    Ok(file.map_or_else(Found::Nothing, Found::File))
+}
+
+/// Opens the exact name, else the only one that matches it. The inner error says why there is none.
+fn step<T>(
+    at: &Folder,
+    name: &OsStr,
+    budget: &Budget,
+    open: impl Fn(&OsStr) -> Result<T>,
+) -> Result<Result<T, String>> {
+    match open(name) {
+        // The exact name is there, and is no folder.
+        Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => return Ok(Err("not there".to_owned())),
+        Err(e) if is_missing(&e) => {}
+        found => return found.map(Ok),
+    }
+    let other = match budget.alike(at, name) {
+        Ok(other) => other,
+        Err(why) => return Ok(Err(why)),
+    };
+    match open(&other) {
+        Err(e) if is_missing(&e) => Ok(Err("not there".to_owned())),
+        found => found.map(Ok),
+    }
+}
+
+impl Budget {
+    /// The only name in the folder that differs from `name` in case alone.
+    fn alike(&self, at: &Folder, name: &OsStr) -> Result<OsString, String> {
+        let most = self.folder.min(self.left.get());
+        let names = match at.list_at_most(most) {
+            Ok(Some(names)) => names,
+            Ok(None) => {
+                self.left.set(self.left.get() - most);
+                let folder = at.path().display();
+                return Err(format!("not there in this case, and too many names to compare in {folder}"));
+            }
+            // A folder that may be entered but not read.
+            Err(e) => return Err(format!("not there in this case, and {}", e.line())),
+        };
+        self.left.set(self.left.get() - names.len());
+        let mut alike = names.into_iter().filter(|other| is_alike(other, name));
+        match (alike.next(), alike.next()) {
+            (Some(only), None) => Ok(only),
+            (None, _) => Err("not there".to_owned()),
+            (Some(one), Some(other)) => {
+                let (one, other) = (one.display(), other.display());
+                Err(format!("not there in this case, and both {one} and {other} differ from it in case alone"))
+            }
+        }
+    }
+}
+
+/// Whether a failure says that there is no such file.
+fn is_missing(e: &Error) -> bool {
+    e.kind() == ErrorKind::NotFound || matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENAMETOOLONG))
+}
+
+fn is_alike(one: &OsStr, other: &OsStr) -> bool {
+    match (one.to_str(), other.to_str()) {
+        (Some(one), Some(other)) => one.chars().map(upper).eq(other.chars().map(upper)),
+        _ => one.as_bytes().eq_ignore_ascii_case(other.as_bytes()),
+    }
+}
+
+/// The upper case of a letter if that is one letter, as in the table of NTFS.
+fn upper(letter: char) -> char {
+    let mut upper = letter.to_uppercase();
+    match (upper.next(), upper.next()) {
+        (Some(one), None) => one,
+        _ => letter,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::storage::Env;
+    use crate::storage::host::Host;
+
+    fn found(root: &Path, below: &str, budget: &Budget) -> String {
+        match look_up(&Host.folder(root).unwrap(), Path::new(below), budget) {
+            Ok(Found::File(file)) => file.path().strip_prefix(root).unwrap().display().to_string(),
+            Ok(Found::Nothing(why)) => format!("({why})"),
+            Err(e) => format!("{:?}", e.kind()),
+        }
+    }
+
+    #[test]
+    fn the_exact_name_else_the_only_one_that_is_alike() {
+        let d = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("f.vhd"), "x").unwrap();
+        for folder in ["Gold/Sub", "two", "TWO", "gold2"] {
+            fs::create_dir_all(d.path().join(folder)).unwrap();
+        }
+        for file in
+            ["Gold/Sub/Base.VHD", "Gold/b.vhd", "Gold/B.vhd", "TWO/f.vhd", "gold2/\u{c4}.vhd", "gold2/stra\u{df}e"]
+        {
+            fs::write(d.path().join(file), "x").unwrap();
+        }
+        symlink(outside.path(), d.path().join("Link")).unwrap();
+        symlink("b.vhd", d.path().join("Gold/FileLink")).unwrap();
+        let look = |below: &str| found(d.path(), below, &Budget::default());
+        for (below, file) in [
+            ("Gold/Sub/Base.VHD", "Gold/Sub/Base.VHD"),
+            ("gOLD/sUB/base.vhd", "Gold/Sub/Base.VHD"),
+            ("gold/b.vhd", "Gold/b.vhd"),
+            ("gold/B.vhd", "Gold/B.vhd"),
+            ("GOLD2/\u{e4}.VHD", "gold2/\u{c4}.vhd"),
+            ("gold2/STRA\u{df}E", "gold2/stra\u{df}e"),
+            // An exact folder is taken, whatever another one holds.
+            ("TWO/F.VHD", "TWO/f.vhd"),
+            ("two/f.vhd", "(not there)"),
+            ("gold/Sub/other.vhd", "(not there)"),
+            ("gold2/STRASSE", "(not there)"),
+            ("gold/b.vhd/x", "(not there)"),
+            ("link/f.vhd", "Refused"),
+            ("gold/filelink", "Refused"),
+            ("gold/sub", "Refused"),
+            ("gold/../two/f.vhd", "(not there)"),
+        ] {
+            assert_eq!(look(below), file, "{below}");
+        }
+        for (below, one) in [("gold/B.VHD", "B.vhd"), ("Two/f.vhd", "TWO")] {
+            let why = look(below);
+            assert!(why.contains(one) && why.contains("differ from it in case alone"), "{below}: {why}");
+        }
+        assert!(is_alike(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFFA")));
+        assert!(!is_alike(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFEa")));
+    }
+
+    #[test]
+    fn no_image_has_many_names_compared() {
+        let d = tempfile::tempdir().unwrap();
+        for name in 0..10 {
+            fs::write(d.path().join(format!("file{name}")), "x").unwrap();
+        }
+        let look = |budget: &Budget| found(d.path(), "FILE3", budget);
+        let budget = |folder, left| Budget { folder, left: Cell::new(left) };
+        assert_eq!(look(&budget(10, 10)), "file3");
+        assert!(look(&budget(9, 100)).contains("too many names"));
+        let together = budget(10, 25);
+        assert_eq!([look(&together), look(&together)], ["file3", "file3"]);
+        assert!(look(&together).contains("too many names") && together.left.get() == 0);
+        assert_eq!(found(d.path(), "file3", &together), "file3", "an exact name costs nothing");
+    }
+}

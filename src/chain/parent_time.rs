@@ -1,0 +1,33 @@
+//! Whether a parent was written to since its child was made or linked to it.
+//!
+//! The child records the modification time of the parent's file in whole seconds; a fraction is cut off. The parent counts
+//! as changed if its time now, cut off in the same way, is larger. So a foreign program that writes within the recorded
+//! second is not noticed; writers of this crate move the time to a later second ([`KeptTime`](crate::image::KeptTime)).
+//! A recorded 0 means "not recorded".
+
+use super::warning;
+use crate::error::Result;
+use crate::format::Defect;
+use crate::format::footer::{time_from_unix, time_to_unix};
+use crate::image::Image;
+
+/// Returns [`Defect::ParentChanged`] if the file of `parent` is newer than `child` records.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn changed(child: &Image, parent: &Image) -> Result<Option<Defect>> {
+    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
+    let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
+    Ok((recorded != 0 && found > recorded).then_some(Defect::ParentChanged { recorded, found }))
+}
+
+/// Warns of a parent that was written to.
+pub(super) fn warn(child: &Image, parent: &Image, defect: &Defect) {
+    let Defect::ParentChanged { recorded, found } = defect else { return };
+    let (child, parent) = (child.file().path().display(), parent.file().path().display());
+    let later = time_to_unix(*found) - time_to_unix(*recorded);
+    warning::once(format!(
+        "{parent}: it was written to {later} s after {child} recorded its time, so that disk may have changed; if it is \
+         right, run `diffdisk rebase {child} --unsafe --parent {parent}` to record the time again"
+    ));
+}

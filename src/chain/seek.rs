@@ -1,0 +1,194 @@
+//! The search for one parent: the recorded paths first; only if none of them names a file, the recorded file names.
+//!
+//! 1. Each recorded path, in order. Below an allowed folder the file is opened, and is the parent if it has the recorded
+//!    UUID. Elsewhere it is only asked whether a file is there ([`Env::presence`](crate::storage::Env::presence)); if so
+//!    the search fails, since that file may be the parent and any other one a copy that went its own way.
+//! 2. Each recorded file name, next to the child and in the folders that the operator has allowed. Two files that fit
+//!    are none: which one is the parent would be a guess.
+
+use std::path::{Component, Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::any_case::{Found, look_up};
+use super::open::Use;
+use super::parents::Search;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Defect, ParentPath};
+use crate::image::Image;
+use crate::storage::{File, Folder, Lock, Presence};
+
+/// What a search for a parent came to.
+pub(super) enum Sought {
+    /// It is here.
+    Parent(Box<Image>),
+    /// A file is where it should be, but is no sound image.
+    Broken(File, Error),
+    /// A file is where it should be, and a policy forbids to open it: no fault of any image.
+    Refused(Error),
+    /// There is no parent to open, by this rule.
+    Nowhere(Defect),
+}
+
+/// What the candidates so far came to.
+#[derive(Default)]
+struct Seen {
+    /// Files with the recorded UUID.
+    fit: Vec<Image>,
+    /// The first thing that exists and is not the parent.
+    first: Option<Result<Sought>>,
+    /// Where nothing is, and why.
+    nothing: Vec<(PathBuf, String)>,
+}
+
+impl Search<'_> {
+    /// Looks for the parent of a differencing image that was passed, and opens it.
+    ///
+    /// # Errors
+    /// `Io`: of the child, or of a parent that is there.
+    pub(super) fn seek(&self, child: &Image) -> Result<Sought> {
+        let header = child.header().expect("differencing images have a header");
+        if header.parent_is_raw() {
+            return Ok(Sought::Nowhere(Defect::ParentRaw));
+        }
+        let recorded = child.recorded_parent()?;
+        if recorded.paths.is_empty() && recorded.names.is_empty() {
+            return Ok(Sought::Nowhere(Defect::ParentUnnamed));
+        }
+        let (wanted, at) = (header.parent_uuid, child.file().path());
+        let (here, folder) = self.place_of(child);
+        let mut seen = Seen::default();
+        for path in &recorded.paths {
+            let whole = match path {
+                ParentPath::Relative(path) => plain(&here.join(path)),
+                ParentPath::Absolute(path) => plain(path),
+            };
+            if seen.has_tried(&whole) {
+                continue;
+            }
+            match self.known_above(&whole) {
+                Some((folder, below)) => self.try_one(folder, &below, whole.clone(), wanted, &mut seen),
+                None => match self.env().presence(&whole) {
+                    Presence::Absent => seen.nothing.push((whole, "not there".to_owned())),
+                    Presence::Present => return Ok(Sought::Refused(not_allowed(at, &whole, None))),
+                    Presence::Unknown(why) => seen.stands(Ok(Sought::Refused(not_allowed(at, &whole, Some(why))))),
+                },
+            }
+            if let Some(parent) = seen.fit.pop() {
+                return Ok(Sought::Parent(Box::new(parent)));
+            }
+        }
+        if let Some(first) = seen.first {
+            return first;
+        }
+        for name in &recorded.names {
+            for (path, folder) in std::iter::once((here, folder)).chain(self.allowed()) {
+                let whole = path.join(name);
+                if !seen.has_tried(&whole) {
+                    self.try_one(folder, Path::new(name), whole, wanted, &mut seen);
+                }
+            }
+        }
+        seen.verdict(at)
+    }
+
+    fn try_one(&self, folder: &Folder, below: &Path, whole: PathBuf, wanted: Uuid, seen: &mut Seen) {
+        let file = match look_up(folder, below, self.budget()) {
+            Ok(Found::File(file)) => file,
+            Ok(Found::Nothing(why)) => return seen.nothing.push((whole, why)),
+            Err(e) if e.kind() == ErrorKind::Refused => return seen.stands(Ok(Sought::Refused(e))),
+            Err(e) => return seen.stands(Err(e)),
+        };
+        match self.open(&file, wanted) {
+            Ok(Ok(image)) => seen.fits(image),
+            Ok(Err(defect)) => seen.stands(Ok(Sought::Nowhere(defect))),
+            Err(e) if e.kind() == ErrorKind::Busy => seen.stands(Err(e)),
+            Err(e) => seen.stands(Ok(Sought::Broken(file, e))),
+        }
+    }
+
+    /// Opens a candidate, locked; the inner error if it is another image.
+    fn open(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
+        // A file that was passed on the way is locked already; that it comes again is found when it is passed.
+        if self.how() != Use::Look && !self.has_passed(file.stat()?.id) {
+            file.lock(Lock::Shared)?;
+        }
+        let image = self.how().opened(file.clone())?;
+        if image.uuid() == wanted {
+            return Ok(Ok(image));
+        }
+        let shown = file.path().display().to_string();
+        Ok(Err(Defect::ParentUuid { file: shown, recorded: wanted, found: image.uuid() }))
+    }
+}
+
+impl Seen {
+    fn has_tried(&self, path: &Path) -> bool {
+        self.nothing.iter().any(|(tried, _)| tried == path)
+    }
+
+    fn stands(&mut self, what: Result<Sought>) {
+        self.first.get_or_insert(what);
+    }
+
+    /// Counts a file in that fits; once, by whatever names it was found.
+    fn fits(&mut self, image: Image) {
+        let id = |image: &Image| image.file().stat().ok().map(|stat| stat.id);
+        if self.fit.iter().all(|known| id(known) != id(&image)) {
+            self.fit.push(image);
+        }
+    }
+
+    /// What the names came to.
+    fn verdict(mut self, child: &Path) -> Result<Sought> {
+        match (self.fit.pop(), self.fit.pop()) {
+            (Some(parent), None) => Ok(Sought::Parent(Box::new(parent))),
+            (Some(one), Some(other)) => Ok(Sought::Refused(twins(child, &one, &other))),
+            (None, _) => self.first.unwrap_or_else(|| {
+                let tried = self.nothing.iter().map(|(path, why)| format!("{} ({why})", path.display())).collect();
+                Ok(Sought::Nowhere(Defect::ParentMissing { tried }))
+            }),
+        }
+    }
+}
+
+/// `why` it is not known whether the parent is there.
+fn not_allowed(child: &Path, parent: &Path, why: Option<&str>) -> Error {
+    let folder = parent.parent().unwrap_or(Path::new("/")).display();
+    let parent = parent.display();
+    let there = match why {
+        None => format!("its recorded parent {parent} is there but not below an allowed folder"),
+        Some(why) => format!("its recorded parent may be {parent}, which is not below an allowed folder ({why})"),
+    };
+    let what = format!(
+        "{there}: give --allow-parents {folder}, or link the child to another file with `diffdisk rebase --unsafe`"
+    );
+    Error::new(ErrorKind::Refused, what).at_path(child)
+}
+
+fn twins(child: &Path, one: &Image, other: &Image) -> Error {
+    let what = format!(
+        "its parent is at none of the recorded paths, and both {} and {} have its name and UUID: link the child to the \
+         right one with `diffdisk rebase --unsafe`",
+        other.file().path().display(),
+        one.file().path().display()
+    );
+    Error::new(ErrorKind::Refused, what).at_path(child)
+}
+
+/// The path without `..`, which is taken away by text, never by following.
+pub(super) fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir => drop(plain.pop()),
+            Component::CurDir => {}
+            other => plain.push(other),
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+#[path = "seek_tests.rs"]
+mod tests;

@@ -1,0 +1,50 @@
+//! The state of a file: whether its content may have changed, found out without reading it.
+
+use std::path::Path;
+
+use uuid::Uuid;
+
+use crate::error::{Result, found};
+use crate::image::Glance;
+use crate::storage::{Access, Env, File, Modified};
+
+/// The state of a file, by which it is known again: the same file, and nobody has written to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Seen {
+    /// Its inode.
+    pub(super) ino: u64,
+    /// Its length in bytes.
+    pub(super) len: u64,
+    /// Its last change.
+    pub(super) modified: Modified,
+}
+
+impl Seen {
+    /// The state of `file` now.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn of(file: &File) -> Result<Seen> {
+        let stat = file.stat()?;
+        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: stat.last_change() })
+    }
+
+    /// The state of an image; `None` where another file or none is at `path`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
+        let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
+        let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
+        is_it.then(|| Seen::of(&file)).transpose()
+    }
+
+    /// The same, made durable: a power cut does not bring back an older one.
+    ///
+    /// # Errors
+    /// `Io`, `Poisoned`.
+    pub fn durably(file: &File) -> Result<Seen> {
+        file.sync_all()?;
+        Seen::of(file)
+    }
+}

@@ -1,0 +1,202 @@
+//! Sockets that the starting process hands over, and which disk each of them serves.
+//!
+//! `--fd` belongs to the one disk of its command line. Of the sockets in `LISTEN_FDS` names decide, never the order: a socket
+//! belongs to the disk that is called like its name in `LISTEN_FDNAMES` (`FileDescriptorName=`), or whose `socket` is the
+//! path it listens on. Service managers name a socket by default, after its unit for example; a single socket with such a
+//! name serves the single disk without a socket. Everything else is refused: a guest must not get another guest's disk.
+
+use std::path::{Path, PathBuf};
+
+use super::adopt::adopt;
+use super::disk_args::DiskArgs;
+use super::systemd;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::folder_of;
+use crate::vhost::Socket;
+
+/// A socket in `LISTEN_FDS`, as far as it decides on the disk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Offered {
+    name: Option<String>,
+    path: Option<PathBuf>,
+}
+
+/// Takes over all sockets that were handed over; the result has an entry for each disk. To be called before the process
+/// opens files of its own.
+///
+/// # Errors
+/// `Refused` if a socket and the disks do not match; if a descriptor is not a Unix stream socket.
+pub(super) fn take(disks: &[DiskArgs]) -> Result<Vec<Option<Socket>>> {
+    let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();
+    for (disk, taken) in disks.iter().zip(&mut taken) {
+        if let Some(fd) = disk.fd {
+            let owned = adopt(fd).map_err(|e| Error::io(format!("cannot use file descriptor {fd}"), e))?;
+            *taken = Some(Socket::adopt(owned)?);
+        }
+    }
+    let handed_over = systemd::sockets().map_err(|e| Error::io("cannot use the sockets in LISTEN_FDS", e))?;
+    let (mut sockets, mut offered) = (Vec::new(), Vec::new());
+    for (name, fd) in handed_over {
+        let socket = Socket::adopt(fd)?;
+        offered.push(Offered { name, path: socket.path() });
+        sockets.push(socket);
+    }
+    let places = assign(disks, &offered).map_err(|why| Error::new(ErrorKind::Refused, why))?;
+    for (socket, place) in sockets.into_iter().zip(places) {
+        taken[place] = Some(socket);
+    }
+    Ok(taken)
+}
+
+/// The number of the disk that each socket serves.
+fn assign(disks: &[DiskArgs], offered: &[Offered]) -> Result<Vec<usize>, String> {
+    let mut places = vec![None; offered.len()];
+    for (place, socket) in places.iter_mut().zip(offered) {
+        *place = by_name_or_path(disks, socket)?;
+    }
+    if let (1, Some(rest)) = (places.iter().filter(|p| p.is_none()).count(), places.iter().position(Option::is_none)) {
+        let mut without = (0..disks.len()).filter(|disk| {
+            disks[*disk].socket.is_none() && disks[*disk].fd.is_none() && !places.contains(&Some(*disk))
+        });
+        if let (Some(only), None, true) = (without.next(), without.next(), has_default_name(&offered[rest])) {
+            places[rest] = Some(only);
+        }
+    }
+    let mut all = Vec::new();
+    for (socket, place) in offered.iter().zip(&places) {
+        let Some(disk) = *place else {
+            let names: Vec<String> = disks.iter().map(|d| format!("{:?}", d.name())).collect();
+            return Err(format!(
+                "{} in LISTEN_FDS belongs to no disk: set FileDescriptorName= of its unit to the id of a disk, or give a \
+                 disk its path as socket=; the disks are {}",
+                socket.describe(),
+                names.join(", ")
+            ));
+        };
+        if let Some(other) = all.iter().position(|d| *d == disk) {
+            let (name, other) = (disks[disk].name(), offered[other].describe());
+            return Err(format!("disk {name:?} has two sockets in LISTEN_FDS: {other}, and {}", socket.describe()));
+        }
+        if let (Some(fd), name) = (disks[disk].fd, disks[disk].name()) {
+            return Err(format!("disk {name:?} has two sockets: descriptor {fd}, and {}", socket.describe()));
+        }
+        if disks[disk].has_socket_access() {
+            let name = disks[disk].name();
+            return Err(format!("disk {name:?} has socket-group or socket-mode, but its socket was handed over"));
+        }
+        all.push(disk);
+    }
+    Ok(all)
+}
+
+fn by_name_or_path(disks: &[DiskArgs], socket: &Offered) -> Result<Option<usize>, String> {
+    let by_name = disks.iter().position(|d| socket.name.as_ref() == Some(&d.name()));
+    let listens = |d: &DiskArgs| matches!((&d.socket, &socket.path), (Some(a), Some(b)) if is_same_place(a, b));
+    let by_path = disks.iter().position(listens);
+    if let Some(named) = by_name {
+        let (described, name) = (socket.describe(), disks[named].name());
+        if let Some(other) = by_path.filter(|other| *other != named) {
+            let other = disks[other].name();
+            return Err(format!(
+                "{described} in LISTEN_FDS has the name of disk {name:?} and the path of disk {other:?}"
+            ));
+        }
+        if let (Some(path), None) = (&disks[named].socket, by_path) {
+            let path = path.display();
+            return Err(format!("{described} in LISTEN_FDS has the name of disk {name:?}, whose socket is {path}"));
+        }
+    }
+    Ok(by_name.or(by_path))
+}
+
+/// Whether a name is one that service managers give to sockets without `FileDescriptorName=` (sd_listen_fds(3)).
+fn has_default_name(socket: &Offered) -> bool {
+    match socket.name.as_deref() {
+        None | Some("" | "unknown" | "connection" | "stored") => true,
+        Some(name) => name.ends_with(".socket"),
+    }
+}
+
+/// Whether two paths name one place: folders may be reached by links (`/var/run`).
+fn is_same_place(a: &Path, b: &Path) -> bool {
+    let folder = |path: &Path| std::fs::canonicalize(folder_of(path)).ok();
+    a == b || (a.file_name() == b.file_name() && folder(a).is_some_and(|a| Some(a) == folder(b)))
+}
+
+impl Offered {
+    fn describe(&self) -> String {
+        let name = self.name.as_ref().map_or("a socket without a name".into(), |name| format!("the socket {name:?}"));
+        match &self.path {
+            Some(path) => format!("{name} on {}", path.display()),
+            None => name,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offered(name: &str, path: &str) -> Offered {
+        let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        Offered { name: some(name), path: some(path).map(PathBuf::from) }
+    }
+
+    fn disk(id: &str, socket: &str) -> DiskArgs {
+        let socket = (!socket.is_empty()).then(|| PathBuf::from(socket));
+        DiskArgs { id: Some(id.into()), socket, ..DiskArgs::of("/x.vhd".into()) }
+    }
+
+    #[test]
+    fn names_decide_and_not_the_order() {
+        let disks = [disk("a", ""), disk("b", ""), disk("c", "/run/c")];
+        let sockets = [offered("vm.socket", "/run/c"), offered("b", "/run/1"), offered("a", "/run/2")];
+        assert_eq!(assign(&disks, &sockets), Ok(vec![2, 1, 0]));
+        assert_eq!(assign(&disks, &[offered("c", "/run/c")]), Ok(vec![2]));
+        assert_eq!(assign(&[DiskArgs::of("/x/y.vhd".into())], &[offered("y.vhd", "")]), Ok(vec![0]));
+        // A unit with several ListenStream= gives all of them one name: the paths tell them apart.
+        let disks = [disk("a", "/run/a"), disk("b", "/run/b")];
+        assert_eq!(assign(&disks, &[offered("vm.socket", "/run/b"), offered("vm.socket", "/run/a")]), Ok(vec![1, 0]));
+    }
+
+    #[test]
+    fn one_socket_with_a_default_name_serves_the_one_disk() {
+        for name in ["", "unknown", "connection", "disk.socket"] {
+            assert_eq!(assign(&[disk("a", "")], &[offered(name, "/run/1")]), Ok(vec![0]), "{name:?}");
+        }
+        // Of several, too, if all others are matched.
+        let sockets = [offered("disk.socket", "/run/1"), offered("a", "/run/2")];
+        assert_eq!(assign(&[disk("a", ""), disk("b", "")], &sockets), Ok(vec![1, 0]));
+    }
+
+    #[test]
+    fn what_does_not_match_is_refused() {
+        let (a, b) = (disk("a", ""), disk("b", "/run/b"));
+        let refused = |disks: &[DiskArgs], sockets: &[Offered], why: &str| {
+            let told = assign(disks, sockets).unwrap_err();
+            assert!(told.contains(why), "{told}");
+        };
+        refused(&[a.clone(), disk("c", "")], &[offered("", "/run/1"), offered("", "/run/2")], "belongs to no disk");
+        refused(&[a.clone(), disk("c", "")], &[offered("", "/run/1")], "belongs to no disk");
+        refused(std::slice::from_ref(&a), &[offered("other", "/run/1")], "\"other\" on /run/1");
+        refused(std::slice::from_ref(&a), &[offered("", "/run/1"), offered("", "/run/2")], "belongs to no disk");
+        refused(&[a.clone(), b.clone()], &[offered("a", "/run/b")], "name of disk \"a\" and the path of disk \"b\"");
+        refused(std::slice::from_ref(&b), &[offered("b", "/run/x")], "whose socket is /run/b");
+        refused(std::slice::from_ref(&b), &[offered("", "/run/x")], "belongs to no disk");
+        refused(std::slice::from_ref(&a), &[offered("a", "/run/1"), offered("a", "/run/2")], "two sockets");
+        let moded = DiskArgs { socket_mode: Some(0o660), ..a };
+        refused(&[moded], &[offered("a", "")], "socket-mode");
+        let connected = DiskArgs { fd: Some(7), ..disk("a", "") };
+        refused(&[connected], &[offered("a", "")], "descriptor 7");
+    }
+
+    #[test]
+    fn folders_may_be_reached_by_links() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("run")).unwrap();
+        std::os::unix::fs::symlink("run", dir.path().join("link")).unwrap();
+        let place = |name: &str| dir.path().join(name);
+        assert!(is_same_place(&place("run/s"), &place("link/s")) && !is_same_place(&place("run/s"), &place("run/t")));
+        assert!(!is_same_place(&place("none/s"), &place("neither/s")));
+    }
+}

@@ -1,0 +1,51 @@
+//! Signals: which end the daemon in good order, and which must not end a program at all.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::error::{Error, Result};
+
+/// A socket that becomes readable for good with the first SIGTERM, SIGINT or SIGHUP. It is never read, so that every thread
+/// that polls it sees the signal. A SIGHUP that the process was started to ignore (`nohup`) stays ignored.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn stop() -> Result<Arc<UnixStream>> {
+    let cannot = |e| Error::io("cannot listen to signals", e);
+    let (stop, raised) = UnixStream::pair().map_err(cannot)?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        if signal == libc::SIGHUP && is_ignored(&status, signal) {
+            continue;
+        }
+        let end = raised.try_clone().map_err(cannot)?;
+        signal_hook::low_level::pipe::register(signal, end).map_err(cannot)?;
+    }
+    Ok(Arc::new(stop))
+}
+
+/// Makes a write beyond the limit of a file's size (`ulimit -f`) fail with EFBIG. By default SIGXFSZ kills the process.
+pub(super) fn survive_file_size_limit() {
+    if let Err(e) = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))) {
+        log::warn!("a write beyond the limit of a file's size will end the process: {e}");
+    }
+}
+
+/// Whether a process ignores a signal, by the text of its status (proc_pid_status(5)).
+fn is_ignored(status: &str, signal: i32) -> bool {
+    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set >> (signal - 1) & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_read_from_the_status() {
+        let status = "Name:\tx\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000001001\n";
+        assert!(is_ignored(status, libc::SIGHUP) && is_ignored(status, libc::SIGPIPE));
+        assert!(!is_ignored(status, libc::SIGTERM) && !is_ignored("", libc::SIGHUP));
+    }
+}

@@ -1,0 +1,168 @@
+//! Discards and zeroing in pieces, one at a time on a disk.
+//!
+//! A file system locks a file while it punches a hole into it, and every write of the file waits. How long depends on the
+//! extents that are freed, which a guest with an old file system has by the hundred thousand. So a range is punched in
+//! pieces of [`PIECE`] sectors, and the disk has one turn for all its queues: a request holds it for one piece, then queues
+//! up again. Between two pieces the file is unlocked, and other requests of the same queue are served.
+//!
+//! Measured on ext4, November 2026, two busy processors: a trim of 1 GiB in which every second 16 KiB of three quarters were punched
+//! before, beside writes of 4 KiB, one at a time. The longest write took 194 ms without pieces, 81 ms with pieces of 4 MiB and 40 ms with
+//! pieces of 2 MiB; the trim took 4.0, 4.1 and 4.6 s; 11, 102 and 124 writes a second. qemu-storage-daemon over a raw file: 1970 ms,
+//! 3.5 s and 1 write a second.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::lane::Lane;
+use super::mailbox::{Letter, Mailbox};
+
+/// Sectors of a piece: 2 MiB, the usual block.
+pub(super) const PIECE: u64 = 4096;
+
+/// The turn to punch, which one lane of a disk holds at a time. Lanes get it in the order in which they asked.
+#[derive(Debug, Default)]
+pub(super) struct PunchTurn(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    holder: Option<Arc<Mailbox>>,
+    waiting: VecDeque<Arc<Mailbox>>,
+}
+
+impl PunchTurn {
+    /// Takes the turn if it is free. Otherwise a [`Letter::Punch`] brings it; a lane must not ask again before.
+    fn ask(&self, lane: &Arc<Mailbox>) -> bool {
+        let mut state = self.lock();
+        if state.holder.is_some() {
+            state.waiting.push_back(lane.clone());
+            return false;
+        }
+        state.holder = Some(lane.clone());
+        true
+    }
+
+    /// Gives up the turn, or the place in the queue for it.
+    fn leave(&self, lane: &Arc<Mailbox>) {
+        let mut state = self.lock();
+        if state.holder.as_ref().is_some_and(|holder| Arc::ptr_eq(holder, lane)) {
+            state.holder = state.waiting.pop_front();
+            if let Some(next) = &state.holder {
+                next.post(Letter::Punch);
+            }
+        } else {
+            state.waiting.retain(|other| !Arc::ptr_eq(other, lane));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The requests of one lane that punch.
+#[derive(Debug, Default)]
+pub(super) struct Punches {
+    turn: Turn,
+    /// Requests whose next piece waits for the turn.
+    queue: VecDeque<u32>,
+}
+
+/// A lane's share in the disk's [`PunchTurn`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Turn {
+    #[default]
+    None,
+    Asked,
+    /// Held for this request.
+    Held(u32),
+}
+
+impl Lane {
+    /// Whether a request may punch its next piece now. If not, it is queued and continues at [`Lane::punch_next`].
+    pub(super) fn may_punch(&mut self, number: u32) -> bool {
+        if self.punches.turn == Turn::Held(number) {
+            return true;
+        }
+        if self.punches.turn == Turn::None && self.punches.queue.is_empty() && self.ask_to_punch(number) {
+            return true;
+        }
+        self.punches.queue.push_back(number);
+        false
+    }
+
+    fn ask_to_punch(&mut self, number: u32) -> bool {
+        let held = self.disk.punch_turn.ask(&self.mailbox);
+        self.punches.turn = if held { Turn::Held(number) } else { Turn::Asked };
+        held
+    }
+
+    /// Queues a request for its next piece, after all others of the lane.
+    pub(super) fn punch_later(&mut self, number: u32) {
+        self.punched(number);
+        self.punches.queue.push_back(number);
+    }
+
+    /// Ends a request's turn, if it has it: its piece is complete, or has to wait for something else.
+    pub(super) fn punched(&mut self, number: u32) {
+        if self.punches.turn == Turn::Held(number) {
+            self.punches.turn = Turn::None;
+            self.disk.punch_turn.leave(&self.mailbox);
+        }
+    }
+
+    /// The turn that this lane asked for has come.
+    pub(super) fn turn_to_punch(&mut self) {
+        match self.punches.queue.pop_front() {
+            Some(number) => {
+                self.punches.turn = Turn::Held(number);
+                self.advance(number);
+            }
+            None => unreachable!("a lane asks for a turn only for a request that waits for it"),
+        }
+    }
+
+    /// Begins the next piece if one waits and the turn is free. Returns whether one was begun.
+    pub(super) fn punch_next(&mut self) -> bool {
+        if !self.is_to_punch() {
+            return false;
+        }
+        let number = self.punches.queue.pop_front().expect("looked at above");
+        if self.ask_to_punch(number) {
+            self.advance(number);
+            return true;
+        }
+        self.punches.queue.push_front(number);
+        false
+    }
+
+    /// Whether a piece waits for the next [`Lane::poll`], and for nothing else.
+    pub fn is_to_punch(&self) -> bool {
+        self.punches.turn == Turn::None && !self.punches.queue.is_empty()
+    }
+
+    /// Leaves the turn to the other lanes.
+    pub(super) fn leave_punching(&mut self) {
+        self.disk.punch_turn.leave(&self.mailbox);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_have_the_turn_one_after_the_other() {
+        let turn = PunchTurn::default();
+        let [a, b, c] = [(); 3].map(|()| Arc::new(Mailbox::new().unwrap()));
+        assert!(turn.ask(&a));
+        assert!(!turn.ask(&b) && !turn.ask(&c));
+        turn.leave(&a);
+        assert_eq!((a.take(), b.take(), c.take()), (vec![], vec![Letter::Punch], vec![]));
+        assert!(!turn.ask(&a), "after those who wait");
+        turn.leave(&c);
+        turn.leave(&b);
+        assert_eq!((a.take(), c.take()), (vec![Letter::Punch], vec![]), "c has left");
+        turn.leave(&a);
+        assert!(turn.ask(&c));
+    }
+}

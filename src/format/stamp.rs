@@ -1,0 +1,172 @@
+//! The stamp: one sector that ties an image to the live journal of the daemon that has it open.
+//!
+//! It lies directly before the trailing footer, behind all blocks and metadata, where no reader of VHDs looks. It names the
+//! session whose journal holds what was acknowledged and not committed, and it says who began that session, for messages.
+//! All numbers are big-endian:
+//!
+//! ```text
+//!    0  "ddstamp1"              80  user name, 64 bytes      each text: as many bytes as fit, zero padded;
+//!    8  session, 16 bytes      144  host name, 64 bytes      a text that did not fit ends in the middle
+//!   24  generation, 8 bytes    208  runtime folder, 256 bytes
+//!   32  boot id, 16 bytes      464  zeros
+//!   48  machine, 16 bytes      496  sum of all bytes before and of the image's UUID, 16 bytes
+//!   64  user id, 4 bytes; zeros
+//! ```
+//!
+//! The sum tells a stamp from other bytes and from a stamp of another image. It is no defence against a guest that forges
+//! one in its own data: a sector counts as a stamp only if no block and no metadata covers it, and a session is believed
+//! only if its journal exists. Texts are printed after [`readable`], and never opened as paths.
+
+use uuid::Uuid;
+
+use crate::units::SECTOR_BYTES;
+
+const MAGIC: [u8; 8] = *b"ddstamp1";
+const SESSION: usize = 8;
+const GENERATION: usize = 24;
+const BOOT: usize = 32;
+const MACHINE: usize = 48;
+const USER_ID: usize = 64;
+const USER: std::ops::Range<usize> = 80..144;
+const HOST: std::ops::Range<usize> = 144..208;
+const FOLDER: std::ops::Range<usize> = 208..464;
+const SUM: usize = 496;
+
+/// A stamp.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stamp {
+    /// Names the journal.
+    pub session: Uuid,
+    /// Changes whenever an older copy of the image would no longer fit the journal.
+    pub generation: u64,
+    /// The start of the kernel on which the session was begun or taken over.
+    pub boot: Uuid,
+    /// The installed system, whatever its starts.
+    pub machine: Uuid,
+    /// Number of the user.
+    pub user_id: u32,
+    /// Name of the user.
+    pub user: String,
+    /// Name of the host.
+    pub host: String,
+    /// The folder in which the journal was made, as text.
+    pub folder: String,
+}
+
+impl Stamp {
+    /// The sector that holds it in the image of a UUID.
+    pub fn encode(&self, image: Uuid) -> [u8; SECTOR_BYTES] {
+        let mut bytes = [0; SECTOR_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[SESSION..SESSION + 16].copy_from_slice(self.session.as_bytes());
+        bytes[GENERATION..GENERATION + 8].copy_from_slice(&self.generation.to_be_bytes());
+        bytes[BOOT..BOOT + 16].copy_from_slice(self.boot.as_bytes());
+        bytes[MACHINE..MACHINE + 16].copy_from_slice(self.machine.as_bytes());
+        bytes[USER_ID..USER_ID + 4].copy_from_slice(&self.user_id.to_be_bytes());
+        for (range, text) in [(USER, &self.user), (HOST, &self.host), (FOLDER, &self.folder)] {
+            let text = &text.as_bytes()[..text.len().min(range.len())];
+            bytes[range][..text.len()].copy_from_slice(text);
+        }
+        let sum = sum(&bytes[..SUM], image);
+        bytes[SUM..].copy_from_slice(&sum);
+        bytes
+    }
+
+    /// The stamp in a sector of the image of a UUID; `None` if the sector holds anything else.
+    pub fn decode(bytes: &[u8; SECTOR_BYTES], image: Uuid) -> Option<Stamp> {
+        if bytes[..8] != MAGIC || bytes[SUM..] != sum(&bytes[..SUM], image) {
+            return None;
+        }
+        let uuid = |at: usize| Uuid::from_slice(&bytes[at..at + 16]).expect("sixteen bytes");
+        let text = |range: std::ops::Range<usize>| {
+            let bytes = bytes[range].split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(bytes).into_owned()
+        };
+        Some(Stamp {
+            session: uuid(SESSION),
+            generation: u64::from_be_bytes(bytes[GENERATION..GENERATION + 8].try_into().expect("eight bytes")),
+            boot: uuid(BOOT),
+            machine: uuid(MACHINE),
+            user_id: u32::from_be_bytes(bytes[USER_ID..USER_ID + 4].try_into().expect("four bytes")),
+            user: text(USER),
+            host: text(HOST),
+            folder: text(FOLDER),
+        })
+    }
+}
+
+/// A text from an image as it may be printed: control characters and marks that change the direction of text are escaped.
+pub fn readable(text: &str) -> String {
+    let escaped = text.chars().flat_map(|c| match c {
+        '\u{200E}' | '\u{200F}' | '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}' => c.escape_unicode().collect(),
+        c if c.is_control() => c.escape_default().collect::<Vec<_>>(),
+        c => vec![c],
+    });
+    escaped.collect()
+}
+
+/// Two sums of 64 bits over the bytes and the UUID, each word mixed as splitmix64 mixes it.
+fn sum(bytes: &[u8], image: Uuid) -> [u8; 16] {
+    let words = bytes.as_chunks::<8>().0.iter().chain(image.as_bytes().as_chunks::<8>().0);
+    let (mut a, mut b) = (0x6A09_E667_F3BC_C908u64, 0xBB67_AE85_84CA_A73Bu64);
+    for word in words {
+        let word = u64::from_be_bytes(*word);
+        a = mix(a ^ word);
+        b = mix(b.rotate_left(23).wrapping_add(word) ^ a);
+    }
+    let mut out = [0; 16];
+    out[..8].copy_from_slice(&a.to_be_bytes());
+    out[8..].copy_from_slice(&b.to_be_bytes());
+    out
+}
+
+fn mix(z: u64) -> u64 {
+    let z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stamp() -> Stamp {
+        Stamp {
+            session: Uuid::from_u128(1),
+            generation: u64::MAX - 1,
+            boot: Uuid::from_u128(2),
+            machine: Uuid::from_u128(3),
+            user_id: 107,
+            user: "libvirt-qemu".into(),
+            host: "höst".into(),
+            folder: "/run/user/107/diffdisk".into(),
+        }
+    }
+
+    #[test]
+    fn it_comes_back_and_belongs_to_one_image() {
+        let (stamp, image) = (stamp(), Uuid::from_u128(9));
+        let bytes = stamp.encode(image);
+        assert_eq!(Stamp::decode(&bytes, image), Some(stamp));
+        assert_eq!(Stamp::decode(&bytes, Uuid::from_u128(8)), None, "the stamp of another image");
+        for at in 0..SECTOR_BYTES {
+            for bit in [1, 0x80] {
+                let mut wrong = bytes;
+                wrong[at] ^= bit;
+                assert_eq!(Stamp::decode(&wrong, image), None, "byte {at}");
+            }
+        }
+        for other in [[0; SECTOR_BYTES], [0xFF; SECTOR_BYTES]] {
+            assert_eq!(Stamp::decode(&other, image), None);
+        }
+    }
+
+    #[test]
+    fn long_texts_are_cut_and_odd_ones_are_printed_with_care() {
+        let long = Stamp { folder: "/ä".repeat(200), ..stamp() };
+        let back = Stamp::decode(&long.encode(Uuid::nil()), Uuid::nil()).expect("a stamp");
+        assert!(back.folder.starts_with("/ä/ä") && back.folder.len() < 300);
+        assert_eq!(readable("a\x1b[31m\nb\u{202E}ä"), "a\\u{1b}[31m\\nb\\u{202e}ä");
+    }
+}

@@ -1,0 +1,121 @@
+//! Which sectors of a disk are lost, because the file was cut off before them (O12).
+//!
+//! A sector is lost if the data ends before it and its bit is set, or before the sector of its bitmap. The rule is the same
+//! for a root as for a child: programs that ignore bits set all of them, so a clear bit is never a sector that was written.
+//! A block that is cut off in sectors with clear bits alone is what an unclean end leaves, and loses nothing.
+//!
+//! Bitmaps are read only of the one block that the end of the data lies in. If several blocks lie there, they overlap, and
+//! the image is refused for that: all that they have after the end counts as lost.
+
+use std::ops::ControlFlow;
+
+use crate::error::{Error, Result};
+use crate::format::{Defect, DynamicHeader, Placed, bitmap};
+use crate::storage::File;
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
+
+/// The blocks of an image that end after its data does.
+pub(super) struct Cut<'a> {
+    pub(super) file: &'a File,
+    pub(super) header: &'a DynamicHeader,
+    pub(super) placed: &'a Placed,
+    /// The byte at which the data ends.
+    pub(super) data_end: u64,
+    /// Whether a footer follows there, so that no unclean end explains the cut.
+    pub(super) footer_follows: bool,
+    /// The sectors of the disk.
+    pub(super) disk: SectorRange,
+}
+
+impl Cut<'_> {
+    /// Returns the lost ranges of the disk, ascending, neighbours joined. Reports each block that lost sectors, and each
+    /// that is cut off although a footer follows.
+    ///
+    /// # Errors
+    /// What `found` breaks with; `Io`.
+    pub(super) fn lost(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
+        let (block_size, mut lost) = (self.header.block_size, Vec::new());
+        let cut = &self.placed.entries[self.placed.entries.len() - self.placed.cut..];
+        let inside = cut.iter().filter(|(place, _)| u64::from(*place) * SECTOR < self.data_end).count();
+        for &(place, block) in cut {
+            let range = block_size.range_of(block).clip(self.disk);
+            let runs = if inside > 1 { vec![self.behind_end(place, range)] } else { self.runs(place, range)? };
+            let sectors = runs.iter().map(|run| run.count()).sum();
+            let at = u64::from(place) * SECTOR;
+            lost.extend(runs.into_iter().filter(|run| !run.is_empty()));
+            let defect = match sectors {
+                0 if !self.footer_follows => continue,
+                0 => {
+                    let end = at + u64::from(block_size.stride_sectors()) * SECTOR;
+                    Defect::BlockBeyondEnd { block, entry: place, end, limit: self.data_end }
+                }
+                _ => Defect::BlockCutOff { block, sectors, at },
+            };
+            if let ControlFlow::Break(error) = found(defect) {
+                return Err(error);
+            }
+        }
+        Ok(joined(lost))
+    }
+
+    /// The sectors of a block whose data the file does not hold whole.
+    fn behind_end(&self, place: u32, range: SectorRange) -> SectorRange {
+        let data = (u64::from(place) + u64::from(self.header.block_size.bitmap_sectors())) * SECTOR;
+        let there = self.data_end.saturating_sub(data) / SECTOR;
+        range.skip(there.min(range.count()))
+    }
+
+    /// The lost runs of a block.
+    fn runs(&self, place: u32, range: SectorRange) -> Result<Vec<SectorRange>> {
+        let behind = self.behind_end(place, range);
+        let at = u64::from(place) * SECTOR;
+        // Sectors of the bitmap that the file holds whole; the bits of the others count as set.
+        let held = (self.data_end.saturating_sub(at) / SECTOR).min(self.header.block_size.bitmap_sectors().into());
+        if held == 0 {
+            return Ok(vec![behind]);
+        }
+        let words = self.words(at, held)?;
+        let mut rest = behind;
+        let mut runs = Vec::new();
+        while !rest.is_empty() {
+            let from = self.header.block_size.within(rest.start());
+            let end = from + u32::try_from(rest.count()).expect("a part of a block");
+            let (set, count) = bitmap::run(&words, from, end);
+            let run = rest.first(count.into());
+            rest = rest.skip(run.count());
+            if set {
+                runs.push(run);
+            }
+        }
+        Ok(runs)
+    }
+
+    fn words(&self, at: u64, held: u64) -> Result<Vec<u64>> {
+        let block_size: BlockSize = self.header.block_size;
+        let mut bytes = vec![0xFF; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
+        let held = usize::try_from(held * SECTOR).expect("a part of a bitmap");
+        self.file.read_at(&mut bytes[..held], at)?;
+        let mut words = vec![0; bitmap::words(block_size)];
+        bitmap::decode(&bytes, &mut words);
+        Ok(words)
+    }
+}
+
+/// Ranges in ascending order, neighbours and overlaps joined.
+pub fn joined(mut ranges: Vec<SectorRange>) -> Vec<SectorRange> {
+    ranges.sort_unstable_by_key(|range| range.start());
+    let mut all: Vec<SectorRange> = Vec::new();
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if range.start() <= last.end() => {
+                *last = SectorRange::between(last.start(), last.end().max(range.end()));
+            }
+            _ => all.push(range),
+        }
+    }
+    all
+}
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "lost_tests.rs"]
+mod tests;

@@ -1,0 +1,173 @@
+//! Who may open an image: whether its stamp counts, whose session it names, and what to do about it.
+//!
+//! | the stamp | readers and tools | a daemon with a runtime folder |
+//! | --- | --- | --- |
+//! | none | open it | opens it |
+//! | of this start of the host | are refused | takes the journal in, or is refused if there is none that fits |
+//! | of another start of this machine | open it: the guest is gone with the host | recovers as after a power cut |
+//! | of another machine | are refused: that machine may be running | is refused |
+
+use std::path::Path;
+
+use super::journal::Journal;
+use super::open::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Stamp;
+use crate::format::stamp::readable;
+use crate::mutant::{self, Mutant};
+use crate::storage::{Access, Env, File, Lock, Origin, Runtime};
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+/// Whether a stamp counts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// There is none, or it is of an earlier start of this machine: what is in the file is all there is.
+    Closed,
+    /// A daemon of this start of the host has the image open, or was killed.
+    Open(Stamp),
+    /// A daemon of another machine has it open, or had it open when it ended.
+    Elsewhere(Stamp),
+}
+
+impl Standing {
+    /// Looks at the stamp of an image.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn of(env: &dyn Env, image: &Image) -> Result<Standing> {
+        let Some((stamp, _)) = image.stamp()? else { return Ok(Standing::Closed) };
+        let here = env.origin()?;
+        Ok(if stamp.boot == here.boot || (mutant::is(Mutant::OldJournal) && stamp.machine == here.machine) {
+            Standing::Open(stamp)
+        } else if stamp.machine == here.machine {
+            let path = image.file().path().display();
+            log::info!("{path}: the host was restarted while it was in use: it is as after a power cut");
+            Standing::Closed
+        } else {
+            Standing::Elsewhere(stamp)
+        })
+    }
+}
+
+/// Refuses an image whose session is not over: it may lack what was acknowledged to a guest.
+///
+/// # Errors
+/// `Refused`, with whose session it is and what to do; `Io`.
+pub fn refuse_if_live(env: &dyn Env, folders: &[Runtime], image: &Image) -> Result<()> {
+    if mutant::is(Mutant::ToolIgnoresStamp) {
+        return Ok(());
+    }
+    match Standing::of(env, image)? {
+        Standing::Closed => Ok(()),
+        Standing::Open(stamp) => Err(refusal(&stamp, &env.origin()?, folders, image.file().path())),
+        Standing::Elsewhere(stamp) => Err(elsewhere(&stamp, image.file().path())),
+    }
+}
+
+/// As [`refuse_if_live`], for a file that may not be an image at all; one that is none is not refused.
+///
+/// # Errors
+/// As for [`refuse_if_live`].
+pub fn refuse_live_file(env: &dyn Env, folders: &[Runtime], file: &File) -> Result<()> {
+    Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
+}
+
+/// Gives up what the session of the image at `path` acknowledged and did not write: cuts the stamp, and removes the journal if
+/// it lies in one of `folders`, no process has it open, and it was last held for this very file. An image without a stamp stays as
+/// it is.
+///
+/// # Errors
+/// `Busy` if a process has the image open; whatever makes it impossible to open it; `Io`.
+pub fn discard(env: &dyn Env, folders: &[Runtime], path: &Path) -> Result<()> {
+    // A look first: an image that is in order may be one that this user can only read.
+    if Image::open(env.open(path, Access::Read)?)?.stamp()?.is_none() {
+        return Ok(());
+    }
+    let file = env.open(path, Access::Write)?;
+    file.lock(Lock::Exclusive)?;
+    let Some((stamp, at)) = Image::open(file.clone())?.stamp()? else { return Ok(()) };
+    file.write_at(&[0; SECTOR_BYTES], at)?;
+    file.sync()?;
+    log::warn!("{}: its live journal is discarded, with what was acknowledged since the last flush", path.display());
+    for folder in folders {
+        match Journal::open(folder, &Journal::name_of(stamp.session)) {
+            Ok(journal) if journal.held().0 == file.stat()?.id => journal.remove()?,
+            Ok(journal) => log::warn!("{} stays: it was last held for another file", journal.path().display()),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => log::warn!("the journal stays: {}", e.line()),
+        }
+    }
+    Ok(())
+}
+
+/// Why an image whose daemon was killed is refused.
+pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[Runtime], path: &Path) -> Error {
+    let name = Journal::name_of(stamp.session);
+    let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
+    let settle = format!("diffdisk settle {}", quoted(&path.display().to_string()));
+    let what = if let Some(ours) = ours {
+        format!(
+            "its daemon did not end cleanly, and {} holds what it acknowledged. Run `{settle} --runtime-dir={}`, or start \
+             diffdiskd on it again",
+            ours.path().join(&name).display(),
+            quoted(&ours.path().display().to_string())
+        )
+    } else {
+        let sudo =
+            if stamp.user_id == here.user_id { String::new() } else { format!("sudo -u {} ", quoted(&stamp.user)) };
+        let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
+        let looked = match searched.is_empty() {
+            true => "no runtime folder was searched".to_owned(),
+            false => format!("it is not in {}", searched.join(" or ")),
+        };
+        format!(
+            "its daemon did not end cleanly, and what it acknowledged is in the live journal {name} of user {} ({}) in {}; \
+             {looked}. Run `{sudo}{settle} --runtime-dir={}`. If the journal is gone, a copy of this image may have taken it \
+             in; --discard-journal gives it up",
+            readable(&stamp.user),
+            stamp.user_id,
+            readable(&stamp.folder),
+            quoted(&stamp.folder)
+        )
+    };
+    Error::new(ErrorKind::Refused, what).at_path(path)
+}
+
+/// Why an image of another machine is refused.
+pub(super) fn elsewhere(stamp: &Stamp, path: &Path) -> Error {
+    let what = format!(
+        "it is in use on the host {} by user {} ({}), or was when that host stopped: what was acknowledged there may not be in \
+         the file. If that host is down for certain (fenced), use --discard-journal",
+        readable(&stamp.host),
+        readable(&stamp.user),
+        stamp.user_id
+    );
+    Error::new(ErrorKind::Refused, what).at_path(path)
+}
+
+/// A text as one word of a shell command: an image must not choose what an operator runs.
+fn quoted(text: &str) -> String {
+    let text = readable(text);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
+}
+
+/// The byte behind which nothing of an image but its stamp and footer lies, if it has a stamp there.
+pub(super) fn place_of(image: &Image) -> Option<u64> {
+    let at = image.data_end().checked_sub(SECTOR)?;
+    let used = image.used_end().max(image.metadata_end()).next_multiple_of(SECTOR);
+    (image.block_size().is_some() && image.has_whole_tail_footer() && at >= used).then_some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_does_not_choose_what_is_run() {
+        assert_eq!(quoted("/run/user/107/diffdisk"), "/run/user/107/diffdisk");
+        assert_eq!(quoted("/x; rm -rf '$HOME'"), "'/x; rm -rf '\\''$HOME'\\'''");
+        assert_eq!(quoted("a\nb"), "'a\\nb'");
+        assert_eq!(quoted(""), "''");
+    }
+}

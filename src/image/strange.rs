@@ -1,0 +1,60 @@
+//! Files without a footer at their end: what they are, for messages. None of them is opened by what is found here, since
+//! the guest of a raw disk can write such bytes.
+
+use crate::error::Result;
+use crate::format::container::HEAD_BYTES;
+use crate::format::footer::FOOTER_BYTES;
+use crate::format::{Container, Defect, DiskType, Footer};
+use crate::storage::File;
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+/// The most zeros after a footer that are looked through.
+const PADDING: u64 = 8 << 20;
+/// Bytes that are read at once.
+const CHUNK: u64 = 64 << 10;
+
+/// Returns what a file of `len` bytes without a footer is: a padded fixed disk, or an image of another format.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn explain(file: &File, len: u64) -> Result<Option<Defect>> {
+    let mut head = [0; HEAD_BYTES];
+    let there = head.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+    file.read_at(&mut head[..there], 0)?;
+    match Container::of(&head[..there]).filter(|format| *format != Container::Vhd) {
+        Some(format) => Ok(Some(Defect::OtherFormat { format })),
+        None => {
+            let at = padded(file, len)?.map(|footer| footer.current_size);
+            Ok(at.map(|at| Defect::FixedPadded { at, padding: len - at - FOOTER_BYTES }))
+        }
+    }
+}
+
+/// The footer of a fixed disk that is padded with zeros: a valid one at the offset that is its size, and nothing but zeros
+/// after it.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn padded(file: &File, len: u64) -> Result<Option<Footer>> {
+    let mut end = len;
+    let last = loop {
+        let start = end.saturating_sub(CHUNK);
+        if end == 0 || len - end >= PADDING {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; usize::try_from(end - start).expect("a chunk")];
+        file.read_at(&mut bytes, start)?;
+        if let Some(at) = bytes.iter().rposition(|byte| *byte != 0) {
+            break start + at as u64;
+        }
+        end = start;
+    };
+    let at = last / SECTOR * SECTOR;
+    if at + FOOTER_BYTES > len {
+        return Ok(None);
+    }
+    let mut bytes = [0; SECTOR_BYTES];
+    file.read_at(&mut bytes, at)?;
+    let footer = Footer::decode(&bytes).ok();
+    Ok(footer.filter(|footer| footer.disk_type == DiskType::Fixed && footer.current_size == at))
+}

@@ -1,0 +1,86 @@
+//! Reads the structures of a file, as their bytes are; `open.rs` holds them against the rules.
+
+use super::bat::Bat;
+use super::open::{Found, tell};
+use crate::error::Result;
+use crate::format::batmap::{self, Presence};
+use crate::format::{Chosen, Defect, DynamicHeader, Footer, bat, choose};
+use crate::storage::File;
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+/// Bytes of the block table read at once: they are passed while the processor's cache has them, and the memory for them is
+/// not fetched from the host anew for every file of a chain.
+const TABLE_CHUNK: u64 = 64 << 10;
+
+/// Reads both ends and chooses.
+pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
+    let tail_len = len.min(SECTOR);
+    let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
+    if tail_len > 0 {
+        file.read_at(&mut tail, len - tail_len)?;
+    }
+    let mut front = [0; SECTOR_BYTES];
+    let has_front = len >= SECTOR;
+    if has_front {
+        file.read_at(&mut front, 0)?;
+    }
+    Ok(choose(&tail, has_front.then_some(&front), len))
+}
+
+/// The sector after the table, where XenServer's batmap has its header, if an image by this creator can have one.
+pub(super) fn read_behind_table(
+    file: &File,
+    footer: &Footer,
+    header: &DynamicHeader,
+    len: u64,
+) -> Result<Option<[u8; SECTOR_BYTES]>> {
+    let Some(at) = batmap::header_offset(header).filter(|at| at.checked_add(SECTOR).is_some_and(|end| end <= len))
+    else {
+        return Ok(None);
+    };
+    if batmap::presence(footer) == Presence::Absent {
+        return Ok(None);
+    }
+    let mut bytes = [0; SECTOR_BYTES];
+    file.read_at(&mut bytes, at)?;
+    Ok(Some(bytes))
+}
+
+/// The table's entries, and what fills its last sector. Its place and size were checked against the file. No block can
+/// begin at sector 0, so an entry of 0 is read as unused.
+pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut Found<'_>) -> Result<(Bat, u32)> {
+    let table = Bat::new(header.entries);
+    let bytes = bat::bytes(header.entries);
+    let mut chunk = vec![0; usize::try_from(bytes.min(TABLE_CHUNK)).expect("a chunk")];
+    let (mut at, mut block, mut padding) = (0, 0u32, bat::UNUSED);
+    let (mut zeros, mut first_zero) = (0u64, 0);
+    while at < bytes {
+        let len = usize::try_from((bytes - at).min(TABLE_CHUNK)).expect("a chunk");
+        file.read_at(&mut chunk[..len], header.table_offset + at)?;
+        for sector in chunk[..len].chunks(SECTOR_BYTES) {
+            // Most of a large disk's table is unused, and 64 layers have 64 of them: those are passed at memory's speed.
+            if bat::is_unused(sector) {
+                block = block.saturating_add(bat::ENTRIES_PER_SECTOR);
+                continue;
+            }
+            for entry in bat::decode(sector) {
+                match block < header.entries {
+                    true if entry == 0 => {
+                        first_zero = if zeros == 0 { block } else { first_zero };
+                        zeros += 1;
+                    }
+                    true if entry != bat::UNUSED => table.set(block, entry),
+                    true => {}
+                    false => padding = entry,
+                }
+                block = block.saturating_add(1);
+            }
+        }
+        at += len as u64;
+    }
+    if zeros > 0 {
+        let at = header.table_offset + u64::from(first_zero) * 4;
+        tell(found, Defect::EntryZero { block: first_zero, entries: zeros, at })?;
+    }
+    Ok((table, padding))
+}

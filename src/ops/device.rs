@@ -1,0 +1,82 @@
+//! A block device that receives a raw disk.
+//!
+//! A device has old contents everywhere, so the zeros of the disk are zeroed on it, too: a large range by one call, which
+//! lets the device discard it if it then reads as zeros, a small one by a write. What lies behind the disk on a larger
+//! device stays as it is.
+
+use std::path::Path;
+
+use super::mover::{CHUNK, Progress};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Access, Buffer, Env, File, Lock};
+use crate::units::{SECTOR, SectorRange};
+
+/// Bytes at whose multiples ranges are zeroed by a call: a multiple of every device's logical block.
+const UNIT: u64 = CHUNK as u64;
+/// Bytes that are zeroed by one call, so that the user can interrupt the work between two.
+const STEP: u64 = 256 << 20;
+
+/// An open device that is being overwritten from its start.
+pub(super) struct DeviceSink {
+    file: File,
+    /// Bytes of the disk, whole sectors.
+    len: u64,
+    /// Everything before this byte is written.
+    done: u64,
+    zeros: Buffer,
+}
+
+impl DeviceSink {
+    /// Opens the device at `path` for a disk of `len` bytes. Nothing is written yet.
+    ///
+    /// # Errors
+    /// `Busy` if the device is in use; `Refused` if it is too small; `Io`.
+    pub(super) fn open(env: &dyn Env, path: &Path, len: u64) -> Result<DeviceSink> {
+        let file = env.open_disk(path, Access::Write)?;
+        if !file.is_device() {
+            return Err(Error::new(ErrorKind::Refused, "it is no block device any more").at_path(path));
+        }
+        file.lock(Lock::Exclusive)?;
+        let (room, len) = (file.stat()?.len, len.next_multiple_of(SECTOR));
+        if len > room {
+            let what = format!("the disk has {len} bytes, and the device only {room}");
+            return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+        }
+        if len < room {
+            log::info!("{}: the last {} bytes of the device stay as they are", path.display(), room - len);
+        }
+        Ok(DeviceSink { file, len, done: 0, zeros: Buffer::zeroed(CHUNK) })
+    }
+
+    /// Writes a run of whole sectors behind all runs before it, and zeros up to it.
+    pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8], progress: &mut Progress<'_>) -> Result<()> {
+        self.zero_until(range.start() * SECTOR, progress)?;
+        self.file.write_at(bytes, self.done)?;
+        self.done += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Writes zeros to the end of the disk, and makes all of it durable.
+    pub(super) fn finish(mut self, progress: &mut Progress<'_>) -> Result<()> {
+        self.zero_until(self.len, progress)?;
+        self.file.sync()
+    }
+
+    fn zero_until(&mut self, end: u64, progress: &mut Progress<'_>) -> Result<()> {
+        while self.done < end {
+            let aligned = self.done.is_multiple_of(UNIT);
+            let len = if aligned && end - self.done >= UNIT {
+                let len = ((end - self.done) / UNIT * UNIT).min(STEP);
+                self.file.punch(self.done, len)?;
+                len
+            } else {
+                let len = (UNIT - self.done % UNIT).min(end - self.done);
+                self.file.write_at(&self.zeros[..usize::try_from(len).expect("at most a chunk")], self.done)?;
+                len
+            };
+            self.done += len;
+            progress(self.done)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! Reading what is left of a disk whose files have lost sectors, for `convert --salvage`.
+
+use std::path::{Path, PathBuf};
+
+use super::mover::Disk;
+use crate::chain::{Chain, Policy, Use};
+use crate::error::Result;
+use crate::image::joined;
+use crate::storage::Env;
+use crate::units::{SECTOR, SectorRange};
+
+/// A run of a disk that is given up: it reads as zeros.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GivenUp {
+    /// First byte of the disk.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// The file that has lost it.
+    pub file: PathBuf,
+}
+
+/// Opens the disk at `path` as far as it can be read, and returns what is given up: what a file has lost and no younger one
+/// hides, file by file, ascending. A lost sector reads as zeros, never as the old data of a parent. Every file is opened
+/// read-only, and none is recovered.
+///
+/// # Errors
+/// As [`Disk::open`], but for lost sectors.
+pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<GivenUp>)> {
+    let chain = Chain::open(env, path, policy, Use::Salvage)?;
+    let (mut given_up, mut hidden) = (Vec::new(), Vec::new());
+    let disk = SectorRange::between(0, chain.youngest().size() / SECTOR);
+    let mut seen = disk;
+    for (depth, image) in chain.images().iter().enumerate() {
+        // Beyond the end of a younger layer nothing of an older one shows.
+        seen = seen.clip(SectorRange::between(0, image.size() / SECTOR));
+        if image.lost().is_empty() {
+            continue;
+        }
+        let mut above = hidden.clone();
+        chain.changed(depth, |range| {
+            above.push(range);
+            Ok(())
+        })?;
+        let lost: Vec<SectorRange> = image.lost().iter().map(|range| range.clip(seen)).collect();
+        for run in without(&lost, &joined(above)) {
+            let (start, length) = (run.start() * SECTOR, run.bytes());
+            given_up.push(GivenUp { start, length, file: image.file().path().to_path_buf() });
+        }
+        hidden.extend(lost);
+    }
+    Ok((Disk::Chain(chain.into_frozen()), given_up))
+}
+
+/// The parts of ascending ranges that others, ascending and joined, do not cover.
+fn without(ranges: &[SectorRange], others: &[SectorRange]) -> Vec<SectorRange> {
+    let (mut left, mut next) = (Vec::new(), 0);
+    for range in ranges.iter().filter(|range| !range.is_empty()) {
+        while others.get(next).is_some_and(|other| other.end() <= range.start()) {
+            next += 1;
+        }
+        let mut at = range.start();
+        for other in others[next..].iter().take_while(|other| other.start() < range.end()) {
+            if other.start() > at {
+                left.push(SectorRange::between(at, other.start()));
+            }
+            at = other.end();
+        }
+        if at < range.end() {
+            left.push(SectorRange::between(at, range.end()));
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_without_others() {
+        let ranges = |pairs: &[(u64, u64)]| pairs.iter().map(|(a, b)| SectorRange::between(*a, *b)).collect::<Vec<_>>();
+        let left = |a, b| without(&ranges(a), &ranges(b)).iter().map(|r| (r.start(), r.end())).collect::<Vec<_>>();
+        assert_eq!(left(&[(0, 10), (20, 30)], &[]), [(0, 10), (20, 30)]);
+        assert_eq!(left(&[(0, 10), (20, 30)], &[(2, 4), (9, 21), (29, 99)]), [(0, 2), (4, 9), (21, 29)]);
+        assert_eq!(left(&[(5, 6), (6, 7), (8, 8)], &[(0, 100)]), []);
+        assert_eq!(left(&[(5, 15), (16, 18)], &[(0, 1), (10, 17)]), [(5, 10), (17, 18)]);
+    }
+}

@@ -1,0 +1,105 @@
+//! Who holds locks on files, as far as `/proc` shows it.
+//!
+//! The locks are those of open descriptions, which belong to no process. The kernel lists the locks of a description in
+//! the fdinfo of each descriptor that refers to it, so one pass over these files finds the holders for any number of
+//! files.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use super::file::HostFile;
+use super::lock;
+use crate::storage::env::{FileId, Holder};
+
+/// For each file, what holds a lock on it.
+pub(super) fn of(files: &[Option<&HostFile>]) -> Vec<Option<Holder>> {
+    let mut looked_for: Vec<Option<FileId>> =
+        files.iter().map(|file| file.filter(|f| is_held(f)).map(HostFile::id)).collect();
+    let mut holders: Vec<_> = looked_for.iter().map(|id| id.map(|_| Holder::Unseen)).collect();
+    if looked_for.iter().all(Option::is_none) {
+        return holders;
+    }
+    let inodes: Vec<u64> = looked_for.iter().flatten().map(|id| id.ino).collect();
+    let concerns = |line: &str| inodes.iter().any(|&ino| lock::BYTES.iter().any(|&byte| lock::covers(line, ino, byte)));
+    for descriptor in lock::descriptors(concerns) {
+        for (id, holder) in looked_for.iter_mut().zip(&mut holders) {
+            if id.is_some_and(|id| descriptor.is_of(id)) {
+                *holder = process(descriptor.pid).or(holder.take());
+                *id = None;
+            }
+        }
+        if looked_for.iter().all(Option::is_none) {
+            break;
+        }
+    }
+    holders
+}
+
+fn is_held(file: &HostFile) -> bool {
+    lock::is_held(file.as_fd()).unwrap_or_else(|e| {
+        log::debug!("{}: {}", file.path().display(), e.line());
+        false
+    })
+}
+
+/// A process that is there.
+fn process(pid: u32) -> Option<Holder> {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let program = fs::read_to_string(folder.join("comm")).ok()?.trim_end().to_owned();
+    let ticks = fs::read_to_string(folder.join("stat")).ok().and_then(|stat| start_ticks(&stat));
+    let booted = fs::read_to_string("/proc/stat").ok().and_then(|stat| boot_time(&stat));
+    let since = ticks.zip(booted).and_then(|(ticks, booted)| {
+        let seconds = ticks / rustix::param::clock_ticks_per_second().max(1);
+        booted.checked_add(i64::try_from(seconds).ok()?)
+    });
+    Some(Holder::Process { pid, program, since })
+}
+
+/// The start of a process in clock ticks since the host was started: field 22 (proc_pid_stat(5)). The second field is the
+/// program's name in parentheses and may hold any characters.
+fn start_ticks(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// When the host was started, Unix seconds (proc_stat(5)).
+fn boot_time(stat: &str) -> Option<i64> {
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::env::{Access, Env, Lock};
+    use crate::storage::host::Host;
+
+    #[test]
+    fn times_are_read_past_any_name() {
+        let rest = "S 1 7 7 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 1 0 4321 5000 6";
+        assert_eq!(start_ticks(&format!("7 (a) b (c)) {rest}")), Some(4321));
+        assert_eq!((start_ticks("7 a S 1"), start_ticks("7 (a) S 1")), (None, None));
+        assert_eq!(boot_time("cpu 1 2\nbtime 1700000000\nprocesses 5\n"), Some(1_700_000_000));
+        assert_eq!(boot_time("cpu 1 2\n"), None);
+    }
+
+    #[test]
+    fn this_process_is_found_by_its_lock() {
+        let _alone = lock::tests::alone();
+        let folder = tempfile::tempdir().unwrap();
+        let paths = ["a", "b"].map(|name| folder.path().join(name));
+        paths.iter().for_each(|path| fs::write(path, "x").unwrap());
+        let held = Host.open(&paths[0], Access::Write).unwrap();
+        let looked = paths.each_ref().map(|path| Host.open(path, Access::Read).unwrap());
+        let look = || Host.holders(&[&looked[0], &looked[1]]);
+        assert_eq!(look(), [None, None]);
+        for lock in [Lock::Exclusive, Lock::Shared] {
+            held.lock(lock).unwrap();
+            let [Some(Holder::Process { pid, since, .. }), None] = look()[..] else { panic!("{lock:?}: {:?}", look()) };
+            assert_eq!(pid, std::process::id());
+            let age = Host.now() - since.expect("a time");
+            assert!((-5..3600).contains(&age), "started {age} s ago");
+        }
+        drop(held);
+        assert_eq!(look(), [None, None]);
+    }
+}

@@ -1,0 +1,102 @@
+//! Asks whether a file exists without opening it: for paths that an image names and that may not be opened.
+//!
+//! Each component is looked up alone, as the last one of its path, with `O_PATH`: the kernel follows no symbolic link and
+//! triggers no automount, and nothing of the file is read. File systems of the kernel are not entered.
+
+use std::path::{Component, Path};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::retry;
+use crate::storage::env::Presence;
+
+/// Where no path of an image is looked up.
+const KERNEL: [&str; 3] = ["proc", "sys", "dev"];
+
+/// `f_type` of the file systems in which a lookup acts on the kernel (linux/magic.h): proc, sysfs, devpts, debugfs,
+/// tracefs, cgroup, cgroup2, securityfs, bpf.
+const KERNEL_MAGIC: [i64; 9] =
+    [0x9FA0, 0x6265_6572, 0x1CD1, 0x6462_6720, 0x7472_6163, 0x0027_E0EB, 0x6367_7270, 0x7363_6673, 0xCAFE_4A11];
+/// `f_type` of autofs.
+const AUTOFS_MAGIC: i64 = 0x0187;
+
+/// See [`Env::presence`](crate::storage::Env::presence).
+pub(super) fn presence(path: &Path) -> Presence {
+    let mut parts = Vec::new();
+    for part in path.components() {
+        match part {
+            Component::RootDir => {}
+            Component::Normal(name) => parts.push(name),
+            _ => return Presence::Absent,
+        }
+    }
+    let Some((last, above)) = parts.split_last() else { return Presence::Absent };
+    if KERNEL.iter().any(|kernel| parts[0] == *kernel) {
+        return Presence::Absent;
+    }
+    let mut at = match retry(|| rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())) {
+        Ok(fd) => fd,
+        Err(e) => return failed(e),
+    };
+    for name in above.iter().map(Some).chain([None]) {
+        match rustix::fs::fstatfs(&at).map(|found| found.f_type) {
+            Ok(AUTOFS_MAGIC) => return Presence::Unknown("an automount is on the way"),
+            Ok(kernel) if KERNEL_MAGIC.contains(&kernel) => return Presence::Absent,
+            Ok(_) => {}
+            Err(e) => return failed(e),
+        }
+        let Some(name) = name else { break };
+        let (flags, rules) = (OFlags::PATH | OFlags::CLOEXEC, ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS);
+        at = match retry(|| rustix::fs::openat2(&at, *name, flags, Mode::empty(), rules)) {
+            Ok(fd) => fd,
+            Err(e) => return failed(e),
+        };
+    }
+    match rustix::fs::statat(&at, *last, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT) {
+        Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Presence::Present,
+            FileType::Symlink => failed(Errno::LOOP),
+            _ => Presence::Absent,
+        },
+        Err(e) => failed(e),
+    }
+}
+
+fn failed(e: Errno) -> Presence {
+    match e {
+        Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG => Presence::Absent,
+        Errno::LOOP => Presence::Unknown("a symbolic link is on the way"),
+        Errno::ACCESS => Presence::Unknown("this user may not look into its folder"),
+        _ => Presence::Unknown("the kernel cannot tell"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn files_are_seen_and_links_are_not_followed() {
+        let d = tempfile::tempdir().unwrap();
+        let d = d.path().canonicalize().unwrap();
+        fs::create_dir(d.join("sub")).unwrap();
+        fs::write(d.join("sub/f"), "x").unwrap();
+        symlink("sub", d.join("way")).unwrap();
+        symlink("sub/f", d.join("link")).unwrap();
+        let at = |name: &str| presence(&d.join(name));
+        assert_eq!(at("sub/f"), Presence::Present);
+        for none in ["f", "sub/g", "sub/f/g", "sub", "none/f", &"n".repeat(300)] {
+            assert_eq!(at(none), Presence::Absent, "{none}");
+        }
+        for unknown in ["link", "way/f", "way/none"] {
+            assert!(matches!(at(unknown), Presence::Unknown(why) if why.contains("link")), "{unknown}");
+        }
+        for kernel in ["/", "/proc/self/exe", "/proc/version", "/sys/kernel/uevent_seqnum", "/dev/zero", "/dev/shm/x"] {
+            assert_eq!(presence(Path::new(kernel)), Presence::Absent, "{kernel}");
+        }
+    }
+}

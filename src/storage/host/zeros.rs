@@ -1,0 +1,50 @@
+//! Ranges of files and devices that are made to read as zeros.
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::direct::BOUNCE;
+use super::file::HostFile;
+use super::retry;
+use crate::error::Result;
+use crate::storage::payload::Buffer;
+
+impl HostFile {
+    /// See [`File::punch`](crate::storage::File::punch).
+    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.is_device() => self.zero_device(offset, len),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
+            Err(e) => Err(self.fail(&format!("cannot punch a hole of {len} bytes"), e).at_offset(offset)),
+        }
+    }
+
+    /// Zeroes a range of a device that cannot discard to zeros. The kernel has the device do it if it can (BLKZEROOUT),
+    /// and else writes zeros.
+    fn zero_device(&self, offset: u64, len: u64) -> Result<()> {
+        let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
+            Err(e) => Err(self.fail(&format!("cannot zero {len} bytes"), e).at_offset(offset)),
+        }
+    }
+
+    /// Writes zeros over the part of the range that lies in the file.
+    pub(super) fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len).min(self.stat()?.len);
+        let mut at = offset;
+        let zeros = Buffer::zeroed(BOUNCE);
+        while at < end {
+            let n = usize::try_from(end - at).unwrap_or(BOUNCE).min(BOUNCE);
+            self.write_at(&zeros[..n], at)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,217 @@
+//! Making a listening socket under its final name.
+//!
+//! ```text
+//!   lock NAME.lock ─> is NAME in use? ─> bind, listen ─> group ─> mode
+//! ```
+//!
+//! The lock makes the sequence one step for other daemons: of two that are started on one path, one is refused, also while
+//! the socket of the other does not listen yet and looks like a stale one. The socket is bound with mode 0600 and gets its
+//! group before its mode, so at no moment may others connect than in the end.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::socket::{Listener, Made};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{file_name, folder_of};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 16;
+/// Bytes of a path in a socket address, without the final zero.
+const ADDRESS: usize = 107;
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SocketAccess {
+    /// The group that owns the socket, if not that of the process.
+    pub group: Option<u32>,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
+impl Default for SocketAccess {
+    /// Only the owner.
+    fn default() -> SocketAccess {
+        SocketAccess { group: None, mode: 0o600 }
+    }
+}
+
+/// The folder of a socket, open, and the name in it.
+struct Place<'a> {
+    path: &'a Path,
+    folder: Arc<OwnedFd>,
+    name: &'a OsStr,
+}
+
+/// Makes a socket at `path` that accepts connections from those whom `access` admits.
+///
+/// # Errors
+/// * `Busy`: another process listens at `path`, or is about to.
+/// * `Refused`: a file that is not a socket, or a socket of another type that is in use, has the name.
+/// * `NotFound`: the folder does not exist.
+/// * `Io`: the host refuses a step, for example the group.
+pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
+    let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
+    let name = file_name(path)?;
+    let folder = rustix::fs::open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| failed("cannot open the folder of the socket", e))?;
+    let place = Place { path, folder: Arc::new(folder), name };
+    let lock = NameLock::take(&place)?;
+    remove_stale(&place)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(|e| failed("cannot make a socket", e))?;
+    // The name inherits the mode of the unbound socket (Linux), less the umask.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot set the mode of the socket", e))?;
+    let address = place.address().map_err(|e| failed("cannot bind", e))?;
+    rustix::net::bind(&socket, &address).map_err(|e| failed("cannot bind", e))?;
+    // At once: a front-end that sees the name connects.
+    let listens = rustix::net::listen(&socket, BACKLOG);
+    let bound =
+        rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| failed("cannot open the socket that was just made", e))?;
+    // From here on an error removes the name again.
+    let name = OwnName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
+    let made = Made { name, _lock: lock };
+    let listener = Listener::new(UnixListener::from(socket), Some(made));
+    listens.map_err(|e| failed("cannot listen", e))?;
+    if let Some(group) = access.group {
+        rustix::fs::chownat(&bound, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
+            .map_err(|e| failed(&format!("cannot give the socket to group {group}"), e))?;
+    }
+    // fchmod takes no descriptor of O_PATH, and a name could lead elsewhere by now.
+    rustix::fs::chmod(by_descriptor(&bound), Mode::from_raw_mode(access.mode as RawMode))
+        .map_err(|e| failed("cannot set the mode of the socket", e))?;
+    Ok(listener)
+}
+
+fn by_descriptor(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+impl Place<'_> {
+    /// The address of the socket: its path as it was given, which tools such as `ss` show, or one through the open folder
+    /// if the path is too long for an address.
+    fn address(&self) -> rustix::io::Result<SocketAddrUnix> {
+        if self.path.as_os_str().len() <= ADDRESS {
+            return SocketAddrUnix::new(self.path);
+        }
+        SocketAddrUnix::new(Path::new(&by_descriptor(&self.folder)).join(self.name))
+    }
+}
+
+/// Removes the socket of a process that has ended. The name is locked.
+fn remove_stale(place: &Place<'_>) -> Result<()> {
+    let refuse = |kind, why: &str| Err(Error::new(kind, why).at_path(place.path));
+    let failed = |what: &str, e: Errno| Err(Error::io(what, e.into()).at_path(place.path));
+    match rustix::fs::statat(&place.folder, place.name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        Err(e) => return failed("cannot stat", e),
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
+            return refuse(ErrorKind::Refused, "a file has the name, and it is not a socket");
+        }
+        Ok(_) => {}
+    }
+    // Non-blocking: a listener whose queue is full would make a blocking connect wait.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    match probe.and_then(|probe| rustix::net::connect(&probe, &place.address()?)) {
+        Err(Errno::CONNREFUSED) => match rustix::fs::unlinkat(&place.folder, place.name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(e) => failed("cannot remove the socket of a process that has ended", e),
+        },
+        Err(Errno::NOENT) => Ok(()),
+        Ok(()) | Err(Errno::AGAIN) => refuse(ErrorKind::Busy, "another process listens on the socket"),
+        Err(Errno::PROTOTYPE) => refuse(ErrorKind::Refused, "a socket of another type is in use under the name"),
+        Err(e) => failed("cannot find out whether the socket is in use", e),
+    }
+}
+
+/// A name that this process has given a file. Dropped, it is removed, unless another file has it by then.
+#[derive(Debug)]
+pub(super) struct OwnName {
+    path: PathBuf,
+    folder: Arc<OwnedFd>,
+    name: OsString,
+    /// Device and inode.
+    id: (u64, u64),
+}
+
+impl OwnName {
+    fn of(file: impl AsFd, place: &Place<'_>, name: &OsStr) -> rustix::io::Result<OwnName> {
+        let (stat, path) = (rustix::fs::fstat(file)?, place.path.with_file_name(name));
+        let id = (stat.st_dev, stat.st_ino);
+        Ok(OwnName { path, folder: place.folder.clone(), name: name.to_owned(), id })
+    }
+
+    /// Its path when it was given.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn leads_to_it(&self) -> rustix::io::Result<bool> {
+        match rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) => Ok((found.st_dev, found.st_ino) == self.id),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl Drop for OwnName {
+    fn drop(&mut self) {
+        if self.leads_to_it() == Ok(true)
+            && let Err(e) = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
+            && e != Errno::NOENT
+        {
+            log::warn!("{}: cannot remove the name: {e}", self.path.display());
+        }
+    }
+}
+
+/// A lock on the name of a socket: a file `NAME.lock` with a lock that ends with its holder. The file is removed by the
+/// holder; a killed one leaves it behind, unlocked, and it is used again.
+#[derive(Debug)]
+pub(super) struct NameLock {
+    // Dropped first: the file is removed while it is locked.
+    _name: OwnName,
+    _file: OwnedFd,
+}
+
+impl NameLock {
+    fn take(place: &Place<'_>) -> Result<NameLock> {
+        let mut name = place.name.to_owned();
+        name.push(".lock");
+        let failed = |e: Errno| {
+            Error::io("cannot lock the name of the socket", e.into()).at_path(place.path.with_file_name(&name))
+        };
+        loop {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&place.folder, &name, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let why = "another daemon serves on the socket, or is about to";
+                    return Err(Error::new(ErrorKind::Busy, why).at_path(place.path));
+                }
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(failed(e)),
+            }
+            let own = OwnName::of(&file, place, &name).map_err(failed)?;
+            // Its last holder may have removed it after it was opened here.
+            if own.leads_to_it().map_err(failed)? {
+                return Ok(NameLock { _name: own, _file: file });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "bind_tests.rs"]
+mod tests;

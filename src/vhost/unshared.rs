@@ -1,0 +1,65 @@
+//! Finds guests whose memory is not shared with the daemon.
+//!
+//! If a front-end maps the guest's memory privately (QEMU without `share=on`), the daemon maps the same file and sees none of
+//! the guest's stores: kicks arrive, the rings stay as blank as the file, and the guest waits without a message. One blank
+//! ring proves nothing, since a front-end may kick rings that are empty. But if every ring of a connection is blank seconds
+//! after a kick, there is nothing that the guest could have kicked for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// From a kick to the warning; several ticks of the workers, each of which may prove that memory is shared.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What to do about it.
+pub(super) const SHARE: &str = "Share it: QEMU takes share=on for the memory backend, cloud-hypervisor shared=on for --memory, \
+     libvirt <access mode='shared'/>";
+
+/// What the rings of one connection have found out. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sharing(Arc<Findings>);
+
+#[derive(Debug, Default)]
+struct Findings {
+    /// A ring was not blank, so the guest's stores arrive; or the warning was given.
+    settled: AtomicBool,
+}
+
+impl Sharing {
+    /// Takes note of a ring at `now`: the time of its first kick, and whether it is blank. Returns true once per connection,
+    /// if the guest's memory seems not to be shared.
+    pub(super) fn is_missing(&self, kicked: Option<Instant>, now: Instant, is_blank: impl FnOnce() -> bool) -> bool {
+        if self.0.settled.load(Ordering::Relaxed) {
+            return false;
+        }
+        if !is_blank() {
+            self.0.settled.store(true, Ordering::Relaxed);
+            return false;
+        }
+        let overdue = kicked.is_some_and(|kicked| now.saturating_duration_since(kicked) >= PATIENCE);
+        overdue && !self.0.settled.swap(true, Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blank_rings_are_missing_some_time_after_a_kick() {
+        let (sharing, start) = (Sharing::default(), Instant::now());
+        let later = |seconds| start + Duration::from_secs(seconds);
+        assert!(!sharing.is_missing(None, later(100), || true), "a guest that does not kick yet");
+        assert!(!sharing.is_missing(Some(later(100)), later(102), || true));
+        assert!(sharing.is_missing(Some(later(100)), later(103), || true));
+        assert!(!sharing.clone().is_missing(Some(later(100)), later(104), || true), "one warning for all rings");
+    }
+
+    #[test]
+    fn one_ring_with_requests_proves_that_memory_is_shared() {
+        let (sharing, start) = (Sharing::default(), Instant::now());
+        assert!(!sharing.clone().is_missing(None, start, || false));
+        assert!(!sharing.is_missing(Some(start), start + PATIENCE * 2, || true), "an idle ring that was kicked");
+    }
+}

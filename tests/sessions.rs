@@ -1,0 +1,381 @@
+//! Sessions from outside, with the real programs: a killed daemon's image meets another user, another folder, a move, a
+//! restore, a child, tools, hostile folders and journals.
+#![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "words of a journal, small numbers")]
+
+mod common;
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use common::client::Client;
+use common::daemon::Daemon;
+use common::rng::Rng;
+use common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, run, scratch};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// A runtime folder, and the option that names it.
+struct Runtime(TempDir);
+
+impl Runtime {
+    fn new() -> Runtime {
+        Runtime(tempfile::tempdir_in("/dev/shm").expect("a folder in memory"))
+    }
+
+    fn option(&self) -> String {
+        format!("--runtime-dir={}", self.0.path().display())
+    }
+
+    fn journals(&self) -> Vec<PathBuf> {
+        let names = self.0.path().read_dir().expect("the folder is there");
+        names.map(|entry| entry.expect("an entry").path()).collect()
+    }
+}
+
+fn created(folder: &Path, name: &str, parent: Option<&Path>) -> PathBuf {
+    let image = folder.join(name);
+    let mut args = vec!["create".to_owned(), image.display().to_string()];
+    match parent {
+        Some(parent) => args.extend(["--parent".into(), parent.display().to_string()]),
+        None => args.extend(["--size".into(), "64M".into()]),
+    }
+    diffdisk(args).ok();
+    image
+}
+
+/// A daemon writes without a flush and is killed.
+fn killed(image: &Path, runtime: &Runtime, offset: u64, byte: u8) {
+    let daemon = Daemon::start(image, &[&runtime.option(), "--allow-writable-parent"]);
+    daemon.connect().write(offset, &[byte; 4096]).expect("a write that is never flushed");
+    daemon.kill();
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a plain path")
+}
+
+/// A daemon that must end at its start.
+#[track_caller]
+fn daemon_refused(image: &Path, extra: &[&str]) -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let socket = folder.path().join("s");
+    let mut command = Command::new(DIFFDISKD);
+    let ended = run(
+        command.args(["--blk-file", text(image), "--socket-path", text(&socket)]).args(extra),
+        Duration::from_secs(20),
+    );
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    ended.stderr
+}
+
+#[track_caller]
+fn refused(finished: &Finished, words: &[&str]) {
+    assert_eq!(finished.code, Some(1), "{}", finished.stderr);
+    for word in words {
+        assert!(finished.stderr.contains(word), "no {word:?} in: {}", finished.stderr);
+    }
+}
+
+fn reads(image: &Path, runtime: &Runtime, offset: u64) -> u8 {
+    let disk = diffdisk(["convert", text(image), "-", "--to", "raw", &runtime.option()]).ok().stdout;
+    disk[usize::try_from(offset).expect("a small disk")]
+}
+
+#[test]
+fn another_user_is_told_what_to_run() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: needs root");
+        return;
+    }
+    let (folder, runtime, empty) = (scratch("session-user"), Runtime::new(), Runtime::new());
+    let image = created(folder.path(), "a.vhd", None);
+    killed(&image, &runtime, 5 * MIB, 0xA5);
+    // The user nobody, whose folder has no such journal.
+    let own = Runtime::new();
+    std::os::unix::fs::chown(own.0.path(), Some(65534), Some(65534)).expect("root may");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).expect("ours");
+    fs::set_permissions(&image, Permissions::from_mode(0o666)).expect("ours");
+    let program = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir().expect("a folder");
+    let copy = program.path().join("diffdisk");
+    fs::copy(DIFFDISK, &copy).expect("a copy of the program");
+    let visible = program.path().join("a.vhd");
+    fs::hard_link(&image, &visible).or_else(|_| fs::copy(&image, &visible).map(|_| ())).expect("a copy");
+    fs::set_permissions(&visible, Permissions::from_mode(0o666)).expect("ours");
+    let as_nobody = |args: &[&str]| {
+        use std::os::unix::process::CommandExt;
+        run(Command::new(&copy).args(args).uid(65534).gid(65534), Duration::from_secs(20))
+    };
+    let folder_of_root = runtime.0.path().display().to_string();
+    let words = ["did not end cleanly", "user root (0)", "sudo -u root", &folder_of_root, "settle"];
+    for verb in [&["check"][..], &["compact"], &["settle"], &["map"]] {
+        let args: Vec<&str> = verb.iter().copied().chain([text(&visible)]).collect();
+        refused(&as_nobody(&args), &words);
+    }
+    refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", &own.option()]), &words);
+    // The folder of root, named by nobody: not theirs.
+    refused(&as_nobody(&["check", text(&visible), &runtime.option()]), &["runtime folder"]);
+    // And root with another folder.
+    refused(
+        &diffdisk(["convert", text(&image), "-", "--to", "raw", &empty.option()]),
+        &["did not end cleanly", &folder_of_root],
+    );
+    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    assert_eq!((reads(&image, &empty, 5 * MIB), runtime.journals().len()), (0xA5, 0));
+}
+
+#[test]
+fn two_folders_never_undo_each_other() {
+    let (folder, first, second) = (scratch("session-folders"), Runtime::new(), Runtime::new());
+    let image = created(folder.path(), "a.vhd", None);
+    killed(&image, &first, 5 * MIB, 1);
+    let said = daemon_refused(&image, &[&second.option()]);
+    assert!(said.contains("did not end cleanly") && said.contains(&first.0.path().display().to_string()), "{said}");
+    let info = diffdisk(["info", text(&image), "--json"]).ok().json();
+    assert_eq!(info["session"]["open"], true, "{info}");
+    assert_eq!(info["session"]["folder"], first.0.path().display().to_string());
+    // Given up by name: what was acknowledged is gone, and nothing of it comes back.
+    let daemon = Daemon::start(&image, &[&second.option(), "--discard-journal"]);
+    daemon.connect().write(5 * MIB, &[2; 4096]).expect("a write");
+    daemon.stop();
+    let daemon = Daemon::start(&image, &[&first.option()]);
+    assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [2; 4096]);
+    daemon.stop();
+    assert!(diffdisk(["info", text(&image), "--json"]).ok().json()["session"].is_null());
+    assert_eq!(diffdisk(["check", text(&image)]).code, Some(0));
+}
+
+#[test]
+fn an_older_copy_put_back_in_place_is_refused() {
+    let (folder, runtime) = (scratch("session-restore"), Runtime::new());
+    let root = created(folder.path(), "root.vhd", None);
+    let image = created(folder.path(), "a.vhd", Some(&root));
+    let daemon = Daemon::start(&image, &[&runtime.option()]);
+    let mut guest = daemon.connect();
+    guest.write(5 * MIB, &[1; 4096]).expect("a write");
+    guest.flush().expect("a flush");
+    let backup = fs::read(&image).expect("a backup of the running image");
+    std::thread::sleep(Duration::from_millis(1500));
+    guest.write(5 * MIB + 8192, &[2; 4096]).expect("a write");
+    daemon.kill();
+    let last = fs::read(&image).expect("the killed image");
+    let restore = |bytes: &[u8]| {
+        let file = OpenOptions::new().write(true).open(&image).expect("the same file");
+        file.set_len(0).and_then(|()| file.write_all_at(bytes, 0)).expect("it can be restored");
+    };
+    restore(&backup);
+    let said = daemon_refused(&image, &[&runtime.option()]);
+    assert!(said.contains("does not fit") && said.contains("older copy"), "{said}");
+    refused(&diffdisk(["settle", text(&image), &runtime.option()]), &["does not fit"]);
+    restore(&last);
+    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    assert_eq!(reads(&image, &runtime, 5 * MIB + 8192), 2);
+}
+
+#[test]
+fn a_killed_image_is_taken_in_where_it_was_moved_to() {
+    let (folder, runtime) = (scratch("session-move"), Runtime::new());
+    let image = created(folder.path(), "a.vhd", None);
+    killed(&image, &runtime, 5 * MIB, 7);
+    let moved = folder.path().join("moved.vhd");
+    fs::copy(&image, &moved).expect("a copy on a larger disk");
+    let daemon = Daemon::start(&moved, &[&runtime.option()]);
+    assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [7; 4096]);
+    // Its journal is that of the copy now.
+    refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
+    daemon.stop();
+    let said = daemon_refused(&image, &[&runtime.option()]);
+    assert!(said.contains("a copy of this image may have taken it in"), "{said}");
+    refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
+    diffdisk(["check", text(&image), &runtime.option(), "--discard-journal"]);
+    assert_ne!(diffdisk(["check", text(&image), &runtime.option()]).code, Some(1), "given up");
+}
+
+#[test]
+fn a_killed_parent_is_asked_too() {
+    let (folder, runtime) = (scratch("session-parent"), Runtime::new());
+    let parent = created(folder.path(), "parent.vhd", None);
+    let child = created(folder.path(), "child.vhd", Some(&parent));
+    killed(&parent, &runtime, 5 * MIB, 9);
+    let (before, other) = (fs::read(&parent).expect("the parent"), folder.path().join("other.vhd"));
+    refused(&diffdisk(["create", text(&other), "--parent", text(&parent)]), &["did not end cleanly"]);
+    for args in [
+        &["convert", text(&child), "-", "--to", "raw"][..],
+        &["check", text(&child), "--chain"],
+        &["check", text(&child), "--chain", "--repair"],
+        &["map", text(&child)],
+        &["merge", text(&child)],
+        &["flatten", text(&child)],
+    ] {
+        refused(
+            &diffdisk(args.iter().copied().chain([runtime.option().as_str()])),
+            &["did not end cleanly", "parent.vhd"],
+        );
+    }
+    assert!(fs::read(&parent).expect("the parent") == before, "nothing was cut out of it");
+    let daemon = Daemon::start(&child, &[&runtime.option()]);
+    assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [9; 4096]);
+    daemon.stop();
+    diffdisk(["check", text(&child), "--chain", &runtime.option()]).ok();
+    assert_eq!((reads(&child, &runtime, 5 * MIB), runtime.journals().len()), (9, 0));
+}
+
+#[test]
+fn hostile_folders_and_journals_are_refused() {
+    let (folder, runtime) = (scratch("session-hostile"), Runtime::new());
+    let image = created(folder.path(), "a.vhd", None);
+    killed(&image, &runtime, 5 * MIB, 3);
+    let open = Permissions::from_mode(0o777);
+    fs::set_permissions(runtime.0.path(), open).expect("ours");
+    let said = daemon_refused(&image, &[&runtime.option()]);
+    assert!(said.contains("open to other users") && said.contains("777"), "{said}");
+    fs::set_permissions(runtime.0.path(), Permissions::from_mode(0o700)).expect("ours");
+    let journal = runtime.journals().pop().expect("the journal");
+    let whole = fs::read(&journal).expect("the journal");
+    fs::hard_link(&journal, folder.path().join("link"))
+        .or_else(|_| fs::hard_link(&journal, runtime.0.path().join("x")))
+        .expect("a link");
+    let said = daemon_refused(&image, &[&runtime.option()]);
+    assert!(said.contains("2 names"), "{said}");
+    for name in [folder.path().join("link"), runtime.0.path().join("x")] {
+        let _ = fs::remove_file(name);
+    }
+    fs::set_permissions(&journal, Permissions::from_mode(0o644)).expect("ours");
+    assert!(daemon_refused(&image, &[&runtime.option()]).contains("mode is 644"));
+    fs::set_permissions(&journal, Permissions::from_mode(0o600)).expect("ours");
+    // Words that no daemon stores: refused, and no panic.
+    let slot = 512 * 8;
+    let file = OpenOptions::new().write(true).open(&journal).expect("ours");
+    let used = (0..4096).find(|n| whole[slot + n * 68 * 8..][..8] != [0; 8]).expect("a slot in use");
+    for (at, word) in [(0, u64::MAX), (0, 1 << 62), (1, u64::MAX), (2, u64::MAX), (3, 1 << 61)] {
+        let at = (slot + used * 68 * 8 + at * 8) as u64;
+        file.write_all_at(&word.to_ne_bytes(), at).expect("a word");
+        let said = daemon_refused(&image, &[&runtime.option()]);
+        assert!(said.contains("damaged") && !said.contains("panic"), "{said}");
+        file.write_all_at(&whole, 0).expect("as it was");
+    }
+    file.set_len(4096).expect("cut");
+    assert!(daemon_refused(&image, &[&runtime.option()]).contains("4096 bytes"));
+    file.write_all_at(&whole, 0).expect("as it was");
+    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    assert_eq!(reads(&image, &runtime, 5 * MIB), 3);
+}
+
+#[test]
+fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
+    for cut in [true, false] {
+        let (folder, runtime) = (scratch("session-cut"), Runtime::new());
+        let image = created(folder.path(), "a.vhd", None);
+        let daemon = Daemon::start(&image, &[&runtime.option()]);
+        let mut guest = daemon.connect();
+        guest.write(MIB, &[1; 4096]).expect("a write");
+        let journal = runtime.journals().pop().expect("the journal");
+        if cut {
+            OpenOptions::new().write(true).open(&journal).and_then(|f| f.set_len(0)).expect("ours");
+        } else {
+            fs::remove_file(&journal).expect("ours");
+        }
+        for n in 1..20 {
+            guest.write(n * 3 * MIB, &[2; 4096]).expect("a write");
+        }
+        assert_eq!(guest.read(57 * MIB, 4096).expect("a read"), [2; 4096]);
+        assert_eq!(daemon.log().contains("its file was cut"), cut, "{}", daemon.log());
+        drop(guest);
+        daemon.stop();
+        diffdisk(["check", text(&image), &runtime.option()]).ok();
+        assert_eq!((reads(&image, &runtime, MIB), reads(&image, &runtime, 57 * MIB)), (1, 2));
+        assert_eq!(runtime.journals().len(), 0);
+    }
+}
+
+#[test]
+fn a_guest_that_only_reads_leaves_no_trace() {
+    let (folder, runtime) = (scratch("session-reader"), Runtime::new());
+    let root = created(folder.path(), "root.vhd", None);
+    let image = created(folder.path(), "a.vhd", Some(&root));
+    // The first opening recovers what is new and was never closed: room behind the last block is made zero, and cut off.
+    Daemon::start(&image, &[&runtime.option()]).stop();
+    let before = fs::read(&image).expect("the image");
+    let daemon = Daemon::start(&image, &[&runtime.option()]);
+    let mut guest = daemon.connect();
+    guest.read(5 * MIB, 4096).expect("a read");
+    guest.flush().expect("a flush");
+    assert!(runtime.journals().is_empty(), "a journal");
+    assert!(fs::read(&image).expect("the image") == before, "the image has changed");
+    daemon.kill();
+    diffdisk(["check", text(&image), "--chain", &runtime.option()]).ok();
+}
+
+/// Kills a daemon again and again; its successor is now of the same folder, now of another, and the image is now where it
+/// was, now moved, now an older copy. Never a wrong byte, never a silent loss. DIFFDISK_SESSION_ROUNDS says how often (12).
+#[test]
+fn successors_of_all_kinds() {
+    let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));
+    let mut rng = Rng::from_env("successors");
+    let (folder, runtime, other) = (scratch("session-loop"), Runtime::new(), Runtime::new());
+    let root = created(folder.path(), "root.vhd", None);
+    let mut image = created(folder.path(), "a.vhd", Some(&root));
+    let mut known = vec![0u8; 64 * 256];
+    let (mut refusals, mut taken) = (0, 0);
+    for round in 0..rounds {
+        let daemon = Daemon::start(&image, &[&runtime.option()]);
+        let mut guest = daemon.connect();
+        for (n, byte) in known.iter().enumerate().filter(|_| rng.below(16) == 0) {
+            let found = guest.read(n as u64 * 4096, 4096).expect("a read");
+            assert!(found == [*byte; 4096], "round {round}: 4 KiB at {n} are {} instead of {byte}", found[0]);
+        }
+        let mut write = |guest: &mut Client, n: u64, byte: u8| {
+            guest.write(n * 4096, &[byte; 4096]).expect("a write");
+            known[usize::try_from(n).expect("small")] = byte;
+        };
+        write(&mut guest, rng.below(16), 1 + (rng.below(255) as u8));
+        // A copy within the session, and then something new.
+        let older = (rng.below(3) == 0).then(|| fs::read(&image).expect("a copy of the running image"));
+        if older.is_some() {
+            std::thread::sleep(Duration::from_millis(1100));
+        }
+        write(&mut guest, 16 * 1024 - 1 - round, 1 + (rng.below(255) as u8));
+        for _ in 0..1 + rng.below(60) {
+            let (n, byte) = (rng.below(8 * 1024), 1 + (rng.below(255) as u8));
+            write(&mut guest, n, byte);
+            if rng.below(10) == 0 {
+                guest.flush().expect("a flush");
+            }
+        }
+        drop(guest);
+        daemon.kill();
+        let last = fs::read(&image).expect("the killed image");
+        if let Some(older) = older {
+            let file = OpenOptions::new().write(true).open(&image).expect("the same file");
+            file.set_len(0).and_then(|()| file.write_all_at(&older, 0)).expect("restored");
+            daemon_refused(&image, &[&runtime.option()]);
+            file.set_len(0).and_then(|()| file.write_all_at(&last, 0)).expect("as it was");
+            refusals += 1;
+        }
+        if rng.below(2) == 0 {
+            daemon_refused(&image, &[&other.option()]);
+            refused(&diffdisk(["map", text(&image), &other.option()]), &["did not end cleanly"]);
+            refusals += 1;
+        }
+        match rng.below(3) {
+            0 => {
+                let moved = folder.path().join(format!("moved{round}.vhd"));
+                fs::copy(&image, &moved).expect("a copy");
+                fs::remove_file(&image).expect("a move");
+                image = moved;
+            }
+            1 => {
+                diffdisk(["settle", text(&image), &runtime.option()]).ok();
+            }
+            _ => {}
+        }
+        taken += 1;
+    }
+    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    let disk = diffdisk(["convert", text(&image), "-", "--to", "raw"]).ok().stdout;
+    assert!(known.iter().zip(disk.chunks(4096)).all(|(byte, found)| found.iter().all(|b| b == byte)));
+    println!("{taken} kills, {refusals} successors refused");
+}

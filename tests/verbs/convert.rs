@@ -1,0 +1,98 @@
+//! `convert` as a program: where a copy goes, and what it is called.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use diffdisk::storage::host::Host;
+
+use crate::common::tool::{DIFFDISK, alone, diffdisk, run, scratch, start};
+use crate::scene::{Fill, Scene};
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A folder with a root of 100 sectors and a child of it.
+fn chain() -> tempfile::TempDir {
+    let folder = scratch("convert");
+    let _alone = alone();
+    let scene = Scene::new(&Host, folder.path());
+    scene.dynamic("root.vhd", 4096, 100);
+    scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
+    scene.child("child.vhd", "root.vhd", 4096);
+    folder
+}
+
+#[test]
+fn every_name_of_standard_output_is_one() {
+    let folder = chain();
+    let child = text(&folder.path().join("child.vhd"));
+    let wanted = diffdisk(["convert", &child, "-", "--to", "raw"]).ok().stdout;
+    assert_eq!(wanted.len(), 100 * 512);
+    for name in ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"] {
+        assert!(diffdisk(["convert", &child, name, "--to", "raw"]).ok().stdout == wanted, "{name} as a pipe");
+        assert!(diffdisk(["convert", &child, name, "--to", "raw", "--force"]).ok().stdout == wanted, "{name}");
+        let out = folder.path().join("out");
+        let to = fs::File::create(&out).expect("a file");
+        let mut command = Command::new(DIFFDISK);
+        let mut started = start(command.args(["convert", &child, name, "--to", "raw"]).stdout(to)).expect("it runs");
+        assert!(started.wait().expect("it ends").success());
+        assert!(fs::read(&out).expect("its output") == wanted, "{name} as a file");
+        let failed = diffdisk(["convert", &child, name, "--to", "fixed"]);
+        assert!(failed.code == Some(1) && failed.stderr.contains("only --to raw"), "{}", failed.stderr);
+    }
+}
+
+#[test]
+fn a_copy_keeps_the_uuid_if_that_is_asked_for() {
+    let folder = chain();
+    let [root, child, copy] = ["root.vhd", "child.vhd", "copy.vhd"].map(|name| text(&folder.path().join(name)));
+    let uuid = |path: &str| diffdisk(["info", path, "--json"]).ok().json()["uuid"].clone();
+    for to in ["dynamic", "fixed"] {
+        let done = diffdisk(["convert", &child, &copy, "--to", to, "--keep-uuid", "--force"]).ok();
+        assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+        assert!(done.stderr.contains("has the UUID of") && done.stderr.contains("Keep only one"), "{}", done.stderr);
+        assert_eq!((uuid(&copy) == uuid(&child), uuid(&copy) == uuid(&root)), (true, false));
+        diffdisk(["check", &copy]).ok();
+        diffdisk(["compare", &copy, &child]).ok();
+    }
+    let done = diffdisk(["convert", &child, &copy, "--to", "dynamic", "--force"]).ok();
+    assert!(done.stderr.is_empty() && uuid(&copy) != uuid(&child));
+    for args in [["--to", "raw", "--from", "vhd"], ["--to", "fixed", "--from", "raw"]] {
+        let failed = diffdisk([&["convert", &child, "-", "--keep-uuid"], &args[..]].concat());
+        assert_eq!(failed.code, Some(1));
+    }
+    let failed = diffdisk(["convert", &child, &copy, "--to", "raw", "--keep-uuid", "--force"]);
+    assert!(failed.code == Some(1) && failed.stderr.contains("only an image has a UUID"), "{}", failed.stderr);
+}
+
+/// A number from the command line stands at no byte of a file.
+#[test]
+fn messages_name_a_byte_only_if_one_is_meant() {
+    let folder = chain();
+    let root = text(&folder.path().join("root.vhd"));
+    let (new, empty) = (text(&folder.path().join("new.vhd")), text(&folder.path().join("empty.raw")));
+    fs::write(&empty, []).expect("a file");
+    let lines: [&[&str]; 7] = [
+        &["create", &new, "--size", "2041G"],
+        &["create", &new, "--size", "1000"],
+        &["create", &new, "--size", "1T", "--block-size", "4K"],
+        &["create", &new, "--size", "2041G", "--type", "fixed"],
+        &["convert", &empty, &new, "--from", "raw", "--to", "dynamic"],
+        &["resize", &root, "1000"],
+        &["resize", &root, "1T"],
+    ];
+    for line in lines {
+        let failed = run(Command::new(DIFFDISK).args(line), Duration::from_secs(60));
+        assert_eq!(failed.code, Some(1), "{line:?}");
+        assert!(!failed.stderr.contains("at byte"), "{}", failed.stderr);
+    }
+    // An image's own fields stand somewhere.
+    let mut image = fs::read(&root).expect("the image");
+    image[512..520].fill(7);
+    fs::write(&new, image).expect("a damaged copy");
+    let failed = diffdisk(["info", &new]);
+    assert!(failed.stderr.contains("(at byte 512)"), "{}", failed.stderr);
+}

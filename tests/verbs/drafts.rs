@@ -1,0 +1,221 @@
+//! Whatever makes a new file leaves nothing half-made: killed at every point, ended at every step, and after a power cut.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use diffdisk::chain::Policy;
+use diffdisk::error::Result;
+use diffdisk::ops::convert::{Conversion, To};
+use diffdisk::ops::create::{Child, Locators, Root};
+use diffdisk::ops::{self, Disk, Format};
+use diffdisk::storage::Env;
+use diffdisk::storage::host::Host;
+use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
+use diffdisk::units::BlockSize;
+
+use crate::common::tool::{alone, diffdisk, scratch};
+use crate::points;
+use crate::scene::{Fill, Scene};
+use crate::sweep::FOLDER;
+
+/// The names in a folder.
+fn names(folder: &Path) -> BTreeSet<OsString> {
+    fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name()).collect()
+}
+
+fn is_temporary(name: &Path) -> bool {
+    name.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
+}
+
+/// Command lines that make `new.vhd`, with `{}` for the folder, and whether they replace an old one.
+const MAKERS: [(&str, bool); 7] = [
+    ("create {}/new.vhd --size 8M", false),
+    ("create {}/new.vhd --size 1M --type fixed", false),
+    ("create {}/new.vhd --parent {}/root.vhd", false),
+    ("convert {}/root.vhd {}/new.vhd --to dynamic", false),
+    ("convert {}/root.vhd {}/new.vhd --to fixed", false),
+    ("convert {}/root.vhd {}/new.vhd --to dynamic --keep-uuid --force", true),
+    ("convert {}/root.vhd {}/new.vhd --to fixed --force", true),
+];
+
+#[test]
+fn a_killed_maker_leaves_nothing() {
+    let folder = scratch("drafts");
+    let at = |name: &str| folder.path().join(name);
+    if Host.folder(folder.path()).and_then(|f| f.create_unnamed("probe".as_ref())).is_err() {
+        eprintln!("skipped: {} is on a file system without unnamed files", folder.path().display());
+        return;
+    }
+    let scene = Scene::new(&Host, folder.path());
+    {
+        let _alone = alone();
+        scene.dynamic("root.vhd", 4096, 1000);
+        scene.write("root.vhd", &[(0, 9, Fill::Tag("T")), (500, 1000, Fill::Tag("T"))]);
+    }
+    let here = folder.path().display().to_string();
+    let (mut killed, mut kept) = (0, 0);
+    for (line, replaces) in MAKERS {
+        let args: Vec<String> = line.split(' ').map(|word| word.replace("{}", &here)).collect();
+        for point in points::of("draft").into_iter().chain(points::of("convert")) {
+            if replaces {
+                scene.dynamic("new.vhd", 4096, 8);
+            }
+            let (before, old) = (names(folder.path()), fs::read(at("new.vhd")).ok());
+            if points::killed(&point, 1, &args) {
+                killed += 1;
+                let after = names(folder.path());
+                let more: Vec<_> = after.difference(&before).map(PathBuf::from).collect();
+                match point.as_str() {
+                    "draft.named" => assert_eq!(more, [PathBuf::from("new.vhd")], "{line}"),
+                    "draft.replaced" => assert!(more.is_empty(), "{line}: {more:?}"),
+                    // The one moment at which a whole copy has a name that is not its own.
+                    "draft.named-to-replace" => {
+                        assert!(more.len() == 1 && is_temporary(&more[0]), "{line}: {more:?}");
+                        fs::remove_file(folder.path().join(&more[0])).expect("it is there");
+                        kept += 1;
+                    }
+                    _ => assert!(more.is_empty(), "{line}: killed at {point}: {more:?}"),
+                }
+                let whole = ["draft.named", "draft.replaced"].contains(&point.as_str());
+                assert!(whole || fs::read(at("new.vhd")).ok() == old, "{line}: the old file, at {point}");
+                if whole {
+                    diffdisk(["check", &at("new.vhd").display().to_string(), "--chain"]).ok();
+                }
+            }
+            let _ = fs::remove_file(at("new.vhd"));
+            assert_eq!(names(folder.path()).len(), 1, "{line}: {point}");
+        }
+    }
+    println!("killed {killed} times; a temporary name was left {kept} times");
+    assert!(killed >= 7 * 2 + 4, "{killed}");
+}
+
+/// The undo file of a repair has its name when it is whole.
+#[test]
+fn a_killed_repair_leaves_no_part_of_an_undo_file() {
+    let folder = scratch("drafts");
+    let scene = Scene::new(&Host, folder.path());
+    scene.dynamic("i.vhd", 4096, 100);
+    let path = folder.path().join("i.vhd");
+    let mut bytes = fs::read(&path).expect("the image");
+    bytes[..512].fill(0);
+    fs::write(&path, bytes).expect("the image is damaged");
+    let args = ["check".to_owned(), path.display().to_string(), "--repair".to_owned()];
+    assert!(points::killed("draft.whole", 1, &args));
+    assert_eq!(names(folder.path()).len(), 1);
+    assert!(points::killed("draft.named", 1, &args));
+    assert_eq!(names(folder.path()).len(), 2, "the image and a whole undo file");
+    diffdisk(&args).ok();
+}
+
+type Maker = fn(&dyn Env, &Path) -> Result<()>;
+
+fn create_root(env: &dyn Env, folder: &Path) -> Result<()> {
+    let block_size = BlockSize::from_bytes(4096).expect("a block size");
+    let root = Root { fixed: false, size: 100 * 512, block_size, reserve: 0 };
+    ops::create::root(env, &folder.join("new.vhd"), &root).map(drop)
+}
+
+fn create_child(env: &dyn Env, folder: &Path) -> Result<()> {
+    let child =
+        Child { parent: folder.join("root.vhd"), size: None, block_size: None, reserve: 0, locators: Locators::Both };
+    ops::create::child(env, &folder.join("new.vhd"), &child, &Policy::default()).map(drop)
+}
+
+fn copy(env: &dyn Env, folder: &Path, to: To, replace: bool) -> Result<()> {
+    let disk = Disk::open(env, &folder.join("root.vhd"), Format::Vhd, &Policy::default())?;
+    let how = Conversion { to, align: 1, replace, uuid: None };
+    ops::convert::convert(env, &disk, &folder.join("new.vhd"), &how, &mut |_| Ok(()))
+}
+
+fn convert(env: &dyn Env, folder: &Path) -> Result<()> {
+    copy(env, folder, To::Dynamic(BlockSize::from_bytes(4096).expect("a block size")), false)
+}
+
+fn convert_over(env: &dyn Env, folder: &Path) -> Result<()> {
+    copy(env, folder, To::Fixed, true)
+}
+
+fn setup(replaces: bool) -> SimHost {
+    let host = SimHost::new(5);
+    let scene = Scene::new(&host, Path::new(FOLDER));
+    scene.dynamic("root.vhd", 4096, 100);
+    scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
+    if replaces {
+        scene.dynamic("new.vhd", 4096, 9);
+    }
+    host.crash_with(&|_| true)
+}
+
+/// Looks at what is left: nothing, the old file, or all of the new one. Returns whether a temporary name is left.
+#[track_caller]
+fn judge(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
+    let (temporary, names): (Vec<_>, Vec<_>) = host.names().into_iter().partition(|name| is_temporary(name));
+    let there = names.iter().any(|name| name.ends_with("new.vhd"));
+    assert!(there || !replaces, "{when}: the old name is gone");
+    if there {
+        let seen =
+            Scene::new(host, Path::new(FOLDER)).seen("new.vhd").unwrap_or_else(|e| panic!("{when}: {}", e.line()));
+        assert!(seen == wanted || (replaces && seen == [0; 9 * 512]), "{when}: neither the old file nor the new one");
+    }
+    assert_eq!(names.len(), 1 + usize::from(there), "{when}: {names:?}");
+    assert!(temporary.len() <= 1, "{when}: {temporary:?}");
+    !temporary.is_empty()
+}
+
+#[test]
+fn a_name_appears_when_its_file_is_whole() {
+    let makers: [(&str, Maker, bool); 4] = [
+        ("create", create_root, false),
+        ("create --parent", create_child, false),
+        ("convert", convert, false),
+        ("convert --force", convert_over, true),
+    ];
+    for (name, make, replaces) in makers {
+        for no_unnamed in [false, true] {
+            let begin = || {
+                let host = setup(replaces);
+                host.set_faults(FaultPlan { no_unnamed, ..FaultPlan::default() });
+                host
+            };
+            let host = begin();
+            let before = host.counts().steps;
+            host.record();
+            make(&host, Path::new(FOLDER)).expect("it works");
+            let steps = host.counts().steps - before;
+            let wanted = Scene::new(&host, Path::new(FOLDER)).seen("new.vhd").expect("it opens");
+            assert!(!judge(&host, &wanted, replaces, name));
+            let (mut random, mut cuts) = (Random::new(17), 0);
+            for (number, moment) in host.recorded().into_iter().enumerate() {
+                for fate in 0..10 {
+                    let bits = [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.any() | random.any());
+                    let after = moment.crash_with(&|unit| bits >> (unit % 61) & 1 == 1);
+                    let left = judge(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
+                    assert!(!left || no_unnamed || replaces, "{name}: power cut before change {number}");
+                    cuts += 1;
+                }
+            }
+            let mut left = 0;
+            for step in 1..=steps {
+                let host = begin();
+                host.stop_at(host.counts().steps + step);
+                let _ = make(&host, Path::new(FOLDER));
+                let after = host.kill(&mut random);
+                left += usize::from(judge(&after, &wanted, replaces, &format!("{name}: killed at step {step}")));
+            }
+            // To replace a file, the whole copy has a temporary name between two calls.
+            assert!(no_unnamed || left <= usize::from(replaces), "{name}: {left} times a name was left");
+            for step in 1..=steps {
+                let host = begin();
+                let fail = vec![(host.counts().steps + step, Fault::Io)];
+                host.set_faults(FaultPlan { no_unnamed, fail, ..FaultPlan::default() });
+                let outcome = make(&host, Path::new(FOLDER));
+                let when = format!("{name}: step {step} failed: {outcome:?}");
+                assert!(!judge(&host, &wanted, replaces, &when) || no_unnamed, "{when}");
+            }
+            println!("{name}, no_unnamed {no_unnamed}: {steps} steps, {cuts} power cuts, a name left by {left} kills");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! The time of a parent's file: what leaves its disk as it was puts the time back, and what changes the disk does not;
+//! who opens a child of a changed parent is warned.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use diffdisk::chain::{Chain, Policy, Use};
+use diffdisk::image::Keep;
+use diffdisk::ops;
+use diffdisk::ops::merge::Merge;
+use diffdisk::storage::sim::SimHost;
+use diffdisk::storage::{Access, Env, Modified};
+
+use crate::common::daemon::Daemon;
+use crate::common::tool::{Finished, diffdisk, scratch};
+use crate::scene::{Fill, Scene};
+
+const A: Fill<'static> = Fill::Tag("A");
+const SMALL: u32 = 4096;
+
+fn time(env: &dyn Env, path: &Path) -> Modified {
+    env.open(path, Access::Read).expect("a file").stat().expect("its state").last_change()
+}
+
+/// The kinds of what `check --chain` notes.
+fn notes(scene: &Scene<'_>, name: &str) -> Vec<&'static str> {
+    let policy = Policy::default();
+    let report = ops::check::check(scene.env, &scene.path(name), Some(&policy), &[], &mut |_| Ok(()));
+    report.expect("a check").notes.iter().map(|note| note.kind).collect()
+}
+
+fn chain(host: &SimHost) -> Scene<'_> {
+    let scene = Scene::new(host, Path::new("/d"));
+    scene.dynamic("r.vhd", SMALL, 400);
+    scene.write("r.vhd", &[(0, 60, A), (150, 200, Fill::Zeros)]);
+    scene.child("p.vhd", "r.vhd", SMALL);
+    scene.write("p.vhd", &[(10, 100, A), (160, 170, Fill::Zeros), (200, 210, A)]);
+    scene.child("c.vhd", "p.vhd", SMALL);
+    scene.write("c.vhd", &[(20, 30, Fill::Tag("C"))]);
+    scene.child("g.vhd", "c.vhd", SMALL);
+    scene
+}
+
+type Verb = fn(&dyn Env, &Path);
+
+#[test]
+fn what_leaves_the_disk_as_it_was_puts_the_time_back() {
+    let verbs: [(&str, Verb); 8] = [
+        ("compact", |env, path| {
+            ops::compact::compact(env, path, &Policy::default(), &mut |_| Ok(())).expect("compact");
+        }),
+        ("grow", |env, path| {
+            ops::resize::resize(env, path, 500 * 512, false, &Policy::default(), &mut |_| Ok(())).expect("resize");
+        }),
+        ("shrink", |env, path| {
+            ops::resize::resize(env, path, 300 * 512, true, &Policy::default(), &mut |_| Ok(())).expect("resize");
+        }),
+        ("refused shrink", |env, path| {
+            ops::resize::resize(env, path, 512, true, &Policy::default(), &mut |_| Ok(())).expect_err("data is lost");
+        }),
+        ("flatten", |env, path| {
+            ops::flatten::flatten(env, path, None, &Policy::default(), &mut |_| Ok(())).expect("flatten");
+        }),
+        ("rebase", |env, path| {
+            let other = path.with_file_name("other.vhd");
+            ops::rebase::rebase(env, path, &other, false, &Policy::default(), &mut |_| Ok(())).expect("rebase");
+        }),
+        ("rebase to the same parent", |env, path| {
+            let same = path.with_file_name("r.vhd");
+            let done = ops::rebase::rebase(env, path, &same, true, &Policy::default(), &mut |_| Ok(()));
+            assert!(done.expect("rebase").same_parent);
+        }),
+        ("repair", |env, path| {
+            let file = env.open(path, Access::Write).expect("a file");
+            let before = file.stat().expect("its state").last_change();
+            file.write_at(&[0; 512], 0).expect("the copy of the footer goes");
+            file.set_modified(before).expect("its time");
+            let report = ops::check::repair(env, path, None, &[], None, &mut |_| Ok(())).expect("repair");
+            assert!(!report.repaired.is_empty());
+        }),
+    ];
+    for (name, verb) in verbs {
+        let host = SimHost::new(1);
+        let scene = chain(&host);
+        scene.dynamic("other.vhd", SMALL, 400);
+        let path = scene.path("p.vhd");
+        let before = time(&host, &path);
+        verb(&host, &path);
+        assert_eq!(time(&host, &path), before, "{name}");
+        // Also after a power cut.
+        assert_eq!(time(&host.crash_with(&|_| true), &path), before, "{name}");
+        assert!(!notes(&scene, "g.vhd").contains(&"parent-changed"), "{name}");
+    }
+}
+
+#[test]
+fn what_changes_the_disk_moves_the_time_on() {
+    let host = SimHost::new(1);
+    let scene = chain(&host);
+    let path = scene.path("p.vhd");
+    let before = time(&host, &path);
+    let version = Chain::open(&host, &path, &Policy::default(), Use::Write).unwrap();
+    let version = version.into_writable(&host, &Keep::Nothing).unwrap();
+    version.top().unwrap().image.trim().unwrap();
+    drop(version);
+    assert_eq!(time(&host, &path), before, "an open without a write");
+    assert_eq!(notes(&scene, "c.vhd"), [""; 0]);
+    // The clock of this host stands still: within the same second.
+    scene.write("p.vhd", &[(10, 11, Fill::Tag("new"))]);
+    assert!(time(&host, &path).seconds > before.seconds);
+    assert_eq!(notes(&scene, "c.vhd"), ["parent-changed"]);
+    assert!(time(&host.crash_with(&|_| false), &path).seconds > before.seconds, "durably");
+    let e = Merge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
+    assert!(e.line().contains("--changed-parent") && e.path() == Some(&path), "{}", e.line());
+    // A link to another parent is a change of the disk, too.
+    scene.dynamic("other.vhd", SMALL, 400);
+    let before = time(&host, &path);
+    let other = scene.path("other.vhd");
+    ops::rebase::rebase(&host, &path, &other, true, &Policy::default(), &mut |_| Ok(())).expect("rebase");
+    assert!(time(&host, &path).seconds > before.seconds);
+}
+
+#[test]
+fn after_a_merge_no_child_calls_its_parent_changed() {
+    for (child, into) in [("c.vhd", None), ("p.vhd", None), ("c.vhd", Some("r.vhd"))] {
+        let host = SimHost::new(1);
+        let scene = chain(&host);
+        scene.child("gg.vhd", "g.vhd", SMALL);
+        let (path, into) = (scene.path(child), into.map(|into| scene.path(into)));
+        let merge = Merge::prepare(&host, &path, into.as_deref(), false, &Policy::default()).expect("a merge");
+        let merged = merge.run(&mut |_| Ok(())).expect("done");
+        assert_eq!(merged.relinked.len(), 1);
+        assert_eq!(notes(&scene, "gg.vhd"), [""; 0], "{child} into {into:?}");
+    }
+}
+
+fn created(folder: &Path) -> (PathBuf, PathBuf) {
+    let (parent, child) = (folder.join("parent.vhd"), folder.join("child.vhd"));
+    diffdisk(["create".into(), parent.clone(), "--size=8M".into()]).ok();
+    diffdisk(["create".into(), child.clone(), "--parent".into(), parent.clone()]).ok();
+    (parent, child)
+}
+
+fn set_time(path: &Path, time: SystemTime) {
+    fs::File::options().write(true).open(path).and_then(|file| file.set_modified(time)).expect("its time");
+}
+
+#[test]
+fn a_daemon_without_a_write_leaves_the_time() {
+    let folder = scratch("time");
+    let (parent, child) = created(folder.path());
+    let before = fs::metadata(&parent).unwrap().modified().unwrap();
+    Daemon::start(&parent, &["--allow-writable-parent", "--num-queues=2"]).stop();
+    assert_eq!(fs::metadata(&parent).unwrap().modified().unwrap(), before);
+    let daemon = Daemon::start(&child, &[]);
+    assert!(!daemon.log().contains("written to"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
+fn every_open_warns_once_of_a_changed_parent() {
+    let folder = scratch("time");
+    let (parent, child) = created(folder.path());
+    let other = folder.path().join("other.vhd");
+    diffdisk(["create".into(), other.clone(), "--size=8M".into()]).ok();
+    let recorded = fs::metadata(&parent).unwrap().modified().unwrap();
+    let names = |done: &Finished| done.stderr.matches("parent.vhd: it was written to").count();
+    let read = [
+        vec!["map".into(), child.clone()],
+        vec!["diff".into(), child.clone()],
+        vec!["info".into(), child.clone(), "--chain".into()],
+        vec!["compare".into(), child.clone(), child.clone()],
+        vec!["convert".into(), child.clone(), folder.path().join("out"), "--to=raw".into(), "--force".into()],
+        vec!["create".into(), folder.path().join("g.vhd"), "--parent".into(), child.clone()],
+    ];
+    for args in &read[..5] {
+        assert_eq!(names(&diffdisk(args).ok()), 0, "{args:?}");
+    }
+    set_time(&parent, recorded + Duration::from_secs(2));
+    for args in &read {
+        assert_eq!(names(&diffdisk(args).ok()), 1, "{args:?}");
+    }
+    fs::remove_file(folder.path().join("g.vhd")).unwrap();
+    let daemon = Daemon::start(&child, &[]);
+    assert_eq!(daemon.log().matches("parent.vhd: it was written to").count(), 1, "{}", daemon.log());
+    daemon.stop();
+    let refused = diffdisk(["merge".into(), child.clone()]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("--changed-parent"), "{refused:?}");
+    // The time is recorded again, and no bytes are copied.
+    let done = diffdisk(["rebase".into(), child.clone(), "--unsafe".into(), "--parent".into(), parent.clone()]).ok();
+    assert!(String::from_utf8_lossy(&done.stdout).contains("the time of that file is recorded again"), "{done:?}");
+    assert_eq!(names(&diffdisk(&read[0]).ok()), 0);
+    set_time(&parent, recorded + Duration::from_secs(9));
+    diffdisk(["merge".into(), child.clone(), "--changed-parent".into()]).ok();
+    assert!(!child.exists());
+}

@@ -1,0 +1,316 @@
+//! Copies that were interrupted: small images of every kind, cut off at every 512 bytes and inside sectors. Each verb, and
+//! each open that serves a disk, reads what the guest wrote or refuses; no repair makes other bytes visible.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diffdisk::chain::{Chain, Policy, Use};
+use diffdisk::disk::{self, DiskOptions};
+use diffdisk::image::Keep;
+use diffdisk::ops::create::{Child, Locators};
+use diffdisk::ops::{self, convert, salvage};
+use diffdisk::storage::host::Host;
+use diffdisk::units::SECTOR;
+
+use crate::common::pattern;
+use crate::common::tool::{alone, scratch};
+use crate::common::vhd_bytes::{Spec, VhdFile, id};
+use crate::scene::{Fill, Scene};
+
+const DISK: u64 = 6 * 4096 + 1024;
+const PARENT: &str = "parent.vhd";
+
+/// The files of a chain, and the file of it that is cut.
+struct Case {
+    name: &'static str,
+    /// Youngest first.
+    files: &'static [&'static str],
+    cut: &'static str,
+    make: fn(&Path),
+}
+
+/// What came of all cuts.
+#[derive(Default, Debug)]
+struct Figures {
+    cuts: u32,
+    read: u32,
+    refused: u32,
+    lost: u32,
+    repaired: u32,
+    salvaged: u32,
+    verbs_done: u32,
+    verbs_refused: u32,
+}
+
+fn root(folder: &Path) {
+    VhdFile::create(&folder.join("disk.vhd"), Spec::dynamic(DISK, 4096).with_blocks(&[2, 0, 6, 3]));
+}
+
+/// Bits of the blocks in file order, as XenServer sets them: one for each sector that was written.
+fn sparse_bits(vhd: &VhdFile, bits: &[u8]) {
+    for (place, bits) in bits.iter().enumerate() {
+        let at = vhd.blocks_at + place as u64 * vhd.stride();
+        vhd.put(at, &[*bits]);
+        // What is absent is zero.
+        for sector in (0..8).filter(|sector| bits & (0x80 >> sector) == 0) {
+            vhd.put(at + 512 + sector * 512, &[0; 512]);
+        }
+    }
+}
+
+fn sparse_root(folder: &Path) {
+    let vhd = VhdFile::create(&folder.join("disk.vhd"), Spec::dynamic(DISK, 4096).with_blocks(&[2, 0, 3]));
+    sparse_bits(&vhd, &[0xF0, 0x01, 0xC0]);
+}
+
+fn parent(folder: &Path) {
+    let spec = Spec { tag: "OLD".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[0, 1, 2, 3, 5]);
+    VhdFile::create(&folder.join(PARENT), spec.with_uuid(id(7)));
+}
+
+fn child(folder: &Path) {
+    parent(folder);
+    let spec = Spec::child(DISK, 4096, id(7), PARENT).with_blocks(&[2, 0, 6, 3]);
+    sparse_bits(&VhdFile::create(&folder.join("disk.vhd"), spec), &[0xF0, 0x81, 0xC0, 0x60]);
+}
+
+fn full_child(folder: &Path) {
+    parent(folder);
+    VhdFile::create(&folder.join("disk.vhd"), Spec::child(DISK, 4096, id(7), PARENT).with_blocks(&[3, 1]));
+}
+
+fn fixed(folder: &Path) {
+    VhdFile::create(&folder.join("disk.vhd"), Spec::fixed(DISK));
+}
+
+/// As our own writer leaves it.
+fn ours(folder: &Path) {
+    let scene = Scene::new(&Host, folder);
+    scene.dynamic(PARENT, 4096, DISK / SECTOR);
+    scene.write(PARENT, &[(0, 30, Fill::Tag("OLD"))]);
+    scene.child("disk.vhd", PARENT, 4096);
+    scene.write("disk.vhd", &[(3, 5, Fill::Tag("NEW")), (20, 41, Fill::Tag("NEW")), (9, 10, Fill::Zeros)]);
+}
+
+const CASES: &[Case] = &[
+    Case { name: "fixed", files: &["disk.vhd"], cut: "disk.vhd", make: fixed },
+    Case { name: "dynamic", files: &["disk.vhd"], cut: "disk.vhd", make: root },
+    Case { name: "dynamic, bits by the sector", files: &["disk.vhd"], cut: "disk.vhd", make: sparse_root },
+    Case { name: "child", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: child },
+    Case { name: "child of whole blocks", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: full_child },
+    Case { name: "child of a parent that is cut", files: &["disk.vhd", PARENT], cut: PARENT, make: child },
+    Case { name: "child by our writer", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: ours },
+];
+
+fn seen(folder: &Path) -> Option<Vec<u8>> {
+    Scene::new(&Host, folder).seen("disk.vhd").ok()
+}
+
+/// The files of a case, the one of them cut to `len` bytes.
+fn cut_copy(case: &Case, whole: &Path, to: &Path, len: u64) {
+    if to.exists() {
+        fs::remove_dir_all(to).expect("it goes");
+    }
+    fs::create_dir(to).expect("a folder");
+    for name in case.files {
+        fs::copy(whole.join(name), to.join(name)).expect("a copy");
+    }
+    let file = fs::File::options().write(true).open(to.join(case.cut)).expect("it opens");
+    file.set_len(len).expect("it is cut");
+}
+
+/// A verb on the image in a folder; true where it was done. Returns the image that shows the disk then.
+type Verb = fn(&Path) -> diffdisk::error::Result<PathBuf>;
+
+const VERBS: &[(&str, Verb)] = &[
+    ("serve", |folder| {
+        let options = DiskOptions::new(folder.join("disk.vhd"));
+        drop(disk::Disk::open(Arc::new(Host), &options)?);
+        Ok(folder.join("disk.vhd"))
+    }),
+    ("serve read-only", |folder| {
+        let options = DiskOptions { read_only: true, ..DiskOptions::new(folder.join("disk.vhd")) };
+        drop(disk::Disk::open(Arc::new(Host), &options)?);
+        Ok(folder.join("disk.vhd"))
+    }),
+    ("open to write", |folder| {
+        let path = folder.join("disk.vhd");
+        drop(Chain::open(&Host, &path, &Policy::default(), Use::Write)?.into_writable(&Host, &Keep::Nothing)?);
+        Ok(path)
+    }),
+    ("map", |folder| {
+        ops::map::map(&Host, &folder.join("disk.vhd"), &Policy::default(), |_| Ok(()))?;
+        Ok(folder.join("disk.vhd"))
+    }),
+    ("create", |folder| {
+        let (parent, path) = (folder.join("disk.vhd"), folder.join("new.vhd"));
+        let spec = Child { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both };
+        ops::create::child(&Host, &path, &spec, &Policy::default())?;
+        Ok(path)
+    }),
+    ("convert", |folder| {
+        let path = folder.join("disk.vhd");
+        let disk = ops::Disk::open(&Host, &path, ops::Format::Vhd, &Policy::default())?;
+        let new = folder.join("new.vhd");
+        let how = convert::Conversion { to: convert::To::Fixed, align: 1, replace: false, uuid: None };
+        convert::convert(&Host, &disk, &new, &how, &mut |_| Ok(()))?;
+        Ok(new)
+    }),
+    ("flatten", |folder| {
+        let path = folder.join("disk.vhd");
+        ops::flatten::flatten(&Host, &path, None, &Policy::default(), &mut |_| Ok(()))?;
+        Ok(path)
+    }),
+    ("rebase", |folder| {
+        let (path, new) = (folder.join("disk.vhd"), folder.join("other.vhd"));
+        VhdFile::create(
+            &new,
+            Spec { tag: "OTHER".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[1]).with_uuid(id(9)),
+        );
+        ops::rebase::rebase(&Host, &path, &new, false, &Policy::default(), &mut |_| Ok(()))?;
+        Ok(path)
+    }),
+    ("resize", |folder| {
+        let path = folder.join("disk.vhd");
+        ops::resize::resize(&Host, &path, DISK + 9 * 4096, false, &Policy::default(), &mut |_| Ok(()))?;
+        Ok(path)
+    }),
+    ("compact", |folder| {
+        let path = folder.join("disk.vhd");
+        ops::compact::compact(&Host, &path, &Policy::default(), &mut |_| Ok(()))?;
+        Ok(path)
+    }),
+    ("merge", |folder| {
+        let path = folder.join("disk.vhd");
+        let merge = ops::merge::Merge::prepare(&Host, &path, None, false, &Policy::default())?;
+        merge.run(&mut |_| Ok(()))?;
+        Ok(folder.join(PARENT))
+    }),
+];
+
+fn check(folder: &Path, chain: bool) -> ops::check::Report {
+    let policy = Policy::default();
+    let parents = chain.then_some(&policy);
+    ops::check::check(&Host, &folder.join("disk.vhd"), parents, &[], &mut |_| Ok(())).expect("a check")
+}
+
+fn repair(folder: &Path) -> ops::check::Report {
+    let (path, policy) = (folder.join("disk.vhd"), Policy::default());
+    ops::check::repair(&Host, &path, Some(&policy), &[], None, &mut |_| Ok(())).expect("a repair")
+}
+
+/// Reads what is left: every sector that is not given up is right, and what is given up is zero.
+fn salvaged(folder: &Path, want: &[u8], what: &str) -> bool {
+    let before = fs::read(folder.join("disk.vhd")).expect("a file");
+    let Ok((disk, given_up)) = salvage::open(&Host, &folder.join("disk.vhd"), &Policy::default()) else { return false };
+    let mut want = want.to_vec();
+    for run in &given_up {
+        let range = usize::try_from(run.start).expect("small")..usize::try_from(run.start + run.length).expect("small");
+        want[range].fill(0);
+    }
+    let mut bytes = Vec::new();
+    convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
+    pattern::assert_same(&format!("{what}: salvaged"), &bytes, &want);
+    assert!(fs::read(folder.join("disk.vhd")).expect("a file") == before, "{what}: a salvage wrote to its source");
+    true
+}
+
+fn sweep(case: &Case, figures: &mut Figures) {
+    let scratch = scratch("truncation");
+    let (whole, copy) = (scratch.path().join("whole"), scratch.path().join("copy"));
+    fs::create_dir(&whole).expect("a folder");
+    (case.make)(&whole);
+    let want = seen(&whole).expect("the whole image is readable");
+    let len = fs::metadata(whole.join(case.cut)).expect("it is there").len();
+    for cut in (0..len).step_by(512).chain([len - 1, len - 511, len - 700, len - 5000]) {
+        let what = format!("{}, {cut} of {len} bytes", case.name);
+        cut_copy(case, &whole, &copy, cut);
+        figures.cuts += 1;
+        let report = check(&copy, true);
+        // A footer that lost its last byte is one as written before 2004.
+        assert!(!report.ok, "{what}: nothing is said");
+        let readable = match seen(&copy) {
+            Some(bytes) => {
+                pattern::assert_same(&what, &bytes, &want);
+                assert!(report.lost.is_empty(), "{what}: it is read, and {:?} are lost", report.lost);
+                figures.read += 1;
+                true
+            }
+            None => {
+                figures.refused += 1;
+                false
+            }
+        };
+        figures.lost += u32::from(!report.lost.is_empty());
+        if salvaged(&copy, &want, &what) {
+            figures.salvaged += 1;
+        } else {
+            assert!(!readable && report.lost.is_empty(), "{what}: what is left cannot be read");
+        }
+        let mended = repair(&copy);
+        assert_eq!(mended.lost, report.lost, "{what}: what is lost stays lost");
+        assert_eq!(mended.corruptions > 0, !readable, "{what}: {:?}", mended.defects);
+        match seen(&copy) {
+            Some(bytes) => pattern::assert_same(&format!("{what}: repaired"), &bytes, &want),
+            None => assert!(!readable && !mended.ok, "{what}: no defects, and it does not open"),
+        }
+        figures.repaired += u32::from(mended.ok);
+        for (name, verb) in VERBS {
+            cut_copy(case, &whole, &copy, cut);
+            match verb(&copy) {
+                Ok(path) => {
+                    let what = format!("{what}: {name}");
+                    assert!(readable, "{what}: done on an image that is not readable");
+                    let policy = Policy::default();
+                    let disk = ops::Disk::open(&Host, &path, ops::Format::Vhd, &policy).expect("the result opens");
+                    let mut bytes = Vec::new();
+                    convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
+                    let rest = bytes.split_off(want.len());
+                    assert!(rest.iter().all(|byte| *byte == 0), "{what}: what was added is not zero");
+                    pattern::assert_same(&what, &bytes, &want);
+                    figures.verbs_done += 1;
+                }
+                // Of a root there is nothing to merge, and of a fixed image nothing to compact.
+                Err(_) => figures.verbs_refused += 1,
+            }
+        }
+    }
+}
+
+#[test]
+fn a_copy_that_was_cut_off_is_read_right_or_refused() {
+    let _alone = alone();
+    for case in CASES {
+        let mut figures = Figures::default();
+        sweep(case, &mut figures);
+        println!("{}: {figures:?}", case.name);
+        assert!(figures.cuts > 30 && figures.refused > 15, "{figures:?}");
+        // Only of a fixed image nothing is left without its footer.
+        assert_eq!(figures.salvaged > 20, case.name != "fixed", "{figures:?}");
+        assert!(figures.verbs_done > 0, "{figures:?}");
+    }
+}
+
+#[test]
+fn a_lost_sector_is_never_the_parents_old_data() {
+    let _alone = alone();
+    let scratch = scratch("truncation");
+    child(scratch.path());
+    let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");
+    // The last block (3) goes, and all but its first sector of the one before (6: two sectors are marked).
+    let len = file.metadata().expect("its length").len();
+    file.set_len(len - 512 - 4608 - 4096 + 512).expect("it is cut");
+    let report = check(scratch.path(), false);
+    let lost: Vec<(u64, u64)> = report.lost.iter().map(|run| (run.start / SECTOR, run.length / SECTOR)).collect();
+    assert_eq!(lost, [(24, 8), (49, 1)]);
+    let (disk, given_up) =
+        salvage::open(&Host, &scratch.path().join("disk.vhd"), &Policy::default()).expect("it opens");
+    assert_eq!(given_up.iter().map(|run| (run.start / SECTOR, run.length / SECTOR)).collect::<Vec<_>>(), lost);
+    let mut bytes = Vec::new();
+    convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
+    let sector = |number: usize| &bytes[number * 512..][..512];
+    assert!((24..32).all(|number| sector(number) == [0; 512]), "zeros, not OLD");
+    assert_eq!(sector(48), &pattern::sectors("C", 48, 1)[..]);
+    assert_eq!(sector(40), &pattern::sectors("OLD", 40, 1)[..], "what the child never had is the parent's");
+}

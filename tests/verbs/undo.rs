@@ -1,0 +1,121 @@
+//! `check --undo`, killed at every point and called again: the image is byte by byte what it was before the repair.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::tool::{diffdisk, scratch};
+use crate::common::vhd_bytes::{Spec, VhdFile};
+use crate::points;
+
+/// A broken image; repaired; and its undo file.
+struct Repaired {
+    path: PathBuf,
+    broken: Vec<u8>,
+    mended: Vec<u8>,
+    undo: PathBuf,
+    kept: Vec<u8>,
+}
+
+fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
+    let spec = Spec::dynamic(64 << 10, 4096).with_entries(200).with_blocks(&[3, 1, 2]);
+    let vhd = VhdFile::create(&folder.join(name), spec);
+    break_it(&vhd);
+    let broken = fs::read(&vhd.path).expect("the image");
+    diffdisk(["check", vhd.path.to_str().expect("text"), "--repair"]).ok();
+    let files = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let is_undo = |path: &PathBuf| {
+        path.extension().is_some_and(|e| e == "undo") && path.display().to_string().contains(&format!("/{name}."))
+    };
+    let undo = files.into_iter().find(is_undo).expect("an undo file");
+    let (mended, kept) = (fs::read(&vhd.path).expect("the image"), fs::read(&undo).expect("what was kept"));
+    Repaired { path: vhd.path, broken, mended, undo, kept }
+}
+
+/// The footer at the start is wrong, entries are 0, a block lies behind the end of the disk, and space at the end leaks.
+fn much(vhd: &VhdFile) {
+    vhd.entry(5, 0).entry(130, 0);
+    let footer = fs::read(&vhd.path).expect("the image").split_off(usize::try_from(vhd.footer_at).expect("small"));
+    vhd.put(vhd.footer_at, &vec![0xAB; 40_000]);
+    let behind = (vhd.footer_at + 8192).next_multiple_of(512);
+    vhd.entry(150, u32::try_from(behind / 512).expect("a place"));
+    vhd.put((vhd.footer_at + 40_000).next_multiple_of(512), &footer);
+    vhd.put(100, b"x");
+}
+
+/// The footer at the end is missing.
+fn tail(vhd: &VhdFile) {
+    vhd.entry(7, 0).set_len(vhd.footer_at);
+}
+
+#[test]
+fn an_undo_leads_back_wherever_it_was_ended() {
+    let mut kills = 0;
+    for break_it in [much as fn(&VhdFile), tail] {
+        let scratch = scratch("undo");
+        let made = repaired(scratch.path(), "disk.vhd", break_it);
+        let args = || ["check", made.path.to_str().expect("text"), "--undo", made.undo.to_str().expect("text")];
+        assert!(made.broken != made.mended);
+        for point in points::of("undo") {
+            for count in 1.. {
+                fs::write(&made.path, &made.mended).expect("it is written");
+                fs::write(&made.undo, &made.kept).expect("it is written");
+                let killed = points::killed(&point, count, args());
+                if killed && point != "undo.done" {
+                    let again = diffdisk(args());
+                    assert_eq!(again.code, Some(0), "{point}:{count}: {}", again.stderr);
+                }
+                assert!(fs::read(&made.path).expect("the image") == made.broken, "{point}:{count}: other bytes");
+                let twice = diffdisk(args());
+                assert!(twice.code == Some(1) && twice.stderr.contains("applied already"), "{}", twice.stderr);
+                kills += u32::from(killed);
+                if !killed {
+                    break;
+                }
+            }
+        }
+    }
+    println!("{kills} kills");
+    assert!(kills > 8, "{kills} kills");
+}
+
+#[test]
+fn an_undo_is_refused_where_it_does_not_fit() {
+    let scratch = scratch("undo");
+    let made = repaired(scratch.path(), "disk.vhd", much);
+    let refused = |image: &Path, undo: &Path, why: &str| {
+        let before = fs::read(image).expect("the image");
+        let done = diffdisk(["check".as_ref(), image, "--undo".as_ref(), undo]);
+        assert!(done.code == Some(1) && done.stderr.contains(why), "{why}: {}", done.stderr);
+        assert!(fs::read(image).expect("the image") == before, "{why}: the image was changed");
+    };
+    // Another image.
+    let other = VhdFile::create(&scratch.path().join("other.vhd"), Spec::fixed(4096).with_uuid([9; 16]));
+    refused(&other.path, &made.undo, "another image");
+    refused(&made.path, &other.path, "not an undo file");
+    // A change since: an entry; a byte where space was given back; the length.
+    let image = fs::File::options().write(true).open(&made.path).expect("it opens");
+    let put =
+        |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&image, bytes, at).expect("it is written");
+    for (at, byte) in [(1536 + 4 * 150, 0), (100, b'y'), (made.mended.len() as u64, 1)] {
+        put(at, &[byte]);
+        refused(&made.path, &made.undo, "changed since");
+        fs::write(&made.path, &made.mended).expect("it is written");
+    }
+    // Begun, and the image changed meanwhile.
+    let mut kept = made.kept.clone();
+    kept[48..56].copy_from_slice(&2_u64.to_be_bytes());
+    fs::write(&made.undo, &kept).expect("it is written");
+    put(100, b"y");
+    refused(&made.path, &made.undo, "changed since");
+    fs::write(&made.path, &made.mended).expect("it is written");
+    // Not finished, and no pieces where they should be.
+    kept[48..56].fill(0);
+    fs::write(&made.undo, &kept).expect("it is written");
+    refused(&made.path, &made.undo, "not finished");
+    for (at, number) in [(24, u64::MAX), (72, u64::MAX), (24, 513), (520, u64::MAX), (512, u64::MAX)] {
+        let mut kept = made.kept.clone();
+        kept[at..at + 8].copy_from_slice(&number.to_be_bytes());
+        fs::write(&made.undo, &kept).expect("it is written");
+        refused(&made.path, &made.undo, "undo file");
+    }
+}

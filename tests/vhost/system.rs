@@ -1,0 +1,110 @@
+//! What the machine decides: its configuration, and the runtime folders it has. Each test has mounts of its own, which needs
+//! root.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use assert_cmd::cargo::cargo_bin;
+
+/// Runs a shell script in a mount namespace of its own, in `dir`; `None` without root.
+fn alone(dir: &Path, script: &str) -> Option<Output> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return None;
+    }
+    let tool = cargo_bin!("diffdisk").parent().unwrap();
+    let script = format!("set -eu; PATH={}:$PATH; {script}", tool.display());
+    let mut command = Command::new("unshare");
+    Some(command.args(["--mount", "sh", "-c", &script]).current_dir(dir).output().unwrap())
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
+}
+
+/// Starts the daemon with a writable disk, waits until it serves or has ended, ends it, and prints what it logged.
+const SERVE: &str = "diffdisk create a.vhd --size 8M --quiet --no-system-config; \
+    diffdiskd --no-system-config --blk-file=a.vhd --socket-path=a.sock 2>log & daemon=$!; \
+    while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
+    kill $daemon 2>/dev/null || true; wait $daemon && echo ended well || echo failed; cat log";
+
+#[test]
+fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
+    let small = "mount -t tmpfs -o size=64k small /run";
+    let read_only = "mount -t tmpfs -o ro none /run";
+    let taken = "mount -t tmpfs mine /run; mkdir /run/diffdisk; chown 1234 /run/diffdisk";
+    let taken_too = "mkdir /dev/shm/diffdisk-0; chown 1234 /dev/shm/diffdisk-0";
+    for (run, shm, folder, why) in [
+        (small, "true", "/dev/shm/diffdisk-0", "are free"),
+        (read_only, "true", "/dev/shm/diffdisk-0", "/run/diffdisk"),
+        (taken, "true", "/dev/shm/diffdisk-0", "belongs to user 1234"),
+        (taken, taken_too, "none", "belongs to user 1234"),
+    ] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let script = format!("{run}; mount -t tmpfs shm /dev/shm; {shm}; {SERVE}");
+        let Some(output) = alone(dir.path(), &script) else { return };
+        let said = said(&output);
+        assert!(said.contains("ended well"), "{run}: {said}");
+        assert!(said.contains(&format!("runtime folder {folder}, ")), "{run}: {said}");
+        assert_eq!(said.matches("WARN").count(), 1, "{run}: {said}");
+        assert!(said.lines().find(|line| line.contains("WARN")).unwrap().contains(why), "{run}: {said}");
+    }
+}
+
+#[test]
+fn an_explicit_runtime_folder_is_used_or_refused() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = format!(
+        "mount -t tmpfs -o ro none /run; {}",
+        SERVE.replace("diffdiskd ", "diffdiskd --runtime-dir=/run/diffdisk ")
+    );
+    let Some(output) = alone(dir.path(), &script) else { return };
+    assert!(said(&output).contains("failed") && said(&output).contains("/run/diffdisk"), "{}", said(&output));
+}
+
+#[test]
+fn the_configuration_of_the_machine() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for folder in ["etc/diffdisk", "images", "vms"] {
+        fs::create_dir_all(path(folder)).unwrap();
+    }
+    let config = format!("allow-parents = [{:?}]\n", path("images"));
+    let with = |config: &str, command: &str| {
+        fs::write(path("etc/diffdisk/diffdisk.toml"), config).unwrap();
+        let output = alone(dir.path(), &format!("mount --bind etc /etc; {command}"))?;
+        Some((output.status.code(), said(&output)))
+    };
+    let make = "diffdisk create images/root.vhd --size 8M; diffdisk create vms/a.vhd --parent images/root.vhd";
+    let Some((code, told)) = with("", make) else { return };
+    assert_eq!(code, Some(0), "{told}");
+    let hint = format!("so it can be opened only with --allow-parents {}", path("images").display());
+    assert!(told.contains(&hint), "{told}");
+    let (_, told) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
+    assert!(!told.contains("warn"), "a folder that is allowed needs no option: {told}");
+    let info = "diffdisk info vms/a.vhd --chain";
+    let serve = "diffdiskd --blk-file=vms/a.vhd --socket-path=a.sock 2>log & daemon=$!; \
+        while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
+        kill $daemon 2>/dev/null || true; wait $daemon || { cat log; exit 1; }";
+    for command in [info, serve] {
+        let (code, told) = with("", command).unwrap();
+        let is_missed = told.contains("not below an allowed folder");
+        assert!(is_missed && (code == Some(1) || command == info), "{command}: the parent lies elsewhere: {told}");
+        let (code, told) = with(&config, command).unwrap();
+        assert_eq!(code, Some(0), "{command}: {told}");
+        let (code, told) = with("colour = 1\n", command).unwrap();
+        assert!(code == Some(1) && told.contains("/etc/diffdisk/diffdisk.toml") && told.contains("colour"), "{told}");
+        let writable = format!("chmod g+w /etc/diffdisk/diffdisk.toml; {command}");
+        let (code, told) = with(&config, &writable).unwrap();
+        fs::remove_file(path("etc/diffdisk/diffdisk.toml")).unwrap();
+        assert!(code == Some(1) && told.contains("write to it"), "{told}");
+    }
+    let without = format!("{info} --no-system-config");
+    assert!(with(&config, &without).unwrap().1.contains("not below an allowed folder"));
+    let of_the_disk = serve.replace(
+        "--blk-file=vms/a.vhd --socket-path=a.sock",
+        "--disk path=vms/a.vhd,socket=a.sock,allow-parents=images",
+    );
+    assert_eq!(with("", &of_the_disk).unwrap().0, Some(0));
+}
