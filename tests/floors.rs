@@ -41,7 +41,7 @@ const HOMES: &[(&str, &[&str])] = &[
 /// Files where `unsafe` is at home: memory that others share, calls into the kernel, descriptors by number, and tests
 /// that play the guest.
 const UNSAFE: &[&str] = &[
-    "cli/adopt.rs",
+    "cli/inherited.rs",
     "device/guest.rs",
     "device/turns.rs",
     "storage/blocking.rs",

@@ -12,6 +12,7 @@ use std::thread;
 use clap::Parser;
 use log::{error, info, warn};
 
+use super::inherited::Inherited;
 use super::serve_args::Args;
 use super::start::Ready;
 use super::system_config::SystemConfig;
@@ -23,8 +24,8 @@ use crate::storage::host::Host;
 /// What QEMU's conventions for back-end programs ask to be told.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
-/// Runs the daemon with the arguments of the process.
-pub fn main() -> ExitCode {
+/// Runs the daemon with the arguments of the process, and the descriptors that were handed over.
+pub fn main(inherited: Inherited) -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
         println!("{CAPABILITIES}");
@@ -32,7 +33,7 @@ pub fn main() -> ExitCode {
     }
     log_to_stderr(&args.log_level);
     let host: Arc<dyn Env> = Arc::new(Host);
-    match serve(args, &host) {
+    match serve(args, inherited, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             super::complain("serve", &e);
@@ -53,10 +54,9 @@ fn log_to_stderr(level: &str) {
     std::panic::set_hook(Box::new(|panic| error!("a fault of our own: {panic}")));
 }
 
-fn serve(mut args: Args, host: &Arc<dyn Env>) -> Result<()> {
+fn serve(mut args: Args, inherited: Inherited, host: &Arc<dyn Env>) -> Result<()> {
     let disks = args.disks()?;
-    // File descriptors by number first: later the numbers may be our own.
-    let handed_over = handover::take(&disks)?;
+    let handed_over = handover::take(&disks, inherited)?;
     args.add(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
     // Signals before sockets: from the moment a front-end can connect, the daemon can be stopped in good order.

@@ -79,6 +79,7 @@ mod tests {
 
     use rustix::event::{EventfdFlags, eventfd};
     use rustix::fs::{MemfdFlags, memfd_create};
+    use zerocopy::IntoBytes;
 
     use super::*;
 
@@ -98,8 +99,8 @@ mod tests {
     fn only_event_counters_are_counters_and_they_do_not_block() {
         let mut counter = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         written_counter(&counter).unwrap();
-        counter.write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
-        let full = counter.write(&1u64.to_ne_bytes()).unwrap_err();
+        counter.write_all((u64::MAX - 1).as_bytes()).unwrap();
+        let full = counter.write(1u64.as_bytes()).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
         let (reader, writer) = io::pipe().unwrap();
         let (a, b) = UnixStream::pair().unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -141,7 +142,7 @@ fn a_transfer_of_very_many_runs_does_not_wait_between_its_parts() {
     assert!(front_end.set(SET_VRING_ADDR, &[[0u32, 0].as_bytes(), places.as_bytes()].concat(), &[]));
     assert!(front_end.set(SET_VRING_KICK, 0u64.as_bytes(), &[kick.as_fd()]));
     assert!(front_end.set(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]));
-    let put = |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&ram, bytes, at).unwrap();
+    let put = |at: u64, bytes: &[u8]| ram.write_all_at(bytes, at).unwrap();
     let mut slowest = Duration::ZERO;
     for round in 0..6u16 {
         let write = round % 2 == 0;
@@ -163,16 +164,16 @@ fn a_transfer_of_very_many_runs_does_not_wait_between_its_parts() {
         put(avail + 2, (round + 1).as_bytes());
         rustix::io::write(&kick, 1u64.as_bytes()).unwrap();
         loop {
-            let mut index = [0; 2];
-            std::os::unix::fs::FileExt::read_exact_at(&ram, &mut index, used + 2).unwrap();
-            if u16::from_ne_bytes(index) == round + 1 {
+            let mut index = 0u16;
+            ram.read_exact_at(index.as_mut_bytes(), used + 2).unwrap();
+            if index == round + 1 {
                 break;
             }
             assert!(begun.elapsed() < Duration::from_secs(30), "{}", daemon.log());
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut status = [0xff];
-        std::os::unix::fs::FileExt::read_exact_at(&ram, &mut status, header + 64).unwrap();
+        ram.read_exact_at(&mut status, header + 64).unwrap();
         assert_eq!(status, [0], "round {round}: {}", daemon.log());
         slowest = slowest.max(begun.elapsed());
     }

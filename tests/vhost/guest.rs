@@ -52,6 +52,7 @@ pub(crate) enum Ask {
 
 pub(crate) const ASKS: [Ask; 5] = [Ask::Read, Ask::Write, Ask::GetId, Ask::WriteZeroes, Ask::Indirect];
 
+#[derive(Debug)]
 pub(crate) struct ByHand {
     pub(crate) ram: File,
     pub(crate) kick: File,
@@ -175,8 +176,10 @@ impl ByHand {
 
     /// How many requests were answered.
     pub(crate) fn answered(&self) -> u16 {
-        let mut index = [0; 2];
-        self.ram.read_exact_at(&mut index, self.at(Part::Used) + 2).map_or(0, |()| u16::from_ne_bytes(index))
+        let mut index = 0u16;
+        // Zero if the page is gone.
+        let _ = self.ram.read_exact_at(index.as_mut_bytes(), self.at(Part::Used) + 2);
+        index
     }
 
     /// Waits until all requests are answered; false after some seconds.
