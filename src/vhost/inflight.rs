@@ -78,8 +78,9 @@ impl Region {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(|e| io::Error::other(format!("the in-flight region cannot be mapped: {e}")))?;
-        // SAFETY: a whole mapping of our own, at an offset that the kernel took as a multiple of the page, which `RecordMap` unmaps
-        // after it has dropped the guard. A record that meets zeros is given up as soon as `is_lost` is seen.
+        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
+        // took the offset. `RecordMap` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
+        // are reached as atomics only.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
         let guard = guard.ok_or_else(no_sigbus)?;
         Ok(Region {

@@ -86,16 +86,18 @@ impl MemoryTable {
         }
         let mapping =
             region.mmap_region(file).map_err(|e| io::Error::other(format!("{shown} cannot be mapped: {e}")))?;
-        // SAFETY: a whole mapping of our own, at an offset that the kernel took as a multiple of the page. It is unmapped when the
-        // last table or `SharedMemory` that has it is dropped, and each of these drops its guard first. The rings and requests
-        // that meet zeros are given up as soon as `is_lost` is seen.
-        let guard = unsafe { Guard::new(mapping.as_ptr(), mapping.size(), page) };
-        let guard = Arc::new(guard.ok_or_else(no_sigbus)?);
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| refuse(format!("{shown} ends beyond 2^64")))?;
+        let mapping = Arc::new(mapping);
+        let (start, len) = (mapping.get_mmap().as_ptr(), mapping.get_mmap().size());
+        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
+        // took the offset. Who holds the guard holds the mapping, too, and drops the guard first: this function, `Region` and
+        // `SharedMemory`. The guest changes these bytes at any time, so they are reached by raw pointers and atomics only.
+        let guard = unsafe { Guard::new(start, len, page) };
+        let guard = Arc::new(guard.ok_or_else(no_sigbus)?);
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|r| r.guest < guest);
-        regions.insert(at, Region { guest, size, user, guard, mapping: Arc::new(mapping) });
+        regions.insert(at, Region { guest, size, user, guard, mapping });
         Ok(MemoryTable { regions })
     }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags};
 use virtio_driver::{VirtioBlkConfig, VirtioBlkFeatureFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -56,7 +56,9 @@ impl Guest {
             }
             // The daemon has made it non-blocking.
             let counter = self.transport.get_completion_fd(queue);
-            poll(&mut [PollFd::new(&*counter, PollFlags::IN)], None).unwrap();
+            let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
+            let signalled = poll(&mut [PollFd::new(&*counter, PollFlags::IN)], Some(&patience)).unwrap();
+            assert!(signalled > 0, "a request has no answer");
             counter.read().unwrap();
         }
     }

@@ -111,9 +111,9 @@ fn only_memory_files_are_guest_memory() {
 /// A file whose file system does not answer any question.
 #[test]
 fn a_file_that_does_not_answer_is_refused_at_once() {
-    let Some(stuck) = StuckDisk::mount(vec![0; 0x10000]) else { return };
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
+    let Some(stuck) = StuckDisk::mount(vec![0; 0x10000]) else { return };
     let file = stuck.open();
     stuck.stop_answering();
     let begun = Instant::now();

@@ -23,14 +23,17 @@ use super::{MIB, event};
 /// What the log has of it.
 const LOST: &str = "a page of the guest's memory cannot be had";
 
-/// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`.
-fn two_disks(dir: &Path, options: &[&str]) -> Daemon {
+/// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`; and its runtime folder.
+fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, tempfile::TempDir) {
+    let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+    let journals = format!("--runtime-dir={}", runtime.path().display());
     let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));
     let mut tool = std::process::Command::new(cargo_bin!("diffdisk"));
     assert!(tool.arg("create").arg(&a).args(["--size", "64M", "--quiet"]).status().unwrap().success());
     image::make_fixed(&b, 4 * MIB);
     let disk = |path: &Path, name| format!("path={},socket={},queues=1", path.display(), dir.join(name).display());
-    Daemon::start_disks(dir, &[disk(&b, "b.sock"), disk(&a, SOCKET)], options)
+    let options = [&[journals.as_str()], options].concat();
+    (Daemon::start_disks(dir, &[disk(&b, "b.sock"), disk(&a, SOCKET)], &options), runtime)
 }
 
 /// A request that is answered, so that the ring runs and its pages are there.
@@ -54,7 +57,7 @@ impl Drop for Ends<'_> {
 #[test]
 fn a_disk_survives_the_loss_of_any_part_of_a_request() {
     let dir = tempfile::tempdir().unwrap();
-    let mut daemon = two_disks(dir.path(), &[]);
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
     let mut other = Guest::connect(&dir.path().join("b.sock"), 1, 64);
     assert_eq!(other.write(0, 0, &[5; 4096]), 0);
     let mut rounds = 0;
@@ -88,7 +91,7 @@ fn a_disk_survives_the_loss_of_any_part_of_a_request() {
 #[test]
 fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     let dir = tempfile::tempdir().unwrap();
-    let mut daemon = two_disks(dir.path(), &["--poll-us=20"]);
+    let (mut daemon, _runtime) = two_disks(dir.path(), &["--poll-us=20"]);
     let mut verifier = Guest::connect(&dir.path().join("b.sock"), 1, 64);
     let over = AtomicBool::new(false);
     let rounds = 60;
@@ -161,7 +164,7 @@ fn huge_pages_that_the_host_has_not_got() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut daemon = two_disks(dir.path(), &[]);
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let region = [0u64.as_bytes(), [0, 2 * MIB, 0x7000_0000, 0].as_bytes()].concat();
     assert!(front_end.set(ADD_MEM_REG, &region, &[ram.as_fd()]));
@@ -183,7 +186,7 @@ fn holes_on_a_full_tmpfs() {
     let place = dir.path().join("memory");
     std::fs::create_dir(&place).unwrap();
     let Some(_mounted) = super::mounts::tmpfs(&place, "size=64k") else { return };
-    let mut daemon = two_disks(dir.path(), &[]);
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
     let mut other = Guest::connect(&dir.path().join("b.sock"), 1, 64);
     let open = |name: &str| File::options().create(true).truncate(true).read(true).write(true).open(place.join(name));
     for (round, last) in [Part::Data, Part::Status, Part::Used].into_iter().enumerate() {

@@ -197,8 +197,9 @@ impl Filesystem for Server {
     }
 }
 
-/// A disk on such storage with a guest that has written, and one request that does not end.
-fn stuck_request() -> Option<(StuckDisk, tempfile::TempDir, Daemon, ByHand, FrontEnd)> {
+/// A disk on such storage with a guest that has written, and one request that does not end. The storage is dropped first: a
+/// daemon that waits for it cannot even be killed.
+fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ByHand, FrontEnd, StuckDisk)> {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
     super::image::make_fixed(&image, 4 * MIB);
@@ -215,15 +216,15 @@ fn stuck_request() -> Option<(StuckDisk, tempfile::TempDir, Daemon, ByHand, Fron
     stuck.stop_answering();
     guest.prepare(Ask::Write);
     guest.publish();
-    // Also long enough for the daemon to look after the names of its files, which must not hold it either.
+    // Long enough for the daemon to look up the names of its files, too, which must not hold it either.
     sleep(Duration::from_secs(6));
     assert_eq!(guest.answered(), 1);
-    Some((stuck, dir, daemon, guest, front_end))
+    Some((dir, daemon, guest, front_end, stuck))
 }
 
 #[test]
 fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
-    let Some((stuck, _dir, mut daemon, _guest, _front_end)) = stuck_request() else { return };
+    let Some((_dir, mut daemon, _guest, _front_end, stuck)) = stuck_request() else { return };
     let begun = Instant::now();
     let status = daemon.terminate_within(Duration::from_secs(20));
     assert!(begun.elapsed() < Duration::from_secs(7), "{:?}: {}", begun.elapsed(), daemon.log());
@@ -235,7 +236,7 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
 /// The front-end gets its queue back after the deadline, or rather loses the connection: there is no base to give.
 #[test]
 fn stopping_a_queue_has_a_deadline() {
-    let Some((stuck, _dir, mut daemon, guest, mut front_end)) = stuck_request() else { return };
+    let Some((_dir, mut daemon, guest, mut front_end, stuck)) = stuck_request() else { return };
     front_end.tell(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
     std::thread::sleep(Duration::from_secs(20));
     assert!(front_end.is_closed(), "{}", daemon.log());
