@@ -206,6 +206,14 @@ impl Daemon {
         let mut connection = Connection::new(&self.name, stream, handler);
         let mut half_since = None;
         loop {
+            if connection.is_memory_lost() {
+                error!(
+                    "disk {}: a page of the guest's memory cannot be had: the front-end has cut the memory file, or the host has no \
+                     memory left for it. The disk is out of service until a front-end connects again",
+                    self.name
+                );
+                return Ok(Fate::Gone);
+            }
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
             let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.alarm, PollFlags::IN)];
@@ -223,14 +231,6 @@ impl Daemon {
             if !fds[1].revents().is_empty() {
                 // May be about memory of an earlier front-end.
                 self.alarm.silence();
-            }
-            if connection.is_memory_lost() {
-                error!(
-                    "disk {}: a page of the guest's memory cannot be had: the front-end has cut the memory file, or the host has no \
-                     memory left for it. The disk is out of service until a front-end connects again",
-                    self.name
-                );
-                return Ok(Fate::Gone);
             }
             let from_front_end = fds.last().expect("pushed above").revents();
             let gone = from_front_end.intersects(PollFlags::HUP | PollFlags::ERR);
