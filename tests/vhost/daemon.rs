@@ -21,7 +21,7 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Serves `image` on a socket in `dir`; returns when the socket is there.
+    /// Serves `image` on a socket in `dir`; returns when the socket listens.
     pub(crate) fn start(dir: &Path, image: &Path, options: &[&str]) -> Daemon {
         let mut command = Command::new(cargo_bin!("diffdiskd"));
         command.arg("--socket-path").arg(dir.join(SOCKET)).arg("--blk-file").arg(image).args(options);
@@ -39,7 +39,9 @@ impl Daemon {
         let (socket, log) = (dir.join(SOCKET), dir.join("log"));
         let child = command.stderr(File::create(&log).unwrap()).stdin(Stdio::null()).spawn().unwrap();
         let mut daemon = Daemon { child, socket, log };
-        daemon.wait_until("the socket is there", |daemon| daemon.socket.exists());
+        // Its line in the log comes after its socket listens: between the name and that lies a moment.
+        let serves = format!(" on {}, ", daemon.socket.display());
+        daemon.wait_until("the disk is served", |daemon| daemon.log().contains(&serves));
         daemon
     }
 
