@@ -83,8 +83,7 @@ fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
         let len = BLOCK_SECTORS / runs;
         for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {
             let start = block * BLOCK_SECTORS + run * len;
-            let mut from = Slices::with_capacity(1);
-            from.set_owner(memory.clone());
+            let mut from = Slices::new(memory.clone(), 1);
             // SAFETY: inside the boxed slice, which the owner keeps; it is only read.
             unsafe { from.push(memory.as_ptr().cast_mut(), (len * 512) as usize) };
             lane.push(Request { tag: 0, work: Work::Write { range: SectorRange::between(start, start + len), from } });

@@ -41,7 +41,7 @@ pub fn requests(path: &Path, count: u64, engine: Idle) {
     vring.set_enabled(true);
     let lane = disk.lane(EngineKind::Auto, usize::from(SIZE)).unwrap_or_else(|e| panic!("{}", e.line()));
     let mut queue = Queue::new(device, lane, 0);
-    queue.start(&vring, Arc::new(memory.clone()), None).unwrap_or_else(|e| panic!("{}", e.line()));
+    queue.start(&vring, Arc::new(memory.clone().into()), None).unwrap_or_else(|e| panic!("{}", e.line()));
     let put = |at: u64, word: u64| memory.write_obj(word.to_le(), GuestAddress(at)).expect("inside");
     let (next, write) = (1u64, 2u64);
     for i in 0..u64::from(BATCH) {

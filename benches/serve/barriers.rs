@@ -69,8 +69,7 @@ impl Guest {
     fn write_and_flush(&mut self) -> f64 {
         for i in 0..WRITES {
             let start = i * 7919 % (1 << 17) * 8;
-            let mut from = Slices::with_capacity(1);
-            from.set_owner(self.page.clone());
+            let mut from = Slices::new(self.page.clone(), 1);
             // SAFETY: the page stays as long as its owner; it is only read.
             unsafe { from.push(self.page.as_ptr().cast_mut(), self.page.len()) };
             self.run(Work::Write { range: SectorRange::between(start, start + 8), from });

@@ -1,5 +1,9 @@
 //! The daemon. See `diffdisk::cli::serve`.
+#![allow(unsafe_code)]
+
+use diffdisk::cli::{Inherited, serve};
 
 fn main() -> std::process::ExitCode {
-    diffdisk::cli::serve::main()
+    // SAFETY: the first thing that the process does, so it has opened nothing.
+    serve::main(unsafe { Inherited::new() })
 }

@@ -7,8 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::adopt::adopt;
 use super::disk_args::DiskArgs;
+use super::inherited::Inherited;
 use super::systemd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
@@ -21,20 +21,20 @@ struct Offered {
     path: Option<PathBuf>,
 }
 
-/// Takes over all sockets that were handed over; the result has an entry for each disk. To be called before the process
-/// opens files of its own.
+/// Takes over all sockets that were handed over; the result has an entry for each disk.
 ///
 /// # Errors
 /// `Refused` if a socket and the disks do not match; if a descriptor is not a Unix stream socket.
-pub(super) fn take(disks: &[DiskArgs]) -> Result<Vec<Option<Socket>>> {
+pub(super) fn take(disks: &[DiskArgs], mut inherited: Inherited) -> Result<Vec<Option<Socket>>> {
     let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();
     for (disk, taken) in disks.iter().zip(&mut taken) {
         if let Some(fd) = disk.fd {
-            let owned = adopt(fd).map_err(|e| Error::io(format!("cannot use file descriptor {fd}"), e))?;
+            let owned = inherited.take(fd).map_err(|e| Error::io(format!("cannot use file descriptor {fd}"), e))?;
             *taken = Some(Socket::adopt(owned)?);
         }
     }
-    let handed_over = systemd::sockets().map_err(|e| Error::io("cannot use the sockets in LISTEN_FDS", e))?;
+    let handed_over =
+        systemd::sockets(&mut inherited).map_err(|e| Error::io("cannot use the sockets in LISTEN_FDS", e))?;
     let (mut sockets, mut offered) = (Vec::new(), Vec::new());
     for (name, fd) in handed_over {
         let socket = Socket::adopt(fd)?;

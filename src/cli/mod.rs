@@ -8,16 +8,16 @@
 //!                size      │ └────> progress   a bar, on a terminal only
 //!                          └──────> print      people, or JSON
 //!   diffdiskd   serve_args ──> serve ──> start ──> vhost
-//!                 disk_args     ├── handover   sockets of the starting process (adopt, systemd)
+//!                 disk_args     ├── handover   sockets of the starting process (inherited, systemd)
 //!                               └── signals    what ends the daemon
 //!   both        system_config, runtime
 //! ```
 
-mod adopt;
 mod args;
 mod disk_args;
 mod handover;
 mod images;
+mod inherited;
 mod print;
 mod progress;
 mod runtime;
@@ -36,6 +36,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
+pub use inherited::Inherited;
 use system_config::SystemConfig;
 
 /// The version of the programs, with the commit they are built from.

@@ -12,10 +12,11 @@ use std::thread;
 use clap::Parser;
 use log::{error, info, warn};
 
+use super::inherited::Inherited;
 use super::serve_args::Args;
 use super::start::Ready;
 use super::system_config::SystemConfig;
-use super::{handover, signals, start, systemd};
+use super::{handover, print, signals, start, systemd};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Env;
 use crate::storage::host::Host;
@@ -23,8 +24,8 @@ use crate::storage::host::Host;
 /// What QEMU's conventions for back-end programs ask to be told.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
-/// Runs the daemon with the arguments of the process.
-pub fn main() -> ExitCode {
+/// Runs the daemon with the arguments of the process, and the descriptors that were handed over.
+pub fn main(inherited: Inherited) -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
         println!("{CAPABILITIES}");
@@ -32,7 +33,7 @@ pub fn main() -> ExitCode {
     }
     log_to_stderr(&args.log_level);
     let host: Arc<dyn Env> = Arc::new(Host);
-    match serve(args, &host) {
+    match serve(args, inherited, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             super::complain("serve", &e);
@@ -45,17 +46,17 @@ fn log_to_stderr(level: &str) {
     let mut logger = env_logger::Builder::new();
     logger.parse_filters(level);
     logger.format(|out, record| {
-        let line = record.args().to_string().replace(['\n', '\r'], " ");
-        writeln!(out, "{} {:5} {line}", out.timestamp_millis(), record.level())
+        // Names and messages of others may hold control characters, by which they could forge lines or move the cursor.
+        let line = record.args().to_string();
+        writeln!(out, "{} {:5} {}", out.timestamp_millis(), record.level(), print::plain(&line))
     });
     logger.init();
     std::panic::set_hook(Box::new(|panic| error!("a fault of our own: {panic}")));
 }
 
-fn serve(mut args: Args, host: &Arc<dyn Env>) -> Result<()> {
+fn serve(mut args: Args, inherited: Inherited, host: &Arc<dyn Env>) -> Result<()> {
     let disks = args.disks()?;
-    // File descriptors by number first: later the numbers may be our own.
-    let handed_over = handover::take(&disks)?;
+    let handed_over = handover::take(&disks, inherited)?;
     args.add(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
     // Signals before sockets: from the moment a front-end can connect, the daemon can be stopped in good order.

@@ -9,7 +9,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-use super::adopt::adopt;
+use super::inherited::Inherited;
 
 /// The number of the first file descriptor handed over.
 const FIRST: RawFd = 3;
@@ -18,14 +18,14 @@ const FIRST: RawFd = 3;
 ///
 /// # Errors
 /// If a number handed over is not open, or there are not as many names as sockets.
-pub(super) fn sockets() -> io::Result<Vec<(Option<String>, OwnedFd)>> {
+pub(super) fn sockets(inherited: &mut Inherited) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
     let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
     let count = if ours { read("LISTEN_FDS").unwrap_or(0).clamp(0, 4096) } else { 0 };
     let count = usize::try_from(count).expect("not negative");
     let names = std::env::var_os("LISTEN_FDNAMES").filter(|_| count > 0);
     let names = names_of(names.as_deref(), count)?;
-    names.into_iter().zip(FIRST..).map(|(name, number)| Ok((name, adopt(number)?))).collect()
+    names.into_iter().zip(FIRST..).map(|(name, number)| Ok((name, inherited.take(number)?))).collect()
 }
 
 fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String>>> {

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Memory;
 use super::chain::{Chain, Defect};
 use super::guest::View;
 use super::ring::{Layout, Ring};
+use super::{Memory, SharedMemory};
 
 pub(super) const TABLE: u64 = 0x1000;
 pub(super) const AVAIL: u64 = 0x8000;
@@ -59,7 +59,7 @@ pub(super) fn stored() {
 }
 
 pub(super) struct Driver {
-    pub(super) memory: Arc<Memory>,
+    pub(super) memory: Arc<SharedMemory>,
     pub(super) size: u16,
     /// Chains added.
     pub(super) added: u16,
@@ -70,7 +70,7 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(size: u16) -> Driver {
         let ranges = [(GuestAddress(0), SEAM as usize), (GuestAddress(SEAM), (END - SEAM) as usize)];
-        let memory = Arc::new(Memory::from_ranges(&ranges).unwrap());
+        let memory = Arc::new(Memory::from_ranges(&ranges).unwrap().into());
         Driver { memory, size, added: 0, seen: 0 }
     }
 
@@ -87,12 +87,12 @@ impl Driver {
     }
 
     pub(super) fn put(&self, addr: u64, bytes: &[u8]) {
-        self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
+        self.memory.regions().write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
     pub(super) fn get(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.memory.read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+        self.memory.regions().read_slice(&mut bytes, GuestAddress(addr)).unwrap();
         bytes
     }
 

@@ -11,7 +11,7 @@ use super::parse::{MAX_BYTES, Rules, Verdict, parse};
 use super::ring::{Broken, Ring};
 use super::spec::Status;
 use crate::disk::{Answer, Outcome, Request, Work};
-use crate::storage::Slices;
+use crate::storage::{Slices, sigbus};
 
 /// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
 /// what there is: the driver sees the first answers, and goes to work on them, while the rest of its queue is served.
@@ -60,6 +60,8 @@ pub struct Exchange {
     record: Option<Record>,
     /// Heads that a predecessor had in flight when it was killed, to be carried out before any other.
     owed: VecDeque<u16>,
+    /// [`sigbus::losses`] when it was last found that nothing of this ring's memory is lost.
+    losses: u32,
 }
 
 impl Exchange {
@@ -76,7 +78,28 @@ impl Exchange {
         }
         let heads = vec![InFlight::default(); usize::from(ring.size())];
         let (chain, spare) = (Chain::default(), Vec::new());
-        Ok(Exchange { view, ring, heads, bytes: 0, chain, spare, broken: None, record, owed })
+        // Losses are not counted from here: a page may have been lost already.
+        Ok(Exchange { view, ring, heads, bytes: 0, chain, spare, broken: None, record, owed, losses: 0 })
+    }
+
+    /// Whether a page of the guest's memory, or of the record, could not be had. While no page of any mapping is lost, this
+    /// is a load and a comparison.
+    #[inline]
+    fn is_memory_lost(&mut self) -> bool {
+        let losses = sigbus::losses();
+        losses != self.losses && self.find_loss(losses)
+    }
+
+    #[cold]
+    fn find_loss(&mut self, losses: u32) -> bool {
+        let lost = self.view.is_lost() || self.record.as_ref().is_some_and(Record::is_lost);
+        if lost {
+            self.broken = Some(Broken::Lost);
+        } else {
+            // Those of other guests.
+            self.losses = losses;
+        }
+        lost
     }
 
     /// The ring.
@@ -94,8 +117,12 @@ impl Exchange {
         self.owed.len()
     }
 
-    /// Shows the driver all chains given back; true if it wants a signal.
+    /// Shows the driver all chains given back; true if it wants a signal. Nothing is shown once memory is lost: the data of a
+    /// write may have been zeros of ours.
     pub fn publish(&mut self) -> bool {
+        if self.is_memory_lost() {
+            return false;
+        }
         let wanted = self.ring.publish();
         if let Some(record) = &mut self.record {
             record.settle(self.ring.next_used());
@@ -133,10 +160,14 @@ impl Exchange {
             if self.bytes >= enough {
                 return Pause::Turn;
             }
-            if room == 0 || !self.begin(head, true, rules, &mut room, &mut push) {
+            if room == 0 {
                 return Pause::Full;
             }
-            self.owed.pop_front();
+            match self.begin(head, true, rules, &mut room, &mut push) {
+                Ok(true) => self.owed.pop_front(),
+                Ok(false) => return Pause::Full,
+                Err(_) => return Pause::Broken,
+            };
         }
         if self.owed.is_empty() { Pause::Empty } else { Pause::Turn }
     }
@@ -163,7 +194,7 @@ impl Exchange {
             if self.heads[usize::from(head)].taken {
                 return Err(Broken::Twice);
             }
-            if !self.begin(head, false, rules, &mut room, &mut push) {
+            if !self.begin(head, false, rules, &mut room, &mut push)? {
                 return Ok(Pause::Full);
             }
         }
@@ -180,6 +211,9 @@ impl Exchange {
     }
 
     /// Takes a chain, unless the bytes in flight are at their limit, and begins what it asks for.
+    ///
+    /// # Errors
+    /// `Lost`: nothing may follow from a request that is made of zeros of ours.
     fn begin(
         &mut self,
         head: u16,
@@ -187,20 +221,24 @@ impl Exchange {
         rules: &Rules<'_>,
         room: &mut usize,
         push: &mut impl FnMut(Request) -> usize,
-    ) -> bool {
+    ) -> Result<bool, Broken> {
         if self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head).is_err() {
             // V4: the head is known, so the driver gets it back, and the ring goes on.
             self.taken(head, owed);
             self.give(head, 0);
-            return true;
+            return Ok(true);
         }
-        match parse(&self.chain, &self.view, rules, &mut self.spare) {
+        let verdict = parse(&self.chain, &self.view, rules, &mut self.spare);
+        if self.is_memory_lost() {
+            return Err(Broken::Lost);
+        }
+        match verdict {
             Verdict::Work { work, status_at, written } => {
                 let bytes = bytes_of(&work);
                 if self.bytes + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
                     // It stays where it is and is looked at afresh when answers have made room.
                     self.recycle(memory_of(work));
-                    return false;
+                    return Ok(false);
                 }
                 self.taken(head, owed);
                 self.bytes += u64::from(bytes);
@@ -216,7 +254,7 @@ impl Exchange {
                 self.give(head, 0);
             }
         }
-        true
+        Ok(true)
     }
 
     /// From here on a successor would carry the chain out, if we were killed. One that we owe is on record already.
@@ -243,6 +281,10 @@ impl Exchange {
         let slot = std::mem::take(&mut self.heads[usize::from(head)]);
         assert!(slot.taken, "every request is answered once");
         self.bytes -= u64::from(slot.bytes);
+        if let (Outcome::Failed, Some(memory)) = (answer.outcome, &answer.memory) {
+            // The kernel reports a page that cannot be had as a failure; an access of ours marks the memory as lost.
+            memory.touch();
+        }
         self.recycle(answer.memory);
         let (status, written) = match answer.outcome {
             Outcome::Done => (Status::Ok, slot.written),

@@ -14,7 +14,43 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, com
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::{Memory, spec};
+use crate::storage::sigbus::Guard;
 use crate::storage::{Slices, fetch_line};
+
+/// The guest's memory as one front-end shared it, with the guards of its mappings.
+///
+/// The front-end can take pages away at any moment (it cuts the memory file, or the host has none left). Accesses of ours then
+/// find zeros, and [`SharedMemory::is_lost`] becomes true; accesses of the kernel fail with EFAULT.
+#[derive(Debug, Default)]
+pub struct SharedMemory {
+    // Before the mappings: a guard goes before what it guards is unmapped.
+    guards: Vec<Arc<Guard>>,
+    regions: Arc<Memory>,
+}
+
+impl SharedMemory {
+    /// The memory of `regions`, whose mappings `guards` protect.
+    pub fn new(regions: Memory, guards: Vec<Arc<Guard>>) -> SharedMemory {
+        SharedMemory { guards, regions: Arc::new(regions) }
+    }
+
+    /// The regions.
+    pub fn regions(&self) -> &Arc<Memory> {
+        &self.regions
+    }
+
+    /// Whether a page of it could not be had.
+    pub fn is_lost(&self) -> bool {
+        self.guards.iter().any(|guard| guard.is_lost())
+    }
+}
+
+/// Memory of a process of its own, which nobody can take away.
+impl From<Memory> for SharedMemory {
+    fn from(regions: Memory) -> SharedMemory {
+        SharedMemory::new(regions, Vec::new())
+    }
+}
 
 /// A memory table as one queue uses it.
 pub struct View {
@@ -23,6 +59,7 @@ pub struct View {
     last: Cell<usize>,
     /// Keeps all regions mapped.
     owner: Arc<dyn Any + Send + Sync>,
+    memory: Arc<SharedMemory>,
 }
 
 struct Region {
@@ -42,15 +79,21 @@ impl Region {
 
 impl View {
     /// The view of `memory` for one queue.
-    pub fn new(memory: Arc<Memory>) -> View {
+    pub fn new(memory: Arc<SharedMemory>) -> View {
         let region = |r: &vm_memory::GuestRegionMmap<()>| Region {
             start: r.start_addr().raw_value(),
             len: r.get_mmap().size(),
             map: r.get_mmap(),
         };
-        let regions = memory.iter().map(region).collect();
+        let regions = memory.regions.iter().map(region).collect();
         // A count of its own for this queue, around the shared one.
-        View { regions, last: Cell::new(0), owner: Arc::new(memory) }
+        let owner = Arc::new(memory.clone());
+        View { regions, last: Cell::new(0), owner, memory }
+    }
+
+    /// Whether a page of the memory could not be had.
+    pub fn is_lost(&self) -> bool {
+        self.memory.is_lost()
     }
 
     /// The region of an address, and how far in it lies.
@@ -161,7 +204,7 @@ impl View {
         let inside = at.checked_add(len).is_some_and(|end| end <= region.len);
         let start = region.map.as_ptr().wrapping_add(at);
         let aligned = addr.is_multiple_of(align as u64) && (start as usize).is_multiple_of(align);
-        (inside && aligned).then(|| Span { start, len, _map: region.map.clone() })
+        (inside && aligned).then(|| Span { start, len, _memory: self.memory.clone() })
     }
 }
 
@@ -170,10 +213,10 @@ pub struct Span {
     start: *mut u8,
     len: usize,
     /// Keeps it mapped.
-    _map: Arc<MmapRegion<()>>,
+    _memory: Arc<SharedMemory>,
 }
 
-// SAFETY: the pointer is to memory that `_map` keeps mapped, and that others change anyway; no reference to plain bytes is made of it.
+// SAFETY: the pointer is to memory that `_memory` keeps mapped, and that others change anyway; no reference to plain bytes is made of it.
 unsafe impl Send for Span {}
 
 impl Span {
@@ -231,10 +274,10 @@ mod tests {
     use super::*;
 
     /// Two adjacent regions, a hole, and a third at the end of the address space.
-    fn memory() -> Arc<Memory> {
+    fn memory() -> Arc<SharedMemory> {
         let top = GuestAddress(u64::MAX - 0x1fff);
         let ranges = [(GuestAddress(0x1000), 0x1000), (GuestAddress(0x2000), 0x2000), (top, 0x1000)];
-        Arc::new(Memory::from_ranges(&ranges).unwrap())
+        Arc::new(Memory::from_ranges(&ranges).unwrap().into())
     }
 
     #[test]
@@ -247,7 +290,7 @@ mod tests {
         assert!(!view.holds(u64::MAX, 2), "the address overflows");
         assert!(view.write(0x1ffe, b"abcd"));
         let mut back = [0; 4];
-        memory.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
+        memory.regions.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
         assert_eq!(&back, b"abcd");
         assert_eq!((view.read_array(0x1ffe), view.read_array(0x1fff)), (Some(*b"abcd"), Some(*b"bcd")));
         assert_eq!((view.read_array::<2>(0x3fff), view.read_array::<1>(0x4000)), (None, None));
@@ -265,7 +308,7 @@ mod tests {
         slices.copy_from(14, b"0123");
         slices.copy_from(32, b"end");
         let mut back = [0; 4];
-        memory.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
+        memory.regions.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
         assert_eq!(&back, b"0123");
         let weak = Arc::downgrade(&memory);
         drop((view, memory));
@@ -307,7 +350,7 @@ mod tests {
         assert!(view.span(0x1f08, 0x10, 16).is_none());
         assert!(view.span(0x8000, 0x10, 16).is_none());
         assert!(view.span(0x1000, usize::MAX, 16).is_none());
-        let odd = Arc::new(Memory::from_ranges(&[(GuestAddress(0x1001), 0x1000)]).unwrap());
+        let odd = Arc::new(Memory::from_ranges(&[(GuestAddress(0x1001), 0x1000)]).unwrap().into());
         assert!(View::new(odd).span(0x1010, 16, 16).is_none(), "aligned for the guest, not for us");
         let span = view.span(0x1100, 16, 2).unwrap();
         span.store(2, 0xabcd, Ordering::Release);

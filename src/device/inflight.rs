@@ -37,6 +37,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::{AtomicAccess, Bytes, MmapRegion, VolatileMemory};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::sigbus::Guard;
 
 const VERSION: usize = 8;
 const DESC_NUM: usize = 10;
@@ -50,10 +51,31 @@ const COUNTER: usize = 8;
 /// The only version there is; zero is a region that nobody used yet.
 const VERSION_1: u16 = 1;
 
+/// The mapped region of the records.
+#[derive(Debug)]
+pub struct RecordMap {
+    // Before the mapping: a guard goes before what it guards is unmapped.
+    guard: Option<Guard>,
+    map: MmapRegion<()>,
+}
+
+impl RecordMap {
+    /// The region `map`. With a guard, a page of it that cannot be had does not end the process.
+    pub fn new(map: MmapRegion<()>, guard: Option<Guard>) -> RecordMap {
+        RecordMap { guard, map }
+    }
+
+    /// Whether a page of the region could not be had.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+}
+
 /// What one queue notes. Between `resume` calls it is only written.
 #[derive(Clone)]
 pub struct Record {
-    map: Arc<MmapRegion<()>>,
+    map: Arc<RecordMap>,
     at: usize,
     entries: u16,
     last: u16,
@@ -72,11 +94,17 @@ impl Record {
     ///
     /// # Panics
     /// Where it does not lie in `map`, or not at a multiple of 64.
-    pub fn new(map: Arc<MmapRegion<()>>, at: usize, entries: u16) -> Record {
+    pub fn new(map: Arc<RecordMap>, at: usize, entries: u16) -> Record {
         let end = at.checked_add(Record::len(entries));
-        assert!(end.is_some_and(|end| end <= map.size()), "a record lies in its region");
+        assert!(end.is_some_and(|end| end <= map.map.size()), "a record lies in its region");
         assert!(at.is_multiple_of(64), "a record is aligned");
         Record { map, at, entries, last: 0, counter: 0, batch: Vec::new() }
+    }
+
+    /// Whether a page of the region could not be had.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.map.is_lost()
     }
 
     /// Descriptors of the largest ring that it is for.
@@ -161,12 +189,12 @@ impl Record {
     }
 
     fn load<T: AtomicAccess>(&self, at: usize) -> T {
-        let place = self.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
+        let place = self.map.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
         place.load(0, Ordering::Acquire).expect("a record's words are aligned")
     }
 
     fn store<T: AtomicAccess>(&self, at: usize, value: T) {
-        let place = self.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
+        let place = self.map.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
         place.store(value, 0, Ordering::Release).expect("a record's words are aligned");
         #[cfg(test)]
         super::driver::stored();

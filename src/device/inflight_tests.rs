@@ -18,8 +18,8 @@ const SIZE: u16 = 64;
 /// Requests that a driver can have at once: of three descriptors each.
 const SLOTS: u16 = 20;
 
-fn region(entries: u16) -> Arc<MmapRegion<()>> {
-    Arc::new(MmapRegion::new(Record::len(entries)).unwrap())
+fn region(entries: u16) -> Arc<RecordMap> {
+    Arc::new(RecordMap::new(MmapRegion::new(Record::len(entries)).unwrap(), None))
 }
 
 fn next(seed: &mut u64) -> u64 {
@@ -30,7 +30,7 @@ fn next(seed: &mut u64) -> u64 {
 /// A guest whose device is killed and comes back.
 struct World {
     d: Driver,
-    map: Arc<MmapRegion<()>>,
+    map: Arc<RecordMap>,
     device: Option<(Exchange, Vec<Request>)>,
     /// By slot: the requests that have no answer yet, numbered as they were made.
     asked: [Option<u32>; SLOTS as usize],
@@ -298,7 +298,7 @@ fn a_fresh_record_starts_at_the_rings_own_index() {
     assert_eq!(Record::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
     let raw = |at: usize, len: usize| {
         let mut bytes = vec![0; len];
-        map.get_slice(at, len).unwrap().copy_to(&mut bytes);
+        map.map.get_slice(at, len).unwrap().copy_to(&mut bytes);
         bytes
     };
     assert_eq!(raw(0, 8), [0; 8]);
@@ -318,12 +318,12 @@ fn the_words_are_where_others_look_for_them() {
     record.give(7);
     record.give(2);
     let mut raw = [0u8; 144];
-    map.get_slice(0, 144).unwrap().copy_to(&mut raw);
+    map.map.get_slice(0, 144).unwrap().copy_to(&mut raw);
     let head = |h: usize| (raw[16 + 16 * h], raw[22 + 16 * h], raw[24 + 16 * h]);
     assert_eq!((head(5), head(2), head(7)), ((1, 0, 0), (1, 7, 1), (1, 0, 2)));
     assert_eq!((raw[12], raw[14]), (2, 0));
     record.settle(2);
-    map.get_slice(0, 144).unwrap().copy_to(&mut raw);
+    map.map.get_slice(0, 144).unwrap().copy_to(&mut raw);
     assert_eq!([5, 2, 7].map(|h| raw[16 + 16 * h]), [1, 0, 0]);
     assert_eq!(raw[14], 2);
 }
@@ -362,7 +362,7 @@ fn a_hostile_record_is_bounded() {
     for mut seed in 1..2000u64 {
         let map = region(64);
         let bytes: Vec<u8> = (0..Record::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
-        map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
+        map.map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
         let mut record = Record::new(map, 0, 64);
         // Good enough to be looked at.
         record.store(VERSION, VERSION_1);

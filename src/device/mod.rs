@@ -32,10 +32,11 @@ pub mod spec;
 mod turns;
 
 pub use config::Device;
-pub use inflight::Record;
+pub use guest::SharedMemory;
+pub use inflight::{Record, RecordMap};
 pub use queue::{Queue, Turn};
 
-/// The guest's memory as one front-end shared it.
+/// The regions of a guest's memory.
 pub type Memory = vm_memory::GuestMemoryMmap<()>;
 /// The guest's memory, replaced as a whole when the front-end changes it.
 pub type AtomicMemory = vm_memory::GuestMemoryAtomic<Memory>;

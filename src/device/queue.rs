@@ -21,10 +21,10 @@ use super::exchange::{Exchange, Pause};
 use super::guest::View;
 use super::inflight::Record;
 use super::parse::Rules;
-use super::ring::{Layout, Ring};
+use super::ring::{Broken, Layout, Ring};
 use super::signal::Signals;
 use super::spec::{MAX_QUEUE_SIZE, feature};
-use super::{Device, Memory, Vring};
+use super::{Device, SharedMemory, Vring};
 use crate::disk::{Answer, Lane};
 use crate::error::Result;
 
@@ -78,7 +78,7 @@ impl Queue {
     ///
     /// # Errors
     /// `Invalid` where the ring breaks V1, or the record is of no use; the queue is then not in service.
-    pub fn start(&mut self, vring: &Vring, memory: Arc<Memory>, record: Option<Record>) -> Result<()> {
+    pub fn start(&mut self, vring: &Vring, memory: Arc<SharedMemory>, record: Option<Record>) -> Result<()> {
         assert!(self.exchange.is_none(), "a queue is stopped before it is started again");
         let (layout, next_avail) = {
             let state = vring.get_ref();
@@ -172,8 +172,10 @@ impl Queue {
             Pause::Full if completed || self.lane.is_to_punch() => Turn::More,
             Pause::Full => Turn::Idle,
             Pause::Broken => {
-                let rule = exchange.broken();
-                log::error!("queue {}: the driver broke its ring ({rule:?}); it is served no more", self.index);
+                // Memory that is lost concerns all queues: the control thread logs it, once.
+                if let Some(rule) = exchange.broken().filter(|rule| *rule != Broken::Lost) {
+                    log::error!("queue {}: the driver broke its ring ({rule:?}); it is served no more", self.index);
+                }
                 Turn::Broken
             }
         })
@@ -203,7 +205,7 @@ impl Queue {
         self.lane.drain(&mut self.answers)?;
         self.settle();
         // The index we give counts what a predecessor left as taken, so that has to be carried out, too.
-        while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0) {
+        while let Some(exchange) = self.exchange.as_mut().filter(|x| x.owed() > 0 && x.broken().is_none()) {
             let lane = &mut self.lane;
             exchange.take_owed(&rules(&self.device), lane.room(), |request| {
                 lane.push(request);
@@ -222,6 +224,11 @@ impl Queue {
             q.set_next_used(ring.next_used());
         }
         Ok(q.next_avail())
+    }
+
+    /// Whether the ring is broken since a page of the guest's memory, or of the record, could not be had.
+    pub fn is_memory_lost(&self) -> bool {
+        self.exchange.as_ref().and_then(Exchange::broken) == Some(Broken::Lost)
     }
 
     /// What to wait for beside the kick.

@@ -44,6 +44,8 @@ pub enum Broken {
     Head,
     /// V3: a head is in flight already.
     Twice,
+    /// A page of the guest's memory, or of the record, could not be had: what was read since may be zeros of ours.
+    Lost,
 }
 
 /// The rings of one virtqueue in service.

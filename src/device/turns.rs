@@ -39,7 +39,7 @@ fn rig(features: u64) -> Rig {
     let (folder, disk) = disk();
     let device = Device::new(disk, 1, 64, true);
     device.ack(features);
-    let vring = Vring::new(GuestMemoryAtomic::from(d.memory.clone()), 64).unwrap();
+    let vring = Vring::new(GuestMemoryAtomic::from(d.memory.regions().clone()), 64).unwrap();
     vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
     vring.set_queue_ready(true);
     let (call, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
@@ -115,7 +115,7 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), Turn::Idle);
     let count = weak.strong_count();
     r.queue.start(&r.vring, r.d.memory.clone(), None).unwrap();
-    assert_eq!(weak.strong_count(), count + 1, "stopped, it keeps no memory");
+    assert!(weak.strong_count() > count);
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
     assert_eq!(serve(&mut r), Turn::Idle);
     assert_eq!(r.d.used(), [(0, 513)]);
@@ -123,6 +123,7 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), Turn::Broken);
     assert_eq!(serve(&mut r), Turn::Broken);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
+    assert_eq!(weak.strong_count(), count, "stopped, it keeps no memory");
     r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
     assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }

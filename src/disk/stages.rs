@@ -373,6 +373,10 @@ fn is_full(action: Action, e: &io::Error) -> bool {
 /// Whether an operation failed; tells the log. To find the file takes longer the deeper the chain is.
 fn report<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
+    if e.raw_os_error() == Some(libc::EFAULT) {
+        // No failure of the file: a page of the guest's memory cannot be had, which is logged once for the disk.
+        return true;
+    }
     log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());
     true
 }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use super::engine::{Engine, SLOTS};
 use super::env::File;
@@ -61,7 +61,7 @@ impl Engine for Blocking {
     fn submit(&mut self) -> io::Result<()> {
         for mut op in self.pushed.drain(..) {
             let result = match self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref) {
-                Some(file) => carry_out(file.as_raw_fd(), &mut op, &mut self.progress, &mut self.calls),
+                Some(file) => carry_out(file.as_fd(), &mut op, &mut self.progress, &mut self.calls),
                 None => Err(io::Error::from_raw_os_error(libc::EBADF)),
             };
             self.over.push(Completion { op, result });
@@ -98,7 +98,7 @@ impl Engine for Blocking {
     }
 }
 
-fn carry_out(fd: RawFd, op: &mut Op, progress: &mut Progress, calls: &mut u64) -> io::Result<()> {
+fn carry_out(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, calls: &mut u64) -> io::Result<()> {
     progress.reset();
     loop {
         *calls += 1;
@@ -110,7 +110,8 @@ fn carry_out(fd: RawFd, op: &mut Op, progress: &mut Progress, calls: &mut u64) -
 }
 
 /// Makes one call, a read or write with these RWF flags; what it returned, or the negated error code.
-pub(super) fn call(fd: RawFd, op: &mut Op, progress: &mut Progress, flags: i32) -> i32 {
+pub(super) fn call(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, flags: i32) -> i32 {
+    let fd = fd.as_raw_fd();
     let (Ok(offset), Ok(len)) = (i64::try_from(progress.offset(op)), i64::try_from(op.len)) else {
         // What the kernel says to offsets it cannot express.
         return -libc::EINVAL;

@@ -1,33 +1,23 @@
 //! A copy out of memory that may turn out not to be there.
 //!
-//! A page of a mapped file cannot be had where the file was cut, or its disk fails: the kernel then sends SIGBUS to who
-//! touched it. Here that ends the copy, and nothing else: the handler finds that the program stood in one of the copy's few
-//! instructions and has it go on where the copy says that it failed. The same holds for guest memory that a front-end took
-//! back. Every other SIGBUS goes to whoever had it before. (gVisor's `safecopy` is built in this way, and the kernel's own
-//! copies to user space are.)
+//! A page of a mapped file cannot be had if the file was cut, or if its disk fails: the kernel then sends SIGBUS. The handler
+//! (`sigbus.rs`) finds that the program stood in one of the copy's few instructions, and continues at the copy's failure exit.
+//! (gVisor's `safecopy` works in this way, and so do the kernel's own copies to user space.)
 //!
 //! Only x86-64 has such a copy so far; elsewhere [`is_ready`] says no.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
 use std::hint::black_box;
 
-use super::bus;
+use super::sigbus;
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
 pub(super) fn is_ready() -> bool {
-    cfg!(target_arch = "x86_64") && bus::is_caught()
-}
-
-/// Ends a copy that met a page that is not there: for the handler of SIGBUS. False if the thread was not in a copy.
-///
-/// # Safety
-/// `context` is what the kernel passed to the handler.
-pub(super) unsafe fn rescue(context: *mut libc::ucontext_t) -> bool {
-    // SAFETY: as the caller promises.
-    unsafe { catch::rescue(context) }
+    cfg!(target_arch = "x86_64") && sigbus::is_caught()
 }
 
 /// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.
@@ -39,6 +29,15 @@ pub(super) unsafe fn rescue(context: *mut libc::ucontext_t) -> bool {
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
     // SAFETY: as the caller promises.
     unsafe { catch::copy(from, to, len) }
+}
+
+/// Has the interrupted copy fail, if the thread stood in one; false if it did not.
+///
+/// # Safety
+/// `context` is what the kernel passed to a signal handler on this thread.
+pub(super) unsafe fn end_copy(context: *mut c_void) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { catch::end(context) }
 }
 
 /// Has the processor begin to fetch the cache line of an address, if there is anything.
@@ -80,6 +79,8 @@ pub(super) fn fetch_all(at: *const u8, len: usize) {
 
 #[cfg(target_arch = "x86_64")]
 mod catch {
+    use std::ffi::c_void;
+
     // No stack is used and no register that a callee must keep: from any instruction one can go on at the second end.
     std::arch::global_asm!(
         ".pushsection .text.diffdisk_copy,\"ax\",@progbits",
@@ -109,17 +110,16 @@ mod catch {
         static diffdisk_copy_failed: u8;
     }
 
-    /// Has the interrupted thread go on where the copy ends when it has failed, if it stood in the copy.
-    pub(super) unsafe fn rescue(context: *mut libc::ucontext_t) -> bool {
-        let start = diffdisk_copy as *const () as usize;
-        let failed = (&raw const diffdisk_copy_failed) as usize;
-        // SAFETY: as the caller promises.
-        let at = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
-        let ours = usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at));
-        if ours {
+    /// See [`end_copy`](super::end_copy).
+    pub(super) unsafe fn end(context: *mut c_void) -> bool {
+        let (start, failed) = (diffdisk_copy as *const () as usize, (&raw const diffdisk_copy_failed) as usize);
+        // SAFETY: by the caller's word it is the context of this thread, which the kernel continues with.
+        let at = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] };
+        let inside = usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at));
+        if inside {
             *at = failed as i64;
         }
-        ours
+        inside
     }
 
     #[inline]
@@ -131,7 +131,9 @@ mod catch {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod catch {
-    pub(super) unsafe fn rescue(_: *mut libc::ucontext_t) -> bool {
+    use std::ffi::c_void;
+
+    pub(super) unsafe fn end(_: *mut c_void) -> bool {
         false
     }
 

@@ -7,7 +7,7 @@
 //! while, and the queue goes on with its reads.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::blocking::call;
@@ -67,12 +67,12 @@ impl Inline {
     /// Makes the next call of a write: what it returned, or the negated error code; `None` where it is to be left to the
     /// ring.
     pub(super) fn write(&mut self, op: &mut Op, progress: &mut Progress) -> Option<i32> {
-        let target = self.files[usize::from(op.slot.0)].as_mut()?;
-        let fd = target.file.as_raw_fd();
-        if target.prompt {
+        let Target { file, prompt } = self.files[usize::from(op.slot.0)].as_mut()?;
+        let fd = file.as_fd();
+        if *prompt {
             match call(fd, op, progress, libc::RWF_NOWAIT).checked_neg() {
                 Some(libc::EAGAIN) => return None,
-                Some(libc::EOPNOTSUPP) => target.prompt = false,
+                Some(libc::EOPNOTSUPP) => *prompt = false,
                 code => return code.map(|code| -code),
             }
         }

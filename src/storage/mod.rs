@@ -19,7 +19,6 @@
 
 pub mod bell;
 pub mod blocking;
-mod bus;
 mod copy;
 pub mod engine;
 pub mod env;
@@ -32,6 +31,7 @@ pub mod payload;
 mod recent;
 pub mod ring;
 pub mod runtime;
+pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod space;

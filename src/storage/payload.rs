@@ -98,7 +98,14 @@ struct Inner {
 unsafe impl Send for Slices {}
 
 impl Slices {
-    /// No memory yet; room for `runs` runs without a further allocation.
+    /// No runs yet, whose memory `owner` keeps mapped; room for `runs` of them without a further allocation.
+    pub fn new(owner: Arc<dyn Any + Send + Sync>, runs: usize) -> Slices {
+        let mut slices = Slices::with_capacity(runs);
+        slices.0.owner = Some(owner);
+        slices
+    }
+
+    /// Neither runs nor owner yet ([`Slices::restart`] gives one); room for `runs` runs without a further allocation.
     pub fn with_capacity(runs: usize) -> Slices {
         Slices(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
@@ -110,26 +117,22 @@ impl Slices {
         self.0.owner = None;
     }
 
-    /// Says what keeps the memory of the runs mapped.
-    pub fn set_owner(&mut self, owner: Arc<dyn Any + Send + Sync>) {
-        self.0.owner = Some(owner);
-    }
-
-    /// Forgets the runs; `owner` keeps those mapped that come next. Counts nothing where it did so before.
+    /// Forgets the runs; `owner` keeps those mapped that come next. No reference is counted if it was the owner before.
     #[inline]
     pub fn restart(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
         self.0.runs.clear();
         self.0.len = 0;
         if !self.0.owner.as_ref().is_some_and(|before| Arc::ptr_eq(before, owner)) {
-            self.set_owner(owner.clone());
+            self.0.owner = Some(owner.clone());
         }
     }
 
     /// Appends a run; neighbours in memory are joined.
     ///
     /// # Safety
-    /// `start .. start + len` stays mapped readable and writable while the owner lives.
+    /// Self has an owner, and `start .. start + len` stays mapped, readable and writable, while that owner lives.
     pub unsafe fn push(&mut self, start: *mut u8, len: usize) {
+        debug_assert!(self.0.owner.is_some(), "runs have an owner");
         if len == 0 {
             return;
         }
@@ -155,10 +158,18 @@ impl Slices {
         &self.0.runs
     }
 
-    /// Appends `len` bytes from byte `at` of self to `out`, and shares the owner. The range lies in self.
+    /// Appends `len` bytes from byte `at` of self to `out`, which gets the owner of self.
+    ///
+    /// # Panics
+    /// If the range does not lie in self, or `out` has runs of another owner: those would outlive what keeps them mapped.
     pub fn slice_into(&self, at: usize, len: usize, out: &mut Slices) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
-        out.0.owner.clone_from(&self.0.owner);
+        if out.is_empty() {
+            out.0.owner.clone_from(&self.0.owner);
+        } else {
+            let owners = self.0.owner.as_ref().zip(out.0.owner.as_ref());
+            assert!(owners.is_some_and(|(a, b)| Arc::ptr_eq(a, b)), "all runs have one owner");
+        }
         let (mut skip, mut left) = (at, len);
         for run in &self.0.runs {
             if left == 0 {
@@ -205,6 +216,17 @@ impl Slices {
             // SAFETY: as in `copy_from`, the other way round.
             unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
         });
+    }
+
+    /// Reads a byte of each page, so that a page that cannot be had is found out (`sigbus.rs`).
+    pub fn touch(&self) {
+        for run in &self.0.runs {
+            let start = run.iov_base.cast::<u8>();
+            for at in (0..run.iov_len).step_by(copy::PAGE).chain([run.iov_len - 1]) {
+                // SAFETY: a byte of a run, which is mapped while the owner, which we hold, lives; no reference to it exists.
+                let _ = unsafe { start.wrapping_add(at).read_volatile() };
+            }
+        }
     }
 
     /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
@@ -271,13 +293,21 @@ mod tests {
     use super::*;
 
     fn slices(memory: &mut [u8], runs: &[(usize, usize)]) -> Slices {
-        let mut s = Slices::with_capacity(runs.len());
+        let mut s = Slices::new(Arc::new(()), runs.len());
         for &(at, len) in runs {
             assert!(at + len <= memory.len());
             // SAFETY: the tests keep `memory` alive and unborrowed while they use the slices.
             unsafe { s.push(memory.as_mut_ptr().wrapping_add(at), len) };
         }
         s
+    }
+
+    #[test]
+    #[should_panic(expected = "all runs have one owner")]
+    fn runs_of_two_owners_do_not_mix() {
+        let (mut memory, mut other) = ([0; 8], [0; 8]);
+        let mut out = slices(&mut memory, &[(0, 4)]);
+        slices(&mut other, &[(0, 4)]).slice_into(0, 4, &mut out);
     }
 
     #[test]

@@ -280,6 +280,14 @@ impl Engine for Ring {
         if (pending || self.queued > 0 && self.enabled) && self.enter(0).is_ok() {
             self.drain(out);
         }
+        // A transfer of very many runs takes several calls, and nothing would wake a queue for one that waits here.
+        while self.queued > 0 && self.enabled {
+            let before = self.queued;
+            if self.enter(0).is_err() || self.queued == before {
+                break; // the next `submit`, or a completion of those under way, brings it about
+            }
+            self.drain(out);
+        }
     }
 
     fn wait(&mut self) -> io::Result<()> {

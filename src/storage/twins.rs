@@ -30,13 +30,12 @@ impl Guest {
     }
 
     fn slices(self: &Arc<Guest>, runs: impl IntoIterator<Item = (usize, usize)>) -> Slices {
-        let mut s = Slices::with_capacity(4);
+        let mut s = Slices::new(self.clone(), 4);
         for (at, len) in runs {
             assert!(at + len <= self.memory.len());
-            // SAFETY: the range lies in the memory, which lives as long as the owner set below.
+            // SAFETY: the range lies in the memory, which lives as long as its owner.
             unsafe { s.push(self.start.wrapping_add(at), len) };
         }
-        s.set_owner(self.clone());
         s
     }
 }

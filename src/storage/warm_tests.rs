@@ -32,7 +32,7 @@ fn read(offset: u64, len: usize) -> Op {
 
 /// The buffer as a guest's memory; for as long as it is there.
 fn slices(buffer: &mut Buffer) -> Slices {
-    let mut slices = Slices::with_capacity(2);
+    let mut slices = Slices::new(std::sync::Arc::new(()), 2);
     let (start, half) = (buffer.as_mut_ptr(), buffer.len() / 2);
     // SAFETY: both halves lie in the buffer, and it is not used while they are.
     unsafe {

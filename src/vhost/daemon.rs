@@ -7,37 +7,35 @@
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{error, info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::FrontendReq;
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-use super::frame::{self, Frame, Next};
+use super::connection::{Connection, Fate, invalid};
+use super::frame::{self, Next};
 use super::handler::{Handler, more_queues};
 use super::socket::{Listener, Socket, peer};
-use super::unshared::SHARE;
-use super::worker::{Settings, Worker};
+use super::worker::{END, Settings, Worker};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
-use crate::storage::EngineKind;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Bell, EngineKind};
 
 /// A front-end that sends the first half of a message has this long for the second.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What idle threads have to end in.
+const MOMENT: Duration = Duration::from_millis(500);
 /// How often a half message is looked at again.
 const GLANCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-/// Rings that have everything but memory have this long to get it before the log has it.
-const MEMORY_PATIENCE: Duration = Duration::from_secs(3);
 /// How often such rings are looked at again.
 const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// How often the names of the served files are looked up.
 const NAMES_PERIOD: Duration = Duration::from_secs(5);
-/// Refused messages of one connection that are logged; a front-end cannot fill the log.
-const LOGGED_REFUSALS: u32 = 32;
 
 /// How a disk is served.
 #[derive(Clone, Debug)]
@@ -62,21 +60,16 @@ pub struct Daemon {
     device: Arc<Device>,
     workers: Vec<Worker>,
     socket: Socket,
+    /// Readable when a page of the guest's memory could not be had.
+    alarm: Arc<Bell>,
     /// Whether the last front-end left because it uses more queues, as it seems.
     wants_more: Cell<bool>,
     /// When the names of the served files are looked up next.
     names_due: Cell<Instant>,
-}
-
-/// What becomes of a connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Fate {
-    /// It goes on.
-    Stay,
-    /// The front-end left, or was left.
-    Gone,
-    /// The daemon is to stop.
-    Stop,
+    /// The thread that looks them up.
+    names: Cell<Option<JoinHandle<()>>>,
+    /// When the stop signal was seen.
+    stopped: Cell<Option<Instant>>,
 }
 
 impl Daemon {
@@ -93,10 +86,13 @@ impl Daemon {
         assert!(size.is_power_of_two() && size <= MAX_QUEUE_SIZE, "a queue's size is a power of two up to 32768");
         let device = Device::new(disk, service.queues, size, service.write_back);
         let settings = Settings { engine: service.engine, poll: service.poll };
-        let start = |index| Worker::start(&device, usize::from(index), settings, &service.name);
+        let alarm = Arc::new(Bell::new()?);
+        let start = |index| Worker::start(&device, usize::from(index), settings, &service.name, &alarm);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
         let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
-        Ok(Daemon { name: service.name.clone(), device, workers, socket, wants_more: Cell::new(false), names_due })
+        let (name, wants_more, stopped) = (service.name.clone(), Cell::new(false), Cell::new(None));
+        let names = Cell::new(None);
+        Ok(Daemon { name, device, workers, socket, alarm, wants_more, names_due, names, stopped })
     }
 
     /// What carries out I/O, in a word for the log.
@@ -105,13 +101,25 @@ impl Daemon {
     }
 
     /// Looks up the names of the served files if that is due. Returns the time until it is due again.
+    ///
+    /// A thread of its own does it: a file system that does not answer must not keep this one from answering.
     fn watch_names(&self) -> Timespec {
         if Instant::now() >= self.names_due.get() {
-            self.device.disk().check_names();
+            let last = self.names.take();
+            self.names.set(match last.filter(|thread| !thread.is_finished()) {
+                Some(busy) => Some(busy),
+                None => self.look_up_names(),
+            });
             self.names_due.set(Instant::now() + NAMES_PERIOD);
         }
         let left = self.names_due.get().saturating_duration_since(Instant::now());
         Timespec::try_from(left).unwrap_or(GLANCE)
+    }
+
+    fn look_up_names(&self) -> Option<JoinHandle<()>> {
+        let device = self.device.clone();
+        let thread = thread::Builder::new().name("names".into()).spawn(move || device.disk().check_names());
+        thread.inspect_err(|e| warn!("disk {}: the names of its files are not watched: {e}", self.name)).ok()
     }
 
     /// Serves front-ends, one at a time, until `stop` is readable, or, where the socket came connected, until the
@@ -129,11 +137,24 @@ impl Daemon {
                 })
             }
         };
+        // What the drain of the rings took of the time is gone, but for a moment in which idle threads end.
+        let now = Instant::now();
+        let by = (self.stopped.get().unwrap_or(now) + END).max(now + MOMENT);
+        self.workers.iter().for_each(|worker| worker.ask_to_end(by));
+        let late = self.workers.iter().filter(|worker| !worker.has_ended()).count();
+        if late > 0 {
+            let what = format!(
+                "{late} queues do not end, as the storage does not answer: the image is not closed; the next \
+                 daemon recovers what was acknowledged"
+            );
+            error!("disk {}: {what}", self.name);
+            return Err(Error::new(ErrorKind::Io, what));
+        }
         self.workers.clear();
         let closed = self.device.disk().close();
         match &closed {
             Ok(()) => info!("disk {}: closed", self.name),
-            Err(e) => log::error!("disk {}: did not close: {}", self.name, e.line()),
+            Err(e) => error!("disk {}: did not close: {}", self.name, e.line()),
         }
         drop(self.socket);
         served.and(closed)
@@ -144,6 +165,7 @@ impl Daemon {
             let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
             wait(&mut fds, Some(&self.watch_names()))?;
             if !fds[0].revents().is_empty() {
+                self.stopped.set(Some(Instant::now()));
                 return Ok(());
             }
             if fds[1].revents().is_empty() {
@@ -180,35 +202,40 @@ impl Daemon {
 
     fn converse(&self, stream: UnixStream, listener: Option<&Listener>, stop: BorrowedFd<'_>) -> Result<Fate> {
         let socket = stream.try_clone().map_err(|e| Error::io("cannot use the connection", e))?;
-        let handler = Arc::new(Mutex::new(Handler::new(&self.device, &self.workers, &self.name)));
-        let mut session = Session {
-            name: &self.name,
-            requests: BackendReqHandler::from_stream(stream, handler.clone()),
-            handler,
-            refusals: 0,
-            last: None,
-            without_memory: None,
-            lacks_memory: false,
-        };
+        let handler = Handler::new(&self.device, &self.workers, &self.name, stop);
+        let mut connection = Connection::new(&self.name, stream, handler);
         let mut half_since = None;
         loop {
+            if connection.is_memory_lost() {
+                error!(
+                    "disk {}: a page of the guest's memory cannot be had: the front-end has cut the memory file, or the host has no \
+                     memory left for it. The disk is out of service until a front-end connects again",
+                    self.name
+                );
+                return Ok(Fate::Gone);
+            }
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
-            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.alarm, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
-            let lacks_memory = session.watch_memory();
+            let lacks_memory = connection.watch_memory();
             let names = self.watch_names();
             let at_most = if lacks_memory { names.min(LOOK) } else { names };
             wait(&mut fds, Some(if half_since.is_some() { &GLANCE } else { &at_most }))?;
             if !fds[0].revents().is_empty() {
+                self.stopped.set(Some(Instant::now()));
                 return Ok(Fate::Stop);
+            }
+            if !fds[1].revents().is_empty() {
+                // May be about memory of an earlier front-end.
+                self.alarm.silence();
             }
             let from_front_end = fds.last().expect("pushed above").revents();
             let gone = from_front_end.intersects(PollFlags::HUP | PollFlags::ERR);
             if let Some(listener) = listener
-                && !fds[1].revents().is_empty()
+                && !fds[2].revents().is_empty()
                 && !gone
             {
                 self.refuse_another(listener, stop)?;
@@ -218,7 +245,7 @@ impl Daemon {
             }
             match frame::peek(&socket).map_err(|e| Error::io("the socket fails", e))? {
                 Next::Gone => {
-                    self.explain_end(&session);
+                    self.explain_end(&connection);
                     return Ok(Fate::Gone);
                 }
                 Next::Garbage => return Err(Error::io("what came is no vhost-user message", invalid())),
@@ -234,7 +261,7 @@ impl Daemon {
                     if !frame::has_room(&socket) {
                         return Err(Error::io("the front-end does not read its answers", invalid()));
                     }
-                    if let Fate::Gone = session.handle(frame, &socket)? {
+                    if let Fate::Gone = connection.handle(frame, &socket)? {
                         return Ok(Fate::Gone);
                     }
                 }
@@ -243,10 +270,10 @@ impl Daemon {
     }
 
     /// Warns if the front-end left because it uses more queues than it was offered. It checks that itself, and retries.
-    fn explain_end(&self, session: &Session<'_>) {
+    fn explain_end(&self, connection: &Connection<'_>) {
         let offered = self.workers.len();
-        let has_rings = session.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();
-        let asked = session.last == Some(FrontendReq::GET_QUEUE_NUM as u32) && !has_rings;
+        let has_rings = connection.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();
+        let asked = connection.last == Some(FrontendReq::GET_QUEUE_NUM as u32) && !has_rings;
         if asked && !self.wants_more.get() {
             let what = more_queues(offered);
             warn!("disk {}: the front-end left when it had the number of queues: it may use more. {what}", self.name);
@@ -266,81 +293,6 @@ impl Daemon {
             }
         }
     }
-}
-
-/// One connection.
-struct Session<'a> {
-    name: &'a str,
-    requests: BackendReqHandler<Mutex<Handler<'a>>>,
-    handler: Arc<Mutex<Handler<'a>>>,
-    refusals: u32,
-    /// The number of the last request.
-    last: Option<u32>,
-    /// Since when rings wait for guest memory and nothing else.
-    without_memory: Option<Instant>,
-    /// Whether the log has that.
-    lacks_memory: bool,
-}
-
-impl Session<'_> {
-    /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
-    fn watch_memory(&mut self) -> bool {
-        if self.lacks_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {
-            self.without_memory = None;
-            return false;
-        }
-        if self.without_memory.get_or_insert_with(Instant::now).elapsed() < MEMORY_PATIENCE {
-            return true;
-        }
-        warn!(
-            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE}",
-            self.name
-        );
-        self.lacks_memory = true;
-        false
-    }
-
-    /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
-    /// wait for ever for an answer that the protocol has no words for.
-    fn handle(&mut self, frame: Frame, socket: &UnixStream) -> Result<Fate> {
-        self.last = Some(frame.request());
-        let broken = |e| Error::io("the socket fails", e);
-        let state = |session: &Self| {
-            let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);
-            (handler.calls(), handler.acknowledges())
-        };
-        let (calls, _) = state(self);
-        let (why, acknowledged) = if frame.is_readable() {
-            match self.requests.handle_request() {
-                Ok(()) => return Ok(Fate::Stay),
-                Err(VhostError::Disconnected) => return Ok(Fate::Gone),
-                Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
-                    return Err(Error::io("the socket fails", std::io::Error::other(e)));
-                }
-                Err(e) => (e.to_string(), state(self).0 != calls || frame.is_always_acknowledged()),
-            }
-        } else {
-            frame.skip(socket).map_err(broken)?;
-            ("it is unknown, or came with files it must not have".into(), false)
-        };
-        self.refusals += 1;
-        match self.refusals {
-            ..LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
-            LOGGED_REFUSALS => warn!("disk {}: further refusals of this front-end are not logged", self.name),
-            _ => {}
-        }
-        if frame.has_no_refusal() && !(acknowledged && frame.refuses_in_its_answer()) {
-            return Err(Error::io("a question has no answer", invalid()));
-        }
-        if !acknowledged && frame.wants_acknowledgement() && state(self).1 {
-            frame.refuse(socket).map_err(broken)?;
-        }
-        Ok(Fate::Stay)
-    }
-}
-
-fn invalid() -> std::io::Error {
-    std::io::ErrorKind::InvalidData.into()
 }
 
 /// Waits until something happens, for `at_most` if given.

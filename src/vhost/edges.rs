@@ -1,7 +1,7 @@
 //! Waiting for edges: an event counter reports each write to it without ever being read.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 /// What a descriptor stands for.
@@ -21,15 +21,16 @@ impl Epoll {
         epoll::create(true).map(Epoll)
     }
 
-    pub(super) fn add(&self, fd: RawFd, source: Source) -> io::Result<()> {
+    /// Waits for `fd`, too. Descriptors that are closed leave by themselves.
+    pub(super) fn add(&self, fd: BorrowedFd<'_>, source: Source) -> io::Result<()> {
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
-        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
+        epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
-    pub(super) fn remove(&self, fd: RawFd) {
+    pub(super) fn remove(&self, fd: BorrowedFd<'_>) {
         let none = epoll::Event::new(epoll::Events::empty(), 0);
         // It may be gone already: a broken ring's kick is removed when it breaks.
-        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd, none);
+        let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), none);
     }
 
     /// Returns when something happened, when the time is over, or for no reason; true if there was a kick.
@@ -52,19 +53,18 @@ impl Drop for Epoll {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
-    use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
+    use std::os::fd::AsFd;
 
     use super::*;
+    use crate::storage::Bell;
 
     /// The rule the workers' loop stands on: every write to an event counter is one event, though nobody reads the counter.
     #[test]
     fn each_ring_of_the_bell_is_one_event() {
-        let (end, bell) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+        let bell = Bell::new().unwrap();
         let epoll = Epoll::new().unwrap();
-        bell.notify().unwrap();
-        epoll.add(end.as_raw_fd(), Source::Kick).unwrap();
+        bell.ring();
+        epoll.add(bell.as_fd(), Source::Kick).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()
@@ -72,13 +72,13 @@ mod tests {
         assert_eq!(happened(&epoll), 1, "rung before it was added");
         assert_eq!(happened(&epoll), 0, "an edge is told once");
         for _ in 0..3 {
-            bell.notify().unwrap();
+            bell.ring();
             assert_eq!(happened(&epoll), 1);
         }
-        bell.notify().unwrap();
+        bell.ring();
         assert!(epoll.wait(Duration::ZERO) && !epoll.wait(Duration::ZERO));
-        epoll.remove(end.as_raw_fd());
-        bell.notify().unwrap();
+        epoll.remove(bell.as_fd());
+        bell.ring();
         assert_eq!(happened(&epoll), 0);
     }
 }

@@ -4,6 +4,7 @@
 //! (`rings`). The handler ends with its connection, and its rings are drained.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use log::debug;
@@ -17,6 +18,7 @@ use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, 
 use super::MAX_QUEUE_SIZE;
 use super::inflight::{self, Region};
 use super::memory::{MAX_REGIONS, MemoryTable};
+use super::passed_fd::{event_counter, written_counter};
 use super::rings::{Addresses, Kick, RingSetup, Rings, failed};
 use super::worker::Worker;
 use crate::device::Device;
@@ -45,9 +47,20 @@ fn not_offered<T>() -> VhostResult<T> {
 
 impl<'a> Handler<'a> {
     /// A handler for a new connection; the device forgets what an earlier front-end negotiated.
-    pub(super) fn new(device: &'a Arc<Device>, workers: &'a [Worker], name: &'a str) -> Handler<'a> {
+    /// `end` is readable when the daemon is to end.
+    pub(super) fn new(
+        device: &'a Arc<Device>,
+        workers: &'a [Worker],
+        name: &'a str,
+        end: BorrowedFd<'a>,
+    ) -> Handler<'a> {
         device.reset();
-        Handler { device, rings: Rings::new(workers, name), protocol_features: 0, calls: 0 }
+        Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, calls: 0 }
+    }
+
+    /// Whether a page of the memory that the front-end shared could not be had.
+    pub(super) fn is_memory_lost(&self) -> bool {
+        self.rings.is_memory_lost()
     }
 
     /// Counts requests that passed the vhost crate's own checks.
@@ -92,7 +105,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn reset_device(&mut self) -> VhostResult<()> {
         self.calls += 1;
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         for ring in &mut self.rings.setups {
             // The counters stay: front-ends set them once and not again after a reset.
             *ring = RingSetup { call: ring.call.take(), err: ring.err.take(), ..RingSetup::default() };
@@ -114,7 +127,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         if unknown != 0 {
             return Err(failed(format!("features {unknown:#x} were not offered")));
         }
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         self.device.ack(features & !PROTOCOL_FEATURES);
         self.rings.features = Some(features);
         if features & PROTOCOL_FEATURES == 0 {
@@ -133,7 +146,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     ) -> VhostResult<Option<Vec<u64>>> {
         self.calls += 1;
         let table = MemoryTable::from_regions(regions, files).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(None)
     }
 
@@ -168,7 +181,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         let (at, _) = self.ring(index)?;
-        self.rings.stop(at..at + 1);
+        self.rings.stop(at..at + 1)?;
         let ring = &mut self.rings.setups[at];
         ring.kick = None;
         debug!("disk {}: ring {index} stopped at {}", self.rings.name, ring.base);
@@ -177,12 +190,18 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
+        if let Some(kick) = &fd {
+            event_counter(kick).map_err(|e| failed(format!("the kick of ring {index}: {e}")))?;
+        }
         let kick = fd.map_or(Kick::Polled, |file| Kick::By(Arc::new(file)));
         self.rings.change_ring(index, |ring| ring.kick = Some(kick))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
+        if let Some(fd) = &fd {
+            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+        }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.call = copy;
         if ring.running {
@@ -193,6 +212,9 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
+        if let Some(fd) = &fd {
+            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+        }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.err = copy;
         if ring.running {
@@ -261,7 +283,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         let region = Region::map(inflight, file).map_err(|e| {
             failed(format!("{e}; without the region, requests in flight may be lost if this daemon is killed"))
         })?;
-        self.rings.stop_all();
+        self.rings.stop_all()?;
         self.rings.inflight = Some(region);
         self.rings.start_all();
         Ok(())
@@ -280,14 +302,14 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     ) -> VhostResult<Option<u64>> {
         self.calls += 1;
         let table = self.rings.memory.with(region, fd).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
         self.calls += 1;
         let table = self.rings.memory.without(region).map_err(VhostError::ReqHandlerError)?;
-        self.rings.change_memory(table);
+        self.rings.change_memory(table)?;
         Ok(())
     }
 

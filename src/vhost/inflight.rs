@@ -3,6 +3,8 @@
 //! Nothing of it is kept here beyond a connection. A front-end whose guest was reset throws its region away and asks
 //! for a new one; to one that comes back after a kill the region is all that it has to say of the past.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -11,14 +13,16 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::device::Record;
+use super::passed_fd::{memory_page, no_sigbus};
+use crate::device::{Record, RecordMap};
+use crate::storage::sigbus::Guard;
 
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
 /// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
 #[derive(Clone)]
 pub(super) struct Region {
-    map: Arc<MmapRegion<()>>,
+    map: Arc<RecordMap>,
     queues: u16,
     queue_size: u16,
 }
@@ -63,6 +67,8 @@ impl Region {
         if size != len as u64 {
             return Err(refuse(format!("an in-flight region of {size} bytes, where its queues take {len}")));
         }
+        // Before any other question about the file: this one waits for no file system.
+        let page = memory_page(&file)?;
         let there = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if offset.checked_add(size).is_none_or(|end| end > there) {
             return Err(refuse(format!("an in-flight region at {offset} of {size} bytes, in a file of {there}")));
@@ -72,7 +78,21 @@ impl Region {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(|e| io::Error::other(format!("the in-flight region cannot be mapped: {e}")))?;
-        Ok(Region { map: Arc::new(map), queues: told.num_queues, queue_size: told.queue_size })
+        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
+        // took the offset. `RecordMap` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
+        // are reached as atomics only.
+        let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
+        let guard = guard.ok_or_else(no_sigbus)?;
+        Ok(Region {
+            map: Arc::new(RecordMap::new(map, Some(guard))),
+            queues: told.num_queues,
+            queue_size: told.queue_size,
+        })
+    }
+
+    /// Whether a page of it could not be had.
+    pub(super) fn is_lost(&self) -> bool {
+        self.map.is_lost()
     }
 
     /// The record of a queue; none where the region is for fewer queues.

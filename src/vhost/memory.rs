@@ -3,15 +3,19 @@
 //! A table is never changed: each message makes a new one that shares the mappings that stay. A mapping goes when the
 //! last table and the last request that use it are gone.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, fstat};
+use rustix::fs::fstat;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use crate::device::Memory;
+use super::passed_fd::{memory_page, no_sigbus};
+use crate::device::{Memory, SharedMemory};
+use crate::storage::sigbus::Guard;
 
 /// Regions one table may have; what QEMU calls memory slots, and as many as KVM itself has (crash-safety 4.4).
 pub(super) const MAX_REGIONS: usize = 509;
@@ -29,6 +33,8 @@ struct Region {
     size: u64,
     /// Where the front-end has it mapped: ring addresses come in these terms.
     user: u64,
+    // Before the mapping: a guard goes before what it guards is unmapped.
+    guard: Arc<Guard>,
     mapping: Arc<GuestRegionMmap<()>>,
 }
 
@@ -71,12 +77,10 @@ impl MemoryTable {
         if let Some(other) = self.regions.iter().find(|r| guest < r.guest + r.size && r.guest < guest_end) {
             return Err(refuse(format!("{shown} overlaps the one at {:#x}", other.guest)));
         }
+        // Before any other question about the file: this one waits for no file system.
+        let page = memory_page(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
         let stat = fstat(&file)?;
-        let page = rustix::param::page_size() as u64;
-        let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page);
-        if !FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(refuse(format!("{shown} is not backed by a memory file")));
-        }
+        let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page as u64);
         if file_end > length {
             return Err(refuse(format!("{shown} ends at byte {file_end:#x} of a file of {length:#x}")));
         }
@@ -84,9 +88,16 @@ impl MemoryTable {
             region.mmap_region(file).map_err(|e| io::Error::other(format!("{shown} cannot be mapped: {e}")))?;
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| refuse(format!("{shown} ends beyond 2^64")))?;
+        let mapping = Arc::new(mapping);
+        let (start, len) = (mapping.get_mmap().as_ptr(), mapping.get_mmap().size());
+        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
+        // took the offset. Who holds the guard holds the mapping, too, and drops the guard first: this function, `Region` and
+        // `SharedMemory`. The guest changes these bytes at any time, so they are reached by raw pointers and atomics only.
+        let guard = unsafe { Guard::new(start, len, page) };
+        let guard = Arc::new(guard.ok_or_else(no_sigbus)?);
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|r| r.guest < guest);
-        regions.insert(at, Region { guest, size, user, mapping: Arc::new(mapping) });
+        regions.insert(at, Region { guest, size, user, guard, mapping });
         Ok(MemoryTable { regions })
     }
 
@@ -116,13 +127,20 @@ impl MemoryTable {
         (len <= region.size - within).then(|| region.guest + within)
     }
 
+    /// Whether a page of it could not be had.
+    pub(super) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.guard.is_lost())
+    }
+
     /// The form in which rings and requests read and write it.
-    pub(super) fn memory(&self) -> Arc<Memory> {
-        if self.regions.is_empty() {
-            return Arc::new(Memory::new());
-        }
-        let mappings = self.regions.iter().map(|r| r.mapping.clone()).collect();
-        Arc::new(Memory::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap"))
+    pub(super) fn memory(&self) -> Arc<SharedMemory> {
+        let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
+        let memory = match mappings.is_empty() {
+            true => Memory::new(),
+            false => Memory::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap"),
+        };
+        let guards = self.regions.iter().map(|region| region.guard.clone()).collect();
+        Arc::new(SharedMemory::new(memory, guards))
     }
 }
 
@@ -151,6 +169,7 @@ mod tests {
         assert_eq!(table.guest_address(0x6fff_ffff, 1), None, "before it");
         assert_eq!(table.guest_address(0x9000_0000, u64::MAX), None);
         let memory = table.memory();
+        let memory = memory.regions();
         memory.write_slice(b"x", GuestAddress(0x10_1fff)).unwrap();
         assert_eq!(memory.num_regions(), 2);
     }
@@ -160,11 +179,11 @@ mod tests {
         let a = region(0, 0x1000, 0x1000, 0);
         let b = region(0x1000, 0x1000, 0x2000, 0);
         let table = MemoryTable::default().with(&a, file(0x1000)).unwrap();
-        table.memory().write_slice(b"kept", GuestAddress(8)).unwrap();
+        table.memory().regions().write_slice(b"kept", GuestAddress(8)).unwrap();
         let both = table.with(&b, file(0x1000)).unwrap();
         let back = both.without(&b).unwrap();
         let mut seen = [0; 4];
-        back.memory().read_slice(&mut seen, GuestAddress(8)).unwrap();
+        back.memory().regions().read_slice(&mut seen, GuestAddress(8)).unwrap();
         assert_eq!(&seen, b"kept");
         assert!(back.without(&b).is_err());
         assert!(back.without(&a).unwrap().is_empty());
@@ -189,6 +208,20 @@ mod tests {
         assert!(whole.with(&region(0x8000, 0x1000, 0, 0), File::open("/dev/zero").unwrap()).is_err());
         assert!(whole.with(&region(0x6000, 0x2000, 0x9000, 0), file(0x2000)).is_ok(), "next to it");
         assert!(MemoryTable::from_regions(&[region(0, 0x1000, 0, 0)], vec![]).is_err());
+    }
+
+    #[test]
+    fn memory_that_is_taken_away_reads_as_zeros_and_is_noticed() {
+        let (kept, cut) = (file(0x1000), file(0x2000));
+        let table = MemoryTable::default().with(&region(0, 0x1000, 0, 0), kept).unwrap();
+        let both = table.with(&region(0x4000, 0x2000, 0x4000, 0), cut.try_clone().unwrap()).unwrap();
+        let memory = both.memory();
+        memory.regions().write_slice(&[7; 0x2000], GuestAddress(0x4000)).unwrap();
+        cut.set_len(0x1000).unwrap();
+        let mut seen = [1; 0x2000];
+        memory.regions().read_slice(&mut seen, GuestAddress(0x4000)).unwrap();
+        assert!(seen[..0x1000] == [7; 0x1000] && seen[0x1000..] == [0; 0x1000]);
+        assert!(both.is_lost() && memory.is_lost() && !table.is_lost() && !table.memory().is_lost());
     }
 
     #[test]

@@ -8,19 +8,22 @@
 //!                           │                                        ├── inflight  the record that survives us, kept by
 //!                           │                                        │             the front-end
 //!                           │                                        ├── unshared  guest memory that only the guest sees
-//!                           │                                        └── worker    one a queue: edges, device::Queue, lane
-//!                 bind ─ daemon: accepts, refuses a second front-end, ends on the stop signal
+//!                           │                                        └── worker    one a queue: queue_thread, edges,
+//!                           │                                                      device::Queue, lane
+//!                 bind ─ daemon ─ connection: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
 //! * The **control thread** (one a disk, `daemon`) reads messages and never touches a running ring. It stops a ring,
 //!   changes it, and starts it again; everything a ring needs travels to its worker in a command.
 //! * A **worker** (one a queue) lives as long as the disk. A front-end that leaves takes its rings and its memory
 //!   with it, after they are drained; the workers wait for the next one.
+//! * No descriptor of a front-end can hold a thread (`passed_fd`), and no wait for a worker is without an end.
 //! * A handler lives as long as a connection: nothing of one front-end is left for the next but the disk.
 //!
 //! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod bind;
+mod connection;
 mod daemon;
 mod descriptors;
 mod edges;
@@ -28,7 +31,9 @@ mod frame;
 mod handler;
 mod inflight;
 mod memory;
+mod passed_fd;
 mod patience;
+mod queue_thread;
 mod rings;
 mod socket;
 mod unshared;

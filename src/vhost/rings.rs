@@ -8,21 +8,30 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{Error as VhostError, Result as VhostResult};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::inflight::Region;
 use super::memory::MemoryTable;
+use super::queue_thread::Ring;
 use super::unshared::{SHARE, Sharing};
-use super::worker::{Ring, Worker};
+use super::worker::{END, Waited, Worker, wait_for};
 use crate::device::{AtomicMemory, Record, Vring};
+
+/// How long a front-end may wait for the requests in flight: longer than a disk takes that wakes, or a path that fails over.
+const STOP: Duration = Duration::from_secs(30);
 
 /// The rings of one connection.
 pub(super) struct Rings<'a> {
+    /// Readable when the daemon is to end.
+    end: BorrowedFd<'a>,
     pub(super) workers: &'a [Worker],
     /// The disk's name, for the log.
     pub(super) name: &'a str,
@@ -75,9 +84,10 @@ pub(super) fn failed(why: impl Into<String>) -> VhostError {
 
 impl<'a> Rings<'a> {
     /// Rings of which nothing has been said, one a worker.
-    pub(super) fn new(workers: &'a [Worker], name: &'a str) -> Rings<'a> {
+    pub(super) fn new(workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Rings<'a> {
         let setups = workers.iter().map(|_| RingSetup::default()).collect();
         Rings {
+            end,
             workers,
             name,
             memory: MemoryTable::default(),
@@ -109,7 +119,9 @@ impl<'a> Rings<'a> {
         };
         let base = ring.base;
         let (memory, record, sharing) = (self.memory.memory(), self.record(index), self.sharing.clone());
-        let started = self.workers[index].start_ring(Ring { vring, memory, record, kick, err, base, sharing });
+        let ring = Ring { vring, memory, record, kick, err, base, sharing };
+        let begun = Instant::now();
+        let started = self.workers[index].start_ring(ring, || is_late(self.end, begun.elapsed()));
         started.map_err(|e| failed(e.line()))?;
         debug!("disk {}: ring {index} runs from {base}", self.name);
         self.setups[index].running = true;
@@ -147,7 +159,8 @@ impl<'a> Rings<'a> {
     fn lay_out(&self, ring: &RingSetup, at: Addresses, features: u64) -> VhostResult<Vring> {
         let at = self.to_guest(at, ring.size)?;
         let refused = |e| failed(format!("the ring cannot be laid out: {e}"));
-        let vring = Vring::new(AtomicMemory::from(self.memory.memory()), ring.size).map_err(refused)?;
+        let vring =
+            Vring::new(AtomicMemory::from(self.memory.memory().regions().clone()), ring.size).map_err(refused)?;
         vring.set_queue_size(ring.size);
         vring.set_queue_info(at.descriptors, at.available, at.used).map_err(refused)?;
         vring.set_queue_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
@@ -176,23 +189,38 @@ impl<'a> Rings<'a> {
         })
     }
 
-    /// Drains and stops these rings, all at once; they keep their place. Tells which ran.
-    pub(super) fn stop(&mut self, range: Range<usize>) -> Vec<usize> {
+    /// Drains and stops these rings, all at once; they keep their place.
+    ///
+    /// # Errors
+    /// If the requests of a queue do not end in time. The ring then counts as stopped at an unknown place.
+    pub(super) fn stop(&mut self, range: Range<usize>) -> VhostResult<()> {
         let running: Vec<usize> = range.filter(|i| self.setups[*i].running).collect();
         let answers: Vec<_> = running.iter().map(|i| self.workers[*i].stop_ring()).collect();
+        let (begun, mut outcome) = (Instant::now(), Ok(()));
         for (index, answer) in running.iter().zip(answers) {
             let ring = &mut self.setups[*index];
             ring.running = false;
-            match answer.recv() {
-                Ok(base) => ring.base = base,
-                Err(_) => warn!("disk {}: the thread of queue {index} is lost", self.name),
+            match wait_for(&answer, || is_late(self.end, begun.elapsed())) {
+                Waited::Answer(base) => ring.base = base,
+                Waited::Lost => warn!("disk {}: the thread of queue {index} is lost", self.name),
+                Waited::Late => {
+                    self.workers[*index].keep_late(answer);
+                    let what = format!("the requests of queue {index} do not end: the storage does not answer");
+                    warn!("disk {}: {what}", self.name);
+                    outcome = Err(failed(what));
+                }
             }
         }
-        running
+        outcome
     }
 
-    pub(super) fn stop_all(&mut self) -> Vec<usize> {
+    pub(super) fn stop_all(&mut self) -> VhostResult<()> {
         self.stop(0..self.setups.len())
+    }
+
+    /// Whether a page of the guest's memory, or of the in-flight region, could not be had.
+    pub(super) fn is_memory_lost(&self) -> bool {
+        self.memory.is_lost() || self.inflight.as_ref().is_some_and(Region::is_lost)
     }
 
     /// Starts every ring that is complete. One that cannot be started stays stopped until it is set up anew.
@@ -205,15 +233,19 @@ impl<'a> Rings<'a> {
     }
 
     /// Puts another memory table in place while no ring runs.
-    pub(super) fn change_memory(&mut self, table: MemoryTable) {
-        self.stop_all();
+    ///
+    /// # Errors
+    /// As [`Rings::stop`].
+    pub(super) fn change_memory(&mut self, table: MemoryTable) -> VhostResult<()> {
+        self.stop_all()?;
         self.memory = table;
         self.start_all();
+        Ok(())
     }
 
     /// Changes a ring while it does not run.
     pub(super) fn change_ring(&mut self, index: usize, change: impl FnOnce(&mut RingSetup)) -> VhostResult<()> {
-        self.stop(index..index + 1);
+        self.stop(index..index + 1)?;
         change(&mut self.setups[index]);
         self.start_if_complete(index)
     }
@@ -221,6 +253,14 @@ impl<'a> Rings<'a> {
 
 impl Drop for Rings<'_> {
     fn drop(&mut self) {
-        self.stop_all();
+        // What does not end in time was logged.
+        let _ = self.stop_all();
     }
+}
+
+/// Whether a wait of so long for a queue is too long.
+fn is_late(end: BorrowedFd<'_>, waited: Duration) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let is_ending = || poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);
+    waited > STOP || waited > END && is_ending()
 }

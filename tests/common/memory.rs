@@ -1,28 +1,33 @@
 //! Memory of a test's own in the guest's place.
 #![allow(unsafe_code)]
 
+use std::cell::UnsafeCell;
 use std::sync::Arc;
 
 use diffdisk::storage::Slices;
 
-/// Guest memory: on the heap, kept by whoever holds the slices' owner.
-pub struct Memory(Arc<Box<[u8]>>);
+/// Guest memory on the heap. The slices over it share its ownership.
+pub struct Memory(Arc<Bytes>);
+
+struct Bytes(Box<[UnsafeCell<u8>]>);
+
+// SAFETY: the bytes are reached through raw pointers only, by one request or by the test at a time.
+unsafe impl Sync for Bytes {}
 
 impl Memory {
     pub fn new(bytes: &[u8]) -> Memory {
-        Memory(Arc::new(bytes.into()))
+        Memory(Arc::new(Bytes(bytes.iter().copied().map(UnsafeCell::new).collect())))
     }
 
     /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
     pub fn slices(&self, cuts: &[usize]) -> Slices {
-        let mut slices = Slices::with_capacity(4);
-        slices.set_owner(self.0.clone());
-        let start = self.0.as_ptr().cast_mut();
+        let bytes = &self.0.0;
+        let mut slices = Slices::new(self.0.clone(), 4);
+        let start = UnsafeCell::raw_get(bytes.as_ptr());
         let mut at = 0;
-        for cut in cuts.iter().copied().chain([self.0.len()]) {
-            let cut = cut.clamp(at, self.0.len());
-            // SAFETY: inside the boxed slice, which the owner keeps; the test looks at it only when no request is under
-            // way, through a copy.
+        for cut in cuts.iter().copied().chain([bytes.len()]) {
+            let cut = cut.clamp(at, bytes.len());
+            // SAFETY: inside the boxed slice, which the owner keeps; its bytes may be written through shared references.
             unsafe { slices.push(start.wrapping_add(at), cut - at) };
             at = cut;
         }
@@ -30,7 +35,7 @@ impl Memory {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        // SAFETY: a valid slice; no operation is under way on it.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }.to_vec()
+        // SAFETY: a byte of the slice; no operation is under way on it.
+        self.0.0.iter().map(|byte| unsafe { *byte.get() }).collect()
     }
 }

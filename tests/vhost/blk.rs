@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport, VirtioFeatureFlags};
 use virtio_driver::{VirtioBlkConfig, VirtioBlkFeatureFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -53,7 +54,12 @@ impl Guest {
             if let Some(done) = self.queues[queue].completions().next() {
                 return done.ret;
             }
-            self.transport.get_completion_fd(queue).read().unwrap();
+            // The daemon has made it non-blocking.
+            let counter = self.transport.get_completion_fd(queue);
+            let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
+            let signalled = poll(&mut [PollFd::new(&*counter, PollFlags::IN)], Some(&patience)).unwrap();
+            assert!(signalled > 0, "a request has no answer");
+            counter.read().unwrap();
         }
     }
 

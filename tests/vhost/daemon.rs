@@ -6,9 +6,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use assert_cmd::cargo::cargo_bin;
+
+/// Name of the socket of the disk.
+pub(crate) const SOCKET: &str = "vhost.sock";
 
 /// A running daemon with one disk; killed when dropped.
 pub(crate) struct Daemon {
@@ -18,14 +21,27 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Serves `image` on a socket in `dir`; returns when the socket is there.
+    /// Serves `image` on a socket in `dir`; returns when the socket listens.
     pub(crate) fn start(dir: &Path, image: &Path, options: &[&str]) -> Daemon {
-        let (socket, log) = (dir.join("vhost.sock"), dir.join("log"));
         let mut command = Command::new(cargo_bin!("diffdiskd"));
-        command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image).args(options);
+        command.arg("--socket-path").arg(dir.join(SOCKET)).arg("--blk-file").arg(image).args(options);
+        Daemon::run(dir, command)
+    }
+
+    /// Serves disks of which the last has the socket [`SOCKET`] in `dir`.
+    pub(crate) fn start_disks(dir: &Path, disks: &[String], options: &[&str]) -> Daemon {
+        let mut command = Command::new(cargo_bin!("diffdiskd"));
+        command.args(disks.iter().flat_map(|disk| ["--disk", disk])).args(options);
+        Daemon::run(dir, command)
+    }
+
+    fn run(dir: &Path, mut command: Command) -> Daemon {
+        let (socket, log) = (dir.join(SOCKET), dir.join("log"));
         let child = command.stderr(File::create(&log).unwrap()).stdin(Stdio::null()).spawn().unwrap();
         let mut daemon = Daemon { child, socket, log };
-        daemon.wait_until("the socket is there", |daemon| daemon.socket.exists());
+        // Its line in the log comes after its socket listens: between the name and that lies a moment.
+        let serves = format!(" on {}, ", daemon.socket.display());
+        daemon.wait_until("the disk is served", |daemon| daemon.log().contains(&serves));
         daemon
     }
 
@@ -64,9 +80,26 @@ impl Daemon {
 
     /// Asks it to end, and waits.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
+        self.send_term();
+        self.child.wait().unwrap()
+    }
+
+    /// Asks it to end, and waits for `time` at most.
+    pub(crate) fn terminate_within(&mut self, time: Duration) -> Option<ExitStatus> {
+        self.send_term();
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return Some(status);
+            }
+            sleep(Duration::from_millis(10));
+        }
+        None
+    }
+
+    fn send_term(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        self.child.wait().unwrap()
     }
 }
 

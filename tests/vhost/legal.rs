@@ -9,17 +9,13 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::raw::*;
-use super::{memory, started};
+use super::{event, memory, started};
 
 /// Where the front-end has its memory, and the parts of a ring of up to 512 descriptors in it.
 const USER: u64 = 0x7000_0000;
 const AVAIL: u64 = 0x3000;
 const USED: u64 = 0x4000;
 const RAM: u64 = 0x10000;
-
-fn event() -> File {
-    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
-}
 
 fn ring_the(kick: &File) {
     rustix::io::write(kick, 1u64.as_bytes()).unwrap();

@@ -3,10 +3,15 @@
 
 mod blk;
 mod daemon;
+mod fds;
+mod guest;
 mod image;
 mod legal;
+mod lost;
+mod mounts;
 mod raw;
 mod start;
+mod stuck;
 mod system;
 
 use std::fs::File;
@@ -35,6 +40,10 @@ fn memory(len: u64) -> File {
     let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
+}
+
+fn event() -> File {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
 }
 
 fn diffdiskd() -> Command {

@@ -1,0 +1,211 @@
+//! Guest memory that cannot be had: a front-end cuts its memory file, or the host has no pages for it. The disk is then out of
+//! service until a front-end connects again, and all other disks are served on.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use assert_cmd::cargo::cargo_bin;
+use rustix::fs::{MemfdFlags, memfd_create};
+use zerocopy::IntoBytes;
+
+use super::blk::Guest;
+use super::daemon::{Daemon, SOCKET};
+use super::guest::{ASKS, Ask, ByHand, PAGE, PARTS, Part, SLOTS};
+use super::image;
+use super::raw::*;
+use super::{MIB, event};
+
+/// What the log has of it.
+const LOST: &str = "a page of the guest's memory cannot be had";
+
+/// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`; and its runtime folder.
+fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, tempfile::TempDir) {
+    let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+    let journals = format!("--runtime-dir={}", runtime.path().display());
+    let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));
+    let mut tool = std::process::Command::new(cargo_bin!("diffdisk"));
+    assert!(tool.arg("create").arg(&a).args(["--size", "64M", "--quiet"]).status().unwrap().success());
+    image::make_fixed(&b, 4 * MIB);
+    let disk = |path: &Path, name| format!("path={},socket={},queues=1", path.display(), dir.join(name).display());
+    let options = [&[journals.as_str()], options].concat();
+    (Daemon::start_disks(dir, &[disk(&b, "b.sock"), disk(&a, SOCKET)], &options), runtime)
+}
+
+/// A request that is answered, so that the ring runs and its pages are there.
+fn warm_up(guest: &mut ByHand, ask: Ask) {
+    guest.prepare(ask);
+    guest.publish();
+    assert!(guest.wait(), "{ask:?}");
+    assert_eq!(guest.status(), 0, "{ask:?}");
+}
+
+/// Sets the flag when dropped, by a panic, too.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One page is taken away, then a request comes that needs it.
+#[test]
+fn a_disk_survives_the_loss_of_any_part_of_a_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
+    let mut other = Guest::connect(&dir.path().join("b.sock"), 1, 64);
+    assert_eq!(other.write(0, 0, &[5; 4096]), 0);
+    let mut rounds = 0;
+    for last in PARTS {
+        for ask in ASKS.into_iter().filter(|ask| last != Part::Indirect || *ask == Ask::Indirect) {
+            let mut guest = ByHand::new(last);
+            let mut front_end = FrontEnd::negotiated(daemon.connect());
+            guest.attach(&mut front_end);
+            assert!(guest.enable(&mut front_end));
+            warm_up(&mut guest, if rounds % 2 == 0 { Ask::Write } else { ask });
+            guest.prepare(ask);
+            guest.cut();
+            guest.publish();
+            assert!(front_end.is_closed(), "{last:?}, {ask:?}: {}", daemon.log());
+            rounds += 1;
+            assert_ne!(guest.answered(), 2, "{last:?}, {ask:?}: it was answered");
+            daemon.wait_for_words("front-end disconnected", rounds);
+            assert_eq!(other.read(0, 0, 4096).unwrap(), [5; 4096]);
+        }
+    }
+    let log = daemon.log();
+    assert_eq!(log.matches(LOST).count(), rounds, "once each time: {log}");
+    assert!(!log.contains("Bad address"), "{log}");
+    let mut guest = Guest::connect(daemon.socket(), 1, 64);
+    assert_eq!(guest.write(0, 65536, &[7; 512]), 0);
+    assert_eq!(guest.read(0, 65536, 512).unwrap(), [7; 512]);
+    assert!(daemon.terminate().success());
+}
+
+/// A front-end that shrinks the guest's memory at random moments under load, beside one whose data is verified throughout.
+#[test]
+fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _runtime) = two_disks(dir.path(), &["--poll-us=20"]);
+    let mut verifier = Guest::connect(&dir.path().join("b.sock"), 1, 64);
+    let over = AtomicBool::new(false);
+    let rounds = 60;
+    let verified = std::thread::scope(|scope| {
+        let verify = scope.spawn(|| {
+            let mut verified = 0u64;
+            while !over.load(Ordering::Relaxed) {
+                let (place, byte) = (verified % 64 * 32768, (verified % 251) as u8);
+                assert_eq!(verifier.write(0, place, &[byte; 16384]), 0);
+                assert_eq!(verifier.read(0, place, 16384).unwrap(), [byte; 16384], "after {verified}");
+                verified += 1;
+            }
+            verified
+        });
+        let ends = Ends(&over);
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        for round in 0..rounds {
+            let mut random = || {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed >> 8
+            };
+            let mut guest = ByHand::new(PARTS[random() as usize % PARTS.len()]);
+            let mut front_end = FrontEnd::negotiated(daemon.connect());
+            guest.attach(&mut front_end);
+            assert!(guest.enable(&mut front_end));
+            let ram = guest.ram.try_clone().unwrap();
+            let (moment, pages) = (Duration::from_micros(random() % 3000), random() % PARTS.len() as u64);
+            let cut = scope.spawn(move || {
+                sleep(moment);
+                ram.set_len(pages * PAGE).unwrap();
+            });
+            let begun = Instant::now();
+            // The load goes on until the daemon hangs up.
+            while !front_end.has_hung_up() {
+                assert!(begun.elapsed() < Duration::from_secs(30), "round {round}, {guest:?}: {}", daemon.log());
+                if !guest.asked.is_multiple_of(SLOTS) || guest.answered() == guest.asked {
+                    guest.prepare(ASKS[random() as usize % ASKS.len()]);
+                    guest.publish();
+                } else {
+                    guest.ring();
+                    sleep(Duration::from_micros(50));
+                }
+            }
+            cut.join().unwrap();
+            daemon.wait_for_words("front-end disconnected", round + 1);
+        }
+        drop(ends);
+        verify.join().unwrap()
+    });
+    assert!(verified > 50, "{verified}");
+    let log = daemon.log();
+    assert_eq!(log.matches(LOST).count(), rounds, "{log}");
+    assert!(daemon.terminate().success());
+}
+
+/// The host has no huge pages for it (or it has, and the disk is served).
+#[test]
+fn huge_pages_that_the_host_has_not_got() {
+    let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
+        eprintln!("skipped: the kernel has no huge pages of 2 MiB");
+        return;
+    };
+    let ram = File::from(fd);
+    ram.set_len(2 * MIB).unwrap();
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap();
+    if free.trim() != "0" {
+        eprintln!("skipped: the host has huge pages");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
+    let mut front_end = FrontEnd::negotiated(daemon.connect());
+    let region = [0u64.as_bytes(), [0, 2 * MIB, 0x7000_0000, 0].as_bytes()].concat();
+    assert!(front_end.set(ADD_MEM_REG, &region, &[ram.as_fd()]));
+    let places = [0x7000_0000u64, 0x7000_2000, 0x7000_1000, 0];
+    front_end.tell(SET_VRING_NUM, [0u32, 64].as_bytes(), &[]);
+    front_end.tell(SET_VRING_ADDR, &[[0u32, 0].as_bytes(), places.as_bytes()].concat(), &[]);
+    front_end.tell(SET_VRING_KICK, 0u64.as_bytes(), &[event().as_fd()]);
+    front_end.tell(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
+    assert!(front_end.is_closed());
+    daemon.wait_for_words(LOST, 1);
+    Guest::connect(daemon.socket(), 1, 64);
+    assert!(daemon.terminate().success());
+}
+
+/// A memory file with holes on a tmpfs that is full.
+#[test]
+fn holes_on_a_full_tmpfs() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("memory");
+    std::fs::create_dir(&place).unwrap();
+    let Some(_mounted) = super::mounts::tmpfs(&place, "size=64k") else { return };
+    let (mut daemon, _runtime) = two_disks(dir.path(), &[]);
+    let mut other = Guest::connect(&dir.path().join("b.sock"), 1, 64);
+    let open = |name: &str| File::options().create(true).truncate(true).read(true).write(true).open(place.join(name));
+    for (round, last) in [Part::Data, Part::Status, Part::Used].into_iter().enumerate() {
+        let ram = open("ram").unwrap();
+        ram.set_len(PARTS.len() as u64 * PAGE).unwrap();
+        let mut guest = ByHand::over(ram, last);
+        let mut front_end = FrontEnd::negotiated(daemon.connect());
+        guest.attach(&mut front_end);
+        // The pages of all other parts are there, and then there are no more.
+        guest.prepare(Ask::Read);
+        guest.fill();
+        let filler = open("filler").unwrap();
+        assert!(std::io::copy(&mut std::io::repeat(1).take(MIB), &mut &filler).is_err(), "it is full");
+        front_end.tell(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
+        guest.publish();
+        assert!(front_end.is_closed(), "{last:?}: {}", daemon.log());
+        daemon.wait_for_words(LOST, round + 1);
+        assert_eq!(other.write(0, 0, &[round as u8; 512]), 0);
+        filler.set_len(0).unwrap();
+    }
+    assert!(daemon.terminate().success());
+}

@@ -1,0 +1,264 @@
+//! Storage that stops answering: a file system of one file, served by this process through FUSE.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    TimeOrNow, WriteFlags,
+};
+use rustix::mount::{UnmountFlags, unmount};
+use zerocopy::IntoBytes;
+
+use super::MIB;
+use super::daemon::Daemon;
+use super::guest::{Ask, ByHand, Part};
+use super::raw::*;
+
+const NAME: &str = "disk.vhd";
+const FILE: INodeNo = INodeNo(2);
+/// Every question about the file is asked anew.
+const TTL: Duration = Duration::ZERO;
+
+struct Server {
+    bytes: Mutex<Vec<u8>>,
+    stuck: Arc<AtomicBool>,
+}
+
+/// The mounted file. Dropped, it answers again and is unmounted.
+pub(crate) struct StuckDisk {
+    stuck: Arc<AtomicBool>,
+    session: Option<BackgroundSession>,
+    place: tempfile::TempDir,
+}
+
+impl StuckDisk {
+    /// A file with these bytes; `None`, and a word about it, if FUSE is not to be had.
+    pub(crate) fn mount(bytes: Vec<u8>) -> Option<StuckDisk> {
+        let stuck = Arc::new(AtomicBool::new(false));
+        let place = tempfile::tempdir().unwrap();
+        let server = Server { bytes: Mutex::new(bytes), stuck: stuck.clone() };
+        let session = fuser::Session::new(server, place.path(), &fuser::Config::default());
+        match session.and_then(fuser::Session::spawn) {
+            Ok(session) => Some(StuckDisk { stuck, session: Some(session), place }),
+            Err(e) => {
+                eprintln!("skipped: FUSE cannot be mounted here: {e}");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.place.path().join(NAME)
+    }
+
+    pub(crate) fn open(&self) -> File {
+        // The server has no use for FLUSH, and says so once: from then on a close asks nothing.
+        drop(File::open(self.path()).unwrap());
+        File::options().read(true).write(true).open(self.path()).unwrap()
+    }
+
+    /// From now on no request is even read. (The kernel waits for one that was read, whoever is killed meanwhile.)
+    pub(crate) fn stop_answering(&self) {
+        self.stuck.store(true, Ordering::SeqCst);
+        let nothing = self.place.path().join("nothing");
+        thread::spawn(move || std::fs::metadata(nothing));
+        sleep(Duration::from_millis(200));
+    }
+
+    pub(crate) fn answer_again(&self) {
+        self.stuck.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for StuckDisk {
+    fn drop(&mut self) {
+        self.answer_again();
+        let _ = unmount(self.place.path(), UnmountFlags::DETACH);
+        drop(self.session.take());
+    }
+}
+
+impl Server {
+    fn attributes(&self, ino: INodeNo) -> FileAttr {
+        let (kind, perm, size) = match ino {
+            INodeNo::ROOT => (FileType::Directory, 0o755, 0),
+            _ => (FileType::RegularFile, 0o600, self.bytes.lock().unwrap().len() as u64),
+        };
+        FileAttr {
+            ino,
+            size,
+            blocks: size / 512,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind,
+            perm,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+impl Filesystem for Server {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name == OsStr::new(NAME) {
+            return reply.entry(&TTL, &self.attributes(FILE), Generation(0));
+        }
+        while name == OsStr::new("nothing") && self.stuck.load(Ordering::SeqCst) {
+            sleep(Duration::from_millis(5));
+        }
+        reply.error(Errno::ENOENT);
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&TTL, &self.attributes(ino));
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.attr(&TTL, &self.attributes(ino));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let bytes = self.bytes.lock().unwrap();
+        let from = (offset as usize).min(bytes.len());
+        reply.data(&bytes[from..(from + size as usize).min(bytes.len())]);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let mut bytes = self.bytes.lock().unwrap();
+        let (from, to) = (offset as usize, offset as usize + data.len());
+        if bytes.len() < to {
+            bytes.resize(to, 0);
+        }
+        bytes[from..to].copy_from_slice(data);
+        reply.written(data.len() as u32);
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+}
+
+/// A disk on such storage with a guest that has written, and one request that does not end. The storage is dropped first: a
+/// daemon that waits for it cannot even be killed.
+fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ByHand, FrontEnd, StuckDisk)> {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    super::image::make_fixed(&image, 4 * MIB);
+    let stuck = StuckDisk::mount(std::fs::read(&image).unwrap())?;
+    let mut daemon = Daemon::start(dir.path(), &stuck.path(), &["--num-queues=2"]);
+    daemon.wait_for_words("queues of", 1);
+    let mut guest = ByHand::new(Part::Data);
+    let mut front_end = FrontEnd::negotiated(daemon.connect());
+    guest.attach(&mut front_end);
+    assert!(guest.enable(&mut front_end));
+    guest.prepare(Ask::Write);
+    guest.publish();
+    assert!(guest.wait(), "{}", daemon.log());
+    stuck.stop_answering();
+    guest.prepare(Ask::Write);
+    guest.publish();
+    // Long enough for the daemon to look up the names of its files, too, which must not hold it either.
+    sleep(Duration::from_secs(6));
+    assert_eq!(guest.answered(), 1);
+    Some((dir, daemon, guest, front_end, stuck))
+}
+
+#[test]
+fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
+    let Some((_dir, mut daemon, _guest, _front_end, stuck)) = stuck_request() else { return };
+    let begun = Instant::now();
+    let status = daemon.terminate_within(Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(7), "{:?}: {}", begun.elapsed(), daemon.log());
+    assert!(status.is_some_and(|status| !status.success()), "what was not written is no success: {}", daemon.log());
+    assert!(daemon.log().contains("the storage does not answer"), "{}", daemon.log());
+    drop(stuck);
+}
+
+/// The front-end gets its queue back after the deadline, or rather loses the connection: there is no base to give.
+#[test]
+fn stopping_a_queue_has_a_deadline() {
+    let Some((_dir, mut daemon, guest, mut front_end, stuck)) = stuck_request() else { return };
+    front_end.tell(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
+    std::thread::sleep(Duration::from_secs(20));
+    assert!(front_end.is_closed(), "{}", daemon.log());
+    daemon.wait_for_words("the storage does not answer", 1);
+    // A front-end that comes back is answered, but cannot have the queue yet.
+    let mut again = FrontEnd::negotiated(daemon.connect());
+    let next = ByHand::new(Part::Data);
+    next.attach(&mut again);
+    assert!(!next.enable(&mut again));
+    stuck.answer_again();
+    drop(again);
+    let begun = Instant::now();
+    loop {
+        let mut again = FrontEnd::negotiated(daemon.connect());
+        next.attach(&mut again);
+        if next.enable(&mut again) {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{}", daemon.log());
+        drop(again);
+        sleep(Duration::from_millis(100));
+    }
+    assert_eq!(guest.answered(), 2, "the request ended after all");
+    assert!(daemon.terminate().success());
+}
