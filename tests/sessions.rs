@@ -19,6 +19,8 @@ use tempfile::TempDir;
 const MIB: u64 = 1 << 20;
 /// Bytes of a disk.
 const SIZE: u64 = 8 * MIB;
+/// The same, in memory.
+const LEN: usize = 8 << 20;
 /// Bytes of a write.
 const PAGE: usize = 4096;
 const PAGES: u64 = SIZE / PAGE as u64;
@@ -190,7 +192,7 @@ fn a_backup_put_back_in_place_does_not_fit_the_journal() {
     has(&seen, &WRITES[..1]);
     let daemon = Daemon::start(scene.image(), &[&option(&scene.runtime)]);
     let mut guest = daemon.connect();
-    assert!(guest.read(0, SIZE as usize).expect("reads") == seen, "the daemon shows another disk than the tool");
+    assert!(guest.read(0, LEN).expect("reads") == seen, "the daemon shows another disk than the tool");
     assert!(daemon.log().contains("holds what was acknowledged"), "the journal that stays is named: {}", daemon.log());
     drop(guest);
     daemon.stop();
@@ -272,7 +274,7 @@ fn the_child_of_a_killed_parent_does_not_hide_what_was_acknowledged() {
     // A daemon that writes to the child takes the parent's journal in.
     let daemon = Daemon::start(&child, &[&runtime, "--allow-writable-parent"]);
     let mut guest = daemon.connect();
-    has(&guest.read(0, SIZE as usize).expect("reads"), &WRITES);
+    has(&guest.read(0, LEN).expect("reads"), &WRITES);
     drop(guest);
     daemon.stop();
     has(&disk(&parent, &runtime), &WRITES);
@@ -303,7 +305,7 @@ fn kills_moves_copies_and_strangers_in_any_order() {
     for round in 0..rounds {
         let daemon = Daemon::start(&known.image, &[&runtime]);
         let mut guest = daemon.connect();
-        known.check(&guest.read(0, SIZE as usize).expect("reads"));
+        known.check(&guest.read(0, LEN).expect("reads"));
         let older = fs::read(&known.image).expect("the image");
         for number in 0..rng.below(40) + 1 {
             let (page, byte) = (rng.below(PAGES), u8::try_from(rng.below(255)).expect("a byte") + 1);
