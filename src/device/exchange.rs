@@ -3,6 +3,7 @@
 //! Knows neither lane nor event fds, so that every rule of a ring can be tried without a disk.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::chain::Chain;
 use super::guest::View;
@@ -11,6 +12,7 @@ use super::parse::{MAX_BYTES, Rules, Verdict, parse};
 use super::ring::{Broken, Ring};
 use super::spec::Status;
 use crate::disk::{Answer, Outcome, Request, Work};
+use crate::error::{Error, ErrorKind};
 use crate::storage::{Slices, sigbus};
 
 /// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
@@ -73,6 +75,11 @@ impl Exchange {
     pub fn new(view: View, mut ring: Ring, mut record: Option<Record>) -> crate::error::Result<Exchange> {
         let mut owed = VecDeque::new();
         if let Some(record) = &mut record {
+            // An index of zeros of ours would wipe marks of requests that are in flight.
+            if view.is_lost() || record.is_lost() {
+                let what = "a page of the guest's memory cannot be had";
+                return Err(Error::new(ErrorKind::Io, what));
+            }
             owed = record.resume(ring.size(), ring.next_used())?.into();
             ring.resume(u16::try_from(owed.len()).expect("a head is in flight once"));
         }
@@ -124,6 +131,11 @@ impl Exchange {
             return false;
         }
         let wanted = self.ring.publish();
+        // If the index went into zeros of ours, the record must not say that the driver has seen it. If not, it may lag.
+        compiler_fence(Ordering::SeqCst);
+        if self.is_memory_lost() {
+            return false;
+        }
         if let Some(record) = &mut self.record {
             record.settle(self.ring.next_used());
         }
@@ -147,7 +159,10 @@ impl Exchange {
             return Pause::Broken;
         }
         self.try_take(rules, room, push).unwrap_or_else(|broken| {
-            self.broken = Some(broken);
+            // Zeros of ours look like a driver's mistake.
+            if !self.is_memory_lost() {
+                self.broken = Some(broken);
+            }
             Pause::Broken
         })
     }
@@ -222,7 +237,11 @@ impl Exchange {
         room: &mut usize,
         push: &mut impl FnMut(Request) -> usize,
     ) -> Result<bool, Broken> {
-        if self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head).is_err() {
+        let walked = self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head);
+        if self.is_memory_lost() {
+            return Err(Broken::Lost);
+        }
+        if walked.is_err() {
             // V4: the head is known, so the driver gets it back, and the ring goes on.
             self.taken(head, owed);
             self.give(head, 0);

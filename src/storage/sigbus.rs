@@ -176,8 +176,12 @@ pub(super) fn is_caught() -> bool {
 extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
     let (code, addr) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
-    if code <= 0 || code == libc::BUS_MCEERR_AO {
-        // Not caused by an access of ours: another process sent it, or memory failed that no thread asked for.
+    if code == libc::BUS_MCEERR_AO {
+        // Memory failed that no thread has asked for. If one does, that access fails.
+        return;
+    }
+    if code <= 0 {
+        // Not caused by an access of ours: another process sent it.
         // SAFETY: both may be called in a handler; the signal comes when this one returns.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
@@ -228,7 +232,12 @@ fn put_zeros(start: usize, len: usize, entry: &Entry) -> bool {
     // SAFETY: the range is a mapping that its owner gave us to replace (`Guard::new`). It is still mapped: the access that
     // failed uses it, so its guard lives. Nobody has a reference to its bytes but to atomics, for which any bits are a value.
     let placed = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, protection, flags, -1, 0) };
-    placed != libc::MAP_FAILED
+    if placed == libc::MAP_FAILED {
+        // The range may be unmapped by now, and another mapping may take it.
+        // SAFETY: may be called in a handler.
+        unsafe { libc::abort() }
+    }
+    true
 }
 
 #[cfg(test)]

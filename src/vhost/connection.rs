@@ -55,6 +55,11 @@ impl<'a> Connection<'a> {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_memory_lost()
     }
 
+    /// Whether it is to be closed because requests do not end.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_stuck()
+    }
+
     /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
     pub(super) fn watch_memory(&mut self) -> bool {
         if self.lacks_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {

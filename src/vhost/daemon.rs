@@ -214,6 +214,9 @@ impl Daemon {
                 );
                 return Ok(Fate::Gone);
             }
+            if connection.is_stuck() {
+                return Ok(Fate::Gone);
+            }
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
             let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.alarm, PollFlags::IN)];

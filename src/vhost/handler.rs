@@ -63,6 +63,11 @@ impl<'a> Handler<'a> {
         self.rings.is_memory_lost()
     }
 
+    /// As [`Rings::is_stuck`].
+    pub(super) fn is_stuck(&self) -> bool {
+        self.rings.is_stuck()
+    }
+
     /// Counts requests that passed the vhost crate's own checks.
     pub(super) fn calls(&self) -> u64 {
         self.calls
@@ -182,6 +187,11 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         let (at, _) = self.ring(index)?;
         self.rings.stop(at..at + 1)?;
+        if self.rings.is_memory_lost() {
+            return Err(failed(
+                "a page of the guest's memory is lost, and answers with it: where the ring stands is unknown",
+            ));
+        }
         let ring = &mut self.rings.setups[at];
         ring.kick = None;
         debug!("disk {}: ring {index} stopped at {}", self.rings.name, ring.base);

@@ -33,7 +33,8 @@ pub(super) fn memory_page(file: &File) -> io::Result<usize> {
     fcntl_get_seals(file).map_err(|_| {
         refuse(
             "it is not a file in memory (memfd, tmpfs, hugetlbfs). Share the guest's memory by a memfd (QEMU: -object \
-             memory-backend-memfd,share=on), or by a file on tmpfs or hugetlbfs (memory-backend-file,share=on,mem-path=/dev/shm)",
+             memory-backend-memfd,share=on; libvirt: <source type='memfd'/>), or by a file on tmpfs or hugetlbfs \
+             (memory-backend-file,share=on,mem-path=/dev/shm; libvirt: memory_backing_dir in qemu.conf)",
         )
     })?;
     let file_system = fstatfs(file)?;

@@ -44,6 +44,8 @@ pub(super) struct Rings<'a> {
     sharing: Sharing,
     /// Whether the log has it that a ring has no in-flight record.
     unrecorded: bool,
+    /// Requests did not end in time, so where a ring stands is unknown: the connection is to be closed.
+    is_stuck: bool,
 }
 
 /// What the front-end has said about a ring.
@@ -96,6 +98,7 @@ impl<'a> Rings<'a> {
             setups,
             sharing: Sharing::default(),
             unrecorded: false,
+            is_stuck: false,
         }
     }
 
@@ -107,6 +110,11 @@ impl<'a> Rings<'a> {
         };
         if ring.running || !ring.enabled || ring.size == 0 || self.memory.is_empty() {
             return Ok(());
+        }
+        // A late write of any queue could land on top of what this ring's requests write.
+        if self.workers.iter().any(Worker::is_late) {
+            self.is_stuck = true;
+            return Err(failed("requests of an earlier ring are still in flight: the storage does not answer"));
         }
         let vring = self.lay_out(ring, addresses, features)?;
         let cloned = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
@@ -122,7 +130,10 @@ impl<'a> Rings<'a> {
         let ring = Ring { vring, memory, record, kick, err, base, sharing };
         let begun = Instant::now();
         let started = self.workers[index].start_ring(ring, || is_late(self.end, begun.elapsed()));
-        started.map_err(|e| failed(e.line()))?;
+        started.map_err(|e| {
+            self.is_stuck |= self.workers[index].is_late();
+            failed(e.line())
+        })?;
         debug!("disk {}: ring {index} runs from {base}", self.name);
         self.setups[index].running = true;
         Ok(())
@@ -205,6 +216,7 @@ impl<'a> Rings<'a> {
                 Waited::Lost => warn!("disk {}: the thread of queue {index} is lost", self.name),
                 Waited::Late => {
                     self.workers[*index].keep_late(answer);
+                    self.is_stuck = true;
                     let what = format!("the requests of queue {index} do not end: the storage does not answer");
                     warn!("disk {}: {what}", self.name);
                     outcome = Err(failed(what));
@@ -216,6 +228,12 @@ impl<'a> Rings<'a> {
 
     pub(super) fn stop_all(&mut self) -> VhostResult<()> {
         self.stop(0..self.setups.len())
+    }
+
+    /// Whether the connection is to be closed because requests do not end. The front-end may connect again, and is served
+    /// once they have ended.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.is_stuck
     }
 
     /// Whether a page of the guest's memory, or of the in-flight region, could not be had.
