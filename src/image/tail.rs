@@ -25,7 +25,7 @@
 //! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
 //! between needs none: it was never written, so it reads as zeros.
 //!
-//! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, rarely, a length without the new one (it notes how
+//! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, sometimes, a length without the new one (it notes how
 //! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
 //! Room is handed out only after 5, since a dynamic root trusts it to be zero without a further barrier.
 //!

@@ -96,16 +96,21 @@ impl ByHand {
 
     /// Connects as far as a ring that runs.
     pub(crate) fn attach(&self, front_end: &mut FrontEnd) {
+        self.attach_to(front_end, 0);
+    }
+
+    /// The same by another queue.
+    pub(crate) fn attach_to(&self, front_end: &mut FrontEnd, queue: u32) {
         assert!(front_end.set(SET_FEATURES, (FEATURES | MORE_FEATURES).as_bytes(), &[]));
         let region = [0u64.as_bytes(), [0, PARTS.len() as u64 * PAGE, USER, 0].as_bytes()].concat();
         assert!(front_end.set(ADD_MEM_REG, &region, &[self.ram.as_fd()]));
-        assert!(front_end.set(SET_VRING_NUM, [0, u32::from(SIZE)].as_bytes(), &[]));
+        assert!(front_end.set(SET_VRING_NUM, [queue, u32::from(SIZE)].as_bytes(), &[]));
         let [table, avail, used] = [Part::Table, Part::Avail, Part::Used].map(|part| USER + self.at(part));
         let places = [table, used, avail, 0];
-        assert!(front_end.set(SET_VRING_ADDR, &[[0u32, 0].as_bytes(), places.as_bytes()].concat(), &[]));
-        assert!(front_end.set(SET_VRING_BASE, [0u32, 0].as_bytes(), &[]));
-        assert!(front_end.set(SET_VRING_CALL, 0u64.as_bytes(), &[self.call.as_fd()]));
-        assert!(front_end.set(SET_VRING_KICK, 0u64.as_bytes(), &[self.kick.as_fd()]));
+        assert!(front_end.set(SET_VRING_ADDR, &[[queue, 0].as_bytes(), places.as_bytes()].concat(), &[]));
+        assert!(front_end.set(SET_VRING_BASE, [queue, 0].as_bytes(), &[]));
+        assert!(front_end.set(SET_VRING_CALL, u64::from(queue).as_bytes(), &[self.call.as_fd()]));
+        assert!(front_end.set(SET_VRING_KICK, u64::from(queue).as_bytes(), &[self.kick.as_fd()]));
     }
 
     pub(crate) fn enable(&self, front_end: &mut FrontEnd) -> bool {

@@ -246,8 +246,13 @@ fn stopping_a_queue_has_a_deadline() {
     let next = ByHand::new(Part::Data);
     next.attach(&mut again);
     assert!(!next.enable(&mut again));
+    assert!(again.is_closed(), "where the ring stands is unknown");
+    // Nor another queue, by which it could write what the late request then writes over.
+    let mut again = FrontEnd::negotiated(daemon.connect());
+    next.attach_to(&mut again, 1);
+    assert!(!again.set(SET_VRING_ENABLE, [1u32, 1].as_bytes(), &[]));
+    assert!(again.is_closed());
     stuck.answer_again();
-    drop(again);
     let begun = Instant::now();
     loop {
         let mut again = FrontEnd::negotiated(daemon.connect());
