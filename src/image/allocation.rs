@@ -98,8 +98,8 @@ impl Writable {
             Allocation::Sparse => {
                 let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
                 let most = match room.run >= RUN {
-                    // In proportion to what was written so.
-                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.run / 2)).max(1),
+                    // In proportion to what was written so: on a host of many children it is room that others lack.
+                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.run / 16)).max(1),
                     false => MAX_RESERVED_BYTES / bitmap,
                 };
                 (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(most)

@@ -256,5 +256,5 @@ fn blocks_that_are_written_whole_are_reserved_whole() {
     assert!(few < 700 * 4096, "{few} bytes for pieces of 200 blocks");
     let all = taken(1000, 128);
     assert!(all > 100 * (64 << 10), "{all} bytes for 200 whole blocks");
-    assert!(all < 350 * (64 << 10), "{all} bytes for 200 whole blocks");
+    assert!(all < 240 * (64 << 10), "{all} bytes for 200 whole blocks");
 }
