@@ -97,9 +97,7 @@ impl Lane {
             Job::Commit(commit) => {
                 self.told_commit_held = false;
                 self.disk.committed(&result, commit.barriers());
-                if self.disk.rounds.finish(result.is_ok()).is_some() {
-                    self.lead();
-                }
+                self.end_round(result.is_ok());
             }
             Job::Growth(_) => {
                 let grown = match &result {
@@ -117,6 +115,13 @@ impl Lane {
                 };
                 self.disk.post(Letter::Grown(grown));
             }
+        }
+    }
+
+    /// Ends the round that this lane leads, and leads the next one if flushes wait for it.
+    pub(super) fn end_round(&mut self, ok: bool) {
+        if self.disk.rounds.finish(ok).is_some() {
+            self.lead();
         }
     }
 

@@ -245,10 +245,8 @@ impl Lane {
             if self.engine.under_way() > 0 {
                 self.engine.wait()?;
             } else if std::mem::take(&mut self.commit_is_held) {
-                // There is no room, and no time to wait for it: who waits for this commit is refused.
-                if self.disk.rounds.finish(false).is_some() {
-                    self.lead();
-                }
+                // There is no room, and no time to wait for it: the flushes of this commit fail.
+                self.end_round(false);
             } else if !self.parked.is_empty() && self.growth.is_none() {
                 // There is no room, and no time to wait for it.
                 let parked = std::mem::take(&mut self.parked);
@@ -346,9 +344,10 @@ impl Lane {
         let parked = std::mem::take(&mut self.parked);
         self.go_on(parked, true);
         if std::mem::take(&mut self.commit_is_held) {
-            // Before a queue that stops waits for ever, those who wait for this commit are refused.
-            if !self.disk.rounds.is_hurried() || self.disk.rounds.finish(false).is_some() {
-                self.lead();
+            // The flushes of this commit fail rather than that a queue which stops waits for ever.
+            match self.disk.rounds.is_hurried() {
+                true => self.end_round(false),
+                false => self.lead(),
             }
         }
         self.look_for_room();

@@ -76,9 +76,8 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         file.sync()?;
     }
     // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
-    let is_zero = || Ok::<_, Error>(next_data(file, next * SECTOR..zeros * SECTOR)?.is_none());
     if zeros > next && !mutant::is(Mutant::NoScrub) {
-        if !is_zero()? {
+        if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
             file.punch(next * SECTOR, (zeros - next) * SECTOR)?;
         }
         if !mutant::is(Mutant::ScrubUnsynced) {
