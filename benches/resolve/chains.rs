@@ -8,7 +8,7 @@ use std::sync::Arc;
 use diffdisk::chain::{Chain, Plan, Policy, Use, Version};
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
 use diffdisk::image::Keep;
-use diffdisk::storage::{EngineKind, Env, Slices};
+use diffdisk::storage::{EngineKind, Env, GuestIovecs};
 use diffdisk::units::SectorRange;
 
 use super::null::Plain;
@@ -83,7 +83,7 @@ fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
         let len = BLOCK_SECTORS / runs;
         for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {
             let start = block * BLOCK_SECTORS + run * len;
-            let mut from = Slices::new(memory.clone(), 1);
+            let mut from = GuestIovecs::new(memory.clone(), 1);
             // SAFETY: inside the boxed slice, which the owner keeps; it is only read.
             unsafe { from.push(memory.as_ptr().cast_mut(), (len * 512) as usize) };
             lane.push(Request { tag: 0, work: Work::Write { range: SectorRange::between(start, start + len), from } });

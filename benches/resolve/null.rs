@@ -9,7 +9,7 @@ use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{
-    Access, Completion, Engine, EngineKind, Env, File, Folder, Found, Op, Origin, Presence, Runtime, Slices, Slot,
+    Access, Completion, Engine, EngineKind, Env, File, Folder, CachedRange, Op, Origin, FilePresence, RuntimeFolder, GuestIovecs, FileSlot,
 };
 use uuid::Uuid;
 use vhost_user_backend::VringT;
@@ -98,8 +98,8 @@ impl Env for Plain {
     fn folder(&self, path: &Path) -> Result<Folder> {
         Host.folder(path)
     }
-    fn presence(&self, path: &Path) -> Presence {
-        Host.presence(path)
+    fn file_presence(&self, path: &Path) -> FilePresence {
+        Host.file_presence(path)
     }
     fn remove(&self, path: &Path) -> Result<()> {
         Host.remove(path)
@@ -110,8 +110,8 @@ impl Env for Plain {
     fn exists(&self, path: &Path) -> bool {
         Host.exists(path)
     }
-    fn runtime(&self, folder: &Path) -> Result<Runtime> {
-        Host.runtime(folder)
+    fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder> {
+        Host.runtime_folder(folder)
     }
     fn origin(&self) -> Result<Origin> {
         Host.origin()
@@ -119,8 +119,8 @@ impl Env for Plain {
     fn now(&self) -> i64 {
         Host.now()
     }
-    fn uptime(&self) -> std::time::Duration {
-        Host.uptime()
+    fn monotonic_time(&self) -> std::time::Duration {
+        Host.monotonic_time()
     }
     fn uuid(&self) -> Uuid {
         Host.uuid()
@@ -137,16 +137,16 @@ impl Env for Plain {
 struct Nothing(Vec<Completion>, Idle);
 
 impl Engine for Nothing {
-    fn register(&mut self, _: Slot, _: &File) -> io::Result<()> {
+    fn register(&mut self, _: FileSlot, _: &File) -> io::Result<()> {
         Ok(())
     }
-    fn unregister(&mut self, _: Slot) -> io::Result<()> {
+    fn unregister(&mut self, _: FileSlot) -> io::Result<()> {
         Ok(())
     }
-    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
-        (self.1 == Idle::Copies).then(|| Found::new(slot, offset, len))
+    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
+        (self.1 == Idle::Copies).then(|| CachedRange::new(slot, offset, len))
     }
-    fn fill(&mut self, _: &Found, _: &Slices, _: usize) -> bool {
+    fn copy_cached(&mut self, _: &CachedRange, _: &GuestIovecs, _: usize) -> bool {
         true
     }
     fn push(&mut self, op: Op) -> std::result::Result<(), Op> {
@@ -165,13 +165,13 @@ impl Engine for Nothing {
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    fn under_way(&self) -> usize {
+    fn outstanding(&self) -> usize {
         self.0.len()
     }
     fn depth(&self) -> usize {
         usize::from(SIZE)
     }
-    fn calls(&self) -> u64 {
+    fn system_calls(&self) -> u64 {
         0
     }
     fn name(&self) -> &'static str {

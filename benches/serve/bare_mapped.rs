@@ -53,7 +53,7 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
         for turn in memory.chunks_mut(TURN * BLOCK) {
             let from = [(); TURN].map(|()| places[random.next(places.len() as u64) as usize]);
             from.iter()
-                .for_each(|from| (0..4).for_each(|n| diffdisk::storage::fetch_line(from.wrapping_add(n * LINE))));
+                .for_each(|from| (0..4).for_each(|n| diffdisk::storage::prefetch_line(from.wrapping_add(n * LINE))));
             from.iter().zip(turn.chunks_mut(BLOCK)).for_each(|(from, to)| copy(*from, to));
         }
     })

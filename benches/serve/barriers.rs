@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, WhenFull, Work};
-use diffdisk::storage::{EngineKind, Slices, host::Host};
+use diffdisk::storage::{EngineKind, GuestIovecs, host::Host};
 use diffdisk::units::SectorRange;
 
 use crate::compare::Bench;
@@ -69,7 +69,7 @@ impl Guest {
     fn write_and_flush(&mut self) -> f64 {
         for i in 0..WRITES {
             let start = i * 7919 % (1 << 17) * 8;
-            let mut from = Slices::new(self.page.clone(), 1);
+            let mut from = GuestIovecs::new(self.page.clone(), 1);
             // SAFETY: the page stays as long as its owner; it is only read.
             unsafe { from.push(self.page.as_ptr().cast_mut(), self.page.len()) };
             self.run(Work::Write { range: SectorRange::between(start, start + 8), from });

@@ -12,7 +12,7 @@ use arc_swap::{ArcSwap, Cache};
 
 use super::extent::{Plan, Source};
 use crate::image::Paged;
-use crate::storage::{Slot, fetch_line};
+use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
@@ -48,7 +48,7 @@ impl Run {
         match (self.0 >> END_BITS) & ZERO_SLOT {
             ZERO_SLOT => Source::Zero,
             slot => {
-                let slot = Slot(u16::try_from(slot).expect("12 bits"));
+                let slot = FileSlot(u16::try_from(slot).expect("12 bits"));
                 Source::File { slot, offset: ((self.0 >> (END_BITS + SLOT_BITS)) + skip) * SECTOR }
             }
         }
@@ -83,7 +83,7 @@ impl Cell {
     #[inline]
     pub(super) fn fetch(&self, at: u64) {
         if let Cell::Runs(runs) = self {
-            fetch_line((&raw const runs[guess(runs, at)]).cast());
+            prefetch_line((&raw const runs[guess(runs, at)]).cast());
         }
     }
 
@@ -208,13 +208,13 @@ mod tests {
 
     #[test]
     fn runs_keep_their_limits() {
-        let last = Source::File { slot: Slot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
-        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: Slot(0), offset: 0 })] {
+        let last = Source::File { slot: FileSlot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
+        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: FileSlot(0), offset: 0 })] {
             let run = Run::new(end, source);
             assert_eq!((run.end(), run.source(0)), (end, source));
         }
-        let run = Run::new(4096, Source::File { slot: Slot(5), offset: 512 });
-        assert_eq!(run.source(3), Source::File { slot: Slot(5), offset: 2048 });
+        let run = Run::new(4096, Source::File { slot: FileSlot(5), offset: 512 });
+        assert_eq!(run.source(3), Source::File { slot: FileSlot(5), offset: 2048 });
         assert_eq!(Run::new(9, Source::Zero).source(8), Source::Zero);
     }
 

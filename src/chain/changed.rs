@@ -39,7 +39,7 @@ impl Chain {
             layers.push(Above { image, seen, cut, found: Some(0) });
             sees = seen;
         }
-        images.iter().take(ancestor).for_each(|image| image.file().expect_scattered_reads());
+        images.iter().take(ancestor).for_each(|image| image.file().advise_random_reads());
         let mut window = vec![0; (WINDOW / 64) as usize];
         let mut pending = SectorRange::default();
         let mut from = 0;

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, File, FileId, Lock, Runtime};
+use crate::storage::{Env, File, FileId, Lock, RuntimeFolder};
 use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
@@ -45,7 +45,7 @@ pub fn check(
     env: &dyn Env,
     youngest: File,
     parents: Option<&Policy>,
-    runtime: &[Runtime],
+    runtime: &[RuntimeFolder],
     progress: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Checked>> {
     let mut passed = 0;

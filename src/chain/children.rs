@@ -74,13 +74,13 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
         // Without the right to change it, the mark stays and is looked at again.
         let _ = parent.file().set_attribute(MARK, encode(&alive).as_deref());
     }
-    let began = env.uptime();
+    let began = env.monotonic_time();
     let listed = match env.folder(&folder).and_then(|folder| folder.list()) {
         Err(e) if e.is_denied() => Vec::new(),
         listed => listed?,
     };
     for (number, name) in listed.iter().filter(|name| !is_fresh_name(name)).enumerate() {
-        if number >= MOST_FILES || env.uptime().saturating_sub(began) > MOST_TIME {
+        if number >= MOST_FILES || env.monotonic_time().saturating_sub(began) > MOST_TIME {
             let (folder, all) = (folder.display(), listed.len());
             log::info!("{folder}: only {number} of {all} files were searched for children of an image there");
             break;

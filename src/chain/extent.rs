@@ -1,7 +1,7 @@
 //! Plans: a range of the disk as runs of sectors that have one source each.
 
 use super::cells::Memo;
-use crate::storage::Slot;
+use crate::storage::FileSlot;
 use crate::units::SectorRange;
 
 /// Where the bytes of a run are.
@@ -12,7 +12,7 @@ pub enum Source {
     /// In a file.
     File {
         /// Which file of the chain.
-        slot: Slot,
+        slot: FileSlot,
         /// Byte offset of the run's first sector.
         offset: u64,
     },
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn neighbours_join() {
         let mut plan = Plan::default();
-        let file = |offset| Source::File { slot: Slot(1), offset };
+        let file = |offset| Source::File { slot: FileSlot(1), offset };
         plan.push(SectorRange::between(0, 8), file(4096));
         plan.push(SectorRange::between(8, 16), file(8192));
         plan.push(SectorRange::between(16, 17), file(8192));

@@ -14,14 +14,14 @@ use super::cells::{CELL_SECTORS, Cell, Cells, Run};
 use super::extent::{Missing, Plan, Source};
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
-use crate::storage::Slot;
+use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 
 /// A file of the chain.
 #[derive(Debug)]
 pub struct Layer {
     /// Its place in the engines' tables of files.
-    pub slot: Slot,
+    pub slot: FileSlot,
     /// What it is.
     pub image: Image,
 }
@@ -305,7 +305,7 @@ mod tests {
         let mut plan = Plan::default();
         version.plan_read(SectorRange::between(10, 8_900), &mut plan);
         assert!(plan.missing.is_empty());
-        let want = Source::File { slot: Slot(1), offset: 10 * SECTOR };
+        let want = Source::File { slot: FileSlot(1), offset: 10 * SECTOR };
         assert!(matches!(plan.extents[..], [extent] if extent.source == want), "{plan:?}");
         let nothing = Version::new(None, Frozen::new(Vec::new()), 8);
         nothing.plan_read(SectorRange::between(0, 8), &mut plan);

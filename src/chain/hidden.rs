@@ -10,7 +10,7 @@ use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
 use crate::image::{Image, Suspects, Watch, is_zero};
-use crate::storage::Slot;
+use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Bytes that are read of one image and of its parents.
@@ -31,7 +31,7 @@ pub(super) fn look(
     watch: &mut Watch<'_>,
 ) -> Result<()> {
     let open =
-        |(number, image): (u16, &Image)| Ok(Layer { slot: Slot(number), image: Image::open(image.file().clone())? });
+        |(number, image): (u16, &Image)| Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? });
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
     let mut look = Look {
         child,

@@ -30,7 +30,7 @@ use super::seen::Seen;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
 use crate::point;
-use crate::storage::{Access, Env, Folder, Modified};
+use crate::storage::{Access, Env, Folder, ModifiedTime};
 
 const FIRST_LINE: &str = "diffdisk merge 3";
 /// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
@@ -273,7 +273,7 @@ fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
 
 /// The line of a file.
 fn named(word: &str, uuid: Uuid, seen: Seen, path: &Path) -> String {
-    let Seen { ino, len, modified: Modified { seconds, nanos } } = seen;
+    let Seen { ino, len, modified: ModifiedTime { seconds, nanos } } = seen;
     format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", escaped(path))
 }
 
@@ -282,7 +282,7 @@ fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
     let mut words = text.splitn(5, ' ');
     let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let (seconds, nanos) = words.next()?.split_once('.')?;
-    let modified = Modified { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
+    let modified = ModifiedTime { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
     Some((uuid, Seen { ino, len, modified }, unescaped(words.next()?)?))
 }
 

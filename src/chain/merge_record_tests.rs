@@ -4,7 +4,7 @@ use super::*;
 use crate::storage::host::Host;
 
 fn intent(folder: &Path) -> MergeRecord {
-    let seen = |ino, (seconds, nanos)| Seen { ino, len: 1 << 50, modified: Modified { seconds, nanos } };
+    let seen = |ino, (seconds, nanos)| Seen { ino, len: 1 << 50, modified: ModifiedTime { seconds, nanos } };
     let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
     let layers = vec![
         Folded { uuid: Uuid::from_u128(1), seen: seen(7, (-5, 7)), path: odd.into() },

@@ -15,7 +15,7 @@ use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
 use crate::image::{Image, Keep, Writable};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, File, Lock, Slot};
+use crate::storage::{Access, Env, File, Lock, FileSlot};
 use crate::units::SECTOR;
 
 /// What a chain is opened for, and so who else may have its files open meanwhile.
@@ -180,7 +180,7 @@ impl Chain {
         let sectors = self.youngest().size() / SECTOR;
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
-        let top = Top { slot: Slot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
+        let top = Top { slot: FileSlot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
         Ok(Version::new(Some(top), Frozen::new(layers(1, parents)), sectors))
     }
 }
@@ -198,7 +198,7 @@ fn warn(image: &Image) {
 
 /// Images as layers whose slots are numbered from `first` on.
 fn layers(first: u16, images: Vec<Image>) -> Vec<Layer> {
-    (first..).zip(images).map(|(number, image)| Layer { slot: Slot(number), image }).collect()
+    (first..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::seek::plain;
 use crate::error::{Error, Result};
 use crate::format::Defect;
 use crate::image::Image;
-use crate::storage::{Env, File, FileId, Folder, Runtime};
+use crate::storage::{Env, File, FileId, Folder, RuntimeFolder};
 
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
@@ -29,7 +29,7 @@ pub struct Policy {
     pub max_depth: usize,
     /// Folders in which daemons of this user keep live journals. An image that is in use or was not closed is refused in any
     /// case; this is for what is said then, and for taking the journal of a parent in.
-    pub runtime: Vec<Runtime>,
+    pub runtime: Vec<RuntimeFolder>,
     /// CHILD of the merge that opens the chain: what its own record forbids to others does not count.
     pub merging: Option<uuid::Uuid>,
 }

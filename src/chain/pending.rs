@@ -253,7 +253,7 @@ fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result
     // A folder that is gone or closed to us holds no record that we could read.
     for folder in own.chain(allowed.iter().map(|folder| env.folder(folder))) {
         if let Ok(folder) = folder.and_then(|folder| folder.absolute()) {
-            folder.add_to(&mut folders);
+            folder.add_if_missing(&mut folders);
         }
     }
     let mut records = Vec::new();

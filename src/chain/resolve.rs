@@ -15,7 +15,7 @@ use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
 use crate::image::{Held, NoRoom};
-use crate::storage::Slot;
+use crate::storage::FileSlot;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
 /// Bitmap sectors under way for a question that could not be answered. Each piece is one sector of a file.
@@ -31,7 +31,7 @@ pub struct Load {
 /// Where a piece is, and (granules only) what was read, and how often it had left memory before.
 #[derive(Debug, Clone)]
 struct Piece {
-    slot: Slot,
+    slot: FileSlot,
     at: u64,
     times: u32,
     bytes: Option<Box<[u8; SECTOR_BYTES]>>,
@@ -39,7 +39,7 @@ struct Piece {
 
 impl Load {
     /// The pieces to read: slot and byte offset of a sector each, numbered from 0.
-    pub fn pieces(&self) -> impl Iterator<Item = (Slot, u64)> {
+    pub fn pieces(&self) -> impl Iterator<Item = (FileSlot, u64)> {
         self.places.iter().map(|p| (p.slot, p.at))
     }
 
@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(plan.missing, [Missing::Granule(0), Missing::Cell(1)]);
         let load = version.load(&plan.missing);
         let slots: Vec<_> = load.pieces().map(|(slot, _)| slot).collect();
-        assert_eq!(slots, [Slot(0), Slot(1)]);
+        assert_eq!(slots, [FileSlot(0), FileSlot(1)]);
         assert_eq!(seen(&version, 3_999, 4_098), [[1].as_slice(), &[2], &[1; 97]].concat());
     }
 }

@@ -16,7 +16,7 @@ use super::parents::Search;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::Image;
-use crate::storage::{File, Folder, Lock, Presence};
+use crate::storage::{File, Folder, Lock, FilePresence};
 
 /// What a search for a parent came to.
 pub(super) enum Sought {
@@ -68,10 +68,10 @@ impl Search<'_> {
             }
             match self.known_above(&whole) {
                 Some((folder, below)) => self.try_one(folder, &below, whole.clone(), wanted, &mut seen),
-                None => match self.env().presence(&whole) {
-                    Presence::Absent => seen.nothing.push((whole, "not there".to_owned())),
-                    Presence::Present => return Ok(Sought::Refused(not_allowed(at, &whole, None))),
-                    Presence::Unknown(why) => seen.stands(Ok(Sought::Refused(not_allowed(at, &whole, Some(why))))),
+                None => match self.env().file_presence(&whole) {
+                    FilePresence::Absent => seen.nothing.push((whole, "not there".to_owned())),
+                    FilePresence::Present => return Ok(Sought::Refused(not_allowed(at, &whole, None))),
+                    FilePresence::Unknown(why) => seen.stands(Ok(Sought::Refused(not_allowed(at, &whole, Some(why))))),
                 },
             }
             if let Some(parent) = seen.fit.pop() {

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::error::{Result, found};
 use crate::image::Glance;
-use crate::storage::{Access, Env, File, Modified};
+use crate::storage::{Access, Env, File, ModifiedTime};
 
 /// The state of a file, by which it is known again: the same file, and nobody has written to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,7 +16,7 @@ pub struct Seen {
     /// Its length in bytes.
     pub(super) len: u64,
     /// Its last change.
-    pub(super) modified: Modified,
+    pub(super) modified: ModifiedTime,
 }
 
 impl Seen {

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::extent::{Missing, Plan, Source};
 use super::frozen::Frozen;
 use crate::image::{NoRoom, Writable};
-use crate::storage::Slot;
+use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// The youngest layer, open for writing.
 pub struct Top {
     /// Its place in the engines' tables of files.
-    pub slot: Slot,
+    pub slot: FileSlot,
     /// The image.
     pub image: Arc<Writable>,
 }
@@ -237,7 +237,7 @@ mod tests {
         let (a, b) = (bat.place(0).unwrap(), bat.place(1).unwrap());
         assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
         let at =
-            |place: u32, within: u64| Source::File { slot: Slot(0), offset: (u64::from(place) + 1 + within) * SECTOR };
+            |place: u32, within: u64| Source::File { slot: FileSlot(0), offset: (u64::from(place) + 1 + within) * SECTOR };
         let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();
         assert_eq!((ranges(&plan), got), (vec![(4_090, 4_096), (4_096, 4_100)], vec![at(a, 4_090), at(b, 0)]));
         let again = planned(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());

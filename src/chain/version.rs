@@ -2,7 +2,7 @@
 
 use super::frozen::Frozen;
 use super::top::Top;
-use crate::storage::{File, Slot};
+use crate::storage::{File, FileSlot};
 
 /// The layers of a disk at one moment.
 pub struct Version {
@@ -40,13 +40,13 @@ impl Version {
     }
 
     /// The files, youngest first, with their places in the engines' tables.
-    pub fn files(&self) -> impl Iterator<Item = (Slot, &File)> {
+    pub fn files(&self) -> impl Iterator<Item = (FileSlot, &File)> {
         let top = self.top.iter().map(|t| (t.slot, t.image.file()));
         top.chain(self.frozen.layers().iter().map(|l| (l.slot, l.image.file())))
     }
 
     /// The file at a slot of this version.
-    pub fn file(&self, slot: Slot) -> &File {
+    pub fn file(&self, slot: FileSlot) -> &File {
         self.files().find(|(s, _)| *s == slot).map(|(_, f)| f).expect("a slot of this version")
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::host::Host;
-use crate::storage::{Env, Runtime};
+use crate::storage::{Env, RuntimeFolder};
 
 /// What `statfs` returns for tmpfs (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
@@ -17,11 +17,11 @@ const TMPFS: i64 = 0x0102_1994;
 ///
 /// # Errors
 /// The explicit folder exists and cannot be used.
-pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<Runtime>> {
+pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else {
-        return Ok(candidates().iter().filter_map(|folder| Host.runtime(folder).ok()).collect());
+        return Ok(candidates().iter().filter_map(|folder| Host.runtime_folder(folder).ok()).collect());
     };
-    match Host.runtime(folder) {
+    match Host.runtime_folder(folder) {
         Ok(folder) => Ok(vec![folder]),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {
             log::debug!("no live journal is looked for: {}", e.line());
@@ -36,7 +36,7 @@ pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<Runtime>> {
 ///
 /// # Errors
 /// If an explicit folder cannot be made, cannot be written to, is another user's or open to other users.
-pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<Runtime>> {
+pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else { return Ok(choose(&candidates(), bytes)) };
     match made(folder) {
         Ok(folder) => Ok(vec![folder]),
@@ -48,10 +48,10 @@ pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<Runtime
     }
 }
 
-fn choose(candidates: &[PathBuf], bytes: u64) -> Vec<Runtime> {
+fn choose(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
     let (mut reasons, mut chosen, mut passed) = (Vec::new(), None, Vec::new());
     for folder in candidates {
-        let opened = if chosen.is_none() { made(folder) } else { Host.runtime(folder) };
+        let opened = if chosen.is_none() { made(folder) } else { Host.runtime_folder(folder) };
         match opened {
             Ok(runtime) if chosen.is_some() => passed.push(runtime),
             Ok(runtime) if free(folder) < bytes => {
@@ -100,18 +100,18 @@ fn free(folder: &Path) -> u64 {
 ///
 /// # Errors
 /// `Io`; as [`Env::runtime`].
-fn made(folder: &Path) -> Result<Runtime> {
+fn made(folder: &Path) -> Result<RuntimeFolder> {
     let failed = |e| Error::io("cannot make the runtime folder", e).at_path(folder);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
-    Host.runtime(folder)
+    Host.runtime_folder(folder)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn paths(folders: &[Runtime]) -> Vec<&Path> {
-        folders.iter().map(Runtime::path).collect()
+    fn paths(folders: &[RuntimeFolder]) -> Vec<&Path> {
+        folders.iter().map(RuntimeFolder::path).collect()
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Args {
     pub(super) fn engine(&self) -> EngineKind {
         match self.io_engine {
             IoEngine::Auto => EngineKind::Auto,
-            IoEngine::IoUring => EngineKind::Ring,
+            IoEngine::IoUring => EngineKind::Uring,
             IoEngine::Blocking => EngineKind::Blocking,
         }
     }
@@ -250,7 +250,7 @@ mod tests {
         }
         assert!(args(&["--print-capabilities"]).unwrap().print_capabilities);
         let engine = args(&["--blk-file=/a", "--io-engine=io_uring"]).unwrap().engine();
-        assert_eq!(engine, EngineKind::Ring);
+        assert_eq!(engine, EngineKind::Uring);
     }
 
     #[test]

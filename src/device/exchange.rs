@@ -13,7 +13,7 @@ use super::ring::{Broken, Ring};
 use super::spec::Status;
 use crate::disk::{Answer, Outcome, Request, Work};
 use crate::error::{Error, ErrorKind};
-use crate::storage::{Slices, sigbus};
+use crate::storage::{GuestIovecs, sigbus};
 
 /// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
 /// what there is: the driver sees the first answers, and goes to work on them, while the rest of its queue is served.
@@ -57,7 +57,7 @@ pub struct Exchange {
     heads: Vec<InFlight>,
     bytes: u64,
     chain: Chain,
-    spare: Vec<Slices>,
+    spare: Vec<GuestIovecs>,
     broken: Option<Broken>,
     record: Option<Record>,
     /// Heads that a predecessor had in flight when it was killed, to be carried out before any other.
@@ -93,7 +93,7 @@ impl Exchange {
     /// is a load and a comparison.
     #[inline]
     fn is_memory_lost(&mut self) -> bool {
-        let losses = sigbus::losses();
+        let losses = sigbus::loss_count();
         losses != self.losses && self.find_loss(losses)
     }
 
@@ -302,7 +302,7 @@ impl Exchange {
         self.bytes -= u64::from(slot.bytes);
         if let (Outcome::Failed, Some(memory)) = (answer.outcome, &answer.memory) {
             // The kernel reports a page that cannot be had as a failure; an access of ours marks the memory as lost.
-            memory.touch();
+            memory.touch_pages();
         }
         self.recycle(answer.memory);
         let (status, written) = match answer.outcome {
@@ -321,7 +321,7 @@ impl Exchange {
         self.give(head, written);
     }
 
-    fn recycle(&mut self, memory: Option<Slices>) {
+    fn recycle(&mut self, memory: Option<GuestIovecs>) {
         // They keep the guest's memory mapped, no longer than `view` does.
         if let Some(slices) = memory {
             self.spare.push(slices);
@@ -336,7 +336,7 @@ fn bytes_of(work: &Work) -> u32 {
     }
 }
 
-fn memory_of(work: Work) -> Option<Slices> {
+fn memory_of(work: Work) -> Option<GuestIovecs> {
     match work {
         Work::Read { into: s, .. } | Work::Write { from: s, .. } => Some(s),
         Work::Flush | Work::Prefetch { .. } | Work::Discard { .. } | Work::WriteZeroes { .. } => None,

@@ -15,7 +15,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::{Memory, spec};
 use crate::storage::sigbus::Guard;
-use crate::storage::{Slices, fetch_line};
+use crate::storage::{GuestIovecs, prefetch_line};
 
 /// The guest's memory as one front-end shared it, with the guards of its mappings.
 ///
@@ -130,7 +130,7 @@ impl View {
     #[inline]
     pub fn fetch(&self, addr: u64) {
         if let Some((region, offset)) = self.locate(addr) {
-            fetch_line(region.map.as_ptr().wrapping_add(offset));
+            prefetch_line(region.map.as_ptr().wrapping_add(offset));
         }
     }
 
@@ -182,8 +182,8 @@ impl View {
 
     /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
     /// memory.
-    pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut Slices) -> bool {
-        out.restart(&self.owner);
+    pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut GuestIovecs) -> bool {
+        out.reset(&self.owner);
         for (addr, len) in ranges {
             let whole = self.each(addr, len as usize, |start, n, _| {
                 // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` has a
@@ -231,7 +231,7 @@ impl Span {
     /// Has the processor fetch what is at byte `at`.
     #[inline]
     pub fn fetch(&self, at: usize) {
-        fetch_line(self.start.wrapping_add(at));
+        prefetch_line(self.start.wrapping_add(at));
     }
 
     /// The 16-bit word at byte `at`, an even number.
@@ -302,7 +302,7 @@ mod tests {
     fn gathered_slices_are_the_memory_and_keep_it() {
         let memory = memory();
         let view = View::new(memory.clone());
-        let mut slices = Slices::with_capacity(4);
+        let mut slices = GuestIovecs::with_capacity(4);
         assert!(view.gather([(0x1ff0, 32), (0x3000, 0), (0x3000, 8)].into_iter(), &mut slices));
         assert_eq!(slices.len(), 40);
         slices.copy_from(14, b"0123");
@@ -323,7 +323,7 @@ mod tests {
     fn slices_that_are_used_again_keep_what_they_were_used_for_last() {
         let (old, new) = (memory(), memory());
         let weak = Arc::downgrade(&old);
-        let (view, mut slices) = (View::new(old), Slices::with_capacity(4));
+        let (view, mut slices) = (View::new(old), GuestIovecs::with_capacity(4));
         for len in [16, 8] {
             assert!(view.gather([(0x1000, len)].into_iter(), &mut slices) && slices.len() == len as usize);
         }
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn a_failed_gather_leaves_nothing() {
         let view = View::new(memory());
-        let mut slices = Slices::with_capacity(4);
+        let mut slices = GuestIovecs::with_capacity(4);
         assert!(!view.gather([(0x1000, 16), (0x3fff, 2)].into_iter(), &mut slices));
         assert!(slices.is_empty() && slices.iovecs().is_empty());
         assert!(!view.gather([(u64::MAX - 1, u32::MAX)].into_iter(), &mut slices));

@@ -7,7 +7,7 @@ use super::config::{MOST_ZEROED, ZEROING};
 use super::guest::View;
 use super::spec::{HEADER_LEN, Header, ID_LEN, SEGMENT_LEN, SEGMENT_UNMAP, Segment, Status, feature, kind};
 use crate::disk::{Work, ZeroRange};
-use crate::storage::Slices;
+use crate::storage::GuestIovecs;
 use crate::units::{SECTOR, SectorRange};
 
 /// Most bytes of one read or write (V9).
@@ -67,7 +67,7 @@ use Early::{Bad, Done};
 
 /// Judges a chain. Memory for data comes from `spare` where there is some.
 #[inline]
-pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>) -> Verdict {
+pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<GuestIovecs>) -> Verdict {
     // V8: the status is the last writable byte, wherever it lies.
     let last = chain.writable().iter().rev().find(|p| p.len > 0);
     let Some(status_at) = last.and_then(|p| p.addr.checked_add(u64::from(p.len) - 1)) else {
@@ -84,7 +84,7 @@ pub fn parse(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slic
 }
 
 /// The work and the bytes it will write for the guest.
-fn judge(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<Slices>) -> Result<(Work, u32), Early> {
+fn judge(chain: &Chain, view: &View, rules: &Rules<'_>, spare: &mut Vec<GuestIovecs>) -> Result<(Work, u32), Early> {
     // V7: the header is the first 16 readable bytes, over however many descriptors.
     let mut raw = [0; HEADER_LEN];
     copy_in(chain, view, 0, &mut raw)?;
@@ -195,8 +195,8 @@ fn copy_in(chain: &Chain, view: &View, skip: u64, into: &mut [u8]) -> Result<(),
 
 /// The guest's memory of a read or write (V6).
 #[inline]
-fn gather(view: &View, pieces: impl Iterator<Item = (u64, u32)>, spare: &mut Vec<Slices>) -> Result<Slices, Early> {
-    let mut slices = spare.pop().unwrap_or_else(|| Slices::with_capacity(RUNS));
+fn gather(view: &View, pieces: impl Iterator<Item = (u64, u32)>, spare: &mut Vec<GuestIovecs>) -> Result<GuestIovecs, Early> {
+    let mut slices = spare.pop().unwrap_or_else(|| GuestIovecs::with_capacity(RUNS));
     if view.gather(pieces, &mut slices) {
         Ok(slices)
     } else {

@@ -40,7 +40,7 @@ use super::lane::Lane;
 use super::request::{Request, Work};
 use super::task::{Task, Token};
 use crate::chain::{Extent, Plan, Source};
-use crate::storage::{Action, File, Op, Slot};
+use crate::storage::{Action, File, Op, FileSlot};
 use crate::units::SectorRange;
 
 /// Streams that a queue follows at once.
@@ -169,7 +169,7 @@ pub(super) enum Reach {
 impl Reach {
     /// For a buffered file.
     pub(super) fn of(file: &File) -> Reach {
-        if file.host_readahead() >= WIDE { Reach::Short } else { Reach::All }
+        if file.kernel_readahead() >= WIDE { Reach::Short } else { Reach::All }
     }
 }
 
@@ -177,8 +177,8 @@ impl Reach {
 fn pieces(
     extents: &[Extent],
     range: SectorRange,
-    reach: impl Fn(Slot) -> Reach,
-) -> impl Iterator<Item = (Slot, u64, u64)> {
+    reach: impl Fn(FileSlot) -> Reach,
+) -> impl Iterator<Item = (FileSlot, u64, u64)> {
     extents.iter().flat_map(move |extent| {
         let inside = extent.skip(range.start().saturating_sub(extent.range.start()));
         let file = match inside.source {
@@ -335,24 +335,24 @@ mod tests {
     fn extents_are_told_in_pieces_and_some_are_left_to_the_host() {
         let file = |start: u64, end: u64, slot: u16, offset: u64| Extent {
             range: SectorRange::between(start, end),
-            source: Source::File { slot: Slot(slot), offset },
+            source: Source::File { slot: FileSlot(slot), offset },
         };
         let zero = Extent { range: SectorRange::between(300, 400), source: Source::Zero };
         let long = LONG / SECTOR;
         let extents = [file(0, 300, 1, 4096), zero, file(400, 1400, 2, 0), file(1400, 1400 + long, 3, 0)];
         let told = |from, to, reach| pieces(&extents, SectorRange::between(from, to), |_| reach).collect::<Vec<_>>();
         let got = |from, to| told(from, to, Reach::Short);
-        let two = [(Slot(2), 0, PIECE), (Slot(2), PIECE, 1000 * SECTOR - PIECE)];
-        assert_eq!(got(0, 5000), [vec![(Slot(1), 4096, 300 * SECTOR)], two.to_vec()].concat());
-        assert_eq!(got(100, 410), [(Slot(1), 4096 + 100 * SECTOR, 200 * SECTOR), (Slot(2), 0, 10 * SECTOR)]);
-        assert_eq!(got(1390, 1410), [(Slot(2), 990 * SECTOR, 10 * SECTOR)], "of the long one nothing, cut or not");
+        let two = [(FileSlot(2), 0, PIECE), (FileSlot(2), PIECE, 1000 * SECTOR - PIECE)];
+        assert_eq!(got(0, 5000), [vec![(FileSlot(1), 4096, 300 * SECTOR)], two.to_vec()].concat());
+        assert_eq!(got(100, 410), [(FileSlot(1), 4096 + 100 * SECTOR, 200 * SECTOR), (FileSlot(2), 0, 10 * SECTOR)]);
+        assert_eq!(got(1390, 1410), [(FileSlot(2), 990 * SECTOR, 10 * SECTOR)], "of the long one nothing, cut or not");
         assert_eq!(got(310, 390), []);
         let all = told(1390, 1410, Reach::All);
-        assert_eq!(all, [(Slot(2), 990 * SECTOR, 10 * SECTOR), (Slot(3), 0, 10 * SECTOR)]);
+        assert_eq!(all, [(FileSlot(2), 990 * SECTOR, 10 * SECTOR), (FileSlot(3), 0, 10 * SECTOR)]);
         assert_eq!(told(0, 5000, Reach::Nothing), []);
-        let direct = |slot| if slot == Slot(1) { Reach::Nothing } else { Reach::All };
+        let direct = |slot| if slot == FileSlot(1) { Reach::Nothing } else { Reach::All };
         let others = pieces(&extents, SectorRange::between(0, 410), direct).collect::<Vec<_>>();
-        assert_eq!(others, [(Slot(2), 0, 10 * SECTOR)], "each file as it is open");
+        assert_eq!(others, [(FileSlot(2), 0, 10 * SECTOR)], "each file as it is open");
     }
 
     #[test]

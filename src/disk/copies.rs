@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use crate::chain::Source;
-use crate::storage::{Found, MOST_COPIED, Slices};
+use crate::storage::{CachedRange, MAX_COPY, GuestIovecs};
 use crate::units::SectorRange;
 
 /// What is asked for, or planned, and not made yet.
@@ -32,12 +32,12 @@ pub(super) struct Copies {
 struct AskedRead {
     tag: u64,
     range: SectorRange,
-    into: Slices,
+    into: GuestIovecs,
 }
 
 /// A part of a read: a copy, or zeros.
 struct Part {
-    found: Option<Found>,
+    found: Option<CachedRange>,
     len: usize,
 }
 
@@ -53,8 +53,8 @@ impl Lane {
     /// Takes a read that may be a copy, to be planned with the others of a turn; gives the memory of any other back. There is
     /// `room`.
     #[inline]
-    pub(super) fn ask_copies(&mut self, tag: u64, range: SectorRange, into: Slices) -> Result<(), Slices> {
-        if range.bytes() > MOST_COPIED as u64 {
+    pub(super) fn ask_copies(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
+        if range.bytes() > MAX_COPY as u64 {
             return Err(into);
         }
         self.copies.asked.push_back(AskedRead { tag, range, into });
@@ -88,7 +88,7 @@ impl Lane {
                     Source::Zero => None,
                     Source::File { slot, offset } => {
                         // Those behind one that is not found are asked for all the same: it counts how often they are wanted.
-                        let found = self.engine.find(slot, offset, len);
+                        let found = self.engine.find_cached(slot, offset, len);
                         whole &= found.is_some();
                         found
                     }
@@ -113,18 +113,18 @@ impl Lane {
         let mut left = false;
         let (mut reads, mut parts) = (std::mem::take(&mut self.copies.reads), std::mem::take(&mut self.copies.parts));
         let found = || parts.iter().filter_map(|part| part.found.as_ref());
-        found().for_each(Found::fetch_way);
-        reads.iter().for_each(|(read, _)| read.into.fetch_way());
+        found().for_each(CachedRange::prefetch_pages);
+        reads.iter().for_each(|(read, _)| read.into.prefetch_pages());
         let mut next = found();
-        next.next().into_iter().for_each(Found::fetch);
+        next.next().into_iter().for_each(CachedRange::prefetch);
         let mut rest = parts.iter();
         for (AskedRead { tag, range, into }, parts) in reads.drain(..) {
             let (mut whole, mut at) = (true, 0);
             for Part { found, len } in rest.by_ref().take(parts) {
                 match found {
                     Some(found) => {
-                        next.next().into_iter().for_each(Found::fetch);
-                        whole = whole && self.engine.fill(found, &into, at);
+                        next.next().into_iter().for_each(CachedRange::prefetch);
+                        whole = whole && self.engine.copy_cached(found, &into, at);
                     }
                     None => into.zero(at, *len),
                 }
@@ -140,7 +140,7 @@ impl Lane {
         }
         parts.clear();
         (self.copies.reads, self.copies.parts) = (reads, parts);
-        self.engine.filled();
+        self.engine.end_copy_batch();
         left
     }
 }

@@ -64,7 +64,7 @@ impl Lane {
         let waits = self.engine.wake_fd().is_none();
         if is_buffered && !waits && !self.disk.is_write_through() && self.early.is_due() {
             self.disk.counts().early.fetch_add(1, Ordering::Relaxed);
-            self.push_op(Op::write_behind(Token::Early.pack(), slot));
+            self.push_op(Op::start_writeback(Token::Early.pack(), slot));
         }
     }
 }

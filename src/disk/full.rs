@@ -66,7 +66,7 @@ impl Lane {
     /// Looks once in a while whether the host has room again, after the log said that writes fail.
     pub(super) fn look_for_room(&mut self) {
         let top = self.disk.version().top().filter(|_| self.told_full);
-        let room = top.and_then(|top| top.image.file().host_room().ok());
+        let room = top.and_then(|top| top.image.file().file_system_space().ok());
         if room.is_some_and(|room| room.available >= ENOUGH) {
             self.told_full = false;
             self.log_room();

@@ -47,7 +47,7 @@ use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::Plan;
 use crate::image::{Commit, Growth};
-use crate::storage::{Action, Completion, Engine, Op, Slices};
+use crate::storage::{Action, Completion, Engine, Op, GuestIovecs};
 
 /// Requests that a lane takes at once.
 const TASKS: usize = 1024;
@@ -90,7 +90,7 @@ pub struct Lane {
     pub(super) planned: bool,
     done: Vec<Completion>,
     pub(super) steps: Vec<Op>,
-    pub(super) pool: Vec<Slices>,
+    pub(super) pool: Vec<GuestIovecs>,
     /// To be made with the next submit.
     pub(super) copies: Copies,
 }
@@ -174,7 +174,7 @@ impl Lane {
 
     /// To be called when answers have been given, and nobody waits.
     pub fn learn(&mut self) {
-        self.engine.learn();
+        self.engine.query_residency();
     }
 
     /// Takes what is complete, goes on with its requests and jobs, and appends the answers. Never waits.
@@ -242,7 +242,7 @@ impl Lane {
             if self.is_idle() {
                 return Ok(());
             }
-            if self.engine.under_way() > 0 {
+            if self.engine.outstanding() > 0 {
                 self.engine.wait()?;
             } else if std::mem::take(&mut self.commit_is_held) {
                 // There is no room, and no time to wait for it: the flushes of this commit fail.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::Result;
-use crate::storage::Bell;
+use crate::storage::Notifier;
 
 /// What one lane has to tell another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,7 +39,7 @@ pub enum Grown {
 pub struct Mailbox {
     letters: Mutex<Vec<Letter>>,
     full: AtomicBool,
-    bell: Bell,
+    bell: Notifier,
 }
 
 impl Mailbox {
@@ -48,14 +48,14 @@ impl Mailbox {
     /// # Errors
     /// Where the host has no descriptor left for the bell.
     pub fn new() -> Result<Mailbox> {
-        Ok(Mailbox { letters: Mutex::default(), full: AtomicBool::new(false), bell: Bell::new()? })
+        Ok(Mailbox { letters: Mutex::default(), full: AtomicBool::new(false), bell: Notifier::new()? })
     }
 
     /// Puts a letter in and rings.
     pub fn post(&self, letter: Letter) {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
         if !self.full.swap(true, Ordering::SeqCst) {
-            self.bell.ring();
+            self.bell.notify();
         }
     }
 
@@ -65,7 +65,7 @@ impl Mailbox {
         if !self.full.load(Ordering::Acquire) || !self.full.swap(false, Ordering::SeqCst) {
             return Vec::new();
         }
-        self.bell.silence();
+        self.bell.drain();
         std::mem::take(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner))
     }
 

@@ -50,7 +50,7 @@ use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
 use crate::mutant::{self, Mutant};
-use crate::storage::{EngineKind, Env, SLOTS, Slot};
+use crate::storage::{EngineKind, Env, FILE_SLOTS, FileSlot};
 use ahead::Reach;
 use flush::Rounds;
 use full::HeldWrites;
@@ -187,7 +187,7 @@ impl Disk {
             top.image.set_allocation(options.allocation);
         }
         let memory_align = memory_align(&version, options.direct)?;
-        let mut reach = vec![Reach::Nothing; usize::from(SLOTS)];
+        let mut reach = vec![Reach::Nothing; usize::from(FILE_SLOTS)];
         for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
             reach[usize::from(slot.0)] = Reach::of(file);
         }
@@ -254,12 +254,12 @@ impl Disk {
     }
 
     /// What O_DIRECT asks of memory for a file; 1 where it is buffered.
-    fn memory_align(&self, slot: Slot) -> usize {
+    fn memory_align(&self, slot: FileSlot) -> usize {
         self.memory_align[usize::from(slot.0)]
     }
 
     /// How lanes read ahead in a file.
-    fn reach(&self, slot: Slot) -> Reach {
+    fn reach(&self, slot: FileSlot) -> Reach {
         self.reach[usize::from(slot.0)]
     }
 
@@ -358,7 +358,7 @@ impl Disk {
 
 /// What O_DIRECT asks of memory, by slot; 1 where a file is buffered. Switches to it if `direct`.
 fn memory_align(version: &Version, direct: bool) -> Result<Vec<usize>> {
-    let mut memory_align = vec![1; usize::from(SLOTS)];
+    let mut memory_align = vec![1; usize::from(FILE_SLOTS)];
     for (slot, file) in version.files().filter(|_| direct) {
         match file.set_direct()? {
             Some(rules) => memory_align[usize::from(slot.0)] = rules.memory,

@@ -5,19 +5,19 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use super::Disk;
-use crate::storage::{Naming, Slot};
+use crate::storage::{NameStatus, FileSlot};
 
 /// Files whose names were lost and reported.
 #[derive(Debug, Default)]
-pub(super) struct LostNames(Mutex<BTreeSet<Slot>>);
+pub(super) struct LostNames(Mutex<BTreeSet<FileSlot>>);
 
 impl Disk {
     /// Looks up the name of each file of the chain, and warns of those that no longer lead to it.
     pub fn check_names(&self) {
         let mut lost = self.lost_names.0.lock().unwrap_or_else(PoisonError::into_inner);
         for (slot, file) in self.version.files().filter(|(slot, _)| !lost.contains(slot)).collect::<Vec<_>>() {
-            match file.naming() {
-                Ok(Naming::Kept) => {}
+            match file.name_status() {
+                Ok(NameStatus::Kept) => {}
                 Ok(naming) => {
                     lost.insert(slot);
                     log::warn!("{}: {}", file.path().display(), describe(naming));
@@ -29,16 +29,16 @@ impl Disk {
     }
 }
 
-fn describe(naming: Naming) -> String {
+fn describe(naming: NameStatus) -> String {
     match naming {
-        Naming::Kept => String::new(),
-        Naming::Renamed => "the file was renamed or moved while it is served; the daemon still serves it".into(),
-        Naming::Removed => format!(
+        NameStatus::Kept => String::new(),
+        NameStatus::Renamed => "the file was renamed or moved while it is served; the daemon still serves it".into(),
+        NameStatus::Removed => format!(
             "the file was removed while it is served: its data is lost when the daemon ends. To save it, stop the guest's \
              writes and copy the file from /proc/{}/fd before the daemon ends",
             std::process::id()
         ),
-        Naming::Replaced => format!(
+        NameStatus::Replaced => format!(
             "another file was put in its place while it is served: the daemon still serves the old one, which may have no \
              other name than its entry in /proc/{}/fd; the next start takes the new one",
             std::process::id()

@@ -1,6 +1,6 @@
 //! What a guest asks, and what it is told.
 
-use crate::storage::Slices;
+use crate::storage::GuestIovecs;
 use crate::units::SectorRange;
 
 /// A range to zero.
@@ -20,14 +20,14 @@ pub enum Work {
         /// What; not empty.
         range: SectorRange,
         /// Where to; exactly as long.
-        into: Slices,
+        into: GuestIovecs,
     },
     /// Write guest memory to the disk.
     Write {
         /// Where to; not empty.
         range: SectorRange,
         /// What; exactly as long.
-        from: Slices,
+        from: GuestIovecs,
     },
     /// Have the host read the range into its memory, as far as that is easy. Has no answer.
     Prefetch {
@@ -76,5 +76,5 @@ pub struct Answer {
     /// What became of it.
     pub outcome: Outcome,
     /// The request's memory, to be used again.
-    pub memory: Option<Slices>,
+    pub memory: Option<GuestIovecs>,
 }

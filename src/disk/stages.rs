@@ -11,7 +11,7 @@ use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
 use crate::chain::{Missing, Plan, Source};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Completion, Op, Payload, Slices, Slot};
+use crate::storage::{Action, Buffer, Completion, Op, Payload, GuestIovecs, FileSlot};
 use crate::units::SECTOR_BYTES;
 
 /// Zeros written at once where a file system cannot punch, in bytes.
@@ -280,8 +280,8 @@ impl Lane {
     }
 
     /// The part of a request's memory that an operation moves; a bounce buffer where O_DIRECT does not take it.
-    fn payload(&mut self, memory: &Slices, at: usize, len: usize, slot: Slot, copy: bool) -> Payload {
-        let mut slices = self.pool.pop().unwrap_or_else(|| Slices::with_capacity(8));
+    fn payload(&mut self, memory: &GuestIovecs, at: usize, len: usize, slot: FileSlot, copy: bool) -> Payload {
+        let mut slices = self.pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
         memory.slice_into(at, len, &mut slices);
         let align = self.disk.memory_align(slot);
         if align == 1 || slices.is_aligned(align) {
@@ -360,7 +360,7 @@ impl Lane {
 }
 
 /// Keeps the room of an operation's slices, and not a moment longer the memory, which the front-end may have taken back.
-fn give_back(pool: &mut Vec<Slices>, mut slices: Slices) {
+fn give_back(pool: &mut Vec<GuestIovecs>, mut slices: GuestIovecs) {
     slices.clear();
     pool.push(slices);
 }

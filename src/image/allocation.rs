@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::room::Room;
 use super::writable::Writable;
 use crate::format::layout;
-use crate::storage::{Action, Op, RoomRule, Slot};
+use crate::storage::{Action, Op, AllocationMode, FileSlot};
 use crate::units::{BlockSize, SECTOR};
 
 /// Blocks by which a file grows at least, room permitting.
@@ -60,7 +60,7 @@ impl Writable {
     /// A file system whose rules are not known gets whole blocks.
     pub fn set_allocation(&self, wanted: Allocation) {
         let chosen = match (wanted, self.room_rule) {
-            (Allocation::Sparse, RoomRule::Unknown) => {
+            (Allocation::Sparse, AllocationMode::Unknown) => {
                 let why = "it is not known whether this file system refuses a write at once when it is full";
                 log::info!("{}: allocation=block is used: {why}", self.path().display());
                 Allocation::Block
@@ -73,8 +73,8 @@ impl Writable {
     /// How new blocks take room.
     pub(super) fn allocation(&self) -> Allocation {
         *self.allocation.get_or_init(|| match self.room_rule {
-            RoomRule::Unknown => Allocation::Block,
-            RoomRule::InPlace | RoomRule::CopyOnWrite => Allocation::default(),
+            AllocationMode::Unknown => Allocation::Block,
+            AllocationMode::InPlace | AllocationMode::CopyOnWrite => Allocation::default(),
         })
     }
 
@@ -175,7 +175,7 @@ impl Reservation {
     }
 
     /// Pushes the next portion; false if all was pushed before.
-    pub(super) fn push(&mut self, slot: Slot, ops: &mut Vec<Op>) -> bool {
+    pub(super) fn push(&mut self, slot: FileSlot, ops: &mut Vec<Op>) -> bool {
         let portion = &self.ranges[self.next..(self.next + PORTION).min(self.ranges.len())];
         self.next += portion.len();
         ops.extend(portion.iter().map(|r| Op::range(0, slot, Action::Allocate, r.start, r.end - r.start)));
@@ -215,7 +215,7 @@ mod tests {
         let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, ends);
         let mut counts = Vec::new();
         let mut ops = Vec::new();
-        while reservation.push(Slot(0), &mut ops) {
+        while reservation.push(FileSlot(0), &mut ops) {
             counts.push(ops.drain(..).count());
         }
         assert_eq!(counts, [32, 32, 7]);

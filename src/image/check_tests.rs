@@ -74,7 +74,7 @@ fn space_counts_where_it_takes_room() {
     let (report, image) = check(file(&host)).unwrap();
     assert!(matches!(report.defects[..], [Defect::SpaceUnreferenced { .. }]), "{:?}", report.defects);
     let gap = free(&image.unwrap()).unwrap().remove(0);
-    file(&host).punch(inside(&gap).start, inside(&gap).end - inside(&gap).start).unwrap();
+    file(&host).punch_hole(inside(&gap).start, inside(&gap).end - inside(&gap).start).unwrap();
     assert_eq!(kinds(&host), [""; 0]);
     poke(&host, table + 8, &[0xFF; 4]);
     let (report, _) = check(file(&host)).unwrap();

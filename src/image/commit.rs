@@ -29,7 +29,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Op, Payload, Slot};
+use crate::storage::{Action, Buffer, Op, Payload, FileSlot};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// What a job wants after a step.
@@ -62,7 +62,7 @@ struct Taken {
 /// One commit under way. At most one an image at a time (`disk/flush` sees to it).
 pub struct Commit {
     image: Arc<Writable>,
-    slot: Slot,
+    slot: FileSlot,
     phase: Phase,
     taken: Vec<Taken>,
     barriers: u32,
@@ -72,7 +72,7 @@ pub struct Commit {
 
 impl Commit {
     /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
-    pub fn new(image: Arc<Writable>, slot: Slot) -> Commit {
+    pub fn new(image: Arc<Writable>, slot: FileSlot) -> Commit {
         Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0, epoch: 0 }
     }
 
@@ -224,7 +224,7 @@ mod tests {
     use crate::storage::{Access, Env};
     use crate::units::{BlockSize, SectorRange};
 
-    const SLOT: Slot = Slot(3);
+    const SLOT: FileSlot = FileSlot(3);
 
     /// A writable image of 8 MiB with room to write, nothing written.
     fn image(folder: &Path, kind: Kind) -> Arc<Writable> {

@@ -138,7 +138,7 @@ impl Offline {
         self.sync()?;
         point::reached("compact.blocks-moved");
         for moving in batch.drain(..) {
-            self.file().punch(moving.from * SECTOR, len)?;
+            self.file().punch_hole(moving.from * SECTOR, len)?;
         }
         watch(0)
     }
@@ -181,7 +181,7 @@ fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) 
 
 /// Copies `len` bytes; holes stay holes. The two ranges do not overlap.
 fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Result<()> {
-    file.punch(to, len)?;
+    file.punch_hole(to, len)?;
     let (mut at, end) = (from, from + len);
     while let Some(found) = next_data(file, at..end)? {
         at = found.start;
@@ -209,7 +209,7 @@ pub fn give_back(file: &File, from: u64) -> Result<()> {
             found => found?.unwrap_or((len, 0)),
         };
         if start > at {
-            file.punch(at, start - at)?;
+            file.punch_hole(at, start - at)?;
         }
         at = start + count.max(1);
     }

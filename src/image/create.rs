@@ -117,7 +117,7 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<
     let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
     let footer = Footer::new(disk_type, spec.size, uuid, now).encode();
     // Bitmaps and tables are written over and over: where each such write took new room, a full host would stop commits.
-    if let Err(e) = file.overwrite_in_place() {
+    if let Err(e) = file.disable_copy_on_write() {
         log::warn!("{}", e.line());
     }
     file.set_len(layout.footer + SECTOR)?;

@@ -42,7 +42,7 @@ impl Draft {
             Err(e) if e.kind() == ErrorKind::Unsupported => folder.create(&fresh).map(|file| (file, true)),
             Err(e) => Err(e),
         };
-        let known_as = [folder.path_of(name), folder.path_of(&fresh)];
+        let known_as = [folder.path_to(name), folder.path_to(&fresh)];
         let blame = |e: Error| known_as.iter().fold(e, |e, path| e.renamed(path, asked)).at_path(asked);
         let (file, is_named_freshly) = made.map_err(blame)?;
         let (name, asked) = (name.to_os_string(), asked.to_path_buf());
@@ -56,12 +56,12 @@ impl Draft {
 
     /// The path under which it is known while it is made, or under its name later.
     pub fn path(&self) -> PathBuf {
-        self.folder.path_of(&self.name)
+        self.folder.path_to(&self.name)
     }
 
     /// The error, under the name that was asked for.
     pub fn blame(&self, e: Error) -> Error {
-        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_of(&self.fresh)];
+        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_to(&self.fresh)];
         known_as.iter().fold(e, |e, path| e.renamed(path, &self.asked))
     }
 
@@ -72,7 +72,7 @@ impl Draft {
     pub fn publish(&mut self) -> Result<()> {
         point::reached("draft.whole");
         let named = match self.is_named_freshly {
-            false => self.folder.give_name(&self.file, &self.name),
+            false => self.folder.link_unnamed(&self.file, &self.name),
             true => match self.folder.link(&self.fresh, &self.name) {
                 Ok(()) => self.folder.remove(&self.fresh),
                 // A file system without second names.
@@ -99,7 +99,7 @@ impl Draft {
         point::reached("draft.whole-to-replace");
         // No call gives a file its first name over an old file.
         if !self.is_named_freshly {
-            self.folder.give_name(&self.file, &self.fresh)?;
+            self.folder.link_unnamed(&self.file, &self.fresh)?;
             self.is_named_freshly = true;
         }
         point::reached("draft.named-to-replace");

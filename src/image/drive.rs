@@ -4,7 +4,7 @@ use std::io;
 
 use super::commit::Step;
 use crate::error::{Error, Result};
-use crate::storage::{EngineKind, Env, File, Op, Slot};
+use crate::storage::{EngineKind, Env, File, Op, FileSlot};
 
 /// Operations under way at once.
 const DEPTH: usize = 64;
@@ -16,7 +16,7 @@ const DEPTH: usize = 64;
 pub fn drive(
     env: &dyn Env,
     file: &File,
-    slot: Slot,
+    slot: FileSlot,
     mut next: impl FnMut(Option<io::Error>, &mut Vec<Op>) -> Result<Step>,
 ) -> Result<()> {
     let broken = |e| Error::io("the engine failed", e).at_path(file.path());
@@ -25,8 +25,8 @@ pub fn drive(
     let (mut ops, mut done, mut failed) = (Vec::new(), Vec::new(), None);
     while next(failed.take(), &mut ops)? == Step::Wait {
         let mut rest = ops.drain(..).peekable();
-        while rest.peek().is_some() || engine.under_way() > 0 {
-            while engine.under_way() < engine.depth() {
+        while rest.peek().is_some() || engine.outstanding() > 0 {
+            while engine.outstanding() < engine.depth() {
                 let Some(op) = rest.next() else { break };
                 engine.push(op).expect("there is room: it was looked for");
             }

@@ -155,7 +155,7 @@ fn raise(states: &[AtomicU8], to: u8) {
 
 fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     let path: PathBuf = folder.path().join("a.vhd");
-    let keep = Keep::Journal { folders: vec![Host.runtime(runtime.path()).unwrap()], required: true };
+    let keep = Keep::Journal { folders: vec![Host.runtime_folder(runtime.path()).unwrap()], required: true };
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }
@@ -294,7 +294,7 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     let places = (0..blocks).map(|block| first + block * stride);
     let entries: Vec<u8> = places.clone().flat_map(u32::to_be_bytes).collect();
     let (footer, end) = (image.footer().encode(), u64::from(first) + u64::from(blocks) * u64::from(stride));
-    image.file().punch(image.data_end(), SECTOR).unwrap();
+    image.file().punch_hole(image.data_end(), SECTOR).unwrap();
     image.file().write_at(&entries, table).unwrap();
     image.file().write_at(&footer, end * SECTOR).unwrap();
     drop(image);

@@ -30,7 +30,7 @@ use super::open::Image;
 use crate::error::Result;
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::storage::{FileId, Live, Runtime};
+use crate::storage::{FileId, Shm, RuntimeFolder};
 
 /// Granules that may be marked between two commits.
 pub const SLOTS: u32 = 4096;
@@ -77,8 +77,8 @@ pub(super) const NEVER: u64 = u64::MAX;
 /// The journal of an image that is open for writing.
 #[derive(Debug)]
 pub struct Journal {
-    live: Live,
-    runtime: Runtime,
+    live: Shm,
+    runtime: RuntimeFolder,
     name: String,
     state: Mutex<State>,
 }
@@ -103,7 +103,7 @@ impl Journal {
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
-    pub(super) fn create(runtime: &Runtime, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
+    pub(super) fn create(runtime: &RuntimeFolder, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
         let name = Journal::name_of(session);
         let live = runtime.create(&name, HEADER + SLOTS as usize * SLOT)?;
         let journal = Journal::of(live, runtime, name);
@@ -123,12 +123,12 @@ impl Journal {
     ///
     /// # Errors
     /// `NotFound`; `Busy` if a process has it open; `Refused` if it is not one of ours; `Io`.
-    pub(super) fn open(runtime: &Runtime, name: &str) -> Result<Journal> {
+    pub(super) fn open(runtime: &RuntimeFolder, name: &str) -> Result<Journal> {
         let live = runtime.open(name, HEADER + SLOTS as usize * SLOT)?;
         Ok(Journal::of(live, runtime, name.to_owned()))
     }
 
-    fn of(live: Live, runtime: &Runtime, name: String) -> Journal {
+    fn of(live: Shm, runtime: &RuntimeFolder, name: String) -> Journal {
         let state = State { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
         Journal { live, runtime: runtime.clone(), name, state: Mutex::new(state) }
     }
@@ -137,8 +137,8 @@ impl Journal {
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
-    pub(super) fn probe(runtime: &Runtime) -> Result<()> {
-        runtime.probe(BYTES)
+    pub(super) fn probe(runtime: &RuntimeFolder) -> Result<()> {
+        runtime.check_space(BYTES)
     }
 
     /// The folder in which it lies.

@@ -7,10 +7,10 @@ use tempfile::TempDir;
 use super::super::{Commit, Growth, Keep, Kind, ParentLink, Spec, Step, Writable, create, drive};
 use super::*;
 use crate::storage::host::Host;
-use crate::storage::{Access, Env, Op, Payload, Slot};
+use crate::storage::{Access, Env, Op, Payload, FileSlot};
 use crate::units::{BlockSize, SectorRange};
 
-const SLOT_OF_FILE: Slot = Slot(3);
+const SLOT_OF_FILE: FileSlot = FileSlot(3);
 const BLOCK: u64 = 4096;
 
 struct Rig {
@@ -44,7 +44,7 @@ impl Rig {
     fn open(&self) -> Arc<Writable> {
         self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Keep::Journal { folders: vec![Host.runtime(self.runtime.path()).unwrap()], required: true };
+        let keep = Keep::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
             drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();

@@ -12,7 +12,7 @@ use super::writable::Writable;
 use crate::error::Result;
 use crate::format::DiskType;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, Runtime};
+use crate::storage::{Env, RuntimeFolder};
 
 /// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub enum Keep {
     /// By a live journal in one of these folders.
     Journal {
         /// Folders in memory, in the order to try. One that holds a journal of the image already is used.
-        folders: Vec<Runtime>,
+        folders: Vec<RuntimeFolder>,
         /// Whether it is an error if there is no room for a journal. If not, each write is committed instead.
         required: bool,
     },
@@ -32,7 +32,7 @@ pub enum Keep {
 
 impl Keep {
     /// The folders of live journals.
-    pub fn folders(&self) -> &[Runtime] {
+    pub fn folders(&self) -> &[RuntimeFolder] {
         match self {
             Keep::Journal { folders, .. } => folders,
             Keep::Commit | Keep::Nothing => &[],

@@ -16,13 +16,13 @@ use std::sync::atomic::Ordering;
 
 use super::writable::Writable;
 use crate::error::Result;
-use crate::storage::{File, Modified};
+use crate::storage::{File, ModifiedTime};
 
 /// The time that a file had at a moment.
 #[derive(Clone, Debug)]
 pub struct KeptTime {
     file: File,
-    before: Modified,
+    before: ModifiedTime,
 }
 
 impl KeptTime {
@@ -57,7 +57,7 @@ impl KeptTime {
     }
 
     /// Sets the time; false if nobody but the owner of the file may: it keeps its new time, and children warn in vain.
-    fn set(&self, time: Modified) -> Result<bool> {
+    fn set(&self, time: ModifiedTime) -> Result<bool> {
         match self.file.set_modified(time) {
             Err(e) if e.is_denied() => {
                 log::info!("{}; its children will warn that it was written to", e.line());
@@ -85,7 +85,7 @@ impl KeptTime {
     /// `Io`.
     pub fn move_on(&self) -> Result<()> {
         let is_later = self.file.stat()?.modified > self.before.seconds;
-        let later = Modified { seconds: self.before.seconds.saturating_add(1), nanos: 0 };
+        let later = ModifiedTime { seconds: self.before.seconds.saturating_add(1), nanos: 0 };
         if is_later || self.set(later)? { self.file.sync_all() } else { Ok(()) }
     }
 }

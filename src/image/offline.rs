@@ -297,7 +297,7 @@ mod tests {
         image.cut().unwrap();
         assert_eq!((len(&host), image.tail()), (image.used_end() + SECTOR, image.used_end()));
         let stat = file(&host).stat().unwrap();
-        host.set_faults(FaultPlan { room: Some(stat.allocated + 8192), ..FaultPlan::default() });
+        host.set_faults(FaultPlan { capacity: Some(stat.allocated + 8192), ..FaultPlan::default() });
         assert_eq!(image.extend(stat.len + (1 << 20)).unwrap_err().kind(), ErrorKind::NoSpace);
         let after = file(&host).stat().unwrap();
         assert_eq!((after.len, after.allocated), (stat.len, stat.allocated), "as it was");

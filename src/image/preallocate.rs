@@ -32,7 +32,7 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
     let end = last.end * SECTOR;
     // What lies behind the table: its padding, and the footer. The first block may begin there.
     let from = first * SECTOR;
-    file.punch(from, old + SECTOR - from)?;
+    file.punch_hole(from, old + SECTOR - from)?;
     reserve(file, all[0].start * SECTOR, end + SECTOR)?;
     file.write_at(&image.footer().encode(), end)?;
     if image.kind() == DiskType::Dynamic {
@@ -89,7 +89,7 @@ mod tests {
             assert_eq!(first[..SECTOR_BYTES], [if root { 0xFF } else { 0 }; SECTOR_BYTES], "the bitmap of block 0");
             assert_eq!(first[SECTOR_BYTES..], [0; SECTOR_BYTES], "its first sector");
             // Nothing is left on the host, and nothing is needed.
-            host.set_faults(FaultPlan { room: Some(before.allocated), ..FaultPlan::default() });
+            host.set_faults(FaultPlan { capacity: Some(before.allocated), ..FaultPlan::default() });
             let place = u64::from(image.reserve(10).unwrap());
             image.file().write_at(&[7; SECTOR_BYTES], (place + 1) * SECTOR).unwrap();
             let mut bitmap = [1; SECTOR_BYTES];
@@ -103,7 +103,7 @@ mod tests {
     fn a_full_host_leaves_nothing() {
         let host = SimHost::new(1);
         create(&host, Path::new("/d/other.vhd"), &spec(Kind::Dynamic)).unwrap();
-        host.set_faults(FaultPlan { room: Some(200 << 10), ..FaultPlan::default() });
+        host.set_faults(FaultPlan { capacity: Some(200 << 10), ..FaultPlan::default() });
         let failed = create_preallocated(&host, Path::new(PATH), &spec(Kind::Dynamic)).unwrap_err();
         assert_eq!(failed.kind(), ErrorKind::NoSpace);
         assert_eq!(host.names(), [Path::new("/d/other.vhd")]);

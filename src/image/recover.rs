@@ -78,7 +78,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
     // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
     if zeros > next && !mutant::is(Mutant::NoScrub) {
         if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
-            file.punch(next * SECTOR, (zeros - next) * SECTOR)?;
+            file.punch_hole(next * SECTOR, (zeros - next) * SECTOR)?;
         }
         if !mutant::is(Mutant::ScrubUnsynced) {
             file.sync()?;

@@ -122,7 +122,7 @@ fn release(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
             let pages = room.start / PAGE * PAGE..room.end.next_multiple_of(PAGE);
             let hole = inside(&(gap.start.max(pages.start)..gap.end.min(pages.end)));
             if !hole.is_empty() {
-                image.file().punch(hole.start, hole.end - hole.start)?;
+                image.file().punch_hole(hole.start, hole.end - hole.start)?;
             }
         }
     }

@@ -52,14 +52,14 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
     let host = child();
     let len = file(&host).stat().unwrap().len;
     assert_eq!(seen(&host), old);
-    host.record();
+    host.start_recording();
     relink(&host, &file(&host), Some(&to)).unwrap();
-    let (moments, mut random, mut switched, mut contradictions) = (host.recorded(), Random::new(1), 0, 0);
+    let (moments, mut random, mut switched, mut contradictions) = (host.take_recording(), Random::new(1), 0, 0);
     assert!(moments.len() > 20);
     for moment in moments {
         let count = moment.unsynced().len();
         for fate in 0..40 {
-            let bits = if fate == 0 { 0 } else { random.any() | if fate == 1 { u64::MAX } else { 0 } };
+            let bits = if fate == 0 { 0 } else { random.next_u64() | if fate == 1 { u64::MAX } else { 0 } };
             let after = moment.crash_with(&|unit| bits >> (unit % 64) & 1 == 1);
             let found = seen(&after);
             assert!(found == old || found == new, "{found:?}, fate {bits:x} of {count}");
@@ -132,7 +132,7 @@ fn a_full_host_and_what_cannot_be_recorded_change_nothing() {
     let host = child();
     let before = host.bytes(Path::new(super::super::rig::PATH));
     let stat = file(&host).stat().unwrap();
-    host.set_faults(FaultPlan { room: Some(stat.allocated), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(stat.allocated), ..FaultPlan::default() });
     // More than the last page of the file still holds.
     let long = ParentLink { absolute: Some(format!("/{}/p.vhd", "f".repeat(1800)).into()), ..link(8, "p.vhd") };
     assert_eq!(relink(&host, &file(&host), Some(&long)).unwrap_err().kind(), ErrorKind::NoSpace);

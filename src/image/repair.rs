@@ -183,7 +183,7 @@ impl Plan {
             point::reached("check.pointers-synced");
         }
         for hole in &self.holes {
-            file.punch(hole.start, hole.end - hole.start)?;
+            file.punch_hole(hole.start, hole.end - hole.start)?;
             point::reached("check.hole-punched");
         }
         if let Some(len) = self.len {

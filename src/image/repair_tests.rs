@@ -213,7 +213,7 @@ fn a_full_host_changes_nothing() {
     let host = image();
     poke(&host, 0, &[1; 512]);
     let before = host.digest(Path::new(PATH));
-    host.set_faults(FaultPlan { room: Some(0), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(0), ..FaultPlan::default() });
     let e = repair(&host, &file(&host), None).unwrap_err();
     assert_eq!((e.kind(), host.digest(Path::new(PATH))), (crate::error::ErrorKind::NoSpace, before));
     assert_eq!(host.names().len(), 1, "{:?}", host.names());

@@ -150,7 +150,7 @@ impl Offline {
         }
         let Some((_, data)) = self.block(block_size.block_of(sectors)) else { return Ok(()) };
         let from = data + u64::from(within) * SECTOR;
-        self.file().punch(from, data + u64::from(block_size.bytes()) - from)?;
+        self.file().punch_hole(from, data + u64::from(block_size.bytes()) - from)?;
         self.sync()
     }
 
@@ -236,7 +236,7 @@ impl Offline {
         // A footer at the new end that says the old size. Between the disk and it lies nothing that counts.
         self.put_second_tail(size)?;
         point::reached("resize.fixed-footer-moved");
-        self.file().punch(old, size - old)?;
+        self.file().punch_hole(old, size - old)?;
         self.sync()?;
         point::reached("resize.fixed-room-blank");
         self.use_second_tail(size)?;

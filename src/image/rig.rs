@@ -7,11 +7,11 @@ use super::{Commit, Growth, Image, Keep, Kind, ParentLink, Spec, Writable, check
 use crate::error::Result;
 use crate::format::Defect;
 use crate::storage::sim::SimHost;
-use crate::storage::{Access, Env, File, Slot};
+use crate::storage::{Access, Env, File, FileSlot};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 pub(super) const PATH: &str = "/d/a.vhd";
-pub(super) const SLOT: Slot = Slot(0);
+pub(super) const SLOT: FileSlot = FileSlot(0);
 
 pub(super) fn child() -> Kind {
     let uuid = uuid::Uuid::from_u128(7);

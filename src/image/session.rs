@@ -29,7 +29,7 @@ use super::take_in::Found;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Stamp;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, File, Origin, Runtime};
+use crate::storage::{Env, File, Origin, RuntimeFolder};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Nothing was written yet.
@@ -45,7 +45,7 @@ pub(super) const PAIR_BYTES: usize = 2 * SECTOR_BYTES;
 /// The session of an image that is open for writing.
 pub(super) struct Session {
     /// Where its journal may be made, in the order to try; the one that has it, once there is one.
-    folders: Vec<Runtime>,
+    folders: Vec<RuntimeFolder>,
     origin: Origin,
     file: File,
     uuid: Uuid,
@@ -68,7 +68,7 @@ struct Placed {
 }
 
 impl Session {
-    fn new(folders: Vec<Runtime>, origin: Origin, image: &Image) -> Session {
+    fn new(folders: Vec<RuntimeFolder>, origin: Origin, image: &Image) -> Session {
         Session {
             folders,
             origin,
@@ -89,7 +89,7 @@ impl Session {
     /// the predecessor failed; `Busy` if a process has the journal open; `Io`.
     pub(super) fn of(
         env: &dyn Env,
-        folders: &[Runtime],
+        folders: &[RuntimeFolder],
         required: bool,
         image: &Image,
     ) -> Result<(Session, Vec<Found>)> {
@@ -167,11 +167,11 @@ impl Session {
 
     /// The folder of its journal, or the one in which it is to be made.
     pub(super) fn folder(&self) -> Option<&Path> {
-        self.journal().map(Journal::folder).or_else(|| self.folders.first().map(Runtime::path))
+        self.journal().map(Journal::folder).or_else(|| self.folders.first().map(RuntimeFolder::path))
     }
 
     /// The door to clock and random bits; every folder has the same.
-    fn host(&self) -> &Runtime {
+    fn host(&self) -> &RuntimeFolder {
         self.folders.first().expect("a session has a folder")
     }
 
@@ -189,7 +189,7 @@ impl Session {
 
     /// Makes the journal of a new session, and the stamp that names it, which is not written yet.
     fn make(&self, image: &Image) -> Result<Stamp> {
-        let session = self.host().random();
+        let session = self.host().random_id();
         let journal = self.make_journal(session, image)?;
         let folder = journal.folder().display().to_string();
         let generation = self.new_generation(0);
@@ -237,7 +237,7 @@ impl Session {
             return Err(e);
         }
         *placed = Some(Placed { stamp, at, pending: None });
-        self.second.store(self.host().second(), Ordering::Relaxed);
+        self.second.store(self.host().coarse_seconds(), Ordering::Relaxed);
         self.mode.store(OPEN, Ordering::Release);
         Ok(())
     }
@@ -272,7 +272,7 @@ impl Session {
     }
 
     fn new_generation(&self, last: u64) -> u64 {
-        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.host().random().as_u64_pair().0 }
+        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.host().random_id().as_u64_pair().0 }
     }
 
     /// Gives the stamp a new generation: an older copy of the image fits the journal no longer.
@@ -298,7 +298,7 @@ impl Session {
     /// As for [`Session::renew`].
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
-        let (now, last) = (self.host().second(), self.second.load(Ordering::Relaxed));
+        let (now, last) = (self.host().coarse_seconds(), self.second.load(Ordering::Relaxed));
         if now == last || self.second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return Ok(());
         }
@@ -354,7 +354,7 @@ impl Session {
         let old = self.journal.get().expect("it was taken in");
         let _ = old.remove();
         if let Some(placed) = self.stamp().as_mut() {
-            placed.stamp.session = self.host().random();
+            placed.stamp.session = self.host().random_id();
             let _ = self.write(&placed.stamp, placed.at, None);
             let _ = self.make_journal(placed.stamp.session, image);
         }

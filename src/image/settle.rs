@@ -8,7 +8,7 @@ use super::keep::Keep;
 use super::open::Image;
 use super::writable::Writable;
 use crate::error::Result;
-use crate::storage::{Env, File, Runtime, Slot};
+use crate::storage::{Env, File, RuntimeFolder, FileSlot};
 
 /// Takes in the live journal of the image in `file`, which is locked exclusively, commits it, and ends the session as a daemon
 /// does that stops. False if the image has no stamp: then nothing was done.
@@ -16,14 +16,14 @@ use crate::storage::{Env, File, Runtime, Slot};
 /// # Errors
 /// `Refused` if the journal is in none of `folders` or does not fit; `Poisoned` if a sync of the killed daemon failed; `Busy` if a
 /// process has the journal open; `NoSpace`, `Io`: the session goes on, and settling it again is safe.
-pub fn settle(env: &dyn Env, folders: &[Runtime], file: &File) -> Result<bool> {
+pub fn settle(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<bool> {
     let image = Image::open(file.clone())?;
     if image.stamp()?.is_none() {
         return Ok(false);
     }
     let image = Arc::new(Writable::new(env, image, &Keep::Journal { folders: folders.to_vec(), required: false })?);
-    let mut commit = Commit::new(image.clone(), Slot(0));
-    drive(env, image.file(), Slot(0), |failed, ops| commit.next(failed, ops))?;
+    let mut commit = Commit::new(image.clone(), FileSlot(0));
+    drive(env, image.file(), FileSlot(0), |failed, ops| commit.next(failed, ops))?;
     image.end_session();
     image.trim()?;
     image.retire()?;

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Stamp;
 use crate::format::stamp::readable;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, File, Lock, Origin, Runtime};
+use crate::storage::{Access, Env, File, Lock, Origin, RuntimeFolder};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Whether a stamp counts.
@@ -53,7 +53,7 @@ impl Standing {
 ///
 /// # Errors
 /// `Refused`, with whose session it is and what to do; `Io`.
-pub fn refuse_if_live(env: &dyn Env, folders: &[Runtime], image: &Image) -> Result<()> {
+pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -> Result<()> {
     if mutant::is(Mutant::ToolIgnoresStamp) {
         return Ok(());
     }
@@ -68,7 +68,7 @@ pub fn refuse_if_live(env: &dyn Env, folders: &[Runtime], image: &Image) -> Resu
 ///
 /// # Errors
 /// As for [`refuse_if_live`].
-pub fn refuse_live_file(env: &dyn Env, folders: &[Runtime], file: &File) -> Result<()> {
+pub fn refuse_live_file(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<()> {
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
@@ -78,7 +78,7 @@ pub fn refuse_live_file(env: &dyn Env, folders: &[Runtime], file: &File) -> Resu
 ///
 /// # Errors
 /// `Busy` if a process has the image open; whatever makes it impossible to open it; `Io`.
-pub fn discard(env: &dyn Env, folders: &[Runtime], path: &Path) -> Result<()> {
+pub fn discard(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
     // A look first: an image that is in order may be one that this user can only read.
     if Image::open(env.open(path, Access::Read)?)?.stamp()?.is_none() {
         return Ok(());
@@ -101,7 +101,7 @@ pub fn discard(env: &dyn Env, folders: &[Runtime], path: &Path) -> Result<()> {
 }
 
 /// Why an image whose daemon was killed is refused.
-pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[Runtime], path: &Path) -> Error {
+pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
     let name = Journal::name_of(stamp.session);
     let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
     let settle = format!("diffdisk settle {}", quoted(&path.display().to_string()));

@@ -9,13 +9,13 @@ use super::journal::Journal;
 use super::open::Image;
 use crate::error::{ErrorKind, Result};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, Runtime};
+use crate::storage::{Access, Env, RuntimeFolder};
 
 /// Sweeps a runtime folder: at the start of a daemon.
 ///
 /// # Errors
 /// `Io`.
-pub fn sweep(env: &dyn Env, runtime: &Runtime) -> Result<()> {
+pub fn sweep(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
     for name in runtime.list()?.iter().filter(|name| name.ends_with(".live")) {
         let journal = match Journal::open(runtime, name) {
             Ok(journal) => journal,

@@ -87,7 +87,7 @@ impl Offline {
     pub(super) fn write_table(&mut self, at: u64, entries: u32) -> Result<()> {
         let room = self.table_room(entries);
         self.extend(at + room)?;
-        self.file().punch(at, room)?;
+        self.file().punch_hole(at, room)?;
         let (shape, bytes) = (self.shape(), bat::bytes(entries));
         let end = if self.has_batmap() { bytes } else { room };
         let mut chunk = Buffer::zeroed(usize::try_from(end.min(CHUNK)).expect("a chunk"));
@@ -136,7 +136,7 @@ impl Offline {
         for gap in self.gaps(self.tail()) {
             let part = gap.start.max(range.start)..gap.end.min(range.end);
             if part.start < part.end {
-                self.file().punch(part.start, part.end - part.start)?;
+                self.file().punch_hole(part.start, part.end - part.start)?;
             }
         }
         Ok(())

@@ -44,13 +44,13 @@ use super::stamping::pair_place;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Buffer, Op, Payload, RoomRule, Slot};
+use crate::storage::{Buffer, Op, Payload, AllocationMode, FileSlot};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// One step of growth under way.
 pub struct Growth {
     image: Arc<Writable>,
-    slot: Slot,
+    slot: FileSlot,
     phase: Phase,
     /// Where the room ended before.
     old: u64,
@@ -88,7 +88,7 @@ enum Phase {
 
 impl Growth {
     /// Begins a step if room is short and none is under way. `slot` is the image's file.
-    pub fn begin(image: &Arc<Writable>, slot: Slot) -> Option<Growth> {
+    pub fn begin(image: &Arc<Writable>, slot: FileSlot) -> Option<Growth> {
         let mut room = image.room();
         if room.growing || !image.is_short(&room) {
             return None;
@@ -98,7 +98,7 @@ impl Growth {
 
     /// Begins a step that makes room for so many more blocks, or fails; `None` where there is room for them, or a step is
     /// under way.
-    pub fn begin_for(image: &Arc<Writable>, slot: Slot, blocks: u64) -> Option<Growth> {
+    pub fn begin_for(image: &Arc<Writable>, slot: FileSlot, blocks: u64) -> Option<Growth> {
         let block_size = image.image().block_size()?; // a fixed image has all its room
         let mut room = image.room();
         let blocks = blocks.min(room.unplaced);
@@ -110,7 +110,7 @@ impl Growth {
         Some(Growth::of(image, slot, &mut room, blocks))
     }
 
-    fn of(image: &Arc<Writable>, slot: Slot, room: &mut Room, least: u64) -> Growth {
+    fn of(image: &Arc<Writable>, slot: FileSlot, room: &mut Room, least: u64) -> Growth {
         room.growing = true;
         let Room { end: old, unplaced, next, reserved, .. } = *room;
         let blocks = image.step_blocks(room).max(least).min(unplaced);
@@ -313,7 +313,7 @@ impl Growth {
             Phase::Wipe | Phase::Start | Phase::Allocate | Phase::Over => false,
         };
         self.phase = phase;
-        if through && self.image.room_rule == RoomRule::CopyOnWrite {
+        if through && self.image.room_rule == AllocationMode::CopyOnWrite {
             return ops.push(Op::sync(0, self.slot));
         }
         let write = if through { Op::write_through } else { Op::write };

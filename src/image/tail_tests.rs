@@ -54,13 +54,13 @@ fn a_full_host_is_told_and_costs_nothing() {
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
     let before = file(&host).stat().unwrap();
-    host.set_faults(FaultPlan { room: Some(before.allocated + 8192), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(before.allocated + 8192), ..FaultPlan::default() });
     assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
     assert!(!image.is_poisoned() && !image.is_growing() && image.wants_room());
     let after = file(&host).stat().unwrap();
     assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
     // A little room: fewer blocks.
-    host.set_faults(FaultPlan { room: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
     grow(&host, &image).unwrap();
     assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
     host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
@@ -75,7 +75,7 @@ fn room_for_all_or_none() {
     let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
         super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
     });
-    host.set_faults(FaultPlan { room: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
     let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
     assert_eq!(step(&mut growth).unwrap_err().kind(), ErrorKind::NoSpace);
     assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
@@ -121,7 +121,7 @@ fn a_sparse_step_takes_the_pages_that_commits_write() {
     // The first bitmap lies in a page of the table, and the footer in that of the ninth.
     assert_eq!(after.allocated - before.allocated, 8 * 4096, "eight bitmaps and the footer");
     // Now the host is full: no data fits, and all that a commit writes does.
-    host.set_faults(FaultPlan { room: Some(after.allocated), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(after.allocated), ..FaultPlan::default() });
     image.reserve(0).unwrap(); // its data begins in the page of the footer before
     for block in 1..8 {
         let place = u64::from(image.reserve(block).unwrap()) * SECTOR;
@@ -170,9 +170,9 @@ fn room_in_the_tail_of_a_killed_predecessor_is_reserved_again() {
         let found = file(&host).stat().unwrap();
         assert!(found.len == left.len && found.allocated <= left.allocated, "{found:?}");
         // Nobody can tell what is reserved in it: nothing counts as such.
-        file(&host).punch(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
+        file(&host).punch_hole(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
         let found = file(&host).stat().unwrap();
-        host.set_faults(FaultPlan { room: Some(found.allocated), ..FaultPlan::default() });
+        host.set_faults(FaultPlan { capacity: Some(found.allocated), ..FaultPlan::default() });
         assert!(image.reserve(0).is_err(), "a commit might find no room");
         // The first bitmap's page is there: the footer was in it.
         let first = grow(&host, &image).map(|()| image.reserve(0).unwrap());
@@ -188,7 +188,7 @@ fn room_in_the_tail_of_a_killed_predecessor_is_reserved_again() {
 #[test]
 fn a_step_on_a_host_that_copies_on_write_goes_on_when_there_is_room() {
     // The old end is written over, which takes a page more than was reserved.
-    let plan = |room| FaultPlan { room, copy_on_write: true, ..FaultPlan::default() };
+    let plan = |room| FaultPlan { capacity: room, copy_on_write: true, ..FaultPlan::default() };
     let host = host_with(child(), 128 * 400);
     host.set_faults(plan(None));
     let image = open(&host).unwrap();
@@ -221,7 +221,7 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
     assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
     commit(&host, &image);
     let before = file(&host).stat().unwrap();
-    host.set_faults(FaultPlan { room: Some(0), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(0), ..FaultPlan::default() });
     image.trim().unwrap();
     assert_eq!(file(&host).stat().unwrap().len, before.len, "it stays as long as it is");
     drop(image);
@@ -230,7 +230,7 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
     grow(&host, &image).unwrap();
     // Now what is reserved behind the block is room enough.
     let full = file(&host).stat().unwrap().allocated;
-    host.set_faults(FaultPlan { room: Some(full), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(full), ..FaultPlan::default() });
     image.trim().unwrap();
     assert_eq!(file(&host).stat().unwrap().len, (place + 2049 + 1) * SECTOR);
     assert_eq!(kinds(&host), Vec::<&str>::new());

@@ -21,7 +21,7 @@ impl Writable {
                     return Err(e);
                 }
                 // A file system may have no room for the change either (XFS).
-                let given = file.punch(tail.start, tail.end.saturating_sub(tail.start));
+                let given = file.punch_hole(tail.start, tail.end.saturating_sub(tail.start));
                 if let Err(e) = given.and_then(|()| file.write_at(&self.footer_bytes(), end)) {
                     log::warn!("{}; the file keeps its length until it is next closed", e.line());
                     // It is not cut off, and must not stay without its journal.

@@ -130,7 +130,7 @@ impl Undo {
         let mut name = image.name().to_os_string();
         name.push(format!(".repair-{}.undo", env.uuid().simple()));
         let folder = image.folder();
-        let draft = Draft::begin(env, &folder.path_of(&name), folder.clone(), &name)?;
+        let draft = Draft::begin(env, &folder.path_to(&name), folder.clone(), &name)?;
         Ok(Undo { image, uuid, len, draft, end: SECTOR, sealed: false, kept: Vec::new() })
     }
 

@@ -64,7 +64,7 @@ fn writer_of(image: &Image) -> Writer {
 /// `Io`; what `come_to` fails with.
 pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
     let Some(sparse) = image.sparse() else { return Ok(()) };
-    image.file().expect_scattered_reads();
+    image.file().advise_random_reads();
     check_batmap(image, report)?;
     let (child, writer) = (image.kind() == DiskType::Differencing, writer_of(image));
     let block_size = sparse.header.block_size;

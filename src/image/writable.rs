@@ -23,7 +23,7 @@ use super::take_in::Found;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, File, RoomRule};
+use crate::storage::{Env, File, AllocationMode};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
@@ -39,7 +39,7 @@ pub struct Writable {
     /// The journal is running full, or memory with what is dirty: a commit should begin.
     due: AtomicBool,
     /// What its file system promises about room, and how new blocks take it.
-    pub(super) room_rule: RoomRule,
+    pub(super) room_rule: AllocationMode,
     pub(super) allocation: OnceLock<Allocation>,
     /// The time of the file when it was opened, and whether the disk's contents may have changed since.
     pub(super) opened: KeptTime,
@@ -81,7 +81,7 @@ impl Writable {
         opened.put_back_at_open()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
-        let (room_rule, allocation) = (image.file().room_rule(), OnceLock::new());
+        let (room_rule, allocation) = (image.file().allocation_mode(), OnceLock::new());
         let image =
             Writable { image, sparse, unsynced, dirty, poison, keep, due, room_rule, allocation, opened, changed };
         image.renew_at_take_over()?;

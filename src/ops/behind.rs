@@ -30,7 +30,7 @@ impl Behind {
 
     fn ask(&mut self, file: &File) {
         if self.end > self.start {
-            file.write_behind(self.start, self.end - self.start);
+            file.start_writeback(self.start, self.end - self.start);
         }
         self.start = self.end;
     }

@@ -9,7 +9,7 @@ use crate::chain::{self, Chain, Change, Checked, Policy, Use, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
 use crate::image::{self, Image, KeptTime, Take, joined, refuse_live_file};
-use crate::storage::{Access, Env, File, Lock, Runtime};
+use crate::storage::{Access, Env, File, Lock, RuntimeFolder};
 use crate::units::{SECTOR, SectorRange};
 
 /// What was found in one file, or in all of a chain.
@@ -103,7 +103,7 @@ pub fn check(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: &[Runtime],
+    runtime: &[RuntimeFolder],
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -122,7 +122,7 @@ pub fn repair(
     env: &dyn Env,
     path: &Path,
     parents: Option<&Policy>,
-    runtime: &[Runtime],
+    runtime: &[RuntimeFolder],
     take: Option<Take>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
@@ -161,7 +161,7 @@ pub fn repair(
 /// `Refused` if the file belongs to another image, if the image was changed since the repair, or if a live journal says more
 /// than the image; `Invalid` for a file that is no undo file of a finished repair; `Busy`, `NoSpace`, `Io`: then the same
 /// call completes it.
-pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[Runtime]) -> Result<()> {
+pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     refuse_live_file(env, runtime, &file)?;

@@ -54,7 +54,7 @@ fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
         holes.clear();
         match look.is_idle(*block, &mut holes)? {
             true => idle.push(*block),
-            false => holes.iter().try_for_each(|(at, len)| offline.file().punch(*at, *len))?,
+            false => holes.iter().try_for_each(|(at, len)| offline.file().punch_hole(*at, *len))?,
         }
         done += u64::from(look.block_size.bytes());
         progress(done)?;

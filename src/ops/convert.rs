@@ -11,7 +11,7 @@ use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Kind, Spec, refuse_live_file};
-use crate::storage::{Access, Buffer, Env, Runtime};
+use crate::storage::{Access, Buffer, Env, RuntimeFolder};
 use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
@@ -42,12 +42,12 @@ pub struct Conversion {
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[Runtime]) -> Result<()> {
+pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     if !env.exists(path) {
         return Ok(());
     }
     let file = env.open_disk(path, Access::Read)?;
-    if file.is_device() {
+    if file.is_block_device() {
         return Ok(()); // no daemon serves one
     }
     refuse_live_file(env, runtime, &file)
@@ -84,7 +84,7 @@ pub fn convert(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progre
 /// this user: what opens them later reports that.
 fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     match env.open_disk(path, Access::Read) {
-        Ok(file) => Ok(file.is_device()),
+        Ok(file) => Ok(file.is_block_device()),
         Err(e) if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(libc::EACCES) => Ok(false),
         Err(e) => Err(e),
     }

@@ -33,7 +33,7 @@ impl DeviceSink {
     /// `Busy` if the device is in use; `Refused` if it is too small; `Io`.
     pub(super) fn open(env: &dyn Env, path: &Path, len: u64) -> Result<DeviceSink> {
         let file = env.open_disk(path, Access::Write)?;
-        if !file.is_device() {
+        if !file.is_block_device() {
             return Err(Error::new(ErrorKind::Refused, "it is no block device any more").at_path(path));
         }
         file.lock(Lock::Exclusive)?;
@@ -67,7 +67,7 @@ impl DeviceSink {
             let aligned = self.done.is_multiple_of(UNIT);
             let len = if aligned && end - self.done >= UNIT {
                 let len = ((end - self.done) / UNIT * UNIT).min(STEP);
-                self.file.punch(self.done, len)?;
+                self.file.punch_hole(self.done, len)?;
                 len
             } else {
                 let len = (UNIT - self.done % UNIT).min(end - self.done);

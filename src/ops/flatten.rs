@@ -105,7 +105,7 @@ fn blank_absent(file: &File) -> Result<()> {
             let (set, count) = bitmap::run(&words, at, block_size.sectors());
             let (start, len) = (data + u64::from(at) * SECTOR, u64::from(count) * SECTOR);
             if !set && next_data(file, start..start + len)?.is_some() {
-                file.punch(start, len)?;
+                file.punch_hole(start, len)?;
             }
             at += count;
         }

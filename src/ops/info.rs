@@ -11,7 +11,7 @@ use crate::format::locator::{header_name, texts};
 use crate::format::stamp::readable;
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::{Image, Standing, next_data};
-use crate::storage::{Access, Env, File, Holder, HostRoom, Stat};
+use crate::storage::{Access, Env, File, LockHolder, FileSystemSpace, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
 const TRIES: usize = 4;
@@ -64,7 +64,7 @@ pub struct Info {
     pub chain: Option<Vec<Info>>,
     /// The room that the file system of the file has.
     #[serde(skip)]
-    room: Option<HostRoom>,
+    room: Option<FileSystemSpace>,
 }
 
 /// Too little room on the host for a disk.
@@ -123,13 +123,13 @@ pub struct InUse {
 }
 
 impl InUse {
-    fn by(holder: Holder) -> InUse {
+    fn by(holder: LockHolder) -> InUse {
         let time = |unix| u64::try_from(unix).ok().map(rfc3339);
         match holder {
-            Holder::Process { pid, program, since } => {
+            LockHolder::Process { pid, program, since } => {
                 InUse { pid: Some(pid), since: since.and_then(time), program: Some(program) }
             }
-            Holder::Unseen => InUse { pid: None, since: None, program: None },
+            LockHolder::Hidden => InUse { pid: None, since: None, program: None },
         }
     }
 }
@@ -210,7 +210,7 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
 /// Fills in who has the images in use, by one look at all of them.
 fn tell_who_uses(env: &dyn Env, images: &[&Image], infos: &mut [Info]) {
     let files: Vec<_> = images.iter().map(|image| image.file()).collect();
-    for (info, holder) in infos.iter_mut().zip(env.holders(&files)) {
+    for (info, holder) in infos.iter_mut().zip(env.lock_holders(&files)) {
         info.in_use = holder.map(InUse::by);
     }
 }
@@ -246,7 +246,7 @@ fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<In
         parent,
         damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(in_words).collect(),
         chain: None,
-        room: image.file().host_room().ok(),
+        room: image.file().file_system_space().ok(),
     })
 }
 

@@ -86,7 +86,7 @@ pub(super) fn folders(
 ) -> Result<Vec<Folder>> {
     let mut all = Vec::new();
     for folder in own.chain(more.iter().map(|path| env.folder(path)?.absolute())) {
-        folder?.add_to(&mut all);
+        folder?.add_if_missing(&mut all);
     }
     Ok(all)
 }

@@ -37,7 +37,7 @@ pub struct Found<'a> {
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, Use::Read)?.into_frozen();
     let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
-    version.files().for_each(|(_, file)| file.expect_scattered_reads());
+    version.files().for_each(|(_, file)| file.advise_random_reads());
     let mut tell = |extent: Extent| {
         let place = match extent.source {
             Source::Zero => None,

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::format::Container;
 use crate::format::container::HEAD_BYTES;
 use crate::image::{is_zero, next_data};
-use crate::storage::{Access, Buffer, Env, File, Lock, Slot};
+use crate::storage::{Access, Buffer, Env, File, Lock, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
@@ -217,7 +217,7 @@ pub(super) struct Data<'a> {
 /// A run of a file that is known to be no hole.
 #[derive(Default)]
 struct Seen {
-    slot: Option<Slot>,
+    slot: Option<FileSlot>,
     start: u64,
     end: u64,
 }

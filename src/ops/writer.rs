@@ -75,7 +75,7 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// As [`Writer::put`].
     pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
-        self.change(range, |file, extent, offset| file.punch(offset, extent.bytes()))
+        self.change(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
     }
 
     /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
@@ -123,7 +123,7 @@ impl<'a> Writer<'a> {
             let Source::File { offset, .. } = extent.source else {
                 unreachable!("what is zeroed lies in the top's file")
             };
-            top.image.file().punch(offset, extent.range.bytes())?;
+            top.image.file().punch_hole(offset, extent.range.bytes())?;
             top.image.touched();
         }
         for marked in &self.plan.marks {

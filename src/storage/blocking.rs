@@ -4,54 +4,54 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use super::engine::{Engine, SLOTS};
+use super::engine::{Engine, FILE_SLOTS};
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Action, Completion, Op, Slot};
-use super::transfer::{self, Piece, Progress, Step};
+use super::op::{Action, Completion, Op, FileSlot};
+use super::transfer::{self, IoBuffers, Transfer, TransferState};
 
 /// See the file's first line.
-pub struct Blocking {
+pub struct BlockingEngine {
     files: Vec<Option<HostFile>>,
     pushed: Vec<Op>,
     over: Vec<Completion>,
-    progress: Progress,
+    progress: Transfer,
     depth: usize,
     calls: u64,
 }
 
 // SAFETY: `progress` has pointers that are used only within `submit`, while the operation they come from is held.
-unsafe impl Send for Blocking {}
+unsafe impl Send for BlockingEngine {}
 
-impl Blocking {
+impl BlockingEngine {
     /// An engine for at most `depth` operations at once.
-    pub fn new(depth: usize) -> Blocking {
+    pub fn new(depth: usize) -> BlockingEngine {
         assert!(depth > 0, "an engine takes at least one operation");
-        Blocking {
-            files: vec![None; usize::from(SLOTS)],
+        BlockingEngine {
+            files: vec![None; usize::from(FILE_SLOTS)],
             pushed: Vec::with_capacity(depth),
             over: Vec::with_capacity(depth),
-            progress: Progress::default(),
+            progress: Transfer::default(),
             depth,
             calls: 0,
         }
     }
 }
 
-impl Engine for Blocking {
-    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+impl Engine for BlockingEngine {
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         *entry = Some(super::engine::host_file(file)?.clone());
         Ok(())
     }
 
-    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+    fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
         *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {
-        if self.under_way() == self.depth {
+        if self.outstanding() == self.depth {
             return Err(op);
         }
         self.pushed.push(op);
@@ -81,7 +81,7 @@ impl Engine for Blocking {
         None
     }
 
-    fn under_way(&self) -> usize {
+    fn outstanding(&self) -> usize {
         self.pushed.len() + self.over.len()
     }
 
@@ -89,7 +89,7 @@ impl Engine for Blocking {
         self.depth
     }
 
-    fn calls(&self) -> u64 {
+    fn system_calls(&self) -> u64 {
         self.calls
     }
 
@@ -98,19 +98,19 @@ impl Engine for Blocking {
     }
 }
 
-fn carry_out(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, calls: &mut u64) -> io::Result<()> {
+fn carry_out(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer, calls: &mut u64) -> io::Result<()> {
     progress.reset();
     loop {
         *calls += 1;
-        let returned = call(fd, op, progress, 0);
-        if let Step::Over(result) = progress.settle(op, returned) {
+        let returned = call_once(fd, op, progress, 0);
+        if let TransferState::Finished(result) = progress.advance(op, returned) {
             return result;
         }
     }
 }
 
 /// Makes one call, a read or write with these RWF flags; what it returned, or the negated error code.
-pub(super) fn call(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, flags: i32) -> i32 {
+pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer, flags: i32) -> i32 {
     let fd = fd.as_raw_fd();
     let (Ok(offset), Ok(len)) = (i64::try_from(progress.offset(op)), i64::try_from(op.len)) else {
         // What the kernel says to offsets it cannot express.
@@ -119,17 +119,17 @@ pub(super) fn call(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, fla
     let returned = match op.action {
         Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
-            match progress.piece(&mut op.payload) {
+            match progress.next_buffers(&mut op.payload) {
                 // The usual case, in which the kernel need not fetch an array of runs first.
-                Piece::One(start, len) if op.action == Action::Write && flags == 0 => {
+                IoBuffers::Single(start, len) if op.action == Action::Write && flags == 0 => {
                     // SAFETY: as below.
                     return told(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
                 }
-                Piece::One(start, len) => {
+                IoBuffers::Single(start, len) => {
                     one = libc::iovec { iov_base: start.cast(), iov_len: len as usize };
                     (runs, count) = (&raw const one, 1);
                 }
-                Piece::Many(start, n) => (runs, count) = (start, n.cast_signed()),
+                IoBuffers::Vectored(start, n) => (runs, count) = (start, n.cast_signed()),
             }
             // SAFETY: the runs are memory of the payload, which `op` keeps alive and to which no reference exists
             // during the call; the array of runs lies in the payload, in `progress` or on this stack.
@@ -149,9 +149,9 @@ pub(super) fn call(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Progress, fla
             code => return -code,
         },
         // SAFETY: no memory is passed. A length of 0: to the end.
-        Action::WriteBehind => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
+        Action::StartWriteback => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
         // SAFETY: no memory is passed.
-        action => unsafe { libc::fallocate(fd, transfer::mode(action), offset, len) as isize },
+        action => unsafe { libc::fallocate(fd, transfer::fallocate_mode(action), offset, len) as isize },
     };
     told(returned)
 }

@@ -5,12 +5,12 @@ use std::os::fd::BorrowedFd;
 
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Completion, Op, Slot};
-use super::payload::Slices;
-use super::warm::Found;
+use super::op::{Completion, Op, FileSlot};
+use super::payload::GuestIovecs;
+use super::reader::CachedRange;
 
 /// Files that can be registered at once: a chain at its longest (256), and room for the file a snapshot or merge brings.
-pub const SLOTS: u16 = 256 + 16;
+pub const FILE_SLOTS: u16 = 256 + 16;
 
 /// Carries out operations, many at a time, for one thread.
 ///
@@ -24,38 +24,38 @@ pub trait Engine: Send {
     ///
     /// # Errors
     /// Where the host refuses.
-    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()>;
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()>;
 
     /// Takes a file out of the table, so that the host can let go of it (and give back its room, if it has no name any
     /// more). No operation on the slot is under way.
     ///
     /// # Errors
     /// Where the host refuses.
-    fn unregister(&mut self, slot: Slot) -> io::Result<()>;
+    fn unregister(&mut self, slot: FileSlot) -> io::Result<()>;
 
     /// Where in memory `len` bytes at `offset` of a file are, if the host is known to have them there: then they are copied
     /// ([`Engine::fill`]) without a system call. None: an operation has to find them.
-    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
+    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         let _ = (slot, offset, len);
         None
     }
 
     /// Copies what was found over the bytes of `into` from `at` on; the slot is still the file's. False where that failed
     /// half-way: an operation has to find out why.
-    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let _ = (found, into, at);
         false
     }
 
     /// To be called after a batch of `fill`.
-    fn filled(&mut self) {}
+    fn end_copy_batch(&mut self) {}
 
     /// Finds out more about what the host has in memory, where what was asked for makes it worth that. May make system
     /// calls: to be called when all answers are given.
-    fn learn(&mut self) {}
+    fn query_residency(&mut self) {}
 
     /// Copies made so far (for statistics and tests).
-    fn copies(&self) -> u64 {
+    fn copy_count(&self) -> u64 {
         0
     }
 
@@ -82,13 +82,13 @@ pub trait Engine: Send {
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Operations pushed and not yet reaped.
-    fn under_way(&self) -> usize;
+    fn outstanding(&self) -> usize;
 
     /// Operations that may be under way at once.
     fn depth(&self) -> usize;
 
     /// System calls made so far for operations (for statistics and tests).
-    fn calls(&self) -> u64;
+    fn system_calls(&self) -> u64;
 
     /// A word for the log: `io_uring`, `blocking`, `simulated`.
     fn name(&self) -> &'static str;

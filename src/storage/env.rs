@@ -12,10 +12,10 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::folder::Folder;
 use super::host::HostFile;
-use super::runtime::Runtime;
+use super::runtime_folder::RuntimeFolder;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
-use super::space::{HostRoom, RoomRule};
+use super::space::{FileSystemSpace, AllocationMode};
 use crate::error::Result;
 
 /// What a file is opened for.
@@ -34,7 +34,7 @@ pub enum EngineKind {
     #[default]
     Auto,
     /// io_uring, or an error.
-    Ring,
+    Uring,
     /// Plain positional calls.
     Blocking,
 }
@@ -91,7 +91,7 @@ pub struct Origin {
 
 /// When the bytes of a file were last changed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Modified {
+pub struct ModifiedTime {
     /// Unix seconds.
     pub seconds: i64,
     /// Nanoseconds within the second.
@@ -100,14 +100,14 @@ pub struct Modified {
 
 impl Stat {
     /// Returns the time of the last change as one value.
-    pub fn last_change(&self) -> Modified {
-        Modified { seconds: self.modified, nanos: self.modified_nanos }
+    pub fn last_change(&self) -> ModifiedTime {
+        ModifiedTime { seconds: self.modified, nanos: self.modified_nanos }
     }
 }
 
 /// What became of the name by which a file was opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Naming {
+pub enum NameStatus {
     /// It still names the file.
     Kept,
     /// It is gone. The file has another name.
@@ -120,7 +120,7 @@ pub enum Naming {
 
 /// What holds a lock on a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Holder {
+pub enum LockHolder {
     /// A process.
     Process {
         /// Its number.
@@ -131,7 +131,7 @@ pub enum Holder {
         since: Option<i64>,
     },
     /// A process that the kernel does not show to this one.
-    Unseen,
+    Hidden,
 }
 
 /// What O_DIRECT asks for on a file, in bytes (powers of two).
@@ -186,9 +186,9 @@ impl File {
     }
 
     /// Whether it is a block device.
-    pub fn is_device(&self) -> bool {
+    pub fn is_block_device(&self) -> bool {
         match self {
-            File::Host(f) => f.is_device(),
+            File::Host(f) => f.is_block_device(),
             #[cfg(feature = "sim")]
             File::Sim(_) => false,
         }
@@ -200,8 +200,8 @@ impl File {
     }
 
     /// What became of the name by which it was opened.
-    pub fn naming(&self) -> Result<Naming> {
-        each_kind!(self, f => f.naming())
+    pub fn name_status(&self) -> Result<NameStatus> {
+        each_kind!(self, f => f.name_status())
     }
 
     /// Fills `into` from byte `offset`; the file ending before that is an error.
@@ -232,7 +232,7 @@ impl File {
     ///
     /// # Errors
     /// `Io`.
-    pub fn set_modified(&self, time: Modified) -> Result<()> {
+    pub fn set_modified(&self, time: ModifiedTime) -> Result<()> {
         each_kind!(self, f => f.set_modified(time))
     }
 
@@ -265,24 +265,24 @@ impl File {
     }
 
     /// Makes a range read as zeros, giving room back where the file system can (else by writing zeros).
-    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        each_kind!(self, f => f.punch(offset, len))
+    pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        each_kind!(self, f => f.punch_hole(offset, len))
     }
 
     /// What its file system promises about room.
-    pub fn room_rule(&self) -> RoomRule {
-        each_kind!(self, f => f.room_rule())
+    pub fn allocation_mode(&self) -> AllocationMode {
+        each_kind!(self, f => f.allocation_mode())
     }
 
     /// Asks the file system to write over old bytes in place from now on. Takes effect on an empty file alone, and only on
     /// a file system that copies on write.
-    pub fn overwrite_in_place(&self) -> Result<()> {
-        each_kind!(self, f => f.overwrite_in_place())
+    pub fn disable_copy_on_write(&self) -> Result<()> {
+        each_kind!(self, f => f.disable_copy_on_write())
     }
 
     /// The room that its file system has.
-    pub fn host_room(&self) -> Result<HostRoom> {
-        each_kind!(self, f => f.host_room())
+    pub fn file_system_space(&self) -> Result<FileSystemSpace> {
+        each_kind!(self, f => f.file_system_space())
     }
 
     /// The next run of bytes at or after `offset` that is not a hole, clipped to the length of the file.
@@ -291,8 +291,8 @@ impl File {
     }
 
     /// Says that small pieces of it are going to be read here and there, so that the host reads no more than is asked for.
-    pub fn expect_scattered_reads(&self) {
-        each_kind!(self, f => f.expect_scattered_reads())
+    pub fn advise_random_reads(&self) {
+        each_kind!(self, f => f.advise_random_reads())
     }
 
     /// Says that a range is going to be read soon: reads of many such ranges then do not wait for one another.
@@ -301,14 +301,14 @@ impl File {
     }
 
     /// Bytes that the host itself reads ahead of a stream in it; 0 where that cannot be known.
-    pub fn host_readahead(&self) -> u64 {
-        each_kind!(self, f => f.host_readahead())
+    pub fn kernel_readahead(&self) -> u64 {
+        each_kind!(self, f => f.kernel_readahead())
     }
 
     /// A hint: what was written there is going to be synced, and the host may begin to write it now. It may also let go
     /// of it in memory.
-    pub fn write_behind(&self, offset: u64, len: u64) {
-        each_kind!(self, f => f.write_behind(offset, len))
+    pub fn start_writeback(&self, offset: u64, len: u64) {
+        each_kind!(self, f => f.start_writeback(offset, len))
     }
 
     /// Takes a lock that dies with the open description; `Busy` (naming the holder where it can be known) where
@@ -326,7 +326,7 @@ impl File {
 
 /// What is known of a file that may not be opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Presence {
+pub enum FilePresence {
     /// There is no regular file, or it lies where nothing is looked up (`/proc`, `/sys`, `/dev`).
     Absent,
     /// There is one.
@@ -349,7 +349,7 @@ pub trait Env: Send + Sync {
 
     /// Asks whether a regular file is at an absolute path without `.` and `..`, without opening it, following a link or
     /// triggering an automount.
-    fn presence(&self, path: &Path) -> Presence;
+    fn file_presence(&self, path: &Path) -> FilePresence;
 
     /// Opens a regular file or a block device that holds a raw disk. All else is refused as by [`Env::open`]. A device
     /// opened for writing is held exclusively: `Busy` if it is mounted or otherwise in use.
@@ -358,7 +358,7 @@ pub trait Env: Send + Sync {
     }
 
     /// For each file, what holds a lock on it. A file whose locks cannot be asked for counts as one without.
-    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+    fn lock_holders(&self, files: &[&File]) -> Vec<Option<LockHolder>> {
         vec![None; files.len()]
     }
 
@@ -375,7 +375,7 @@ pub trait Env: Send + Sync {
     ///
     /// # Errors
     /// `NotFound`; `Refused` if it is another user's, or open to other users; `Unsupported` if it is not in memory; `Io`.
-    fn runtime(&self, folder: &Path) -> Result<Runtime>;
+    fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder>;
 
     /// Tells this process from those of other users, of other starts of the host, and of other hosts.
     ///
@@ -387,7 +387,7 @@ pub trait Env: Send + Sync {
     fn now(&self) -> i64;
 
     /// Returns the time since some fixed moment; never goes back. Bounds how long something is looked for.
-    fn uptime(&self) -> Duration;
+    fn monotonic_time(&self) -> Duration;
 
     /// A new random UUID.
     fn uuid(&self) -> Uuid;

@@ -44,7 +44,7 @@ impl Folder {
     }
 
     /// The path of a name in the folder, as an operator would write it.
-    pub fn path_of(&self, name: &OsStr) -> PathBuf {
+    pub fn path_to(&self, name: &OsStr) -> PathBuf {
         match self {
             Folder::Host(f) => f.join(name),
             #[cfg(feature = "sim")]
@@ -76,7 +76,7 @@ impl Folder {
     }
 
     /// Adds it to folders that are each there once.
-    pub fn add_to(self, folders: &mut Vec<Folder>) {
+    pub fn add_if_missing(self, folders: &mut Vec<Folder>) {
         if folders.iter().all(|known| !known.is_same(&self)) {
             folders.push(self);
         }
@@ -157,12 +157,12 @@ impl Folder {
     ///
     /// # Errors
     /// `Io` with `EEXIST` if the name exists.
-    pub fn give_name(&self, file: &File, name: &OsStr) -> Result<()> {
+    pub fn link_unnamed(&self, file: &File, name: &OsStr) -> Result<()> {
         self.one(name)?;
         match (self, file) {
-            (Folder::Host(f), File::Host(file)) => f.give_name(file, name),
+            (Folder::Host(f), File::Host(file)) => f.link_unnamed(file, name),
             #[cfg(feature = "sim")]
-            (Folder::Sim(f), File::Sim(file)) => f.give_name(file, name),
+            (Folder::Sim(f), File::Sim(file)) => f.link_unnamed(file, name),
             #[cfg(feature = "sim")]
             _ => panic!("a file of another host"),
         }

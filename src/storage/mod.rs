@@ -17,20 +17,20 @@
 //! Only positional I/O is used: there is no file position to share. Reads of what the host has in memory are copies from
 //! mapped files (`warm`).
 
-pub mod bell;
+pub mod notifier;
 pub mod blocking;
-mod copy;
+mod copy_nofault;
 pub mod engine;
 pub mod env;
 pub mod folder;
 pub mod host;
-mod inline;
-pub mod live;
+mod nowait;
+pub mod shm;
 pub mod op;
 pub mod payload;
-mod recent;
-pub mod ring;
-pub mod runtime;
+mod map_cache;
+pub mod uring;
+pub mod runtime_folder;
 pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -38,19 +38,19 @@ pub mod space;
 mod sqe;
 mod transfer;
 #[cfg(test)]
-mod twins;
-mod warm;
+mod engine_tests;
+mod reader;
 
-pub use bell::Bell;
-pub use copy::fetch_line;
-pub use engine::{Engine, SLOTS};
+pub use notifier::Notifier;
+pub use copy_nofault::prefetch_line;
+pub use engine::{Engine, FILE_SLOTS};
 pub use env::{
-    Access, DirectRules, EngineKind, Env, File, FileId, Holder, Lock, Modified, Naming, Origin, Presence, Stat,
+    Access, DirectRules, EngineKind, Env, File, FileId, LockHolder, Lock, ModifiedTime, NameStatus, Origin, FilePresence, Stat,
 };
 pub use folder::Folder;
-pub use live::Live;
-pub use op::{Action, Completion, Op, Slot};
-pub use payload::{Buffer, Payload, Slices};
-pub use runtime::Runtime;
-pub use space::{HostRoom, RoomRule};
-pub use warm::{Found, MOST_COPIED};
+pub use shm::Shm;
+pub use op::{Action, Completion, Op, FileSlot};
+pub use payload::{Buffer, Payload, GuestIovecs};
+pub use runtime_folder::RuntimeFolder;
+pub use space::{FileSystemSpace, AllocationMode};
+pub use reader::{CachedRange, MAX_COPY};

@@ -6,7 +6,7 @@ use super::payload::Payload;
 
 /// The place of a file in an engine's table of registered files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
-pub struct Slot(pub u16);
+pub struct FileSlot(pub u16);
 
 /// What is to be done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,7 +25,7 @@ pub enum Action {
     Prefetch,
     /// Have the host begin to write what is dirty in its memory (sync_file_range, WRITE): a hint, which promises nothing and
     /// takes no error of the medium from the sync that would tell of it.
-    WriteBehind,
+    StartWriteback,
     /// Reserve room for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
     /// Make the range read as zeros and give its room back; the length stays.
@@ -40,7 +40,7 @@ pub struct Op {
     /// For the one who pushed it; engines do not look at it.
     pub token: u64,
     /// Which file.
-    pub slot: Slot,
+    pub slot: FileSlot,
     /// What to do.
     pub action: Action,
     /// File offset in bytes; 0 for a sync or a `WriteBehind`.
@@ -53,32 +53,32 @@ pub struct Op {
 
 impl Op {
     /// A read that fills `into`.
-    pub fn read(token: u64, slot: Slot, offset: u64, into: Payload) -> Op {
+    pub fn read(token: u64, slot: FileSlot, offset: u64, into: Payload) -> Op {
         Op { token, slot, action: Action::Read, offset, len: into.len() as u64, payload: into }
     }
 
     /// A write of all of `from`.
-    pub fn write(token: u64, slot: Slot, offset: u64, from: Payload) -> Op {
+    pub fn write(token: u64, slot: FileSlot, offset: u64, from: Payload) -> Op {
         Op { token, slot, action: Action::Write, offset, len: from.len() as u64, payload: from }
     }
 
     /// A write of all of `from` that is durable when it is complete.
-    pub fn write_through(token: u64, slot: Slot, offset: u64, from: Payload) -> Op {
+    pub fn write_through(token: u64, slot: FileSlot, offset: u64, from: Payload) -> Op {
         Op { action: Action::WriteThrough, ..Op::write(token, slot, offset, from) }
     }
 
     /// A sync of the file's data.
-    pub fn sync(token: u64, slot: Slot) -> Op {
+    pub fn sync(token: u64, slot: FileSlot) -> Op {
         Op { token, slot, action: Action::Sync, offset: 0, len: 0, payload: Payload::None }
     }
 
     /// A hint to write the file's dirty bytes.
-    pub fn write_behind(token: u64, slot: Slot) -> Op {
-        Op { action: Action::WriteBehind, ..Op::sync(token, slot) }
+    pub fn start_writeback(token: u64, slot: FileSlot) -> Op {
+        Op { action: Action::StartWriteback, ..Op::sync(token, slot) }
     }
 
     /// `Prefetch`, `Allocate`, `Punch` or `Zero` over a range.
-    pub fn range(token: u64, slot: Slot, action: Action, offset: u64, len: u64) -> Op {
+    pub fn range(token: u64, slot: FileSlot, action: Action, offset: u64, len: u64) -> Op {
         debug_assert!(matches!(action, Action::Prefetch | Action::Allocate | Action::Punch | Action::Zero));
         Op { token, slot, action, offset, len, payload: Payload::None }
     }

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
-use super::copy;
+use super::copy_nofault;
 
 /// Alignment of [`Buffer`]: a page, which every O_DIRECT medium accepts.
 pub const BUFFER_ALIGN: usize = 4096;
@@ -85,7 +85,7 @@ impl std::fmt::Debug for Buffer {
 ///
 /// In a box, since it goes through many hands on its way, and is used again: to move all of it each time is a tenth of our own
 /// share of a read.
-pub struct Slices(Box<Inner>);
+pub struct GuestIovecs(Box<Inner>);
 
 struct Inner {
     runs: Vec<libc::iovec>,
@@ -95,19 +95,19 @@ struct Inner {
 
 // SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, shared with another process
 // anyway; no reference to it is ever formed.
-unsafe impl Send for Slices {}
+unsafe impl Send for GuestIovecs {}
 
-impl Slices {
+impl GuestIovecs {
     /// No runs yet, whose memory `owner` keeps mapped; room for `runs` of them without a further allocation.
-    pub fn new(owner: Arc<dyn Any + Send + Sync>, runs: usize) -> Slices {
-        let mut slices = Slices::with_capacity(runs);
+    pub fn new(owner: Arc<dyn Any + Send + Sync>, runs: usize) -> GuestIovecs {
+        let mut slices = GuestIovecs::with_capacity(runs);
         slices.0.owner = Some(owner);
         slices
     }
 
     /// Neither runs nor owner yet ([`Slices::restart`] gives one); room for `runs` runs without a further allocation.
-    pub fn with_capacity(runs: usize) -> Slices {
-        Slices(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
+    pub fn with_capacity(runs: usize) -> GuestIovecs {
+        GuestIovecs(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
 
     /// Forgets runs and owner, keeps the room.
@@ -119,7 +119,7 @@ impl Slices {
 
     /// Forgets the runs; `owner` keeps those mapped that come next. No reference is counted if it was the owner before.
     #[inline]
-    pub fn restart(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
+    pub fn reset(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
         self.0.runs.clear();
         self.0.len = 0;
         if !self.0.owner.as_ref().is_some_and(|before| Arc::ptr_eq(before, owner)) {
@@ -162,7 +162,7 @@ impl Slices {
     ///
     /// # Panics
     /// If the range does not lie in self, or `out` has runs of another owner: those would outlive what keeps them mapped.
-    pub fn slice_into(&self, at: usize, len: usize, out: &mut Slices) {
+    pub fn slice_into(&self, at: usize, len: usize, out: &mut GuestIovecs) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         if out.is_empty() {
             out.0.owner.clone_from(&self.0.owner);
@@ -189,13 +189,13 @@ impl Slices {
 
     /// Has the processor find the pages, without waiting for them.
     #[inline]
-    pub fn fetch_way(&self) {
-        self.0.runs.iter().for_each(|run| copy::fetch_way(run.iov_base.cast(), run.iov_len));
+    pub fn prefetch_pages(&self) {
+        self.0.runs.iter().for_each(|run| copy_nofault::prefetch_pages(run.iov_base.cast(), run.iov_len));
     }
 
     /// Writes zeros over `len` bytes from byte `at`.
     pub fn zero(&self, at: usize, len: usize) {
-        self.each(at, len, |_, start, n| {
+        self.for_each_run(at, len, |_, start, n| {
             // SAFETY: mapped while the owner, which we hold, lives; no reference to it exists.
             unsafe { start.write_bytes(0, n) }
         });
@@ -203,7 +203,7 @@ impl Slices {
 
     /// Copies `from` over the bytes from `at` on.
     pub fn copy_from(&self, at: usize, from: &[u8]) {
-        self.each(at, from.len(), |done, start, n| {
+        self.for_each_run(at, from.len(), |done, start, n| {
             // SAFETY: as in `zero`; the source is ordinary memory of ours, so the two cannot overlap.
             unsafe { std::ptr::copy_nonoverlapping(from[done..done + n].as_ptr(), start, n) }
         });
@@ -212,17 +212,17 @@ impl Slices {
     /// Copies the bytes from `at` on into `to`.
     pub fn copy_to(&self, at: usize, to: &mut [u8]) {
         let len = to.len();
-        self.each(at, len, |done, start, n| {
+        self.for_each_run(at, len, |done, start, n| {
             // SAFETY: as in `copy_from`, the other way round.
             unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
         });
     }
 
     /// Reads a byte of each page, so that a page that cannot be had is found out (`sigbus.rs`).
-    pub fn touch(&self) {
+    pub fn touch_pages(&self) {
         for run in &self.0.runs {
             let start = run.iov_base.cast::<u8>();
-            for at in (0..run.iov_len).step_by(copy::PAGE).chain([run.iov_len - 1]) {
+            for at in (0..run.iov_len).step_by(copy_nofault::PAGE).chain([run.iov_len - 1]) {
                 // SAFETY: a byte of a run, which is mapped while the owner, which we hold, lives; no reference to it exists.
                 let _ = unsafe { start.wrapping_add(at).read_volatile() };
             }
@@ -230,7 +230,7 @@ impl Slices {
     }
 
     /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
-    pub(super) fn each(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
+    pub(super) fn for_each_run(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         let (mut skip, mut done) = (at, 0);
         for run in &self.0.runs {
@@ -254,7 +254,7 @@ impl Slices {
     }
 }
 
-impl std::fmt::Debug for Slices {
+impl std::fmt::Debug for GuestIovecs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Slices({} runs, {} bytes)", self.0.runs.len(), self.0.len)
     }
@@ -269,7 +269,7 @@ pub enum Payload {
     /// Memory of our own.
     Own(Buffer),
     /// The guest's.
-    Guest(Slices),
+    Guest(GuestIovecs),
 }
 
 impl Payload {
@@ -292,8 +292,8 @@ impl Payload {
 mod tests {
     use super::*;
 
-    fn slices(memory: &mut [u8], runs: &[(usize, usize)]) -> Slices {
-        let mut s = Slices::new(Arc::new(()), runs.len());
+    fn slices(memory: &mut [u8], runs: &[(usize, usize)]) -> GuestIovecs {
+        let mut s = GuestIovecs::new(Arc::new(()), runs.len());
         for &(at, len) in runs {
             assert!(at + len <= memory.len());
             // SAFETY: the tests keep `memory` alive and unborrowed while they use the slices.
@@ -323,7 +323,7 @@ mod tests {
         let mut memory = vec![0u8; 100];
         let s = slices(&mut memory, &[(0, 10), (10, 10), (50, 20), (30, 0)]);
         assert_eq!((s.len(), s.iovecs().len()), (40, 2));
-        let mut part = Slices::with_capacity(4);
+        let mut part = GuestIovecs::with_capacity(4);
         s.slice_into(15, 10, &mut part);
         part.copy_from(0, b"0123456789");
         let mut back = [0; 12];

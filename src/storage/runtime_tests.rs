@@ -8,9 +8,9 @@ use tempfile::TempDir;
 
 use super::*;
 
-fn folder() -> (TempDir, Runtime) {
+fn folder() -> (TempDir, RuntimeFolder) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let runtime = Runtime::Host(HostRuntime::open_folder(folder.path()).unwrap());
+    let runtime = RuntimeFolder::Host(HostRuntimeFolder::open_folder(folder.path()).unwrap());
     (folder, runtime)
 }
 
@@ -38,7 +38,7 @@ fn what_was_stored_is_found_again_by_one_at_a_time() {
 #[test]
 fn folders_of_others_and_open_ones_are_refused() {
     let (folder, _) = folder();
-    let open = |path: &Path| HostRuntime::open_folder(path);
+    let open = |path: &Path| HostRuntimeFolder::open_folder(path);
     for mode in [0o777, 0o720, 0o702, 0o775] {
         fs::set_permissions(folder.path(), Permissions::from_mode(mode)).unwrap();
         let e = open(folder.path()).unwrap_err();

@@ -24,7 +24,7 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 
-use super::copy;
+use super::copy_nofault;
 
 /// Mappings in one chunk of the registry.
 const CHUNK: usize = 64;
@@ -73,7 +73,7 @@ static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 /// How many times a page of any guarded mapping was lost: while the number stays the same, no [`Guard::is_lost`] changes.
 #[inline]
-pub fn losses() -> u32 {
+pub fn loss_count() -> u32 {
     LOSSES.load(Ordering::Acquire)
 }
 
@@ -99,7 +99,7 @@ impl Guard {
     /// If `page` is not a power of two, or `start` not a multiple of it.
     pub unsafe fn new(start: *mut u8, len: usize, page: usize) -> Option<Guard> {
         assert!(page.is_power_of_two() && (start as usize).is_multiple_of(page), "a mapping begins at a page");
-        if !is_caught() {
+        if !install_handler() {
             return None;
         }
         let entry = take();
@@ -153,7 +153,7 @@ fn take() -> &'static Entry {
 }
 
 /// Whether SIGBUS is caught. The first call installs the handler.
-pub(super) fn is_caught() -> bool {
+pub(super) fn install_handler() -> bool {
     static CAUGHT: OnceLock<bool> = OnceLock::new();
     *CAUGHT.get_or_init(|| {
         // SAFETY: plain data, for which zeros are a value; filled in before it is used.
@@ -192,7 +192,7 @@ extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
     // SAFETY: `context` is what the kernel passed to this handler, which runs on the interrupted thread; errno is that thread's.
     let handled = unsafe {
         let errno = *libc::__errno_location();
-        let handled = replace(addr) || copy::end_copy(context);
+        let handled = replace(addr) || copy_nofault::fix_up(context);
         *libc::__errno_location() = errno;
         handled
     };
@@ -278,12 +278,12 @@ mod tests {
         let (file, start) = mapping(3);
         let guard = guard(start, 3);
         (0..3).for_each(|page| word(start, page).store(7, Ordering::Relaxed));
-        let before = losses();
+        let before = loss_count();
         file.set_len(PAGE as u64).unwrap();
         assert_eq!(word(start, 0).load(Ordering::Relaxed), 7);
         assert!(!guard.is_lost());
         assert_eq!(word(start, 1).load(Ordering::Relaxed), 0);
-        assert!(guard.is_lost() && losses() > before);
+        assert!(guard.is_lost() && loss_count() > before);
         word(start, 2).store(9, Ordering::Relaxed);
         assert_eq!([0, 1, 2].map(|page| word(start, page).load(Ordering::Relaxed)), [0, 0, 9]);
     }

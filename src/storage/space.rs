@@ -2,7 +2,7 @@
 
 /// What a file system promises about room: whether a page that was reserved can be written when nothing else can.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum RoomRule {
+pub enum AllocationMode {
     /// A write that finds no room is refused by the call, and a page that has room keeps it: ext4, XFS, tmpfs, and btrfs
     /// for files without copy on write.
     InPlace,
@@ -14,7 +14,7 @@ pub enum RoomRule {
 
 /// The room of a file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct HostRoom {
+pub struct FileSystemSpace {
     /// Bytes that an unprivileged user may still take.
     pub available: u64,
     /// Bytes in all.

@@ -16,7 +16,7 @@ const MAX_IDLE: u32 = 1000;
 
 /// How far an operation has come. Kept, with its room, from one operation to the next.
 #[derive(Default)]
-pub(super) struct Progress {
+pub(super) struct Transfer {
     done: usize,
     idle: u32,
     /// The runs that are left, after a short transfer.
@@ -24,23 +24,23 @@ pub(super) struct Progress {
 }
 
 /// Memory for the next call.
-pub(super) enum Piece {
+pub(super) enum IoBuffers {
     /// A single run.
-    One(*mut u8, u32),
+    Single(*mut u8, u32),
     /// Several, in an array that stays where it is until the operation is over or goes on.
-    Many(*const libc::iovec, u32),
+    Vectored(*const libc::iovec, u32),
 }
 
 /// What to do after a call.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(super) enum TransferState {
     /// The operation is over.
-    Over(io::Result<()>),
+    Finished(io::Result<()>),
     /// Call again with the next [`Piece`].
-    Again,
+    Continue,
 }
 
-impl Progress {
+impl Transfer {
     /// Starts anew.
     pub(super) fn reset(&mut self) {
         self.done = 0;
@@ -53,7 +53,7 @@ impl Progress {
     }
 
     /// The memory that is left of a read or a write.
-    pub(super) fn piece(&mut self, payload: &mut Payload) -> Piece {
+    pub(super) fn next_buffers(&mut self, payload: &mut Payload) -> IoBuffers {
         match payload {
             Payload::None => panic!("reads and writes have a payload"),
             Payload::Own(b) => one(b[self.done..].as_mut_ptr(), b.len() - self.done),
@@ -77,13 +77,13 @@ impl Progress {
     }
 
     /// Takes in what a call returned: a count, or a negated error code.
-    pub(super) fn settle(&mut self, op: &Op, returned: i32) -> Step {
+    pub(super) fn advance(&mut self, op: &Op, returned: i32) -> TransferState {
         let moves = matches!(op.action, Action::Read | Action::Write | Action::WriteThrough);
         if returned < 0 {
             let code = -returned;
             if matches!(code, libc::EINTR | libc::EAGAIN) && self.idle < MAX_IDLE {
                 self.idle += 1;
-                return Step::Again;
+                return TransferState::Continue;
             }
             // A direct read goes on only from where a sector begins, and a file's odd end is not such a place.
             if code == libc::EINVAL
@@ -91,40 +91,40 @@ impl Progress {
                 && self.done > 0
                 && !self.offset(op).is_multiple_of(512)
             {
-                return Step::Over(Err(io::ErrorKind::UnexpectedEof.into()));
+                return TransferState::Finished(Err(io::ErrorKind::UnexpectedEof.into()));
             }
             if !moves && code == libc::EOPNOTSUPP {
-                return Step::Over(Err(io::Error::new(io::ErrorKind::Unsupported, io::Error::from_raw_os_error(code))));
+                return TransferState::Finished(Err(io::Error::new(io::ErrorKind::Unsupported, io::Error::from_raw_os_error(code))));
             }
-            return Step::Over(Err(io::Error::from_raw_os_error(code)));
+            return TransferState::Finished(Err(io::Error::from_raw_os_error(code)));
         }
         if !moves {
-            return Step::Over(Ok(()));
+            return TransferState::Finished(Ok(()));
         }
         if returned == 0 {
             let kind = if op.action == Action::Read { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::WriteZero };
-            return Step::Over(Err(kind.into()));
+            return TransferState::Finished(Err(kind.into()));
         }
         self.idle = 0;
         self.done += returned.unsigned_abs() as usize;
         assert!(self.done <= op.payload.len(), "the kernel moves no more than it was given");
-        if self.done == op.payload.len() { Step::Over(Ok(())) } else { Step::Again }
+        if self.done == op.payload.len() { TransferState::Finished(Ok(())) } else { TransferState::Continue }
     }
 }
 
-fn one(start: *mut u8, len: usize) -> Piece {
-    Piece::One(start, u32::try_from(len.min(MAX_BYTES)).expect("MAX_BYTES is below 2^32"))
+fn one(start: *mut u8, len: usize) -> IoBuffers {
+    IoBuffers::Single(start, u32::try_from(len.min(MAX_BYTES)).expect("MAX_BYTES is below 2^32"))
 }
 
-fn many(runs: &[libc::iovec]) -> Piece {
+fn many(runs: &[libc::iovec]) -> IoBuffers {
     match runs {
         [run] => one(run.iov_base.cast(), run.iov_len),
-        _ => Piece::Many(runs.as_ptr(), u32::try_from(runs.len().min(MAX_RUNS)).expect("MAX_RUNS is below 2^32")),
+        _ => IoBuffers::Vectored(runs.as_ptr(), u32::try_from(runs.len().min(MAX_RUNS)).expect("MAX_RUNS is below 2^32")),
     }
 }
 
 /// The mode of fallocate(2) for an action on a range.
-pub(super) fn mode(action: Action) -> i32 {
+pub(super) fn fallocate_mode(action: Action) -> i32 {
     libc::FALLOC_FL_KEEP_SIZE
         | match action {
             Action::Allocate => 0,
@@ -135,6 +135,6 @@ pub(super) fn mode(action: Action) -> i32 {
             | Action::WriteThrough
             | Action::Sync
             | Action::Prefetch
-            | Action::WriteBehind => panic!("only actions on ranges have a mode"),
+            | Action::StartWriteback => panic!("only actions on ranges have a mode"),
         }
 }

@@ -9,11 +9,11 @@ use tempfile::TempDir;
 use super::*;
 use crate::storage::host::Host;
 use crate::storage::payload::{Buffer, Payload};
-use crate::storage::ring::Ring;
+use crate::storage::uring::UringEngine;
 use crate::storage::{Access, Action, Completion, Engine, Env, Op};
 
 const PAGE: u64 = 4096;
-const SLOT: Slot = Slot(2);
+const SLOT: FileSlot = FileSlot(2);
 
 /// A folder on a disk, with a file in which each page says its number; durable, so that the host may forget it.
 fn pages(count: u64) -> (TempDir, File) {
@@ -31,33 +31,33 @@ fn read(offset: u64, len: usize) -> Op {
 }
 
 /// The buffer as a guest's memory; for as long as it is there.
-fn slices(buffer: &mut Buffer) -> Slices {
-    let mut slices = Slices::new(std::sync::Arc::new(()), 2);
+fn slices(buffer: &mut Buffer) -> GuestIovecs {
+    let mut slices = GuestIovecs::new(std::sync::Arc::new(()), 2);
     let (start, half) = (buffer.as_mut_ptr(), buffer.len() / 2);
     // SAFETY: both halves lie in the buffer, and it is not used while they are.
     unsafe {
         slices.push(start.wrapping_add(half), buffer.len() - half);
         slices.push(start, half);
     }
-    let mut all = Slices::with_capacity(2);
+    let mut all = GuestIovecs::with_capacity(2);
     slices.slice_into(buffer.len() - half, half, &mut all);
     slices.slice_into(0, buffer.len() - half, &mut all);
     all
 }
 
-fn ring(file: &File) -> Option<Ring> {
-    let mut ring = Ring::new(8).map_err(|e| eprintln!("skipped for io_uring: {e}")).ok()?;
+fn ring(file: &File) -> Option<UringEngine> {
+    let mut ring = UringEngine::new(8).map_err(|e| eprintln!("skipped for io_uring: {e}")).ok()?;
     ring.register(SLOT, file).unwrap();
     Some(ring)
 }
 
 /// Copies, or lets the ring do it.
-fn done(ring: &mut Ring, mut op: Op) -> Completion {
+fn done(ring: &mut UringEngine, mut op: Op) -> Completion {
     if let (Action::Read, Payload::Own(buffer)) = (op.action, &mut op.payload) {
         let memory = slices(buffer);
-        let copied = ring.find(SLOT, op.offset, memory.len()).is_some_and(|found| ring.fill(&found, &memory, 0));
-        ring.filled();
-        ring.learn();
+        let copied = ring.find_cached(SLOT, op.offset, memory.len()).is_some_and(|found| ring.copy_cached(&found, &memory, 0));
+        ring.end_copy_batch();
+        ring.query_residency();
         if copied {
             return Completion { op, result: Ok(()) };
         }
@@ -72,15 +72,15 @@ fn done(ring: &mut Ring, mut op: Op) -> Completion {
 }
 
 /// Reads pages with one operation each; how many calls that took.
-fn read_all(ring: &mut Ring, pages: impl Iterator<Item = u64>, expected: impl Fn(u64) -> u64) -> u64 {
-    let calls = ring.calls();
+fn read_all(ring: &mut UringEngine, pages: impl Iterator<Item = u64>, expected: impl Fn(u64) -> u64) -> u64 {
+    let calls = ring.system_calls();
     for page in pages {
         let Completion { op, result } = done(ring, read(page * PAGE, PAGE as usize));
         result.unwrap();
         let Payload::Own(bytes) = op.payload else { unreachable!() };
         assert!(*bytes == expected(page).to_be_bytes().repeat(512), "page {page}");
     }
-    ring.calls() - calls
+    ring.system_calls() - calls
 }
 
 #[test]
@@ -94,13 +94,13 @@ fn what_is_read_again_and_again_takes_no_call() {
     }
     assert_eq!(read_all(&mut ring, 0..128, number), 0);
     // Over the border of what the kernel is asked about at once.
-    let (border, calls) = ((256 << 10) - 512, |ring: &Ring| (ring.calls(), ring.copies()));
+    let (border, calls) = ((256 << 10) - 512, |ring: &UringEngine| (ring.system_calls(), ring.copy_count()));
     let before = calls(&ring);
     done(&mut ring, read(border, PAGE as usize)).result.unwrap();
     assert_eq!(calls(&ring), (before.0, before.1 + 1));
     // What others write, and what is punched, is what is read. (A hole has to be made a page first, which may count as a wait.)
     file.write_at(&[0; PAGE as usize], 7 * PAGE).unwrap();
-    file.punch(9 * PAGE, PAGE).unwrap();
+    file.punch_hole(9 * PAGE, PAGE).unwrap();
     let written = done(&mut ring, Op::write(0, SLOT, 8 * PAGE, Payload::Own(Buffer::zeroed(PAGE as usize))));
     written.result.unwrap();
     let zeros = |page| if (7..10).contains(&page) { 0 } else { page + 1 };
@@ -121,7 +121,7 @@ fn what_lies_in_two_windows_is_learned() {
     for _ in 0..10 {
         done(&mut ring, read((256 << 10) - 512, PAGE as usize)).result.unwrap();
     }
-    assert!(ring.copies() > 0);
+    assert!(ring.copy_count() > 0);
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn long_reads_are_learned_whole_and_copied_in_pieces() {
     let (_folder, file) = pages(512);
     let Some(mut ring) = ring(&file) else { return };
     let (at, len) = (3 * PAGE + 512, (500 * PAGE) as usize);
-    let ask = |ring: &mut Ring| {
+    let ask = |ring: &mut UringEngine| {
         let Completion { op, result } = done(ring, read(at, len));
         result.unwrap();
         let Payload::Own(bytes) = op.payload else { unreachable!() };
@@ -140,15 +140,15 @@ fn long_reads_are_learned_whole_and_copied_in_pieces() {
     ask(&mut ring);
     read_all(&mut ring, 0..1, |_| 1);
     (0..2).for_each(|_| ask(&mut ring));
-    assert_eq!(ring.copies(), 0);
-    let calls = ring.calls();
+    assert_eq!(ring.copy_count(), 0);
+    let calls = ring.system_calls();
     ask(&mut ring);
-    assert_eq!((ring.copies(), ring.calls() - calls), (1, 0));
+    assert_eq!((ring.copy_count(), ring.system_calls() - calls), (1, 0));
     // One page of it is not there any more, as far as is known.
-    host_file(&file).unwrap().mapped().forget(300 * PAGE, 1);
-    let calls = ring.calls();
+    host_file(&file).unwrap().file_map().invalidate(300 * PAGE, 1);
+    let calls = ring.system_calls();
     ask(&mut ring);
-    assert!(ring.copies() == 1 && ring.calls() > calls);
+    assert!(ring.copy_count() == 1 && ring.system_calls() > calls);
 }
 
 #[test]
@@ -158,13 +158,13 @@ fn nobody_copies_what_another_found() {
     for _ in 0..4 {
         read_all(&mut ring, 0..64, |page| page + 1);
     }
-    let found = ring.find(SLOT, 0, 512).expect("it is known");
+    let found = ring.find_cached(SLOT, 0, 512).expect("it is known");
     let mut buffer = Buffer::zeroed(512);
-    assert!(other.fill(&found, &slices(&mut buffer), 0), "the same open file");
+    assert!(other.copy_cached(&found, &slices(&mut buffer), 0), "the same open file");
     let (_folder, next) = pages(64);
     other.register(SLOT, &next).unwrap();
-    assert!(!other.fill(&found, &slices(&mut buffer), 0));
-    assert!(!ring.fill(&Found::new(SLOT, 0, 512), &slices(&mut buffer), 0));
+    assert!(!other.copy_cached(&found, &slices(&mut buffer), 0));
+    assert!(!ring.copy_cached(&CachedRange::new(SLOT, 0, 512), &slices(&mut buffer), 0));
 }
 
 #[test]
@@ -188,18 +188,18 @@ fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
     file.set_len(REGION + 64 * PAGE).unwrap();
     file.write_at(&[9; 8192], REGION - PAGE).unwrap();
     let Some(mut ring) = ring(&file) else { return };
-    let calls = |ring: &mut Ring, offset, len| {
+    let calls = |ring: &mut UringEngine, offset, len| {
         for _ in 0..9 {
             done(ring, read(offset, len)).result.unwrap();
         }
-        let before = ring.calls();
+        let before = ring.system_calls();
         done(ring, read(offset, len)).result.unwrap();
-        ring.calls() - before
+        ring.system_calls() - before
     };
     assert_eq!(calls(&mut ring, REGION - PAGE, PAGE as usize), 0);
     assert_eq!(calls(&mut ring, REGION, PAGE as usize), 0);
     assert_ne!(calls(&mut ring, REGION - PAGE, 8192), 0);
-    assert_ne!(calls(&mut ring, 0, MOST_COPIED + 512), 0);
+    assert_ne!(calls(&mut ring, 0, MAX_COPY + 512), 0);
     let direct = Host.open(&Path::new(folder.path()).join("f"), Access::Read).unwrap();
     if direct.set_direct().unwrap().is_some() {
         ring.register(SLOT, &direct).unwrap();
@@ -210,7 +210,7 @@ fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
 #[test]
 fn who_waited_for_a_page_copies_no_more_for_a_while() {
     let (_folder, file) = pages(64);
-    let mut warm = Warm::new();
+    let mut warm = PageCacheReader::new();
     warm.register(SLOT, &file).unwrap();
     let (host, at) = (host_file(&file).unwrap().clone(), 16 * PAGE);
     let mut buffer = Buffer::zeroed(PAGE as usize);
@@ -221,14 +221,14 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
     let learns = || {
         (0..8).any(|_| {
             host.read_at(&mut [0; 1], at).unwrap();
-            host.mapped().ask(&host, at, 1, || Some(64 * PAGE));
-            matches!(host.mapped().place(at, PAGE as usize), Place::Here(_))
+            host.file_map().query(&host, at, 1, || Some(64 * PAGE));
+            matches!(host.file_map().residency(at, PAGE as usize), Residency::Resident(_))
         })
     };
-    let copy = |warm: &mut Warm, took| {
-        warm.ask(); // which looks whether it is held
+    let copy = |warm: &mut PageCacheReader, took| {
+        warm.run_queries(); // which looks whether it is held
         let found = warm.find(SLOT, at, PAGE as usize);
-        let copied = found.is_some_and(|found| warm.fill(&found, &memory, 0));
+        let copied = found.is_some_and(|found| warm.copy(&found, &memory, 0));
         warm.judge_by(took);
         warm.batch.clear();
         copied
@@ -237,7 +237,7 @@ fn who_waited_for_a_page_copies_no_more_for_a_while() {
     // Nobody has touched the mapping yet, so the host can forget the page.
     rustix::fs::fadvise(&host, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     assert!(copy(&mut warm, Duration::from_millis(1)), "the host reads it again");
-    assert!(!matches!(host.mapped().place(at, PAGE as usize), Place::Here(_)), "forgotten");
+    assert!(!matches!(host.file_map().residency(at, PAGE as usize), Residency::Resident(_)), "forgotten");
     assert!(learns() && !copy(&mut warm, Duration::ZERO), "held");
     std::thread::sleep(Duration::from_millis(150));
     assert!(copy(&mut warm, Duration::from_secs(1)), "held no more");
@@ -259,17 +259,17 @@ fn who_is_late_for_other_reasons_goes_on() {
 fn files_that_share_a_place_among_the_recent_are_told_apart() {
     let ((_one, one), (_other, other)) = (pages(64), pages(64));
     other.write_at(&[9; PAGE as usize], 0).unwrap();
-    let (mut warm, mut buffer) = (Warm::new(), Buffer::zeroed(PAGE as usize));
-    let (first, second) = (Slot(2), Slot(130));
+    let (mut warm, mut buffer) = (PageCacheReader::new(), Buffer::zeroed(PAGE as usize));
+    let (first, second) = (FileSlot(2), FileSlot(130));
     warm.register(first, &one).unwrap();
     warm.register(second, &other).unwrap();
     for file in [&one, &other].map(|file| host_file(file).unwrap()) {
         // First it is mapped.
-        (0..2).for_each(|_| file.mapped().ask(file, 0, PAGE as usize, || Some(64 * PAGE)));
+        (0..2).for_each(|_| file.file_map().query(file, 0, PAGE as usize, || Some(64 * PAGE)));
     }
-    let mut byte = |warm: &mut Warm, slot| {
+    let mut byte = |warm: &mut PageCacheReader, slot| {
         let found = warm.find(slot, 0, PAGE as usize).expect("it is known");
-        assert!(warm.fill(&found, &slices(&mut buffer), 0));
+        assert!(warm.copy(&found, &slices(&mut buffer), 0));
         (found, buffer[7])
     };
     let mut found = None;
@@ -280,7 +280,7 @@ fn files_that_share_a_place_among_the_recent_are_told_apart() {
     }
     warm.register(first, &other).unwrap();
     let mut memory = Buffer::zeroed(PAGE as usize);
-    assert!(!warm.fill(&found.unwrap(), &slices(&mut memory), 0), "what was found in another file");
+    assert!(!warm.copy(&found.unwrap(), &slices(&mut memory), 0), "what was found in another file");
     assert_eq!(byte(&mut warm, first).1, 9);
     warm.unregister(first);
     assert!(warm.find(first, 0, 512).is_none());

@@ -24,7 +24,7 @@ use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Bell, EngineKind};
+use crate::storage::{Notifier, EngineKind};
 
 /// A front-end that sends the first half of a message has this long for the second.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -61,7 +61,7 @@ pub struct Daemon {
     workers: Vec<Worker>,
     socket: Socket,
     /// Readable when a page of the guest's memory could not be had.
-    alarm: Arc<Bell>,
+    alarm: Arc<Notifier>,
     /// Whether the last front-end left because it uses more queues, as it seems.
     wants_more: Cell<bool>,
     /// When the names of the served files are looked up next.
@@ -86,7 +86,7 @@ impl Daemon {
         assert!(size.is_power_of_two() && size <= MAX_QUEUE_SIZE, "a queue's size is a power of two up to 32768");
         let device = Device::new(disk, service.queues, size, service.write_back);
         let settings = Settings { engine: service.engine, poll: service.poll };
-        let alarm = Arc::new(Bell::new()?);
+        let alarm = Arc::new(Notifier::new()?);
         let start = |index| Worker::start(&device, usize::from(index), settings, &service.name, &alarm);
         let workers = (0..service.queues).map(start).collect::<Result<Vec<_>>>()?;
         let names_due = Cell::new(Instant::now() + NAMES_PERIOD);
@@ -233,7 +233,7 @@ impl Daemon {
             }
             if !fds[1].revents().is_empty() {
                 // May be about memory of an earlier front-end.
-                self.alarm.silence();
+                self.alarm.drain();
             }
             let from_front_end = fds.last().expect("pushed above").revents();
             let gone = from_front_end.intersects(PollFlags::HUP | PollFlags::ERR);

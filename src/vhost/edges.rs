@@ -56,14 +56,14 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::storage::Bell;
+    use crate::storage::Notifier;
 
     /// The rule the workers' loop stands on: every write to an event counter is one event, though nobody reads the counter.
     #[test]
     fn each_ring_of_the_bell_is_one_event() {
-        let bell = Bell::new().unwrap();
+        let bell = Notifier::new().unwrap();
         let epoll = Epoll::new().unwrap();
-        bell.ring();
+        bell.notify();
         epoll.add(bell.as_fd(), Source::Kick).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
@@ -72,13 +72,13 @@ mod tests {
         assert_eq!(happened(&epoll), 1, "rung before it was added");
         assert_eq!(happened(&epoll), 0, "an edge is told once");
         for _ in 0..3 {
-            bell.ring();
+            bell.notify();
             assert_eq!(happened(&epoll), 1);
         }
-        bell.ring();
+        bell.notify();
         assert!(epoll.wait(Duration::ZERO) && !epoll.wait(Duration::ZERO));
         epoll.remove(bell.as_fd());
-        bell.ring();
+        bell.notify();
         assert_eq!(happened(&epoll), 0);
     }
 }

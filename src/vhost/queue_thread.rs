@@ -21,7 +21,7 @@ use super::patience::Patience;
 use super::unshared::{SHARE, Sharing};
 use crate::device::{Queue, Record, SharedMemory, Turn, Vring};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Bell;
+use crate::storage::Notifier;
 
 /// A ring that is ready to run.
 pub(super) struct Ring {
@@ -74,7 +74,7 @@ pub(super) struct QueueThread {
     state: State,
     commands: Receiver<Command>,
     /// Rung when a page of the guest's memory cannot be had.
-    alarm: Arc<Bell>,
+    alarm: Arc<Notifier>,
     epoll: Epoll,
     patience: Patience,
     name: String,
@@ -85,7 +85,7 @@ impl QueueThread {
     pub(super) fn new(
         queue: Queue,
         commands: Receiver<Command>,
-        (bell, alarm): (Arc<Bell>, Arc<Bell>),
+        (bell, alarm): (Arc<Notifier>, Arc<Notifier>),
         poll: Duration,
         name: String,
     ) -> io::Result<QueueThread> {
@@ -188,7 +188,7 @@ impl QueueThread {
         };
         if matches!(turn, Turn::Broken) && self.state == State::Running {
             if self.queue.is_memory_lost() {
-                self.alarm.ring();
+                self.alarm.notify();
             } else {
                 warn!("{}: the ring is broken; nothing more is taken from it until it is set up again", self.name);
             }

@@ -14,7 +14,7 @@ use log::error;
 use super::queue_thread::{Command, QueueThread, Ring};
 use crate::device::{Device, Queue};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Bell, EngineKind};
+use crate::storage::{Notifier, EngineKind};
 
 /// What every worker of a disk is started with.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_millis(2);
 /// requests do not end in time.
 pub(super) struct Worker {
     commands: Sender<Command>,
-    bell: Arc<Bell>,
+    bell: Arc<Notifier>,
     thread: Option<JoinHandle<()>>,
     /// What carries out its I/O, in a word for the log.
     pub(super) engine: &'static str,
@@ -65,10 +65,10 @@ impl Worker {
         index: usize,
         settings: Settings,
         disk: &str,
-        alarm: &Arc<Bell>,
+        alarm: &Arc<Notifier>,
     ) -> Result<Worker> {
         let cannot = |e| Error::io("cannot start the thread of a queue", e);
-        let bell = Arc::new(Bell::new()?);
+        let bell = Arc::new(Notifier::new()?);
         let bells = (bell.clone(), alarm.clone());
         let (commands, receiver) = mpsc::channel();
         let (ready, is_ready) = mpsc::sync_channel(1);
@@ -180,7 +180,7 @@ impl Worker {
     fn send(&self, command: Command) {
         // A thread that is gone drops the command, and with it the sender of its answer: the caller sees that.
         let _ = self.commands.send(command);
-        self.bell.ring();
+        self.bell.notify();
     }
 
     fn lost() -> Error {

@@ -4,7 +4,7 @@
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 
-use diffdisk::storage::Slices;
+use diffdisk::storage::GuestIovecs;
 
 /// Guest memory on the heap. The slices over it share its ownership.
 pub struct Memory(Arc<Bytes>);
@@ -20,9 +20,9 @@ impl Memory {
     }
 
     /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
-    pub fn slices(&self, cuts: &[usize]) -> Slices {
+    pub fn slices(&self, cuts: &[usize]) -> GuestIovecs {
         let bytes = &self.0.0;
-        let mut slices = Slices::new(self.0.clone(), 4);
+        let mut slices = GuestIovecs::new(self.0.clone(), 4);
         let start = UnsafeCell::raw_get(bytes.as_ptr());
         let mut at = 0;
         for cut in cuts.iter().copied().chain([bytes.len()]) {

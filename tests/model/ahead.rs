@@ -16,7 +16,7 @@ const SIZE: u64 = 24 << 20;
 
 /// Four layers, with pieces of 64 KiB in turns.
 fn chain(direct: bool) -> World {
-    let mut world = World::new(7, EngineKind::Ring, direct);
+    let mut world = World::new(7, EngineKind::Uring, direct);
     for layer in 0..4 {
         world.push(if layer == 0 { "dynamic" } else { "child" }, 2 << 20, SIZE);
         let mut rig = world.open(false);

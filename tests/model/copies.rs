@@ -31,7 +31,7 @@ fn host(seed: u64) -> SimHost {
         name: "root".into(),
     };
     image::create(&host, Path::new(TOP), &spec(Kind::Differencing(link))).expect("a new image");
-    host.set_copies(true);
+    host.set_cached_reads(true);
     host
 }
 
@@ -70,7 +70,7 @@ fn run(seed: u64) -> u64 {
                 assert!(memory.bytes() == model[bytes_of(*range)], "seed {seed}: {range}");
             }
         }
-        made += rig.lane.engine().copies();
+        made += rig.lane.engine().copy_count();
         rig.flush();
         rig.close();
     }
@@ -94,7 +94,7 @@ fn what_neither_a_copy_nor_the_host_can_read_fails() {
     rig.write(range, &[7; 4096], &[512]);
     let steps = host.counts().steps;
     host.set_faults(FaultPlan { fail: (1..1000).map(|n| (steps + n, Fault::Io)).collect(), ..FaultPlan::default() });
-    let (mut failed, copies) = (0, rig.lane.engine().copies());
+    let (mut failed, copies) = (0, rig.lane.engine().copy_count());
     for _ in 0..40 {
         let memory = Memory::new(&[0; 4096]);
         match rig.work(Work::Read { range, into: memory.slices(&[512]) }) {
@@ -102,7 +102,7 @@ fn what_neither_a_copy_nor_the_host_can_read_fails() {
             _ => failed += 1,
         }
     }
-    assert!(failed > 5 && rig.lane.engine().copies() > copies + 5, "{failed} of 40 failed");
+    assert!(failed > 5 && rig.lane.engine().copy_count() > copies + 5, "{failed} of 40 failed");
 }
 
 /// A copy that is planned may fail, and then takes the room of a request after all.
@@ -115,7 +115,7 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     rig.lane = lane;
     let range = SectorRange::between(0, 8);
     rig.write(range, &[7; 4096], &[512]);
-    let (room, copies) = (rig.lane.room(), rig.lane.engine().copies());
+    let (room, copies) = (rig.lane.room(), rig.lane.engine().copy_count());
     let mut reads = Vec::new();
     while rig.lane.room() > 0 {
         let memory = Memory::new(&[0; 4096]);
@@ -126,7 +126,7 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     assert!(answers.iter().map(|(tag, _)| *tag).eq(reads.iter().map(|(tag, _)| *tag)), "each once");
     assert!(answers.iter().all(|(_, outcome)| *outcome == Outcome::Done));
     assert!(reads.iter().all(|(_, memory)| memory.bytes() == [7; 4096]));
-    let copied = usize::try_from(rig.lane.engine().copies() - copies).expect("a small number");
+    let copied = usize::try_from(rig.lane.engine().copy_count() - copies).expect("a small number");
     assert!(copied > room / 2 && copied < room && reads.len() == room, "{copied} of {} were copied", reads.len());
     assert_eq!(rig.lane.room(), room);
 }

@@ -39,17 +39,17 @@ fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
 
 #[test]
 fn the_host_writes_early_where_flushes_come_after_some_writes() {
-    assert_eq!(told(EngineKind::Ring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
-    assert_eq!(told(EngineKind::Ring, false, 8, false), 0, "there is nothing to win");
-    assert_eq!(told(EngineKind::Ring, false, 32, true), 0, "each write is a flush");
+    assert_eq!(told(EngineKind::Uring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
+    assert_eq!(told(EngineKind::Uring, false, 8, false), 0, "there is nothing to win");
+    assert_eq!(told(EngineKind::Uring, false, 32, true), 0, "each write is a flush");
     assert_eq!(told(EngineKind::Blocking, false, 32, false), 0, "the queue would wait for it");
-    assert_eq!(told(EngineKind::Ring, true, 32, false), 0, "nothing is in the host's memory");
+    assert_eq!(told(EngineKind::Uring, true, 32, false), 0, "nothing is in the host's memory");
 }
 
 /// What nobody flushes becomes durable by itself, whatever the engine, without a request after it.
 #[test]
 fn what_is_not_flushed_is_committed_in_the_background() {
-    for engine in [EngineKind::Ring, EngineKind::Blocking] {
+    for engine in [EngineKind::Uring, EngineKind::Blocking] {
         let mut world = World::new(12, engine, false);
         world.push("dynamic", 2 << 20, SIZE);
         let mut rig = world.open(false);

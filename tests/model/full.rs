@@ -26,7 +26,7 @@ fn disk(host: &SimHost) -> Arc<Disk> {
 /// Leaves the host so much room.
 fn leave(host: &SimHost, bytes: u64, copy_on_write: bool) {
     let taken = host.open(Path::new(PATH), Access::Read).and_then(|file| file.stat()).expect("the image").allocated;
-    host.set_faults(FaultPlan { room: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
 }
 
 fn sectors(first: u64, count: u64) -> SectorRange {

@@ -53,7 +53,7 @@ impl World {
     fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
-        let journals = Host.runtime(runtime.path()).expect("a folder of ours in memory");
+        let journals = Host.runtime_folder(runtime.path()).expect("a folder of ours in memory");
         let keep = Keep::Journal { folders: vec![journals], required: true };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         let (layers, model, granules) = (Vec::new(), Vec::new(), None);

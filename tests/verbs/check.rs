@@ -305,7 +305,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
             repair(&host, path).expect_err("the machine has stopped");
             let units = host.unsynced().len();
             for fate in 0..30 {
-                let (few, salt) = (random.below(8), random.any());
+                let (few, salt) = (random.below(8), random.next_u64());
                 // Lone units are those of which whole orders of writes hang: lengths come last, footers among the first.
                 let lone = if fate < 20 { units.saturating_sub(1 + fate / 2) } else { random.index(units.max(1)) };
                 let survives = |unit: usize| match fate {

@@ -188,15 +188,15 @@ fn a_name_appears_when_its_file_is_whole() {
             };
             let host = begin();
             let before = host.counts().steps;
-            host.record();
+            host.start_recording();
             make(&host, Path::new(FOLDER)).expect("it works");
             let steps = host.counts().steps - before;
             let wanted = Scene::new(&host, Path::new(FOLDER)).seen("new.vhd").expect("it opens");
             assert!(!judge(&host, &wanted, replaces, name));
             let (mut random, mut cuts) = (Random::new(17), 0);
-            for (number, moment) in host.recorded().into_iter().enumerate() {
+            for (number, moment) in host.take_recording().into_iter().enumerate() {
                 for fate in 0..10 {
-                    let bits = [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.any() | random.any());
+                    let bits = [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() | random.next_u64());
                     let after = moment.crash_with(&|unit| bits >> (unit % 61) & 1 == 1);
                     let left = judge(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
                     assert!(!left || no_unnamed || replaces, "{name}: power cut before change {number}");

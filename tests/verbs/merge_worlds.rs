@@ -185,7 +185,7 @@ fn every_amount_of_room() {
         for pages in 0.. {
             let host = case.host();
             let room = taken(&host) + pages * 4096;
-            host.set_faults(FaultPlan { room: Some(room), ..FaultPlan::default() });
+            host.set_faults(FaultPlan { capacity: Some(room), ..FaultPlan::default() });
             let outcome = case.merge(&host);
             host.set_faults(FaultPlan::default());
             let tell = |e: String| panic!("{}, room for {pages} pages, {outcome:?}: {e}", case.name);

@@ -10,7 +10,7 @@ use diffdisk::image::Keep;
 use diffdisk::ops;
 use diffdisk::ops::merge::Merge;
 use diffdisk::storage::sim::SimHost;
-use diffdisk::storage::{Access, Env, Modified};
+use diffdisk::storage::{Access, Env, ModifiedTime};
 
 use crate::common::daemon::Daemon;
 use crate::common::tool::{Finished, diffdisk, scratch};
@@ -19,7 +19,7 @@ use crate::scene::{Fill, Scene};
 const A: Fill<'static> = Fill::Tag("A");
 const SMALL: u32 = 4096;
 
-fn time(env: &dyn Env, path: &Path) -> Modified {
+fn time(env: &dyn Env, path: &Path) -> ModifiedTime {
     env.open(path, Access::Read).expect("a file").stat().expect("its state").last_change()
 }
 

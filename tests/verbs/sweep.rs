@@ -6,7 +6,7 @@ use std::path::Path;
 
 use diffdisk::error::Result;
 use diffdisk::storage::Env;
-use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, Unit};
+use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, DurableUnit};
 
 use crate::scene::Scene;
 
@@ -28,8 +28,8 @@ pub(crate) struct Case<'a> {
     pub(crate) kind: bool,
 }
 
-fn is_len(unit: &Unit) -> bool {
-    matches!(unit, Unit::Len(..))
+fn is_len(unit: &DurableUnit) -> bool {
+    matches!(unit, DurableUnit::Len(..))
 }
 
 /// Defects that a killed verb may leave: all of them go with the next writable open or the next call.
@@ -107,14 +107,14 @@ impl Case<'_> {
 
     fn power_cuts(&self) -> u64 {
         let host = self.host();
-        host.record();
+        host.start_recording();
         self.call(&host).expect("it works");
         let (mut random, mut cuts) = (Random::new(11), 0);
-        for (number, moment) in host.recorded().into_iter().enumerate() {
+        for (number, moment) in host.take_recording().into_iter().enumerate() {
             for fate in 0..10 {
                 // Nothing, all, or this and that of what is not durable.
                 let bits =
-                    [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.any() & random.any() | random.any());
+                    [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
                 let units = moment.unsynced_steps();
                 // The unit that decides: its own, or where that is asked for the length that came with it.
                 let judge_of = |unit: usize| match self.kind && units[unit].0 != 0 {
@@ -179,7 +179,7 @@ impl Case<'_> {
             files.map(|file| file.expect("it opens").stat().expect("it is there").allocated).sum()
         };
         for pages in 0.. {
-            let faults = |host: &SimHost| FaultPlan { room: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
+            let faults = |host: &SimHost| FaultPlan { capacity: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
             if self.with_faults(faults, &format!("{pages} pages of room")) {
                 return;
             }

@@ -1,6 +1,6 @@
 //! R1: every short workload on every layout, and every fate of every moment of it.
 
-use diffdisk::storage::sim::Order;
+use diffdisk::storage::sim::CompletionOrder;
 use diffdisk::units::SectorRange;
 
 use crate::judge::Judge;
@@ -65,7 +65,7 @@ pub(crate) fn all(
 fn run(layout: &Layout, acts: &[Act], judge: &mut Judge) -> Result<(), String> {
     let blind = Care { sample: 0, every: 1, journal: false };
     let mut world = World::new(layout, 1, 1, blind, judge);
-    world.host.set_order(Order::Pushed);
+    world.host.set_order(CompletionOrder::Pushed);
     let (last, before) = acts.split_last().expect("a workload has acts");
     let result = (|| {
         before.iter().try_for_each(|act| carry_out(&mut world, *act))?;

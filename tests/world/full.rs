@@ -68,8 +68,8 @@ fn run(
     let care = Care { sample: 0, every: 1, journal: true };
     let roomy = FaultPlan { copy_on_write, ..FaultPlan::default() };
     let mut world = World::opened(layout, 7 + pages, 1, care, judge, how, &roomy);
-    let room = world.host.taken() + pages * PAGE;
-    let plan = FaultPlan { room: Some(room), ..roomy.clone() };
+    let room = world.host.allocated_bytes() + pages * PAGE;
+    let plan = FaultPlan { capacity: Some(room), ..roomy.clone() };
     match how.when_full {
         WhenFull::Fail => world.faults(plan),
         // Nothing fails: all of it waits.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use diffdisk::chain::{Chain, Plan, Policy, Use};
 use diffdisk::format::{Defect, Severity};
 use diffdisk::image::{self, Keep};
-use diffdisk::storage::sim::{Random, SimHost, Unit};
+use diffdisk::storage::sim::{Random, SimHost, DurableUnit};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
 
@@ -72,23 +72,23 @@ impl Judge {
             }
             let torn = if count > 0 { 4 } else { 0 };
             for _ in 0..torn {
-                self.try_fate(host, &units, model, &|_| true, Some(random.any()))?;
+                self.try_fate(host, &units, model, &|_| true, Some(random.next_u64()))?;
             }
             return Ok(());
         }
         self.try_fate(host, &units, model, &|_| false, None)?;
         self.try_fate(host, &units, model, &|_| true, None)?;
         for n in 0..sample.saturating_sub(2) {
-            let (salt, yes) = (random.any(), 1 + random.below(7));
+            let (salt, yes) = (random.next_u64(), 1 + random.below(7));
             let lone = random.index(count);
-            let torn = random.chance(1, 4).then(|| random.any());
+            let torn = random.chance(1, 4).then(|| random.next_u64());
             let fate = |i: usize| match n % 4 {
                 0 => i == lone,
                 1 => i != lone,
                 // Whole pages of 4 KiB.
                 2 => {
                     let place = match units[i].1 {
-                        Unit::Sector(_, at) => at / 8,
+                        DurableUnit::Sector(_, at) => at / 8,
                         _ => 1 << 40,
                     };
                     Random::new(salt ^ place).chance(yes, 8)
@@ -104,7 +104,7 @@ impl Judge {
     fn try_fate(
         &mut self,
         host: &SimHost,
-        units: &[(u64, Unit)],
+        units: &[(u64, DurableUnit)],
         model: &Model,
         fate: &dyn Fn(usize) -> bool,
         torn: Option<u64>,
@@ -114,8 +114,8 @@ impl Judge {
         self.torn += u64::from(torn_here);
         // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
         let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
-            let Unit::Len(inode, len) = unit else { return true };
-            let last = Unit::Sector(*inode, (len - 1) / 512);
+            let DurableUnit::Len(inode, len) = unit else { return true };
+            let last = DurableUnit::Sector(*inode, (len - 1) / 512);
             let cause = units.iter().position(|(s, u)| s == step && *u == last);
             cause.is_none_or(|cause| fate(cause) == fate(i))
         });
@@ -153,15 +153,15 @@ impl Judge {
 
     /// As `look`, and the machine may end again at any moment of the recovery: the disk must read the same then.
     fn look_twice(&mut self, after: &SimHost) -> Result<Found, String> {
-        after.record();
+        after.start_recording();
         let found = look(after, true)?;
         let mut random = Random::new(self.distinct);
-        let moments = after.recorded();
+        let moments = after.take_recording();
         for (step, moment) in moments.iter().chain([after]).enumerate() {
             let count = moment.unsynced().len();
             for n in 0..4.min(1_u64 << count.min(3)) {
                 let fates: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
-                let mut tear = tearing((n > 1).then(|| random.any()));
+                let mut tear = tearing((n > 1).then(|| random.next_u64()));
                 let again = look(&moment.crash_torn(&|i| fates[i], &mut tear), false);
                 let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
                 self.again += 1;
@@ -180,7 +180,7 @@ fn tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u1
     move |old, new| {
         // A guest's data may be torn, too, and such a mixture has no place in the model: see `tests/host/guest.rs`.
         let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
-        Some(u128::from(random.any()) << 64 | u128::from(random.any()))
+        Some(u128::from(random.next_u64()) << 64 | u128::from(random.next_u64()))
     }
 }
 

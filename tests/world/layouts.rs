@@ -38,7 +38,7 @@ pub(crate) fn top() -> PathBuf {
 
 /// How the disk is opened on a machine; with a live journal if `journal`.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
-    let runtime = || host.runtime(Path::new("/run")).expect("every folder is in memory");
+    let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");
     let keep = if journal { Keep::Journal { folders: vec![runtime()], required: true } } else { Keep::Nothing };
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
@@ -133,7 +133,7 @@ fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Form) {
     file.read_at(&mut table, 512 + 16).expect("a header");
     let table = u64::from_be_bytes(table);
     let end = file.stat().expect("it is there").len / 512 - 1;
-    file.punch(end * 512, 512).expect("it can be cut");
+    file.punch_hole(end * 512, 512).expect("it can be cut");
     let present = if form == Form::Full { blocks } else { 1 };
     // A packed block takes nine sectors; the first begins so that it ends one before a page.
     let first = end + 6;

@@ -15,7 +15,7 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) 
     let mut random = Random::new(seed);
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
-    let mut world = World::new(layout, random.any(), lanes, care, judge);
+    let mut world = World::new(layout, random.next_u64(), lanes, care, judge);
     // Mostly there is too little memory for the bitmaps.
     let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
     if let Some(granules) = granules {
@@ -86,7 +86,7 @@ fn plan_fault(world: &mut World<'_>, random: &mut Random) {
     let steps = world.host.counts().steps;
     let mut plan = FaultPlan::default();
     match random.below(4) {
-        0 => plan.room = Some(world.allocated() + 4096 * random.below(6)),
+        0 => plan.capacity = Some(world.allocated() + 4096 * random.below(6)),
         1 => plan.no_allocate = true,
         _ => {
             for _ in 0..1 + random.below(3) {

@@ -37,7 +37,7 @@ struct Guest {
 }
 
 fn options(host: &SimHost, path: &Path, folder: &str) -> DiskOptions {
-    let folder = host.runtime(Path::new(folder)).expect("every folder is in memory");
+    let folder = host.runtime_folder(Path::new(folder)).expect("every folder is in memory");
     let keep = Keep::Journal { folders: vec![folder], required: true };
     DiskOptions { keep, path: path.into(), ..layouts::options(host, false) }
 }
@@ -143,13 +143,13 @@ fn life(host: &SimHost, known: &mut Known, round: Value) -> Result<(), Error> {
     let value = |n: Value| round * 100 + n;
     guest.write(known, 1, value(2));
     guest.write(known, 2 * BLOCK + 4, value(3));
-    host.pass(1);
+    host.advance_clock(1);
     guest.write(known, 2, value(4));
     guest.flush();
     guest.write(known, 3, value(5));
     guest.zero(known, 5 * BLOCK + 1);
     guest.flush();
-    host.pass(1);
+    host.advance_clock(1);
     // Enough blocks for a step of growth.
     for block in 6..19 {
         guest.write(known, block * BLOCK + 2, value(10 + block as Value));
@@ -167,10 +167,10 @@ fn goes_on(host: &SimHost, known: &Known, layout: &Layout) -> Outcomes {
     guest.write(&mut known, 3 * BLOCK, 90_001);
     guest.judge(&known, &layout.values).map_err(|e| format!("afterwards {e}"))?;
     guest.close().map_err(|e| format!("it does not close: {}", e.line()))?;
-    let runtime = host.runtime(Path::new("/run")).map_err(line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
     image::sweep(host, &runtime).map_err(line)?;
-    if !host.live_names().is_empty() {
-        return Err(format!("a clean end leaves {:?}", host.live_names()));
+    if !host.shm_names().is_empty() {
+        return Err(format!("a clean end leaves {:?}", host.shm_names()));
     }
     let (report, _) = image::check(host.open(&top(), Access::Read).map_err(line)?).map_err(line)?;
     if let Some(defect) = report.defects.first() {
@@ -213,7 +213,7 @@ pub(crate) fn kills(layout: &Layout, every: usize) -> Outcomes {
 
 /// Kills a copy of the machine: the machine itself can be killed once more.
 fn kill_twin(host: &SimHost, seed: u64) -> SimHost {
-    kill(&host.twin(), seed)
+    kill(&host.fork(), seed)
 }
 
 /// Every step fails once, and the process is killed, soon after or at the end: what was answered is there, unless a sync
@@ -233,7 +233,7 @@ pub(crate) fn faults(layout: &Layout, soon: bool) -> Outcomes {
             }
             let reached = is_reached();
             if !(soon && reached) {
-                host.pass(1);
+                host.advance_clock(1);
                 guest.write(&mut known, 2, 3);
                 guest.flush();
                 guest.write(&mut known, 3, 4);
@@ -278,7 +278,7 @@ pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
             closed.map_err(line)?;
         }
         for seed in 0..2 {
-            let host = kill(&host.twin(), seed);
+            let host = kill(&host.fork(), seed);
             goes_on(&host, &known, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
         }
         if whole {
@@ -298,14 +298,14 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
     let mut guest = open(&host).map_err(line)?;
     guest.write(&mut known, 1, 2);
     guest.flush();
-    host.pass(1);
+    host.advance_clock(1);
     copies.push(("after the first flush", bytes(&host, &top())));
     guest.write(&mut known, new(2), 3);
     // The next commit changes nothing but bits, in the same second.
     copies.push(("before the second flush", bytes(&host, &top())));
     guest.flush();
     if ends_marked {
-        host.pass(1);
+        host.advance_clock(1);
         copies.push(("after the second flush", bytes(&host, &top())));
         guest.write(&mut known, new(3), 4);
     }
@@ -323,7 +323,7 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
     }
     // From before the session: it has no stamp, and is what it was; the journal waits for its image.
     restore(&host, &top(), &copies[0].1);
-    let runtime = host.runtime(Path::new("/run")).map_err(line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
     image::sweep(&host, &runtime).map_err(line)?;
     let guest = open(&host).map_err(line)?;
     guest.judge(&Known::default(), &layout.values)?;
@@ -354,7 +354,7 @@ pub(crate) fn twins(layout: &Layout) -> Outcomes {
         host.stop_at(host.counts().steps + step);
         let whole = open_at(&host, &other, "/run").is_ok();
         for seed in 0..8 {
-            let host = kill(&host.twin(), seed);
+            let host = kill(&host.fork(), seed);
             let mut known = known.clone();
             match open(&host) {
                 Ok(mut guest) => {
@@ -397,8 +397,8 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
         return Err(format!("the message does not help: {message}"));
     }
     // Of several folders, the one that has the journal counts, whatever the order.
-    let twin = kill(&host.twin(), 1);
-    let folder = |path: &str| twin.runtime(Path::new(path)).expect("every folder is in memory");
+    let twin = kill(&host.fork(), 1);
+    let folder = |path: &str| twin.runtime_folder(Path::new(path)).expect("every folder is in memory");
     let keep = Keep::Journal { folders: vec![folder("/other"), folder("/run")], required: true };
     let options = DiskOptions { keep, ..layouts::options(&twin, false) };
     Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
@@ -409,24 +409,24 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     refused(checked(&host), "to a check, a killed image")?;
     // Another machine may be alive.
-    let away = kill(&host.twin(), 1);
+    let away = kill(&host.fork(), 1);
     away.move_to_another_machine(9);
     refused(open(&away), "an image of another machine")?;
-    let runtime = away.runtime(Path::new("/run")).map_err(line)?;
+    let runtime = away.runtime_folder(Path::new("/run")).map_err(line)?;
     image::discard(&away, std::slice::from_ref(&runtime), &top()).map_err(line)?;
     open(&away).map_err(line)?.close().map_err(line)?;
     // Discarded here: what was flushed is there, and the journal is gone.
-    let given_up = kill(&host.twin(), 1);
-    let runtime = given_up.runtime(Path::new("/run")).map_err(line)?;
+    let given_up = kill(&host.fork(), 1);
+    let runtime = given_up.runtime_folder(Path::new("/run")).map_err(line)?;
     image::discard(&given_up, std::slice::from_ref(&runtime), &top()).map_err(line)?;
-    if !given_up.live_names().is_empty() {
+    if !given_up.shm_names().is_empty() {
         return Err("a discarded journal stays".into());
     }
     goes_on(&given_up, &known, layout)?;
     // Settled: nobody is refused any more.
     let file = host.open(&top(), Access::Write).map_err(line)?;
     file.lock(Lock::Exclusive).map_err(line)?;
-    let runtime = host.runtime(Path::new("/run")).map_err(line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
     if !image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
         || image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
     {
@@ -473,7 +473,7 @@ pub(crate) fn readers(layout: &Layout) -> Outcomes {
     let mut guest = open(&host).map_err(line)?;
     guest.judge(&Known::default(), &layout.values)?;
     guest.flush();
-    if bytes(&host, &top()) != before || !host.live_names().is_empty() {
+    if bytes(&host, &top()) != before || !host.shm_names().is_empty() {
         return Err("reading leaves a trace".into());
     }
     drop(guest);

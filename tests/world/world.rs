@@ -145,7 +145,7 @@ impl<'a> World<'a> {
                 for _ in 0..lanes {
                     self.lanes.push(disk.lane(EngineKind::Auto, DEPTH).map_err(|e| e.line())?);
                 }
-                self.host.grant(Some(0));
+                self.host.limit_completions(Some(0));
                 self.disk = Some(disk);
                 if let Some(granules) = self.granules {
                     self.keep_at_most(granules);
@@ -162,9 +162,9 @@ impl<'a> World<'a> {
         if self.care.sample == 0 {
             return Ok(call());
         }
-        self.host.record();
+        self.host.start_recording();
         let result = call();
-        for moment in self.host.recorded() {
+        for moment in self.host.take_recording() {
             self.look_at(&moment)?;
         }
         self.look()?;
@@ -240,9 +240,9 @@ impl<'a> World<'a> {
     /// One completion at most, on one lane, and what follows from it.
     pub(crate) fn step(&mut self, lane: usize) -> Result<(), String> {
         let mut answers = Vec::new();
-        self.host.grant(Some(1));
+        self.host.limit_completions(Some(1));
         let turned = self.lanes[lane].submit().and_then(|()| self.lanes[lane].poll(&mut answers));
-        self.host.grant(Some(0));
+        self.host.limit_completions(Some(0));
         turned.map_err(|e| format!("the engine failed: {e}"))?;
         for answer in answers {
             self.answered(answer)?;

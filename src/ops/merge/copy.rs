@@ -10,7 +10,7 @@ use crate::image::{Image, next_data};
 use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled};
 use crate::ops::writer::Writer;
 use crate::point;
-use crate::storage::{Buffer, File, Slot};
+use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors that are made zero at once: 64 MiB.
@@ -35,7 +35,7 @@ impl Layers {
         let sizes = images.iter().map(Image::size);
         let masked = sizes.min().expect("at least one image") / SECTOR;
         let sectors = images[0].size() / SECTOR;
-        let layers = (0..).zip(images).map(|(number, image)| Layer { slot: Slot(number), image }).collect();
+        let layers = (0..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect();
         Layers { version: Version::new(None, Frozen::new(layers), sectors), masked }
     }
 
@@ -56,7 +56,7 @@ impl Layers {
             taken += image.file().stat()?.allocated;
         }
         let wanted = taken.min(blocks * u64::from(block_size.bytes()));
-        let available = beneath.file().host_room()?.available;
+        let available = beneath.file().file_system_space()?.available;
         if available >= wanted {
             return Ok(());
         }
@@ -122,7 +122,7 @@ struct Run<'a, 'w, 's> {
     step: &'a mut Step<'s>,
     buffer: Buffer,
     /// What was last found that is no hole: file, its first byte, its end.
-    seen: Option<(Slot, u64, u64)>,
+    seen: Option<(FileSlot, u64, u64)>,
     written: u64,
 }
 
@@ -140,7 +140,7 @@ impl Run<'_, '_, '_> {
     }
 
     /// Copies a run that lies in one piece in a file, from byte `offset` on.
-    fn copy(&mut self, slot: Slot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
+    fn copy(&mut self, slot: FileSlot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
         let (mut rest, mut offset) = (range, offset);
         while !rest.is_empty() {
             let hole = self.hole(slot, file, offset)?;
@@ -160,7 +160,7 @@ impl Run<'_, '_, '_> {
     }
 
     /// Sectors from byte `offset` on that are a hole in the file.
-    fn hole(&mut self, slot: Slot, file: &File, offset: u64) -> Result<u64> {
+    fn hole(&mut self, slot: FileSlot, file: &File, offset: u64) -> Result<u64> {
         let (start, end) = match self.seen {
             Some((seen, start, end)) if seen == slot && (start..end).contains(&offset) => (start, end),
             _ => next_data(file, offset..u64::MAX)?.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end)),

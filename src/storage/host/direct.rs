@@ -12,14 +12,14 @@ use crate::storage::payload::{BUFFER_ALIGN, Buffer};
 use crate::units::SECTOR;
 
 /// Bytes moved at once through bounce memory.
-pub(super) const BOUNCE: usize = 1 << 20;
+pub(super) const BOUNCE_BYTES: usize = 1 << 20;
 
 impl HostFile {
     /// Reads the aligned range around the wanted one, piece by piece through memory that suits the medium.
     #[allow(clippy::cast_possible_truncation, reason = "a remainder of the unit, at most a sector")]
-    pub(super) fn fill_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
+    pub(super) fn read_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
         let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
-        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE).min(BOUNCE);
+        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE_BYTES).min(BOUNCE_BYTES);
         let mut bounce = Buffer::zeroed(room);
         let mut done = 0;
         while done < into.len() {
@@ -27,7 +27,7 @@ impl HostFile {
             let start = at / unit * unit;
             let skip = (at % unit) as usize;
             let ask = (skip + into.len() - done).next_multiple_of(unit as usize).min(room);
-            let got = self.read_some(&mut bounce[..ask], start)?;
+            let got = self.read_up_to(&mut bounce[..ask], start)?;
             let n = (into.len() - done).min(ask - skip);
             if got < skip + n {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -38,16 +38,16 @@ impl HostFile {
         Ok(())
     }
 
-    pub(super) fn pour_direct(&self, from: &[u8], offset: u64, unit: u64) -> io::Result<()> {
+    pub(super) fn write_direct(&self, from: &[u8], offset: u64, unit: u64) -> io::Result<()> {
         if !offset.is_multiple_of(unit) || !(from.len() as u64).is_multiple_of(unit) {
             // Reading and rewriting the neighbours could undo what somebody else writes there now.
             let what = format!("a direct write must begin and end on a multiple of {unit} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        let mut bounce = Buffer::zeroed(from.len().min(BOUNCE));
-        for (i, piece) in from.chunks(BOUNCE).enumerate() {
+        let mut bounce = Buffer::zeroed(from.len().min(BOUNCE_BYTES));
+        for (i, piece) in from.chunks(BOUNCE_BYTES).enumerate() {
             bounce[..piece.len()].copy_from_slice(piece);
-            self.pour(&bounce[..piece.len()], offset + (i * BOUNCE) as u64)?;
+            self.write_buffered(&bounce[..piece.len()], offset + (i * BOUNCE_BYTES) as u64)?;
         }
         Ok(())
     }

@@ -11,10 +11,10 @@ use rustix::io::Errno;
 
 use super::folder::HostFolder;
 use super::lock;
-use super::mapped::Mapped;
+use super::file_map::FileMap;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Naming, Stat};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, NameStatus, Stat};
 use crate::units::SECTOR;
 
 /// How long the I/O of a process that is gone may take to end.
@@ -22,12 +22,12 @@ const FENCE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// An open regular file. Clones share the open description, and with it the locks.
 #[derive(Clone, Debug)]
-pub struct HostFile(pub(super) Arc<Open>);
+pub struct HostFile(pub(super) Arc<OpenFile>);
 
 #[derive(Debug)]
-pub(super) struct Open {
+pub(super) struct OpenFile {
     /// Dropped before the descriptor, whose locks it keeps.
-    mapped: Mapped,
+    mapped: FileMap,
     fd: OwnedFd,
     path: PathBuf,
     /// Where it was found.
@@ -69,8 +69,8 @@ impl HostFile {
         // whoever left the flag on.
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| fail("cannot read the flags", e))?;
         rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| fail("cannot set the flags", e))?;
-        Ok(HostFile(Arc::new(Open {
-            mapped: Mapped::default(),
+        Ok(HostFile(Arc::new(OpenFile {
+            mapped: FileMap::default(),
             fd,
             path: path.to_path_buf(),
             folder: folder.clone(),
@@ -98,7 +98,7 @@ impl HostFile {
     }
 
     /// See [`File::is_device`](crate::storage::File::is_device).
-    pub fn is_device(&self) -> bool {
+    pub fn is_block_device(&self) -> bool {
         self.0.is_device
     }
 
@@ -128,13 +128,13 @@ impl HostFile {
     }
 
     /// See [`File::naming`](crate::storage::File::naming).
-    pub fn naming(&self) -> Result<Naming> {
+    pub fn name_status(&self) -> Result<NameStatus> {
         match rustix::fs::stat(self.path()) {
-            Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(Naming::Kept),
-            Ok(_) => Ok(Naming::Replaced),
+            Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(NameStatus::Kept),
+            Ok(_) => Ok(NameStatus::Replaced),
             Err(Errno::NOENT | Errno::NOTDIR) => {
                 let links = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?.st_nlink;
-                Ok(if links == 0 { Naming::Removed } else { Naming::Renamed })
+                Ok(if links == 0 { NameStatus::Removed } else { NameStatus::Renamed })
             }
             Err(e) => Err(self.fail("cannot look up its name", e)),
         }
@@ -147,7 +147,7 @@ impl HostFile {
         }
         match self.0.direct.get() {
             None => self.fill(into, offset),
-            Some(rules) => self.fill_direct(into, offset, rules.offset),
+            Some(rules) => self.read_direct(into, offset, rules.offset),
         }
         .map_err(|e| Error::io(format!("cannot read {} bytes", into.len()), e).at_path(self.path()).at_offset(offset))
     }
@@ -158,21 +158,21 @@ impl HostFile {
             return Ok(());
         }
         match self.0.direct.get() {
-            None => self.pour(from, offset),
-            Some(rules) => self.pour_direct(from, offset, rules.offset),
+            None => self.write_buffered(from, offset),
+            Some(rules) => self.write_direct(from, offset, rules.offset),
         }
         .map_err(|e| Error::io(format!("cannot write {} bytes", from.len()), e).at_path(self.path()).at_offset(offset))
     }
 
     fn fill(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
-        if self.read_some(into, offset)? < into.len() {
+        if self.read_up_to(into, offset)? < into.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(())
     }
 
     /// Reads until `into` is full or the file ends.
-    pub(super) fn read_some(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    pub(super) fn read_up_to(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut done = 0;
         while done < into.len() {
             let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -188,7 +188,7 @@ impl HostFile {
         Ok(done)
     }
 
-    pub(super) fn pour(&self, from: &[u8], offset: u64) -> io::Result<()> {
+    pub(super) fn write_buffered(&self, from: &[u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < from.len() {
             let at = offset.checked_add(done as u64).ok_or(io::ErrorKind::FileTooLarge)?;
@@ -268,7 +268,7 @@ impl HostFile {
                 Ok(()) => break,
                 Err(e) => e,
             };
-            let fenced = e.kind() == ErrorKind::Busy && !lock::is_held_by_the_living(self.as_fd(), self.0.id);
+            let fenced = e.kind() == ErrorKind::Busy && !lock::is_held_by_live_process(self.as_fd(), self.0.id);
             if !fenced || began.elapsed() >= FENCE_PATIENCE {
                 return Err(e.at_path(self.path()));
             }
@@ -281,7 +281,7 @@ impl HostFile {
     }
 
     /// See [`File::expect_scattered_reads`](crate::storage::File::expect_scattered_reads).
-    pub fn expect_scattered_reads(&self) {
+    pub fn advise_random_reads(&self) {
         // Advice: where it is not taken, nothing is lost but time.
         let _ = rustix::fs::fadvise(self, 0, None, rustix::fs::Advice::Random);
     }
@@ -293,7 +293,7 @@ impl HostFile {
 
     /// See [`File::host_readahead`](crate::storage::File::host_readahead). File systems without a device of their own
     /// (btrfs, NFS) are not found where Linux shows it.
-    pub fn host_readahead(&self) -> u64 {
+    pub fn kernel_readahead(&self) -> u64 {
         let of = |dev: u64| {
             let name = format!("/sys/class/bdi/{}:{}/read_ahead_kb", rustix::fs::major(dev), rustix::fs::minor(dev));
             std::fs::read_to_string(name).ok()?.trim().parse::<u64>().ok()
@@ -303,13 +303,13 @@ impl HostFile {
 
     /// See [`File::write_behind`](crate::storage::File::write_behind). Linux begins to write what is dirty, and drops only
     /// what is clean (mm/fadvise.c).
-    pub fn write_behind(&self, offset: u64, len: u64) {
+    pub fn start_writeback(&self, offset: u64, len: u64) {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
     }
 
     /// Its parts that can be copied from.
     #[inline]
-    pub(in crate::storage) fn mapped(&self) -> &Mapped {
+    pub(in crate::storage) fn file_map(&self) -> &FileMap {
         &self.0.mapped
     }
 }

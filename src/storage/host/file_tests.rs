@@ -1,6 +1,6 @@
 //! Tests of `file.rs` on real files.
 
-use super::super::direct::BOUNCE;
+use super::super::direct::BOUNCE_BYTES;
 use super::*;
 use crate::storage::env::{Env, File};
 use crate::storage::host::Host;
@@ -48,7 +48,7 @@ fn holes_are_seen_and_made() {
     assert_eq!(f.next_data(262_144 + 65536).unwrap(), None);
     assert_eq!(f.next_data(1 << 21).unwrap(), None);
     let before = f.stat().unwrap().allocated;
-    f.punch(262_144, 32768).unwrap();
+    f.punch_hole(262_144, 32768).unwrap();
     assert_eq!(f.next_data(0).unwrap(), Some((262_144 + 32768, 32768)));
     assert!(f.stat().unwrap().allocated < before);
     f.allocate(1 << 20, 1 << 16).unwrap();
@@ -62,7 +62,7 @@ fn holes_are_seen_and_made() {
 
 #[test]
 fn direct_files_take_any_memory() {
-    let bytes = pattern(2 * BOUNCE + 1000);
+    let bytes = pattern(2 * BOUNCE_BYTES + 1000);
     let (_folder, f) = file(&bytes);
     let Some(rules) = f.set_direct().unwrap() else {
         eprintln!("skipped: no O_DIRECT with sectors in /var/tmp");
@@ -70,7 +70,7 @@ fn direct_files_take_any_memory() {
     };
     assert_eq!(f.set_direct().unwrap(), Some(rules));
     let mut whole = vec![0; bytes.len() + 1];
-    for (at, len) in [(1, 10), (511, 2), (3, bytes.len() - 3), (bytes.len() - 1, 1), (512, 2 * BOUNCE)] {
+    for (at, len) in [(1, 10), (511, 2), (3, bytes.len() - 3), (bytes.len() - 1, 1), (512, 2 * BOUNCE_BYTES)] {
         f.read_at(&mut whole[1..=len], at as u64).unwrap();
         assert_eq!(whole[1..=len], bytes[at..at + len], "{at} {len}");
     }
@@ -78,9 +78,9 @@ fn direct_files_take_any_memory() {
         let e = f.read_at(&mut whole[..len], at as u64).unwrap_err();
         assert!(e.line().contains("end of file"), "{e}");
     }
-    f.write_at(&whole[1..=BOUNCE + 512], 1024).unwrap();
-    let mut back = vec![0; BOUNCE + 512];
+    f.write_at(&whole[1..=BOUNCE_BYTES + 512], 1024).unwrap();
+    let mut back = vec![0; BOUNCE_BYTES + 512];
     f.read_at(&mut back, 1024).unwrap();
-    assert_eq!(back, whole[1..=BOUNCE + 512]);
+    assert_eq!(back, whole[1..=BOUNCE_BYTES + 512]);
     assert!(f.write_at(&[0; 512], 1).is_err() && f.write_at(&[0; 5], 0).is_err());
 }

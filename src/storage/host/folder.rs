@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::file::HostFile;
-use super::{CAREFUL, flags_of, open_error, retry};
+use super::{OPEN_FLAGS, access_flags, open_error, retry};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, FileId};
 
@@ -73,13 +73,13 @@ impl HostFolder {
 
     /// Opens what an operator has named: a symbolic link of that name is followed.
     pub(super) fn open_named(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
-        retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | CAREFUL, Mode::empty()))
+        retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS, Mode::empty()))
     }
 
     pub(in crate::storage) fn open(&self, name: &OsStr, access: Access) -> Result<HostFile> {
         let path = self.join(name);
         let fd =
-            retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | CAREFUL | OFlags::NOFOLLOW, Mode::empty()))
+            retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS | OFlags::NOFOLLOW, Mode::empty()))
                 .map_err(|e| match e {
                     Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
                     e => open_error(e),
@@ -99,7 +99,7 @@ impl HostFolder {
         }
         let folder = self.beneath(above)?;
         let fd = folder
-            .look_up(Path::new(name), OFlags::RDONLY | CAREFUL)
+            .look_up(Path::new(name), OFlags::RDONLY | OPEN_FLAGS)
             .map_err(|e| self.beneath_error(e).at_path(&path))?;
         HostFile::new(fd, &path, Access::Read, &folder)
     }
@@ -138,7 +138,7 @@ impl HostFolder {
     }
 
     pub(in crate::storage) fn create(&self, name: &OsStr) -> Result<HostFile> {
-        let (path, flags) = (self.join(name), OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | CAREFUL);
+        let (path, flags) = (self.join(name), OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OPEN_FLAGS);
         let fd = retry(|| rustix::fs::openat(&self.fd, name, flags, Mode::from_raw_mode(0o644)))
             .map_err(|e| Error::io("cannot create the file", e.into()).at_path(&path))?;
         HostFile::new(fd, &path, Access::Write, self)
@@ -148,7 +148,7 @@ impl HostFolder {
     pub(super) fn open_disk(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
         // Without O_CREAT, O_EXCL concerns block devices only (open(2)).
         let exclusive = if access == Access::Write { OFlags::EXCL } else { OFlags::empty() };
-        retry(|| rustix::fs::openat(&self.fd, name, flags_of(access) | exclusive | CAREFUL, Mode::empty()))
+        retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | exclusive | OPEN_FLAGS, Mode::empty()))
     }
 
     pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<HostFile> {
@@ -171,7 +171,7 @@ impl HostFolder {
         HostFile::new(fd, &path, Access::Write, self)
     }
 
-    pub(in crate::storage) fn give_name(&self, file: &HostFile, name: &OsStr) -> Result<()> {
+    pub(in crate::storage) fn link_unnamed(&self, file: &HostFile, name: &OsStr) -> Result<()> {
         rustix::fs::linkat(CWD, name_in_proc(file), &self.fd, name, AtFlags::SYMLINK_FOLLOW)
             .map_err(|e| Error::io("cannot give the file its name", e.into()).at_path(self.join(name)))
     }

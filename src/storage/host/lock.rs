@@ -22,7 +22,7 @@ const WRITER: &[i64] = &[100, 101, 103, 201, 203];
 const READER: &[i64] = &[100, 201, 203];
 
 /// All bytes by which a process says that it has a file in use: ours, and those of QEMU's permissions.
-pub(super) const BYTES: [i64; 7] = [OURS, 100, 101, 103, 200, 201, 203];
+pub(super) const IN_USE_BYTES: [i64; 7] = [OURS, 100, 101, 103, 200, 201, 203];
 
 /// Descriptors looked at, at most, to name who holds a lock.
 const LOOKS: usize = 20_000;
@@ -61,10 +61,10 @@ fn meaning(byte: i64) -> &'static str {
 
 /// Whether a process that goes on holds a lock that may be against ours, by another description than `fd`. If not, the
 /// lock is that of a process that has ended, or is about to, and of its I/O on the way: it goes when that is over.
-pub(super) fn is_held_by_the_living(fd: BorrowedFd<'_>, id: FileId) -> bool {
-    let theirs = |d: &Descriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
-    descriptors(|line| BYTES.iter().any(|&byte| covers(line, id.ino, byte)))
-        .any(|d| theirs(&d) && d.is_of(id) && !is_dying(d.pid))
+pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
+    let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
+    descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))
+        .any(|d| theirs(&d) && d.refers_to(id) && !is_dying(d.pid))
 }
 
 /// Goes from the lock `held` by the description to `wanted`; after an error `held` is still held.
@@ -142,8 +142,8 @@ fn set(fd: BorrowedFd<'_>, kind: i32, byte: i64) -> io::Result<()> {
 }
 
 /// Whether another description than `fd` holds a lock by which a process of ours or of QEMU has the file in use.
-pub(super) fn is_held(fd: BorrowedFd<'_>) -> Result<bool> {
-    for byte in BYTES {
+pub(super) fn is_locked(fd: BorrowedFd<'_>) -> Result<bool> {
+    for byte in IN_USE_BYTES {
         if stranger(fd, byte).map_err(failed)?.is_some() {
             return Ok(true);
         }
@@ -166,7 +166,7 @@ fn stranger(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
 /// process, so this is the only trace.
 fn holder(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;
-    for d in descriptors(|line| covers(line, id.ino, byte)).filter(|d| d.is_of(id)) {
+    for d in descriptors_with_lock(|line| lock_line_covers(line, id.ino, byte)).filter(|d| d.refers_to(id)) {
         if d.pid != std::process::id() {
             return Some(d.pid);
         }
@@ -176,22 +176,22 @@ fn holder(id: FileId, byte: i64) -> Option<u32> {
 }
 
 /// A descriptor of a process.
-pub(super) struct Descriptor {
+pub(super) struct LockDescriptor {
     pub(super) pid: u32,
     number: i32,
 }
 
-impl Descriptor {
+impl LockDescriptor {
     /// Whether it is of that file. A lock's line does not tell for sure: inode numbers are not unique among file systems,
     /// and the device in it is, on btrfs, not the one of stat.
-    pub(super) fn is_of(&self, id: FileId) -> bool {
+    pub(super) fn refers_to(&self, id: FileId) -> bool {
         fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.number))
             .is_ok_and(|m| FileId { dev: m.dev(), ino: m.ino() } == id)
     }
 }
 
 /// The descriptors of all processes with a lock whose line in fdinfo `is_wanted`.
-pub(super) fn descriptors(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = Descriptor> {
+pub(super) fn descriptors_with_lock(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = LockDescriptor> {
     let number = |entry: &fs::DirEntry| entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let all = processes.filter_map(move |entry| Some((number(&entry)?, entry.path().join("fdinfo"))));
@@ -201,7 +201,7 @@ pub(super) fn descriptors(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Ite
     });
     all.take(LOOKS).filter_map(move |(pid, number, path)| {
         let text = fs::read_to_string(path).ok()?;
-        text.lines().filter_map(|l| l.strip_prefix("lock:")).any(&is_wanted).then_some(Descriptor { pid, number })
+        text.lines().filter_map(|l| l.strip_prefix("lock:")).any(&is_wanted).then_some(LockDescriptor { pid, number })
     })
 }
 
@@ -222,7 +222,7 @@ fn tells_of_death(status: &str) -> bool {
 
 /// Whether the text of a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) speaks of such an inode
 /// and byte.
-pub(super) fn covers(line: &str, ino: u64, byte: i64) -> bool {
+pub(super) fn lock_line_covers(line: &str, ino: u64, byte: i64) -> bool {
     let mut words = line.split_whitespace().rev();
     let (Some(last), Some(first), Some(inode)) = (words.next(), words.next(), words.next()) else { return false };
     let first = first.parse::<i64>().unwrap_or(i64::MAX);
@@ -247,7 +247,7 @@ pub(super) mod tests {
     }
 
     /// One test at a time: a child process holds all descriptions, with their locks, from fork to exec.
-    pub(in crate::storage::host) fn alone() -> std::sync::MutexGuard<'static, ()> {
+    pub(in crate::storage::host) fn serialize() -> std::sync::MutexGuard<'static, ()> {
         static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
         ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -261,7 +261,7 @@ pub(super) mod tests {
 
     #[test]
     fn two_descriptions_exclude_each_other() {
-        let _alone = alone();
+        let _alone = serialize();
         let (_folder, path) = image();
         let (a, b) = (open(&path, Access::Write), open(&path, Access::Write));
         a.lock(Lock::Exclusive).unwrap();
@@ -287,7 +287,7 @@ pub(super) mod tests {
 
     #[test]
     fn strangers_bytes_of_qemu_are_respected() {
-        let _alone = alone();
+        let _alone = serialize();
         // What a stranger holds as read locks, and whether a reader and a writer of ours may then lock.
         let cases: &[(&[i64], bool, bool)] = &[
             (&[100], true, true),
@@ -313,7 +313,7 @@ pub(super) mod tests {
 
     #[test]
     fn qemu_and_we_refuse_each_other() {
-        let _alone = alone();
+        let _alone = serialize();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.vhd");
         // A format with metadata: readers of raw images do not mind writers.
@@ -355,17 +355,17 @@ pub(super) mod tests {
     /// A fence: another process has the description with the lock, and is being killed.
     #[test]
     fn the_living_are_not_waited_for_and_the_dying_are() {
-        let _alone = alone();
+        let _alone = serialize();
         let (_folder, path) = image();
         let held = open(&path, Access::Write);
         held.lock(Lock::Exclusive).unwrap();
         let ours = open(&path, Access::Write);
         let f = host_file(&ours).unwrap();
-        assert!(is_held_by_the_living(f.as_fd(), f.id()));
+        assert!(is_held_by_live_process(f.as_fd(), f.id()));
         assert_eq!(ours.lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
         drop(held);
         ours.lock(Lock::Exclusive).unwrap();
-        assert!(!is_held_by_the_living(f.as_fd(), f.id()), "its own lock is none against it");
+        assert!(!is_held_by_live_process(f.as_fd(), f.id()), "its own lock is none against it");
         assert!(tells_of_death("Name:\tx\nState:\tZ (zombie)\n"));
         assert!(tells_of_death("State:\tD (disk sleep)\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n"));
         assert!(!tells_of_death("State:\tS (sleeping)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000004000\n"));
@@ -374,9 +374,9 @@ pub(super) mod tests {
     #[test]
     fn lines_of_fdinfo_are_understood() {
         let line = "\t1: OFDLCK  ADVISORY  READ  -1 fe:00:1234 100 101";
-        assert!(covers(line, 1234, 100) && covers(line, 1234, 101));
-        assert!(!covers(line, 1234, 102) && !covers(line, 123, 100));
-        assert!(covers("1: POSIX  ADVISORY  WRITE 77 00:1a:9 0 EOF", 9, 1000));
-        assert!(!covers("nonsense", 0, 0) && !covers("", 0, 0) && !covers("a b c", 0, 0));
+        assert!(lock_line_covers(line, 1234, 100) && lock_line_covers(line, 1234, 101));
+        assert!(!lock_line_covers(line, 1234, 102) && !lock_line_covers(line, 123, 100));
+        assert!(lock_line_covers("1: POSIX  ADVISORY  WRITE 77 00:1a:9 0 EOF", 9, 1000));
+        assert!(!lock_line_covers("nonsense", 0, 0) && !lock_line_covers("", 0, 0) && !lock_line_covers("a b c", 0, 0));
     }
 }

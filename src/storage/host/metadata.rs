@@ -7,14 +7,14 @@ use rustix::io::Errno;
 use super::file::HostFile;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::Modified;
+use crate::storage::env::ModifiedTime;
 
 /// Bytes of an attribute at most (Linux, XATTR_SIZE_MAX).
 const ATTRIBUTE_BYTES: usize = 64 << 10;
 
 impl HostFile {
     /// See [`File::set_modified`](crate::storage::File::set_modified).
-    pub fn set_modified(&self, time: Modified) -> Result<()> {
+    pub fn set_modified(&self, time: ModifiedTime) -> Result<()> {
         let times = Timestamps {
             last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
             last_modification: Timespec { tv_sec: time.seconds, tv_nsec: time.nanos.into() },
@@ -70,7 +70,7 @@ mod tests {
         let path = folder.path().join("f");
         let file = Host.folder(folder.path()).unwrap().create("f".as_ref()).unwrap();
         file.write_at(b"x", 0).unwrap();
-        let time = Modified { seconds: 1_000_000_000, nanos: 123_456_789 };
+        let time = ModifiedTime { seconds: 1_000_000_000, nanos: 123_456_789 };
         file.set_modified(time).unwrap();
         assert_eq!(file.stat().unwrap().last_change(), time);
         // Also by a file that is open for reading: the mark of a parent is set so.

@@ -3,9 +3,9 @@
 mod direct;
 mod file;
 mod folder;
-mod holder;
+mod lock_holder;
 mod lock;
-pub(super) mod mapped;
+pub(super) mod file_map;
 mod metadata;
 mod origin;
 mod presence;
@@ -24,18 +24,18 @@ use uuid::Uuid;
 
 pub use self::file::HostFile;
 pub use self::folder::HostFolder;
-pub(super) use self::mapped::{Place, Region};
-use super::blocking::Blocking;
+pub(super) use self::file_map::{Residency, MapRegion};
+use super::blocking::BlockingEngine;
 use super::engine::{Engine, host_file};
-use super::env::{Access, EngineKind, Env, File, Holder, Origin, Presence};
+use super::env::{Access, EngineKind, Env, File, LockHolder, Origin, FilePresence};
 use super::folder::Folder;
-use super::ring::Ring;
-use super::runtime::{HostRuntime, Runtime};
+use super::uring::UringEngine;
+use super::runtime_folder::{HostRuntimeFolder, RuntimeFolder};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every file is opened: not passed on to children, not waiting for the other end of a FIFO, not becoming our
 /// terminal.
-const CAREFUL: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
+const OPEN_FLAGS: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
 
 /// The running Linux system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,7 +52,7 @@ impl Env for Host {
         HostFolder::at(path).map(Folder::Host)
     }
 
-    fn presence(&self, path: &Path) -> Presence {
+    fn file_presence(&self, path: &Path) -> FilePresence {
         presence::presence(path)
     }
 
@@ -68,9 +68,9 @@ impl Env for Host {
         HostFile::new_disk(fd, path, access, &folder).map(File::Host)
     }
 
-    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
+    fn lock_holders(&self, files: &[&File]) -> Vec<Option<LockHolder>> {
         let files: Vec<_> = files.iter().map(|file| host_file(file).ok()).collect();
-        holder::of(&files)
+        lock_holder::lock_holders(&files)
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
@@ -85,8 +85,8 @@ impl Env for Host {
         std::fs::symlink_metadata(path).is_ok()
     }
 
-    fn runtime(&self, folder: &Path) -> Result<Runtime> {
-        HostRuntime::open_folder(folder).map(Runtime::Host)
+    fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder> {
+        HostRuntimeFolder::open_folder(folder).map(RuntimeFolder::Host)
     }
 
     fn origin(&self) -> Result<Origin> {
@@ -100,7 +100,7 @@ impl Env for Host {
         }
     }
 
-    fn uptime(&self) -> Duration {
+    fn monotonic_time(&self) -> Duration {
         static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
         BEGAN.elapsed()
     }
@@ -111,14 +111,14 @@ impl Env for Host {
 
     fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
         if kind == EngineKind::Blocking {
-            return Ok(Box::new(Blocking::new(depth)));
+            return Ok(Box::new(BlockingEngine::new(depth)));
         }
-        match Ring::new(depth) {
+        match UringEngine::new(depth) {
             Ok(ring) => Ok(Box::new(ring)),
             Err(e) if kind == EngineKind::Auto => {
                 static ONCE: std::sync::Once = std::sync::Once::new();
                 ONCE.call_once(|| log::warn!("no io_uring here ({e}): using blocking calls, which are slower"));
-                Ok(Box::new(Blocking::new(depth)))
+                Ok(Box::new(BlockingEngine::new(depth)))
             }
             Err(e) => Err(Error::io("cannot set up io_uring", e)),
         }
@@ -160,7 +160,7 @@ fn open_error(e: Errno) -> Error {
 }
 
 /// The flags of an access.
-fn flags_of(access: Access) -> OFlags {
+fn access_flags(access: Access) -> OFlags {
     match access {
         Access::Read => OFlags::RDONLY,
         Access::Write => OFlags::RDWR,

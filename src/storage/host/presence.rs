@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::retry;
-use crate::storage::env::Presence;
+use crate::storage::env::FilePresence;
 
 /// Where no path of an image is looked up.
 const KERNEL: [&str; 3] = ["proc", "sys", "dev"];
@@ -22,18 +22,18 @@ const KERNEL_MAGIC: [i64; 9] =
 const AUTOFS_MAGIC: i64 = 0x0187;
 
 /// See [`Env::presence`](crate::storage::Env::presence).
-pub(super) fn presence(path: &Path) -> Presence {
+pub(super) fn presence(path: &Path) -> FilePresence {
     let mut parts = Vec::new();
     for part in path.components() {
         match part {
             Component::RootDir => {}
             Component::Normal(name) => parts.push(name),
-            _ => return Presence::Absent,
+            _ => return FilePresence::Absent,
         }
     }
-    let Some((last, above)) = parts.split_last() else { return Presence::Absent };
+    let Some((last, above)) = parts.split_last() else { return FilePresence::Absent };
     if KERNEL.iter().any(|kernel| parts[0] == *kernel) {
-        return Presence::Absent;
+        return FilePresence::Absent;
     }
     let mut at = match retry(|| rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())) {
         Ok(fd) => fd,
@@ -41,8 +41,8 @@ pub(super) fn presence(path: &Path) -> Presence {
     };
     for name in above.iter().map(Some).chain([None]) {
         match rustix::fs::fstatfs(&at).map(|found| found.f_type) {
-            Ok(AUTOFS_MAGIC) => return Presence::Unknown("an automount is on the way"),
-            Ok(kernel) if KERNEL_MAGIC.contains(&kernel) => return Presence::Absent,
+            Ok(AUTOFS_MAGIC) => return FilePresence::Unknown("an automount is on the way"),
+            Ok(kernel) if KERNEL_MAGIC.contains(&kernel) => return FilePresence::Absent,
             Ok(_) => {}
             Err(e) => return failed(e),
         }
@@ -55,20 +55,20 @@ pub(super) fn presence(path: &Path) -> Presence {
     }
     match rustix::fs::statat(&at, *last, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT) {
         Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Presence::Present,
+            FileType::RegularFile => FilePresence::Present,
             FileType::Symlink => failed(Errno::LOOP),
-            _ => Presence::Absent,
+            _ => FilePresence::Absent,
         },
         Err(e) => failed(e),
     }
 }
 
-fn failed(e: Errno) -> Presence {
+fn failed(e: Errno) -> FilePresence {
     match e {
-        Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG => Presence::Absent,
-        Errno::LOOP => Presence::Unknown("a symbolic link is on the way"),
-        Errno::ACCESS => Presence::Unknown("this user may not look into its folder"),
-        _ => Presence::Unknown("the kernel cannot tell"),
+        Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG => FilePresence::Absent,
+        Errno::LOOP => FilePresence::Unknown("a symbolic link is on the way"),
+        Errno::ACCESS => FilePresence::Unknown("this user may not look into its folder"),
+        _ => FilePresence::Unknown("the kernel cannot tell"),
     }
 }
 
@@ -88,15 +88,15 @@ mod tests {
         symlink("sub", d.join("way")).unwrap();
         symlink("sub/f", d.join("link")).unwrap();
         let at = |name: &str| presence(&d.join(name));
-        assert_eq!(at("sub/f"), Presence::Present);
+        assert_eq!(at("sub/f"), FilePresence::Present);
         for none in ["f", "sub/g", "sub/f/g", "sub", "none/f", &"n".repeat(300)] {
-            assert_eq!(at(none), Presence::Absent, "{none}");
+            assert_eq!(at(none), FilePresence::Absent, "{none}");
         }
         for unknown in ["link", "way/f", "way/none"] {
-            assert!(matches!(at(unknown), Presence::Unknown(why) if why.contains("link")), "{unknown}");
+            assert!(matches!(at(unknown), FilePresence::Unknown(why) if why.contains("link")), "{unknown}");
         }
         for kernel in ["/", "/proc/self/exe", "/proc/version", "/sys/kernel/uevent_seqnum", "/dev/zero", "/dev/shm/x"] {
-            assert_eq!(presence(Path::new(kernel)), Presence::Absent, "{kernel}");
+            assert_eq!(presence(Path::new(kernel)), FilePresence::Absent, "{kernel}");
         }
     }
 }

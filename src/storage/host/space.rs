@@ -9,22 +9,22 @@ use rustix::io::Errno;
 
 use super::HostFile;
 use crate::error::{Error, Result};
-use crate::storage::space::{HostRoom, RoomRule};
+use crate::storage::space::{FileSystemSpace, AllocationMode};
 
 impl HostFile {
     /// See [`File::room_rule`](crate::storage::File::room_rule).
-    pub fn room_rule(&self) -> RoomRule {
+    pub fn allocation_mode(&self) -> AllocationMode {
         rule(self.as_fd())
     }
 
     /// See [`File::overwrite_in_place`](crate::storage::File::overwrite_in_place).
-    pub fn overwrite_in_place(&self) -> Result<()> {
+    pub fn disable_copy_on_write(&self) -> Result<()> {
         let failed = |e: Errno| Error::io("cannot switch copy on write off", e.into()).at_path(self.path());
         overwrite_in_place(self.as_fd()).map_err(failed)
     }
 
     /// See [`File::host_room`](crate::storage::File::host_room).
-    pub fn host_room(&self) -> Result<HostRoom> {
+    pub fn file_system_space(&self) -> Result<FileSystemSpace> {
         let failed = |e: Errno| Error::io("cannot ask for the room of the file system", e.into()).at_path(self.path());
         room(self.as_fd()).map_err(failed)
     }
@@ -37,15 +37,15 @@ fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 
 /// What the file system of a file promises about room. Only file systems that were filled by the tests are known
 /// (`tests/host/disk_full.rs`).
-fn rule(fd: BorrowedFd<'_>) -> RoomRule {
+fn rule(fd: BorrowedFd<'_>) -> AllocationMode {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
-        Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => RoomRule::InPlace,
-        Ok(libc::BTRFS_SUPER_MAGIC) if is_mixed(fd) => RoomRule::Unknown,
+        Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => AllocationMode::InPlace,
+        Ok(libc::BTRFS_SUPER_MAGIC) if is_mixed(fd) => AllocationMode::Unknown,
         Ok(libc::BTRFS_SUPER_MAGIC) => match rustix::fs::ioctl_getflags(fd) {
-            Ok(flags) if flags.contains(IFlags::NOCOW) => RoomRule::InPlace,
-            _ => RoomRule::CopyOnWrite,
+            Ok(flags) if flags.contains(IFlags::NOCOW) => AllocationMode::InPlace,
+            _ => AllocationMode::CopyOnWrite,
         },
-        _ => RoomRule::Unknown,
+        _ => AllocationMode::Unknown,
     }
 }
 
@@ -78,8 +78,8 @@ fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 }
 
 /// What the file system of a file has left.
-fn room(fd: BorrowedFd<'_>) -> Result<HostRoom, Errno> {
+fn room(fd: BorrowedFd<'_>) -> Result<FileSystemSpace, Errno> {
     let s = rustix::fs::fstatvfs(fd)?;
     let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
-    Ok(HostRoom { available: bytes(s.f_bavail), total: bytes(s.f_blocks) })
+    Ok(FileSystemSpace { available: bytes(s.f_bavail), total: bytes(s.f_blocks) })
 }

@@ -3,7 +3,7 @@
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::direct::BOUNCE;
+use super::direct::BOUNCE_BYTES;
 use super::file::HostFile;
 use super::retry;
 use crate::error::Result;
@@ -11,14 +11,14 @@ use crate::storage::payload::Buffer;
 
 impl HostFile {
     /// See [`File::punch`](crate::storage::File::punch).
-    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+    pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
             Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.is_device() => self.zero_device(offset, len),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.is_block_device() => self.zero_device(offset, len),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
             Err(e) => Err(self.fail(&format!("cannot punch a hole of {len} bytes"), e).at_offset(offset)),
         }
@@ -39,9 +39,9 @@ impl HostFile {
     pub(super) fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
         let end = offset.saturating_add(len).min(self.stat()?.len);
         let mut at = offset;
-        let zeros = Buffer::zeroed(BOUNCE);
+        let zeros = Buffer::zeroed(BOUNCE_BYTES);
         while at < end {
-            let n = usize::try_from(end - at).unwrap_or(BOUNCE).min(BOUNCE);
+            let n = usize::try_from(end - at).unwrap_or(BOUNCE_BYTES).min(BOUNCE_BYTES);
             self.write_at(&zeros[..n], at)?;
             at += n as u64;
         }

@@ -3,19 +3,19 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::Shared;
+use super::SharedMachine;
 use super::names::InodeId;
-use super::world::{Flying, code};
-use super::{Order, Random, SimFile};
-use crate::storage::engine::{Engine, SLOTS};
+use super::machine::{InFlightOp, errno};
+use super::{CompletionOrder, Random, SimFile};
+use crate::storage::engine::{Engine, FILE_SLOTS};
 use crate::storage::env::{Access, File};
-use crate::storage::op::{Action, Completion, Op, Slot};
-use crate::storage::payload::{Payload, Slices};
-use crate::storage::warm::Found;
+use crate::storage::op::{Action, Completion, Op, FileSlot};
+use crate::storage::payload::{Payload, GuestIovecs};
+use crate::storage::reader::CachedRange;
 
 /// See the file's first line.
 pub(super) struct SimEngine {
-    shared: Shared,
+    shared: SharedMachine,
     /// The files stay open, and locked, as long as they stand here.
     files: Vec<Option<(SimFile, InodeId, Access)>>,
     pushed: Vec<Op>,
@@ -30,9 +30,9 @@ pub(super) struct SimEngine {
 }
 
 impl SimEngine {
-    pub(super) fn new(shared: Shared, depth: usize) -> SimEngine {
+    pub(super) fn new(shared: SharedMachine, depth: usize) -> SimEngine {
         assert!(depth > 0, "an engine takes at least one operation");
-        let files = (0..SLOTS).map(|_| None).collect();
+        let files = (0..FILE_SLOTS).map(|_| None).collect();
         let (pushed, flying, over) = (Vec::new(), Vec::new(), Vec::new());
         SimEngine { shared, files, pushed, flying, over, depth, calls: 0, copies: 0, random: Random::new(1) }
     }
@@ -41,7 +41,7 @@ impl SimEngine {
         let (number, op) = &mut self.flying[at];
         let mut bytes = vec![0; if op.action == Action::Read { op.payload.len() } else { 0 }];
         let result = {
-            let mut world = self.shared.world();
+            let mut world = self.shared.lock();
             let result = world.complete(*number, &mut bytes);
             if world.dead {
                 return;
@@ -61,12 +61,12 @@ impl SimEngine {
 
     fn complete_one(&mut self) {
         let at = {
-            let mut world = self.shared.world();
-            let late = |(number, _): &(u64, Op)| world.flying.get(number).is_some_and(|op| op.late);
+            let mut world = self.shared.lock();
+            let late = |(number, _): &(u64, Op)| world.in_flight.get(number).is_some_and(|op| op.late);
             let on_time: Vec<usize> = (0..self.flying.len()).filter(|&at| !late(&self.flying[at])).collect();
             match (world.order, on_time.len()) {
-                (_, 0) | (Order::Pushed, _) => on_time.first().copied().unwrap_or(0),
-                (Order::Any, count) => on_time[world.random.index(count)],
+                (_, 0) | (CompletionOrder::Pushed, _) => on_time.first().copied().unwrap_or(0),
+                (CompletionOrder::Any, count) => on_time[world.random.index(count)],
             }
         };
         self.complete(at);
@@ -74,12 +74,12 @@ impl SimEngine {
 
     /// Whether the machine goes on after what is complete now.
     fn goes_on(&self) -> bool {
-        let mut world = self.shared.world();
-        if let Some(left) = world.granted {
-            world.granted = Some(left.saturating_sub(1));
+        let mut world = self.shared.lock();
+        if let Some(left) = world.completion_limit {
+            world.completion_limit = Some(left.saturating_sub(1));
             return !world.dead && left > 0;
         }
-        !world.dead && (world.order == Order::Pushed || world.random.chance(1, 2))
+        !world.dead && (world.order == CompletionOrder::Pushed || world.random.chance(1, 2))
     }
 }
 
@@ -97,11 +97,11 @@ fn bytes_of(op: &Op) -> Vec<u8> {
 }
 
 impl Engine for SimEngine {
-    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         match file {
             File::Sim(f) => {
-                let (inode, access) = f.inode_in(&self.shared).ok_or_else(|| code(libc::EBADF))?;
+                let (inode, access) = f.inode_in(&self.shared).ok_or_else(|| errno(libc::EBADF))?;
                 *entry = Some((f.clone(), inode, access));
                 Ok(())
             }
@@ -109,19 +109,19 @@ impl Engine for SimEngine {
         }
     }
 
-    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+    fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
         *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
     }
 
-    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
-        (self.shared.world().copies && self.random.chance(7, 8)).then(|| Found::new(slot, offset, len))
+    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
+        (self.shared.lock().cached_reads && self.random.chance(7, 8)).then(|| CachedRange::new(slot, offset, len))
     }
 
-    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
+    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let Some(Some((_, inode, _))) = self.files.get(usize::from(found.slot().0)) else { return false };
         let mut bytes = vec![0; found.len()];
-        let there = self.shared.world().look(*inode, &mut bytes, found.offset()).is_ok();
+        let there = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
         let whole = there && self.random.chance(7, 8);
         if !whole {
             // Half of it.
@@ -133,12 +133,12 @@ impl Engine for SimEngine {
         whole
     }
 
-    fn copies(&self) -> u64 {
+    fn copy_count(&self) -> u64 {
         self.copies
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {
-        if self.under_way() == self.depth {
+        if self.outstanding() == self.depth {
             return Err(op);
         }
         self.pushed.push(op);
@@ -146,8 +146,8 @@ impl Engine for SimEngine {
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        let mut world = self.shared.world();
-        world.alive()?;
+        let mut world = self.shared.lock();
+        world.check_alive()?;
         if self.pushed.is_empty() {
             return Ok(());
         }
@@ -162,17 +162,17 @@ impl Engine for SimEngine {
                     *inode
                 }
                 _ => {
-                    self.over.push(Completion { op, result: Err(code(libc::EBADF)) });
+                    self.over.push(Completion { op, result: Err(errno(libc::EBADF)) });
                     continue;
                 }
             };
-            let covers = world.last();
-            let number = world.number();
+            let covers = world.last_number();
+            let number = world.next_number();
             let bytes = bytes_of(&op);
             world.counts.submitted += 1;
             let late = world.faults.late.contains(&world.counts.submitted);
-            let flying = Flying { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers, late };
-            world.flying.insert(number, flying);
+            let flying = InFlightOp { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers, late };
+            world.in_flight.insert(number, flying);
             self.flying.push((number, op));
         }
         Ok(())
@@ -190,14 +190,14 @@ impl Engine for SimEngine {
         if self.over.is_empty() && !self.flying.is_empty() {
             self.complete_one();
         }
-        self.shared.world().alive()
+        self.shared.lock().check_alive()
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    fn under_way(&self) -> usize {
+    fn outstanding(&self) -> usize {
         self.pushed.len() + self.flying.len() + self.over.len()
     }
 
@@ -205,7 +205,7 @@ impl Engine for SimEngine {
         self.depth
     }
 
-    fn calls(&self) -> u64 {
+    fn system_calls(&self) -> u64 {
         self.calls
     }
 
@@ -216,7 +216,7 @@ impl Engine for SimEngine {
 
 impl Drop for SimEngine {
     fn drop(&mut self) {
-        while !self.flying.is_empty() && !self.shared.world().dead {
+        while !self.flying.is_empty() && !self.shared.lock().dead {
             self.complete_one();
         }
     }

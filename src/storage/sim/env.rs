@@ -9,13 +9,13 @@ use super::SimHost;
 use super::engine::SimEngine;
 use super::folder::SimFolder;
 use super::names;
-use super::runtime::SimRuntime;
-use super::world::{Step, code};
+use super::runtime::SimRuntimeFolder;
+use super::machine::{StepKind, errno};
 use crate::error::Result;
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File, Holder, Origin, Presence};
+use crate::storage::env::{Access, EngineKind, Env, File, LockHolder, Origin, FilePresence};
 use crate::storage::folder::Folder;
-use crate::storage::runtime::Runtime;
+use crate::storage::runtime_folder::RuntimeFolder;
 
 /// The path from the root, without `.` and `..`; the working folder is the root.
 pub(super) fn absolute(path: &Path) -> PathBuf {
@@ -39,17 +39,17 @@ impl Env for SimHost {
         Ok(Folder::Sim(SimFolder::new(&self.0, path)))
     }
 
-    fn presence(&self, path: &Path) -> Presence {
-        let there = self.0.world().names.get(&absolute(path)).is_some();
-        if there { Presence::Present } else { Presence::Absent }
+    fn file_presence(&self, path: &Path) -> FilePresence {
+        let there = self.0.lock().names.get(&absolute(path)).is_some();
+        if there { FilePresence::Present } else { FilePresence::Absent }
     }
 
-    fn holders(&self, files: &[&File]) -> Vec<Option<Holder>> {
-        let world = self.0.world();
+    fn lock_holders(&self, files: &[&File]) -> Vec<Option<LockHolder>> {
+        let world = self.0.lock();
         let held = |file: &&File| match file {
             File::Sim(file) => {
                 let (inode, _) = file.inode_in(&self.0)?;
-                world.locks.iter().any(|(_, other, _)| *other == inode).then_some(Holder::Unseen)
+                world.locks.iter().any(|(_, other, _)| *other == inode).then_some(LockHolder::Hidden)
             }
             File::Host(_) => None,
         };
@@ -58,48 +58,48 @@ impl Env for SimHost {
 
     fn remove(&self, path: &Path) -> Result<()> {
         self.named(path, "cannot remove the name", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             world.look_up(name)?;
-            world.names.apply(names::Change::Remove(name.to_path_buf()));
+            world.names.apply(names::NameChange::Remove(name.to_path_buf()));
             Ok(())
         })
     }
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
         self.named(path, "cannot resolve the path", |world, name| {
-            world.alive()?;
+            world.check_alive()?;
             // A folder is there when a name lies in it.
             if name != Path::new("/") && !world.names.all().any(|(other, _)| other.starts_with(name)) {
-                return Err(code(libc::ENOENT));
+                return Err(errno(libc::ENOENT));
             }
             Ok(name.to_path_buf())
         })
     }
 
     fn exists(&self, path: &Path) -> bool {
-        self.0.world().names.get(&absolute(path)).is_some()
+        self.0.lock().names.get(&absolute(path)).is_some()
     }
 
-    fn runtime(&self, folder: &Path) -> Result<Runtime> {
-        Ok(Runtime::Sim(SimRuntime::new(&self.0, folder)))
+    fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder> {
+        Ok(RuntimeFolder::Sim(SimRuntimeFolder::new(&self.0, folder)))
     }
 
     fn origin(&self) -> Result<Origin> {
-        let world = self.0.world();
+        let world = self.0.lock();
         let (boot, machine) = (world.boot, world.machine);
         Ok(Origin { boot, machine, user_id: 1000, user: "guest".into(), host: "sim".into() })
     }
 
     fn now(&self) -> i64 {
-        self.0.world().clock
+        self.0.lock().clock
     }
 
-    fn uptime(&self) -> Duration {
+    fn monotonic_time(&self) -> Duration {
         Duration::ZERO
     }
 
     fn uuid(&self) -> Uuid {
-        self.0.world().uuid()
+        self.0.lock().uuid()
     }
 
     fn engine(&self, _kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {

@@ -4,15 +4,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Shared;
+use super::SharedMachine;
 use super::env::absolute;
 use super::folder::SimFolder;
-use super::inode::Covers;
+use super::inode::SyncScope;
 use super::names::InodeId;
-use super::world::{Step, World, code};
+use super::machine::{StepKind, SimMachine, errno};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, DirectRules, FileId, Lock, Modified, Naming, Stat};
-use crate::storage::space::{HostRoom, RoomRule};
+use crate::storage::env::{Access, DirectRules, FileId, Lock, ModifiedTime, NameStatus, Stat};
+use crate::storage::space::{FileSystemSpace, AllocationMode};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub struct SimFile(Arc<Handle>);
 
 #[derive(Debug)]
 struct Handle {
-    shared: Shared,
+    shared: SharedMachine,
     number: u64,
     inode: InodeId,
     access: Access,
@@ -29,27 +29,27 @@ struct Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.shared.world().locks.retain(|(handle, _, _)| *handle != self.number);
+        self.shared.lock().locks.retain(|(handle, _, _)| *handle != self.number);
     }
 }
 
 impl SimFile {
-    pub(super) fn new(shared: &Shared, number: u64, inode: InodeId, access: Access, path: &Path) -> SimFile {
+    pub(super) fn new(shared: &SharedMachine, number: u64, inode: InodeId, access: Access, path: &Path) -> SimFile {
         SimFile(Arc::new(Handle { shared: shared.clone(), number, inode, access, path: path.to_path_buf() }))
     }
 
     /// The file, if the handle belongs to that machine.
-    pub(super) fn inode_in(&self, shared: &Shared) -> Option<(InodeId, Access)> {
-        self.0.shared.is(shared).then_some((self.0.inode, self.0.access))
+    pub(super) fn inode_in(&self, shared: &SharedMachine) -> Option<(InodeId, Access)> {
+        self.0.shared.is_same(shared).then_some((self.0.inode, self.0.access))
     }
 
-    fn with<T>(&self, what: &str, call: impl FnOnce(&mut World, InodeId) -> io::Result<T>) -> Result<T> {
-        call(&mut self.0.shared.world(), self.0.inode).map_err(|e| Error::io(what, e).at_path(&self.0.path))
+    fn with<T>(&self, what: &str, call: impl FnOnce(&mut SimMachine, InodeId) -> io::Result<T>) -> Result<T> {
+        call(&mut self.0.shared.lock(), self.0.inode).map_err(|e| Error::io(what, e).at_path(&self.0.path))
     }
 
-    fn change<T>(&self, what: &str, call: impl FnOnce(&mut World, InodeId) -> io::Result<T>) -> Result<T> {
+    fn change<T>(&self, what: &str, call: impl FnOnce(&mut SimMachine, InodeId) -> io::Result<T>) -> Result<T> {
         self.with(what, |world, inode| match self.0.access {
-            Access::Read => Err(code(libc::EBADF)),
+            Access::Read => Err(errno(libc::EBADF)),
             Access::Write => call(world, inode),
         })
     }
@@ -67,7 +67,7 @@ impl SimFile {
     /// See [`File::stat`](crate::storage::File::stat).
     pub fn stat(&self) -> Result<Stat> {
         self.with("cannot stat", |world, id| {
-            world.alive()?;
+            world.check_alive()?;
             let inode = &world.inodes[&id];
             Ok(Stat {
                 id: FileId { dev: 1, ino: id },
@@ -81,14 +81,14 @@ impl SimFile {
     }
 
     /// See [`File::naming`](crate::storage::File::naming).
-    pub fn naming(&self) -> Result<Naming> {
+    pub fn name_status(&self) -> Result<NameStatus> {
         self.with("cannot look up its name", |world, id| {
-            world.alive()?;
+            world.check_alive()?;
             Ok(match world.names.get(&absolute(&self.0.path)) {
-                Some(found) if found == id => Naming::Kept,
-                Some(_) => Naming::Replaced,
-                None if world.names.all().any(|(_, inode)| inode == id) => Naming::Renamed,
-                None => Naming::Removed,
+                Some(found) if found == id => NameStatus::Kept,
+                Some(_) => NameStatus::Replaced,
+                None if world.names.all().any(|(_, inode)| inode == id) => NameStatus::Renamed,
+                None => NameStatus::Removed,
             })
         })
     }
@@ -107,8 +107,8 @@ impl SimFile {
     /// See [`File::sync`](crate::storage::File::sync).
     pub fn sync(&self) -> Result<()> {
         self.with("cannot make the data durable", |world, inode| {
-            let last = world.last();
-            world.sync(inode, last, Covers::All)
+            let last = world.last_number();
+            world.sync(inode, last, SyncScope::All)
         })
     }
 
@@ -116,16 +116,16 @@ impl SimFile {
     pub fn sync_all(&self) -> Result<()> {
         self.sync()?;
         self.with("cannot make the file durable", |world, inode| {
-            world.alive()?;
+            world.check_alive()?;
             world.inode(inode).metadata.sync();
             Ok(())
         })
     }
 
     /// See [`File::set_modified`](crate::storage::File::set_modified).
-    pub fn set_modified(&self, time: Modified) -> Result<()> {
+    pub fn set_modified(&self, time: ModifiedTime) -> Result<()> {
         self.with("cannot set the modification time", |world, inode| {
-            world.step(Step::Range)?;
+            world.step(StepKind::Range)?;
             world.inode(inode).metadata.set_modified(time);
             Ok(())
         })
@@ -134,7 +134,7 @@ impl SimFile {
     /// See [`File::attribute`](crate::storage::File::attribute).
     pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
         self.with("cannot read an attribute", |world, inode| {
-            world.alive()?;
+            world.check_alive()?;
             Ok(world.inode(inode).metadata.attribute(name).map(<[u8]>::to_vec))
         })
     }
@@ -142,7 +142,7 @@ impl SimFile {
     /// See [`File::set_attribute`](crate::storage::File::set_attribute).
     pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
         self.with("cannot change an attribute", |world, inode| {
-            world.step(Step::Range)?;
+            world.step(StepKind::Range)?;
             world.inode(inode).metadata.set_attribute(name, value);
             Ok(())
         })
@@ -159,51 +159,51 @@ impl SimFile {
     }
 
     /// See [`File::punch`](crate::storage::File::punch).
-    pub fn punch(&self, offset: u64, len: u64) -> Result<()> {
+    pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         self.change("cannot punch a hole", |world, inode| world.clear(inode, offset, len, false))
     }
 
     /// See [`File::room_rule`](crate::storage::File::room_rule).
-    pub fn room_rule(&self) -> RoomRule {
-        match self.0.shared.world().faults.copy_on_write {
-            true => RoomRule::CopyOnWrite,
-            false => RoomRule::InPlace,
+    pub fn allocation_mode(&self) -> AllocationMode {
+        match self.0.shared.lock().faults.copy_on_write {
+            true => AllocationMode::CopyOnWrite,
+            false => AllocationMode::InPlace,
         }
     }
 
     /// All files of a machine are alike: [`FaultPlan::copy_on_write`](super::FaultPlan) decides.
-    pub fn overwrite_in_place(&self) -> Result<()> {
+    pub fn disable_copy_on_write(&self) -> Result<()> {
         Ok(())
     }
 
     /// See [`File::host_room`](crate::storage::File::host_room).
-    pub fn host_room(&self) -> Result<HostRoom> {
-        let world = self.0.shared.world();
-        let total = world.faults.room.unwrap_or(u64::MAX);
-        Ok(HostRoom { available: total.saturating_sub(world.taken()), total })
+    pub fn file_system_space(&self) -> Result<FileSystemSpace> {
+        let world = self.0.shared.lock();
+        let total = world.faults.capacity.unwrap_or(u64::MAX);
+        Ok(FileSystemSpace { available: total.saturating_sub(world.allocated_bytes()), total })
     }
 
     /// See [`File::next_data`](crate::storage::File::next_data).
     pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
         self.with("cannot look for data", |world, id| {
-            world.alive()?;
+            world.check_alive()?;
             Ok(world.inodes[&id].next_data(offset))
         })
     }
 
     /// Nothing is read ahead here.
-    pub fn expect_scattered_reads(&self) {}
+    pub fn advise_random_reads(&self) {}
 
     /// Nothing has to be waited for here.
     pub fn prefetch(&self, _: u64, _: u64) {}
 
     /// See [`File::host_readahead`](crate::storage::File::host_readahead).
-    pub fn host_readahead(&self) -> u64 {
+    pub fn kernel_readahead(&self) -> u64 {
         0
     }
 
     /// A crash may find anything written here at any time as it is.
-    pub fn write_behind(&self, _: u64, _: u64) {}
+    pub fn start_writeback(&self, _: u64, _: u64) {}
 
     /// See [`File::lock`](crate::storage::File::lock).
     pub fn lock(&self, wanted: Lock) -> Result<()> {
@@ -211,8 +211,8 @@ impl SimFile {
             let what = "an exclusive lock needs a file opened for writing";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(&self.0.path));
         }
-        let mut world = self.0.shared.world();
-        world.alive().map_err(|e| Error::io("cannot lock the file", e).at_path(&self.0.path))?;
+        let mut world = self.0.shared.lock();
+        world.check_alive().map_err(|e| Error::io("cannot lock the file", e).at_path(&self.0.path))?;
         world.lock(self.0.number, self.0.inode, wanted).map_err(|_| {
             Error::new(ErrorKind::Busy, "another simulated process has it open with diffdisk").at_path(&self.0.path)
         })

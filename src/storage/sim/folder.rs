@@ -5,9 +5,9 @@ use std::path::{Component, Path, PathBuf};
 
 use super::env::absolute;
 use super::inode::Inode;
-use super::names::Change;
-use super::world::{Step, code};
-use super::{Shared, SimFile, SimHost};
+use super::names::NameChange;
+use super::machine::{StepKind, errno};
+use super::{SharedMachine, SimFile, SimHost};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, File};
 
@@ -19,7 +19,7 @@ pub struct SimFolder {
 }
 
 impl SimFolder {
-    pub(super) fn new(shared: &Shared, path: &Path) -> SimFolder {
+    pub(super) fn new(shared: &SharedMachine, path: &Path) -> SimFolder {
         SimFolder { host: SimHost(shared.clone()), path: path.to_path_buf() }
     }
 
@@ -32,7 +32,7 @@ impl SimFolder {
     }
 
     pub(in crate::storage) fn is_same(&self, other: &SimFolder) -> bool {
-        self.host.0.is(&other.host.0) && absolute(&self.path) == absolute(&other.path)
+        self.host.0.is_same(&other.host.0) && absolute(&self.path) == absolute(&other.path)
     }
 
     pub(in crate::storage) fn open(&self, name: &Path, access: Access) -> Result<File> {
@@ -59,10 +59,10 @@ impl SimFolder {
     pub(in crate::storage) fn subfolder(&self, name: &OsStr) -> Result<SimFolder> {
         let path = self.path.join(name);
         self.host.named(&path, "cannot open the folder", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             // A folder is there if a name lies in it.
             let inside = |(other, _): (&Path, _)| other != name && other.starts_with(name);
-            if world.names.all().any(inside) { Ok(()) } else { Err(code(libc::ENOENT)) }
+            if world.names.all().any(inside) { Ok(()) } else { Err(errno(libc::ENOENT)) }
         })?;
         Ok(SimFolder { host: self.host.clone(), path })
     }
@@ -70,35 +70,35 @@ impl SimFolder {
     pub(in crate::storage) fn create(&self, name: &OsStr) -> Result<File> {
         self.host.handle(&self.path.join(name), Access::Write, |world, name| {
             if world.look_up(name).is_ok() {
-                return Err(code(libc::EEXIST));
+                return Err(errno(libc::EEXIST));
             }
-            let inode = world.number();
+            let inode = world.next_number();
             world.inodes.insert(inode, Inode::new(world.clock));
-            world.names.apply(Change::Set(name.to_path_buf(), inode));
+            world.names.apply(NameChange::Set(name.to_path_buf(), inode));
             Ok(inode)
         })
     }
 
     pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
         let path = self.path.join(known_as);
-        if self.host.0.world().faults.no_unnamed {
+        if self.host.0.lock().faults.no_unnamed {
             return Err(Error::new(ErrorKind::Unsupported, "no files without names here").at_path(path));
         }
         self.host.handle(&path, Access::Write, |world, _| {
-            let inode = world.number();
+            let inode = world.next_number();
             world.inodes.insert(inode, Inode::new(world.clock));
             Ok(inode)
         })
     }
 
-    pub(in crate::storage) fn give_name(&self, file: &SimFile, name: &OsStr) -> Result<()> {
+    pub(in crate::storage) fn link_unnamed(&self, file: &SimFile, name: &OsStr) -> Result<()> {
         self.host.named(&self.path.join(name), "cannot give the file its name", |world, name| {
-            world.step(Step::Name)?;
-            let (inode, _) = file.inode_in(&self.host.0).ok_or_else(|| code(libc::EBADF))?;
+            world.step(StepKind::Name)?;
+            let (inode, _) = file.inode_in(&self.host.0).ok_or_else(|| errno(libc::EBADF))?;
             if world.look_up(name).is_ok() {
-                return Err(code(libc::EEXIST));
+                return Err(errno(libc::EEXIST));
             }
-            world.names.apply(Change::Set(name.to_path_buf(), inode));
+            world.names.apply(NameChange::Set(name.to_path_buf(), inode));
             Ok(())
         })
     }
@@ -106,14 +106,14 @@ impl SimFolder {
     pub(in crate::storage) fn exists(&self, name: &OsStr) -> Result<bool> {
         let path = self.path.join(name);
         self.host.named(&path, "cannot stat", |world, name| {
-            world.alive()?;
+            world.check_alive()?;
             Ok(world.names.get(name).is_some())
         })
     }
 
     pub(in crate::storage) fn list_at_most(&self, most: usize) -> Result<Option<Vec<OsString>>> {
         self.host.named(&self.path, "cannot list the folder", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             let inside = world.names.all().filter(|(path, _)| path.parent() == Some(name));
             let names: Vec<_> =
                 inside.map(|(path, _)| path.file_name().expect("a file has a name").to_os_string()).collect();
@@ -124,12 +124,12 @@ impl SimFolder {
     pub(in crate::storage) fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
         let to = absolute(&self.path.join(new));
         self.host.named(&self.path.join(existing), "cannot give it a second name", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             let inode = world.look_up(name)?;
             if world.look_up(&to).is_ok() {
-                return Err(code(libc::EEXIST));
+                return Err(errno(libc::EEXIST));
             }
-            world.names.apply(Change::Set(to, inode));
+            world.names.apply(NameChange::Set(to, inode));
             Ok(())
         })
     }
@@ -137,11 +137,11 @@ impl SimFolder {
     pub(in crate::storage) fn rename(&self, from: &OsStr, to: &SimFolder, new: &OsStr) -> Result<()> {
         let to = absolute(&to.path.join(new));
         self.host.named(&self.path.join(from), "cannot rename", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             let inode = world.look_up(name)?;
             // Two names of one file: rename(2) does nothing.
             if world.names.get(&to) != Some(inode) {
-                world.names.apply(Change::Rename(name.to_path_buf(), to, inode));
+                world.names.apply(NameChange::Rename(name.to_path_buf(), to, inode));
             }
             Ok(())
         })
@@ -149,16 +149,16 @@ impl SimFolder {
 
     pub(in crate::storage) fn remove(&self, name: &OsStr) -> Result<()> {
         self.host.named(&self.path.join(name), "cannot remove the name", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             world.look_up(name)?;
-            world.names.apply(Change::Remove(name.to_path_buf()));
+            world.names.apply(NameChange::Remove(name.to_path_buf()));
             Ok(())
         })
     }
 
     pub(in crate::storage) fn sync(&self) -> Result<()> {
         self.host.named(&self.path, "cannot make the names in the folder durable", |world, name| {
-            world.step(Step::SyncNames)?;
+            world.step(StepKind::SyncNames)?;
             world.names.sync(name);
             Ok(())
         })

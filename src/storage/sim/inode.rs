@@ -5,7 +5,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
 
-use super::metadata::Metadata;
+use super::metadata::InodeMetadata;
 use crate::units::SECTOR_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock};
@@ -16,19 +16,19 @@ pub(super) const PAGE: u64 = 4096;
 
 /// The bytes of a sector, and their digest.
 #[derive(Debug)]
-pub(super) struct Stored(pub(super) [u8; SECTOR_BYTES], u64);
+pub(super) struct SectorData(pub(super) [u8; SECTOR_BYTES], u64);
 
-impl Stored {
+impl SectorData {
     pub(super) fn new(bytes: [u8; SECTOR_BYTES]) -> Sector {
         let words = bytes.as_chunks::<8>().0.iter();
         let digest = words.fold(1, |digest, word| mix(digest, u64::from_be_bytes(*word)));
-        Arc::new(Stored(bytes, digest))
+        Arc::new(SectorData(bytes, digest))
     }
 }
 
-type Sector = Arc<Stored>;
+type Sector = Arc<SectorData>;
 
-static ZERO: LazyLock<Sector> = LazyLock::new(|| Stored::new([0; SECTOR_BYTES]));
+static ZERO: LazyLock<Sector> = LazyLock::new(|| SectorData::new([0; SECTOR_BYTES]));
 
 /// Mixes a word into a digest (the finish of splitmix64, as in `rng.rs`).
 fn mix(digest: u64, word: u64) -> u64 {
@@ -38,7 +38,7 @@ fn mix(digest: u64, word: u64) -> u64 {
 
 /// A step from one state of a file to the next.
 #[derive(Clone, Debug)]
-pub(super) enum Change {
+pub(super) enum InodeChange {
     /// A sector gets new bytes, or becomes a hole.
     Sector(u64, Option<Sector>),
     /// The file gets a length.
@@ -58,18 +58,18 @@ pub(super) enum Effect<'a> {
 
 /// What a sync is for.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Covers {
+pub(super) enum SyncScope {
     /// All of the file.
     All,
     /// The bytes of a range, from and to, and the length.
     Range(u64, u64),
 }
 
-impl Covers {
-    fn has(self, change: &Change) -> bool {
+impl SyncScope {
+    fn has(self, change: &InodeChange) -> bool {
         match (self, change) {
-            (Covers::All, _) | (_, Change::Len(_)) => true,
-            (Covers::Range(from, to), Change::Sector(at, _)) => (from / SECTOR..to.div_ceil(SECTOR)).contains(at),
+            (SyncScope::All, _) | (_, InodeChange::Len(_)) => true,
+            (SyncScope::Range(from, to), InodeChange::Sector(at, _)) => (from / SECTOR..to.div_ceil(SECTOR)).contains(at),
         }
     }
 }
@@ -81,11 +81,11 @@ struct Contents {
 }
 
 impl Contents {
-    fn apply(&mut self, change: &Change) {
+    fn apply(&mut self, change: &InodeChange) {
         match change {
-            Change::Sector(at, Some(bytes)) => drop(self.sectors.insert(*at, bytes.clone())),
-            Change::Sector(at, None) => drop(self.sectors.remove(at)),
-            Change::Len(len) => {
+            InodeChange::Sector(at, Some(bytes)) => drop(self.sectors.insert(*at, bytes.clone())),
+            InodeChange::Sector(at, None) => drop(self.sectors.remove(at)),
+            InodeChange::Len(len) => {
                 let shrinks = *len < self.len;
                 self.len = *len;
                 if shrinks {
@@ -104,7 +104,7 @@ impl Contents {
         {
             let mut bytes = last.0;
             bytes[keep..].fill(0);
-            *last = Stored::new(bytes);
+            *last = SectorData::new(bytes);
         }
     }
 
@@ -123,14 +123,14 @@ impl Contents {
         written.fold(mix(1, self.len), |digest, (at, bytes)| mix(mix(digest, *at), bytes.1))
     }
 
-    fn changes(&self, effect: Effect<'_>) -> Vec<Change> {
+    fn changes(&self, effect: Effect<'_>) -> Vec<InodeChange> {
         match effect {
-            Effect::Len(len) => vec![Change::Len(len)],
+            Effect::Len(len) => vec![InodeChange::Len(len)],
             Effect::Write(offset, bytes) => {
                 let end = offset + bytes.len() as u64;
-                let grows = (end > self.len).then_some(Change::Len(end));
+                let grows = (end > self.len).then_some(InodeChange::Len(end));
                 let sectors = pieces(offset, bytes.len() as u64)
-                    .map(|(piece, sector, at)| Change::Sector(sector, Some(self.patched(sector, at, &bytes[piece]))));
+                    .map(|(piece, sector, at)| InodeChange::Sector(sector, Some(self.patched(sector, at, &bytes[piece]))));
                 grows.into_iter().chain(sectors).collect()
             }
             Effect::Clear(offset, len) => {
@@ -147,7 +147,7 @@ impl Contents {
                         let zeros = &[0; SECTOR_BYTES][..(stop - start) as usize];
                         let whole = zeros.len() == SECTOR_BYTES;
                         let at = (start % SECTOR) as usize;
-                        Change::Sector(sector, (!whole).then(|| self.patched(sector, at, zeros)))
+                        InodeChange::Sector(sector, (!whole).then(|| self.patched(sector, at, zeros)))
                     })
                     .collect()
             }
@@ -158,7 +158,7 @@ impl Contents {
         let old = self.sectors.get(&sector).unwrap_or(&ZERO);
         let mut new = old.0;
         new[at..at + bytes.len()].copy_from_slice(bytes);
-        if new == ZERO.0 { ZERO.clone() } else { Stored::new(new) }
+        if new == ZERO.0 { ZERO.clone() } else { SectorData::new(new) }
     }
 }
 
@@ -175,7 +175,7 @@ fn pieces(offset: u64, len: u64) -> impl Iterator<Item = (std::ops::Range<usize>
 #[derive(Clone, Debug)]
 struct Logged {
     seq: u64,
-    change: Change,
+    change: InodeChange,
     /// A failed sync forgot it: no later one makes it durable.
     forgotten: bool,
 }
@@ -189,13 +189,13 @@ pub(super) struct Inode {
     log: Vec<Logged>,
     /// Pages it has room for.
     pages: BTreeSet<u64>,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: InodeMetadata,
 }
 
 impl Inode {
     /// An empty file, made at a time.
     pub(super) fn new(modified: i64) -> Inode {
-        Inode { metadata: Metadata::new(modified), ..Inode::default() }
+        Inode { metadata: InodeMetadata::new(modified), ..Inode::default() }
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -245,7 +245,7 @@ impl Inode {
         self.now.sectors.range(sectors).map(|(at, _)| at * SECTOR / PAGE).collect::<BTreeSet<_>>().len() as u64
     }
 
-    pub(super) fn hold(&mut self, pages: Vec<u64>) {
+    pub(super) fn reserve(&mut self, pages: Vec<u64>) {
         self.pages.extend(pages);
     }
 
@@ -258,21 +258,21 @@ impl Inode {
     }
 
     /// The steps that an effect would take now.
-    pub(super) fn changes(&self, effect: Effect<'_>) -> Vec<Change> {
+    pub(super) fn changes(&self, effect: Effect<'_>) -> Vec<InodeChange> {
         self.now.changes(effect)
     }
 
     /// Takes a step that readers see at once and that becomes durable with a sync.
-    pub(super) fn apply(&mut self, seq: u64, change: Change) {
+    pub(super) fn apply(&mut self, seq: u64, change: InodeChange) {
         Arc::make_mut(&mut self.now).apply(&change);
-        if let Change::Len(len) = change {
+        if let InodeChange::Len(len) = change {
             self.pages.split_off(&len.div_ceil(PAGE));
         }
         self.log.push(Logged { seq, change, forgotten: false });
     }
 
     /// Makes every step up to `seq` durable that is covered and that no failed sync forgot.
-    pub(super) fn sync(&mut self, seq: u64, covers: Covers) {
+    pub(super) fn sync(&mut self, seq: u64, covers: SyncScope) {
         let mut kept: Vec<Logged> = Vec::new();
         let durable = Arc::make_mut(&mut self.durable);
         for step in std::mem::take(&mut self.log) {
@@ -287,18 +287,18 @@ impl Inode {
     }
 
     /// A sync failed: the steps count as clean although they are not durable.
-    pub(super) fn forget(&mut self, seq: u64, covers: Covers) {
+    pub(super) fn forget(&mut self, seq: u64, covers: SyncScope) {
         let lost = self.log.iter_mut().filter(|s| s.seq <= seq && covers.has(&s.change));
         lost.for_each(|s| s.forgotten = true);
     }
 
     /// The steps that are not durable, oldest first, with their numbers.
-    pub(super) fn unsynced(&self) -> impl Iterator<Item = (u64, &Change)> {
+    pub(super) fn unsynced(&self) -> impl Iterator<Item = (u64, &InodeChange)> {
         self.log.iter().map(|s| (s.seq, &s.change))
     }
 
     /// The file after a crash in which just these steps survived, in this order.
-    pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a Change>) -> Inode {
+    pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a InodeChange>) -> Inode {
         let mut survived = survived.peekable();
         let mut left = self.durable.clone();
         if survived.peek().is_some() {
@@ -311,10 +311,10 @@ impl Inode {
     }
 }
 
-fn same_place(a: &Change, b: &Change) -> bool {
+fn same_place(a: &InodeChange, b: &InodeChange) -> bool {
     match (a, b) {
-        (Change::Sector(a, _), Change::Sector(b, _)) => a == b,
-        (Change::Len(_), Change::Len(_)) => true,
+        (InodeChange::Sector(a, _), InodeChange::Sector(b, _)) => a == b,
+        (InodeChange::Len(_), InodeChange::Len(_)) => true,
         _ => false,
     }
 }
@@ -340,7 +340,7 @@ mod tests {
         let mut i = Inode::default();
         write(&mut i, 1, 0, &[1; 1024]);
         write(&mut i, 2, 512, &[2; 512]);
-        i.sync(1, Covers::All);
+        i.sync(1, SyncScope::All);
         let old = i.after_crash([].into_iter());
         assert_eq!((byte(&old, 0), byte(&old, 600), old.len()), (1, 1, 1024));
         assert_eq!(byte(&i.after_crash(i.unsynced().map(|(_, change)| change)), 600), 2);
@@ -351,14 +351,14 @@ mod tests {
     fn a_forgotten_step_survives_no_newer_one() {
         let mut i = Inode::default();
         write(&mut i, 1, 0, &[1; 512]);
-        i.sync(1, Covers::All);
+        i.sync(1, SyncScope::All);
         write(&mut i, 2, 0, &[2; 512]);
-        i.forget(2, Covers::All);
-        i.sync(2, Covers::All);
+        i.forget(2, SyncScope::All);
+        i.sync(2, SyncScope::All);
         assert_eq!(byte(&i.after_crash([].into_iter()), 0), 1);
         assert_eq!(byte(&i, 0), 2);
         write(&mut i, 3, 0, &[3; 512]);
-        i.sync(3, Covers::All);
+        i.sync(3, SyncScope::All);
         assert_eq!(i.unsynced().count(), 0);
         assert_eq!(byte(&i.after_crash([].into_iter()), 0), 3);
     }
@@ -368,12 +368,12 @@ mod tests {
         let mut i = Inode::default();
         write(&mut i, 1, 0, &[1; 1024]);
         write(&mut i, 2, 4096, &[2; 512]);
-        i.sync(2, Covers::Range(4096, 4608));
+        i.sync(2, SyncScope::Range(4096, 4608));
         let left = i.after_crash([].into_iter());
         assert_eq!((byte(&left, 0), byte(&left, 512), byte(&left, 4096), left.len()), (0, 0, 2, 4608));
         assert_eq!(byte(&i.after_crash(i.unsynced().map(|(_, change)| change)), 600), 1);
-        i.forget(2, Covers::Range(0, 512));
-        i.sync(2, Covers::All);
+        i.forget(2, SyncScope::Range(0, 512));
+        i.sync(2, SyncScope::All);
         let left = i.after_crash([].into_iter());
         assert_eq!((byte(&left, 0), byte(&left, 512)), (0, 1), "a failed one forgets no more, either");
     }
@@ -387,14 +387,14 @@ mod tests {
             i.apply(2, change);
         }
         assert_eq!((byte(&i, 509), byte(&i, 510), byte(&i, 514), byte(&i, 515)), (7, 0, 0, 7));
-        i.apply(3, Change::Len(516));
-        i.apply(4, Change::Len(600));
+        i.apply(3, InodeChange::Len(516));
+        i.apply(4, InodeChange::Len(600));
         assert_eq!((byte(&i, 515), byte(&i, 516)), (7, 0));
         assert_eq!(i.next_data(0), Some((0, 600)));
         assert_eq!(i.next_data(513), Some((513, 87)));
         // The length that was lost takes the bytes beyond with it.
-        i.sync(1, Covers::All);
-        let cut = i.after_crash([Change::Len(501)].iter());
+        i.sync(1, SyncScope::All);
+        let cut = i.after_crash([InodeChange::Len(501)].iter());
         assert_eq!((cut.len(), byte(&cut, 500), byte(&cut, 501)), (501, 7, 0));
     }
 }

@@ -5,52 +5,52 @@
 
 use std::collections::BTreeMap;
 
-use crate::storage::env::Modified;
+use crate::storage::env::ModifiedTime;
 
 #[derive(Clone, Debug)]
 struct State {
-    modified: Modified,
+    modified: ModifiedTime,
     attributes: BTreeMap<String, Vec<u8>>,
 }
 
 /// See the module.
 #[derive(Clone, Debug)]
-pub(super) struct Metadata {
+pub(super) struct InodeMetadata {
     now: State,
     durable: State,
     /// The time of the last change of bytes, whatever was set since.
-    latest: Modified,
+    latest: ModifiedTime,
 }
 
-impl Default for Metadata {
-    fn default() -> Metadata {
-        Metadata::new(0)
+impl Default for InodeMetadata {
+    fn default() -> InodeMetadata {
+        InodeMetadata::new(0)
     }
 }
 
-impl Metadata {
+impl InodeMetadata {
     /// Those of a file that is made at a time.
-    pub(super) fn new(seconds: i64) -> Metadata {
-        let state = State { modified: Modified { seconds, nanos: 0 }, attributes: BTreeMap::new() };
-        Metadata { latest: state.modified, now: state.clone(), durable: state }
+    pub(super) fn new(seconds: i64) -> InodeMetadata {
+        let state = State { modified: ModifiedTime { seconds, nanos: 0 }, attributes: BTreeMap::new() };
+        InodeMetadata { latest: state.modified, now: state.clone(), durable: state }
     }
 
-    pub(super) fn modified(&self) -> Modified {
+    pub(super) fn modified(&self) -> ModifiedTime {
         self.now.modified
     }
 
     /// A change of bytes: later than any before it, as if a nanosecond had passed.
     pub(super) fn touch(&mut self, clock: i64) {
-        let Modified { seconds, nanos } = self.latest.max(self.now.modified);
+        let ModifiedTime { seconds, nanos } = self.latest.max(self.now.modified);
         self.latest = match nanos.checked_add(1).filter(|nanos| *nanos < 1_000_000_000) {
-            Some(nanos) => Modified { seconds, nanos },
-            None => Modified { seconds: seconds + 1, nanos: 0 },
+            Some(nanos) => ModifiedTime { seconds, nanos },
+            None => ModifiedTime { seconds: seconds + 1, nanos: 0 },
         };
-        self.latest = self.latest.max(Modified { seconds: clock, nanos: 0 });
+        self.latest = self.latest.max(ModifiedTime { seconds: clock, nanos: 0 });
         self.now.modified = self.latest;
     }
 
-    pub(super) fn set_modified(&mut self, time: Modified) {
+    pub(super) fn set_modified(&mut self, time: ModifiedTime) {
         self.now.modified = time;
     }
 
@@ -70,7 +70,7 @@ impl Metadata {
         self.durable = self.now.clone();
     }
 
-    pub(super) fn after_crash(&self) -> Metadata {
-        Metadata { now: self.durable.clone(), ..self.clone() }
+    pub(super) fn after_crash(&self) -> InodeMetadata {
+        InodeMetadata { now: self.durable.clone(), ..self.clone() }
     }
 }

@@ -24,9 +24,9 @@ mod rng;
 mod runtime;
 #[cfg(test)]
 mod tests;
-mod torn;
-mod watch;
-mod world;
+mod torn_write;
+mod inspect;
+mod machine;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,16 +39,16 @@ pub use self::folder::SimFolder;
 use self::inode::Inode;
 use self::names::InodeId;
 pub use self::rng::Random;
-pub use self::runtime::{SimLive, SimRuntime};
-pub use self::torn::Tear;
-use self::world::{Step, World};
+pub use self::runtime::{SimShm, SimRuntimeFolder};
+pub use self::torn_write::Tear;
+use self::machine::{StepKind, SimMachine};
 use super::env::{Access, File};
 use crate::error::{Error, Result};
 use crate::mutant::{self, Mutant};
 
 /// In which order operations complete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Order {
+pub enum CompletionOrder {
     /// In any, drawn from the seed; `reap` gives some of them.
     Any,
     /// As pushed; `reap` gives all.
@@ -78,7 +78,7 @@ pub struct FaultPlan {
     /// The operations (counted from 1, as engines submit them) that complete after all others of their engine.
     pub late: Vec<u64>,
     /// Bytes that all files together may take.
-    pub room: Option<u64>,
+    pub capacity: Option<u64>,
     /// The file system cannot reserve room.
     pub no_allocate: bool,
     /// A write to a page that was written before takes a new page, and gives the old one back afterwards.
@@ -89,7 +89,7 @@ pub struct FaultPlan {
 
 /// Steps so far: every call on files and names that a host could fail, and every operation of an engine.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Counts {
+pub struct StepCounts {
     /// All of the below.
     pub steps: u64,
     /// Reads.
@@ -113,7 +113,7 @@ pub struct Counts {
 /// Something that survives a crash or not, whatever becomes of the rest. Units of one place are in order: the last that
 /// survives wins.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Unit {
+pub enum DurableUnit {
     /// A sector of a file (inode, sector).
     Sector(u64, u64),
     /// The length of a file (inode, bytes).
@@ -124,37 +124,37 @@ pub enum Unit {
 
 /// A machine, shared by its handles and engines.
 #[derive(Clone, Debug)]
-struct Shared(Arc<Mutex<World>>);
+struct SharedMachine(Arc<Mutex<SimMachine>>);
 
-impl Shared {
-    fn world(&self) -> MutexGuard<'_, World> {
+impl SharedMachine {
+    fn lock(&self) -> MutexGuard<'_, SimMachine> {
         // A test that fails while it holds the lock is told by its own message, not by the next one's.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is(&self, other: &Shared) -> bool {
+    fn is_same(&self, other: &SharedMachine) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
 /// See the module. Cloning it gives the same machine.
 #[derive(Clone, Debug)]
-pub struct SimHost(Shared);
+pub struct SimHost(SharedMachine);
 
 impl SimHost {
     /// An empty machine.
     pub fn new(seed: u64) -> SimHost {
-        SimHost::from(World::new(Random::new(seed)))
+        SimHost::from(SimMachine::new(Random::new(seed)))
     }
 
-    fn from(world: World) -> SimHost {
-        SimHost(Shared(Arc::new(Mutex::new(world))))
+    fn from(world: SimMachine) -> SimHost {
+        SimHost(SharedMachine(Arc::new(Mutex::new(world))))
     }
 
     /// What is not durable now, in the order it happened: names, then files by number, then what is under way.
-    pub fn unsynced(&self) -> Vec<Unit> {
+    pub fn unsynced(&self) -> Vec<DurableUnit> {
         let mut units = Vec::new();
-        survivors(&self.0.world(), &mut |_, _| None, &mut |_, unit| {
+        survivors(&self.0.lock(), &mut |_, _| None, &mut |_, unit| {
             units.push(unit());
             false
         });
@@ -171,27 +171,27 @@ impl SimHost {
     pub fn crash_torn(&self, survives: &dyn Fn(usize) -> bool, tear: Tear<'_>) -> SimHost {
         // Asked before the machine is locked: the choice may look at it.
         let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
-        let world = self.0.world();
+        let world = self.0.lock();
         let (names, inodes) = survivors(&world, tear, &mut |_, _| fates.next().expect("one fate for each unit"));
-        let heir = world.heir(inodes, names);
+        let heir = world.after_power_cut(inodes, names);
         SimHost::from(heir)
     }
 
     /// A power cut: the machine after it, and the end of this one. Much, little, or about half survives; in some
     /// crashes pages of 4 KiB stay whole, in others they are torn.
     pub fn crash(&self, random: &mut Random) -> SimHost {
-        let (yes, whole_pages, salt) = (random.below(9), random.chance(1, 4), random.any());
+        let (yes, whole_pages, salt) = (random.below(9), random.chance(1, 4), random.next_u64());
         let units = self.unsynced();
         let fate = |i: usize| {
             let place = match &units[i] {
-                Unit::Sector(inode, sector) if whole_pages => inode << 32 ^ (sector / 8),
+                DurableUnit::Sector(inode, sector) if whole_pages => inode << 32 ^ (sector / 8),
                 _ => i as u64 | 1 << 63,
             };
             Random::new(salt ^ place.wrapping_mul(0xD6E8_FEB8_6659_FD93)).chance(yes, 8)
         };
         let heir = self.crash_with(&fate);
         if mutant::is(Mutant::OldJournal) {
-            heir.0.world().live = self.0.world().live_copy();
+            heir.0.lock().shm = self.0.lock().shm_copy();
         }
         self.halt();
         heir
@@ -200,100 +200,100 @@ impl SimHost {
     /// The end of the process alone: the machine after it, in which operations under way landed or not, sector by
     /// sector.
     pub fn kill(&self, random: &mut Random) -> SimHost {
-        let mut world = self.0.world();
+        let mut world = self.0.lock();
         let (mut inodes, names) = (world.inodes.clone(), world.names.clone());
-        for op in std::mem::take(&mut world.flying).into_values() {
+        for op in std::mem::take(&mut world.in_flight).into_values() {
             let Some(effect) = op.effect() else { continue };
-            let seq = world.number();
+            let seq = world.next_number();
             let inode = inodes.get_mut(&op.inode).expect("files live as long as the machine");
             let (yes, changes) = (random.below(5), inode.changes(effect));
             // The page cache gets a new length only with the bytes that made it: a write that grows the file lands as one.
-            let as_one = changes.iter().any(|c| matches!(c, inode::Change::Len(_))).then(|| random.chance(yes, 4));
+            let as_one = changes.iter().any(|c| matches!(c, inode::InodeChange::Len(_))).then(|| random.chance(yes, 4));
             for change in changes {
                 if as_one.unwrap_or_else(|| random.chance(yes, 4)) {
                     inode.apply(seq, change);
                 }
             }
         }
-        let heir = world.successor(inodes, names);
+        let heir = world.after_kill(inodes, names);
         world.dead = true;
         SimHost::from(heir)
     }
 
     /// A machine that is the same in all, what lives in memory included, and goes its own way.
-    pub fn twin(&self) -> SimHost {
-        let world = self.0.world();
+    pub fn fork(&self) -> SimHost {
+        let world = self.0.lock();
         let mut twin = world.clone();
-        twin.live = world.live_copy();
+        twin.shm = world.shm_copy();
         SimHost::from(twin)
     }
 
     /// From now on every call fails.
     pub fn halt(&self) {
-        self.0.world().dead = true;
+        self.0.lock().dead = true;
     }
 
     /// Whether it was ended: by hand, by a crash, or at its last step.
     pub fn is_dead(&self) -> bool {
-        self.0.world().dead
+        self.0.lock().dead
     }
 
     /// Ends the machine as step number `step` (counted from 1) begins.
     pub fn stop_at(&self, step: u64) {
-        self.0.world().stop_at = Some(step);
+        self.0.lock().stop_at = Some(step);
     }
 
     /// Says what goes wrong from now on.
     pub fn set_faults(&self, plan: FaultPlan) {
-        self.0.world().faults = plan;
+        self.0.lock().faults = plan;
     }
 
     /// Whether engines find some of what is read in memory, and copy it, if they can.
-    pub fn set_copies(&self, copies: bool) {
-        self.0.world().copies = copies;
+    pub fn set_cached_reads(&self, copies: bool) {
+        self.0.lock().cached_reads = copies;
     }
 
     /// Says in which order operations complete.
-    pub fn set_order(&self, order: Order) {
-        self.0.world().order = order;
+    pub fn set_order(&self, order: CompletionOrder) {
+        self.0.lock().order = order;
     }
 
     /// Lets so many seconds pass.
-    pub fn pass(&self, seconds: i64) {
-        self.0.world().clock += seconds;
+    pub fn advance_clock(&self, seconds: i64) {
+        self.0.lock().clock += seconds;
     }
 
     /// Makes it another machine, as one on which the files are mounted, too: the boot is another, and nothing is in memory.
     pub fn move_to_another_machine(&self, number: u128) {
-        let mut world = self.0.world();
+        let mut world = self.0.lock();
         (world.machine, world.boot) = (uuid::Uuid::from_u128(number), uuid::Uuid::from_u128(number));
-        world.live.clear();
+        world.shm.clear();
     }
 
     /// The names of what outlives a process in memory.
-    pub fn live_names(&self) -> Vec<PathBuf> {
-        self.0.world().live.keys().cloned().collect()
+    pub fn shm_names(&self) -> Vec<PathBuf> {
+        self.0.lock().shm.keys().cloned().collect()
     }
 
     /// What happened so far.
-    pub fn counts(&self) -> Counts {
-        self.0.world().counts
+    pub fn counts(&self) -> StepCounts {
+        self.0.lock().counts
     }
 
-    fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut World, &Path) -> io::Result<T>) -> Result<T> {
-        call(&mut self.0.world(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
+    fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut SimMachine, &Path) -> io::Result<T>) -> Result<T> {
+        call(&mut self.0.lock(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
     }
 
     fn handle(
         &self,
         path: &Path,
         access: Access,
-        find: impl FnOnce(&mut World, &Path) -> io::Result<InodeId>,
+        find: impl FnOnce(&mut SimMachine, &Path) -> io::Result<InodeId>,
     ) -> Result<File> {
         let (number, inode) = self.named(path, "cannot open the file", |world, name| {
-            world.step(Step::Name)?;
+            world.step(StepKind::Name)?;
             let inode = find(world, name)?;
-            Ok((world.number(), inode))
+            Ok((world.next_number(), inode))
         })?;
         Ok(File::Sim(SimFile::new(&self.0, number, inode, access, path)))
     }
@@ -302,29 +302,29 @@ impl SimHost {
 /// What is left of a machine: asks for each unit (with the number of the step that changed it; names have none) whether
 /// it survives.
 fn survivors(
-    world: &World,
+    world: &SimMachine,
     torn: Tear<'_>,
-    survives: &mut dyn FnMut(u64, &dyn Fn() -> Unit) -> bool,
+    survives: &mut dyn FnMut(u64, &dyn Fn() -> DurableUnit) -> bool,
 ) -> (names::Names, BTreeMap<InodeId, Inode>) {
-    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(0, &|| Unit::Name(c.name().to_path_buf()))).collect();
+    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(0, &|| DurableUnit::Name(c.name().to_path_buf()))).collect();
     let names = world.names.after_crash(kept.into_iter());
     let mut inodes = BTreeMap::new();
     for (&id, inode) in &world.inodes {
-        let flying = world.flying.iter().filter(|(_, op)| op.inode == id);
+        let flying = world.in_flight.iter().filter(|(_, op)| op.inode == id);
         let effects = flying.filter_map(|(number, op)| Some((*number, op.effect()?)));
         let landing: Vec<_> =
             effects.flat_map(|(n, effect)| inode.changes(effect).into_iter().map(move |c| (n, c))).collect();
         let mut all: Vec<_> = inode.unsynced().map(|(n, change)| (n, change.clone())).chain(landing).collect();
-        torn::tear(inode, &mut all, torn);
+        torn_write::tear(inode, &mut all, torn);
         all.retain(|(n, c)| survives(*n, &|| unit(id, c)));
         inodes.insert(id, inode.after_crash(all.iter().map(|(_, change)| change)));
     }
     (names, inodes)
 }
 
-fn unit(id: InodeId, change: &inode::Change) -> Unit {
+fn unit(id: InodeId, change: &inode::InodeChange) -> DurableUnit {
     match change {
-        inode::Change::Sector(at, _) => Unit::Sector(id, *at),
-        inode::Change::Len(len) => Unit::Len(id, *len),
+        inode::InodeChange::Sector(at, _) => DurableUnit::Sector(id, *at),
+        inode::InodeChange::Len(len) => DurableUnit::Len(id, *len),
     }
 }

@@ -8,17 +8,17 @@ pub(super) type InodeId = u64;
 
 /// A step from one state of the names to the next. A rename is one step: it is never seen half done.
 #[derive(Clone, Debug)]
-pub(super) enum Change {
+pub(super) enum NameChange {
     Set(PathBuf, InodeId),
     Remove(PathBuf),
     Rename(PathBuf, PathBuf, InodeId),
 }
 
-impl Change {
+impl NameChange {
     /// The name that it is about; of a rename the new one.
     pub(super) fn name(&self) -> &Path {
         match self {
-            Change::Set(name, _) | Change::Remove(name) | Change::Rename(_, name, _) => name,
+            NameChange::Set(name, _) | NameChange::Remove(name) | NameChange::Rename(_, name, _) => name,
         }
     }
 }
@@ -30,7 +30,7 @@ type Table = BTreeMap<PathBuf, InodeId>;
 pub(super) struct Names {
     now: Table,
     durable: Table,
-    log: Vec<Change>,
+    log: Vec<NameChange>,
 }
 
 impl Names {
@@ -42,7 +42,7 @@ impl Names {
         self.now.iter().map(|(n, &i)| (n.as_path(), i))
     }
 
-    pub(super) fn apply(&mut self, change: Change) {
+    pub(super) fn apply(&mut self, change: NameChange) {
         apply(&mut self.now, &change);
         self.log.push(change);
     }
@@ -58,22 +58,22 @@ impl Names {
         });
     }
 
-    pub(super) fn unsynced(&self) -> impl Iterator<Item = &Change> {
+    pub(super) fn unsynced(&self) -> impl Iterator<Item = &NameChange> {
         self.log.iter()
     }
 
-    pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a Change>) -> Names {
+    pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a NameChange>) -> Names {
         let mut left = self.durable.clone();
         survived.for_each(|change| apply(&mut left, change));
         Names { now: left.clone(), durable: left, log: Vec::new() }
     }
 }
 
-fn apply(table: &mut Table, change: &Change) {
+fn apply(table: &mut Table, change: &NameChange) {
     match change {
-        Change::Set(name, inode) => drop(table.insert(name.clone(), *inode)),
-        Change::Remove(name) => drop(table.remove(name)),
-        Change::Rename(from, to, inode) => {
+        NameChange::Set(name, inode) => drop(table.insert(name.clone(), *inode)),
+        NameChange::Remove(name) => drop(table.remove(name)),
+        NameChange::Rename(from, to, inode) => {
             if table.get(from) == Some(inode) {
                 table.remove(from);
             }

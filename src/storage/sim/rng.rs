@@ -11,7 +11,7 @@ impl Random {
     }
 
     /// Any number.
-    pub fn any(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -22,7 +22,7 @@ impl Random {
     /// A number below `n` > 0.
     pub fn below(&mut self, n: u64) -> u64 {
         assert!(n > 0, "nothing is below zero");
-        self.any() % n
+        self.next_u64() % n
     }
 
     /// An index into `n` > 0 things.
@@ -45,7 +45,7 @@ mod tests {
         // First outputs of the reference implementation for seed 1234567.
         let mut r = Random::new(1_234_567);
         assert_eq!(
-            [r.any(), r.any(), r.any()],
+            [r.next_u64(), r.next_u64(), r.next_u64()],
             [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]
         );
         assert!((0..1000).all(|_| r.below(3) < 3 && !r.chance(0, 5) && r.chance(5, 5)));

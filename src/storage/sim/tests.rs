@@ -7,7 +7,7 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::storage::env::Lock;
 use crate::storage::env::{EngineKind, Env};
-use crate::storage::{Action, Buffer, Folder, Op, Payload, Slot};
+use crate::storage::{Action, Buffer, Folder, Op, Payload, FileSlot};
 
 fn p(name: &str) -> PathBuf {
     PathBuf::from(name)
@@ -34,7 +34,7 @@ fn machine(seed: u64) -> (SimHost, File) {
 }
 
 fn write(token: u64, at: u64, byte: u8, len: usize) -> Op {
-    Op::write(token, Slot(0), at, Payload::Own(Buffer::copy_of(&vec![byte; len])))
+    Op::write(token, FileSlot(0), at, Payload::Own(Buffer::copy_of(&vec![byte; len])))
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn names_are_durable_after_the_sync_of_their_folder() {
     host.folder(&p("/")).unwrap().sync().unwrap();
     let lost = host.crash_with(&|_| false);
     assert_eq!((lost.names(), lost.bytes(&p("/d/f")).unwrap()[0]), (vec![p("/d/f")], 1));
-    let renamed = host.crash_with(&|i| host.unsynced()[i] == Unit::Name(p("/d/f")));
+    let renamed = host.crash_with(&|i| host.unsynced()[i] == DurableUnit::Name(p("/d/f")));
     assert_eq!((renamed.names(), renamed.bytes(&p("/d/f")).unwrap()[0]), (vec![p("/d/f")], 9));
     d(&host).sync().unwrap();
     assert_eq!(host.crash_with(&|_| false).bytes(&p("/d/f")).unwrap(), [9; 512]);
@@ -104,7 +104,7 @@ fn a_kill_keeps_what_was_complete_and_frees_locks() {
         f.lock(Lock::Exclusive).unwrap();
         f.write_at(&[2; 512], 0).unwrap();
         let mut engine = host.engine(EngineKind::Auto, 4).unwrap();
-        engine.register(Slot(0), &f).unwrap();
+        engine.register(FileSlot(0), &f).unwrap();
         engine.push(write(0, 512, 7, 1024)).unwrap();
         engine.submit().unwrap();
         let mut random = Random::new(seed);
@@ -132,7 +132,7 @@ fn a_crash_tears_what_is_under_way() {
     for seed in 0..200 {
         let (host, f) = machine(seed);
         let mut engine = host.engine(EngineKind::Auto, 4).unwrap();
-        engine.register(Slot(0), &f).unwrap();
+        engine.register(FileSlot(0), &f).unwrap();
         engine.push(write(0, 1536, 7, 1024)).unwrap();
         engine.submit().unwrap();
         let bytes = host.crash(&mut Random::new(seed)).bytes(&p("/d/f")).unwrap();
@@ -169,13 +169,13 @@ fn operations_complete_once_in_any_order() {
     for seed in 0..40 {
         let (host, f) = machine(seed);
         let mut engine = host.engine(EngineKind::Auto, 3).unwrap();
-        engine.register(Slot(0), &f).unwrap();
+        engine.register(FileSlot(0), &f).unwrap();
         for i in 0..3 {
             engine.push(write(i, i * 512, 5, 512)).unwrap();
         }
-        assert_eq!(engine.push(Op::sync(9, Slot(0))).unwrap_err().token, 9);
+        assert_eq!(engine.push(Op::sync(9, FileSlot(0))).unwrap_err().token, 9);
         let mut out = Vec::new();
-        while engine.under_way() > 0 {
+        while engine.outstanding() > 0 {
             let before = out.len();
             engine.wait().unwrap();
             engine.reap(&mut out);
@@ -183,14 +183,14 @@ fn operations_complete_once_in_any_order() {
         }
         assert!(out.iter().all(|c| c.result.is_ok()));
         orders.insert(out.iter().map(|c| c.op.token).collect::<Vec<_>>());
-        engine.push(Op::read(0, Slot(0), 1024, Payload::Own(Buffer::zeroed(1024)))).unwrap();
+        engine.push(Op::read(0, FileSlot(0), 1024, Payload::Own(Buffer::zeroed(1024)))).unwrap();
         engine.wait().unwrap();
         out.clear();
         engine.reap(&mut out);
         assert!(matches!(&out[0].op.payload, Payload::Own(b) if b[0] == 5 && b[512] == 1));
-        engine.push(Op::read(0, Slot(0), 1536, Payload::Own(Buffer::zeroed(513)))).unwrap();
-        engine.push(Op::sync(1, Slot(1))).unwrap();
-        host.set_order(Order::Pushed);
+        engine.push(Op::read(0, FileSlot(0), 1536, Payload::Own(Buffer::zeroed(513)))).unwrap();
+        engine.push(Op::sync(1, FileSlot(1))).unwrap();
+        host.set_order(CompletionOrder::Pushed);
         engine.submit().unwrap();
         out.clear();
         engine.reap(&mut out);
@@ -203,11 +203,11 @@ fn operations_complete_once_in_any_order() {
 #[test]
 fn a_sync_in_flight_covers_no_later_write() {
     let (host, f) = machine(3);
-    host.set_order(Order::Pushed);
+    host.set_order(CompletionOrder::Pushed);
     let mut engine = host.engine(EngineKind::Auto, 3).unwrap();
-    engine.register(Slot(0), &f).unwrap();
+    engine.register(FileSlot(0), &f).unwrap();
     f.write_at(&[2; 512], 0).unwrap();
-    engine.push(Op::sync(0, Slot(0))).unwrap();
+    engine.push(Op::sync(0, FileSlot(0))).unwrap();
     engine.submit().unwrap();
     f.write_at(&[3; 512], 512).unwrap();
     let mut out = Vec::new();
@@ -252,7 +252,7 @@ fn faults_come_when_planned() {
 #[test]
 fn a_full_disk_keeps_what_a_failed_reservation_got() {
     let (host, f) = machine(1);
-    host.set_faults(FaultPlan { room: Some(16 * 4096), ..FaultPlan::default() });
+    host.set_faults(FaultPlan { capacity: Some(16 * 4096), ..FaultPlan::default() });
     assert_eq!(f.allocate(4096, 32 * 4096).unwrap_err().kind(), ErrorKind::NoSpace);
     assert_eq!(f.stat().unwrap().allocated, 16 * 4096);
     let g = d(&host).create(n("g")).unwrap();
@@ -260,7 +260,7 @@ fn a_full_disk_keeps_what_a_failed_reservation_got() {
     f.write_at(&[1; 512], 15 * 4096).unwrap();
     f.set_len(8192).unwrap();
     g.write_at(&[1; 512], 0).unwrap();
-    f.punch(0, 8192).unwrap();
+    f.punch_hole(0, 8192).unwrap();
     assert_eq!((f.stat().unwrap().allocated, f.next_data(0).unwrap()), (0, None));
     host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
     assert_eq!(f.allocate(0, 4096).unwrap_err().kind(), ErrorKind::Unsupported);
@@ -268,15 +268,15 @@ fn a_full_disk_keeps_what_a_failed_reservation_got() {
     host.set_faults(FaultPlan::default());
     f.write_at(&[1; 8192], 0).unwrap();
     let mut engine = host.engine(EngineKind::Auto, 2).unwrap();
-    engine.register(Slot(0), &f).unwrap();
-    engine.push(Op::range(0, Slot(0), Action::Zero, 0, 4096)).unwrap();
-    engine.push(Op::range(0, Slot(0), Action::Punch, 4096, 4096)).unwrap();
+    engine.register(FileSlot(0), &f).unwrap();
+    engine.push(Op::range(0, FileSlot(0), Action::Zero, 0, 4096)).unwrap();
+    engine.push(Op::range(0, FileSlot(0), Action::Punch, 4096, 4096)).unwrap();
     engine.submit().unwrap();
     drop(engine);
     assert_eq!((f.stat().unwrap().allocated, f.next_data(0).unwrap()), (4096, None));
     // A range far beyond what is there costs nothing.
     f.set_len(1 << 60).unwrap();
-    f.punch(0, 1 << 60).unwrap();
+    f.punch_hole(0, 1 << 60).unwrap();
 }
 
 #[test]
@@ -301,7 +301,7 @@ fn one_seed_is_one_run() {
         let (host, f) = machine(seed);
         let mut random = Random::new(seed);
         let mut engine = host.engine(EngineKind::Auto, 8).unwrap();
-        engine.register(Slot(0), &f).unwrap();
+        engine.register(FileSlot(0), &f).unwrap();
         let mut out = Vec::new();
         for i in 0..200 {
             if engine.push(write(i, random.below(64) * 100, i as u8, 1 + random.below(900) as usize)).is_err() {

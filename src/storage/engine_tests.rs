@@ -6,31 +6,31 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::blocking::Blocking;
+use super::blocking::BlockingEngine;
 use super::host::Host;
-use super::payload::{Buffer, Payload, Slices};
-use super::ring::Ring;
-use super::{Access, Action, Completion, Engine, Env, File, Lock, Op, SLOTS, Slot};
+use super::payload::{Buffer, Payload, GuestIovecs};
+use super::uring::UringEngine;
+use super::{Access, Action, Completion, Engine, Env, File, Lock, Op, FILE_SLOTS, FileSlot};
 
 /// Memory of a pretended guest: pages, as a direct file asks for.
-struct Guest {
+struct TestGuest {
     start: *mut u8,
     memory: Buffer,
 }
 
 // SAFETY: the pointer is to the buffer, which lives as long, and whose bytes are reached only through the pointer.
-unsafe impl Send for Guest {}
+unsafe impl Send for TestGuest {}
 // SAFETY: as above.
-unsafe impl Sync for Guest {}
+unsafe impl Sync for TestGuest {}
 
-impl Guest {
-    fn new(len: usize) -> Arc<Guest> {
+impl TestGuest {
+    fn new(len: usize) -> Arc<TestGuest> {
         let mut memory = Buffer::zeroed(len);
-        Arc::new(Guest { start: memory.as_mut_ptr(), memory })
+        Arc::new(TestGuest { start: memory.as_mut_ptr(), memory })
     }
 
-    fn slices(self: &Arc<Guest>, runs: impl IntoIterator<Item = (usize, usize)>) -> Slices {
-        let mut s = Slices::new(self.clone(), 4);
+    fn slices(self: &Arc<TestGuest>, runs: impl IntoIterator<Item = (usize, usize)>) -> GuestIovecs {
+        let mut s = GuestIovecs::new(self.clone(), 4);
         for (at, len) in runs {
             assert!(at + len <= self.memory.len());
             // SAFETY: the range lies in the memory, which lives as long as its owner.
@@ -40,9 +40,9 @@ impl Guest {
     }
 }
 
-struct Random(u64);
+struct TestRandom(u64);
 
-impl Random {
+impl TestRandom {
     fn below(&mut self, n: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -52,7 +52,7 @@ impl Random {
 }
 
 fn ring(depth: usize) -> Option<Box<dyn Engine>> {
-    match Ring::new(depth) {
+    match UringEngine::new(depth) {
         Ok(ring) => Some(Box::new(ring)),
         Err(e) => {
             eprintln!("skipped for io_uring: {e}");
@@ -62,7 +62,7 @@ fn ring(depth: usize) -> Option<Box<dyn Engine>> {
 }
 
 fn engines(depth: usize) -> Vec<Box<dyn Engine>> {
-    ring(depth).into_iter().chain([Box::new(Blocking::new(depth)) as Box<dyn Engine>]).collect()
+    ring(depth).into_iter().chain([Box::new(BlockingEngine::new(depth)) as Box<dyn Engine>]).collect()
 }
 
 fn file(folder: &Path, name: &str, bytes: &[u8]) -> (File, PathBuf) {
@@ -76,7 +76,7 @@ fn all(engine: &mut dyn Engine) -> Vec<Completion> {
     let mut out = Vec::new();
     engine.submit().unwrap();
     engine.reap(&mut out);
-    while engine.under_way() > 0 {
+    while engine.outstanding() > 0 {
         engine.wait().unwrap();
         let before = out.len();
         engine.reap(&mut out);
@@ -97,20 +97,20 @@ fn both_engines_do_what_a_vector_does() {
         .iter_mut()
         .map(|engine| {
             let (f, path) = file(folder.path(), engine.name(), &[0; STRIPE * DEPTH]);
-            engine.register(Slot(3), &f).unwrap();
+            engine.register(FileSlot(3), &f).unwrap();
             path
         })
         .collect();
     let mut model = vec![0u8; STRIPE * DEPTH];
     for round in 0..300u64 {
         // One operation a stripe: their order does not matter.
-        let first = Random(seed ^ (round + 1) << 32 | 1);
+        let first = TestRandom(seed ^ (round + 1) << 32 | 1);
         let mut after = Vec::new();
         for engine in &mut twins {
-            let mut random = Random(first.0);
+            let mut random = TestRandom(first.0);
             let mut next = model.clone();
             for stripe in 0..DEPTH {
-                let guest = Guest::new(STRIPE);
+                let guest = TestGuest::new(STRIPE);
                 let (mut at, end) = (random.below(STRIPE as u64) as usize, STRIPE);
                 let len = 1 + random.below((end - at) as u64) as usize;
                 at += stripe * STRIPE;
@@ -121,10 +121,10 @@ fn both_engines_do_what_a_vector_does() {
                     _ => Payload::Guest(guest.slices([(0, len)])),
                 };
                 let op = match random.below(7) {
-                    0 => Op::range(stripe as u64, Slot(3), Action::Punch, at as u64, len as u64),
-                    1 => Op::range(stripe as u64, Slot(3), Action::Zero, at as u64, len as u64),
-                    2 => Op::sync(stripe as u64, Slot(3)),
-                    3 => Op::read(stripe as u64, Slot(3), at as u64, payload),
+                    0 => Op::range(stripe as u64, FileSlot(3), Action::Punch, at as u64, len as u64),
+                    1 => Op::range(stripe as u64, FileSlot(3), Action::Zero, at as u64, len as u64),
+                    2 => Op::sync(stripe as u64, FileSlot(3)),
+                    3 => Op::read(stripe as u64, FileSlot(3), at as u64, payload),
                     kind => {
                         let bytes: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
                         match &mut payload {
@@ -134,7 +134,7 @@ fn both_engines_do_what_a_vector_does() {
                         }
                         next[at..at + len].copy_from_slice(&bytes);
                         let write = if kind == 4 { Op::write_through } else { Op::write };
-                        write(stripe as u64, Slot(3), at as u64, payload)
+                        write(stripe as u64, FileSlot(3), at as u64, payload)
                     }
                 };
                 if matches!(op.action, Action::Punch | Action::Zero) {
@@ -142,12 +142,12 @@ fn both_engines_do_what_a_vector_does() {
                 }
                 engine.push(op).unwrap();
             }
-            let back = engine.push(Op::sync(99, Slot(3))).unwrap_err();
+            let back = engine.push(Op::sync(99, FileSlot(3))).unwrap_err();
             assert_eq!(back.token, 99);
-            let calls = engine.calls();
+            let calls = engine.system_calls();
             let over = all(engine.as_mut());
             if engine.name() == "io_uring" {
-                assert!(engine.calls() > calls);
+                assert!(engine.system_calls() > calls);
             }
             let mut tokens: Vec<u64> = over.iter().map(|c| c.op.token).collect();
             tokens.sort_unstable();
@@ -181,7 +181,7 @@ fn a_batch_is_one_call_and_a_look_is_none() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut ring) = ring(32) else { return };
     let (f, _) = file(folder.path(), "f", &[1; 32 * 512]);
-    ring.register(Slot(0), &f).unwrap();
+    ring.register(FileSlot(0), &f).unwrap();
     let readable = |ring: &dyn Engine| {
         let fd = ring.wake_fd().unwrap();
         let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
@@ -190,25 +190,25 @@ fn a_batch_is_one_call_and_a_look_is_none() {
     };
     assert!(!readable(ring.as_ref()));
     for i in 0..32 {
-        ring.push(Op::read(i, Slot(0), i * 512, Payload::Own(Buffer::zeroed(512)))).unwrap();
+        ring.push(Op::read(i, FileSlot(0), i * 512, Payload::Own(Buffer::zeroed(512)))).unwrap();
     }
-    assert_eq!(ring.calls(), 0);
+    assert_eq!(ring.system_calls(), 0);
     ring.submit().unwrap();
-    assert_eq!(ring.calls(), 1);
+    assert_eq!(ring.system_calls(), 1);
     let mut out = Vec::new();
     while out.len() < 32 {
         ring.wait().unwrap();
-        assert!(readable(ring.as_ref()) || ring.under_way() > 0);
+        assert!(readable(ring.as_ref()) || ring.outstanding() > 0);
         ring.reap(&mut out);
     }
-    let calls = ring.calls();
+    let calls = ring.system_calls();
     ring.reap(&mut out);
     ring.submit().unwrap();
     ring.wait().unwrap();
-    assert_eq!((ring.calls(), ring.under_way(), out.len()), (calls, 0, 32));
+    assert_eq!((ring.system_calls(), ring.outstanding(), out.len()), (calls, 0, 32));
     assert!(!readable(ring.as_ref()));
     // With completions to reap the fd stays readable.
-    ring.push(Op::sync(7, Slot(0))).unwrap();
+    ring.push(Op::sync(7, FileSlot(0))).unwrap();
     ring.submit().unwrap();
     let fd = ring.wake_fd().unwrap();
     let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
@@ -223,9 +223,9 @@ fn failures_are_told() {
     for mut engine in engines(4) {
         let (f, path) = file(folder.path(), engine.name(), &[5; 1000]);
         let read_only = Host.open(&path, Access::Read).unwrap();
-        engine.register(Slot(1), &f).unwrap();
-        engine.register(Slot(SLOTS - 1), &read_only).unwrap();
-        assert!(engine.register(Slot(SLOTS), &f).is_err() && engine.unregister(Slot(SLOTS)).is_err());
+        engine.register(FileSlot(1), &f).unwrap();
+        engine.register(FileSlot(FILE_SLOTS - 1), &read_only).unwrap();
+        assert!(engine.register(FileSlot(FILE_SLOTS), &f).is_err() && engine.unregister(FileSlot(FILE_SLOTS)).is_err());
         let mut fate = |op: Op| {
             engine.push(op).unwrap();
             let c = all(engine.as_mut()).pop().unwrap();
@@ -234,34 +234,34 @@ fn failures_are_told() {
         let own = |len| Payload::Own(Buffer::zeroed(len));
         // The end of the file: met midway, at once, far beyond.
         for at in [900, 1000, 1 << 40] {
-            let e = fate(Op::read(0, Slot(1), at, own(200))).0.unwrap_err();
+            let e = fate(Op::read(0, FileSlot(1), at, own(200))).0.unwrap_err();
             assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof, "{at}");
         }
-        let (result, op) = fate(Op::read(0, Slot(1), 800, own(200)));
+        let (result, op) = fate(Op::read(0, FileSlot(1), 800, own(200)));
         assert!(result.is_ok() && matches!(op.payload, Payload::Own(b) if b.iter().all(|&x| x == 5)));
         for offset in [u64::MAX, 1 << 63] {
-            let e = fate(Op::read(0, Slot(1), offset, own(8))).0.unwrap_err();
+            let e = fate(Op::read(0, FileSlot(1), offset, own(8))).0.unwrap_err();
             assert_eq!(e.raw_os_error(), Some(libc::EINVAL));
         }
-        let e = fate(Op::write(0, Slot(SLOTS - 1), 0, own(8))).0.unwrap_err();
+        let e = fate(Op::write(0, FileSlot(FILE_SLOTS - 1), 0, own(8))).0.unwrap_err();
         assert_eq!(e.raw_os_error(), Some(libc::EBADF));
-        let e = fate(Op::sync(0, Slot(2))).0.unwrap_err();
+        let e = fate(Op::sync(0, FileSlot(2))).0.unwrap_err();
         assert_eq!(e.raw_os_error(), Some(libc::EBADF));
         // More runs than a call takes.
-        let guest = Guest::new(1 << 20);
+        let guest = TestGuest::new(1 << 20);
         let many = || guest.slices((0..3000).map(|i| (i * 100, 64)));
         guest.slices([(0, 1 << 20)]).copy_from(0, &vec![0xAB; 1 << 20]);
-        fate(Op::write(0, Slot(1), 10, Payload::Guest(many()))).0.unwrap();
+        fate(Op::write(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
         assert!(std::fs::read(&path).unwrap()[10..] == vec![0xAB; 3000 * 64]);
         guest.slices([(0, 1 << 20)]).zero(0, 1 << 20);
-        fate(Op::read(0, Slot(1), 10, Payload::Guest(many()))).0.unwrap();
+        fate(Op::read(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
         let mut whole = vec![0; 3000 * 64];
         many().copy_to(0, &mut whole);
         assert!(whole.iter().all(|&b| b == 0xAB));
-        fate(Op::range(0, Slot(1), Action::Allocate, 1 << 20, 4096)).0.unwrap();
+        fate(Op::range(0, FileSlot(1), Action::Allocate, 1 << 20, 4096)).0.unwrap();
         assert_eq!(f.stat().unwrap().len, 10 + 3000 * 64);
-        engine.unregister(Slot(1)).unwrap();
-        engine.push(Op::sync(0, Slot(1))).unwrap();
+        engine.unregister(FileSlot(1)).unwrap();
+        engine.push(Op::sync(0, FileSlot(1))).unwrap();
         assert!(all(engine.as_mut())[0].result.is_err());
     }
 }
@@ -275,8 +275,8 @@ fn what_a_file_system_cannot_do_is_unsupported() {
     };
     for mut engine in engines(1) {
         let (f, _) = file(folder.path(), engine.name(), &[5; 8192]);
-        engine.register(Slot(0), &f).unwrap();
-        engine.push(Op::range(0, Slot(0), Action::Zero, 0, 4096)).unwrap();
+        engine.register(FileSlot(0), &f).unwrap();
+        engine.push(Op::range(0, FileSlot(0), Action::Zero, 0, 4096)).unwrap();
         let e = all(engine.as_mut()).pop().unwrap().result.unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::Unsupported, "{}", engine.name());
         assert_eq!(crate::error::Error::io("x", e).kind(), crate::error::ErrorKind::Unsupported);
@@ -288,12 +288,12 @@ fn a_prefetch_is_complete_and_changes_nothing() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(8) {
         let (f, _) = file(folder.path(), engine.name(), &[5; 8192]);
-        engine.register(Slot(1), &f).unwrap();
+        engine.register(FileSlot(1), &f).unwrap();
         // Inside, over the end, behind it.
         for (token, at) in [(0, 0), (1, 4096), (2, 1 << 40)] {
-            engine.push(Op::range(token, Slot(1), Action::Prefetch, at, 8192)).unwrap();
+            engine.push(Op::range(token, FileSlot(1), Action::Prefetch, at, 8192)).unwrap();
         }
-        engine.push(Op::read(3, Slot(1), 0, Payload::Own(Buffer::zeroed(8192)))).unwrap();
+        engine.push(Op::read(3, FileSlot(1), 0, Payload::Own(Buffer::zeroed(8192)))).unwrap();
         let over = all(engine.as_mut());
         assert_eq!(over.len(), 4, "{}", engine.name());
         for c in over {
@@ -303,8 +303,8 @@ fn a_prefetch_is_complete_and_changes_nothing() {
             }
         }
         assert_eq!(f.stat().unwrap().len, 8192, "{}", engine.name());
-        engine.unregister(Slot(1)).unwrap();
-        engine.push(Op::range(0, Slot(1), Action::Prefetch, 0, 4096)).unwrap();
+        engine.unregister(FileSlot(1)).unwrap();
+        engine.push(Op::range(0, FileSlot(1), Action::Prefetch, 0, 4096)).unwrap();
         assert!(all(engine.as_mut())[0].result.is_err(), "{}", engine.name());
     }
 }
@@ -314,15 +314,15 @@ fn a_hint_to_write_is_complete_and_changes_nothing() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(8) {
         let (f, path) = file(folder.path(), engine.name(), &[5; 8192]);
-        engine.register(Slot(1), &f).unwrap();
-        engine.push(Op::write(0, Slot(1), 4096, Payload::Own(Buffer::copy_of(&[6; 4096])))).unwrap();
+        engine.register(FileSlot(1), &f).unwrap();
+        engine.push(Op::write(0, FileSlot(1), 4096, Payload::Own(Buffer::copy_of(&[6; 4096])))).unwrap();
         assert!(all(engine.as_mut())[0].result.is_ok());
-        engine.push(Op::write_behind(1, Slot(1))).unwrap();
+        engine.push(Op::start_writeback(1, FileSlot(1))).unwrap();
         let over = all(engine.as_mut());
         assert!(over.len() == 1 && over[0].result.is_ok(), "{}: {over:?}", engine.name());
         assert!(std::fs::read(&path).unwrap() == [[5; 4096], [6; 4096]].concat(), "{}", engine.name());
-        engine.unregister(Slot(1)).unwrap();
-        engine.push(Op::write_behind(0, Slot(1))).unwrap();
+        engine.unregister(FileSlot(1)).unwrap();
+        engine.push(Op::start_writeback(0, FileSlot(1))).unwrap();
         assert!(all(engine.as_mut())[0].result.is_err(), "{}", engine.name());
     }
 }
@@ -335,16 +335,16 @@ fn dropping_an_engine_waits_for_its_memory() {
         f.sync().unwrap();
         // Straight from the medium, so that it takes a while.
         let _ = f.set_direct().unwrap();
-        engine.register(Slot(0), &f).unwrap();
-        let guest = Guest::new(16 << 20);
+        engine.register(FileSlot(0), &f).unwrap();
+        let guest = TestGuest::new(16 << 20);
         for i in 0..32u64 {
             let at = i << 19;
             let payload = Payload::Guest(guest.slices([(at as usize, 1 << 19)]));
-            engine.push(Op::read(i, Slot(0), at, payload)).unwrap();
+            engine.push(Op::read(i, FileSlot(0), at, payload)).unwrap();
         }
         engine.submit().unwrap();
         for i in 0..32 {
-            engine.push(Op::write(i, Slot(0), i << 19, Payload::Own(Buffer::zeroed(512)))).unwrap();
+            engine.push(Op::write(i, FileSlot(0), i << 19, Payload::Own(Buffer::zeroed(512)))).unwrap();
         }
         drop(engine);
         let mut seen = vec![0; 16 << 20];
@@ -360,18 +360,18 @@ fn the_first_user_owns_a_ring() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut ring) = ring(2) else { return };
     let (f, _) = file(folder.path(), "f", &[5; 512]);
-    ring.register(Slot(0), &f).unwrap();
+    ring.register(FileSlot(0), &f).unwrap();
     let mut ring = std::thread::spawn(move || {
-        ring.register(Slot(1), &f).unwrap();
-        ring.push(Op::sync(0, Slot(1))).unwrap();
+        ring.register(FileSlot(1), &f).unwrap();
+        ring.push(Op::sync(0, FileSlot(1))).unwrap();
         assert!(all(ring.as_mut())[0].result.is_ok());
-        ring.register(Slot(2), &f).unwrap();
+        ring.register(FileSlot(2), &f).unwrap();
         ring
     })
     .join()
     .unwrap();
     // Where the kernel ties rings to threads this is an error, elsewhere it works: never a hang or a panic.
-    ring.push(Op::sync(0, Slot(0))).unwrap();
+    ring.push(Op::sync(0, FileSlot(0))).unwrap();
     if ring.submit().is_ok() {
         assert!(all(ring.as_mut())[0].result.is_ok());
     }
@@ -384,8 +384,8 @@ fn a_dropped_engine_lets_go_of_locks() {
         for mut engine in engines(2) {
             let (f, path) = file(folder.path(), &format!("{}-{round}", engine.name()), &[5; 512]);
             f.lock(Lock::Exclusive).unwrap();
-            engine.register(Slot(0), &f).unwrap();
-            engine.push(Op::sync(0, Slot(0))).unwrap();
+            engine.register(FileSlot(0), &f).unwrap();
+            engine.push(Op::sync(0, FileSlot(0))).unwrap();
             assert!(all(engine.as_mut())[0].result.is_ok());
             let name = engine.name();
             drop((engine, f));

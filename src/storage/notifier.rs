@@ -10,25 +10,25 @@ use crate::error::{Error, Result};
 
 /// Readable from the first ring until it is silenced.
 #[derive(Debug)]
-pub struct Bell(OwnedFd);
+pub struct Notifier(OwnedFd);
 
-impl Bell {
+impl Notifier {
     /// A silent bell.
     ///
     /// # Errors
     /// Where the host has no descriptor left.
-    pub fn new() -> Result<Bell> {
+    pub fn new() -> Result<Notifier> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        Ok(Bell(fd.map_err(|e| Error::io("cannot make an eventfd", e.into()))?))
+        Ok(Notifier(fd.map_err(|e| Error::io("cannot make an eventfd", e.into()))?))
     }
 
     /// Rings. A counter that is full rings already.
-    pub fn ring(&self) {
+    pub fn notify(&self) {
         while rustix::io::write(&self.0, 1u64.as_bytes()) == Err(Errno::INTR) {}
     }
 
     /// Stops ringing.
-    pub fn silence(&self) {
+    pub fn drain(&self) {
         let mut count = [0; 8];
         while rustix::io::read(&self.0, &mut count) == Err(Errno::INTR) {}
     }
@@ -39,7 +39,7 @@ impl Bell {
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

@@ -16,8 +16,8 @@ pub(super) const PAGE: usize = 4096;
 const LINE: usize = 64;
 
 /// Whether the copy may be used: made ready with the first call.
-pub(super) fn is_ready() -> bool {
-    cfg!(target_arch = "x86_64") && sigbus::is_caught()
+pub(super) fn is_available() -> bool {
+    cfg!(target_arch = "x86_64") && sigbus::install_handler()
 }
 
 /// Copies `len` bytes; false where a page of either side could not be had. Then part of the bytes may have been copied.
@@ -35,14 +35,14 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
 ///
 /// # Safety
 /// `context` is what the kernel passed to a signal handler on this thread.
-pub(super) unsafe fn end_copy(context: *mut c_void) -> bool {
+pub(super) unsafe fn fix_up(context: *mut c_void) -> bool {
     // SAFETY: as the caller promises.
     unsafe { catch::end(context) }
 }
 
 /// Has the processor begin to fetch the cache line of an address, if there is anything.
 #[inline]
-pub fn fetch_line(at: *const u8) {
+pub fn prefetch_line(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -56,17 +56,17 @@ pub fn fetch_line(at: *const u8) {
 /// Has the processor find out where the pages of `len` > 0 bytes are: a walk through tables that are in none of its caches.
 /// It waits for a walk before it copies, but makes several at once for hints that come one close behind the other.
 #[inline]
-pub(super) fn fetch_way(at: *const u8, len: usize) {
-    (0..len).step_by(PAGE).for_each(|to| fetch_line(at.wrapping_add(to)));
+pub(super) fn prefetch_pages(at: *const u8, len: usize) {
+    (0..len).step_by(PAGE).for_each(|to| prefetch_line(at.wrapping_add(to)));
     if !(at as usize).is_multiple_of(PAGE) {
-        fetch_line(at.wrapping_add(len - 1));
+        prefetch_line(at.wrapping_add(len - 1));
     }
 }
 
 /// Has the processor begin to fetch `len` bytes, into the cache behind the first, which takes more at once. One line after the
 /// other (hence the `black_box`): a burst of them holds up what comes next.
 #[inline]
-pub(super) fn fetch_all(at: *const u8, len: usize) {
+pub(super) fn prefetch_range(at: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     for to in (0..len).step_by(LINE) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn any_length_and_place() {
-        assert!(is_ready());
+        assert!(is_available());
         let from: Vec<u8> = (0..100u8).collect();
         for len in 0..80 {
             for at in 0..9 {
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_page_that_is_gone_ends_the_copy_and_nothing_else() {
-        assert!(is_ready());
+        assert!(is_available());
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
         // SAFETY: a fresh mapping, which stays until the process ends.

@@ -10,21 +10,21 @@ use std::path::Path;
 
 use super::file::HostFile;
 use super::lock;
-use crate::storage::env::{FileId, Holder};
+use crate::storage::env::{FileId, LockHolder};
 
 /// For each file, what holds a lock on it.
-pub(super) fn of(files: &[Option<&HostFile>]) -> Vec<Option<Holder>> {
+pub(super) fn lock_holders(files: &[Option<&HostFile>]) -> Vec<Option<LockHolder>> {
     let mut looked_for: Vec<Option<FileId>> =
         files.iter().map(|file| file.filter(|f| is_held(f)).map(HostFile::id)).collect();
-    let mut holders: Vec<_> = looked_for.iter().map(|id| id.map(|_| Holder::Unseen)).collect();
+    let mut holders: Vec<_> = looked_for.iter().map(|id| id.map(|_| LockHolder::Hidden)).collect();
     if looked_for.iter().all(Option::is_none) {
         return holders;
     }
     let inodes: Vec<u64> = looked_for.iter().flatten().map(|id| id.ino).collect();
-    let concerns = |line: &str| inodes.iter().any(|&ino| lock::BYTES.iter().any(|&byte| lock::covers(line, ino, byte)));
-    for descriptor in lock::descriptors(concerns) {
+    let concerns = |line: &str| inodes.iter().any(|&ino| lock::IN_USE_BYTES.iter().any(|&byte| lock::lock_line_covers(line, ino, byte)));
+    for descriptor in lock::descriptors_with_lock(concerns) {
         for (id, holder) in looked_for.iter_mut().zip(&mut holders) {
-            if id.is_some_and(|id| descriptor.is_of(id)) {
+            if id.is_some_and(|id| descriptor.refers_to(id)) {
                 *holder = process(descriptor.pid).or(holder.take());
                 *id = None;
             }
@@ -37,14 +37,14 @@ pub(super) fn of(files: &[Option<&HostFile>]) -> Vec<Option<Holder>> {
 }
 
 fn is_held(file: &HostFile) -> bool {
-    lock::is_held(file.as_fd()).unwrap_or_else(|e| {
+    lock::is_locked(file.as_fd()).unwrap_or_else(|e| {
         log::debug!("{}: {}", file.path().display(), e.line());
         false
     })
 }
 
 /// A process that is there.
-fn process(pid: u32) -> Option<Holder> {
+fn process(pid: u32) -> Option<LockHolder> {
     let folder = Path::new("/proc").join(pid.to_string());
     let program = fs::read_to_string(folder.join("comm")).ok()?.trim_end().to_owned();
     let ticks = fs::read_to_string(folder.join("stat")).ok().and_then(|stat| start_ticks(&stat));
@@ -53,7 +53,7 @@ fn process(pid: u32) -> Option<Holder> {
         let seconds = ticks / rustix::param::clock_ticks_per_second().max(1);
         booted.checked_add(i64::try_from(seconds).ok()?)
     });
-    Some(Holder::Process { pid, program, since })
+    Some(LockHolder::Process { pid, program, since })
 }
 
 /// The start of a process in clock ticks since the host was started: field 22 (proc_pid_stat(5)). The second field is the
@@ -84,17 +84,17 @@ mod tests {
 
     #[test]
     fn this_process_is_found_by_its_lock() {
-        let _alone = lock::tests::alone();
+        let _alone = lock::tests::serialize();
         let folder = tempfile::tempdir().unwrap();
         let paths = ["a", "b"].map(|name| folder.path().join(name));
         paths.iter().for_each(|path| fs::write(path, "x").unwrap());
         let held = Host.open(&paths[0], Access::Write).unwrap();
         let looked = paths.each_ref().map(|path| Host.open(path, Access::Read).unwrap());
-        let look = || Host.holders(&[&looked[0], &looked[1]]);
+        let look = || Host.lock_holders(&[&looked[0], &looked[1]]);
         assert_eq!(look(), [None, None]);
         for lock in [Lock::Exclusive, Lock::Shared] {
             held.lock(lock).unwrap();
-            let [Some(Holder::Process { pid, since, .. }), None] = look()[..] else { panic!("{lock:?}: {:?}", look()) };
+            let [Some(LockHolder::Process { pid, since, .. }), None] = look()[..] else { panic!("{lock:?}: {:?}", look()) };
             assert_eq!(pid, std::process::id());
             let age = Host.now() - since.expect("a time");
             assert!((-5..3600).contains(&age), "started {age} s ago");

@@ -18,16 +18,16 @@ use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use super::copy;
-use super::engine::{SLOTS, host_file};
+use super::copy_nofault;
+use super::engine::{FILE_SLOTS, host_file};
 use super::env::File;
-use super::host::{HostFile, Place, Region, mapped};
-use super::op::Slot;
-use super::payload::Slices;
-use super::recent::Recent;
+use super::host::{HostFile, Residency, MapRegion, file_map};
+use super::op::FileSlot;
+use super::payload::GuestIovecs;
+use super::map_cache::MapCache;
 
 /// Most bytes that are copied from one place: longer copies would hold up what is behind them.
-pub const MOST_COPIED: usize = 2 << 20;
+pub const MAX_COPY: usize = 2 << 20;
 /// So many bytes are fetched while as many before them are copied.
 const PIECE: usize = 4 << 10;
 /// Ranges to ask the kernel about, at most, after a batch.
@@ -45,21 +45,21 @@ const NOTE: u32 = 1024;
 
 /// Bytes of a file that can be copied, while the file has its slot.
 #[derive(Clone, Copy, Debug)]
-pub struct Found {
+pub struct CachedRange {
     from: NonNull<u8>,
-    slot: Slot,
+    slot: FileSlot,
     offset: u64,
     len: usize,
 }
 
-impl Found {
+impl CachedRange {
     /// What an engine that copies in its own way has found: `len` > 0 bytes at `offset` of the file.
-    pub fn new(slot: Slot, offset: u64, len: usize) -> Found {
-        Found { from: NonNull::dangling(), slot, offset, len }
+    pub fn new(slot: FileSlot, offset: u64, len: usize) -> CachedRange {
+        CachedRange { from: NonNull::dangling(), slot, offset, len }
     }
 
     /// The file's.
-    pub fn slot(&self) -> Slot {
+    pub fn slot(&self) -> FileSlot {
         self.slot
     }
 
@@ -70,14 +70,14 @@ impl Found {
 
     /// Has the processor find the pages, without waiting for them.
     #[inline]
-    pub fn fetch_way(&self) {
-        copy::fetch_way(self.from.as_ptr(), self.len);
+    pub fn prefetch_pages(&self) {
+        copy_nofault::prefetch_pages(self.from.as_ptr(), self.len);
     }
 
     /// Has the processor fetch what is copied first, without waiting for it.
     #[inline]
-    pub fn fetch(&self) {
-        copy::fetch_all(self.from.as_ptr(), self.len.min(PIECE));
+    pub fn prefetch(&self) {
+        copy_nofault::prefetch_range(self.from.as_ptr(), self.len.min(PIECE));
     }
 
     /// Bytes.
@@ -88,17 +88,17 @@ impl Found {
 }
 
 // SAFETY: the pointer is to a mapping of a file, which any thread may read; it is used only by the engine that found it.
-unsafe impl Send for Found {}
+unsafe impl Send for CachedRange {}
 
 /// The files of a ring that may be copied from.
-pub(super) struct Warm {
+pub(super) struct PageCacheReader {
     files: Vec<Option<HostFile>>,
-    recent: Recent,
+    recent: MapCache,
     /// File, offset and bytes.
-    questions: Vec<(Slot, u64, usize)>,
+    questions: Vec<(FileSlot, u64, usize)>,
     /// When the batch began (or was last looked into), what was copied in it, in how many pieces, and how many bytes.
     began: Option<Instant>,
-    batch: Vec<Found>,
+    batch: Vec<CachedRange>,
     pieces: usize,
     bytes: usize,
     /// Until when nothing is copied, as of the last batch.
@@ -109,11 +109,11 @@ pub(super) struct Warm {
     copies: u64,
 }
 
-impl Warm {
-    pub(super) fn new() -> Warm {
-        Warm {
-            files: (0..SLOTS).map(|_| None).collect(),
-            recent: Recent::new(),
+impl PageCacheReader {
+    pub(super) fn new() -> PageCacheReader {
+        PageCacheReader {
+            files: (0..FILE_SLOTS).map(|_| None).collect(),
+            recent: MapCache::new(),
             questions: Vec::with_capacity(QUESTIONS),
             began: None,
             batch: Vec::new(),
@@ -127,45 +127,45 @@ impl Warm {
     }
 
     /// Notes a file that the ring got; direct ones are to leave the host's memory alone.
-    pub(super) fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+    pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = host_file(file)?;
-        self.recent.forget(slot);
-        *entry = (!file.is_direct() && copy::is_ready()).then(|| file.clone());
+        self.recent.invalidate(slot);
+        *entry = (!file.is_direct() && copy_nofault::is_available()).then(|| file.clone());
         Ok(())
     }
 
-    pub(super) fn unregister(&mut self, slot: Slot) {
+    pub(super) fn unregister(&mut self, slot: FileSlot) {
         if let Some(entry) = self.files.get_mut(usize::from(slot.0)) {
             *entry = None;
         }
-        self.recent.forget(slot);
+        self.recent.invalidate(slot);
         self.questions.retain(|(of, ..)| *of != slot);
     }
 
     /// See [`Engine::find`](super::Engine::find).
     #[inline]
-    pub(super) fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
-        if len > MOST_COPIED {
+    pub(super) fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
+        if len > MAX_COPY {
             return None;
         }
-        let (index, within) = mapped::locate(offset);
-        let here = self.recent.get(slot, index).and_then(|region| region.here(within, len));
+        let (index, within) = file_map::locate(offset);
+        let here = self.recent.get(slot, index).and_then(|region| region.resident_start(within, len));
         let from = here.or_else(|| self.find_in_file(slot, offset, len))?;
-        self.held.is_none().then_some(Found { from, slot, offset, len })
+        self.held.is_none().then_some(CachedRange { from, slot, offset, len })
     }
 
     /// Finds what is in none of the recent regions, and remembers its region; or notes the question that is worth it.
-    fn find_in_file(&mut self, slot: Slot, offset: u64, len: usize) -> Option<NonNull<u8>> {
-        let mapped = self.files.get(usize::from(slot.0))?.as_ref()?.mapped();
-        match mapped.place(offset, len) {
-            Place::Here(from) => {
-                let (index, _) = mapped::locate(offset);
-                self.recent.keep(slot, index, mapped.region(index)?);
+    fn find_in_file(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<NonNull<u8>> {
+        let mapped = self.files.get(usize::from(slot.0))?.as_ref()?.file_map();
+        match mapped.residency(offset, len) {
+            Residency::Resident(from) => {
+                let (index, _) = file_map::locate(offset);
+                self.recent.insert(slot, index, mapped.region(index)?);
                 Some(from)
             }
-            Place::Ask(about, len) => {
-                let known = |(of, from, bytes): &(Slot, u64, usize)| {
+            Residency::Query(about, len) => {
+                let known = |(of, from, bytes): &(FileSlot, u64, usize)| {
                     *of == slot && (*from..*from + *bytes as u64).contains(&about)
                 };
                 if self.questions.len() < QUESTIONS && !self.questions.iter().any(known) {
@@ -173,19 +173,19 @@ impl Warm {
                 }
                 None
             }
-            Place::Unknown => None,
+            Residency::Unknown => None,
         }
     }
 
     /// See [`Engine::fill`](super::Engine::fill).
     #[inline]
-    pub(super) fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
-        let (index, within) = mapped::locate(found.offset);
-        let is_at = |region: &Region| region.is_at(within, found.from);
+    pub(super) fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
+        let (index, within) = file_map::locate(found.offset);
+        let is_at = |region: &MapRegion| region.maps_at(within, found.from);
         if !self.recent.get(found.slot, index).is_some_and(is_at) {
             // Not remembered; or another engine's, or another file's.
             let file = self.files.get(usize::from(found.slot.0)).and_then(Option::as_ref);
-            if !file.and_then(|file| file.mapped().region(index)).is_some_and(|region| is_at(region)) {
+            if !file.and_then(|file| file.file_map().region(index)).is_some_and(|region| is_at(region)) {
                 return false;
             }
         }
@@ -193,7 +193,7 @@ impl Warm {
         let start = found.from.as_ptr().cast_const();
         // `Found::fetch` was for the first piece.
         let (mut done, mut fetched, mut whole, mut late) = (0, PIECE, true, false);
-        into.each(at, found.len, |_, mut to, mut len| {
+        into.for_each_run(at, found.len, |_, mut to, mut len| {
             while len > 0 && whole && !late {
                 if self.pieces % LOOK == LOOK - 1 {
                     late = takes_too_long(&mut self.began, self.waits);
@@ -201,13 +201,13 @@ impl Warm {
                 let piece = len.min(PIECE);
                 let ahead = (done + piece + PIECE).min(found.len);
                 if ahead > fetched {
-                    copy::fetch_all(start.wrapping_add(fetched), ahead - fetched);
+                    copy_nofault::prefetch_range(start.wrapping_add(fetched), ahead - fetched);
                     fetched = ahead;
                 }
                 // SAFETY: in a region of this file (looked at above; no more than a region's bytes, by `place`), which keeps it
                 // mapped, and `recent` or `files` keeps the region. The other side is mapped as long as the owner of `into`, and no
                 // reference to it exists.
-                whole = unsafe { copy::copy(start.wrapping_add(done), to, piece) };
+                whole = unsafe { copy_nofault::copy(start.wrapping_add(done), to, piece) };
                 to = to.wrapping_add(piece);
                 (done, len) = (done + piece, len - piece);
                 self.pieces += 1;
@@ -225,7 +225,7 @@ impl Warm {
     }
 
     /// Ends a batch of copies: looks whether they took long, and why.
-    pub(super) fn judge(&mut self) {
+    pub(super) fn end_batch(&mut self) {
         if let Some(began) = self.began.take() {
             self.judge_by(began.elapsed());
             self.batch.clear();
@@ -238,9 +238,9 @@ impl Warm {
         self.copies
     }
 
-    fn forget(&self, found: &Found) {
+    fn forget(&self, found: &CachedRange) {
         if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
-            file.mapped().forget(found.offset, found.len);
+            file.file_map().invalidate(found.offset, found.len);
         }
     }
 
@@ -262,11 +262,11 @@ impl Warm {
     }
 
     /// See [`Engine::learn`](super::Engine::learn).
-    pub(super) fn ask(&mut self) {
+    pub(super) fn run_queries(&mut self) {
         self.held = self.held.filter(|until| Instant::now() < *until);
         for (slot, offset, len) in self.questions.drain(..) {
             if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {
-                file.mapped().ask(file, offset, len, || file.stat().ok().map(|stat| stat.len));
+                file.file_map().query(file, offset, len, || file.stat().ok().map(|stat| stat.len));
             }
         }
     }

@@ -16,9 +16,9 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use uuid::Uuid;
 
-use super::live::{Live, Mapping};
+use super::shm::{Shm, ShmMapping};
 #[cfg(feature = "sim")]
-use super::sim::SimRuntime;
+use super::sim::SimRuntimeFolder;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What `statfs` says of tmpfs and ramfs (linux/magic.h).
@@ -26,12 +26,12 @@ const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58F6];
 
 /// An open runtime folder. Cloning it shares the descriptor.
 #[derive(Clone, Debug)]
-pub enum Runtime {
+pub enum RuntimeFolder {
     /// Of the host.
-    Host(HostRuntime),
+    Host(HostRuntimeFolder),
     /// Of the simulated host.
     #[cfg(feature = "sim")]
-    Sim(SimRuntime),
+    Sim(SimRuntimeFolder),
 }
 
 macro_rules! each_kind {
@@ -44,7 +44,7 @@ macro_rules! each_kind {
     };
 }
 
-impl Runtime {
+impl RuntimeFolder {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         each_kind!(self, f => f.path())
@@ -55,7 +55,7 @@ impl Runtime {
     ///
     /// # Errors
     /// `NoSpace`, `Io`; the name exists.
-    pub fn create(&self, name: &str, words: usize) -> Result<Live> {
+    pub fn create(&self, name: &str, words: usize) -> Result<Shm> {
         each_kind!(self, f => f.create(name, words))
     }
 
@@ -63,11 +63,11 @@ impl Runtime {
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
-    pub fn probe(&self, bytes: u64) -> Result<()> {
+    pub fn check_space(&self, bytes: u64) -> Result<()> {
         match self {
-            Runtime::Host(f) => f.probe(bytes),
+            RuntimeFolder::Host(f) => f.check_space(bytes),
             #[cfg(feature = "sim")]
-            Runtime::Sim(_) => Ok(()),
+            RuntimeFolder::Sim(_) => Ok(()),
         }
     }
 
@@ -76,7 +76,7 @@ impl Runtime {
     /// # Errors
     /// `NotFound`; `Busy` if another process has them open; `Refused` if the file is not one that this user made here, or
     /// has another size; `Io`.
-    pub fn open(&self, name: &str, words: usize) -> Result<Live> {
+    pub fn open(&self, name: &str, words: usize) -> Result<Shm> {
         each_kind!(self, f => f.open(name, words))
     }
 
@@ -98,19 +98,19 @@ impl Runtime {
 
     /// A clock of whole seconds; reading it takes no system call.
     #[inline]
-    pub fn second(&self) -> u64 {
-        each_kind!(self, f => f.second())
+    pub fn coarse_seconds(&self) -> u64 {
+        each_kind!(self, f => f.coarse_seconds())
     }
 
     /// Random bits.
-    pub fn random(&self) -> Uuid {
-        each_kind!(self, f => f.random())
+    pub fn random_id(&self) -> Uuid {
+        each_kind!(self, f => f.random_id())
     }
 }
 
 /// A folder of the host.
 #[derive(Clone, Debug)]
-pub struct HostRuntime(Arc<Folder>);
+pub struct HostRuntimeFolder(Arc<Folder>);
 
 #[derive(Debug)]
 struct Folder {
@@ -118,13 +118,13 @@ struct Folder {
     path: PathBuf,
 }
 
-impl HostRuntime {
+impl HostRuntimeFolder {
     /// Opens the folder at `path`.
     ///
     /// # Errors
     /// `NotFound`; `Refused` if it is another user's, or other users may write to it; `Unsupported` if it is not in memory;
     /// `Io`.
-    pub(super) fn open_folder(path: &Path) -> Result<HostRuntime> {
+    pub(super) fn open_folder(path: &Path) -> Result<HostRuntimeFolder> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = openat(CWD, path, flags, Mode::empty()).map_err(|e| match e {
             Errno::LOOP | Errno::NOTDIR => refused("the runtime folder is no folder, or a symbolic link").at_path(path),
@@ -148,24 +148,24 @@ impl HostRuntime {
             fchmod(&fd, Mode::RWXU)
                 .map_err(|e| Error::io("cannot close the runtime folder to other users", e.into()).at_path(path))?;
         }
-        Ok(HostRuntime(Arc::new(Folder { fd, path: path.to_path_buf() })))
+        Ok(HostRuntimeFolder(Arc::new(Folder { fd, path: path.to_path_buf() })))
     }
 
     fn path(&self) -> &Path {
         &self.0.path
     }
 
-    fn create(&self, name: &str, words: usize) -> Result<Live> {
+    fn create(&self, name: &str, words: usize) -> Result<Shm> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(self.0.path.join(name));
         // Without a name until it is whole and locked: nobody else can lock it first, and a kill leaves nothing.
         let file = self.unnamed((words * size_of::<u64>()) as u64)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed("cannot lock", e))?;
         let ours = format!("/proc/self/fd/{}", file.as_raw_fd());
         linkat(CWD, ours, &self.0.fd, name, AtFlags::SYMLINK_FOLLOW).map_err(|e| failed("cannot name", e))?;
-        Mapping::new(file, words).map(Live::host).map_err(|e| e.at_path(self.0.path.join(name)))
+        ShmMapping::new(file, words).map(Shm::host).map_err(|e| e.at_path(self.0.path.join(name)))
     }
 
-    fn probe(&self, bytes: u64) -> Result<()> {
+    fn check_space(&self, bytes: u64) -> Result<()> {
         self.unnamed(bytes).map(drop)
     }
 
@@ -180,7 +180,7 @@ impl HostRuntime {
         Ok(file)
     }
 
-    fn open(&self, name: &str, words: usize) -> Result<Live> {
+    fn open(&self, name: &str, words: usize) -> Result<Shm> {
         let path = || self.0.path.join(name);
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path());
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -198,7 +198,7 @@ impl HostRuntime {
         if look()?.st_nlink == 0 {
             return Err(failed("cannot open", Errno::NOENT));
         }
-        Mapping::new(file, words).map(Live::host).map_err(|e| e.at_path(path()))
+        ShmMapping::new(file, words).map(Shm::host).map_err(|e| e.at_path(path()))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
@@ -218,11 +218,11 @@ impl HostRuntime {
     }
 
     #[inline]
-    fn second(&self) -> u64 {
+    fn coarse_seconds(&self) -> u64 {
         u64::try_from(clock_gettime(ClockId::MonotonicCoarse).tv_sec).unwrap_or(0)
     }
 
-    fn random(&self) -> Uuid {
+    fn random_id(&self) -> Uuid {
         Uuid::new_v4()
     }
 }

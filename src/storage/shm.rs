@@ -18,28 +18,28 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::sigbus::Guard;
 #[cfg(feature = "sim")]
-use super::sim::SimLive;
+use super::sim::SimShm;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Words of such memory. It is locked against other processes until the last clone is gone.
 #[derive(Clone, Debug)]
-pub struct Live(Kind);
+pub struct Shm(Kind);
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Host(Arc<Mapping>),
+    Host(Arc<ShmMapping>),
     #[cfg(feature = "sim")]
-    Sim(Arc<SimLive>),
+    Sim(Arc<SimShm>),
 }
 
-impl Live {
-    pub(super) fn host(mapping: Mapping) -> Live {
-        Live(Kind::Host(Arc::new(mapping)))
+impl Shm {
+    pub(super) fn host(mapping: ShmMapping) -> Shm {
+        Shm(Kind::Host(Arc::new(mapping)))
     }
 
     #[cfg(feature = "sim")]
-    pub(super) fn sim(words: SimLive) -> Live {
-        Live(Kind::Sim(Arc::new(words)))
+    pub(super) fn sim(words: SimShm) -> Shm {
+        Shm(Kind::Sim(Arc::new(words)))
     }
 
     /// Whether an access met a page that the file does not have any more: nothing stored here will be found again.
@@ -53,7 +53,7 @@ impl Live {
     }
 }
 
-impl Deref for Live {
+impl Deref for Shm {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         match &self.0 {
@@ -66,7 +66,7 @@ impl Deref for Live {
 
 /// A mapped file.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(super) struct ShmMapping {
     // Fields are dropped in order: the guard goes before the mapping that it is for.
     guard: Guard,
     map: Map,
@@ -85,12 +85,12 @@ unsafe impl Send for Map {}
 // SAFETY: as for `Send`: any thread may load and store atomics at any time.
 unsafe impl Sync for Map {}
 
-impl Mapping {
+impl ShmMapping {
     /// Maps all `words` words of a file.
     ///
     /// # Errors
     /// `Io`; `Unsupported` if SIGBUS cannot be caught.
-    pub(super) fn new(file: OwnedFd, words: usize) -> Result<Mapping> {
+    pub(super) fn new(file: OwnedFd, words: usize) -> Result<ShmMapping> {
         let bytes = words * size_of::<AtomicU64>();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping of a whole file at a place that the kernel chooses.
@@ -101,11 +101,11 @@ impl Mapping {
         // the guard before the map, and its words are reached as atomics only. The journal's users check `is_lost`.
         let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
         let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "SIGBUS cannot be caught"))?;
-        Ok(Mapping { guard, map, _file: file })
+        Ok(ShmMapping { guard, map, _file: file })
     }
 }
 
-impl Deref for Mapping {
+impl Deref for ShmMapping {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: mapped, page-aligned, `words` long, for as long as self lives (by the file, or by the zeros that the guard puts

@@ -17,14 +17,14 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::IoUring;
 
-use super::engine::{Engine, SLOTS, host_file};
+use super::engine::{Engine, FILE_SLOTS, host_file};
 use super::env::File;
-use super::inline::Inline;
-use super::op::{Completion, Op, Slot};
-use super::payload::Slices;
-use super::sqe::{describe, set_up};
-use super::transfer::{Progress, Step};
-use super::warm::{Found, Warm};
+use super::nowait::NowaitWrites;
+use super::op::{Completion, Op, FileSlot};
+use super::payload::GuestIovecs;
+use super::sqe::{submission_entry, create_ring};
+use super::transfer::{Transfer, TransferState};
+use super::reader::{CachedRange, PageCacheReader};
 
 /// io_uring_enter(2): run what is pending for this thread, and wait for as many completions as asked.
 const ENTER_GETEVENTS: u32 = 1;
@@ -37,14 +37,14 @@ const MAX_REFUSALS: u32 = 1000;
 /// Where the kernel can (Linux 6.0), the ring belongs to one thread: the one that calls `submit`, `wait`, or `reap`
 /// first, since it is made disabled and enabled then. Files may be registered by any thread before that, and only by
 /// the owner afterwards.
-pub struct Ring {
+pub struct UringEngine {
     ring: IoUring,
     entries: Vec<Entry>,
     free: Vec<u32>,
     /// Writes that are tried without the ring first, as numbers of entries.
-    inline: Inline,
+    inline: NowaitWrites,
     writes: Vec<u32>,
-    warm: Warm,
+    warm: PageCacheReader,
     /// Completions that `wait` found, and those of such writes.
     over: Vec<Completion>,
     /// Entries whose transfer was short.
@@ -60,31 +60,31 @@ pub struct Ring {
 #[derive(Default)]
 struct Entry {
     op: Option<Op>,
-    progress: Progress,
+    progress: Transfer,
 }
 
 // SAFETY: the ring's mappings and the pointers in `entries` belong to it alone and to no thread; a ring that the kernel
 // ties to a thread refuses calls from others with an error.
-unsafe impl Send for Ring {}
+unsafe impl Send for UringEngine {}
 
-impl Ring {
+impl UringEngine {
     /// A ring for at most `depth` operations at once.
     ///
     /// # Errors
     /// Where the kernel has no io_uring, forbids it, or has no memory for it.
-    pub fn new(depth: usize) -> io::Result<Ring> {
+    pub fn new(depth: usize) -> io::Result<UringEngine> {
         assert!(depth > 0, "an engine takes at least one operation");
         let numbers = u32::try_from(depth).map_err(|_| io::ErrorKind::InvalidInput)?;
         let count = numbers.checked_next_power_of_two().ok_or(io::ErrorKind::InvalidInput)?;
-        let (ring, enabled) = set_up(count)?;
-        Ok(Ring {
+        let (ring, enabled) = create_ring(count)?;
+        Ok(UringEngine {
             ring,
             entries: (0..depth).map(|_| Entry::default()).collect(),
             // The lowest numbers are used first: they are warm.
             free: (0..numbers).rev().collect(),
-            inline: Inline::new(),
+            inline: NowaitWrites::new(),
             writes: Vec::with_capacity(depth),
-            warm: Warm::new(),
+            warm: PageCacheReader::new(),
             over: Vec::with_capacity(depth),
             again: Vec::with_capacity(depth),
             queued: 0,
@@ -98,7 +98,7 @@ impl Ring {
     fn queue(&mut self, number: u32) {
         let entry = &mut self.entries[number as usize];
         let op = entry.op.as_mut().expect("a queued entry has an operation");
-        let sqe = describe(op, &mut entry.progress).user_data(u64::from(number));
+        let sqe = submission_entry(op, &mut entry.progress).user_data(u64::from(number));
         // SAFETY: the memory the entry names is the operation's payload and the arrays of runs in payload or progress.
         // The slab keeps both, unmoved on the heap, until the completion, and nobody forms references to the bytes.
         let pushed = unsafe { self.ring.submission().push(&sqe) };
@@ -156,9 +156,9 @@ impl Ring {
             let number = u32::try_from(cqe.user_data()).expect("our own numbers come back");
             let entry = &mut self.entries[number as usize];
             let op = entry.op.as_ref().expect("a completion belongs to an operation under way");
-            match entry.progress.settle(op, cqe.result()) {
-                Step::Again => self.again.push(number),
-                Step::Over(result) => {
+            match entry.progress.advance(op, cqe.result()) {
+                TransferState::Continue => self.again.push(number),
+                TransferState::Finished(result) => {
                     let op = entry.op.take().expect("looked at above");
                     self.free.push(number);
                     out.push(Completion { op, result });
@@ -182,9 +182,9 @@ impl Ring {
             let op = entry.op.as_mut().expect("an entry in use has an operation");
             self.calls += 1;
             let returned = self.inline.write(op, &mut entry.progress);
-            match returned.map(|returned| entry.progress.settle(op, returned)) {
-                None | Some(Step::Again) => self.queue(number),
-                Some(Step::Over(result)) => {
+            match returned.map(|returned| entry.progress.advance(op, returned)) {
+                None | Some(TransferState::Continue) => self.queue(number),
+                Some(TransferState::Finished(result)) => {
                     let op = entry.op.take().expect("looked at above");
                     self.free.push(number);
                     self.over.push(Completion { op, result });
@@ -194,16 +194,16 @@ impl Ring {
         self.writes = writes;
     }
 
-    fn update(&mut self, slot: Slot, fd: RawFd) -> io::Result<()> {
-        if slot.0 >= SLOTS {
+    fn update(&mut self, slot: FileSlot, fd: RawFd) -> io::Result<()> {
+        if slot.0 >= FILE_SLOTS {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         self.ring.submitter().register_files_update(u32::from(slot.0), &[fd]).map(drop)
     }
 }
 
-impl Engine for Ring {
-    fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+impl Engine for UringEngine {
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         // The table holds the open description itself: locks on it live as long as any operation, even if this process
         // is killed (crash-safety 3.10, the fence).
         self.update(slot, host_file(file)?.as_raw_fd())?;
@@ -211,20 +211,20 @@ impl Engine for Ring {
         self.inline.register(slot, file)
     }
 
-    fn unregister(&mut self, slot: Slot) -> io::Result<()> {
+    fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
         self.inline.unregister(slot);
         self.warm.unregister(slot);
         self.update(slot, -1)
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {
-        if self.under_way() == self.depth() {
+        if self.outstanding() == self.depth() {
             return Err(op);
         }
         let number = self.free.pop().expect("there are as many entries as operations may be under way");
         let entry = &mut self.entries[number as usize];
         entry.progress.reset();
-        let inline = self.inline.takes(&op);
+        let inline = self.inline.accepts(&op);
         entry.op = Some(op);
         if inline {
             self.writes.push(number)
@@ -235,24 +235,24 @@ impl Engine for Ring {
     }
 
     #[inline]
-    fn find(&mut self, slot: Slot, offset: u64, len: usize) -> Option<Found> {
+    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         self.warm.find(slot, offset, len)
     }
 
     #[inline]
-    fn fill(&mut self, found: &Found, into: &Slices, at: usize) -> bool {
-        self.warm.fill(found, into, at)
+    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
+        self.warm.copy(found, into, at)
     }
 
-    fn filled(&mut self) {
-        self.warm.judge();
+    fn end_copy_batch(&mut self) {
+        self.warm.end_batch();
     }
 
-    fn learn(&mut self) {
-        self.warm.ask();
+    fn query_residency(&mut self) {
+        self.warm.run_queries();
     }
 
-    fn copies(&self) -> u64 {
+    fn copy_count(&self) -> u64 {
         self.warm.copies()
     }
 
@@ -266,7 +266,7 @@ impl Engine for Ring {
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
-        if self.under_way() == 0 {
+        if self.outstanding() == 0 {
             return; // nearly always so beside a guest that reads what is in memory
         }
         if self.enabled {
@@ -312,7 +312,7 @@ impl Engine for Ring {
         Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 
-    fn under_way(&self) -> usize {
+    fn outstanding(&self) -> usize {
         self.entries.len() - self.free.len() + self.over.len()
     }
 
@@ -320,7 +320,7 @@ impl Engine for Ring {
         self.entries.len()
     }
 
-    fn calls(&self) -> u64 {
+    fn system_calls(&self) -> u64 {
         self.calls
     }
 
@@ -329,7 +329,7 @@ impl Engine for Ring {
     }
 }
 
-impl Drop for Ring {
+impl Drop for UringEngine {
     fn drop(&mut self) {
         // Never handed over, so nobody touches their memory: `enter` is not told of them any more.
         self.queued = 0;
@@ -347,7 +347,7 @@ impl Drop for Ring {
         // The kernel takes a closed ring apart later, on a thread of its own, and until then its table holds the files
         // and their locks: who opens them next would find them busy. A thread that does not own the ring cannot empty
         // the table; then it is as late as the kernel is.
-        if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; SLOTS as usize]) {
+        if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; FILE_SLOTS as usize]) {
             log::debug!("the files of a ring are let go of by the kernel: {e}");
         }
     }

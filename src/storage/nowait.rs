@@ -10,12 +10,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::blocking::call;
-use super::engine::{SLOTS, host_file};
+use super::blocking::call_once;
+use super::engine::{FILE_SLOTS, host_file};
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Action, Op, Slot};
-use super::transfer::Progress;
+use super::op::{Action, Op, FileSlot};
+use super::transfer::Transfer;
 
 /// Most bytes of a write that its queue makes itself: longer copies would hold up what is behind them.
 const MOST: usize = 1 << 20;
@@ -25,7 +25,7 @@ const LONG: Duration = Duration::from_millis(1);
 const RECOVERY: u32 = 16;
 
 /// The files of a ring whose writes may be made at once.
-pub(super) struct Inline {
+pub(super) struct NowaitWrites {
     files: Vec<Option<Target>>,
     /// Until when writes are left to the ring.
     held: Option<Instant>,
@@ -37,20 +37,20 @@ struct Target {
     prompt: bool,
 }
 
-impl Inline {
-    pub(super) fn new() -> Inline {
-        Inline { files: (0..SLOTS).map(|_| None).collect(), held: None }
+impl NowaitWrites {
+    pub(super) fn new() -> NowaitWrites {
+        NowaitWrites { files: (0..FILE_SLOTS).map(|_| None).collect(), held: None }
     }
 
     /// Notes a file that the ring got; direct ones are not for us.
-    pub(super) fn register(&mut self, slot: Slot, file: &File) -> io::Result<()> {
+    pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = host_file(file)?;
         *entry = (!file.is_direct()).then(|| Target { file: file.clone(), prompt: true });
         Ok(())
     }
 
-    pub(super) fn unregister(&mut self, slot: Slot) {
+    pub(super) fn unregister(&mut self, slot: FileSlot) {
         if let Some(entry) = self.files.get_mut(usize::from(slot.0)) {
             *entry = None;
         }
@@ -58,7 +58,7 @@ impl Inline {
 
     /// Whether an operation is to be tried here.
     #[inline]
-    pub(super) fn takes(&self, op: &Op) -> bool {
+    pub(super) fn accepts(&self, op: &Op) -> bool {
         op.action == Action::Write
             && op.payload.len() <= MOST
             && self.files.get(usize::from(op.slot.0)).is_some_and(Option::is_some)
@@ -66,11 +66,11 @@ impl Inline {
 
     /// Makes the next call of a write: what it returned, or the negated error code; `None` where it is to be left to the
     /// ring.
-    pub(super) fn write(&mut self, op: &mut Op, progress: &mut Progress) -> Option<i32> {
+    pub(super) fn write(&mut self, op: &mut Op, progress: &mut Transfer) -> Option<i32> {
         let Target { file, prompt } = self.files[usize::from(op.slot.0)].as_mut()?;
         let fd = file.as_fd();
         if *prompt {
-            match call(fd, op, progress, libc::RWF_NOWAIT).checked_neg() {
+            match call_once(fd, op, progress, libc::RWF_NOWAIT).checked_neg() {
                 Some(libc::EAGAIN) => return None,
                 Some(libc::EOPNOTSUPP) => *prompt = false,
                 code => return code.map(|code| -code),
@@ -80,7 +80,7 @@ impl Inline {
         if self.held.is_some_and(|until| begin < until) {
             return None;
         }
-        let returned = call(fd, op, progress, 0);
+        let returned = call_once(fd, op, progress, 0);
         let end = Instant::now();
         self.held = (end - begin > LONG).then(|| end + (end - begin) * RECOVERY);
         Some(returned)

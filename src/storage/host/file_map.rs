@@ -51,8 +51,8 @@ static MADE: AtomicUsize = AtomicUsize::new(0);
 
 /// The mapped parts of one file.
 #[derive(Debug, Default)]
-pub(in crate::storage) struct Mapped {
-    regions: OnceLock<Box<[OnceLock<Arc<Region>>]>>,
+pub(in crate::storage) struct FileMap {
+    regions: OnceLock<Box<[OnceLock<Arc<MapRegion>>]>>,
     /// What was wanted of regions that are not mapped in long reads: a bit an area, and the sum of it all behind them, in units of
     /// [`SHORT`].
     wanted: OnceLock<Box<[AtomicU64]>>,
@@ -66,7 +66,7 @@ pub(in crate::storage) struct Mapped {
 
 /// A region that is mapped, for as long as anybody has it.
 #[derive(Debug)]
-pub(in crate::storage) struct Region {
+pub(in crate::storage) struct MapRegion {
     start: NonNull<u8>,
     /// Bytes that the file had in it when the kernel was last asked about it.
     bytes: AtomicUsize,
@@ -77,30 +77,30 @@ pub(in crate::storage) struct Region {
 }
 
 /// What is known of a range of a file.
-pub(in crate::storage) enum Place {
+pub(in crate::storage) enum Residency {
     /// All of it was in the host's memory: it can be copied from here.
-    Here(NonNull<u8>),
+    Resident(NonNull<u8>),
     /// It is worth to ask the kernel about so many bytes, at most those wanted, from this offset on: [`Mapped::ask`].
-    Ask(u64, usize),
+    Query(u64, usize),
     /// Nothing.
     Unknown,
 }
 
-impl Mapped {
+impl FileMap {
     /// What is known of `len` bytes from `offset`; counts what is not. No system call.
     #[inline]
-    pub(in crate::storage) fn place(&self, offset: u64, len: usize) -> Place {
+    pub(in crate::storage) fn residency(&self, offset: u64, len: usize) -> Residency {
         let (index, within) = locate(offset);
         let end = within + len;
         if end > REGION || len == 0 || self.refused.load(Ordering::Relaxed) {
-            return Place::Unknown;
+            return Residency::Unknown;
         }
         let Some(region) = self.region(index) else {
             let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
-            return if more && self.is_worth(index, within, len) { Place::Ask(offset, len) } else { Place::Unknown };
+            return if more && self.is_worth(index, within, len) { Residency::Query(offset, len) } else { Residency::Unknown };
         };
-        if let Some(from) = region.here(within, len) {
-            return Place::Here(from);
+        if let Some(from) = region.resident_start(within, len) {
+            return Residency::Resident(from);
         }
         // Or the file has grown since.
         let page = region.lacks(within / PAGE, end.div_ceil(PAGE)).unwrap_or((end - 1) / PAGE);
@@ -109,12 +109,12 @@ impl Mapped {
         let count = asked.load(Ordering::Relaxed).saturating_add(1);
         asked.store(if count < ASKED { count } else { 0 }, Ordering::Relaxed);
         let at = page * PAGE;
-        if count < ASKED { Place::Unknown } else { Place::Ask((index * REGION + at) as u64, end - at) }
+        if count < ASKED { Residency::Unknown } else { Residency::Query((index * REGION + at) as u64, end - at) }
     }
 
     /// Asks the kernel what it has in memory of `len` > 0 bytes from `offset` on, and around them. `size`: says how long the
     /// file is.
-    pub(in crate::storage) fn ask(&self, file: impl AsFd, offset: u64, len: usize, size: impl FnOnce() -> Option<u64>) {
+    pub(in crate::storage) fn query(&self, file: impl AsFd, offset: u64, len: usize, size: impl FnOnce() -> Option<u64>) {
         let Some(size) = size() else { return };
         if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, size)) {
             return self.refused.store(true, Ordering::Relaxed);
@@ -123,14 +123,14 @@ impl Mapped {
         match self.region(index) {
             Some(region) => {
                 region.bytes.store(bytes_in(index, size), Ordering::Relaxed);
-                windows(within, len).for_each(|window| region.ask(window));
+                windows(within, len).for_each(|window| region.query_window(window));
             }
             None => self.map(file, index, size),
         }
     }
 
     /// Forgets what was known of `len` bytes from `offset`.
-    pub(in crate::storage) fn forget(&self, offset: u64, len: usize) {
+    pub(in crate::storage) fn invalidate(&self, offset: u64, len: usize) {
         let (index, within) = locate(offset);
         let Some(region) = self.region(index) else { return };
         for window in windows(within, len) {
@@ -156,7 +156,7 @@ impl Mapped {
 
     /// Region `index`, if it is mapped.
     #[inline]
-    pub(in crate::storage) fn region(&self, index: usize) -> Option<&Arc<Region>> {
+    pub(in crate::storage) fn region(&self, index: usize) -> Option<&Arc<MapRegion>> {
         self.regions.get()?.get(index)?.get()
     }
 
@@ -165,7 +165,7 @@ impl Mapped {
         let Some(slot) = regions.get(index) else { return };
         let mine = self.made.fetch_add(1, Ordering::Relaxed) < MOST_OF_A_FILE;
         let all = MADE.fetch_add(1, Ordering::Relaxed) < MOST_REGIONS;
-        match if mine && all { Region::map(file, index, size) } else { None } {
+        match if mine && all { MapRegion::map(file, index, size) } else { None } {
             // Another thread may be faster, then its region it is.
             Some(region) => drop(slot.set(Arc::new(region))),
             None => {
@@ -194,24 +194,24 @@ pub(in crate::storage) fn locate(offset: u64) -> (usize, usize) {
 }
 
 // SAFETY: the pointer is to a mapping of its own, which any thread may read.
-unsafe impl Send for Region {}
+unsafe impl Send for MapRegion {}
 // SAFETY: the same, and all else is atomic.
-unsafe impl Sync for Region {}
+unsafe impl Sync for MapRegion {}
 
-impl Region {
-    fn map(file: impl AsFd, index: usize, size: u64) -> Option<Region> {
+impl MapRegion {
+    fn map(file: impl AsFd, index: usize, size: u64) -> Option<MapRegion> {
         let offset = (index * REGION) as u64;
         // SAFETY: a fresh mapping at a place that the kernel chooses. What lies behind the file's end is not touched but by
         // copies that can do with a signal.
         let start = unsafe { mmap(ptr::null_mut(), REGION, ProtFlags::READ, MapFlags::SHARED, file, offset) };
         let start = NonNull::new(start.ok()?.cast())?;
         let (there, asked) = ([const { AtomicU64::new(0) }; _], [const { AtomicU8::new(0) }; _]);
-        Some(Region { start, bytes: AtomicUsize::new(bytes_in(index, size)), there, asked })
+        Some(MapRegion { start, bytes: AtomicUsize::new(bytes_in(index, size)), there, asked })
     }
 
     /// Where in memory `len` bytes at `within` are, if the host had all of them there when it was asked.
     #[inline]
-    pub(in crate::storage) fn here(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
+    pub(in crate::storage) fn resident_start(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
         let end = within + len;
         let whole =
             end <= self.bytes.load(Ordering::Relaxed) && self.lacks(within / PAGE, end.div_ceil(PAGE)).is_none();
@@ -221,7 +221,7 @@ impl Region {
 
     /// Whether what is at `within` is mapped at `from`.
     #[inline]
-    pub(in crate::storage) fn is_at(&self, within: usize, from: NonNull<u8>) -> bool {
+    pub(in crate::storage) fn maps_at(&self, within: usize, from: NonNull<u8>) -> bool {
         self.start.as_ptr().wrapping_add(within) == from.as_ptr()
     }
 
@@ -242,14 +242,14 @@ impl Region {
         None
     }
 
-    fn ask(&self, window: usize) {
+    fn query_window(&self, window: usize) {
         // SAFETY: a window of the region.
         let start = unsafe { self.start.add(window * WINDOW) };
         self.there[window].store(resident(start, 64).unwrap_or(0), Ordering::Relaxed);
     }
 }
 
-impl Drop for Region {
+impl Drop for MapRegion {
     fn drop(&mut self) {
         MADE.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: mapped in `map` with this length; nobody has self any more, and who copies has it.
@@ -292,16 +292,16 @@ mod tests {
 
     #[test]
     fn long_reads_map_a_region_when_they_come_back() {
-        let (mapped, is_ask) = (Mapped::default(), |place| matches!(place, Place::Ask(..)));
-        let long = |n: u64| is_ask(mapped.place(n << 20, 1 << 20));
+        let (mapped, is_ask) = (FileMap::default(), |place| matches!(place, Residency::Query(..)));
+        let long = |n: u64| is_ask(mapped.residency(n << 20, 1 << 20));
         assert!((0..256).all(|n| !long(n)) && long(0) && long(100), "once through all of it, and again");
         assert!((256..260).all(|n| !long(n)) && (256..260).all(|n| !long(n)) && long(256), "a part of another region");
-        assert!(is_ask(mapped.place(300 << 20, SHORT)));
+        assert!(is_ask(mapped.residency(300 << 20, SHORT)));
     }
 
     #[test]
     fn pages_without_a_bit_are_found() {
-        let region = Region {
+        let region = MapRegion {
             start: NonNull::dangling(),
             bytes: AtomicUsize::new(REGION),
             there: [const { AtomicU64::new(u64::MAX) }; _],

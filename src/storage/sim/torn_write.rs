@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::inode::{Change, Inode, Stored};
+use super::inode::{InodeChange, Inode, SectorData};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Bytes that are never torn: an entry of a block table.
@@ -20,10 +20,10 @@ pub type Tear<'a> = &'a mut dyn FnMut(&[u8; SECTOR_BYTES], &[u8; SECTOR_BYTES]) 
 ///
 /// Those behind the durable length stay whole: the new length becomes durable after a transfer that began with the page
 /// complete.
-pub(super) fn tear(inode: &Inode, changes: &mut [(u64, Change)], tear: Tear<'_>) {
+pub(super) fn tear(inode: &Inode, changes: &mut [(u64, InodeChange)], tear: Tear<'_>) {
     let mut before = BTreeMap::new();
     for (_, change) in changes {
-        let Change::Sector(at, new) = change else { continue };
+        let InodeChange::Sector(at, new) = change else { continue };
         let (at, Some(new)) = (*at, new.as_ref().map(|new| new.0)) else {
             // A hole is not written, so never in part.
             before.insert(*at, [0; SECTOR_BYTES]);
@@ -38,7 +38,7 @@ pub(super) fn tear(inode: &Inode, changes: &mut [(u64, Change)], tear: Tear<'_>)
             for (n, unit) in new.chunks_exact(UNIT).enumerate().filter(|(n, _)| units >> n & 1 == 1) {
                 mixture[n * UNIT..][..UNIT].copy_from_slice(unit);
             }
-            *change = Change::Sector(at, Some(Stored::new(mixture)));
+            *change = InodeChange::Sector(at, Some(SectorData::new(mixture)));
         }
     }
 }
