@@ -14,7 +14,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use chains::{BLOCKS, Cut, plan_all, version};
-use diffdisk::chain::{Plan, Version};
+use diffdisk::chain::{PlanBuffer, Version};
 use diffdisk::units::SectorRange;
 use null::Idle;
 
@@ -58,13 +58,13 @@ fn main() {
 
 /// Nanoseconds a plan.
 fn measure(version: &Version) -> f64 {
-    let mut plan = Plan::default();
+    let mut plan = PlanBuffer::default();
     let start = Instant::now();
     some_plans(version, &mut plan, REQUESTS);
     start.elapsed().as_secs_f64() * 1e9 / REQUESTS as f64
 }
 
-fn some_plans(version: &Version, plan: &mut Plan, count: u64) {
+fn some_plans(version: &Version, plan: &mut PlanBuffer, count: u64) {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     for _ in 0..count {
         // Marsaglia's xorshift64.
@@ -84,7 +84,7 @@ fn instructions(name: &str, count: u64) {
         "plan-3" | "plan-64" => {
             let version = version(&path, if name == "plan-3" { 1 } else { 62 }, Cut::Runs(8));
             plan_all(&version);
-            some_plans(&version, &mut Plan::default(), count);
+            some_plans(&version, &mut PlanBuffer::default(), count);
         }
         "request" => null::requests(&path, count, Idle::Operations),
         "request-copied" => null::requests(&path, count, Idle::Copies),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, Plan, Policy, Use, Version};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode, Version};
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
 use diffdisk::image::Keep;
 use diffdisk::storage::{EngineKind, Env, GuestIovecs};
@@ -32,13 +32,13 @@ pub enum Cut {
 /// it is served.
 pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
     let top = make(folder, depth, cut);
-    let chain = Chain::open(&HOST, &top, &Policy::default(), Use::Write).unwrap_or_else(|e| panic!("{}", e.line()));
+    let chain = Chain::open(&HOST, &top, &Policy::default(), OpenMode::Write).unwrap_or_else(|e| panic!("{}", e.line()));
     chain.into_writable(&HOST, &Keep::Nothing).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
 /// Has everything decided, so that only look-ups are left.
 pub fn plan_all(version: &Version) {
-    let mut plan = Plan::default();
+    let mut plan = PlanBuffer::default();
     for block in 0..BLOCKS {
         let range = SectorRange::between(block * BLOCK_SECTORS, (block + 1) * BLOCK_SECTORS);
         version.plan_read_now(range, &mut plan).unwrap_or_else(|e| panic!("{}", e.line()));

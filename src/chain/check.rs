@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::hidden;
-use super::open::Use;
+use super::masked_parent;
+use super::open::OpenMode;
 use super::parent_time;
-use super::parents::{Policy, Search};
-use super::pending::warn_of_merges;
-use super::seek::Sought;
+use super::parents::{Policy, ParentSearch};
+use super::unfinished_merge::warn_of_unfinished_merges;
+use super::parent_lookup::ParentLookup;
 use crate::error::Result;
 use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
@@ -17,7 +17,7 @@ use crate::units::SectorRange;
 
 /// What was found in a file of a chain, and in its link to its parent.
 #[derive(Debug)]
-pub struct Checked {
+pub struct CheckedFile {
     /// Its path.
     pub path: PathBuf,
     /// Which file that was.
@@ -31,7 +31,7 @@ pub struct Checked {
     /// The ranges of its disk that are lost, ascending.
     pub lost: Vec<SectorRange>,
     /// Whether it is a child whose parents were not to be looked at.
-    pub alone: bool,
+    pub parents_skipped: bool,
 }
 
 /// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
@@ -47,14 +47,14 @@ pub fn check(
     parents: Option<&Policy>,
     runtime: &[RuntimeFolder],
     progress: &mut dyn FnMut(u64) -> Result<()>,
-) -> Result<Vec<Checked>> {
+) -> Result<Vec<CheckedFile>> {
     let mut passed = 0;
     let mut watch = |more| {
         passed += more;
         progress(passed)
     };
-    let mut all: Vec<Checked> = Vec::new();
-    let mut search = parents.map(|policy| Search::new(env, &youngest, policy, Use::Read)).transpose()?;
+    let mut all: Vec<CheckedFile> = Vec::new();
+    let mut search = parents.map(|policy| ParentSearch::new(env, &youngest, policy, OpenMode::Read)).transpose()?;
     // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
@@ -67,46 +67,46 @@ pub fn check(
         }
         let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);
         if let Some(image) = &image {
-            warn_of_merges(env, image)?;
+            warn_of_unfinished_merges(env, image)?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
         let mut checked =
-            Checked { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, alone };
+            CheckedFile { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, parents_skipped: alone };
         if let (Some(search), Some(image)) = (&mut search, image) {
             suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
-            next = link(search, &image, &mut checked.defects)?;
+            next = check_link(search, &image, &mut checked.defects)?;
             images.push(image);
         }
         all.push(checked);
     }
     // Only a whole chain tells what its parents have.
-    let is_readable = |c: &Checked| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
+    let is_readable = |c: &CheckedFile| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
     let readable = images.len() == all.len() && all.iter().all(is_readable);
     if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
-            hidden::look(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
+            masked_parent::find_masked(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
         }
     }
     Ok(all)
 }
 
 /// The parent's file, where the link leads to one.
-fn link(search: &mut Search<'_>, image: &Image, defects: &mut Vec<Defect>) -> Result<Option<File>> {
-    if let Some(defect) = search.broken_by(image)? {
+fn check_link(search: &mut ParentSearch<'_>, image: &Image, defects: &mut Vec<Defect>) -> Result<Option<File>> {
+    if let Some(defect) = search.check_visit(image)? {
         defects.push(defect);
         return Ok(None);
     }
     if image.kind() != DiskType::Differencing {
         return Ok(None);
     }
-    match search.seek(image)? {
-        Sought::Parent(parent) => {
+    match search.find_parent(image)? {
+        ParentLookup::Parent(parent) => {
             note_differences(image, &parent, defects)?;
             Ok(Some(parent.file().clone()))
         }
-        Sought::Broken(file, _) => Ok(Some(file)),
-        Sought::Refused(e) => Err(e),
-        Sought::Nowhere(defect) => {
+        ParentLookup::Invalid(file, _) => Ok(Some(file)),
+        ParentLookup::Refused(e) => Err(e),
+        ParentLookup::NotFound(defect) => {
             // The image's own bytes may have shown it already.
             if !defects.contains(&defect) {
                 defects.push(defect);

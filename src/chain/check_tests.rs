@@ -4,7 +4,7 @@ use crate::format::footer::time_from_unix;
 use std::fs::File as HostFile;
 use std::os::unix::fs::FileExt;
 
-use super::super::rig::Rig;
+use super::super::testing::ChainFolder;
 use super::*;
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
@@ -12,13 +12,13 @@ use crate::units::SECTOR;
 
 const BLOCK: u32 = 512 << 10;
 
-fn checked(rig: &Rig, name: &str) -> Vec<Checked> {
+fn checked(rig: &ChainFolder, name: &str) -> Vec<CheckedFile> {
     let youngest = Host.open(&rig.path(name), Access::Read).unwrap();
     check(&Host, youngest, Some(&Policy::default()), &[], &mut |_| Ok(())).unwrap()
 }
 
 /// The defects of the youngest file that are no notes of how sizes and times differ.
-fn found(rig: &Rig, name: &str) -> Vec<Defect> {
+fn found(rig: &ChainFolder, name: &str) -> Vec<Defect> {
     let mut all = checked(rig, name).remove(0).defects;
     all.retain(|d| !matches!(d, Defect::ParentChanged { .. } | Defect::ParentSize { .. }));
     all
@@ -26,7 +26,7 @@ fn found(rig: &Rig, name: &str) -> Vec<Defect> {
 
 /// Writes a sector of the disk as QEMU 7.2 does: a block without a place gets one right behind the last, all of it marked;
 /// a block with a place gets all of it marked.
-fn qemu_writes(rig: &Rig, name: &str, sector: u64, byte: u8) {
+fn qemu_writes(rig: &ChainFolder, name: &str, sector: u64, byte: u8) {
     let image = Image::open(Host.open(&rig.path(name), Access::Read).unwrap()).unwrap();
     let file = HostFile::options().read(true).write(true).open(rig.path(name)).unwrap();
     let (table, block_size) = (image.table_offset().unwrap(), image.block_size().unwrap());
@@ -47,8 +47,8 @@ fn qemu_writes(rig: &Rig, name: &str, sector: u64, byte: u8) {
     file.write_all_at(&[byte; 512], data * SECTOR).unwrap();
 }
 
-fn rig(block: u32) -> Rig {
-    let rig = Rig::new();
+fn rig(block: u32) -> ChainFolder {
+    let rig = ChainFolder::new();
     rig.dynamic("root", block, 10_000);
     rig.fill("root", &[(0, 19, 1), (3_000, 3_100, 1)]);
     rig.child("leaf", "root", block, 10_000);
@@ -74,7 +74,7 @@ fn where_nothing_is_hidden_nothing_is_said_to_be() {
     qemu_writes(&rig, "leaf", 8_000, 7);
     assert_eq!(found(&rig, "leaf"), []);
     // The one sector that the parent has, written anew; zeros stand over zeros.
-    let rig = Rig::new();
+    let rig = ChainFolder::new();
     rig.dynamic("root", BLOCK, 10_000);
     rig.fill("root", &[(2_000, 2_001, 1)]);
     rig.child("leaf", "root", BLOCK, 10_000);
@@ -91,7 +91,7 @@ fn a_guest_that_zeroes_is_no_qemu() {
 
 #[test]
 fn the_parents_need_not_have_the_childs_blocks() {
-    let rig = Rig::new();
+    let rig = ChainFolder::new();
     rig.dynamic("root", 4 << 10, 10_000);
     rig.fill("root", &[(3_001, 3_002, 1)]);
     rig.child("middle", "root", 2 << 20, 9_000);

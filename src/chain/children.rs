@@ -13,25 +13,25 @@
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use super::merge_record::{escaped, unescaped};
-use super::open::Use;
-use super::parents::{Policy, Search};
-use super::seek::{Sought, plain};
+use super::merge_record::{percent_encode, percent_decode};
+use super::open::OpenMode;
+use super::parents::{Policy, ParentSearch};
+use super::parent_lookup::{ParentLookup, lexically_normal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Glance, Image, file_name, folder_of, is_fresh_name};
 use crate::storage::{Access, Env, File, FileId};
 
-const MARK: &str = "user.diffdisk.children";
+const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
 /// Files of the folder whose headers are looked at, at most.
-const MOST_FILES: usize = 1000;
+const MAX_FILES: usize = 1000;
 /// How long they are looked at, at most.
-const MOST_TIME: Duration = Duration::from_millis(50);
+const MAX_SEARCH_TIME: Duration = Duration::from_millis(50);
 /// Children in a mark, at most, and its bytes: ext4 keeps all attributes of a file in 4 KiB.
-const MOST_MARKED: usize = 16;
-const MARK_BYTES: usize = 2048;
+const MAX_RECORDED: usize = 16;
+const MAX_ATTRIBUTE_BYTES: usize = 2048;
 /// Children that an error names.
-const MOST_NAMED: usize = 3;
+const MAX_NAMED: usize = 3;
 
 /// Fails if images stand on `parent`, which is going to be written to.
 ///
@@ -43,9 +43,9 @@ pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
     if children.is_empty() {
         return Ok(());
     }
-    let mut named: Vec<String> = children.iter().take(MOST_NAMED).map(|path| path.display().to_string()).collect();
-    if children.len() > MOST_NAMED {
-        named.push(format!("{} more", children.len() - MOST_NAMED));
+    let mut named: Vec<String> = children.iter().take(MAX_NAMED).map(|path| path.display().to_string()).collect();
+    if children.len() > MAX_NAMED {
+        named.push(format!("{} more", children.len() - MAX_NAMED));
     }
     let what = format!(
         "it is the parent of {}: writing to it changes what they show. Serve a child, or this one read-only; \
@@ -61,18 +61,18 @@ pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
 /// `Io`.
 pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
-    let mut search = Children { env, parent, id: parent.file().stat()?.id, found: Vec::new() };
-    let marked = marked(parent.file())?;
+    let mut search = ChildSearch { env, parent, id: parent.file().stat()?.id, found: Vec::new() };
+    let marked = recorded_children(parent.file())?;
     let mut alive = Vec::new();
     for line in &marked {
-        let path = plain(&folder.join(line));
-        if !is_of_the_kernel(&path) && search.look(&path)? {
+        let path = lexically_normal(&folder.join(line));
+        if !is_kernel_path(&path) && search.check_candidate(&path)? {
             alive.push(line.clone());
         }
     }
     if alive.len() < marked.len() {
         // Without the right to change it, the mark stays and is looked at again.
-        let _ = parent.file().set_attribute(MARK, encode(&alive).as_deref());
+        let _ = parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&alive).as_deref());
     }
     let began = env.monotonic_time();
     let listed = match env.folder(&folder).and_then(|folder| folder.list()) {
@@ -80,56 +80,56 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
         listed => listed?,
     };
     for (number, name) in listed.iter().filter(|name| !is_fresh_name(name)).enumerate() {
-        if number >= MOST_FILES || env.monotonic_time().saturating_sub(began) > MOST_TIME {
+        if number >= MAX_FILES || env.monotonic_time().saturating_sub(began) > MAX_SEARCH_TIME {
             let (folder, all) = (folder.display(), listed.len());
             log::info!("{folder}: only {number} of {all} files were searched for children of an image there");
             break;
         }
-        search.look(&folder.join(name))?;
+        search.check_candidate(&folder.join(name))?;
     }
     Ok(search.found.into_iter().map(|(_, path)| path).collect())
 }
 
 /// Notes on `parent` that the image at `child` stands on it, if that is possible. `child` need not be there yet.
-pub fn mark_parent(env: &dyn Env, parent: &Image, child: &Path) {
-    if let Err(e) = mark(env, parent, child) {
+pub fn record_child(env: &dyn Env, parent: &Image, child: &Path) {
+    if let Err(e) = try_record_child(env, parent, child) {
         log::debug!("{}: it is not marked as a parent: {}", parent.file().path().display(), e.line());
     }
 }
 
-fn mark(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
+fn try_record_child(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
-    let line = relative(&folder, &place_of(env, child)?);
+    let line = relative_path(&folder, &absolute_path(env, child)?);
     // Another process may change the mark between the two calls, and there is no call for both.
     for _ in 0..4 {
-        let mut lines = marked(parent.file())?;
+        let mut lines = recorded_children(parent.file())?;
         if lines.contains(&line) {
             return Ok(());
         }
         lines.push(line.clone());
-        if encode(&lines).is_some_and(|text| text.len() > MARK_BYTES) || lines.len() > MOST_MARKED {
+        if encode_children(&lines).is_some_and(|text| text.len() > MAX_ATTRIBUTE_BYTES) || lines.len() > MAX_RECORDED {
             children_of(env, parent)?;
-            lines = marked(parent.file())?;
+            lines = recorded_children(parent.file())?;
             lines.push(line.clone());
         }
-        while lines.len() > MOST_MARKED || (lines.len() > 1 && encode(&lines).is_some_and(|t| t.len() > MARK_BYTES)) {
+        while lines.len() > MAX_RECORDED || (lines.len() > 1 && encode_children(&lines).is_some_and(|t| t.len() > MAX_ATTRIBUTE_BYTES)) {
             lines.remove(0);
         }
-        parent.file().set_attribute(MARK, encode(&lines).as_deref())?;
+        parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&lines).as_deref())?;
     }
     Ok(())
 }
 
-struct Children<'a> {
+struct ChildSearch<'a> {
     env: &'a dyn Env,
     parent: &'a Image,
     id: FileId,
     found: Vec<(FileId, PathBuf)>,
 }
 
-impl Children<'_> {
+impl ChildSearch<'_> {
     /// Whether a child is at `path`, or may be: what is closed to us cannot be told.
-    fn look(&mut self, path: &Path) -> Result<bool> {
+    fn check_candidate(&mut self, path: &Path) -> Result<bool> {
         let file = match self.env.open(path, Access::Read) {
             Ok(file) => file,
             Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) => return Ok(false),
@@ -141,7 +141,7 @@ impl Children<'_> {
             return Ok(true);
         }
         let named = Glance::at(&file)?.and_then(|glance| glance.parent);
-        if id == self.id || named != Some(self.parent.uuid()) || !self.leads_here(file)? {
+        if id == self.id || named != Some(self.parent.uuid()) || !self.resolves_to_parent(file)? {
             return Ok(false);
         }
         self.found.push((id, path.to_path_buf()));
@@ -149,34 +149,34 @@ impl Children<'_> {
     }
 
     /// Whether the paths in a child lead to the parent's file; true if they lead to no image of this UUID.
-    fn leads_here(&self, child: File) -> Result<bool> {
+    fn resolves_to_parent(&self, child: File) -> Result<bool> {
         let Ok(child) = Image::open(child) else { return Ok(true) };
         if child.kind() != DiskType::Differencing {
             return Ok(false);
         }
         let allowed = vec![folder_of(self.parent.file().path()).to_path_buf()];
         let policy = Policy { allowed, ..Policy::default() };
-        match Search::new(self.env, child.file(), &policy, Use::Look)?.seek(&child) {
-            Ok(Sought::Parent(parent)) => Ok(parent.file().stat()?.id == self.id),
+        match ParentSearch::new(self.env, child.file(), &policy, OpenMode::Inspect)?.find_parent(&child) {
+            Ok(ParentLookup::Parent(parent)) => Ok(parent.file().stat()?.id == self.id),
             _ => Ok(true),
         }
     }
 }
 
 /// Whether a path leads to what the kernel makes up: no image lies there, and opening may have effects.
-fn is_of_the_kernel(path: &Path) -> bool {
+fn is_kernel_path(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"].iter().any(|folder| path.starts_with(folder))
 }
 
 /// The lines of the mark on a file; none if there is no mark, or none of ours.
-fn marked(parent: &File) -> Result<Vec<PathBuf>> {
-    let value = parent.attribute(MARK)?.unwrap_or_default();
+fn recorded_children(parent: &File) -> Result<Vec<PathBuf>> {
+    let value = parent.attribute(CHILDREN_ATTRIBUTE)?.unwrap_or_default();
     let text = std::str::from_utf8(&value).unwrap_or_default();
-    Ok(text.lines().take(MOST_MARKED).filter_map(unescaped).collect())
+    Ok(text.lines().take(MAX_RECORDED).filter_map(percent_decode).collect())
 }
 
-fn encode(lines: &[PathBuf]) -> Option<Vec<u8>> {
-    let text: Vec<String> = lines.iter().map(|line| escaped(line)).collect();
+fn encode_children(lines: &[PathBuf]) -> Option<Vec<u8>> {
+    let text: Vec<String> = lines.iter().map(|line| percent_encode(line)).collect();
     (!text.is_empty()).then(|| text.join("\n").into_bytes())
 }
 
@@ -184,13 +184,13 @@ fn encode(lines: &[PathBuf]) -> Option<Vec<u8>> {
 ///
 /// # Errors
 /// `Refused` if `path` does not end in a file name; `Io`, `NotFound`: of the folder.
-pub fn place_of(env: &dyn Env, path: &Path) -> Result<PathBuf> {
+pub fn absolute_path(env: &dyn Env, path: &Path) -> Result<PathBuf> {
     let name = file_name(path)?;
     Ok(env.canonical(folder_of(path))?.join(name))
 }
 
 /// The way from a folder to a file, both absolute and without `..` and symbolic links.
-pub fn relative(folder: &Path, file: &Path) -> PathBuf {
+pub fn relative_path(folder: &Path, file: &Path) -> PathBuf {
     let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = folder.components().skip(common).map(|_| Component::ParentDir);
     up.chain(file.components().skip(common)).collect()

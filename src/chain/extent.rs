@@ -1,6 +1,6 @@
 //! Plans: a range of the disk as runs of sectors that have one source each.
 
-use super::cells::Memo;
+use super::frozen_cache::CacheHandle;
 use crate::storage::FileSlot;
 use crate::units::SectorRange;
 
@@ -21,7 +21,7 @@ pub enum Source {
 impl Source {
     /// The source of what follows `sectors` further on in the same run.
     #[must_use]
-    pub fn after(self, sectors: u64) -> Source {
+    pub fn advanced_by(self, sectors: u64) -> Source {
         match self {
             Source::Zero => Source::Zero,
             Source::File { slot, offset } => Source::File { slot, offset: offset + sectors * crate::units::SECTOR },
@@ -41,15 +41,15 @@ pub struct Extent {
 impl Extent {
     /// Both as one, where `next` begins where this ends, in both worlds.
     #[inline]
-    pub fn joined(self, next: Extent) -> Option<Extent> {
-        let adjoins = self.range.end() == next.range.start() && self.source.after(self.range.count()) == next.source;
+    pub fn try_join(self, next: Extent) -> Option<Extent> {
+        let adjoins = self.range.end() == next.range.start() && self.source.advanced_by(self.range.count()) == next.source;
         adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
     }
 
     /// What is left after its first `sectors`.
     #[must_use]
     pub fn skip(self, sectors: u64) -> Extent {
-        Extent { range: self.range.skip(sectors), source: self.source.after(sectors) }
+        Extent { range: self.range.skip(sectors), source: self.source.advanced_by(sectors) }
     }
 }
 
@@ -57,15 +57,15 @@ impl Extent {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
     /// A granule of the top's bitmaps.
-    Granule(usize),
+    BitmapSector(usize),
     /// The bitmaps that decide a cell of the frozen map.
     Cell(usize),
 }
 
 impl Missing {
     /// These granules of the top.
-    pub fn granules(granules: &[usize]) -> Vec<Missing> {
-        granules.iter().copied().map(Missing::Granule).collect()
+    pub fn bitmap_sectors(granules: &[usize]) -> Vec<Missing> {
+        granules.iter().copied().map(Missing::BitmapSector).collect()
     }
 }
 
@@ -73,7 +73,7 @@ impl Missing {
 ///
 /// One is kept by each queue and used again and again, so that planning allocates nothing once it is warm.
 #[derive(Debug, Default)]
-pub struct Plan {
+pub struct PlanBuffer {
     /// The runs. For writes where data goes, for zeroing and discarding where the file is punched.
     pub extents: Vec<Extent>,
     /// Ranges to mark when all is done (zeroing only; a write marks its whole range).
@@ -83,13 +83,13 @@ pub struct Plan {
     /// Whether a block got a place: room may be short now.
     pub reserved: bool,
     /// Of the last look-up beneath the top.
-    pub(super) memo: Option<Memo>,
+    pub(super) cache: Option<CacheHandle>,
 }
 
 /// Layers of the deepest chain, and some more: what one place of the disk can miss.
-const RECENT: usize = 128;
+const DEDUPLICATED: usize = 128;
 
-impl Plan {
+impl PlanBuffer {
     /// Forgets everything, keeps the memory.
     pub fn clear(&mut self) {
         self.extents.clear();
@@ -100,8 +100,8 @@ impl Plan {
 
     /// Lets go of what look-ups remember of a chain, perhaps the last that keep it in memory. To be called by who may not ask
     /// again soon.
-    pub fn rest(&mut self) {
-        self.memo = None;
+    pub fn release_cache(&mut self) {
+        self.cache = None;
     }
 
     /// Appends a run, joining it to the last where they are neighbours in both worlds.
@@ -112,7 +112,7 @@ impl Plan {
         }
         let next = Extent { range, source };
         if let Some(last) = self.extents.last_mut()
-            && let Some(both) = last.joined(next)
+            && let Some(both) = last.try_join(next)
         {
             *last = both;
             return;
@@ -122,8 +122,8 @@ impl Plan {
 
     /// Notes something to load; what was noted lately, once. (A range may miss more than can be compared, and what is loaded
     /// twice does no harm.)
-    pub fn miss(&mut self, what: Missing) {
-        if !self.missing.iter().rev().take(RECENT).any(|known| *known == what) {
+    pub fn add_missing(&mut self, what: Missing) {
+        if !self.missing.iter().rev().take(DEDUPLICATED).any(|known| *known == what) {
             self.missing.push(what);
         }
     }
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn neighbours_join() {
-        let mut plan = Plan::default();
+        let mut plan = PlanBuffer::default();
         let file = |offset| Source::File { slot: FileSlot(1), offset };
         plan.push(SectorRange::between(0, 8), file(4096));
         plan.push(SectorRange::between(8, 16), file(8192));

@@ -10,8 +10,8 @@
 
 use std::ops::ControlFlow;
 
-use super::cells::{CELL_SECTORS, Cell, Cells, Run};
-use super::extent::{Missing, Plan, Source};
+use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, PackedRun};
+use super::extent::{Missing, PlanBuffer, Source};
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
 use crate::storage::FileSlot;
@@ -27,26 +27,26 @@ pub struct Layer {
 }
 
 /// The words of a sector of bitmap.
-pub(super) type Words = [u64; SECTOR_BITS as usize / 64];
+pub(super) type BitmapWords = [u64; SECTOR_BITS as usize / 64];
 /// Supplies a sector of bitmap (layer, byte offset) where it is known.
-pub(super) type Known<'a> = dyn FnMut(usize, u64) -> Option<Words> + 'a;
+pub(super) type BitmapLookup<'a> = dyn FnMut(usize, u64) -> Option<BitmapWords> + 'a;
 
 /// A sector of bitmap that a cell needs, and its words once it was read.
 #[derive(Debug)]
-pub struct BitmapPiece {
+pub struct CellRead {
     /// Index of the layer.
     pub layer: usize,
     /// Byte offset of the bitmap sector in the layer's file.
     pub at: u64,
     /// What was read.
-    pub words: Option<Box<Words>>,
+    pub words: Option<Box<BitmapWords>>,
 }
 
 /// The merged layers, youngest first. Immutable but for what it remembers.
 #[derive(Debug)]
 pub struct Frozen {
     layers: Vec<Layer>,
-    cells: Cells,
+    cache: FrozenCache,
     sectors: u64,
 }
 
@@ -54,7 +54,7 @@ impl Frozen {
     /// The map of these layers, youngest first. May be empty: then all is zero.
     pub fn new(layers: Vec<Layer>) -> Frozen {
         let sectors = layers.first().map_or(0, |l| l.image.size() / SECTOR);
-        Frozen { layers, cells: Cells::new(sectors), sectors }
+        Frozen { layers, cache: FrozenCache::new(sectors), sectors }
     }
 
     /// The layers, youngest first.
@@ -64,9 +64,9 @@ impl Frozen {
 
     /// Appends where `range` is to `plan`, or what must be loaded to tell.
     #[inline]
-    pub fn split(&self, range: SectorRange, plan: &mut Plan) {
-        let mut memo = plan.memo.take();
-        let known = self.cells.decided(&mut memo);
+    pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
+        let mut memo = plan.cache.take();
+        let known = self.cache.table(&mut memo);
         let mut rest = range.clip(SectorRange::between(0, self.sectors));
         let beyond = range.skip(rest.count());
         while !rest.is_empty() {
@@ -75,114 +75,114 @@ impl Frozen {
             let part = rest.clip(SectorRange::between(start, start + CELL_SECTORS));
             rest = rest.skip(part.count());
             match known.get(index) {
-                Some(cell) => cell.split(start, part, plan),
+                Some(cell) => cell.append_to(start, part, plan),
                 // Decided now, if that needs no bitmap.
-                None => match self.decide(index, &mut |_, _| None) {
-                    Err(_) => plan.miss(Missing::Cell(index)),
+                None => match self.decide_cell(index, &mut |_, _| None) {
+                    Err(_) => plan.add_missing(Missing::Cell(index)),
                     Ok(cell) => {
-                        cell.split(start, part, plan);
-                        self.cells.keep(index, cell);
+                        cell.append_to(start, part, plan);
+                        self.cache.insert(index, cell);
                     }
                 },
             }
         }
         plan.push(beyond, Source::Zero);
-        plan.memo = memo;
+        plan.cache = memo;
     }
 
     /// Has the processor fetch what is known of the cell of a sector, where that is not in the table of cells itself.
     #[inline]
-    pub fn fetch(&self, sector: u64, plan: &mut Plan) {
+    pub fn prefetch(&self, sector: u64, plan: &mut PlanBuffer) {
         if sector < self.sectors {
             let index = usize::try_from(sector / CELL_SECTORS).expect("at most 2^20 cells");
-            if let Some(cell) = self.cells.decided(&mut plan.memo).get(index) {
-                cell.fetch(sector % CELL_SECTORS);
+            if let Some(cell) = self.cache.table(&mut plan.cache).get(index) {
+                cell.prefetch(sector % CELL_SECTORS);
             }
         }
     }
 
     /// The bitmap sectors that decide a cell; none where it is decided.
-    pub fn pieces(&self, index: usize) -> Vec<BitmapPiece> {
-        if self.cells.has(index) {
+    pub fn cell_reads(&self, index: usize) -> Vec<CellRead> {
+        if self.cache.contains(index) {
             return Vec::new();
         }
-        let wanted = self.decide(index, &mut |_, _| None).err().unwrap_or_default();
-        wanted.into_iter().map(|(layer, at)| BitmapPiece { layer, at, words: None }).collect()
+        let wanted = self.decide_cell(index, &mut |_, _| None).err().unwrap_or_default();
+        wanted.into_iter().map(|(layer, at)| CellRead { layer, at, words: None }).collect()
     }
 
     /// Takes in all pieces of a cell, and decides it. Where it was known when they were named, and is forgotten since, it
     /// is missed again by the next plan.
-    pub fn supply(&self, index: usize, pieces: &[BitmapPiece]) {
-        if self.cells.has(index) {
+    pub fn supply(&self, index: usize, pieces: &[CellRead]) {
+        if self.cache.contains(index) {
             return; // by another queue
         }
         let piece = |layer, at| pieces.iter().find(|p| p.layer == layer && p.at == at);
         let mut words = |layer, at| piece(layer, at).and_then(|p| p.words.as_deref().copied());
-        if let Ok(cell) = self.decide(index, &mut words) {
-            self.cells.keep(index, cell);
+        if let Ok(cell) = self.decide_cell(index, &mut words) {
+            self.cache.insert(index, cell);
         }
     }
 
     /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.
-    pub(super) fn decide(&self, index: usize, known: &mut Known<'_>) -> Result<Cell, Vec<(usize, u64)>> {
+    pub(super) fn decide_cell(&self, index: usize, known: &mut BitmapLookup<'_>) -> Result<Cell, Vec<(usize, u64)>> {
         let start = index as u64 * CELL_SECTORS;
         let whole = SectorRange::between(start, (start + CELL_SECTORS).min(self.sectors));
-        let mut walk = Walk { known, decided: Vec::new(), open: vec![whole], wanted: Vec::new() };
+        let mut walk = LayerWalk { bitmaps: known, decided: Vec::new(), undecided: vec![whole], needed: Vec::new() };
         for (number, layer) in self.layers.iter().enumerate() {
-            if let ControlFlow::Break(()) = walk.layer(number, layer) {
+            if let ControlFlow::Break(()) = walk.visit_layer(number, layer) {
                 break;
             }
         }
-        if !walk.wanted.is_empty() {
-            return Err(walk.wanted);
+        if !walk.needed.is_empty() {
+            return Err(walk.needed);
         }
-        walk.decided.extend(walk.open.iter().map(|r| (*r, Source::Zero)));
+        walk.decided.extend(walk.undecided.iter().map(|r| (*r, Source::Zero)));
         walk.decided.sort_unstable_by_key(|(r, _)| r.start());
-        let mut joined = Plan::default();
+        let mut joined = PlanBuffer::default();
         for (range, source) in walk.decided {
             joined.push(range, source);
         }
-        let runs: Box<[Run]> = joined.extents.iter().map(|e| Run::new(e.range.end() - start, e.source)).collect();
+        let runs: Box<[PackedRun]> = joined.extents.iter().map(|e| PackedRun::new(e.range.end() - start, e.source)).collect();
         Ok(if let [run] = *runs { Cell::Whole(run) } else { Cell::Runs(runs) })
     }
 }
 
 /// The walk down the layers for one cell.
-struct Walk<'a> {
-    known: &'a mut Known<'a>,
+struct LayerWalk<'a> {
+    bitmaps: &'a mut BitmapLookup<'a>,
     decided: Vec<(SectorRange, Source)>,
     /// What no layer has answered for yet.
-    open: Vec<SectorRange>,
-    wanted: Vec<(usize, u64)>,
+    undecided: Vec<SectorRange>,
+    needed: Vec<(usize, u64)>,
 }
 
-impl Walk<'_> {
-    fn layer(&mut self, number: usize, layer: &Layer) -> ControlFlow<()> {
+impl LayerWalk<'_> {
+    fn visit_layer(&mut self, number: usize, layer: &Layer) -> ControlFlow<()> {
         let end = layer.image.size() / SECTOR;
-        for range in std::mem::take(&mut self.open) {
+        for range in std::mem::take(&mut self.undecided) {
             let inside = range.clip(SectorRange::between(0, end));
             // Beyond the end of an ancestor nothing beneath it is asked.
             self.decided.push((range.skip(inside.count()), Source::Zero));
-            self.ask(number, layer, inside);
+            self.visit_range(number, layer, inside);
         }
         self.decided.retain(|(r, _)| !r.is_empty());
-        if self.open.is_empty() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.undecided.is_empty() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    fn ask(&mut self, number: usize, layer: &Layer, range: SectorRange) {
+    fn visit_range(&mut self, number: usize, layer: &Layer, range: SectorRange) {
         let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else {
-            return self.take(layer, range, range.start() * SECTOR); // fixed
+            return self.add_stored(layer, range, range.start() * SECTOR); // fixed
         };
         for (block, part) in block_size.parts(range) {
             match table.place(block) {
-                None => self.pass(layer, part),
-                Some(place) => self.ask_block(number, layer, u64::from(place), part),
+                None => self.add_absent(layer, part),
+                Some(place) => self.visit_block(number, layer, u64::from(place), part),
             }
         }
     }
 
     /// A part of one block that has a place: its bits tell.
-    fn ask_block(&mut self, number: usize, layer: &Layer, place: u64, part: SectorRange) {
+    fn visit_block(&mut self, number: usize, layer: &Layer, place: u64, part: SectorRange) {
         let block_size = layer.image.block_size().expect("it has blocks");
         let data = (place + u64::from(block_size.bitmap_sectors())) * SECTOR;
         let mut rest = part;
@@ -197,9 +197,9 @@ impl Walk<'_> {
                 self.decided.push((group, Source::Zero));
                 continue;
             }
-            let Some(words) = (self.known)(number, at) else {
-                self.wanted.push((number, at));
-                self.open.push(group);
+            let Some(words) = (self.bitmaps)(number, at) else {
+                self.needed.push((number, at));
+                self.undecided.push(group);
                 continue;
             };
             let mut left = group;
@@ -210,13 +210,13 @@ impl Walk<'_> {
                 let run = left.first(u64::from(count));
                 left = left.skip(run.count());
                 let offset = data + u64::from(block_size.within(run.start())) * SECTOR;
-                if set { self.take(layer, run, offset) } else { self.pass(layer, run) }
+                if set { self.add_stored(layer, run, offset) } else { self.add_absent(layer, run) }
             }
         }
     }
 
     /// The layer holds the run at byte `offset`. Lost sectors, which only a salvage meets, are zero (O12).
-    fn take(&mut self, layer: &Layer, run: SectorRange, offset: u64) {
+    fn add_stored(&mut self, layer: &Layer, run: SectorRange, offset: u64) {
         let there = layer.image.data_end().saturating_sub(offset) / SECTOR;
         let inside = run.first(there);
         self.decided.push((inside, Source::File { slot: layer.slot, offset }));
@@ -224,9 +224,9 @@ impl Walk<'_> {
     }
 
     /// The layer has nothing to say: its parent does, or in a root nobody.
-    fn pass(&mut self, layer: &Layer, run: SectorRange) {
+    fn add_absent(&mut self, layer: &Layer, run: SectorRange) {
         match layer.image.kind() {
-            DiskType::Differencing => self.open.push(run),
+            DiskType::Differencing => self.undecided.push(run),
             _ => self.decided.push((run, Source::Zero)),
         }
     }
@@ -234,13 +234,13 @@ impl Walk<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::{Rig, seen};
-    use super::super::{Use, Version};
+    use super::super::testing::{ChainFolder, read_sector_bytes};
+    use super::super::{OpenMode, Version};
     use super::*;
 
     /// Three layers of other block sizes; the one in the middle is the shortest.
-    fn three() -> (Rig, Vec<u8>) {
-        let rig = Rig::new();
+    fn three() -> (ChainFolder, Vec<u8>) {
+        let rig = ChainFolder::new();
         rig.dynamic("root", 4 << 10, 10_000);
         rig.fill("root", &[(0, 10_000, 1)]);
         rig.child("middle", "root", 2 << 20, 9_000);
@@ -267,12 +267,12 @@ mod tests {
     fn every_sector_comes_from_the_youngest_layer_that_has_it() {
         let (rig, want) = three();
         let whole = rig.read("leaf");
-        assert_eq!(seen(&whole, 0, 10_001), want);
+        assert_eq!(read_sector_bytes(&whole, 0, 10_001), want);
         // From inside of runs, of warm and of cold maps.
         for version in [whole, rig.read("leaf")] {
             for from in [1, 3, 4, 5, 100, 4_094, 4_095, 4_096, 4_099, 4_100, 8_998, 8_999, 9_000, 9_499, 9_501] {
                 for to in [from + 1, from + 2, from + 130].map(|to| to.min(10_001)) {
-                    assert_eq!(seen(&version, from as u64, to as u64), want[from..to], "{from}..{to}");
+                    assert_eq!(read_sector_bytes(&version, from as u64, to as u64), want[from..to], "{from}..{to}");
                 }
             }
         }
@@ -282,27 +282,27 @@ mod tests {
     fn a_cell_is_loaded_once() {
         let (rig, _) = three();
         let version = rig.read("leaf");
-        let (range, mut plan) = (SectorRange::between(4_000, 4_200), Plan::default());
+        let (range, mut plan) = (SectorRange::between(4_000, 4_200), PlanBuffer::default());
         version.plan_read(range, &mut plan);
         assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
         // A bitmap sector of the child and of the middle; the root's blocks of 4 KiB have one each, which only the open
         // part of the cell needs.
-        let pieces = version.frozen().pieces(1);
+        let pieces = version.frozen().cell_reads(1);
         assert!(pieces.iter().any(|p| p.layer == 0) && pieces.iter().any(|p| p.layer == 2), "{pieces:?}");
         version.load_now(&plan.missing, &mut crate::image::Held::default()).unwrap();
         version.plan_read(range, &mut plan);
-        assert!(plan.missing.is_empty() && version.frozen().pieces(1).is_empty());
+        assert!(plan.missing.is_empty() && version.frozen().cell_reads(1).is_empty());
         let ends: Vec<_> = plan.extents.iter().map(|e| e.range.end()).collect();
         assert!(ends.contains(&4_095) && ends.contains(&4_097) && ends.last() == Some(&4_200), "{ends:?}");
     }
 
     #[test]
     fn blocks_without_a_place_need_nothing_from_the_files() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.fixed("root", 9_000);
         rig.child("leaf", "root", 2 << 20, 9_000);
-        let version = rig.chain("leaf", Use::Look).unwrap().into_frozen();
-        let mut plan = Plan::default();
+        let version = rig.chain("leaf", OpenMode::Inspect).unwrap().into_frozen();
+        let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(10, 8_900), &mut plan);
         assert!(plan.missing.is_empty());
         let want = Source::File { slot: FileSlot(1), offset: 10 * SECTOR };

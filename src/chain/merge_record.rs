@@ -26,23 +26,23 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::seen::Seen;
+use super::file_stamp::FileStamp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
 use crate::point;
 use crate::storage::{Access, Env, Folder, ModifiedTime};
 
-const FIRST_LINE: &str = "diffdisk merge 3";
+const FORMAT_LINE: &str = "diffdisk merge 3";
 /// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
 const MAX_BYTES: u64 = 2 << 20;
 
 /// An image that is folded into another one.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Folded {
+pub struct MergedLayer {
     /// Its identity.
     pub uuid: Uuid,
     /// Its state before anything of it was copied.
-    pub seen: Seen,
+    pub stamp: FileStamp,
     /// From the note's folder.
     pub path: PathBuf,
 }
@@ -64,11 +64,11 @@ pub struct MergeRecord {
     /// Where the note lies: CHILD's folder.
     pub folder: PathBuf,
     /// CHILD and what lies between, youngest first.
-    pub layers: Vec<Folded>,
+    pub layers: Vec<MergedLayer>,
     /// The identity of what receives.
     pub ancestor: Uuid,
     /// The ancestor's state when all that `copied` says was in it.
-    pub ancestor_seen: Seen,
+    pub ancestor_stamp: FileStamp,
     /// From the note's folder.
     pub ancestor_path: PathBuf,
     /// How far it has come.
@@ -79,7 +79,7 @@ pub struct MergeRecord {
 
 /// What is found of an earlier start of a merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Earlier {
+pub enum ExistingRecord {
     /// Nothing: it was not begun.
     None,
     /// Its record.
@@ -96,16 +96,16 @@ impl MergeRecord {
     /// - `Refused` if another image has the name than when it was begun
     /// - `Invalid` for a record that cannot be read while no image has the name
     /// - `Io`
-    pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<Earlier> {
+    pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<ExistingRecord> {
         let folder = env.folder(folder_of(child))?.absolute()?;
-        let Some(name) = child.file_name() else { return Ok(Earlier::None) };
+        let Some(name) = child.file_name() else { return Ok(ExistingRecord::None) };
         for record_name in folder.list()? {
-            let Some(uuid) = folded_by_record(&record_name) else { continue };
+            let Some(uuid) = child_uuid_in_name(&record_name) else { continue };
             let path = folder.path().join(&record_name);
             let record = match (MergeRecord::load(&folder, &record_name), present) {
                 (Ok(record), _) => record,
                 (Err(e), Some(present)) if e.kind() == ErrorKind::Invalid && present == uuid => {
-                    return Ok(Earlier::Unreadable(path));
+                    return Ok(ExistingRecord::Unreadable(path));
                 }
                 (Err(e), Some(_)) if e.kind() == ErrorKind::Invalid => {
                     log::warn!("{}", e.line());
@@ -115,8 +115,8 @@ impl MergeRecord {
             };
             let is_named = record.layers[0].path.as_os_str() == name;
             match present {
-                Some(present) if present == uuid => return Ok(Earlier::Record(Box::new(record))),
-                None if is_named => return Ok(Earlier::Record(Box::new(record))),
+                Some(present) if present == uuid => return Ok(ExistingRecord::Record(Box::new(record))),
+                None if is_named => return Ok(ExistingRecord::Record(Box::new(record))),
                 Some(_) if is_named => {
                     let what = format!(
                         "another image of this name was being merged ({}): give this one another name and run the same \
@@ -128,7 +128,7 @@ impl MergeRecord {
                 _ => {}
             }
         }
-        Ok(Earlier::None)
+        Ok(ExistingRecord::None)
     }
 
     /// Returns the records in a folder that can be read. What may not be read, and a folder that cannot be listed, is passed
@@ -138,11 +138,11 @@ impl MergeRecord {
     /// `Io`.
     pub fn all_in(folder: &Folder) -> Result<Vec<MergeRecord>> {
         let mut records = Vec::new();
-        for name in passed_over(folder.list())?.unwrap_or_default() {
-            if folded_by_record(&name).is_none() {
+        for name in skip_inaccessible(folder.list())?.unwrap_or_default() {
+            if child_uuid_in_name(&name).is_none() {
                 continue;
             }
-            match passed_over(MergeRecord::load(folder, &name)) {
+            match skip_inaccessible(MergeRecord::load(folder, &name)) {
                 Err(e) if e.kind() == ErrorKind::Invalid => log::debug!("{}", e.line()),
                 loaded => records.extend(loaded?),
             }
@@ -151,8 +151,8 @@ impl MergeRecord {
     }
 
     /// Returns the UUID in the path of a record: that of the image that is folded.
-    pub fn folded_by(path: &Path) -> Option<Uuid> {
-        folded_by_record(path.file_name()?)
+    pub fn child_uuid_of(path: &Path) -> Option<Uuid> {
+        child_uuid_in_name(path.file_name()?)
     }
 
     /// The path of CHILD.
@@ -175,7 +175,7 @@ impl MergeRecord {
         let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
         file.read_at(&mut bytes, 0)?;
         let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, folder.path()));
-        read.filter(|record| folded_by_record(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
+        read.filter(|record| child_uuid_in_name(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
             let what =
                 "the record of a merge cannot be read; `diffdisk merge CHILD --abandon` removes it if CHILD is gone";
             Error::new(ErrorKind::Invalid, what).at_path(file.path())
@@ -191,7 +191,7 @@ impl MergeRecord {
         format!(".{}.merge", self.layers[0].uuid).into()
     }
 
-    fn fresh_name(&self) -> OsString {
+    fn temporary_name(&self) -> OsString {
         format!(".{}.merge.new", self.layers[0].uuid).into()
     }
 
@@ -200,7 +200,7 @@ impl MergeRecord {
     /// # Errors
     /// `NoSpace`, `Io`: it says what it said before.
     pub fn save(&self, home: &Folder) -> Result<()> {
-        let fresh = self.fresh_name();
+        let fresh = self.temporary_name();
         let saved = self.write(home, &fresh).and_then(|()| {
             point::reached("merge.note-written");
             home.rename(&fresh, home, &self.name())
@@ -228,7 +228,7 @@ impl MergeRecord {
     /// # Errors
     /// `Io`.
     pub fn remove(&self, home: &Folder) -> Result<()> {
-        for name in [self.fresh_name(), self.name()] {
+        for name in [self.temporary_name(), self.name()] {
             if home.exists(&name)? {
                 home.remove(&name)?;
             }
@@ -237,11 +237,11 @@ impl MergeRecord {
     }
 
     fn encode(&self) -> String {
-        let mut text = format!("{FIRST_LINE}\n");
+        let mut text = format!("{FORMAT_LINE}\n");
         for layer in &self.layers {
-            text += &named("layer", layer.uuid, layer.seen, &layer.path);
+            text += &encode_image_line("layer", layer.uuid, layer.stamp, &layer.path);
         }
-        text += &named("ancestor", self.ancestor, self.ancestor_seen, &self.ancestor_path);
+        text += &encode_image_line("ancestor", self.ancestor, self.ancestor_stamp, &self.ancestor_path);
         match self.copied {
             Copied::Nothing => writeln!(text, "copied nothing"),
             Copied::Before(sector) => writeln!(text, "copied {sector}"),
@@ -251,19 +251,19 @@ impl MergeRecord {
         if self.abandoned {
             text.push_str("abandoned\n");
         }
-        let sum = sum(&text);
+        let sum = checksum(&text);
         writeln!(text, "sum {sum:016x}").expect("a string takes all");
         text
     }
 }
 
 /// The UUID in the name of a record: that of the image that is folded.
-fn folded_by_record(name: &OsStr) -> Option<Uuid> {
+fn child_uuid_in_name(name: &OsStr) -> Option<Uuid> {
     name.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
 }
 
 /// `None` for what is gone or closed to us, and for a file system that lists no folders.
-fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
+fn skip_inaccessible<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),
         Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) || e.is_denied() => Ok(None),
@@ -272,29 +272,29 @@ fn passed_over<T>(outcome: Result<T>) -> Result<Option<T>> {
 }
 
 /// The line of a file.
-fn named(word: &str, uuid: Uuid, seen: Seen, path: &Path) -> String {
-    let Seen { ino, len, modified: ModifiedTime { seconds, nanos } } = seen;
-    format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", escaped(path))
+fn encode_image_line(word: &str, uuid: Uuid, seen: FileStamp, path: &Path) -> String {
+    let FileStamp { ino, len, modified: ModifiedTime { seconds, nanos } } = seen;
+    format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", percent_encode(path))
 }
 
 /// What such a line says behind its word.
-fn decode_named(text: &str) -> Option<(Uuid, Seen, PathBuf)> {
+fn decode_image_line(text: &str) -> Option<(Uuid, FileStamp, PathBuf)> {
     let mut words = text.splitn(5, ' ');
     let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let (seconds, nanos) = words.next()?.split_once('.')?;
     let modified = ModifiedTime { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
-    Some((uuid, Seen { ino, len, modified }, unescaped(words.next()?)?))
+    Some((uuid, FileStamp { ino, len, modified }, percent_decode(words.next()?)?))
 }
 
 /// What a note says; `None` where it is broken.
 fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
     let end = text.strip_suffix('\n')?.rfind('\n')? + 1;
     let (said, last) = text.split_at(end);
-    if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", sum(said)) {
+    if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", checksum(said)) {
         return None;
     }
     let mut lines = said.lines().filter(|line| !line.is_empty());
-    if lines.next()? != FIRST_LINE {
+    if lines.next()? != FORMAT_LINE {
         return None;
     }
     let (mut layers, mut ancestor, mut copied, mut abandoned) = (Vec::new(), None, None, false);
@@ -303,10 +303,10 @@ fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
         match word {
             "abandoned" => abandoned = true,
             "layer" => {
-                let (uuid, seen, path) = decode_named(rest)?;
-                layers.push(Folded { uuid, seen, path });
+                let (uuid, seen, path) = decode_image_line(rest)?;
+                layers.push(MergedLayer { uuid, stamp: seen, path });
             }
-            "ancestor" => ancestor = Some(decode_named(rest)?),
+            "ancestor" => ancestor = Some(decode_image_line(rest)?),
             "copied" if rest == "nothing" => copied = Some(Copied::Nothing),
             "copied" if rest == "all" => copied = Some(Copied::All),
             "copied" => copied = Some(Copied::Before(rest.parse().ok()?)),
@@ -316,16 +316,16 @@ fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
     let (ancestor, ancestor_seen, ancestor_path) = ancestor?;
     let folder = folder.to_path_buf();
     let copied = copied?;
-    let record = MergeRecord { folder, layers, ancestor, ancestor_seen, ancestor_path, copied, abandoned };
+    let record = MergeRecord { folder, layers, ancestor, ancestor_stamp: ancestor_seen, ancestor_path, copied, abandoned };
     (!record.layers.is_empty()).then_some(record)
 }
 
 /// FNV-1a: it is accidents that are to be found.
-fn sum(text: &str) -> u64 {
+fn checksum(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 
-pub(super) fn escaped(path: &Path) -> String {
+pub(super) fn percent_encode(path: &Path) -> String {
     let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
@@ -336,7 +336,7 @@ pub(super) fn escaped(path: &Path) -> String {
     text
 }
 
-pub(super) fn unescaped(text: &str) -> Option<PathBuf> {
+pub(super) fn percent_decode(text: &str) -> Option<PathBuf> {
     let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
     while let Some((&byte, after)) = rest.split_first() {
         rest = after;

@@ -4,16 +4,16 @@ use super::*;
 use crate::storage::host::Host;
 
 fn intent(folder: &Path) -> MergeRecord {
-    let seen = |ino, (seconds, nanos)| Seen { ino, len: 1 << 50, modified: ModifiedTime { seconds, nanos } };
+    let seen = |ino, (seconds, nanos)| FileStamp { ino, len: 1 << 50, modified: ModifiedTime { seconds, nanos } };
     let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
     let layers = vec![
-        Folded { uuid: Uuid::from_u128(1), seen: seen(7, (-5, 7)), path: odd.into() },
-        Folded { uuid: Uuid::from_u128(2), seen: seen(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
+        MergedLayer { uuid: Uuid::from_u128(1), stamp: seen(7, (-5, 7)), path: odd.into() },
+        MergedLayer { uuid: Uuid::from_u128(2), stamp: seen(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
     ];
     let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
     let ancestor_seen = seen(u64::MAX, (0, 0));
     let copied = Copied::Before(77);
-    MergeRecord { folder: folder.into(), layers, ancestor, ancestor_seen, ancestor_path, copied, abandoned: false }
+    MergeRecord { folder: folder.into(), layers, ancestor, ancestor_stamp: ancestor_seen, ancestor_path, copied, abandoned: false }
 }
 
 #[test]
@@ -23,19 +23,19 @@ fn what_is_saved_is_found_by_name_or_by_identity() {
     let home = Host.folder(&at).unwrap();
     let mut note = intent(&at);
     let child = at.join(&note.layers[0].path);
-    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), Earlier::None);
+    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), ExistingRecord::None);
     note.save(&home).unwrap();
-    std::fs::write(at.join(note.fresh_name()), "left by a killed one").unwrap();
+    std::fs::write(at.join(note.temporary_name()), "left by a killed one").unwrap();
     note.copied = Copied::All;
     note.save(&home).unwrap();
-    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), Earlier::Record(Box::new(note.clone())));
+    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), ExistingRecord::Record(Box::new(note.clone())));
     let other = at.join("renamed.vhd");
     assert_eq!(
         MergeRecord::find(&Host, &other, Some(Uuid::from_u128(1))).unwrap(),
-        Earlier::Record(Box::new(note.clone()))
+        ExistingRecord::Record(Box::new(note.clone()))
     );
-    assert_eq!(MergeRecord::find(&Host, &other, None).unwrap(), Earlier::None);
-    assert_eq!(MergeRecord::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), Earlier::None);
+    assert_eq!(MergeRecord::find(&Host, &other, None).unwrap(), ExistingRecord::None);
+    assert_eq!(MergeRecord::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), ExistingRecord::None);
     let e = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(9))).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Refused, "another image has the name");
     note.remove(&home).unwrap();
@@ -67,11 +67,11 @@ fn a_broken_note_is_told() {
     std::fs::write(note.path(), &text[1..]).unwrap();
     let child = at.join("c.vhd");
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(1))).unwrap();
-    assert_eq!(found, Earlier::Unreadable(note.path()));
+    assert_eq!(found, ExistingRecord::Unreadable(note.path()));
     assert_eq!(MergeRecord::find(&Host, &child, None).unwrap_err().kind(), ErrorKind::Invalid);
-    assert_eq!(MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(), Earlier::None, "another one's");
+    assert_eq!(MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(), ExistingRecord::None, "another one's");
     // The same under the name of another image.
     std::fs::rename(note.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap();
-    assert!(matches!(found, Earlier::Unreadable(_)), "{found:?}");
+    assert!(matches!(found, ExistingRecord::Unreadable(_)), "{found:?}");
 }

@@ -12,39 +12,39 @@
 //!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
 //! ```
 
-mod any_case;
-mod cells;
-mod changed;
+mod case_insensitive;
+mod frozen_cache;
+mod changed_ranges;
 mod check;
 mod children;
 mod extent;
 mod frozen;
-mod hidden;
+mod masked_parent;
 mod merge_record;
 mod open;
 mod parent_time;
 mod parents;
-mod pending;
+mod unfinished_merge;
 mod resolve;
 #[cfg(test)]
-mod rig;
-mod seek;
-mod seen;
+mod testing;
+mod parent_lookup;
+mod file_stamp;
 mod settle;
 mod top;
 mod version;
 mod warning;
 
-pub use check::{Checked, check};
-pub use children::{children_of, mark_parent, place_of, refuse_if_parent, relative};
-pub use extent::{Extent, Missing, Plan, Source};
+pub use check::{CheckedFile, check};
+pub use children::{children_of, record_child, absolute_path, refuse_if_parent, relative_path};
+pub use extent::{Extent, Missing, PlanBuffer, Source};
 pub use frozen::{Frozen, Layer};
-pub use merge_record::{Copied, Earlier, Folded, MergeRecord};
-pub use open::{Chain, Use};
+pub use merge_record::{Copied, ExistingRecord, MergedLayer, MergeRecord};
+pub use open::{Chain, OpenMode};
 pub use parents::{MAX_DEPTH, Policy};
-pub use pending::{Change, mark_receiver, marked_by, refuse_change, unmark_receiver, warn_of_merges};
+pub use unfinished_merge::{ImageChange, mark_receiver, receiver_mark, refuse_change, unmark_receiver, warn_of_unfinished_merges};
 pub use resolve::Load;
-pub use seen::Seen;
+pub use file_stamp::FileStamp;
 pub use settle::settle_parents;
 pub use top::Top;
 pub use version::Version;

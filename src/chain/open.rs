@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
 use super::parent_time;
-use super::parents::{Policy, Search};
-use super::pending::check_chain;
-use super::seek::Sought;
+use super::parents::{Policy, ParentSearch};
+use super::unfinished_merge::check_chain;
+use super::parent_lookup::ParentLookup;
 use super::top::Top;
 use super::version::Version;
 use crate::error::{Error, Result};
@@ -20,9 +20,9 @@ use crate::units::SECTOR;
 
 /// What a chain is opened for, and so who else may have its files open meanwhile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Use {
+pub enum OpenMode {
     /// To look at headers. No locks: somebody may be writing.
-    Look,
+    Inspect,
     /// To read. Nobody may be writing.
     Read,
     /// To read what is left of it, where files have lost sectors. Otherwise as `Read`.
@@ -31,10 +31,10 @@ pub enum Use {
     Write,
 }
 
-impl Use {
+impl OpenMode {
     /// Opens the image in a file for this.
-    pub(super) fn opened(self, file: File) -> Result<Image> {
-        if self == Use::Salvage { Image::salvage(file) } else { Image::open(file) }
+    pub(super) fn open_image(self, file: File) -> Result<Image> {
+        if self == OpenMode::Salvage { Image::salvage(file) } else { Image::open(file) }
     }
 }
 
@@ -55,23 +55,23 @@ impl Chain {
     /// where somebody has one of the files open in a way that does not go with ours; `Refused` for a file (but the one to be
     /// written) whose daemon was killed, or that is in use on another machine, and, to read, if an image is partly overwritten
     /// by a merge that was not finished and CHILD of that merge does not hide it.
-    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: Use) -> Result<Chain> {
-        let access = if how == Use::Write { Access::Write } else { Access::Read };
+    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: OpenMode) -> Result<Chain> {
+        let access = if how == OpenMode::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
         match how {
-            Use::Look => {}
-            Use::Read | Use::Salvage => file.lock(Lock::Shared)?,
-            Use::Write => file.lock(Lock::Exclusive)?,
+            OpenMode::Inspect => {}
+            OpenMode::Read | OpenMode::Salvage => file.lock(Lock::Shared)?,
+            OpenMode::Write => file.lock(Lock::Exclusive)?,
         }
-        Chain::of(env, how.opened(file)?, policy, how)
+        Chain::from_image(env, how.open_image(file)?, policy, how)
     }
 
     /// The chain of an image that is open (and, for `Read` and `Write`, locked) already.
     ///
     /// # Errors
     /// As `open`.
-    pub fn of(env: &dyn Env, youngest: Image, policy: &Policy, how: Use) -> Result<Chain> {
-        match Chain::as_far_as_found(env, youngest, policy, how)? {
+    pub fn from_image(env: &dyn Env, youngest: Image, policy: &Policy, how: OpenMode) -> Result<Chain> {
+        match Chain::until_missing(env, youngest, policy, how)? {
             (chain, None) => Ok(chain),
             (_, Some(missing)) => Err(missing),
         }
@@ -82,28 +82,28 @@ impl Chain {
     ///
     /// # Errors
     /// As `open`, but for such parents.
-    pub fn as_far_as_found(
+    pub fn until_missing(
         env: &dyn Env,
         youngest: Image,
         policy: &Policy,
-        how: Use,
+        how: OpenMode,
     ) -> Result<(Chain, Option<Error>)> {
-        let mut search = Search::new(env, youngest.file(), policy, how)?;
-        search.pass(&youngest)?;
+        let mut search = ParentSearch::new(env, youngest.file(), policy, how)?;
+        search.visit(&youngest)?;
         // Who writes takes the journal of the youngest in; parents are asked by everybody.
-        if matches!(how, Use::Read | Use::Salvage) {
+        if matches!(how, OpenMode::Read | OpenMode::Salvage) {
             refuse_if_live(env, &policy.runtime, &youngest)?;
         }
         let (mut images, mut missing) = (vec![youngest], None);
         while let Some(child) = images.last().filter(|image| image.kind() == DiskType::Differencing) {
-            let parent = match search.seek(child)? {
-                Sought::Parent(parent) => *parent,
-                Sought::Broken(_, e) => return Err(e),
-                Sought::Refused(e) => {
+            let parent = match search.find_parent(child)? {
+                ParentLookup::Parent(parent) => *parent,
+                ParentLookup::Invalid(_, e) => return Err(e),
+                ParentLookup::Refused(e) => {
                     missing = Some(e);
                     break;
                 }
-                Sought::Nowhere(defect) => {
+                ParentLookup::NotFound(defect) => {
                     let is_missing = matches!(defect, Defect::ParentMissing { .. });
                     let e = Error::from(defect).at_path(child.file().path());
                     if !is_missing {
@@ -113,8 +113,8 @@ impl Chain {
                     break;
                 }
             };
-            search.pass(&parent)?;
-            if how != Use::Look && !mutant::is(Mutant::ParentNotAsked) {
+            search.visit(&parent)?;
+            if how != OpenMode::Inspect && !mutant::is(Mutant::ParentNotAsked) {
                 refuse_if_live(env, &policy.runtime, &parent)?;
             }
             if parent.size() != child.size() {
@@ -127,8 +127,8 @@ impl Chain {
             }
             images.push(parent);
         }
-        if how != Use::Look {
-            images.iter().for_each(warn);
+        if how != OpenMode::Inspect {
+            images.iter().for_each(warn_of_defects);
         }
         let all: Vec<&Image> = images.iter().collect();
         let receiving = check_chain(env, &all, &policy.allowed, policy.merging, how)?;
@@ -186,7 +186,7 @@ impl Chain {
 }
 
 /// Logs one line for an image with defects that do not prevent its use.
-fn warn(image: &Image) {
+fn warn_of_defects(image: &Image) {
     // XenServer hides every parent, which is no fault.
     let told =
         |d: &&Defect| d.severity() > Severity::Note && !matches!(d, Defect::Hidden { .. } | Defect::BlockCutOff { .. });
@@ -203,38 +203,38 @@ fn layers(first: u16, images: Vec<Image>) -> Vec<Layer> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::{Rig, seen};
+    use super::super::testing::{ChainFolder, read_sector_bytes};
     use super::*;
     use crate::error::ErrorKind;
 
     #[test]
     fn who_reads_shares_and_who_writes_does_not() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.dynamic("root", 2 << 20, 100);
         rig.child("a", "root", 2 << 20, 100);
         rig.child("b", "root", 2 << 20, 100);
         let busy = |name, how| matches!(rig.chain(name, how), Err(e) if e.kind() == ErrorKind::Busy);
-        let a = rig.chain("a", Use::Write).unwrap();
-        assert!(busy("a", Use::Write) && busy("a", Use::Read), "one writer, alone");
-        assert!(!busy("a", Use::Look), "headers may be looked at");
-        assert!(!busy("b", Use::Write), "children share their parent");
-        assert!(busy("root", Use::Write) && !busy("root", Use::Read), "a parent does not change");
+        let a = rig.chain("a", OpenMode::Write).unwrap();
+        assert!(busy("a", OpenMode::Write) && busy("a", OpenMode::Read), "one writer, alone");
+        assert!(!busy("a", OpenMode::Inspect), "headers may be looked at");
+        assert!(!busy("b", OpenMode::Write), "children share their parent");
+        assert!(busy("root", OpenMode::Write) && !busy("root", OpenMode::Read), "a parent does not change");
         drop(a);
-        let _reader = rig.chain("a", Use::Read).unwrap();
-        assert!(busy("a", Use::Write) && !busy("a", Use::Read));
+        let _reader = rig.chain("a", OpenMode::Read).unwrap();
+        assert!(busy("a", OpenMode::Write) && !busy("a", OpenMode::Read));
     }
 
     #[test]
     fn the_disk_is_as_large_as_the_youngest() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.fixed("root", 50);
         rig.fill("root", &[(0, 50, 1)]);
         rig.child("larger", "root", 4 << 10, 60);
         rig.child("smaller", "larger", 4 << 10, 20);
         let version = rig.read("larger");
         assert_eq!((version.sectors(), version.depth()), (60, 2));
-        assert_eq!(seen(&version, 45, 60), [[1; 5].as_slice(), &[0; 10]].concat());
+        assert_eq!(read_sector_bytes(&version, 45, 60), [[1; 5].as_slice(), &[0; 10]].concat());
         let version = rig.write("smaller");
-        assert_eq!((version.sectors(), version.depth(), seen(&version, 0, 20)), (20, 3, vec![1; 20]));
+        assert_eq!((version.sectors(), version.depth(), read_sector_bytes(&version, 0, 20)), (20, 3, vec![1; 20]));
     }
 }

@@ -7,9 +7,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::any_case::Budget;
-use super::open::Use;
-use super::seek::plain;
+use super::case_insensitive::NameBudget;
+use super::open::OpenMode;
+use super::parent_lookup::lexically_normal;
 use crate::error::{Error, Result};
 use crate::format::Defect;
 use crate::image::Image;
@@ -18,7 +18,7 @@ use crate::storage::{Env, File, FileId, Folder, RuntimeFolder};
 /// Files that a chain may have, unless told otherwise (O17).
 pub const MAX_DEPTH: usize = 64;
 /// Bytes of block tables that a chain may have (O17).
-const MAX_TABLES: u64 = 128 << 20;
+const MAX_CHAIN_TABLE_BYTES: u64 = 128 << 20;
 
 /// Where parents may be, and how many.
 #[derive(Clone, Debug)]
@@ -41,43 +41,43 @@ impl Default for Policy {
 }
 
 /// The way down from the youngest image.
-pub(super) struct Search<'a> {
+pub(super) struct ParentSearch<'a> {
     env: &'a dyn Env,
     /// Folders under their absolute paths without symbolic links: that of the youngest image, the allowed ones, and
     /// those below them in which parents were found.
-    known: Vec<(PathBuf, Folder)>,
+    folders: Vec<(PathBuf, Folder)>,
     /// How many folders the operator has allowed.
     allowed: usize,
-    budget: Budget,
+    budget: NameBudget,
     max_depth: usize,
     /// What was passed on the way.
-    passed: Vec<(FileId, uuid::Uuid)>,
-    tables: u64,
+    visited: Vec<(FileId, uuid::Uuid)>,
+    table_bytes: u64,
     /// What the chain is opened for.
-    how: Use,
+    mode: OpenMode,
 }
 
-impl<'a> Search<'a> {
+impl<'a> ParentSearch<'a> {
     /// A search for the parents of the youngest image, which is in `youngest`.
     ///
     /// # Errors
     /// `NotFound`, `Io`: of an allowed folder.
-    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, how: Use) -> Result<Search<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, how: OpenMode) -> Result<ParentSearch<'a>> {
         let hold = |folder: Folder| folder.absolute().map(|folder| (folder.path().to_path_buf(), folder));
         let mut known = vec![hold(youngest.folder())?];
         for folder in &policy.allowed {
             known.push(hold(env.folder(folder)?)?);
         }
-        let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, Budget::default());
-        Ok(Search { env, known, allowed, budget, max_depth, passed: Vec::new(), tables: 0, how })
+        let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, NameBudget::default());
+        Ok(ParentSearch { env, folders: known, allowed, budget, max_depth, visited: Vec::new(), table_bytes: 0, mode: how })
     }
 
     /// Counts an image in.
     ///
     /// # Errors
     /// `Invalid`: a cycle, a UUID for the second time, too deep, too large.
-    pub(super) fn pass(&mut self, image: &Image) -> Result<()> {
-        let broken = self.broken_by(image)?;
+    pub(super) fn visit(&mut self, image: &Image) -> Result<()> {
+        let broken = self.check_visit(image)?;
         broken.map_or(Ok(()), |defect| Err(Error::from(defect).at_path(image.file().path())))
     }
 
@@ -85,25 +85,25 @@ impl<'a> Search<'a> {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn broken_by(&mut self, image: &Image) -> Result<Option<Defect>> {
+    pub(super) fn check_visit(&mut self, image: &Image) -> Result<Option<Defect>> {
         let id = image.file().stat()?.id;
-        if self.passed.iter().any(|(known, _)| *known == id) {
+        if self.visited.iter().any(|(known, _)| *known == id) {
             return Ok(Some(Defect::ChainCycle { file: image.file().path().display().to_string() }));
         }
-        if self.passed.iter().any(|(_, known)| *known == image.uuid()) {
+        if self.visited.iter().any(|(_, known)| *known == image.uuid()) {
             return Ok(Some(Defect::ChainUuidTwice { uuid: image.uuid() }));
         }
-        if self.passed.len() >= self.max_depth {
+        if self.visited.len() >= self.max_depth {
             return Ok(Some(Defect::ChainTooDeep { limit: self.max_depth }));
         }
-        self.tables += image.bat().map_or(0, |t| u64::from(t.len()) * 4);
-        if self.tables > MAX_TABLES {
-            return Ok(Some(Defect::ChainTablesTooLarge { bytes: self.tables, limit: MAX_TABLES }));
+        self.table_bytes += image.bat().map_or(0, |t| u64::from(t.len()) * 4);
+        if self.table_bytes > MAX_CHAIN_TABLE_BYTES {
+            return Ok(Some(Defect::ChainTablesTooLarge { bytes: self.table_bytes, limit: MAX_CHAIN_TABLE_BYTES }));
         }
-        self.passed.push((id, image.uuid()));
+        self.visited.push((id, image.uuid()));
         let folder = image.file().folder();
-        if self.known.iter().all(|(_, known)| !known.is_same(&folder)) {
-            self.known.push((folder.path().to_path_buf(), folder));
+        if self.folders.iter().all(|(_, known)| !known.is_same(&folder)) {
+            self.folders.push((folder.path().to_path_buf(), folder));
         }
         Ok(None)
     }
@@ -112,36 +112,36 @@ impl<'a> Search<'a> {
         self.env
     }
 
-    pub(super) fn budget(&self) -> &Budget {
+    pub(super) fn budget(&self) -> &NameBudget {
         &self.budget
     }
 
     /// What the chain is opened for.
-    pub(super) fn how(&self) -> Use {
-        self.how
+    pub(super) fn mode(&self) -> OpenMode {
+        self.mode
     }
 
-    pub(super) fn has_passed(&self, id: FileId) -> bool {
-        self.passed.iter().any(|(known, _)| *known == id)
+    pub(super) fn has_visited(&self, id: FileId) -> bool {
+        self.visited.iter().any(|(known, _)| *known == id)
     }
 
     /// The folder of an image that was passed.
-    pub(super) fn place_of(&self, image: &Image) -> (&Path, &Folder) {
+    pub(super) fn folder_of(&self, image: &Image) -> (&Path, &Folder) {
         let folder = image.file().folder();
-        let known = self.known.iter().find(|(_, known)| known.is_same(&folder));
+        let known = self.folders.iter().find(|(_, known)| known.is_same(&folder));
         known.map(|(path, folder)| (path.as_path(), folder)).expect("it was passed")
     }
 
     /// The folders that the operator has allowed.
     pub(super) fn allowed(&self) -> impl Iterator<Item = (&Path, &Folder)> {
-        self.known[1..=self.allowed].iter().map(|(path, folder)| (path.as_path(), folder))
+        self.folders[1..=self.allowed].iter().map(|(path, folder)| (path.as_path(), folder))
     }
 
     /// The held folder that a path begins with, and the rest of the path; of several the one with the longest path.
-    pub(super) fn known_above(&self, path: &Path) -> Option<(&Folder, PathBuf)> {
-        let path = plain(path);
+    pub(super) fn held_folder_above(&self, path: &Path) -> Option<(&Folder, PathBuf)> {
+        let path = lexically_normal(path);
         let mut best: Option<(&Folder, &Path)> = None;
-        for (root, folder) in &self.known {
+        for (root, folder) in &self.folders {
             if let Ok(below) = path.strip_prefix(root)
                 && !below.as_os_str().is_empty()
                 && best.is_none_or(|(_, other)| below.components().count() < other.components().count())
@@ -155,7 +155,7 @@ impl<'a> Search<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::Rig;
+    use super::super::testing::ChainFolder;
     use super::*;
     use crate::error::ErrorKind;
     use crate::storage::host::Host;
@@ -167,17 +167,17 @@ mod tests {
         // Which folders they are does not matter here.
         let folder = Host.folder(Path::new("/")).unwrap();
         let known = ["/vms/a", "/golden", "/golden/deep"].map(|path| (PathBuf::from(path), folder.clone())).to_vec();
-        let search = Search {
+        let search = ParentSearch {
             env: &Host,
-            known,
+            folders: known,
             allowed: 2,
-            budget: Budget::default(),
+            budget: NameBudget::default(),
             max_depth: 9,
-            passed: Vec::new(),
-            tables: 0,
-            how: Use::Look,
+            visited: Vec::new(),
+            table_bytes: 0,
+            mode: OpenMode::Inspect,
         };
-        let below = |path: &str| search.known_above(Path::new(path)).map(|(_, rest)| rest.display().to_string());
+        let below = |path: &str| search.held_folder_above(Path::new(path)).map(|(_, rest)| rest.display().to_string());
         for (path, found) in [
             ("/vms/a/p.vhd", Some("p.vhd")),
             ("/vms/a/./x/../p.vhd", Some("p.vhd")),
@@ -198,23 +198,23 @@ mod tests {
 
     #[test]
     fn chains_end() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.dynamic("0", BLOCK, 100);
         for n in 1..=MAX_DEPTH {
             rig.child(&n.to_string(), &(n - 1).to_string(), BLOCK, 100);
         }
-        let longest = rig.chain(&(MAX_DEPTH - 1).to_string(), Use::Look).unwrap();
+        let longest = rig.chain(&(MAX_DEPTH - 1).to_string(), OpenMode::Inspect).unwrap();
         assert_eq!(longest.images().len(), MAX_DEPTH);
-        let e = rig.chain(&MAX_DEPTH.to_string(), Use::Look).unwrap_err();
+        let e = rig.chain(&MAX_DEPTH.to_string(), OpenMode::Inspect).unwrap_err();
         assert!(e.kind() == ErrorKind::Refused && e.line().contains("more than 64 files"), "{e}");
         std::fs::copy(rig.path("2"), rig.path("copy")).unwrap();
         std::fs::rename(rig.path("copy"), rig.path("1")).unwrap();
-        let e = rig.chain("2", Use::Write).unwrap_err();
+        let e = rig.chain("2", OpenMode::Write).unwrap_err();
         // The copy is not the parent: its UUID is that of the child.
         assert!(e.line().contains("UUID"), "{e}");
         std::fs::remove_file(rig.path("1")).unwrap();
         std::fs::hard_link(rig.path("2"), rig.path("1")).unwrap();
-        assert!(rig.chain("2", Use::Write).unwrap_err().kind() == ErrorKind::Invalid);
+        assert!(rig.chain("2", OpenMode::Write).unwrap_err().kind() == ErrorKind::Invalid);
         assert!(rig.folder().is_dir());
     }
 }

@@ -8,9 +8,9 @@
 //! That is the only loop. It may turn twice, for what lies beneath a block is asked for only when the block's own bits are
 //! known; and again where memory is short and others need it, too. It ends: what is supplied is held for who asked.
 
-use super::cells::CELL_SECTORS;
-use super::extent::{Missing, Plan};
-use super::frozen::BitmapPiece;
+use super::frozen_cache::CELL_SECTORS;
+use super::extent::{Missing, PlanBuffer};
+use super::frozen::CellRead;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
@@ -21,36 +21,36 @@ use crate::units::{SECTOR_BYTES, SectorRange};
 /// Bitmap sectors under way for a question that could not be answered. Each piece is one sector of a file.
 #[derive(Debug, Default)]
 pub struct Load {
-    granules: Vec<(usize, Piece)>,
+    bitmap_sectors: Vec<(usize, BitmapRead)>,
     /// Granules that others have loaded meanwhile.
-    there: Vec<usize>,
-    cells: Vec<(usize, Vec<BitmapPiece>)>,
-    places: Vec<Piece>,
+    already_loaded: Vec<usize>,
+    cells: Vec<(usize, Vec<CellRead>)>,
+    reads: Vec<BitmapRead>,
 }
 
 /// Where a piece is, and (granules only) what was read, and how often it had left memory before.
 #[derive(Debug, Clone)]
-struct Piece {
+struct BitmapRead {
     slot: FileSlot,
     at: u64,
-    times: u32,
+    evictions: u32,
     bytes: Option<Box<[u8; SECTOR_BYTES]>>,
 }
 
 impl Load {
     /// The pieces to read: slot and byte offset of a sector each, numbered from 0.
-    pub fn pieces(&self) -> impl Iterator<Item = (FileSlot, u64)> {
-        self.places.iter().map(|p| (p.slot, p.at))
+    pub fn reads(&self) -> impl Iterator<Item = (FileSlot, u64)> {
+        self.reads.iter().map(|p| (p.slot, p.at))
     }
 
     /// Takes in piece `number`, a sector long.
-    pub fn take(&mut self, number: usize, sector: &[u8]) {
+    pub fn complete(&mut self, number: usize, sector: &[u8]) {
         let mut rest = number;
-        if let Some((_, piece)) = self.granules.get_mut(rest) {
+        if let Some((_, piece)) = self.bitmap_sectors.get_mut(rest) {
             piece.bytes = Some(Box::new(sector.try_into().expect("a piece is a sector long")));
             return;
         }
-        rest -= self.granules.len();
+        rest -= self.bitmap_sectors.len();
         for (_, pieces) in &mut self.cells {
             match pieces.get_mut(rest) {
                 Some(piece) => {
@@ -69,42 +69,42 @@ impl Load {
 impl Version {
     /// Where `range` is read from. The range lies on the disk.
     #[inline]
-    pub fn plan_read(&self, range: SectorRange, plan: &mut Plan) {
+    pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
         plan.clear();
         match self.top() {
-            Some(top) => top.split(range, self.frozen(), plan),
-            None => self.frozen().split(range, plan),
+            Some(top) => top.plan_read(range, self.frozen(), plan),
+            None => self.frozen().plan_read(range, plan),
         }
     }
 
     /// Has the processor fetch what a look-up of the beginning of `range` will need and has in none of its caches.
     #[inline]
-    pub fn fetch(&self, range: SectorRange, plan: &mut Plan) {
-        self.frozen().fetch(range.start(), plan);
+    pub fn prefetch(&self, range: SectorRange, plan: &mut PlanBuffer) {
+        self.frozen().prefetch(range.start(), plan);
     }
 
     /// Where a write of `range` goes; blocks get places. Only on a disk with a top.
     ///
     /// # Errors
     /// [`NoRoom`]: ask again when the file has grown.
-    pub fn plan_write(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
+    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
         plan.clear();
-        self.top().expect("only writable disks write").place(range, plan)
+        self.top().expect("only writable disks write").plan_write(range, plan)
     }
 
     /// What to zero and mark so that `range` reads as zeros. Only on a disk with a top.
     ///
     /// # Errors
     /// As for `plan_write`.
-    pub fn plan_zero(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
+    pub fn plan_zero(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
         plan.clear();
-        self.top().expect("only writable disks write").zero(range, self.frozen(), plan)
+        self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
     }
 
     /// What to punch when the guest needs `range` no more. Only on a disk with a top.
-    pub fn plan_discard(&self, range: SectorRange, plan: &mut Plan) {
+    pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         plan.clear();
-        self.top().expect("only writable disks write").present(range, plan);
+        self.top().expect("only writable disks write").plan_discard(range, plan);
     }
 
     /// What must be read before the question that left `missing` can be asked again.
@@ -112,23 +112,23 @@ impl Version {
         let mut load = Load::default();
         for what in missing {
             match *what {
-                Missing::Granule(granule) => {
+                Missing::BitmapSector(granule) => {
                     let top = self.top().expect("only a top has granules");
                     // Asked before the file is read: what comes and goes meanwhile makes the piece worthless.
                     let Some(times) = top.image.bitmaps().and_then(|b| b.times_absent(granule)) else {
-                        load.there.push(granule);
+                        load.already_loaded.push(granule);
                         continue;
                     };
                     let at = top.image.granule_offset(granule);
-                    load.granules.push((granule, Piece { slot: top.slot, at, times, bytes: None }));
+                    load.bitmap_sectors.push((granule, BitmapRead { slot: top.slot, at, evictions: times, bytes: None }));
                 }
-                Missing::Cell(cell) => load.cells.push((cell, self.frozen().pieces(cell))),
+                Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
             }
         }
-        load.places = load.granules.iter().map(|(_, p)| p.clone()).collect();
+        load.reads = load.bitmap_sectors.iter().map(|(_, p)| p.clone()).collect();
         for piece in load.cells.iter().flat_map(|(_, pieces)| pieces) {
             let slot = self.frozen().layers()[piece.layer].slot;
-            load.places.push(Piece { slot, at: piece.at, times: 0, bytes: None });
+            load.reads.push(BitmapRead { slot, at: piece.at, evictions: 0, bytes: None });
         }
         load
     }
@@ -136,11 +136,11 @@ impl Version {
     /// Takes in a load whose pieces are all there. Granules of the top stay in memory as long as `held` does.
     pub fn supply(&self, load: &Load, held: &mut Held) {
         let image = || &self.top().expect("only a top has granules").image;
-        for (granule, piece) in &load.granules {
+        for (granule, piece) in &load.bitmap_sectors {
             let bytes = piece.bytes.as_ref().expect("all pieces were read");
-            held.supply(image(), *granule, Some((piece.times, &bytes[..])));
+            held.supply(image(), *granule, Some((piece.evictions, &bytes[..])));
         }
-        load.there.iter().for_each(|granule| held.supply(image(), *granule, None));
+        load.already_loaded.iter().for_each(|granule| held.supply(image(), *granule, None));
         for (cell, pieces) in &load.cells {
             self.frozen().supply(*cell, pieces);
         }
@@ -152,11 +152,11 @@ impl Version {
     /// `Io`, naming file and offset.
     pub fn load_now(&self, missing: &[Missing], held: &mut Held) -> Result<()> {
         let mut load = self.load(missing);
-        let pieces: Vec<_> = load.pieces().collect();
+        let pieces: Vec<_> = load.reads().collect();
         for (number, (slot, at)) in pieces.into_iter().enumerate() {
             let mut sector = [0; SECTOR_BYTES];
             self.file(slot).read_at(&mut sector, at)?;
-            load.take(number, &sector);
+            load.complete(number, &sector);
         }
         self.supply(&load, held);
         Ok(())
@@ -172,7 +172,7 @@ impl Version {
         loop {
             match image.mark(range) {
                 Ok(kept) => return Ok(kept),
-                Err(absent) => self.load_now(&Missing::granules(&absent), &mut held)?,
+                Err(absent) => self.load_now(&Missing::bitmap_sectors(&absent), &mut held)?,
             }
         }
     }
@@ -181,7 +181,7 @@ impl Version {
     ///
     /// # Errors
     /// As `load_now`.
-    pub fn plan_read_now(&self, range: SectorRange, plan: &mut Plan) -> Result<()> {
+    pub fn plan_read_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         self.plan_read(range, plan);
         // Mostly twice at most: what the top's bits leave open may need the bitmaps of what lies beneath.
         let mut held = Held::default();
@@ -196,7 +196,7 @@ impl Version {
     ///
     /// # Errors
     /// As `load_now`.
-    pub fn plan_once(&self, range: SectorRange, plan: &mut Plan) -> Result<()> {
+    pub fn plan_read_uncached(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         assert!(self.top().is_none(), "only what does not change is passed once");
         plan.clear();
         let (frozen, mut rest) = (self.frozen(), range);
@@ -214,11 +214,11 @@ impl Version {
                 bitmap::decode(&bytes, &mut words);
                 Some(words)
             };
-            let decided = frozen.decide(usize::try_from(cell).expect("at most 2^20 cells"), &mut words);
+            let decided = frozen.decide_cell(usize::try_from(cell).expect("at most 2^20 cells"), &mut words);
             if let Some(e) = failed {
                 return Err(e);
             }
-            decided.expect("all bitmaps were read").split(start, part, plan);
+            decided.expect("all bitmaps were read").append_to(start, part, plan);
         }
         Ok(())
     }
@@ -227,7 +227,7 @@ impl Version {
     ///
     /// # Errors
     /// As `load_now`.
-    pub fn read_now(&self, range: SectorRange, into: &mut [u8], plan: &mut Plan) -> Result<()> {
+    pub fn read_now(&self, range: SectorRange, into: &mut [u8], plan: &mut PlanBuffer) -> Result<()> {
         assert_eq!(into.len() as u64, range.bytes(), "a buffer of the range's length");
         self.plan_read_now(range, plan)?;
         let mut rest = into;
@@ -246,12 +246,12 @@ impl Version {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::{Rig, seen};
+    use super::super::testing::{ChainFolder, read_sector_bytes};
     use super::*;
 
     #[test]
     fn pieces_of_granules_and_cells_come_in_any_order() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.dynamic("root", 64 << 10, 20_000);
         rig.fill("root", &[(0, 20_000, 1)]);
         rig.child("middle", "root", 2 << 20, 20_000);
@@ -259,7 +259,7 @@ mod tests {
         rig.child("leaf", "middle", 2 << 20, 20_000);
         rig.fill("leaf", &[(150, 160, 5), (8_200, 8_201, 6)]);
         let version = rig.write("leaf");
-        let (whole, mut plan) = (SectorRange::between(0, 20_000), Plan::default());
+        let (whole, mut plan) = (SectorRange::between(0, 20_000), PlanBuffer::default());
         // The granules of the top first; what they leave open asks for cells.
         for round in 0.. {
             version.plan_read(whole, &mut plan);
@@ -268,12 +268,12 @@ mod tests {
                 break;
             }
             let mut load = version.load(&plan.missing);
-            let mut pieces: Vec<_> = load.pieces().enumerate().collect();
+            let mut pieces: Vec<_> = load.reads().enumerate().collect();
             pieces.reverse();
             for (number, (slot, at)) in pieces {
                 let mut sector = [0; SECTOR_BYTES];
                 version.file(slot).read_at(&mut sector, at).unwrap();
-                load.take(number, &sector);
+                load.complete(number, &sector);
             }
             version.supply(&load, &mut Held::default());
         }
@@ -282,23 +282,23 @@ mod tests {
         {
             want[from..to].fill(byte);
         }
-        assert_eq!(seen(&version, 0, 20_000), want);
+        assert_eq!(read_sector_bytes(&version, 0, 20_000), want);
     }
 
     #[test]
     fn granules_and_cells_are_loaded_together() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.dynamic("root", 2 << 20, 20_000);
         rig.fill("root", &[(0, 20_000, 1)]);
         rig.child("leaf", "root", 2 << 20, 20_000);
         rig.fill("leaf", &[(4_000, 4_001, 2)]);
         let version = rig.write("leaf");
-        let mut plan = Plan::default();
+        let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(4_000, 4_100), &mut plan);
-        assert_eq!(plan.missing, [Missing::Granule(0), Missing::Cell(1)]);
+        assert_eq!(plan.missing, [Missing::BitmapSector(0), Missing::Cell(1)]);
         let load = version.load(&plan.missing);
-        let slots: Vec<_> = load.pieces().map(|(slot, _)| slot).collect();
+        let slots: Vec<_> = load.reads().map(|(slot, _)| slot).collect();
         assert_eq!(slots, [FileSlot(0), FileSlot(1)]);
-        assert_eq!(seen(&version, 3_999, 4_098), [[1].as_slice(), &[2], &[1; 97]].concat());
+        assert_eq!(read_sector_bytes(&version, 3_999, 4_098), [[1].as_slice(), &[2], &[1; 97]].concat());
     }
 }

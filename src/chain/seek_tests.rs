@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::super::rig::Rig;
-use super::super::{Chain, Policy, Use};
+use super::super::testing::ChainFolder;
+use super::super::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind};
 use crate::image::{self, Image, Kind, ParentLink, Spec};
 use crate::storage::host::Host;
@@ -14,19 +14,19 @@ use crate::units::{BlockSize, SECTOR};
 const BLOCK: u32 = 2 << 20;
 
 /// Two folders of machines and one of golden images in one temporary folder, whose path has no link.
-struct Place {
-    rig: Rig,
+struct LookupFolders {
+    rig: ChainFolder,
     root: PathBuf,
 }
 
-impl Place {
-    fn new() -> Place {
-        let rig = Rig::new();
+impl LookupFolders {
+    fn new() -> LookupFolders {
+        let rig = ChainFolder::new();
         let root = rig.folder().canonicalize().unwrap();
         for folder in ["gold", "vm", "other"] {
             fs::create_dir(root.join(folder)).unwrap();
         }
-        Place { rig, root }
+        LookupFolders { rig, root }
     }
 
     fn at(&self, path: &str) -> PathBuf {
@@ -45,7 +45,7 @@ impl Place {
 
     fn open(&self, child: &str, allowed: &[&str]) -> Result<String, Error> {
         let allowed = allowed.iter().map(|folder| self.at(folder)).collect();
-        let chain = Chain::open(&Host, &self.at(child), &Policy { allowed, ..Policy::default() }, Use::Look)?;
+        let chain = Chain::open(&Host, &self.at(child), &Policy { allowed, ..Policy::default() }, OpenMode::Inspect)?;
         let parent = chain.images()[1].file().path();
         Ok(parent.strip_prefix(&self.root).expect("below the folder").display().to_string())
     }
@@ -63,7 +63,7 @@ fn refused(outcome: Result<String, Error>, words: &[&str]) {
 
 #[test]
 fn no_twin_is_taken_for_the_parent() {
-    let place = Place::new();
+    let place = LookupFolders::new();
     place.rig.dynamic("gold/base.vhd", BLOCK, 100);
     // A copy that went its own way: same name, same UUID.
     place.copy("gold/base.vhd", "vm/base.vhd");
@@ -92,7 +92,7 @@ fn no_twin_is_taken_for_the_parent() {
 
 #[test]
 fn links_on_the_way_and_closed_folders_may_hide_the_parent() {
-    let place = Place::new();
+    let place = LookupFolders::new();
     place.rig.dynamic("gold/base.vhd", BLOCK, 100);
     place.copy("gold/base.vhd", "vm/base.vhd");
     std::os::unix::fs::symlink(place.at("gold"), place.at("link")).unwrap();
@@ -112,7 +112,7 @@ fn links_on_the_way_and_closed_folders_may_hide_the_parent() {
 
 #[test]
 fn names_are_looked_for_in_allowed_folders() {
-    let place = Place::new();
+    let place = LookupFolders::new();
     place.rig.dynamic("gold/base.vhd", BLOCK, 100);
     place.rig.dynamic("other/base.vhd", BLOCK, 100);
     place.child("vm/c", "gold/base.vhd", Some("gone/base.vhd"), None, "base.vhd");
@@ -129,7 +129,7 @@ fn names_are_looked_for_in_allowed_folders() {
 
 #[test]
 fn paths_of_windows_match_without_regard_to_case() {
-    let place = Place::new();
+    let place = LookupFolders::new();
     place.rig.dynamic("gold/Base.VHD", BLOCK, 100);
     place.child("vm/c", "gold/Base.VHD", Some("../GOLD/base.vhd"), None, "BASE.vhd");
     // Paths of folders that are not allowed are compared as they are.
@@ -145,18 +145,18 @@ fn paths_of_windows_match_without_regard_to_case() {
 
 #[test]
 fn another_image_is_not_the_parent() {
-    let rig = Rig::new();
+    let rig = ChainFolder::new();
     rig.dynamic("stranger", BLOCK, 100);
     rig.dynamic("parent", BLOCK, 100);
     let own = rig.folder().file_name().unwrap().to_str().unwrap().to_owned();
     rig.child_by("both", "parent", ["stranger", &format!("../{own}/parent")], BLOCK, 100);
-    let chain = rig.chain("both", Use::Look).unwrap();
+    let chain = rig.chain("both", OpenMode::Inspect).unwrap();
     assert_eq!(chain.images()[1].file().path().file_name().unwrap(), "parent", "the next path is tried");
     rig.child_by("wrong", "parent", ["stranger", "parent"], BLOCK, 100);
-    let e = rig.chain("wrong", Use::Look).unwrap_err();
+    let e = rig.chain("wrong", OpenMode::Inspect).unwrap_err();
     assert!(e.kind() == ErrorKind::Invalid && e.line().contains("UUID"), "the name is not: {e}");
     rig.child_by("lost", "parent", ["gone", "../nowhere"], BLOCK, 100);
-    let e = rig.chain("lost", Use::Look).unwrap_err();
+    let e = rig.chain("lost", OpenMode::Inspect).unwrap_err();
     let line = e.line();
     assert!(e.kind() == ErrorKind::NotFound && line.contains("gone (not there)"), "{line}");
     assert!(line.contains("nowhere (not there)") && line.contains("--allow-parents"), "{line}");

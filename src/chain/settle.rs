@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::open::{Chain, Use};
+use super::open::{Chain, OpenMode};
 use super::parents::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Standing};
@@ -17,7 +17,7 @@ pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usi
     if policy.runtime.is_empty() {
         return Ok(0);
     }
-    let chain = Chain::open(env, path, policy, Use::Look)?;
+    let chain = Chain::open(env, path, policy, OpenMode::Inspect)?;
     let mut settled = 0;
     for parent in &chain.images()[1..] {
         let Standing::Open(_) = Standing::of(env, parent)? else { continue };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::extent::{Missing, Plan, Source};
+use super::extent::{Missing, PlanBuffer, Source};
 use super::frozen::Frozen;
 use crate::image::{NoRoom, Writable};
 use crate::storage::FileSlot;
@@ -19,16 +19,16 @@ pub struct Top {
 impl Top {
     /// Appends where `range` is to `plan`: here, or in what lies beneath.
     #[inline]
-    pub fn split(&self, range: SectorRange, beneath: &Frozen, plan: &mut Plan) {
+    pub fn plan_read(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
-            return plan.push(range, self.at(range.start() * SECTOR)); // fixed
+            return plan.push(range, self.source_at(range.start() * SECTOR)); // fixed
         };
         for (block, part) in block_size.parts(range) {
             match table.place(block) {
-                None => beneath.split(part, plan),
-                Some(place) => self.each_run(part, plan, |plan, run, set| match set {
-                    true => plan.push(run, self.data(block_size, place, run)),
-                    false => beneath.split(run, plan),
+                None => beneath.plan_read(part, plan),
+                Some(place) => self.for_each_run(part, plan, |plan, run, set| match set {
+                    true => plan.push(run, self.data_source(block_size, place, run)),
+                    false => beneath.plan_read(run, plan),
                 }),
             }
         }
@@ -38,16 +38,16 @@ impl Top {
     ///
     /// # Errors
     /// [`NoRoom`] where the prepared tail is used up; asking again later is safe.
-    pub fn place(&self, range: SectorRange, plan: &mut Plan) -> Result<(), NoRoom> {
+    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
         let Some((block_size, table)) = self.table() else {
-            plan.push(range, self.at(range.start() * SECTOR));
+            plan.push(range, self.source_at(range.start() * SECTOR));
             self.image.will_change();
             return Ok(());
         };
         // Bits can be set only in bitmaps that are known: load before anything is reserved.
         for (block, part) in block_size.parts(range) {
             if table.place(block).is_some() {
-                self.each_run(part, plan, |_, _, _| ());
+                self.for_each_run(part, plan, |_, _, _| ());
             }
         }
         if !plan.missing.is_empty() {
@@ -56,7 +56,7 @@ impl Top {
         for (block, part) in block_size.parts(range) {
             plan.reserved |= table.place(block).is_none();
             let place = self.image.reserve(block)?;
-            plan.push(part, self.data(block_size, place, part));
+            plan.push(part, self.data_source(block_size, place, part));
         }
         self.image.will_change();
         Ok(())
@@ -69,25 +69,25 @@ impl Top {
     ///
     /// # Errors
     /// As for `place`.
-    pub fn zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut Plan) -> Result<(), NoRoom> {
+    pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
         let Some((block_size, table)) = self.table() else {
-            plan.push(range, self.at(range.start() * SECTOR));
+            plan.push(range, self.source_at(range.start() * SECTOR));
             plan.marks.push(range);
             self.image.will_change();
             return Ok(());
         };
-        let (mut shining, mut look) = (Vec::new(), Plan::default());
+        let (mut shining, mut look) = (Vec::new(), PlanBuffer::default());
         for (block, part) in block_size.parts(range) {
             match table.place(block) {
                 Some(place) => {
-                    self.each_run(part, plan, |_, _, _| ());
-                    plan.push(part, self.data(block_size, place, part));
+                    self.for_each_run(part, plan, |_, _, _| ());
+                    plan.push(part, self.data_source(block_size, place, part));
                     plan.marks.push(part);
                 }
                 None => {
                     look.clear();
-                    beneath.split(part, &mut look);
-                    look.missing.iter().for_each(|m| plan.miss(*m));
+                    beneath.plan_read(part, &mut look);
+                    look.missing.iter().for_each(|m| plan.add_missing(*m));
                     if look.extents.iter().any(|e| e.source != Source::Zero) {
                         shining.push((block, part));
                     }
@@ -110,16 +110,16 @@ impl Top {
 
     /// What of `range` is here, to be punched. Sectors that are not here stay as they are: their bits are clear, and the
     /// parents' data must not be hidden, nor (where bits are set) come back.
-    pub fn present(&self, range: SectorRange, plan: &mut Plan) {
+    pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
             self.image.will_change();
-            return plan.push(range, self.at(range.start() * SECTOR));
+            return plan.push(range, self.source_at(range.start() * SECTOR));
         };
         for (block, part) in block_size.parts(range) {
             if let Some(place) = table.place(block) {
-                self.each_run(part, plan, |plan, run, set| {
+                self.for_each_run(part, plan, |plan, run, set| {
                     if set {
-                        plan.push(run, self.data(block_size, place, run));
+                        plan.push(run, self.data_source(block_size, place, run));
                     }
                 });
             }
@@ -133,20 +133,20 @@ impl Top {
         Some((self.image.image().block_size()?, self.image.image().bat()?))
     }
 
-    fn at(&self, offset: u64) -> Source {
+    fn source_at(&self, offset: u64) -> Source {
         Source::File { slot: self.slot, offset }
     }
 
     /// Where the data of a run of one block is.
     #[inline]
-    fn data(&self, block_size: BlockSize, place: u32, run: SectorRange) -> Source {
+    fn data_source(&self, block_size: BlockSize, place: u32, run: SectorRange) -> Source {
         let sectors = u64::from(block_size.bitmap_sectors()) + u64::from(block_size.within(run.start()));
-        self.at((u64::from(place) + sectors) * SECTOR)
+        self.source_at((u64::from(place) + sectors) * SECTOR)
     }
 
     /// Calls `f` for each run of equal bits in a range of one block that has a place; notes bitmaps to be loaded.
     #[inline]
-    fn each_run(&self, range: SectorRange, plan: &mut Plan, mut f: impl FnMut(&mut Plan, SectorRange, bool)) {
+    fn for_each_run(&self, range: SectorRange, plan: &mut PlanBuffer, mut f: impl FnMut(&mut PlanBuffer, SectorRange, bool)) {
         let bitmaps = self.image.bitmaps().expect("it has blocks");
         let mut rest = range;
         while !rest.is_empty() {
@@ -160,7 +160,7 @@ impl Top {
                 f(plan, run, set);
             });
             if !known {
-                plan.miss(Missing::Granule(index));
+                plan.add_missing(Missing::BitmapSector(index));
             }
         }
     }
@@ -168,11 +168,11 @@ impl Top {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::{Rig, planned, seen, write};
-    use super::super::{Use, Version};
+    use super::super::testing::{ChainFolder, plan_loaded, read_sector_bytes, write};
+    use super::super::{OpenMode, Version};
     use super::*;
 
-    fn ranges(plan: &Plan) -> Vec<(u64, u64)> {
+    fn ranges(plan: &PlanBuffer) -> Vec<(u64, u64)> {
         plan.extents.iter().map(|e| (e.range.start(), e.range.end())).collect()
     }
 
@@ -181,7 +181,7 @@ mod tests {
     }
 
     /// Two blocks over a parent that has sectors 0 to 100 of the first one only.
-    fn child(rig: &Rig) -> Version {
+    fn child(rig: &ChainFolder) -> Version {
         rig.dynamic("root", 2 << 20, 8_192);
         rig.fill("root", &[(0, 100, 1)]);
         // A dynamic root's whole block is there: the other sectors of block 0 are zeros of its own.
@@ -191,48 +191,48 @@ mod tests {
 
     #[test]
     fn clear_bits_ask_beneath() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         let version = child(&rig);
         write(&version, range(10, 12), 2);
         write(&version, range(5_000, 5_001), 3);
-        assert_eq!(seen(&version, 8, 14), [1, 1, 2, 2, 1, 1]);
-        assert_eq!(seen(&version, 98, 102), [1, 1, 0, 0]);
-        assert_eq!(seen(&version, 4_999, 5_002), [0, 3, 0]);
+        assert_eq!(read_sector_bytes(&version, 8, 14), [1, 1, 2, 2, 1, 1]);
+        assert_eq!(read_sector_bytes(&version, 98, 102), [1, 1, 0, 0]);
+        assert_eq!(read_sector_bytes(&version, 4_999, 5_002), [0, 3, 0]);
     }
 
     #[test]
     fn zeros_hide_what_is_beneath_and_take_no_room_where_nothing_is() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         let version = child(&rig);
         let top = version.top().unwrap();
-        let plan = planned(&version, |plan| version.plan_zero(range(6_000, 6_100), plan).unwrap());
+        let plan = plan_loaded(&version, |plan| version.plan_zero(range(6_000, 6_100), plan).unwrap());
         assert!(plan.extents.is_empty() && plan.marks.is_empty() && !plan.reserved, "zeros over nothing: {plan:?}");
-        let plan = planned(&version, |plan| version.plan_zero(range(50, 5_000), plan).unwrap());
+        let plan = plan_loaded(&version, |plan| version.plan_zero(range(50, 5_000), plan).unwrap());
         assert!(plan.extents.is_empty() && plan.reserved, "the new block's room is zero already: {plan:?}");
         assert_eq!(plan.marks, [range(50, 4_096)], "the second block has nothing to hide");
         assert!(plan.marks.iter().all(|marked| top.image.mark(*marked) == Ok(true)));
-        assert_eq!(seen(&version, 48, 52), [1, 1, 0, 0]);
+        assert_eq!(read_sector_bytes(&version, 48, 52), [1, 1, 0, 0]);
         // In a block that has a place, bits are set and the file is zeroed, whether they were set or not.
-        let plan = planned(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());
+        let plan = plan_loaded(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());
         assert_eq!((ranges(&plan), plan.marks), (vec![(40, 60)], vec![range(40, 60)]));
     }
 
     #[test]
     fn only_what_is_here_is_punched() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         let version = child(&rig);
         write(&version, range(10, 20), 2);
         write(&version, range(30, 31), 2);
-        let plan = planned(&version, |plan| version.plan_discard(range(15, 5_000), plan));
+        let plan = plan_loaded(&version, |plan| version.plan_discard(range(15, 5_000), plan));
         assert_eq!((ranges(&plan), plan.marks.len()), (vec![(15, 20), (30, 31)], 0));
     }
 
     #[test]
     fn a_write_of_two_blocks_gives_both_a_place() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         let version = child(&rig);
         let bat = version.top().unwrap().image.image().bat().unwrap();
-        let plan = planned(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
+        let plan = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
         assert!(plan.reserved);
         let (a, b) = (bat.place(0).unwrap(), bat.place(1).unwrap());
         assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
@@ -240,22 +240,22 @@ mod tests {
             |place: u32, within: u64| Source::File { slot: FileSlot(0), offset: (u64::from(place) + 1 + within) * SECTOR };
         let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();
         assert_eq!((ranges(&plan), got), (vec![(4_090, 4_096), (4_096, 4_100)], vec![at(a, 4_090), at(b, 0)]));
-        let again = planned(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
+        let again = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
         assert!(!again.reserved && again.extents == plan.extents);
     }
 
     #[test]
     fn bitmaps_are_loaded_before_anything_is_reserved() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         drop(child(&rig));
         rig.fill("leaf", &[(0, 1, 9)]);
         let version = rig.write("leaf");
-        let mut plan = Plan::default();
+        let mut plan = PlanBuffer::default();
         version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
-        assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::Granule(0)][..], false));
+        assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::BitmapSector(0)][..], false));
         assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(1), None);
         drop(version);
         // Read-only, the same file is a layer as any other.
-        assert_eq!(seen(&rig.chain("leaf", Use::Read).unwrap().into_frozen(), 0, 2), [9, 1]);
+        assert_eq!(read_sector_bytes(&rig.chain("leaf", OpenMode::Read).unwrap().into_frozen(), 0, 2), [9, 1]);
     }
 }

@@ -15,7 +15,7 @@ use super::settle;
 use super::size::human;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Container;
+use crate::format::ImageFormat;
 use crate::ops::convert::{Conversion, To};
 use crate::ops::merge::Abandoned;
 use crate::ops::{self, Disk, Format};
@@ -202,7 +202,7 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     if let Some(container) = disk.container()? {
         let (name, driver) = (container.name(), container.qemu_driver());
         let way = match container {
-            Container::Vhd => "without `--from raw` it is read as one".to_owned(),
+            ImageFormat::Vhd => "without `--from raw` it is read as one".to_owned(),
             _ => format!("`qemu-img convert -f {driver}` converts one"),
         };
         log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());

@@ -39,7 +39,7 @@ use std::sync::atomic::Ordering;
 use super::lane::Lane;
 use super::request::{Request, Work};
 use super::task::{Task, Token};
-use crate::chain::{Extent, Plan, Source};
+use crate::chain::{Extent, PlanBuffer, Source};
 use crate::storage::{Action, File, Op, FileSlot};
 use crate::units::SectorRange;
 
@@ -208,13 +208,13 @@ impl Lane {
     }
 
     /// Plans what is to be read ahead.
-    pub(super) fn plan_ahead(&self, range: SectorRange, plan: &mut Plan) {
+    pub(super) fn plan_ahead(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let version = self.disk.version();
         version.plan_read(whole(range, version.sectors()), plan);
     }
 
     /// Tells the host of what was planned, as far as there is room.
-    pub(super) fn prefetch(&mut self, number: u32, task: &mut Task, range: SectorRange, plan: &Plan) {
+    pub(super) fn prefetch(&mut self, number: u32, task: &mut Task, range: SectorRange, plan: &PlanBuffer) {
         let token = Token::Task { task: number, detail: 0 }.pack();
         let (disk, mut told) = (self.disk.clone(), 0);
         let room = (self.engine().depth() / 4).saturating_sub(self.ahead.under_way);

@@ -64,7 +64,7 @@ impl Lane {
     /// Plans what was asked for: copies, where all bytes are known to be in memory, or nowhere; requests as all are, else.
     pub(super) fn plan_copies(&mut self) {
         for read in &self.copies.asked {
-            self.disk.version().fetch(read.range, &mut self.plan);
+            self.disk.version().prefetch(read.range, &mut self.plan);
         }
         while let Some(read) = self.copies.asked.pop_front() {
             let range = read.range;

@@ -45,7 +45,7 @@ use super::mailbox::{Grown, Letter, Mailbox};
 use super::punch::Punches;
 use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
-use crate::chain::Plan;
+use crate::chain::PlanBuffer;
 use crate::image::{Commit, Growth};
 use crate::storage::{Action, Completion, Engine, Op, GuestIovecs};
 
@@ -85,7 +85,7 @@ pub struct Lane {
     // Used again and again.
     #[expect(clippy::vec_box, reason = "they come from `tasks` and go there")]
     pub(super) spare: Vec<Box<Task>>,
-    pub(super) plan: Plan,
+    pub(super) plan: PlanBuffer,
     /// Whether `plan` is that of the read that begins now.
     pub(super) planned: bool,
     done: Vec<Completion>,
@@ -119,7 +119,7 @@ impl Lane {
             early: Early::default(),
             submitted: false,
             spare: Vec::new(),
-            plan: Plan::default(),
+            plan: PlanBuffer::default(),
             planned: false,
             done: Vec::with_capacity(TASKS),
             steps: Vec::new(),
@@ -168,7 +168,7 @@ impl Lane {
             result = self.engine.submit();
         }
         // What is forgotten of the chain is not to stay in memory for a queue that sleeps.
-        self.plan.rest();
+        self.plan.release_cache();
         result
     }
 

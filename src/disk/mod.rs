@@ -46,7 +46,7 @@ pub use crate::image::Allocation;
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, Change, Policy, Use, Version, refuse_change, refuse_if_parent, settle_parents};
+use crate::chain::{Chain, ImageChange, Policy, OpenMode, Version, refuse_change, refuse_if_parent, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Keep};
 use crate::mutant::{self, Mutant};
@@ -154,7 +154,7 @@ impl Disk {
     /// Whatever is wrong with a file of the chain, by name and offset; `Busy` where somebody has it open;
     /// `Refused` for writing if an unfinished merge forbids it, or if children stand on the image.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
-        let how = if options.read_only { Use::Read } else { Use::Write };
+        let how = if options.read_only { OpenMode::Read } else { OpenMode::Write };
         // A reader must not miss what a killed daemon acknowledged; a writer takes it in, of parents, too.
         let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
@@ -163,7 +163,7 @@ impl Disk {
         }
         let open = || Chain::open(&*env, &options.path, &policy, how);
         let chain = match open() {
-            Err(e) if how == Use::Write && e.kind() == ErrorKind::Refused => {
+            Err(e) if how == OpenMode::Write && e.kind() == ErrorKind::Refused => {
                 match settle_parents(&*env, &options.path, &policy) {
                     Ok(settled) if settled > 0 => open()?,
                     Err(e) if e.kind() != ErrorKind::Refused => return Err(e),
@@ -172,15 +172,15 @@ impl Disk {
             }
             opened => opened?,
         };
-        if how == Use::Write {
-            refuse_change(&*env, chain.youngest(), Change::Contents, &policy.allowed, None)?;
+        if how == OpenMode::Write {
+            refuse_change(&*env, chain.youngest(), ImageChange::Contents, &policy.allowed, None)?;
             if !options.allow_writable_parent {
                 refuse_if_parent(&*env, chain.youngest())?;
             }
         }
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {
-            Use::Write => chain.into_writable(&*env, &options.keep)?,
+            OpenMode::Write => chain.into_writable(&*env, &options.keep)?,
             _ => chain.into_frozen(),
         };
         if let Some(top) = version.top() {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Stage, Task, Token};
-use crate::chain::{Missing, Plan, Source};
+use crate::chain::{Missing, PlanBuffer, Source};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Completion, Op, Payload, GuestIovecs, FileSlot};
 use crate::units::SECTOR_BYTES;
@@ -51,7 +51,7 @@ impl Lane {
         let (mut again, mut refused) = (None, false);
         match (op.payload, result) {
             (Payload::Own(sector), Ok(())) if task.stage == Stage::Load => {
-                task.load.as_mut().expect("loading").take(detail as usize, &sector);
+                task.load.as_mut().expect("loading").complete(detail as usize, &sector);
             }
             (Payload::Own(bounce), Ok(())) => {
                 if let (Work::Read { into, .. }, Action::Read) = (&task.work, op.action) {
@@ -228,7 +228,7 @@ impl Lane {
     /// Begins to read the bitmaps that a plan or a mark missed.
     fn load(&mut self, number: u32, task: &mut Task, missing: &[Missing]) -> Next {
         let load = self.disk.version().load(missing);
-        for (piece, (slot, at)) in (0..).zip(load.pieces()) {
+        for (piece, (slot, at)) in (0..).zip(load.reads()) {
             let sector = Payload::Own(Buffer::zeroed(SECTOR_BYTES));
             task.pending += 1;
             self.push_op(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, at, sector));
@@ -238,7 +238,7 @@ impl Lane {
     }
 
     /// Pushes the operations of a plan.
-    fn move_all(&mut self, number: u32, task: &mut Task, plan: &Plan) {
+    fn move_all(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) {
         if let Work::Prefetch { range } = task.work {
             return self.prefetch(number, task, range, plan);
         }
@@ -332,7 +332,7 @@ impl Lane {
         if !absent.is_empty() {
             // They left memory while the bytes moved. Marks may be repeated.
             task.moved = true;
-            return self.load(number, task, &Missing::granules(&absent));
+            return self.load(number, task, &Missing::bitmap_sectors(&absent));
         }
         task.moved = false;
         task.held.release();

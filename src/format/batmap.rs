@@ -19,7 +19,7 @@ const COOKIE: [u8; 8] = *b"tdbatmap";
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Raw {
+struct RawBatmapHeader {
     cookie: [u8; 8],
     offset: U64,
     sectors: U32,
@@ -51,7 +51,7 @@ pub struct BatmapHeader {
 
 /// Whether an image has a batmap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Presence {
+pub enum BatmapPresence {
     /// Never.
     Absent,
     /// If its header is there (version 1.1).
@@ -61,12 +61,12 @@ pub enum Presence {
 }
 
 /// Whether an image by this creator has a batmap.
-pub fn presence(footer: &Footer) -> Presence {
+pub fn presence(footer: &Footer) -> BatmapPresence {
     let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
     match footer.creator_version {
-        version if !tap || version <= 0x0000_0001 => Presence::Absent,
-        version if version <= 0x0001_0001 => Presence::Perhaps,
-        _ => Presence::Present,
+        version if !tap || version <= 0x0000_0001 => BatmapPresence::Absent,
+        version if version <= 0x0001_0001 => BatmapPresence::Perhaps,
+        _ => BatmapPresence::Present,
     }
 }
 
@@ -81,7 +81,7 @@ impl BatmapHeader {
     /// # Errors
     /// [`Defect::BatmapHeader`], at offset 0.
     pub fn decode(bytes: &[u8; 512]) -> Result<BatmapHeader, Defect> {
-        let raw: &Raw = zerocopy::transmute_ref!(bytes);
+        let raw: &RawBatmapHeader = zerocopy::transmute_ref!(bytes);
         if raw.cookie != COOKIE {
             return Err(Defect::BatmapHeader { at: 0 });
         }
@@ -98,7 +98,7 @@ impl BatmapHeader {
 
     /// The 512 bytes.
     pub fn encode(&self) -> [u8; 512] {
-        zerocopy::transmute!(Raw {
+        zerocopy::transmute!(RawBatmapHeader {
             cookie: COOKIE,
             offset: self.offset.into(),
             sectors: self.sectors.into(),
@@ -123,12 +123,12 @@ impl BatmapHeader {
     }
 
     /// Whether the data is encrypted.
-    pub fn encrypted(&self) -> bool {
+    pub fn is_encrypted(&self) -> bool {
         self.keyhash == 1
     }
 
     /// How many bytes of the map of a disk of `size` bytes its checksum covers.
-    pub fn summed_bytes(size: u64) -> u64 {
+    pub fn checksummed_bytes(size: u64) -> u64 {
         (size >> 24).max(1).next_multiple_of(SECTOR)
     }
 
@@ -156,7 +156,7 @@ impl BatmapHeader {
 }
 
 /// Whether the map calls a block whole; blocks behind its end are not.
-pub fn whole(map: &[u8], block: u32) -> bool {
+pub fn is_whole(map: &[u8], block: u32) -> bool {
     map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
 }
 
@@ -174,16 +174,16 @@ mod tests {
     #[test]
     fn who_has_one() {
         let by_version = [
-            (0, Presence::Absent),
-            (0x0000_0001, Presence::Absent),
-            (0x0001_0001, Presence::Perhaps),
-            (0x0001_0002, Presence::Present),
-            (0x0001_0003, Presence::Present),
+            (0, BatmapPresence::Absent),
+            (0x0000_0001, BatmapPresence::Absent),
+            (0x0001_0001, BatmapPresence::Perhaps),
+            (0x0001_0002, BatmapPresence::Present),
+            (0x0001_0003, BatmapPresence::Present),
         ];
         for (version, expected) in by_version {
             assert_eq!(presence(&tap(version)), expected, "{version:#x}");
         }
-        assert_eq!(presence(&Footer { creator: *b"win ", ..tap(0x0001_0003) }), Presence::Absent);
+        assert_eq!(presence(&Footer { creator: *b"win ", ..tap(0x0001_0003) }), BatmapPresence::Absent);
         assert_eq!(header_offset(&DynamicHeader::new(1536, 129, BlockSize::DEFAULT)), Some(2560));
         assert_eq!(header_offset(&DynamicHeader::new(u64::MAX, 1, BlockSize::DEFAULT)), None);
     }
@@ -197,13 +197,13 @@ mod tests {
         assert_eq!(header.verify(&[0; 512]), Ok(()));
         let wrong = Defect::BatmapChecksum { at: 0, stored: u32::MAX, computed: !0x80 };
         assert_eq!(header.verify(&[0x80]), Err(wrong));
-        assert_eq!((header.encode(), header.encrypted()), (bytes, false));
+        assert_eq!((header.encode(), header.is_encrypted()), (bytes, false));
         assert_eq!(header.region(2048, 0xC00), Ok(0xA00..0xC00));
         assert!(header.region(2048, 0xBFF).is_err());
         let outside = BatmapHeader { offset: u64::MAX, sectors: u32::MAX, ..header.clone() };
         assert!(outside.region(2048, u64::MAX).is_err());
         bytes[29] = 1;
-        assert!(BatmapHeader::decode(&bytes).unwrap().encrypted());
+        assert!(BatmapHeader::decode(&bytes).unwrap().is_encrypted());
         // Version 1.1 counted 0x80 as -128.
         let old = BatmapHeader { version: 0x0001_0001, checksum: !0u32.wrapping_sub(128), ..header };
         assert_eq!(old.verify(&[0x80]), Ok(()));
@@ -213,9 +213,9 @@ mod tests {
 
     #[test]
     fn bits_and_sums() {
-        assert_eq!((BatmapHeader::summed_bytes(1), BatmapHeader::summed_bytes(1 << 33)), (512, 512));
-        assert_eq!(BatmapHeader::summed_bytes((1 << 33) + (1 << 24)), 1024);
+        assert_eq!((BatmapHeader::checksummed_bytes(1), BatmapHeader::checksummed_bytes(1 << 33)), (512, 512));
+        assert_eq!(BatmapHeader::checksummed_bytes((1 << 33) + (1 << 24)), 1024);
         let map = [0b0100_0000, 0b0000_0001];
-        assert_eq!((0..17).filter(|&block| whole(&map, block)).collect::<Vec<_>>(), [1, 15]);
+        assert_eq!((0..17).filter(|&block| is_whole(&map, block)).collect::<Vec<_>>(), [1, 15]);
     }
 }

@@ -6,14 +6,14 @@
 
 use uuid::Uuid;
 
-use crate::format::container::Container;
-use crate::format::extents::Part;
+use crate::format::image_format::ImageFormat;
+use crate::format::metadata::MetadataPart;
 
 /// What a defect means for programs that open the image.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Consequence {
     /// The image is read and written. Programs that read or write its data log a warning.
-    Told,
+    Warning,
     /// The image is read, and not written until the defect is mended.
     NotWritable,
     /// The image is neither read nor written.
@@ -63,7 +63,7 @@ pub enum Defect {
     /// A fixed disk with zeros after its footer.
     FixedPadded { at: u64, padding: u64 },
     /// An image of another format.
-    OtherFormat { format: Container },
+    OtherFormat { format: ImageFormat },
     /// Both footers are valid and contradict each other (O3).
     FootersDiffer { at: u64, field: &'static str },
     /// Both footers are valid and name two kinds of disk (O3).
@@ -97,9 +97,9 @@ pub enum Defect {
     /// The BAT lies outside the file (O10).
     TableOutside { at: u64, offset: u64, bytes: u64, len: u64 },
     /// The BAT lies over the front footer or the header (O10).
-    TableOverlaps { at: u64, offset: u64, bytes: u64, part: Part },
+    TableOverlaps { at: u64, offset: u64, bytes: u64, part: MetadataPart },
     /// A block lies over metadata (O12).
-    BlockInMetadata { block: u32, entry: u32, part: Part },
+    BlockInMetadata { block: u32, entry: u32, part: MetadataPart },
     /// A block ends after the end of the data, of which its bitmap calls nothing there present (O12).
     BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 },
     /// Two blocks name the same place (O13).
@@ -176,7 +176,7 @@ use Defect as D;
 impl Defect {
     /// The same defect in a structure that begins at byte `at` of the file.
     #[must_use]
-    pub fn placed(mut self, place: u64) -> Defect {
+    pub fn with_base_offset(mut self, place: u64) -> Defect {
         match &mut self {
             D::FooterCookie { at }
             | D::Poisoned { at }
@@ -238,7 +238,7 @@ impl Defect {
             D::BlockCutOff { .. } => unreadable("block-cut-off"),
             D::BitsBeyondDisk { .. } => cosmetic("bits-beyond-disk").repairable(),
             D::NoPlace { .. } => of("no-place", Severity::Corruption, C::NotWritable),
-            D::SpaceUnreferenced { .. } => of("space-unreferenced", Severity::Leak, C::Told).repairable(),
+            D::SpaceUnreferenced { .. } => of("space-unreferenced", Severity::Leak, C::Warning).repairable(),
             D::DataUnderClearBit { .. } => cosmetic("data-under-clear-bit"),
             D::LocatorPlatform { .. } => cosmetic("locator-platform"),
             D::LocatorLength { .. } => cosmetic("locator-length"),
@@ -363,15 +363,15 @@ fn unreadable(kind: &'static str) -> Rule {
 }
 
 fn corrupt(kind: &'static str) -> Rule {
-    of(kind, Severity::Corruption, C::Told)
+    of(kind, Severity::Corruption, C::Warning)
 }
 
 fn cosmetic(kind: &'static str) -> Rule {
-    of(kind, Severity::Cosmetic, C::Told)
+    of(kind, Severity::Cosmetic, C::Warning)
 }
 
 fn note(kind: &'static str) -> Rule {
-    of(kind, Severity::Note, C::Told)
+    of(kind, Severity::Note, C::Warning)
 }
 
 #[cfg(test)]
@@ -390,8 +390,8 @@ mod tests {
 
     #[test]
     fn places_what_has_none() {
-        assert_eq!(Defect::HeaderCookie { at: 0 }.placed(512).offset(), Some(512));
+        assert_eq!(Defect::HeaderCookie { at: 0 }.with_base_offset(512).offset(), Some(512));
         let entry = Defect::BlockOverlap { block: 1, entry: 9, other: 2, other_entry: 8 };
-        assert_eq!(entry.clone().placed(512), entry);
+        assert_eq!(entry.clone().with_base_offset(512), entry);
     }
 }

@@ -110,7 +110,7 @@ impl fmt::Display for Defect {
                 write!(f, "block {block} ends at byte {end}; the data ends at {limit}")
             }
             D::EntryZero { block, entries, .. } => {
-                let more = And(*entries - 1);
+                let more = AndMore(*entries - 1);
                 write!(f, "the table entry of block {block}{more} is 0, where no block can begin; it is read as unused")
             }
             D::BlockDuplicate { block, other, .. } => {
@@ -192,7 +192,7 @@ impl fmt::Display for Defect {
                  dynamic one"
             ),
             D::PlacedByAnother { block, blocks, .. } => {
-                let more = And(*blocks - 1);
+                let more = AndMore(*blocks - 1);
                 write!(
                     f,
                     "block {block}{more} was placed by another program than the image's own writer, and marked whole. QEMU \
@@ -201,7 +201,7 @@ impl fmt::Display for Defect {
                 )
             }
             D::ZerosOverParent { block, blocks, .. } => {
-                let more = And(*blocks - 1);
+                let more = AndMore(*blocks - 1);
                 write!(
                     f,
                     "block {block}{more} is marked whole and holds zeros over data of the parent: the guest has zeroed it, or \
@@ -236,9 +236,9 @@ impl fmt::Display for Defect {
 }
 
 /// So many more of the same.
-struct And(u64);
+struct AndMore(u64);
 
-impl fmt::Display for And {
+impl fmt::Display for AndMore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn becomes_an_error_with_kind_and_place() {
-        let e = Error::from(Defect::FooterCookie { at: 0 }.placed(4096));
+        let e = Error::from(Defect::FooterCookie { at: 0 }.with_base_offset(4096));
         assert_eq!((e.kind(), e.offset()), (ErrorKind::Invalid, Some(4096)));
         assert_eq!(Error::from(Defect::ParentRaw).kind(), ErrorKind::Refused);
         assert_eq!(Error::from(Defect::ParentMissing { tried: Vec::new() }).kind(), ErrorKind::NotFound);

@@ -6,8 +6,8 @@ use std::ops::{ControlFlow, Range};
 
 use crate::format::bat;
 use crate::format::defect::Defect;
-use crate::format::extents::Metadata;
-use crate::format::footer_choice::{Chosen, FooterSource};
+use crate::format::metadata::MetadataMap;
+use crate::format::footer_choice::{ChosenFooter, FooterSource};
 use crate::format::header::DynamicHeader;
 use crate::format::layout::{self, PAGE};
 use crate::units::{BlockSize, SECTOR};
@@ -16,7 +16,7 @@ use crate::units::{BlockSize, SECTOR};
 #[derive(Clone, Debug)]
 pub struct EntryRules<'a> {
     /// Where no block may lie.
-    pub metadata: &'a Metadata,
+    pub metadata: &'a MetadataMap,
     /// Size of a block.
     pub block_size: BlockSize,
     /// Blocks of the disk; entries behind are ignored, but for their space.
@@ -29,10 +29,10 @@ pub struct EntryRules<'a> {
 
 impl<'a> EntryRules<'a> {
     /// The rules for an image.
-    pub fn new(chosen: &Chosen, header: &DynamicHeader, metadata: &'a Metadata) -> EntryRules<'a> {
+    pub fn new(chosen: &ChosenFooter, header: &DynamicHeader, metadata: &'a MetadataMap) -> EntryRules<'a> {
         let slack = match chosen.source {
-            FooterSource::FrontOnly => header.block_size.bytes().into(),
-            FooterSource::TailFull | FooterSource::Tail511 => 0,
+            FooterSource::Front => header.block_size.bytes().into(),
+            FooterSource::Trailing | FooterSource::Trailing511 => 0,
         };
         EntryRules {
             metadata,
@@ -46,22 +46,22 @@ impl<'a> EntryRules<'a> {
 
 /// What the entries of a BAT take.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Placed {
+pub struct PlacedBlocks {
     /// The used entries of blocks of the disk and their blocks, by place.
     pub entries: Vec<(u32, u32)>,
     /// The places of blocks behind the end of the disk: nobody reads them, and nobody else gets their room.
-    pub beyond: Vec<u32>,
+    pub beyond_disk: Vec<u32>,
     /// The first byte behind all metadata and all blocks.
     pub end: u64,
     /// How many of `entries`, the last ones, end after the data does. Their bitmaps decide whether bytes are lost (O12).
-    pub cut: usize,
+    pub truncated: usize,
 }
 
-impl Placed {
+impl PlacedBlocks {
     /// Whether a block, of the disk or behind its end, lies over a range of the file.
     pub fn covers(&self, range: &Range<u64>, block_size: BlockSize) -> bool {
         let stride = u64::from(block_size.stride_sectors());
-        let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond).copied().map(u64::from);
+        let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond_disk).copied().map(u64::from);
         places.any(|place| place * SECTOR < range.end && range.start < (place + stride) * SECTOR)
     }
 }
@@ -75,13 +75,13 @@ pub fn check_entries<B>(
     entries: impl IntoIterator<Item = (u32, u32)>,
     rules: &EntryRules<'_>,
     mut found: impl FnMut(Defect) -> ControlFlow<B>,
-) -> Result<Placed, B> {
+) -> Result<PlacedBlocks, B> {
     let mut tell = |defect| match found(defect) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(value) => Err(value),
     };
     let stride = u64::from(rules.block_size.stride_sectors());
-    let mut placed = Placed { entries: Vec::new(), beyond: Vec::new(), end: rules.metadata.end(), cut: 0 };
+    let mut placed = PlacedBlocks { entries: Vec::new(), beyond_disk: Vec::new(), end: rules.metadata.end(), truncated: 0 };
     for (block, entry) in entries {
         if entry == bat::UNUSED {
             continue;
@@ -90,7 +90,7 @@ pub fn check_entries<B>(
         if u64::from(block) >= rules.blocks {
             if range.end <= rules.data_end.saturating_add(rules.slack) {
                 placed.end = placed.end.max(range.end);
-                placed.beyond.push(entry);
+                placed.beyond_disk.push(entry);
             }
             tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
             continue;
@@ -98,7 +98,7 @@ pub fn check_entries<B>(
         if let Some(part) = rules.metadata.overlapping(&range) {
             tell(Defect::BlockInMetadata { block, entry, part })?;
         }
-        placed.cut += usize::from(range.end > rules.data_end);
+        placed.truncated += usize::from(range.end > rules.data_end);
         placed.end = placed.end.max(range.end);
         placed.entries.push((entry, block));
     }
@@ -117,13 +117,13 @@ pub fn check_entries<B>(
 
 /// The space before byte `end` that neither metadata nor blocks take, but for gaps that align the block after them and
 /// room that is set aside for locators.
-pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
+pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
-    let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond);
+    let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond_disk);
     let blocks = places.map(|&entry| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
     let mut taken: Vec<Range<u64>> =
         metadata.extents().iter().map(|extent| extent.range.clone()).chain(blocks).collect();
-    taken.extend(metadata.set_aside().iter().cloned());
+    taken.extend(metadata.locator_space().iter().cloned());
     taken.sort_unstable_by_key(|range| range.start);
     let mut free = Vec::new();
     let mut at = 0;
@@ -143,7 +143,7 @@ pub fn unreferenced(metadata: &Metadata, placed: &Placed, block_size: BlockSize,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::extents::Part;
+    use crate::format::metadata::MetadataPart;
     use crate::format::footer::{DiskType, Footer};
     use crate::format::random::Random;
     use uuid::Uuid;
@@ -158,8 +158,8 @@ mod tests {
         DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
     }
 
-    fn all(entries: &[(u32, u32)], limit: u64) -> (Placed, Vec<&'static str>) {
-        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+    fn all(entries: &[(u32, u32)], limit: u64) -> (PlacedBlocks, Vec<&'static str>) {
+        let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: limit, slack: 0 };
         let mut kinds = Vec::new();
@@ -174,15 +174,15 @@ mod tests {
     fn entries_at_their_limits() {
         // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
         let end = 13 * 512;
-        assert_eq!(all(&[(0, 4)], end), (Placed { entries: vec![(4, 0)], beyond: vec![], end, cut: 0 }, vec![]));
+        assert_eq!(all(&[(0, 4)], end), (PlacedBlocks { entries: vec![(4, 0)], beyond_disk: vec![], end, truncated: 0 }, vec![]));
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
-        assert_eq!((all(&[(0, 4)], end - 1).0.cut, all(&[(0, 4)], end - 1).1.len()), (1, 0), "its bitmap decides");
+        assert_eq!((all(&[(0, 4)], end - 1).0.truncated, all(&[(0, 4)], end - 1).1.len()), (1, 0), "its bitmap decides");
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
         assert_eq!(
             all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
-            (Placed { entries: vec![], beyond: vec![], end: 2048, cut: 0 }, vec![])
+            (PlacedBlocks { entries: vec![], beyond_disk: vec![], end: 2048, truncated: 0 }, vec![])
         );
         assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
@@ -193,18 +193,18 @@ mod tests {
 
     #[test]
     fn stops_where_it_is_told() {
-        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: LEN, slack: 0 };
         let first = check_entries([(0, 0), (1, 1)], &rules, ControlFlow::Break);
-        assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: Part::FrontFooter }));
+        assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: MetadataPart::FrontFooter }));
     }
 
     #[test]
     fn a_missing_tail_gives_one_block_of_room() {
         let f = footer(4 * 4096);
         let h = header(1536, 8);
-        let (metadata, _) = Metadata::new(&f, &h, None, LEN);
+        let (metadata, _) = MetadataMap::new(&f, &h, None, LEN);
         let missing = crate::format::choose(&[0; 512], Some(&f.encode()), LEN).unwrap();
         let rules = EntryRules::new(&missing, &h, &metadata);
         assert_eq!((rules.data_end, rules.slack, rules.blocks), (LEN, 4096, 4));
@@ -231,11 +231,11 @@ mod tests {
     fn gaps_that_align_larger_blocks_are_used() {
         let block_size = BlockSize::DEFAULT;
         let header = DynamicHeader::new(4096, 1024, block_size);
-        let (metadata, _) = Metadata::new(&footer(1 << 30), &header, None, LEN);
+        let (metadata, _) = MetadataMap::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
             let entries = places.iter().copied().zip(0..).collect();
             let behind =
-                unreferenced(&metadata, &Placed { entries, beyond: vec![], end: 0, cut: 0 }, block_size, end * 512);
+                unreferenced(&metadata, &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 }, block_size, end * 512);
             behind.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
         };
         // The table ends at sector 16; blocks take 4097 sectors.
@@ -253,10 +253,10 @@ mod tests {
 
     #[test]
     fn space_that_nobody_uses() {
-        let (metadata, _) = Metadata::new(&footer(4096), &header(1536, 8), None, LEN);
+        let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let free = |entries, end| {
-            let placed = Placed { entries, beyond: vec![60], end: 0, cut: 0 };
+            let placed = PlacedBlocks { entries, beyond_disk: vec![60], end: 0, truncated: 0 };
             unreferenced(&metadata, &placed, block_size, end)
         };
         assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);

@@ -80,7 +80,7 @@ pub fn time_to_unix(time: u32) -> u64 {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Raw {
+struct RawFooter {
     cookie: [u8; 8],
     features: U32,
     version: U32,
@@ -171,7 +171,7 @@ impl Footer {
     /// # Errors
     /// [`Defect`] for the first of: cookie, poison, checksum, major version, type, size (O4, O5), at offset 0.
     pub fn decode(bytes: &[u8; 512]) -> Result<Footer, Defect> {
-        let raw: &Raw = zerocopy::transmute_ref!(bytes);
+        let raw: &RawFooter = zerocopy::transmute_ref!(bytes);
         match raw.cookie {
             COOKIE => {}
             POISON => return Err(Defect::Poisoned { at: 0 }),
@@ -179,7 +179,7 @@ impl Footer {
         }
         let computed = checksum(bytes, CHECKSUM_AT..CHECKSUM_AT + 4);
         let stored = raw.checksum.get();
-        if stored != computed && !(may_hide_late(raw) && stored == computed.wrapping_add(raw.reserved[HIDDEN].into())) {
+        if stored != computed && !(has_stale_hidden_checksum(raw) && stored == computed.wrapping_add(raw.reserved[HIDDEN].into())) {
             return Err(Defect::FooterChecksum { at: 0, stored, computed });
         }
         let version = raw.version.get();
@@ -222,7 +222,7 @@ impl Footer {
 
     /// The 512 bytes, with a fresh checksum.
     pub fn encode(&self) -> [u8; 512] {
-        let mut raw = Raw {
+        let mut raw = RawFooter {
             cookie: COOKIE,
             features: self.features.into(),
             version: self.version.into(),
@@ -262,7 +262,7 @@ impl Footer {
     }
 
     /// Whether it is marked as the inner node of a chain (O16).
-    pub fn hidden(&self) -> bool {
+    pub fn is_hidden(&self) -> bool {
         self.reserved[HIDDEN] != 0
     }
 
@@ -278,7 +278,7 @@ impl Footer {
 }
 
 /// Versions 0.1 and 1.1 of tapdisk set `hidden` without computing the checksum again (libvhd accepts that too).
-fn may_hide_late(raw: &Raw) -> bool {
+fn has_stale_hidden_checksum(raw: &RawFooter) -> bool {
     raw.creator.starts_with(b"tap") && matches!(raw.creator_version.get(), 0x0000_0001 | 0x0001_0001)
 }
 
@@ -316,7 +316,7 @@ mod tests {
         let f = Footer::decode(&foreign()).unwrap();
         assert_eq!((f.disk_type, f.current_size, f.data_offset), (DiskType::Differencing, 16 << 20, 512));
         assert_eq!(f.uuid.to_string(), "2cfa542e-b769-486d-9c5d-6bd3da225b26");
-        assert_eq!((f.geometry, f.creator_is_tap(), f.hidden()), (Geometry::for_size(16 << 20), true, false));
+        assert_eq!((f.geometry, f.creator_is_tap(), f.is_hidden()), (Geometry::for_size(16 << 20), true, false));
         assert_eq!(f.created_unix(), EPOCH_UNIX + 0x3295_53d5);
         assert_eq!(f.encode(), foreign());
     }
@@ -370,7 +370,7 @@ mod tests {
             let read = Footer::decode(&bytes);
             assert_eq!(read.is_ok(), fine, "{version:#x}");
             if let Ok(footer) = read {
-                assert!(footer.hidden());
+                assert!(footer.is_hidden());
                 assert_eq!(footer.encode(), summed(bytes), "written again, the sum is right");
             }
         }

@@ -11,16 +11,16 @@ use crate::units::SECTOR;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FooterSource {
     /// The last 512 bytes.
-    TailFull,
+    Trailing,
     /// The last 511 bytes.
-    Tail511,
+    Trailing511,
     /// The first 512 bytes, since the end has none.
-    FrontOnly,
+    Front,
 }
 
 /// The footer that counts, and what was noticed on the way.
 #[derive(Clone, Debug)]
-pub struct Chosen {
+pub struct ChosenFooter {
     /// The footer.
     pub footer: Footer,
     /// Where it was read.
@@ -39,23 +39,23 @@ pub struct Chosen {
 ///
 /// # Panics
 /// Where `tail` has not the length it must have.
-pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<Chosen, Defect> {
+pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<ChosenFooter, Defect> {
     assert_eq!(tail.len() as u64, len.min(FOOTER_BYTES), "the tail is the last 512 bytes of the file");
     let Ok(last) = <&[u8; 512]>::try_from(tail) else {
         return Err(Defect::FileTooShort { len });
     };
-    match read_tail(last, len) {
-        Tail::Valid { footer, source, at } => with_tail(*footer, source, at, front),
-        Tail::Refused(defect) => Err(defect),
-        Tail::Damaged { at, reason } => {
+    match read_trailing(last, len) {
+        TrailingFooter::Valid { footer, source, at } => use_trailing(*footer, source, at, front),
+        TrailingFooter::Refused(defect) => Err(defect),
+        TrailingFooter::Damaged { at, reason } => {
             let note = Defect::TrailingFooterInvalid { at, reason: Box::new(reason.clone()) };
-            with_front(front, len, note, reason)
+            use_front(front, len, note, reason)
         }
-        Tail::None => with_front(front, len, Defect::TrailingFooterMissing { len }, Defect::FooterMissing { len }),
+        TrailingFooter::None => use_front(front, len, Defect::TrailingFooterMissing { len }, Defect::FooterMissing { len }),
     }
 }
 
-enum Tail {
+enum TrailingFooter {
     Valid {
         footer: Box<Footer>,
         source: FooterSource,
@@ -71,37 +71,37 @@ enum Tail {
     None,
 }
 
-fn read_tail(last: &[u8; 512], len: u64) -> Tail {
+fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
     let full_at = len - FOOTER_BYTES;
     match Footer::decode(last) {
         Err(Defect::FooterCookie { .. }) => {}
-        decoded => return judge(decoded, FooterSource::TailFull, full_at, last[63]),
+        decoded => return classify(decoded, FooterSource::Trailing, full_at, last[63]),
     }
     // Like QEMU and libvhd, where the missing byte would have completed a sector.
     if (len + 1).is_multiple_of(SECTOR) {
         let short = last.last_chunk::<511>().expect("511 is less than 512");
         match Footer::decode_511(short) {
             Err(Defect::FooterCookie { .. }) => {}
-            decoded => return judge(decoded, FooterSource::Tail511, full_at + 1, short[63]),
+            decoded => return classify(decoded, FooterSource::Trailing511, full_at + 1, short[63]),
         }
     }
-    Tail::None
+    TrailingFooter::None
 }
 
 /// `type_byte` is the lowest byte of the type, which counts even where the sum is wrong.
-fn judge(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type_byte: u8) -> Tail {
-    match decoded.map_err(|defect| defect.placed(at)) {
-        Ok(footer) => Tail::Valid { footer: Box::new(footer), source, at },
+fn classify(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type_byte: u8) -> TrailingFooter {
+    match decoded.map_err(|defect| defect.with_base_offset(at)) {
+        Ok(footer) => TrailingFooter::Valid { footer: Box::new(footer), source, at },
         Err(reason @ Defect::FooterChecksum { .. }) if u32::from(type_byte) != DiskType::Fixed.code() => {
-            Tail::Damaged { at, reason }
+            TrailingFooter::Damaged { at, reason }
         }
-        Err(defect) => Tail::Refused(defect),
+        Err(defect) => TrailingFooter::Refused(defect),
     }
 }
 
-fn with_tail(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 512]>) -> Result<Chosen, Defect> {
+fn use_trailing(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 512]>) -> Result<ChosenFooter, Defect> {
     let mut notes = Vec::new();
-    if source == FooterSource::Tail511 {
+    if source == FooterSource::Trailing511 {
         notes.push(Defect::ShortFooter { at });
     }
     if footer.disk_type == DiskType::Fixed {
@@ -111,12 +111,12 @@ fn with_tail(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 
         if footer.current_size < at {
             notes.push(Defect::FixedMore { size: footer.current_size, data: at });
         }
-        return Ok(Chosen { footer, source, notes, data_end: at });
+        return Ok(ChosenFooter { footer, source, notes, data_end: at });
     }
     match front.map_or(Err(Defect::FooterCookie { at: 0 }), Footer::decode) {
         Err(poisoned @ Defect::Poisoned { .. }) => return Err(poisoned),
         Err(reason) => notes.push(Defect::FrontFooterInvalid { reason: Box::new(reason) }),
-        Ok(copy) => match difference(&footer, &copy) {
+        Ok(copy) => match first_difference(&footer, &copy) {
             _ if footer.disk_type != copy.disk_type => {
                 let (front, end) = (copy.disk_type.word(), footer.disk_type.word());
                 notes.push(Defect::FooterKindsDiffer { at, front, end });
@@ -126,11 +126,11 @@ fn with_tail(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 
             None => {}
         },
     }
-    Ok(Chosen { footer, source, notes, data_end: at })
+    Ok(ChosenFooter { footer, source, notes, data_end: at })
 }
 
 /// The first field with consequences in which two footers of one kind differ.
-fn difference(a: &Footer, b: &Footer) -> Option<&'static str> {
+fn first_difference(a: &Footer, b: &Footer) -> Option<&'static str> {
     match () {
         () if a.current_size != b.current_size => Some("size"),
         () if a.uuid != b.uuid => Some("UUID"),
@@ -139,10 +139,10 @@ fn difference(a: &Footer, b: &Footer) -> Option<&'static str> {
     }
 }
 
-fn with_front(front: Option<&[u8; 512]>, len: u64, note: Defect, otherwise: Defect) -> Result<Chosen, Defect> {
+fn use_front(front: Option<&[u8; 512]>, len: u64, note: Defect, otherwise: Defect) -> Result<ChosenFooter, Defect> {
     match front.map(Footer::decode) {
         Some(Ok(footer)) if footer.disk_type != DiskType::Fixed => {
-            Ok(Chosen { footer, source: FooterSource::FrontOnly, notes: vec![note], data_end: len })
+            Ok(ChosenFooter { footer, source: FooterSource::Front, notes: vec![note], data_end: len })
         }
         Some(Err(poisoned @ Defect::Poisoned { .. })) => Err(poisoned),
         _ => Err(otherwise),
@@ -170,7 +170,7 @@ mod tests {
     fn two_equal_copies() {
         let f = footer(DiskType::Dynamic);
         let c = choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
-        assert_eq!((c.footer, c.source, c.data_end), (f, FooterSource::TailFull, LEN - 512));
+        assert_eq!((c.footer, c.source, c.data_end), (f, FooterSource::Trailing, LEN - 512));
         assert_eq!(c.notes, []);
     }
 
@@ -194,10 +194,10 @@ mod tests {
     fn a_missing_or_damaged_tail_of_a_sparse_disk() {
         let f = footer(DiskType::Differencing);
         let c = choose(&[0xC7; 512], Some(&f.encode()), LEN).unwrap();
-        assert_eq!((&c.footer, c.source, c.data_end), (&f, FooterSource::FrontOnly, LEN));
+        assert_eq!((&c.footer, c.source, c.data_end), (&f, FooterSource::Front, LEN));
         assert_eq!(c.notes, [Defect::TrailingFooterMissing { len: LEN }]);
         let c = choose(&damaged(DiskType::Differencing), Some(&f.encode()), LEN).unwrap();
-        assert_eq!(c.source, FooterSource::FrontOnly);
+        assert_eq!(c.source, FooterSource::Front);
         assert!(matches!(c.notes[..], [Defect::TrailingFooterInvalid { at, .. }] if at == LEN - 512));
         let fixed = footer(DiskType::Fixed).encode();
         for front in [None, Some(&fixed), Some(&[0; 512]), Some(&damaged(DiskType::Dynamic))] {
@@ -249,7 +249,7 @@ mod tests {
         tail[1..].copy_from_slice(&f[..511]);
         let size = 1 << 20;
         let c = choose(&tail, None, size + 511).unwrap();
-        assert_eq!((c.source, c.data_end), (FooterSource::Tail511, size));
+        assert_eq!((c.source, c.data_end), (FooterSource::Trailing511, size));
         assert_eq!(c.notes, [Defect::ShortFooter { at: size }]);
         assert!(choose(&tail, None, size + 512).is_err());
     }

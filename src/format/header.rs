@@ -32,7 +32,7 @@ struct RawLocator {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct Raw {
+struct RawDynamicHeader {
     cookie: [u8; 8],
     data_offset: U64,
     table_offset: U64,
@@ -95,7 +95,7 @@ impl DynamicHeader {
     /// # Errors
     /// [`Defect`] for the first of: cookie, checksum, version, block size (O7, O8), at offset 0.
     pub fn decode(bytes: &[u8; 1024]) -> Result<DynamicHeader, Defect> {
-        let raw: &Raw = zerocopy::transmute_ref!(bytes);
+        let raw: &RawDynamicHeader = zerocopy::transmute_ref!(bytes);
         if raw.cookie != COOKIE {
             return Err(Defect::HeaderCookie { at: 0 });
         }
@@ -135,7 +135,7 @@ impl DynamicHeader {
 
     /// The 1024 bytes, with a fresh checksum.
     pub fn encode(&self) -> [u8; 1024] {
-        let mut raw = Raw {
+        let mut raw = RawDynamicHeader {
             cookie: COOKIE,
             data_offset: self.data_offset.into(),
             table_offset: self.table_offset.into(),

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use crate::format::bat;
 use crate::format::defect::Defect;
-use crate::format::extents::TABLE_LIMIT;
+use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
 use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::units::{BlockSize, SECTOR};
@@ -31,7 +31,7 @@ const PAGE_SECTORS: u64 = PAGE / SECTOR;
 /// The largest unit at which block data is aligned, in bytes: more makes nothing faster.
 const LARGEST_UNIT: u64 = 64 << 10;
 /// The part of a block that its unit is at most, so that gaps do not count.
-const UNITS_A_BLOCK: u64 = 32;
+const UNITS_PER_BLOCK: u64 = 32;
 
 /// The places in a new image.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -77,7 +77,7 @@ impl NewLayout {
             return Ok(none);
         }
         let wanted = block_size.blocks_for(size / SECTOR).max(reserve.into());
-        let limit = TABLE_LIMIT / 4;
+        let limit = MAX_TABLE_BYTES / 4;
         let entries = u32::try_from(wanted).ok().filter(|&entries| u64::from(entries) <= limit);
         let entries = entries.ok_or(Defect::TableTooLarge { at: 0, entries: wanted, limit })?;
         let mut end = FOOTER_BYTES + HEADER_BYTES;
@@ -95,7 +95,7 @@ impl NewLayout {
 
 /// The unit at which the data of a new block is aligned, in bytes: a power of two from 4 KiB to 64 KiB.
 pub fn alignment(block_size: BlockSize) -> u64 {
-    (u64::from(block_size.bytes()) / UNITS_A_BLOCK).clamp(PAGE, LARGEST_UNIT)
+    (u64::from(block_size.bytes()) / UNITS_PER_BLOCK).clamp(PAGE, LARGEST_UNIT)
 }
 
 /// Sectors from one block to the next where both are aligned, gap included.
@@ -104,7 +104,7 @@ pub fn aligned_stride(block_size: BlockSize) -> u64 {
 }
 
 /// Sectors from one block to the next where both stand at pages, gap included.
-pub fn paged_stride(block_size: BlockSize) -> u64 {
+pub fn page_stride(block_size: BlockSize) -> u64 {
     u64::from(block_size.stride_sectors()).next_multiple_of(PAGE_SECTORS)
 }
 
@@ -118,7 +118,7 @@ pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
 /// The best place from file sector `from` on for the first of `blocks` blocks, the last of which must begin at sector
 /// `last` or before: aligned, if the others still fit at pages then; else at a page, if they still fit packed.
 pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> Option<u64> {
-    let ways = [(alignment(block_size), paged_stride(block_size)), (PAGE, block_size.stride_sectors().into())];
+    let ways = [(alignment(block_size), page_stride(block_size)), (PAGE, block_size.stride_sectors().into())];
     ways.into_iter().find_map(|(unit, stride)| {
         let place = place_from(from, block_size, unit)?;
         let others = blocks.saturating_sub(1).checked_mul(stride)?;

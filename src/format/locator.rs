@@ -132,14 +132,14 @@ impl LocatorEntry {
 
 /// The texts that a locator's bytes may stand for, as paths in bytes: two for a URL with escapes (as it should be read,
 /// and as libvhd reads it), none for what cannot be read.
-pub fn texts(platform: Platform, data: &[u8]) -> Vec<Vec<u8>> {
+pub fn decode_texts(platform: Platform, data: &[u8]) -> Vec<Vec<u8>> {
     match platform {
         Platform::W2ru | Platform::W2ku => {
             vec![utf16(data.as_chunks::<2>().0.iter().map(|&[low, high]| u16::from_be_bytes([high, low])))]
         }
-        Platform::Wi2r | Platform::Wi2k => vec![before_nul(data).to_vec()],
+        Platform::Wi2r | Platform::Wi2k => vec![until_nul(data).to_vec()],
         Platform::MacX => {
-            let plain = before_nul(data).to_vec();
+            let plain = until_nul(data).to_vec();
             let decoded = percent_decoded(&plain);
             if decoded == plain { vec![plain] } else { vec![decoded, plain] }
         }
@@ -158,7 +158,7 @@ fn utf16(units: impl Iterator<Item = u16>) -> Vec<u8> {
     text.map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect::<String>().into_bytes()
 }
 
-fn before_nul(data: &[u8]) -> &[u8] {
+fn until_nul(data: &[u8]) -> &[u8] {
     data.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
@@ -186,7 +186,7 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
 
 /// What an image records of where its parent is.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Recorded {
+pub struct RecordedParent {
     /// Paths, in the order to try, each once: relative ones, the header's if it names a folder, absolute ones
     /// (vhd-format 4.4).
     pub paths: Vec<ParentPath>,
@@ -196,17 +196,17 @@ pub struct Recorded {
     pub notes: Vec<Defect>,
 }
 
-impl Recorded {
+impl RecordedParent {
     /// Reads the locators' texts, each with its slot and platform, and the name in the header.
-    pub fn read<'a>(locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>, name: &[u8; 512]) -> Recorded {
-        let (mut relative, mut absolute, mut found) = (Vec::new(), Vec::new(), Recorded::default());
+    pub fn read<'a>(locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>, name: &[u8; 512]) -> RecordedParent {
+        let (mut relative, mut absolute, mut found) = (Vec::new(), Vec::new(), RecordedParent::default());
         let name = header_name(name);
         let texts = locators
             .into_iter()
-            .flat_map(|(slot, platform, data)| texts(platform, data).into_iter().map(move |text| (Some(slot), text)));
+            .flat_map(|(slot, platform, data)| decode_texts(platform, data).into_iter().map(move |text| (Some(slot), text)));
         let header = (!name.is_empty()).then_some((None, name));
         let mut header_file = None;
-        for (slot, text) in texts.chain(header) {
+        for (slot, text) in decode_texts.chain(header) {
             let file_name = match normalise(&text) {
                 Ok(path) => {
                     let file_name = path.as_path().file_name().map(OsStr::to_os_string);
@@ -214,8 +214,8 @@ impl Recorded {
                     match &path {
                         // A bare name in the header is what most writers leave there, wherever the parent is.
                         ParentPath::Relative(_) if slot.is_none() && is_bare => {}
-                        ParentPath::Relative(_) => push_new(&mut relative, path),
-                        ParentPath::Absolute(_) => push_new(&mut absolute, path),
+                        ParentPath::Relative(_) => push_unique(&mut relative, path),
+                        ParentPath::Absolute(_) => push_unique(&mut absolute, path),
                     }
                     file_name
                 }
@@ -227,19 +227,19 @@ impl Recorded {
             };
             match slot {
                 None => header_file = file_name,
-                Some(_) => file_name.into_iter().for_each(|name| push_new(&mut found.names, name)),
+                Some(_) => file_name.into_iter().for_each(|name| push_unique(&mut found.names, name)),
             }
         }
         if let Some(first) = header_file {
             found.names.retain(|name| *name != first);
             found.names.insert(0, first);
         }
-        absolute.into_iter().for_each(|path| push_new(&mut relative, path));
-        Recorded { paths: relative, ..found }
+        absolute.into_iter().for_each(|path| push_unique(&mut relative, path));
+        RecordedParent { paths: relative, ..found }
     }
 }
 
-fn push_new<T: PartialEq>(all: &mut Vec<T>, one: T) {
+fn push_unique<T: PartialEq>(all: &mut Vec<T>, one: T) {
     if !all.contains(&one) {
         all.push(one);
     }
@@ -294,19 +294,19 @@ mod tests {
 
     #[test]
     fn texts_with_traps() {
-        assert_eq!(texts(Platform::W2ru, &le(".\\b\u{e4}se.vhd\0\0")), [".\\b\u{e4}se.vhd".as_bytes()]);
+        assert_eq!(decode_texts(Platform::W2ru, &le(".\\b\u{e4}se.vhd\0\0")), [".\\b\u{e4}se.vhd".as_bytes()]);
         let mut odd = le("a.vhd");
         odd.push(b'x');
-        assert_eq!(texts(Platform::W2ku, &odd), [b"a.vhd"]);
-        assert_eq!(texts(Platform::W2ru, &[0x00, 0xD8, b'a', 0]), ["\u{FFFD}a".as_bytes()]);
-        assert_eq!(texts(Platform::W2ru, &[b'a', 0, 0x00, 0xD8]), ["a\u{FFFD}".as_bytes()]);
-        assert_eq!(texts(Platform::W2ru, &le("\u{1F4BE}.vhd")), ["\u{1F4BE}.vhd".as_bytes()]);
-        assert_eq!(texts(Platform::Wi2r, b"b.vhd\0junk"), [b"b.vhd"]);
-        assert_eq!(texts(Platform::MacX, b"file://./a%20b%2"), [&b"file://./a b%2"[..], b"file://./a%20b%2"]);
-        assert_eq!(texts(Platform::MacX, b"file://./100%.vhd"), [b"file://./100%.vhd"]);
-        assert_eq!(texts(Platform::MacX, b"%+1%f"), [b"%+1%f"]);
-        assert_eq!((texts(Platform::Mac, b"x").len(), texts(Platform::Unknown(1), b"x").len()), (0, 0));
-        assert_eq!(texts(Platform::W2ru, b"x"), [b""]);
+        assert_eq!(decode_texts(Platform::W2ku, &odd), [b"a.vhd"]);
+        assert_eq!(decode_texts(Platform::W2ru, &[0x00, 0xD8, b'a', 0]), ["\u{FFFD}a".as_bytes()]);
+        assert_eq!(decode_texts(Platform::W2ru, &[b'a', 0, 0x00, 0xD8]), ["a\u{FFFD}".as_bytes()]);
+        assert_eq!(decode_texts(Platform::W2ru, &le("\u{1F4BE}.vhd")), ["\u{1F4BE}.vhd".as_bytes()]);
+        assert_eq!(decode_texts(Platform::Wi2r, b"b.vhd\0junk"), [b"b.vhd"]);
+        assert_eq!(decode_texts(Platform::MacX, b"file://./a%20b%2"), [&b"file://./a b%2"[..], b"file://./a%20b%2"]);
+        assert_eq!(decode_texts(Platform::MacX, b"file://./100%.vhd"), [b"file://./100%.vhd"]);
+        assert_eq!(decode_texts(Platform::MacX, b"%+1%f"), [b"%+1%f"]);
+        assert_eq!((decode_texts(Platform::Mac, b"x").len(), decode_texts(Platform::Unknown(1), b"x").len()), (0, 0));
+        assert_eq!(decode_texts(Platform::W2ru, b"x"), [b""]);
         assert_eq!(header_name(&name("p\u{e4}.vhd")), "p\u{e4}.vhd".as_bytes());
         assert_eq!(header_name(&[b'a'; 512]).len(), 256 * 3, "no terminator");
     }
@@ -321,7 +321,7 @@ mod tests {
             (6, Platform::W2ku, &absolute),
             (7, Platform::W2ru, &relative),
         ];
-        let recorded = Recorded::read(locators, &name("x\\base2.vhd"));
+        let recorded = RecordedParent::read(locators, &name("x\\base2.vhd"));
         let expected = ["base.vhd", "../p/base.vhd", "x/base2.vhd"].map(|path| ParentPath::Relative(path.into()));
         let absolute = ParentPath::Absolute("/VMs/corpus/base.vhd".into());
         assert_eq!(recorded.paths, [&expected[..], &[absolute]].concat());
@@ -329,17 +329,17 @@ mod tests {
         assert!(
             matches!(&recorded.notes[..], [Defect::ParentPath { slot: Some(1), text, .. }] if text.starts_with("\\\\server"))
         );
-        assert_eq!(Recorded::read([], &[0; 512]), Recorded::default());
+        assert_eq!(RecordedParent::read([], &[0; 512]), RecordedParent::default());
     }
 
     #[test]
     fn a_bare_name_in_the_header_is_no_path() {
-        let bare = Recorded::read([], &name("base.vhd"));
+        let bare = RecordedParent::read([], &name("base.vhd"));
         assert_eq!((bare.paths.len(), &bare.names[..]), (0, &["base.vhd".into()][..]));
-        let windows = Recorded::read([], &name("C:\\VMs\\base.vhd"));
+        let windows = RecordedParent::read([], &name("C:\\VMs\\base.vhd"));
         assert_eq!(windows.paths, [ParentPath::Absolute("/VMs/base.vhd".into())]);
         assert_eq!(windows.names, ["base.vhd"]);
-        let share = Recorded::read([], &name("\\\\server\\share\\VMs\\base.vhd"));
+        let share = RecordedParent::read([], &name("\\\\server\\share\\VMs\\base.vhd"));
         assert_eq!((share.paths.len(), share.notes.len(), &share.names[..]), (0, 1, &["base.vhd".into()][..]));
     }
 
@@ -353,7 +353,7 @@ mod tests {
             random.fill(&mut name);
             for code in [*b"W2ru", *b"Wi2k", *b"MacX", *b"Mac "] {
                 let platform = Platform::from_code(u32::from_be_bytes(code));
-                let recorded = Recorded::read([(0, platform, &data[..])], &name);
+                let recorded = RecordedParent::read([(0, platform, &data[..])], &name);
                 assert!(recorded.paths.iter().all(|path| path.as_path().file_name().is_some()));
                 assert!(recorded.names.iter().all(|name| !name.as_encoded_bytes().contains(&b'/')));
             }

@@ -29,11 +29,11 @@ pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
-pub mod container;
+pub mod image_format;
 pub mod defect;
 mod defect_text;
 pub mod entries;
-pub mod extents;
+pub mod metadata;
 pub mod footer;
 pub mod footer_choice;
 pub mod geometry;
@@ -41,21 +41,21 @@ pub mod header;
 pub mod layout;
 pub mod locator;
 pub mod parent_path;
-pub mod stamp;
+pub mod session_stamp;
 
 pub use batmap::BatmapHeader;
-pub use container::Container;
+pub use image_format::ImageFormat;
 pub use defect::{Consequence, Defect, Severity};
-pub use entries::{EntryRules, Placed, check_entries, unreferenced};
-pub use extents::{Extent, Metadata, Part, check_header_place, check_table};
+pub use entries::{EntryRules, PlacedBlocks, check_entries, unreferenced};
+pub use metadata::{MetadataExtent, MetadataMap, MetadataPart, check_header_place, check_table};
 pub use footer::{DiskType, Footer};
-pub use footer_choice::{Chosen, FooterSource, choose};
+pub use footer_choice::{ChosenFooter, FooterSource, choose};
 pub use geometry::Geometry;
 pub use header::DynamicHeader;
 pub use layout::NewLayout;
-pub use locator::{LocatorEntry, Platform, Recorded};
+pub use locator::{LocatorEntry, Platform, RecordedParent};
 pub use parent_path::ParentPath;
-pub use stamp::Stamp;
+pub use session_stamp::SessionStamp;
 
 #[cfg(test)]
 pub(crate) mod random {

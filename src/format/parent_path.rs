@@ -43,9 +43,9 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     }
     let text: Vec<u8> = text.iter().map(|&byte| if byte == b'\\' { b'/' } else { byte }).collect();
     let mut rest = text.as_slice();
-    if let Some(url) = strip_word(rest, b"file://") {
+    if let Some(url) = strip_prefix_ignoring_case(rest, b"file://") {
         // By the letter of the standard the first part is a host; vhd-util and others begin the path there.
-        rest = strip_word(url, b"localhost").filter(|path| path.starts_with(b"/")).unwrap_or(url);
+        rest = strip_prefix_ignoring_case(url, b"localhost").filter(|path| path.starts_with(b"/")).unwrap_or(url);
         if let Some(path) = rest.strip_prefix(b"/").filter(|path| without_drive(path).is_some()) {
             rest = path;
         }
@@ -54,7 +54,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     }
     if let Some(path) = rest.strip_prefix(b"//?/") {
         rest = path;
-        if strip_word(rest, b"unc/").is_some() {
+        if strip_prefix_ignoring_case(rest, b"unc/").is_some() {
             return Err("on another host");
         }
     } else if rest.starts_with(b"//") {
@@ -80,8 +80,8 @@ pub fn name_on_share(text: &[u8]) -> Option<OsString> {
         return None;
     }
     let text: Vec<u8> = text.iter().map(|&byte| if byte == b'\\' { b'/' } else { byte }).collect();
-    let rest = strip_word(&text, b"file://").unwrap_or(&text).strip_prefix(b"//")?;
-    let rest = strip_word(rest, b"?/unc/").unwrap_or(rest);
+    let rest = strip_prefix_ignoring_case(&text, b"file://").unwrap_or(&text).strip_prefix(b"//")?;
+    let rest = strip_prefix_ignoring_case(rest, b"?/unc/").unwrap_or(rest);
     let parts: Vec<&[u8]> = rest.split(|&byte| byte == b'/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
         // `\\\\.\\` and `\\\\?\\` begin names of devices and of drives.
@@ -92,7 +92,7 @@ pub fn name_on_share(text: &[u8]) -> Option<OsString> {
 }
 
 /// Regardless of case.
-fn strip_word<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
+fn strip_prefix_ignoring_case<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
     let (start, rest) = text.split_at_checked(word.len())?;
     start.eq_ignore_ascii_case(word).then_some(rest)
 }
@@ -114,8 +114,8 @@ fn is_url(text: &[u8]) -> bool {
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a path that is not relative or cannot be written so.
 pub fn encode_w2ru(path: &Path) -> Result<Vec<u8>> {
-    let text = format!(".\\{}", joined(path, false, "\\")?);
-    limited(path, utf16_little_endian(&text))
+    let text = format!(".\\{}", join_parts(path, false, "\\")?);
+    check_length(path, utf16_little_endian(&text))
 }
 
 /// The text of a `W2ku` locator: `\folder\name`. Without a drive letter, since none would be true; libvhd and we
@@ -124,8 +124,8 @@ pub fn encode_w2ru(path: &Path) -> Result<Vec<u8>> {
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a path that is not absolute or cannot be written so.
 pub fn encode_w2ku(path: &Path) -> Result<Vec<u8>> {
-    let text = format!("\\{}", joined(path, true, "\\")?);
-    limited(path, utf16_little_endian(&text))
+    let text = format!("\\{}", join_parts(path, true, "\\")?);
+    check_length(path, utf16_little_endian(&text))
 }
 
 /// The text of a `MacX` locator: `file:///folder/name` or `file://./name`, percent-encoded. Libvhd takes for the path
@@ -145,7 +145,7 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
             }
         }
     }
-    limited(path, text)
+    check_length(path, text)
 }
 
 /// The parent's name for the header: the file name, or the relative path (with `/`, as Xen Orchestra reads it) where
@@ -154,7 +154,7 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a path that is not relative, or longer than 255 UTF-16 units.
 pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
-    let mut text = joined(path, false, "/")?;
+    let mut text = join_parts(path, false, "/")?;
     if normalise(text.as_bytes()).ok().as_ref().map(ParentPath::as_path) != Some(Path::new(&text)) {
         // A name that begins like a drive.
         text.insert_str(0, "./");
@@ -186,7 +186,7 @@ fn parts(path: &Path, absolute: bool) -> Result<Vec<&[u8]>> {
     Ok(parts)
 }
 
-fn joined(path: &Path, absolute: bool, separator: &str) -> Result<String> {
+fn join_parts(path: &Path, absolute: bool, separator: &str) -> Result<String> {
     let parts = parts(path, absolute)?.join(separator.as_bytes());
     String::from_utf8(parts).map_err(|_| unwritable(path, "it is not UTF-8"))
 }
@@ -195,7 +195,7 @@ fn utf16_little_endian(text: &str) -> Vec<u8> {
     text.encode_utf16().map(u16::to_be_bytes).flat_map(|[high, low]| [low, high]).collect()
 }
 
-fn limited(path: &Path, text: Vec<u8>) -> Result<Vec<u8>> {
+fn check_length(path: &Path, text: Vec<u8>) -> Result<Vec<u8>> {
     if text.len() > MAX_TEXT_BYTES as usize {
         return Err(unwritable(path, "it is longer than 4096 bytes there"));
     }
@@ -210,7 +210,7 @@ fn unwritable(path: &Path, why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::locator::{Platform, header_name, texts};
+    use crate::format::locator::{Platform, header_name, decode_texts};
 
     #[test]
     fn what_writers_leave() {
@@ -298,7 +298,7 @@ mod tests {
     fn written_and_read_again() {
         for path in ["base.vhd", "../p/base.vhd", "a b/100%41.vhd", "\u{e4}\u{1F4BE}.vhd", "c:x.vhd", "file:/x"] {
             let expected = ParentPath::Relative(path.into());
-            let read = |platform, data: Vec<u8>| normalise(&texts(platform, &data)[0]);
+            let read = |platform, data: Vec<u8>| normalise(&decode_texts(platform, &data)[0]);
             assert_eq!(read(Platform::W2ru, encode_w2ru(Path::new(path)).unwrap()), Ok(expected.clone()));
             assert_eq!(read(Platform::MacX, encode_macx(Path::new(path)).unwrap()), Ok(expected.clone()));
             let name = header_name(&encode_parent_name(Path::new(path)).unwrap());

@@ -6,8 +6,8 @@
 
 use super::open::Image;
 use crate::error::Result;
-use crate::format::batmap::whole;
-use crate::format::{BatmapHeader, Defect, Part, bitmap};
+use crate::format::batmap::is_whole;
+use crate::format::{BatmapHeader, Defect, MetadataPart, bitmap};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// The batmap of an image.
@@ -32,10 +32,10 @@ impl Batmap {
             return Ok(None);
         };
         let place = |part| sparse.metadata.extents().iter().find(|e| e.part == part).map(|e| e.range.clone());
-        let (Some(header_at), Some(region)) = (place(Part::BatmapHeader), place(Part::Batmap)) else { return Ok(None) };
+        let (Some(header_at), Some(region)) = (place(MetadataPart::BatmapHeader), place(MetadataPart::Batmap)) else { return Ok(None) };
         // Both numbers come from the size of the disk, which is limited, and not from the map's own size.
         let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
-        let summed = BatmapHeader::summed_bytes(image.size());
+        let summed = BatmapHeader::checksummed_bytes(image.size());
         let len = blocks.div_ceil(8).next_multiple_of(SECTOR).max(summed).min(region.end - region.start);
         let mut map = vec![0; usize::try_from(len).expect("a bit a block")];
         image.file().read_at(&mut map, region.start)?;
@@ -53,7 +53,7 @@ impl Batmap {
 
     /// Whether it calls a block whole.
     pub fn claims(&self, block: u32) -> bool {
-        block < self.blocks && whole(&self.map, block)
+        block < self.blocks && is_whole(&self.map, block)
     }
 
     /// The byte of the file in which the bit of a block is.
@@ -66,7 +66,7 @@ impl Batmap {
     /// # Errors
     /// [`Defect::BatmapChecksum`], at the header's place.
     pub fn verify(&self) -> Result<(), Defect> {
-        self.header.verify(&self.map[..self.summed]).map_err(|defect| defect.placed(self.header_at))
+        self.header.verify(&self.map[..self.summed]).map_err(|defect| defect.with_base_offset(self.header_at))
     }
 
     /// The blocks of the disk that it calls whole.

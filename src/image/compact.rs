@@ -163,7 +163,7 @@ impl Offline {
 /// How many blocks a gap, in sectors, is to take: all that fit at pages where those are few; of many some less, so that
 /// a large gap is filled with aligned blocks.
 fn capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
-    let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::paged_stride(block_size));
+    let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
     let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
     let most = (gap.end + paged - stride).saturating_sub(first) / paged;
     most - most / SPARED
@@ -260,7 +260,7 @@ mod tests {
             let (page, unit) = (first(layout::PAGE), first(layout::alignment(block)));
             for n in 1..300 {
                 // Between blocks of which the next stands where it would if the gap were full.
-                let gap = page - layout::paged_stride(block) + stride..page + n * layout::paged_stride(block);
+                let gap = page - layout::page_stride(block) + stride..page + n * layout::page_stride(block);
                 let (blocks, aligned) = filled(gap.clone(), block, u64::MAX);
                 assert!(blocks <= n && blocks >= n - n / 32, "{blocks} of {n} at pages, of {bytes}");
                 assert!(blocks == n || 2 * aligned > blocks, "left out for few aligned ones: {n} of {bytes}");

@@ -10,7 +10,7 @@
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
-use crate::format::{Defect, DynamicHeader, Placed, bitmap};
+use crate::format::{Defect, DynamicHeader, PlacedBlocks, bitmap};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -18,7 +18,7 @@ use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 pub(super) struct Cut<'a> {
     pub(super) file: &'a File,
     pub(super) header: &'a DynamicHeader,
-    pub(super) placed: &'a Placed,
+    pub(super) placed: &'a PlacedBlocks,
     /// The byte at which the data ends.
     pub(super) data_end: u64,
     /// Whether a footer follows there, so that no unclean end explains the cut.
@@ -35,7 +35,7 @@ impl Cut<'_> {
     /// What `found` breaks with; `Io`.
     pub(super) fn lost(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
         let (block_size, mut lost) = (self.header.block_size, Vec::new());
-        let cut = &self.placed.entries[self.placed.entries.len() - self.placed.cut..];
+        let cut = &self.placed.entries[self.placed.entries.len() - self.placed.truncated..];
         let inside = cut.iter().filter(|(place, _)| u64::from(*place) * SECTOR < self.data_end).count();
         for &(place, block) in cut {
             let range = block_size.range_of(block).clip(self.disk);

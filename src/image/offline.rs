@@ -15,7 +15,7 @@ use std::sync::PoisonError;
 use super::open::Image;
 use super::recover::recover;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, Metadata, bitmap};
+use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, MetadataMap, bitmap};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
@@ -31,7 +31,7 @@ pub struct Offline {
 /// What images with a block table have besides.
 pub(super) struct Shape {
     pub(super) header: DynamicHeader,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: MetadataMap,
     pub(super) batmap: Option<BatmapHeader>,
     /// What fills the table's last sector behind the last entry.
     pub(super) padding: u32,

@@ -15,12 +15,12 @@ use super::standing::place_of;
 use super::strange;
 use super::structures::{read_behind_table, read_footers, read_table};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::batmap::{self, BatmapHeader, Presence};
-use crate::format::entries::{EntryRules, Placed, check_entries};
-use crate::format::extents::{check_header_place, check_table};
-use crate::format::locator::Recorded;
+use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
+use crate::format::entries::{EntryRules, PlacedBlocks, check_entries};
+use crate::format::metadata::{check_header_place, check_table};
+use crate::format::locator::RecordedParent;
 use crate::format::{
-    Chosen, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, Metadata, Platform, Stamp, bat,
+    ChosenFooter, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, MetadataMap, Platform, SessionStamp, bat,
 };
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -32,7 +32,7 @@ const NOTES: usize = 64;
 #[derive(Debug)]
 pub struct Image {
     file: File,
-    chosen: Chosen,
+    chosen: ChosenFooter,
     sparse: Option<Sparse>,
     /// The defects that were found and did not end the open.
     notes: Vec<Defect>,
@@ -42,12 +42,12 @@ pub struct Image {
 #[derive(Debug)]
 pub(super) struct Sparse {
     pub(super) header: DynamicHeader,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: MetadataMap,
     pub(super) table: Bat,
     /// What fills the table's last sector behind the last entry.
     padding: u32,
     /// The blocks in the order of their places, and where they end.
-    pub(super) placed: Placed,
+    pub(super) placed: PlacedBlocks,
     /// XenServer's batmap.
     pub(super) batmap: Option<BatmapHeader>,
     /// The ranges of the disk that are lost; none of an image that is read or written.
@@ -123,14 +123,14 @@ impl Image {
         let mut bytes = [0; 1024];
         file.read_at(&mut bytes, footer.data_offset)?;
         let header = DynamicHeader::decode(&bytes);
-        let header = header.map_err(|d| fatal(&file, found, d.placed(footer.data_offset)))?;
+        let header = header.map_err(|d| fatal(&file, found, d.with_base_offset(footer.data_offset)))?;
         let table_range = check_table(footer, &header, len).map_err(|d| fatal(&file, found, d))?;
         let behind_table = read_behind_table(&file, footer, &header, len)?;
         let batmap = behind_table.as_ref().and_then(|bytes| BatmapHeader::decode(bytes).ok());
-        if batmap.as_ref().is_some_and(BatmapHeader::encrypted) {
+        if batmap.as_ref().is_some_and(BatmapHeader::is_encrypted) {
             return Err(fatal(&file, found, Defect::Encrypted { at: table_range.end }));
         }
-        let (metadata, notes) = Metadata::new(footer, &header, batmap.as_ref(), len);
+        let (metadata, notes) = MetadataMap::new(footer, &header, batmap.as_ref(), len);
         for defect in notes {
             tell(found, defect)?;
         }
@@ -140,7 +140,7 @@ impl Image {
         let is_damaged = |bytes: [u8; SECTOR_BYTES]| {
             let at = table_range.end..table_range.end + SECTOR;
             batmap.is_none()
-                && batmap::presence(footer) == Presence::Present
+                && batmap::presence(footer) == BatmapPresence::Present
                 && bytes != [0; SECTOR_BYTES]
                 && at.end <= chosen.data_end
                 && metadata.overlapping(&at).is_none()
@@ -154,7 +154,7 @@ impl Image {
             header: &header,
             placed: &placed,
             data_end: chosen.data_end,
-            footer_follows: chosen.source != FooterSource::FrontOnly,
+            footer_follows: chosen.source != FooterSource::Front,
             disk: SectorRange::between(0, footer.sectors()),
         };
         let lost = cut.lost(found)?;
@@ -266,7 +266,7 @@ impl Image {
 
     /// Whether the file ends with a footer of 512 bytes that fills a sector.
     pub fn has_whole_tail_footer(&self) -> bool {
-        self.chosen.source == FooterSource::TailFull && self.chosen.data_end.is_multiple_of(SECTOR)
+        self.chosen.source == FooterSource::Trailing && self.chosen.data_end.is_multiple_of(SECTOR)
     }
 
     /// The stamp before the trailing footer, and its byte offset; `None` if blocks or metadata reach that far, as a guest may
@@ -274,11 +274,11 @@ impl Image {
     ///
     /// # Errors
     /// `Io`.
-    pub fn stamp(&self) -> Result<Option<(Stamp, u64)>> {
+    pub fn stamp(&self) -> Result<Option<(SessionStamp, u64)>> {
         let Some(at) = place_of(self) else { return Ok(None) };
         let mut bytes = [0; SECTOR_BYTES];
         self.file.read_at(&mut bytes, at)?;
-        Ok(Stamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
+        Ok(SessionStamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
     }
 
     pub(super) fn sparse(&self) -> Option<&Sparse> {
@@ -289,13 +289,13 @@ impl Image {
     ///
     /// # Errors
     /// `Io`; texts that no path comes out of are skipped.
-    pub fn recorded_parent(&self) -> Result<Recorded> {
+    pub fn recorded_parent(&self) -> Result<RecordedParent> {
         let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
-            return Ok(Recorded::default());
+            return Ok(RecordedParent::default());
         };
         let texts = self.parent_locators()?;
         let texts = texts.iter().map(|(slot, platform, text)| (*slot, *platform, text.as_slice()));
-        let recorded = Recorded::read(texts, &sparse.header.parent_name);
+        let recorded = RecordedParent::read(texts, &sparse.header.parent_name);
         for note in &recorded.notes {
             log::debug!("{}: {note}", self.file.path().display());
         }
@@ -341,10 +341,10 @@ impl Image {
 }
 
 /// What a footer contains for which the image is not written.
-fn forbids_writing(chosen: &Chosen) -> impl Iterator<Item = Defect> {
+fn forbids_writing(chosen: &ChosenFooter) -> impl Iterator<Item = Defect> {
     let at = chosen.data_end;
     let saved = (chosen.footer.saved_state != 0).then_some(Defect::SavedState { at });
-    saved.into_iter().chain(chosen.footer.hidden().then_some(Defect::Hidden { at }))
+    saved.into_iter().chain(chosen.footer.is_hidden().then_some(Defect::Hidden { at }))
 }
 
 pub(super) fn tell(found: &mut Found<'_>, defect: Defect) -> Result<()> {

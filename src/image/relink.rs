@@ -39,7 +39,7 @@ use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
-use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, Part, Platform};
+use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, MetadataPart, Platform};
 use crate::point;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -106,7 +106,7 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     point::reached("relink.returned");
 
     // What is open in memory is the image of before.
-    let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.set_aside().to_vec());
+    let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.locator_space().to_vec());
     drop(writable);
     let image = Image::open(file.clone())?;
     release(&image, &set_aside)?;
@@ -244,13 +244,13 @@ fn texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize
 fn home_of(image: &Image) -> u64 {
     let now = image.footer().data_offset;
     let usual = HOME..HOME + HEADER_BYTES;
-    let is_free = |part: Part| matches!(part, Part::Header | Part::Locator(_));
+    let is_free = |part: MetadataPart| matches!(part, MetadataPart::Header | MetadataPart::Locator(_));
     if now == HOME || clip(usual.clone(), &taken(image, is_free)) == usual { HOME } else { now }
 }
 
 /// Room for texts, in whole sectors, ascending: between the header and what follows it, and where the old texts were.
 fn free_room(image: &Image, home: u64) -> Vec<Range<u64>> {
-    let mut taken = taken(image, |part| matches!(part, Part::Header | Part::Locator(_)));
+    let mut taken = taken(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
     let behind = home + HEADER_BYTES;
     taken.push(home..behind);
     let mut free = Vec::new();
@@ -281,7 +281,7 @@ fn free_room(image: &Image, home: u64) -> Vec<Range<u64>> {
 }
 
 /// What is in the file: metadata that does not go, and blocks.
-fn taken(image: &Image, goes: impl Fn(Part) -> bool) -> Vec<Range<u64>> {
+fn taken(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64>> {
     let sparse = image.sparse().expect("it has a header");
     let stays = sparse.metadata.extents().iter().filter(|extent| !goes(extent.part));
     let mut taken: Vec<_> = stays.map(|extent| extent.range.clone()).collect();

@@ -25,7 +25,7 @@ use super::compact::Watch;
 use super::offline::Offline;
 use super::walk::beyond_disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::extents::TABLE_LIMIT;
+use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
 use crate::point;
 use crate::units::{BlockSize, SECTOR, SectorRange};
@@ -50,7 +50,7 @@ impl Offline {
             return Err(invalid(Defect::DiskSize { at: 0, size }));
         }
         let Some(block_size) = self.block_size() else { return self.grow_fixed(size) };
-        let (blocks, limit) = (block_size.blocks_for(size / SECTOR), TABLE_LIMIT / 4);
+        let (blocks, limit) = (block_size.blocks_for(size / SECTOR), MAX_TABLE_BYTES / 4);
         let too_large = Defect::TableTooLarge { at: 0, entries: blocks, limit };
         let blocks = u32::try_from(blocks).ok().filter(|b| u64::from(*b) <= limit).ok_or(invalid(too_large))?;
         self = self.without_beyond()?;

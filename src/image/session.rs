@@ -27,7 +27,7 @@ use super::open::Image;
 use super::standing::{Standing, elsewhere, refusal};
 use super::take_in::Found;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Stamp;
+use crate::format::SessionStamp;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, Origin, RuntimeFolder};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -53,14 +53,14 @@ pub(super) struct Session {
     journal: OnceLock<Journal>,
     stamp: Mutex<Option<Placed>>,
     /// The stamp of a session whose journal is made, and which could not be written yet.
-    unwritten: Mutex<Option<Stamp>>,
+    unwritten: Mutex<Option<SessionStamp>>,
     /// The second in which the generation was renewed last.
     second: AtomicU64,
 }
 
 /// The stamp in the file.
 struct Placed {
-    stamp: Stamp,
+    stamp: SessionStamp,
     /// File sector.
     at: u64,
     /// The generation that the stamp is about to get; kept until it is written for certain.
@@ -188,7 +188,7 @@ impl Session {
     }
 
     /// Makes the journal of a new session, and the stamp that names it, which is not written yet.
-    fn make(&self, image: &Image) -> Result<Stamp> {
+    fn make(&self, image: &Image) -> Result<SessionStamp> {
         let session = self.host().random_id();
         let journal = self.make_journal(session, image)?;
         let folder = journal.folder().display().to_string();
@@ -196,7 +196,7 @@ impl Session {
         journal.announce(generation);
         journal.confirm(generation);
         let _ = self.journal.set(journal);
-        Ok(Stamp {
+        Ok(SessionStamp {
             session,
             generation,
             boot: self.origin.boot,
@@ -210,7 +210,7 @@ impl Session {
 
     /// Makes the journal of a new session and the stamp that names it, unless that was done before; `None`, for good, if that
     /// cannot be had.
-    pub(super) fn made(&self, image: &Image) -> Option<Stamp> {
+    pub(super) fn made(&self, image: &Image) -> Option<SessionStamp> {
         let made = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner).take();
         made.or_else(|| self.make(image).inspect_err(|e| self.give_up(&e.line())).ok())
     }
@@ -220,7 +220,7 @@ impl Session {
     /// # Errors
     /// `Io`, `NoSpace`: there is no session. If `again`, it may be tried again; if not, each write is committed before it is
     /// answered.
-    pub(super) fn begin(&self, stamp: Stamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>, again: bool) -> Result<()> {
+    pub(super) fn begin(&self, stamp: SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>, again: bool) -> Result<()> {
         let mut placed = self.stamp();
         let written = if mutant::is(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
         if let Err(e) = written {
@@ -259,7 +259,7 @@ impl Session {
         !lost
     }
 
-    fn write(&self, stamp: &Stamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
+    fn write(&self, stamp: &SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
         let mut pair = [0; PAIR_BYTES];
         pair[..SECTOR_BYTES].copy_from_slice(&stamp.encode(self.uuid));
         let Some(footer) = footer else { return self.file.write_at(&pair[..SECTOR_BYTES], at * SECTOR) };

@@ -12,8 +12,8 @@ use std::path::Path;
 use super::journal::Journal;
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Stamp;
-use crate::format::stamp::readable;
+use crate::format::SessionStamp;
+use crate::format::session_stamp::escape_for_display;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, File, Lock, Origin, RuntimeFolder};
 use crate::units::{SECTOR, SECTOR_BYTES};
@@ -24,9 +24,9 @@ pub enum Standing {
     /// There is none, or it is of an earlier start of this machine: what is in the file is all there is.
     Closed,
     /// A daemon of this start of the host has the image open, or was killed.
-    Open(Stamp),
+    Open(SessionStamp),
     /// A daemon of another machine has it open, or had it open when it ended.
-    Elsewhere(Stamp),
+    Elsewhere(SessionStamp),
 }
 
 impl Standing {
@@ -101,7 +101,7 @@ pub fn discard(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<
 }
 
 /// Why an image whose daemon was killed is refused.
-pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
+pub(super) fn refusal(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
     let name = Journal::name_of(stamp.session);
     let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
     let settle = format!("diffdisk settle {}", quoted(&path.display().to_string()));
@@ -124,9 +124,9 @@ pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[RuntimeFolder], p
             "its daemon did not end cleanly, and what it acknowledged is in the live journal {name} of user {} ({}) in {}; \
              {looked}. Run `{sudo}{settle} --runtime-dir={}`. If the journal is gone, a copy of this image may have taken it \
              in; --discard-journal gives it up",
-            readable(&stamp.user),
+            escape_for_display(&stamp.user),
             stamp.user_id,
-            readable(&stamp.folder),
+            escape_for_display(&stamp.folder),
             quoted(&stamp.folder)
         )
     };
@@ -134,12 +134,12 @@ pub(super) fn refusal(stamp: &Stamp, here: &Origin, folders: &[RuntimeFolder], p
 }
 
 /// Why an image of another machine is refused.
-pub(super) fn elsewhere(stamp: &Stamp, path: &Path) -> Error {
+pub(super) fn elsewhere(stamp: &SessionStamp, path: &Path) -> Error {
     let what = format!(
         "it is in use on the host {} by user {} ({}), or was when that host stopped: what was acknowledged there may not be in \
          the file. If that host is down for certain (fenced), use --discard-journal",
-        readable(&stamp.host),
-        readable(&stamp.user),
+        escape_for_display(&stamp.host),
+        escape_for_display(&stamp.user),
         stamp.user_id
     );
     Error::new(ErrorKind::Refused, what).at_path(path)
@@ -147,7 +147,7 @@ pub(super) fn elsewhere(stamp: &Stamp, path: &Path) -> Error {
 
 /// A text as one word of a shell command: an image must not choose what an operator runs.
 fn quoted(text: &str) -> String {
-    let text = readable(text);
+    let text = escape_for_display(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@".contains(c);
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }

@@ -2,9 +2,9 @@
 //! the guest of a raw disk can write such bytes.
 
 use crate::error::Result;
-use crate::format::container::HEAD_BYTES;
+use crate::format::image_format::PROBE_BYTES;
 use crate::format::footer::FOOTER_BYTES;
-use crate::format::{Container, Defect, DiskType, Footer};
+use crate::format::{ImageFormat, Defect, DiskType, Footer};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -18,10 +18,10 @@ const CHUNK: u64 = 64 << 10;
 /// # Errors
 /// `Io`.
 pub(super) fn explain(file: &File, len: u64) -> Result<Option<Defect>> {
-    let mut head = [0; HEAD_BYTES];
+    let mut head = [0; PROBE_BYTES];
     let there = head.len().min(usize::try_from(len).unwrap_or(usize::MAX));
     file.read_at(&mut head[..there], 0)?;
-    match Container::of(&head[..there]).filter(|format| *format != Container::Vhd) {
+    match ImageFormat::probe(&head[..there]).filter(|format| *format != ImageFormat::Vhd) {
         Some(format) => Ok(Some(Defect::OtherFormat { format })),
         None => {
             let at = padded(file, len)?.map(|footer| footer.current_size);

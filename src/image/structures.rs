@@ -3,8 +3,8 @@
 use super::bat::Bat;
 use super::open::{Found, tell};
 use crate::error::Result;
-use crate::format::batmap::{self, Presence};
-use crate::format::{Chosen, Defect, DynamicHeader, Footer, bat, choose};
+use crate::format::batmap::{self, BatmapPresence};
+use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -13,7 +13,7 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 const TABLE_CHUNK: u64 = 64 << 10;
 
 /// Reads both ends and chooses.
-pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<Chosen, Defect>> {
+pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<ChosenFooter, Defect>> {
     let tail_len = len.min(SECTOR);
     let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
     if tail_len > 0 {
@@ -38,7 +38,7 @@ pub(super) fn read_behind_table(
     else {
         return Ok(None);
     };
-    if batmap::presence(footer) == Presence::Absent {
+    if batmap::presence(footer) == BatmapPresence::Absent {
         return Ok(None);
     }
     let mut bytes = [0; SECTOR_BYTES];

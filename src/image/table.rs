@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use super::offline::{Offline, Shape};
 use crate::error::Result;
-use crate::format::batmap::{self, BatmapHeader, Presence};
-use crate::format::{Metadata, Part, bat, layout};
+use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
+use crate::format::{MetadataMap, MetadataPart, bat, layout};
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -123,7 +123,7 @@ impl Offline {
         self.sync()?;
         let len = self.tail() + SECTOR;
         let shape = self.shape();
-        let metadata = Metadata::new(self.footer(), &shape.header, shape.batmap.as_ref(), len).0;
+        let metadata = MetadataMap::new(self.footer(), &shape.header, shape.batmap.as_ref(), len).0;
         self.shape_mut().metadata = metadata;
         for range in old {
             self.punch_unused(range)?;
@@ -144,7 +144,7 @@ impl Offline {
 
     /// What moves when the table moves.
     fn table_extents(&self) -> impl Iterator<Item = Range<u64>> {
-        let parts = [Part::Table, Part::BatmapHeader, Part::Batmap];
+        let parts = [MetadataPart::Table, MetadataPart::BatmapHeader, MetadataPart::Batmap];
         let extents = self.shape().metadata.extents().iter();
         extents.filter(move |e| parts.contains(&e.part)).map(|e| e.range.clone())
     }
@@ -152,7 +152,7 @@ impl Offline {
     // XenServer's batmap.
 
     pub(super) fn has_batmap(&self) -> bool {
-        self.shape().batmap.is_some() || batmap::presence(self.footer()) == Presence::Present
+        self.shape().batmap.is_some() || batmap::presence(self.footer()) == BatmapPresence::Present
     }
 
     /// Whether there is a batmap that says something, or may.
@@ -160,7 +160,7 @@ impl Offline {
         if !self.has_batmap() {
             return Ok(false);
         }
-        let Some(region) = self.shape().metadata.extents().iter().find(|e| e.part == Part::Batmap) else {
+        let Some(region) = self.shape().metadata.extents().iter().find(|e| e.part == MetadataPart::Batmap) else {
             return Ok(true); // a broken one
         };
         let mut map = vec![0; usize::try_from((region.range.end - region.range.start).min(CHUNK)).expect("small")];
@@ -171,7 +171,7 @@ impl Offline {
     /// Bytes of a batmap for `entries` blocks, whole sectors: as many as the sum of any disk of so many blocks covers.
     fn map_bytes(&self, entries: u32) -> u64 {
         let largest = u64::from(entries).saturating_mul(self.shape().header.block_size.bytes().into());
-        u64::from(entries.div_ceil(8)).next_multiple_of(SECTOR).max(BatmapHeader::summed_bytes(largest))
+        u64::from(entries.div_ceil(8)).next_multiple_of(SECTOR).max(BatmapHeader::checksummed_bytes(largest))
     }
 
     /// The header, itself at byte `at`, of a batmap right behind it that calls no block whole.

@@ -20,7 +20,7 @@ use super::journal::{
 };
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Stamp, bitmap};
+use crate::format::{SessionStamp, bitmap};
 use crate::mutant::{self, Mutant};
 use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
@@ -44,7 +44,7 @@ impl Journal {
     ///
     /// # Errors
     /// `Refused` if it does not fit; `Poisoned` if a sync of the predecessor failed; `Io`.
-    pub(super) fn take_in(&self, image: &Image, stamp: &Stamp) -> Result<Vec<Found>> {
+    pub(super) fn take_in(&self, image: &Image, stamp: &SessionStamp) -> Result<Vec<Found>> {
         let refuse = |why: &str| {
             let what = format!(
                 "the live journal {} does not fit it: {why}. It may be an older copy, or a copy may have been used since; \

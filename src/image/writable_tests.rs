@@ -37,7 +37,7 @@ fn no_block_reaches_behind_what_was_reckoned() {
         create(&host, Path::new(PATH), &spec).unwrap();
         let image = open(&host).unwrap();
         let (stride, last) = (u64::from(block_size.stride_sectors()), u64::from(bat::MAX_ENTRY));
-        let (unit, paged) = (layout::alignment(block_size) / SECTOR, layout::paged_stride(block_size));
+        let (unit, paged) = (layout::alignment(block_size) / SECTOR, layout::page_stride(block_size));
         // Far from 2 TiB; where only some of the blocks can be aligned, or at pages; where they are packed.
         let most = [1 << 20, 30 * layout::aligned_stride(block_size), 30 * paged + 200, 30 * paged, 30 * stride];
         for from in most.into_iter().flat_map(|room| (0..150).map(move |n| last - stride - room - n)) {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Change, Policy, Use, refuse_change};
+use crate::chain::{Chain, ImageChange, Policy, OpenMode, refuse_change};
 use crate::error::Result;
 use crate::image::{Image, KeptTime, agreed, refuse_live_file};
 use crate::storage::{Access, Env, Lock};
@@ -12,15 +12,15 @@ use crate::storage::{Access, Env, Lock};
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
 /// `Refused` where a live journal says more than the image, or if an unfinished merge forbids the change.
-pub(super) fn chain(env: &dyn Env, path: &Path, change: Change, policy: &Policy) -> Result<Chain> {
-    Chain::of(env, image(env, path, change, policy)?, policy, Use::Write)
+pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
+    Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
 }
 
 /// Opens the image at `path` to change it, whatever its parents are.
 ///
 /// # Errors
 /// As for [`chain`].
-pub(super) fn image(env: &dyn Env, path: &Path, change: Change, policy: &Policy) -> Result<Image> {
+pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
     // Not the link to it: what it records of its parent counts from the folder it lies in.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;

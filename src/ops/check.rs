@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::mover::Progress;
-use crate::chain::{self, Chain, Change, Checked, Policy, Use, refuse_change};
+use crate::chain::{self, Chain, ImageChange, CheckedFile, Policy, OpenMode, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
 use crate::image::{self, Image, KeptTime, Take, joined, refuse_live_file};
@@ -87,7 +87,7 @@ pub struct Repaired {
 /// Bytes of the files that a check goes through, as far as that can be told before: of a broken chain the youngest.
 pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
     let len = |file: &File| file.stat().map_or(0, |stat| stat.len);
-    match parents.and_then(|policy| Chain::open(env, path, policy, Use::Look).ok()) {
+    match parents.and_then(|policy| Chain::open(env, path, policy, OpenMode::Inspect).ok()) {
         Some(chain) => chain.images().iter().map(|image| len(image.file())).sum(),
         None => env.open(path, Access::Read).map_or(0, |file| len(&file)),
     }
@@ -146,7 +146,7 @@ pub fn repair(
         refuse_live_file(env, runtime, &file)?;
         // What cannot be opened can be no part of a merge.
         if let Ok(image) = Image::open(file.clone()) {
-            refuse_change(env, &image, Change::Room, allowed, None)?;
+            refuse_change(env, &image, ImageChange::Allocation, allowed, None)?;
         }
         let undo = KeptTime::during(&file, || image::repair(env, &file, taken))?;
         let undo = undo.map(|path| path.display().to_string());
@@ -177,7 +177,7 @@ fn contradicts(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. })
 }
 
-fn all(checked: &[Checked], chain: bool) -> Report {
+fn all(checked: &[CheckedFile], chain: bool) -> Report {
     let mut reports: Vec<Report> = checked.iter().map(|file| report(file, chain)).collect();
     if !chain {
         return reports.remove(0);
@@ -197,7 +197,7 @@ fn all(checked: &[Checked], chain: bool) -> Report {
     }
 }
 
-fn report(file: &Checked, named: bool) -> Report {
+fn report(file: &CheckedFile, named: bool) -> Report {
     let path = file.path.display().to_string();
     // What ends an examination is grave, whatever it is.
     let last = file.defects.len().wrapping_sub(1);
@@ -232,7 +232,7 @@ fn report(file: &Checked, named: bool) -> Report {
         defects,
         notes,
         lost: runs(&file.lost),
-        parents_unseen: file.alone,
+        parents_unseen: file.parents_skipped,
         repaired: Vec::new(),
         chain: None,
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::alone;
 use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress};
-use crate::chain::{Chain, Change, Plan, Policy, Source, Version};
+use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
 use crate::image::{KeptTime, Offline, is_zero, next_data};
@@ -32,7 +32,7 @@ pub struct Compacted {
 /// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
 /// again.
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
-    let chain = alone::chain(env, path, Change::Room, policy)?;
+    let chain = alone::chain(env, path, ImageChange::Allocation, policy)?;
     if chain.youngest().kind() == DiskType::Fixed {
         let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
@@ -71,7 +71,7 @@ struct Look<'a> {
     offline: &'a Offline,
     beneath: &'a Version,
     block_size: BlockSize,
-    plan: Plan,
+    plan: PlanBuffer,
     own: Buffer,
     below: Buffer,
 }
@@ -79,7 +79,7 @@ struct Look<'a> {
 impl<'a> Look<'a> {
     fn new(offline: &'a Offline, beneath: &'a Version) -> Look<'a> {
         let block_size = offline.block_size().expect("it is not fixed");
-        let plan = Plan::default();
+        let plan = PlanBuffer::default();
         Look { offline, beneath, block_size, plan, own: Buffer::zeroed(CHUNK), below: Buffer::zeroed(CHUNK) }
     }
 

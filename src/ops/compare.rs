@@ -1,7 +1,7 @@
 //! `compare`: whether two disks look the same to a guest.
 
 use super::mover::{CHUNK, CHUNK_SECTORS, Data, Disk, Progress};
-use crate::chain::Plan;
+use crate::chain::PlanBuffer;
 use crate::error::Result;
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SectorRange};
@@ -35,7 +35,7 @@ struct Side<'a> {
     disk: &'a Disk,
     data: Data<'a>,
     next: Option<SectorRange>,
-    plan: Plan,
+    plan: PlanBuffer,
     buffer: Buffer,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Side<'a> {
     fn new(disk: &'a Disk) -> Result<Side<'a>> {
         let mut data = disk.data();
         let next = data.next()?;
-        Ok(Side { disk, data, next, plan: Plan::default(), buffer: Buffer::zeroed(CHUNK) })
+        Ok(Side { disk, data, next, plan: PlanBuffer::default(), buffer: Buffer::zeroed(CHUNK) })
     }
 
     /// The first sector at or after `at` that may hold data.

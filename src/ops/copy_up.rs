@@ -11,7 +11,7 @@
 
 use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, WINDOW, next_placed};
 use super::writer::Writer;
-use crate::chain::{Extent, Plan, Source, Version};
+use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Buffer, FileId};
@@ -41,7 +41,7 @@ pub(super) fn copy_up(
         old_files: ids(writer.version())?,
         new_files: new.map_or(Ok(Vec::new()), ids)?,
         new,
-        plan: Plan::default(),
+        plan: PlanBuffer::default(),
         old: Buffer::zeroed(CHUNK),
         below: Buffer::zeroed(CHUNK),
         copied: 0,
@@ -77,7 +77,7 @@ struct CopyUp<'a> {
     new: Option<&'a Version>,
     old_files: Vec<FileId>,
     new_files: Vec<FileId>,
-    plan: Plan,
+    plan: PlanBuffer,
     old: Buffer,
     below: Buffer,
     copied: u64,
@@ -108,7 +108,7 @@ impl CopyUp<'_> {
                 pieces.push(Piece { range: extent.range, old: extent.source, new: Source::Zero });
                 continue;
             };
-            let mut beneath = Plan::default();
+            let mut beneath = PlanBuffer::default();
             new.plan_read_now(extent.range, &mut beneath)?;
             let mut old = *extent;
             for Extent { range, source } in beneath.extents {
@@ -147,8 +147,8 @@ impl CopyUp<'_> {
             }
             rest = Piece {
                 range: rest.range.skip(range.count()),
-                old: rest.old.after(range.count()),
-                new: rest.new.after(range.count()),
+                old: rest.old.advanced_by(range.count()),
+                new: rest.new.advanced_by(range.count()),
             };
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Change, Policy, Use, mark_parent, refuse_change, relative};
+use crate::chain::{Chain, ImageChange, Policy, OpenMode, record_child, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
 use crate::image::{self, Image, Kind, ParentLink, Spec, folder_of};
@@ -86,12 +86,12 @@ pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
 /// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
 /// smaller than its parent; `Busy` where somebody writes to the parent.
 pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Result<Created> {
-    let chain = Chain::open(env, &child.parent, policy, Use::Read)?;
+    let chain = Chain::open(env, &child.parent, policy, OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
     }
     let parent = chain.youngest();
-    refuse_change(env, parent, Change::Child, &policy.allowed, None)?;
+    refuse_change(env, parent, ImageChange::Child, &policy.allowed, None)?;
     let size = child.size.unwrap_or(parent.size());
     if size < parent.size() {
         let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
@@ -103,7 +103,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     let outside = outside(env, folder_of(path), policy, &chain)?;
     let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
     // Before the child is there: a mark that leads to no child is dropped when it is looked at.
-    mark_parent(env, parent, path);
+    record_child(env, parent, path);
     let made = maker(child.preallocate)(env, path, &spec);
     drop(chain); // and with it the locks on the parents
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
@@ -134,7 +134,7 @@ fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Resu
 /// `Io`: the parent or the folder is not where it was opened.
 pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
     let absolute = env.canonical(parent.file().path())?;
-    let name = relative(&env.canonical(folder)?, &absolute);
+    let name = relative_path(&env.canonical(folder)?, &absolute);
     Ok(ParentLink {
         uuid: parent.uuid(),
         modified: parent.file().stat()?.modified,
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn ways_between_folders() {
-        let way = |folder, file| relative(Path::new(folder), Path::new(file)).display().to_string();
+        let way = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
         assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
         assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
         assert_eq!(way("/a/b", "/p.vhd"), "../../p.vhd");

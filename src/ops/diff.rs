@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Env};
 use crate::units::SECTOR;
@@ -29,13 +29,13 @@ pub fn diff(
     policy: &Policy,
     mut found: impl FnMut(Run) -> Result<()>,
 ) -> Result<()> {
-    let chain = Chain::open(env, path, policy, Use::Read)?;
+    let chain = Chain::open(env, path, policy, OpenMode::Read)?;
     let ancestor = match since {
         None if chain.images().len() > 1 => 1,
         None => return Err(Error::new(ErrorKind::Refused, "it has no parent to differ from").at_path(path)),
         Some(since) => place_of(env, &chain, since)?,
     };
-    chain.changed(ancestor, |range| found(Run { start: range.start() * SECTOR, length: range.bytes() }))
+    chain.changed_ranges(ancestor, |range| found(Run { start: range.start() * SECTOR, length: range.bytes() }))
 }
 
 /// The place in the chain of the file at `since`.

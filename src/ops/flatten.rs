@@ -7,7 +7,7 @@ use super::copy_up::{Stage, copy_up};
 use super::mover::Progress;
 use super::rebase::{files, link_to, open_beneath};
 use super::writer::Writer;
-use crate::chain::{Chain, Change, Policy, mark_parent};
+use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
 use crate::image::{Image, Keep, KeptTime, Offline, ParentLink, check_link, is_settled, next_data, relink};
@@ -30,7 +30,7 @@ pub fn flatten(
     policy: &Policy,
     progress: &mut Progress<'_>,
 ) -> Result<u64> {
-    let chain = alone::chain(env, path, Change::Link, policy)?;
+    let chain = alone::chain(env, path, ImageChange::Link, policy)?;
     let file = chain.youngest().file().clone();
     KeptTime::during(&file, || copy_and_link(env, path, chain, keep, policy, progress))
 }
@@ -56,7 +56,7 @@ fn copy_and_link(
     let kept = keep.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
     let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
     if let Some(kept) = &kept {
-        mark_parent(env, kept.youngest(), &env.canonical(path)?);
+        record_child(env, kept.youngest(), &env.canonical(path)?);
     }
     match (kind, number) {
         (DiskType::Fixed, _) => return Ok(0),

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, Policy, Use, warn_of_merges};
+use crate::chain::{Chain, Policy, OpenMode, warn_of_unfinished_merges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
-use crate::format::locator::{header_name, texts};
-use crate::format::stamp::readable;
+use crate::format::locator::{header_name, decode_texts};
+use crate::format::session_stamp::escape_for_display;
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::{Image, Standing, next_data};
 use crate::storage::{Access, Env, File, LockHolder, FileSystemSpace, Stat};
@@ -188,12 +188,12 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
         return Err(Error::from(defect.clone()).at_path(path));
     }
     let Some(policy) = parents else {
-        warn_of_merges(env, &image)?;
+        warn_of_unfinished_merges(env, &image)?;
         let mut info = describe(env, &image, None)?;
         tell_who_uses(env, &[&image], std::slice::from_mut(&mut info));
         return Ok(info);
     };
-    let (chain, missing) = Chain::as_far_as_found(env, image, policy, Use::Look)?;
+    let (chain, missing) = Chain::until_missing(env, image, policy, OpenMode::Inspect)?;
     if let Some(e) = missing {
         log::warn!("the chain is shown without what is below {}", e.line());
     }
@@ -253,14 +253,14 @@ fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<In
 fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
     let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
     let open = Standing::of(env, image)? != Standing::Closed;
-    let (host, user, folder) = (readable(&stamp.host), readable(&stamp.user), readable(&stamp.folder));
+    let (host, user, folder) = (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
     Ok(Some(Session { open, host, user, folder }))
 }
 
 /// A defect, and what it prevents.
 fn in_words(defect: &Defect) -> String {
     match defect.consequence() {
-        Consequence::Told => defect.to_string(),
+        Consequence::Warning => defect.to_string(),
         Consequence::NotWritable => format!("only readable: {defect}"),
         Consequence::NotReadable => unreachable!("refused before"),
     }
@@ -269,7 +269,7 @@ fn in_words(defect: &Defect) -> String {
 fn locators(image: &Image) -> Result<Vec<Locator>> {
     let recorded = image.parent_locators()?.into_iter().map(|(_, platform, data)| Locator {
         platform: tag(platform.code().to_be_bytes()),
-        path: texts(platform, &data).first().map_or_else(|| opaque(platform), |text| lossy(text)),
+        path: decode_texts(platform, &data).first().map_or_else(|| opaque(platform), |text| lossy(text)),
     });
     Ok(recorded.collect())
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::mover::Extents;
-use crate::chain::{Chain, Extent, Policy, Source, Use};
+use crate::chain::{Chain, Extent, Policy, Source, OpenMode};
 use crate::error::Result;
 use crate::storage::Env;
 use crate::units::SECTOR;
@@ -35,7 +35,7 @@ pub struct Found<'a> {
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
-    let version = Chain::open(env, path, policy, Use::Read)?.into_frozen();
+    let version = Chain::open(env, path, policy, OpenMode::Read)?.into_frozen();
     let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
     version.files().for_each(|(_, file)| file.advise_random_reads());
     let mut tell = |extent: Extent| {
@@ -50,7 +50,7 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ru
     while let Some(next) = extents.next()? {
         pending = match pending {
             None => Some(next),
-            Some(last) => match last.joined(next) {
+            Some(last) => match last.try_join(next) {
                 Some(both) => Some(both),
                 None => {
                     tell(last)?;

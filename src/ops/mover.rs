@@ -7,10 +7,10 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Extent, Layer, Plan, Policy, Source, Use, Version};
+use crate::chain::{Chain, Extent, Layer, PlanBuffer, Policy, Source, OpenMode, Version};
 use crate::error::Result;
-use crate::format::Container;
-use crate::format::container::HEAD_BYTES;
+use crate::format::ImageFormat;
+use crate::format::image_format::PROBE_BYTES;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Access, Buffer, Env, File, Lock, FileSlot};
 use crate::units::{SECTOR, SectorRange};
@@ -56,7 +56,7 @@ impl Disk {
             let len = file.stat()?.len;
             return Ok(Disk::Raw(file, len));
         }
-        Ok(Disk::Chain(Chain::open(env, path, policy, Use::Read)?.into_frozen()))
+        Ok(Disk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
     }
 
     /// Bytes of the disk. Those of a raw file need not fill its last sector.
@@ -79,17 +79,17 @@ impl Disk {
     ///
     /// # Errors
     /// `Io`.
-    pub fn container(&self) -> Result<Option<Container>> {
+    pub fn container(&self) -> Result<Option<ImageFormat>> {
         let Disk::Raw(file, len) = self else { return Ok(None) };
-        let (mut head, mut tail) = ([0; HEAD_BYTES], [0; HEAD_BYTES]);
+        let (mut head, mut tail) = ([0; PROBE_BYTES], [0; PROBE_BYTES]);
         let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
         file.read_at(&mut head[..there], 0)?;
         // A fixed VHD has its footer at the end alone.
-        if *len >= HEAD_BYTES as u64 {
-            file.read_at(&mut tail, len - HEAD_BYTES as u64)?;
+        if *len >= PROBE_BYTES as u64 {
+            file.read_at(&mut tail, len - PROBE_BYTES as u64)?;
         }
-        let at_end = Container::of(&tail).filter(|format| *format == Container::Vhd);
-        Ok(Container::of(&head[..there]).or(at_end))
+        let at_end = ImageFormat::probe(&tail).filter(|format| *format == ImageFormat::Vhd);
+        Ok(ImageFormat::probe(&head[..there]).or(at_end))
     }
 
     /// Sectors of the disk, the last one perhaps not full.
@@ -101,7 +101,7 @@ impl Disk {
     ///
     /// # Errors
     /// `Io`, naming file and offset.
-    pub(super) fn read(&self, range: SectorRange, into: &mut [u8], plan: &mut Plan) -> Result<()> {
+    pub(super) fn read(&self, range: SectorRange, into: &mut [u8], plan: &mut PlanBuffer) -> Result<()> {
         let start = range.start() * SECTOR;
         let there = usize::try_from(self.bytes().saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
         let (disk, beyond) = into.split_at_mut(there);
@@ -133,7 +133,7 @@ pub(super) struct Extents<'a> {
     at: u64,
     /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
     placed: Vec<u64>,
-    plan: Plan,
+    plan: PlanBuffer,
     next: usize,
     /// What is read on the way is forgotten.
     once: bool,
@@ -147,7 +147,7 @@ impl<'a> Extents<'a> {
     /// As [`Extents::new`], from sector `at` on.
     pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
         let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, at)).collect();
-        Extents { version, at, placed, plan: Plan::default(), next: 0, once: false }
+        Extents { version, at, placed, plan: PlanBuffer::default(), next: 0, once: false }
     }
 
     /// For who asks nothing else of the version: what is read on the way is forgotten.
@@ -172,7 +172,7 @@ impl<'a> Extents<'a> {
             self.at = (from + WINDOW).min(sectors);
             let window = SectorRange::between(from, self.at);
             match self.once {
-                true => self.version.plan_once(window, &mut self.plan)?,
+                true => self.version.plan_read_uncached(window, &mut self.plan)?,
                 false => self.version.plan_read_now(window, &mut self.plan)?,
             }
             self.next = 0;
@@ -269,7 +269,7 @@ pub(super) fn each_run(
     progress: &mut Progress<'_>,
     mut put: impl FnMut(SectorRange, &[u8]) -> Result<()>,
 ) -> Result<()> {
-    let (mut data, mut plan) = (disk.data(), Plan::default());
+    let (mut data, mut plan) = (disk.data(), PlanBuffer::default());
     let mut buffer = Buffer::zeroed(CHUNK);
     while let Some(run) = data.next()? {
         let mut rest = run;

@@ -7,7 +7,7 @@ use super::copy_up::{Stage, copy_up};
 use super::create::{Locators, link};
 use super::mover::Progress;
 use super::writer::Writer;
-use crate::chain::{Chain, Change, Policy, Use, children_of, mark_parent};
+use crate::chain::{Chain, ImageChange, Policy, OpenMode, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, DiskType, Platform};
 use crate::image::{Image, Keep, KeptTime, ParentLink, check_link, folder_of, relink};
@@ -41,7 +41,7 @@ pub fn rebase(
     policy: &Policy,
     progress: &mut Progress<'_>,
 ) -> Result<Rebased> {
-    let image = alone::image(env, path, Change::Link, policy)?;
+    let image = alone::image(env, path, ImageChange::Link, policy)?;
     let file = image.file().clone();
     if image.kind() != DiskType::Differencing {
         let what = format!("a {} image has no parent to replace", image.kind().word());
@@ -52,7 +52,7 @@ pub fn rebase(
     let same_parent = is_parent(env, &image, new.youngest(), policy)?;
     let to = link_to(env, &image, new.youngest())?;
     check_link(&image, Some(&to))?;
-    mark_parent(env, new.youngest(), &env.canonical(path)?);
+    record_child(env, new.youngest(), &env.canonical(path)?);
     point::reached("rebase.begun");
     if only_link {
         if same_parent {
@@ -69,7 +69,7 @@ pub fn rebase(
         let new = new.into_frozen();
         // Begun anew after the link was made: then this is the old parent, too.
         let policy = &beside(policy, folder_of(parent));
-        let mut writer = Writer::of(env, Chain::of(env, image, policy, Use::Write)?, &Keep::Nothing)?;
+        let mut writer = Writer::of(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Keep::Nothing)?;
         point::reached("rebase.recovered");
         let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
             Stage::Written => point::reached("rebase.some-written"),
@@ -94,7 +94,7 @@ fn relinked(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
 fn is_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
     let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
     let policy = beside(policy, folder_of(parent.file().path()));
-    let Ok(chain) = Chain::of(env, again, &policy, Use::Look) else { return Ok(false) };
+    let Ok(chain) = Chain::from_image(env, again, &policy, OpenMode::Inspect) else { return Ok(false) };
     Ok(files(&chain)?.get(1) == Some(&parent.file().stat()?.id))
 }
 
@@ -113,7 +113,7 @@ fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
 /// # Errors
 /// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
 pub(super) fn open_beneath(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
-    let chain = Chain::open(env, parent, &beside(policy, folder_of(child)), Use::Read)?;
+    let chain = Chain::open(env, parent, &beside(policy, folder_of(child)), OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(child));
     }
@@ -147,7 +147,7 @@ pub(super) fn files(chain: &Chain) -> Result<Vec<FileId>> {
 /// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
-    let chain = Chain::open(env, parent, &beside(policy, folder_of(child.file().path())), Use::Look)?;
+    let chain = Chain::open(env, parent, &beside(policy, folder_of(child.file().path())), OpenMode::Inspect)?;
     let why = match files(&chain)?.iter().position(|other| *other == id) {
         Some(0) => "an image cannot be its own parent",
         Some(_) => "the new parent has this image among its own parents",

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::mover::{CHUNK, CHUNK_SECTORS, Disk, Progress};
 use super::{alone, kin};
-use crate::chain::{Chain, Change, Plan, Policy, Source, Version};
+use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
 use crate::image::{Image, KeptTime, Offline};
@@ -40,7 +40,7 @@ pub fn resize(
     if !Footer::size_fits(size) {
         return Err(Error::from(Defect::DiskSize { at: 0, size }).at_no_offset().at_path(path));
     }
-    let chain = alone::chain(env, path, Change::Size, policy)?;
+    let chain = alone::chain(env, path, ImageChange::Size, policy)?;
     let file = chain.youngest().file().clone();
     KeptTime::during(&file, || change(env, path, chain, size, shrink, progress))
 }
@@ -57,7 +57,7 @@ fn change(
     let done = Resized { from, to: size };
     if size > from {
         let (image, beneath) = chain.into_parts();
-        let mut plan = Plan::default();
+        let mut plan = PlanBuffer::default();
         Offline::new(&image)?.grow(size, &mut |range| shining(&beneath, range, &mut plan))?;
         tell_of_children(env, &image);
         return Ok(done);
@@ -96,14 +96,14 @@ fn tell_of_children(env: &dyn Env, parent: &Image) {
 }
 
 /// The parts of a range that are not known to be zero in a chain.
-fn shining(beneath: &Version, range: SectorRange, plan: &mut Plan) -> Result<Vec<SectorRange>> {
+fn shining(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
     beneath.plan_read_now(range, plan)?;
     Ok(plan.extents.iter().filter(|e| e.source != Source::Zero).map(|e| e.range).collect())
 }
 
 /// The first byte at or behind a sector that is not zero.
 fn first_data(disk: &Disk, from: u64, progress: &mut Progress<'_>) -> Result<Option<u64>> {
-    let (mut data, mut plan) = (disk.data_from(from), Plan::default());
+    let (mut data, mut plan) = (disk.data_from(from), PlanBuffer::default());
     let mut buffer = Buffer::zeroed(CHUNK);
     while let Some(run) = data.next()? {
         let mut rest = run;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::mover::Disk;
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::Result;
 use crate::image::joined;
 use crate::storage::Env;
@@ -27,7 +27,7 @@ pub struct GivenUp {
 /// # Errors
 /// As [`Disk::open`], but for lost sectors.
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<GivenUp>)> {
-    let chain = Chain::open(env, path, policy, Use::Salvage)?;
+    let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
     let (mut given_up, mut hidden) = (Vec::new(), Vec::new());
     let disk = SectorRange::between(0, chain.youngest().size() / SECTOR);
     let mut seen = disk;
@@ -38,7 +38,7 @@ pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<Gi
             continue;
         }
         let mut above = hidden.clone();
-        chain.changed(depth, |range| {
+        chain.changed_ranges(depth, |range| {
             above.push(range);
             Ok(())
         })?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::writer::Writer;
-use crate::chain::{Chain, Policy, Use};
+use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Draft, Image, Keep, Spec, file_name, folder_of, write_new};
 use crate::point;
@@ -105,6 +105,6 @@ impl<'a> Sink<'a> {
 fn image<'a>(env: &'a dyn Env, file: &File, spec: &Spec, uuid: Uuid) -> Result<Writer<'a>> {
     write_new(file, env, uuid, spec)?;
     file.lock(Lock::Exclusive)?;
-    let chain = Chain::of(env, Image::open(file.clone())?, &Policy::default(), Use::Write)?;
+    let chain = Chain::from_image(env, Image::open(file.clone())?, &Policy::default(), OpenMode::Write)?;
     Writer::of(env, chain, &Keep::Nothing)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::behind::Behind;
-use crate::chain::{Chain, Plan, Source, Top, Version};
+use crate::chain::{Chain, PlanBuffer, Source, Top, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Growth, Held, Keep, NoRoom, drive, give_back};
 use crate::storage::{Env, File};
@@ -13,13 +13,13 @@ use crate::units::SectorRange;
 const COMMIT_BYTES: u64 = 1 << 30;
 
 /// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
-type Planner = fn(&Version, SectorRange, &mut Plan) -> Result<(), NoRoom>;
+type Planner = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NoRoom>;
 
 /// An image that is being written to, and the chain beneath it.
 pub(super) struct Writer<'a> {
     env: &'a dyn Env,
     version: Version,
-    plan: Plan,
+    plan: PlanBuffer,
     uncommitted: u64,
     behind: Behind,
     /// Byte behind which the file had nothing when it was opened.
@@ -34,7 +34,7 @@ impl<'a> Writer<'a> {
     pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
         let version = chain.into_writable(env, keep)?;
         let was_used = version.top().expect("opened for writing").image.image().used_end();
-        Ok(Writer { env, version, plan: Plan::default(), uncommitted: 0, behind: Behind::default(), was_used })
+        Ok(Writer { env, version, plan: PlanBuffer::default(), uncommitted: 0, behind: Behind::default(), was_used })
     }
 
     /// Makes room for so many more blocks now, all of them or none.

@@ -20,7 +20,7 @@ mod rng;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{Policy, Use};
+use diffdisk::chain::{Policy, OpenMode};
 use diffdisk::disk::{Disk, DiskOptions};
 use diffdisk::format::Severity;
 use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
@@ -246,7 +246,7 @@ fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engin
         world.compare_all(&mut rig);
         rig.abandon();
     }
-    let chain = diffdisk::chain::Chain::open(&*world.env, world.top(), &Policy::default(), Use::Look);
+    let chain = diffdisk::chain::Chain::open(&*world.env, world.top(), &Policy::default(), OpenMode::Inspect);
     assert_eq!(chain.expect("it opens").images().len(), depth + 1);
 }
 
@@ -347,7 +347,7 @@ fn a_write_is_seen_when_it_has_moved_and_not_before() {
         let range = SectorRange::between(10, 20);
         let memory = Memory::new(&[7; 10 * 512]);
         let sources = |rig: &Rig| {
-            let mut plan = diffdisk::chain::Plan::default();
+            let mut plan = diffdisk::chain::PlanBuffer::default();
             rig.disk.version().plan_read(range, &mut plan);
             plan.extents.iter().map(|e| e.source).collect::<Vec<_>>()
         };

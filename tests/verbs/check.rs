@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::{Error, ErrorKind, Result};
 use diffdisk::image::Image;
 use diffdisk::ops::{self, check::Report};
@@ -125,11 +125,11 @@ fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
 
 /// The disk as a guest sees it.
 fn seen(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
-    let chain = Chain::open(env, path, policy, Use::Read).unwrap_or_else(|e| panic!("{}", e.line()));
+    let chain = Chain::open(env, path, policy, OpenMode::Read).unwrap_or_else(|e| panic!("{}", e.line()));
     let version = chain.into_frozen();
     let range = SectorRange::between(0, version.sectors());
     let mut bytes = vec![0xEE; usize::try_from(range.bytes()).expect("a small disk")];
-    version.read_now(range, &mut bytes, &mut Plan::default()).expect("it is readable");
+    version.read_now(range, &mut bytes, &mut PlanBuffer::default()).expect("it is readable");
     bytes
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use diffdisk::chain::{Chain, Policy, Use};
+use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::ops::merge::Merge;
 use diffdisk::storage::host::Host;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -98,7 +98,7 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
     let ((opened, refused), exchanges) = while_exchanging(&pairs, || {
         let (mut opened, mut refused, until) = ([0u64; 3], 0u64, Instant::now() + seconds());
         while Instant::now() < until {
-            match Chain::open(&Host, &at("a/vm/c.vhd"), &Policy::default(), Use::Look) {
+            match Chain::open(&Host, &at("a/vm/c.vhd"), &Policy::default(), OpenMode::Inspect) {
                 Ok(chain) => {
                     let [child, parent] = [0, 1].map(|n| chain.images()[n].file().stat().expect("a file").id.ino);
                     let side = sides.iter().position(|side| side.0 == child).expect("one of the children");
@@ -107,7 +107,7 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
                 }
                 Err(_) => refused += 1,
             }
-            match Chain::open(&Host, &at("top.vhd"), &Policy::default(), Use::Look) {
+            match Chain::open(&Host, &at("top.vhd"), &Policy::default(), OpenMode::Inspect) {
                 Ok(chain) => {
                     let parent = chain.images()[1].file().stat().expect("a file").id.ino;
                     assert_eq!(parent, inside, "a file outside was opened through a link");

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::{ErrorKind, Result};
 use diffdisk::ops::merge::{Abandoned, Merge, Merged, abandon};
 use diffdisk::storage::Env;
@@ -31,14 +31,14 @@ fn merge(case: &Case, host: &SimHost) -> Result<Merged> {
 
 /// The disk of an image by itself; `None` if that is refused.
 fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
-    let version = match Chain::open(host, path, &Policy::default(), Use::Read) {
+    let version = match Chain::open(host, path, &Policy::default(), OpenMode::Read) {
         Ok(chain) => chain.into_frozen(),
         Err(e) if e.kind() == ErrorKind::Refused && e.line().contains("partly overwritten") => return Ok(None),
         Err(e) => return Err(e.line()),
     };
     let range = SectorRange::between(0, version.sectors());
     let mut disk = vec![0; usize::try_from(range.bytes()).expect("small")];
-    version.read_now(range, &mut disk, &mut Plan::default()).map_err(|e| e.line())?;
+    version.read_now(range, &mut disk, &mut PlanBuffer::default()).map_err(|e| e.line())?;
     Ok(Some(disk))
 }
 

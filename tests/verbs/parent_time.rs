@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use diffdisk::chain::{Chain, Policy, Use};
+use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::image::Keep;
 use diffdisk::ops;
 use diffdisk::ops::merge::Merge;
@@ -100,7 +100,7 @@ fn what_changes_the_disk_moves_the_time_on() {
     let scene = chain(&host);
     let path = scene.path("p.vhd");
     let before = time(&host, &path);
-    let version = Chain::open(&host, &path, &Policy::default(), Use::Write).unwrap();
+    let version = Chain::open(&host, &path, &Policy::default(), OpenMode::Write).unwrap();
     let version = version.into_writable(&host, &Keep::Nothing).unwrap();
     version.top().unwrap().image.trim().unwrap();
     drop(version);

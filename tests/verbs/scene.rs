@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, Plan, Policy, Source, Use, Version};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, Source, OpenMode, Version};
 use diffdisk::error::Result;
 use diffdisk::image::{self, Commit, Growth, Keep};
 use diffdisk::ops::create::{Child, Locators, Root};
@@ -101,7 +101,7 @@ impl<'a> Scene<'a> {
 
 /// Writes runs of sectors into an image, and closes it in the clean way.
 pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (SectorRange, Vec<u8>)>) -> Result<()> {
-    let version = Chain::open(env, path, &Policy::default(), Use::Write)?.into_writable(env, &Keep::Nothing)?;
+    let version = Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Keep::Nothing)?;
     for (range, bytes) in runs {
         put(env, &version, range, &bytes)?;
     }
@@ -112,7 +112,7 @@ pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (
 }
 
 fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Result<()> {
-    let (mut plan, top) = (Plan::default(), version.top().expect("opened to be written"));
+    let (mut plan, top) = (PlanBuffer::default(), version.top().expect("opened to be written"));
     loop {
         match version.plan_write(range, &mut plan) {
             Ok(()) if plan.missing.is_empty() => break,

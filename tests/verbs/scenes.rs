@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::Result;
 use diffdisk::image::{self, Image, Kind, ParentLink, Spec};
 use diffdisk::storage::{Access, Env};
@@ -101,11 +101,11 @@ pub(crate) fn bytes(range: SectorRange, value: impl Fn(u64) -> Value) -> Vec<u8>
 
 /// Whether the disk that ends in `path` shows these values; else the first sector that does not.
 pub(crate) fn check_shows(env: &dyn Env, path: &Path, values: &[Value]) -> Result<(), String> {
-    let open = || Ok(Chain::open(env, path, &Policy::default(), Use::Read)?.into_frozen());
+    let open = || Ok(Chain::open(env, path, &Policy::default(), OpenMode::Read)?.into_frozen());
     let version = open().map_err(|e: diffdisk::error::Error| e.line())?;
     let range = SectorRange::between(0, version.sectors());
     let mut read = vec![0; usize::try_from(range.bytes()).expect("small")];
-    version.read_now(range, &mut read, &mut Plan::default()).map_err(|e| e.line())?;
+    version.read_now(range, &mut read, &mut PlanBuffer::default()).map_err(|e| e.line())?;
     let want = bytes(SectorRange::between(0, values.len() as u64), |sector| values[usize::try_from(sector).unwrap()]);
     if let Some(sector) = read.chunks(512).zip(want.chunks(512)).position(|(a, b)| a != b) {
         let (got, want) = (&read[sector * 512..][..16], &want[sector * 512..][..16]);

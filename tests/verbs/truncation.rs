@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, Policy, Use};
+use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::disk::{self, DiskOptions};
 use diffdisk::image::Keep;
 use diffdisk::ops::create::{Child, Locators};
@@ -136,7 +136,7 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("open to write", |folder| {
         let path = folder.join("disk.vhd");
-        drop(Chain::open(&Host, &path, &Policy::default(), Use::Write)?.into_writable(&Host, &Keep::Nothing)?);
+        drop(Chain::open(&Host, &path, &Policy::default(), OpenMode::Write)?.into_writable(&Host, &Keep::Nothing)?);
         Ok(path)
     }),
     ("map", |folder| {

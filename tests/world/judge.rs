@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, Plan, Policy, Use};
+use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::format::{Defect, Severity};
 use diffdisk::image::{self, Keep};
 use diffdisk::storage::sim::{Random, SimHost, DurableUnit};
@@ -209,7 +209,7 @@ fn look(after: &SimHost, twice: bool) -> Result<Found, String> {
 /// What the disk reads as, once it was opened for writing.
 pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
     let env: Arc<dyn Env> = Arc::new(host.clone());
-    let chain = Chain::open(&*env, &top(), &Policy::default(), Use::Write);
+    let chain = Chain::open(&*env, &top(), &Policy::default(), OpenMode::Write);
     let version = chain.and_then(|chain| chain.into_writable(&*env, &Keep::Nothing));
     let version = version.map_err(|e| format!("it does not open: {}", e.line()))?;
     read(&version)
@@ -220,6 +220,6 @@ pub(crate) fn read(version: &diffdisk::chain::Version) -> Result<Vec<Value>, Str
     let sectors = version.sectors();
     let mut bytes = vec![0; (sectors * 512) as usize];
     let all = SectorRange::between(0, sectors);
-    version.read_now(all, &mut bytes, &mut Plan::default()).map_err(|e| format!("it does not read: {}", e.line()))?;
+    version.read_now(all, &mut bytes, &mut PlanBuffer::default()).map_err(|e| format!("it does not read: {}", e.line()))?;
     Ok((0..).zip(bytes.chunks(512)).map(|(sector, found)| model::value(sector, found)).collect())
 }

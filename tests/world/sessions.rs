@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{self, Chain, Policy, Use};
+use diffdisk::chain::{self, Chain, Policy, OpenMode};
 use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, Work, ZeroRange};
 use diffdisk::error::{Error, ErrorKind};
 use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
@@ -403,8 +403,8 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     let options = DiskOptions { keep, ..layouts::options(&twin, false) };
     Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
     let env: &dyn Env = &host;
-    refused(Chain::open(env, &top(), &Policy::default(), Use::Read), "to a reader, a killed image")?;
-    let written = Chain::open(env, &top(), &Policy::default(), Use::Write);
+    refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
+    let written = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
     refused(written.and_then(|chain| chain.into_writable(env, &Keep::Nothing)), "to a tool, a killed image")?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     refused(checked(&host), "to a check, a killed image")?;
@@ -433,7 +433,7 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
         return Err("it is settled once".into());
     }
     drop(file);
-    Chain::open(env, &top(), &Policy::default(), Use::Read).map_err(line)?;
+    Chain::open(env, &top(), &Policy::default(), OpenMode::Read).map_err(line)?;
     checked(&host).map_err(line)?;
     goes_on(&host, &known, layout)
 }
@@ -454,14 +454,14 @@ pub(crate) fn parents(layout: &Layout) -> Outcomes {
     image::create(&host, child, &Spec { kind: Kind::Differencing(link), size, block_size, reserve: 0 })
         .map_err(line)?;
     let env: &dyn Env = &host;
-    refused(Chain::open(env, child, &Policy::default(), Use::Read), "to a reader, a killed parent")?;
+    refused(Chain::open(env, child, &Policy::default(), OpenMode::Read), "to a reader, a killed parent")?;
     let file = host.open(child, Access::Read).map_err(line)?;
     refused(chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())), "to a check, a killed parent")?;
     refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
     let guest = open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle it: {}", e.line()))?;
     guest.judge(&known, &layout.values)?;
     guest.close().map_err(line)?;
-    Chain::open(env, child, &Policy::default(), Use::Read).map_err(line)?;
+    Chain::open(env, child, &Policy::default(), OpenMode::Read).map_err(line)?;
     goes_on(&host, &known, layout)
 }
 

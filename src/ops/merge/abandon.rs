@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use super::resume::{is_same, present_at};
 use super::survey::link;
-use crate::chain::{Chain, Copied, Earlier, Folded, MergeRecord, Policy, Seen, Use, mark_receiver, marked_by};
-use crate::chain::{relative, unmark_receiver};
+use crate::chain::{Chain, Copied, ExistingRecord, MergedLayer, MergeRecord, Policy, FileStamp, OpenMode, mark_receiver, receiver_mark};
+use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, found};
 use crate::image::{Glance, Image, KeptTime, agreed, file_name, folder_of, relink};
 use crate::ops::kin;
@@ -43,12 +43,12 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
     let present = present_at(env, child)?;
     let record = match MergeRecord::find(env, child, present) {
-        Ok(Earlier::Record(record)) => *record,
-        Ok(Earlier::Unreadable(path)) => match rebuilt(env, child, policy)? {
+        Ok(ExistingRecord::Record(record)) => *record,
+        Ok(ExistingRecord::Unreadable(path)) => match rebuilt(env, child, policy)? {
             Some(record) => record,
             None => return removed(env, &path),
         },
-        Ok(Earlier::None) => {
+        Ok(ExistingRecord::None) => {
             return Err(Error::new(ErrorKind::Refused, "no merge of it was begun").at_path(child));
         }
         Err(e) if present.is_none() && e.kind() == ErrorKind::Invalid => return remove_orphan(env, e),
@@ -71,7 +71,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
             end(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
         }
         Copied::Before(_) if present.is_none() => {
-            if marked_by(&ancestor)?.is_some_and(|(uuid, _)| uuid == record.layers[0].uuid) {
+            if receiver_mark(&ancestor)?.is_some_and(|(uuid, _)| uuid == record.layers[0].uuid) {
                 let what = format!(
                     "it is partly overwritten by {}, which is gone: restore either of them from a backup as a new file, or \
                      remove this one",
@@ -137,7 +137,7 @@ fn keep(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
 /// Whether an image between CHILD and the receiver is still there.
 fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     for layer in &record.layers[1..] {
-        if Seen::at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
+        if FileStamp::of_image_at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
             return Ok(true);
         }
     }
@@ -149,23 +149,23 @@ fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
 fn rebuilt(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
     let image = Image::open(env.open(child, Access::Read)?)?;
     let own = image.uuid();
-    let chain = Chain::of(env, image, &Policy { merging: Some(own), ..policy.clone() }, Use::Look)?;
+    let chain = Chain::from_image(env, image, &Policy { merging: Some(own), ..policy.clone() }, OpenMode::Inspect)?;
     let folder = env.canonical(folder_of(child))?;
     let mut layers = Vec::new();
     for image in chain.images() {
-        let (file, path) = (image.file(), relative(&folder, &env.canonical(image.file().path())?));
-        if marked_by(file)?.is_some_and(|(uuid, _)| uuid == own) {
+        let (file, path) = (image.file(), relative_path(&folder, &env.canonical(image.file().path())?));
+        if receiver_mark(file)?.is_some_and(|(uuid, _)| uuid == own) {
             return Ok(Some(MergeRecord {
                 folder,
                 layers,
                 ancestor: image.uuid(),
-                ancestor_seen: Seen::of(file)?,
+                ancestor_stamp: FileStamp::of(file)?,
                 ancestor_path: path,
                 copied: Copied::Before(0),
                 abandoned: true,
             }));
         }
-        layers.push(Folded { uuid: image.uuid(), seen: Seen::of(file)?, path });
+        layers.push(MergedLayer { uuid: image.uuid(), stamp: FileStamp::of(file)?, path });
     }
     Ok(None)
 }
@@ -186,7 +186,7 @@ fn home(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
 fn remove_orphan(env: &dyn Env, unreadable: Error) -> Result<Abandoned> {
     let Some(path) = unreadable.path().map(Path::to_path_buf) else { return Err(unreadable) };
     let images = kin::in_folders(env, &[env.folder(folder_of(&path))?])?;
-    match MergeRecord::folded_by(&path) {
+    match MergeRecord::child_uuid_of(&path) {
         Some(uuid) if images.iter().all(|image| image.glance.uuid != uuid) => removed(env, &path),
         _ => Err(unreadable),
     }

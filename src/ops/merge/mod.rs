@@ -55,7 +55,7 @@ use super::kin;
 use super::mover::Progress;
 use super::writer::{Writer, at_rest};
 use crate::chain::{
-    Chain, Copied, Earlier, MergeRecord, Policy, Seen, Use, mark_parent, mark_receiver, marked_by, relative,
+    Chain, Copied, ExistingRecord, MergeRecord, Policy, FileStamp, OpenMode, record_child, mark_receiver, receiver_mark, relative_path,
     unmark_receiver,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -118,7 +118,7 @@ impl<'a> Merge<'a> {
         let earlier = MergeRecord::find(env, child, present)?;
         let mut policy = policy.clone();
         policy.merging = present;
-        if let Earlier::Record(record) = &earlier {
+        if let ExistingRecord::Record(record) = &earlier {
             is_same(env, record, child, into)?;
             policy.merging = Some(record.layers[0].uuid);
             if record.copied == Copied::All && is_complete(env, record, present.is_some())? {
@@ -134,18 +134,18 @@ impl<'a> Merge<'a> {
         }
         let survey = survey(env, child, into, changed_parent, &policy)?;
         let folder = env.canonical(folder_of(child))?;
-        let ancestor_path = relative(&folder, &env.canonical(survey.ancestor.file().path())?);
+        let ancestor_path = relative_path(&folder, &env.canonical(survey.ancestor.file().path())?);
         let mut record = MergeRecord {
             folder,
             layers: survey.folded.clone(),
             ancestor: survey.ancestor.uuid(),
             ancestor_path,
             // It is looked at again under the lock.
-            ancestor_seen: Seen::of(survey.ancestor.file())?,
+            ancestor_stamp: FileStamp::of(survey.ancestor.file())?,
             copied: Copied::Nothing,
             abandoned: false,
         };
-        let (folders, begun) = (survey.folders.clone(), earlier != Earlier::None);
+        let (folders, begun) = (survey.folders.clone(), earlier != ExistingRecord::None);
         resume::go_on_from(earlier, &mut record, &survey)?;
         let (home, places) = (survey.places[0].clone(), survey.places.clone());
         Ok(Merge { env, policy, record, survey: Some(survey), folders, home, places, begun })
@@ -186,7 +186,7 @@ impl<'a> Merge<'a> {
             None => {
                 let file = self.env.open(&path, Access::Read)?;
                 file.lock(Lock::Shared)?;
-                if Seen::of(&file)? != self.record.ancestor_seen {
+                if FileStamp::of(&file)? != self.record.ancestor_stamp {
                     return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
                 }
                 (0, file)
@@ -218,10 +218,10 @@ impl<'a> Merge<'a> {
         let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
         // Before it is opened as an image, which may recover it.
-        if Seen::of(&file)? != self.record.ancestor_seen && self.record.copied != Copied::Nothing {
+        if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
             self.record.copied = Copied::Before(0);
         }
-        let chain = Chain::of(self.env, Image::open(file.clone())?, &policy, Use::Write)?;
+        let chain = Chain::from_image(self.env, Image::open(file.clone())?, &policy, OpenMode::Write)?;
         let mut writer = Writer::of(self.env, chain, &Keep::Nothing)?;
         let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
         if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
@@ -237,7 +237,7 @@ impl<'a> Merge<'a> {
         let begun = has_room.and_then(|()| writer.make_room(blocks)).and_then(|()| {
             point::reached("merge.room-made");
             writer.top().image.put_time_back()?;
-            self.record.ancestor_seen = Seen::of(&file)?;
+            self.record.ancestor_stamp = FileStamp::of(&file)?;
             self.record.save(&self.home)
         });
         if let Err(e) = begun {
@@ -268,7 +268,7 @@ impl<'a> Merge<'a> {
                 writer.close()?;
                 point::reached("merge.closed");
                 self.record.copied = Copied::All;
-                self.record.ancestor_seen = Seen::durably(&file)?;
+                self.record.ancestor_stamp = FileStamp::after_sync(&file)?;
                 self.record.save(&self.home)?;
                 point::reached("merge.marked");
                 Ok((copied, file))
@@ -284,7 +284,7 @@ impl<'a> Merge<'a> {
     /// Marks the ancestor as partly overwritten, and then records that copying has begun: durable before the first byte.
     fn mark(&mut self, ancestor: &File) -> Result<()> {
         let child = self.record.layers[0].uuid;
-        if marked_by(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
+        if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
             match mark_receiver(ancestor, child, &self.record.child()) {
                 // Then the record alone shows it, if it lies in the same folder.
                 Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
@@ -304,7 +304,7 @@ impl<'a> Merge<'a> {
     /// Notes that all before a sector is copied, durably. Where there is no room for a note, the last one still holds.
     fn note(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
-        self.record.ancestor_seen = Seen::of(ancestor)?;
+        self.record.ancestor_stamp = FileStamp::of(ancestor)?;
         match self.record.save(&self.home) {
             Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
             saved => saved,
@@ -337,7 +337,7 @@ impl<'a> Merge<'a> {
             };
             let image = Image::open(file.clone())?;
             refuse_if_live(self.env, &self.policy.runtime, &image)?;
-            mark_parent(self.env, ancestor, &child.path);
+            record_child(self.env, ancestor, &child.path);
             let link = link(self.env, &image, ancestor)?;
             KeptTime::during(&file, || relink(self.env, &file, Some(&link)))?;
             point::reached("merge.child-relinked");
@@ -367,7 +367,7 @@ impl<'a> Merge<'a> {
                 continue;
             }
             file.lock(Lock::Shared)?;
-            if Seen::of(&file)? != layer.seen {
+            if FileStamp::of(&file)? != layer.stamp {
                 let what = "it was changed since it was copied; it stays";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }

@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::survey::Survey;
-use crate::chain::{Copied, Earlier, Folded, MergeRecord, Seen, marked_by};
+use crate::chain::{Copied, ExistingRecord, MergedLayer, MergeRecord, FileStamp, receiver_mark};
 use crate::error::{Error, ErrorKind, Result, found};
 use crate::image::Glance;
 use crate::storage::{Access, Env};
@@ -23,22 +23,22 @@ pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
 ///
 /// # Errors
 /// `Refused` if the earlier one was into another image; `Io`.
-pub(super) fn go_on_from(earlier: Earlier, record: &mut MergeRecord, survey: &Survey) -> Result<()> {
+pub(super) fn go_on_from(earlier: ExistingRecord, record: &mut MergeRecord, survey: &Survey) -> Result<()> {
     let earlier = match earlier {
         // A mark without a record: somebody removed that.
-        Earlier::None => {
-            let marked = marked_by(survey.ancestor.file())?.map(|(uuid, _)| uuid);
+        ExistingRecord::None => {
+            let marked = receiver_mark(survey.ancestor.file())?.map(|(uuid, _)| uuid);
             if marked == Some(record.layers[0].uuid) {
                 record.copied = Copied::Before(0);
             }
             return Ok(());
         }
-        Earlier::Unreadable(path) => {
+        ExistingRecord::Unreadable(path) => {
             log::warn!("{}: the record of a merge cannot be read; the merge begins again", path.display());
             record.copied = Copied::Before(0);
             return Ok(());
         }
-        Earlier::Record(earlier) => *earlier,
+        ExistingRecord::Record(earlier) => *earlier,
     };
     if earlier.ancestor != record.ancestor {
         let (child, into) = (record.child(), earlier.folder.join(&earlier.ancestor_path));
@@ -49,13 +49,13 @@ pub(super) fn go_on_from(earlier: Earlier, record: &mut MergeRecord, survey: &Su
         );
         return Err(Error::new(ErrorKind::Refused, what).at_path(child));
     }
-    let is_same = |layer: &Folded, now: &Folded| layer.uuid == now.uuid && layer.seen == now.seen;
+    let is_same = |layer: &MergedLayer, now: &MergedLayer| layer.uuid == now.uuid && layer.stamp == now.stamp;
     let all_same = earlier.layers.len() == record.layers.len()
         && earlier.layers.iter().zip(&record.layers).all(|(layer, now)| is_same(layer, now));
     match earlier.copied {
         Copied::Nothing => {}
         Copied::Before(_) if all_same => {
-            (record.copied, record.ancestor_seen) = (earlier.copied, earlier.ancestor_seen);
+            (record.copied, record.ancestor_stamp) = (earlier.copied, earlier.ancestor_stamp);
         }
         // A record that everything is copied was looked at before: something was written since.
         Copied::Before(_) | Copied::All => record.copied = Copied::Before(0),
@@ -84,7 +84,7 @@ pub(super) fn is_same(env: &dyn Env, record: &MergeRecord, child: &Path, into: O
 /// `Refused` where the ancestor is not and CHILD is gone; `Io`.
 pub(super) fn is_complete(env: &dyn Env, record: &MergeRecord, is_child_there: bool) -> Result<bool> {
     let ancestor = record.folder.join(&record.ancestor_path);
-    let same = Seen::at(env, &ancestor, record.ancestor)? == Some(record.ancestor_seen);
+    let same = FileStamp::of_image_at(env, &ancestor, record.ancestor)? == Some(record.ancestor_stamp);
     if !is_child_there {
         if same {
             return Ok(true);
@@ -97,8 +97,8 @@ pub(super) fn is_complete(env: &dyn Env, record: &MergeRecord, is_child_there: b
         return Err(Error::new(ErrorKind::Refused, what).at_path(ancestor));
     }
     for layer in &record.layers {
-        let state = Seen::at(env, &record.folder.join(&layer.path), layer.uuid)?;
-        if state.is_some_and(|state| state != layer.seen) {
+        let state = FileStamp::of_image_at(env, &record.folder.join(&layer.path), layer.uuid)?;
+        if state.is_some_and(|state| state != layer.stamp) {
             return Ok(false);
         }
     }

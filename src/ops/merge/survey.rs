@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::copy::Layers;
-use crate::chain::{Chain, Change, Folded, Policy, Seen, Use, place_of, refuse_change, relative};
+use crate::chain::{Chain, ImageChange, MergedLayer, Policy, FileStamp, OpenMode, absolute_path, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
@@ -15,7 +15,7 @@ use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 pub(super) struct Survey {
     /// CHILD and what lies between, youngest first.
     pub(super) layers: Layers,
-    pub(super) folded: Vec<Folded>,
+    pub(super) folded: Vec<MergedLayer>,
     /// The folder in which each of them was found.
     pub(super) places: Vec<Folder>,
     /// What receives it, read only.
@@ -42,7 +42,7 @@ pub(super) fn survey(
     let file = env.open(child, Access::Read)?;
     file.lock(Lock::Shared)?;
     let folder = env.canonical(folder_of(child))?;
-    let chain = Chain::of(env, Image::open(file)?, policy, Use::Look)?;
+    let chain = Chain::from_image(env, Image::open(file)?, policy, OpenMode::Inspect)?;
     let depth = depth_of(env, &chain, into)?;
     let (folded, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
     // Those between were opened before they were locked: once more, now that nobody changes them.
@@ -64,9 +64,9 @@ pub(super) fn survey(
     // Another merge must find again what it recorded of its own images.
     let own = Some(images[0].uuid());
     for image in &images {
-        refuse_change(env, image, Change::Link, &policy.allowed, own)?;
+        refuse_change(env, image, ImageChange::Link, &policy.allowed, own)?;
     }
-    refuse_change(env, ancestor, Change::Contents, &policy.allowed, own)?;
+    refuse_change(env, ancestor, ImageChange::Contents, &policy.allowed, own)?;
     if !changed_parent {
         refuse_changed(&chain, depth)?;
     }
@@ -188,7 +188,7 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
     create::link(env, folder_of(child.file().path()), parent, locators)
 }
 
-fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<Folded> {
-    let path = relative(folder, &place_of(env, image.file().path())?);
-    Ok(Folded { uuid: image.uuid(), seen: Seen::durably(image.file())?, path })
+fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<MergedLayer> {
+    let path = relative_path(folder, &absolute_path(env, image.file().path())?);
+    Ok(MergedLayer { uuid: image.uuid(), stamp: FileStamp::after_sync(image.file())?, path })
 }

@@ -11,17 +11,17 @@ use crate::image::Image;
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors that are looked at together: 512 MiB.
-const WINDOW: u64 = 1 << 20;
+const WINDOW_SECTORS: u64 = 1 << 20;
 
 /// A layer above the ancestor.
-struct Above<'a> {
+struct LayerCursor<'a> {
     image: &'a Image,
     /// Sectors of it that can be seen from the child.
-    seen: u64,
+    visible: u64,
     /// What lies behind its end and in the ancestor.
-    cut: SectorRange,
+    truncated: SectorRange,
     /// What `next` found last; good for all that is asked for up to there. `None`: there is nothing more.
-    found: Option<u64>,
+    next_change: Option<u64>,
 }
 
 impl Chain {
@@ -29,31 +29,31 @@ impl Chain {
     ///
     /// # Errors
     /// `Io`; what `found` fails with.
-    pub fn changed(&self, ancestor: usize, mut found: impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
+    pub fn changed_ranges(&self, ancestor: usize, mut found: impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
         let images = self.images();
         let mut sees = self.youngest().size() / SECTOR;
         let mut layers = Vec::new();
         for image in &images[..ancestor] {
             let seen = sees.min(image.size() / SECTOR);
             let cut = SectorRange::between(seen, sees.min(images[ancestor].size() / SECTOR));
-            layers.push(Above { image, seen, cut, found: Some(0) });
+            layers.push(LayerCursor { image, visible: seen, truncated: cut, next_change: Some(0) });
             sees = seen;
         }
         images.iter().take(ancestor).for_each(|image| image.file().advise_random_reads());
-        let mut window = vec![0; (WINDOW / 64) as usize];
+        let mut window = vec![0; (WINDOW_SECTORS / 64) as usize];
         let mut pending = SectorRange::default();
         let mut from = 0;
-        while let Some(next) = layers.iter_mut().filter_map(|layer| layer.next(from)).min() {
-            from = next / WINDOW * WINDOW;
+        while let Some(next) = layers.iter_mut().filter_map(|layer| layer.advance_to(from)).min() {
+            from = next / WINDOW_SECTORS * WINDOW_SECTORS;
             window.fill(0);
-            let range = SectorRange::between(from, from + WINDOW);
-            layers.iter().filter(|layer| layer.found.is_some_and(|found| found < range.end())).for_each(|layer| {
-                layer.image.prefetch_bits(range.clip(SectorRange::between(0, layer.seen)));
+            let range = SectorRange::between(from, from + WINDOW_SECTORS);
+            layers.iter().filter(|layer| layer.next_change.is_some_and(|found| found < range.end())).for_each(|layer| {
+                layer.image.prefetch_bits(range.clip(SectorRange::between(0, layer.visible)));
             });
             for layer in &layers {
-                layer.mark(range, &mut window)?;
+                layer.set_changed_bits(range, &mut window)?;
             }
-            let end = u32::try_from(WINDOW).expect("2^20");
+            let end = u32::try_from(WINDOW_SECTORS).expect("2^20");
             let mut bit = 0;
             while bit < end {
                 let (set, count) = bitmap::run(&window, bit, end);
@@ -63,48 +63,48 @@ impl Chain {
                     if pending.end() == run.start() && !pending.is_empty() {
                         pending = SectorRange::between(pending.start(), run.end());
                     } else {
-                        tell(pending, &mut found)?;
+                        report(pending, &mut found)?;
                         pending = run;
                     }
                 }
                 bit += count;
             }
-            from += WINDOW;
+            from += WINDOW_SECTORS;
         }
-        tell(pending, &mut found)
+        report(pending, &mut found)
     }
 }
 
-fn tell(range: SectorRange, found: &mut impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
+fn report(range: SectorRange, found: &mut impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
     if range.is_empty() { Ok(()) } else { found(range) }
 }
 
-impl Above<'_> {
+impl LayerCursor<'_> {
     /// The first sector at or after `from` that it may have changed.
-    fn next(&mut self, from: u64) -> Option<u64> {
-        if self.found.is_some_and(|found| found < from || from == 0) {
-            self.found = self.find(from);
+    fn advance_to(&mut self, from: u64) -> Option<u64> {
+        if self.next_change.is_some_and(|found| found < from || from == 0) {
+            self.next_change = self.first_change_from(from);
         }
-        self.found
+        self.next_change
     }
 
-    fn find(&self, from: u64) -> Option<u64> {
+    fn first_change_from(&self, from: u64) -> Option<u64> {
         let (table, block_size) = (self.image.bat()?, self.image.block_size()?);
-        let block = if from < self.seen { table.next_used(block_size.block_of(from)) } else { None };
-        let placed = block.map(|block| block_size.range_of(block).start().max(from)).filter(|at| *at < self.seen);
-        let cut = (from < self.cut.end() && !self.cut.is_empty()).then(|| self.cut.start().max(from));
+        let block = if from < self.visible { table.next_used(block_size.block_of(from)) } else { None };
+        let placed = block.map(|block| block_size.range_of(block).start().max(from)).filter(|at| *at < self.visible);
+        let cut = (from < self.truncated.end() && !self.truncated.is_empty()).then(|| self.truncated.start().max(from));
         placed.into_iter().chain(cut).min()
     }
 
     /// Sets the bits of the sectors of a window that it has changed.
-    fn mark(&self, window: SectorRange, bits: &mut [u64]) -> Result<()> {
+    fn set_changed_bits(&self, window: SectorRange, bits: &mut [u64]) -> Result<()> {
         let within = |sector: u64| u32::try_from(sector - window.start()).expect("inside a window");
-        let cut = self.cut.clip(window);
+        let cut = self.truncated.clip(window);
         if !cut.is_empty() {
             bitmap::set(bits, within(cut.start()), within(cut.end()) - within(cut.start()));
         }
         let Some((table, block_size)) = self.image.bat().zip(self.image.block_size()) else { return Ok(()) };
-        let seen = window.clip(SectorRange::between(0, self.seen));
+        let seen = window.clip(SectorRange::between(0, self.visible));
         let mut rest = seen;
         while !rest.is_empty() {
             let Some(block) = table.next_used(block_size.block_of(rest.start())) else { return Ok(()) };
@@ -131,23 +131,23 @@ impl Above<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Use;
-    use super::super::rig::Rig;
+    use super::super::OpenMode;
+    use super::super::testing::ChainFolder;
 
-    fn changed(rig: &Rig, child: &str, ancestor: usize) -> Vec<(u64, u64)> {
+    fn changed(rig: &ChainFolder, child: &str, ancestor: usize) -> Vec<(u64, u64)> {
         let mut ranges = Vec::new();
-        let chain = rig.chain(child, Use::Read).unwrap();
+        let chain = rig.chain(child, OpenMode::Read).unwrap();
         let found = |range: crate::units::SectorRange| {
             ranges.push((range.start(), range.end()));
             Ok(())
         };
-        chain.changed(ancestor, found).unwrap();
+        chain.changed_ranges(ancestor, found).unwrap();
         ranges
     }
 
     #[test]
     fn what_any_layer_above_has_written() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         let sectors = 1_300_000;
         rig.dynamic("root", 2 << 20, sectors);
         rig.fill("root", &[(0, 5_000, 1)]);
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn where_a_layer_is_shorter_zeros_have_come() {
-        let rig = Rig::new();
+        let rig = ChainFolder::new();
         rig.fixed("root", 1_000);
         rig.child("short", "root", 4 << 10, 600);
         rig.fill("short", &[(599, 600, 1)]);

@@ -10,7 +10,7 @@ use crate::storage::{Access, Env, File, ModifiedTime};
 
 /// The state of a file, by which it is known again: the same file, and nobody has written to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Seen {
+pub struct FileStamp {
     /// Its inode.
     pub(super) ino: u64,
     /// Its length in bytes.
@@ -19,32 +19,32 @@ pub struct Seen {
     pub(super) modified: ModifiedTime,
 }
 
-impl Seen {
+impl FileStamp {
     /// The state of `file` now.
     ///
     /// # Errors
     /// `Io`.
-    pub fn of(file: &File) -> Result<Seen> {
+    pub fn of(file: &File) -> Result<FileStamp> {
         let stat = file.stat()?;
-        Ok(Seen { ino: stat.id.ino, len: stat.len, modified: stat.last_change() })
+        Ok(FileStamp { ino: stat.id.ino, len: stat.len, modified: stat.last_change() })
     }
 
     /// The state of an image; `None` where another file or none is at `path`.
     ///
     /// # Errors
     /// `Io`.
-    pub fn at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<Seen>> {
+    pub fn of_image_at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<FileStamp>> {
         let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
         let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
-        is_it.then(|| Seen::of(&file)).transpose()
+        is_it.then(|| FileStamp::of(&file)).transpose()
     }
 
     /// The same, made durable: a power cut does not bring back an older one.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
-    pub fn durably(file: &File) -> Result<Seen> {
+    pub fn after_sync(file: &File) -> Result<FileStamp> {
         file.sync_all()?;
-        Seen::of(file)
+        FileStamp::of(file)
     }
 }

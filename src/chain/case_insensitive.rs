@@ -13,27 +13,27 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, File, Folder};
 
 /// Names of one folder that are compared.
-const MAX_NAMES: usize = 100_000;
+const MAX_NAMES_PER_FOLDER: usize = 100_000;
 /// Names that are compared for one chain.
-const MAX_NAMES_TOGETHER: usize = 1_000_000;
+const MAX_NAMES_PER_CHAIN: usize = 1_000_000;
 
 /// What a look-up found.
-pub(super) enum Found {
+pub(super) enum Lookup {
     /// The file.
     File(File),
     /// No file, and why.
-    Nothing(String),
+    Absent(String),
 }
 
 /// How many names may still be compared.
-pub(super) struct Budget {
-    folder: usize,
+pub(super) struct NameBudget {
+    per_folder: usize,
     left: Cell<usize>,
 }
 
-impl Default for Budget {
-    fn default() -> Budget {
-        Budget { folder: MAX_NAMES, left: Cell::new(MAX_NAMES_TOGETHER) }
+impl Default for NameBudget {
+    fn default() -> NameBudget {
+        NameBudget { per_folder: MAX_NAMES_PER_FOLDER, left: Cell::new(MAX_NAMES_PER_CHAIN) }
     }
 }
 
@@ -42,35 +42,35 @@ impl Default for Budget {
 /// # Errors
 /// - `Refused` if the path passes a symbolic link or names something else than a regular file.
 /// - `Io`.
-pub(super) fn look_up(folder: &Folder, below: &Path, budget: &Budget) -> Result<Found> {
+pub(super) fn look_up_ignoring_case(folder: &Folder, below: &Path, budget: &NameBudget) -> Result<Lookup> {
     match folder.open_beneath(below) {
         Err(e) if is_missing(&e) => {}
-        found => return found.map(Found::File),
+        found => return found.map(Lookup::File),
     }
     let mut parts = Vec::new();
     for part in below.components() {
         match part {
             Component::Normal(name) => parts.push(name),
-            _ => return Ok(Found::Nothing("not there".to_owned())),
+            _ => return Ok(Lookup::Absent("not there".to_owned())),
         }
     }
-    let Some((last, above)) = parts.split_last() else { return Ok(Found::Nothing("not there".to_owned())) };
+    let Some((last, above)) = parts.split_last() else { return Ok(Lookup::Absent("not there".to_owned())) };
     let mut at = folder.clone();
     for name in above {
-        match step(&at, name, budget, |name| at.subfolder(name))? {
+        match open_component(&at, name, budget, |name| at.subfolder(name))? {
             Ok(next) => at = next,
-            Err(why) => return Ok(Found::Nothing(why)),
+            Err(why) => return Ok(Lookup::Absent(why)),
         }
     }
-    let file = step(&at, last, budget, |name| at.open(name, Access::Read))?;
-    Ok(file.map_or_else(Found::Nothing, Found::File))
+    let file = open_component(&at, last, budget, |name| at.open(name, Access::Read))?;
+    Ok(file.map_or_else(Lookup::Absent, Lookup::File))
 }
 
 /// Opens the exact name, else the only one that matches it. The inner error says why there is none.
-fn step<T>(
+fn open_component<T>(
     at: &Folder,
     name: &OsStr,
-    budget: &Budget,
+    budget: &NameBudget,
     open: impl Fn(&OsStr) -> Result<T>,
 ) -> Result<Result<T, String>> {
     match open(name) {
@@ -79,7 +79,7 @@ fn step<T>(
         Err(e) if is_missing(&e) => {}
         found => return found.map(Ok),
     }
-    let other = match budget.alike(at, name) {
+    let other = match budget.only_match(at, name) {
         Ok(other) => other,
         Err(why) => return Ok(Err(why)),
     };
@@ -89,10 +89,10 @@ fn step<T>(
     }
 }
 
-impl Budget {
+impl NameBudget {
     /// The only name in the folder that differs from `name` in case alone.
-    fn alike(&self, at: &Folder, name: &OsStr) -> Result<OsString, String> {
-        let most = self.folder.min(self.left.get());
+    fn only_match(&self, at: &Folder, name: &OsStr) -> Result<OsString, String> {
+        let most = self.per_folder.min(self.left.get());
         let names = match at.list_at_most(most) {
             Ok(Some(names)) => names,
             Ok(None) => {
@@ -104,7 +104,7 @@ impl Budget {
             Err(e) => return Err(format!("not there in this case, and {}", e.line())),
         };
         self.left.set(self.left.get() - names.len());
-        let mut alike = names.into_iter().filter(|other| is_alike(other, name));
+        let mut alike = names.into_iter().filter(|other| eq_ignoring_case(other, name));
         match (alike.next(), alike.next()) {
             (Some(only), None) => Ok(only),
             (None, _) => Err("not there".to_owned()),
@@ -121,15 +121,15 @@ fn is_missing(e: &Error) -> bool {
     e.kind() == ErrorKind::NotFound || matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENAMETOOLONG))
 }
 
-fn is_alike(one: &OsStr, other: &OsStr) -> bool {
+fn eq_ignoring_case(one: &OsStr, other: &OsStr) -> bool {
     match (one.to_str(), other.to_str()) {
-        (Some(one), Some(other)) => one.chars().map(upper).eq(other.chars().map(upper)),
+        (Some(one), Some(other)) => one.chars().map(to_single_uppercase).eq(other.chars().map(to_single_uppercase)),
         _ => one.as_bytes().eq_ignore_ascii_case(other.as_bytes()),
     }
 }
 
 /// The upper case of a letter if that is one letter, as in the table of NTFS.
-fn upper(letter: char) -> char {
+fn to_single_uppercase(letter: char) -> char {
     let mut upper = letter.to_uppercase();
     match (upper.next(), upper.next()) {
         (Some(one), None) => one,
@@ -146,10 +146,10 @@ mod tests {
     use crate::storage::Env;
     use crate::storage::host::Host;
 
-    fn found(root: &Path, below: &str, budget: &Budget) -> String {
-        match look_up(&Host.folder(root).unwrap(), Path::new(below), budget) {
-            Ok(Found::File(file)) => file.path().strip_prefix(root).unwrap().display().to_string(),
-            Ok(Found::Nothing(why)) => format!("({why})"),
+    fn found(root: &Path, below: &str, budget: &NameBudget) -> String {
+        match look_up_ignoring_case(&Host.folder(root).unwrap(), Path::new(below), budget) {
+            Ok(Lookup::File(file)) => file.path().strip_prefix(root).unwrap().display().to_string(),
+            Ok(Lookup::Absent(why)) => format!("({why})"),
             Err(e) => format!("{:?}", e.kind()),
         }
     }
@@ -169,7 +169,7 @@ mod tests {
         }
         symlink(outside.path(), d.path().join("Link")).unwrap();
         symlink("b.vhd", d.path().join("Gold/FileLink")).unwrap();
-        let look = |below: &str| found(d.path(), below, &Budget::default());
+        let look = |below: &str| found(d.path(), below, &NameBudget::default());
         for (below, file) in [
             ("Gold/Sub/Base.VHD", "Gold/Sub/Base.VHD"),
             ("gOLD/sUB/base.vhd", "Gold/Sub/Base.VHD"),
@@ -194,8 +194,8 @@ mod tests {
             let why = look(below);
             assert!(why.contains(one) && why.contains("differ from it in case alone"), "{below}: {why}");
         }
-        assert!(is_alike(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFFA")));
-        assert!(!is_alike(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFEa")));
+        assert!(eq_ignoring_case(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFFA")));
+        assert!(!eq_ignoring_case(OsStr::from_bytes(b"\xFFa"), OsStr::from_bytes(b"\xFEa")));
     }
 
     #[test]
@@ -204,8 +204,8 @@ mod tests {
         for name in 0..10 {
             fs::write(d.path().join(format!("file{name}")), "x").unwrap();
         }
-        let look = |budget: &Budget| found(d.path(), "FILE3", budget);
-        let budget = |folder, left| Budget { folder, left: Cell::new(left) };
+        let look = |budget: &NameBudget| found(d.path(), "FILE3", budget);
+        let budget = |folder, left| NameBudget { per_folder: folder, left: Cell::new(left) };
         assert_eq!(look(&budget(10, 10)), "file3");
         assert!(look(&budget(9, 100)).contains("too many names"));
         let together = budget(10, 25);

@@ -15,11 +15,11 @@ use crate::format::header::{DynamicHeader, HEADER_BYTES};
 use crate::units::SECTOR;
 
 /// The most bytes of BAT that are read of one image (O9).
-pub const TABLE_LIMIT: u64 = 16 << 20;
+pub const MAX_TABLE_BYTES: u64 = 16 << 20;
 
 /// A piece of metadata.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Part {
+pub enum MetadataPart {
     /// The copy of the footer at the start.
     FrontFooter,
     /// The dynamic header.
@@ -34,24 +34,24 @@ pub enum Part {
     Locator(usize),
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for MetadataPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Part::FrontFooter => f.write_str("footer at the start"),
-            Part::Header => f.write_str("dynamic header"),
-            Part::Table => f.write_str("block table"),
-            Part::BatmapHeader => f.write_str("header of the batmap"),
-            Part::Batmap => f.write_str("batmap"),
-            Part::Locator(slot) => write!(f, "parent locator {slot}"),
+            MetadataPart::FrontFooter => f.write_str("footer at the start"),
+            MetadataPart::Header => f.write_str("dynamic header"),
+            MetadataPart::Table => f.write_str("block table"),
+            MetadataPart::BatmapHeader => f.write_str("header of the batmap"),
+            MetadataPart::Batmap => f.write_str("batmap"),
+            MetadataPart::Locator(slot) => write!(f, "parent locator {slot}"),
         }
     }
 }
 
 /// Bytes of the file that a piece of metadata takes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Extent {
+pub struct MetadataExtent {
     /// The piece.
-    pub part: Part,
+    pub part: MetadataPart,
     /// Its bytes.
     pub range: Range<u64>,
 }
@@ -79,7 +79,7 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
     if u64::from(header.entries) < blocks {
         return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
     }
-    let limit = TABLE_LIMIT / 4;
+    let limit = MAX_TABLE_BYTES / 4;
     // Also entries that the disk does not need are read.
     let entries = u64::from(header.entries);
     if entries > limit {
@@ -93,23 +93,23 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
     let end = end.ok_or(Defect::TableOutside { at, offset, bytes, len })?;
     let range = offset..end;
     if offset < FOOTER_BYTES {
-        return Err(Defect::TableOverlaps { at, offset, bytes, part: Part::FrontFooter });
+        return Err(Defect::TableOverlaps { at, offset, bytes, part: MetadataPart::FrontFooter });
     }
     if overlap(&range, &(at..at.saturating_add(HEADER_BYTES))) {
-        return Err(Defect::TableOverlaps { at, offset, bytes, part: Part::Header });
+        return Err(Defect::TableOverlaps { at, offset, bytes, part: MetadataPart::Header });
     }
     Ok(range)
 }
 
 /// Where an opened sparse image has its metadata.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Metadata {
-    extents: Vec<Extent>,
+pub struct MetadataMap {
+    extents: Vec<MetadataExtent>,
     /// Room that locators have by their space fields.
-    set_aside: Vec<Range<u64>>,
+    locator_space: Vec<Range<u64>>,
 }
 
-impl Metadata {
+impl MetadataMap {
     /// Gathers the extents, after [`check_header_place`] and [`check_table`] have passed for the same file of `len`
     /// bytes. `batmap` is the decoded batmap header, where there is one. The notes name what is broken but needed by
     /// nobody; such pieces are left out.
@@ -118,20 +118,20 @@ impl Metadata {
         header: &DynamicHeader,
         batmap: Option<&BatmapHeader>,
         len: u64,
-    ) -> (Metadata, Vec<Defect>) {
+    ) -> (MetadataMap, Vec<Defect>) {
         let (mut extents, mut set_aside, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-        let mut add = |part, range: Range<u64>| extents.push(Extent { part, range });
+        let mut add = |part, range: Range<u64>| extents.push(MetadataExtent { part, range });
         let table = header.table_offset..header.table_offset.saturating_add(bat::bytes(header.entries));
         let front = 0..FOOTER_BYTES;
         let own = footer.data_offset..footer.data_offset.saturating_add(HEADER_BYTES);
-        add(Part::FrontFooter, front.clone());
-        add(Part::Header, own.clone());
-        add(Part::Table, table.clone());
+        add(MetadataPart::FrontFooter, front.clone());
+        add(MetadataPart::Header, own.clone());
+        add(MetadataPart::Table, table.clone());
         if let Some(batmap) = batmap {
             let at = table.end;
-            add(Part::BatmapHeader, at..at.saturating_add(SECTOR));
+            add(MetadataPart::BatmapHeader, at..at.saturating_add(SECTOR));
             match batmap.region(at, len) {
-                Ok(region) => add(Part::Batmap, region),
+                Ok(region) => add(MetadataPart::Batmap, region),
                 Err(defect) => notes.push(defect),
             }
         }
@@ -144,7 +144,7 @@ impl Metadata {
                         notes.push(Defect::LocatorPlace { slot, offset, length });
                     } else {
                         set_aside.push(text.start..text.start.saturating_add(locator.space_bytes()));
-                        add(Part::Locator(slot), text);
+                        add(MetadataPart::Locator(slot), text);
                     }
                 }
                 Ok(None) => {}
@@ -152,17 +152,17 @@ impl Metadata {
             }
         }
         extents.sort_by_key(|extent| extent.range.start);
-        (Metadata { extents, set_aside }, notes)
+        (MetadataMap { extents, locator_space: set_aside }, notes)
     }
 
     /// The extents, by place.
-    pub fn extents(&self) -> &[Extent] {
+    pub fn extents(&self) -> &[MetadataExtent] {
         &self.extents
     }
 
     /// Room that locators have by their space fields, and that a longer text may take. Blocks may lie there all the same.
-    pub fn set_aside(&self) -> &[Range<u64>] {
-        &self.set_aside
+    pub fn locator_space(&self) -> &[Range<u64>] {
+        &self.locator_space
     }
 
     /// The first byte behind all of them.
@@ -172,11 +172,11 @@ impl Metadata {
 
     /// Whether a locator passed all rules and may be read.
     pub fn has_locator(&self, slot: usize) -> bool {
-        self.extents.iter().any(|extent| extent.part == Part::Locator(slot))
+        self.extents.iter().any(|extent| extent.part == MetadataPart::Locator(slot))
     }
 
     /// The piece that `range` overlaps, if any.
-    pub fn overlapping(&self, range: &Range<u64>) -> Option<Part> {
+    pub fn overlapping(&self, range: &Range<u64>) -> Option<MetadataPart> {
         self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
     }
 }
@@ -220,9 +220,9 @@ mod tests {
         assert_eq!(table(1537, 8), Err(Defect::TableUnaligned { at: 512, offset: 1537 }));
         assert_eq!(
             table(1024, 8),
-            Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: Part::Header })
+            Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: MetadataPart::Header })
         );
-        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: Part::FrontFooter }));
+        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: MetadataPart::FrontFooter }));
         assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
         assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
@@ -232,7 +232,7 @@ mod tests {
         let late = Footer { data_offset: 1024, ..footer(4096) };
         assert!(check_table(&late, &header(512, 128), LEN).is_ok());
         assert!(check_table(&late, &header(512, 129), LEN).is_err());
-        let most = TABLE_LIMIT / 4;
+        let most = MAX_TABLE_BYTES / 4;
         let sized = |blocks: u64| {
             let header = header(4096, u32::try_from(blocks).unwrap());
             check_table(&footer(blocks * 4096), &header, u64::MAX)
@@ -251,9 +251,9 @@ mod tests {
         h.locators[6] = locator(2048, 600);
         h.locators[1] = locator(1600, 4);
         h.locators[2] = locator(LEN, 4);
-        let (m, notes) = Metadata::new(&footer(4096), &h, None, LEN);
-        let parts: Vec<Part> = m.extents().iter().map(|e| e.part).collect();
-        assert_eq!(parts, [Part::FrontFooter, Part::Header, Part::Table, Part::Locator(6)]);
+        let (m, notes) = MetadataMap::new(&footer(4096), &h, None, LEN);
+        let parts: Vec<MetadataPart> = m.extents().iter().map(|e| e.part).collect();
+        assert_eq!(parts, [MetadataPart::FrontFooter, MetadataPart::Header, MetadataPart::Table, MetadataPart::Locator(6)]);
         assert_eq!((m.end(), m.has_locator(6), m.has_locator(1)), (3072, true, false));
         assert_eq!(notes.iter().map(Defect::kind).collect::<Vec<_>>(), ["locator-place", "locator-place"]);
     }
@@ -264,11 +264,11 @@ mod tests {
         let mut bytes = [0; 512];
         bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
         let batmap = BatmapHeader::decode(&bytes).unwrap();
-        let (m, notes) = Metadata::new(&tap, &header(1536, 8), Some(&batmap), LEN);
-        assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, Part::BatmapHeader));
-        let (m, notes) = Metadata::new(&tap, &header(1536, 8), None, LEN);
+        let (m, notes) = MetadataMap::new(&tap, &header(1536, 8), Some(&batmap), LEN);
+        assert_eq!((m.end(), notes.len(), m.extents()[3].part), (0xC00, 0, MetadataPart::BatmapHeader));
+        let (m, notes) = MetadataMap::new(&tap, &header(1536, 8), None, LEN);
         assert_eq!((m.end(), notes), (2048, vec![]), "Xen Orchestra writes none");
         let outside = BatmapHeader { offset: LEN, ..batmap };
-        assert_eq!(Metadata::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
+        assert_eq!(MetadataMap::new(&tap, &header(1536, 8), Some(&outside), LEN).1.len(), 1);
     }
 }

@@ -4,7 +4,7 @@
 //! zeros take the place of all the parent's data in it. A guest that zeroes its disk leaves the same bytes; only where the
 //! block was placed by another program than the image's own writer, it was not the guest.
 
-use super::extent::{Plan, Source};
+use super::extent::{PlanBuffer, Source};
 use super::frozen::{Frozen, Layer};
 use super::version::Version;
 use crate::error::Result;
@@ -14,7 +14,7 @@ use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Bytes that are read of one image and of its parents.
-const LOOKED_AT: u64 = 256 << 20;
+const MAX_BYTES_READ: u64 = 256 << 20;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 
@@ -23,7 +23,7 @@ const CHUNK: usize = 64 << 10;
 ///
 /// # Errors
 /// `Io`; what `watch` fails with, which is asked between blocks.
-pub(super) fn look(
+pub(super) fn find_masked(
     child: &Image,
     parents: &[Image],
     suspects: &Suspects,
@@ -33,20 +33,20 @@ pub(super) fn look(
     let open =
         |(number, image): (u16, &Image)| Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? });
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
-    let mut look = Look {
+    let mut look = MaskScan {
         child,
         parents: Version::new(None, Frozen::new(layers), child.size() / SECTOR),
-        plan: Plan::default(),
-        left: LOOKED_AT,
+        plan: PlanBuffer::default(),
+        bytes_left: MAX_BYTES_READ,
         bytes: vec![0; CHUNK],
     };
     let mut found = Vec::new();
     for &(block, place) in &suspects.blocks {
         watch(0)?;
-        if let Some(sector) = look.block(block, place, suspects.placed_by_another)? {
+        if let Some(sector) = look.first_masked_sector(block, place, suspects.placed_by_another)? {
             found.push((block, sector, u64::from(place) * SECTOR));
         }
-        if look.left == 0 {
+        if look.bytes_left == 0 {
             log::info!("{}: not all of its blocks were compared with the parents", child.file().path().display());
             break;
         }
@@ -57,35 +57,35 @@ pub(super) fn look(
         return Ok(());
     }
     // Now it is known what came of it.
-    if look.left > 0 {
+    if look.bytes_left > 0 {
         defects.retain(|defect| !matches!(defect, Defect::PlacedByAnother { .. }));
     }
     defects.extend(found.into_iter().map(|(block, sector, at)| Defect::ParentHidden { block, sector, at }));
     Ok(())
 }
 
-struct Look<'a> {
+struct MaskScan<'a> {
     child: &'a Image,
     parents: Version,
-    plan: Plan,
-    left: u64,
+    plan: PlanBuffer,
+    bytes_left: u64,
     bytes: Vec<u8>,
 }
 
-impl Look<'_> {
+impl MaskScan<'_> {
     /// The first sector of a block that is zero where the parents have data. A block of zeros alone counts only if `all`:
     /// QEMU has something to write.
-    fn block(&mut self, block: u32, place: u32, all: bool) -> Result<Option<u64>> {
+    fn first_masked_sector(&mut self, block: u32, place: u32, all: bool) -> Result<Option<u64>> {
         let block_size = self.child.block_size().expect("it has blocks");
         let range = block_size.range_of(block);
         let disk = range.clip(SectorRange::between(0, self.child.size() / SECTOR));
         let data = (u64::from(place) + u64::from(block_size.bitmap_sectors())) * SECTOR;
         let (mut rest, mut hides, mut any) = (disk, None, all);
-        while !rest.is_empty() && self.left > 0 && !(any && hides.is_some()) {
+        while !rest.is_empty() && self.bytes_left > 0 && !(any && hides.is_some()) {
             let piece = rest.first((CHUNK / SECTOR_BYTES) as u64);
             rest = rest.skip(piece.count());
             let at = data + (piece.start() - range.start()) * SECTOR;
-            let zeros = self.zeros(piece, at)?;
+            let zeros = self.zero_runs(piece, at)?;
             any |= zeros.iter().map(|zeros| zeros.count()).sum::<u64>() < piece.count();
             for zeros in zeros {
                 if hides.is_none() {
@@ -97,12 +97,12 @@ impl Look<'_> {
     }
 
     /// The runs of zero sectors of a piece of the child's disk whose data is at byte `at`.
-    fn zeros(&mut self, piece: SectorRange, at: u64) -> Result<Vec<SectorRange>> {
+    fn zero_runs(&mut self, piece: SectorRange, at: u64) -> Result<Vec<SectorRange>> {
         let bytes = &mut self.bytes[..usize::try_from(piece.bytes()).expect("a chunk")];
         bytes.fill(0);
         let there = self.child.data_end().saturating_sub(at).min(bytes.len() as u64);
         self.child.file().read_at(&mut bytes[..usize::try_from(there).expect("a chunk")], at)?;
-        self.left = self.left.saturating_sub(there);
+        self.bytes_left = self.bytes_left.saturating_sub(there);
         let mut runs: Vec<SectorRange> = Vec::new();
         for (sector, _) in (piece.start()..).zip(bytes.chunks(SECTOR_BYTES)).filter(|(_, bytes)| is_zero(bytes)) {
             match runs.last_mut() {
@@ -120,7 +120,7 @@ impl Look<'_> {
             let Source::File { slot, offset } = extent.source else { continue };
             let bytes = &mut self.bytes[..usize::try_from(extent.range.bytes()).expect("a chunk")];
             self.parents.file(slot).read_at(bytes, offset)?;
-            self.left = self.left.saturating_sub(extent.range.bytes());
+            self.bytes_left = self.bytes_left.saturating_sub(extent.range.bytes());
             let mut sectors = (extent.range.start()..).zip(bytes.chunks(SECTOR_BYTES));
             if let Some((sector, _)) = sectors.find(|(_, bytes)| !is_zero(bytes)) {
                 return Ok(Some(sector));

@@ -2,17 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Chain, Plan, Policy, Use, Version};
+use super::{Chain, PlanBuffer, Policy, OpenMode, Version};
 use crate::image::{self, Commit, Growth, Image, Keep, Kind, ParentLink, Spec};
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-pub(super) struct Rig(tempfile::TempDir);
+pub(super) struct ChainFolder(tempfile::TempDir);
 
-impl Rig {
-    pub(super) fn new() -> Rig {
-        Rig(tempfile::tempdir().unwrap())
+impl ChainFolder {
+    pub(super) fn new() -> ChainFolder {
+        ChainFolder(tempfile::tempdir().unwrap())
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -44,18 +44,18 @@ impl Rig {
         self.child_by(name, parent, [parent, parent], block, sectors);
     }
 
-    pub(super) fn chain(&self, name: &str, how: Use) -> crate::error::Result<Chain> {
+    pub(super) fn chain(&self, name: &str, how: OpenMode) -> crate::error::Result<Chain> {
         Chain::open(&Host, &self.path(name), &Policy::default(), how)
     }
 
     /// The chain that ends in `name`, to be read.
     pub(super) fn read(&self, name: &str) -> Version {
-        self.chain(name, Use::Read).unwrap().into_frozen()
+        self.chain(name, OpenMode::Read).unwrap().into_frozen()
     }
 
     /// The same, to be written, with room for new blocks.
     pub(super) fn write(&self, name: &str) -> Version {
-        let version = self.chain(name, Use::Write).unwrap().into_writable(&Host, &Keep::Nothing).unwrap();
+        let version = self.chain(name, OpenMode::Write).unwrap().into_writable(&Host, &Keep::Nothing).unwrap();
         make_room(&version);
         version
     }
@@ -86,8 +86,8 @@ fn make_room(version: &Version) {
 }
 
 /// A plan, with what it misses loaded.
-pub(super) fn planned(version: &Version, mut ask: impl FnMut(&mut Plan)) -> Plan {
-    let (mut plan, mut held) = (Plan::default(), crate::image::Held::default());
+pub(super) fn plan_loaded(version: &Version, mut ask: impl FnMut(&mut PlanBuffer)) -> PlanBuffer {
+    let (mut plan, mut held) = (PlanBuffer::default(), crate::image::Held::default());
     ask(&mut plan);
     for _ in 0..2 {
         if !plan.missing.is_empty() {
@@ -100,7 +100,7 @@ pub(super) fn planned(version: &Version, mut ask: impl FnMut(&mut Plan)) -> Plan
 }
 
 pub(super) fn write(version: &Version, range: SectorRange, byte: u8) {
-    let plan = planned(version, |plan| {
+    let plan = plan_loaded(version, |plan| {
         while version.plan_write(range, plan).is_err() {
             make_room(version);
         }
@@ -114,10 +114,10 @@ pub(super) fn write(version: &Version, range: SectorRange, byte: u8) {
 }
 
 /// The first byte of each sector of a range, read in one piece; each sector is full of it.
-pub(super) fn seen(version: &Version, from: u64, to: u64) -> Vec<u8> {
+pub(super) fn read_sector_bytes(version: &Version, from: u64, to: u64) -> Vec<u8> {
     let range = SectorRange::between(from, to);
     let mut bytes = vec![0xEE; usize::try_from(range.bytes()).unwrap()];
-    version.read_now(range, &mut bytes, &mut Plan::default()).unwrap();
+    version.read_now(range, &mut bytes, &mut PlanBuffer::default()).unwrap();
     let sectors = bytes.chunks(SECTOR_BYTES);
     sectors
         .map(|sector| sector.iter().all(|b| *b == sector[0]).then_some(sector[0]).expect("one byte all over"))

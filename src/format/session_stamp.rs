@@ -34,7 +34,7 @@ const SUM: usize = 496;
 
 /// A stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Stamp {
+pub struct SessionStamp {
     /// Names the journal.
     pub session: Uuid,
     /// Changes whenever an older copy of the image would no longer fit the journal.
@@ -53,7 +53,7 @@ pub struct Stamp {
     pub folder: String,
 }
 
-impl Stamp {
+impl SessionStamp {
     /// The sector that holds it in the image of a UUID.
     pub fn encode(&self, image: Uuid) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
@@ -73,7 +73,7 @@ impl Stamp {
     }
 
     /// The stamp in a sector of the image of a UUID; `None` if the sector holds anything else.
-    pub fn decode(bytes: &[u8; SECTOR_BYTES], image: Uuid) -> Option<Stamp> {
+    pub fn decode(bytes: &[u8; SECTOR_BYTES], image: Uuid) -> Option<SessionStamp> {
         if bytes[..8] != MAGIC || bytes[SUM..] != sum(&bytes[..SUM], image) {
             return None;
         }
@@ -82,7 +82,7 @@ impl Stamp {
             let bytes = bytes[range].split(|byte| *byte == 0).next().unwrap_or_default();
             String::from_utf8_lossy(bytes).into_owned()
         };
-        Some(Stamp {
+        Some(SessionStamp {
             session: uuid(SESSION),
             generation: u64::from_be_bytes(bytes[GENERATION..GENERATION + 8].try_into().expect("eight bytes")),
             boot: uuid(BOOT),
@@ -96,7 +96,7 @@ impl Stamp {
 }
 
 /// A text from an image as it may be printed: control characters and marks that change the direction of text are escaped.
-pub fn readable(text: &str) -> String {
+pub fn escape_for_display(text: &str) -> String {
     let escaped = text.chars().flat_map(|c| match c {
         '\u{200E}' | '\u{200F}' | '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}' => c.escape_unicode().collect(),
         c if c.is_control() => c.escape_default().collect::<Vec<_>>(),
@@ -131,8 +131,8 @@ fn mix(z: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn stamp() -> Stamp {
-        Stamp {
+    fn stamp() -> SessionStamp {
+        SessionStamp {
             session: Uuid::from_u128(1),
             generation: u64::MAX - 1,
             boot: Uuid::from_u128(2),
@@ -148,25 +148,25 @@ mod tests {
     fn it_comes_back_and_belongs_to_one_image() {
         let (stamp, image) = (stamp(), Uuid::from_u128(9));
         let bytes = stamp.encode(image);
-        assert_eq!(Stamp::decode(&bytes, image), Some(stamp));
-        assert_eq!(Stamp::decode(&bytes, Uuid::from_u128(8)), None, "the stamp of another image");
+        assert_eq!(SessionStamp::decode(&bytes, image), Some(stamp));
+        assert_eq!(SessionStamp::decode(&bytes, Uuid::from_u128(8)), None, "the stamp of another image");
         for at in 0..SECTOR_BYTES {
             for bit in [1, 0x80] {
                 let mut wrong = bytes;
                 wrong[at] ^= bit;
-                assert_eq!(Stamp::decode(&wrong, image), None, "byte {at}");
+                assert_eq!(SessionStamp::decode(&wrong, image), None, "byte {at}");
             }
         }
         for other in [[0; SECTOR_BYTES], [0xFF; SECTOR_BYTES]] {
-            assert_eq!(Stamp::decode(&other, image), None);
+            assert_eq!(SessionStamp::decode(&other, image), None);
         }
     }
 
     #[test]
     fn long_texts_are_cut_and_odd_ones_are_printed_with_care() {
-        let long = Stamp { folder: "/ä".repeat(200), ..stamp() };
-        let back = Stamp::decode(&long.encode(Uuid::nil()), Uuid::nil()).expect("a stamp");
+        let long = SessionStamp { folder: "/ä".repeat(200), ..stamp() };
+        let back = SessionStamp::decode(&long.encode(Uuid::nil()), Uuid::nil()).expect("a stamp");
         assert!(back.folder.starts_with("/ä/ä") && back.folder.len() < 300);
-        assert_eq!(readable("a\x1b[31m\nb\u{202E}ä"), "a\\u{1b}[31m\\nb\\u{202e}ä");
+        assert_eq!(escape_for_display("a\x1b[31m\nb\u{202E}ä"), "a\\u{1b}[31m\\nb\\u{202e}ä");
     }
 }

@@ -10,110 +10,110 @@ use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::any_case::{Found, look_up};
-use super::open::Use;
-use super::parents::Search;
+use super::case_insensitive::{Lookup, look_up_ignoring_case};
+use super::open::OpenMode;
+use super::parents::ParentSearch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::Image;
 use crate::storage::{File, Folder, Lock, FilePresence};
 
 /// What a search for a parent came to.
-pub(super) enum Sought {
+pub(super) enum ParentLookup {
     /// It is here.
     Parent(Box<Image>),
     /// A file is where it should be, but is no sound image.
-    Broken(File, Error),
+    Invalid(File, Error),
     /// A file is where it should be, and a policy forbids to open it: no fault of any image.
     Refused(Error),
     /// There is no parent to open, by this rule.
-    Nowhere(Defect),
+    NotFound(Defect),
 }
 
 /// What the candidates so far came to.
 #[derive(Default)]
-struct Seen {
+struct Candidates {
     /// Files with the recorded UUID.
-    fit: Vec<Image>,
+    matching: Vec<Image>,
     /// The first thing that exists and is not the parent.
-    first: Option<Result<Sought>>,
+    first_failure: Option<Result<ParentLookup>>,
     /// Where nothing is, and why.
-    nothing: Vec<(PathBuf, String)>,
+    absent: Vec<(PathBuf, String)>,
 }
 
-impl Search<'_> {
+impl ParentSearch<'_> {
     /// Looks for the parent of a differencing image that was passed, and opens it.
     ///
     /// # Errors
     /// `Io`: of the child, or of a parent that is there.
-    pub(super) fn seek(&self, child: &Image) -> Result<Sought> {
+    pub(super) fn find_parent(&self, child: &Image) -> Result<ParentLookup> {
         let header = child.header().expect("differencing images have a header");
         if header.parent_is_raw() {
-            return Ok(Sought::Nowhere(Defect::ParentRaw));
+            return Ok(ParentLookup::NotFound(Defect::ParentRaw));
         }
         let recorded = child.recorded_parent()?;
         if recorded.paths.is_empty() && recorded.names.is_empty() {
-            return Ok(Sought::Nowhere(Defect::ParentUnnamed));
+            return Ok(ParentLookup::NotFound(Defect::ParentUnnamed));
         }
         let (wanted, at) = (header.parent_uuid, child.file().path());
-        let (here, folder) = self.place_of(child);
-        let mut seen = Seen::default();
+        let (here, folder) = self.folder_of(child);
+        let mut seen = Candidates::default();
         for path in &recorded.paths {
             let whole = match path {
-                ParentPath::Relative(path) => plain(&here.join(path)),
-                ParentPath::Absolute(path) => plain(path),
+                ParentPath::Relative(path) => lexically_normal(&here.join(path)),
+                ParentPath::Absolute(path) => lexically_normal(path),
             };
             if seen.has_tried(&whole) {
                 continue;
             }
-            match self.known_above(&whole) {
-                Some((folder, below)) => self.try_one(folder, &below, whole.clone(), wanted, &mut seen),
+            match self.held_folder_above(&whole) {
+                Some((folder, below)) => self.try_candidate(folder, &below, whole.clone(), wanted, &mut seen),
                 None => match self.env().file_presence(&whole) {
-                    FilePresence::Absent => seen.nothing.push((whole, "not there".to_owned())),
-                    FilePresence::Present => return Ok(Sought::Refused(not_allowed(at, &whole, None))),
-                    FilePresence::Unknown(why) => seen.stands(Ok(Sought::Refused(not_allowed(at, &whole, Some(why))))),
+                    FilePresence::Absent => seen.absent.push((whole, "not there".to_owned())),
+                    FilePresence::Present => return Ok(ParentLookup::Refused(not_allowed(at, &whole, None))),
+                    FilePresence::Unknown(why) => seen.record_failure(Ok(ParentLookup::Refused(not_allowed(at, &whole, Some(why))))),
                 },
             }
-            if let Some(parent) = seen.fit.pop() {
-                return Ok(Sought::Parent(Box::new(parent)));
+            if let Some(parent) = seen.matching.pop() {
+                return Ok(ParentLookup::Parent(Box::new(parent)));
             }
         }
-        if let Some(first) = seen.first {
+        if let Some(first) = seen.first_failure {
             return first;
         }
         for name in &recorded.names {
             for (path, folder) in std::iter::once((here, folder)).chain(self.allowed()) {
                 let whole = path.join(name);
                 if !seen.has_tried(&whole) {
-                    self.try_one(folder, Path::new(name), whole, wanted, &mut seen);
+                    self.try_candidate(folder, Path::new(name), whole, wanted, &mut seen);
                 }
             }
         }
-        seen.verdict(at)
+        seen.into_lookup(at)
     }
 
-    fn try_one(&self, folder: &Folder, below: &Path, whole: PathBuf, wanted: Uuid, seen: &mut Seen) {
-        let file = match look_up(folder, below, self.budget()) {
-            Ok(Found::File(file)) => file,
-            Ok(Found::Nothing(why)) => return seen.nothing.push((whole, why)),
-            Err(e) if e.kind() == ErrorKind::Refused => return seen.stands(Ok(Sought::Refused(e))),
-            Err(e) => return seen.stands(Err(e)),
+    fn try_candidate(&self, folder: &Folder, below: &Path, whole: PathBuf, wanted: Uuid, seen: &mut Candidates) {
+        let file = match look_up_ignoring_case(folder, below, self.budget()) {
+            Ok(Lookup::File(file)) => file,
+            Ok(Lookup::Absent(why)) => return seen.absent.push((whole, why)),
+            Err(e) if e.kind() == ErrorKind::Refused => return seen.record_failure(Ok(ParentLookup::Refused(e))),
+            Err(e) => return seen.record_failure(Err(e)),
         };
-        match self.open(&file, wanted) {
-            Ok(Ok(image)) => seen.fits(image),
-            Ok(Err(defect)) => seen.stands(Ok(Sought::Nowhere(defect))),
-            Err(e) if e.kind() == ErrorKind::Busy => seen.stands(Err(e)),
-            Err(e) => seen.stands(Ok(Sought::Broken(file, e))),
+        match self.open_candidate(&file, wanted) {
+            Ok(Ok(image)) => seen.add_match(image),
+            Ok(Err(defect)) => seen.record_failure(Ok(ParentLookup::NotFound(defect))),
+            Err(e) if e.kind() == ErrorKind::Busy => seen.record_failure(Err(e)),
+            Err(e) => seen.record_failure(Ok(ParentLookup::Invalid(file, e))),
         }
     }
 
     /// Opens a candidate, locked; the inner error if it is another image.
-    fn open(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
+    fn open_candidate(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
         // A file that was passed on the way is locked already; that it comes again is found when it is passed.
-        if self.how() != Use::Look && !self.has_passed(file.stat()?.id) {
+        if self.mode() != OpenMode::Inspect && !self.has_visited(file.stat()?.id) {
             file.lock(Lock::Shared)?;
         }
-        let image = self.how().opened(file.clone())?;
+        let image = self.mode().open_image(file.clone())?;
         if image.uuid() == wanted {
             return Ok(Ok(image));
         }
@@ -122,31 +122,31 @@ impl Search<'_> {
     }
 }
 
-impl Seen {
+impl Candidates {
     fn has_tried(&self, path: &Path) -> bool {
-        self.nothing.iter().any(|(tried, _)| tried == path)
+        self.absent.iter().any(|(tried, _)| tried == path)
     }
 
-    fn stands(&mut self, what: Result<Sought>) {
-        self.first.get_or_insert(what);
+    fn record_failure(&mut self, what: Result<ParentLookup>) {
+        self.first_failure.get_or_insert(what);
     }
 
     /// Counts a file in that fits; once, by whatever names it was found.
-    fn fits(&mut self, image: Image) {
+    fn add_match(&mut self, image: Image) {
         let id = |image: &Image| image.file().stat().ok().map(|stat| stat.id);
-        if self.fit.iter().all(|known| id(known) != id(&image)) {
-            self.fit.push(image);
+        if self.matching.iter().all(|known| id(known) != id(&image)) {
+            self.matching.push(image);
         }
     }
 
     /// What the names came to.
-    fn verdict(mut self, child: &Path) -> Result<Sought> {
-        match (self.fit.pop(), self.fit.pop()) {
-            (Some(parent), None) => Ok(Sought::Parent(Box::new(parent))),
-            (Some(one), Some(other)) => Ok(Sought::Refused(twins(child, &one, &other))),
-            (None, _) => self.first.unwrap_or_else(|| {
-                let tried = self.nothing.iter().map(|(path, why)| format!("{} ({why})", path.display())).collect();
-                Ok(Sought::Nowhere(Defect::ParentMissing { tried }))
+    fn into_lookup(mut self, child: &Path) -> Result<ParentLookup> {
+        match (self.matching.pop(), self.matching.pop()) {
+            (Some(parent), None) => Ok(ParentLookup::Parent(Box::new(parent))),
+            (Some(one), Some(other)) => Ok(ParentLookup::Refused(ambiguous_parent(child, &one, &other))),
+            (None, _) => self.first_failure.unwrap_or_else(|| {
+                let tried = self.absent.iter().map(|(path, why)| format!("{} ({why})", path.display())).collect();
+                Ok(ParentLookup::NotFound(Defect::ParentMissing { tried }))
             }),
         }
     }
@@ -166,7 +166,7 @@ fn not_allowed(child: &Path, parent: &Path, why: Option<&str>) -> Error {
     Error::new(ErrorKind::Refused, what).at_path(child)
 }
 
-fn twins(child: &Path, one: &Image, other: &Image) -> Error {
+fn ambiguous_parent(child: &Path, one: &Image, other: &Image) -> Error {
     let what = format!(
         "its parent is at none of the recorded paths, and both {} and {} have its name and UUID: link the child to the \
          right one with `diffdisk rebase --unsafe`",
@@ -177,7 +177,7 @@ fn twins(child: &Path, one: &Image, other: &Image) -> Error {
 }
 
 /// The path without `..`, which is taken away by text, never by following.
-pub(super) fn plain(path: &Path) -> PathBuf {
+pub(super) fn lexically_normal(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {
         match component {

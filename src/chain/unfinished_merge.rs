@@ -20,18 +20,18 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::merge_record::{Copied, MergeRecord, escaped, unescaped};
-use super::open::Use;
+use super::merge_record::{Copied, MergeRecord, percent_encode, percent_decode};
+use super::open::OpenMode;
 use super::warning;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
 use crate::storage::{Access, Env, File, Folder};
 
-const MARK: &str = "user.diffdisk.merge";
+const MERGE_ATTRIBUTE: &str = "user.diffdisk.merge";
 
 /// What is going to be done with an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Change {
+pub enum ImageChange {
     /// Its disk is written to.
     Contents,
     /// It gets another parent or none, or is removed.
@@ -39,13 +39,13 @@ pub enum Change {
     /// Its disk gets another size.
     Size,
     /// Its blocks move, or give room back: the disk stays as it is.
-    Room,
+    Allocation,
     /// It gets a child.
     Child,
 }
 
 /// An unfinished merge, as far as an image of it shows.
-struct Merge {
+struct UnfinishedMerge {
     /// CHILD: identity and path.
     child: Uuid,
     path: PathBuf,
@@ -53,7 +53,7 @@ struct Merge {
     record: Option<MergeRecord>,
 }
 
-impl Merge {
+impl UnfinishedMerge {
     fn is_abandoned(&self) -> bool {
         self.record.as_ref().is_none_or(|record| record.abandoned)
     }
@@ -111,7 +111,7 @@ impl Merge {
 /// - `Unsupported` if the file system keeps no attributes
 /// - `Io`
 pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
-    receiver.set_attribute(MARK, Some(format!("{child} {}", escaped(path)).as_bytes()))?;
+    receiver.set_attribute(MERGE_ATTRIBUTE, Some(format!("{child} {}", percent_encode(path)).as_bytes()))?;
     receiver.sync_all()
 }
 
@@ -120,10 +120,10 @@ pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
 /// # Errors
 /// `Io`.
 pub fn unmark_receiver(receiver: &File) -> Result<()> {
-    if receiver.attribute(MARK)?.is_none() {
+    if receiver.attribute(MERGE_ATTRIBUTE)?.is_none() {
         return Ok(());
     }
-    receiver.set_attribute(MARK, None)?;
+    receiver.set_attribute(MERGE_ATTRIBUTE, None)?;
     receiver.sync_all()
 }
 
@@ -131,11 +131,11 @@ pub fn unmark_receiver(receiver: &File) -> Result<()> {
 ///
 /// # Errors
 /// `Io`.
-pub fn marked_by(receiver: &File) -> Result<Option<(Uuid, PathBuf)>> {
-    let Some(value) = receiver.attribute(MARK)? else { return Ok(None) };
+pub fn receiver_mark(receiver: &File) -> Result<Option<(Uuid, PathBuf)>> {
+    let Some(value) = receiver.attribute(MERGE_ATTRIBUTE)? else { return Ok(None) };
     let decode = || {
         let (uuid, path) = std::str::from_utf8(&value).ok()?.split_once(' ')?;
-        Some((uuid.parse().ok()?, unescaped(path)?))
+        Some((uuid.parse().ok()?, percent_decode(path)?))
     };
     Ok(decode())
 }
@@ -152,7 +152,7 @@ pub(super) fn check_chain(
     images: &[&Image],
     allowed: &[PathBuf],
     own: Option<Uuid>,
-    how: Use,
+    how: OpenMode,
 ) -> Result<Vec<usize>> {
     let records = records_near(env, images, allowed)?;
     let mut receiving = Vec::new();
@@ -167,7 +167,7 @@ pub(super) fn check_chain(
             }
             let path = image.file().path();
             // Who writes the youngest image asks `refuse_change`.
-            let is_read = matches!(how, Use::Read | Use::Salvage) || (how == Use::Write && number > 0);
+            let is_read = matches!(how, OpenMode::Read | OpenMode::Salvage) || (how == OpenMode::Write && number > 0);
             if is_read && !is_hidden && (merge.is_partial() || merge.exposes(&images[..number])) {
                 return Err(merge.refusal(path));
             }
@@ -181,8 +181,8 @@ pub(super) fn check_chain(
 ///
 /// # Errors
 /// `Io`.
-pub fn warn_of_merges(env: &dyn Env, image: &Image) -> Result<()> {
-    check_chain(env, &[image], &[], None, Use::Look).map(drop)
+pub fn warn_of_unfinished_merges(env: &dyn Env, image: &Image) -> Result<()> {
+    check_chain(env, &[image], &[], None, OpenMode::Inspect).map(drop)
 }
 
 /// Refuses a change of an image after which a merge that was begun could be neither finished nor abandoned. The merge of
@@ -194,20 +194,20 @@ pub fn warn_of_merges(env: &dyn Env, image: &Image) -> Result<()> {
 pub fn refuse_change(
     env: &dyn Env,
     image: &Image,
-    change: Change,
+    change: ImageChange,
     allowed: &[PathBuf],
     own: Option<Uuid>,
 ) -> Result<()> {
     let records = records_near(env, &[image], allowed)?;
-    let refuse = |merge: &Merge, what: &str| {
+    let refuse = |merge: &UnfinishedMerge, what: &str| {
         let give_up = if merge.is_abandoned() || merge.is_complete() { "" } else { ", or give it up with --abandon" };
         let what = format!("{what} was begun: finish that first with `{}`{give_up}", merge.command());
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     };
     for merge in merges_into(image, &records)?.into_iter().filter(|merge| Some(merge.child) != own) {
         let is_free = match change {
-            Change::Size | Change::Room => merge.is_abandoned(),
-            Change::Contents | Change::Link | Change::Child => false,
+            ImageChange::Size | ImageChange::Allocation => merge.is_abandoned(),
+            ImageChange::Contents | ImageChange::Link | ImageChange::Child => false,
         };
         if !is_free {
             return refuse(&merge, &format!("a merge of {} into it", merge.path.display()));
@@ -217,31 +217,31 @@ pub fn refuse_change(
         let Some(place) = record.layers.iter().position(|layer| layer.uuid == image.uuid()) else { continue };
         let complete = record.copied == Copied::All;
         let is_free = match change {
-            Change::Child => place == 0,
-            Change::Contents | Change::Room => !complete,
-            Change::Link | Change::Size => record.abandoned,
+            ImageChange::Child => place == 0,
+            ImageChange::Contents | ImageChange::Allocation => !complete,
+            ImageChange::Link | ImageChange::Size => record.abandoned,
         };
         if !is_free {
-            return refuse(&Merge::of(record), "a merge of it");
+            return refuse(&UnfinishedMerge::of(record), "a merge of it");
         }
     }
     Ok(())
 }
 
-impl Merge {
-    fn of(record: &MergeRecord) -> Merge {
-        Merge { child: record.layers[0].uuid, path: record.child(), record: Some(record.clone()) }
+impl UnfinishedMerge {
+    fn of(record: &MergeRecord) -> UnfinishedMerge {
+        UnfinishedMerge { child: record.layers[0].uuid, path: record.child(), record: Some(record.clone()) }
     }
 }
 
 /// The merges into an image.
-fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<Merge>> {
-    let mut merges: Vec<Merge> =
-        records.iter().filter(|record| record.ancestor == image.uuid()).map(Merge::of).collect();
-    if let Some((child, path)) = marked_by(image.file())?
+fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<UnfinishedMerge>> {
+    let mut merges: Vec<UnfinishedMerge> =
+        records.iter().filter(|record| record.ancestor == image.uuid()).map(UnfinishedMerge::of).collect();
+    if let Some((child, path)) = receiver_mark(image.file())?
         && merges.iter().all(|merge| merge.child != child)
     {
-        merges.push(Merge { child, path, record: None });
+        merges.push(UnfinishedMerge { child, path, record: None });
     }
     Ok(merges)
 }
