@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode, Version};
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
-use diffdisk::image::Keep;
+use diffdisk::image::Durability;
 use diffdisk::storage::{EngineKind, Env, GuestIovecs};
 use diffdisk::units::SectorRange;
 
@@ -33,7 +33,7 @@ pub enum Cut {
 pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
     let top = make(folder, depth, cut);
     let chain = Chain::open(&HOST, &top, &Policy::default(), OpenMode::Write).unwrap_or_else(|e| panic!("{}", e.line()));
-    chain.into_writable(&HOST, &Keep::Nothing).unwrap_or_else(|e| panic!("{}", e.line()))
+    chain.into_writable(&HOST, &Durability::FlushOnly).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
 /// Has everything decided, so that only look-ups are left.

@@ -48,7 +48,7 @@ impl Chain {
             window.fill(0);
             let range = SectorRange::between(from, from + WINDOW_SECTORS);
             layers.iter().filter(|layer| layer.next_change.is_some_and(|found| found < range.end())).for_each(|layer| {
-                layer.image.prefetch_bits(range.clip(SectorRange::between(0, layer.visible)));
+                layer.image.prefetch_bitmaps(range.clip(SectorRange::between(0, layer.visible)));
             });
             for layer in &layers {
                 layer.set_changed_bits(range, &mut window)?;
@@ -114,7 +114,7 @@ impl LayerCursor<'_> {
                 return Ok(());
             }
             rest = SectorRange::between(part.end(), seen.end());
-            let words = self.image.sector_bits(block)?.expect("the table has a place for it");
+            let words = self.image.block_bitmap(block)?.expect("the table has a place for it");
             let mut bit = block_size.within(part.start());
             let end = bit + u32::try_from(part.count()).expect("a part of a block");
             while bit < end {

@@ -61,7 +61,7 @@ pub fn check(
     while let Some(file) = next.take() {
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
-        let (report, image) = image::check_watched(file, &mut watch)?;
+        let (report, image) = image::check_with_progress(file, &mut watch)?;
         if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::is(Mutant::ParentNotAsked)) {
             refuse_if_live(env, runtime, image)?;
         }

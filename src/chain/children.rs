@@ -19,7 +19,7 @@ use super::parents::{Policy, ParentSearch};
 use super::parent_lookup::{ParentLookup, lexically_normal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::image::{Glance, Image, file_name, folder_of, is_fresh_name};
+use crate::image::{ImageIdentity, Image, file_name, folder_of, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
@@ -79,7 +79,7 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
         Err(e) if e.is_denied() => Vec::new(),
         listed => listed?,
     };
-    for (number, name) in listed.iter().filter(|name| !is_fresh_name(name)).enumerate() {
+    for (number, name) in listed.iter().filter(|name| !is_temporary_name(name)).enumerate() {
         if number >= MAX_FILES || env.monotonic_time().saturating_sub(began) > MAX_SEARCH_TIME {
             let (folder, all) = (folder.display(), listed.len());
             log::info!("{folder}: only {number} of {all} files were searched for children of an image there");
@@ -140,7 +140,7 @@ impl ChildSearch<'_> {
         if self.found.iter().any(|(known, _)| *known == id) {
             return Ok(true);
         }
-        let named = Glance::at(&file)?.and_then(|glance| glance.parent);
+        let named = ImageIdentity::peek(&file)?.and_then(|glance| glance.parent);
         if id == self.id || named != Some(self.parent.uuid()) || !self.resolves_to_parent(file)? {
             return Ok(false);
         }

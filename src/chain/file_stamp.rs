@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use crate::error::{Result, found};
-use crate::image::Glance;
+use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
 /// The state of a file, by which it is known again: the same file, and nobody has written to it.
@@ -35,7 +35,7 @@ impl FileStamp {
     /// `Io`.
     pub fn of_image_at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<FileStamp>> {
         let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
-        let is_it = Glance::at(&file)?.is_some_and(|glance| glance.uuid == uuid);
+        let is_it = ImageIdentity::peek(&file)?.is_some_and(|glance| glance.uuid == uuid);
         is_it.then(|| FileStamp::of(&file)).transpose()
     }
 

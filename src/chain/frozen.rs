@@ -289,7 +289,7 @@ mod tests {
         // part of the cell needs.
         let pieces = version.frozen().cell_reads(1);
         assert!(pieces.iter().any(|p| p.layer == 0) && pieces.iter().any(|p| p.layer == 2), "{pieces:?}");
-        version.load_now(&plan.missing, &mut crate::image::Held::default()).unwrap();
+        version.load_now(&plan.missing, &mut crate::image::Pins::default()).unwrap();
         version.plan_read(range, &mut plan);
         assert!(plan.missing.is_empty() && version.frozen().cell_reads(1).is_empty());
         let ends: Vec<_> = plan.extents.iter().map(|e| e.range.end()).collect();

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::{ArcSwap, Cache};
 
 use super::extent::{PlanBuffer, Source};
-use crate::image::Paged;
+use crate::image::SparseArray;
 use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
 
@@ -134,14 +134,14 @@ fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, plan: &mut Pla
 /// The cells that are decided.
 #[derive(Debug)]
 pub(super) struct CellTable {
-    cells: Paged<OnceLock<Cell>>,
+    cells: SparseArray<OnceLock<Cell>>,
     run_bytes: AtomicUsize,
 }
 
 impl CellTable {
     fn new(sectors: u64) -> CellTable {
         let count = usize::try_from(sectors.div_ceil(CELL_SECTORS)).expect("at most 2^20 cells in 2040 GiB");
-        CellTable { cells: Paged::new(count, OnceLock::new), run_bytes: AtomicUsize::new(0) }
+        CellTable { cells: SparseArray::new(count, OnceLock::new), run_bytes: AtomicUsize::new(0) }
     }
 
     #[inline]
@@ -193,10 +193,10 @@ impl FrozenCache {
         if bytes > 0 && before + bytes > self.max_run_bytes {
             let fresh = CellTable::new(self.sectors);
             fresh.run_bytes.store(bytes, Ordering::Relaxed);
-            let _ = fresh.cells.touch(index).set(cell);
+            let _ = fresh.cells.get_or_init(index).set(cell);
             // Where two queues do so at once, one forgets what the other has just kept: it is read again.
             self.table.store(Arc::new(fresh));
-        } else if decided.cells.touch(index).set(cell).is_err() {
+        } else if decided.cells.get_or_init(index).set(cell).is_err() {
             decided.run_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
     }

@@ -9,7 +9,7 @@ use super::frozen::{Frozen, Layer};
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
-use crate::image::{Image, Suspects, Watch, is_zero};
+use crate::image::{Image, Suspects, OnProgress, is_zero};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -28,7 +28,7 @@ pub(super) fn find_masked(
     parents: &[Image],
     suspects: &Suspects,
     defects: &mut Vec<Defect>,
-    watch: &mut Watch<'_>,
+    watch: &mut OnProgress<'_>,
 ) -> Result<()> {
     let open =
         |(number, image): (u16, &Image)| Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? });

@@ -13,7 +13,7 @@ use super::version::Version;
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
-use crate::image::{Image, Keep, Writable};
+use crate::image::{Image, Durability, Writable};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, File, Lock, FileSlot};
 use crate::units::SECTOR;
@@ -176,7 +176,7 @@ impl Chain {
     ///
     /// # Errors
     /// As `Writable::new`.
-    pub fn into_writable(mut self, env: &dyn Env, keep: &Keep) -> Result<Version> {
+    pub fn into_writable(mut self, env: &dyn Env, keep: &Durability) -> Result<Version> {
         let sectors = self.youngest().size() / SECTOR;
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");

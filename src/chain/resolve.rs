@@ -14,7 +14,7 @@ use super::frozen::CellRead;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
-use crate::image::{Held, NoRoom};
+use crate::image::{Pins, NeedsGrowth};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -87,7 +87,7 @@ impl Version {
     ///
     /// # Errors
     /// [`NoRoom`]: ask again when the file has grown.
-    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
+    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
         self.top().expect("only writable disks write").plan_write(range, plan)
     }
@@ -96,7 +96,7 @@ impl Version {
     ///
     /// # Errors
     /// As for `plan_write`.
-    pub fn plan_zero(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
+    pub fn plan_zero(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
         self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
     }
@@ -115,11 +115,11 @@ impl Version {
                 Missing::BitmapSector(granule) => {
                     let top = self.top().expect("only a top has granules");
                     // Asked before the file is read: what comes and goes meanwhile makes the piece worthless.
-                    let Some(times) = top.image.bitmaps().and_then(|b| b.times_absent(granule)) else {
+                    let Some(times) = top.image.bitmaps().and_then(|b| b.eviction_count(granule)) else {
                         load.already_loaded.push(granule);
                         continue;
                     };
-                    let at = top.image.granule_offset(granule);
+                    let at = top.image.bitmap_sector_offset(granule);
                     load.bitmap_sectors.push((granule, BitmapRead { slot: top.slot, at, evictions: times, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
@@ -134,13 +134,13 @@ impl Version {
     }
 
     /// Takes in a load whose pieces are all there. Granules of the top stay in memory as long as `held` does.
-    pub fn supply(&self, load: &Load, held: &mut Held) {
+    pub fn supply(&self, load: &Load, held: &mut Pins) {
         let image = || &self.top().expect("only a top has granules").image;
         for (granule, piece) in &load.bitmap_sectors {
             let bytes = piece.bytes.as_ref().expect("all pieces were read");
-            held.supply(image(), *granule, Some((piece.evictions, &bytes[..])));
+            held.insert(image(), *granule, Some((piece.evictions, &bytes[..])));
         }
-        load.already_loaded.iter().for_each(|granule| held.supply(image(), *granule, None));
+        load.already_loaded.iter().for_each(|granule| held.insert(image(), *granule, None));
         for (cell, pieces) in &load.cells {
             self.frozen().supply(*cell, pieces);
         }
@@ -150,7 +150,7 @@ impl Version {
     ///
     /// # Errors
     /// `Io`, naming file and offset.
-    pub fn load_now(&self, missing: &[Missing], held: &mut Held) -> Result<()> {
+    pub fn load_now(&self, missing: &[Missing], held: &mut Pins) -> Result<()> {
         let mut load = self.load(missing);
         let pieces: Vec<_> = load.reads().collect();
         for (number, (slot, at)) in pieces.into_iter().enumerate() {
@@ -168,7 +168,7 @@ impl Version {
     /// As `load_now`.
     pub fn mark_now(&self, range: SectorRange) -> Result<bool> {
         let image = &self.top().expect("only writable disks write").image;
-        let mut held = Held::default();
+        let mut held = Pins::default();
         loop {
             match image.mark(range) {
                 Ok(kept) => return Ok(kept),
@@ -184,7 +184,7 @@ impl Version {
     pub fn plan_read_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         self.plan_read(range, plan);
         // Mostly twice at most: what the top's bits leave open may need the bitmaps of what lies beneath.
-        let mut held = Held::default();
+        let mut held = Pins::default();
         while !plan.missing.is_empty() {
             self.load_now(&plan.missing, &mut held)?;
             self.plan_read(range, plan);
@@ -200,7 +200,7 @@ impl Version {
         assert!(self.top().is_none(), "only what does not change is passed once");
         plan.clear();
         let (frozen, mut rest) = (self.frozen(), range);
-        frozen.layers().iter().for_each(|layer| layer.image.prefetch_bits(range));
+        frozen.layers().iter().for_each(|layer| layer.image.prefetch_bitmaps(range));
         while !rest.is_empty() {
             let cell = rest.start() / CELL_SECTORS;
             let start = cell * CELL_SECTORS;
@@ -275,7 +275,7 @@ mod tests {
                 version.file(slot).read_at(&mut sector, at).unwrap();
                 load.complete(number, &sector);
             }
-            version.supply(&load, &mut Held::default());
+            version.supply(&load, &mut Pins::default());
         }
         let mut want = vec![1; 20_000];
         for (from, to, byte) in [(100, 200, 2), (150, 160, 5), (5_000, 5_100, 3), (8_200, 8_201, 6), (9_000, 9_001, 4)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::super::testing::ChainFolder;
 use super::super::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind};
-use crate::image::{self, Image, Kind, ParentLink, Spec};
+use crate::image::{self, Image, ImageKind, ParentLink, ImageSpec};
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR};
@@ -39,7 +39,7 @@ impl LookupFolders {
         let (relative, absolute) = (relative.map(Into::into), absolute.map(Path::to_path_buf));
         let link = ParentLink { uuid, modified: 0, relative, absolute, name: name.into() };
         let block_size = BlockSize::from_bytes(BLOCK).unwrap();
-        let spec = Spec { kind: Kind::Differencing(link), size: 100 * SECTOR, block_size, reserve: 0 };
+        let spec = ImageSpec { kind: ImageKind::Differencing(link), size: 100 * SECTOR, block_size, reserve: 0 };
         image::create(&Host, &self.at(path), &spec).unwrap();
     }
 

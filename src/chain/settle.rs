@@ -6,7 +6,7 @@ use std::path::Path;
 use super::open::{Chain, OpenMode};
 use super::parents::Policy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Standing};
+use crate::image::{self, SessionState};
 use crate::storage::{Access, Env, Lock};
 
 /// Settles each parent of the image at `path` whose session has its journal in the policy's runtime folder; how many.
@@ -20,7 +20,7 @@ pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usi
     let chain = Chain::open(env, path, policy, OpenMode::Inspect)?;
     let mut settled = 0;
     for parent in &chain.images()[1..] {
-        let Standing::Open(_) = Standing::of(env, parent)? else { continue };
+        let SessionState::Open(_) = SessionState::of(env, parent)? else { continue };
         let path = parent.file().path();
         let file = env.open(path, Access::Write)?;
         if file.stat()?.id != parent.file().stat()?.id {

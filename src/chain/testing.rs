@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Chain, PlanBuffer, Policy, OpenMode, Version};
-use crate::image::{self, Commit, Growth, Image, Keep, Kind, ParentLink, Spec};
+use crate::image::{self, Commit, Growth, Image, Durability, ImageKind, ParentLink, ImageSpec};
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -19,17 +19,17 @@ impl ChainFolder {
         self.0.path().join(name)
     }
 
-    fn make(&self, name: &str, kind: Kind, block: u32, sectors: u64) {
+    fn make(&self, name: &str, kind: ImageKind, block: u32, sectors: u64) {
         let block_size = BlockSize::from_bytes(block).unwrap();
-        image::create(&Host, &self.path(name), &Spec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
+        image::create(&Host, &self.path(name), &ImageSpec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
     }
 
     pub(super) fn fixed(&self, name: &str, sectors: u64) {
-        self.make(name, Kind::Fixed, 2 << 20, sectors);
+        self.make(name, ImageKind::Fixed, 2 << 20, sectors);
     }
 
     pub(super) fn dynamic(&self, name: &str, block: u32, sectors: u64) {
-        self.make(name, Kind::Dynamic, block, sectors);
+        self.make(name, ImageKind::Dynamic, block, sectors);
     }
 
     /// A child of `parent` that records `paths` (relative to the folder) in its two locators and its name.
@@ -37,7 +37,7 @@ impl ChainFolder {
         let uuid = Image::open(Host.open(&self.path(parent), Access::Read).unwrap()).unwrap().uuid();
         let relative = Some(paths[0].into());
         let link = ParentLink { uuid, modified: 0, relative, absolute: None, name: paths[1].into() };
-        self.make(name, Kind::Differencing(link), block, sectors);
+        self.make(name, ImageKind::Differencing(link), block, sectors);
     }
 
     pub(super) fn child(&self, name: &str, parent: &str, block: u32, sectors: u64) {
@@ -55,7 +55,7 @@ impl ChainFolder {
 
     /// The same, to be written, with room for new blocks.
     pub(super) fn write(&self, name: &str) -> Version {
-        let version = self.chain(name, OpenMode::Write).unwrap().into_writable(&Host, &Keep::Nothing).unwrap();
+        let version = self.chain(name, OpenMode::Write).unwrap().into_writable(&Host, &Durability::FlushOnly).unwrap();
         make_room(&version);
         version
     }
@@ -68,7 +68,7 @@ impl ChainFolder {
         }
         let top = version.top().unwrap();
         let mut commit = Commit::new(top.image.clone(), top.slot);
-        image::drive(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).unwrap();
+        image::run_to_completion(&Host, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops)).unwrap();
         top.image.trim().unwrap();
     }
 
@@ -79,15 +79,15 @@ impl ChainFolder {
 
 fn make_room(version: &Version) {
     let top = version.top().unwrap();
-    if top.image.wants_room() {
+    if top.image.is_growth_due() {
         let mut growth = Growth::begin(&top.image, top.slot).unwrap();
-        image::drive(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).unwrap();
+        image::run_to_completion(&Host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).unwrap();
     }
 }
 
 /// A plan, with what it misses loaded.
 pub(super) fn plan_loaded(version: &Version, mut ask: impl FnMut(&mut PlanBuffer)) -> PlanBuffer {
-    let (mut plan, mut held) = (PlanBuffer::default(), crate::image::Held::default());
+    let (mut plan, mut held) = (PlanBuffer::default(), crate::image::Pins::default());
     ask(&mut plan);
     for _ in 0..2 {
         if !plan.missing.is_empty() {

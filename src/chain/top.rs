@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::extent::{Missing, PlanBuffer, Source};
 use super::frozen::Frozen;
-use crate::image::{NoRoom, Writable};
+use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
@@ -38,10 +38,10 @@ impl Top {
     ///
     /// # Errors
     /// [`NoRoom`] where the prepared tail is used up; asking again later is safe.
-    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
+    pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
-            self.image.will_change();
+            self.image.note_content_change();
             return Ok(());
         };
         // Bits can be set only in bitmaps that are known: load before anything is reserved.
@@ -58,7 +58,7 @@ impl Top {
             let place = self.image.reserve(block)?;
             plan.push(part, self.data_source(block_size, place, part));
         }
-        self.image.will_change();
+        self.image.note_content_change();
         Ok(())
     }
 
@@ -69,11 +69,11 @@ impl Top {
     ///
     /// # Errors
     /// As for `place`.
-    pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NoRoom> {
+    pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
             plan.marks.push(range);
-            self.image.will_change();
+            self.image.note_content_change();
             return Ok(());
         };
         let (mut shining, mut look) = (Vec::new(), PlanBuffer::default());
@@ -103,7 +103,7 @@ impl Top {
             plan.marks.push(part);
         }
         if !plan.marks.is_empty() {
-            self.image.will_change();
+            self.image.note_content_change();
         }
         Ok(())
     }
@@ -112,7 +112,7 @@ impl Top {
     /// parents' data must not be hidden, nor (where bits are set) come back.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
-            self.image.will_change();
+            self.image.note_content_change();
             return plan.push(range, self.source_at(range.start() * SECTOR));
         };
         for (block, part) in block_size.parts(range) {
@@ -125,7 +125,7 @@ impl Top {
             }
         }
         if !plan.extents.is_empty() {
-            self.image.will_change();
+            self.image.note_content_change();
         }
     }
 
@@ -150,8 +150,8 @@ impl Top {
         let bitmaps = self.image.bitmaps().expect("it has blocks");
         let mut rest = range;
         while !rest.is_empty() {
-            let (index, bit) = (bitmaps.index_of(rest.start()), bitmaps.bit_of(rest.start()));
-            let group = rest.first(u64::from(bitmaps.sectors_per_granule() - bit));
+            let (index, bit) = (bitmaps.bitmap_sector_of(rest.start()), bitmaps.bit_of(rest.start()));
+            let group = rest.first(u64::from(bitmaps.bits_per_sector() - bit));
             rest = rest.skip(group.count());
             let (mut left, end) = (group, bit + u32::try_from(group.count()).expect("inside a granule"));
             let known = bitmaps.each_run(index, bit, end, |set, count| {

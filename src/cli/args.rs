@@ -6,7 +6,7 @@ use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
 use super::size::{parse, parse_alignment, parse_block_size};
 use super::system_config::SystemConfig;
-use crate::image::Take;
+use crate::image::FooterChoice;
 use crate::ops::Format;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
@@ -239,11 +239,11 @@ pub(super) enum FooterToTake {
     End,
 }
 
-impl From<FooterToTake> for Take {
-    fn from(take: FooterToTake) -> Take {
+impl From<FooterToTake> for FooterChoice {
+    fn from(take: FooterToTake) -> FooterChoice {
         match take {
-            FooterToTake::Front => Take::Front,
-            FooterToTake::End => Take::End,
+            FooterToTake::Front => FooterChoice::Front,
+            FooterToTake::End => FooterChoice::End,
         }
     }
 }

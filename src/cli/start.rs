@@ -16,7 +16,7 @@ use super::runtime;
 use super::serve_args::{Args, OnEnospc};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{JOURNAL_BYTES, Keep, sweep};
+use crate::image::{JOURNAL_BYTES, Durability, remove_stale_journals};
 use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{Daemon, Service, Socket, descriptors};
@@ -115,21 +115,21 @@ fn describe(service: &Service, args: &DiskArgs, disk: &Disk, place: &str, engine
 }
 
 /// How acknowledged writes outlive this process: by a journal in the runtime folder, or without one by commits.
-fn keep(args: &Args, disks: &[DiskArgs], host: &dyn Env) -> Result<Keep> {
+fn keep(args: &Args, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
     let folders = runtime::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
     for folder in &folders {
-        if let Err(e) = sweep(host, folder) {
+        if let Err(e) = remove_stale_journals(host, folder) {
             warn!("journals that belong to no image may be left: {}", e.line());
         }
     }
     match folders.is_empty() {
-        true => Ok(Keep::Commit),
-        false => Ok(Keep::Journal { folders, required: args.runtime_dir.is_some() }),
+        true => Ok(Durability::Commit),
+        false => Ok(Durability::Journal { folders, required: args.runtime_dir.is_some() }),
     }
 }
 
-fn options(args: &Args, disk: &DiskArgs, keep: &Keep) -> DiskOptions {
+fn options(args: &Args, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
     DiskOptions {
         allow_writable_parent: disk.allow_writable_parent,
         path: disk.path.clone(),

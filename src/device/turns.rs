@@ -10,7 +10,7 @@ use super::driver::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
-use crate::image::{Kind, Spec, create};
+use crate::image::{ImageKind, ImageSpec, create};
 use crate::storage::EngineKind;
 use crate::storage::host::Host;
 use crate::units::BlockSize;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 fn disk() -> (tempfile::TempDir, Arc<Disk>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.vhd");
-    let spec = Spec { kind: Kind::Dynamic, size: 2048 * 512, block_size: BlockSize::DEFAULT, reserve: 0 };
+    let spec = ImageSpec { kind: ImageKind::Dynamic, size: 2048 * 512, block_size: BlockSize::DEFAULT, reserve: 0 };
     create(&Host, &path, &spec).unwrap();
     (folder, Disk::open(Arc::new(Host), &DiskOptions::new(path)).unwrap())
 }

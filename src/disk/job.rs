@@ -6,7 +6,7 @@ use super::lane::Lane;
 use super::mailbox::{Grown, Letter};
 use super::task::Token;
 use crate::error::{ErrorKind, Result};
-use crate::image::{Commit, Growth, Step};
+use crate::image::{Commit, Growth, JobStep};
 use crate::storage::Op;
 
 /// Which job; at most one of each a lane.
@@ -37,7 +37,7 @@ impl Running {
     }
 
     /// The next step. All operations of the last one are complete.
-    pub(super) fn next(&mut self, ops: &mut Vec<Op>) -> Result<Step> {
+    pub(super) fn next(&mut self, ops: &mut Vec<Op>) -> Result<JobStep> {
         let failed = self.failed.take();
         match &mut self.job {
             Job::Commit(commit) => commit.next(failed, ops),
@@ -84,7 +84,7 @@ impl Lane {
             self.push_op(op);
         }
         self.steps = ops;
-        if let Ok(Step::Wait) = step {
+        if let Ok(JobStep::Wait) = step {
             return;
         }
         let over = self.running(kind).take().expect("a running job");

@@ -48,7 +48,7 @@ pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
 use crate::chain::{Chain, ImageChange, Policy, OpenMode, Version, refuse_change, refuse_if_parent, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Commit, Keep};
+use crate::image::{self, Commit, Durability};
 use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, FILE_SLOTS, FileSlot};
 use ahead::Reach;
@@ -74,7 +74,7 @@ pub struct DiskOptions {
     /// Whether a write is durable when it is answered.
     pub write_through: bool,
     /// How what was answered outlives this process.
-    pub keep: Keep,
+    pub keep: Durability,
     /// Whether what a killed predecessor acknowledged and did not write is given up.
     pub discard_journal: bool,
     /// What becomes of writes that find the host full.
@@ -96,7 +96,7 @@ impl DiskOptions {
             direct: false,
             allow_parents: Vec::new(),
             write_through: false,
-            keep: Keep::Nothing,
+            keep: Durability::FlushOnly,
             discard_journal: false,
             when_full: WhenFull::default(),
             allocation: Allocation::default(),
@@ -159,7 +159,7 @@ impl Disk {
         let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         if options.discard_journal {
-            image::discard(&*env, &policy.runtime, &options.path)?;
+            image::discard_session(&*env, &policy.runtime, &options.path)?;
         }
         let open = || Chain::open(&*env, &options.path, &policy, how);
         let chain = match open() {
@@ -309,7 +309,7 @@ impl Disk {
         let mut first = None;
         loop {
             let mut commit = Commit::new(top.image.clone(), top.slot);
-            let result = image::drive(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
+            let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
             self.committed(&result, commit.barriers());
             let over = self.rounds.finish(result.is_ok()).is_none();
             first.get_or_insert(result);
@@ -332,11 +332,11 @@ impl Disk {
         // Places of blocks that were never written are cut off now.
         top.image.end_session();
         if mutant::is(Mutant::RetireFirst) {
-            top.image.retire()?;
+            top.image.remove_journal()?;
         }
         top.image.trim()?;
         // Not before the stamp is gone: a stamp without a journal is refused.
-        top.image.retire()
+        top.image.remove_journal()
     }
 
     fn committed(&self, result: &Result<()>, barriers: u32) {

@@ -315,7 +315,7 @@ impl Lane {
             Work::Write { range, .. } => std::slice::from_ref(range),
             Work::WriteZeroes { .. } => task.marks.as_slice(),
             Work::Discard { .. } => {
-                top.image.touched();
+                top.image.note_unsynced();
                 &[][..]
             }
             Work::Read { .. } | Work::Prefetch { .. } | Work::Flush => {
@@ -339,7 +339,7 @@ impl Lane {
         if matches!(task.work, Work::Write { .. }) {
             self.early.wrote(self.disk.counts().commits.load(Ordering::Relaxed));
         }
-        if top.image.take_due() {
+        if top.image.take_commit_due() {
             self.commit_soon();
         }
         if task.next_piece() {

@@ -3,7 +3,7 @@
 use super::punch::PIECE;
 use super::request::Work;
 use crate::chain::Load;
-use crate::image::Held;
+use crate::image::Pins;
 use crate::units::SectorRange;
 
 /// How far a request is.
@@ -44,7 +44,7 @@ pub(super) struct Task {
     /// What is being loaded.
     pub(super) load: Option<Box<Load>>,
     /// What must stay in memory until it is planned (reads) or marked.
-    pub(super) held: Held,
+    pub(super) held: Pins,
     /// Whether its bytes have moved, and what is being loaded is for the marks.
     pub(super) moved: bool,
     /// What to mark when zeroing is done.
@@ -66,7 +66,7 @@ impl Task {
             round: 0,
             owes_commit: false,
             load: None,
-            held: Held::default(),
+            held: Pins::default(),
             moved: false,
             marks: Vec::new(),
         }

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::room::Room;
+use super::free_tail::FreeTail;
 use super::writable::Writable;
 use crate::format::layout;
 use crate::storage::{Action, Op, AllocationMode, FileSlot};
@@ -34,15 +34,15 @@ const FIRST_RESERVED_BLOCKS: u64 = 8;
 /// Bytes of bitmaps for which a sparse file takes room at once, at most.
 const MAX_RESERVED_BYTES: u64 = 8 << 20;
 /// Blocks in a row that got places after each other, before the next ones are expected to be written as a whole.
-const RUN: u32 = 8;
+const SEQUENTIAL_BLOCKS: u32 = 8;
 /// Of these the last ones are not looked at: their writes may be under way.
-const YOUNG: u32 = 4;
+const IN_FLIGHT_BLOCKS: u32 = 4;
 /// Bytes of blocks in a row that are reserved whole at once.
 const MAX_WHOLE_BYTES: u64 = 64 << 20;
 /// Bytes between two reserved ranges that are reserved with them: those of a block of 4 KiB, which one write fills.
-const GAP: u64 = layout::PAGE;
+const MERGE_GAP: u64 = layout::PAGE;
 /// Reservations handed to the engine at once: the queue's requests must find room there, too.
-const PORTION: usize = 32;
+const OPS_AT_ONCE: usize = 32;
 
 /// How the host's room for new blocks is taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -80,7 +80,7 @@ impl Writable {
 
     /// Blocks by which the next step makes the file longer: an eighth of the disk up to 256 MiB, or 1 % of it, or sixteen
     /// blocks; four times as many each time, as a guest that fills its disk waits some milliseconds for a step; up to 1 GiB.
-    pub(super) fn step_blocks(&self, room: &Room) -> u64 {
+    pub(super) fn step_blocks(&self, room: &FreeTail) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         let bytes = u64::from(block_size.bytes());
         let size = self.image().size();
@@ -91,15 +91,15 @@ impl Writable {
 
     /// Blocks for which the next step reserves room on the host: all that the file then has room for, or sparse eight and
     /// twice as many each time.
-    pub(super) fn reserved_blocks(&self, room: &Room) -> u64 {
+    pub(super) fn reserved_blocks(&self, room: &FreeTail) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         match self.allocation() {
             Allocation::Block => self.step_blocks(room),
             Allocation::Sparse => {
                 let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
-                let most = match room.run >= RUN {
+                let most = match room.neighbor_run >= SEQUENTIAL_BLOCKS {
                     // In proportion to what was written so: on a host of many children it is room that others lack.
-                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.run / 16)).max(1),
+                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.neighbor_run / 16)).max(1),
                     false => MAX_RESERVED_BYTES / bitmap,
                 };
                 (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(most)
@@ -109,17 +109,17 @@ impl Writable {
 
     /// Whether the guest writes whole blocks in a row, so that the next ones are to be reserved whole: that is faster, and
     /// takes what is going to be taken anyway.
-    pub(super) fn writes_whole_blocks(&self, room: &Room) -> bool {
-        let Some(bitmaps) = self.bitmaps().filter(|_| room.run >= RUN) else { return false };
-        let granule = bitmaps.first_of(room.last.saturating_sub(YOUNG));
+    pub(super) fn writes_whole_blocks(&self, room: &FreeTail) -> bool {
+        let Some(bitmaps) = self.bitmaps().filter(|_| room.neighbor_run >= SEQUENTIAL_BLOCKS) else { return false };
+        let granule = bitmaps.first_sector_of(room.last_placed.saturating_sub(IN_FLIGHT_BLOCKS));
         let mut all = true;
         // In a root all bits are set from the beginning.
-        bitmaps.each_run(granule, 0, bitmaps.sectors_per_granule(), |is_set, _| all &= is_set) && all
+        bitmaps.each_run(granule, 0, bitmaps.bits_per_sector(), |is_set, _| all &= is_set) && all
     }
 }
 
 /// The places of the next blocks, in sectors from the bitmap to the end of the data, if the next goes behind sector `next`.
-pub(super) fn places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
+pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
     let (mut next, mut unplaced) = (next, unplaced);
     std::iter::from_fn(move || {
         let place = layout::next_place(next, block_size, unplaced).ok().filter(|_| unplaced > 0)?;
@@ -155,7 +155,7 @@ impl Reservation {
         for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain(ends) {
             let page = from * SECTOR / layout::PAGE * layout::PAGE..(to * SECTOR).next_multiple_of(layout::PAGE);
             match ranges.last_mut() {
-                Some(last) if page.start <= last.end + GAP => last.end = page.end,
+                Some(last) if page.start <= last.end + MERGE_GAP => last.end = page.end,
                 _ => ranges.push(page),
             }
         }
@@ -167,7 +167,7 @@ impl Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for place in places.chain((!ends.is_empty()).then_some(ends)) {
             match ranges.last_mut() {
-                Some(last) if place.start * SECTOR <= last.end + GAP => last.end = place.end * SECTOR,
+                Some(last) if place.start * SECTOR <= last.end + MERGE_GAP => last.end = place.end * SECTOR,
                 _ => ranges.push(place.start * SECTOR..place.end * SECTOR),
             }
         }
@@ -175,8 +175,8 @@ impl Reservation {
     }
 
     /// Pushes the next portion; false if all was pushed before.
-    pub(super) fn push(&mut self, slot: FileSlot, ops: &mut Vec<Op>) -> bool {
-        let portion = &self.ranges[self.next..(self.next + PORTION).min(self.ranges.len())];
+    pub(super) fn push_next(&mut self, slot: FileSlot, ops: &mut Vec<Op>) -> bool {
+        let portion = &self.ranges[self.next..(self.next + OPS_AT_ONCE).min(self.ranges.len())];
         self.next += portion.len();
         ops.extend(portion.iter().map(|r| Op::range(0, slot, Action::Allocate, r.start, r.end - r.start)));
         !portion.is_empty()
@@ -191,7 +191,7 @@ mod tests {
     fn bitmaps_are_reserved_by_pages_and_small_blocks_whole() {
         let ranges = |bytes: u32, blocks: usize| {
             let block_size = BlockSize::from_bytes(bytes).unwrap();
-            let all: Vec<_> = places(16, block_size, 10).take(blocks).collect();
+            let all: Vec<_> = next_places(16, block_size, 10).take(blocks).collect();
             let end = all.last().unwrap().end;
             Reservation::bitmaps(all.into_iter(), block_size, end..end + 1).ranges
         };
@@ -212,10 +212,10 @@ mod tests {
     fn portions_leave_room_in_the_engine() {
         let block_size = BlockSize::DEFAULT;
         let ends = 1 << 20..(1 << 20) + 2;
-        let mut reservation = Reservation::bitmaps(places(16, block_size, 100).take(70), block_size, ends);
+        let mut reservation = Reservation::bitmaps(next_places(16, block_size, 100).take(70), block_size, ends);
         let mut counts = Vec::new();
         let mut ops = Vec::new();
-        while reservation.push(FileSlot(0), &mut ops) {
+        while reservation.push_next(FileSlot(0), &mut ops) {
             counts.push(ops.drain(..).count());
         }
         assert_eq!(counts, [32, 32, 7]);

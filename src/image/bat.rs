@@ -5,19 +5,19 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::paged::Paged;
+use super::sparse_array::SparseArray;
 use crate::format::bat::UNUSED;
 
 /// The table. Entries are file sectors of the blocks' bitmaps.
 #[derive(Debug)]
 pub struct Bat {
-    entries: Paged<AtomicU32>,
+    entries: SparseArray<AtomicU32>,
 }
 
 impl Bat {
     /// A table of `len` unused entries.
     pub fn new(len: u32) -> Bat {
-        Bat { entries: Paged::new(len as usize, || AtomicU32::new(UNUSED)) }
+        Bat { entries: SparseArray::new(len as usize, || AtomicU32::new(UNUSED)) }
     }
 
     /// Number of entries.
@@ -40,12 +40,12 @@ impl Bat {
     /// Gives a block its place, for good.
     pub fn set(&self, block: u32, place: u32) {
         assert_ne!(place, UNUSED, "a place is a file sector");
-        self.entries.touch(block as usize).store(place, Ordering::Release);
+        self.entries.get_or_init(block as usize).store(place, Ordering::Release);
     }
 
     /// All blocks that have a place, ascending.
     pub fn used(&self) -> impl Iterator<Item = (u32, u32)> {
-        self.entries.touched().filter_map(|(block, entry)| {
+        self.entries.initialized().filter_map(|(block, entry)| {
             let place = entry.load(Ordering::Acquire);
             (place != UNUSED).then(|| (u32::try_from(block).expect("at most 2^32 blocks"), place))
         })
@@ -53,7 +53,7 @@ impl Bat {
 
     /// The first block at or after `block` that has a place.
     pub fn next_used(&self, block: u32) -> Option<u32> {
-        let mut entries = self.entries.touched_from(block as usize);
+        let mut entries = self.entries.initialized_from(block as usize);
         let used = |entry: &AtomicU32| entry.load(Ordering::Acquire) != UNUSED;
         let (found, _) = entries.find(|(_, entry)| used(entry))?;
         Some(u32::try_from(found).expect("at most 2^32 blocks"))

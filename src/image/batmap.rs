@@ -78,7 +78,7 @@ impl Batmap {
     ///
     /// # Errors
     /// `Io`.
-    pub fn wrong(&self, image: &Image) -> Result<Vec<u32>> {
+    pub fn wrong_claims(&self, image: &Image) -> Result<Vec<u32>> {
         let mut wrong = Vec::new();
         for block in self.claimed() {
             if !is_whole(image, block)? {
@@ -106,7 +106,7 @@ impl Batmap {
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn disclaim(image: &Image) -> Result<()> {
+pub(super) fn clear_stale_claims(image: &Image) -> Result<()> {
     let Some(mut batmap) = Batmap::read(image)? else { return Ok(()) };
     let placed = |block: u32| image.bat().is_some_and(|table| table.place(block).is_some());
     let stale: Vec<u32> = batmap.claimed().filter(|block| !placed(*block)).collect();
@@ -127,12 +127,12 @@ pub(super) fn disclaim(image: &Image) -> Result<()> {
 fn is_whole(image: &Image, block: u32) -> Result<bool> {
     let Some(place) = image.bat().and_then(|table| table.place(block)) else { return Ok(false) };
     let words = read_bitmap(image, place)?;
-    let sectors = on_disk(image, block);
+    let sectors = sectors_on_disk(image, block);
     Ok(bitmap::run(&words, 0, sectors) == (true, sectors))
 }
 
 /// Sectors of a block that lie on the disk.
-pub(super) fn on_disk(image: &Image, block: u32) -> u32 {
+pub(super) fn sectors_on_disk(image: &Image, block: u32) -> u32 {
     let Some(block_size) = image.block_size() else { return 0 };
     let left = (image.size() / SECTOR).saturating_sub(block_size.range_of(block).start());
     u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())

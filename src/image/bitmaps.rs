@@ -18,23 +18,23 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::evict::Pool;
-use super::granule::{Entry, Frame, Known, Locked, Look};
-use super::paged::Paged;
+use super::clock::FramePool;
+use super::bitmap_frame::{BitmapEntry, BitmapFrame, FrameState, LockedFrame, OptimisticRead};
+use super::sparse_array::SparseArray;
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// Bytes of frames that are kept for granules that are neither full nor needed by what is under way.
-const MOST_BYTES: usize = 64 << 20;
+const MAX_FRAME_BYTES: usize = 64 << 20;
 /// Frames that may be in the hands of threads besides those that belong to granules.
-const IN_HAND: usize = 1024;
+const SPARE_FRAMES: usize = 1024;
 /// Dirty granules that are never too many: as many as the journal has slots.
-const FEW_DIRTY: usize = super::journal::SLOTS as usize;
+const MIN_DIRTY_LIMIT: usize = super::journal::JOURNAL_SLOTS as usize;
 
 /// What a fresh block's bitmap says before anything is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fresh {
+pub enum InitialBits {
     /// Nothing is here: the parent answers.
     Clear,
     /// All is here, as zeros: blocks of a dynamic root, which come from durably zero room. Readers that do not look at
@@ -46,22 +46,22 @@ pub enum Fresh {
 #[derive(Debug)]
 pub struct Bitmaps {
     /// An `Entry` each.
-    table: Paged<AtomicU32>,
-    frames: Paged<Frame>,
-    pool: Mutex<Pool>,
-    most: AtomicUsize,
+    table: SparseArray<AtomicU32>,
+    frames: SparseArray<BitmapFrame>,
+    pool: Mutex<FramePool>,
+    max_frames: AtomicUsize,
     block_size: BlockSize,
-    sectors_per_granule: u32,
+    bits_per_sector: u32,
 }
 
 /// Where a granule is.
-pub(super) enum Where<'a> {
+pub(super) enum Residence<'a> {
     /// In the file alone; it left memory so many times.
     Absent(u32),
     /// Nowhere: it is full.
     Full,
     /// In a frame, which is locked.
-    Here(Locked<'a>),
+    Resident(LockedFrame<'a>),
 }
 
 impl Bitmaps {
@@ -69,31 +69,31 @@ impl Bitmaps {
     pub fn new(blocks: u32, block_size: BlockSize) -> Bitmaps {
         let count = blocks as usize * block_size.bitmap_sectors() as usize;
         let sectors_per_granule = block_size.sectors().min(SECTOR_BITS);
-        let frame = size_of::<Frame>() + bitmap_words(sectors_per_granule) * 8;
+        let frame = size_of::<BitmapFrame>() + bitmap_words(sectors_per_granule) * 8;
         Bitmaps {
-            table: Paged::new(count, || AtomicU32::new(Entry::Absent(0).encode())),
-            frames: Paged::new(count + IN_HAND, Frame::new),
+            table: SparseArray::new(count, || AtomicU32::new(BitmapEntry::Absent(0).encode())),
+            frames: SparseArray::new(count + SPARE_FRAMES, BitmapFrame::new),
             pool: Mutex::default(),
-            most: AtomicUsize::new(MOST_BYTES / frame),
+            max_frames: AtomicUsize::new(MAX_FRAME_BYTES / frame),
             block_size,
-            sectors_per_granule,
+            bits_per_sector: sectors_per_granule,
         }
     }
 
     /// Sets how many granules that are not full are kept, from the next one on that is needed. More are kept only while
     /// the file does not say what they say, or requests under way need them.
-    pub fn keep_at_most(&self, granules: usize) {
-        self.most.store(granules, Ordering::Relaxed);
+    pub fn set_max_frames(&self, granules: usize) {
+        self.max_frames.store(granules, Ordering::Relaxed);
     }
 
     /// How many granules that are not full are kept.
-    pub(super) fn most(&self) -> usize {
-        self.most.load(Ordering::Relaxed)
+    pub(super) fn max_frames(&self) -> usize {
+        self.max_frames.load(Ordering::Relaxed)
     }
 
     /// Dirty granules from which on a commit is due, so that they leave room for others.
-    pub(super) fn most_dirty(&self) -> usize {
-        (self.most() / 2).max(FEW_DIRTY)
+    pub(super) fn dirty_limit(&self) -> usize {
+        (self.max_frames() / 2).max(MIN_DIRTY_LIMIT)
     }
 
     /// Frames that were ever needed at once: memory that is taken.
@@ -102,22 +102,22 @@ impl Bitmaps {
     }
 
     /// Sectors that a granule speaks for.
-    pub fn sectors_per_granule(&self) -> u32 {
-        self.sectors_per_granule
+    pub fn bits_per_sector(&self) -> u32 {
+        self.bits_per_sector
     }
 
     /// The granule that speaks for a virtual sector.
     #[inline]
-    pub fn index_of(&self, sector: u64) -> usize {
+    pub fn bitmap_sector_of(&self, sector: u64) -> usize {
         let block = self.block_size.block_of(sector) as usize;
-        let within = self.block_size.within(sector) / self.sectors_per_granule;
+        let within = self.block_size.within(sector) / self.bits_per_sector;
         block * self.block_size.bitmap_sectors() as usize + within as usize
     }
 
     /// The place of a virtual sector in its granule.
     #[inline]
     pub fn bit_of(&self, sector: u64) -> u32 {
-        self.block_size.within(sector) % self.sectors_per_granule
+        self.block_size.within(sector) % self.bits_per_sector
     }
 
     /// The block a granule belongs to, and which of the block's bitmap sectors it is.
@@ -128,46 +128,46 @@ impl Bitmaps {
     }
 
     /// The first granule of a block.
-    pub(super) fn first_of(&self, block: u32) -> usize {
+    pub(super) fn first_sector_of(&self, block: u32) -> usize {
         block as usize * self.block_size.bitmap_sectors() as usize
     }
 
-    fn granules_of(&self, block: u32) -> std::ops::Range<usize> {
-        let first = self.first_of(block);
+    fn bitmap_sectors_of(&self, block: u32) -> std::ops::Range<usize> {
+        let first = self.first_sector_of(block);
         first..first + self.block_size.bitmap_sectors() as usize
     }
 
     #[inline]
-    fn entry(&self, granule: usize) -> Entry {
-        self.table.get(granule).map_or(Entry::Absent(0), |word| Entry::decode(word.load(Ordering::Acquire)))
+    fn entry(&self, granule: usize) -> BitmapEntry {
+        self.table.get(granule).map_or(BitmapEntry::Absent(0), |word| BitmapEntry::decode(word.load(Ordering::Acquire)))
     }
 
     #[inline]
-    pub(super) fn frame(&self, number: u32) -> &Frame {
+    pub(super) fn frame(&self, number: u32) -> &BitmapFrame {
         self.frames.get(number as usize).expect("a number that was given out")
     }
 
     /// The frame of a number that is given out for the first time.
-    pub(super) fn new_frame(&self, number: usize) -> &Frame {
-        self.frames.touch(number)
+    pub(super) fn new_frame(&self, number: usize) -> &BitmapFrame {
+        self.frames.get_or_init(number)
     }
 
-    pub(super) fn pool(&self) -> MutexGuard<'_, Pool> {
+    pub(super) fn pool(&self) -> MutexGuard<'_, FramePool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes what the table says of a granule whose frame is locked.
-    pub(super) fn enter(&self, granule: usize, entry: Entry) {
-        self.table.touch(granule).store(entry.encode(), Ordering::Release);
+    pub(super) fn set_entry(&self, granule: usize, entry: BitmapEntry) {
+        self.table.get_or_init(granule).store(entry.encode(), Ordering::Release);
     }
 
     /// Calls `f(set, count)` for each run of equal bits in `from..end` of a granule. False where the granule is not in
     /// memory, or left it meanwhile: then what `f` was told means nothing.
     #[inline]
     pub fn each_run(&self, granule: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
-        let look = match self.look(granule) {
+        let look = match self.read_optimistic(granule) {
             Ok(look) => look,
-            Err(Entry::Full) => {
+            Err(BitmapEntry::Full) => {
                 f(true, end - from);
                 return true;
             }
@@ -179,21 +179,21 @@ impl Bitmaps {
             f(set, count);
             at += count;
         }
-        look.is_sound()
+        look.is_valid()
     }
 
     #[inline]
-    fn look(&self, granule: usize) -> Result<Look<'_>, Entry> {
+    fn read_optimistic(&self, granule: usize) -> Result<OptimisticRead<'_>, BitmapEntry> {
         match self.entry(granule) {
-            Entry::In(number) => self.frame(number).look(granule).ok_or(Entry::Absent(0)),
+            BitmapEntry::InFrame(number) => self.frame(number).read_optimistic(granule).ok_or(BitmapEntry::Absent(0)),
             other => Err(other),
         }
     }
 
     /// How often an absent granule has left memory; `None` where it is there. To be asked before the file is read.
-    pub fn times_absent(&self, granule: usize) -> Option<u32> {
+    pub fn eviction_count(&self, granule: usize) -> Option<u32> {
         match self.entry(granule) {
-            Entry::Absent(times) => Some(times),
+            BitmapEntry::Absent(times) => Some(times),
             _ => None,
         }
     }
@@ -202,47 +202,47 @@ impl Bitmaps {
     /// came and left meanwhile, this is out of date: it stays absent. Where it is known, what is known stays.
     ///
     /// Whether it is pinned.
-    pub(super) fn supply(&self, granule: usize, times: u32, sector: &[u8]) -> bool {
+    pub(super) fn insert(&self, granule: usize, times: u32, sector: &[u8]) -> bool {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
         let before = match self.entry(granule) {
-            absent @ Entry::Absent(_) if mutant::is(Mutant::StaleBits) => absent,
-            _ => Entry::Absent(times),
+            absent @ BitmapEntry::Absent(_) if mutant::is(Mutant::StaleBits) => absent,
+            _ => BitmapEntry::Absent(times),
         };
-        if bitmap::run(&words, 0, self.sectors_per_granule) == (true, self.sectors_per_granule) {
-            return !self.exchange(granule, before, Entry::Full) && self.pin(granule);
+        if bitmap::run(&words, 0, self.bits_per_sector) == (true, self.bits_per_sector) {
+            return !self.compare_exchange(granule, before, BitmapEntry::Full) && self.pin(granule);
         }
-        let known = Known { ordered: true, pins: 1, times, ..Known::default() };
-        self.assign(granule, before, words.into_iter(), known) || self.pin(granule)
+        let known = FrameState { ordered: true, pins: 1, evictions: times, ..FrameState::default() };
+        self.assign_frame(granule, before, words.into_iter(), known) || self.pin(granule)
     }
 
     /// Makes a granule stay in memory, if it is there. Whether it is to be unpinned.
     pub(super) fn pin(&self, granule: usize) -> bool {
         match self.lock(granule) {
-            Where::Here(mut here) => {
-                here.known.pins += 1;
+            Residence::Resident(mut here) => {
+                here.state.pins += 1;
                 true
             }
-            Where::Full | Where::Absent(_) => false,
+            Residence::Full | Residence::Absent(_) => false,
         }
     }
 
     /// Takes back one `pin` that was true.
     pub(super) fn unpin(&self, granule: usize) {
         match self.lock(granule) {
-            Where::Here(mut here) => here.known.pins -= 1,
-            Where::Full => {}
-            Where::Absent(_) => debug_assert!(false, "a granule that is pinned stays"),
+            Residence::Resident(mut here) => here.state.pins -= 1,
+            Residence::Full => {}
+            Residence::Absent(_) => debug_assert!(false, "a granule that is pinned stays"),
         }
     }
 
     /// Takes in what the journal of a predecessor says of a granule: all its bits, or more of them.
-    pub(super) fn adopt(&self, granule: usize, words: &[u64]) -> Locked<'_> {
-        if let Where::Absent(times) = self.lock(granule) {
-            let known = Known { ordered: true, times, ..Known::default() };
-            self.assign(granule, Entry::Absent(times), words.iter().copied(), known);
+    pub(super) fn replay(&self, granule: usize, words: &[u64]) -> LockedFrame<'_> {
+        if let Residence::Absent(times) = self.lock(granule) {
+            let known = FrameState { ordered: true, evictions: times, ..FrameState::default() };
+            self.assign_frame(granule, BitmapEntry::Absent(times), words.iter().copied(), known);
         }
-        let known = self.expect(granule);
+        let known = self.lock_resident(granule);
         for (to, word) in known.words().iter().zip(words) {
             to.fetch_or(*word, Ordering::SeqCst);
         }
@@ -250,48 +250,48 @@ impl Bitmaps {
     }
 
     /// Makes the granules of a block that is about to get its place. The block has none yet, so nobody reads them.
-    pub(super) fn prepare(&self, block: u32, fresh: Fresh) {
-        for granule in self.granules_of(block) {
-            let word = if fresh == Fresh::Set { u64::MAX } else { 0 };
-            let times = self.times_absent(granule).expect("a block without a place has no bitmap");
-            let ordered = fresh == Fresh::Clear;
-            let known = Known { unwritten: true, unplaced: true, ordered, times, ..Known::default() };
-            let made = self.assign(granule, Entry::Absent(times), std::iter::repeat(word), known);
+    pub(super) fn insert_fresh(&self, block: u32, fresh: InitialBits) {
+        for granule in self.bitmap_sectors_of(block) {
+            let word = if fresh == InitialBits::Set { u64::MAX } else { 0 };
+            let times = self.eviction_count(granule).expect("a block without a place has no bitmap");
+            let ordered = fresh == InitialBits::Clear;
+            let known = FrameState { unwritten: true, unplaced: true, ordered, evictions: times, ..FrameState::default() };
+            let made = self.assign_frame(granule, BitmapEntry::Absent(times), std::iter::repeat(word), known);
             assert!(made, "a block without a place has no bitmap");
         }
     }
 
     /// Gives a frame to a granule, if the table still says `before` of it.
-    fn assign(&self, granule: usize, before: Entry, words: impl Iterator<Item = u64>, known: Known) -> bool {
+    fn assign_frame(&self, granule: usize, before: BitmapEntry, words: impl Iterator<Item = u64>, known: FrameState) -> bool {
         if self.entry(granule) != before {
             return false; // nobody has to leave for it
         }
-        let (number, mut frame) = self.vacate();
-        frame.fill(bitmap_words(self.sectors_per_granule), words, known);
-        let entered = self.exchange(granule, before, Entry::In(number));
+        let (number, mut frame) = self.allocate_frame();
+        frame.fill(bitmap_words(self.bits_per_sector), words, known);
+        let entered = self.compare_exchange(granule, before, BitmapEntry::InFrame(number));
         if entered {
-            frame.give_to(granule);
+            frame.assign_to(granule);
         } else {
-            self.put_back(number, frame);
+            self.free_frame(number, frame);
         }
         entered
     }
 
-    fn exchange(&self, granule: usize, before: Entry, after: Entry) -> bool {
-        let word = self.table.touch(granule);
+    fn compare_exchange(&self, granule: usize, before: BitmapEntry, after: BitmapEntry) -> bool {
+        let word = self.table.get_or_init(granule);
         word.compare_exchange(before.encode(), after.encode(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// A granule, locked where it is in a frame.
-    pub(super) fn lock(&self, granule: usize) -> Where<'_> {
+    pub(super) fn lock(&self, granule: usize) -> Residence<'_> {
         loop {
             match self.entry(granule) {
-                Entry::Absent(times) => return Where::Absent(times),
-                Entry::Full => return Where::Full,
-                Entry::In(number) => {
+                BitmapEntry::Absent(times) => return Residence::Absent(times),
+                BitmapEntry::Full => return Residence::Full,
+                BitmapEntry::InFrame(number) => {
                     let here = self.frame(number).lock();
                     if here.owner() == Some(granule) {
-                        return Where::Here(here);
+                        return Residence::Resident(here);
                     }
                     // It left before it was locked, and the table says so.
                 }
@@ -300,21 +300,21 @@ impl Bitmaps {
     }
 
     /// A granule that cannot have left, locked.
-    pub(super) fn expect(&self, granule: usize) -> Locked<'_> {
+    pub(super) fn lock_resident(&self, granule: usize) -> LockedFrame<'_> {
         match self.lock(granule) {
-            Where::Here(here) => here,
-            Where::Full | Where::Absent(_) => panic!("a granule stays until the file says all it says"),
+            Residence::Resident(here) => here,
+            Residence::Full | Residence::Absent(_) => panic!("a granule stays until the file says all it says"),
         }
     }
 
     /// Says that the file now knows the place of a block.
     pub(super) fn set_placed(&self, block: u32) {
-        for granule in self.granules_of(block) {
-            if let Where::Here(mut here) = self.lock(granule) {
-                here.known.unplaced = false;
+        for granule in self.bitmap_sectors_of(block) {
+            if let Residence::Resident(mut here) = self.lock(granule) {
+                here.state.unplaced = false;
                 // Claimed with the place, which the file has now; of the bits nobody has relied on any.
-                if !here.known.dirty {
-                    here.known.slot = None;
+                if !here.state.dirty {
+                    here.state.journal_slot = None;
                 }
             }
         }
@@ -322,23 +322,23 @@ impl Bitmaps {
 
     /// Says that the file has the copy of a granule that a commit has taken.
     pub(super) fn set_written(&self, granule: usize) {
-        let mut here = self.expect(granule);
-        (here.known.taken, here.known.unwritten) = (false, false);
-        here.known.unkept &= here.known.dirty;
-        let whole = (true, self.sectors_per_granule);
-        if here.known.is_in_file() && bitmap::run_atomic(here.words(), 0, self.sectors_per_granule) == whole {
-            let Entry::In(number) = self.entry(granule) else { unreachable!("its frame is locked") };
-            self.enter(granule, Entry::Full);
-            self.put_back(number, here);
+        let mut here = self.lock_resident(granule);
+        (here.state.in_commit, here.state.unwritten) = (false, false);
+        here.state.not_journaled &= here.state.dirty;
+        let whole = (true, self.bits_per_sector);
+        if here.state.is_clean() && bitmap::run_atomic(here.words(), 0, self.bits_per_sector) == whole {
+            let BitmapEntry::InFrame(number) = self.entry(granule) else { unreachable!("its frame is locked") };
+            self.set_entry(granule, BitmapEntry::Full);
+            self.free_frame(number, here);
         }
     }
 
     /// Whether a mark of these bits has nothing to do.
     #[inline]
     fn is_marked(&self, granule: usize, bit: u32, count: u32) -> bool {
-        match self.look(granule) {
-            Ok(look) => look.run(bit, bit + count) == (true, count) && look.owes_nothing() && look.is_sound(),
-            Err(entry) => entry == Entry::Full,
+        match self.read_optimistic(granule) {
+            Ok(look) => look.run(bit, bit + count) == (true, count) && look.owes_no_commit() && look.is_valid(),
+            Err(entry) => entry == BitmapEntry::Full,
         }
     }
 
@@ -349,39 +349,39 @@ impl Bitmaps {
         &self,
         range: SectorRange,
         absent: &mut Vec<usize>,
-        mut news: impl FnMut(usize, &mut Locked<'_>, News),
+        mut news: impl FnMut(usize, &mut LockedFrame<'_>, NewBits),
     ) {
         let mut rest = range;
         while !rest.is_empty() {
-            let (index, bit) = (self.index_of(rest.start()), self.bit_of(rest.start()));
-            let part = rest.first(u64::from(self.sectors_per_granule - bit));
+            let (index, bit) = (self.bitmap_sector_of(rest.start()), self.bit_of(rest.start()));
+            let part = rest.first(u64::from(self.bits_per_sector - bit));
             let count = u32::try_from(part.count()).expect("clipped to a granule");
             rest = rest.skip(part.count());
             if self.is_marked(index, bit, count) {
                 continue;
             }
             match self.lock(index) {
-                Where::Here(mut here) => {
-                    let more = here.set(bit, count) || here.known.unwritten;
-                    if more || here.known.unkept {
-                        news(index, &mut here, News { bit, count, more });
+                Residence::Resident(mut here) => {
+                    let more = here.set_bits(bit, count) || here.state.unwritten;
+                    if more || here.state.not_journaled {
+                        news(index, &mut here, NewBits { bit, count, is_newer: more });
                     }
                 }
-                Where::Full => {}
-                Where::Absent(_) => absent.push(index),
+                Residence::Full => {}
+                Residence::Absent(_) => absent.push(index),
             }
         }
     }
 }
 
 /// What is new about a granule that was marked.
-pub(super) struct News {
+pub(super) struct NewBits {
     /// The first bit.
     pub(super) bit: u32,
     /// How many.
     pub(super) count: u32,
     /// It says more than the file. If not, the bits were set before, and would not outlive the process.
-    pub(super) more: bool,
+    pub(super) is_newer: bool,
 }
 
 /// Words that hold the bits of so many sectors.

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
-use super::compact::Watch;
+use super::compact::OnProgress;
 use super::holes::next_data;
 use super::open::Image;
-use super::walk::{self, ComeTo, Suspects};
+use super::check_blocks::{self, OnPosition, Suspects};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
 use crate::format::layout::PAGE;
@@ -18,7 +18,7 @@ use crate::storage::File;
 use crate::units::SectorRange;
 
 /// Defects of a kind that are listed; of a table of millions of wrong entries more would help nobody.
-const LISTED: u64 = 1000;
+const MAX_LISTED: u64 = 1000;
 
 /// What a check found.
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ impl Report {
     pub(super) fn add(&mut self, defect: Defect) {
         let kind = self.kinds.entry(defect.kind()).or_default();
         *kind += 1;
-        if *kind <= LISTED {
+        if *kind <= MAX_LISTED {
             self.defects.push(defect);
         } else {
             *self.unlisted.entry(defect.severity()).or_default() += 1;
@@ -61,14 +61,14 @@ impl Report {
 /// # Errors
 /// `Io`: the file could not be read; broken rules are in the report.
 pub fn check(file: File) -> Result<(Report, Option<Image>)> {
-    check_watched(file, &mut |_| Ok(()))
+    check_with_progress(file, &mut |_| Ok(()))
 }
 
 /// As [`check`]; `watch` is told of the file's bytes as they are passed, all of them in the end.
 ///
 /// # Errors
 /// As for [`check`]; what `watch` fails with.
-pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Option<Image>)> {
+pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Report, Option<Image>)> {
     let (mut report, mut passed) = (Report::default(), 0);
     let len = file.stat()?.len;
     let mut come_to = |at: u64| {
@@ -83,7 +83,7 @@ pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Optio
     let image = match examined {
         Ok(image) => {
             report.lost = image.lost().to_vec();
-            look_closer(&image, &mut report, &mut come_to)?;
+            check_after_open(&image, &mut report, &mut come_to)?;
             Some(image)
         }
         Err(_) if !report.defects.is_empty() => None,
@@ -94,7 +94,7 @@ pub fn check_watched(file: File, watch: &mut Watch<'_>) -> Result<(Report, Optio
 }
 
 /// What opening does not need to know.
-fn look_closer(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
+fn check_after_open(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
     // Its own bytes decide that: no parent is looked for. Of two kinds of disk it may not be the one that has a parent.
     let child = image.kind() == DiskType::Differencing
         && !report.defects.iter().any(|defect| matches!(defect, Defect::FooterKindsDiffer { .. }));
@@ -108,17 +108,17 @@ fn look_closer(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> 
             }
         }
     }
-    if places_are_believed(&report.defects) {
-        for gap in free(image)? {
+    if are_places_trusted(&report.defects) {
+        for gap in unreferenced_space(image)? {
             report.add(Defect::SpaceUnreferenced { offset: gap.start, bytes: gap.end - gap.start });
         }
-        walk::walk(image, report, come_to)?;
+        check_blocks::check_blocks(image, report, come_to)?;
     }
     Ok(())
 }
 
 /// Whether it is sure which bytes of the file somebody refers to.
-pub(super) fn places_are_believed(defects: &[Defect]) -> bool {
+pub(super) fn are_places_trusted(defects: &[Defect]) -> bool {
     !defects.iter().any(|defect| {
         matches!(
             defect,
@@ -139,12 +139,12 @@ pub(super) fn places_are_believed(defects: &[Defect]) -> bool {
 }
 
 /// The space that nothing refers to: before the footer, and between blocks where it takes room on the host.
-pub(super) fn free(image: &Image) -> Result<Vec<Range<u64>>> {
+pub(super) fn unreferenced_space(image: &Image) -> Result<Vec<Range<u64>>> {
     let (Some(sparse), end) = (image.sparse(), image.data_end()) else { return Ok(Vec::new()) };
     let mut free = unreferenced(&sparse.metadata, &sparse.placed, sparse.header.block_size, end);
     let mut kept = Vec::new();
     for gap in free.drain(..) {
-        if gap.end == end || next_data(image.file(), inside(&gap))?.is_some() {
+        if gap.end == end || next_data(image.file(), whole_pages(&gap))?.is_some() {
             kept.push(gap);
         }
     }
@@ -152,7 +152,7 @@ pub(super) fn free(image: &Image) -> Result<Vec<Range<u64>>> {
 }
 
 /// The whole pages of a range: what can be given back of it.
-pub(super) fn inside(range: &Range<u64>) -> Range<u64> {
+pub(super) fn whole_pages(range: &Range<u64>) -> Range<u64> {
     range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE
 }
 

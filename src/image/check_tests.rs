@@ -1,9 +1,9 @@
 //! Tests of `check.rs` and `walk.rs` on the simulated host.
 
-use super::super::rig::{self, child, commit, file, grow, host_with, kinds, open, poke, written};
+use super::super::testing::{self, child, commit, file, grow, host_with, kinds, open, poke, written};
 use super::*;
 use crate::format::{DynamicHeader, Footer};
-use crate::image::Kind;
+use crate::image::ImageKind;
 use crate::storage::sim::SimHost;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -26,9 +26,9 @@ fn bits_behind_the_end_of_the_disk() {
     assert_eq!(kinds(&host), [""; 0]);
     poke(&host, at + 16, &[0xFF; 100]);
     assert_eq!(kinds(&host), [""; 0], "the rest of the bitmap's sector means nothing");
-    assert_eq!(kinds(&written(Kind::Dynamic, 1000, &[(999, 1000)])), [""; 0]);
+    assert_eq!(kinds(&written(ImageKind::Dynamic, 1000, &[(999, 1000)])), [""; 0]);
     let words = [u64::MAX; 192];
-    let beyond = |words: &[u64], sectors| walk::beyond_disk(words, sectors, 12_288).collect::<Vec<_>>();
+    let beyond = |words: &[u64], sectors| check_blocks::bits_beyond_disk(words, sectors, 12_288).collect::<Vec<_>>();
     assert_eq!((beyond(&words, 4_095), beyond(&words, 4_096), beyond(&words, 12_288)), (vec![], vec![], vec![]));
     let mut partial = words;
     partial[64] = 0;
@@ -38,7 +38,7 @@ fn bits_behind_the_end_of_the_disk() {
 
 #[test]
 fn data_that_a_root_calls_absent() {
-    let host = written(Kind::Dynamic, 1000, &[(0, 9), (128, 130)]);
+    let host = written(ImageKind::Dynamic, 1000, &[(0, 9), (128, 130)]);
     let at = place(&host, 1);
     poke(&host, at, &[0x80]);
     poke(&host, at + 1, &[0; 15]);
@@ -73,8 +73,8 @@ fn space_counts_where_it_takes_room() {
     poke(&host, table + 4, &[0xFF; 4]);
     let (report, image) = check(file(&host)).unwrap();
     assert!(matches!(report.defects[..], [Defect::SpaceUnreferenced { .. }]), "{:?}", report.defects);
-    let gap = free(&image.unwrap()).unwrap().remove(0);
-    file(&host).punch_hole(inside(&gap).start, inside(&gap).end - inside(&gap).start).unwrap();
+    let gap = unreferenced_space(&image.unwrap()).unwrap().remove(0);
+    file(&host).punch_hole(whole_pages(&gap).start, whole_pages(&gap).end - whole_pages(&gap).start).unwrap();
     assert_eq!(kinds(&host), [""; 0]);
     poke(&host, table + 8, &[0xFF; 4]);
     let (report, _) = check(file(&host)).unwrap();
@@ -158,7 +158,7 @@ fn a_batmap_beside_the_bitmaps() {
     assert_eq!(report.defects, wrong, "a sector is missing; there is no such block");
     poke(&host, at, &[0x80]);
     assert_eq!(kinds(&host), ["batmap-checksum"]);
-    assert!(rig::open(&host).is_ok(), "we need no batmap");
+    assert!(testing::open(&host).is_ok(), "we need no batmap");
 }
 
 use super::super::batmap::Batmap;

@@ -34,7 +34,7 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// What a job wants after a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
+pub enum JobStep {
     /// Carry out the operations it pushed, all of them, then ask again.
     Wait,
     /// It is over.
@@ -42,19 +42,19 @@ pub enum Step {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
+enum CommitPhase {
     Start,
     /// C1 runs.
-    Settle,
+    SyncData,
     /// C2 runs.
-    Point,
+    WritePointers,
     /// C3 runs.
-    Seal,
-    Over,
+    SyncPointers,
+    Finished,
 }
 
 /// A granule as it was when the commit began.
-struct Taken {
+struct SectorSnapshot {
     granule: usize,
     bytes: [u8; SECTOR_BYTES],
 }
@@ -63,8 +63,8 @@ struct Taken {
 pub struct Commit {
     image: Arc<Writable>,
     slot: FileSlot,
-    phase: Phase,
-    taken: Vec<Taken>,
+    phase: CommitPhase,
+    snapshots: Vec<SectorSnapshot>,
     barriers: u32,
     /// Of the live journal.
     epoch: u64,
@@ -73,7 +73,7 @@ pub struct Commit {
 impl Commit {
     /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
     pub fn new(image: Arc<Writable>, slot: FileSlot) -> Commit {
-        Commit { image, slot, phase: Phase::Start, taken: Vec::new(), barriers: 0, epoch: 0 }
+        Commit { image, slot, phase: CommitPhase::Start, snapshots: Vec::new(), barriers: 0, epoch: 0 }
     }
 
     /// Syncs used so far.
@@ -85,7 +85,7 @@ impl Commit {
     ///
     /// # Errors
     /// The commit failed and is over; nothing of it may be acknowledged.
-    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         if let Some(source) = failed {
             return Err(self.fail(source));
         }
@@ -93,63 +93,63 @@ impl Commit {
         let growth_syncs = self.image.is_growth_syncing();
         self.image.check_poison()?;
         match self.phase {
-            Phase::Start => Ok(self.start(ops)),
+            CommitPhase::Start => Ok(self.start(ops)),
             // The host tells of a failure once: to one of two syncs that ran side by side. While growth syncs, a yes may hide
             // its no; when it is over, the image is poisoned or the yes was one.
-            Phase::Settle | Phase::Seal if growth_syncs => {
+            CommitPhase::SyncData | CommitPhase::SyncPointers if growth_syncs => {
                 self.sync(self.phase, ops);
-                Ok(Step::Wait)
+                Ok(JobStep::Wait)
             }
-            Phase::Settle => {
-                self.point(ops);
-                Ok(Step::Wait)
+            CommitPhase::SyncData => {
+                self.push_pointers(ops);
+                Ok(JobStep::Wait)
             }
-            Phase::Point => {
+            CommitPhase::WritePointers => {
                 // Before the new bits are durable: a copy of the image that lacks them does not fit the journal any more.
                 if let Err(e) = self.image.renew_generation() {
-                    return Err(self.unpointed(e));
+                    return Err(self.fail_stamp(e));
                 }
-                self.sync(Phase::Seal, ops);
-                Ok(Step::Wait)
+                self.sync(CommitPhase::SyncPointers, ops);
+                Ok(JobStep::Wait)
             }
-            Phase::Seal => {
-                let granules: Vec<usize> = self.taken.iter().map(|t| t.granule).collect();
-                self.image.committed(self.epoch, Some(&granules));
-                self.image.forget_lost_journal();
-                self.phase = Phase::Over;
-                Ok(Step::Done)
+            CommitPhase::SyncPointers => {
+                let granules: Vec<usize> = self.snapshots.iter().map(|t| t.granule).collect();
+                self.image.finish_commit(self.epoch, Some(&granules));
+                self.image.erase_stamp_of_lost_journal();
+                self.phase = CommitPhase::Finished;
+                Ok(JobStep::Done)
             }
-            Phase::Over => unreachable!("a commit that is over is not asked again"),
+            CommitPhase::Finished => unreachable!("a commit that is over is not asked again"),
         }
     }
 
-    fn start(&mut self, ops: &mut Vec<Op>) -> Step {
+    fn start(&mut self, ops: &mut Vec<Op>) -> JobStep {
         // Before the copies are made: a write that completes later owes the next commit a sync.
         let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
         let dirty = std::mem::take(&mut *self.image.dirty());
-        self.epoch = self.image.committing(&dirty);
+        self.epoch = self.image.begin_commit(&dirty);
         let mut ordered = false;
         for granule in dirty {
-            let mut g = self.image.granule(granule);
+            let mut g = self.image.lock_dirty(granule);
             ordered |= g.is_ordered() && !mutant::is(Mutant::OneBarrier);
-            self.taken.push(Taken { granule, bytes: g.snapshot() });
+            self.snapshots.push(SectorSnapshot { granule, bytes: g.snapshot() });
         }
-        if self.taken.is_empty() && !unsynced {
-            self.phase = Phase::Over;
-            return Step::Done;
+        if self.snapshots.is_empty() && !unsynced {
+            self.phase = CommitPhase::Finished;
+            return JobStep::Done;
         }
-        if self.taken.is_empty() {
-            self.sync(Phase::Seal, ops);
+        if self.snapshots.is_empty() {
+            self.sync(CommitPhase::SyncPointers, ops);
         } else if ordered {
-            self.sync(Phase::Settle, ops);
+            self.sync(CommitPhase::SyncData, ops);
         } else {
-            self.point(ops);
+            self.push_pointers(ops);
         }
-        Step::Wait
+        JobStep::Wait
     }
 
-    fn sync(&mut self, phase: Phase, ops: &mut Vec<Op>) {
-        let missing = phase == Phase::Seal && !self.taken.is_empty() && mutant::is(Mutant::NoLastSync);
+    fn sync(&mut self, phase: CommitPhase, ops: &mut Vec<Op>) {
+        let missing = phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::is(Mutant::NoLastSync);
         let nothing = Op::range(0, self.slot, Action::Allocate, 0, SECTOR);
         ops.push(if missing { nothing } else { Op::sync(0, self.slot) });
         self.barriers += 1;
@@ -157,11 +157,11 @@ impl Commit {
     }
 
     /// C2: the bitmap sectors as they were at the start, and the BAT sectors with the places of their blocks.
-    fn point(&mut self, ops: &mut Vec<Op>) {
+    fn push_pointers(&mut self, ops: &mut Vec<Op>) {
         let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for taken in &self.taken {
-            let (block, place, at) = self.image.bitmap_place(taken.granule);
-            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.granule(taken.granule).copy());
+        for taken in &self.snapshots {
+            let (block, place, at) = self.image.bitmap_sector_place(taken.granule);
+            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.lock_dirty(taken.granule).to_bytes());
             let bytes = current.as_ref().unwrap_or(&taken.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
@@ -172,29 +172,29 @@ impl Commit {
                 ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(&bytes))));
             }
         }
-        self.phase = Phase::Point;
+        self.phase = CommitPhase::WritePointers;
     }
 
     /// Notes that the commit is over and nothing of it counts. Returns the phase in which it failed.
-    fn give_back(&mut self) -> Phase {
-        let phase = std::mem::replace(&mut self.phase, Phase::Over);
+    fn return_snapshots(&mut self) -> CommitPhase {
+        let phase = std::mem::replace(&mut self.phase, CommitPhase::Finished);
         self.image.unsynced.store(true, Ordering::SeqCst);
-        self.image.committed(self.epoch, None);
-        for taken in self.taken.drain(..) {
-            self.image.dirtied(taken.granule);
+        self.image.finish_commit(self.epoch, None);
+        for taken in self.snapshots.drain(..) {
+            self.image.note_dirty_again(taken.granule);
         }
         phase
     }
 
     /// The stamp could not be written. As after a failed write of C2, the next commit starts at C1.
-    fn unpointed(&mut self, e: Error) -> Error {
-        self.give_back();
+    fn fail_stamp(&mut self, e: Error) -> Error {
+        self.return_snapshots();
         e
     }
 
     fn fail(&mut self, source: io::Error) -> Error {
-        match self.give_back() {
-            Phase::Point => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
+        match self.return_snapshots() {
+            CommitPhase::WritePointers => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
             _ if mutant::is(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
                 let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
@@ -208,7 +208,7 @@ impl Commit {
 impl Drop for Commit {
     /// What an abandoned commit covered would never be written: nothing more may be acknowledged.
     fn drop(&mut self) {
-        if !matches!(self.phase, Phase::Start | Phase::Over) {
+        if !matches!(self.phase, CommitPhase::Start | CommitPhase::Finished) {
             self.image.poison("a commit was abandoned");
         }
     }
@@ -219,7 +219,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::image::{Image, Keep, Kind, ParentLink, Spec, create};
+    use crate::image::{Image, Durability, ImageKind, ParentLink, ImageSpec, create};
     use crate::storage::host::Host;
     use crate::storage::{Access, Env};
     use crate::units::{BlockSize, SectorRange};
@@ -227,30 +227,30 @@ mod tests {
     const SLOT: FileSlot = FileSlot(3);
 
     /// A writable image of 8 MiB with room to write, nothing written.
-    fn image(folder: &Path, kind: Kind) -> Arc<Writable> {
+    fn image(folder: &Path, kind: ImageKind) -> Arc<Writable> {
         let path = folder.join("a.vhd");
-        create(&Host, &path, &Spec { kind, size: 8 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
+        create(&Host, &path, &ImageSpec { kind, size: 8 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
         reopen(&path)
     }
 
     fn reopen(path: &Path) -> Arc<Writable> {
         let image = Image::open(Host.open(path, Access::Write).unwrap()).unwrap();
-        let image = Arc::new(Writable::new(&Host, image, &Keep::Nothing).unwrap());
+        let image = Arc::new(Writable::new(&Host, image, &Durability::FlushOnly).unwrap());
         if let Some(mut growth) = super::super::Growth::begin(&image, SLOT) {
-            super::super::drive(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap();
+            super::super::run_to_completion(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap();
         }
         image
     }
 
-    fn child() -> Kind {
+    fn child() -> ImageKind {
         let uuid = uuid::Uuid::from_u128(7);
-        Kind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
+        ImageKind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
     }
 
     /// Carries out a commit step by step; what each step did, in a letter an operation.
     fn steps(commit: &mut Commit, image: &Writable) -> Vec<String> {
         let (mut all, mut ops) = (Vec::new(), Vec::new());
-        while commit.next(None, &mut ops).unwrap() == Step::Wait {
+        while commit.next(None, &mut ops).unwrap() == JobStep::Wait {
             all.push(ops.iter().map(|op| if op.action == Action::Sync { 'S' } else { 'W' }).collect());
             for op in ops.drain(..) {
                 if let Payload::Own(bytes) = op.payload {
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn a_dynamic_root_needs_one_barrier_for_new_blocks() {
         let folder = tempfile::tempdir().unwrap();
-        let image = image(folder.path(), Kind::Dynamic);
+        let image = image(folder.path(), ImageKind::Dynamic);
         commit(&image);
         write(&image, 5000, 5001);
         assert_eq!(commit(&image), (vec!["WW".to_owned(), "S".to_owned()], 1));
@@ -314,7 +314,7 @@ mod tests {
         commit(&image);
         write(&image, 0, 8);
         let (mut running, mut ops) = (Commit::new(image.clone(), SLOT), Vec::new());
-        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Wait);
+        assert_eq!(running.next(None, &mut ops).unwrap(), JobStep::Wait);
         write(&image, 8, 16);
         write(&image, 5000, 5001);
         ops.clear();
@@ -325,7 +325,7 @@ mod tests {
         assert!(table[..4] != [0xFF; 4] && table[4..8] == [0xFF; 4], "block 1 has no place in the file yet");
         ops.clear();
         running.next(None, &mut ops).unwrap();
-        assert_eq!(running.next(None, &mut ops).unwrap(), Step::Done);
+        assert_eq!(running.next(None, &mut ops).unwrap(), JobStep::Done);
         assert_eq!(commit(&image).1, 2, "the next commit has the rest");
     }
 

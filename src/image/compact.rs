@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::holes::{cannot_tell, next_data};
+use super::holes::{is_seek_unsupported, next_data};
 use super::offline::Offline;
 use crate::error::Result;
 use crate::format::{bat, layout};
@@ -20,13 +20,13 @@ const BATCH: u64 = 64 << 20;
 /// Bytes copied at once.
 const CHUNK: usize = 1 << 20;
 /// Of so many blocks that a gap has room for at pages, one may be left out so that the others are aligned.
-const SPARED: u64 = 32;
+const MISALIGNED_SHARE: u64 = 32;
 
 /// Is told how many more bytes are done, and ends the work where it fails.
-pub type Watch<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// A block on its way down.
-struct Move {
+struct BlockMove {
     block: u32,
     from: u64,
     to: u32,
@@ -37,15 +37,15 @@ impl Offline {
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the disk shows the same.
-    pub fn give_up(&mut self, blocks: &[u32]) -> Result<()> {
+    pub fn free_blocks(&mut self, blocks: &[u32]) -> Result<()> {
         let mut blocks = blocks.to_vec();
-        blocks.extend(self.beyond());
+        blocks.extend(self.blocks_beyond_disk());
         if blocks.is_empty() {
             return Ok(());
         }
         // A place that is given later would be called whole.
-        if self.batmap_speaks()? {
-            let entries = self.shape().header.entries;
+        if self.batmap_has_claims()? {
+            let entries = self.sparse().header.entries;
             let at = self.used_end().next_multiple_of(layout::PAGE);
             self.write_table(at, entries)?;
             point::reached("compact.empty-batmap-written");
@@ -55,7 +55,7 @@ impl Offline {
         self.drop_blocks(&blocks)?;
         point::reached("compact.entries-dropped");
         // At once: moving takes room before it gives any.
-        self.punch_unused(0..self.tail())?;
+        self.punch_unused(0..self.footer_offset())?;
         point::reached("compact.gaps-punched");
         Ok(())
     }
@@ -64,10 +64,10 @@ impl Offline {
     ///
     /// # Errors
     /// As [`Offline::give_up`]; what `watch` fails with.
-    pub fn close_gaps(&mut self, watch: &mut Watch<'_>) -> Result<()> {
+    pub fn close_gaps(&mut self, watch: &mut OnProgress<'_>) -> Result<()> {
         loop {
             let moved = self.move_blocks(watch)?;
-            let lowered = self.lower_table()?;
+            let lowered = self.move_table_down()?;
             watch(0)?;
             if !moved && !lowered {
                 return Ok(());
@@ -79,18 +79,18 @@ impl Offline {
     ///
     /// # Errors
     /// As [`Offline::give_up`].
-    pub fn settle(&mut self) -> Result<()> {
-        self.punch_unused(0..self.tail())?;
-        self.cut()?;
+    pub fn finish_compact(&mut self) -> Result<()> {
+        self.punch_unused(0..self.footer_offset())?;
+        self.truncate_unused()?;
         point::reached("compact.file-cut");
-        give_back(self.file(), 0)?;
+        punch_unwritten(self.file(), 0)?;
         self.sync()
     }
 
-    fn move_blocks(&mut self, watch: &mut Watch<'_>) -> Result<bool> {
-        let block_size = self.shape().header.block_size;
+    fn move_blocks(&mut self, watch: &mut OnProgress<'_>) -> Result<bool> {
+        let block_size = self.sparse().header.block_size;
         let stride = u64::from(block_size.stride_sectors());
-        let mut sources: Vec<(u32, u32)> = self.shape().places.iter().map(|(block, place)| (*place, *block)).collect();
+        let mut sources: Vec<(u32, u32)> = self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
         // No block moves to be aligned. Blocks at pages stay at pages; where another writer packed them, they may lie
         // anywhere.
@@ -100,30 +100,30 @@ impl Offline {
         'gaps: for gap in self.gaps(self.used_end()) {
             let mut free = gap.start / SECTOR..gap.end / SECTOR;
             let above = sources.len() - sources.partition_point(|(place, _)| u64::from(*place) < free.start);
-            let mut coming = capacity(&free, block_size).min(above as u64);
+            let mut coming = gap_capacity(&free, block_size).min(above as u64);
             while let Some(to) = place_in(&free, block_size, coming, packed) {
                 match sources.pop_if(|(from, _)| *from > to) {
                     None => break 'gaps,
-                    Some((from, block)) => batch.push(Move { block, from: u64::from(from), to }),
+                    Some((from, block)) => batch.push(BlockMove { block, from: u64::from(from), to }),
                 }
                 free.start = u64::from(to) + stride;
                 coming = coming.saturating_sub(1);
                 any = true;
                 if batch.len() as u64 * stride * SECTOR >= BATCH {
-                    self.carry_out(&mut batch, watch)?;
+                    self.move_batch(&mut batch, watch)?;
                 }
             }
         }
-        self.carry_out(&mut batch, watch)?;
+        self.move_batch(&mut batch, watch)?;
         Ok(any)
     }
 
     /// Copies, makes the copies durable, then the entries, then gives the old places back.
-    fn carry_out(&mut self, batch: &mut Vec<Move>, watch: &mut Watch<'_>) -> Result<()> {
+    fn move_batch(&mut self, batch: &mut Vec<BlockMove>, watch: &mut OnProgress<'_>) -> Result<()> {
         if batch.is_empty() {
             return Ok(());
         }
-        let len = u64::from(self.shape().header.block_size.stride_sectors()) * SECTOR;
+        let len = u64::from(self.sparse().header.block_size.stride_sectors()) * SECTOR;
         let mut buffer = Buffer::zeroed(CHUNK);
         for moving in &*batch {
             copy(self.file(), moving.from * SECTOR, u64::from(moving.to) * SECTOR, len, &mut buffer)?;
@@ -132,7 +132,7 @@ impl Offline {
         self.sync()?;
         point::reached("compact.blocks-copied");
         for moving in &*batch {
-            self.shape_mut().places.insert(moving.block, moving.to);
+            self.sparse_mut().places.insert(moving.block, moving.to);
         }
         self.write_entries(batch.iter().map(|moving| moving.block))?;
         self.sync()?;
@@ -144,9 +144,9 @@ impl Offline {
     }
 
     /// Moves the table into the first gap before it that is large enough.
-    fn lower_table(&mut self) -> Result<bool> {
-        let (at, entries) = (self.shape().header.table_offset, self.shape().header.entries);
-        let room = self.table_room(entries);
+    fn move_table_down(&mut self) -> Result<bool> {
+        let (at, entries) = (self.sparse().header.table_offset, self.sparse().header.entries);
+        let room = self.table_space(entries);
         let fits = |gap: Range<u64>| {
             let start = gap.start.next_multiple_of(layout::PAGE);
             (start + room <= gap.end && start < at).then_some(start)
@@ -162,11 +162,11 @@ impl Offline {
 
 /// How many blocks a gap, in sectors, is to take: all that fit at pages where those are few; of many some less, so that
 /// a large gap is filled with aligned blocks.
-fn capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
+fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
     let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
     let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
     let most = (gap.end + paged - stride).saturating_sub(first) / paged;
-    most - most / SPARED
+    most - most / MISALIGNED_SHARE
 }
 
 /// Where in a gap, in sectors, the first of the blocks that are coming may go: aligned, where that keeps room for the
@@ -200,12 +200,12 @@ fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Resul
 ///
 /// # Errors
 /// `Io`.
-pub fn give_back(file: &File, from: u64) -> Result<()> {
+pub fn punch_unwritten(file: &File, from: u64) -> Result<()> {
     let (mut at, len) = (from, file.stat()?.len);
     while at < len {
         let (start, count) = match file.next_data(at) {
             // It reserved nothing that could be told apart.
-            Err(e) if cannot_tell(&e) => return Ok(()),
+            Err(e) if is_seek_unsupported(&e) => return Ok(()),
             found => found?.unwrap_or((len, 0)),
         };
         if start > at {
@@ -239,7 +239,7 @@ mod tests {
 
     /// The blocks that a gap takes, and of those the ones that are aligned.
     fn filled(mut gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
-        let (mut coming, mut blocks, mut aligned) = (capacity(&gap, block).min(above), 0, 0);
+        let (mut coming, mut blocks, mut aligned) = (gap_capacity(&gap, block).min(above), 0, 0);
         while let Some(place) = place_in(&gap, block, coming, false).filter(|_| blocks < above) {
             let data = (u64::from(place) + u64::from(block.bitmap_sectors())) * SECTOR;
             assert!(u64::from(place) >= gap.start && data.is_multiple_of(layout::PAGE));

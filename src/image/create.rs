@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::draft::{Draft, already_there};
+use super::atomic_file::{AtomicFile, name_exists_error};
 use super::preallocate::preallocate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_from_unix;
@@ -32,7 +32,7 @@ pub struct ParentLink {
 
 /// What is to be made.
 #[derive(Clone, Debug)]
-pub enum Kind {
+pub enum ImageKind {
     /// All sectors in place, one after another.
     Fixed,
     /// A root that grows.
@@ -43,9 +43,9 @@ pub enum Kind {
 
 /// A new image.
 #[derive(Clone, Debug)]
-pub struct Spec {
+pub struct ImageSpec {
     /// What kind.
-    pub kind: Kind,
+    pub kind: ImageKind,
     /// Virtual size in bytes.
     pub size: u64,
     /// Size of its blocks.
@@ -58,28 +58,28 @@ pub struct Spec {
 ///
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
-pub fn create(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
-    make(env, path, spec, false)
+pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
+    create_image(env, path, spec, false)
 }
 
 /// The same, with every block in its place and its room reserved on the host.
 ///
 /// # Errors
 /// As [`create`]; `Unsupported` where the file system cannot reserve room.
-pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &Spec) -> Result<Uuid> {
-    make(env, path, spec, true)
+pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
+    create_image(env, path, spec, true)
 }
 
-fn make(env: &dyn Env, path: &Path, spec: &Spec, whole: bool) -> Result<Uuid> {
+fn create_image(env: &dyn Env, path: &Path, spec: &ImageSpec, whole: bool) -> Result<Uuid> {
     if env.exists(path) {
-        return Err(already_there(path));
+        return Err(name_exists_error(path));
     }
     let uuid = env.uuid();
-    let mut draft = Draft::begin(env, path, env.folder(folder_of(path))?, file_name(path)?)?;
+    let mut draft = AtomicFile::begin(env, path, env.folder(folder_of(path))?, file_name(path)?)?;
     let filled = write_new(draft.file(), env, uuid, spec);
     let filled = filled.and_then(|()| if whole { preallocate(draft.file()) } else { Ok(()) });
     let made = filled.and_then(|()| draft.publish());
-    made.map(|()| uuid).map_err(|e| draft.blame(e).at_path(path))
+    made.map(|()| uuid).map_err(|e| draft.with_requested_path(e).at_path(path))
 }
 
 /// The last part of a path.
@@ -102,16 +102,16 @@ pub fn folder_of(path: &Path) -> &Path {
 ///
 /// # Errors
 /// `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
-pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<()> {
+pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Result<()> {
     // The sizes are those of the command line.
     let invalid = |defect| Error::from(defect).at_no_offset().at_path(file.path());
     let now = u64::try_from(env.now()).unwrap_or(0);
     let (disk_type, locators) = match &spec.kind {
-        Kind::Fixed => (DiskType::Fixed, Vec::new()),
-        Kind::Dynamic => (DiskType::Dynamic, Vec::new()),
-        Kind::Differencing(link) => (DiskType::Differencing, locators(link)?),
+        ImageKind::Fixed => (DiskType::Fixed, Vec::new()),
+        ImageKind::Dynamic => (DiskType::Dynamic, Vec::new()),
+        ImageKind::Differencing(link) => (DiskType::Differencing, locators(link)?),
     };
-    let lengths: Vec<u32> = locators.iter().map(|(_, text)| room(text)).collect();
+    let lengths: Vec<u32> = locators.iter().map(|(_, text)| text_len(text)).collect();
     let reserve = spec.block_size.blocks_for(spec.reserve.max(spec.size).div_ceil(SECTOR));
     let reserve = u32::try_from(reserve).unwrap_or(u32::MAX);
     let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
@@ -124,25 +124,25 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &Spec) -> Result<
     file.write_at(&footer, layout.footer)?;
     if let Some(header_at) = layout.header {
         let mut header = DynamicHeader::new(layout.table, layout.entries, spec.block_size);
-        if let Kind::Differencing(link) = &spec.kind {
+        if let ImageKind::Differencing(link) = &spec.kind {
             header.parent_uuid = link.uuid;
             header.parent_timestamp = time_from_unix(u64::try_from(link.modified).unwrap_or(0));
             header.parent_name = encode_parent_name(&link.name)?;
             assert!(locators.len() <= LOCATORS, "two at most");
             for (slot, ((platform, text), place)) in locators.iter().zip(&layout.locators).enumerate() {
-                header.locators[slot] = LocatorEntry::new(*platform, place.start, room(text));
+                header.locators[slot] = LocatorEntry::new(*platform, place.start, text_len(text));
                 file.write_at(text, place.start)?;
             }
         }
         file.write_at(&footer, 0)?;
         file.write_at(&header.encode(), header_at)?;
-        write_table(file, &layout)?;
+        write_unused_table(file, &layout)?;
     }
     file.sync()
 }
 
 /// All entries unused, and ones to the end of the last page.
-fn write_table(file: &File, layout: &NewLayout) -> Result<()> {
+fn write_unused_table(file: &File, layout: &NewLayout) -> Result<()> {
     let unused = vec![0xFF; 1 << 16];
     debug_assert_eq!(bat::UNUSED.to_be_bytes(), [0xFF; 4]);
     let (mut at, end) = (layout.table, layout.table + layout.table_bytes);
@@ -166,6 +166,6 @@ fn locators(link: &ParentLink) -> Result<Vec<(Platform, Vec<u8>)>> {
     Ok(locators)
 }
 
-fn room(text: &[u8]) -> u32 {
+fn text_len(text: &[u8]) -> u32 {
     u32::try_from(text.len()).expect("paths are limited when they are encoded")
 }

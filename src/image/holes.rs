@@ -19,7 +19,7 @@ pub fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
             Ok((!found.is_empty()).then_some(found))
         }
         Ok(None) => Ok(None),
-        Err(e) if cannot_tell(&e) => {
+        Err(e) if is_seek_unsupported(&e) => {
             let found = range.start..range.end.min(file.stat()?.len);
             Ok((!found.is_empty()).then_some(found))
         }
@@ -28,7 +28,7 @@ pub fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
 }
 
 /// Whether a file system has no answer to where its holes are.
-pub(super) fn cannot_tell(e: &Error) -> bool {
+pub(super) fn is_seek_unsupported(e: &Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 

@@ -25,7 +25,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use super::fit::{mix, table_sum};
+use super::journal_id::{entry_hash, table_sum};
 use super::open::Image;
 use crate::error::Result;
 use crate::format::bitmap;
@@ -33,18 +33,18 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{FileId, Shm, RuntimeFolder};
 
 /// Granules that may be marked between two commits.
-pub const SLOTS: u32 = 4096;
+pub const JOURNAL_SLOTS: u32 = 4096;
 /// Slots in use from which on a commit is due.
-const DUE: usize = SLOTS as usize * 3 / 4;
+const DUE_SLOTS: usize = JOURNAL_SLOTS as usize * 3 / 4;
 
 pub(super) const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl02");
-const HEADER: usize = 512;
-const SLOT: usize = 68;
-pub(super) const WORDS: usize = 64;
+const HEADER_WORDS: usize = 512;
+const SLOT_WORDS: usize = 68;
+pub(super) const BITMAP_WORDS: usize = 64;
 /// Bytes of memory that a journal takes.
-pub const BYTES: u64 = ((HEADER + SLOTS as usize * SLOT) * size_of::<u64>()) as u64;
+pub const BYTES: u64 = ((HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS) * size_of::<u64>()) as u64;
 /// Epochs that can be; no journal of ours comes near.
-pub(super) const EPOCHS: u64 = 1 << 60;
+pub(super) const EPOCH_LIMIT: u64 = 1 << 60;
 
 // Words of the header.
 pub(super) const MAGIC_AT: usize = 0;
@@ -52,39 +52,39 @@ pub(super) const SESSION_AT: usize = 1; // two
 pub(super) const IMAGE_AT: usize = 3; // two
 pub(super) const BOOT_AT: usize = 5; // two
 pub(super) const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
-pub(super) const SUMS: usize = 8; // two
+pub(super) const TABLE_SUMS: usize = 8; // two
 pub(super) const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
-pub(super) const NEXT: usize = 11; // the generation that the stamp is about to get, or has
-pub(super) const NOW: usize = 12; // the generation that the stamp had last
-const HELD_AT: usize = 13; // the file it is held for: device, inode
+pub(super) const NEXT_GENERATION: usize = 11; // the generation that the stamp is about to get, or has
+pub(super) const CURRENT_GENERATION: usize = 12; // the generation that the stamp had last
+const FILE_ID_AT: usize = 13; // the file it is held for: device, inode
 // Not zero: why the image was poisoned, as text.
-const POISON: usize = 16;
+const POISON_AT: usize = 16;
 const POISON_WORDS: usize = 32;
 // The path of the file it is held for; none if it is longer.
-const PATH: usize = 64;
+const PATH_AT: usize = 64;
 const PATH_WORDS: usize = 128;
 
 // Words of a slot.
-pub(super) const EPOCH: usize = 0;
-pub(super) const GRANULE: usize = 1;
-pub(super) const PLACE: usize = 2;
-pub(super) const PLACED_BY: usize = 3;
-pub(super) const BITS: usize = 4;
+pub(super) const SLOT_EPOCH: usize = 0;
+pub(super) const SLOT_BITMAP_SECTOR: usize = 1;
+pub(super) const SLOT_PLACE: usize = 2;
+pub(super) const SLOT_PLACED_BY: usize = 3;
+pub(super) const SLOT_BITS: usize = 4;
 
 /// No commit has put the block's place into the file.
-pub(super) const NEVER: u64 = u64::MAX;
+pub(super) const NOT_PLACED: u64 = u64::MAX;
 
 /// The journal of an image that is open for writing.
 #[derive(Debug)]
 pub struct Journal {
-    live: Shm,
+    shm: Shm,
     runtime: RuntimeFolder,
     name: String,
-    state: Mutex<State>,
+    state: Mutex<JournalState>,
 }
 
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct JournalState {
     /// Slots claimed now belong to this epoch.
     pub(super) epoch: u64,
     pub(super) free: Vec<u32>,
@@ -105,17 +105,17 @@ impl Journal {
     /// `NoSpace`, `Io`.
     pub(super) fn create(runtime: &RuntimeFolder, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
         let name = Journal::name_of(session);
-        let live = runtime.create(&name, HEADER + SLOTS as usize * SLOT)?;
-        let journal = Journal::of(live, runtime, name);
+        let live = runtime.create(&name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        let journal = Journal::from_shm(live, runtime, name);
         for (at, uuid) in [(SESSION_AT, session), (IMAGE_AT, image.uuid()), (BOOT_AT, boot)] {
             let (high, low) = uuid.as_u64_pair();
-            journal.live[at].store(high, Ordering::Relaxed);
-            journal.live[at + 1].store(low, Ordering::Relaxed);
+            journal.shm[at].store(high, Ordering::Relaxed);
+            journal.shm[at + 1].store(low, Ordering::Relaxed);
         }
-        journal.live[SUMS].store(table_sum(image), Ordering::Relaxed);
-        journal.hold(image)?;
-        journal.live[MAGIC_AT].store(MAGIC, Ordering::Release);
-        journal.lock().free = (0..SLOTS).rev().collect();
+        journal.shm[TABLE_SUMS].store(table_sum(image), Ordering::Relaxed);
+        journal.record_file(image)?;
+        journal.shm[MAGIC_AT].store(MAGIC, Ordering::Release);
+        journal.lock().free = (0..JOURNAL_SLOTS).rev().collect();
         Ok(journal)
     }
 
@@ -124,13 +124,13 @@ impl Journal {
     /// # Errors
     /// `NotFound`; `Busy` if a process has it open; `Refused` if it is not one of ours; `Io`.
     pub(super) fn open(runtime: &RuntimeFolder, name: &str) -> Result<Journal> {
-        let live = runtime.open(name, HEADER + SLOTS as usize * SLOT)?;
-        Ok(Journal::of(live, runtime, name.to_owned()))
+        let live = runtime.open(name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        Ok(Journal::from_shm(live, runtime, name.to_owned()))
     }
 
-    fn of(live: Shm, runtime: &RuntimeFolder, name: String) -> Journal {
-        let state = State { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
-        Journal { live, runtime: runtime.clone(), name, state: Mutex::new(state) }
+    fn from_shm(live: Shm, runtime: &RuntimeFolder, name: String) -> Journal {
+        let state = JournalState { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
+        Journal { shm: live, runtime: runtime.clone(), name, state: Mutex::new(state) }
     }
 
     /// Whether a journal can be made in a folder.
@@ -155,50 +155,50 @@ impl Journal {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn hold(&self, image: &Image) -> Result<()> {
+    pub(super) fn record_file(&self, image: &Image) -> Result<()> {
         use std::os::unix::ffi::OsStrExt;
         let id = image.file().stat()?.id;
-        self.live[HELD_AT].store(id.dev, Ordering::Relaxed);
-        self.live[HELD_AT + 1].store(id.ino, Ordering::Relaxed);
+        self.shm[FILE_ID_AT].store(id.dev, Ordering::Relaxed);
+        self.shm[FILE_ID_AT + 1].store(id.ino, Ordering::Relaxed);
         let path = std::path::absolute(image.file().path()).unwrap_or_default();
         let path = path.as_os_str().as_bytes();
         let mut bytes = [0; PATH_WORDS * 8];
         if path.len() < bytes.len() {
             bytes[..path.len()].copy_from_slice(path);
         }
-        self.put_text(PATH, &bytes);
+        self.put_text(PATH_AT, &bytes);
         Ok(())
     }
 
     /// The file it was last held for.
-    pub(super) fn held(&self) -> (FileId, Option<PathBuf>) {
+    pub(super) fn recorded_file(&self) -> (FileId, Option<PathBuf>) {
         use std::os::unix::ffi::OsStringExt;
-        let id = FileId { dev: self.at(HELD_AT), ino: self.at(HELD_AT + 1) };
-        let path = self.text(PATH, PATH_WORDS);
+        let id = FileId { dev: self.header_word(FILE_ID_AT), ino: self.header_word(FILE_ID_AT + 1) };
+        let path = self.text(PATH_AT, PATH_WORDS);
         (id, (!path.is_empty()).then(|| std::ffi::OsString::from_vec(path).into()))
     }
 
     /// The stamp is about to get a generation: from here on a stamp with it fits, too.
-    pub(super) fn announce(&self, generation: u64) {
-        self.live[NEXT].store(generation, Ordering::Release);
+    pub(super) fn announce_generation(&self, generation: u64) {
+        self.shm[NEXT_GENERATION].store(generation, Ordering::Release);
     }
 
     /// The stamp has the generation that was announced: from here on no stamp with an older one fits.
-    pub(super) fn confirm(&self, generation: u64) {
-        self.live[NOW].store(generation, Ordering::Release);
+    pub(super) fn confirm_generation(&self, generation: u64) {
+        self.shm[CURRENT_GENERATION].store(generation, Ordering::Release);
     }
 
     /// Whether the file was cut: nothing that is stored will be found again.
     #[inline]
     pub(super) fn is_lost(&self) -> bool {
-        self.live.is_lost()
+        self.shm.is_lost()
     }
 
     /// Ends all slots by one store: all they hold is in the file, or was never written.
-    pub(super) fn end(&self) {
+    pub(super) fn end_all_slots(&self) {
         let state = self.lock();
-        let which = self.live[COMMITTED].load(Ordering::Acquire) & 1;
-        self.live[COMMITTED].store(state.epoch << 1 | which, Ordering::Release);
+        let which = self.shm[COMMITTED].load(Ordering::Acquire) & 1;
+        self.shm[COMMITTED].store(state.epoch << 1 | which, Ordering::Release);
     }
 
     /// Removes it: everything it holds is in the file, or is given up.
@@ -211,37 +211,37 @@ impl Journal {
 
     /// Whether any slot counts.
     pub(super) fn has_marks(&self) -> bool {
-        let committed = self.at(COMMITTED) >> 1;
-        (0..SLOTS).any(|slot| self.word(slot, EPOCH).load(Ordering::Acquire) > committed)
+        let committed = self.header_word(COMMITTED) >> 1;
+        (0..JOURNAL_SLOTS).any(|slot| self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire) > committed)
     }
 
     /// A word of the header.
-    pub(super) fn at(&self, word: usize) -> u64 {
-        self.live[word].load(Ordering::Acquire)
+    pub(super) fn header_word(&self, word: usize) -> u64 {
+        self.shm[word].load(Ordering::Acquire)
     }
 
     /// A UUID in the header.
-    pub(super) fn uuid_at(&self, word: usize) -> Uuid {
-        Uuid::from_u64_pair(self.at(word), self.at(word + 1))
+    pub(super) fn header_uuid(&self, word: usize) -> Uuid {
+        Uuid::from_u64_pair(self.header_word(word), self.header_word(word + 1))
     }
 
-    pub(super) fn put(&self, word: usize, value: u64) {
-        self.live[word].store(value, Ordering::Release);
+    pub(super) fn store_header_word(&self, word: usize, value: u64) {
+        self.shm[word].store(value, Ordering::Release);
     }
 
     fn put_text(&self, word: usize, bytes: &[u8]) {
         for (n, word_bytes) in bytes.as_chunks::<8>().0.iter().enumerate().rev() {
-            self.live[word + n].store(u64::from_be_bytes(*word_bytes), Ordering::Release);
+            self.shm[word + n].store(u64::from_be_bytes(*word_bytes), Ordering::Release);
         }
     }
 
     fn text(&self, word: usize, words: usize) -> Vec<u8> {
-        (word..word + words).flat_map(|n| self.at(n).to_be_bytes()).take_while(|b| *b != 0).collect()
+        (word..word + words).flat_map(|n| self.header_word(n).to_be_bytes()).take_while(|b| *b != 0).collect()
     }
 
     /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
     /// block's place into the file.
-    pub(super) fn claim(
+    pub(super) fn claim_slot(
         &self,
         granule: usize,
         block: u32,
@@ -253,26 +253,26 @@ impl Journal {
         let slot = state.free.pop()?;
         let placed_by = match &state.placing {
             (epoch, blocks) if blocks.contains(&block) => *epoch,
-            _ if fresh => NEVER,
+            _ if fresh => NOT_PLACED,
             _ => 0,
         };
-        self.word(slot, GRANULE).store(granule as u64, Ordering::Relaxed);
-        self.word(slot, PLACE).store(place.into(), Ordering::Relaxed);
-        self.word(slot, PLACED_BY).store(placed_by, Ordering::Relaxed);
-        for n in 0..WORDS {
+        self.slot_word(slot, SLOT_BITMAP_SECTOR).store(granule as u64, Ordering::Relaxed);
+        self.slot_word(slot, SLOT_PLACE).store(place.into(), Ordering::Relaxed);
+        self.slot_word(slot, SLOT_PLACED_BY).store(placed_by, Ordering::Relaxed);
+        for n in 0..BITMAP_WORDS {
             let bits = words.get(n).map_or(0, |w| w.load(Ordering::SeqCst));
             let bits = if mutant::is(Mutant::SlotReplacesBits) { 0 } else { bits };
-            self.word(slot, BITS + n).store(bits, Ordering::Relaxed);
+            self.slot_word(slot, SLOT_BITS + n).store(bits, Ordering::Relaxed);
         }
-        self.word(slot, EPOCH).store(state.epoch, Ordering::Release);
+        self.slot_word(slot, SLOT_EPOCH).store(state.epoch, Ordering::Release);
         state.used.insert(slot);
         Some(slot)
     }
 
     /// Sets bits of a slot.
-    pub(super) fn set(&self, slot: u32, bit: u32, count: u32) {
-        let at = HEADER + slot as usize * SLOT + BITS;
-        bitmap::set_atomic(&self.live[at..at + WORDS], bit, count);
+    pub(super) fn set_bits(&self, slot: u32, bit: u32, count: u32) {
+        let at = HEADER_WORDS + slot as usize * SLOT_WORDS + SLOT_BITS;
+        bitmap::set_atomic(&self.shm[at..at + BITMAP_WORDS], bit, count);
     }
 
     /// Remembers for the next process that a sync failed: what the slots say must not be believed any more, since the
@@ -281,18 +281,18 @@ impl Journal {
         let mut bytes = [0; POISON_WORDS * 8];
         let len = why.len().min(bytes.len());
         bytes[..len].copy_from_slice(&why.as_bytes()[..len]);
-        self.put_text(POISON, &bytes);
+        self.put_text(POISON_AT, &bytes);
     }
 
     /// Why it was poisoned.
-    pub(super) fn poisoned(&self) -> Option<String> {
-        let bytes = self.text(POISON, POISON_WORDS);
+    pub(super) fn poison_reason(&self) -> Option<String> {
+        let bytes = self.text(POISON_AT, POISON_WORDS);
         (!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Whether a commit should begin, so that slots do not run out.
-    pub fn is_due(&self) -> bool {
-        self.lock().used.len() >= DUE
+    pub fn is_commit_due(&self) -> bool {
+        self.lock().used.len() >= DUE_SLOTS
     }
 
     /// Slots in use.
@@ -308,10 +308,10 @@ impl Journal {
     /// A commit begins, which is going to put the places of `blocks` into the file. Called before its snapshot is taken:
     /// slots claimed from now on belong to the next one. Its epoch. `unaccounted`: some of the blocks found no slot when
     /// they got their places; if this commit is killed, the sum proves nothing.
-    pub(super) fn begin(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
+    pub(super) fn begin_commit(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
         if unaccounted {
-            self.live[UNACCOUNTED].store(1, Ordering::Release);
+            self.shm[UNACCOUNTED].store(1, Ordering::Release);
         }
         let epoch = state.epoch;
         state.placing = (epoch, blocks);
@@ -320,14 +320,14 @@ impl Journal {
     }
 
     /// The commit that began last failed; what it was to place, the next one will.
-    pub(super) fn failed(&self) {
+    pub(super) fn fail_commit(&self) {
         self.lock().placing.1.clear();
     }
 
     /// The commit of `epoch` has made its snapshot durable, `places` (block, place) included: all slots up to that epoch are
     /// superfluous, but for those that are still in use. `keep(slot, granule, renew)` tells: of a slot in use it calls
     /// `renew` while it holds the granule.
-    pub(super) fn committed(&self, epoch: u64, places: &[(u32, u32)], keep: impl Fn(u32, usize, &dyn Fn()) -> bool) {
+    pub(super) fn finish_commit(&self, epoch: u64, places: &[(u32, u32)], keep: impl Fn(u32, usize, &dyn Fn()) -> bool) {
         let (next, old) = {
             let state = self.lock();
             let old: Vec<u32> = state.used.iter().copied().filter(|s| self.epoch_of(*s) <= epoch).collect();
@@ -336,26 +336,26 @@ impl Journal {
         let placed: BTreeSet<u64> = places.iter().map(|(_, place)| u64::from(*place)).collect();
         let mut over = Vec::new();
         for slot in old {
-            let granule = self.word(slot, GRANULE).load(Ordering::Relaxed);
+            let granule = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
             let renew = || {
                 // Counts only from the store of COMMITTED below on.
-                if placed.contains(&self.word(slot, PLACE).load(Ordering::Relaxed)) {
-                    self.word(slot, PLACED_BY).store(epoch, Ordering::Release);
+                if placed.contains(&self.slot_word(slot, SLOT_PLACE).load(Ordering::Relaxed)) {
+                    self.slot_word(slot, SLOT_PLACED_BY).store(epoch, Ordering::Release);
                 }
-                self.word(slot, EPOCH).store(next, Ordering::Release);
+                self.slot_word(slot, SLOT_EPOCH).store(next, Ordering::Release);
             };
             if !keep(slot, usize::try_from(granule).expect("an index of ours"), &renew) {
                 over.push(slot);
             }
         }
-        let word = self.live[COMMITTED].load(Ordering::Acquire);
+        let word = self.shm[COMMITTED].load(Ordering::Acquire);
         let which = usize::from(word & 1 == 1);
-        let sum = places.iter().fold(self.live[SUMS + which].load(Ordering::Acquire), |sum, (block, place)| {
-            sum.wrapping_add(mix(*block, *place))
+        let sum = places.iter().fold(self.shm[TABLE_SUMS + which].load(Ordering::Acquire), |sum, (block, place)| {
+            sum.wrapping_add(entry_hash(*block, *place))
         });
-        self.live[SUMS + (1 - which)].store(sum, Ordering::Release);
-        self.live[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
-        self.live[UNACCOUNTED].store(0, Ordering::Release);
+        self.shm[TABLE_SUMS + (1 - which)].store(sum, Ordering::Release);
+        self.shm[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
+        self.shm[UNACCOUNTED].store(0, Ordering::Release);
         let mut state = self.lock();
         // Not before the store: a slot claimed in between must say that it counts with this commit only.
         state.placing.1.clear();
@@ -366,21 +366,21 @@ impl Journal {
     }
 
     /// Adds bits to a slot of a predecessor.
-    pub(super) fn merge(&self, slot: u32, words: &[u64; WORDS]) {
+    pub(super) fn add_bits(&self, slot: u32, words: &[u64; BITMAP_WORDS]) {
         for (n, word) in words.iter().enumerate() {
-            self.word(slot, BITS + n).fetch_or(*word, Ordering::Release);
+            self.slot_word(slot, SLOT_BITS + n).fetch_or(*word, Ordering::Release);
         }
     }
 
     fn epoch_of(&self, slot: u32) -> u64 {
-        self.word(slot, EPOCH).load(Ordering::Acquire)
+        self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire)
     }
 
-    pub(super) fn word(&self, slot: u32, at: usize) -> &AtomicU64 {
-        &self.live[HEADER + slot as usize * SLOT + at]
+    pub(super) fn slot_word(&self, slot: u32, at: usize) -> &AtomicU64 {
+        &self.shm[HEADER_WORDS + slot as usize * SLOT_WORDS + at]
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, JournalState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

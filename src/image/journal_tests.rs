@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::super::{Commit, Growth, Keep, Kind, ParentLink, Spec, Step, Writable, create, drive};
+use super::super::{Commit, Growth, Durability, ImageKind, ParentLink, ImageSpec, JobStep, Writable, create, run_to_completion};
 use super::*;
 use crate::storage::host::Host;
 use crate::storage::{Access, Env, Op, Payload, FileSlot};
@@ -13,15 +13,15 @@ use crate::units::{BlockSize, SectorRange};
 const SLOT_OF_FILE: FileSlot = FileSlot(3);
 const BLOCK: u64 = 4096;
 
-struct Rig {
+struct KilledImage {
     folder: TempDir,
     runtime: TempDir,
 }
 
-impl Rig {
-    fn new(kind: Kind) -> Rig {
-        let rig = Rig { folder: tempfile::tempdir().unwrap(), runtime: tempfile::tempdir_in("/dev/shm").unwrap() };
-        create(&Host, &rig.path(), &Spec { kind, size: 64 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
+impl KilledImage {
+    fn new(kind: ImageKind) -> KilledImage {
+        let rig = KilledImage { folder: tempfile::tempdir().unwrap(), runtime: tempfile::tempdir_in("/dev/shm").unwrap() };
+        create(&Host, &rig.path(), &ImageSpec { kind, size: 64 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
         rig
     }
 
@@ -44,10 +44,10 @@ impl Rig {
     fn open(&self) -> Arc<Writable> {
         self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Keep::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
+        let keep = Durability::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
-            drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
+            run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
         }
         image
     }
@@ -66,7 +66,7 @@ fn marked(image: &Writable, sector: u32) -> Vec<u32> {
         let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
         let bitmaps = image.bitmaps().unwrap();
         let mut bytes = [0; 512];
-        match bitmaps.run(bitmaps.first_of(*block), sector, sector + 1) {
+        match bitmaps.run(bitmaps.first_sector_of(*block), sector, sector + 1) {
             Some((set, _)) => return set,
             None => image.file().read_at(&mut bytes, u64::from(place) * 512).unwrap(),
         }
@@ -78,7 +78,7 @@ fn marked(image: &Writable, sector: u32) -> Vec<u32> {
 /// Carries out so many operations of a commit, and then is killed; true where the commit ended before.
 fn commit(image: &Arc<Writable>, operations: usize) -> bool {
     let (mut commit, mut ops, mut left) = (Commit::new(image.clone(), SLOT_OF_FILE), Vec::<Op>::new(), operations);
-    while commit.next(None, &mut ops).unwrap() == Step::Wait {
+    while commit.next(None, &mut ops).unwrap() == JobStep::Wait {
         for op in ops.drain(..) {
             if left == 0 {
                 std::mem::forget(commit);
@@ -93,17 +93,17 @@ fn commit(image: &Arc<Writable>, operations: usize) -> bool {
     true
 }
 
-fn kinds() -> [Kind; 2] {
+fn kinds() -> [ImageKind; 2] {
     let uuid = uuid::Uuid::from_u128(7);
     let link = ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() };
-    [Kind::Dynamic, Kind::Differencing(link)]
+    [ImageKind::Dynamic, ImageKind::Differencing(link)]
 }
 
 #[test]
 fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
     for kind in kinds() {
         for (first, second) in (0..8).flat_map(|a| [0, 3, 5, 6].map(|b| (a, b))) {
-            let rig = Rig::new(kind.clone());
+            let rig = KilledImage::new(kind.clone());
             let image = rig.open();
             assert!(commit(&image, 100), "what a predecessor may have left");
             (0..3).for_each(|block| write(&image, block, 8));
@@ -133,25 +133,25 @@ fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
 #[test]
 fn a_full_journal_is_still_believed_after_a_kill() {
     let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
-    let rig = Rig { folder, runtime };
+    let rig = KilledImage { folder, runtime };
     let block_size = BlockSize::from_bytes(4096).unwrap();
-    create(&Host, &rig.path(), &Spec { kind: Kind::Dynamic, size: 40 << 20, block_size, reserve: 0 }).unwrap();
+    create(&Host, &rig.path(), &ImageSpec { kind: ImageKind::Dynamic, size: 40 << 20, block_size, reserve: 0 }).unwrap();
     let image = rig.open();
     let mut kept = 0;
-    for block in 0..SLOTS + 200 {
+    for block in 0..JOURNAL_SLOTS + 200 {
         while image.reserve(block).is_err() {
             let mut growth = Growth::begin(&image, SLOT_OF_FILE).unwrap();
-            drive(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
+            run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
         }
         let at = u64::from(block) * 8;
         kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
-    assert_eq!(kept, SLOTS, "the others owe a commit before they are answered");
+    assert_eq!(kept, JOURNAL_SLOTS, "the others owe a commit before they are answered");
     // All bitmaps, and all sectors of the table but the last few.
-    assert!(!commit(&image, SLOTS as usize + 200 + 25));
+    assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();
-    assert!((0..SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()), "what was kept is there");
+    assert!((0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()), "what was kept is there");
     assert!(commit(&image, usize::MAX));
     drop(image);
     rig.open();

@@ -15,7 +15,7 @@ use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// The blocks of an image that end after its data does.
-pub(super) struct Cut<'a> {
+pub(super) struct TruncatedBlocks<'a> {
     pub(super) file: &'a File,
     pub(super) header: &'a DynamicHeader,
     pub(super) placed: &'a PlacedBlocks,
@@ -27,19 +27,19 @@ pub(super) struct Cut<'a> {
     pub(super) disk: SectorRange,
 }
 
-impl Cut<'_> {
+impl TruncatedBlocks<'_> {
     /// Returns the lost ranges of the disk, ascending, neighbours joined. Reports each block that lost sectors, and each
     /// that is cut off although a footer follows.
     ///
     /// # Errors
     /// What `found` breaks with; `Io`.
-    pub(super) fn lost(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
+    pub(super) fn lost_ranges(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
         let (block_size, mut lost) = (self.header.block_size, Vec::new());
         let cut = &self.placed.entries[self.placed.entries.len() - self.placed.truncated..];
         let inside = cut.iter().filter(|(place, _)| u64::from(*place) * SECTOR < self.data_end).count();
         for &(place, block) in cut {
             let range = block_size.range_of(block).clip(self.disk);
-            let runs = if inside > 1 { vec![self.behind_end(place, range)] } else { self.runs(place, range)? };
+            let runs = if inside > 1 { vec![self.beyond_end(place, range)] } else { self.lost_runs(place, range)? };
             let sectors = runs.iter().map(|run| run.count()).sum();
             let at = u64::from(place) * SECTOR;
             lost.extend(runs.into_iter().filter(|run| !run.is_empty()));
@@ -55,19 +55,19 @@ impl Cut<'_> {
                 return Err(error);
             }
         }
-        Ok(joined(lost))
+        Ok(merge_ranges(lost))
     }
 
     /// The sectors of a block whose data the file does not hold whole.
-    fn behind_end(&self, place: u32, range: SectorRange) -> SectorRange {
+    fn beyond_end(&self, place: u32, range: SectorRange) -> SectorRange {
         let data = (u64::from(place) + u64::from(self.header.block_size.bitmap_sectors())) * SECTOR;
         let there = self.data_end.saturating_sub(data) / SECTOR;
         range.skip(there.min(range.count()))
     }
 
     /// The lost runs of a block.
-    fn runs(&self, place: u32, range: SectorRange) -> Result<Vec<SectorRange>> {
-        let behind = self.behind_end(place, range);
+    fn lost_runs(&self, place: u32, range: SectorRange) -> Result<Vec<SectorRange>> {
+        let behind = self.beyond_end(place, range);
         let at = u64::from(place) * SECTOR;
         // Sectors of the bitmap that the file holds whole; the bits of the others count as set.
         let held = (self.data_end.saturating_sub(at) / SECTOR).min(self.header.block_size.bitmap_sectors().into());
@@ -102,7 +102,7 @@ impl Cut<'_> {
 }
 
 /// Ranges in ascending order, neighbours and overlaps joined.
-pub fn joined(mut ranges: Vec<SectorRange>) -> Vec<SectorRange> {
+pub fn merge_ranges(mut ranges: Vec<SectorRange>) -> Vec<SectorRange> {
     ranges.sort_unstable_by_key(|range| range.start());
     let mut all: Vec<SectorRange> = Vec::new();
     for range in ranges {

@@ -1,10 +1,10 @@
 //! Tests of `lost.rs` on the simulated host.
 
 use super::super::check::check;
-use super::super::rig::{child, file, kinds, poke, written};
+use super::super::testing::{child, file, kinds, poke, written};
 use super::*;
 use crate::error::ErrorKind;
-use crate::image::{Image, Kind};
+use crate::image::{Image, ImageKind};
 use crate::storage::sim::SimHost;
 use crate::units::SECTOR;
 
@@ -22,8 +22,8 @@ fn lost(host: &SimHost) -> (Vec<(u64, u64)>, bool) {
 
 #[test]
 fn what_is_cut_off_is_lost_where_bits_are_set() {
-    for kind in [child(), Kind::Dynamic] {
-        let root = matches!(kind, Kind::Dynamic);
+    for kind in [child(), ImageKind::Dynamic] {
+        let root = matches!(kind, ImageKind::Dynamic);
         // Block 0 has sectors 0 to 10, block 1 only its first; a root marks all.
         let host = written(kind, 1000, &[(0, 10), (128, 129)]);
         let (first, last) = (place(&host, 0), place(&host, 1));
@@ -68,6 +68,6 @@ fn an_entry_far_behind_the_end_costs_no_more() {
 #[test]
 fn neighbours_are_joined() {
     let range = SectorRange::between;
-    let all = joined(vec![range(8, 10), range(0, 4), range(4, 6), range(3, 5)]);
+    let all = merge_ranges(vec![range(8, 10), range(0, 4), range(4, 6), range(3, 5)]);
     assert_eq!(all, [range(0, 6), range(8, 10)]);
 }

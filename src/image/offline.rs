@@ -24,12 +24,12 @@ pub struct Offline {
     file: File,
     footer: Footer,
     /// Byte offset of the trailing footer.
-    tail: u64,
-    shape: Option<Shape>,
+    footer_offset: u64,
+    sparse: Option<OfflineSparse>,
 }
 
 /// What images with a block table have besides.
-pub(super) struct Shape {
+pub(super) struct OfflineSparse {
     pub(super) header: DynamicHeader,
     pub(super) metadata: MetadataMap,
     pub(super) batmap: Option<BatmapHeader>,
@@ -48,18 +48,18 @@ impl Offline {
         image.check_writable()?;
         let (file, footer) = (image.file().clone(), image.footer().clone());
         let Some(sparse) = image.sparse() else {
-            return Ok(Offline { file, footer, tail: image.data_end(), shape: None });
+            return Ok(Offline { file, footer, footer_offset: image.data_end(), sparse: None });
         };
-        let room = recover(image, sparse.header.block_size, &[], false)?.room.into_inner();
+        let room = recover(image, sparse.header.block_size, &[], false)?.free_tail.into_inner();
         let tail = room.unwrap_or_else(PoisonError::into_inner).footer * SECTOR;
-        let shape = Shape {
+        let shape = OfflineSparse {
             header: sparse.header.clone(),
             metadata: sparse.metadata.clone(),
             batmap: sparse.batmap.clone(),
             padding: image.table_padding(),
             places: sparse.table.used().collect(),
         };
-        Ok(Offline { file, footer, tail, shape: Some(shape) })
+        Ok(Offline { file, footer, footer_offset: tail, sparse: Some(shape) })
     }
 
     /// The same image, opened and recovered again.
@@ -87,18 +87,18 @@ impl Offline {
 
     /// Size of a block; `None` for a fixed image.
     pub fn block_size(&self) -> Option<BlockSize> {
-        self.shape.as_ref().map(|s| s.header.block_size)
+        self.sparse.as_ref().map(|s| s.header.block_size)
     }
 
     /// The blocks of the disk that have a place, ascending.
     pub fn blocks(&self) -> impl Iterator<Item = u32> {
         let end = self.blocks_of_disk();
-        self.shape.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| u64::from(*block) < end)
+        self.sparse.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| u64::from(*block) < end)
     }
 
     /// Byte offsets of a block's bitmap and of its data; `None` where it has no place.
     pub fn block(&self, block: u32) -> Option<(u64, u64)> {
-        let shape = self.shape.as_ref()?;
+        let shape = self.sparse.as_ref()?;
         let place = u64::from(*shape.places.get(&block)?);
         Some((place * SECTOR, (place + u64::from(shape.header.block_size.bitmap_sectors())) * SECTOR))
     }
@@ -111,17 +111,17 @@ impl Offline {
         let (at, data) = self.block(block).expect("only blocks with a place are asked for");
         let mut bytes = vec![0; usize::try_from(data - at).expect("a bitmap")];
         self.file.read_at(&mut bytes, at)?;
-        let mut words = vec![0; bitmap::words(self.shape().header.block_size)];
+        let mut words = vec![0; bitmap::words(self.sparse().header.block_size)];
         bitmap::decode(&bytes, &mut words);
         Ok(words)
     }
 
-    pub(super) fn shape(&self) -> &Shape {
-        self.shape.as_ref().expect("it has a block table")
+    pub(super) fn sparse(&self) -> &OfflineSparse {
+        self.sparse.as_ref().expect("it has a block table")
     }
 
-    pub(super) fn shape_mut(&mut self) -> &mut Shape {
-        self.shape.as_mut().expect("it has a block table")
+    pub(super) fn sparse_mut(&mut self) -> &mut OfflineSparse {
+        self.sparse.as_mut().expect("it has a block table")
     }
 
     pub(super) fn footer(&self) -> &Footer {
@@ -129,8 +129,8 @@ impl Offline {
     }
 
     /// Byte offset of the trailing footer.
-    pub(super) fn tail(&self) -> u64 {
-        self.tail
+    pub(super) fn footer_offset(&self) -> u64 {
+        self.footer_offset
     }
 
     /// Blocks of the disk, with a place or without.
@@ -144,17 +144,17 @@ impl Offline {
 
     /// The first byte behind all blocks and metadata, whole sectors.
     pub(super) fn used_end(&self) -> u64 {
-        let shape = self.shape();
+        let shape = self.sparse();
         let stride = u64::from(shape.header.block_size.stride_sectors());
         // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
         let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
-        let blocks = ends.filter(|end| *end <= self.tail).max().unwrap_or(0);
+        let blocks = ends.filter(|end| *end <= self.footer_offset).max().unwrap_or(0);
         shape.metadata.end().next_multiple_of(SECTOR).max(blocks)
     }
 
     /// The bytes between metadata and blocks before `end` that nothing refers to, ascending.
     pub(super) fn gaps(&self, end: u64) -> Vec<Range<u64>> {
-        let shape = self.shape();
+        let shape = self.sparse();
         let stride = u64::from(shape.header.block_size.stride_sectors());
         let blocks = shape.places.values().map(|&p| u64::from(p) * SECTOR..(u64::from(p) + stride) * SECTOR);
         let mut taken: Vec<_> = shape.metadata.extents().iter().map(|e| e.range.clone()).chain(blocks).collect();
@@ -179,14 +179,14 @@ impl Offline {
     /// # Errors
     /// `NoSpace`: the file is as it was; `Io`.
     pub(super) fn extend(&mut self, end: u64) -> Result<()> {
-        if end <= self.tail {
+        if end <= self.footer_offset {
             return Ok(());
         }
-        let (old, end) = (self.tail, end.max(self.tail + SECTOR));
+        let (old, end) = (self.footer_offset, end.max(self.footer_offset + SECTOR));
         lengthen(&self.file, old + SECTOR, end, &self.footer.encode())?;
         self.file.write_at(&[0; SECTOR_BYTES], old)?;
         self.sync()?;
-        self.tail = end;
+        self.footer_offset = end;
         Ok(())
     }
 
@@ -195,54 +195,54 @@ impl Offline {
     ///
     /// # Errors
     /// `NoSpace`: the file is as it was; `Io`.
-    pub(super) fn put_second_tail(&mut self, at: u64) -> Result<()> {
-        if at == self.tail {
+    pub(super) fn write_second_footer(&mut self, at: u64) -> Result<()> {
+        if at == self.footer_offset {
             return Ok(());
         }
         let len = self.file.stat()?.len;
         self.file.write_at(&self.footer.encode(), at).inspect_err(|_| drop(self.file.set_len(len)))?;
         self.sync()?;
-        self.tail = self.tail.max(at);
+        self.footer_offset = self.footer_offset.max(at);
         Ok(())
     }
 
     /// Cuts the file behind a footer written before.
-    pub(super) fn use_second_tail(&mut self, at: u64) -> Result<()> {
-        if at < self.tail {
+    pub(super) fn truncate_to_footer(&mut self, at: u64) -> Result<()> {
+        if at < self.footer_offset {
             self.file.set_len(at + SECTOR)?;
             self.sync()?;
-            self.tail = at;
+            self.footer_offset = at;
         }
         Ok(())
     }
 
     /// Sees to it that the trailing footer is one sector: in a file of an odd length it is not, and could be torn.
-    pub(super) fn align_tail(&mut self) -> Result<()> {
-        match self.tail % SECTOR {
+    pub(super) fn align_footer(&mut self) -> Result<()> {
+        match self.footer_offset % SECTOR {
             0 => Ok(()),
-            _ => self.put_second_tail(self.tail.next_multiple_of(SECTOR) + SECTOR),
+            _ => self.write_second_footer(self.footer_offset.next_multiple_of(SECTOR) + SECTOR),
         }
     }
 
     /// Makes the file end right behind what is in use. The new footer is durable before the file is cut.
-    pub(super) fn cut(&mut self) -> Result<()> {
-        let end = if self.shape.is_some() { self.used_end() } else { self.size() };
-        if self.tail == end {
+    pub(super) fn truncate_unused(&mut self) -> Result<()> {
+        let end = if self.sparse.is_some() { self.used_end() } else { self.size() };
+        if self.footer_offset == end {
             return Ok(());
         }
         self.file.write_at(&self.footer.encode(), end)?;
         self.sync()?;
         self.file.set_len(end + SECTOR)?;
         self.sync()?;
-        self.tail = end;
+        self.footer_offset = end;
         Ok(())
     }
 
     /// Replaces the footers: the one at the end, which counts, and the copy at the start; one sector each. Durable when it
     /// returns.
-    pub(super) fn put_footers(&mut self, footer: Footer) -> Result<()> {
-        self.file.write_at(&footer.encode(), self.tail)?;
-        if self.shape.is_some() {
+    pub(super) fn write_footers(&mut self, footer: Footer) -> Result<()> {
+        self.file.write_at(&footer.encode(), self.footer_offset)?;
+        if self.sparse.is_some() {
             self.file.write_at(&footer.encode(), 0)?;
         }
         self.sync()?;
@@ -252,7 +252,7 @@ impl Offline {
 
     /// # Errors
     /// `NoSpace` with the reason.
-    pub(super) fn full(&self, why: &str) -> Error {
+    pub(super) fn no_space(&self, why: &str) -> Error {
         Error::new(ErrorKind::NoSpace, why).at_path(self.file.path())
     }
 }
@@ -271,8 +271,8 @@ pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECT
 
 #[cfg(all(test, feature = "sim"))]
 mod tests {
-    use super::super::Kind;
-    use super::super::rig::{child, file, host_with};
+    use super::super::ImageKind;
+    use super::super::testing::{child, file, host_with};
     use super::*;
     use crate::storage::sim::{FaultPlan, SimHost};
 
@@ -288,14 +288,14 @@ mod tests {
     fn the_end_moves_out_and_back() {
         let host = host_with(child(), 1000);
         let mut image = offline(&host);
-        let (before, end) = (len(&host), image.tail());
+        let (before, end) = (len(&host), image.footer_offset());
         image.extend(end + 100 * SECTOR).unwrap();
-        assert_eq!((image.tail(), len(&host)), (end + 100 * SECTOR, before + 100 * SECTOR));
+        assert_eq!((image.footer_offset(), len(&host)), (end + 100 * SECTOR, before + 100 * SECTOR));
         let mut room = [1; 8 * SECTOR_BYTES];
         image.file().read_at(&mut room, end).unwrap();
         assert_eq!(room, [0; 8 * SECTOR_BYTES], "where the footer was");
-        image.cut().unwrap();
-        assert_eq!((len(&host), image.tail()), (image.used_end() + SECTOR, image.used_end()));
+        image.truncate_unused().unwrap();
+        assert_eq!((len(&host), image.footer_offset()), (image.used_end() + SECTOR, image.used_end()));
         let stat = file(&host).stat().unwrap();
         host.set_faults(FaultPlan { capacity: Some(stat.allocated + 8192), ..FaultPlan::default() });
         assert_eq!(image.extend(stat.len + (1 << 20)).unwrap_err().kind(), ErrorKind::NoSpace);
@@ -305,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_footer_across_two_sectors_is_made_one() {
-        for kind in [Kind::Fixed, Kind::Dynamic] {
+        for kind in [ImageKind::Fixed, ImageKind::Dynamic] {
             let host = host_with(kind, 1000);
             let (f, mut footer) = (file(&host), [0; SECTOR_BYTES]);
             let end = len(&host);
@@ -313,9 +313,9 @@ mod tests {
             f.write_at(&[0; SECTOR_BYTES], end - SECTOR).unwrap();
             f.write_at(&footer, end + 100).unwrap();
             let mut image = offline(&host);
-            image.align_tail().unwrap();
-            assert!(image.tail().is_multiple_of(SECTOR) && len(&host) == image.tail() + SECTOR);
-            image.cut().unwrap();
+            image.align_footer().unwrap();
+            assert!(image.footer_offset().is_multiple_of(SECTOR) && len(&host) == image.footer_offset() + SECTOR);
+            image.truncate_unused().unwrap();
             let footer_now = Image::open(file(&host)).unwrap().footer().encode();
             assert_eq!(footer_now, footer);
         }
@@ -328,13 +328,13 @@ mod tests {
         let first = image.used_end() / SECTOR;
         let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
         let places = places.map(|(block, place)| (block, u32::try_from(place).unwrap()));
-        image.shape_mut().places.extend(places);
-        image.tail = (first + 529) * SECTOR;
+        image.sparse_mut().places.extend(places);
+        image.footer_offset = (first + 529) * SECTOR;
         let gaps = image.gaps(image.used_end());
         let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
         assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
         assert_eq!(image.used_end(), (first + 529) * SECTOR);
-        image.shape_mut().places.insert(9, u32::MAX - 1);
+        image.sparse_mut().places.insert(9, u32::MAX - 1);
         assert_eq!(image.used_end(), (first + 529) * SECTOR, "what lies outside the file is no block");
         assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
     }

@@ -10,10 +10,10 @@ use uuid::Uuid;
 
 use super::bat::Bat;
 use super::batmap::read_bitmap;
-use super::lost::Cut;
-use super::standing::place_of;
-use super::strange;
-use super::structures::{read_behind_table, read_footers, read_table};
+use super::lost::TruncatedBlocks;
+use super::session_state::stamp_offset;
+use super::unrecognized;
+use super::structures::{read_sector_after_table, read_footers, read_table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
 use crate::format::entries::{EntryRules, PlacedBlocks, check_entries};
@@ -26,21 +26,21 @@ use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Defects that are kept of an open; a table of millions of wrong entries has as many.
-const NOTES: usize = 64;
+const MAX_NOTES: usize = 64;
 
 /// An opened image: what it is, where its blocks are. Sound by the rules.
 #[derive(Debug)]
 pub struct Image {
     file: File,
     chosen: ChosenFooter,
-    sparse: Option<Sparse>,
+    sparse: Option<SparseImage>,
     /// The defects that were found and did not end the open.
     notes: Vec<Defect>,
 }
 
 /// What images with a block table have besides.
 #[derive(Debug)]
-pub(super) struct Sparse {
+pub(super) struct SparseImage {
     pub(super) header: DynamicHeader,
     pub(super) metadata: MetadataMap,
     pub(super) table: Bat,
@@ -55,7 +55,7 @@ pub(super) struct Sparse {
 }
 
 /// Takes each defect, and ends the examination with an error or lets it continue.
-pub(super) type Found<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
+pub(super) type OnDefect<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
 
 impl Image {
     /// Opens the image in a file.
@@ -92,7 +92,7 @@ impl Image {
             }
             log::debug!("{}: {defect}", path.display());
             // The first of each consequence is kept in any case.
-            if notes.len() < NOTES || notes.iter().all(|known: &Defect| known.consequence() < consequence) {
+            if notes.len() < MAX_NOTES || notes.iter().all(|known: &Defect| known.consequence() < consequence) {
                 notes.push(defect);
             }
             ControlFlow::Continue(())
@@ -102,18 +102,18 @@ impl Image {
     }
 
     /// Opens the image and hands `found` each defect. It ends when `found` breaks, or when nothing further can be read.
-    pub(super) fn examine(file: File, found: &mut Found<'_>) -> Result<Image> {
+    pub(super) fn examine(file: File, found: &mut OnDefect<'_>) -> Result<Image> {
         let len = file.stat()?.len;
         let chosen = match read_footers(&file, len)? {
             Ok(chosen) => chosen,
             Err(Defect::FooterMissing { len }) => {
-                let defect = strange::explain(&file, len)?.unwrap_or(Defect::FooterMissing { len });
+                let defect = unrecognized::diagnose(&file, len)?.unwrap_or(Defect::FooterMissing { len });
                 return Err(fatal(&file, found, defect));
             }
             Err(defect) => return Err(fatal(&file, found, defect)),
         };
-        for defect in chosen.notes.iter().cloned().chain(forbids_writing(&chosen)) {
-            tell(found, defect)?;
+        for defect in chosen.notes.iter().cloned().chain(write_blockers(&chosen)) {
+            report_defect(found, defect)?;
         }
         if chosen.footer.disk_type == DiskType::Fixed {
             return Ok(Image { file, chosen, sparse: None, notes: Vec::new() });
@@ -125,14 +125,14 @@ impl Image {
         let header = DynamicHeader::decode(&bytes);
         let header = header.map_err(|d| fatal(&file, found, d.with_base_offset(footer.data_offset)))?;
         let table_range = check_table(footer, &header, len).map_err(|d| fatal(&file, found, d))?;
-        let behind_table = read_behind_table(&file, footer, &header, len)?;
+        let behind_table = read_sector_after_table(&file, footer, &header, len)?;
         let batmap = behind_table.as_ref().and_then(|bytes| BatmapHeader::decode(bytes).ok());
         if batmap.as_ref().is_some_and(BatmapHeader::is_encrypted) {
             return Err(fatal(&file, found, Defect::Encrypted { at: table_range.end }));
         }
         let (metadata, notes) = MetadataMap::new(footer, &header, batmap.as_ref(), len);
         for defect in notes {
-            tell(found, defect)?;
+            report_defect(found, defect)?;
         }
         let (table, padding) = read_table(&file, &header, found)?;
         let rules = EntryRules::new(&chosen, &header, &metadata);
@@ -147,9 +147,9 @@ impl Image {
                 && !placed.covers(&at, header.block_size)
         };
         if behind_table.is_some_and(is_damaged) {
-            tell(found, Defect::BatmapHeader { at: table_range.end })?;
+            report_defect(found, Defect::BatmapHeader { at: table_range.end })?;
         }
-        let cut = Cut {
+        let cut = TruncatedBlocks {
             file: &file,
             header: &header,
             placed: &placed,
@@ -157,8 +157,8 @@ impl Image {
             footer_follows: chosen.source != FooterSource::Front,
             disk: SectorRange::between(0, footer.sectors()),
         };
-        let lost = cut.lost(found)?;
-        let sparse = Sparse { header, metadata, table, padding, placed, batmap, lost };
+        let lost = cut.lost_ranges(found)?;
+        let sparse = SparseImage { header, metadata, table, padding, placed, batmap, lost };
         Ok(Image { file, chosen, sparse: Some(sparse), notes: Vec::new() })
     }
 
@@ -244,13 +244,13 @@ impl Image {
     ///
     /// # Errors
     /// `Io`.
-    pub fn sector_bits(&self, block: u32) -> Result<Option<Vec<u64>>> {
+    pub fn block_bitmap(&self, block: u32) -> Result<Option<Vec<u64>>> {
         let place = self.bat().and_then(|table| table.place(block));
         place.map(|place| read_bitmap(self, place)).transpose()
     }
 
     /// Says that the bitmaps of the blocks that have a place and lie in a range are going to be read.
-    pub fn prefetch_bits(&self, range: SectorRange) {
+    pub fn prefetch_bitmaps(&self, range: SectorRange) {
         let (Some(table), Some(block_size)) = (self.bat(), self.block_size()) else { return };
         let range = range.clip(SectorRange::between(0, self.size() / SECTOR));
         if range.is_empty() {
@@ -275,13 +275,13 @@ impl Image {
     /// # Errors
     /// `Io`.
     pub fn stamp(&self) -> Result<Option<(SessionStamp, u64)>> {
-        let Some(at) = place_of(self) else { return Ok(None) };
+        let Some(at) = stamp_offset(self) else { return Ok(None) };
         let mut bytes = [0; SECTOR_BYTES];
         self.file.read_at(&mut bytes, at)?;
         Ok(SessionStamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
     }
 
-    pub(super) fn sparse(&self) -> Option<&Sparse> {
+    pub(super) fn sparse(&self) -> Option<&SparseImage> {
         self.sparse.as_ref()
     }
 
@@ -341,13 +341,13 @@ impl Image {
 }
 
 /// What a footer contains for which the image is not written.
-fn forbids_writing(chosen: &ChosenFooter) -> impl Iterator<Item = Defect> {
+fn write_blockers(chosen: &ChosenFooter) -> impl Iterator<Item = Defect> {
     let at = chosen.data_end;
     let saved = (chosen.footer.saved_state != 0).then_some(Defect::SavedState { at });
     saved.into_iter().chain(chosen.footer.is_hidden().then_some(Defect::Hidden { at }))
 }
 
-pub(super) fn tell(found: &mut Found<'_>, defect: Defect) -> Result<()> {
+pub(super) fn report_defect(found: &mut OnDefect<'_>, defect: Defect) -> Result<()> {
     match found(defect) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(error) => Err(error),
@@ -355,7 +355,7 @@ pub(super) fn tell(found: &mut Found<'_>, defect: Defect) -> Result<()> {
 }
 
 /// The error of a defect that ends an examination.
-fn fatal(file: &File, found: &mut Found<'_>, defect: Defect) -> Error {
+fn fatal(file: &File, found: &mut OnDefect<'_>, defect: Defect) -> Error {
     match found(defect.clone()) {
         ControlFlow::Break(error) => error,
         ControlFlow::Continue(()) => Error::from(defect).at_path(file.path()),

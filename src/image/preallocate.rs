@@ -1,6 +1,6 @@
 //! Gives every block of a new image its place and its room on the host.
 
-use super::allocation::places;
+use super::allocation::next_places;
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bat};
@@ -8,7 +8,7 @@ use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Bytes reserved by one call.
-const PIECE: u64 = 1 << 30;
+const MAX_ALLOCATION: u64 = 1 << 30;
 
 /// Places all blocks of a new image that has no name yet, and reserves their room. What the disk shows does not change: a
 /// child's blocks refer to the parent, a root's are zeros. Durable when it returns.
@@ -24,7 +24,7 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
     };
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let (old, first) = (image.data_end(), image.used_end().div_ceil(SECTOR));
-    let all: Vec<_> = places(first, block_size, blocks).collect();
+    let all: Vec<_> = next_places(first, block_size, blocks).collect();
     let Some(last) = all.last().filter(|_| all.len() as u64 == blocks) else {
         let what = "the format cannot place all blocks of this disk; take larger blocks";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
@@ -50,7 +50,7 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
 fn reserve(file: &File, from: u64, to: u64) -> Result<()> {
     let mut at = from;
     while at < to {
-        let len = (to - at).min(PIECE);
+        let len = (to - at).min(MAX_ALLOCATION);
         file.allocate(at, len)?;
         at += len;
     }
@@ -61,20 +61,20 @@ fn reserve(file: &File, from: u64, to: u64) -> Result<()> {
 mod tests {
     use std::path::Path;
 
-    use super::super::rig::{PATH, child, file, kinds, open};
-    use super::super::{Kind, Spec, create, create_preallocated};
+    use super::super::testing::{PATH, child, file, kinds, open};
+    use super::super::{ImageKind, ImageSpec, create, create_preallocated};
     use super::*;
     use crate::storage::sim::{FaultPlan, SimHost};
     use crate::units::BlockSize;
 
-    fn spec(kind: Kind) -> Spec {
-        Spec { kind, size: 10 * (64 << 10) + SECTOR, block_size: BlockSize::from_bytes(64 << 10).unwrap(), reserve: 0 }
+    fn spec(kind: ImageKind) -> ImageSpec {
+        ImageSpec { kind, size: 10 * (64 << 10) + SECTOR, block_size: BlockSize::from_bytes(64 << 10).unwrap(), reserve: 0 }
     }
 
     #[test]
     fn all_blocks_have_room_and_nothing_to_say() {
-        for kind in [child(), Kind::Dynamic] {
-            let (host, root) = (SimHost::new(1), matches!(kind, Kind::Dynamic));
+        for kind in [child(), ImageKind::Dynamic] {
+            let (host, root) = (SimHost::new(1), matches!(kind, ImageKind::Dynamic));
             create_preallocated(&host, Path::new(PATH), &spec(kind)).unwrap();
             assert_eq!(kinds(&host), Vec::<&str>::new());
             let image = open(&host).unwrap();
@@ -102,9 +102,9 @@ mod tests {
     #[test]
     fn a_full_host_leaves_nothing() {
         let host = SimHost::new(1);
-        create(&host, Path::new("/d/other.vhd"), &spec(Kind::Dynamic)).unwrap();
+        create(&host, Path::new("/d/other.vhd"), &spec(ImageKind::Dynamic)).unwrap();
         host.set_faults(FaultPlan { capacity: Some(200 << 10), ..FaultPlan::default() });
-        let failed = create_preallocated(&host, Path::new(PATH), &spec(Kind::Dynamic)).unwrap_err();
+        let failed = create_preallocated(&host, Path::new(PATH), &spec(ImageKind::Dynamic)).unwrap_err();
         assert_eq!(failed.kind(), ErrorKind::NoSpace);
         assert_eq!(host.names(), [Path::new("/d/other.vhd")]);
     }

@@ -8,12 +8,12 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use super::batmap;
-use super::bitmaps::{Bitmaps, Fresh};
+use super::bitmaps::{Bitmaps, InitialBits};
 use super::holes::next_data;
 use super::open::Image;
-use super::room::Room;
-use super::take_in::Found;
-use super::writable::Sparse;
+use super::free_tail::FreeTail;
+use super::journal_replay::ReplaySlot;
+use super::writable::WritableSparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::mutant::{self, Mutant};
@@ -22,10 +22,10 @@ use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
 /// of a killed predecessor, whose places the file may not know yet. `stamped`: the sector before the footer is the stamp of a
 /// session that goes on.
-pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], stamped: bool) -> Result<Sparse> {
+pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[ReplaySlot], stamped: bool) -> Result<WritableSparse> {
     let (table, file) = (image.bat().expect("not fixed"), image.file());
     let bitmaps = Bitmaps::new(table.len(), block_size);
-    let fresh = if image.kind() == DiskType::Differencing { Fresh::Clear } else { Fresh::Set };
+    let fresh = if image.kind() == DiskType::Differencing { InitialBits::Clear } else { InitialBits::Set };
     let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
     let stamp = u64::from(stamped);
     let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
@@ -35,7 +35,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         places.extend(table.used().filter(|(block, _)| u64::from(*block) < blocks).map(|(_, place)| place));
     }
     for f in found {
-        let block = bitmaps.block_of(f.granule).0;
+        let block = bitmaps.block_of(f.bitmap_sector).0;
         if table.place(block).is_none() {
             let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
             // Not always behind the last block of the file: a younger one may have been committed first.
@@ -45,7 +45,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
                 let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
             }
-            bitmaps.prepare(block, fresh);
+            bitmaps.insert_fresh(block, fresh);
             table.set(block, f.place);
             new_blocks.insert(block);
             places.insert(f.place);
@@ -84,10 +84,10 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
             file.sync()?;
         }
     }
-    batmap::disclaim(image)?;
+    batmap::clear_stale_claims(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room = Room {
+    let room = FreeTail {
         next,
         // The sector before the footer is kept for a stamp.
         end: if end > next { end - 1 } else { next },
@@ -100,15 +100,15 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[Found], sta
         syncing: false,
         steps: 0,
         reservations: 0,
-        last: u32::MAX,
-        run: 0,
+        last_placed: u32::MAX,
+        neighbor_run: 0,
     };
-    Ok(Sparse { bitmaps, block_size, fresh, room: Mutex::new(room) })
+    Ok(WritableSparse { bitmaps, block_size, fresh, free_tail: Mutex::new(room) })
 }
 
 #[cfg(all(test, feature = "sim"))]
 mod tests {
-    use super::super::rig::{child, commit, file, grow, host_with, open};
+    use super::super::testing::{child, commit, file, grow, host_with, open};
     use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
     fn footers(host: &crate::storage::sim::SimHost) -> ([u8; SECTOR_BYTES], [u8; SECTOR_BYTES]) {
@@ -167,6 +167,6 @@ mod tests {
         }
         commit(&host, &image);
         drop(image);
-        assert_eq!(open(&host).unwrap().room().unplaced, 4);
+        assert_eq!(open(&host).unwrap().free_tail().unplaced, 4);
     }
 }

@@ -21,13 +21,13 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use super::batmap::{Batmap, on_disk, read_bitmap};
-use super::check::{free, inside, places_are_believed};
-use super::open::{Image, Sparse};
-use super::strange::padded;
+use super::batmap::{Batmap, sectors_on_disk, read_bitmap};
+use super::check::{unreferenced_space, whole_pages, are_places_trusted};
+use super::open::{Image, SparseImage};
+use super::unrecognized::find_padded_footer;
 use super::structures::read_footers;
-use super::undo::Undo;
-use super::walk::beyond_disk;
+use super::undo_file::UndoFile;
+use super::check_blocks::bits_beyond_disk;
 use crate::error::{Error, Result};
 use crate::format::footer::FOOTER_BYTES;
 use crate::format::{Defect, Footer, bat, bitmap};
@@ -40,7 +40,7 @@ const ROUNDS: usize = 4;
 
 /// Which of two valid footers that contradict each other is right.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Take {
+pub enum FooterChoice {
     /// The copy at the start.
     Front,
     /// The one at the end.
@@ -48,14 +48,14 @@ pub enum Take {
 }
 
 /// What is written where.
-type Writes = Vec<(u64, Vec<u8>)>;
+type ByteWrites = Vec<(u64, Vec<u8>)>;
 
 /// What a round does.
 #[derive(Debug, Default)]
-struct Plan {
+struct RepairPlan {
     front: Option<[u8; SECTOR_BYTES]>,
     tail: Option<(u64, [u8; SECTOR_BYTES])>,
-    pointers: Writes,
+    pointers: ByteWrites,
     holes: Vec<Range<u64>>,
     len: Option<u64>,
 }
@@ -66,10 +66,10 @@ struct Plan {
 ///
 /// # Errors
 /// `Io`, `NoSpace`, and whatever makes it impossible to open the image at all: then nothing was changed.
-pub fn repair(env: &dyn Env, file: &File, take: Option<Take>) -> Result<Option<PathBuf>> {
+pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<Option<PathBuf>> {
     let mut undo = None;
-    if let Some((plan, uuid)) = Plan::before_opening(file, take)? {
-        plan.keep_and_carry_out(undo.insert(Undo::begin(env, file, uuid)?), file)?;
+    if let Some((plan, uuid)) = RepairPlan::plan_before_open(file, take)? {
+        plan.save_and_apply(undo.insert(UndoFile::begin(env, file, uuid)?), file)?;
     }
     for _ in 0..ROUNDS {
         let mut defects = Vec::new();
@@ -77,32 +77,32 @@ pub fn repair(env: &dyn Env, file: &File, take: Option<Take>) -> Result<Option<P
             defects.push(defect);
             ControlFlow::<Error>::Continue(())
         })?;
-        let plan = if image.lost().is_empty() { Plan::new(&image, &defects)? } else { Plan::default() };
+        let plan = if image.lost().is_empty() { RepairPlan::new(&image, &defects)? } else { RepairPlan::default() };
         if plan.is_empty() {
             break;
         }
         let undo = match &mut undo {
             Some(undo) => undo,
-            none => none.insert(Undo::begin(env, file, image.uuid())?),
+            none => none.insert(UndoFile::begin(env, file, image.uuid())?),
         };
-        plan.keep_and_carry_out(undo, file)?;
+        plan.save_and_apply(undo, file)?;
     }
-    let path = undo.map(Undo::finish).transpose()?;
+    let path = undo.map(UndoFile::finish).transpose()?;
     if path.is_some() {
         point::reached("check.undo-finished");
     }
     Ok(path)
 }
 
-impl Plan {
+impl RepairPlan {
     /// What is mended before the image can be opened: padding after a fixed disk, and a choice between two footers.
-    fn before_opening(file: &File, take: Option<Take>) -> Result<Option<(Plan, Uuid)>> {
+    fn plan_before_open(file: &File, take: Option<FooterChoice>) -> Result<Option<(RepairPlan, Uuid)>> {
         let len = file.stat()?.len;
         let chosen = match read_footers(file, len)? {
             Err(Defect::FooterMissing { .. }) => {
-                let footer = padded(file, len)?;
+                let footer = find_padded_footer(file, len)?;
                 let end = |footer: &Footer| footer.current_size + FOOTER_BYTES;
-                return Ok(footer.map(|f| (Plan { len: Some(end(&f)), ..Plan::default() }, f.uuid)));
+                return Ok(footer.map(|f| (RepairPlan { len: Some(end(&f)), ..RepairPlan::default() }, f.uuid)));
             }
             Err(_) => return Ok(None),
             Ok(chosen) => chosen,
@@ -110,35 +110,35 @@ impl Plan {
         let differ = |d: &Defect| matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
         let Some(take) = take.filter(|_| chosen.notes.iter().any(differ)) else { return Ok(None) };
         let plan = match take {
-            Take::End => Plan { front: Some(chosen.footer.encode()), ..Plan::default() },
-            Take::Front => {
+            FooterChoice::End => RepairPlan { front: Some(chosen.footer.encode()), ..RepairPlan::default() },
+            FooterChoice::Front => {
                 let mut front = [0; SECTOR_BYTES];
                 file.read_at(&mut front, 0)?;
-                Plan { tail: Some((chosen.data_end, front)), ..Plan::default() }
+                RepairPlan { tail: Some((chosen.data_end, front)), ..RepairPlan::default() }
             }
         };
         Ok(Some((plan, chosen.footer.uuid)))
     }
 
-    fn keep_and_carry_out(&self, undo: &mut Undo, file: &File) -> Result<()> {
-        self.keep(undo)?;
+    fn save_and_apply(&self, undo: &mut UndoFile, file: &File) -> Result<()> {
+        self.save_to(undo)?;
         point::reached("check.undo-kept");
-        self.carry_out(file)
+        self.apply(file)
     }
 
-    fn new(image: &Image, defects: &[Defect]) -> Result<Plan> {
+    fn new(image: &Image, defects: &[Defect]) -> Result<RepairPlan> {
         let footer = image.footer().encode();
-        let mut plan = Plan::default();
-        if defects.iter().any(is_about_front) {
+        let mut plan = RepairPlan::default();
+        if defects.iter().any(concerns_front_footer) {
             plan.front = Some(footer);
         }
-        let believed = places_are_believed(defects);
+        let believed = are_places_trusted(defects);
         if believed && let Some(sparse) = image.sparse() {
             let zeros = defects.iter().any(|defect| matches!(defect, Defect::EntryZero { .. }));
-            plan.pointers = pointers(image, sparse, zeros)?;
+            plan.pointers = corrected_pointers(image, sparse, zeros)?;
         }
         // Space is given back only when no pointer is about to change.
-        let free = if believed && plan.pointers.is_empty() { free(image)? } else { Vec::new() };
+        let free = if believed && plan.pointers.is_empty() { unreferenced_space(image)? } else { Vec::new() };
         let sector = |offset: u64| offset.next_multiple_of(SECTOR);
         let (used, end) = (sector(image.used_end()), image.data_end());
         let cut = free.iter().any(|gap| gap.end == end);
@@ -154,7 +154,7 @@ impl Plan {
             plan.tail = place.map(|place| (place.max(used), footer));
         }
         for gap in free.iter().filter(|gap| gap.end != end) {
-            plan.holes.push(inside(gap));
+            plan.holes.push(whole_pages(gap));
         }
         Ok(plan)
     }
@@ -163,7 +163,7 @@ impl Plan {
         self.front.is_none() && self.tail.is_none() && self.pointers.is_empty() && self.holes.is_empty()
     }
 
-    fn carry_out(&self, file: &File) -> Result<()> {
+    fn apply(&self, file: &File) -> Result<()> {
         if let Some(front) = &self.front {
             file.write_at(front, 0)?;
             file.sync()?;
@@ -197,35 +197,35 @@ impl Plan {
         Ok(())
     }
 
-    fn keep(&self, undo: &mut Undo) -> Result<()> {
+    fn save_to(&self, undo: &mut UndoFile) -> Result<()> {
         if self.front.is_some() {
-            undo.keep(0..SECTOR)?;
+            undo.save(0..SECTOR)?;
         }
         if let Some((at, _)) = self.tail {
-            undo.keep(at..at + SECTOR)?;
+            undo.save(at..at + SECTOR)?;
         }
         for (at, bytes) in &self.pointers {
-            undo.keep(*at..*at + bytes.len() as u64)?;
+            undo.save(*at..*at + bytes.len() as u64)?;
         }
         for hole in &self.holes {
-            undo.keep_data(hole.clone())?;
+            undo.save_nonzero(hole.clone())?;
         }
         if let Some(len) = self.len {
-            undo.keep_data(len..u64::MAX)?;
+            undo.save_nonzero(len..u64::MAX)?;
         }
         undo.seal()
     }
 }
 
-fn is_about_front(defect: &Defect) -> bool {
+fn concerns_front_footer(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FrontFooterInvalid { .. } | Defect::FooterCopyStale)
 }
 
 /// Bits and entries that say too much, as they should be; with `zeros`, entries of 0 become unused ones.
-fn pointers(image: &Image, sparse: &Sparse, zeros: bool) -> Result<Writes> {
-    let mut writes = Writes::new();
+fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Result<ByteWrites> {
+    let mut writes = ByteWrites::new();
     if let Some(mut batmap) = Batmap::read(image)? {
-        let wrong = batmap.wrong(image)?;
+        let wrong = batmap.wrong_claims(image)?;
         if !wrong.is_empty() || batmap.verify().is_err() {
             wrong.into_iter().for_each(|block| batmap.clear(block));
             writes.extend(batmap.encoded());
@@ -234,10 +234,10 @@ fn pointers(image: &Image, sparse: &Sparse, zeros: bool) -> Result<Writes> {
     let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
     let last = u32::try_from(blocks - 1).expect("the table has an entry for each block");
     if let Some(place) = image.bat().and_then(|table| table.place(last)) {
-        writes.extend(last_bitmap(image, last, place)?);
+        writes.extend(corrected_last_bitmap(image, last, place)?);
     }
     // Only where nobody but such an entry refers to the place: whose it is was told by the entries of the disk.
-    let mut sectors = if zeros { without_zeros(image, sparse)? } else { BTreeMap::new() };
+    let mut sectors = if zeros { sectors_without_zero_entries(image, sparse)? } else { BTreeMap::new() };
     for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
         let bytes = match sectors.entry(at) {
@@ -256,7 +256,7 @@ fn pointers(image: &Image, sparse: &Sparse, zeros: bool) -> Result<Writes> {
 }
 
 /// The sectors of the table that have entries of 0, by their offset, with unused entries instead.
-fn without_zeros(image: &Image, sparse: &Sparse) -> Result<BTreeMap<u64, Vec<u8>>> {
+fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<BTreeMap<u64, Vec<u8>>> {
     let (mut changed, mut bytes) = (BTreeMap::new(), vec![0; SECTOR_BYTES]);
     for sector in 0..sparse.header.entries.div_ceil(bat::ENTRIES_PER_SECTOR) {
         let at = sparse.header.table_offset + u64::from(sector) * SECTOR;
@@ -276,14 +276,14 @@ fn without_zeros(image: &Image, sparse: &Sparse) -> Result<BTreeMap<u64, Vec<u8>
 }
 
 /// The sectors of the last block's bitmap without bits behind the end of the disk, where such bits are a defect.
-fn last_bitmap(image: &Image, block: u32, place: u32) -> Result<Writes> {
+fn corrected_last_bitmap(image: &Image, block: u32, place: u32) -> Result<ByteWrites> {
     let block_size = image.block_size().expect("it has blocks");
-    let (sectors, all) = (on_disk(image, block), block_size.sectors());
+    let (sectors, all) = (sectors_on_disk(image, block), block_size.sectors());
     let words = read_bitmap(image, place)?;
     let mut right = words.clone();
-    beyond_disk(&words, sectors, all).for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
+    bits_beyond_disk(&words, sectors, all).for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
     if right == words {
-        return Ok(Writes::new());
+        return Ok(ByteWrites::new());
     }
     let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
     let at = u64::from(place) * SECTOR;

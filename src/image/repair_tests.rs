@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::super::check::{self, tests::with_batmap};
-use super::super::rig::{PATH, child, file, host_with, kinds, poke, written};
-use super::super::undone::undo;
+use super::super::testing::{PATH, child, file, host_with, kinds, poke, written};
+use super::super::apply_undo::undo_repair;
 use super::*;
 use crate::error::ErrorKind;
 use crate::format::DiskType;
@@ -20,12 +20,12 @@ fn image() -> SimHost {
 /// The image as it was before a repair.
 fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     let (mut image, undo) = (host.bytes(Path::new(PATH)).unwrap(), host.bytes(kept).unwrap());
-    let number = |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().unwrap())).unwrap();
+    let number = |at: usize| usize::try_from(u64::from_be_bytes(undo_repair[at..at + 8].try_into().unwrap())).unwrap();
     assert_eq!((&undo[..16], number(48), number(72)), (&b"diffdisk undo 2\n"[..], 1, undo.len()));
     image.resize(number(16), 0);
     let (mut pieces, mut at) = (Vec::new(), 512);
     while at < number(24) {
-        pieces.push((number(at), &undo[at + 16..at + 16 + number(at + 8)]));
+        pieces.push((number(at), &undo_repair[at + 16..at + 16 + number(at + 8)]));
         at += 16 + number(at + 8);
     }
     for (offset, bytes) in pieces.into_iter().rev() {
@@ -45,8 +45,8 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     let bits = |host: &SimHost| {
         let image = Image::open(file(host)).unwrap();
         let of = |block: u32| {
-            let count = |words: Vec<u64>| bitmap::count(&words, 0, on_disk(&image, block));
-            (image.bat().unwrap().place(block), image.sector_bits(block).unwrap().map(count))
+            let count = |words: Vec<u64>| bitmap::count(&words, 0, sectors_on_disk(&image, block));
+            (image.bat().unwrap().place(block), image.block_bitmap(block).unwrap().map(count))
         };
         (0..8).map(of).collect::<Vec<_>>()
     };
@@ -57,7 +57,7 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     assert!(repair(&host, &file(&host), None).unwrap().is_none(), "nothing is left to do");
     assert!(undone(&host, &kept) == broken, "{expected:?}: an undone repair leaves other bytes");
     let undo_file = host.open(&kept, Access::Write).unwrap();
-    let undo = || undo(&file(&host), &undo_file).map_err(|e| e.kind());
+    let undo = || undo_repair(&file(&host), &undo_file).map_err(|e| e.kind());
     // Changed since, even in bytes without consequence, it is not undone.
     let tail = end(&host);
     let mut footer = [0; SECTOR_BYTES];
@@ -153,7 +153,7 @@ fn entries_of_zero_become_unused() {
 
 #[test]
 fn footers_of_two_kinds_are_mended_by_choice_alone() {
-    for (take, kind) in [(Take::Front, DiskType::Differencing), (Take::End, DiskType::Dynamic)] {
+    for (take, kind) in [(FooterChoice::Front, DiskType::Differencing), (FooterChoice::End, DiskType::Dynamic)] {
         let host = image();
         let tail = end(&host);
         let footer = Image::open(file(&host)).unwrap().footer().clone();
@@ -163,17 +163,17 @@ fn footers_of_two_kinds_are_mended_by_choice_alone() {
         assert!(repair(&host, &file(&host), None).unwrap().is_none());
         let refused = Image::open(file(&host)).unwrap().check_writable().unwrap_err();
         assert!(refused.line().contains("--take"), "{}", refused.line());
-        assert!(crate::image::agreed(&file(&host)).is_ok() && host.bytes(Path::new(PATH)).unwrap() == broken);
+        assert!(crate::image::open_reconciled(&file(&host)).is_ok() && host.bytes(Path::new(PATH)).unwrap() == broken);
         let kept = repair(&host, &file(&host), Some(take)).unwrap().unwrap();
         assert_eq!((kinds(&host), Image::open(file(&host)).unwrap().kind()), (vec![], kind));
-        undo(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+        undo_repair(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
         assert!(host.bytes(Path::new(PATH)).unwrap() == broken);
     }
 }
 
 #[test]
 fn padding_after_a_fixed_disk_is_cut_off() {
-    let host = host_with(crate::image::Kind::Fixed, 100);
+    let host = host_with(crate::image::ImageKind::Fixed, 100);
     poke(&host, 0, &[7; 1536]);
     let whole = host.bytes(Path::new(PATH)).unwrap();
     file(&host).set_len(whole.len() as u64 + 3584).unwrap();
@@ -181,7 +181,7 @@ fn padding_after_a_fixed_disk_is_cut_off() {
     assert!(kinds(&host) == ["fixed-padded"] && Image::open(file(&host)).is_err());
     let kept = repair(&host, &file(&host), None).unwrap().unwrap();
     assert!(kinds(&host).is_empty() && host.bytes(Path::new(PATH)).unwrap() == whole);
-    undo(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+    undo_repair(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
     assert!(host.bytes(Path::new(PATH)).unwrap() == padded);
     // A byte in the padding, or a footer of another size there: no padding.
     poke(&host, padded.len() as u64 - 1, &[1]);

@@ -21,9 +21,9 @@
 //! More entries than blocks are legal, and so are entries for blocks behind the end: whoever is ended between two steps
 //! leaves a sound image, and begins again.
 
-use super::compact::Watch;
+use super::compact::OnProgress;
 use super::offline::Offline;
-use super::walk::beyond_disk;
+use super::check_blocks::bits_beyond_disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
@@ -31,10 +31,10 @@ use crate::point;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// Blocks by which the file grows at least while blocks that hide the parent are made.
-const HIDING_STEP: u64 = 16;
+const MASK_GROWTH_BLOCKS: u64 = 16;
 
 /// Says which sectors of a range of the disk the chain beneath would show if the image did not hide them.
-pub type Shining<'a> = dyn FnMut(SectorRange) -> Result<Vec<SectorRange>> + 'a;
+pub type ExposedSectors<'a> = dyn FnMut(SectorRange) -> Result<Vec<SectorRange>> + 'a;
 
 impl Offline {
     /// Makes the disk larger: `size` is a multiple of 512 and larger than it is. What is added reads as zeros: where a
@@ -43,7 +43,7 @@ impl Offline {
     /// # Errors
     /// `Invalid` for a size that the format does not have; `NoSpace`, `Io`: the disk has its old size or the new one, and
     /// resizing it again is safe.
-    pub fn grow(mut self, size: u64, shining: &mut Shining<'_>) -> Result<()> {
+    pub fn grow(mut self, size: u64, shining: &mut ExposedSectors<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
         let invalid = |defect: Defect| Error::from(defect).at_no_offset().at_path(self.file().path());
         if !Footer::size_fits(size) {
@@ -53,15 +53,15 @@ impl Offline {
         let (blocks, limit) = (block_size.blocks_for(size / SECTOR), MAX_TABLE_BYTES / 4);
         let too_large = Defect::TableTooLarge { at: 0, entries: blocks, limit };
         let blocks = u32::try_from(blocks).ok().filter(|b| u64::from(*b) <= limit).ok_or(invalid(too_large))?;
-        self = self.without_beyond()?;
-        self.blank_last_block(block_size)?;
+        self = self.drop_blocks_beyond_disk()?;
+        self.zero_end_of_last_block(block_size)?;
         point::reached("resize.last-block-blank");
         let hiding =
-            if self.kind() == DiskType::Differencing { self.hide(block_size, size, shining)? } else { Vec::new() };
+            if self.kind() == DiskType::Differencing { self.mask_parent(block_size, size, shining)? } else { Vec::new() };
         point::reached("resize.parent-hidden");
-        self.make_entries(blocks, &hiding)?;
-        self.switch(size)?;
-        self.cut()?;
+        self.ensure_entries(blocks, &hiding)?;
+        self.write_size(size)?;
+        self.truncate_unused()?;
         point::reached("resize.file-cut");
         Ok(())
     }
@@ -71,29 +71,29 @@ impl Offline {
     ///
     /// # Errors
     /// As [`Offline::grow`]; what `watch` fails with.
-    pub fn shrink(mut self, size: u64, watch: &mut Watch<'_>) -> Result<()> {
+    pub fn shrink(mut self, size: u64, watch: &mut OnProgress<'_>) -> Result<()> {
         assert!(size <= self.size() && size > 0 && size.is_multiple_of(SECTOR), "a disk shrinks by whole sectors");
         let Some(block_size) = self.block_size() else { return self.shrink_fixed(size) };
         if size < self.size() {
-            if self.batmap_speaks()? {
-                let entries = self.shape().header.entries;
+            if self.batmap_has_claims()? {
+                let entries = self.sparse().header.entries;
                 self.move_table(entries)?;
                 point::reached("resize.batmap-empty");
             }
-            self.switch(size)?;
+            self.write_size(size)?;
         }
-        self = self.without_beyond()?;
+        self = self.drop_blocks_beyond_disk()?;
         point::reached("resize.entries-dropped");
         self.clear_bits_beyond(block_size)?;
         point::reached("resize.bits-cleared");
         let blocks = u32::try_from(block_size.blocks_for(size / SECTOR)).expect("no more than before");
-        let (at, entries) = (self.shape().header.table_offset, self.shape().header.entries);
+        let (at, entries) = (self.sparse().header.table_offset, self.sparse().header.entries);
         if entries > blocks && !self.has_batmap() {
             self.use_table(at, blocks)?;
             point::reached("resize.table-shortened");
         }
         self.close_gaps(watch)?;
-        self.cut()?;
+        self.truncate_unused()?;
         point::reached("resize.room-given-back");
         Ok(())
     }
@@ -102,14 +102,14 @@ impl Offline {
     ///
     /// # Errors
     /// `Io`.
-    pub fn end_behind_blocks(mut self) -> Result<()> {
-        self.align_tail()?;
-        self.cut()
+    pub fn truncate_after_blocks(mut self) -> Result<()> {
+        self.align_footer()?;
+        self.truncate_unused()
     }
 
     /// Gives up entries of blocks behind the end, which would come to life, and what lies behind all blocks then.
-    fn without_beyond(mut self) -> Result<Offline> {
-        let beyond = self.beyond();
+    fn drop_blocks_beyond_disk(mut self) -> Result<Offline> {
+        let beyond = self.blocks_beyond_disk();
         if beyond.is_empty() {
             return Ok(self);
         }
@@ -125,24 +125,24 @@ impl Offline {
             return Ok(());
         }
         let words = self.bitmap(block)?;
-        let stray: Vec<_> = beyond_disk(&words, within, block_size.sectors()).collect();
+        let stray: Vec<_> = bits_beyond_disk(&words, within, block_size.sectors()).collect();
         if stray.is_empty() {
             return Ok(());
         }
         let mut right = words;
         stray.into_iter().for_each(|(from, end)| bitmap::clear(&mut right, from, end - from));
-        self.put_bitmap(block, right)?;
+        self.write_bitmap(block, right)?;
         self.sync()
     }
 
-    fn put_bitmap(&self, block: u32, words: Vec<u64>) -> Result<()> {
+    fn write_bitmap(&self, block: u32, words: Vec<u64>) -> Result<()> {
         let mut bytes = vec![0; words.len() * 8];
         bitmap::encode(words.into_iter(), &mut bytes);
         self.file().write_at(&bytes, self.block(block).expect("it has a place").0)
     }
 
     /// Makes the part of the last block behind the end of the disk zero, whatever its bits say. Durable.
-    fn blank_last_block(&mut self, block_size: BlockSize) -> Result<()> {
+    fn zero_end_of_last_block(&mut self, block_size: BlockSize) -> Result<()> {
         let sectors = self.size() / SECTOR;
         let within = block_size.within(sectors);
         if within == 0 {
@@ -157,7 +157,7 @@ impl Offline {
     /// Makes sectors behind the end of the disk, up to `size`, present and zero where the chain beneath would shine
     /// through. Of no meaning before the size changes, and durable with the table; the blocks made for them have no entries
     /// yet and are returned.
-    fn hide(&mut self, block_size: BlockSize, size: u64, shining: &mut Shining<'_>) -> Result<Vec<u32>> {
+    fn mask_parent(&mut self, block_size: BlockSize, size: u64, shining: &mut ExposedSectors<'_>) -> Result<Vec<u32>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
         let blocks = block_size.blocks_for(new);
@@ -168,18 +168,18 @@ impl Offline {
             }
             let present = self.block(block);
             if present.is_none() {
-                let unplaced = blocks.saturating_sub(self.shape().places.len() as u64);
+                let unplaced = blocks.saturating_sub(self.sparse().places.len() as u64);
                 let place = layout::next_place(next, block_size, unplaced);
-                let place = place.map_err(|defect| self.full(&defect.to_string()))?;
+                let place = place.map_err(|defect| self.no_space(&defect.to_string()))?;
                 next = u64::from(place) + u64::from(block_size.stride_sectors());
-                if next * SECTOR > self.tail() {
-                    let more = (blocks - u64::from(block)).min(HIDING_STEP) * layout::aligned_stride(block_size);
+                if next * SECTOR > self.footer_offset() {
+                    let more = (blocks - u64::from(block)).min(MASK_GROWTH_BLOCKS) * layout::aligned_stride(block_size);
                     match self.extend((next + more) * SECTOR) {
                         Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next * SECTOR)?,
                         extended => extended?,
                     }
                 }
-                self.shape_mut().places.insert(block, place);
+                self.sparse_mut().places.insert(block, place);
                 made.push(block);
             }
             let mut words = self.bitmap(block)?;
@@ -187,17 +187,17 @@ impl Offline {
                 let count = u32::try_from(range.count()).expect("a part of a block");
                 bitmap::set(&mut words, block_size.within(range.start()), count);
             }
-            self.put_bitmap(block, words)?;
+            self.write_bitmap(block, words)?;
         }
         Ok(made)
     }
 
     /// Gives the table at least `blocks` entries, and those of the blocks in `made` their places.
-    fn make_entries(&mut self, blocks: u32, made: &[u32]) -> Result<()> {
-        let (at, old) = (self.shape().header.table_offset, self.shape().header.entries);
+    fn ensure_entries(&mut self, blocks: u32, made: &[u32]) -> Result<()> {
+        let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let entries = old.max(blocks);
         // What a batmap's sum covers follows the size; one that says nothing fits all sizes that it has room for.
-        if self.has_batmap() && (self.batmap_speaks()? || entries > old) {
+        if self.has_batmap() && (self.batmap_has_claims()? || entries > old) {
             return self.move_table(entries);
         }
         if !self.has_room_for(entries) {
@@ -224,35 +224,35 @@ impl Offline {
 
     /// Both footers say another size. The one at the end counts; where the power goes between the two, both are true, and
     /// nothing is written before [`agreed`](super::agreed) has renewed the other.
-    fn switch(&mut self, size: u64) -> Result<()> {
-        self.put_footers(self.footer().with_size(size))?;
+    fn write_size(&mut self, size: u64) -> Result<()> {
+        self.write_footers(self.footer().with_size(size))?;
         point::reached("resize.size-switched");
         Ok(())
     }
 
     fn grow_fixed(mut self, size: u64) -> Result<()> {
         let old = self.size();
-        self.align_tail()?;
+        self.align_footer()?;
         // A footer at the new end that says the old size. Between the disk and it lies nothing that counts.
-        self.put_second_tail(size)?;
+        self.write_second_footer(size)?;
         point::reached("resize.fixed-footer-moved");
         self.file().punch_hole(old, size - old)?;
         self.sync()?;
         point::reached("resize.fixed-room-blank");
-        self.use_second_tail(size)?;
+        self.truncate_to_footer(size)?;
         point::reached("resize.fixed-end-there");
-        self.put_footers(self.footer().with_size(size))?;
+        self.write_footers(self.footer().with_size(size))?;
         point::reached("resize.fixed-size-switched");
         Ok(())
     }
 
     fn shrink_fixed(mut self, size: u64) -> Result<()> {
-        self.align_tail()?;
+        self.align_footer()?;
         if size < self.size() {
-            self.put_footers(self.footer().with_size(size))?;
+            self.write_footers(self.footer().with_size(size))?;
             point::reached("resize.fixed-size-smaller");
         }
-        self.cut()?;
+        self.truncate_unused()?;
         point::reached("resize.fixed-file-cut");
         Ok(())
     }

@@ -24,8 +24,8 @@ use uuid::Uuid;
 
 use super::journal::Journal;
 use super::open::Image;
-use super::standing::{Standing, elsewhere, refusal};
-use super::take_in::Found;
+use super::session_state::{SessionState, other_machine_error, live_session_error};
+use super::journal_replay::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SessionStamp;
 use crate::mutant::{self, Mutant};
@@ -37,7 +37,7 @@ const IDLE: u8 = 0;
 /// Marks go to the journal.
 const OPEN: u8 = 1;
 /// The journal cannot be had: each write is committed before it is answered.
-const GIVEN_UP: u8 = 2;
+const ABANDONED: u8 = 2;
 
 /// Bytes of a stamp and the footer behind it.
 pub(super) const PAIR_BYTES: usize = 2 * SECTOR_BYTES;
@@ -51,15 +51,15 @@ pub(super) struct Session {
     uuid: Uuid,
     mode: AtomicU8,
     journal: OnceLock<Journal>,
-    stamp: Mutex<Option<Placed>>,
+    stamp: Mutex<Option<PlacedStamp>>,
     /// The stamp of a session whose journal is made, and which could not be written yet.
     unwritten: Mutex<Option<SessionStamp>>,
     /// The second in which the generation was renewed last.
-    second: AtomicU64,
+    renewed_in_second: AtomicU64,
 }
 
 /// The stamp in the file.
-struct Placed {
+struct PlacedStamp {
     stamp: SessionStamp,
     /// File sector.
     at: u64,
@@ -78,7 +78,7 @@ impl Session {
             journal: OnceLock::new(),
             stamp: Mutex::default(),
             unwritten: Mutex::default(),
-            second: AtomicU64::new(0),
+            renewed_in_second: AtomicU64::new(0),
         }
     }
 
@@ -87,26 +87,26 @@ impl Session {
     /// # Errors
     /// `Refused` if the image has a session whose journal cannot be taken in, or one of another machine; `Poisoned` if a sync of
     /// the predecessor failed; `Busy` if a process has the journal open; `Io`.
-    pub(super) fn of(
+    pub(super) fn open_or_new(
         env: &dyn Env,
         folders: &[RuntimeFolder],
         required: bool,
         image: &Image,
-    ) -> Result<(Session, Vec<Found>)> {
+    ) -> Result<(Session, Vec<ReplaySlot>)> {
         let session = Session::new(folders.to_vec(), env.origin()?, image);
-        let stamp = match Standing::of(env, image)? {
-            Standing::Closed => {
+        let stamp = match SessionState::of(env, image)? {
+            SessionState::Closed => {
                 // Told at the start, not at the first write.
                 if let Some(folder) = folders.first().filter(|_| required) {
                     Journal::probe(folder)?;
                 }
                 return Ok((session, Vec::new()));
             }
-            Standing::Elsewhere(stamp) => return Err(elsewhere(&stamp, image.file().path())),
-            Standing::Open(stamp) => stamp,
+            SessionState::OnOtherMachine(stamp) => return Err(other_machine_error(&stamp, image.file().path())),
+            SessionState::Open(stamp) => stamp,
         };
         let name = Journal::name_of(stamp.session);
-        let mut missing = refusal(&stamp, &session.origin, folders, image.file().path());
+        let mut missing = live_session_error(&stamp, &session.origin, folders, image.file().path());
         let mut opened = None;
         for folder in folders {
             match Journal::open(folder, &name) {
@@ -124,11 +124,11 @@ impl Session {
         }
         let Some((journal, folder)) = opened else { return Err(missing) };
         let session = Session { folders: vec![folder], ..session };
-        let found = journal.take_in(image, &stamp)?;
-        journal.hold(image)?;
+        let found = journal.validate(image, &stamp)?;
+        journal.record_file(image)?;
         let at = image.data_end() / SECTOR - 1;
         let _ = session.journal.set(journal);
-        *session.stamp() = Some(Placed { stamp, at, pending: None });
+        *session.stamp() = Some(PlacedStamp { stamp, at, pending: None });
         session.mode.store(OPEN, Ordering::Release);
         Ok((session, found))
     }
@@ -152,8 +152,8 @@ impl Session {
 
     /// Whether marks cannot go to a journal any more: each write is committed before it is answered.
     #[inline]
-    pub(super) fn is_given_up(&self) -> bool {
-        self.mode.load(Ordering::Acquire) == GIVEN_UP
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.mode.load(Ordering::Acquire) == ABANDONED
     }
 
     /// Whether the file has a stamp.
@@ -161,7 +161,7 @@ impl Session {
         self.stamp().is_some()
     }
 
-    fn stamp(&self) -> MutexGuard<'_, Option<Placed>> {
+    fn stamp(&self) -> MutexGuard<'_, Option<PlacedStamp>> {
         self.stamp.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -171,12 +171,12 @@ impl Session {
     }
 
     /// The door to clock and random bits; every folder has the same.
-    fn host(&self) -> &RuntimeFolder {
+    fn runtime(&self) -> &RuntimeFolder {
         self.folders.first().expect("a session has a folder")
     }
 
     /// Makes a journal in the first folder that takes one.
-    fn make_journal(&self, session: Uuid, image: &Image) -> Result<Journal> {
+    fn create_journal(&self, session: Uuid, image: &Image) -> Result<Journal> {
         let mut made = Err(Error::new(ErrorKind::NotFound, "there is no runtime folder"));
         for folder in &self.folders {
             made = Journal::create(folder, session, self.origin.boot, image);
@@ -188,13 +188,13 @@ impl Session {
     }
 
     /// Makes the journal of a new session, and the stamp that names it, which is not written yet.
-    fn make(&self, image: &Image) -> Result<SessionStamp> {
-        let session = self.host().random_id();
-        let journal = self.make_journal(session, image)?;
+    fn create_journal_and_stamp(&self, image: &Image) -> Result<SessionStamp> {
+        let session = self.runtime().random_id();
+        let journal = self.create_journal(session, image)?;
         let folder = journal.folder().display().to_string();
         let generation = self.new_generation(0);
-        journal.announce(generation);
-        journal.confirm(generation);
+        journal.announce_generation(generation);
+        journal.confirm_generation(generation);
         let _ = self.journal.set(journal);
         Ok(SessionStamp {
             session,
@@ -210,9 +210,9 @@ impl Session {
 
     /// Makes the journal of a new session and the stamp that names it, unless that was done before; `None`, for good, if that
     /// cannot be had.
-    pub(super) fn made(&self, image: &Image) -> Option<SessionStamp> {
+    pub(super) fn prepared_stamp(&self, image: &Image) -> Option<SessionStamp> {
         let made = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner).take();
-        made.or_else(|| self.make(image).inspect_err(|e| self.give_up(&e.line())).ok())
+        made.or_else(|| self.create_journal_and_stamp(image).inspect_err(|e| self.abandon(&e.line())).ok())
     }
 
     /// Begins the session by writing its stamp at file sector `at`, with a footer behind it if there is one to write.
@@ -228,7 +228,7 @@ impl Session {
                 *self.unwritten.lock().unwrap_or_else(PoisonError::into_inner) = Some(stamp);
                 return Err(e);
             }
-            self.give_up(&e.line());
+            self.abandon(&e.line());
             // No stamp may name a journal that nobody keeps. It is not there, or nothing can be written there.
             if footer.is_none() {
                 let _ = self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR);
@@ -236,15 +236,15 @@ impl Session {
             self.journal.get().map_or(Ok(()), Journal::remove)?;
             return Err(e);
         }
-        *placed = Some(Placed { stamp, at, pending: None });
-        self.second.store(self.host().coarse_seconds(), Ordering::Relaxed);
+        *placed = Some(PlacedStamp { stamp, at, pending: None });
+        self.renewed_in_second.store(self.runtime().coarse_seconds(), Ordering::Relaxed);
         self.mode.store(OPEN, Ordering::Release);
         Ok(())
     }
 
     /// From here on each write is committed before it is answered.
-    fn give_up(&self, why: &str) {
-        if self.mode.swap(GIVEN_UP, Ordering::AcqRel) != GIVEN_UP {
+    fn abandon(&self, why: &str) {
+        if self.mode.swap(ABANDONED, Ordering::AcqRel) != ABANDONED {
             let path = self.file.path().display();
             log::warn!("{path}: no live journal: {why}; each write is made durable before it is answered");
         }
@@ -254,7 +254,7 @@ impl Session {
     pub(super) fn check_journal(&self, journal: &Journal) -> bool {
         let lost = journal.is_lost();
         if lost {
-            self.give_up("its file was cut");
+            self.abandon("its file was cut");
         }
         !lost
     }
@@ -272,7 +272,7 @@ impl Session {
     }
 
     fn new_generation(&self, last: u64) -> u64 {
-        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.host().random_id().as_u64_pair().0 }
+        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.runtime().random_id().as_u64_pair().0 }
     }
 
     /// Gives the stamp a new generation: an older copy of the image fits the journal no longer.
@@ -284,10 +284,10 @@ impl Session {
         let (Some(placed), Some(journal)) = (placed.as_mut(), self.journal()) else { return Ok(()) };
         let last = placed.stamp.generation;
         let generation = *placed.pending.get_or_insert_with(|| self.new_generation(last));
-        journal.announce(generation);
+        journal.announce_generation(generation);
         placed.stamp.generation = generation;
         self.write(&placed.stamp, placed.at, None)?;
-        journal.confirm(generation);
+        journal.confirm_generation(generation);
         placed.pending = None;
         Ok(())
     }
@@ -298,14 +298,14 @@ impl Session {
     /// As for [`Session::renew`].
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
-        let (now, last) = (self.host().coarse_seconds(), self.second.load(Ordering::Relaxed));
-        if now == last || self.second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        let (now, last) = (self.runtime().coarse_seconds(), self.renewed_in_second.load(Ordering::Relaxed));
+        if now == last || self.renewed_in_second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return Ok(());
         }
         if mutant::is(Mutant::NoMarkGeneration) {
             return Ok(());
         }
-        self.renew().inspect_err(|_| self.second.store(last, Ordering::Relaxed))
+        self.renew().inspect_err(|_| self.renewed_in_second.store(last, Ordering::Relaxed))
     }
 
     /// Writes stamp and footer at a new end of the file, file sectors `at` and the one behind it. A session that has not begun
@@ -313,14 +313,14 @@ impl Session {
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the stamp that counts is where it was.
-    pub(super) fn move_to(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
-        if let Some(stamp) = (!self.is_begun()).then(|| self.made(image)).flatten() {
+    pub(super) fn move_stamp(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+        if let Some(stamp) = (!self.is_begun()).then(|| self.prepared_stamp(image)).flatten() {
             return self.begin(stamp, at, Some(footer), true);
         }
         let mut placed = self.stamp();
-        let Some(placed) = placed.as_mut() else { return put_footer(&self.file, at, footer) };
+        let Some(placed) = placed.as_mut() else { return write_zeros_and_footer(&self.file, at, footer) };
         if mutant::is(Mutant::StampLeftBehind) {
-            put_footer(&self.file, at, footer)?;
+            write_zeros_and_footer(&self.file, at, footer)?;
         } else {
             self.write(&placed.stamp, at, Some(footer))?;
         }
@@ -331,7 +331,7 @@ impl Session {
     /// Ends all slots: the image is committed, and is going to be cut.
     pub(super) fn end(&self) {
         if let Some(journal) = self.journal().filter(|_| !mutant::is(Mutant::SlotsNotEnded)) {
-            journal.end();
+            journal.end_all_slots();
         }
     }
 
@@ -341,7 +341,7 @@ impl Session {
     /// `Io`.
     pub(super) fn erase_stamp(&self) -> Result<()> {
         let mut placed = self.stamp();
-        let Some(Placed { at, .. }) = &*placed else { return Ok(()) };
+        let Some(PlacedStamp { at, .. }) = &*placed else { return Ok(()) };
         self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR)?;
         self.file.sync()?;
         *placed = None;
@@ -350,19 +350,19 @@ impl Session {
 
     /// Takes a stamp and a journal of a new session instead of the predecessor's: a mistake.
     #[cfg(feature = "mutants")]
-    pub(super) fn mistake_session(&self, image: &Image) {
+    pub(super) fn mutate_session(&self, image: &Image) {
         let old = self.journal.get().expect("it was taken in");
         let _ = old.remove();
         if let Some(placed) = self.stamp().as_mut() {
-            placed.stamp.session = self.host().random_id();
+            placed.stamp.session = self.runtime().random_id();
             let _ = self.write(&placed.stamp, placed.at, None);
-            let _ = self.make_journal(placed.stamp.session, image);
+            let _ = self.create_journal(placed.stamp.session, image);
         }
     }
 }
 
 /// Writes a footer behind a sector of zeros, where a stamp may come.
-pub(super) fn put_footer(file: &File, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+pub(super) fn write_zeros_and_footer(file: &File, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let mut pair = [0; PAIR_BYTES];
     pair[SECTOR_BYTES..].copy_from_slice(footer);
     file.write_at(&pair, at * SECTOR)

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::commit::Commit;
-use super::drive::drive;
-use super::keep::Keep;
+use super::run_to_completion::run_to_completion;
+use super::durability::Durability;
 use super::open::Image;
 use super::writable::Writable;
 use crate::error::Result;
@@ -21,11 +21,11 @@ pub fn settle(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<b
     if image.stamp()?.is_none() {
         return Ok(false);
     }
-    let image = Arc::new(Writable::new(env, image, &Keep::Journal { folders: folders.to_vec(), required: false })?);
+    let image = Arc::new(Writable::new(env, image, &Durability::Journal { folders: folders.to_vec(), required: false })?);
     let mut commit = Commit::new(image.clone(), FileSlot(0));
-    drive(env, image.file(), FileSlot(0), |failed, ops| commit.next(failed, ops))?;
+    run_to_completion(env, image.file(), FileSlot(0), |failed, ops| commit.next(failed, ops))?;
     image.end_session();
     image.trim()?;
-    image.retire()?;
+    image.remove_journal()?;
     Ok(true)
 }

@@ -1,7 +1,7 @@
 //! Reads the structures of a file, as their bytes are; `open.rs` holds them against the rules.
 
 use super::bat::Bat;
-use super::open::{Found, tell};
+use super::open::{OnDefect, report_defect};
 use crate::error::Result;
 use crate::format::batmap::{self, BatmapPresence};
 use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};
@@ -28,7 +28,7 @@ pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<ChosenFooter,
 }
 
 /// The sector after the table, where XenServer's batmap has its header, if an image by this creator can have one.
-pub(super) fn read_behind_table(
+pub(super) fn read_sector_after_table(
     file: &File,
     footer: &Footer,
     header: &DynamicHeader,
@@ -48,7 +48,7 @@ pub(super) fn read_behind_table(
 
 /// The table's entries, and what fills its last sector. Its place and size were checked against the file. No block can
 /// begin at sector 0, so an entry of 0 is read as unused.
-pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut Found<'_>) -> Result<(Bat, u32)> {
+pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefect<'_>) -> Result<(Bat, u32)> {
     let table = Bat::new(header.entries);
     let bytes = bat::bytes(header.entries);
     let mut chunk = vec![0; usize::try_from(bytes.min(TABLE_CHUNK)).expect("a chunk")];
@@ -80,7 +80,7 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut Found<
     }
     if zeros > 0 {
         let at = header.table_offset + u64::from(first_zero) * 4;
-        tell(found, Defect::EntryZero { block: first_zero, entries: zeros, at })?;
+        report_defect(found, Defect::EntryZero { block: first_zero, entries: zeros, at })?;
     }
     Ok((table, padding))
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::super::rig::{PATH, SLOT, child, commit, file, grow, host_with, kinds, open};
-use super::super::{Spec, create};
+use super::super::testing::{PATH, SLOT, child, commit, file, grow, host_with, kinds, open};
+use super::super::{ImageSpec, create};
 use super::*;
 use crate::storage::Action;
 use crate::storage::sim::{FaultPlan, SimHost};
@@ -16,7 +16,7 @@ fn both_footers_are_valid_at_every_moment() {
     image.set_allocation(Allocation::Block);
     let footer = image.footer_bytes();
     let (old, end) = {
-        let room = image.room();
+        let room = image.free_tail();
         (room.footer, room.end)
     };
     let at = |sector: u64| {
@@ -25,7 +25,7 @@ fn both_footers_are_valid_at_every_moment() {
     };
     let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
     assert!(Growth::begin(&image, SLOT).is_none(), "one step at a time");
-    while growth.next(None, &mut ops).unwrap() == Step::Wait {
+    while growth.next(None, &mut ops).unwrap() == JobStep::Wait {
         for op in ops.drain(..) {
             match op.payload {
                 Payload::Own(bytes) => image.file().write_at(&bytes, op.offset).unwrap(),
@@ -41,10 +41,10 @@ fn both_footers_are_valid_at_every_moment() {
         let last = file(&host).stat().unwrap().len / SECTOR - 1;
         assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
         assert!(seen.len() < 3 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
-        assert_eq!(image.room().end, end, "no room before it is durably zero");
+        assert_eq!(image.free_tail().end, end, "no room before it is durably zero");
     }
     assert_eq!(seen, "ATWT");
-    let grown = image.room().end;
+    let grown = image.free_tail().end;
     assert!(grown > end && !image.is_growing());
 }
 
@@ -56,7 +56,7 @@ fn a_full_host_is_told_and_costs_nothing() {
     let before = file(&host).stat().unwrap();
     host.set_faults(FaultPlan { capacity: Some(before.allocated + 8192), ..FaultPlan::default() });
     assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
-    assert!(!image.is_poisoned() && !image.is_growing() && image.wants_room());
+    assert!(!image.is_poisoned() && !image.is_growing() && image.is_growth_due());
     let after = file(&host).stat().unwrap();
     assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
     // A little room: fewer blocks.
@@ -73,7 +73,7 @@ fn room_for_all_or_none() {
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
     let (before, step) = (file(&host).stat().unwrap(), |growth: &mut Growth| {
-        super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
+        super::super::run_to_completion(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
     });
     host.set_faults(FaultPlan { capacity: Some(before.allocated + (1 << 20)), ..FaultPlan::default() });
     let mut growth = Growth::begin_for(&image, SLOT, 30).expect("there is none yet");
@@ -133,7 +133,7 @@ fn a_sparse_step_takes_the_pages_that_commits_write() {
     commit(&host, &image);
     assert_eq!(file(&host).stat().unwrap().allocated, after.allocated);
     assert!(Growth::begin(&image, SLOT).is_some_and(|mut growth| {
-        let grown = super::super::drive(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops));
+        let grown = growth::super::run_to_completion(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops));
         grown.is_err_and(|e| e.kind() == ErrorKind::NoSpace)
     }));
     assert!(!image.is_poisoned());
@@ -148,7 +148,7 @@ fn steps_double_with_what_is_used() {
         while image.reserve(block).is_err() {
             grow(&host, &image).unwrap();
         }
-        while image.wants_room() {
+        while image.is_growth_due() {
             grow(&host, &image).unwrap();
         }
         let (used, taken) = (u64::from(block) + 1, (file(&host).stat().unwrap().allocated - before) / 4096);
@@ -202,7 +202,7 @@ fn a_step_on_a_host_that_copies_on_write_goes_on_when_there_is_room() {
     assert!(after.len > before.len && after.len < before.len + 60 * (72 << 10), "the new end stays: {after:?}");
     host.set_faults(plan(Some(after.allocated + 2 * 4096)));
     grow(&host, &image).unwrap();
-    assert!(image.reserve(0).is_ok() && image.room().stale.is_empty());
+    assert!(image.reserve(0).is_ok() && image.free_tail().stale.is_empty());
     host.set_faults(plan(None));
     image.trim().unwrap();
     assert_eq!(kinds(&host), Vec::<&str>::new());
@@ -213,7 +213,7 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
     // Blocks so large that there is a gap between a block and the next one's bitmap: the footer needs a page of its own.
     let host = SimHost::new(1);
     let block_size = BlockSize::from_bytes(1 << 20).unwrap();
-    create(&host, Path::new(PATH), &Spec { kind: child(), size: 64 << 20, block_size, reserve: 0 }).unwrap();
+    create(&host, Path::new(PATH), &ImageSpec { kind: child(), size: 64 << 20, block_size, reserve: 0 }).unwrap();
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
     let place = u64::from(image.reserve(0).unwrap());
@@ -244,7 +244,7 @@ fn blocks_that_are_written_whole_are_reserved_whole() {
     let taken = |first: u32, marked: u64| {
         let before = file(&host).stat().unwrap().allocated;
         for block in first..first + 200 {
-            while image.reserve(block).is_err() || image.wants_room() {
+            while image.reserve(block).is_err() || image.is_growth_due() {
                 grow(&host, &image).unwrap();
             }
             let sector = u64::from(block) * 128;

@@ -16,7 +16,7 @@ impl Writable {
         if file.stat()?.len != end + SECTOR {
             if let Err(e) = file.write_at(&self.footer_bytes(), end) {
                 // What is reserved behind the last block reads as zeros anyway: perhaps it is room enough.
-                let tail = end.next_multiple_of(PAGE)..self.room().end * SECTOR / PAGE * PAGE;
+                let tail = end.next_multiple_of(PAGE)..self.free_tail().end * SECTOR / PAGE * PAGE;
                 if e.kind() != ErrorKind::NoSpace {
                     return Err(e);
                 }
@@ -26,7 +26,7 @@ impl Writable {
                     log::warn!("{}; the file keeps its length until it is next closed", e.line());
                     // It is not cut off, and must not stay without its journal.
                     self.erase_stamp()?;
-                    return self.settle_time();
+                    return self.finish_mtime();
                 }
             }
             if !mutant::is(Mutant::TrimUnsynced) {
@@ -35,12 +35,12 @@ impl Writable {
             file.set_len(end + SECTOR)?;
             file.sync()?;
         }
-        self.settle_time()
+        self.finish_mtime()
     }
     /// The file sector after the last block the file knows.
     fn used_end(&self) -> u64 {
         let Some(block_size) = self.image().block_size() else { return self.image().data_end() / SECTOR };
-        let (room, table) = (self.room(), self.image().bat().expect("sparse images have a table"));
+        let (room, table) = (self.free_tail(), self.image().bat().expect("sparse images have a table"));
         let stride = u64::from(block_size.stride_sectors());
         // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
         let known = table.used().filter(|(block, _)| !room.fresh.contains(block));

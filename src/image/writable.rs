@@ -10,16 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::allocation::Allocation;
-use super::bitmaps::{Bitmaps, Fresh, Where};
-use super::granule::{Known, Locked};
+use super::bitmaps::{Bitmaps, InitialBits, Residence};
+use super::bitmap_frame::{FrameState, LockedFrame};
 use super::journal::Journal;
-use super::keep::{Keep, Kept};
-use super::kept_time::KeptTime;
+use super::durability::{Durability, DurabilityState};
+use super::mtime::SavedMtime;
 use super::open::Image;
 use super::recover::recover;
-use super::room::Room;
+use super::free_tail::FreeTail;
 use super::session::Session;
-use super::take_in::Found;
+use super::journal_replay::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::mutant::{self, Mutant};
@@ -29,35 +29,35 @@ use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 /// An image open for writing, shared by all queues of its disk.
 pub struct Writable {
     image: Image,
-    sparse: Option<Sparse>,
+    sparse: Option<WritableSparse>,
     /// Data or punches completed that no sync covers yet. Set at open: what a predecessor left in the page cache counts.
     pub(super) unsynced: AtomicBool,
     /// Granules that say more than the file does.
     dirty: Mutex<Vec<usize>>,
     poison: OnceLock<String>,
-    pub(super) keep: Kept,
+    pub(super) durability: DurabilityState,
     /// The journal is running full, or memory with what is dirty: a commit should begin.
-    due: AtomicBool,
+    commit_due: AtomicBool,
     /// What its file system promises about room, and how new blocks take it.
     pub(super) room_rule: AllocationMode,
     pub(super) allocation: OnceLock<Allocation>,
     /// The time of the file when it was opened, and whether the disk's contents may have changed since.
-    pub(super) opened: KeptTime,
-    pub(super) changed: AtomicBool,
+    pub(super) mtime_at_open: SavedMtime,
+    pub(super) content_changed: AtomicBool,
 }
 
 /// What images with a block table have besides.
-pub(super) struct Sparse {
+pub(super) struct WritableSparse {
     pub(super) bitmaps: Bitmaps,
     pub(super) block_size: BlockSize,
     /// What the bits of a new block are.
-    pub(super) fresh: Fresh,
-    pub(super) room: Mutex<Room>,
+    pub(super) fresh: InitialBits,
+    pub(super) free_tail: Mutex<FreeTail>,
 }
 
 /// There is no prepared room for the block: the write waits for growth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NoRoom;
+pub struct NeedsGrowth;
 
 impl Writable {
     /// Makes an opened image writable that is locked already, and recovers what an unclean end left behind.
@@ -69,34 +69,34 @@ impl Writable {
     /// # Errors
     /// `Refused` where its own bytes forbid writing (hidden, saved state, footers that disagree) or where a live journal
     /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
-    pub fn new(env: &dyn Env, image: Image, keep: &Keep) -> Result<Writable> {
+    pub fn new(env: &dyn Env, image: Image, keep: &Durability) -> Result<Writable> {
         image.check_writable()?;
-        let opened = KeptTime::of(image.file())?;
-        let (keep, found) = Kept::begin(env, &image, keep)?;
-        let stamped = matches!(&keep, Kept::Session(session) if session.is_stamped());
+        let opened = SavedMtime::save(image.file())?;
+        let (keep, found) = DurabilityState::begin(env, &image, keep)?;
+        let stamped = matches!(&keep, DurabilityState::Session(session) if session.is_stamped());
         let sparse = match image.block_size() {
             None => None,
             Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
         };
-        opened.put_back_at_open()?;
+        opened.restore_at_open()?;
         let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
         let (room_rule, allocation) = (image.file().allocation_mode(), OnceLock::new());
         let image =
-            Writable { image, sparse, unsynced, dirty, poison, keep, due, room_rule, allocation, opened, changed };
-        image.renew_at_take_over()?;
-        image.adopt(&found);
+            Writable { image, sparse, unsynced, dirty, poison, durability: keep, commit_due: due, room_rule, allocation, mtime_at_open: opened, content_changed: changed };
+        image.renew_after_replay()?;
+        image.replay(&found);
         Ok(image)
     }
 
     /// Takes in the marks of a killed predecessor; the places of their blocks are known already.
-    fn adopt(&self, found: &[Found]) {
+    fn replay(&self, found: &[ReplaySlot]) {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return };
         for f in found {
-            let mut granule = sparse.bitmaps.adopt(f.granule, &f.words);
+            let mut granule = sparse.bitmaps.replay(f.bitmap_sector, &f.words);
             // Of two slots for one granule the first goes on, with the bits of both; the commit frees the other.
-            journal.merge(*granule.known.slot.get_or_insert(f.slot), &f.words);
-            self.note_dirty(f.granule, &mut granule.known);
+            journal.add_bits(*granule.state.journal_slot.get_or_insert(f.slot), &f.words);
+            self.note_dirty(f.bitmap_sector, &mut granule.state);
         }
         if !found.is_empty() {
             log::info!("{}: {} marks of a killed predecessor taken in", self.path().display(), found.len());
@@ -129,33 +129,33 @@ impl Writable {
     ///
     /// # Errors
     /// [`NoRoom`] where the prepared tail is used up.
-    pub fn reserve(&self, block: u32) -> Result<u32, NoRoom> {
+    pub fn reserve(&self, block: u32) -> Result<u32, NeedsGrowth> {
         let table = self.image.bat().expect("only images with a table reserve");
         if let Some(place) = table.place(block) {
             return Ok(place);
         }
         let sparse = self.sparse();
-        let mut room = lock(&sparse.room);
+        let mut room = lock(&sparse.free_tail);
         if let Some(place) = table.place(block) {
             return Ok(place); // another queue was faster
         }
-        let place = layout::next_place(room.next, sparse.block_size, room.unplaced).map_err(|_| NoRoom)?;
+        let place = layout::next_place(room.next, sparse.block_size, room.unplaced).map_err(|_| NeedsGrowth)?;
         let end = u64::from(place) + u64::from(sparse.block_size.stride_sectors());
-        if end > room.usable() {
-            return Err(NoRoom);
+        if end > room.usable_end() {
+            return Err(NeedsGrowth);
         }
         self.begin_session(&mut room);
-        sparse.bitmaps.prepare(block, sparse.fresh);
+        sparse.bitmaps.insert_fresh(block, sparse.fresh);
         if let Some(journal) = self.journal() {
             // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
             // entry that a killed commit leaves in the table is accounted for.
-            let granule = sparse.bitmaps.first_of(block);
-            let mut made = sparse.bitmaps.expect(granule);
-            made.known.slot = journal.claim(granule, block, place, true, made.words());
+            let granule = sparse.bitmaps.first_sector_of(block);
+            let mut made = sparse.bitmaps.lock_resident(granule);
+            made.state.journal_slot = journal.claim_slot(granule, block, place, true, made.words());
             drop(made);
-            self.note_due(journal);
+            self.note_commit_due(journal);
         }
-        room.placed(block, end);
+        room.note_placed(block, end);
         table.set(block, place);
         Ok(place)
     }
@@ -171,39 +171,39 @@ impl Writable {
     pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
         let (mut kept, mut news_kept, mut absent) = (true, false, Vec::new());
         if let Some(sparse) = &self.sparse {
-            self.begin_session_now();
+            self.ensure_session();
             for (_, part) in sparse.block_size.parts(range) {
                 sparse.bitmaps.mark(part, &mut absent, |index, granule, news| {
-                    let keeps = self.keep(index, granule, &news);
-                    granule.known.unkept = !keeps;
+                    let keeps = self.make_bits_durable(index, granule, &news);
+                    granule.state.not_journaled = !keeps;
                     (kept, news_kept) = (kept & keeps, true);
                     // A slot in use belongs to a dirty granule.
-                    if news.more || granule.known.slot.is_some() {
-                        self.note_dirty(index, &mut granule.known);
+                    if news.is_newer || granule.state.journal_slot.is_some() {
+                        self.note_dirty(index, &mut granule.state);
                     }
                 });
             }
         }
-        self.touched();
+        self.note_unsynced();
         if news_kept && let Some(Err(e)) = self.session().map(Session::renew_each_second) {
             log::warn!("{}: a commit has to do what the live journal cannot: {}", self.path().display(), e.line());
             kept = false;
         }
         #[cfg(feature = "mutants")]
-        self.mistake_metadata();
+        self.mutate_metadata();
         if absent.is_empty() { Ok(kept) } else { Err(absent) }
     }
 
-    pub(super) fn note_due(&self, journal: &Journal) {
-        if journal.is_due() {
-            self.due.store(true, Ordering::Relaxed);
+    pub(super) fn note_commit_due(&self, journal: &Journal) {
+        if journal.is_commit_due() {
+            self.commit_due.store(true, Ordering::Relaxed);
         }
     }
 
     /// Whether the journal is running full, or memory with what is dirty, and no commit has begun since: true once.
     #[inline]
-    pub fn take_due(&self) -> bool {
-        self.due.load(Ordering::Relaxed) && self.due.swap(false, Ordering::Relaxed)
+    pub fn take_commit_due(&self) -> bool {
+        self.commit_due.load(Ordering::Relaxed) && self.commit_due.swap(false, Ordering::Relaxed)
     }
 
     /// Whether a commit would have anything to do.
@@ -212,7 +212,7 @@ impl Writable {
     }
 
     /// Says that bytes changed that no bit speaks for (a punch in present sectors).
-    pub fn touched(&self) {
+    pub fn note_unsynced(&self) {
         // Mostly set already: a look is cheaper than a store to a line that all queues share.
         if !self.unsynced.load(Ordering::SeqCst) {
             self.unsynced.store(true, Ordering::SeqCst);
@@ -223,7 +223,7 @@ impl Writable {
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
             log::error!("{}: {why}; writes are refused until it is opened and checked", self.path().display());
-            if let Some(Ok(mut room)) = self.sparse.as_ref().map(|sparse| sparse.room.try_lock()) {
+            if let Some(Ok(mut room)) = self.sparse.as_ref().map(|sparse| sparse.free_tail.try_lock()) {
                 self.begin_session(&mut room);
             }
             if let Some(journal) = self.session().and_then(Session::any_journal) {
@@ -262,13 +262,13 @@ impl Writable {
         first.checked_add(blocks.checked_mul(layout::aligned_stride(block_size))?)
     }
 
-    pub(super) fn room(&self) -> MutexGuard<'_, Room> {
-        lock(&self.sparse().room)
+    pub(super) fn free_tail(&self) -> MutexGuard<'_, FreeTail> {
+        lock(&self.sparse().free_tail)
     }
 
     /// Whether a step of growth is due.
-    pub fn wants_room(&self) -> bool {
-        self.sparse.as_ref().is_some_and(|s| self.is_short(&lock(&s.room)))
+    pub fn is_growth_due(&self) -> bool {
+        self.sparse.as_ref().is_some_and(|s| self.is_short(&lock(&s.free_tail)))
     }
 
     pub(super) fn dirty(&self) -> MutexGuard<'_, Vec<usize>> {
@@ -276,35 +276,35 @@ impl Writable {
     }
 
     /// A granule that is dirty, or that a commit has taken.
-    pub(super) fn granule(&self, granule: usize) -> Locked<'_> {
-        self.sparse().bitmaps.expect(granule)
+    pub(super) fn lock_dirty(&self, granule: usize) -> LockedFrame<'_> {
+        self.sparse().bitmaps.lock_resident(granule)
     }
 
     /// Notes a granule as dirty.
-    fn note_dirty(&self, granule: usize, known: &mut Known) {
+    fn note_dirty(&self, granule: usize, known: &mut FrameState) {
         if !std::mem::replace(&mut known.dirty, true) {
             let mut dirty = self.dirty();
             dirty.push(granule);
-            if dirty.len() >= self.sparse().bitmaps.most_dirty() {
-                self.due.store(true, Ordering::Relaxed);
+            if dirty.len() >= self.sparse().bitmaps.dirty_limit() {
+                self.commit_due.store(true, Ordering::Relaxed);
             }
         }
     }
 
     /// Notes a granule that a commit has taken in vain as dirty again.
-    pub(super) fn dirtied(&self, granule: usize) {
-        let mut taken = self.granule(granule);
-        taken.known.taken = false;
-        self.note_dirty(granule, &mut taken.known);
+    pub(super) fn note_dirty_again(&self, granule: usize) {
+        let mut taken = self.lock_dirty(granule);
+        taken.state.in_commit = false;
+        self.note_dirty(granule, &mut taken.state);
     }
 
     /// Where in the file a granule's sector is, in bytes. Its block has a place.
-    pub fn granule_offset(&self, granule: usize) -> u64 {
-        self.bitmap_place(granule).2
+    pub fn bitmap_sector_offset(&self, granule: usize) -> u64 {
+        self.bitmap_sector_place(granule).2
     }
 
     /// The block of a granule, the block's place, and the byte offset of the granule's sector.
-    pub(super) fn bitmap_place(&self, granule: usize) -> (u32, u32, u64) {
+    pub(super) fn bitmap_sector_place(&self, granule: usize) -> (u32, u32, u64) {
         let (block, sector) = self.sparse().bitmaps.block_of(granule);
         let place = self.image.bat().and_then(|t| t.place(block)).expect("a dirty granule's block has a place");
         (block, place, (u64::from(place) + u64::from(sector)) * SECTOR)
@@ -313,7 +313,7 @@ impl Writable {
     /// Sector `sector` of the block table with what the file knows and the places of `blocks`, and where it goes.
     /// `None` where the file knows the places of all `blocks`.
     pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
-        let (table, room) = (self.image.bat()?, self.room());
+        let (table, room) = (self.image.bat()?, self.free_tail());
         if !blocks.iter().any(|b| room.fresh.contains(b)) {
             return None;
         }
@@ -332,44 +332,44 @@ impl Writable {
     }
 
     /// A commit begins that takes these granules: their blocks are going to be placed. Its epoch.
-    pub(super) fn committing(&self, granules: &[usize]) -> u64 {
+    pub(super) fn begin_commit(&self, granules: &[usize]) -> u64 {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
-        let room = lock(&sparse.room);
+        let room = lock(&sparse.free_tail);
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
         let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
         // A block has a slot from its reservation on, unless all were taken then.
-        let slotless = |b: &u32| sparse.bitmaps.expect(sparse.bitmaps.first_of(*b)).known.slot.is_none();
+        let slotless = |b: &u32| sparse.bitmaps.lock_resident(sparse.bitmaps.first_sector_of(*b)).state.journal_slot.is_none();
         let unaccounted = blocks.iter().any(slotless);
-        journal.begin(blocks, unaccounted)
+        journal.begin_commit(blocks, unaccounted)
     }
 
     /// The commit of `epoch` is over, well or not: in the first case the file knows what it took.
-    pub(super) fn committed(&self, epoch: u64, granules: Option<&[usize]>) {
+    pub(super) fn finish_commit(&self, epoch: u64, granules: Option<&[usize]>) {
         let Some(sparse) = &self.sparse else { return };
         let Some(granules) = granules else {
-            self.journal().into_iter().for_each(Journal::failed);
+            self.journal().into_iter().for_each(Journal::fail_commit);
             return;
         };
         let mut places = Vec::new();
         {
-            let mut room = lock(&sparse.room);
+            let mut room = lock(&sparse.free_tail);
             for granule in granules {
-                let (block, place, _) = self.bitmap_place(*granule);
+                let (block, place, _) = self.bitmap_sector_place(*granule);
                 if room.fresh.remove(&block) {
                     places.push((block, place));
                 }
             }
         }
         #[cfg(feature = "mutants")]
-        self.mistake_places();
+        self.mutate_places();
         for (block, _) in &places {
             sparse.bitmaps.set_placed(*block);
         }
         granules.iter().for_each(|granule| sparse.bitmaps.set_written(*granule));
         if let Some(journal) = self.journal() {
-            journal.committed(epoch, &places, |slot, granule, renew| {
-                let Where::Here(here) = sparse.bitmaps.lock(granule) else { return false };
-                let used = here.known.slot == Some(slot);
+            journal.finish_commit(epoch, &places, |slot, granule, renew| {
+                let Residence::Resident(here) = sparse.bitmaps.lock(granule) else { return false };
+                let used = here.state.journal_slot == Some(slot);
                 if used {
                     renew();
                 }
@@ -378,7 +378,7 @@ impl Writable {
         }
     }
 
-    fn sparse(&self) -> &Sparse {
+    fn sparse(&self) -> &WritableSparse {
         self.sparse.as_ref().expect("a fixed image has no blocks")
     }
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::super::rig::{PATH, child, file, grow, host_with, open};
-use super::super::{Kind, Spec, create};
+use super::super::testing::{PATH, child, file, grow, host_with, open};
+use super::super::{ImageKind, ImageSpec, create};
 use super::*;
 use crate::format::Footer;
 use crate::storage::sim::SimHost;
@@ -13,7 +13,7 @@ fn places_are_distinct_and_end_with_the_room() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
-    assert_eq!(image.reserve(0), Err(NoRoom), "nothing is prepared yet");
+    assert_eq!(image.reserve(0), Err(NeedsGrowth), "nothing is prepared yet");
     grow(&host, &image).unwrap();
     let mut places = Vec::new();
     for block in 0.. {
@@ -33,7 +33,7 @@ fn places_are_distinct_and_end_with_the_room() {
 fn no_block_reaches_behind_what_was_reckoned() {
     for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 128 << 20, 256 << 20] {
         let (host, block_size) = (SimHost::new(1), BlockSize::from_bytes(bytes).unwrap());
-        let spec = Spec { kind: Kind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
+        let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
         create(&host, Path::new(PATH), &spec).unwrap();
         let image = open(&host).unwrap();
         let (stride, last) = (u64::from(block_size.stride_sectors()), u64::from(bat::MAX_ENTRY));

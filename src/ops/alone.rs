@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::chain::{Chain, ImageChange, Policy, OpenMode, refuse_change};
 use crate::error::Result;
-use crate::image::{Image, KeptTime, agreed, refuse_live_file};
+use crate::image::{Image, SavedMtime, open_reconciled, refuse_if_file_is_live};
 use crate::storage::{Access, Env, Lock};
 
 /// Opens the image at `path` to change it, and its parents to read them.
@@ -25,8 +25,8 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // Before its footers are made to agree, which writes.
-    refuse_live_file(env, &policy.runtime, &file)?;
-    let image = KeptTime::during(&file, || agreed(&file))?;
+    refuse_if_file_is_live(env, &policy.runtime, &file)?;
+    let image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
     image.check_writable()?;
     refuse_change(env, &image, change, &policy.allowed, None)?;
     Ok(image)

@@ -8,7 +8,7 @@ use super::mover::Progress;
 use crate::chain::{self, Chain, ImageChange, CheckedFile, Policy, OpenMode, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
-use crate::image::{self, Image, KeptTime, Take, joined, refuse_live_file};
+use crate::image::{self, Image, SavedMtime, FooterChoice, merge_ranges, refuse_if_file_is_live};
 use crate::storage::{Access, Env, File, Lock, RuntimeFolder};
 use crate::units::{SECTOR, SectorRange};
 
@@ -123,7 +123,7 @@ pub fn repair(
     path: &Path,
     parents: Option<&Policy>,
     runtime: &[RuntimeFolder],
-    take: Option<Take>,
+    take: Option<FooterChoice>,
     progress: &mut Progress<'_>,
 ) -> Result<Report> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
@@ -143,12 +143,12 @@ pub fn repair(
             return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
         }
         // A daemon may have come and gone since it was checked.
-        refuse_live_file(env, runtime, &file)?;
+        refuse_if_file_is_live(env, runtime, &file)?;
         // What cannot be opened can be no part of a merge.
         if let Ok(image) = Image::open(file.clone()) {
             refuse_change(env, &image, ImageChange::Allocation, allowed, None)?;
         }
-        let undo = KeptTime::during(&file, || image::repair(env, &file, taken))?;
+        let undo = SavedMtime::preserve(&file, || image::repair(env, &file, taken))?;
         let undo = undo.map(|path| path.display().to_string());
         repaired.push(Repaired { path: report.path, defects, undo });
     }
@@ -164,10 +164,10 @@ pub fn repair(
 pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    refuse_live_file(env, runtime, &file)?;
+    refuse_if_file_is_live(env, runtime, &file)?;
     let kept = env.open(undo, Access::Write)?;
     kept.lock(Lock::Exclusive)?;
-    image::undo(&file, &kept)
+    image::undo_repair(&file, &kept)
 }
 
 /// The word for footers of two kinds, which only a choice mends.
@@ -190,7 +190,7 @@ fn all(checked: &[CheckedFile], chain: bool) -> Report {
         cosmetic: reports.iter().map(|r| r.cosmetic).sum(),
         defects: reports.iter().flat_map(|r| r.defects.iter().cloned()).collect(),
         notes: reports.iter().flat_map(|r| r.notes.iter().cloned()).collect(),
-        lost: runs(&joined(checked.iter().flat_map(|file| file.lost.iter().copied()).collect())),
+        lost: runs(&merge_ranges(checked.iter().flat_map(|file| file.lost.iter().copied()).collect())),
         parents_unseen: false,
         repaired: Vec::new(),
         chain: Some(reports),

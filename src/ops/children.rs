@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::kin;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Glance;
+use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
 /// An image that records another one as its parent.
@@ -28,7 +28,7 @@ pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<C
     // Not the link to it: children that were made on it lie where the file itself lies.
     let path = env.canonical(path)?;
     let file = env.open(&path, Access::Read)?;
-    let Some(parent) = Glance::at(&file)? else {
+    let Some(parent) = ImageIdentity::peek(&file)? else {
         return Err(Error::new(ErrorKind::Invalid, "not a VHD").at_path(&path));
     };
     let id = file.stat()?.id;

@@ -7,7 +7,7 @@ use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{KeptTime, Offline, is_zero, next_data};
+use crate::image::{SavedMtime, Offline, is_zero, next_data};
 use crate::point;
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
@@ -38,7 +38,7 @@ pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progr
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
     let file = chain.youngest().file().clone();
-    KeptTime::during(&file, || give_back(chain, progress))
+    SavedMtime::preserve(&file, || give_back(chain, progress))
 }
 
 fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
@@ -59,9 +59,9 @@ fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
         done += u64::from(look.block_size.bytes());
         progress(done)?;
     }
-    offline.give_up(&idle)?;
+    offline.free_blocks(&idle)?;
     offline.close_gaps(&mut |_| progress(done))?;
-    offline.settle()?;
+    offline.finish_compact()?;
     let given_back = before.saturating_sub(offline.file().stat()?.allocated);
     Ok(Compacted { blocks: idle.len() as u64, given_back })
 }

@@ -10,7 +10,7 @@ use super::device::DeviceSink;
 use super::mover::{CHUNK, Disk, Progress, each_run};
 use super::sink::{Make, Sink};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Kind, Spec, refuse_live_file};
+use crate::image::{ImageKind, ImageSpec, refuse_if_file_is_live};
 use crate::storage::{Access, Buffer, Env, RuntimeFolder};
 use crate::units::{BlockSize, SECTOR};
 
@@ -50,7 +50,7 @@ pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> 
     if file.is_block_device() {
         return Ok(()); // no daemon serves one
     }
-    refuse_live_file(env, runtime, &file)
+    refuse_if_file_is_live(env, runtime, &file)
 }
 
 /// Copies `disk` to a new file at `path`. The name appears when the copy is whole and durable; to replace a file, it then
@@ -69,8 +69,8 @@ pub fn convert(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progre
     let size = (disk.sectors() * SECTOR).next_multiple_of(how.align);
     let spec = match how.to {
         To::Raw => None,
-        To::Fixed => Some(Spec { kind: Kind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
-        To::Dynamic(block_size) => Some(Spec { kind: Kind::Dynamic, size, block_size, reserve: size }),
+        To::Fixed => Some(ImageSpec { kind: ImageKind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
+        To::Dynamic(block_size) => Some(ImageSpec { kind: ImageKind::Dynamic, size, block_size, reserve: size }),
     };
     let raw = Make::Raw(disk.bytes().next_multiple_of(how.align));
     let uuid = how.uuid.unwrap_or_else(|| env.uuid());

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::chain::{Chain, ImageChange, Policy, OpenMode, record_child, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
-use crate::image::{self, Image, Kind, ParentLink, Spec, folder_of};
+use crate::image::{self, Image, ImageKind, ParentLink, ImageSpec, folder_of};
 use crate::storage::Env;
 use crate::units::BlockSize;
 
@@ -74,8 +74,8 @@ pub struct Created {
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
-    let kind = if root.fixed { Kind::Fixed } else { Kind::Dynamic };
-    let spec = Spec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve };
+    let kind = if root.fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
+    let spec = ImageSpec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve };
     maker(root.preallocate)(env, path, &spec)
 }
 
@@ -101,7 +101,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     let link = link(env, folder_of(path), parent, child.locators)?;
     let absolute = env.canonical(&child.parent)?;
     let outside = outside(env, folder_of(path), policy, &chain)?;
-    let spec = Spec { kind: Kind::Differencing(link), size, block_size, reserve: child.reserve };
+    let spec = ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: child.reserve };
     // Before the child is there: a mark that leads to no child is dropped when it is looked at.
     record_child(env, parent, path);
     let made = maker(child.preallocate)(env, path, &spec);
@@ -109,7 +109,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
     made.map(|uuid| Created { uuid, size, parent: absolute, outside })
 }
 
-fn maker(preallocate: bool) -> fn(&dyn Env, &Path, &Spec) -> Result<Uuid> {
+fn maker(preallocate: bool) -> fn(&dyn Env, &Path, &ImageSpec) -> Result<Uuid> {
     if preallocate { image::create_preallocated } else { image::create }
 }
 

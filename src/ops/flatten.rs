@@ -10,7 +10,7 @@ use super::writer::Writer;
 use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Keep, KeptTime, Offline, ParentLink, check_link, is_settled, next_data, relink};
+use crate::image::{Image, Durability, SavedMtime, Offline, ParentLink, check_reparent, is_reparent_finished, next_data, reparent};
 use crate::point;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
@@ -32,7 +32,7 @@ pub fn flatten(
 ) -> Result<u64> {
     let chain = alone::chain(env, path, ImageChange::Link, policy)?;
     let file = chain.youngest().file().clone();
-    KeptTime::during(&file, || copy_and_link(env, path, chain, keep, policy, progress))
+    SavedMtime::preserve(&file, || copy_and_link(env, path, chain, keep, policy, progress))
 }
 
 fn copy_and_link(
@@ -66,9 +66,9 @@ fn copy_and_link(
         }
         (DiskType::Differencing, _) => {}
     }
-    check_link(chain.youngest(), link.as_ref())?;
+    check_reparent(chain.youngest(), link.as_ref())?;
     let kept = kept.map(Chain::into_frozen);
-    let mut writer = Writer::of(env, chain, &Keep::Nothing)?;
+    let mut writer = Writer::of(env, chain, &Durability::FlushOnly)?;
     point::reached("flatten.recovered");
     let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
         Stage::Written => point::reached("flatten.some-written"),
@@ -80,7 +80,7 @@ fn copy_and_link(
         blank_absent(&file)?;
         point::reached("flatten.absent-blank");
     }
-    relink(env, &file, link.as_ref())?;
+    reparent(env, &file, link.as_ref())?;
     point::reached("flatten.linked");
     Ok(copied)
 }
@@ -88,9 +88,9 @@ fn copy_and_link(
 /// Brings to its end what an interrupted call has left when the link was made.
 fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let image = Image::open(file.clone())?;
-    match is_settled(&image) {
-        true => Offline::new(&image)?.end_behind_blocks(),
-        false => relink(env, file, link),
+    match is_reparent_finished(&image) {
+        true => Offline::new(&image)?.truncate_after_blocks(),
+        false => reparent(env, file, link),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::format::footer::time_to_unix;
 use crate::format::locator::{header_name, decode_texts};
 use crate::format::session_stamp::escape_for_display;
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
-use crate::image::{Image, Standing, next_data};
+use crate::image::{Image, SessionState, next_data};
 use crate::storage::{Access, Env, File, LockHolder, FileSystemSpace, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
@@ -252,7 +252,7 @@ fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<In
 
 fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
     let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
-    let open = Standing::of(env, image)? != Standing::Closed;
+    let open = SessionState::of(env, image)? != SessionState::Closed;
     let (host, user, folder) = (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
     Ok(Some(Session { open, host, user, folder }))
 }

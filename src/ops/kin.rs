@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, file_name, is_fresh_name};
+use crate::image::{ImageIdentity, file_name, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId, Folder};
 
 /// An image that was found.
@@ -18,7 +18,7 @@ pub(super) struct Kin {
     /// Which file it is.
     pub(super) id: FileId,
     /// Who it is.
-    pub(super) glance: Glance,
+    pub(super) glance: ImageIdentity,
 }
 
 impl Kin {
@@ -62,7 +62,7 @@ fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -
     let mut seen = HashSet::new();
     for folder in folders {
         for name in folder.list()? {
-            if is_fresh_name(&name) {
+            if is_temporary_name(&name) {
                 continue;
             }
             match look(env, folder, &name, &mut seen) {
@@ -98,7 +98,7 @@ fn look(env: &dyn Env, folder: &Folder, name: &OsStr, seen: &mut HashSet<FileId>
     if !seen.insert(id) {
         return Ok(None);
     }
-    let Some(glance) = Glance::at(&file)? else { return Ok(None) };
+    let Some(glance) = ImageIdentity::peek(&file)? else { return Ok(None) };
     Ok(Some(Kin { path: file.path().to_path_buf(), folder: file.folder(), id, glance }))
 }
 

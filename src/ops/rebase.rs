@@ -10,7 +10,7 @@ use super::writer::Writer;
 use crate::chain::{Chain, ImageChange, Policy, OpenMode, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, DiskType, Platform};
-use crate::image::{Image, Keep, KeptTime, ParentLink, check_link, folder_of, relink};
+use crate::image::{Image, Durability, SavedMtime, ParentLink, check_reparent, folder_of, reparent};
 use crate::point;
 use crate::storage::{Access, Env, File, FileId};
 
@@ -51,17 +51,17 @@ pub fn rebase(
     let new = open_beneath(env, path, parent, policy)?;
     let same_parent = is_parent(env, &image, new.youngest(), policy)?;
     let to = link_to(env, &image, new.youngest())?;
-    check_link(&image, Some(&to))?;
+    check_reparent(&image, Some(&to))?;
     record_child(env, new.youngest(), &env.canonical(path)?);
     point::reached("rebase.begun");
     if only_link {
         if same_parent {
-            KeptTime::during(&file, || relinked(env, &file, &to))?;
+            SavedMtime::preserve(&file, || relinked(env, &file, &to))?;
         } else {
-            let time = KeptTime::of(&file)?;
+            let time = SavedMtime::save(&file)?;
             warn_children(env, &image)?;
             relinked(env, &file, &to)?;
-            time.move_on()?;
+            time.advance()?;
         }
         return Ok(Rebased { copied: 0, same_parent });
     }
@@ -69,7 +69,7 @@ pub fn rebase(
         let new = new.into_frozen();
         // Begun anew after the link was made: then this is the old parent, too.
         let policy = &beside(policy, folder_of(parent));
-        let mut writer = Writer::of(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Keep::Nothing)?;
+        let mut writer = Writer::of(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
         point::reached("rebase.recovered");
         let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
             Stage::Written => point::reached("rebase.some-written"),
@@ -80,12 +80,12 @@ pub fn rebase(
         relinked(env, &file, &to)?;
         Ok(copied)
     };
-    let copied = KeptTime::during(&file, copy)?;
+    let copied = SavedMtime::preserve(&file, copy)?;
     Ok(Rebased { copied, same_parent })
 }
 
 fn relinked(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
-    relink(env, file, Some(to))?;
+    reparent(env, file, Some(to))?;
     point::reached("rebase.linked");
     Ok(())
 }

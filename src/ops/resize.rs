@@ -7,7 +7,7 @@ use super::{alone, kin};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, KeptTime, Offline};
+use crate::image::{Image, SavedMtime, Offline};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
@@ -42,7 +42,7 @@ pub fn resize(
     }
     let chain = alone::chain(env, path, ImageChange::Size, policy)?;
     let file = chain.youngest().file().clone();
-    KeptTime::during(&file, || change(env, path, chain, size, shrink, progress))
+    SavedMtime::preserve(&file, || change(env, path, chain, size, shrink, progress))
 }
 
 fn change(
@@ -77,7 +77,7 @@ fn change(
     if size < from || shrink {
         offline.shrink(size, &mut watch)?
     } else {
-        offline.end_behind_blocks()?
+        offline.truncate_after_blocks()?
     }
     if size < from {
         tell_of_children(env, &image);

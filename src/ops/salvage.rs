@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::mover::Disk;
 use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::Result;
-use crate::image::joined;
+use crate::image::merge_ranges;
 use crate::storage::Env;
 use crate::units::{SECTOR, SectorRange};
 
@@ -43,7 +43,7 @@ pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<Gi
             Ok(())
         })?;
         let lost: Vec<SectorRange> = image.lost().iter().map(|range| range.clip(seen)).collect();
-        for run in without(&lost, &joined(above)) {
+        for run in without(&lost, &merge_ranges(above)) {
             let (start, length) = (run.start() * SECTOR, run.bytes());
             given_up.push(GivenUp { start, length, file: image.file().path().to_path_buf() });
         }

@@ -22,5 +22,5 @@ pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<b
 /// # Errors
 /// As [`image::discard`].
 pub fn discard(env: &dyn Env, paths: &[&Path], folders: &[RuntimeFolder]) -> Result<()> {
-    paths.iter().try_for_each(|path| image::discard(env, folders, path))
+    paths.iter().try_for_each(|path| image::discard_session(env, folders, path))
 }

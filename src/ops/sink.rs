@@ -7,14 +7,14 @@ use uuid::Uuid;
 use super::writer::Writer;
 use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Draft, Image, Keep, Spec, file_name, folder_of, write_new};
+use crate::image::{AtomicFile, Image, Durability, ImageSpec, file_name, folder_of, write_new};
 use crate::point;
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
 pub(super) struct Sink<'a> {
-    draft: Draft,
+    draft: AtomicFile,
     replace: bool,
     /// What is to be replaced, with its lock.
     _old: Option<File>,
@@ -31,7 +31,7 @@ pub(super) enum Make<'a> {
     /// A raw file of so many bytes.
     Raw(u64),
     /// An image without parent, with this identity.
-    Image(&'a Spec, Uuid),
+    Image(&'a ImageSpec, Uuid),
 }
 
 impl<'a> Sink<'a> {
@@ -55,20 +55,20 @@ impl<'a> Sink<'a> {
             }
             Err(_) => (env.folder(folder_of(path))?, file_name(path)?.to_os_string(), None),
         };
-        let draft = Draft::begin(env, path, folder, &name)?;
+        let draft = AtomicFile::begin(env, path, folder, &name)?;
         let form = match make {
             Make::Raw(len) => draft.file().set_len(*len).map(|()| Form::Raw(draft.file().clone(), *len)),
             Make::Image(spec, uuid) => {
                 image(env, draft.file(), spec, *uuid).map(|writer| Form::Image(Box::new(writer)))
             }
         };
-        let form = form.map_err(|e| draft.blame(e))?;
+        let form = form.map_err(|e| draft.with_requested_path(e))?;
         Ok(Sink { draft, replace, _old: old, form })
     }
 
     /// Writes a run. Ranges ascend or not, as the caller likes.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        self.write(range, bytes).map_err(|e| self.draft.blame(e))
+        self.write(range, bytes).map_err(|e| self.draft.with_requested_path(e))
     }
 
     fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
@@ -86,7 +86,7 @@ impl<'a> Sink<'a> {
 
     /// Makes all of it durable, and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
-        self.settle().map_err(|e| self.draft.blame(e))
+        self.settle().map_err(|e| self.draft.with_requested_path(e))
     }
 
     fn settle(&mut self) -> Result<()> {
@@ -102,9 +102,9 @@ impl<'a> Sink<'a> {
 }
 
 /// Writes a new image into an empty file, and opens it to be filled.
-fn image<'a>(env: &'a dyn Env, file: &File, spec: &Spec, uuid: Uuid) -> Result<Writer<'a>> {
+fn image<'a>(env: &'a dyn Env, file: &File, spec: &ImageSpec, uuid: Uuid) -> Result<Writer<'a>> {
     write_new(file, env, uuid, spec)?;
     file.lock(Lock::Exclusive)?;
     let chain = Chain::from_image(env, Image::open(file.clone())?, &Policy::default(), OpenMode::Write)?;
-    Writer::of(env, chain, &Keep::Nothing)
+    Writer::of(env, chain, &Durability::FlushOnly)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::behind::Behind;
 use crate::chain::{Chain, PlanBuffer, Source, Top, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Held, Keep, NoRoom, drive, give_back};
+use crate::image::{Commit, Growth, Pins, Durability, NeedsGrowth, run_to_completion, punch_unwritten};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
@@ -13,7 +13,7 @@ use crate::units::SectorRange;
 const COMMIT_BYTES: u64 = 1 << 30;
 
 /// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
-type Planner = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NoRoom>;
+type Planner = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NeedsGrowth>;
 
 /// An image that is being written to, and the chain beneath it.
 pub(super) struct Writer<'a> {
@@ -31,7 +31,7 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// As `Writable::new`.
-    pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Keep) -> Result<Writer<'a>> {
+    pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<Writer<'a>> {
         let version = chain.into_writable(env, keep)?;
         let was_used = version.top().expect("opened for writing").image.image().used_end();
         Ok(Writer { env, version, plan: PlanBuffer::default(), uncommitted: 0, behind: Behind::default(), was_used })
@@ -44,7 +44,7 @@ impl<'a> Writer<'a> {
     pub(super) fn make_room(&mut self, blocks: u64) -> Result<()> {
         let top = self.top();
         let Some(mut growth) = Growth::begin_for(&top.image, top.slot, blocks) else { return Ok(()) };
-        drive(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
+        run_to_completion(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
     }
 
     /// The disk as it is now.
@@ -80,7 +80,7 @@ impl<'a> Writer<'a> {
 
     /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
     fn plan_by(&mut self, planner: Planner, range: SectorRange) -> Result<()> {
-        let mut held = Held::default();
+        let mut held = Pins::default();
         loop {
             match planner(&self.version, range, &mut self.plan) {
                 Ok(()) if self.plan.missing.is_empty() => return Ok(()),
@@ -105,7 +105,7 @@ impl<'a> Writer<'a> {
         // Killed, this tool begins anew: nothing has to outlive it.
         let _ = self.version.mark_now(range)?;
         self.uncommitted += range.bytes();
-        if self.uncommitted >= COMMIT_BYTES || top.image.take_due() {
+        if self.uncommitted >= COMMIT_BYTES || top.image.take_commit_due() {
             self.commit()?;
         }
         Ok(())
@@ -124,7 +124,7 @@ impl<'a> Writer<'a> {
                 unreachable!("what is zeroed lies in the top's file")
             };
             top.image.file().punch_hole(offset, extent.range.bytes())?;
-            top.image.touched();
+            top.image.note_unsynced();
         }
         for marked in &self.plan.marks {
             let _ = self.version.mark_now(*marked)?;
@@ -145,7 +145,7 @@ impl<'a> Writer<'a> {
     pub(super) fn close(&self) -> Result<()> {
         let image = &self.top().image;
         if image.bitmaps().is_some() {
-            give_back(image.file(), self.was_used)?;
+            punch_unwritten(image.file(), self.was_used)?;
         }
         image.trim()
     }
@@ -173,7 +173,7 @@ impl<'a> Writer<'a> {
         self.uncommitted = 0;
         let top = self.version.top().expect("opened for writing");
         let mut commit = Commit::new(Arc::clone(&top.image), top.slot);
-        drive(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
+        run_to_completion(self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))
     }
 }
 
@@ -189,5 +189,5 @@ fn grow(env: &dyn Env, top: &Top) -> Result<()> {
         let what = "there is no room for another block, and none can be made";
         return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
     };
-    drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
+    run_to_completion(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
 }

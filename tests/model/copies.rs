@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Work};
-use diffdisk::image::{self, Kind, ParentLink, Spec};
+use diffdisk::image::{self, ImageKind, ParentLink, ImageSpec};
 use diffdisk::storage::sim::{Fault, FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
@@ -20,8 +20,8 @@ const TOP: &str = "/d/child";
 fn host(seed: u64) -> SimHost {
     let host = SimHost::new(seed);
     let block_size = BlockSize::from_bytes(16 << 10).expect("a legal size");
-    let spec = |kind| Spec { kind, size: SECTORS * SECTOR, block_size, reserve: 0 };
-    image::create(&host, Path::new("/d/root"), &spec(Kind::Dynamic)).expect("a new image");
+    let spec = |kind| ImageSpec { kind, size: SECTORS * SECTOR, block_size, reserve: 0 };
+    image::create(&host, Path::new("/d/root"), &spec(ImageKind::Dynamic)).expect("a new image");
     let root = image::Image::open(host.open(Path::new("/d/root"), Access::Read).expect("it is there")).expect("sound");
     let link = ParentLink {
         uuid: root.uuid(),
@@ -30,7 +30,7 @@ fn host(seed: u64) -> SimHost {
         absolute: None,
         name: "root".into(),
     };
-    image::create(&host, Path::new(TOP), &spec(Kind::Differencing(link))).expect("a new image");
+    image::create(&host, Path::new(TOP), &spec(ImageKind::Differencing(link))).expect("a new image");
     host.set_cached_reads(true);
     host
 }

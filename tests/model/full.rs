@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Work, ZeroRange};
-use diffdisk::image::{self, Kind, Spec};
+use diffdisk::image::{self, ImageKind, ImageSpec};
 use diffdisk::storage::sim::{FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SectorRange};
@@ -18,7 +18,7 @@ const PATH: &str = "/d/disk.vhd";
 /// A root of 1 MiB in blocks of 64 KiB, served under `park`.
 fn disk(host: &SimHost) -> Arc<Disk> {
     let block_size = BlockSize::from_bytes(64 << 10).expect("a legal size");
-    let spec = Spec { kind: Kind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
+    let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
     image::create(host, Path::new(PATH), &spec).expect("a new image");
     Disk::open(Arc::new(host.clone()), &DiskOptions::new(Path::new(PATH))).expect("it opens")
 }

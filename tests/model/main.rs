@@ -23,7 +23,7 @@ use std::sync::Arc;
 use diffdisk::chain::{Policy, OpenMode};
 use diffdisk::disk::{Disk, DiskOptions};
 use diffdisk::format::Severity;
-use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
@@ -37,7 +37,7 @@ struct World {
     folder: tempfile::TempDir,
     /// In memory, for live journals.
     _runtime: tempfile::TempDir,
-    keep: Keep,
+    keep: Durability,
     env: Arc<dyn Env>,
     random: Rng,
     engine: EngineKind,
@@ -54,7 +54,7 @@ impl World {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let journals = Host.runtime_folder(runtime.path()).expect("a folder of ours in memory");
-        let keep = Keep::Journal { folders: vec![journals], required: true };
+        let keep = Durability::Journal { folders: vec![journals], required: true };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         let (layers, model, granules) = (Vec::new(), Vec::new(), None);
         World { folder, _runtime: runtime, keep, env, random, engine, direct, layers, model, granules }
@@ -63,12 +63,12 @@ impl World {
     fn push(&mut self, kind: &str, block: u64, size: u64) {
         let path = self.folder.path().join(format!("{}.vhd", self.layers.len()));
         let kind = match (kind, self.layers.last()) {
-            ("fixed", None) => Kind::Fixed,
-            ("dynamic", None) => Kind::Dynamic,
-            (_, parent) => Kind::Differencing(link(&*self.env, parent.expect("a child has a parent"))),
+            ("fixed", None) => ImageKind::Fixed,
+            ("dynamic", None) => ImageKind::Dynamic,
+            (_, parent) => ImageKind::Differencing(link(&*self.env, parent.expect("a child has a parent"))),
         };
         let block_size = BlockSize::from_bytes(block as u32).expect("a legal size");
-        image::create(&*self.env, &path, &Spec { kind, size, block_size, reserve: 0 }).expect("a new image");
+        image::create(&*self.env, &path, &ImageSpec { kind, size, block_size, reserve: 0 }).expect("a new image");
         self.layers.push(path);
         self.model.resize(size as usize, 0);
     }
@@ -82,7 +82,7 @@ impl World {
             DiskOptions { read_only, direct: self.direct, keep: self.keep.clone(), ..DiskOptions::new(self.top()) };
         let disk = Disk::open(self.env.clone(), &options).expect("the chain opens");
         if let (Some(granules), Some(top)) = (self.granules, disk.version().top()) {
-            top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.keep_at_most(granules));
+            top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.set_max_frames(granules));
         }
         Rig::new(disk, self.engine)
     }
@@ -308,7 +308,7 @@ fn a_journal_that_is_too_small_and_none_at_all() {
     rig.close();
     // Without a journal every answer is durable.
     let mut world = World::new(71, EngineKind::Auto, false);
-    world.keep = Keep::Commit;
+    world.keep = Durability::Commit;
     world.push("dynamic", 64 * KIB, 1024 * KIB);
     world.push("child", 64 * KIB, 1024 * KIB);
     let mut rig = world.open(false);

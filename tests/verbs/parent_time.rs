@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use diffdisk::chain::{Chain, Policy, OpenMode};
-use diffdisk::image::Keep;
+use diffdisk::image::Durability;
 use diffdisk::ops;
 use diffdisk::ops::merge::Merge;
 use diffdisk::storage::sim::SimHost;
@@ -101,7 +101,7 @@ fn what_changes_the_disk_moves_the_time_on() {
     let path = scene.path("p.vhd");
     let before = time(&host, &path);
     let version = Chain::open(&host, &path, &Policy::default(), OpenMode::Write).unwrap();
-    let version = version.into_writable(&host, &Keep::Nothing).unwrap();
+    let version = version.into_writable(&host, &Durability::FlushOnly).unwrap();
     version.top().unwrap().image.trim().unwrap();
     drop(version);
     assert_eq!(time(&host, &path), before, "an open without a write");

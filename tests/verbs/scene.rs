@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::{Chain, PlanBuffer, Policy, Source, OpenMode, Version};
 use diffdisk::error::Result;
-use diffdisk::image::{self, Commit, Growth, Keep};
+use diffdisk::image::{self, Commit, Growth, Durability};
 use diffdisk::ops::create::{Child, Locators, Root};
 use diffdisk::ops::{self, Disk, Format};
 use diffdisk::storage::Env;
@@ -101,13 +101,13 @@ impl<'a> Scene<'a> {
 
 /// Writes runs of sectors into an image, and closes it in the clean way.
 pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (SectorRange, Vec<u8>)>) -> Result<()> {
-    let version = Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Keep::Nothing)?;
+    let version = Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Durability::FlushOnly)?;
     for (range, bytes) in runs {
         put(env, &version, range, &bytes)?;
     }
     let top = version.top().expect("opened to be written");
     let mut commit = Commit::new(top.image.clone(), top.slot);
-    image::drive(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
+    image::run_to_completion(env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops))?;
     top.image.trim()
 }
 
@@ -116,10 +116,10 @@ fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Re
     loop {
         match version.plan_write(range, &mut plan) {
             Ok(()) if plan.missing.is_empty() => break,
-            Ok(()) => version.load_now(&plan.missing, &mut diffdisk::image::Held::default())?,
+            Ok(()) => version.load_now(&plan.missing, &mut diffdisk::image::Pins::default())?,
             Err(_) => {
                 let mut growth = Growth::begin(&top.image, top.slot).expect("there is no room");
-                image::drive(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
+                image::run_to_completion(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))?;
             }
         }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::Result;
-use diffdisk::image::{self, Image, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Image, ImageKind, ParentLink, ImageSpec};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 
@@ -59,18 +59,18 @@ impl Scene {
         for (number, layer) in self.layers.iter().enumerate() {
             let path = self.path(folder, number);
             let kind = match layer.parent {
-                None if layer.fixed => Kind::Fixed,
-                None => Kind::Dynamic,
+                None if layer.fixed => ImageKind::Fixed,
+                None => ImageKind::Dynamic,
                 Some(parent) => {
                     let at = self.path(folder, parent);
                     let uuid = Image::open(env.open(&at, Access::Read)?)?.uuid();
                     let name = PathBuf::from(self.layers[parent].name);
                     let (relative, absolute) = (Some(name.clone()), Some(at));
-                    Kind::Differencing(ParentLink { uuid, modified: 0, relative, absolute, name })
+                    ImageKind::Differencing(ParentLink { uuid, modified: 0, relative, absolute, name })
                 }
             };
             let block_size = BlockSize::from_bytes(layer.block * self.scale).expect("a size of blocks");
-            image::create(env, &path, &Spec { kind, size: self.sectors(number) * 512, block_size, reserve: 0 })?;
+            image::create(env, &path, &ImageSpec { kind, size: self.sectors(number) * 512, block_size, reserve: 0 })?;
             fill(env, &path, &layer.writes, self.scale.into())?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::disk::{self, DiskOptions};
-use diffdisk::image::Keep;
+use diffdisk::image::Durability;
 use diffdisk::ops::create::{Child, Locators};
 use diffdisk::ops::{self, convert, salvage};
 use diffdisk::storage::host::Host;
@@ -136,7 +136,7 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("open to write", |folder| {
         let path = folder.join("disk.vhd");
-        drop(Chain::open(&Host, &path, &Policy::default(), OpenMode::Write)?.into_writable(&Host, &Keep::Nothing)?);
+        drop(Chain::open(&Host, &path, &Policy::default(), OpenMode::Write)?.into_writable(&Host, &Durability::FlushOnly)?);
         Ok(path)
     }),
     ("map", |folder| {

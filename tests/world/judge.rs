@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::format::{Defect, Severity};
-use diffdisk::image::{self, Keep};
+use diffdisk::image::{self, Durability};
 use diffdisk::storage::sim::{Random, SimHost, DurableUnit};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
@@ -210,7 +210,7 @@ fn look(after: &SimHost, twice: bool) -> Result<Found, String> {
 pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
     let env: Arc<dyn Env> = Arc::new(host.clone());
     let chain = Chain::open(&*env, &top(), &Policy::default(), OpenMode::Write);
-    let version = chain.and_then(|chain| chain.into_writable(&*env, &Keep::Nothing));
+    let version = chain.and_then(|chain| chain.into_writable(&*env, &Durability::FlushOnly));
     let version = version.map_err(|e| format!("it does not open: {}", e.line()))?;
     read(&version)
 }

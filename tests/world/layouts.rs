@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diffdisk::disk::{Disk, DiskOptions, WhenFull};
-use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
 use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::BlockSize;
@@ -39,7 +39,7 @@ pub(crate) fn top() -> PathBuf {
 /// How the disk is opened on a machine; with a live journal if `journal`.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");
-    let keep = if journal { Keep::Journal { folders: vec![runtime()], required: true } } else { Keep::Nothing };
+    let keep = if journal { Durability::Journal { folders: vec![runtime()], required: true } } else { Durability::FlushOnly };
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
@@ -80,8 +80,8 @@ fn layout(name: &'static str, blocks: u64, child: bool, form: Form) -> Layout {
 fn layout_with(name: &'static str, blocks: u64, child: bool, form: Form, block_size: BlockSize) -> Layout {
     let host = SimHost::new(1);
     let mut values = vec![0; (blocks * BLOCK) as usize];
-    let kind = if child { Kind::Differencing(parent(&host, blocks, &mut values)) } else { Kind::Dynamic };
-    let spec = Spec { kind, size: blocks * BLOCK * 512, block_size, reserve: 0 };
+    let kind = if child { ImageKind::Differencing(parent(&host, blocks, &mut values)) } else { ImageKind::Dynamic };
+    let spec = ImageSpec { kind, size: blocks * BLOCK * 512, block_size, reserve: 0 };
     image::create(&host, &top(), &spec).expect("a new image");
     if form != Form::Ours {
         rebuild(&host, blocks, child, form);
@@ -95,14 +95,14 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let path = Path::new("/disk/parent.vhd");
     let sectors = (blocks - 1) * BLOCK;
     let block_size = BlockSize::from_bytes(4096).expect("the smallest");
-    let spec = Spec { kind: Kind::Dynamic, size: sectors * 512, block_size, reserve: 0 };
+    let spec = ImageSpec { kind: ImageKind::Dynamic, size: sectors * 512, block_size, reserve: 0 };
     let uuid = image::create(host, path, &spec).expect("a new image");
     let options = DiskOptions { path: path.into(), ..options(host, false) };
     let disk = Disk::open(Arc::new(host.clone()), &options).expect("it opens");
     let top = disk.version().top().expect("it is writable");
     let grow = || {
         if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
-            image::drive(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
+            image::run_to_completion(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
         }
     };
     grow();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use diffdisk::chain::{self, Chain, Policy, OpenMode};
 use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, Work, ZeroRange};
 use diffdisk::error::{Error, ErrorKind};
-use diffdisk::image::{self, Keep, Kind, ParentLink, Spec};
+use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
 use diffdisk::mutant::{self, Mutant};
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env, Lock};
@@ -38,7 +38,7 @@ struct Guest {
 
 fn options(host: &SimHost, path: &Path, folder: &str) -> DiskOptions {
     let folder = host.runtime_folder(Path::new(folder)).expect("every folder is in memory");
-    let keep = Keep::Journal { folders: vec![folder], required: true };
+    let keep = Durability::Journal { folders: vec![folder], required: true };
     DiskOptions { keep, path: path.into(), ..layouts::options(host, false) }
 }
 
@@ -168,7 +168,7 @@ fn goes_on(host: &SimHost, known: &Known, layout: &Layout) -> Outcomes {
     guest.judge(&known, &layout.values).map_err(|e| format!("afterwards {e}"))?;
     guest.close().map_err(|e| format!("it does not close: {}", e.line()))?;
     let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::sweep(host, &runtime).map_err(line)?;
+    image::remove_stale_journals(host, &runtime).map_err(line)?;
     if !host.shm_names().is_empty() {
         return Err(format!("a clean end leaves {:?}", host.shm_names()));
     }
@@ -324,11 +324,11 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
     // From before the session: it has no stamp, and is what it was; the journal waits for its image.
     restore(&host, &top(), &copies[0].1);
     let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::sweep(&host, &runtime).map_err(line)?;
+    image::remove_stale_journals(&host, &runtime).map_err(line)?;
     let guest = open(&host).map_err(line)?;
     guest.judge(&Known::default(), &layout.values)?;
     guest.close().map_err(line)?;
-    image::sweep(&host, &runtime).map_err(line)?;
+    image::remove_stale_journals(&host, &runtime).map_err(line)?;
     // The image itself moved: it is taken in at its new place, and its old one has no session any more.
     let moved = copy(&host, "moved.vhd", &last);
     let guest = open_at(&host, &moved, "/run").map_err(|e| format!("the moved image: {}", e.line()))?;
@@ -399,13 +399,13 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     // Of several folders, the one that has the journal counts, whatever the order.
     let twin = kill(&host.fork(), 1);
     let folder = |path: &str| twin.runtime_folder(Path::new(path)).expect("every folder is in memory");
-    let keep = Keep::Journal { folders: vec![folder("/other"), folder("/run")], required: true };
+    let keep = Durability::Journal { folders: vec![folder("/other"), folder("/run")], required: true };
     let options = DiskOptions { keep, ..layouts::options(&twin, false) };
     Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
     let env: &dyn Env = &host;
     refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
     let written = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
-    refused(written.and_then(|chain| chain.into_writable(env, &Keep::Nothing)), "to a tool, a killed image")?;
+    refused(written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)), "to a tool, a killed image")?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     refused(checked(&host), "to a check, a killed image")?;
     // Another machine may be alive.
@@ -413,12 +413,12 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     away.move_to_another_machine(9);
     refused(open(&away), "an image of another machine")?;
     let runtime = away.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::discard(&away, std::slice::from_ref(&runtime), &top()).map_err(line)?;
+    image::discard_session(&away, std::slice::from_ref(&runtime), &top()).map_err(line)?;
     open(&away).map_err(line)?.close().map_err(line)?;
     // Discarded here: what was flushed is there, and the journal is gone.
     let given_up = kill(&host.fork(), 1);
     let runtime = given_up.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::discard(&given_up, std::slice::from_ref(&runtime), &top()).map_err(line)?;
+    image::discard_session(&given_up, std::slice::from_ref(&runtime), &top()).map_err(line)?;
     if !given_up.shm_names().is_empty() {
         return Err("a discarded journal stays".into());
     }
@@ -451,7 +451,7 @@ pub(crate) fn parents(layout: &Layout) -> Outcomes {
     let block_size = BlockSize::from_bytes(4096).expect("the smallest");
     let size = layout.values.len() as u64 * 512;
     let child = Path::new("/disk/child.vhd");
-    image::create(&host, child, &Spec { kind: Kind::Differencing(link), size, block_size, reserve: 0 })
+    image::create(&host, child, &ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: 0 })
         .map_err(line)?;
     let env: &dyn Env = &host;
     refused(Chain::open(env, child, &Policy::default(), OpenMode::Read), "to a reader, a killed parent")?;

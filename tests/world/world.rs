@@ -127,7 +127,7 @@ impl<'a> World<'a> {
     pub(crate) fn keep_at_most(&mut self, granules: usize) {
         self.granules = Some(granules);
         if let Some(bitmaps) = self.disk.as_ref().and_then(|disk| disk.version().top()?.image.bitmaps()) {
-            bitmaps.keep_at_most(granules);
+            bitmaps.set_max_frames(granules);
         }
     }
 

@@ -17,7 +17,7 @@ use super::survey::link;
 use crate::chain::{Chain, Copied, ExistingRecord, MergedLayer, MergeRecord, Policy, FileStamp, OpenMode, mark_receiver, receiver_mark};
 use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, found};
-use crate::image::{Glance, Image, KeptTime, agreed, file_name, folder_of, relink};
+use crate::image::{ImageIdentity, Image, SavedMtime, open_reconciled, file_name, folder_of, reparent};
 use crate::ops::kin;
 use crate::point;
 use crate::storage::{Access, Env, File, Folder, Lock};
@@ -90,7 +90,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
 fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
-    let is_it = Glance::at(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
+    let is_it = ImageIdentity::peek(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
     Ok(is_it.then_some(file))
 }
 
@@ -99,14 +99,14 @@ fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Re
     let layer = record.layers.last().expect("a merge folds an image");
     let Some(file) = found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
     file.lock(Lock::Exclusive)?;
-    KeptTime::during(&file, || {
-        let (image, ancestor) = (agreed(&file)?, Image::open(ancestor.clone())?);
+    SavedMtime::preserve(&file, || {
+        let (image, ancestor) = (open_reconciled(&file)?, Image::open(ancestor.clone())?);
         let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
         if image.uuid() != layer.uuid || !stands_on_it {
             return Ok(());
         }
         let link = link(env, &image, &ancestor)?;
-        relink(env, &file, Some(&link))
+        reparent(env, &file, Some(&link))
     })
 }
 

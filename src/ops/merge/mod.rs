@@ -59,7 +59,7 @@ use crate::chain::{
     unmark_receiver,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Glance, Image, Keep, KeptTime, file_name, folder_of, is_settled, refuse_if_live, relink};
+use crate::image::{ImageIdentity, Image, Durability, SavedMtime, file_name, folder_of, is_reparent_finished, refuse_if_live, reparent};
 use crate::point;
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
@@ -222,7 +222,7 @@ impl<'a> Merge<'a> {
             self.record.copied = Copied::Before(0);
         }
         let chain = Chain::from_image(self.env, Image::open(file.clone())?, &policy, OpenMode::Write)?;
-        let mut writer = Writer::of(self.env, chain, &Keep::Nothing)?;
+        let mut writer = Writer::of(self.env, chain, &Durability::FlushOnly)?;
         let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
         if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
             return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
@@ -236,7 +236,7 @@ impl<'a> Merge<'a> {
         let has_room = survey.layers.check_room(blocks, image);
         let begun = has_room.and_then(|()| writer.make_room(blocks)).and_then(|()| {
             point::reached("merge.room-made");
-            writer.top().image.put_time_back()?;
+            writer.top().image.restore_mtime()?;
             self.record.ancestor_stamp = FileStamp::of(&file)?;
             self.record.save(&self.home)
         });
@@ -321,7 +321,7 @@ impl<'a> Merge<'a> {
             if is_folded || !(is_linked || child.glance.parent == Some(self.record.layers[0].uuid)) {
                 continue;
             }
-            if is_linked && is_settled(&Image::open(child.open(Access::Read)?)?) {
+            if is_linked && is_reparent_finished(&Image::open(child.open(Access::Read)?)?) {
                 continue;
             }
             let file = match locked.iter().find(|(id, _)| *id == child.id) {
@@ -339,7 +339,7 @@ impl<'a> Merge<'a> {
             refuse_if_live(self.env, &self.policy.runtime, &image)?;
             record_child(self.env, ancestor, &child.path);
             let link = link(self.env, &image, ancestor)?;
-            KeptTime::during(&file, || relink(self.env, &file, Some(&link)))?;
+            SavedMtime::preserve(&file, || reparent(self.env, &file, Some(&link)))?;
             point::reached("merge.child-relinked");
             relinked.push(child.path);
         }
@@ -362,7 +362,7 @@ impl<'a> Merge<'a> {
                 }
                 Err(e) => return Err(e),
             };
-            if Glance::at(&file)?.map(|glance| glance.uuid) != Some(layer.uuid) {
+            if ImageIdentity::peek(&file)?.map(|glance| glance.uuid) != Some(layer.uuid) {
                 log::warn!("{}: another image has this name now; it stays", path.display());
                 continue;
             }

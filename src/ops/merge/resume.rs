@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::survey::Survey;
 use crate::chain::{Copied, ExistingRecord, MergedLayer, MergeRecord, FileStamp, receiver_mark};
 use crate::error::{Error, ErrorKind, Result, found};
-use crate::image::Glance;
+use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
 /// Returns the identity of the image that has a name now, if there is one.
@@ -16,7 +16,7 @@ use crate::storage::{Access, Env};
 /// `Io`; `Refused` for what is no regular file.
 pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
     let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
-    Ok(Glance::at(&file)?.map(|glance| glance.uuid))
+    Ok(ImageIdentity::peek(&file)?.map(|glance| glance.uuid))
 }
 
 /// Puts into `record`, which is that of a new merge, what an earlier start has done of it.
@@ -68,7 +68,7 @@ pub(super) fn is_same(env: &dyn Env, record: &MergeRecord, child: &Path, into: O
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = match into {
         None => record.layers.len() == 1,
-        Some(into) => Glance::at(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(record.ancestor),
+        Some(into) => ImageIdentity::peek(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(record.ancestor),
     };
     if same {
         return Ok(());

@@ -6,7 +6,7 @@ use super::copy::Layers;
 use crate::chain::{Chain, ImageChange, MergedLayer, Policy, FileStamp, OpenMode, absolute_path, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
-use crate::image::{Image, ParentLink, check_link, folder_of, refuse_if_live};
+use crate::image::{Image, ParentLink, check_reparent, folder_of, refuse_if_live};
 use crate::ops::create::{self, Locators};
 use crate::ops::kin::{self, Kin};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
@@ -172,7 +172,7 @@ fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> 
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     refuse_if_live(env, &policy.runtime, &image)?;
-    check_link(&image, Some(&link(env, &image, ancestor)?))?;
+    check_reparent(&image, Some(&link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }
 

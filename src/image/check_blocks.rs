@@ -3,9 +3,9 @@
 //! Bitmaps are read only where they can break a rule: of a child's blocks most may say what they like. Data is looked at
 //! only under clear bits of a root, where the file has no hole, and only so much of it.
 
-use super::batmap::{Batmap, on_disk, read_bitmap};
+use super::batmap::{Batmap, sectors_on_disk, read_bitmap};
 use super::check::Report;
-use super::holes::{cannot_tell, is_zero};
+use super::holes::{is_seek_unsupported, is_zero};
 use super::open::Image;
 use crate::error::Result;
 use crate::format::layout::PAGE;
@@ -13,18 +13,18 @@ use crate::format::{Defect, DiskType, bitmap};
 use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Bytes of data that are looked at in one image.
-const LOOKED_AT: u64 = 64 << 20;
+const MAX_DATA_BYTES: u64 = 64 << 20;
 /// Sectors of data that are read at once.
 const CHUNK_SECTORS: u32 = 128;
 /// Bitmaps that the host is asked for at once.
-const AHEAD: usize = 256;
+const PREFETCHED_BITMAPS: usize = 256;
 /// Suspects that are kept.
-const SUSPECTS: usize = 4096;
+const MAX_SUSPECTS: usize = 4096;
 /// The file sector from which on every writer packs blocks, as there is no room for gaps (crash-safety 3.4).
 const PACKED_FROM: u32 = 0xE000_0000;
 
 /// Is told how far, in bytes of the file, a walk has come, and ends it where it fails.
-pub(super) type ComeTo<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Blocks of a child that are marked whole, though its writers mark what is written and no more.
 #[derive(Clone, Debug)]
@@ -37,23 +37,23 @@ pub struct Suspects {
 
 /// Who placed the blocks of an image, as far as its metadata tells.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Writer {
+enum PlacementWriter {
     /// We: data at pages, always; mostly at more.
-    Us,
+    Diffdisk,
     /// XenServer: the same. But others put blocks into images that say so.
-    Tap,
+    XenServer,
     /// Somebody, anywhere.
     Unknown,
 }
 
-fn writer_of(image: &Image) -> Writer {
+fn writer_of(image: &Image) -> PlacementWriter {
     let footer = image.footer();
     let ours = footer.creator == *b"win " && footer.creator_version == 0x000A_0000 && footer.creator_host == *b"Wi2k";
     match image.table_offset() {
         // Windows puts the table right behind the header.
-        Some(table) if ours && table.is_multiple_of(PAGE) => Writer::Us,
-        Some(_) if footer.creator_is_tap() => Writer::Tap,
-        _ => Writer::Unknown,
+        Some(table) if ours && table.is_multiple_of(PAGE) => PlacementWriter::Diffdisk,
+        Some(_) if footer.creator_is_tap() => PlacementWriter::XenServer,
+        _ => PlacementWriter::Unknown,
     }
 }
 
@@ -62,7 +62,7 @@ fn writer_of(image: &Image) -> Writer {
 ///
 /// # Errors
 /// `Io`; what `come_to` fails with.
-pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>) -> Result<()> {
+pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
     let Some(sparse) = image.sparse() else { return Ok(()) };
     image.file().advise_random_reads();
     check_batmap(image, report)?;
@@ -71,33 +71,33 @@ pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>)
     let bitmap_sectors = block_size.bitmap_sectors();
     let page = u32::try_from(PAGE / SECTOR).expect("eight");
     let aligned = |place: u32| (place % page + bitmap_sectors % page).is_multiple_of(page);
-    let odd = |place: u32| child && place < PACKED_FROM && (writer == Writer::Unknown || !aligned(place));
-    let (mut suspects, mut budget) = (Vec::new(), LOOKED_AT);
+    let odd = |place: u32| child && place < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place));
+    let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
     let entries = &sparse.placed.entries;
     // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
-    let wanted = |&&(place, block): &&(u32, u32)| !child || on_disk(image, block) < block_size.sectors() || odd(place);
+    let wanted = |&&(place, block): &&(u32, u32)| !child || sectors_on_disk(image, block) < block_size.sectors() || odd(place);
     let wanted = entries.iter().filter(wanted);
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
-        if number % AHEAD == 0 {
+        if number % PREFETCHED_BITMAPS == 0 {
             come_to(u64::from(place) * SECTOR)?;
             let bytes = u64::from(bitmap_sectors) * SECTOR;
-            ahead.by_ref().take(AHEAD).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
+            ahead.by_ref().take(PREFETCHED_BITMAPS).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
         }
-        let sectors = on_disk(image, block);
+        let sectors = sectors_on_disk(image, block);
         let odd = odd(place);
         let words = read_bitmap(image, place)?;
         let whole = bitmap::run(&words, 0, sectors) == (true, sectors);
         let at = u64::from(place) * SECTOR;
         let bits =
-            beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
+            bits_beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
         let bits = bits.sum();
         if bits > 0 {
             report.add(Defect::BitsBeyondDisk { block, bits, at });
         }
-        if odd && whole && suspects.len() < SUSPECTS {
+        if odd && whole && suspects.len() < MAX_SUSPECTS {
             suspects.push((block, place));
         }
         if !child && !whole && budget > 0 {
@@ -106,7 +106,7 @@ pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>)
         }
     }
     if let Some(&(block, place)) = suspects.first() {
-        let placed_by_another = writer == Writer::Us || (writer == Writer::Tap && aligns);
+        let placed_by_another = writer == PlacementWriter::Diffdisk || (writer == PlacementWriter::XenServer && aligns);
         if placed_by_another {
             let at = u64::from(place) * SECTOR;
             report.add(Defect::PlacedByAnother { block, blocks: suspects.len() as u64, at });
@@ -119,7 +119,7 @@ pub(super) fn walk(image: &Image, report: &mut Report, come_to: &mut ComeTo<'_>)
 /// The runs of bits behind the end of the disk, at `sectors` in a block of `all`, some of which are set and should not be.
 ///
 /// Who marks all that a block or a sector of its bitmap speaks for (QEMU, Xen Orchestra, we in a root), marks these, too.
-pub(super) fn beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
+pub(super) fn bits_beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
     let first = sectors / SECTOR_BITS * SECTOR_BITS;
     let parts = (first..all).step_by(SECTOR_BITS as usize).map(move |from| (from, all.min(from + SECTOR_BITS)));
     let partial = parts.filter(|(from, end)| bitmap::run(words, *from, *end) != (true, end - from));
@@ -133,7 +133,7 @@ fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
     if let Err(defect) = batmap.verify() {
         report.add(defect);
     }
-    for block in batmap.wrong(image)? {
+    for block in batmap.wrong_claims(image)? {
         report.add(Defect::BatmapWrong { at: batmap.offset(block), block });
     }
     Ok(())
@@ -157,7 +157,7 @@ fn data_under_clear_bits(
         let (start, stop) = match image.file().next_data(at) {
             Ok(Some((start, len))) if start < end => (start, (start + len).min(end)),
             Ok(_) => return Ok(None),
-            Err(e) if cannot_tell(&e) => return Ok(None),
+            Err(e) if is_seek_unsupported(&e) => return Ok(None),
             Err(e) => return Err(e),
         };
         let (mut sector, last) = (number(start - data), number((stop - data).next_multiple_of(SECTOR)));

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Commit, Growth, Image, Keep, Kind, ParentLink, Spec, Writable, check, create, drive};
+use super::{Commit, Growth, Image, Durability, ImageKind, ParentLink, ImageSpec, Writable, check, create, run_to_completion};
 use crate::error::Result;
 use crate::format::Defect;
 use crate::storage::sim::SimHost;
@@ -13,16 +13,16 @@ use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 pub(super) const PATH: &str = "/d/a.vhd";
 pub(super) const SLOT: FileSlot = FileSlot(0);
 
-pub(super) fn child() -> Kind {
+pub(super) fn child() -> ImageKind {
     let uuid = uuid::Uuid::from_u128(7);
-    Kind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
+    ImageKind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
 }
 
 /// A host with an image of 64 KiB blocks.
-pub(super) fn host_with(kind: Kind, sectors: u64) -> SimHost {
+pub(super) fn host_with(kind: ImageKind, sectors: u64) -> SimHost {
     let host = SimHost::new(1);
     let block_size = BlockSize::from_bytes(64 << 10).unwrap();
-    create(&host, Path::new(PATH), &Spec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
+    create(&host, Path::new(PATH), &ImageSpec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
     host
 }
 
@@ -31,21 +31,21 @@ pub(super) fn file(host: &SimHost) -> File {
 }
 
 pub(super) fn open(host: &SimHost) -> Result<Arc<Writable>> {
-    Ok(Arc::new(Writable::new(host, Image::open(file(host))?, &Keep::Nothing)?))
+    Ok(Arc::new(Writable::new(host, Image::open(file(host))?, &Durability::FlushOnly)?))
 }
 
 pub(super) fn grow(host: &SimHost, image: &Arc<Writable>) -> Result<()> {
     let mut growth = Growth::begin(image, SLOT).expect("room is short");
-    drive(host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
+    run_to_completion(host, image.file(), SLOT, |failed, ops| growth.next(failed, ops))
 }
 
 pub(super) fn commit(host: &SimHost, image: &Arc<Writable>) {
     let mut commit = Commit::new(image.clone(), SLOT);
-    drive(host, image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
+    run_to_completion(host, image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
 }
 
 /// A host with an image of 64 KiB blocks, with sevens in ranges of sectors, none across blocks; closed in the clean way.
-pub(super) fn written(kind: Kind, sectors: u64, ranges: &[(u64, u64)]) -> SimHost {
+pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> SimHost {
     let host = host_with(kind, sectors);
     let image = open(&host).unwrap();
     for &(from, to) in ranges {

@@ -20,25 +20,25 @@ use crate::storage::{File, ModifiedTime};
 
 /// The time that a file had at a moment.
 #[derive(Clone, Debug)]
-pub struct KeptTime {
+pub struct SavedMtime {
     file: File,
     before: ModifiedTime,
 }
 
-impl KeptTime {
+impl SavedMtime {
     /// Keeps the time that `file` has now. The file is open for writing and locked exclusively.
     ///
     /// # Errors
     /// `Io`.
-    pub fn of(file: &File) -> Result<KeptTime> {
-        Ok(KeptTime { file: file.clone(), before: file.stat()?.last_change() })
+    pub fn save(file: &File) -> Result<SavedMtime> {
+        Ok(SavedMtime { file: file.clone(), before: file.stat()?.last_change() })
     }
 
     /// Puts the time back, durably: the disk's contents are what they were.
     ///
     /// # Errors
     /// `Io`.
-    fn put_back(&self) -> Result<()> {
+    fn restore_and_sync(&self) -> Result<()> {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
@@ -47,7 +47,7 @@ impl KeptTime {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn put_back_at_open(&self) -> Result<()> {
+    pub(super) fn restore_at_open(&self) -> Result<()> {
         self.restore().map(drop)
     }
 
@@ -71,10 +71,10 @@ impl KeptTime {
     ///
     /// # Errors
     /// What the work fails with; `Io`.
-    pub fn during<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let time = KeptTime::of(file)?;
+    pub fn preserve<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let time = SavedMtime::save(file)?;
         let outcome = work();
-        let put_back = time.put_back();
+        let put_back = time.restore_and_sync();
         let done = outcome?;
         put_back.map(|()| done)
     }
@@ -83,7 +83,7 @@ impl KeptTime {
     ///
     /// # Errors
     /// `Io`.
-    pub fn move_on(&self) -> Result<()> {
+    pub fn advance(&self) -> Result<()> {
         let is_later = self.file.stat()?.modified > self.before.seconds;
         let later = ModifiedTime { seconds: self.before.seconds.saturating_add(1), nanos: 0 };
         if is_later || self.set(later)? { self.file.sync_all() } else { Ok(()) }
@@ -93,10 +93,10 @@ impl KeptTime {
 impl Writable {
     /// Notes that the disk's contents are going to change.
     #[inline]
-    pub fn will_change(&self) {
+    pub fn note_content_change(&self) {
         // Mostly set already: a look is cheaper than a store to a line that all queues share.
-        if !self.changed.load(Ordering::Relaxed) {
-            self.changed.store(true, Ordering::Relaxed);
+        if !self.content_changed.load(Ordering::Relaxed) {
+            self.content_changed.store(true, Ordering::Relaxed);
         }
     }
 
@@ -104,22 +104,22 @@ impl Writable {
     ///
     /// # Errors
     /// `Io`.
-    pub fn put_time_back(&self) -> Result<()> {
-        if self.changed.load(Ordering::SeqCst) { Ok(()) } else { self.opened.put_back() }
+    pub fn restore_mtime(&self) -> Result<()> {
+        if self.content_changed.load(Ordering::SeqCst) { Ok(()) } else { self.mtime_at_open.restore_and_sync() }
     }
 
     /// Gives the file the time that goes with what was done to it; the last act before it is closed.
-    pub(super) fn settle_time(&self) -> Result<()> {
-        match self.changed.load(Ordering::SeqCst) {
-            true => self.opened.move_on(),
-            false => self.opened.put_back(),
+    pub(super) fn finish_mtime(&self) -> Result<()> {
+        match self.content_changed.load(Ordering::SeqCst) {
+            true => self.mtime_at_open.advance(),
+            false => self.mtime_at_open.restore_and_sync(),
         }
     }
 }
 
 #[cfg(all(test, feature = "sim"))]
 mod tests {
-    use super::super::rig::{child, commit, file, grow, host_with, open};
+    use super::super::testing::{child, commit, file, grow, host_with, open};
     use crate::units::SectorRange;
 
     #[test]
@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(time(), before, "an open without a write");
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
-        image.will_change();
+        image.note_content_change();
         image.reserve(0).unwrap();
         assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);

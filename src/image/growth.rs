@@ -37,10 +37,10 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::allocation::{Allocation, Reservation, places};
-use super::commit::Step;
-use super::room::Room;
-use super::stamping::pair_place;
+use super::allocation::{Allocation, Reservation, next_places};
+use super::commit::JobStep;
+use super::free_tail::FreeTail;
+use super::writable_session::stamp_sector_from;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
@@ -51,9 +51,9 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 pub struct Growth {
     image: Arc<Writable>,
     slot: FileSlot,
-    phase: Phase,
+    phase: GrowthPhase,
     /// Where the room ended before.
-    old: u64,
+    old_end: u64,
     /// Blocks by which the file becomes longer.
     blocks: u64,
     /// Blocks whose room is reserved on the host, at most.
@@ -71,25 +71,25 @@ pub struct Growth {
     /// Whether the file is long enough: room is only reserved in it.
     is_within: bool,
     /// The end that an earlier step has written, which could not wipe the one before.
-    moved: Option<u64>,
+    moved_end: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
+enum GrowthPhase {
     Start,
     /// The footer that came with the stamp when the session began becomes durable.
-    SealBegun,
+    SyncSessionFooter,
     Allocate,
-    SealFooter,
+    SyncFooter,
     Wipe,
-    SealWipe,
-    Over,
+    SyncWipe,
+    Done,
 }
 
 impl Growth {
     /// Begins a step if room is short and none is under way. `slot` is the image's file.
     pub fn begin(image: &Arc<Writable>, slot: FileSlot) -> Option<Growth> {
-        let mut room = image.room();
+        let mut room = image.free_tail();
         if room.growing || !image.is_short(&room) {
             return None;
         }
@@ -100,19 +100,19 @@ impl Growth {
     /// under way.
     pub fn begin_for(image: &Arc<Writable>, slot: FileSlot, blocks: u64) -> Option<Growth> {
         let block_size = image.image().block_size()?; // a fixed image has all its room
-        let mut room = image.room();
+        let mut room = image.free_tail();
         let blocks = blocks.min(room.unplaced);
         let fits =
-            places(room.next, block_size, room.unplaced).zip(0..blocks).all(|(place, _)| place.end <= room.usable());
+            next_places(room.next, block_size, room.unplaced).zip(0..blocks).all(|(place, _)| place.end <= room.usable_end());
         if room.growing || blocks == 0 || fits {
             return None;
         }
         Some(Growth::of(image, slot, &mut room, blocks))
     }
 
-    fn of(image: &Arc<Writable>, slot: FileSlot, room: &mut Room, least: u64) -> Growth {
+    fn of(image: &Arc<Writable>, slot: FileSlot, room: &mut FreeTail, least: u64) -> Growth {
         room.growing = true;
-        let Room { end: old, unplaced, next, reserved, .. } = *room;
+        let FreeTail { end: old, unplaced, next, reserved, .. } = *room;
         let blocks = image.step_blocks(room).max(least).min(unplaced);
         let wanted = image.reserved_blocks(room).max(least).min(unplaced);
         let end = image.end_after(old, least, unplaced);
@@ -120,8 +120,8 @@ impl Growth {
         let mut growth = Growth {
             image: image.clone(),
             slot,
-            phase: Phase::Start,
-            old,
+            phase: GrowthPhase::Start,
+            old_end: old,
             blocks,
             wanted,
             least,
@@ -131,7 +131,7 @@ impl Growth {
             reservation: None,
             whole: image.writes_whole_blocks(room),
             is_within: false,
-            moved,
+            moved_end: moved,
         };
         growth.is_within = least > 0 && growth.unreserved(old, least).count() as u64 == least;
         growth
@@ -140,7 +140,7 @@ impl Growth {
     /// The places of the next blocks, before file sector `end`, that lack room on the host; at most so many.
     fn unreserved(&self, end: u64, most: u64) -> impl Iterator<Item = Range<u64>> + use<> {
         let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
-        let all = places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
+        let all = next_places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
         all.skip_while(move |place| place.end <= reserved).zip(0..most).map(|(place, _)| place)
     }
 
@@ -149,56 +149,56 @@ impl Growth {
     /// # Errors
     /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
     /// and growth may be tried again; `Poisoned` where making it durable failed.
-    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+    pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);
         let syncs =
-            matches!((&step, self.phase), (Ok(Step::Wait), Phase::SealBegun | Phase::SealFooter | Phase::SealWipe));
+            matches!((&step, self.phase), (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe));
         // After a failure has poisoned the image: a commit that sees no sync any more must see that.
-        self.image.room().syncing = syncs;
+        self.image.free_tail().syncing = syncs;
         match step {
-            Ok(Step::Wait) => Ok(Step::Wait),
+            Ok(JobStep::Wait) => Ok(JobStep::Wait),
             over => {
-                self.phase = Phase::Over;
-                self.image.room().growing = false;
+                self.phase = GrowthPhase::Done;
+                self.image.free_tail().growing = false;
                 over
             }
         }
     }
 
-    fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<Step> {
+    fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         match (self.phase, failed) {
-            (Phase::Start, _) => {
+            (GrowthPhase::Start, _) => {
                 if self.blocks == 0 || (!self.is_within && self.end().is_none()) {
                     let why = "the file cannot grow: a block table names no place beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
                 // Whatever cuts the file back to this footer must not make a length durable that has none.
-                let is_sealed = self.image.room().stale.is_empty();
+                let is_sealed = self.image.free_tail().stale.is_empty();
                 match is_sealed {
                     true => self.allocate(ops),
-                    false => self.write(Phase::SealBegun, ops),
+                    false => self.push_writes(GrowthPhase::SyncSessionFooter, ops),
                 }
             }
-            (Phase::Allocate, Some(e)) if is_full(&e) || is_too_large(&e) => {
-                self.give_back()?;
+            (GrowthPhase::Allocate, Some(e)) if is_no_space(&e) || is_too_large(&e) => {
+                self.release_reserved()?;
                 if !self.halve(is_too_large(&e)) {
-                    return Err(self.refused(e));
+                    return Err(self.failure(e));
                 }
                 self.allocate(ops);
             }
-            (Phase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
+            (GrowthPhase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
                 return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
             }
-            (Phase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push(self.slot, ops)) => {}
-            (Phase::Allocate, _) if self.is_within => return Ok(self.over()),
-            (Phase::Allocate, _) if self.moved.is_some() => self.write(Phase::Wipe, ops),
-            (Phase::Allocate, _) => {
+            (GrowthPhase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push_next(self.slot, ops)) => {}
+            (GrowthPhase::Allocate, _) if self.is_within => return Ok(self.finish()),
+            (GrowthPhase::Allocate, _) if self.moved_end.is_some() => self.push_writes(GrowthPhase::Wipe, ops),
+            (GrowthPhase::Allocate, _) => {
                 if mutant::is(Mutant::LengthFirst) {
                     let at = self.end().expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
-                match self.move_end() {
-                    Ok(()) => self.write(Phase::SealFooter, ops),
+                match self.write_new_end() {
+                    Ok(()) => self.push_writes(GrowthPhase::SyncFooter, ops),
                     // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
                     Err(e)
                         if e.raw_os_error() == Some(libc::EFBIG) && !self.image.is_poisoned() && self.halve(true) =>
@@ -209,27 +209,27 @@ impl Growth {
                 }
             }
             // A commit's sync may have been told of a failure that concerns ours, too.
-            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, None) if self.image.is_poisoned() => {
+            (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, None) if self.image.is_poisoned() => {
                 self.image.check_poison()?;
             }
-            (Phase::SealBegun, None) => self.allocate(ops),
-            (Phase::SealFooter, None) => self.write(Phase::Wipe, ops),
-            (Phase::Wipe, None) => self.write(Phase::SealWipe, ops),
-            (Phase::SealWipe, None) => return Ok(self.over()),
-            (Phase::SealBegun | Phase::SealFooter | Phase::SealWipe, Some(e)) => {
+            (GrowthPhase::SyncSessionFooter, None) => self.allocate(ops),
+            (GrowthPhase::SyncFooter, None) => self.push_writes(GrowthPhase::Wipe, ops),
+            (GrowthPhase::Wipe, None) => self.push_writes(GrowthPhase::SyncWipe, ops),
+            (GrowthPhase::SyncWipe, None) => return Ok(self.finish()),
+            (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, Some(e)) => {
                 let why = format!("a sync failed ({e}) while the file grew");
                 self.image.poison(&why);
                 return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
             }
-            (Phase::Wipe, Some(e)) => {
+            (GrowthPhase::Wipe, Some(e)) => {
                 if mutant::is(Mutant::UndoCutsStamp) {
                     return Err(self.undo(e));
                 }
-                return Err(self.refused(e));
+                return Err(self.failure(e));
             }
-            (Phase::Over, _) => unreachable!("growth that is over is not asked again"),
+            (GrowthPhase::Done, _) => unreachable!("growth that is over is not asked again"),
         }
-        Ok(Step::Wait)
+        Ok(JobStep::Wait)
     }
 
     /// Makes the step smaller: what it reserves, or also the file. Whether that is still enough.
@@ -250,10 +250,10 @@ impl Growth {
         let block_size = self.image.image().block_size().expect("it has blocks");
         // Stamp and footer at the new end, if there is one.
         let ends = match self.is_within {
-            true => self.old..self.old,
+            true => self.old_end..self.old_end,
             false => {
                 let end = self.end().expect("checked at the start");
-                let at = self.moved.unwrap_or_else(|| pair_place(end, self.image.room().footer));
+                let at = self.moved_end.unwrap_or_else(|| stamp_sector_from(end, self.image.free_tail().footer));
                 at..at + 2
             }
         };
@@ -263,19 +263,19 @@ impl Growth {
             Allocation::Sparse if self.whole => Reservation::blocks(places, ends),
             Allocation::Sparse => Reservation::bitmaps(places, block_size, ends),
         };
-        reservation.push(self.slot, ops);
+        reservation.push_next(self.slot, ops);
         self.reservation = Some(reservation);
-        self.phase = Phase::Allocate;
+        self.phase = GrowthPhase::Allocate;
     }
 
     /// The end of the room that the step makes.
     fn end(&self) -> Option<u64> {
-        self.moved.or_else(|| self.image.end_after(self.old, self.blocks, self.unplaced))
+        self.moved_end.or_else(|| self.image.end_after(self.old_end, self.blocks, self.unplaced))
     }
 
     /// The room is there.
-    fn over(&self) -> Step {
-        let mut room = self.image.room();
+    fn finish(&self) -> JobStep {
+        let mut room = self.image.free_tail();
         if !self.is_within {
             room.end = room.footer - 1;
             room.stale.clear();
@@ -283,15 +283,15 @@ impl Growth {
         }
         room.reserved = self.unreserved(room.end, self.wanted).last().map_or(self.reserved, |place| place.end);
         room.reservations += 1;
-        Step::Done
+        JobStep::Done
     }
 
     /// Writes stamp and footer at the new end. Nothing else of this image writes either meanwhile, so this is a plain call.
-    fn move_end(&mut self) -> Result<()> {
-        let mut room = self.image.room();
+    fn write_new_end(&mut self) -> Result<()> {
+        let mut room = self.image.free_tail();
         let end = self.end().expect("checked at the start");
-        let (at, old) = (pair_place(end, room.footer), room.footer);
-        if let Err(e) = self.image.put_end(at) {
+        let (at, old) = (stamp_sector_from(end, room.footer), room.footer);
+        if let Err(e) = self.image.write_new_end(at) {
             drop(room);
             let source = e.raw_os_error().map_or_else(|| io::Error::other(e.line()), io::Error::from_raw_os_error);
             return Err(self.undo(source));
@@ -305,21 +305,21 @@ impl Growth {
 
     /// The new footer, or zeros over the old ends: the latter first plainly, so that a full host is no failed sync, then
     /// through.
-    fn write(&mut self, phase: Phase, ops: &mut Vec<Op>) {
+    fn push_writes(&mut self, phase: GrowthPhase, ops: &mut Vec<Op>) {
         let through = match phase {
-            Phase::SealBegun => true,
-            Phase::SealFooter => !mutant::is(Mutant::GrowUnsynced),
-            Phase::SealWipe => !mutant::is(Mutant::WipeUnsynced),
-            Phase::Wipe | Phase::Start | Phase::Allocate | Phase::Over => false,
+            GrowthPhase::SyncSessionFooter => true,
+            GrowthPhase::SyncFooter => !mutant::is(Mutant::GrowUnsynced),
+            GrowthPhase::SyncWipe => !mutant::is(Mutant::WipeUnsynced),
+            GrowthPhase::Wipe | GrowthPhase::Start | GrowthPhase::Allocate | GrowthPhase::Done => false,
         };
         self.phase = phase;
         if through && self.image.room_rule == AllocationMode::CopyOnWrite {
             return ops.push(Op::sync(0, self.slot));
         }
         let write = if through { Op::write_through } else { Op::write };
-        let room = self.image.room();
+        let room = self.image.free_tail();
         let footer = Buffer::copy_of(&self.image.footer_bytes());
-        if matches!(phase, Phase::SealBegun | Phase::SealFooter) {
+        if matches!(phase, GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter) {
             return ops.push(write(0, self.slot, room.footer * SECTOR, Payload::Own(footer)));
         }
         for run in room.stale.chunk_by(|a, b| a + 1 == *b) {
@@ -332,9 +332,9 @@ impl Growth {
     }
 
     /// Gives back what a failed fallocate got and ext4 keeps, by cutting the file to its present length.
-    fn give_back(&self) -> Result<()> {
+    fn release_reserved(&self) -> Result<()> {
         // Under the lock: a session that begins on another queue makes the file longer.
-        let _room = self.image.room();
+        let _room = self.image.free_tail();
         self.image.file().set_len(self.image.file().stat()?.len)
     }
 
@@ -342,12 +342,12 @@ impl Growth {
     /// that, which would make a length durable that has no footer. If that fails, the image takes no further writes.
     fn undo(&mut self, source: io::Error) -> Error {
         let file = self.image.file();
-        let mut room = self.image.room();
+        let mut room = self.image.free_tail();
         // This sync, too, may be told of a failure that concerns a commit.
         room.syncing = true;
         let mut back = Ok(());
-        if mutant::is(Mutant::UndoCutsStamp) && self.phase == Phase::Wipe {
-            room.footer = self.old;
+        if mutant::is(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
+            room.footer = self.old_end;
             back = file.write_at(&self.image.footer_bytes(), room.footer * SECTOR);
         }
         // Under the lock: a session that began meanwhile has moved the footer.
@@ -356,19 +356,19 @@ impl Growth {
         if let Err(e) = back.and_then(|()| file.sync()) {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
-        self.refused(source)
+        self.failure(source)
     }
 
     /// The error of a step for which there is no room, or that failed.
-    fn refused(&self, source: io::Error) -> Error {
+    fn failure(&self, source: io::Error) -> Error {
         if is_too_large(&source) {
             let why = "the file cannot grow beyond the limit of the process (ulimit -f) or of the file system";
             return Error::io(why, source).at_path(self.image.path());
         }
-        if !is_full(&source) {
+        if !is_no_space(&source) {
             return Error::io("cannot grow", source).at_path(self.image.path());
         }
-        let mut room = self.image.room();
+        let mut room = self.image.free_tail();
         (room.steps, room.reservations) = (0, 0);
         drop(room);
         Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
@@ -380,13 +380,13 @@ impl Growth {
 impl Drop for Growth {
     /// Where the file stands is unknown if a step is abandoned: nothing may be written behind it.
     fn drop(&mut self) {
-        if self.phase != Phase::Over {
+        if self.phase != GrowthPhase::Done {
             self.image.poison("growth of the file was abandoned");
         }
     }
 }
 
-fn is_full(e: &io::Error) -> bool {
+fn is_no_space(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

@@ -20,31 +20,31 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Whether a stamp counts.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Standing {
+pub enum SessionState {
     /// There is none, or it is of an earlier start of this machine: what is in the file is all there is.
     Closed,
     /// A daemon of this start of the host has the image open, or was killed.
     Open(SessionStamp),
     /// A daemon of another machine has it open, or had it open when it ended.
-    Elsewhere(SessionStamp),
+    OnOtherMachine(SessionStamp),
 }
 
-impl Standing {
+impl SessionState {
     /// Looks at the stamp of an image.
     ///
     /// # Errors
     /// `Io`.
-    pub fn of(env: &dyn Env, image: &Image) -> Result<Standing> {
-        let Some((stamp, _)) = image.stamp()? else { return Ok(Standing::Closed) };
+    pub fn of(env: &dyn Env, image: &Image) -> Result<SessionState> {
+        let Some((stamp, _)) = image.stamp()? else { return Ok(SessionState::Closed) };
         let here = env.origin()?;
         Ok(if stamp.boot == here.boot || (mutant::is(Mutant::OldJournal) && stamp.machine == here.machine) {
-            Standing::Open(stamp)
+            SessionState::Open(stamp)
         } else if stamp.machine == here.machine {
             let path = image.file().path().display();
             log::info!("{path}: the host was restarted while it was in use: it is as after a power cut");
-            Standing::Closed
+            SessionState::Closed
         } else {
-            Standing::Elsewhere(stamp)
+            SessionState::OnOtherMachine(stamp)
         })
     }
 }
@@ -57,10 +57,10 @@ pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -
     if mutant::is(Mutant::ToolIgnoresStamp) {
         return Ok(());
     }
-    match Standing::of(env, image)? {
-        Standing::Closed => Ok(()),
-        Standing::Open(stamp) => Err(refusal(&stamp, &env.origin()?, folders, image.file().path())),
-        Standing::Elsewhere(stamp) => Err(elsewhere(&stamp, image.file().path())),
+    match SessionState::of(env, image)? {
+        SessionState::Closed => Ok(()),
+        SessionState::Open(stamp) => Err(live_session_error(&stamp, &env.origin()?, folders, image.file().path())),
+        SessionState::OnOtherMachine(stamp) => Err(other_machine_error(&stamp, image.file().path())),
     }
 }
 
@@ -68,7 +68,7 @@ pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -
 ///
 /// # Errors
 /// As for [`refuse_if_live`].
-pub fn refuse_live_file(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<()> {
+pub fn refuse_if_file_is_live(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<()> {
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
@@ -78,7 +78,7 @@ pub fn refuse_live_file(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -
 ///
 /// # Errors
 /// `Busy` if a process has the image open; whatever makes it impossible to open it; `Io`.
-pub fn discard(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
+pub fn discard_session(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
     // A look first: an image that is in order may be one that this user can only read.
     if Image::open(env.open(path, Access::Read)?)?.stamp()?.is_none() {
         return Ok(());
@@ -91,7 +91,7 @@ pub fn discard(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<
     log::warn!("{}: its live journal is discarded, with what was acknowledged since the last flush", path.display());
     for folder in folders {
         match Journal::open(folder, &Journal::name_of(stamp.session)) {
-            Ok(journal) if journal.held().0 == file.stat()?.id => journal.remove()?,
+            Ok(journal) if journal.recorded_file().0 == file.stat()?.id => journal.remove()?,
             Ok(journal) => log::warn!("{} stays: it was last held for another file", journal.path().display()),
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => log::warn!("the journal stays: {}", e.line()),
@@ -101,20 +101,20 @@ pub fn discard(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<
 }
 
 /// Why an image whose daemon was killed is refused.
-pub(super) fn refusal(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
+pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
     let name = Journal::name_of(stamp.session);
     let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
-    let settle = format!("diffdisk settle {}", quoted(&path.display().to_string()));
+    let settle = format!("diffdisk settle {}", shell_quoted(&path.display().to_string()));
     let what = if let Some(ours) = ours {
         format!(
             "its daemon did not end cleanly, and {} holds what it acknowledged. Run `{settle} --runtime-dir={}`, or start \
              diffdiskd on it again",
             ours.path().join(&name).display(),
-            quoted(&ours.path().display().to_string())
+            shell_quoted(&ours.path().display().to_string())
         )
     } else {
         let sudo =
-            if stamp.user_id == here.user_id { String::new() } else { format!("sudo -u {} ", quoted(&stamp.user)) };
+            if stamp.user_id == here.user_id { String::new() } else { format!("sudo -u {} ", shell_quoted(&stamp.user)) };
         let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
         let looked = match searched.is_empty() {
             true => "no runtime folder was searched".to_owned(),
@@ -127,14 +127,14 @@ pub(super) fn refusal(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFol
             escape_for_display(&stamp.user),
             stamp.user_id,
             escape_for_display(&stamp.folder),
-            quoted(&stamp.folder)
+            shell_quoted(&stamp.folder)
         )
     };
     Error::new(ErrorKind::Refused, what).at_path(path)
 }
 
 /// Why an image of another machine is refused.
-pub(super) fn elsewhere(stamp: &SessionStamp, path: &Path) -> Error {
+pub(super) fn other_machine_error(stamp: &SessionStamp, path: &Path) -> Error {
     let what = format!(
         "it is in use on the host {} by user {} ({}), or was when that host stopped: what was acknowledged there may not be in \
          the file. If that host is down for certain (fenced), use --discard-journal",
@@ -146,14 +146,14 @@ pub(super) fn elsewhere(stamp: &SessionStamp, path: &Path) -> Error {
 }
 
 /// A text as one word of a shell command: an image must not choose what an operator runs.
-fn quoted(text: &str) -> String {
+fn shell_quoted(text: &str) -> String {
     let text = escape_for_display(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@".contains(c);
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 /// The byte behind which nothing of an image but its stamp and footer lies, if it has a stamp there.
-pub(super) fn place_of(image: &Image) -> Option<u64> {
+pub(super) fn stamp_offset(image: &Image) -> Option<u64> {
     let at = image.data_end().checked_sub(SECTOR)?;
     let used = image.used_end().max(image.metadata_end()).next_multiple_of(SECTOR);
     (image.block_size().is_some() && image.has_whole_tail_footer() && at >= used).then_some(at)
@@ -165,9 +165,9 @@ mod tests {
 
     #[test]
     fn an_image_does_not_choose_what_is_run() {
-        assert_eq!(quoted("/run/user/107/diffdisk"), "/run/user/107/diffdisk");
-        assert_eq!(quoted("/x; rm -rf '$HOME'"), "'/x; rm -rf '\\''$HOME'\\'''");
-        assert_eq!(quoted("a\nb"), "'a\\nb'");
-        assert_eq!(quoted(""), "''");
+        assert_eq!(shell_quoted("/run/user/107/diffdisk"), "/run/user/107/diffdisk");
+        assert_eq!(shell_quoted("/x; rm -rf '$HOME'"), "'/x; rm -rf '\\''$HOME'\\'''");
+        assert_eq!(shell_quoted("a\nb"), "'a\\nb'");
+        assert_eq!(shell_quoted(""), "''");
     }
 }

@@ -4,11 +4,11 @@ use super::open::Image;
 
 /// A sum over the block table that does not depend on the order of changes.
 pub(super) fn table_sum(image: &Image) -> u64 {
-    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(mix(block, place))))
+    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(entry_hash(block, place))))
 }
 
 /// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
-pub(super) fn mix(block: u32, place: u32) -> u64 {
+pub(super) fn entry_hash(block: u32, place: u32) -> u64 {
     let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

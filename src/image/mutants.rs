@@ -6,13 +6,13 @@ use crate::mutant::{self, Mutant};
 
 impl Writable {
     /// What is dirty goes to the file before its data is durable.
-    pub(super) fn mistake_metadata(&self) {
+    pub(super) fn mutate_metadata(&self) {
         if !mutant::is(Mutant::EagerMetadata) {
             return;
         }
         for granule in self.dirty().clone() {
-            let (block, _, at) = self.bitmap_place(granule);
-            let _ = self.file().write_at(&self.granule(granule).copy(), at);
+            let (block, _, at) = self.bitmap_sector_place(granule);
+            let _ = self.file().write_at(&self.lock_dirty(granule).to_bytes(), at);
             if let Some((at, bytes)) = self.bat_sector(block / bat::ENTRIES_PER_SECTOR, &[block]) {
                 let _ = self.file().write_at(&bytes, at);
             }
@@ -20,9 +20,9 @@ impl Writable {
     }
 
     /// A commit counts places that it did not cover as known to the file.
-    pub(super) fn mistake_places(&self) {
+    pub(super) fn mutate_places(&self) {
         if mutant::is(Mutant::AllPlaced) {
-            self.room().fresh.clear();
+            self.free_tail().fresh.clear();
         }
     }
 }

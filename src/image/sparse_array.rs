@@ -11,17 +11,17 @@ const PAGE: usize = 512;
 
 /// A sparse array of `len` elements, all `fresh()` until touched.
 #[derive(Debug)]
-pub struct Paged<T> {
+pub struct SparseArray<T> {
     pages: Box<[OnceLock<Box<[T]>>]>,
     len: usize,
-    fresh: fn() -> T,
+    init: fn() -> T,
 }
 
-impl<T> Paged<T> {
+impl<T> SparseArray<T> {
     /// A table of `len` elements.
-    pub fn new(len: usize, fresh: fn() -> T) -> Paged<T> {
+    pub fn new(len: usize, fresh: fn() -> T) -> SparseArray<T> {
         let pages = std::iter::repeat_with(OnceLock::new).take(len.div_ceil(PAGE)).collect();
-        Paged { pages, len, fresh }
+        SparseArray { pages, len, init: fresh }
     }
 
     /// Number of elements.
@@ -42,19 +42,19 @@ impl<T> Paged<T> {
     }
 
     /// The element, its page being made if need be. `at` < `len`.
-    pub fn touch(&self, at: usize) -> &T {
+    pub fn get_or_init(&self, at: usize) -> &T {
         assert!(at < self.len, "an index inside the table");
-        let page = self.pages[at / PAGE].get_or_init(|| std::iter::repeat_with(self.fresh).take(PAGE).collect());
+        let page = self.pages[at / PAGE].get_or_init(|| std::iter::repeat_with(self.init).take(PAGE).collect());
         &page[at % PAGE]
     }
 
     /// Every element of every touched page with its index, ascending; some lie beyond `len` on the last page.
-    pub fn touched(&self) -> impl Iterator<Item = (usize, &T)> {
-        self.touched_from(0)
+    pub fn initialized(&self) -> impl Iterator<Item = (usize, &T)> {
+        self.initialized_from(0)
     }
 
     /// As `touched`, from element `at` on.
-    pub fn touched_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
+    pub fn initialized_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
         let pages = self.pages.iter().enumerate().skip(at / PAGE).filter_map(|(n, p)| Some((n, p.get()?)));
         pages.flat_map(move |(n, page)| {
             let skip = at.saturating_sub(n * PAGE);
@@ -70,15 +70,15 @@ mod tests {
 
     #[test]
     fn memory_only_where_touched() {
-        let t = Paged::new(10 * PAGE + 3, || AtomicU32::new(7));
+        let t = SparseArray::new(10 * PAGE + 3, || AtomicU32::new(7));
         assert!(t.get(5 * PAGE).is_none());
-        t.touch(5 * PAGE + 1).store(9, Ordering::Relaxed);
+        t.get_or_init(5 * PAGE + 1).store(9, Ordering::Relaxed);
         assert_eq!(t.get(5 * PAGE).unwrap().load(Ordering::Relaxed), 7);
         assert_eq!(t.get(5 * PAGE + 1).unwrap().load(Ordering::Relaxed), 9);
-        assert_eq!(t.touched().count(), PAGE);
-        assert_eq!(t.touched().next().unwrap().0, 5 * PAGE);
-        assert_eq!(t.touched_from(5 * PAGE + 7).next().unwrap().0, 5 * PAGE + 7);
-        assert_eq!((t.touched_from(3).count(), t.touched_from(6 * PAGE).count()), (PAGE, 0));
-        t.touch(10 * PAGE + 2);
+        assert_eq!(t.initialized().count(), PAGE);
+        assert_eq!(t.initialized().next().unwrap().0, 5 * PAGE);
+        assert_eq!(t.initialized_from(5 * PAGE + 7).next().unwrap().0, 5 * PAGE + 7);
+        assert_eq!((t.initialized_from(3).count(), t.initialized_from(6 * PAGE).count()), (PAGE, 0));
+        t.get_or_init(10 * PAGE + 2);
     }
 }

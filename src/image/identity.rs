@@ -9,24 +9,24 @@ use crate::storage::File;
 
 /// What a file says of itself before its block table was looked at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Glance {
+pub struct ImageIdentity {
     /// Its identity.
     pub uuid: Uuid,
     /// Its parent's; `None` for a root.
     pub parent: Option<Uuid>,
 }
 
-impl Glance {
+impl ImageIdentity {
     /// Looks at a file; `None` where it is no image that could be opened.
     ///
     /// # Errors
     /// `Io`.
-    pub fn at(file: &File) -> Result<Option<Glance>> {
+    pub fn peek(file: &File) -> Result<Option<ImageIdentity>> {
         let len = file.stat()?.len;
         let Ok(chosen) = read_footers(file, len)? else { return Ok(None) };
         let (uuid, footer) = (chosen.footer.uuid, chosen.footer);
         if footer.disk_type != DiskType::Differencing {
-            return Ok(Some(Glance { uuid, parent: None }));
+            return Ok(Some(ImageIdentity { uuid, parent: None }));
         }
         if check_header_place(&footer, len).is_err() {
             return Ok(None);
@@ -34,29 +34,29 @@ impl Glance {
         let mut bytes = [0; 1024];
         file.read_at(&mut bytes, footer.data_offset)?;
         let header = DynamicHeader::decode(&bytes);
-        Ok(header.ok().map(|header| Glance { uuid, parent: Some(header.parent_uuid) }))
+        Ok(header.ok().map(|header| ImageIdentity { uuid, parent: Some(header.parent_uuid) }))
     }
 }
 
 #[cfg(all(test, feature = "sim"))]
 mod tests {
-    use super::super::Kind;
-    use super::super::rig::{child, file, host_with};
+    use super::super::ImageKind;
+    use super::super::testing::{child, file, host_with};
     use super::*;
 
     #[test]
     fn identity_and_parent_and_what_is_no_image() {
         let host = host_with(child(), 100);
-        let seen = Glance::at(&file(&host)).unwrap().expect("an image");
+        let seen = ImageIdentity::peek(&file(&host)).unwrap().expect("an image");
         assert_eq!(seen.parent, Some(Uuid::from_u128(7)));
         let f = file(&host);
         f.write_at(&[0; 512], f.stat().unwrap().len - 512).unwrap();
-        assert_eq!(Glance::at(&f).unwrap(), Some(seen), "by the copy at the start");
+        assert_eq!(ImageIdentity::peek(&f).unwrap(), Some(seen), "by the copy at the start");
         f.write_at(&[0; 8], 512).unwrap();
-        assert_eq!(Glance::at(&f).unwrap(), None, "no header");
+        assert_eq!(ImageIdentity::peek(&f).unwrap(), None, "no header");
         f.set_len(100).unwrap();
-        assert_eq!(Glance::at(&f).unwrap(), None);
-        let root = host_with(Kind::Fixed, 100);
-        assert_eq!(Glance::at(&file(&root)).unwrap().map(|seen| seen.parent), Some(None));
+        assert_eq!(ImageIdentity::peek(&f).unwrap(), None);
+        let root = host_with(ImageKind::Fixed, 100);
+        assert_eq!(ImageIdentity::peek(&file(&root)).unwrap().map(|seen| seen.parent), Some(None));
     }
 }

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use super::writable::Writable;
 
 /// Blocks between two that count as neighbours.
-const NEAR: u32 = 2;
+const NEIGHBOR_DISTANCE: u32 = 2;
 
 /// Where the next block goes.
 #[derive(Debug)]
-pub struct Room {
+pub struct FreeTail {
     /// First file sector after all that is in use.
     pub next: u64,
     /// The end of what is durably zero and may be given out.
@@ -33,41 +33,41 @@ pub struct Room {
     /// Steps that reserved room, since then.
     pub reservations: u32,
     /// The block that got a place last, and how many before it were its neighbours.
-    pub last: u32,
-    pub run: u32,
+    pub last_placed: u32,
+    pub neighbor_run: u32,
 }
 
-impl Room {
+impl FreeTail {
     /// Notes that a block got the place at `next`, which ends at `end`.
-    pub fn placed(&mut self, block: u32, end: u64) {
+    pub fn note_placed(&mut self, block: u32, end: u64) {
         // Several queues, or several writes in flight, place neighbours in almost their order.
-        self.run = if block.abs_diff(self.last) <= NEAR { self.run.saturating_add(1) } else { 0 };
-        self.last = block;
+        self.neighbor_run = if block.abs_diff(self.last_placed) <= NEIGHBOR_DISTANCE { self.neighbor_run.saturating_add(1) } else { 0 };
+        self.last_placed = block;
         self.next = end;
         self.unplaced -= 1;
         self.fresh.insert(block);
     }
 
     /// File sector before which a block may go.
-    pub fn usable(&self) -> u64 {
+    pub fn usable_end(&self) -> u64 {
         self.end.min(self.reserved)
     }
 }
 
 impl Writable {
     /// Whether a step of growth is due: less than a quarter of a step is left, and blocks may still need it.
-    pub fn is_short(&self, room: &Room) -> bool {
+    pub fn is_short(&self, room: &FreeTail) -> bool {
         let wanted = (self.reserved_blocks(room) / 4).max(1).min(room.unplaced);
-        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable())
+        wanted > 0 && self.end_after(room.next, wanted, room.unplaced).is_none_or(|end| end > room.usable_end())
     }
 
     /// Whether a step of growth waits for a sync.
     pub(super) fn is_growth_syncing(&self) -> bool {
-        self.image().block_size().is_some() && self.room().syncing
+        self.image().block_size().is_some() && self.free_tail().syncing
     }
 
     /// Whether a step of growth is under way.
     pub fn is_growing(&self) -> bool {
-        self.room().growing
+        self.free_tail().growing
     }
 }

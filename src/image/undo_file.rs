@@ -23,8 +23,8 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use super::draft::Draft;
-use super::fit::table_sum;
+use super::atomic_file::AtomicFile;
+use super::journal_id::table_sum;
 use super::holes::{is_zero, next_data};
 use super::open::Image;
 use crate::error::Result;
@@ -37,44 +37,44 @@ const CHUNK: usize = 64 << 10;
 
 /// The first 512 bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Head {
+pub(super) struct UndoHeader {
     /// Length of the image before the repair.
     pub(super) len: u64,
     /// Where the pieces of before end in the undo file.
     pub(super) before: u64,
     pub(super) uuid: uuid::Uuid,
-    pub(super) state: State,
+    pub(super) state: UndoState,
     /// Length of the image after the repair.
     pub(super) len_after: u64,
     /// Sum over the block table after the repair.
-    pub(super) table: u64,
+    pub(super) table_sum: u64,
     /// Where the pieces of after end in the undo file.
     pub(super) after: u64,
 }
 
 /// How far repair and undo have come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum State {
+pub(super) enum UndoState {
     Repairing,
     Repaired,
     Undoing,
     Undone,
 }
 
-impl Head {
+impl UndoHeader {
     /// The head in the bytes of a file; `None` for other bytes.
-    pub(super) fn decode(bytes: &[u8; SECTOR_BYTES]) -> Option<Head> {
+    pub(super) fn decode(bytes: &[u8; SECTOR_BYTES]) -> Option<UndoHeader> {
         let number = |at: usize| u64::from_be_bytes(*bytes[at..].first_chunk().expect("inside the sector"));
         let state = match number(48) {
-            0 => State::Repairing,
-            1 => State::Repaired,
-            2 => State::Undoing,
-            3 => State::Undone,
+            0 => UndoState::Repairing,
+            1 => UndoState::Repaired,
+            2 => UndoState::Undoing,
+            3 => UndoState::Undone,
             _ => return None,
         };
         let uuid = uuid::Uuid::from_bytes(*bytes[32..].first_chunk().expect("inside the sector"));
         let (len, before, after) = (number(16), number(24), number(72));
-        let head = Head { len, before, uuid, state, len_after: number(56), table: number(64), after };
+        let head = UndoHeader { len, before, uuid, state, len_after: number(56), table_sum: number(64), after };
         bytes.starts_with(&MAGIC).then_some(head)
     }
 
@@ -84,13 +84,13 @@ impl Head {
         bytes[..16].copy_from_slice(&MAGIC);
         bytes[32..48].copy_from_slice(self.uuid.as_bytes());
         let state: u64 = match self.state {
-            State::Repairing => 0,
-            State::Repaired => 1,
-            State::Undoing => 2,
-            State::Undone => 3,
+            UndoState::Repairing => 0,
+            UndoState::Repaired => 1,
+            UndoState::Undoing => 2,
+            UndoState::Undone => 3,
         };
         let numbers =
-            [(16, self.len), (24, self.before), (48, state), (56, self.len_after), (64, self.table), (72, self.after)];
+            [(16, self.len), (24, self.before), (48, state), (56, self.len_after), (64, self.table_sum), (72, self.after)];
         for (at, number) in numbers {
             bytes[at..at + 8].copy_from_slice(&number.to_be_bytes());
         }
@@ -108,30 +108,30 @@ impl Head {
 }
 
 /// The file that keeps. Dropped before the first [`Undo::seal`] it vanishes.
-pub(super) struct Undo {
+pub(super) struct UndoFile {
     image: File,
     uuid: uuid::Uuid,
     /// Length of the image before the repair.
     len: u64,
-    draft: Draft,
+    draft: AtomicFile,
     end: u64,
     sealed: bool,
     /// The ranges of the image that the pieces of before have.
-    kept: Vec<Range<u64>>,
+    saved: Vec<Range<u64>>,
 }
 
-impl Undo {
+impl UndoFile {
     /// Begins the file for a repair of an image.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn begin(env: &dyn Env, image: &File, uuid: uuid::Uuid) -> Result<Undo> {
+    pub(super) fn begin(env: &dyn Env, image: &File, uuid: uuid::Uuid) -> Result<UndoFile> {
         let (image, len) = (image.clone(), image.stat()?.len);
         let mut name = image.name().to_os_string();
         name.push(format!(".repair-{}.undo", env.uuid().simple()));
         let folder = image.folder();
-        let draft = Draft::begin(env, &folder.path_to(&name), folder.clone(), &name)?;
-        Ok(Undo { image, uuid, len, draft, end: SECTOR, sealed: false, kept: Vec::new() })
+        let draft = AtomicFile::begin(env, &folder.path_to(&name), folder.clone(), &name)?;
+        Ok(UndoFile { image, uuid, len, draft, end: SECTOR, sealed: false, saved: Vec::new() })
     }
 
     /// Its path.
@@ -143,15 +143,15 @@ impl Undo {
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn keep(&mut self, range: Range<u64>) -> Result<()> {
+    pub(super) fn save(&mut self, range: Range<u64>) -> Result<()> {
         let end = range.end.min(self.image.stat()?.len);
         let mut at = range.start;
         while at < end {
             let len = usize::try_from((end - at).min(CHUNK as u64)).expect("a chunk");
             let mut bytes = vec![0; len];
             self.image.read_at(&mut bytes, at)?;
-            self.record(at, &bytes)?;
-            self.kept.push(at..at + len as u64);
+            self.append(at, &bytes)?;
+            self.saved.push(at..at + len as u64);
             at += len as u64;
         }
         Ok(())
@@ -161,7 +161,7 @@ impl Undo {
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn keep_data(&mut self, range: Range<u64>) -> Result<()> {
+    pub(super) fn save_nonzero(&mut self, range: Range<u64>) -> Result<()> {
         let mut rest = range.start..range.end.min(self.image.stat()?.len);
         let mut bytes = vec![0; CHUNK];
         while let Some(found) = next_data(&self.image, rest.clone())? {
@@ -170,18 +170,18 @@ impl Undo {
             self.image.read_at(bytes, found.start)?;
             for (number, piece) in (0u64..).zip(bytes.chunks(4096)).filter(|(_, piece)| !is_zero(piece)) {
                 let at = found.start + number * 4096;
-                self.record(at, piece)?;
-                self.kept.push(at..at + piece.len() as u64);
+                self.append(at, piece)?;
+                self.saved.push(at..at + piece.len() as u64);
             }
             rest.start = found.start + len as u64;
         }
         Ok(())
     }
 
-    fn record(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn append(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let record = [&offset.to_be_bytes(), &len.to_be_bytes()[..], bytes].concat();
-        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.blame(e))?;
+        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.with_requested_path(e))?;
         self.end += record.len() as u64;
         Ok(())
     }
@@ -193,7 +193,7 @@ impl Undo {
     pub(super) fn seal(&mut self) -> Result<()> {
         self.draft.file().sync()?;
         let (len, before, uuid) = (self.len, self.end, self.uuid);
-        let head = Head { len, before, uuid, state: State::Repairing, len_after: 0, table: 0, after: before };
+        let head = UndoHeader { len, before, uuid, state: UndoState::Repairing, len_after: 0, table_sum: 0, after: before };
         head.write(self.draft.file())?;
         if !self.sealed {
             self.draft.publish()?;
@@ -208,7 +208,7 @@ impl Undo {
     /// `Io`, `NoSpace`: the repair is done, and its undo file will be refused.
     pub(super) fn finish(mut self) -> Result<PathBuf> {
         let (before, len_after) = (self.end, self.image.stat()?.len);
-        for range in std::mem::take(&mut self.kept) {
+        for range in std::mem::take(&mut self.saved) {
             let there = range.end.min(len_after).saturating_sub(range.start);
             if there == 0 {
                 continue;
@@ -216,13 +216,13 @@ impl Undo {
             let mut bytes = vec![0; usize::try_from(there).expect("a chunk")];
             self.image.read_at(&mut bytes, range.start)?;
             if !is_zero(&bytes) {
-                self.record(range.start, &bytes)?;
+                self.append(range.start, &bytes)?;
             }
         }
         self.draft.file().sync()?;
         let image = Image::inspect(self.image.clone())?;
         let (uuid, table, after) = (image.uuid(), table_sum(&image), self.end);
-        let head = Head { len: self.len, before, uuid, state: State::Repaired, len_after, table, after };
+        let head = UndoHeader { len: self.len, before, uuid, state: UndoState::Repaired, len_after, table_sum: table, after };
         head.write(self.draft.file())?;
         Ok(self.path())
     }

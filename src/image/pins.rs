@@ -9,22 +9,22 @@ use super::writable::Writable;
 
 /// Granules that stay until this is dropped.
 #[derive(Default)]
-pub struct Held {
+pub struct Pins {
     image: Option<Arc<Writable>>,
-    granules: Vec<usize>,
+    bitmap_sectors: Vec<usize>,
 }
 
-impl Held {
+impl Pins {
     /// Takes in what was read of a granule of `image` and holds it; where it is there already, that.
     /// `read`: the sector, and what `Bitmaps::times_absent` said before it was read.
-    pub fn supply(&mut self, image: &Arc<Writable>, granule: usize, read: Option<(u32, &[u8])>) {
+    pub fn insert(&mut self, image: &Arc<Writable>, granule: usize, read: Option<(u32, &[u8])>) {
         let bitmaps = image.bitmaps().expect("an image with granules");
         let pinned = match read {
-            Some((times, sector)) => bitmaps.supply(granule, times, sector),
+            Some((times, sector)) => bitmaps.insert(granule, times, sector),
             None => bitmaps.pin(granule),
         };
         if pinned {
-            self.granules.push(granule);
+            self.bitmap_sectors.push(granule);
             self.image.get_or_insert_with(|| image.clone());
         }
     }
@@ -33,12 +33,12 @@ impl Held {
     pub fn release(&mut self) {
         if let Some(image) = self.image.take() {
             let bitmaps = image.bitmaps().expect("an image with granules");
-            self.granules.drain(..).for_each(|granule| bitmaps.unpin(granule));
+            self.bitmap_sectors.drain(..).for_each(|granule| bitmaps.unpin(granule));
         }
     }
 }
 
-impl Drop for Held {
+impl Drop for Pins {
     fn drop(&mut self) {
         self.release();
     }

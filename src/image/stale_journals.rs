@@ -15,7 +15,7 @@ use crate::storage::{Access, Env, RuntimeFolder};
 ///
 /// # Errors
 /// `Io`.
-pub fn sweep(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
+pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
     for name in runtime.list()?.iter().filter(|name| name.ends_with(".live")) {
         let journal = match Journal::open(runtime, name) {
             Ok(journal) => journal,
@@ -26,7 +26,7 @@ pub fn sweep(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
                 continue;
             }
         };
-        match (names(env, &journal, name), journal.has_marks()) {
+        match (is_named_by_its_file(env, &journal, name), journal.has_marks()) {
             (Some(true), _) | (None, false) => {}
             (Some(false), false) => journal.remove()?,
             (_, true) if mutant::is(Mutant::StaleJournalRemoved) => journal.remove()?,
@@ -34,7 +34,7 @@ pub fn sweep(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
                 "{}: holds what was acknowledged for {}, which does not name it (any more). It stays until it is removed, or \
                  until the host is restarted",
                 journal.path().display(),
-                journal.held().1.map_or("an unknown file".into(), |path| path.display().to_string())
+                journal.recorded_file().1.map_or("an unknown file".into(), |path| path.display().to_string())
             ),
         }
     }
@@ -42,8 +42,8 @@ pub fn sweep(env: &dyn Env, runtime: &RuntimeFolder) -> Result<()> {
 }
 
 /// Whether the file for which a journal was last held names it in its stamp; `None` if that file is not found.
-fn names(env: &dyn Env, journal: &Journal, name: &str) -> Option<bool> {
-    let (id, path) = journal.held();
+fn is_named_by_its_file(env: &dyn Env, journal: &Journal, name: &str) -> Option<bool> {
+    let (id, path) = journal.recorded_file();
     let file = env.open(&path?, Access::Read).ok()?;
     if file.stat().ok()?.id != id {
         return None;

@@ -9,7 +9,7 @@ use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// The most zeros after a footer that are looked through.
-const PADDING: u64 = 8 << 20;
+const MAX_PADDING: u64 = 8 << 20;
 /// Bytes that are read at once.
 const CHUNK: u64 = 64 << 10;
 
@@ -17,14 +17,14 @@ const CHUNK: u64 = 64 << 10;
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn explain(file: &File, len: u64) -> Result<Option<Defect>> {
+pub(super) fn diagnose(file: &File, len: u64) -> Result<Option<Defect>> {
     let mut head = [0; PROBE_BYTES];
     let there = head.len().min(usize::try_from(len).unwrap_or(usize::MAX));
     file.read_at(&mut head[..there], 0)?;
     match ImageFormat::probe(&head[..there]).filter(|format| *format != ImageFormat::Vhd) {
         Some(format) => Ok(Some(Defect::OtherFormat { format })),
         None => {
-            let at = padded(file, len)?.map(|footer| footer.current_size);
+            let at = find_padded_footer(file, len)?.map(|footer| footer.current_size);
             Ok(at.map(|at| Defect::FixedPadded { at, padding: len - at - FOOTER_BYTES }))
         }
     }
@@ -35,11 +35,11 @@ pub(super) fn explain(file: &File, len: u64) -> Result<Option<Defect>> {
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn padded(file: &File, len: u64) -> Result<Option<Footer>> {
+pub(super) fn find_padded_footer(file: &File, len: u64) -> Result<Option<Footer>> {
     let mut end = len;
     let last = loop {
         let start = end.saturating_sub(CHUNK);
-        if end == 0 || len - end >= PADDING {
+        if end == 0 || len - end >= MAX_PADDING {
             return Ok(None);
         }
         let mut bytes = vec![0; usize::try_from(end - start).expect("a chunk")];

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
-use super::rig::{SLOT, child};
-use super::{Commit, Growth, Held, Image, Keep, Spec, Writable, create, drive};
+use super::testing::{SLOT, child};
+use super::{Commit, Growth, Pins, Image, Durability, ImageSpec, Writable, create, run_to_completion};
 #[cfg(feature = "mutants")]
 use crate::mutant::Mutant;
 use crate::storage::host::Host;
@@ -24,7 +24,7 @@ const MARKED: u8 = 2;
 const KEPT: u8 = 3;
 
 /// An image, and what its sectors are.
-struct World {
+struct SharedImage {
     folder: TempDir,
     runtime: TempDir,
     image: Arc<Writable>,
@@ -34,30 +34,30 @@ struct World {
     seed: u64,
 }
 
-impl World {
+impl SharedImage {
     /// A clean end, after a commit.
     fn end(&self) {
         self.image.end_session();
         self.image.trim().unwrap();
-        self.image.retire().unwrap();
+        self.image.remove_journal().unwrap();
     }
 
-    fn new(seed: u64, block_size: u32, granules: u64) -> World {
+    fn new(seed: u64, block_size: u32, granules: u64) -> SharedImage {
         let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
         let block_size = BlockSize::from_bytes(block_size).unwrap();
         let sectors = granules * u64::from(block_size.sectors().min(4096));
-        let spec = Spec { kind: child(), size: sectors * SECTOR, block_size, reserve: 0 };
+        let spec = ImageSpec { kind: child(), size: sectors * SECTOR, block_size, reserve: 0 };
         create(&Host, &folder.path().join("a.vhd"), &spec).unwrap();
         let image = open(&folder, &runtime);
         let sectors = (0..sectors).map(|_| AtomicU8::new(0)).collect();
-        World { folder, runtime, image, sectors, over: AtomicBool::new(false), commits: AtomicU64::new(0), seed }
+        SharedImage { folder, runtime, image, sectors, over: AtomicBool::new(false), commits: AtomicU64::new(0), seed }
     }
 
     /// Reads a granule of a block that has a place, as a lane does: asked for, then read, then taken in.
-    fn load(&self, granule: usize, held: &mut Held, slow: bool) {
-        let times = self.image.bitmaps().unwrap().times_absent(granule);
+    fn load(&self, granule: usize, held: &mut Pins, slow: bool) {
+        let times = self.image.bitmaps().unwrap().eviction_count(granule);
         let mut bytes = [0; SECTOR_BYTES];
-        self.image.file().read_at(&mut bytes, self.image.granule_offset(granule)).unwrap();
+        self.image.file().read_at(&mut bytes, self.image.bitmap_sector_offset(granule)).unwrap();
         if slow {
             // Commits come and go meanwhile.
             let until = self.commits.load(Ordering::SeqCst) + 2;
@@ -70,7 +70,7 @@ impl World {
                 std::thread::yield_now();
             }
         }
-        held.supply(&self.image, granule, times.map(|times| (times, &bytes[..])));
+        held.insert(&self.image, granule, times.map(|times| (times, &bytes[..])));
     }
 
     /// Marks ranges, whatever memory has lost meanwhile.
@@ -89,7 +89,7 @@ impl World {
                     grow(&self.image);
                 }
             }
-            let (mut held, slow) = (Held::default(), random.chance(1, 16));
+            let (mut held, slow) = (Pins::default(), random.chance(1, 16));
             let kept = loop {
                 match self.image.mark(range) {
                     Ok(kept) => break kept,
@@ -102,8 +102,8 @@ impl World {
 
     /// Whether a sector is here.
     fn has(&self, sector: u64, slow: bool) -> bool {
-        let (bitmaps, mut held) = (self.image.bitmaps().unwrap(), Held::default());
-        let (granule, bit) = (bitmaps.index_of(sector), bitmaps.bit_of(sector));
+        let (bitmaps, mut held) = (self.image.bitmaps().unwrap(), Pins::default());
+        let (granule, bit) = (bitmaps.bitmap_sector_of(sector), bitmaps.bit_of(sector));
         if self.image.image().bat().unwrap().place(bitmaps.block_of(granule).0).is_none() {
             return false;
         }
@@ -133,16 +133,16 @@ impl World {
     }
 
     /// The same world after the process ended and another took over.
-    fn reopened(self) -> World {
-        let World { folder, runtime, image, sectors, seed, .. } = self;
+    fn reopened(self) -> SharedImage {
+        let SharedImage { folder, runtime, image, sectors, seed, .. } = self;
         drop(image);
         let image = open(&folder, &runtime);
-        World { folder, runtime, image, sectors, over: AtomicBool::new(false), commits: AtomicU64::new(0), seed }
+        SharedImage { folder, runtime, image, sectors, over: AtomicBool::new(false), commits: AtomicU64::new(0), seed }
     }
 
     fn commit(&self) {
         let mut commit = Commit::new(self.image.clone(), SLOT);
-        drive(&Host, self.image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
+        run_to_completion(&Host, self.image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
         self.commits.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -155,7 +155,7 @@ fn raise(states: &[AtomicU8], to: u8) {
 
 fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     let path: PathBuf = folder.path().join("a.vhd");
-    let keep = Keep::Journal { folders: vec![Host.runtime_folder(runtime.path()).unwrap()], required: true };
+    let keep = Durability::Journal { folders: vec![Host.runtime_folder(runtime.path()).unwrap()], required: true };
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }
@@ -163,7 +163,7 @@ fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
 /// A step of growth, where nobody else is at it.
 fn grow(image: &Arc<Writable>) {
     match Growth::begin(image, SLOT) {
-        Some(mut growth) => drive(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap(),
+        Some(mut growth) => run_to_completion(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap(),
         None => std::thread::yield_now(),
     }
 }
@@ -172,9 +172,9 @@ fn grow(image: &Arc<Writable>) {
 fn run(seed: u64) {
     let mut random = Random::new(seed);
     let (block_size, granules) = [(4 << 10, 300), (64 << 10, 100), (2 << 20, 40), (8 << 20, 40)][random.index(4)];
-    let world = World::new(seed, block_size, granules);
+    let world = SharedImage::new(seed, block_size, granules);
     let most = [0, 1, 5, 20][random.index(4)];
-    world.image.bitmaps().unwrap().keep_at_most(most);
+    world.image.bitmaps().unwrap().set_max_frames(most);
     std::thread::scope(|threads| {
         let world = &world;
         let others = [1, 2].map(|number| threads.spawn(move || world.look(number)));
@@ -225,13 +225,13 @@ fn no_bit_is_lost_between_threads() {
 fn is_forgotten(tempting: Mutant) -> bool {
     const MARKED_EARLY: u64 = 5;
     const MARKED_LATE: u64 = 9;
-    let mark = |world: &World, sector| {
-        let mut held = Held::default();
+    let mark = |world: &SharedImage, sector| {
+        let mut held = Pins::default();
         while let Err(absent) = world.image.mark(SectorRange::between(sector, sector + 1)) {
             absent.into_iter().for_each(|granule| world.load(granule, &mut held, false));
         }
     };
-    let world = World::new(0, 2 << 20, 4);
+    let world = SharedImage::new(0, 2 << 20, 4);
     for block in 0..4 {
         while world.image.reserve(block).is_err() {
             grow(&world.image);
@@ -242,11 +242,11 @@ fn is_forgotten(tempting: Mutant) -> bool {
     world.end();
     let world = world.reopened();
     let (image, bitmaps) = (&world.image, world.image.bitmaps().unwrap());
-    bitmaps.keep_at_most(0);
-    let others_come = || (1..4).for_each(|granule| world.load(granule, &mut Held::default(), false));
+    bitmaps.set_max_frames(0);
+    let others_come = || (1..4).for_each(|granule| world.load(granule, &mut Pins::default(), false));
     let mut stale = [0; SECTOR_BYTES];
-    image.file().read_at(&mut stale, image.granule_offset(0)).unwrap();
-    let times = bitmaps.times_absent(0);
+    image.file().read_at(&mut stale, image.bitmap_sector_offset(0)).unwrap();
+    let times = bitmaps.eviction_count(0);
     mark(&world, MARKED_LATE);
     match tempting {
         Mutant::EvictDirty => others_come(),
@@ -257,8 +257,8 @@ fn is_forgotten(tempting: Mutant) -> bool {
         _ => {
             world.commit();
             others_come();
-            assert!(bitmaps.times_absent(0).is_some(), "what the file says may leave");
-            Held::default().supply(image, 0, times.map(|times| (times, &stale[..])));
+            assert!(bitmaps.eviction_count(0).is_some(), "what the file says may leave");
+            Pins::default().insert(image, 0, times.map(|times| (times, &stale[..])));
         }
     }
     !world.has(MARKED_LATE, false)
@@ -286,7 +286,7 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     };
     let (folder, blocks) = (tempfile::tempdir().unwrap(), 1_u32 << 19);
     let path = folder.path().join("a.vhd");
-    let spec = Spec { kind: child(), size: 1 << 40, block_size: BlockSize::DEFAULT, reserve: 0 };
+    let spec = ImageSpec { kind: child(), size: 1 << 40, block_size: BlockSize::DEFAULT, reserve: 0 };
     create(&Host, &path, &spec).unwrap();
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     let (table, first) = (image.table_offset().unwrap(), u32::try_from(image.data_end() / SECTOR + 8).unwrap());
@@ -299,17 +299,17 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     image.file().write_at(&footer, end * SECTOR).unwrap();
     drop(image);
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
-    let image = Arc::new(Writable::new(&Host, image, &Keep::Nothing).unwrap());
+    let image = Arc::new(Writable::new(&Host, image, &Durability::FlushOnly).unwrap());
     let (bitmaps, before) = (image.bitmaps().unwrap(), resident());
     for granule in 0..blocks as usize {
-        let times = bitmaps.times_absent(granule).expect("nothing was read yet");
+        let times = bitmaps.eviction_count(granule).expect("nothing was read yet");
         let mut bytes = [0; SECTOR_BYTES];
-        image.file().read_at(&mut bytes, image.granule_offset(granule)).unwrap();
-        Held::default().supply(&image, granule, Some((times, &bytes[..])));
+        image.file().read_at(&mut bytes, image.bitmap_sector_offset(granule)).unwrap();
+        Pins::default().insert(&image, granule, Some((times, &bytes[..])));
         assert!(bitmaps.each_run(granule, 0, 4096, |set, count| assert_eq!((set, count), (false, 4096))));
     }
     println!("before: {before}, after: {}, {} granules kept", resident(), bitmaps.frames());
-    let kept = (0..blocks as usize).filter(|granule| bitmaps.times_absent(*granule).is_none()).count();
+    let kept = (0..blocks as usize).filter(|granule| bitmaps.eviction_count(*granule).is_none()).count();
     // A few more frames than granules: the clock does not look for long.
     let (frames, most) = (bitmaps.frames(), kept + kept / 100);
     assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} granules of 600 bytes");

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::commit::Step;
+use super::commit::JobStep;
 use crate::error::{Error, Result};
 use crate::storage::{EngineKind, Env, File, Op, FileSlot};
 
@@ -13,17 +13,17 @@ const DEPTH: usize = 64;
 ///
 /// # Errors
 /// What `next` fails with, or a host that gives no engine.
-pub fn drive(
+pub fn run_to_completion(
     env: &dyn Env,
     file: &File,
     slot: FileSlot,
-    mut next: impl FnMut(Option<io::Error>, &mut Vec<Op>) -> Result<Step>,
+    mut next: impl FnMut(Option<io::Error>, &mut Vec<Op>) -> Result<JobStep>,
 ) -> Result<()> {
     let broken = |e| Error::io("the engine failed", e).at_path(file.path());
     let mut engine = env.engine(EngineKind::Blocking, DEPTH)?;
     engine.register(slot, file).map_err(broken)?;
     let (mut ops, mut done, mut failed) = (Vec::new(), Vec::new(), None);
-    while next(failed.take(), &mut ops)? == Step::Wait {
+    while next(failed.take(), &mut ops)? == JobStep::Wait {
         let mut rest = ops.drain(..).peekable();
         while rest.peek().is_some() || engine.outstanding() > 0 {
             while engine.outstanding() < engine.depth() {

@@ -18,103 +18,103 @@ use crate::units::SECTOR_BYTES;
 
 /// What the table says of a granule, in 32 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Entry {
+pub(super) enum BitmapEntry {
     /// Only the file knows it. It was in memory so many times before (30 bits).
     Absent(u32),
     /// All its sectors are here, and the file says so: nothing can change any more.
     Full,
     /// In the frame of this number.
-    In(u32),
+    InFrame(u32),
 }
 
 const FULL: u32 = 1 << 30;
-const IN: u32 = 1 << 31;
+const IN_FRAME: u32 = 1 << 31;
 
-impl Entry {
+impl BitmapEntry {
     #[inline]
-    pub(super) fn decode(word: u32) -> Entry {
+    pub(super) fn decode(word: u32) -> BitmapEntry {
         match word {
-            _ if word & IN != 0 => Entry::In(word & !IN),
-            FULL => Entry::Full,
-            times => Entry::Absent(times),
+            _ if word & IN_FRAME != 0 => BitmapEntry::InFrame(word & !IN_FRAME),
+            FULL => BitmapEntry::Full,
+            times => BitmapEntry::Absent(times),
         }
     }
 
     pub(super) fn encode(self) -> u32 {
         match self {
-            Entry::Absent(times) => times & (FULL - 1),
-            Entry::Full => FULL,
-            Entry::In(number) => IN | number,
+            BitmapEntry::Absent(times) => times & (FULL - 1),
+            BitmapEntry::Full => FULL,
+            BitmapEntry::InFrame(number) => IN_FRAME | number,
         }
     }
 }
 
 /// Memory for one granule.
 #[derive(Debug)]
-pub(super) struct Frame {
+pub(super) struct BitmapFrame {
     /// Changes of hands in the upper half, the granule in the lower.
     tag: AtomicU64,
     /// Somebody looked since the hand of the clock came by.
     used: AtomicBool,
     /// A mark must look closer even where it finds its bits set.
-    owing: AtomicBool,
+    owes_commit: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
-    known: Mutex<Known>,
+    state: Mutex<FrameState>,
 }
 
 /// In the lower half of a tag: no granule.
-const NOBODY: u64 = u32::MAX as u64;
+const UNOWNED: u64 = u32::MAX as u64;
 
 /// What is known of a granule besides its bits.
 #[derive(Clone, Copy, Default, Debug)]
-pub(super) struct Known {
+pub(super) struct FrameState {
     /// Noted for the next commit.
     pub(super) dirty: bool,
     /// The running commit has a copy of it that the file may not have yet.
-    pub(super) taken: bool,
+    pub(super) in_commit: bool,
     /// The file says nothing of it yet, so a commit is owed even where no bit changes.
     pub(super) unwritten: bool,
     /// The file does not know the place of the block yet.
     pub(super) unplaced: bool,
     /// It has bits that would not outlive this process: whoever relies on them owes a commit.
-    pub(super) unkept: bool,
+    pub(super) not_journaled: bool,
     /// Its bits may reach the file only after a sync of the data.
     pub(super) ordered: bool,
     /// The journal's slot that speaks for it.
-    pub(super) slot: Option<u32>,
+    pub(super) journal_slot: Option<u32>,
     /// Requests that need it to stay in memory.
     pub(super) pins: u32,
     /// How often it was in memory before.
-    pub(super) times: u32,
+    pub(super) evictions: u32,
 }
 
-impl Known {
+impl FrameState {
     /// Whether the file says all that memory does, or what reads the same: the bitmap of a fresh block that has its place
     /// and was never marked is zeros in the file, and a root without a bit reads zeros as well.
-    pub(super) fn is_in_file(&self) -> bool {
-        let dirty = (self.dirty || self.slot.is_some()) && !mutant::is(Mutant::EvictDirty);
-        let taken = self.taken && !mutant::is(Mutant::EvictTaken);
+    pub(super) fn is_clean(&self) -> bool {
+        let dirty = (self.dirty || self.journal_slot.is_some()) && !mutant::is(Mutant::EvictDirty);
+        let taken = self.in_commit && !mutant::is(Mutant::EvictTaken);
         !dirty && !taken && !self.unplaced
     }
 }
 
-impl Frame {
-    pub(super) fn new() -> Frame {
+impl BitmapFrame {
+    pub(super) fn new() -> BitmapFrame {
         let (used, owing) = (AtomicBool::new(false), AtomicBool::new(false));
-        Frame { tag: AtomicU64::new(NOBODY), used, owing, words: OnceLock::new(), known: Mutex::default() }
+        BitmapFrame { tag: AtomicU64::new(UNOWNED), used, owes_commit: owing, words: OnceLock::new(), state: Mutex::default() }
     }
 
     /// Begins to look at a granule; `None` where the frame is another's by now.
     #[inline]
-    pub(super) fn look(&self, granule: usize) -> Option<Look<'_>> {
+    pub(super) fn read_optimistic(&self, granule: usize) -> Option<OptimisticRead<'_>> {
         let tag = self.tag.load(Ordering::Acquire);
-        if tag & NOBODY != granule as u64 {
+        if tag & UNOWNED != granule as u64 {
             return None;
         }
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
-        Some(Look { frame: self, words: self.words.get()?, tag })
+        Some(OptimisticRead { frame: self, words: self.words.get()?, tag })
     }
 
     /// Whether anybody looked since this was asked last.
@@ -124,28 +124,28 @@ impl Frame {
 
     /// Whose it is. Stays so while the frame is locked.
     pub(super) fn owner(&self) -> Option<usize> {
-        let owner = self.tag.load(Ordering::Acquire) & NOBODY;
-        (owner != NOBODY).then(|| usize::try_from(owner).expect("32 bits"))
+        let owner = self.tag.load(Ordering::Acquire) & UNOWNED;
+        (owner != UNOWNED).then(|| usize::try_from(owner).expect("32 bits"))
     }
 
-    pub(super) fn lock(&self) -> Locked<'_> {
-        Locked { frame: self, known: self.known.lock().unwrap_or_else(PoisonError::into_inner) }
+    pub(super) fn lock(&self) -> LockedFrame<'_> {
+        LockedFrame { frame: self, state: self.state.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// `None` where somebody else has locked it.
-    pub(super) fn try_lock(&self) -> Option<Locked<'_>> {
-        Some(Locked { frame: self, known: self.known.try_lock().ok()? })
+    pub(super) fn try_lock(&self) -> Option<LockedFrame<'_>> {
+        Some(LockedFrame { frame: self, state: self.state.try_lock().ok()? })
     }
 }
 
 /// A look at a granule's bits, without a lock.
-pub(super) struct Look<'a> {
-    frame: &'a Frame,
+pub(super) struct OptimisticRead<'a> {
+    frame: &'a BitmapFrame,
     words: &'a [AtomicU64],
     tag: u64,
 }
 
-impl Look<'_> {
+impl OptimisticRead<'_> {
     /// The run of equal bits from `from`, not beyond `end`: whether they are set, and how many.
     #[inline]
     pub(super) fn run(&self, from: u32, end: u32) -> (bool, u32) {
@@ -154,13 +154,13 @@ impl Look<'_> {
 
     /// Whether a mark that finds its bits set is done.
     #[inline]
-    pub(super) fn owes_nothing(&self) -> bool {
-        !self.frame.owing.load(Ordering::Acquire)
+    pub(super) fn owes_no_commit(&self) -> bool {
+        !self.frame.owes_commit.load(Ordering::Acquire)
     }
 
     /// Whether all that was seen was of the granule. If not, it means nothing.
     #[inline]
-    pub(super) fn is_sound(&self) -> bool {
+    pub(super) fn is_valid(&self) -> bool {
         // With the fence in `fill`: who has seen a bit of the next granule sees the tag changed.
         fence(Ordering::Acquire);
         self.frame.tag.load(Ordering::Relaxed) == self.tag
@@ -168,27 +168,27 @@ impl Look<'_> {
 }
 
 /// A frame that nobody else changes.
-pub(super) struct Locked<'a> {
-    frame: &'a Frame,
-    pub(super) known: MutexGuard<'a, Known>,
+pub(super) struct LockedFrame<'a> {
+    frame: &'a BitmapFrame,
+    pub(super) state: MutexGuard<'a, FrameState>,
 }
 
-impl Locked<'_> {
+impl LockedFrame<'_> {
     /// Whether its bits may reach the file only after a sync of the data.
     pub(super) fn is_ordered(&self) -> bool {
-        self.known.ordered
+        self.state.ordered
     }
 
     /// Copies its bits for a commit. What is marked from now on is noted anew, and claims another slot of the journal.
     pub(super) fn snapshot(&mut self) -> [u8; SECTOR_BYTES] {
-        self.known.slot = None;
-        self.known.dirty = false;
-        self.known.taken = true;
-        self.copy()
+        self.state.journal_slot = None;
+        self.state.dirty = false;
+        self.state.in_commit = true;
+        self.to_bytes()
     }
 
     /// Copies its bits.
-    pub(super) fn copy(&self) -> [u8; SECTOR_BYTES] {
+    pub(super) fn to_bytes(&self) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(self.words()) {
             *to = word.load(Ordering::SeqCst).to_be_bytes();
@@ -206,43 +206,43 @@ impl Locked<'_> {
     }
 
     /// Sets `count` bits from `bit`; whether any of them was clear.
-    pub(super) fn set(&self, bit: u32, count: u32) -> bool {
+    pub(super) fn set_bits(&self, bit: u32, count: u32) -> bool {
         // Before the bits: who finds them set must not take them for kept before that is so. Cleared on unlocking.
-        self.frame.owing.store(true, Ordering::Relaxed);
+        self.frame.owes_commit.store(true, Ordering::Relaxed);
         bitmap::set_atomic(self.words(), bit, count)
     }
 
     /// Gives the frame to nobody.
-    pub(super) fn vacate(&mut self) {
+    pub(super) fn release(&mut self) {
         let hands = self.frame.tag.load(Ordering::Relaxed) >> 32;
-        self.frame.tag.store(hands.wrapping_add(1) << 32 | NOBODY, Ordering::Relaxed);
-        *self.known = Known::default();
+        self.frame.tag.store(hands.wrapping_add(1) << 32 | UNOWNED, Ordering::Relaxed);
+        *self.state = FrameState::default();
     }
 
     /// Puts `count` words into a frame that is nobody's, and leaves it so.
-    pub(super) fn fill(&mut self, count: usize, mut words: impl Iterator<Item = u64>, known: Known) {
-        self.vacate();
+    pub(super) fn fill(&mut self, count: usize, mut words: impl Iterator<Item = u64>, known: FrameState) {
+        self.release();
         // Whoever sees a bit that is stored below sees the tag of `vacate`, or a later one.
         fence(Ordering::Release);
         let held = self.frame.words.get_or_init(|| (0..count).map(|_| AtomicU64::new(0)).collect());
         held.iter().for_each(|to| to.store(words.next().unwrap_or(0), Ordering::Relaxed));
-        *self.known = known;
+        *self.state = known;
     }
 
     /// Gives a frame that was filled to a granule, of which the table says so already: who remembers this frame from an
     /// earlier stay of the granule must not meet bits that turn out to be out of date.
-    pub(super) fn give_to(&mut self, granule: usize) {
-        let tag = self.frame.tag.load(Ordering::Relaxed) & !NOBODY;
+    pub(super) fn assign_to(&mut self, granule: usize) {
+        let tag = self.frame.tag.load(Ordering::Relaxed) & !UNOWNED;
         self.frame.used.store(false, Ordering::Relaxed);
         self.frame.tag.store(tag | granule as u64, Ordering::Release);
     }
 }
 
-impl Drop for Locked<'_> {
+impl Drop for LockedFrame<'_> {
     fn drop(&mut self) {
-        let owing = self.known.unwritten || self.known.unkept;
-        if self.frame.owing.load(Ordering::Relaxed) != owing {
-            self.frame.owing.store(owing, Ordering::Release);
+        let owing = self.state.unwritten || self.state.not_journaled;
+        if self.frame.owes_commit.load(Ordering::Relaxed) != owing {
+            self.frame.owes_commit.store(owing, Ordering::Release);
         }
     }
 }
@@ -253,32 +253,32 @@ mod tests {
 
     #[test]
     fn entries_keep_their_limits() {
-        for entry in [Entry::Absent(0), Entry::Absent(FULL - 1), Entry::Full, Entry::In(0), Entry::In(IN - 1)] {
-            assert_eq!(Entry::decode(entry.encode()), entry);
+        for entry in [BitmapEntry::Absent(0), BitmapEntry::Absent(FULL - 1), BitmapEntry::Full, BitmapEntry::InFrame(0), BitmapEntry::InFrame(IN_FRAME - 1)] {
+            assert_eq!(BitmapEntry::decode(entry.encode()), entry);
         }
-        assert_eq!(Entry::Absent(FULL).encode(), 0, "the count begins anew");
+        assert_eq!(BitmapEntry::Absent(FULL).encode(), 0, "the count begins anew");
     }
 
     #[test]
     fn a_look_is_sound_while_the_frame_has_one_owner() {
-        let frame = Frame::new();
-        assert!(frame.look(7).is_none());
+        let frame = BitmapFrame::new();
+        assert!(frame.read_optimistic(7).is_none());
         let give = |granule, word| {
             let mut frame = frame.lock();
-            frame.fill(1, std::iter::once(word), Known::default());
+            frame.fill(1, std::iter::once(word), FrameState::default());
             assert_eq!(frame.owner(), None, "filled, and nobody's yet");
-            frame.give_to(granule);
+            frame.assign_to(granule);
         };
         give(7, 1 << 63);
-        let look = frame.look(7).unwrap();
-        assert!(look.run(0, 8) == (true, 1) && look.is_sound() && look.owes_nothing() && frame.look(8).is_none());
-        frame.lock().set(1, 1);
-        assert!(look.run(0, 8) == (true, 2) && look.is_sound());
+        let look = frame.read_optimistic(7).unwrap();
+        assert!(look.run(0, 8) == (true, 1) && look.is_valid() && look.owes_no_commit() && frame.read_optimistic(8).is_none());
+        frame.lock().set_bits(1, 1);
+        assert!(look.run(0, 8) == (true, 2) && look.is_valid());
         // There and back again: the same granule, and yet not what was looked at.
         give(8, 0);
         give(7, 1 << 63);
-        assert!(!look.is_sound() && frame.look(7).unwrap().is_sound());
-        frame.lock().vacate();
-        assert!(frame.look(7).is_none() && frame.owner().is_none());
+        assert!(!look.is_valid() && frame.read_optimistic(7).unwrap().is_valid());
+        frame.lock().release();
+        assert!(frame.read_optimistic(7).is_none() && frame.owner().is_none());
     }
 }

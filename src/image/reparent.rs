@@ -27,9 +27,9 @@
 
 use std::ops::Range;
 
-use super::check::{free, inside};
+use super::check::{unreferenced_space, whole_pages};
 use super::create::ParentLink;
-use super::keep::Keep;
+use super::durability::Durability;
 use super::offline::lengthen;
 use super::open::Image;
 use super::writable::Writable;
@@ -45,7 +45,7 @@ use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Where the header of an image is that any program reads.
-const HOME: u64 = 512;
+const HEADER_HOME: u64 = 512;
 
 /// Makes the image in `file` a child of another parent, or without a `link` a root. `file` is open for writing and
 /// locked exclusively; whoever else has it open must not use it any more. Its blocks do not change: whether the disk
@@ -57,11 +57,11 @@ const HOME: u64 = 512;
 /// # Errors
 /// As [`check_link`]; as `Writable::new`; `NoSpace`, `Io`: the image has its old parent or its new one, and relinking it
 /// again is safe.
-pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
-    let writable = Writable::new(env, agreed(file)?, &Keep::Nothing)?;
+pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
+    let writable = Writable::new(env, open_reconciled(file)?, &Durability::FlushOnly)?;
     let image = writable.image();
     let old = writable.footer_bytes();
-    let new = New::of(image, link)?;
+    let new = ReparentedMetadata::of(image, link)?;
     let len = file.stat()?.len;
     let (texts_at, header_at, footer_at) = (len, len + new.text_bytes(), len + new.text_bytes() + HEADER_BYTES);
 
@@ -72,8 +72,8 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     let mut at = texts_at;
     for (slot, platform, text) in &new.texts {
         header.locators[*slot] = LocatorEntry::new(*platform, at, length(text));
-        file.write_at(&padded(text), at)?;
-        at += room(text);
+        file.write_at(&padded_text(text), at)?;
+        at += text_space(text);
     }
     file.write_at(&header.encode(), header_at)?;
     file.sync()?;
@@ -87,12 +87,12 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     point::reached("relink.switched");
 
     let home = home_of(image);
-    let (mut free, detour) = (free_room(image, home), header.locators);
+    let (mut free, detour) = (free_text_space(image, home), header.locators);
     let mut header = new.header;
     for (slot, platform, text) in &new.texts {
-        header.locators[*slot] = match take(&mut free, room(text)) {
+        header.locators[*slot] = match take_space(&mut free, text_space(text)) {
             Some(at) => {
-                file.write_at(&padded(text), at)?;
+                file.write_at(&padded_text(text), at)?;
                 LocatorEntry::new(*platform, at, length(text))
             }
             None => detour[*slot],
@@ -109,18 +109,18 @@ pub fn relink(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<(
     let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.locator_space().to_vec());
     drop(writable);
     let image = Image::open(file.clone())?;
-    release(&image, &set_aside)?;
-    Writable::new(env, image, &Keep::Nothing)?.trim()?;
+    punch_set_aside(&image, &set_aside)?;
+    Writable::new(env, image, &Durability::FlushOnly)?.trim()?;
     point::reached("relink.trimmed");
     Ok(())
 }
 
 /// Gives back the room that was set aside for the old locators, if nothing refers to it now.
-fn release(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
-    for gap in free(image)? {
+fn punch_set_aside(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
+    for gap in unreferenced_space(image)? {
         for room in set_aside {
             let pages = room.start / PAGE * PAGE..room.end.next_multiple_of(PAGE);
-            let hole = inside(&(gap.start.max(pages.start)..gap.end.min(pages.end)));
+            let hole = whole_pages(&(gap.start.max(pages.start)..gap.end.min(pages.end)));
             if !hole.is_empty() {
                 image.file().punch_hole(hole.start, hole.end - hole.start)?;
             }
@@ -134,7 +134,7 @@ fn release(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
 ///
 /// # Errors
 /// As `Image::open`; `Io`.
-pub fn agreed(file: &File) -> Result<Image> {
+pub fn open_reconciled(file: &File) -> Result<Image> {
     let image = Image::open(file.clone())?;
     let mut front = [0; SECTOR_BYTES];
     if image.sparse().is_none() || !image.has_whole_tail_footer() {
@@ -166,12 +166,12 @@ pub fn agreed(file: &File) -> Result<Image> {
 ///
 /// # Errors
 /// `Unsupported`: a fixed image, or a path that cannot be recorded in a child.
-pub fn check_link(image: &Image, link: Option<&ParentLink>) -> Result<()> {
-    New::of(image, link).map(drop)
+pub fn check_reparent(image: &Image, link: Option<&ParentLink>) -> Result<()> {
+    ReparentedMetadata::of(image, link).map(drop)
 }
 
 /// Whether nothing is left of a relinking that was ended in the middle. Where something is, relinking it again tidies up.
-pub fn is_settled(image: &Image) -> bool {
+pub fn is_reparent_finished(image: &Image) -> bool {
     let Some(sparse) = image.sparse() else { return true };
     let is_alike = |d: &Defect| !matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
     let end = sparse.placed.end.next_multiple_of(SECTOR);
@@ -179,7 +179,7 @@ pub fn is_settled(image: &Image) -> bool {
 }
 
 /// What an image is going to say.
-struct New {
+struct ReparentedMetadata {
     footer: Footer,
     /// Without locators.
     header: DynamicHeader,
@@ -187,8 +187,8 @@ struct New {
     texts: Vec<(usize, Platform, Vec<u8>)>,
 }
 
-impl New {
-    fn of(image: &Image, link: Option<&ParentLink>) -> Result<New> {
+impl ReparentedMetadata {
+    fn of(image: &Image, link: Option<&ParentLink>) -> Result<ReparentedMetadata> {
         let mut footer = image.footer().clone();
         let Some(mut header) = image.header().cloned() else {
             let what = "a fixed image has no place to name a parent";
@@ -200,23 +200,23 @@ impl New {
             // Only a root can be read by QEMU, which may count its sectors by the geometry.
             footer.geometry = Geometry::for_creator(footer.creator, footer.current_size);
             (header.parent_uuid, header.parent_timestamp, header.parent_name) = (uuid::Uuid::nil(), 0, [0; 512]);
-            return Ok(New { footer, header, texts: Vec::new() });
+            return Ok(ReparentedMetadata { footer, header, texts: Vec::new() });
         };
         footer.disk_type = DiskType::Differencing;
         header.parent_uuid = link.uuid;
         header.parent_timestamp = time_from_unix(u64::try_from(link.modified).unwrap_or(0));
         header.parent_name = encode_parent_name(&link.name)?;
-        Ok(New { footer, header, texts: texts(&old, link)? })
+        Ok(ReparentedMetadata { footer, header, texts: locator_texts(&old, link)? })
     }
 
     /// Bytes that the texts take in the file.
     fn text_bytes(&self) -> u64 {
-        self.texts.iter().map(|(_, _, text)| room(text)).sum()
+        self.texts.iter().map(|(_, _, text)| text_space(text)).sum()
     }
 }
 
 /// The locators of a link, in the slots where `old` has ones of their platforms.
-fn texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize, Platform, Vec<u8>)>> {
+fn locator_texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize, Platform, Vec<u8>)>> {
     let slot_of = |platform| old.iter().position(|entry| entry.platform() == platform);
     let mut texts: Vec<(usize, Platform, Vec<u8>)> = Vec::new();
     if let Some(slot) = slot_of(Platform::MacX) {
@@ -243,14 +243,14 @@ fn texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize
 /// Where the header goes at last: where all look for it, unless something else is there.
 fn home_of(image: &Image) -> u64 {
     let now = image.footer().data_offset;
-    let usual = HOME..HOME + HEADER_BYTES;
+    let usual = HEADER_HOME..HEADER_HOME + HEADER_BYTES;
     let is_free = |part: MetadataPart| matches!(part, MetadataPart::Header | MetadataPart::Locator(_));
-    if now == HOME || clip(usual.clone(), &taken(image, is_free)) == usual { HOME } else { now }
+    if now == HEADER_HOME || clip(usual.clone(), &occupied(image, is_free)) == usual { HEADER_HOME } else { now }
 }
 
 /// Room for texts, in whole sectors, ascending: between the header and what follows it, and where the old texts were.
-fn free_room(image: &Image, home: u64) -> Vec<Range<u64>> {
-    let mut taken = taken(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
+fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
+    let mut taken = occupied(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
     let behind = home + HEADER_BYTES;
     taken.push(home..behind);
     let mut free = Vec::new();
@@ -281,7 +281,7 @@ fn free_room(image: &Image, home: u64) -> Vec<Range<u64>> {
 }
 
 /// What is in the file: metadata that does not go, and blocks.
-fn taken(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64>> {
+fn occupied(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64>> {
     let sparse = image.sparse().expect("it has a header");
     let stays = sparse.metadata.extents().iter().filter(|extent| !goes(extent.part));
     let mut taken: Vec<_> = stays.map(|extent| extent.range.clone()).collect();
@@ -297,14 +297,14 @@ fn clip(range: Range<u64>, taken: &[Range<u64>]) -> Range<u64> {
     range.start..end.unwrap_or(range.end)
 }
 
-fn take(free: &mut [Range<u64>], bytes: u64) -> Option<u64> {
+fn take_space(free: &mut [Range<u64>], bytes: u64) -> Option<u64> {
     let found = free.iter_mut().find(|range| range.end - range.start >= bytes)?;
     found.start += bytes;
     Some(found.start - bytes)
 }
 
 /// Bytes of the file that a text takes.
-fn room(text: &[u8]) -> u64 {
+fn text_space(text: &[u8]) -> u64 {
     padded_len(text) as u64
 }
 
@@ -312,7 +312,7 @@ fn padded_len(text: &[u8]) -> usize {
     text.len().max(1).next_multiple_of(SECTOR_BYTES)
 }
 
-fn padded(text: &[u8]) -> Vec<u8> {
+fn padded_text(text: &[u8]) -> Vec<u8> {
     let mut bytes = text.to_vec();
     bytes.resize(padded_len(text), 0);
     bytes

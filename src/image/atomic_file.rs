@@ -18,25 +18,25 @@ use crate::point;
 use crate::storage::{Env, File, Folder};
 
 /// A file that is being made. Dropped before it has its name, it vanishes.
-pub struct Draft {
+pub struct AtomicFile {
     /// Where it is made, and will be named.
     folder: Folder,
     name: OsString,
     file: File,
     /// The path that was asked for.
-    asked: PathBuf,
+    requested_path: PathBuf,
     /// A temporary name that no other file has, and whether the file has it.
-    fresh: OsString,
-    is_named_freshly: bool,
+    temporary_name: OsString,
+    has_temporary_name: bool,
 }
 
-impl Draft {
+impl AtomicFile {
     /// Begins an empty file that will be called `name` in `folder`. Errors call it `asked`.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub fn begin(env: &dyn Env, asked: &Path, folder: Folder, name: &OsStr) -> Result<Draft> {
-        let fresh = fresh_name(name, env.uuid());
+    pub fn begin(env: &dyn Env, asked: &Path, folder: Folder, name: &OsStr) -> Result<AtomicFile> {
+        let fresh = make_temporary_name(name, env.uuid());
         let made = match folder.create_unnamed(name) {
             Ok(file) => Ok((file, false)),
             Err(e) if e.kind() == ErrorKind::Unsupported => folder.create(&fresh).map(|file| (file, true)),
@@ -46,7 +46,7 @@ impl Draft {
         let blame = |e: Error| known_as.iter().fold(e, |e, path| e.renamed(path, asked)).at_path(asked);
         let (file, is_named_freshly) = made.map_err(blame)?;
         let (name, asked) = (name.to_os_string(), asked.to_path_buf());
-        Ok(Draft { folder, name, file, asked, fresh, is_named_freshly })
+        Ok(AtomicFile { folder, name, file, requested_path: asked, temporary_name: fresh, has_temporary_name: is_named_freshly })
     }
 
     /// The file, open for reading and writing.
@@ -60,9 +60,9 @@ impl Draft {
     }
 
     /// The error, under the name that was asked for.
-    pub fn blame(&self, e: Error) -> Error {
-        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_to(&self.fresh)];
-        known_as.iter().fold(e, |e, path| e.renamed(path, &self.asked))
+    pub fn with_requested_path(&self, e: Error) -> Error {
+        let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_to(&self.temporary_name)];
+        known_as.iter().fold(e, |e, path| e.renamed(path, &self.requested_path))
     }
 
     /// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
@@ -71,24 +71,24 @@ impl Draft {
     /// `Refused` if the name exists; `Io`.
     pub fn publish(&mut self) -> Result<()> {
         point::reached("draft.whole");
-        let named = match self.is_named_freshly {
+        let named = match self.has_temporary_name {
             false => self.folder.link_unnamed(&self.file, &self.name),
-            true => match self.folder.link(&self.fresh, &self.name) {
-                Ok(()) => self.folder.remove(&self.fresh),
+            true => match self.folder.link(&self.temporary_name, &self.name) {
+                Ok(()) => self.folder.remove(&self.temporary_name),
                 // A file system without second names.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
-                    self.folder.rename(&self.fresh, &self.folder, &self.name)
+                    self.folder.rename(&self.temporary_name, &self.folder, &self.name)
                 }
                 Err(e) => Err(e),
             },
         };
         named.map_err(|e| match e.raw_os_error() {
-            Some(libc::EEXIST) => already_there(&self.asked),
+            Some(libc::EEXIST) => name_exists_error(&self.requested_path),
             _ => e,
         })?;
-        self.is_named_freshly = false;
+        self.has_temporary_name = false;
         point::reached("draft.named");
-        self.settle()
+        self.sync_name()
     }
 
     /// Puts the finished, durable file in the place of what has its name, in one step, and makes the name durable.
@@ -98,28 +98,28 @@ impl Draft {
     pub fn replace(&mut self) -> Result<()> {
         point::reached("draft.whole-to-replace");
         // No call gives a file its first name over an old file.
-        if !self.is_named_freshly {
-            self.folder.link_unnamed(&self.file, &self.fresh)?;
-            self.is_named_freshly = true;
+        if !self.has_temporary_name {
+            self.folder.link_unnamed(&self.file, &self.temporary_name)?;
+            self.has_temporary_name = true;
         }
         point::reached("draft.named-to-replace");
-        self.folder.rename(&self.fresh, &self.folder, &self.name)?;
-        self.is_named_freshly = false;
+        self.folder.rename(&self.temporary_name, &self.folder, &self.name)?;
+        self.has_temporary_name = false;
         point::reached("draft.replaced");
-        self.settle()
+        self.sync_name()
     }
 
     /// Makes the name durable. The file is synced, too, since its link count has changed.
-    fn settle(&self) -> Result<()> {
+    fn sync_name(&self) -> Result<()> {
         self.file.sync_all()?;
         self.folder.sync()
     }
 }
 
-impl Drop for Draft {
+impl Drop for AtomicFile {
     fn drop(&mut self) {
-        if self.is_named_freshly
-            && let Err(e) = self.folder.remove(&self.fresh)
+        if self.has_temporary_name
+            && let Err(e) = self.folder.remove(&self.temporary_name)
         {
             log::warn!("{}", e.line());
         }
@@ -127,19 +127,19 @@ impl Drop for Draft {
 }
 
 /// The error for a name that must not exist.
-pub(super) fn already_there(path: &Path) -> Error {
+pub(super) fn name_exists_error(path: &Path) -> Error {
     Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path)
 }
 
 /// A temporary name for a file that is to be called `name`. `uuid` makes it unique.
-fn fresh_name(name: &OsStr, uuid: Uuid) -> OsString {
+fn make_temporary_name(name: &OsStr, uuid: Uuid) -> OsString {
     // Names have at most 255 bytes; a part of it is enough for people to recognise it.
     let start: String = name.to_string_lossy().chars().take(32).collect();
     format!(".{start}.{}.new", uuid.simple()).into()
 }
 
 /// Whether a name is the temporary one of a draft.
-pub fn is_fresh_name(name: &OsStr) -> bool {
+pub fn is_temporary_name(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let middle = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new"));
     let uuid = middle.and_then(|middle| middle.rsplit_once('.')).map(|(_, uuid)| uuid);

@@ -2,9 +2,9 @@
 //! ends it.
 
 use super::journal::Journal;
-use super::keep::Kept;
-use super::room::Room;
-use super::session::{Session, put_footer};
+use super::durability::DurabilityState;
+use super::free_tail::FreeTail;
+use super::session::{Session, write_zeros_and_footer};
 use super::writable::Writable;
 use crate::error::Result;
 use crate::format::layout;
@@ -13,7 +13,7 @@ use crate::units::SECTOR;
 
 /// The first file sector from `from` on at which a stamp and the footer behind it share a page, at least two sectors behind
 /// the footer at `footer`.
-pub(super) fn pair_place(from: u64, footer: u64) -> u64 {
+pub(super) fn stamp_sector_from(from: u64, footer: u64) -> u64 {
     const PAGE: u64 = layout::PAGE / SECTOR;
     let at = from.max(footer + 2);
     if at % PAGE == PAGE - 1 { at + 1 } else { at }
@@ -21,9 +21,9 @@ pub(super) fn pair_place(from: u64, footer: u64) -> u64 {
 
 impl Writable {
     pub(super) fn session(&self) -> Option<&Session> {
-        match &self.keep {
-            Kept::Session(session) => Some(session),
-            Kept::Commit | Kept::Nothing => None,
+        match &self.durability {
+            DurabilityState::Session(session) => Some(session),
+            DurabilityState::Commit | DurabilityState::FlushOnly => None,
         }
     }
 
@@ -37,29 +37,29 @@ impl Writable {
     ///
     /// The stamp goes into the gap before the footer. If there is none, stamp and footer go behind the footer, which stays
     /// where it is until the next step of growth wipes it, or the end of the session.
-    pub(super) fn begin_session(&self, room: &mut Room) {
+    pub(super) fn begin_session(&self, room: &mut FreeTail) {
         let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
-        let Some(stamp) = session.made(self.image()) else { return };
+        let Some(stamp) = session.prepared_stamp(self.image()) else { return };
         let old = room.footer;
         if old > room.next {
             // A failure is told by `begin`.
             let _ = session.begin(stamp, old - 1, None, false);
-            return self.pass_poison_on();
+            return self.record_poison_in_journal();
         }
-        let at = pair_place(old + 2, old);
+        let at = stamp_sector_from(old + 2, old);
         match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
             Ok(()) => {
                 room.stale.push(old);
                 room.footer = at + 1;
             }
-            Err(_) => self.cut_behind(old),
+            Err(_) => self.truncate_after_footer(old),
         }
-        self.pass_poison_on();
+        self.record_poison_in_journal();
     }
 
     /// Notes in the journal of a session that has just begun that the image was poisoned meanwhile: there was no journal to note
     /// it in.
-    fn pass_poison_on(&self) {
+    fn record_poison_in_journal(&self) {
         if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
             journal.poison(&e.line());
         }
@@ -67,8 +67,8 @@ impl Writable {
 
     /// Wipes the stamp of a session whose journal was lost, after a commit. Otherwise the image is refused after a kill, although
     /// everything is in it.
-    pub(super) fn forget_lost_journal(&self) {
-        let Some(session) = self.session().filter(|session| session.is_given_up()) else { return };
+    pub(super) fn erase_stamp_of_lost_journal(&self) {
+        let Some(session) = self.session().filter(|session| session.is_abandoned()) else { return };
         if let Err(e) = session.erase_stamp() {
             log::warn!("{}; after a kill the image is refused until --discard-journal", e.line());
         }
@@ -76,9 +76,9 @@ impl Writable {
 
     /// Begins the session, if it has not begun, before something is marked.
     #[inline]
-    pub(super) fn begin_session_now(&self) {
+    pub(super) fn ensure_session(&self) {
         if self.session().is_some_and(|session| !session.is_begun()) {
-            self.begin_session(&mut self.room());
+            self.begin_session(&mut self.free_tail());
         }
     }
 
@@ -86,15 +86,15 @@ impl Writable {
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the end that counts is where it was, once the file is cut behind it.
-    pub(super) fn put_end(&self, at: u64) -> Result<()> {
+    pub(super) fn write_new_end(&self, at: u64) -> Result<()> {
         match self.session() {
-            Some(session) => session.move_to(self.image(), at, &self.footer_bytes()),
-            None => put_footer(self.file(), at, &self.footer_bytes()),
+            Some(session) => session.move_stamp(self.image(), at, &self.footer_bytes()),
+            None => write_zeros_and_footer(self.file(), at, &self.footer_bytes()),
         }
     }
 
     /// Cuts the file behind the footer at a sector, after a longer end could not be written.
-    fn cut_behind(&self, footer: u64) {
+    fn truncate_after_footer(&self, footer: u64) {
         if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
             self.poison(&format!("the end of the file is unknown ({})", e.line()));
         }
@@ -113,11 +113,11 @@ impl Writable {
     ///
     /// # Errors
     /// As for [`Session::renew`].
-    pub(super) fn renew_at_take_over(&self) -> Result<()> {
+    pub(super) fn renew_after_replay(&self) -> Result<()> {
         let Some(session) = self.session().filter(|session| session.is_stamped()) else { return Ok(()) };
         #[cfg(feature = "mutants")]
         if mutant::is(Mutant::FreshSession) {
-            session.mistake_session(self.image());
+            session.mutate_session(self.image());
         }
         if mutant::is(Mutant::NoTakeoverGeneration) { Ok(()) } else { session.renew() }
     }
@@ -139,7 +139,7 @@ impl Writable {
     ///
     /// # Errors
     /// `Io`.
-    pub fn retire(&self) -> Result<()> {
+    pub fn remove_journal(&self) -> Result<()> {
         self.session().and_then(Session::any_journal).map_or(Ok(()), Journal::remove)
     }
 }
@@ -152,7 +152,7 @@ mod tests {
     fn stamp_and_footer_share_a_page_behind_the_old_footer() {
         for footer in 0..64 {
             for from in 0..96 {
-                let at = pair_place(from, footer);
+                let at = stamp_sector_from(from, footer);
                 assert!(at >= from && at >= footer + 2 && at / 8 == (at + 1) / 8, "{footer} {from} {at}");
                 assert!(at <= from.max(footer + 2) + 1, "no more than needed");
             }
