@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::device::{AtomicMemory, Device, Memory, Queue, Vring};
+use diffdisk::device::{AtomicMemory, Device, MemoryRegions, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{
@@ -33,7 +33,7 @@ pub fn requests(path: &Path, count: u64, engine: Idle) {
     plan_all(disk.version());
     let device = Device::new(disk.clone(), 1, SIZE, true);
     device.ack(1 << 32);
-    let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("memory");
+    let memory = MemoryRegions::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("memory");
     let vring = Vring::new(AtomicMemory::new(memory.clone()), SIZE).expect("a ring");
     vring.set_queue_size(SIZE);
     vring.set_queue_info(TABLE, AVAIL, USED).expect("addresses");

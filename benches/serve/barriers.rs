@@ -60,7 +60,7 @@ impl Guest {
 
     /// Syncs that it took.
     fn flush(&mut self) -> f64 {
-        let count = |guest: &Guest| guest.disk.counts().barriers.load(Ordering::Relaxed);
+        let count = |guest: &Guest| guest.disk.counters().syncs.load(Ordering::Relaxed);
         let before = count(self);
         self.run(Work::Flush);
         (count(self) - before) as f64

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::spec::{self, Limits, feature};
+use super::spec::{self, SegmentLimits, feature};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockSize, SECTOR};
@@ -15,10 +15,10 @@ pub const CONFIG_SPACE: u32 = 256;
 pub const SEG_MAX: u16 = 126;
 /// Limits of DISCARD and WRITE_ZEROES that drivers are given: ranges of 32 MiB, so that a trim is many requests, between which
 /// the guest's other requests are served.
-pub const ZEROING: Limits = Limits { sectors: 1 << 16, segments: 32 };
+pub const ZEROING_LIMITS: SegmentLimits = SegmentLimits { sectors: 1 << 16, segments: 32 };
 /// Most sectors of a range that is carried out. A guest that was started before an update of the daemon keeps the limit of that
 /// time, 1 GiB.
-pub const MOST_ZEROED: u32 = 1 << 21;
+pub const MAX_ZEROED_SECTORS: u32 = 1 << 21;
 /// log2 of the sectors in a physical block of 4 KiB, to which the images' data is aligned.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
@@ -30,11 +30,11 @@ pub struct Device {
     queues: u16,
     queue_size: u16,
     /// Whether the cache is on after a reset.
-    write_back: bool,
+    default_writeback: bool,
     /// Features of ours that the driver took.
     acked: AtomicU64,
     /// The `writeback` byte.
-    cache: AtomicBool,
+    writeback: AtomicBool,
 }
 
 impl Device {
@@ -46,9 +46,9 @@ impl Device {
             disk,
             queues,
             queue_size,
-            write_back,
+            default_writeback: write_back,
             acked: AtomicU64::new(0),
-            cache: AtomicBool::new(write_back),
+            writeback: AtomicBool::new(write_back),
         };
         device.apply_cache();
         Arc::new(device)
@@ -71,7 +71,7 @@ impl Device {
 
     /// The virtio features offered.
     pub fn features(&self) -> u64 {
-        offered(self.disk.is_read_only())
+        offered_features(self.disk.is_read_only())
     }
 
     /// Features of ours that the driver took.
@@ -88,14 +88,14 @@ impl Device {
 
     /// Forgets what the driver said.
     pub fn reset(&self) {
-        self.cache.store(self.write_back, Ordering::Relaxed);
+        self.writeback.store(self.default_writeback, Ordering::Relaxed);
         self.ack(0);
     }
 
     /// `len` bytes of configuration space from `offset`, at most 256; what lies beyond it is zero. Some front-ends ask
     /// at 0x100, where the registers of a PCI device would place it: that is the same as 0.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
-        window(&self.config().encode(), offset, len)
+        config_window(&self.config().encode(), offset, len)
     }
 
     /// Switches the cache: `bytes` is the one byte `writeback`, at its place. Going from on to off makes all completed
@@ -104,13 +104,13 @@ impl Device {
     /// # Errors
     /// `Refused` for any other field or value, and what the commit fails with; the cache is then as it was.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
-        let on = switch(offset, bytes)?;
-        let was = self.cache.swap(on, Ordering::Relaxed);
+        let on = parse_writeback(offset, bytes)?;
+        let was = self.writeback.swap(on, Ordering::Relaxed);
         // First through, then the commit: no write that starts in between is left behind it.
         self.apply_cache();
         if was && !on {
             self.disk.commit().inspect_err(|_| {
-                self.cache.store(was, Ordering::Relaxed);
+                self.writeback.store(was, Ordering::Relaxed);
                 self.apply_cache();
             })?;
         }
@@ -118,24 +118,24 @@ impl Device {
     }
 
     fn apply_cache(&self) {
-        let back = self.cache.load(Ordering::Relaxed) && self.acked() & feature::FLUSH != 0;
+        let back = self.writeback.load(Ordering::Relaxed) && self.acked() & feature::FLUSH != 0;
         self.disk.set_write_through(!back);
     }
 
-    fn config(&self) -> spec::Config {
+    fn config(&self) -> spec::BlkConfig {
         let writable = !self.disk.is_read_only();
-        spec::Config {
+        spec::BlkConfig {
             capacity: self.disk.capacity(),
             seg_max: u32::from(seg_max(self.queue_size)),
             blk_size: u32::try_from(SECTOR).expect("512"),
             physical_block_exp: PHYSICAL_BLOCK_EXP,
             min_io_size: 1 << PHYSICAL_BLOCK_EXP,
             opt_io_size: BlockSize::DEFAULT.sectors(),
-            writeback: self.cache.load(Ordering::Relaxed),
+            writeback: self.writeback.load(Ordering::Relaxed),
             num_queues: self.queues,
-            discard: if writable { ZEROING } else { Limits::default() },
+            discard: if writable { ZEROING_LIMITS } else { SegmentLimits::default() },
             discard_sector_alignment: if writable { 1 << PHYSICAL_BLOCK_EXP } else { 0 },
-            write_zeroes: if writable { ZEROING } else { Limits::default() },
+            write_zeroes: if writable { ZEROING_LIMITS } else { SegmentLimits::default() },
             write_zeroes_may_unmap: writable,
         }
     }
@@ -147,7 +147,7 @@ fn seg_max(queue_size: u16) -> u16 {
 }
 
 /// The features of a disk.
-fn offered(read_only: bool) -> u64 {
+fn offered_features(read_only: bool) -> u64 {
     let always = feature::VERSION_1
         | feature::EVENT_IDX
         | feature::INDIRECT_DESC
@@ -161,13 +161,13 @@ fn offered(read_only: bool) -> u64 {
 }
 
 /// The place in configuration space that an offset of a front-end means.
-fn fold(offset: u32) -> u32 {
+fn fold_offset(offset: u32) -> u32 {
     offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
 }
 
 /// `len` bytes of a configuration space from `offset`.
-fn window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
-    let from = (fold(offset) as usize).min(space.len());
+fn config_window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
+    let from = (fold_offset(offset) as usize).min(space.len());
     let len = len.min(CONFIG_SPACE) as usize;
     let mut bytes = space[from..space.len().min(from + len)].to_vec();
     bytes.resize(len, 0);
@@ -175,8 +175,8 @@ fn window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
 }
 
 /// Whether a write to configuration space turns the cache on.
-fn switch(offset: u32, bytes: &[u8]) -> Result<bool> {
-    match (fold(offset) as usize, bytes) {
+fn parse_writeback(offset: u32, bytes: &[u8]) -> Result<bool> {
+    match (fold_offset(offset) as usize, bytes) {
         (spec::CONFIG_WRITEBACK, [0]) => Ok(false),
         (spec::CONFIG_WRITEBACK, [1]) => Ok(true),
         _ => {
@@ -193,31 +193,31 @@ mod tests {
     #[test]
     fn any_window_is_answered() {
         let space: Vec<u8> = (1..=60).collect();
-        assert_eq!(window(&space, 0, 60), space);
-        assert_eq!(window(&space, 0x100, 60), space, "0x100 is folded to 0");
-        assert_eq!(window(&space, 0x120, 1), [33]);
-        assert_eq!(window(&space, 58, 4), [59, 60, 0, 0]);
+        assert_eq!(config_window(&space, 0, 60), space);
+        assert_eq!(config_window(&space, 0x100, 60), space, "0x100 is folded to 0");
+        assert_eq!(config_window(&space, 0x120, 1), [33]);
+        assert_eq!(config_window(&space, 58, 4), [59, 60, 0, 0]);
         for (offset, len) in [(60, 8), (255, 8), (0x1ff, 300), (0x200, 4), (u32::MAX, u32::MAX), (0, 0)] {
-            let got = window(&space, offset, len);
+            let got = config_window(&space, offset, len);
             assert_eq!(got.len(), len.min(256) as usize, "{offset} {len}");
             assert!(got.iter().all(|&b| b == 0), "{offset} {len}");
         }
-        assert_eq!(window(&space, 0, 256).len(), 256);
+        assert_eq!(config_window(&space, 0, 256).len(), 256);
     }
 
     #[test]
     fn only_the_cache_can_be_written() {
-        assert!(!switch(32, &[0]).unwrap() && switch(32, &[1]).unwrap() && switch(0x120, &[1]).unwrap());
+        assert!(!parse_writeback(32, &[0]).unwrap() && parse_writeback(32, &[1]).unwrap() && parse_writeback(0x120, &[1]).unwrap());
         for (offset, bytes) in
             [(32, &[2][..]), (32, &[]), (32, &[1, 0]), (31, &[1]), (33, &[1]), (0, &[0]), (u32::MAX, &[1])]
         {
-            assert_eq!(switch(offset, bytes).unwrap_err().kind(), ErrorKind::Refused, "{offset} {bytes:?}");
+            assert_eq!(parse_writeback(offset, bytes).unwrap_err().kind(), ErrorKind::Refused, "{offset} {bytes:?}");
         }
     }
 
     #[test]
     fn a_read_only_disk_offers_no_way_to_change_it() {
-        let (rw, ro) = (offered(false), offered(true));
+        let (rw, ro) = (offered_features(false), offered_features(true));
         let change = feature::DISCARD | feature::WRITE_ZEROES;
         assert_eq!((rw & change, rw & feature::RO), (change, 0));
         assert_eq!((ro & change, ro & feature::RO), (0, feature::RO));

@@ -1,31 +1,31 @@
 //! Tests of `exchange.rs`.
 
-use super::super::driver::{AVAIL, DATA, Driver, END, INDIRECT_FLAG, NEXT, SEAM, STATUS, TABLE, WRITE};
+use super::super::testing::{AVAIL, DATA, TestDriver, END, INDIRECT_FLAG, NEXT, SEAM, STATUS, TABLE, WRITE};
 use super::super::spec::{ID_LEN, kind};
 use super::*;
 use crate::units::SectorRange;
 
 const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
-const RULES: Rules<'static> = Rules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
+const RULES: RequestRules<'static> = RequestRules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
 
 /// A ring, and a disk that keeps its requests until told.
-struct Bench {
-    d: Driver,
-    x: Exchange,
+struct TestVirtqueue {
+    d: TestDriver,
+    x: Virtqueue,
     disk: Vec<Request>,
     depth: usize,
 }
 
-impl Bench {
-    fn new(size: u16) -> Bench {
-        let d = Driver::new(size);
-        let x = Exchange::new(d.view(), d.ring(false), None).unwrap();
-        Bench { d, x, disk: Vec::new(), depth: 1000 }
+impl TestVirtqueue {
+    fn new(size: u16) -> TestVirtqueue {
+        let d = TestDriver::new(size);
+        let x = Virtqueue::new(d.view(), d.ring(false), None).unwrap();
+        TestVirtqueue { d, x, disk: Vec::new(), depth: 1000 }
     }
 
-    fn take(&mut self) -> Pause {
+    fn take(&mut self) -> PopResult {
         let (disk, depth) = (&mut self.disk, self.depth);
-        self.x.take(&RULES, depth - disk.len(), |r| {
+        self.x.pop_chains(&RULES, depth - disk.len(), |r| {
             disk.push(r);
             depth - disk.len()
         })
@@ -44,7 +44,7 @@ impl Bench {
     /// The disk answers its oldest request.
     fn answer(&mut self, outcome: Outcome) {
         let request = self.disk.remove(0);
-        self.x.complete(Answer { tag: request.tag, outcome, memory: memory_of(request.work) });
+        self.x.complete(Answer { tag: request.tag, outcome, memory: data_memory(request.work) });
     }
 
     fn used(&mut self) -> Vec<(u32, u32)> {
@@ -59,7 +59,7 @@ impl Bench {
     /// The ring still works: a read goes through from end to end.
     fn works(&mut self, i: u16) {
         self.ask(i, kind::IN, 512);
-        assert_eq!(self.take(), Pause::Empty);
+        assert_eq!(self.take(), PopResult::Empty);
         self.answer(Outcome::Done);
         assert_eq!((self.used(), self.status(i)), (vec![(3 * u32::from(i), 513)], 0));
     }
@@ -67,12 +67,12 @@ impl Bench {
 
 #[test]
 fn requests_go_to_the_disk_and_answers_come_back_in_any_order() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     b.ask(0, kind::IN, 1024);
     b.ask(1, kind::OUT, 512);
     b.ask(2, kind::FLUSH, 0);
     b.ask(3, kind::GET_ID, 0);
-    assert_eq!(b.take(), Pause::Empty);
+    assert_eq!(b.take(), PopResult::Empty);
     assert_eq!(b.used(), [(9, 1)], "what needs no disk is over");
     assert_eq!(b.disk.iter().map(|r| r.tag).collect::<Vec<_>>(), [0, 3, 6]);
     assert!(matches!(&b.disk[1].work, Work::Write { range, .. } if *range == SectorRange::new(1, 1).unwrap()));
@@ -83,14 +83,14 @@ fn requests_go_to_the_disk_and_answers_come_back_in_any_order() {
     assert_eq!(b.used(), [(3, 1), (6, 1), (0, 1)], "a failed read says nothing of its data");
     assert_eq!([0, 1, 2, 3].map(|i| b.status(i)), [1, 2, 0, 0]);
     b.works(0);
-    assert_eq!((b.x.bytes, b.x.spare.len()), (0, 2), "memory is used again");
+    assert_eq!((b.x.bytes_in_flight, b.x.iovec_pool.len()), (0, 2), "memory is used again");
 }
 
 #[test]
 fn a_bad_chain_comes_back_and_the_ring_goes_on() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     let header = b.d.header(0, kind::IN, 0);
-    let table = |d: &Driver, descs: &[(u64, u32, u16, u16)]| {
+    let table = |d: &TestDriver, descs: &[(u64, u32, u16, u16)]| {
         (30..).zip(descs).for_each(|(i, &desc)| d.desc(TABLE, i, desc));
     };
     let cases: [&[(u64, u32, u16, u16)]; 7] = [
@@ -105,7 +105,7 @@ fn a_bad_chain_comes_back_and_the_ring_goes_on() {
     for (n, case) in cases.into_iter().enumerate() {
         table(&b.d, case);
         b.d.add(30);
-        assert_eq!(b.take(), Pause::Empty, "case {n}");
+        assert_eq!(b.take(), PopResult::Empty, "case {n}");
         assert_eq!(b.used(), [(30, 0)], "case {n}");
         assert!(b.disk.is_empty());
         b.works(1);
@@ -113,114 +113,114 @@ fn a_bad_chain_comes_back_and_the_ring_goes_on() {
     // Bad, but with a place to say so.
     b.ask(5, kind::IN, 513);
     b.ask(6, 77, 0);
-    assert_eq!(b.take(), Pause::Empty);
+    assert_eq!(b.take(), PopResult::Empty);
     assert_eq!((b.used(), b.status(5), b.status(6)), (vec![(15, 1), (18, 1)], 1, 2));
     b.works(1);
 }
 
 #[test]
 fn a_head_in_flight_breaks_the_ring_and_what_is_in_flight_completes() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     b.ask(0, kind::IN, 512);
     b.ask(1, kind::IN, 512);
     b.d.add(0);
-    assert_eq!(b.take(), Pause::Broken);
-    assert_eq!(b.x.broken(), Some(Broken::Twice));
+    assert_eq!(b.take(), PopResult::Broken);
+    assert_eq!(b.x.broken(), Some(RingError::HeadInFlight));
     assert_eq!(b.disk.len(), 2);
     b.ask(2, kind::IN, 512);
-    assert_eq!((b.take(), b.disk.len()), (Pause::Broken, 2), "latched");
+    assert_eq!((b.take(), b.disk.len()), (PopResult::Broken, 2), "latched");
     b.answer(Outcome::Done);
     b.answer(Outcome::Done);
     assert_eq!(b.used(), [(0, 513), (3, 513)]);
-    assert_eq!(b.take(), Pause::Broken);
+    assert_eq!(b.take(), PopResult::Broken);
 }
 
 #[test]
 fn a_head_may_come_again_once_it_was_given_back() {
-    let mut b = Bench::new(4);
+    let mut b = TestVirtqueue::new(4);
     for _ in 0..100 {
         b.works(0);
     }
     // Also within one turn, where it never was in flight.
     b.ask(0, kind::GET_ID, 0);
     b.ask(0, kind::GET_ID, 0);
-    assert_eq!(b.take(), Pause::Empty);
+    assert_eq!(b.take(), PopResult::Empty);
     assert_eq!(b.used().len(), 2);
 }
 
 #[test]
 fn a_jump_and_a_bad_head_break_the_ring() {
-    for (idx, head, rule) in [(65, 0, Broken::Jump), (1, 64, Broken::Head), (u16::MAX, 0, Broken::Jump)] {
-        let mut b = Bench::new(64);
+    for (idx, head, rule) in [(65, 0, RingError::AvailIndexJump), (1, 64, RingError::BadHead), (u16::MAX, 0, RingError::AvailIndexJump)] {
+        let mut b = TestVirtqueue::new(64);
         b.works(1);
         b.d.put_word(AVAIL + 4 + 2, head);
         b.d.put_word(AVAIL + 2, idx.wrapping_add(1));
-        assert_eq!((b.take(), b.x.broken()), (Pause::Broken, Some(rule)));
+        assert_eq!((b.take(), b.x.broken()), (PopResult::Broken, Some(rule)));
         b.d.put_word(AVAIL + 2, 1);
-        assert_eq!(b.take(), Pause::Broken, "it is not looked at again");
+        assert_eq!(b.take(), PopResult::Broken, "it is not looked at again");
         assert_eq!(b.used(), []);
     }
 }
 
 #[test]
 fn a_turn_is_bounded() {
-    let mut b = Bench::new(256);
+    let mut b = TestVirtqueue::new(256);
     for _ in 0..41 {
         b.ask(0, kind::GET_ID, 0);
     }
     for taken in [16, 12, 6] {
-        assert_eq!((b.take(), b.used().len()), (Pause::Turn, taken), "half of what there is, and not too many");
+        assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, taken), "half of what there is, and not too many");
     }
-    assert_eq!((b.take(), b.used().len()), (Pause::Turn, 4), "and not too few");
-    assert_eq!((b.take(), b.used().len()), (Pause::Empty, 3));
-    let much = u32::try_from(TURN_BYTES).unwrap();
+    assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, 4), "and not too few");
+    assert_eq!((b.take(), b.used().len()), (PopResult::Empty, 3));
+    let much = u32::try_from(MAX_BATCH_BYTES).unwrap();
     (0..3).for_each(|i| b.ask(i, kind::IN, much / 2));
-    assert_eq!((b.take(), b.disk.len()), (Pause::Turn, 2), "so many bytes are a turn, too");
-    assert_eq!((b.take(), b.disk.len()), (Pause::Empty, 3));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::BatchFull, 2), "so many bytes are a turn, too");
+    assert_eq!((b.take(), b.disk.len()), (PopResult::Empty, 3));
 }
 
 #[test]
 fn a_full_lane_leaves_chains_in_the_ring() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     b.depth = 2;
     (0..5).for_each(|i| b.ask(i, kind::IN, 512));
-    assert_eq!((b.take(), b.disk.len(), b.x.ring().next_avail()), (Pause::Full, 2, 2));
-    assert_eq!((b.take(), b.disk.len()), (Pause::Full, 2));
+    assert_eq!((b.take(), b.disk.len(), b.x.ring().next_avail()), (PopResult::NoCapacity, 2, 2));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::NoCapacity, 2));
     b.answer(Outcome::Done);
-    assert_eq!((b.take(), b.disk.len()), (Pause::Full, 2));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::NoCapacity, 2));
     b.answer(Outcome::Done);
     b.answer(Outcome::Done);
-    assert_eq!((b.take(), b.disk.len()), (Pause::Empty, 2));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::Empty, 2));
     assert_eq!(b.used().len(), 3);
 }
 
 #[test]
 fn bytes_in_flight_are_bounded() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     let most = u32::try_from(MAX_BYTES).unwrap();
     b.ask(0, kind::IN, most);
     b.ask(1, kind::OUT, most - 512);
     b.ask(2, kind::IN, 512);
     b.ask(3, kind::IN, 512);
     b.ask(4, kind::FLUSH, 0);
-    assert_eq!((b.take(), b.take()), (Pause::Turn, Pause::Turn));
-    assert_eq!((b.take(), b.disk.len()), (Pause::Full, 3), "exactly at the limit");
-    assert_eq!((b.x.bytes, b.x.spare.len()), (MAX_BYTES_IN_FLIGHT, 1));
-    assert_eq!((b.take(), b.disk.len()), (Pause::Full, 3));
+    assert_eq!((b.take(), b.take()), (PopResult::BatchFull, PopResult::BatchFull));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::NoCapacity, 3), "exactly at the limit");
+    assert_eq!((b.x.bytes_in_flight, b.x.iovec_pool.len()), (MAX_BYTES_IN_FLIGHT, 1));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::NoCapacity, 3));
     b.answer(Outcome::Failed);
-    assert_eq!((b.take(), b.disk.len()), (Pause::Empty, 4));
+    assert_eq!((b.take(), b.disk.len()), (PopResult::Empty, 4));
     (0..4).for_each(|_| b.answer(Outcome::Done));
-    assert_eq!((b.x.bytes, b.used().len()), (0, 5));
+    assert_eq!((b.x.bytes_in_flight, b.used().len()), (0, 5));
 }
 
 #[test]
 fn overlaps_hurt_only_the_guest() {
-    let mut b = Bench::new(64);
+    let mut b = TestVirtqueue::new(64);
     // The status lies in the header, the data over the descriptor table and the avail ring's element.
     let header = b.d.header(0, kind::IN, 0);
     b.d.chain(TABLE, 0, &[(header, 16, 0), (TABLE, 512, WRITE), (header, 1, WRITE)]);
     b.d.add(0);
-    assert_eq!(b.take(), Pause::Empty);
+    assert_eq!(b.take(), PopResult::Empty);
     let Work::Read { into, .. } = &b.disk[0].work else { panic!("a read") };
     into.copy_from(0, &[0xff; 512]);
     b.answer(Outcome::Done);

@@ -43,8 +43,8 @@ const VERSION: usize = 8;
 const DESC_NUM: usize = 10;
 const LAST_BATCH_HEAD: usize = 12;
 const USED_IDX: usize = 14;
-const DESCRIPTORS: usize = 16;
-const DESCRIPTOR: usize = 16;
+const ENTRIES: usize = 16;
+const ENTRY_LEN: usize = 16;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
 
@@ -53,16 +53,16 @@ const VERSION_1: u16 = 1;
 
 /// The mapped region of the records.
 #[derive(Debug)]
-pub struct RecordMap {
+pub struct InFlightRegion {
     // Before the mapping: a guard goes before what it guards is unmapped.
     guard: Option<Guard>,
     map: MmapRegion<()>,
 }
 
-impl RecordMap {
+impl InFlightRegion {
     /// The region `map`. With a guard, a page of it that cannot be had does not end the process.
-    pub fn new(map: MmapRegion<()>, guard: Option<Guard>) -> RecordMap {
-        RecordMap { guard, map }
+    pub fn new(map: MmapRegion<()>, guard: Option<Guard>) -> InFlightRegion {
+        InFlightRegion { guard, map }
     }
 
     /// Whether a page of the region could not be had.
@@ -74,31 +74,31 @@ impl RecordMap {
 
 /// What one queue notes. Between `resume` calls it is only written.
 #[derive(Clone)]
-pub struct Record {
-    map: Arc<RecordMap>,
-    at: usize,
+pub struct InFlightRecord {
+    map: Arc<InFlightRegion>,
+    offset: usize,
     entries: u16,
-    last: u16,
+    last_completed: u16,
     counter: u64,
     /// Heads given back since `used.idx` was last stored.
-    batch: Vec<u16>,
+    unpublished: Vec<u16>,
 }
 
-impl Record {
+impl InFlightRecord {
     /// Bytes of the record of a queue of at most `entries` descriptors.
     pub const fn len(entries: u16) -> usize {
-        (DESCRIPTORS + DESCRIPTOR * entries as usize).next_multiple_of(64)
+        (ENTRIES + ENTRY_LEN * entries as usize).next_multiple_of(64)
     }
 
     /// The record of a queue of at most `entries` descriptors, at byte `at` of `map`.
     ///
     /// # Panics
     /// Where it does not lie in `map`, or not at a multiple of 64.
-    pub fn new(map: Arc<RecordMap>, at: usize, entries: u16) -> Record {
-        let end = at.checked_add(Record::len(entries));
+    pub fn new(map: Arc<InFlightRegion>, at: usize, entries: u16) -> InFlightRecord {
+        let end = at.checked_add(InFlightRecord::len(entries));
         assert!(end.is_some_and(|end| end <= map.map.size()), "a record lies in its region");
         assert!(at.is_multiple_of(64), "a record is aligned");
-        Record { map, at, entries, last: 0, counter: 0, batch: Vec::new() }
+        InFlightRecord { map, offset: at, entries, last_completed: 0, counter: 0, unpublished: Vec::new() }
     }
 
     /// Whether a page of the region could not be had.
@@ -122,8 +122,8 @@ impl Record {
         if size > self.entries {
             return invalid(format!("a ring of {size} descriptors, and an in-flight record of {}", self.entries));
         }
-        self.batch.clear();
-        (self.last, self.counter) = (0, 0);
+        self.unpublished.clear();
+        (self.last_completed, self.counter) = (0, 0);
         match self.load(VERSION) {
             0 => self.initialise(used_idx),
             VERSION_1 => match self.load::<u16>(DESC_NUM) {
@@ -142,13 +142,13 @@ impl Record {
                 if head >= self.entries {
                     break;
                 }
-                self.mark(head, 0);
-                head = self.load(place(head) + NEXT);
+                self.set_inflight(head, 0);
+                head = self.load(entry_offset(head) + NEXT);
             }
             self.store(USED_IDX, used_idx);
         }
-        let marked = (0..size).filter(|head| self.load::<u8>(place(*head)) == 1);
-        let mut heads: Vec<(u64, u16)> = marked.map(|head| (self.load(place(head) + COUNTER), head)).collect();
+        let marked = (0..size).filter(|head| self.load::<u8>(entry_offset(*head)) == 1);
+        let mut heads: Vec<(u64, u16)> = marked.map(|head| (self.load(entry_offset(head) + COUNTER), head)).collect();
         heads.sort_unstable();
         self.counter = heads.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Ok(heads.into_iter().map(|(_, head)| head).collect())
@@ -157,57 +157,57 @@ impl Record {
     /// As new. The version comes last: a kill before it leaves a region that nobody used.
     fn initialise(&self, used_idx: u16) {
         self.store(VERSION, 0u16);
-        (0..self.entries).for_each(|head| self.mark(head, 0));
+        (0..self.entries).for_each(|head| self.set_inflight(head, 0));
         self.store(DESC_NUM, self.entries);
         self.store(USED_IDX, used_idx);
         self.store(VERSION, VERSION_1);
     }
 
     /// A chain was taken from the avail ring. To be called before anything is done with it.
-    pub fn take(&mut self, head: u16) {
-        self.store(place(head) + COUNTER, self.counter);
+    pub fn record_taken(&mut self, head: u16) {
+        self.store(entry_offset(head) + COUNTER, self.counter);
         self.counter = self.counter.wrapping_add(1);
-        self.mark(head, 1);
+        self.set_inflight(head, 1);
     }
 
     /// A chain's data and status are in place, and `used.idx` will soon say so.
-    pub fn give(&mut self, head: u16) {
-        self.store(place(head) + NEXT, self.last);
+    pub fn record_completed(&mut self, head: u16) {
+        self.store(entry_offset(head) + NEXT, self.last_completed);
         self.store(LAST_BATCH_HEAD, head);
-        self.last = head;
-        self.batch.push(head);
+        self.last_completed = head;
+        self.unpublished.push(head);
     }
 
     /// `used.idx` was stored: the driver has all chains given.
-    pub fn settle(&mut self, used_idx: u16) {
-        if self.batch.is_empty() {
+    pub fn record_published(&mut self, used_idx: u16) {
+        if self.unpublished.is_empty() {
             return;
         }
-        self.batch.iter().for_each(|&head| self.mark(head, 0));
-        self.batch.clear();
+        self.unpublished.iter().for_each(|&head| self.set_inflight(head, 0));
+        self.unpublished.clear();
         self.store(USED_IDX, used_idx);
     }
 
     fn load<T: AtomicAccess>(&self, at: usize) -> T {
-        let place = self.map.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
+        let place = self.map.map.get_slice(self.offset + at, size_of::<T>()).expect("a record lies in its region");
         place.load(0, Ordering::Acquire).expect("a record's words are aligned")
     }
 
     fn store<T: AtomicAccess>(&self, at: usize, value: T) {
-        let place = self.map.map.get_slice(self.at + at, size_of::<T>()).expect("a record lies in its region");
+        let place = self.map.map.get_slice(self.offset + at, size_of::<T>()).expect("a record lies in its region");
         place.store(value, 0, Ordering::Release).expect("a record's words are aligned");
         #[cfg(test)]
-        super::driver::stored();
+        super::testing::count_store();
     }
 
-    fn mark(&self, head: u16, inflight: u8) {
-        self.store(place(head), inflight);
+    fn set_inflight(&self, head: u16, inflight: u8) {
+        self.store(entry_offset(head), inflight);
     }
 }
 
 /// Where the notes on a head begin.
-fn place(head: u16) -> usize {
-    DESCRIPTORS + DESCRIPTOR * usize::from(head)
+fn entry_offset(head: u16) -> usize {
+    ENTRIES + ENTRY_LEN * usize::from(head)
 }
 
 #[cfg(test)]

@@ -2,24 +2,24 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::super::driver::{
-    DATA, Driver, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, WRITE, kill_after, stores_left,
+use super::super::testing::{
+    DATA, TestDriver, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, WRITE, kill_after, stores_left,
 };
-use super::super::exchange::{Exchange, Pause, TURN, TURN_BYTES};
-use super::super::parse::Rules;
-use super::super::ring::Ring;
+use super::super::virtqueue::{Virtqueue, PopResult, MAX_BATCH, MAX_BATCH_BYTES};
+use super::super::parse::RequestRules;
+use super::super::split_ring::SplitRing;
 use super::super::spec::{ID_LEN, kind};
 use super::*;
 use crate::disk::{Answer, Outcome, Request, Work};
 
 const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
-const RULES: Rules<'static> = Rules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
+const RULES: RequestRules<'static> = RequestRules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
 const SIZE: u16 = 64;
 /// Requests that a driver can have at once: of three descriptors each.
-const SLOTS: u16 = 20;
+const CHAINS: u16 = 20;
 
-fn region(entries: u16) -> Arc<RecordMap> {
-    Arc::new(RecordMap::new(MmapRegion::new(Record::len(entries)).unwrap(), None))
+fn region(entries: u16) -> Arc<InFlightRegion> {
+    Arc::new(InFlightRegion::new(MmapRegion::new(InFlightRecord::len(entries)).unwrap(), None))
 }
 
 fn next(seed: &mut u64) -> u64 {
@@ -28,12 +28,12 @@ fn next(seed: &mut u64) -> u64 {
 }
 
 /// A guest whose device is killed and comes back.
-struct World {
-    d: Driver,
-    map: Arc<RecordMap>,
-    device: Option<(Exchange, Vec<Request>)>,
+struct KillHarness {
+    d: TestDriver,
+    map: Arc<InFlightRegion>,
+    device: Option<(Virtqueue, Vec<Request>)>,
     /// By slot: the requests that have no answer yet, numbered as they were made.
-    asked: [Option<u32>; SLOTS as usize],
+    asked: [Option<u32>; CHAINS as usize],
     asks: u32,
     answers: u32,
     lives: u32,
@@ -45,11 +45,11 @@ struct World {
     seed: u64,
 }
 
-impl World {
-    fn new(seed: u64) -> World {
-        let (d, map) = (Driver::new(SIZE), region(SIZE));
+impl KillHarness {
+    fn new(seed: u64) -> KillHarness {
+        let (d, map) = (TestDriver::new(SIZE), region(SIZE));
         let asked = Default::default();
-        World {
+        KillHarness {
             d,
             map,
             device: None,
@@ -65,11 +65,11 @@ impl World {
     }
 
     fn ask(&mut self) {
-        let Some(slot) = (0..SLOTS).find(|s| self.asked[usize::from(*s)].is_none()) else { return };
+        let Some(slot) = (0..CHAINS).find(|s| self.asked[usize::from(*s)].is_none()) else { return };
         let first = 3 * slot;
         let at = STATUS + u64::from(slot);
         self.d.put(at, &[0xff]);
-        let ask = |d: &Driver, kind, flag| {
+        let ask = |d: &TestDriver, kind, flag| {
             let header = d.header(slot, kind, 0);
             d.chain(TABLE, first, &[(header, 16, 0), (SEAM, 512, flag), (at, 1, WRITE)]);
         };
@@ -87,7 +87,7 @@ impl World {
     }
 
     /// Carries `f` out on the device, which is made if there is none. It may be killed at that.
-    fn run(&mut self, f: impl FnOnce(&mut Exchange, &mut Vec<Request>, &mut u64)) {
+    fn run(&mut self, f: impl FnOnce(&mut Virtqueue, &mut Vec<Request>, &mut u64)) {
         let (d, map) = (&self.d, &self.map);
         let (device, seed) = (self.device.take(), &mut self.seed);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -95,8 +95,8 @@ impl World {
                 self.lives += 1;
                 // QEMU would say the used index, cloud-hypervisor the avail index; it must not matter.
                 let base = u16::try_from(next(seed) & 0xffff).unwrap();
-                let ring = Ring::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
-                (Exchange::new(d.view(), ring, Some(Record::new(map.clone(), 0, SIZE))).unwrap(), Vec::new())
+                let ring = SplitRing::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
+                (Virtqueue::new(d.view(), ring, Some(InFlightRecord::new(map.clone(), 0, SIZE))).unwrap(), Vec::new())
             });
             f(&mut x, &mut disk, seed);
             (x, disk)
@@ -125,14 +125,14 @@ impl World {
                 disk.push(r);
                 100
             };
-            let mut pause = Pause::Turn;
-            while pause == Pause::Turn {
-                pause = match x.owed() {
-                    0 => x.take(&RULES, 100, &mut push),
-                    _ => x.take_owed(&RULES, 100, &mut push),
+            let mut pause = PopResult::BatchFull;
+            while pause == PopResult::BatchFull {
+                pause = match x.chains_to_resubmit() {
+                    0 => x.pop_chains(&RULES, 100, &mut push),
+                    _ => x.pop_resubmitted(&RULES, 100, &mut push),
                 };
             }
-            assert_eq!(pause, Pause::Empty);
+            assert_eq!(pause, PopResult::Empty);
         });
     }
 
@@ -183,7 +183,7 @@ impl World {
         kill_after(None);
         self.device = None;
         self.take();
-        assert_eq!(self.device.as_ref().map(|(x, disk)| (x.owed(), disk.len())), Some((0, 0)));
+        assert_eq!(self.device.as_ref().map(|(x, disk)| (x.chains_to_resubmit(), disk.len())), Some((0, 0)));
     }
 }
 
@@ -196,14 +196,14 @@ fn a_kill_after_any_store_loses_and_doubles_nothing() {
     for seed in [1, 2, 3] {
         const MANY: u32 = 1 << 30;
         kill_after(Some(MANY));
-        let mut world = World::new(seed);
+        let mut world = KillHarness::new(seed);
         world.live();
         let stores = MANY - world.stores_left.unwrap();
         assert!(world.kills == 0 && stores > 200, "{stores}");
         for at in 0..stores {
             // The second kill hits the daemon that mends what the first has left, or a later one.
             for again in [None, Some(at % 5), Some(at % 97)] {
-                let mut world = World::new(seed);
+                let mut world = KillHarness::new(seed);
                 world.again = again;
                 kill_after(Some(at));
                 world.live();
@@ -216,7 +216,7 @@ fn a_kill_after_any_store_loses_and_doubles_nothing() {
 #[test]
 fn kills_at_random() {
     for mut seed in 1..400u64 {
-        let mut world = World::new(seed);
+        let mut world = KillHarness::new(seed);
         for _ in 0..60 {
             if stores_left().is_none() {
                 kill_after(Some(u32::try_from(next(&mut seed) % 60).unwrap()));
@@ -235,23 +235,23 @@ fn kills_at_random() {
 #[test]
 fn any_base_gives_the_same() {
     let outcome = |base: u16| {
-        let mut world = World::new(7);
+        let mut world = KillHarness::new(7);
         (0..9).for_each(|_| world.ask());
         world.take();
         (0..3).for_each(|_| world.ask());
         let taken = world.d.added - 3;
         let (d, used) = (&world.d, world.d.seen);
         let base = [used, d.added, taken, 12345][usize::from(base)];
-        let ring = Ring::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
-        let mut x = Exchange::new(d.view(), ring, Some(Record::new(world.map.clone(), 0, SIZE))).unwrap();
-        assert_eq!((x.ring().next_avail(), x.owed()), (taken, 9));
+        let ring = SplitRing::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
+        let mut x = Virtqueue::new(d.view(), ring, Some(InFlightRecord::new(world.map.clone(), 0, SIZE))).unwrap();
+        assert_eq!((x.ring().next_avail(), x.chains_to_resubmit()), (taken, 9));
         let mut begun = Vec::new();
         let mut push = |r: Request| {
             begun.push(r.tag);
             100
         };
-        assert_eq!(x.take_owed(&RULES, 100, &mut push), Pause::Empty);
-        assert_eq!(x.take(&RULES, 100, &mut push), Pause::Empty);
+        assert_eq!(x.pop_resubmitted(&RULES, 100, &mut push), PopResult::Empty);
+        assert_eq!(x.pop_chains(&RULES, 100, &mut push), PopResult::Empty);
         begun
     };
     assert!(outcome(0).len() > 6);
@@ -262,40 +262,40 @@ fn any_base_gives_the_same() {
 
 #[test]
 fn a_turn_of_what_is_owed_is_bounded_in_bytes() {
-    let (mut d, map) = (Driver::new(SIZE), region(SIZE));
-    let much = u32::try_from(TURN_BYTES).unwrap();
-    let mut record = Record::new(map.clone(), 0, SIZE);
+    let (mut d, map) = (TestDriver::new(SIZE), region(SIZE));
+    let much = u32::try_from(MAX_BATCH_BYTES).unwrap();
+    let mut record = InFlightRecord::new(map.clone(), 0, SIZE);
     record.resume(SIZE, 0).unwrap();
     for slot in 0..3 {
         let (first, header) = (3 * slot, d.header(slot, kind::IN, 0));
         let at = STATUS + u64::from(slot);
         d.chain(TABLE, first, &[(header, 16, 0), (SEAM, much / 2, WRITE), (at, 1, WRITE)]);
         d.add(first);
-        record.take(first);
+        record.record_taken(first);
     }
-    let ring = Ring::new(&d.view(), d.layout(), SIZE, false, 3).unwrap();
-    let mut x = Exchange::new(d.view(), ring, Some(Record::new(map, 0, SIZE))).unwrap();
+    let ring = SplitRing::new(&d.view(), d.layout(), SIZE, false, 3).unwrap();
+    let mut x = Virtqueue::new(d.view(), ring, Some(InFlightRecord::new(map, 0, SIZE))).unwrap();
     let mut begun = Vec::new();
     let mut take = || {
-        let pause = x.take_owed(&RULES, 100, |r| {
+        let pause = x.pop_resubmitted(&RULES, 100, |r| {
             begun.push(r.tag);
             100
         });
         (pause, begun.len())
     };
-    assert_eq!((take(), take()), ((Pause::Turn, 2), (Pause::Empty, 3)));
+    assert_eq!((take(), take()), ((PopResult::BatchFull, 2), (PopResult::Empty, 3)));
 }
 
 #[test]
 fn a_fresh_record_starts_at_the_rings_own_index() {
     let map = region(SIZE);
-    let mut record = Record::new(map.clone(), 0, SIZE);
+    let mut record = InFlightRecord::new(map.clone(), 0, SIZE);
     assert_eq!(record.resume(SIZE, 65530).unwrap(), [0u16; 0]);
-    record.take(3);
-    record.give(3);
+    record.record_taken(3);
+    record.record_completed(3);
     // Not SPDK's bug 3766: from 0 it would take 65530 chains for given.
-    assert_eq!(Record::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
-    assert_eq!(Record::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
+    assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
+    assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
     let raw = |at: usize, len: usize| {
         let mut bytes = vec![0; len];
         map.map.get_slice(at, len).unwrap().copy_to(&mut bytes);
@@ -309,20 +309,20 @@ fn a_fresh_record_starts_at_the_rings_own_index() {
 #[test]
 fn the_words_are_where_others_look_for_them() {
     let map = region(8);
-    assert_eq!(Record::len(8), 192);
-    let mut record = Record::new(map.clone(), 0, 8);
+    assert_eq!(InFlightRecord::len(8), 192);
+    let mut record = InFlightRecord::new(map.clone(), 0, 8);
     record.resume(8, 0).unwrap();
     for head in [5, 2, 7] {
-        record.take(head);
+        record.record_taken(head);
     }
-    record.give(7);
-    record.give(2);
+    record.record_completed(7);
+    record.record_completed(2);
     let mut raw = [0u8; 144];
     map.map.get_slice(0, 144).unwrap().copy_to(&mut raw);
     let head = |h: usize| (raw[16 + 16 * h], raw[22 + 16 * h], raw[24 + 16 * h]);
     assert_eq!((head(5), head(2), head(7)), ((1, 0, 0), (1, 7, 1), (1, 0, 2)));
     assert_eq!((raw[12], raw[14]), (2, 0));
-    record.settle(2);
+    record.record_published(2);
     map.map.get_slice(0, 144).unwrap().copy_to(&mut raw);
     assert_eq!([5, 2, 7].map(|h| raw[16 + 16 * h]), [1, 0, 0]);
     assert_eq!(raw[14], 2);
@@ -331,7 +331,7 @@ fn the_words_are_where_others_look_for_them() {
 #[test]
 fn records_of_others_are_refused() {
     let map = region(64);
-    let mut record = Record::new(map.clone(), 0, 64);
+    let mut record = InFlightRecord::new(map.clone(), 0, 64);
     assert!(record.resume(128, 0).is_err(), "the ring is larger");
     assert!(record.resume(64, 0).is_ok() && record.resume(32, 0).is_ok());
     for (at, word) in [(VERSION, 2), (VERSION, u16::MAX), (DESC_NUM, 63), (DESC_NUM, 65), (DESC_NUM, 0)] {
@@ -346,13 +346,13 @@ fn records_of_others_are_refused() {
 /// A record of a ring that began anew is no reason to carry out anything.
 #[test]
 fn a_record_that_cannot_be_of_this_ring_is_forgotten() {
-    let mut record = Record::new(region(64), 0, 64);
+    let mut record = InFlightRecord::new(region(64), 0, 64);
     record.resume(64, 1000).unwrap();
-    record.take(1);
+    record.record_taken(1);
     assert_eq!(record.clone().resume(64, 1064).unwrap(), [1], "a whole ring's batch, of others");
-    let mut record = Record::new(region(64), 0, 64);
+    let mut record = InFlightRecord::new(region(64), 0, 64);
     record.resume(64, 1000).unwrap();
-    record.take(1);
+    record.record_taken(1);
     assert_eq!(record.resume(64, 0).unwrap(), [0u16; 0]);
     assert_eq!(record.resume(64, 0).unwrap(), [0u16; 0]);
 }
@@ -361,9 +361,9 @@ fn a_record_that_cannot_be_of_this_ring_is_forgotten() {
 fn a_hostile_record_is_bounded() {
     for mut seed in 1..2000u64 {
         let map = region(64);
-        let bytes: Vec<u8> = (0..Record::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
+        let bytes: Vec<u8> = (0..InFlightRecord::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
         map.map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
-        let mut record = Record::new(map, 0, 64);
+        let mut record = InFlightRecord::new(map, 0, 64);
         // Good enough to be looked at.
         record.store(VERSION, VERSION_1);
         record.store(DESC_NUM, 64u16);
@@ -371,9 +371,9 @@ fn a_hostile_record_is_bounded() {
         record.store(USED_IDX, used.wrapping_sub(u16::try_from(next(&mut seed) % 80).unwrap()));
         if seed.is_multiple_of(2) {
             record.store(LAST_BATCH_HEAD, u16::try_from(next(&mut seed) % 64).unwrap());
-            (0..64u16).for_each(|h| record.store(place(h) + NEXT, h ^ 1));
-            (0..64).for_each(|h| record.store(place(h), 1u8));
-            record.store(place(9) + COUNTER, u64::MAX);
+            (0..64u16).for_each(|h| record.store(entry_offset(h) + NEXT, h ^ 1));
+            (0..64).for_each(|h| record.store(entry_offset(h), 1u8));
+            record.store(entry_offset(9) + COUNTER, u64::MAX);
         }
         let size = [64, 32, 1][usize::try_from(next(&mut seed) % 3).unwrap()];
         let heads = record.resume(size, used).unwrap();
@@ -382,17 +382,17 @@ fn a_hostile_record_is_bounded() {
         once.dedup();
         assert_eq!(once.len(), heads.len());
         assert!(heads.iter().all(|h| *h < size));
-        record.take(0);
-        record.give(0);
-        record.settle(used.wrapping_add(1));
-        let d = Driver::new(size);
-        let ring = Ring::new(&d.view(), d.layout(), 64, false, 0).unwrap();
-        let mut x = Exchange::new(d.view(), ring, Some(record)).unwrap();
-        for _ in 0..=64 / TURN {
-            let _ = x.take_owed(&RULES, 100, |_| 100);
+        record.record_taken(0);
+        record.record_completed(0);
+        record.record_published(used.wrapping_add(1));
+        let d = TestDriver::new(size);
+        let ring = SplitRing::new(&d.view(), d.layout(), 64, false, 0).unwrap();
+        let mut x = Virtqueue::new(d.view(), ring, Some(record)).unwrap();
+        for _ in 0..=64 / MAX_BATCH {
+            let _ = x.pop_resubmitted(&RULES, 100, |_| 100);
         }
-        assert_eq!(x.owed(), 0);
+        assert_eq!(x.chains_to_resubmit(), 0);
         x.publish();
-        x.take(&RULES, 100, |_| 100);
+        x.pop_chains(&RULES, 100, |_| 100);
     }
 }

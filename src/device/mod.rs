@@ -16,29 +16,29 @@
 //!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
 //! ```
 
-pub mod chain;
+pub mod descriptor_chain;
 pub mod config;
 #[cfg(test)]
-mod driver;
-pub mod exchange;
-pub mod guest;
+mod testing;
+pub mod virtqueue;
+pub mod guest_memory;
 pub mod inflight;
 pub mod parse;
 pub mod queue;
-pub mod ring;
-mod signal;
+pub mod split_ring;
+mod interrupt;
 pub mod spec;
 #[cfg(test)]
-mod turns;
+mod queue_tests;
 
 pub use config::Device;
-pub use guest::SharedMemory;
-pub use inflight::{Record, RecordMap};
-pub use queue::{Queue, Turn};
+pub use guest_memory::SharedMemory;
+pub use inflight::{InFlightRecord, InFlightRegion};
+pub use queue::{Queue, ServeResult};
 
 /// The regions of a guest's memory.
-pub type Memory = vm_memory::GuestMemoryMmap<()>;
+pub type MemoryRegions = vm_memory::GuestMemoryMmap<()>;
 /// The guest's memory, replaced as a whole when the front-end changes it.
-pub type AtomicMemory = vm_memory::GuestMemoryAtomic<Memory>;
+pub type AtomicMemory = vm_memory::GuestMemoryAtomic<MemoryRegions>;
 /// What the front-end said about one virtqueue.
 pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;

@@ -1,35 +1,35 @@
 //! Tests of `parse.rs`.
 
-use super::super::driver::{DATA, Driver, END, SEAM, STATUS, WRITE};
+use super::super::testing::{DATA, TestDriver, END, SEAM, STATUS, WRITE};
 use super::*;
 
 const CAPACITY: u64 = 1 << 20;
 const SERIAL: &[u8; ID_LEN] = b"0123456789abcdef\0\0\0\0";
 const ALL: u64 = feature::DISCARD | feature::WRITE_ZEROES;
 
-fn rules() -> Rules<'static> {
-    Rules { capacity: CAPACITY, read_only: false, features: ALL, serial: SERIAL }
+fn rules() -> RequestRules<'static> {
+    RequestRules { capacity: CAPACITY, read_only: false, features: ALL, serial: SERIAL }
 }
 
-fn judge_by(d: &Driver, rules: &Rules<'_>, pieces: &[(u64, u32, u16)]) -> Verdict {
+fn judge_by(d: &TestDriver, rules: &RequestRules<'_>, pieces: &[(u64, u32, u16)]) -> ParsedChain {
     parse(&d.walked(pieces), &d.view(), rules, &mut Vec::new())
 }
 
 /// A request whose status is at `STATUS`.
-fn ask(d: &Driver, rules: &Rules<'_>, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> Verdict {
+fn ask(d: &TestDriver, rules: &RequestRules<'_>, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> ParsedChain {
     let mut pieces = vec![(d.header(0, kind, sector), 16, 0)];
     pieces.extend(data);
     pieces.push((STATUS, 1, WRITE));
     judge_by(d, rules, &pieces)
 }
 
-fn answer(verdict: Verdict) -> Option<(Status, u32)> {
+fn answer(verdict: ParsedChain) -> Option<(Status, u32)> {
     match verdict {
-        Verdict::Answer { status, status_at, written } => {
+        ParsedChain::Complete { status, status_at, written } => {
             assert_eq!(status_at, STATUS);
             Some((status, written))
         }
-        Verdict::Work { .. } | Verdict::Return => None,
+        ParsedChain::Submit { .. } | ParsedChain::Return => None,
     }
 }
 
@@ -39,9 +39,9 @@ const OK: Option<(Status, u32)> = Some((Status::Ok, 1));
 
 #[test]
 fn reads_and_writes() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let data = [(DATA, 512, WRITE), (SEAM - 512, 1024, WRITE)];
-    let Verdict::Work { work: Work::Read { range, into }, status_at, written } = ask(&d, &rules(), kind::IN, 7, &data)
+    let ParsedChain::Submit { work: Work::Read { range, into }, status_at, written } = ask(&d, &rules(), kind::IN, 7, &data)
     else {
         panic!("a read")
     };
@@ -55,7 +55,7 @@ fn reads_and_writes() {
 
     d.put(DATA + 3, b"x");
     let data = [(DATA, 512, 0), (0, 0, 0)];
-    let Verdict::Work { work: Work::Write { range, from }, written, .. } =
+    let ParsedChain::Submit { work: Work::Write { range, from }, written, .. } =
         ask(&d, &rules(), kind::OUT, CAPACITY - 1, &data)
     else {
         panic!("a write")
@@ -68,7 +68,7 @@ fn reads_and_writes() {
 
 #[test]
 fn the_header_may_be_in_any_number_of_descriptors() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let at = d.header(0, kind::OUT, 9);
     let mut pieces: Vec<_> = (0..15).map(|i| (at + i, 1, 0)).collect();
     pieces.insert(7, (END, 0, 0));
@@ -77,7 +77,7 @@ fn the_header_may_be_in_any_number_of_descriptors() {
     d.put(DATA, b"y");
     pieces.push((DATA - 1, 513, 0));
     pieces.push((STATUS, 1, WRITE));
-    let Verdict::Work { work: Work::Write { range, from }, .. } = judge_by(&d, &rules(), &pieces) else {
+    let ParsedChain::Submit { work: Work::Write { range, from }, .. } = judge_by(&d, &rules(), &pieces) else {
         panic!("a write")
     };
     assert_eq!((range.start(), range.count(), from.len()), (9, 1, 512));
@@ -86,45 +86,45 @@ fn the_header_may_be_in_any_number_of_descriptors() {
     assert_eq!(&y, b"y");
     // One byte short: there is nothing to answer to.
     let short = [(at, 15, 0), (STATUS, 1, WRITE)];
-    assert!(matches!(judge_by(&d, &rules(), &short), Verdict::Return));
-    assert!(matches!(judge_by(&d, &rules(), &[(STATUS, 1, WRITE)]), Verdict::Return));
+    assert!(matches!(judge_by(&d, &rules(), &short), ParsedChain::Return));
+    assert!(matches!(judge_by(&d, &rules(), &[(STATUS, 1, WRITE)]), ParsedChain::Return));
     // It is not the guest's memory, but the status is.
     assert_eq!(answer(judge_by(&d, &rules(), &[(END - 15, 16, 0), (STATUS, 1, WRITE)])), IO_ERR);
 }
 
 #[test]
 fn the_status_is_the_last_writable_byte_wherever_it_lies() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let header = (d.header(0, kind::IN, 0), 16, 0);
     // At the end of the data's descriptor, over a seam, with empty ones behind it.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
-    let Verdict::Work { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces) else {
+    let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces) else {
         panic!("a read")
     };
     assert_eq!((into.len(), status_at, written), (512, SEAM, 513));
     for none in
         [&[header][..], &[header, (DATA, 0, WRITE)], &[header, (END, 1, WRITE)], &[header, (END - 512, 513, WRITE)]]
     {
-        assert!(matches!(judge_by(&d, &rules(), none), Verdict::Return), "{none:?}");
+        assert!(matches!(judge_by(&d, &rules(), none), ParsedChain::Return), "{none:?}");
     }
     let over = [header, (u64::MAX, 513, WRITE)];
-    assert!(matches!(judge_by(&d, &rules(), &over), Verdict::Return), "its address overflows");
+    assert!(matches!(judge_by(&d, &rules(), &over), ParsedChain::Return), "its address overflows");
 }
 
 #[test]
 fn transfers_are_whole_sectors_of_the_disk_and_not_too_many() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     for (kind, flag) in [(kind::IN, WRITE), (kind::OUT, 0)] {
         let go = |sector: u64, len: u32| ask(&d, &rules(), kind, sector, &[(SEAM, len, flag)]);
         assert_eq!(answer(go(0, 0)), OK, "nothing to do");
         for len in [1, 511, 513, 1023] {
             assert_eq!(answer(go(0, len)), IO_ERR, "{len}");
         }
-        assert!(matches!(go(CAPACITY - 2, 1024), Verdict::Work { .. }));
+        assert!(matches!(go(CAPACITY - 2, 1024), ParsedChain::Submit { .. }));
         for sector in [CAPACITY - 1, CAPACITY, 1 << 55, (1 << 55) - 1, u64::MAX / 512, u64::MAX - 1, u64::MAX] {
             assert_eq!(answer(go(sector, 1024)), IO_ERR, "{sector}");
         }
-        assert!(matches!(go(0, 32 << 20), Verdict::Work { .. }));
+        assert!(matches!(go(0, 32 << 20), ParsedChain::Submit { .. }));
         assert_eq!(answer(go(0, (32 << 20) + 512)), IO_ERR);
         assert_eq!(answer(ask(&d, &rules(), kind, 0, &[(SEAM, 512, flag), (END - 511, 512, flag)])), IO_ERR, "a hole");
     }
@@ -132,7 +132,7 @@ fn transfers_are_whole_sectors_of_the_disk_and_not_too_many() {
 
 #[test]
 fn memory_of_a_refused_request_is_kept_for_the_next() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let mut spare = Vec::new();
     let header = (d.header(0, kind::IN, 0), 16, 0);
     let chain = d.walked(&[header, (SEAM, 512, WRITE), (END, 512, WRITE), (STATUS, 1, WRITE)]);
@@ -144,28 +144,28 @@ fn memory_of_a_refused_request_is_kept_for_the_next() {
 
 #[test]
 fn what_does_not_fit_the_direction_is_ignored() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let header = d.header(0, kind::IN, 1);
     let extra = [(header, 16, 0), (END, 100, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
-    assert!(matches!(judge_by(&d, &rules(), &extra), Verdict::Work { work: Work::Read { .. }, written: 513, .. }));
+    assert!(matches!(judge_by(&d, &rules(), &extra), ParsedChain::Submit { work: Work::Read { .. }, written: 513, .. }));
     let header = d.header(0, kind::OUT, 1);
     let extra = [(header, 16, 0), (DATA, 512, 0), (END, 100, WRITE), (STATUS, 1, WRITE)];
-    assert!(matches!(judge_by(&d, &rules(), &extra), Verdict::Work { work: Work::Write { .. }, written: 1, .. }));
+    assert!(matches!(judge_by(&d, &rules(), &extra), ParsedChain::Submit { work: Work::Write { .. }, written: 1, .. }));
 }
 
 #[test]
 fn what_was_not_offered_is_refused() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     d.segments(DATA, &[(0, 8, 0)]);
     let data = [(DATA, 512, 0)];
     let seg = [(DATA, 16, 0)];
-    let ro = Rules { read_only: true, ..rules() };
+    let ro = RequestRules { read_only: true, ..rules() };
     assert_eq!(answer(ask(&d, &ro, kind::OUT, 0, &data)), IO_ERR);
     assert_eq!(answer(ask(&d, &ro, kind::OUT, 0, &[])), IO_ERR);
     assert_eq!(answer(ask(&d, &ro, kind::DISCARD, 0, &seg)), UNSUPP);
     assert_eq!(answer(ask(&d, &ro, kind::WRITE_ZEROES, 0, &seg)), UNSUPP);
-    assert!(matches!(ask(&d, &ro, kind::FLUSH, 0, &[]), Verdict::Work { work: Work::Flush, written: 1, .. }));
-    let old = Rules { features: 0, ..rules() };
+    assert!(matches!(ask(&d, &ro, kind::FLUSH, 0, &[]), ParsedChain::Submit { work: Work::Flush, written: 1, .. }));
+    let old = RequestRules { features: 0, ..rules() };
     assert_eq!(answer(ask(&d, &old, kind::DISCARD, 0, &seg)), UNSUPP);
     assert_eq!(answer(ask(&d, &old, kind::WRITE_ZEROES, 0, &seg)), UNSUPP);
     // SCSI, secure erase, zones, legacy barriers (also with a good type), anything.
@@ -176,7 +176,7 @@ fn what_was_not_offered_is_refused() {
 
 #[test]
 fn the_serial_is_cut_to_the_room() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     for room in [0, 1, 19, 20, 21, 512u32] {
         d.put(DATA, &[0xee; 512]);
         // In pieces of 7 and the rest.
@@ -194,7 +194,7 @@ fn the_serial_is_cut_to_the_room() {
 
 #[test]
 fn ranges_are_all_checked_first() {
-    let d = Driver::new(64);
+    let d = TestDriver::new(64);
     let go = |kind: u32, segments: &[(u64, u32, u32)], extra: u32| {
         d.segments(DATA, segments);
         let len = 16 * u32::try_from(segments.len()).unwrap() + extra;
@@ -206,9 +206,9 @@ fn ranges_are_all_checked_first() {
         for extra in [1, 8, 15] {
             assert_eq!(answer(go(kind, &[(0, 8, 0)], extra)), IO_ERR, "{extra}");
         }
-        assert!(matches!(go(kind, &[(8, 8, 0); 32], 0), Verdict::Work { written: 1, .. }));
+        assert!(matches!(go(kind, &[(8, 8, 0); 32], 0), ParsedChain::Submit { written: 1, .. }));
         assert_eq!(answer(go(kind, &[(8, 8, 0); 33], 0)), IO_ERR);
-        for bad in [(CAPACITY - 7, 8, 0), (u64::MAX, 8, 0), (1 << 55, 1, 0), (0, MOST_ZEROED + 1, 0)] {
+        for bad in [(CAPACITY - 7, 8, 0), (u64::MAX, 8, 0), (1 << 55, 1, 0), (0, MAX_ZEROED_SECTORS + 1, 0)] {
             assert_eq!(answer(go(kind, &[(0, 8, 0), bad], 0)), IO_ERR, "{bad:?}");
         }
         for flags in [2, 1 << 31, u32::MAX] {
@@ -217,23 +217,23 @@ fn ranges_are_all_checked_first() {
         assert_eq!(answer(go(kind, &[(0, 0, 0), (CAPACITY, 0, 0)], 0)), OK, "nothing to do");
     }
     assert_eq!(answer(go(kind::DISCARD, &[(0, 8, 1)], 0)), UNSUPP, "unmap is for zeroes only");
-    let Verdict::Work { work: Work::WriteZeroes { ranges }, .. } =
+    let ParsedChain::Submit { work: Work::WriteZeroes { ranges }, .. } =
         go(kind::WRITE_ZEROES, &[(0, 8, 1), (0, 0, 0), (9, 1, 0)], 0)
     else {
         panic!("zeroes")
     };
     let got: Vec<_> = ranges.iter().map(|z| (z.range.start(), z.range.count(), z.unmap)).collect();
     assert_eq!(got, [(0, 8, true), (9, 1, false)]);
-    let Verdict::Work { work: Work::Discard { ranges }, .. } = go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
+    let ParsedChain::Submit { work: Work::Discard { ranges }, .. } = go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
     else {
         panic!("a discard")
     };
     assert_eq!(ranges, [SectorRange::new(CAPACITY - 8, 8).unwrap(), SectorRange::new(1, 2).unwrap()]);
     assert_eq!(answer(ask(&d, &rules(), kind::DISCARD, 0, &[(END - 8, 16, 0)])), IO_ERR, "a hole");
-    let big = Rules { capacity: 1 << 40, ..rules() };
+    let big = RequestRules { capacity: 1 << 40, ..rules() };
     // More than is offered, as a guest sends that was started under an older daemon.
-    d.segments(DATA, &[(0, MOST_ZEROED, 0)]);
+    d.segments(DATA, &[(0, MAX_ZEROED_SECTORS, 0)]);
     for kind in [kind::DISCARD, kind::WRITE_ZEROES] {
-        assert!(matches!(ask(&d, &big, kind, 0, &[(DATA, 16, 0)]), Verdict::Work { .. }));
+        assert!(matches!(ask(&d, &big, kind, 0, &[(DATA, 16, 0)]), ParsedChain::Submit { .. }));
     }
 }

@@ -143,17 +143,17 @@ impl Descriptor {
 
 /// The header of a request (5.2.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Header {
+pub struct RequestHeader {
     /// One of [`kind`], or something else.
     pub kind: u32,
     /// First sector, for IN and OUT.
     pub sector: u64,
 }
 
-impl Header {
+impl RequestHeader {
     /// From its 16 bytes.
-    pub fn decode(raw: &[u8; HEADER_LEN]) -> Header {
-        Header { kind: u32::from_le_bytes(array(raw, 0)), sector: u64::from_le_bytes(array(raw, 8)) }
+    pub fn decode(raw: &[u8; HEADER_LEN]) -> RequestHeader {
+        RequestHeader { kind: u32::from_le_bytes(array(raw, 0)), sector: u64::from_le_bytes(array(raw, 8)) }
     }
 }
 
@@ -185,7 +185,7 @@ pub fn used_element(head: u16, written: u32) -> [u32; 2] {
 }
 
 /// A 16-bit word of a ring, either way between the guest's order and ours.
-pub fn word(w: u16) -> u16 {
+pub fn le16(w: u16) -> u16 {
     u16::from_le(w)
 }
 
@@ -196,7 +196,7 @@ pub const CONFIG_WRITEBACK: usize = 32;
 
 /// What the configuration space says (5.2.4). Fields without a feature of ours stay zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Config {
+pub struct BlkConfig {
     /// Sectors of 512 bytes.
     pub capacity: u64,
     /// Most segments of a request, header and status not counted.
@@ -214,25 +214,25 @@ pub struct Config {
     /// Queues.
     pub num_queues: u16,
     /// Limits of DISCARD; zero where there is none.
-    pub discard: Limits,
+    pub discard: SegmentLimits,
     /// What a DISCARD's sectors should be multiples of.
     pub discard_sector_alignment: u32,
     /// Limits of WRITE_ZEROES; zero where there is none.
-    pub write_zeroes: Limits,
+    pub write_zeroes: SegmentLimits,
     /// Whether WRITE_ZEROES may give room back.
     pub write_zeroes_may_unmap: bool,
 }
 
 /// Limits of a request with ranges.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Limits {
+pub struct SegmentLimits {
     /// Most sectors of one range.
     pub sectors: u32,
     /// Most ranges.
     pub segments: u32,
 }
 
-impl Config {
+impl BlkConfig {
     /// The bytes that the guest reads.
     pub fn encode(&self) -> [u8; CONFIG_LEN] {
         let mut raw = [0; CONFIG_LEN];
@@ -263,8 +263,8 @@ mod tests {
 
     #[test]
     fn configuration_is_laid_out_as_the_specification_says() {
-        let limits = Limits { sectors: 0x2827_2625, segments: 0x2c2b_2a29 };
-        let config = Config {
+        let limits = SegmentLimits { sectors: 0x2827_2625, segments: 0x2c2b_2a29 };
+        let config = BlkConfig {
             capacity: 0x0807_0605_0403_0201,
             seg_max: 0x100f_0e0d,
             blk_size: 0x1817_1615,
@@ -297,7 +297,7 @@ mod tests {
         let words = [0, 8].map(|at| u64::from_ne_bytes(array(&raw, at)));
         assert_eq!(Descriptor::decode(words[0], words[1]), d);
         assert!(d.has(desc::NEXT) && !d.has(desc::WRITE) && d.has(desc::INDIRECT));
-        assert_eq!(Header::decode(&raw), Header { kind: 0x0403_0201, sector: 0x100f_0e0d_0c0b_0a09 });
+        assert_eq!(RequestHeader::decode(&raw), RequestHeader { kind: 0x0403_0201, sector: 0x100f_0e0d_0c0b_0a09 });
         let segment = Segment { sector: 0x0807_0605_0403_0201, count: 0x0c0b_0a09, flags: 0x100f_0e0d };
         assert_eq!(Segment::decode(&raw), segment);
         assert_eq!(used_element(0x0201, 0x0807_0605).map(u32::to_ne_bytes), [[1, 2, 0, 0], [5, 6, 7, 8]]);

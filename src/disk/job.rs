@@ -3,7 +3,7 @@
 use std::io;
 
 use super::lane::Lane;
-use super::mailbox::{Grown, Letter};
+use super::mailbox::{GrowthResult, LaneEvent};
 use super::task::Token;
 use crate::error::{ErrorKind, Result};
 use crate::image::{Commit, Growth, JobStep};
@@ -23,17 +23,17 @@ pub(super) enum Job {
 }
 
 /// A job, and what it waits for.
-pub(super) struct Running {
+pub(super) struct RunningJob {
     pub(super) job: Job,
     /// Operations of its present step that are not complete.
-    pub(super) pending: u32,
+    pub(super) pending_ops: u32,
     /// The first failure among them.
     pub(super) failed: Option<io::Error>,
 }
 
-impl Running {
-    pub(super) fn new(job: Job) -> Running {
-        Running { job, pending: 0, failed: None }
+impl RunningJob {
+    pub(super) fn new(job: Job) -> RunningJob {
+        RunningJob { job, pending_ops: 0, failed: None }
     }
 
     /// The next step. All operations of the last one are complete.
@@ -47,7 +47,7 @@ impl Running {
 }
 
 impl Lane {
-    fn running(&mut self, kind: JobKind) -> &mut Option<Running> {
+    fn job_mut(&mut self, kind: JobKind) -> &mut Option<RunningJob> {
         match kind {
             JobKind::Commit => &mut self.commit,
             JobKind::Growth => &mut self.growth,
@@ -55,81 +55,81 @@ impl Lane {
     }
 
     /// Begins a job.
-    pub(super) fn start(&mut self, kind: JobKind, job: Job) {
-        let before = self.running(kind).replace(Running::new(job));
+    pub(super) fn start_job(&mut self, kind: JobKind, job: Job) {
+        let before = self.job_mut(kind).replace(RunningJob::new(job));
         assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
-        self.step(kind);
+        self.step_job(kind);
     }
 
     /// An operation of a job is over.
-    pub(super) fn job_moved(&mut self, kind: JobKind, result: io::Result<()>) {
-        let running = self.running(kind).as_mut().expect("operations belong to a running job");
+    pub(super) fn job_op_completed(&mut self, kind: JobKind, result: io::Result<()>) {
+        let running = self.job_mut(kind).as_mut().expect("operations belong to a running job");
         if let Err(e) = result {
             running.failed.get_or_insert(e);
         }
-        running.pending -= 1;
-        if running.pending == 0 {
-            self.step(kind);
+        running.pending_ops -= 1;
+        if running.pending_ops == 0 {
+            self.step_job(kind);
         }
     }
 
-    fn step(&mut self, kind: JobKind) {
-        let mut ops = std::mem::take(&mut self.steps);
-        let running = self.running(kind).as_mut().expect("a running job");
+    fn step_job(&mut self, kind: JobKind) {
+        let mut ops = std::mem::take(&mut self.job_ops);
+        let running = self.job_mut(kind).as_mut().expect("a running job");
         let step = running.next(&mut ops);
-        running.pending = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
+        running.pending_ops = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
         let token = if kind == JobKind::Commit { Token::Commit } else { Token::Growth };
         for mut op in ops.drain(..) {
             op.token = token.pack();
             self.push_op(op);
         }
-        self.steps = ops;
+        self.job_ops = ops;
         if let Ok(JobStep::Wait) = step {
             return;
         }
-        let over = self.running(kind).take().expect("a running job");
+        let over = self.job_mut(kind).take().expect("a running job");
         let result = step.map(|_| ());
         match over.job {
             // Nothing of it was acknowledged, and all of it is dirty again.
-            Job::Commit(_) if self.disk.parks() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) => {
-                self.hold_commit();
+            Job::Commit(_) if self.disk.parks_when_full() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) => {
+                self.stall_commit();
             }
             Job::Commit(commit) => {
-                self.told_commit_held = false;
-                self.disk.committed(&result, commit.barriers());
+                self.commit_stall_logged = false;
+                self.disk.record_commit(&result, commit.barriers());
                 self.end_round(result.is_ok());
             }
             Job::Growth(_) => {
                 let grown = match &result {
-                    Ok(()) => Grown::Room,
+                    Ok(()) => GrowthResult::Grown,
                     Err(e) if e.kind() == ErrorKind::NoSpace => {
-                        if !self.disk.parks() && !std::mem::replace(&mut self.told_full, true) {
+                        if !self.disk.parks_when_full() && !std::mem::replace(&mut self.no_space_logged, true) {
                             log::error!("{}; writes fail until then", e.line());
                         }
-                        Grown::Full
+                        GrowthResult::NoSpace
                     }
                     Err(e) => {
                         log::error!("{}", e.line());
-                        Grown::Failed
+                        GrowthResult::Failed
                     }
                 };
-                self.disk.post(Letter::Grown(grown));
+                self.disk.broadcast(LaneEvent::GrowthEnded(grown));
             }
         }
     }
 
     /// Ends the round that this lane leads, and leads the next one if flushes wait for it.
     pub(super) fn end_round(&mut self, ok: bool) {
-        if self.disk.rounds.finish(ok).is_some() {
-            self.lead();
+        if self.disk.group_commit.finish(ok).is_some() {
+            self.lead_commit();
         }
     }
 
     /// Keeps the round of a commit that found the host full open: flushes wait, as writes do, until there is room. The next
     /// tick leads a new commit for the same round.
-    fn hold_commit(&mut self) {
-        self.commit_is_held = true;
-        if !std::mem::replace(&mut self.told_commit_held, true) {
+    fn stall_commit(&mut self) {
+        self.commit_stalled = true;
+        if !std::mem::replace(&mut self.commit_stall_logged, true) {
             let path = self.disk.version().top().expect("only writable disks commit").image.path().display();
             log::warn!("{path}: the host is full: a commit is held until there is room; free space on its file system");
         }

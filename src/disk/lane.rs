@@ -37,12 +37,12 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::Disk;
-use super::ahead::Ahead;
-use super::copies::Copies;
-use super::early::Early;
-use super::job::{Job, JobKind, Running};
-use super::mailbox::{Grown, Letter, Mailbox};
-use super::punch::Punches;
+use super::readahead::Readahead;
+use super::cached_reads::CachedReads;
+use super::early_writeback::EarlyWriteback;
+use super::job::{Job, JobKind, RunningJob};
+use super::mailbox::{GrowthResult, LaneEvent, Mailbox};
+use super::punch::PunchQueue;
 use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::PlanBuffer;
@@ -50,7 +50,7 @@ use crate::image::{Commit, Growth};
 use crate::storage::{Action, Completion, Engine, Op, GuestIovecs};
 
 /// Requests that a lane takes at once.
-const TASKS: usize = 1024;
+const MAX_TASKS: usize = 1024;
 /// Ticks between two commits in the background.
 const COMMIT_TICKS: u32 = 5;
 
@@ -62,69 +62,69 @@ pub struct Lane {
     pub(super) mailbox: Arc<Mailbox>,
     /// Boxes, which are handed on and kept: a task is a few hundred bytes.
     pub(super) tasks: Vec<Option<Box<Task>>>,
-    pub(super) free: Vec<u32>,
+    pub(super) free_tasks: Vec<u32>,
     /// Tasks that wait for room, and tasks that wait for a commit.
     pub(super) parked: Vec<u32>,
-    awaiting: Vec<u32>,
-    pub(super) commit: Option<Running>,
-    pub(super) growth: Option<Running>,
+    awaiting_commit: Vec<u32>,
+    pub(super) commit: Option<RunningJob>,
+    pub(super) growth: Option<RunningJob>,
     /// The commit that this lane leads found the host full; the next tick tries it again.
-    pub(super) commit_is_held: bool,
-    pub(super) told_commit_held: bool,
-    pub(super) punches: Punches,
+    pub(super) commit_stalled: bool,
+    pub(super) commit_stall_logged: bool,
+    pub(super) punch_queue: PunchQueue,
     ticks: u32,
     /// Whether the log says that the host is full and writes fail.
-    pub(super) told_full: bool,
+    pub(super) no_space_logged: bool,
     /// Operations that found the engine full.
     backlog: VecDeque<Op>,
     pub(super) answers: Vec<Answer>,
-    pub(super) ahead: Ahead,
-    pub(super) early: Early,
+    pub(super) readahead: Readahead,
+    pub(super) early_writeback: EarlyWriteback,
     /// Whether something was handed over since completions were last looked for.
-    submitted: bool,
+    submitted_since_reap: bool,
     // Used again and again.
     #[expect(clippy::vec_box, reason = "they come from `tasks` and go there")]
-    pub(super) spare: Vec<Box<Task>>,
+    pub(super) task_pool: Vec<Box<Task>>,
     pub(super) plan: PlanBuffer,
     /// Whether `plan` is that of the read that begins now.
     pub(super) planned: bool,
-    done: Vec<Completion>,
-    pub(super) steps: Vec<Op>,
-    pub(super) pool: Vec<GuestIovecs>,
+    completions: Vec<Completion>,
+    pub(super) job_ops: Vec<Op>,
+    pub(super) iovec_pool: Vec<GuestIovecs>,
     /// To be made with the next submit.
-    pub(super) copies: Copies,
+    pub(super) cached_reads: CachedReads,
 }
 
 impl Lane {
     pub(super) fn new(disk: Arc<Disk>, engine: Box<dyn Engine>, mailbox: Arc<Mailbox>) -> Lane {
-        let count = u32::try_from(TASKS).expect("a small constant");
+        let count = u32::try_from(MAX_TASKS).expect("a small constant");
         Lane {
             engine,
             disk,
             mailbox,
-            tasks: std::iter::repeat_with(|| None).take(TASKS).collect(),
-            free: (0..count).rev().collect(),
+            tasks: std::iter::repeat_with(|| None).take(MAX_TASKS).collect(),
+            free_tasks: (0..count).rev().collect(),
             parked: Vec::new(),
-            awaiting: Vec::new(),
+            awaiting_commit: Vec::new(),
             commit: None,
             growth: None,
-            commit_is_held: false,
-            told_commit_held: false,
-            punches: Punches::default(),
+            commit_stalled: false,
+            commit_stall_logged: false,
+            punch_queue: PunchQueue::default(),
             ticks: 0,
-            told_full: false,
+            no_space_logged: false,
             backlog: VecDeque::new(),
-            answers: Vec::with_capacity(TASKS),
-            ahead: Ahead::new(),
-            early: Early::default(),
-            submitted: false,
-            spare: Vec::new(),
+            answers: Vec::with_capacity(MAX_TASKS),
+            readahead: Readahead::new(),
+            early_writeback: EarlyWriteback::default(),
+            submitted_since_reap: false,
+            task_pool: Vec::new(),
             plan: PlanBuffer::default(),
             planned: false,
-            done: Vec::with_capacity(TASKS),
-            steps: Vec::new(),
-            pool: Vec::new(),
-            copies: Copies::default(),
+            completions: Vec::with_capacity(MAX_TASKS),
+            job_ops: Vec::new(),
+            iovec_pool: Vec::new(),
+            cached_reads: CachedReads::default(),
         }
     }
 
@@ -139,19 +139,19 @@ impl Lane {
     }
 
     /// Requests that may be pushed now.
-    pub fn room(&self) -> usize {
+    pub fn push_capacity(&self) -> usize {
         // A read that may be copies may yet need a task.
-        if self.backlog.is_empty() { self.free.len() - self.copies.len() } else { 0 }
+        if self.backlog.is_empty() { self.free_tasks.len() - self.cached_reads.len() } else { 0 }
     }
 
     /// Takes a request and goes as far with it as memory allows, but for reads that may be copies, which are planned together with
     /// the next `submit`; no system call. There is `room`.
     #[inline]
     pub fn push(&mut self, Request { tag, work }: Request) {
-        let Work::Read { range, into } = work else { return self.begin(Request { tag, work }) };
-        if let Err(into) = self.ask_copies(tag, range, into) {
-            self.begin(Request { tag, work: Work::Read { range, into } });
-            self.follow(range);
+        let Work::Read { range, into } = work else { return self.start_request(Request { tag, work }) };
+        if let Err(into) = self.queue_cached_read(tag, range, into) {
+            self.start_request(Request { tag, work: Work::Read { range, into } });
+            self.track_read(range);
         }
     }
 
@@ -160,11 +160,11 @@ impl Lane {
     /// # Errors
     /// The engine is of no further use.
     pub fn submit(&mut self) -> io::Result<()> {
-        self.submitted = true;
-        self.plan_copies();
+        self.submitted_since_reap = true;
+        self.plan_cached_reads();
         // First what takes the host a while.
         let mut result = self.engine.submit();
-        if result.is_ok() && self.copy_all() {
+        if result.is_ok() && self.copy_cached_reads() {
             result = self.engine.submit();
         }
         // What is forgotten of the chain is not to stay in memory for a queue that sleeps.
@@ -173,7 +173,7 @@ impl Lane {
     }
 
     /// To be called when answers have been given, and nobody waits.
-    pub fn learn(&mut self) {
+    pub fn refresh_residency(&mut self) {
         self.engine.query_residency();
     }
 
@@ -185,21 +185,21 @@ impl Lane {
         let mut may_punch = true;
         loop {
             let letters = self.mailbox.take();
-            let mut done = std::mem::take(&mut self.done);
+            let mut done = std::mem::take(&mut self.completions);
             self.engine.reap(&mut done);
             // What the host has in memory is complete as soon as it was handed over.
-            if !std::mem::take(&mut self.submitted) && done.iter().any(|c| c.op.action == Action::Read) {
-                self.ahead.waited();
+            if !std::mem::take(&mut self.submitted_since_reap) && done.iter().any(|c| c.op.action == Action::Read) {
+                self.readahead.read_waited();
             }
-            let idle = letters.is_empty() && done.is_empty() && self.copies.len() == 0;
+            let idle = letters.is_empty() && done.is_empty() && self.cached_reads.len() == 0;
             for completion in done.drain(..) {
-                self.completed(completion);
+                self.dispatch_completion(completion);
             }
-            self.done = done;
-            letters.into_iter().for_each(|letter| self.read(letter));
-            self.write_early();
+            self.completions = done;
+            letters.into_iter().for_each(|letter| self.handle_event(letter));
+            self.hint_writeback();
             // An engine that works while it is called would do all pieces here, and hold up the queue.
-            let punches = may_punch && self.punch_next();
+            let punches = may_punch && self.start_next_punch();
             may_punch &= !punches || self.engine.wake_fd().is_some();
             while let Some(op) = self.backlog.pop_front() {
                 if let Err(op) = self.engine.push(op) {
@@ -221,14 +221,14 @@ impl Lane {
     }
 
     /// Readable while another lane has something to say.
-    pub fn bell_fd(&self) -> BorrowedFd<'_> {
+    pub fn mailbox_fd(&self) -> BorrowedFd<'_> {
         self.mailbox.fd()
     }
 
     /// Whether nothing is under way and no answer is owed.
     pub fn is_idle(&self) -> bool {
-        let nothing = self.free.len() == TASKS && self.copies.len() == 0 && self.answers.is_empty();
-        nothing && !self.early.under_way && self.commit.is_none() && !self.commit_is_held && self.growth.is_none()
+        let nothing = self.free_tasks.len() == MAX_TASKS && self.cached_reads.len() == 0 && self.answers.is_empty();
+        nothing && !self.early_writeback.in_flight && self.commit.is_none() && !self.commit_stalled && self.growth.is_none()
     }
 
     /// Waits until the lane is idle.
@@ -244,54 +244,54 @@ impl Lane {
             }
             if self.engine.outstanding() > 0 {
                 self.engine.wait()?;
-            } else if std::mem::take(&mut self.commit_is_held) {
+            } else if std::mem::take(&mut self.commit_stalled) {
                 // There is no room, and no time to wait for it: the flushes of this commit fail.
                 self.end_round(false);
             } else if !self.parked.is_empty() && self.growth.is_none() {
                 // There is no room, and no time to wait for it.
                 let parked = std::mem::take(&mut self.parked);
-                self.go_on(parked, false);
-            } else if !self.is_to_punch() {
+                self.resume_tasks(parked, false);
+            } else if !self.has_queued_punch() {
                 // Everything left waits for another lane.
-                let _hurried = self.disk.rounds.hurry();
+                let _hurried = self.disk.group_commit.mark_urgent();
                 self.mailbox.sleep();
             }
         }
     }
 
-    fn completed(&mut self, completion: Completion) {
+    fn dispatch_completion(&mut self, completion: Completion) {
         match Token::unpack(completion.op.token) {
-            Token::Task { task, detail } => self.moved(task, detail, completion),
-            Token::Commit => self.job_moved(JobKind::Commit, completion.result),
-            Token::Growth => self.job_moved(JobKind::Growth, completion.result),
-            Token::Early => self.written_early(completion.result),
+            Token::Task { task, detail } => self.op_completed(task, detail, completion),
+            Token::Commit => self.job_op_completed(JobKind::Commit, completion.result),
+            Token::Growth => self.job_op_completed(JobKind::Growth, completion.result),
+            Token::EarlyWriteback => self.writeback_hint_completed(completion.result),
         }
     }
 
     /// What other lanes have to say.
-    fn read(&mut self, letter: Letter) {
+    fn handle_event(&mut self, letter: LaneEvent) {
         let concerned = match letter {
-            Letter::Committed { round, ok } => {
+            LaneEvent::Committed { round, ok } => {
                 let tasks = &self.tasks;
-                let of = |n: &u32| tasks[*n as usize].as_ref().is_some_and(|t| t.round == round);
-                let (mine, others) = std::mem::take(&mut self.awaiting).into_iter().partition(of);
-                self.awaiting = others;
-                self.go_on(mine, ok);
+                let of = |n: &u32| tasks[*n as usize].as_ref().is_some_and(|t| t.commit_round == round);
+                let (mine, others) = std::mem::take(&mut self.awaiting_commit).into_iter().partition(of);
+                self.awaiting_commit = others;
+                self.resume_tasks(mine, ok);
                 return;
             }
-            Letter::Grown(Grown::Full) if self.disk.parks() => return self.hold_parked(),
-            Letter::Grown(grown) => grown == Grown::Room,
-            Letter::Punch => return self.turn_to_punch(),
+            LaneEvent::GrowthEnded(GrowthResult::NoSpace) if self.disk.parks_when_full() => return self.stall_parked(),
+            LaneEvent::GrowthEnded(grown) => grown == GrowthResult::Grown,
+            LaneEvent::PunchLockGranted => return self.punch_lock_granted(),
         };
         let parked = std::mem::take(&mut self.parked);
-        if concerned && std::mem::take(&mut self.told_full) {
-            self.log_room();
+        if concerned && std::mem::take(&mut self.no_space_logged) {
+            self.log_space_available();
         }
-        self.go_on(parked, concerned);
+        self.resume_tasks(parked, concerned);
     }
 
     /// Lets requests that waited go on, or fail.
-    fn go_on(&mut self, waited: Vec<u32>, ok: bool) {
+    fn resume_tasks(&mut self, waited: Vec<u32>, ok: bool) {
         for number in waited {
             self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
             self.advance(number);
@@ -299,17 +299,17 @@ impl Lane {
     }
 
     /// Leads the commit of a round that has just begun.
-    pub(super) fn lead(&mut self) {
+    pub(super) fn lead_commit(&mut self) {
         let top = self.disk.version().top().expect("only writable disks commit");
         let commit = Commit::new(top.image.clone(), top.slot);
-        self.start(JobKind::Commit, Job::Commit(commit));
+        self.start_job(JobKind::Commit, Job::Commit(commit));
     }
 
     /// Begins a step of growth where one is due and nobody else is at it. False where there is room enough.
-    pub(super) fn grow_if_short(&mut self) -> bool {
+    pub(super) fn ensure_growth(&mut self) -> bool {
         let top = self.disk.version().top().expect("only writable disks grow");
         if let Some(growth) = Growth::begin(&top.image, top.slot) {
-            self.start(JobKind::Growth, Job::Growth(growth));
+            self.start_job(JobKind::Growth, Job::Growth(growth));
             return true;
         }
         top.image.is_growing()
@@ -321,19 +321,19 @@ impl Lane {
     }
 
     /// Has a request wait for the next commit to start, and leads that if none runs. Returns its round.
-    pub(super) fn join(&mut self, number: u32) -> u64 {
-        let joined = self.disk.rounds.join(&self.mailbox);
-        self.awaiting.push(number);
+    pub(super) fn join_commit(&mut self, number: u32) -> u64 {
+        let joined = self.disk.group_commit.join(&self.mailbox);
+        self.awaiting_commit.push(number);
         if joined.lead {
-            self.lead();
+            self.lead_commit();
         }
         joined.round
     }
 
     /// Begins a commit for which nobody waits, unless one is going to begin anyway.
-    pub(super) fn commit_soon(&mut self) {
-        if self.disk.rounds.join(&self.mailbox).lead {
-            self.lead();
+    pub(super) fn start_background_commit(&mut self) {
+        if self.disk.group_commit.join(&self.mailbox).lead {
+            self.lead_commit();
         }
     }
 
@@ -342,19 +342,19 @@ impl Lane {
     /// a power cut takes and what a live journal has to hold.
     pub fn tick(&mut self) {
         let parked = std::mem::take(&mut self.parked);
-        self.go_on(parked, true);
-        if std::mem::take(&mut self.commit_is_held) {
+        self.resume_tasks(parked, true);
+        if std::mem::take(&mut self.commit_stalled) {
             // The flushes of this commit fail rather than that a queue which stops waits for ever.
-            match self.disk.rounds.is_hurried() {
+            match self.disk.group_commit.is_urgent() {
                 true => self.end_round(false),
-                false => self.lead(),
+                false => self.lead_commit(),
             }
         }
-        self.look_for_room();
+        self.check_host_space();
         self.ticks = (self.ticks + 1) % COMMIT_TICKS;
         let top = self.disk.version().top();
         if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
-            self.commit_soon();
+            self.start_background_commit();
         }
         // A turn without requests submits nothing. A failure shows again in the next one that does.
         let _ = self.submit();
@@ -373,12 +373,12 @@ impl Lane {
 impl Drop for Lane {
     /// A lane that goes while it leads a commit must not leave the others waiting.
     fn drop(&mut self) {
-        if self.commit.take().is_some() || self.commit_is_held {
-            while self.disk.rounds.finish(false).is_some() {}
+        if self.commit.take().is_some() || self.commit_stalled {
+            while self.disk.group_commit.finish(false).is_some() {}
         }
         if self.growth.take().is_some() {
-            self.disk.post(Letter::Grown(Grown::Failed));
+            self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
         }
-        self.leave_punching();
+        self.leave_punch_lock();
     }
 }

@@ -9,7 +9,7 @@ use crate::storage::Notifier;
 
 /// What one lane has to tell another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Letter {
+pub enum LaneEvent {
     /// A commit is over.
     Committed {
         /// Its number.
@@ -18,18 +18,18 @@ pub enum Letter {
         ok: bool,
     },
     /// Growth is over.
-    Grown(Grown),
+    GrowthEnded(GrowthResult),
     /// The lane has the disk's turn to punch.
-    Punch,
+    PunchLockGranted,
 }
 
 /// How a step of growth ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Grown {
+pub enum GrowthResult {
     /// There is room now.
-    Room,
+    Grown,
     /// The host has none.
-    Full,
+    NoSpace,
     /// It failed.
     Failed,
 }
@@ -37,9 +37,9 @@ pub enum Grown {
 /// Letters to one lane.
 #[derive(Debug)]
 pub struct Mailbox {
-    letters: Mutex<Vec<Letter>>,
-    full: AtomicBool,
-    bell: Notifier,
+    events: Mutex<Vec<LaneEvent>>,
+    notified: AtomicBool,
+    event_fd: Notifier,
 }
 
 impl Mailbox {
@@ -48,34 +48,34 @@ impl Mailbox {
     /// # Errors
     /// Where the host has no descriptor left for the bell.
     pub fn new() -> Result<Mailbox> {
-        Ok(Mailbox { letters: Mutex::default(), full: AtomicBool::new(false), bell: Notifier::new()? })
+        Ok(Mailbox { events: Mutex::default(), notified: AtomicBool::new(false), event_fd: Notifier::new()? })
     }
 
     /// Puts a letter in and rings.
-    pub fn post(&self, letter: Letter) {
-        self.letters.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
-        if !self.full.swap(true, Ordering::SeqCst) {
-            self.bell.notify();
+    pub fn post(&self, letter: LaneEvent) {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
+        if !self.notified.swap(true, Ordering::SeqCst) {
+            self.event_fd.notify();
         }
     }
 
     /// Takes all letters out; no system call where there are none.
-    pub fn take(&self) -> Vec<Letter> {
+    pub fn take(&self) -> Vec<LaneEvent> {
         // A look is cheaper than a swap, and nearly always there are none. Who posts rings after it set this.
-        if !self.full.load(Ordering::Acquire) || !self.full.swap(false, Ordering::SeqCst) {
+        if !self.notified.load(Ordering::Acquire) || !self.notified.swap(false, Ordering::SeqCst) {
             return Vec::new();
         }
-        self.bell.drain();
-        std::mem::take(&mut self.letters.lock().unwrap_or_else(PoisonError::into_inner))
+        self.event_fd.drain();
+        std::mem::take(&mut self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Waits until there are letters (or a signal comes), and leaves them.
     pub fn sleep(&self) {
-        self.bell.wait();
+        self.event_fd.wait();
     }
 
     /// Waits until there are letters, and takes them.
-    pub fn wait(&self) -> Vec<Letter> {
+    pub fn wait(&self) -> Vec<LaneEvent> {
         loop {
             let letters = self.take();
             if !letters.is_empty() {
@@ -87,7 +87,7 @@ impl Mailbox {
 
     /// Readable (level-triggered) while there are letters.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.event_fd.as_fd()
     }
 }
 
@@ -101,7 +101,7 @@ mod tests {
         let to = Arc::new(Mailbox::new().unwrap());
         assert!(to.take().is_empty());
         let from = to.clone();
-        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(Letter::Grown(Grown::Room))));
+        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(LaneEvent::GrowthEnded(GrowthResult::Grown))));
         let mut got = 0;
         while got < 100 {
             got += to.wait().len();

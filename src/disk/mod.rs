@@ -24,15 +24,15 @@
 //!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
-mod ahead;
-mod copies;
-mod early;
-pub mod flush;
-mod full;
+mod readahead;
+mod cached_reads;
+mod early_writeback;
+pub mod group_commit;
+mod stalled_writes;
 mod job;
 mod lane;
 pub mod mailbox;
-mod names;
+mod lost_names;
 mod punch;
 mod request;
 mod stages;
@@ -51,12 +51,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Durability};
 use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, FILE_SLOTS, FileSlot};
-use ahead::Reach;
-use flush::Rounds;
-use full::HeldWrites;
-use mailbox::{Letter, Mailbox};
-use names::LostNames;
-use punch::PunchTurn;
+use readahead::ReadaheadPolicy;
+use group_commit::GroupCommit;
+use stalled_writes::StalledWrites;
+use mailbox::{LaneEvent, Mailbox};
+use lost_names::LostNames;
+use punch::PunchLock;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -119,8 +119,8 @@ pub enum WhenFull {
 pub struct Disk {
     env: Arc<dyn Env>,
     version: Version,
-    rounds: Rounds,
-    punch_turn: PunchTurn,
+    group_commit: GroupCommit,
+    punch_lock: PunchLock,
     lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
     when_full: WhenFull,
@@ -128,23 +128,23 @@ pub struct Disk {
     /// What O_DIRECT asks of memory, by slot; 1 where a file is buffered.
     memory_align: Vec<usize>,
     /// How the lanes read ahead, by slot.
-    reach: Vec<Reach>,
-    counts: Counts,
-    held_writes: HeldWrites,
+    readahead_policies: Vec<ReadaheadPolicy>,
+    counters: DiskCounters,
+    stalled_writes: StalledWrites,
     lost_names: LostNames,
 }
 
 /// What was done, for statistics.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct DiskCounters {
     /// Commits that ended well.
     pub commits: AtomicU64,
     /// Syncs that commits used.
-    pub barriers: AtomicU64,
+    pub syncs: AtomicU64,
     /// Bytes that the host was told to read ahead of streams.
-    pub read_ahead: AtomicU64,
+    pub readahead_bytes: AtomicU64,
     /// Times that the host was told to begin to write before a flush.
-    pub early: AtomicU64,
+    pub early_writebacks: AtomicU64,
 }
 
 impl Disk {
@@ -187,23 +187,23 @@ impl Disk {
             top.image.set_allocation(options.allocation);
         }
         let memory_align = memory_align(&version, options.direct)?;
-        let mut reach = vec![Reach::Nothing; usize::from(FILE_SLOTS)];
+        let mut reach = vec![ReadaheadPolicy::Off; usize::from(FILE_SLOTS)];
         for (slot, file) in version.files().filter(|(slot, _)| memory_align[usize::from(slot.0)] == 1) {
-            reach[usize::from(slot.0)] = Reach::of(file);
+            reach[usize::from(slot.0)] = ReadaheadPolicy::of(file);
         }
         let disk = Disk {
             env,
             version,
-            rounds: Rounds::default(),
-            punch_turn: PunchTurn::default(),
+            group_commit: GroupCommit::default(),
+            punch_lock: PunchLock::default(),
             lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,
             serial,
             memory_align,
-            reach,
-            counts: Counts::default(),
-            held_writes: HeldWrites::default(),
+            readahead_policies: reach,
+            counters: DiskCounters::default(),
+            stalled_writes: StalledWrites::default(),
             lost_names: LostNames::default(),
         };
         Ok(Arc::new(disk))
@@ -235,8 +235,8 @@ impl Disk {
     }
 
     /// What was done so far.
-    pub fn counts(&self) -> &Counts {
-        &self.counts
+    pub fn counters(&self) -> &DiskCounters {
+        &self.counters
     }
 
     /// Whether a write is answered only when it is durable. Counts for requests that start later.
@@ -249,7 +249,7 @@ impl Disk {
         self.write_through.load(Ordering::SeqCst)
     }
 
-    fn parks(&self) -> bool {
+    fn parks_when_full(&self) -> bool {
         self.when_full == WhenFull::Park
     }
 
@@ -259,8 +259,8 @@ impl Disk {
     }
 
     /// How lanes read ahead in a file.
-    fn reach(&self, slot: FileSlot) -> Reach {
-        self.reach[usize::from(slot.0)]
+    fn readahead_policy(&self, slot: FileSlot) -> ReadaheadPolicy {
+        self.readahead_policies[usize::from(slot.0)]
     }
 
     /// An engine and all that goes with it for one queue, to be used by one thread.
@@ -285,16 +285,16 @@ impl Disk {
     pub fn commit(&self) -> Result<()> {
         let Some(top) = self.version.top() else { return Ok(()) };
         let mailbox = Arc::new(Mailbox::new()?);
-        let joined = self.rounds.join(&mailbox);
+        let joined = self.group_commit.join(&mailbox);
         if joined.lead {
-            return self.lead(top);
+            return self.lead_commit(top);
         }
-        let _hurried = self.rounds.hurry();
+        let _hurried = self.group_commit.mark_urgent();
         loop {
             for letter in mailbox.wait() {
                 match letter {
-                    Letter::Committed { round, ok: true } if round == joined.round => return Ok(()),
-                    Letter::Committed { round, .. } if round == joined.round => {
+                    LaneEvent::Committed { round, ok: true } if round == joined.round => return Ok(()),
+                    LaneEvent::Committed { round, .. } if round == joined.round => {
                         top.image.check_poison()?;
                         return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(top.image.path()));
                     }
@@ -305,13 +305,13 @@ impl Disk {
     }
 
     /// Leads rounds here and now, until none waits; the result is that of the first.
-    fn lead(&self, top: &crate::chain::Top) -> Result<()> {
+    fn lead_commit(&self, top: &crate::chain::Top) -> Result<()> {
         let mut first = None;
         loop {
             let mut commit = Commit::new(top.image.clone(), top.slot);
             let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
-            self.committed(&result, commit.barriers());
-            let over = self.rounds.finish(result.is_ok()).is_none();
+            self.record_commit(&result, commit.barriers());
+            let over = self.group_commit.finish(result.is_ok()).is_none();
             first.get_or_insert(result);
             if over {
                 return first.expect("a round was led");
@@ -339,18 +339,18 @@ impl Disk {
         top.image.remove_journal()
     }
 
-    fn committed(&self, result: &Result<()>, barriers: u32) {
-        self.counts.barriers.fetch_add(u64::from(barriers), Ordering::Relaxed);
+    fn record_commit(&self, result: &Result<()>, barriers: u32) {
+        self.counters.syncs.fetch_add(u64::from(barriers), Ordering::Relaxed);
         match result {
             Ok(()) => {
-                self.counts.commits.fetch_add(1, Ordering::Relaxed);
+                self.counters.commits.fetch_add(1, Ordering::Relaxed);
             }
             Err(e) => log::error!("a commit failed: {}", e.line()),
         }
     }
 
     /// Tells all lanes.
-    fn post(&self, letter: Letter) {
+    fn broadcast(&self, letter: LaneEvent) {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(letter)).is_some());
     }

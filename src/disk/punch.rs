@@ -14,24 +14,24 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::lane::Lane;
-use super::mailbox::{Letter, Mailbox};
+use super::mailbox::{LaneEvent, Mailbox};
 
 /// Sectors of a piece: 2 MiB, the usual block.
-pub(super) const PIECE: u64 = 4096;
+pub(super) const PUNCH_SECTORS: u64 = 4096;
 
 /// The turn to punch, which one lane of a disk holds at a time. Lanes get it in the order in which they asked.
 #[derive(Debug, Default)]
-pub(super) struct PunchTurn(Mutex<State>);
+pub(super) struct PunchLock(Mutex<PunchLockState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct PunchLockState {
     holder: Option<Arc<Mailbox>>,
     waiting: VecDeque<Arc<Mailbox>>,
 }
 
-impl PunchTurn {
+impl PunchLock {
     /// Takes the turn if it is free. Otherwise a [`Letter::Punch`] brings it; a lane must not ask again before.
-    fn ask(&self, lane: &Arc<Mailbox>) -> bool {
+    fn acquire(&self, lane: &Arc<Mailbox>) -> bool {
         let mut state = self.lock();
         if state.holder.is_some() {
             state.waiting.push_back(lane.clone());
@@ -42,37 +42,37 @@ impl PunchTurn {
     }
 
     /// Gives up the turn, or the place in the queue for it.
-    fn leave(&self, lane: &Arc<Mailbox>) {
+    fn release(&self, lane: &Arc<Mailbox>) {
         let mut state = self.lock();
         if state.holder.as_ref().is_some_and(|holder| Arc::ptr_eq(holder, lane)) {
             state.holder = state.waiting.pop_front();
             if let Some(next) = &state.holder {
-                next.post(Letter::Punch);
+                next.post(LaneEvent::PunchLockGranted);
             }
         } else {
             state.waiting.retain(|other| !Arc::ptr_eq(other, lane));
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PunchLockState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The requests of one lane that punch.
 #[derive(Debug, Default)]
-pub(super) struct Punches {
-    turn: Turn,
+pub(super) struct PunchQueue {
+    lock: LockShare,
     /// Requests whose next piece waits for the turn.
     queue: VecDeque<u32>,
 }
 
 /// A lane's share in the disk's [`PunchTurn`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-enum Turn {
+enum LockShare {
     #[default]
     None,
-    Asked,
+    Waiting,
     /// Held for this request.
     Held(u32),
 }
@@ -80,41 +80,41 @@ enum Turn {
 impl Lane {
     /// Whether a request may punch its next piece now. If not, it is queued and continues at [`Lane::punch_next`].
     pub(super) fn may_punch(&mut self, number: u32) -> bool {
-        if self.punches.turn == Turn::Held(number) {
+        if self.punch_queue.lock == LockShare::Held(number) {
             return true;
         }
-        if self.punches.turn == Turn::None && self.punches.queue.is_empty() && self.ask_to_punch(number) {
+        if self.punch_queue.lock == LockShare::None && self.punch_queue.queue.is_empty() && self.acquire_punch_lock(number) {
             return true;
         }
-        self.punches.queue.push_back(number);
+        self.punch_queue.queue.push_back(number);
         false
     }
 
-    fn ask_to_punch(&mut self, number: u32) -> bool {
-        let held = self.disk.punch_turn.ask(&self.mailbox);
-        self.punches.turn = if held { Turn::Held(number) } else { Turn::Asked };
+    fn acquire_punch_lock(&mut self, number: u32) -> bool {
+        let held = self.disk.punch_lock.acquire(&self.mailbox);
+        self.punch_queue.lock = if held { LockShare::Held(number) } else { LockShare::Waiting };
         held
     }
 
     /// Queues a request for its next piece, after all others of the lane.
-    pub(super) fn punch_later(&mut self, number: u32) {
-        self.punched(number);
-        self.punches.queue.push_back(number);
+    pub(super) fn requeue_punch(&mut self, number: u32) {
+        self.release_punch_lock(number);
+        self.punch_queue.queue.push_back(number);
     }
 
     /// Ends a request's turn, if it has it: its piece is complete, or has to wait for something else.
-    pub(super) fn punched(&mut self, number: u32) {
-        if self.punches.turn == Turn::Held(number) {
-            self.punches.turn = Turn::None;
-            self.disk.punch_turn.leave(&self.mailbox);
+    pub(super) fn release_punch_lock(&mut self, number: u32) {
+        if self.punch_queue.lock == LockShare::Held(number) {
+            self.punch_queue.lock = LockShare::None;
+            self.disk.punch_lock.release(&self.mailbox);
         }
     }
 
     /// The turn that this lane asked for has come.
-    pub(super) fn turn_to_punch(&mut self) {
-        match self.punches.queue.pop_front() {
+    pub(super) fn punch_lock_granted(&mut self) {
+        match self.punch_queue.queue.pop_front() {
             Some(number) => {
-                self.punches.turn = Turn::Held(number);
+                self.punch_queue.lock = LockShare::Held(number);
                 self.advance(number);
             }
             None => unreachable!("a lane asks for a turn only for a request that waits for it"),
@@ -122,27 +122,27 @@ impl Lane {
     }
 
     /// Begins the next piece if one waits and the turn is free. Returns whether one was begun.
-    pub(super) fn punch_next(&mut self) -> bool {
-        if !self.is_to_punch() {
+    pub(super) fn start_next_punch(&mut self) -> bool {
+        if !self.has_queued_punch() {
             return false;
         }
-        let number = self.punches.queue.pop_front().expect("looked at above");
-        if self.ask_to_punch(number) {
+        let number = self.punch_queue.queue.pop_front().expect("looked at above");
+        if self.acquire_punch_lock(number) {
             self.advance(number);
             return true;
         }
-        self.punches.queue.push_front(number);
+        self.punch_queue.queue.push_front(number);
         false
     }
 
     /// Whether a piece waits for the next [`Lane::poll`], and for nothing else.
-    pub fn is_to_punch(&self) -> bool {
-        self.punches.turn == Turn::None && !self.punches.queue.is_empty()
+    pub fn has_queued_punch(&self) -> bool {
+        self.punch_queue.lock == LockShare::None && !self.punch_queue.queue.is_empty()
     }
 
     /// Leaves the turn to the other lanes.
-    pub(super) fn leave_punching(&mut self) {
-        self.disk.punch_turn.leave(&self.mailbox);
+    pub(super) fn leave_punch_lock(&mut self) {
+        self.disk.punch_lock.release(&self.mailbox);
     }
 }
 
@@ -152,17 +152,17 @@ mod tests {
 
     #[test]
     fn lanes_have_the_turn_one_after_the_other() {
-        let turn = PunchTurn::default();
+        let turn = PunchLock::default();
         let [a, b, c] = [(); 3].map(|()| Arc::new(Mailbox::new().unwrap()));
-        assert!(turn.ask(&a));
-        assert!(!turn.ask(&b) && !turn.ask(&c));
-        turn.leave(&a);
-        assert_eq!((a.take(), b.take(), c.take()), (vec![], vec![Letter::Punch], vec![]));
-        assert!(!turn.ask(&a), "after those who wait");
-        turn.leave(&c);
-        turn.leave(&b);
-        assert_eq!((a.take(), c.take()), (vec![Letter::Punch], vec![]), "c has left");
-        turn.leave(&a);
-        assert!(turn.ask(&c));
+        assert!(turn.acquire(&a));
+        assert!(!turn.acquire(&b) && !turn.acquire(&c));
+        turn.release(&a);
+        assert_eq!((a.take(), b.take(), c.take()), (vec![], vec![LaneEvent::PunchLockGranted], vec![]));
+        assert!(!turn.acquire(&a), "after those who wait");
+        turn.release(&c);
+        turn.release(&b);
+        assert_eq!((a.take(), c.take()), (vec![LaneEvent::PunchLockGranted], vec![]), "c has left");
+        turn.release(&a);
+        assert!(turn.acquire(&c));
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
-use super::task::{Stage, Task, Token};
+use super::task::{TaskStage, Task, Token};
 use crate::chain::{Missing, PlanBuffer, Source};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, Completion, Op, Payload, GuestIovecs, FileSlot};
@@ -18,22 +18,22 @@ use crate::units::SECTOR_BYTES;
 const ZERO_CHUNK: u64 = 1 << 20;
 
 /// What comes after a stage.
-pub(super) enum Next {
+pub(super) enum StageResult {
     /// That stage, now.
-    Stage(Stage),
+    Enter(TaskStage),
     /// That stage, when what it waits for is over.
-    Wait(Stage),
+    Wait(TaskStage),
     /// Nothing: the answer.
-    Over(Outcome),
+    Finish(Outcome),
 }
 
 impl Lane {
     /// Begins a request. There is `room`.
-    pub(super) fn begin(&mut self, request: Request) {
-        let number = self.free.pop().expect("a request is pushed only where there is room");
-        let task = match self.spare.pop() {
+    pub(super) fn start_request(&mut self, request: Request) {
+        let number = self.free_tasks.pop().expect("a request is pushed only where there is room");
+        let task = match self.task_pool.pop() {
             Some(mut task) => {
-                task.renew(request.tag, request.work);
+                task.reset(request.tag, request.work);
                 task
             }
             None => Box::new(Task::new(request.tag, request.work)),
@@ -43,14 +43,14 @@ impl Lane {
     }
 
     /// An operation of a request is over.
-    pub(super) fn moved(&mut self, number: u32, detail: u32, Completion { op, result }: Completion) {
+    pub(super) fn op_completed(&mut self, number: u32, detail: u32, Completion { op, result }: Completion) {
         if op.action == Action::Prefetch {
-            return self.prefetched(number);
+            return self.prefetch_completed(number);
         }
         let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
         let (mut again, mut refused) = (None, false);
         match (op.payload, result) {
-            (Payload::Own(sector), Ok(())) if task.stage == Stage::Load => {
+            (Payload::Own(sector), Ok(())) if task.stage == TaskStage::Load => {
                 task.load.as_mut().expect("loading").complete(detail as usize, &sector);
             }
             (Payload::Own(bounce), Ok(())) => {
@@ -58,46 +58,46 @@ impl Lane {
                     into.copy_from(detail as usize, &bounce);
                 }
             }
-            (Payload::Guest(slices), Err(e)) if self.disk.parks() && is_full(op.action, &e) => {
-                task.full = true;
-                give_back(&mut self.pool, slices);
+            (Payload::Guest(slices), Err(e)) if self.disk.parks_when_full() && is_full(op.action, &e) => {
+                task.no_space = true;
+                recycle(&mut self.iovec_pool, slices);
             }
             // Zeroing a range takes room, too.
-            (Payload::Own(_) | Payload::None, Err(e)) if self.disk.parks() && is_full(op.action, &e) => {
-                task.full = true
+            (Payload::Own(_) | Payload::None, Err(e)) if self.disk.parks_when_full() && is_full(op.action, &e) => {
+                task.no_space = true
             }
             (Payload::Guest(slices), Err(e)) if is_full(op.action, &e) => {
                 (task.failed, refused) = (true, true);
-                give_back(&mut self.pool, slices);
+                recycle(&mut self.iovec_pool, slices);
             }
             (Payload::Guest(slices), result) => {
-                task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
-                give_back(&mut self.pool, slices);
+                task.failed |= log_if_failed(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
+                recycle(&mut self.iovec_pool, slices);
             }
             (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
                 again = Some(Op::range(op.token, op.slot, op.action, op.offset, op.len));
             }
             (_, result) => {
-                task.failed |= report(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
+                task.failed |= log_if_failed(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
             }
         }
         if let Some(op) = again {
-            return self.without_punch(number, op);
+            return self.punch_unsupported(number, op);
         }
-        task.pending -= 1;
+        task.pending_ops -= 1;
         if refused {
-            self.log_refused();
+            self.log_no_space();
         }
         let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        if task.pending == 0 {
+        if task.pending_ops == 0 {
             self.advance(number);
         }
     }
 
     /// The file system cannot punch: a discard is forgotten, zeros are written instead where zeros are owed.
-    fn without_punch(&mut self, number: u32, op: Op) {
+    fn punch_unsupported(&mut self, number: u32, op: Op) {
         let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        task.pending -= 1;
+        task.pending_ops -= 1;
         let mut ops = Vec::new();
         if matches!(task.work, Work::WriteZeroes { .. }) {
             let mut at = op.offset;
@@ -107,9 +107,9 @@ impl Lane {
                 ops.push(Op::write(op.token, op.slot, at, Payload::Own(zeros)));
                 at += len;
             }
-            task.pending += u32::try_from(ops.len()).expect("a request is at most a disk of chunks");
+            task.pending_ops += u32::try_from(ops.len()).expect("a request is at most a disk of chunks");
         }
-        let pending = task.pending;
+        let pending = task.pending_ops;
         ops.into_iter().for_each(|op| self.push_op(op));
         if pending == 0 {
             self.advance(number);
@@ -121,56 +121,56 @@ impl Lane {
         let mut task = self.tasks[number as usize].take().expect("a task under way");
         let outcome = loop {
             let next = match task.stage {
-                Stage::Plan => self.plan(number, &mut task),
-                Stage::Load if task.failed => Next::Over(Outcome::Failed),
-                Stage::Load => {
+                TaskStage::Plan => self.plan_task(number, &mut task),
+                TaskStage::Load if task.failed => StageResult::Finish(Outcome::Failed),
+                TaskStage::Load => {
                     let load = task.load.take().expect("loading");
-                    self.disk.version().supply(&load, &mut task.held);
-                    Next::Stage(if task.moved { Stage::Move } else { Stage::Plan })
+                    self.disk.version().supply(&load, &mut task.pins);
+                    StageResult::Enter(if task.moved { TaskStage::Move } else { TaskStage::Plan })
                 }
-                Stage::Room if task.failed => Next::Over(Outcome::Failed),
-                Stage::Room => Next::Stage(Stage::Plan),
-                Stage::Move => self.arrived(number, &mut task),
-                Stage::Await => Next::Over(if task.failed { Outcome::Failed } else { Outcome::Done }),
+                TaskStage::AwaitGrowth if task.failed => StageResult::Finish(Outcome::Failed),
+                TaskStage::AwaitGrowth => StageResult::Enter(TaskStage::Plan),
+                TaskStage::Move => self.transfer_completed(number, &mut task),
+                TaskStage::AwaitCommit => StageResult::Finish(if task.failed { Outcome::Failed } else { Outcome::Done }),
             };
             match next {
-                Next::Stage(stage) => task.stage = stage,
-                Next::Wait(stage) => {
+                StageResult::Enter(stage) => task.stage = stage,
+                StageResult::Wait(stage) => {
                     task.stage = stage;
                     self.tasks[number as usize] = Some(task);
                     return;
                 }
-                Next::Over(outcome) => break outcome,
+                StageResult::Finish(outcome) => break outcome,
             }
         };
-        self.punched(number);
-        self.free.push(number);
-        if task.held_by_host {
-            self.release_held(outcome == Outcome::Done);
+        self.release_punch_lock(number);
+        self.free_tasks.push(number);
+        if task.stalled {
+            self.end_stall(outcome == Outcome::Done);
         }
         let tag = task.tag;
-        match task.end() {
+        match task.take_work() {
             Work::Prefetch { .. } => {}
             Work::Read { into: memory, .. } | Work::Write { from: memory, .. } => {
                 self.answers.push(Answer { tag, outcome, memory: Some(memory) });
             }
             _ => self.answers.push(Answer { tag, outcome, memory: None }),
         }
-        self.spare.push(task);
+        self.task_pool.push(task);
     }
 
-    fn plan(&mut self, number: u32, task: &mut Task) -> Next {
+    fn plan_task(&mut self, number: u32, task: &mut Task) -> StageResult {
         if matches!(task.work, Work::Flush) && self.disk.is_read_only() {
-            return Next::Over(Outcome::Done);
+            return StageResult::Finish(Outcome::Done);
         }
         if !matches!(task.work, Work::Read { .. } | Work::Prefetch { .. }) {
             let top = self.disk.version().top();
             if top.is_none_or(|top| top.image.is_poisoned()) {
-                return Next::Over(Outcome::Failed);
+                return StageResult::Finish(Outcome::Failed);
             }
         }
-        if task.punches() && !self.may_punch(number) {
-            return Next::Wait(Stage::Plan);
+        if task.needs_punch_lock() && !self.may_punch(number) {
+            return StageResult::Wait(TaskStage::Plan);
         }
         let mut plan = std::mem::take(&mut self.plan);
         let version = self.disk.version();
@@ -182,7 +182,7 @@ impl Lane {
                 Ok(())
             }
             Work::Prefetch { range } => {
-                self.plan_ahead(*range, &mut plan);
+                self.plan_readahead(*range, &mut plan);
                 Ok(())
             }
             Work::Write { range, .. } => version.plan_write(*range, &mut plan),
@@ -193,18 +193,18 @@ impl Lane {
             Work::WriteZeroes { .. } => version.plan_zero(task.piece(), &mut plan),
             Work::Flush => {
                 self.plan = plan;
-                return self.make_durable(number, task);
+                return self.await_commit(number, task);
             }
         };
         let next = if !plan.missing.is_empty() {
-            self.load(number, task, &plan.missing)
+            self.load_bitmaps(number, task, &plan.missing)
         } else if room.is_err() {
-            if self.grow_if_short() {
-                self.punched(number);
+            if self.ensure_growth() {
+                self.release_punch_lock(number);
                 self.park(number);
-                Next::Wait(Stage::Room)
+                StageResult::Wait(TaskStage::AwaitGrowth)
             } else {
-                Next::Stage(Stage::Plan) // another lane made room in the meantime
+                StageResult::Enter(TaskStage::Plan) // another lane made room in the meantime
             }
         } else {
             task.marks.clear();
@@ -212,35 +212,35 @@ impl Lane {
             if let (Work::Write { range, .. }, true) = (&task.work, mutant::is(Mutant::EarlyMarks)) {
                 let _ = self.disk.version().top().expect("a writable disk").image.mark(*range);
             }
-            self.move_all(number, task, &plan);
+            self.push_transfers(number, task, &plan);
             if !matches!(task.work, Work::Write { .. } | Work::WriteZeroes { .. }) {
-                task.held.release();
+                task.pins.release();
             }
             if plan.reserved {
-                self.grow_if_short();
+                self.ensure_growth();
             }
-            if task.pending == 0 { Next::Stage(Stage::Move) } else { Next::Wait(Stage::Move) }
+            if task.pending_ops == 0 { StageResult::Enter(TaskStage::Move) } else { StageResult::Wait(TaskStage::Move) }
         };
         self.plan = plan;
         next
     }
 
     /// Begins to read the bitmaps that a plan or a mark missed.
-    fn load(&mut self, number: u32, task: &mut Task, missing: &[Missing]) -> Next {
+    fn load_bitmaps(&mut self, number: u32, task: &mut Task, missing: &[Missing]) -> StageResult {
         let load = self.disk.version().load(missing);
         for (piece, (slot, at)) in (0..).zip(load.reads()) {
             let sector = Payload::Own(Buffer::zeroed(SECTOR_BYTES));
-            task.pending += 1;
+            task.pending_ops += 1;
             self.push_op(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, at, sector));
         }
         task.load = Some(Box::new(load));
-        if task.pending == 0 { Next::Stage(Stage::Load) } else { Next::Wait(Stage::Load) }
+        if task.pending_ops == 0 { StageResult::Enter(TaskStage::Load) } else { StageResult::Wait(TaskStage::Load) }
     }
 
     /// Pushes the operations of a plan.
-    fn move_all(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) {
+    fn push_transfers(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) {
         if let Work::Prefetch { range } = task.work {
-            return self.prefetch(number, task, range, plan);
+            return self.push_prefetches(number, task, range, plan);
         }
         let mut at = 0;
         for extent in &plan.extents {
@@ -261,7 +261,7 @@ impl Lane {
                     Some(Op::write(token, slot, offset, payload))
                 }
                 (Work::WriteZeroes { ranges }, Source::File { slot, offset }) => {
-                    let action = if ranges[task.at].unmap { Action::Punch } else { Action::Zero };
+                    let action = if ranges[task.range_index].unmap { Action::Punch } else { Action::Zero };
                     Some(Op::range(token, slot, action, offset, bytes))
                 }
                 (Work::Discard { .. }, Source::File { slot, offset }) => {
@@ -272,7 +272,7 @@ impl Lane {
                 }
             };
             if let Some(op) = op {
-                task.pending += 1;
+                task.pending_ops += 1;
                 self.push_op(op);
             }
             at += len;
@@ -281,7 +281,7 @@ impl Lane {
 
     /// The part of a request's memory that an operation moves; a bounce buffer where O_DIRECT does not take it.
     fn payload(&mut self, memory: &GuestIovecs, at: usize, len: usize, slot: FileSlot, copy: bool) -> Payload {
-        let mut slices = self.pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
+        let mut slices = self.iovec_pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
         memory.slice_into(at, len, &mut slices);
         let align = self.disk.memory_align(slot);
         if align == 1 || slices.is_aligned(align) {
@@ -291,25 +291,25 @@ impl Lane {
         if copy {
             slices.copy_to(0, &mut bounce);
         }
-        give_back(&mut self.pool, slices);
+        recycle(&mut self.iovec_pool, slices);
         Payload::Own(bounce)
     }
 
     /// All operations of a range are complete.
-    fn arrived(&mut self, number: u32, task: &mut Task) -> Next {
+    fn transfer_completed(&mut self, number: u32, task: &mut Task) -> StageResult {
         if task.failed {
-            return Next::Over(Outcome::Failed);
+            return StageResult::Finish(Outcome::Failed);
         }
-        if std::mem::take(&mut task.full) {
+        if std::mem::take(&mut task.no_space) {
             // The next tick tries it again, from the start: nothing of it was marked.
-            self.punched(number);
+            self.release_punch_lock(number);
             self.park(number);
-            self.hold(task);
-            return Next::Wait(Stage::Room);
+            self.stall(task);
+            return StageResult::Wait(TaskStage::AwaitGrowth);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
         let (Some(top), false) = (self.disk.version().top(), reads) else {
-            return Next::Over(Outcome::Done);
+            return StageResult::Finish(Outcome::Done);
         };
         let marks = match &task.work {
             Work::Write { range, .. } => std::slice::from_ref(range),
@@ -325,42 +325,42 @@ impl Lane {
         let mut absent = Vec::new();
         for range in marks {
             match top.image.mark(*range) {
-                Ok(kept) => task.owes_commit |= !kept,
+                Ok(kept) => task.needs_commit |= !kept,
                 Err(granules) => absent.extend(granules),
             }
         }
         if !absent.is_empty() {
             // They left memory while the bytes moved. Marks may be repeated.
             task.moved = true;
-            return self.load(number, task, &Missing::bitmap_sectors(&absent));
+            return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent));
         }
         task.moved = false;
-        task.held.release();
+        task.pins.release();
         if matches!(task.work, Work::Write { .. }) {
-            self.early.wrote(self.disk.counts().commits.load(Ordering::Relaxed));
+            self.early_writeback.record_write(self.disk.counters().commits.load(Ordering::Relaxed));
         }
         if top.image.take_commit_due() {
-            self.commit_soon();
+            self.start_background_commit();
         }
         if task.next_piece() {
-            self.punch_later(number);
-            Next::Wait(Stage::Plan)
-        } else if task.owes_commit || self.disk.is_write_through() {
-            self.make_durable(number, task)
+            self.requeue_punch(number);
+            StageResult::Wait(TaskStage::Plan)
+        } else if task.needs_commit || self.disk.is_write_through() {
+            self.await_commit(number, task)
         } else {
-            Next::Over(Outcome::Done)
+            StageResult::Finish(Outcome::Done)
         }
     }
 
-    fn make_durable(&mut self, number: u32, task: &mut Task) -> Next {
+    fn await_commit(&mut self, number: u32, task: &mut Task) -> StageResult {
         // Not `failed` by what another round may say: the letter names the round.
-        task.round = self.join(number);
-        Next::Wait(Stage::Await)
+        task.commit_round = self.join_commit(number);
+        StageResult::Wait(TaskStage::AwaitCommit)
     }
 }
 
 /// Keeps the room of an operation's slices, and not a moment longer the memory, which the front-end may have taken back.
-fn give_back(pool: &mut Vec<GuestIovecs>, mut slices: GuestIovecs) {
+fn recycle(pool: &mut Vec<GuestIovecs>, mut slices: GuestIovecs) {
     slices.clear();
     pool.push(slices);
 }
@@ -371,7 +371,7 @@ fn is_full(action: Action, e: &io::Error) -> bool {
 }
 
 /// Whether an operation failed; tells the log. To find the file takes longer the deeper the chain is.
-fn report<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
+fn log_if_failed<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
     if e.raw_os_error() == Some(libc::EFAULT) {
         // No failure of the file: a page of the guest's memory cannot be had, which is logged once for the disk.

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::passed_fd::{memory_page, no_sigbus};
-use crate::device::{Record, RecordMap};
+use crate::device::{InFlightRecord, InFlightRegion};
 use crate::storage::sigbus::Guard;
 
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
@@ -22,7 +22,7 @@ use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 /// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
 #[derive(Clone)]
 pub(super) struct Region {
-    map: Arc<RecordMap>,
+    map: Arc<InFlightRegion>,
     queues: u16,
     queue_size: u16,
 }
@@ -40,7 +40,7 @@ fn length(shape: &VhostUserInflight) -> io::Result<usize> {
             "an in-flight region for {queues} queues of {entries}: there are 1 to {MAX_QUEUES} of at most {MAX_QUEUE_SIZE}"
         )));
     }
-    Ok(usize::from(queues) * Record::len(entries))
+    Ok(usize::from(queues) * InFlightRecord::len(entries))
 }
 
 /// Makes a region of the shape asked for: what to tell the front-end of it, and its file.
@@ -84,7 +84,7 @@ impl Region {
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
         let guard = guard.ok_or_else(no_sigbus)?;
         Ok(Region {
-            map: Arc::new(RecordMap::new(map, Some(guard))),
+            map: Arc::new(InFlightRegion::new(map, Some(guard))),
             queues: told.num_queues,
             queue_size: told.queue_size,
         })
@@ -96,9 +96,9 @@ impl Region {
     }
 
     /// The record of a queue; none where the region is for fewer queues.
-    pub(super) fn record(&self, index: usize) -> Option<Record> {
-        let at = index * Record::len(self.queue_size);
-        (index < usize::from(self.queues)).then(|| Record::new(self.map.clone(), at, self.queue_size))
+    pub(super) fn record(&self, index: usize) -> Option<InFlightRecord> {
+        let at = index * InFlightRecord::len(self.queue_size);
+        (index < usize::from(self.queues)).then(|| InFlightRecord::new(self.map.clone(), at, self.queue_size))
     }
 }
 
@@ -120,8 +120,8 @@ mod tests {
         assert!(first.record(3).is_none());
         let mut record = first.record(2).unwrap();
         assert_eq!(record.resume(128, 7).unwrap(), [0u16; 0]);
-        record.take(9);
-        record.take(5);
+        record.record_taken(9);
+        record.record_taken(5);
         first = Region::map(&told, file).unwrap();
         assert_eq!(first.record(2).unwrap().resume(128, 7).unwrap(), [9, 5], "memory, not a copy");
         assert_eq!(first.record(1).unwrap().resume(128, 7).unwrap(), [0u16; 0]);

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::passed_fd::{memory_page, no_sigbus};
-use crate::device::{Memory, SharedMemory};
+use crate::device::{MemoryRegions, SharedMemory};
 use crate::storage::sigbus::Guard;
 
 /// Regions one table may have; what QEMU calls memory slots, and as many as KVM itself has (crash-safety 4.4).
@@ -136,8 +136,8 @@ impl MemoryTable {
     pub(super) fn memory(&self) -> Arc<SharedMemory> {
         let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
         let memory = match mappings.is_empty() {
-            true => Memory::new(),
-            false => Memory::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap"),
+            true => MemoryRegions::new(),
+            false => MemoryRegions::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap"),
         };
         let guards = self.regions.iter().map(|region| region.guard.clone()).collect();
         Arc::new(SharedMemory::new(memory, guards))

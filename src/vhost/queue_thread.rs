@@ -19,7 +19,7 @@ use zerocopy::IntoBytes;
 use super::edges::{Epoll, Source};
 use super::patience::Patience;
 use super::unshared::{SHARE, Sharing};
-use crate::device::{Queue, Record, SharedMemory, Turn, Vring};
+use crate::device::{Queue, InFlightRecord, SharedMemory, ServeResult, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
 
@@ -28,7 +28,7 @@ pub(super) struct Ring {
     pub(super) vring: Vring,
     pub(super) memory: Arc<SharedMemory>,
     /// What is in flight, where a kill does not reach.
-    pub(super) record: Option<Record>,
+    pub(super) record: Option<InFlightRecord>,
     /// By what the guest announces requests; none if the ring is to be polled.
     pub(super) kick: Option<Arc<File>>,
     /// Told when the ring breaks.
@@ -134,10 +134,10 @@ impl QueueThread {
                 }
             }
             match turn {
-                Turn::More => self.patience.busy(now),
-                Turn::Idle if self.state == State::Running && self.patience.waits(now) => std::hint::spin_loop(),
-                Turn::Idle if self.rests() => {}
-                Turn::Idle | Turn::Broken => self.sleep(),
+                ServeResult::More => self.patience.busy(now),
+                ServeResult::Idle if self.state == State::Running && self.patience.waits(now) => std::hint::spin_loop(),
+                ServeResult::Idle if self.rests() => {}
+                ServeResult::Idle | ServeResult::Broken => self.sleep(),
             }
         }
     }
@@ -153,7 +153,7 @@ impl QueueThread {
     /// Warns if the guest kicks and nothing of what it writes arrives.
     fn check_sharing(&self, now: Instant) {
         let Some(ring) = &self.ring else { return };
-        if ring.sharing.is_missing(self.kicked, now, || self.queue.is_blank()) {
+        if ring.sharing.is_missing(self.kicked, now, || self.queue.is_unused()) {
             warn!(
                 "{}: the guest announces requests, but its rings are blank: the front-end seems not to share the guest's \
                  memory, and the guest will wait for ever. {SHARE}",
@@ -165,28 +165,28 @@ impl QueueThread {
     /// Asks for kicks before the thread sleeps; true where there is work after all.
     fn rests(&mut self) -> bool {
         let (State::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
-        self.queue.rest(&ring.vring)
+        self.queue.enable_kicks(&ring.vring)
     }
 
     /// One turn of the ring, if it runs.
-    fn serve(&mut self) -> Turn {
+    fn serve(&mut self) -> ServeResult {
         let (State::Running | State::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
-            return Turn::Idle;
+            return ServeResult::Idle;
         };
         let turn = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
             Ok(Ok(turn)) => turn,
             Ok(Err(e)) => {
                 error!("{}: the ring cannot be served: {e}", self.name);
-                Turn::Broken
+                ServeResult::Broken
             }
             Err(_) => {
                 error!("{}: a fault of our own while serving; the queue is out of service", self.name);
                 self.state = State::Faulty;
                 self.tell_broken();
-                return Turn::Broken;
+                return ServeResult::Broken;
             }
         };
-        if matches!(turn, Turn::Broken) && self.state == State::Running {
+        if matches!(turn, ServeResult::Broken) && self.state == State::Running {
             if self.queue.is_memory_lost() {
                 self.alarm.notify();
             } else {

@@ -23,7 +23,7 @@ use super::memory::MemoryTable;
 use super::queue_thread::Ring;
 use super::unshared::{SHARE, Sharing};
 use super::worker::{END, Waited, Worker, wait_for};
-use crate::device::{AtomicMemory, Record, Vring};
+use crate::device::{AtomicMemory, InFlightRecord, Vring};
 
 /// How long a front-end may wait for the requests in flight: longer than a disk takes that wakes, or a path that fails over.
 const STOP: Duration = Duration::from_secs(30);
@@ -141,10 +141,10 @@ impl<'a> Rings<'a> {
 
     /// The in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger ring than
     /// the front-end expects (virtio-mmio lets it). Such a ring is served without a record, as if the front-end kept none.
-    fn record(&mut self, index: usize) -> Option<Record> {
+    fn record(&mut self, index: usize) -> Option<InFlightRecord> {
         let size = self.setups[index].size;
         let record = self.inflight.as_ref()?.record(index);
-        let room = record.as_ref().map_or(0, Record::entries);
+        let room = record.as_ref().map_or(0, InFlightRecord::entries);
         if size <= room {
             return record;
         }

@@ -57,7 +57,7 @@ fn read_all(world: &World, rig: &mut Rig) -> u64 {
         assert!(over.iter().all(|(_, outcome)| *outcome == Outcome::Done));
         begun.iter().for_each(|(range, memory)| world.compare(*range, &memory.bytes()));
     }
-    rig.disk.counts().read_ahead.load(Ordering::Relaxed)
+    rig.disk.counters().readahead_bytes.load(Ordering::Relaxed)
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn what_is_written_behind_a_hint_is_read() {
             world.compare(SectorRange::between(at, at + 64), &got);
         }
     }
-    assert!(rig.disk.counts().read_ahead.load(Ordering::Relaxed) > 0);
+    assert!(rig.disk.counters().readahead_bytes.load(Ordering::Relaxed) > 0);
     rig.close();
 }
 

@@ -115,9 +115,9 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     rig.lane = lane;
     let range = SectorRange::between(0, 8);
     rig.write(range, &[7; 4096], &[512]);
-    let (room, copies) = (rig.lane.room(), rig.lane.engine().copy_count());
+    let (room, copies) = (rig.lane.push_capacity(), rig.lane.engine().copy_count());
     let mut reads = Vec::new();
-    while rig.lane.room() > 0 {
+    while rig.lane.push_capacity() > 0 {
         let memory = Memory::new(&[0; 4096]);
         reads.push((rig.begin(Work::Read { range, into: memory.slices(&[512]) }), memory));
     }
@@ -128,5 +128,5 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     assert!(reads.iter().all(|(_, memory)| memory.bytes() == [7; 4096]));
     let copied = usize::try_from(rig.lane.engine().copy_count() - copies).expect("a small number");
     assert!(copied > room / 2 && copied < room && reads.len() == room, "{copied} of {} were copied", reads.len());
-    assert_eq!(rig.lane.room(), room);
+    assert_eq!(rig.lane.push_capacity(), room);
 }

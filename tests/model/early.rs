@@ -32,7 +32,7 @@ fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
     }
     let all = SectorRange::between(0, SIZE / 512);
     world.compare(all, &rig.read(all));
-    let told = rig.disk.counts().early.load(Ordering::Relaxed);
+    let told = rig.disk.counters().early_writebacks.load(Ordering::Relaxed);
     rig.close();
     told
 }
@@ -57,7 +57,7 @@ fn what_is_not_flushed_is_committed_in_the_background() {
         let bytes = world.pattern(range);
         rig.write(range, &bytes, &[]);
         world.slot(range).copy_from_slice(&bytes);
-        let commits = |rig: &Rig| rig.disk.counts().commits.load(Ordering::Relaxed);
+        let commits = |rig: &Rig| rig.disk.counters().commits.load(Ordering::Relaxed);
         let before = commits(&rig);
         (0..5).for_each(|_| rig.lane.tick());
         let started = std::time::Instant::now();

@@ -24,7 +24,7 @@ impl Rig {
 
     /// Begins a request; its tag.
     pub fn begin(&mut self, work: Work) -> u64 {
-        while self.lane.room() == 0 {
+        while self.lane.push_capacity() == 0 {
             self.turn();
         }
         self.next_tag += 1;

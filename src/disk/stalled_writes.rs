@@ -8,13 +8,13 @@ use super::lane::Lane;
 use super::task::Task;
 
 /// Bytes of room with which the host counts as no longer full: a file system that is full may report a few.
-const ENOUGH: u64 = 4 << 20;
+const MIN_FREE_BYTES: u64 = 4 << 20;
 
 /// The writes of a disk that wait for room on the host.
 #[derive(Debug, Default)]
-pub(super) struct HeldWrites(AtomicUsize);
+pub(super) struct StalledWrites(AtomicUsize);
 
-impl HeldWrites {
+impl StalledWrites {
     /// Counts `writes` that begin to wait. Returns whether no other write waited.
     fn add(&self, writes: usize) -> bool {
         writes > 0 && self.0.fetch_add(writes, Ordering::Relaxed) == 0
@@ -28,53 +28,53 @@ impl HeldWrites {
 
 impl Lane {
     /// Counts the parked writes as held: the host has no room for them.
-    pub(super) fn hold_parked(&mut self) {
+    pub(super) fn stall_parked(&mut self) {
         let mut writes = 0;
         for number in &self.parked {
             let task = self.tasks[*number as usize].as_mut().expect("it waits");
-            writes += usize::from(!std::mem::replace(&mut task.held_by_host, true));
+            writes += usize::from(!std::mem::replace(&mut task.stalled, true));
         }
-        self.add_held(writes);
+        self.add_stalled(writes);
     }
 
     /// Counts one write as held: the host has no room for it.
-    pub(super) fn hold(&self, task: &mut Task) {
-        self.add_held(usize::from(!std::mem::replace(&mut task.held_by_host, true)));
+    pub(super) fn stall(&self, task: &mut Task) {
+        self.add_stalled(usize::from(!std::mem::replace(&mut task.stalled, true)));
     }
 
-    fn add_held(&self, writes: usize) {
-        if self.disk.held_writes.add(writes) {
+    fn add_stalled(&self, writes: usize) {
+        if self.disk.stalled_writes.add(writes) {
             let path = self.top_path().display();
             log::warn!("{path}: the host is full: {writes} writes are held until there is room");
         }
     }
 
     /// Counts out a held write that is over. `done`: it found room.
-    pub(super) fn release_held(&mut self, done: bool) {
-        if self.disk.held_writes.remove() && done {
-            self.log_room();
+    pub(super) fn end_stall(&mut self, done: bool) {
+        if self.disk.stalled_writes.remove() && done {
+            self.log_space_available();
         }
     }
 
     /// Logs, once, that writes fail because the host has no room.
-    pub(super) fn log_refused(&mut self) {
-        if !std::mem::replace(&mut self.told_full, true) {
+    pub(super) fn log_no_space(&mut self) {
+        if !std::mem::replace(&mut self.no_space_logged, true) {
             log::error!("{}: the host is full: writes fail until there is room", self.top_path().display());
         }
     }
 
     /// Looks once in a while whether the host has room again, after the log said that writes fail.
-    pub(super) fn look_for_room(&mut self) {
-        let top = self.disk.version().top().filter(|_| self.told_full);
+    pub(super) fn check_host_space(&mut self) {
+        let top = self.disk.version().top().filter(|_| self.no_space_logged);
         let room = top.and_then(|top| top.image.file().file_system_space().ok());
-        if room.is_some_and(|room| room.available >= ENOUGH) {
-            self.told_full = false;
-            self.log_room();
+        if room.is_some_and(|room| room.available >= MIN_FREE_BYTES) {
+            self.no_space_logged = false;
+            self.log_space_available();
         }
     }
 
     /// Logs that writes find room again.
-    pub(super) fn log_room(&self) {
+    pub(super) fn log_space_available(&self) {
         log::info!("{}: there is room again: writes go on", self.top_path().display());
     }
 
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn the_first_and_the_last_are_told_apart() {
-        let held = HeldWrites::default();
+        let held = StalledWrites::default();
         assert!(!held.add(0));
         assert!(held.add(2));
         assert!(!held.add(1));

@@ -9,61 +9,61 @@
 use std::time::{Duration, Instant};
 
 /// What it takes a guest to wake and add requests.
-const WAKE: Duration = Duration::from_micros(40);
+const GUEST_WAKE: Duration = Duration::from_micros(40);
 /// Beside chains that take as long, a signal costs little: it never waits for them.
-const SLOW: Duration = Duration::from_micros(16);
+const SLOW_CHAIN: Duration = Duration::from_micros(16);
 /// The longest that a signal waits; looked at after each turn.
-const MOST: Duration = Duration::from_micros(100);
+const MAX_DELAY: Duration = Duration::from_micros(100);
 
 /// The signals of one queue.
 ///
 /// The clock is asked only where a signal may wait, and for turns of some length: a guest with few requests at a time would
 /// wait for that, too.
 #[derive(Debug, Default)]
-pub(super) struct Signals {
+pub(super) struct InterruptCoalescing {
     /// Whether the driver is owed one, and since when it waits.
-    owed: bool,
-    since: Option<Instant>,
+    pending: bool,
+    pending_since: Option<Instant>,
     /// What a chain took in the last turns.
-    pace: Duration,
+    time_per_chain: Duration,
 }
 
-impl Signals {
+impl InterruptCoalescing {
     /// A turn took so many chains, and so long for them.
-    pub(super) fn turn(&mut self, chains: u32, took: Duration) {
+    pub(super) fn record_batch(&mut self, chains: u32, took: Duration) {
         if chains > 0 {
-            self.pace = (self.pace * 3 + took / chains) / 4;
+            self.time_per_chain = (self.time_per_chain * 3 + took / chains) / 4;
         }
     }
 
     /// A turn ended early, of few and large chains: what they took is not known, and no signal is to wait for the next.
-    pub(super) fn large_turn(&mut self) {
-        self.pace = Duration::ZERO;
+    pub(super) fn record_large_batch(&mut self) {
+        self.time_per_chain = Duration::ZERO;
     }
 
     /// The driver is owed a signal.
-    pub(super) fn owe(&mut self) {
-        self.owed = true;
+    pub(super) fn request(&mut self) {
+        self.pending = true;
     }
 
     /// Whether the driver is owed one.
-    pub(super) fn is_owed(&self) -> bool {
-        self.owed
+    pub(super) fn is_pending(&self) -> bool {
+        self.pending
     }
 
     /// Whether one that is owed is to be given, `now` being the time. `left`: chains that will be taken at once.
     pub(super) fn is_due(&mut self, left: u16, now: impl FnOnce() -> Instant) -> bool {
-        if !self.owed || self.pace >= SLOW || self.pace * u32::from(left) <= WAKE {
-            return self.owed;
+        if !self.pending || self.time_per_chain >= SLOW_CHAIN || self.time_per_chain * u32::from(left) <= GUEST_WAKE {
+            return self.pending;
         }
         let now = now();
-        now.saturating_duration_since(*self.since.get_or_insert(now)) >= MOST
+        now.saturating_duration_since(*self.pending_since.get_or_insert(now)) >= MAX_DELAY
     }
 
     /// It is given; whether one was owed.
-    pub(super) fn settle(&mut self) -> bool {
-        self.since = None;
-        std::mem::take(&mut self.owed)
+    pub(super) fn take(&mut self) -> bool {
+        self.pending_since = None;
+        std::mem::take(&mut self.pending)
     }
 }
 
@@ -74,12 +74,12 @@ mod tests {
     const US: Duration = Duration::from_micros(1);
 
     /// After turns with that pace, with a signal owed.
-    fn signals(pace: Duration) -> (Signals, Instant) {
-        let (mut signals, now) = (Signals::default(), Instant::now());
-        (0..40).for_each(|_| signals.turn(16, pace * 16));
-        signals.turn(0, US * 1000);
-        assert!(!signals.is_owed() && !signals.is_due(0, || now), "none is owed");
-        signals.owe();
+    fn signals(pace: Duration) -> (InterruptCoalescing, Instant) {
+        let (mut signals, now) = (InterruptCoalescing::default(), Instant::now());
+        (0..40).for_each(|_| signals.record_batch(16, pace * 16));
+        signals.record_batch(0, US * 1000);
+        assert!(!signals.is_pending() && !signals.is_due(0, || now), "none is owed");
+        signals.request();
         (signals, now)
     }
 
@@ -88,13 +88,13 @@ mod tests {
         let (mut s, now) = signals(US * 4);
         assert!(!s.is_due(16, || now) && !s.is_due(11, || now) && s.is_due(9, || now));
         assert!(s.is_due(0, || unreachable!("the clock is not asked")));
-        assert!(s.settle() && !s.settle() && !s.is_due(0, || now), "it was given");
+        assert!(s.take() && !s.take() && !s.is_due(0, || now), "it was given");
         for pace in [US, US * 17, US * 5000] {
             let (mut s, _) = signals(pace);
             assert!(s.is_due(16, || unreachable!("nor here")), "fast ones are told at once, and slow ones");
         }
         let (mut s, now) = signals(US * 4);
-        s.large_turn();
+        s.record_large_batch();
         assert!(s.is_due(100, || now));
     }
 
@@ -102,11 +102,11 @@ mod tests {
     fn no_signal_waits_for_long() {
         let (mut s, now) = signals(US * 4);
         assert!(!s.is_due(200, || now));
-        s.owe();
+        s.request();
         assert!(!s.is_due(200, || now + US * 99));
         assert!(s.is_due(200, || now + US * 100), "counted from the first that waits");
-        s.settle();
-        s.owe();
+        s.take();
+        s.request();
         assert!(!s.is_due(200, || now + US * 101), "counted anew");
     }
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::chain::{Chain, Defect};
-use super::guest::View;
-use super::ring::{Layout, Ring};
-use super::{Memory, SharedMemory};
+use super::descriptor_chain::{DescriptorChain, ChainDefect};
+use super::guest_memory::GuestView;
+use super::split_ring::{RingLayout, SplitRing};
+use super::{MemoryRegions, SharedMemory};
 
 pub(super) const TABLE: u64 = 0x1000;
 pub(super) const AVAIL: u64 = 0x8000;
@@ -49,7 +49,7 @@ pub(super) fn stores_left() -> Option<u32> {
 }
 
 /// A store was made.
-pub(super) fn stored() {
+pub(super) fn count_store() {
     if let Some(left) = UNTIL_KILLED.get() {
         UNTIL_KILLED.set(left.checked_sub(1));
         if left == 0 {
@@ -58,7 +58,7 @@ pub(super) fn stored() {
     }
 }
 
-pub(super) struct Driver {
+pub(super) struct TestDriver {
     pub(super) memory: Arc<SharedMemory>,
     pub(super) size: u16,
     /// Chains added.
@@ -67,23 +67,23 @@ pub(super) struct Driver {
     pub(super) seen: u16,
 }
 
-impl Driver {
-    pub(super) fn new(size: u16) -> Driver {
+impl TestDriver {
+    pub(super) fn new(size: u16) -> TestDriver {
         let ranges = [(GuestAddress(0), SEAM as usize), (GuestAddress(SEAM), (END - SEAM) as usize)];
-        let memory = Arc::new(Memory::from_ranges(&ranges).unwrap().into());
-        Driver { memory, size, added: 0, seen: 0 }
+        let memory = Arc::new(MemoryRegions::from_ranges(&ranges).unwrap().into());
+        TestDriver { memory, size, added: 0, seen: 0 }
     }
 
-    pub(super) fn view(&self) -> View {
-        View::new(self.memory.clone())
+    pub(super) fn view(&self) -> GuestView {
+        GuestView::new(self.memory.clone())
     }
 
-    pub(super) fn layout(&self) -> Layout {
-        Layout { size: self.size, table: TABLE, avail: AVAIL, used: USED }
+    pub(super) fn layout(&self) -> RingLayout {
+        RingLayout { size: self.size, table: TABLE, avail: AVAIL, used: USED }
     }
 
-    pub(super) fn ring(&self, event_idx: bool) -> Ring {
-        Ring::new(&self.view(), self.layout(), 1024, event_idx, 0).unwrap()
+    pub(super) fn ring(&self, event_idx: bool) -> SplitRing {
+        SplitRing::new(&self.view(), self.layout(), 1024, event_idx, 0).unwrap()
     }
 
     pub(super) fn put(&self, addr: u64, bytes: &[u8]) {
@@ -122,14 +122,14 @@ impl Driver {
     }
 
     /// The walk of the chain of `pieces`.
-    pub(super) fn walked(&self, pieces: &[(u64, u32, u16)]) -> Chain {
+    pub(super) fn walked(&self, pieces: &[(u64, u32, u16)]) -> DescriptorChain {
         self.chain(TABLE, 0, pieces);
-        let mut chain = Chain::default();
+        let mut chain = DescriptorChain::default();
         self.walk(&mut chain, 0).unwrap();
         chain
     }
 
-    pub(super) fn walk(&self, chain: &mut Chain, head: u16) -> Result<(), Defect> {
+    pub(super) fn walk(&self, chain: &mut DescriptorChain, head: u16) -> Result<(), ChainDefect> {
         chain.walk(&self.view(), self.ring(false).table(), self.size, head)
     }
 

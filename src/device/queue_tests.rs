@@ -6,7 +6,7 @@ use vhost_user_backend::VringT;
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
-use super::driver::*;
+use super::testing::*;
 use super::spec::{feature, kind};
 use super::*;
 use crate::disk::{Disk, DiskOptions};
@@ -25,17 +25,17 @@ fn disk() -> (tempfile::TempDir, Arc<Disk>) {
     (folder, Disk::open(Arc::new(Host), &DiskOptions::new(path)).unwrap())
 }
 
-struct Rig {
+struct TestQueue {
     _folder: tempfile::TempDir,
-    d: Driver,
+    d: TestDriver,
     device: Arc<Device>,
     vring: Vring,
     queue: Queue,
     call: vmm_sys_util::event::EventConsumer,
 }
 
-fn rig(features: u64) -> Rig {
-    let d = Driver::new(64);
+fn test_queue(features: u64) -> TestQueue {
+    let d = TestDriver::new(64);
     let (folder, disk) = disk();
     let device = Device::new(disk, 1, 64, true);
     device.ack(features);
@@ -49,10 +49,10 @@ fn rig(features: u64) -> Rig {
     let lane = device.disk().lane(EngineKind::Auto, 16).unwrap();
     let mut queue = Queue::new(device.clone(), lane, 0);
     queue.start(&vring, d.memory.clone(), None).unwrap();
-    Rig { _folder: folder, d, device, vring, queue, call }
+    TestQueue { _folder: folder, d, device, vring, queue, call }
 }
 
-fn ask(d: &mut Driver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
+fn ask(d: &mut TestDriver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
     let header = d.header(i, kind, sector);
     let flag = if kind == kind::IN { WRITE } else { 0 };
     d.put(STATUS + u64::from(i), &[0xff]);
@@ -61,36 +61,36 @@ fn ask(d: &mut Driver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
 }
 
 /// Serves until nothing is in flight; the last turn.
-fn serve(r: &mut Rig) -> Turn {
+fn serve(r: &mut TestQueue) -> ServeResult {
     loop {
         let turn = r.queue.serve(&r.vring).unwrap();
-        if turn != Turn::More && r.queue.lane().is_idle() && !r.queue.rest(&r.vring) {
+        if turn != ServeResult::More && r.queue.lane().is_idle() && !r.queue.enable_kicks(&r.vring) {
             return turn;
         }
     }
 }
 
-fn signals(r: &Rig) -> bool {
+fn signals(r: &TestQueue) -> bool {
     r.call.consume().is_ok()
 }
 
 #[test]
 fn what_is_written_is_read() {
     for features in [feature::VERSION_1, u64::MAX] {
-        let mut r = rig(features);
-        assert_eq!(serve(&mut r), Turn::Idle);
+        let mut r = test_queue(features);
+        assert_eq!(serve(&mut r), ServeResult::Idle);
         assert!(signals(&r), "the first signal may be owed");
-        assert_eq!(serve(&mut r), Turn::Idle);
+        assert_eq!(serve(&mut r), ServeResult::Idle);
         assert!(!signals(&r));
         r.d.put(SEAM - 256, &[7; 512]);
         ask(&mut r.d, 0, kind::OUT, 5, SEAM - 256, 512);
-        assert_eq!(serve(&mut r), Turn::Idle);
+        assert_eq!(serve(&mut r), ServeResult::Idle);
         assert!(signals(&r));
         assert_eq!(r.d.used(), [(0, 1)]);
         ask(&mut r.d, 1, kind::IN, 5, DATA, 512);
         ask(&mut r.d, 2, kind::FLUSH, 0, DATA, 0);
         r.d.put_word(AVAIL + 4 + 128, 1);
-        assert_eq!(serve(&mut r), Turn::Idle);
+        assert_eq!(serve(&mut r), ServeResult::Idle);
         assert!(signals(&r));
         assert_eq!(r.d.used(), [(3, 513), (6, 1)]);
         assert_eq!(r.d.get(DATA, 512), [7; 512]);
@@ -100,28 +100,28 @@ fn what_is_written_is_read() {
 
 #[test]
 fn disabled_broken_stopped() {
-    let mut r = rig(u64::MAX);
+    let mut r = test_queue(u64::MAX);
     r.vring.set_enabled(false);
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
-    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(serve(&mut r), ServeResult::Idle);
     assert_eq!(r.d.used(), []);
     r.vring.set_enabled(true);
     (1..10).for_each(|i| ask(&mut r.d, i, kind::IN, 0, DATA, 512));
-    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(serve(&mut r), ServeResult::Idle);
     assert_eq!(r.d.used().len(), 10);
     let weak = Arc::downgrade(&r.d.memory);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 10);
     assert_eq!(r.vring.queue_next_avail(), 10);
-    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(serve(&mut r), ServeResult::Idle);
     let count = weak.strong_count();
     r.queue.start(&r.vring, r.d.memory.clone(), None).unwrap();
     assert!(weak.strong_count() > count);
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
-    assert_eq!(serve(&mut r), Turn::Idle);
+    assert_eq!(serve(&mut r), ServeResult::Idle);
     assert_eq!(r.d.used(), [(0, 513)]);
     r.d.put_word(AVAIL + 2, 100);
-    assert_eq!(serve(&mut r), Turn::Broken);
-    assert_eq!(serve(&mut r), Turn::Broken);
+    assert_eq!(serve(&mut r), ServeResult::Broken);
+    assert_eq!(serve(&mut r), ServeResult::Broken);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
     assert_eq!(weak.strong_count(), count, "stopped, it keeps no memory");
     r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
@@ -132,7 +132,7 @@ fn disabled_broken_stopped() {
 fn a_signal_that_waits_is_not_lost() {
     let mut waited = 0;
     for round in 0..60 {
-        let mut r = rig(u64::MAX);
+        let mut r = test_queue(u64::MAX);
         // The first write waits until the file has grown.
         ask(&mut r.d, 16, kind::OUT, 0, DATA, 512);
         serve(&mut r);
@@ -140,9 +140,9 @@ fn a_signal_that_waits_is_not_lost() {
         assert_eq!(r.d.used().len(), 1);
         r.d.put_word(AVAIL + 4 + 128, 1); // the next answer is to be signalled
         // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
-        r.queue.signals.turn(1, std::time::Duration::from_micros(48));
+        r.queue.interrupts.record_batch(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
-        assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::More);
+        assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::More);
         let owed = !signals(&r);
         let answered = r.d.used().len();
         if answered < 8 {
@@ -154,7 +154,7 @@ fn a_signal_that_waits_is_not_lost() {
             1 => drop(r.queue.stop(&r.vring).unwrap()),
             _ => {
                 r.vring.set_enabled(false);
-                assert_eq!(r.queue.serve(&r.vring).unwrap(), Turn::Idle);
+                assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::Idle);
             }
         }
         assert!(!owed || signals(&r), "round {round}");
@@ -167,17 +167,17 @@ fn a_signal_that_waits_is_not_lost() {
 #[test]
 fn cache_switch() {
     use std::sync::atomic::Ordering::Relaxed;
-    let r = rig(u64::MAX);
+    let r = test_queue(u64::MAX);
     let disk = r.device.disk();
     let through = || disk.is_write_through();
     assert!(!through());
     assert_eq!(r.device.read_config(32, 1), [1]);
     r.device.write_config(32, &[0]).unwrap();
-    assert_eq!((through(), disk.counts().commits.load(Relaxed), r.device.read_config(32, 1)), (true, 1, vec![0]));
+    assert_eq!((through(), disk.counters().commits.load(Relaxed), r.device.read_config(32, 1)), (true, 1, vec![0]));
     r.device.write_config(32, &[0]).unwrap();
-    assert_eq!(disk.counts().commits.load(Relaxed), 1);
+    assert_eq!(disk.counters().commits.load(Relaxed), 1);
     r.device.write_config(32, &[1]).unwrap();
-    assert!(!through() && disk.counts().commits.load(Relaxed) == 1);
+    assert!(!through() && disk.counters().commits.load(Relaxed) == 1);
     r.device.ack(!feature::FLUSH);
     assert!(through());
     r.device.ack(u64::MAX);

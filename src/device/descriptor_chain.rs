@@ -4,7 +4,7 @@
 //! one; this walker says which rule (V4). Every descriptor is copied once, then forgotten (V5), so a guest that
 //! rewrites its table meanwhile gains nothing. Addresses are checked where they are used (V6).
 
-use super::guest::{Span, View};
+use super::guest_memory::{GuestSpan, GuestView};
 use super::spec::{Descriptor, desc};
 
 /// Most entries of an indirect table.
@@ -15,7 +15,7 @@ const MIN_INDIRECT: u16 = super::config::SEG_MAX + 2;
 
 /// A buffer of one descriptor, not yet checked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Piece {
+pub struct DescriptorBuffer {
     /// Guest address.
     pub addr: u64,
     /// Bytes, perhaps none.
@@ -24,37 +24,37 @@ pub struct Piece {
 
 /// The rule of V4 that a chain breaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Defect {
+pub enum ChainDefect {
     /// More descriptors than the table has: a loop.
-    Long,
+    TooLong,
     /// An index outside the table.
-    Next,
+    BadNext,
     /// An indirect table whose length is not a multiple of 16, or is zero, or above the limit, or an address outside
     /// the guest's memory.
-    Table,
+    BadTable,
     /// An indirect descriptor inside an indirect table, or one that has a successor.
     Nested,
     /// A readable descriptor after a writable one.
-    Order,
+    ReadableAfterWritable,
 }
 
 /// The pieces of one chain; used again for the next.
 #[derive(Debug, Default)]
-pub struct Chain {
-    readable: Vec<Piece>,
-    writable: Vec<Piece>,
+pub struct DescriptorChain {
+    readable: Vec<DescriptorBuffer>,
+    writable: Vec<DescriptorBuffer>,
     readable_len: u64,
     writable_len: u64,
 }
 
-impl Chain {
+impl DescriptorChain {
     /// What the device may read, in order.
-    pub fn readable(&self) -> &[Piece] {
+    pub fn readable(&self) -> &[DescriptorBuffer] {
         &self.readable
     }
 
     /// What the device may write, in order.
-    pub fn writable(&self) -> &[Piece] {
+    pub fn writable(&self) -> &[DescriptorBuffer] {
         &self.writable
     }
 
@@ -72,19 +72,19 @@ impl Chain {
     ///
     /// # Errors
     /// What is wrong with it; the pieces are then of no use.
-    pub fn walk(&mut self, view: &View, table: &Span, size: u16, head: u16) -> Result<(), Defect> {
+    pub fn walk(&mut self, view: &GuestView, table: &GuestSpan, size: u16, head: u16) -> Result<(), ChainDefect> {
         self.readable.clear();
         self.writable.clear();
         (self.readable_len, self.writable_len) = (0, 0);
         let mut next = head;
         for _ in 0..size {
             if next >= size {
-                return Err(Defect::Next);
+                return Err(ChainDefect::BadNext);
             }
             let at = usize::from(next) * desc::LEN;
             let d = Descriptor::decode(table.load_raw64(at), table.load_raw64(at + 8));
             if d.has(desc::INDIRECT) {
-                return if d.has(desc::NEXT) { Err(Defect::Nested) } else { self.walk_indirect(view, d, size) };
+                return if d.has(desc::NEXT) { Err(ChainDefect::Nested) } else { self.walk_indirect(view, d, size) };
             }
             self.add(d)?;
             if !d.has(desc::NEXT) {
@@ -92,27 +92,27 @@ impl Chain {
             }
             next = d.next;
         }
-        Err(Defect::Long)
+        Err(ChainDefect::TooLong)
     }
 
     /// The rest of a chain, from a table of its own.
-    fn walk_indirect(&mut self, view: &View, of: Descriptor, size: u16) -> Result<(), Defect> {
+    fn walk_indirect(&mut self, view: &GuestView, of: Descriptor, size: u16) -> Result<(), ChainDefect> {
         let len = of.len as usize;
         let entries = len / desc::LEN;
         let most = size.clamp(MIN_INDIRECT, MAX_INDIRECT);
         if !len.is_multiple_of(desc::LEN) || entries == 0 || entries > usize::from(most) {
-            return Err(Defect::Table);
+            return Err(ChainDefect::BadTable);
         }
         let mut next = 0u16;
         for _ in 0..entries {
             if usize::from(next) >= entries {
-                return Err(Defect::Next);
+                return Err(ChainDefect::BadNext);
             }
-            let at = of.addr.checked_add(u64::from(next) * desc::LEN as u64).ok_or(Defect::Table)?;
-            let raw = view.read_array(at).ok_or(Defect::Table)?;
+            let at = of.addr.checked_add(u64::from(next) * desc::LEN as u64).ok_or(ChainDefect::BadTable)?;
+            let raw = view.read_array(at).ok_or(ChainDefect::BadTable)?;
             let d = Descriptor::decode_bytes(&raw);
             if d.has(desc::INDIRECT) {
-                return Err(Defect::Nested);
+                return Err(ChainDefect::Nested);
             }
             self.add(d)?;
             if !d.has(desc::NEXT) {
@@ -120,12 +120,12 @@ impl Chain {
             }
             next = d.next;
         }
-        Err(Defect::Long)
+        Err(ChainDefect::TooLong)
     }
 
     #[inline]
-    fn add(&mut self, d: Descriptor) -> Result<(), Defect> {
-        let piece = Piece { addr: d.addr, len: d.len };
+    fn add(&mut self, d: Descriptor) -> Result<(), ChainDefect> {
+        let piece = DescriptorBuffer { addr: d.addr, len: d.len };
         if d.has(desc::WRITE) {
             self.writable.push(piece);
             self.writable_len += u64::from(d.len);
@@ -133,7 +133,7 @@ impl Chain {
             self.readable.push(piece);
             self.readable_len += u64::from(d.len);
         } else {
-            return Err(Defect::Order);
+            return Err(ChainDefect::ReadableAfterWritable);
         }
         Ok(())
     }
@@ -141,7 +141,7 @@ impl Chain {
 
 /// The part `skip .. skip + len` of some pieces, as `(address, length)`. An address that overflows comes out as one
 /// that is nowhere mapped.
-pub fn part(pieces: &[Piece], skip: u64, len: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
+pub fn clip_buffers(pieces: &[DescriptorBuffer], skip: u64, len: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
     let (mut skip, mut left) = (skip, len);
     pieces.iter().filter_map(move |p| {
         let from = skip.min(u64::from(p.len));
@@ -156,16 +156,16 @@ pub fn part(pieces: &[Piece], skip: u64, len: u64) -> impl Iterator<Item = (u64,
 
 #[cfg(test)]
 mod tests {
-    use super::super::driver::{DATA, Driver, END, INDIRECT, INDIRECT_FLAG, NEXT, SEAM, TABLE, WRITE};
+    use super::super::testing::{DATA, TestDriver, END, INDIRECT, INDIRECT_FLAG, NEXT, SEAM, TABLE, WRITE};
     use super::*;
 
-    fn piece(addr: u64, len: u32) -> Piece {
-        Piece { addr, len }
+    fn piece(addr: u64, len: u32) -> DescriptorBuffer {
+        DescriptorBuffer { addr, len }
     }
 
     #[test]
     fn direct_chains() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let chain = d.walked(&[(DATA, 16, 0), (1, 0, 0), (END, 7, 0), (DATA + 64, 512, WRITE), (DATA, 1, WRITE)]);
         assert_eq!(chain.readable(), [piece(DATA, 16), piece(1, 0), piece(END, 7)]);
         assert_eq!(chain.writable(), [piece(DATA + 64, 512), piece(DATA, 1)]);
@@ -185,27 +185,27 @@ mod tests {
 
     #[test]
     fn direct_defects() {
-        let d = Driver::new(8);
-        let mut chain = Chain::default();
+        let d = TestDriver::new(8);
+        let mut chain = DescriptorChain::default();
         let mut walk = |head| d.walk(&mut chain, head);
         d.desc(TABLE, 0, (DATA, 0, NEXT, 0));
-        assert_eq!(walk(0), Err(Defect::Long), "a loop of nothing");
+        assert_eq!(walk(0), Err(ChainDefect::TooLong), "a loop of nothing");
         d.chain(TABLE, 0, &[(DATA, 1, 0); 8]);
         assert_eq!(walk(0), Ok(()));
         d.desc(TABLE, 7, (DATA, 1, NEXT, 0));
-        assert_eq!(walk(0), Err(Defect::Long), "one descriptor too many");
+        assert_eq!(walk(0), Err(ChainDefect::TooLong), "one descriptor too many");
         d.desc(TABLE, 7, (DATA, 1, NEXT, 8));
-        assert_eq!(walk(7), Err(Defect::Next));
+        assert_eq!(walk(7), Err(ChainDefect::BadNext));
         d.desc(TABLE, 7, (DATA, 1, NEXT, u16::MAX));
-        assert_eq!(walk(7), Err(Defect::Next));
+        assert_eq!(walk(7), Err(ChainDefect::BadNext));
         d.chain(TABLE, 0, &[(DATA, 1, 0), (DATA, 0, WRITE), (DATA, 1, 0)]);
-        assert_eq!(walk(0), Err(Defect::Order), "even if the writable one is empty");
+        assert_eq!(walk(0), Err(ChainDefect::ReadableAfterWritable), "even if the writable one is empty");
     }
 
     #[test]
     fn indirect_tables() {
-        let d = Driver::new(8);
-        let mut chain = Chain::default();
+        let d = TestDriver::new(8);
+        let mut chain = DescriptorChain::default();
         let mut walk = |addr: u64, len: u32, flags: u16| {
             d.desc(TABLE, 2, (addr, len, INDIRECT_FLAG | flags, 0));
             d.walk(&mut chain, 2).map(|()| (chain.readable_len(), chain.writable_len()))
@@ -215,59 +215,59 @@ mod tests {
         assert_eq!(walk(INDIRECT, 48, WRITE), Ok((3, 12)), "its own WRITE flag means nothing");
         assert_eq!(walk(INDIRECT, 128, 0), Ok((3, 12)), "as long as the ring is, the end unused");
         assert_eq!(walk(INDIRECT, 2048, 0), Ok((3, 12)), "as long as Linux makes them on any ring");
-        assert_eq!(walk(INDIRECT, 2064, 0), Err(Defect::Table), "longer");
-        assert_eq!(walk(INDIRECT, 32, 0), Err(Defect::Long), "the third lies outside");
+        assert_eq!(walk(INDIRECT, 2064, 0), Err(ChainDefect::BadTable), "longer");
+        assert_eq!(walk(INDIRECT, 32, 0), Err(ChainDefect::TooLong), "the third lies outside");
         for len in [0, 15, 17, 47, u32::MAX] {
-            assert_eq!(walk(INDIRECT, len, 0), Err(Defect::Table), "{len}");
+            assert_eq!(walk(INDIRECT, len, 0), Err(ChainDefect::BadTable), "{len}");
         }
-        assert_eq!(walk(INDIRECT, 48, NEXT), Err(Defect::Nested), "with a successor");
-        assert_eq!(walk(END, 16, 0), Err(Defect::Table));
-        assert_eq!(walk(u64::MAX - 7, 16, 0), Err(Defect::Table));
+        assert_eq!(walk(INDIRECT, 48, NEXT), Err(ChainDefect::Nested), "with a successor");
+        assert_eq!(walk(END, 16, 0), Err(ChainDefect::BadTable));
+        assert_eq!(walk(u64::MAX - 7, 16, 0), Err(ChainDefect::BadTable));
         d.desc(INDIRECT, 0, (DATA, 3, NEXT, 3));
-        assert_eq!(walk(INDIRECT, 48, 0), Err(Defect::Next));
+        assert_eq!(walk(INDIRECT, 48, 0), Err(ChainDefect::BadNext));
         d.desc(INDIRECT, 0, (DATA, 3, NEXT, 1));
         d.desc(INDIRECT, 2, (INDIRECT, 48, INDIRECT_FLAG, 0));
-        assert_eq!(walk(INDIRECT, 48, 0), Err(Defect::Nested), "one level only");
+        assert_eq!(walk(INDIRECT, 48, 0), Err(ChainDefect::Nested), "one level only");
         d.desc(INDIRECT, 2, (DATA, 7, WRITE | NEXT, 1));
-        assert_eq!(walk(INDIRECT, 48, 0), Err(Defect::Long), "a loop");
+        assert_eq!(walk(INDIRECT, 48, 0), Err(ChainDefect::TooLong), "a loop");
         d.desc(INDIRECT, 2, (DATA, 7, 0, 0));
-        assert_eq!(walk(INDIRECT, 48, 0), Err(Defect::Order));
+        assert_eq!(walk(INDIRECT, 48, 0), Err(ChainDefect::ReadableAfterWritable));
         d.chain(SEAM - 24, 0, &[(DATA, 3, 0), (DATA, 5, 0), (DATA, 7, WRITE)]);
         assert_eq!(walk(SEAM - 24, 48, 0), Ok((8, 7)), "over the seam of two regions");
     }
 
     #[test]
     fn the_end_of_a_direct_chain_may_be_indirect() {
-        let d = Driver::new(8);
-        let mut chain = Chain::default();
+        let d = TestDriver::new(8);
+        let mut chain = DescriptorChain::default();
         d.chain(INDIRECT, 0, &[(DATA, 3, 0), (DATA, 5, WRITE)]);
         d.desc(TABLE, 0, (DATA, 1, NEXT, 1));
         d.desc(TABLE, 1, (INDIRECT, 32, INDIRECT_FLAG, 0));
         assert_eq!(d.walk(&mut chain, 0), Ok(()));
         assert_eq!((chain.readable_len(), chain.writable_len()), (4, 5));
         d.desc(TABLE, 0, (DATA, 1, NEXT | WRITE, 1));
-        assert_eq!(d.walk(&mut chain, 0), Err(Defect::Order), "the rule spans both tables");
+        assert_eq!(d.walk(&mut chain, 0), Err(ChainDefect::ReadableAfterWritable), "the rule spans both tables");
     }
 
     #[test]
     fn the_cap_of_indirect_tables_holds_in_big_rings() {
-        let d = Driver::new(256);
+        let d = TestDriver::new(256);
         // A ring of 2048 needs no more than its size to be told apart here.
         let (view, ring) = (d.view(), d.ring(false));
-        let mut chain = Chain::default();
+        let mut chain = DescriptorChain::default();
         d.chain(DATA, 0, &vec![(DATA, 1, 0); 1025]);
         d.desc(TABLE, 0, (DATA, 1024 * 16, INDIRECT_FLAG, 0));
         d.desc(DATA, 1023, (DATA, 1, 0, 0));
         assert_eq!(chain.walk(&view, ring.table(), 2048, 0), Ok(()));
         assert_eq!(chain.readable_len(), 1024);
         d.desc(TABLE, 0, (DATA, 1025 * 16, INDIRECT_FLAG, 0));
-        assert_eq!(chain.walk(&view, ring.table(), 2048, 0), Err(Defect::Table));
+        assert_eq!(chain.walk(&view, ring.table(), 2048, 0), Err(ChainDefect::BadTable));
     }
 
     #[test]
     fn parts_of_pieces() {
         let pieces = [piece(100, 10), piece(200, 0), piece(300, 5), piece(u64::MAX - 1, 9)];
-        let cut = |skip, len| part(&pieces, skip, len).collect::<Vec<_>>();
+        let cut = |skip, len| clip_buffers(&pieces, skip, len).collect::<Vec<_>>();
         assert_eq!(cut(0, 24), [(100, 10), (300, 5), (u64::MAX - 1, 9)]);
         assert_eq!(cut(3, 9), [(103, 7), (300, 2)]);
         assert_eq!(cut(10, 5), [(300, 5)]);

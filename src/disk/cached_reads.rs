@@ -19,33 +19,33 @@ use crate::units::SectorRange;
 
 /// What is asked for, or planned, and not made yet.
 #[derive(Default)]
-pub(super) struct Copies {
+pub(super) struct CachedReads {
     /// Not planned yet.
-    asked: VecDeque<AskedRead>,
+    candidates: VecDeque<CachedRead>,
     /// Planned, with the number of their parts.
-    reads: Vec<(AskedRead, usize)>,
+    planned: Vec<(CachedRead, usize)>,
     /// Of all reads, in their order.
-    parts: Vec<Part>,
+    parts: Vec<CachedPart>,
 }
 
 /// A read that needs nothing but copies, perhaps.
-struct AskedRead {
+struct CachedRead {
     tag: u64,
     range: SectorRange,
     into: GuestIovecs,
 }
 
 /// A part of a read: a copy, or zeros.
-struct Part {
-    found: Option<CachedRange>,
+struct CachedPart {
+    cached: Option<CachedRange>,
     len: usize,
 }
 
-impl Copies {
+impl CachedReads {
     /// Reads.
     #[inline]
     pub(super) fn len(&self) -> usize {
-        self.asked.len() + self.reads.len()
+        self.candidates.len() + self.planned.len()
     }
 }
 
@@ -53,34 +53,34 @@ impl Lane {
     /// Takes a read that may be a copy, to be planned with the others of a turn; gives the memory of any other back. There is
     /// `room`.
     #[inline]
-    pub(super) fn ask_copies(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
+    pub(super) fn queue_cached_read(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
         if range.bytes() > MAX_COPY as u64 {
             return Err(into);
         }
-        self.copies.asked.push_back(AskedRead { tag, range, into });
+        self.cached_reads.candidates.push_back(CachedRead { tag, range, into });
         Ok(())
     }
 
     /// Plans what was asked for: copies, where all bytes are known to be in memory, or nowhere; requests as all are, else.
-    pub(super) fn plan_copies(&mut self) {
-        for read in &self.copies.asked {
+    pub(super) fn plan_cached_reads(&mut self) {
+        for read in &self.cached_reads.candidates {
             self.disk.version().prefetch(read.range, &mut self.plan);
         }
-        while let Some(read) = self.copies.asked.pop_front() {
+        while let Some(read) = self.cached_reads.candidates.pop_front() {
             let range = read.range;
-            if let Err(AskedRead { tag, range, into }) = self.plan_one(read) {
+            if let Err(CachedRead { tag, range, into }) = self.plan_cached_read(read) {
                 self.planned = true;
-                self.begin(Request { tag, work: Work::Read { range, into } });
+                self.start_request(Request { tag, work: Work::Read { range, into } });
             }
-            self.follow(range);
+            self.track_read(range);
         }
     }
 
     /// Plans a read as copies, if it can be.
     #[inline]
-    fn plan_one(&mut self, read: AskedRead) -> Result<(), AskedRead> {
+    fn plan_cached_read(&mut self, read: CachedRead) -> Result<(), CachedRead> {
         self.disk.version().plan_read(read.range, &mut self.plan);
-        let (before, mut whole) = (self.copies.parts.len(), self.plan.missing.is_empty());
+        let (before, mut whole) = (self.cached_reads.parts.len(), self.plan.missing.is_empty());
         if whole {
             for extent in &self.plan.extents {
                 let len = usize::try_from(extent.range.bytes()).expect("a range on a disk of 2040 GiB");
@@ -93,34 +93,34 @@ impl Lane {
                         found
                     }
                 };
-                self.copies.parts.push(Part { found, len });
+                self.cached_reads.parts.push(CachedPart { cached: found, len });
             }
         }
         if !whole {
-            self.copies.parts.truncate(before);
+            self.cached_reads.parts.truncate(before);
             return Err(read);
         }
-        let parts = self.copies.parts.len() - before;
-        self.copies.reads.push((read, parts));
+        let parts = self.cached_reads.parts.len() - before;
+        self.cached_reads.planned.push((read, parts));
         Ok(())
     }
 
     /// Makes the copies that were planned; true where some of it is left to the host after all.
-    pub(super) fn copy_all(&mut self) -> bool {
-        if self.copies.reads.is_empty() {
+    pub(super) fn copy_cached_reads(&mut self) -> bool {
+        if self.cached_reads.planned.is_empty() {
             return false;
         }
         let mut left = false;
-        let (mut reads, mut parts) = (std::mem::take(&mut self.copies.reads), std::mem::take(&mut self.copies.parts));
-        let found = || parts.iter().filter_map(|part| part.found.as_ref());
+        let (mut reads, mut parts) = (std::mem::take(&mut self.cached_reads.planned), std::mem::take(&mut self.cached_reads.parts));
+        let found = || parts.iter().filter_map(|part| part.cached.as_ref());
         found().for_each(CachedRange::prefetch_pages);
         reads.iter().for_each(|(read, _)| read.into.prefetch_pages());
         let mut next = found();
         next.next().into_iter().for_each(CachedRange::prefetch);
         let mut rest = parts.iter();
-        for (AskedRead { tag, range, into }, parts) in reads.drain(..) {
+        for (CachedRead { tag, range, into }, parts) in reads.drain(..) {
             let (mut whole, mut at) = (true, 0);
-            for Part { found, len } in rest.by_ref().take(parts) {
+            for CachedPart { cached: found, len } in rest.by_ref().take(parts) {
                 match found {
                     Some(found) => {
                         next.next().into_iter().for_each(CachedRange::prefetch);
@@ -135,11 +135,11 @@ impl Lane {
             } else {
                 // It takes too long, or a page cannot be had: then the host says why.
                 left = true;
-                self.begin(Request { tag, work: Work::Read { range, into } });
+                self.start_request(Request { tag, work: Work::Read { range, into } });
             }
         }
         parts.clear();
-        (self.copies.reads, self.copies.parts) = (reads, parts);
+        (self.cached_reads.planned, self.cached_reads.parts) = (reads, parts);
         self.engine.end_copy_batch();
         left
     }

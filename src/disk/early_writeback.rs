@@ -15,41 +15,41 @@ use super::task::Token;
 use crate::storage::Op;
 
 /// Writes between two commits that are worth it: fewer leave nothing to overlap, more the host writes in better order.
-const FEWEST: u32 = 16;
-const MOST: u32 = 512;
+const MIN_WRITES: u32 = 16;
+const MAX_WRITES: u32 = 512;
 /// Writes for which the host is told.
-const PORTION: u32 = 8;
+const WRITES_PER_HINT: u32 = 8;
 
 /// What a queue wrote between commits.
 #[derive(Default)]
-pub(super) struct Early {
+pub(super) struct EarlyWriteback {
     /// The number of commits that have ended.
     commits: u64,
     /// Writes since then, and of these, those of which the host was not told.
     writes: u32,
-    untold: u32,
+    unhinted: u32,
     /// Whether the time between the last two commits was worth it.
     worthwhile: bool,
     /// An operation is under way.
-    pub(super) under_way: bool,
+    pub(super) in_flight: bool,
 }
 
-impl Early {
+impl EarlyWriteback {
     /// A write is in the host's memory; so many commits have ended.
-    pub(super) fn wrote(&mut self, commits: u64) {
+    pub(super) fn record_write(&mut self, commits: u64) {
         if self.commits != commits {
-            self.worthwhile = (FEWEST..=MOST).contains(&self.writes);
-            (self.commits, self.writes, self.untold) = (commits, 0, 0);
+            self.worthwhile = (MIN_WRITES..=MAX_WRITES).contains(&self.writes);
+            (self.commits, self.writes, self.unhinted) = (commits, 0, 0);
         }
         self.writes = self.writes.saturating_add(1);
-        self.untold = self.untold.saturating_add(1);
+        self.unhinted = self.unhinted.saturating_add(1);
     }
 
     /// Whether the host is to be told now.
-    fn is_due(&mut self) -> bool {
-        let due = self.worthwhile && self.untold >= PORTION && self.writes <= MOST && !self.under_way;
+    fn take_due(&mut self) -> bool {
+        let due = self.worthwhile && self.unhinted >= WRITES_PER_HINT && self.writes <= MAX_WRITES && !self.in_flight;
         if due {
-            (self.untold, self.under_way) = (0, true);
+            (self.unhinted, self.in_flight) = (0, true);
         }
         due
     }
@@ -57,22 +57,22 @@ impl Early {
 
 impl Lane {
     /// Has the host begin to write where that is worth it.
-    pub(super) fn write_early(&mut self) {
+    pub(super) fn hint_writeback(&mut self) {
         let Some(top) = self.disk.version().top() else { return };
         let slot = top.slot;
         let is_buffered = self.disk.memory_align(slot) == 1;
         let waits = self.engine.wake_fd().is_none();
-        if is_buffered && !waits && !self.disk.is_write_through() && self.early.is_due() {
-            self.disk.counts().early.fetch_add(1, Ordering::Relaxed);
-            self.push_op(Op::start_writeback(Token::Early.pack(), slot));
+        if is_buffered && !waits && !self.disk.is_write_through() && self.early_writeback.take_due() {
+            self.disk.counters().early_writebacks.fetch_add(1, Ordering::Relaxed);
+            self.push_op(Op::start_writeback(Token::EarlyWriteback.pack(), slot));
         }
     }
 }
 
 impl Lane {
     /// The hint was taken, or failed.
-    pub(super) fn written_early(&mut self, result: io::Result<()>) {
-        self.early.under_way = false;
+    pub(super) fn writeback_hint_completed(&mut self, result: io::Result<()>) {
+        self.early_writeback.in_flight = false;
         if let Err(e) = result
             && !is_harmless(&e)
         {
@@ -113,14 +113,14 @@ mod tests {
 
     /// How often the host is told in rounds of so many writes, after the first.
     fn told(writes: u32) -> u32 {
-        let mut early = Early::default();
+        let mut early = EarlyWriteback::default();
         let mut count = 0;
         for commits in 0..11 {
             for _ in 0..writes {
-                early.wrote(commits);
-                if early.is_due() {
-                    assert!(!early.is_due(), "one at a time");
-                    early.under_way = false;
+                early.record_write(commits);
+                if early.take_due() {
+                    assert!(!early.take_due(), "one at a time");
+                    early.in_flight = false;
                     count += u32::from(commits > 0);
                 }
             }
@@ -135,14 +135,14 @@ mod tests {
 
     #[test]
     fn a_guest_that_stops_flushing_is_left_to_the_host() {
-        let mut early = Early::default();
-        (0..32).for_each(|_| early.wrote(0));
+        let mut early = EarlyWriteback::default();
+        (0..32).for_each(|_| early.record_write(0));
         let told = (0..10_000).filter(|_| {
-            early.wrote(1);
-            let due = early.is_due();
-            early.under_way = false;
+            early.record_write(1);
+            let due = early.take_due();
+            early.in_flight = false;
             due
         });
-        assert_eq!(told.count(), (MOST / PORTION) as usize);
+        assert_eq!(told.count(), (MAX_WRITES / WRITES_PER_HINT) as usize);
     }
 }

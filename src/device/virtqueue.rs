@@ -5,11 +5,11 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use super::chain::Chain;
-use super::guest::View;
-use super::inflight::Record;
-use super::parse::{MAX_BYTES, Rules, Verdict, parse};
-use super::ring::{Broken, Ring};
+use super::descriptor_chain::DescriptorChain;
+use super::guest_memory::GuestView;
+use super::inflight::InFlightRecord;
+use super::parse::{MAX_BYTES, RequestRules, ParsedChain, parse};
+use super::split_ring::{RingError, SplitRing};
 use super::spec::Status;
 use crate::disk::{Answer, Outcome, Request, Work};
 use crate::error::{Error, ErrorKind};
@@ -18,31 +18,31 @@ use crate::storage::{GuestIovecs, sigbus};
 /// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
 /// what there is: the driver sees the first answers, and goes to work on them, while the rest of its queue is served.
 /// With all of a queue in one turn the two work one after the other (figures in `disk/lane.rs`).
-pub const TURN: u16 = 16;
-const LEAST_TURN: u16 = 4;
+pub const MAX_BATCH: u16 = 16;
+const MIN_BATCH: u16 = 4;
 /// Bytes of reads and writes after which a turn takes no more chains, for the same reason.
-pub const TURN_BYTES: u64 = 512 << 10;
+pub const MAX_BATCH_BYTES: u64 = 512 << 10;
 /// Most bytes of reads and writes in flight for one queue (V15). They are the guest's own memory, so this bounds how
 /// far one queue gets ahead of the others, not what it costs us; it is more than one request may have.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
 /// Why no more chains were taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Pause {
+pub enum PopResult {
     /// There are none.
     Empty,
     /// The turn is over (V17).
-    Turn,
+    BatchFull,
     /// The lane or the bytes in flight are at their limit; answers will make room (V15).
-    Full,
+    NoCapacity,
     /// The ring is broken (V2, V3), now or since earlier.
     Broken,
 }
 
 /// What is to be done when a head's request is over.
 #[derive(Clone, Copy, Default)]
-struct InFlight {
-    taken: bool,
+struct InFlightChain {
+    in_flight: bool,
     status_at: u64,
     /// If all goes well, status included.
     written: u32,
@@ -50,29 +50,29 @@ struct InFlight {
 }
 
 /// A ring in service.
-pub struct Exchange {
-    view: View,
-    ring: Ring,
+pub struct Virtqueue {
+    view: GuestView,
+    ring: SplitRing,
     /// By head: a request's tag is its head.
-    heads: Vec<InFlight>,
-    bytes: u64,
-    chain: Chain,
-    spare: Vec<GuestIovecs>,
-    broken: Option<Broken>,
-    record: Option<Record>,
+    heads: Vec<InFlightChain>,
+    bytes_in_flight: u64,
+    chain: DescriptorChain,
+    iovec_pool: Vec<GuestIovecs>,
+    broken: Option<RingError>,
+    record: Option<InFlightRecord>,
     /// Heads that a predecessor had in flight when it was killed, to be carried out before any other.
-    owed: VecDeque<u16>,
+    to_resubmit: VecDeque<u16>,
     /// [`sigbus::losses`] when it was last found that nothing of this ring's memory is lost.
-    losses: u32,
+    losses_seen: u32,
 }
 
-impl Exchange {
+impl Virtqueue {
     /// Goes on where the ring says, with nothing in flight; or, with a record, where that and the used ring say, with
     /// what a predecessor took and did not give back.
     ///
     /// # Errors
     /// As [`Record::resume`].
-    pub fn new(view: View, mut ring: Ring, mut record: Option<Record>) -> crate::error::Result<Exchange> {
+    pub fn new(view: GuestView, mut ring: SplitRing, mut record: Option<InFlightRecord>) -> crate::error::Result<Virtqueue> {
         let mut owed = VecDeque::new();
         if let Some(record) = &mut record {
             // An index of zeros of ours would wipe marks of requests that are in flight.
@@ -81,12 +81,12 @@ impl Exchange {
                 return Err(Error::new(ErrorKind::Io, what));
             }
             owed = record.resume(ring.size(), ring.next_used())?.into();
-            ring.resume(u16::try_from(owed.len()).expect("a head is in flight once"));
+            ring.resume_after(u16::try_from(owed.len()).expect("a head is in flight once"));
         }
-        let heads = vec![InFlight::default(); usize::from(ring.size())];
-        let (chain, spare) = (Chain::default(), Vec::new());
+        let heads = vec![InFlightChain::default(); usize::from(ring.size())];
+        let (chain, spare) = (DescriptorChain::default(), Vec::new());
         // Losses are not counted from here: a page may have been lost already.
-        Ok(Exchange { view, ring, heads, bytes: 0, chain, spare, broken: None, record, owed, losses: 0 })
+        Ok(Virtqueue { view, ring, heads, bytes_in_flight: 0, chain, iovec_pool: spare, broken: None, record, to_resubmit: owed, losses_seen: 0 })
     }
 
     /// Whether a page of the guest's memory, or of the record, could not be had. While no page of any mapping is lost, this
@@ -94,34 +94,34 @@ impl Exchange {
     #[inline]
     fn is_memory_lost(&mut self) -> bool {
         let losses = sigbus::loss_count();
-        losses != self.losses && self.find_loss(losses)
+        losses != self.losses_seen && self.check_loss(losses)
     }
 
     #[cold]
-    fn find_loss(&mut self, losses: u32) -> bool {
-        let lost = self.view.is_lost() || self.record.as_ref().is_some_and(Record::is_lost);
+    fn check_loss(&mut self, losses: u32) -> bool {
+        let lost = self.view.is_lost() || self.record.as_ref().is_some_and(InFlightRecord::is_lost);
         if lost {
-            self.broken = Some(Broken::Lost);
+            self.broken = Some(RingError::MemoryLost);
         } else {
             // Those of other guests.
-            self.losses = losses;
+            self.losses_seen = losses;
         }
         lost
     }
 
     /// The ring.
-    pub fn ring(&mut self) -> &mut Ring {
+    pub fn ring(&mut self) -> &mut SplitRing {
         &mut self.ring
     }
 
     /// Whether the ring looks as if no driver had used it: all indices are zero.
-    pub fn is_blank(&self) -> bool {
-        self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.left() == 0
+    pub fn is_unused(&self) -> bool {
+        self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.available_chains() == 0
     }
 
     /// Chains left by a predecessor that are not begun yet.
-    pub fn owed(&self) -> usize {
-        self.owed.len()
+    pub fn chains_to_resubmit(&self) -> usize {
+        self.to_resubmit.len()
     }
 
     /// Shows the driver all chains given back; true if it wants a signal. Nothing is shown once memory is lost: the data of a
@@ -137,91 +137,91 @@ impl Exchange {
             return false;
         }
         if let Some(record) = &mut self.record {
-            record.settle(self.ring.next_used());
+            record.record_published(self.ring.next_used());
         }
         wanted
     }
 
     /// The rule that the driver broke, once it did.
-    pub fn broken(&self) -> Option<Broken> {
+    pub fn broken(&self) -> Option<RingError> {
         self.broken
     }
 
     /// Chains that the driver has added and that were not taken.
-    pub fn left(&self) -> u16 {
+    pub fn available_chains(&self) -> u16 {
         self.ring.available().unwrap_or(0)
     }
 
     /// Takes chains, at most [`TURN`], while there is room for requests; `push` takes one and says how many more there
     /// is room for. What needs no disk is answered at once.
-    pub fn take(&mut self, rules: &Rules<'_>, room: usize, push: impl FnMut(Request) -> usize) -> Pause {
+    pub fn pop_chains(&mut self, rules: &RequestRules<'_>, room: usize, push: impl FnMut(Request) -> usize) -> PopResult {
         if self.broken.is_some() {
-            return Pause::Broken;
+            return PopResult::Broken;
         }
-        self.try_take(rules, room, push).unwrap_or_else(|broken| {
+        self.try_pop_chains(rules, room, push).unwrap_or_else(|broken| {
             // Zeros of ours look like a driver's mistake.
             if !self.is_memory_lost() {
                 self.broken = Some(broken);
             }
-            Pause::Broken
+            PopResult::Broken
         })
     }
 
     /// Begins what a predecessor left, at most [`TURN`] chains or [`TURN_BYTES`], as [`Exchange::take`] does with new ones.
-    pub fn take_owed(&mut self, rules: &Rules<'_>, mut room: usize, mut push: impl FnMut(Request) -> usize) -> Pause {
-        let enough = self.bytes + TURN_BYTES;
-        for _ in 0..TURN {
-            let Some(&head) = self.owed.front() else { return Pause::Empty };
-            if self.bytes >= enough {
-                return Pause::Turn;
+    pub fn pop_resubmitted(&mut self, rules: &RequestRules<'_>, mut room: usize, mut push: impl FnMut(Request) -> usize) -> PopResult {
+        let enough = self.bytes_in_flight + MAX_BATCH_BYTES;
+        for _ in 0..MAX_BATCH {
+            let Some(&head) = self.to_resubmit.front() else { return PopResult::Empty };
+            if self.bytes_in_flight >= enough {
+                return PopResult::BatchFull;
             }
             if room == 0 {
-                return Pause::Full;
+                return PopResult::NoCapacity;
             }
-            match self.begin(head, true, rules, &mut room, &mut push) {
-                Ok(true) => self.owed.pop_front(),
-                Ok(false) => return Pause::Full,
-                Err(_) => return Pause::Broken,
+            match self.start_chain(head, true, rules, &mut room, &mut push) {
+                Ok(true) => self.to_resubmit.pop_front(),
+                Ok(false) => return PopResult::NoCapacity,
+                Err(_) => return PopResult::Broken,
             };
         }
-        if self.owed.is_empty() { Pause::Empty } else { Pause::Turn }
+        if self.to_resubmit.is_empty() { PopResult::Empty } else { PopResult::BatchFull }
     }
 
-    fn try_take(
+    fn try_pop_chains(
         &mut self,
-        rules: &Rules<'_>,
+        rules: &RequestRules<'_>,
         mut room: usize,
         mut push: impl FnMut(Request) -> usize,
-    ) -> Result<Pause, Broken> {
-        assert!(self.owed.is_empty(), "what a predecessor left comes before all else");
+    ) -> Result<PopResult, RingError> {
+        assert!(self.to_resubmit.is_empty(), "what a predecessor left comes before all else");
         let available = self.ring.available()?;
-        let (turn, enough) = ((available / 2).clamp(LEAST_TURN, TURN), self.bytes + TURN_BYTES);
+        let (turn, enough) = ((available / 2).clamp(MIN_BATCH, MAX_BATCH), self.bytes_in_flight + MAX_BATCH_BYTES);
         let count = available.min(turn);
-        self.fetch(count);
+        self.prefetch_batch(count);
         for _ in 0..count {
-            if self.bytes >= enough {
-                return Ok(Pause::Turn);
+            if self.bytes_in_flight >= enough {
+                return Ok(PopResult::BatchFull);
             }
             if room == 0 {
-                return Ok(Pause::Full);
+                return Ok(PopResult::NoCapacity);
             }
             let head = self.ring.head()?;
-            if self.heads[usize::from(head)].taken {
-                return Err(Broken::Twice);
+            if self.heads[usize::from(head)].in_flight {
+                return Err(RingError::HeadInFlight);
             }
-            if !self.begin(head, false, rules, &mut room, &mut push)? {
-                return Ok(Pause::Full);
+            if !self.start_chain(head, false, rules, &mut room, &mut push)? {
+                return Ok(PopResult::NoCapacity);
             }
         }
-        Ok(if available > turn { Pause::Turn } else { Pause::Empty })
+        Ok(if available > turn { PopResult::BatchFull } else { PopResult::Empty })
     }
 
     /// Has the processor fetch the descriptors and headers of a turn all at once: the driver's processor wrote them, so
     /// each is a miss (reads of 4 KiB, 16 layers: 798,000 a second without, 882,000 with).
-    fn fetch(&self, count: u16) {
+    fn prefetch_batch(&self, count: u16) {
         if count > 1 {
-            (0..count).for_each(|behind| self.ring.fetch(behind));
-            (0..count).for_each(|behind| self.view.fetch(self.ring.hint(behind)));
+            (0..count).for_each(|behind| self.ring.prefetch_descriptor(behind));
+            (0..count).for_each(|behind| self.view.prefetch(self.ring.header_addr_hint(behind)));
         }
     }
 
@@ -229,68 +229,68 @@ impl Exchange {
     ///
     /// # Errors
     /// `Lost`: nothing may follow from a request that is made of zeros of ours.
-    fn begin(
+    fn start_chain(
         &mut self,
         head: u16,
         owed: bool,
-        rules: &Rules<'_>,
+        rules: &RequestRules<'_>,
         room: &mut usize,
         push: &mut impl FnMut(Request) -> usize,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, RingError> {
         let walked = self.chain.walk(&self.view, self.ring.table(), self.ring.size(), head);
         if self.is_memory_lost() {
-            return Err(Broken::Lost);
+            return Err(RingError::MemoryLost);
         }
         if walked.is_err() {
             // V4: the head is known, so the driver gets it back, and the ring goes on.
-            self.taken(head, owed);
-            self.give(head, 0);
+            self.record_taken(head, owed);
+            self.return_chain(head, 0);
             return Ok(true);
         }
-        let verdict = parse(&self.chain, &self.view, rules, &mut self.spare);
+        let verdict = parse(&self.chain, &self.view, rules, &mut self.iovec_pool);
         if self.is_memory_lost() {
-            return Err(Broken::Lost);
+            return Err(RingError::MemoryLost);
         }
         match verdict {
-            Verdict::Work { work, status_at, written } => {
-                let bytes = bytes_of(&work);
-                if self.bytes + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
+            ParsedChain::Submit { work, status_at, written } => {
+                let bytes = data_len(&work);
+                if self.bytes_in_flight + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
                     // It stays where it is and is looked at afresh when answers have made room.
-                    self.recycle(memory_of(work));
+                    self.recycle(data_memory(work));
                     return Ok(false);
                 }
-                self.taken(head, owed);
-                self.bytes += u64::from(bytes);
-                self.heads[usize::from(head)] = InFlight { taken: true, status_at, written, bytes };
+                self.record_taken(head, owed);
+                self.bytes_in_flight += u64::from(bytes);
+                self.heads[usize::from(head)] = InFlightChain { in_flight: true, status_at, written, bytes };
                 *room = push(Request { tag: u64::from(head), work });
             }
-            Verdict::Answer { status, status_at, written } => {
-                self.taken(head, owed);
-                self.finish(head, status, status_at, written);
+            ParsedChain::Complete { status, status_at, written } => {
+                self.record_taken(head, owed);
+                self.complete_chain(head, status, status_at, written);
             }
-            Verdict::Return => {
-                self.taken(head, owed);
-                self.give(head, 0);
+            ParsedChain::Return => {
+                self.record_taken(head, owed);
+                self.return_chain(head, 0);
             }
         }
         Ok(true)
     }
 
     /// From here on a successor would carry the chain out, if we were killed. One that we owe is on record already.
-    fn taken(&mut self, head: u16, owed: bool) {
+    fn record_taken(&mut self, head: u16, owed: bool) {
         if owed {
             return;
         }
         if let Some(record) = &mut self.record {
-            record.take(head);
+            record.record_taken(head);
         }
         self.ring.advance();
     }
 
-    fn give(&mut self, head: u16, written: u32) {
+    fn return_chain(&mut self, head: u16, written: u32) {
         self.ring.put_used(head, written);
         if let Some(record) = &mut self.record {
-            record.give(head);
+            record.record_completed(head);
         }
     }
 
@@ -298,8 +298,8 @@ impl Exchange {
     pub fn complete(&mut self, answer: Answer) {
         let head = u16::try_from(answer.tag).expect("a tag is a head");
         let slot = std::mem::take(&mut self.heads[usize::from(head)]);
-        assert!(slot.taken, "every request is answered once");
-        self.bytes -= u64::from(slot.bytes);
+        assert!(slot.in_flight, "every request is answered once");
+        self.bytes_in_flight -= u64::from(slot.bytes);
         if let (Outcome::Failed, Some(memory)) = (answer.outcome, &answer.memory) {
             // The kernel reports a page that cannot be had as a failure; an access of ours marks the memory as lost.
             memory.touch_pages();
@@ -311,32 +311,32 @@ impl Exchange {
             Outcome::Failed => (Status::IoErr, 1),
             Outcome::Unsupported => (Status::Unsupp, 1),
         };
-        self.finish(head, status, slot.status_at, written);
+        self.complete_chain(head, status, slot.status_at, written);
     }
 
     /// The status byte goes after the data and before the used element.
-    fn finish(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
+    fn complete_chain(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
         let there = self.view.write_byte(status_at, status as u8);
         assert!(there, "the place of a status was checked when its chain was taken");
-        self.give(head, written);
+        self.return_chain(head, written);
     }
 
     fn recycle(&mut self, memory: Option<GuestIovecs>) {
         // They keep the guest's memory mapped, no longer than `view` does.
         if let Some(slices) = memory {
-            self.spare.push(slices);
+            self.iovec_pool.push(slices);
         }
     }
 }
 
-fn bytes_of(work: &Work) -> u32 {
+fn data_len(work: &Work) -> u32 {
     match work {
         Work::Read { into: s, .. } | Work::Write { from: s, .. } => u32::try_from(s.len()).expect("at most 32 MiB"),
         Work::Flush | Work::Prefetch { .. } | Work::Discard { .. } | Work::WriteZeroes { .. } => 0,
     }
 }
 
-fn memory_of(work: Work) -> Option<GuestIovecs> {
+fn data_memory(work: Work) -> Option<GuestIovecs> {
     match work {
         Work::Read { into: s, .. } | Work::Write { from: s, .. } => Some(s),
         Work::Flush | Work::Prefetch { .. } | Work::Discard { .. } | Work::WriteZeroes { .. } => None,

@@ -9,7 +9,7 @@
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
-use super::guest::{Span, View};
+use super::guest_memory::{GuestSpan, GuestView};
 use super::spec::{self, AVAIL_NO_INTERRUPT, Descriptor, USED_NO_NOTIFY, desc, used_element};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -24,7 +24,7 @@ const USED_ELEMENT: usize = 8;
 
 /// Where the driver put its rings.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Layout {
+pub struct RingLayout {
     /// Descriptors.
     pub size: u16,
     /// Guest address of the descriptor table.
@@ -37,22 +37,22 @@ pub struct Layout {
 
 /// The driver broke a rule so that nothing in the avail ring can be trusted any more: latch, do not poll again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Broken {
+pub enum RingError {
     /// V2: more chains are said to be available than the ring can hold.
-    Jump,
+    AvailIndexJump,
     /// V3: a head is not the index of a descriptor.
-    Head,
+    BadHead,
     /// V3: a head is in flight already.
-    Twice,
+    HeadInFlight,
     /// A page of the guest's memory, or of the record, could not be had: what was read since may be zeros of ours.
-    Lost,
+    MemoryLost,
 }
 
 /// The rings of one virtqueue in service.
-pub struct Ring {
-    table: Span,
-    avail: Span,
-    used: Span,
+pub struct SplitRing {
+    table: GuestSpan,
+    avail: GuestSpan,
+    used: GuestSpan,
     size: u16,
     event_idx: bool,
     next_avail: Wrapping<u16>,
@@ -60,14 +60,14 @@ pub struct Ring {
     /// `used.idx` as the driver sees it.
     published: Wrapping<u16>,
     /// `published` when a signal was last decided.
-    signalled: Wrapping<u16>,
+    interrupt_decided: Wrapping<u16>,
     /// The next decision is yes: see [`Ring::new`].
-    must_signal: bool,
+    force_interrupt: bool,
     /// Whether kicks are asked for, without event_idx.
-    kicks: bool,
+    kicks_enabled: bool,
 }
 
-impl Ring {
+impl SplitRing {
     /// Checks V1, and goes on at `next_avail` and at the used ring's own index.
     ///
     /// Whoever served the ring before may have died between its last used element and the signal for it; so the first
@@ -75,7 +75,7 @@ impl Ring {
     ///
     /// # Errors
     /// `Invalid` where the ring breaks V1.
-    pub fn new(view: &View, layout: Layout, max_size: u16, event_idx: bool, next_avail: u16) -> Result<Ring> {
+    pub fn new(view: &GuestView, layout: RingLayout, max_size: u16, event_idx: bool, next_avail: u16) -> Result<SplitRing> {
         let size = layout.size;
         let invalid = |what: String| Error::new(ErrorKind::Invalid, what);
         if !size.is_power_of_two() || size > max_size {
@@ -93,7 +93,7 @@ impl Ring {
         let avail = span("avail ring", layout.avail, ELEMENTS + n * AVAIL_ELEMENT + 2, 2)?;
         let used = span("used ring", layout.used, ELEMENTS + n * USED_ELEMENT + 2, 4)?;
         let next_used = Wrapping(used.load(IDX, Ordering::Acquire));
-        Ok(Ring {
+        Ok(SplitRing {
             table,
             avail,
             used,
@@ -102,9 +102,9 @@ impl Ring {
             next_avail: Wrapping(next_avail),
             next_used,
             published: next_used,
-            signalled: next_used,
-            must_signal: true,
-            kicks: true,
+            interrupt_decided: next_used,
+            force_interrupt: true,
+            kicks_enabled: true,
         })
     }
 
@@ -114,7 +114,7 @@ impl Ring {
     }
 
     /// The descriptor table.
-    pub fn table(&self) -> &Span {
+    pub fn table(&self) -> &GuestSpan {
         &self.table
     }
 
@@ -132,48 +132,48 @@ impl Ring {
     ///
     /// # Errors
     /// [`Broken::Jump`].
-    pub fn available(&self) -> Result<u16, Broken> {
+    pub fn available(&self) -> Result<u16, RingError> {
         // Acquire: what the driver wrote before it raised idx is seen by the reads that follow.
         let there = (Wrapping(self.avail.load(IDX, Ordering::Acquire)) - self.next_avail).0;
-        if there > self.size { Err(Broken::Jump) } else { Ok(there) }
+        if there > self.size { Err(RingError::AvailIndexJump) } else { Ok(there) }
     }
 
     /// The next chain's head (V3), one of those [`Ring::available`]; it stays until [`Ring::advance`].
     ///
     /// # Errors
     /// [`Broken::Head`].
-    pub fn head(&self) -> Result<u16, Broken> {
-        let head = self.entry(0);
-        if head < self.size { Ok(head) } else { Err(Broken::Head) }
+    pub fn head(&self) -> Result<u16, RingError> {
+        let head = self.avail_entry(0);
+        if head < self.size { Ok(head) } else { Err(RingError::BadHead) }
     }
 
     /// Entry of the avail ring, so many behind the next.
     #[inline]
-    fn entry(&self, behind: u16) -> u16 {
+    fn avail_entry(&self, behind: u16) -> u16 {
         let at = ELEMENTS + usize::from((self.next_avail + Wrapping(behind)).0 & (self.size - 1)) * AVAIL_ELEMENT;
         self.avail.load(at, Ordering::Relaxed)
     }
 
     /// Has the processor fetch the first descriptor of a chain, so many behind the next: the driver's processor wrote it last.
     #[inline]
-    pub fn fetch(&self, behind: u16) {
-        self.table.fetch(self.first(behind));
+    pub fn prefetch_descriptor(&self, behind: u16) {
+        self.table.prefetch(self.descriptor_offset(behind));
     }
 
     /// Where the first descriptor of such a chain points. Good for a hint only: it is not checked, and is read again.
     #[inline]
-    pub fn hint(&self, behind: u16) -> u64 {
-        Descriptor::decode(self.table.load_raw64(self.first(behind)), 0).addr
+    pub fn header_addr_hint(&self, behind: u16) -> u64 {
+        Descriptor::decode(self.table.load_raw64(self.descriptor_offset(behind)), 0).addr
     }
 
     /// Place of that descriptor; of another one where the head is none.
     #[inline]
-    fn first(&self, behind: u16) -> usize {
-        usize::from(self.entry(behind) & (self.size - 1)) * desc::LEN
+    fn descriptor_offset(&self, behind: u16) -> usize {
+        usize::from(self.avail_entry(behind) & (self.size - 1)) * desc::LEN
     }
 
     /// `taken` chains were taken and not given back by whoever served the ring before: goes on behind them.
-    pub fn resume(&mut self, taken: u16) {
+    pub fn resume_after(&mut self, taken: u16) {
         self.next_avail = self.next_used + Wrapping(taken);
     }
 
@@ -193,7 +193,7 @@ impl Ring {
 
     /// Shows the driver all chains given back; true if it wants a signal.
     pub fn publish(&mut self) -> bool {
-        if self.published == self.next_used && !self.must_signal {
+        if self.published == self.next_used && !self.force_interrupt {
             return false;
         }
         // Release: status bytes and used elements are there before idx says so.
@@ -202,23 +202,23 @@ impl Ring {
         // The driver first says where it wants a signal, then looks at idx; we do it the other way round.
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
-            let event = Wrapping(self.avail.load(self.avail_end(), Ordering::Relaxed));
-            self.published - event - Wrapping(1) < self.published - self.signalled
+            let event = Wrapping(self.avail.load(self.used_event_offset(), Ordering::Relaxed));
+            self.published - event - Wrapping(1) < self.published - self.interrupt_decided
         } else {
             self.avail.load(FLAGS, Ordering::Relaxed) & AVAIL_NO_INTERRUPT == 0
         };
-        self.signalled = self.published;
-        std::mem::take(&mut self.must_signal) || wanted
+        self.interrupt_decided = self.published;
+        std::mem::take(&mut self.force_interrupt) || wanted
     }
 
     /// Asks for a kick when a chain is added; true if one is there already, or the ring is worth a look.
-    pub fn want_kicks(&mut self) -> bool {
+    pub fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
             let at = ELEMENTS + usize::from(self.size) * USED_ELEMENT;
             self.used.store(at, self.next_avail.0, Ordering::Relaxed);
-        } else if !self.kicks {
+        } else if !self.kicks_enabled {
             self.used.store(FLAGS, 0, Ordering::Relaxed);
-            self.kicks = true;
+            self.kicks_enabled = true;
         }
         // The driver first adds, then looks whether to kick; we do it the other way round.
         fence(Ordering::SeqCst);
@@ -226,15 +226,15 @@ impl Ring {
     }
 
     /// Asks for no kicks, as well as that can be said: with event_idx there are none until [`Ring::want_kicks`].
-    pub fn refuse_kicks(&mut self) {
-        if !self.event_idx && self.kicks {
+    pub fn disable_kicks(&mut self) {
+        if !self.event_idx && self.kicks_enabled {
             self.used.store(FLAGS, USED_NO_NOTIFY, Ordering::Relaxed);
-            self.kicks = false;
+            self.kicks_enabled = false;
         }
     }
 
     /// Place of `used_event`.
-    fn avail_end(&self) -> usize {
+    fn used_event_offset(&self) -> usize {
         ELEMENTS + usize::from(self.size) * AVAIL_ELEMENT
     }
 }
@@ -244,14 +244,14 @@ const _: () = assert!(spec::MAX_QUEUE_SIZE as usize * desc::LEN < 1 << 20);
 
 #[cfg(test)]
 mod tests {
-    use super::super::driver::{AVAIL, Driver, SEAM, TABLE, USED};
+    use super::super::testing::{AVAIL, TestDriver, SEAM, TABLE, USED};
     use super::*;
 
     const USED_EVENT: u64 = AVAIL + 4 + 2 * 8;
     const AVAIL_EVENT: u64 = USED + 4 + 8 * 8;
 
     /// A ring of 8 whose owed first signal has been given.
-    fn ring(d: &Driver, event_idx: bool) -> Ring {
+    fn ring(d: &TestDriver, event_idx: bool) -> SplitRing {
         let mut ring = d.ring(event_idx);
         assert!(ring.publish(), "the signal that a predecessor may have owed");
         assert!(!ring.publish());
@@ -260,44 +260,44 @@ mod tests {
 
     #[test]
     fn rings_are_checked_once_and_for_all() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let good = d.layout();
-        let new = |layout| Ring::new(&d.view(), layout, 64, false, 0).map(|_| ()).map_err(|e| e.kind());
+        let new = |layout| SplitRing::new(&d.view(), layout, 64, false, 0).map(|_| ()).map_err(|e| e.kind());
         let bad = Err(ErrorKind::Invalid);
         assert_eq!(new(good), Ok(()));
         for size in [1, 2, 64] {
-            assert_eq!(new(Layout { size, ..good }), Ok(()), "{size}");
+            assert_eq!(new(RingLayout { size, ..good }), Ok(()), "{size}");
         }
         for size in [0, 3, 12, 63, 65, 128, 32768, u16::MAX] {
-            assert_eq!(new(Layout { size, ..good }), bad, "{size}");
+            assert_eq!(new(RingLayout { size, ..good }), bad, "{size}");
         }
-        assert_eq!(new(Layout { table: TABLE + 8, ..good }), bad);
-        assert_eq!(new(Layout { avail: AVAIL + 1, ..good }), bad);
-        assert_eq!(new(Layout { avail: AVAIL + 2, ..good }), Ok(()));
-        assert_eq!(new(Layout { used: USED + 2, ..good }), bad);
-        assert_eq!(new(Layout { used: USED + 4, ..good }), Ok(()));
+        assert_eq!(new(RingLayout { table: TABLE + 8, ..good }), bad);
+        assert_eq!(new(RingLayout { avail: AVAIL + 1, ..good }), bad);
+        assert_eq!(new(RingLayout { avail: AVAIL + 2, ..good }), Ok(()));
+        assert_eq!(new(RingLayout { used: USED + 2, ..good }), bad);
+        assert_eq!(new(RingLayout { used: USED + 4, ..good }), Ok(()));
         // Up to the last byte of a region, and not into the next: 8 descriptors are 128, 22 and 70 bytes.
-        assert_eq!(new(Layout { table: SEAM - 128, ..good }), Ok(()));
-        assert_eq!(new(Layout { table: SEAM - 112, ..good }), bad);
-        assert_eq!(new(Layout { avail: SEAM - 22, ..good }), Ok(()));
-        assert_eq!(new(Layout { avail: SEAM - 20, ..good }), bad);
-        assert_eq!(new(Layout { used: SEAM - 72, ..good }), Ok(()));
-        assert_eq!(new(Layout { used: SEAM - 68, ..good }), bad);
+        assert_eq!(new(RingLayout { table: SEAM - 128, ..good }), Ok(()));
+        assert_eq!(new(RingLayout { table: SEAM - 112, ..good }), bad);
+        assert_eq!(new(RingLayout { avail: SEAM - 22, ..good }), Ok(()));
+        assert_eq!(new(RingLayout { avail: SEAM - 20, ..good }), bad);
+        assert_eq!(new(RingLayout { used: SEAM - 72, ..good }), Ok(()));
+        assert_eq!(new(RingLayout { used: SEAM - 68, ..good }), bad);
         for lost in [u64::MAX - 15, 1 << 60] {
-            assert_eq!(new(Layout { table: lost, ..good }), bad);
+            assert_eq!(new(RingLayout { table: lost, ..good }), bad);
         }
     }
 
     #[test]
     fn the_avail_index_may_not_jump() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let mut ring = d.ring(false);
         for next in [0u16, 1, 7, u16::MAX] {
             while ring.next_avail() != next {
                 ring.advance();
             }
             for (there, want) in
-                [(0, Ok(0)), (1, Ok(1)), (8, Ok(8)), (9, Err(Broken::Jump)), (u16::MAX, Err(Broken::Jump))]
+                [(0, Ok(0)), (1, Ok(1)), (8, Ok(8)), (9, Err(RingError::AvailIndexJump)), (u16::MAX, Err(RingError::AvailIndexJump))]
             {
                 d.put_word(AVAIL + 2, next.wrapping_add(there));
                 assert_eq!(ring.available(), want, "{there} after {next}");
@@ -307,9 +307,9 @@ mod tests {
 
     #[test]
     fn heads_are_descriptors() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let ring = d.ring(false);
-        for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(Broken::Head)), (u16::MAX, Err(Broken::Head))] {
+        for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(RingError::BadHead)), (u16::MAX, Err(RingError::BadHead))] {
             d.put_word(AVAIL + 4, head);
             assert_eq!(ring.head(), want);
         }
@@ -318,18 +318,18 @@ mod tests {
         for (behind, head, want) in [(1, 3, 0x1234), (8, u16::MAX, 0), (9, 3, 0x1234)] {
             d.put_word(AVAIL + 4 + behind % 8 * 2, head);
             let behind = u16::try_from(behind).unwrap();
-            ring.fetch(behind);
-            assert_eq!(ring.hint(behind), want, "{head} in entry {behind}");
+            ring.prefetch_descriptor(behind);
+            assert_eq!(ring.header_addr_hint(behind), want, "{head} in entry {behind}");
         }
     }
 
     #[test]
     fn a_batch_is_published_as_a_whole_and_wraps() {
-        let mut d = Driver::new(8);
+        let mut d = TestDriver::new(8);
         // As after a reconnection: both rings are under way.
         d.put_word(USED + 2, u16::MAX - 1);
         d.seen = u16::MAX - 1;
-        let mut ring = Ring::new(&d.view(), d.layout(), 8, false, u16::MAX).unwrap();
+        let mut ring = SplitRing::new(&d.view(), d.layout(), 8, false, u16::MAX).unwrap();
         assert_eq!((ring.next_avail(), ring.next_used()), (u16::MAX, u16::MAX - 1));
         for i in 0..5u16 {
             ring.put_used(i, u32::from(i) * 100);
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn signals_follow_the_used_event() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let mut ring = ring(&d, true);
         d.put_word(AVAIL, AVAIL_NO_INTERRUPT);
         let mut give = |n: u16, event: u16| {
@@ -364,7 +364,7 @@ mod tests {
 
     #[test]
     fn signals_follow_the_flag_without_event_idx() {
-        let d = Driver::new(8);
+        let d = TestDriver::new(8);
         let mut ring = ring(&d, false);
         d.put_word(USED_EVENT, 1000);
         ring.put_used(0, 0);
@@ -376,24 +376,24 @@ mod tests {
 
     #[test]
     fn kicks_are_asked_for() {
-        let mut d = Driver::new(8);
+        let mut d = TestDriver::new(8);
         let mut plain = ring(&d, false);
-        plain.refuse_kicks();
+        plain.disable_kicks();
         assert_eq!(d.word(USED), USED_NO_NOTIFY);
-        assert!(!plain.want_kicks());
+        assert!(!plain.enable_kicks());
         assert_eq!(d.word(USED), 0);
         d.add(3);
-        assert!(plain.want_kicks(), "it came in between");
+        assert!(plain.enable_kicks(), "it came in between");
         plain.advance();
-        assert!(!plain.want_kicks());
+        assert!(!plain.enable_kicks());
 
         let mut event = ring(&d, true);
         d.put_word(AVAIL_EVENT, 77);
-        event.refuse_kicks();
+        event.disable_kicks();
         assert_eq!((d.word(USED), d.word(AVAIL_EVENT)), (0, 77));
-        assert!(event.want_kicks());
+        assert!(event.enable_kicks());
         event.advance();
-        assert!(!event.want_kicks());
+        assert!(!event.enable_kicks());
         assert_eq!(d.word(AVAIL_EVENT), 1);
     }
 }
