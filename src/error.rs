@@ -32,7 +32,7 @@ pub struct Error(Box<Body>);
 
 struct Body {
     kind: ErrorKind,
-    what: String,
+    message: String,
     path: Option<PathBuf>,
     offset: Option<u64>,
     source: Option<Box<dyn error::Error + Send + Sync>>,
@@ -44,7 +44,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// A failure described by one sentence without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Error {
-        Error(Box::new(Body { kind, what: what.into(), path: None, offset: None, source: None }))
+        Error(Box::new(Body { kind, message: what.into(), path: None, offset: None, source: None }))
     }
 
     /// A failed call to the host; the kind follows from the code it returned.
@@ -65,7 +65,7 @@ impl Error {
     }
 
     /// Says `to` where it named `from`: for a file that is made under another name first.
-    pub fn renamed(mut self, from: &Path, to: &Path) -> Error {
+    pub fn replace_path(mut self, from: &Path, to: &Path) -> Error {
         if self.path() == Some(from) {
             self.0.path = Some(to.to_path_buf());
         }
@@ -80,7 +80,7 @@ impl Error {
 
     /// Removes the offset: for a number from the command line, which stands at no byte of the file.
     #[must_use]
-    pub fn at_no_offset(mut self) -> Error {
+    pub fn without_offset(mut self) -> Error {
         self.0.offset = None;
         self
     }
@@ -140,8 +140,8 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let b = &self.0;
         match &b.path {
-            Some(p) => write!(f, "{}: {}", p.display(), b.what)?,
-            None => f.write_str(&b.what)?,
+            Some(p) => write!(f, "{}: {}", p.display(), b.message)?,
+            None => f.write_str(&b.message)?,
         }
         match b.offset {
             Some(at) => write!(f, " (at byte {at})"),
@@ -166,7 +166,7 @@ impl error::Error for Error {
 ///
 /// # Errors
 /// All others.
-pub fn found<T>(outcome: Result<T>) -> Result<Option<T>> {
+pub fn none_if_not_found<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         outcome => outcome.map(Some),
@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(e.kind(), ErrorKind::Io);
         assert_eq!(e.raw_os_error(), Some(libc::EIO));
         assert!(e.line().starts_with("/a/b.vhd: cannot read the footer (at byte 512): "), "{}", e.line());
-        assert_eq!(e.renamed(Path::new("/a/b.vhd"), Path::new("/c")).path(), Some(Path::new("/c")));
+        assert_eq!(e.replace_path(Path::new("/a/b.vhd"), Path::new("/c")).path(), Some(Path::new("/c")));
         let full = Error::io("cannot grow", io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(full.kind(), ErrorKind::NoSpace);
     }

@@ -85,7 +85,7 @@ pub mod format;
 pub mod image;
 pub mod mutant;
 pub mod ops;
-pub mod point;
+pub mod failpoint;
 pub mod storage;
 pub mod units;
 pub mod vhost;

@@ -33,7 +33,7 @@ pub enum Mutant {
     /// The file is cut before the new footer is durable.
     TrimUnsynced,
     /// A commit counts all places as known to the file, those of blocks that it did not cover, too.
-    AllPlaced,
+    AllBlocksPlaced,
     /// Bits are set when a write begins.
     EarlyMarks,
     /// A flush joins the commit that runs.
@@ -43,15 +43,15 @@ pub enum Mutant {
     /// Marks are not put into the live journal.
     NoJournal,
     /// The boot id is ignored: a journal from before the host crashed is believed.
-    OldJournal,
+    IgnoreBootId,
     /// Bits that no commit has taken leave memory.
     EvictDirty,
     /// Bits that a commit has taken leave memory before it is over.
-    EvictTaken,
+    EvictInCommit,
     /// What was read of a bitmap is believed although it came and left meanwhile.
     StaleBits,
     /// The journal is removed before the stamp.
-    RetireFirst,
+    RemoveJournalFirst,
     /// The stamp is written after the first answer.
     LateStamp,
     /// The file is cut before the last commit.
@@ -65,7 +65,7 @@ pub enum Mutant {
     /// Recovery makes the stamp zero, too.
     ScrubStamp,
     /// Who takes a journal in begins a session of its own.
-    FreshSession,
+    NewSessionOnTakeover,
     /// Who takes a journal in leaves the generation.
     NoTakeoverGeneration,
     /// A commit leaves the generation.
@@ -81,7 +81,7 @@ pub enum Mutant {
     /// A journal with marks that no stamp names is removed.
     StaleJournalRemoved,
     /// A parent's stamp is not looked at.
-    ParentNotAsked,
+    IgnoreParentStamp,
     /// Tools do not look at the stamp.
     ToolIgnoresStamp,
     /// A slot has new bits only, and replaces those of the file.
@@ -103,23 +103,23 @@ pub const ALL: [Mutant; 40] = [
     Mutant::NoWipe,
     Mutant::WipeUnsynced,
     Mutant::TrimUnsynced,
-    Mutant::AllPlaced,
+    Mutant::AllBlocksPlaced,
     Mutant::EarlyMarks,
     Mutant::JoinRunning,
     Mutant::CleanAtOpen,
     Mutant::NoJournal,
-    Mutant::OldJournal,
+    Mutant::IgnoreBootId,
     Mutant::EvictDirty,
-    Mutant::EvictTaken,
+    Mutant::EvictInCommit,
     Mutant::StaleBits,
-    Mutant::RetireFirst,
+    Mutant::RemoveJournalFirst,
     Mutant::LateStamp,
     Mutant::TrimFirst,
     Mutant::SplitPair,
     Mutant::StampLeftBehind,
     Mutant::UndoCutsStamp,
     Mutant::ScrubStamp,
-    Mutant::FreshSession,
+    Mutant::NewSessionOnTakeover,
     Mutant::NoTakeoverGeneration,
     Mutant::NoCommitGeneration,
     Mutant::NoMarkGeneration,
@@ -127,27 +127,27 @@ pub const ALL: [Mutant; 40] = [
     Mutant::SlotsNotEnded,
     Mutant::NoJournalLock,
     Mutant::StaleJournalRemoved,
-    Mutant::ParentNotAsked,
+    Mutant::IgnoreParentStamp,
     Mutant::ToolIgnoresStamp,
     Mutant::SlotReplacesBits,
 ];
 
 #[cfg(feature = "mutants")]
 thread_local! {
-    static MADE: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
+    static ENABLED: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
 }
 
 /// Makes a mistake on this thread from now on, or none.
 #[cfg(feature = "mutants")]
-pub fn make(mutant: Option<Mutant>) {
-    MADE.set(mutant);
+pub fn enable(mutant: Option<Mutant>) {
+    ENABLED.set(mutant);
 }
 
 /// Whether a mistake is to be made here.
 #[cfg(feature = "mutants")]
 #[inline]
-pub fn is(mutant: Mutant) -> bool {
-    MADE.get() == Some(mutant)
+pub fn enabled(mutant: Mutant) -> bool {
+    ENABLED.get() == Some(mutant)
 }
 
 /// Whether a mistake is to be made here: never.

@@ -13,7 +13,7 @@ pub const SECTOR_BYTES: usize = 512;
 pub const SECTOR_BITS: u32 = 4096;
 
 /// The number of bytes in `sectors`; `None` where it does not fit in 64 bits.
-pub fn bytes(sectors: u64) -> Option<u64> {
+pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {
     sectors.checked_mul(SECTOR)
 }
 
@@ -103,8 +103,8 @@ impl BlockSize {
 
     /// From bytes; `None` unless a power of two from 4 KiB to 256 MiB.
     pub fn from_bytes(bytes: u32) -> Option<BlockSize> {
-        let fits = bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes);
-        fits.then(|| BlockSize { shift: bytes.trailing_zeros() - SECTOR.trailing_zeros() })
+        let fits = sectors_to_bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&sectors_to_bytes);
+        fits.then(|| BlockSize { shift: sectors_to_bytes.trailing_zeros() - SECTOR.trailing_zeros() })
     }
 
     /// Data bytes in a block.
@@ -128,23 +128,23 @@ impl BlockSize {
     }
 
     /// The block that holds a virtual sector. The sector lies on a disk of at most 2^32 blocks (checked at open).
-    pub fn block_of(self, sector: u64) -> u32 {
+    pub fn block_at(self, sector: u64) -> u32 {
         u32::try_from(sector >> self.shift).expect("a sector beyond the last block of any image")
     }
 
     /// The place of a virtual sector in its block, in sectors.
-    pub fn within(self, sector: u64) -> u32 {
+    pub fn sector_in_block(self, sector: u64) -> u32 {
         u32::try_from(sector & (u64::from(self.sectors()) - 1)).expect("masked to 19 bits")
     }
 
     /// The blocks that a range touches, each with the part of the range that lies in it.
     #[inline]
-    pub fn parts(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
+    pub fn split_at_blocks(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
         let mut rest = range;
         std::iter::from_fn(move || {
             (!rest.is_empty()).then(|| {
-                let block = self.block_of(rest.start());
-                let part = rest.clip(self.range_of(block));
+                let block = self.block_at(rest.start());
+                let part = rest.clip(self.sectors_of(block));
                 rest = rest.skip(part.count());
                 (block, part)
             })
@@ -152,7 +152,7 @@ impl BlockSize {
     }
 
     /// The virtual sectors of a block.
-    pub fn range_of(self, block: u32) -> SectorRange {
+    pub fn sectors_of(self, block: u32) -> SectorRange {
         SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
     }
 
@@ -190,7 +190,7 @@ mod tests {
     fn ranges_are_cut_at_blocks() {
         let size = BlockSize::from_bytes(4096).unwrap();
         let parts = |from, to| -> Vec<_> {
-            size.parts(SectorRange::between(from, to)).map(|(b, part)| (b, part.start(), part.end())).collect()
+            size.split_at_blocks(SectorRange::between(from, to)).map(|(b, part)| (b, part.start(), part.end())).collect()
         };
         assert_eq!(parts(6, 17), [(0, 6, 8), (1, 8, 16), (2, 16, 17)]);
         assert_eq!(parts(8, 16), [(1, 8, 16)]);
@@ -205,7 +205,7 @@ mod tests {
         }
         let b = BlockSize::from_bytes(4 << 20).unwrap();
         assert_eq!((b.sectors(), b.bitmap_sectors(), b.stride_sectors()), (8192, 2, 8194));
-        assert_eq!((b.block_of(8193), b.within(8193)), (1, 1));
+        assert_eq!((b.block_at(8193), b.sector_in_block(8193)), (1, 1));
         assert_eq!(BlockSize::from_bytes(4096).unwrap().bitmap_sectors(), 1);
     }
 }

@@ -90,8 +90,8 @@ impl LayerCursor<'_> {
 
     fn first_change_from(&self, from: u64) -> Option<u64> {
         let (table, block_size) = (self.image.bat()?, self.image.block_size()?);
-        let block = if from < self.visible { table.next_used(block_size.block_of(from)) } else { None };
-        let placed = block.map(|block| block_size.range_of(block).start().max(from)).filter(|at| *at < self.visible);
+        let block = if from < self.visible { table.next_used(block_size.block_at(from)) } else { None };
+        let placed = block.map(|block| block_size.sectors_of(block).start().max(from)).filter(|at| *at < self.visible);
         let cut = (from < self.truncated.end() && !self.truncated.is_empty()).then(|| self.truncated.start().max(from));
         placed.into_iter().chain(cut).min()
     }
@@ -107,15 +107,15 @@ impl LayerCursor<'_> {
         let seen = window.clip(SectorRange::between(0, self.visible));
         let mut rest = seen;
         while !rest.is_empty() {
-            let Some(block) = table.next_used(block_size.block_of(rest.start())) else { return Ok(()) };
-            let range = block_size.range_of(block);
+            let Some(block) = table.next_used(block_size.block_at(rest.start())) else { return Ok(()) };
+            let range = block_size.sectors_of(block);
             let part = range.clip(rest);
             if part.is_empty() {
                 return Ok(());
             }
             rest = SectorRange::between(part.end(), seen.end());
             let words = self.image.block_bitmap(block)?.expect("the table has a place for it");
-            let mut bit = block_size.within(part.start());
+            let mut bit = block_size.sector_in_block(part.start());
             let end = bit + u32::try_from(part.count()).expect("a part of a block");
             while bit < end {
                 let (set, count) = bitmap::run(&words, bit, end);

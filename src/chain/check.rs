@@ -62,7 +62,7 @@ pub fn check(
         file.lock(Lock::Shared)?;
         let (path, id) = (file.path().to_path_buf(), file.stat()?.id);
         let (report, image) = image::check_with_progress(file, &mut watch)?;
-        if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::is(Mutant::ParentNotAsked)) {
+        if let Some(image) = image.as_ref().filter(|_| all.is_empty() || !mutant::enabled(Mutant::IgnoreParentStamp)) {
             refuse_if_live(env, runtime, image)?;
         }
         let alone = parents.is_none() && image.as_ref().is_some_and(|image| image.kind() == DiskType::Differencing);

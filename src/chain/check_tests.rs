@@ -30,7 +30,7 @@ fn qemu_writes(rig: &ChainFolder, name: &str, sector: u64, byte: u8) {
     let image = Image::open(Host.open(&rig.path(name), Access::Read).unwrap()).unwrap();
     let file = HostFile::options().read(true).write(true).open(rig.path(name)).unwrap();
     let (table, block_size) = (image.table_offset().unwrap(), image.block_size().unwrap());
-    let block = block_size.block_of(sector);
+    let block = block_size.block_at(sector);
     let place = image.bat().unwrap().place(block).unwrap_or_else(|| {
         let place = u32::try_from(image.used_end() / SECTOR).unwrap();
         file.write_all_at(
@@ -43,7 +43,7 @@ fn qemu_writes(rig: &ChainFolder, name: &str, sector: u64, byte: u8) {
         place
     });
     file.write_all_at(&[0xFF; 512], u64::from(place) * SECTOR).unwrap();
-    let data = u64::from(place) + 1 + u64::from(block_size.within(sector));
+    let data = u64::from(place) + 1 + u64::from(block_size.sector_in_block(sector));
     file.write_all_at(&[byte; 512], data * SECTOR).unwrap();
 }
 

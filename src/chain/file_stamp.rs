@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::error::{Result, found};
+use crate::error::{Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
@@ -34,7 +34,7 @@ impl FileStamp {
     /// # Errors
     /// `Io`.
     pub fn of_image_at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<FileStamp>> {
-        let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
+        let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
         let is_it = ImageIdentity::peek(&file)?.is_some_and(|glance| glance.uuid == uuid);
         is_it.then(|| FileStamp::of(&file)).transpose()
     }

@@ -173,7 +173,7 @@ impl LayerWalk<'_> {
         let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else {
             return self.add_stored(layer, range, range.start() * SECTOR); // fixed
         };
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 None => self.add_absent(layer, part),
                 Some(place) => self.visit_block(number, layer, u64::from(place), part),
@@ -187,7 +187,7 @@ impl LayerWalk<'_> {
         let data = (place + u64::from(block_size.bitmap_sectors())) * SECTOR;
         let mut rest = part;
         while !rest.is_empty() {
-            let within = block_size.within(rest.start());
+            let within = block_size.sector_in_block(rest.start());
             let (sector, bit) = (within / SECTOR_BITS, within % SECTOR_BITS);
             let at = (place + u64::from(sector)) * SECTOR;
             let group = rest.first(u64::from(SECTOR_BITS - bit));
@@ -204,12 +204,12 @@ impl LayerWalk<'_> {
             };
             let mut left = group;
             while !left.is_empty() {
-                let from = block_size.within(left.start()) % SECTOR_BITS;
+                let from = block_size.sector_in_block(left.start()) % SECTOR_BITS;
                 let end = from + u32::try_from(left.count()).expect("inside a granule");
                 let (set, count) = bitmap::run(words.as_slice(), from, end);
                 let run = left.first(u64::from(count));
                 left = left.skip(run.count());
-                let offset = data + u64::from(block_size.within(run.start())) * SECTOR;
+                let offset = data + u64::from(block_size.sector_in_block(run.start())) * SECTOR;
                 if set { self.add_stored(layer, run, offset) } else { self.add_absent(layer, run) }
             }
         }

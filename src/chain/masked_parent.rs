@@ -77,7 +77,7 @@ impl MaskScan<'_> {
     /// QEMU has something to write.
     fn first_masked_sector(&mut self, block: u32, place: u32, all: bool) -> Result<Option<u64>> {
         let block_size = self.child.block_size().expect("it has blocks");
-        let range = block_size.range_of(block);
+        let range = block_size.sectors_of(block);
         let disk = range.clip(SectorRange::between(0, self.child.size() / SECTOR));
         let data = (u64::from(place) + u64::from(block_size.bitmap_sectors())) * SECTOR;
         let (mut rest, mut hides, mut any) = (disk, None, all);

@@ -29,7 +29,7 @@ use uuid::Uuid;
 use super::file_stamp::FileStamp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, Folder, ModifiedTime};
 
 const FORMAT_LINE: &str = "diffdisk merge 3";
@@ -202,14 +202,14 @@ impl MergeRecord {
     pub fn save(&self, home: &Folder) -> Result<()> {
         let fresh = self.temporary_name();
         let saved = self.write(home, &fresh).and_then(|()| {
-            point::reached("merge.note-written");
+            failpoint::reached("merge.note-written");
             home.rename(&fresh, home, &self.name())
         });
         if saved.is_err() {
             let _ = home.remove(&fresh);
         }
         saved?;
-        point::reached("merge.note-named");
+        failpoint::reached("merge.note-named");
         home.sync()
     }
 

@@ -114,7 +114,7 @@ impl Chain {
                 }
             };
             search.visit(&parent)?;
-            if how != OpenMode::Inspect && !mutant::is(Mutant::ParentNotAsked) {
+            if how != OpenMode::Inspect && !mutant::enabled(Mutant::IgnoreParentStamp) {
                 refuse_if_live(env, &policy.runtime, &parent)?;
             }
             if parent.size() != child.size() {

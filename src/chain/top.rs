@@ -23,7 +23,7 @@ impl Top {
         let Some((block_size, table)) = self.table() else {
             return plan.push(range, self.source_at(range.start() * SECTOR)); // fixed
         };
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 None => beneath.plan_read(part, plan),
                 Some(place) => self.for_each_run(part, plan, |plan, run, set| match set {
@@ -45,7 +45,7 @@ impl Top {
             return Ok(());
         };
         // Bits can be set only in bitmaps that are known: load before anything is reserved.
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             if table.place(block).is_some() {
                 self.for_each_run(part, plan, |_, _, _| ());
             }
@@ -53,7 +53,7 @@ impl Top {
         if !plan.missing.is_empty() {
             return Ok(());
         }
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             plan.reserved |= table.place(block).is_none();
             let place = self.image.reserve(block)?;
             plan.push(part, self.data_source(block_size, place, part));
@@ -77,7 +77,7 @@ impl Top {
             return Ok(());
         };
         let (mut shining, mut look) = (Vec::new(), PlanBuffer::default());
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 Some(place) => {
                     self.for_each_run(part, plan, |_, _, _| ());
@@ -115,7 +115,7 @@ impl Top {
             self.image.note_content_change();
             return plan.push(range, self.source_at(range.start() * SECTOR));
         };
-        for (block, part) in block_size.parts(range) {
+        for (block, part) in block_size.split_at_blocks(range) {
             if let Some(place) = table.place(block) {
                 self.for_each_run(part, plan, |plan, run, set| {
                     if set {
@@ -140,7 +140,7 @@ impl Top {
     /// Where the data of a run of one block is.
     #[inline]
     fn data_source(&self, block_size: BlockSize, place: u32, run: SectorRange) -> Source {
-        let sectors = u64::from(block_size.bitmap_sectors()) + u64::from(block_size.within(run.start()));
+        let sectors = u64::from(block_size.bitmap_sectors()) + u64::from(block_size.sector_in_block(run.start()));
         self.source_at((u64::from(place) + sectors) * SECTOR)
     }
 

@@ -17,16 +17,16 @@ use crate::units::BlockSize;
 /// 5 compare found a difference.
 #[derive(Parser, Debug)]
 #[command(name = "diffdisk", version)]
-pub(super) struct Args {
+pub(super) struct ToolArgs {
     #[command(flatten)]
-    pub(super) common: Common,
+    pub(super) common: CommonArgs,
     #[command(subcommand)]
     pub(super) verb: Verb,
 }
 
 /// What all verbs take.
 #[derive(Group, Debug)]
-pub(super) struct Common {
+pub(super) struct CommonArgs {
     /// Where parents may lie besides the folder of the image that is named (repeatable)
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
@@ -48,9 +48,9 @@ pub(super) struct Common {
     pub(super) log_level: LogLevel,
 }
 
-impl Common {
+impl CommonArgs {
     /// Adds what the machine's configuration says and the command line does not.
-    pub(super) fn add(&mut self, config: SystemConfig) {
+    pub(super) fn add_system_config(&mut self, config: SystemConfig) {
         self.allow_parents.extend(config.allow_parents);
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
@@ -84,21 +84,21 @@ impl LogLevel {
 #[derive(Subcommand, Debug)]
 pub(super) enum Verb {
     /// Make a new root image, or with --parent a differencing child
-    Create(Create),
+    Create(CreateArgs),
     /// Tell what an image says of itself; it may be in use
-    Info(Info),
+    Info(InfoArgs),
     /// Hold an image against every rule of the format; nothing is changed without --repair
-    Check(Check),
+    Check(CheckArgs),
     /// List the images that stand on an image: those that record its UUID as their parent's
-    Children(Children),
+    Children(ChildrenArgs),
     /// Tell which file of the chain answers each range of the disk
-    Map(Map),
+    Map(MapArgs),
     /// Copy the disk as its guest sees it; holes stay holes
-    Convert(Convert),
+    Convert(ConvertArgs),
     /// Tell what was written since an ancestor, by the sector: the input of an incremental backup
-    Diff(Diff),
+    Diff(DiffArgs),
     /// Compare what guests see of two disks
-    Compare(Compare),
+    Compare(CompareArgs),
     /// Fold a child, and all between, into its parent or another ancestor
     ///
     /// The ancestor's file receives what the child says, and keeps its name: afterwards it shows the child's disk. The
@@ -108,27 +108,27 @@ pub(super) enum Verb {
     /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
     /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
     /// the same command continues, and --abandon gives it up. Until then nobody reads a half-merged image by mistake.
-    Merge(Merge),
+    Merge(MergeArgs),
     /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
-    Flatten(Flatten),
+    Flatten(FlattenArgs),
     /// Give a child another parent
-    Rebase(Rebase),
+    Rebase(RebaseArgs),
     /// Give back room that an image takes without need
-    Compact(Compact),
+    Compact(CompactArgs),
     /// Give a disk another size
-    Resize(Resize),
+    Resize(ResizeArgs),
     /// Write to an image what its killed daemon acknowledged, without serving it
-    Settle(Settle),
+    Settle(SettleArgs),
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Settle {
+pub(super) struct SettleArgs {
     /// The image
     pub(super) path: PathBuf,
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Merge {
+pub(super) struct MergeArgs {
     /// The image to fold; it is removed in the end
     pub(super) child: PathBuf,
     /// What receives it [default: its parent]
@@ -146,7 +146,7 @@ pub(super) struct Merge {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Create {
+pub(super) struct CreateArgs {
     /// The image to make; it must not exist
     pub(super) path: PathBuf,
     /// Size of the disk: 512, 64K, 10M, 2G, 1T. With --parent the parent's if not given
@@ -170,7 +170,7 @@ pub(super) struct Create {
     pub(super) parent: Option<PathBuf>,
     /// Which paths to the parent the child records
     #[arg(long, value_enum, default_value = "both", requires = "parent")]
-    pub(super) locator: Locator,
+    pub(super) locator: LocatorArg,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
@@ -180,24 +180,24 @@ pub(super) enum RootKind {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
-pub(super) enum Locator {
+pub(super) enum LocatorArg {
     Relative,
     Absolute,
     Both,
 }
 
-impl From<Locator> for Locators {
-    fn from(locator: Locator) -> Locators {
+impl From<LocatorArg> for Locators {
+    fn from(locator: LocatorArg) -> Locators {
         match locator {
-            Locator::Relative => Locators::Relative,
-            Locator::Absolute => Locators::Absolute,
-            Locator::Both => Locators::Both,
+            LocatorArg::Relative => Locators::Relative,
+            LocatorArg::Absolute => Locators::Absolute,
+            LocatorArg::Both => Locators::Both,
         }
     }
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Info {
+pub(super) struct InfoArgs {
     /// The image
     pub(super) path: PathBuf,
     /// Open its parents, too, and tell of each file of the chain
@@ -210,7 +210,7 @@ pub(super) struct Info {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Check {
+pub(super) struct CheckArgs {
     /// The image
     pub(super) path: PathBuf,
     /// Check its parents, too, and the links between them
@@ -222,7 +222,7 @@ pub(super) struct Check {
     pub(super) repair: bool,
     /// Of two valid footers that contradict each other, the one that is right
     #[arg(long, value_enum, value_name = "FOOTER", requires = "repair")]
-    pub(super) take: Option<FooterToTake>,
+    pub(super) take: Option<FooterArg>,
     /// Undo a repair: make the image byte by byte what it was, by the undo file that the repair left
     #[arg(long, value_name = "FILE", conflicts_with_all = ["repair", "chain", "json"])]
     pub(super) undo: Option<PathBuf>,
@@ -232,24 +232,24 @@ pub(super) struct Check {
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum FooterToTake {
+pub(super) enum FooterArg {
     /// The copy at the start of the file
     Front,
     /// The one at the end of the file
     End,
 }
 
-impl From<FooterToTake> for FooterChoice {
-    fn from(take: FooterToTake) -> FooterChoice {
+impl From<FooterArg> for FooterChoice {
+    fn from(take: FooterArg) -> FooterChoice {
         match take {
-            FooterToTake::Front => FooterChoice::Front,
-            FooterToTake::End => FooterChoice::End,
+            FooterArg::Front => FooterChoice::Front,
+            FooterArg::End => FooterChoice::End,
         }
     }
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Children {
+pub(super) struct ChildrenArgs {
     /// The image. Its own folder is searched
     pub(super) path: PathBuf,
     /// Search this folder, too (repeatable)
@@ -261,7 +261,7 @@ pub(super) struct Children {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Diff {
+pub(super) struct DiffArgs {
     /// The image
     pub(super) child: PathBuf,
     /// The ancestor to compare with [default: its parent]
@@ -273,7 +273,7 @@ pub(super) struct Diff {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Map {
+pub(super) struct MapArgs {
     /// The image
     pub(super) path: PathBuf,
     /// One JSON array; depth 0 is the image itself, and where no file answers depth, file and offset are null
@@ -282,7 +282,7 @@ pub(super) struct Map {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Convert {
+pub(super) struct ConvertArgs {
     /// The disk to copy: an image, or with --from raw a file or a block device
     pub(super) source: PathBuf,
     /// The file to make, or - for standard output, or (with --force) a block device to overwrite; these two only with
@@ -290,10 +290,10 @@ pub(super) struct Convert {
     pub(super) destination: PathBuf,
     /// What to make
     #[arg(long, value_enum)]
-    pub(super) to: Target,
+    pub(super) to: TargetFormatArg,
     /// What the source is; it is never guessed, since a guest could write what looks like an image
     #[arg(long, value_enum, default_value = "vhd")]
-    pub(super) from: Source,
+    pub(super) from: SourceFormatArg,
     /// Size of a block of a dynamic image, a power of two from 4K to 256M
     #[arg(long, value_parser = parse_block_size, default_value = "2M")]
     pub(super) block_size: BlockSize,
@@ -313,40 +313,40 @@ pub(super) struct Convert {
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Target {
+pub(super) enum TargetFormatArg {
     Raw,
     Fixed,
     Dynamic,
 }
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Source {
+pub(super) enum SourceFormatArg {
     Raw,
     Vhd,
 }
 
-impl From<Source> for Format {
-    fn from(source: Source) -> Format {
+impl From<SourceFormatArg> for Format {
+    fn from(source: SourceFormatArg) -> Format {
         match source {
-            Source::Raw => Format::Raw,
-            Source::Vhd => Format::Vhd,
+            SourceFormatArg::Raw => Format::Raw,
+            SourceFormatArg::Vhd => Format::Vhd,
         }
     }
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Compare {
+pub(super) struct CompareArgs {
     /// One disk
     pub(super) a: PathBuf,
     /// The other one
     pub(super) b: PathBuf,
     /// What the disks are; given twice, the first is for A and the second for B
     #[arg(long, value_enum, default_value = "vhd")]
-    pub(super) from: Vec<Source>,
+    pub(super) from: Vec<SourceFormatArg>,
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Flatten {
+pub(super) struct FlattenArgs {
     /// The child; its parents are only read
     pub(super) child: PathBuf,
     /// Stand on this one of its parents instead of alone
@@ -355,7 +355,7 @@ pub(super) struct Flatten {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Rebase {
+pub(super) struct RebaseArgs {
     /// The child. What it shows does not change: what the new parent would show differently is copied into it
     pub(super) child: PathBuf,
     /// The image it is to stand on
@@ -368,13 +368,13 @@ pub(super) struct Rebase {
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Compact {
+pub(super) struct CompactArgs {
     /// The image: blocks go that say nothing but what the chain beneath says, zeros become holes, gaps are closed
     pub(super) path: PathBuf,
 }
 
 #[derive(Group, Debug)]
-pub(super) struct Resize {
+pub(super) struct ResizeArgs {
     /// The image. Its children keep their own sizes and contents
     pub(super) path: PathBuf,
     /// The new size of the disk, a multiple of 512; what is added reads as zeros
@@ -392,6 +392,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
-        Args::command().debug_assert();
+        ToolArgs::command().debug_assert();
     }
 }

@@ -22,7 +22,7 @@ const SERIAL: usize = 20;
 /// The guest's view of caching.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Cache {
+pub(super) enum CacheMode {
     /// There is a write cache, which the guest flushes.
     #[default]
     Writeback,
@@ -66,7 +66,7 @@ pub(super) struct DiskArgs {
     pub(super) queues: Option<u16>,
     pub(super) queue_size: Option<u16>,
     #[serde(default)]
-    pub(super) cache: Cache,
+    pub(super) cache: CacheMode,
     #[serde(default)]
     pub(super) direct: bool,
     pub(super) allocation: Option<AllocationArg>,
@@ -84,14 +84,14 @@ pub(super) struct DiskArgs {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Config {
+struct ConfigFile {
     #[serde(default)]
     disk: Vec<DiskArgs>,
 }
 
 impl DiskArgs {
     /// A disk of which nothing but the path is said.
-    pub(super) fn of(path: PathBuf) -> DiskArgs {
+    pub(super) fn new(path: PathBuf) -> DiskArgs {
         DiskArgs {
             path,
             socket: None,
@@ -101,7 +101,7 @@ impl DiskArgs {
             serial: None,
             queues: None,
             queue_size: None,
-            cache: Cache::default(),
+            cache: CacheMode::default(),
             direct: false,
             allocation: None,
             allow_writable_parent: false,
@@ -121,7 +121,7 @@ impl DiskArgs {
     /// # Errors
     /// `NotFound` if there is no such group.
     pub(super) fn socket_access(&self) -> Result<SocketAccess> {
-        let group = self.socket_group.as_deref().map(gid).transpose()?;
+        let group = self.socket_group.as_deref().map(resolve_group).transpose()?;
         let usual = if group.is_some() { 0o660 } else { 0o600 };
         Ok(SocketAccess { group, mode: self.socket_mode.unwrap_or(usual) })
     }
@@ -148,7 +148,7 @@ pub(super) fn read_config(file: &Path) -> Result<Vec<DiskArgs>> {
 }
 
 fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
-    let config: Config = toml::from_str(text).map_err(|e| toml_error(text, &e))?;
+    let config: ConfigFile = toml::from_str(text).map_err(|e| toml_error(text, &e))?;
     if config.disk.is_empty() {
         return Err("there is no [[disk]] table".into());
     }
@@ -173,7 +173,7 @@ pub(super) fn toml_error(text: &str, e: &toml::de::Error) -> String {
 }
 
 /// The number of a group that is given by name or number.
-fn gid(group: &str) -> Result<u32> {
+fn resolve_group(group: &str) -> Result<u32> {
     if let Ok(number) = group.parse() {
         return Ok(number);
     }
@@ -210,7 +210,7 @@ pub(super) fn serial(text: &str) -> Result<String, String> {
     if text.len() > SERIAL { Err(format!("a serial has at most {SERIAL} bytes")) } else { Ok(text.to_owned()) }
 }
 
-fn switch(text: &str) -> Result<bool, String> {
+fn parse_on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
@@ -235,7 +235,7 @@ fn split_pairs(text: &str) -> Vec<String> {
 
 pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
     let mut seen = Vec::new();
-    let mut disk = DiskArgs::of(PathBuf::new());
+    let mut disk = DiskArgs::new(PathBuf::new());
     for pair in split_pairs(text) {
         let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not key=value"))?;
         if value.is_empty() {
@@ -249,14 +249,14 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "path" => disk.path = value.into(),
             "socket" => disk.socket = Some(value.into()),
             "id" => disk.id = Some(value.into()),
-            "readonly" => disk.readonly = switch(value)?,
+            "readonly" => disk.readonly = parse_on_off(value)?,
             "serial" => disk.serial = Some(serial(value)?),
             "queues" => disk.queues = Some(queues(value)?),
             "queue-size" => disk.queue_size = Some(queue_size(value)?),
-            "cache" => disk.cache = Cache::from_str(value, false)?,
-            "direct" => disk.direct = switch(value)?,
+            "cache" => disk.cache = CacheMode::from_str(value, false)?,
+            "direct" => disk.direct = parse_on_off(value)?,
             "allocation" => disk.allocation = Some(AllocationArg::from_str(value, false)?),
-            "allow-writable-parent" => disk.allow_writable_parent = switch(value)?,
+            "allow-writable-parent" => disk.allow_writable_parent = parse_on_off(value)?,
             "allow-parents" => disk.allow_parents.push(value.into()),
             "socket-group" => disk.socket_group = Some(value.into()),
             "socket-mode" => disk.socket_mode = Some(socket_mode(value)?),
@@ -290,7 +290,7 @@ mod tests {
             serial: Some("S 1".into()),
             queues: Some(64),
             queue_size: Some(32768),
-            cache: Cache::Writethrough,
+            cache: CacheMode::Writethrough,
             direct: true,
             allocation: Some(AllocationArg::Block),
             allow_writable_parent: true,
@@ -330,7 +330,7 @@ mod tests {
                     allow-writable-parent = true\n\
                     [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\nallocation = \"block\"\n";
         let disks = parse_config(text).unwrap();
-        assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, Cache::Writethrough));
+        assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, CacheMode::Writethrough));
         assert_eq!((disks[0].allocation, disks[1].allocation), (None, Some(AllocationArg::Block)));
         assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
         let text =

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use super::disk_args::DiskArgs;
-use super::inherited::Inherited;
+use super::inherited_fd::InheritedFds;
 use super::systemd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
@@ -16,7 +16,7 @@ use crate::vhost::Socket;
 
 /// A socket in `LISTEN_FDS`, as far as it decides on the disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct Offered {
+struct OfferedSocket {
     name: Option<String>,
     path: Option<PathBuf>,
 }
@@ -25,20 +25,20 @@ struct Offered {
 ///
 /// # Errors
 /// `Refused` if a socket and the disks do not match; if a descriptor is not a Unix stream socket.
-pub(super) fn take(disks: &[DiskArgs], mut inherited: Inherited) -> Result<Vec<Option<Socket>>> {
+pub(super) fn take_sockets(disks: &[DiskArgs], mut inherited: InheritedFds) -> Result<Vec<Option<Socket>>> {
     let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();
     for (disk, taken) in disks.iter().zip(&mut taken) {
         if let Some(fd) = disk.fd {
             let owned = inherited.take(fd).map_err(|e| Error::io(format!("cannot use file descriptor {fd}"), e))?;
-            *taken = Some(Socket::adopt(owned)?);
+            *taken = Some(Socket::from_fd(owned)?);
         }
     }
     let handed_over =
-        systemd::sockets(&mut inherited).map_err(|e| Error::io("cannot use the sockets in LISTEN_FDS", e))?;
+        systemd::take_sockets(&mut inherited).map_err(|e| Error::io("cannot use the sockets in LISTEN_FDS", e))?;
     let (mut sockets, mut offered) = (Vec::new(), Vec::new());
     for (name, fd) in handed_over {
-        let socket = Socket::adopt(fd)?;
-        offered.push(Offered { name, path: socket.path() });
+        let socket = Socket::from_fd(fd)?;
+        offered.push(OfferedSocket { name, path: socket.path() });
         sockets.push(socket);
     }
     let places = assign(disks, &offered).map_err(|why| Error::new(ErrorKind::Refused, why))?;
@@ -49,7 +49,7 @@ pub(super) fn take(disks: &[DiskArgs], mut inherited: Inherited) -> Result<Vec<O
 }
 
 /// The number of the disk that each socket serves.
-fn assign(disks: &[DiskArgs], offered: &[Offered]) -> Result<Vec<usize>, String> {
+fn assign(disks: &[DiskArgs], offered: &[OfferedSocket]) -> Result<Vec<usize>, String> {
     let mut places = vec![None; offered.len()];
     for (place, socket) in places.iter_mut().zip(offered) {
         *place = by_name_or_path(disks, socket)?;
@@ -89,9 +89,9 @@ fn assign(disks: &[DiskArgs], offered: &[Offered]) -> Result<Vec<usize>, String>
     Ok(all)
 }
 
-fn by_name_or_path(disks: &[DiskArgs], socket: &Offered) -> Result<Option<usize>, String> {
+fn by_name_or_path(disks: &[DiskArgs], socket: &OfferedSocket) -> Result<Option<usize>, String> {
     let by_name = disks.iter().position(|d| socket.name.as_ref() == Some(&d.name()));
-    let listens = |d: &DiskArgs| matches!((&d.socket, &socket.path), (Some(a), Some(b)) if is_same_place(a, b));
+    let listens = |d: &DiskArgs| matches!((&d.socket, &socket.path), (Some(a), Some(b)) if is_same_path(a, b));
     let by_path = disks.iter().position(listens);
     if let Some(named) = by_name {
         let (described, name) = (socket.describe(), disks[named].name());
@@ -110,7 +110,7 @@ fn by_name_or_path(disks: &[DiskArgs], socket: &Offered) -> Result<Option<usize>
 }
 
 /// Whether a name is one that service managers give to sockets without `FileDescriptorName=` (sd_listen_fds(3)).
-fn has_default_name(socket: &Offered) -> bool {
+fn has_default_name(socket: &OfferedSocket) -> bool {
     match socket.name.as_deref() {
         None | Some("" | "unknown" | "connection" | "stored") => true,
         Some(name) => name.ends_with(".socket"),
@@ -118,12 +118,12 @@ fn has_default_name(socket: &Offered) -> bool {
 }
 
 /// Whether two paths name one place: folders may be reached by links (`/var/run`).
-fn is_same_place(a: &Path, b: &Path) -> bool {
+fn is_same_path(a: &Path, b: &Path) -> bool {
     let folder = |path: &Path| std::fs::canonicalize(folder_of(path)).ok();
     a == b || (a.file_name() == b.file_name() && folder(a).is_some_and(|a| Some(a) == folder(b)))
 }
 
-impl Offered {
+impl OfferedSocket {
     fn describe(&self) -> String {
         let name = self.name.as_ref().map_or("a socket without a name".into(), |name| format!("the socket {name:?}"));
         match &self.path {
@@ -137,14 +137,14 @@ impl Offered {
 mod tests {
     use super::*;
 
-    fn offered(name: &str, path: &str) -> Offered {
+    fn offered(name: &str, path: &str) -> OfferedSocket {
         let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        Offered { name: some(name), path: some(path).map(PathBuf::from) }
+        OfferedSocket { name: some(name), path: some(path).map(PathBuf::from) }
     }
 
     fn disk(id: &str, socket: &str) -> DiskArgs {
         let socket = (!socket.is_empty()).then(|| PathBuf::from(socket));
-        DiskArgs { id: Some(id.into()), socket, ..DiskArgs::of("/x.vhd".into()) }
+        DiskArgs { id: Some(id.into()), socket, ..DiskArgs::new("/x.vhd".into()) }
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         let sockets = [offered("vm.socket", "/run/c"), offered("b", "/run/1"), offered("a", "/run/2")];
         assert_eq!(assign(&disks, &sockets), Ok(vec![2, 1, 0]));
         assert_eq!(assign(&disks, &[offered("c", "/run/c")]), Ok(vec![2]));
-        assert_eq!(assign(&[DiskArgs::of("/x/y.vhd".into())], &[offered("y.vhd", "")]), Ok(vec![0]));
+        assert_eq!(assign(&[DiskArgs::new("/x/y.vhd".into())], &[offered("y.vhd", "")]), Ok(vec![0]));
         // A unit with several ListenStream= gives all of them one name: the paths tell them apart.
         let disks = [disk("a", "/run/a"), disk("b", "/run/b")];
         assert_eq!(assign(&disks, &[offered("vm.socket", "/run/b"), offered("vm.socket", "/run/a")]), Ok(vec![1, 0]));
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn what_does_not_match_is_refused() {
         let (a, b) = (disk("a", ""), disk("b", "/run/b"));
-        let refused = |disks: &[DiskArgs], sockets: &[Offered], why: &str| {
+        let refused = |disks: &[DiskArgs], sockets: &[OfferedSocket], why: &str| {
             let told = assign(disks, sockets).unwrap_err();
             assert!(told.contains(why), "{told}");
         };
@@ -196,7 +196,7 @@ mod tests {
         std::fs::create_dir(dir.path().join("run")).unwrap();
         std::os::unix::fs::symlink("run", dir.path().join("link")).unwrap();
         let place = |name: &str| dir.path().join(name);
-        assert!(is_same_place(&place("run/s"), &place("link/s")) && !is_same_place(&place("run/s"), &place("run/t")));
-        assert!(!is_same_place(&place("none/s"), &place("neither/s")));
+        assert!(is_same_path(&place("run/s"), &place("link/s")) && !is_same_path(&place("run/s"), &place("run/t")));
+        assert!(!is_same_path(&place("none/s"), &place("neither/s")));
     }
 }

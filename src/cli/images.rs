@@ -5,14 +5,14 @@ use std::path::Path;
 
 use super::Exit;
 use super::args::{
-    Args, Check, Children, Common, Compact, Compare, Convert, Create, Diff, Flatten, Info, Map, Merge, Rebase, Resize,
-    RootKind, Source, Target, Verb,
+    ToolArgs, CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs, InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs,
+    RootKind, SourceFormatArg, TargetFormatArg, Verb,
 };
 use super::print;
-use super::progress::Work;
-use super::runtime;
+use super::progress::ProgressDisplay;
+use super::runtime_dir;
 use super::settle;
-use super::size::human;
+use super::size::human_size;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
@@ -23,7 +23,7 @@ use crate::storage::host::Host;
 use crate::units::BlockSize;
 
 /// Carries a verb out. Returns its name, too, for the line of a failure.
-pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
+pub(super) fn run(args: ToolArgs) -> (&'static str, Result<Exit>) {
     let common = args.common;
     if common.discard_journal
         && let Err(e) = settle::discard(&args.verb, &common)
@@ -48,13 +48,13 @@ pub(super) fn run(args: Args) -> (&'static str, Result<Exit>) {
     }
 }
 
-fn policy(common: &Common) -> Result<Policy> {
-    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+fn policy(common: &CommonArgs) -> Result<Policy> {
+    let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
 }
 
 /// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
-fn printed(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     match f(&mut out).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("cannot write to standard output", e)),
@@ -62,7 +62,7 @@ fn printed(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     }
 }
 
-fn create(args: &Create, common: &Common) -> Result<Exit> {
+fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
     let said = match &args.parent {
         Some(parent) => {
             let child = ops::create::Child {
@@ -79,7 +79,7 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
                 let (path, options) = (args.path.display(), options.collect::<String>());
                 log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
-            format!("differencing, {}, child of {}", human(made.size), made.parent.display())
+            format!("differencing, {}, child of {}", human_size(made.size), made.parent.display())
         }
         None => {
             let size = args.size.expect("clap asks for it");
@@ -89,48 +89,48 @@ fn create(args: &Create, common: &Common) -> Result<Exit> {
             let root = ops::create::Root { fixed, size, block_size, reserve, preallocate: args.preallocate };
             ops::create::root(&Host, &args.path, &root)?;
             let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {block_size}") };
-            format!("{kind}, {}", human(size))
+            format!("{kind}, {}", human_size(size))
         }
     };
     if !common.quiet {
-        printed(|out| writeln!(out, "created {}: {}", print::path(&args.path), print::plain(&said)))?;
+        print_to_stdout(|out| writeln!(out, "created {}: {}", print::display_path(&args.path), print::escape_controls(&said)))?;
     }
     Ok(Exit::Done)
 }
 
-fn info(args: &Info, common: &Common) -> Result<Exit> {
+fn info(args: &InfoArgs, common: &CommonArgs) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
     for damage in &info.damage {
         log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
     }
-    printed(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
+    print_to_stdout(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     if let Some(short) = info.short_of_room() {
-        let (left, more) = (human(short.available), human(short.wanted));
+        let (left, more) = (human_size(short.available), human_size(short.wanted));
         log::warn!(
             "{}: its file system has {left} left, and the disk may take up to {more} more; \
              writes wait or fail when the file system is full",
-            print::path(&args.path)
+            print::display_path(&args.path)
         );
     }
     Ok(Exit::Done)
 }
 
-fn check(args: &Check, common: &Common) -> Result<Exit> {
+fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common)).transpose()?;
-    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+    let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     if let Some(undo) = &args.undo {
         ops::check::undo(&Host, &args.path, undo, &runtime)?;
-        return told(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
+        return print_outcome(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
     }
-    let work = Work::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
-    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.at(bytes));
+    let work = ProgressDisplay::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
+    let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.report(bytes));
     let report = match args.repair {
         true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
         false => ops::check::check(&Host, &args.path, parents, runtime, progress)?,
     };
     drop(work);
-    printed(|out| match args.json {
+    print_to_stdout(|out| match args.json {
         true => print::json(out, &report),
         false => print::check(out, &report, common.quiet),
     })?;
@@ -144,39 +144,39 @@ fn check(args: &Check, common: &Common) -> Result<Exit> {
             e = Error::new(ErrorKind::Invalid, format!("{} (and {more} more)", worst.detail));
         }
         let e = worst.offset.into_iter().fold(e, Error::at_offset);
-        super::complain("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
+        super::print_failure("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
         return Ok(Exit::Corrupt);
     }
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
 }
 
-fn children(args: &Children, common: &Common) -> Result<Exit> {
+fn children(args: &ChildrenArgs, common: &CommonArgs) -> Result<Exit> {
     let found = ops::children::children(&Host, &args.path, &args.folders)?;
     if found.is_empty() && !args.json {
-        return told(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
+        return print_outcome(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
     }
-    printed(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
+    print_to_stdout(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
     Ok(Exit::Done)
 }
 
-fn map(args: &Map, common: &Common) -> Result<Exit> {
-    let mut table = print::Map::new(io::BufWriter::new(io::stdout().lock()), args.json);
-    listed(|told| {
+fn map(args: &MapArgs, common: &CommonArgs) -> Result<Exit> {
+    let mut table = print::MapPrinter::new(io::BufWriter::new(io::stdout().lock()), args.json);
+    print_list(|told| {
         ops::map::map(&Host, &args.path, &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
 
-fn diff(args: &Diff, common: &Common) -> Result<Exit> {
-    let mut table = print::Diff::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
-    listed(|told| {
+fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
+    let mut table = print::DiffPrinter::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
+    print_list(|told| {
         ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
 }
 
 /// Prints a list by `print`, as it is found. A reader that has seen enough (`| head`) is no failure.
-fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>) -> Result<Exit> {
+fn print_list(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>) -> Result<Exit> {
     let mut left = false;
     let done = print(&mut |outcome| {
         outcome.map_err(|e| {
@@ -190,7 +190,7 @@ fn listed(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Re
     }
 }
 
-fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
+fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<Disk> {
     let format = Format::from(from);
     let disk = Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
@@ -210,35 +210,35 @@ fn open(path: &Path, from: Source, common: &Common) -> Result<Disk> {
     Ok(disk)
 }
 
-fn convert(args: &Convert, common: &Common) -> Result<Exit> {
+fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
     let streamed = is_standard_output(&args.destination);
-    if streamed && args.to != Target::Raw {
+    if streamed && args.to != TargetFormatArg::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
     }
     if streamed && io::stdout().is_terminal() {
         return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
     }
-    if args.keep_uuid && (args.to == Target::Raw || args.from == Source::Raw) {
+    if args.keep_uuid && (args.to == TargetFormatArg::Raw || args.from == SourceFormatArg::Raw) {
         let what = "--keep-uuid: only an image has a UUID; it goes with --to fixed or dynamic, and not with --from raw";
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
-    let work = Work::new(disk.bytes(), common.quiet)?;
-    let mut progress = |bytes| work.at(bytes);
+    let work = ProgressDisplay::new(disk.bytes(), common.quiet)?;
+    let mut progress = |bytes| work.report(bytes);
     if streamed {
         ops::convert::stream(&disk, &mut Stdout, args.align, &mut progress)?;
         return Ok(Exit::Done);
     }
-    if disk.bytes() % 512 != 0 && args.to != Target::Raw {
+    if disk.bytes() % 512 != 0 && args.to != TargetFormatArg::Raw {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
         ops::convert::check_replaced(&Host, &args.destination, &policy(common)?.runtime)?;
     }
     let to = match args.to {
-        Target::Raw => To::Raw,
-        Target::Fixed => To::Fixed,
-        Target::Dynamic => To::Dynamic(args.block_size),
+        TargetFormatArg::Raw => To::Raw,
+        TargetFormatArg::Fixed => To::Fixed,
+        TargetFormatArg::Dynamic => To::Dynamic(args.block_size),
     };
     let uuid = if args.keep_uuid { disk.uuid() } else { None };
     let how = Conversion { to, align: args.align, replace: args.force, uuid };
@@ -255,8 +255,8 @@ fn convert(args: &Convert, common: &Common) -> Result<Exit> {
 }
 
 /// Opens what is left of a disk, and lists what is given up.
-fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
-    if args.from == Source::Raw {
+fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<Disk> {
+    if args.from == SourceFormatArg::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
     }
     let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common)?)?;
@@ -266,7 +266,7 @@ fn salvage(args: &Convert, common: &Common) -> Result<Disk> {
     }
     let bytes = given_up.iter().map(|run| run.length).sum();
     if bytes > 0 {
-        log::warn!("{} of the disk are given up; they are zeros in the copy", human(bytes));
+        log::warn!("{} of the disk are given up; they are zeros in the copy", human_size(bytes));
     }
     Ok(disk)
 }
@@ -276,17 +276,17 @@ fn is_standard_output(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
-fn compare(args: &Compare, common: &Common) -> Result<Exit> {
+fn compare(args: &CompareArgs, common: &CommonArgs) -> Result<Exit> {
     let (of_a, of_b) = match args.from.as_slice() {
         [both] => (*both, *both),
         [a, b] => (*a, *b),
         _ => return Err(Error::new(ErrorKind::Unsupported, "--from is given once or twice")),
     };
     let (a, b) = (open(&args.a, of_a, common)?, open(&args.b, of_b, common)?);
-    let work = Work::new(a.bytes().max(b.bytes()), common.quiet)?;
-    let difference = ops::compare::compare(&a, &b, &mut |bytes| work.at(bytes))?;
+    let work = ProgressDisplay::new(a.bytes().max(b.bytes()), common.quiet)?;
+    let difference = ops::compare::compare(&a, &b, &mut |bytes| work.report(bytes))?;
     drop(work);
-    printed(|out| {
+    print_to_stdout(|out| {
         if a.bytes() != b.bytes() && !common.quiet {
             writeln!(out, "sizes differ: {} and {} bytes; what one has beyond must be zero", a.bytes(), b.bytes())?;
         }
@@ -299,29 +299,29 @@ fn compare(args: &Compare, common: &Common) -> Result<Exit> {
     Ok(if difference.is_some() { Exit::Different } else { Exit::Done })
 }
 
-fn merge(args: &Merge, common: &Common) -> Result<Exit> {
+fn merge(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
     if args.abandon {
         return abandon(args, common);
     }
     let (into, changed) = (args.into.as_deref(), args.changed_parent);
     let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
-    let work = Work::new(merge.bytes(), common.quiet)?;
-    let merged = merge.run(&mut |bytes| work.at(bytes))?;
+    let work = ProgressDisplay::new(merge.bytes(), common.quiet)?;
+    let merged = merge.run(&mut |bytes| work.report(bytes))?;
     drop(work);
     if common.quiet {
         return Ok(Exit::Done);
     }
     let images = |n: usize| if n == 1 { "1 image".to_owned() } else { format!("{n} images") };
-    let mut said = format!("{} copied, {} removed", human(merged.copied), images(merged.removed.len()));
+    let mut said = format!("{} copied, {} removed", human_size(merged.copied), images(merged.removed.len()));
     if !merged.relinked.is_empty() {
         said.push_str(&format!(", {} linked to it", images(merged.relinked.len())));
     }
-    let (child, ancestor) = (print::path(&args.child), print::path(&merged.ancestor));
-    printed(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
+    let (child, ancestor) = (print::display_path(&args.child), print::display_path(&merged.ancestor));
+    print_to_stdout(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
     Ok(Exit::Done)
 }
 
-fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
+fn abandon(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
     let child = args.child.display();
     let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common)?)? {
         Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
@@ -337,53 +337,53 @@ fn abandon(args: &Merge, common: &Common) -> Result<Exit> {
             into.display()
         ),
     };
-    told(common, &line)
+    print_outcome(common, &line)
 }
 
 /// The line that says how it went, unless nobody wants to know.
-pub(super) fn told(common: &Common, line: &str) -> Result<Exit> {
+pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
     if !common.quiet {
-        printed(|out| writeln!(out, "{}", print::plain(line)))?;
+        print_to_stdout(|out| writeln!(out, "{}", print::escape_controls(line)))?;
     }
     Ok(Exit::Done)
 }
 
-fn flatten(args: &Flatten, common: &Common) -> Result<Exit> {
-    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
-    let progress = &mut |bytes| work.at(bytes);
+fn flatten(args: &FlattenArgs, common: &CommonArgs) -> Result<Exit> {
+    let work = ProgressDisplay::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.report(bytes);
     let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common)?, progress)?;
     drop(work);
     let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
-    told(common, &format!("{} stands {stands}: {} copied", args.child.display(), human(copied)))
+    print_outcome(common, &format!("{} stands {stands}: {} copied", args.child.display(), human_size(copied)))
 }
 
-fn rebase(args: &Rebase, common: &Common) -> Result<Exit> {
-    let work = Work::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
-    let progress = &mut |bytes| work.at(bytes);
+fn rebase(args: &RebaseArgs, common: &CommonArgs) -> Result<Exit> {
+    let work = ProgressDisplay::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
+    let progress = &mut |bytes| work.report(bytes);
     let done = ops::rebase::rebase(&Host, &args.child, &args.parent, args.r#unsafe, &policy(common)?, progress)?;
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
     if args.r#unsafe && done.same_parent {
-        return told(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
+        return print_outcome(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
     }
-    told(common, &format!("{child} stands on {parent}: {} copied", human(done.copied)))
+    print_outcome(common, &format!("{child} stands on {parent}: {} copied", human_size(done.copied)))
 }
 
-fn compact(args: &Compact, common: &Common) -> Result<Exit> {
-    let work = Work::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
-    let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.at(bytes))?;
+fn compact(args: &CompactArgs, common: &CommonArgs) -> Result<Exit> {
+    let work = ProgressDisplay::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
+    let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.report(bytes))?;
     drop(work);
-    let (given, blocks) = (human(done.given_back), done.blocks);
-    told(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
+    let (given, blocks) = (human_size(done.given_back), done.blocks);
+    print_outcome(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
 }
 
-fn resize(args: &Resize, common: &Common) -> Result<Exit> {
-    let work = Work::new(args.size, common.quiet)?;
-    let progress = &mut |bytes| work.at(bytes);
+fn resize(args: &ResizeArgs, common: &CommonArgs) -> Result<Exit> {
+    let work = ProgressDisplay::new(args.size, common.quiet)?;
+    let progress = &mut |bytes| work.report(bytes);
     let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common)?, progress)?;
     drop(work);
-    let (from, to) = (human(done.from), human(done.to));
-    told(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
+    let (from, to) = (human_size(done.from), human_size(done.to));
+    print_outcome(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
 }
 
 /// Standard output without the buffer of lines that the standard library puts before it.

@@ -17,10 +17,10 @@ mod args;
 mod disk_args;
 mod handover;
 mod images;
-mod inherited;
+mod inherited_fd;
 mod print;
 mod progress;
-mod runtime;
+mod runtime_dir;
 pub mod serve;
 mod serve_args;
 mod settle;
@@ -36,7 +36,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::error::Error;
-pub use inherited::Inherited;
+pub use inherited_fd::InheritedFds;
 use system_config::SystemConfig;
 
 /// The version of the programs, with the commit they are built from.
@@ -59,14 +59,14 @@ impl From<Exit> for ExitCode {
 }
 
 /// The whole of `diffdisk`: reads the command line, does what it says, tells how it went.
-pub fn diffdisk() -> ExitCode {
-    let mut args = args::Args::parse();
+pub fn tool_main() -> ExitCode {
+    let mut args = args::ToolArgs::parse();
     log_to_stderr(&args.common.log_level);
     signals::survive_file_size_limit();
     match SystemConfig::load(args.common.no_system_config) {
-        Ok(config) => args.common.add(config),
+        Ok(config) => args.common.add_system_config(config),
         Err(e) => {
-            complain("configuration", &e);
+            print_failure("configuration", &e);
             return Exit::Failed.into();
         }
     }
@@ -74,23 +74,23 @@ pub fn diffdisk() -> ExitCode {
     match outcome {
         Ok(exit) => exit.into(),
         Err(e) => {
-            complain(verb, &e);
+            print_failure(verb, &e);
             Exit::Failed.into()
         }
     }
 }
 
 /// The one line of a failure.
-fn complain(verb: &str, e: &Error) {
+fn print_failure(verb: &str, e: &Error) {
     // Nobody may be reading.
-    let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", print::plain(&e.line()));
+    let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", print::escape_controls(&e.line()));
 }
 
 fn log_to_stderr(level: &args::LogLevel) {
     env_logger::Builder::new()
         .filter_level(level.filter())
         .format(|to, record| {
-            writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::plain(&record.args().to_string()))
+            writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::escape_controls(&record.args().to_string()))
         })
         .init();
 }

@@ -6,14 +6,14 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::size::human;
+use super::size::human_size;
 use crate::ops::{check, children, diff, info, map};
 
 /// Lost ranges that are listed for people.
-const LISTED: usize = 100;
+const MAX_LISTED_RANGES: usize = 100;
 
 /// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
-pub(super) fn plain(text: &str) -> Cow<'_, str> {
+pub(super) fn escape_controls(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return text.into();
     }
@@ -21,8 +21,8 @@ pub(super) fn plain(text: &str) -> Cow<'_, str> {
 }
 
 /// A path for a terminal.
-pub(super) fn path(path: &Path) -> String {
-    plain(&path.display().to_string()).into_owned()
+pub(super) fn display_path(path: &Path) -> String {
+    escape_controls(&path.display().to_string()).into_owned()
 }
 
 /// One JSON document and a line's end.
@@ -32,12 +32,12 @@ pub(super) fn json(out: &mut dyn Write, document: &impl Serialize) -> Result<()>
 }
 
 fn bytes(n: u64) -> String {
-    if n < 1024 { format!("{n} bytes") } else { format!("{} ({n} bytes)", human(n)) }
+    if n < 1024 { format!("{n} bytes") } else { format!("{} ({n} bytes)", human_size(n)) }
 }
 
 /// `info` for people.
 pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
-    let mut field = |name: &str, text: &str| writeln!(out, "{:<15} {}", format!("{name}:"), plain(text));
+    let mut field = |name: &str, text: &str| writeln!(out, "{:<15} {}", format!("{name}:"), escape_controls(text));
     field("path", &info.path)?;
     field("format", info.format)?;
     field("type", info.disk_type)?;
@@ -93,7 +93,7 @@ fn in_use(user: &info::InUse) -> String {
 fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
     let name = |(depth, layer): (usize, &info::Info)| {
         let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
-        format!("{branch}{}", plain(&layer.path))
+        format!("{branch}{}", escape_controls(&layer.path))
     };
     let names: Vec<String> = chain.iter().enumerate().map(name).collect();
     let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
@@ -102,7 +102,7 @@ fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
             (Some(allocated), Some(blocks)) => format!("  {allocated} of {blocks} blocks"),
             _ => String::new(),
         };
-        let (size, room) = (human(layer.virtual_size), human(layer.allocated_bytes));
+        let (size, room) = (human_size(layer.virtual_size), human_size(layer.allocated_bytes));
         writeln!(out, "  {name:<width$}  {:<12}  {size:>10}  {room:>10} allocated{blocks}", layer.disk_type)?;
     }
     Ok(())
@@ -110,59 +110,59 @@ fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
 
 /// `children` for people: one a line.
 pub(super) fn children(out: &mut dyn Write, children: &[children::ChildFound]) -> Result<()> {
-    children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, plain(&child.path)))
+    children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, escape_controls(&child.path)))
 }
 
 /// `check` for people: a line per defect, and how it stands.
 pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
     for repaired in &report.repaired {
         for defect in &repaired.defects {
-            writeln!(out, "repaired: {}", line(defect, Some(&repaired.path)))?;
+            writeln!(out, "repaired: {}", defect_line(defect, Some(&repaired.path)))?;
         }
         if let Some(undo) = &repaired.undo {
-            writeln!(out, "{}: what was replaced is kept in {}", plain(&repaired.path), plain(undo))?;
+            writeln!(out, "{}: what was replaced is kept in {}", escape_controls(&repaired.path), escape_controls(undo))?;
         }
     }
     for defect in &report.defects {
         let mend = if defect.repairable { " [repairable]" } else { "" };
-        writeln!(out, "{}{mend}", line(defect, None))?;
+        writeln!(out, "{}{mend}", defect_line(defect, None))?;
     }
-    for lost in report.lost.iter().take(LISTED) {
+    for lost in report.lost.iter().take(MAX_LISTED_RANGES) {
         let (start, end) = (lost.start, lost.start + lost.length);
         writeln!(out, "lost: bytes {start} to {end} of the disk, {}", bytes(lost.length))?;
     }
-    if let Some(more) = report.lost.len().checked_sub(LISTED).filter(|more| *more > 0) {
+    if let Some(more) = report.lost.len().checked_sub(MAX_LISTED_RANGES).filter(|more| *more > 0) {
         writeln!(out, "lost: {more} more ranges; --json lists all")?;
     }
     if quiet {
         return Ok(());
     }
     for note in &report.notes {
-        writeln!(out, "note: {}", line(note, None))?;
+        writeln!(out, "note: {}", defect_line(note, None))?;
     }
     let files = report.chain.as_ref().map_or(String::new(), |chain| match chain.len() {
         1 => " (1 file)".to_owned(),
         n => format!(" ({n} files)"),
     });
     if report.ok {
-        writeln!(out, "{}{files}: no defects", plain(&report.path))?;
+        writeln!(out, "{}{files}: no defects", escape_controls(&report.path))?;
         if report.parents_unseen {
             writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
         }
         return Ok(());
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
-    writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", plain(&report.path))
+    writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", escape_controls(&report.path))
 }
 
-fn line(found: &check::Found, path: Option<&str>) -> String {
-    let file = found.path.as_deref().or(path).map_or(String::new(), |path| format!("{}: ", plain(path)));
+fn defect_line(found: &check::Found, path: Option<&str>) -> String {
+    let file = found.path.as_deref().or(path).map_or(String::new(), |path| format!("{}: ", escape_controls(path)));
     let place = found.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
-    format!("{file}{}: {}{place}", found.kind, plain(&found.detail))
+    format!("{file}{}: {}{place}", found.kind, escape_controls(&found.detail))
 }
 
 /// `diff`, a run at a time.
-pub(super) struct Diff<W: Write> {
+pub(super) struct DiffPrinter<W: Write> {
     out: W,
     json: bool,
     quiet: bool,
@@ -170,9 +170,9 @@ pub(super) struct Diff<W: Write> {
     bytes: u64,
 }
 
-impl<W: Write> Diff<W> {
-    pub(super) fn new(out: W, json: bool, quiet: bool) -> Diff<W> {
-        Diff { out, json, quiet, runs: 0, bytes: 0 }
+impl<W: Write> DiffPrinter<W> {
+    pub(super) fn new(out: W, json: bool, quiet: bool) -> DiffPrinter<W> {
+        DiffPrinter { out, json, quiet, runs: 0, bytes: 0 }
     }
 
     pub(super) fn run(&mut self, run: &diff::Run) -> Result<()> {
@@ -200,7 +200,7 @@ impl<W: Write> Diff<W> {
 }
 
 /// `map`, a run at a time.
-pub(super) struct Map<W: Write> {
+pub(super) struct MapPrinter<W: Write> {
     out: W,
     json: bool,
     begun: bool,
@@ -209,7 +209,7 @@ pub(super) struct Map<W: Write> {
 }
 
 #[derive(Serialize)]
-struct JsonRun<'a> {
+struct JsonRange<'a> {
     start: u64,
     length: u64,
     depth: Option<u16>,
@@ -218,9 +218,9 @@ struct JsonRun<'a> {
     zero: bool,
 }
 
-impl<W: Write> Map<W> {
-    pub(super) fn new(out: W, json: bool) -> Map<W> {
-        Map { out, json, begun: false, paths: Vec::new() }
+impl<W: Write> MapPrinter<W> {
+    pub(super) fn new(out: W, json: bool) -> MapPrinter<W> {
+        MapPrinter { out, json, begun: false, paths: Vec::new() }
     }
 
     pub(super) fn run(&mut self, run: &map::Run<'_>) -> Result<()> {
@@ -234,11 +234,11 @@ impl<W: Write> Map<W> {
             };
             let depth = usize::from(found.depth);
             self.paths.resize(self.paths.len().max(depth + 1), None);
-            let file = self.paths[depth].get_or_insert_with(|| path(found.file));
+            let file = self.paths[depth].get_or_insert_with(|| display_path(found.file));
             return writeln!(self.out, "{:>16} {:>16} {depth:>5} {:>16}  {file}", run.start, run.length, found.offset);
         }
         self.out.write_all(if first { b"[" } else { b",\n " })?;
-        let document = JsonRun {
+        let document = JsonRange {
             start: run.start,
             length: run.length,
             depth: run.found.map(|found| found.depth),
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn images_do_not_command_terminals() {
-        assert_eq!(plain("a\u{1b}[2Jb\u{9b}\n"), "a\\u{1b}[2Jb\\u{9b}\\n");
-        assert!(matches!(plain("päth"), Cow::Borrowed("päth")));
+        assert_eq!(escape_controls("a\u{1b}[2Jb\u{9b}\n"), "a\\u{1b}[2Jb\\u{9b}\\n");
+        assert!(matches!(escape_controls("päth"), Cow::Borrowed("päth")));
     }
 }

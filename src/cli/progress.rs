@@ -9,17 +9,17 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Work of a known number of bytes.
-pub(super) struct Work {
+pub(super) struct ProgressDisplay {
     bar: ProgressBar,
-    stop: Arc<AtomicBool>,
+    interrupted: Arc<AtomicBool>,
 }
 
-impl Work {
+impl ProgressDisplay {
     /// Work on `bytes`. From here on SIGINT and SIGTERM end it in an orderly way.
     ///
     /// # Errors
     /// Where the signals cannot be had.
-    pub(super) fn new(bytes: u64, quiet: bool) -> Result<Work> {
+    pub(super) fn new(bytes: u64, quiet: bool) -> Result<ProgressDisplay> {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
             // A second one ends the program at once: what it leaves is a file under a temporary name.
@@ -34,23 +34,23 @@ impl Work {
         }
         let style = "{bar:40} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
         bar.set_style(ProgressStyle::with_template(style).expect("a template of known keys"));
-        Ok(Work { bar, stop })
+        Ok(ProgressDisplay { bar, interrupted: stop })
     }
 
     /// So many bytes are done.
     ///
     /// # Errors
     /// `Refused` where the user has interrupted the work.
-    pub(super) fn at(&self, bytes: u64) -> Result<()> {
+    pub(super) fn report(&self, bytes: u64) -> Result<()> {
         self.bar.set_position(bytes);
-        if self.stop.load(Ordering::Relaxed) {
+        if self.interrupted.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Refused, "interrupted"));
         }
         Ok(())
     }
 }
 
-impl Drop for Work {
+impl Drop for ProgressDisplay {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

@@ -12,9 +12,9 @@ use std::thread;
 use clap::Parser;
 use log::{error, info, warn};
 
-use super::inherited::Inherited;
-use super::serve_args::Args;
-use super::start::Ready;
+use super::inherited_fd::InheritedFds;
+use super::serve_args::DaemonArgs;
+use super::start::ReadyDisk;
 use super::system_config::SystemConfig;
 use super::{handover, print, signals, start, systemd};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,8 +25,8 @@ use crate::storage::host::Host;
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
 /// Runs the daemon with the arguments of the process, and the descriptors that were handed over.
-pub fn main(inherited: Inherited) -> ExitCode {
-    let args = Args::parse();
+pub fn main(inherited: InheritedFds) -> ExitCode {
+    let args = DaemonArgs::parse();
     if args.print_capabilities {
         println!("{CAPABILITIES}");
         return ExitCode::SUCCESS;
@@ -36,7 +36,7 @@ pub fn main(inherited: Inherited) -> ExitCode {
     match serve(args, inherited, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            super::complain("serve", &e);
+            super::print_failure("serve", &e);
             ExitCode::FAILURE
         }
     }
@@ -48,38 +48,38 @@ fn log_to_stderr(level: &str) {
     logger.format(|out, record| {
         // Names and messages of others may hold control characters, by which they could forge lines or move the cursor.
         let line = record.args().to_string();
-        writeln!(out, "{} {:5} {}", out.timestamp_millis(), record.level(), print::plain(&line))
+        writeln!(out, "{} {:5} {}", out.timestamp_millis(), record.level(), print::escape_controls(&line))
     });
     logger.init();
     std::panic::set_hook(Box::new(|panic| error!("a fault of our own: {panic}")));
 }
 
-fn serve(mut args: Args, inherited: Inherited, host: &Arc<dyn Env>) -> Result<()> {
+fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> Result<()> {
     let disks = args.disks()?;
-    let handed_over = handover::take(&disks, inherited)?;
-    args.add(SystemConfig::load(args.no_system_config)?);
+    let handed_over = handover::take_sockets(&disks, inherited)?;
+    args.add_system_config(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
     // Signals before sockets: from the moment a front-end can connect, the daemon can be stopped in good order.
-    let stop = signals::stop()?;
-    let Some(ready) = start::all(&args, &disks, handed_over, host, &stop)? else {
+    let stop = signals::stop_socket()?;
+    let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop)? else {
         info!("stopped by a signal before the start was complete");
         return Ok(());
     };
-    tell_manager("READY=1");
+    notify_manager("READY=1");
     let outcome = run_all(ready, &stop);
-    tell_manager("STOPPING=1");
+    notify_manager("STOPPING=1");
     outcome
 }
 
-fn tell_manager(state: &str) {
+fn notify_manager(state: &str) {
     if let Err(e) = systemd::notify(state) {
         warn!("the service manager cannot be told {state}: {e}");
     }
 }
 
 /// Serves every disk on a thread of its own until all have ended; the first failure is the outcome.
-fn run_all(ready: Vec<Ready>, stop: &Arc<UnixStream>) -> Result<()> {
-    let start = |ready: Ready| {
+fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>) -> Result<()> {
+    let start = |ready: ReadyDisk| {
         let stop = stop.clone();
         let name = ready.name().to_owned();
         let thread = thread::Builder::new().name(format!("disk-{name}")).spawn(move || ready.run(&stop));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use super::disk_args::{AllocationArg, Cache, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode};
+use super::disk_args::{AllocationArg, CacheMode, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode};
 use super::system_config::SystemConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
@@ -22,7 +22,7 @@ pub(super) enum OnEnospc {
 /// Serves differencing VHD chains to virtual machines over vhost-user-blk.
 #[derive(Parser, Debug)]
 #[command(name = "diffdiskd", version, about, max_term_width = 100)]
-pub(super) struct Args {
+pub(super) struct DaemonArgs {
     /// Print what this program can do, as JSON, and exit
     #[arg(long)]
     pub(super) print_capabilities: bool,
@@ -55,7 +55,7 @@ pub(super) struct Args {
 
     /// Whether the guest sees a write cache [default: writeback]
     #[arg(long, value_name = "MODE", conflicts_with_all = ["disk", "config"])]
-    cache: Option<Cache>,
+    cache: Option<CacheMode>,
 
     /// Bypass the host's page cache
     #[arg(long, conflicts_with_all = ["disk", "config"])]
@@ -138,7 +138,7 @@ enum IoEngine {
     Blocking,
 }
 
-impl Args {
+impl DaemonArgs {
     /// What carries out I/O.
     pub(super) fn engine(&self) -> EngineKind {
         match self.io_engine {
@@ -149,7 +149,7 @@ impl Args {
     }
 
     /// Adds what the machine's configuration says and the command line does not.
-    pub(super) fn add(&mut self, config: SystemConfig) {
+    pub(super) fn add_system_config(&mut self, config: SystemConfig) {
         self.allow_parents.extend(config.allow_parents);
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
@@ -187,7 +187,7 @@ impl Args {
                 cache: self.cache.unwrap_or_default(),
                 direct: self.direct,
                 allow_writable_parent: self.allow_writable_parent,
-                ..DiskArgs::of(path.clone())
+                ..DiskArgs::new(path.clone())
             });
         }
         if let Some(file) = &self.config {
@@ -214,8 +214,8 @@ impl Args {
 mod tests {
     use super::*;
 
-    fn args(list: &[&str]) -> Result<Args, clap::Error> {
-        Args::try_parse_from([&["diffdiskd"], list].concat())
+    fn args(list: &[&str]) -> Result<DaemonArgs, clap::Error> {
+        DaemonArgs::try_parse_from([&["diffdiskd"], list].concat())
     }
 
     #[test]
@@ -226,11 +226,11 @@ mod tests {
             socket: Some("/run/s".into()),
             readonly: true,
             queues: Some(2),
-            ..DiskArgs::of("/a/b.vhd".into())
+            ..DiskArgs::new("/a/b.vhd".into())
         };
         assert_eq!(disks, [expected]);
         assert_eq!((disks[0].name(), disks[0].queue_size()), ("b.vhd".into(), 1024));
-        assert_eq!(DiskArgs::of("x".into()).queues(), 4, "on every machine");
+        assert_eq!(DiskArgs::new("x".into()).queues(), 4, "on every machine");
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::Exit;
-use super::args::{Common, Settle, Source, Verb};
-use super::images::told;
-use super::runtime;
+use super::args::{CommonArgs, SettleArgs, SourceFormatArg, Verb};
+use super::images::print_outcome;
+use super::runtime_dir;
 use crate::error::Result;
 use crate::ops;
 use crate::storage::host::Host;
@@ -14,8 +14,8 @@ use crate::storage::host::Host;
 ///
 /// # Errors
 /// As [`ops::settle::discard`].
-pub(super) fn discard(verb: &Verb, common: &Common) -> Result<()> {
-    let vhd = |path, from| (from == Source::Vhd).then_some(path);
+pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
+    let vhd = |path, from| (from == SourceFormatArg::Vhd).then_some(path);
     let named: Vec<Option<&PathBuf>> = match verb {
         Verb::Create(_) | Verb::Info(_) | Verb::Children(_) => Vec::new(),
         Verb::Check(a) => vec![Some(&a.path)],
@@ -24,7 +24,7 @@ pub(super) fn discard(verb: &Verb, common: &Common) -> Result<()> {
         Verb::Convert(a) => vec![vhd(&a.source, a.from)],
         Verb::Merge(a) => vec![Some(&a.child)],
         Verb::Compare(a) => {
-            let from = |n: usize| a.from.get(n).or(a.from.first()).copied().unwrap_or(Source::Vhd);
+            let from = |n: usize| a.from.get(n).or(a.from.first()).copied().unwrap_or(SourceFormatArg::Vhd);
             vec![vhd(&a.a, from(0)), vhd(&a.b, from(1))]
         }
         Verb::Flatten(a) => vec![Some(&a.child)],
@@ -34,16 +34,16 @@ pub(super) fn discard(verb: &Verb, common: &Common) -> Result<()> {
         Verb::Settle(a) => vec![Some(&a.path)],
     };
     let named: Vec<&Path> = named.into_iter().flatten().map(PathBuf::as_path).collect();
-    ops::settle::discard(&Host, &named, &runtime::folders(common.runtime_dir.as_deref())?)
+    ops::settle::discard(&Host, &named, &runtime_dir::existing_folders(common.runtime_dir.as_deref())?)
 }
 
 /// Carries the verb out.
 ///
 /// # Errors
 /// As [`ops::settle::settle`].
-pub(super) fn settle(args: &Settle, common: &Common) -> Result<Exit> {
-    let runtime = runtime::folders(common.runtime_dir.as_deref())?;
+pub(super) fn settle(args: &SettleArgs, common: &CommonArgs) -> Result<Exit> {
+    let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     let settled = ops::settle::settle(&Host, &args.path, &runtime)?;
     let said = if settled { "settled: its live journal is taken in" } else { "nothing to settle" };
-    told(common, &format!("{}: {said}", args.path.display()))
+    print_outcome(common, &format!("{}: {said}", args.path.display()))
 }

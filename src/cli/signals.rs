@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// `Io`.
-pub(super) fn stop() -> Result<Arc<UnixStream>> {
+pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
     let cannot = |e| Error::io("cannot listen to signals", e);
     let (stop, raised) = UnixStream::pair().map_err(cannot)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -33,7 +33,7 @@ pub(super) fn parse_alignment(text: &str) -> Result<u64, String> {
 }
 
 /// A number of bytes in a few letters: `2 MiB`, `1.5 GiB`.
-pub(super) fn human(bytes: u64) -> String {
+pub(super) fn human_size(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let rank = (64 - bytes.leading_zeros()).saturating_sub(1) / 10;
     let (unit, one) = (units[rank as usize], 1u64 << (rank * 10));
@@ -89,7 +89,7 @@ mod tests {
             ((1 << 30) + (30 << 20), "1.02 GiB"),
             (u64::MAX, "15.99 EiB"),
         ] {
-            assert_eq!(human(bytes), text);
+            assert_eq!(human_size(bytes), text);
         }
     }
 }

@@ -11,32 +11,32 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::disk_args::{Cache, DiskArgs};
-use super::runtime;
-use super::serve_args::{Args, OnEnospc};
+use super::disk_args::{CacheMode, DiskArgs};
+use super::runtime_dir;
+use super::serve_args::{DaemonArgs, OnEnospc};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{JOURNAL_BYTES, Durability, remove_stale_journals};
 use crate::storage::Env;
 use crate::units::SECTOR;
-use crate::vhost::{Daemon, Service, Socket, descriptors};
+use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 
 /// How long to wait for the files of a disk. A daemon that was killed holds them until its last I/O is over.
-const PREDECESSORS_IO: Duration = Duration::from_secs(30);
+const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait for the socket of a disk. A daemon that was killed holds it until its process is taken apart.
-const PREDECESSORS_SOCKET: Duration = Duration::from_secs(1);
+const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Descriptors of the process itself: the standard streams, signals, the log, what libraries open for a moment.
-const OWN_DESCRIPTORS: u64 = 32;
+const PROCESS_FDS: u64 = 32;
 
 /// A disk that is ready to be served.
-pub(super) struct Ready {
+pub(super) struct ReadyDisk {
     // Dropped first: it removes the socket and ends the threads of the queues.
-    daemon: Daemon,
+    daemon: DiskServer,
     disk: Arc<Disk>,
     name: String,
 }
 
-impl Ready {
+impl ReadyDisk {
     /// Its name for the log.
     pub(super) fn name(&self) -> &str {
         &self.name
@@ -55,52 +55,52 @@ impl Ready {
 ///
 /// # Errors
 /// Whatever keeps one of the disks from being served; then none of them is, and nothing is left behind.
-pub(super) fn all(
-    args: &Args,
+pub(super) fn start_all(
+    args: &DaemonArgs,
     disks: &[DiskArgs],
     mut handed_over: Vec<Option<Socket>>,
     host: &Arc<dyn Env>,
     stop: &UnixStream,
-) -> Result<Option<Vec<Ready>>> {
+) -> Result<Option<Vec<ReadyDisk>>> {
     for (disk, socket) in disks.iter().zip(&handed_over) {
         if socket.is_none() && disk.socket.is_none() {
             let why = "no socket is given, and none was handed over";
             return Err(Error::new(ErrorKind::Refused, why).at_path(&disk.path));
         }
     }
-    raise_file_limit();
+    raise_fd_limit();
     // Before the chains are known each has at least one file.
-    check_descriptors(disks, disks.iter().map(|_| 1))?;
-    let keep = keep(args, disks, &**host)?;
-    let mut ready: Vec<Ready> = Vec::new();
+    check_fd_limit(disks, disks.iter().map(|_| 1))?;
+    let keep = durability(args, disks, &**host)?;
+    let mut ready: Vec<ReadyDisk> = Vec::new();
     for (disk, handed_over) in disks.iter().zip(&mut handed_over) {
         let access = disk.socket_access()?;
-        let service = service(args, disk);
-        let options = options(args, disk, &keep);
+        let service = serve_options(args, disk);
+        let options = disk_options(args, disk, &keep);
         let open = || Disk::open(host.clone(), &options);
-        let Some(opened) = when_free(PREDECESSORS_IO, &service.name, stop, open)? else { return Ok(None) };
+        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &service.name, stop, open)? else { return Ok(None) };
         let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
-        check_descriptors(disks, depths.chain(std::iter::repeat(1)))?;
+        check_fd_limit(disks, depths.chain(std::iter::repeat(1)))?;
         let bind = || match (handed_over.take(), &disk.socket) {
             (Some(socket), _) => Ok(socket),
             (None, Some(path)) => Socket::bind(path, access),
             (None, None) => unreachable!("refused above"),
         };
-        let Some(socket) = when_free(PREDECESSORS_SOCKET, &service.name, stop, bind)? else { return Ok(None) };
+        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &service.name, stop, bind)? else { return Ok(None) };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
-        let daemon = Daemon::new(opened.clone(), &service, socket)?;
+        let daemon = DiskServer::new(opened.clone(), &service, socket)?;
         info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));
-        ready.push(Ready { daemon, disk: opened, name: service.name });
+        ready.push(ReadyDisk { daemon, disk: opened, name: service.name });
     }
     Ok(Some(ready))
 }
 
 /// The line of the log that has all that a reader of it asks first: which program, which files, how they are served.
-fn describe(service: &Service, args: &DiskArgs, disk: &Disk, place: &str, engine: &str) -> String {
+fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, engine: &str) -> String {
     let size = disk.capacity().saturating_mul(SECTOR);
     let mode = if disk.is_read_only() { ", read-only" } else { "" };
     let chain: Vec<String> = disk.version().files().map(|(_, file)| file.path().display().to_string()).collect();
-    let cache = if args.cache == Cache::Writeback { "writeback" } else { "writethrough" };
+    let cache = if args.cache == CacheMode::Writeback { "writeback" } else { "writethrough" };
     let direct = if args.direct { ", direct" } else { "" };
     let runtime = disk.journal_folder().unwrap_or(Path::new("none")).display();
     format!(
@@ -115,9 +115,9 @@ fn describe(service: &Service, args: &DiskArgs, disk: &Disk, place: &str, engine
 }
 
 /// How acknowledged writes outlive this process: by a journal in the runtime folder, or without one by commits.
-fn keep(args: &Args, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
+fn durability(args: &DaemonArgs, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
-    let folders = runtime::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
+    let folders = runtime_dir::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
     for folder in &folders {
         if let Err(e) = remove_stale_journals(host, folder) {
             warn!("journals that belong to no image may be left: {}", e.line());
@@ -129,7 +129,7 @@ fn keep(args: &Args, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     }
 }
 
-fn options(args: &Args, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
+fn disk_options(args: &DaemonArgs, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
     DiskOptions {
         allow_writable_parent: disk.allow_writable_parent,
         path: disk.path.clone(),
@@ -137,7 +137,7 @@ fn options(args: &Args, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
         serial: disk.serial.clone(),
         direct: disk.direct,
         allow_parents: args.allow_parents.iter().chain(&disk.allow_parents).cloned().collect(),
-        write_through: disk.cache == Cache::Writethrough,
+        write_through: disk.cache == CacheMode::Writethrough,
         keep: keep.clone(),
         discard_journal: args.discard_journal && !disk.readonly,
         when_full: match args.on_enospc {
@@ -148,20 +148,20 @@ fn options(args: &Args, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
     }
 }
 
-fn service(args: &Args, disk: &DiskArgs) -> Service {
-    Service {
+fn serve_options(args: &DaemonArgs, disk: &DiskArgs) -> ServeOptions {
+    ServeOptions {
         name: disk.name(),
         queues: disk.queues(),
         queue_size: disk.queue_size(),
         engine: args.engine(),
         poll: Duration::from_micros(args.poll_us),
-        write_back: disk.cache == Cache::Writeback,
+        write_back: disk.cache == CacheMode::Writeback,
     }
 }
 
 /// Takes what another process may still hold: tries until it is free, at most for `limit`. `None` if the stop signal comes
 /// first.
-fn when_free<T>(
+fn retry_while_busy<T>(
     limit: Duration,
     disk: &str,
     stop: &UnixStream,
@@ -193,7 +193,7 @@ fn when_free<T>(
 }
 
 /// A disk of 64 queues takes some 700 descriptors; the default limit is 1024 for the sake of `select`.
-fn raise_file_limit() {
+fn raise_fd_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(e) = setrlimit(Resource::Nofile, raised) {
@@ -202,9 +202,9 @@ fn raise_file_limit() {
 }
 
 /// Refuses disks that take more descriptors than the process may have. `files`: of each disk's chain.
-fn check_descriptors(disks: &[DiskArgs], files: impl Iterator<Item = usize>) -> Result<()> {
-    let needed = disks.iter().zip(files).map(|(disk, files)| descriptors(disk.queues(), files)).sum::<u64>();
-    let needed = needed + OWN_DESCRIPTORS;
+fn check_fd_limit(disks: &[DiskArgs], files: impl Iterator<Item = usize>) -> Result<()> {
+    let needed = disks.iter().zip(files).map(|(disk, files)| fds_of_disk(disk.queues(), files)).sum::<u64>();
+    let needed = needed + PROCESS_FDS;
     match getrlimit(Resource::Nofile).current {
         Some(limit) if limit < needed => {
             let why = format!(

@@ -15,9 +15,9 @@ use super::disk_args::toml_error;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where it is.
-const PATH: &str = "/etc/diffdisk/diffdisk.toml";
+const CONFIG_PATH: &str = "/etc/diffdisk/diffdisk.toml";
 /// Bytes of it that are read.
-const MOST: u64 = 1 << 20;
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// What it may contain.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -37,7 +37,7 @@ impl SystemConfig {
     /// * `Invalid`: it does not parse, has an unknown key, or names a folder by a relative path.
     /// * `Io`.
     pub(super) fn load(skip: bool) -> Result<SystemConfig> {
-        if skip { Ok(SystemConfig::default()) } else { read(Path::new(PATH)).map_err(|e| e.at_path(PATH)) }
+        if skip { Ok(SystemConfig::default()) } else { read(Path::new(CONFIG_PATH)).map_err(|e| e.at_path(CONFIG_PATH)) }
     }
 }
 
@@ -66,7 +66,7 @@ fn read(path: &Path) -> Result<SystemConfig> {
         ));
     }
     let mut text = String::new();
-    file.take(MOST).read_to_string(&mut text).map_err(failed)?;
+    file.take(MAX_CONFIG_BYTES).read_to_string(&mut text).map_err(failed)?;
     parse(&text).map_err(|why| Error::new(ErrorKind::Invalid, why))
 }
 

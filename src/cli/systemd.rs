@@ -9,23 +9,23 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-use super::inherited::Inherited;
+use super::inherited_fd::InheritedFds;
 
 /// The number of the first file descriptor handed over.
-const FIRST: RawFd = 3;
+const FIRST_FD: RawFd = 3;
 
 /// The sockets that were handed over, in their order, with their names; none if the environment names none for this process.
 ///
 /// # Errors
 /// If a number handed over is not open, or there are not as many names as sockets.
-pub(super) fn sockets(inherited: &mut Inherited) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
+pub(super) fn take_sockets(inherited: &mut InheritedFds) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
     let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
     let count = if ours { read("LISTEN_FDS").unwrap_or(0).clamp(0, 4096) } else { 0 };
     let count = usize::try_from(count).expect("not negative");
     let names = std::env::var_os("LISTEN_FDNAMES").filter(|_| count > 0);
     let names = names_of(names.as_deref(), count)?;
-    names.into_iter().zip(FIRST..).map(|(name, number)| Ok((name, inherited.take(number)?))).collect()
+    names.into_iter().zip(FIRST_FD..).map(|(name, number)| Ok((name, inherited.take(number)?))).collect()
 }
 
 fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String>>> {

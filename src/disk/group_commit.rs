@@ -56,7 +56,7 @@ impl GroupCommit {
             state.running = true;
             state.round += 1;
         }
-        let round = state.round + u64::from(!lead && !mutant::is(Mutant::JoinRunning));
+        let round = state.round + u64::from(!lead && !mutant::enabled(Mutant::JoinRunning));
         let waiting = if round == state.round { &mut state.current } else { &mut state.next };
         if !waiting.iter().any(|m| Arc::ptr_eq(m, mailbox)) {
             waiting.push(mailbox.clone());

@@ -325,13 +325,13 @@ impl Disk {
     /// As `commit`; the image is then recovered by the next open.
     pub fn close(&self) -> Result<()> {
         let Some(top) = self.version.top() else { return Ok(()) };
-        if mutant::is(Mutant::TrimFirst) {
+        if mutant::enabled(Mutant::TrimFirst) {
             top.image.trim()?;
         }
         self.commit()?;
         // Places of blocks that were never written are cut off now.
         top.image.end_session();
-        if mutant::is(Mutant::RetireFirst) {
+        if mutant::enabled(Mutant::RemoveJournalFirst) {
             top.image.remove_journal()?;
         }
         top.image.trim()?;

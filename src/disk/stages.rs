@@ -209,7 +209,7 @@ impl Lane {
         } else {
             task.marks.clear();
             task.marks.extend_from_slice(&plan.marks);
-            if let (Work::Write { range, .. }, true) = (&task.work, mutant::is(Mutant::EarlyMarks)) {
+            if let (Work::Write { range, .. }, true) = (&task.work, mutant::enabled(Mutant::EarlyMarks)) {
                 let _ = self.disk.version().top().expect("a writable disk").image.mark(*range);
             }
             self.push_transfers(number, task, &plan);

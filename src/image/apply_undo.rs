@@ -19,7 +19,7 @@ use super::identity::ImageIdentity;
 use super::open::Image;
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};
-use crate::point;
+use crate::failpoint;
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -71,10 +71,10 @@ pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
         UndoState::Undoing => {}
     }
     UndoHeader { state: UndoState::Undoing, ..head.clone() }.write(undo_repair)?;
-    point::reached("undo.begun");
+    failpoint::reached("undo.begun");
     apply(file, undo_repair, &head, &before)?;
     UndoHeader { state: UndoState::Undone, ..head }.write(undo_repair)?;
-    point::reached("undo.done");
+    failpoint::reached("undo.done");
     Ok(())
 }
 
@@ -92,12 +92,12 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
             piece.each_chunk(undo_repair, |at, bytes| file.write_at(bytes, at))?;
         }
         file.sync()?;
-        point::reached("undo.group-written");
+        failpoint::reached("undo.group-written");
     }
     if file.stat()?.len != head.len {
         file.set_len(head.len)?;
         file.sync()?;
-        point::reached("undo.length-restored");
+        failpoint::reached("undo.length-restored");
     }
     Ok(())
 }

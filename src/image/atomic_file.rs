@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Env, File, Folder};
 
 /// A file that is being made. Dropped before it has its name, it vanishes.
@@ -43,7 +43,7 @@ impl AtomicFile {
             Err(e) => Err(e),
         };
         let known_as = [folder.path_to(name), folder.path_to(&fresh)];
-        let blame = |e: Error| known_as.iter().fold(e, |e, path| e.renamed(path, asked)).at_path(asked);
+        let blame = |e: Error| known_as.iter().fold(e, |e, path| e.replace_path(path, asked)).at_path(asked);
         let (file, is_named_freshly) = made.map_err(blame)?;
         let (name, asked) = (name.to_os_string(), asked.to_path_buf());
         Ok(AtomicFile { folder, name, file, requested_path: asked, temporary_name: fresh, has_temporary_name: is_named_freshly })
@@ -62,7 +62,7 @@ impl AtomicFile {
     /// The error, under the name that was asked for.
     pub fn with_requested_path(&self, e: Error) -> Error {
         let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_to(&self.temporary_name)];
-        known_as.iter().fold(e, |e, path| e.renamed(path, &self.requested_path))
+        known_as.iter().fold(e, |e, path| e.replace_path(path, &self.requested_path))
     }
 
     /// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
@@ -70,7 +70,7 @@ impl AtomicFile {
     /// # Errors
     /// `Refused` if the name exists; `Io`.
     pub fn publish(&mut self) -> Result<()> {
-        point::reached("draft.whole");
+        failpoint::reached("draft.whole");
         let named = match self.has_temporary_name {
             false => self.folder.link_unnamed(&self.file, &self.name),
             true => match self.folder.link(&self.temporary_name, &self.name) {
@@ -87,7 +87,7 @@ impl AtomicFile {
             _ => e,
         })?;
         self.has_temporary_name = false;
-        point::reached("draft.named");
+        failpoint::reached("draft.named");
         self.sync_name()
     }
 
@@ -96,16 +96,16 @@ impl AtomicFile {
     /// # Errors
     /// `Io`: the name still leads to the old file.
     pub fn replace(&mut self) -> Result<()> {
-        point::reached("draft.whole-to-replace");
+        failpoint::reached("draft.whole-to-replace");
         // No call gives a file its first name over an old file.
         if !self.has_temporary_name {
             self.folder.link_unnamed(&self.file, &self.temporary_name)?;
             self.has_temporary_name = true;
         }
-        point::reached("draft.named-to-replace");
+        failpoint::reached("draft.named-to-replace");
         self.folder.rename(&self.temporary_name, &self.folder, &self.name)?;
         self.has_temporary_name = false;
-        point::reached("draft.replaced");
+        failpoint::reached("draft.replaced");
         self.sync_name()
     }
 

@@ -134,7 +134,7 @@ fn is_whole(image: &Image, block: u32) -> Result<bool> {
 /// Sectors of a block that lie on the disk.
 pub(super) fn sectors_on_disk(image: &Image, block: u32) -> u32 {
     let Some(block_size) = image.block_size() else { return 0 };
-    let left = (image.size() / SECTOR).saturating_sub(block_size.range_of(block).start());
+    let left = (image.size() / SECTOR).saturating_sub(block_size.sectors_of(block).start());
     u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
 }
 

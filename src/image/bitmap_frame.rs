@@ -92,8 +92,8 @@ impl FrameState {
     /// Whether the file says all that memory does, or what reads the same: the bitmap of a fresh block that has its place
     /// and was never marked is zeros in the file, and a root without a bit reads zeros as well.
     pub(super) fn is_clean(&self) -> bool {
-        let dirty = (self.dirty || self.journal_slot.is_some()) && !mutant::is(Mutant::EvictDirty);
-        let taken = self.in_commit && !mutant::is(Mutant::EvictTaken);
+        let dirty = (self.dirty || self.journal_slot.is_some()) && !mutant::enabled(Mutant::EvictDirty);
+        let taken = self.in_commit && !mutant::enabled(Mutant::EvictInCommit);
         !dirty && !taken && !self.unplaced
     }
 }

@@ -109,15 +109,15 @@ impl Bitmaps {
     /// The granule that speaks for a virtual sector.
     #[inline]
     pub fn bitmap_sector_of(&self, sector: u64) -> usize {
-        let block = self.block_size.block_of(sector) as usize;
-        let within = self.block_size.within(sector) / self.bits_per_sector;
+        let block = self.block_size.block_at(sector) as usize;
+        let within = self.block_size.sector_in_block(sector) / self.bits_per_sector;
         block * self.block_size.bitmap_sectors() as usize + within as usize
     }
 
     /// The place of a virtual sector in its granule.
     #[inline]
     pub fn bit_of(&self, sector: u64) -> u32 {
-        self.block_size.within(sector) % self.bits_per_sector
+        self.block_size.sector_in_block(sector) % self.bits_per_sector
     }
 
     /// The block a granule belongs to, and which of the block's bitmap sectors it is.
@@ -206,7 +206,7 @@ impl Bitmaps {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
         let before = match self.entry(granule) {
-            absent @ BitmapEntry::Absent(_) if mutant::is(Mutant::StaleBits) => absent,
+            absent @ BitmapEntry::Absent(_) if mutant::enabled(Mutant::StaleBits) => absent,
             _ => BitmapEntry::Absent(times),
         };
         if bitmap::run(&words, 0, self.bits_per_sector) == (true, self.bits_per_sector) {

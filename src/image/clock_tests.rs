@@ -84,7 +84,7 @@ impl SharedImage {
             let range = SectorRange::between(start, (start + 1 + random.below(longest)).min(self.sectors.len() as u64));
             let states = &self.sectors[range.start() as usize..range.end() as usize];
             raise(states, BEGUN);
-            for (block, _) in block_size.parts(range) {
+            for (block, _) in block_size.split_at_blocks(range) {
                 while self.image.reserve(block).is_err() {
                     grow(&self.image);
                 }
@@ -250,7 +250,7 @@ fn is_forgotten(tempting: Mutant) -> bool {
     mark(&world, MARKED_LATE);
     match tempting {
         Mutant::EvictDirty => others_come(),
-        Mutant::EvictTaken => {
+        Mutant::EvictInCommit => {
             Commit::new(image.clone(), SLOT).next(None, &mut Vec::new()).unwrap();
             others_come();
         }
@@ -268,11 +268,11 @@ fn is_forgotten(tempting: Mutant) -> bool {
 #[cfg(feature = "mutants")]
 #[test]
 fn what_is_forgotten_too_early_is_found() {
-    for mutant in [Mutant::EvictDirty, Mutant::EvictTaken, Mutant::StaleBits] {
+    for mutant in [Mutant::EvictDirty, Mutant::EvictInCommit, Mutant::StaleBits] {
         assert!(!is_forgotten(mutant), "{mutant:?}: forgotten although nobody made the mistake");
-        crate::mutant::make(Some(mutant));
+        crate::mutant::enable(Some(mutant));
         let found = is_forgotten(mutant);
-        crate::mutant::make(None);
+        crate::mutant::enable(None);
         assert!(found, "{mutant:?} is not found");
     }
 }

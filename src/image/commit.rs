@@ -131,7 +131,7 @@ impl Commit {
         let mut ordered = false;
         for granule in dirty {
             let mut g = self.image.lock_dirty(granule);
-            ordered |= g.is_ordered() && !mutant::is(Mutant::OneBarrier);
+            ordered |= g.is_ordered() && !mutant::enabled(Mutant::OneBarrier);
             self.snapshots.push(SectorSnapshot { granule, bytes: g.snapshot() });
         }
         if self.snapshots.is_empty() && !unsynced {
@@ -149,7 +149,7 @@ impl Commit {
     }
 
     fn sync(&mut self, phase: CommitPhase, ops: &mut Vec<Op>) {
-        let missing = phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::is(Mutant::NoLastSync);
+        let missing = phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::enabled(Mutant::NoLastSync);
         let nothing = Op::range(0, self.slot, Action::Allocate, 0, SECTOR);
         ops.push(if missing { nothing } else { Op::sync(0, self.slot) });
         self.barriers += 1;
@@ -161,7 +161,7 @@ impl Commit {
         let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for taken in &self.snapshots {
             let (block, place, at) = self.image.bitmap_sector_place(taken.granule);
-            let current = mutant::is(Mutant::CurrentBits).then(|| self.image.lock_dirty(taken.granule).to_bytes());
+            let current = mutant::enabled(Mutant::CurrentBits).then(|| self.image.lock_dirty(taken.granule).to_bytes());
             let bytes = current.as_ref().unwrap_or(&taken.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
@@ -195,7 +195,7 @@ impl Commit {
     fn fail(&mut self, source: io::Error) -> Error {
         match self.return_snapshots() {
             CommitPhase::WritePointers => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
-            _ if mutant::is(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
+            _ if mutant::enabled(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
                 let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
                 self.image.poison(&why);
@@ -262,7 +262,7 @@ mod tests {
     }
 
     fn write(image: &Writable, from: u64, to: u64) {
-        let block = BlockSize::DEFAULT.block_of(from);
+        let block = BlockSize::DEFAULT.block_at(from);
         image.reserve(block).unwrap();
         assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }

@@ -11,7 +11,7 @@ use super::holes::{is_seek_unsupported, next_data};
 use super::offline::Offline;
 use crate::error::Result;
 use crate::format::{bat, layout};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Buffer, File};
 use crate::units::{BlockSize, SECTOR};
 
@@ -48,15 +48,15 @@ impl Offline {
             let entries = self.sparse().header.entries;
             let at = self.used_end().next_multiple_of(layout::PAGE);
             self.write_table(at, entries)?;
-            point::reached("compact.empty-batmap-written");
+            failpoint::reached("compact.empty-batmap-written");
             self.use_table(at, entries)?;
-            point::reached("compact.batmap-emptied");
+            failpoint::reached("compact.batmap-emptied");
         }
         self.drop_blocks(&blocks)?;
-        point::reached("compact.entries-dropped");
+        failpoint::reached("compact.entries-dropped");
         // At once: moving takes room before it gives any.
         self.punch_unused(0..self.footer_offset())?;
-        point::reached("compact.gaps-punched");
+        failpoint::reached("compact.gaps-punched");
         Ok(())
     }
 
@@ -82,7 +82,7 @@ impl Offline {
     pub fn finish_compact(&mut self) -> Result<()> {
         self.punch_unused(0..self.footer_offset())?;
         self.truncate_unused()?;
-        point::reached("compact.file-cut");
+        failpoint::reached("compact.file-cut");
         punch_unwritten(self.file(), 0)?;
         self.sync()
     }
@@ -130,13 +130,13 @@ impl Offline {
             watch(len)?;
         }
         self.sync()?;
-        point::reached("compact.blocks-copied");
+        failpoint::reached("compact.blocks-copied");
         for moving in &*batch {
             self.sparse_mut().places.insert(moving.block, moving.to);
         }
         self.write_entries(batch.iter().map(|moving| moving.block))?;
         self.sync()?;
-        point::reached("compact.blocks-moved");
+        failpoint::reached("compact.blocks-moved");
         for moving in batch.drain(..) {
             self.file().punch_hole(moving.from * SECTOR, len)?;
         }
@@ -153,9 +153,9 @@ impl Offline {
         };
         let Some(to) = self.gaps(self.used_end()).into_iter().find_map(fits) else { return Ok(false) };
         self.write_table(to, entries)?;
-        point::reached("compact.table-copied");
+        failpoint::reached("compact.table-copied");
         self.use_table(to, entries)?;
-        point::reached("compact.table-moved");
+        failpoint::reached("compact.table-moved");
         Ok(true)
     }
 }

@@ -104,7 +104,7 @@ pub fn folder_of(path: &Path) -> &Path {
 /// `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
 pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Result<()> {
     // The sizes are those of the command line.
-    let invalid = |defect| Error::from(defect).at_no_offset().at_path(file.path());
+    let invalid = |defect| Error::from(defect).without_offset().at_path(file.path());
     let now = u64::try_from(env.now()).unwrap_or(0);
     let (disk_type, locators) = match &spec.kind {
         ImageKind::Fixed => (DiskType::Fixed, Vec::new()),

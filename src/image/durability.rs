@@ -72,7 +72,7 @@ impl Writable {
         let session = match &self.durability {
             DurabilityState::FlushOnly => return true,
             DurabilityState::Commit => return false,
-            DurabilityState::Session(_) if mutant::is(Mutant::NoJournal) => return true,
+            DurabilityState::Session(_) if mutant::enabled(Mutant::NoJournal) => return true,
             DurabilityState::Session(session) => session,
         };
         let Some(journal) = session.journal() else { return false };

@@ -193,7 +193,7 @@ impl Growth {
             (GrowthPhase::Allocate, _) if self.is_within => return Ok(self.finish()),
             (GrowthPhase::Allocate, _) if self.moved_end.is_some() => self.push_writes(GrowthPhase::Wipe, ops),
             (GrowthPhase::Allocate, _) => {
-                if mutant::is(Mutant::LengthFirst) {
+                if mutant::enabled(Mutant::LengthFirst) {
                     let at = self.end().expect("checked at the start") * SECTOR;
                     self.image.file().set_len(at + SECTOR)?;
                 }
@@ -222,7 +222,7 @@ impl Growth {
                 return Err(Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(e));
             }
             (GrowthPhase::Wipe, Some(e)) => {
-                if mutant::is(Mutant::UndoCutsStamp) {
+                if mutant::enabled(Mutant::UndoCutsStamp) {
                     return Err(self.undo(e));
                 }
                 return Err(self.failure(e));
@@ -308,8 +308,8 @@ impl Growth {
     fn push_writes(&mut self, phase: GrowthPhase, ops: &mut Vec<Op>) {
         let through = match phase {
             GrowthPhase::SyncSessionFooter => true,
-            GrowthPhase::SyncFooter => !mutant::is(Mutant::GrowUnsynced),
-            GrowthPhase::SyncWipe => !mutant::is(Mutant::WipeUnsynced),
+            GrowthPhase::SyncFooter => !mutant::enabled(Mutant::GrowUnsynced),
+            GrowthPhase::SyncWipe => !mutant::enabled(Mutant::WipeUnsynced),
             GrowthPhase::Wipe | GrowthPhase::Start | GrowthPhase::Allocate | GrowthPhase::Done => false,
         };
         self.phase = phase;
@@ -323,7 +323,7 @@ impl Growth {
             return ops.push(write(0, self.slot, room.footer * SECTOR, Payload::Own(footer)));
         }
         for run in room.stale.chunk_by(|a, b| a + 1 == *b) {
-            let bytes = match mutant::is(Mutant::NoWipe) {
+            let bytes = match mutant::enabled(Mutant::NoWipe) {
                 true => footer.repeat(run.len()),
                 false => vec![0; run.len() * SECTOR_BYTES],
             };
@@ -346,7 +346,7 @@ impl Growth {
         // This sync, too, may be told of a failure that concerns a commit.
         room.syncing = true;
         let mut back = Ok(());
-        if mutant::is(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
+        if mutant::enabled(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
             room.footer = self.old_end;
             back = file.write_at(&self.image.footer_bytes(), room.footer * SECTOR);
         }

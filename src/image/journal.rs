@@ -261,7 +261,7 @@ impl Journal {
         self.slot_word(slot, SLOT_PLACED_BY).store(placed_by, Ordering::Relaxed);
         for n in 0..BITMAP_WORDS {
             let bits = words.get(n).map_or(0, |w| w.load(Ordering::SeqCst));
-            let bits = if mutant::is(Mutant::SlotReplacesBits) { 0 } else { bits };
+            let bits = if mutant::enabled(Mutant::SlotReplacesBits) { 0 } else { bits };
             self.slot_word(slot, SLOT_BITS + n).store(bits, Ordering::Relaxed);
         }
         self.slot_word(slot, SLOT_EPOCH).store(state.epoch, Ordering::Release);

@@ -63,7 +63,7 @@ impl Journal {
             );
             return Err(Error::new(ErrorKind::Poisoned, what).at_path(image.file().path()));
         }
-        if self.header_uuid(BOOT_AT) != stamp.boot && !mutant::is(Mutant::OldJournal) {
+        if self.header_uuid(BOOT_AT) != stamp.boot && !mutant::enabled(Mutant::IgnoreBootId) {
             return refuse("the host was restarted since it was made");
         }
         if self.header_uuid(IMAGE_AT) != image.uuid() || self.header_uuid(SESSION_AT) != stamp.session {
@@ -80,7 +80,7 @@ impl Journal {
         if !self.is_sum_expected(sum, &found, image) {
             return refuse("its block table has changed");
         }
-        if !mutant::is(Mutant::SlotReplacesBits) && !include_file_bits(&found, image)? {
+        if !mutant::enabled(Mutant::SlotReplacesBits) && !include_file_bits(&found, image)? {
             return refuse("it has sectors that the journal lacks");
         }
         // A kill may have left two generations. Only the one that was found may fit from here on: another copy may have the

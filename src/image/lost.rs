@@ -38,7 +38,7 @@ impl TruncatedBlocks<'_> {
         let cut = &self.placed.entries[self.placed.entries.len() - self.placed.truncated..];
         let inside = cut.iter().filter(|(place, _)| u64::from(*place) * SECTOR < self.data_end).count();
         for &(place, block) in cut {
-            let range = block_size.range_of(block).clip(self.disk);
+            let range = block_size.sectors_of(block).clip(self.disk);
             let runs = if inside > 1 { vec![self.beyond_end(place, range)] } else { self.lost_runs(place, range)? };
             let sectors = runs.iter().map(|run| run.count()).sum();
             let at = u64::from(place) * SECTOR;
@@ -78,7 +78,7 @@ impl TruncatedBlocks<'_> {
         let mut rest = behind;
         let mut runs = Vec::new();
         while !rest.is_empty() {
-            let from = self.header.block_size.within(rest.start());
+            let from = self.header.block_size.sector_in_block(rest.start());
             let end = from + u32::try_from(rest.count()).expect("a part of a block");
             let (set, count) = bitmap::run(&words, from, end);
             let run = rest.first(count.into());

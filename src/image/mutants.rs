@@ -7,7 +7,7 @@ use crate::mutant::{self, Mutant};
 impl Writable {
     /// What is dirty goes to the file before its data is durable.
     pub(super) fn mutate_metadata(&self) {
-        if !mutant::is(Mutant::EagerMetadata) {
+        if !mutant::enabled(Mutant::EagerMetadata) {
             return;
         }
         for granule in self.dirty().clone() {
@@ -21,7 +21,7 @@ impl Writable {
 
     /// A commit counts places that it did not cover as known to the file.
     pub(super) fn mutate_places(&self) {
-        if mutant::is(Mutant::AllPlaced) {
+        if mutant::enabled(Mutant::AllBlocksPlaced) {
             self.free_tail().fresh.clear();
         }
     }

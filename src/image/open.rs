@@ -256,7 +256,7 @@ impl Image {
         if range.is_empty() {
             return;
         }
-        let (mut block, last) = (block_size.block_of(range.start()), block_size.block_of(range.end() - 1));
+        let (mut block, last) = (block_size.block_at(range.start()), block_size.block_at(range.end() - 1));
         while let Some(next) = table.next_used(block).filter(|next| *next <= last) {
             let place = table.place(next).expect("it is used");
             self.file.prefetch(u64::from(place) * SECTOR, u64::from(block_size.bitmap_sectors()) * SECTOR);

@@ -54,7 +54,7 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[ReplaySlot]
     }
     let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
     // What is made zero ends before the stamp.
-    let zeros = if mutant::is(Mutant::ScrubStamp) { end } else { end - stamp };
+    let zeros = if mutant::enabled(Mutant::ScrubStamp) { end } else { end - stamp };
     // The front copy first: while the trailing footer is missing it is the only one.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
@@ -72,15 +72,15 @@ pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[ReplaySlot]
     }
     // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
     // is punched next: there must be one at every moment.
-    if (zeros > next && !mutant::is(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
+    if (zeros > next && !mutant::enabled(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
     // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
-    if zeros > next && !mutant::is(Mutant::NoScrub) {
+    if zeros > next && !mutant::enabled(Mutant::NoScrub) {
         if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
             file.punch_hole(next * SECTOR, (zeros - next) * SECTOR)?;
         }
-        if !mutant::is(Mutant::ScrubUnsynced) {
+        if !mutant::enabled(Mutant::ScrubUnsynced) {
             file.sync()?;
         }
     }

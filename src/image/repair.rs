@@ -31,7 +31,7 @@ use super::check_blocks::bits_beyond_disk;
 use crate::error::{Error, Result};
 use crate::format::footer::FOOTER_BYTES;
 use crate::format::{Defect, Footer, bat, bitmap};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -89,7 +89,7 @@ pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<
     }
     let path = undo.map(UndoFile::finish).transpose()?;
     if path.is_some() {
-        point::reached("check.undo-finished");
+        failpoint::reached("check.undo-finished");
     }
     Ok(path)
 }
@@ -122,7 +122,7 @@ impl RepairPlan {
 
     fn save_and_apply(&self, undo: &mut UndoFile, file: &File) -> Result<()> {
         self.save_to(undo)?;
-        point::reached("check.undo-kept");
+        failpoint::reached("check.undo-kept");
         self.apply(file)
     }
 
@@ -167,32 +167,32 @@ impl RepairPlan {
         if let Some(front) = &self.front {
             file.write_at(front, 0)?;
             file.sync()?;
-            point::reached("check.front-footer-written");
+            failpoint::reached("check.front-footer-written");
         }
         if let Some((at, tail)) = &self.tail {
             file.write_at(tail, *at)?;
             file.sync()?;
-            point::reached("check.tail-footer-written");
+            failpoint::reached("check.tail-footer-written");
         }
         for (at, bytes) in &self.pointers {
             file.write_at(bytes, *at)?;
-            point::reached("check.pointer-written");
+            failpoint::reached("check.pointer-written");
         }
         if !self.pointers.is_empty() {
             file.sync()?;
-            point::reached("check.pointers-synced");
+            failpoint::reached("check.pointers-synced");
         }
         for hole in &self.holes {
             file.punch_hole(hole.start, hole.end - hole.start)?;
-            point::reached("check.hole-punched");
+            failpoint::reached("check.hole-punched");
         }
         if let Some(len) = self.len {
             file.set_len(len)?;
-            point::reached("check.end-cut");
+            failpoint::reached("check.end-cut");
         }
         if self.len.is_some() || !self.holes.is_empty() {
             file.sync()?;
-            point::reached("check.space-given-back");
+            failpoint::reached("check.space-given-back");
         }
         Ok(())
     }

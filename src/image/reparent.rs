@@ -40,7 +40,7 @@ use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, MetadataPart, Platform};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -66,7 +66,7 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     let (texts_at, header_at, footer_at) = (len, len + new.text_bytes(), len + new.text_bytes() + HEADER_BYTES);
 
     lengthen(file, len, footer_at, &old)?;
-    point::reached("relink.extended");
+    failpoint::reached("relink.extended");
 
     let mut header = new.header.clone();
     let mut at = texts_at;
@@ -77,14 +77,14 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     }
     file.write_at(&header.encode(), header_at)?;
     file.sync()?;
-    point::reached("relink.written");
+    failpoint::reached("relink.written");
 
     let switch = |data_offset| {
         let footer = Footer { data_offset, ..new.footer.clone() }.encode();
         file.write_at(&footer, footer_at).and_then(|()| file.write_at(&footer, 0)).and_then(|()| file.sync())
     };
     switch(header_at)?;
-    point::reached("relink.switched");
+    failpoint::reached("relink.switched");
 
     let home = home_of(image);
     let (mut free, detour) = (free_text_space(image, home), header.locators);
@@ -100,10 +100,10 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     }
     file.write_at(&header.encode(), home)?;
     file.sync()?;
-    point::reached("relink.settled");
+    failpoint::reached("relink.settled");
 
     switch(home)?;
-    point::reached("relink.returned");
+    failpoint::reached("relink.returned");
 
     // What is open in memory is the image of before.
     let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.locator_space().to_vec());
@@ -111,7 +111,7 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     let image = Image::open(file.clone())?;
     punch_set_aside(&image, &set_aside)?;
     Writable::new(env, image, &Durability::FlushOnly)?.trim()?;
-    point::reached("relink.trimmed");
+    failpoint::reached("relink.trimmed");
     Ok(())
 }
 

@@ -27,7 +27,7 @@ use super::check_blocks::bits_beyond_disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
-use crate::point;
+use crate::failpoint;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// Blocks by which the file grows at least while blocks that hide the parent are made.
@@ -45,7 +45,7 @@ impl Offline {
     /// resizing it again is safe.
     pub fn grow(mut self, size: u64, shining: &mut ExposedSectors<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
-        let invalid = |defect: Defect| Error::from(defect).at_no_offset().at_path(self.file().path());
+        let invalid = |defect: Defect| Error::from(defect).without_offset().at_path(self.file().path());
         if !Footer::size_fits(size) {
             return Err(invalid(Defect::DiskSize { at: 0, size }));
         }
@@ -55,14 +55,14 @@ impl Offline {
         let blocks = u32::try_from(blocks).ok().filter(|b| u64::from(*b) <= limit).ok_or(invalid(too_large))?;
         self = self.drop_blocks_beyond_disk()?;
         self.zero_end_of_last_block(block_size)?;
-        point::reached("resize.last-block-blank");
+        failpoint::reached("resize.last-block-blank");
         let hiding =
             if self.kind() == DiskType::Differencing { self.mask_parent(block_size, size, shining)? } else { Vec::new() };
-        point::reached("resize.parent-hidden");
+        failpoint::reached("resize.parent-hidden");
         self.ensure_entries(blocks, &hiding)?;
         self.write_size(size)?;
         self.truncate_unused()?;
-        point::reached("resize.file-cut");
+        failpoint::reached("resize.file-cut");
         Ok(())
     }
 
@@ -78,23 +78,23 @@ impl Offline {
             if self.batmap_has_claims()? {
                 let entries = self.sparse().header.entries;
                 self.move_table(entries)?;
-                point::reached("resize.batmap-empty");
+                failpoint::reached("resize.batmap-empty");
             }
             self.write_size(size)?;
         }
         self = self.drop_blocks_beyond_disk()?;
-        point::reached("resize.entries-dropped");
+        failpoint::reached("resize.entries-dropped");
         self.clear_bits_beyond(block_size)?;
-        point::reached("resize.bits-cleared");
+        failpoint::reached("resize.bits-cleared");
         let blocks = u32::try_from(block_size.blocks_for(size / SECTOR)).expect("no more than before");
         let (at, entries) = (self.sparse().header.table_offset, self.sparse().header.entries);
         if entries > blocks && !self.has_batmap() {
             self.use_table(at, blocks)?;
-            point::reached("resize.table-shortened");
+            failpoint::reached("resize.table-shortened");
         }
         self.close_gaps(watch)?;
         self.truncate_unused()?;
-        point::reached("resize.room-given-back");
+        failpoint::reached("resize.room-given-back");
         Ok(())
     }
 
@@ -120,7 +120,7 @@ impl Offline {
     /// Clears the bits of the last block that speak for no sector of the disk any more. Durable.
     fn clear_bits_beyond(&mut self, block_size: BlockSize) -> Result<()> {
         let sectors = self.size() / SECTOR;
-        let (block, within) = (block_size.block_of(sectors), block_size.within(sectors));
+        let (block, within) = (block_size.block_at(sectors), block_size.sector_in_block(sectors));
         if within == 0 || self.block(block).is_none() {
             return Ok(());
         }
@@ -144,11 +144,11 @@ impl Offline {
     /// Makes the part of the last block behind the end of the disk zero, whatever its bits say. Durable.
     fn zero_end_of_last_block(&mut self, block_size: BlockSize) -> Result<()> {
         let sectors = self.size() / SECTOR;
-        let within = block_size.within(sectors);
+        let within = block_size.sector_in_block(sectors);
         if within == 0 {
             return Ok(());
         }
-        let Some((_, data)) = self.block(block_size.block_of(sectors)) else { return Ok(()) };
+        let Some((_, data)) = self.block(block_size.block_at(sectors)) else { return Ok(()) };
         let from = data + u64::from(within) * SECTOR;
         self.file().punch_hole(from, data + u64::from(block_size.bytes()) - from)?;
         self.sync()
@@ -161,7 +161,7 @@ impl Offline {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
         let blocks = block_size.blocks_for(new);
-        for (block, part) in block_size.parts(SectorRange::between(old, new)) {
+        for (block, part) in block_size.split_at_blocks(SectorRange::between(old, new)) {
             let hidden = shining(part)?;
             if hidden.is_empty() {
                 continue;
@@ -185,7 +185,7 @@ impl Offline {
             let mut words = self.bitmap(block)?;
             for range in hidden {
                 let count = u32::try_from(range.count()).expect("a part of a block");
-                bitmap::set(&mut words, block_size.within(range.start()), count);
+                bitmap::set(&mut words, block_size.sector_in_block(range.start()), count);
             }
             self.write_bitmap(block, words)?;
         }
@@ -204,10 +204,10 @@ impl Offline {
             return self.move_table(entries);
         }
         self.write_more_entries(entries, made)?;
-        point::reached("resize.entries-written");
+        failpoint::reached("resize.entries-written");
         if entries > old {
             self.use_table(at, entries)?;
-            point::reached("resize.table-longer");
+            failpoint::reached("resize.table-longer");
         }
         Ok(())
     }
@@ -216,9 +216,9 @@ impl Offline {
     pub(super) fn move_table(&mut self, entries: u32) -> Result<()> {
         let at = self.used_end().next_multiple_of(layout::PAGE);
         self.write_table(at, entries)?;
-        point::reached("resize.new-table-written");
+        failpoint::reached("resize.new-table-written");
         self.use_table(at, entries)?;
-        point::reached("resize.table-moved");
+        failpoint::reached("resize.table-moved");
         Ok(())
     }
 
@@ -226,7 +226,7 @@ impl Offline {
     /// nothing is written before [`agreed`](super::agreed) has renewed the other.
     fn write_size(&mut self, size: u64) -> Result<()> {
         self.write_footers(self.footer().with_size(size))?;
-        point::reached("resize.size-switched");
+        failpoint::reached("resize.size-switched");
         Ok(())
     }
 
@@ -235,14 +235,14 @@ impl Offline {
         self.align_footer()?;
         // A footer at the new end that says the old size. Between the disk and it lies nothing that counts.
         self.write_second_footer(size)?;
-        point::reached("resize.fixed-footer-moved");
+        failpoint::reached("resize.fixed-footer-moved");
         self.file().punch_hole(old, size - old)?;
         self.sync()?;
-        point::reached("resize.fixed-room-blank");
+        failpoint::reached("resize.fixed-room-blank");
         self.truncate_to_footer(size)?;
-        point::reached("resize.fixed-end-there");
+        failpoint::reached("resize.fixed-end-there");
         self.write_footers(self.footer().with_size(size))?;
-        point::reached("resize.fixed-size-switched");
+        failpoint::reached("resize.fixed-size-switched");
         Ok(())
     }
 
@@ -250,10 +250,10 @@ impl Offline {
         self.align_footer()?;
         if size < self.size() {
             self.write_footers(self.footer().with_size(size))?;
-            point::reached("resize.fixed-size-smaller");
+            failpoint::reached("resize.fixed-size-smaller");
         }
         self.truncate_unused()?;
-        point::reached("resize.fixed-file-cut");
+        failpoint::reached("resize.fixed-file-cut");
         Ok(())
     }
 }

@@ -222,7 +222,7 @@ impl Session {
     /// answered.
     pub(super) fn begin(&self, stamp: SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>, again: bool) -> Result<()> {
         let mut placed = self.stamp();
-        let written = if mutant::is(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
+        let written = if mutant::enabled(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
         if let Err(e) = written {
             if again {
                 *self.unwritten.lock().unwrap_or_else(PoisonError::into_inner) = Some(stamp);
@@ -264,7 +264,7 @@ impl Session {
         pair[..SECTOR_BYTES].copy_from_slice(&stamp.encode(self.uuid));
         let Some(footer) = footer else { return self.file.write_at(&pair[..SECTOR_BYTES], at * SECTOR) };
         pair[SECTOR_BYTES..].copy_from_slice(footer);
-        if mutant::is(Mutant::SplitPair) {
+        if mutant::enabled(Mutant::SplitPair) {
             self.file.write_at(footer, (at + 1) * SECTOR)?;
             return self.file.write_at(&pair[..SECTOR_BYTES], at * SECTOR);
         }
@@ -272,7 +272,7 @@ impl Session {
     }
 
     fn new_generation(&self, last: u64) -> u64 {
-        if mutant::is(Mutant::CountedGeneration) { last + 1 } else { self.runtime().random_id().as_u64_pair().0 }
+        if mutant::enabled(Mutant::CountedGeneration) { last + 1 } else { self.runtime().random_id().as_u64_pair().0 }
     }
 
     /// Gives the stamp a new generation: an older copy of the image fits the journal no longer.
@@ -302,7 +302,7 @@ impl Session {
         if now == last || self.renewed_in_second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return Ok(());
         }
-        if mutant::is(Mutant::NoMarkGeneration) {
+        if mutant::enabled(Mutant::NoMarkGeneration) {
             return Ok(());
         }
         self.renew().inspect_err(|_| self.renewed_in_second.store(last, Ordering::Relaxed))
@@ -319,7 +319,7 @@ impl Session {
         }
         let mut placed = self.stamp();
         let Some(placed) = placed.as_mut() else { return write_zeros_and_footer(&self.file, at, footer) };
-        if mutant::is(Mutant::StampLeftBehind) {
+        if mutant::enabled(Mutant::StampLeftBehind) {
             write_zeros_and_footer(&self.file, at, footer)?;
         } else {
             self.write(&placed.stamp, at, Some(footer))?;
@@ -330,7 +330,7 @@ impl Session {
 
     /// Ends all slots: the image is committed, and is going to be cut.
     pub(super) fn end(&self) {
-        if let Some(journal) = self.journal().filter(|_| !mutant::is(Mutant::SlotsNotEnded)) {
+        if let Some(journal) = self.journal().filter(|_| !mutant::enabled(Mutant::SlotsNotEnded)) {
             journal.end_all_slots();
         }
     }

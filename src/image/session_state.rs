@@ -37,7 +37,7 @@ impl SessionState {
     pub fn of(env: &dyn Env, image: &Image) -> Result<SessionState> {
         let Some((stamp, _)) = image.stamp()? else { return Ok(SessionState::Closed) };
         let here = env.origin()?;
-        Ok(if stamp.boot == here.boot || (mutant::is(Mutant::OldJournal) && stamp.machine == here.machine) {
+        Ok(if stamp.boot == here.boot || (mutant::enabled(Mutant::IgnoreBootId) && stamp.machine == here.machine) {
             SessionState::Open(stamp)
         } else if stamp.machine == here.machine {
             let path = image.file().path().display();
@@ -54,7 +54,7 @@ impl SessionState {
 /// # Errors
 /// `Refused`, with whose session it is and what to do; `Io`.
 pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -> Result<()> {
-    if mutant::is(Mutant::ToolIgnoresStamp) {
+    if mutant::enabled(Mutant::ToolIgnoresStamp) {
         return Ok(());
     }
     match SessionState::of(env, image)? {

@@ -29,7 +29,7 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
         match (is_named_by_its_file(env, &journal, name), journal.has_marks()) {
             (Some(true), _) | (None, false) => {}
             (Some(false), false) => journal.remove()?,
-            (_, true) if mutant::is(Mutant::StaleJournalRemoved) => journal.remove()?,
+            (_, true) if mutant::enabled(Mutant::StaleJournalRemoved) => journal.remove()?,
             (_, true) => log::warn!(
                 "{}: holds what was acknowledged for {}, which does not name it (any more). It stays until it is removed, or \
                  until the host is restarted",

@@ -29,7 +29,7 @@ impl Writable {
                     return self.finish_mtime();
                 }
             }
-            if !mutant::is(Mutant::TrimUnsynced) {
+            if !mutant::enabled(Mutant::TrimUnsynced) {
                 file.sync()?;
             }
             file.set_len(end + SECTOR)?;

@@ -79,7 +79,7 @@ impl Writable {
             Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
         };
         opened.restore_at_open()?;
-        let (unsynced, due) = (AtomicBool::new(!mutant::is(Mutant::CleanAtOpen)), AtomicBool::new(false));
+        let (unsynced, due) = (AtomicBool::new(!mutant::enabled(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
         let (room_rule, allocation) = (image.file().allocation_mode(), OnceLock::new());
         let image =
@@ -172,7 +172,7 @@ impl Writable {
         let (mut kept, mut news_kept, mut absent) = (true, false, Vec::new());
         if let Some(sparse) = &self.sparse {
             self.ensure_session();
-            for (_, part) in sparse.block_size.parts(range) {
+            for (_, part) in sparse.block_size.split_at_blocks(range) {
                 sparse.bitmaps.mark(part, &mut absent, |index, granule, news| {
                     let keeps = self.make_bits_durable(index, granule, &news);
                     granule.state.not_journaled = !keeps;

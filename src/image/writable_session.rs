@@ -105,7 +105,7 @@ impl Writable {
     /// # Errors
     /// As for [`Session::renew`].
     pub(super) fn renew_generation(&self) -> Result<()> {
-        let skipped = mutant::is(Mutant::NoCommitGeneration);
+        let skipped = mutant::enabled(Mutant::NoCommitGeneration);
         self.session().filter(|_| !skipped).map_or(Ok(()), Session::renew)
     }
 
@@ -116,10 +116,10 @@ impl Writable {
     pub(super) fn renew_after_replay(&self) -> Result<()> {
         let Some(session) = self.session().filter(|session| session.is_stamped()) else { return Ok(()) };
         #[cfg(feature = "mutants")]
-        if mutant::is(Mutant::FreshSession) {
+        if mutant::enabled(Mutant::NewSessionOnTakeover) {
             session.mutate_session(self.image());
         }
-        if mutant::is(Mutant::NoTakeoverGeneration) { Ok(()) } else { session.renew() }
+        if mutant::enabled(Mutant::NoTakeoverGeneration) { Ok(()) } else { session.renew() }
     }
 
     /// Ends the session after the last commit: nothing that it holds counts any more. The file is to be cut next.

@@ -8,7 +8,7 @@ use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
 use crate::image::{SavedMtime, Offline, is_zero, next_data};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
@@ -45,7 +45,7 @@ fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
     let before = chain.youngest().file().stat()?.allocated;
     let (image, beneath) = chain.into_parts();
     let mut offline = Offline::new(&image)?;
-    point::reached("compact.recovered");
+    failpoint::reached("compact.recovered");
     let blocks: Vec<u32> = offline.blocks().collect();
     let mut look = Look::new(&offline, &beneath);
     let (mut idle, mut holes) = (Vec::new(), Vec::new());
@@ -86,11 +86,11 @@ impl<'a> Look<'a> {
     /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.
     fn is_idle(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
-        let whole = self.block_size.range_of(block);
+        let whole = self.block_size.sectors_of(block);
         let range = whole.clip(SectorRange::between(0, self.offline.size() / SECTOR));
         let (mut rest, mut idle) = (range, true);
         while !rest.is_empty() {
-            let from = self.block_size.within(rest.start());
+            let from = self.block_size.sector_in_block(rest.start());
             let end = from + u32::try_from(rest.count()).expect("a part of a block");
             let (set, count) = bitmap::run(&words, from, end);
             let run = rest.first(u64::from(count));
@@ -109,7 +109,7 @@ impl<'a> Look<'a> {
         while !rest.is_empty() {
             let piece = rest.first(CHUNK_SECTORS);
             rest = rest.skip(piece.count());
-            let at = data + u64::from(self.block_size.within(piece.start())) * SECTOR;
+            let at = data + u64::from(self.block_size.sector_in_block(piece.start())) * SECTOR;
             let len = usize::try_from(piece.bytes()).expect("at most a chunk");
             let own = &mut self.own[..len];
             let hole = next_data(self.offline.file(), at..at + len as u64)?.is_none();

@@ -11,7 +11,7 @@ use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
 use crate::image::{Image, Durability, SavedMtime, Offline, ParentLink, check_reparent, is_reparent_finished, next_data, reparent};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 
@@ -69,19 +69,19 @@ fn copy_and_link(
     check_reparent(chain.youngest(), link.as_ref())?;
     let kept = kept.map(Chain::into_frozen);
     let mut writer = Writer::of(env, chain, &Durability::FlushOnly)?;
-    point::reached("flatten.recovered");
+    failpoint::reached("flatten.recovered");
     let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
-        Stage::Written => point::reached("flatten.some-written"),
-        Stage::Committed => point::reached("flatten.all-committed"),
+        Stage::Written => failpoint::reached("flatten.some-written"),
+        Stage::Committed => failpoint::reached("flatten.all-committed"),
     });
     let copied = writer.end(copied)?;
-    point::reached("flatten.file-cut");
+    failpoint::reached("flatten.file-cut");
     if link.is_none() {
         blank_absent(&file)?;
-        point::reached("flatten.absent-blank");
+        failpoint::reached("flatten.absent-blank");
     }
     reparent(env, &file, link.as_ref())?;
-    point::reached("flatten.linked");
+    failpoint::reached("flatten.linked");
     Ok(copied)
 }
 

@@ -196,8 +196,8 @@ pub(super) fn next_placed(layer: &Layer, from: u64) -> u64 {
         return u64::MAX;
     }
     let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else { return from };
-    let block = table.next_used(block_size.block_of(from));
-    block.map_or(u64::MAX, |block| block_size.range_of(block).start().max(from))
+    let block = table.next_used(block_size.block_at(from));
+    block.map_or(u64::MAX, |block| block_size.sectors_of(block).start().max(from))
 }
 
 enum Runs<'a> {

@@ -11,7 +11,7 @@ use crate::chain::{Chain, ImageChange, Policy, OpenMode, children_of, record_chi
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, DiskType, Platform};
 use crate::image::{Image, Durability, SavedMtime, ParentLink, check_reparent, folder_of, reparent};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, File, FileId};
 
 /// What a rebase did.
@@ -53,7 +53,7 @@ pub fn rebase(
     let to = link_to(env, &image, new.youngest())?;
     check_reparent(&image, Some(&to))?;
     record_child(env, new.youngest(), &env.canonical(path)?);
-    point::reached("rebase.begun");
+    failpoint::reached("rebase.begun");
     if only_link {
         if same_parent {
             SavedMtime::preserve(&file, || relinked(env, &file, &to))?;
@@ -70,13 +70,13 @@ pub fn rebase(
         // Begun anew after the link was made: then this is the old parent, too.
         let policy = &beside(policy, folder_of(parent));
         let mut writer = Writer::of(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
-        point::reached("rebase.recovered");
+        failpoint::reached("rebase.recovered");
         let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
-            Stage::Written => point::reached("rebase.some-written"),
-            Stage::Committed => point::reached("rebase.all-committed"),
+            Stage::Written => failpoint::reached("rebase.some-written"),
+            Stage::Committed => failpoint::reached("rebase.all-committed"),
         });
         let copied = writer.end(outcome)?;
-        point::reached("rebase.file-cut");
+        failpoint::reached("rebase.file-cut");
         relinked(env, &file, &to)?;
         Ok(copied)
     };
@@ -86,7 +86,7 @@ pub fn rebase(
 
 fn relinked(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
     reparent(env, file, Some(to))?;
-    point::reached("rebase.linked");
+    failpoint::reached("rebase.linked");
     Ok(())
 }
 

@@ -38,7 +38,7 @@ pub fn resize(
     progress: &mut Progress<'_>,
 ) -> Result<Resized> {
     if !Footer::size_fits(size) {
-        return Err(Error::from(Defect::DiskSize { at: 0, size }).at_no_offset().at_path(path));
+        return Err(Error::from(Defect::DiskSize { at: 0, size }).without_offset().at_path(path));
     }
     let chain = alone::chain(env, path, ImageChange::Size, policy)?;
     let file = chain.youngest().file().clone();

@@ -8,7 +8,7 @@ use super::writer::Writer;
 use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{AtomicFile, Image, Durability, ImageSpec, file_name, folder_of, write_new};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
@@ -72,7 +72,7 @@ impl<'a> Sink<'a> {
     }
 
     fn write(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
-        point::reached("convert.run-copied");
+        failpoint::reached("convert.run-copied");
         match &mut self.form {
             Form::Raw(file, len) => {
                 let start = range.start() * SECTOR;

@@ -18,14 +18,14 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::socket::{Listener, Made};
+use super::socket::{Listener, BoundName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{file_name, folder_of};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 /// Bytes of a path in a socket address, without the final zero.
-const ADDRESS: usize = 107;
+const MAX_ADDRESS_PATH: usize = 107;
 
 /// Who may connect to a socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,7 +44,7 @@ impl Default for SocketAccess {
 }
 
 /// The folder of a socket, open, and the name in it.
-struct Place<'a> {
+struct SocketLocation<'a> {
     path: &'a Path,
     folder: Arc<OwnedFd>,
     name: &'a OsStr,
@@ -62,8 +62,8 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
     let name = file_name(path)?;
     let folder = rustix::fs::open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| failed("cannot open the folder of the socket", e))?;
-    let place = Place { path, folder: Arc::new(folder), name };
-    let lock = NameLock::take(&place)?;
+    let place = SocketLocation { path, folder: Arc::new(folder), name };
+    let lock = NameLock::acquire(&place)?;
     remove_stale(&place)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|e| failed("cannot make a socket", e))?;
@@ -77,8 +77,8 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
         rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| failed("cannot open the socket that was just made", e))?;
     // From here on an error removes the name again.
-    let name = OwnName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
-    let made = Made { name, _lock: lock };
+    let name = OwnedName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
+    let made = BoundName { name, _lock: lock };
     let listener = Listener::new(UnixListener::from(socket), Some(made));
     listens.map_err(|e| failed("cannot listen", e))?;
     if let Some(group) = access.group {
@@ -86,28 +86,28 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
             .map_err(|e| failed(&format!("cannot give the socket to group {group}"), e))?;
     }
     // fchmod takes no descriptor of O_PATH, and a name could lead elsewhere by now.
-    rustix::fs::chmod(by_descriptor(&bound), Mode::from_raw_mode(access.mode as RawMode))
+    rustix::fs::chmod(proc_fd_path(&bound), Mode::from_raw_mode(access.mode as RawMode))
         .map_err(|e| failed("cannot set the mode of the socket", e))?;
     Ok(listener)
 }
 
-fn by_descriptor(fd: &OwnedFd) -> String {
+fn proc_fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-impl Place<'_> {
+impl SocketLocation<'_> {
     /// The address of the socket: its path as it was given, which tools such as `ss` show, or one through the open folder
     /// if the path is too long for an address.
     fn address(&self) -> rustix::io::Result<SocketAddrUnix> {
-        if self.path.as_os_str().len() <= ADDRESS {
+        if self.path.as_os_str().len() <= MAX_ADDRESS_PATH {
             return SocketAddrUnix::new(self.path);
         }
-        SocketAddrUnix::new(Path::new(&by_descriptor(&self.folder)).join(self.name))
+        SocketAddrUnix::new(Path::new(&proc_fd_path(&self.folder)).join(self.name))
     }
 }
 
 /// Removes the socket of a process that has ended. The name is locked.
-fn remove_stale(place: &Place<'_>) -> Result<()> {
+fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
     let refuse = |kind, why: &str| Err(Error::new(kind, why).at_path(place.path));
     let failed = |what: &str, e: Errno| Err(Error::io(what, e.into()).at_path(place.path));
     match rustix::fs::statat(&place.folder, place.name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -135,7 +135,7 @@ fn remove_stale(place: &Place<'_>) -> Result<()> {
 
 /// A name that this process has given a file. Dropped, it is removed, unless another file has it by then.
 #[derive(Debug)]
-pub(super) struct OwnName {
+pub(super) struct OwnedName {
     path: PathBuf,
     folder: Arc<OwnedFd>,
     name: OsString,
@@ -143,11 +143,11 @@ pub(super) struct OwnName {
     id: (u64, u64),
 }
 
-impl OwnName {
-    fn of(file: impl AsFd, place: &Place<'_>, name: &OsStr) -> rustix::io::Result<OwnName> {
+impl OwnedName {
+    fn of(file: impl AsFd, place: &SocketLocation<'_>, name: &OsStr) -> rustix::io::Result<OwnedName> {
         let (stat, path) = (rustix::fs::fstat(file)?, place.path.with_file_name(name));
         let id = (stat.st_dev, stat.st_ino);
-        Ok(OwnName { path, folder: place.folder.clone(), name: name.to_owned(), id })
+        Ok(OwnedName { path, folder: place.folder.clone(), name: name.to_owned(), id })
     }
 
     /// Its path when it was given.
@@ -155,7 +155,7 @@ impl OwnName {
         &self.path
     }
 
-    fn leads_to_it(&self) -> rustix::io::Result<bool> {
+    fn is_still_ours(&self) -> rustix::io::Result<bool> {
         match rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) => Ok((found.st_dev, found.st_ino) == self.id),
             Err(Errno::NOENT) => Ok(false),
@@ -164,9 +164,9 @@ impl OwnName {
     }
 }
 
-impl Drop for OwnName {
+impl Drop for OwnedName {
     fn drop(&mut self) {
-        if self.leads_to_it() == Ok(true)
+        if self.is_still_ours() == Ok(true)
             && let Err(e) = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
             && e != Errno::NOENT
         {
@@ -180,12 +180,12 @@ impl Drop for OwnName {
 #[derive(Debug)]
 pub(super) struct NameLock {
     // Dropped first: the file is removed while it is locked.
-    _name: OwnName,
+    _name: OwnedName,
     _file: OwnedFd,
 }
 
 impl NameLock {
-    fn take(place: &Place<'_>) -> Result<NameLock> {
+    fn acquire(place: &SocketLocation<'_>) -> Result<NameLock> {
         let mut name = place.name.to_owned();
         name.push(".lock");
         let failed = |e: Errno| {
@@ -203,9 +203,9 @@ impl NameLock {
                 Err(Errno::INTR) => continue,
                 Err(e) => return Err(failed(e)),
             }
-            let own = OwnName::of(&file, place, &name).map_err(failed)?;
+            let own = OwnedName::of(&file, place, &name).map_err(failed)?;
             // Its last holder may have removed it after it was opened here.
-            if own.leads_to_it().map_err(failed)? {
+            if own.is_still_ours().map_err(failed)? {
                 return Ok(NameLock { _name: own, _file: file });
             }
         }

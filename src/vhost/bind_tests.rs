@@ -86,8 +86,8 @@ fn a_socket_that_does_not_listen_yet_is_not_stale() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let folder = rustix::fs::open(dir.path(), OFlags::PATH, Mode::empty()).unwrap();
-    let place = Place { path: &path, folder: Arc::new(folder), name: OsStr::new("s") };
-    let lock = NameLock::take(&place).unwrap();
+    let place = SocketLocation { path: &path, folder: Arc::new(folder), name: OsStr::new("s") };
+    let lock = NameLock::acquire(&place).unwrap();
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
     rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
     assert_eq!(refused(&path), ErrorKind::Busy);

@@ -7,25 +7,25 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-use super::frame::Frame;
+use super::frame::MessageFrame;
 use super::handler::Handler;
-use super::unshared::SHARE;
+use super::memory_sharing::SHARE;
 use crate::error::{Error, Result};
 
 /// Rings that have everything but memory have this long to get it before the log has it.
-const MEMORY_PATIENCE: Duration = Duration::from_secs(3);
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Refused messages of one connection that are logged; a front-end cannot fill the log.
-const LOGGED_REFUSALS: u32 = 32;
+const MAX_LOGGED_REFUSALS: u32 = 32;
 
 /// What becomes of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Fate {
+pub(super) enum ConnectionEnd {
     /// It goes on.
-    Stay,
+    StillOpen,
     /// The front-end left, or was left.
-    Gone,
+    Disconnected,
     /// The daemon is to stop.
-    Stop,
+    Shutdown,
 }
 
 /// One connection.
@@ -35,11 +35,11 @@ pub(super) struct Connection<'a> {
     pub(super) handler: Arc<Mutex<Handler<'a>>>,
     refusals: u32,
     /// The number of the last request.
-    pub(super) last: Option<u32>,
+    pub(super) last_request: Option<u32>,
     /// Since when rings wait for guest memory and nothing else.
-    without_memory: Option<Instant>,
+    no_memory_since: Option<Instant>,
     /// Whether the log has that.
-    lacks_memory: bool,
+    has_warned_no_memory: bool,
 }
 
 impl<'a> Connection<'a> {
@@ -47,7 +47,7 @@ impl<'a> Connection<'a> {
     pub(super) fn new(name: &'a str, stream: UnixStream, handler: Handler<'a>) -> Connection<'a> {
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
-        Connection { name, requests, handler, refusals: 0, last: None, without_memory: None, lacks_memory: false }
+        Connection { name, requests, handler, refusals: 0, last_request: None, no_memory_since: None, has_warned_no_memory: false }
     }
 
     /// Whether a page of the memory that the front-end shares could not be had. Its rings are then zeros of our own.
@@ -61,40 +61,40 @@ impl<'a> Connection<'a> {
     }
 
     /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
-    pub(super) fn watch_memory(&mut self) -> bool {
-        if self.lacks_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {
-            self.without_memory = None;
+    pub(super) fn check_memory(&mut self) -> bool {
+        if self.has_warned_no_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {
+            self.no_memory_since = None;
             return false;
         }
-        if self.without_memory.get_or_insert_with(Instant::now).elapsed() < MEMORY_PATIENCE {
+        if self.no_memory_since.get_or_insert_with(Instant::now).elapsed() < MEMORY_TIMEOUT {
             return true;
         }
         warn!(
             "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE}",
             self.name
         );
-        self.lacks_memory = true;
+        self.has_warned_no_memory = true;
         false
     }
 
     /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
     /// wait for ever for an answer that the protocol has no words for.
-    pub(super) fn handle(&mut self, frame: Frame, socket: &UnixStream) -> Result<Fate> {
-        self.last = Some(frame.request());
+    pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<ConnectionEnd> {
+        self.last_request = Some(frame.request());
         let broken = |e| Error::io("the socket fails", e);
         let state = |session: &Self| {
             let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);
-            (handler.calls(), handler.acknowledges())
+            (handler.handled_requests(), handler.has_reply_ack())
         };
         let (calls, _) = state(self);
         let (why, acknowledged) = if frame.is_readable() {
             match self.requests.handle_request() {
-                Ok(()) => return Ok(Fate::Stay),
-                Err(VhostError::Disconnected) => return Ok(Fate::Gone),
+                Ok(()) => return Ok(ConnectionEnd::StillOpen),
+                Err(VhostError::Disconnected) => return Ok(ConnectionEnd::Disconnected),
                 Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
                     return Err(Error::io("the socket fails", std::io::Error::other(e)));
                 }
-                Err(e) => (e.to_string(), state(self).0 != calls || frame.is_always_acknowledged()),
+                Err(e) => (e.to_string(), state(self).0 != calls || frame.is_always_acked_by_crate()),
             }
         } else {
             frame.skip(socket).map_err(broken)?;
@@ -102,21 +102,21 @@ impl<'a> Connection<'a> {
         };
         self.refusals += 1;
         match self.refusals {
-            ..LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
-            LOGGED_REFUSALS => warn!("disk {}: further refusals of this front-end are not logged", self.name),
+            ..MAX_LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
+            MAX_LOGGED_REFUSALS => warn!("disk {}: further refusals of this front-end are not logged", self.name),
             _ => {}
         }
-        if frame.has_no_refusal() && !(acknowledged && frame.refuses_in_its_answer()) {
-            return Err(Error::io("a question has no answer", invalid()));
+        if frame.has_no_error_reply() && !(acknowledged && frame.has_error_reply_from_crate()) {
+            return Err(Error::io("a question has no answer", protocol_error()));
         }
-        if !acknowledged && frame.wants_acknowledgement() && state(self).1 {
+        if !acknowledged && frame.needs_reply() && state(self).1 {
             frame.refuse(socket).map_err(broken)?;
         }
-        Ok(Fate::Stay)
+        Ok(ConnectionEnd::StillOpen)
     }
 }
 
 /// The error of a front-end that breaks the protocol.
-pub(super) fn invalid() -> std::io::Error {
+pub(super) fn protocol_error() -> std::io::Error {
     std::io::ErrorKind::InvalidData.into()
 }

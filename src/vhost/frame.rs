@@ -13,80 +13,80 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// Bits of `flags`: the version of the protocol (1), this is an answer, an answer is wanted.
-const VERSION: u32 = 0x3;
+const VERSION_MASK: u32 = 0x3;
 const REPLY: u32 = 0x4;
 const NEED_REPLY: u32 = 0x8;
 
 /// The header of a message, in the order of bytes of the host, as it stands on the socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-struct Header {
+struct MessageHeader {
     request: u32,
     flags: u32,
     size: u32,
 }
 
-const HEADER: usize = size_of::<Header>();
+const HEADER_LEN: usize = size_of::<MessageHeader>();
 
 /// A whole message that waits on the socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Frame {
-    header: Header,
+pub(super) struct MessageFrame {
+    header: MessageHeader,
     has_files: bool,
 }
 
 /// What is on the socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Next {
+pub(super) enum PeekedMessage {
     /// The front-end has closed it.
-    Gone,
+    Closed,
     /// A message that has begun and not ended.
     Partial,
     /// A message.
-    Whole(Frame),
+    Whole(MessageFrame),
     /// Bytes that are no message; where the next one begins cannot be known.
-    Garbage,
+    Malformed,
 }
 
 /// Looks at the next message and leaves it where it is. To be called when the socket is readable.
 ///
 /// # Errors
 /// Where the socket is broken.
-pub(super) fn peek(socket: impl AsFd) -> io::Result<Next> {
-    let mut header = Header::new_zeroed();
-    let (seen, files_seen) = match look(&socket, header.as_mut_bytes()) {
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(Next::Partial),
+pub(super) fn peek(socket: impl AsFd) -> io::Result<PeekedMessage> {
+    let mut header = MessageHeader::new_zeroed();
+    let (seen, files_seen) = match peek_bytes(&socket, header.as_mut_bytes()) {
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(PeekedMessage::Partial),
         seen => seen?,
     };
     match seen {
-        0 => return Ok(Next::Gone),
-        HEADER => {}
-        _ => return Ok(Next::Partial),
+        0 => return Ok(PeekedMessage::Closed),
+        HEADER_LEN => {}
+        _ => return Ok(PeekedMessage::Partial),
     }
-    let Header { flags, size, .. } = header;
-    if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION != 1 || size as usize > MAX_MSG_SIZE {
-        return Ok(Next::Garbage);
+    let MessageHeader { flags, size, .. } = header;
+    if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION_MASK != 1 || size as usize > MAX_MSG_SIZE {
+        return Ok(PeekedMessage::Malformed);
     }
     // Not by the length of a peek: that ends where file descriptors are attached.
-    let whole = HEADER + size as usize;
+    let whole = HEADER_LEN + size as usize;
     if rustix::io::ioctl_fionread(&socket)? < whole as u64 {
-        return Ok(Next::Partial);
+        return Ok(PeekedMessage::Partial);
     }
     // Linux tells of files in the buffer after the last one looked at, too. A peek stops behind the buffer that has
     // files; so if it reaches into the next message, they are not this one's.
-    let has_files = files_seen && look(&socket, &mut vec![0; whole + 1])?.0 <= whole;
-    Ok(Next::Whole(Frame { header, has_files }))
+    let has_files = files_seen && peek_bytes(&socket, &mut vec![0; whole + 1])?.0 <= whole;
+    Ok(PeekedMessage::Whole(MessageFrame { header, has_files }))
 }
 
 /// Peeks: how many bytes are in `into` now, and whether file descriptors were met.
-fn look(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, bool)> {
+fn peek_bytes(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, bool)> {
     let mut no_files = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     let seen = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut no_files, flags)?;
     Ok((seen.bytes, seen.flags.contains(ReturnFlags::CTRUNC)))
 }
 
-impl Frame {
+impl MessageFrame {
     /// The number of the request.
     pub(super) fn request(self) -> u32 {
         self.header.request
@@ -118,7 +118,7 @@ impl Frame {
     }
 
     /// Whether the protocol wants an answer that cannot say no: after a failure only hanging up is left.
-    pub(super) fn has_no_refusal(self) -> bool {
+    pub(super) fn has_no_error_reply(self) -> bool {
         use FrontendReq as R;
         let asks = [
             R::GET_FEATURES,
@@ -139,21 +139,21 @@ impl Frame {
     }
 
     /// Whether the vhost crate words a handler's failure as an answer to this question.
-    pub(super) fn refuses_in_its_answer(self) -> bool {
+    pub(super) fn has_error_reply_from_crate(self) -> bool {
         use FrontendReq as R;
         let worded = [R::GET_CONFIG, R::GET_SHARED_OBJECT, R::SET_DEVICE_STATE_FD, R::CHECK_DEVICE_STATE];
         self.code().is_some_and(|code| worded.contains(&code))
     }
 
     /// Whether the vhost crate acknowledges it even where its own checks fail.
-    pub(super) fn is_always_acknowledged(self) -> bool {
+    pub(super) fn is_always_acked_by_crate(self) -> bool {
         use FrontendReq as R;
         let always = [R::SET_MEM_TABLE, R::SET_CONFIG, R::SET_BACKEND_REQ_FD, R::GPU_SET_SOCKET];
         self.code().is_some_and(|code| always.contains(&code))
     }
 
     /// Whether the front-end waits for an acknowledgement (where REPLY_ACK was negotiated).
-    pub(super) fn wants_acknowledgement(self) -> bool {
+    pub(super) fn needs_reply(self) -> bool {
         self.header.flags & NEED_REPLY != 0
     }
 
@@ -162,7 +162,7 @@ impl Frame {
     /// # Errors
     /// Where the socket is broken.
     pub(super) fn skip(self, socket: impl AsFd) -> io::Result<()> {
-        let mut left = HEADER + self.header.size as usize;
+        let mut left = HEADER_LEN + self.header.size as usize;
         let mut sink = [0; 512];
         while left > 0 {
             let room = left.min(sink.len());
@@ -179,7 +179,7 @@ impl Frame {
     /// # Errors
     /// Where the socket is broken.
     pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
-        let header = Header { request: self.header.request, flags: 1 | REPLY, size: 8 };
+        let header = MessageHeader { request: self.header.request, flags: 1 | REPLY, size: 8 };
         let message = [header.as_bytes(), 1u64.as_bytes()].concat();
         match send(socket, &message, SendFlags::NOSIGNAL)? {
             n if n == message.len() => Ok(()),
@@ -189,7 +189,7 @@ impl Frame {
 }
 
 /// Whether an answer can be written without waiting. A front-end that reads none of its answers fills the socket.
-pub(super) fn has_room(socket: impl AsFd) -> bool {
+pub(super) fn can_send_reply(socket: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::OUT)
@@ -202,12 +202,12 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     fn header(request: u32, flags: u32, size: u32) -> Vec<u8> {
-        Header { request, flags, size }.as_bytes().to_vec()
+        MessageHeader { request, flags, size }.as_bytes().to_vec()
     }
 
-    fn whole(socket: &UnixStream) -> Frame {
+    fn whole(socket: &UnixStream) -> MessageFrame {
         match peek(socket).unwrap() {
-            Next::Whole(frame) => frame,
+            PeekedMessage::Whole(frame) => frame,
             other => panic!("{other:?}"),
         }
     }
@@ -218,14 +218,14 @@ mod tests {
         let message = [header(2, 1, 8), vec![0; 8]].concat();
         for byte in &message[..message.len() - 1] {
             far.write_all(&[*byte]).unwrap();
-            assert_eq!(peek(&near).unwrap(), Next::Partial);
+            assert_eq!(peek(&near).unwrap(), PeekedMessage::Partial);
         }
         far.write_all(&message[..1]).unwrap();
         let frame = whole(&near);
-        assert!(frame.is_readable() && !frame.has_no_refusal() && !frame.wants_acknowledgement());
+        assert!(frame.is_readable() && !frame.has_no_error_reply() && !frame.needs_reply());
         drop(far);
         frame.skip(&near).unwrap();
-        assert_eq!(peek(&near).unwrap(), Next::Gone);
+        assert_eq!(peek(&near).unwrap(), PeekedMessage::Closed);
     }
 
     #[test]
@@ -238,7 +238,7 @@ mod tests {
         ] {
             let (mut far, near) = UnixStream::pair().unwrap();
             far.write_all(&bad).unwrap();
-            assert_eq!(peek(&near).unwrap(), Next::Garbage, "{why}");
+            assert_eq!(peek(&near).unwrap(), PeekedMessage::Malformed, "{why}");
         }
         for other in [header(0, 1, 0), header(999, 9, 0), header(1, 5, 0)] {
             let (mut far, near) = UnixStream::pair().unwrap();
@@ -262,7 +262,7 @@ mod tests {
             assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
             let head = header(request, 1, 8);
             sendmsg(&far, &[io::IoSlice::new(&head)], &mut control, SendFlags::empty()).unwrap();
-            assert_eq!(peek(&near).unwrap(), Next::Partial);
+            assert_eq!(peek(&near).unwrap(), PeekedMessage::Partial);
             (&far).write_all(&[0; 8]).unwrap();
             let frame = whole(&near);
             assert!(frame.has_files);
@@ -297,7 +297,7 @@ mod tests {
         let (mut far, near) = UnixStream::pair().unwrap();
         far.write_all(&header(999, 9, 0)).unwrap();
         let frame = whole(&near);
-        assert!(frame.wants_acknowledgement());
+        assert!(frame.needs_reply());
         frame.refuse(&near).unwrap();
         let mut answer = [0; 20];
         far.read_exact(&mut answer).unwrap();
@@ -308,9 +308,9 @@ mod tests {
     #[test]
     fn a_front_end_that_reads_nothing_fills_the_socket() {
         let (_far, near) = UnixStream::pair().unwrap();
-        assert!(has_room(&near));
+        assert!(can_send_reply(&near));
         near.set_nonblocking(true).unwrap();
         while (&near).write(&[0; 4096]).is_ok() {}
-        assert!(!has_room(&near));
+        assert!(!can_send_reply(&near));
     }
 }

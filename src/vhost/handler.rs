@@ -16,10 +16,10 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
 use super::MAX_QUEUE_SIZE;
-use super::inflight::{self, Region};
+use super::inflight::{self, InflightRecords};
 use super::memory::{MAX_REGIONS, MemoryTable};
-use super::passed_fd::{event_counter, written_counter};
-use super::rings::{Addresses, Kick, RingSetup, Rings, failed};
+use super::passed_fd::{check_eventfd, check_writable_eventfd};
+use super::rings::{RingAddresses, Kick, RingSetup, Rings, refusal};
 use super::worker::Worker;
 use crate::device::Device;
 
@@ -31,11 +31,11 @@ pub(super) struct Handler<'a> {
     device: &'a Arc<Device>,
     rings: Rings<'a>,
     protocol_features: u64,
-    calls: u64,
+    handled_requests: u64,
 }
 
 /// What to do about a front-end that uses more queues than are offered.
-pub(super) fn more_queues(offered: usize) -> String {
+pub(super) fn queue_count_hint(offered: usize) -> String {
     format!(
         "It offers {offered}: set the front-end to at most as many (num-queues), or start diffdiskd with a larger --num-queues"
     )
@@ -55,7 +55,7 @@ impl<'a> Handler<'a> {
         end: BorrowedFd<'a>,
     ) -> Handler<'a> {
         device.reset();
-        Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, calls: 0 }
+        Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, handled_requests: 0 }
     }
 
     /// Whether a page of the memory that the front-end shared could not be had.
@@ -69,8 +69,8 @@ impl<'a> Handler<'a> {
     }
 
     /// Counts requests that passed the vhost crate's own checks.
-    pub(super) fn calls(&self) -> u64 {
-        self.calls
+    pub(super) fn handled_requests(&self) -> u64 {
+        self.handled_requests
     }
 
     /// Whether a ring waits for nothing but guest memory.
@@ -84,23 +84,23 @@ impl<'a> Handler<'a> {
     }
 
     /// Whether REPLY_ACK was negotiated.
-    pub(super) fn acknowledges(&self) -> bool {
+    pub(super) fn has_reply_ack(&self) -> bool {
         self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
     fn ring(&mut self, index: impl TryInto<usize>) -> VhostResult<(usize, &mut RingSetup)> {
-        self.calls += 1;
+        self.handled_requests += 1;
         let offered = self.rings.setups.len();
         let index = index.try_into().ok().filter(|i| *i < offered);
         let index =
-            index.ok_or_else(|| failed(format!("a queue that this disk does not have. {}", more_queues(offered))))?;
+            index.ok_or_else(|| refusal(format!("a queue that this disk does not have. {}", queue_count_hint(offered))))?;
         Ok((index, &mut self.rings.setups[index]))
     }
 }
 
 impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_owner(&mut self) -> VhostResult<()> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(())
     }
 
@@ -109,7 +109,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn reset_device(&mut self) -> VhostResult<()> {
-        self.calls += 1;
+        self.handled_requests += 1;
         self.rings.stop_all()?;
         for ring in &mut self.rings.setups {
             // The counters stay: front-ends set them once and not again after a reset.
@@ -122,15 +122,15 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn get_features(&mut self) -> VhostResult<u64> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(self.device.features() | PROTOCOL_FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
-        self.calls += 1;
+        self.handled_requests += 1;
         let unknown = features & !(self.device.features() | PROTOCOL_FEATURES);
         if unknown != 0 {
-            return Err(failed(format!("features {unknown:#x} were not offered")));
+            return Err(refusal(format!("features {unknown:#x} were not offered")));
         }
         self.rings.stop_all()?;
         self.device.ack(features & !PROTOCOL_FEATURES);
@@ -149,7 +149,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<Vec<u64>>> {
-        self.calls += 1;
+        self.handled_requests += 1;
         let table = MemoryTable::from_regions(regions, files).map_err(VhostError::ReqHandlerError)?;
         self.rings.change_memory(table)?;
         Ok(None)
@@ -160,7 +160,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         // Not only up to the size that the disk expects: no message gives it to the front-end, and the guest may choose.
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
         let most = MAX_QUEUE_SIZE;
-        let size = size.ok_or_else(|| failed(format!("a queue of {num} entries: at most {most}, a power of two")))?;
+        let size = size.ok_or_else(|| refusal(format!("a queue of {num} entries: at most {most}, a power of two")))?;
         self.rings.change_ring(index, |ring| ring.size = size)
     }
 
@@ -174,7 +174,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         _log: u64,
     ) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
-        let addresses = Addresses { descriptors: descriptor, available, used };
+        let addresses = RingAddresses { descriptors: descriptor, available, used };
         self.rings.change_ring(index, |ring| ring.addresses = Some(addresses))
     }
 
@@ -188,7 +188,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         let (at, _) = self.ring(index)?;
         self.rings.stop(at..at + 1)?;
         if self.rings.is_memory_lost() {
-            return Err(failed(
+            return Err(refusal(
                 "a page of the guest's memory is lost, and answers with it: where the ring stands is unknown",
             ));
         }
@@ -201,16 +201,16 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
         if let Some(kick) = &fd {
-            event_counter(kick).map_err(|e| failed(format!("the kick of ring {index}: {e}")))?;
+            check_eventfd(kick).map_err(|e| refusal(format!("the kick of ring {index}: {e}")))?;
         }
-        let kick = fd.map_or(Kick::Polled, |file| Kick::By(Arc::new(file)));
+        let kick = fd.map_or(Kick::Polled, |file| Kick::EventFd(Arc::new(file)));
         self.rings.change_ring(index, |ring| ring.kick = Some(kick))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+            check_writable_eventfd(fd).map_err(|e| refusal(format!("a descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.call = copy;
@@ -223,7 +223,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            written_counter(fd).map_err(|e| failed(format!("a descriptor of ring {index}: {e}")))?;
+            check_writable_eventfd(fd).map_err(|e| refusal(format!("a descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.err = copy;
@@ -234,7 +234,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
@@ -248,12 +248,12 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         let unknown = features & !self.get_protocol_features()?.bits();
         match unknown {
             0 => Ok(()),
-            _ => Err(failed(format!("protocol features {unknown:#x} were not offered"))),
+            _ => Err(refusal(format!("protocol features {unknown:#x} were not offered"))),
         }
     }
 
     fn get_queue_num(&mut self) -> VhostResult<u64> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(self.rings.setups.len() as u64)
     }
 
@@ -266,13 +266,13 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> VhostResult<Vec<u8>> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(self.device.read_config(offset, size))
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> VhostResult<()> {
-        self.calls += 1;
-        self.device.write_config(offset, buf).map_err(|e| failed(e.line()))
+        self.handled_requests += 1;
+        self.device.write_config(offset, buf).map_err(|e| refusal(e.line()))
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> VhostResult<()> {
@@ -284,14 +284,14 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
-        self.calls += 1;
+        self.handled_requests += 1;
         inflight::create(inflight).map_err(VhostError::ReqHandlerError)
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
-        self.calls += 1;
-        let region = Region::map(inflight, file).map_err(|e| {
-            failed(format!("{e}; without the region, requests in flight may be lost if this daemon is killed"))
+        self.handled_requests += 1;
+        let region = InflightRecords::map(inflight, file).map_err(|e| {
+            refusal(format!("{e}; without the region, requests in flight may be lost if this daemon is killed"))
         })?;
         self.rings.stop_all()?;
         self.rings.inflight = Some(region);
@@ -300,7 +300,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
-        self.calls += 1;
+        self.handled_requests += 1;
         Ok(MAX_REGIONS as u64)
     }
 
@@ -310,15 +310,15 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<u64>> {
-        self.calls += 1;
-        let table = self.rings.memory.with(region, fd).map_err(VhostError::ReqHandlerError)?;
+        self.handled_requests += 1;
+        let table = self.rings.memory.with_region(region, fd).map_err(VhostError::ReqHandlerError)?;
         self.rings.change_memory(table)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
-        self.calls += 1;
-        let table = self.rings.memory.without(region).map_err(VhostError::ReqHandlerError)?;
+        self.handled_requests += 1;
+        let table = self.rings.memory.without_region(region).map_err(VhostError::ReqHandlerError)?;
         self.rings.change_memory(table)?;
         Ok(())
     }

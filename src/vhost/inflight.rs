@@ -13,7 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::passed_fd::{memory_page, no_sigbus};
+use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{InFlightRecord, InFlightRegion};
 use crate::storage::sigbus::Guard;
 
@@ -21,7 +21,7 @@ use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
 /// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
 #[derive(Clone)]
-pub(super) struct Region {
+pub(super) struct InflightRecords {
     map: Arc<InFlightRegion>,
     queues: u16,
     queue_size: u16,
@@ -33,7 +33,7 @@ fn refuse(why: String) -> io::Error {
 
 /// Bytes of a region: at most 64 queues of 32768 descriptors, 32 MiB. The disk may have fewer and expect smaller ones: a
 /// front-end asks for the numbers that it was given by its user, and a refusal would cost the guest its disk.
-fn length(shape: &VhostUserInflight) -> io::Result<usize> {
+fn region_len(shape: &VhostUserInflight) -> io::Result<usize> {
     let (queues, entries) = (shape.num_queues, shape.queue_size);
     if queues == 0 || queues > MAX_QUEUES || entries == 0 || entries > MAX_QUEUE_SIZE {
         return Err(refuse(format!(
@@ -48,7 +48,7 @@ fn length(shape: &VhostUserInflight) -> io::Result<usize> {
 /// # Errors
 /// Where it is for more than any disk has, or the host has no memory.
 pub(super) fn create(shape: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
-    let len = length(shape)? as u64;
+    let len = region_len(shape)? as u64;
     let file = File::from(memfd_create("diffdisk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.set_len(len)?;
     // Whoever holds it cannot pull it from under the other: a load from a lost page would end the process.
@@ -56,19 +56,19 @@ pub(super) fn create(shape: &VhostUserInflight) -> io::Result<(VhostUserInflight
     Ok((VhostUserInflight::new(len, 0, shape.num_queues, shape.queue_size), file))
 }
 
-impl Region {
+impl InflightRecords {
     /// A region that a front-end hands in.
     ///
     /// # Errors
     /// Where the front-end's numbers do not fit any disk, each other, or the file, or the file may shrink.
-    pub(super) fn map(told: &VhostUserInflight, file: File) -> io::Result<Region> {
-        let len = length(told)?;
+    pub(super) fn map(told: &VhostUserInflight, file: File) -> io::Result<InflightRecords> {
+        let len = region_len(told)?;
         let (size, offset) = (told.mmap_size, told.mmap_offset);
         if size != len as u64 {
             return Err(refuse(format!("an in-flight region of {size} bytes, where its queues take {len}")));
         }
         // Before any other question about the file: this one waits for no file system.
-        let page = memory_page(&file)?;
+        let page = check_memory_file(&file)?;
         let there = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if offset.checked_add(size).is_none_or(|end| end > there) {
             return Err(refuse(format!("an in-flight region at {offset} of {size} bytes, in a file of {there}")));
@@ -82,8 +82,8 @@ impl Region {
         // took the offset. `RecordMap` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
         // are reached as atomics only.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
-        let guard = guard.ok_or_else(no_sigbus)?;
-        Ok(Region {
+        let guard = guard.ok_or_else(no_sigbus_handler)?;
+        Ok(InflightRecords {
             map: Arc::new(InFlightRegion::new(map, Some(guard))),
             queues: told.num_queues,
             queue_size: told.queue_size,
@@ -116,13 +116,13 @@ mod tests {
         let (size, offset, queues, entries) = (told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size);
         assert_eq!((size, offset, queues, entries), (3 * 2112, 0, 3, 128), "16 + 128 * 16, and up to 64");
         assert!(file.set_len(size - 1).is_err() && file.set_len(size + 1).is_err(), "sealed");
-        let mut first = Region::map(&told, file.try_clone().unwrap()).unwrap();
+        let mut first = InflightRecords::map(&told, file.try_clone().unwrap()).unwrap();
         assert!(first.record(3).is_none());
         let mut record = first.record(2).unwrap();
         assert_eq!(record.resume(128, 7).unwrap(), [0u16; 0]);
         record.record_taken(9);
         record.record_taken(5);
-        first = Region::map(&told, file).unwrap();
+        first = InflightRecords::map(&told, file).unwrap();
         assert_eq!(first.record(2).unwrap().resume(128, 7).unwrap(), [9, 5], "memory, not a copy");
         assert_eq!(first.record(1).unwrap().resume(128, 7).unwrap(), [0u16; 0]);
     }
@@ -135,7 +135,7 @@ mod tests {
         let (_, file) = create(&shape(2, 128)).unwrap();
         let map = |size, offset, queues, entries| {
             let told = VhostUserInflight::new(size, offset, queues, entries);
-            Region::map(&told, file.try_clone().unwrap()).is_ok()
+            InflightRecords::map(&told, file.try_clone().unwrap()).is_ok()
         };
         assert!(map(4224, 0, 2, 128));
         assert!(map(2112, 0, 1, 128), "less of it");
@@ -161,10 +161,10 @@ mod tests {
         let told = VhostUserInflight::new(2112, 0, 1, 128);
         let soft = File::from(memfd_create("soft", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         soft.set_len(4096).unwrap();
-        assert!(Region::map(&told, soft.try_clone().unwrap()).is_err());
+        assert!(InflightRecords::map(&told, soft.try_clone().unwrap()).is_err());
         fcntl_add_seals(&soft, SealFlags::SHRINK).unwrap();
-        assert!(Region::map(&told, soft).is_ok());
-        assert!(Region::map(&told, tempfile::tempfile().unwrap()).is_err());
-        assert!(Region::map(&told, File::open("/dev/zero").unwrap()).is_err());
+        assert!(InflightRecords::map(&told, soft).is_ok());
+        assert!(InflightRecords::map(&told, tempfile::tempfile().unwrap()).is_err());
+        assert!(InflightRecords::map(&told, File::open("/dev/zero").unwrap()).is_err());
     }
 }

@@ -13,7 +13,7 @@ use rustix::fs::fstat;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use super::passed_fd::{memory_page, no_sigbus};
+use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{MemoryRegions, SharedMemory};
 use crate::storage::sigbus::Guard;
 
@@ -24,11 +24,11 @@ pub(super) const MAX_REGIONS: usize = 509;
 #[derive(Clone, Default)]
 pub(super) struct MemoryTable {
     /// Ascending by guest address; none overlap.
-    regions: Vec<Region>,
+    regions: Vec<MappedRegion>,
 }
 
 #[derive(Clone)]
-struct Region {
+struct MappedRegion {
     guest: u64,
     size: u64,
     /// Where the front-end has it mapped: ring addresses come in these terms.
@@ -52,14 +52,14 @@ impl MemoryTable {
             return Err(refuse(format!("{} regions with {} files", regions.len(), files.len())));
         }
         let pairs = regions.iter().zip(files);
-        pairs.into_iter().try_fold(MemoryTable::default(), |table, (region, file)| table.with(region, file))
+        pairs.into_iter().try_fold(MemoryTable::default(), |table, (region, file)| table.with_region(region, file))
     }
 
     /// This table and one region more.
     ///
     /// # Errors
     /// As `from_regions`.
-    pub(super) fn with(&self, region: &VhostUserMemoryRegion, file: File) -> io::Result<MemoryTable> {
+    pub(super) fn with_region(&self, region: &VhostUserMemoryRegion, file: File) -> io::Result<MemoryTable> {
         let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
         let offset = region.mmap_offset;
         let shown = format!("the region of {size:#x} bytes at guest address {guest:#x}");
@@ -78,7 +78,7 @@ impl MemoryTable {
             return Err(refuse(format!("{shown} overlaps the one at {:#x}", other.guest)));
         }
         // Before any other question about the file: this one waits for no file system.
-        let page = memory_page(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
+        let page = check_memory_file(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
         let stat = fstat(&file)?;
         let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page as u64);
         if file_end > length {
@@ -94,10 +94,10 @@ impl MemoryTable {
         // took the offset. Who holds the guard holds the mapping, too, and drops the guard first: this function, `Region` and
         // `SharedMemory`. The guest changes these bytes at any time, so they are reached by raw pointers and atomics only.
         let guard = unsafe { Guard::new(start, len, page) };
-        let guard = Arc::new(guard.ok_or_else(no_sigbus)?);
+        let guard = Arc::new(guard.ok_or_else(no_sigbus_handler)?);
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|r| r.guest < guest);
-        regions.insert(at, Region { guest, size, user, guard, mapping });
+        regions.insert(at, MappedRegion { guest, size, user, guard, mapping });
         Ok(MemoryTable { regions })
     }
 
@@ -105,9 +105,9 @@ impl MemoryTable {
     ///
     /// # Errors
     /// Where there is none of that place and size.
-    pub(super) fn without(&self, region: &VhostUserMemoryRegion) -> io::Result<MemoryTable> {
+    pub(super) fn without_region(&self, region: &VhostUserMemoryRegion) -> io::Result<MemoryTable> {
         let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
-        let same = |r: &Region| (r.guest, r.size, r.user) == (guest, size, user);
+        let same = |r: &MappedRegion| (r.guest, r.size, r.user) == (guest, size, user);
         let mut regions = self.regions.clone();
         let at = regions.iter().position(same);
         let at = at.ok_or_else(|| refuse(format!("no region of {size:#x} bytes at guest address {guest:#x}")))?;
@@ -133,7 +133,7 @@ impl MemoryTable {
     }
 
     /// The form in which rings and requests read and write it.
-    pub(super) fn memory(&self) -> Arc<SharedMemory> {
+    pub(super) fn shared_memory(&self) -> Arc<SharedMemory> {
         let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
         let memory = match mappings.is_empty() {
             true => MemoryRegions::new(),
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(table.guest_address(0x7000_1ff0, 17), None, "beyond its region");
         assert_eq!(table.guest_address(0x6fff_ffff, 1), None, "before it");
         assert_eq!(table.guest_address(0x9000_0000, u64::MAX), None);
-        let memory = table.memory();
+        let memory = table.shared_memory();
         let memory = memory.regions();
         memory.write_slice(b"x", GuestAddress(0x10_1fff)).unwrap();
         assert_eq!(memory.num_regions(), 2);
@@ -178,20 +178,20 @@ mod tests {
     fn regions_come_and_go_and_the_mappings_stay() {
         let a = region(0, 0x1000, 0x1000, 0);
         let b = region(0x1000, 0x1000, 0x2000, 0);
-        let table = MemoryTable::default().with(&a, file(0x1000)).unwrap();
-        table.memory().regions().write_slice(b"kept", GuestAddress(8)).unwrap();
-        let both = table.with(&b, file(0x1000)).unwrap();
-        let back = both.without(&b).unwrap();
+        let table = MemoryTable::default().with_region(&a, file(0x1000)).unwrap();
+        table.shared_memory().regions().write_slice(b"kept", GuestAddress(8)).unwrap();
+        let both = table.with_region(&b, file(0x1000)).unwrap();
+        let back = both.without_region(&b).unwrap();
         let mut seen = [0; 4];
-        back.memory().regions().read_slice(&mut seen, GuestAddress(8)).unwrap();
+        back.shared_memory().regions().read_slice(&mut seen, GuestAddress(8)).unwrap();
         assert_eq!(&seen, b"kept");
-        assert!(back.without(&b).is_err());
-        assert!(back.without(&a).unwrap().is_empty());
+        assert!(back.without_region(&b).is_err());
+        assert!(back.without_region(&a).unwrap().is_empty());
     }
 
     #[test]
     fn regions_that_break_a_rule_are_refused() {
-        let whole = MemoryTable::default().with(&region(0x4000, 0x2000, 0, 0), file(0x2000)).unwrap();
+        let whole = MemoryTable::default().with_region(&region(0x4000, 0x2000, 0, 0), file(0x2000)).unwrap();
         let cases = [
             ("no size", region(0, 0, 0, 0)),
             ("overlaps at its end", region(0x3000, 0x1001, 0x9000, 0)),
@@ -203,25 +203,25 @@ mod tests {
             ("offset that is no page", region(0x8000, 0x1000, 0, 0x10)),
         ];
         for (why, bad) in cases {
-            assert!(whole.with(&bad, file(0x2000)).is_err(), "{why}");
+            assert!(whole.with_region(&bad, file(0x2000)).is_err(), "{why}");
         }
-        assert!(whole.with(&region(0x8000, 0x1000, 0, 0), File::open("/dev/zero").unwrap()).is_err());
-        assert!(whole.with(&region(0x6000, 0x2000, 0x9000, 0), file(0x2000)).is_ok(), "next to it");
+        assert!(whole.with_region(&region(0x8000, 0x1000, 0, 0), File::open("/dev/zero").unwrap()).is_err());
+        assert!(whole.with_region(&region(0x6000, 0x2000, 0x9000, 0), file(0x2000)).is_ok(), "next to it");
         assert!(MemoryTable::from_regions(&[region(0, 0x1000, 0, 0)], vec![]).is_err());
     }
 
     #[test]
     fn memory_that_is_taken_away_reads_as_zeros_and_is_noticed() {
         let (kept, cut) = (file(0x1000), file(0x2000));
-        let table = MemoryTable::default().with(&region(0, 0x1000, 0, 0), kept).unwrap();
-        let both = table.with(&region(0x4000, 0x2000, 0x4000, 0), cut.try_clone().unwrap()).unwrap();
-        let memory = both.memory();
+        let table = MemoryTable::default().with_region(&region(0, 0x1000, 0, 0), kept).unwrap();
+        let both = table.with_region(&region(0x4000, 0x2000, 0x4000, 0), cut.try_clone().unwrap()).unwrap();
+        let memory = both.shared_memory();
         memory.regions().write_slice(&[7; 0x2000], GuestAddress(0x4000)).unwrap();
         cut.set_len(0x1000).unwrap();
         let mut seen = [1; 0x2000];
         memory.regions().read_slice(&mut seen, GuestAddress(0x4000)).unwrap();
         assert!(seen[..0x1000] == [7; 0x1000] && seen[0x1000..] == [0; 0x1000]);
-        assert!(both.is_lost() && memory.is_lost() && !table.is_lost() && !table.memory().is_lost());
+        assert!(both.is_lost() && memory.is_lost() && !table.is_lost() && !table.shared_memory().is_lost());
     }
 
     #[test]
@@ -229,8 +229,8 @@ mod tests {
         let mut table = MemoryTable::default();
         let backing = file(0x1000);
         for i in 0..MAX_REGIONS as u64 {
-            table = table.with(&region(i << 12, 0x1000, i << 12, 0), backing.try_clone().unwrap()).unwrap();
+            table = table.with_region(&region(i << 12, 0x1000, i << 12, 0), backing.try_clone().unwrap()).unwrap();
         }
-        assert!(table.with(&region(1 << 40, 0x1000, 1 << 40, 0), backing).is_err());
+        assert!(table.with_region(&region(1 << 40, 0x1000, 1 << 40, 0), backing).is_err());
     }
 }

@@ -24,24 +24,24 @@
 
 mod bind;
 mod connection;
-mod daemon;
-mod descriptors;
-mod edges;
+mod disk_server;
+mod limits;
+mod epoll;
 mod frame;
 mod handler;
 mod inflight;
 mod memory;
 mod passed_fd;
-mod patience;
+mod adaptive_poll;
 mod queue_thread;
 mod rings;
 mod socket;
-mod unshared;
+mod memory_sharing;
 mod worker;
 
 pub use bind::SocketAccess;
-pub use daemon::{Daemon, Service};
-pub use descriptors::descriptors;
+pub use disk_server::{DiskServer, ServeOptions};
+pub use limits::fds_of_disk;
 pub use socket::{Listener, Socket};
 
 /// Queues that one disk may have.

@@ -20,7 +20,7 @@ fn refuse(why: &str) -> io::Error {
 }
 
 /// The refusal of memory that could not be guarded.
-pub(super) fn no_sigbus() -> io::Error {
+pub(super) fn no_sigbus_handler() -> io::Error {
     io::Error::other("SIGBUS cannot be caught, and without that a page that is taken back would end the daemon")
 }
 
@@ -28,7 +28,7 @@ pub(super) fn no_sigbus() -> io::Error {
 ///
 /// # Errors
 /// `InvalidInput` for any other file: its pages would come from a file system that may be slow, full, or hostile.
-pub(super) fn memory_page(file: &File) -> io::Result<usize> {
+pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
     // Only files in memory have seals. The kernel answers this without asking a file system.
     fcntl_get_seals(file).map_err(|_| {
         refuse(
@@ -49,7 +49,7 @@ pub(super) fn memory_page(file: &File) -> io::Result<usize> {
 ///
 /// # Errors
 /// `InvalidInput` for any other descriptor: its answers may depend on others.
-pub(super) fn event_counter(file: &File) -> io::Result<()> {
+pub(super) fn check_eventfd(file: &File) -> io::Result<()> {
     // The name of an open file comes from the kernel alone. Without /proc the type has to do: a file without a type has no
     // file system that could block.
     let is_counter = match readlinkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), []) {
@@ -68,8 +68,8 @@ pub(super) fn event_counter(file: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// As [`event_counter`].
-pub(super) fn written_counter(file: &File) -> io::Result<()> {
-    event_counter(file)?;
+pub(super) fn check_writable_eventfd(file: &File) -> io::Result<()> {
+    check_eventfd(file)?;
     Ok(fcntl_setfl(file, fcntl_getfl(file)? | OFlags::NONBLOCK)?)
 }
 
@@ -87,11 +87,11 @@ mod tests {
     #[test]
     fn only_memory_is_memory() {
         let memory = File::from(memfd_create("m", MemfdFlags::CLOEXEC).unwrap());
-        assert_eq!(memory_page(&memory).unwrap(), page_size());
-        assert!(memory_page(&tempfile::tempfile_in("/dev/shm").unwrap()).is_ok());
+        assert_eq!(check_memory_file(&memory).unwrap(), page_size());
+        assert!(check_memory_file(&tempfile::tempfile_in("/dev/shm").unwrap()).is_ok());
         let disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         for other in [disk, File::open("/dev/zero").unwrap(), File::open("/proc/self/status").unwrap()] {
-            let why = memory_page(&other).unwrap_err().to_string();
+            let why = check_memory_file(&other).unwrap_err().to_string();
             assert!(why.contains("memfd"), "{why}");
         }
     }
@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn only_event_counters_are_counters_and_they_do_not_block() {
         let mut counter = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-        written_counter(&counter).unwrap();
+        check_writable_eventfd(&counter).unwrap();
         counter.write_all((u64::MAX - 1).as_bytes()).unwrap();
         let full = counter.write(1u64.as_bytes()).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
@@ -108,7 +108,7 @@ mod tests {
         let others =
             [reader.into(), writer.into(), a.into(), b.into(), memfd_create("m", MemfdFlags::CLOEXEC).unwrap()];
         for other in others.map(File::from).iter().chain([&File::open("/dev/null").unwrap()]) {
-            assert!(written_counter(other).is_err(), "{other:?}");
+            assert!(check_writable_eventfd(other).is_err(), "{other:?}");
         }
     }
 }

@@ -16,15 +16,15 @@ use log::{error, warn};
 use vhost_user_backend::VringT;
 use zerocopy::IntoBytes;
 
-use super::edges::{Epoll, Source};
-use super::patience::Patience;
-use super::unshared::{SHARE, Sharing};
+use super::epoll::{Epoll, WakeSource};
+use super::adaptive_poll::AdaptivePoll;
+use super::memory_sharing::{SHARE, SharingCheck};
 use crate::device::{Queue, InFlightRecord, SharedMemory, ServeResult, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
 
 /// A ring that is ready to run.
-pub(super) struct Ring {
+pub(super) struct ReadyRing {
     pub(super) vring: Vring,
     pub(super) memory: Arc<SharedMemory>,
     /// What is in flight, where a kill does not reach.
@@ -36,12 +36,12 @@ pub(super) struct Ring {
     /// Where it starts: the number of the next available entry.
     pub(super) base: u16,
     /// What is known about the guest's memory.
-    pub(super) sharing: Sharing,
+    pub(super) sharing: SharingCheck,
 }
 
 /// What the control thread asks of the thread of a queue.
-pub(super) enum Command {
-    Start(Box<Ring>, SyncSender<Result<()>>),
+pub(super) enum QueueCommand {
+    Start(Box<ReadyRing>, SyncSender<Result<()>>),
     SetCall(Option<File>),
     SetErr(Option<File>),
     Stop(SyncSender<u16>),
@@ -50,33 +50,33 @@ pub(super) enum Command {
 
 /// How the queue stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum State {
+enum QueueState {
     /// No ring.
     Stopped,
     Running,
     /// The ring broke a rule: nothing more is taken from it, what was taken is completed. Mended by the next start.
     Broken,
     /// We broke a rule of our own: the queue is not touched again.
-    Faulty,
+    Failed,
 }
 
 /// Between two ticks of a lane: what waits for time to pass (a full disk, a commit in the background) goes on then.
 const TICK: Duration = Duration::from_secs(1);
 /// How often a ring without a kick is looked at.
-const POLL: Duration = Duration::from_millis(1);
+const NO_KICK_POLL: Duration = Duration::from_millis(1);
 
 /// See the top of this file.
 pub(super) struct QueueThread {
     queue: Queue,
-    ring: Option<Box<Ring>>,
+    ring: Option<Box<ReadyRing>>,
     /// When the ring had its first kick.
-    kicked: Option<Instant>,
-    state: State,
-    commands: Receiver<Command>,
+    first_kick: Option<Instant>,
+    state: QueueState,
+    commands: Receiver<QueueCommand>,
     /// Rung when a page of the guest's memory cannot be had.
-    alarm: Arc<Notifier>,
+    memory_lost: Arc<Notifier>,
     epoll: Epoll,
-    patience: Patience,
+    adaptive_poll: AdaptivePoll,
     name: String,
 }
 
@@ -84,25 +84,25 @@ impl QueueThread {
     /// The thread of `queue`, stopped. `alarm` is rung when a page of the guest's memory cannot be had.
     pub(super) fn new(
         queue: Queue,
-        commands: Receiver<Command>,
+        commands: Receiver<QueueCommand>,
         (bell, alarm): (Arc<Notifier>, Arc<Notifier>),
         poll: Duration,
         name: String,
     ) -> io::Result<QueueThread> {
         let epoll = Epoll::new()?;
-        epoll.add(bell.as_fd(), Source::Inside)?;
+        epoll.add(bell.as_fd(), WakeSource::Internal)?;
         for fd in queue.wake_fds().into_iter().flatten() {
-            epoll.add(fd, Source::Inside)?;
+            epoll.add(fd, WakeSource::Internal)?;
         }
         Ok(QueueThread {
             queue,
             ring: None,
-            kicked: None,
-            state: State::Stopped,
+            first_kick: None,
+            state: QueueState::Stopped,
             commands,
-            alarm,
+            memory_lost: alarm,
             epoll,
-            patience: Patience::new(poll),
+            adaptive_poll: AdaptivePoll::new(poll),
             name,
         })
     }
@@ -112,12 +112,12 @@ impl QueueThread {
         let mut tick_at = Instant::now() + TICK;
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Exit) | Err(TryRecvError::Disconnected) => {
+                Ok(QueueCommand::Exit) | Err(TryRecvError::Disconnected) => {
                     self.stop();
                     return;
                 }
                 Ok(command) => {
-                    self.obey(command);
+                    self.execute(command);
                     continue;
                 }
                 Err(TryRecvError::Empty) => {}
@@ -127,16 +127,16 @@ impl QueueThread {
             if now >= tick_at {
                 tick_at = now + TICK;
                 // A broken ring's lane may lead a commit that is held.
-                if matches!(self.state, State::Running | State::Broken) {
+                if matches!(self.state, QueueState::Running | QueueState::Broken) {
                     self.queue.lane().tick();
                     self.check_sharing(now);
                     continue; // what it began goes on in the next turn
                 }
             }
             match turn {
-                ServeResult::More => self.patience.busy(now),
-                ServeResult::Idle if self.state == State::Running && self.patience.waits(now) => std::hint::spin_loop(),
-                ServeResult::Idle if self.rests() => {}
+                ServeResult::More => self.adaptive_poll.record_work(now),
+                ServeResult::Idle if self.state == QueueState::Running && self.adaptive_poll.should_poll(now) => std::hint::spin_loop(),
+                ServeResult::Idle if self.enable_kicks() => {}
                 ServeResult::Idle | ServeResult::Broken => self.sleep(),
             }
         }
@@ -144,16 +144,16 @@ impl QueueThread {
 
     /// Sleeps until there may be work.
     fn sleep(&mut self) {
-        let polled = self.state == State::Running && self.ring.as_ref().is_some_and(|ring| ring.kick.is_none());
-        if self.epoll.wait(if polled { POLL } else { TICK }) {
-            self.kicked.get_or_insert_with(Instant::now);
+        let polled = self.state == QueueState::Running && self.ring.as_ref().is_some_and(|ring| ring.kick.is_none());
+        if self.epoll.wait(if polled { NO_KICK_POLL } else { TICK }) {
+            self.first_kick.get_or_insert_with(Instant::now);
         }
     }
 
     /// Warns if the guest kicks and nothing of what it writes arrives.
     fn check_sharing(&self, now: Instant) {
         let Some(ring) = &self.ring else { return };
-        if ring.sharing.is_missing(self.kicked, now, || self.queue.is_unused()) {
+        if ring.sharing.should_warn(self.first_kick, now, || self.queue.is_unused()) {
             warn!(
                 "{}: the guest announces requests, but its rings are blank: the front-end seems not to share the guest's \
                  memory, and the guest will wait for ever. {SHARE}",
@@ -163,14 +163,14 @@ impl QueueThread {
     }
 
     /// Asks for kicks before the thread sleeps; true where there is work after all.
-    fn rests(&mut self) -> bool {
-        let (State::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
+    fn enable_kicks(&mut self) -> bool {
+        let (QueueState::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
         self.queue.enable_kicks(&ring.vring)
     }
 
     /// One turn of the ring, if it runs.
     fn serve(&mut self) -> ServeResult {
-        let (State::Running | State::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
+        let (QueueState::Running | QueueState::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
             return ServeResult::Idle;
         };
         let turn = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
@@ -181,27 +181,27 @@ impl QueueThread {
             }
             Err(_) => {
                 error!("{}: a fault of our own while serving; the queue is out of service", self.name);
-                self.state = State::Faulty;
-                self.tell_broken();
+                self.state = QueueState::Failed;
+                self.report_broken();
                 return ServeResult::Broken;
             }
         };
-        if matches!(turn, ServeResult::Broken) && self.state == State::Running {
+        if matches!(turn, ServeResult::Broken) && self.state == QueueState::Running {
             if self.queue.is_memory_lost() {
-                self.alarm.notify();
+                self.memory_lost.notify();
             } else {
                 warn!("{}: the ring is broken; nothing more is taken from it until it is set up again", self.name);
             }
-            self.state = State::Broken;
-            self.tell_broken();
+            self.state = QueueState::Broken;
+            self.report_broken();
         }
         turn
     }
 
     /// Stops listening to the kick and tells the front-end, if it wants to know.
-    fn tell_broken(&self) {
+    fn report_broken(&self) {
         let Some(ring) = &self.ring else { return };
-        self.ignore_kicks(ring);
+        self.unwatch_kick(ring);
         if let Some(mut err) = ring.err.as_ref()
             && let Err(e) = err.write(1u64.as_bytes())
         {
@@ -209,20 +209,20 @@ impl QueueThread {
         }
     }
 
-    fn ignore_kicks(&self, ring: &Ring) {
+    fn unwatch_kick(&self, ring: &ReadyRing) {
         if let Some(kick) = &ring.kick {
             self.epoll.remove(kick.as_fd());
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn execute(&mut self, command: QueueCommand) {
         match command {
-            Command::Start(ring, reply) => {
+            QueueCommand::Start(ring, reply) => {
                 let started = self.start(ring);
                 let _ = reply.send(started);
             }
-            Command::SetCall(call) => {
-                if matches!(self.state, State::Running | State::Broken)
+            QueueCommand::SetCall(call) => {
+                if matches!(self.state, QueueState::Running | QueueState::Broken)
                     && let Some(ring) = &self.ring
                 {
                     ring.vring.set_call(call);
@@ -232,46 +232,46 @@ impl QueueThread {
                     }
                 }
             }
-            Command::SetErr(err) => {
+            QueueCommand::SetErr(err) => {
                 if let Some(ring) = &mut self.ring {
                     ring.err = err;
                 }
             }
-            Command::Stop(reply) => {
+            QueueCommand::Stop(reply) => {
                 let base = self.stop();
                 let _ = reply.send(base);
             }
-            Command::Exit => unreachable!("the loop ends before it"),
+            QueueCommand::Exit => unreachable!("the loop ends before it"),
         }
     }
 
-    fn start(&mut self, ring: Box<Ring>) -> Result<()> {
-        if self.state == State::Faulty {
+    fn start(&mut self, ring: Box<ReadyRing>) -> Result<()> {
+        if self.state == QueueState::Failed {
             return Err(Error::new(ErrorKind::Io, "the queue is out of service until the daemon is started again"));
         }
         assert!(self.ring.is_none(), "a ring is started only where none runs");
         self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
-        self.kicked = None;
+        self.first_kick = None;
         let kick = ring.kick.as_ref();
-        if let Err(e) = kick.map_or(Ok(()), |kick| self.epoll.add(kick.as_fd(), Source::Kick)) {
+        if let Err(e) = kick.map_or(Ok(()), |kick| self.epoll.add(kick.as_fd(), WakeSource::Kick)) {
             let _ = self.queue.stop(&ring.vring);
             return Err(Error::io("the kick of the ring cannot be waited for", e));
         }
         self.ring = Some(ring);
-        self.state = State::Running;
+        self.state = QueueState::Running;
         Ok(())
     }
 
     /// Drains the queue; the number of the next available entry.
     fn stop(&mut self) -> u16 {
         let Some(ring) = self.ring.take() else { return 0 };
-        if self.state == State::Running {
-            self.ignore_kicks(&ring);
+        if self.state == QueueState::Running {
+            self.unwatch_kick(&ring);
         }
-        if self.state == State::Faulty {
+        if self.state == QueueState::Failed {
             return ring.base;
         }
-        self.state = State::Stopped;
+        self.state = QueueState::Stopped;
         match catch_unwind(AssertUnwindSafe(|| self.queue.stop(&ring.vring))) {
             Ok(Ok(base)) => base,
             Ok(Err(e)) => {
@@ -280,7 +280,7 @@ impl QueueThread {
             }
             Err(_) => {
                 error!("{}: a fault of our own while stopping; the queue is out of service", self.name);
-                self.state = State::Faulty;
+                self.state = QueueState::Failed;
                 ring.base
             }
         }

@@ -18,32 +18,32 @@ use vhost::vhost_user::{Error as VhostError, Result as VhostResult};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::inflight::Region;
+use super::inflight::InflightRecords;
 use super::memory::MemoryTable;
-use super::queue_thread::Ring;
-use super::unshared::{SHARE, Sharing};
-use super::worker::{END, Waited, Worker, wait_for};
+use super::queue_thread::ReadyRing;
+use super::memory_sharing::{SHARE, SharingCheck};
+use super::worker::{EXIT_TIMEOUT, WaitOutcome, Worker, wait_for_reply};
 use crate::device::{AtomicMemory, InFlightRecord, Vring};
 
 /// How long a front-end may wait for the requests in flight: longer than a disk takes that wakes, or a path that fails over.
-const STOP: Duration = Duration::from_secs(30);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The rings of one connection.
 pub(super) struct Rings<'a> {
     /// Readable when the daemon is to end.
-    end: BorrowedFd<'a>,
+    stop: BorrowedFd<'a>,
     pub(super) workers: &'a [Worker],
     /// The disk's name, for the log.
     pub(super) name: &'a str,
     pub(super) memory: MemoryTable,
     /// Where the front-end keeps what is in flight, if it does.
-    pub(super) inflight: Option<Region>,
+    pub(super) inflight: Option<InflightRecords>,
     /// What the front-end accepted of the features; none before it did.
     pub(super) features: Option<u64>,
     pub(super) setups: Vec<RingSetup>,
-    sharing: Sharing,
+    sharing: SharingCheck,
     /// Whether the log has it that a ring has no in-flight record.
-    unrecorded: bool,
+    has_warned_no_record: bool,
     /// Requests did not end in time, so where a ring stands is unknown: the connection is to be closed.
     is_stuck: bool,
 }
@@ -52,7 +52,7 @@ pub(super) struct Rings<'a> {
 #[derive(Default)]
 pub(super) struct RingSetup {
     pub(super) size: u16,
-    pub(super) addresses: Option<Addresses>,
+    pub(super) addresses: Option<RingAddresses>,
     /// Where it starts, or where it stopped.
     pub(super) base: u16,
     pub(super) kick: Option<Kick>,
@@ -66,21 +66,21 @@ pub(super) struct RingSetup {
 #[derive(Clone)]
 pub(super) enum Kick {
     /// By this event counter.
-    By(Arc<File>),
+    EventFd(Arc<File>),
     /// Not at all: the ring is to be polled.
     Polled,
 }
 
 /// Where a ring lies, in the front-end's own address space.
 #[derive(Clone, Copy)]
-pub(super) struct Addresses {
+pub(super) struct RingAddresses {
     pub(super) descriptors: u64,
     pub(super) available: u64,
     pub(super) used: u64,
 }
 
 /// A refusal, with the reason for the log.
-pub(super) fn failed(why: impl Into<String>) -> VhostError {
+pub(super) fn refusal(why: impl Into<String>) -> VhostError {
     VhostError::ReqHandlerError(io::Error::other(why.into()))
 }
 
@@ -89,15 +89,15 @@ impl<'a> Rings<'a> {
     pub(super) fn new(workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Rings<'a> {
         let setups = workers.iter().map(|_| RingSetup::default()).collect();
         Rings {
-            end,
+            stop: end,
             workers,
             name,
             memory: MemoryTable::default(),
             inflight: None,
             features: None,
             setups,
-            sharing: Sharing::default(),
-            unrecorded: false,
+            sharing: SharingCheck::default(),
+            has_warned_no_record: false,
             is_stuck: false,
         }
     }
@@ -112,27 +112,27 @@ impl<'a> Rings<'a> {
             return Ok(());
         }
         // A late write of any queue could land on top of what this ring's requests write.
-        if self.workers.iter().any(Worker::is_late) {
+        if self.workers.iter().any(Worker::has_unanswered_stop) {
             self.is_stuck = true;
-            return Err(failed("requests of an earlier ring are still in flight: the storage does not answer"));
+            return Err(refusal("requests of an earlier ring are still in flight: the storage does not answer"));
         }
-        let vring = self.lay_out(ring, addresses, features)?;
+        let vring = self.build_vring(ring, addresses, features)?;
         let cloned = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
         let (call, err) = (cloned(&ring.call), cloned(&ring.err));
         vring.set_call(call.map_err(VhostError::ReqHandlerError)?);
         let err = err.map_err(VhostError::ReqHandlerError)?;
         let kick = match kick {
-            Kick::By(file) => Some(file.clone()),
+            Kick::EventFd(file) => Some(file.clone()),
             Kick::Polled => None,
         };
         let base = ring.base;
-        let (memory, record, sharing) = (self.memory.memory(), self.record(index), self.sharing.clone());
-        let ring = Ring { vring, memory, record, kick, err, base, sharing };
+        let (memory, record, sharing) = (self.memory.shared_memory(), self.inflight_record(index), self.sharing.clone());
+        let ring = ReadyRing { vring, memory, record, kick, err, base, sharing };
         let begun = Instant::now();
-        let started = self.workers[index].start_ring(ring, || is_late(self.end, begun.elapsed()));
+        let started = self.workers[index].start_ring(ring, || is_drain_overdue(self.stop, begun.elapsed()));
         started.map_err(|e| {
-            self.is_stuck |= self.workers[index].is_late();
-            failed(e.line())
+            self.is_stuck |= self.workers[index].has_unanswered_stop();
+            refusal(e.line())
         })?;
         debug!("disk {}: ring {index} runs from {base}", self.name);
         self.setups[index].running = true;
@@ -141,14 +141,14 @@ impl<'a> Rings<'a> {
 
     /// The in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger ring than
     /// the front-end expects (virtio-mmio lets it). Such a ring is served without a record, as if the front-end kept none.
-    fn record(&mut self, index: usize) -> Option<InFlightRecord> {
+    fn inflight_record(&mut self, index: usize) -> Option<InFlightRecord> {
         let size = self.setups[index].size;
         let record = self.inflight.as_ref()?.record(index);
         let room = record.as_ref().map_or(0, InFlightRecord::entries);
         if size <= room {
             return record;
         }
-        if !std::mem::replace(&mut self.unrecorded, true) {
+        if !std::mem::replace(&mut self.has_warned_no_record, true) {
             warn!(
                 "disk {}: the front-end's in-flight record of ring {index} is for {room} descriptors, and the ring has {size}: it \
                  is served without the record, and requests in flight may be lost if this daemon is killed. Set the \
@@ -167,11 +167,11 @@ impl<'a> Rings<'a> {
     }
 
     /// A ring's state as the device works on it.
-    fn lay_out(&self, ring: &RingSetup, at: Addresses, features: u64) -> VhostResult<Vring> {
-        let at = self.to_guest(at, ring.size)?;
-        let refused = |e| failed(format!("the ring cannot be laid out: {e}"));
+    fn build_vring(&self, ring: &RingSetup, at: RingAddresses, features: u64) -> VhostResult<Vring> {
+        let at = self.guest_addresses(at, ring.size)?;
+        let refused = |e| refusal(format!("the ring cannot be laid out: {e}"));
         let vring =
-            Vring::new(AtomicMemory::from(self.memory.memory().regions().clone()), ring.size).map_err(refused)?;
+            Vring::new(AtomicMemory::from(self.memory.shared_memory().regions().clone()), ring.size).map_err(refused)?;
         vring.set_queue_size(ring.size);
         vring.set_queue_info(at.descriptors, at.available, at.used).map_err(refused)?;
         vring.set_queue_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
@@ -183,17 +183,17 @@ impl<'a> Rings<'a> {
     }
 
     /// The ring's places as guest addresses; each part must lie in one region.
-    pub(super) fn to_guest(&self, at: Addresses, size: u16) -> VhostResult<Addresses> {
+    pub(super) fn guest_addresses(&self, at: RingAddresses, size: u16) -> VhostResult<RingAddresses> {
         let size = u64::from(size);
         // A split ring: 16 bytes a descriptor; flags, index and 2 bytes an entry; flags, index and 8 bytes an entry;
         // and the event index after each of the latter.
         let place = |what: &str, user, len| {
             let guest = self.memory.guest_address(user, len);
             guest.ok_or_else(|| {
-                failed(format!("the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE}"))
+                refusal(format!("the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE}"))
             })
         };
-        Ok(Addresses {
+        Ok(RingAddresses {
             descriptors: place("descriptor table", at.descriptors, 16 * size)?,
             available: place("available ring", at.available, 6 + 2 * size)?,
             used: place("used ring", at.used, 6 + 8 * size)?,
@@ -211,15 +211,15 @@ impl<'a> Rings<'a> {
         for (index, answer) in running.iter().zip(answers) {
             let ring = &mut self.setups[*index];
             ring.running = false;
-            match wait_for(&answer, || is_late(self.end, begun.elapsed())) {
-                Waited::Answer(base) => ring.base = base,
-                Waited::Lost => warn!("disk {}: the thread of queue {index} is lost", self.name),
-                Waited::Late => {
-                    self.workers[*index].keep_late(answer);
+            match wait_for_reply(&answer, || is_drain_overdue(self.stop, begun.elapsed())) {
+                WaitOutcome::Answer(base) => ring.base = base,
+                WaitOutcome::ThreadLost => warn!("disk {}: the thread of queue {index} is lost", self.name),
+                WaitOutcome::TimedOut => {
+                    self.workers[*index].keep_unanswered_stop(answer);
                     self.is_stuck = true;
                     let what = format!("the requests of queue {index} do not end: the storage does not answer");
                     warn!("disk {}: {what}", self.name);
-                    outcome = Err(failed(what));
+                    outcome = Err(refusal(what));
                 }
             }
         }
@@ -238,7 +238,7 @@ impl<'a> Rings<'a> {
 
     /// Whether a page of the guest's memory, or of the in-flight region, could not be had.
     pub(super) fn is_memory_lost(&self) -> bool {
-        self.memory.is_lost() || self.inflight.as_ref().is_some_and(Region::is_lost)
+        self.memory.is_lost() || self.inflight.as_ref().is_some_and(InflightRecords::is_lost)
     }
 
     /// Starts every ring that is complete. One that cannot be started stays stopped until it is set up anew.
@@ -277,8 +277,8 @@ impl Drop for Rings<'_> {
 }
 
 /// Whether a wait of so long for a queue is too long.
-fn is_late(end: BorrowedFd<'_>, waited: Duration) -> bool {
+fn is_drain_overdue(end: BorrowedFd<'_>, waited: Duration) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let is_ending = || poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);
-    waited > STOP || waited > END && is_ending()
+    waited > DRAIN_TIMEOUT || waited > EXIT_TIMEOUT && is_ending()
 }

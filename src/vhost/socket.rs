@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use super::bind::{NameLock, OwnName, SocketAccess, bind};
+use super::bind::{NameLock, OwnedName, SocketAccess, bind};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How front-ends reach a disk.
@@ -23,15 +23,15 @@ pub enum Socket {
 #[derive(Debug)]
 pub struct Listener {
     // Dropped first: nobody finds a name on which nobody listens.
-    made: Option<Made>,
+    bound_name: Option<BoundName>,
     socket: UnixListener,
 }
 
 /// The name of a socket that this process made.
 #[derive(Debug)]
-pub(super) struct Made {
+pub(super) struct BoundName {
     // Dropped first: it is removed while the name is locked.
-    pub(super) name: OwnName,
+    pub(super) name: OwnedName,
     pub(super) _lock: NameLock,
 }
 
@@ -52,7 +52,7 @@ impl Socket {
     ///
     /// # Errors
     /// `Refused` where it is not a Unix stream socket.
-    pub fn adopt(fd: OwnedFd) -> Result<Socket> {
+    pub fn from_fd(fd: OwnedFd) -> Result<Socket> {
         let not_ours = |e: rustix::io::Errno| Error::io("the file descriptor handed over is not a socket", e.into());
         let domain = sockopt::socket_domain(&fd).map_err(not_ours)?;
         let kind = sockopt::socket_type(&fd).map_err(not_ours)?;
@@ -61,7 +61,7 @@ impl Socket {
         }
         rustix::io::ioctl_fionbio(&fd, false).map_err(not_ours)?;
         if sockopt::socket_acceptconn(&fd).map_err(not_ours)? {
-            Ok(Socket::Listening(Listener { socket: fd.into(), made: None }))
+            Ok(Socket::Listening(Listener { socket: fd.into(), bound_name: None }))
         } else {
             Ok(Socket::Connected(fd.into()))
         }
@@ -70,7 +70,7 @@ impl Socket {
     /// The name of a listening socket, if it has one.
     pub fn path(&self) -> Option<PathBuf> {
         match self {
-            Socket::Listening(Listener { made: Some(made), .. }) => Some(made.name.path().to_path_buf()),
+            Socket::Listening(Listener { bound_name: Some(made), .. }) => Some(made.name.path().to_path_buf()),
             Socket::Listening(l) => l.socket.local_addr().ok()?.as_pathname().map(Path::to_path_buf),
             Socket::Connected(_) => None,
         }
@@ -78,8 +78,8 @@ impl Socket {
 }
 
 impl Listener {
-    pub(super) fn new(socket: UnixListener, made: Option<Made>) -> Listener {
-        Listener { socket, made }
+    pub(super) fn new(socket: UnixListener, made: Option<BoundName>) -> Listener {
+        Listener { socket, bound_name: made }
     }
 
     /// The next front-end. Waits.
@@ -98,7 +98,7 @@ impl AsFd for Listener {
 }
 
 /// Who is at the other end, for the log.
-pub(super) fn peer(stream: &UnixStream) -> String {
+pub(super) fn describe_peer(stream: &UnixStream) -> String {
     match sockopt::socket_peercred(stream) {
         Ok(who) => format!("process {} of user {}", who.pid.as_raw_nonzero(), who.uid.as_raw()),
         Err(_) => "an unknown process".into(),
@@ -115,15 +115,15 @@ mod tests {
     fn sockets_handed_over_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let listening = Socket::adopt(UnixListener::bind(&path).unwrap().into()).unwrap();
+        let listening = Socket::from_fd(UnixListener::bind(&path).unwrap().into()).unwrap();
         assert!(matches!(listening, Socket::Listening(_)));
         assert_eq!(listening.path(), Some(path.clone()));
         drop(listening);
         assert!(path.exists(), "not ours to remove");
         let (near, _far) = UnixStream::pair().unwrap();
-        assert!(matches!(Socket::adopt(near.into()).unwrap(), Socket::Connected(_)));
-        assert!(Socket::adopt(fs::File::open("/dev/null").unwrap().into()).is_err());
+        assert!(matches!(Socket::from_fd(near.into()).unwrap(), Socket::Connected(_)));
+        assert!(Socket::from_fd(fs::File::open("/dev/null").unwrap().into()).is_err());
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        assert_eq!(Socket::adopt(tcp.into()).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(Socket::from_fd(tcp.into()).unwrap_err().kind(), ErrorKind::Refused);
     }
 }

@@ -366,7 +366,7 @@ fn descriptors_are_counted_right() {
         assert_eq!(guest.write(queue, 0, &[1; 512]), 0);
     }
     let used = fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count();
-    let counted = usize::try_from(diffdisk::vhost::descriptors(32, 1)).unwrap() + 32;
+    let counted = usize::try_from(diffdisk::vhost::fds_of_disk(32, 1)).unwrap() + 32;
     assert!(used <= counted && counted < used * 2, "{used} are used, {counted} are asked for");
     assert_eq!(end(daemon, Signal::TERM), Some(0));
 }

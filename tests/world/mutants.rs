@@ -25,17 +25,17 @@ fn first_seed(mutant: Mutant) -> u64 {
 /// The first line of what finds a mistake, with the seed.
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout], care: Care) -> Option<String> {
     let mut judge = Judge::default();
-    mutant::make(Some(mutant));
+    mutant::enable(Some(mutant));
     let found = (first_seed(mutant)..).take(RUNS).find_map(|seed| {
         let run = catch_unwind(AssertUnwindSafe(|| random::run(layouts, seed, care, &mut judge)));
         judge.forget();
         let why = run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()?;
-        mutant::make(None);
+        mutant::enable(None);
         let sound = random::run(layouts, seed, care, &mut judge);
         assert!(sound.is_ok(), "seed {seed} finds what is wrong without {mutant:?}, too: {sound:?}");
         let layout = why.lines().find(|line| line.contains("layout:")).unwrap_or_default().trim();
         Some(format!("seed {seed}, {} states: {} ({layout})", judge.states, why.lines().next().unwrap_or_default()))
     });
-    mutant::make(None);
+    mutant::enable(None);
     found
 }

@@ -497,14 +497,14 @@ pub(crate) fn all(layout: &Layout, every: usize) -> Outcomes {
 
 /// The mistakes that these scenes must find; the random runs do not look for them.
 pub(crate) const MUTANTS: [Mutant; 18] = [
-    Mutant::RetireFirst,
+    Mutant::RemoveJournalFirst,
     Mutant::LateStamp,
     Mutant::TrimFirst,
     Mutant::SplitPair,
     Mutant::StampLeftBehind,
     Mutant::UndoCutsStamp,
     Mutant::ScrubStamp,
-    Mutant::FreshSession,
+    Mutant::NewSessionOnTakeover,
     Mutant::NoTakeoverGeneration,
     Mutant::NoCommitGeneration,
     Mutant::NoMarkGeneration,
@@ -512,7 +512,7 @@ pub(crate) const MUTANTS: [Mutant; 18] = [
     Mutant::SlotsNotEnded,
     Mutant::NoJournalLock,
     Mutant::StaleJournalRemoved,
-    Mutant::ParentNotAsked,
+    Mutant::IgnoreParentStamp,
     Mutant::ToolIgnoresStamp,
     Mutant::SlotReplacesBits,
 ];
@@ -520,11 +520,11 @@ pub(crate) const MUTANTS: [Mutant; 18] = [
 /// What finds a mistake.
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout]) -> Option<String> {
     let found = layouts.iter().find_map(|layout| {
-        mutant::make(Some(mutant));
+        mutant::enable(Some(mutant));
         let run = catch_unwind(AssertUnwindSafe(|| all(layout, 1)));
-        mutant::make(None);
+        mutant::enable(None);
         run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()
     });
-    mutant::make(None);
+    mutant::enable(None);
     found
 }

@@ -16,10 +16,10 @@ use super::resume::{is_same, present_at};
 use super::survey::link;
 use crate::chain::{Chain, Copied, ExistingRecord, MergedLayer, MergeRecord, Policy, FileStamp, OpenMode, mark_receiver, receiver_mark};
 use crate::chain::{relative_path, unmark_receiver};
-use crate::error::{Error, ErrorKind, Result, found};
+use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::{ImageIdentity, Image, SavedMtime, open_reconciled, file_name, folder_of, reparent};
 use crate::ops::kin;
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, File, Folder, Lock};
 
 /// What became of a merge that was given up.
@@ -88,7 +88,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
 
 /// The receiver, locked so that no merge of it runs; `None` if it is gone, or another image has its name.
 fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
-    let Some(file) = found(env.open(path, Access::Write))? else { return Ok(None) };
+    let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
     let is_it = ImageIdentity::peek(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
     Ok(is_it.then_some(file))
@@ -97,7 +97,7 @@ fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<F
 /// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
 fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge folds an image");
-    let Some(file) = found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
+    let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
     file.lock(Lock::Exclusive)?;
     SavedMtime::preserve(&file, || {
         let (image, ancestor) = (open_reconciled(&file)?, Image::open(ancestor.clone())?);
@@ -112,16 +112,16 @@ fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Re
 
 fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     unmark_receiver(ancestor)?;
-    point::reached("abandon.unmarked");
+    failpoint::reached("abandon.unmarked");
     record.remove(&home(env, record)?)?;
-    point::reached("abandon.record-removed");
+    failpoint::reached("abandon.record-removed");
     Ok(())
 }
 
 fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Result<()> {
     match mark_receiver(ancestor, record.layers[0].uuid, &record.child()) {
         Err(e) => log::warn!("{}; only the record beside CHILD shows that it is not whole", e.line()),
-        Ok(()) => point::reached("abandon.marked"),
+        Ok(()) => failpoint::reached("abandon.marked"),
     }
     keep(env, record)
 }
@@ -130,7 +130,7 @@ fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Resul
 fn keep(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
     record.save(&home(env, &record)?)?;
-    point::reached("abandon.recorded");
+    failpoint::reached("abandon.recorded");
     Ok(())
 }
 

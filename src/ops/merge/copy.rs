@@ -9,7 +9,7 @@ use crate::format::DiskType;
 use crate::image::{Image, next_data};
 use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled};
 use crate::ops::writer::Writer;
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
@@ -86,8 +86,8 @@ impl Layers {
                 if seen.is_empty() || seen.start >= at + bytes {
                     continue; // holes are zeros
                 }
-                let range = theirs.range_of(block).clip(disk);
-                for (block, _) in block_size.parts(range) {
+                let range = theirs.sectors_of(block).clip(disk);
+                for (block, _) in block_size.split_at_blocks(range) {
                     wanted[block as usize] |= table.place(block).is_none();
                 }
             }
@@ -133,7 +133,7 @@ impl Run<'_, '_, '_> {
             let piece = rest.first(WINDOW - rest.start() % WINDOW);
             rest = rest.skip(piece.count());
             self.writer.zero(piece)?;
-            point::reached("merge.zeroed");
+            failpoint::reached("merge.zeroed");
             (self.step)(self.writer, piece.end())?;
         }
         Ok(())
@@ -152,7 +152,7 @@ impl Run<'_, '_, '_> {
             }
             let piece = rest.first(CHUNK_SECTORS - rest.start() % CHUNK_SECTORS);
             self.piece(file, piece, offset)?;
-            point::reached("merge.put");
+            failpoint::reached("merge.put");
             (self.step)(self.writer, piece.end())?;
             (rest, offset) = (rest.skip(piece.count()), offset + piece.bytes());
         }

@@ -60,7 +60,7 @@ use crate::chain::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ImageIdentity, Image, Durability, SavedMtime, file_name, folder_of, is_reparent_finished, refuse_if_live, reparent};
-use crate::point;
+use crate::failpoint;
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
@@ -194,7 +194,7 @@ impl<'a> Merge<'a> {
         };
         let ancestor = self.is_ancestor(Image::open(file)?)?;
         unmark_receiver(ancestor.file())?;
-        point::reached("merge.receiver-unmarked");
+        failpoint::reached("merge.receiver-unmarked");
         let relinked = self.relink(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
         let removed = self.remove()?;
         self.record.remove(&self.home)?;
@@ -235,7 +235,7 @@ impl<'a> Merge<'a> {
         let blocks = survey.layers.new_blocks(image)?;
         let has_room = survey.layers.check_room(blocks, image);
         let begun = has_room.and_then(|()| writer.make_room(blocks)).and_then(|()| {
-            point::reached("merge.room-made");
+            failpoint::reached("merge.room-made");
             writer.top().image.restore_mtime()?;
             self.record.ancestor_stamp = FileStamp::of(&file)?;
             self.record.save(&self.home)
@@ -244,7 +244,7 @@ impl<'a> Merge<'a> {
             return writer.end(Err(e));
         }
         self.begun = true;
-        point::reached("merge.begun");
+        failpoint::reached("merge.begun");
         if let Err(e) = self.mark(&file) {
             return writer.end(Err(e));
         }
@@ -255,22 +255,22 @@ impl<'a> Merge<'a> {
             done = sector;
             if writer.uncommitted() >= every {
                 writer.commit()?;
-                point::reached("merge.committed");
+                failpoint::reached("merge.committed");
                 self.note(sector, &file)?;
-                point::reached("merge.noted");
+                failpoint::reached("merge.noted");
             }
             progress(sector * SECTOR)
         });
         match copied {
             Ok(copied) => {
                 writer.commit()?;
-                point::reached("merge.copied");
+                failpoint::reached("merge.copied");
                 writer.close()?;
-                point::reached("merge.closed");
+                failpoint::reached("merge.closed");
                 self.record.copied = Copied::All;
                 self.record.ancestor_stamp = FileStamp::after_sync(&file)?;
                 self.record.save(&self.home)?;
-                point::reached("merge.marked");
+                failpoint::reached("merge.marked");
                 Ok((copied, file))
             }
             Err(e) => {
@@ -292,12 +292,12 @@ impl<'a> Merge<'a> {
                 Ok(()) => {}
             }
         }
-        point::reached("merge.receiver-marked");
+        failpoint::reached("merge.receiver-marked");
         if self.record.copied == Copied::Nothing {
             self.record.copied = Copied::Before(0);
             self.record.save(&self.home)?;
         }
-        point::reached("merge.copying");
+        failpoint::reached("merge.copying");
         Ok(())
     }
 
@@ -340,10 +340,10 @@ impl<'a> Merge<'a> {
             record_child(self.env, ancestor, &child.path);
             let link = link(self.env, &image, ancestor)?;
             SavedMtime::preserve(&file, || reparent(self.env, &file, Some(&link)))?;
-            point::reached("merge.child-relinked");
+            failpoint::reached("merge.child-relinked");
             relinked.push(child.path);
         }
-        point::reached("merge.relinked");
+        failpoint::reached("merge.relinked");
         Ok(relinked)
     }
 
@@ -372,10 +372,10 @@ impl<'a> Merge<'a> {
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             folder.remove(name)?;
-            point::reached("merge.layer-removed");
+            failpoint::reached("merge.layer-removed");
             // Before its parent goes, lest it come back without one.
             folder.sync()?;
-            point::reached("merge.layer-gone");
+            failpoint::reached("merge.layer-gone");
             removed.push(path);
         }
         Ok(removed)

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::survey::Survey;
 use crate::chain::{Copied, ExistingRecord, MergedLayer, MergeRecord, FileStamp, receiver_mark};
-use crate::error::{Error, ErrorKind, Result, found};
+use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
@@ -15,7 +15,7 @@ use crate::storage::{Access, Env};
 /// # Errors
 /// `Io`; `Refused` for what is no regular file.
 pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
-    let Some(file) = found(env.open(path, Access::Read))? else { return Ok(None) };
+    let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
     Ok(ImageIdentity::peek(&file)?.map(|glance| glance.uuid))
 }
 

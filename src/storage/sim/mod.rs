@@ -190,7 +190,7 @@ impl SimHost {
             Random::new(salt ^ place.wrapping_mul(0xD6E8_FEB8_6659_FD93)).chance(yes, 8)
         };
         let heir = self.crash_with(&fate);
-        if mutant::is(Mutant::OldJournal) {
+        if mutant::enabled(Mutant::IgnoreBootId) {
             heir.0.lock().shm = self.0.lock().shm_copy();
         }
         self.halt();

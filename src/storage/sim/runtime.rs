@@ -74,7 +74,7 @@ impl SimRuntimeFolder {
         if found.len() != words {
             return Err(Error::new(ErrorKind::Refused, "it has another size").at_path(&name));
         }
-        if !world.shm_locks.insert(name.clone()) && !mutant::is(Mutant::NoJournalLock) {
+        if !world.shm_locks.insert(name.clone()) && !mutant::enabled(Mutant::NoJournalLock) {
             return Err(Error::new(ErrorKind::Busy, "another simulated process has it open").at_path(&name));
         }
         Ok(Shm::sim(SimShm { words: found, shared: self.shared.clone(), name }))

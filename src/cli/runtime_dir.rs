@@ -17,7 +17,7 @@ const TMPFS: i64 = 0x0102_1994;
 ///
 /// # Errors
 /// The explicit folder exists and cannot be used.
-pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
+pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else {
         return Ok(candidates().iter().filter_map(|folder| Host.runtime_folder(folder).ok()).collect());
     };
@@ -37,8 +37,8 @@ pub(super) fn folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
 /// # Errors
 /// If an explicit folder cannot be made, cannot be written to, is another user's or open to other users.
 pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<RuntimeFolder>> {
-    let Some(folder) = explicit else { return Ok(choose(&candidates(), bytes)) };
-    match made(folder) {
+    let Some(folder) = explicit else { return Ok(choose_folder(&candidates(), bytes)) };
+    match create_and_open(folder) {
         Ok(folder) => Ok(vec![folder]),
         Err(e) if e.kind() == ErrorKind::Unsupported => {
             log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
@@ -48,14 +48,14 @@ pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<Runtime
     }
 }
 
-fn choose(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
+fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
     let (mut reasons, mut chosen, mut passed) = (Vec::new(), None, Vec::new());
     for folder in candidates {
-        let opened = if chosen.is_none() { made(folder) } else { Host.runtime_folder(folder) };
+        let opened = if chosen.is_none() { create_and_open(folder) } else { Host.runtime_folder(folder) };
         match opened {
             Ok(runtime) if chosen.is_some() => passed.push(runtime),
-            Ok(runtime) if free(folder) < bytes => {
-                reasons.push(format!("{}: {bytes} bytes are needed and {} are free", folder.display(), free(folder)));
+            Ok(runtime) if free_bytes(folder) < bytes => {
+                reasons.push(format!("{}: {bytes} bytes are needed and {} are free", folder.display(), free_bytes(folder)));
                 // A predecessor may have used it.
                 passed.push(runtime);
             }
@@ -81,15 +81,15 @@ fn candidates() -> Vec<PathBuf> {
         if uid.is_root() { Some(PathBuf::from("/run")) } else { std::env::var_os("XDG_RUNTIME_DIR").map(Into::into) };
     let shared = ("/dev/shm".into(), format!("diffdisk-{}", uid.as_raw()));
     let all = own.map(|folder| (folder, "diffdisk".to_owned())).into_iter().chain([shared]);
-    all.filter(|(folder, _)| in_memory(folder)).map(|(folder, name)| folder.join(name)).collect()
+    all.filter(|(folder, _)| is_on_tmpfs(folder)).map(|(folder, name)| folder.join(name)).collect()
 }
 
-fn in_memory(folder: &Path) -> bool {
+fn is_on_tmpfs(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
 /// Bytes that are free on the file system of a folder. A tmpfs without a limit has no blocks at all.
-fn free(folder: &Path) -> u64 {
+fn free_bytes(folder: &Path) -> u64 {
     match rustix::fs::statvfs(folder) {
         Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),
         _ => u64::MAX,
@@ -100,7 +100,7 @@ fn free(folder: &Path) -> u64 {
 ///
 /// # Errors
 /// `Io`; as [`Env::runtime`].
-fn made(folder: &Path) -> Result<RuntimeFolder> {
+fn create_and_open(folder: &Path) -> Result<RuntimeFolder> {
     let failed = |e| Error::io("cannot make the runtime folder", e).at_path(folder);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     Host.runtime_folder(folder)
@@ -120,15 +120,15 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("file"), "").unwrap();
         let all = [path("file"), path("a"), path("b")];
-        assert_eq!(paths(&choose(&all, 1)), [path("a")]);
+        assert_eq!(paths(&choose_folder(&all, 1)), [path("a")]);
         assert!(!path("b").exists(), "what is not needed is not made");
         std::fs::create_dir(path("b")).unwrap();
-        assert_eq!(paths(&choose(&all, 1)), [path("a"), path("b")], "a predecessor may have used it");
-        assert_eq!(paths(&choose(&all, u64::MAX - 1)), [path("a"), path("b")], "journals that exist need no room");
-        assert!(choose(&all[..1], 1).is_empty());
+        assert_eq!(paths(&choose_folder(&all, 1)), [path("a"), path("b")], "a predecessor may have used it");
+        assert_eq!(paths(&choose_folder(&all, u64::MAX - 1)), [path("a"), path("b")], "journals that exist need no room");
+        assert!(choose_folder(&all[..1], 1).is_empty());
         assert!(prepare(Some(&path("file")), 1).is_err());
         assert_eq!(paths(&prepare(Some(&path("c")), u64::MAX).unwrap()), [path("c")]);
-        assert!(folders(Some(&path("none"))).unwrap().is_empty() && folders(Some(&path("file"))).is_err());
+        assert!(existing_folders(Some(&path("none"))).unwrap().is_empty() && existing_folders(Some(&path("file"))).is_err());
     }
 
     #[test]
@@ -140,8 +140,8 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         std::fs::create_dir(path("a")).unwrap();
         std::os::unix::fs::chown(path("a"), Some(1234), None).unwrap();
-        assert_eq!(paths(&choose(&[path("a"), path("b")], 1)), [path("b")]);
+        assert_eq!(paths(&choose_folder(&[path("a"), path("b")], 1)), [path("b")]);
         assert_eq!(prepare(Some(&path("a")), 1).unwrap_err().kind(), ErrorKind::Refused);
-        assert_eq!(folders(Some(&path("a"))).unwrap_err().kind(), ErrorKind::Refused);
+        assert_eq!(existing_folders(Some(&path("a"))).unwrap_err().kind(), ErrorKind::Refused);
     }
 }

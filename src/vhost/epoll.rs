@@ -6,9 +6,9 @@ use std::time::Duration;
 
 /// What a descriptor stands for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Source {
+pub(super) enum WakeSource {
     /// The daemon's own threads and the kernel.
-    Inside,
+    Internal,
     /// The guest's kick.
     Kick,
 }
@@ -22,7 +22,7 @@ impl Epoll {
     }
 
     /// Waits for `fd`, too. Descriptors that are closed leave by themselves.
-    pub(super) fn add(&self, fd: BorrowedFd<'_>, source: Source) -> io::Result<()> {
+    pub(super) fn add(&self, fd: BorrowedFd<'_>, source: WakeSource) -> io::Result<()> {
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
         epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
@@ -38,7 +38,7 @@ impl Epoll {
         let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
         match epoll::wait(self.0, at_most, &mut events) {
-            Ok(count) => events[..count].iter().any(|event| event.data == Source::Kick as u64),
+            Ok(count) => events[..count].iter().any(|event| event.data == WakeSource::Kick as u64),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
             Err(e) => panic!("a queue's own epoll instance fails: {e}"),
         }
@@ -64,7 +64,7 @@ mod tests {
         let bell = Notifier::new().unwrap();
         let epoll = Epoll::new().unwrap();
         bell.notify();
-        epoll.add(bell.as_fd(), Source::Kick).unwrap();
+        epoll.add(bell.as_fd(), WakeSource::Kick).unwrap();
         let happened = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()

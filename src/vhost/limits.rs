@@ -10,6 +10,6 @@ const PER_DISK: u64 = 48;
 const PER_FILE: u64 = 2;
 
 /// File descriptors that a disk of so many queues and files takes at most.
-pub fn descriptors(queues: u16, files: usize) -> u64 {
+pub fn fds_of_disk(queues: u16, files: usize) -> u64 {
     u64::from(queues) * PER_QUEUE + PER_DISK + files as u64 * PER_FILE
 }

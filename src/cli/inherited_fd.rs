@@ -8,29 +8,29 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 /// The first number that is looked at without /proc, and the last: LISTEN_FDS has at most 4096.
-const PROBED: std::ops::RangeInclusive<RawFd> = libc::STDERR_FILENO + 1..=8191;
+const PROBED_FDS: std::ops::RangeInclusive<RawFd> = libc::STDERR_FILENO + 1..=8191;
 
 /// The descriptors that this process inherited and that nothing in it owns yet.
 #[derive(Debug)]
-pub struct Inherited(BTreeSet<RawFd>);
+pub struct InheritedFds(BTreeSet<RawFd>);
 
-impl Inherited {
+impl InheritedFds {
     /// All descriptors that are open now, but the standard streams.
     ///
     /// # Safety
     /// Nothing in this process owns any of them: it has opened none so far, and this is called once.
-    pub unsafe fn new() -> Inherited {
+    pub unsafe fn new() -> InheritedFds {
         let numbers = match std::fs::read_dir("/proc/self/fd") {
             Ok(entries) => entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<_>>(),
-            Err(_) => PROBED.collect(),
+            Err(_) => PROBED_FDS.collect(),
         };
         // The listing has a descriptor of its own, which is closed by now.
-        Inherited(numbers.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && is_open(*fd)).collect())
+        InheritedFds(numbers.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && is_open(*fd)).collect())
     }
 
     /// No descriptors.
-    pub fn none() -> Inherited {
-        Inherited(BTreeSet::new())
+    pub fn empty() -> InheritedFds {
+        InheritedFds(BTreeSet::new())
     }
 
     /// Gives the descriptor of this number away.
@@ -66,13 +66,13 @@ mod tests {
     fn a_number_has_one_owner() {
         let number = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
         // Only what the test itself has given up.
-        let mut inherited = Inherited(BTreeSet::from([number]));
+        let mut inherited = InheritedFds(BTreeSet::from([number]));
         for other in [0, 2, -1, 1 << 20] {
             assert!(inherited.take(other).is_err(), "{other}");
         }
         let first = inherited.take(number).unwrap();
         assert!(inherited.take(number).is_err());
-        assert!(Inherited::none().take(number).is_err());
+        assert!(InheritedFds::empty().take(number).is_err());
         drop(first);
     }
 }

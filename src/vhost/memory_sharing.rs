@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// From a kick to the warning; several ticks of the workers, each of which may prove that memory is shared.
-const PATIENCE: Duration = Duration::from_secs(3);
+const WARN_AFTER: Duration = Duration::from_secs(3);
 
 /// What to do about it.
 pub(super) const SHARE: &str = "Share it: QEMU takes share=on for the memory backend, cloud-hypervisor shared=on for --memory, \
@@ -18,18 +18,18 @@ pub(super) const SHARE: &str = "Share it: QEMU takes share=on for the memory bac
 
 /// What the rings of one connection have found out. Cloning shares it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Sharing(Arc<Findings>);
+pub(super) struct SharingCheck(Arc<SharingState>);
 
 #[derive(Debug, Default)]
-struct Findings {
+struct SharingState {
     /// A ring was not blank, so the guest's stores arrive; or the warning was given.
     settled: AtomicBool,
 }
 
-impl Sharing {
+impl SharingCheck {
     /// Takes note of a ring at `now`: the time of its first kick, and whether it is blank. Returns true once per connection,
     /// if the guest's memory seems not to be shared.
-    pub(super) fn is_missing(&self, kicked: Option<Instant>, now: Instant, is_blank: impl FnOnce() -> bool) -> bool {
+    pub(super) fn should_warn(&self, kicked: Option<Instant>, now: Instant, is_blank: impl FnOnce() -> bool) -> bool {
         if self.0.settled.load(Ordering::Relaxed) {
             return false;
         }
@@ -37,7 +37,7 @@ impl Sharing {
             self.0.settled.store(true, Ordering::Relaxed);
             return false;
         }
-        let overdue = kicked.is_some_and(|kicked| now.saturating_duration_since(kicked) >= PATIENCE);
+        let overdue = kicked.is_some_and(|kicked| now.saturating_duration_since(kicked) >= WARN_AFTER);
         overdue && !self.0.settled.swap(true, Ordering::Relaxed)
     }
 }
@@ -48,18 +48,18 @@ mod tests {
 
     #[test]
     fn blank_rings_are_missing_some_time_after_a_kick() {
-        let (sharing, start) = (Sharing::default(), Instant::now());
+        let (sharing, start) = (SharingCheck::default(), Instant::now());
         let later = |seconds| start + Duration::from_secs(seconds);
-        assert!(!sharing.is_missing(None, later(100), || true), "a guest that does not kick yet");
-        assert!(!sharing.is_missing(Some(later(100)), later(102), || true));
-        assert!(sharing.is_missing(Some(later(100)), later(103), || true));
-        assert!(!sharing.clone().is_missing(Some(later(100)), later(104), || true), "one warning for all rings");
+        assert!(!sharing.should_warn(None, later(100), || true), "a guest that does not kick yet");
+        assert!(!sharing.should_warn(Some(later(100)), later(102), || true));
+        assert!(sharing.should_warn(Some(later(100)), later(103), || true));
+        assert!(!sharing.clone().should_warn(Some(later(100)), later(104), || true), "one warning for all rings");
     }
 
     #[test]
     fn one_ring_with_requests_proves_that_memory_is_shared() {
-        let (sharing, start) = (Sharing::default(), Instant::now());
-        assert!(!sharing.clone().is_missing(None, start, || false));
-        assert!(!sharing.is_missing(Some(start), start + PATIENCE * 2, || true), "an idle ring that was kicked");
+        let (sharing, start) = (SharingCheck::default(), Instant::now());
+        assert!(!sharing.clone().should_warn(None, start, || false));
+        assert!(!sharing.should_warn(Some(start), start + WARN_AFTER * 2, || true), "an idle ring that was kicked");
     }
 }

@@ -8,37 +8,37 @@
 use std::time::{Duration, Instant};
 
 /// Shorter waits catch nothing.
-const LEAST: Duration = Duration::from_micros(4);
+const MIN_WINDOW: Duration = Duration::from_micros(4);
 
 /// The wait of one queue.
 #[derive(Debug)]
-pub(super) struct Patience {
-    most: Duration,
-    now: Duration,
+pub(super) struct AdaptivePoll {
+    max_window: Duration,
+    window: Duration,
     /// Since when there is nothing to do.
-    idle: Option<Instant>,
+    idle_since: Option<Instant>,
 }
 
-impl Patience {
+impl AdaptivePoll {
     /// At most so long; zero: never.
-    pub(super) fn new(most: Duration) -> Patience {
-        Patience { most, now: most, idle: None }
+    pub(super) fn new(most: Duration) -> AdaptivePoll {
+        AdaptivePoll { max_window: most, window: most, idle_since: None }
     }
 
     /// There was work at `now`.
-    pub(super) fn busy(&mut self, now: Instant) {
-        let Some(since) = self.idle.take() else { return };
+    pub(super) fn record_work(&mut self, now: Instant) {
+        let Some(since) = self.idle_since.take() else { return };
         let gap = now.saturating_duration_since(since);
-        self.now = if gap > self.most { self.now / 2 } else { self.now.max(gap * 2).max(LEAST).min(self.most) };
-        if self.now < LEAST {
-            self.now = Duration::ZERO;
+        self.window = if gap > self.max_window { self.window / 2 } else { self.window.max(gap * 2).max(MIN_WINDOW).min(self.max_window) };
+        if self.window < MIN_WINDOW {
+            self.window = Duration::ZERO;
         }
     }
 
     /// There is nothing to do at `now`: whether to look once more rather than to sleep.
-    pub(super) fn waits(&mut self, now: Instant) -> bool {
-        let since = *self.idle.get_or_insert(now);
-        now.saturating_duration_since(since) < self.now
+    pub(super) fn should_poll(&mut self, now: Instant) -> bool {
+        let since = *self.idle_since.get_or_insert(now);
+        now.saturating_duration_since(since) < self.window
     }
 }
 
@@ -49,29 +49,29 @@ mod tests {
     const US: Duration = Duration::from_micros(1);
 
     /// Whether it still looks at each of these times after work, and then work comes.
-    fn looks(patience: &mut Patience, start: &mut Instant, gap: u32) -> bool {
+    fn looks(patience: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
         let mut looked = true;
         for us in 0..=gap {
-            looked = patience.waits(*start + US * us);
+            looked = patience.should_poll(*start + US * us);
         }
         *start += US * gap;
-        patience.busy(*start);
+        patience.record_work(*start);
         looked
     }
 
     #[test]
     fn a_slow_queue_sleeps_and_a_fast_one_is_looked_at() {
-        let (mut patience, mut now) = (Patience::new(US * 50), Instant::now());
+        let (mut patience, mut now) = (AdaptivePoll::new(US * 50), Instant::now());
         assert!(looks(&mut patience, &mut now, 20), "it begins with hope");
         assert!(!looks(&mut patience, &mut now, 60));
         let mut sleeps = 0;
-        while patience.waits(now) {
+        while patience.should_poll(now) {
             looks(&mut patience, &mut now, 200);
             sleeps += 1;
             assert!(sleeps < 10, "a queue with gaps of 200 us is not worth looking at");
         }
         looks(&mut patience, &mut now, 20);
         assert!(looks(&mut patience, &mut now, 20), "gaps of 20 us are, after the first");
-        assert!(!looks(&mut Patience::new(Duration::ZERO), &mut now, 1));
+        assert!(!looks(&mut AdaptivePoll::new(Duration::ZERO), &mut now, 1));
     }
 }
