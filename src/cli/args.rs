@@ -7,7 +7,7 @@ use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use super::size::{parse, parse_alignment, parse_block_size};
 use super::system_config::SystemConfig;
 use crate::image::FooterChoice;
-use crate::ops::Format;
+use crate::ops::SourceFormat;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
 
@@ -325,11 +325,11 @@ pub(super) enum SourceFormatArg {
     Vhd,
 }
 
-impl From<SourceFormatArg> for Format {
-    fn from(source: SourceFormatArg) -> Format {
+impl From<SourceFormatArg> for SourceFormat {
+    fn from(source: SourceFormatArg) -> SourceFormat {
         match source {
-            SourceFormatArg::Raw => Format::Raw,
-            SourceFormatArg::Vhd => Format::Vhd,
+            SourceFormatArg::Raw => SourceFormat::Raw,
+            SourceFormatArg::Vhd => SourceFormat::Vhd,
         }
     }
 }

@@ -16,9 +16,9 @@ use super::size::human_size;
 use crate::chain::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ImageFormat;
-use crate::ops::convert::{Conversion, To};
+use crate::ops::convert::{Conversion, TargetFormat};
 use crate::ops::merge::Abandoned;
-use crate::ops::{self, Disk, Format};
+use crate::ops::{self, SourceDisk, SourceFormat};
 use crate::storage::host::Host;
 use crate::units::BlockSize;
 
@@ -65,7 +65,7 @@ fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(
 fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
     let said = match &args.parent {
         Some(parent) => {
-            let child = ops::create::Child {
+            let child = ops::create::ChildSpec {
                 parent: parent.clone(),
                 size: args.size,
                 block_size: args.block_size,
@@ -74,8 +74,8 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
                 preallocate: args.preallocate,
             };
             let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
-            if !made.outside.is_empty() {
-                let options = made.outside.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
+            if !made.folders_not_allowed.is_empty() {
+                let options = made.folders_not_allowed.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
                 let (path, options) = (args.path.display(), options.collect::<String>());
                 log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
@@ -86,7 +86,7 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
             let fixed = args.kind == RootKind::Fixed;
             let reserve = args.reserve_size.unwrap_or(0);
             let block_size = args.block_size.unwrap_or(BlockSize::DEFAULT);
-            let root = ops::create::Root { fixed, size, block_size, reserve, preallocate: args.preallocate };
+            let root = ops::create::RootSpec { fixed, size, block_size, reserve, preallocate: args.preallocate };
             ops::create::root(&Host, &args.path, &root)?;
             let kind = if fixed { "fixed".to_owned() } else { format!("dynamic, blocks of {block_size}") };
             format!("{kind}, {}", human_size(size))
@@ -105,8 +105,8 @@ fn info(args: &InfoArgs, common: &CommonArgs) -> Result<Exit> {
         log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
     }
     print_to_stdout(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
-    if let Some(short) = info.short_of_room() {
-        let (left, more) = (human_size(short.available), human_size(short.wanted));
+    if let Some(short) = info.space_shortage() {
+        let (left, more) = (human_size(short.available), human_size(short.needed));
         log::warn!(
             "{}: its file system has {left} left, and the disk may take up to {more} more; \
              writes wait or fail when the file system is full",
@@ -123,7 +123,7 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
         ops::check::undo(&Host, &args.path, undo, &runtime)?;
         return print_outcome(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
     }
-    let work = ProgressDisplay::new(ops::check::bytes(&Host, &args.path, policy.as_ref()), common.quiet)?;
+    let work = ProgressDisplay::new(ops::check::bytes_to_check(&Host, &args.path, policy.as_ref()), common.quiet)?;
     let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.report(bytes));
     let report = match args.repair {
         true => ops::check::repair(&Host, &args.path, parents, runtime, args.take.map(Into::into), progress)?,
@@ -190,11 +190,11 @@ fn print_list(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -
     }
 }
 
-fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<Disk> {
-    let format = Format::from(from);
-    let disk = Disk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
+fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<SourceDisk> {
+    let format = SourceFormat::from(from);
+    let disk = SourceDisk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
-        ErrorKind::Invalid if format == Format::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
+        ErrorKind::Invalid if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
             Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
         }
         _ => e,
@@ -233,12 +233,12 @@ fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
         log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
     }
     if args.force {
-        ops::convert::check_replaced(&Host, &args.destination, &policy(common)?.runtime)?;
+        ops::convert::check_replaceable(&Host, &args.destination, &policy(common)?.runtime)?;
     }
     let to = match args.to {
-        TargetFormatArg::Raw => To::Raw,
-        TargetFormatArg::Fixed => To::Fixed,
-        TargetFormatArg::Dynamic => To::Dynamic(args.block_size),
+        TargetFormatArg::Raw => TargetFormat::Raw,
+        TargetFormatArg::Fixed => TargetFormat::Fixed,
+        TargetFormatArg::Dynamic => TargetFormat::Dynamic(args.block_size),
     };
     let uuid = if args.keep_uuid { disk.uuid() } else { None };
     let how = Conversion { to, align: args.align, replace: args.force, uuid };
@@ -255,7 +255,7 @@ fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
 }
 
 /// Opens what is left of a disk, and lists what is given up.
-fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<Disk> {
+fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<SourceDisk> {
     if args.from == SourceFormatArg::Raw {
         return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
     }
@@ -304,7 +304,7 @@ fn merge(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
         return abandon(args, common);
     }
     let (into, changed) = (args.into.as_deref(), args.changed_parent);
-    let merge = ops::merge::Merge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
+    let merge = ops::merge::PreparedMerge::prepare(&Host, &args.child, into, changed, &policy(common)?)?;
     let work = ProgressDisplay::new(merge.bytes(), common.quiet)?;
     let merged = merge.run(&mut |bytes| work.report(bytes))?;
     drop(work);
@@ -373,7 +373,7 @@ fn compact(args: &CompactArgs, common: &CommonArgs) -> Result<Exit> {
     let work = ProgressDisplay::new(ops::info::info(&Host, &args.path, None)?.file_size, common.quiet)?;
     let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.report(bytes))?;
     drop(work);
-    let (given, blocks) = (human_size(done.given_back), done.blocks);
+    let (given, blocks) = (human_size(done.freed_bytes), done.freed_blocks);
     print_outcome(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
 }
 

@@ -36,7 +36,7 @@ fn bytes(n: u64) -> String {
 }
 
 /// `info` for people.
-pub(super) fn info(out: &mut dyn Write, info: &info::Info) -> Result<()> {
+pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
     let mut field = |name: &str, text: &str| writeln!(out, "{:<15} {}", format!("{name}:"), escape_controls(text));
     field("path", &info.path)?;
     field("format", info.format)?;
@@ -90,8 +90,8 @@ fn in_use(user: &info::InUse) -> String {
 }
 
 /// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
-fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
-    let name = |(depth, layer): (usize, &info::Info)| {
+fn tree(out: &mut dyn Write, chain: &[info::ImageInfo]) -> Result<()> {
+    let name = |(depth, layer): (usize, &info::ImageInfo)| {
         let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
         format!("{branch}{}", escape_controls(&layer.path))
     };
@@ -109,12 +109,12 @@ fn tree(out: &mut dyn Write, chain: &[info::Info]) -> Result<()> {
 }
 
 /// `children` for people: one a line.
-pub(super) fn children(out: &mut dyn Write, children: &[children::ChildFound]) -> Result<()> {
+pub(super) fn children(out: &mut dyn Write, children: &[children::ChildImage]) -> Result<()> {
     children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, escape_controls(&child.path)))
 }
 
 /// `check` for people: a line per defect, and how it stands.
-pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) -> Result<()> {
+pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: bool) -> Result<()> {
     for repaired in &report.repaired {
         for defect in &repaired.defects {
             writeln!(out, "repaired: {}", defect_line(defect, Some(&repaired.path)))?;
@@ -146,7 +146,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
     });
     if report.ok {
         writeln!(out, "{}{files}: no defects", escape_controls(&report.path))?;
-        if report.parents_unseen {
+        if report.parents_unchecked {
             writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
         }
         return Ok(());
@@ -155,7 +155,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::Report, quiet: bool) ->
     writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", escape_controls(&report.path))
 }
 
-fn defect_line(found: &check::Found, path: Option<&str>) -> String {
+fn defect_line(found: &check::FoundDefect, path: Option<&str>) -> String {
     let file = found.path.as_deref().or(path).map_or(String::new(), |path| format!("{}: ", escape_controls(path)));
     let place = found.offset.map_or(String::new(), |at| format!(" (at byte {at})"));
     format!("{file}{}: {}{place}", found.kind, escape_controls(&found.detail))
@@ -175,7 +175,7 @@ impl<W: Write> DiffPrinter<W> {
         DiffPrinter { out, json, quiet, runs: 0, bytes: 0 }
     }
 
-    pub(super) fn run(&mut self, run: &diff::Run) -> Result<()> {
+    pub(super) fn run(&mut self, run: &diff::ChangedRun) -> Result<()> {
         let first = self.runs == 0;
         self.runs += 1;
         self.bytes += run.length;
@@ -223,13 +223,13 @@ impl<W: Write> MapPrinter<W> {
         MapPrinter { out, json, begun: false, paths: Vec::new() }
     }
 
-    pub(super) fn run(&mut self, run: &map::Run<'_>) -> Result<()> {
+    pub(super) fn run(&mut self, run: &map::MapRun<'_>) -> Result<()> {
         let first = !std::mem::replace(&mut self.begun, true);
         if !self.json {
             if first {
                 writeln!(self.out, "{:>16} {:>16} {:>5} {:>16}  file", "start", "length", "depth", "offset")?;
             }
-            let Some(found) = &run.found else {
+            let Some(found) = &run.position else {
                 return writeln!(self.out, "{:>16} {:>16}     -                -  (zero)", run.start, run.length);
             };
             let depth = usize::from(found.depth);
@@ -241,10 +241,10 @@ impl<W: Write> MapPrinter<W> {
         let document = JsonRange {
             start: run.start,
             length: run.length,
-            depth: run.found.map(|found| found.depth),
-            file: run.found.map(|found| found.file.to_string_lossy()),
-            offset: run.found.map(|found| found.offset),
-            zero: run.found.is_none(),
+            depth: run.position.map(|found| found.depth),
+            file: run.position.map(|found| found.file.to_string_lossy()),
+            offset: run.position.map(|found| found.offset),
+            zero: run.position.is_none(),
         };
         serde_json::to_writer(&mut self.out, &document)?;
         Ok(())

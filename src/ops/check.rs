@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::mover::Progress;
+use super::source::Progress;
 use crate::chain::{self, Chain, ImageChange, CheckedFile, Policy, OpenMode, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
@@ -14,7 +14,7 @@ use crate::units::{SECTOR, SectorRange};
 
 /// What was found in one file, or in all of a chain.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct CheckReport {
     /// The file; of a chain the youngest.
     pub path: String,
     /// Whether nothing was found.
@@ -26,25 +26,25 @@ pub struct Report {
     /// Defects that are neither.
     pub cosmetic: u64,
     /// All that was found; of one kind at most a thousand in a file.
-    pub defects: Vec<Found>,
+    pub defects: Vec<FoundDefect>,
     /// What is no defect but may explain something.
-    pub notes: Vec<Found>,
+    pub notes: Vec<FoundDefect>,
     /// The ranges of the disk that are lost, ascending; of a chain those that any of its files has lost.
-    pub lost: Vec<Lost>,
+    pub lost: Vec<LostRange>,
     /// Whether it is a child whose parents were not to be looked at.
     #[serde(skip)]
-    pub parents_unseen: bool,
+    pub parents_unchecked: bool,
     /// What a repair has mended; this report tells what is left.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub repaired: Vec<Repaired>,
+    pub repaired: Vec<RepairedFile>,
     /// The same for each file, youngest first, when the chain was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub chain: Option<Vec<Report>>,
+    pub chain: Option<Vec<CheckReport>>,
 }
 
 /// A run of a disk that a file has lost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-pub struct Lost {
+pub struct LostRange {
     /// First byte of the disk.
     pub start: u64,
     /// Bytes.
@@ -53,7 +53,7 @@ pub struct Lost {
 
 /// A broken rule.
 #[derive(Clone, Debug, Serialize)]
-pub struct Found {
+pub struct FoundDefect {
     /// The file, where a chain was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
@@ -75,17 +75,17 @@ pub struct Found {
 
 /// A file that was mended.
 #[derive(Clone, Debug, Serialize)]
-pub struct Repaired {
+pub struct RepairedFile {
     /// The file.
     pub path: String,
     /// What was wrong with it and could be mended.
-    pub defects: Vec<Found>,
+    pub defects: Vec<FoundDefect>,
     /// The file that keeps what was replaced; `None` where nothing had to be.
     pub undo: Option<String>,
 }
 
 /// Bytes of the files that a check goes through, as far as that can be told before: of a broken chain the youngest.
-pub fn bytes(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
+pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
     let len = |file: &File| file.stat().map_or(0, |stat| stat.len);
     match parents.and_then(|policy| Chain::open(env, path, policy, OpenMode::Inspect).ok()) {
         Some(chain) => chain.images().iter().map(|image| len(image.file())).sum(),
@@ -105,9 +105,9 @@ pub fn check(
     parents: Option<&Policy>,
     runtime: &[RuntimeFolder],
     progress: &mut Progress<'_>,
-) -> Result<Report> {
+) -> Result<CheckReport> {
     let checked = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
-    Ok(all(&checked, parents.is_some()))
+    Ok(combined_report(&checked, parents.is_some()))
 }
 
 /// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. With `take`
@@ -125,15 +125,15 @@ pub fn repair(
     runtime: &[RuntimeFolder],
     take: Option<FooterChoice>,
     progress: &mut Progress<'_>,
-) -> Result<Report> {
+) -> Result<CheckReport> {
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     let allowed = parents.map_or(&[][..], |policy| &policy.allowed);
     let mut repaired = Vec::new();
     for checked in &before {
-        let report = report(checked, parents.is_some());
-        let taken = take.filter(|_| checked.defects.iter().any(contradicts));
-        let mended = |found: &Found| found.repairable || (taken.is_some() && found.kind == KINDS_DIFFER);
-        let defects: Vec<Found> = report.defects.into_iter().filter(mended).collect();
+        let report = file_report(checked, parents.is_some());
+        let taken = take.filter(|_| checked.defects.iter().any(is_footer_contradiction));
+        let mended = |found: &FoundDefect| found.repairable || (taken.is_some() && found.kind == KINDS_DIFFER);
+        let defects: Vec<FoundDefect> = report.defects.into_iter().filter(mended).collect();
         if defects.is_empty() {
             continue;
         }
@@ -150,9 +150,9 @@ pub fn repair(
         }
         let undo = SavedMtime::preserve(&file, || image::repair(env, &file, taken))?;
         let undo = undo.map(|path| path.display().to_string());
-        repaired.push(Repaired { path: report.path, defects, undo });
+        repaired.push(RepairedFile { path: report.path, defects, undo });
     }
-    Ok(Report { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
+    Ok(CheckReport { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
 }
 
 /// Applies the undo file at `undo`, which a repair of the image at `path` left: the image is as before that repair.
@@ -173,16 +173,16 @@ pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) 
 /// The word for footers of two kinds, which only a choice mends.
 const KINDS_DIFFER: &str = "footer-kinds-differ";
 
-fn contradicts(defect: &Defect) -> bool {
+fn is_footer_contradiction(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. })
 }
 
-fn all(checked: &[CheckedFile], chain: bool) -> Report {
-    let mut reports: Vec<Report> = checked.iter().map(|file| report(file, chain)).collect();
+fn combined_report(checked: &[CheckedFile], chain: bool) -> CheckReport {
+    let mut reports: Vec<CheckReport> = checked.iter().map(|file| file_report(file, chain)).collect();
     if !chain {
         return reports.remove(0);
     }
-    Report {
+    CheckReport {
         path: reports[0].path.clone(),
         ok: reports.iter().all(|r| r.ok),
         corruptions: reports.iter().map(|r| r.corruptions).sum(),
@@ -190,14 +190,14 @@ fn all(checked: &[CheckedFile], chain: bool) -> Report {
         cosmetic: reports.iter().map(|r| r.cosmetic).sum(),
         defects: reports.iter().flat_map(|r| r.defects.iter().cloned()).collect(),
         notes: reports.iter().flat_map(|r| r.notes.iter().cloned()).collect(),
-        lost: runs(&merge_ranges(checked.iter().flat_map(|file| file.lost.iter().copied()).collect())),
-        parents_unseen: false,
+        lost: lost_ranges(&merge_ranges(checked.iter().flat_map(|file| file.lost.iter().copied()).collect())),
+        parents_unchecked: false,
         repaired: Vec::new(),
         chain: Some(reports),
     }
 }
 
-fn report(file: &CheckedFile, named: bool) -> Report {
+fn file_report(file: &CheckedFile, named: bool) -> CheckReport {
     let path = file.path.display().to_string();
     // What ends an examination is grave, whatever it is.
     let last = file.defects.len().wrapping_sub(1);
@@ -206,7 +206,7 @@ fn report(file: &CheckedFile, named: bool) -> Report {
     // A padded file is mended although it does not open.
     let padded = file.defects.iter().any(|defect| matches!(defect, Defect::FixedPadded { .. }));
     let mendable = (file.opens || padded) && file.lost.is_empty();
-    let found = |(number, defect): (usize, &Defect)| Found {
+    let found = |(number, defect): (usize, &Defect)| FoundDefect {
         path: named.then(|| path.clone()),
         kind: defect.kind(),
         offset: defect.offset(),
@@ -223,7 +223,7 @@ fn report(file: &CheckedFile, named: bool) -> Report {
     let [corruptions, leaks, cosmetic] = file.unlisted;
     let corrupt = defects.iter().filter(|d| d.corrupt).count() as u64;
     let leak = file.defects.iter().filter(|d| d.severity() == Severity::Leak).count() as u64;
-    Report {
+    CheckReport {
         ok: defects.is_empty(),
         corruptions: corruptions + corrupt,
         leaks: leaks + leak,
@@ -231,13 +231,13 @@ fn report(file: &CheckedFile, named: bool) -> Report {
         path,
         defects,
         notes,
-        lost: runs(&file.lost),
-        parents_unseen: file.parents_skipped,
+        lost: lost_ranges(&file.lost),
+        parents_unchecked: file.parents_skipped,
         repaired: Vec::new(),
         chain: None,
     }
 }
 
-fn runs(lost: &[SectorRange]) -> Vec<Lost> {
-    lost.iter().map(|range| Lost { start: range.start() * SECTOR, length: range.bytes() }).collect()
+fn lost_ranges(lost: &[SectorRange]) -> Vec<LostRange> {
+    lost.iter().map(|range| LostRange { start: range.start() * SECTOR, length: range.bytes() }).collect()
 }

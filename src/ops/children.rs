@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::kin;
+use super::folder_scan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
 /// An image that records another one as its parent.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct ChildFound {
+pub struct ChildImage {
     /// Its absolute path.
     pub path: String,
     /// Its identity.
@@ -24,7 +24,7 @@ pub struct ChildFound {
 /// # Errors
 /// `Invalid` if the file at `path` is no image; `Io`, `NotFound` for that file and for the folders. Other files that cannot
 /// be read are skipped, with a warning.
-pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<ChildFound>> {
+pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<ChildImage>> {
     // Not the link to it: children that were made on it lie where the file itself lies.
     let path = env.canonical(path)?;
     let file = env.open(&path, Access::Read)?;
@@ -32,11 +32,11 @@ pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<C
         return Err(Error::new(ErrorKind::Invalid, "not a VHD").at_path(&path));
     };
     let id = file.stat()?.id;
-    let all = kin::folders(env, std::iter::once(Ok(file.folder())), folders)?;
-    let found = kin::readable_in_folders(env, &all)?;
-    let stands = found.iter().filter(|kin| kin.glance.parent == Some(parent.uuid) && kin.id != id);
+    let all = folder_scan::folders_to_scan(env, std::iter::once(Ok(file.folder())), folders)?;
+    let found = folder_scan::scan_readable(env, &all)?;
+    let stands = found.iter().filter(|kin| kin.identity.parent == Some(parent.uuid) && kin.id != id);
     let mut children: Vec<_> = stands
-        .map(|kin| ChildFound { path: kin.path.display().to_string(), uuid: kin.glance.uuid.to_string() })
+        .map(|kin| ChildImage { path: kin.path.display().to_string(), uuid: kin.identity.uuid.to_string() })
         .collect();
     children.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     Ok(children)

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::alone;
-use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress};
+use super::open_exclusive;
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
@@ -13,15 +13,15 @@ use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// Zeros in a row, in bytes of the file, that become a hole: less would cost more than it gives.
-const HOLE: u64 = 64 << 10;
+const MIN_HOLE_BYTES: u64 = 64 << 10;
 
 /// What came of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compacted {
     /// Blocks that were given up.
-    pub blocks: u64,
+    pub freed_blocks: u64,
     /// Bytes of room on the host that were given back.
-    pub given_back: u64,
+    pub freed_bytes: u64,
 }
 
 /// Gives back what the image at `path` takes without need: blocks that hold only what the chain beneath shows anyway
@@ -32,27 +32,27 @@ pub struct Compacted {
 /// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
 /// again.
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
-    let chain = alone::chain(env, path, ImageChange::Allocation, policy)?;
+    let chain = open_exclusive::chain(env, path, ImageChange::Allocation, policy)?;
     if chain.youngest().kind() == DiskType::Fixed {
         let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
     let file = chain.youngest().file().clone();
-    SavedMtime::preserve(&file, || give_back(chain, progress))
+    SavedMtime::preserve(&file, || compact_locked(chain, progress))
 }
 
-fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
+fn compact_locked(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
     let before = chain.youngest().file().stat()?.allocated;
     let (image, beneath) = chain.into_parts();
     let mut offline = Offline::new(&image)?;
     failpoint::reached("compact.recovered");
     let blocks: Vec<u32> = offline.blocks().collect();
-    let mut look = Look::new(&offline, &beneath);
+    let mut look = BlockInspector::new(&offline, &beneath);
     let (mut idle, mut holes) = (Vec::new(), Vec::new());
     let mut done = 0;
     for block in &blocks {
         holes.clear();
-        match look.is_idle(*block, &mut holes)? {
+        match look.is_redundant(*block, &mut holes)? {
             true => idle.push(*block),
             false => holes.iter().try_for_each(|(at, len)| offline.file().punch_hole(*at, *len))?,
         }
@@ -63,11 +63,11 @@ fn give_back(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted> {
     offline.close_gaps(&mut |_| progress(done))?;
     offline.finish_compact()?;
     let given_back = before.saturating_sub(offline.file().stat()?.allocated);
-    Ok(Compacted { blocks: idle.len() as u64, given_back })
+    Ok(Compacted { freed_blocks: idle.len() as u64, freed_bytes: given_back })
 }
 
 /// Looks into blocks.
-struct Look<'a> {
+struct BlockInspector<'a> {
     offline: &'a Offline,
     beneath: &'a Version,
     block_size: BlockSize,
@@ -76,15 +76,15 @@ struct Look<'a> {
     below: Buffer,
 }
 
-impl<'a> Look<'a> {
-    fn new(offline: &'a Offline, beneath: &'a Version) -> Look<'a> {
+impl<'a> BlockInspector<'a> {
+    fn new(offline: &'a Offline, beneath: &'a Version) -> BlockInspector<'a> {
         let block_size = offline.block_size().expect("it is not fixed");
         let plan = PlanBuffer::default();
-        Look { offline, beneath, block_size, plan, own: Buffer::zeroed(CHUNK), below: Buffer::zeroed(CHUNK) }
+        BlockInspector { offline, beneath, block_size, plan, own: Buffer::zeroed(CHUNK_BYTES), below: Buffer::zeroed(CHUNK_BYTES) }
     }
 
     /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.
-    fn is_idle(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+    fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
         let range = whole.clip(SectorRange::between(0, self.offline.size() / SECTOR));
@@ -96,14 +96,14 @@ impl<'a> Look<'a> {
             let run = rest.first(u64::from(count));
             rest = rest.skip(run.count());
             if set {
-                idle &= self.is_same(block, run, holes)?;
+                idle &= self.matches_beneath(block, run, holes)?;
             }
         }
         Ok(idle)
     }
 
     /// Whether a present run of a block is as what lies beneath. All of it is looked at, for the holes.
-    fn is_same(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+    fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);
         while !rest.is_empty() {
@@ -117,7 +117,7 @@ impl<'a> Look<'a> {
                 true => own.fill(0),
                 false => {
                     self.offline.file().read_at(own, at)?;
-                    zeros(own, at, holes);
+                    collect_zero_runs(own, at, holes);
                 }
             }
             if !same {
@@ -137,21 +137,21 @@ impl<'a> Look<'a> {
 }
 
 /// Notes the runs of whole pages of zeros in bytes that lie at byte `at` of a file, long ones only.
-fn zeros(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
-    let first = usize::try_from(at.next_multiple_of(PAGE as u64) - at).expect("less than a page");
+fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
+    let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
     let Some(pages) = bytes.get(first..) else { return };
     let (mut start, mut run) = (at + first as u64, 0);
     let mut end = |start: u64, run: u64| {
-        if run >= HOLE {
+        if run >= MIN_HOLE_BYTES {
             holes.push((start, run));
         }
     };
-    for page in pages.chunks_exact(PAGE) {
+    for page in pages.chunks_exact(PAGE_BYTES) {
         if is_zero(page) {
-            run += PAGE as u64;
+            run += PAGE_BYTES as u64;
         } else {
             end(start, run);
-            (start, run) = (start + run + PAGE as u64, 0);
+            (start, run) = (start + run + PAGE_BYTES as u64, 0);
         }
     }
     end(start, run);
@@ -162,10 +162,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_zeros_at_pages_become_holes() {
+    fn long_zero_runs_at_pages_become_holes() {
         let found = |bytes: &[u8], at| {
             let mut holes = Vec::new();
-            zeros(bytes, at, &mut holes);
+            collect_zero_runs(bytes, at, &mut holes);
             holes
         };
         let mut bytes = vec![0; 200 << 10];

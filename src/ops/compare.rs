@@ -1,6 +1,6 @@
 //! `compare`: whether two disks look the same to a guest.
 
-use super::mover::{CHUNK, CHUNK_SECTORS, Data, Disk, Progress};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, DataRuns, SourceDisk, Progress};
 use crate::chain::PlanBuffer;
 use crate::error::Result;
 use crate::storage::Buffer;
@@ -11,11 +11,11 @@ use crate::units::{SECTOR, SectorRange};
 ///
 /// # Errors
 /// `Io`; what `progress` fails with.
-pub fn compare(a: &Disk, b: &Disk, progress: &mut Progress<'_>) -> Result<Option<u64>> {
-    let (mut of_a, mut of_b) = (Side::new(a)?, Side::new(b)?);
+pub fn compare(a: &SourceDisk, b: &SourceDisk, progress: &mut Progress<'_>) -> Result<Option<u64>> {
+    let (mut of_a, mut of_b) = (ComparedDisk::new(a)?, ComparedDisk::new(b)?);
     let end = a.bytes().max(b.bytes());
     let mut at = 0;
-    while let Some(start) = of_a.from(at)?.into_iter().chain(of_b.from(at)?).min() {
+    while let Some(start) = of_a.next_data(at)?.into_iter().chain(of_b.next_data(at)?).min() {
         let piece = SectorRange::between(start, start - start % CHUNK_SECTORS + CHUNK_SECTORS);
         let piece = piece.clip(SectorRange::between(0, end.div_ceil(SECTOR)));
         let (left, right) = (of_a.read(piece)?, of_b.read(piece)?);
@@ -31,23 +31,23 @@ pub fn compare(a: &Disk, b: &Disk, progress: &mut Progress<'_>) -> Result<Option
 }
 
 /// One of the disks, and where it goes on.
-struct Side<'a> {
-    disk: &'a Disk,
-    data: Data<'a>,
+struct ComparedDisk<'a> {
+    disk: &'a SourceDisk,
+    data: DataRuns<'a>,
     next: Option<SectorRange>,
     plan: PlanBuffer,
     buffer: Buffer,
 }
 
-impl<'a> Side<'a> {
-    fn new(disk: &'a Disk) -> Result<Side<'a>> {
-        let mut data = disk.data();
+impl<'a> ComparedDisk<'a> {
+    fn new(disk: &'a SourceDisk) -> Result<ComparedDisk<'a>> {
+        let mut data = disk.data_runs();
         let next = data.next()?;
-        Ok(Side { disk, data, next, plan: PlanBuffer::default(), buffer: Buffer::zeroed(CHUNK) })
+        Ok(ComparedDisk { disk, data, next, plan: PlanBuffer::default(), buffer: Buffer::zeroed(CHUNK_BYTES) })
     }
 
     /// The first sector at or after `at` that may hold data.
-    fn from(&mut self, at: u64) -> Result<Option<u64>> {
+    fn next_data(&mut self, at: u64) -> Result<Option<u64>> {
         while let Some(run) = self.next {
             if run.end() > at {
                 return Ok(Some(run.start().max(at)));

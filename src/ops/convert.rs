@@ -6,9 +6,9 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::device::DeviceSink;
-use super::mover::{CHUNK, Disk, Progress, each_run};
-use super::sink::{Make, Sink};
+use super::device_sink::DeviceSink;
+use super::source::{CHUNK_BYTES, SourceDisk, Progress, for_each_data_run};
+use super::file_sink::{NewFile, FileSink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ImageKind, ImageSpec, refuse_if_file_is_live};
 use crate::storage::{Access, Buffer, Env, RuntimeFolder};
@@ -16,7 +16,7 @@ use crate::units::{BlockSize, SECTOR};
 
 /// What a disk is converted to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum To {
+pub enum TargetFormat {
     /// The disk itself, sparse.
     Raw,
     /// A fixed VHD.
@@ -29,7 +29,7 @@ pub enum To {
 #[derive(Clone, Copy, Debug)]
 pub struct Conversion {
     /// What is made.
-    pub to: To,
+    pub to: TargetFormat,
     /// Its size is rounded up to a multiple of so many bytes.
     pub align: u64,
     /// It takes the place of the file that has its name, or is written over a block device.
@@ -42,7 +42,7 @@ pub struct Conversion {
 ///
 /// # Errors
 /// `Refused`, saying what to do; `Io`.
-pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
+pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     if !env.exists(path) {
         return Ok(());
     }
@@ -62,21 +62,21 @@ pub fn check_replaced(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> 
 /// `Refused` where the name exists, or for a device that is too small or is to hold a VHD; `Busy` where the file to be
 /// replaced or the device is in use; `Invalid` for sizes that a VHD does not have; `Io`, `NoSpace`; what `progress` fails
 /// with. No file is left behind.
-pub fn convert(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+pub fn convert(env: &dyn Env, disk: &SourceDisk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
     if is_device(env, path)? {
-        return to_device(env, disk, path, how, progress);
+        return convert_to_device(env, disk, path, how, progress);
     }
     let size = (disk.sectors() * SECTOR).next_multiple_of(how.align);
     let spec = match how.to {
-        To::Raw => None,
-        To::Fixed => Some(ImageSpec { kind: ImageKind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
-        To::Dynamic(block_size) => Some(ImageSpec { kind: ImageKind::Dynamic, size, block_size, reserve: size }),
+        TargetFormat::Raw => None,
+        TargetFormat::Fixed => Some(ImageSpec { kind: ImageKind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
+        TargetFormat::Dynamic(block_size) => Some(ImageSpec { kind: ImageKind::Dynamic, size, block_size, reserve: size }),
     };
-    let raw = Make::Raw(disk.bytes().next_multiple_of(how.align));
+    let raw = NewFile::Raw(disk.bytes().next_multiple_of(how.align));
     let uuid = how.uuid.unwrap_or_else(|| env.uuid());
-    let make = spec.as_ref().map_or(raw, |spec| Make::Image(spec, uuid));
-    let mut sink = Sink::new(env, path, &make, how.replace)?;
-    each_run(disk, progress, |range, bytes| sink.put(range, bytes))?;
+    let make = spec.as_ref().map_or(raw, |spec| NewFile::Image(spec, uuid));
+    let mut sink = FileSink::new(env, path, &make, how.replace)?;
+    for_each_data_run(disk, progress, |range, bytes| sink.put(range, bytes))?;
     sink.finish()
 }
 
@@ -90,9 +90,9 @@ fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     }
 }
 
-fn to_device(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+fn convert_to_device(env: &dyn Env, disk: &SourceDisk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
     let refused = |what| Err(Error::new(ErrorKind::Refused, what).at_path(path));
-    if how.to != To::Raw {
+    if how.to != TargetFormat::Raw {
         return refused(
             "it is a block device, and VHDs are written to regular files only; --to raw writes the disk itself",
         );
@@ -104,7 +104,7 @@ fn to_device(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress
     // Both the reader and the writer report progress.
     let progress = RefCell::new(progress);
     let mut report = |bytes| (progress.borrow_mut())(bytes);
-    each_run(disk, &mut report, |range, bytes| sink.put(range, bytes, &mut |bytes| (progress.borrow_mut())(bytes)))?;
+    for_each_data_run(disk, &mut report, |range, bytes| sink.put(range, bytes, &mut |bytes| (progress.borrow_mut())(bytes)))?;
     sink.finish(&mut |bytes| (progress.borrow_mut())(bytes))
 }
 
@@ -112,19 +112,19 @@ fn to_device(env: &dyn Env, disk: &Disk, path: &Path, how: &Conversion, progress
 ///
 /// # Errors
 /// `Io`, also where nobody reads `out` any more; what `progress` fails with.
-pub fn stream(disk: &Disk, out: &mut dyn Write, align: u64, progress: &mut Progress<'_>) -> Result<()> {
+pub fn stream(disk: &SourceDisk, out: &mut dyn Write, align: u64, progress: &mut Progress<'_>) -> Result<()> {
     let failed = |e| Error::io("cannot write to standard output", e);
-    let zeros = Buffer::zeroed(CHUNK);
+    let zeros = Buffer::zeroed(CHUNK_BYTES);
     let (end, mut done) = (disk.bytes(), 0);
     let fill = |out: &mut dyn Write, done: &mut u64, until: u64| -> Result<()> {
         while *done < until {
-            let len = (until - *done).min(CHUNK as u64);
+            let len = (until - *done).min(CHUNK_BYTES as u64);
             out.write_all(&zeros[..usize::try_from(len).expect("a chunk")]).map_err(failed)?;
             *done += len;
         }
         Ok(())
     };
-    each_run(disk, progress, |range, bytes| {
+    for_each_data_run(disk, progress, |range, bytes| {
         fill(out, &mut done, range.start() * SECTOR)?;
         let len = (end - done).min(bytes.len() as u64);
         out.write_all(&bytes[..usize::try_from(len).expect("a chunk")]).map_err(failed)?;

@@ -9,8 +9,8 @@
 //!
 //! The disk stays as it is meanwhile: what is written is what it shows.
 
-use super::mover::{CHUNK, CHUNK_SECTORS, PAGE, Progress, WINDOW, next_placed};
-use super::writer::Writer;
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress, WINDOW_SECTORS, next_allocated};
+use super::image_writer::ImageWriter;
 use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};
@@ -19,7 +19,7 @@ use crate::units::{SECTOR, SectorRange};
 
 /// How far it has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Stage {
+pub(super) enum CopyUpStage {
     /// A part was written.
     Written,
     /// All was written and is durable.
@@ -32,42 +32,42 @@ pub(super) enum Stage {
 /// # Errors
 /// `NoSpace`, `Io`, `Poisoned`: the disk shows the same; what `progress` fails with.
 pub(super) fn copy_up(
-    writer: &mut Writer<'_>,
+    writer: &mut ImageWriter<'_>,
     new: Option<&Version>,
     progress: &mut Progress<'_>,
-    stage: &mut dyn FnMut(Stage),
+    stage: &mut dyn FnMut(CopyUpStage),
 ) -> Result<u64> {
     let mut work = CopyUp {
-        old_files: ids(writer.version())?,
-        new_files: new.map_or(Ok(Vec::new()), ids)?,
+        old_files: file_ids(writer.version())?,
+        new_files: new.map_or(Ok(Vec::new()), file_ids)?,
         new,
         plan: PlanBuffer::default(),
-        old: Buffer::zeroed(CHUNK),
-        below: Buffer::zeroed(CHUNK),
+        old_data: Buffer::zeroed(CHUNK_BYTES),
+        new_data: Buffer::zeroed(CHUNK_BYTES),
         copied: 0,
     };
     let (mut at, sectors) = (0, writer.version().sectors());
     loop {
-        at = work.next(writer.version(), at);
+        at = work.next_allocated(writer.version(), at);
         if at >= sectors {
             break;
         }
-        let window = SectorRange::between(at, (at + WINDOW).min(sectors));
-        for piece in work.differing(writer.version(), window)? {
+        let window = SectorRange::between(at, (at + WINDOW_SECTORS).min(sectors));
+        for piece in work.candidates(writer.version(), window)? {
             work.copy(writer, piece)?;
         }
         at = window.end();
-        stage(Stage::Written);
+        stage(CopyUpStage::Written);
         progress(at * SECTOR)?;
     }
     writer.commit()?;
-    stage(Stage::Committed);
+    stage(CopyUpStage::Committed);
     progress(sectors * SECTOR)?;
     Ok(work.copied)
 }
 
 /// A run of which the child has nothing and the chains may show different things.
-struct Piece {
+struct CandidateRun {
     range: SectorRange,
     old: Source,
     new: Source,
@@ -78,26 +78,26 @@ struct CopyUp<'a> {
     old_files: Vec<FileId>,
     new_files: Vec<FileId>,
     plan: PlanBuffer,
-    old: Buffer,
-    below: Buffer,
+    old_data: Buffer,
+    new_data: Buffer,
     copied: u64,
 }
 
 /// The files of a chain by their slots, which are numbered from 0.
-fn ids(version: &Version) -> Result<Vec<FileId>> {
+fn file_ids(version: &Version) -> Result<Vec<FileId>> {
     version.files().map(|(_, file)| Ok(file.stat()?.id)).collect()
 }
 
 impl CopyUp<'_> {
     /// The first sector from `at` on that any layer beneath has a place for.
-    fn next(&self, version: &Version, at: u64) -> u64 {
+    fn next_allocated(&self, version: &Version, at: u64) -> u64 {
         let new = self.new.iter().flat_map(|new| new.frozen().layers());
         let all = version.frozen().layers().iter().chain(new);
-        all.map(|layer| next_placed(layer, at)).min().unwrap_or(u64::MAX)
+        all.map(|layer| next_allocated(layer, at)).min().unwrap_or(u64::MAX)
     }
 
     /// The runs of a window to look at.
-    fn differing(&mut self, version: &Version, window: SectorRange) -> Result<Vec<Piece>> {
+    fn candidates(&mut self, version: &Version, window: SectorRange) -> Result<Vec<CandidateRun>> {
         let (mut pieces, top) = (Vec::new(), version.top().expect("opened for writing").slot);
         version.plan_read_now(window, &mut self.plan)?;
         for extent in &self.plan.extents {
@@ -105,23 +105,23 @@ impl CopyUp<'_> {
                 continue;
             }
             let Some(new) = self.new else {
-                pieces.push(Piece { range: extent.range, old: extent.source, new: Source::Zero });
+                pieces.push(CandidateRun { range: extent.range, old: extent.source, new: Source::Zero });
                 continue;
             };
             let mut beneath = PlanBuffer::default();
             new.plan_read_now(extent.range, &mut beneath)?;
             let mut old = *extent;
             for Extent { range, source } in beneath.extents {
-                pieces.push(Piece { range, old: old.source, new: source });
+                pieces.push(CandidateRun { range, old: old.source, new: source });
                 old = old.skip(range.count());
             }
         }
-        pieces.retain(|piece| !self.is_same(piece));
+        pieces.retain(|piece| !self.has_same_source(piece));
         Ok(pieces)
     }
 
     /// Whether both chains name the same bytes.
-    fn is_same(&self, piece: &Piece) -> bool {
+    fn has_same_source(&self, piece: &CandidateRun) -> bool {
         match (piece.old, piece.new) {
             (Source::Zero, Source::Zero) => true,
             (Source::File { slot: a, offset: old }, Source::File { slot: b, offset: new }) => {
@@ -131,21 +131,21 @@ impl CopyUp<'_> {
         }
     }
 
-    fn copy(&mut self, writer: &mut Writer<'_>, piece: Piece) -> Result<()> {
+    fn copy(&mut self, writer: &mut ImageWriter<'_>, piece: CandidateRun) -> Result<()> {
         let mut rest = piece;
         while !rest.range.is_empty() {
             let range = rest.range.first(CHUNK_SECTORS - rest.range.start() % CHUNK_SECTORS);
             let len = usize::try_from(range.bytes()).expect("at most a chunk");
-            let there = fill(writer.version(), rest.old, &mut self.old[..len])?;
+            let there = read_source(writer.version(), rest.old, &mut self.old_data[..len])?;
             match self.new {
-                Some(new) => drop(fill(new, rest.new, &mut self.below[..len])?),
-                None if there => self.below[..len].fill(0),
+                Some(new) => drop(read_source(new, rest.new, &mut self.new_data[..len])?),
+                None if there => self.new_data[..len].fill(0),
                 None => {}
             }
             if there || self.new.is_some() {
-                self.put(writer, range)?;
+                self.write_differing_pages(writer, range)?;
             }
-            rest = Piece {
+            rest = CandidateRun {
                 range: rest.range.skip(range.count()),
                 old: rest.old.advanced_by(range.count()),
                 new: rest.new.advanced_by(range.count()),
@@ -155,9 +155,9 @@ impl CopyUp<'_> {
     }
 
     /// Writes the pages of a range in which the two differ, neighbours together.
-    fn put(&mut self, writer: &mut Writer<'_>, range: SectorRange) -> Result<()> {
-        let into_page = usize::try_from(range.start() * SECTOR % PAGE as u64).expect("in a page");
-        let (old, below) = (&self.old, &self.below);
+    fn write_differing_pages(&mut self, writer: &mut ImageWriter<'_>, range: SectorRange) -> Result<()> {
+        let into_page = usize::try_from(range.start() * SECTOR % PAGE_BYTES as u64).expect("in a page");
+        let (old, below) = (&self.old_data, &self.new_data);
         let len = usize::try_from(range.bytes()).expect("at most a chunk");
         let need = |from: usize, to: usize| match &old[from..to] {
             old if old == &below[from..to] => None,
@@ -165,7 +165,7 @@ impl CopyUp<'_> {
         };
         let mut at = 0;
         while at < len {
-            let page_end = |at: usize| len.min((at + into_page) / PAGE * PAGE + PAGE - into_page);
+            let page_end = |at: usize| len.min((at + into_page) / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - into_page);
             let (start, first) = (at, need(at, page_end(at)));
             at = page_end(at);
             while at < len && need(at, page_end(at)) == first {
@@ -184,7 +184,7 @@ impl CopyUp<'_> {
 }
 
 /// The bytes of a run from one source; false where they are known to be zeros without being read.
-fn fill(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
+fn read_source(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
     if let Source::File { slot, offset } = source {
         let file = version.file(slot);
         if next_data(file, offset..offset + into.len() as u64)?.is_some() {

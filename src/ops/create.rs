@@ -13,7 +13,7 @@ use crate::units::BlockSize;
 
 /// A root to be made.
 #[derive(Clone, Copy, Debug)]
-pub struct Root {
+pub struct RootSpec {
     /// All sectors in place, or blocks on demand.
     pub fixed: bool,
     /// Virtual size in bytes.
@@ -39,7 +39,7 @@ pub enum Locators {
 
 /// A child to be made.
 #[derive(Clone, Debug)]
-pub struct Child {
+pub struct ChildSpec {
     /// Path of the parent.
     pub parent: PathBuf,
     /// Virtual size in bytes; that of the parent if not given.
@@ -57,7 +57,7 @@ pub struct Child {
 
 /// A child that was made.
 #[derive(Clone, Debug)]
-pub struct Created {
+pub struct CreatedChild {
     /// Its identity.
     pub uuid: Uuid,
     /// Its virtual size in bytes.
@@ -66,17 +66,17 @@ pub struct Created {
     pub parent: PathBuf,
     /// Folders of its parents that lie neither below its own nor below an allowed one: it cannot be opened before they are
     /// allowed.
-    pub outside: Vec<PathBuf>,
+    pub folders_not_allowed: Vec<PathBuf>,
 }
 
 /// Makes a root at `path`, which must not exist.
 ///
 /// # Errors
 /// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
-pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
+pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     let kind = if root.fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
     let spec = ImageSpec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve };
-    maker(root.preallocate)(env, path, &spec)
+    create_function(root.preallocate)(env, path, &spec)
 }
 
 /// Makes a child at `path`, which must not exist. The parent's whole chain is opened first, by `policy`, and stays
@@ -85,7 +85,7 @@ pub fn root(env: &dyn Env, path: &Path, root: &Root) -> Result<Uuid> {
 /// # Errors
 /// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
 /// smaller than its parent; `Busy` where somebody writes to the parent.
-pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Result<Created> {
+pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> Result<CreatedChild> {
     let chain = Chain::open(env, &child.parent, policy, OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(path));
@@ -98,23 +98,23 @@ pub fn child(env: &dyn Env, path: &Path, child: &Child, policy: &Policy) -> Resu
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
-    let link = link(env, folder_of(path), parent, child.locators)?;
+    let link = parent_link(env, folder_of(path), parent, child.locators)?;
     let absolute = env.canonical(&child.parent)?;
-    let outside = outside(env, folder_of(path), policy, &chain)?;
+    let outside = folders_not_allowed(env, folder_of(path), policy, &chain)?;
     let spec = ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: child.reserve };
     // Before the child is there: a mark that leads to no child is dropped when it is looked at.
     record_child(env, parent, path);
-    let made = maker(child.preallocate)(env, path, &spec);
+    let made = create_function(child.preallocate)(env, path, &spec);
     drop(chain); // and with it the locks on the parents
-    made.map(|uuid| Created { uuid, size, parent: absolute, outside })
+    made.map(|uuid| CreatedChild { uuid, size, parent: absolute, folders_not_allowed: outside })
 }
 
-fn maker(preallocate: bool) -> fn(&dyn Env, &Path, &ImageSpec) -> Result<Uuid> {
+fn create_function(preallocate: bool) -> fn(&dyn Env, &Path, &ImageSpec) -> Result<Uuid> {
     if preallocate { image::create_preallocated } else { image::create }
 }
 
 /// The folders of a chain that lie neither below `folder` nor below an allowed one, each once.
-fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
+fn folders_not_allowed(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
     let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
     let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;
     let mut outside: Vec<PathBuf> = Vec::new();
@@ -132,7 +132,7 @@ fn outside(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Resu
 ///
 /// # Errors
 /// `Io`: the parent or the folder is not where it was opened.
-pub(super) fn link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
+pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
     let absolute = env.canonical(parent.file().path())?;
     let name = relative_path(&env.canonical(folder)?, &absolute);
     Ok(ParentLink {
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ways_between_folders() {
+    fn relative_paths_between_folders() {
         let way = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
         assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
         assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");

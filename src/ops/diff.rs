@@ -9,7 +9,7 @@ use crate::units::SECTOR;
 
 /// A run of a disk that was written since.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
-pub struct Run {
+pub struct ChangedRun {
     /// First byte of the disk.
     pub start: u64,
     /// Bytes.
@@ -27,19 +27,19 @@ pub fn diff(
     path: &Path,
     since: Option<&Path>,
     policy: &Policy,
-    mut found: impl FnMut(Run) -> Result<()>,
+    mut found: impl FnMut(ChangedRun) -> Result<()>,
 ) -> Result<()> {
     let chain = Chain::open(env, path, policy, OpenMode::Read)?;
     let ancestor = match since {
         None if chain.images().len() > 1 => 1,
         None => return Err(Error::new(ErrorKind::Refused, "it has no parent to differ from").at_path(path)),
-        Some(since) => place_of(env, &chain, since)?,
+        Some(since) => depth_of(env, &chain, since)?,
     };
-    chain.changed_ranges(ancestor, |range| found(Run { start: range.start() * SECTOR, length: range.bytes() }))
+    chain.changed_ranges(ancestor, |range| found(ChangedRun { start: range.start() * SECTOR, length: range.bytes() }))
 }
 
 /// The place in the chain of the file at `since`.
-fn place_of(env: &dyn Env, chain: &Chain, since: &Path) -> Result<usize> {
+fn depth_of(env: &dyn Env, chain: &Chain, since: &Path) -> Result<usize> {
     let id = env.open(since, Access::Read)?.stat()?.id;
     for (place, image) in chain.images().iter().enumerate() {
         if image.file().stat()?.id == id {

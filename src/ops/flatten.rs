@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use super::alone;
-use super::copy_up::{Stage, copy_up};
-use super::mover::Progress;
-use super::rebase::{files, link_to, open_beneath};
-use super::writer::Writer;
+use super::open_exclusive;
+use super::copy_up::{CopyUpStage, copy_up};
+use super::source::Progress;
+use super::rebase::{file_ids, replacement_link, open_new_parent};
+use super::image_writer::ImageWriter;
 use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bitmap};
@@ -30,7 +30,7 @@ pub fn flatten(
     policy: &Policy,
     progress: &mut Progress<'_>,
 ) -> Result<u64> {
-    let chain = alone::chain(env, path, ImageChange::Link, policy)?;
+    let chain = open_exclusive::chain(env, path, ImageChange::Link, policy)?;
     let file = chain.youngest().file().clone();
     SavedMtime::preserve(&file, || copy_and_link(env, path, chain, keep, policy, progress))
 }
@@ -49,12 +49,12 @@ fn copy_and_link(
         Some(ancestor) => {
             let id = env.open(ancestor, Access::Read)?.stat()?.id;
             let what = || format!("{} is not among its parents", ancestor.display());
-            let number = files(&chain)?.iter().skip(1).position(|other| *other == id);
+            let number = file_ids(&chain)?.iter().skip(1).position(|other| *other == id);
             Some(number.ok_or_else(|| Error::new(ErrorKind::Refused, what()).at_path(path))?)
         }
     };
-    let kept = keep.map(|ancestor| open_beneath(env, path, ancestor, policy)).transpose()?;
-    let link = kept.as_ref().map(|kept| link_to(env, chain.youngest(), kept.youngest())).transpose()?;
+    let kept = keep.map(|ancestor| open_new_parent(env, path, ancestor, policy)).transpose()?;
+    let link = kept.as_ref().map(|kept| replacement_link(env, chain.youngest(), kept.youngest())).transpose()?;
     if let Some(kept) = &kept {
         record_child(env, kept.youngest(), &env.canonical(path)?);
     }
@@ -62,22 +62,22 @@ fn copy_and_link(
         (DiskType::Fixed, _) => return Ok(0),
         (DiskType::Dynamic, _) | (DiskType::Differencing, Some(0)) => {
             drop(chain);
-            return complete(env, &file, link.as_ref()).map(|()| 0);
+            return complete_interrupted(env, &file, link.as_ref()).map(|()| 0);
         }
         (DiskType::Differencing, _) => {}
     }
     check_reparent(chain.youngest(), link.as_ref())?;
     let kept = kept.map(Chain::into_frozen);
-    let mut writer = Writer::of(env, chain, &Durability::FlushOnly)?;
+    let mut writer = ImageWriter::open(env, chain, &Durability::FlushOnly)?;
     failpoint::reached("flatten.recovered");
     let copied = copy_up(&mut writer, kept.as_ref(), progress, &mut |stage| match stage {
-        Stage::Written => failpoint::reached("flatten.some-written"),
-        Stage::Committed => failpoint::reached("flatten.all-committed"),
+        CopyUpStage::Written => failpoint::reached("flatten.some-written"),
+        CopyUpStage::Committed => failpoint::reached("flatten.all-committed"),
     });
-    let copied = writer.end(copied)?;
+    let copied = writer.finish(copied)?;
     failpoint::reached("flatten.file-cut");
     if link.is_none() {
-        blank_absent(&file)?;
+        zero_absent_sectors(&file)?;
         failpoint::reached("flatten.absent-blank");
     }
     reparent(env, &file, link.as_ref())?;
@@ -86,7 +86,7 @@ fn copy_and_link(
 }
 
 /// Brings to its end what an interrupted call has left when the link was made.
-fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
+fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let image = Image::open(file.clone())?;
     match is_reparent_finished(&image) {
         true => Offline::new(&image)?.truncate_after_blocks(),
@@ -95,7 +95,7 @@ fn complete(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()>
 }
 
 /// Makes zero what lies under clear bits: in a root it reads as zeros, but not by programs that look at no bitmaps.
-fn blank_absent(file: &File) -> Result<()> {
+fn zero_absent_sectors(file: &File) -> Result<()> {
     let offline = Offline::new(&Image::open(file.clone())?)?;
     let block_size = offline.block_size().expect("it is a child");
     for block in offline.blocks() {

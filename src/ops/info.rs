@@ -14,13 +14,13 @@ use crate::image::{Image, SessionState, next_data};
 use crate::storage::{Access, Env, File, LockHolder, FileSystemSpace, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
-const TRIES: usize = 4;
+const MAX_ATTEMPTS: usize = 4;
 /// Bytes left on a file system that are enough, whatever part of it they are.
-const NEARLY_FULL: u64 = 10 << 30;
+const AMPLE_BYTES: u64 = 10 << 30;
 
 /// One image. Texts that are not UTF-8 have replacement characters.
 #[derive(Clone, Debug, Serialize)]
-pub struct Info {
+pub struct ImageInfo {
     /// The path it was opened by.
     pub path: String,
     /// Always `vhd`.
@@ -43,7 +43,7 @@ pub struct Info {
     /// Blocks that have a place in the file.
     pub blocks_allocated: Option<u64>,
     /// Whose live journal belongs to it; `None` if it was closed.
-    pub session: Option<Session>,
+    pub session: Option<SessionInfo>,
     /// A process that has it in use; `None` if no process holds a lock on it.
     pub in_use: Option<InUse>,
     /// Identity.
@@ -55,40 +55,40 @@ pub struct Info {
     /// Tag of the host that program ran on.
     pub creator_host: String,
     /// What a child records of its parent.
-    pub parent: Option<Parent>,
+    pub parent: Option<ParentInfo>,
     /// Defects that were seen, in words; `check` looks for more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damage: Vec<String>,
     /// This image and all its parents, when they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub chain: Option<Vec<Info>>,
+    pub chain: Option<Vec<ImageInfo>>,
     /// The room that the file system of the file has.
     #[serde(skip)]
-    room: Option<FileSystemSpace>,
+    host_space: Option<FileSystemSpace>,
 }
 
 /// Too little room on the host for a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Short {
+pub struct SpaceShortage {
     /// Bytes that the file system has left.
     pub available: u64,
     /// Bytes that the disk may still take.
-    pub wanted: u64,
+    pub needed: u64,
 }
 
-impl Info {
+impl ImageInfo {
     /// Whether the file system is nearly full: it has less than 5 % and less than 10 GiB left, and less than the disk may
     /// still take.
-    pub fn short_of_room(&self) -> Option<Short> {
-        let room = self.room?;
+    pub fn space_shortage(&self) -> Option<SpaceShortage> {
+        let room = self.host_space?;
         let wanted = self.virtual_size.saturating_sub(self.allocated_bytes);
-        let few = (room.total / 20).min(NEARLY_FULL).min(wanted);
-        (room.available < few).then_some(Short { available: room.available, wanted })
+        let few = (room.total / 20).min(AMPLE_BYTES).min(wanted);
+        (room.available < few).then_some(SpaceShortage { available: room.available, needed: wanted })
     }
 }
 
 /// Bytes of a file without its holes.
-fn written(file: &File) -> Result<u64> {
+fn bytes_without_holes(file: &File) -> Result<u64> {
     let (mut at, mut bytes) = (0, 0);
     while let Some(run) = next_data(file, at..u64::MAX)? {
         bytes += run.end - run.start;
@@ -99,7 +99,7 @@ fn written(file: &File) -> Result<u64> {
 
 /// A daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
 #[derive(Clone, Debug, Serialize)]
-pub struct Session {
+pub struct SessionInfo {
     /// Whether it counts. If not, the host was restarted meanwhile, and what is in the file is all there is.
     pub open: bool,
     /// The host on which it runs or ran.
@@ -123,7 +123,7 @@ pub struct InUse {
 }
 
 impl InUse {
-    fn by(holder: LockHolder) -> InUse {
+    fn from_holder(holder: LockHolder) -> InUse {
         let time = |unix| u64::try_from(unix).ok().map(rfc3339);
         match holder {
             LockHolder::Process { pid, program, since } => {
@@ -136,20 +136,20 @@ impl InUse {
 
 /// What a child records of its parent.
 #[derive(Clone, Debug, Serialize)]
-pub struct Parent {
+pub struct ParentInfo {
     /// Its identity.
     pub uuid: String,
     /// Its name in the header.
     pub name: String,
     /// Paths to it.
-    pub locators: Vec<Locator>,
+    pub locators: Vec<LocatorInfo>,
     /// The file that is the parent; `None` unless the chain was asked for.
     pub resolved: Option<String>,
 }
 
 /// A recorded path.
 #[derive(Clone, Debug, Serialize)]
-pub struct Locator {
+pub struct LocatorInfo {
     /// How it is written: `W2ru`, `W2ku`, `MacX` ...
     pub platform: String,
     /// The path as recorded.
@@ -163,25 +163,25 @@ pub struct Locator {
 ///
 /// # Errors
 /// Whatever is wrong with the image, or (with a policy) with a parent that was found.
-pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
+pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let mut tries = 1;
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
-        match look(env, path, parents) {
+        match inspect(env, path, parents) {
             // Somebody is writing: table and length were not read at one moment.
-            Err(e) if e.kind() == ErrorKind::Invalid && tries < TRIES && changed(env, path, &before)? => tries += 1,
+            Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => tries += 1,
             // The same, as damage that is none.
-            Ok(info) if !info.damage.is_empty() && tries < TRIES && changed(env, path, &before)? => tries += 1,
+            Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => tries += 1,
             result => return result,
         }
     }
 }
 
-fn changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
+fn has_changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
     Ok(env.open(path, Access::Read)?.stat()? != *before)
 }
 
-fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
+fn inspect(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
     // Nothing that such an image contains is sure.
     if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
@@ -190,7 +190,7 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     let Some(policy) = parents else {
         warn_of_unfinished_merges(env, &image)?;
         let mut info = describe(env, &image, None)?;
-        tell_who_uses(env, &[&image], std::slice::from_mut(&mut info));
+        fill_in_holders(env, &[&image], std::slice::from_mut(&mut info));
         return Ok(info);
     };
     let (chain, missing) = Chain::until_missing(env, image, policy, OpenMode::Inspect)?;
@@ -201,64 +201,64 @@ fn look(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Info> {
     for (number, image) in chain.images().iter().enumerate() {
         all.push(describe(env, image, chain.images().get(number + 1))?);
     }
-    tell_who_uses(env, &chain.images().iter().collect::<Vec<_>>(), &mut all);
+    fill_in_holders(env, &chain.images().iter().collect::<Vec<_>>(), &mut all);
     let mut youngest = all[0].clone();
     youngest.chain = Some(all);
     Ok(youngest)
 }
 
 /// Fills in who has the images in use, by one look at all of them.
-fn tell_who_uses(env: &dyn Env, images: &[&Image], infos: &mut [Info]) {
+fn fill_in_holders(env: &dyn Env, images: &[&Image], infos: &mut [ImageInfo]) {
     let files: Vec<_> = images.iter().map(|image| image.file()).collect();
     for (info, holder) in infos.iter_mut().zip(env.lock_holders(&files)) {
-        info.in_use = holder.map(InUse::by);
+        info.in_use = holder.map(InUse::from_holder);
     }
 }
 
-fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Info> {
+fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<ImageInfo> {
     let (stat, footer) = (image.file().stat()?, image.footer());
     let parent = match image.header().filter(|_| image.kind() == DiskType::Differencing) {
         None => None,
-        Some(header) => Some(Parent {
+        Some(header) => Some(ParentInfo {
             uuid: header.parent_uuid.to_string(),
             name: lossy(&header_name(&header.parent_name)),
-            locators: locators(image)?,
+            locators: locator_infos(image)?,
             resolved: resolved.map(|parent| parent.file().path().display().to_string()),
         }),
     };
-    Ok(Info {
+    Ok(ImageInfo {
         path: image.file().path().display().to_string(),
         format: "vhd",
         disk_type: image.kind().word(),
         virtual_size: image.size(),
         file_size: stat.len,
         allocated_bytes: stat.allocated,
-        written_bytes: written(image.file())?,
+        written_bytes: bytes_without_holes(image.file())?,
         block_size: image.block_size().map(|size| size.bytes()),
         blocks: image.bat().map(|table| table.len()),
         blocks_allocated: image.bat().map(|table| table.used().count() as u64),
-        session: session(env, image)?,
+        session: session_info(env, image)?,
         in_use: None,
         uuid: image.uuid().to_string(),
         created: rfc3339(time_to_unix(footer.timestamp)),
-        creator_app: tag(footer.creator),
-        creator_host: tag(footer.creator_host),
+        creator_app: tag_text(footer.creator),
+        creator_host: tag_text(footer.creator_host),
         parent,
-        damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(in_words).collect(),
+        damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(describe_defect).collect(),
         chain: None,
-        room: image.file().file_system_space().ok(),
+        host_space: image.file().file_system_space().ok(),
     })
 }
 
-fn session(env: &dyn Env, image: &Image) -> Result<Option<Session>> {
+fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
     let open = SessionState::of(env, image)? != SessionState::Closed;
     let (host, user, folder) = (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
-    Ok(Some(Session { open, host, user, folder }))
+    Ok(Some(SessionInfo { open, host, user, folder }))
 }
 
 /// A defect, and what it prevents.
-fn in_words(defect: &Defect) -> String {
+fn describe_defect(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Warning => defect.to_string(),
         Consequence::NotWritable => format!("only readable: {defect}"),
@@ -266,16 +266,16 @@ fn in_words(defect: &Defect) -> String {
     }
 }
 
-fn locators(image: &Image) -> Result<Vec<Locator>> {
-    let recorded = image.parent_locators()?.into_iter().map(|(_, platform, data)| Locator {
-        platform: tag(platform.code().to_be_bytes()),
-        path: decode_texts(platform, &data).first().map_or_else(|| opaque(platform), |text| lossy(text)),
+fn locator_infos(image: &Image) -> Result<Vec<LocatorInfo>> {
+    let recorded = image.parent_locators()?.into_iter().map(|(_, platform, data)| LocatorInfo {
+        platform: tag_text(platform.code().to_be_bytes()),
+        path: decode_texts(platform, &data).first().map_or_else(|| placeholder_path(platform), |text| lossy(text)),
     });
     Ok(recorded.collect())
 }
 
 /// What stands for a text that nobody can read.
-fn opaque(platform: Platform) -> String {
+fn placeholder_path(platform: Platform) -> String {
     match platform {
         Platform::Mac => "(a Mac alias)".to_owned(),
         _ => String::new(),
@@ -286,7 +286,7 @@ fn lossy(text: &[u8]) -> String {
     String::from_utf8_lossy(text).into_owned()
 }
 
-fn tag(bytes: [u8; 4]) -> String {
+fn tag_text(bytes: [u8; 4]) -> String {
     lossy(&bytes).trim_end_matches(['\0', ' ']).to_owned()
 }
 
@@ -311,7 +311,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_those_of_the_calendar() {
+    fn rfc3339_follows_the_calendar() {
         for (unix, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (946_684_800, "2000-01-01T00:00:00Z"),
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn tags_end_before_their_padding() {
-        assert_eq!((tag(*b"win "), tag(*b"tap\0"), tag(*b"\0\0\0\0")), ("win".into(), "tap".into(), String::new()));
+    fn tag_text_drops_the_padding() {
+        assert_eq!((tag_text(*b"win "), tag_text(*b"tap\0"), tag_text(*b"\0\0\0\0")), ("win".into(), "tap".into(), String::new()));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::mover::Extents;
+use super::source::Extents;
 use crate::chain::{Chain, Extent, Policy, Source, OpenMode};
 use crate::error::Result;
 use crate::storage::Env;
@@ -10,18 +10,18 @@ use crate::units::SECTOR;
 
 /// A run of a disk that one place answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Run<'a> {
+pub struct MapRun<'a> {
     /// First byte of the disk.
     pub start: u64,
     /// Bytes.
     pub length: u64,
     /// Where they are; `None` where no file has them and they read as zeros.
-    pub found: Option<Found<'a>>,
+    pub position: Option<FilePosition<'a>>,
 }
 
 /// A place in a file of the chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Found<'a> {
+pub struct FilePosition<'a> {
     /// Which file, counted from the youngest, which is 0.
     pub depth: u16,
     /// Its path.
@@ -34,7 +34,7 @@ pub struct Found<'a> {
 ///
 /// # Errors
 /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
-pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Run<'_>) -> Result<()>) -> Result<()> {
+pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(MapRun<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, OpenMode::Read)?.into_frozen();
     let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
     version.files().for_each(|(_, file)| file.advise_random_reads());
@@ -42,11 +42,11 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ru
         let place = match extent.source {
             Source::Zero => None,
             // Slots are numbered as the files are, from the youngest.
-            Source::File { slot, offset } => Some(Found { depth: slot.0, file: paths[usize::from(slot.0)], offset }),
+            Source::File { slot, offset } => Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset }),
         };
-        found(Run { start: extent.range.start() * SECTOR, length: extent.range.bytes(), found: place })
+        found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position: place })
     };
-    let (mut extents, mut pending) = (Extents::new(&version).once(), None::<Extent>);
+    let (mut extents, mut pending) = (Extents::new(&version).uncached(), None::<Extent>);
     while let Some(next) = extents.next()? {
         pending = match pending {
             None => Some(next),

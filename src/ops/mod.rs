@@ -18,8 +18,8 @@
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
 //! The reports serialise under the names that `--json` promises.
 
-mod alone;
-mod behind;
+mod open_exclusive;
+mod write_behind;
 pub mod check;
 pub mod children;
 pub mod compact;
@@ -27,19 +27,19 @@ pub mod compare;
 pub mod convert;
 mod copy_up;
 pub mod create;
-mod device;
+mod device_sink;
 pub mod diff;
 pub mod flatten;
 pub mod info;
-mod kin;
+mod folder_scan;
 pub mod map;
 pub mod merge;
-mod mover;
+mod source;
 pub mod rebase;
 pub mod resize;
 pub mod salvage;
 pub mod settle;
-mod sink;
-mod writer;
+mod file_sink;
+mod image_writer;
 
-pub use mover::{Disk, Format, Progress};
+pub use source::{SourceDisk, SourceFormat, Progress};

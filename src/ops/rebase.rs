@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use super::alone;
-use super::copy_up::{Stage, copy_up};
-use super::create::{Locators, link};
-use super::mover::Progress;
-use super::writer::Writer;
+use super::open_exclusive;
+use super::copy_up::{CopyUpStage, copy_up};
+use super::create::{Locators, parent_link};
+use super::source::Progress;
+use super::image_writer::ImageWriter;
 use crate::chain::{Chain, ImageChange, Policy, OpenMode, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, DiskType, Platform};
@@ -41,26 +41,26 @@ pub fn rebase(
     policy: &Policy,
     progress: &mut Progress<'_>,
 ) -> Result<Rebased> {
-    let image = alone::image(env, path, ImageChange::Link, policy)?;
+    let image = open_exclusive::image(env, path, ImageChange::Link, policy)?;
     let file = image.file().clone();
     if image.kind() != DiskType::Differencing {
         let what = format!("a {} image has no parent to replace", image.kind().word());
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     refuse_cycle(env, &image, parent, policy)?;
-    let new = open_beneath(env, path, parent, policy)?;
-    let same_parent = is_parent(env, &image, new.youngest(), policy)?;
-    let to = link_to(env, &image, new.youngest())?;
+    let new = open_new_parent(env, path, parent, policy)?;
+    let same_parent = is_current_parent(env, &image, new.youngest(), policy)?;
+    let to = replacement_link(env, &image, new.youngest())?;
     check_reparent(&image, Some(&to))?;
     record_child(env, new.youngest(), &env.canonical(path)?);
     failpoint::reached("rebase.begun");
     if only_link {
         if same_parent {
-            SavedMtime::preserve(&file, || relinked(env, &file, &to))?;
+            SavedMtime::preserve(&file, || relink_child(env, &file, &to))?;
         } else {
             let time = SavedMtime::save(&file)?;
             warn_children(env, &image)?;
-            relinked(env, &file, &to)?;
+            relink_child(env, &file, &to)?;
             time.advance()?;
         }
         return Ok(Rebased { copied: 0, same_parent });
@@ -68,34 +68,34 @@ pub fn rebase(
     let copy = || {
         let new = new.into_frozen();
         // Begun anew after the link was made: then this is the old parent, too.
-        let policy = &beside(policy, folder_of(parent));
-        let mut writer = Writer::of(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
+        let policy = &allowing_folder(policy, folder_of(parent));
+        let mut writer = ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
         failpoint::reached("rebase.recovered");
         let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
-            Stage::Written => failpoint::reached("rebase.some-written"),
-            Stage::Committed => failpoint::reached("rebase.all-committed"),
+            CopyUpStage::Written => failpoint::reached("rebase.some-written"),
+            CopyUpStage::Committed => failpoint::reached("rebase.all-committed"),
         });
-        let copied = writer.end(outcome)?;
+        let copied = writer.finish(outcome)?;
         failpoint::reached("rebase.file-cut");
-        relinked(env, &file, &to)?;
+        relink_child(env, &file, &to)?;
         Ok(copied)
     };
     let copied = SavedMtime::preserve(&file, copy)?;
     Ok(Rebased { copied, same_parent })
 }
 
-fn relinked(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
+fn relink_child(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
     reparent(env, file, Some(to))?;
     failpoint::reached("rebase.linked");
     Ok(())
 }
 
 /// Whether `parent` is the file on which `child` stands now. False if its parent cannot be found.
-fn is_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
+fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
     let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
-    let policy = beside(policy, folder_of(parent.file().path()));
+    let policy = allowing_folder(policy, folder_of(parent.file().path()));
     let Ok(chain) = Chain::from_image(env, again, &policy, OpenMode::Inspect) else { return Ok(false) };
-    Ok(files(&chain)?.get(1) == Some(&parent.file().stat()?.id))
+    Ok(file_ids(&chain)?.get(1) == Some(&parent.file().stat()?.id))
 }
 
 /// Warns of the images that stand on `image`, whose disks may change with its parent.
@@ -112,8 +112,8 @@ fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
 ///
 /// # Errors
 /// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
-pub(super) fn open_beneath(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
-    let chain = Chain::open(env, parent, &beside(policy, folder_of(child)), OpenMode::Read)?;
+pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
+    let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child)), OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
         return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(child));
     }
@@ -121,14 +121,14 @@ pub(super) fn open_beneath(env: &dyn Env, child: &Path, parent: &Path, policy: &
 }
 
 /// The policy, with one more folder in which parents may lie.
-fn beside(policy: &Policy, folder: &Path) -> Policy {
+fn allowing_folder(policy: &Policy, folder: &Path) -> Policy {
     let mut policy = policy.clone();
     policy.allowed.push(folder.to_path_buf());
     policy
 }
 
 /// What a child is going to record of a parent: the kinds of paths that it records now.
-pub(super) fn link_to(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
+pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
     let entries = child.header().into_iter().flat_map(|header| &header.locators);
     let platforms: Vec<Platform> = entries.map(|entry| entry.platform()).collect();
     let locators = match (platforms.contains(&Platform::W2ru), platforms.contains(&Platform::W2ku)) {
@@ -136,19 +136,19 @@ pub(super) fn link_to(env: &dyn Env, child: &Image, parent: &Image) -> Result<Pa
         (false, true) => Locators::Absolute,
         _ => Locators::Both,
     };
-    link(env, folder_of(child.file().path()), parent, locators)
+    parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
 /// The files of a chain, youngest first.
-pub(super) fn files(chain: &Chain) -> Result<Vec<FileId>> {
+pub(super) fn file_ids(chain: &Chain) -> Result<Vec<FileId>> {
     chain.images().iter().map(|image| Ok(image.file().stat()?.id)).collect()
 }
 
 /// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
-    let chain = Chain::open(env, parent, &beside(policy, folder_of(child.file().path())), OpenMode::Inspect)?;
-    let why = match files(&chain)?.iter().position(|other| *other == id) {
+    let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child.file().path())), OpenMode::Inspect)?;
+    let why = match file_ids(&chain)?.iter().position(|other| *other == id) {
         Some(0) => "an image cannot be its own parent",
         Some(_) => "the new parent has this image among its own parents",
         None if chain.images().iter().any(|image| image.uuid() == child.uuid()) => {

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::mover::{CHUNK, CHUNK_SECTORS, Disk, Progress};
-use super::{alone, kin};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, SourceDisk, Progress};
+use super::{open_exclusive, folder_scan};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
@@ -40,12 +40,12 @@ pub fn resize(
     if !Footer::size_fits(size) {
         return Err(Error::from(Defect::DiskSize { at: 0, size }).without_offset().at_path(path));
     }
-    let chain = alone::chain(env, path, ImageChange::Size, policy)?;
+    let chain = open_exclusive::chain(env, path, ImageChange::Size, policy)?;
     let file = chain.youngest().file().clone();
-    SavedMtime::preserve(&file, || change(env, path, chain, size, shrink, progress))
+    SavedMtime::preserve(&file, || resize_locked(env, path, chain, size, shrink, progress))
 }
 
-fn change(
+fn resize_locked(
     env: &dyn Env,
     path: &Path,
     chain: Chain,
@@ -58,16 +58,16 @@ fn change(
     if size > from {
         let (image, beneath) = chain.into_parts();
         let mut plan = PlanBuffer::default();
-        Offline::new(&image)?.grow(size, &mut |range| shining(&beneath, range, &mut plan))?;
-        tell_of_children(env, &image);
+        Offline::new(&image)?.grow(size, &mut |range| exposed_ranges(&beneath, range, &mut plan))?;
+        warn_of_children(env, &image);
         return Ok(done);
     }
     if size < from && !shrink {
         let what = format!("it has {from} bytes, and is made smaller only with --shrink");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
-    let disk = Disk::Chain(chain.into_frozen());
-    if let Some(at) = first_data(&disk, size / SECTOR, progress)? {
+    let disk = SourceDisk::Chain(chain.into_frozen());
+    if let Some(at) = first_nonzero_byte(&disk, size / SECTOR, progress)? {
         let what = format!("byte {at} of the disk is not zero: it would be lost");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
@@ -80,15 +80,15 @@ fn change(
         offline.truncate_after_blocks()?
     }
     if size < from {
-        tell_of_children(env, &image);
+        warn_of_children(env, &image);
     }
     Ok(done)
 }
 
 /// Says which children beside the image have another size now. Not more than that: what they show is the same.
-fn tell_of_children(env: &dyn Env, parent: &Image) {
-    for kin in kin::in_folders(env, &[parent.file().folder()]).unwrap_or_default() {
-        if kin.glance.parent == Some(parent.uuid()) {
+fn warn_of_children(env: &dyn Env, parent: &Image) {
+    for kin in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
+        if kin.identity.parent == Some(parent.uuid()) {
             let path = kin.path.display();
             log::warn!("{path}: a child of the resized image keeps its own size; Hyper-V wants the two to be equal");
         }
@@ -96,15 +96,15 @@ fn tell_of_children(env: &dyn Env, parent: &Image) {
 }
 
 /// The parts of a range that are not known to be zero in a chain.
-fn shining(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
+fn exposed_ranges(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
     beneath.plan_read_now(range, plan)?;
     Ok(plan.extents.iter().filter(|e| e.source != Source::Zero).map(|e| e.range).collect())
 }
 
 /// The first byte at or behind a sector that is not zero.
-fn first_data(disk: &Disk, from: u64, progress: &mut Progress<'_>) -> Result<Option<u64>> {
-    let (mut data, mut plan) = (disk.data_from(from), PlanBuffer::default());
-    let mut buffer = Buffer::zeroed(CHUNK);
+fn first_nonzero_byte(disk: &SourceDisk, from: u64, progress: &mut Progress<'_>) -> Result<Option<u64>> {
+    let (mut data, mut plan) = (disk.data_runs_from(from), PlanBuffer::default());
+    let mut buffer = Buffer::zeroed(CHUNK_BYTES);
     while let Some(run) = data.next()? {
         let mut rest = run;
         while !rest.is_empty() {

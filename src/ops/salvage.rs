@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::mover::Disk;
+use super::source::SourceDisk;
 use crate::chain::{Chain, Policy, OpenMode};
 use crate::error::Result;
 use crate::image::merge_ranges;
@@ -11,7 +11,7 @@ use crate::units::{SECTOR, SectorRange};
 
 /// A run of a disk that is given up: it reads as zeros.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct GivenUp {
+pub struct SalvageLoss {
     /// First byte of the disk.
     pub start: u64,
     /// Bytes.
@@ -26,7 +26,7 @@ pub struct GivenUp {
 ///
 /// # Errors
 /// As [`Disk::open`], but for lost sectors.
-pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<GivenUp>)> {
+pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
     let (mut given_up, mut hidden) = (Vec::new(), Vec::new());
     let disk = SectorRange::between(0, chain.youngest().size() / SECTOR);
@@ -43,17 +43,17 @@ pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(Disk, Vec<Gi
             Ok(())
         })?;
         let lost: Vec<SectorRange> = image.lost().iter().map(|range| range.clip(seen)).collect();
-        for run in without(&lost, &merge_ranges(above)) {
+        for run in subtract(&lost, &merge_ranges(above)) {
             let (start, length) = (run.start() * SECTOR, run.bytes());
-            given_up.push(GivenUp { start, length, file: image.file().path().to_path_buf() });
+            given_up.push(SalvageLoss { start, length, file: image.file().path().to_path_buf() });
         }
         hidden.extend(lost);
     }
-    Ok((Disk::Chain(chain.into_frozen()), given_up))
+    Ok((SourceDisk::Chain(chain.into_frozen()), given_up))
 }
 
 /// The parts of ascending ranges that others, ascending and joined, do not cover.
-fn without(ranges: &[SectorRange], others: &[SectorRange]) -> Vec<SectorRange> {
+fn subtract(ranges: &[SectorRange], others: &[SectorRange]) -> Vec<SectorRange> {
     let (mut left, mut next) = (Vec::new(), 0);
     for range in ranges.iter().filter(|range| !range.is_empty()) {
         while others.get(next).is_some_and(|other| other.end() <= range.start()) {
@@ -78,9 +78,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_without_others() {
+    fn subtract_removes_covered_parts() {
         let ranges = |pairs: &[(u64, u64)]| pairs.iter().map(|(a, b)| SectorRange::between(*a, *b)).collect::<Vec<_>>();
-        let left = |a, b| without(&ranges(a), &ranges(b)).iter().map(|r| (r.start(), r.end())).collect::<Vec<_>>();
+        let left = |a, b| subtract(&ranges(a), &ranges(b)).iter().map(|r| (r.start(), r.end())).collect::<Vec<_>>();
         assert_eq!(left(&[(0, 10), (20, 30)], &[]), [(0, 10), (20, 30)]);
         assert_eq!(left(&[(0, 10), (20, 30)], &[(2, 4), (9, 21), (29, 99)]), [(0, 2), (4, 9), (21, 29)]);
         assert_eq!(left(&[(5, 6), (6, 7), (8, 8)], &[(0, 100)]), []);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::{Error, ErrorKind, Result};
 use diffdisk::image::Image;
-use diffdisk::ops::{self, check::Report};
+use diffdisk::ops::{self, check::CheckReport};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::storage::{Access, Env};
@@ -267,7 +267,7 @@ fn copy(host: &SimHost) -> SimHost {
     host.crash_with(&|_| true)
 }
 
-fn repair(host: &SimHost, path: &Path) -> Result<Report> {
+fn repair(host: &SimHost, path: &Path) -> Result<CheckReport> {
     ops::check::repair(host, path, None, &[], None, &mut |_| Ok(()))
 }
 
@@ -358,7 +358,7 @@ fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
         Ok(())
     });
     assert!(ok.expect("it can be read") && told.is_sorted(), "{told:?}");
-    assert_eq!((told.last(), ops::check::bytes(&host, &path, Some(&policy))), (Some(&all), all));
+    assert_eq!((told.last(), ops::check::bytes_to_check(&host, &path, Some(&policy))), (Some(&all), all));
     assert!(told.iter().filter(|bytes| (first + 1..all).contains(*bytes)).count() > 1, "within a file: {told:?}");
     for moment in 0..told.len() {
         let mut left = moment;
@@ -371,5 +371,5 @@ fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
         });
         assert_eq!(ended.expect_err("it was ended").line(), "enough", "at moment {moment}");
     }
-    assert_eq!(ops::check::bytes(&host, &scene.path("root.vhd"), None), all - first);
+    assert_eq!(ops::check::bytes_to_check(&host, &scene.path("root.vhd"), None), all - first);
 }

@@ -104,7 +104,7 @@ fn lengths(setup: &dyn Fn(&Scene<'_>)) -> (Compacted, usize, usize) {
     let before = len();
     let done = compacted(&host, &scene.folder).expect("it works");
     let again = compacted(&host, &scene.folder).expect("it works");
-    assert_eq!((again.blocks, again.given_back), (0, 0), "nothing is left to do");
+    assert_eq!((again.freed_blocks, again.freed_bytes), (0, 0), "nothing is left to do");
     (done, before, len())
 }
 
@@ -113,19 +113,19 @@ fn blocks_go_and_the_file_becomes_shorter() {
     // A block with its bitmap takes two pages of the file, the last one what it needs.
     const BLOCK: usize = 8192;
     let (done, before, after) = lengths(&root);
-    assert_eq!((done.blocks, before - after), (3, 3 * BLOCK), "80..96 and 24..32");
-    assert!(done.given_back >= 3 * BLOCK as u64, "{done:?}");
+    assert_eq!((done.freed_blocks, before - after), (3, 3 * BLOCK), "80..96 and 24..32");
+    assert!(done.freed_bytes >= 3 * BLOCK as u64, "{done:?}");
     let (done, before, after) = lengths(&child);
     // 8..14 and 50..52 as the parent; 30..33 and 72..80 zeros where it has nothing, in three blocks.
-    assert_eq!((done.blocks, before - after), (5, 5 * BLOCK), "{done:?}");
+    assert_eq!((done.freed_blocks, before - after), (5, 5 * BLOCK), "{done:?}");
     let (done, before, after) = lengths(&moved_table);
-    assert_eq!(done.blocks, 3);
+    assert_eq!(done.freed_blocks, 3);
     // The blocks stay at pages, so not every gap can be closed.
     assert!(before - after > 2 * BLOCK, "the table moves, too: {before}, now {after}");
     let (done, ..) = lengths(&with_batmap);
-    assert_eq!(done.blocks, 3);
+    assert_eq!(done.freed_blocks, 3);
     let (done, before, after) = lengths(&larger_blocks);
-    assert_eq!((done.blocks, before - after), (3, 3 * 33 * 2 * SMALL as usize), "with the gaps before them");
+    assert_eq!((done.freed_blocks, before - after), (3, 3 * 33 * 2 * SMALL as usize), "with the gaps before them");
 }
 
 #[test]
@@ -175,8 +175,8 @@ fn zeros_in_blocks_and_reserved_room_become_holes() {
     drop(file);
     let done = compacted(&host, &scene.folder).expect("it works");
     let after = host.open(&scene.path("i.vhd"), Access::Read).expect("it opens").stat().expect("it is there").allocated;
-    assert_eq!((done.blocks, done.given_back), (0, before - after));
-    assert!(done.given_back > 700 * 512, "{done:?}");
+    assert_eq!((done.freed_blocks, done.freed_bytes), (0, before - after));
+    assert!(done.freed_bytes > 700 * 512, "{done:?}");
     assert!(scene.seen("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
 }
 
@@ -238,7 +238,7 @@ fn blocks_at_pages_move_only_into_gaps() {
         assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
         let shown: Vec<_> = (0..placed.len() as u64).map(|b| (b * SECTORS, b * SECTORS + 64, T)).collect();
         for _ in 0..2 {
-            assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 0);
+            assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 0);
             let first = u64::from(placed[before.iter().position(|slot| *slot == 0).expect("one is first")]);
             let wanted: Vec<_> = after.iter().map(|slot| u32::try_from(first + slot * (STRIDE + 7)).unwrap()).collect();
             assert_eq!(places(&host, &path, placed.len()), wanted, "{before:?}");
@@ -257,7 +257,7 @@ fn blocks_at_pages_move_only_into_gaps() {
     let before = places(&host, &path, 6);
     assert!(before[..3] == placed && before[3..].iter().all(|place| (place + 1) % 32 == 0), "{before:?}");
     assert_eq!(scene.defects("i.vhd"), [""; 0]);
-    assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 1);
+    assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 1);
     let moved = [&before[..3], &[u32::MAX, before[4], before[3]]].concat();
     assert_eq!(places(&host, &path, 6), moved);
 }
@@ -278,7 +278,7 @@ fn gaps_that_align_are_no_leaks_and_take_no_room() {
     file.allocate(0, file.stat().expect("it is there").len).expect("there is room");
     assert!(allocated() > 5 * 33 * (16 << 10), "as a daemon leaves it");
     assert_eq!(scene.defects("i.vhd"), [""; 0]);
-    assert_eq!(compacted(&host, &scene.folder).expect("it works").blocks, 0);
+    assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 0);
     assert_eq!(places(&host, &path, 5), before, "no gap of a block");
     // A page of bitmap each; header and table; the footer.
     assert_eq!(allocated(), 5 * (u64::from(LARGE) + 4096) + 8192 + 4096);

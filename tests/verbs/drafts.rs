@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::Policy;
 use diffdisk::error::Result;
-use diffdisk::ops::convert::{Conversion, To};
-use diffdisk::ops::create::{Child, Locators, Root};
-use diffdisk::ops::{self, Disk, Format};
+use diffdisk::ops::convert::{Conversion, TargetFormat};
+use diffdisk::ops::create::{ChildSpec, Locators, RootSpec};
+use diffdisk::ops::{self, SourceDisk, SourceFormat};
 use diffdisk::storage::Env;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
@@ -114,12 +114,12 @@ type Maker = fn(&dyn Env, &Path) -> Result<()>;
 
 fn create_root(env: &dyn Env, folder: &Path) -> Result<()> {
     let block_size = BlockSize::from_bytes(4096).expect("a block size");
-    let root = Root { fixed: false, size: 100 * 512, block_size, reserve: 0, preallocate: false };
+    let root = RootSpec { fixed: false, size: 100 * 512, block_size, reserve: 0, preallocate: false };
     ops::create::root(env, &folder.join("new.vhd"), &root).map(drop)
 }
 
 fn create_child(env: &dyn Env, folder: &Path) -> Result<()> {
-    let child = Child {
+    let child = ChildSpec {
         parent: folder.join("root.vhd"),
         size: None,
         block_size: None,
@@ -130,18 +130,18 @@ fn create_child(env: &dyn Env, folder: &Path) -> Result<()> {
     ops::create::child(env, &folder.join("new.vhd"), &child, &Policy::default()).map(drop)
 }
 
-fn copy(env: &dyn Env, folder: &Path, to: To, replace: bool) -> Result<()> {
-    let disk = Disk::open(env, &folder.join("root.vhd"), Format::Vhd, &Policy::default())?;
+fn copy(env: &dyn Env, folder: &Path, to: TargetFormat, replace: bool) -> Result<()> {
+    let disk = SourceDisk::open(env, &folder.join("root.vhd"), SourceFormat::Vhd, &Policy::default())?;
     let how = Conversion { to, align: 1, replace, uuid: None };
     ops::convert::convert(env, &disk, &folder.join("new.vhd"), &how, &mut |_| Ok(()))
 }
 
 fn convert(env: &dyn Env, folder: &Path) -> Result<()> {
-    copy(env, folder, To::Dynamic(BlockSize::from_bytes(4096).expect("a block size")), false)
+    copy(env, folder, TargetFormat::Dynamic(BlockSize::from_bytes(4096).expect("a block size")), false)
 }
 
 fn convert_over(env: &dyn Env, folder: &Path) -> Result<()> {
-    copy(env, folder, To::Fixed, true)
+    copy(env, folder, TargetFormat::Fixed, true)
 }
 
 fn setup(replaces: bool) -> SimHost {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use diffdisk::chain::{Chain, Policy, OpenMode};
-use diffdisk::ops::merge::Merge;
+use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::host::Host;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
@@ -138,7 +138,7 @@ fn a_merge_changes_one_folder_whatever_is_exchanged() {
         };
         let before = [0, 1].map(|n| ["p.vhd", "c.vhd"].map(|name| fs::read(held(n).join(name)).expect("a file")));
         let (outcome, exchanges) = while_exchanging(&[(at("a"), at("b"))], || {
-            let merge = Merge::prepare(&Host, &at("a/vm/c.vhd"), None, true, &Policy::default())?;
+            let merge = PreparedMerge::prepare(&Host, &at("a/vm/c.vhd"), None, true, &Policy::default())?;
             merge.run(&mut |_| Ok(()))
         });
         exchanged += exchanges;

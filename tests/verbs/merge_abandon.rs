@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
 use diffdisk::error::{ErrorKind, Result};
-use diffdisk::ops::merge::{Abandoned, Merge, Merged, abandon};
+use diffdisk::ops::merge::{Abandoned, PreparedMerge, Merged, abandon};
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Random, SimHost};
 use diffdisk::units::SectorRange;
@@ -26,7 +26,7 @@ fn host(case: &Case) -> SimHost {
 fn merge(case: &Case, host: &SimHost) -> Result<Merged> {
     let into = at(case, case.into);
     let into = (case.folded.len() > 1).then_some(into.as_path());
-    Merge::prepare(host, &at(case, case.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+    PreparedMerge::prepare(host, &at(case, case.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
 }
 
 /// The disk of an image by itself; `None` if that is refused.

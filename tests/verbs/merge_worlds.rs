@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::Policy;
 use diffdisk::error::{ErrorKind, Result};
-use diffdisk::ops::merge::{Merge, Merged};
+use diffdisk::ops::merge::{PreparedMerge, Merged};
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 
@@ -30,7 +30,7 @@ impl Case {
     fn merge(&self, host: &SimHost) -> Result<Merged> {
         let into = self.at(self.into);
         let into = (self.folded.len() > 1).then_some(into.as_path());
-        Merge::prepare(host, &self.at(self.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+        PreparedMerge::prepare(host, &self.at(self.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
     }
 
     /// Whatever happened: who is left shows what it showed.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::image::Durability;
 use diffdisk::ops;
-use diffdisk::ops::merge::Merge;
+use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env, ModifiedTime};
 
@@ -111,7 +111,7 @@ fn what_changes_the_disk_moves_the_time_on() {
     assert!(time(&host, &path).seconds > before.seconds);
     assert_eq!(notes(&scene, "c.vhd"), ["parent-changed"]);
     assert!(time(&host.crash_with(&|_| false), &path).seconds > before.seconds, "durably");
-    let e = Merge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
+    let e = PreparedMerge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
     assert!(e.line().contains("--changed-parent") && e.path() == Some(&path), "{}", e.line());
     // A link to another parent is a change of the disk, too.
     scene.dynamic("other.vhd", SMALL, 400);
@@ -128,7 +128,7 @@ fn after_a_merge_no_child_calls_its_parent_changed() {
         let scene = chain(&host);
         scene.child("gg.vhd", "g.vhd", SMALL);
         let (path, into) = (scene.path(child), into.map(|into| scene.path(into)));
-        let merge = Merge::prepare(&host, &path, into.as_deref(), false, &Policy::default()).expect("a merge");
+        let merge = PreparedMerge::prepare(&host, &path, into.as_deref(), false, &Policy::default()).expect("a merge");
         let merged = merge.run(&mut |_| Ok(())).expect("done");
         assert_eq!(merged.relinked.len(), 1);
         assert_eq!(notes(&scene, "gg.vhd"), [""; 0], "{child} into {into:?}");

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use diffdisk::chain::{Chain, PlanBuffer, Policy, Source, OpenMode, Version};
 use diffdisk::error::Result;
 use diffdisk::image::{self, Commit, Growth, Durability};
-use diffdisk::ops::create::{Child, Locators, Root};
-use diffdisk::ops::{self, Disk, Format};
+use diffdisk::ops::create::{ChildSpec, Locators, RootSpec};
+use diffdisk::ops::{self, SourceDisk, SourceFormat};
 use diffdisk::storage::Env;
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
 
@@ -37,7 +37,7 @@ impl<'a> Scene<'a> {
     }
 
     pub(crate) fn fixed(&self, name: &str, sectors: u64) {
-        let root = Root {
+        let root = RootSpec {
             fixed: true,
             size: sectors * SECTOR,
             block_size: BlockSize::DEFAULT,
@@ -49,7 +49,7 @@ impl<'a> Scene<'a> {
 
     pub(crate) fn dynamic(&self, name: &str, block: u32, sectors: u64) {
         let block_size = BlockSize::from_bytes(block).expect("a block size");
-        let root = Root { fixed: false, size: sectors * SECTOR, block_size, reserve: 0, preallocate: false };
+        let root = RootSpec { fixed: false, size: sectors * SECTOR, block_size, reserve: 0, preallocate: false };
         ops::create::root(self.env, &self.path(name), &root).expect("a dynamic root");
     }
 
@@ -60,7 +60,7 @@ impl<'a> Scene<'a> {
 
     /// A child that is larger than its parent.
     pub(crate) fn sized_child(&self, name: &str, parent: &str, block: u32, sectors: Option<u64>) {
-        let child = Child {
+        let child = ChildSpec {
             parent: self.path(parent),
             size: sectors.map(|sectors| sectors * SECTOR),
             block_size: BlockSize::from_bytes(block),
@@ -85,7 +85,7 @@ impl<'a> Scene<'a> {
 
     /// The disk, as its guest sees it.
     pub(crate) fn seen(&self, name: &str) -> Result<Vec<u8>> {
-        let disk = Disk::open(self.env, &self.path(name), Format::Vhd, &Policy::default())?;
+        let disk = SourceDisk::open(self.env, &self.path(name), SourceFormat::Vhd, &Policy::default())?;
         let mut bytes = Vec::new();
         ops::convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(()))?;
         Ok(bytes)

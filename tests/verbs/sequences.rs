@@ -6,7 +6,7 @@ use std::path::Path;
 use diffdisk::chain::Policy;
 use diffdisk::error::{ErrorKind, Result};
 use diffdisk::ops;
-use diffdisk::ops::merge::Merge;
+use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
@@ -139,7 +139,7 @@ impl World<'_> {
         let path = self.scene.path(&self.images[of].name);
         let target = self.scene.path(&self.images[into].name);
         let outcome =
-            Merge::prepare(self.host, &path, (depth > 1).then_some(target.as_path()), false, &Policy::default())
+            PreparedMerge::prepare(self.host, &path, (depth > 1).then_some(target.as_path()), false, &Policy::default())
                 .and_then(|merge| merge.run(&mut |_| Ok(())));
         let said = format!("merge {of} into {into}, {}", if refused { "refused" } else { "done" });
         let folded = folded.to_vec();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use diffdisk::chain::{Chain, Policy, OpenMode};
 use diffdisk::disk::{self, DiskOptions};
 use diffdisk::image::Durability;
-use diffdisk::ops::create::{Child, Locators};
+use diffdisk::ops::create::{ChildSpec, Locators};
 use diffdisk::ops::{self, convert, salvage};
 use diffdisk::storage::host::Host;
 use diffdisk::units::SECTOR;
@@ -146,15 +146,15 @@ const VERBS: &[(&str, Verb)] = &[
     ("create", |folder| {
         let (parent, path) = (folder.join("disk.vhd"), folder.join("new.vhd"));
         let spec =
-            Child { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both, preallocate: false };
+            ChildSpec { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both, preallocate: false };
         ops::create::child(&Host, &path, &spec, &Policy::default())?;
         Ok(path)
     }),
     ("convert", |folder| {
         let path = folder.join("disk.vhd");
-        let disk = ops::Disk::open(&Host, &path, ops::Format::Vhd, &Policy::default())?;
+        let disk = ops::SourceDisk::open(&Host, &path, ops::SourceFormat::Vhd, &Policy::default())?;
         let new = folder.join("new.vhd");
-        let how = convert::Conversion { to: convert::To::Fixed, align: 1, replace: false, uuid: None };
+        let how = convert::Conversion { to: convert::TargetFormat::Fixed, align: 1, replace: false, uuid: None };
         convert::convert(&Host, &disk, &new, &how, &mut |_| Ok(()))?;
         Ok(new)
     }),
@@ -184,19 +184,19 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("merge", |folder| {
         let path = folder.join("disk.vhd");
-        let merge = ops::merge::Merge::prepare(&Host, &path, None, false, &Policy::default())?;
+        let merge = ops::merge::PreparedMerge::prepare(&Host, &path, None, false, &Policy::default())?;
         merge.run(&mut |_| Ok(()))?;
         Ok(folder.join(PARENT))
     }),
 ];
 
-fn check(folder: &Path, chain: bool) -> ops::check::Report {
+fn check(folder: &Path, chain: bool) -> ops::check::CheckReport {
     let policy = Policy::default();
     let parents = chain.then_some(&policy);
     ops::check::check(&Host, &folder.join("disk.vhd"), parents, &[], &mut |_| Ok(())).expect("a check")
 }
 
-fn repair(folder: &Path) -> ops::check::Report {
+fn repair(folder: &Path) -> ops::check::CheckReport {
     let (path, policy) = (folder.join("disk.vhd"), Policy::default());
     ops::check::repair(&Host, &path, Some(&policy), &[], None, &mut |_| Ok(())).expect("a repair")
 }
@@ -264,7 +264,7 @@ fn sweep(case: &Case, figures: &mut Figures) {
                     let what = format!("{what}: {name}");
                     assert!(readable, "{what}: done on an image that is not readable");
                     let policy = Policy::default();
-                    let disk = ops::Disk::open(&Host, &path, ops::Format::Vhd, &policy).expect("the result opens");
+                    let disk = ops::SourceDisk::open(&Host, &path, ops::SourceFormat::Vhd, &policy).expect("the result opens");
                     let mut bytes = Vec::new();
                     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
                     let rest = bytes.split_off(want.len());

@@ -12,13 +12,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::resume::{is_same, present_at};
-use super::survey::link;
+use super::resume::{check_same_merge, uuid_at};
+use super::plan::new_parent_link;
 use crate::chain::{Chain, Copied, ExistingRecord, MergedLayer, MergeRecord, Policy, FileStamp, OpenMode, mark_receiver, receiver_mark};
 use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::{ImageIdentity, Image, SavedMtime, open_reconciled, file_name, folder_of, reparent};
-use crate::ops::kin;
+use crate::ops::folder_scan;
 use crate::failpoint;
 use crate::storage::{Access, Env, File, Folder, Lock};
 
@@ -41,12 +41,12 @@ pub enum Abandoned {
 /// - `Io`, `NoSpace`: the same call may be made again
 pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
-    let present = present_at(env, child)?;
+    let present = uuid_at(env, child)?;
     let record = match MergeRecord::find(env, child, present) {
         Ok(ExistingRecord::Record(record)) => *record,
-        Ok(ExistingRecord::Unreadable(path)) => match rebuilt(env, child, policy)? {
+        Ok(ExistingRecord::Unreadable(path)) => match rebuild_record(env, child, policy)? {
             Some(record) => record,
-            None => return removed(env, &path),
+            None => return remove_record_file(env, &path),
         },
         Ok(ExistingRecord::None) => {
             return Err(Error::new(ErrorKind::Refused, "no merge of it was begun").at_path(child));
@@ -55,20 +55,20 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
         Err(e) => return Err(e),
     };
     if into.is_some() {
-        is_same(env, &record, child, into)?;
+        check_same_merge(env, &record, child, into)?;
     }
     let path = record.folder.join(&record.ancestor_path);
-    let Some(ancestor) = receiver(env, &path, &record)? else {
-        record.remove(&home(env, &record)?)?;
+    let Some(ancestor) = lock_receiver(env, &path, &record)? else {
+        record.remove(&record_folder(env, &record)?)?;
         return Ok(Abandoned::Undone);
     };
     match record.copied {
-        Copied::Nothing => end(env, &record, &ancestor).map(|()| Abandoned::Undone),
+        Copied::Nothing => remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone),
         // A layer between would show parts of both disks.
-        Copied::All if has_layer_between(env, &record)? => keep(env, record).map(|()| Abandoned::Partial(path)),
+        Copied::All if has_layer_between(env, &record)? => save_as_abandoned(env, record).map(|()| Abandoned::Partial(path)),
         Copied::All => {
-            record_time_again(env, &record, &ancestor)?;
-            end(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
+            refresh_parent_time(env, &record, &ancestor)?;
+            remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
         }
         Copied::Before(_) if present.is_none() => {
             if receiver_mark(&ancestor)?.is_some_and(|(uuid, _)| uuid == record.layers[0].uuid) {
@@ -80,14 +80,14 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             log::warn!("{}: it has no mark of a merge and is taken for whole", path.display());
-            end(env, &record, &ancestor).map(|()| Abandoned::Undone)
+            remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone)
         }
         Copied::Before(_) => keep_as_partial(env, record, &ancestor).map(|()| Abandoned::Partial(path)),
     }
 }
 
 /// The receiver, locked so that no merge of it runs; `None` if it is gone, or another image has its name.
-fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
+fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
     let is_it = ImageIdentity::peek(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
@@ -95,7 +95,7 @@ fn receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<F
 }
 
 /// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
-fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
+fn refresh_parent_time(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge folds an image");
     let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
     file.lock(Lock::Exclusive)?;
@@ -105,15 +105,15 @@ fn record_time_again(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Re
         if image.uuid() != layer.uuid || !stands_on_it {
             return Ok(());
         }
-        let link = link(env, &image, &ancestor)?;
+        let link = new_parent_link(env, &image, &ancestor)?;
         reparent(env, &file, Some(&link))
     })
 }
 
-fn end(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
+fn remove_mark_and_record(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     unmark_receiver(ancestor)?;
     failpoint::reached("abandon.unmarked");
-    record.remove(&home(env, record)?)?;
+    record.remove(&record_folder(env, record)?)?;
     failpoint::reached("abandon.record-removed");
     Ok(())
 }
@@ -123,13 +123,13 @@ fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Resul
         Err(e) => log::warn!("{}; only the record beside CHILD shows that it is not whole", e.line()),
         Ok(()) => failpoint::reached("abandon.marked"),
     }
-    keep(env, record)
+    save_as_abandoned(env, record)
 }
 
 /// Keeps the record, as that of a merge that was given up.
-fn keep(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
+fn save_as_abandoned(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
-    record.save(&home(env, &record)?)?;
+    record.save(&record_folder(env, &record)?)?;
     failpoint::reached("abandon.recorded");
     Ok(())
 }
@@ -146,7 +146,7 @@ fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
 
 /// The record of a merge of the image at `child` into the ancestor that its mark names, in the place of one that cannot be
 /// read; `None` if none of its ancestors has such a mark.
-fn rebuilt(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
+fn rebuild_record(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
     let image = Image::open(env.open(child, Access::Read)?)?;
     let own = image.uuid();
     let chain = Chain::from_image(env, image, &Policy { merging: Some(own), ..policy.clone() }, OpenMode::Inspect)?;
@@ -170,7 +170,7 @@ fn rebuilt(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeR
     Ok(None)
 }
 
-fn removed(env: &dyn Env, path: &Path) -> Result<Abandoned> {
+fn remove_record_file(env: &dyn Env, path: &Path) -> Result<Abandoned> {
     let folder = env.folder(folder_of(path))?;
     folder.remove(file_name(path)?)?;
     folder.sync()?;
@@ -178,16 +178,16 @@ fn removed(env: &dyn Env, path: &Path) -> Result<Abandoned> {
 }
 
 /// The folder of a record, held open.
-fn home(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
+fn record_folder(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
     env.folder(&record.folder)
 }
 
 /// Removes the record that `unreadable` names if the image that it is about is not in its folder.
 fn remove_orphan(env: &dyn Env, unreadable: Error) -> Result<Abandoned> {
     let Some(path) = unreadable.path().map(Path::to_path_buf) else { return Err(unreadable) };
-    let images = kin::in_folders(env, &[env.folder(folder_of(&path))?])?;
+    let images = folder_scan::scan(env, &[env.folder(folder_of(&path))?])?;
     match MergeRecord::child_uuid_of(&path) {
-        Some(uuid) if images.iter().all(|image| image.glance.uuid != uuid) => removed(env, &path),
+        Some(uuid) if images.iter().all(|image| image.identity.uuid != uuid) => remove_record_file(env, &path),
         _ => Err(unreadable),
     }
 }

@@ -42,18 +42,18 @@
 //! children record; the files of these children have the times that they had before.
 
 mod abandon;
-mod copy;
+mod copy_down;
 mod resume;
-mod survey;
+mod plan;
 
 use std::path::{Path, PathBuf};
 
 pub use self::abandon::{Abandoned, abandon};
-use self::resume::{is_complete, is_same, present_at};
-use self::survey::{Survey, link, survey};
-use super::kin;
-use super::mover::Progress;
-use super::writer::{Writer, at_rest};
+use self::resume::{is_copy_complete, check_same_merge, uuid_at};
+use self::plan::{MergePlan, new_parent_link, plan_merge};
+use super::folder_scan;
+use super::source::Progress;
+use super::image_writer::{ImageWriter, log_secondary_error};
 use crate::chain::{
     Chain, Copied, ExistingRecord, MergeRecord, Policy, FileStamp, OpenMode, record_child, mark_receiver, receiver_mark, relative_path,
     unmark_receiver,
@@ -65,7 +65,7 @@ use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
 /// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
-const NOTE_BYTES: u64 = 512 << 20;
+const CHECKPOINT_BYTES: u64 = 512 << 20;
 
 /// What one start of a merge did; one that was ended before it may have done the rest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -81,22 +81,22 @@ pub struct Merged {
 }
 
 /// A merge that may be done; nothing is changed yet.
-pub struct Merge<'a> {
+pub struct PreparedMerge<'a> {
     env: &'a dyn Env,
     policy: Policy,
     record: MergeRecord,
     /// What is to be copied; none where all is.
-    survey: Option<Survey>,
+    plan: Option<MergePlan>,
     /// Where children of CHILD may be.
-    folders: Vec<Folder>,
+    child_folders: Vec<Folder>,
     /// The note's folder, and that of each layer: what is removed is removed there, wherever their paths lead by then.
-    home: Folder,
-    places: Vec<Folder>,
+    record_folder: Folder,
+    layer_folders: Vec<Folder>,
     /// Whether the note is there.
-    begun: bool,
+    is_recorded: bool,
 }
 
-impl<'a> Merge<'a> {
+impl<'a> PreparedMerge<'a> {
     /// Looks at the image at `child` and its chain, and at who else lives on it; takes the locks. Where a merge of it was
     /// begun, it goes on with that: `child` may be gone by then. With `changed_parent` parents may have been written to
     /// since their children recorded their times.
@@ -111,33 +111,33 @@ impl<'a> Merge<'a> {
         into: Option<&Path>,
         changed_parent: bool,
         policy: &Policy,
-    ) -> Result<Merge<'a>> {
+    ) -> Result<PreparedMerge<'a>> {
         // The file a link leads to is what is folded and removed.
         let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
-        let present = present_at(env, child)?;
+        let present = uuid_at(env, child)?;
         let earlier = MergeRecord::find(env, child, present)?;
         let mut policy = policy.clone();
         policy.merging = present;
         if let ExistingRecord::Record(record) = &earlier {
-            is_same(env, record, child, into)?;
+            check_same_merge(env, record, child, into)?;
             policy.merging = Some(record.layers[0].uuid);
-            if record.copied == Copied::All && is_complete(env, record, present.is_some())? {
+            if record.copied == Copied::All && is_copy_complete(env, record, present.is_some())? {
                 let home = env.folder(&record.folder)?.absolute()?;
                 let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
                 let places = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
                 let own = [home.clone(), place(&record.ancestor_path)?];
                 let folders =
-                    kin::folders(env, own.into_iter().chain(places.iter().cloned()).map(Ok), &policy.allowed)?;
+                    folder_scan::folders_to_scan(env, own.into_iter().chain(places.iter().cloned()).map(Ok), &policy.allowed)?;
                 let record = MergeRecord::clone(record);
-                return Ok(Merge { env, policy, record, survey: None, folders, home, places, begun: true });
+                return Ok(PreparedMerge { env, policy, record, plan: None, child_folders: folders, record_folder: home, layer_folders: places, is_recorded: true });
             }
         }
-        let survey = survey(env, child, into, changed_parent, &policy)?;
+        let survey = plan_merge(env, child, into, changed_parent, &policy)?;
         let folder = env.canonical(folder_of(child))?;
         let ancestor_path = relative_path(&folder, &env.canonical(survey.ancestor.file().path())?);
         let mut record = MergeRecord {
             folder,
-            layers: survey.folded.clone(),
+            layers: survey.merged_layers.clone(),
             ancestor: survey.ancestor.uuid(),
             ancestor_path,
             // It is looked at again under the lock.
@@ -145,15 +145,15 @@ impl<'a> Merge<'a> {
             copied: Copied::Nothing,
             abandoned: false,
         };
-        let (folders, begun) = (survey.folders.clone(), earlier != ExistingRecord::None);
-        resume::go_on_from(earlier, &mut record, &survey)?;
-        let (home, places) = (survey.places[0].clone(), survey.places.clone());
-        Ok(Merge { env, policy, record, survey: Some(survey), folders, home, places, begun })
+        let (folders, begun) = (survey.child_folders.clone(), earlier != ExistingRecord::None);
+        resume::resume_from(earlier, &mut record, &survey)?;
+        let (home, places) = (survey.layer_folders[0].clone(), survey.layer_folders.clone());
+        Ok(PreparedMerge { env, policy, record, plan: Some(survey), child_folders: folders, record_folder: home, layer_folders: places, is_recorded: begun })
     }
 
     /// Bytes of the disk, which is what progress is told of; none where only names and links are left to do.
     pub fn bytes(&self) -> u64 {
-        self.survey.as_ref().map_or(0, |survey| survey.ancestor.size())
+        self.plan.as_ref().map_or(0, |survey| survey.ancestor.size())
     }
 
     /// Does it.
@@ -162,8 +162,8 @@ impl<'a> Merge<'a> {
     /// `NoSpace`, `Io`, `Poisoned`, `Busy`; what `progress` fails with. All images are valid and the disk is the same;
     /// the same command goes on.
     pub fn run(mut self, progress: &mut Progress<'_>) -> Result<Merged> {
-        let done = self.go(progress);
-        done.map_err(|e| match self.begun {
+        let done = self.run_steps(progress);
+        done.map_err(|e| match self.is_recorded {
             false => e,
             true => {
                 let what =
@@ -173,16 +173,16 @@ impl<'a> Merge<'a> {
         })
     }
 
-    fn go(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
+    fn run_steps(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let path = self.record.folder.join(&self.record.ancestor_path);
-        if self.begun {
+        if self.is_recorded {
             // A killed start may have left its note in memory alone, and what follows builds on it.
-            self.home.sync()?;
+            self.record_folder.sync()?;
         }
         // Holds the locks to the end.
-        let survey = self.survey.take();
+        let survey = self.plan.take();
         let (copied, file) = match &survey {
-            Some(survey) => self.copy(survey, &path, progress)?,
+            Some(survey) => self.copy_layers(survey, &path, progress)?,
             None => {
                 let file = self.env.open(&path, Access::Read)?;
                 file.lock(Lock::Shared)?;
@@ -192,16 +192,16 @@ impl<'a> Merge<'a> {
                 (0, file)
             }
         };
-        let ancestor = self.is_ancestor(Image::open(file)?)?;
+        let ancestor = self.check_ancestor(Image::open(file)?)?;
         unmark_receiver(ancestor.file())?;
         failpoint::reached("merge.receiver-unmarked");
-        let relinked = self.relink(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
-        let removed = self.remove()?;
-        self.record.remove(&self.home)?;
+        let relinked = self.relink_children(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
+        let removed = self.remove_layers()?;
+        self.record.remove(&self.record_folder)?;
         Ok(Merged { ancestor: path, copied, relinked, removed })
     }
 
-    fn is_ancestor(&self, image: Image) -> Result<Image> {
+    fn check_ancestor(&self, image: Image) -> Result<Image> {
         if image.uuid() == self.record.ancestor {
             return Ok(image);
         }
@@ -210,7 +210,7 @@ impl<'a> Merge<'a> {
     }
 
     /// Steps 1 to 4. The ancestor's file stays locked as long as the one that is returned.
-    fn copy(&mut self, survey: &Survey, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
+    fn copy_layers(&mut self, survey: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
         // The ancestor's own parents may lie wherever the child's chain may.
         let mut policy = self.policy.clone();
         policy.allowed.push(self.record.folder.clone());
@@ -222,7 +222,7 @@ impl<'a> Merge<'a> {
             self.record.copied = Copied::Before(0);
         }
         let chain = Chain::from_image(self.env, Image::open(file.clone())?, &policy, OpenMode::Write)?;
-        let mut writer = Writer::of(self.env, chain, &Durability::FlushOnly)?;
+        let mut writer = ImageWriter::open(self.env, chain, &Durability::FlushOnly)?;
         let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
         if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
             return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
@@ -233,30 +233,30 @@ impl<'a> Merge<'a> {
             Copied::All => unreachable!("then nothing is copied"),
         };
         let blocks = survey.layers.new_blocks(image)?;
-        let has_room = survey.layers.check_room(blocks, image);
-        let begun = has_room.and_then(|()| writer.make_room(blocks)).and_then(|()| {
+        let has_room = survey.layers.check_space(blocks, image);
+        let begun = has_room.and_then(|()| writer.grow_for(blocks)).and_then(|()| {
             failpoint::reached("merge.room-made");
             writer.top().image.restore_mtime()?;
             self.record.ancestor_stamp = FileStamp::of(&file)?;
-            self.record.save(&self.home)
+            self.record.save(&self.record_folder)
         });
         if let Err(e) = begun {
-            return writer.end(Err(e));
+            return writer.finish(Err(e));
         }
-        self.begun = true;
+        self.is_recorded = true;
         failpoint::reached("merge.begun");
-        if let Err(e) = self.mark(&file) {
-            return writer.end(Err(e));
+        if let Err(e) = self.mark_ancestor(&file) {
+            return writer.finish(Err(e));
         }
 
-        let every = (writer.version().sectors() * SECTOR / 4).clamp(1, NOTE_BYTES);
+        let every = (writer.version().sectors() * SECTOR / 4).clamp(1, CHECKPOINT_BYTES);
         let mut done = from;
         let copied = survey.layers.copy(from, &mut writer, &mut |writer, sector| {
             done = sector;
             if writer.uncommitted() >= every {
                 writer.commit()?;
                 failpoint::reached("merge.committed");
-                self.note(sector, &file)?;
+                self.checkpoint(sector, &file)?;
                 failpoint::reached("merge.noted");
             }
             progress(sector * SECTOR)
@@ -269,20 +269,20 @@ impl<'a> Merge<'a> {
                 failpoint::reached("merge.closed");
                 self.record.copied = Copied::All;
                 self.record.ancestor_stamp = FileStamp::after_sync(&file)?;
-                self.record.save(&self.home)?;
+                self.record.save(&self.record_folder)?;
                 failpoint::reached("merge.marked");
                 Ok((copied, file))
             }
             Err(e) => {
                 // What is copied stays copied, and the ancestor is left as an image at rest.
-                at_rest(writer.commit().and_then(|()| writer.close()).and_then(|()| self.note(done, &file)));
+                log_secondary_error(writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)));
                 Err(e)
             }
         }
     }
 
     /// Marks the ancestor as partly overwritten, and then records that copying has begun: durable before the first byte.
-    fn mark(&mut self, ancestor: &File) -> Result<()> {
+    fn mark_ancestor(&mut self, ancestor: &File) -> Result<()> {
         let child = self.record.layers[0].uuid;
         if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
             match mark_receiver(ancestor, child, &self.record.child()) {
@@ -295,17 +295,17 @@ impl<'a> Merge<'a> {
         failpoint::reached("merge.receiver-marked");
         if self.record.copied == Copied::Nothing {
             self.record.copied = Copied::Before(0);
-            self.record.save(&self.home)?;
+            self.record.save(&self.record_folder)?;
         }
         failpoint::reached("merge.copying");
         Ok(())
     }
 
     /// Notes that all before a sector is copied, durably. Where there is no room for a note, the last one still holds.
-    fn note(&mut self, sector: u64, ancestor: &File) -> Result<()> {
+    fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
         self.record.ancestor_stamp = FileStamp::of(ancestor)?;
-        match self.record.save(&self.home) {
+        match self.record.save(&self.record_folder) {
             Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
             saved => saved,
         }
@@ -313,12 +313,12 @@ impl<'a> Merge<'a> {
 
     /// Step 5: CHILD's children, those that were found at first and any that came since. And those that are the
     /// ancestor's already, where an earlier start was ended while it linked them: they are tidied up unless in use.
-    fn relink(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
+    fn relink_children(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
-        for child in kin::in_folders(self.env, &self.folders)? {
-            let is_folded = self.record.layers.iter().any(|layer| layer.uuid == child.glance.uuid);
-            let is_linked = child.glance.parent == Some(ancestor.uuid());
-            if is_folded || !(is_linked || child.glance.parent == Some(self.record.layers[0].uuid)) {
+        for child in folder_scan::scan(self.env, &self.child_folders)? {
+            let is_folded = self.record.layers.iter().any(|layer| layer.uuid == child.identity.uuid);
+            let is_linked = child.identity.parent == Some(ancestor.uuid());
+            if is_folded || !(is_linked || child.identity.parent == Some(self.record.layers[0].uuid)) {
                 continue;
             }
             if is_linked && is_reparent_finished(&Image::open(child.open(Access::Read)?)?) {
@@ -338,7 +338,7 @@ impl<'a> Merge<'a> {
             let image = Image::open(file.clone())?;
             refuse_if_live(self.env, &self.policy.runtime, &image)?;
             record_child(self.env, ancestor, &child.path);
-            let link = link(self.env, &image, ancestor)?;
+            let link = new_parent_link(self.env, &image, ancestor)?;
             SavedMtime::preserve(&file, || reparent(self.env, &file, Some(&link)))?;
             failpoint::reached("merge.child-relinked");
             relinked.push(child.path);
@@ -348,9 +348,9 @@ impl<'a> Merge<'a> {
     }
 
     /// Step 6.
-    fn remove(&self) -> Result<Vec<PathBuf>> {
+    fn remove_layers(&self) -> Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
-        for (layer, folder) in self.record.layers.iter().zip(&self.places) {
+        for (layer, folder) in self.record.layers.iter().zip(&self.layer_folders) {
             let path = self.record.folder.join(&layer.path);
             let name = file_name(&path)?;
             let file = match folder.open(name, Access::Read) {

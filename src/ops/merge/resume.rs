@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::survey::Survey;
+use super::plan::MergePlan;
 use crate::chain::{Copied, ExistingRecord, MergedLayer, MergeRecord, FileStamp, receiver_mark};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::ImageIdentity;
@@ -14,7 +14,7 @@ use crate::storage::{Access, Env};
 ///
 /// # Errors
 /// `Io`; `Refused` for what is no regular file.
-pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
+pub(super) fn uuid_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
     Ok(ImageIdentity::peek(&file)?.map(|glance| glance.uuid))
 }
@@ -23,7 +23,7 @@ pub(super) fn present_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
 ///
 /// # Errors
 /// `Refused` if the earlier one was into another image; `Io`.
-pub(super) fn go_on_from(earlier: ExistingRecord, record: &mut MergeRecord, survey: &Survey) -> Result<()> {
+pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, survey: &MergePlan) -> Result<()> {
     let earlier = match earlier {
         // A mark without a record: somebody removed that.
         ExistingRecord::None => {
@@ -64,7 +64,7 @@ pub(super) fn go_on_from(earlier: ExistingRecord, record: &mut MergeRecord, surv
 }
 
 /// Whether a merge that was begun is the one that is asked for.
-pub(super) fn is_same(env: &dyn Env, record: &MergeRecord, child: &Path, into: Option<&Path>) -> Result<()> {
+pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path, into: Option<&Path>) -> Result<()> {
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = match into {
         None => record.layers.len() == 1,
@@ -82,7 +82,7 @@ pub(super) fn is_same(env: &dyn Env, record: &MergeRecord, child: &Path, into: O
 ///
 /// # Errors
 /// `Refused` where the ancestor is not and CHILD is gone; `Io`.
-pub(super) fn is_complete(env: &dyn Env, record: &MergeRecord, is_child_there: bool) -> Result<bool> {
+pub(super) fn is_copy_complete(env: &dyn Env, record: &MergeRecord, is_child_there: bool) -> Result<bool> {
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = FileStamp::of_image_at(env, &ancestor, record.ancestor)? == Some(record.ancestor_stamp);
     if !is_child_there {

@@ -2,28 +2,28 @@
 
 use std::path::Path;
 
-use super::copy::Layers;
+use super::copy_down::LayerStack;
 use crate::chain::{Chain, ImageChange, MergedLayer, Policy, FileStamp, OpenMode, absolute_path, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_reparent, folder_of, refuse_if_live};
 use crate::ops::create::{self, Locators};
-use crate::ops::kin::{self, Kin};
+use crate::ops::folder_scan::{self, ScannedImage};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
 /// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
-pub(super) struct Survey {
+pub(super) struct MergePlan {
     /// CHILD and what lies between, youngest first.
-    pub(super) layers: Layers,
-    pub(super) folded: Vec<MergedLayer>,
+    pub(super) layers: LayerStack,
+    pub(super) merged_layers: Vec<MergedLayer>,
     /// The folder in which each of them was found.
-    pub(super) places: Vec<Folder>,
+    pub(super) layer_folders: Vec<Folder>,
     /// What receives it, read only.
     pub(super) ancestor: Image,
     /// CHILD's own children.
     pub(super) children: Vec<(FileId, File)>,
     /// Where children were looked for.
-    pub(super) folders: Vec<Folder>,
+    pub(super) child_folders: Vec<Folder>,
 }
 
 /// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
@@ -32,18 +32,18 @@ pub(super) struct Survey {
 /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
 /// `Refused` where another child would change, or the sizes do not fit, or (unless `changed_parent`) a parent was written
 /// to since its child recorded its time.
-pub(super) fn survey(
+pub(super) fn plan_merge(
     env: &dyn Env,
     child: &Path,
     into: Option<&Path>,
     changed_parent: bool,
     policy: &Policy,
-) -> Result<Survey> {
+) -> Result<MergePlan> {
     let file = env.open(child, Access::Read)?;
     file.lock(Lock::Shared)?;
     let folder = env.canonical(folder_of(child))?;
     let chain = Chain::from_image(env, Image::open(file)?, policy, OpenMode::Inspect)?;
-    let depth = depth_of(env, &chain, into)?;
+    let depth = ancestor_depth(env, &chain, into)?;
     let (folded, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
     // Those between were opened before they were locked: once more, now that nobody changes them.
     let mut images = Vec::with_capacity(depth);
@@ -51,7 +51,7 @@ pub(super) fn survey(
         let file = image.file().clone();
         file.lock(Lock::Shared)?;
         let image = Image::open(file)?;
-        whole(&image)?;
+        check_not_truncated(&image)?;
         images.push(image);
     }
     let parents = images.iter().map(|image| image.header().map(|header| header.parent_uuid));
@@ -68,21 +68,21 @@ pub(super) fn survey(
     }
     refuse_change(env, ancestor, ImageChange::Contents, &policy.allowed, own)?;
     if !changed_parent {
-        refuse_changed(&chain, depth)?;
+        refuse_changed_parent(&chain, depth)?;
     }
     let own = images.iter().chain([ancestor]).map(|image| image.file().folder().absolute());
-    let folders = kin::folders(env, own, &policy.allowed)?;
-    let children = children(env, &images, ancestor, &folders, policy)?;
-    sizes(&images[0], ancestor, children.is_empty())?;
-    let folded = images.iter().map(|image| folded_as(env, image, &folder)).collect::<Result<_>>()?;
+    let folders = folder_scan::folders_to_scan(env, own, &policy.allowed)?;
+    let children = lock_children(env, &images, ancestor, &folders, policy)?;
+    check_sizes(&images[0], ancestor, children.is_empty())?;
+    let folded = images.iter().map(|image| merged_layer(env, image, &folder)).collect::<Result<_>>()?;
     let places = images.iter().map(|image| image.file().folder()).collect();
     let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
-    Ok(Survey { layers: Layers::new(images), folded, places, ancestor, children, folders })
+    Ok(MergePlan { layers: LayerStack::new(images), merged_layers: folded, layer_folders: places, ancestor, children, child_folders: folders })
 }
 
 /// # Errors
 /// `Refused` if the parent of one of the first `depth` images was written to since.
-fn refuse_changed(chain: &Chain, depth: usize) -> Result<()> {
+fn refuse_changed_parent(chain: &Chain, depth: usize) -> Result<()> {
     let folded = &chain.images()[..depth];
     let outdated = chain.outdated().find(|(child, _)| folded.iter().any(|image| image.uuid() == child.uuid()));
     let Some((child, parent)) = outdated else { return Ok(()) };
@@ -95,7 +95,7 @@ fn refuse_changed(chain: &Chain, depth: usize) -> Result<()> {
 }
 
 /// How many images are folded: those above `into`.
-fn depth_of(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> {
+fn ancestor_depth(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> {
     let refuse = |what: &str, path: &Path| Err(Error::new(ErrorKind::Refused, what).at_path(path));
     let child = chain.youngest().file().path();
     if chain.images().len() == 1 {
@@ -114,7 +114,7 @@ fn depth_of(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> 
 /// # Errors
 /// `Invalid` for a file that was cut off inside a block: what is missing reads as zero, which cannot be told from what
 /// was never there.
-fn whole(image: &Image) -> Result<()> {
+fn check_not_truncated(image: &Image) -> Result<()> {
     if image.used_end() > image.data_end() {
         let what = "a block goes on behind the end of the file: repair it before it is merged";
         return Err(Error::new(ErrorKind::Invalid, what).at_path(image.file().path()).at_offset(image.data_end()));
@@ -123,7 +123,7 @@ fn whole(image: &Image) -> Result<()> {
 }
 
 /// The disk must be the same afterwards, in size, too.
-fn sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
+fn check_sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
     let (size, received) = (child.size(), ancestor.size());
     // A smaller child hides what its ancestor has behind its end; zeros there do the same for the child's children.
     if size == received || (size < received && !youngest) {
@@ -141,7 +141,7 @@ fn sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
 }
 
 /// CHILD's children, locked. Nobody else's child may be a child of what changes or goes.
-fn children(
+fn lock_children(
     env: &dyn Env,
     images: &[Image],
     ancestor: &Image,
@@ -150,14 +150,14 @@ fn children(
 ) -> Result<Vec<(FileId, File)>> {
     let ids = images.iter().map(|image| Ok(image.file().stat()?.id)).collect::<Result<Vec<_>>>()?;
     let mut children = Vec::new();
-    for found in kin::in_folders(env, folders)? {
-        if found.glance.parent == Some(images[0].uuid()) {
+    for found in folder_scan::scan(env, folders)? {
+        if found.identity.parent == Some(images[0].uuid()) {
             children.push(lock_child(env, &found, ancestor, policy)?);
             continue;
         }
         // The parent of image n is image n + 1; that of the last one is the ancestor.
         for (above, parent) in images[1..].iter().chain([ancestor]).enumerate() {
-            if found.glance.parent == Some(parent.uuid()) && found.id != ids[above] {
+            if found.identity.parent == Some(parent.uuid()) && found.id != ids[above] {
                 let what = format!("it has another child, {}, whose disk would change", found.path.display());
                 return Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()));
             }
@@ -167,17 +167,17 @@ fn children(
 }
 
 /// A child that is going to be relinked: locked, and known to be fit for it.
-fn lock_child(env: &dyn Env, child: &Kin, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
+fn lock_child(env: &dyn Env, child: &ScannedImage, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
     let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     refuse_if_live(env, &policy.runtime, &image)?;
-    check_reparent(&image, Some(&link(env, &image, ancestor)?))?;
+    check_reparent(&image, Some(&new_parent_link(env, &image, ancestor)?))?;
     Ok((file.stat()?.id, file))
 }
 
 /// What `child` records when `parent` becomes its parent: the paths that it records now.
-pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
+pub(super) fn new_parent_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
     let locators = child.header().map_or([].as_slice(), |header| header.locators.as_slice());
     let has = |platform| locators.iter().any(|locator| locator.platform() == platform);
     let locators = match (has(Platform::W2ru), has(Platform::W2ku)) {
@@ -185,10 +185,10 @@ pub(super) fn link(env: &dyn Env, child: &Image, parent: &Image) -> Result<Paren
         (false, true) => Locators::Absolute,
         _ => Locators::Relative,
     };
-    create::link(env, folder_of(child.file().path()), parent, locators)
+    create::parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-fn folded_as(env: &dyn Env, image: &Image, folder: &Path) -> Result<MergedLayer> {
+fn merged_layer(env: &dyn Env, image: &Image, folder: &Path) -> Result<MergedLayer> {
     let path = relative_path(folder, &absolute_path(env, image.file().path())?);
     Ok(MergedLayer { uuid: image.uuid(), stamp: FileStamp::after_sync(image.file())?, path })
 }

@@ -6,15 +6,15 @@
 
 use std::path::Path;
 
-use super::mover::{CHUNK, Progress};
+use super::source::{CHUNK_BYTES, Progress};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// Bytes at whose multiples ranges are zeroed by a call: a multiple of every device's logical block.
-const UNIT: u64 = CHUNK as u64;
+const ZERO_ALIGN_BYTES: u64 = CHUNK_BYTES as u64;
 /// Bytes that are zeroed by one call, so that the user can interrupt the work between two.
-const STEP: u64 = 256 << 20;
+const ZERO_MAX_BYTES: u64 = 256 << 20;
 
 /// An open device that is being overwritten from its start.
 pub(super) struct DeviceSink {
@@ -45,7 +45,7 @@ impl DeviceSink {
         if len < room {
             log::info!("{}: the last {} bytes of the device stay as they are", path.display(), room - len);
         }
-        Ok(DeviceSink { file, len, done: 0, zeros: Buffer::zeroed(CHUNK) })
+        Ok(DeviceSink { file, len, done: 0, zeros: Buffer::zeroed(CHUNK_BYTES) })
     }
 
     /// Writes a run of whole sectors behind all runs before it, and zeros up to it.
@@ -64,13 +64,13 @@ impl DeviceSink {
 
     fn zero_until(&mut self, end: u64, progress: &mut Progress<'_>) -> Result<()> {
         while self.done < end {
-            let aligned = self.done.is_multiple_of(UNIT);
-            let len = if aligned && end - self.done >= UNIT {
-                let len = ((end - self.done) / UNIT * UNIT).min(STEP);
+            let aligned = self.done.is_multiple_of(ZERO_ALIGN_BYTES);
+            let len = if aligned && end - self.done >= ZERO_ALIGN_BYTES {
+                let len = ((end - self.done) / ZERO_ALIGN_BYTES * ZERO_ALIGN_BYTES).min(ZERO_MAX_BYTES);
                 self.file.punch_hole(self.done, len)?;
                 len
             } else {
-                let len = (UNIT - self.done % UNIT).min(end - self.done);
+                let len = (ZERO_ALIGN_BYTES - self.done % ZERO_ALIGN_BYTES).min(end - self.done);
                 self.file.write_at(&self.zeros[..usize::try_from(len).expect("at most a chunk")], self.done)?;
                 len
             };

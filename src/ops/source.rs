@@ -16,20 +16,20 @@ use crate::storage::{Access, Buffer, Env, File, Lock, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
-pub(super) const WINDOW: u64 = 1 << 17;
+pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
 /// Bytes read at once, at most.
-pub(super) const CHUNK: usize = 1 << 20;
+pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// Sectors of that.
-pub(super) const CHUNK_SECTORS: u64 = CHUNK as u64 / SECTOR;
+pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
-pub(super) const PAGE: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 
 /// Is told how many bytes of the disk are done, and ends the work where it fails.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// How the bytes of a file are to be taken. It is declared, never probed: a guest could write what looks like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Format {
+pub enum SourceFormat {
     /// The disk itself.
     Raw,
     /// A VHD and its parents.
@@ -37,41 +37,41 @@ pub enum Format {
 }
 
 /// A disk to be read, locked against writers.
-pub enum Disk {
+pub enum SourceDisk {
     /// A chain of VHDs.
     Chain(Version),
     /// A raw file or block device of so many bytes.
     Raw(File, u64),
 }
 
-impl Disk {
+impl SourceDisk {
     /// Opens the disk at `path`.
     ///
     /// # Errors
     /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
-    pub fn open(env: &dyn Env, path: &Path, format: Format, policy: &Policy) -> Result<Disk> {
-        if format == Format::Raw {
+    pub fn open(env: &dyn Env, path: &Path, format: SourceFormat, policy: &Policy) -> Result<SourceDisk> {
+        if format == SourceFormat::Raw {
             let file = env.open_disk(path, Access::Read)?;
             file.lock(Lock::Shared)?;
             let len = file.stat()?.len;
-            return Ok(Disk::Raw(file, len));
+            return Ok(SourceDisk::Raw(file, len));
         }
-        Ok(Disk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
+        Ok(SourceDisk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
     }
 
     /// Bytes of the disk. Those of a raw file need not fill its last sector.
     pub fn bytes(&self) -> u64 {
         match self {
-            Disk::Chain(version) => version.sectors() * SECTOR,
-            Disk::Raw(_, len) => *len,
+            SourceDisk::Chain(version) => version.sectors() * SECTOR,
+            SourceDisk::Raw(_, len) => *len,
         }
     }
 
     /// The identity of the youngest image; `None` for a raw disk.
     pub fn uuid(&self) -> Option<Uuid> {
         match self {
-            Disk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
-            Disk::Raw(..) => None,
+            SourceDisk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
+            SourceDisk::Raw(..) => None,
         }
     }
 
@@ -80,7 +80,7 @@ impl Disk {
     /// # Errors
     /// `Io`.
     pub fn container(&self) -> Result<Option<ImageFormat>> {
-        let Disk::Raw(file, len) = self else { return Ok(None) };
+        let SourceDisk::Raw(file, len) = self else { return Ok(None) };
         let (mut head, mut tail) = ([0; PROBE_BYTES], [0; PROBE_BYTES]);
         let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
         file.read_at(&mut head[..there], 0)?;
@@ -107,23 +107,23 @@ impl Disk {
         let (disk, beyond) = into.split_at_mut(there);
         beyond.fill(0);
         match self {
-            Disk::Chain(version) => version.read_now(range.first(there as u64 / SECTOR), disk, plan),
-            Disk::Raw(file, _) => file.read_at(disk, start),
+            SourceDisk::Chain(version) => version.read_now(range.first(there as u64 / SECTOR), disk, plan),
+            SourceDisk::Raw(file, _) => file.read_at(disk, start),
         }
     }
 
     /// The runs that may hold data.
-    pub(super) fn data(&self) -> Data<'_> {
-        self.data_from(0)
+    pub(super) fn data_runs(&self) -> DataRuns<'_> {
+        self.data_runs_from(0)
     }
 
     /// As [`Disk::data`], from a sector on.
-    pub(super) fn data_from(&self, sector: u64) -> Data<'_> {
+    pub(super) fn data_runs_from(&self, sector: u64) -> DataRuns<'_> {
         let runs = match self {
-            Disk::Chain(version) => Runs::Chain(Extents::from(version, sector)),
-            Disk::Raw(file, _) => Runs::Raw(file, sector * SECTOR),
+            SourceDisk::Chain(version) => RunCursor::Chain(Extents::from(version, sector)),
+            SourceDisk::Raw(file, _) => RunCursor::Raw(file, sector * SECTOR),
         };
-        Data { sectors: self.sectors(), runs, seen: Seen::default(), rest: None }
+        DataRuns { sectors: self.sectors(), cursor: runs, last_data: FileDataRun::default(), rest: None }
     }
 }
 
@@ -132,11 +132,11 @@ pub(super) struct Extents<'a> {
     version: &'a Version,
     at: u64,
     /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
-    placed: Vec<u64>,
+    next_allocated: Vec<u64>,
     plan: PlanBuffer,
     next: usize,
     /// What is read on the way is forgotten.
-    once: bool,
+    uncached: bool,
 }
 
 impl<'a> Extents<'a> {
@@ -146,13 +146,13 @@ impl<'a> Extents<'a> {
 
     /// As [`Extents::new`], from sector `at` on.
     pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_placed(layer, at)).collect();
-        Extents { version, at, placed, plan: PlanBuffer::default(), next: 0, once: false }
+        let placed = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
+        Extents { version, at, next_allocated: placed, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
     /// For who asks nothing else of the version: what is read on the way is forgotten.
-    pub(super) fn once(self) -> Extents<'a> {
-        Extents { once: true, ..self }
+    pub(super) fn uncached(self) -> Extents<'a> {
+        Extents { uncached: true, ..self }
     }
 
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {
@@ -165,13 +165,13 @@ impl<'a> Extents<'a> {
             if from >= sectors {
                 return Ok(None);
             }
-            self.at = self.first_placed(from).min(sectors);
+            self.at = self.first_allocated(from).min(sectors);
             if self.at > from {
                 return Ok(Some(Extent { range: SectorRange::between(from, self.at), source: Source::Zero }));
             }
-            self.at = (from + WINDOW).min(sectors);
+            self.at = (from + WINDOW_SECTORS).min(sectors);
             let window = SectorRange::between(from, self.at);
-            match self.once {
+            match self.uncached {
                 true => self.version.plan_read_uncached(window, &mut self.plan)?,
                 false => self.version.plan_read_now(window, &mut self.plan)?,
             }
@@ -180,18 +180,18 @@ impl<'a> Extents<'a> {
     }
 
     /// The first sector at or after `from` that any layer has a place for. Each table is passed once in all.
-    fn first_placed(&mut self, from: u64) -> u64 {
-        for (placed, layer) in self.placed.iter_mut().zip(self.version.frozen().layers()) {
+    fn first_allocated(&mut self, from: u64) -> u64 {
+        for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
             if *placed < from {
-                *placed = next_placed(layer, from);
+                *placed = next_allocated(layer, from);
             }
         }
-        self.placed.iter().copied().min().unwrap_or(u64::MAX).max(from)
+        self.next_allocated.iter().copied().min().unwrap_or(u64::MAX).max(from)
     }
 }
 
 /// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
-pub(super) fn next_placed(layer: &Layer, from: u64) -> u64 {
+pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;
     }
@@ -200,32 +200,32 @@ pub(super) fn next_placed(layer: &Layer, from: u64) -> u64 {
     block.map_or(u64::MAX, |block| block_size.sectors_of(block).start().max(from))
 }
 
-enum Runs<'a> {
+enum RunCursor<'a> {
     Chain(Extents<'a>),
     Raw(&'a File, u64),
 }
 
 /// The runs of a disk that may hold data, ascending. What is not named is zero.
-pub(super) struct Data<'a> {
+pub(super) struct DataRuns<'a> {
     sectors: u64,
-    runs: Runs<'a>,
-    seen: Seen,
+    cursor: RunCursor<'a>,
+    last_data: FileDataRun,
     /// What is left of the last extent.
     rest: Option<Extent>,
 }
 
 /// A run of a file that is known to be no hole.
 #[derive(Default)]
-struct Seen {
+struct FileDataRun {
     slot: Option<FileSlot>,
     start: u64,
     end: u64,
 }
 
-impl Data<'_> {
+impl DataRuns<'_> {
     pub(super) fn next(&mut self) -> Result<Option<SectorRange>> {
-        match &mut self.runs {
-            Runs::Raw(file, at) => {
+        match &mut self.cursor {
+            RunCursor::Raw(file, at) => {
                 let Some(found) = next_data(file, *at..u64::MAX)? else { return Ok(None) };
                 let start = (found.start / SECTOR).max(at.div_ceil(SECTOR));
                 let run = SectorRange::between(start, found.end.div_ceil(SECTOR));
@@ -233,7 +233,7 @@ impl Data<'_> {
                 *at = run.end() * SECTOR;
                 Ok((!run.is_empty()).then_some(run))
             }
-            Runs::Chain(extents) => loop {
+            RunCursor::Chain(extents) => loop {
                 let extent = match self.rest.take() {
                     Some(extent) => extent,
                     None => match extents.next()? {
@@ -242,11 +242,11 @@ impl Data<'_> {
                     },
                 };
                 let Source::File { slot, offset } = extent.source else { continue };
-                let (range, seen) = (extent.range, &mut self.seen);
+                let (range, seen) = (extent.range, &mut self.last_data);
                 if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
                     let found = next_data(extents.version.file(slot), offset..u64::MAX)?;
                     let (start, end) = found.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end));
-                    *seen = Seen { slot: Some(slot), start, end };
+                    *seen = FileDataRun { slot: Some(slot), start, end };
                 }
                 let hole = (seen.start.saturating_sub(offset) / SECTOR).min(range.count());
                 let data = (seen.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
@@ -264,13 +264,13 @@ impl Data<'_> {
 }
 
 /// Reads all of a disk that is not zero, in ascending runs of at most [`CHUNK`] bytes, and hands it to `put`.
-pub(super) fn each_run(
-    disk: &Disk,
+pub(super) fn for_each_data_run(
+    disk: &SourceDisk,
     progress: &mut Progress<'_>,
     mut put: impl FnMut(SectorRange, &[u8]) -> Result<()>,
 ) -> Result<()> {
-    let (mut data, mut plan) = (disk.data(), PlanBuffer::default());
-    let mut buffer = Buffer::zeroed(CHUNK);
+    let (mut data, mut plan) = (disk.data_runs(), PlanBuffer::default());
+    let mut buffer = Buffer::zeroed(CHUNK_BYTES);
     while let Some(run) = data.next()? {
         let mut rest = run;
         while !rest.is_empty() {
@@ -278,7 +278,7 @@ pub(super) fn each_run(
             rest = rest.skip(piece.count());
             let bytes = &mut buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
             disk.read(piece, bytes, &mut plan)?;
-            for (at, len) in filled(bytes, usize::try_from(piece.start() * SECTOR % PAGE as u64).expect("in a page")) {
+            for (at, len) in nonzero_runs(bytes, usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page")) {
                 put(piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR), &bytes[at..at + len])?;
             }
             progress((piece.end() * SECTOR).min(disk.bytes()))?;
@@ -288,10 +288,10 @@ pub(super) fn each_run(
 }
 
 /// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-pub(super) fn filled(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
-        let end = bytes.len().min((at + into_page) / PAGE * PAGE + PAGE - into_page);
+        let end = bytes.len().min((at + into_page) / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - into_page);
         (at < bytes.len()).then(|| (end, is_zero(&bytes[at..end])))
     };
     std::iter::from_fn(move || {
@@ -312,14 +312,14 @@ mod tests {
 
     #[test]
     fn zero_pages_are_found_wherever_the_run_begins() {
-        let mut bytes = vec![0; 5 * PAGE - 512];
-        let runs = |bytes: &[u8]| filled(bytes, 512).collect::<Vec<_>>();
+        let mut bytes = vec![0; 5 * PAGE_BYTES - 512];
+        let runs = |bytes: &[u8]| nonzero_runs(bytes, 512).collect::<Vec<_>>();
         assert_eq!(runs(&bytes), []);
         bytes[0] = 1; // the first page lacks 512 bytes
-        bytes[3 * PAGE - 513] = 1; // the last byte of the third
-        assert_eq!(runs(&bytes), [(0, PAGE - 512), (2 * PAGE - 512, PAGE)]);
-        bytes[3 * PAGE - 512] = 1;
-        bytes[5 * PAGE - 513] = 1;
-        assert_eq!(runs(&bytes), [(0, PAGE - 512), (2 * PAGE - 512, 3 * PAGE)]);
+        bytes[3 * PAGE_BYTES - 513] = 1; // the last byte of the third
+        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, PAGE_BYTES)]);
+        bytes[3 * PAGE_BYTES - 512] = 1;
+        bytes[5 * PAGE_BYTES - 513] = 1;
+        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, 3 * PAGE_BYTES)]);
     }
 }

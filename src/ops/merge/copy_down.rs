@@ -7,36 +7,36 @@ use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, next_data};
-use crate::ops::mover::{CHUNK, CHUNK_SECTORS, Extents, PAGE, filled};
-use crate::ops::writer::Writer;
+use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS, Extents, PAGE_BYTES, nonzero_runs};
+use crate::ops::image_writer::ImageWriter;
 use crate::failpoint;
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors that are made zero at once: 64 MiB.
-const WINDOW: u64 = 1 << 17;
+const ZERO_SECTORS: u64 = 1 << 17;
 /// Sectors of zeros, at least, that are not written like data: less is not worth a hole.
-const HOLE: u64 = 128;
+const MIN_HOLE_SECTORS: u64 = 128;
 
 /// Some layers of a chain, without what lies beneath them.
-pub(super) struct Layers {
+pub(super) struct LayerStack {
     version: Version,
     /// From this sector on nothing beneath is asked: a layer ends here.
-    masked: u64,
+    masked_from: u64,
 }
 
 /// Is told the sector before which all is copied. What it fails with ends the work.
-pub(super) type Step<'a> = dyn FnMut(&mut Writer<'_>, u64) -> Result<()> + 'a;
+pub(super) type OnCopied<'a> = dyn FnMut(&mut ImageWriter<'_>, u64) -> Result<()> + 'a;
 
-impl Layers {
+impl LayerStack {
     /// These images, youngest first; all of them children.
-    pub(super) fn new(images: Vec<Image>) -> Layers {
+    pub(super) fn new(images: Vec<Image>) -> LayerStack {
         assert!(images.iter().all(|image| image.kind() == DiskType::Differencing), "only children are folded");
         let sizes = images.iter().map(Image::size);
         let masked = sizes.min().expect("at least one image") / SECTOR;
         let sectors = images[0].size() / SECTOR;
         let layers = (0..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect();
-        Layers { version: Version::new(None, Frozen::new(layers), sectors), masked }
+        LayerStack { version: Version::new(None, Frozen::new(layers), sectors), masked_from: masked }
     }
 
     /// The images, youngest first.
@@ -49,7 +49,7 @@ impl Layers {
     ///
     /// # Errors
     /// `NoSpace`; `Io`.
-    pub(super) fn check_room(&self, blocks: u64, beneath: &Image) -> Result<()> {
+    pub(super) fn check_space(&self, blocks: u64, beneath: &Image) -> Result<()> {
         let Some(block_size) = beneath.block_size().filter(|_| blocks > 0) else { return Ok(()) };
         let mut taken = 0u64;
         for image in self.images() {
@@ -99,17 +99,17 @@ impl Layers {
     ///
     /// # Errors
     /// `Io`, `NoSpace`, `Poisoned`; what `step` fails with.
-    pub(super) fn copy(&self, from: u64, writer: &mut Writer<'_>, step: &mut Step<'_>) -> Result<u64> {
+    pub(super) fn copy(&self, from: u64, writer: &mut ImageWriter<'_>, step: &mut OnCopied<'_>) -> Result<u64> {
         let end = writer.version().sectors();
-        let mut run = Run { writer, step, buffer: Buffer::zeroed(CHUNK), seen: None, written: 0 };
+        let mut run = LayerCopier { writer, on_copied: step, buffer: Buffer::zeroed(CHUNK_BYTES), last_data: None, written: 0 };
         let mut extents = Extents::from(&self.version, from);
         while let Some(extent) = extents.next()? {
             let range = extent.range.clip(SectorRange::between(0, end));
             match extent.source {
-                Source::Zero => run.zero(range.skip(self.masked.saturating_sub(range.start())))?,
+                Source::Zero => run.zero(range.skip(self.masked_from.saturating_sub(range.start())))?,
                 Source::File { slot, offset } => run.copy(slot, self.version.file(slot), range, offset)?,
             }
-            (run.step)(run.writer, extent.range.end().min(end))?;
+            (run.on_copied)(run.writer, extent.range.end().min(end))?;
         }
         run.zero(SectorRange::between(self.version.sectors().max(from), end))?;
         Ok(run.written)
@@ -117,24 +117,24 @@ impl Layers {
 }
 
 /// The work on one run after another.
-struct Run<'a, 'w, 's> {
-    writer: &'a mut Writer<'w>,
-    step: &'a mut Step<'s>,
+struct LayerCopier<'a, 'w, 's> {
+    writer: &'a mut ImageWriter<'w>,
+    on_copied: &'a mut OnCopied<'s>,
     buffer: Buffer,
     /// What was last found that is no hole: file, its first byte, its end.
-    seen: Option<(FileSlot, u64, u64)>,
+    last_data: Option<(FileSlot, u64, u64)>,
     written: u64,
 }
 
-impl Run<'_, '_, '_> {
+impl LayerCopier<'_, '_, '_> {
     fn zero(&mut self, range: SectorRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
-            let piece = rest.first(WINDOW - rest.start() % WINDOW);
+            let piece = rest.first(ZERO_SECTORS - rest.start() % ZERO_SECTORS);
             rest = rest.skip(piece.count());
             self.writer.zero(piece)?;
             failpoint::reached("merge.zeroed");
-            (self.step)(self.writer, piece.end())?;
+            (self.on_copied)(self.writer, piece.end())?;
         }
         Ok(())
     }
@@ -143,42 +143,42 @@ impl Run<'_, '_, '_> {
     fn copy(&mut self, slot: FileSlot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
         let (mut rest, mut offset) = (range, offset);
         while !rest.is_empty() {
-            let hole = self.hole(slot, file, offset)?;
-            if hole >= HOLE.min(rest.count()) {
+            let hole = self.hole_sectors(slot, file, offset)?;
+            if hole >= MIN_HOLE_SECTORS.min(rest.count()) {
                 let piece = rest.first(hole);
                 self.zero(piece)?;
                 (rest, offset) = (rest.skip(piece.count()), offset + piece.bytes());
                 continue;
             }
             let piece = rest.first(CHUNK_SECTORS - rest.start() % CHUNK_SECTORS);
-            self.piece(file, piece, offset)?;
+            self.copy_chunk(file, piece, offset)?;
             failpoint::reached("merge.put");
-            (self.step)(self.writer, piece.end())?;
+            (self.on_copied)(self.writer, piece.end())?;
             (rest, offset) = (rest.skip(piece.count()), offset + piece.bytes());
         }
         Ok(())
     }
 
     /// Sectors from byte `offset` on that are a hole in the file.
-    fn hole(&mut self, slot: FileSlot, file: &File, offset: u64) -> Result<u64> {
-        let (start, end) = match self.seen {
+    fn hole_sectors(&mut self, slot: FileSlot, file: &File, offset: u64) -> Result<u64> {
+        let (start, end) = match self.last_data {
             Some((seen, start, end)) if seen == slot && (start..end).contains(&offset) => (start, end),
             _ => next_data(file, offset..u64::MAX)?.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end)),
         };
-        self.seen = Some((slot, start, end));
+        self.last_data = Some((slot, start, end));
         Ok(start.saturating_sub(offset) / SECTOR)
     }
 
-    fn piece(&mut self, file: &File, piece: SectorRange, offset: u64) -> Result<()> {
+    fn copy_chunk(&mut self, file: &File, piece: SectorRange, offset: u64) -> Result<()> {
         let bytes = &mut self.buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
         file.read_at(bytes, offset)?;
-        let into_page = usize::try_from(piece.start() * SECTOR % PAGE as u64).expect("in a page");
+        let into_page = usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page");
         // Runs of data, short zeros between them included.
         let (mut runs, mut done) = (Vec::<SectorRange>::new(), piece.start());
-        for (at, len) in filled(bytes, into_page) {
+        for (at, len) in nonzero_runs(bytes, into_page) {
             let run = piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR);
             match runs.last_mut() {
-                Some(last) if run.start() - last.end() < HOLE => *last = SectorRange::between(last.start(), run.end()),
+                Some(last) if run.start() - last.end() < MIN_HOLE_SECTORS => *last = SectorRange::between(last.start(), run.end()),
                 _ => runs.push(run),
             }
         }

@@ -10,7 +10,7 @@ use crate::storage::{Access, Env, File, FileId, Folder};
 
 /// An image that was found.
 #[derive(Debug)]
-pub(super) struct Kin {
+pub(super) struct ScannedImage {
     /// Its absolute path, without symbolic links.
     pub(super) path: PathBuf,
     /// The folder in which it was found.
@@ -18,10 +18,10 @@ pub(super) struct Kin {
     /// Which file it is.
     pub(super) id: FileId,
     /// Who it is.
-    pub(super) glance: ImageIdentity,
+    pub(super) identity: ImageIdentity,
 }
 
-impl Kin {
+impl ScannedImage {
     /// Opens it again in the folder in which it was found.
     ///
     /// # Errors
@@ -40,24 +40,24 @@ impl Kin {
 ///
 /// # Errors
 /// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
-pub(super) fn in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
-    gather(env, folders, &mut Err)
+pub(super) fn scan(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
+    scan_with(env, folders, &mut Err)
 }
 
 /// As [`in_folders`], without the images that cannot be read: the log names them.
 ///
 /// # Errors
 /// `Io`, `NotFound`: a folder cannot be listed.
-pub(super) fn readable_in_folders(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Kin>> {
-    gather(env, folders, &mut |e| {
+pub(super) fn scan_readable(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
+    scan_with(env, folders, &mut |e| {
         log::warn!("{}", e.line());
         Ok(())
     })
 }
 
 /// The images in these folders; `unreadable` decides whether one that cannot be read ends the search.
-fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -> Result<()>) -> Result<Vec<Kin>> {
-    let mut found: Vec<Kin> = Vec::new();
+fn scan_with(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -> Result<()>) -> Result<Vec<ScannedImage>> {
+    let mut found: Vec<ScannedImage> = Vec::new();
     // A file may have more than one name, and a folder may be given twice.
     let mut seen = HashSet::new();
     for folder in folders {
@@ -65,9 +65,9 @@ fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -
             if is_temporary_name(&name) {
                 continue;
             }
-            match look(env, folder, &name, &mut seen) {
+            match scan_entry(env, folder, &name, &mut seen) {
                 Ok(kin) => found.extend(kin),
-                Err(e) if is_none_of_ours(&e) => {}
+                Err(e) if may_be_skipped(&e) => {}
                 Err(e) => unreadable(e)?,
             }
         }
@@ -79,7 +79,7 @@ fn gather(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -
 ///
 /// # Errors
 /// Those in `own`; `NotFound`, `Io`: of a path.
-pub(super) fn folders(
+pub(super) fn folders_to_scan(
     env: &dyn Env,
     own: impl Iterator<Item = Result<Folder>>,
     more: &[PathBuf],
@@ -92,18 +92,18 @@ pub(super) fn folders(
 }
 
 /// The image of a name in a folder; `None` if it is no image, or was seen before.
-fn look(env: &dyn Env, folder: &Folder, name: &OsStr, seen: &mut HashSet<FileId>) -> Result<Option<Kin>> {
-    let file = open(env, folder, name)?;
+fn scan_entry(env: &dyn Env, folder: &Folder, name: &OsStr, seen: &mut HashSet<FileId>) -> Result<Option<ScannedImage>> {
+    let file = open_entry(env, folder, name)?;
     let id = file.stat()?.id;
     if !seen.insert(id) {
         return Ok(None);
     }
     let Some(glance) = ImageIdentity::peek(&file)? else { return Ok(None) };
-    Ok(Some(Kin { path: file.path().to_path_buf(), folder: file.folder(), id, glance }))
+    Ok(Some(ScannedImage { path: file.path().to_path_buf(), folder: file.folder(), id, identity: glance }))
 }
 
 /// Opens a name of a folder; a symbolic link that an operator has put there leads to a file of another folder.
-fn open(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
+fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     match folder.open(name, Access::Read) {
         Err(e) if e.raw_os_error() == Some(libc::ELOOP) => {
             env.open(&env.canonical(&folder.path().join(name))?, Access::Read)
@@ -113,7 +113,7 @@ fn open(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
 }
 
 /// Folders, devices and sockets; names that lead nowhere (any more); what is closed to us.
-fn is_none_of_ours(e: &Error) -> bool {
+fn may_be_skipped(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound)
         || matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }

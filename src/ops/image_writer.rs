@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::behind::Behind;
+use super::write_behind::WriteBehind;
 use crate::chain::{Chain, PlanBuffer, Source, Top, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Commit, Growth, Pins, Durability, NeedsGrowth, run_to_completion, punch_unwritten};
@@ -13,35 +13,35 @@ use crate::units::SectorRange;
 const COMMIT_BYTES: u64 = 1 << 30;
 
 /// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
-type Planner = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NeedsGrowth>;
+type PlanChange = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NeedsGrowth>;
 
 /// An image that is being written to, and the chain beneath it.
-pub(super) struct Writer<'a> {
+pub(super) struct ImageWriter<'a> {
     env: &'a dyn Env,
     version: Version,
     plan: PlanBuffer,
     uncommitted: u64,
-    behind: Behind,
+    write_behind: WriteBehind,
     /// Byte behind which the file had nothing when it was opened.
-    was_used: u64,
+    initial_end: u64,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> ImageWriter<'a> {
     /// Makes the youngest image of a chain writable that was opened to be written.
     ///
     /// # Errors
     /// As `Writable::new`.
-    pub(super) fn of(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<Writer<'a>> {
+    pub(super) fn open(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<ImageWriter<'a>> {
         let version = chain.into_writable(env, keep)?;
         let was_used = version.top().expect("opened for writing").image.image().used_end();
-        Ok(Writer { env, version, plan: PlanBuffer::default(), uncommitted: 0, behind: Behind::default(), was_used })
+        Ok(ImageWriter { env, version, plan: PlanBuffer::default(), uncommitted: 0, write_behind: WriteBehind::default(), initial_end: was_used })
     }
 
     /// Makes room for so many more blocks now, all of them or none.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
-    pub(super) fn make_room(&mut self, blocks: u64) -> Result<()> {
+    pub(super) fn grow_for(&mut self, blocks: u64) -> Result<()> {
         let top = self.top();
         let Some(mut growth) = Growth::begin_for(&top.image, top.slot, blocks) else { return Ok(()) };
         run_to_completion(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
@@ -63,7 +63,7 @@ impl<'a> Writer<'a> {
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
-        self.change(range, |file, extent, offset| {
+        self.write_with(range, |file, extent, offset| {
             let (now, later) = rest.split_at(usize::try_from(extent.bytes()).expect("a part of the bytes"));
             rest = later;
             file.write_at(now, offset)
@@ -75,11 +75,11 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// As [`Writer::put`].
     pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
-        self.change(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
+        self.write_with(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
     }
 
     /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
-    fn plan_by(&mut self, planner: Planner, range: SectorRange) -> Result<()> {
+    fn plan_with(&mut self, planner: PlanChange, range: SectorRange) -> Result<()> {
         let mut held = Pins::default();
         loop {
             match planner(&self.version, range, &mut self.plan) {
@@ -90,17 +90,17 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn change(
+    fn write_with(
         &mut self,
         range: SectorRange,
         mut write: impl FnMut(&File, SectorRange, u64) -> Result<()>,
     ) -> Result<()> {
-        self.plan_by(Version::plan_write, range)?;
+        self.plan_with(Version::plan_write, range)?;
         let top = self.version.top().expect("opened for writing");
         for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else { unreachable!("writes go to the top's file") };
             write(top.image.file(), extent.range, offset)?;
-            self.behind.wrote(top.image.file(), offset, extent.range.bytes());
+            self.write_behind.add(top.image.file(), offset, extent.range.bytes());
         }
         // Killed, this tool begins anew: nothing has to outlive it.
         let _ = self.version.mark_now(range)?;
@@ -117,7 +117,7 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn zero(&mut self, range: SectorRange) -> Result<()> {
-        self.plan_by(Version::plan_zero, range)?;
+        self.plan_with(Version::plan_zero, range)?;
         let top = self.version.top().expect("opened for writing");
         for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else {
@@ -145,7 +145,7 @@ impl<'a> Writer<'a> {
     pub(super) fn close(&self) -> Result<()> {
         let image = &self.top().image;
         if image.bitmaps().is_some() {
-            punch_unwritten(image.file(), self.was_used)?;
+            punch_unwritten(image.file(), self.initial_end)?;
         }
         image.trim()
     }
@@ -154,12 +154,12 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// What the work failed with; as [`Writer::close`].
-    pub(super) fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
+    pub(super) fn finish<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
         match outcome {
             Ok(done) => closed.map(|()| done),
             Err(e) => {
-                at_rest(closed);
+                log_secondary_error(closed);
                 Err(e)
             }
         }
@@ -178,7 +178,7 @@ impl<'a> Writer<'a> {
 }
 
 /// What fails while a failure is dealt with is not what the work failed with.
-pub(super) fn at_rest(outcome: Result<()>) {
+pub(super) fn log_secondary_error(outcome: Result<()>) {
     if let Err(e) = outcome {
         log::warn!("{}", e.line());
     }
