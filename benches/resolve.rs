@@ -13,10 +13,10 @@ mod null;
 use std::hint::black_box;
 use std::time::Instant;
 
-use chains::{BLOCKS, Cut, plan_all, version};
+use chains::{BLOCKS, Fragmentation, plan_all, version};
 use diffdisk::chain::{PlanBuffer, Version};
 use diffdisk::units::SectorRange;
-use null::Idle;
+use null::NullMode;
 
 /// Sectors of a request.
 const REQUEST: u64 = 8;
@@ -24,7 +24,7 @@ const REQUEST: u64 = 8;
 const REQUESTS: u64 = 200_000;
 const RUNS: usize = 9;
 /// Most that the longest chain may cost over the shortest.
-const FLAT: f64 = 1.25;
+const MAX_DEPTH_RATIO: f64 = 1.25;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -35,7 +35,7 @@ fn main() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     println!("{:<28}{:>10}{:>10}{:>10}{:>10}{:>14}", "ns a plan, files in chain", 3, 6, 18, 64, "64 over 3");
     let mut flat = true;
-    for cut in [Cut::Whole, Cut::Runs(8), Cut::Runs(512)] {
+    for cut in [Fragmentation::Whole, Fragmentation::Runs(8), Fragmentation::Runs(512)] {
         let versions = [1, 4, 16, 62].map(|depth| version(&folder.path().join(format!("{cut:?}-{depth}")), depth, cut));
         versions.iter().for_each(plan_all);
         let mut best = [f64::MAX; 4];
@@ -46,25 +46,25 @@ fn main() {
             }
         }
         let ratio = best[3] / best[0];
-        flat &= ratio <= FLAT;
+        flat &= ratio <= MAX_DEPTH_RATIO;
         let name = match cut {
-            Cut::Whole => "whole blocks".to_owned(),
-            Cut::Runs(n) => format!("{n} runs in a block"),
+            Fragmentation::Whole => "whole blocks".to_owned(),
+            Fragmentation::Runs(n) => format!("{n} runs in a block"),
         };
         println!("{name:<28}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{ratio:>14.2}", best[0], best[1], best[2], best[3]);
     }
-    println!("flat in depth (at most {FLAT}): {}", if flat { "yes" } else { "NO" });
+    println!("flat in depth (at most {MAX_DEPTH_RATIO}): {}", if flat { "yes" } else { "NO" });
 }
 
 /// Nanoseconds a plan.
 fn measure(version: &Version) -> f64 {
     let mut plan = PlanBuffer::default();
     let start = Instant::now();
-    some_plans(version, &mut plan, REQUESTS);
+    run_plans(version, &mut plan, REQUESTS);
     start.elapsed().as_secs_f64() * 1e9 / REQUESTS as f64
 }
 
-fn some_plans(version: &Version, plan: &mut PlanBuffer, count: u64) {
+fn run_plans(version: &Version, plan: &mut PlanBuffer, count: u64) {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     for _ in 0..count {
         // Marsaglia's xorshift64.
@@ -82,12 +82,12 @@ fn instructions(name: &str, count: u64) {
     let path = folder.path().join("chain");
     match name {
         "plan-3" | "plan-64" => {
-            let version = version(&path, if name == "plan-3" { 1 } else { 62 }, Cut::Runs(8));
+            let version = version(&path, if name == "plan-3" { 1 } else { 62 }, Fragmentation::Runs(8));
             plan_all(&version);
-            some_plans(&version, &mut PlanBuffer::default(), count);
+            run_plans(&version, &mut PlanBuffer::default(), count);
         }
-        "request" => null::requests(&path, count, Idle::Operations),
-        "request-copied" => null::requests(&path, count, Idle::Copies),
+        "request" => null::run_requests(&path, count, NullMode::Operations),
+        "request-copied" => null::run_requests(&path, count, NullMode::Copies),
         other => panic!("nothing is called {other}"),
     }
 }

@@ -10,9 +10,9 @@ use common::client::{self, Client, Options};
 use common::{pattern, tool};
 
 /// A running qemu-storage-daemon.
-struct Served(std::process::Child);
+struct StorageDaemon(std::process::Child);
 
-impl Drop for Served {
+impl Drop for StorageDaemon {
     fn drop(&mut self) {
         // It may have ended by itself, which is all that is wanted.
         let _ = self.0.kill();
@@ -28,7 +28,7 @@ fn the_client_reads_and_writes_what_a_known_good_back_end_serves() {
     let size = 5 * client::SLOT + 3 * 512;
     let mut model = pattern::sectors("base", 0, size / 512);
     fs::write(&image, &model).expect("a raw disk");
-    let _served = Served(
+    let _served = StorageDaemon(
         Command::new("qemu-storage-daemon")
             .args(["--blockdev", &format!("file,node-name=d,discard=unmap,filename={}", image.display()), "--export"])
             .arg(format!(

@@ -47,7 +47,7 @@ impl Chain {
             let daemon = Daemon::start(&path, &[]);
             let mut guest = daemon.connect();
             assert_eq!(guest.capacity().expect("a configuration"), size, "{name}: capacity of layer {layer}");
-            chain.work(&mut guest, layer, rng);
+            chain.run_guest(&mut guest, layer, rng);
             drop(guest);
             daemon.stop();
         }
@@ -59,7 +59,7 @@ impl Chain {
     }
 
     /// A guest's life on the top layer: writes, zeroes, discards, flushes, remembered in `disk`.
-    fn work(&mut self, guest: &mut Client, layer: usize, rng: &mut Rng) {
+    fn run_guest(&mut self, guest: &mut Client, layer: usize, rng: &mut Rng) {
         let sectors = self.disk.len() as u64 / 512;
         for step in 0..60 {
             let count = 1 + rng.below(if step % 10 == 0 { 3000 } else { 40 });
@@ -79,7 +79,7 @@ impl Chain {
                 }
                 6 => {
                     guest.discard(offset, len).expect("a discard");
-                    self.learn_discarded(guest, offset, bytes);
+                    self.accept_discarded(guest, offset, bytes);
                 }
                 _ => guest.flush().expect("a flush"),
             }
@@ -88,7 +88,7 @@ impl Chain {
     }
 
     /// A discarded sector may keep its content or read as zeros, and must then stay so.
-    fn learn_discarded(&mut self, guest: &mut Client, offset: u64, bytes: std::ops::Range<usize>) {
+    fn accept_discarded(&mut self, guest: &mut Client, offset: u64, bytes: std::ops::Range<usize>) {
         let now = guest.read(offset, bytes.len()).expect("a read");
         for (old, new) in self.disk[bytes].chunks_mut(512).zip(now.chunks(512)) {
             assert!(new == old || new.iter().all(|&b| b == 0), "a discarded sector shows foreign content");
@@ -132,7 +132,7 @@ impl Chain {
         let sized = format!("driver=vpc,force_size_calc=current_size,file.driver=file,file.filename={leaf}");
         for source in [vec!["-f", "vpc", &leaf], vec!["--image-opts", &sized]] {
             let out = self.folder.path().join("qemu.raw");
-            stranger(Command::new("qemu-img").args(["convert", "-O", "raw"]).args(&source).arg(&out));
+            run_program(Command::new("qemu-img").args(["convert", "-O", "raw"]).args(&source).arg(&out));
             pattern::assert_same(&format!("qemu-img {source:?}"), &fs::read(out).expect("its output"), &self.disk);
         }
     }
@@ -144,13 +144,13 @@ impl Chain {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracles/vhdlib.js");
         let out = self.folder.path().join("vhdlib.vhd");
         let youngest_first = self.files.iter().rev();
-        stranger(Command::new("node").env("NODE_PATH", modules).arg(script).arg(&out).args(youngest_first));
+        run_program(Command::new("node").env("NODE_PATH", modules).arg(script).arg(&out).args(youngest_first));
         pattern::assert_same("vhd-lib", &sevenzip(&out), &self.disk);
     }
 }
 
 /// Runs another program, which must succeed.
-fn stranger(command: &mut Command) -> Vec<u8> {
+fn run_program(command: &mut Command) -> Vec<u8> {
     let done = tool::run(command, Duration::from_secs(60));
     assert_eq!(done.code, Some(0), "{command:?}: {}", done.stderr);
     done.stdout
@@ -159,7 +159,7 @@ fn stranger(command: &mut Command) -> Vec<u8> {
 /// The disk as 7-Zip reads it; it looks for parents in the leaf's folder only.
 fn sevenzip(leaf: &Path) -> Vec<u8> {
     let (folder, name) = (leaf.parent().expect("a folder"), leaf.file_name().expect("a name"));
-    stranger(Command::new("7zz").current_dir(folder).args(["e", "-so", "-tVHD"]).arg(name))
+    run_program(Command::new("7zz").current_dir(folder).args(["e", "-so", "-tVHD"]).arg(name))
 }
 
 /// The target folder: tests/oracles/install.sh puts vhd-lib there.
@@ -287,7 +287,7 @@ fn what_qemu_does_to_a_child_is_recognised() {
     tool::diffdisk(["check", &text("child.vhd"), "--chain"]).ok();
     for offset in ["4096", "5M"] {
         let write = format!("write -P 90 {offset} 512");
-        stranger(Command::new("qemu-io").args(["-f", "vpc", "-c", &write]).arg(path("child.vhd")));
+        run_program(Command::new("qemu-io").args(["-f", "vpc", "-c", &write]).arg(path("child.vhd")));
     }
     let check = tool::diffdisk(["check", &text("child.vhd"), "--chain", "--json"]);
     let defects = check.json()["defects"].as_array().expect("a list").clone();
@@ -307,7 +307,7 @@ fn killed_images_are_read_alike() {
         let mut chain = Chain::build("killed", 24 * MIB, &["--block-size", "2M"], depth, &mut rng);
         let daemon = Daemon::start(chain.leaf(), &[&option]);
         let mut guest = daemon.connect();
-        chain.work(&mut guest, depth, &mut rng);
+        chain.run_guest(&mut guest, depth, &mut rng);
         guest.flush().expect("a flush");
         drop(guest);
         daemon.kill();

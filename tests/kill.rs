@@ -72,28 +72,28 @@ impl Model {
 
 /// A request in flight.
 #[derive(Clone, Copy)]
-struct Asked {
+struct PendingRequest {
     kind: Kind,
     sector: u64,
     sectors: u32,
     tag: u64,
 }
 
-struct Load<'a> {
+struct QueueLoad<'a> {
     driver: Driver,
     model: Model,
-    asked: [Option<Asked>; DEPTH],
+    in_flight: [Option<PendingRequest>; DEPTH],
     requests: &'a AtomicU64,
 }
 
-impl Load<'_> {
+impl QueueLoad<'_> {
     /// Asks for something in every free slot, as `next` says, until it says no more; waits for all answers.
-    fn run(&mut self, mut next: impl FnMut(&Model, &[Option<Asked>]) -> Option<Asked>) {
+    fn run(&mut self, mut next: impl FnMut(&Model, &[Option<PendingRequest>]) -> Option<PendingRequest>) {
         let mut more = true;
         loop {
             let mut added = 0;
-            while let (true, Some(slot)) = (more, self.asked.iter().position(Option::is_none)) {
-                let Some(asked) = next(&self.model, &self.asked) else {
+            while let (true, Some(slot)) = (more, self.in_flight.iter().position(Option::is_none)) {
+                let Some(asked) = next(&self.model, &self.in_flight) else {
                     more = false;
                     break;
                 };
@@ -101,7 +101,7 @@ impl Load<'_> {
                     fill(&mut self.driver.data(slot)[..asked.sectors as usize * 512], asked.tag, asked.sector);
                 }
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
-                self.asked[slot] = Some(asked);
+                self.in_flight[slot] = Some(asked);
                 added += 1;
                 // Not always in batches.
                 if asked.tag.is_multiple_of(3) {
@@ -110,12 +110,12 @@ impl Load<'_> {
                 }
             }
             self.driver.kick(added);
-            if self.asked.iter().all(Option::is_none) {
+            if self.in_flight.iter().all(Option::is_none) {
                 return;
             }
             for (slot, status) in self.driver.wait() {
-                let asked = self.asked[slot].take().unwrap_or_else(|| panic!("slot {slot} is answered twice"));
-                let Asked { kind, sector, sectors, tag } = asked;
+                let asked = self.in_flight[slot].take().unwrap_or_else(|| panic!("slot {slot} is answered twice"));
+                let PendingRequest { kind, sector, sectors, tag } = asked;
                 assert_eq!(status, 0, "GUEST ERROR: {kind:?} of {sectors} sectors at {sector}");
                 self.requests.fetch_add(1, Ordering::Relaxed);
                 let sectors_of = || sector..sector + u64::from(sectors);
@@ -141,7 +141,7 @@ impl Load<'_> {
     fn read_all(&mut self) {
         let mut stripe = self.model.queue;
         self.run(|_, _| {
-            let asked = Asked { kind: Kind::Read, sector: stripe * STRIPE, sectors: STRIPE as u32, tag: 0 };
+            let asked = PendingRequest { kind: Kind::Read, sector: stripe * STRIPE, sectors: STRIPE as u32, tag: 0 };
             stripe += QUEUES as u64;
             (asked.sector < STRIPES * STRIPE).then_some(asked)
         });
@@ -177,7 +177,7 @@ impl Load<'_> {
                 12 => Kind::Flush,
                 _ => Kind::Read,
             };
-            Some(Asked { kind, sector, sectors: u32::try_from(sectors).expect("small"), tag })
+            Some(PendingRequest { kind, sector, sectors: u32::try_from(sectors).expect("small"), tag })
         });
         println!("queue {queue}: {tag} requests over {grown} stripes of {of_queue}");
     }
@@ -185,7 +185,7 @@ impl Load<'_> {
 
 /// Kills and restarts of one run.
 #[derive(Default)]
-struct Tally {
+struct KillStats {
     kills: u32,
     handshakes_cut: u32,
     starts_cut: u32,
@@ -193,8 +193,8 @@ struct Tally {
 }
 
 /// Kills the daemon for as long as `lasts`, and leaves one that serves the machine.
-fn torment(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, rng: &mut Rng) -> (Tally, impl Drop + use<>) {
-    let mut tally = Tally::default();
+fn kill_repeatedly(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, rng: &mut Rng) -> (KillStats, impl Drop + use<>) {
+    let mut tally = KillStats::default();
     let begun = Instant::now();
     let mut killed_at = None;
     loop {
@@ -269,7 +269,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
             let (stop, requests) = (&stop, &requests);
             scope.spawn(move || {
                 let model = Model { queue: queue as u64, initial: HashMap::new(), written: HashMap::new() };
-                let mut load = Load { driver, model, asked: [None; DEPTH], requests };
+                let mut load = QueueLoad { driver, model, in_flight: [None; DEPTH], requests };
                 // One of us that fails shall not leave the others to go on for ever.
                 struct Stop<'a>(&'a AtomicBool);
                 impl Drop for Stop<'_> {
@@ -283,7 +283,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
                 load.read_all();
             });
         }
-        let (mut tally, connection) = torment(&mut daemon, &mut machine, lasts, rng);
+        let (mut tally, connection) = kill_repeatedly(&mut daemon, &mut machine, lasts, rng);
         stop.store(true, Ordering::Relaxed);
         let at = |reconnects: &mut Vec<Duration>, percent: usize| {
             reconnects.sort_unstable();

@@ -48,7 +48,7 @@ fn created(folder: &Path, name: &str, parent: Option<&Path>) -> PathBuf {
 }
 
 /// A daemon writes without a flush and is killed.
-fn killed(image: &Path, runtime: &Runtime, offset: u64, byte: u8) {
+fn write_and_kill(image: &Path, runtime: &Runtime, offset: u64, byte: u8) {
     let daemon = Daemon::start(image, &[&runtime.option(), "--allow-writable-parent"]);
     daemon.connect().write(offset, &[byte; 4096]).expect("a write that is never flushed");
     daemon.kill();
@@ -73,14 +73,14 @@ fn daemon_refused(image: &Path, extra: &[&str]) -> String {
 }
 
 #[track_caller]
-fn refused(finished: &Finished, words: &[&str]) {
+fn assert_refused(finished: &Finished, words: &[&str]) {
     assert_eq!(finished.code, Some(1), "{}", finished.stderr);
     for word in words {
         assert!(finished.stderr.contains(word), "no {word:?} in: {}", finished.stderr);
     }
 }
 
-fn reads(image: &Path, runtime: &Runtime, offset: u64) -> u8 {
+fn read_byte(image: &Path, runtime: &Runtime, offset: u64) -> u8 {
     let disk = diffdisk(["convert", text(image), "-", "--to", "raw", &runtime.option()]).ok().stdout;
     disk[usize::try_from(offset).expect("a small disk")]
 }
@@ -93,7 +93,7 @@ fn another_user_is_told_what_to_run() {
     }
     let (folder, runtime, empty) = (scratch("session-user"), Runtime::new(), Runtime::new());
     let image = created(folder.path(), "a.vhd", None);
-    killed(&image, &runtime, 5 * MIB, 0xA5);
+    write_and_kill(&image, &runtime, 5 * MIB, 0xA5);
     // The user nobody, whose folder has no such journal.
     let own = Runtime::new();
     std::os::unix::fs::chown(own.0.path(), Some(65534), Some(65534)).expect("root may");
@@ -113,25 +113,25 @@ fn another_user_is_told_what_to_run() {
     let words = ["did not end cleanly", "user root (0)", "sudo -u root", &folder_of_root, "settle"];
     for verb in [&["check"][..], &["compact"], &["settle"], &["map"]] {
         let args: Vec<&str> = verb.iter().copied().chain([text(&visible)]).collect();
-        refused(&as_nobody(&args), &words);
+        assert_refused(&as_nobody(&args), &words);
     }
-    refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", &own.option()]), &words);
+    assert_refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", &own.option()]), &words);
     // The folder of root, named by nobody: not theirs.
-    refused(&as_nobody(&["check", text(&visible), &runtime.option()]), &["runtime folder"]);
+    assert_refused(&as_nobody(&["check", text(&visible), &runtime.option()]), &["runtime folder"]);
     // And root with another folder.
-    refused(
+    assert_refused(
         &diffdisk(["convert", text(&image), "-", "--to", "raw", &empty.option()]),
         &["did not end cleanly", &folder_of_root],
     );
     diffdisk(["settle", text(&image), &runtime.option()]).ok();
-    assert_eq!((reads(&image, &empty, 5 * MIB), runtime.journals().len()), (0xA5, 0));
+    assert_eq!((read_byte(&image, &empty, 5 * MIB), runtime.journals().len()), (0xA5, 0));
 }
 
 #[test]
 fn two_folders_never_undo_each_other() {
     let (folder, first, second) = (scratch("session-folders"), Runtime::new(), Runtime::new());
     let image = created(folder.path(), "a.vhd", None);
-    killed(&image, &first, 5 * MIB, 1);
+    write_and_kill(&image, &first, 5 * MIB, 1);
     let said = daemon_refused(&image, &[&second.option()]);
     assert!(said.contains("did not end cleanly") && said.contains(&first.0.path().display().to_string()), "{said}");
     let info = diffdisk(["info", text(&image), "--json"]).ok().json();
@@ -169,27 +169,27 @@ fn an_older_copy_put_back_in_place_is_refused() {
     restore(&backup);
     let said = daemon_refused(&image, &[&runtime.option()]);
     assert!(said.contains("does not fit") && said.contains("older copy"), "{said}");
-    refused(&diffdisk(["settle", text(&image), &runtime.option()]), &["does not fit"]);
+    assert_refused(&diffdisk(["settle", text(&image), &runtime.option()]), &["does not fit"]);
     restore(&last);
     diffdisk(["settle", text(&image), &runtime.option()]).ok();
-    assert_eq!(reads(&image, &runtime, 5 * MIB + 8192), 2);
+    assert_eq!(read_byte(&image, &runtime, 5 * MIB + 8192), 2);
 }
 
 #[test]
 fn a_killed_image_is_taken_in_where_it_was_moved_to() {
     let (folder, runtime) = (scratch("session-move"), Runtime::new());
     let image = created(folder.path(), "a.vhd", None);
-    killed(&image, &runtime, 5 * MIB, 7);
+    write_and_kill(&image, &runtime, 5 * MIB, 7);
     let moved = folder.path().join("moved.vhd");
     fs::copy(&image, &moved).expect("a copy on a larger disk");
     let daemon = Daemon::start(&moved, &[&runtime.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [7; 4096]);
     // Its journal is that of the copy now.
-    refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
+    assert_refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
     daemon.stop();
     let said = daemon_refused(&image, &[&runtime.option()]);
     assert!(said.contains("a copy of this image may have taken it in"), "{said}");
-    refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
+    assert_refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
     diffdisk(["check", text(&image), &runtime.option(), "--discard-journal"]);
     assert_ne!(diffdisk(["check", text(&image), &runtime.option()]).code, Some(1), "given up");
 }
@@ -199,9 +199,9 @@ fn a_killed_parent_is_asked_too() {
     let (folder, runtime) = (scratch("session-parent"), Runtime::new());
     let parent = created(folder.path(), "parent.vhd", None);
     let child = created(folder.path(), "child.vhd", Some(&parent));
-    killed(&parent, &runtime, 5 * MIB, 9);
+    write_and_kill(&parent, &runtime, 5 * MIB, 9);
     let (before, other) = (fs::read(&parent).expect("the parent"), folder.path().join("other.vhd"));
-    refused(&diffdisk(["create", text(&other), "--parent", text(&parent)]), &["did not end cleanly"]);
+    assert_refused(&diffdisk(["create", text(&other), "--parent", text(&parent)]), &["did not end cleanly"]);
     for args in [
         &["convert", text(&child), "-", "--to", "raw"][..],
         &["check", text(&child), "--chain"],
@@ -210,7 +210,7 @@ fn a_killed_parent_is_asked_too() {
         &["merge", text(&child)],
         &["flatten", text(&child)],
     ] {
-        refused(
+        assert_refused(
             &diffdisk(args.iter().copied().chain([runtime.option().as_str()])),
             &["did not end cleanly", "parent.vhd"],
         );
@@ -220,14 +220,14 @@ fn a_killed_parent_is_asked_too() {
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [9; 4096]);
     daemon.stop();
     diffdisk(["check", text(&child), "--chain", &runtime.option()]).ok();
-    assert_eq!((reads(&child, &runtime, 5 * MIB), runtime.journals().len()), (9, 0));
+    assert_eq!((read_byte(&child, &runtime, 5 * MIB), runtime.journals().len()), (9, 0));
 }
 
 #[test]
 fn hostile_folders_and_journals_are_refused() {
     let (folder, runtime) = (scratch("session-hostile"), Runtime::new());
     let image = created(folder.path(), "a.vhd", None);
-    killed(&image, &runtime, 5 * MIB, 3);
+    write_and_kill(&image, &runtime, 5 * MIB, 3);
     let open = Permissions::from_mode(0o777);
     fs::set_permissions(runtime.0.path(), open).expect("ours");
     let said = daemon_refused(&image, &[&runtime.option()]);
@@ -261,7 +261,7 @@ fn hostile_folders_and_journals_are_refused() {
     assert!(daemon_refused(&image, &[&runtime.option()]).contains("4096 bytes"));
     file.write_all_at(&whole, 0).expect("as it was");
     diffdisk(["settle", text(&image), &runtime.option()]).ok();
-    assert_eq!(reads(&image, &runtime, 5 * MIB), 3);
+    assert_eq!(read_byte(&image, &runtime, 5 * MIB), 3);
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
         drop(guest);
         daemon.stop();
         diffdisk(["check", text(&image), &runtime.option()]).ok();
-        assert_eq!((reads(&image, &runtime, MIB), reads(&image, &runtime, 57 * MIB)), (1, 2));
+        assert_eq!((read_byte(&image, &runtime, MIB), read_byte(&image, &runtime, 57 * MIB)), (1, 2));
         assert_eq!(runtime.journals().len(), 0);
     }
 }
@@ -357,7 +357,7 @@ fn successors_of_all_kinds() {
         }
         if rng.below(2) == 0 {
             daemon_refused(&image, &[&other.option()]);
-            refused(&diffdisk(["map", text(&image), &other.option()]), &["did not end cleanly"]);
+            assert_refused(&diffdisk(["map", text(&image), &other.option()]), &["did not end cleanly"]);
             refusals += 1;
         }
         match rng.below(3) {
@@ -423,10 +423,10 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
     drop(guest);
     served.kill().and_then(|()| served.wait()).expect("it is killed");
     for args in [&["convert", text(&image), "-", "--to", "raw"][..], &["merge", text(&image)]] {
-        refused(&diffdisk(args), &["did not end cleanly", "sudo -u ", "settle"]);
+        assert_refused(&diffdisk(args), &["did not end cleanly", "sudo -u ", "settle"]);
     }
     run(as_nobody(&tool).args(["settle", text(&image), &runtime.option()]), Duration::from_secs(20)).ok();
-    assert_eq!(reads(&image, &Runtime::new(), 5 * MIB), 6);
+    assert_eq!(read_byte(&image, &Runtime::new(), 5 * MIB), 6);
 }
 
 /// A backup of a closed image is what it is; nothing of a later journal gets into it.
@@ -435,13 +435,13 @@ fn a_closed_backup_put_back_in_place_keeps_its_contents() {
     let (folder, runtime) = (scratch("session-backup"), Runtime::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    killed(&image, &runtime, 5 * MIB, 1);
+    write_and_kill(&image, &runtime, 5 * MIB, 1);
     diffdisk(["settle", text(&image), &runtime.option()]).ok();
     let backup = fs::read(&image).expect("the closed image");
-    killed(&image, &runtime, 5 * MIB + 4096, 2);
+    write_and_kill(&image, &runtime, 5 * MIB + 4096, 2);
     let file = OpenOptions::new().write(true).open(&image).expect("the same file");
     file.set_len(backup.len() as u64).and_then(|()| file.write_all_at(&backup, 0)).expect("it can be restored");
-    assert_eq!((runtime.journals().len(), reads(&image, &runtime, 5 * MIB)), (1, 1));
+    assert_eq!((runtime.journals().len(), read_byte(&image, &runtime, 5 * MIB)), (1, 1));
     let seen = diffdisk(["convert", text(&image), "-", "--to", "raw", &runtime.option()]).ok().stdout;
     let daemon = Daemon::start(&image, &[&runtime.option()]);
     let mut guest = daemon.connect();
@@ -458,13 +458,13 @@ fn of_an_image_and_its_copy_one_takes_the_journal_in() {
     for copy_first in [true, false] {
         let (folder, runtime) = (scratch("session-copy"), Runtime::new());
         let image = created(folder.path(), "a.vhd", None);
-        killed(&image, &runtime, 5 * MIB, 8);
+        write_and_kill(&image, &runtime, 5 * MIB, 8);
         let copy = folder.path().join("copy.vhd");
         fs::copy(&image, &copy).expect("a copy");
         let (first, second) = if copy_first { (&copy, &image) } else { (&image, &copy) };
         diffdisk(["settle", text(first), &runtime.option()]).ok();
-        assert_eq!(reads(first, &runtime, 5 * MIB), 8);
-        refused(&diffdisk(["settle", text(second), &runtime.option()]), &["did not end cleanly"]);
+        assert_eq!(read_byte(first, &runtime, 5 * MIB), 8);
+        assert_refused(&diffdisk(["settle", text(second), &runtime.option()]), &["did not end cleanly"]);
         assert!(daemon_refused(second, &[&runtime.option()]).contains("did not end cleanly"));
     }
 }

@@ -32,7 +32,7 @@ fn text(bytes: &[u8]) -> &str {
 
 /// Runs it; it must end with `code` and say nothing on standard error.
 #[track_caller]
-fn ends(folder: &TempDir, line: &str, code: i32) -> String {
+fn run_expecting(folder: &TempDir, line: &str, code: i32) -> String {
     let out = run(folder, line);
     assert_eq!(out.status.code(), Some(code), "{line}: {}", text(&out.stderr));
     assert_eq!(text(&out.stderr), "", "{line}");
@@ -41,7 +41,7 @@ fn ends(folder: &TempDir, line: &str, code: i32) -> String {
 
 #[track_caller]
 fn ok(folder: &TempDir, line: &str) -> String {
-    ends(folder, line, 0)
+    run_expecting(folder, line, 0)
 }
 
 #[track_caller]
@@ -51,7 +51,7 @@ fn json(folder: &TempDir, line: &str) -> Value {
 
 /// Runs it; it must fail with one line that begins with `start` and holds `why`, and print nothing.
 #[track_caller]
-fn fails(folder: &TempDir, line: &str, start: &str, why: &str) {
+fn assert_fails(folder: &TempDir, line: &str, start: &str, why: &str) {
     let out = run(folder, line);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{line}: {said}");
@@ -81,7 +81,7 @@ fn allocated(folder: &TempDir, name: &str) -> u64 {
 
 /// Writes `bytes` at byte `at` of a dynamic or differencing image's disk, as a writer that knows nothing of diffdisk
 /// does: one new block, its bitmap, its entry.
-fn put(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
+fn write_block(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
     let mut file = fs::read(image).unwrap();
     let footer = file.split_off(file.len() - 512);
     let table = u64::from_be_bytes(file[512 + 16..512 + 24].try_into().unwrap()) as usize;
@@ -102,11 +102,11 @@ fn create_info_and_check_of_roots() {
     assert_eq!(said, "created r.vhd: dynamic, blocks of 2 MiB, 10 MiB\n");
     assert_eq!(ok(&d, "create q.vhd --size 1T --block-size 64M --reserve-size 2T --quiet"), "");
     ok(&d, "create f.vhd --size 3M --type fixed");
-    fails(&d, "create r.vhd --size 10M", "create: r.vhd", "exists");
-    fails(&d, "create none/r.vhd --size 10M", "create", "No such file");
-    fails(&d, "create t.vhd --size 2041G", "create", "2040 GiB");
-    fails(&d, "create t.vhd --size 1000", "create", "multiple of 512");
-    fails(&d, "create t.vhd --size 1T --block-size 4K", "create", "entries");
+    assert_fails(&d, "create r.vhd --size 10M", "create: r.vhd", "exists");
+    assert_fails(&d, "create none/r.vhd --size 10M", "create", "No such file");
+    assert_fails(&d, "create t.vhd --size 2041G", "create", "2040 GiB");
+    assert_fails(&d, "create t.vhd --size 1000", "create", "multiple of 512");
+    assert_fails(&d, "create t.vhd --size 1T --block-size 4K", "create", "entries");
     let names: Vec<_> = fs::read_dir(&d).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 3, "{names:?}");
 
@@ -179,11 +179,11 @@ fn children_find_parents_by_the_policy() {
     let folder = d.path().canonicalize().unwrap().join("a");
     assert_eq!(out.status.code(), Some(0));
     assert!(text(&out.stderr).ends_with(&format!("--allow-parents {}\n", folder.display())), "{}", text(&out.stderr));
-    fails(&d, "map a/b/child.vhd", "map: a/b/child.vhd", "r.vhd is there but not below an allowed folder");
+    assert_fails(&d, "map a/b/child.vhd", "map: a/b/child.vhd", "r.vhd is there but not below an allowed folder");
     ok(&d, "create c/leaf.vhd --parent a/b/child.vhd --size 12M --locator relative --allow-parents a");
-    fails(&d, "create x.vhd --parent c/leaf.vhd", "create: c/leaf.vhd", "--allow-parents");
-    fails(&d, "create x.vhd --parent a/r.vhd --size 9M", "create: x.vhd", "less than");
-    fails(&d, "create x.vhd --parent nothing.vhd", "create: nothing.vhd", "No such file");
+    assert_fails(&d, "create x.vhd --parent c/leaf.vhd", "create: c/leaf.vhd", "--allow-parents");
+    assert_fails(&d, "create x.vhd --parent a/r.vhd --size 9M", "create: x.vhd", "less than");
+    assert_fails(&d, "create x.vhd --parent nothing.vhd", "create: nothing.vhd", "No such file");
 
     let alone = json(&d, "info c/leaf.vhd --json");
     let parent = &alone["parent"];
@@ -205,7 +205,7 @@ fn children_find_parents_by_the_policy() {
     assert_eq!(cut["chain"].as_array().unwrap().len(), 1);
     assert!(cut["parent"]["resolved"].is_null() && cut["chain"][0]["parent"]["resolved"].is_null());
     // That is no corruption.
-    fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
+    assert_fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
     let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
     let chain = chain["chain"].as_array().unwrap();
     let types: Vec<_> = chain.iter().map(|image| &image["type"]).collect();
@@ -227,8 +227,8 @@ fn children_find_parents_by_the_policy() {
     assert_eq!((out.status.code(), &report["corruptions"]), (Some(3), &1.into()));
     assert_eq!(report["defects"][0]["kind"], "parent-uuid");
     assert!(report["defects"][0]["path"].as_str().unwrap().ends_with("a/b/child.vhd"));
-    fails(&d, "map c/leaf.vhd --allow-parents a", "map", "UUID");
-    fails(&d, "convert c/leaf.vhd - --to raw --allow-parents a", "convert", "UUID");
+    assert_fails(&d, "map c/leaf.vhd --allow-parents a", "map", "UUID");
+    assert_fails(&d, "convert c/leaf.vhd - --to raw --allow-parents a", "convert", "UUID");
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn a_link_to_an_image_is_followed_and_a_chain_has_an_end() {
     }
     assert_eq!(json(&d, "info n63.vhd --chain --json")["chain"].as_array().unwrap().len(), 64);
     assert_eq!(json(&d, "info n63.vhd --json")["block_size"], 512 << 10, "a child has its parent's block size");
-    fails(&d, "create n64.vhd --parent n63.vhd", "create: n64.vhd", "more than 64 files");
+    assert_fails(&d, "create n64.vhd --parent n63.vhd", "create: n64.vhd", "more than 64 files");
     assert!(!d.path().join("n64.vhd").exists());
     let map = json(&d, "map n63.vhd --json");
     assert_eq!(map.as_array().unwrap().len(), 1);
@@ -253,22 +253,22 @@ fn a_link_to_an_image_is_followed_and_a_chain_has_an_end() {
 fn check_tells_corruption_from_leaks() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
-    put(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
+    write_block(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
     let image = fs::read(d.path().join("r.vhd")).unwrap();
     ok(&d, "check r.vhd");
     let write = |bytes: &[u8]| fs::write(d.path().join("r.vhd"), bytes).unwrap();
 
     // Nothing names the first of two blocks any more.
-    put(&d.path().join("r.vhd"), 2, 0, &[1; 512]);
+    write_block(&d.path().join("r.vhd"), 2, 0, &[1; 512]);
     let mut two = fs::read(d.path().join("r.vhd")).unwrap();
     two[4096 + 4..4096 + 8].copy_from_slice(&[0xFF; 4]);
     write(&two);
-    let leak: Value = serde_json::from_str(&ends(&d, "check r.vhd --json", 4)).unwrap();
+    let leak: Value = serde_json::from_str(&run_expecting(&d, "check r.vhd --json", 4)).unwrap();
     assert_eq!((&leak["ok"], &leak["leaks"], &leak["corruptions"]), (&false.into(), &1.into(), &0.into()));
     let defect = leak["defects"][0].as_object().unwrap();
     assert_eq!(defect.keys().map(String::as_str).collect::<Vec<_>>(), ["detail", "kind", "offset", "repairable"]);
     assert_eq!((&defect["offset"], &defect["repairable"]), (&4608.into(), &true.into())); // behind the table
-    assert!(ends(&d, "check r.vhd", 4).contains("leaks 1"));
+    assert!(run_expecting(&d, "check r.vhd", 4).contains("leaks 1"));
 
     let mut bad = image.clone();
     let entry: [u8; 4] = bad[4096 + 4..4096 + 8].try_into().unwrap();
@@ -279,15 +279,15 @@ fn check_tells_corruption_from_leaks() {
     assert_eq!((out.status.code(), line.lines().count()), (Some(3), 1), "{line}");
     assert!(line.starts_with("diffdisk: check: r.vhd: blocks ") && line.contains("(at byte "), "{line}");
     assert!(text(&out.stdout).starts_with("block-duplicate: "), "{}", text(&out.stdout));
-    fails(&d, "info r.vhd", "info: r.vhd", "(at byte ");
-    fails(&d, "convert r.vhd - --to raw", "convert: r.vhd", "(at byte ");
+    assert_fails(&d, "info r.vhd", "info: r.vhd", "(at byte ");
+    assert_fails(&d, "convert r.vhd - --to raw", "convert: r.vhd", "(at byte ");
 
     write(&[]);
     let out = run(&d, "check r.vhd --json");
     let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!((out.status.code(), &report["defects"][0]["kind"]), (Some(3), &"file-too-short".into()));
-    fails(&d, "check nothing.vhd", "check: nothing.vhd", "No such file");
-    fails(&d, "check .", "check: .", "not a regular file");
+    assert_fails(&d, "check nothing.vhd", "check: nothing.vhd", "No such file");
+    assert_fails(&d, "check .", "check: .", "not a regular file");
 }
 
 /// The kinds of a list of a report.
@@ -307,9 +307,9 @@ fn checked(folder: &TempDir, line: &str, code: i32) -> Value {
 fn a_repair_says_what_it_did_and_keeps_what_was() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
-    put(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
+    write_block(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
     ok(&d, "create c.vhd --parent r.vhd");
-    put(&d.path().join("c.vhd"), 2, 5, &[2; 512]);
+    write_block(&d.path().join("c.vhd"), 2, 5, &[2; 512]);
     let (path, root) = (d.path().join("c.vhd"), d.path().join("r.vhd"));
     let disk = run(&d, "convert c.vhd - --to raw").stdout;
     assert_eq!(json(&d, "check c.vhd --json --repair")["repaired"], Value::Null, "nothing to do, nothing done");
@@ -364,7 +364,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     fs::write(&root, &broken).unwrap();
     let reader = Host.open(&root, Access::Read).unwrap();
     reader.lock(Lock::Shared).unwrap();
-    fails(&d, "check r.vhd --repair", "check", "has it open");
+    assert_fails(&d, "check r.vhd --repair", "check", "has it open");
     assert!(fs::read(&root).unwrap() == broken);
 }
 
@@ -372,12 +372,12 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
 fn what_changed_since_an_ancestor() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
-    put(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
+    write_block(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
     ok(&d, "create m.vhd --parent r.vhd");
-    put(&d.path().join("m.vhd"), 1, 4, &[2; 512]);
+    write_block(&d.path().join("m.vhd"), 1, 4, &[2; 512]);
     ok(&d, "create c.vhd --parent m.vhd");
-    put(&d.path().join("c.vhd"), 1, 5, &[3; 512]);
-    put(&d.path().join("c.vhd"), 3, 0, &[4; 512]);
+    write_block(&d.path().join("c.vhd"), 1, 5, &[3; 512]);
+    write_block(&d.path().join("c.vhd"), 3, 0, &[4; 512]);
     let block = 2 * MIB;
     let runs = |line: &str| -> Vec<(u64, u64)> {
         let told = json(&d, &format!("diff {line} --json"));
@@ -397,9 +397,9 @@ fn what_changed_since_an_ancestor() {
     assert!(table.lines().take(3).all(|line| line.len() == 33), "{table}");
     assert!(table.ends_with("total 1 KiB (1024 bytes) in 2 ranges\n"), "{table}");
     assert_eq!(ok(&d, "diff c.vhd --quiet").lines().count(), 3);
-    fails(&d, "diff r.vhd", "diff: r.vhd", "no parent");
-    fails(&d, "diff m.vhd --since c.vhd", "diff: c.vhd", "no ancestor");
-    fails(&d, "diff c.vhd --since none.vhd", "diff: none.vhd", "No such file");
+    assert_fails(&d, "diff r.vhd", "diff: r.vhd", "no parent");
+    assert_fails(&d, "diff m.vhd --since c.vhd", "diff: c.vhd", "no ancestor");
+    assert_fails(&d, "diff c.vhd --since none.vhd", "diff: none.vhd", "No such file");
 }
 
 #[test]
@@ -444,9 +444,9 @@ fn a_map_covers_the_disk() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
     ok(&d, "create c.vhd --parent r.vhd --size 11M");
-    put(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
-    put(&d.path().join("c.vhd"), 1, 4, &[2; 512]);
-    put(&d.path().join("c.vhd"), 4, 0, &[3; 512]);
+    write_block(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
+    write_block(&d.path().join("c.vhd"), 1, 4, &[2; 512]);
+    write_block(&d.path().join("c.vhd"), 4, 0, &[3; 512]);
     let runs = json(&d, "map c.vhd --json");
     let runs = runs.as_array().unwrap();
     let block = 2 * MIB;
@@ -529,8 +529,8 @@ fn odd_ends_are_filled_up() {
     assert!(fs::read(d.path().join("c.raw")).unwrap() == wanted);
     assert!(ok(&d, "compare a.raw b.vhd --from raw --from vhd").ends_with("equal\n"));
     fs::write(d.path().join("none.raw"), []).unwrap();
-    fails(&d, "convert none.raw x.vhd --from raw --to fixed", "convert", "virtual size of 0 bytes");
-    fails(&d, "convert a.raw x.raw --to raw", "convert: a.raw", "--from raw");
+    assert_fails(&d, "convert none.raw x.vhd --from raw --to fixed", "convert", "virtual size of 0 bytes");
+    assert_fails(&d, "convert a.raw x.raw --to raw", "convert: a.raw", "--from raw");
     assert_eq!(ok(&d, "convert none.raw - --from raw --to raw"), "");
 }
 
@@ -543,8 +543,8 @@ fn compare_finds_the_first_difference() {
     let compare = "compare a.raw a.vhd --from raw --from vhd";
     for at in [5 * MIB - 1, 4 * MIB, 3 * MIB + 1, 2 * MIB - 1, 1] {
         file.write_all_at(&[0xEE], at).unwrap();
-        assert_eq!(ends(&d, compare, 5), format!("different from byte {at} on\n"));
-        assert_eq!(ends(&d, "compare a.vhd a.raw --from vhd --from raw", 5), format!("different from byte {at} on\n"));
+        assert_eq!(run_expecting(&d, compare, 5), format!("different from byte {at} on\n"));
+        assert_eq!(run_expecting(&d, "compare a.vhd a.raw --from vhd --from raw", 5), format!("different from byte {at} on\n"));
     }
     raw(&d, "b.raw", 5 * MIB);
     fs::File::options().write(true).open(d.path().join("b.raw")).unwrap().set_len(6 * MIB).unwrap();
@@ -552,9 +552,9 @@ fn compare_finds_the_first_difference() {
     assert!(said.starts_with("sizes differ") && said.ends_with("equal\n"), "{said}");
     let longer = fs::File::options().write(true).open(d.path().join("b.raw")).unwrap();
     longer.write_all_at(&[1], 5 * MIB + 100).unwrap();
-    assert!(ends(&d, "compare a.vhd b.raw --from vhd --from raw", 5).contains(&format!("byte {}", 5 * MIB + 100)));
+    assert!(run_expecting(&d, "compare a.vhd b.raw --from vhd --from raw", 5).contains(&format!("byte {}", 5 * MIB + 100)));
     ok(&d, "compare b.raw b.raw --from raw");
-    fails(&d, "compare a.vhd nothing", "compare: nothing", "No such file");
+    assert_fails(&d, "compare a.vhd nothing", "compare: nothing", "No such file");
 }
 
 #[test]
@@ -562,17 +562,17 @@ fn what_exists_is_replaced_only_by_force_and_at_once() {
     let d = folder();
     raw(&d, "a.raw", MIB);
     fs::write(d.path().join("b.vhd"), "precious").unwrap();
-    fails(&d, "convert a.raw b.vhd --from raw --to dynamic", "convert: b.vhd", "--force");
+    assert_fails(&d, "convert a.raw b.vhd --from raw --to dynamic", "convert: b.vhd", "--force");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
     // A failure with --force leaves what was there, and nothing else.
     fs::write(d.path().join("none.raw"), []).unwrap();
-    fails(&d, "convert none.raw b.vhd --from raw --to dynamic --force", "convert: b.vhd", "virtual size");
+    assert_fails(&d, "convert none.raw b.vhd --from raw --to dynamic --force", "convert: b.vhd", "virtual size");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
     ok(&d, "convert a.raw b.vhd --from raw --to dynamic --force");
     assert_eq!(ok(&d, "compare a.raw b.vhd --from raw --from vhd"), "equal\n");
-    fails(&d, "convert a.raw a.raw --from raw --to raw --force", "convert", "open");
-    fails(&d, "convert b.vhd . --to raw --force", "convert", "regular file");
-    fails(&d, "convert b.vhd - --to fixed", "convert: -", "--to raw");
+    assert_fails(&d, "convert a.raw a.raw --from raw --to raw --force", "convert", "open");
+    assert_fails(&d, "convert b.vhd . --to raw --force", "convert", "regular file");
+    assert_fails(&d, "convert b.vhd - --to fixed", "convert: -", "--to raw");
     assert_eq!(fs::read_dir(&d).unwrap().count(), 3);
 }
 
@@ -622,7 +622,7 @@ fn who_writes_keeps_readers_out() {
         "create x.vhd --parent r.vhd",
         "convert c.vhd r.vhd --to raw --force",
     ] {
-        fails(&d, line, line.split(' ').next().unwrap(), "has it open");
+        assert_fails(&d, line, line.split(' ').next().unwrap(), "has it open");
     }
     assert!(!d.path().join("x").exists() && !d.path().join("x.vhd").exists());
     served.lock(Lock::Shared).unwrap();

@@ -11,9 +11,9 @@ use diffdisk::image::Durability;
 use diffdisk::storage::{EngineKind, Env, GuestIovecs};
 use diffdisk::units::SectorRange;
 
-use super::null::Plain;
+use super::null::NullEnv;
 
-const HOST: Plain = Plain { idle: None };
+const HOST: NullEnv = NullEnv { idle: None };
 
 /// Blocks of 2 MiB on the disk.
 pub const BLOCKS: u64 = 32;
@@ -21,7 +21,7 @@ const BLOCK_SECTORS: u64 = 4096;
 
 /// How finely the data of a block is cut up.
 #[derive(Clone, Copy, Debug)]
-pub enum Cut {
+pub enum Fragmentation {
     /// One layer has all of it.
     Whole,
     /// So many runs of equal length: every second one is nobody's, the others belong to one layer after the other.
@@ -30,7 +30,7 @@ pub enum Cut {
 
 /// An empty child over `depth` layers that have the data, over an empty root (whose blocks would be all in one piece), as
 /// it is served.
-pub fn version(folder: &Path, depth: u64, cut: Cut) -> Version {
+pub fn version(folder: &Path, depth: u64, cut: Fragmentation) -> Version {
     let top = make(folder, depth, cut);
     let chain = Chain::open(&HOST, &top, &Policy::default(), OpenMode::Write).unwrap_or_else(|e| panic!("{}", e.line()));
     chain.into_writable(&HOST, &Durability::FlushOnly).unwrap_or_else(|e| panic!("{}", e.line()))
@@ -52,7 +52,7 @@ pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
 }
 
 /// Makes the files; the youngest.
-pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
+pub fn make(folder: &Path, depth: u64, cut: Fragmentation) -> PathBuf {
     std::fs::create_dir(folder).expect("a folder of our own");
     let name = |layer: u64| folder.join(format!("{layer}.vhd"));
     for layer in 0..=depth + 1 {
@@ -70,15 +70,15 @@ pub fn make(folder: &Path, depth: u64, cut: Cut) -> PathBuf {
     name(depth + 1)
 }
 
-fn fill(path: &Path, layer: u64, depth: u64, cut: Cut) {
+fn fill(path: &Path, layer: u64, depth: u64, cut: Fragmentation) {
     let disk = open(Arc::new(HOST), path);
     let mut lane = disk.lane(EngineKind::Auto, 64).unwrap_or_else(|e| panic!("{}", e.line()));
     let memory: Arc<Box<[u8]>> = Arc::new(vec![7; 2 << 20].into());
     let mut answers = Vec::new();
     for block in 0..BLOCKS {
         let runs = match cut {
-            Cut::Whole => 1,
-            Cut::Runs(runs) => runs,
+            Fragmentation::Whole => 1,
+            Fragmentation::Runs(runs) => runs,
         };
         let len = BLOCK_SECTORS / runs;
         for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {

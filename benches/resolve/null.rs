@@ -15,7 +15,7 @@ use uuid::Uuid;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::chains::{BLOCKS, Cut, make, open, plan_all};
+use super::chains::{BLOCKS, Fragmentation, make, open, plan_all};
 
 const SIZE: u16 = 128;
 const TABLE: u64 = 0x1000;
@@ -28,8 +28,8 @@ const DATA: u64 = 0x10_0000;
 const BATCH: u16 = 32;
 
 /// Serves at least `count` reads of 4 KiB in batches of 32, by operations or by copies.
-pub fn requests(path: &Path, count: u64, engine: Idle) {
-    let disk = open(Arc::new(Plain { idle: Some(engine) }), &make(path, 16, Cut::Whole));
+pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
+    let disk = open(Arc::new(NullEnv { idle: Some(engine) }), &make(path, 16, Fragmentation::Whole));
     plan_all(disk.version());
     let device = Device::new(disk.clone(), 1, SIZE, true);
     device.ack(1 << 32);
@@ -78,20 +78,20 @@ pub fn requests(path: &Path, count: u64, engine: Idle) {
 }
 
 /// The host, as valgrind knows it, with engines that do nothing if so wished.
-pub struct Plain {
-    pub idle: Option<Idle>,
+pub struct NullEnv {
+    pub idle: Option<NullMode>,
 }
 
 /// An engine that does nothing.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Idle {
+pub enum NullMode {
     /// Completes the operations it is given.
     Operations,
     /// Says that it copied.
     Copies,
 }
 
-impl Env for Plain {
+impl Env for NullEnv {
     fn open(&self, path: &Path, access: Access) -> Result<File> {
         Host.open(path, access)
     }
@@ -129,14 +129,14 @@ impl Env for Plain {
         // The room that a disk makes for itself when it is opened is real.
         match (kind, self.idle) {
             (EngineKind::Blocking, _) | (_, None) => Host.engine(kind, depth),
-            (_, Some(idle)) => Ok(Box::new(Nothing(Vec::new(), idle))),
+            (_, Some(idle)) => Ok(Box::new(NullEngine(Vec::new(), idle))),
         }
     }
 }
 
-struct Nothing(Vec<Completion>, Idle);
+struct NullEngine(Vec<Completion>, NullMode);
 
-impl Engine for Nothing {
+impl Engine for NullEngine {
     fn register(&mut self, _: FileSlot, _: &File) -> io::Result<()> {
         Ok(())
     }
@@ -144,7 +144,7 @@ impl Engine for Nothing {
         Ok(())
     }
     fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        (self.1 == Idle::Copies).then(|| CachedRange::new(slot, offset, len))
+        (self.1 == NullMode::Copies).then(|| CachedRange::new(slot, offset, len))
     }
     fn copy_cached(&mut self, _: &CachedRange, _: &GuestIovecs, _: usize) -> bool {
         true

@@ -16,8 +16,8 @@ use crate::target::Bound;
 const WRITES: u64 = 500;
 
 pub fn barriers(bench: &mut Bench) {
-    let child = bench.disks.fresh(Format::Vhd, &[]);
-    let root = bench.disks.written(Format::Vpc).with_extension("root");
+    let child = bench.disks.fresh_child(Format::Vhd, &[]);
+    let root = bench.disks.writable(Format::Vpc).with_extension("root");
     let _ = std::fs::remove_file(&root);
     let made = std::process::Command::new(env!("CARGO_BIN_EXE_diffdisk"))
         .args(["create", "--quiet", "--size", "1G"])

@@ -19,8 +19,8 @@ use io_uring::{IoUring, opcode, types};
 use memmap2::MmapMut;
 use rustix::fs::OFlags;
 
-use crate::compare::{Bench, Contestant};
-use crate::disks::{Format, Turns, evict, runs_of_data};
+use crate::compare::{Bench, Candidate};
+use crate::disks::{Format, Interleaving, drop_page_cache, runs_of_data};
 use crate::load::{Load, Order, Until};
 use crate::sample::{Latencies, Sample};
 use crate::server::{Kind, Server};
@@ -48,10 +48,10 @@ pub fn cold(bench: &mut Bench) {
         .into_iter()
         .map(|(layers, piece)| {
             let name = format!("diffdiskd, {layers} layers, {}", kib(piece));
-            (name, bench.disks.in_turns(Turns { layers, piece }))
+            (name, bench.disks.interleaved(Interleaving { layers, piece }))
         })
         .collect();
-    let raw = bench.disks.spread(Format::Raw, 1);
+    let raw = bench.disks.striped_chain(Format::Raw, 1);
     let size = bench.disks.size;
     for &(block, depth, wanted) in if bench.pace.full { &LOADS[..] } else { &LOADS[..2] } {
         let name = format!("cold seq read {} KiB, qd {depth}", block >> 10);
@@ -64,13 +64,13 @@ pub fn cold(bench: &mut Bench) {
         };
         let raw = std::slice::from_ref(&raw);
         let mut contestants = vec![
-            Contestant::new(FLAT, || flat(&raw[0], size, block)),
-            Contestant::new(RAW, || once(&Format::Raw.server(), raw, &load)),
+            Candidate::new(FLAT, || flat(&raw[0], size, block)),
+            Candidate::new(RAW, || once(&Format::Raw.server(), raw, &load)),
         ];
         let small = &chains[2].1;
-        contestants.push(Contestant::new(PIECES, || pieces(small, 64 << 10, size, block)));
+        contestants.push(Candidate::new(PIECES, || pieces(small, 64 << 10, size, block)));
         for (system, files) in &chains {
-            contestants.push(Contestant::new(system, || once(&Kind::ours(), files, &load)));
+            contestants.push(Candidate::new(system, || once(&Kind::ours(), files, &load)));
         }
         bench.compare(&name, contestants);
         for (system, own) in [(&chains[1].0, FLAT), (&chains[2].0, PIECES)].into_iter().filter(|_| wanted) {
@@ -82,7 +82,7 @@ pub fn cold(bench: &mut Bench) {
 
 /// One run of a server that has seen nothing, on files (youngest first) that are not in memory.
 fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
-    files.iter().for_each(|file| evict(file));
+    files.iter().for_each(|file| drop_page_cache(file));
     let server = Server::start(kind, &files[0]);
     let mut guest = server.connect(1);
     let before = server.processor_time();
@@ -96,7 +96,7 @@ fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
 
 /// The same bytes of a flat file by plain calls, as dd reads them; counted as requests of `block`.
 fn flat(path: &Path, size: u64, block: usize) -> Sample {
-    evict(path);
+    drop_page_cache(path);
     let mut file = File::open(path).expect("the image can be read");
     let (mut piece, start) = (vec![0; 1 << 20], Instant::now());
     for _ in 0..size / piece.len() as u64 {

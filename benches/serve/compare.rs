@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::Pace;
-use crate::bare;
-use crate::bare_mapped;
-use crate::bare_pair;
-use crate::bare_writes;
-use crate::disks::{self, Disks, Format, Settle};
+use crate::baseline_reads;
+use crate::baseline_mapped;
+use crate::baseline_wakeup;
+use crate::baseline_writes;
+use crate::disks::{self, Disks, Format, ReadOrder};
 use crate::load::{Guest, Load, Order, Until};
 use crate::sample::{Row, Sample, median};
 use crate::server::{Kind, Server, processors};
@@ -23,21 +23,21 @@ pub struct Bench {
 }
 
 /// One who takes part in a comparison.
-pub struct Contestant<'a> {
+pub struct Candidate<'a> {
     system: String,
     run: Box<dyn FnMut() -> Sample + 'a>,
 }
 
-impl<'a> Contestant<'a> {
-    pub fn new(system: &str, run: impl FnMut() -> Sample + 'a) -> Contestant<'a> {
-        Contestant { system: system.to_owned(), run: Box::new(run) }
+impl<'a> Candidate<'a> {
+    pub fn new(system: &str, run: impl FnMut() -> Sample + 'a) -> Candidate<'a> {
+        Candidate { system: system.to_owned(), run: Box::new(run) }
     }
 
     /// A server that stays for the whole comparison.
-    fn server(system: &str, kind: &Kind, image: &Path, load: Load) -> Contestant<'a> {
+    fn server(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<'a> {
         let server = Server::start(kind, image);
         let mut guest = server.connect(1);
-        Contestant::new(system, move || measure(&server, &mut guest, &load))
+        Candidate::new(system, move || measure(&server, &mut guest, &load))
     }
 }
 
@@ -60,7 +60,7 @@ impl Bench {
     }
 
     /// Has each contestant run once unmeasured, then in turn.
-    pub fn compare(&mut self, load: &str, mut contestants: Vec<Contestant<'_>>) {
+    pub fn compare(&mut self, load: &str, mut contestants: Vec<Candidate<'_>>) {
         for contestant in &mut contestants {
             (contestant.run)();
         }
@@ -70,7 +70,7 @@ impl Bench {
     }
 
     /// Has each run once; another begins in each round.
-    fn round(&mut self, load: &str, contestants: &mut [Contestant<'_>], round: usize) {
+    fn round(&mut self, load: &str, contestants: &mut [Candidate<'_>], round: usize) {
         let count = contestants.len();
         for turn in 0..count {
             let contestant = &mut contestants[(round + turn) % count];
@@ -98,7 +98,7 @@ impl Bench {
         self.targets.push(Target { what: what.into(), ratio, bound });
     }
 
-    fn want_iops(&mut self, load: &str, a: &str, b: &str, least: f64) {
+    fn require_iops(&mut self, load: &str, a: &str, b: &str, least: f64) {
         let ratio = self.ratio(load, a, b, |s| s.iops);
         self.target(format!("{load}: {a} / {b}"), ratio, Bound::AtLeast(least));
     }
@@ -115,65 +115,65 @@ const READ: &str = "rand read 4 KiB, qd 32";
 /// Random reads at depth 32 of the queue, by depth of the chain. Each round has the files read anew, and new servers.
 pub fn random_reads(bench: &mut Bench) {
     for round in 0..bench.pace.rounds {
-        bench.disks.settle_again(Settle::Chunks);
+        bench.disks.invalidate_cache(ReadOrder::Interleaved);
         let files = [1, 16, 64].map(|layers| bench.disks.files(Format::Vhd, layers));
-        let raw = bench.disks.spread(Format::Raw, 1);
+        let raw = bench.disks.striped_chain(Format::Raw, 1);
         let (size, time) = (bench.disks.size, bench.pace.time);
         let mut all = read_servers(bench);
         for files in &files {
             let name = format!("mapped copies of {} files, no server", files.len());
-            all.push(Contestant::new(&name, move || bare_mapped::copies(files, time)));
+            all.push(Candidate::new(&name, move || baseline_mapped::copies(files, time)));
         }
-        all.push(Contestant::new("io_uring, no server", || bare::io_uring(&raw, size, time, false)));
-        all.push(Contestant::new("io_uring, no server, deferred", || bare::io_uring(&raw, size, time, true)));
-        all.push(Contestant::new("preadv, no server", || bare::preadv(&raw, size, time)));
-        all.push(Contestant::new("preadv of 16 files, no server", || bare::preadv_chain(&files[1], time)));
-        all.push(Contestant::new("preadv for a sleeper, no server", || bare_pair::woken(&raw, size, time)));
+        all.push(Candidate::new("io_uring, no server", || baseline_reads::io_uring(&raw, size, time, false)));
+        all.push(Candidate::new("io_uring, no server, deferred", || baseline_reads::io_uring(&raw, size, time, true)));
+        all.push(Candidate::new("preadv, no server", || baseline_reads::preadv(&raw, size, time)));
+        all.push(Candidate::new("preadv of 16 files, no server", || baseline_reads::preadv_chain(&files[1], time)));
+        all.push(Candidate::new("preadv for a sleeper, no server", || baseline_wakeup::eventfd_reader(&raw, size, time)));
         for contestant in &mut all {
             (contestant.run)();
         }
         bench.round(READ, &mut all, round);
     }
-    bench.disks.settle_again(Settle::Through);
-    bench.want_iops(READ, OURS_16, QCOW2_16, 4.0);
-    bench.want_iops(READ, OURS_16, "QSD raw", 2.0);
-    bench.want_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);
-    bench.want_iops(READ, "diffdiskd, 64 layers", "diffdiskd, 1 layers", 0.95);
+    bench.disks.invalidate_cache(ReadOrder::Sequential);
+    bench.require_iops(READ, OURS_16, QCOW2_16, 4.0);
+    bench.require_iops(READ, OURS_16, "QSD raw", 2.0);
+    bench.require_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);
+    bench.require_iops(READ, "diffdiskd, 64 layers", "diffdiskd, 1 layers", 0.95);
     for bare in ["io_uring, no server", "preadv, no server"] {
         let ratio = bench.ratio(READ, OURS_16, bare, |s| s.cpu);
         bench.target(format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"), ratio, Bound::AtMost(1.5));
     }
 }
 
-fn read_servers<'a>(bench: &Bench) -> Vec<Contestant<'a>> {
+fn read_servers<'a>(bench: &Bench) -> Vec<Candidate<'a>> {
     let (load, disks) = (bench.random_read(), &bench.disks);
     let mut all = Vec::new();
     for layers in [1, 4, 16, 64] {
-        let image = disks.spread(Format::Vhd, layers);
-        all.push(Contestant::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
+        let image = disks.striped_chain(Format::Vhd, layers);
+        all.push(Candidate::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
     }
-    all.push(Contestant::server("diffdiskd, 1 layers, large folios", &Kind::ours(), &disks.in_large_folios(), load));
+    all.push(Candidate::server("diffdiskd, 1 layers, large folios", &Kind::ours(), &disks.in_large_folios(), load));
     for layers in [1, 4, 16] {
-        let image = disks.spread(Format::Qcow2, layers);
-        all.push(Contestant::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
+        let image = disks.striped_chain(Format::Qcow2, layers);
+        all.push(Candidate::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
     }
-    let (raw, vpc) = (disks.spread(Format::Raw, 1), disks.spread(Format::Vpc, 1));
-    all.push(Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
-    all.push(Contestant::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
+    let (raw, vpc) = (disks.striped_chain(Format::Raw, 1), disks.striped_chain(Format::Vpc, 1));
+    all.push(Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
+    all.push(Candidate::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
     all
 }
 
 /// One request at a time: both sides asleep in between, or both looking.
 pub fn latency(bench: &mut Bench) {
-    let (vhd, raw) = (bench.disks.spread(Format::Vhd, 16), bench.disks.spread(Format::Raw, 1));
+    let (vhd, raw) = (bench.disks.striped_chain(Format::Vhd, 16), bench.disks.striped_chain(Format::Raw, 1));
     for (name, poll, extra, most) in [
         ("rand read 4 KiB, qd 1, event", false, vec![], 0.6),
         ("rand read 4 KiB, qd 1, polling", true, vec!["--poll-us=1000"], 0.35),
     ] {
         let load = Load { depth: 1, poll, ..bench.random_read() };
         let mut all = vec![
-            Contestant::server(OURS_16, &Kind::Ours(extra.clone()), &vhd, load),
-            Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+            Candidate::server(OURS_16, &Kind::Ours(extra.clone()), &vhd, load),
+            Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         if poll {
             // Nobody else may have the processor of one who looks: the servers are started for each run.
@@ -184,10 +184,10 @@ pub fn latency(bench: &mut Bench) {
                 let mut guest = server.connect(1);
                 measure(&server, &mut guest, &load)
             };
-            all.push(Contestant::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
-            all.push(Contestant::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
+            all.push(Candidate::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
+            all.push(Candidate::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
             let (size, time) = (load.region, bench.pace.time);
-            all.push(Contestant::new("preadv for one who looks, no server", move || bare_pair::asked(raw, size, time)));
+            all.push(Candidate::new("preadv for one who looks, no server", move || baseline_wakeup::polling_reader(raw, size, time)));
         }
         bench.compare(name, all);
         let ratio = bench.ratio(name, OURS_16, "QSD raw", |s| s.p50);
@@ -200,14 +200,14 @@ pub const QUEUE_DEPTHS: [usize; 6] = [1, 2, 4, 8, 16, 64];
 
 /// Latency by depth of the queue.
 pub fn queue_depths(bench: &mut Bench) {
-    let images = [Format::Vhd, Format::Qcow2].map(|f| bench.disks.spread(f, 16));
-    let raw = bench.disks.spread(Format::Raw, 1);
+    let images = [Format::Vhd, Format::Qcow2].map(|f| bench.disks.striped_chain(f, 16));
+    let raw = bench.disks.striped_chain(Format::Raw, 1);
     for depth in QUEUE_DEPTHS {
         let load = Load { depth, ..bench.random_read() };
         let all = vec![
-            Contestant::server(OURS_16, &Kind::ours(), &images[0], load),
-            Contestant::server(QCOW2_16, &Kind::Qemu("qcow2"), &images[1], load),
-            Contestant::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+            Candidate::server(OURS_16, &Kind::ours(), &images[0], load),
+            Candidate::server(QCOW2_16, &Kind::Qemu("qcow2"), &images[1], load),
+            Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         bench.compare(&format!("rand read 4 KiB, by depth, qd {depth}"), all);
     }
@@ -222,20 +222,20 @@ const EXTENDED: &str = "QSD qcow2, fresh overlay, extended_l2";
 fn fresh(bench: &mut Bench, name: &str, load: Load) {
     // Killed and removed at the end: what one contestant has left to write back must not be another's burden.
     let once = |disks: &Disks, format: Format, options: &[&str]| {
-        let image = disks.fresh(format, options);
+        let image = disks.fresh_child(format, options);
         let server = Server::start(&format.server(), &image);
         let mut guest = server.connect(1);
         let sample = measure(&server, &mut guest, &load);
         drop((guest, server));
-        disks::remove(&image);
+        disks::remove_and_wait(&image);
         sample
     };
     let disks = Disks::new(bench.disks.size);
     let all = vec![
-        Contestant::new(OURS, || once(&disks, Format::Vhd, &[])),
-        Contestant::new(FRESH, || once(&disks, Format::Qcow2, &[])),
-        Contestant::new(EXTENDED, || once(&disks, Format::Qcow2, &["extended_l2=on"])),
-        Contestant::new(BARE, || bare_writes::fresh(&disks.scratch(), &load)),
+        Candidate::new(OURS, || once(&disks, Format::Vhd, &[])),
+        Candidate::new(FRESH, || once(&disks, Format::Qcow2, &[])),
+        Candidate::new(EXTENDED, || once(&disks, Format::Qcow2, &["extended_l2=on"])),
+        Candidate::new(BARE, || baseline_writes::fresh(&disks.scratch(), &load)),
     ];
     bench.compare(name, all);
 }
@@ -246,13 +246,13 @@ pub fn fresh_writes(bench: &mut Bench) {
     let load =
         Load { write: true, order: Order::Shuffled, until: Until::Count(bench.pace.writes()), ..bench.random_read() };
     fresh(bench, name, load);
-    bench.want_iops(name, OURS, FRESH, 5.0);
-    bench.want_iops(name, OURS, EXTENDED, 1.3);
+    bench.require_iops(name, OURS, FRESH, 5.0);
+    bench.require_iops(name, OURS, EXTENDED, 1.3);
     let name = "seq write 1 MiB, qd 4, fresh";
     let count = bench.disks.size >> 20;
     let load = Load { block: 1 << 20, depth: 4, order: Order::Sequential, until: Until::Count(count), ..load };
     fresh(bench, name, load);
-    bench.want_iops(name, OURS, FRESH, 1.0);
+    bench.require_iops(name, OURS, FRESH, 1.0);
 }
 
 /// The same with a flush after every 32.
@@ -266,8 +266,8 @@ pub fn flushed_writes(bench: &mut Bench) {
         ..bench.random_read()
     };
     fresh(bench, name, load);
-    bench.want_iops(name, OURS, FRESH, 2.0);
-    bench.want_iops(name, OURS, EXTENDED, 1.2);
+    bench.require_iops(name, OURS, FRESH, 2.0);
+    bench.require_iops(name, OURS, EXTENDED, 1.2);
 }
 
 /// Small writes where there is room already.
@@ -275,19 +275,19 @@ pub fn allocated_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, allocated";
     let load = Load { write: true, ..bench.random_read() };
     written(bench, name, load, &[Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc]);
-    bench.want_iops(name, "diffdiskd", "QSD raw", 1.5);
-    bench.want_iops(name, "diffdiskd", "QSD vpc", 20.0);
+    bench.require_iops(name, "diffdiskd", "QSD raw", 1.5);
+    bench.require_iops(name, "diffdiskd", "QSD vpc", 20.0);
 }
 
 fn written(bench: &mut Bench, name: &str, load: Load, formats: &[Format]) {
     let all = formats.iter().map(|&format| {
-        let image = bench.disks.written(format);
-        Contestant::server(label(format), &format.server(), &image, load)
+        let image = bench.disks.writable(format);
+        Candidate::server(label(format), &format.server(), &image, load)
     });
     let mut all: Vec<_> = all.collect();
     if load.order == Order::Sequential {
         let (scratch, time) = (bench.disks.scratch(), bench.pace.time);
-        all.push(Contestant::new(BARE, move || bare_writes::over(&scratch, &load, time)));
+        all.push(Candidate::new(BARE, move || baseline_writes::over(&scratch, &load, time)));
     }
     bench.compare(name, all);
 }
@@ -319,11 +319,11 @@ pub fn sequential(bench: &mut Bench) {
             let spread =
                 [Format::Vhd, Format::Qcow2].map(|f| (f, 16, if f == Format::Vhd { OURS_16 } else { QCOW2_16 }));
             let all = single.into_iter().chain(spread).map(|(format, layers, label)| {
-                Contestant::server(label, &format.server(), &bench.disks.spread(format, layers), load)
+                Candidate::server(label, &format.server(), &bench.disks.striped_chain(format, layers), load)
             });
             let all = all.collect();
             bench.compare(&name, all);
-            bench.want_iops(&name, OURS_16, QCOW2_16, 1.0);
+            bench.require_iops(&name, OURS_16, QCOW2_16, 1.0);
         }
         let best = formats[1..].iter().map(|&f| bench.ratio(&name, "diffdiskd", label(f), |s| s.iops));
         let best = best.fold(f64::MAX, f64::min);
@@ -338,7 +338,7 @@ pub fn two_queues(bench: &mut Bench) {
     if processors() < 2 {
         return eprintln!("two queues want two processors");
     }
-    let image = bench.disks.spread(Format::Vhd, 16);
+    let image = bench.disks.striped_chain(Format::Vhd, 16);
     let load = bench.random_read();
     let with = |queues: usize| {
         let image = &image;
@@ -360,7 +360,7 @@ pub fn two_queues(bench: &mut Bench) {
         }
     };
     let name = "rand read 4 KiB, qd 32 each, guest and server on the same processors";
-    let all = vec![Contestant::new("1 queue", with(1)), Contestant::new("2 queues", with(2))];
+    let all = vec![Candidate::new("1 queue", with(1)), Candidate::new("2 queues", with(2))];
     bench.compare(name, all);
-    bench.want_iops(name, "2 queues", "1 queue", 1.7);
+    bench.require_iops(name, "2 queues", "1 queue", 1.7);
 }

@@ -22,7 +22,7 @@ pub const CHUNK: u64 = 64 << 10;
 const CHUNKS: u64 = 32;
 
 /// The layer that holds a chunk.
-fn owner(chunk: u64, layers: u64) -> u64 {
+fn layer_of(chunk: u64, layers: u64) -> u64 {
     (chunk / CHUNKS * 2 + chunk % 2) % layers
 }
 /// Names what [`Disks`] makes; to be raised when that changes.
@@ -50,26 +50,26 @@ impl Format {
 
 /// Data in turns: `piece` bytes in the oldest layer, as many in the next, and so on, over and over.
 #[derive(Clone, Copy)]
-pub struct Turns {
+pub struct Interleaving {
     pub layers: u64,
     pub piece: u64,
 }
 
 /// In which order the host reads a file anew. It decides how large the folios of the page cache are, whoever wrote the file.
 #[derive(Clone, Copy)]
-pub enum Settle {
+pub enum ReadOrder {
     /// From end to end, in folios as large as the host likes. A file that is all data gets such of 2 MiB, which are mapped at
     /// once and which a processor finds with one look; one in which data and holes take turns cannot.
-    Through,
+    Sequential,
     /// A chunk at a time and every other one first, as guests do: so folios are of one size whatever the file.
-    Chunks,
+    Interleaved,
 }
 
 /// Where the disks are.
 pub struct Disks {
     folder: PathBuf,
     settled: RefCell<HashSet<PathBuf>>,
-    order: Cell<Settle>,
+    order: Cell<ReadOrder>,
     /// Bytes of data.
     pub size: u64,
 }
@@ -80,11 +80,11 @@ impl Disks {
         let folder = std::env::var_os("DIFFDISK_BENCH_FOLDER").map_or(target.join("bench/disks"), PathBuf::from);
         let folder = folder.join(format!("{LAYOUT}-{}", size >> 20));
         fs::create_dir_all(&folder).expect("the target folder can be written");
-        Disks { folder, settled: RefCell::default(), order: Cell::new(Settle::Through), size }
+        Disks { folder, settled: RefCell::default(), order: Cell::new(ReadOrder::Sequential), size }
     }
 
     /// A chain of `layers` images with the data spread over all of them; the youngest.
-    pub fn spread(&self, format: Format, layers: u64) -> PathBuf {
+    pub fn striped_chain(&self, format: Format, layers: u64) -> PathBuf {
         let name = |layer: u64| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)));
         let (top, ready) = (name(layers - 1), name(0).with_extension("ready"));
         if !ready.exists() {
@@ -94,12 +94,12 @@ impl Disks {
                 let _ = fs::remove_file(&image);
                 let parent = layer.checked_sub(1).map(&name);
                 create(format, &image, parent.as_deref(), self.size, &[]);
-                self.fill(format, &image, |chunk| owner(chunk, layers) == layer);
+                self.fill(format, &image, |chunk| layer_of(chunk, layers) == layer);
             }
             self.verify(format, &top);
             fs::write(&ready, "").expect("the target folder can be written");
         }
-        (0..layers).for_each(|layer| self.settle_once(name(layer)));
+        (0..layers).for_each(|layer| self.populate_once(name(layer)));
         top
     }
 
@@ -110,32 +110,32 @@ impl Disks {
 
     /// Has all files read anew when they are next used, in this order. The pages that the host takes for them are faster or
     /// slower by luck, so what is compared closely draws more than once.
-    pub fn settle_again(&self, order: Settle) {
+    pub fn invalidate_cache(&self, order: ReadOrder) {
         self.settled.borrow_mut().clear();
         self.order.set(order);
     }
 
     /// A copy of the single VHD that is settled from end to end, whatever the order is.
     pub fn in_large_folios(&self) -> PathBuf {
-        let (single, copy) = (self.spread(Format::Vhd, 1), self.folder.join("vhd-1-large"));
+        let (single, copy) = (self.striped_chain(Format::Vhd, 1), self.folder.join("vhd-1-large"));
         if !copy.exists() {
             // A copy that was cut short must not be taken for one.
             fs::copy(single, self.scratch()).expect("there is room");
             fs::rename(self.scratch(), &copy).expect("the target folder can be written");
         }
-        settle(&copy, Settle::Through);
+        populate_cache(&copy, ReadOrder::Sequential);
         copy
     }
 
-    fn settle_once(&self, path: PathBuf) {
+    fn populate_once(&self, path: PathBuf) {
         if !self.settled.borrow().contains(&path) {
-            settle(&path, self.order.get());
+            populate_cache(&path, self.order.get());
             self.settled.borrow_mut().insert(path);
         }
     }
 
     /// A chain of VHDs with the data in turns; its files, youngest first. What a layer has no data in takes no room.
-    pub fn in_turns(&self, Turns { layers, piece }: Turns) -> Vec<PathBuf> {
+    pub fn interleaved(&self, Interleaving { layers, piece }: Interleaving) -> Vec<PathBuf> {
         let name = |layer: u64| self.folder.join(format!("turns-{layers}-{}-{layer}", piece >> 10));
         let files: Vec<_> = (0..layers).rev().map(name).collect();
         let ready = name(0).with_extension("ready");
@@ -147,7 +147,7 @@ impl Disks {
                 let parent = layer.checked_sub(1).map(&name);
                 create(Format::Vhd, &image, parent.as_deref(), self.size, &[]);
                 self.fill(Format::Vhd, &image, |chunk| chunk * CHUNK / piece % layers == layer);
-                give_back_room(&image);
+                punch_holes(&image);
             }
             self.verify(Format::Vhd, &files[0]);
             fs::write(&ready, "").expect("the target folder can be written");
@@ -156,8 +156,8 @@ impl Disks {
     }
 
     /// A new child of the single image of a format, with what QEMU calls options.
-    pub fn fresh(&self, format: Format, options: &[&str]) -> PathBuf {
-        let (parent, child) = (self.spread(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
+    pub fn fresh_child(&self, format: Format, options: &[&str]) -> PathBuf {
+        let (parent, child) = (self.striped_chain(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
         let _ = fs::remove_file(&child);
         create(format, &child, Some(&parent), self.size, options);
         child
@@ -182,23 +182,23 @@ impl Disks {
 
     /// An image of its own that may be written, and has all the data: for VHD a child over a root, for others one file. Read anew
     /// as guests read: writes to large folios of ext4 cost ten times as much if they are small, and half if they are long.
-    pub fn written(&self, format: Format) -> PathBuf {
+    pub fn writable(&self, format: Format) -> PathBuf {
         let name = self.folder.join(format!("{}-written", suffix(format)));
         let ready = name.with_extension("ready");
         if !ready.exists() {
             eprintln!("making {} to be written", suffix(format));
-            let parent = (format == Format::Vhd).then(|| self.spread(format, 1));
+            let parent = (format == Format::Vhd).then(|| self.striped_chain(format, 1));
             let _ = fs::remove_file(&name);
             create(format, &name, parent.as_deref(), self.size, &[]);
             self.fill(format, &name, |_| true);
             fs::write(&ready, "").expect("the target folder can be written");
         }
-        settle(&name, Settle::Chunks);
+        populate_cache(&name, ReadOrder::Interleaved);
         name
     }
 
     /// A chain of `layers` images of 1 TiB without data; the youngest.
-    pub fn sparse(&self, format: Format, layers: u64) -> PathBuf {
+    pub fn sparse_chain(&self, format: Format, layers: u64) -> PathBuf {
         let name = |layer: u64| self.folder.join(format!("{}-sparse-{layer}", suffix(format)));
         for layer in 0..layers {
             if !name(layer).exists() {
@@ -244,7 +244,7 @@ impl Disks {
 }
 
 /// Gives back the room in which a file has no data.
-fn give_back_room(path: &Path) {
+fn punch_holes(path: &Path) {
     let file = File::options().read(true).write(true).open(path).expect("our own file");
     let len = file.metadata().expect("our own file").len();
     let mut at = 0;
@@ -260,7 +260,7 @@ fn give_back_room(path: &Path) {
 }
 
 /// Has the host forget a file.
-pub fn evict(path: &Path) {
+pub fn drop_page_cache(path: &Path) {
     let file = File::open(path).expect("the image can be read");
     file.sync_all().expect("the image can be synced");
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
@@ -268,7 +268,7 @@ pub fn evict(path: &Path) {
 
 /// Removes a file and waits until the host has given back its room: where that is discarded on the disk beneath, it goes on after
 /// the name is gone, by a kernel thread on the processor of whoever had the file open last, for a second if it is in many pieces.
-pub fn remove(path: &Path) {
+pub fn remove_and_wait(path: &Path) {
     fs::remove_file(path).expect("it was made a moment ago");
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(20) {
@@ -289,12 +289,12 @@ fn discards() -> u64 {
 }
 
 /// Has the host read a file anew.
-pub fn settle(path: &Path, order: Settle) {
-    evict(path);
+pub fn populate_cache(path: &Path, order: ReadOrder) {
+    drop_page_cache(path);
     let file = File::open(path).expect("the image can be read");
     let (passes, piece) = match order {
-        Settle::Through => (1, 1 << 20),
-        Settle::Chunks => (2, CHUNK),
+        ReadOrder::Sequential => (1, 1 << 20),
+        ReadOrder::Interleaved => (2, CHUNK),
     };
     let (runs, mut memory) = (runs_of_data(path, 1), vec![0; piece as usize]);
     for pass in 0..passes {

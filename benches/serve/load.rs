@@ -23,7 +23,7 @@ use crate::sample::{Latencies, Sample};
 /// Bytes of guest memory: the deepest queue of 4 KiB, or eight requests of 1 MiB.
 const MEMORY: usize = 8 << 20;
 /// A back-end that completes nothing for this long is stuck.
-const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
+const TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 /// Entries of a queue; a request takes three.
 const QUEUE_SIZE: u16 = 512;
 
@@ -117,7 +117,7 @@ impl Guest {
     /// One load on the first queue.
     pub fn run(&mut self, load: &Load) -> io::Result<Sample> {
         let Guest { queues, transport, memory, random, next, .. } = self;
-        let mut lane = Lane { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
         lane.run(load, &mut memory[..MEMORY])
     }
 
@@ -140,7 +140,7 @@ impl Guest {
     /// The same load on every queue, each by a thread of its own on processor `i`.
     pub fn run_on_all(&mut self, load: &Load) -> io::Result<Vec<Sample>> {
         let Guest { queues, transport, memory, .. } = self;
-        let transport = Shared(&**transport);
+        let transport = SyncTransport(&**transport);
         let pieces = memory.chunks_mut(MEMORY);
         std::thread::scope(|scope| {
             let threads: Vec<_> = queues
@@ -148,13 +148,13 @@ impl Guest {
                 .zip(pieces)
                 .enumerate()
                 .map(|(queue, (ring, memory))| {
-                    let (ring, transport) = (Alone(ring), &transport);
+                    let (ring, transport) = (SendQueue(ring), &transport);
                     scope.spawn(move || {
                         crate::server::pin_this_thread(queue);
-                        let Alone(ring) = { ring };
+                        let SendQueue(ring) = { ring };
                         let (random, next) = (&mut (0x1234_5677 + queue as u64), &mut 0);
-                        let Shared(transport) = *transport;
-                        Lane { ring, transport, queue, random, next }.run(load, memory)
+                        let SyncTransport(transport) = *transport;
+                        QueueRun { ring, transport, queue, random, next }.run(load, memory)
                     })
                 })
                 .collect();
@@ -184,7 +184,7 @@ impl Guest {
 
     fn finish(&mut self) -> io::Result<()> {
         let Guest { queues, transport, random, next, .. } = self;
-        let mut lane = Lane { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
         lane.kick()?;
         let mut done = Vec::new();
         while done.is_empty() {
@@ -198,17 +198,17 @@ impl Guest {
 }
 
 /// The transport as the threads of several queues use it.
-struct Shared<'a>(&'a VirtioBlkTransport);
+struct SyncTransport<'a>(&'a VirtioBlkTransport);
 // SAFETY: the threads only fetch event descriptors of their own queue from it, which changes nothing.
-unsafe impl Sync for Shared<'_> {}
+unsafe impl Sync for SyncTransport<'_> {}
 
 /// A queue in the hands of its thread.
-struct Alone<'a>(&'a mut VirtioBlkQueue<'static, usize>);
+struct SendQueue<'a>(&'a mut VirtioBlkQueue<'static, usize>);
 // SAFETY: exclusively borrowed, and `Virtqueue` itself is Send; only its owner's box of contexts hides that.
-unsafe impl Send for Alone<'_> {}
+unsafe impl Send for SendQueue<'_> {}
 
 /// One queue at work.
-struct Lane<'a> {
+struct QueueRun<'a> {
     ring: &'a mut VirtioBlkQueue<'static, usize>,
     transport: &'a VirtioBlkTransport,
     queue: usize,
@@ -216,7 +216,7 @@ struct Lane<'a> {
     next: &'a mut u64,
 }
 
-impl Lane<'_> {
+impl QueueRun<'_> {
     fn run(&mut self, load: &Load, memory: &mut [u8]) -> io::Result<Sample> {
         assert!(load.depth * load.block <= memory.len() && load.region.is_power_of_two());
         self.ring.set_used_notif_enabled(false);
@@ -298,7 +298,7 @@ impl Lane<'_> {
         let blocks = load.region / load.block as u64;
         let index = match load.order {
             Order::Sequential => *self.next % blocks,
-            Order::Shuffled => shuffled(*self.next % blocks, blocks),
+            Order::Shuffled => permute(*self.next % blocks, blocks),
             Order::Random => {
                 // Marsaglia's xorshift64.
                 *self.random ^= *self.random << 13;
@@ -336,7 +336,7 @@ impl Lane<'_> {
         if !self.ring.completions().has_next() {
             let fd = self.transport.get_completion_fd(self.queue);
             let mut polled = [PollFd::new(&*fd, PollFlags::IN)];
-            if rustix::event::poll(&mut polled, Some(&PATIENCE))? == 0 {
+            if rustix::event::poll(&mut polled, Some(&TIMEOUT))? == 0 {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             fd.read()?;
@@ -347,7 +347,7 @@ impl Lane<'_> {
 }
 
 /// The place of `index` in a shuffling of `blocks`, a power of two: steps that each can be undone.
-pub fn shuffled(index: u64, blocks: u64) -> u64 {
+pub fn permute(index: u64, blocks: u64) -> u64 {
     let (mask, half) = (blocks - 1, blocks.trailing_zeros().div_ceil(2));
     let mut x = index;
     for odd in [0x9e37_79b1, 0x85eb_ca6b, 0xc2b2_ae35] {

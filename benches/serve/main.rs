@@ -8,10 +8,10 @@
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
-mod bare;
-mod bare_mapped;
-mod bare_pair;
-mod bare_writes;
+mod baseline_reads;
+mod baseline_mapped;
+mod baseline_wakeup;
+mod baseline_writes;
 mod barriers;
 mod cold;
 mod compare;
@@ -63,9 +63,9 @@ fn main() {
     if std::env::args().any(|a| a == "--disks") {
         // For fio in the guest: the chains, and where they are.
         for format in [Format::Vhd, Format::Qcow2] {
-            bench.disks.spread(format, 16);
+            bench.disks.striped_chain(format, 16);
         }
-        let raw = bench.disks.spread(Format::Raw, 1);
+        let raw = bench.disks.striped_chain(Format::Raw, 1);
         return println!("{}", raw.parent().expect("it is in a folder").display());
     }
     server::pin_this_thread(server::processors() - 1);

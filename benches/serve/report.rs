@@ -18,7 +18,7 @@ pub fn report(bench: &Bench, course: &Course) {
         &folder.join("serve.json"),
         course.as_json(bench.pace.full, bench.pace.size, rows(bench), &bench.targets),
     );
-    for (name, text) in drawings(bench) {
+    for (name, text) in charts(bench) {
         course::write(&folder.join(name), text);
     }
 }
@@ -58,7 +58,7 @@ fn rows(bench: &Bench) -> Vec<Value> {
     rows.collect()
 }
 
-fn drawings(bench: &Bench) -> Vec<(&'static str, String)> {
+fn charts(bench: &Bench) -> Vec<(&'static str, String)> {
     let mut all = Vec::new();
     let reads: Vec<_> = bench.rows.iter().filter(|r| r.load == "rand read 4 KiB, qd 32").collect();
     if !reads.is_empty() {

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::load::Guest;
 
 /// How long a server may take to offer its socket, and to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Processors of this machine, whichever this thread is tied to.
 pub fn processors() -> usize {
@@ -89,7 +89,7 @@ impl Server {
             if let Some(status) = self.child.try_wait().expect("the server can be asked") {
                 panic!("the server ended with {status}; it said: {}", self.log());
             }
-            assert!(self.started.elapsed() < PATIENCE, "no socket; the server said: {}", self.log());
+            assert!(self.started.elapsed() < TIMEOUT, "no socket; the server said: {}", self.log());
             std::thread::sleep(Duration::from_micros(200));
         }
     }
@@ -151,7 +151,7 @@ impl Server {
     /// Ends it as an administrator does.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the server can be signalled");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.child.try_wait().expect("the server can be asked").is_none() {
             assert!(Instant::now() < deadline, "the server does not end; it said: {}", self.log());
             std::thread::sleep(Duration::from_millis(2));

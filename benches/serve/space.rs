@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::compare::{Bench, Contestant, measure};
+use crate::compare::{Bench, Candidate, measure};
 use crate::disks::{self, Disks, Format};
-use crate::load::{Load, Order, Until, shuffled};
+use crate::load::{Load, Order, Until, permute};
 use crate::sample::Sample;
 use crate::server::{Kind, Server};
 use crate::target::Bound;
@@ -45,7 +45,7 @@ fn scattered_writes(bench: &mut Bench) {
             let mut guest = server.connect(1);
             let pages = (64u64 << 30) / 4096;
             for number in 0..count {
-                guest.write(shuffled(number, pages) * 4096, &[7; 4096]).expect("a write");
+                guest.write(permute(number, pages) * 4096, &[7; 4096]).expect("a write");
             }
             guest.flush().expect("a flush");
             let served = taken(&image);
@@ -108,7 +108,7 @@ fn spread_over_layers(bench: &mut Bench) {
         let server = Server::start(&Kind::ours(), image);
         let mut guest = server.connect(1);
         for number in (0..pieces).filter(|n| n % layers == layer) {
-            let at = shuffled(number, pieces) * disks::CHUNK;
+            let at = permute(number, pieces) * disks::CHUNK;
             guest.write(at, &vec![9; disks::CHUNK as usize]).expect("a write");
         }
         guest.flush().expect("a flush");
@@ -181,9 +181,9 @@ pub fn allocation(bench: &mut Bench) {
         let disks = Disks::new(bench.disks.size);
         let once = |format: Format, kind: &Kind| once(&disks, format, kind, &load, after.as_ref());
         let all = vec![
-            Contestant::new(SPARSE, || once(Format::Vhd, &Kind::ours())),
-            Contestant::new(BLOCK, || once(Format::Vhd, &block())),
-            Contestant::new(QCOW2, || once(Format::Qcow2, &Format::Qcow2.server())),
+            Candidate::new(SPARSE, || once(Format::Vhd, &Kind::ours())),
+            Candidate::new(BLOCK, || once(Format::Vhd, &block())),
+            Candidate::new(QCOW2, || once(Format::Qcow2, &Format::Qcow2.server())),
         ];
         bench.compare(name, all);
         let ratio = bench.ratio(name, SPARSE, BLOCK, |s| s.iops);
@@ -193,19 +193,19 @@ pub fn allocation(bench: &mut Bench) {
 
 /// One load on a fresh child; with `after` the sample is that of this load on the same child, read cold.
 fn once(disks: &Disks, format: Format, kind: &Kind, load: &Load, after: Option<&Load>) -> Sample {
-    let image = disks.fresh(format, &[]);
+    let image = disks.fresh_child(format, &[]);
     let server = Server::start(kind, &image);
     let mut guest = server.connect(1);
     let mut sample = measure(&server, &mut guest, load);
     drop(guest);
     server.stop();
     if let Some(after) = after {
-        disks::evict(&image);
+        disks::drop_page_cache(&image);
         let server = Server::start(kind, &image);
         let mut guest = server.connect(1);
         sample = guest.run(after).expect("a read");
         drop((guest, server));
     }
-    disks::remove(&image);
+    disks::remove_and_wait(&image);
     sample
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::compare::{Bench, Contestant};
+use crate::compare::{Bench, Candidate};
 use crate::disks::Format;
 use crate::sample::Sample;
 use crate::server::Server;
@@ -22,10 +22,10 @@ pub fn start(bench: &mut Bench) {
             server.stop();
             sample
         };
-        let (vhd, qcow2) = (bench.disks.sparse(Format::Vhd, layers), bench.disks.sparse(Format::Qcow2, layers));
+        let (vhd, qcow2) = (bench.disks.sparse_chain(Format::Vhd, layers), bench.disks.sparse_chain(Format::Qcow2, layers));
         let all = vec![
-            Contestant::new("diffdiskd", || once(Format::Vhd, &vhd)),
-            Contestant::new("QSD qcow2", || once(Format::Qcow2, &qcow2)),
+            Candidate::new("diffdiskd", || once(Format::Vhd, &vhd)),
+            Candidate::new("QSD qcow2", || once(Format::Qcow2, &qcow2)),
         ];
         bench.compare(&name, all);
         let ratio = bench.ratio(&name, "diffdiskd", "QSD qcow2", |s| s.mean);

@@ -5,7 +5,7 @@ use std::io::{BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::contest::Bench;
+use crate::bench::Bench;
 use crate::layer::{BLOCK, Layer};
 use crate::run::{diffdisk, run};
 

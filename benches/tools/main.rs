@@ -8,13 +8,13 @@
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
-mod contest;
-mod copies;
+mod bench;
+mod dense;
 #[path = "../serve/course.rs"]
 mod course;
 mod disks;
 mod layer;
-mod looks;
+mod inspect;
 mod report;
 mod run;
 #[path = "../serve/sample.rs"]
@@ -24,7 +24,7 @@ mod sample;
 #[allow(dead_code, reason = "no bound is exact here")]
 mod target;
 
-use contest::Bench;
+use bench::Bench;
 use course::Part;
 
 /// How long and how often.
@@ -42,13 +42,13 @@ fn main() {
     let pace = if full { Pace { rounds: 5, size: 1 << 30, full } } else { Pace { rounds: 3, size: 512 << 20, full } };
     let mut bench = Bench::new(pace);
     let parts: &[Part<Bench>] = &[
-        ("convert", copies::convert),
-        ("chain", copies::chain),
-        ("merge", copies::merge),
-        ("flatten", copies::flatten),
-        ("compare", copies::compare),
-        ("sparse", looks::sparse),
-        ("look", looks::deep),
+        ("convert", dense::convert),
+        ("chain", dense::chain),
+        ("merge", dense::merge),
+        ("flatten", dense::flatten),
+        ("compare", dense::compare),
+        ("sparse", inspect::sparse),
+        ("look", inspect::deep),
     ];
     let course = course::run(&mut bench, parts);
     report::report(&bench, &course);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::contest::{Bench, Row};
+use crate::bench::{Bench, Row};
 use crate::course::{self, Course};
 
 pub fn report(bench: &Bench, course: &Course) {

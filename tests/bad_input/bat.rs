@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{Spec, TABLE_AT, VhdFile, footer};
-use crate::verdict::{Case, Place::Table, Want, corrupt};
+use crate::common::vhd_bytes::{VhdSpec, BAT_OFFSET, VhdFile, footer};
+use crate::verdict::{Case, ErrorLocation::Table, Expected, corrupt};
 
 const BLOCK: u32 = 64 << 10;
 const SIZE: u64 = 8 * BLOCK as u64;
 
 /// Blocks 0, 2 and 5 are there, one behind another.
 fn dynamic(dir: &Path) -> VhdFile {
-    VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0, 2, 5]))
+    VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 2, 5]))
 }
 
 fn sector(at: u64) -> u32 {
@@ -18,17 +18,17 @@ fn sector(at: u64) -> u32 {
 }
 
 /// Block 7's entry set to a place.
-fn entry(name: &'static str, want: Want, place: impl Fn(&VhdFile) -> u32 + 'static) -> Case {
+fn entry(name: &'static str, want: Expected, place: impl Fn(&VhdFile) -> u32 + 'static) -> Case {
     Case::new(name, want, move |dir| {
         let vhd = dynamic(dir);
-        vhd.entry(7, place(&vhd)).path.clone()
+        vhd.set_entry(7, place(&vhd)).path.clone()
     })
 }
 
 /// An image by XenServer, its batmap behind the BAT; `keyhash` says it is encrypted.
 fn with_batmap(dir: &Path, keyhash: u8) -> VhdFile {
-    let vhd = VhdFile::create(&dir.join("t.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
-    vhd.footers(footer::CREATOR, b"tap\0").footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
+    let vhd = VhdFile::create(&dir.join("t.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+    vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
     let (head, map) = (vhd.locators_at, vhd.locators_at + 512);
     vhd.put(head, b"tdbatmap");
     vhd.put(head + 8, &map.to_be_bytes());
@@ -53,23 +53,23 @@ fn places() -> Vec<Case> {
     let inside = corrupt(Table, &["metadata", "header", "footer", "table", "overlap", "before"]);
     let beyond = corrupt(Table, &["beyond", "end", "outside", "past", "lost"]);
     vec![
-        Case::new("O12 blocks where they may be", Want::Accepted, |dir| dynamic(dir).path),
-        entry("O12 an entry of 0, which can only mean unused", Want::Readable, |_| 0),
+        Case::new("O12 blocks where they may be", Expected::Accepted, |dir| dynamic(dir).path),
+        entry("O12 an entry of 0, which can only mean unused", Expected::Readable, |_| 0),
         entry("O12 block over the header", inside, |_| 1),
         entry("O12 block over the header's end", inside, |_| 2),
-        entry("O12 block over the BAT", inside, |_| sector(TABLE_AT)),
-        Case::new("O12 a block's bitmap right behind the BAT", Want::Accepted, |dir| {
-            let vhd = VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+        entry("O12 block over the BAT", inside, |_| sector(BAT_OFFSET)),
+        Case::new("O12 a block's bitmap right behind the BAT", Expected::Accepted, |dir| {
+            let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
             vhd.put(vhd.locators_at, &[0xFF; 512]);
-            vhd.entry(0, sector(vhd.locators_at)).path.clone()
+            vhd.set_entry(0, sector(vhd.locators_at)).path.clone()
         }),
         Case::new("O12 block over a locator's data", inside, |dir| {
-            crate::common::vhd_bytes::plain(&dir.join("p.vhd"), b"");
+            crate::common::vhd_bytes::write_file(&dir.join("p.vhd"), b"");
             let parent = crate::common::vhd_bytes::id(1);
-            VhdFile::create(&dir.join("p.vhd"), Spec::dynamic(SIZE, BLOCK));
-            let vhd = VhdFile::create(&dir.join("c.vhd"), Spec::child(SIZE, BLOCK, parent, "p.vhd").with_blocks(&[0]));
-            vhd.locator_data(0, b"W2ru", &crate::common::vhd_bytes::utf16le(".\\p.vhd"));
-            vhd.entry(1, sector(vhd.locators_at)).path.clone()
+            VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK));
+            let vhd = VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, parent, "p.vhd").with_blocks(&[0]));
+            vhd.set_locator_data(0, b"W2ru", &crate::common::vhd_bytes::utf16le(".\\p.vhd"));
+            vhd.set_entry(1, sector(vhd.locators_at)).path.clone()
         }),
         entry("O12 block at the end of the file", beyond, |vhd| sector(vhd.len())),
         entry("O12 block far behind the end", beyond, |_| 0x0100_0000),
@@ -94,14 +94,14 @@ fn overlaps() -> Vec<Case> {
         Case::new("O13 all entries name one block", overlap, |dir| {
             let vhd = dynamic(dir);
             for block in 0..8 {
-                vhd.entry(block, sector(vhd.blocks_at));
+                vhd.set_entry(block, sector(vhd.blocks_at));
             }
             vhd.path
         }),
-        Case::new("O13 blocks in reverse order", Want::Accepted, |dir| {
-            VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[7, 6, 3, 1, 0])).path
+        Case::new("O13 blocks in reverse order", Expected::Accepted, |dir| {
+            VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[7, 6, 3, 1, 0])).path
         }),
-        Case::new("O13 a sector between two blocks", Want::Accepted, |dir| {
+        Case::new("O13 a sector between two blocks", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
             // Block 5 moves on by a sector; its old bitmap becomes the gap, its new one all zeros.
             let at = vhd.blocks_at + 2 * vhd.stride();
@@ -110,19 +110,19 @@ fn overlaps() -> Vec<Case> {
             vhd.put(at + 512, &[0; 512]);
             vhd.put(at + 1024, &vec![0; usize::try_from(BLOCK).expect("small")]);
             vhd.put(vhd.footer_at + 512, &last);
-            vhd.entry(5, sector(at + 512)).path.clone()
+            vhd.set_entry(5, sector(at + 512)).path.clone()
         }),
-        Case::new("padding of the BAT is zero, as XenServer leaves it", Want::Accepted, |dir| {
+        Case::new("padding of the BAT is zero, as XenServer leaves it", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
-            vhd.put(TABLE_AT + 32, &[0; 512 - 32]);
+            vhd.put(BAT_OFFSET + 32, &[0; 512 - 32]);
             vhd.path
         }),
-        Case::new("an entry behind the disk's end means nothing", Want::Readable, |dir| {
-            let spec = Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]).with_entries(9);
-            VhdFile::create(&dir.join("d.vhd"), spec).entry(8, 0).path.clone()
+        Case::new("an entry behind the disk's end means nothing", Expected::Readable, |dir| {
+            let spec = VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]).with_entries(9);
+            VhdFile::create(&dir.join("d.vhd"), spec).set_entry(8, 0).path.clone()
         }),
-        Case::new("bits behind the end of a block and of the disk", Want::Accepted, |dir| {
-            let vhd = VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE - 512, BLOCK).with_blocks(&[7]));
+        Case::new("bits behind the end of a block and of the disk", Expected::Accepted, |dir| {
+            let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE - 512, BLOCK).with_blocks(&[7]));
             vhd.put(vhd.blocks_at, &[0xFF; 512]);
             vhd.path
         }),
@@ -131,19 +131,19 @@ fn overlaps() -> Vec<Case> {
 
 fn extensions() -> Vec<Case> {
     vec![
-        Case::new("O15 XenServer's batmap", Want::Accepted, |dir| with_batmap(dir, 0).path),
+        Case::new("O15 XenServer's batmap", Expected::Accepted, |dir| with_batmap(dir, 0).path),
         Case::new(
             "O15 XenServer's key hash",
-            Want::Refused { check: &[1, 3], words: &["encrypt", "key"], place: Table },
+            Expected::Refused { check: &[1, 3], words: &["encrypt", "key"], place: Table },
             |dir| with_batmap(dir, 1).path,
         ),
         Case::new("O15 block over the batmap's header", corrupt(Table, &["batmap", "metadata", "overlap"]), |dir| {
             let vhd = with_batmap(dir, 0);
-            vhd.entry(3, sector(vhd.locators_at)).path.clone()
+            vhd.set_entry(3, sector(vhd.locators_at)).path.clone()
         }),
         Case::new("O15 block over the batmap", corrupt(Table, &["batmap", "metadata", "overlap"]), |dir| {
             let vhd = with_batmap(dir, 0);
-            vhd.entry(0, sector(vhd.locators_at + 512)).path.clone()
+            vhd.set_entry(0, sector(vhd.locators_at + 512)).path.clone()
         }),
     ]
 }

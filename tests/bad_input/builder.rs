@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::vhd_bytes::{Spec, VhdFile, id};
+use crate::common::vhd_bytes::{VhdSpec, VhdFile, id};
 use crate::common::{pattern, tool};
 
 #[test]
@@ -18,10 +18,10 @@ fn strangers_read_what_the_builder_makes() {
         tool::run(&mut command, Duration::from_secs(30)).ok().stdout
     };
 
-    VhdFile::create(&folder.path().join("fixed.vhd"), Spec::fixed(size));
+    VhdFile::create(&folder.path().join("fixed.vhd"), VhdSpec::fixed(size));
     pattern::assert_same("fixed", &sevenzip("fixed.vhd"), &pattern::sectors("R", 0, count));
 
-    VhdFile::create(&folder.path().join("root.vhd"), Spec::dynamic(size, 65536).with_blocks(&[4, 1]));
+    VhdFile::create(&folder.path().join("root.vhd"), VhdSpec::dynamic(size, 65536).with_blocks(&[4, 1]));
     let mut disk = vec![0; count * 512];
     pattern::fill(&mut disk[65536..2 * 65536], "R", 128);
     pattern::fill(&mut disk[4 * 65536..], "R", 512);
@@ -34,7 +34,7 @@ fn strangers_read_what_the_builder_makes() {
     tool::run(&mut qemu, Duration::from_secs(30)).ok();
     pattern::assert_same("dynamic by QEMU", &std::fs::read(raw).expect("its output"), &disk);
 
-    let child = Spec::child(size, 65536, id(1), "root.vhd").with_blocks(&[1, 2]);
+    let child = VhdSpec::child(size, 65536, id(1), "root.vhd").with_blocks(&[1, 2]);
     VhdFile::create(&folder.path().join("child.vhd"), child);
     pattern::fill(&mut disk[65536..3 * 65536], "C", 128);
     pattern::assert_same("differencing", &sevenzip("child.vhd"), &disk);

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, Spec, VhdFile, id, plain, utf16le};
-use crate::verdict::{Case, Want};
+use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, VhdSpec, VhdFile, id, write_file, utf16le};
+use crate::verdict::{Case, Expected};
 
 /// Files in a chain, unless an option says otherwise.
 pub(crate) const MAX_DEPTH: u8 = 64;
@@ -13,9 +13,9 @@ pub(crate) const SIZE: u64 = 16 * BLOCK as u64;
 
 /// `files` images, each the parent of the next; the root has blocks 0 and 1. Returns the leaf.
 pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
-    let root = VhdFile::create(&dir.join("n0.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
+    let root = VhdFile::create(&dir.join("n0.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
     (1..files).fold(root.path, |_, n| {
-        let spec = Spec::child(SIZE, BLOCK, id(n - 1), &format!("n{}.vhd", n - 1)).with_uuid(id(n));
+        let spec = VhdSpec::child(SIZE, BLOCK, id(n - 1), &format!("n{}.vhd", n - 1)).with_uuid(id(n));
         VhdFile::create(&dir.join(format!("n{n}.vhd")), spec).path
     })
 }
@@ -24,7 +24,7 @@ pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
 pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
     for n in 0..files {
         let parent = (n + 1) % files;
-        let spec = Spec::child(SIZE, BLOCK, id(parent), &format!("r{parent}.vhd")).with_uuid(id(n));
+        let spec = VhdSpec::child(SIZE, BLOCK, id(parent), &format!("r{parent}.vhd")).with_uuid(id(n));
         VhdFile::create(&dir.join(format!("r{n}.vhd")), spec);
     }
     dir.join("r0.vhd")
@@ -33,22 +33,22 @@ pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
 /// A child `c.vhd` of `p.vhd`, the parent made by `parent` or not at all.
 fn pair(dir: &Path, parent: impl Fn(&Path)) -> PathBuf {
     parent(&dir.join("p.vhd"));
-    VhdFile::create(&dir.join("c.vhd"), Spec::child(SIZE, BLOCK, id(1), "p.vhd")).path
+    VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd")).path
 }
 
 /// A sound pair whose child has one more locator.
 fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
-    Case::new(name, Want::Accepted, move |dir| {
-        VhdFile::create(&dir.join("p.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[3]));
-        let child = VhdFile::create(&dir.join("c.vhd"), Spec::child(SIZE, BLOCK, id(1), "p.vhd"));
+    Case::new(name, Expected::Accepted, move |dir| {
+        VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[3]));
+        let child = VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd"));
         add(&child);
         child.path
     })
 }
 
 /// Refused when the chain is opened; the leaf alone is sound, so `info` and `check` have nothing against it.
-pub(crate) fn refused_as_chain(words: &'static [&'static str]) -> Want {
-    Want::ChainRefused { words, memory_mib: 64 }
+pub(crate) fn refused_as_chain(words: &'static [&'static str]) -> Expected {
+    Expected::ChainRefused { words, memory_mib: 64 }
 }
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -59,8 +59,8 @@ fn depths() -> Vec<Case> {
     let deep = refused_as_chain(&["deep", "depth", "64"]);
     let cycle = refused_as_chain(&["cycle", "loop", "itself", "twice", "own"]);
     vec![
-        Case::new("O17 a chain one file below the limit", Want::Accepted, |dir| chain(dir, MAX_DEPTH - 1)),
-        Case::new("O17 a chain of as many files as may be", Want::Accepted, |dir| chain(dir, MAX_DEPTH)),
+        Case::new("O17 a chain one file below the limit", Expected::Accepted, |dir| chain(dir, MAX_DEPTH - 1)),
+        Case::new("O17 a chain of as many files as may be", Expected::Accepted, |dir| chain(dir, MAX_DEPTH)),
         Case::new("O17 a chain of one file too many", deep, |dir| chain(dir, MAX_DEPTH + 1)),
         Case::new("O17 a chain of 250 files", deep, |dir| chain(dir, 250)),
         Case::new("O17 its own parent", cycle, |dir| ring(dir, 1)),
@@ -80,7 +80,7 @@ fn depths() -> Vec<Case> {
             "O17 a copy of the child as its parent",
             refused_as_chain(&["twice", "same", "cycle", "id"]),
             |dir| {
-                let spec = Spec::child(SIZE, BLOCK, id(2), "copy.vhd");
+                let spec = VhdSpec::child(SIZE, BLOCK, id(2), "copy.vhd");
                 let child = VhdFile::create(&dir.join("c.vhd"), spec);
                 std::fs::copy(&child.path, dir.join("copy.vhd")).expect("a copy");
                 child.path
@@ -95,42 +95,42 @@ fn parents() -> Vec<Case> {
     vec![
         Case::new("O17 no parent there", refused_as_chain(&["parent"]), |dir| pair(dir, |_| ())),
         Case::new("O17 parent of another id", wrong, |dir| {
-            pair(dir, |p| drop(VhdFile::create(p, Spec::dynamic(SIZE, BLOCK).with_uuid(id(9)))))
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE, BLOCK).with_uuid(id(9)))))
         }),
         Case::new("O17 parent's id differs in one bit", wrong, |dir| {
-            pair(dir, |p| drop(VhdFile::create(p, Spec::dynamic(SIZE, BLOCK).with_uuid(id(0)))))
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE, BLOCK).with_uuid(id(0)))))
         }),
-        Case::new("O17 parent is a text file", bad, |dir| pair(dir, |p| drop(plain(p, &[b'x'; 4096])))),
-        Case::new("O17 parent is empty", bad, |dir| pair(dir, |p| drop(plain(p, b"")))),
+        Case::new("O17 parent is a text file", bad, |dir| pair(dir, |p| drop(write_file(p, &[b'x'; 4096])))),
+        Case::new("O17 parent is empty", bad, |dir| pair(dir, |p| drop(write_file(p, b"")))),
         Case::new("O17 parent's header is broken", bad, |dir| {
-            pair(dir, |p| VhdFile::create(p, Spec::dynamic(SIZE, BLOCK)).put(520, &[7; 64]))
+            pair(dir, |p| VhdFile::create(p, VhdSpec::dynamic(SIZE, BLOCK)).put(520, &[7; 64]))
         }),
         Case::new("O17 grandparent is missing", refused_as_chain(&["parent", "gone.vhd"]), |dir| {
-            pair(dir, |p| drop(VhdFile::create(p, Spec::child(SIZE, BLOCK, id(7), "gone.vhd").with_uuid(id(1)))))
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::child(SIZE, BLOCK, id(7), "gone.vhd").with_uuid(id(1)))))
         }),
         Case::new("O17 a child without any parent", refused_as_chain(&["parent"]), |dir| {
-            let spec = Spec { kind: DIFFERENCING, ..Spec::dynamic(SIZE, BLOCK) };
+            let spec = VhdSpec { kind: DIFFERENCING, ..VhdSpec::dynamic(SIZE, BLOCK) };
             VhdFile::create(&dir.join("c.vhd"), spec).path
         }),
-        Case::new("a dynamic image that names a parent has none", Want::Accepted, |dir| {
-            let spec = Spec { kind: DYNAMIC, ..Spec::child(SIZE, BLOCK, id(9), "missing.vhd") };
+        Case::new("a dynamic image that names a parent has none", Expected::Accepted, |dir| {
+            let spec = VhdSpec { kind: DYNAMIC, ..VhdSpec::child(SIZE, BLOCK, id(9), "missing.vhd") };
             VhdFile::create(&dir.join("c.vhd"), spec).path
         }),
-        Case::new("a fixed parent", Want::Accepted, |dir| pair(dir, |p| drop(VhdFile::create(p, Spec::fixed(SIZE))))),
-        Case::new("a smaller parent of other blocks", Want::Accepted, |dir| {
-            pair(dir, |p| drop(VhdFile::create(p, Spec::dynamic(SIZE / 2 - 512, 2 * BLOCK).with_blocks(&[1]))))
+        Case::new("a fixed parent", Expected::Accepted, |dir| pair(dir, |p| drop(VhdFile::create(p, VhdSpec::fixed(SIZE))))),
+        Case::new("a smaller parent of other blocks", Expected::Accepted, |dir| {
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE / 2 - 512, 2 * BLOCK).with_blocks(&[1]))))
         }),
-        Case::new("a larger parent", Want::Accepted, |dir| {
-            pair(dir, |p| drop(VhdFile::create(p, Spec::dynamic(SIZE * 2, BLOCK).with_blocks(&[30]))))
+        Case::new("a larger parent", Expected::Accepted, |dir| {
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE * 2, BLOCK).with_blocks(&[30]))))
         }),
         Case::new(
             "O17 BATs of more than 128 MiB in a chain",
-            Want::ChainRefused { words: &["mib", "table", "bat", "memory"], memory_mib: 64 + 128 },
+            Expected::ChainRefused { words: &["mib", "table", "bat", "memory"], memory_mib: 64 + 128 },
             |dir| {
-                let root = Spec::dynamic(16 << 30, BLOCK).with_uuid(id(0));
+                let root = VhdSpec::dynamic(16 << 30, BLOCK).with_uuid(id(0));
                 let mut leaf = VhdFile::create(&dir.join("n0.vhd"), root).path;
                 for n in 1..9 {
-                    let spec = Spec::child(16 << 30, BLOCK, id(n - 1), &format!("n{}.vhd", n - 1)).with_uuid(id(n));
+                    let spec = VhdSpec::child(16 << 30, BLOCK, id(n - 1), &format!("n{}.vhd", n - 1)).with_uuid(id(n));
                     leaf = VhdFile::create(&dir.join(format!("n{n}.vhd")), spec).path;
                 }
                 leaf
@@ -147,67 +147,67 @@ fn locators() -> Vec<Case> {
     };
     vec![
         with_locator("O11 unknown platform", |c| {
-            c.locator_data(0, b"ABCD", b"whatever");
+            c.set_locator_data(0, b"ABCD", b"whatever");
         }),
         with_locator("O11 Mac alias", |c| {
-            c.locator_data(3, b"Mac ", &[0xFF; 100]);
+            c.set_locator_data(3, b"Mac ", &[0xFF; 100]);
         }),
         with_locator("O11 data space 0", |c| {
-            c.locator(0, b"W2ru", 0, 14, c.locators_at);
+            c.set_locator(0, b"W2ru", 0, 14, c.locators_at);
         }),
         with_locator("O11 data space no multiple of 512", |c| {
-            c.locator(0, b"W2ru", 513, 14, c.locators_at);
+            c.set_locator(0, b"W2ru", 513, 14, c.locators_at);
         }),
         with_locator("O11 length 0", |c| {
-            c.locator(0, b"W2ru", 512, 0, c.locators_at);
+            c.set_locator(0, b"W2ru", 512, 0, c.locators_at);
         }),
         with_locator("O11 length one more than a path may have", |c| {
-            c.locator(0, b"W2ru", 8192, 4097, c.locators_at);
+            c.set_locator(0, b"W2ru", 8192, 4097, c.locators_at);
         }),
         with_locator("O11 length of all ones", |c| {
-            c.locator(0, b"W2ru", u32::MAX, u32::MAX, 512);
+            c.set_locator(0, b"W2ru", u32::MAX, u32::MAX, 512);
         }),
         with_locator("O11 offset in the front footer", |c| {
-            c.locator(1, b"W2ku", 512, 20, 100);
+            c.set_locator(1, b"W2ku", 512, 20, 100);
         }),
         with_locator("O11 offset at the end of the file", |c| {
-            c.locator(1, b"W2ku", 512, 20, c.len());
+            c.set_locator(1, b"W2ku", 512, 20, c.len());
         }),
         with_locator("O11 offset + length overflows", |c| {
-            c.locator(1, b"W2ku", 512, 20, u64::MAX - 10);
+            c.set_locator(1, b"W2ku", 512, 20, u64::MAX - 10);
         }),
         with_locator("O11 offset 2^63", |c| {
-            c.locator(1, b"MacX", 512, 20, 1 << 63);
+            c.set_locator(1, b"MacX", 512, 20, 1 << 63);
         }),
         with_locator("O11 length longer than its space", |c| {
-            c.locator(0, b"W2ru", 512, 600, c.locators_at);
+            c.set_locator(0, b"W2ru", 512, 600, c.locators_at);
         }),
         with_locator("O11 odd length of UTF-16", |c| {
-            c.locator_data(0, b"W2ru", &utf16le(".\\p.vhd")[..13]);
+            c.set_locator_data(0, b"W2ru", &utf16le(".\\p.vhd")[..13]);
         }),
         with_locator("O11 lone surrogates", |c| {
-            c.locator_data(0, b"W2ru", &[0x00, 0xD8, 0x41, 0, 0x00, 0xDC]);
+            c.set_locator_data(0, b"W2ru", &[0x00, 0xD8, 0x41, 0, 0x00, 0xDC]);
         }),
         with_locator("O11 NULs only", |c| {
-            c.locator_data(0, b"W2ru", &[0; 64]);
+            c.set_locator_data(0, b"W2ru", &[0; 64]);
         }),
         with_locator("O11 NUL inside a path", |c| {
-            c.locator_data(0, b"W2ru", &utf16le("p\0/q.vhd"));
+            c.set_locator_data(0, b"W2ru", &utf16le("p\0/q.vhd"));
         }),
         with_locator("O11 bytes that are no UTF-8", |c| {
-            c.locator_data(0, b"MacX", b"file://\xFF\xFE\x80p.vhd");
+            c.set_locator_data(0, b"MacX", b"file://\xFF\xFE\x80p.vhd");
         }),
         with_locator("O11 broken percent signs", |c| {
-            c.locator_data(0, b"MacX", b"file://./%zz%%2");
+            c.set_locator_data(0, b"MacX", b"file://./%zz%%2");
         }),
         with_locator("O11 a right path after seven wrong ones", |c| {
             for slot in 0..7 {
-                c.locator_data(slot, b"W2ru", &utf16le(&format!(".\\no{slot}.vhd")));
+                c.set_locator_data(slot, b"W2ru", &utf16le(&format!(".\\no{slot}.vhd")));
             }
-            c.locator_data(7, b"W2ru", &utf16le(".\\p.vhd")).name(&[]);
+            c.set_locator_data(7, b"W2ru", &utf16le(".\\p.vhd")).set_parent_name(&[]);
         }),
         with_locator("O11 a path as long as a sector", move |c| {
-            c.locator_data(0, b"W2ru", &utf16le(&longest(512))).name(&[]);
+            c.set_locator_data(0, b"W2ru", &utf16le(&longest(512))).set_parent_name(&[]);
         }),
     ]
 }

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{DYNAMIC, Spec, UNUSED, VhdFile, footer, plain};
-use crate::verdict::{Case, Place::Footer, Want, corrupt, refused};
+use crate::common::vhd_bytes::{DYNAMIC, VhdSpec, UNUSED, VhdFile, footer, write_file};
+use crate::verdict::{Case, ErrorLocation::Footer, Expected, corrupt, refused};
 
 /// The largest disk the format knows.
 const MAX_SIZE: u64 = 2040 << 30;
@@ -11,37 +11,37 @@ const SIZE: u64 = 4 << 20;
 const BLOCK: u32 = 2 << 20;
 
 fn dynamic(dir: &Path) -> VhdFile {
-    VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
+    VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
 }
 
 fn fixed(dir: &Path, size: u64) -> VhdFile {
-    VhdFile::create(&dir.join("f.vhd"), Spec::fixed(size))
+    VhdFile::create(&dir.join("f.vhd"), VhdSpec::fixed(size))
 }
 
 /// A dynamic image with a field of both footers changed.
-fn with_field(name: &'static str, want: Want, field: u64, bytes: &'static [u8]) -> Case {
-    Case::new(name, want, move |dir| dynamic(dir).footers(field, bytes).path.clone())
+fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
+    Case::new(name, want, move |dir| dynamic(dir).set_footers(field, bytes).path.clone())
 }
 
 /// A dynamic image of this size, its BAT as long as it must be.
-fn sized(name: &'static str, want: Want, size: u64) -> Case {
-    Case::new(name, want, move |dir| VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(size, BLOCK)).path)
+fn sized(name: &'static str, want: Expected, size: u64) -> Case {
+    Case::new(name, want, move |dir| VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(size, BLOCK)).path)
 }
 
 /// A dynamic image whose size field claims something else.
-fn claimed(name: &'static str, want: Want, size: u64) -> Case {
-    Case::new(name, want, move |dir| dynamic(dir).footers(footer::SIZE, &size.to_be_bytes()).path.clone())
+fn claimed(name: &'static str, want: Expected, size: u64) -> Case {
+    Case::new(name, want, move |dir| dynamic(dir).set_footers(footer::SIZE, &size.to_be_bytes()).path.clone())
 }
 
 /// Not an image at all.
 fn junk(name: &'static str, bytes: impl Fn() -> Vec<u8> + 'static) -> Case {
-    Case::new(name, NO_FOOTER, move |dir| plain(&dir.join("junk.vhd"), &bytes()))
+    Case::new(name, NO_FOOTER, move |dir| write_file(&dir.join("junk.vhd"), &bytes()))
 }
 
-const NO_FOOTER: Want = Want::Refused {
+const NO_FOOTER: Expected = Expected::Refused {
     check: &[1, 3],
     words: &["footer", "too short", "too small", "not a vhd"],
-    place: crate::verdict::Place::Nowhere,
+    place: crate::verdict::ErrorLocation::Nowhere,
 };
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -74,12 +74,12 @@ fn lengths() -> Vec<Case> {
         junk("O4 a mebibyte of ones", || vec![0xFF; 1 << 20]),
         junk("O4 a text file", || b"root:x:0:0:root:/root:/bin/sh\n".repeat(100)),
         junk("O4 a qcow2 image", || [&b"QFI\xfb\0\0\0\x03"[..], &[0; 4096]].concat()),
-        Case::new("O2 fixed, whole", Want::Accepted, |dir| fixed(dir, SIZE).path),
-        Case::new("O2 fixed of one sector", Want::Accepted, |dir| fixed(dir, 512).path),
+        Case::new("O2 fixed, whole", Expected::Accepted, |dir| fixed(dir, SIZE).path),
+        Case::new("O2 fixed of one sector", Expected::Accepted, |dir| fixed(dir, 512).path),
         Case::new("O2 fixed, one sector short", short, cut(512)),
         Case::new("O2 fixed, one byte more than a 511-byte footer short", short, cut(2)),
         Case::new("O2 fixed, all data missing", short, cut(SIZE)),
-        Case::new("O3 fixed with a 511-byte footer", Want::Readable, |dir| {
+        Case::new("O3 fixed with a 511-byte footer", Expected::Readable, |dir| {
             let vhd = fixed(dir, SIZE);
             vhd.set_len(SIZE + 511).path.clone()
         }),
@@ -87,8 +87,8 @@ fn lengths() -> Vec<Case> {
             let vhd = fixed(dir, SIZE);
             vhd.set_len(SIZE + 510).path.clone()
         }),
-        Case::new("O4 fixed disk's data offset is not followed", Want::Accepted, |dir| {
-            fixed(dir, SIZE).footers(footer::DATA_OFFSET, &0_u64.to_be_bytes()).path.clone()
+        Case::new("O4 fixed disk's data offset is not followed", Expected::Accepted, |dir| {
+            fixed(dir, SIZE).set_footers(footer::DATA_OFFSET, &0_u64.to_be_bytes()).path.clone()
         }),
     ]
 }
@@ -110,32 +110,32 @@ fn identity() -> Vec<Case> {
         with_field("O4 cookie of the header", NO_FOOTER, 0, b"cxsparse"),
         with_field("O4 cookie of a resize that was interrupted", corrupt(Footer, &["resize"]), 0, b"v_poison"),
         Case::new("O4 fixed with a broken cookie", NO_FOOTER, |dir| {
-            fixed(dir, SIZE).footers(0, b"conectiX").path.clone()
+            fixed(dir, SIZE).set_footers(0, b"conectiX").path.clone()
         }),
         Case::new("O4 both checksums wrong", corrupt(Footer, &["checksum"]), broken_sum(|vhd| vhd.footer_copies())),
-        Case::new("O3 trailing checksum wrong", Want::Readable, broken_sum(|vhd| vec![vhd.footer_at])),
-        Case::new("O3 front checksum wrong", Want::Readable, broken_sum(|_| vec![0])),
+        Case::new("O3 trailing checksum wrong", Expected::Readable, broken_sum(|vhd| vec![vhd.footer_at])),
+        Case::new("O3 front checksum wrong", Expected::Readable, broken_sum(|_| vec![0])),
         with_field("O4 version 0", version, footer::VERSION, &[0, 0, 0, 0]),
         with_field("O4 version 0.FFFF", version, footer::VERSION, &[0, 0, 0xFF, 0xFF]),
-        with_field("O4 version 1.FFFF", Want::Readable, footer::VERSION, &[0, 1, 0xFF, 0xFF]),
+        with_field("O4 version 1.FFFF", Expected::Readable, footer::VERSION, &[0, 1, 0xFF, 0xFF]),
         with_field("O4 version 2", version, footer::VERSION, &[0, 2, 0, 0]),
         with_field("O4 type 0", kind, footer::TYPE, &[0, 0, 0, 0]),
         with_field("O4 type 1", kind, footer::TYPE, &[0, 0, 0, 1]),
         with_field("O4 type 5", kind, footer::TYPE, &[0, 0, 0, 5]),
         with_field("O4 type 6", kind, footer::TYPE, &[0, 0, 0, 6]),
         with_field("O4 type of all ones", kind, footer::TYPE, &[0xFF; 4]),
-        with_field("O16 saved state", Want::ReadOnly, footer::SAVED_STATE, &[1]),
-        with_field("O16 hidden", Want::ReadOnly, footer::HIDDEN, &[1]),
+        with_field("O16 saved state", Expected::ReadOnly, footer::SAVED_STATE, &[1]),
+        with_field("O16 hidden", Expected::ReadOnly, footer::HIDDEN, &[1]),
     ]
 }
 
 fn copies() -> Vec<Case> {
     vec![
-        Case::new("O3 trailing footer missing", Want::Readable, |dir| {
+        Case::new("O3 trailing footer missing", Expected::Readable, |dir| {
             let vhd = dynamic(dir);
             vhd.set_len(vhd.footer_at).path.clone()
         }),
-        Case::new("O3 trailing footer overwritten", Want::Readable, |dir| {
+        Case::new("O3 trailing footer overwritten", Expected::Readable, |dir| {
             let vhd = dynamic(dir);
             vhd.put(vhd.footer_at, &[0xC7; 512]);
             vhd.path
@@ -145,24 +145,24 @@ fn copies() -> Vec<Case> {
             vhd.put(0, &[0; 512]);
             vhd.set_len(vhd.footer_at).path.clone()
         }),
-        Case::new("O3 valid footers of different size", Want::ReadOnly, |dir| {
+        Case::new("O3 valid footers of different size", Expected::ReadOnly, |dir| {
             let vhd = dynamic(dir);
-            vhd.footer(0, footer::SIZE, &(SIZE - 512).to_be_bytes()).path.clone()
+            vhd.set_footer(0, footer::SIZE, &(SIZE - 512).to_be_bytes()).path.clone()
         }),
-        Case::new("O3 valid footers of different identity", Want::ReadOnly, |dir| {
+        Case::new("O3 valid footers of different identity", Expected::ReadOnly, |dir| {
             let vhd = dynamic(dir);
-            vhd.footer(0, footer::UUID, &[9; 16]).path.clone()
+            vhd.set_footer(0, footer::UUID, &[9; 16]).path.clone()
         }),
-        Case::new("O3 a guest forged a dynamic image into its fixed disk", Want::Accepted, |dir| {
+        Case::new("O3 a guest forged a dynamic image into its fixed disk", Expected::Accepted, |dir| {
             let vhd = fixed(dir, SIZE);
-            let forged = VhdFile::create(&dir.join("forged"), Spec { kind: DYNAMIC, ..Spec::dynamic(SIZE, BLOCK) });
-            forged.entry(0, 0).entry(1, UNUSED);
+            let forged = VhdFile::create(&dir.join("forged"), VhdSpec { kind: DYNAMIC, ..VhdSpec::dynamic(SIZE, BLOCK) });
+            forged.set_entry(0, 0).set_entry(1, UNUSED);
             let mut head = vec![0; 2048];
             std::os::unix::fs::FileExt::read_exact_at(&forged.file, &mut head, 0).expect("its head");
             vhd.put(0, &head);
             vhd.path
         }),
-        Case::new("O3 trailing footer says dynamic, front holds nothing", Want::Readable, |dir| {
+        Case::new("O3 trailing footer says dynamic, front holds nothing", Expected::Readable, |dir| {
             let vhd = dynamic(dir);
             vhd.put(0, &[0; 512]);
             vhd.path
@@ -172,16 +172,16 @@ fn copies() -> Vec<Case> {
 
 fn sizes() -> Vec<Case> {
     let multiple = corrupt(Footer, &["512", "sector", "multiple"]);
-    let large = Want::Refused { check: &[1, 3], words: &["2040", "large", "limit", "size"], place: Footer };
+    let large = Expected::Refused { check: &[1, 3], words: &["2040", "large", "limit", "size"], place: Footer };
     vec![
         claimed("O5 size 0", corrupt(Footer, &["size", "512", "empty"]), 0),
         claimed("O5 size 1", multiple, 1),
         claimed("O5 size 511", multiple, 511),
-        sized("O5 size 512", Want::Accepted, 512),
+        sized("O5 size 512", Expected::Accepted, 512),
         claimed("O5 size 513", multiple, 513),
         claimed("O5 size 1 byte less than whole sectors", multiple, SIZE - 1),
-        sized("O5 size 2040 GiB less a sector", Want::Accepted, MAX_SIZE - 512),
-        sized("O5 size 2040 GiB", Want::Accepted, MAX_SIZE),
+        sized("O5 size 2040 GiB less a sector", Expected::Accepted, MAX_SIZE - 512),
+        sized("O5 size 2040 GiB", Expected::Accepted, MAX_SIZE),
         sized("O5 size 2040 GiB and a sector", large, MAX_SIZE + 512),
         claimed("O5 size 2^63", large, 1 << 63),
         claimed("O5 largest size of whole sectors", large, u64::MAX - 511),

@@ -2,57 +2,57 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::common::vhd_bytes::{HEADER_AT, Spec, TABLE_AT, VhdFile, footer, header};
-use crate::verdict::{Case, Place, Want, corrupt};
+use crate::common::vhd_bytes::{HEADER_OFFSET, VhdSpec, BAT_OFFSET, VhdFile, footer, header};
+use crate::verdict::{Case, ErrorLocation, Expected, corrupt};
 
 const SIZE: u64 = 4 << 20;
 const BLOCK: u32 = 2 << 20;
 
 fn dynamic(dir: &std::path::Path) -> VhdFile {
-    VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
+    VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
 }
 
 /// A field of the header changed.
-fn with_field(name: &'static str, want: Want, field: u64, bytes: &'static [u8]) -> Case {
-    Case::new(name, want, move |dir| dynamic(dir).header(field, bytes).path.clone())
+fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
+    Case::new(name, want, move |dir| dynamic(dir).set_header(field, bytes).path.clone())
 }
 
 /// The footers name another place for the header.
 fn header_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
-    let want = corrupt(Place::Footer, &["header", "data offset"]);
+    let want = corrupt(ErrorLocation::Footer, &["header", "data offset"]);
     Case::new(name, want, move |dir| {
         let vhd = dynamic(dir);
-        vhd.footers(footer::DATA_OFFSET, &place(&vhd).to_be_bytes()).path.clone()
+        vhd.set_footers(footer::DATA_OFFSET, &place(&vhd).to_be_bytes()).path.clone()
     })
 }
 
 /// The header names another place for the BAT.
 fn table_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
-    let want = corrupt(Place::Header, &["table", "bat"]);
+    let want = corrupt(ErrorLocation::Header, &["table", "bat"]);
     Case::new(name, want, move |dir| {
         let vhd = dynamic(dir);
-        vhd.header(header::TABLE_OFFSET, &place(&vhd).to_be_bytes()).path.clone()
+        vhd.set_header(header::TABLE_OFFSET, &place(&vhd).to_be_bytes()).path.clone()
     })
 }
 
 /// A block size claimed by the header.
 fn block_claimed(name: &'static str, bytes: u32) -> Case {
-    let want = Want::Refused { check: &[1, 3], words: &["block size"], place: Place::Header };
-    Case::new(name, want, move |dir| dynamic(dir).header(header::BLOCK_SIZE, &bytes.to_be_bytes()).path.clone())
+    let want = Expected::Refused { check: &[1, 3], words: &["block size"], place: ErrorLocation::Header };
+    Case::new(name, want, move |dir| dynamic(dir).set_header(header::BLOCK_SIZE, &bytes.to_be_bytes()).path.clone())
 }
 
 /// An image that has this block size.
 fn block_real(name: &'static str, size: u64, bytes: u32) -> Case {
-    Case::new(name, Want::Accepted, move |dir| {
+    Case::new(name, Expected::Accepted, move |dir| {
         let blocks: &[u32] = if bytes <= BLOCK { &[0] } else { &[] };
-        VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(size, bytes).with_blocks(blocks)).path
+        VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(size, bytes).with_blocks(blocks)).path
     })
 }
 
 /// A number of BAT entries claimed by the header.
 fn entries(name: &'static str, count: u32) -> Case {
-    let want = Want::Refused { check: &[1, 3], words: &["entries", "table", "bat"], place: Place::Header };
-    Case::new(name, want, move |dir| dynamic(dir).header(header::ENTRIES, &count.to_be_bytes()).path.clone())
+    let want = Expected::Refused { check: &[1, 3], words: &["entries", "table", "bat"], place: ErrorLocation::Header };
+    Case::new(name, want, move |dir| dynamic(dir).set_header(header::ENTRIES, &count.to_be_bytes()).path.clone())
 }
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -72,47 +72,47 @@ fn places() -> Vec<Case> {
         header_at("O6 header's end overflows", |_| u64::MAX - 511),
         header_at("O6 no header, as in a fixed disk", |_| u64::MAX),
         header_at("O6 header at 2^63", |_| 1 << 63),
-        Case::new("O6 header behind the BAT", Want::Accepted, |dir| {
+        Case::new("O6 header behind the BAT", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
             let mut moved = [0; 1024];
-            vhd.file.read_exact_at(&mut moved, HEADER_AT).expect("its header");
-            vhd.put(HEADER_AT, &[0; 1024]);
+            vhd.file.read_exact_at(&mut moved, HEADER_OFFSET).expect("its header");
+            vhd.put(HEADER_OFFSET, &[0; 1024]);
             vhd.put(vhd.locators_at, &moved);
-            vhd.footers(footer::DATA_OFFSET, &vhd.locators_at.to_be_bytes()).path.clone()
+            vhd.set_footers(footer::DATA_OFFSET, &vhd.locators_at.to_be_bytes()).path.clone()
         }),
     ]
 }
 
 fn identity() -> Vec<Case> {
-    let version = corrupt(Place::Header, &["version"]);
+    let version = corrupt(ErrorLocation::Header, &["version"]);
     vec![
-        with_field("O7 header cookie", corrupt(Place::Header, &["cookie", "cxsparse", "header"]), 0, b"cxsparsE"),
-        with_field("O7 header is zeros", corrupt(Place::Header, &["cookie", "cxsparse", "header"]), 0, &[0; 1024]),
-        Case::new("O7 header checksum", corrupt(Place::Header, &["checksum"]), |dir| {
+        with_field("O7 header cookie", corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]), 0, b"cxsparsE"),
+        with_field("O7 header is zeros", corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]), 0, &[0; 1024]),
+        Case::new("O7 header checksum", corrupt(ErrorLocation::Header, &["checksum"]), |dir| {
             let vhd = dynamic(dir);
-            vhd.put(HEADER_AT + header::CHECKSUM, &[1, 2, 3, 4]);
+            vhd.put(HEADER_OFFSET + header::CHECKSUM, &[1, 2, 3, 4]);
             vhd.path
         }),
-        Case::new("O7 one bit of the header", corrupt(Place::Header, &["checksum"]), |dir| {
+        Case::new("O7 one bit of the header", corrupt(ErrorLocation::Header, &["checksum"]), |dir| {
             let vhd = dynamic(dir);
-            vhd.put(HEADER_AT + 1023, &[1]);
+            vhd.put(HEADER_OFFSET + 1023, &[1]);
             vhd.path
         }),
         with_field("O7 version 0", version, header::VERSION, &[0; 4]),
         with_field("O7 version 2", version, header::VERSION, &[0, 2, 0, 0]),
         with_field(
             "O6 header's own data offset names itself",
-            Want::Accepted,
+            Expected::Accepted,
             header::DATA_OFFSET,
             &[0, 0, 0, 0, 0, 0, 2, 0],
         ),
         with_field(
             "O6 header's own data offset has 32 ones",
-            Want::Accepted,
+            Expected::Accepted,
             header::DATA_OFFSET,
             &[0, 0, 0, 0, 255, 255, 255, 255],
         ),
-        with_field("reserved bytes of the header are not zero", Want::Accepted, 768, &[0xAA; 256]),
+        with_field("reserved bytes of the header are not zero", Expected::Accepted, 768, &[0xAA; 256]),
     ]
 }
 
@@ -138,30 +138,30 @@ fn blocks() -> Vec<Case> {
 fn counts() -> Vec<Case> {
     /// Bytes of a disk whose BAT of 4 KiB blocks takes exactly 16 MiB.
     const FULL: u64 = 16 << 30;
-    let more = |count: u32| Spec::dynamic(SIZE, BLOCK).with_entries(count);
+    let more = |count: u32| VhdSpec::dynamic(SIZE, BLOCK).with_entries(count);
     let limit =
-        Want::Refused { check: &[1, 3], words: &["mib", "entries", "table", "bat", "limit"], place: Place::Nowhere };
+        Expected::Refused { check: &[1, 3], words: &["mib", "entries", "table", "bat", "limit"], place: ErrorLocation::Nowhere };
     vec![
         entries("O9 no entries", 0),
         entries("O9 an entry too few", 1),
-        Case::new("O9 an entry more than needed", Want::Accepted, move |dir| {
+        Case::new("O9 an entry more than needed", Expected::Accepted, move |dir| {
             VhdFile::create(&dir.join("d.vhd"), more(3)).path
         }),
-        Case::new("O9 as many entries as XenServer reserves", Want::Accepted, move |dir| {
+        Case::new("O9 as many entries as XenServer reserves", Expected::Accepted, move |dir| {
             VhdFile::create(&dir.join("d.vhd"), more(1 << 20)).path
         }),
         entries("O9 entries * 4 is 2^32", 1 << 30),
         entries("O9 entries * 4 wraps to 4", (1 << 30) + 1),
         entries("O9 entries of all ones", u32::MAX),
         entries("O9 entries * block size wraps to the disk's size", 0x8000_0002),
-        Case::new("O9 BAT of 16 MiB less an entry", Want::Accepted, |dir| {
-            VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(FULL - 4096, 4096)).path
+        Case::new("O9 BAT of 16 MiB less an entry", Expected::Accepted, |dir| {
+            VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(FULL - 4096, 4096)).path
         }),
-        Case::new("O9 BAT of 16 MiB", Want::Accepted, |dir| {
-            VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(FULL, 4096)).path
+        Case::new("O9 BAT of 16 MiB", Expected::Accepted, |dir| {
+            VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(FULL, 4096)).path
         }),
         Case::new("O9 BAT of 16 MiB and an entry", limit, |dir| {
-            VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(FULL + 4096, 4096)).path
+            VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(FULL + 4096, 4096)).path
         }),
     ]
 }
@@ -170,30 +170,30 @@ fn tables() -> Vec<Case> {
     vec![
         table_at("O10 BAT at 0", |_| 0),
         table_at("O10 BAT at 1", |_| 1),
-        table_at("O10 BAT over the header", |_| HEADER_AT),
-        table_at("O10 BAT over the header's second half", |_| HEADER_AT + 512),
-        table_at("O10 BAT a byte before its place", |_| TABLE_AT - 1),
-        table_at("O10 BAT a byte behind its place", |_| TABLE_AT + 1),
-        table_at("O10 BAT 256 bytes behind its place", |_| TABLE_AT + 256),
+        table_at("O10 BAT over the header", |_| HEADER_OFFSET),
+        table_at("O10 BAT over the header's second half", |_| HEADER_OFFSET + 512),
+        table_at("O10 BAT a byte before its place", |_| BAT_OFFSET - 1),
+        table_at("O10 BAT a byte behind its place", |_| BAT_OFFSET + 1),
+        table_at("O10 BAT 256 bytes behind its place", |_| BAT_OFFSET + 256),
         table_at("O10 BAT at the end of the file", VhdFile::len),
         table_at("O10 BAT far behind the end", |_| 1 << 40),
         table_at("O10 BAT's end overflows", |_| u64::MAX - 511),
         table_at("O10 BAT at 2^63", |_| 1 << 63),
-        Case::new("O10 BAT a sector later", Want::Accepted, |dir| {
+        Case::new("O10 BAT a sector later", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
             let mut table = [0; 512];
-            vhd.file.read_exact_at(&mut table, TABLE_AT).expect("its BAT");
-            vhd.put(TABLE_AT, &[0; 512]);
-            vhd.put(TABLE_AT + 512, &table);
-            vhd.header(header::TABLE_OFFSET, &(TABLE_AT + 512).to_be_bytes()).path.clone()
+            vhd.file.read_exact_at(&mut table, BAT_OFFSET).expect("its BAT");
+            vhd.put(BAT_OFFSET, &[0; 512]);
+            vhd.put(BAT_OFFSET + 512, &table);
+            vhd.set_header(header::TABLE_OFFSET, &(BAT_OFFSET + 512).to_be_bytes()).path.clone()
         }),
-        Case::new("O10 BAT's last sector is cut off", corrupt(Place::Header, &["table", "bat", "footer"]), |dir| {
+        Case::new("O10 BAT's last sector is cut off", corrupt(ErrorLocation::Header, &["table", "bat", "footer"]), |dir| {
             // A BAT of 16 sectors, of which the file ends in the eighth.
-            let vhd = VhdFile::create(&dir.join("d.vhd"), Spec::dynamic(2048 << 12, 4096));
+            let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(2048 << 12, 4096));
             let mut copy = [0; 512];
             vhd.file.read_exact_at(&mut copy, 0).expect("its footer");
-            vhd.put(TABLE_AT + 7 * 512, &copy);
-            vhd.set_len(TABLE_AT + 8 * 512).path.clone()
+            vhd.put(BAT_OFFSET + 7 * 512, &copy);
+            vhd.set_len(BAT_OFFSET + 8 * 512).path.clone()
         }),
     ]
 }

@@ -22,7 +22,7 @@ pub(crate) struct Run {
     pub(crate) code: i32,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: String,
-    pub(crate) took: Duration,
+    pub(crate) elapsed: Duration,
     pub(crate) rss_kib: i64,
 }
 
@@ -35,7 +35,7 @@ impl Run {
 
     /// Like [`Run::assert_sane`], where the format allows more memory.
     pub(crate) fn assert_sane_within(&self, what: &str, memory_mib: i64) {
-        assert!(self.took < KILL_AFTER, "{what}: still running after {:?}: {}", self.took, self.stderr);
+        assert!(self.elapsed < KILL_AFTER, "{what}: still running after {:?}: {}", self.elapsed, self.stderr);
         assert!(self.code >= 0, "{what}: ended by signal {}: {}", -self.code, self.stderr);
         assert!(self.code != 101 && !self.stderr.contains("panicked"), "{what}: panicked: {}", self.stderr);
         assert!(self.rss_kib <= memory_mib << 10, "{what}: took {} KiB of memory", self.rss_kib);
@@ -103,7 +103,7 @@ pub(crate) fn run(command: &mut Command) -> Run {
         code,
         stdout: read_out.join().expect("the reader of stdout ends"),
         stderr: read_err.join().expect("the reader of stderr ends"),
-        took,
+        elapsed: took,
         rss_kib: rss_kib.trim().parse().unwrap_or(i64::MAX),
     }
 }

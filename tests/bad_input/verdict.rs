@@ -17,7 +17,7 @@ const CONVERTED: u64 = 64 << 20;
 
 /// Where the error line must point.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Place {
+pub(crate) enum ErrorLocation {
     /// The defect has no place in the file.
     Nowhere,
     /// Either footer.
@@ -30,7 +30,7 @@ pub(crate) enum Place {
 
 /// What must happen.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Want {
+pub(crate) enum Expected {
     /// Read and served writable.
     Accepted,
     /// Read and served read-only; a writable start is not judged.
@@ -41,35 +41,35 @@ pub(crate) enum Want {
     /// in the reason, within this much memory.
     ChainRefused { words: &'static [&'static str], memory_mib: i64 },
     /// Refused by all, one of the words in the reason; `check` exits with one of `check`.
-    Refused { check: &'static [i32], words: &'static [&'static str], place: Place },
+    Refused { check: &'static [i32], words: &'static [&'static str], place: ErrorLocation },
 }
 
 /// One hostile (or barely legal) file.
 pub(crate) struct Case {
     pub(crate) name: &'static str,
-    pub(crate) want: Want,
+    pub(crate) want: Expected,
     /// Makes the files in an empty folder; returns the one to open.
     pub(crate) build: Box<dyn Fn(&Path) -> PathBuf>,
 }
 
 impl Case {
-    pub(crate) fn new(name: &'static str, want: Want, build: impl Fn(&Path) -> PathBuf + 'static) -> Case {
+    pub(crate) fn new(name: &'static str, want: Expected, build: impl Fn(&Path) -> PathBuf + 'static) -> Case {
         Case { name, want, build: Box::new(build) }
     }
 }
 
 /// An image whose bytes are corrupt: `check` says so with 3.
-pub(crate) fn corrupt(place: Place, words: &'static [&'static str]) -> Want {
-    Want::Refused { check: &[3], words, place }
+pub(crate) fn corrupt(place: ErrorLocation, words: &'static [&'static str]) -> Expected {
+    Expected::Refused { check: &[3], words, place }
 }
 
 /// Nothing `check` could call an image, or a matter of policy: 1, or 3 where it lists it among the defects.
-pub(crate) fn refused(words: &'static [&'static str]) -> Want {
-    Want::Refused { check: &[1, 3], words, place: Place::Nowhere }
+pub(crate) fn refused(words: &'static [&'static str]) -> Expected {
+    Expected::Refused { check: &[1, 3], words, place: ErrorLocation::Nowhere }
 }
 
 /// Shows the case to every way in. The error names the case.
-pub(crate) fn judge(case: &Case) -> Result<(), String> {
+pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     let result = catch_unwind(AssertUnwindSafe(|| {
         let folder = tool::scratch("bad");
         let images = folder.path().join("images");
@@ -77,12 +77,12 @@ pub(crate) fn judge(case: &Case) -> Result<(), String> {
         let image = (case.build)(&images);
         let before = snapshot(&images);
         match case.want {
-            Want::Refused { check, words, place } => assert_refused(case.name, &image, check, words, place),
-            Want::ChainRefused { words, memory_mib } => assert_chain_refused(&image, words, memory_mib),
-            Want::Accepted | Want::Readable | Want::ReadOnly => assert_read(case, &image, folder.path()),
+            Expected::Refused { check, words, place } => assert_refused(case.name, &image, check, words, place),
+            Expected::ChainRefused { words, memory_mib } => assert_chain_refused(&image, words, memory_mib),
+            Expected::Accepted | Expected::Readable | Expected::ReadOnly => assert_read(case, &image, folder.path()),
         }
         assert_eq!(snapshot(&images), before, "a file was changed");
-        if matches!(case.want, Want::Accepted) {
+        if matches!(case.want, Expected::Accepted) {
             // Last: a writable start may prepare room in the file.
             Daemon::start(&image, &[]).stop();
         }
@@ -120,11 +120,11 @@ pub(crate) fn daemon_command(image: &Path, folder: &Path) -> Command {
     command
 }
 
-fn assert_refused(name: &str, image: &Path, check: &[i32], words: &[&str], place: Place) {
+fn assert_refused(name: &str, image: &Path, check: &[i32], words: &[&str], place: ErrorLocation) {
     let len = fs::symlink_metadata(image).map_or(0, |meta| meta.len());
     let judge_line = |who: &str, run: &Run| {
         run.assert_sane(who);
-        println!("{name}: {who}: {} KiB, {:?}: {}", run.rss_kib, run.took, run.stderr.trim_end());
+        println!("{name}: {who}: {} KiB, {:?}: {}", run.rss_kib, run.elapsed, run.stderr.trim_end());
         let line = run.error_line(who);
         assert!(line.contains(&image.display().to_string()), "{who}: does not name the file: {line}");
         let lower = line.to_lowercase();
@@ -188,17 +188,17 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
 }
 
 /// True if the line says `at byte N` for an N in `place`.
-fn points_at(line: &str, place: Place, len: u64) -> bool {
+fn points_at(line: &str, place: ErrorLocation, len: u64) -> bool {
     let offsets = line.split("at byte ").skip(1).filter_map(|rest| {
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
         digits.parse::<u64>().ok()
     });
     let mut offsets = offsets.peekable();
     match place {
-        Place::Nowhere => true,
-        Place::Footer => offsets.any(|at| at < 512 || at <= len && len - at <= 512),
-        Place::Header => offsets.any(|at| at < 1536),
-        Place::Table => offsets.any(|at| at >= 512),
+        ErrorLocation::Nowhere => true,
+        ErrorLocation::Footer => offsets.any(|at| at < 512 || at <= len && len - at <= 512),
+        ErrorLocation::Header => offsets.any(|at| at < 1536),
+        ErrorLocation::Table => offsets.any(|at| at >= 512),
     }
 }
 
@@ -210,7 +210,7 @@ fn assert_read(case: &Case, image: &Path, folder: &Path) {
     let size = told["virtual_size"].as_u64().expect("info tells the size");
     let check = measure::run(Command::new(DIFFDISK).arg("check").arg(image));
     check.assert_sane("check");
-    let fine: &[i32] = if matches!(case.want, Want::Accepted) { &[0, 4] } else { &[0, 3, 4] };
+    let fine: &[i32] = if matches!(case.want, Expected::Accepted) { &[0, 4] } else { &[0, 3, 4] };
     assert!(fine.contains(&check.code), "check: exit code {}: {}", check.code, check.stderr);
     if size <= CONVERTED {
         let raw = folder.join("raw");
@@ -223,7 +223,7 @@ fn assert_read(case: &Case, image: &Path, folder: &Path) {
     let capacity = daemon.connect().capacity().expect("a configuration");
     assert_eq!(capacity, size, "diffdiskd: capacity");
     daemon.stop();
-    if matches!(case.want, Want::ReadOnly) {
+    if matches!(case.want, Expected::ReadOnly) {
         let folder = tempfile::tempdir().expect("a folder for the socket");
         let run = measure::run(&mut daemon_command(image, folder.path()));
         run.assert_sane("diffdiskd");

@@ -20,9 +20,9 @@ use virtio_driver::{
 };
 
 /// Bytes a single request can carry.
-pub(crate) const SLOT: usize = 1 << 20;
+pub(crate) const MAX_REQUEST_BYTES: usize = 1 << 20;
 /// A back-end that completes nothing for this long is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How to connect.
 pub(crate) struct Options {
@@ -102,7 +102,7 @@ impl Client {
             queue.set_used_notif_enabled(true);
         }
         let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
-        memfd.set_len((options.depth * SLOT) as u64)?;
+        memfd.set_len((options.depth * MAX_REQUEST_BYTES) as u64)?;
         // SAFETY: the memfd is private to this client and the back-end; nobody truncates it, and a back-end that
         // scribbles changes only bytes this client copies out after the completion.
         let memory = unsafe { MmapMut::map_mut(&memfd)? };
@@ -140,7 +140,7 @@ impl Client {
     /// Queues one request and tells the back-end. `WouldBlock` when every slot is in flight.
     pub(crate) fn submit(&mut self, queue: usize, command: Command<'_>) -> io::Result<u64> {
         let slot = self.slots.iter().position(Option::is_none).ok_or(io::ErrorKind::WouldBlock)?;
-        let room = &mut self.memory[slot * SLOT..(slot + 1) * SLOT];
+        let room = &mut self.memory[slot * MAX_REQUEST_BYTES..(slot + 1) * MAX_REQUEST_BYTES];
         let ring = &mut self.queues[queue];
         let mut read = 0;
         match command {
@@ -172,7 +172,7 @@ impl Client {
     /// The next completion of any queue. `TimedOut` if the back-end completes nothing for 30 s, `NotFound` if nothing
     /// is in flight.
     pub(crate) fn wait(&mut self) -> io::Result<Completed> {
-        self.wait_for(PATIENCE)
+        self.wait_for(TIMEOUT)
     }
 
     /// Like [`Client::wait`] with another patience.
@@ -199,7 +199,7 @@ impl Client {
         let slot = done.context;
         let InFlight { ticket, read } = self.slots[slot].take().expect("a completion belongs to a slot in flight");
         let result = if done.ret == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-done.ret)) };
-        let data = if done.ret == 0 { self.memory[slot * SLOT..slot * SLOT + read].to_vec() } else { Vec::new() };
+        let data = if done.ret == 0 { self.memory[slot * MAX_REQUEST_BYTES..slot * MAX_REQUEST_BYTES + read].to_vec() } else { Vec::new() };
         Some(Completed { ticket, result, data })
     }
 
@@ -229,7 +229,7 @@ impl Client {
     pub(crate) fn read(&mut self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut data = Vec::with_capacity(len);
         while data.len() < len {
-            let piece = SLOT.min(len - data.len());
+            let piece = MAX_REQUEST_BYTES.min(len - data.len());
             data.extend(self.run(Command::Read { offset: offset + data.len() as u64, len: piece })?);
         }
         Ok(data)
@@ -237,8 +237,8 @@ impl Client {
 
     /// Writes `data`, one request at a time.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        for (i, piece) in data.chunks(SLOT).enumerate() {
-            self.run(Command::Write { offset: offset + (i * SLOT) as u64, data: piece })?;
+        for (i, piece) in data.chunks(MAX_REQUEST_BYTES).enumerate() {
+            self.run(Command::Write { offset: offset + (i * MAX_REQUEST_BYTES) as u64, data: piece })?;
         }
         Ok(())
     }

@@ -14,16 +14,16 @@ use tempfile::TempDir;
 use super::client::Client;
 
 /// How long a daemon may take to offer its socket, and to end after SIGTERM: both are quick, unless something hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A running daemon that serves one disk. Dropped, it is killed.
 pub struct Daemon {
     child: Child,
     arguments: Vec<OsString>,
     /// What a killed predecessor has left.
-    old_socket: Option<Identity>,
+    old_socket: Option<SocketIdentity>,
     // A folder of its own: a socket's path must be short.
-    rendezvous: TempDir,
+    socket_folder: TempDir,
 }
 
 impl Daemon {
@@ -39,14 +39,14 @@ impl Daemon {
             vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
         arguments.extend(extra.iter().map(OsString::from));
         let child = spawn(&arguments, rendezvous.path());
-        let mut daemon = Self { child, arguments, old_socket: None, rendezvous };
+        let mut daemon = Self { child, arguments, old_socket: None, socket_folder: rendezvous };
         daemon.wait_for_socket(None);
         daemon
     }
 
     /// Where front-ends connect.
     pub fn socket(&self) -> PathBuf {
-        self.rendezvous.path().join("disk.sock")
+        self.socket_folder.path().join("disk.sock")
     }
 
     /// Its process.
@@ -56,7 +56,7 @@ impl Daemon {
 
     /// What it has said on standard error.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.rendezvous.path().join("log")).unwrap_or_default()
+        fs::read_to_string(self.socket_folder.path().join("log")).unwrap_or_default()
     }
 
     /// A guest on its disk. The one before may have left a moment ago, with its socket still open in a program that
@@ -82,7 +82,7 @@ impl Daemon {
     }
 
     /// SIGKILL without waiting for its end.
-    pub fn strike(&self) {
+    pub fn send_sigkill(&self) {
         kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
     }
 
@@ -95,13 +95,13 @@ impl Daemon {
 
     /// Kills it (SIGKILL), whatever it was doing, and starts it again with the same command line.
     pub fn kill_and_restart(&mut self) {
-        self.kill_now();
-        self.start_again();
-        self.wait_until_it_listens();
+        self.kill_running();
+        self.restart();
+        self.wait_until_listening();
     }
 
     /// SIGKILL, at work: it must not have ended by itself.
-    pub fn kill_now(&mut self) {
+    pub fn kill_running(&mut self) {
         let running = self.child.try_wait().expect("the daemon can be asked");
         assert!(running.is_none(), "the daemon ended by itself: {running:?}; it said:\n{}", self.log());
         self.child.kill().expect("the daemon can be killed");
@@ -109,29 +109,29 @@ impl Daemon {
     }
 
     /// Starts it again, after its end, with the same command line.
-    pub fn start_again(&mut self) {
+    pub fn restart(&mut self) {
         self.old_socket = identity(&self.socket());
-        self.child = spawn(&self.arguments, self.rendezvous.path());
+        self.child = spawn(&self.arguments, self.socket_folder.path());
     }
 
     /// Waits until there is a socket other than the one that its predecessor has left, and it listens.
-    pub fn wait_until_it_listens(&mut self) {
+    pub fn wait_until_listening(&mut self) {
         let old = self.old_socket;
         self.wait_for_socket(old);
     }
 
     /// Waits until it, or a predecessor, has said `words` so many times.
-    pub fn wait_for_words(&self, words: &str, times: usize) {
+    pub fn wait_for_log(&self, words: &str, times: usize) {
         let started = Instant::now();
         while self.log().matches(words).count() < times {
-            assert!(started.elapsed() < PATIENCE, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
             sleep(Duration::from_millis(10));
         }
     }
 
     /// Waits until there is a socket other than `old`, the one a killed daemon has left, and it listens: a moment lies
     /// between the two.
-    fn wait_for_socket(&mut self, old: Option<Identity>) {
+    fn wait_for_socket(&mut self, old: Option<SocketIdentity>) {
         let started = Instant::now();
         loop {
             let now = identity(&self.socket());
@@ -141,7 +141,7 @@ impl Daemon {
             if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
                 panic!("the daemon ended with {status} at its start; it said:\n{}", self.log());
             }
-            assert!(started.elapsed() < PATIENCE, "the daemon has no socket yet; it said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "the daemon has no socket yet; it said:\n{}", self.log());
             sleep(Duration::from_millis(1));
         }
     }
@@ -152,7 +152,7 @@ impl Daemon {
             if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
                 return status;
             }
-            assert!(started.elapsed() < PATIENCE, "the daemon does not end; it said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "the daemon does not end; it said:\n{}", self.log());
             sleep(Duration::from_millis(10));
         }
     }
@@ -172,7 +172,7 @@ impl Drop for Daemon {
 
 fn spawn(arguments: &[OsString], folder: &Path) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
-    let _alone = super::tool::alone();
+    let _alone = super::tool::lock_spawns();
     Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
         .args(arguments)
         .stdin(Stdio::null())
@@ -182,9 +182,9 @@ fn spawn(arguments: &[OsString], folder: &Path) -> Child {
 }
 
 /// Tells a new file from an old one of the same name: an inode number alone may be used again at once.
-type Identity = (u64, i64, i64);
+type SocketIdentity = (u64, i64, i64);
 
-fn identity(path: &Path) -> Option<Identity> {
+fn identity(path: &Path) -> Option<SocketIdentity> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }

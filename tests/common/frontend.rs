@@ -25,22 +25,22 @@ use rustix::net::{
 use zerocopy::IntoBytes;
 
 /// Most bytes of one request's data.
-pub const DATA: usize = 64 << 10;
+pub const MAX_DATA: usize = 64 << 10;
 /// Requests that a queue may have in flight.
 pub const DEPTH: usize = 24;
 /// Descriptors of a ring.
-const SIZE: u16 = 128;
+const QUEUE_SIZE: u16 = 128;
 /// Parts of a queue's memory: descriptors, rings, then slots of a page for header and status, and data.
-const AVAIL: usize = 0x1000;
-const USED: usize = 0x2000;
-const SLOTS: usize = 0x4000;
-const SLOT: usize = 0x1000 + DATA;
-const QUEUE: usize = SLOTS + DEPTH * SLOT;
+const AVAIL_OFFSET: usize = 0x1000;
+const USED_OFFSET: usize = 0x2000;
+const SLOTS_OFFSET: usize = 0x4000;
+const SLOT_BYTES: usize = 0x1000 + MAX_DATA;
+const QUEUE_BYTES: usize = SLOTS_OFFSET + DEPTH * SLOT_BYTES;
 /// Where the guest has its memory, and where this process says that it has it.
-const GUEST: u64 = 0x1_0000_0000;
-const USER: u64 = 0x7000_0000_0000;
+const GUEST_BASE: u64 = 0x1_0000_0000;
+const USER_BASE: u64 = 0x7000_0000_0000;
 /// A disk that answers nothing for so long has lost a request.
-const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+const TIMEOUT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 const EVENT_IDX: u64 = 1 << 29;
 /// VERSION_1, PROTOCOL_FEATURES, FLUSH, MQ, WRITE_ZEROES.
@@ -50,7 +50,7 @@ const PROTOCOL_FEATURES: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12;
 
 /// What a front-end says in SET_VRING_BASE when it comes back.
 #[derive(Clone, Copy, Debug)]
-pub enum Base {
+pub enum RestoredBase {
     /// QEMU: the index of the used ring.
     Used,
     /// cloud-hypervisor: the index of the avail ring.
@@ -58,12 +58,12 @@ pub enum Base {
 }
 
 /// How a front-end comes.
-pub struct Manners<'a> {
-    pub base: Base,
+pub struct ConnectOptions<'a> {
+    pub base: RestoredBase,
     /// Waits for an acknowledgement of each message; else sends them all at once.
-    pub patient: bool,
+    pub wait_for_ack: bool,
     /// Called before each message.
-    pub before_each: &'a mut dyn FnMut(),
+    pub before_message: &'a mut dyn FnMut(),
 }
 
 /// Guest memory, and all that a front-end keeps.
@@ -81,7 +81,7 @@ impl Machine {
     /// A machine with a disk of so many queues.
     pub fn new(queues: usize, event_idx: bool) -> Machine {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd");
-        rustix::fs::ftruncate(&file, (queues * QUEUE) as u64).expect("guest memory");
+        rustix::fs::ftruncate(&file, (queues * QUEUE_BYTES) as u64).expect("guest memory");
         let memory = Arc::new(MmapRaw::map_raw(&file).expect("guest memory is mapped"));
         let event = || Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an event fd"));
         let events = || (0..queues).map(|_| event()).collect();
@@ -93,12 +93,12 @@ impl Machine {
     pub fn driver(&self, queue: usize) -> Driver {
         Driver {
             memory: self.memory.clone(),
-            at: queue * QUEUE,
+            at: queue * QUEUE_BYTES,
             kick: self.kicks[queue].clone(),
             call: self.calls[queue].clone(),
             event_idx: self.features & EVENT_IDX != 0,
             added: 0,
-            seen: 0,
+            last_used: 0,
         }
     }
 
@@ -109,38 +109,38 @@ impl Machine {
     ///
     /// # Panics
     /// Where it refuses anything.
-    pub fn connect(&mut self, socket: &Path, manners: &mut Manners<'_>) -> io::Result<UnixStream> {
+    pub fn connect(&mut self, socket: &Path, manners: &mut ConnectOptions<'_>) -> io::Result<UnixStream> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut talk = Talk { stream: &stream, acknowledged: false, manners };
+        let mut talk = MessageChannel { stream: &stream, acknowledged: false, manners };
         talk.set(3, &[], None)?;
-        let offered = talk.ask(1)?;
+        let offered = talk.get(1)?;
         assert_eq!(offered & self.features, self.features, "features");
-        let offered = talk.ask(15)?;
+        let offered = talk.get(15)?;
         assert_eq!(offered & PROTOCOL_FEATURES, PROTOCOL_FEATURES, "protocol features");
         talk.set(16, PROTOCOL_FEATURES.as_bytes(), None)?;
-        talk.acknowledged = talk.manners.patient;
+        talk.acknowledged = talk.manners.wait_for_ack;
         talk.set(2, self.features.as_bytes(), None)?;
-        let region = [GUEST, (self.kicks.len() * QUEUE) as u64, USER, 0];
+        let region = [GUEST_BASE, (self.kicks.len() * QUEUE_BYTES) as u64, USER_BASE, 0];
         talk.set(5, &[[1u32, 0].as_bytes(), region.as_bytes()].concat(), Some(self.file.as_fd()))?;
         if self.inflight.is_none() {
             let queues = u16::try_from(self.kicks.len()).expect("few queues");
-            let shape = [[0u64, 0].as_bytes(), [queues, SIZE, 0, 0].as_bytes()].concat();
+            let shape = [[0u64, 0].as_bytes(), [queues, QUEUE_SIZE, 0, 0].as_bytes()].concat();
             talk.send(31, 1, &shape, None)?;
-            let (told, file) = talk.answer(31)?;
+            let (told, file) = talk.read_reply(31)?;
             self.inflight = Some((told, file.expect("a region has a file")));
         }
         let (told, file) = self.inflight.as_ref().expect("asked for above");
         talk.set(32, told, Some(file.as_fd()))?;
         for (queue, (kick, call)) in (0u32..).zip(self.kicks.iter().zip(&self.calls)) {
-            let user = USER + u64::from(queue) * QUEUE as u64;
-            let at = queue as usize * QUEUE;
+            let user = USER_BASE + u64::from(queue) * QUEUE_BYTES as u64;
+            let at = queue as usize * QUEUE_BYTES;
             let base = match talk.manners.base {
-                Base::Used => word(&self.memory, at + USED + 2),
-                Base::Avail => word(&self.memory, at + AVAIL + 2),
+                RestoredBase::Used => atomic_u16(&self.memory, at + USED_OFFSET + 2),
+                RestoredBase::Avail => atomic_u16(&self.memory, at + AVAIL_OFFSET + 2),
             };
-            talk.set(8, [queue, u32::from(SIZE)].as_bytes(), None)?;
-            let places = [user, user + USED as u64, user + AVAIL as u64, 0];
+            talk.set(8, [queue, u32::from(QUEUE_SIZE)].as_bytes(), None)?;
+            let places = [user, user + USED_OFFSET as u64, user + AVAIL_OFFSET as u64, 0];
             talk.set(9, &[[queue, 0].as_bytes(), places.as_bytes()].concat(), None)?;
             talk.set(10, [queue, u32::from(base.load(Ordering::Acquire))].as_bytes(), None)?;
             talk.set(13, u64::from(queue).as_bytes(), Some(call.as_fd()))?;
@@ -148,20 +148,20 @@ impl Machine {
             talk.set(18, [queue, 1].as_bytes(), None)?;
         }
         // Once this is answered all before is done, acknowledged or not.
-        talk.ask(17)?;
+        talk.get(17)?;
         Ok(stream)
     }
 }
 
-struct Talk<'a, 'b> {
+struct MessageChannel<'a, 'b> {
     stream: &'a UnixStream,
     acknowledged: bool,
-    manners: &'a mut Manners<'b>,
+    manners: &'a mut ConnectOptions<'b>,
 }
 
-impl Talk<'_, '_> {
+impl MessageChannel<'_, '_> {
     fn send(&mut self, request: u32, flags: u32, body: &[u8], file: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        (self.manners.before_each)();
+        (self.manners.before_message)();
         let message = [[request, flags, u32::try_from(body.len()).expect("short")].as_bytes(), body].concat();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -177,19 +177,19 @@ impl Talk<'_, '_> {
     fn set(&mut self, request: u32, body: &[u8], file: Option<BorrowedFd<'_>>) -> io::Result<()> {
         self.send(request, if self.acknowledged { 9 } else { 1 }, body, file)?;
         if self.acknowledged {
-            let (body, _) = self.answer(request)?;
+            let (body, _) = self.read_reply(request)?;
             assert_eq!(body, 0u64.as_bytes(), "request {request} is refused");
         }
         Ok(())
     }
 
-    fn ask(&mut self, request: u32) -> io::Result<u64> {
+    fn get(&mut self, request: u32) -> io::Result<u64> {
         self.send(request, 1, &[], None)?;
-        let (body, _) = self.answer(request)?;
+        let (body, _) = self.read_reply(request)?;
         Ok(u64::from_ne_bytes(body.try_into().expect("a number")))
     }
 
-    fn answer(&mut self, request: u32) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    fn read_reply(&mut self, request: u32) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
         let mut header = [0u32; 3];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -212,7 +212,7 @@ impl Talk<'_, '_> {
     }
 }
 
-fn word(memory: &MmapRaw, at: usize) -> &AtomicU16 {
+fn atomic_u16(memory: &MmapRaw, at: usize) -> &AtomicU16 {
     assert!(at + 2 <= memory.len() && at.is_multiple_of(2));
     // SAFETY: it lies in the mapping, which lives as long as the reference, is aligned, and is shared with others who
     // use it as we do: as an atomic word.
@@ -221,7 +221,7 @@ fn word(memory: &MmapRaw, at: usize) -> &AtomicU16 {
 
 /// What a driver asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub enum RequestKind {
     Read = 0,
     Write = 1,
     Flush = 4,
@@ -236,7 +236,7 @@ pub struct Driver {
     call: Arc<OwnedFd>,
     event_idx: bool,
     added: u16,
-    seen: u16,
+    last_used: u16,
 }
 
 impl Driver {
@@ -244,31 +244,31 @@ impl Driver {
     pub fn data(&mut self, slot: usize) -> &mut [u8] {
         assert!(slot < DEPTH);
         // SAFETY: the slot lies in the mapping; with nothing in flight only this driver uses it, and it is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.place(slot) + 0x1000), DATA) }
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA) }
     }
 
-    fn place(&self, slot: usize) -> usize {
-        self.at + SLOTS + slot * SLOT
+    fn slot_offset(&self, slot: usize) -> usize {
+        self.at + SLOTS_OFFSET + slot * SLOT_BYTES
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        assert!(at >= self.at && at + bytes.len() <= self.at + QUEUE);
+    fn write_at(&mut self, at: usize, bytes: &[u8]) {
+        assert!(at >= self.at && at + bytes.len() <= self.at + QUEUE_BYTES);
         // SAFETY: it lies in this queue's part of the mapping, and nobody looks at it before `avail.idx` says so.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.as_mut_ptr().add(at), bytes.len()) };
     }
 
     /// Makes a request of `sectors` (of those in [`Driver::data`], for reads and writes) and adds it to the ring.
-    pub fn add(&mut self, slot: usize, kind: Kind, sector: u64, sectors: u32) {
-        let place = self.place(slot);
-        let guest = |at: usize| GUEST + at as u64;
-        self.put(place, &[[kind as u32, 0].as_bytes(), sector.as_bytes()].concat());
-        self.put(place + 16, &[0xff]);
+    pub fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u32) {
+        let place = self.slot_offset(slot);
+        let guest = |at: usize| GUEST_BASE + at as u64;
+        self.write_at(place, &[[kind as u32, 0].as_bytes(), sector.as_bytes()].concat());
+        self.write_at(place + 16, &[0xff]);
         let (len, flags) = match kind {
-            Kind::Read => (sectors * 512, 2),
-            Kind::Write => (sectors * 512, 0),
-            Kind::Flush => (0, 0),
-            Kind::WriteZeroes => {
-                self.put(place + 0x1000, &[sector.as_bytes(), [sectors, 0].as_bytes()].concat());
+            RequestKind::Read => (sectors * 512, 2),
+            RequestKind::Write => (sectors * 512, 0),
+            RequestKind::Flush => (0, 0),
+            RequestKind::WriteZeroes => {
+                self.write_at(place + 0x1000, &[sector.as_bytes(), [sectors, 0].as_bytes()].concat());
                 (16, 0)
             }
         };
@@ -278,21 +278,21 @@ impl Driver {
         for (i, (at, len, flags)) in (head..).zip(&pieces) {
             let more = u16::from(usize::from(i - head) + 1 < pieces.len());
             let desc = [guest(*at).as_bytes(), len.as_bytes(), [flags | more, i + 1].as_bytes()].concat();
-            self.put(self.at + 16 * usize::from(i), &desc);
+            self.write_at(self.at + 16 * usize::from(i), &desc);
         }
-        word(&self.memory, self.at + AVAIL + 4 + 2 * usize::from(self.added % SIZE)).store(head, Ordering::Relaxed);
+        atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 4 + 2 * usize::from(self.added % QUEUE_SIZE)).store(head, Ordering::Relaxed);
         self.added = self.added.wrapping_add(1);
-        word(&self.memory, self.at + AVAIL + 2).store(self.added, Ordering::Release);
+        atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 2).store(self.added, Ordering::Release);
     }
 
     /// Kicks, if the device wants to be kicked, for the last `added` requests.
     pub fn kick(&mut self, added: u16) {
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
-            let event = word(&self.memory, self.at + USED + 4 + 8 * usize::from(SIZE)).load(Ordering::Relaxed);
+            let event = atomic_u16(&self.memory, self.at + USED_OFFSET + 4 + 8 * usize::from(QUEUE_SIZE)).load(Ordering::Relaxed);
             self.added.wrapping_sub(event).wrapping_sub(1) < added
         } else {
-            word(&self.memory, self.at + USED).load(Ordering::Relaxed) & 1 == 0
+            atomic_u16(&self.memory, self.at + USED_OFFSET).load(Ordering::Relaxed) & 1 == 0
         };
         if wanted {
             rustix::io::write(&self.kick, &1u64.to_ne_bytes()).expect("a kick");
@@ -310,32 +310,32 @@ impl Driver {
                 return back;
             }
             if self.event_idx {
-                let at = self.at + AVAIL + 4 + 2 * usize::from(SIZE);
-                word(&self.memory, at).store(self.seen, Ordering::Relaxed);
+                let at = self.at + AVAIL_OFFSET + 4 + 2 * usize::from(QUEUE_SIZE);
+                atomic_u16(&self.memory, at).store(self.last_used, Ordering::Relaxed);
                 fence(Ordering::SeqCst);
-                if word(&self.memory, self.at + USED + 2).load(Ordering::Relaxed) != self.seen {
+                if atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Relaxed) != self.last_used {
                     continue;
                 }
             }
-            let ready = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&PATIENCE)).expect("a poll");
-            let used = word(&self.memory, self.at + USED + 2).load(Ordering::Relaxed);
-            assert!(ready > 0, "a request is lost: no signal; added {}, seen {}, used {used}", self.added, self.seen);
+            let ready = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&TIMEOUT)).expect("a poll");
+            let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Relaxed);
+            assert!(ready > 0, "a request is lost: no signal; added {}, seen {}, used {used}", self.added, self.last_used);
             let _ = rustix::io::read(&self.call, &mut [0; 8]);
         }
     }
 
     fn reap(&mut self) -> Vec<(usize, u8)> {
         let mut back = Vec::new();
-        let used = word(&self.memory, self.at + USED + 2).load(Ordering::Acquire);
-        assert!(self.added.wrapping_sub(self.seen) >= used.wrapping_sub(self.seen), "more comes back than was added");
-        while self.seen != used {
-            let at = self.at + USED + 4 + 8 * usize::from(self.seen % SIZE);
-            let head = word(&self.memory, at).load(Ordering::Relaxed);
+        let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Acquire);
+        assert!(self.added.wrapping_sub(self.last_used) >= used.wrapping_sub(self.last_used), "more comes back than was added");
+        while self.last_used != used {
+            let at = self.at + USED_OFFSET + 4 + 8 * usize::from(self.last_used % QUEUE_SIZE);
+            let head = atomic_u16(&self.memory, at).load(Ordering::Relaxed);
             assert!(head.is_multiple_of(3) && usize::from(head) < 3 * DEPTH, "head {head} comes back");
             let slot = usize::from(head / 3);
-            let status = self.place(slot) + 16;
-            back.push((slot, word(&self.memory, status).load(Ordering::Relaxed).to_ne_bytes()[0]));
-            self.seen = self.seen.wrapping_add(1);
+            let status = self.slot_offset(slot) + 16;
+            back.push((slot, atomic_u16(&self.memory, status).load(Ordering::Relaxed).to_ne_bytes()[0]));
+            self.last_used = self.last_used.wrapping_add(1);
         }
         back
     }

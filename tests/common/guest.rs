@@ -7,14 +7,14 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Emulated machines want whole processors: one at a time.
-static MACHINE: Mutex<()> = Mutex::new(());
+static MACHINE_LOCK: Mutex<()> = Mutex::new(());
 
 /// A guest at work. Dropped, it is switched off.
 pub struct Guest {
     child: Child,
     console: BufReader<ChildStdout>,
     lines: Vec<String>,
-    _turn: MutexGuard<'static, ()>,
+    _machine_lock: MutexGuard<'static, ()>,
 }
 
 /// What a guest whose job succeeded has printed.
@@ -25,7 +25,7 @@ impl Guest {
     ///
     /// The test fails when the machine cannot be started for want of QEMU or the guest's image.
     pub fn boot(socket: &Path, job: &str, extra: &[&str]) -> Self {
-        let turn = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = MACHINE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm-images");
         let cache = std::env::var_os("DIFFDISK_CACHE").map_or_else(|| images.join("cache"), Into::into);
         assert!(
@@ -47,7 +47,7 @@ impl Guest {
             .spawn()
             .expect("run-guest.sh starts");
         let console = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
-        Self { child, console, lines: Vec::new(), _turn: turn }
+        Self { child, console, lines: Vec::new(), _machine_lock: turn }
     }
 
     /// Reads the console up to a line that begins with `prefix`; the test fails when the guest ends before.

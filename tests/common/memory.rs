@@ -7,20 +7,20 @@ use std::sync::Arc;
 use diffdisk::storage::GuestIovecs;
 
 /// Guest memory on the heap. The slices over it share its ownership.
-pub struct Memory(Arc<Bytes>);
+pub struct TestMemory(Arc<HeapBytes>);
 
-struct Bytes(Box<[UnsafeCell<u8>]>);
+struct HeapBytes(Box<[UnsafeCell<u8>]>);
 
 // SAFETY: the bytes are reached through raw pointers only, by one request or by the test at a time.
-unsafe impl Sync for Bytes {}
+unsafe impl Sync for HeapBytes {}
 
-impl Memory {
-    pub fn new(bytes: &[u8]) -> Memory {
-        Memory(Arc::new(Bytes(bytes.iter().copied().map(UnsafeCell::new).collect())))
+impl TestMemory {
+    pub fn new(bytes: &[u8]) -> TestMemory {
+        TestMemory(Arc::new(HeapBytes(bytes.iter().copied().map(UnsafeCell::new).collect())))
     }
 
     /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
-    pub fn slices(&self, cuts: &[usize]) -> GuestIovecs {
+    pub fn iovecs(&self, cuts: &[usize]) -> GuestIovecs {
         let bytes = &self.0.0;
         let mut slices = GuestIovecs::new(self.0.clone(), 4);
         let start = UnsafeCell::raw_get(bytes.as_ptr());

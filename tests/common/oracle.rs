@@ -19,6 +19,6 @@ fn program() -> &'static str {
 }
 
 fn starts(name: &str) -> bool {
-    let _alone = super::tool::alone();
+    let _alone = super::tool::lock_spawns();
     Command::new(name).arg("i").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
 }

@@ -23,7 +23,7 @@ pub(crate) struct Finished {
     /// Standard error.
     pub(crate) stderr: String,
     /// Wall time.
-    pub(crate) took: Duration,
+    pub(crate) elapsed: Duration,
     /// True if it had to be killed at the time limit.
     pub(crate) killed: bool,
 }
@@ -61,22 +61,22 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
         code,
         stdout: stdout.join().expect("the reader of stdout ends"),
         stderr: String::from_utf8_lossy(&stderr.join().expect("the reader of stderr ends")).into_owned(),
-        took: started.elapsed(),
+        elapsed: started.elapsed(),
         killed,
     }
 }
 
 /// Starts a program while nobody is [`alone`].
 pub(crate) fn start(command: &mut Command) -> std::io::Result<Child> {
-    let _alone = alone();
+    let _alone = lock_spawns();
     command.spawn()
 }
 
 /// For who opens images in this process: no program is started meanwhile, since between fork and exec it would hold all
 /// open files, with their locks.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+pub(crate) fn lock_spawns() -> MutexGuard<'static, ()> {
+    static SPAWN_LOCK: Mutex<()> = Mutex::new(());
+    SPAWN_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits until `deadline`, then kills. Returns the exit code, and whether it had to be killed.

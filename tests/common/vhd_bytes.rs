@@ -16,8 +16,8 @@ pub(crate) const FIXED: u32 = 2;
 pub(crate) const DYNAMIC: u32 = 3;
 pub(crate) const DIFFERENCING: u32 = 4;
 /// Where [`VhdFile::create`] puts header and BAT.
-pub(crate) const HEADER_AT: u64 = 512;
-pub(crate) const TABLE_AT: u64 = 1536;
+pub(crate) const HEADER_OFFSET: u64 = 512;
+pub(crate) const BAT_OFFSET: u64 = 1536;
 /// BAT entry of a block that is not there.
 pub(crate) const UNUSED: u32 = 0xFFFF_FFFF;
 
@@ -50,7 +50,7 @@ pub(crate) mod header {
 
 /// What to build.
 #[derive(Clone, Debug)]
-pub(crate) struct Spec {
+pub(crate) struct VhdSpec {
     pub(crate) kind: u32,
     /// Bytes on the disk.
     pub(crate) size: u64,
@@ -67,15 +67,15 @@ pub(crate) struct Spec {
     pub(crate) tag: String,
 }
 
-impl Spec {
+impl VhdSpec {
     /// A fixed disk.
-    pub(crate) fn fixed(size: u64) -> Spec {
-        Spec { kind: FIXED, ..Spec::dynamic(size, 0) }
+    pub(crate) fn fixed(size: u64) -> VhdSpec {
+        VhdSpec { kind: FIXED, ..VhdSpec::dynamic(size, 0) }
     }
 
     /// A dynamic disk without blocks.
-    pub(crate) fn dynamic(size: u64, block_size: u32) -> Spec {
-        Spec {
+    pub(crate) fn dynamic(size: u64, block_size: u32) -> VhdSpec {
+        VhdSpec {
             kind: DYNAMIC,
             size,
             block_size,
@@ -89,21 +89,21 @@ impl Spec {
     }
 
     /// A differencing disk without blocks whose parent carries `parent` and is called `name`.
-    pub(crate) fn child(size: u64, block_size: u32, parent: [u8; 16], name: &str) -> Spec {
+    pub(crate) fn child(size: u64, block_size: u32, parent: [u8; 16], name: &str) -> VhdSpec {
         let (kind, uuid) = (DIFFERENCING, id(2));
-        Spec { kind, uuid, parent, parent_name: name.into(), tag: "C".into(), ..Spec::dynamic(size, block_size) }
+        VhdSpec { kind, uuid, parent, parent_name: name.into(), tag: "C".into(), ..VhdSpec::dynamic(size, block_size) }
     }
 
-    pub(crate) fn with_blocks(self, blocks: &[u32]) -> Spec {
-        Spec { blocks: blocks.to_vec(), ..self }
+    pub(crate) fn with_blocks(self, blocks: &[u32]) -> VhdSpec {
+        VhdSpec { blocks: blocks.to_vec(), ..self }
     }
 
-    pub(crate) fn with_entries(self, entries: u32) -> Spec {
-        Spec { entries: Some(entries), ..self }
+    pub(crate) fn with_entries(self, entries: u32) -> VhdSpec {
+        VhdSpec { entries: Some(entries), ..self }
     }
 
-    pub(crate) fn with_uuid(self, uuid: [u8; 16]) -> Spec {
-        Spec { uuid, ..self }
+    pub(crate) fn with_uuid(self, uuid: [u8; 16]) -> VhdSpec {
+        VhdSpec { uuid, ..self }
     }
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn id(n: u8) -> [u8; 16] {
 pub(crate) struct VhdFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
-    pub(crate) spec: Spec,
+    pub(crate) spec: VhdSpec,
     /// Eight sectors for locator data.
     pub(crate) locators_at: u64,
     /// The first block's bitmap.
@@ -129,7 +129,7 @@ pub(crate) struct VhdFile {
 
 impl VhdFile {
     /// Writes a valid image.
-    pub(crate) fn create(path: &Path, spec: Spec) -> VhdFile {
+    pub(crate) fn create(path: &Path, spec: VhdSpec) -> VhdFile {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
         let file = file.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let path = path.to_path_buf();
@@ -140,7 +140,7 @@ impl VhdFile {
             vhd.put(0, &data);
         } else {
             let table = (u64::from(vhd.entries()) * 4).next_multiple_of(512);
-            vhd.locators_at = TABLE_AT + table;
+            vhd.locators_at = BAT_OFFSET + table;
             vhd.blocks_at = vhd.locators_at + 8 * 512;
             vhd.footer_at = vhd.blocks_at + vhd.spec.blocks.len() as u64 * vhd.stride();
             vhd.write_header();
@@ -167,24 +167,24 @@ impl VhdFile {
         let mut h = [0; 1024];
         h[..8].copy_from_slice(b"cxsparse");
         h[8..16].fill(0xFF);
-        h[16..24].copy_from_slice(&TABLE_AT.to_be_bytes());
+        h[16..24].copy_from_slice(&BAT_OFFSET.to_be_bytes());
         h[24..28].copy_from_slice(&0x0001_0000_u32.to_be_bytes());
         h[28..32].copy_from_slice(&self.entries().to_be_bytes());
         h[32..36].copy_from_slice(&self.spec.block_size.to_be_bytes());
         h[40..56].copy_from_slice(&self.spec.parent);
-        self.put(HEADER_AT, &h);
-        self.name(&self.spec.parent_name.encode_utf16().collect::<Vec<_>>());
+        self.put(HEADER_OFFSET, &h);
+        self.set_parent_name(&self.spec.parent_name.encode_utf16().collect::<Vec<_>>());
     }
 
     fn write_table(&self, table: u64) {
         let unused = [0xFF; 1 << 16];
         for at in (0..table).step_by(unused.len()) {
             let rest = usize::try_from(table - at).expect("a small rest").min(unused.len());
-            self.put(TABLE_AT + at, &unused[..rest]);
+            self.put(BAT_OFFSET + at, &unused[..rest]);
         }
         for (place, &block) in self.spec.blocks.iter().enumerate() {
             let at = self.blocks_at + place as u64 * self.stride();
-            self.entry(block, u32::try_from(at / 512).expect("a BAT entry"));
+            self.set_entry(block, u32::try_from(at / 512).expect("a BAT entry"));
             let sectors = u64::from(self.spec.block_size) / 512;
             let bitmap = self.stride() - u64::from(self.spec.block_size);
             self.put(at, &vec![0xFF; usize::try_from(sectors.div_ceil(8)).expect("small")]);
@@ -198,7 +198,7 @@ impl VhdFile {
         f[..8].copy_from_slice(b"conectix");
         f[11] = 2;
         f[12..16].copy_from_slice(&0x0001_0000_u32.to_be_bytes());
-        f[16..24].copy_from_slice(&if self.spec.kind == FIXED { u64::MAX } else { HEADER_AT }.to_be_bytes());
+        f[16..24].copy_from_slice(&if self.spec.kind == FIXED { u64::MAX } else { HEADER_OFFSET }.to_be_bytes());
         f[24..28].copy_from_slice(&600_000_000_u32.to_be_bytes());
         f[28..32].copy_from_slice(b"test");
         f[34] = 1;
@@ -208,7 +208,7 @@ impl VhdFile {
         f[60..64].copy_from_slice(&self.spec.kind.to_be_bytes());
         f[68..84].copy_from_slice(&self.spec.uuid);
         self.put(at, &f);
-        self.seal(at, 512, footer::CHECKSUM);
+        self.update_checksum(at, 512, footer::CHECKSUM);
     }
 
     /// Puts bytes as they are; checksums are the caller's.
@@ -217,7 +217,7 @@ impl VhdFile {
     }
 
     /// Recomputes the checksum of the structure of `len` bytes at `at`.
-    pub(crate) fn seal(&self, at: u64, len: usize, checksum: u64) {
+    pub(crate) fn update_checksum(&self, at: u64, len: usize, checksum: u64) {
         let mut bytes = vec![0; len];
         self.file.read_exact_at(&mut bytes, at).expect("the structure lies in the file");
         let field = usize::try_from(checksum).expect("a small offset");
@@ -227,17 +227,17 @@ impl VhdFile {
     }
 
     /// Changes a field of every footer there is and makes the checksums right.
-    pub(crate) fn footers(&self, field: u64, bytes: &[u8]) -> &VhdFile {
+    pub(crate) fn set_footers(&self, field: u64, bytes: &[u8]) -> &VhdFile {
         for at in self.footer_copies() {
-            self.footer(at, field, bytes);
+            self.set_footer(at, field, bytes);
         }
         self
     }
 
     /// Changes a field of the footer at `at` and makes its checksum right.
-    pub(crate) fn footer(&self, at: u64, field: u64, bytes: &[u8]) -> &VhdFile {
+    pub(crate) fn set_footer(&self, at: u64, field: u64, bytes: &[u8]) -> &VhdFile {
         self.put(at + field, bytes);
-        self.seal(at, 512, footer::CHECKSUM);
+        self.update_checksum(at, 512, footer::CHECKSUM);
         self
     }
 
@@ -247,43 +247,43 @@ impl VhdFile {
     }
 
     /// Changes a field of the header and makes its checksum right.
-    pub(crate) fn header(&self, field: u64, bytes: &[u8]) -> &VhdFile {
-        self.put(HEADER_AT + field, bytes);
-        self.seal(HEADER_AT, 1024, header::CHECKSUM);
+    pub(crate) fn set_header(&self, field: u64, bytes: &[u8]) -> &VhdFile {
+        self.put(HEADER_OFFSET + field, bytes);
+        self.update_checksum(HEADER_OFFSET, 1024, header::CHECKSUM);
         self
     }
 
     /// Sets a BAT entry.
-    pub(crate) fn entry(&self, block: u32, sector: u32) -> &VhdFile {
-        self.put(TABLE_AT + 4 * u64::from(block), &sector.to_be_bytes());
+    pub(crate) fn set_entry(&self, block: u32, sector: u32) -> &VhdFile {
+        self.put(BAT_OFFSET + 4 * u64::from(block), &sector.to_be_bytes());
         self
     }
 
     /// Sets the header's parent name, in UTF-16 code units: any 16 bits are allowed.
-    pub(crate) fn name(&self, units: &[u16]) -> &VhdFile {
+    pub(crate) fn set_parent_name(&self, units: &[u16]) -> &VhdFile {
         let mut field = [0; 512];
         for (place, unit) in field.chunks_mut(2).zip(units) {
             place.copy_from_slice(&unit.to_be_bytes());
         }
-        self.header(header::PARENT_NAME, &field)
+        self.set_header(header::PARENT_NAME, &field)
     }
 
     /// Sets a locator entry to arbitrary values.
-    pub(crate) fn locator(&self, slot: u64, code: &[u8; 4], space: u32, len: u32, offset: u64) -> &VhdFile {
+    pub(crate) fn set_locator(&self, slot: u64, code: &[u8; 4], space: u32, len: u32, offset: u64) -> &VhdFile {
         let mut entry = [0; 24];
         entry[..4].copy_from_slice(code);
         entry[4..8].copy_from_slice(&space.to_be_bytes());
         entry[8..12].copy_from_slice(&len.to_be_bytes());
         entry[16..].copy_from_slice(&offset.to_be_bytes());
-        self.header(header::LOCATORS + slot * 24, &entry)
+        self.set_header(header::LOCATORS + slot * 24, &entry)
     }
 
     /// Points a locator at `data`, which goes to its own sector.
-    pub(crate) fn locator_data(&self, slot: u64, code: &[u8; 4], data: &[u8]) -> &VhdFile {
+    pub(crate) fn set_locator_data(&self, slot: u64, code: &[u8; 4], data: &[u8]) -> &VhdFile {
         assert!(data.len() <= 512, "a sector per locator");
         let at = self.locators_at + slot * 512;
         self.put(at, data);
-        self.locator(slot, code, 512, u32::try_from(data.len()).expect("at most a sector"), at)
+        self.set_locator(slot, code, 512, u32::try_from(data.len()).expect("at most a sector"), at)
     }
 
     /// Bytes of the file.
@@ -304,7 +304,7 @@ pub(crate) fn utf16le(text: &str) -> Vec<u8> {
 }
 
 /// Writes a file that is no VHD at all.
-pub(crate) fn plain(path: &Path, bytes: &[u8]) -> PathBuf {
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> PathBuf {
     fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     path.to_path_buf()
 }

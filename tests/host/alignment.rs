@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::guest::{Content, Guest, History, SECTOR};
-use super::loopdev::{Kind, Mounted, may_mount, must};
+use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
 use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
 use crate::common::rng::Rng;
@@ -20,24 +20,24 @@ const FALLBACK: &str = "direct I/O cannot be used here";
 
 #[test]
 fn direct_io_on_ext4() {
-    on_loop("direct_io_on_ext4", Kind::Ext4, |image| assert_direct(image, true));
+    on_loop("direct_io_on_ext4", FsKind::Ext4, |image| assert_direct(image, true));
 }
 
 #[test]
 fn direct_io_on_xfs() {
-    on_loop("direct_io_on_xfs", Kind::Xfs, |image| {
+    on_loop("direct_io_on_xfs", FsKind::Xfs, |image| {
         assert_direct(image, true);
         // A file that was ever shared has to be written by whole blocks.
         fs::remove_file(image).expect("the image goes");
         let (fresh, copy) = (made_in(image.parent().expect("a folder")), image.with_extension("copy"));
-        must(Command::new("cp").arg("--reflink=always").arg(&fresh).arg(&copy));
+        run_ok(Command::new("cp").arg("--reflink=always").arg(&fresh).arg(&copy));
         assert_direct(&copy, false);
     });
 }
 
 #[test]
 fn direct_io_on_btrfs() {
-    on_loop("direct_io_on_btrfs", Kind::Btrfs, |image| assert_direct(image, false));
+    on_loop("direct_io_on_btrfs", FsKind::Btrfs, |image| assert_direct(image, false));
 }
 
 #[test]
@@ -46,8 +46,8 @@ fn direct_io_on_tmpfs() {
     assert_direct(&made_in(folder.path()), false);
 }
 
-fn on_loop(test: &str, kind: Kind, body: impl FnOnce(&Path)) {
-    if !may_mount(test) {
+fn on_loop(test: &str, kind: FsKind, body: impl FnOnce(&Path)) {
+    if !can_mount(test) {
         return;
     }
     let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
@@ -84,7 +84,7 @@ fn assert_direct(image: &Path, expected: bool) {
     let (from, to) = (image.to_str().expect("a plain name"), raw.to_str().expect("a plain name"));
     diffdisk(["convert", from, to, "--to", "raw", runtime.option()]).ok();
     for (what, disk) in [("the guest", shown), ("the file", fs::read(&raw).expect("the raw disk"))] {
-        let wrong = history.judge_whole(&disk);
+        let wrong = history.check_final(&disk);
         assert!(wrong.is_empty(), "{} by {what}: {} wrong, first {}", image.display(), wrong.len(), wrong[0]);
     }
     fs::remove_file(raw).expect("the raw disk goes");

@@ -8,20 +8,20 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::common::tool::{DIFFDISK, Finished, diffdisk, run, scratch};
-use crate::loopdev::{Kind, LoopDevice, Mounted, may_mount, must};
+use crate::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 
 const MIB: usize = 1 << 20;
 /// What devices are full of at first.
 const OLD: u8 = 0xD7;
 
 /// A folder with the file of a device, full of old contents, and a disk to write: data at both ends and between holes.
-struct Stage {
+struct DeviceFixture {
     folder: TempDir,
     disk: Vec<u8>,
 }
 
-impl Stage {
-    fn new(device: usize, disk: usize) -> Stage {
+impl DeviceFixture {
+    fn new(device: usize, disk: usize) -> DeviceFixture {
         let folder = scratch("devices");
         fs::write(folder.path().join("device"), vec![OLD; device]).expect("the file of a device");
         let mut bytes = vec![0; disk];
@@ -29,7 +29,7 @@ impl Stage {
             bytes[at..at + len].fill(0x5A);
         }
         fs::write(folder.path().join("a.raw"), &bytes).expect("a disk");
-        let stage = Stage { folder, disk: bytes };
+        let stage = DeviceFixture { folder, disk: bytes };
         stage.diffdisk("convert a.raw a.vhd --from raw --to dynamic").ok();
         stage
     }
@@ -59,20 +59,20 @@ impl Stage {
 fn attach(file: &Path, sector: &str) -> LoopDevice {
     let made = LoopDevice::attach(file);
     if sector != "512" {
-        must(Command::new("losetup").args(["--sector-size", sector]).arg(made.path()));
+        run_ok(Command::new("losetup").args(["--sector-size", sector]).arg(made.path()));
     }
     made
 }
 
 #[test]
 fn a_disk_is_written_over_all_that_a_device_held_and_read_back() {
-    if !may_mount("devices") {
+    if !can_mount("devices") {
         return;
     }
     for sector in ["512", "4096"] {
         // Of the same size, and larger: what lies behind the disk stays.
         for (device, disk) in [(40 * MIB, 40 * MIB), (40 * MIB, 11 * MIB + 1536), (8 * MIB, 8 * MIB - 512)] {
-            let stage = Stage::new(device, disk);
+            let stage = DeviceFixture::new(device, disk);
             let there = attach(&stage.at("device"), sector);
             let dev = there.path().display();
             for source in ["a.vhd", "a.raw --from raw"] {
@@ -99,10 +99,10 @@ fn a_disk_is_written_over_all_that_a_device_held_and_read_back() {
 
 #[test]
 fn a_device_is_not_overwritten_unasked_nor_in_use_nor_too_small() {
-    if !may_mount("devices") {
+    if !can_mount("devices") {
         return;
     }
-    let stage = Stage::new(8 * MIB, 8 * MIB + 512);
+    let stage = DeviceFixture::new(8 * MIB, 8 * MIB + 512);
     let there = LoopDevice::attach(&stage.at("device"));
     let dev = there.path().display();
     stage.refused(&format!("convert a.vhd {dev} --to raw"), "give --force to overwrite");
@@ -130,19 +130,19 @@ fn a_device_is_not_overwritten_unasked_nor_in_use_nor_too_small() {
 
 #[test]
 fn a_mounted_device_is_not_overwritten() {
-    if !may_mount("devices") {
+    if !can_mount("devices") {
         return;
     }
     let folder = scratch("devices");
     let file = folder.path().join("device");
-    fs::File::create(&file).and_then(|f| f.set_len(Kind::Ext4.size())).expect("a sparse file");
+    fs::File::create(&file).and_then(|f| f.set_len(FsKind::Ext4.size())).expect("a sparse file");
     let there = LoopDevice::attach(&file);
-    Kind::Ext4.make(there.path(), &[]);
+    FsKind::Ext4.make(there.path(), &[]);
     let source = folder.path().join("a.raw").display().to_string();
     fs::write(&source, vec![1; MIB]).expect("a disk");
     let device = there.path().display().to_string();
     let write = ["convert", &source, &device, "--from", "raw", "--to", "raw", "--force"];
-    let mounted = Mounted::mount(Kind::Ext4, there.path());
+    let mounted = Mounted::mount(FsKind::Ext4, there.path());
     let failed = diffdisk(write);
     assert!(failed.code == Some(1) && failed.stderr.contains("in use: it is mounted"), "{}", failed.stderr);
     mounted.unmount();

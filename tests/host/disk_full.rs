@@ -11,7 +11,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::guest::{SECTOR, tagged_run};
-use super::loopdev::{Kind, Mounted, may_mount};
+use super::loopdev::{FsKind, Mounted, can_mount};
 use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
@@ -27,71 +27,71 @@ const BALLAST: u64 = 24 << 20;
 
 #[test]
 fn full_ext4() {
-    both_policies("full_ext4", Kind::Ext4, 64 << 20);
+    both_policies("full_ext4", FsKind::Ext4, 64 << 20);
 }
 
 #[test]
 fn full_xfs() {
-    both_policies("full_xfs", Kind::Xfs, Kind::Xfs.size());
+    both_policies("full_xfs", FsKind::Xfs, FsKind::Xfs.size());
 }
 
 #[test]
 fn full_btrfs() {
-    both_policies("full_btrfs", Kind::Btrfs, Kind::Btrfs.size());
+    both_policies("full_btrfs", FsKind::Btrfs, FsKind::Btrfs.size());
 }
 
 #[test]
 fn full_btrfs_apart() {
-    both_policies("full_btrfs_apart", Kind::BtrfsApart, Kind::BtrfsApart.size());
+    both_policies("full_btrfs_apart", FsKind::BtrfsSeparate, FsKind::BtrfsSeparate.size());
 }
 
-fn both_policies(test: &str, kind: Kind, size: u64) {
-    if may_mount(test) {
+fn both_policies(test: &str, kind: FsKind, size: u64) {
+    if can_mount(test) {
         for allocation in ["sparse", "block"] {
-            writes_fail(&Full::new(kind, size, allocation));
-            writes_wait(&Full::new(kind, size, allocation));
+            writes_fail(&FullFs::new(kind, size, allocation));
+            writes_wait(&FullFs::new(kind, size, allocation));
         }
     }
 }
 
 #[test]
 fn full_again_and_again_ext4() {
-    again_and_again("full_again_and_again_ext4", Kind::Ext4, 64 << 20);
+    again_and_again("full_again_and_again_ext4", FsKind::Ext4, 64 << 20);
 }
 
 #[test]
 fn full_again_and_again_xfs() {
-    again_and_again("full_again_and_again_xfs", Kind::Xfs, Kind::Xfs.size());
+    again_and_again("full_again_and_again_xfs", FsKind::Xfs, FsKind::Xfs.size());
 }
 
 #[test]
 fn full_again_and_again_btrfs() {
-    again_and_again("full_again_and_again_btrfs", Kind::BtrfsApart, Kind::BtrfsApart.size());
+    again_and_again("full_again_and_again_btrfs", FsKind::BtrfsSeparate, FsKind::BtrfsSeparate.size());
 }
 
-fn again_and_again(test: &str, kind: Kind, size: u64) {
-    if may_mount(test) {
-        scattered(&Full::new(kind, size, "sparse"), true);
-        scattered(&Full::new(kind, size, "block"), true);
+fn again_and_again(test: &str, kind: FsKind, size: u64) {
+    if can_mount(test) {
+        scattered_writes(&FullFs::new(kind, size, "sparse"), true);
+        scattered_writes(&FullFs::new(kind, size, "block"), true);
     }
 }
 
 #[test]
 fn commits_wait_on_btrfs_with_copies_on_write() {
-    if may_mount("commits_wait_on_btrfs_with_copies_on_write") {
-        let full = Full::new(Kind::BtrfsApart, Kind::BtrfsApart.size(), "sparse");
+    if can_mount("commits_wait_on_btrfs_with_copies_on_write") {
+        let full = FullFs::new(FsKind::BtrfsSeparate, FsKind::BtrfsSeparate.size(), "sparse");
         // An image that another program made: nothing is written in place.
         let bytes = fs::read(&full.image).expect("the image");
         fs::remove_file(&full.image).expect("the image goes");
         fs::write(&full.image, bytes).expect("a copy of it");
-        scattered(&full, false);
+        scattered_writes(&full, false);
     }
 }
 
 /// Small writes here and there, with flushes, as the host becomes full again and again at every step of what the daemon
 /// does; then it is killed while the host is full. `in_place`: what a commit writes has its room, so flushes succeed while
 /// writes wait. Otherwise a flush may wait, too.
-fn scattered(full: &Full, in_place: bool) {
+fn scattered_writes(full: &FullFs, in_place: bool) {
     let options = full.options("park");
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let daemon = Daemon::start(&full.image, &options);
@@ -157,7 +157,7 @@ fn scattered(full: &Full, in_place: bool) {
 }
 
 /// Fills the file system until only a little is left.
-fn fill_up(full: &Full) {
+fn fill_up(full: &FullFs) {
     let file = File::create(full.mounted.path().join("filler")).expect("a filler");
     let mut at = 0;
     let mut piece = 16 << 20;
@@ -173,19 +173,19 @@ fn fill_up(full: &Full) {
 }
 
 /// A small file system with an image and a ballast.
-struct Full {
+struct FullFs {
     // Unmounted before the folder goes that its file lies in.
     mounted: Mounted,
     _folder: TempDir,
-    kind: Kind,
+    kind: FsKind,
     image: PathBuf,
     ballast: PathBuf,
     runtime: Runtime,
     allocation: &'static str,
 }
 
-impl Full {
-    fn new(kind: Kind, size: u64, allocation: &'static str) -> Full {
+impl FullFs {
+    fn new(kind: FsKind, size: u64, allocation: &'static str) -> FullFs {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let device = folder.path().join("device");
         File::create(&device).and_then(|file| file.set_len(size)).expect("a device in memory");
@@ -195,7 +195,7 @@ impl Full {
         let file = File::create(&ballast).expect("a ballast");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BALLAST).expect("room for the ballast");
         diffdisk(["create", text(&image), "--size", DISK, "--block-size", BLOCK]).ok();
-        Full { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new(), allocation }
+        FullFs { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new(), allocation }
     }
 
     fn options(&self, policy: &str) -> [String; 3] {
@@ -214,7 +214,7 @@ impl Full {
         let m = fs::metadata(&self.image).expect("the image");
         let beyond = (m.blocks() * 512).saturating_sub(m.len());
         // XFS allocates ahead by itself and takes it back later.
-        if self.kind == Kind::Ext4 {
+        if self.kind == FsKind::Ext4 {
             assert!(beyond < 256 << 10, "{beyond} bytes are held beyond the end of {} bytes", m.len());
         }
     }
@@ -260,7 +260,7 @@ fn assert_readable(client: &mut Client, pieces: u64) {
     }
 }
 
-fn writes_fail(full: &Full) {
+fn writes_fail(full: &FullFs) {
     let daemon = full.serve("error");
     let mut client = daemon.connect();
     let mut done = 0;
@@ -301,7 +301,7 @@ fn writes_fail(full: &Full) {
     full.assert_holds(done + 20);
 }
 
-fn writes_wait(full: &Full) {
+fn writes_wait(full: &FullFs) {
     let daemon = full.serve("park");
     let mut client = daemon.connect();
     let mut done = 0;
@@ -318,7 +318,7 @@ fn writes_wait(full: &Full) {
         }
     }
     assert!(done > 50, "only {done} pieces found room: {}", daemon.log());
-    let others = Others { parked: 1 };
+    let others = OtherRequests { parked: 1 };
     others.run(&mut client, Command::Flush);
     for piece in (0..done).step_by(7) {
         let want = data(piece);
@@ -329,7 +329,7 @@ fn writes_wait(full: &Full) {
     for piece in done + 1..done + 5 {
         submit(&mut client, piece).expect("a write is queued");
     }
-    let others = Others { parked: 5 };
+    let others = OtherRequests { parked: 5 };
     others.run(&mut client, Command::Flush);
     full.assert_no_leak();
     full.make_room();
@@ -347,11 +347,11 @@ fn writes_wait(full: &Full) {
 }
 
 /// Requests that complete while writes are parked.
-struct Others {
+struct OtherRequests {
     parked: usize,
 }
 
-impl Others {
+impl OtherRequests {
     fn run(&self, client: &mut Client, command: Command<'_>) -> Vec<u8> {
         assert_eq!(client.in_flight(), self.parked, "a parked write was answered");
         let ticket = client.submit(0, command).expect("a request is queued");

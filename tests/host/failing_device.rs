@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::fuse;
 use super::guest::{SECTOR, tagged_run};
-use super::loopdev::{Kind, Mounted, may_mount, mounted_on};
+use super::loopdev::{FsKind, Mounted, can_mount, mount_on_loop};
 use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
@@ -23,34 +23,34 @@ enum Failing {
 
 #[test]
 fn failed_syncs_are_final_on_ext4() {
-    both_modes("failed_syncs_are_final_on_ext4", Kind::Ext4, Failing::Syncs);
+    both_modes("failed_syncs_are_final_on_ext4", FsKind::Ext4, Failing::Syncs);
 }
 
 #[test]
 fn failed_syncs_are_final_on_xfs() {
-    both_modes("failed_syncs_are_final_on_xfs", Kind::Xfs, Failing::Syncs);
+    both_modes("failed_syncs_are_final_on_xfs", FsKind::Xfs, Failing::Syncs);
 }
 
 #[test]
 fn failed_writes_are_told_on_ext4() {
-    both_modes("failed_writes_are_told_on_ext4", Kind::Ext4, Failing::Writes);
+    both_modes("failed_writes_are_told_on_ext4", FsKind::Ext4, Failing::Writes);
 }
 
 #[test]
 fn failed_writes_are_told_on_xfs() {
-    both_modes("failed_writes_are_told_on_xfs", Kind::Xfs, Failing::Writes);
+    both_modes("failed_writes_are_told_on_xfs", FsKind::Xfs, Failing::Writes);
 }
 
-fn both_modes(test: &str, kind: Kind, failing: Failing) {
-    if may_mount(test) {
+fn both_modes(test: &str, kind: FsKind, failing: Failing) {
+    if can_mount(test) {
         run(kind, failing, "--cache=writeback");
         run(kind, failing, "--direct");
     }
 }
 
-fn run(kind: Kind, failing: Failing, mode: &str) {
+fn run(kind: FsKind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
-    let (device, mounted) = mounted_on(&disk.path(), kind);
+    let (device, mounted) = mount_on_loop(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
     // Sixteen blocks: the first write's step of growth is the only one. A second one in the background would be under way
     // or not when the medium fails, and one that can be neither ended nor undone poisons the image.
@@ -93,7 +93,7 @@ fn run(kind: Kind, failing: Failing, mode: &str) {
     let mounted = Mounted::mount(kind, device.path());
     let image = mounted.path().join("image.vhd");
     let options: &[&str] = if poisoned {
-        refuses(&image, runtime.option());
+        assert_refused(&image, runtime.option());
         &[mode, runtime.option(), "--discard-journal"]
     } else {
         &[mode, runtime.option()]
@@ -118,7 +118,7 @@ fn run(kind: Kind, failing: Failing, mode: &str) {
 }
 
 /// A successor is told of the failed sync, and says so instead of serving.
-fn refuses(image: &Path, runtime: &str) {
+fn assert_refused(image: &Path, runtime: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut command = Command::new(tool::DIFFDISKD);
     command.arg(format!("--blk-file={}", image.display())).arg(runtime);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::fuse::{self, Entry, Event, FuseDisk, contains};
 use super::guest::{SECTOR, tagged, tagged_run};
-use super::loopdev::{Kind, may_mount, mounted_on};
+use super::loopdev::{FsKind, can_mount, mount_on_loop};
 use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
@@ -56,11 +56,11 @@ fn reads_of_a_killed_thread_are_waited_for() {
 /// and no kernel lock of an inode stands between them and the successor: nothing but the lock on the child does. (A
 /// buffered read ends with its process; what goes on is the kernel's reading ahead.)
 fn reads_of_a_parent(test: &str, engine: &str) {
-    if !may_mount(test) {
+    if !can_mount(test) {
         return;
     }
-    let disk = fuse::blank(Kind::Ext4.size());
-    let (device, mounted) = mounted_on(&disk.path(), Kind::Ext4);
+    let disk = fuse::blank(FsKind::Ext4.size());
+    let (device, mounted) = mount_on_loop(&disk.path(), FsKind::Ext4);
     let folder = tempfile::tempdir().expect("a folder");
     let (root, child) = (mounted.path().join("root.vhd"), folder.path().join("child.vhd"));
     let raw = folder.path().join("raw");
@@ -81,7 +81,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     old.strike();
     disk.set_read_delay(Duration::ZERO);
     let new = Daemon::start(&child, &options);
-    let over = disk.late_reads_over().expect("the new daemon serves when the old reads are over");
+    let over = disk.held_reads_done_at().expect("the new daemon serves when the old reads are over");
     assert!(over > killed, "nothing was under way when the daemon was killed");
     let found = new.connect().read(1000 * SECTOR as u64, 8192).expect("a read");
     assert!(found == tagged_run(1, 1000, 16));
@@ -93,7 +93,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
 
 /// The image is the FUSE file: all that arrives there is the daemons' doing.
 fn on_the_medium_itself(test: &str, engine: &str) {
-    if !may_mount(test) {
+    if !can_mount(test) {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -108,18 +108,18 @@ fn on_the_medium_itself(test: &str, engine: &str) {
     assert!(landed > killed, "nothing was under way when the daemon was killed");
     let first = disk.first_arrival_after(killed).expect("the new daemon has read the image");
     assert!(first >= landed, "the new daemon came {:?} before the old write had landed", landed - first);
-    the_new_write_stays(&disk, &new);
+    assert_new_write_stays(&disk, &new);
     new.stop();
     drop(old);
 }
 
 /// The image lies in ext4: the daemons' direct I/O reaches the medium among the file system's own.
 fn on_ext4(test: &str, engine: &str) {
-    if !may_mount(test) {
+    if !can_mount(test) {
         return;
     }
-    let disk = fuse::blank(Kind::Ext4.size());
-    let (device, mounted) = mounted_on(&disk.path(), Kind::Ext4);
+    let disk = fuse::blank(FsKind::Ext4.size());
+    let (device, mounted) = mount_on_loop(&disk.path(), FsKind::Ext4);
     let image = mounted.path().join("image.vhd");
     create(&image);
     let runtime = Runtime::new();
@@ -129,7 +129,7 @@ fn on_ext4(test: &str, engine: &str) {
     let landed = entry_of(&disk.log(), OLD).expect("the old write has landed before the new daemon serves").done;
     assert!(landed > killed, "nothing was under way when the daemon was killed");
     assert!(!new.log().contains("buffered"), "direct I/O was asked for: {}", new.log());
-    the_new_write_stays(&disk, &new);
+    assert_new_write_stays(&disk, &new);
     new.stop();
     drop(old);
     mounted.unmount();
@@ -149,7 +149,7 @@ fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) 
     client.flush().expect("a flush");
     disk.set_delay(LATENCY);
     submit(&mut client, OLD);
-    disk.wait_for_held(&tagged(OLD, PLACE.0));
+    disk.wait_for_held_write(&tagged(OLD, PLACE.0));
     let killed = Instant::now();
     daemon.strike();
     disk.set_delay(Duration::ZERO);
@@ -163,12 +163,12 @@ fn submit(client: &mut Client, tag: u64) {
 }
 
 /// A write to the same place is not overtaken.
-fn the_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
+fn assert_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
     let mut client = daemon.connect();
     submit(&mut client, NEW);
     client.wait().expect("an answer").result.expect("a write");
     client.flush().expect("a flush");
-    disk.wait_until_landed();
+    disk.wait_until_applied();
     let (offset, len) = (PLACE.0 * SECTOR as u64, usize::try_from(PLACE.1).expect("small") * SECTOR);
     assert!(client.read(offset, len).expect("a read") == tagged_run(NEW, PLACE.0, PLACE.1));
     let log = disk.log();

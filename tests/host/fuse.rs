@@ -49,7 +49,7 @@ pub(crate) struct Entry {
 struct Shared {
     state: Mutex<State>,
     /// A delayed request has taken effect.
-    landed: Condvar,
+    applied: Condvar,
     delay_ms: AtomicU64,
     read_delay_ms: AtomicU64,
     fail_writes: AtomicBool,
@@ -62,7 +62,7 @@ struct State {
     pages: Pages,
     log: Vec<Entry>,
     /// Data of writes that are being held back.
-    held: Vec<Arc<[u8]>>,
+    held_writes: Vec<Arc<[u8]>>,
     /// Reads that are being held back, and when the last of them was answered.
     held_reads: usize,
     last_late_read: Option<Instant>,
@@ -153,8 +153,8 @@ impl FuseDisk {
     }
 
     /// Waits until a write that holds `needle` has arrived and is being held back.
-    pub(crate) fn wait_for_held(&self, needle: &[u8]) {
-        self.wait("the write to arrive", |state| state.held.iter().any(|data| contains(data, needle)));
+    pub(crate) fn wait_for_held_write(&self, needle: &[u8]) {
+        self.wait("the write to arrive", |state| state.held_writes.iter().any(|data| contains(data, needle)));
     }
 
     /// Waits until a read has arrived and is being held back.
@@ -163,21 +163,21 @@ impl FuseDisk {
     }
 
     /// When the last of the reads that were held back was answered; `None` while one still is, or if none was.
-    pub(crate) fn late_reads_over(&self) -> Option<Instant> {
+    pub(crate) fn held_reads_done_at(&self) -> Option<Instant> {
         let state = self.shared.state();
         state.last_late_read.filter(|_| state.held_reads == 0)
     }
 
     /// Waits until nothing is held back.
-    pub(crate) fn wait_until_landed(&self) {
-        self.wait("the held writes to land", |state| state.held.is_empty());
+    pub(crate) fn wait_until_applied(&self) {
+        self.wait("the held writes to land", |state| state.held_writes.is_empty());
     }
 
     fn wait(&self, what: &str, until: impl Fn(&State) -> bool) {
         let patience = Duration::from_secs(60);
         let (_state, waited) = self
             .shared
-            .landed
+            .applied
             .wait_timeout_while(self.shared.state(), patience, |state| !until(state))
             .expect("no thread of the disk panics");
         assert!(!waited.timed_out(), "waited too long for {what}");
@@ -243,7 +243,7 @@ impl Server {
     }
 
     /// Has an event take effect, now or after the delay, then answers.
-    fn take_effect(&self, event: Event, answer: impl FnOnce() + Send + 'static) {
+    fn apply(&self, event: Event, answer: impl FnOnce() + Send + 'static) {
         let shared = self.0.clone();
         let delay = Duration::from_millis(shared.delay_ms.load(Ordering::SeqCst));
         let land = move || {
@@ -251,14 +251,14 @@ impl Server {
             match &event {
                 Event::Write { offset, data } => {
                     state.pages.write(*offset, data);
-                    state.held.retain(|held| !Arc::ptr_eq(held, data));
+                    state.held_writes.retain(|held| !Arc::ptr_eq(held, data));
                 }
                 Event::Zero { offset, len } => state.pages.zero(*offset, *len),
                 Event::Sync => {}
             }
             state.log.push(Entry { event, done: Instant::now() });
             drop(state);
-            shared.landed.notify_all();
+            shared.applied.notify_all();
             answer();
         };
         if delay.is_zero() {
@@ -271,13 +271,13 @@ impl Server {
         }
     }
 
-    fn fails(&self, switch: &AtomicBool) -> bool {
+    fn should_fail(&self, switch: &AtomicBool) -> bool {
         let fails = switch.load(Ordering::SeqCst);
         self.0.failures.fetch_add(u64::from(fails), Ordering::SeqCst);
         fails
     }
 
-    fn arrived(&self) {
+    fn record_arrival(&self) {
         self.0.state().arrivals.push(Instant::now());
     }
 }
@@ -335,7 +335,7 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.arrived();
+        self.record_arrival();
         let size = usize::try_from(size).expect("a size in memory");
         let delay = Duration::from_millis(self.0.read_delay_ms.load(Ordering::SeqCst));
         if delay.is_zero() {
@@ -343,7 +343,7 @@ impl Filesystem for Server {
             return reply.data(&bytes);
         }
         self.0.state().held_reads += 1;
-        self.0.landed.notify_all();
+        self.0.applied.notify_all();
         let shared = self.0.clone();
         thread::spawn(move || {
             thread::sleep(delay);
@@ -368,35 +368,35 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.arrived();
-        if self.fails(&self.0.fail_writes) {
+        self.record_arrival();
+        if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);
         }
         let size = u32::try_from(data.len()).expect("a size in memory");
         let data: Arc<[u8]> = data.into();
-        self.0.state().held.push(data.clone());
-        self.0.landed.notify_all();
-        self.take_effect(Event::Write { offset, data }, move || reply.written(size));
+        self.0.state().held_writes.push(data.clone());
+        self.0.applied.notify_all();
+        self.apply(Event::Write { offset, data }, move || reply.written(size));
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.arrived();
-        if self.fails(&self.0.fail_syncs) {
+        self.record_arrival();
+        if self.should_fail(&self.0.fail_syncs) {
             return reply.error(Errno::EIO);
         }
-        self.take_effect(Event::Sync, move || reply.ok());
+        self.apply(Event::Sync, move || reply.ok());
     }
 
     fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
-        self.arrived();
-        if self.fails(&self.0.fail_writes) {
+        self.record_arrival();
+        if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);
         }
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
             // Room is always there.
             0 => reply.ok(),
             libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => {
-                self.take_effect(Event::Zero { offset, len }, move || reply.ok());
+                self.apply(Event::Zero { offset, len }, move || reply.ok());
             }
             _ => reply.error(Errno::EOPNOTSUPP),
         }

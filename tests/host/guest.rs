@@ -14,7 +14,7 @@ const DEPTH: usize = 8;
 /// Sectors of the largest request.
 const MAX_SECTORS: u64 = 256;
 /// Sectors of the part of the disk that is written over and over.
-const HOT: u64 = 2048;
+const HOT_SECTORS: u64 = 2048;
 
 /// What a sector holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,7 +40,7 @@ pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
 }
 
 /// What `bytes` are, as the contents of sector `sector`; an explanation where nobody has written that there.
-pub(crate) fn recognise(bytes: &[u8], sector: u64) -> Result<Content, String> {
+pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     // Every unit is as the one before.
     if bytes[16..] != bytes[..SECTOR - 16] {
@@ -66,7 +66,7 @@ fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
 
 /// What a power cut may do to a sector that is being written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Sectors {
+pub(crate) enum Tearing {
     /// It is old or new.
     Whole,
     /// It may be a mixture of what it may be. Linux does not hold a page of its cache still on the way to the medium: a
@@ -87,7 +87,7 @@ struct Change {
 
 struct Flush {
     /// The number of the guest's event that was its submission: it covers what was acknowledged before.
-    asked: u64,
+    submitted_event: u64,
     /// The medium's position when it was complete.
     complete: Option<usize>,
 }
@@ -97,7 +97,7 @@ pub(crate) struct History {
     initial: Vec<Content>,
     changes: Vec<Change>,
     /// By sector: its changes, in order.
-    of_sector: Vec<Vec<u32>>,
+    by_sector: Vec<Vec<u32>>,
     flushes: Vec<Flush>,
     events: u64,
 }
@@ -106,7 +106,7 @@ impl History {
     /// Of a disk with these contents.
     pub(crate) fn of(initial: Vec<Content>) -> History {
         let of_sector = vec![Vec::new(); initial.len()];
-        History { initial, changes: Vec::new(), of_sector, flushes: Vec::new(), events: 0 }
+        History { initial, changes: Vec::new(), by_sector: of_sector, flushes: Vec::new(), events: 0 }
     }
 
     fn event(&mut self) -> u64 {
@@ -116,7 +116,7 @@ impl History {
 
     fn change(&mut self, content: Content, sectors: Range<u64>, submitted: usize) -> usize {
         let number = self.changes.len();
-        for list in &mut self.of_sector[index(sectors.start)..index(sectors.end)] {
+        for list in &mut self.by_sector[index(sectors.start)..index(sectors.end)] {
             list.push(u32::try_from(number).expect("a short history"));
         }
         self.changes.push(Change { content, sectors, submitted, acknowledged: None });
@@ -130,23 +130,23 @@ impl History {
 
     /// Holds a disk, as it was found after the medium lost all beyond `cut`, against what may be there: in each sector
     /// what the last completed flush covered, or something written since (S1, S2). Returns the violations.
-    pub(crate) fn judge(&self, disk: &[u8], cut: usize, sectors: Sectors) -> Vec<String> {
+    pub(crate) fn check(&self, disk: &[u8], cut: usize, sectors: Tearing) -> Vec<String> {
         let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
-        let covered = complete.map(|f| f.asked).max().unwrap_or(0);
+        let covered = complete.map(|f| f.submitted_event).max().unwrap_or(0);
         let mut wrong = Vec::new();
         if disk.len() != self.initial.len() * SECTOR {
             wrong.push(format!("the disk has {} bytes", disk.len()));
         }
         for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
-            let changes = || self.of_sector[index(sector)].iter().map(|n| &self.changes[*n as usize]);
+            let changes = || self.by_sector[index(sector)].iter().map(|n| &self.changes[*n as usize]);
             let is_covered = |c: &Change| c.acknowledged.is_some_and(|at| at < covered);
             let base = changes().rposition(is_covered);
             let since = changes().skip(base.unwrap_or(0)).take_while(|c| c.submitted <= cut).map(|c| c.content);
             let before = base.is_none().then_some(self.initial[index(sector)]);
-            let found = recognise(bytes, sector);
+            let found = identify(bytes, sector);
             if !found.as_ref().is_ok_and(|found| before.into_iter().chain(since.clone()).any(|c| c == *found)) {
                 let allowed: Vec<_> = before.into_iter().chain(since).collect();
-                if sectors == Sectors::Torn && is_mixture_of(&allowed, bytes, sector) {
+                if sectors == Tearing::Torn && is_mixture_of(&allowed, bytes, sector) {
                     continue;
                 }
                 wrong.push(format!("sector {sector}: {found:?}, not one of {allowed:?}"));
@@ -156,12 +156,12 @@ impl History {
     }
 
     /// The same, of a disk that lost nothing: every sector holds its last acknowledged change.
-    pub(crate) fn judge_whole(&self, disk: &[u8]) -> Vec<String> {
+    pub(crate) fn check_final(&self, disk: &[u8]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
-            let last = self.of_sector[index(sector)].last().map(|n| &self.changes[*n as usize]);
+            let last = self.by_sector[index(sector)].last().map(|n| &self.changes[*n as usize]);
             let want = last.map_or(self.initial[index(sector)], |c| c.content);
-            let found = recognise(bytes, sector);
+            let found = identify(bytes, sector);
             if found != Ok(want) {
                 wrong.push(format!("sector {sector}: {found:?}, not {want:?}"));
             }
@@ -179,11 +179,11 @@ pub(crate) struct Guest<'a> {
     client: Client,
     history: History,
     position: &'a dyn Fn() -> usize,
-    in_flight: HashMap<u64, Sent>,
+    in_flight: HashMap<u64, Submitted>,
     sectors: u64,
 }
 
-enum Sent {
+enum Submitted {
     Change(usize),
     Flush(usize),
 }
@@ -208,15 +208,15 @@ impl<'a> Guest<'a> {
         if kind < 10 {
             let asked = self.history.event();
             let ticket = self.client.submit(queue, Command::Flush).expect("a flush is queued");
-            self.in_flight.insert(ticket, Sent::Flush(self.history.flushes.len()));
-            self.history.flushes.push(Flush { asked, complete: None });
+            self.in_flight.insert(ticket, Submitted::Flush(self.history.flushes.len()));
+            self.history.flushes.push(Flush { submitted_event: asked, complete: None });
             return;
         }
         let count = 1 + rng.below(MAX_SECTORS) / (1 << rng.below(8));
-        let within = if rng.below(2) == 0 { HOT } else { self.sectors };
+        let within = if rng.below(2) == 0 { HOT_SECTORS } else { self.sectors };
         let start = rng.below(within - count);
         // Two changes of one sector in flight have no order.
-        while self.touches(&(start..start + count)) {
+        while self.overlaps_in_flight(&(start..start + count)) {
             self.complete_one();
         }
         let submitted = (self.position)();
@@ -230,16 +230,16 @@ impl<'a> Guest<'a> {
             let data = tagged_run(tag, start, count);
             (sent, self.client.submit(queue, Command::Write { offset: start * SECTOR as u64, data: &data }))
         };
-        self.in_flight.insert(ticket.expect("a request is queued"), Sent::Change(sent));
+        self.in_flight.insert(ticket.expect("a request is queued"), Submitted::Change(sent));
     }
 
-    fn touches(&self, range: &Range<u64>) -> bool {
+    fn overlaps_in_flight(&self, range: &Range<u64>) -> bool {
         self.in_flight.values().any(|sent| match sent {
-            Sent::Change(n) => {
+            Submitted::Change(n) => {
                 let other = &self.history.changes[*n].sectors;
                 other.start < range.end && range.start < other.end
             }
-            Sent::Flush(_) => false,
+            Submitted::Flush(_) => false,
         })
     }
 
@@ -248,8 +248,8 @@ impl<'a> Guest<'a> {
         done.result.expect("no request fails");
         let event = self.history.event();
         match self.in_flight.remove(&done.ticket).expect("a ticket comes back once") {
-            Sent::Change(n) => self.history.changes[n].acknowledged = Some(event),
-            Sent::Flush(n) => self.history.flushes[n].complete = Some((self.position)()),
+            Submitted::Change(n) => self.history.changes[n].acknowledged = Some(event),
+            Submitted::Flush(n) => self.history.flushes[n].complete = Some((self.position)()),
         }
     }
 
@@ -260,7 +260,7 @@ impl<'a> Guest<'a> {
         }
         let asked = self.history.event();
         self.client.flush().expect("a flush");
-        self.history.flushes.push(Flush { asked, complete: Some((self.position)()) });
+        self.history.flushes.push(Flush { submitted_event: asked, complete: Some((self.position)()) });
         self.history
     }
 }
@@ -280,23 +280,23 @@ fn a_history_tells_right_from_wrong() {
     let first = h.change(tag(1), 0..2, 10);
     h.changes[first].acknowledged = Some(h.event());
     let asked = h.event();
-    h.flushes.push(Flush { asked, complete: Some(20) });
+    h.flushes.push(Flush { submitted_event: asked, complete: Some(20) });
     h.change(tag(2), 0..1, 30);
-    let ok = |a, b, cut| [Sectors::Whole, Sectors::Torn].map(|s| h.judge(&disk(a, b), cut, s).is_empty()) == [true; 2];
+    let ok = |a, b, cut| [Tearing::Whole, Tearing::Torn].map(|s| h.check(&disk(a, b), cut, s).is_empty()) == [true; 2];
     assert!(ok(tag(0), zero, 9) && !ok(tag(1), zero, 9), "not written yet");
     assert!(ok(tag(0), tag(1), 10) && ok(tag(1), zero, 19), "each sector by itself");
     assert!(!ok(zero, tag(1), 19), "zero was never in sector 0");
     assert!(ok(tag(1), tag(1), 20) && !ok(tag(0), tag(1), 20) && !ok(tag(1), zero, 20), "flushed");
     assert!(!ok(tag(2), tag(1), 29) && ok(tag(2), tag(1), 30) && ok(tag(1), tag(1), 30), "written since");
-    assert!(h.judge_whole(&disk(tag(2), tag(1))).is_empty() && !h.judge_whole(&disk(tag(1), tag(1))).is_empty());
-    assert!(recognise(&tagged(3, 7), 8).unwrap_err().contains("sector 7 of write 3"));
+    assert!(h.check_final(&disk(tag(2), tag(1))).is_empty() && !h.check_final(&disk(tag(1), tag(1))).is_empty());
+    assert!(identify(&tagged(3, 7), 8).unwrap_err().contains("sector 7 of write 3"));
     let mut torn = tagged(3, 7);
     torn[100] = 7;
-    assert!(recognise(&torn, 7).is_err());
+    assert!(identify(&torn, 7).is_err());
 
     // Half of sector 0 is of one write, half of another.
     let mixed = |a, b| [&tagged(a, 0)[..256], &tagged(b, 0)[256..], &tagged(1, 1)].concat();
-    let may_be = |a, b, cut| [Sectors::Whole, Sectors::Torn].map(|s| h.judge(&mixed(a, b), cut, s).is_empty());
+    let may_be = |a, b, cut| [Tearing::Whole, Tearing::Torn].map(|s| h.check(&mixed(a, b), cut, s).is_empty());
     assert_eq!(may_be(1, 2, 30), [false, true], "flushed, and being overwritten");
     assert_eq!(
         (may_be(1, 2, 29), may_be(0, 2, 30)),

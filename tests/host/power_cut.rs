@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::fuse::{self, Entry, Event, FuseDisk};
-use super::guest::{Content, Guest, History, SECTOR, Sectors, tagged};
-use super::loopdev::{Kind, LoopDevice, Mounted, may_mount, must};
+use super::guest::{Content, Guest, History, SECTOR, Tearing, tagged};
+use super::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 use super::pages::{PAGE, Pages};
 use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
@@ -38,7 +38,7 @@ const TOPS: [&str; 2] = ["child.vhd", "alone.vhd"];
 fn power_fails_under_ext4() {
     power_fails(
         "power_fails_under_ext4",
-        Kind::Ext4,
+        FsKind::Ext4,
         &["-b", "1024", "-J", "size=4"],
         ["--direct", "--cache=writeback"],
     );
@@ -49,7 +49,7 @@ fn power_fails_under_ext4() {
 fn power_fails_under_ext4_with_large_blocks() {
     power_fails(
         "power_fails_under_ext4_with_large_blocks",
-        Kind::Ext4,
+        FsKind::Ext4,
         &["-b", "4096", "-J", "size=4"],
         ["--cache=writeback", "--direct"],
     );
@@ -57,12 +57,12 @@ fn power_fails_under_ext4_with_large_blocks() {
 
 #[test]
 fn power_fails_under_xfs() {
-    power_fails("power_fails_under_xfs", Kind::Xfs, &[], ["--cache=writeback", "--direct"]);
+    power_fails("power_fails_under_xfs", FsKind::Xfs, &[], ["--cache=writeback", "--direct"]);
 }
 
 /// `options` go to mkfs. `modes`: an option of each image's daemon.
-fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2]) {
-    if !may_mount(test) {
+fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str; 2]) {
+    if !can_mount(test) {
         return;
     }
     let cuts = std::env::var("DIFFDISK_CUTS").map_or(100, |n| n.parse().expect("a number of cuts"));
@@ -87,16 +87,16 @@ fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2
         })
         .collect();
     places.sort_unstable();
-    let mut medium = Medium { synced: base, log: &log, at: 0 };
+    let mut medium = MediumReplay { synced: base, log: &log, at: 0 };
     // A tmpfs: nothing here has to survive.
     let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
-    let sectors = modes.map(|mode| if mode == "--direct" { Sectors::Whole } else { Sectors::Torn });
+    let sectors = modes.map(|mode| if mode == "--direct" { Tearing::Whole } else { Tearing::Torn });
     // In a file of its own each time: in one that a dying loop device still has, a mount may find that device again, and in
     // its cache a superblock of the cut before, which says that there is no journal to replay.
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");
-        let wrong = examine(kind, &device, folder.path(), (&histories, sectors), cut, serve);
+        let wrong = check_after_cut(kind, &device, folder.path(), (&histories, sectors), cut, serve);
         fs::remove_file(&device).expect("it is there");
         wrong
     };
@@ -122,7 +122,7 @@ fn power_fails(test: &str, kind: Kind, options: &[&str], modes: [&'static str; 2
 }
 
 /// Works on the images. Returns the medium at the start, what happened to it, and what the guests know.
-fn record(kind: Kind, options: &[&str], modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
+fn record(kind: FsKind, options: &[&str], modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
     let disk = fuse::blank(kind.size());
     let device = LoopDevice::attach(&disk.path());
     kind.make(device.path(), options);
@@ -193,14 +193,14 @@ fn work(
 }
 
 /// What the medium holds, from cut to later cut.
-struct Medium<'a> {
+struct MediumReplay<'a> {
     log: &'a [Entry],
     /// With all events before `at`, behind the last sync looked at.
     synced: Pages,
     at: usize,
 }
 
-impl Medium<'_> {
+impl MediumReplay<'_> {
     /// The medium as it may be when the events from `cut` on never happened, and since the last sync before it each page
     /// by itself reached the medium or not.
     fn cut(&mut self, cut: usize, rng: &mut Rng) -> Pages {
@@ -239,11 +239,11 @@ impl Medium<'_> {
 
 /// Mounts what the power cut left, and holds the images against their guests' knowledge. `serve`: daemons recover them,
 /// too. Returns what is wrong.
-fn examine(
-    kind: Kind,
+fn check_after_cut(
+    kind: FsKind,
     device: &Path,
     scratch: &Path,
-    (histories, sectors): (&[History], [Sectors; 2]),
+    (histories, sectors): (&[History], [Tearing; 2]),
     cut: usize,
     serve: bool,
 ) -> Vec<String> {
@@ -256,7 +256,7 @@ fn examine(
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
         // Then the tool says so, and the daemon mends it: see below.
-        let short = kind == Kind::Ext4 && lacks_its_new_footer(&image);
+        let short = kind == FsKind::Ext4 && lacks_new_footer(&image);
         if !short {
             footers_are_valid(&image).into_iter().for_each(&mut note);
         }
@@ -266,13 +266,13 @@ fn examine(
         if !matches!((check.code, short), (Some(0 | 4), _) | (Some(3), true)) {
             note(format!("check: {}", check.stderr));
         }
-        match contents(&image, &scratch.join("raw")) {
-            Ok(disk) => history.judge(&disk, cut, sectors).into_iter().for_each(&mut note),
+        match read_disk(&image, &scratch.join("raw")) {
+            Ok(disk) => history.check(&disk, cut, sectors).into_iter().for_each(&mut note),
             Err(why) => note(why),
         }
         if serve {
             let before = fs::read(scratch.join("raw")).unwrap_or_default();
-            recovers(&image, &before, &scratch.join("raw")).into_iter().for_each(&mut note);
+            check_recovery(&image, &before, &scratch.join("raw")).into_iter().for_each(&mut note);
         }
     }
     mounted.unmount();
@@ -285,7 +285,7 @@ fn examine(
 /// page, and a journal commit in between makes it durable: a length that nobody has synced. The footer at the start is whole
 /// then, the old trailing one is not wiped yet, all blocks are where they were, and recovery writes the one at the end;
 /// contents are held against all promises as in any other cut.
-fn lacks_its_new_footer(image: &Path) -> bool {
+fn lacks_new_footer(image: &Path) -> bool {
     let Ok(bytes) = fs::read(image) else { return false };
     let (front, tail) = (&bytes[..SECTOR.min(bytes.len())], bytes.len().saturating_sub(SECTOR));
     let has_old_one = bytes[SECTOR..tail].chunks(SECTOR).any(|sector| sector == front);
@@ -319,7 +319,7 @@ fn footers_are_valid(image: &Path) -> Vec<String> {
     wrong
 }
 
-fn contents(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
+fn read_disk(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
     let _ = fs::remove_file(raw);
     let mut convert = Command::new(tool::DIFFDISK);
     let ended = tool::run(convert.arg("convert").arg(image).arg(raw).args(["--to", "raw"]), Duration::from_secs(60));
@@ -330,7 +330,7 @@ fn contents(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
 }
 
 /// A daemon opens it for writing, shows the same disk, takes a write, and closes it in good order.
-fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
+fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     // What lived in the host's memory is gone with it.
     let runtime = Runtime::new();
     let daemon = Daemon::start(image, &[runtime.option()]);
@@ -352,7 +352,7 @@ fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     }
     let mut want = before.to_vec();
     want[20_000 * SECTOR..20_040 * SECTOR].copy_from_slice(&fresh);
-    match contents(image, raw) {
+    match read_disk(image, raw) {
         Ok(disk) if disk == want => {}
         Ok(_) => wrong.push("after recovery and one write the disk is another".into()),
         Err(why) => wrong.push(why),
@@ -363,20 +363,20 @@ fn recovers(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
 /// The record and the replay agree with what the medium really held.
 #[test]
 fn a_replay_of_everything_is_the_medium() {
-    if !may_mount("a_replay_of_everything_is_the_medium") {
+    if !can_mount("a_replay_of_everything_is_the_medium") {
         return;
     }
-    let disk = fuse::blank(Kind::Ext4.size());
+    let disk = fuse::blank(FsKind::Ext4.size());
     let device = LoopDevice::attach(&disk.path());
-    Kind::Ext4.make(device.path(), &[]);
+    FsKind::Ext4.make(device.path(), &[]);
     let base = disk.start_log();
-    let mounted = Mounted::mount(Kind::Ext4, device.path());
-    must(Command::new("cp").arg(tool::DIFFDISK).arg(mounted.path()));
+    let mounted = Mounted::mount(FsKind::Ext4, device.path());
+    run_ok(Command::new("cp").arg(tool::DIFFDISK).arg(mounted.path()));
     mounted.unmount();
     drop(device);
     let log = disk.log();
     let last = log.iter().rposition(|e| matches!(e.event, Event::Sync)).expect("unmounting syncs");
-    let mut medium = Medium { synced: base.clone(), log: &log, at: 0 };
+    let mut medium = MediumReplay { synced: base.clone(), log: &log, at: 0 };
     let replayed = medium.cut(last + 1, &mut Rng::new(1));
     let (all, first) = (disk.contents(), base);
     let whole = usize::try_from(all.len()).expect("a small disk");

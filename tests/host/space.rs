@@ -7,7 +7,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::loopdev::{Kind, Mounted, may_mount, must};
+use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
 use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
@@ -18,18 +18,18 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 /// Images on a real file system, and a runtime folder.
-struct Farm {
+struct SpaceFixture {
     folder: TempDir,
     runtime: Runtime,
 }
 
-impl Farm {
-    fn new() -> Farm {
-        Farm::within(Path::new(env!("CARGO_TARGET_TMPDIR")))
+impl SpaceFixture {
+    fn new() -> SpaceFixture {
+        SpaceFixture::within(Path::new(env!("CARGO_TARGET_TMPDIR")))
     }
 
-    fn within(folder: &Path) -> Farm {
-        Farm { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: Runtime::new() }
+    fn within(folder: &Path) -> SpaceFixture {
+        SpaceFixture { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: Runtime::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -63,7 +63,7 @@ impl Farm {
     }
 
     /// Bytes that a file takes.
-    fn taken(&self, name: &str) -> u64 {
+    fn allocated_bytes(&self, name: &str) -> u64 {
         fs::metadata(self.path(name)).expect("it is there").blocks() * 512
     }
 
@@ -101,7 +101,7 @@ fn page(number: u64) -> Vec<u8> {
 
 #[test]
 fn a_guest_that_only_reads_takes_nothing() {
-    let farm = Farm::new();
+    let farm = SpaceFixture::new();
     farm.create("root.vhd", &["--size", "1T"]);
     farm.create("child.vhd", &["--parent", "root.vhd"]);
     let before = fs::metadata(farm.path("child.vhd")).expect("the child");
@@ -122,43 +122,43 @@ fn a_guest_that_only_reads_takes_nothing() {
 
 #[test]
 fn small_writes_take_little() {
-    let farm = Farm::new();
+    let farm = SpaceFixture::new();
     farm.create("root.vhd", &["--size", "64G"]);
     farm.create("child.vhd", &["--parent", "root.vhd"]);
-    let empty = farm.taken("child.vhd");
+    let empty = farm.allocated_bytes("child.vhd");
     for (count, served, closed) in [(1, 64 * KIB, 48 * KIB), (100, 2200 * KIB, 1100 * KIB), (1000, 14 * MIB, 10 * MIB)]
     {
         let (daemon, mut client) = farm.serve("child.vhd", &[]);
         farm.scatter(&mut client, 64 * GIB, count);
         drop(client);
-        let taken = farm.taken("child.vhd") - empty;
+        let taken = farm.allocated_bytes("child.vhd") - empty;
         assert!(taken <= served, "{count} writes take {} KiB", taken / KIB);
         daemon.stop();
-        let taken = farm.taken("child.vhd") - empty;
+        let taken = farm.allocated_bytes("child.vhd") - empty;
         assert!(taken <= closed, "{count} writes take {} KiB, closed", taken / KIB);
     }
     let info = farm.info("child.vhd");
     let (written, taken) = (info["written_bytes"].as_u64(), info["allocated_bytes"].as_u64());
-    assert_eq!(taken, Some(farm.taken("child.vhd")));
-    assert!(written.is_some_and(|w| w > 1000 * 4096 && w <= farm.taken("child.vhd")), "{info}");
+    assert_eq!(taken, Some(farm.allocated_bytes("child.vhd")));
+    assert!(written.is_some_and(|w| w > 1000 * 4096 && w <= farm.allocated_bytes("child.vhd")), "{info}");
     farm.assert_scattered("child.vhd", 64 * GIB, 1000);
     farm.tool("check", "child.vhd", &[]);
 }
 
 #[test]
 fn whole_blocks_are_given_back_by_compact() {
-    let farm = Farm::new();
+    let farm = SpaceFixture::new();
     farm.create("root.vhd", &["--size", "1G"]);
     farm.create("child.vhd", &["--parent", "root.vhd"]);
     farm.create("whole.vhd", &["--parent", "root.vhd", "--preallocate"]);
     farm.create("whole-root.vhd", &["--size", "64M", "--preallocate"]);
-    assert!(farm.taken("whole.vhd") >= GIB && farm.taken("whole-root.vhd") >= 64 * MIB);
+    assert!(farm.allocated_bytes("whole.vhd") >= GIB && farm.allocated_bytes("whole-root.vhd") >= 64 * MIB);
     for name in ["whole.vhd", "whole-root.vhd"] {
         farm.tool("check", name, &[]);
         let written = farm.info(name)["written_bytes"].as_u64().expect("a number");
         assert!(written < MIB, "{name}: {written}");
     }
-    let before = farm.taken("whole.vhd");
+    let before = farm.allocated_bytes("whole.vhd");
     for (name, allocation) in [("child.vhd", "--allocation=block"), ("whole.vhd", "--allocation=sparse")] {
         let (daemon, mut client) = farm.serve(name, &[allocation]);
         farm.scatter(&mut client, GIB, 50);
@@ -166,11 +166,11 @@ fn whole_blocks_are_given_back_by_compact() {
         daemon.stop();
         farm.tool("check", name, &[]);
     }
-    assert!(farm.taken("child.vhd") > 50 * MIB, "whole blocks: {}", farm.taken("child.vhd"));
-    assert!(farm.taken("whole.vhd") <= before + 64 * KIB, "all of it was there before");
+    assert!(farm.allocated_bytes("child.vhd") > 50 * MIB, "whole blocks: {}", farm.allocated_bytes("child.vhd"));
+    assert!(farm.allocated_bytes("whole.vhd") <= before + 64 * KIB, "all of it was there before");
     for name in ["child.vhd", "whole.vhd", "whole-root.vhd"] {
         farm.tool("compact", name, &[]);
-        assert!(farm.taken(name) < 2 * MIB, "{name}: {}", farm.taken(name));
+        assert!(farm.allocated_bytes(name) < 2 * MIB, "{name}: {}", farm.allocated_bytes(name));
         farm.tool("check", name, &[]);
     }
     farm.assert_scattered("child.vhd", GIB, 50);
@@ -179,7 +179,7 @@ fn whole_blocks_are_given_back_by_compact() {
 
 #[test]
 fn holes_stay_holes_in_every_verb() {
-    let farm = Farm::new();
+    let farm = SpaceFixture::new();
     farm.create("root.vhd", &["--size", "1G"]);
     farm.create("a.vhd", &["--parent", "root.vhd"]);
     let (daemon, mut client) = farm.serve("a.vhd", &[]);
@@ -187,7 +187,7 @@ fn holes_stay_holes_in_every_verb() {
     drop(client);
     daemon.stop();
     let most = 200 * (8 + 4) * KIB;
-    let sparse = |name: &str| assert!(farm.taken(name) <= most, "{name} takes {} KiB", farm.taken(name) / KIB);
+    let sparse = |name: &str| assert!(farm.allocated_bytes(name) <= most, "{name} takes {} KiB", farm.allocated_bytes(name) / KIB);
     sparse("a.vhd");
     farm.tool("check", "a.vhd", &["--repair"]);
     farm.tool("compact", "a.vhd", &[]);
@@ -197,7 +197,7 @@ fn holes_stay_holes_in_every_verb() {
     sparse("alone.vhd");
     farm.assert_scattered("alone.vhd", GIB, 200);
     // Not `fs::copy`, which makes data of holes.
-    must(Command::new("cp").arg("--sparse=always").arg(farm.path("a.vhd")).arg(farm.path("b.vhd")));
+    run_ok(Command::new("cp").arg("--sparse=always").arg(farm.path("a.vhd")).arg(farm.path("b.vhd")));
     farm.tool("flatten", "b.vhd", &[]);
     sparse("b.vhd");
     farm.assert_scattered("b.vhd", GIB, 200);
@@ -210,13 +210,13 @@ fn holes_stay_holes_in_every_verb() {
 /// `DIFFDISK_FARM=64,100` makes it 64 children that each write 100 MiB; then the file system has 8 GiB.
 #[test]
 fn many_children_take_what_they_write() {
-    if !may_mount("many_children_take_what_they_write") {
+    if !can_mount("many_children_take_what_they_write") {
         return;
     }
     let wanted = std::env::var("DIFFDISK_FARM").unwrap_or("12,8".into());
     let (children, mib) = wanted.split_once(',').expect("two numbers");
     let (children, mib): (u64, u64) = (children.parse().expect("a number"), mib.parse().expect("a number"));
-    let kinds = if children < 64 { vec![Kind::Ext4, Kind::Xfs, Kind::BtrfsApart] } else { vec![Kind::Ext4] };
+    let kinds = if children < 64 { vec![FsKind::Ext4, FsKind::Xfs, FsKind::BtrfsSeparate] } else { vec![FsKind::Ext4] };
     for kind in kinds {
         let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let device = outside.path().join("device");
@@ -224,7 +224,7 @@ fn many_children_take_what_they_write() {
         fs::File::create(&device).and_then(|file| file.set_len(size)).expect("a device");
         kind.make(&device, &[]);
         let mounted = Mounted::mount(kind, &device);
-        let farm = Farm::within(mounted.path());
+        let farm = SpaceFixture::within(mounted.path());
         farm.create("root.vhd", &["--size", "8G"]);
         let (daemon, mut client) = farm.serve("root.vhd", &[]);
         farm.scatter(&mut client, 8 * GIB, 100);

@@ -5,14 +5,14 @@
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
-mod ahead;
-mod copies;
-mod early;
+mod readahead;
+mod cached_reads;
+mod early_writeback;
 #[cfg(feature = "sim")]
-mod full;
+mod disk_full;
 #[path = "../common/memory.rs"]
 mod memory;
-mod rig;
+mod testing;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
 mod rng;
@@ -27,17 +27,17 @@ use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
-use rig::{Memory, Rig};
+use testing::{TestMemory, TestDisk};
 use rng::Rng;
 
 const KIB: u64 = 1 << 10;
 
 /// A chain under test, and what its disk must read as.
-struct World {
+struct ChainModel {
     folder: tempfile::TempDir,
     /// In memory, for live journals.
     _runtime: tempfile::TempDir,
-    keep: Durability,
+    durability: Durability,
     env: Arc<dyn Env>,
     random: Rng,
     engine: EngineKind,
@@ -46,18 +46,18 @@ struct World {
     /// What the guest must read.
     model: Vec<u8>,
     /// Granules of bitmap that are kept in memory; `None` for as many as the disk likes.
-    granules: Option<usize>,
+    cached_bitmap_sectors: Option<usize>,
 }
 
-impl World {
-    fn new(seed: u64, engine: EngineKind, direct: bool) -> World {
+impl ChainModel {
+    fn new(seed: u64, engine: EngineKind, direct: bool) -> ChainModel {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let journals = Host.runtime_folder(runtime.path()).expect("a folder of ours in memory");
         let keep = Durability::Journal { folders: vec![journals], required: true };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         let (layers, model, granules) = (Vec::new(), Vec::new(), None);
-        World { folder, _runtime: runtime, keep, env, random, engine, direct, layers, model, granules }
+        ChainModel { folder, _runtime: runtime, durability: keep, env, random, engine, direct, layers, model, cached_bitmap_sectors: granules }
     }
 
     fn push(&mut self, kind: &str, block: u64, size: u64) {
@@ -77,14 +77,14 @@ impl World {
         self.layers.last().expect("a chain has a root")
     }
 
-    fn open(&self, read_only: bool) -> Rig {
+    fn open(&self, read_only: bool) -> TestDisk {
         let options =
-            DiskOptions { read_only, direct: self.direct, keep: self.keep.clone(), ..DiskOptions::new(self.top()) };
+            DiskOptions { read_only, direct: self.direct, keep: self.durability.clone(), ..DiskOptions::new(self.top()) };
         let disk = Disk::open(self.env.clone(), &options).expect("the chain opens");
-        if let (Some(granules), Some(top)) = (self.granules, disk.version().top()) {
+        if let (Some(granules), Some(top)) = (self.cached_bitmap_sectors, disk.version().top()) {
             top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.set_max_frames(granules));
         }
-        Rig::new(disk, self.engine)
+        TestDisk::new(disk, self.engine)
     }
 
     fn range(&mut self, longest: u64) -> SectorRange {
@@ -94,12 +94,12 @@ impl World {
         SectorRange::between(start, start + count)
     }
 
-    fn slot(&mut self, range: SectorRange) -> &mut [u8] {
+    fn model_bytes(&mut self, range: SectorRange) -> &mut [u8] {
         &mut self.model[(range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize]
     }
 
     /// A few hundred random acts on the top, then the whole disk is read.
-    fn work(&mut self, rig: &mut Rig, acts: usize) {
+    fn work(&mut self, rig: &mut TestDisk, acts: usize) {
         for _ in 0..acts {
             match self.random.below(20) {
                 0..=8 => {
@@ -108,17 +108,17 @@ impl World {
                     let bytes = self.pattern(range);
                     let cuts = [self.random.below(range.bytes()) as usize, 512 * range.count() as usize / 2];
                     rig.write(range, &bytes, &cuts);
-                    self.slot(range).copy_from_slice(&bytes);
+                    self.model_bytes(range).copy_from_slice(&bytes);
                 }
                 9..=10 => {
                     let (ranges, unmap) = (self.ranges(), self.random.below(2) == 0);
                     rig.zero(&ranges, unmap);
-                    ranges.into_iter().for_each(|range| self.slot(range).fill(0));
+                    ranges.into_iter().for_each(|range| self.model_bytes(range).fill(0));
                 }
                 11 => {
                     let ranges = self.ranges();
                     rig.discard(ranges.clone());
-                    ranges.into_iter().for_each(|range| self.learn_discarded(rig, range));
+                    ranges.into_iter().for_each(|range| self.accept_discarded(rig, range));
                 }
                 12 => rig.flush(),
                 13..=14 => self.burst(rig),
@@ -138,17 +138,17 @@ impl World {
     }
 
     /// Each sector is what it was, or zero; from now on it must stay what it is found to be.
-    fn learn_discarded(&mut self, rig: &mut Rig, range: SectorRange) {
+    fn accept_discarded(&mut self, rig: &mut TestDisk, range: SectorRange) {
         let now = rig.read(range);
         let seed = self.random.next();
-        for (n, (was, is)) in self.slot(range).chunks(512).zip(now.chunks(512)).enumerate() {
+        for (n, (was, is)) in self.model_bytes(range).chunks(512).zip(now.chunks(512)).enumerate() {
             assert!(was == is || is == [0; 512], "{range} sector {n} after discard (near {seed})");
         }
-        self.slot(range).copy_from_slice(&now);
+        self.model_bytes(range).copy_from_slice(&now);
     }
 
     /// Many requests in flight, each on its own part of the disk.
-    fn burst(&mut self, rig: &mut Rig) {
+    fn burst(&mut self, rig: &mut TestDisk) {
         let sectors = self.model.len() as u64 / SECTOR;
         let share = sectors / 16;
         let mut reads = Vec::new();
@@ -157,12 +157,12 @@ impl World {
             let range = SectorRange::between(start, (start + 1 + self.random.below(40)).min((n + 1) * share));
             if self.random.below(2) == 0 {
                 let bytes = self.pattern(range);
-                let memory = Memory::new(&bytes);
-                rig.begin(diffdisk::disk::Work::Write { range, from: memory.slices(&[]) });
-                self.slot(range).copy_from_slice(&bytes);
+                let memory = TestMemory::new(&bytes);
+                rig.submit(diffdisk::disk::Work::Write { range, from: memory.iovecs(&[]) });
+                self.model_bytes(range).copy_from_slice(&bytes);
             } else {
-                let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
-                rig.begin(diffdisk::disk::Work::Read { range, into: memory.slices(&[]) });
+                let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
+                rig.submit(diffdisk::disk::Work::Read { range, into: memory.iovecs(&[]) });
                 reads.push((range, memory));
             }
         }
@@ -194,7 +194,7 @@ impl World {
         }
     }
 
-    fn compare_all(&self, rig: &mut Rig) {
+    fn compare_all(&self, rig: &mut TestDisk) {
         let sectors = self.model.len() as u64 / SECTOR;
         let mut at = 0;
         while at < sectors {
@@ -222,11 +222,11 @@ fn link(env: &dyn Env, parent: &Path) -> ParentLink {
 
 /// Builds a chain of `depth` children over a root, working on each layer before the next covers it.
 fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engine: EngineKind, direct: bool) {
-    let mut world = World::new(seed, engine, direct);
+    let mut world = ChainModel::new(seed, engine, direct);
     for layer in 0..=depth {
         world.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
         // Every second layer with too little memory for its bitmaps.
-        world.granules = (layer % 2 == 1).then_some(layer / 2 % 4);
+        world.cached_bitmap_sectors = (layer % 2 == 1).then_some(layer / 2 % 4);
         let mut rig = world.open(false);
         world.work(&mut rig, 60);
         if world.random.below(2) == 0 {
@@ -293,22 +293,22 @@ fn parents_of_other_block_sizes_and_other_disk_sizes() {
 #[test]
 fn a_journal_that_is_too_small_and_none_at_all() {
     // More granules than the journal has slots, written without a flush: commits begin by themselves.
-    let mut world = World::new(70, EngineKind::Auto, false);
+    let mut world = ChainModel::new(70, EngineKind::Auto, false);
     world.push("dynamic", 4 * KIB, 20 * 1024 * KIB);
     let mut rig = world.open(false);
     for block in 0..5000 {
         let range = SectorRange::between(block * 8 + 3, block * 8 + 4);
         let bytes = world.pattern(range);
         rig.write(range, &bytes, &[]);
-        world.slot(range).copy_from_slice(&bytes);
+        world.model_bytes(range).copy_from_slice(&bytes);
     }
     rig.abandon();
     let mut rig = world.open(false);
     world.compare_all(&mut rig);
     rig.close();
     // Without a journal every answer is durable.
-    let mut world = World::new(71, EngineKind::Auto, false);
-    world.keep = Durability::Commit;
+    let mut world = ChainModel::new(71, EngineKind::Auto, false);
+    world.durability = Durability::Commit;
     world.push("dynamic", 64 * KIB, 1024 * KIB);
     world.push("child", 64 * KIB, 1024 * KIB);
     let mut rig = world.open(false);
@@ -326,7 +326,7 @@ fn direct_io() {
 
 #[test]
 fn a_chain_of_sixty_four() {
-    let mut world = World::new(60, EngineKind::Auto, false);
+    let mut world = ChainModel::new(60, EngineKind::Auto, false);
     for layer in 0..64 {
         world.push(if layer == 0 { "dynamic" } else { "child" }, 64 * KIB, 1024 * KIB);
         let mut rig = world.open(false);
@@ -340,19 +340,19 @@ fn a_chain_of_sixty_four() {
 #[test]
 fn a_write_is_seen_when_it_has_moved_and_not_before() {
     for engine in [EngineKind::Blocking, EngineKind::Auto] {
-        let mut world = World::new(70, engine, false);
+        let mut world = ChainModel::new(70, engine, false);
         world.push("dynamic", 64 * KIB, 1024 * KIB);
         world.push("child", 64 * KIB, 1024 * KIB);
         let mut rig = world.open(false);
         let range = SectorRange::between(10, 20);
-        let memory = Memory::new(&[7; 10 * 512]);
-        let sources = |rig: &Rig| {
+        let memory = TestMemory::new(&[7; 10 * 512]);
+        let sources = |rig: &TestDisk| {
             let mut plan = diffdisk::chain::PlanBuffer::default();
             rig.disk.version().plan_read(range, &mut plan);
             plan.extents.iter().map(|e| e.source).collect::<Vec<_>>()
         };
         // Taken, its block has a place, and its bytes are still where they were.
-        rig.begin(diffdisk::disk::Work::Write { range, from: memory.slices(&[]) });
+        rig.submit(diffdisk::disk::Work::Write { range, from: memory.iovecs(&[]) });
         assert_eq!(sources(&rig), [diffdisk::chain::Source::Zero]);
         rig.finish();
         assert!(matches!(sources(&rig)[..], [diffdisk::chain::Source::File { .. }]));

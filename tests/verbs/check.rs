@@ -16,16 +16,16 @@ use diffdisk::units::SectorRange;
 
 use crate::common::golden::Golden;
 use crate::common::tool::{diffdisk, scratch};
-use crate::points;
-use crate::scene::{self, Fill, Scene};
+use crate::failpoints;
+use crate::fixture::{self, Fill, Fixture};
 use crate::sweep::FOLDER;
 
 /// Bytes of a VHD by what is at which place in it.
-struct Bytes(Vec<u8>);
+struct VhdBytes(Vec<u8>);
 
-impl Bytes {
-    fn read(path: &Path) -> Bytes {
-        Bytes(fs::read(path).expect("the image is readable"))
+impl VhdBytes {
+    fn read(path: &Path) -> VhdBytes {
+        VhdBytes(fs::read(path).expect("the image is readable"))
     }
 
     fn number(&self, at: usize, len: usize) -> usize {
@@ -62,7 +62,7 @@ impl Bytes {
 }
 
 /// A wrong byte in the footer at the start; blocks that nobody knows between others and at the end.
-fn front_and_space(bytes: &mut Bytes) {
+fn front_and_space(bytes: &mut VhdBytes) {
     let footer = bytes.take_footer();
     let (last, stride) = (bytes.last(), bytes.stride());
     let from = bytes.place(last);
@@ -78,7 +78,7 @@ fn front_and_space(bytes: &mut Bytes) {
 }
 
 /// No footer at the end, a block behind the end of the disk, bits behind the end of the disk.
-fn tail_and_pointers(bytes: &mut Bytes) {
+fn tail_and_pointers(bytes: &mut VhdBytes) {
     bytes.take_footer();
     let (to, stride) = (bytes.0.len().next_multiple_of(512), bytes.stride());
     bytes.0.resize(to, 0);
@@ -93,7 +93,7 @@ fn tail_and_pointers(bytes: &mut Bytes) {
 
 /// An image of 64 blocks of 4 KiB and one of four sectors, with room for more in its table; broken by `f`. All its sectors
 /// are what they were.
-fn broken(folder: &Path, f: impl FnOnce(&mut Bytes)) -> PathBuf {
+fn broken(folder: &Path, f: impl FnOnce(&mut VhdBytes)) -> PathBuf {
     let (root, child) = (folder.join("root.vhd"), folder.join("child.vhd"));
     let size = (64 * 4096 + 2048).to_string();
     diffdisk(["create", root.to_str().expect("text"), "--size", &size, "--block-size", "4K"]).ok();
@@ -108,7 +108,7 @@ fn broken(folder: &Path, f: impl FnOnce(&mut Bytes)) -> PathBuf {
     .ok();
     fill(&root, &[(0, 40), (500, 512)], 1);
     fill(&child, &[(3, 30), (77, 78), (400, 410), (512, 513)], 2);
-    let mut bytes = Bytes::read(&child);
+    let mut bytes = VhdBytes::read(&child);
     f(&mut bytes);
     fs::write(&child, &bytes.0).expect("the image is written");
     child
@@ -120,11 +120,11 @@ fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
         let range = SectorRange::between(from, to);
         (range, vec![byte; usize::try_from(range.bytes()).expect("little")])
     });
-    scene::write(&Host, path, filled).expect("it can be written");
+    fixture::write(&Host, path, filled).expect("it can be written");
 }
 
 /// The disk as a guest sees it.
-fn seen(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
+fn read_disk(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
     let chain = Chain::open(env, path, policy, OpenMode::Read).unwrap_or_else(|e| panic!("{}", e.line()));
     let version = chain.into_frozen();
     let range = SectorRange::between(0, version.sectors());
@@ -134,7 +134,7 @@ fn seen(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
 }
 
 /// The image as it was before a repair, by the file that keeps what was replaced; `None` where nothing was.
-fn undone(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
+fn apply_undo(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
     let number =
         |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().expect("8"))).expect("small");
     if undo.len() < 512 || undo[..512] == [0; 512] {
@@ -154,7 +154,7 @@ fn undone(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The files in a folder that are no undo files, with their bytes; and the undo files, oldest first.
-fn listed(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
+fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     let (mut images, mut undo) = (BTreeMap::new(), Vec::new());
     for entry in fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("an entry").path();
@@ -170,30 +170,30 @@ fn listed(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
 /// Repairs `image`, killed at every point and run again.
 fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
     let folder = image.parent().expect("a folder");
-    let (before, _) = listed(folder);
+    let (before, _) = list_files(folder);
     let repair = || ["check", image.to_str().expect("text"), "--repair"].into_iter().chain(options.iter().copied());
     let mut kills = 0;
-    for point in points::of("check") {
+    for point in failpoints::of("check") {
         for count in 1.. {
-            let (_, old) = listed(folder);
+            let (_, old) = list_files(folder);
             old.iter().for_each(|path| fs::remove_file(path).expect("it goes"));
             before.iter().for_each(|(path, bytes)| fs::write(path, bytes).expect("it is written"));
-            let killed = points::killed(&point, count, repair());
+            let killed = failpoints::killed(&point, count, repair());
             let what = format!("{point}:{count}");
-            assert!(seen(&Host, image, policy) == want, "{what}: the disk reads otherwise");
+            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk reads otherwise");
             let again = diffdisk(repair());
             assert_eq!(again.code, Some(0), "{what}: {}{}", String::from_utf8_lossy(&again.stdout), again.stderr);
             let check = ["check", image.to_str().expect("text")].into_iter().chain(options.iter().copied());
             assert_eq!(diffdisk(check).code, Some(0), "{what}: not all was mended");
-            assert!(seen(&Host, image, policy) == want, "{what}: the disk reads otherwise after all");
-            let (mut now, undo) = listed(folder);
+            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk reads otherwise after all");
+            let (mut now, undo) = list_files(folder);
             assert!(now.keys().eq(before.keys()), "{what}: {:?}", now.keys());
             assert!(!undo.is_empty(), "{what}: nothing was kept");
             for path in undo.iter().rev() {
                 let name = path.to_str().expect("text");
                 let of = PathBuf::from(name.split(".repair-").next().expect("a name"));
                 let image = now.get_mut(&of).expect("an undo file lies beside its image");
-                let earlier = undone(image.clone(), &fs::read(path).expect("a file"));
+                let earlier = apply_undo(image.clone(), &fs::read(path).expect("a file"));
                 *image = earlier.unwrap_or_else(|| image.clone());
             }
             assert!(now == before, "{what}: what is kept does not lead back");
@@ -208,11 +208,11 @@ fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str
 
 #[test]
 fn a_killed_repair_is_ended_by_the_next() {
-    for (name, f) in [("front", front_and_space as fn(&mut Bytes)), ("tail", tail_and_pointers)] {
+    for (name, f) in [("front", front_and_space as fn(&mut VhdBytes)), ("tail", tail_and_pointers)] {
         let folder = scratch("check-kill");
         let child = broken(folder.path(), f);
         let policy = Policy::default();
-        let want = seen(&Host, &child, &policy);
+        let want = read_disk(&Host, &child, &policy);
         assert!(want[..512] == [1; 512] && want[77 * 512..78 * 512] == [2; 512], "{name}");
         let kills = killed_everywhere(&child, &want, &policy, &[]);
         assert!(kills >= 5, "{name}: killed only {kills} times");
@@ -227,16 +227,16 @@ fn xenservers_images_are_mended_with_their_batmaps() {
     let folder = folder.path().join("vhdutil-chain");
     let (leaf, base) = (folder.join("s4.vhd"), folder.join("base.vhd"));
     let policy = Policy::default();
-    let want = seen(&Host, &leaf, &policy);
+    let want = read_disk(&Host, &leaf, &policy);
     // Block 0 of the root is no whole one; and its checksum is made right, as if that were true.
-    let mut bytes = Bytes::read(&base);
+    let mut bytes = VhdBytes::read(&base);
     let (header, map) = (2048, 2560);
     assert_eq!(&bytes.0[header..header + 8], b"tdbatmap");
     bytes.0[map] |= 0x80;
     let sum = !bytes.0[map..map + 512].iter().map(|byte| u32::from(*byte)).sum::<u32>();
     bytes.0[header + 24..header + 28].copy_from_slice(&sum.to_be_bytes());
     fs::write(&base, &bytes.0).expect("it is written");
-    let mut bytes = Bytes::read(&leaf);
+    let mut bytes = VhdBytes::read(&leaf);
     bytes.take_footer();
     bytes.0.extend([0xC7; 512]);
     fs::write(&leaf, &bytes.0).expect("it is written");
@@ -250,7 +250,7 @@ fn xenservers_images_are_mended_with_their_batmaps() {
 const CHILD: &str = "/disk/child.vhd";
 
 /// A simulated machine with the two images, all of it durable.
-fn machine(folder: &Path) -> SimHost {
+fn simulated_host(folder: &Path) -> SimHost {
     let host = SimHost::new(7);
     let disk = host.folder(Path::new("/disk")).expect("a folder");
     for name in ["root.vhd", "child.vhd"] {
@@ -272,17 +272,17 @@ fn repair(host: &SimHost, path: &Path) -> Result<CheckReport> {
 }
 
 /// What must hold of a machine on which a repair of `before` ended somewhere.
-fn assert_mended(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
+fn assert_repaired(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
     let path = Path::new(CHILD);
-    assert!(seen(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise");
+    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise");
     let undo: Vec<_> = host.names().into_iter().filter(|name| name.extension().is_some_and(|e| e == "undo")).collect();
     assert!(undo.len() < 2, "{what}: {undo:?}");
     let image = host.bytes(path).expect("it is there");
-    let kept = undo.first().and_then(|undo| undone(image.clone(), &host.bytes(undo).expect("it is there")));
+    let kept = undo.first().and_then(|undo| apply_undo(image.clone(), &host.bytes(undo).expect("it is there")));
     assert!(kept.unwrap_or(image) == before, "{what}: what is kept does not lead back");
     let report = repair(host, path).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
     assert!(report.ok, "{what}: {:?}", report.defects);
-    assert!(seen(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise after all");
+    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise after all");
 }
 
 #[test]
@@ -290,12 +290,12 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
     let mut random =
         Random::new(std::env::var("DIFFDISK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122));
     let (mut cuts, mut faults) = (0, 0);
-    for f in [front_and_space as fn(&mut Bytes), tail_and_pointers] {
+    for f in [front_and_space as fn(&mut VhdBytes), tail_and_pointers] {
         let folder = scratch("check-cut");
         broken(folder.path(), f);
-        let whole = machine(folder.path());
+        let whole = simulated_host(folder.path());
         let path = Path::new(CHILD);
-        let (want, before) = (seen(&whole, path, &Policy::default()), whole.bytes(path).expect("it is there"));
+        let (want, before) = (read_disk(&whole, path, &Policy::default()), whole.bytes(path).expect("it is there"));
         let all = copy(&whole);
         assert!(repair(&all, path).expect("it is mended").ok);
         let steps = all.counts().steps;
@@ -316,7 +316,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
                     _ => Random::new(salt ^ unit as u64).chance(few + 1, 9),
                 };
                 let what = format!("step {step} of {steps}, fate {fate} of {units} units, salt {salt}, {few}");
-                assert_mended(&host.crash_with(&survives), &before, &want, &what);
+                assert_repaired(&host.crash_with(&survives), &before, &want, &what);
                 cuts += 1;
             }
             for fault in [Fault::NoSpace, Fault::Io, Fault::Short] {
@@ -328,7 +328,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
                 if done.is_err() {
                     // What no sync has reached may be lost: a sync that failed is none.
                     let what = format!("step {step} of {steps}, {fault:?}");
-                    assert_mended(&host, &before, &want, &what);
+                    assert_repaired(&host, &before, &want, &what);
                     let image = Image::open(host.open(path, Access::Read).expect("it opens"));
                     assert!(image.is_ok(), "{what}");
                 }
@@ -342,7 +342,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
 #[test]
 fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
     let host = SimHost::new(3);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("root.vhd", 4096, 600 * 8);
     scene.write("root.vhd", &(0..600).map(|block| (block * 8, block * 8 + 1, Fill::Tag("R"))).collect::<Vec<_>>());
     scene.child("child.vhd", "root.vhd", 4096);

@@ -8,9 +8,9 @@ use diffdisk::ops::{self, compact::Compacted};
 use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env};
 
-use crate::reshape::{Act, kill_everywhere};
-use crate::scene::{Fill, Scene, disk};
-use crate::sweep::{Case, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::fixture::{Fill, Fixture, disk};
+use crate::sweep::{SweepCase, FOLDER};
 
 const T: Fill<'static> = Fill::Tag("T");
 const P: Fill<'static> = Fill::Tag("P");
@@ -28,7 +28,7 @@ fn verb(env: &dyn Env, folder: &Path) -> Result<()> {
 }
 
 /// A root with zeros in the first blocks of its file, and in one in the middle; and a child of it.
-fn root(scene: &Scene<'_>) {
+fn root(scene: &Fixture<'_>) {
     scene.dynamic("i.vhd", SMALL, 100);
     scene.write("i.vhd", &[(80, 96, Z)]);
     scene.write("i.vhd", &[(0, 3, T), (24, 32, Z), (40, 48, T), (97, 99, T)]);
@@ -40,7 +40,7 @@ const ROOT: &Runs = &[(0, 3, T), (40, 48, T), (97, 99, T)];
 const OF_ROOT: &Runs = &[(0, 3, T), (26, 27, P), (40, 48, T), (80, 90, P), (97, 99, T)];
 
 /// A child that says in some blocks what its parent says, in others more; with blocks of another size; and its child.
-fn child(scene: &Scene<'_>) {
+fn child(scene: &Fixture<'_>) {
     scene.dynamic("p.vhd", 2 * SMALL, 100);
     scene.write("p.vhd", &[(0, 20, P), (40, 60, P)]);
     scene.child("i.vhd", "p.vhd", SMALL);
@@ -52,7 +52,7 @@ fn child(scene: &Scene<'_>) {
 const CHILD: &Runs = &[(0, 20, P), (40, 60, P), (40, 48, Z), (56, 57, T), (64, 66, T)];
 
 /// As `root`, of blocks whose data is aligned at 8 KiB: those at the end move into gaps.
-fn larger_blocks(scene: &Scene<'_>) {
+fn larger_blocks(scene: &Fixture<'_>) {
     scene.dynamic("i.vhd", 64 * SMALL, 4096);
     scene.write("i.vhd", &[(520, 523, Z), (1500, 1600, T)]);
     scene.write("i.vhd", &[(0, 3, T), (3000, 3200, Z), (3700, 3705, T)]);
@@ -61,7 +61,7 @@ fn larger_blocks(scene: &Scene<'_>) {
 const LARGER: &Runs = &[(1500, 1600, T), (0, 3, T), (3700, 3705, T)];
 
 /// A root whose table lies behind blocks of which most are zeros.
-fn moved_table(scene: &Scene<'_>) {
+fn moved_table(scene: &Fixture<'_>) {
     root(scene);
     let (env, path) = (scene.env, scene.path("i.vhd"));
     ops::resize::resize(env, &path, 9_000 * 512, false, &Policy::default(), &mut |_| Ok(())).expect("it grows");
@@ -70,9 +70,9 @@ fn moved_table(scene: &Scene<'_>) {
 
 const MOVED: &Runs = &[(0, 3, T), (40, 48, T), (97, 99, T), (8_000, 8_008, T)];
 
-fn with_batmap(scene: &Scene<'_>) {
+fn with_batmap(scene: &Fixture<'_>) {
     root(scene);
-    crate::tap::make(scene, "i.vhd");
+    crate::xenserver::make(scene, "i.vhd");
 }
 
 fn same(sectors: u64, name: &'static str, runs: &Runs) -> (&'static str, Vec<u8>, Vec<u8>) {
@@ -82,7 +82,7 @@ fn same(sectors: u64, name: &'static str, runs: &Runs) -> (&'static str, Vec<u8>
 #[test]
 fn the_disk_stays_at_every_moment() {
     let of_child = [CHILD, &[(11, 12, T)]].concat();
-    type Setup<'a> = &'a dyn Fn(&Scene<'_>);
+    type Setup<'a> = &'a dyn Fn(&Fixture<'_>);
     let cases = [
         ("root", &root as Setup<'_>, vec![same(100, "i.vhd", ROOT), same(100, "k.vhd", OF_ROOT)]),
         ("child", &child, vec![same(100, "i.vhd", CHILD), same(100, "k.vhd", &of_child)]),
@@ -91,14 +91,14 @@ fn the_disk_stays_at_every_moment() {
         ("larger blocks", &larger_blocks, vec![same(4096, "i.vhd", LARGER)]),
     ];
     for (name, setup, shows) in cases {
-        Case { name, setup, verb: &verb, shows, kind: false }.sweep();
+        SweepCase { name, setup, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
     }
 }
 
 /// What is given up, and the length of the file before and after.
-fn lengths(setup: &dyn Fn(&Scene<'_>)) -> (Compacted, usize, usize) {
+fn lengths(setup: &dyn Fn(&Fixture<'_>)) -> (Compacted, usize, usize) {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     setup(&scene);
     let len = || host.bytes(&scene.path("i.vhd")).expect("it is there").len();
     let before = len();
@@ -131,7 +131,7 @@ fn blocks_go_and_the_file_becomes_shorter() {
 #[test]
 fn a_table_goes_before_aligned_blocks() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
     scene.write("i.vhd", &[(0, 9, T)]);
     let path = scene.path("i.vhd");
@@ -153,17 +153,17 @@ fn a_table_goes_before_aligned_blocks() {
 #[test]
 fn a_batmap_does_not_outlive_blocks() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     with_batmap(&scene);
-    assert_eq!(crate::tap::whole(&scene, "i.vhd").len(), 6);
+    assert_eq!(crate::xenserver::whole(&scene, "i.vhd").len(), 6);
     compacted(&host, &scene.folder).expect("it works");
-    assert_eq!(crate::tap::whole(&scene, "i.vhd"), [0; 0]);
+    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0; 0]);
 }
 
 #[test]
 fn zeros_in_blocks_and_reserved_room_become_holes() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("i.vhd", 512 << 10, 4096);
     scene.write("i.vhd", &[(0, 1024, T), (1024, 1100, T)]);
     scene.write("i.vhd", &[(100, 900, Z)]);
@@ -177,7 +177,7 @@ fn zeros_in_blocks_and_reserved_room_become_holes() {
     let after = host.open(&scene.path("i.vhd"), Access::Read).expect("it opens").stat().expect("it is there").allocated;
     assert_eq!((done.freed_blocks, done.freed_bytes), (0, before - after));
     assert!(done.freed_bytes > 700 * 512, "{done:?}");
-    assert!(scene.seen("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
+    assert!(scene.read_disk("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
 }
 
 /// Blocks whose data is aligned at 16 KiB, and sectors of one and of its bitmap.
@@ -200,7 +200,7 @@ fn places(host: &SimHost, path: &Path, blocks: usize) -> Vec<u32> {
 
 /// A root whose first blocks stand where this program put them once, and XenServer does: data at pages, here at the
 /// `slots` of a row without gaps. Their first 64 sectors have something in them.
-fn at_pages(scene: &Scene<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
+fn at_pages(scene: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
     scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
     let (path, mut footer) = (scene.path("i.vhd"), [0; 512]);
     let file = host.open(&path, Access::Write).expect("it opens");
@@ -233,7 +233,7 @@ fn blocks_at_pages_move_only_into_gaps() {
     ];
     for (before, after) in cases {
         let host = SimHost::new(1);
-        let scene = Scene::new(&host, Path::new(FOLDER));
+        let scene = Fixture::new(&host, Path::new(FOLDER));
         let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, before));
         assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
         let shown: Vec<_> = (0..placed.len() as u64).map(|b| (b * SECTORS, b * SECTORS + 64, T)).collect();
@@ -244,13 +244,13 @@ fn blocks_at_pages_move_only_into_gaps() {
             assert_eq!(places(&host, &path, placed.len()), wanted, "{before:?}");
             let end = u64::from(*wanted.iter().max().expect("a block")) + STRIDE + 1;
             assert_eq!(host.bytes(&path).expect("it is there").len() as u64, end * 512, "{before:?}");
-            assert!(scene.seen("i.vhd").expect("it opens") == disk(64 * SECTORS, &shown), "{before:?}");
+            assert!(scene.read_disk("i.vhd").expect("it opens") == disk(64 * SECTORS, &shown), "{before:?}");
         }
         assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
     }
     // What is written next is aligned, and then a gap takes aligned blocks.
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, &[0, 1, 2]));
     scene.write("i.vhd", &[(3 * SECTORS, 3 * SECTORS + 9, T), (4 * SECTORS, 4 * SECTORS + 9, T)]);
     scene.write("i.vhd", &[(5 * SECTORS, 5 * SECTORS + 9, T), (3 * SECTORS, 3 * SECTORS + 9, Z)]);
@@ -265,7 +265,7 @@ fn blocks_at_pages_move_only_into_gaps() {
 #[test]
 fn gaps_that_align_are_no_leaks_and_take_no_room() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
     // Each time the file grows from an end that is not aligned: zeros are written there, over the footer.
     (0..5).for_each(|block| scene.write("i.vhd", &[(block * SECTORS, (block + 1) * SECTORS, T)]));
@@ -290,7 +290,7 @@ fn gaps_that_align_are_no_leaks_and_take_no_room() {
 #[test]
 fn a_fixed_image_has_no_blocks() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.fixed("i.vhd", 10);
     assert_eq!(compacted(&host, &scene.folder).unwrap_err().kind(), ErrorKind::Unsupported);
 }
@@ -298,14 +298,14 @@ fn a_fixed_image_has_no_blocks() {
 #[test]
 fn killed_at_every_point() {
     let acts = [
-        Act { name: "root", setup: &root, args: &["compact", "i.vhd"], shows: vec![same(100, "i.vhd", ROOT)] },
-        Act {
+        KillCase { name: "root", setup: &root, args: &["compact", "i.vhd"], expected: vec![same(100, "i.vhd", ROOT)] },
+        KillCase {
             name: "moved table",
             setup: &moved_table,
             args: &["compact", "i.vhd"],
-            shows: vec![same(9_000, "i.vhd", MOVED), same(100, "k.vhd", OF_ROOT)],
+            expected: vec![same(9_000, "i.vhd", MOVED), same(100, "k.vhd", OF_ROOT)],
         },
-        Act { name: "batmap", setup: &with_batmap, args: &["compact", "i.vhd"], shows: vec![same(100, "i.vhd", ROOT)] },
+        KillCase { name: "batmap", setup: &with_batmap, args: &["compact", "i.vhd"], expected: vec![same(100, "i.vhd", ROOT)] },
     ];
-    kill_everywhere(&["compact"], &acts);
+    kill_at_every_point(&["compact"], &acts);
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use diffdisk::storage::host::Host;
 
 use crate::common::tool::{DIFFDISK, alone, diffdisk, run, scratch, start};
-use crate::scene::{Fill, Scene};
+use crate::fixture::{Fill, Fixture};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -18,7 +18,7 @@ fn text(path: &Path) -> String {
 fn chain() -> tempfile::TempDir {
     let folder = scratch("convert");
     let _alone = alone();
-    let scene = Scene::new(&Host, folder.path());
+    let scene = Fixture::new(&Host, folder.path());
     scene.dynamic("root.vhd", 4096, 100);
     scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
     scene.child("child.vhd", "root.vhd", 4096);

@@ -16,8 +16,8 @@ use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::units::BlockSize;
 
 use crate::common::tool::{alone, diffdisk, scratch};
-use crate::points;
-use crate::scene::{Fill, Scene};
+use crate::failpoints;
+use crate::fixture::{Fill, Fixture};
 use crate::sweep::FOLDER;
 
 /// The names in a folder.
@@ -48,7 +48,7 @@ fn a_killed_maker_leaves_nothing() {
         eprintln!("skipped: {} is on a file system without unnamed files", folder.path().display());
         return;
     }
-    let scene = Scene::new(&Host, folder.path());
+    let scene = Fixture::new(&Host, folder.path());
     {
         let _alone = alone();
         scene.dynamic("root.vhd", 4096, 1000);
@@ -58,12 +58,12 @@ fn a_killed_maker_leaves_nothing() {
     let (mut killed, mut kept) = (0, 0);
     for (line, replaces) in MAKERS {
         let args: Vec<String> = line.split(' ').map(|word| word.replace("{}", &here)).collect();
-        for point in points::of("draft").into_iter().chain(points::of("convert")) {
+        for point in failpoints::of("draft").into_iter().chain(failpoints::of("convert")) {
             if replaces {
                 scene.dynamic("new.vhd", 4096, 8);
             }
             let (before, old) = (names(folder.path()), fs::read(at("new.vhd")).ok());
-            if points::killed(&point, 1, &args) {
+            if failpoints::killed(&point, 1, &args) {
                 killed += 1;
                 let after = names(folder.path());
                 let more: Vec<_> = after.difference(&before).map(PathBuf::from).collect();
@@ -96,16 +96,16 @@ fn a_killed_maker_leaves_nothing() {
 #[test]
 fn a_killed_repair_leaves_no_part_of_an_undo_file() {
     let folder = scratch("drafts");
-    let scene = Scene::new(&Host, folder.path());
+    let scene = Fixture::new(&Host, folder.path());
     scene.dynamic("i.vhd", 4096, 100);
     let path = folder.path().join("i.vhd");
     let mut bytes = fs::read(&path).expect("the image");
     bytes[..512].fill(0);
     fs::write(&path, bytes).expect("the image is damaged");
     let args = ["check".to_owned(), path.display().to_string(), "--repair".to_owned()];
-    assert!(points::killed("draft.whole", 1, &args));
+    assert!(failpoints::killed("draft.whole", 1, &args));
     assert_eq!(names(folder.path()).len(), 1);
-    assert!(points::killed("draft.named", 1, &args));
+    assert!(failpoints::killed("draft.named", 1, &args));
     assert_eq!(names(folder.path()).len(), 2, "the image and a whole undo file");
     diffdisk(&args).ok();
 }
@@ -146,7 +146,7 @@ fn convert_over(env: &dyn Env, folder: &Path) -> Result<()> {
 
 fn setup(replaces: bool) -> SimHost {
     let host = SimHost::new(5);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("root.vhd", 4096, 100);
     scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
     if replaces {
@@ -157,13 +157,13 @@ fn setup(replaces: bool) -> SimHost {
 
 /// Looks at what is left: nothing, the old file, or all of the new one. Returns whether a temporary name is left.
 #[track_caller]
-fn judge(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
+fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
     let (temporary, names): (Vec<_>, Vec<_>) = host.names().into_iter().partition(|name| is_temporary(name));
     let there = names.iter().any(|name| name.ends_with("new.vhd"));
     assert!(there || !replaces, "{when}: the old name is gone");
     if there {
         let seen =
-            Scene::new(host, Path::new(FOLDER)).seen("new.vhd").unwrap_or_else(|e| panic!("{when}: {}", e.line()));
+            Fixture::new(host, Path::new(FOLDER)).read_disk("new.vhd").unwrap_or_else(|e| panic!("{when}: {}", e.line()));
         assert!(seen == wanted || (replaces && seen == [0; 9 * 512]), "{when}: neither the old file nor the new one");
     }
     assert_eq!(names.len(), 1 + usize::from(there), "{when}: {names:?}");
@@ -191,14 +191,14 @@ fn a_name_appears_when_its_file_is_whole() {
             host.start_recording();
             make(&host, Path::new(FOLDER)).expect("it works");
             let steps = host.counts().steps - before;
-            let wanted = Scene::new(&host, Path::new(FOLDER)).seen("new.vhd").expect("it opens");
-            assert!(!judge(&host, &wanted, replaces, name));
+            let wanted = Fixture::new(&host, Path::new(FOLDER)).read_disk("new.vhd").expect("it opens");
+            assert!(!check_files(&host, &wanted, replaces, name));
             let (mut random, mut cuts) = (Random::new(17), 0);
             for (number, moment) in host.take_recording().into_iter().enumerate() {
                 for fate in 0..10 {
                     let bits = [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() | random.next_u64());
                     let after = moment.crash_with(&|unit| bits >> (unit % 61) & 1 == 1);
-                    let left = judge(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
+                    let left = check_files(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
                     assert!(!left || no_unnamed || replaces, "{name}: power cut before change {number}");
                     cuts += 1;
                 }
@@ -209,7 +209,7 @@ fn a_name_appears_when_its_file_is_whole() {
                 host.stop_at(host.counts().steps + step);
                 let _ = make(&host, Path::new(FOLDER));
                 let after = host.kill(&mut random);
-                left += usize::from(judge(&after, &wanted, replaces, &format!("{name}: killed at step {step}")));
+                left += usize::from(check_files(&after, &wanted, replaces, &format!("{name}: killed at step {step}")));
             }
             // To replace a file, the whole copy has a temporary name between two calls.
             assert!(no_unnamed || left <= usize::from(replaces), "{name}: {left} times a name was left");
@@ -219,7 +219,7 @@ fn a_name_appears_when_its_file_is_whole() {
                 host.set_faults(FaultPlan { no_unnamed, fail, ..FaultPlan::default() });
                 let outcome = make(&host, Path::new(FOLDER));
                 let when = format!("{name}: step {step} failed: {outcome:?}");
-                assert!(!judge(&host, &wanted, replaces, &when) || no_unnamed, "{when}");
+                assert!(!check_files(&host, &wanted, replaces, &when) || no_unnamed, "{when}");
             }
             println!("{name}, no_unnamed {no_unnamed}: {steps} steps, {cuts} power cuts, a name left by {left} kills");
         }

@@ -12,7 +12,7 @@ use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::host::Host;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use crate::scene::{Fill, Scene};
+use crate::fixture::{Fill, Fixture};
 
 const BLOCK: u32 = 2 << 20;
 
@@ -27,9 +27,9 @@ fn exchange(one: &Path, other: &Path) -> bool {
 }
 
 /// Sets its flag when it is dropped.
-struct Ends<'a>(&'a AtomicBool);
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Ends<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -47,18 +47,18 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
             }
         });
         // Also if `work` panics: the scope waits for the thread.
-        let _ends = Ends(&done);
+        let _ends = SetOnDrop(&done);
         work()
     });
     (outcome, exchanges.into_inner())
 }
 
 /// A folder `vm` with `c.vhd` on `p.vhd` below `folder`, and another one with the same names and UUIDs and other data.
-fn twins(root: &Path, folders: [&str; 2]) {
+fn two_copies(root: &Path, folders: [&str; 2]) {
     let [one, other] = folders.map(|folder| root.join(folder).join("vm"));
     fs::create_dir_all(&one).expect("a folder");
     fs::create_dir_all(&other).expect("a folder");
-    let scene = Scene::new(&Host, &one);
+    let scene = Fixture::new(&Host, &one);
     scene.dynamic("p.vhd", BLOCK, 4096);
     scene.child("c.vhd", "p.vhd", BLOCK);
     for name in ["p.vhd", "c.vhd"] {
@@ -66,7 +66,7 @@ fn twins(root: &Path, folders: [&str; 2]) {
     }
     scene.write("p.vhd", &[(0, 8, Fill::Tag("one"))]);
     scene.write("c.vhd", &[(8, 16, Fill::Tag("one's child"))]);
-    let scene = Scene::new(&Host, &other);
+    let scene = Fixture::new(&Host, &other);
     scene.write("p.vhd", &[(0, 8, Fill::Tag("other"))]);
     scene.write("c.vhd", &[(8, 16, Fill::Tag("other's child"))]);
 }
@@ -79,7 +79,7 @@ fn inode(path: &Path) -> u64 {
 fn a_chain_is_of_one_folder_whatever_is_exchanged() {
     let d = tempfile::tempdir().expect("a folder");
     let root = d.path().canonicalize().expect("a path");
-    twins(&root, ["a", "b"]);
+    two_copies(&root, ["a", "b"]);
     let at = |path: &str| root.join(path);
     // What is exchanged with a folder and with a file leads out.
     fs::create_dir(at("outside")).expect("a folder");
@@ -90,7 +90,7 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
     fs::copy(at("a/vm/p.vhd"), at("deep/p.vhd")).expect("a copy");
     let sides = ["a/vm", "b/vm"].map(|side| (inode(&at(side).join("c.vhd")), inode(&at(side).join("p.vhd"))));
     let inside = inode(&at("deep/p.vhd"));
-    let scene = Scene::new(&Host, &root);
+    let scene = Fixture::new(&Host, &root);
     scene.child("top.vhd", "deep/p.vhd", BLOCK);
 
     let file = (at("a/vm/p.vhd"), at("a/vm/link"));
@@ -128,7 +128,7 @@ fn a_merge_changes_one_folder_whatever_is_exchanged() {
     while Instant::now() < until || merged == 0 {
         let d = tempfile::tempdir().expect("a folder");
         let root = d.path().canonicalize().expect("a path");
-        twins(&root, ["a", "b"]);
+        two_copies(&root, ["a", "b"]);
         let at = |path: &str| root.join(path);
         // Held: after the exchanges the same path may lead to the other one.
         let folders = ["a/vm", "b/vm"].map(|path| fs::File::open(at(path)).expect("a folder"));

@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::reshape::{Act, kill_everywhere};
-use crate::scene::{Fill, Scene, disk};
-use crate::sweep::{Case, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::fixture::{Fill, Fixture, disk};
+use crate::sweep::{SweepCase, FOLDER};
 
 const R: Fill<'static> = Fill::Tag("R");
 const M: Fill<'static> = Fill::Tag("M");
@@ -27,7 +27,7 @@ fn flattened(env: &dyn Env, folder: &Path, keep: Option<&str>) -> Result<u64> {
 
 /// Four layers with blocks of several sizes. The second hides parts of the first, with zeros and by its end; beyond it
 /// the third is zero.
-fn chain(scene: &Scene<'_>) {
+fn chain(scene: &Fixture<'_>) {
     scene.dynamic("r.vhd", 2 * SMALL, 200);
     scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
     scene.child("m.vhd", "r.vhd", SMALL);
@@ -54,15 +54,15 @@ fn shows() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
 #[test]
 fn the_disk_stays_at_every_moment() {
     let alone = |env: &dyn Env, folder: &Path| flattened(env, folder, None).map(drop);
-    Case { name: "alone", setup: &chain, verb: &alone, shows: shows(), kind: false }.sweep();
+    SweepCase { name: "alone", setup: &chain, verb: &alone, expected: shows(), lengths_follow_data: false }.sweep();
     let on_root = |env: &dyn Env, folder: &Path| flattened(env, folder, Some("r.vhd")).map(drop);
-    Case { name: "on the root", setup: &chain, verb: &on_root, shows: shows(), kind: false }.sweep();
+    SweepCase { name: "on the root", setup: &chain, verb: &on_root, expected: shows(), lengths_follow_data: false }.sweep();
 }
 
 #[test]
 fn what_stays_needs_no_copy() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     chain(&scene);
     let copied = flattened(&host, &scene.folder, Some("m.vhd")).expect("it works");
     // Two zeros of the third layer and a sector of its own, in whole pages at most.
@@ -78,14 +78,14 @@ fn what_stays_needs_no_copy() {
     for name in ["n.vhd", "m.vhd", "r.vhd"] {
         host.remove(&scene.path(name)).expect("nobody needs it");
     }
-    assert!(scene.seen("i.vhd").expect("it stands alone") == disk(210, SEEN));
+    assert!(scene.read_disk("i.vhd").expect("it stands alone") == disk(210, SEEN));
     assert_eq!(flattened(&host, &scene.folder, None).expect("it stands alone"), 0);
 }
 
 #[test]
 fn zeros_take_no_room_where_nothing_shines_through() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("r.vhd", SMALL, 200);
     scene.write("r.vhd", &[(0, 80, Z), (100, 104, R)]);
     scene.child("i.vhd", "r.vhd", SMALL);
@@ -97,7 +97,7 @@ fn zeros_take_no_room_where_nothing_shines_through() {
 #[test]
 fn bytes_under_clear_bits_do_not_come_to_light() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     scene.dynamic("r.vhd", SMALL, 16);
     scene.child("i.vhd", "r.vhd", SMALL);
     scene.write("i.vhd", &[(1, 2, T)]);
@@ -115,7 +115,7 @@ fn bytes_under_clear_bits_do_not_come_to_light() {
 #[test]
 fn strangers_are_not_kept() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     chain(&scene);
     scene.dynamic("x.vhd", SMALL, 200);
     let before = host.bytes(&scene.path("i.vhd"));
@@ -130,8 +130,8 @@ fn strangers_are_not_kept() {
 #[test]
 fn killed_at_every_point() {
     let acts = [
-        Act { name: "alone", setup: &chain, args: &["flatten", "i.vhd"], shows: shows() },
-        Act { name: "on the root", setup: &chain, args: &["flatten", "i.vhd", "--keep", "r.vhd"], shows: shows() },
+        KillCase { name: "alone", setup: &chain, args: &["flatten", "i.vhd"], expected: shows() },
+        KillCase { name: "on the root", setup: &chain, args: &["flatten", "i.vhd", "--keep", "r.vhd"], expected: shows() },
     ];
-    kill_everywhere(&["flatten", "relink"], &acts);
+    kill_at_every_point(&["flatten", "relink"], &acts);
 }

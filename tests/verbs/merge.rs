@@ -12,35 +12,35 @@ use tempfile::TempDir;
 use crate::common::daemon::Daemon;
 use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, alone, diffdisk, run, scratch, start, wait};
 use crate::common::{digest, oracle};
-use crate::merge_scenes::{Case, all};
-use crate::points;
-use crate::scenes::{Layer, Scene, check_shows, fill};
+use crate::merge_cases::{MergeCase, all};
+use crate::failpoints;
+use crate::chain_spec::{Layer, ChainSpec, check_disk, fill};
 
 /// A folder with the files of a case.
-struct Stage {
-    case: Case,
+struct MergeFixture {
+    case: MergeCase,
     folder: TempDir,
 }
 
-impl Stage {
-    fn new(case: Case) -> Stage {
+impl MergeFixture {
+    fn new(case: MergeCase) -> MergeFixture {
         let folder = scratch("merge");
         let built = {
             let _alone = alone();
             case.scene.build(&Host, folder.path())
         };
         built.expect("a scene");
-        Stage { case, folder }
+        MergeFixture { case, folder }
     }
 
     /// The same once more, to be spoilt.
-    fn copy(&self) -> Stage {
+    fn copy(&self) -> MergeFixture {
         let folder = scratch("merge");
         for entry in fs::read_dir(self.folder.path()).expect("the folder") {
             let from = entry.expect("a file").path();
             fs::copy(&from, folder.path().join(from.file_name().expect("a name"))).expect("a copy");
         }
-        Stage { case: self.case.clone(), folder }
+        MergeFixture { case: self.case.clone(), folder }
     }
 
     fn at(&self, layer: usize) -> PathBuf {
@@ -48,12 +48,12 @@ impl Stage {
     }
 
     fn child(&self) -> PathBuf {
-        self.at(self.case.folded[0])
+        self.at(self.case.merged_layers[0])
     }
 
     fn args(&self) -> Vec<PathBuf> {
         let mut args = vec!["merge".into(), self.child()];
-        if self.case.folded.len() > 1 {
+        if self.case.merged_layers.len() > 1 {
             args.extend(["--into".into(), self.at(self.case.into)]);
         }
         args
@@ -66,9 +66,9 @@ impl Stage {
     /// Who is left shows what it showed, and `check` finds no corruption.
     #[track_caller]
     fn assert_same(&self, when: &str) {
-        let (child, scene) = (self.case.folded[0], &self.case.scene);
-        let mut shown = scene.shows(child);
-        let mut all: Vec<(usize, Vec<u8>)> = self.case.kept.iter().map(|&kept| (kept, scene.shows(kept))).collect();
+        let (child, scene) = (self.case.merged_layers[0], &self.case.scene);
+        let mut shown = scene.expected(child);
+        let mut all: Vec<(usize, Vec<u8>)> = self.case.kept.iter().map(|&kept| (kept, scene.expected(kept))).collect();
         if self.child().exists() {
             all.push((child, shown));
         } else {
@@ -78,7 +78,7 @@ impl Stage {
         for (layer, values) in all {
             let same = {
                 let _alone = alone();
-                check_shows(&Host, &self.at(layer), &values)
+                check_disk(&Host, &self.at(layer), &values)
             };
             same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
             let check = diffdisk(["check".into(), self.at(layer), "--chain".into()]);
@@ -90,7 +90,7 @@ impl Stage {
     #[track_caller]
     fn assert_done(&self, when: &str) {
         self.assert_same(when);
-        let left = (0..self.case.scene.layers.len()).filter(|layer| !self.case.folded.contains(layer));
+        let left = (0..self.case.scene.layers.len()).filter(|layer| !self.case.merged_layers.contains(layer));
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let entries = fs::read_dir(self.folder.path()).expect("the folder");
         let mut names: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
@@ -105,23 +105,23 @@ impl Stage {
 }
 
 /// Blocks of 256 KiB, disks of 4 MiB.
-fn stage(name: &str) -> Stage {
-    Stage::new(all(64).into_iter().find(|case| case.name == name).expect("a case"))
+fn merge_fixture(name: &str) -> MergeFixture {
+    MergeFixture::new(all(64).into_iter().find(|case| case.name == name).expect("a case"))
 }
 
 #[test]
 fn killed_at_every_point() {
-    let points = [points::of("merge"), points::of("relink")].concat();
+    let points = [failpoints::of("merge"), failpoints::of("relink")].concat();
     assert!(points.len() >= 20, "{points:?}");
     let mut reached = std::collections::BTreeMap::<&str, u32>::new();
     for name in ["smaller blocks", "two grandchildren", "two levels", "fixed root", "larger blocks", "a smaller child"]
     {
-        let whole = stage(name);
+        let whole = merge_fixture(name);
         for point in &points {
             for count in [1, 3] {
                 let stage = whole.copy();
                 let when = format!("{point}:{count}");
-                if !points::killed(point, count, stage.args()) {
+                if !failpoints::killed(point, count, stage.args()) {
                     stage.assert_done(&when);
                     break;
                 }
@@ -138,14 +138,14 @@ fn killed_at_every_point() {
 
 #[test]
 fn killed_again_and_again() {
-    let whole = stage("two levels");
-    let points = [points::of("merge"), points::of("relink")].concat();
+    let whole = merge_fixture("two levels");
+    let points = [failpoints::of("merge"), failpoints::of("relink")].concat();
     for first in ["merge.noted", "merge.marked", "relink.switched", "merge.layer-removed"] {
         for second in &points {
             let stage = whole.copy();
-            assert!(points::killed(first, 1, stage.args()), "{first}");
+            assert!(failpoints::killed(first, 1, stage.args()), "{first}");
             let when = format!("{first}, then {second}");
-            if points::killed(second, 1, stage.args()) {
+            if failpoints::killed(second, 1, stage.args()) {
                 stage.assert_same(&when);
                 stage.merge().ok();
             }
@@ -165,9 +165,9 @@ fn interrupted_and_gone_on_with() {
         sectors: 1024,
         writes: vec![(0, 1024, value)],
     };
-    let scene = Scene { layers: vec![layer("root.vhd", None, 1), layer("child.vhd", Some(0), 2)], scale: 512 };
-    let case = Case { name: "dense", scene, folded: vec![1], into: 0, kept: vec![] };
-    let whole = Stage::new(case);
+    let scene = ChainSpec { layers: vec![layer("root.vhd", None, 1), layer("child.vhd", Some(0), 2)], scale: 512 };
+    let case = MergeCase { name: "dense", scene, merged_layers: vec![1], into: 0, kept: vec![] };
+    let whole = MergeFixture::new(case);
     for signal in [libc::SIGINT, libc::SIGTERM] {
         let stage = whole.copy();
         let mut merge = Command::new(DIFFDISK);
@@ -202,14 +202,14 @@ fn interrupted_and_gone_on_with() {
 
 #[test]
 fn what_is_said() {
-    let stage = stage("two levels");
+    let stage = merge_fixture("two levels");
     let done = stage.merge().ok();
     let (said, root) =
         (String::from_utf8(done.stdout).expect("text"), stage.at(0).canonicalize().expect("it is there"));
     let end = "copied, 2 images removed, 1 image linked to it\n";
     assert!(said.starts_with(&format!("merged {} into {}: ", stage.child().display(), root.display())), "{said}");
     assert!(said.ends_with(end) && done.stderr.is_empty(), "{said}{}", done.stderr);
-    let stage = self::stage("leaf");
+    let stage = self::merge_fixture("leaf");
     let done = diffdisk([stage.args(), vec!["--quiet".into()]].concat()).ok();
     assert!(done.stdout.is_empty() && done.stderr.is_empty());
     // All is done: there is nothing to go on with.
@@ -233,7 +233,7 @@ fn digests(folder: &Path) -> Vec<(PathBuf, String)> {
 
 #[test]
 fn refusals_change_nothing() {
-    let stage = stage("two levels");
+    let stage = merge_fixture("two levels");
     let create = |name: &str, parent: usize, more: &[&str]| {
         let path = stage.folder.path().join(name);
         let mut args = vec!["create".into(), path.clone(), "--parent".into(), stage.at(parent)];
@@ -278,12 +278,12 @@ fn refusals_change_nothing() {
 
 #[test]
 fn another_merge_than_the_one_that_was_begun() {
-    let whole = stage("two levels");
+    let whole = merge_fixture("two levels");
     let stage = whole.copy();
-    assert!(points::killed("merge.begun", 1, stage.args()));
+    assert!(failpoints::killed("merge.begun", 1, stage.args()));
     assert_refused(&diffdisk(["merge".into(), stage.child()]), "was begun: end that first, with --into");
     let stage = whole.copy();
-    assert!(points::killed("merge.layer-removed", 1, stage.args()));
+    assert!(failpoints::killed("merge.layer-removed", 1, stage.args()));
     // Another image has got the name.
     diffdisk(["create".into(), stage.child(), "--parent".into(), stage.at(3)]).ok();
     assert_refused(&stage.merge(), "another image of this name");
@@ -294,7 +294,7 @@ fn another_merge_than_the_one_that_was_begun() {
     stage.assert_done("with the other one aside");
     // A note that cannot be read.
     let stage = whole.copy();
-    assert!(points::killed("merge.noted", 1, stage.args()));
+    assert!(failpoints::killed("merge.noted", 1, stage.args()));
     let entries = fs::read_dir(stage.folder.path()).expect("the folder").flatten();
     let note = entries.map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "merge")).expect("a note");
     fs::write(&note, "diffdisk merge 2\n").expect("it is written");
@@ -305,10 +305,10 @@ fn another_merge_than_the_one_that_was_begun() {
 
 #[test]
 fn a_child_that_is_written_after_a_kill_is_copied_again() {
-    let whole = stage("leaf");
+    let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.marked", "merge.relinked"] {
         let mut stage = whole.copy();
-        assert!(points::killed(point, 1, stage.args()), "{point}");
+        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
             let _alone = alone();
@@ -330,7 +330,7 @@ fn restore(backup: &Path, onto: &Path) {
 
 #[test]
 fn an_ancestor_that_is_restored_after_a_kill_is_copied_to_again() {
-    let whole = stage("leaf");
+    let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.closed", "merge.marked", "merge.relinked"] {
         // In its place, and as another file of the same name.
         for renamed in [false, true] {
@@ -339,7 +339,7 @@ fn an_ancestor_that_is_restored_after_a_kill_is_copied_to_again() {
             let backup = aside.path().join("backup.vhd");
             restore(&stage.at(0), &backup);
             let when = format!("{point}, another file: {renamed}");
-            assert!(points::killed(point, 1, stage.args()), "{when}");
+            assert!(failpoints::killed(point, 1, stage.args()), "{when}");
             if renamed {
                 fs::rename(&backup, stage.at(0)).expect("it is there");
             } else {
@@ -353,11 +353,11 @@ fn an_ancestor_that_is_restored_after_a_kill_is_copied_to_again() {
 
 #[test]
 fn an_ancestor_that_is_restored_when_the_child_is_gone_is_told() {
-    let stage = stage("two levels, leaf");
+    let stage = merge_fixture("two levels, leaf");
     let aside = scratch("backup");
     let backup = aside.path().join("backup.vhd");
     restore(&stage.at(0), &backup);
-    assert!(points::killed("merge.layer-removed", 1, stage.args()));
+    assert!(failpoints::killed("merge.layer-removed", 1, stage.args()));
     let right = aside.path().join("right.vhd");
     fs::rename(stage.at(0), &right).expect("it is there");
     restore(&backup, &stage.at(0));
@@ -372,7 +372,7 @@ fn an_ancestor_that_is_restored_when_the_child_is_gone_is_told() {
 
 #[test]
 fn a_child_that_is_restored_after_a_kill_is_copied_again() {
-    let whole = stage("leaf");
+    let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.marked", "merge.relinked"] {
         let stage = whole.copy();
         let aside = scratch("backup");
@@ -384,7 +384,7 @@ fn a_child_that_is_restored_after_a_kill_is_copied_again() {
             fill(&Host, &stage.child(), &more, 64)
         };
         filled.expect("it takes writes");
-        assert!(points::killed(point, 1, stage.args()), "{point}");
+        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         // The backup is older than what was noted, and says something else.
         restore(&backup, &stage.child());
         // What only the later one wrote lies in the ancestor now, where nothing of the child's hides it.
@@ -397,11 +397,11 @@ fn a_child_that_is_restored_after_a_kill_is_copied_again() {
 
 #[test]
 fn nobody_else_writes_to_an_ancestor() {
-    let whole = stage("two levels");
+    let whole = merge_fixture("two levels");
     let aside = scratch("socket");
     for point in ["merge.begun", "merge.noted", "merge.marked", "merge.layer-removed"] {
         let stage = whole.copy();
-        assert!(points::killed(point, 1, stage.args()), "{point}");
+        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         let root = stage.at(0);
         let before = digests(stage.folder.path());
         for args in [vec!["compact".into(), root.clone()], vec!["resize".into(), root.clone(), "8M".into()]] {
@@ -423,7 +423,7 @@ fn nobody_else_writes_to_an_ancestor() {
 fn strangers_read_it_alike() {
     for name in ["leaf", "inner", "two levels", "fixed root"] {
         let case = all(512).into_iter().find(|case| case.name == name).expect("a case");
-        let stage = Stage::new(case);
+        let stage = MergeFixture::new(case);
         let leaf = stage.at(stage.case.kept.last().copied().unwrap_or(stage.case.into));
         let before = digest::sha256_of_disk(&if stage.case.kept.is_empty() { stage.child() } else { leaf.clone() });
         stage.merge().ok();

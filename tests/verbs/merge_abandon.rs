@@ -10,23 +10,23 @@ use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Random, SimHost};
 use diffdisk::units::SectorRange;
 
-use crate::merge_scenes::{Case, all};
-use crate::scenes::{bytes, check_shows};
+use crate::merge_cases::{MergeCase, all};
+use crate::chain_spec::{bytes, check_disk};
 
-fn at(case: &Case, layer: usize) -> PathBuf {
+fn at(case: &MergeCase, layer: usize) -> PathBuf {
     case.scene.path(Path::new("/disk"), layer)
 }
 
-fn host(case: &Case) -> SimHost {
+fn host(case: &MergeCase) -> SimHost {
     let host = SimHost::new(1);
     case.scene.build(&host, Path::new("/disk")).expect("a scene");
     host.crash_with(&|_| true)
 }
 
-fn merge(case: &Case, host: &SimHost) -> Result<Merged> {
+fn merge(case: &MergeCase, host: &SimHost) -> Result<Merged> {
     let into = at(case, case.into);
-    let into = (case.folded.len() > 1).then_some(into.as_path());
-    PreparedMerge::prepare(host, &at(case, case.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+    let into = (case.merged_layers.len() > 1).then_some(into.as_path());
+    PreparedMerge::prepare(host, &at(case, case.merged_layers[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
 }
 
 /// The disk of an image by itself; `None` if that is refused.
@@ -43,19 +43,19 @@ fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
 }
 
 /// What an image shows by itself is its own disk, or CHILD's, or refused; and CHILD shows what it showed.
-fn check(case: &Case, host: &SimHost) -> Result<bool, String> {
+fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     let disk = |mut values: Vec<u8>, layer: usize| {
         values.resize(usize::try_from(case.scene.sectors(layer)).expect("small"), 0);
         bytes(SectorRange::between(0, values.len() as u64), |sector| values[usize::try_from(sector).unwrap()])
     };
-    let child = case.folded[0];
+    let child = case.merged_layers[0];
     let mut refused = false;
-    for &layer in case.folded[1..].iter().chain([&case.into]) {
+    for &layer in case.merged_layers[1..].iter().chain([&case.into]) {
         if !host.exists(&at(case, layer)) {
             continue;
         }
-        let own = disk(case.scene.shows(layer), layer);
-        let childs = disk(case.scene.shows(child), layer);
+        let own = disk(case.scene.expected(layer), layer);
+        let childs = disk(case.scene.expected(child), layer);
         match read(host, &at(case, layer))? {
             None => refused = true,
             Some(shown) if shown == own || shown == childs => {}
@@ -63,17 +63,17 @@ fn check(case: &Case, host: &SimHost) -> Result<bool, String> {
         }
     }
     if host.exists(&at(case, child)) {
-        check_shows(host, &at(case, child), &case.scene.shows(child))?;
+        check_disk(host, &at(case, child), &case.scene.expected(child))?;
     }
     for &kept in &case.kept {
-        check_shows(host, &at(case, kept), &case.scene.shows(kept))?;
+        check_disk(host, &at(case, kept), &case.scene.expected(kept))?;
     }
     Ok(refused)
 }
 
 /// Gives the merge up; `None` if there is none.
-fn give_up(case: &Case, host: &SimHost) -> Result<Option<Abandoned>, String> {
-    match abandon(host, &at(case, case.folded[0]), None, &Policy::default()) {
+fn abandon_merge(case: &MergeCase, host: &SimHost) -> Result<Option<Abandoned>, String> {
+    match abandon(host, &at(case, case.merged_layers[0]), None, &Policy::default()) {
         Ok(done) => Ok(Some(done)),
         Err(e) if e.line().contains("no merge of it was begun") => Ok(None),
         Err(e) => Err(e.line()),
@@ -81,7 +81,7 @@ fn give_up(case: &Case, host: &SimHost) -> Result<Option<Abandoned>, String> {
 }
 
 /// A merge that is ended at a step, and then abandoned; the abandoning is ended at each of its steps.
-fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64; 3]) -> Result<(), String> {
+fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut [u64; 3]) -> Result<(), String> {
     let first = host(case);
     first.stop_at(step);
     let _ = merge(case, &first);
@@ -99,14 +99,14 @@ fn abandoned_after(case: &Case, step: u64, random: &mut Random, seen: &mut [u64;
             let host = after.crash_with(&|_| true);
             let steps = host.counts().steps;
             host.stop_at(steps + stop);
-            let done = give_up(case, &host);
+            let done = abandon_merge(case, &host);
             host.stop_at(u64::MAX);
             let host = if host.is_dead() { host.crash(random) } else { host };
             let before = check(case, &host)?;
             // Again, until it is done; it is done at most once in vain.
-            let again = give_up(case, &host)?;
+            let again = abandon_merge(case, &host)?;
             let after = check(case, &host)?;
-            let here = host.exists(&at(case, case.folded[0]));
+            let here = host.exists(&at(case, case.merged_layers[0]));
             match again {
                 Some(Abandoned::Partial(_)) => {
                     seen[0] += 1;

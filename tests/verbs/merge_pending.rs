@@ -8,14 +8,14 @@ use std::time::Duration;
 use crate::common::daemon::Daemon;
 use crate::common::digest;
 use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run, scratch};
-use crate::points;
+use crate::failpoints;
 
 /// Root, parent, child and grandchild in a folder, with data.
-struct Stage(tempfile::TempDir);
+struct PendingFixture(tempfile::TempDir);
 
-impl Stage {
-    fn new() -> Stage {
-        let stage = Stage(scratch("pending"));
+impl PendingFixture {
+    fn new() -> PendingFixture {
+        let stage = PendingFixture(scratch("pending"));
         diffdisk(["create".into(), stage.at("parent"), "--size=8M".into()]).ok();
         let create = |name: &str, parent: &str| {
             diffdisk(["create".into(), stage.at(name), "--parent".into(), stage.at(parent)]).ok();
@@ -46,7 +46,7 @@ impl Stage {
         diffdisk(["merge".into(), self.at("child"), "--abandon".into()])
     }
 
-    fn notes(&self) -> usize {
+    fn merge_records(&self) -> usize {
         let names = fs::read_dir(self.0.path()).expect("the folder").flatten();
         names.filter(|entry| entry.path().extension().is_some_and(|ending| ending == "merge")).count()
     }
@@ -93,9 +93,9 @@ fn a_half_merged_image_is_read_only_below_child() {
     for (point, refused) in
         [("merge.begun", false), ("merge.copying", true), ("merge.noted", true), ("merge.marked", false)]
     {
-        let stage = Stage::new();
+        let stage = PendingFixture::new();
         let before = shown(&stage.at("grand"));
-        assert!(points::killed(point, 1, stage.args()), "{point}");
+        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         assert_eq!(stage.is_refused("parent"), refused, "{point}");
         assert!(!stage.is_refused("child") && !stage.is_refused("grand"), "{point}");
         // Headers may be looked at, with one warning that names the command.
@@ -110,7 +110,7 @@ fn a_half_merged_image_is_read_only_below_child() {
         assert_eq!(create.code, Some(1), "{point}: a second child would stop the merge");
         assert_eq!(shown(&stage.at("grand")), before, "{point}");
         diffdisk(stage.args()).ok();
-        assert_eq!((shown(&stage.at("grand")), stage.notes()), (before, 0), "{point}");
+        assert_eq!((shown(&stage.at("grand")), stage.merge_records()), (before, 0), "{point}");
         assert!(!stage.is_refused("parent"), "{point}: it is whole again");
     }
 }
@@ -118,8 +118,8 @@ fn a_half_merged_image_is_read_only_below_child() {
 #[test]
 fn verbs_that_would_stop_the_merge_are_refused() {
     for point in ["merge.begun", "merge.noted", "merge.marked"] {
-        let stage = Stage::new();
-        assert!(points::killed(point, 1, stage.args()), "{point}");
+        let stage = PendingFixture::new();
+        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         let (parent, child) = (stage.at("parent"), stage.at("child"));
         let verbs: [Vec<PathBuf>; 6] = [
             vec!["compact".into(), parent.clone()],
@@ -137,23 +137,23 @@ fn verbs_that_would_stop_the_merge_are_refused() {
             );
         }
         diffdisk(stage.args()).ok();
-        assert_eq!(stage.notes(), 0);
+        assert_eq!(stage.merge_records(), 0);
     }
 }
 
 #[test]
 fn abandoned_and_finished_after_all() {
-    for point in [points::of("abandon"), vec!["none".into()]].concat() {
+    for point in [failpoints::of("abandon"), vec!["none".into()]].concat() {
         for (at, partial) in [("merge.begun", false), ("merge.noted", true), ("merge.marked", false)] {
-            let stage = Stage::new();
+            let stage = PendingFixture::new();
             let before = shown(&stage.at("grand"));
-            assert!(points::killed(at, 1, stage.args()), "{at}");
+            assert!(failpoints::killed(at, 1, stage.args()), "{at}");
             let args = [PathBuf::from("merge"), stage.at("child"), "--abandon".into()];
-            points::killed(&point, 1, args);
+            failpoints::killed(&point, 1, args);
             let again = stage.abandon();
             let when = format!("{at}, {point}: {again:?}");
             assert!(again.code == Some(0) || again.stderr.contains("no merge of it was begun"), "{when}");
-            assert_eq!((stage.is_refused("parent"), stage.notes()), (partial, usize::from(partial)), "{when}");
+            assert_eq!((stage.is_refused("parent"), stage.merge_records()), (partial, usize::from(partial)), "{when}");
             assert_eq!(shown(&stage.at("grand")), before, "{when}");
             if partial {
                 // CHILD may be used, and be made independent of what is damaged.
@@ -161,7 +161,7 @@ fn abandoned_and_finished_after_all() {
                 diffdisk(["compact".into(), stage.at("parent")]).ok();
             }
             diffdisk(stage.args()).ok();
-            assert_eq!((shown(&stage.at("grand")), stage.notes()), (before, 0), "{when}");
+            assert_eq!((shown(&stage.at("grand")), stage.merge_records()), (before, 0), "{when}");
             assert!(!stage.is_refused("parent"), "{when}");
         }
     }
@@ -170,19 +170,19 @@ fn abandoned_and_finished_after_all() {
 #[test]
 fn no_state_is_left_only_by_deleting_a_hidden_file() {
     // The receiver is given up.
-    let stage = Stage::new();
+    let stage = PendingFixture::new();
     let before = shown(&stage.at("grand"));
-    assert!(points::killed("merge.noted", 1, stage.args()));
+    assert!(failpoints::killed("merge.noted", 1, stage.args()));
     stage.abandon().ok();
     diffdisk(["flatten".into(), stage.at("child")]).ok();
     assert!(stage.is_refused("parent"), "it is damaged for ever");
     fs::remove_file(stage.at("parent")).unwrap();
     stage.abandon().ok();
-    assert_eq!((stage.notes(), shown(&stage.at("grand"))), (0, before));
+    assert_eq!((stage.merge_records(), shown(&stage.at("grand"))), (0, before));
     // CHILD is gone, and a backup of the receiver is there again.
-    let stage = Stage::new();
+    let stage = PendingFixture::new();
     let backup = fs::read(stage.at("parent")).unwrap();
-    assert!(points::killed("merge.noted", 1, stage.args()));
+    assert!(failpoints::killed("merge.noted", 1, stage.args()));
     fs::remove_file(stage.at("child")).unwrap();
     let refused = stage.abandon();
     if refused.code == Some(1) {
@@ -191,12 +191,12 @@ fn no_state_is_left_only_by_deleting_a_hidden_file() {
         fs::write(stage.at("parent"), backup).unwrap();
         stage.abandon().ok();
     }
-    assert_eq!(stage.notes(), 0);
+    assert_eq!(stage.merge_records(), 0);
     diffdisk(["map".into(), stage.at("parent")]).ok();
     // A record that cannot be read: with CHILD the merge begins again, without it the record goes.
     for gone in [false, true] {
-        let stage = Stage::new();
-        assert!(points::killed(if gone { "merge.layer-removed" } else { "merge.noted" }, 1, stage.args()));
+        let stage = PendingFixture::new();
+        assert!(failpoints::killed(if gone { "merge.layer-removed" } else { "merge.noted" }, 1, stage.args()));
         let entries = fs::read_dir(stage.0.path()).unwrap().flatten().map(|entry| entry.path());
         let note = entries.into_iter().find(|path| path.extension().is_some_and(|e| e == "merge")).expect("a record");
         fs::write(note, "diffdisk merge 3\n").unwrap();
@@ -205,7 +205,7 @@ fn no_state_is_left_only_by_deleting_a_hidden_file() {
         } else {
             diffdisk(stage.args()).ok()
         };
-        assert_eq!(stage.notes(), 0);
+        assert_eq!(stage.merge_records(), 0);
         diffdisk(["map".into(), stage.at("parent")]).ok();
     }
 }

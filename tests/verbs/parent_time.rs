@@ -14,7 +14,7 @@ use diffdisk::storage::{Access, Env, ModifiedTime};
 
 use crate::common::daemon::Daemon;
 use crate::common::tool::{Finished, diffdisk, scratch};
-use crate::scene::{Fill, Scene};
+use crate::fixture::{Fill, Fixture};
 
 const A: Fill<'static> = Fill::Tag("A");
 const SMALL: u32 = 4096;
@@ -24,14 +24,14 @@ fn time(env: &dyn Env, path: &Path) -> ModifiedTime {
 }
 
 /// The kinds of what `check --chain` notes.
-fn notes(scene: &Scene<'_>, name: &str) -> Vec<&'static str> {
+fn notes(scene: &Fixture<'_>, name: &str) -> Vec<&'static str> {
     let policy = Policy::default();
     let report = ops::check::check(scene.env, &scene.path(name), Some(&policy), &[], &mut |_| Ok(()));
     report.expect("a check").notes.iter().map(|note| note.kind).collect()
 }
 
-fn chain(host: &SimHost) -> Scene<'_> {
-    let scene = Scene::new(host, Path::new("/d"));
+fn chain(host: &SimHost) -> Fixture<'_> {
+    let scene = Fixture::new(host, Path::new("/d"));
     scene.dynamic("r.vhd", SMALL, 400);
     scene.write("r.vhd", &[(0, 60, A), (150, 200, Fill::Zeros)]);
     scene.child("p.vhd", "r.vhd", SMALL);

@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::reshape::{Act, kill_everywhere};
-use crate::scene::{Fill, Scene, disk};
-use crate::sweep::{Case, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::fixture::{Fill, Fixture, disk};
+use crate::sweep::{SweepCase, FOLDER};
 
 const R: Fill<'static> = Fill::Tag("R");
 const A: Fill<'static> = Fill::Tag("A");
@@ -28,7 +28,7 @@ fn rebased(env: &dyn Env, folder: &Path, parent: &str, only_link: bool) -> Resul
 }
 
 /// Two branches of one root, and another root; the image stands on the first branch.
-fn branches(scene: &Scene<'_>) {
+fn branches(scene: &Fixture<'_>) {
     scene.dynamic("r.vhd", SMALL, 200);
     scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
     scene.child("a.vhd", "r.vhd", SMALL);
@@ -56,7 +56,7 @@ fn shows() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
 fn the_disk_stays_at_every_moment() {
     for parent in ["b.vhd", "x.vhd", "r.vhd"] {
         let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, parent, false).map(drop);
-        Case { name: parent, setup: &branches, verb: &verb, shows: shows(), kind: false }.sweep();
+        SweepCase { name: parent, setup: &branches, verb: &verb, expected: shows(), lengths_follow_data: false }.sweep();
     }
 }
 
@@ -64,13 +64,13 @@ fn the_disk_stays_at_every_moment() {
 fn only_a_link() {
     let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, "b.vhd", true).map(drop);
     let shows = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
-    Case { name: "unsafe", setup: &branches, verb: &verb, shows, kind: false }.sweep();
+    SweepCase { name: "unsafe", setup: &branches, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
 }
 
 #[test]
 fn a_parent_that_is_gone_is_replaced_only_unsafely() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     branches(&scene);
     let folder = host.folder(&scene.folder).expect("a folder");
     folder.rename("a.vhd".as_ref(), &folder, "moved.vhd".as_ref()).expect("it moves");
@@ -78,13 +78,13 @@ fn a_parent_that_is_gone_is_replaced_only_unsafely() {
     assert_eq!(rebased(&host, &scene.folder, "moved.vhd", false).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(host.bytes(&scene.path("i.vhd")), before);
     assert_eq!(rebased(&host, &scene.folder, "moved.vhd", true).expect("a link"), 0);
-    assert!(scene.seen("k.vhd").expect("it opens") == shows()[1].1);
+    assert!(scene.read_disk("k.vhd").expect("it opens") == shows()[1].1);
 }
 
 #[test]
 fn what_both_chains_have_is_not_read() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     branches(&scene);
     let copied = rebased(&host, &scene.folder, "b.vhd", false).expect("it works");
     // 10..25 but for 12, 40..50 but for 45, 100..110 but for 105..107, 160..170 but for 168.
@@ -102,7 +102,7 @@ fn what_both_chains_have_is_not_read() {
 #[test]
 fn no_circles() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     branches(&scene);
     scene.fixed("f.vhd", 200);
     let before = host.bytes(&scene.path("i.vhd"));
@@ -120,20 +120,20 @@ fn no_circles() {
     }
     assert_eq!(host.bytes(&scene.path("i.vhd")), before);
     rebased(&host, &scene.folder, "f.vhd", false).expect("a fixed root is a parent, too");
-    assert!(scene.seen("k.vhd").expect("it opens") == shows()[1].1);
+    assert!(scene.read_disk("k.vhd").expect("it opens") == shows()[1].1);
 }
 
 #[test]
 fn killed_at_every_point() {
     let linked = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
     let acts = [
-        Act { name: "branch", setup: &branches, args: &["rebase", "i.vhd", "--parent", "b.vhd"], shows: shows() },
-        Act {
+        KillCase { name: "branch", setup: &branches, args: &["rebase", "i.vhd", "--parent", "b.vhd"], expected: shows() },
+        KillCase {
             name: "unsafe",
             setup: &branches,
             args: &["rebase", "i.vhd", "--parent", "b.vhd", "--unsafe"],
-            shows: linked,
+            expected: linked,
         },
     ];
-    kill_everywhere(&["rebase"], &acts);
+    kill_at_every_point(&["rebase"], &acts);
 }

@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::reshape::{Act, kill_everywhere};
-use crate::scene::{Fill, Scene, disk};
-use crate::sweep::{Case, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::fixture::{Fill, Fixture, disk};
+use crate::sweep::{SweepCase, FOLDER};
 
 const T: Fill<'static> = Fill::Tag("T");
 const P: Fill<'static> = Fill::Tag("P");
@@ -25,7 +25,7 @@ fn resized(sectors: u64, shrink: bool) -> impl Fn(&dyn Env, &Path) -> Result<()>
 }
 
 /// A dynamic root of 100 sectors whose last block is not full, and a child of it.
-fn dynamic(scene: &Scene<'_>) {
+fn dynamic(scene: &Fixture<'_>) {
     scene.dynamic("i.vhd", SMALL, 100);
     scene.write("i.vhd", &[(0, 3, T), (50, 60, T), (97, 100, T)]);
     scene.child("k.vhd", "i.vhd", SMALL);
@@ -34,11 +34,11 @@ fn dynamic(scene: &Scene<'_>) {
 
 const DYNAMIC: [(u64, u64, Fill<'_>); 3] = [(0, 3, T), (50, 60, T), (97, 100, T)];
 
-fn grown(name: &str, sectors: u64) -> Case<'_> {
+fn grown(name: &str, sectors: u64) -> SweepCase<'_> {
     let verb: &'static dyn Fn(&dyn Env, &Path) -> Result<()> = Box::leak(Box::new(resized(sectors, false)));
     let child = disk(100, &[&DYNAMIC[..], &[(98, 99, P)]].concat());
     let shows = vec![("i.vhd", disk(100, &DYNAMIC), disk(sectors, &DYNAMIC)), ("k.vhd", child.clone(), child)];
-    Case { name, setup: &dynamic, verb, shows, kind: false }
+    SweepCase { name, setup: &dynamic, verb, expected: shows, lengths_follow_data: false }
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn a_dynamic_root_grows_with_a_new_table() {
 }
 
 /// A child smaller than its parent, which has data where it grows.
-fn smaller_child(scene: &Scene<'_>) {
+fn smaller_child(scene: &Fixture<'_>) {
     scene.dynamic("p.vhd", SMALL, 100);
     scene.write("p.vhd", &[(0, 20, P), (22, 37, P), (90, 100, P)]);
     scene.child("i.vhd", "p.vhd", SMALL);
@@ -66,20 +66,20 @@ fn a_child_hides_its_larger_parent_when_it_grows() {
     let old = disk(29, &[(0, 20, P), (1, 2, T)]);
     let verb = resized(120, false);
     let shows = vec![("i.vhd", old, disk(120, &[(0, 20, P), (1, 2, T)]))];
-    Case { name: "grow before the end of the parent", setup: &smaller_child, verb: &verb, shows, kind: false }.sweep();
+    SweepCase { name: "grow before the end of the parent", setup: &smaller_child, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
     // The last block has no place yet.
-    let setup = |scene: &Scene<'_>| {
+    let setup = |scene: &Fixture<'_>| {
         smaller_child(scene);
         resized(22, true)(scene.env, &scene.folder).expect("only zeros are cut off");
         ops::compact::compact(scene.env, &scene.path("i.vhd"), &Policy::default(), &mut |_| Ok(())).expect("it works");
     };
     let shows = vec![("i.vhd", disk(22, &[(0, 20, P), (1, 2, T)]), disk(120, &[(0, 20, P), (1, 2, T)]))];
-    Case { name: "grow over a block without a place", setup: &setup, verb: &verb, shows, kind: false }.sweep();
+    SweepCase { name: "grow over a block without a place", setup: &setup, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
 }
 
 #[test]
 fn fixed_images_grow_and_shrink() {
-    let setup = |scene: &Scene<'_>| {
+    let setup = |scene: &Fixture<'_>| {
         scene.fixed("i.vhd", 40);
         scene.write("i.vhd", &[(0, 3, T), (9, 20, T)]);
     };
@@ -87,17 +87,17 @@ fn fixed_images_grow_and_shrink() {
     for (name, to) in [("fixed, larger by a sector", 41), ("fixed, larger", 300)] {
         let verb = resized(to, false);
         let shows = vec![("i.vhd", disk(40, &data), disk(to, &data))];
-        Case { name, setup: &setup, verb: &verb, shows, kind: true }.sweep();
+        SweepCase { name, setup: &setup, verb: &verb, expected: shows, lengths_follow_data: true }.sweep();
     }
     for (name, to) in [("fixed, smaller by a sector", 39), ("fixed, smaller", 20)] {
         let verb = resized(to, true);
         let shows = vec![("i.vhd", disk(40, &data), disk(to, &data))];
-        Case { name, setup: &setup, verb: &verb, shows, kind: true }.sweep();
+        SweepCase { name, setup: &setup, verb: &verb, expected: shows, lengths_follow_data: true }.sweep();
     }
 }
 
 /// Blocks at the end of the disk come first in the file, so that others must move when they go.
-fn shrinkable(scene: &Scene<'_>) {
+fn shrinkable(scene: &Fixture<'_>) {
     scene.dynamic("i.vhd", SMALL, 100);
     scene.write("i.vhd", &[(90, 100, Z)]);
     scene.write("i.vhd", &[(40, 52, Z)]);
@@ -108,9 +108,9 @@ fn shrinkable(scene: &Scene<'_>) {
 fn a_dynamic_root_shrinks_and_gives_room_back() {
     let data = [(0, 3, T), (8, 24, T)];
     let shows = || vec![("i.vhd", disk(100, &data), disk(42, &data))];
-    Case { name: "shrink", setup: &shrinkable, verb: &resized(42, true), shows: shows(), kind: false }.sweep();
+    SweepCase { name: "shrink", setup: &shrinkable, verb: &resized(42, true), expected: shows(), lengths_follow_data: false }.sweep();
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     shrinkable(&scene);
     let len = || host.bytes(&scene.path("i.vhd")).expect("it is there").len();
     let before = len();
@@ -120,27 +120,27 @@ fn a_dynamic_root_shrinks_and_gives_room_back() {
 
 #[test]
 fn a_batmap_never_says_too_much() {
-    let setup = |scene: &Scene<'_>| {
+    let setup = |scene: &Fixture<'_>| {
         shrinkable(scene);
-        crate::tap::make(scene, "i.vhd");
+        crate::xenserver::make(scene, "i.vhd");
     };
     let data = [(0, 3, T), (8, 24, T)];
     for (name, to, shrink) in [("grow with a batmap", 9_000, false), ("shrink with a batmap", 42, true)] {
         let shows = vec![("i.vhd", disk(100, &data), disk(to, &data))];
-        Case { name, setup: &setup, verb: &resized(to, shrink), shows, kind: false }.sweep();
+        SweepCase { name, setup: &setup, verb: &resized(to, shrink), expected: shows, lengths_follow_data: false }.sweep();
     }
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     setup(&scene);
-    assert_eq!(crate::tap::whole(&scene, "i.vhd"), [0, 1, 2, 5, 6, 11, 12]);
+    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0, 1, 2, 5, 6, 11, 12]);
     resized(9_000, false)(&host, &scene.folder).expect("it grows");
-    assert_eq!(crate::tap::whole(&scene, "i.vhd"), [0; 0]);
+    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0; 0]);
 }
 
 #[test]
 fn what_is_not_zero_is_not_cut_off() {
     let host = SimHost::new(1);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     dynamic(&scene);
     let path = scene.path("i.vhd");
     let try_to = |size: u64, shrink| {
@@ -161,53 +161,53 @@ fn what_is_not_zero_is_not_cut_off() {
 
 #[test]
 fn killed_at_every_point() {
-    let tap = |scene: &Scene<'_>| {
+    let tap = |scene: &Fixture<'_>| {
         shrinkable(scene);
-        crate::tap::make(scene, "i.vhd");
+        crate::xenserver::make(scene, "i.vhd");
     };
-    let fixed = |scene: &Scene<'_>| {
+    let fixed = |scene: &Fixture<'_>| {
         scene.fixed("i.vhd", 40);
         scene.write("i.vhd", &[(0, 3, T)]);
     };
     let data = disk(40, &[(0, 3, T)]);
     let shrunk = [(0, 3, T), (8, 24, T)];
     let acts = [
-        Act {
+        KillCase {
             name: "grow",
             setup: &dynamic,
             args: &["resize", "i.vhd", "1M"],
-            shows: vec![("i.vhd", disk(100, &DYNAMIC), disk(2048, &DYNAMIC))],
+            expected: vec![("i.vhd", disk(100, &DYNAMIC), disk(2048, &DYNAMIC))],
         },
-        Act {
+        KillCase {
             name: "grow with a new table",
             setup: &dynamic,
             args: &["resize", "i.vhd", "6M"],
-            shows: vec![("i.vhd", disk(100, &DYNAMIC), disk(12288, &DYNAMIC))],
+            expected: vec![("i.vhd", disk(100, &DYNAMIC), disk(12288, &DYNAMIC))],
         },
-        Act {
+        KillCase {
             name: "shrink",
             setup: &shrinkable,
             args: &["resize", "i.vhd", "21K", "--shrink"],
-            shows: vec![("i.vhd", disk(100, &shrunk), disk(42, &shrunk))],
+            expected: vec![("i.vhd", disk(100, &shrunk), disk(42, &shrunk))],
         },
-        Act {
+        KillCase {
             name: "shrink with a batmap",
             setup: &tap,
             args: &["resize", "i.vhd", "21K", "--shrink"],
-            shows: vec![("i.vhd", disk(100, &shrunk), disk(42, &shrunk))],
+            expected: vec![("i.vhd", disk(100, &shrunk), disk(42, &shrunk))],
         },
-        Act {
+        KillCase {
             name: "fixed, larger",
             setup: &fixed,
             args: &["resize", "i.vhd", "30K"],
-            shows: vec![("i.vhd", data.clone(), disk(60, &[(0, 3, T)]))],
+            expected: vec![("i.vhd", data.clone(), disk(60, &[(0, 3, T)]))],
         },
-        Act {
+        KillCase {
             name: "fixed, smaller",
             setup: &fixed,
             args: &["resize", "i.vhd", "2K", "--shrink"],
-            shows: vec![("i.vhd", data, disk(4, &[(0, 3, T)]))],
+            expected: vec![("i.vhd", data, disk(4, &[(0, 3, T)]))],
         },
     ];
-    kill_everywhere(&["resize"], &acts);
+    kill_at_every_point(&["resize"], &acts);
 }

@@ -11,34 +11,34 @@ use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
 use crate::common::rng::Rng;
-use crate::scene::{Fill, Scene, over};
+use crate::fixture::{Fill, Fixture, overwrite};
 use crate::sweep::FOLDER;
 
 /// Images of a world, at most.
 const IMAGES: usize = 7;
 /// Defects that are none here: sizes of parents and children may differ.
-const FINE: [&str; 1] = ["parent-size"];
+const ALLOWED: [&str; 1] = ["parent-size"];
 
 /// An image, and what it must show.
-struct Model {
+struct ModelImage {
     name: String,
     parent: Option<usize>,
     fixed: bool,
     disk: Vec<u8>,
 }
 
-struct World<'a> {
+struct SequenceRun<'a> {
     host: &'a SimHost,
-    scene: Scene<'a>,
-    images: Vec<Model>,
+    scene: Fixture<'a>,
+    images: Vec<ModelImage>,
     rng: Rng,
     step: u64,
     refused: u64,
     merged: u64,
 }
 
-impl World<'_> {
-    fn pick(&mut self, fits: impl Fn(usize, &Model) -> bool) -> Option<usize> {
+impl SequenceRun<'_> {
+    fn pick(&mut self, fits: impl Fn(usize, &ModelImage) -> bool) -> Option<usize> {
         let fitting: Vec<usize> = (0..self.images.len()).filter(|n| fits(*n, &self.images[*n])).collect();
         (!fitting.is_empty()).then(|| self.rng.pick(&fitting))
     }
@@ -70,7 +70,7 @@ impl World<'_> {
                 (fixed, vec![0; usize::try_from(sectors * 512).expect("small")])
             }
         };
-        self.images.push(Model { name: name.clone(), parent, fixed, disk });
+        self.images.push(ModelImage { name: name.clone(), parent, fixed, disk });
         format!("create {name} ({number}) on {parent:?}")
     }
 
@@ -86,7 +86,7 @@ impl World<'_> {
             runs.push((from, to, if self.rng.below(3) == 0 { Fill::Zeros } else { Fill::Tag(&tag) }));
         }
         self.scene.write(&self.images[of].name, &runs);
-        over(&mut self.images[of].disk, &runs);
+        overwrite(&mut self.images[of].disk, &runs);
         format!("write {of}: {runs:?}")
     }
 
@@ -148,14 +148,14 @@ impl World<'_> {
             let mut disk = std::mem::take(&mut self.images[of].disk);
             disk.resize(received, 0);
             self.images[into].disk = disk;
-            self.forget(&folded, into);
+            self.remove_images(&folded, into);
             self.merged += 1;
         }
         said
     }
 
     /// Takes images away whose place another one takes, and numbers the rest anew.
-    fn forget(&mut self, gone: &[usize], instead: usize) {
+    fn remove_images(&mut self, gone: &[usize], instead: usize) {
         let number = |old: usize| old - gone.iter().filter(|n| **n < old).count();
         for image in &mut self.images {
             image.parent = image.parent.map(|p| number(if gone.contains(&p) { instead } else { p }));
@@ -197,9 +197,9 @@ impl World<'_> {
         self.refused += u64::from(refused);
     }
 
-    fn look(&self, trace: &[String]) {
+    fn check_all(&self, trace: &[String]) {
         for image in &self.images {
-            let seen = self.scene.seen(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
+            let seen = self.scene.read_disk(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
             let differs = seen.iter().zip(&image.disk).position(|(a, b)| a != b).map(|at| at / 512);
             let (len, wanted) = (seen.len() / 512, image.disk.len() / 512);
             assert!(
@@ -209,7 +209,7 @@ impl World<'_> {
                 trace.join("\n")
             );
             let defects: Vec<_> =
-                self.scene.defects(&image.name).into_iter().filter(|kind| !FINE.contains(kind)).collect();
+                self.scene.defects(&image.name).into_iter().filter(|kind| !ALLOWED.contains(kind)).collect();
             assert_eq!(defects, [""; 0], "{}\n{}", image.name, trace.join("\n"));
         }
         let strange = self.host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
@@ -220,9 +220,9 @@ impl World<'_> {
 /// Refusals, and merges that were done.
 fn run(seed: u64, steps: u64) -> (u64, u64) {
     let host = SimHost::new(seed);
-    let scene = Scene::new(&host, Path::new(FOLDER));
+    let scene = Fixture::new(&host, Path::new(FOLDER));
     let mut world =
-        World { host: &host, scene, images: Vec::new(), rng: Rng::new(seed), step: 0, refused: 0, merged: 0 };
+        SequenceRun { host: &host, scene, images: Vec::new(), rng: Rng::new(seed), step: 0, refused: 0, merged: 0 };
     let mut trace = vec![format!("replay: DIFFDISK_SEED={seed}"), world.create()];
     for step in 1..steps {
         world.step = step;
@@ -236,7 +236,7 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
             _ => world.resize(),
         };
         trace.push(said);
-        world.look(&trace);
+        world.check_all(&trace);
     }
     assert!(host.canonical(Path::new(FOLDER)).is_ok());
     (world.refused, world.merged)

@@ -8,24 +8,24 @@ use diffdisk::error::Result;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, DurableUnit};
 
-use crate::scene::Scene;
+use crate::fixture::Fixture;
 
 /// Where simulated images lie.
 pub(crate) const FOLDER: &str = "/d";
 
 /// What a verb is tried on.
-pub(crate) struct Case<'a> {
+pub(crate) struct SweepCase<'a> {
     /// For messages.
     pub(crate) name: &'a str,
     /// Makes the images.
-    pub(crate) setup: &'a dyn Fn(&Scene<'_>),
+    pub(crate) setup: &'a dyn Fn(&Fixture<'_>),
     /// The verb.
     pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
     /// Images to look at afterwards, and what each may show: at first, and when the verb is done.
-    pub(crate) shows: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
+    pub(crate) expected: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
     /// A file's new length survives only with the bytes that made it, as on ext4, XFS and btrfs: what the growth of a
     /// fixed image, which has one footer, cannot do without.
-    pub(crate) kind: bool,
+    pub(crate) lengths_follow_data: bool,
 }
 
 fn is_len(unit: &DurableUnit) -> bool {
@@ -33,7 +33,7 @@ fn is_len(unit: &DurableUnit) -> bool {
 }
 
 /// Defects that a killed verb may leave: all of them go with the next writable open or the next call.
-const PASSING: [&str; 9] = [
+const TRANSIENT: [&str; 9] = [
     "fixed-more",
     "bits-beyond-disk",
     "front-footer-invalid",
@@ -45,10 +45,10 @@ const PASSING: [&str; 9] = [
     "footer-kinds-differ",
 ];
 
-impl Case<'_> {
+impl SweepCase<'_> {
     fn host(&self) -> SimHost {
         let host = SimHost::new(7);
-        (self.setup)(&Scene::new(&host, Path::new(FOLDER)));
+        (self.setup)(&Fixture::new(&host, Path::new(FOLDER)));
         host.crash_with(&|_| true)
     }
 
@@ -57,13 +57,13 @@ impl Case<'_> {
     }
 
     /// What is left shows the old disk or the new one, and every rule is kept that counts.
-    fn judge(&self, host: &SimHost, when: &dyn Fn() -> String) {
-        let scene = Scene::new(host, Path::new(FOLDER));
-        for (name, old, new) in &self.shows {
-            let seen = scene.seen(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+    fn check(&self, host: &SimHost, when: &dyn Fn() -> String) {
+        let scene = Fixture::new(host, Path::new(FOLDER));
+        for (name, old, new) in &self.expected {
+            let seen = scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
             assert!(seen == *old || seen == *new, "{}: {}: {name} shows neither disk", self.name, when());
             let defects = scene.defects(name);
-            let bad = defects.iter().find(|kind| !PASSING.contains(kind));
+            let bad = defects.iter().find(|kind| !TRANSIENT.contains(kind));
             assert!(bad.is_none(), "{}: {}: {name}: {defects:?}", self.name, when());
         }
     }
@@ -71,9 +71,9 @@ impl Case<'_> {
     /// Called again, it is done, and nothing is wrong or left over.
     fn complete(&self, host: &SimHost, when: &dyn Fn() -> String) {
         self.call(host).unwrap_or_else(|e| panic!("{}: {}: called again: {}", self.name, when(), e.line()));
-        let scene = Scene::new(host, Path::new(FOLDER));
-        for (name, _, new) in &self.shows {
-            let seen = scene.seen(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+        let scene = Fixture::new(host, Path::new(FOLDER));
+        for (name, _, new) in &self.expected {
+            let seen = scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
             assert!(seen == *new, "{}: {}: {name} is not what it should be", self.name, when());
             assert_eq!(scene.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
         }
@@ -83,7 +83,7 @@ impl Case<'_> {
 
     /// All of it.
     pub(crate) fn sweep(&self) {
-        let steps = self.undisturbed();
+        let steps = self.without_faults();
         let cuts = self.power_cuts();
         self.kills(steps);
         self.failures(steps);
@@ -92,11 +92,11 @@ impl Case<'_> {
     }
 
     /// It works, and works twice. The steps that it takes.
-    fn undisturbed(&self) -> u64 {
+    fn without_faults(&self) -> u64 {
         let host = self.host();
-        let scene = Scene::new(&host, Path::new(FOLDER));
-        for (name, old, _) in &self.shows {
-            assert!(scene.seen(name).expect("it opens") == *old, "{}: {name} at first", self.name);
+        let scene = Fixture::new(&host, Path::new(FOLDER));
+        for (name, old, _) in &self.expected {
+            assert!(scene.read_disk(name).expect("it opens") == *old, "{}: {name} at first", self.name);
         }
         let before = host.counts().steps;
         self.call(&host).unwrap_or_else(|e| panic!("{}: {}", self.name, e.line()));
@@ -117,7 +117,7 @@ impl Case<'_> {
                     [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
                 let units = moment.unsynced_steps();
                 // The unit that decides: its own, or where that is asked for the length that came with it.
-                let judge_of = |unit: usize| match self.kind && units[unit].0 != 0 {
+                let judge_of = |unit: usize| match self.lengths_follow_data && units[unit].0 != 0 {
                     true => {
                         units.iter().position(|(step, other)| *step == units[unit].0 && is_len(other)).unwrap_or(unit)
                     }
@@ -125,7 +125,7 @@ impl Case<'_> {
                 };
                 let after = moment.crash_with(&|unit| bits >> (judge_of(unit) % 61) & 1 == 1);
                 let when = || format!("power cut before change {number}, fate {bits:x}");
-                self.judge(&after, &when);
+                self.check(&after, &when);
                 self.complete(&after, &when);
                 cuts += 1;
             }
@@ -143,7 +143,7 @@ impl Case<'_> {
             assert!(host.is_dead(), "{}: it does not come to step {step}: {outcome:?}", self.name);
             let after = host.kill(&mut random);
             let when = || format!("killed at step {step}");
-            self.judge(&after, &when);
+            self.check(&after, &when);
             self.complete(&after, &when);
         }
     }
@@ -167,7 +167,7 @@ impl Case<'_> {
         let outcome = self.call(&host);
         host.set_faults(FaultPlan::default());
         let when = || format!("{what}, which ended in {outcome:?}");
-        self.judge(&host, &when);
+        self.check(&host, &when);
         self.complete(&host, &when);
         outcome.is_ok()
     }

@@ -16,13 +16,13 @@ use diffdisk::units::SECTOR;
 use crate::common::pattern;
 use crate::common::tool::{alone, scratch};
 use crate::common::vhd_bytes::{Spec, VhdFile, id};
-use crate::scene::{Fill, Scene};
+use crate::fixture::{Fill, Fixture};
 
 const DISK: u64 = 6 * 4096 + 1024;
 const PARENT: &str = "parent.vhd";
 
 /// The files of a chain, and the file of it that is cut.
-struct Case {
+struct TruncationCase {
     name: &'static str,
     /// Youngest first.
     files: &'static [&'static str],
@@ -32,7 +32,7 @@ struct Case {
 
 /// What came of all cuts.
 #[derive(Default, Debug)]
-struct Figures {
+struct Counts {
     cuts: u32,
     read: u32,
     refused: u32,
@@ -86,29 +86,29 @@ fn fixed(folder: &Path) {
 
 /// As our own writer leaves it.
 fn ours(folder: &Path) {
-    let scene = Scene::new(&Host, folder);
+    let scene = Fixture::new(&Host, folder);
     scene.dynamic(PARENT, 4096, DISK / SECTOR);
     scene.write(PARENT, &[(0, 30, Fill::Tag("OLD"))]);
     scene.child("disk.vhd", PARENT, 4096);
     scene.write("disk.vhd", &[(3, 5, Fill::Tag("NEW")), (20, 41, Fill::Tag("NEW")), (9, 10, Fill::Zeros)]);
 }
 
-const CASES: &[Case] = &[
-    Case { name: "fixed", files: &["disk.vhd"], cut: "disk.vhd", make: fixed },
-    Case { name: "dynamic", files: &["disk.vhd"], cut: "disk.vhd", make: root },
-    Case { name: "dynamic, bits by the sector", files: &["disk.vhd"], cut: "disk.vhd", make: sparse_root },
-    Case { name: "child", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: child },
-    Case { name: "child of whole blocks", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: full_child },
-    Case { name: "child of a parent that is cut", files: &["disk.vhd", PARENT], cut: PARENT, make: child },
-    Case { name: "child by our writer", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: ours },
+const CASES: &[TruncationCase] = &[
+    TruncationCase { name: "fixed", files: &["disk.vhd"], cut: "disk.vhd", make: fixed },
+    TruncationCase { name: "dynamic", files: &["disk.vhd"], cut: "disk.vhd", make: root },
+    TruncationCase { name: "dynamic, bits by the sector", files: &["disk.vhd"], cut: "disk.vhd", make: sparse_root },
+    TruncationCase { name: "child", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: child },
+    TruncationCase { name: "child of whole blocks", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: full_child },
+    TruncationCase { name: "child of a parent that is cut", files: &["disk.vhd", PARENT], cut: PARENT, make: child },
+    TruncationCase { name: "child by our writer", files: &["disk.vhd", PARENT], cut: "disk.vhd", make: ours },
 ];
 
-fn seen(folder: &Path) -> Option<Vec<u8>> {
-    Scene::new(&Host, folder).seen("disk.vhd").ok()
+fn read_disk(folder: &Path) -> Option<Vec<u8>> {
+    Fixture::new(&Host, folder).read_disk("disk.vhd").ok()
 }
 
 /// The files of a case, the one of them cut to `len` bytes.
-fn cut_copy(case: &Case, whole: &Path, to: &Path, len: u64) {
+fn cut_copy(case: &TruncationCase, whole: &Path, to: &Path, len: u64) {
     if to.exists() {
         fs::remove_dir_all(to).expect("it goes");
     }
@@ -217,12 +217,12 @@ fn salvaged(folder: &Path, want: &[u8], what: &str) -> bool {
     true
 }
 
-fn sweep(case: &Case, figures: &mut Figures) {
+fn sweep(case: &TruncationCase, figures: &mut Counts) {
     let scratch = scratch("truncation");
     let (whole, copy) = (scratch.path().join("whole"), scratch.path().join("copy"));
     fs::create_dir(&whole).expect("a folder");
     (case.make)(&whole);
-    let want = seen(&whole).expect("the whole image is readable");
+    let want = read_disk(&whole).expect("the whole image is readable");
     let len = fs::metadata(whole.join(case.cut)).expect("it is there").len();
     for cut in (0..len).step_by(512).chain([len - 1, len - 511, len - 700, len - 5000]) {
         let what = format!("{}, {cut} of {len} bytes", case.name);
@@ -231,7 +231,7 @@ fn sweep(case: &Case, figures: &mut Figures) {
         let report = check(&copy, true);
         // A footer that lost its last byte is one as written before 2004.
         assert!(!report.ok, "{what}: nothing is said");
-        let readable = match seen(&copy) {
+        let readable = match read_disk(&copy) {
             Some(bytes) => {
                 pattern::assert_same(&what, &bytes, &want);
                 assert!(report.lost.is_empty(), "{what}: it is read, and {:?} are lost", report.lost);
@@ -252,7 +252,7 @@ fn sweep(case: &Case, figures: &mut Figures) {
         let mended = repair(&copy);
         assert_eq!(mended.lost, report.lost, "{what}: what is lost stays lost");
         assert_eq!(mended.corruptions > 0, !readable, "{what}: {:?}", mended.defects);
-        match seen(&copy) {
+        match read_disk(&copy) {
             Some(bytes) => pattern::assert_same(&format!("{what}: repaired"), &bytes, &want),
             None => assert!(!readable && !mended.ok, "{what}: no defects, and it does not open"),
         }
@@ -283,7 +283,7 @@ fn sweep(case: &Case, figures: &mut Figures) {
 fn a_copy_that_was_cut_off_is_read_right_or_refused() {
     let _alone = alone();
     for case in CASES {
-        let mut figures = Figures::default();
+        let mut figures = Counts::default();
         sweep(case, &mut figures);
         println!("{}: {figures:?}", case.name);
         assert!(figures.cuts > 30 && figures.refused > 15, "{figures:?}");

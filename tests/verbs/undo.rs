@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::tool::{diffdisk, scratch};
 use crate::common::vhd_bytes::{Spec, VhdFile};
-use crate::points;
+use crate::failpoints;
 
 /// A broken image; repaired; and its undo file.
 struct Repaired {
@@ -32,7 +32,7 @@ fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
 }
 
 /// The footer at the start is wrong, entries are 0, a block lies behind the end of the disk, and space at the end leaks.
-fn much(vhd: &VhdFile) {
+fn many_defects(vhd: &VhdFile) {
     vhd.entry(5, 0).entry(130, 0);
     let footer = fs::read(&vhd.path).expect("the image").split_off(usize::try_from(vhd.footer_at).expect("small"));
     vhd.put(vhd.footer_at, &vec![0xAB; 40_000]);
@@ -43,23 +43,23 @@ fn much(vhd: &VhdFile) {
 }
 
 /// The footer at the end is missing.
-fn tail(vhd: &VhdFile) {
+fn missing_trailing_footer(vhd: &VhdFile) {
     vhd.entry(7, 0).set_len(vhd.footer_at);
 }
 
 #[test]
 fn an_undo_leads_back_wherever_it_was_ended() {
     let mut kills = 0;
-    for break_it in [much as fn(&VhdFile), tail] {
+    for break_it in [many_defects as fn(&VhdFile), missing_trailing_footer] {
         let scratch = scratch("undo");
         let made = repaired(scratch.path(), "disk.vhd", break_it);
         let args = || ["check", made.path.to_str().expect("text"), "--undo", made.undo.to_str().expect("text")];
         assert!(made.broken != made.mended);
-        for point in points::of("undo") {
+        for point in failpoints::of("undo") {
             for count in 1.. {
                 fs::write(&made.path, &made.mended).expect("it is written");
                 fs::write(&made.undo, &made.kept).expect("it is written");
-                let killed = points::killed(&point, count, args());
+                let killed = failpoints::killed(&point, count, args());
                 if killed && point != "undo.done" {
                     let again = diffdisk(args());
                     assert_eq!(again.code, Some(0), "{point}:{count}: {}", again.stderr);
@@ -81,7 +81,7 @@ fn an_undo_leads_back_wherever_it_was_ended() {
 #[test]
 fn an_undo_is_refused_where_it_does_not_fit() {
     let scratch = scratch("undo");
-    let made = repaired(scratch.path(), "disk.vhd", much);
+    let made = repaired(scratch.path(), "disk.vhd", many_defects);
     let refused = |image: &Path, undo: &Path, why: &str| {
         let before = fs::read(image).expect("the image");
         let done = diffdisk(["check".as_ref(), image, "--undo".as_ref(), undo]);

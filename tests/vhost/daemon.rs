@@ -61,7 +61,7 @@ impl Daemon {
     }
 
     /// Waits until it has said `words` this often.
-    pub(crate) fn wait_for_words(&mut self, words: &str, times: usize) {
+    pub(crate) fn wait_for_log(&mut self, words: &str, times: usize) {
         self.wait_until(words, |daemon| daemon.log().matches(words).count() >= times);
     }
 

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use zerocopy::IntoBytes;
 
-use super::guest::{Ask, ByHand, Part, USER};
+use super::guest::{GuestRequest, ManualGuest, Part, USER};
 use super::raw::*;
-use super::stuck::StuckDisk;
+use super::stuck_storage::StuckDisk;
 use super::{MIB, event, memory, started};
 
 /// An event counter at its limit: a write that blocks waits for a reader, who never comes.
-fn full(counter: &File) {
+fn fill_counter(counter: &File) {
     rustix::io::write(counter, (u64::MAX - 1).as_bytes()).unwrap();
 }
 
@@ -22,25 +22,25 @@ fn full(counter: &File) {
 #[test]
 fn a_full_call_counter_holds_nothing() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
-    let mut guest = ByHand::new(Part::Data);
-    full(&guest.call);
+    let mut guest = ManualGuest::new(Part::Data);
+    fill_counter(&guest.call);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     guest.attach(&mut front_end);
     assert!(guest.enable(&mut front_end));
     for _ in 0..20 {
-        guest.prepare(Ask::Read);
+        guest.prepare(GuestRequest::Read);
         guest.publish();
         assert!(guest.wait(), "{}", daemon.log());
     }
     // A change of the counter gives a signal, too.
     let other = event();
-    full(&other);
+    fill_counter(&other);
     assert!(front_end.set(SET_VRING_CALL, 0u64.as_bytes(), &[other.as_fd()]));
-    guest.prepare(Ask::Write);
+    guest.prepare(GuestRequest::Write);
     guest.publish();
     assert!(guest.wait());
-    front_end.tell(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
-    assert_eq!(front_end.answer(GET_VRING_BASE), [0u32, 21].as_bytes());
+    front_end.send_message(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
+    assert_eq!(front_end.read_reply(GET_VRING_BASE), [0u32, 21].as_bytes());
     drop(front_end);
     assert!(daemon.terminate_within(Duration::from_secs(5)).is_some_and(|status| status.success()), "{}", daemon.log());
 }
@@ -48,18 +48,18 @@ fn a_full_call_counter_holds_nothing() {
 #[test]
 fn a_full_error_counter_holds_nothing() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
-    let mut guest = ByHand::new(Part::Data);
+    let mut guest = ManualGuest::new(Part::Data);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let err = event();
-    full(&err);
+    fill_counter(&err);
     assert!(front_end.set(SET_VRING_ERR, 0u64.as_bytes(), &[err.as_fd()]));
     guest.attach(&mut front_end);
     assert!(guest.enable(&mut front_end));
-    guest.asked = 999;
+    guest.submitted = 999;
     guest.publish();
-    daemon.wait_for_words("the ring is broken", 1);
-    front_end.tell(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
-    assert_eq!(front_end.answer(GET_VRING_BASE).len(), 8);
+    daemon.wait_for_log("the ring is broken", 1);
+    front_end.send_message(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
+    assert_eq!(front_end.read_reply(GET_VRING_BASE).len(), 8);
     drop(front_end);
     assert!(daemon.terminate_within(Duration::from_secs(5)).is_some_and(|status| status.success()), "{}", daemon.log());
 }
@@ -86,7 +86,7 @@ fn only_event_counters_are_taken() {
         }
         assert!(front_end.set(request, 0u64.as_bytes(), &[event().as_fd()]));
     }
-    daemon.wait_for_words("not an event counter (eventfd)", refusals);
+    daemon.wait_for_log("not an event counter (eventfd)", refusals);
     drop(front_end);
     assert!(daemon.terminate().success());
 }
@@ -104,7 +104,7 @@ fn only_memory_files_are_guest_memory() {
     assert!(front_end.set(ADD_MEM_REG, &region(0), &[shm.as_fd()]));
     assert!(front_end.set(ADD_MEM_REG, &region(0x10000), &[memory(0x10000).as_fd()]));
     assert!(!front_end.set(ADD_MEM_REG, &region(0x20000), &[disk.as_fd()]));
-    daemon.wait_for_words("not a file in memory", 1);
+    daemon.wait_for_log("not a file in memory", 1);
     assert!(daemon.log().contains("memory-backend-memfd"), "{}", daemon.log());
 }
 
@@ -121,7 +121,7 @@ fn a_file_that_does_not_answer_is_refused_at_once() {
     assert!(!front_end.set(ADD_MEM_REG, &region, &[file.as_fd()]));
     assert!(!front_end.set(SET_VRING_CALL, 0u64.as_bytes(), &[file.as_fd()]));
     assert!(!front_end.set(SET_VRING_KICK, 0u64.as_bytes(), &[file.as_fd()]));
-    assert_eq!(front_end.ask(GET_QUEUE_NUM), 1);
+    assert_eq!(front_end.get(GET_QUEUE_NUM), 1);
     assert!(begun.elapsed() < Duration::from_secs(5));
     drop(front_end);
     assert!(daemon.terminate_within(Duration::from_secs(5)).is_some_and(|status| status.success()), "{}", daemon.log());
@@ -187,7 +187,7 @@ fn the_log_escapes_control_characters() {
     let image = dir.path().join("a\u{1b}[2J\nforged.vhd");
     super::image::make_fixed(&image, MIB);
     let mut daemon = super::daemon::Daemon::start(dir.path(), &image, &["--num-queues=1"]);
-    daemon.wait_for_words("queues of", 1);
+    daemon.wait_for_log("queues of", 1);
     let log = daemon.log();
     assert!(log.contains("\\u{1b}[2J\\nforged.vhd"), "{log}");
     assert!(!log.contains('\u{1b}') && !log.lines().any(|line| line.starts_with("forged")), "{log}");

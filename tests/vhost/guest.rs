@@ -41,7 +41,7 @@ pub(crate) const PARTS: [Part; 7] =
 
 /// What the guest asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Ask {
+pub(crate) enum GuestRequest {
     Read,
     Write,
     GetId,
@@ -50,36 +50,36 @@ pub(crate) enum Ask {
     Indirect,
 }
 
-pub(crate) const ASKS: [Ask; 5] = [Ask::Read, Ask::Write, Ask::GetId, Ask::WriteZeroes, Ask::Indirect];
+pub(crate) const GUEST_REQUESTS: [GuestRequest; 5] = [GuestRequest::Read, GuestRequest::Write, GuestRequest::GetId, GuestRequest::WriteZeroes, GuestRequest::Indirect];
 
 #[derive(Debug)]
-pub(crate) struct ByHand {
+pub(crate) struct ManualGuest {
     pub(crate) ram: File,
     pub(crate) kick: File,
     pub(crate) call: File,
     /// The part that has the last page.
     last: Part,
     /// Requests published.
-    pub(crate) asked: u16,
+    pub(crate) submitted: u16,
 }
 
-impl ByHand {
+impl ManualGuest {
     /// A guest whose `last` part has the last page of its memory.
-    pub(crate) fn new(last: Part) -> ByHand {
+    pub(crate) fn new(last: Part) -> ManualGuest {
         let ram = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         ram.set_len(PARTS.len() as u64 * PAGE).unwrap();
         // A write after the cut must not bring the page back.
         fcntl_add_seals(&ram, SealFlags::GROW).unwrap();
-        ByHand::over(ram, last)
+        ManualGuest::with_memory(ram, last)
     }
 
     /// The same over a file of at least 7 pages.
-    pub(crate) fn over(ram: File, last: Part) -> ByHand {
-        ByHand { ram, kick: event(), call: event(), last, asked: 0 }
+    pub(crate) fn with_memory(ram: File, last: Part) -> ManualGuest {
+        ManualGuest { ram, kick: event(), call: event(), last, submitted: 0 }
     }
 
     /// Guest address of a part: in the order of [`PARTS`], but for the one that changes places with the last.
-    fn at(&self, part: Part) -> u64 {
+    fn part_address(&self, part: Part) -> u64 {
         let place = |part: Part| PARTS.iter().position(|p| *p == part).unwrap() as u64;
         let last = PARTS.len() as u64 - 1;
         PAGE * match place(part) {
@@ -91,7 +91,7 @@ impl ByHand {
 
     /// Writes into the page of a part, if it is there.
     fn put(&self, part: Part, offset: u64, bytes: &[u8]) {
-        let _ = self.ram.write_all_at(bytes, self.at(part) + offset);
+        let _ = self.ram.write_all_at(bytes, self.part_address(part) + offset);
     }
 
     /// Connects as far as a ring that runs.
@@ -105,7 +105,7 @@ impl ByHand {
         let region = [0u64.as_bytes(), [0, PARTS.len() as u64 * PAGE, USER, 0].as_bytes()].concat();
         assert!(front_end.set(ADD_MEM_REG, &region, &[self.ram.as_fd()]));
         assert!(front_end.set(SET_VRING_NUM, [queue, u32::from(SIZE)].as_bytes(), &[]));
-        let [table, avail, used] = [Part::Table, Part::Avail, Part::Used].map(|part| USER + self.at(part));
+        let [table, avail, used] = [Part::Table, Part::Avail, Part::Used].map(|part| USER + self.part_address(part));
         let places = [table, used, avail, 0];
         assert!(front_end.set(SET_VRING_ADDR, &[[queue, 0].as_bytes(), places.as_bytes()].concat(), &[]));
         assert!(front_end.set(SET_VRING_BASE, [queue, 0].as_bytes(), &[]));
@@ -118,28 +118,28 @@ impl ByHand {
     }
 
     /// Describes a request for sector 8 and puts it into the avail ring, but for the index.
-    pub(crate) fn prepare(&self, ask: Ask) {
-        let slot = self.asked % SLOTS;
+    pub(crate) fn prepare(&self, ask: GuestRequest) {
+        let slot = self.submitted % SLOTS;
         let offset = u64::from(slot);
         let (kind, sector): (u32, u64) = match ask {
-            Ask::Read | Ask::Indirect => (0, 8),
-            Ask::Write => (1, 8),
-            Ask::GetId => (8, 0),
-            Ask::WriteZeroes => (13, 0),
+            GuestRequest::Read | GuestRequest::Indirect => (0, 8),
+            GuestRequest::Write => (1, 8),
+            GuestRequest::GetId => (8, 0),
+            GuestRequest::WriteZeroes => (13, 0),
         };
         self.put(Part::Header, 16 * offset, &[[kind, 0].as_bytes(), sector.as_bytes()].concat());
-        let data = self.at(Part::Data) + 512 * offset;
+        let data = self.part_address(Part::Data) + 512 * offset;
         let (len, flags) = match ask {
-            Ask::Read | Ask::Indirect => (512u32, WRITE),
-            Ask::Write => (512, 0),
-            Ask::GetId => (20, WRITE),
-            Ask::WriteZeroes => {
+            GuestRequest::Read | GuestRequest::Indirect => (512u32, WRITE),
+            GuestRequest::Write => (512, 0),
+            GuestRequest::GetId => (20, WRITE),
+            GuestRequest::WriteZeroes => {
                 self.put(Part::Data, 512 * offset, &[8u64.as_bytes(), [1u32, 0].as_bytes()].concat());
                 (16, 0)
             }
         };
-        let header = self.at(Part::Header) + 16 * offset;
-        let status = self.at(Part::Status) + offset;
+        let header = self.part_address(Part::Header) + 16 * offset;
+        let status = self.part_address(Part::Status) + offset;
         let chain = [(header, 16, 0), (data, len, flags), (status, 1, WRITE)];
         let describe = |first: u16| {
             let one = |(n, (addr, len, flags)): (u16, (u64, u32, u16))| {
@@ -149,48 +149,48 @@ impl ByHand {
             (0u16..).zip(chain).flat_map(one).collect::<Vec<u8>>()
         };
         let head = 3 * slot;
-        if ask == Ask::Indirect {
+        if ask == GuestRequest::Indirect {
             self.put(Part::Indirect, 48 * offset, &describe(0));
-            let table = self.at(Part::Indirect) + 48 * offset;
+            let table = self.part_address(Part::Indirect) + 48 * offset;
             let one = [table.as_bytes(), 48u32.as_bytes(), INDIRECT.as_bytes(), 0u16.as_bytes()].concat();
             self.put(Part::Table, 16 * u64::from(head), &one);
         } else {
             self.put(Part::Table, 16 * u64::from(head), &describe(head));
         }
-        self.put(Part::Avail, 4 + 2 * u64::from(self.asked % SIZE), head.as_bytes());
+        self.put(Part::Avail, 4 + 2 * u64::from(self.submitted % SIZE), head.as_bytes());
     }
 
     /// Shows the device the request that was prepared, and kicks.
     pub(crate) fn publish(&mut self) {
-        self.asked = self.asked.wrapping_add(1);
-        self.put(Part::Avail, 2, self.asked.as_bytes());
-        self.ring();
+        self.submitted = self.submitted.wrapping_add(1);
+        self.put(Part::Avail, 2, self.submitted.as_bytes());
+        self.notify();
     }
 
     /// Kicks.
-    pub(crate) fn ring(&self) {
+    pub(crate) fn notify(&self) {
         rustix::io::write(&self.kick, 1u64.as_bytes()).unwrap();
     }
 
     /// Has every page but the last, so that a file with holes has one only there.
-    pub(crate) fn fill(&self) {
+    pub(crate) fn allocate_pages(&self) {
         for part in PARTS.into_iter().filter(|part| *part != self.last) {
             self.put(part, PAGE - 1, &[1]);
         }
     }
 
     /// How many requests were answered.
-    pub(crate) fn answered(&self) -> u16 {
+    pub(crate) fn completed(&self) -> u16 {
         let mut index = 0u16;
         // Zero if the page is gone.
-        let _ = self.ram.read_exact_at(index.as_mut_bytes(), self.at(Part::Used) + 2);
+        let _ = self.ram.read_exact_at(index.as_mut_bytes(), self.part_address(Part::Used) + 2);
         index
     }
 
     /// Waits until all requests are answered; false after some seconds.
     pub(crate) fn wait(&self) -> bool {
         let begun = std::time::Instant::now();
-        while self.answered() != self.asked {
+        while self.completed() != self.submitted {
             if begun.elapsed().as_secs() > 20 {
                 return false;
             }
@@ -202,13 +202,13 @@ impl ByHand {
     /// The status byte of the last request that was published.
     pub(crate) fn status(&self) -> u8 {
         let mut status = [0xff];
-        let slot = u64::from(self.asked.wrapping_sub(1) % SLOTS);
-        self.ram.read_exact_at(&mut status, self.at(Part::Status) + slot).unwrap();
+        let slot = u64::from(self.submitted.wrapping_sub(1) % SLOTS);
+        self.ram.read_exact_at(&mut status, self.part_address(Part::Status) + slot).unwrap();
         status[0]
     }
 
     /// Takes the last page away.
-    pub(crate) fn cut(&self) {
+    pub(crate) fn truncate_last_page(&self) {
         self.ram.set_len((PARTS.len() as u64 - 1) * PAGE).unwrap();
     }
 }

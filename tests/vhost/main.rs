@@ -6,12 +6,12 @@ mod daemon;
 mod fds;
 mod guest;
 mod image;
-mod legal;
-mod lost;
+mod unusual_front_ends;
+mod lost_memory;
 mod mounts;
 mod raw;
 mod start;
-mod stuck;
+mod stuck_storage;
 mod system;
 
 use std::fs::File;
@@ -55,7 +55,7 @@ fn a_guest_writes_and_the_next_one_reads_it() {
     let (_dir, mut daemon) = started(&["--num-queues=2"]);
     let pattern: Vec<u8> = (0..16384u32).map(|i| (i % 251) as u8).collect();
     for round in 0..3 {
-        daemon.wait_for_words("front-end disconnected", round as usize);
+        daemon.wait_for_log("front-end disconnected", round as usize);
         let mut guest = Guest::connect(daemon.socket(), 2, 128);
         assert_eq!(guest.config.capacity.to_native(), 4 * MIB / 512);
         assert_eq!(guest.config.num_queues.to_native(), 2);
@@ -104,8 +104,8 @@ fn a_second_front_end_is_refused_and_named() {
     let mut first = FrontEnd::negotiated(daemon.connect());
     let mut second = FrontEnd::new(daemon.connect());
     assert!(second.is_closed());
-    daemon.wait_for_words(&format!("refused: process {}", std::process::id()), 1);
-    assert_eq!(first.ask(GET_FEATURES) & FEATURES, FEATURES, "the first is served on");
+    daemon.wait_for_log(&format!("refused: process {}", std::process::id()), 1);
+    assert_eq!(first.get(GET_FEATURES) & FEATURES, FEATURES, "the first is served on");
     drop(first);
     for _ in 0..50 {
         FrontEnd::negotiated(daemon.connect());
@@ -117,8 +117,8 @@ fn a_second_front_end_is_refused_and_named() {
 fn what_is_offered() {
     let (_dir, daemon) = started(&["--num-queues=3"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
-    assert_eq!(front_end.ask(GET_QUEUE_NUM), 3);
-    assert_eq!(front_end.ask(GET_MAX_MEM_SLOTS), 509);
+    assert_eq!(front_end.get(GET_QUEUE_NUM), 3);
+    assert_eq!(front_end.get(GET_MAX_MEM_SLOTS), 509);
     assert!(!front_end.set(SET_FEATURES, (1u64 << 63).as_bytes(), &[]));
     assert!(front_end.set(RESET_DEVICE, &[], &[]));
     assert!(front_end.set(SET_FEATURES, FEATURES.as_bytes(), &[]));
@@ -190,8 +190,8 @@ fn bad_messages_are_refused_and_forgotten() {
     ];
     for (what, request, body, files) in cases {
         assert!(!front_end.set(request, &body, files), "{what}");
-        front_end.tell(request, &body, files);
-        assert_eq!(front_end.ask(GET_FEATURES) & FEATURES, FEATURES, "after {what}");
+        front_end.send_message(request, &body, files);
+        assert_eq!(front_end.get(GET_FEATURES) & FEATURES, FEATURES, "after {what}");
     }
     drop(front_end);
     let mut guest = Guest::connect(daemon.socket(), 2, 128);
@@ -210,7 +210,7 @@ fn lost_connections_do_no_harm() {
     };
     hung_up_on(&|f| f.send(GET_FEATURES, 2, &[], &[]));
     hung_up_on(&|f| f.send(GET_FEATURES, 1, &vec![0; 5000], &[]));
-    hung_up_on(&|f| f.tell(GET_VRING_BASE, [7u32, 0].as_bytes(), &[]));
+    hung_up_on(&|f| f.send_message(GET_VRING_BASE, [7u32, 0].as_bytes(), &[]));
     hung_up_on(&|f| {
         // Nobody reads these answers; the daemon gives up before it would have to wait.
         rustix::net::sockopt::set_socket_send_buffer_size(f.socket(), 1 << 20).unwrap();
@@ -228,7 +228,7 @@ fn lost_connections_do_no_harm() {
     }
     let half = daemon.connect();
     rustix::net::send(&half, &[1], rustix::net::SendFlags::empty()).unwrap();
-    daemon.wait_for_words("began and did not end", 1);
+    daemon.wait_for_log("began and did not end", 1);
     assert!(FrontEnd::new(half).is_closed());
     let mut guest = Guest::connect(daemon.socket(), 1, 128);
     assert_eq!(guest.write(0, 0, &[1; 512]), 0);
@@ -242,15 +242,15 @@ fn a_front_end_without_protocol_features_has_its_rings_enabled() {
     let mut front_end = FrontEnd::new(daemon.connect());
     let ram = memory(0x10000);
     let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
-    front_end.tell(SET_FEATURES, (1u64 << 32).as_bytes(), &[]);
+    front_end.send_message(SET_FEATURES, (1u64 << 32).as_bytes(), &[]);
     let table = [[1u32, 0].as_bytes(), [0u64, 0x10000, 0x7000_0000, 0].as_bytes()].concat();
-    front_end.tell(SET_MEM_TABLE, &table, &[ram.as_fd()]);
-    front_end.tell(SET_VRING_NUM, [0u32, 16].as_bytes(), &[]);
+    front_end.send_message(SET_MEM_TABLE, &table, &[ram.as_fd()]);
+    front_end.send_message(SET_VRING_NUM, [0u32, 16].as_bytes(), &[]);
     let (descriptors, used, available) = (0x7000_0000u64, 0x7000_2000u64, 0x7000_1000u64);
-    front_end.tell(SET_VRING_ADDR, [0, descriptors, used, available, 0].as_bytes(), &[]);
-    front_end.tell(SET_VRING_BASE, [0u32, 5].as_bytes(), &[]);
-    front_end.tell(SET_VRING_KICK, 0u64.as_bytes(), &[kick.as_fd()]);
-    daemon.wait_for_words("ring 0 runs from 5", 1);
+    front_end.send_message(SET_VRING_ADDR, [0, descriptors, used, available, 0].as_bytes(), &[]);
+    front_end.send_message(SET_VRING_BASE, [0u32, 5].as_bytes(), &[]);
+    front_end.send_message(SET_VRING_KICK, 0u64.as_bytes(), &[kick.as_fd()]);
+    daemon.wait_for_log("ring 0 runs from 5", 1);
 }
 
 #[test]
@@ -269,7 +269,7 @@ fn a_connection_handed_over_ends_the_daemon_with_it() {
         .unwrap();
     drop(far);
     let mut front_end = FrontEnd::negotiated(near);
-    assert!(front_end.ask(GET_QUEUE_NUM) >= 1);
+    assert!(front_end.get(GET_QUEUE_NUM) >= 1);
     drop(front_end);
     assert!(child.wait().unwrap().success());
 }

@@ -54,10 +54,10 @@ impl FrontEnd {
     /// A front-end that has come as far as having features.
     pub(crate) fn negotiated(socket: UnixStream) -> FrontEnd {
         let mut front_end = FrontEnd::new(socket);
-        front_end.tell(SET_OWNER, &[], &[]);
-        assert_eq!(front_end.ask(GET_FEATURES) & FEATURES, FEATURES);
-        assert_eq!(front_end.ask(GET_PROTOCOL_FEATURES), PROTOCOL_FEATURES);
-        front_end.tell(SET_PROTOCOL_FEATURES, PROTOCOL_FEATURES.as_bytes(), &[]);
+        front_end.send_message(SET_OWNER, &[], &[]);
+        assert_eq!(front_end.get(GET_FEATURES) & FEATURES, FEATURES);
+        assert_eq!(front_end.get(GET_PROTOCOL_FEATURES), PROTOCOL_FEATURES);
+        front_end.send_message(SET_PROTOCOL_FEATURES, PROTOCOL_FEATURES.as_bytes(), &[]);
         assert!(front_end.set(SET_FEATURES, FEATURES.as_bytes(), &[]));
         front_end
     }
@@ -76,23 +76,23 @@ impl FrontEnd {
     }
 
     /// A message without an answer.
-    pub(crate) fn tell(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
+    pub(crate) fn send_message(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
         self.send(request, 1, body, files);
     }
 
     /// A message whose outcome is wanted: whether it was done.
     pub(crate) fn set(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> bool {
         self.send(request, 9, body, files);
-        u64::read_from_bytes(&self.answer(request)).unwrap() == 0
+        u64::read_from_bytes(&self.read_reply(request)).unwrap() == 0
     }
 
     /// A question without a body, whose answer is a number.
-    pub(crate) fn ask(&mut self, request: u32) -> u64 {
-        self.tell(request, &[], &[]);
-        u64::read_from_bytes(&self.answer(request)).unwrap()
+    pub(crate) fn get(&mut self, request: u32) -> u64 {
+        self.send_message(request, &[], &[]);
+        u64::read_from_bytes(&self.read_reply(request)).unwrap()
     }
 
-    pub(crate) fn answer(&mut self, request: u32) -> Vec<u8> {
+    pub(crate) fn read_reply(&mut self, request: u32) -> Vec<u8> {
         let mut header = [0u32; 3];
         self.0.read_exact(header.as_mut_bytes()).unwrap();
         let [answered, flags, size] = header;
@@ -105,15 +105,15 @@ impl FrontEnd {
     /// GET_CONFIG.
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let body = [[offset, len, 0].as_bytes(), &vec![0; len as usize]].concat();
-        self.tell(GET_CONFIG, &body, &[]);
-        let answer = self.answer(GET_CONFIG);
+        self.send_message(GET_CONFIG, &body, &[]);
+        let answer = self.read_reply(GET_CONFIG);
         assert_eq!(answer[..12], *[offset, len, 0].as_bytes());
         answer[12..].to_vec()
     }
 
     /// GET_INFLIGHT_FD: the description to hand back, and the file.
     pub(crate) fn inflight(&mut self, queues: u16, size: u16) -> (Vec<u8>, File) {
-        self.tell(GET_INFLIGHT_FD, &[[0u64, 0].as_bytes(), [queues, size, 0, 0].as_bytes()].concat(), &[]);
+        self.send_message(GET_INFLIGHT_FD, &[[0u64, 0].as_bytes(), [queues, size, 0, 0].as_bytes()].concat(), &[]);
         let mut message = [0; 12 + 24];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -17,15 +17,15 @@ use super::blk::Guest;
 use super::image;
 
 /// A folder with images, and a runtime folder of its own.
-struct Scene {
+struct StartFixture {
     dir: tempfile::TempDir,
     runtime: tempfile::TempDir,
 }
 
-impl Scene {
-    fn new() -> Scene {
+impl StartFixture {
+    fn new() -> StartFixture {
         let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
-        Scene { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), runtime }
+        StartFixture { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), runtime }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -35,7 +35,7 @@ impl Scene {
     /// A dynamic image, which has a live journal while it is served.
     fn image(&self, name: &str) -> PathBuf {
         let made = self.tool(&["create", name, "--size", "64M", "--quiet"]);
-        assert!(made.status.success(), "{}", said(&made));
+        assert!(made.status.success(), "{}", stderr_text(&made));
         self.path(name)
     }
 
@@ -60,33 +60,33 @@ impl Scene {
         fs::File::options().create(true).append(true).open(self.path("log")).unwrap()
     }
 
-    fn said(&self) -> String {
+    fn log_text(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap()
     }
 
     #[track_caller]
     fn wait_for(&self, child: &mut Child, words: &str) {
         let begun = Instant::now();
-        while !self.said().contains(words) {
-            assert!(child.try_wait().unwrap().is_none(), "it ended: {}", self.said());
-            assert!(begun.elapsed() < Duration::from_secs(60), "in vain waited for {words:?}: {}", self.said());
+        while !self.log_text().contains(words) {
+            assert!(child.try_wait().unwrap().is_none(), "it ended: {}", self.log_text());
+            assert!(begun.elapsed() < Duration::from_secs(60), "in vain waited for {words:?}: {}", self.log_text());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
     /// What a daemon might have left: journals, sockets, locks.
-    fn left(&self) -> Vec<String> {
+    fn leftover_files(&self) -> Vec<String> {
         let names = |dir: &Path| fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
         let known = |name: &String| ![".vhd", "log"].iter().any(|end| name.ends_with(end)) && name != "file";
         names(self.runtime.path()).chain(names(self.dir.path()).filter(known).collect::<Vec<_>>()).collect()
     }
 }
 
-fn said(output: &Output) -> String {
+fn stderr_text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn end(mut child: Child, signal: Signal) -> Option<i32> {
+fn stop(mut child: Child, signal: Signal) -> Option<i32> {
     kill_process(Pid::from_child(&child), signal).unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -103,7 +103,7 @@ fn end(mut child: Child, signal: Signal) -> Option<i32> {
 
 #[test]
 fn a_start_that_fails_leaves_nothing_behind() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     fs::write(scene.path("file"), "precious").unwrap();
     let second = "--disk path=a.vhd,socket=a.sock";
@@ -117,71 +117,71 @@ fn a_start_that_fails_leaves_nothing_behind() {
     ];
     for (before, args, why) in cases {
         let status = scene.daemon(before, &args).status().unwrap();
-        assert_eq!(status.code(), Some(1), "{args}: {}", scene.said());
-        assert!(scene.said().lines().last().unwrap().contains(why), "{args}: {}", scene.said());
-        assert_eq!(scene.left(), [""; 0], "{args}");
+        assert_eq!(status.code(), Some(1), "{args}: {}", scene.log_text());
+        assert!(scene.log_text().lines().last().unwrap().contains(why), "{args}: {}", scene.log_text());
+        assert_eq!(scene.leftover_files(), [""; 0], "{args}");
         let check = scene.tool(&["check", "a.vhd"]);
-        assert_eq!(check.status.code(), Some(0), "after {args}: {}", said(&check));
+        assert_eq!(check.status.code(), Some(0), "after {args}: {}", stderr_text(&check));
     }
     assert_eq!(fs::read(scene.path("file")).unwrap(), b"precious");
 }
 
 #[test]
 fn a_start_that_is_stopped_while_it_waits_leaves_nothing_behind() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     scene.image("b.vhd");
     let mut holder = scene.daemon("", "--blk-file=b.vhd --socket-path=b.sock").spawn().unwrap();
     scene.wait_for(&mut holder, "disk b.vhd: ");
-    let before = scene.left();
+    let before = scene.leftover_files();
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=c.sock";
     let mut waits = scene.daemon("", args).spawn().unwrap();
     scene.wait_for(&mut waits, "waits up to");
-    assert!(scene.left().len() > before.len(), "the first disk stands");
-    assert_eq!(end(waits, Signal::TERM), Some(0), "{}", scene.said());
-    assert_eq!(scene.left(), before);
-    assert_eq!(end(holder, Signal::TERM), Some(0));
-    assert_eq!(scene.left(), [""; 0]);
+    assert!(scene.leftover_files().len() > before.len(), "the first disk stands");
+    assert_eq!(stop(waits, Signal::TERM), Some(0), "{}", scene.log_text());
+    assert_eq!(scene.leftover_files(), before);
+    assert_eq!(stop(holder, Signal::TERM), Some(0));
+    assert_eq!(scene.leftover_files(), [""; 0]);
 }
 
 /// What a killed daemon acknowledged is not lost by a start that fails.
 #[test]
 fn the_journal_of_a_killed_daemon_outlives_a_failed_start() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
     scene.wait_for(&mut daemon, "disk a.vhd: ");
     let mut guest = Guest::connect(&scene.path("a.sock"), 1, 64);
     assert_eq!(guest.write(0, 4096, &[7; 4096]), 0);
-    end(daemon, Signal::KILL);
+    stop(daemon, Signal::KILL);
     drop(guest);
     let journals = || fs::read_dir(scene.runtime.path()).unwrap().count();
     assert_eq!(journals(), 1);
     let status = scene.daemon("", "--blk-file=a.vhd --socket-path=none/a.sock").status().unwrap();
-    assert_eq!((status.code(), journals()), (Some(1), 1), "{}", scene.said());
+    assert_eq!((status.code(), journals()), (Some(1), 1), "{}", scene.log_text());
     let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
     scene.wait_for(&mut daemon, "on b.sock");
     let mut guest = Guest::connect(&scene.path("b.sock"), 1, 64);
     assert_eq!(guest.read(0, 4096, 4096).unwrap(), [7; 4096]);
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 #[test]
 fn a_terminal_that_closes_ends_it_in_good_order() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
     scene.wait_for(&mut daemon, "disk a.vhd: ");
-    assert_eq!(end(daemon, Signal::HUP), Some(0), "{}", scene.said());
-    assert!(scene.said().contains("closed"));
-    assert_eq!(scene.left(), [""; 0]);
+    assert_eq!(stop(daemon, Signal::HUP), Some(0), "{}", scene.log_text());
+    assert!(scene.log_text().contains("closed"));
+    assert_eq!(scene.leftover_files(), [""; 0]);
     // nohup asks for the opposite.
     let mut daemon = scene.daemon("trap '' HUP;", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
     scene.wait_for(&mut daemon, "on b.sock");
     kill_process(Pid::from_child(&daemon), Signal::HUP).unwrap();
     let mut guest = Guest::connect(&scene.path("b.sock"), 1, 64);
     assert_eq!(guest.write(0, 0, &[1; 512]), 0);
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 /// A listening socket that a child process inherits.
@@ -194,7 +194,7 @@ fn inheritable(path: &Path) -> (UnixListener, RawFd) {
 
 #[test]
 fn the_names_of_sockets_decide_which_disk_they_serve() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     image::make_fixed(&scene.path("a.vhd"), MIB);
     image::make_fixed(&scene.path("b.vhd"), 2 * MIB);
     let ((first, x), (second, y)) = (inheritable(&scene.path("x")), inheritable(&scene.path("y")));
@@ -205,7 +205,7 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
     scene.wait_for(&mut daemon, "disk b: ");
     let sectors = |name: &str| Guest::connect(&scene.path(name), 1, 64).config.capacity.to_native();
     assert_eq!((sectors("x"), sectors("y")), (2 * MIB / 512, MIB / 512));
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
     for (names, why) in [
         ("", "belongs to no disk"),
         ("LISTEN_FDNAMES=vm.socket:vm.socket", "belongs to no disk"),
@@ -214,7 +214,7 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
         ("LISTEN_FDNAMES=a", "1 names for 2 sockets"),
     ] {
         let status = scene.daemon(&before(names), disks).status().unwrap();
-        let told = scene.said();
+        let told = scene.log_text();
         assert_eq!(status.code(), Some(1), "{names}: {told}");
         assert!(told.lines().last().unwrap().contains(why), "{names}: {told}");
     }
@@ -227,27 +227,27 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
     let mut daemon = scene.daemon(&before("LISTEN_FDNAMES=vm.socket:vm.socket"), &by_path).spawn().unwrap();
     scene.wait_for(&mut daemon, &format!("disk b: {} bytes on {}", 2 * MIB, scene.path("x").display()));
     assert_eq!(sectors("x"), 2 * MIB / 512);
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
     drop((first, second));
 }
 
 #[test]
 fn one_socket_without_a_name_serves_one_disk() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     image::make_fixed(&scene.path("a.vhd"), MIB);
     let (listener, number) = inheritable(&scene.path("x"));
     for names in ["", "LISTEN_FDNAMES=unknown", "LISTEN_FDNAMES=vm.socket"] {
         let before = format!("exec 3<&{number}; {names} LISTEN_FDS=1 LISTEN_PID=$$");
         let daemon = scene.daemon(&before, "--blk-file=a.vhd").spawn().unwrap();
         assert_eq!(Guest::connect(&scene.path("x"), 1, 64).config.capacity.to_native(), MIB / 512);
-        assert_eq!(end(daemon, Signal::TERM), Some(0), "{}", scene.said());
+        assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", scene.log_text());
     }
     drop(listener);
 }
 
 #[test]
 fn a_socket_for_another_user() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     image::make_fixed(&scene.path("a.vhd"), MIB);
     image::make_fixed(&scene.path("b.vhd"), MIB);
     let group = if rustix::process::geteuid().is_root() { 7 } else { rustix::process::getegid().as_raw() };
@@ -267,17 +267,17 @@ fn a_socket_for_another_user() {
     // A second daemon on the same path is refused, and does the first no harm.
     image::make_fixed(&scene.path("c.vhd"), MIB);
     let status = scene.daemon("", "--blk-file=c.vhd --socket-path=a.sock").status().unwrap();
-    assert_eq!(status.code(), Some(1), "{}", scene.said());
+    assert_eq!(status.code(), Some(1), "{}", scene.log_text());
     UnixStream::connect(scene.path("a.sock")).unwrap();
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
-    assert_eq!(scene.left(), [""; 0]);
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
+    assert_eq!(scene.leftover_files(), [""; 0]);
     let usage = scene.daemon("", "--blk-file=a.vhd --fd=3 --socket-mode=0660").status().unwrap();
     assert_eq!(usage.code(), Some(2), "a socket that was handed over has its mode");
 }
 
 #[test]
 fn a_listener_whose_queue_is_full_does_not_hold_up_the_start() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     image::make_fixed(&scene.path("a.vhd"), MIB);
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
     rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new(scene.path("a.sock")).unwrap()).unwrap();
@@ -288,16 +288,16 @@ fn a_listener_whose_queue_is_full_does_not_hold_up_the_start() {
     while daemon.try_wait().unwrap().is_none() {
         if begun.elapsed() > Duration::from_secs(30) {
             daemon.kill().unwrap();
-            panic!("the start hangs: {}", scene.said());
+            panic!("the start hangs: {}", scene.log_text());
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(scene.said().contains("listens on the socket"), "{}", scene.said());
+    assert!(scene.log_text().contains("listens on the socket"), "{}", scene.log_text());
 }
 
 #[test]
 fn a_file_that_loses_its_name_is_reported_once() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     for name in ["a.vhd", "b.vhd", "c.vhd", "new.vhd"] {
         image::make_fixed(&scene.path(name), MIB);
     }
@@ -314,13 +314,13 @@ fn a_file_that_loses_its_name_is_reported_once() {
     }
     assert_eq!(guest.write(0, 0, &[1; 512]), 0, "it is served on");
     std::thread::sleep(Duration::from_secs(11));
-    assert_eq!(scene.said().matches("while it is served").count(), 3, "{}", scene.said());
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(scene.log_text().matches("while it is served").count(), 3, "{}", scene.log_text());
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 #[test]
 fn a_limit_of_the_files_size_is_an_error_of_the_write() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     // Blocks of 512 bytes: 20 MiB, less than a step of growth, and more than a block of 2 MiB.
     let mut daemon =
@@ -329,35 +329,35 @@ fn a_limit_of_the_files_size_is_an_error_of_the_write() {
     let mut guest = Guest::connect(&scene.path("a.sock"), 1, 64);
     let outcomes: Vec<i32> = (0..32).map(|block| guest.write(0, block * 2 * MIB, &[1; 4096])).collect();
     let fitting = outcomes.iter().take_while(|outcome| **outcome == 0).count();
-    assert!((6..10).contains(&fitting), "{outcomes:?}: {}", scene.said());
+    assert!((6..10).contains(&fitting), "{outcomes:?}: {}", scene.log_text());
     assert!(outcomes[fitting..].iter().all(|outcome| *outcome != 0), "{outcomes:?}");
-    assert!(scene.said().contains("ulimit -f") && !scene.said().contains("host is full"), "{}", scene.said());
+    assert!(scene.log_text().contains("ulimit -f") && !scene.log_text().contains("host is full"), "{}", scene.log_text());
     assert_eq!(guest.write(0, 0, &[2; 4096]), 0, "what fits is written on");
     assert_eq!(guest.read(0, 0, 512).unwrap(), [2; 512]);
     drop(guest);
-    assert_eq!(end(daemon, Signal::TERM), Some(0), "{}", scene.said());
+    assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", scene.log_text());
     let check = scene.tool(&["check", "a.vhd"]);
-    assert_eq!(check.status.code(), Some(0), "{}", said(&check));
+    assert_eq!(check.status.code(), Some(0), "{}", stderr_text(&check));
 }
 
 /// The tool reports the limit, too, instead of dying by SIGXFSZ with its temporary file left behind.
 #[test]
 fn the_tool_outlives_a_limit_of_the_files_size() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     fs::write(scene.path("source"), vec![7; 8 << 20]).unwrap();
     for line in ["create a.vhd --type fixed --size 64M", "convert source a.vhd --from raw --to dynamic"] {
         let line = format!("ulimit -f 2048; exec {} {line}", cargo_bin!("diffdisk").display());
         let output = Command::new("sh").current_dir(&scene.dir).args(["-c", &line]).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{line}: {}", said(&output));
-        assert!(said(&output).contains("File too large"), "{line}: {}", said(&output));
-        assert_eq!(scene.left(), ["source"], "{line}");
+        assert_eq!(output.status.code(), Some(1), "{line}: {}", stderr_text(&output));
+        assert!(stderr_text(&output).contains("File too large"), "{line}: {}", stderr_text(&output));
+        assert_eq!(scene.leftover_files(), ["source"], "{line}");
     }
 }
 
 /// The descriptors that a start asks for are enough for what is then used, and not many times as much.
 #[test]
 fn descriptors_are_counted_right() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("a.vhd");
     let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock --num-queues=32").spawn().unwrap();
     scene.wait_for(&mut daemon, "disk a.vhd: ");
@@ -368,19 +368,19 @@ fn descriptors_are_counted_right() {
     let used = fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count();
     let counted = usize::try_from(diffdisk::vhost::fds_of_disk(32, 1)).unwrap() + 32;
     assert!(used <= counted && counted < used * 2, "{used} are used, {counted} are asked for");
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 #[test]
 fn the_log_says_what_is_served_and_how() {
-    let scene = Scene::new();
+    let scene = StartFixture::new();
     scene.image("root.vhd");
     let made = scene.tool(&["create", "a.vhd", "--parent", "root.vhd", "--quiet"]);
-    assert!(made.status.success(), "{}", said(&made));
+    assert!(made.status.success(), "{}", stderr_text(&made));
     let args = "--blk-file=a.vhd --socket-path=a.sock --io-engine=blocking --cache=writethrough";
     let mut daemon = scene.daemon("", args).spawn().unwrap();
     scene.wait_for(&mut daemon, "disk a.vhd: ");
-    let (log, runtime) = (scene.said(), scene.runtime.path().display().to_string());
+    let (log, runtime) = (scene.log_text(), scene.runtime.path().display().to_string());
     let line = log.lines().find(|line| line.contains("disk a.vhd: ")).unwrap();
     let version = format!("diffdiskd {} (commit ", env!("CARGO_PKG_VERSION"));
     for part in
@@ -388,5 +388,5 @@ fn the_log_says_what_is_served_and_how() {
     {
         assert!(line.contains(part), "{part:?} is not in {line}");
     }
-    assert_eq!(end(daemon, Signal::TERM), Some(0));
+    assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use assert_cmd::cargo::cargo_bin;
 
 /// Runs a shell script in a mount namespace of its own, in `dir`; `None` without root.
-fn alone(dir: &Path, script: &str) -> Option<Output> {
+fn in_mount_namespace(dir: &Path, script: &str) -> Option<Output> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: needs root");
         return None;
@@ -19,7 +19,7 @@ fn alone(dir: &Path, script: &str) -> Option<Output> {
     Some(command.args(["--mount", "sh", "-c", &script]).current_dir(dir).output().unwrap())
 }
 
-fn said(output: &Output) -> String {
+fn output_text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
@@ -43,8 +43,8 @@ fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
     ] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let script = format!("{run}; mount -t tmpfs shm /dev/shm; {shm}; {SERVE}");
-        let Some(output) = alone(dir.path(), &script) else { return };
-        let said = said(&output);
+        let Some(output) = in_mount_namespace(dir.path(), &script) else { return };
+        let said = output_text(&output);
         assert!(said.contains("ended well"), "{run}: {said}");
         assert!(said.contains(&format!("runtime folder {folder}, ")), "{run}: {said}");
         assert_eq!(said.matches("WARN").count(), 1, "{run}: {said}");
@@ -59,8 +59,8 @@ fn an_explicit_runtime_folder_is_used_or_refused() {
         "mount -t tmpfs -o ro none /run; {}",
         SERVE.replace("diffdiskd ", "diffdiskd --runtime-dir=/run/diffdisk ")
     );
-    let Some(output) = alone(dir.path(), &script) else { return };
-    assert!(said(&output).contains("failed") && said(&output).contains("/run/diffdisk"), "{}", said(&output));
+    let Some(output) = in_mount_namespace(dir.path(), &script) else { return };
+    assert!(output_text(&output).contains("failed") && output_text(&output).contains("/run/diffdisk"), "{}", output_text(&output));
 }
 
 #[test]
@@ -73,8 +73,8 @@ fn the_configuration_of_the_machine() {
     let config = format!("allow-parents = [{:?}]\n", path("images"));
     let with = |config: &str, command: &str| {
         fs::write(path("etc/diffdisk/diffdisk.toml"), config).unwrap();
-        let output = alone(dir.path(), &format!("mount --bind etc /etc; {command}"))?;
-        Some((output.status.code(), said(&output)))
+        let output = in_mount_namespace(dir.path(), &format!("mount --bind etc /etc; {command}"))?;
+        Some((output.status.code(), output_text(&output)))
     };
     let make = "diffdisk create images/root.vhd --size 8M; diffdisk create vms/a.vhd --parent images/root.vhd";
     let Some((code, told)) = with("", make) else { return };

@@ -3,13 +3,13 @@
 use diffdisk::storage::sim::{Fault, FaultPlan, Random};
 use diffdisk::units::SectorRange;
 
-use crate::judge::Judge;
+use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
-use crate::world::{Care, World};
+use crate::world::{CheckOptions, World};
 
 /// How an operation may go wrong.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Wrong {
+pub(crate) enum FaultKind {
     Io,
     NoSpace,
     Short,
@@ -17,29 +17,29 @@ pub(crate) enum Wrong {
 }
 
 /// Runs a script of `acts` with operation `at` going wrong; false where the script has fewer operations.
-pub(crate) fn run(layout: &Layout, acts: u64, wrong: Wrong, at: u64, judge: &mut Judge) -> Result<bool, String> {
+pub(crate) fn run(layout: &Layout, acts: u64, wrong: FaultKind, at: u64, judge: &mut Checker) -> Result<bool, String> {
     let mut random = Random::new(5);
-    let care = Care { sample: 0, every: 1, journal: false };
+    let care = CheckOptions { sample: 0, interval: 1, journal: false };
     let mut world = World::new(layout, 5, 1, care, judge);
     // Every second time with too little memory for the bitmaps, so that reading them again goes wrong, too.
     if at.is_multiple_of(2) {
-        world.keep_at_most(1);
+        world.limit_bitmap_cache(1);
     }
     let steps = world.host.counts().steps;
     let fault = match wrong {
-        Wrong::Io => Fault::Io,
-        Wrong::NoSpace => Fault::NoSpace,
-        Wrong::Short => Fault::Short,
-        Wrong::Late => {
-            world.faults(FaultPlan { late: vec![at], ..FaultPlan::default() });
-            return script(&mut world, &mut random, acts, at, None).map_err(|e| tell(e, &world, wrong, at));
+        FaultKind::Io => Fault::Io,
+        FaultKind::NoSpace => Fault::NoSpace,
+        FaultKind::Short => Fault::Short,
+        FaultKind::Late => {
+            world.set_faults(FaultPlan { late: vec![at], ..FaultPlan::default() });
+            return script(&mut world, &mut random, acts, at, None).map_err(|e| add_context(e, &world, wrong, at));
         }
     };
-    world.faults(FaultPlan { fail: vec![(steps + at, fault)], ..FaultPlan::default() });
-    script(&mut world, &mut random, acts, at, Some(steps)).map_err(|e| tell(e, &world, wrong, at))
+    world.set_faults(FaultPlan { fail: vec![(steps + at, fault)], ..FaultPlan::default() });
+    script(&mut world, &mut random, acts, at, Some(steps)).map_err(|e| add_context(e, &world, wrong, at))
 }
 
-fn tell(e: String, world: &World<'_>, wrong: Wrong, at: u64) -> String {
+fn add_context(e: String, world: &World<'_>, wrong: FaultKind, at: u64) -> String {
     let tail = world.trace.len().saturating_sub(40);
     format!("{e}\n  operation {at} goes wrong: {wrong:?}\n  ...\n  {}", world.trace[tail..].join("\n  "))
 }

@@ -5,9 +5,9 @@ use diffdisk::disk::{Allocation, WhenFull};
 use diffdisk::storage::sim::{FaultPlan, Random};
 use diffdisk::units::SectorRange;
 
-use crate::judge::Judge;
+use crate::checker::Checker;
 use crate::layouts::Layout;
-use crate::world::{Care, How, World};
+use crate::world::{CheckOptions, SpacePolicy, World};
 
 /// Acts while the host may be full.
 const ACTS: u64 = 24;
@@ -16,17 +16,17 @@ const PAGE: u64 = 4096;
 
 /// How a full host ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum End {
+enum Ending {
     /// Room is freed.
     Freed,
     /// The process is killed.
     Killed,
     /// The power fails.
-    Cut,
+    PowerCut,
 }
 
 /// Runs all cases on one layout. The runs it took.
-pub(crate) fn all(layout: &Layout, judge: &mut Judge) -> Result<u64, String> {
+pub(crate) fn run_all(layout: &Layout, judge: &mut Checker) -> Result<u64, String> {
     let mut runs = 0;
     for (when_full, allocation) in [
         (WhenFull::Park, Allocation::Sparse),
@@ -35,8 +35,8 @@ pub(crate) fn all(layout: &Layout, judge: &mut Judge) -> Result<u64, String> {
         (WhenFull::Fail, Allocation::Block),
     ] {
         for copy_on_write in [false, true] {
-            for end in [End::Freed, End::Killed, End::Cut] {
-                let how = How { when_full, allocation };
+            for end in [Ending::Freed, Ending::Killed, Ending::PowerCut] {
+                let how = SpacePolicy { when_full, allocation };
                 let mut pages = 0;
                 loop {
                     runs += 1;
@@ -59,19 +59,19 @@ pub(crate) fn all(layout: &Layout, judge: &mut Judge) -> Result<u64, String> {
 /// One run with so many free pages. Whether they were too few.
 fn run(
     layout: &Layout,
-    how: How,
+    how: SpacePolicy,
     copy_on_write: bool,
-    end: End,
+    end: Ending,
     pages: u64,
-    judge: &mut Judge,
+    judge: &mut Checker,
 ) -> Result<bool, String> {
-    let care = Care { sample: 0, every: 1, journal: true };
+    let care = CheckOptions { sample: 0, interval: 1, journal: true };
     let roomy = FaultPlan { copy_on_write, ..FaultPlan::default() };
-    let mut world = World::opened(layout, 7 + pages, 1, care, judge, how, &roomy);
+    let mut world = World::with_faults(layout, 7 + pages, 1, care, judge, how, &roomy);
     let room = world.host.allocated_bytes() + pages * PAGE;
     let plan = FaultPlan { capacity: Some(room), ..roomy.clone() };
     match how.when_full {
-        WhenFull::Fail => world.faults(plan),
+        WhenFull::Fail => world.set_faults(plan),
         // Nothing fails: all of it waits.
         WhenFull::Park => world.host.set_faults(plan),
     }
@@ -79,7 +79,7 @@ fn run(
     result.map_err(|e| format!("{e}\n  {}", world.trace.join("\n  ")))
 }
 
-fn script(world: &mut World<'_>, end: End, roomy: &FaultPlan) -> Result<bool, String> {
+fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool, String> {
     let mut random = Random::new(3);
     for act in 0..ACTS {
         let start = random.below(world.sectors() - 12);
@@ -109,8 +109,8 @@ fn script(world: &mut World<'_>, end: End, roomy: &FaultPlan) -> Result<bool, St
     }
     let met = world.in_flight() > 0 || world.trace.iter().any(|line| line.ends_with("failed"));
     match end {
-        End::Freed => {
-            world.roomy(roomy);
+        Ending::Freed => {
+            world.free_space(roomy);
             world.lanes[0].tick();
             world.finish()?;
             // It is as good as new: nothing fails any more, whatever the policy.
@@ -121,8 +121,8 @@ fn script(world: &mut World<'_>, end: End, roomy: &FaultPlan) -> Result<bool, St
             world.finish()?;
             world.kill()?;
         }
-        End::Killed => world.kill()?,
-        End::Cut => world.crash()?,
+        Ending::Killed => world.kill()?,
+        Ending::PowerCut => world.crash()?,
     }
     world.write(0, SectorRange::between(3, 5));
     world.flush(0);

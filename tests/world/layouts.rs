@@ -44,28 +44,28 @@ pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
 }
 
 /// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.
-pub(crate) fn all(blocks: u64) -> Vec<Layout> {
+pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     vec![
-        layout("child, aligned", blocks, true, Form::Ours),
-        layout("child, packed", blocks, true, Form::Packed),
-        layout("dynamic, aligned", blocks, false, Form::Ours),
-        layout("dynamic, packed", blocks, false, Form::Packed),
-        layout("child, full", blocks, true, Form::Full),
+        layout("child, aligned", blocks, true, Placement::Native),
+        layout("child, packed", blocks, true, Placement::Packed),
+        layout("dynamic, aligned", blocks, false, Placement::Native),
+        layout("dynamic, packed", blocks, false, Placement::Packed),
+        layout("child, full", blocks, true, Placement::Full),
     ]
 }
 
 /// Two layouts with blocks of 32 KiB, in which data and the bitmaps beside it take room apart.
-pub(crate) fn large() -> Vec<Layout> {
+pub(crate) fn large_blocks() -> Vec<Layout> {
     let size = BlockSize::from_bytes(32 << 10).expect("a power of two");
     let blocks = 20 * u64::from(size.sectors()) / BLOCK;
-    let of = |name, child| layout_with(name, blocks, child, Form::Ours, size);
+    let of = |name, child| layout_with(name, blocks, child, Placement::Native, size);
     vec![of("child, blocks of 32 KiB", true), of("dynamic, blocks of 32 KiB", false)]
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum Placement {
     /// As we make it, empty.
-    Ours,
+    Native,
     /// The first block in place, ending so that the next bitmap comes to lie where the footer is (child), or with
     /// some room and the footer where the second new block's data comes to lie (dynamic).
     Packed,
@@ -73,17 +73,17 @@ enum Form {
     Full,
 }
 
-fn layout(name: &'static str, blocks: u64, child: bool, form: Form) -> Layout {
+fn layout(name: &'static str, blocks: u64, child: bool, form: Placement) -> Layout {
     layout_with(name, blocks, child, form, BlockSize::from_bytes(4096).expect("the smallest"))
 }
 
-fn layout_with(name: &'static str, blocks: u64, child: bool, form: Form, block_size: BlockSize) -> Layout {
+fn layout_with(name: &'static str, blocks: u64, child: bool, form: Placement, block_size: BlockSize) -> Layout {
     let host = SimHost::new(1);
     let mut values = vec![0; (blocks * BLOCK) as usize];
     let kind = if child { ImageKind::Differencing(parent(&host, blocks, &mut values)) } else { ImageKind::Dynamic };
     let spec = ImageSpec { kind, size: blocks * BLOCK * 512, block_size, reserve: 0 };
     image::create(&host, &top(), &spec).expect("a new image");
-    if form != Form::Ours {
+    if form != Placement::Native {
         rebuild(&host, blocks, child, form);
     }
     let host = host.crash_with(&|_| true);
@@ -125,7 +125,7 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
 }
 
 /// Gives an empty image blocks and a footer at odd places, as other writers do.
-fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Form) {
+fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Placement) {
     let file = host.open(&top(), Access::Write).expect("it is there");
     let mut footer = [0; 512];
     file.read_at(&mut footer, 0).expect("a footer");
@@ -134,7 +134,7 @@ fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Form) {
     let table = u64::from_be_bytes(table);
     let end = file.stat().expect("it is there").len / 512 - 1;
     file.punch_hole(end * 512, 512).expect("it can be cut");
-    let present = if form == Form::Full { blocks } else { 1 };
+    let present = if form == Placement::Full { blocks } else { 1 };
     // A packed block takes nine sectors; the first begins so that it ends one before a page.
     let first = end + 6;
     for block in 0..present {
@@ -145,7 +145,7 @@ fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Form) {
         file.set_len((place + 9) * 512).expect("room for the data");
     }
     let used = first + present * 9;
-    let at = if form == Form::Packed && !child { used + 21 } else { used };
+    let at = if form == Placement::Packed && !child { used + 21 } else { used };
     file.write_at(&footer, at * 512).expect("the footer");
     file.sync().expect("it is durable");
 }

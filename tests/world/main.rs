@@ -8,7 +8,7 @@
 mod exhaustive;
 mod faults;
 mod full;
-mod judge;
+mod checker;
 mod layouts;
 #[path = "../common/memory.rs"]
 mod memory;
@@ -21,29 +21,29 @@ mod world;
 use std::time::{Duration, Instant};
 
 use diffdisk::mutant::Mutant;
-use judge::Judge;
-use world::Care;
+use checker::Checker;
+use world::CheckOptions;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-fn show(what: &str, runs: u64, judge: &Judge, took: Duration) {
+fn show(what: &str, runs: u64, judge: &Checker, took: Duration) {
     let rate = judge.states as f64 / took.as_secs_f64();
     println!(
         "{what}: {runs} runs, {} crash states ({} different images, {} with torn sectors, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
         judge.states,
         judge.distinct,
         judge.torn,
-        judge.again,
+        judge.recovery_crashes,
         took.as_secs_f64()
     );
 }
 
 #[test]
 fn random_work_and_crashes() {
-    let care = Care { sample: 24, every: 3, journal: true };
+    let care = CheckOptions { sample: 24, interval: 3, journal: true };
     let start = Instant::now();
     let (states, limit) = (
         number("DIFFDISK_STATES").unwrap_or(2_500_000),
@@ -52,15 +52,15 @@ fn random_work_and_crashes() {
     let only = number("DIFFDISK_SEED");
     let threads = [0_u64, 1].map(|thread| {
         std::thread::spawn(move || {
-            let layouts = layouts::all(20);
-            let mut judge = Judge::default();
+            let layouts = layouts::all_layouts(20);
+            let mut judge = Checker::default();
             let mut runs = 0;
             while judge.states < states && start.elapsed() < limit {
                 let seed = only.unwrap_or(runs * 2 + thread);
                 if let Err(e) = random::run(&layouts, seed, care, &mut judge) {
                     panic!("seed {seed}: {e}\nreplay: DIFFDISK_SEED={seed} cargo test --features sim,mutants --test world random");
                 }
-                judge.forget();
+                judge.clear_cache();
                 runs += 1;
                 if only.is_some() {
                     break;
@@ -77,10 +77,10 @@ fn random_work_and_crashes() {
 
 #[test]
 fn every_mutant_is_found() {
-    let care = Care { sample: 24, every: 2, journal: true };
+    let care = CheckOptions { sample: 24, interval: 2, journal: true };
     let half = |thread: usize| {
         std::thread::spawn(move || {
-            let layouts = layouts::all(20);
+            let layouts = layouts::all_layouts(20);
             // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
             // (`image/evict_tests.rs`); here 12 million states had none.
             let only = std::env::var("DIFFDISK_MUTANT").ok();
@@ -100,15 +100,15 @@ fn every_mutant_is_found() {
 #[test]
 fn sessions_outlive_kills_copies_and_restores() {
     on_two_threads("sessions", |share, _| {
-        let layouts = layouts::all(20);
+        let layouts = layouts::all_layouts(20);
         let mine = layouts.iter().skip(share).step_by(2);
-        mine.map(|layout| sessions::all(layout, 1).map(|()| 1)).sum()
+        mine.map(|layout| sessions::run_all(layout, 1).map(|()| 1)).sum()
     });
 }
 
 #[test]
 fn every_mutant_of_sessions_is_found() {
-    let layouts = layouts::all(20);
+    let layouts = layouts::all_layouts(20);
     let found = sessions::MUTANTS.map(|m| (m, sessions::find(m, &layouts)));
     found.iter().for_each(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND")));
     let missed: Vec<_> = found.iter().filter(|(_, how)| how.is_none()).map(|(m, _)| m).collect();
@@ -116,20 +116,20 @@ fn every_mutant_of_sessions_is_found() {
 }
 
 /// Runs `work(share)` on two threads, and shows what they judged.
-fn on_two_threads(what: &str, work: impl Fn(usize, &mut Judge) -> Result<u64, String> + Send + Copy + 'static) {
+fn on_two_threads(what: &str, work: impl Fn(usize, &mut Checker) -> Result<u64, String> + Send + Copy + 'static) {
     let start = Instant::now();
     let threads = [0, 1].map(|share| {
         std::thread::spawn(move || {
-            let mut judge = Judge::default();
+            let mut judge = Checker::default();
             let runs = work(share, &mut judge).unwrap_or_else(|e| panic!("{e}"));
             (runs, judge)
         })
     });
-    let mut all = (0, Judge::default());
+    let mut all = (0, Checker::default());
     for thread in threads {
         let (runs, judge) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
         all.0 += runs;
-        all.1.add(&judge);
+        all.1.add_counts(&judge);
     }
     show(what, all.0, &all.1, start.elapsed());
 }
@@ -139,13 +139,13 @@ fn every_short_workload() {
     let longest = number("DIFFDISK_WORLD_K").map_or(5, |k| u32::try_from(k).expect("a small number"));
     on_two_threads(&format!("every workload of up to {longest} acts"), move |share, judge| {
         let mut runs = 0;
-        for layout in &layouts::all(4)[..4] {
+        for layout in &layouts::all_layouts(4)[..4] {
             for len in 1..=longest {
                 // The longest ones leave out what needs no company.
                 let kinds = if len > 3 { 8 } else { exhaustive::ALL.len() };
-                runs += exhaustive::all(layout, len, kinds, (share, 2), judge)?;
+                runs += exhaustive::run_all(layout, len, kinds, (share, 2), judge)?;
             }
-            judge.forget();
+            judge.clear_cache();
         }
         Ok(runs)
     });
@@ -156,15 +156,15 @@ fn every_operation_fails_once() {
     let acts = number("DIFFDISK_WORLD_ACTS").unwrap_or(100);
     on_two_threads(&format!("every operation of {acts} acts goes wrong"), move |share, judge| {
         let mut runs = 0;
-        let layouts = layouts::all(20);
+        let layouts = layouts::all_layouts(20);
         let layout = &layouts[share * 3];
-        for wrong in [faults::Wrong::Io, faults::Wrong::NoSpace, faults::Wrong::Short, faults::Wrong::Late] {
+        for wrong in [faults::FaultKind::Io, faults::FaultKind::NoSpace, faults::FaultKind::Short, faults::FaultKind::Late] {
             for at in 1.. {
                 runs += 1;
                 if !faults::run(layout, acts, wrong, at, judge)? {
                     break;
                 }
-                judge.forget();
+                judge.clear_cache();
             }
         }
         Ok(runs)
@@ -173,5 +173,5 @@ fn every_operation_fails_once() {
 
 #[test]
 fn a_full_host_in_every_phase() {
-    on_two_threads("a full host in every phase", |share, judge| full::all(&layouts::large()[share], judge));
+    on_two_threads("a full host in every phase", |share, judge| full::run_all(&layouts::large_blocks()[share], judge));
 }

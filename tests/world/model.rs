@@ -14,7 +14,7 @@ pub(crate) const GARBAGE: Value = u32::MAX;
 struct Sector {
     values: Vec<(u32, Value)>,
     /// The last one whose act was answered with success: reads find this or a later one.
-    sure: usize,
+    acknowledged: usize,
 }
 
 /// The disk as its guest knows it.
@@ -23,7 +23,7 @@ pub(crate) struct Model(Vec<Sector>);
 
 impl Model {
     pub(crate) fn new(values: &[Value]) -> Model {
-        Model(values.iter().map(|&v| Sector { values: vec![(0, v)], sure: 0 }).collect())
+        Model(values.iter().map(|&v| Sector { values: vec![(0, v)], acknowledged: 0 }).collect())
     }
 
     pub(crate) fn sectors(&self) -> u64 {
@@ -40,33 +40,33 @@ impl Model {
     }
 
     /// The act was answered with success.
-    pub(crate) fn done(&mut self, range: SectorRange, act: u32) {
+    pub(crate) fn acknowledge(&mut self, range: SectorRange, act: u32) {
         for sector in self.range(range) {
             let at = sector.values.iter().position(|(a, _)| *a == act).expect("it began");
-            sector.sure = sector.sure.max(at);
+            sector.acknowledged = sector.acknowledged.max(at);
         }
     }
 
     /// What a flush that begins now makes durable.
-    pub(crate) fn flush(&self) -> Vec<u32> {
-        self.0.iter().map(|s| s.values[s.sure].0).collect()
+    pub(crate) fn flush_point(&self) -> Vec<u32> {
+        self.0.iter().map(|s| s.values[s.acknowledged].0).collect()
     }
 
     /// It was answered with success.
-    pub(crate) fn flushed(&mut self, covered: &[u32]) {
+    pub(crate) fn complete_flush(&mut self, covered: &[u32]) {
         for (sector, act) in self.0.iter_mut().zip(covered) {
             if let Some(at) = sector.values.iter().position(|(a, _)| a == act) {
                 sector.values.drain(..at);
-                sector.sure -= at;
+                sector.acknowledged -= at;
             }
         }
     }
 
     /// What is wrong with a disk that reads so after a crash (`acknowledged`: after the end of the process alone, whose
     /// answered acts must all be there).
-    pub(crate) fn judge(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
+    pub(crate) fn check(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
         for (number, (sector, value)) in self.0.iter().zip(values).enumerate() {
-            let from = if acknowledged { sector.sure } else { 0 };
+            let from = if acknowledged { sector.acknowledged } else { 0 };
             if !sector.values[from..].iter().any(|(_, v)| v == value) {
                 let may: Vec<_> = sector.values[from..].iter().map(|(_, v)| name(*v)).collect();
                 return Err(format!("sector {number} is {}, and may be {}", name(*value), may.join(" or ")));
@@ -76,22 +76,22 @@ impl Model {
     }
 
     /// What is wrong with what was read of some sectors of the running disk.
-    pub(crate) fn judge_some(&self, values: &[Option<Value>]) -> Result<(), String> {
-        let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.sure].1));
-        self.judge(&missing.collect::<Vec<_>>(), true)
+    pub(crate) fn check_read(&self, values: &[Option<Value>]) -> Result<(), String> {
+        let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.acknowledged].1));
+        self.check(&missing.collect::<Vec<_>>(), true)
     }
 
     /// The disk after a crash: it reads so, durably.
-    pub(crate) fn crashed(&mut self, values: &[Value]) {
+    pub(crate) fn reset_after_crash(&mut self, values: &[Value]) {
         *self = Model::new(values);
     }
 
     /// The disk after the end of the process alone: it reads so, but not durably.
-    pub(crate) fn killed(&mut self, values: &[Value]) {
+    pub(crate) fn reset_after_kill(&mut self, values: &[Value]) {
         for (sector, value) in self.0.iter_mut().zip(values) {
             let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was judged");
             sector.values.truncate(at + 1);
-            sector.sure = at;
+            sector.acknowledged = at;
         }
     }
 }

@@ -4,10 +4,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use diffdisk::mutant::{self, Mutant};
 
-use crate::judge::Judge;
+use crate::checker::Checker;
 use crate::layouts::Layout;
 use crate::random;
-use crate::world::Care;
+use crate::world::CheckOptions;
 
 /// Runs after which a mistake counts as not found.
 const RUNS: usize = 3000;
@@ -23,12 +23,12 @@ fn first_seed(mutant: Mutant) -> u64 {
 }
 
 /// The first line of what finds a mistake, with the seed.
-pub(crate) fn find(mutant: Mutant, layouts: &[Layout], care: Care) -> Option<String> {
-    let mut judge = Judge::default();
+pub(crate) fn find(mutant: Mutant, layouts: &[Layout], care: CheckOptions) -> Option<String> {
+    let mut judge = Checker::default();
     mutant::enable(Some(mutant));
     let found = (first_seed(mutant)..).take(RUNS).find_map(|seed| {
         let run = catch_unwind(AssertUnwindSafe(|| random::run(layouts, seed, care, &mut judge)));
-        judge.forget();
+        judge.clear_cache();
         let why = run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()?;
         mutant::enable(None);
         let sound = random::run(layouts, seed, care, &mut judge);

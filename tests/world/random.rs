@@ -3,15 +3,15 @@
 use diffdisk::storage::sim::{FaultPlan, Random};
 use diffdisk::units::SectorRange;
 
-use crate::judge::Judge;
+use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
-use crate::world::{Care, World};
+use crate::world::{CheckOptions, World};
 
 /// Ends in a row (crashes, kills, clean ends), each continuing from what the last one left.
-const ENDS: u64 = 6;
+const CYCLES: u64 = 6;
 
 /// One run. Err: what went wrong, with all that led there.
-pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) -> Result<(), String> {
+pub(crate) fn run(layouts: &[Layout], seed: u64, care: CheckOptions, judge: &mut Checker) -> Result<(), String> {
     let mut random = Random::new(seed);
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
@@ -19,9 +19,9 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) 
     // Mostly there is too little memory for the bitmaps.
     let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
     if let Some(granules) = granules {
-        world.keep_at_most(granules);
+        world.limit_bitmap_cache(granules);
     }
-    let result = live(&mut world, &mut random);
+    let result = run_cycles(&mut world, &mut random);
     result.map_err(|e| {
         let trace = world.trace.join("\n  ");
         let steps = world.host.counts().steps;
@@ -29,9 +29,9 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: Care, judge: &mut Judge) 
     })
 }
 
-fn live(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
-    for _ in 0..ENDS {
-        work(world, random)?;
+fn run_cycles(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
+    for _ in 0..CYCLES {
+        random_requests(world, random)?;
         match random.below(4) {
             0 => {
                 world.finish()?;
@@ -50,7 +50,7 @@ fn live(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
 }
 
 /// What a guest does between two ends.
-fn work(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
+fn random_requests(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
     // Some guests stay in a few blocks, some go everywhere and make the file grow.
     let sectors = if random.chance(1, 2) { world.sectors() } else { 4 * BLOCK };
     let acts = 4 + random.below(24);
@@ -95,5 +95,5 @@ fn plan_fault(world: &mut World<'_>, random: &mut Random) {
             }
         }
     }
-    world.faults(plan);
+    world.set_faults(plan);
 }

@@ -16,18 +16,18 @@ use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env, Lock};
 use diffdisk::units::{BlockSize, SectorRange};
 
-use crate::judge;
+use crate::checker;
 use crate::layouts::{self, BLOCK, Layout, top};
 use crate::memory::Memory;
 use crate::model::{self, Value};
 
-type Outcomes = Result<(), String>;
+type CheckResult = Result<(), String>;
 
 /// What sectors hold that were written since the disk was made: what was answered, and what may have landed.
 #[derive(Clone, Default)]
-struct Known {
-    answered: BTreeMap<u64, Value>,
-    asked: BTreeMap<u64, Vec<Value>>,
+struct WrittenValues {
+    acknowledged: BTreeMap<u64, Value>,
+    submitted: BTreeMap<u64, Vec<Value>>,
 }
 
 /// A guest on a disk.
@@ -53,40 +53,40 @@ fn open(host: &SimHost) -> Result<Guest, Error> {
 }
 
 impl Guest {
-    fn ask(&mut self, work: Work) -> bool {
+    fn submit(&mut self, work: Work) -> bool {
         self.lane.push(Request { tag: 1, work });
         let mut answers = Vec::new();
         self.lane.drain(&mut answers).is_ok() && answers.iter().all(|a| a.outcome == Outcome::Done)
     }
 
-    fn write(&mut self, known: &mut Known, sector: u64, value: Value) {
+    fn write(&mut self, known: &mut WrittenValues, sector: u64, value: Value) {
         let range = SectorRange::between(sector, sector + 1);
-        known.asked.entry(sector).or_default().push(value);
+        known.submitted.entry(sector).or_default().push(value);
         let from = Memory::new(&model::bytes(sector, value)).slices(&[512]);
-        if self.ask(Work::Write { range, from }) {
-            known.answered.insert(sector, value);
+        if self.submit(Work::Write { range, from }) {
+            known.acknowledged.insert(sector, value);
         }
     }
 
-    fn zero(&mut self, known: &mut Known, sector: u64) {
+    fn zero(&mut self, known: &mut WrittenValues, sector: u64) {
         let range = SectorRange::between(sector, sector + 1);
-        known.asked.entry(sector).or_default().push(0);
-        if self.ask(Work::WriteZeroes { ranges: vec![ZeroRange { range, unmap: true }] }) {
-            known.answered.insert(sector, 0);
+        known.submitted.entry(sector).or_default().push(0);
+        if self.submit(Work::WriteZeroes { ranges: vec![ZeroRange { range, unmap: true }] }) {
+            known.acknowledged.insert(sector, 0);
         }
     }
 
     fn flush(&mut self) -> bool {
-        self.ask(Work::Flush)
+        self.submit(Work::Flush)
     }
 
     /// Holds the disk against what is known. `base`: what it held before anything was written.
-    fn judge(&self, known: &Known, base: &[Value]) -> Outcomes {
-        let values = judge::read(self.disk.version())?;
+    fn check(&self, known: &WrittenValues, base: &[Value]) -> CheckResult {
+        let values = checker::read_disk(self.disk.version())?;
         for (sector, value) in (0..).zip(values) {
-            let answered = known.answered.get(&sector).copied();
+            let answered = known.acknowledged.get(&sector).copied();
             // What was asked later than what was answered last may have landed.
-            let asked = known.asked.get(&sector).map_or(&[][..], Vec::as_slice);
+            let asked = known.submitted.get(&sector).map_or(&[][..], Vec::as_slice);
             let from = answered.and_then(|v| asked.iter().rposition(|a| *a == v)).unwrap_or(0);
             let may_be = asked.get(from..).is_some_and(|later| later.contains(&value));
             if !may_be && value != answered.unwrap_or(base[sector as usize]) {
@@ -102,7 +102,7 @@ impl Guest {
     }
 }
 
-fn line(e: Error) -> String {
+fn error_line(e: Error) -> String {
     e.line()
 }
 
@@ -111,7 +111,7 @@ fn kill(host: &SimHost, seed: u64) -> SimHost {
     host.kill(&mut Random::new(seed))
 }
 
-fn refused<T>(result: Result<T, Error>, what: &str) -> Result<String, String> {
+fn expect_refused<T>(result: Result<T, Error>, what: &str) -> Result<String, String> {
     match result {
         Ok(_) => Err(format!("{what} is accepted")),
         Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::Busy) => Ok(e.line()),
@@ -138,7 +138,7 @@ fn copy(host: &SimHost, name: &str, bytes: &[u8]) -> PathBuf {
 }
 
 /// What a guest does from opening to closing; ends where the machine does.
-fn life(host: &SimHost, known: &mut Known, round: Value) -> Result<(), Error> {
+fn run_guest(host: &SimHost, known: &mut WrittenValues, round: Value) -> Result<(), Error> {
     let mut guest = open(host)?;
     let value = |n: Value| round * 100 + n;
     guest.write(known, 1, value(2));
@@ -159,48 +159,48 @@ fn life(host: &SimHost, known: &mut Known, round: Value) -> Result<(), Error> {
 }
 
 /// After the end of a process: the disk opens, holds all that was answered, goes on, and closes without a trace.
-fn goes_on(host: &SimHost, known: &Known, layout: &Layout) -> Outcomes {
+fn check_reopen(host: &SimHost, known: &WrittenValues, layout: &Layout) -> CheckResult {
     let mut known = known.clone();
     let mut guest = open(host).map_err(|e| format!("it does not open: {}", e.line()))?;
-    guest.judge(&known, &layout.values)?;
+    guest.check(&known, &layout.values)?;
     guest.zero(&mut known, 4 * BLOCK + 3);
     guest.write(&mut known, 3 * BLOCK, 90_001);
-    guest.judge(&known, &layout.values).map_err(|e| format!("afterwards {e}"))?;
+    guest.check(&known, &layout.values).map_err(|e| format!("afterwards {e}"))?;
     guest.close().map_err(|e| format!("it does not close: {}", e.line()))?;
-    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::remove_stale_journals(host, &runtime).map_err(line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
+    image::remove_stale_journals(host, &runtime).map_err(error_line)?;
     if !host.shm_names().is_empty() {
         return Err(format!("a clean end leaves {:?}", host.shm_names()));
     }
-    let (report, _) = image::check(host.open(&top(), Access::Read).map_err(line)?).map_err(line)?;
+    let (report, _) = image::check(host.open(&top(), Access::Read).map_err(error_line)?).map_err(error_line)?;
     if let Some(defect) = report.defects.first() {
         return Err(format!("a check finds: {defect}"));
     }
-    open(host).map_err(line)?.judge(&known, &layout.values).map_err(|e| format!("after a clean end {e}"))
+    open(host).map_err(error_line)?.check(&known, &layout.values).map_err(|e| format!("after a clean end {e}"))
 }
 
 /// A kill at every step of a life, and at every step of the life of a successor. `every`: one step in so many.
-pub(crate) fn kills(layout: &Layout, every: usize) -> Outcomes {
+pub(crate) fn kills(layout: &Layout, every: usize) -> CheckResult {
     for rounds in [1, 2] {
         for step in (1..).step_by(every) {
-            let (mut host, mut known) = (layout.host(7), Known::default());
+            let (mut host, mut known) = (layout.host(7), WrittenValues::default());
             if rounds == 2 {
                 // The first one ends in the middle, with marks in the journal.
                 host.stop_at(60);
-                let _ = life(&host, &mut known, 1);
+                let _ = run_guest(&host, &mut known, 1);
                 host = kill(&host, 3);
             }
             let begun = host.counts().steps;
             host.stop_at(begun + step);
-            let ended = life(&host, &mut known, rounds);
+            let ended = run_guest(&host, &mut known, rounds);
             let whole = !host.is_dead();
             if whole {
                 ended.map_err(|e| format!("without a kill: {}", e.line()))?;
             }
             for seed in [1, 2] {
                 // What had the machine in the middle of it lands or not; the world is the same before.
-                let host = if seed == 1 { kill_twin(&host, seed) } else { kill(&host, seed) };
-                goes_on(&host, &known, layout)
+                let host = if seed == 1 { kill_copy(&host, seed) } else { kill(&host, seed) };
+                check_reopen(&host, &known, layout)
                     .map_err(|e| format!("{}, killed at step {step} of life {rounds}: {e}", layout.name))?;
             }
             if whole {
@@ -212,17 +212,17 @@ pub(crate) fn kills(layout: &Layout, every: usize) -> Outcomes {
 }
 
 /// Kills a copy of the machine: the machine itself can be killed once more.
-fn kill_twin(host: &SimHost, seed: u64) -> SimHost {
+fn kill_copy(host: &SimHost, seed: u64) -> SimHost {
     kill(&host.fork(), seed)
 }
 
 /// Every step fails once, and the process is killed, soon after or at the end: what was answered is there, unless a sync
 /// failed.
-pub(crate) fn faults(layout: &Layout, soon: bool) -> Outcomes {
+pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
     for fault in [Fault::Io, Fault::NoSpace, Fault::Short] {
         for step in 1.. {
-            let (host, mut known) = (layout.host(7), Known::default());
-            let mut guest = open(&host).map_err(line)?;
+            let (host, mut known) = (layout.host(7), WrittenValues::default());
+            let mut guest = open(&host).map_err(error_line)?;
             guest.write(&mut known, 1, 2);
             guest.flush();
             let begun = host.counts().steps;
@@ -247,7 +247,7 @@ pub(crate) fn faults(layout: &Layout, soon: bool) -> Outcomes {
                     return Err(format!("{}, {fault:?} at {step}: poisoned, and yet {e:?}", layout.name));
                 }
             } else {
-                goes_on(&host, &known, layout)
+                check_reopen(&host, &known, layout)
                     .map_err(|e| format!("{}, {fault:?} at step {step}, then a kill: {e}", layout.name))?;
             }
             if !reached {
@@ -259,10 +259,10 @@ pub(crate) fn faults(layout: &Layout, soon: bool) -> Outcomes {
 }
 
 /// A block that got its place and was never written is cut off by a clean end; a kill at every step of that.
-pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
+pub(crate) fn unwritten(layout: &Layout) -> CheckResult {
     for step in 1.. {
-        let (host, mut known) = (layout.host(7), Known::default());
-        let mut guest = open(&host).map_err(line)?;
+        let (host, mut known) = (layout.host(7), WrittenValues::default());
+        let mut guest = open(&host).map_err(error_line)?;
         guest.write(&mut known, 1, 2);
         // Room is made by a block of its own: what fails below is no sync.
         guest.write(&mut known, 2 * BLOCK, 3);
@@ -275,11 +275,11 @@ pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
         let closed = guest.close();
         let whole = !host.is_dead();
         if whole {
-            closed.map_err(line)?;
+            closed.map_err(error_line)?;
         }
         for seed in 0..2 {
             let host = kill(&host.fork(), seed);
-            goes_on(&host, &known, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
+            check_reopen(&host, &known, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
         }
         if whole {
             break;
@@ -290,12 +290,12 @@ pub(crate) fn unwritten(layout: &Layout) -> Outcomes {
 
 /// Copies made at every act, put back in place and opened elsewhere after a kill.
 /// `ends_marked`: the last act before the kill is a mark; else it is a flush.
-pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
-    let (host, mut known) = (layout.host(7), Known::default());
+pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
+    let (host, mut known) = (layout.host(7), WrittenValues::default());
     // Of a dynamic root's block all sectors are marked with the first one: there something new takes another block.
     let new = |n: u64| if layout.name.contains("dynamic") { (2 + n) * BLOCK + n } else { n };
     let mut copies = vec![("before the session", bytes(&host, &top()))];
-    let mut guest = open(&host).map_err(line)?;
+    let mut guest = open(&host).map_err(error_line)?;
     guest.write(&mut known, 1, 2);
     guest.flush();
     host.advance_clock(1);
@@ -313,37 +313,37 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> Outcomes {
     let last = bytes(&host, &top());
     for (when, old) in &copies[1..] {
         restore(&host, &top(), old);
-        refused(open(&host), &format!("{}: the image as it was {when}", layout.name))?;
+        expect_refused(open(&host), &format!("{}: the image as it was {when}", layout.name))?;
         let name = copy(&host, "old.vhd", old);
-        refused(open_at(&host, &name, "/run"), &format!("{}: a copy made {when}", layout.name))?;
-        host.remove(&name).map_err(line)?;
+        expect_refused(open_at(&host, &name, "/run"), &format!("{}: a copy made {when}", layout.name))?;
+        host.remove(&name).map_err(error_line)?;
     }
     if !ends_marked {
         return Ok(());
     }
     // From before the session: it has no stamp, and is what it was; the journal waits for its image.
     restore(&host, &top(), &copies[0].1);
-    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::remove_stale_journals(&host, &runtime).map_err(line)?;
-    let guest = open(&host).map_err(line)?;
-    guest.judge(&Known::default(), &layout.values)?;
-    guest.close().map_err(line)?;
-    image::remove_stale_journals(&host, &runtime).map_err(line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
+    image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
+    let guest = open(&host).map_err(error_line)?;
+    guest.check(&WrittenValues::default(), &layout.values)?;
+    guest.close().map_err(error_line)?;
+    image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
     // The image itself moved: it is taken in at its new place, and its old one has no session any more.
     let moved = copy(&host, "moved.vhd", &last);
     let guest = open_at(&host, &moved, "/run").map_err(|e| format!("the moved image: {}", e.line()))?;
-    guest.judge(&known, &layout.values)?;
-    guest.close().map_err(line)?;
+    guest.check(&known, &layout.values)?;
+    guest.close().map_err(error_line)?;
     restore(&host, &top(), &last);
-    refused(open(&host), "an image whose copy was taken in")?;
+    expect_refused(open(&host), "an image whose copy was taken in")?;
     Ok(())
 }
 
 /// Two copies of a killed image: the one that is opened second is refused, whenever the first was killed.
-pub(crate) fn twins(layout: &Layout) -> Outcomes {
+pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     for step in 1..40 {
-        let (host, mut known) = (layout.host(7), Known::default());
-        let mut guest = open(&host).map_err(line)?;
+        let (host, mut known) = (layout.host(7), WrittenValues::default());
+        let mut guest = open(&host).map_err(error_line)?;
         guest.write(&mut known, 1, 2);
         guest.flush();
         guest.write(&mut known, 2, 3);
@@ -358,20 +358,20 @@ pub(crate) fn twins(layout: &Layout) -> Outcomes {
             let mut known = known.clone();
             match open(&host) {
                 Ok(mut guest) => {
-                    guest.judge(&known, &layout.values)?;
+                    guest.check(&known, &layout.values)?;
                     // No new mark, and so no other generation than that of the take-over.
                     guest.write(&mut known, 2, 4);
                     drop(guest);
                     let host = kill(&host, 1);
-                    refused(open_at(&host, &other, "/run"), "the copy of an image that went on")?;
-                    open(&host).map_err(line)?.judge(&known, &layout.values)?;
+                    expect_refused(open_at(&host, &other, "/run"), "the copy of an image that went on")?;
+                    open(&host).map_err(error_line)?.check(&known, &layout.values)?;
                 }
                 Err(e) if e.kind() == ErrorKind::Refused => {
                     open_at(&host, &other, "/run")
                         .map_err(|e| format!("step {step}: neither copy opens: {}", e.line()))?
-                        .judge(&known, &layout.values)?;
+                        .check(&known, &layout.values)?;
                 }
-                Err(e) => return Err(line(e)),
+                Err(e) => return Err(error_line(e)),
             }
         }
         if whole {
@@ -382,17 +382,17 @@ pub(crate) fn twins(layout: &Layout) -> Outcomes {
 }
 
 /// Whoever is not the successor is refused.
-pub(crate) fn others(layout: &Layout) -> Outcomes {
-    let (host, mut known) = (layout.host(7), Known::default());
-    let mut guest = open(&host).map_err(line)?;
+pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
+    let (host, mut known) = (layout.host(7), WrittenValues::default());
+    let mut guest = open(&host).map_err(error_line)?;
     guest.write(&mut known, 1, 2);
     guest.flush();
     // A copy of a running image has the session of a daemon that lives.
     let running = copy(&host, "running.vhd", &bytes(&host, &top()));
-    refused(open_at(&host, &running, "/run"), "a copy of a running image")?;
+    expect_refused(open_at(&host, &running, "/run"), "a copy of a running image")?;
     drop(guest);
     let host = kill(&host, 1);
-    let message = refused(open_at(&host, &top(), "/other"), "an image whose journal lies elsewhere")?;
+    let message = expect_refused(open_at(&host, &top(), "/other"), "an image whose journal lies elsewhere")?;
     if !message.contains("/run") || !message.contains("settle") {
         return Err(format!("the message does not help: {message}"));
     }
@@ -403,45 +403,45 @@ pub(crate) fn others(layout: &Layout) -> Outcomes {
     let options = DiskOptions { keep, ..layouts::options(&twin, false) };
     Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
     let env: &dyn Env = &host;
-    refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
+    expect_refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
     let written = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
-    refused(written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)), "to a tool, a killed image")?;
+    expect_refused(written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)), "to a tool, a killed image")?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
-    refused(checked(&host), "to a check, a killed image")?;
+    expect_refused(checked(&host), "to a check, a killed image")?;
     // Another machine may be alive.
     let away = kill(&host.fork(), 1);
     away.move_to_another_machine(9);
-    refused(open(&away), "an image of another machine")?;
-    let runtime = away.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::discard_session(&away, std::slice::from_ref(&runtime), &top()).map_err(line)?;
-    open(&away).map_err(line)?.close().map_err(line)?;
+    expect_refused(open(&away), "an image of another machine")?;
+    let runtime = away.runtime_folder(Path::new("/run")).map_err(error_line)?;
+    image::discard_session(&away, std::slice::from_ref(&runtime), &top()).map_err(error_line)?;
+    open(&away).map_err(error_line)?.close().map_err(error_line)?;
     // Discarded here: what was flushed is there, and the journal is gone.
     let given_up = kill(&host.fork(), 1);
-    let runtime = given_up.runtime_folder(Path::new("/run")).map_err(line)?;
-    image::discard_session(&given_up, std::slice::from_ref(&runtime), &top()).map_err(line)?;
+    let runtime = given_up.runtime_folder(Path::new("/run")).map_err(error_line)?;
+    image::discard_session(&given_up, std::slice::from_ref(&runtime), &top()).map_err(error_line)?;
     if !given_up.shm_names().is_empty() {
         return Err("a discarded journal stays".into());
     }
-    goes_on(&given_up, &known, layout)?;
+    check_reopen(&given_up, &known, layout)?;
     // Settled: nobody is refused any more.
-    let file = host.open(&top(), Access::Write).map_err(line)?;
-    file.lock(Lock::Exclusive).map_err(line)?;
-    let runtime = host.runtime_folder(Path::new("/run")).map_err(line)?;
-    if !image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
-        || image::settle(env, std::slice::from_ref(&runtime), &file).map_err(line)?
+    let file = host.open(&top(), Access::Write).map_err(error_line)?;
+    file.lock(Lock::Exclusive).map_err(error_line)?;
+    let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
+    if !image::settle(env, std::slice::from_ref(&runtime), &file).map_err(error_line)?
+        || image::settle(env, std::slice::from_ref(&runtime), &file).map_err(error_line)?
     {
         return Err("it is settled once".into());
     }
     drop(file);
-    Chain::open(env, &top(), &Policy::default(), OpenMode::Read).map_err(line)?;
-    checked(&host).map_err(line)?;
-    goes_on(&host, &known, layout)
+    Chain::open(env, &top(), &Policy::default(), OpenMode::Read).map_err(error_line)?;
+    checked(&host).map_err(error_line)?;
+    check_reopen(&host, &known, layout)
 }
 
 /// A killed image that has become a parent: readers of the child are refused, a daemon settles it.
-pub(crate) fn parents(layout: &Layout) -> Outcomes {
-    let (host, mut known) = (layout.host(7), Known::default());
-    let mut guest = open(&host).map_err(line)?;
+pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
+    let (host, mut known) = (layout.host(7), WrittenValues::default());
+    let mut guest = open(&host).map_err(error_line)?;
     guest.write(&mut known, 1, 2);
     let uuid = guest.disk.version().top().expect("it is writable").image.image().uuid();
     drop(guest);
@@ -452,43 +452,43 @@ pub(crate) fn parents(layout: &Layout) -> Outcomes {
     let size = layout.values.len() as u64 * 512;
     let child = Path::new("/disk/child.vhd");
     image::create(&host, child, &ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: 0 })
-        .map_err(line)?;
+        .map_err(error_line)?;
     let env: &dyn Env = &host;
-    refused(Chain::open(env, child, &Policy::default(), OpenMode::Read), "to a reader, a killed parent")?;
-    let file = host.open(child, Access::Read).map_err(line)?;
-    refused(chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())), "to a check, a killed parent")?;
-    refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
+    expect_refused(Chain::open(env, child, &Policy::default(), OpenMode::Read), "to a reader, a killed parent")?;
+    let file = host.open(child, Access::Read).map_err(error_line)?;
+    expect_refused(chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())), "to a check, a killed parent")?;
+    expect_refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
     let guest = open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle it: {}", e.line()))?;
-    guest.judge(&known, &layout.values)?;
-    guest.close().map_err(line)?;
-    Chain::open(env, child, &Policy::default(), OpenMode::Read).map_err(line)?;
-    goes_on(&host, &known, layout)
+    guest.check(&known, &layout.values)?;
+    guest.close().map_err(error_line)?;
+    Chain::open(env, child, &Policy::default(), OpenMode::Read).map_err(error_line)?;
+    check_reopen(&host, &known, layout)
 }
 
 /// A guest that only reads and flushes leaves no trace.
-pub(crate) fn readers(layout: &Layout) -> Outcomes {
+pub(crate) fn read_only_guest(layout: &Layout) -> CheckResult {
     let host = layout.host(7);
-    open(&host).map_err(line)?.close().map_err(line)?; // a foreign file is recovered and cut
+    open(&host).map_err(error_line)?.close().map_err(error_line)?; // a foreign file is recovered and cut
     let before = bytes(&host, &top());
-    let mut guest = open(&host).map_err(line)?;
-    guest.judge(&Known::default(), &layout.values)?;
+    let mut guest = open(&host).map_err(error_line)?;
+    guest.check(&WrittenValues::default(), &layout.values)?;
     guest.flush();
     if bytes(&host, &top()) != before || !host.shm_names().is_empty() {
         return Err("reading leaves a trace".into());
     }
     drop(guest);
-    goes_on(&kill(&host, 1), &Known::default(), layout)
+    check_reopen(&kill(&host, 1), &WrittenValues::default(), layout)
 }
 
 /// All scenes on a layout.
-pub(crate) fn all(layout: &Layout, every: usize) -> Outcomes {
-    let named = |what: &str, outcome: Outcomes| outcome.map_err(|e| format!("{what}, {}: {e}", layout.name));
-    named("readers", readers(layout))?;
-    named("others", others(layout))?;
+pub(crate) fn run_all(layout: &Layout, every: usize) -> CheckResult {
+    let named = |what: &str, outcome: CheckResult| outcome.map_err(|e| format!("{what}, {}: {e}", layout.name));
+    named("readers", read_only_guest(layout))?;
+    named("others", non_successors(layout))?;
     named("copies", copies(layout, true))?;
     named("copies", copies(layout, false))?;
-    named("twins", twins(layout))?;
-    named("parents", parents(layout))?;
+    named("twins", two_copies(layout))?;
+    named("parents", killed_parent(layout))?;
     named("faults", faults(layout, false))?;
     named("faults", faults(layout, true))?;
     named("unwritten", unwritten(layout))?;
@@ -521,7 +521,7 @@ pub(crate) const MUTANTS: [Mutant; 18] = [
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout]) -> Option<String> {
     let found = layouts.iter().find_map(|layout| {
         mutant::enable(Some(mutant));
-        let run = catch_unwind(AssertUnwindSafe(|| all(layout, 1)));
+        let run = catch_unwind(AssertUnwindSafe(|| run_all(layout, 1)));
         mutant::enable(None);
         run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()
     });

@@ -8,7 +8,7 @@ use diffdisk::storage::EngineKind;
 use diffdisk::storage::sim::{FaultPlan, Random, SimHost};
 use diffdisk::units::SectorRange;
 
-use crate::judge::{self, Judge};
+use crate::checker::{self, Checker};
 use crate::layouts::{self, Layout};
 use crate::memory::Memory;
 use crate::model::{self, Model};
@@ -18,35 +18,35 @@ const DEPTH: usize = 32;
 
 /// How much of what may happen is looked at.
 #[derive(Clone, Copy)]
-pub(crate) struct Care {
+pub(crate) struct CheckOptions {
     /// Fates tried at a moment, where there are too many to try all; 0 for none at all.
     pub(crate) sample: u64,
     /// One moment in so many is looked at.
-    pub(crate) every: u64,
+    pub(crate) interval: u64,
     /// Every write that was answered must be there after the end of the process alone (the live journal).
     pub(crate) journal: bool,
 }
 
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct How {
+pub(crate) struct SpacePolicy {
     pub(crate) when_full: WhenFull,
     pub(crate) allocation: Allocation,
 }
 
-impl Default for How {
-    fn default() -> How {
-        How { when_full: WhenFull::Fail, allocation: Allocation::Sparse }
+impl Default for SpacePolicy {
+    fn default() -> SpacePolicy {
+        SpacePolicy { when_full: WhenFull::Fail, allocation: Allocation::Sparse }
     }
 }
 
 /// What a request in flight will mean.
-struct Pending {
+struct InFlightRequest {
     act: u32,
-    kind: Kind,
+    kind: InFlightKind,
 }
 
-enum Kind {
+enum InFlightKind {
     Write(SectorRange),
     Discard(SectorRange),
     /// With what it makes durable, and whether it must fail: a sync has failed before it began.
@@ -57,10 +57,10 @@ enum Kind {
 /// See the file's first line.
 pub(crate) struct World<'a> {
     pub(crate) host: SimHost,
-    how: How,
+    space_policy: SpacePolicy,
     pub(crate) random: Random,
-    pub(crate) judge: &'a mut Judge,
-    pub(crate) care: Care,
+    pub(crate) checker: &'a mut Checker,
+    pub(crate) checks: CheckOptions,
     pub(crate) trace: Vec<String>,
     /// Faults are planned: requests may fail.
     pub(crate) may_fail: bool,
@@ -68,48 +68,48 @@ pub(crate) struct World<'a> {
     pub(crate) lanes: Vec<Lane>,
     pub(crate) disk: Option<Arc<Disk>>,
     model: Model,
-    pending: BTreeMap<u64, Pending>,
-    acts: u32,
+    pending: BTreeMap<u64, InFlightRequest>,
+    actions: u32,
     /// Granules of bitmap that the disk keeps in memory; `None` for as many as it likes.
-    granules: Option<usize>,
+    cached_bitmap_sectors: Option<usize>,
 }
 
 impl<'a> World<'a> {
-    pub(crate) fn new(layout: &Layout, seed: u64, lanes: usize, care: Care, judge: &'a mut Judge) -> World<'a> {
-        World::opened(layout, seed, lanes, care, judge, How::default(), &FaultPlan::default())
+    pub(crate) fn new(layout: &Layout, seed: u64, lanes: usize, care: CheckOptions, judge: &'a mut Checker) -> World<'a> {
+        World::with_faults(layout, seed, lanes, care, judge, SpacePolicy::default(), &FaultPlan::default())
     }
 
     /// The same, opened in another way, on a host with these faults.
-    pub(crate) fn opened(
+    pub(crate) fn with_faults(
         layout: &Layout,
         seed: u64,
         lanes: usize,
-        care: Care,
-        judge: &'a mut Judge,
-        how: How,
+        care: CheckOptions,
+        judge: &'a mut Checker,
+        how: SpacePolicy,
         faults: &FaultPlan,
     ) -> World<'a> {
         let host = layout.host(seed);
         host.set_faults(faults.clone());
         let mut world = World {
             host,
-            how,
+            space_policy: how,
             random: Random::new(seed),
-            judge,
-            care,
+            checker: judge,
+            checks: care,
             trace: Vec::new(),
             may_fail: false,
             lanes: Vec::with_capacity(lanes),
             disk: None,
             model: Model::new(&layout.values),
             pending: BTreeMap::new(),
-            acts: model::PARENT,
-            granules: None,
+            actions: model::PARENT,
+            cached_bitmap_sectors: None,
         };
         // Nothing is wrong with a disk that is opened for the first time.
-        let care = std::mem::replace(&mut world.care, Care { sample: 0, ..care });
+        let care = std::mem::replace(&mut world.checks, CheckOptions { sample: 0, ..care });
         world.open(lanes).expect("a sound disk opens");
-        world.care = care;
+        world.checks = care;
         world
     }
 
@@ -124,8 +124,8 @@ impl<'a> World<'a> {
     }
 
     /// Has the disk keep so few granules of bitmap in memory, now and when it is opened again.
-    pub(crate) fn keep_at_most(&mut self, granules: usize) {
-        self.granules = Some(granules);
+    pub(crate) fn limit_bitmap_cache(&mut self, granules: usize) {
+        self.cached_bitmap_sectors = Some(granules);
         if let Some(bitmaps) = self.disk.as_ref().and_then(|disk| disk.version().top()?.image.bitmaps()) {
             bitmaps.set_max_frames(granules);
         }
@@ -137,9 +137,9 @@ impl<'a> World<'a> {
 
     /// Opens the disk; false where planned faults forbid it.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
-        let (host, How { when_full, allocation }) = (self.host.clone(), self.how);
-        let options = DiskOptions { when_full, allocation, ..layouts::options(&self.host, self.care.journal) };
-        let opened = self.watched(|| Disk::open(Arc::new(host), &options))?;
+        let (host, SpacePolicy { when_full, allocation }) = (self.host.clone(), self.space_policy);
+        let options = DiskOptions { when_full, allocation, ..layouts::options(&self.host, self.checks.journal) };
+        let opened = self.check_every_step(|| Disk::open(Arc::new(host), &options))?;
         match opened {
             Ok(disk) => {
                 for _ in 0..lanes {
@@ -147,8 +147,8 @@ impl<'a> World<'a> {
                 }
                 self.host.limit_completions(Some(0));
                 self.disk = Some(disk);
-                if let Some(granules) = self.granules {
-                    self.keep_at_most(granules);
+                if let Some(granules) = self.cached_bitmap_sectors {
+                    self.limit_bitmap_cache(granules);
                 }
                 Ok(true)
             }
@@ -158,83 +158,83 @@ impl<'a> World<'a> {
     }
 
     /// Does something that changes the machine step by step, and looks at every step.
-    fn watched<T>(&mut self, call: impl FnOnce() -> T) -> Result<T, String> {
-        if self.care.sample == 0 {
+    fn check_every_step<T>(&mut self, call: impl FnOnce() -> T) -> Result<T, String> {
+        if self.checks.sample == 0 {
             return Ok(call());
         }
         self.host.start_recording();
         let result = call();
         for moment in self.host.take_recording() {
-            self.look_at(&moment)?;
+            self.check_moment(&moment)?;
         }
-        self.look()?;
+        self.check_now()?;
         Ok(result)
     }
 
     /// Tries fates of this moment.
-    pub(crate) fn look(&mut self) -> Result<(), String> {
+    pub(crate) fn check_now(&mut self) -> Result<(), String> {
         let host = self.host.clone();
-        self.look_at(&host)
+        self.check_moment(&host)
     }
 
-    fn look_at(&mut self, moment: &SimHost) -> Result<(), String> {
-        if self.care.sample == 0 || self.random.below(self.care.every) != 0 {
+    fn check_moment(&mut self, moment: &SimHost) -> Result<(), String> {
+        if self.checks.sample == 0 || self.random.below(self.checks.interval) != 0 {
             return Ok(());
         }
-        self.judge.explore(moment, &self.model, self.care.sample, &mut self.random)
+        self.checker.explore(moment, &self.model, self.checks.sample, &mut self.random)
     }
 
     /// Whether a request in flight writes to part of a range.
     pub(crate) fn is_busy(&self, range: SectorRange) -> bool {
         self.pending.values().any(|p| match &p.kind {
-            Kind::Write(r) | Kind::Discard(r) | Kind::Read(r, _) => !r.clip(range).is_empty(),
-            Kind::Flush(..) => false,
+            InFlightKind::Write(r) | InFlightKind::Discard(r) | InFlightKind::Read(r, _) => !r.clip(range).is_empty(),
+            InFlightKind::Flush(..) => false,
         })
     }
 
-    fn push(&mut self, lane: usize, work: Work, kind: Kind) {
-        let tag = u64::from(self.acts);
-        self.pending.insert(tag, Pending { act: self.acts, kind });
+    fn push(&mut self, lane: usize, work: Work, kind: InFlightKind) {
+        let tag = u64::from(self.actions);
+        self.pending.insert(tag, InFlightRequest { act: self.actions, kind });
         self.lanes[lane].push(Request { tag, work });
     }
 
-    fn act(&mut self, what: std::fmt::Arguments<'_>) -> u32 {
-        self.acts += 1;
-        self.trace.push(format!("{}: {what}", self.acts));
-        self.acts
+    fn record_action(&mut self, what: std::fmt::Arguments<'_>) -> u32 {
+        self.actions += 1;
+        self.trace.push(format!("{}: {what}", self.actions));
+        self.actions
     }
 
     pub(crate) fn write(&mut self, lane: usize, range: SectorRange) {
-        let act = self.act(format_args!("lane {lane} writes {range}"));
+        let act = self.record_action(format_args!("lane {lane} writes {range}"));
         let bytes: Vec<u8> = (range.start()..range.end()).flat_map(|sector| model::bytes(sector, act)).collect();
         self.model.begin(range, act, act);
-        self.push(lane, Work::Write { range, from: Memory::new(&bytes).slices(&[512]) }, Kind::Write(range));
+        self.push(lane, Work::Write { range, from: Memory::new(&bytes).slices(&[512]) }, InFlightKind::Write(range));
     }
 
     pub(crate) fn zero(&mut self, lane: usize, range: SectorRange, unmap: bool) {
-        let act = self.act(format_args!("lane {lane} zeroes {range}, unmap {unmap}"));
+        let act = self.record_action(format_args!("lane {lane} zeroes {range}, unmap {unmap}"));
         self.model.begin(range, act, 0);
-        self.push(lane, Work::WriteZeroes { ranges: vec![ZeroRange { range, unmap }] }, Kind::Write(range));
+        self.push(lane, Work::WriteZeroes { ranges: vec![ZeroRange { range, unmap }] }, InFlightKind::Write(range));
     }
 
     pub(crate) fn discard(&mut self, lane: usize, range: SectorRange) {
-        let act = self.act(format_args!("lane {lane} discards {range}"));
+        let act = self.record_action(format_args!("lane {lane} discards {range}"));
         self.model.begin(range, act, 0);
-        self.push(lane, Work::Discard { ranges: vec![range] }, Kind::Discard(range));
+        self.push(lane, Work::Discard { ranges: vec![range] }, InFlightKind::Discard(range));
     }
 
     pub(crate) fn flush(&mut self, lane: usize) {
-        self.act(format_args!("lane {lane} flushes"));
-        let covered = self.model.flush();
+        self.record_action(format_args!("lane {lane} flushes"));
+        let covered = self.model.flush_point();
         let must_fail = self.is_poisoned();
-        self.push(lane, Work::Flush, Kind::Flush(covered, must_fail));
+        self.push(lane, Work::Flush, InFlightKind::Flush(covered, must_fail));
     }
 
     pub(crate) fn read(&mut self, lane: usize, range: SectorRange) {
-        self.act(format_args!("lane {lane} reads {range}"));
+        self.record_action(format_args!("lane {lane} reads {range}"));
         let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
         let into = memory.slices(&[]);
-        self.push(lane, Work::Read { range, into }, Kind::Read(range, memory));
+        self.push(lane, Work::Read { range, into }, InFlightKind::Read(range, memory));
     }
 
     /// One completion at most, on one lane, and what follows from it.
@@ -245,9 +245,9 @@ impl<'a> World<'a> {
         self.host.limit_completions(Some(0));
         turned.map_err(|e| format!("the engine failed: {e}"))?;
         for answer in answers {
-            self.answered(answer)?;
+            self.complete(answer)?;
         }
-        self.look()
+        self.check_now()
     }
 
     /// Steps until nothing is under way.
@@ -264,27 +264,27 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    fn answered(&mut self, answer: Answer) -> Result<(), String> {
-        let Pending { act, kind } = self.pending.remove(&answer.tag).ok_or("an answer to nothing")?;
+    fn complete(&mut self, answer: Answer) -> Result<(), String> {
+        let InFlightRequest { act, kind } = self.pending.remove(&answer.tag).ok_or("an answer to nothing")?;
         if answer.outcome != Outcome::Done {
             self.trace.push(format!("    {act} failed"));
             return if self.may_fail { Ok(()) } else { Err(format!("act {act} failed: {:?}", answer.outcome)) };
         }
-        if matches!(kind, Kind::Flush(_, true)) {
+        if matches!(kind, InFlightKind::Flush(_, true)) {
             return Err(format!("flush {act} succeeds after a sync has failed"));
         }
         self.trace.push(format!("    {act} done"));
         match kind {
-            Kind::Write(range) => self.model.done(range, act),
-            Kind::Discard(_) => {}
-            Kind::Flush(covered, _) => self.model.flushed(&covered),
-            Kind::Read(range, memory) => {
+            InFlightKind::Write(range) => self.model.acknowledge(range, act),
+            InFlightKind::Discard(_) => {}
+            InFlightKind::Flush(covered, _) => self.model.complete_flush(&covered),
+            InFlightKind::Read(range, memory) => {
                 let bytes = memory.bytes();
                 let mut values = vec![None; self.model.sectors() as usize];
                 for (sector, found) in (range.start()..).zip(bytes.chunks(512)) {
                     values[sector as usize] = Some(model::value(sector, found));
                 }
-                self.model.judge_some(&values).map_err(|e| format!("read {act}: {e}"))?;
+                self.model.check_read(&values).map_err(|e| format!("read {act}: {e}"))?;
             }
         }
         Ok(())
@@ -297,7 +297,7 @@ impl<'a> World<'a> {
     }
 
     /// Plans what goes wrong.
-    pub(crate) fn faults(&mut self, plan: FaultPlan) {
+    pub(crate) fn set_faults(&mut self, plan: FaultPlan) {
         self.trace.push(format!("faults: {plan:?}"));
         self.may_fail = true;
         self.host.set_faults(plan);
@@ -306,7 +306,7 @@ impl<'a> World<'a> {
     /// A sync fails in the middle of a flush. After it nothing may be written or made durable.
     pub(crate) fn fail_sync(&mut self) -> Result<(), String> {
         let plan = FaultPlan { failing_syncs: vec![self.host.counts().syncs + 1], ..FaultPlan::default() };
-        self.faults(plan);
+        self.set_faults(plan);
         let syncs = self.host.counts().syncs;
         self.flush(0);
         self.finish()?;
@@ -327,30 +327,30 @@ impl<'a> World<'a> {
 
     /// Closes the disk and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<(), String> {
-        self.act(format_args!("close and open"));
+        self.record_action(format_args!("close and open"));
         let lanes = self.lanes.len();
         self.lanes.clear();
         let disk = self.disk.take().ok_or("no disk to close")?;
-        let covered = self.model.flush();
-        let closed = self.watched(|| disk.close())?;
+        let covered = self.model.flush_point();
+        let closed = self.check_every_step(|| disk.close())?;
         drop(disk);
         if self.is_poisoned() {
             return if closed.is_ok() {
                 Err("it closes cleanly after a sync has failed".into())
             } else {
-                self.crash_of(lanes)
+                self.crash_and_open(lanes)
             };
         }
         match closed {
-            Ok(()) => self.model.flushed(&covered),
+            Ok(()) => self.model.complete_flush(&covered),
             Err(e) if !self.may_fail => return Err(format!("it does not close: {}", e.line())),
             // It ends uncommitted, as if it had been killed.
-            Err(_) => return self.kill_of(lanes),
+            Err(_) => return self.kill_and_open(lanes),
         }
-        self.look()?;
-        self.heal();
+        self.check_now()?;
+        self.clear_faults();
         self.open(lanes)?;
-        self.look()
+        self.check_now()
     }
 
     /// Requests that are not answered.
@@ -359,18 +359,18 @@ impl<'a> World<'a> {
     }
 
     /// There is room from now on: no new request may fail. Those that wait do not, either.
-    pub(crate) fn roomy(&mut self, faults: &FaultPlan) {
+    pub(crate) fn free_space(&mut self, faults: &FaultPlan) {
         self.trace.push("room is freed".into());
         self.may_fail = false;
         self.host.set_faults(faults.clone());
     }
 
-    fn heal(&mut self) {
+    fn clear_faults(&mut self) {
         self.may_fail = false;
         self.host.set_faults(FaultPlan::default());
     }
 
-    fn leave(&mut self) {
+    fn drop_disk(&mut self) {
         self.pending.clear();
         self.lanes.clear();
         self.disk = None;
@@ -382,46 +382,46 @@ impl<'a> World<'a> {
         if self.is_poisoned() {
             return self.crash();
         }
-        self.act(format_args!("kill"));
+        self.record_action(format_args!("kill"));
         let lanes = self.lanes.len();
-        self.kill_of(lanes)
+        self.kill_and_open(lanes)
     }
 
     /// The end of a process whose disk had so many lanes.
-    fn kill_of(&mut self, lanes: usize) -> Result<(), String> {
+    fn kill_and_open(&mut self, lanes: usize) -> Result<(), String> {
         let next = self.host.kill(&mut self.random);
-        self.leave();
+        self.drop_disk();
         self.host = next;
         self.open(lanes)?;
         let version = self.disk.as_ref().ok_or("it does not open after a kill")?;
-        let values = judge::read(version.version())?;
-        self.model.judge(&values, self.care.journal).map_err(|e| format!("after a kill: {e}"))?;
-        self.model.killed(&values);
-        self.look()
+        let values = checker::read_disk(version.version())?;
+        self.model.check(&values, self.checks.journal).map_err(|e| format!("after a kill: {e}"))?;
+        self.model.reset_after_kill(&values);
+        self.check_now()
     }
 
     /// A power cut; the disk is opened again.
     pub(crate) fn crash(&mut self) -> Result<(), String> {
-        self.act(format_args!("crash"));
+        self.record_action(format_args!("crash"));
         let lanes = self.lanes.len();
-        self.crash_of(lanes)
+        self.crash_and_open(lanes)
     }
 
     /// A power cut of a disk that had so many lanes.
-    fn crash_of(&mut self, lanes: usize) -> Result<(), String> {
+    fn crash_and_open(&mut self, lanes: usize) -> Result<(), String> {
         let next = self.host.crash(&mut self.random);
-        self.leave();
-        let values = self.judge.verdict(&next.crash_with(&|_| true), &self.model, false, false)?;
-        self.model.crashed(&values);
+        self.drop_disk();
+        let values = self.checker.check_state(&next.crash_with(&|_| true), &self.model, false, false)?;
+        self.model.reset_after_crash(&values);
         self.host = next;
-        self.judge.tail_may_miss = !self.judge.found_tail;
+        self.checker.trailing_footer_may_be_missing = !self.checker.had_trailing_footer;
         let opened = self.open(lanes);
-        self.judge.tail_may_miss = false;
+        self.checker.trailing_footer_may_be_missing = false;
         opened?;
-        let found = judge::read(self.disk.as_ref().ok_or("it does not open after a crash")?.version())?;
+        let found = checker::read_disk(self.disk.as_ref().ok_or("it does not open after a crash")?.version())?;
         if found != values {
             return Err("it reads otherwise when it is opened again".into());
         }
-        self.look()
+        self.check_now()
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::contest::{Bench, Contestant};
+use crate::bench::{Bench, Candidate};
 use crate::disks::{create, create_child, verify};
 use crate::run::{dd, diffdisk, program, qemu_convert};
 
@@ -14,17 +14,17 @@ const DYNAMIC: &[&str] = &["subformat=dynamic,force_size=on"];
 const FIXED: &[&str] = &["subformat=fixed,force_size=on"];
 
 /// A form of a disk, as `diffdisk` and as `qemu-img` call it.
-struct Form<'a> {
+struct DiskForm<'a> {
     ours: &'a str,
     theirs: &'a str,
     options: &'a [&'a str],
 }
 
-const RAW: Form<'_> = Form { ours: "raw", theirs: "raw", options: &[] };
-const DYNAMIC_VHD: Form<'_> = Form { ours: "dynamic", theirs: "vpc", options: DYNAMIC };
-const FIXED_VHD: Form<'_> = Form { ours: "fixed", theirs: "vpc", options: FIXED };
+const RAW: DiskForm<'_> = DiskForm { ours: "raw", theirs: "raw", options: &[] };
+const DYNAMIC_VHD: DiskForm<'_> = DiskForm { ours: "dynamic", theirs: "vpc", options: DYNAMIC };
+const FIXED_VHD: DiskForm<'_> = DiskForm { ours: "fixed", theirs: "vpc", options: FIXED };
 
-impl Form<'_> {
+impl DiskForm<'_> {
     /// What it is as a source.
     fn source(&self) -> &str {
         if self.ours == "raw" { "raw" } else { "vhd" }
@@ -33,25 +33,25 @@ impl Form<'_> {
 
 pub fn convert(bench: &mut Bench) {
     let (raw, vhd) = (bench.dense(), bench.dense_vhd());
-    one(bench, "raw to dynamic", (&RAW, &raw), &DYNAMIC_VHD);
-    one(bench, "dynamic to raw", (&DYNAMIC_VHD, &vhd), &RAW);
-    one(bench, "raw to fixed", (&RAW, &raw), &FIXED_VHD);
+    convert_one(bench, "raw to dynamic", (&RAW, &raw), &DYNAMIC_VHD);
+    convert_one(bench, "dynamic to raw", (&DYNAMIC_VHD, &vhd), &RAW);
+    convert_one(bench, "raw to fixed", (&RAW, &raw), &FIXED_VHD);
 }
 
-fn one(bench: &mut Bench, work: &str, (from, source): (&Form<'_>, &Path), to: &Form<'_>) {
+fn convert_one(bench: &mut Bench, work: &str, (from, source): (&DiskForm<'_>, &Path), to: &DiskForm<'_>) {
     let (raw, ours) = (bench.dense(), ["--from", from.source(), "--to", to.ours]);
     let [copy, theirs, mine] = ["copy", "theirs", "mine"].map(|name| bench.path(name));
     let all = vec![
-        Contestant::new("dd", || dd(&raw, gone(&copy))),
-        Contestant::new("qemu-img", || qemu_convert((from.theirs, source), (to.theirs, gone(&theirs)), to.options)),
-        Contestant::new("diffdisk", || diffdisk("convert", &[source, gone(&mine)], &ours)),
+        Candidate::new("dd", || dd(&raw, removed(&copy))),
+        Candidate::new("qemu-img", || qemu_convert((from.theirs, source), (to.theirs, removed(&theirs)), to.options)),
+        Candidate::new("diffdisk", || diffdisk("convert", &[source, removed(&mine)], &ours)),
     ];
-    bench.contest(work, bench.pace.size, all);
+    bench.compare(work, bench.pace.size, all);
     verify((to.source(), &mine), ("raw", &raw));
-    bench.want_speed(work, "dd", OF_DD);
-    bench.want_speed(work, "qemu-img", 1.0);
+    bench.require_speed(work, "dd", OF_DD);
+    bench.require_speed(work, "qemu-img", 1.0);
     for path in [copy, theirs, mine] {
-        gone(&path);
+        removed(&path);
     }
 }
 
@@ -59,14 +59,14 @@ pub fn chain(bench: &mut Bench) {
     let (raw, top, work) = (bench.dense(), bench.spread(4), "chain of 4 to raw");
     let [copy, mine] = ["copy", "mine"].map(|name| bench.path(name));
     let all = vec![
-        Contestant::new("dd", || dd(&raw, gone(&copy))),
-        Contestant::new("diffdisk", || diffdisk("convert", &[&top, gone(&mine)], &["--to", "raw"])),
+        Candidate::new("dd", || dd(&raw, removed(&copy))),
+        Candidate::new("diffdisk", || diffdisk("convert", &[&top, removed(&mine)], &["--to", "raw"])),
     ];
-    bench.contest(work, bench.pace.size, all);
+    bench.compare(work, bench.pace.size, all);
     verify(("raw", &mine), ("raw", &raw));
-    bench.want_speed(work, "dd", OF_DD);
+    bench.require_speed(work, "dd", OF_DD);
     for path in [copy, mine] {
-        gone(&path);
+        removed(&path);
     }
 }
 
@@ -79,26 +79,26 @@ pub fn merge(bench: &mut Bench) {
     bench.dense_child(&kept, &parent);
     // The child's own name goes in the end, its file stays for the next run.
     let again = || {
-        gone(&child);
+        removed(&child);
         fs::hard_link(&kept, &child).expect("names in one folder");
         diffdisk("merge", &[&child], &[])
     };
     for (work, full) in [("dense child into an empty parent", false), ("dense child into a full parent", true)] {
         let all = vec![
-            Contestant::new("dd", || dd(&raw, gone(&copy))),
-            Contestant::new("diffdisk", || {
+            Candidate::new("dd", || dd(&raw, removed(&copy))),
+            Candidate::new("diffdisk", || {
                 if !full {
-                    fs::copy(&empty, gone(&parent)).expect("there is room");
+                    fs::copy(&empty, removed(&parent)).expect("there is room");
                 }
                 again()
             }),
         ];
-        bench.contest(work, bench.pace.size, all);
+        bench.compare(work, bench.pace.size, all);
         verify(("vhd", &parent), ("raw", &raw));
-        bench.want_speed(work, "dd", OF_DD);
+        bench.require_speed(work, "dd", OF_DD);
     }
     for path in [copy, empty, kept, parent, child] {
-        gone(&path);
+        removed(&path);
     }
 }
 
@@ -106,17 +106,17 @@ pub fn flatten(bench: &mut Bench) {
     let (raw, parent, work) = (bench.dense(), bench.dense_vhd(), "flatten on a dense parent");
     let [copy, child] = ["copy", "child.vhd"].map(|name| bench.path(name));
     let all = vec![
-        Contestant::new("dd", || dd(&raw, gone(&copy))),
-        Contestant::new("diffdisk", || {
-            create_child(gone(&child), &parent);
+        Candidate::new("dd", || dd(&raw, removed(&copy))),
+        Candidate::new("diffdisk", || {
+            create_child(removed(&child), &parent);
             diffdisk("flatten", &[&child], &[])
         }),
     ];
-    bench.contest(work, bench.pace.size, all);
+    bench.compare(work, bench.pace.size, all);
     verify(("vhd", &child), ("raw", &raw));
-    bench.want_speed(work, "dd", OF_DD);
+    bench.require_speed(work, "dd", OF_DD);
     for path in [copy, child] {
-        gone(&path);
+        removed(&path);
     }
 }
 
@@ -126,29 +126,29 @@ pub fn compare(bench: &mut Bench) {
     fs::copy(&raw, &copy).expect("there is room");
     let work = "compare raw with raw";
     let all = vec![
-        Contestant::new("cmp", || program("cmp", [&raw, &copy])),
-        Contestant::new("qemu-img", || {
+        Candidate::new("cmp", || program("cmp", [&raw, &copy])),
+        Candidate::new("qemu-img", || {
             let mut command = program("qemu-img", ["compare", "-f", "raw", "-F", "raw"]);
             command.args([&raw, &copy]);
             command
         }),
-        Contestant::new("diffdisk", || diffdisk("compare", &[&raw, &copy], &["--from", "raw"])),
+        Candidate::new("diffdisk", || diffdisk("compare", &[&raw, &copy], &["--from", "raw"])),
     ];
-    bench.contest(work, bench.pace.size, all);
-    bench.want_speed(work, "cmp", 1.0);
-    bench.want_speed(work, "qemu-img", 1.0);
+    bench.compare(work, bench.pace.size, all);
+    bench.require_speed(work, "cmp", 1.0);
+    bench.require_speed(work, "qemu-img", 1.0);
     let work = "compare raw with dynamic";
     let all = vec![
-        Contestant::new("cmp", || program("cmp", [&raw, &copy])),
-        Contestant::new("diffdisk", || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"])),
+        Candidate::new("cmp", || program("cmp", [&raw, &copy])),
+        Candidate::new("diffdisk", || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"])),
     ];
-    bench.contest(work, bench.pace.size, all);
-    bench.want_speed(work, "cmp", 1.0);
-    gone(&copy);
+    bench.compare(work, bench.pace.size, all);
+    bench.require_speed(work, "cmp", 1.0);
+    removed(&copy);
 }
 
 /// A path whose file is gone.
-pub fn gone(path: &Path) -> &Path {
+pub fn removed(path: &Path) -> &Path {
     let _ = fs::remove_file(path);
     path
 }

@@ -25,14 +25,14 @@ impl Row {
 }
 
 /// One who takes part: makes ready for a run, unmeasured, and says what is to be run.
-pub struct Contestant<'a> {
+pub struct Candidate<'a> {
     system: &'static str,
-    ready: Box<dyn FnMut() -> Command + 'a>,
+    prepare: Box<dyn FnMut() -> Command + 'a>,
 }
 
-impl<'a> Contestant<'a> {
-    pub fn new(system: &'static str, ready: impl FnMut() -> Command + 'a) -> Contestant<'a> {
-        Contestant { system, ready: Box::new(ready) }
+impl<'a> Candidate<'a> {
+    pub fn new(system: &'static str, ready: impl FnMut() -> Command + 'a) -> Candidate<'a> {
+        Candidate { system, prepare: Box::new(ready) }
     }
 }
 
@@ -58,7 +58,7 @@ impl Bench {
     }
 
     /// Has each run in turn.
-    pub fn contest(&mut self, work: &str, bytes: u64, mut contestants: Vec<Contestant<'_>>) {
+    pub fn compare(&mut self, work: &str, bytes: u64, mut contestants: Vec<Candidate<'_>>) {
         let (first, count) = (self.rows.len(), contestants.len());
         for contestant in &contestants {
             let system = contestant.system.to_owned();
@@ -68,15 +68,15 @@ impl Bench {
             for turn in 0..count {
                 // Another begins in each round.
                 let i = (round + turn) % count;
-                let mut command = (contestants[i].ready)();
-                self.settle();
+                let mut command = (contestants[i].prepare)();
+                self.sync_file_system();
                 self.rows[first + i].runs.push(run(&mut command));
             }
         }
     }
 
     /// Waits until the file system has nothing more to do.
-    fn settle(&self) {
+    fn sync_file_system(&self) {
         let folder = File::open(&self.folder).expect("our own folder");
         rustix::fs::syncfs(&folder).expect("the file system can be synced");
     }
@@ -93,13 +93,13 @@ impl Bench {
     }
 
     /// `diffdisk` must be so many times as fast as `other`.
-    pub fn want_speed(&mut self, work: &str, other: &str, least: f64) {
+    pub fn require_speed(&mut self, work: &str, other: &str, least: f64) {
         let ratio = self.speed(work, "diffdisk", other);
         self.target(format!("{work}: speed of diffdisk / {other}"), ratio, Bound::AtLeast(least));
     }
 
     /// `diffdisk` must not take longer, nor more memory.
-    pub fn want_at_most(&mut self, work: &str, seconds: f64, mebibytes: f64) {
+    pub fn require_at_most(&mut self, work: &str, seconds: f64, mebibytes: f64) {
         let row = self.row(work, "diffdisk");
         let (took, had) = (row.median(|r| r.seconds), row.median(|r| r.mebibytes));
         self.target(format!("{work}: seconds"), took, Bound::AtMost(seconds));

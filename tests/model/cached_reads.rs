@@ -11,7 +11,7 @@ use diffdisk::storage::sim::{Fault, FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
 
-use crate::rig::{Memory, Rig};
+use crate::testing::{TestMemory, TestDisk};
 use crate::rng::Rng;
 
 const SECTORS: u64 = 2048;
@@ -43,7 +43,7 @@ fn run(seed: u64) -> u64 {
     for path in ["/d/root", TOP] {
         let options = DiskOptions { allow_writable_parent: true, ..DiskOptions::new(path) };
         let disk = Disk::open(Arc::new(host.clone()), &options).expect("the chain opens");
-        let mut rig = Rig::new(disk, EngineKind::Auto);
+        let mut rig = TestDisk::new(disk, EngineKind::Auto);
         let bytes_of = |range: SectorRange| (range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize;
         for _ in 0..60 {
             let mut range = || {
@@ -61,9 +61,9 @@ fn run(seed: u64) -> u64 {
                 model[bytes_of(written)].copy_from_slice(&data);
             }
             // All at once.
-            let memories = read.map(|range| Memory::new(&vec![0xEE; range.bytes() as usize]));
+            let memories = read.map(|range| TestMemory::new(&vec![0xEE; range.bytes() as usize]));
             for (range, memory) in read.iter().zip(&memories) {
-                rig.begin(Work::Read { range: *range, into: memory.slices(&[512, 4096]) });
+                rig.submit(Work::Read { range: *range, into: memory.iovecs(&[512, 4096]) });
             }
             assert!(rig.finish().iter().all(|(_, outcome)| *outcome == Outcome::Done), "seed {seed}");
             for (range, memory) in read.iter().zip(memories) {
@@ -89,15 +89,15 @@ fn copies_beside_operations() {
 fn what_neither_a_copy_nor_the_host_can_read_fails() {
     let host = host(1);
     let disk = Disk::open(Arc::new(host.clone()), &DiskOptions::new(TOP)).expect("the chain opens");
-    let mut rig = Rig::new(disk, EngineKind::Auto);
+    let mut rig = TestDisk::new(disk, EngineKind::Auto);
     let range = SectorRange::between(0, 8);
     rig.write(range, &[7; 4096], &[512]);
     let steps = host.counts().steps;
     host.set_faults(FaultPlan { fail: (1..1000).map(|n| (steps + n, Fault::Io)).collect(), ..FaultPlan::default() });
     let (mut failed, copies) = (0, rig.lane.engine().copy_count());
     for _ in 0..40 {
-        let memory = Memory::new(&[0; 4096]);
-        match rig.work(Work::Read { range, into: memory.slices(&[512]) }) {
+        let memory = TestMemory::new(&[0; 4096]);
+        match rig.run(Work::Read { range, into: memory.iovecs(&[512]) }) {
             Outcome::Done => assert!(memory.bytes() == [7; 4096]),
             _ => failed += 1,
         }
@@ -111,15 +111,15 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     let host = host(2);
     let disk = Disk::open(Arc::new(host), &DiskOptions::new(TOP)).expect("the chain opens");
     let lane = disk.lane(EngineKind::Auto, 4096).expect("a lane");
-    let mut rig = Rig::new(disk, EngineKind::Auto);
+    let mut rig = TestDisk::new(disk, EngineKind::Auto);
     rig.lane = lane;
     let range = SectorRange::between(0, 8);
     rig.write(range, &[7; 4096], &[512]);
     let (room, copies) = (rig.lane.push_capacity(), rig.lane.engine().copy_count());
     let mut reads = Vec::new();
     while rig.lane.push_capacity() > 0 {
-        let memory = Memory::new(&[0; 4096]);
-        reads.push((rig.begin(Work::Read { range, into: memory.slices(&[512]) }), memory));
+        let memory = TestMemory::new(&[0; 4096]);
+        reads.push((rig.submit(Work::Read { range, into: memory.iovecs(&[512]) }), memory));
     }
     let mut answers = rig.finish();
     answers.sort_unstable_by_key(|(tag, _)| *tag);

@@ -1,14 +1,14 @@
 //! The chains that `merge` is tried on.
 
-use crate::scenes::{Layer, Scene};
+use crate::chain_spec::{Layer, ChainSpec};
 
 /// A merge to be tried.
 #[derive(Clone, Debug)]
-pub(crate) struct Case {
+pub(crate) struct MergeCase {
     pub(crate) name: &'static str,
-    pub(crate) scene: Scene,
+    pub(crate) scene: ChainSpec,
     /// What is folded, youngest first, and into what: indices of layers.
-    pub(crate) folded: Vec<usize>,
+    pub(crate) merged_layers: Vec<usize>,
     pub(crate) into: usize,
     /// Layers whose disks must stay as they are: those that are left, but for the ancestors.
     pub(crate) kept: Vec<usize>,
@@ -31,13 +31,13 @@ fn child(parent: usize) -> Layer {
 }
 
 /// All of them. Every unit is `scale` sectors, every block of 4 KiB as often as large.
-pub(crate) fn all(scale: u32) -> Vec<Case> {
-    let scene = |layers: Vec<Layer>| Scene { layers, scale };
+pub(crate) fn all(scale: u32) -> Vec<MergeCase> {
+    let scene = |layers: Vec<Layer>| ChainSpec { layers, scale };
     let grand =
         |parent: usize| layer("grand.vhd", Some(parent), &[(4, 5, 3), (33, 34, 3), (90, 100, 0), (116, 117, 3)]);
     let case = |name, layers, folded: &[usize], into, kept: &[usize]| {
         let (folded, kept) = (folded.to_vec(), kept.to_vec());
-        Case { name, scene: scene(layers), folded, into, kept }
+        MergeCase { name, scene: scene(layers), merged_layers: folded, into, kept }
     };
     let other = |parent: usize| layer("other.vhd", Some(parent), &[(0, 128, 4)]);
     let middle =

@@ -15,7 +15,7 @@ use zerocopy::IntoBytes;
 
 use super::blk::Guest;
 use super::daemon::{Daemon, SOCKET};
-use super::guest::{ASKS, Ask, ByHand, PAGE, PARTS, Part, SLOTS};
+use super::guest::{GUEST_REQUESTS, GuestRequest, ManualGuest, PAGE, PARTS, Part, SLOTS};
 use super::image;
 use super::raw::*;
 use super::{MIB, event};
@@ -37,7 +37,7 @@ fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, tempfile::TempDir) {
 }
 
 /// A request that is answered, so that the ring runs and its pages are there.
-fn warm_up(guest: &mut ByHand, ask: Ask) {
+fn warm_up(guest: &mut ManualGuest, ask: GuestRequest) {
     guest.prepare(ask);
     guest.publish();
     assert!(guest.wait(), "{ask:?}");
@@ -45,9 +45,9 @@ fn warm_up(guest: &mut ByHand, ask: Ask) {
 }
 
 /// Sets the flag when dropped, by a panic, too.
-struct Ends<'a>(&'a AtomicBool);
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Ends<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -62,19 +62,19 @@ fn a_disk_survives_the_loss_of_any_part_of_a_request() {
     assert_eq!(other.write(0, 0, &[5; 4096]), 0);
     let mut rounds = 0;
     for last in PARTS {
-        for ask in ASKS.into_iter().filter(|ask| last != Part::Indirect || *ask == Ask::Indirect) {
-            let mut guest = ByHand::new(last);
+        for ask in GUEST_REQUESTS.into_iter().filter(|ask| last != Part::Indirect || *ask == GuestRequest::Indirect) {
+            let mut guest = ManualGuest::new(last);
             let mut front_end = FrontEnd::negotiated(daemon.connect());
             guest.attach(&mut front_end);
             assert!(guest.enable(&mut front_end));
-            warm_up(&mut guest, if rounds % 2 == 0 { Ask::Write } else { ask });
+            warm_up(&mut guest, if rounds % 2 == 0 { GuestRequest::Write } else { ask });
             guest.prepare(ask);
-            guest.cut();
+            guest.truncate_last_page();
             guest.publish();
             assert!(front_end.is_closed(), "{last:?}, {ask:?}: {}", daemon.log());
             rounds += 1;
-            assert_ne!(guest.answered(), 2, "{last:?}, {ask:?}: it was answered");
-            daemon.wait_for_words("front-end disconnected", rounds);
+            assert_ne!(guest.completed(), 2, "{last:?}, {ask:?}: it was answered");
+            daemon.wait_for_log("front-end disconnected", rounds);
             assert_eq!(other.read(0, 0, 4096).unwrap(), [5; 4096]);
         }
     }
@@ -106,7 +106,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
             }
             verified
         });
-        let ends = Ends(&over);
+        let ends = SetOnDrop(&over);
         let mut seed = 0x9e37_79b9_7f4a_7c15u64;
         for round in 0..rounds {
             let mut random = || {
@@ -115,7 +115,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
                 seed ^= seed << 17;
                 seed >> 8
             };
-            let mut guest = ByHand::new(PARTS[random() as usize % PARTS.len()]);
+            let mut guest = ManualGuest::new(PARTS[random() as usize % PARTS.len()]);
             let mut front_end = FrontEnd::negotiated(daemon.connect());
             guest.attach(&mut front_end);
             assert!(guest.enable(&mut front_end));
@@ -129,16 +129,16 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
             // The load goes on until the daemon hangs up.
             while !front_end.has_hung_up() {
                 assert!(begun.elapsed() < Duration::from_secs(30), "round {round}, {guest:?}: {}", daemon.log());
-                if !guest.asked.is_multiple_of(SLOTS) || guest.answered() == guest.asked {
-                    guest.prepare(ASKS[random() as usize % ASKS.len()]);
+                if !guest.submitted.is_multiple_of(SLOTS) || guest.completed() == guest.submitted {
+                    guest.prepare(GUEST_REQUESTS[random() as usize % GUEST_REQUESTS.len()]);
                     guest.publish();
                 } else {
-                    guest.ring();
+                    guest.notify();
                     sleep(Duration::from_micros(50));
                 }
             }
             cut.join().unwrap();
-            daemon.wait_for_words("front-end disconnected", round + 1);
+            daemon.wait_for_log("front-end disconnected", round + 1);
         }
         drop(ends);
         verify.join().unwrap()
@@ -169,12 +169,12 @@ fn huge_pages_that_the_host_has_not_got() {
     let region = [0u64.as_bytes(), [0, 2 * MIB, 0x7000_0000, 0].as_bytes()].concat();
     assert!(front_end.set(ADD_MEM_REG, &region, &[ram.as_fd()]));
     let places = [0x7000_0000u64, 0x7000_2000, 0x7000_1000, 0];
-    front_end.tell(SET_VRING_NUM, [0u32, 64].as_bytes(), &[]);
-    front_end.tell(SET_VRING_ADDR, &[[0u32, 0].as_bytes(), places.as_bytes()].concat(), &[]);
-    front_end.tell(SET_VRING_KICK, 0u64.as_bytes(), &[event().as_fd()]);
-    front_end.tell(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
+    front_end.send_message(SET_VRING_NUM, [0u32, 64].as_bytes(), &[]);
+    front_end.send_message(SET_VRING_ADDR, &[[0u32, 0].as_bytes(), places.as_bytes()].concat(), &[]);
+    front_end.send_message(SET_VRING_KICK, 0u64.as_bytes(), &[event().as_fd()]);
+    front_end.send_message(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
     assert!(front_end.is_closed());
-    daemon.wait_for_words(LOST, 1);
+    daemon.wait_for_log(LOST, 1);
     Guest::connect(daemon.socket(), 1, 64);
     assert!(daemon.terminate().success());
 }
@@ -192,18 +192,18 @@ fn holes_on_a_full_tmpfs() {
     for (round, last) in [Part::Data, Part::Status, Part::Used].into_iter().enumerate() {
         let ram = open("ram").unwrap();
         ram.set_len(PARTS.len() as u64 * PAGE).unwrap();
-        let mut guest = ByHand::over(ram, last);
+        let mut guest = ManualGuest::with_memory(ram, last);
         let mut front_end = FrontEnd::negotiated(daemon.connect());
         guest.attach(&mut front_end);
         // The pages of all other parts are there, and then there are no more.
-        guest.prepare(Ask::Read);
-        guest.fill();
+        guest.prepare(GuestRequest::Read);
+        guest.allocate_pages();
         let filler = open("filler").unwrap();
         assert!(std::io::copy(&mut std::io::repeat(1).take(MIB), &mut &filler).is_err(), "it is full");
-        front_end.tell(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
+        front_end.send_message(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]);
         guest.publish();
         assert!(front_end.is_closed(), "{last:?}: {}", daemon.log());
-        daemon.wait_for_words(LOST, round + 1);
+        daemon.wait_for_log(LOST, round + 1);
         assert_eq!(other.write(0, 0, &[round as u8; 512]), 0);
         filler.set_len(0).unwrap();
     }

@@ -11,7 +11,7 @@ use diffdisk::storage::sim::{FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 
-use crate::rig::Rig;
+use crate::testing::TestDisk;
 
 const PATH: &str = "/d/disk.vhd";
 
@@ -36,13 +36,13 @@ fn sectors(first: u64, count: u64) -> SectorRange {
 #[test]
 fn zeroing_waits_for_room() {
     let host = SimHost::new(1);
-    let mut rig = Rig::new(disk(&host), EngineKind::Auto);
+    let mut rig = TestDisk::new(disk(&host), EngineKind::Auto);
     rig.write(sectors(0, 8), &[7; 4096], &[4096]);
     leave(&host, 0, false);
     let zero = Work::WriteZeroes { ranges: vec![ZeroRange { range: sectors(16, 64), unmap: false }] };
-    let tag = rig.begin(zero);
+    let tag = rig.submit(zero);
     for _ in 0..100 {
-        rig.turn();
+        rig.poll();
         rig.lane.tick();
     }
     assert!(rig.answers().is_empty(), "it waits: {:?}", rig.answers());
@@ -57,18 +57,18 @@ fn zeroing_waits_for_room() {
 fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
     let host = SimHost::new(1);
     let disk = disk(&host);
-    let (mut holder, mut stopping) = (Rig::new(disk.clone(), EngineKind::Auto), Rig::new(disk, EngineKind::Auto));
+    let (mut holder, mut stopping) = (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
     holder.write(sectors(0, 8), &[7; 4096], &[4096]);
     stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
     // All that a commit writes takes new room, and there is none.
     leave(&host, 0, true);
-    holder.begin(Work::Flush);
+    holder.submit(Work::Flush);
     for _ in 0..100 {
-        holder.turn();
+        holder.poll();
         holder.lane.tick();
     }
     assert!(holder.answers().is_empty(), "it is held: {:?}", holder.answers());
-    stopping.begin(Work::Flush);
+    stopping.submit(Work::Flush);
     let stopped = thread::spawn(move || {
         let outcomes: Vec<_> = stopping.finish().into_iter().map(|(_, outcome)| outcome).collect();
         (stopping, outcomes)
@@ -77,7 +77,7 @@ fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
     while !stopped.is_finished() {
         assert!(Instant::now() < deadline, "the queue does not stop");
         holder.lane.tick();
-        holder.turn();
+        holder.poll();
         thread::sleep(Duration::from_millis(1));
     }
     let (mut stopping, outcomes) = stopped.join().expect("it stops");

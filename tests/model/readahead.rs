@@ -9,14 +9,14 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::{SECTOR, SectorRange};
 use rustix::fs::{Advice, fadvise};
 
-use crate::rig::{Memory, Rig};
-use crate::{KIB, World};
+use crate::testing::{TestMemory, TestDisk};
+use crate::{KIB, ChainModel};
 
 const SIZE: u64 = 24 << 20;
 
 /// Four layers, with pieces of 64 KiB in turns.
-fn chain(direct: bool) -> World {
-    let mut world = World::new(7, EngineKind::Uring, direct);
+fn chain(direct: bool) -> ChainModel {
+    let mut world = ChainModel::new(7, EngineKind::Uring, direct);
     for layer in 0..4 {
         world.push(if layer == 0 { "dynamic" } else { "child" }, 2 << 20, SIZE);
         let mut rig = world.open(false);
@@ -25,14 +25,14 @@ fn chain(direct: bool) -> World {
             let range = SectorRange::between(start, start + 64 * KIB / SECTOR);
             let bytes = world.pattern(range);
             rig.write(range, &bytes, &[]);
-            world.slot(range).copy_from_slice(&bytes);
+            world.model_bytes(range).copy_from_slice(&bytes);
         }
         rig.close();
     }
     world
 }
 
-fn evict(files: &[PathBuf]) {
+fn drop_page_cache(files: &[PathBuf]) {
     for path in files {
         let file = File::open(path).expect("an image");
         file.sync_all().expect("an image can be synced");
@@ -41,14 +41,14 @@ fn evict(files: &[PathBuf]) {
 }
 
 /// Reads all of the disk, with several requests in flight; bytes that the host was told of.
-fn read_all(world: &World, rig: &mut Rig) -> u64 {
+fn read_all(world: &ChainModel, rig: &mut TestDisk) -> u64 {
     let count = 32 * KIB / SECTOR;
     let all: Vec<u64> = (0..SIZE / SECTOR).step_by(count as usize).collect();
     for some in all.chunks(4) {
         let begun = some.iter().map(|start| {
             let range = SectorRange::between(*start, *start + count);
-            let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
-            rig.begin(Work::Read { range, into: memory.slices(&[]) });
+            let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
+            rig.submit(Work::Read { range, into: memory.iovecs(&[]) });
             (range, memory)
         });
         let begun: Vec<_> = begun.collect();
@@ -63,7 +63,7 @@ fn read_all(world: &World, rig: &mut Rig) -> u64 {
 #[test]
 fn what_is_read_ahead_is_what_would_have_been_read() {
     let world = chain(false);
-    evict(&world.layers);
+    drop_page_cache(&world.layers);
     let mut rig = world.open(true);
     let told = read_all(&world, &mut rig);
     assert!(told > SIZE / 4, "of {SIZE} bytes that were in no memory, only {told} were read ahead");
@@ -82,7 +82,7 @@ fn what_is_read_ahead_is_what_would_have_been_read() {
 #[test]
 fn what_is_written_behind_a_hint_is_read() {
     let mut world = chain(false);
-    evict(&world.layers);
+    drop_page_cache(&world.layers);
     let mut rig = world.open(false);
     for n in 0..SIZE / (256 * KIB) {
         let start = n * 256 * KIB / SECTOR;
@@ -90,7 +90,7 @@ fn what_is_written_behind_a_hint_is_read() {
         let range = SectorRange::between(ahead, ahead + 8);
         let bytes = world.pattern(range);
         rig.write(range, &bytes, &[]);
-        world.slot(range).copy_from_slice(&bytes);
+        world.model_bytes(range).copy_from_slice(&bytes);
         for at in (start..whole).step_by(64) {
             let got = rig.read(SectorRange::between(at, at + 64));
             world.compare(SectorRange::between(at, at + 64), &got);

@@ -18,7 +18,7 @@ use zerocopy::IntoBytes;
 
 use super::MIB;
 use super::daemon::Daemon;
-use super::guest::{Ask, ByHand, Part};
+use super::guest::{GuestRequest, ManualGuest, Part};
 use super::raw::*;
 
 const NAME: &str = "disk.vhd";
@@ -199,26 +199,26 @@ impl Filesystem for Server {
 
 /// A disk on such storage with a guest that has written, and one request that does not end. The storage is dropped first: a
 /// daemon that waits for it cannot even be killed.
-fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ByHand, FrontEnd, StuckDisk)> {
+fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, StuckDisk)> {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
     super::image::make_fixed(&image, 4 * MIB);
     let stuck = StuckDisk::mount(std::fs::read(&image).unwrap())?;
     let mut daemon = Daemon::start(dir.path(), &stuck.path(), &["--num-queues=2"]);
-    daemon.wait_for_words("queues of", 1);
-    let mut guest = ByHand::new(Part::Data);
+    daemon.wait_for_log("queues of", 1);
+    let mut guest = ManualGuest::new(Part::Data);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     guest.attach(&mut front_end);
     assert!(guest.enable(&mut front_end));
-    guest.prepare(Ask::Write);
+    guest.prepare(GuestRequest::Write);
     guest.publish();
     assert!(guest.wait(), "{}", daemon.log());
     stuck.stop_answering();
-    guest.prepare(Ask::Write);
+    guest.prepare(GuestRequest::Write);
     guest.publish();
     // Long enough for the daemon to look up the names of its files, too, which must not hold it either.
     sleep(Duration::from_secs(6));
-    assert_eq!(guest.answered(), 1);
+    assert_eq!(guest.completed(), 1);
     Some((dir, daemon, guest, front_end, stuck))
 }
 
@@ -237,13 +237,13 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
 #[test]
 fn stopping_a_queue_has_a_deadline() {
     let Some((_dir, mut daemon, guest, mut front_end, stuck)) = stuck_request() else { return };
-    front_end.tell(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
+    front_end.send_message(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
     std::thread::sleep(Duration::from_secs(20));
     assert!(front_end.is_closed(), "{}", daemon.log());
-    daemon.wait_for_words("the storage does not answer", 1);
+    daemon.wait_for_log("the storage does not answer", 1);
     // A front-end that comes back is answered, but cannot have the queue yet.
     let mut again = FrontEnd::negotiated(daemon.connect());
-    let next = ByHand::new(Part::Data);
+    let next = ManualGuest::new(Part::Data);
     next.attach(&mut again);
     assert!(!next.enable(&mut again));
     assert!(again.is_closed(), "where the ring stands is unknown");
@@ -264,6 +264,6 @@ fn stopping_a_queue_has_a_deadline() {
         drop(again);
         sleep(Duration::from_millis(100));
     }
-    assert_eq!(guest.answered(), 2, "the request ended after all");
+    assert_eq!(guest.completed(), 2, "the request ended after all");
     assert!(daemon.terminate().success());
 }

@@ -11,7 +11,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::chain::{BLOCK, SIZE, chain, ring};
 use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
-use crate::common::vhd_bytes::{Spec, VhdFile, id, plain, utf16le};
+use crate::common::vhd_bytes::{VhdSpec, VhdFile, id, write_file, utf16le};
 use crate::measure::{self, Run};
 
 /// In every sector of the files outside; must never be shown.
@@ -39,26 +39,26 @@ const OWN_PROC: [&str; 7] = ["maps", "cgroup", "mountinfo", "fd", "status", "lim
 struct Trap {
     name: String,
     /// Makes what the child's strings point at; returns the child.
-    build: Box<dyn Fn(&Place) -> PathBuf>,
+    build: Box<dyn Fn(&TrapFolders) -> PathBuf>,
     /// The sound parent beside it must be found all the same.
     reads: bool,
 }
 
 /// Where a trap is laid: the child's folder, and beside it one that holds `secret.vhd`, whose id is the recorded one.
-struct Place {
+struct TrapFolders {
     inside: PathBuf,
     outside: PathBuf,
 }
 
-impl Place {
-    fn within(root: &Path) -> Place {
-        let place = Place { inside: root.join("inside"), outside: root.join("outside") };
+impl TrapFolders {
+    fn within(root: &Path) -> TrapFolders {
+        let place = TrapFolders { inside: root.join("inside"), outside: root.join("outside") };
         for folder in [&place.inside, &place.outside] {
             fs::create_dir(folder).expect("a folder");
         }
-        let secret = Spec { tag: SECRET.into(), ..Spec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1, 2]) };
+        let secret = VhdSpec { tag: SECRET.into(), ..VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1, 2]) };
         VhdFile::create(&place.outside.join("secret.vhd"), secret);
-        plain(&place.outside.join("secret.raw"), SECRET.repeat(4096).as_bytes());
+        write_file(&place.outside.join("secret.raw"), SECRET.repeat(4096).as_bytes());
         place
     }
 
@@ -68,28 +68,28 @@ impl Place {
     }
 
     fn child(&self) -> VhdFile {
-        VhdFile::create(&self.inside.join("c.vhd"), Spec::child(SIZE, BLOCK, id(1), ""))
+        VhdFile::create(&self.inside.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), ""))
     }
 }
 
-fn trap(name: impl Into<String>, build: impl Fn(&Place) -> PathBuf + 'static) -> Trap {
+fn trap(name: impl Into<String>, build: impl Fn(&TrapFolders) -> PathBuf + 'static) -> Trap {
     Trap { name: name.into(), build: Box::new(build), reads: false }
 }
 
 /// The string in a locator or, for the code `name`, in the header.
-fn set(place: &Place, child: &VhdFile, slot: u64, code: &str, text: &str) {
+fn set(place: &TrapFolders, child: &VhdFile, slot: u64, code: &str, text: &str) {
     let text = place.path(text);
     match code {
-        "name" => drop(child.name(&text.encode_utf16().collect::<Vec<_>>())),
-        "MacX" => drop(child.locator_data(slot, b"MacX", text.as_bytes())),
-        "W2ku" => drop(child.locator_data(slot, b"W2ku", &utf16le(&text))),
-        "W2ru" => drop(child.locator_data(slot, b"W2ru", &utf16le(&text))),
+        "name" => drop(child.set_parent_name(&text.encode_utf16().collect::<Vec<_>>())),
+        "MacX" => drop(child.set_locator_data(slot, b"MacX", text.as_bytes())),
+        "W2ku" => drop(child.set_locator_data(slot, b"W2ku", &utf16le(&text))),
+        "W2ru" => drop(child.set_locator_data(slot, b"W2ru", &utf16le(&text))),
         _ => unreachable!("no such platform"),
     }
 }
 
 /// A child whose only parent string is this.
-fn says(code: &'static str, text: &'static str) -> Trap {
+fn with_string(code: &'static str, text: &'static str) -> Trap {
     trap(format!("{code} {text}"), move |place| {
         let child = place.child();
         set(place, &child, 0, code, text);
@@ -98,7 +98,7 @@ fn says(code: &'static str, text: &'static str) -> Trap {
 }
 
 /// A child of `p.vhd` in its own folder, where something else lies under that name.
-fn finds(name: &'static str, lay: impl Fn(&Place, &Path) + 'static) -> Trap {
+fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) -> Trap {
     trap(format!("p.vhd is {name}"), move |place| {
         lay(place, &place.inside.join("p.vhd"));
         let child = place.child();
@@ -109,9 +109,9 @@ fn finds(name: &'static str, lay: impl Fn(&Place, &Path) + 'static) -> Trap {
 }
 
 /// A child whose first strings are bad and whose last leads to a sound parent beside it.
-fn reads(code: &'static str, text: &'static str) -> Trap {
-    let build = move |place: &Place| {
-        VhdFile::create(&place.inside.join("p.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+fn sound_parent_despite(code: &'static str, text: &'static str) -> Trap {
+    let build = move |place: &TrapFolders| {
+        VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
         let child = place.child();
         set(place, &child, 0, code, text);
         set(place, &child, 7, "W2ru", ".\\p.vhd");
@@ -121,9 +121,9 @@ fn reads(code: &'static str, text: &'static str) -> Trap {
 }
 
 /// A child whose only string leads to the sound parent beside it.
-fn found(what: &'static str, code: &'static str, text: &'static str) -> Trap {
-    let build = move |place: &Place| {
-        VhdFile::create(&place.inside.join("p.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+fn sound_parent_by(what: &'static str, code: &'static str, text: &'static str) -> Trap {
+    let build = move |place: &TrapFolders| {
+        VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
         let child = place.child();
         set(place, &child, 0, code, text);
         child.path
@@ -133,77 +133,77 @@ fn found(what: &'static str, code: &'static str, text: &'static str) -> Trap {
 
 fn strings() -> Vec<Trap> {
     vec![
-        says("W2ru", "..\\outside\\secret.vhd"),
-        says("W2ru", ".\\..\\outside\\secret.vhd"),
-        says("W2ru", "../outside/secret.vhd"),
-        says("W2ru", "..\\..\\..\\..\\..\\..\\..\\..\\..\\..\\etc\\passwd"),
-        says("W2ru", "@/secret.vhd"),
-        says("W2ru", ".\\c.vhd\\..\\..\\outside\\secret.vhd"),
-        says("W2ru", "."),
-        says("W2ru", ".."),
-        says("W2ru", "\\"),
-        says("W2ru", ""),
-        says("W2ku", "@/secret.vhd"),
-        says("W2ku", "C:@/secret.vhd"),
-        says("W2ku", "/etc/passwd"),
-        says("W2ku", "\\etc\\passwd"),
-        says("W2ku", "\\\\server\\share\\secret.vhd"),
-        says("W2ku", "\\\\?\\C:@\\secret.vhd"),
-        says("W2ku", "\\\\.\\PhysicalDrive0"),
-        says("W2ku", "/proc/self/cwd/../outside/secret.vhd"),
-        says("W2ku", "/proc/self/root@/secret.vhd"),
-        says("W2ku", "/dev/stdin"),
-        says("W2ku", "/dev/zero"),
-        says("MacX", "file:///etc/passwd"),
-        says("MacX", "file://localhost/etc/passwd"),
-        says("MacX", "file://@/secret.vhd"),
-        says("MacX", "file://localhost@/secret.vhd"),
-        says("MacX", "file://../outside/secret.vhd"),
-        says("MacX", "file://./%2e%2e/outside/secret.vhd"),
-        says("MacX", "file://./..%2foutside%2fsecret.vhd"),
-        says("MacX", "file://./%252e%252e/outside/secret.vhd"),
-        says("MacX", "@/secret.vhd"),
-        says("MacX", "http://127.0.0.1/secret.vhd"),
-        says("name", "../outside/secret.vhd"),
-        says("name", "..\\outside\\secret.vhd"),
-        says("name", "@/secret.vhd"),
-        says("name", "/etc/passwd"),
-        says("name", "../../etc/passwd"),
-        says("name", "json:{\"driver\":\"file\",\"filename\":\"@/secret.vhd\"}"),
-        says("name", "/proc/self/environ"),
+        with_string("W2ru", "..\\outside\\secret.vhd"),
+        with_string("W2ru", ".\\..\\outside\\secret.vhd"),
+        with_string("W2ru", "../outside/secret.vhd"),
+        with_string("W2ru", "..\\..\\..\\..\\..\\..\\..\\..\\..\\..\\etc\\passwd"),
+        with_string("W2ru", "@/secret.vhd"),
+        with_string("W2ru", ".\\c.vhd\\..\\..\\outside\\secret.vhd"),
+        with_string("W2ru", "."),
+        with_string("W2ru", ".."),
+        with_string("W2ru", "\\"),
+        with_string("W2ru", ""),
+        with_string("W2ku", "@/secret.vhd"),
+        with_string("W2ku", "C:@/secret.vhd"),
+        with_string("W2ku", "/etc/passwd"),
+        with_string("W2ku", "\\etc\\passwd"),
+        with_string("W2ku", "\\\\server\\share\\secret.vhd"),
+        with_string("W2ku", "\\\\?\\C:@\\secret.vhd"),
+        with_string("W2ku", "\\\\.\\PhysicalDrive0"),
+        with_string("W2ku", "/proc/self/cwd/../outside/secret.vhd"),
+        with_string("W2ku", "/proc/self/root@/secret.vhd"),
+        with_string("W2ku", "/dev/stdin"),
+        with_string("W2ku", "/dev/zero"),
+        with_string("MacX", "file:///etc/passwd"),
+        with_string("MacX", "file://localhost/etc/passwd"),
+        with_string("MacX", "file://@/secret.vhd"),
+        with_string("MacX", "file://localhost@/secret.vhd"),
+        with_string("MacX", "file://../outside/secret.vhd"),
+        with_string("MacX", "file://./%2e%2e/outside/secret.vhd"),
+        with_string("MacX", "file://./..%2foutside%2fsecret.vhd"),
+        with_string("MacX", "file://./%252e%252e/outside/secret.vhd"),
+        with_string("MacX", "@/secret.vhd"),
+        with_string("MacX", "http://127.0.0.1/secret.vhd"),
+        with_string("name", "../outside/secret.vhd"),
+        with_string("name", "..\\outside\\secret.vhd"),
+        with_string("name", "@/secret.vhd"),
+        with_string("name", "/etc/passwd"),
+        with_string("name", "../../etc/passwd"),
+        with_string("name", "json:{\"driver\":\"file\",\"filename\":\"@/secret.vhd\"}"),
+        with_string("name", "/proc/self/environ"),
     ]
 }
 
 fn files() -> Vec<Trap> {
     vec![
-        finds("a link out of the folder", |place, p| symlink(place.outside.join("secret.vhd"), p).expect("a link")),
-        finds("a relative link out of the folder", |_, p| symlink("../outside/secret.vhd", p).expect("a link")),
-        finds("a link to a link out of the folder", |place, p| {
+        with_file("a link out of the folder", |place, p| symlink(place.outside.join("secret.vhd"), p).expect("a link")),
+        with_file("a relative link out of the folder", |_, p| symlink("../outside/secret.vhd", p).expect("a link")),
+        with_file("a link to a link out of the folder", |place, p| {
             symlink("hop", p).expect("a link");
             symlink(place.outside.join("secret.vhd"), place.inside.join("hop")).expect("a link");
         }),
-        finds("a link to /etc/passwd", |_, p| symlink("/etc/passwd", p).expect("a link")),
-        finds("a link to /proc/self/environ", |_, p| symlink("/proc/self/environ", p).expect("a link")),
-        finds("a link to /dev/zero", |_, p| symlink("/dev/zero", p).expect("a link")),
-        finds("a link to itself", |_, p| symlink("p.vhd", p).expect("a link")),
-        finds("a ring of links", |place, p| {
+        with_file("a link to /etc/passwd", |_, p| symlink("/etc/passwd", p).expect("a link")),
+        with_file("a link to /proc/self/environ", |_, p| symlink("/proc/self/environ", p).expect("a link")),
+        with_file("a link to /dev/zero", |_, p| symlink("/dev/zero", p).expect("a link")),
+        with_file("a link to itself", |_, p| symlink("p.vhd", p).expect("a link")),
+        with_file("a ring of links", |place, p| {
             symlink("hop", p).expect("a link");
             symlink("p.vhd", place.inside.join("hop")).expect("a link");
         }),
-        finds("a FIFO", |_, p| mknodat(CWD, p, FileType::Fifo, Mode::RUSR, 0).expect("a FIFO")),
-        finds("a folder", |_, p| fs::create_dir(p).expect("a folder")),
-        finds("a socket", |_, p| tool::leave_socket(p)),
-        finds("a device", |_, p| {
+        with_file("a FIFO", |_, p| mknodat(CWD, p, FileType::Fifo, Mode::RUSR, 0).expect("a FIFO")),
+        with_file("a folder", |_, p| fs::create_dir(p).expect("a folder")),
+        with_file("a socket", |_, p| tool::leave_socket(p)),
+        with_file("a device", |_, p| {
             let zero = rustix::fs::makedev(1, 5);
             // Only root may make a device; a link to one is the next best.
             mknodat(CWD, p, FileType::CharacterDevice, Mode::RUSR, zero)
                 .or_else(|_| symlink("/dev/zero", p).map_err(|_| rustix::io::Errno::IO))
                 .expect("a device");
         }),
-        finds("of another id", |_, p| drop(VhdFile::create(p, Spec::dynamic(SIZE, BLOCK).with_uuid(id(77))))),
-        finds("not there", |_, _| ()),
+        with_file("of another id", |_, p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE, BLOCK).with_uuid(id(77))))),
+        with_file("not there", |_, _| ()),
         trap("another recorded path is that of a file outside", |place| {
-            VhdFile::create(&place.inside.join("p.vhd"), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+            VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
             let child = place.child();
             set(place, &child, 0, "W2ru", "..\\outside\\secret.vhd");
             set(place, &child, 7, "W2ru", ".\\p.vhd");
@@ -218,7 +218,7 @@ fn files() -> Vec<Trap> {
         }),
         trap("two names that differ in case", |place| {
             for name in ["P.vhd", "p.VHD"] {
-                VhdFile::create(&place.inside.join(name), Spec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
+                VhdFile::create(&place.inside.join(name), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
             }
             let child = place.child();
             set(place, &child, 0, "W2ru", ".\\p.vhd");
@@ -250,8 +250,8 @@ fn files() -> Vec<Trap> {
 }
 
 /// XenServer's dialect: an all-zero parent id means a raw file.
-fn raw(place: &Place, text: &str) -> PathBuf {
-    let child = VhdFile::create(&place.inside.join("c.vhd"), Spec::child(SIZE, BLOCK, [0; 16], ""));
+fn raw(place: &TrapFolders, text: &str) -> PathBuf {
+    let child = VhdFile::create(&place.inside.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, [0; 16], ""));
     for (slot, code) in (0..).zip(["MacX", "W2ku", "W2ru", "name"]) {
         set(place, &child, slot, code, text);
     }
@@ -260,17 +260,17 @@ fn raw(place: &Place, text: &str) -> PathBuf {
 
 fn in_spite() -> Vec<Trap> {
     vec![
-        reads("W2ku", "@/secret.vhd"),
-        reads("MacX", "file://@/secret.vhd"),
-        reads("MacX", "file:///dev/zero"),
-        reads("name", "../outside/secret.vhd"),
-        reads("name", "\u{0}\u{0}/etc/passwd"),
-        reads("W2ku", "/proc/self/fd/0"),
-        reads("W2ku", "\\\\server\\share\\secret.vhd"),
-        found("a file name in another case", "W2ru", ".\\P.VHD"),
-        found("a folder in another case", "W2ru", ".\\SUB\\..\\P.vhd"),
-        found("the name at the end of a path of Windows", "W2ku", "C:\\VMs\\p.vhd"),
-        found("the name at the end of a share", "name", "\\\\server\\share\\p.vhd"),
+        sound_parent_despite("W2ku", "@/secret.vhd"),
+        sound_parent_despite("MacX", "file://@/secret.vhd"),
+        sound_parent_despite("MacX", "file:///dev/zero"),
+        sound_parent_despite("name", "../outside/secret.vhd"),
+        sound_parent_despite("name", "\u{0}\u{0}/etc/passwd"),
+        sound_parent_despite("W2ku", "/proc/self/fd/0"),
+        sound_parent_despite("W2ku", "\\\\server\\share\\secret.vhd"),
+        sound_parent_by("a file name in another case", "W2ru", ".\\P.VHD"),
+        sound_parent_by("a folder in another case", "W2ru", ".\\SUB\\..\\P.vhd"),
+        sound_parent_by("the name at the end of a path of Windows", "W2ku", "C:\\VMs\\p.vhd"),
+        sound_parent_by("the name at the end of a share", "name", "\\\\server\\share\\p.vhd"),
     ]
 }
 
@@ -282,7 +282,7 @@ fn no_parent_string_opens_a_file_outside() {
     let failed: Vec<_> = traps
         .iter()
         .filter_map(|trap| {
-            let result = catch_unwind(AssertUnwindSafe(|| spring(trap)));
+            let result = catch_unwind(AssertUnwindSafe(|| run_trap(trap)));
             result.err().map(|panic| {
                 let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
                 format!("{}: {}", trap.name, said.unwrap_or("panicked"))
@@ -294,9 +294,9 @@ fn no_parent_string_opens_a_file_outside() {
 }
 
 /// Opens the trap's child by every way in.
-fn spring(trap: &Trap) {
+fn run_trap(trap: &Trap) {
     let folder = tool::scratch("trap");
-    let place = Place::within(folder.path());
+    let place = TrapFolders::within(folder.path());
     let leaf = (trap.build)(&place);
     let leaf_text = leaf.display().to_string();
     let state = tempfile::tempdir().expect("a folder for the daemon");
@@ -373,14 +373,14 @@ fn may_open(file: &str, allowed: &[PathBuf]) -> bool {
 fn the_trace_tells_inside_from_outside() {
     tool::require(&["strace"]);
     let folder = tool::scratch("trace");
-    let place = Place::within(folder.path());
+    let place = TrapFolders::within(folder.path());
     symlink("../outside/secret.vhd", place.inside.join("link")).expect("a link");
     let caught = |file: PathBuf| {
         let allowed = [place.inside.clone()];
         let result = catch_unwind(AssertUnwindSafe(|| traced(&["cat", &file.display().to_string()], &allowed)));
         result.err().map(|panic| *panic.downcast::<String>().expect("a sentence"))
     };
-    assert_eq!(caught(plain(&place.inside.join("fine"), b"x")), None);
+    assert_eq!(caught(write_file(&place.inside.join("fine"), b"x")), None);
     let secret = place.outside.join("secret.vhd").display().to_string();
     for (file, real) in [(secret.clone().into(), &*secret), (place.inside.join("link"), &*secret)] {
         let said = caught(file).expect("a file outside was read unseen");

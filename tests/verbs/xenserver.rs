@@ -2,7 +2,7 @@
 
 use diffdisk::storage::{Access, File};
 
-use crate::scene::Scene;
+use crate::fixture::Fixture;
 
 fn sum(bytes: &[u8]) -> [u8; 4] {
     (!bytes.iter().fold(0_u32, |sum, byte| sum.wrapping_add((*byte).into()))).to_be_bytes()
@@ -20,7 +20,7 @@ fn header_at(file: &File) -> u64 {
 }
 
 /// Makes an image of ours, whose table has room behind it in its page, one of tapdisk's: all blocks are called whole.
-pub(crate) fn make(scene: &Scene<'_>, name: &str) {
+pub(crate) fn make(scene: &Fixture<'_>, name: &str) {
     let file = scene.env.open(&scene.path(name), Access::Write).expect("it opens");
     let (table, entries, at) = (number(&file, 512 + 16, 8), number(&file, 512 + 28, 4), header_at(&file));
     let mut map = [0; 512];
@@ -49,7 +49,7 @@ pub(crate) fn make(scene: &Scene<'_>, name: &str) {
 }
 
 /// The blocks that the batmap calls whole. Its sum fits.
-pub(crate) fn whole(scene: &Scene<'_>, name: &str) -> Vec<u64> {
+pub(crate) fn whole(scene: &Fixture<'_>, name: &str) -> Vec<u64> {
     let file = scene.env.open(&scene.path(name), Access::Read).expect("it opens");
     let at = header_at(&file);
     let mut header = [0; 512];

@@ -27,21 +27,21 @@ pub(crate) struct Layer {
 
 /// Layers, parents first.
 #[derive(Clone, Debug)]
-pub(crate) struct Scene {
+pub(crate) struct ChainSpec {
     pub(crate) layers: Vec<Layer>,
     /// Sectors of a unit, and what blocks are multiplied by.
     pub(crate) scale: u32,
 }
 
-impl Scene {
+impl ChainSpec {
     pub(crate) fn sectors(&self, layer: usize) -> u64 {
         self.layers[layer].sectors * u64::from(self.scale)
     }
 
     /// What a layer shows, a value for each sector.
-    pub(crate) fn shows(&self, layer: usize) -> Vec<Value> {
+    pub(crate) fn expected(&self, layer: usize) -> Vec<Value> {
         let it = &self.layers[layer];
-        let mut values = it.parent.map_or_else(Vec::new, |parent| self.shows(parent));
+        let mut values = it.parent.map_or_else(Vec::new, |parent| self.expected(parent));
         values.resize(usize::try_from(self.sectors(layer)).expect("small"), 0);
         for &(from, to, value) in &it.writes {
             let at = |unit: u64| usize::try_from(unit * u64::from(self.scale)).expect("small");
@@ -83,7 +83,7 @@ pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], sca
         let range = SectorRange::between(from * scale, to * scale);
         (range, bytes(range, |_| value))
     });
-    crate::scene::write(env, path, runs)
+    crate::fixture::write(env, path, runs)
 }
 
 /// What sectors hold that say these values.
@@ -100,7 +100,7 @@ pub(crate) fn bytes(range: SectorRange, value: impl Fn(u64) -> Value) -> Vec<u8>
 }
 
 /// Whether the disk that ends in `path` shows these values; else the first sector that does not.
-pub(crate) fn check_shows(env: &dyn Env, path: &Path, values: &[Value]) -> Result<(), String> {
+pub(crate) fn check_disk(env: &dyn Env, path: &Path, values: &[Value]) -> Result<(), String> {
     let open = || Ok(Chain::open(env, path, &Policy::default(), OpenMode::Read)?.into_frozen());
     let version = open().map_err(|e: diffdisk::error::Error| e.line())?;
     let range = SectorRange::between(0, version.sectors());

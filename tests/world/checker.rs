@@ -14,45 +14,45 @@ use crate::layouts::top;
 use crate::model::{self, Model, Value};
 
 /// Fates of so few units are tried all; of more, a sample.
-const ALL_BELOW: usize = 9;
+const EXHAUSTIVE_LIMIT: usize = 9;
 
 /// What an image turned out to be.
 #[derive(Clone)]
-struct Found {
+struct ImageContents {
     values: Vec<Value>,
     /// The trailing footer was there before recovery.
-    tail: bool,
+    has_trailing_footer: bool,
 }
 
 /// Tries fates, and remembers images that it has seen.
 #[derive(Default)]
-pub(crate) struct Judge {
-    seen: HashMap<u64, Result<Arc<Found>, String>>,
+pub(crate) struct Checker {
+    checked: HashMap<u64, Result<Arc<ImageContents>, String>>,
     /// The trailing footer may be missing: an earlier crash took it, and its recovery is not over.
-    pub(crate) tail_may_miss: bool,
+    pub(crate) trailing_footer_may_be_missing: bool,
     /// Crash states so far.
     pub(crate) states: u64,
     /// Different images among them.
     pub(crate) distinct: u64,
     /// Whether the last image ended with a footer.
-    pub(crate) found_tail: bool,
+    pub(crate) had_trailing_footer: bool,
     /// Crashes in the middle of a recovery among them.
-    pub(crate) again: u64,
+    pub(crate) recovery_crashes: u64,
     /// States with a torn sector among them.
     pub(crate) torn: u64,
 }
 
-impl Judge {
+impl Checker {
     /// Forgets the images it has seen, so that memory stays small; the counts go on.
-    pub(crate) fn forget(&mut self) {
-        self.seen.clear();
+    pub(crate) fn clear_cache(&mut self) {
+        self.checked.clear();
     }
 
     /// Takes in the counts of another.
-    pub(crate) fn add(&mut self, other: &Judge) {
+    pub(crate) fn add_counts(&mut self, other: &Checker) {
         self.states += other.states;
         self.distinct += other.distinct;
-        self.again += other.again;
+        self.recovery_crashes += other.recovery_crashes;
         self.torn += other.torn;
     }
 
@@ -66,18 +66,18 @@ impl Judge {
     ) -> Result<(), String> {
         let units = host.unsynced_steps();
         let count = units.len();
-        if count < ALL_BELOW && 1 << count <= sample.max(256) {
+        if count < EXHAUSTIVE_LIMIT && 1 << count <= sample.max(256) {
             for mask in 0_u64..1 << count {
-                self.try_fate(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
+                self.check_crash(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
             }
             let torn = if count > 0 { 4 } else { 0 };
             for _ in 0..torn {
-                self.try_fate(host, &units, model, &|_| true, Some(random.next_u64()))?;
+                self.check_crash(host, &units, model, &|_| true, Some(random.next_u64()))?;
             }
             return Ok(());
         }
-        self.try_fate(host, &units, model, &|_| false, None)?;
-        self.try_fate(host, &units, model, &|_| true, None)?;
+        self.check_crash(host, &units, model, &|_| false, None)?;
+        self.check_crash(host, &units, model, &|_| true, None)?;
         for n in 0..sample.saturating_sub(2) {
             let (salt, yes) = (random.next_u64(), 1 + random.below(7));
             let lone = random.index(count);
@@ -95,13 +95,13 @@ impl Judge {
                 }
                 _ => Random::new(salt ^ i as u64).chance(yes, 8),
             };
-            self.try_fate(host, &units, model, &fate, torn)?;
+            self.check_crash(host, &units, model, &fate, torn)?;
         }
         Ok(())
     }
 
     /// `torn`: a seed, where sectors may be torn.
-    fn try_fate(
+    fn check_crash(
         &mut self,
         host: &SimHost,
         units: &[(u64, DurableUnit)],
@@ -109,7 +109,7 @@ impl Judge {
         fate: &dyn Fn(usize) -> bool,
         torn: Option<u64>,
     ) -> Result<(), String> {
-        let (mut tear, mut torn_here) = (tearing(torn), false);
+        let (mut tear, mut torn_here) = (sector_tearing(torn), false);
         let after = host.crash_torn(fate, &mut |old, new| tear(old, new).inspect(|_| torn_here = true));
         self.torn += u64::from(torn_here);
         // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
@@ -119,7 +119,7 @@ impl Judge {
             let cause = units.iter().position(|(s, u)| s == step && *u == last);
             cause.is_none_or(|cause| fate(cause) == fate(i))
         });
-        self.verdict(&after, model, needs_tail, false).map(|_| ()).map_err(|e| {
+        self.check_state(&after, model, needs_tail, false).map(|_| ()).map_err(|e| {
             let survived: Vec<_> = (0..units.len()).filter(|&i| fate(i)).map(|i| &units[i].1).collect();
             let lost: Vec<_> = (0..units.len()).filter(|&i| !fate(i)).map(|i| &units[i].1).collect();
             format!("{e}\n  survived: {survived:?}\n  lost: {lost:?}")
@@ -127,7 +127,7 @@ impl Judge {
     }
 
     /// What is wrong with a machine after its end; else what its disk reads as.
-    pub(crate) fn verdict(
+    pub(crate) fn check_state(
         &mut self,
         after: &SimHost,
         model: &Model,
@@ -136,37 +136,37 @@ impl Judge {
     ) -> Result<Vec<Value>, String> {
         self.states += 1;
         let digest = after.digest(&top()).ok_or("the image has lost its name")?;
-        if !self.seen.contains_key(&digest) {
+        if !self.checked.contains_key(&digest) {
             self.distinct += 1;
             let found =
-                if self.distinct % 64 == 1 { self.look_twice(after) } else { look(after, self.distinct % 8 == 2) };
-            self.seen.insert(digest, found.map(Arc::new));
+                if self.distinct % 64 == 1 { self.check_with_recovery_crashes(after) } else { check_image(after, self.distinct % 8 == 2) };
+            self.checked.insert(digest, found.map(Arc::new));
         }
-        let found = self.seen[&digest].clone()?;
-        if needs_tail && !found.tail && !self.tail_may_miss {
+        let found = self.checked[&digest].clone()?;
+        if needs_tail && !found.has_trailing_footer && !self.trailing_footer_may_be_missing {
             return Err("the trailing footer is missing".into());
         }
-        self.found_tail = found.tail;
-        model.judge(&found.values, acknowledged)?;
+        self.had_trailing_footer = found.has_trailing_footer;
+        model.check(&found.values, acknowledged)?;
         Ok(found.values.clone())
     }
 
     /// As `look`, and the machine may end again at any moment of the recovery: the disk must read the same then.
-    fn look_twice(&mut self, after: &SimHost) -> Result<Found, String> {
+    fn check_with_recovery_crashes(&mut self, after: &SimHost) -> Result<ImageContents, String> {
         after.start_recording();
-        let found = look(after, true)?;
+        let found = check_image(after, true)?;
         let mut random = Random::new(self.distinct);
         let moments = after.take_recording();
         for (step, moment) in moments.iter().chain([after]).enumerate() {
             let count = moment.unsynced().len();
             for n in 0..4.min(1_u64 << count.min(3)) {
                 let fates: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
-                let mut tear = tearing((n > 1).then(|| random.next_u64()));
-                let again = look(&moment.crash_torn(&|i| fates[i], &mut tear), false);
+                let mut tear = sector_tearing((n > 1).then(|| random.next_u64()));
+                let again = check_image(&moment.crash_torn(&|i| fates[i], &mut tear), false);
                 let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
-                self.again += 1;
+                self.recovery_crashes += 1;
                 Model::new(&found.values)
-                    .judge(&again.values, false)
+                    .check(&again.values, false)
                     .map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
             }
         }
@@ -175,7 +175,7 @@ impl Judge {
 }
 
 /// Tears sectors of the image's own; none without a seed.
-fn tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u128> {
+fn sector_tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u128> {
     let mut random = seed.map(Random::new);
     move |old, new| {
         // A guest's data may be torn, too, and such a mixture has no place in the model: see `tests/host/guest.rs`.
@@ -185,7 +185,7 @@ fn tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u1
 }
 
 /// Opens what a crash left behind as the daemon does, and reads all of it. `twice`: it is checked again after that.
-fn look(after: &SimHost, twice: bool) -> Result<Found, String> {
+fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
     let sound = |when: &str| {
         let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;
         let (report, _) = image::check(file).map_err(|e| format!("{when} it cannot be checked: {}", e.line()))?;
@@ -203,7 +203,7 @@ fn look(after: &SimHost, twice: bool) -> Result<Found, String> {
     if twice && !sound("after recovery")? {
         return Err("after recovery the trailing footer is missing".into());
     }
-    Ok(Found { values, tail })
+    Ok(ImageContents { values, has_trailing_footer: tail })
 }
 
 /// What the disk reads as, once it was opened for writing.
@@ -212,11 +212,11 @@ pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
     let chain = Chain::open(&*env, &top(), &Policy::default(), OpenMode::Write);
     let version = chain.and_then(|chain| chain.into_writable(&*env, &Durability::FlushOnly));
     let version = version.map_err(|e| format!("it does not open: {}", e.line()))?;
-    read(&version)
+    read_disk(&version)
 }
 
 /// What a disk reads as.
-pub(crate) fn read(version: &diffdisk::chain::Version) -> Result<Vec<Value>, String> {
+pub(crate) fn read_disk(version: &diffdisk::chain::Version) -> Result<Vec<Value>, String> {
     let sectors = version.sectors();
     let mut bytes = vec![0; (sectors * 512) as usize];
     let all = SectorRange::between(0, sectors);

@@ -7,14 +7,14 @@ use diffdisk::disk::{Outcome, Work};
 use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 
-use crate::World;
-use crate::rig::{Memory, Rig};
+use crate::ChainModel;
+use crate::testing::{TestMemory, TestDisk};
 
 const SIZE: u64 = 24 << 20;
 
 /// Rounds of so many writes, each with a flush behind it; how often the host was told.
-fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
-    let mut world = World::new(11, engine, direct);
+fn early_writebacks(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
+    let mut world = ChainModel::new(11, engine, direct);
     world.push("dynamic", 2 << 20, SIZE);
     let mut rig = world.open(false);
     rig.disk.set_write_through(through);
@@ -23,10 +23,10 @@ fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
             let start = (round * 7919 + n * 1571) * 8 % (SIZE / 512 - 8);
             let range = SectorRange::between(start, start + 8);
             let bytes = world.pattern(range);
-            let memory = Memory::new(&bytes);
+            let memory = TestMemory::new(&bytes);
             // Each is in the host's memory before the next: two to one place have an order.
-            assert_eq!(rig.work(Work::Write { range, from: memory.slices(&[]) }), Outcome::Done);
-            world.slot(range).copy_from_slice(&bytes);
+            assert_eq!(rig.run(Work::Write { range, from: memory.iovecs(&[]) }), Outcome::Done);
+            world.model_bytes(range).copy_from_slice(&bytes);
         }
         rig.flush();
     }
@@ -39,25 +39,25 @@ fn told(engine: EngineKind, direct: bool, writes: u64, through: bool) -> u64 {
 
 #[test]
 fn the_host_writes_early_where_flushes_come_after_some_writes() {
-    assert_eq!(told(EngineKind::Uring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
-    assert_eq!(told(EngineKind::Uring, false, 8, false), 0, "there is nothing to win");
-    assert_eq!(told(EngineKind::Uring, false, 32, true), 0, "each write is a flush");
-    assert_eq!(told(EngineKind::Blocking, false, 32, false), 0, "the queue would wait for it");
-    assert_eq!(told(EngineKind::Uring, true, 32, false), 0, "nothing is in the host's memory");
+    assert_eq!(early_writebacks(EngineKind::Uring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
+    assert_eq!(early_writebacks(EngineKind::Uring, false, 8, false), 0, "there is nothing to win");
+    assert_eq!(early_writebacks(EngineKind::Uring, false, 32, true), 0, "each write is a flush");
+    assert_eq!(early_writebacks(EngineKind::Blocking, false, 32, false), 0, "the queue would wait for it");
+    assert_eq!(early_writebacks(EngineKind::Uring, true, 32, false), 0, "nothing is in the host's memory");
 }
 
 /// What nobody flushes becomes durable by itself, whatever the engine, without a request after it.
 #[test]
 fn what_is_not_flushed_is_committed_in_the_background() {
     for engine in [EngineKind::Uring, EngineKind::Blocking] {
-        let mut world = World::new(12, engine, false);
+        let mut world = ChainModel::new(12, engine, false);
         world.push("dynamic", 2 << 20, SIZE);
         let mut rig = world.open(false);
         let range = SectorRange::between(8, 16);
         let bytes = world.pattern(range);
         rig.write(range, &bytes, &[]);
-        world.slot(range).copy_from_slice(&bytes);
-        let commits = |rig: &Rig| rig.disk.counters().commits.load(Ordering::Relaxed);
+        world.model_bytes(range).copy_from_slice(&bytes);
+        let commits = |rig: &TestDisk| rig.disk.counters().commits.load(Ordering::Relaxed);
         let before = commits(&rig);
         (0..5).for_each(|_| rig.lane.tick());
         let started = std::time::Instant::now();

@@ -22,14 +22,14 @@ pub(crate) enum Fill<'a> {
 }
 
 /// Images in a folder of a host.
-pub(crate) struct Scene<'a> {
+pub(crate) struct Fixture<'a> {
     pub(crate) env: &'a dyn Env,
     pub(crate) folder: PathBuf,
 }
 
-impl<'a> Scene<'a> {
-    pub(crate) fn new(env: &'a dyn Env, folder: &Path) -> Scene<'a> {
-        Scene { env, folder: folder.to_path_buf() }
+impl<'a> Fixture<'a> {
+    pub(crate) fn new(env: &'a dyn Env, folder: &Path) -> Fixture<'a> {
+        Fixture { env, folder: folder.to_path_buf() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -84,7 +84,7 @@ impl<'a> Scene<'a> {
     }
 
     /// The disk, as its guest sees it.
-    pub(crate) fn seen(&self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) fn read_disk(&self, name: &str) -> Result<Vec<u8>> {
         let disk = SourceDisk::open(self.env, &self.path(name), SourceFormat::Vhd, &Policy::default())?;
         let mut bytes = Vec::new();
         ops::convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(()))?;
@@ -137,12 +137,12 @@ fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Re
 /// A disk of zeros, and what was written over it.
 pub(crate) fn disk(sectors: u64, runs: &[(u64, u64, Fill<'_>)]) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(sectors * SECTOR).expect("small")];
-    over(&mut bytes, runs);
+    overwrite(&mut bytes, runs);
     bytes
 }
 
 /// Writes over a disk.
-pub(crate) fn over(disk: &mut [u8], runs: &[(u64, u64, Fill<'_>)]) {
+pub(crate) fn overwrite(disk: &mut [u8], runs: &[(u64, u64, Fill<'_>)]) {
     for &(from, to, fill) in runs {
         let run = usize::try_from(from * SECTOR).expect("small")..usize::try_from(to * SECTOR).expect("small");
         match fill {

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bare::{BLOCK, DEPTH, Random, measure, thread_time, warm};
+use crate::baseline_reads::{BLOCK, DEPTH, Random, measure, thread_time, warm};
 use crate::sample::Sample;
 use crate::server::{pin_this_thread, processors};
 
 /// Reads between two notifications: half of what is in flight, as the daemon does.
-const TURN: usize = DEPTH / 2;
+const BATCH: usize = DEPTH / 2;
 
 fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
     let file = File::open(path).expect("the image can be read");
@@ -27,7 +27,7 @@ fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
 }
 
 /// Random reads of 4 KiB; after every 16 one who sleeps on the other processor is woken.
-pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
+pub fn eventfd_reader(path: &Path, region: u64, time: Duration) -> Sample {
     let (mut read, bell) = (reader(path, region), EventFd::new(0).expect("an eventfd can be made"));
     let over = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -41,7 +41,7 @@ pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
             pin_this_thread(0);
             let mut memory = vec![0; DEPTH * BLOCK];
             let sample = measure(time, DEPTH, || {
-                for turn in memory.chunks_mut(TURN * BLOCK) {
+                for turn in memory.chunks_mut(BATCH * BLOCK) {
                     turn.chunks_mut(BLOCK).for_each(&mut read);
                     bell.write(1).expect("a bell can be rung");
                 }
@@ -55,7 +55,7 @@ pub fn woken(path: &Path, region: u64, time: Duration) -> Sample {
 }
 
 /// Random reads of 4 KiB, each when one on the other processor asks for it by changing a word; both look all the time.
-pub fn asked(path: &Path, region: u64, time: Duration) -> Sample {
+pub fn polling_reader(path: &Path, region: u64, time: Duration) -> Sample {
     const OVER: u64 = u64::MAX;
     // Each its own line.
     #[repr(align(128))]

@@ -9,14 +9,14 @@ use diffdisk::ops::merge::{PreparedMerge, Merged};
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 
-use crate::merge_scenes::{Case, all};
-use crate::scenes::{check_shows, defects};
+use crate::merge_cases::{MergeCase, all};
+use crate::chain_spec::{check_disk, defects};
 
 fn folder() -> &'static Path {
     Path::new("/disk")
 }
 
-impl Case {
+impl MergeCase {
     fn at(&self, layer: usize) -> PathBuf {
         self.scene.path(folder(), layer)
     }
@@ -29,27 +29,27 @@ impl Case {
 
     fn merge(&self, host: &SimHost) -> Result<Merged> {
         let into = self.at(self.into);
-        let into = (self.folded.len() > 1).then_some(into.as_path());
-        PreparedMerge::prepare(host, &self.at(self.folded[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+        let into = (self.merged_layers.len() > 1).then_some(into.as_path());
+        PreparedMerge::prepare(host, &self.at(self.merged_layers[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
     }
 
     /// Whatever happened: who is left shows what it showed.
     fn check(&self, host: &SimHost) -> Result<(), String> {
         for &kept in &self.kept {
-            check_shows(host, &self.at(kept), &self.scene.shows(kept))?;
+            check_disk(host, &self.at(kept), &self.scene.expected(kept))?;
         }
-        let child = self.folded[0];
-        let (shows, here) = (self.scene.shows(child), host.exists(&self.at(child)));
+        let child = self.merged_layers[0];
+        let (shows, here) = (self.scene.expected(child), host.exists(&self.at(child)));
         if here {
-            check_shows(host, &self.at(child), &shows)
+            check_disk(host, &self.at(child), &shows)
         } else {
-            check_shows(host, &self.at(self.into), &self.shown())
+            check_disk(host, &self.at(self.into), &self.shown())
         }
     }
 
     /// What the ancestor shows in the end.
     fn shown(&self) -> Vec<u8> {
-        let mut shows = self.scene.shows(self.folded[0]);
+        let mut shows = self.scene.expected(self.merged_layers[0]);
         shows.resize(usize::try_from(self.scene.sectors(self.into)).expect("small"), 0);
         shows
     }
@@ -57,7 +57,7 @@ impl Case {
     /// It is done, and nothing is left over.
     fn check_done(&self, host: &SimHost) -> Result<(), String> {
         self.check(host)?;
-        let left = (0..self.scene.layers.len()).filter(|layer| !self.folded.contains(layer));
+        let left = (0..self.scene.layers.len()).filter(|layer| !self.merged_layers.contains(layer));
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let mut names = host.names();
         left.sort();
@@ -79,7 +79,7 @@ impl Case {
         match self.merge(host) {
             Ok(_) => {}
             // All was done but for the answer.
-            Err(e) if e.kind() == ErrorKind::NotFound && !host.exists(&self.at(self.folded[0])) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound && !host.exists(&self.at(self.merged_layers[0])) => {}
             Err(e) => return Err(format!("again: {}", e.line())),
         }
         self.check_done(host)
@@ -87,7 +87,7 @@ impl Case {
 }
 
 /// Steps of a whole merge.
-fn steps(case: &Case) -> u64 {
+fn steps(case: &MergeCase) -> u64 {
     let host = case.host();
     let before = host.counts().steps;
     case.merge(&host).expect("a merge");
@@ -147,7 +147,7 @@ fn crashes_in_a_row() {
             host.halt();
             host = if random.chance(1, 3) { host.kill(&mut random) } else { host.crash(&mut random) };
             case.check(&host).unwrap_or_else(|e| panic!("{}, round {round}, {trace:?}: {e}", case.name));
-            if !host.exists(&case.at(case.folded[0])) && ended.is_ok() {
+            if !host.exists(&case.at(case.merged_layers[0])) && ended.is_ok() {
                 break;
             }
         }

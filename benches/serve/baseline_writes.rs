@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
-use crate::bare::{measure, thread_time};
-use crate::disks::{Settle, remove, settle};
-use crate::load::{Load, Order, Until, shuffled};
+use crate::baseline_reads::{measure, thread_time};
+use crate::disks::{ReadOrder, remove_and_wait, populate_cache};
+use crate::load::{Load, Order, Until, permute};
 use crate::sample::{Latencies, Sample};
 
 const BLOCK: u64 = 2 << 20;
@@ -37,7 +37,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     let (start, before) = (Instant::now(), thread_time());
     let mut now = start;
     for i in 0..count {
-        let piece = if load.order == Order::Shuffled { shuffled(i % pieces, pieces) } else { i % pieces };
+        let piece = if load.order == Order::Shuffled { permute(i % pieces, pieces) } else { i % pieces };
         let at = piece * load.block as u64;
         let place = *places[(at / BLOCK) as usize].get_or_insert_with(|| {
             next += STRIDE;
@@ -60,7 +60,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     }
     let mut sample = Sample::new(count, start.elapsed().as_secs_f64(), &latencies);
     sample.cpu = (thread_time() - before).as_secs_f64() * 1e6 / count as f64;
-    remove(path);
+    remove_and_wait(path);
     sample
 }
 
@@ -71,12 +71,12 @@ pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     for piece in (0..load.region).step_by(PIECE) {
         file.write_all_at(&data[..PIECE], UNIT + piece).expect("the file can be written");
     }
-    settle(path, Settle::Chunks);
+    populate_cache(path, ReadOrder::Interleaved);
     let mut next = 0;
     let sample = measure(time, 1, || {
         file.write_all_at(&data[..load.block], UNIT + next).expect("the file can be written");
         next = (next + load.block as u64) % load.region;
     });
-    remove(path);
+    remove_and_wait(path);
     sample
 }

@@ -1,7 +1,7 @@
 //! What is paid for by the data and not by the size of the disk: a sparse disk copied and compared, a deep chain looked at.
 
-use crate::contest::{Bench, Contestant};
-use crate::copies::gone;
+use crate::bench::{Bench, Candidate};
+use crate::dense::removed;
 use crate::disks::{BLOCKS, LAYERS, verify};
 use crate::run::{diffdisk, qemu_convert, run};
 
@@ -20,25 +20,25 @@ pub fn sparse(bench: &mut Bench) {
     let options = ["subformat=dynamic,force_size=on"];
     let work = "1 TiB with 64 MiB of data, raw to dynamic";
     let all = vec![
-        Contestant::new("qemu-img", || qemu_convert(("raw", &raw), ("vpc", gone(&theirs)), &options)),
-        Contestant::new("diffdisk", || diffdisk("convert", &[&raw, gone(&vhd)], &ours)),
+        Candidate::new("qemu-img", || qemu_convert(("raw", &raw), ("vpc", removed(&theirs)), &options)),
+        Candidate::new("diffdisk", || diffdisk("convert", &[&raw, removed(&vhd)], &ours)),
     ];
-    bench.contest(work, DATA, all);
-    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    bench.compare(work, DATA, all);
+    bench.require_at_most(work, SECONDS, MEBIBYTES);
     let work = "the same, dynamic to raw";
     let all = vec![
-        Contestant::new("qemu-img", || qemu_convert(("vpc", &vhd), ("raw", gone(&theirs)), &[])),
-        Contestant::new("diffdisk", || diffdisk("convert", &[&vhd, gone(&mine)], &["--to", "raw"])),
+        Candidate::new("qemu-img", || qemu_convert(("vpc", &vhd), ("raw", removed(&theirs)), &[])),
+        Candidate::new("diffdisk", || diffdisk("convert", &[&vhd, removed(&mine)], &["--to", "raw"])),
     ];
-    bench.contest(work, DATA, all);
+    bench.compare(work, DATA, all);
     verify(("raw", &mine), ("raw", &raw));
-    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    bench.require_at_most(work, SECONDS, MEBIBYTES);
     let work = "the same, raw compared with dynamic";
     let compare = || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"]);
-    bench.contest(work, DATA, vec![Contestant::new("diffdisk", compare)]);
-    bench.want_at_most(work, SECONDS, MEBIBYTES);
+    bench.compare(work, DATA, vec![Candidate::new("diffdisk", compare)]);
+    bench.require_at_most(work, SECONDS, MEBIBYTES);
     for path in [raw, vhd, mine, theirs] {
-        gone(&path);
+        removed(&path);
     }
 }
 
@@ -57,7 +57,7 @@ pub fn deep(bench: &mut Bench) {
     for (what, verb, options, seconds) in looks {
         let look = || diffdisk(verb, &[&top], options);
         run(&mut look()); // what it reads is in memory then
-        bench.contest(&of(what), 0, vec![Contestant::new("diffdisk", look)]);
-        bench.want_at_most(&of(what), seconds, MEBIBYTES);
+        bench.compare(&of(what), 0, vec![Candidate::new("diffdisk", look)]);
+        bench.require_at_most(&of(what), seconds, MEBIBYTES);
     }
 }

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::bare::{BLOCK, DEPTH, Random, measure, pages};
+use crate::baseline_reads::{BLOCK, DEPTH, Random, measure, pages};
 use crate::sample::Sample;
 
 /// Copies of a turn: the processor begins to fetch all of them first.
-const TURN: usize = 16;
+const BATCH: usize = 16;
 const LINE: usize = 64;
 
 /// A file that is mapped.
@@ -50,8 +50,8 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     places.iter().for_each(|place| copy(*place, &mut memory[..BLOCK]));
     let mut random = Random::default();
     measure(time, DEPTH, || {
-        for turn in memory.chunks_mut(TURN * BLOCK) {
-            let from = [(); TURN].map(|()| places[random.next(places.len() as u64) as usize]);
+        for turn in memory.chunks_mut(BATCH * BLOCK) {
+            let from = [(); BATCH].map(|()| places[random.next(places.len() as u64) as usize]);
             from.iter()
                 .for_each(|from| (0..4).for_each(|n| diffdisk::storage::prefetch_line(from.wrapping_add(n * LINE))));
             from.iter().zip(turn.chunks_mut(BLOCK)).for_each(|(from, to)| copy(*from, to));

@@ -6,33 +6,33 @@ use diffdisk::disk::{Answer, Disk, Lane, Outcome, Request, Work, ZeroRange};
 use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 
-pub use crate::memory::Memory;
+pub use crate::memory::TestMemory;
 
 /// A disk being worked on through one lane.
-pub struct Rig {
+pub struct TestDisk {
     pub disk: Arc<Disk>,
     pub lane: Lane,
     answers: Vec<Answer>,
     next_tag: u64,
 }
 
-impl Rig {
-    pub fn new(disk: Arc<Disk>, engine: EngineKind) -> Rig {
+impl TestDisk {
+    pub fn new(disk: Arc<Disk>, engine: EngineKind) -> TestDisk {
         let lane = disk.lane(engine, 64).expect("a lane");
-        Rig { disk, lane, answers: Vec::new(), next_tag: 0 }
+        TestDisk { disk, lane, answers: Vec::new(), next_tag: 0 }
     }
 
     /// Begins a request; its tag.
-    pub fn begin(&mut self, work: Work) -> u64 {
+    pub fn submit(&mut self, work: Work) -> u64 {
         while self.lane.push_capacity() == 0 {
-            self.turn();
+            self.poll();
         }
         self.next_tag += 1;
         self.lane.push(Request { tag: self.next_tag, work });
         self.next_tag
     }
 
-    pub fn turn(&mut self) {
+    pub fn poll(&mut self) {
         self.lane.submit().expect("the engine works");
         self.lane.poll(&mut self.answers).expect("the engine works");
     }
@@ -50,41 +50,41 @@ impl Rig {
     }
 
     /// Does one thing; its outcome.
-    pub fn work(&mut self, work: Work) -> Outcome {
-        let tag = self.begin(work);
+    pub fn run(&mut self, work: Work) -> Outcome {
+        let tag = self.submit(work);
         let done = self.finish();
         done.into_iter().find(|(t, _)| *t == tag).expect("every request is answered").1
     }
 
     pub fn read(&mut self, range: SectorRange) -> Vec<u8> {
-        let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
-        let outcome = self.work(Work::Read { range, into: memory.slices(&[512]) });
+        let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
+        let outcome = self.run(Work::Read { range, into: memory.iovecs(&[512]) });
         assert_eq!(outcome, Outcome::Done, "reading {range}");
         memory.bytes()
     }
 
     pub fn write(&mut self, range: SectorRange, bytes: &[u8], cuts: &[usize]) {
-        let memory = Memory::new(bytes);
-        let outcome = self.work(Work::Write { range, from: memory.slices(cuts) });
+        let memory = TestMemory::new(bytes);
+        let outcome = self.run(Work::Write { range, from: memory.iovecs(cuts) });
         assert_eq!(outcome, Outcome::Done, "writing {range}");
     }
 
     pub fn flush(&mut self) {
-        assert_eq!(self.work(Work::Flush), Outcome::Done);
+        assert_eq!(self.run(Work::Flush), Outcome::Done);
     }
 
     pub fn discard(&mut self, ranges: Vec<SectorRange>) {
-        assert_eq!(self.work(Work::Discard { ranges }), Outcome::Done);
+        assert_eq!(self.run(Work::Discard { ranges }), Outcome::Done);
     }
 
     pub fn zero(&mut self, ranges: &[SectorRange], unmap: bool) {
         let ranges = ranges.iter().map(|range| ZeroRange { range: *range, unmap }).collect();
-        assert_eq!(self.work(Work::WriteZeroes { ranges }), Outcome::Done);
+        assert_eq!(self.run(Work::WriteZeroes { ranges }), Outcome::Done);
     }
 
     /// Ends it cleanly.
     pub fn close(self) {
-        let Rig { disk, lane, .. } = self;
+        let TestDisk { disk, lane, .. } = self;
         assert!(lane.is_idle());
         drop(lane);
         disk.close().expect("a clean close");

@@ -17,7 +17,7 @@ const AVAIL: u64 = 0x3000;
 const USED: u64 = 0x4000;
 const RAM: u64 = 0x10000;
 
-fn ring_the(kick: &File) {
+fn kick_queue(kick: &File) {
     rustix::io::write(kick, 1u64.as_bytes()).unwrap();
 }
 
@@ -40,7 +40,7 @@ fn set_up(front_end: &mut FrontEnd, queue: u32, size: u32, user: u64, kick: Opti
 }
 
 /// Puts a request for the serial number into a ring that lies at the beginning of `ram`, which is at guest address 0.
-fn ask_for_the_serial(ram: &File) {
+fn submit_get_id(ram: &File) {
     const HEADER: u64 = 0x8000;
     ram.write_all_at([8u32, 0, 0, 0].as_bytes(), HEADER).unwrap();
     for (index, (addr, len, flags)) in
@@ -52,7 +52,7 @@ fn ask_for_the_serial(ram: &File) {
     ram.write_all_at([0u16, 1, 0].as_bytes(), AVAIL).unwrap();
 }
 
-fn wait_for_the_answer(ram: &File) {
+fn wait_for_completion(ram: &File) {
     for _ in 0..3000 {
         let mut used = [0; 2];
         ram.read_exact_at(&mut used, USED + 2).unwrap();
@@ -76,10 +76,10 @@ fn rings_larger_than_their_in_flight_record_are_served() {
     assert!(front_end.set(SET_INFLIGHT_FD, &told, &[record.as_fd()]));
     assert!(set_up(&mut front_end, 0, 256, USER, Some(&kick)));
     assert!(set_up(&mut front_end, 1, 128, USER + RAM, Some(&kick)));
-    daemon.wait_for_words("ring 1 runs from 0", 1);
-    ask_for_the_serial(&ram);
-    ring_the(&kick);
-    wait_for_the_answer(&ram);
+    daemon.wait_for_log("ring 1 runs from 0", 1);
+    submit_get_id(&ram);
+    kick_queue(&kick);
+    wait_for_completion(&ram);
     let log = daemon.log();
     assert_eq!(log.matches("served without the record").count(), 1, "one warning a front-end: {log}");
     assert!(log.contains("128 descriptors, and the ring has 256") && log.contains("queue-size=256"), "{log}");
@@ -95,10 +95,10 @@ fn rings_and_records_larger_than_the_daemons_queue_size_are_served() {
     let (told, record) = front_end.inflight(2, 512);
     assert!(front_end.set(SET_INFLIGHT_FD, &told, &[record.as_fd()]));
     assert!(set_up(&mut front_end, 0, 512, USER, Some(&kick)));
-    daemon.wait_for_words("ring 0 runs from 0", 1);
-    ask_for_the_serial(&ram);
-    ring_the(&kick);
-    wait_for_the_answer(&ram);
+    daemon.wait_for_log("ring 0 runs from 0", 1);
+    submit_get_id(&ram);
+    kick_queue(&kick);
+    wait_for_completion(&ram);
     assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
 }
 
@@ -114,7 +114,7 @@ fn a_ring_may_come_before_its_memory() {
     assert!(front_end.set(ADD_MEM_REG, &region(0, RAM, USER), &[ram.as_fd()]));
     assert!(front_end.set(SET_VRING_KICK, 0u64.as_bytes(), &[kick.as_fd()]));
     assert!(front_end.set(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[]));
-    daemon.wait_for_words("ring 0 runs from 0", 1);
+    daemon.wait_for_log("ring 0 runs from 0", 1);
 }
 
 #[test]
@@ -124,8 +124,8 @@ fn a_ring_without_a_kick_is_polled() {
     let ram = memory(RAM);
     assert!(front_end.set(ADD_MEM_REG, &region(0, RAM, USER), &[ram.as_fd()]));
     assert!(set_up(&mut front_end, 0, 128, USER, None));
-    ask_for_the_serial(&ram);
-    wait_for_the_answer(&ram);
+    submit_get_id(&ram);
+    wait_for_completion(&ram);
 }
 
 /// QEMU with a private memory backend sends the file of the memory, into which nothing of the guest is ever written.
@@ -138,8 +138,8 @@ fn a_guest_whose_memory_is_private_is_explained() {
     for queue in 0..2 {
         assert!(set_up(&mut front_end, queue, 128, USER + u64::from(queue) * RAM, Some(&kick)));
     }
-    ring_the(&kick);
-    daemon.wait_for_words("share=on", 1);
+    kick_queue(&kick);
+    daemon.wait_for_log("share=on", 1);
     sleep(Duration::from_secs(2));
     assert_eq!(daemon.log().matches("share=on").count(), 1, "{}", daemon.log());
 }
@@ -153,10 +153,10 @@ fn a_kick_of_an_empty_ring_is_no_mistake() {
     assert!(front_end.set(ADD_MEM_REG, &region(0, 2 * RAM, USER), &[ram.as_fd()]));
     assert!(set_up(&mut front_end, 0, 128, USER, Some(&kick)));
     assert!(set_up(&mut front_end, 1, 128, USER + RAM, Some(&other)));
-    ask_for_the_serial(&ram);
-    ring_the(&kick);
-    wait_for_the_answer(&ram);
-    ring_the(&other);
+    submit_get_id(&ram);
+    kick_queue(&kick);
+    wait_for_completion(&ram);
+    kick_queue(&other);
     sleep(Duration::from_secs(6));
     assert!(!daemon.log().contains("share=on"), "{}", daemon.log());
 }
@@ -167,7 +167,7 @@ fn a_guest_without_shared_memory_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     assert!(set_up(&mut front_end, 0, 128, USER, Some(&event())));
-    daemon.wait_for_words("shares none of the guest's memory", 1);
+    daemon.wait_for_log("shares none of the guest's memory", 1);
     assert!(daemon.log().contains("share=on"), "{}", daemon.log());
 }
 
@@ -177,12 +177,12 @@ fn a_front_end_that_uses_more_queues_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     for retries in 1..4 {
         let mut front_end = FrontEnd::negotiated(daemon.connect());
-        assert_eq!(front_end.ask(GET_QUEUE_NUM), 1);
+        assert_eq!(front_end.get(GET_QUEUE_NUM), 1);
         drop(front_end);
-        daemon.wait_for_words("front-end disconnected", retries);
+        daemon.wait_for_log("front-end disconnected", retries);
     }
     assert_eq!(daemon.log().matches("It offers 1: ").count(), 1, "{}", daemon.log());
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     assert!(!front_end.set(SET_VRING_NUM, [1u32, 128].as_bytes(), &[]));
-    daemon.wait_for_words("a larger --num-queues", 2);
+    daemon.wait_for_log("a larger --num-queues", 2);
 }
