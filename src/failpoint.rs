@@ -1,9 +1,9 @@
 //! Named points in the verbs that change files, at which tests kill the process (feature `mutants`, never in a release).
-//! Without the feature a point leaves no trace in the program.
+//! Without the feature a failpoint leaves no trace in the program.
 //!
 //! A name is `verb.what-is-done`, said once in the sources: `tests/verbs` reads them there and leaves none out.
 
-/// The variable that says where to die: `NAME`, or `NAME:COUNT` for the COUNT-th time that the point is reached.
+/// The variable that says where to die: `NAME`, or `NAME:COUNT` for the COUNT-th time that the failpoint is reached.
 #[cfg(feature = "mutants")]
 const VARIABLE: &str = "DIFFDISK_KILL_AT";
 

@@ -32,7 +32,7 @@
 //! | block | what an entry of the block table (BAT) gives a place to, with its bitmap of sectors |
 //! | root, parent, child; layer | places in a chain; any file of it |
 //! | [top](chain::Top) / [frozen](chain::Frozen) | the one writable layer / all others, merged into one map that does not change |
-//! | extent, [plan](chain::Plan) | a run of sectors with one source; extents, and what must be loaded first |
+//! | extent, [plan](chain::PlanBuffer) | a run of sectors with one source; extents, and what must be loaded first |
 //! | reserve, mark, commit | give a block a place; make written sectors visible; tell the file, durably |
 //! | fresh, pointer | a block that the file does not know yet; a sector that gives meaning to others |
 //! | request, operation, task, [lane](disk::Lane) | asked by a guest; asked of the host; a request in flight; the engine of one queue |
@@ -81,11 +81,11 @@ pub mod cli;
 pub mod device;
 pub mod disk;
 pub mod error;
+pub mod failpoint;
 pub mod format;
 pub mod image;
 pub mod mutant;
 pub mod ops;
-pub mod failpoint;
 pub mod storage;
 pub mod units;
 pub mod vhost;

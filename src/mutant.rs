@@ -153,6 +153,6 @@ pub fn enabled(mutant: Mutant) -> bool {
 /// Whether a mistake is to be made here: never.
 #[cfg(not(feature = "mutants"))]
 #[inline(always)]
-pub const fn is(_: Mutant) -> bool {
+pub const fn enabled(_: Mutant) -> bool {
     false
 }

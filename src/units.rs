@@ -103,8 +103,8 @@ impl BlockSize {
 
     /// From bytes; `None` unless a power of two from 4 KiB to 256 MiB.
     pub fn from_bytes(bytes: u32) -> Option<BlockSize> {
-        let fits = sectors_to_bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&sectors_to_bytes);
-        fits.then(|| BlockSize { shift: sectors_to_bytes.trailing_zeros() - SECTOR.trailing_zeros() })
+        let fits = bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes);
+        fits.then(|| BlockSize { shift: bytes.trailing_zeros() - SECTOR.trailing_zeros() })
     }
 
     /// Data bytes in a block.
@@ -190,7 +190,9 @@ mod tests {
     fn ranges_are_cut_at_blocks() {
         let size = BlockSize::from_bytes(4096).unwrap();
         let parts = |from, to| -> Vec<_> {
-            size.split_at_blocks(SectorRange::between(from, to)).map(|(b, part)| (b, part.start(), part.end())).collect()
+            size.split_at_blocks(SectorRange::between(from, to))
+                .map(|(b, part)| (b, part.start(), part.end()))
+                .collect()
         };
         assert_eq!(parts(6, 17), [(0, 6, 8), (1, 8, 16), (2, 16, 17)]);
         assert_eq!(parts(8, 16), [(1, 8, 16)]);

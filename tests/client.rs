@@ -25,7 +25,7 @@ fn the_client_reads_and_writes_what_a_known_good_back_end_serves() {
     tool::require(&["qemu-storage-daemon"]);
     let folder = tempfile::tempdir().expect("a folder");
     let (image, socket) = (folder.path().join("disk"), folder.path().join("sock"));
-    let size = 5 * client::SLOT + 3 * 512;
+    let size = 5 * client::MAX_REQUEST_BYTES + 3 * 512;
     let mut model = pattern::sectors("base", 0, size / 512);
     fs::write(&image, &model).expect("a raw disk");
     let _served = StorageDaemon(
@@ -47,7 +47,7 @@ fn the_client_reads_and_writes_what_a_known_good_back_end_serves() {
     let mut guest =
         Client::connect_with(&socket, &Options { queues: 2, depth: 8, ..Options::default() }).expect("a connection");
     assert_eq!(guest.capacity().expect("a configuration"), size as u64);
-    pattern::assert_same("first read", &guest.read_all(client::SLOT).expect("reads"), &model);
+    pattern::assert_same("first read", &guest.read_all(client::MAX_REQUEST_BYTES).expect("reads"), &model);
 
     let fresh = pattern::sectors("new", 3, 5000);
     guest.write(3 * 512, &fresh).expect("a write");

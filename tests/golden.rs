@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::client::SLOT;
+use common::client::MAX_REQUEST_BYTES;
 use common::daemon::Daemon;
 use common::golden::{Golden, hex, number, sha256_of, sha256_of_stream, text};
 use common::{pattern, tool};
@@ -102,7 +102,7 @@ fn a_guest_reads_every_image_through_the_socket() {
         let daemon = Daemon::start(&path, &["--read-only", &option, &root]);
         let mut guest = daemon.connect();
         assert_eq!(guest.capacity().expect("a configuration"), number(image, "virtual_size"), "{name}: capacity");
-        let disk = guest.read_all(SLOT).expect("reads in flight");
+        let disk = guest.read_all(MAX_REQUEST_BYTES).expect("reads in flight");
         assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} in requests of 1 MiB");
         let disk = guest.read_all(12 * 512).expect("reads in flight");
         assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} in requests of 6 KiB");
@@ -124,7 +124,7 @@ fn a_guest_writes_on_top_of_every_image() {
         let [option, root] = allow(folder.path());
         let daemon = Daemon::start(&path, &[&option, &root, "--allow-writable-parent"]);
         let mut guest = daemon.connect();
-        let mut disk = guest.read_all(SLOT).expect("reads in flight");
+        let mut disk = guest.read_all(MAX_REQUEST_BYTES).expect("reads in flight");
         assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} before the writes");
         let last = disk.len() / 512 - 1;
         for (first, count) in [(0, 1), (4, 9), (1023, 3), (1500, 300), (last, 1)] {
@@ -133,11 +133,15 @@ fn a_guest_writes_on_top_of_every_image() {
             disk[first * 512..(first + count) * 512].copy_from_slice(&fresh);
         }
         guest.flush().expect("a flush");
-        pattern::assert_same(&format!("{name} after the writes"), &guest.read_all(SLOT).expect("reads"), &disk);
+        pattern::assert_same(
+            &format!("{name} after the writes"),
+            &guest.read_all(MAX_REQUEST_BYTES).expect("reads"),
+            &disk,
+        );
         drop(guest);
         daemon.stop();
         let daemon = Daemon::start(&path, &["--read-only", &option, &root]);
-        let kept = daemon.connect().read_all(SLOT).expect("reads in flight");
+        let kept = daemon.connect().read_all(MAX_REQUEST_BYTES).expect("reads in flight");
         pattern::assert_same(&format!("{name} after a restart"), &kept, &disk);
         daemon.stop();
         // Batmaps of XenServer's images among them: what was written must not make them wrong.

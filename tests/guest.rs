@@ -52,7 +52,7 @@ fn a_guest_whose_memory_is_not_shared_is_explained() {
     let chain = Chain::with_root(32, 7);
     let daemon = Daemon::start(chain.top(), &[]);
     let guest = Guest::boot(&daemon.socket(), "fill", &["--private-memory"]);
-    daemon.wait_for_words("share=on", 1);
+    daemon.wait_for_log("share=on", 1);
     drop(guest);
     daemon.stop();
 }
@@ -85,7 +85,7 @@ fn a_daemon_is_killed_again_and_again_and_the_guest_notices_nothing() {
                 daemon.kill_and_restart();
                 kills += 1;
                 // Not amid the handshake: QEMU 7.2 may then give up for ever.
-                daemon.wait_for_words("front-end connected", front_ends + 1);
+                daemon.wait_for_log("front-end connected", front_ends + 1);
                 thread::sleep(Duration::from_millis(200 + 97 * kills % 700));
             }
             kills

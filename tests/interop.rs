@@ -12,7 +12,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::client::{Client, SLOT};
+use common::client::{Client, MAX_REQUEST_BYTES};
 use common::daemon::Daemon;
 use common::rng::Rng;
 use common::{pattern, tool};
@@ -84,7 +84,7 @@ impl Chain {
                 _ => guest.flush().expect("a flush"),
             }
         }
-        pattern::assert_same("the guest's own view", &guest.read_all(SLOT).expect("reads"), &self.disk);
+        pattern::assert_same("the guest's own view", &guest.read_all(MAX_REQUEST_BYTES).expect("reads"), &self.disk);
     }
 
     /// A discarded sector may keep its content or read as zeros, and must then stay so.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::chain::Chain;
 use common::daemon::Daemon;
-use common::frontend::{Base, DEPTH, Driver, Kind, Machine, Manners};
+use common::frontend::{ConnectOptions, DEPTH, Driver, Machine, RequestKind, RestoredBase};
 use common::rng::Rng;
 use common::tool::{diffdisk, scratch};
 
@@ -73,7 +73,7 @@ impl Model {
 /// A request in flight.
 #[derive(Clone, Copy)]
 struct PendingRequest {
-    kind: Kind,
+    kind: RequestKind,
     sector: u64,
     sectors: u32,
     tag: u64,
@@ -97,7 +97,7 @@ impl QueueLoad<'_> {
                     more = false;
                     break;
                 };
-                if asked.kind == Kind::Write {
+                if asked.kind == RequestKind::Write {
                     fill(&mut self.driver.data(slot)[..asked.sectors as usize * 512], asked.tag, asked.sector);
                 }
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
@@ -120,10 +120,10 @@ impl QueueLoad<'_> {
                 self.requests.fetch_add(1, Ordering::Relaxed);
                 let sectors_of = || sector..sector + u64::from(sectors);
                 match kind {
-                    Kind::Write => self.model.written.extend(sectors_of().map(|s| (s, tag))),
-                    Kind::WriteZeroes => self.model.written.extend(sectors_of().map(|s| (s, 0))),
-                    Kind::Flush => {}
-                    Kind::Read => {
+                    RequestKind::Write => self.model.written.extend(sectors_of().map(|s| (s, tag))),
+                    RequestKind::WriteZeroes => self.model.written.extend(sectors_of().map(|s| (s, 0))),
+                    RequestKind::Flush => {}
+                    RequestKind::Read => {
                         let len = sectors as usize * 512;
                         let stripe = sector / STRIPE;
                         if !self.model.initial.contains_key(&stripe) {
@@ -141,7 +141,8 @@ impl QueueLoad<'_> {
     fn read_all(&mut self) {
         let mut stripe = self.model.queue;
         self.run(|_, _| {
-            let asked = PendingRequest { kind: Kind::Read, sector: stripe * STRIPE, sectors: STRIPE as u32, tag: 0 };
+            let asked =
+                PendingRequest { kind: RequestKind::Read, sector: stripe * STRIPE, sectors: STRIPE as u32, tag: 0 };
             stripe += QUEUES as u64;
             (asked.sector < STRIPES * STRIPE).then_some(asked)
         });
@@ -158,8 +159,9 @@ impl QueueLoad<'_> {
             }
             tag += 1;
             // One request a stripe at a time: what is written meanwhile may be read as either.
-            let busy =
-                |stripe: u64| asked.iter().flatten().any(|a| a.kind != Kind::Flush && a.sector / STRIPE == stripe);
+            let busy = |stripe: u64| {
+                asked.iter().flatten().any(|a| a.kind != RequestKind::Flush && a.sector / STRIPE == stripe)
+            };
             let stripe = loop {
                 // The part that is written at all grows, so that there are fresh blocks to the end.
                 grown = (tag / 8).clamp(64, of_queue);
@@ -172,10 +174,10 @@ impl QueueLoad<'_> {
                 [1, 1, 8, 8, 8, 16, 128, 1 + rng.below(STRIPE)][usize::try_from(rng.below(8)).expect("small")];
             let sector = stripe * STRIPE + rng.below(STRIPE - sectors + 1);
             let kind = match rng.below(20) {
-                0..11 => Kind::Write,
-                11 => Kind::WriteZeroes,
-                12 => Kind::Flush,
-                _ => Kind::Read,
+                0..11 => RequestKind::Write,
+                11 => RequestKind::WriteZeroes,
+                12 => RequestKind::Flush,
+                _ => RequestKind::Read,
             };
             Some(PendingRequest { kind, sector, sectors: u32::try_from(sectors).expect("small"), tag })
         });
@@ -193,7 +195,12 @@ struct KillStats {
 }
 
 /// Kills the daemon for as long as `lasts`, and leaves one that serves the machine.
-fn kill_repeatedly(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, rng: &mut Rng) -> (KillStats, impl Drop + use<>) {
+fn kill_repeatedly(
+    daemon: &mut Daemon,
+    machine: &mut Machine,
+    lasts: Duration,
+    rng: &mut Rng,
+) -> (KillStats, impl Drop + use<>) {
     let mut tally = KillStats::default();
     let begun = Instant::now();
     let mut killed_at = None;
@@ -203,24 +210,24 @@ fn kill_repeatedly(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, 
         let fate = if over { 9 } else { rng.below(10) };
         if fate == 0 && killed_at.is_some() {
             thread::sleep(Duration::from_micros(rng.below(20_000)));
-            daemon.kill_now();
+            daemon.kill_running();
             tally.starts_cut += 1;
             tally.kills += 1;
             killed_at = Some(Instant::now());
-            daemon.start_again();
+            daemon.restart();
             continue;
         }
-        daemon.wait_until_it_listens();
+        daemon.wait_until_listening();
         let mut left = if fate == 1 { rng.below(40) } else { u64::MAX };
         let mut cut = false;
         let outcome = machine.connect(
             &daemon.socket(),
-            &mut Manners {
-                base: rng.pick(&[Base::Used, Base::Avail]),
-                patient: rng.below(2) == 0,
-                before_each: &mut || {
+            &mut ConnectOptions {
+                base: rng.pick(&[RestoredBase::Used, RestoredBase::Avail]),
+                wait_for_ack: rng.below(2) == 0,
+                before_message: &mut || {
                     if left == 0 && !cut {
-                        daemon.kill_now();
+                        daemon.kill_running();
                         cut = true;
                     }
                     left = left.saturating_sub(1);
@@ -235,14 +242,14 @@ fn kill_repeatedly(daemon: &mut Daemon, machine: &mut Machine, lasts: Duration, 
                     return (tally, Connection(stream));
                 }
                 thread::sleep(Duration::from_millis(100 + rng.below(200)));
-                daemon.kill_now();
+                daemon.kill_running();
                 drop(stream);
             }
             Err(e) => panic!("the front-end cannot connect: {e}; {}", daemon.log()),
         }
         killed_at = Some(Instant::now());
         tally.kills += 1;
-        daemon.start_again();
+        daemon.restart();
     }
 }
 

@@ -544,7 +544,10 @@ fn compare_finds_the_first_difference() {
     for at in [5 * MIB - 1, 4 * MIB, 3 * MIB + 1, 2 * MIB - 1, 1] {
         file.write_all_at(&[0xEE], at).unwrap();
         assert_eq!(run_expecting(&d, compare, 5), format!("different from byte {at} on\n"));
-        assert_eq!(run_expecting(&d, "compare a.vhd a.raw --from vhd --from raw", 5), format!("different from byte {at} on\n"));
+        assert_eq!(
+            run_expecting(&d, "compare a.vhd a.raw --from vhd --from raw", 5),
+            format!("different from byte {at} on\n")
+        );
     }
     raw(&d, "b.raw", 5 * MIB);
     fs::File::options().write(true).open(d.path().join("b.raw")).unwrap().set_len(6 * MIB).unwrap();
@@ -552,7 +555,9 @@ fn compare_finds_the_first_difference() {
     assert!(said.starts_with("sizes differ") && said.ends_with("equal\n"), "{said}");
     let longer = fs::File::options().write(true).open(d.path().join("b.raw")).unwrap();
     longer.write_all_at(&[1], 5 * MIB + 100).unwrap();
-    assert!(run_expecting(&d, "compare a.vhd b.raw --from vhd --from raw", 5).contains(&format!("byte {}", 5 * MIB + 100)));
+    assert!(
+        run_expecting(&d, "compare a.vhd b.raw --from vhd --from raw", 5).contains(&format!("byte {}", 5 * MIB + 100))
+    );
     ok(&d, "compare b.raw b.raw --from raw");
     assert_fails(&d, "compare a.vhd nothing", "compare: nothing", "No such file");
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode, Version};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy, Version};
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Request, WhenFull, Work};
 use diffdisk::image::Durability;
 use diffdisk::storage::{EngineKind, Env, GuestIovecs};
@@ -32,7 +32,8 @@ pub enum Fragmentation {
 /// it is served.
 pub fn version(folder: &Path, depth: u64, cut: Fragmentation) -> Version {
     let top = make(folder, depth, cut);
-    let chain = Chain::open(&HOST, &top, &Policy::default(), OpenMode::Write).unwrap_or_else(|e| panic!("{}", e.line()));
+    let chain =
+        Chain::open(&HOST, &top, &Policy::default(), OpenMode::Write).unwrap_or_else(|e| panic!("{}", e.line()));
     chain.into_writable(&HOST, &Durability::FlushOnly).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 

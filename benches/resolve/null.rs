@@ -9,7 +9,8 @@ use diffdisk::device::{AtomicMemory, Device, MemoryRegions, Queue, Vring};
 use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{
-    Access, Completion, Engine, EngineKind, Env, File, Folder, CachedRange, Op, Origin, FilePresence, RuntimeFolder, GuestIovecs, FileSlot,
+    Access, CachedRange, Completion, Engine, EngineKind, Env, File, FilePresence, FileSlot, Folder, GuestIovecs, Op,
+    Origin, RuntimeFolder,
 };
 use uuid::Uuid;
 use vhost_user_backend::VringT;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use crate::baseline_reads::{measure, thread_time};
-use crate::disks::{ReadOrder, remove_and_wait, populate_cache};
+use crate::disks::{ReadOrder, populate_cache, remove_and_wait};
 use crate::load::{Load, Order, Until, permute};
 use crate::sample::{Latencies, Sample};
 

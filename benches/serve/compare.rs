@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::Pace;
-use crate::baseline_reads;
 use crate::baseline_mapped;
+use crate::baseline_reads;
 use crate::baseline_wakeup;
 use crate::baseline_writes;
 use crate::disks::{self, Disks, Format, ReadOrder};
@@ -128,7 +128,9 @@ pub fn random_reads(bench: &mut Bench) {
         all.push(Candidate::new("io_uring, no server, deferred", || baseline_reads::io_uring(&raw, size, time, true)));
         all.push(Candidate::new("preadv, no server", || baseline_reads::preadv(&raw, size, time)));
         all.push(Candidate::new("preadv of 16 files, no server", || baseline_reads::preadv_chain(&files[1], time)));
-        all.push(Candidate::new("preadv for a sleeper, no server", || baseline_wakeup::eventfd_reader(&raw, size, time)));
+        all.push(Candidate::new("preadv for a sleeper, no server", || {
+            baseline_wakeup::eventfd_reader(&raw, size, time)
+        }));
         for contestant in &mut all {
             (contestant.run)();
         }
@@ -187,7 +189,9 @@ pub fn latency(bench: &mut Bench) {
             all.push(Candidate::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Candidate::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
             let (size, time) = (load.region, bench.pace.time);
-            all.push(Candidate::new("preadv for one who looks, no server", move || baseline_wakeup::polling_reader(raw, size, time)));
+            all.push(Candidate::new("preadv for one who looks, no server", move || {
+                baseline_wakeup::polling_reader(raw, size, time)
+            }));
         }
         bench.compare(name, all);
         let ratio = bench.ratio(name, OURS_16, "QSD raw", |s| s.p50);

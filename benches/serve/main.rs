@@ -8,11 +8,11 @@
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
-mod baseline_reads;
+mod barriers;
 mod baseline_mapped;
+mod baseline_reads;
 mod baseline_wakeup;
 mod baseline_writes;
-mod barriers;
 mod cold;
 mod compare;
 mod course;

@@ -22,7 +22,8 @@ pub fn start(bench: &mut Bench) {
             server.stop();
             sample
         };
-        let (vhd, qcow2) = (bench.disks.sparse_chain(Format::Vhd, layers), bench.disks.sparse_chain(Format::Qcow2, layers));
+        let (vhd, qcow2) =
+            (bench.disks.sparse_chain(Format::Vhd, layers), bench.disks.sparse_chain(Format::Qcow2, layers));
         let all = vec![
             Candidate::new("diffdiskd", || once(Format::Vhd, &vhd)),
             Candidate::new("QSD qcow2", || once(Format::Qcow2, &qcow2)),

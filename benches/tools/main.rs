@@ -9,12 +9,12 @@
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bench;
-mod dense;
 #[path = "../serve/course.rs"]
 mod course;
+mod dense;
 mod disks;
-mod layer;
 mod inspect;
+mod layer;
 mod report;
 mod run;
 #[path = "../serve/sample.rs"]

@@ -47,9 +47,11 @@ impl Chain {
             from = next / WINDOW_SECTORS * WINDOW_SECTORS;
             window.fill(0);
             let range = SectorRange::between(from, from + WINDOW_SECTORS);
-            layers.iter().filter(|layer| layer.next_change.is_some_and(|found| found < range.end())).for_each(|layer| {
-                layer.image.prefetch_bitmaps(range.clip(SectorRange::between(0, layer.visible)));
-            });
+            layers.iter().filter(|layer| layer.next_change.is_some_and(|found| found < range.end())).for_each(
+                |layer| {
+                    layer.image.prefetch_bitmaps(range.clip(SectorRange::between(0, layer.visible)));
+                },
+            );
             for layer in &layers {
                 layer.set_changed_bits(range, &mut window)?;
             }

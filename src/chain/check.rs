@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use super::masked_parent;
 use super::open::OpenMode;
-use super::parent_time;
-use super::parents::{Policy, ParentSearch};
-use super::unfinished_merge::warn_of_unfinished_merges;
 use super::parent_lookup::ParentLookup;
+use super::parent_time;
+use super::parents::{ParentSearch, Policy};
+use super::unfinished_merge::warn_of_unfinished_merges;
 use crate::error::Result;
 use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
@@ -70,8 +70,15 @@ pub fn check(
             warn_of_unfinished_merges(env, image)?;
         }
         let unlisted = [Severity::Corruption, Severity::Leak, Severity::Cosmetic].map(|s| report.unlisted(s));
-        let mut checked =
-            CheckedFile { path, id, defects: report.defects, unlisted, opens: image.is_some(), lost: report.lost, parents_skipped: alone };
+        let mut checked = CheckedFile {
+            path,
+            id,
+            defects: report.defects,
+            unlisted,
+            opens: image.is_some(),
+            lost: report.lost,
+            parents_skipped: alone,
+        };
         if let (Some(search), Some(image)) = (&mut search, image) {
             suspects.extend(report.suspects.map(|suspects| (images.len(), suspects)));
             next = check_link(search, &image, &mut checked.defects)?;
@@ -84,7 +91,13 @@ pub fn check(
     let readable = images.len() == all.len() && all.iter().all(is_readable);
     if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
         for (number, suspects) in suspects {
-            masked_parent::find_masked(&images[number], &images[number + 1..], &suspects, &mut all[number].defects, &mut watch)?;
+            masked_parent::find_masked(
+                &images[number],
+                &images[number + 1..],
+                &suspects,
+                &mut all[number].defects,
+                &mut watch,
+            )?;
         }
     }
     Ok(all)

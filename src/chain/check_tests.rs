@@ -1,4 +1,4 @@
-//! Tests of `check.rs` and `hidden.rs`: children as QEMU leaves them.
+//! Tests of `check.rs` and `masked_parent.rs`: children as QEMU leaves them.
 
 use crate::format::footer::time_from_unix;
 use std::fs::File as HostFile;

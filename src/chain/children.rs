@@ -6,20 +6,20 @@
 //!   `user.diffdisk.children`, a line for each child with its path from the parent's folder. No other program reads it, and
 //!   no byte of the image changes. A parent on a read-only file system, or on one without attributes, gets none. Lines that
 //!   lead to no child any more are dropped.
-//! - by the headers of the files in the parent's folder, up to [`MOST_FILES`] of them and for [`MOST_TIME`].
+//! - by the headers of the files in the parent's folder, up to [`MAX_FILES`] of them and for [`MAX_SEARCH_TIME`].
 //!
 //! A file is a child if its header names the parent's UUID and its paths lead to this file, not to a copy of it.
 
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use super::merge_record::{percent_encode, percent_decode};
+use super::merge_record::{percent_decode, percent_encode};
 use super::open::OpenMode;
-use super::parents::{Policy, ParentSearch};
 use super::parent_lookup::{ParentLookup, lexically_normal};
+use super::parents::{ParentSearch, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::image::{ImageIdentity, Image, file_name, folder_of, is_temporary_name};
+use crate::image::{Image, ImageIdentity, file_name, folder_of, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
@@ -112,7 +112,9 @@ fn try_record_child(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
             lines = recorded_children(parent.file())?;
             lines.push(line.clone());
         }
-        while lines.len() > MAX_RECORDED || (lines.len() > 1 && encode_children(&lines).is_some_and(|t| t.len() > MAX_ATTRIBUTE_BYTES)) {
+        while lines.len() > MAX_RECORDED
+            || (lines.len() > 1 && encode_children(&lines).is_some_and(|t| t.len() > MAX_ATTRIBUTE_BYTES))
+        {
             lines.remove(0);
         }
         parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&lines).as_deref())?;

@@ -42,7 +42,8 @@ impl Extent {
     /// Both as one, where `next` begins where this ends, in both worlds.
     #[inline]
     pub fn try_join(self, next: Extent) -> Option<Extent> {
-        let adjoins = self.range.end() == next.range.start() && self.source.advanced_by(self.range.count()) == next.source;
+        let adjoins =
+            self.range.end() == next.range.start() && self.source.advanced_by(self.range.count()) == next.source;
         adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
     }
 

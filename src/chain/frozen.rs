@@ -3,15 +3,15 @@
 //! The disk is cut into *cells* of 2 MiB, whatever the block sizes of the layers. The first time a cell is asked for,
 //! the layers are walked once, youngest first, and the answer is kept: all zero, all in one run of one file, or a
 //! list of runs. From then on a look-up is an index and, for a cell of many runs, a binary search, at any depth
-//! (`cells.rs`, which also bounds what is kept).
+//! (`frozen_cache.rs`, which also bounds what is kept).
 //!
 //! Rules (vhd-format 6): a sector beyond the end of a layer is zero, and nothing beneath that layer is asked; a set bit
 //! means here; a clear bit or a missing block means the parent, or zero in a root.
 
 use std::ops::ControlFlow;
 
-use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, PackedRun};
 use super::extent::{Missing, PlanBuffer, Source};
+use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, PackedRun};
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
 use crate::storage::FileSlot;
@@ -142,7 +142,8 @@ impl Frozen {
         for (range, source) in walk.decided {
             joined.push(range, source);
         }
-        let runs: Box<[PackedRun]> = joined.extents.iter().map(|e| PackedRun::new(e.range.end() - start, e.source)).collect();
+        let runs: Box<[PackedRun]> =
+            joined.extents.iter().map(|e| PackedRun::new(e.range.end() - start, e.source)).collect();
         Ok(if let [run] = *runs { Cell::Whole(run) } else { Cell::Runs(runs) })
     }
 }

@@ -1,9 +1,9 @@
 //! What was decided about the cells of a chain's lower layers, and how much of it is kept.
 //!
-//! A cell of one run takes a word of a table; lists of runs are kept up to [`MOST_RUN_BYTES`] in all. Then the memory starts
+//! A cell of one run takes a word of a table; lists of runs are kept up to [`MAX_RUN_BYTES`] in all. Then the memory starts
 //! afresh, and what is needed again is read again as on the first look, without holding up other requests. So a chain cut
 //! into single sectors cannot eat the host, and a look-up takes no lock. Nor does it count on a counter that queues share:
-//! who asks several times remembers what it saw last ([`Memo`]), and lets go of it before it sleeps.
+//! who asks several times remembers what it saw last ([`CacheHandle`]), and lets go of it before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -208,8 +208,11 @@ mod tests {
 
     #[test]
     fn runs_keep_their_limits() {
-        let last = Source::File { slot: FileSlot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
-        for (end, source) in [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: FileSlot(0), offset: 0 })] {
+        let last =
+            Source::File { slot: FileSlot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
+        for (end, source) in
+            [(1, Source::Zero), (CELL_SECTORS, last), (7, Source::File { slot: FileSlot(0), offset: 0 })]
+        {
             let run = PackedRun::new(end, source);
             assert_eq!((run.end(), run.source(0)), (end, source));
         }

@@ -9,7 +9,7 @@ use super::frozen::{Frozen, Layer};
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
-use crate::image::{Image, Suspects, OnProgress, is_zero};
+use crate::image::{Image, OnProgress, Suspects, is_zero};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
@@ -30,8 +30,9 @@ pub(super) fn find_masked(
     defects: &mut Vec<Defect>,
     watch: &mut OnProgress<'_>,
 ) -> Result<()> {
-    let open =
-        |(number, image): (u16, &Image)| Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? });
+    let open = |(number, image): (u16, &Image)| {
+        Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? })
+    };
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
     let mut look = MaskScan {
         child,

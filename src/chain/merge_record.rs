@@ -28,8 +28,8 @@ use uuid::Uuid;
 
 use super::file_stamp::FileStamp;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::folder_of;
 use crate::failpoint;
+use crate::image::folder_of;
 use crate::storage::{Access, Env, Folder, ModifiedTime};
 
 const FORMAT_LINE: &str = "diffdisk merge 3";
@@ -316,7 +316,8 @@ fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
     let (ancestor, ancestor_seen, ancestor_path) = ancestor?;
     let folder = folder.to_path_buf();
     let copied = copied?;
-    let record = MergeRecord { folder, layers, ancestor, ancestor_stamp: ancestor_seen, ancestor_path, copied, abandoned };
+    let record =
+        MergeRecord { folder, layers, ancestor, ancestor_stamp: ancestor_seen, ancestor_path, copied, abandoned };
     (!record.layers.is_empty()).then_some(record)
 }
 

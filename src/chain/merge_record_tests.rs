@@ -13,7 +13,15 @@ fn intent(folder: &Path) -> MergeRecord {
     let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
     let ancestor_seen = seen(u64::MAX, (0, 0));
     let copied = Copied::Before(77);
-    MergeRecord { folder: folder.into(), layers, ancestor, ancestor_stamp: ancestor_seen, ancestor_path, copied, abandoned: false }
+    MergeRecord {
+        folder: folder.into(),
+        layers,
+        ancestor,
+        ancestor_stamp: ancestor_seen,
+        ancestor_path,
+        copied,
+        abandoned: false,
+    }
 }
 
 #[test]
@@ -69,7 +77,11 @@ fn a_broken_note_is_told() {
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(1))).unwrap();
     assert_eq!(found, ExistingRecord::Unreadable(note.path()));
     assert_eq!(MergeRecord::find(&Host, &child, None).unwrap_err().kind(), ErrorKind::Invalid);
-    assert_eq!(MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(), ExistingRecord::None, "another one's");
+    assert_eq!(
+        MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(),
+        ExistingRecord::None,
+        "another one's"
+    );
     // The same under the name of another image.
     std::fs::rename(note.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap();

@@ -13,38 +13,40 @@
 //! ```
 
 mod case_insensitive;
-mod frozen_cache;
 mod changed_ranges;
 mod check;
 mod children;
 mod extent;
+mod file_stamp;
 mod frozen;
+mod frozen_cache;
 mod masked_parent;
 mod merge_record;
 mod open;
+mod parent_lookup;
 mod parent_time;
 mod parents;
-mod unfinished_merge;
 mod resolve;
+mod settle;
 #[cfg(test)]
 mod testing;
-mod parent_lookup;
-mod file_stamp;
-mod settle;
 mod top;
+mod unfinished_merge;
 mod version;
 mod warning;
 
 pub use check::{CheckedFile, check};
-pub use children::{children_of, record_child, absolute_path, refuse_if_parent, relative_path};
+pub use children::{absolute_path, children_of, record_child, refuse_if_parent, relative_path};
 pub use extent::{Extent, Missing, PlanBuffer, Source};
+pub use file_stamp::FileStamp;
 pub use frozen::{Frozen, Layer};
-pub use merge_record::{Copied, ExistingRecord, MergedLayer, MergeRecord};
+pub use merge_record::{Copied, ExistingRecord, MergeRecord, MergedLayer};
 pub use open::{Chain, OpenMode};
 pub use parents::{MAX_DEPTH, Policy};
-pub use unfinished_merge::{ImageChange, mark_receiver, receiver_mark, refuse_change, unmark_receiver, warn_of_unfinished_merges};
 pub use resolve::Load;
-pub use file_stamp::FileStamp;
 pub use settle::settle_parents;
 pub use top::Top;
+pub use unfinished_merge::{
+    ImageChange, mark_receiver, receiver_mark, refuse_change, unmark_receiver, warn_of_unfinished_merges,
+};
 pub use version::Version;

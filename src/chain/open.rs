@@ -4,18 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
-use super::parent_time;
-use super::parents::{Policy, ParentSearch};
-use super::unfinished_merge::check_chain;
 use super::parent_lookup::ParentLookup;
+use super::parent_time;
+use super::parents::{ParentSearch, Policy};
 use super::top::Top;
+use super::unfinished_merge::check_chain;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
-use crate::image::{Image, Durability, Writable};
+use crate::image::{Durability, Image, Writable};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, File, Lock, FileSlot};
+use crate::storage::{Access, Env, File, FileSlot, Lock};
 use crate::units::SECTOR;
 
 /// What a chain is opened for, and so who else may have its files open meanwhile.

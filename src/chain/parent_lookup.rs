@@ -16,7 +16,7 @@ use super::parents::ParentSearch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::Image;
-use crate::storage::{File, Folder, Lock, FilePresence};
+use crate::storage::{File, FilePresence, Folder, Lock};
 
 /// What a search for a parent came to.
 pub(super) enum ParentLookup {
@@ -71,7 +71,9 @@ impl ParentSearch<'_> {
                 None => match self.env().file_presence(&whole) {
                     FilePresence::Absent => seen.absent.push((whole, "not there".to_owned())),
                     FilePresence::Present => return Ok(ParentLookup::Refused(not_allowed(at, &whole, None))),
-                    FilePresence::Unknown(why) => seen.record_failure(Ok(ParentLookup::Refused(not_allowed(at, &whole, Some(why))))),
+                    FilePresence::Unknown(why) => {
+                        seen.record_failure(Ok(ParentLookup::Refused(not_allowed(at, &whole, Some(why)))))
+                    }
                 },
             }
             if let Some(parent) = seen.matching.pop() {

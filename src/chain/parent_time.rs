@@ -2,7 +2,7 @@
 //!
 //! The child records the modification time of the parent's file in whole seconds; a fraction is cut off. The parent counts
 //! as changed if its time now, cut off in the same way, is larger. So a foreign program that writes within the recorded
-//! second is not noticed; writers of this crate move the time to a later second ([`KeptTime`](crate::image::KeptTime)).
+//! second is not noticed; writers of this crate move the time to a later second ([`SavedMtime`](crate::image::KeptTime)).
 //! A recorded 0 means "not recorded".
 
 use super::warning;

@@ -69,7 +69,16 @@ impl<'a> ParentSearch<'a> {
             known.push(hold(env.folder(folder)?)?);
         }
         let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, NameBudget::default());
-        Ok(ParentSearch { env, folders: known, allowed, budget, max_depth, visited: Vec::new(), table_bytes: 0, mode: how })
+        Ok(ParentSearch {
+            env,
+            folders: known,
+            allowed,
+            budget,
+            max_depth,
+            visited: Vec::new(),
+            table_bytes: 0,
+            mode: how,
+        })
     }
 
     /// Counts an image in.

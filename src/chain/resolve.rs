@@ -8,13 +8,13 @@
 //! That is the only loop. It may turn twice, for what lies beneath a block is asked for only when the block's own bits are
 //! known; and again where memory is short and others need it, too. It ends: what is supplied is held for who asked.
 
-use super::frozen_cache::CELL_SECTORS;
 use super::extent::{Missing, PlanBuffer};
 use super::frozen::CellRead;
+use super::frozen_cache::CELL_SECTORS;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
-use crate::image::{Pins, NeedsGrowth};
+use crate::image::{NeedsGrowth, Pins};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -86,7 +86,7 @@ impl Version {
     /// Where a write of `range` goes; blocks get places. Only on a disk with a top.
     ///
     /// # Errors
-    /// [`NoRoom`]: ask again when the file has grown.
+    /// [`NeedsGrowth`]: ask again when the file has grown.
     pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
         self.top().expect("only writable disks write").plan_write(range, plan)
@@ -120,7 +120,8 @@ impl Version {
                         continue;
                     };
                     let at = top.image.bitmap_sector_offset(granule);
-                    load.bitmap_sectors.push((granule, BitmapRead { slot: top.slot, at, evictions: times, bytes: None }));
+                    load.bitmap_sectors
+                        .push((granule, BitmapRead { slot: top.slot, at, evictions: times, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
             }

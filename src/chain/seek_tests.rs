@@ -1,12 +1,12 @@
-//! Tests of `seek.rs`: which file is the parent, and which of three messages tells that none is.
+//! Tests of `parent_lookup.rs`: which file is the parent, and which of three messages tells that none is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::super::testing::ChainFolder;
-use super::super::{Chain, Policy, OpenMode};
+use super::super::{Chain, OpenMode, Policy};
 use crate::error::{Error, ErrorKind};
-use crate::image::{self, Image, ImageKind, ParentLink, ImageSpec};
+use crate::image::{self, Image, ImageKind, ImageSpec, ParentLink};
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR};

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Chain, PlanBuffer, Policy, OpenMode, Version};
-use crate::image::{self, Commit, Growth, Image, Durability, ImageKind, ParentLink, ImageSpec};
+use super::{Chain, OpenMode, PlanBuffer, Policy, Version};
+use crate::image::{self, Commit, Durability, Growth, Image, ImageKind, ImageSpec, ParentLink};
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -21,7 +21,8 @@ impl ChainFolder {
 
     fn make(&self, name: &str, kind: ImageKind, block: u32, sectors: u64) {
         let block_size = BlockSize::from_bytes(block).unwrap();
-        image::create(&Host, &self.path(name), &ImageSpec { kind, size: sectors * SECTOR, block_size, reserve: 0 }).unwrap();
+        image::create(&Host, &self.path(name), &ImageSpec { kind, size: sectors * SECTOR, block_size, reserve: 0 })
+            .unwrap();
     }
 
     pub(super) fn fixed(&self, name: &str, sectors: u64) {

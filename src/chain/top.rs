@@ -37,7 +37,7 @@ impl Top {
     /// Where a write of `range` goes, giving places to blocks that have none.
     ///
     /// # Errors
-    /// [`NoRoom`] where the prepared tail is used up; asking again later is safe.
+    /// [`NeedsGrowth`] where the prepared tail is used up; asking again later is safe.
     pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
@@ -146,7 +146,12 @@ impl Top {
 
     /// Calls `f` for each run of equal bits in a range of one block that has a place; notes bitmaps to be loaded.
     #[inline]
-    fn for_each_run(&self, range: SectorRange, plan: &mut PlanBuffer, mut f: impl FnMut(&mut PlanBuffer, SectorRange, bool)) {
+    fn for_each_run(
+        &self,
+        range: SectorRange,
+        plan: &mut PlanBuffer,
+        mut f: impl FnMut(&mut PlanBuffer, SectorRange, bool),
+    ) {
         let bitmaps = self.image.bitmaps().expect("it has blocks");
         let mut rest = range;
         while !rest.is_empty() {
@@ -236,8 +241,10 @@ mod tests {
         assert!(plan.reserved);
         let (a, b) = (bat.place(0).unwrap(), bat.place(1).unwrap());
         assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
-        let at =
-            |place: u32, within: u64| Source::File { slot: FileSlot(0), offset: (u64::from(place) + 1 + within) * SECTOR };
+        let at = |place: u32, within: u64| Source::File {
+            slot: FileSlot(0),
+            offset: (u64::from(place) + 1 + within) * SECTOR,
+        };
         let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();
         assert_eq!((ranges(&plan), got), (vec![(4_090, 4_096), (4_096, 4_100)], vec![at(a, 4_090), at(b, 0)]));
         let again = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());

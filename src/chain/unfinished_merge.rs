@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::merge_record::{Copied, MergeRecord, percent_encode, percent_decode};
+use super::merge_record::{Copied, MergeRecord, percent_decode, percent_encode};
 use super::open::OpenMode;
 use super::warning;
 use crate::error::{Error, ErrorKind, Result};

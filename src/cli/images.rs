@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::Exit;
 use super::args::{
-    ToolArgs, CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs, InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs,
-    RootKind, SourceFormatArg, TargetFormatArg, Verb,
+    CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs,
+    InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs, RootKind, SourceFormatArg, TargetFormatArg, ToolArgs, Verb,
 };
 use super::print;
 use super::progress::ProgressDisplay;
@@ -75,7 +75,8 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
             };
             let made = ops::create::child(&Host, &args.path, &child, &policy(common)?)?;
             if !made.folders_not_allowed.is_empty() {
-                let options = made.folders_not_allowed.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
+                let options =
+                    made.folders_not_allowed.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
                 let (path, options) = (args.path.display(), options.collect::<String>());
                 log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
             }
@@ -93,7 +94,9 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
         }
     };
     if !common.quiet {
-        print_to_stdout(|out| writeln!(out, "created {}: {}", print::display_path(&args.path), print::escape_controls(&said)))?;
+        print_to_stdout(|out| {
+            writeln!(out, "created {}: {}", print::display_path(&args.path), print::escape_controls(&said))
+        })?;
     }
     Ok(Exit::Done)
 }
@@ -153,7 +156,10 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
 fn children(args: &ChildrenArgs, common: &CommonArgs) -> Result<Exit> {
     let found = ops::children::children(&Host, &args.path, &args.folders)?;
     if found.is_empty() && !args.json {
-        return print_outcome(common, &format!("{}: no image stands on it in the folders searched", args.path.display()));
+        return print_outcome(
+            common,
+            &format!("{}: no image stands on it in the folders searched", args.path.display()),
+        );
     }
     print_to_stdout(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
     Ok(Exit::Done)
@@ -194,7 +200,9 @@ fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<Sourc
     let format = SourceFormat::from(from);
     let disk = SourceDisk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
         // Not an error of a parent: there a hint would mislead.
-        ErrorKind::Invalid if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") => {
+        ErrorKind::Invalid
+            if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") =>
+        {
             Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
         }
         _ => e,
@@ -364,7 +372,10 @@ fn rebase(args: &RebaseArgs, common: &CommonArgs) -> Result<Exit> {
     drop(work);
     let (child, parent) = (args.child.display(), args.parent.display());
     if args.r#unsafe && done.same_parent {
-        return print_outcome(common, &format!("{child} stands on {parent} as before: the time of that file is recorded again"));
+        return print_outcome(
+            common,
+            &format!("{child} stands on {parent} as before: the time of that file is recorded again"),
+        );
     }
     print_outcome(common, &format!("{child} stands on {parent}: {} copied", human_size(done.copied)))
 }

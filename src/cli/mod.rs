@@ -90,7 +90,12 @@ fn log_to_stderr(level: &args::LogLevel) {
     env_logger::Builder::new()
         .filter_level(level.filter())
         .format(|to, record| {
-            writeln!(to, "{}: {}", record.level().as_str().to_lowercase(), print::escape_controls(&record.args().to_string()))
+            writeln!(
+                to,
+                "{}: {}",
+                record.level().as_str().to_lowercase(),
+                print::escape_controls(&record.args().to_string())
+            )
         })
         .init();
 }

@@ -120,7 +120,12 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
             writeln!(out, "repaired: {}", defect_line(defect, Some(&repaired.path)))?;
         }
         if let Some(undo) = &repaired.undo {
-            writeln!(out, "{}: what was replaced is kept in {}", escape_controls(&repaired.path), escape_controls(undo))?;
+            writeln!(
+                out,
+                "{}: what was replaced is kept in {}",
+                escape_controls(&repaired.path),
+                escape_controls(undo)
+            )?;
         }
     }
     for defect in &report.defects {
@@ -152,7 +157,11 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
         return Ok(());
     }
     let (corruptions, leaks, other) = (report.corruptions, report.leaks, report.cosmetic);
-    writeln!(out, "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}", escape_controls(&report.path))
+    writeln!(
+        out,
+        "{}{files}: corruptions {corruptions}, leaks {leaks}, cosmetic {other}",
+        escape_controls(&report.path)
+    )
 }
 
 fn defect_line(found: &check::FoundDefect, path: Option<&str>) -> String {

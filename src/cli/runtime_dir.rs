@@ -55,7 +55,11 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
         match opened {
             Ok(runtime) if chosen.is_some() => passed.push(runtime),
             Ok(runtime) if free_bytes(folder) < bytes => {
-                reasons.push(format!("{}: {bytes} bytes are needed and {} are free", folder.display(), free_bytes(folder)));
+                reasons.push(format!(
+                    "{}: {bytes} bytes are needed and {} are free",
+                    folder.display(),
+                    free_bytes(folder)
+                ));
                 // A predecessor may have used it.
                 passed.push(runtime);
             }
@@ -124,11 +128,17 @@ mod tests {
         assert!(!path("b").exists(), "what is not needed is not made");
         std::fs::create_dir(path("b")).unwrap();
         assert_eq!(paths(&choose_folder(&all, 1)), [path("a"), path("b")], "a predecessor may have used it");
-        assert_eq!(paths(&choose_folder(&all, u64::MAX - 1)), [path("a"), path("b")], "journals that exist need no room");
+        assert_eq!(
+            paths(&choose_folder(&all, u64::MAX - 1)),
+            [path("a"), path("b")],
+            "journals that exist need no room"
+        );
         assert!(choose_folder(&all[..1], 1).is_empty());
         assert!(prepare(Some(&path("file")), 1).is_err());
         assert_eq!(paths(&prepare(Some(&path("c")), u64::MAX).unwrap()), [path("c")]);
-        assert!(existing_folders(Some(&path("none"))).unwrap().is_empty() && existing_folders(Some(&path("file"))).is_err());
+        assert!(
+            existing_folders(Some(&path("none"))).unwrap().is_empty() && existing_folders(Some(&path("file"))).is_err()
+        );
     }
 
     #[test]

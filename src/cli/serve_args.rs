@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use super::disk_args::{AllocationArg, CacheMode, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode};
+use super::disk_args::{
+    AllocationArg, CacheMode, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode,
+};
 use super::system_config::SystemConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;

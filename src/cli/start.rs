@@ -16,7 +16,7 @@ use super::runtime_dir;
 use super::serve_args::{DaemonArgs, OnEnospc};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{JOURNAL_BYTES, Durability, remove_stale_journals};
+use crate::image::{Durability, JOURNAL_BYTES, remove_stale_journals};
 use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
@@ -78,7 +78,9 @@ pub(super) fn start_all(
         let service = serve_options(args, disk);
         let options = disk_options(args, disk, &keep);
         let open = || Disk::open(host.clone(), &options);
-        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &service.name, stop, open)? else { return Ok(None) };
+        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &service.name, stop, open)? else {
+            return Ok(None);
+        };
         let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
         check_fd_limit(disks, depths.chain(std::iter::repeat(1)))?;
         let bind = || match (handed_over.take(), &disk.socket) {
@@ -86,7 +88,9 @@ pub(super) fn start_all(
             (None, Some(path)) => Socket::bind(path, access),
             (None, None) => unreachable!("refused above"),
         };
-        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &service.name, stop, bind)? else { return Ok(None) };
+        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &service.name, stop, bind)? else {
+            return Ok(None);
+        };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
         let daemon = DiskServer::new(opened.clone(), &service, socket)?;
         info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));

@@ -37,7 +37,11 @@ impl SystemConfig {
     /// * `Invalid`: it does not parse, has an unknown key, or names a folder by a relative path.
     /// * `Io`.
     pub(super) fn load(skip: bool) -> Result<SystemConfig> {
-        if skip { Ok(SystemConfig::default()) } else { read(Path::new(CONFIG_PATH)).map_err(|e| e.at_path(CONFIG_PATH)) }
+        if skip {
+            Ok(SystemConfig::default())
+        } else {
+            read(Path::new(CONFIG_PATH)).map_err(|e| e.at_path(CONFIG_PATH))
+        }
     }
 }
 

@@ -207,7 +207,11 @@ mod tests {
 
     #[test]
     fn only_the_cache_can_be_written() {
-        assert!(!parse_writeback(32, &[0]).unwrap() && parse_writeback(32, &[1]).unwrap() && parse_writeback(0x120, &[1]).unwrap());
+        assert!(
+            !parse_writeback(32, &[0]).unwrap()
+                && parse_writeback(32, &[1]).unwrap()
+                && parse_writeback(0x120, &[1]).unwrap()
+        );
         for (offset, bytes) in
             [(32, &[2][..]), (32, &[]), (32, &[1, 0]), (31, &[1]), (33, &[1]), (0, &[0]), (u32::MAX, &[1])]
         {

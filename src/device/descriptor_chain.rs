@@ -58,12 +58,12 @@ impl DescriptorChain {
         &self.writable
     }
 
-    /// Bytes of [`Chain::readable`].
+    /// Bytes of [`DescriptorChain::readable`].
     pub fn readable_len(&self) -> u64 {
         self.readable_len
     }
 
-    /// Bytes of [`Chain::writable`].
+    /// Bytes of [`DescriptorChain::writable`].
     pub fn writable_len(&self) -> u64 {
         self.writable_len
     }
@@ -156,7 +156,7 @@ pub fn clip_buffers(pieces: &[DescriptorBuffer], skip: u64, len: u64) -> impl It
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{DATA, TestDriver, END, INDIRECT, INDIRECT_FLAG, NEXT, SEAM, TABLE, WRITE};
+    use super::super::testing::{DATA, END, INDIRECT, INDIRECT_FLAG, NEXT, SEAM, TABLE, TestDriver, WRITE};
     use super::*;
 
     fn piece(addr: u64, len: u32) -> DescriptorBuffer {

@@ -1,7 +1,7 @@
-//! Tests of `exchange.rs`.
+//! Tests of `virtqueue.rs`.
 
-use super::super::testing::{AVAIL, DATA, TestDriver, END, INDIRECT_FLAG, NEXT, SEAM, STATUS, TABLE, WRITE};
 use super::super::spec::{ID_LEN, kind};
+use super::super::testing::{AVAIL, DATA, END, INDIRECT_FLAG, NEXT, SEAM, STATUS, TABLE, TestDriver, WRITE};
 use super::*;
 use crate::units::SectorRange;
 
@@ -150,7 +150,9 @@ fn a_head_may_come_again_once_it_was_given_back() {
 
 #[test]
 fn a_jump_and_a_bad_head_break_the_ring() {
-    for (idx, head, rule) in [(65, 0, RingError::AvailIndexJump), (1, 64, RingError::BadHead), (u16::MAX, 0, RingError::AvailIndexJump)] {
+    for (idx, head, rule) in
+        [(65, 0, RingError::AvailIndexJump), (1, 64, RingError::BadHead), (u16::MAX, 0, RingError::AvailIndexJump)]
+    {
         let mut b = TestVirtqueue::new(64);
         b.works(1);
         b.d.put_word(AVAIL + 4 + 2, head);
@@ -169,7 +171,11 @@ fn a_turn_is_bounded() {
         b.ask(0, kind::GET_ID, 0);
     }
     for taken in [16, 12, 6] {
-        assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, taken), "half of what there is, and not too many");
+        assert_eq!(
+            (b.take(), b.used().len()),
+            (PopResult::BatchFull, taken),
+            "half of what there is, and not too many"
+        );
     }
     assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, 4), "and not too few");
     assert_eq!((b.take(), b.used().len()), (PopResult::Empty, 3));

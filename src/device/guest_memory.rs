@@ -1,7 +1,7 @@
 //! The guest's memory, seen from one queue: guest addresses become slices of our own mappings, checked.
 //!
-//! A [`View`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
-//! one, and hands its own count of the memory to every [`Slices`], so that queues do not fight over one counter.
+//! A [`GuestView`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
+//! one, and hands its own count of the memory to every [`GuestIovecs`], so that queues do not fight over one counter.
 //! The guest may change any byte at any moment: what is used was copied or loaded once, and no reference to plain bytes is made.
 #![allow(unsafe_code)]
 

@@ -8,9 +8,9 @@
 //!   16 + 16 * head:  inflight u8 | padding | 6 next u16 | 8 counter u64
 //! ```
 //!
-//! # Order, and why a kill at any point loses and doubles nothing
+//! # Order, and why a kill at any failpoint loses and doubles nothing
 //!
-//! A killed thread has done its stores up to some point, in the order of the program; so only the compiler must be
+//! A killed thread has done its stores up to some failpoint, in the order of the program; so only the compiler must be
 //! kept from moving them, and so each store here, and that of `used.idx`, is a release store.
 //!
 //! | a kill after this store | what the next daemon finds, and does |
@@ -22,13 +22,13 @@
 //! | `used.idx`, some `inflight = 0` | the driver has the batch, and may have reused its heads. `used_idx` lags by the batch's size: so many heads of the list lose their marks, and are not carried out again |
 //! | `used_idx` | nothing is left to do |
 //!
-//! Every chain taken is marked, in the order of the avail ring, and chains that need no disk too. So at any point the
+//! Every chain taken is marked, in the order of the avail ring, and chains that need no disk too. So at any failpoint the
 //! chains taken are those the used ring counts and those in flight, and the next one is that many after the start:
 //! what the front-end says (QEMU: the used index, cloud-hypervisor: the avail index) does not matter.
 //!
 //! A request may be carried out twice, never after it was answered. That is harmless: data goes to its final place.
 //!
-//! What stands in the region is read once, by [`Record::resume`], and may be anything: it decides which descriptors of
+//! What stands in the region is read once, by [`InFlightRecord::resume`], and may be anything: it decides which descriptors of
 //! the front-end's own guest are looked at, and in which order, and nothing more.
 
 use std::sync::Arc;

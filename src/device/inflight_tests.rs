@@ -2,13 +2,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::super::testing::{
-    DATA, TestDriver, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, WRITE, kill_after, stores_left,
-};
-use super::super::virtqueue::{Virtqueue, PopResult, MAX_BATCH, MAX_BATCH_BYTES};
 use super::super::parse::RequestRules;
-use super::super::split_ring::SplitRing;
 use super::super::spec::{ID_LEN, kind};
+use super::super::split_ring::SplitRing;
+use super::super::testing::{
+    DATA, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, TestDriver, WRITE, kill_after, stores_left,
+};
+use super::super::virtqueue::{MAX_BATCH, MAX_BATCH_BYTES, PopResult, Virtqueue};
 use super::*;
 use crate::disk::{Answer, Outcome, Request, Work};
 

@@ -16,20 +16,20 @@
 //!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
 //! ```
 
-pub mod descriptor_chain;
 pub mod config;
+pub mod descriptor_chain;
+pub mod guest_memory;
+pub mod inflight;
+mod interrupt;
+pub mod parse;
+pub mod queue;
+#[cfg(test)]
+mod queue_tests;
+pub mod spec;
+pub mod split_ring;
 #[cfg(test)]
 mod testing;
 pub mod virtqueue;
-pub mod guest_memory;
-pub mod inflight;
-pub mod parse;
-pub mod queue;
-pub mod split_ring;
-mod interrupt;
-pub mod spec;
-#[cfg(test)]
-mod queue_tests;
 
 pub use config::Device;
 pub use guest_memory::SharedMemory;

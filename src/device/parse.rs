@@ -2,10 +2,10 @@
 //!
 //! Everything is checked here, before any effect; what goes to the disk is in range, in size and in the guest's memory.
 
-use super::descriptor_chain::{DescriptorChain, clip_buffers};
 use super::config::{MAX_ZEROED_SECTORS, ZEROING_LIMITS};
+use super::descriptor_chain::{DescriptorChain, clip_buffers};
 use super::guest_memory::GuestView;
-use super::spec::{HEADER_LEN, RequestHeader, ID_LEN, SEGMENT_LEN, SEGMENT_UNMAP, Segment, Status, feature, kind};
+use super::spec::{HEADER_LEN, ID_LEN, RequestHeader, SEGMENT_LEN, SEGMENT_UNMAP, Segment, Status, feature, kind};
 use crate::disk::{Work, ZeroRange};
 use crate::storage::GuestIovecs;
 use crate::units::{SECTOR, SectorRange};
@@ -14,7 +14,7 @@ use crate::units::{SECTOR, SectorRange};
 pub const MAX_BYTES: u64 = 32 << 20;
 /// Most ranges of a DISCARD or WRITE_ZEROES.
 const MAX_SEGMENTS: usize = ZEROING_LIMITS.segments as usize;
-/// Runs for which a new [`Slices`] has room before it must grow.
+/// Runs for which a new [`GuestIovecs`] has room before it must grow.
 const IOVEC_CAPACITY: usize = 16;
 
 /// What requests are checked against. The capacity may change between turns.
@@ -63,11 +63,16 @@ enum EarlyEnd {
     Done(u32),
 }
 
-use EarlyEnd::{Failed, Done};
+use EarlyEnd::{Done, Failed};
 
 /// Judges a chain. Memory for data comes from `spare` where there is some.
 #[inline]
-pub fn parse(chain: &DescriptorChain, view: &GuestView, rules: &RequestRules<'_>, spare: &mut Vec<GuestIovecs>) -> ParsedChain {
+pub fn parse(
+    chain: &DescriptorChain,
+    view: &GuestView,
+    rules: &RequestRules<'_>,
+    spare: &mut Vec<GuestIovecs>,
+) -> ParsedChain {
     // V8: the status is the last writable byte, wherever it lies.
     let last = chain.writable().iter().rev().find(|p| p.len > 0);
     let Some(status_at) = last.and_then(|p| p.addr.checked_add(u64::from(p.len) - 1)) else {
@@ -84,7 +89,12 @@ pub fn parse(chain: &DescriptorChain, view: &GuestView, rules: &RequestRules<'_>
 }
 
 /// The work and the bytes it will write for the guest.
-fn parse_request(chain: &DescriptorChain, view: &GuestView, rules: &RequestRules<'_>, spare: &mut Vec<GuestIovecs>) -> Result<(Work, u32), EarlyEnd> {
+fn parse_request(
+    chain: &DescriptorChain,
+    view: &GuestView,
+    rules: &RequestRules<'_>,
+    spare: &mut Vec<GuestIovecs>,
+) -> Result<(Work, u32), EarlyEnd> {
     // V7: the header is the first 16 readable bytes, over however many descriptors.
     let mut raw = [0; HEADER_LEN];
     read_bytes(chain, view, 0, &mut raw)?;
@@ -195,7 +205,11 @@ fn read_bytes(chain: &DescriptorChain, view: &GuestView, skip: u64, into: &mut [
 
 /// The guest's memory of a read or write (V6).
 #[inline]
-fn data_iovecs(view: &GuestView, pieces: impl Iterator<Item = (u64, u32)>, spare: &mut Vec<GuestIovecs>) -> Result<GuestIovecs, EarlyEnd> {
+fn data_iovecs(
+    view: &GuestView,
+    pieces: impl Iterator<Item = (u64, u32)>,
+    spare: &mut Vec<GuestIovecs>,
+) -> Result<GuestIovecs, EarlyEnd> {
     let mut slices = spare.pop().unwrap_or_else(|| GuestIovecs::with_capacity(IOVEC_CAPACITY));
     if view.gather(pieces, &mut slices) {
         Ok(slices)

@@ -1,6 +1,6 @@
 //! Tests of `parse.rs`.
 
-use super::super::testing::{DATA, TestDriver, END, SEAM, STATUS, WRITE};
+use super::super::testing::{DATA, END, SEAM, STATUS, TestDriver, WRITE};
 use super::*;
 
 const CAPACITY: u64 = 1 << 20;
@@ -41,7 +41,8 @@ const OK: Option<(Status, u32)> = Some((Status::Ok, 1));
 fn reads_and_writes() {
     let d = TestDriver::new(64);
     let data = [(DATA, 512, WRITE), (SEAM - 512, 1024, WRITE)];
-    let ParsedChain::Submit { work: Work::Read { range, into }, status_at, written } = ask(&d, &rules(), kind::IN, 7, &data)
+    let ParsedChain::Submit { work: Work::Read { range, into }, status_at, written } =
+        ask(&d, &rules(), kind::IN, 7, &data)
     else {
         panic!("a read")
     };
@@ -98,7 +99,8 @@ fn the_status_is_the_last_writable_byte_wherever_it_lies() {
     let header = (d.header(0, kind::IN, 0), 16, 0);
     // At the end of the data's descriptor, over a seam, with empty ones behind it.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
-    let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces) else {
+    let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
+    else {
         panic!("a read")
     };
     assert_eq!((into.len(), status_at, written), (512, SEAM, 513));
@@ -147,7 +149,10 @@ fn what_does_not_fit_the_direction_is_ignored() {
     let d = TestDriver::new(64);
     let header = d.header(0, kind::IN, 1);
     let extra = [(header, 16, 0), (END, 100, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
-    assert!(matches!(judge_by(&d, &rules(), &extra), ParsedChain::Submit { work: Work::Read { .. }, written: 513, .. }));
+    assert!(matches!(
+        judge_by(&d, &rules(), &extra),
+        ParsedChain::Submit { work: Work::Read { .. }, written: 513, .. }
+    ));
     let header = d.header(0, kind::OUT, 1);
     let extra = [(header, 16, 0), (DATA, 512, 0), (END, 100, WRITE), (STATUS, 1, WRITE)];
     assert!(matches!(judge_by(&d, &rules(), &extra), ParsedChain::Submit { work: Work::Write { .. }, written: 1, .. }));
@@ -224,7 +229,8 @@ fn ranges_are_all_checked_first() {
     };
     let got: Vec<_> = ranges.iter().map(|z| (z.range.start(), z.range.count(), z.unmap)).collect();
     assert_eq!(got, [(0, 8, true), (9, 1, false)]);
-    let ParsedChain::Submit { work: Work::Discard { ranges }, .. } = go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
+    let ParsedChain::Submit { work: Work::Discard { ranges }, .. } =
+        go(kind::DISCARD, &[(CAPACITY - 8, 8, 0), (1, 2, 0)], 0)
     else {
         panic!("a discard")
     };

@@ -1,7 +1,7 @@
 //! One virtqueue in service: a ring on one side, a lane of the disk on the other, and turns between them.
 //!
 //! ```text
-//!   serve:  poll ─ complete ─ (signal) ─ take up to 16 ─ submit ─ poll ─ complete ─ (signal: `signal.rs`)
+//!   serve:  poll ─ complete ─ (signal) ─ take up to 16 ─ submit ─ poll ─ complete ─ (signal: `interrupt.rs`)
 //! ```
 //!
 //! A turn makes one submit (two where a copy fails, or the host is told to write early) and no other system call but a signal
@@ -17,13 +17,13 @@ use std::time::Instant;
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 
-use super::virtqueue::{Virtqueue, PopResult};
 use super::guest_memory::GuestView;
 use super::inflight::InFlightRecord;
-use super::parse::RequestRules;
-use super::split_ring::{RingError, RingLayout, SplitRing};
 use super::interrupt::InterruptCoalescing;
+use super::parse::RequestRules;
 use super::spec::{MAX_QUEUE_SIZE, feature};
+use super::split_ring::{RingError, RingLayout, SplitRing};
+use super::virtqueue::{PopResult, Virtqueue};
 use super::{Device, SharedMemory, Vring};
 use crate::disk::{Answer, Lane};
 use crate::error::Result;
@@ -34,7 +34,7 @@ const UNTIMED_REQUESTS: u32 = 3;
 /// What is to be done after a turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ServeResult {
-    /// Nothing: wait for a kick (see [`Queue::rest`]) or a wake fd.
+    /// Nothing: wait for a kick (see [`Queue::enable_kicks`]) or a wake fd.
     Idle,
     /// There is work left: come again (V17).
     More,
@@ -83,7 +83,8 @@ impl Queue {
         let (layout, next_avail) = {
             let state = vring.get_ref();
             let q = state.get_queue();
-            let layout = RingLayout { size: q.size(), table: q.desc_table(), avail: q.avail_ring(), used: q.used_ring() };
+            let layout =
+                RingLayout { size: q.size(), table: q.desc_table(), avail: q.avail_ring(), used: q.used_ring() };
             (layout, q.next_avail())
         };
         let view = GuestView::new(memory);
@@ -91,7 +92,11 @@ impl Queue {
         let ring = SplitRing::new(&view, layout, MAX_QUEUE_SIZE, event_idx, next_avail)?;
         let exchange = Virtqueue::new(view, ring, record)?;
         if exchange.chains_to_resubmit() > 0 {
-            log::info!("queue {}: {} requests that were in flight are carried out again", self.index, exchange.chains_to_resubmit());
+            log::info!(
+                "queue {}: {} requests that were in flight are carried out again",
+                self.index,
+                exchange.chains_to_resubmit()
+            );
         }
         self.virtqueue = Some(exchange);
         self.interrupt_failure_logged = false;
@@ -205,7 +210,9 @@ impl Queue {
         self.lane.drain(&mut self.answers)?;
         self.complete_answers();
         // The index we give counts what a predecessor left as taken, so that has to be carried out, too.
-        while let Some(exchange) = self.virtqueue.as_mut().filter(|x| x.chains_to_resubmit() > 0 && x.broken().is_none()) {
+        while let Some(exchange) =
+            self.virtqueue.as_mut().filter(|x| x.chains_to_resubmit() > 0 && x.broken().is_none())
+        {
             let lane = &mut self.lane;
             exchange.pop_resubmitted(&request_rules(&self.device), lane.push_capacity(), |request| {
                 lane.push(request);
@@ -289,5 +296,10 @@ impl Queue {
 
 fn request_rules(device: &Device) -> RequestRules<'_> {
     let disk = device.disk();
-    RequestRules { capacity: disk.capacity(), read_only: disk.is_read_only(), features: device.acked(), serial: disk.serial() }
+    RequestRules {
+        capacity: disk.capacity(),
+        read_only: disk.is_read_only(),
+        features: device.acked(),
+        serial: disk.serial(),
+    }
 }

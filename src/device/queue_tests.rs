@@ -6,8 +6,8 @@ use vhost_user_backend::VringT;
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
-use super::testing::*;
 use super::spec::{feature, kind};
+use super::testing::*;
 use super::*;
 use crate::disk::{Disk, DiskOptions};
 use crate::image::{ImageKind, ImageSpec, create};

@@ -61,7 +61,7 @@ pub struct SplitRing {
     published: Wrapping<u16>,
     /// `published` when a signal was last decided.
     interrupt_decided: Wrapping<u16>,
-    /// The next decision is yes: see [`Ring::new`].
+    /// The next decision is yes: see [`SplitRing::new`].
     force_interrupt: bool,
     /// Whether kicks are asked for, without event_idx.
     kicks_enabled: bool,
@@ -75,7 +75,13 @@ impl SplitRing {
     ///
     /// # Errors
     /// `Invalid` where the ring breaks V1.
-    pub fn new(view: &GuestView, layout: RingLayout, max_size: u16, event_idx: bool, next_avail: u16) -> Result<SplitRing> {
+    pub fn new(
+        view: &GuestView,
+        layout: RingLayout,
+        max_size: u16,
+        event_idx: bool,
+        next_avail: u16,
+    ) -> Result<SplitRing> {
         let size = layout.size;
         let invalid = |what: String| Error::new(ErrorKind::Invalid, what);
         if !size.is_power_of_two() || size > max_size {
@@ -131,17 +137,17 @@ impl SplitRing {
     /// Chains that can be taken now (V2).
     ///
     /// # Errors
-    /// [`Broken::Jump`].
+    /// [`RingError::AvailIndexJump`].
     pub fn available(&self) -> Result<u16, RingError> {
         // Acquire: what the driver wrote before it raised idx is seen by the reads that follow.
         let there = (Wrapping(self.avail.load(IDX, Ordering::Acquire)) - self.next_avail).0;
         if there > self.size { Err(RingError::AvailIndexJump) } else { Ok(there) }
     }
 
-    /// The next chain's head (V3), one of those [`Ring::available`]; it stays until [`Ring::advance`].
+    /// The next chain's head (V3), one of those [`SplitRing::available`]; it stays until [`SplitRing::advance`].
     ///
     /// # Errors
-    /// [`Broken::Head`].
+    /// [`RingError::BadHead`].
     pub fn head(&self) -> Result<u16, RingError> {
         let head = self.avail_entry(0);
         if head < self.size { Ok(head) } else { Err(RingError::BadHead) }
@@ -182,7 +188,7 @@ impl SplitRing {
         self.next_avail += 1;
     }
 
-    /// Gives a chain back with `written` bytes in it. The driver sees it after [`Ring::publish`].
+    /// Gives a chain back with `written` bytes in it. The driver sees it after [`SplitRing::publish`].
     pub fn put_used(&mut self, head: u16, written: u32) {
         let at = ELEMENTS + usize::from(self.next_used.0 & (self.size - 1)) * USED_ELEMENT;
         let [id, len] = used_element(head, written);
@@ -225,7 +231,7 @@ impl SplitRing {
         self.avail.load(IDX, Ordering::Relaxed) != self.next_avail.0
     }
 
-    /// Asks for no kicks, as well as that can be said: with event_idx there are none until [`Ring::want_kicks`].
+    /// Asks for no kicks, as well as that can be said: with event_idx there are none until [`SplitRing::enable_kicks`].
     pub fn disable_kicks(&mut self) {
         if !self.event_idx && self.kicks_enabled {
             self.used.store(FLAGS, USED_NO_NOTIFY, Ordering::Relaxed);
@@ -244,7 +250,7 @@ const _: () = assert!(spec::MAX_QUEUE_SIZE as usize * desc::LEN < 1 << 20);
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{AVAIL, TestDriver, SEAM, TABLE, USED};
+    use super::super::testing::{AVAIL, SEAM, TABLE, TestDriver, USED};
     use super::*;
 
     const USED_EVENT: u64 = AVAIL + 4 + 2 * 8;
@@ -296,9 +302,13 @@ mod tests {
             while ring.next_avail() != next {
                 ring.advance();
             }
-            for (there, want) in
-                [(0, Ok(0)), (1, Ok(1)), (8, Ok(8)), (9, Err(RingError::AvailIndexJump)), (u16::MAX, Err(RingError::AvailIndexJump))]
-            {
+            for (there, want) in [
+                (0, Ok(0)),
+                (1, Ok(1)),
+                (8, Ok(8)),
+                (9, Err(RingError::AvailIndexJump)),
+                (u16::MAX, Err(RingError::AvailIndexJump)),
+            ] {
                 d.put_word(AVAIL + 2, next.wrapping_add(there));
                 assert_eq!(ring.available(), want, "{there} after {next}");
             }
@@ -309,7 +319,8 @@ mod tests {
     fn heads_are_descriptors() {
         let d = TestDriver::new(8);
         let ring = d.ring(false);
-        for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(RingError::BadHead)), (u16::MAX, Err(RingError::BadHead))] {
+        for (head, want) in [(0, Ok(0)), (7, Ok(7)), (8, Err(RingError::BadHead)), (u16::MAX, Err(RingError::BadHead))]
+        {
             d.put_word(AVAIL + 4, head);
             assert_eq!(ring.head(), want);
         }

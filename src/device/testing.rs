@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::descriptor_chain::{DescriptorChain, ChainDefect};
+use super::descriptor_chain::{ChainDefect, DescriptorChain};
 use super::guest_memory::GuestView;
 use super::split_ring::{RingLayout, SplitRing};
 use super::{MemoryRegions, SharedMemory};

@@ -8,9 +8,9 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use super::descriptor_chain::DescriptorChain;
 use super::guest_memory::GuestView;
 use super::inflight::InFlightRecord;
-use super::parse::{MAX_BYTES, RequestRules, ParsedChain, parse};
-use super::split_ring::{RingError, SplitRing};
+use super::parse::{MAX_BYTES, ParsedChain, RequestRules, parse};
 use super::spec::Status;
+use super::split_ring::{RingError, SplitRing};
 use crate::disk::{Answer, Outcome, Request, Work};
 use crate::error::{Error, ErrorKind};
 use crate::storage::{GuestIovecs, sigbus};
@@ -71,8 +71,12 @@ impl Virtqueue {
     /// what a predecessor took and did not give back.
     ///
     /// # Errors
-    /// As [`Record::resume`].
-    pub fn new(view: GuestView, mut ring: SplitRing, mut record: Option<InFlightRecord>) -> crate::error::Result<Virtqueue> {
+    /// As [`InFlightRecord::resume`].
+    pub fn new(
+        view: GuestView,
+        mut ring: SplitRing,
+        mut record: Option<InFlightRecord>,
+    ) -> crate::error::Result<Virtqueue> {
         let mut owed = VecDeque::new();
         if let Some(record) = &mut record {
             // An index of zeros of ours would wipe marks of requests that are in flight.
@@ -86,7 +90,18 @@ impl Virtqueue {
         let heads = vec![InFlightChain::default(); usize::from(ring.size())];
         let (chain, spare) = (DescriptorChain::default(), Vec::new());
         // Losses are not counted from here: a page may have been lost already.
-        Ok(Virtqueue { view, ring, heads, bytes_in_flight: 0, chain, iovec_pool: spare, broken: None, record, to_resubmit: owed, losses_seen: 0 })
+        Ok(Virtqueue {
+            view,
+            ring,
+            heads,
+            bytes_in_flight: 0,
+            chain,
+            iovec_pool: spare,
+            broken: None,
+            record,
+            to_resubmit: owed,
+            losses_seen: 0,
+        })
     }
 
     /// Whether a page of the guest's memory, or of the record, could not be had. While no page of any mapping is lost, this
@@ -152,9 +167,14 @@ impl Virtqueue {
         self.ring.available().unwrap_or(0)
     }
 
-    /// Takes chains, at most [`TURN`], while there is room for requests; `push` takes one and says how many more there
+    /// Takes chains, at most [`MAX_BATCH`], while there is room for requests; `push` takes one and says how many more there
     /// is room for. What needs no disk is answered at once.
-    pub fn pop_chains(&mut self, rules: &RequestRules<'_>, room: usize, push: impl FnMut(Request) -> usize) -> PopResult {
+    pub fn pop_chains(
+        &mut self,
+        rules: &RequestRules<'_>,
+        room: usize,
+        push: impl FnMut(Request) -> usize,
+    ) -> PopResult {
         if self.broken.is_some() {
             return PopResult::Broken;
         }
@@ -167,8 +187,13 @@ impl Virtqueue {
         })
     }
 
-    /// Begins what a predecessor left, at most [`TURN`] chains or [`TURN_BYTES`], as [`Exchange::take`] does with new ones.
-    pub fn pop_resubmitted(&mut self, rules: &RequestRules<'_>, mut room: usize, mut push: impl FnMut(Request) -> usize) -> PopResult {
+    /// Begins what a predecessor left, at most [`MAX_BATCH`] chains or [`MAX_BATCH_BYTES`], as [`Virtqueue::pop_chains`] does with new ones.
+    pub fn pop_resubmitted(
+        &mut self,
+        rules: &RequestRules<'_>,
+        mut room: usize,
+        mut push: impl FnMut(Request) -> usize,
+    ) -> PopResult {
         let enough = self.bytes_in_flight + MAX_BATCH_BYTES;
         for _ in 0..MAX_BATCH {
             let Some(&head) = self.to_resubmit.front() else { return PopResult::Empty };
@@ -228,7 +253,7 @@ impl Virtqueue {
     /// Takes a chain, unless the bytes in flight are at their limit, and begins what it asks for.
     ///
     /// # Errors
-    /// `Lost`: nothing may follow from a request that is made of zeros of ours.
+    /// `LostRange`: nothing may follow from a request that is made of zeros of ours.
     fn start_chain(
         &mut self,
         head: u16,
@@ -294,7 +319,7 @@ impl Virtqueue {
         }
     }
 
-    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Exchange::publish`].
+    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Virtqueue::publish`].
     pub fn complete(&mut self, answer: Answer) {
         let head = u16::try_from(answer.tag).expect("a tag is a head");
         let slot = std::mem::take(&mut self.heads[usize::from(head)]);

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
 use crate::chain::Source;
-use crate::storage::{CachedRange, MAX_COPY, GuestIovecs};
+use crate::storage::{CachedRange, GuestIovecs, MAX_COPY};
 use crate::units::SectorRange;
 
 /// What is asked for, or planned, and not made yet.
@@ -53,7 +53,12 @@ impl Lane {
     /// Takes a read that may be a copy, to be planned with the others of a turn; gives the memory of any other back. There is
     /// `room`.
     #[inline]
-    pub(super) fn queue_cached_read(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
+    pub(super) fn queue_cached_read(
+        &mut self,
+        tag: u64,
+        range: SectorRange,
+        into: GuestIovecs,
+    ) -> Result<(), GuestIovecs> {
         if range.bytes() > MAX_COPY as u64 {
             return Err(into);
         }
@@ -111,7 +116,8 @@ impl Lane {
             return false;
         }
         let mut left = false;
-        let (mut reads, mut parts) = (std::mem::take(&mut self.cached_reads.planned), std::mem::take(&mut self.cached_reads.parts));
+        let (mut reads, mut parts) =
+            (std::mem::take(&mut self.cached_reads.planned), std::mem::take(&mut self.cached_reads.parts));
         let found = || parts.iter().filter_map(|part| part.cached.as_ref());
         found().for_each(CachedRange::prefetch_pages);
         reads.iter().for_each(|(read, _)| read.into.prefetch_pages());

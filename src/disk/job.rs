@@ -91,7 +91,9 @@ impl Lane {
         let result = step.map(|_| ());
         match over.job {
             // Nothing of it was acknowledged, and all of it is dirty again.
-            Job::Commit(_) if self.disk.parks_when_full() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) => {
+            Job::Commit(_)
+                if self.disk.parks_when_full() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) =>
+            {
                 self.stall_commit();
             }
             Job::Commit(commit) => {

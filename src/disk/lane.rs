@@ -1,31 +1,31 @@
 //! A queue's engine: takes requests, drives each through its stages, answers. Belongs to one thread, never waits.
 //!
 //! On the way of a read of known sectors there is no lock and no allocation (tasks, slices and plans are used again). What the
-//! host has in memory is copied (`copies.rs`); for all else there is one system call, the `submit` of everything pushed.
+//! host has in memory is copied (`dense.rs`); for all else there is one system call, the `submit` of everything pushed.
 //!
 //! What was tried to make a queue faster, with the figures of `benches/serve` (medians, guest and server on a processor each of
 //! two, page cache, November 2026, 4 KiB):
 //!
-//! - *Turns* (`device/exchange.rs`): all 32 reads of a queue in one: 150,000 a second, as the guest sees nothing before the last
+//! - *Turns* (`device/virtqueue.rs`): all 32 reads of a queue in one: 150,000 a second, as the guest sees nothing before the last
 //!   is done; 4 to 16: 275,000 to 348,000; half of what there is: 340,000 at any depth. Kept. (Since reads are copies, turns of
 //!   8 at most, or of a third, do 7 to 11 per cent more with a processor each, and a quarter less where guest and server share
 //!   theirs: more signals. Three quarters do 5 per cent less. None of them kept.)
-//! - *Waiting for the guest* (`vhost/patience.rs`): one read at a time from 67 to 16-20 us. Kept.
-//! - *Writes to the page cache without the ring* (`storage/inline.rs`): over old sectors from 100,000 to 300,000. Kept.
-//! - *Copies instead of reads* (`storage/warm.rs`), *planned together* (`copies.rs`): chain of 16 from 460,000 to 720,000-830,000,
+//! - *Waiting for the guest* (`vhost/adaptive_poll.rs`): one read at a time from 67 to 16-20 us. Kept.
+//! - *Writes to the page cache without the ring* (`storage/nowait.rs`): over old sectors from 100,000 to 300,000. Kept.
+//! - *Copies instead of reads* (`storage/reader.rs`), *planned together* (`dense.rs`): chain of 16 from 460,000 to 720,000-830,000,
 //!   then to 900,000 a second; of processor time from 2.1 to 1.1 us each. Kept.
-//! - *Copies without tasks* (`copies.rs`): 5 per cent more; *no shared counts on the way* (`chain/cells.rs`, `payload.rs`): 2;
-//!   *descriptors and headers of a turn fetched at once* (`device/exchange.rs`): 7 to 10; *slices in a box*: 6. Kept.
-//! - *The pages of a turn found together, the next part fetched while one is copied* (`copies.rs`): from 1,000,000 to 1,550,000 a
+//! - *Copies without tasks* (`dense.rs`): 5 per cent more; *no shared counts on the way* (`chain/frozen_cache.rs`, `payload.rs`): 2;
+//!   *descriptors and headers of a turn fetched at once* (`device/virtqueue.rs`): 7 to 10; *slices in a box*: 6. Kept.
+//! - *The pages of a turn found together, the next part fetched while one is copied* (`dense.rs`): from 1,000,000 to 1,550,000 a
 //!   second. Kept. Lines fetched in one burst do 7 per cent less, into the first cache 10; no gain for two parts ahead. Planned
-//!   together, runs fetched before: 1 per cent; *regions remembered* (`storage/recent.rs`): 3 in a chain of 64. Kept.
-//! - *Copies of up to 2 MiB* (`storage/warm.rs`): of 16 layers 1 MiB from 5,300 to 16,000 a second. Kept.
-//! - *Signals that wait while more is left than a guest takes to wake* (`device/signal.rs`): writes 6 to 10 per cent more, their
+//!   together, runs fetched before: 1 per cent; *regions remembered* (`storage/map_cache.rs`): 3 in a chain of 64. Kept.
+//! - *Copies of up to 2 MiB* (`storage/reader.rs`): of 16 layers 1 MiB from 5,300 to 16,000 a second. Kept.
+//! - *Signals that wait while more is left than a guest takes to wake* (`device/interrupt.rs`): writes 6 to 10 per cent more, their
 //!   median latency 10 per cent less, reads as before. Kept. Up to 60 us instead of 40: the same; 20 us: no gain.
-//! - *Growth without syncs* (`image/tail.rs`), *reading ahead of cold streams* (`ahead.rs`). Kept.
-//! - *Writing before the flush* (`early.rs`): with a flush after every 32 writes into a fresh child 10 to 20 per cent more, told
+//! - *Growth without syncs* (`image/growth.rs`), *reading ahead of cold streams* (`readahead.rs`). Kept.
+//! - *Writing before the flush* (`early_writeback.rs`): with a flush after every 32 writes into a fresh child 10 to 20 per cent more, told
 //!   every 8 writes (every 4: the same; every 16: 8 per cent). Kept.
-//! - *preadv for each read, DEFER_TASKRUN* (`storage/ring.rs`): no gain. Not kept. Nor were *not to look for work while a sync
+//! - *preadv for each read, DEFER_TASKRUN* (`storage/uring.rs`): no gain. Not kept. Nor were *not to look for work while a sync
 //!   runs* (a flush after every 32 writes was no faster), *the pages of writes fetched before* as those of reads are, *two
 //!   looks at the clock a turn* instead of five, and *turns of 8 where the host is told early*.
 //! - *The bitmaps of a commit in portions, the host told between them* (`image/commit.rs`): with a flush after every 32 writes 4 to
@@ -37,17 +37,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::Disk;
-use super::readahead::Readahead;
 use super::cached_reads::CachedReads;
 use super::early_writeback::EarlyWriteback;
 use super::job::{Job, JobKind, RunningJob};
 use super::mailbox::{GrowthResult, LaneEvent, Mailbox};
 use super::punch::PunchQueue;
+use super::readahead::Readahead;
 use super::request::{Answer, Request, Work};
 use super::task::{Task, Token};
 use crate::chain::PlanBuffer;
 use crate::image::{Commit, Growth};
-use crate::storage::{Action, Completion, Engine, Op, GuestIovecs};
+use crate::storage::{Action, Completion, Engine, GuestIovecs, Op};
 
 /// Requests that a lane takes at once.
 const MAX_TASKS: usize = 1024;
@@ -228,7 +228,11 @@ impl Lane {
     /// Whether nothing is under way and no answer is owed.
     pub fn is_idle(&self) -> bool {
         let nothing = self.free_tasks.len() == MAX_TASKS && self.cached_reads.len() == 0 && self.answers.is_empty();
-        nothing && !self.early_writeback.in_flight && self.commit.is_none() && !self.commit_stalled && self.growth.is_none()
+        nothing
+            && !self.early_writeback.in_flight
+            && self.commit.is_none()
+            && !self.commit_stalled
+            && self.growth.is_none()
     }
 
     /// Waits until the lane is idle.

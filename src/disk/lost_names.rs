@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use super::Disk;
-use crate::storage::{NameStatus, FileSlot};
+use crate::storage::{FileSlot, NameStatus};
 
 /// Files whose names were lost and reported.
 #[derive(Debug, Default)]

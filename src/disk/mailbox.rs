@@ -101,7 +101,8 @@ mod tests {
         let to = Arc::new(Mailbox::new().unwrap());
         assert!(to.take().is_empty());
         let from = to.clone();
-        let thread = std::thread::spawn(move || (0..100).for_each(|_| from.post(LaneEvent::GrowthEnded(GrowthResult::Grown))));
+        let thread =
+            std::thread::spawn(move || (0..100).for_each(|_| from.post(LaneEvent::GrowthEnded(GrowthResult::Grown))));
         let mut got = 0;
         while got < 100 {
             got += to.wait().len();

@@ -1,7 +1,7 @@
 //! Floor 3: requests become operations.
 //!
 //! Owns: the disk that queues share ([`Disk`]), a queue's engine ([`Lane`]), requests in flight (`task`), group commit
-//! ([`flush`]). Leaves to others: where sectors are (`chain`), the order of durable writes (`image`), virtqueues
+//! ([`group_commit`]). Leaves to others: where sectors are (`chain`), the order of durable writes (`image`), virtqueues
 //! (`device`).
 //!
 //! ```text
@@ -24,18 +24,18 @@
 //!
 //! A lane belongs to one thread; nothing that a read of known sectors touches is shared between lanes but for reading.
 
-mod readahead;
 mod cached_reads;
 mod early_writeback;
 pub mod group_commit;
-mod stalled_writes;
 mod job;
 mod lane;
-pub mod mailbox;
 mod lost_names;
+pub mod mailbox;
 mod punch;
+mod readahead;
 mod request;
 mod stages;
+mod stalled_writes;
 mod task;
 
 use std::path::{Path, PathBuf};
@@ -46,17 +46,17 @@ pub use crate::image::Allocation;
 pub use lane::Lane;
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
 
-use crate::chain::{Chain, ImageChange, Policy, OpenMode, Version, refuse_change, refuse_if_parent, settle_parents};
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, Version, refuse_change, refuse_if_parent, settle_parents};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit, Durability};
 use crate::mutant::{self, Mutant};
 use crate::storage::{EngineKind, Env, FILE_SLOTS, FileSlot};
-use readahead::ReadaheadPolicy;
 use group_commit::GroupCommit;
-use stalled_writes::StalledWrites;
-use mailbox::{LaneEvent, Mailbox};
 use lost_names::LostNames;
+use mailbox::{LaneEvent, Mailbox};
 use punch::PunchLock;
+use readahead::ReadaheadPolicy;
+use stalled_writes::StalledWrites;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -309,7 +309,9 @@ impl Disk {
         let mut first = None;
         loop {
             let mut commit = Commit::new(top.image.clone(), top.slot);
-            let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
+            let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| {
+                commit.next(failed, ops)
+            });
             self.record_commit(&result, commit.barriers());
             let over = self.group_commit.finish(result.is_ok()).is_none();
             first.get_or_insert(result);

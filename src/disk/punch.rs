@@ -30,7 +30,7 @@ struct PunchLockState {
 }
 
 impl PunchLock {
-    /// Takes the turn if it is free. Otherwise a [`Letter::Punch`] brings it; a lane must not ask again before.
+    /// Takes the turn if it is free. Otherwise a [`LaneEvent::Punch`] brings it; a lane must not ask again before.
     fn acquire(&self, lane: &Arc<Mailbox>) -> bool {
         let mut state = self.lock();
         if state.holder.is_some() {
@@ -67,7 +67,7 @@ pub(super) struct PunchQueue {
     queue: VecDeque<u32>,
 }
 
-/// A lane's share in the disk's [`PunchTurn`].
+/// A lane's share in the disk's [`PunchLock`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum LockShare {
     #[default]
@@ -83,7 +83,10 @@ impl Lane {
         if self.punch_queue.lock == LockShare::Held(number) {
             return true;
         }
-        if self.punch_queue.lock == LockShare::None && self.punch_queue.queue.is_empty() && self.acquire_punch_lock(number) {
+        if self.punch_queue.lock == LockShare::None
+            && self.punch_queue.queue.is_empty()
+            && self.acquire_punch_lock(number)
+        {
             return true;
         }
         self.punch_queue.queue.push_back(number);

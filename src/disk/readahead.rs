@@ -6,9 +6,9 @@
 //! no request waits for it, and nothing is told to the guest. Who reads anywhere pays for a few comparisons.
 //!
 //! - *Only while reads wait.* Reads that the page cache answers are complete when they were handed over. A read that is not
-//!   pays for the next [`CREDIT`] steps; a warm stream is only followed. The engine of plain calls waits for each read where
+//!   pays for the next [`STEPS_PER_WAIT`] steps; a warm stream is only followed. The engine of plain calls waits for each read where
 //!   nobody sees it, so with it nothing is read ahead.
-//! - *Only extents below [`LONG`] where the host itself reads [`WIDE`] ahead*. In longer ones its own readahead finds
+//! - *Only extents below [`LONG`] where the host itself reads [`WIDE_READAHEAD`] ahead*. In longer ones its own readahead finds
 //!   the stream, and does better: it reads into large folios, where a hint gets single pages.
 //! - *Never more than a quarter of the engine's operations*, so that requests find room; what is beyond is left out.
 //!
@@ -40,7 +40,7 @@ use super::lane::Lane;
 use super::request::{Request, Work};
 use super::task::{Task, Token};
 use crate::chain::{Extent, PlanBuffer, Source};
-use crate::storage::{Action, File, Op, FileSlot};
+use crate::storage::{Action, File, FileSlot, Op};
 use crate::units::SectorRange;
 
 /// Streams that a queue follows at once.
@@ -152,7 +152,10 @@ impl Readahead {
 
 /// The range with all of the blocks that it touches.
 fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
-    SectorRange::between(range.start() / BLOCK_SECTORS * BLOCK_SECTORS, range.end().next_multiple_of(BLOCK_SECTORS).min(sectors))
+    SectorRange::between(
+        range.start() / BLOCK_SECTORS * BLOCK_SECTORS,
+        range.end().next_multiple_of(BLOCK_SECTORS).min(sectors),
+    )
 }
 
 /// What of a file is read ahead.
@@ -169,7 +172,11 @@ pub(super) enum ReadaheadPolicy {
 impl ReadaheadPolicy {
     /// For a buffered file.
     pub(super) fn of(file: &File) -> ReadaheadPolicy {
-        if file.kernel_readahead() >= WIDE_READAHEAD { ReadaheadPolicy::ShortExtents } else { ReadaheadPolicy::AllExtents }
+        if file.kernel_readahead() >= WIDE_READAHEAD {
+            ReadaheadPolicy::ShortExtents
+        } else {
+            ReadaheadPolicy::AllExtents
+        }
     }
 }
 
@@ -191,7 +198,8 @@ fn prefetch_pieces(
         };
         let bytes = inside.range.clip(range).bytes();
         file.into_iter().flat_map(move |(slot, offset)| {
-            (0..bytes.div_ceil(HINT_BYTES)).map(move |n| (slot, offset + n * HINT_BYTES, (bytes - n * HINT_BYTES).min(HINT_BYTES)))
+            (0..bytes.div_ceil(HINT_BYTES))
+                .map(move |n| (slot, offset + n * HINT_BYTES, (bytes - n * HINT_BYTES).min(HINT_BYTES)))
         })
     })
 }
@@ -340,7 +348,8 @@ mod tests {
         let zero = Extent { range: SectorRange::between(300, 400), source: Source::Zero };
         let long = LONG_EXTENT / SECTOR;
         let extents = [file(0, 300, 1, 4096), zero, file(400, 1400, 2, 0), file(1400, 1400 + long, 3, 0)];
-        let told = |from, to, reach| prefetch_pieces(&extents, SectorRange::between(from, to), |_| reach).collect::<Vec<_>>();
+        let told =
+            |from, to, reach| prefetch_pieces(&extents, SectorRange::between(from, to), |_| reach).collect::<Vec<_>>();
         let got = |from, to| told(from, to, ReadaheadPolicy::ShortExtents);
         let two = [(FileSlot(2), 0, HINT_BYTES), (FileSlot(2), HINT_BYTES, 1000 * SECTOR - HINT_BYTES)];
         assert_eq!(got(0, 5000), [vec![(FileSlot(1), 4096, 300 * SECTOR)], two.to_vec()].concat());

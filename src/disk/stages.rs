@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 
 use super::lane::Lane;
 use super::request::{Answer, Outcome, Request, Work};
-use super::task::{TaskStage, Task, Token};
+use super::task::{Task, TaskStage, Token};
 use crate::chain::{Missing, PlanBuffer, Source};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Completion, Op, Payload, GuestIovecs, FileSlot};
+use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
 use crate::units::SECTOR_BYTES;
 
 /// Zeros written at once where a file system cannot punch, in bytes.
@@ -131,7 +131,9 @@ impl Lane {
                 TaskStage::AwaitGrowth if task.failed => StageResult::Finish(Outcome::Failed),
                 TaskStage::AwaitGrowth => StageResult::Enter(TaskStage::Plan),
                 TaskStage::Move => self.transfer_completed(number, &mut task),
-                TaskStage::AwaitCommit => StageResult::Finish(if task.failed { Outcome::Failed } else { Outcome::Done }),
+                TaskStage::AwaitCommit => {
+                    StageResult::Finish(if task.failed { Outcome::Failed } else { Outcome::Done })
+                }
             };
             match next {
                 StageResult::Enter(stage) => task.stage = stage,

@@ -171,14 +171,21 @@ mod tests {
         while task.next_piece() {
             pieces.push(task.piece());
         }
-        let wanted = [(5, 8), (PUNCH_SECTORS - 1, PUNCH_SECTORS), (PUNCH_SECTORS, 2 * PUNCH_SECTORS), (2 * PUNCH_SECTORS, 2 * PUNCH_SECTORS + 1)];
+        let wanted = [
+            (5, 8),
+            (PUNCH_SECTORS - 1, PUNCH_SECTORS),
+            (PUNCH_SECTORS, 2 * PUNCH_SECTORS),
+            (2 * PUNCH_SECTORS, 2 * PUNCH_SECTORS + 1),
+        ];
         assert_eq!(pieces, wanted.map(|(start, end)| SectorRange::between(start, end)));
         assert!(!Task::new(0, Work::Flush).next_piece());
     }
 
     #[test]
     fn tokens_come_back() {
-        for token in [Token::Commit, Token::Growth, Token::EarlyWriteback, Token::Task { task: 65535, detail: u32::MAX }] {
+        for token in
+            [Token::Commit, Token::Growth, Token::EarlyWriteback, Token::Task { task: 65535, detail: u32::MAX }]
+        {
             assert_eq!(Token::unpack(token.pack()), token);
         }
     }

@@ -142,7 +142,7 @@ impl BatmapHeader {
         checksum(map, 0..0).wrapping_add(high)
     }
 
-    /// Whether the checksum fits `map`, the first [`BatmapHeader::summed_bytes`] of the map.
+    /// Whether the checksum fits `map`, the first [`BatmapHeader::checksummed_bytes`] of the map.
     ///
     /// # Errors
     /// [`Defect::BatmapChecksum`], at offset 0.

@@ -34,7 +34,7 @@ pub enum Severity {
 }
 
 /// A violated rule. `at` is a byte offset in the file; the decoders, which see bytes without a place, leave it 0 and
-/// their callers set it with [`Defect::placed`].
+/// their callers set it with [`Defect::with_base_offset`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs, reason = "the fields are the numbers of the sentence that Display makes of them")]
 pub enum Defect {

@@ -6,10 +6,10 @@ use std::ops::{ControlFlow, Range};
 
 use crate::format::bat;
 use crate::format::defect::Defect;
-use crate::format::metadata::MetadataMap;
 use crate::format::footer_choice::{ChosenFooter, FooterSource};
 use crate::format::header::DynamicHeader;
 use crate::format::layout::{self, PAGE};
+use crate::format::metadata::MetadataMap;
 use crate::units::{BlockSize, SECTOR};
 
 /// What the entries of a BAT are held against.
@@ -21,7 +21,7 @@ pub struct EntryRules<'a> {
     pub block_size: BlockSize,
     /// Blocks of the disk; entries behind are ignored, but for their space.
     pub blocks: u64,
-    /// The byte at which the data ends. Blocks that end after it are [`Placed::cut`].
+    /// The byte at which the data ends. Blocks that end after it are [`PlacedBlocks::truncated`].
     pub data_end: u64,
     /// How far after that a block of no use may end and still keep its room.
     pub slack: u64,
@@ -81,7 +81,8 @@ pub fn check_entries<B>(
         ControlFlow::Break(value) => Err(value),
     };
     let stride = u64::from(rules.block_size.stride_sectors());
-    let mut placed = PlacedBlocks { entries: Vec::new(), beyond_disk: Vec::new(), end: rules.metadata.end(), truncated: 0 };
+    let mut placed =
+        PlacedBlocks { entries: Vec::new(), beyond_disk: Vec::new(), end: rules.metadata.end(), truncated: 0 };
     for (block, entry) in entries {
         if entry == bat::UNUSED {
             continue;
@@ -143,8 +144,8 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::metadata::MetadataPart;
     use crate::format::footer::{DiskType, Footer};
+    use crate::format::metadata::MetadataPart;
     use crate::format::random::Random;
     use uuid::Uuid;
 
@@ -174,9 +175,16 @@ mod tests {
     fn entries_at_their_limits() {
         // Blocks of 4 KiB take 9 sectors; the metadata ends at sector 4.
         let end = 13 * 512;
-        assert_eq!(all(&[(0, 4)], end), (PlacedBlocks { entries: vec![(4, 0)], beyond_disk: vec![], end, truncated: 0 }, vec![]));
+        assert_eq!(
+            all(&[(0, 4)], end),
+            (PlacedBlocks { entries: vec![(4, 0)], beyond_disk: vec![], end, truncated: 0 }, vec![])
+        );
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
-        assert_eq!((all(&[(0, 4)], end - 1).0.truncated, all(&[(0, 4)], end - 1).1.len()), (1, 0), "its bitmap decides");
+        assert_eq!(
+            (all(&[(0, 4)], end - 1).0.truncated, all(&[(0, 4)], end - 1).1.len()),
+            (1, 0),
+            "its bitmap decides"
+        );
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
         assert_eq!(all(&[(0, bat::MAX_ENTRY)], u64::MAX).1, [""; 0]);
@@ -234,8 +242,12 @@ mod tests {
         let (metadata, _) = MetadataMap::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
             let entries = places.iter().copied().zip(0..).collect();
-            let behind =
-                unreferenced(&metadata, &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 }, block_size, end * 512);
+            let behind = unreferenced(
+                &metadata,
+                &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 },
+                block_size,
+                end * 512,
+            );
             behind.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
         };
         // The table ends at sector 16; blocks take 4097 sectors.

@@ -179,7 +179,9 @@ impl Footer {
         }
         let computed = checksum(bytes, CHECKSUM_AT..CHECKSUM_AT + 4);
         let stored = raw.checksum.get();
-        if stored != computed && !(has_stale_hidden_checksum(raw) && stored == computed.wrapping_add(raw.reserved[HIDDEN].into())) {
+        if stored != computed
+            && !(has_stale_hidden_checksum(raw) && stored == computed.wrapping_add(raw.reserved[HIDDEN].into()))
+        {
             return Err(Defect::FooterChecksum { at: 0, stored, computed });
         }
         let version = raw.version.get();

@@ -51,7 +51,9 @@ pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<Chosen
             let note = Defect::TrailingFooterInvalid { at, reason: Box::new(reason.clone()) };
             use_front(front, len, note, reason)
         }
-        TrailingFooter::None => use_front(front, len, Defect::TrailingFooterMissing { len }, Defect::FooterMissing { len }),
+        TrailingFooter::None => {
+            use_front(front, len, Defect::TrailingFooterMissing { len }, Defect::FooterMissing { len })
+        }
     }
 }
 
@@ -99,7 +101,12 @@ fn classify(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type
     }
 }
 
-fn use_trailing(footer: Footer, source: FooterSource, at: u64, front: Option<&[u8; 512]>) -> Result<ChosenFooter, Defect> {
+fn use_trailing(
+    footer: Footer,
+    source: FooterSource,
+    at: u64,
+    front: Option<&[u8; 512]>,
+) -> Result<ChosenFooter, Defect> {
     let mut notes = Vec::new();
     if source == FooterSource::Trailing511 {
         notes.push(Defect::ShortFooter { at });

@@ -20,9 +20,9 @@ use std::ops::Range;
 
 use crate::format::bat;
 use crate::format::defect::Defect;
-use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
 use crate::format::header::{HEADER_BYTES, LOCATORS};
+use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::units::{BlockSize, SECTOR};
 
 /// The unit of alignment, in bytes: a page, and a physical sector of every medium.

@@ -198,15 +198,18 @@ pub struct RecordedParent {
 
 impl RecordedParent {
     /// Reads the locators' texts, each with its slot and platform, and the name in the header.
-    pub fn read<'a>(locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>, name: &[u8; 512]) -> RecordedParent {
+    pub fn read<'a>(
+        locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>,
+        name: &[u8; 512],
+    ) -> RecordedParent {
         let (mut relative, mut absolute, mut found) = (Vec::new(), Vec::new(), RecordedParent::default());
         let name = header_name(name);
-        let texts = locators
-            .into_iter()
-            .flat_map(|(slot, platform, data)| decode_texts(platform, data).into_iter().map(move |text| (Some(slot), text)));
+        let texts = locators.into_iter().flat_map(|(slot, platform, data)| {
+            decode_texts(platform, data).into_iter().map(move |text| (Some(slot), text))
+        });
         let header = (!name.is_empty()).then_some((None, name));
         let mut header_file = None;
-        for (slot, text) in decode_texts.chain(header) {
+        for (slot, text) in texts.chain(header) {
             let file_name = match normalise(&text) {
                 Ok(path) => {
                     let file_name = path.as_path().file_name().map(OsStr::to_os_string);

@@ -222,7 +222,10 @@ mod tests {
             table(1024, 8),
             Err(Defect::TableOverlaps { at: 512, offset: 1024, bytes: 512, part: MetadataPart::Header })
         );
-        assert_eq!(table(0, 8), Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: MetadataPart::FrontFooter }));
+        assert_eq!(
+            table(0, 8),
+            Err(Defect::TableOverlaps { at: 512, offset: 0, bytes: 512, part: MetadataPart::FrontFooter })
+        );
         assert_eq!(table(LEN - 512, 8), Ok(LEN - 512..LEN));
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
         assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
@@ -253,7 +256,10 @@ mod tests {
         h.locators[2] = locator(LEN, 4);
         let (m, notes) = MetadataMap::new(&footer(4096), &h, None, LEN);
         let parts: Vec<MetadataPart> = m.extents().iter().map(|e| e.part).collect();
-        assert_eq!(parts, [MetadataPart::FrontFooter, MetadataPart::Header, MetadataPart::Table, MetadataPart::Locator(6)]);
+        assert_eq!(
+            parts,
+            [MetadataPart::FrontFooter, MetadataPart::Header, MetadataPart::Table, MetadataPart::Locator(6)]
+        );
         assert_eq!((m.end(), m.has_locator(6), m.has_locator(1)), (3072, true, false));
         assert_eq!(notes.iter().map(Defect::kind).collect::<Vec<_>>(), ["locator-place", "locator-place"]);
     }

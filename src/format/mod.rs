@@ -22,38 +22,38 @@
 //!
 //! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
 //! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`extents`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
-//! [`stamp`] names the live journal of an image that a daemon has open.
+//! [`metadata`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
+//! [`session_stamp`] names the live journal of an image that a daemon has open.
 
 pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
-pub mod image_format;
 pub mod defect;
 mod defect_text;
 pub mod entries;
-pub mod metadata;
 pub mod footer;
 pub mod footer_choice;
 pub mod geometry;
 pub mod header;
+pub mod image_format;
 pub mod layout;
 pub mod locator;
+pub mod metadata;
 pub mod parent_path;
 pub mod session_stamp;
 
 pub use batmap::BatmapHeader;
-pub use image_format::ImageFormat;
 pub use defect::{Consequence, Defect, Severity};
 pub use entries::{EntryRules, PlacedBlocks, check_entries, unreferenced};
-pub use metadata::{MetadataExtent, MetadataMap, MetadataPart, check_header_place, check_table};
 pub use footer::{DiskType, Footer};
 pub use footer_choice::{ChosenFooter, FooterSource, choose};
 pub use geometry::Geometry;
 pub use header::DynamicHeader;
+pub use image_format::ImageFormat;
 pub use layout::NewLayout;
 pub use locator::{LocatorEntry, Platform, RecordedParent};
+pub use metadata::{MetadataExtent, MetadataMap, MetadataPart, check_header_place, check_table};
 pub use parent_path::ParentPath;
 pub use session_stamp::SessionStamp;
 

@@ -210,7 +210,7 @@ fn unwritable(path: &Path, why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::locator::{Platform, header_name, decode_texts};
+    use crate::format::locator::{Platform, decode_texts, header_name};
 
     #[test]
     fn what_writers_leave() {

@@ -15,7 +15,7 @@
 //!
 //! The sum tells a stamp from other bytes and from a stamp of another image. It is no defence against a guest that forges
 //! one in its own data: a sector counts as a stamp only if no block and no metadata covers it, and a session is believed
-//! only if its journal exists. Texts are printed after [`readable`], and never opened as paths.
+//! only if its journal exists. Texts are printed after [`escape_for_display`], and never opened as paths.
 
 use uuid::Uuid;
 

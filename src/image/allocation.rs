@@ -10,7 +10,7 @@
 //!
 //! Sparse reserves whole blocks, too, while the guest writes whole blocks one after the other.
 //!
-//! Sparse relies on the file system's [`RoomRule`]. Growth covers what a commit needs as far as that rule reaches; beyond it
+//! Sparse relies on the file system's [`AllocationMode`]. Growth covers what a commit needs as far as that rule reaches; beyond it
 //! (copy on write, reflinked files, file systems that cannot reserve) a commit that finds no room is tried again
 //! (`disk/job.rs`).
 
@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::free_tail::FreeTail;
 use super::writable::Writable;
 use crate::format::layout;
-use crate::storage::{Action, Op, AllocationMode, FileSlot};
+use crate::storage::{Action, AllocationMode, FileSlot, Op};
 use crate::units::{BlockSize, SECTOR};
 
 /// Blocks by which a file grows at least, room permitting.
@@ -99,7 +99,9 @@ impl Writable {
                 let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
                 let most = match room.neighbor_run >= SEQUENTIAL_BLOCKS {
                     // In proportion to what was written so: on a host of many children it is room that others lack.
-                    true => (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.neighbor_run / 16)).max(1),
+                    true => {
+                        (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(room.neighbor_run / 16)).max(1)
+                    }
                     false => MAX_RESERVED_BYTES / bitmap,
                 };
                 (FIRST_RESERVED_BLOCKS << room.reservations.min(16)).min(most)

@@ -1,4 +1,4 @@
-//! Undoing a repair: the image becomes again what it was, byte by byte, by the undo file that the repair left (`undo.rs`).
+//! Undoing a repair: the image becomes again what it was, byte by byte, by the undo file that the repair left (`undo_file.rs`).
 //!
 //! ```text
 //!   1  is it so?  the file belongs to the image, and the image is as the repair left it
@@ -14,8 +14,8 @@
 //! before the one at the start goes. A call that completes an interrupted undo accepts each sector as it was before the
 //! repair or after it, and no other.
 
-use super::journal_id::table_sum;
 use super::identity::ImageIdentity;
+use super::journal_id::table_sum;
 use super::open::Image;
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,23 +36,25 @@ const PIECE_HEAD: usize = 16;
 /// it.
 pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
     let invalid =
-        || Error::new(ErrorKind::Invalid, "not an undo file of this version of diffdisk").at_path(undo_repair.path());
-    let refused = |why: &str| Err(Error::new(ErrorKind::Refused, why).at_path(undo_repair.path()));
+        || Error::new(ErrorKind::Invalid, "not an undo file of this version of diffdisk").at_path(undo.path());
+    let refused = |why: &str| Err(Error::new(ErrorKind::Refused, why).at_path(undo.path()));
     let mut bytes = [0; SECTOR_BYTES];
-    let len = undo_repair.stat()?.len;
+    let len = undo.stat()?.len;
     if len < SECTOR {
         return Err(invalid());
     }
-    undo_repair.read_at(&mut bytes, 0)?;
+    undo.read_at(&mut bytes, 0)?;
     let head = UndoHeader::decode(&bytes).ok_or_else(invalid)?;
     if !(SECTOR <= head.before && head.before <= head.after && head.after <= len) {
         return Err(invalid());
     }
-    let pieces = |from, to| read_pieces(undo_repair, from, to)?.ok_or_else(invalid);
+    let pieces = |from, to| read_pieces(undo, from, to)?.ok_or_else(invalid);
     let (before, mut after) = (pieces(SECTOR, head.before)?, pieces(head.before, head.after)?);
     after.sort_unstable_by_key(|piece| piece.offset);
     match head.state {
-        UndoState::Repairing => return refused("its repair was not finished; run `check --repair` again, and undo that"),
+        UndoState::Repairing => {
+            return refused("its repair was not finished; run `check --repair` again, and undo that");
+        }
         UndoState::Undone => return refused("it was applied already"),
         UndoState::Repaired => {
             if ImageIdentity::peek(file)?.map(|glance| glance.uuid) != Some(head.uuid) {
@@ -60,20 +62,20 @@ pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
             }
             let same = file.stat()?.len == head.len_after
                 && table_sum(&Image::inspect(file.clone())?) == head.table_sum
-                && is_unchanged(file, undo_repair, &before, &after, false)?;
+                && is_unchanged(file, undo, &before, &after, false)?;
             if !same {
                 return refused("the image was changed since the repair");
             }
         }
-        UndoState::Undoing if !is_unchanged(file, undo_repair, &before, &after, true)? => {
+        UndoState::Undoing if !is_unchanged(file, undo, &before, &after, true)? => {
             return refused("the image was changed since the undo was interrupted");
         }
         UndoState::Undoing => {}
     }
-    UndoHeader { state: UndoState::Undoing, ..head.clone() }.write(undo_repair)?;
+    UndoHeader { state: UndoState::Undoing, ..head.clone() }.write(undo)?;
     failpoint::reached("undo.begun");
-    apply(file, undo_repair, &head, &before)?;
-    UndoHeader { state: UndoState::Undone, ..head }.write(undo_repair)?;
+    apply(file, undo, &head, &before)?;
+    UndoHeader { state: UndoState::Undone, ..head }.write(undo)?;
     failpoint::reached("undo.done");
     Ok(())
 }
@@ -89,7 +91,7 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
     for group in groups {
         // The last one first: of a range that was replaced twice the first piece has what was there.
         for piece in before.iter().rev().filter(|piece| group(piece.offset, end)) {
-            piece.each_chunk(undo_repair, |at, bytes| file.write_at(bytes, at))?;
+            piece.each_chunk(undo, |at, bytes| file.write_at(bytes, at))?;
         }
         file.sync()?;
         failpoint::reached("undo.group-written");
@@ -106,16 +108,16 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
 fn is_unchanged(file: &File, undo: &File, before: &[UndoPiece], after: &[UndoPiece], or_before: bool) -> Result<bool> {
     let mut known = true;
     for piece in before {
-        piece.each_chunk(undo_repair, |at, old| {
+        piece.each_chunk(undo, |at, old| {
             let mut now = vec![0; old.len()];
             let there = usize::try_from(file.stat()?.len.saturating_sub(at)).unwrap_or(usize::MAX).min(now.len());
             if there > 0 {
                 file.read_at(&mut now[..there], at)?;
             }
-            let new = content_after_repair(undo_repair, after, at, old.len())?;
+            let new = content_after_repair(undo, after, at, old.len())?;
             let sectors = (0u64..).zip(now.chunks(SECTOR_BYTES).zip(new.chunks(SECTOR_BYTES)));
             for (number, (now, new)) in sectors {
-                known &= now == new || (or_before && is_in_pieces(undo_repair, before, at + number * SECTOR, now)?);
+                known &= now == new || (or_before && is_in_pieces(undo, before, at + number * SECTOR, now)?);
             }
             Ok(())
         })?;
@@ -127,7 +129,7 @@ fn is_unchanged(file: &File, undo: &File, before: &[UndoPiece], after: &[UndoPie
 fn is_in_pieces(undo: &File, before: &[UndoPiece], at: u64, now: &[u8]) -> Result<bool> {
     let (mut bytes, end) = (vec![0; now.len()], at + now.len() as u64);
     for piece in before.iter().filter(|piece| piece.offset <= at && end <= piece.offset + piece.len) {
-        undo_repair.read_at(&mut bytes, piece.at + (at - piece.offset))?;
+        undo.read_at(&mut bytes, piece.at + (at - piece.offset))?;
         if bytes == now {
             return Ok(true);
         }
@@ -144,7 +146,7 @@ fn content_after_repair(undo: &File, after: &[UndoPiece], at: u64, len: usize) -
         let (from, to) = (piece.offset.max(at), (piece.offset + piece.len).min(end));
         if from < to {
             let place = |offset: u64| usize::try_from(offset - at).expect("inside the chunk");
-            undo_repair.read_at(&mut bytes[place(from)..place(to)], piece.at + (from - piece.offset))?;
+            undo.read_at(&mut bytes[place(from)..place(to)], piece.at + (from - piece.offset))?;
         }
     }
     Ok(bytes)
@@ -162,7 +164,7 @@ impl UndoPiece {
     /// Reads the bytes, and hands them to `f` with their offset in the image.
     fn each_chunk(&self, undo: &File, mut f: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let mut bytes = vec![0; usize::try_from(self.len).expect("a chunk")];
-        undo_repair.read_at(&mut bytes, self.at)?;
+        undo.read_at(&mut bytes, self.at)?;
         f(self.offset, &bytes)
     }
 }
@@ -175,7 +177,7 @@ fn read_pieces(undo: &File, from: u64, to: u64) -> Result<Option<Vec<UndoPiece>>
         if to - at < head.len() as u64 {
             return Ok(None);
         }
-        undo_repair.read_at(&mut head, at)?;
+        undo.read_at(&mut head, at)?;
         let number = |at: usize| u64::from_be_bytes(*head[at..].first_chunk().expect("two numbers"));
         let piece = UndoPiece { offset: number(0), len: number(8), at: at + head.len() as u64 };
         let inside = piece.len <= CHUNK && piece.len <= to - piece.at && piece.offset <= i64::MAX as u64 - CHUNK;

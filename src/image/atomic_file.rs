@@ -46,7 +46,14 @@ impl AtomicFile {
         let blame = |e: Error| known_as.iter().fold(e, |e, path| e.replace_path(path, asked)).at_path(asked);
         let (file, is_named_freshly) = made.map_err(blame)?;
         let (name, asked) = (name.to_os_string(), asked.to_path_buf());
-        Ok(AtomicFile { folder, name, file, requested_path: asked, temporary_name: fresh, has_temporary_name: is_named_freshly })
+        Ok(AtomicFile {
+            folder,
+            name,
+            file,
+            requested_path: asked,
+            temporary_name: fresh,
+            has_temporary_name: is_named_freshly,
+        })
     }
 
     /// The file, open for reading and writing.

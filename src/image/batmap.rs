@@ -32,7 +32,9 @@ impl Batmap {
             return Ok(None);
         };
         let place = |part| sparse.metadata.extents().iter().find(|e| e.part == part).map(|e| e.range.clone());
-        let (Some(header_at), Some(region)) = (place(MetadataPart::BatmapHeader), place(MetadataPart::Batmap)) else { return Ok(None) };
+        let (Some(header_at), Some(region)) = (place(MetadataPart::BatmapHeader), place(MetadataPart::Batmap)) else {
+            return Ok(None);
+        };
         // Both numbers come from the size of the disk, which is limited, and not from the map's own size.
         let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
         let summed = BatmapHeader::checksummed_bytes(image.size());
@@ -81,7 +83,7 @@ impl Batmap {
     pub fn wrong_claims(&self, image: &Image) -> Result<Vec<u32>> {
         let mut wrong = Vec::new();
         for block in self.claimed() {
-            if !is_whole(image, block)? {
+            if !is_block_whole(image, block)? {
                 wrong.push(block);
             }
         }
@@ -124,7 +126,7 @@ pub(super) fn clear_stale_claims(image: &Image) -> Result<()> {
 }
 
 /// Whether a block has a place and all its sectors that lie on the disk.
-fn is_whole(image: &Image, block: u32) -> Result<bool> {
+fn is_block_whole(image: &Image, block: u32) -> Result<bool> {
     let Some(place) = image.bat().and_then(|table| table.place(block)) else { return Ok(false) };
     let words = read_bitmap(image, place)?;
     let sectors = sectors_on_disk(image, block);

@@ -101,7 +101,13 @@ impl FrameState {
 impl BitmapFrame {
     pub(super) fn new() -> BitmapFrame {
         let (used, owing) = (AtomicBool::new(false), AtomicBool::new(false));
-        BitmapFrame { tag: AtomicU64::new(UNOWNED), used, owes_commit: owing, words: OnceLock::new(), state: Mutex::default() }
+        BitmapFrame {
+            tag: AtomicU64::new(UNOWNED),
+            used,
+            owes_commit: owing,
+            words: OnceLock::new(),
+            state: Mutex::default(),
+        }
     }
 
     /// Begins to look at a granule; `None` where the frame is another's by now.
@@ -253,7 +259,13 @@ mod tests {
 
     #[test]
     fn entries_keep_their_limits() {
-        for entry in [BitmapEntry::Absent(0), BitmapEntry::Absent(FULL - 1), BitmapEntry::Full, BitmapEntry::InFrame(0), BitmapEntry::InFrame(IN_FRAME - 1)] {
+        for entry in [
+            BitmapEntry::Absent(0),
+            BitmapEntry::Absent(FULL - 1),
+            BitmapEntry::Full,
+            BitmapEntry::InFrame(0),
+            BitmapEntry::InFrame(IN_FRAME - 1),
+        ] {
             assert_eq!(BitmapEntry::decode(entry.encode()), entry);
         }
         assert_eq!(BitmapEntry::Absent(FULL).encode(), 0, "the count begins anew");
@@ -271,7 +283,12 @@ mod tests {
         };
         give(7, 1 << 63);
         let look = frame.read_optimistic(7).unwrap();
-        assert!(look.run(0, 8) == (true, 1) && look.is_valid() && look.owes_no_commit() && frame.read_optimistic(8).is_none());
+        assert!(
+            look.run(0, 8) == (true, 1)
+                && look.is_valid()
+                && look.owes_no_commit()
+                && frame.read_optimistic(8).is_none()
+        );
         frame.lock().set_bits(1, 1);
         assert!(look.run(0, 8) == (true, 2) && look.is_valid());
         // There and back again: the same granule, and yet not what was looked at.

@@ -2,7 +2,7 @@
 //!
 //! A granule is what one sector of bitmap speaks for: at most 4096 sectors (2 MiB), less where the block is smaller.
 //! Granules are read when first asked for. One whose sectors are all here, and of which the file says so, takes no more
-//! than its word of the table from then on. Of the others as many are kept as there is memory for (`evict.rs`); what was
+//! than its word of the table from then on. Of the others as many are kept as there is memory for (`clock.rs`); what was
 //! forgotten is read again as on the first look, without holding up other requests.
 //!
 //! No bit is lost by that, since
@@ -18,8 +18,8 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::clock::FramePool;
 use super::bitmap_frame::{BitmapEntry, BitmapFrame, FrameState, LockedFrame, OptimisticRead};
+use super::clock::FramePool;
 use super::sparse_array::SparseArray;
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
@@ -255,14 +255,21 @@ impl Bitmaps {
             let word = if fresh == InitialBits::Set { u64::MAX } else { 0 };
             let times = self.eviction_count(granule).expect("a block without a place has no bitmap");
             let ordered = fresh == InitialBits::Clear;
-            let known = FrameState { unwritten: true, unplaced: true, ordered, evictions: times, ..FrameState::default() };
+            let known =
+                FrameState { unwritten: true, unplaced: true, ordered, evictions: times, ..FrameState::default() };
             let made = self.assign_frame(granule, BitmapEntry::Absent(times), std::iter::repeat(word), known);
             assert!(made, "a block without a place has no bitmap");
         }
     }
 
     /// Gives a frame to a granule, if the table still says `before` of it.
-    fn assign_frame(&self, granule: usize, before: BitmapEntry, words: impl Iterator<Item = u64>, known: FrameState) -> bool {
+    fn assign_frame(
+        &self,
+        granule: usize,
+        before: BitmapEntry,
+        words: impl Iterator<Item = u64>,
+        known: FrameState,
+    ) -> bool {
         if self.entry(granule) != before {
             return false; // nobody has to leave for it
         }

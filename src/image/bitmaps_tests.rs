@@ -1,4 +1,4 @@
-//! Tests of `bitmaps.rs`, `granule.rs` and `evict.rs` without a file; `evict_tests.rs` has them with one.
+//! Tests of `bitmaps.rs`, `bitmap_frame.rs` and `clock.rs` without a file; `clock_tests.rs` has them with one.
 
 use super::*;
 

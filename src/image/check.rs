@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
+use super::check_blocks::{self, OnPosition, Suspects};
 use super::compact::OnProgress;
 use super::holes::next_data;
 use super::open::Image;
-use super::check_blocks::{self, OnPosition, Suspects};
 use crate::error::{Error, Result};
 use crate::format::entries::unreferenced;
 use crate::format::layout::PAGE;

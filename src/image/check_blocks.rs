@@ -3,7 +3,7 @@
 //! Bitmaps are read only where they can break a rule: of a child's blocks most may say what they like. Data is looked at
 //! only under clear bits of a root, where the file has no hole, and only so much of it.
 
-use super::batmap::{Batmap, sectors_on_disk, read_bitmap};
+use super::batmap::{Batmap, read_bitmap, sectors_on_disk};
 use super::check::Report;
 use super::holes::{is_seek_unsupported, is_zero};
 use super::open::Image;
@@ -77,14 +77,18 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
-    let wanted = |&&(place, block): &&(u32, u32)| !child || sectors_on_disk(image, block) < block_size.sectors() || odd(place);
+    let wanted =
+        |&&(place, block): &&(u32, u32)| !child || sectors_on_disk(image, block) < block_size.sectors() || odd(place);
     let wanted = entries.iter().filter(wanted);
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
         if number % PREFETCHED_BITMAPS == 0 {
             come_to(u64::from(place) * SECTOR)?;
             let bytes = u64::from(bitmap_sectors) * SECTOR;
-            ahead.by_ref().take(PREFETCHED_BITMAPS).for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
+            ahead
+                .by_ref()
+                .take(PREFETCHED_BITMAPS)
+                .for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
         }
         let sectors = sectors_on_disk(image, block);
         let odd = odd(place);

@@ -1,4 +1,4 @@
-//! Tests of `check.rs` and `walk.rs` on the simulated host.
+//! Tests of `check.rs` and `check_blocks.rs` on the simulated host.
 
 use super::super::testing::{self, child, commit, file, grow, host_with, kinds, open, poke, written};
 use super::*;

@@ -4,8 +4,8 @@
 //! the file does not know all of, or that a request under way needs, stays in any case. Where all do, there is a frame
 //! more than there should be: commits bound the first (`most_dirty`), the depth of the queues the second.
 
-use super::bitmaps::Bitmaps;
 use super::bitmap_frame::{BitmapEntry, LockedFrame};
+use super::bitmaps::Bitmaps;
 
 /// Frames that are tried for one that is needed.
 const MAX_TRIES: usize = 256;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use tempfile::TempDir;
 
 use super::testing::{SLOT, child};
-use super::{Commit, Growth, Pins, Image, Durability, ImageSpec, Writable, create, run_to_completion};
+use super::{Commit, Durability, Growth, Image, ImageSpec, Pins, Writable, create, run_to_completion};
 #[cfg(feature = "mutants")]
 use crate::mutant::Mutant;
 use crate::storage::host::Host;
@@ -163,7 +163,9 @@ fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
 /// A step of growth, where nobody else is at it.
 fn grow(image: &Arc<Writable>) {
     match Growth::begin(image, SLOT) {
-        Some(mut growth) => run_to_completion(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap(),
+        Some(mut growth) => {
+            run_to_completion(&Host, image.file(), SLOT, |failed, ops| growth.next(failed, ops)).unwrap()
+        }
         None => std::thread::yield_now(),
     }
 }

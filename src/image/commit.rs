@@ -29,7 +29,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Op, Payload, FileSlot};
+use crate::storage::{Action, Buffer, FileSlot, Op, Payload};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// What a job wants after a step.
@@ -59,7 +59,7 @@ struct SectorSnapshot {
     bytes: [u8; SECTOR_BYTES],
 }
 
-/// One commit under way. At most one an image at a time (`disk/flush` sees to it).
+/// One commit under way. At most one an image at a time (`disk/group_commit` sees to it).
 pub struct Commit {
     image: Arc<Writable>,
     slot: FileSlot,
@@ -149,7 +149,8 @@ impl Commit {
     }
 
     fn sync(&mut self, phase: CommitPhase, ops: &mut Vec<Op>) {
-        let missing = phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::enabled(Mutant::NoLastSync);
+        let missing =
+            phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::enabled(Mutant::NoLastSync);
         let nothing = Op::range(0, self.slot, Action::Allocate, 0, SECTOR);
         ops.push(if missing { nothing } else { Op::sync(0, self.slot) });
         self.barriers += 1;
@@ -194,7 +195,9 @@ impl Commit {
 
     fn fail(&mut self, source: io::Error) -> Error {
         match self.return_snapshots() {
-            CommitPhase::WritePointers => Error::io("cannot write bitmaps and block table", source).at_path(self.image.path()),
+            CommitPhase::WritePointers => {
+                Error::io("cannot write bitmaps and block table", source).at_path(self.image.path())
+            }
             _ if mutant::enabled(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
                 let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
@@ -219,7 +222,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::image::{Image, Durability, ImageKind, ParentLink, ImageSpec, create};
+    use crate::image::{Durability, Image, ImageKind, ImageSpec, ParentLink, create};
     use crate::storage::host::Host;
     use crate::storage::{Access, Env};
     use crate::units::{BlockSize, SectorRange};

@@ -10,8 +10,8 @@ use std::ops::Range;
 use super::holes::{is_seek_unsupported, next_data};
 use super::offline::Offline;
 use crate::error::Result;
-use crate::format::{bat, layout};
 use crate::failpoint;
+use crate::format::{bat, layout};
 use crate::storage::{Buffer, File};
 use crate::units::{BlockSize, SECTOR};
 
@@ -63,7 +63,7 @@ impl Offline {
     /// Moves blocks, and the table, from the end of the file into gaps.
     ///
     /// # Errors
-    /// As [`Offline::give_up`]; what `watch` fails with.
+    /// As [`Offline::free_blocks`]; what `watch` fails with.
     pub fn close_gaps(&mut self, watch: &mut OnProgress<'_>) -> Result<()> {
         loop {
             let moved = self.move_blocks(watch)?;
@@ -78,7 +78,7 @@ impl Offline {
     /// Makes the file end behind its last block, and gives back room that was reserved in it and not written.
     ///
     /// # Errors
-    /// As [`Offline::give_up`].
+    /// As [`Offline::free_blocks`].
     pub fn finish_compact(&mut self) -> Result<()> {
         self.punch_unused(0..self.footer_offset())?;
         self.truncate_unused()?;

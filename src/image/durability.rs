@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use super::bitmaps::NewBits;
 use super::bitmap_frame::LockedFrame;
+use super::bitmaps::NewBits;
+use super::journal_replay::ReplaySlot;
 use super::open::Image;
 use super::session::Session;
 use super::session_state::refuse_if_live;
-use super::journal_replay::ReplaySlot;
 use super::writable::Writable;
 use crate::error::Result;
 use crate::format::DiskType;
@@ -40,7 +40,7 @@ impl Durability {
     }
 }
 
-/// What came of [`Keep`].
+/// What came of [`Durability`].
 pub(super) enum DurabilityState {
     Session(Box<Session>),
     Commit,
@@ -62,7 +62,10 @@ impl DurabilityState {
             return Ok((DurabilityState::Session(Box::new(session)), found));
         }
         refuse_if_live(env, &[], image)?;
-        Ok((if matches!(keep, Durability::Commit) { DurabilityState::Commit } else { DurabilityState::FlushOnly }, Vec::new()))
+        Ok((
+            if matches!(keep, Durability::Commit) { DurabilityState::Commit } else { DurabilityState::FlushOnly },
+            Vec::new(),
+        ))
     }
 }
 
@@ -78,7 +81,8 @@ impl Writable {
         let Some(journal) = session.journal() else { return false };
         if granule.state.journal_slot.is_none() {
             let (block, place, _) = self.bitmap_sector_place(index);
-            granule.state.journal_slot = journal.claim_slot(index, block, place, granule.state.unplaced, granule.words());
+            granule.state.journal_slot =
+                journal.claim_slot(index, block, place, granule.state.unplaced, granule.words());
             self.note_commit_due(journal);
         }
         let Some(slot) = granule.state.journal_slot else { return false };

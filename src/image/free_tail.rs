@@ -41,7 +41,8 @@ impl FreeTail {
     /// Notes that a block got the place at `next`, which ends at `end`.
     pub fn note_placed(&mut self, block: u32, end: u64) {
         // Several queues, or several writes in flight, place neighbours in almost their order.
-        self.neighbor_run = if block.abs_diff(self.last_placed) <= NEIGHBOR_DISTANCE { self.neighbor_run.saturating_add(1) } else { 0 };
+        self.neighbor_run =
+            if block.abs_diff(self.last_placed) <= NEIGHBOR_DISTANCE { self.neighbor_run.saturating_add(1) } else { 0 };
         self.last_placed = block;
         self.next = end;
         self.unplaced -= 1;

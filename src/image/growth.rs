@@ -40,11 +40,11 @@ use std::sync::Arc;
 use super::allocation::{Allocation, Reservation, next_places};
 use super::commit::JobStep;
 use super::free_tail::FreeTail;
-use super::writable_session::stamp_sector_from;
 use super::writable::Writable;
+use super::writable_session::stamp_sector_from;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Buffer, Op, Payload, AllocationMode, FileSlot};
+use crate::storage::{AllocationMode, Buffer, FileSlot, Op, Payload};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// One step of growth under way.
@@ -102,8 +102,9 @@ impl Growth {
         let block_size = image.image().block_size()?; // a fixed image has all its room
         let mut room = image.free_tail();
         let blocks = blocks.min(room.unplaced);
-        let fits =
-            next_places(room.next, block_size, room.unplaced).zip(0..blocks).all(|(place, _)| place.end <= room.usable_end());
+        let fits = next_places(room.next, block_size, room.unplaced)
+            .zip(0..blocks)
+            .all(|(place, _)| place.end <= room.usable_end());
         if room.growing || blocks == 0 || fits {
             return None;
         }
@@ -151,8 +152,10 @@ impl Growth {
     /// and growth may be tried again; `Poisoned` where making it durable failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);
-        let syncs =
-            matches!((&step, self.phase), (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe));
+        let syncs = matches!(
+            (&step, self.phase),
+            (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe)
+        );
         // After a failure has poisoned the image: a commit that sees no sync any more must see that.
         self.image.free_tail().syncing = syncs;
         match step {
@@ -189,7 +192,8 @@ impl Growth {
             (GrowthPhase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
                 return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
             }
-            (GrowthPhase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push_next(self.slot, ops)) => {}
+            (GrowthPhase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push_next(self.slot, ops)) => {
+            }
             (GrowthPhase::Allocate, _) if self.is_within => return Ok(self.finish()),
             (GrowthPhase::Allocate, _) if self.moved_end.is_some() => self.push_writes(GrowthPhase::Wipe, ops),
             (GrowthPhase::Allocate, _) => {
@@ -209,7 +213,9 @@ impl Growth {
                 }
             }
             // A commit's sync may have been told of a failure that concerns ours, too.
-            (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, None) if self.image.is_poisoned() => {
+            (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, None)
+                if self.image.is_poisoned() =>
+            {
                 self.image.check_poison()?;
             }
             (GrowthPhase::SyncSessionFooter, None) => self.allocate(ops),

@@ -16,7 +16,7 @@
 //! Order of stores: a slot's words before its epoch; its bits before the request is answered.
 //!
 //! The file is named by its session, which the image's stamp names. `session.rs` tells when it is made and ends, and
-//! `take_in.rs` what a successor believes of it.
+//! `journal_replay.rs` what a successor believes of it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ use super::open::Image;
 use crate::error::Result;
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::storage::{FileId, Shm, RuntimeFolder};
+use crate::storage::{FileId, RuntimeFolder, Shm};
 
 /// Granules that may be marked between two commits.
 pub const JOURNAL_SLOTS: u32 = 4096;
@@ -327,7 +327,12 @@ impl Journal {
     /// The commit of `epoch` has made its snapshot durable, `places` (block, place) included: all slots up to that epoch are
     /// superfluous, but for those that are still in use. `keep(slot, granule, renew)` tells: of a slot in use it calls
     /// `renew` while it holds the granule.
-    pub(super) fn finish_commit(&self, epoch: u64, places: &[(u32, u32)], keep: impl Fn(u32, usize, &dyn Fn()) -> bool) {
+    pub(super) fn finish_commit(
+        &self,
+        epoch: u64,
+        places: &[(u32, u32)],
+        keep: impl Fn(u32, usize, &dyn Fn()) -> bool,
+    ) {
         let (next, old) = {
             let state = self.lock();
             let old: Vec<u32> = state.used.iter().copied().filter(|s| self.epoch_of(*s) <= epoch).collect();

@@ -4,7 +4,9 @@ use super::open::Image;
 
 /// A sum over the block table that does not depend on the order of changes.
 pub(super) fn table_sum(image: &Image) -> u64 {
-    image.bat().map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(entry_hash(block, place))))
+    image
+        .bat()
+        .map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(entry_hash(block, place))))
 }
 
 /// An entry's share of the sum: splitmix64's finaliser, so that swapped or shifted entries do not cancel out.

@@ -13,11 +13,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
-use super::journal_id::{entry_hash, table_sum};
 use super::journal::{
-    SLOT_BITS, BOOT_AT, COMMITTED, SLOT_EPOCH, EPOCH_LIMIT, SLOT_BITMAP_SECTOR, IMAGE_AT, Journal, MAGIC, MAGIC_AT, NOT_PLACED, NEXT_GENERATION, CURRENT_GENERATION, SLOT_PLACE,
-    SLOT_PLACED_BY, SESSION_AT, JOURNAL_SLOTS, TABLE_SUMS, UNACCOUNTED, BITMAP_WORDS,
+    BITMAP_WORDS, BOOT_AT, COMMITTED, CURRENT_GENERATION, EPOCH_LIMIT, IMAGE_AT, JOURNAL_SLOTS, Journal, MAGIC,
+    MAGIC_AT, NEXT_GENERATION, NOT_PLACED, SESSION_AT, SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE,
+    SLOT_PLACED_BY, TABLE_SUMS, UNACCOUNTED,
 };
+use super::journal_id::{entry_hash, table_sum};
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{SessionStamp, bitmap};
@@ -193,7 +194,9 @@ fn include_file_bits(found: &[ReplaySlot], image: &Image) -> Result<bool> {
         words.iter_mut().zip(f.words).for_each(|(to, word)| *to |= word);
     }
     for (granule, slot) in slots {
-        let Some(place) = block_of_bitmap_sector(granule, per_block).and_then(|block| table.place(block)) else { continue };
+        let Some(place) = block_of_bitmap_sector(granule, per_block).and_then(|block| table.place(block)) else {
+            continue;
+        };
         let mut bytes = [0; SECTOR_BYTES];
         let at = (u64::from(place) + (granule % per_block) as u64) * SECTOR;
         if at + SECTOR > image.data_end() {

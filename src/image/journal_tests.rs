@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::super::{Commit, Growth, Durability, ImageKind, ParentLink, ImageSpec, JobStep, Writable, create, run_to_completion};
+use super::super::{
+    Commit, Durability, Growth, ImageKind, ImageSpec, JobStep, ParentLink, Writable, create, run_to_completion,
+};
 use super::*;
 use crate::storage::host::Host;
-use crate::storage::{Access, Env, Op, Payload, FileSlot};
+use crate::storage::{Access, Env, FileSlot, Op, Payload};
 use crate::units::{BlockSize, SectorRange};
 
 const SLOT_OF_FILE: FileSlot = FileSlot(3);
@@ -20,8 +22,10 @@ struct KilledImage {
 
 impl KilledImage {
     fn new(kind: ImageKind) -> KilledImage {
-        let rig = KilledImage { folder: tempfile::tempdir().unwrap(), runtime: tempfile::tempdir_in("/dev/shm").unwrap() };
-        create(&Host, &rig.path(), &ImageSpec { kind, size: 64 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
+        let rig =
+            KilledImage { folder: tempfile::tempdir().unwrap(), runtime: tempfile::tempdir_in("/dev/shm").unwrap() };
+        create(&Host, &rig.path(), &ImageSpec { kind, size: 64 << 20, block_size: BlockSize::DEFAULT, reserve: 0 })
+            .unwrap();
         rig
     }
 
@@ -44,7 +48,8 @@ impl KilledImage {
     fn open(&self) -> Arc<Writable> {
         self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
-        let keep = Durability::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
+        let keep =
+            Durability::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
         let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
         while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
             run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
@@ -135,7 +140,8 @@ fn a_full_journal_is_still_believed_after_a_kill() {
     let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
     let rig = KilledImage { folder, runtime };
     let block_size = BlockSize::from_bytes(4096).unwrap();
-    create(&Host, &rig.path(), &ImageSpec { kind: ImageKind::Dynamic, size: 40 << 20, block_size, reserve: 0 }).unwrap();
+    create(&Host, &rig.path(), &ImageSpec { kind: ImageKind::Dynamic, size: 40 << 20, block_size, reserve: 0 })
+        .unwrap();
     let image = rig.open();
     let mut kept = 0;
     for block in 0..JOURNAL_SLOTS + 200 {
@@ -151,7 +157,10 @@ fn a_full_journal_is_still_believed_after_a_kill() {
     assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();
-    assert!((0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()), "what was kept is there");
+    assert!(
+        (0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()),
+        "what was kept is there"
+    );
     assert!(commit(&image, usize::MAX));
     drop(image);
     rig.open();

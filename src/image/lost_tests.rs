@@ -1,4 +1,4 @@
-//! Tests of `lost.rs` on the simulated host.
+//! Tests of `lost_memory.rs` on the simulated host.
 
 use super::super::check::check;
 use super::super::testing::{child, file, kinds, poke, written};

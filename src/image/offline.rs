@@ -146,7 +146,7 @@ impl Offline {
     pub(super) fn used_end(&self) -> u64 {
         let shape = self.sparse();
         let stride = u64::from(shape.header.block_size.stride_sectors());
-        // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
+        // An entry behind the end of the disk may failpoint anywhere: what lies outside the file is no block (O12).
         let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
         let blocks = ends.filter(|end| *end <= self.footer_offset).max().unwrap_or(0);
         shape.metadata.end().next_multiple_of(SECTOR).max(blocks)

@@ -12,15 +12,16 @@ use super::bat::Bat;
 use super::batmap::read_bitmap;
 use super::lost::TruncatedBlocks;
 use super::session_state::stamp_offset;
+use super::structures::{read_footers, read_sector_after_table, read_table};
 use super::unrecognized;
-use super::structures::{read_sector_after_table, read_footers, read_table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
 use crate::format::entries::{EntryRules, PlacedBlocks, check_entries};
-use crate::format::metadata::{check_header_place, check_table};
 use crate::format::locator::RecordedParent;
+use crate::format::metadata::{check_header_place, check_table};
 use crate::format::{
-    ChosenFooter, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, MetadataMap, Platform, SessionStamp, bat,
+    ChosenFooter, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, MetadataMap, Platform,
+    SessionStamp, bat,
 };
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};

@@ -68,7 +68,12 @@ mod tests {
     use crate::units::BlockSize;
 
     fn spec(kind: ImageKind) -> ImageSpec {
-        ImageSpec { kind, size: 10 * (64 << 10) + SECTOR, block_size: BlockSize::from_bytes(64 << 10).unwrap(), reserve: 0 }
+        ImageSpec {
+            kind,
+            size: 10 * (64 << 10) + SECTOR,
+            block_size: BlockSize::from_bytes(64 << 10).unwrap(),
+            reserve: 0,
+        }
     }
 
     #[test]

@@ -9,10 +9,10 @@ use std::sync::Mutex;
 
 use super::batmap;
 use super::bitmaps::{Bitmaps, InitialBits};
-use super::holes::next_data;
-use super::open::Image;
 use super::free_tail::FreeTail;
+use super::holes::next_data;
 use super::journal_replay::ReplaySlot;
+use super::open::Image;
 use super::writable::WritableSparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
@@ -22,7 +22,12 @@ use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 /// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
 /// of a killed predecessor, whose places the file may not know yet. `stamped`: the sector before the footer is the stamp of a
 /// session that goes on.
-pub(super) fn recover(image: &Image, block_size: BlockSize, found: &[ReplaySlot], stamped: bool) -> Result<WritableSparse> {
+pub(super) fn recover(
+    image: &Image,
+    block_size: BlockSize,
+    found: &[ReplaySlot],
+    stamped: bool,
+) -> Result<WritableSparse> {
     let (table, file) = (image.bat().expect("not fixed"), image.file());
     let bitmaps = Bitmaps::new(table.len(), block_size);
     let fresh = if image.kind() == DiskType::Differencing { InitialBits::Clear } else { InitialBits::Set };

@@ -78,7 +78,10 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
                 commit(&after, &image);
             }
             reparent(&after, &file(&after), Some(&to)).unwrap();
-            assert_eq!((seen(&after), Image::open(file(&after)).unwrap().footer().data_offset), (new.clone(), HEADER_HOME));
+            assert_eq!(
+                (seen(&after), Image::open(file(&after)).unwrap().footer().data_offset),
+                (new.clone(), HEADER_HOME)
+            );
             assert!(fate % 2 == 0 || (kinds(&after).is_empty() && file(&after).stat().unwrap().len == len));
         }
     }
@@ -139,7 +142,7 @@ fn a_full_host_and_what_cannot_be_recorded_change_nothing() {
     host.set_faults(FaultPlan::default());
     assert_eq!((file(&host).stat().unwrap().allocated, seen(&host).0), (stat.allocated, 7));
     assert_eq!(reparent(&host, &file(&host), Some(&link(8, "a\\b"))).unwrap_err().kind(), ErrorKind::Unsupported);
-    assert_eq!(host.bytes(Path::new(reparent::super::testing::PATH)), before);
+    assert_eq!(host.bytes(Path::new(super::super::testing::PATH)), before);
     let fixed = host_with(ImageKind::Fixed, 100);
     assert_eq!(reparent(&fixed, &file(&fixed), None).unwrap_err().kind(), ErrorKind::Unsupported);
 }

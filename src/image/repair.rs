@@ -4,7 +4,7 @@
 //! (XenServer's batmap), bits and entries that nobody reads, and space that nobody refers to are changed.
 //!
 //! ```text
-//!   1  undo       what is going to be replaced, durable (undo.rs)
+//!   1  undo       what is going to be replaced, durable (undo_file.rs)
 //!   2  front      the footer's copy at the start                   sync   the one at the end is whole meanwhile
 //!   3  tail       the footer at the end, or where the end will be  sync   the one at the start is whole meanwhile
 //!   4  pointers   batmap, bits and entries that say too much       sync   before the room they speak of is given back
@@ -21,17 +21,17 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use super::batmap::{Batmap, sectors_on_disk, read_bitmap};
-use super::check::{unreferenced_space, whole_pages, are_places_trusted};
+use super::batmap::{Batmap, read_bitmap, sectors_on_disk};
+use super::check::{are_places_trusted, unreferenced_space, whole_pages};
+use super::check_blocks::bits_beyond_disk;
 use super::open::{Image, SparseImage};
-use super::unrecognized::find_padded_footer;
 use super::structures::read_footers;
 use super::undo_file::UndoFile;
-use super::check_blocks::bits_beyond_disk;
+use super::unrecognized::find_padded_footer;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::format::footer::FOOTER_BYTES;
 use crate::format::{Defect, Footer, bat, bitmap};
-use crate::failpoint;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 

@@ -1,10 +1,10 @@
-//! Tests of `repair.rs` and `undo.rs` on the simulated host; kills and power cuts are in `tests/verbs`.
+//! Tests of `repair.rs` and `undo_file.rs` on the simulated host; kills and power cuts are in `tests/verbs`.
 
 use std::path::Path;
 
+use super::super::apply_undo::undo_repair;
 use super::super::check::{self, tests::with_batmap};
 use super::super::testing::{PATH, child, file, host_with, kinds, poke, written};
-use super::super::apply_undo::undo_repair;
 use super::*;
 use crate::error::ErrorKind;
 use crate::format::DiskType;
@@ -20,12 +20,12 @@ fn image() -> SimHost {
 /// The image as it was before a repair.
 fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     let (mut image, undo) = (host.bytes(Path::new(PATH)).unwrap(), host.bytes(kept).unwrap());
-    let number = |at: usize| usize::try_from(u64::from_be_bytes(undo_repair[at..at + 8].try_into().unwrap())).unwrap();
+    let number = |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().unwrap())).unwrap();
     assert_eq!((&undo[..16], number(48), number(72)), (&b"diffdisk undo 2\n"[..], 1, undo.len()));
     image.resize(number(16), 0);
     let (mut pieces, mut at) = (Vec::new(), 512);
     while at < number(24) {
-        pieces.push((number(at), &undo_repair[at + 16..at + 16 + number(at + 8)]));
+        pieces.push((number(at), &undo[at + 16..at + 16 + number(at + 8)]));
         at += 16 + number(at + 8);
     }
     for (offset, bytes) in pieces.into_iter().rev() {

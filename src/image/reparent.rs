@@ -17,7 +17,7 @@
 //! Both footers are whole at every moment; the trailing one counts, and what either names was durable before. So a crash
 //! leaves the old parent or the new one, never none and never half of each. A footer is switched in one sector; where the
 //! power goes between the two, they name two headers: both are sound, and nothing is written until the image is relinked
-//! again, which goes on by the trailing one. Whoever is ended in the middle begins again ([`is_settled`] tells); but for
+//! again, which goes on by the trailing one. Whoever is ended in the middle begins again ([`is_reparent_finished`] tells); but for
 //! that moment the image may be read and written by anyone in between.
 //!
 //! A type that changes (a child that becomes a root) goes with the footers.
@@ -34,13 +34,13 @@ use super::offline::lengthen;
 use super::open::Image;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
 use crate::format::footer::time_from_unix;
 use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::layout::PAGE;
 use crate::format::locator::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, MetadataPart, Platform};
-use crate::failpoint;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
@@ -55,7 +55,7 @@ const HEADER_HOME: u64 = 512;
 /// relative path, as vhd-util writes it.
 ///
 /// # Errors
-/// As [`check_link`]; as `Writable::new`; `NoSpace`, `Io`: the image has its old parent or its new one, and relinking it
+/// As [`check_reparent`]; as `Writable::new`; `NoSpace`, `Io`: the image has its old parent or its new one, and relinking it
 /// again is safe.
 pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let writable = Writable::new(env, open_reconciled(file)?, &Durability::FlushOnly)?;

@@ -21,13 +21,13 @@
 //! More entries than blocks are legal, and so are entries for blocks behind the end: whoever is ended between two steps
 //! leaves a sound image, and begins again.
 
+use super::check_blocks::bits_beyond_disk;
 use super::compact::OnProgress;
 use super::offline::Offline;
-use super::check_blocks::bits_beyond_disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
-use crate::failpoint;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// Blocks by which the file grows at least while blocks that hide the parent are made.
@@ -56,8 +56,11 @@ impl Offline {
         self = self.drop_blocks_beyond_disk()?;
         self.zero_end_of_last_block(block_size)?;
         failpoint::reached("resize.last-block-blank");
-        let hiding =
-            if self.kind() == DiskType::Differencing { self.mask_parent(block_size, size, shining)? } else { Vec::new() };
+        let hiding = if self.kind() == DiskType::Differencing {
+            self.mask_parent(block_size, size, shining)?
+        } else {
+            Vec::new()
+        };
         failpoint::reached("resize.parent-hidden");
         self.ensure_entries(blocks, &hiding)?;
         self.write_size(size)?;

@@ -4,7 +4,7 @@ use std::io;
 
 use super::commit::JobStep;
 use crate::error::{Error, Result};
-use crate::storage::{EngineKind, Env, File, Op, FileSlot};
+use crate::storage::{EngineKind, Env, File, FileSlot, Op};
 
 /// Operations under way at once.
 const DEPTH: usize = 64;

@@ -23,9 +23,9 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use uuid::Uuid;
 
 use super::journal::Journal;
-use super::open::Image;
-use super::session_state::{SessionState, other_machine_error, live_session_error};
 use super::journal_replay::ReplaySlot;
+use super::open::Image;
+use super::session_state::{SessionState, live_session_error, other_machine_error};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SessionStamp;
 use crate::mutant::{self, Mutant};
@@ -220,7 +220,13 @@ impl Session {
     /// # Errors
     /// `Io`, `NoSpace`: there is no session. If `again`, it may be tried again; if not, each write is committed before it is
     /// answered.
-    pub(super) fn begin(&self, stamp: SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>, again: bool) -> Result<()> {
+    pub(super) fn begin(
+        &self,
+        stamp: SessionStamp,
+        at: u64,
+        footer: Option<&[u8; SECTOR_BYTES]>,
+        again: bool,
+    ) -> Result<()> {
         let mut placed = self.stamp();
         let written = if mutant::enabled(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
         if let Err(e) = written {
@@ -299,7 +305,9 @@ impl Session {
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
         let (now, last) = (self.runtime().coarse_seconds(), self.renewed_in_second.load(Ordering::Relaxed));
-        if now == last || self.renewed_in_second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        if now == last
+            || self.renewed_in_second.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
             return Ok(());
         }
         if mutant::enabled(Mutant::NoMarkGeneration) {

@@ -113,8 +113,11 @@ pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &
             shell_quoted(&ours.path().display().to_string())
         )
     } else {
-        let sudo =
-            if stamp.user_id == here.user_id { String::new() } else { format!("sudo -u {} ", shell_quoted(&stamp.user)) };
+        let sudo = if stamp.user_id == here.user_id {
+            String::new()
+        } else {
+            format!("sudo -u {} ", shell_quoted(&stamp.user))
+        };
         let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
         let looked = match searched.is_empty() {
             true => "no runtime folder was searched".to_owned(),

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::commit::Commit;
-use super::run_to_completion::run_to_completion;
 use super::durability::Durability;
 use super::open::Image;
+use super::run_to_completion::run_to_completion;
 use super::writable::Writable;
 use crate::error::Result;
-use crate::storage::{Env, File, RuntimeFolder, FileSlot};
+use crate::storage::{Env, File, FileSlot, RuntimeFolder};
 
 /// Takes in the live journal of the image in `file`, which is locked exclusively, commits it, and ends the session as a daemon
 /// does that stops. False if the image has no stamp: then nothing was done.
@@ -21,7 +21,8 @@ pub fn settle(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<b
     if image.stamp()?.is_none() {
         return Ok(false);
     }
-    let image = Arc::new(Writable::new(env, image, &Durability::Journal { folders: folders.to_vec(), required: false })?);
+    let image =
+        Arc::new(Writable::new(env, image, &Durability::Journal { folders: folders.to_vec(), required: false })?);
     let mut commit = Commit::new(image.clone(), FileSlot(0));
     run_to_completion(env, image.file(), FileSlot(0), |failed, ops| commit.next(failed, ops))?;
     image.end_session();

@@ -1,4 +1,4 @@
-//! Tests of `tail.rs` on the simulated host.
+//! Tests of `growth.rs` on the simulated host.
 
 use std::path::Path;
 
@@ -133,7 +133,7 @@ fn a_sparse_step_takes_the_pages_that_commits_write() {
     commit(&host, &image);
     assert_eq!(file(&host).stat().unwrap().allocated, after.allocated);
     assert!(Growth::begin(&image, SLOT).is_some_and(|mut growth| {
-        let grown = growth::super::run_to_completion(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops));
+        let grown = super::super::run_to_completion(&host, image.file(), SLOT, |failed, ops| growth.next(failed, ops));
         grown.is_err_and(|e| e.kind() == ErrorKind::NoSpace)
     }));
     assert!(!image.is_poisoned());

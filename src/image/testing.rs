@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Commit, Growth, Image, Durability, ImageKind, ParentLink, ImageSpec, Writable, check, create, run_to_completion};
+use super::{
+    Commit, Durability, Growth, Image, ImageKind, ImageSpec, ParentLink, Writable, check, create, run_to_completion,
+};
 use crate::error::Result;
 use crate::format::Defect;
 use crate::storage::sim::SimHost;

@@ -42,7 +42,7 @@ impl Writable {
         let Some(block_size) = self.image().block_size() else { return self.image().data_end() / SECTOR };
         let (room, table) = (self.free_tail(), self.image().bat().expect("sparse images have a table"));
         let stride = u64::from(block_size.stride_sectors());
-        // An entry behind the end of the disk may point anywhere: what lies outside the file is no block (O12).
+        // An entry behind the end of the disk may failpoint anywhere: what lies outside the file is no block (O12).
         let known = table.used().filter(|(block, _)| !room.fresh.contains(block));
         let last = known.map(|(_, place)| u64::from(place) + stride).filter(|end| *end <= room.end).max().unwrap_or(0);
         last.max(self.image().metadata_end().div_ceil(SECTOR))

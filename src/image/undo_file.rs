@@ -18,14 +18,14 @@
 //! The first 512 bytes are written after a sync of the pieces that they count in. Where they are zeros, the repair ended
 //! before it changed anything. States: 0, the repair was not finished; 1, it was; 2, an undo was begun; 3, the repair is
 //! undone. To undo a repair: give the image the length that it had, then write the pieces of before back, the last one
-//! first. What was cut off and is in no piece was zero. `undone.rs` does that.
+//! first. What was cut off and is in no piece was zero. `apply_undo.rs` does that.
 
 use std::ops::Range;
 use std::path::PathBuf;
 
 use super::atomic_file::AtomicFile;
-use super::journal_id::table_sum;
 use super::holes::{is_zero, next_data};
+use super::journal_id::table_sum;
 use super::open::Image;
 use crate::error::Result;
 use crate::storage::{Env, File};
@@ -89,8 +89,14 @@ impl UndoHeader {
             UndoState::Undoing => 2,
             UndoState::Undone => 3,
         };
-        let numbers =
-            [(16, self.len), (24, self.before), (48, state), (56, self.len_after), (64, self.table_sum), (72, self.after)];
+        let numbers = [
+            (16, self.len),
+            (24, self.before),
+            (48, state),
+            (56, self.len_after),
+            (64, self.table_sum),
+            (72, self.after),
+        ];
         for (at, number) in numbers {
             bytes[at..at + 8].copy_from_slice(&number.to_be_bytes());
         }
@@ -107,7 +113,7 @@ impl UndoHeader {
     }
 }
 
-/// The file that keeps. Dropped before the first [`Undo::seal`] it vanishes.
+/// The file that keeps. Dropped before the first [`UndoFile::seal`] it vanishes.
 pub(super) struct UndoFile {
     image: File,
     uuid: uuid::Uuid,
@@ -193,7 +199,8 @@ impl UndoFile {
     pub(super) fn seal(&mut self) -> Result<()> {
         self.draft.file().sync()?;
         let (len, before, uuid) = (self.len, self.end, self.uuid);
-        let head = UndoHeader { len, before, uuid, state: UndoState::Repairing, len_after: 0, table_sum: 0, after: before };
+        let head =
+            UndoHeader { len, before, uuid, state: UndoState::Repairing, len_after: 0, table_sum: 0, after: before };
         head.write(self.draft.file())?;
         if !self.sealed {
             self.draft.publish()?;
@@ -222,7 +229,8 @@ impl UndoFile {
         self.draft.file().sync()?;
         let image = Image::inspect(self.image.clone())?;
         let (uuid, table, after) = (image.uuid(), table_sum(&image), self.end);
-        let head = UndoHeader { len: self.len, before, uuid, state: UndoState::Repaired, len_after, table_sum: table, after };
+        let head =
+            UndoHeader { len: self.len, before, uuid, state: UndoState::Repaired, len_after, table_sum: table, after };
         head.write(self.draft.file())?;
         Ok(self.path())
     }

@@ -2,9 +2,9 @@
 //! the guest of a raw disk can write such bytes.
 
 use crate::error::Result;
-use crate::format::image_format::PROBE_BYTES;
 use crate::format::footer::FOOTER_BYTES;
-use crate::format::{ImageFormat, Defect, DiskType, Footer};
+use crate::format::image_format::PROBE_BYTES;
+use crate::format::{Defect, DiskType, Footer, ImageFormat};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 

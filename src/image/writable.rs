@@ -3,27 +3,27 @@
 //! The life of a write: [`Writable::reserve`] gives the block a place (in memory), the data goes there,
 //! [`Writable::mark`] makes its sectors visible to reads of this process, and a [`Commit`](super::Commit) tells the file.
 //!
-//! Does not order durable writes (`commit.rs`), nor make room (`tail.rs`), nor look at parents.
+//! Does not order durable writes (`commit.rs`), nor make room (`growth.rs`), nor look at parents.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::allocation::Allocation;
-use super::bitmaps::{Bitmaps, InitialBits, Residence};
 use super::bitmap_frame::{FrameState, LockedFrame};
-use super::journal::Journal;
+use super::bitmaps::{Bitmaps, InitialBits, Residence};
 use super::durability::{Durability, DurabilityState};
+use super::free_tail::FreeTail;
+use super::journal::Journal;
+use super::journal_replay::ReplaySlot;
 use super::mtime::SavedMtime;
 use super::open::Image;
 use super::recover::recover;
-use super::free_tail::FreeTail;
 use super::session::Session;
-use super::journal_replay::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{bat, layout};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Env, File, AllocationMode};
+use crate::storage::{AllocationMode, Env, File};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// An image open for writing, shared by all queues of its disk.
@@ -82,8 +82,19 @@ impl Writable {
         let (unsynced, due) = (AtomicBool::new(!mutant::enabled(Mutant::CleanAtOpen)), AtomicBool::new(false));
         let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
         let (room_rule, allocation) = (image.file().allocation_mode(), OnceLock::new());
-        let image =
-            Writable { image, sparse, unsynced, dirty, poison, durability: keep, commit_due: due, room_rule, allocation, mtime_at_open: opened, content_changed: changed };
+        let image = Writable {
+            image,
+            sparse,
+            unsynced,
+            dirty,
+            poison,
+            durability: keep,
+            commit_due: due,
+            room_rule,
+            allocation,
+            mtime_at_open: opened,
+            content_changed: changed,
+        };
         image.renew_after_replay()?;
         image.replay(&found);
         Ok(image)
@@ -128,7 +139,7 @@ impl Writable {
     /// system call; safe to repeat.
     ///
     /// # Errors
-    /// [`NoRoom`] where the prepared tail is used up.
+    /// [`NeedsGrowth`] where the prepared tail is used up.
     pub fn reserve(&self, block: u32) -> Result<u32, NeedsGrowth> {
         let table = self.image.bat().expect("only images with a table reserve");
         if let Some(place) = table.place(block) {
@@ -338,7 +349,8 @@ impl Writable {
         let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
         let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
         // A block has a slot from its reservation on, unless all were taken then.
-        let slotless = |b: &u32| sparse.bitmaps.lock_resident(sparse.bitmaps.first_sector_of(*b)).state.journal_slot.is_none();
+        let slotless =
+            |b: &u32| sparse.bitmaps.lock_resident(sparse.bitmaps.first_sector_of(*b)).state.journal_slot.is_none();
         let unaccounted = blocks.iter().any(slotless);
         journal.begin_commit(blocks, unaccounted)
     }

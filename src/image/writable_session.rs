@@ -1,9 +1,9 @@
 //! What a writable image does with its session: begins it, takes the stamp along when the file grows, renews the generation,
 //! ends it.
 
-use super::journal::Journal;
 use super::durability::DurabilityState;
 use super::free_tail::FreeTail;
+use super::journal::Journal;
 use super::session::{Session, write_zeros_and_footer};
 use super::writable::Writable;
 use crate::error::Result;

@@ -5,10 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::source::Progress;
-use crate::chain::{self, Chain, ImageChange, CheckedFile, Policy, OpenMode, refuse_change};
+use crate::chain::{self, Chain, CheckedFile, ImageChange, OpenMode, Policy, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Consequence, Defect, Severity};
-use crate::image::{self, Image, SavedMtime, FooterChoice, merge_ranges, refuse_if_file_is_live};
+use crate::image::{self, FooterChoice, Image, SavedMtime, merge_ranges, refuse_if_file_is_live};
 use crate::storage::{Access, Env, File, Lock, RuntimeFolder};
 use crate::units::{SECTOR, SectorRange};
 

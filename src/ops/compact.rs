@@ -6,9 +6,9 @@ use super::open_exclusive;
 use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, bitmap};
-use crate::image::{SavedMtime, Offline, is_zero, next_data};
 use crate::failpoint;
+use crate::format::{DiskType, bitmap};
+use crate::image::{Offline, SavedMtime, is_zero, next_data};
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
@@ -80,7 +80,14 @@ impl<'a> BlockInspector<'a> {
     fn new(offline: &'a Offline, beneath: &'a Version) -> BlockInspector<'a> {
         let block_size = offline.block_size().expect("it is not fixed");
         let plan = PlanBuffer::default();
-        BlockInspector { offline, beneath, block_size, plan, own: Buffer::zeroed(CHUNK_BYTES), below: Buffer::zeroed(CHUNK_BYTES) }
+        BlockInspector {
+            offline,
+            beneath,
+            block_size,
+            plan,
+            own: Buffer::zeroed(CHUNK_BYTES),
+            below: Buffer::zeroed(CHUNK_BYTES),
+        }
     }
 
     /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.

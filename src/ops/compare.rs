@@ -1,6 +1,6 @@
 //! `compare`: whether two disks look the same to a guest.
 
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, DataRuns, SourceDisk, Progress};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, DataRuns, Progress, SourceDisk};
 use crate::chain::PlanBuffer;
 use crate::error::Result;
 use crate::storage::Buffer;

@@ -7,8 +7,8 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::device_sink::DeviceSink;
-use super::source::{CHUNK_BYTES, SourceDisk, Progress, for_each_data_run};
-use super::file_sink::{NewFile, FileSink};
+use super::file_sink::{FileSink, NewFile};
+use super::source::{CHUNK_BYTES, Progress, SourceDisk, for_each_data_run};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ImageKind, ImageSpec, refuse_if_file_is_live};
 use crate::storage::{Access, Buffer, Env, RuntimeFolder};
@@ -62,15 +62,25 @@ pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) 
 /// `Refused` where the name exists, or for a device that is too small or is to hold a VHD; `Busy` where the file to be
 /// replaced or the device is in use; `Invalid` for sizes that a VHD does not have; `Io`, `NoSpace`; what `progress` fails
 /// with. No file is left behind.
-pub fn convert(env: &dyn Env, disk: &SourceDisk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+pub fn convert(
+    env: &dyn Env,
+    disk: &SourceDisk,
+    path: &Path,
+    how: &Conversion,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     if is_device(env, path)? {
         return convert_to_device(env, disk, path, how, progress);
     }
     let size = (disk.sectors() * SECTOR).next_multiple_of(how.align);
     let spec = match how.to {
         TargetFormat::Raw => None,
-        TargetFormat::Fixed => Some(ImageSpec { kind: ImageKind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size }),
-        TargetFormat::Dynamic(block_size) => Some(ImageSpec { kind: ImageKind::Dynamic, size, block_size, reserve: size }),
+        TargetFormat::Fixed => {
+            Some(ImageSpec { kind: ImageKind::Fixed, size, block_size: BlockSize::DEFAULT, reserve: size })
+        }
+        TargetFormat::Dynamic(block_size) => {
+            Some(ImageSpec { kind: ImageKind::Dynamic, size, block_size, reserve: size })
+        }
     };
     let raw = NewFile::Raw(disk.bytes().next_multiple_of(how.align));
     let uuid = how.uuid.unwrap_or_else(|| env.uuid());
@@ -90,7 +100,13 @@ fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     }
 }
 
-fn convert_to_device(env: &dyn Env, disk: &SourceDisk, path: &Path, how: &Conversion, progress: &mut Progress<'_>) -> Result<()> {
+fn convert_to_device(
+    env: &dyn Env,
+    disk: &SourceDisk,
+    path: &Path,
+    how: &Conversion,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let refused = |what| Err(Error::new(ErrorKind::Refused, what).at_path(path));
     if how.to != TargetFormat::Raw {
         return refused(
@@ -104,7 +120,9 @@ fn convert_to_device(env: &dyn Env, disk: &SourceDisk, path: &Path, how: &Conver
     // Both the reader and the writer report progress.
     let progress = RefCell::new(progress);
     let mut report = |bytes| (progress.borrow_mut())(bytes);
-    for_each_data_run(disk, &mut report, |range, bytes| sink.put(range, bytes, &mut |bytes| (progress.borrow_mut())(bytes)))?;
+    for_each_data_run(disk, &mut report, |range, bytes| {
+        sink.put(range, bytes, &mut |bytes| (progress.borrow_mut())(bytes))
+    })?;
     sink.finish(&mut |bytes| (progress.borrow_mut())(bytes))
 }
 

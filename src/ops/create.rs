@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, ImageChange, Policy, OpenMode, record_child, refuse_change, relative_path};
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, record_child, refuse_change, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
-use crate::image::{self, Image, ImageKind, ParentLink, ImageSpec, folder_of};
+use crate::image::{self, Image, ImageKind, ImageSpec, ParentLink, folder_of};
 use crate::storage::Env;
 use crate::units::BlockSize;
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, Policy, OpenMode};
+use crate::chain::{Chain, OpenMode, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Env};
 use crate::units::SECTOR;

@@ -5,14 +5,14 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::image_writer::ImageWriter;
-use crate::chain::{Chain, Policy, OpenMode};
+use crate::chain::{Chain, OpenMode, Policy};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{AtomicFile, Image, Durability, ImageSpec, file_name, folder_of, write_new};
 use crate::failpoint;
+use crate::image::{AtomicFile, Durability, Image, ImageSpec, file_name, folder_of, write_new};
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// A new file that is being filled. Dropped before [`Sink::finish`] it vanishes.
+/// A new file that is being filled. Dropped before [`FileSink::finish`] it vanishes.
 pub(super) struct FileSink<'a> {
     draft: AtomicFile,
     replace: bool,

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-use super::open_exclusive;
 use super::copy_up::{CopyUpStage, copy_up};
-use super::source::Progress;
-use super::rebase::{file_ids, replacement_link, open_new_parent};
 use super::image_writer::ImageWriter;
+use super::open_exclusive;
+use super::rebase::{file_ids, open_new_parent, replacement_link};
+use super::source::Progress;
 use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, bitmap};
-use crate::image::{Image, Durability, SavedMtime, Offline, ParentLink, check_reparent, is_reparent_finished, next_data, reparent};
 use crate::failpoint;
+use crate::format::{DiskType, bitmap};
+use crate::image::{
+    Durability, Image, Offline, ParentLink, SavedMtime, check_reparent, is_reparent_finished, next_data, reparent,
+};
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 

@@ -56,7 +56,11 @@ pub(super) fn scan_readable(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Sca
 }
 
 /// The images in these folders; `unreadable` decides whether one that cannot be read ends the search.
-fn scan_with(env: &dyn Env, folders: &[Folder], unreadable: &mut dyn FnMut(Error) -> Result<()>) -> Result<Vec<ScannedImage>> {
+fn scan_with(
+    env: &dyn Env,
+    folders: &[Folder],
+    unreadable: &mut dyn FnMut(Error) -> Result<()>,
+) -> Result<Vec<ScannedImage>> {
     let mut found: Vec<ScannedImage> = Vec::new();
     // A file may have more than one name, and a folder may be given twice.
     let mut seen = HashSet::new();
@@ -92,7 +96,12 @@ pub(super) fn folders_to_scan(
 }
 
 /// The image of a name in a folder; `None` if it is no image, or was seen before.
-fn scan_entry(env: &dyn Env, folder: &Folder, name: &OsStr, seen: &mut HashSet<FileId>) -> Result<Option<ScannedImage>> {
+fn scan_entry(
+    env: &dyn Env,
+    folder: &Folder,
+    name: &OsStr,
+    seen: &mut HashSet<FileId>,
+) -> Result<Option<ScannedImage>> {
     let file = open_entry(env, folder, name)?;
     let id = file.stat()?.id;
     if !seen.insert(id) {

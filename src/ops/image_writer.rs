@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::write_behind::WriteBehind;
 use crate::chain::{Chain, PlanBuffer, Source, Top, Version};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Commit, Growth, Pins, Durability, NeedsGrowth, run_to_completion, punch_unwritten};
+use crate::image::{Commit, Durability, Growth, NeedsGrowth, Pins, punch_unwritten, run_to_completion};
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
@@ -34,7 +34,14 @@ impl<'a> ImageWriter<'a> {
     pub(super) fn open(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<ImageWriter<'a>> {
         let version = chain.into_writable(env, keep)?;
         let was_used = version.top().expect("opened for writing").image.image().used_end();
-        Ok(ImageWriter { env, version, plan: PlanBuffer::default(), uncommitted: 0, write_behind: WriteBehind::default(), initial_end: was_used })
+        Ok(ImageWriter {
+            env,
+            version,
+            plan: PlanBuffer::default(),
+            uncommitted: 0,
+            write_behind: WriteBehind::default(),
+            initial_end: was_used,
+        })
     }
 
     /// Makes room for so many more blocks now, all of them or none.

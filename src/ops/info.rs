@@ -4,14 +4,14 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, Policy, OpenMode, warn_of_unfinished_merges};
+use crate::chain::{Chain, OpenMode, Policy, warn_of_unfinished_merges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
-use crate::format::locator::{header_name, decode_texts};
+use crate::format::locator::{decode_texts, header_name};
 use crate::format::session_stamp::escape_for_display;
 use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::{Image, SessionState, next_data};
-use crate::storage::{Access, Env, File, LockHolder, FileSystemSpace, Stat};
+use crate::storage::{Access, Env, File, FileSystemSpace, LockHolder, Stat};
 
 /// An image that changes while it is read is read again, so often at most.
 const MAX_ATTEMPTS: usize = 4;
@@ -169,9 +169,13 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Imag
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
             // Somebody is writing: table and length were not read at one moment.
-            Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => tries += 1,
+            Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
+                tries += 1
+            }
             // The same, as damage that is none.
-            Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => tries += 1,
+            Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
+                tries += 1
+            }
             result => return result,
         }
     }
@@ -253,7 +257,8 @@ fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Im
 fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     let Some((stamp, _)) = image.stamp()? else { return Ok(None) };
     let open = SessionState::of(env, image)? != SessionState::Closed;
-    let (host, user, folder) = (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
+    let (host, user, folder) =
+        (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
     Ok(Some(SessionInfo { open, host, user, folder }))
 }
 
@@ -327,6 +332,9 @@ mod tests {
 
     #[test]
     fn tag_text_drops_the_padding() {
-        assert_eq!((tag_text(*b"win "), tag_text(*b"tap\0"), tag_text(*b"\0\0\0\0")), ("win".into(), "tap".into(), String::new()));
+        assert_eq!(
+            (tag_text(*b"win "), tag_text(*b"tap\0"), tag_text(*b"\0\0\0\0")),
+            ("win".into(), "tap".into(), String::new())
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::source::Extents;
-use crate::chain::{Chain, Extent, Policy, Source, OpenMode};
+use crate::chain::{Chain, Extent, OpenMode, Policy, Source};
 use crate::error::Result;
 use crate::storage::Env;
 use crate::units::SECTOR;
@@ -42,7 +42,9 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ma
         let place = match extent.source {
             Source::Zero => None,
             // Slots are numbered as the files are, from the youngest.
-            Source::File { slot, offset } => Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset }),
+            Source::File { slot, offset } => {
+                Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset })
+            }
         };
         found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position: place })
     };

@@ -18,8 +18,6 @@
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
 //! The reports serialise under the names that `--json` promises.
 
-mod open_exclusive;
-mod write_behind;
 pub mod check;
 pub mod children;
 pub mod compact;
@@ -29,17 +27,19 @@ mod copy_up;
 pub mod create;
 mod device_sink;
 pub mod diff;
+mod file_sink;
 pub mod flatten;
-pub mod info;
 mod folder_scan;
+mod image_writer;
+pub mod info;
 pub mod map;
 pub mod merge;
-mod source;
+mod open_exclusive;
 pub mod rebase;
 pub mod resize;
 pub mod salvage;
 pub mod settle;
-mod file_sink;
-mod image_writer;
+mod source;
+mod write_behind;
 
-pub use source::{SourceDisk, SourceFormat, Progress};
+pub use source::{Progress, SourceDisk, SourceFormat};

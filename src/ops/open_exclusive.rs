@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::chain::{Chain, ImageChange, Policy, OpenMode, refuse_change};
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, refuse_change};
 use crate::error::Result;
 use crate::image::{Image, SavedMtime, open_reconciled, refuse_if_file_is_live};
 use crate::storage::{Access, Env, Lock};

@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use super::open_exclusive;
 use super::copy_up::{CopyUpStage, copy_up};
 use super::create::{Locators, parent_link};
-use super::source::Progress;
 use super::image_writer::ImageWriter;
-use crate::chain::{Chain, ImageChange, Policy, OpenMode, children_of, record_child};
+use super::open_exclusive;
+use super::source::Progress;
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Defect, DiskType, Platform};
-use crate::image::{Image, Durability, SavedMtime, ParentLink, check_reparent, folder_of, reparent};
 use crate::failpoint;
+use crate::format::{Defect, DiskType, Platform};
+use crate::image::{Durability, Image, ParentLink, SavedMtime, check_reparent, folder_of, reparent};
 use crate::storage::{Access, Env, File, FileId};
 
 /// What a rebase did.
@@ -69,7 +69,8 @@ pub fn rebase(
         let new = new.into_frozen();
         // Begun anew after the link was made: then this is the old parent, too.
         let policy = &allowing_folder(policy, folder_of(parent));
-        let mut writer = ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
+        let mut writer =
+            ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
         failpoint::reached("rebase.recovered");
         let outcome = copy_up(&mut writer, Some(&new), progress, &mut |stage| match stage {
             CopyUpStage::Written => failpoint::reached("rebase.some-written"),

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, SourceDisk, Progress};
-use super::{open_exclusive, folder_scan};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress, SourceDisk};
+use super::{folder_scan, open_exclusive};
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, SavedMtime, Offline};
+use crate::image::{Image, Offline, SavedMtime};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::source::SourceDisk;
-use crate::chain::{Chain, Policy, OpenMode};
+use crate::chain::{Chain, OpenMode, Policy};
 use crate::error::Result;
 use crate::image::merge_ranges;
 use crate::storage::Env;
@@ -25,7 +25,7 @@ pub struct SalvageLoss {
 /// read-only, and none is recovered.
 ///
 /// # Errors
-/// As [`Disk::open`], but for lost sectors.
+/// As [`SourceDisk::open`], but for lost sectors.
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
     let (mut given_up, mut hidden) = (Vec::new(), Vec::new());

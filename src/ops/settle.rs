@@ -20,7 +20,7 @@ pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<b
 /// Gives up the live journals of images: what was acknowledged since their last flush is lost.
 ///
 /// # Errors
-/// As [`image::discard`].
+/// As [`image::discard_session`].
 pub fn discard(env: &dyn Env, paths: &[&Path], folders: &[RuntimeFolder]) -> Result<()> {
     paths.iter().try_for_each(|path| image::discard_session(env, folders, path))
 }

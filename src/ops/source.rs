@@ -7,12 +7,12 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Extent, Layer, PlanBuffer, Policy, Source, OpenMode, Version};
+use crate::chain::{Chain, Extent, Layer, OpenMode, PlanBuffer, Policy, Source, Version};
 use crate::error::Result;
 use crate::format::ImageFormat;
 use crate::format::image_format::PROBE_BYTES;
 use crate::image::{is_zero, next_data};
-use crate::storage::{Access, Buffer, Env, File, Lock, FileSlot};
+use crate::storage::{Access, Buffer, Env, File, FileSlot, Lock};
 use crate::units::{SECTOR, SectorRange};
 
 /// Sectors planned at once: 64 MiB.
@@ -278,7 +278,9 @@ pub(super) fn for_each_data_run(
             rest = rest.skip(piece.count());
             let bytes = &mut buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
             disk.read(piece, bytes, &mut plan)?;
-            for (at, len) in nonzero_runs(bytes, usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page")) {
+            for (at, len) in
+                nonzero_runs(bytes, usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page"))
+            {
                 put(piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR), &bytes[at..at + len])?;
             }
             progress((piece.end() * SECTOR).min(disk.bytes()))?;

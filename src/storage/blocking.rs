@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use super::engine::{Engine, FILE_SLOTS};
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Action, Completion, Op, FileSlot};
+use super::op::{Action, Completion, FileSlot, Op};
 use super::transfer::{self, IoBuffers, Transfer, TransferState};
 
 /// See the file's first line.

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Completion, Op, FileSlot};
+use super::op::{Completion, FileSlot, Op};
 use super::payload::GuestIovecs;
 use super::reader::CachedRange;
 
@@ -34,7 +34,7 @@ pub trait Engine: Send {
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()>;
 
     /// Where in memory `len` bytes at `offset` of a file are, if the host is known to have them there: then they are copied
-    /// ([`Engine::fill`]) without a system call. None: an operation has to find them.
+    /// ([`Engine::copy_cached`]) without a system call. None: an operation has to find them.
     fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         let _ = (slot, offset, len);
         None

@@ -8,9 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::blocking::BlockingEngine;
 use super::host::Host;
-use super::payload::{Buffer, Payload, GuestIovecs};
+use super::payload::{Buffer, GuestIovecs, Payload};
 use super::uring::UringEngine;
-use super::{Access, Action, Completion, Engine, Env, File, Lock, Op, FILE_SLOTS, FileSlot};
+use super::{Access, Action, Completion, Engine, Env, FILE_SLOTS, File, FileSlot, Lock, Op};
 
 /// Memory of a pretended guest: pages, as a direct file asks for.
 struct TestGuest {

@@ -15,7 +15,7 @@ use super::host::HostFile;
 use super::runtime_folder::RuntimeFolder;
 #[cfg(feature = "sim")]
 use super::sim::SimFile;
-use super::space::{FileSystemSpace, AllocationMode};
+use super::space::{AllocationMode, FileSystemSpace};
 use crate::error::Result;
 
 /// What a file is opened for.

@@ -139,7 +139,7 @@ impl Folder {
     }
 
     /// Makes a new file without a name, for reading and writing. It vanishes with its last handle unless
-    /// [`Folder::give_name`] gives it a name. [`File::path`] and errors call it `known_as`.
+    /// [`Folder::link_unnamed`] gives it a name. [`File::path`] and errors call it `known_as`.
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no files without names.

@@ -17,40 +17,41 @@
 //! Only positional I/O is used: there is no file position to share. Reads of what the host has in memory are copies from
 //! mapped files (`warm`).
 
-pub mod notifier;
 pub mod blocking;
 mod copy_nofault;
 pub mod engine;
+#[cfg(test)]
+mod engine_tests;
 pub mod env;
 pub mod folder;
 pub mod host;
+mod map_cache;
+pub mod notifier;
 mod nowait;
-pub mod shm;
 pub mod op;
 pub mod payload;
-mod map_cache;
-pub mod uring;
+mod reader;
 pub mod runtime_folder;
+pub mod shm;
 pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod space;
 mod sqe;
 mod transfer;
-#[cfg(test)]
-mod engine_tests;
-mod reader;
+pub mod uring;
 
-pub use notifier::Notifier;
 pub use copy_nofault::prefetch_line;
 pub use engine::{Engine, FILE_SLOTS};
 pub use env::{
-    Access, DirectRules, EngineKind, Env, File, FileId, LockHolder, Lock, ModifiedTime, NameStatus, Origin, FilePresence, Stat,
+    Access, DirectRules, EngineKind, Env, File, FileId, FilePresence, Lock, LockHolder, ModifiedTime, NameStatus,
+    Origin, Stat,
 };
 pub use folder::Folder;
-pub use shm::Shm;
-pub use op::{Action, Completion, Op, FileSlot};
-pub use payload::{Buffer, Payload, GuestIovecs};
-pub use runtime_folder::RuntimeFolder;
-pub use space::{FileSystemSpace, AllocationMode};
+pub use notifier::Notifier;
+pub use op::{Action, Completion, FileSlot, Op};
+pub use payload::{Buffer, GuestIovecs, Payload};
 pub use reader::{CachedRange, MAX_COPY};
+pub use runtime_folder::RuntimeFolder;
+pub use shm::Shm;
+pub use space::{AllocationMode, FileSystemSpace};

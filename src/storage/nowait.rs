@@ -14,7 +14,7 @@ use super::blocking::call_once;
 use super::engine::{FILE_SLOTS, host_file};
 use super::env::File;
 use super::host::HostFile;
-use super::op::{Action, Op, FileSlot};
+use super::op::{Action, FileSlot, Op};
 use super::transfer::Transfer;
 
 /// Most bytes of a write that its queue makes itself: longer copies would hold up what is behind them.

@@ -105,7 +105,7 @@ impl GuestIovecs {
         slices
     }
 
-    /// Neither runs nor owner yet ([`Slices::restart`] gives one); room for `runs` runs without a further allocation.
+    /// Neither runs nor owner yet ([`GuestIovecs::reset`] gives one); room for `runs` runs without a further allocation.
     pub fn with_capacity(runs: usize) -> GuestIovecs {
         GuestIovecs(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }

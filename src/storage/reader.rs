@@ -2,9 +2,9 @@
 //!
 //! A small read from the page cache is mostly the way into the kernel and back, and the kernel's copies stop at every page: 4 KiB
 //! take 1.3 us by preadv(2), and 0.2 to 0.3 us by a copy from the mapped file whose pages were fetched before
-//! (`disk/copies.rs`); of a MiB the kernel reads 13,800 a second here, of 16 files in turns 5,300, and 16,000 and 13,800 are
+//! (`disk/cached_reads.rs`); of a MiB the kernel reads 13,800 a second here, of 16 files in turns 5,300, and 16,000 and 13,800 are
 //! copied (Linux 6.18 on AMD EPYC with its mitigations; 512 MiB in the page cache). So files are mapped, and what is known to be
-//! in memory (`host/mapped.rs`) is copied; all else goes through the ring.
+//! in memory (`host/file_map.rs`) is copied; all else goes through the ring.
 //!
 //! A page may have left memory since it was known to be there. Then the copy waits for the disk, and with it the queue. It
 //! is noticed: of a batch that takes longer than copies do the rest is left to the ring; and if the kernel says that this
@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 use super::copy_nofault;
 use super::engine::{FILE_SLOTS, host_file};
 use super::env::File;
-use super::host::{HostFile, Residency, MapRegion, file_map};
+use super::host::{HostFile, MapRegion, Residency, file_map};
+use super::map_cache::MapCache;
 use super::op::FileSlot;
 use super::payload::GuestIovecs;
-use super::map_cache::MapCache;
 
 /// Most bytes that are copied from one place: longer copies would hold up what is behind them.
 pub const MAX_COPY: usize = 2 << 20;

@@ -37,9 +37,9 @@ pub enum RuntimeFolder {
 macro_rules! each_kind {
     ($self:ident, $f:ident => $call:expr) => {
         match $self {
-            Runtime::Host($f) => $call,
+            RuntimeFolder::Host($f) => $call,
             #[cfg(feature = "sim")]
-            Runtime::Sim($f) => $call,
+            RuntimeFolder::Sim($f) => $call,
         }
     };
 }

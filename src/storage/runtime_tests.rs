@@ -1,4 +1,4 @@
-//! Tests of `runtime.rs`: hostile folders and files, and files that are cut while they are mapped.
+//! Tests of `runtime_dir.rs`: hostile folders and files, and files that are cut while they are mapped.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -1,11 +1,11 @@
-//! Memory that outlives the process but not the host: a file on tmpfs, mapped. `runtime.rs` makes and opens it.
+//! Memory that outlives the process but not the host: a file on tmpfs, mapped. `runtime_dir.rs` makes and opens it.
 //!
 //! A killed daemon's successor finds it as it was, store for store; after a reboot it is gone, as it must be.
 //!
 //! A store must not cost more than a store, so the words are not written by system calls, and a file that another process cuts
 //! while it is mapped raises SIGBUS. Seals that forbid cutting exist only for files without a name, which a successor could
 //! not find. So the mapping has a [`Guard`]: zeros of our own take its place, it counts as *lost*, and the access goes on
-//! there. Code that relies on the words checks [`Live::is_lost`] after the store.
+//! there. Code that relies on the words checks [`Shm::is_lost`] after the store.
 #![allow(unsafe_code)]
 
 use std::ops::Deref;

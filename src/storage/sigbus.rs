@@ -7,7 +7,7 @@
 //!   the place of the whole mapping, marks it as lost, and the access is repeated. Every kind of access survives (plain copies,
 //!   atomics, code of other crates). An access that succeeds costs nothing: the handler runs only after a fault. Users of the
 //!   mapping check [`Guard::is_lost`] afterwards, before they rely on what they read or wrote.
-//! - *Copies from mapped files* (`copy.rs`): the handler sets the program counter to the failure exit of the copy.
+//! - *Copies from mapped files* (`copy_down.rs`): the handler sets the program counter to the failure exit of the copy.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
 //!

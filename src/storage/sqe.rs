@@ -26,7 +26,9 @@ pub(super) fn submission_entry(op: &mut Op, progress: &mut Transfer) -> squeue::
         Action::Write | Action::WriteThrough => {
             let flags = if op.action == Action::WriteThrough { libc::RWF_DSYNC } else { 0 };
             match progress.next_buffers(&mut op.payload) {
-                IoBuffers::Single(start, len) => opcode::Write::new(file, start, len).offset(offset).rw_flags(flags).build(),
+                IoBuffers::Single(start, len) => {
+                    opcode::Write::new(file, start, len).offset(offset).rw_flags(flags).build()
+                }
                 IoBuffers::Vectored(runs, count) => {
                     opcode::Writev::new(file, runs, count).offset(offset).rw_flags(flags).build()
                 }

@@ -94,7 +94,10 @@ impl Transfer {
                 return TransferState::Finished(Err(io::ErrorKind::UnexpectedEof.into()));
             }
             if !moves && code == libc::EOPNOTSUPP {
-                return TransferState::Finished(Err(io::Error::new(io::ErrorKind::Unsupported, io::Error::from_raw_os_error(code))));
+                return TransferState::Finished(Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    io::Error::from_raw_os_error(code),
+                )));
             }
             return TransferState::Finished(Err(io::Error::from_raw_os_error(code)));
         }
@@ -119,7 +122,9 @@ fn one(start: *mut u8, len: usize) -> IoBuffers {
 fn many(runs: &[libc::iovec]) -> IoBuffers {
     match runs {
         [run] => one(run.iov_base.cast(), run.iov_len),
-        _ => IoBuffers::Vectored(runs.as_ptr(), u32::try_from(runs.len().min(MAX_RUNS)).expect("MAX_RUNS is below 2^32")),
+        _ => {
+            IoBuffers::Vectored(runs.as_ptr(), u32::try_from(runs.len().min(MAX_RUNS)).expect("MAX_RUNS is below 2^32"))
+        }
     }
 }
 

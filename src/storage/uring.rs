@@ -8,7 +8,7 @@
 //! Without a server around them, 32 reads of 4 KiB in a submit: 673,000 reads a second and 1.34 us of processor each as
 //! set up here, 663,000 and 1.39 us with DEFER_TASKRUN; preadv(2), 738,000 and 1.29 us (`benches/serve`, interleaved, a
 //! busy machine of two processors). So a call for each read would be no slower than a ring; where a read has to wait for
-//! the disk, it would hold up its queue. What is faster than both, where the bytes are in memory, is no call (`warm.rs`).
+//! the disk, it would hold up its queue. What is faster than both, where the bytes are in memory, is no call (`reader.rs`).
 #![allow(unsafe_code)]
 
 use std::io;
@@ -20,11 +20,11 @@ use io_uring::IoUring;
 use super::engine::{Engine, FILE_SLOTS, host_file};
 use super::env::File;
 use super::nowait::NowaitWrites;
-use super::op::{Completion, Op, FileSlot};
+use super::op::{Completion, FileSlot, Op};
 use super::payload::GuestIovecs;
-use super::sqe::{submission_entry, create_ring};
-use super::transfer::{Transfer, TransferState};
 use super::reader::{CachedRange, PageCacheReader};
+use super::sqe::{create_ring, submission_entry};
+use super::transfer::{Transfer, TransferState};
 
 /// io_uring_enter(2): run what is pending for this thread, and wait for as many completions as asked.
 const ENTER_GETEVENTS: u32 = 1;

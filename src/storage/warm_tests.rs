@@ -55,7 +55,8 @@ fn ring(file: &File) -> Option<UringEngine> {
 fn done(ring: &mut UringEngine, mut op: Op) -> Completion {
     if let (Action::Read, Payload::Own(buffer)) = (op.action, &mut op.payload) {
         let memory = slices(buffer);
-        let copied = ring.find_cached(SLOT, op.offset, memory.len()).is_some_and(|found| ring.copy_cached(&found, &memory, 0));
+        let copied =
+            ring.find_cached(SLOT, op.offset, memory.len()).is_some_and(|found| ring.copy_cached(&found, &memory, 0));
         ring.end_copy_batch();
         ring.query_residency();
         if copied {

@@ -29,7 +29,11 @@ impl AdaptivePoll {
     pub(super) fn record_work(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let gap = now.saturating_duration_since(since);
-        self.window = if gap > self.max_window { self.window / 2 } else { self.window.max(gap * 2).max(MIN_WINDOW).min(self.max_window) };
+        self.window = if gap > self.max_window {
+            self.window / 2
+        } else {
+            self.window.max(gap * 2).max(MIN_WINDOW).min(self.max_window)
+        };
         if self.window < MIN_WINDOW {
             self.window = Duration::ZERO;
         }

@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::socket::{Listener, BoundName};
+use super::socket::{BoundName, Listener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{file_name, folder_of};
 

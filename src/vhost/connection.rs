@@ -47,7 +47,15 @@ impl<'a> Connection<'a> {
     pub(super) fn new(name: &'a str, stream: UnixStream, handler: Handler<'a>) -> Connection<'a> {
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
-        Connection { name, requests, handler, refusals: 0, last_request: None, no_memory_since: None, has_warned_no_memory: false }
+        Connection {
+            name,
+            requests,
+            handler,
+            refusals: 0,
+            last_request: None,
+            no_memory_since: None,
+            has_warned_no_memory: false,
+        }
     }
 
     /// Whether a page of the memory that the front-end shares could not be had. Its rings are then zeros of our own.
@@ -62,7 +70,8 @@ impl<'a> Connection<'a> {
 
     /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
     pub(super) fn check_memory(&mut self) -> bool {
-        if self.has_warned_no_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory() {
+        if self.has_warned_no_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory()
+        {
             self.no_memory_since = None;
             return false;
         }

@@ -19,12 +19,12 @@ use super::connection::{Connection, ConnectionEnd, protocol_error};
 use super::frame::{self, PeekedMessage};
 use super::handler::{Handler, queue_count_hint};
 use super::socket::{Listener, Socket, describe_peer};
-use super::worker::{EXIT_TIMEOUT, WorkerSettings, Worker};
+use super::worker::{EXIT_TIMEOUT, Worker, WorkerSettings};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Notifier, EngineKind};
+use crate::storage::{EngineKind, Notifier};
 
 /// A front-end that sends the first half of a message has this long for the second.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -92,7 +92,17 @@ impl DiskServer {
         let names_due = Cell::new(Instant::now() + NAME_CHECK_PERIOD);
         let (name, wants_more, stopped) = (service.name.clone(), Cell::new(false), Cell::new(None));
         let names = Cell::new(None);
-        Ok(DiskServer { name, device, workers, socket, memory_lost: alarm, queue_shortage_suspected: wants_more, name_check_due: names_due, name_check: names, stop_seen: stopped })
+        Ok(DiskServer {
+            name,
+            device,
+            workers,
+            socket,
+            memory_lost: alarm,
+            queue_shortage_suspected: wants_more,
+            name_check_due: names_due,
+            name_check: names,
+            stop_seen: stopped,
+        })
     }
 
     /// What carries out I/O, in a word for the log.
@@ -200,7 +210,12 @@ impl DiskServer {
         end
     }
 
-    fn message_loop(&self, stream: UnixStream, listener: Option<&Listener>, stop: BorrowedFd<'_>) -> Result<ConnectionEnd> {
+    fn message_loop(
+        &self,
+        stream: UnixStream,
+        listener: Option<&Listener>,
+        stop: BorrowedFd<'_>,
+    ) -> Result<ConnectionEnd> {
         let socket = stream.try_clone().map_err(|e| Error::io("cannot use the connection", e))?;
         let handler = Handler::new(&self.device, &self.workers, &self.name, stop);
         let mut connection = Connection::new(&self.name, stream, handler);
@@ -219,7 +234,8 @@ impl DiskServer {
             }
             // The listener stands before the connection: a front-end that closed and came back is seen as gone here
             // before its return could be taken for a second front-end.
-            let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.memory_lost, PollFlags::IN)];
+            let mut fds =
+                vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.memory_lost, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
             let interest = if half_since.is_some() { PollFlags::empty() } else { PollFlags::IN };
             fds.push(PollFd::new(&socket, interest));
@@ -251,7 +267,9 @@ impl DiskServer {
                     self.warn_of_queue_shortage(&connection);
                     return Ok(ConnectionEnd::Disconnected);
                 }
-                PeekedMessage::Malformed => return Err(Error::io("what came is no vhost-user message", protocol_error())),
+                PeekedMessage::Malformed => {
+                    return Err(Error::io("what came is no vhost-user message", protocol_error()));
+                }
                 PeekedMessage::Partial if gone => return Ok(ConnectionEnd::Disconnected),
                 PeekedMessage::Partial => {
                     let since = *half_since.get_or_insert_with(Instant::now);
@@ -287,7 +305,11 @@ impl DiskServer {
     fn refuse_second(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         match listener.accept() {
             Ok(second) => {
-                warn!("disk {}: a second front-end is refused: {}; one is connected", self.name, describe_peer(&second));
+                warn!(
+                    "disk {}: a second front-end is refused: {}; one is connected",
+                    self.name,
+                    describe_peer(&second)
+                );
                 Ok(())
             }
             Err(e) => {

@@ -19,7 +19,7 @@ use super::MAX_QUEUE_SIZE;
 use super::inflight::{self, InflightRecords};
 use super::memory::{MAX_REGIONS, MemoryTable};
 use super::passed_fd::{check_eventfd, check_writable_eventfd};
-use super::rings::{RingAddresses, Kick, RingSetup, Rings, refusal};
+use super::rings::{Kick, RingAddresses, RingSetup, Rings, refusal};
 use super::worker::Worker;
 use crate::device::Device;
 
@@ -92,8 +92,8 @@ impl<'a> Handler<'a> {
         self.handled_requests += 1;
         let offered = self.rings.setups.len();
         let index = index.try_into().ok().filter(|i| *i < offered);
-        let index =
-            index.ok_or_else(|| refusal(format!("a queue that this disk does not have. {}", queue_count_hint(offered))))?;
+        let index = index
+            .ok_or_else(|| refusal(format!("a queue that this disk does not have. {}", queue_count_hint(offered))))?;
         Ok((index, &mut self.rings.setups[index]))
     }
 }

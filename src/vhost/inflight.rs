@@ -79,7 +79,7 @@ impl InflightRecords {
         let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(|e| io::Error::other(format!("the in-flight region cannot be mapped: {e}")))?;
         // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
-        // took the offset. `RecordMap` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
+        // took the offset. `InFlightRegion` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
         // are reached as atomics only.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
         let guard = guard.ok_or_else(no_sigbus_handler)?;

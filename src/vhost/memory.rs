@@ -137,7 +137,9 @@ impl MemoryTable {
         let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
         let memory = match mappings.is_empty() {
             true => MemoryRegions::new(),
-            false => MemoryRegions::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap"),
+            false => {
+                MemoryRegions::from_arc_regions(mappings).expect("the regions of a table ascend and do not overlap")
+            }
         };
         let guards = self.regions.iter().map(|region| region.guard.clone()).collect();
         Arc::new(SharedMemory::new(memory, guards))

@@ -22,21 +22,21 @@
 //!
 //! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
+mod adaptive_poll;
 mod bind;
 mod connection;
 mod disk_server;
-mod limits;
 mod epoll;
 mod frame;
 mod handler;
 mod inflight;
+mod limits;
 mod memory;
+mod memory_sharing;
 mod passed_fd;
-mod adaptive_poll;
 mod queue_thread;
 mod rings;
 mod socket;
-mod memory_sharing;
 mod worker;
 
 pub use bind::SocketAccess;

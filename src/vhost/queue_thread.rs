@@ -16,10 +16,10 @@ use log::{error, warn};
 use vhost_user_backend::VringT;
 use zerocopy::IntoBytes;
 
-use super::epoll::{Epoll, WakeSource};
 use super::adaptive_poll::AdaptivePoll;
+use super::epoll::{Epoll, WakeSource};
 use super::memory_sharing::{SHARE, SharingCheck};
-use crate::device::{Queue, InFlightRecord, SharedMemory, ServeResult, Vring};
+use crate::device::{InFlightRecord, Queue, ServeResult, SharedMemory, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
 
@@ -135,7 +135,9 @@ impl QueueThread {
             }
             match turn {
                 ServeResult::More => self.adaptive_poll.record_work(now),
-                ServeResult::Idle if self.state == QueueState::Running && self.adaptive_poll.should_poll(now) => std::hint::spin_loop(),
+                ServeResult::Idle if self.state == QueueState::Running && self.adaptive_poll.should_poll(now) => {
+                    std::hint::spin_loop()
+                }
                 ServeResult::Idle if self.enable_kicks() => {}
                 ServeResult::Idle | ServeResult::Broken => self.sleep(),
             }

@@ -20,8 +20,8 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::inflight::InflightRecords;
 use super::memory::MemoryTable;
-use super::queue_thread::ReadyRing;
 use super::memory_sharing::{SHARE, SharingCheck};
+use super::queue_thread::ReadyRing;
 use super::worker::{EXIT_TIMEOUT, WaitOutcome, Worker, wait_for_reply};
 use crate::device::{AtomicMemory, InFlightRecord, Vring};
 
@@ -126,7 +126,8 @@ impl<'a> Rings<'a> {
             Kick::Polled => None,
         };
         let base = ring.base;
-        let (memory, record, sharing) = (self.memory.shared_memory(), self.inflight_record(index), self.sharing.clone());
+        let (memory, record, sharing) =
+            (self.memory.shared_memory(), self.inflight_record(index), self.sharing.clone());
         let ring = ReadyRing { vring, memory, record, kick, err, base, sharing };
         let begun = Instant::now();
         let started = self.workers[index].start_ring(ring, || is_drain_overdue(self.stop, begun.elapsed()));
@@ -170,8 +171,8 @@ impl<'a> Rings<'a> {
     fn build_vring(&self, ring: &RingSetup, at: RingAddresses, features: u64) -> VhostResult<Vring> {
         let at = self.guest_addresses(at, ring.size)?;
         let refused = |e| refusal(format!("the ring cannot be laid out: {e}"));
-        let vring =
-            Vring::new(AtomicMemory::from(self.memory.shared_memory().regions().clone()), ring.size).map_err(refused)?;
+        let vring = Vring::new(AtomicMemory::from(self.memory.shared_memory().regions().clone()), ring.size)
+            .map_err(refused)?;
         vring.set_queue_size(ring.size);
         vring.set_queue_info(at.descriptors, at.available, at.used).map_err(refused)?;
         vring.set_queue_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);

@@ -14,7 +14,7 @@ use log::error;
 use super::queue_thread::{QueueCommand, QueueThread, ReadyRing};
 use crate::device::{Device, Queue};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Notifier, EngineKind};
+use crate::storage::{EngineKind, Notifier};
 
 /// What every worker of a disk is started with.
 #[derive(Clone, Copy, Debug)]

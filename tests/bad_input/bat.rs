@@ -1,8 +1,8 @@
-//! BAT entries and what lies where they point: O12 to O15 of the opener's rules.
+//! BAT entries and what lies where they failpoint: O12 to O15 of the opener's rules.
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{VhdSpec, BAT_OFFSET, VhdFile, footer};
+use crate::common::vhd_bytes::{BAT_OFFSET, VhdFile, VhdSpec, footer};
 use crate::verdict::{Case, ErrorLocation::Table, Expected, corrupt};
 
 const BLOCK: u32 = 64 << 10;
@@ -67,7 +67,8 @@ fn places() -> Vec<Case> {
             crate::common::vhd_bytes::write_file(&dir.join("p.vhd"), b"");
             let parent = crate::common::vhd_bytes::id(1);
             VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK));
-            let vhd = VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, parent, "p.vhd").with_blocks(&[0]));
+            let vhd =
+                VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, parent, "p.vhd").with_blocks(&[0]));
             vhd.set_locator_data(0, b"W2ru", &crate::common::vhd_bytes::utf16le(".\\p.vhd"));
             vhd.set_entry(1, sector(vhd.locators_at)).path.clone()
         }),

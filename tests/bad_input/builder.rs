@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::vhd_bytes::{VhdSpec, VhdFile, id};
+use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
 use crate::common::{pattern, tool};
 
 #[test]

@@ -1,8 +1,8 @@
-//! Chains: O11 and O17 of the opener's rules. Everything lies in one folder; what leads out of it is in traps.rs.
+//! Chains: O11 and O17 of the opener's rules. Everything lies in one folder; what leads out of it is in parent_traps.rs.
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, VhdSpec, VhdFile, id, write_file, utf16le};
+use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::verdict::{Case, Expected};
 
 /// Files in a chain, unless an option says otherwise.
@@ -13,7 +13,8 @@ pub(crate) const SIZE: u64 = 16 * BLOCK as u64;
 
 /// `files` images, each the parent of the next; the root has blocks 0 and 1. Returns the leaf.
 pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
-    let root = VhdFile::create(&dir.join("n0.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
+    let root =
+        VhdFile::create(&dir.join("n0.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
     (1..files).fold(root.path, |_, n| {
         let spec = VhdSpec::child(SIZE, BLOCK, id(n - 1), &format!("n{}.vhd", n - 1)).with_uuid(id(n));
         VhdFile::create(&dir.join(format!("n{n}.vhd")), spec).path
@@ -116,7 +117,9 @@ fn parents() -> Vec<Case> {
             let spec = VhdSpec { kind: DYNAMIC, ..VhdSpec::child(SIZE, BLOCK, id(9), "missing.vhd") };
             VhdFile::create(&dir.join("c.vhd"), spec).path
         }),
-        Case::new("a fixed parent", Expected::Accepted, |dir| pair(dir, |p| drop(VhdFile::create(p, VhdSpec::fixed(SIZE))))),
+        Case::new("a fixed parent", Expected::Accepted, |dir| {
+            pair(dir, |p| drop(VhdFile::create(p, VhdSpec::fixed(SIZE))))
+        }),
         Case::new("a smaller parent of other blocks", Expected::Accepted, |dir| {
             pair(dir, |p| drop(VhdFile::create(p, VhdSpec::dynamic(SIZE / 2 - 512, 2 * BLOCK).with_blocks(&[1]))))
         }),

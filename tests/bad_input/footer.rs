@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::vhd_bytes::{DYNAMIC, VhdSpec, UNUSED, VhdFile, footer, write_file};
+use crate::common::vhd_bytes::{DYNAMIC, UNUSED, VhdFile, VhdSpec, footer, write_file};
 use crate::verdict::{Case, ErrorLocation::Footer, Expected, corrupt, refused};
 
 /// The largest disk the format knows.
@@ -155,7 +155,8 @@ fn copies() -> Vec<Case> {
         }),
         Case::new("O3 a guest forged a dynamic image into its fixed disk", Expected::Accepted, |dir| {
             let vhd = fixed(dir, SIZE);
-            let forged = VhdFile::create(&dir.join("forged"), VhdSpec { kind: DYNAMIC, ..VhdSpec::dynamic(SIZE, BLOCK) });
+            let forged =
+                VhdFile::create(&dir.join("forged"), VhdSpec { kind: DYNAMIC, ..VhdSpec::dynamic(SIZE, BLOCK) });
             forged.set_entry(0, 0).set_entry(1, UNUSED);
             let mut head = vec![0; 2048];
             std::os::unix::fs::FileExt::read_exact_at(&forged.file, &mut head, 0).expect("its head");

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::common::vhd_bytes::{HEADER_OFFSET, VhdSpec, BAT_OFFSET, VhdFile, footer, header};
+use crate::common::vhd_bytes::{BAT_OFFSET, HEADER_OFFSET, VhdFile, VhdSpec, footer, header};
 use crate::verdict::{Case, ErrorLocation, Expected, corrupt};
 
 const SIZE: u64 = 4 << 20;
@@ -86,8 +86,18 @@ fn places() -> Vec<Case> {
 fn identity() -> Vec<Case> {
     let version = corrupt(ErrorLocation::Header, &["version"]);
     vec![
-        with_field("O7 header cookie", corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]), 0, b"cxsparsE"),
-        with_field("O7 header is zeros", corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]), 0, &[0; 1024]),
+        with_field(
+            "O7 header cookie",
+            corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]),
+            0,
+            b"cxsparsE",
+        ),
+        with_field(
+            "O7 header is zeros",
+            corrupt(ErrorLocation::Header, &["cookie", "cxsparse", "header"]),
+            0,
+            &[0; 1024],
+        ),
         Case::new("O7 header checksum", corrupt(ErrorLocation::Header, &["checksum"]), |dir| {
             let vhd = dynamic(dir);
             vhd.put(HEADER_OFFSET + header::CHECKSUM, &[1, 2, 3, 4]);
@@ -139,8 +149,11 @@ fn counts() -> Vec<Case> {
     /// Bytes of a disk whose BAT of 4 KiB blocks takes exactly 16 MiB.
     const FULL: u64 = 16 << 30;
     let more = |count: u32| VhdSpec::dynamic(SIZE, BLOCK).with_entries(count);
-    let limit =
-        Expected::Refused { check: &[1, 3], words: &["mib", "entries", "table", "bat", "limit"], place: ErrorLocation::Nowhere };
+    let limit = Expected::Refused {
+        check: &[1, 3],
+        words: &["mib", "entries", "table", "bat", "limit"],
+        place: ErrorLocation::Nowhere,
+    };
     vec![
         entries("O9 no entries", 0),
         entries("O9 an entry too few", 1),
@@ -187,13 +200,17 @@ fn tables() -> Vec<Case> {
             vhd.put(BAT_OFFSET + 512, &table);
             vhd.set_header(header::TABLE_OFFSET, &(BAT_OFFSET + 512).to_be_bytes()).path.clone()
         }),
-        Case::new("O10 BAT's last sector is cut off", corrupt(ErrorLocation::Header, &["table", "bat", "footer"]), |dir| {
-            // A BAT of 16 sectors, of which the file ends in the eighth.
-            let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(2048 << 12, 4096));
-            let mut copy = [0; 512];
-            vhd.file.read_exact_at(&mut copy, 0).expect("its footer");
-            vhd.put(BAT_OFFSET + 7 * 512, &copy);
-            vhd.set_len(BAT_OFFSET + 8 * 512).path.clone()
-        }),
+        Case::new(
+            "O10 BAT's last sector is cut off",
+            corrupt(ErrorLocation::Header, &["table", "bat", "footer"]),
+            |dir| {
+                // A BAT of 16 sectors, of which the file ends in the eighth.
+                let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(2048 << 12, 4096));
+                let mut copy = [0; 512];
+                vhd.file.read_exact_at(&mut copy, 0).expect("its footer");
+                vhd.put(BAT_OFFSET + 7 * 512, &copy);
+                vhd.set_len(BAT_OFFSET + 8 * 512).path.clone()
+            },
+        ),
     ]
 }

@@ -12,8 +12,8 @@ mod chain;
 mod footer;
 mod header;
 mod measure;
-mod special_files;
 mod parent_traps;
+mod special_files;
 mod verdict;
 
 use verdict::{Case, run_case};
@@ -22,7 +22,10 @@ use verdict::{Case, run_case};
 const CLASSES: usize = 60;
 
 fn all() -> Vec<Case> {
-    [footer::cases(), header::cases(), bat::cases(), chain::cases(), special_files::cases()].into_iter().flatten().collect()
+    [footer::cases(), header::cases(), bat::cases(), chain::cases(), special_files::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 #[test]

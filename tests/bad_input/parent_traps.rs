@@ -1,4 +1,4 @@
-//! Parents that lead astray: at least forty children whose parent strings point where nobody may look. Each is opened
+//! Parents that lead astray: at least forty children whose parent strings failpoint where nobody may look. Each is opened
 //! under strace, and every file that was opened is compared with what may be.
 
 use std::fs;
@@ -11,7 +11,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::chain::{BLOCK, SIZE, chain, ring};
 use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
-use crate::common::vhd_bytes::{VhdSpec, VhdFile, id, write_file, utf16le};
+use crate::common::vhd_bytes::{VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::measure::{self, Run};
 
 /// In every sector of the files outside; must never be shown.
@@ -38,7 +38,7 @@ const OWN_PROC: [&str; 7] = ["maps", "cgroup", "mountinfo", "fd", "status", "lim
 /// One trap.
 struct Trap {
     name: String,
-    /// Makes what the child's strings point at; returns the child.
+    /// Makes what the child's strings failpoint at; returns the child.
     build: Box<dyn Fn(&TrapFolders) -> PathBuf>,
     /// The sound parent beside it must be found all the same.
     reads: bool,

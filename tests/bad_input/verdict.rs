@@ -15,7 +15,7 @@ use crate::measure::{self, Run};
 /// Disks up to this size are converted when accepted.
 const CONVERTED: u64 = 64 << 20;
 
-/// Where the error line must point.
+/// Where the error line must failpoint.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ErrorLocation {
     /// The defect has no place in the file.

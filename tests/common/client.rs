@@ -199,7 +199,11 @@ impl Client {
         let slot = done.context;
         let InFlight { ticket, read } = self.slots[slot].take().expect("a completion belongs to a slot in flight");
         let result = if done.ret == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-done.ret)) };
-        let data = if done.ret == 0 { self.memory[slot * MAX_REQUEST_BYTES..slot * MAX_REQUEST_BYTES + read].to_vec() } else { Vec::new() };
+        let data = if done.ret == 0 {
+            self.memory[slot * MAX_REQUEST_BYTES..slot * MAX_REQUEST_BYTES + read].to_vec()
+        } else {
+            Vec::new()
+        };
         Some(Completed { ticket, result, data })
     }
 

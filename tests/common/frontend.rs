@@ -244,7 +244,9 @@ impl Driver {
     pub fn data(&mut self, slot: usize) -> &mut [u8] {
         assert!(slot < DEPTH);
         // SAFETY: the slot lies in the mapping; with nothing in flight only this driver uses it, and it is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA)
+        }
     }
 
     fn slot_offset(&self, slot: usize) -> usize {
@@ -280,7 +282,8 @@ impl Driver {
             let desc = [guest(*at).as_bytes(), len.as_bytes(), [flags | more, i + 1].as_bytes()].concat();
             self.write_at(self.at + 16 * usize::from(i), &desc);
         }
-        atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 4 + 2 * usize::from(self.added % QUEUE_SIZE)).store(head, Ordering::Relaxed);
+        atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 4 + 2 * usize::from(self.added % QUEUE_SIZE))
+            .store(head, Ordering::Relaxed);
         self.added = self.added.wrapping_add(1);
         atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 2).store(self.added, Ordering::Release);
     }
@@ -289,7 +292,8 @@ impl Driver {
     pub fn kick(&mut self, added: u16) {
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
-            let event = atomic_u16(&self.memory, self.at + USED_OFFSET + 4 + 8 * usize::from(QUEUE_SIZE)).load(Ordering::Relaxed);
+            let event = atomic_u16(&self.memory, self.at + USED_OFFSET + 4 + 8 * usize::from(QUEUE_SIZE))
+                .load(Ordering::Relaxed);
             self.added.wrapping_sub(event).wrapping_sub(1) < added
         } else {
             atomic_u16(&self.memory, self.at + USED_OFFSET).load(Ordering::Relaxed) & 1 == 0
@@ -319,7 +323,12 @@ impl Driver {
             }
             let ready = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&TIMEOUT)).expect("a poll");
             let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Relaxed);
-            assert!(ready > 0, "a request is lost: no signal; added {}, seen {}, used {used}", self.added, self.last_used);
+            assert!(
+                ready > 0,
+                "a request is lost: no signal; added {}, seen {}, used {used}",
+                self.added,
+                self.last_used
+            );
             let _ = rustix::io::read(&self.call, &mut [0; 8]);
         }
     }
@@ -327,7 +336,10 @@ impl Driver {
     fn reap(&mut self) -> Vec<(usize, u8)> {
         let mut back = Vec::new();
         let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Acquire);
-        assert!(self.added.wrapping_sub(self.last_used) >= used.wrapping_sub(self.last_used), "more comes back than was added");
+        assert!(
+            self.added.wrapping_sub(self.last_used) >= used.wrapping_sub(self.last_used),
+            "more comes back than was added"
+        );
         while self.last_used != used {
             let at = self.at + USED_OFFSET + 4 + 8 * usize::from(self.last_used % QUEUE_SIZE);
             let head = atomic_u16(&self.memory, at).load(Ordering::Relaxed);

@@ -293,7 +293,7 @@ fn writes_fail(full: &FullFs) {
         client.wait().expect("an answer").result.expect("there is room again");
     }
     client.flush().expect("a flush");
-    daemon.wait_for_words("there is room again", 1);
+    daemon.wait_for_log("there is room again", 1);
     drop(client);
     // File systems find some room when they have written back what they had promised too much for.
     assert!((1..=3).contains(&daemon.log().matches("there is room again").count()), "{}", daemon.log());

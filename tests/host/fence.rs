@@ -78,7 +78,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     client.submit(0, Command::Read { offset: 1000 * SECTOR as u64, len: 8192 }).expect("a read is queued");
     disk.wait_for_held_read();
     let killed = Instant::now();
-    old.strike();
+    old.send_sigkill();
     disk.set_read_delay(Duration::ZERO);
     let new = Daemon::start(&child, &options);
     let over = disk.held_reads_done_at().expect("the new daemon serves when the old reads are over");
@@ -151,7 +151,7 @@ fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) 
     submit(&mut client, OLD);
     disk.wait_for_held_write(&tagged(OLD, PLACE.0));
     let killed = Instant::now();
-    daemon.strike();
+    daemon.send_sigkill();
     disk.set_delay(Duration::ZERO);
     assert!(entry_of(&disk.log(), OLD).is_none(), "the write is still under way");
     (daemon, killed)

@@ -4,7 +4,7 @@
 //! answers can be delayed, and writes and syncs made to fail. Put a loop device on the file, and a kernel's file system
 //! has its medium in our hands.
 //!
-//! Do not read or write below the mount point in the test's own process: killed in the midst of it, the process would
+//! Do not read or write below the mount failpoint in the test's own process: killed in the midst of it, the process would
 //! wait for an answer that it alone could give. Programs started by the test do.
 
 use std::ffi::OsStr;

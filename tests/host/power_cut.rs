@@ -122,7 +122,12 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
 }
 
 /// Works on the images. Returns the medium at the start, what happened to it, and what the guests know.
-fn record(kind: FsKind, options: &[&str], modes: [&'static str; 2], rng: &mut Rng) -> (Pages, Vec<Entry>, Vec<History>) {
+fn record(
+    kind: FsKind,
+    options: &[&str],
+    modes: [&'static str; 2],
+    rng: &mut Rng,
+) -> (Pages, Vec<Entry>, Vec<History>) {
     let disk = fuse::blank(kind.size());
     let device = LoopDevice::attach(&disk.path());
     kind.make(device.path(), options);

@@ -187,7 +187,9 @@ fn holes_stay_holes_in_every_verb() {
     drop(client);
     daemon.stop();
     let most = 200 * (8 + 4) * KIB;
-    let sparse = |name: &str| assert!(farm.allocated_bytes(name) <= most, "{name} takes {} KiB", farm.allocated_bytes(name) / KIB);
+    let sparse = |name: &str| {
+        assert!(farm.allocated_bytes(name) <= most, "{name} takes {} KiB", farm.allocated_bytes(name) / KIB)
+    };
     sparse("a.vhd");
     farm.tool("check", "a.vhd", &["--repair"]);
     farm.tool("compact", "a.vhd", &[]);

@@ -6,13 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Work};
-use diffdisk::image::{self, ImageKind, ParentLink, ImageSpec};
+use diffdisk::image::{self, ImageKind, ImageSpec, ParentLink};
 use diffdisk::storage::sim::{Fault, FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
 
-use crate::testing::{TestMemory, TestDisk};
 use crate::rng::Rng;
+use crate::testing::{TestDisk, TestMemory};
 
 const SECTORS: u64 = 2048;
 const TOP: &str = "/d/child";

@@ -57,7 +57,8 @@ fn zeroing_waits_for_room() {
 fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
     let host = SimHost::new(1);
     let disk = disk(&host);
-    let (mut holder, mut stopping) = (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
+    let (mut holder, mut stopping) =
+        (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
     holder.write(sectors(0, 8), &[7; 4096], &[4096]);
     stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
     // All that a commit writes takes new room, and there is none.

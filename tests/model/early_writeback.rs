@@ -8,7 +8,7 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 
 use crate::ChainModel;
-use crate::testing::{TestMemory, TestDisk};
+use crate::testing::{TestDisk, TestMemory};
 
 const SIZE: u64 = 24 << 20;
 
@@ -39,7 +39,11 @@ fn early_writebacks(engine: EngineKind, direct: bool, writes: u64, through: bool
 
 #[test]
 fn the_host_writes_early_where_flushes_come_after_some_writes() {
-    assert_eq!(early_writebacks(EngineKind::Uring, false, 32, false), 3 * 4, "after the first flush, every eight writes");
+    assert_eq!(
+        early_writebacks(EngineKind::Uring, false, 32, false),
+        3 * 4,
+        "after the first flush, every eight writes"
+    );
     assert_eq!(early_writebacks(EngineKind::Uring, false, 8, false), 0, "there is nothing to win");
     assert_eq!(early_writebacks(EngineKind::Uring, false, 32, true), 0, "each write is a flush");
     assert_eq!(early_writebacks(EngineKind::Blocking, false, 32, false), 0, "the queue would wait for it");

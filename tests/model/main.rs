@@ -5,30 +5,30 @@
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
-mod readahead;
 mod cached_reads;
-mod early_writeback;
 #[cfg(feature = "sim")]
 mod disk_full;
+mod early_writeback;
 #[path = "../common/memory.rs"]
 mod memory;
-mod testing;
+mod readahead;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
 mod rng;
+mod testing;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{Policy, OpenMode};
+use diffdisk::chain::{OpenMode, Policy};
 use diffdisk::disk::{Disk, DiskOptions};
 use diffdisk::format::Severity;
-use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
+use diffdisk::image::{self, Durability, ImageKind, ImageSpec, ParentLink};
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SECTOR, SectorRange};
-use testing::{TestMemory, TestDisk};
 use rng::Rng;
+use testing::{TestDisk, TestMemory};
 
 const KIB: u64 = 1 << 10;
 
@@ -57,7 +57,18 @@ impl ChainModel {
         let keep = Durability::Journal { folders: vec![journals], required: true };
         let (env, random) = (Arc::new(Host), Rng::seeded(seed));
         let (layers, model, granules) = (Vec::new(), Vec::new(), None);
-        ChainModel { folder, _runtime: runtime, durability: keep, env, random, engine, direct, layers, model, cached_bitmap_sectors: granules }
+        ChainModel {
+            folder,
+            _runtime: runtime,
+            durability: keep,
+            env,
+            random,
+            engine,
+            direct,
+            layers,
+            model,
+            cached_bitmap_sectors: granules,
+        }
     }
 
     fn push(&mut self, kind: &str, block: u64, size: u64) {
@@ -78,8 +89,12 @@ impl ChainModel {
     }
 
     fn open(&self, read_only: bool) -> TestDisk {
-        let options =
-            DiskOptions { read_only, direct: self.direct, keep: self.durability.clone(), ..DiskOptions::new(self.top()) };
+        let options = DiskOptions {
+            read_only,
+            direct: self.direct,
+            keep: self.durability.clone(),
+            ..DiskOptions::new(self.top())
+        };
         let disk = Disk::open(self.env.clone(), &options).expect("the chain opens");
         if let (Some(granules), Some(top)) = (self.cached_bitmap_sectors, disk.version().top()) {
             top.image.bitmaps().into_iter().for_each(|bitmaps| bitmaps.set_max_frames(granules));

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy};
 use diffdisk::error::Result;
-use diffdisk::image::{self, Image, ImageKind, ParentLink, ImageSpec};
+use diffdisk::image::{self, Image, ImageKind, ImageSpec, ParentLink};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 

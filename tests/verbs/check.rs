@@ -1,11 +1,11 @@
-//! `check --repair`, killed at every point, stopped at every step, cut off from power, on a host without room: the guest's
+//! `check --repair`, killed at every failpoint, stopped at every step, cut off from power, on a host without room: the guest's
 //! disk stays what it is, what was replaced is kept, and the next repair ends the work.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy};
 use diffdisk::error::{Error, ErrorKind, Result};
 use diffdisk::image::Image;
 use diffdisk::ops::{self, check::CheckReport};
@@ -167,7 +167,7 @@ fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     (images, undo)
 }
 
-/// Repairs `image`, killed at every point and run again.
+/// Repairs `image`, killed at every failpoint and run again.
 fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
     let folder = image.parent().expect("a folder");
     let (before, _) = list_files(folder);

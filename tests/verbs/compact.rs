@@ -8,9 +8,9 @@ use diffdisk::ops::{self, compact::Compacted};
 use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env};
 
-use crate::kill_cases::{KillCase, kill_at_every_point};
 use crate::fixture::{Fill, Fixture, disk};
-use crate::sweep::{SweepCase, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::sweep::{FOLDER, SweepCase};
 
 const T: Fill<'static> = Fill::Tag("T");
 const P: Fill<'static> = Fill::Tag("P");
@@ -305,7 +305,12 @@ fn killed_at_every_point() {
             args: &["compact", "i.vhd"],
             expected: vec![same(9_000, "i.vhd", MOVED), same(100, "k.vhd", OF_ROOT)],
         },
-        KillCase { name: "batmap", setup: &with_batmap, args: &["compact", "i.vhd"], expected: vec![same(100, "i.vhd", ROOT)] },
+        KillCase {
+            name: "batmap",
+            setup: &with_batmap,
+            args: &["compact", "i.vhd"],
+            expected: vec![same(100, "i.vhd", ROOT)],
+        },
     ];
     kill_at_every_point(&["compact"], &acts);
 }

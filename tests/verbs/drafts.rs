@@ -1,4 +1,4 @@
-//! Whatever makes a new file leaves nothing half-made: killed at every point, ended at every step, and after a power cut.
+//! Whatever makes a new file leaves nothing half-made: killed at every failpoint, ended at every step, and after a power cut.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::units::BlockSize;
 
-use crate::common::tool::{alone, diffdisk, scratch};
+use crate::common::tool::{diffdisk, lock_spawns, scratch};
 use crate::failpoints;
 use crate::fixture::{Fill, Fixture};
 use crate::sweep::FOLDER;
@@ -50,7 +50,7 @@ fn a_killed_maker_leaves_nothing() {
     }
     let scene = Fixture::new(&Host, folder.path());
     {
-        let _alone = alone();
+        let _alone = lock_spawns();
         scene.dynamic("root.vhd", 4096, 1000);
         scene.write("root.vhd", &[(0, 9, Fill::Tag("T")), (500, 1000, Fill::Tag("T"))]);
     }
@@ -162,8 +162,9 @@ fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> boo
     let there = names.iter().any(|name| name.ends_with("new.vhd"));
     assert!(there || !replaces, "{when}: the old name is gone");
     if there {
-        let seen =
-            Fixture::new(host, Path::new(FOLDER)).read_disk("new.vhd").unwrap_or_else(|e| panic!("{when}: {}", e.line()));
+        let seen = Fixture::new(host, Path::new(FOLDER))
+            .read_disk("new.vhd")
+            .unwrap_or_else(|e| panic!("{when}: {}", e.line()));
         assert!(seen == wanted || (replaces && seen == [0; 9 * 512]), "{when}: neither the old file nor the new one");
     }
     assert_eq!(names.len(), 1 + usize::from(there), "{when}: {names:?}");
@@ -196,9 +197,11 @@ fn a_name_appears_when_its_file_is_whole() {
             let (mut random, mut cuts) = (Random::new(17), 0);
             for (number, moment) in host.take_recording().into_iter().enumerate() {
                 for fate in 0..10 {
-                    let bits = [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() | random.next_u64());
+                    let bits =
+                        [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() | random.next_u64());
                     let after = moment.crash_with(&|unit| bits >> (unit % 61) & 1 == 1);
-                    let left = check_files(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
+                    let left =
+                        check_files(&after, &wanted, replaces, &format!("{name}: power cut before change {number}"));
                     assert!(!left || no_unnamed || replaces, "{name}: power cut before change {number}");
                     cuts += 1;
                 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use diffdisk::chain::{Chain, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, Policy};
 use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::host::Host;
 use rustix::fs::{CWD, RenameFlags, renameat_with};

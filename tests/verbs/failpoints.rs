@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::common::tool::{DIFFDISK, run};
 
-/// The points of a verb: every `point::reached("VERB.…")` in the sources.
+/// The points of a verb: every `failpoint::reached("VERB.…")` in the sources.
 pub(crate) fn of(verb: &str) -> Vec<String> {
     let mut found = Vec::new();
     for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
@@ -31,7 +31,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files.into_iter().chain(folders.iter().flat_map(|folder| sources(folder))).collect()
 }
 
-/// Runs `diffdisk ARGS` until it reaches `point` for the `count`-th time. True if it was killed there; else it must have
+/// Runs `diffdisk ARGS` until it reaches `failpoint` for the `count`-th time. True if it was killed there; else it must have
 /// ended well without reaching it.
 #[track_caller]
 pub(crate) fn killed<S: AsRef<OsStr>>(point: &str, count: u32, args: impl IntoIterator<Item = S>) -> bool {

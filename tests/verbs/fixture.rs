@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, Source, OpenMode, Version};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy, Source, Version};
 use diffdisk::error::Result;
-use diffdisk::image::{self, Commit, Growth, Durability};
+use diffdisk::image::{self, Commit, Durability, Growth};
 use diffdisk::ops::create::{ChildSpec, Locators, RootSpec};
 use diffdisk::ops::{self, SourceDisk, SourceFormat};
 use diffdisk::storage::Env;
@@ -101,7 +101,8 @@ impl<'a> Fixture<'a> {
 
 /// Writes runs of sectors into an image, and closes it in the clean way.
 pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (SectorRange, Vec<u8>)>) -> Result<()> {
-    let version = Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Durability::FlushOnly)?;
+    let version =
+        Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Durability::FlushOnly)?;
     for (range, bytes) in runs {
         put(env, &version, range, &bytes)?;
     }

@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::kill_cases::{KillCase, kill_at_every_point};
 use crate::fixture::{Fill, Fixture, disk};
-use crate::sweep::{SweepCase, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::sweep::{FOLDER, SweepCase};
 
 const R: Fill<'static> = Fill::Tag("R");
 const M: Fill<'static> = Fill::Tag("M");
@@ -56,7 +56,8 @@ fn the_disk_stays_at_every_moment() {
     let alone = |env: &dyn Env, folder: &Path| flattened(env, folder, None).map(drop);
     SweepCase { name: "alone", setup: &chain, verb: &alone, expected: shows(), lengths_follow_data: false }.sweep();
     let on_root = |env: &dyn Env, folder: &Path| flattened(env, folder, Some("r.vhd")).map(drop);
-    SweepCase { name: "on the root", setup: &chain, verb: &on_root, expected: shows(), lengths_follow_data: false }.sweep();
+    SweepCase { name: "on the root", setup: &chain, verb: &on_root, expected: shows(), lengths_follow_data: false }
+        .sweep();
 }
 
 #[test]
@@ -131,7 +132,12 @@ fn strangers_are_not_kept() {
 fn killed_at_every_point() {
     let acts = [
         KillCase { name: "alone", setup: &chain, args: &["flatten", "i.vhd"], expected: shows() },
-        KillCase { name: "on the root", setup: &chain, args: &["flatten", "i.vhd", "--keep", "r.vhd"], expected: shows() },
+        KillCase {
+            name: "on the root",
+            setup: &chain,
+            args: &["flatten", "i.vhd", "--keep", "r.vhd"],
+            expected: shows(),
+        },
     ];
     kill_at_every_point(&["flatten", "relink"], &acts);
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::common::tool::{Finished, diffdisk, scratch};
-use crate::common::vhd_bytes::{DIFFERENCING, Spec, VhdFile, footer, header, id, plain, utf16le};
+use crate::common::vhd_bytes::{DIFFERENCING, VhdFile, VhdSpec, footer, header, id, utf16le, write_file};
 
 fn run(folder: &Path, args: &[&str]) -> Finished {
     let args = args.iter().map(|arg| match folder.join(arg) {
@@ -29,13 +29,14 @@ fn assert_healthy(folder: &Path, name: &str) {
 
 /// As Windows lays a child out: 64 KiB are set aside for the relative path.
 fn windows(folder: &Path) -> VhdFile {
-    let parent = Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]).with_uuid(id(7));
+    let parent = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]).with_uuid(id(7));
     VhdFile::create(&folder.join("win-parent.vhd"), parent);
-    let vhd = VhdFile::create(&folder.join("win-child.vhd"), Spec::child(256 << 10, 64 << 10, id(7), "win-parent.vhd"));
+    let vhd =
+        VhdFile::create(&folder.join("win-child.vhd"), VhdSpec::child(256 << 10, 64 << 10, id(7), "win-parent.vhd"));
     let mut footer = [0; 512];
     vhd.file.read_exact_at(&mut footer, 0).expect("a footer");
     let (table, place) = (8192_u64, 81408);
-    vhd.header(header::TABLE_OFFSET, &table.to_be_bytes());
+    vhd.set_header(header::TABLE_OFFSET, &table.to_be_bytes());
     // Written, not holes.
     vhd.put(1536, &vec![0; 81408 - 1536 + 512 + (64 << 10)]);
     vhd.put(table, &[0xFF; 512]);
@@ -45,7 +46,7 @@ fn windows(folder: &Path) -> VhdFile {
     {
         let text = utf16le(text);
         vhd.put(at, &text);
-        vhd.locator(slot, code, space, u32::try_from(text.len()).expect("short"), at);
+        vhd.set_locator(slot, code, space, u32::try_from(text.len()).expect("short"), at);
     }
     vhd.put(place, &[0x20]);
     vhd.put(place + 512 + 1024, &[0x77; 512]);
@@ -74,9 +75,9 @@ fn what_windows_sets_aside_for_a_locator_is_no_leak() {
 fn an_export_of_xen_orchestra_has_no_batmap() {
     let scratch = scratch("field");
     let folder = scratch.path();
-    let spec = Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
+    let spec = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
     let vhd = VhdFile::create(&folder.join("tap.vhd"), spec);
-    vhd.footers(footer::CREATOR, b"tap\0").footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
+    vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
     assert_healthy(folder, "tap.vhd");
     // Blocks right behind the table, as there.
     let mut bytes = fs::read(&vhd.path).expect("the image");
@@ -91,9 +92,9 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
     run(folder, &["resize", "tap.vhd", "1M"]).ok();
     assert_healthy(folder, "tap.vhd");
     // Bytes that nothing refers to, where a batmap would have its header: a damaged one.
-    let spec = Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
+    let spec = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
     let vhd = VhdFile::create(&folder.join("damaged.vhd"), spec);
-    vhd.footers(footer::CREATOR, b"tap\0").footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
+    vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
     vhd.put(2048, b"tdbatmaX");
     assert_eq!(kinds(folder, "damaged.vhd"), (Some(3), vec!["batmap-header".to_owned()]));
 }
@@ -102,8 +103,8 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
 fn an_entry_of_zero_is_unused() {
     let scratch = scratch("field");
     let folder = scratch.path();
-    let vhd = VhdFile::create(&folder.join("zero.vhd"), Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]));
-    vhd.entry(2, 0).entry(3, 0);
+    let vhd = VhdFile::create(&folder.join("zero.vhd"), VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]));
+    vhd.set_entry(2, 0).set_entry(3, 0);
     assert_eq!(kinds(folder, "zero.vhd"), (Some(4), vec!["entry-zero".to_owned()]));
     let warned = run(folder, &["convert", "zero.vhd", "before.raw", "--to", "raw"]).ok();
     assert_eq!(warned.stderr.lines().filter(|line| line.starts_with("warn")).count(), 1, "{}", warned.stderr);
@@ -120,7 +121,7 @@ fn an_entry_of_zero_is_unused() {
 fn fixed_images_with_more_than_a_disk_in_them() {
     let scratch = scratch("field");
     let folder = scratch.path();
-    let vhd = VhdFile::create(&folder.join("padded.vhd"), Spec::fixed(64 << 10));
+    let vhd = VhdFile::create(&folder.join("padded.vhd"), VhdSpec::fixed(64 << 10));
     let whole = fs::read(&vhd.path).expect("the image");
     vhd.set_len(vhd.len() + 3584);
     assert_eq!(kinds(folder, "padded.vhd"), (Some(3), vec!["fixed-padded".to_owned()]));
@@ -134,7 +135,7 @@ fn fixed_images_with_more_than_a_disk_in_them() {
     assert_healthy(folder, "padded.vhd");
     assert!(fs::read(&vhd.path).expect("the image") == whole);
     let more = [vec![0x55; 32 << 10], whole].concat();
-    plain(&folder.join("more.vhd"), &more);
+    write_file(&folder.join("more.vhd"), &more);
     assert_eq!(kinds(folder, "more.vhd"), (Some(4), vec!["fixed-more".to_owned()]));
     let warned = run(folder, &["convert", "more.vhd", "more.raw", "--to", "raw"]).ok();
     assert!(warned.stderr.contains("32768 bytes after the end of the disk"), "{}", warned.stderr);
@@ -144,9 +145,9 @@ fn fixed_images_with_more_than_a_disk_in_them() {
 fn footers_of_two_kinds_wait_for_a_choice() {
     let scratch = scratch("field");
     let folder = scratch.path();
-    let vhd = VhdFile::create(&folder.join("kinds.vhd"), Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]));
+    let vhd = VhdFile::create(&folder.join("kinds.vhd"), VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]));
     let whole = fs::read(&vhd.path).expect("the image");
-    vhd.footer(vhd.footer_at, footer::TYPE, &DIFFERENCING.to_be_bytes());
+    vhd.set_footer(vhd.footer_at, footer::TYPE, &DIFFERENCING.to_be_bytes());
     let broken = fs::read(&vhd.path).expect("the image");
     for verb in [&["check", "kinds.vhd", "--repair"][..], &["resize", "kinds.vhd", "1M"], &["compact", "kinds.vhd"]] {
         let done = run(folder, verb);
@@ -176,7 +177,7 @@ fn other_formats_are_named() {
         ("VDI", &vdi),
     ];
     for (name, head) in heads {
-        let path = plain(&folder.join("really.vhd"), &[head, &[0; 1 << 16]].concat());
+        let path = write_file(&folder.join("really.vhd"), &[head, &[0; 1 << 16]].concat());
         for verb in
             [&["check", "really.vhd"][..], &["info", "really.vhd"], &["convert", "really.vhd", "a.raw", "--to", "raw"]]
         {
@@ -189,7 +190,7 @@ fn other_formats_are_named() {
         assert!(warned.stderr.starts_with("warn") && warned.stderr.contains(name), "{}", warned.stderr);
         assert!(fs::read(folder.join("b.raw")).expect("the copy") == fs::read(path).expect("the source"));
     }
-    let raw: PathBuf = plain(&folder.join("disk.raw"), &[7; 4096]);
+    let raw: PathBuf = write_file(&folder.join("disk.raw"), &[7; 4096]);
     let quiet = run(folder, &["convert", "disk.raw", "c.raw", "--to", "raw", "--from", "raw"]).ok();
     assert_eq!((quiet.stderr.as_str(), raw.exists()), ("", true));
 }
@@ -198,7 +199,7 @@ fn other_formats_are_named() {
 fn a_damaged_image_is_told_or_refused_by_every_verb() {
     let scratch = scratch("field");
     let folder = scratch.path();
-    let make = || VhdFile::create(&folder.join("disk.vhd"), Spec::dynamic(256 << 10, 64 << 10).with_blocks(&[1, 0]));
+    let make = || VhdFile::create(&folder.join("disk.vhd"), VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1, 0]));
     let readers: [&[&str]; 3] = [
         &["convert", "disk.vhd", "disk.raw", "--to", "raw", "--force"],
         &["map", "disk.vhd"],
@@ -233,7 +234,7 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
     assert_healthy(folder, "saved.vhd");
     // Readable only.
     let vhd = make();
-    vhd.footer(0, footer::UUID, &[7; 16]);
+    vhd.set_footer(0, footer::UUID, &[7; 16]);
     run(folder, readers[0]).ok();
     for verb in [&["resize", "disk.vhd", "1M"][..], &["compact", "disk.vhd"]] {
         let done = run(folder, verb);

@@ -1,4 +1,4 @@
-//! What the tests of `resize`, `compact`, `flatten` and `rebase` share: killing the real program at every point.
+//! What the tests of `resize`, `compact`, `flatten` and `rebase` share: killing the real program at every failpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -40,7 +40,7 @@ impl KillCase<'_> {
         }
     }
 
-    /// Kills it at a point, looks, and calls it again. Whether it came to that point.
+    /// Kills it at a failpoint, looks, and calls it again. Whether it came to that failpoint.
     fn kill(&self, point: &str) -> bool {
         let folder = tool::scratch("verbs");
         self.make(folder.path());
@@ -65,7 +65,7 @@ impl KillCase<'_> {
     }
 }
 
-/// Every point of a verb is reached in one of its acts, and killing it there does no harm.
+/// Every failpoint of a verb is reached in one of its acts, and killing it there does no harm.
 pub(crate) fn kill_at_every_point(verbs: &[&str], acts: &[KillCase<'_>]) {
     for verb in verbs {
         let points = failpoints::of(verb);

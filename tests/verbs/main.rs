@@ -1,5 +1,6 @@
-//! The verbs that change images, killed at every point and run again.
+//! The verbs that change images, killed at every failpoint and run again.
 
+mod chain_spec;
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
@@ -7,24 +8,23 @@ mod compact;
 mod convert;
 mod drafts;
 mod exchange;
-mod foreign_images;
+mod failpoints;
+mod fixture;
 mod flatten;
+mod foreign_images;
+mod kill_cases;
 mod listing;
 mod merge;
 mod merge_abandon;
-mod merge_pending;
 mod merge_cases;
+mod merge_pending;
 mod merge_sim;
 mod parent_time;
-mod failpoints;
 mod qemu_size;
 mod rebase;
-mod kill_cases;
 mod resize;
-mod fixture;
-mod chain_spec;
 mod sequences;
 mod sweep;
-mod xenserver;
 mod truncation;
 mod undo;
+mod xenserver;

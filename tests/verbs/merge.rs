@@ -1,4 +1,4 @@
-//! `diffdisk merge` as a program: killed at every point, interrupted, refused; and strangers who read what it leaves.
+//! `diffdisk merge` as a program: killed at every failpoint, interrupted, refused; and strangers who read what it leaves.
 
 use std::fs;
 use std::io::Read;
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use diffdisk::storage::host::Host;
 use tempfile::TempDir;
 
+use crate::chain_spec::{ChainSpec, Layer, check_disk, fill};
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, alone, diffdisk, run, scratch, start, wait};
+use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, lock_spawns, run, scratch, start, wait};
 use crate::common::{digest, oracle};
-use crate::merge_cases::{MergeCase, all};
 use crate::failpoints;
-use crate::chain_spec::{Layer, ChainSpec, check_disk, fill};
+use crate::merge_cases::{MergeCase, all};
 
 /// A folder with the files of a case.
 struct MergeFixture {
@@ -26,7 +26,7 @@ impl MergeFixture {
     fn new(case: MergeCase) -> MergeFixture {
         let folder = scratch("merge");
         let built = {
-            let _alone = alone();
+            let _alone = lock_spawns();
             case.scene.build(&Host, folder.path())
         };
         built.expect("a scene");
@@ -77,7 +77,7 @@ impl MergeFixture {
         }
         for (layer, values) in all {
             let same = {
-                let _alone = alone();
+                let _alone = lock_spawns();
                 check_disk(&Host, &self.at(layer), &values)
             };
             same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
@@ -311,7 +311,7 @@ fn a_child_that_is_written_after_a_kill_is_copied_again() {
         assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = alone();
+            let _alone = lock_spawns();
             fill(&Host, &stage.child(), &more, 64)
         };
         filled.expect("it takes writes");
@@ -380,7 +380,7 @@ fn a_child_that_is_restored_after_a_kill_is_copied_again() {
         restore(&stage.child(), &backup);
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = alone();
+            let _alone = lock_spawns();
             fill(&Host, &stage.child(), &more, 64)
         };
         filled.expect("it takes writes");

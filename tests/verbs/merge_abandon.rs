@@ -3,15 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy};
 use diffdisk::error::{ErrorKind, Result};
-use diffdisk::ops::merge::{Abandoned, PreparedMerge, Merged, abandon};
+use diffdisk::ops::merge::{Abandoned, Merged, PreparedMerge, abandon};
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Random, SimHost};
 use diffdisk::units::SectorRange;
 
-use crate::merge_cases::{MergeCase, all};
 use crate::chain_spec::{bytes, check_disk};
+use crate::merge_cases::{MergeCase, all};
 
 fn at(case: &MergeCase, layer: usize) -> PathBuf {
     case.scene.path(Path::new("/disk"), layer)
@@ -26,7 +26,8 @@ fn host(case: &MergeCase) -> SimHost {
 fn merge(case: &MergeCase, host: &SimHost) -> Result<Merged> {
     let into = at(case, case.into);
     let into = (case.merged_layers.len() > 1).then_some(into.as_path());
-    PreparedMerge::prepare(host, &at(case, case.merged_layers[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+    PreparedMerge::prepare(host, &at(case, case.merged_layers[0]), into, false, &Policy::default())?
+        .run(&mut |_| Ok(()))
 }
 
 /// The disk of an image by itself; `None` if that is refused.

@@ -1,6 +1,6 @@
 //! The chains that `merge` is tried on.
 
-use crate::chain_spec::{Layer, ChainSpec};
+use crate::chain_spec::{ChainSpec, Layer};
 
 /// A merge to be tried.
 #[derive(Clone, Debug)]

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::chain::Policy;
 use diffdisk::error::{ErrorKind, Result};
-use diffdisk::ops::merge::{PreparedMerge, Merged};
+use diffdisk::ops::merge::{Merged, PreparedMerge};
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 
-use crate::merge_cases::{MergeCase, all};
 use crate::chain_spec::{check_disk, defects};
+use crate::merge_cases::{MergeCase, all};
 
 fn folder() -> &'static Path {
     Path::new("/disk")
@@ -30,7 +30,8 @@ impl MergeCase {
     fn merge(&self, host: &SimHost) -> Result<Merged> {
         let into = self.at(self.into);
         let into = (self.merged_layers.len() > 1).then_some(into.as_path());
-        PreparedMerge::prepare(host, &self.at(self.merged_layers[0]), into, false, &Policy::default())?.run(&mut |_| Ok(()))
+        PreparedMerge::prepare(host, &self.at(self.merged_layers[0]), into, false, &Policy::default())?
+            .run(&mut |_| Ok(()))
     }
 
     /// Whatever happened: who is left shows what it showed.

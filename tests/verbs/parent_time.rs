@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use diffdisk::chain::{Chain, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, Policy};
 use diffdisk::image::Durability;
 use diffdisk::ops;
 use diffdisk::ops::merge::PreparedMerge;
@@ -111,7 +111,8 @@ fn what_changes_the_disk_moves_the_time_on() {
     assert!(time(&host, &path).seconds > before.seconds);
     assert_eq!(notes(&scene, "c.vhd"), ["parent-changed"]);
     assert!(time(&host.crash_with(&|_| false), &path).seconds > before.seconds, "durably");
-    let e = PreparedMerge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
+    let e =
+        PreparedMerge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
     assert!(e.line().contains("--changed-parent") && e.path() == Some(&path), "{}", e.line());
     // A link to another parent is a change of the disk, too.
     scene.dynamic("other.vhd", SMALL, 400);

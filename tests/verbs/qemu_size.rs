@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::tool::{diffdisk, require, run, scratch};
-use crate::common::vhd_bytes::{Spec, VhdFile, footer};
+use crate::common::vhd_bytes::{VhdFile, VhdSpec, footer};
 
 const MIB: u64 = 1 << 20;
 
@@ -50,8 +50,8 @@ fn assert_size(image: &Path, size: u64, what: &str) {
     assert_eq!(told["virtual-size"], size, "{what}: by the QEMU that is installed");
 }
 
-fn made_by(tag: &[u8; 4], path: &Path, spec: Spec) {
-    VhdFile::create(path, spec).footers(footer::CREATOR, tag).footers(footer::CREATOR_VERSION, &[0, 1, 0, 0]);
+fn made_by(tag: &[u8; 4], path: &Path, spec: VhdSpec) {
+    VhdFile::create(path, spec).set_footers(footer::CREATOR, tag).set_footers(footer::CREATOR_VERSION, &[0, 1, 0, 0]);
 }
 
 fn text(path: &Path) -> String {
@@ -63,7 +63,7 @@ fn resized_disks_have_their_size() {
     require(&["qemu-img"]);
     let folder = scratch("qemu-size");
     for tag in TAGS {
-        for spec in [Spec::dynamic(10 * MIB, 2 << 20).with_blocks(&[0]), Spec::fixed(10 * MIB)] {
+        for spec in [VhdSpec::dynamic(10 * MIB, 2 << 20).with_blocks(&[0]), VhdSpec::fixed(10 * MIB)] {
             let path = folder.path().join("i.vhd");
             let what = format!("{} of type {}", tag.escape_ascii(), spec.kind);
             made_by(tag, &path, spec);
@@ -83,10 +83,10 @@ fn a_child_that_stands_alone_has_its_size() {
     for tag in [b"vpc ", b"vbox"] {
         let folder = scratch("qemu-size");
         let [parent, child] = ["p.vhd", "c.vhd"].map(|name| folder.path().join(name));
-        let parent_spec = Spec::dynamic(10 * MIB, 2 << 20).with_blocks(&[0]);
+        let parent_spec = VhdSpec::dynamic(10 * MIB, 2 << 20).with_blocks(&[0]);
         let uuid = parent_spec.uuid;
         made_by(tag, &parent, parent_spec);
-        made_by(tag, &child, Spec::child(10 * MIB, 2 << 20, uuid, "p.vhd"));
+        made_by(tag, &child, VhdSpec::child(10 * MIB, 2 << 20, uuid, "p.vhd"));
         diffdisk(["flatten", &text(&child)]).ok();
         assert_size(&child, 10 * MIB, &tag.escape_ascii().to_string());
     }

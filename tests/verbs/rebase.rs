@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::kill_cases::{KillCase, kill_at_every_point};
 use crate::fixture::{Fill, Fixture, disk};
-use crate::sweep::{SweepCase, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::sweep::{FOLDER, SweepCase};
 
 const R: Fill<'static> = Fill::Tag("R");
 const A: Fill<'static> = Fill::Tag("A");
@@ -56,7 +56,8 @@ fn shows() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
 fn the_disk_stays_at_every_moment() {
     for parent in ["b.vhd", "x.vhd", "r.vhd"] {
         let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, parent, false).map(drop);
-        SweepCase { name: parent, setup: &branches, verb: &verb, expected: shows(), lengths_follow_data: false }.sweep();
+        SweepCase { name: parent, setup: &branches, verb: &verb, expected: shows(), lengths_follow_data: false }
+            .sweep();
     }
 }
 
@@ -127,7 +128,12 @@ fn no_circles() {
 fn killed_at_every_point() {
     let linked = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
     let acts = [
-        KillCase { name: "branch", setup: &branches, args: &["rebase", "i.vhd", "--parent", "b.vhd"], expected: shows() },
+        KillCase {
+            name: "branch",
+            setup: &branches,
+            args: &["rebase", "i.vhd", "--parent", "b.vhd"],
+            expected: shows(),
+        },
         KillCase {
             name: "unsafe",
             setup: &branches,

@@ -8,9 +8,9 @@ use diffdisk::ops;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::kill_cases::{KillCase, kill_at_every_point};
 use crate::fixture::{Fill, Fixture, disk};
-use crate::sweep::{SweepCase, FOLDER};
+use crate::kill_cases::{KillCase, kill_at_every_point};
+use crate::sweep::{FOLDER, SweepCase};
 
 const T: Fill<'static> = Fill::Tag("T");
 const P: Fill<'static> = Fill::Tag("P");
@@ -66,7 +66,14 @@ fn a_child_hides_its_larger_parent_when_it_grows() {
     let old = disk(29, &[(0, 20, P), (1, 2, T)]);
     let verb = resized(120, false);
     let shows = vec![("i.vhd", old, disk(120, &[(0, 20, P), (1, 2, T)]))];
-    SweepCase { name: "grow before the end of the parent", setup: &smaller_child, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
+    SweepCase {
+        name: "grow before the end of the parent",
+        setup: &smaller_child,
+        verb: &verb,
+        expected: shows,
+        lengths_follow_data: false,
+    }
+    .sweep();
     // The last block has no place yet.
     let setup = |scene: &Fixture<'_>| {
         smaller_child(scene);
@@ -74,7 +81,14 @@ fn a_child_hides_its_larger_parent_when_it_grows() {
         ops::compact::compact(scene.env, &scene.path("i.vhd"), &Policy::default(), &mut |_| Ok(())).expect("it works");
     };
     let shows = vec![("i.vhd", disk(22, &[(0, 20, P), (1, 2, T)]), disk(120, &[(0, 20, P), (1, 2, T)]))];
-    SweepCase { name: "grow over a block without a place", setup: &setup, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
+    SweepCase {
+        name: "grow over a block without a place",
+        setup: &setup,
+        verb: &verb,
+        expected: shows,
+        lengths_follow_data: false,
+    }
+    .sweep();
 }
 
 #[test]
@@ -108,7 +122,14 @@ fn shrinkable(scene: &Fixture<'_>) {
 fn a_dynamic_root_shrinks_and_gives_room_back() {
     let data = [(0, 3, T), (8, 24, T)];
     let shows = || vec![("i.vhd", disk(100, &data), disk(42, &data))];
-    SweepCase { name: "shrink", setup: &shrinkable, verb: &resized(42, true), expected: shows(), lengths_follow_data: false }.sweep();
+    SweepCase {
+        name: "shrink",
+        setup: &shrinkable,
+        verb: &resized(42, true),
+        expected: shows(),
+        lengths_follow_data: false,
+    }
+    .sweep();
     let host = SimHost::new(1);
     let scene = Fixture::new(&host, Path::new(FOLDER));
     shrinkable(&scene);
@@ -127,7 +148,8 @@ fn a_batmap_never_says_too_much() {
     let data = [(0, 3, T), (8, 24, T)];
     for (name, to, shrink) in [("grow with a batmap", 9_000, false), ("shrink with a batmap", 42, true)] {
         let shows = vec![("i.vhd", disk(100, &data), disk(to, &data))];
-        SweepCase { name, setup: &setup, verb: &resized(to, shrink), expected: shows, lengths_follow_data: false }.sweep();
+        SweepCase { name, setup: &setup, verb: &resized(to, shrink), expected: shows, lengths_follow_data: false }
+            .sweep();
     }
     let host = SimHost::new(1);
     let scene = Fixture::new(&host, Path::new(FOLDER));

@@ -138,9 +138,14 @@ impl SequenceRun<'_> {
         let refused = others || !(size == received || size < received && has_children);
         let path = self.scene.path(&self.images[of].name);
         let target = self.scene.path(&self.images[into].name);
-        let outcome =
-            PreparedMerge::prepare(self.host, &path, (depth > 1).then_some(target.as_path()), false, &Policy::default())
-                .and_then(|merge| merge.run(&mut |_| Ok(())));
+        let outcome = PreparedMerge::prepare(
+            self.host,
+            &path,
+            (depth > 1).then_some(target.as_path()),
+            false,
+            &Policy::default(),
+        )
+        .and_then(|merge| merge.run(&mut |_| Ok(())));
         let said = format!("merge {of} into {into}, {}", if refused { "refused" } else { "done" });
         let folded = folded.to_vec();
         self.expect(outcome.map(drop), refused, &said);
@@ -199,7 +204,8 @@ impl SequenceRun<'_> {
 
     fn check_all(&self, trace: &[String]) {
         for image in &self.images {
-            let seen = self.scene.read_disk(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
+            let seen =
+                self.scene.read_disk(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
             let differs = seen.iter().zip(&image.disk).position(|(a, b)| a != b).map(|at| at / 512);
             let (len, wanted) = (seen.len() / 512, image.disk.len() / 512);
             assert!(

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use diffdisk::error::Result;
 use diffdisk::storage::Env;
-use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost, DurableUnit};
+use diffdisk::storage::sim::{DurableUnit, Fault, FaultPlan, Random, SimHost};
 
 use crate::fixture::Fixture;
 
@@ -60,7 +60,8 @@ impl SweepCase<'_> {
     fn check(&self, host: &SimHost, when: &dyn Fn() -> String) {
         let scene = Fixture::new(host, Path::new(FOLDER));
         for (name, old, new) in &self.expected {
-            let seen = scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            let seen =
+                scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
             assert!(seen == *old || seen == *new, "{}: {}: {name} shows neither disk", self.name, when());
             let defects = scene.defects(name);
             let bad = defects.iter().find(|kind| !TRANSIENT.contains(kind));
@@ -73,7 +74,8 @@ impl SweepCase<'_> {
         self.call(host).unwrap_or_else(|e| panic!("{}: {}: called again: {}", self.name, when(), e.line()));
         let scene = Fixture::new(host, Path::new(FOLDER));
         for (name, _, new) in &self.expected {
-            let seen = scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            let seen =
+                scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
             assert!(seen == *new, "{}: {}: {name} is not what it should be", self.name, when());
             assert_eq!(scene.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
         }
@@ -113,8 +115,10 @@ impl SweepCase<'_> {
         for (number, moment) in host.take_recording().into_iter().enumerate() {
             for fate in 0..10 {
                 // Nothing, all, or this and that of what is not durable.
-                let bits =
-                    [0, u64::MAX].get(fate).copied().unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
+                let bits = [0, u64::MAX]
+                    .get(fate)
+                    .copied()
+                    .unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
                 let units = moment.unsynced_steps();
                 // The unit that decides: its own, or where that is asked for the length that came with it.
                 let judge_of = |unit: usize| match self.lengths_follow_data && units[unit].0 != 0 {
@@ -179,7 +183,8 @@ impl SweepCase<'_> {
             files.map(|file| file.expect("it opens").stat().expect("it is there").allocated).sum()
         };
         for pages in 0.. {
-            let faults = |host: &SimHost| FaultPlan { capacity: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
+            let faults =
+                |host: &SimHost| FaultPlan { capacity: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
             if self.with_faults(faults, &format!("{pages} pages of room")) {
                 return;
             }

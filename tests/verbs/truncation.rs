@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, Policy};
 use diffdisk::disk::{self, DiskOptions};
 use diffdisk::image::Durability;
 use diffdisk::ops::create::{ChildSpec, Locators};
@@ -14,8 +14,8 @@ use diffdisk::storage::host::Host;
 use diffdisk::units::SECTOR;
 
 use crate::common::pattern;
-use crate::common::tool::{alone, scratch};
-use crate::common::vhd_bytes::{Spec, VhdFile, id};
+use crate::common::tool::{lock_spawns, scratch};
+use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
 use crate::fixture::{Fill, Fixture};
 
 const DISK: u64 = 6 * 4096 + 1024;
@@ -44,7 +44,7 @@ struct Counts {
 }
 
 fn root(folder: &Path) {
-    VhdFile::create(&folder.join("disk.vhd"), Spec::dynamic(DISK, 4096).with_blocks(&[2, 0, 6, 3]));
+    VhdFile::create(&folder.join("disk.vhd"), VhdSpec::dynamic(DISK, 4096).with_blocks(&[2, 0, 6, 3]));
 }
 
 /// Bits of the blocks in file order, as XenServer sets them: one for each sector that was written.
@@ -60,28 +60,28 @@ fn sparse_bits(vhd: &VhdFile, bits: &[u8]) {
 }
 
 fn sparse_root(folder: &Path) {
-    let vhd = VhdFile::create(&folder.join("disk.vhd"), Spec::dynamic(DISK, 4096).with_blocks(&[2, 0, 3]));
+    let vhd = VhdFile::create(&folder.join("disk.vhd"), VhdSpec::dynamic(DISK, 4096).with_blocks(&[2, 0, 3]));
     sparse_bits(&vhd, &[0xF0, 0x01, 0xC0]);
 }
 
 fn parent(folder: &Path) {
-    let spec = Spec { tag: "OLD".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[0, 1, 2, 3, 5]);
+    let spec = VhdSpec { tag: "OLD".into(), ..VhdSpec::dynamic(DISK, 4096) }.with_blocks(&[0, 1, 2, 3, 5]);
     VhdFile::create(&folder.join(PARENT), spec.with_uuid(id(7)));
 }
 
 fn child(folder: &Path) {
     parent(folder);
-    let spec = Spec::child(DISK, 4096, id(7), PARENT).with_blocks(&[2, 0, 6, 3]);
+    let spec = VhdSpec::child(DISK, 4096, id(7), PARENT).with_blocks(&[2, 0, 6, 3]);
     sparse_bits(&VhdFile::create(&folder.join("disk.vhd"), spec), &[0xF0, 0x81, 0xC0, 0x60]);
 }
 
 fn full_child(folder: &Path) {
     parent(folder);
-    VhdFile::create(&folder.join("disk.vhd"), Spec::child(DISK, 4096, id(7), PARENT).with_blocks(&[3, 1]));
+    VhdFile::create(&folder.join("disk.vhd"), VhdSpec::child(DISK, 4096, id(7), PARENT).with_blocks(&[3, 1]));
 }
 
 fn fixed(folder: &Path) {
-    VhdFile::create(&folder.join("disk.vhd"), Spec::fixed(DISK));
+    VhdFile::create(&folder.join("disk.vhd"), VhdSpec::fixed(DISK));
 }
 
 /// As our own writer leaves it.
@@ -136,7 +136,10 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("open to write", |folder| {
         let path = folder.join("disk.vhd");
-        drop(Chain::open(&Host, &path, &Policy::default(), OpenMode::Write)?.into_writable(&Host, &Durability::FlushOnly)?);
+        drop(
+            Chain::open(&Host, &path, &Policy::default(), OpenMode::Write)?
+                .into_writable(&Host, &Durability::FlushOnly)?,
+        );
         Ok(path)
     }),
     ("map", |folder| {
@@ -145,8 +148,14 @@ const VERBS: &[(&str, Verb)] = &[
     }),
     ("create", |folder| {
         let (parent, path) = (folder.join("disk.vhd"), folder.join("new.vhd"));
-        let spec =
-            ChildSpec { parent, size: None, block_size: None, reserve: 0, locators: Locators::Both, preallocate: false };
+        let spec = ChildSpec {
+            parent,
+            size: None,
+            block_size: None,
+            reserve: 0,
+            locators: Locators::Both,
+            preallocate: false,
+        };
         ops::create::child(&Host, &path, &spec, &Policy::default())?;
         Ok(path)
     }),
@@ -167,7 +176,7 @@ const VERBS: &[(&str, Verb)] = &[
         let (path, new) = (folder.join("disk.vhd"), folder.join("other.vhd"));
         VhdFile::create(
             &new,
-            Spec { tag: "OTHER".into(), ..Spec::dynamic(DISK, 4096) }.with_blocks(&[1]).with_uuid(id(9)),
+            VhdSpec { tag: "OTHER".into(), ..VhdSpec::dynamic(DISK, 4096) }.with_blocks(&[1]).with_uuid(id(9)),
         );
         ops::rebase::rebase(&Host, &path, &new, false, &Policy::default(), &mut |_| Ok(()))?;
         Ok(path)
@@ -264,7 +273,8 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
                     let what = format!("{what}: {name}");
                     assert!(readable, "{what}: done on an image that is not readable");
                     let policy = Policy::default();
-                    let disk = ops::SourceDisk::open(&Host, &path, ops::SourceFormat::Vhd, &policy).expect("the result opens");
+                    let disk =
+                        ops::SourceDisk::open(&Host, &path, ops::SourceFormat::Vhd, &policy).expect("the result opens");
                     let mut bytes = Vec::new();
                     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
                     let rest = bytes.split_off(want.len());
@@ -281,7 +291,7 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
 
 #[test]
 fn a_copy_that_was_cut_off_is_read_right_or_refused() {
-    let _alone = alone();
+    let _alone = lock_spawns();
     for case in CASES {
         let mut figures = Counts::default();
         sweep(case, &mut figures);
@@ -295,7 +305,7 @@ fn a_copy_that_was_cut_off_is_read_right_or_refused() {
 
 #[test]
 fn a_lost_sector_is_never_the_parents_old_data() {
-    let _alone = alone();
+    let _alone = lock_spawns();
     let scratch = scratch("truncation");
     child(scratch.path());
     let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");

@@ -1,10 +1,10 @@
-//! `check --undo`, killed at every point and called again: the image is byte by byte what it was before the repair.
+//! `check --undo`, killed at every failpoint and called again: the image is byte by byte what it was before the repair.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::common::tool::{diffdisk, scratch};
-use crate::common::vhd_bytes::{Spec, VhdFile};
+use crate::common::vhd_bytes::{VhdFile, VhdSpec};
 use crate::failpoints;
 
 /// A broken image; repaired; and its undo file.
@@ -17,7 +17,7 @@ struct Repaired {
 }
 
 fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
-    let spec = Spec::dynamic(64 << 10, 4096).with_entries(200).with_blocks(&[3, 1, 2]);
+    let spec = VhdSpec::dynamic(64 << 10, 4096).with_entries(200).with_blocks(&[3, 1, 2]);
     let vhd = VhdFile::create(&folder.join(name), spec);
     break_it(&vhd);
     let broken = fs::read(&vhd.path).expect("the image");
@@ -33,18 +33,18 @@ fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
 
 /// The footer at the start is wrong, entries are 0, a block lies behind the end of the disk, and space at the end leaks.
 fn many_defects(vhd: &VhdFile) {
-    vhd.entry(5, 0).entry(130, 0);
+    vhd.set_entry(5, 0).set_entry(130, 0);
     let footer = fs::read(&vhd.path).expect("the image").split_off(usize::try_from(vhd.footer_at).expect("small"));
     vhd.put(vhd.footer_at, &vec![0xAB; 40_000]);
     let behind = (vhd.footer_at + 8192).next_multiple_of(512);
-    vhd.entry(150, u32::try_from(behind / 512).expect("a place"));
+    vhd.set_entry(150, u32::try_from(behind / 512).expect("a place"));
     vhd.put((vhd.footer_at + 40_000).next_multiple_of(512), &footer);
     vhd.put(100, b"x");
 }
 
 /// The footer at the end is missing.
 fn missing_trailing_footer(vhd: &VhdFile) {
-    vhd.entry(7, 0).set_len(vhd.footer_at);
+    vhd.set_entry(7, 0).set_len(vhd.footer_at);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn an_undo_is_refused_where_it_does_not_fit() {
         assert!(fs::read(image).expect("the image") == before, "{why}: the image was changed");
     };
     // Another image.
-    let other = VhdFile::create(&scratch.path().join("other.vhd"), Spec::fixed(4096).with_uuid([9; 16]));
+    let other = VhdFile::create(&scratch.path().join("other.vhd"), VhdSpec::fixed(4096).with_uuid([9; 16]));
     refused(&other.path, &made.undo, "another image");
     refused(&made.path, &other.path, "not an undo file");
     // A change since: an entry; a byte where space was given back; the length.

@@ -50,7 +50,8 @@ pub(crate) enum GuestRequest {
     Indirect,
 }
 
-pub(crate) const GUEST_REQUESTS: [GuestRequest; 5] = [GuestRequest::Read, GuestRequest::Write, GuestRequest::GetId, GuestRequest::WriteZeroes, GuestRequest::Indirect];
+pub(crate) const GUEST_REQUESTS: [GuestRequest; 5] =
+    [GuestRequest::Read, GuestRequest::Write, GuestRequest::GetId, GuestRequest::WriteZeroes, GuestRequest::Indirect];
 
 #[derive(Debug)]
 pub(crate) struct ManualGuest {

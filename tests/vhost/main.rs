@@ -6,13 +6,13 @@ mod daemon;
 mod fds;
 mod guest;
 mod image;
-mod unusual_front_ends;
 mod lost_memory;
 mod mounts;
 mod raw;
 mod start;
 mod stuck_storage;
 mod system;
+mod unusual_front_ends;
 
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -331,7 +331,11 @@ fn a_limit_of_the_files_size_is_an_error_of_the_write() {
     let fitting = outcomes.iter().take_while(|outcome| **outcome == 0).count();
     assert!((6..10).contains(&fitting), "{outcomes:?}: {}", scene.log_text());
     assert!(outcomes[fitting..].iter().all(|outcome| *outcome != 0), "{outcomes:?}");
-    assert!(scene.log_text().contains("ulimit -f") && !scene.log_text().contains("host is full"), "{}", scene.log_text());
+    assert!(
+        scene.log_text().contains("ulimit -f") && !scene.log_text().contains("host is full"),
+        "{}",
+        scene.log_text()
+    );
     assert_eq!(guest.write(0, 0, &[2; 4096]), 0, "what fits is written on");
     assert_eq!(guest.read(0, 0, 512).unwrap(), [2; 512]);
     drop(guest);

@@ -60,7 +60,11 @@ fn an_explicit_runtime_folder_is_used_or_refused() {
         SERVE.replace("diffdiskd ", "diffdiskd --runtime-dir=/run/diffdisk ")
     );
     let Some(output) = in_mount_namespace(dir.path(), &script) else { return };
-    assert!(output_text(&output).contains("failed") && output_text(&output).contains("/run/diffdisk"), "{}", output_text(&output));
+    assert!(
+        output_text(&output).contains("failed") && output_text(&output).contains("/run/diffdisk"),
+        "{}",
+        output_text(&output)
+    );
 }
 
 #[test]

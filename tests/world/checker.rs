@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use diffdisk::chain::{Chain, PlanBuffer, Policy, OpenMode};
+use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy};
 use diffdisk::format::{Defect, Severity};
 use diffdisk::image::{self, Durability};
-use diffdisk::storage::sim::{Random, SimHost, DurableUnit};
+use diffdisk::storage::sim::{DurableUnit, Random, SimHost};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
 
@@ -138,8 +138,11 @@ impl Checker {
         let digest = after.digest(&top()).ok_or("the image has lost its name")?;
         if !self.checked.contains_key(&digest) {
             self.distinct += 1;
-            let found =
-                if self.distinct % 64 == 1 { self.check_with_recovery_crashes(after) } else { check_image(after, self.distinct % 8 == 2) };
+            let found = if self.distinct % 64 == 1 {
+                self.check_with_recovery_crashes(after)
+            } else {
+                check_image(after, self.distinct % 8 == 2)
+            };
             self.checked.insert(digest, found.map(Arc::new));
         }
         let found = self.checked[&digest].clone()?;
@@ -220,6 +223,8 @@ pub(crate) fn read_disk(version: &diffdisk::chain::Version) -> Result<Vec<Value>
     let sectors = version.sectors();
     let mut bytes = vec![0; (sectors * 512) as usize];
     let all = SectorRange::between(0, sectors);
-    version.read_now(all, &mut bytes, &mut PlanBuffer::default()).map_err(|e| format!("it does not read: {}", e.line()))?;
+    version
+        .read_now(all, &mut bytes, &mut PlanBuffer::default())
+        .map_err(|e| format!("it does not read: {}", e.line()))?;
     Ok((0..).zip(bytes.chunks(512)).map(|(sector, found)| model::value(sector, found)).collect())
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diffdisk::disk::{Disk, DiskOptions, WhenFull};
-use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
+use diffdisk::image::{self, Durability, ImageKind, ImageSpec, ParentLink};
 use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::BlockSize;
@@ -39,7 +39,8 @@ pub(crate) fn top() -> PathBuf {
 /// How the disk is opened on a machine; with a live journal if `journal`.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");
-    let keep = if journal { Durability::Journal { folders: vec![runtime()], required: true } } else { Durability::FlushOnly };
+    let keep =
+        if journal { Durability::Journal { folders: vec![runtime()], required: true } } else { Durability::FlushOnly };
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
@@ -102,7 +103,8 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let top = disk.version().top().expect("it is writable");
     let grow = || {
         if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
-            image::run_to_completion(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops)).expect("it grows");
+            image::run_to_completion(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
+                .expect("it grows");
         }
     };
     grow();

@@ -5,10 +5,10 @@
 //! `DIFFDISK_MUTANT=<name>` only that mistake is looked for.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
+mod checker;
 mod exhaustive;
 mod faults;
 mod full;
-mod checker;
 mod layouts;
 #[path = "../common/memory.rs"]
 mod memory;
@@ -20,8 +20,8 @@ mod world;
 
 use std::time::{Duration, Instant};
 
-use diffdisk::mutant::Mutant;
 use checker::Checker;
+use diffdisk::mutant::Mutant;
 use world::CheckOptions;
 
 fn number(name: &str) -> Option<u64> {
@@ -82,7 +82,7 @@ fn every_mutant_is_found() {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
             // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
-            // (`image/evict_tests.rs`); here 12 million states had none.
+            // (`image/clock_tests.rs`); here 12 million states had none.
             let only = std::env::var("DIFFDISK_MUTANT").ok();
             let wanted = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
             let of_sessions = |m: &Mutant| sessions::MUTANTS.contains(m);
@@ -158,7 +158,9 @@ fn every_operation_fails_once() {
         let mut runs = 0;
         let layouts = layouts::all_layouts(20);
         let layout = &layouts[share * 3];
-        for wrong in [faults::FaultKind::Io, faults::FaultKind::NoSpace, faults::FaultKind::Short, faults::FaultKind::Late] {
+        for wrong in
+            [faults::FaultKind::Io, faults::FaultKind::NoSpace, faults::FaultKind::Short, faults::FaultKind::Late]
+        {
             for at in 1.. {
                 runs += 1;
                 if !faults::run(layout, acts, wrong, at, judge)? {

@@ -7,10 +7,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diffdisk::chain::{self, Chain, Policy, OpenMode};
+use diffdisk::chain::{self, Chain, OpenMode, Policy};
 use diffdisk::disk::{Disk, DiskOptions, Lane, Outcome, Request, Work, ZeroRange};
 use diffdisk::error::{Error, ErrorKind};
-use diffdisk::image::{self, Durability, ImageKind, ParentLink, ImageSpec};
+use diffdisk::image::{self, Durability, ImageKind, ImageSpec, ParentLink};
 use diffdisk::mutant::{self, Mutant};
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env, Lock};
@@ -18,7 +18,7 @@ use diffdisk::units::{BlockSize, SectorRange};
 
 use crate::checker;
 use crate::layouts::{self, BLOCK, Layout, top};
-use crate::memory::Memory;
+use crate::memory::TestMemory;
 use crate::model::{self, Value};
 
 type CheckResult = Result<(), String>;
@@ -62,7 +62,7 @@ impl Guest {
     fn write(&mut self, known: &mut WrittenValues, sector: u64, value: Value) {
         let range = SectorRange::between(sector, sector + 1);
         known.submitted.entry(sector).or_default().push(value);
-        let from = Memory::new(&model::bytes(sector, value)).slices(&[512]);
+        let from = TestMemory::new(&model::bytes(sector, value)).iovecs(&[512]);
         if self.submit(Work::Write { range, from }) {
             known.acknowledged.insert(sector, value);
         }
@@ -405,7 +405,10 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     let env: &dyn Env = &host;
     expect_refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
     let written = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
-    expect_refused(written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)), "to a tool, a killed image")?;
+    expect_refused(
+        written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)),
+        "to a tool, a killed image",
+    )?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     expect_refused(checked(&host), "to a check, a killed image")?;
     // Another machine may be alive.
@@ -456,7 +459,10 @@ pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
     let env: &dyn Env = &host;
     expect_refused(Chain::open(env, child, &Policy::default(), OpenMode::Read), "to a reader, a killed parent")?;
     let file = host.open(child, Access::Read).map_err(error_line)?;
-    expect_refused(chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())), "to a check, a killed parent")?;
+    expect_refused(
+        chain::check(env, file, Some(&Policy::default()), &[], &mut |_| Ok(())),
+        "to a check, a killed parent",
+    )?;
     expect_refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
     let guest = open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle it: {}", e.line()))?;
     guest.check(&known, &layout.values)?;

@@ -10,7 +10,7 @@ use diffdisk::units::SectorRange;
 
 use crate::checker::{self, Checker};
 use crate::layouts::{self, Layout};
-use crate::memory::Memory;
+use crate::memory::TestMemory;
 use crate::model::{self, Model};
 
 /// Operations that an engine takes.
@@ -51,7 +51,7 @@ enum InFlightKind {
     Discard(SectorRange),
     /// With what it makes durable, and whether it must fail: a sync has failed before it began.
     Flush(Vec<u32>, bool),
-    Read(SectorRange, Memory),
+    Read(SectorRange, TestMemory),
 }
 
 /// See the file's first line.
@@ -75,7 +75,13 @@ pub(crate) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    pub(crate) fn new(layout: &Layout, seed: u64, lanes: usize, care: CheckOptions, judge: &'a mut Checker) -> World<'a> {
+    pub(crate) fn new(
+        layout: &Layout,
+        seed: u64,
+        lanes: usize,
+        care: CheckOptions,
+        judge: &'a mut Checker,
+    ) -> World<'a> {
         World::with_faults(layout, seed, lanes, care, judge, SpacePolicy::default(), &FaultPlan::default())
     }
 
@@ -208,7 +214,11 @@ impl<'a> World<'a> {
         let act = self.record_action(format_args!("lane {lane} writes {range}"));
         let bytes: Vec<u8> = (range.start()..range.end()).flat_map(|sector| model::bytes(sector, act)).collect();
         self.model.begin(range, act, act);
-        self.push(lane, Work::Write { range, from: Memory::new(&bytes).slices(&[512]) }, InFlightKind::Write(range));
+        self.push(
+            lane,
+            Work::Write { range, from: TestMemory::new(&bytes).iovecs(&[512]) },
+            InFlightKind::Write(range),
+        );
     }
 
     pub(crate) fn zero(&mut self, lane: usize, range: SectorRange, unmap: bool) {
@@ -232,8 +242,8 @@ impl<'a> World<'a> {
 
     pub(crate) fn read(&mut self, lane: usize, range: SectorRange) {
         self.record_action(format_args!("lane {lane} reads {range}"));
-        let memory = Memory::new(&vec![0xEE; range.bytes() as usize]);
-        let into = memory.slices(&[]);
+        let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
+        let into = memory.iovecs(&[]);
         self.push(lane, Work::Read { range, into }, InFlightKind::Read(range, memory));
     }
 

@@ -12,14 +12,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::resume::{check_same_merge, uuid_at};
 use super::plan::new_parent_link;
-use crate::chain::{Chain, Copied, ExistingRecord, MergedLayer, MergeRecord, Policy, FileStamp, OpenMode, mark_receiver, receiver_mark};
+use super::resume::{check_same_merge, uuid_at};
+use crate::chain::{
+    Chain, Copied, ExistingRecord, FileStamp, MergeRecord, MergedLayer, OpenMode, Policy, mark_receiver, receiver_mark,
+};
 use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
-use crate::image::{ImageIdentity, Image, SavedMtime, open_reconciled, file_name, folder_of, reparent};
-use crate::ops::folder_scan;
 use crate::failpoint;
+use crate::image::{Image, ImageIdentity, SavedMtime, file_name, folder_of, open_reconciled, reparent};
+use crate::ops::folder_scan;
 use crate::storage::{Access, Env, File, Folder, Lock};
 
 /// What became of a merge that was given up.
@@ -65,7 +67,9 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     match record.copied {
         Copied::Nothing => remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone),
         // A layer between would show parts of both disks.
-        Copied::All if has_layer_between(env, &record)? => save_as_abandoned(env, record).map(|()| Abandoned::Partial(path)),
+        Copied::All if has_layer_between(env, &record)? => {
+            save_as_abandoned(env, record).map(|()| Abandoned::Partial(path))
+        }
         Copied::All => {
             refresh_parent_time(env, &record, &ancestor)?;
             remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Whole(path))
@@ -97,7 +101,9 @@ fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Opt
 /// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
 fn refresh_parent_time(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge folds an image");
-    let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else { return Ok(()) };
+    let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else {
+        return Ok(());
+    };
     file.lock(Lock::Exclusive)?;
     SavedMtime::preserve(&file, || {
         let (image, ancestor) = (open_reconciled(&file)?, Image::open(ancestor.clone())?);

@@ -5,11 +5,11 @@
 
 use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
 use crate::format::DiskType;
 use crate::image::{Image, next_data};
-use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS, Extents, PAGE_BYTES, nonzero_runs};
 use crate::ops::image_writer::ImageWriter;
-use crate::failpoint;
+use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS, Extents, PAGE_BYTES, nonzero_runs};
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
@@ -101,7 +101,8 @@ impl LayerStack {
     /// `Io`, `NoSpace`, `Poisoned`; what `step` fails with.
     pub(super) fn copy(&self, from: u64, writer: &mut ImageWriter<'_>, step: &mut OnCopied<'_>) -> Result<u64> {
         let end = writer.version().sectors();
-        let mut run = LayerCopier { writer, on_copied: step, buffer: Buffer::zeroed(CHUNK_BYTES), last_data: None, written: 0 };
+        let mut run =
+            LayerCopier { writer, on_copied: step, buffer: Buffer::zeroed(CHUNK_BYTES), last_data: None, written: 0 };
         let mut extents = Extents::from(&self.version, from);
         while let Some(extent) = extents.next()? {
             let range = extent.range.clip(SectorRange::between(0, end));
@@ -178,7 +179,9 @@ impl LayerCopier<'_, '_, '_> {
         for (at, len) in nonzero_runs(bytes, into_page) {
             let run = piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR);
             match runs.last_mut() {
-                Some(last) if run.start() - last.end() < MIN_HOLE_SECTORS => *last = SectorRange::between(last.start(), run.end()),
+                Some(last) if run.start() - last.end() < MIN_HOLE_SECTORS => {
+                    *last = SectorRange::between(last.start(), run.end())
+                }
                 _ => runs.push(run),
             }
         }

@@ -15,12 +15,12 @@
 //!
 //! 1. room for the bitmaps of all blocks that the ancestor lacks and that get data; a host that has no room for their data is
 //!    refused before anything is copied;
-//! 2. the record of what is being done ([`MergeRecord`]), then the receiver's mark (`chain/pending.rs`), then a record
+//! 2. the record of what is being done ([`MergeRecord`]), then the receiver's mark (`chain/unfinished_merge.rs`), then a record
 //!    that copying has begun;
 //! 3. what the layers say is copied into the ancestor, by its own order of commits; how far it has come is noted after a
 //!    commit, never before;
 //! 4. the ancestor is closed, and the note says that all is copied;
-//! 5. each child is linked to the ancestor ([`mod@crate::image::relink`], whole at every moment);
+//! 5. each child is linked to the ancestor ([`mod@crate::image::reparent`], whole at every moment);
 //! 6. CHILD's name is removed, then those of the layers between, downwards;
 //! 7. the note is removed.
 //!
@@ -30,7 +30,7 @@
 //! there still has its parents. Doing any of it again changes nothing.
 //!
 //! What the note says is held against the files, by UUID and after they were opened (and recovered: an ancestor without
-//! its trailing footer is what a power cut leaves). And by their state ([`Seen`]): where a layer or the ancestor is
+//! its trailing footer is what a power cut leaves). And by their state ([`FileStamp`]): where a layer or the ancestor is
 //! not what the note knows any more (written to, or restored from a backup), all is copied again from the beginning, which
 //! changes nothing as long as CHILD is there to hide it; without CHILD nothing more is done. Copying changes the ancestor,
 //! too: a killed start goes on where it was only if nothing came behind its last note.
@@ -43,24 +43,26 @@
 
 mod abandon;
 mod copy_down;
-mod resume;
 mod plan;
+mod resume;
 
 use std::path::{Path, PathBuf};
 
 pub use self::abandon::{Abandoned, abandon};
-use self::resume::{is_copy_complete, check_same_merge, uuid_at};
 use self::plan::{MergePlan, new_parent_link, plan_merge};
+use self::resume::{check_same_merge, is_copy_complete, uuid_at};
 use super::folder_scan;
-use super::source::Progress;
 use super::image_writer::{ImageWriter, log_secondary_error};
+use super::source::Progress;
 use crate::chain::{
-    Chain, Copied, ExistingRecord, MergeRecord, Policy, FileStamp, OpenMode, record_child, mark_receiver, receiver_mark, relative_path,
-    unmark_receiver,
+    Chain, Copied, ExistingRecord, FileStamp, MergeRecord, OpenMode, Policy, mark_receiver, receiver_mark,
+    record_child, relative_path, unmark_receiver,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{ImageIdentity, Image, Durability, SavedMtime, file_name, folder_of, is_reparent_finished, refuse_if_live, reparent};
 use crate::failpoint;
+use crate::image::{
+    Durability, Image, ImageIdentity, SavedMtime, file_name, folder_of, is_reparent_finished, refuse_if_live, reparent,
+};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
@@ -126,10 +128,22 @@ impl<'a> PreparedMerge<'a> {
                 let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
                 let places = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
                 let own = [home.clone(), place(&record.ancestor_path)?];
-                let folders =
-                    folder_scan::folders_to_scan(env, own.into_iter().chain(places.iter().cloned()).map(Ok), &policy.allowed)?;
+                let folders = folder_scan::folders_to_scan(
+                    env,
+                    own.into_iter().chain(places.iter().cloned()).map(Ok),
+                    &policy.allowed,
+                )?;
                 let record = MergeRecord::clone(record);
-                return Ok(PreparedMerge { env, policy, record, plan: None, child_folders: folders, record_folder: home, layer_folders: places, is_recorded: true });
+                return Ok(PreparedMerge {
+                    env,
+                    policy,
+                    record,
+                    plan: None,
+                    child_folders: folders,
+                    record_folder: home,
+                    layer_folders: places,
+                    is_recorded: true,
+                });
             }
         }
         let survey = plan_merge(env, child, into, changed_parent, &policy)?;
@@ -148,7 +162,16 @@ impl<'a> PreparedMerge<'a> {
         let (folders, begun) = (survey.child_folders.clone(), earlier != ExistingRecord::None);
         resume::resume_from(earlier, &mut record, &survey)?;
         let (home, places) = (survey.layer_folders[0].clone(), survey.layer_folders.clone());
-        Ok(PreparedMerge { env, policy, record, plan: Some(survey), child_folders: folders, record_folder: home, layer_folders: places, is_recorded: begun })
+        Ok(PreparedMerge {
+            env,
+            policy,
+            record,
+            plan: Some(survey),
+            child_folders: folders,
+            record_folder: home,
+            layer_folders: places,
+            is_recorded: begun,
+        })
     }
 
     /// Bytes of the disk, which is what progress is told of; none where only names and links are left to do.
@@ -275,7 +298,9 @@ impl<'a> PreparedMerge<'a> {
             }
             Err(e) => {
                 // What is copied stays copied, and the ancestor is left as an image at rest.
-                log_secondary_error(writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)));
+                log_secondary_error(
+                    writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)),
+                );
                 Err(e)
             }
         }

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use super::copy_down::LayerStack;
-use crate::chain::{Chain, ImageChange, MergedLayer, Policy, FileStamp, OpenMode, absolute_path, refuse_change, relative_path};
+use crate::chain::{
+    Chain, FileStamp, ImageChange, MergedLayer, OpenMode, Policy, absolute_path, refuse_change, relative_path,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Platform;
 use crate::image::{Image, ParentLink, check_reparent, folder_of, refuse_if_live};
@@ -77,7 +79,14 @@ pub(super) fn plan_merge(
     let folded = images.iter().map(|image| merged_layer(env, image, &folder)).collect::<Result<_>>()?;
     let places = images.iter().map(|image| image.file().folder()).collect();
     let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
-    Ok(MergePlan { layers: LayerStack::new(images), merged_layers: folded, layer_folders: places, ancestor, children, child_folders: folders })
+    Ok(MergePlan {
+        layers: LayerStack::new(images),
+        merged_layers: folded,
+        layer_folders: places,
+        ancestor,
+        children,
+        child_folders: folders,
+    })
 }
 
 /// # Errors

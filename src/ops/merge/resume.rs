@@ -5,7 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 
 use super::plan::MergePlan;
-use crate::chain::{Copied, ExistingRecord, MergedLayer, MergeRecord, FileStamp, receiver_mark};
+use crate::chain::{Copied, ExistingRecord, FileStamp, MergeRecord, MergedLayer, receiver_mark};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
@@ -68,7 +68,9 @@ pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = match into {
         None => record.layers.len() == 1,
-        Some(into) => ImageIdentity::peek(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(record.ancestor),
+        Some(into) => {
+            ImageIdentity::peek(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(record.ancestor)
+        }
     };
     if same {
         return Ok(());

@@ -19,7 +19,9 @@ impl HostFile {
     #[allow(clippy::cast_possible_truncation, reason = "a remainder of the unit, at most a sector")]
     pub(super) fn read_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
         let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
-        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit)).unwrap_or(BOUNCE_BYTES).min(BOUNCE_BYTES);
+        let room = usize::try_from((end - offset / unit * unit).next_multiple_of(unit))
+            .unwrap_or(BOUNCE_BYTES)
+            .min(BOUNCE_BYTES);
         let mut bounce = Buffer::zeroed(room);
         let mut done = 0;
         while done < into.len() {

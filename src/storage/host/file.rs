@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::file_map::FileMap;
 use super::folder::HostFolder;
 use super::lock;
-use super::file_map::FileMap;
 use super::retry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, DirectRules, FileId, Lock, NameStatus, Stat};
@@ -97,7 +97,7 @@ impl HostFile {
         self.0.id
     }
 
-    /// See [`File::is_device`](crate::storage::File::is_device).
+    /// See [`File::is_device`](crate::storage::File::is_block_device).
     pub fn is_block_device(&self) -> bool {
         self.0.is_device
     }
@@ -127,7 +127,7 @@ impl HostFile {
         })
     }
 
-    /// See [`File::naming`](crate::storage::File::naming).
+    /// See [`File::naming`](crate::storage::File::name_status).
     pub fn name_status(&self) -> Result<NameStatus> {
         match rustix::fs::stat(self.path()) {
             Ok(s) if (FileId { dev: s.st_dev, ino: s.st_ino }) == self.0.id => Ok(NameStatus::Kept),
@@ -280,7 +280,7 @@ impl HostFile {
         Ok(())
     }
 
-    /// See [`File::expect_scattered_reads`](crate::storage::File::expect_scattered_reads).
+    /// See [`File::expect_scattered_reads`](crate::storage::File::advise_random_reads).
     pub fn advise_random_reads(&self) {
         // Advice: where it is not taken, nothing is lost but time.
         let _ = rustix::fs::fadvise(self, 0, None, rustix::fs::Advice::Random);
@@ -291,7 +291,7 @@ impl HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
     }
 
-    /// See [`File::host_readahead`](crate::storage::File::host_readahead). File systems without a device of their own
+    /// See [`File::host_readahead`](crate::storage::File::kernel_readahead). File systems without a device of their own
     /// (btrfs, NFS) are not found where Linux shows it.
     pub fn kernel_readahead(&self) -> u64 {
         let of = |dev: u64| {
@@ -301,7 +301,7 @@ impl HostFile {
         self.stat().ok().and_then(|stat| of(stat.id.dev)).map_or(0, |kib| kib.saturating_mul(1024))
     }
 
-    /// See [`File::write_behind`](crate::storage::File::write_behind). Linux begins to write what is dirty, and drops only
+    /// See [`File::write_behind`](crate::storage::File::start_writeback). Linux begins to write what is dirty, and drops only
     /// what is clean (mm/fadvise.c).
     pub fn start_writeback(&self, offset: u64, len: u64) {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);

@@ -80,7 +80,7 @@ pub(in crate::storage) struct MapRegion {
 pub(in crate::storage) enum Residency {
     /// All of it was in the host's memory: it can be copied from here.
     Resident(NonNull<u8>),
-    /// It is worth to ask the kernel about so many bytes, at most those wanted, from this offset on: [`Mapped::ask`].
+    /// It is worth to ask the kernel about so many bytes, at most those wanted, from this offset on: [`FileMap::ask`].
     Query(u64, usize),
     /// Nothing.
     Unknown,
@@ -97,7 +97,11 @@ impl FileMap {
         }
         let Some(region) = self.region(index) else {
             let more = index < REGIONS && !self.full.load(Ordering::Relaxed);
-            return if more && self.is_worth(index, within, len) { Residency::Query(offset, len) } else { Residency::Unknown };
+            return if more && self.is_worth(index, within, len) {
+                Residency::Query(offset, len)
+            } else {
+                Residency::Unknown
+            };
         };
         if let Some(from) = region.resident_start(within, len) {
             return Residency::Resident(from);
@@ -114,7 +118,13 @@ impl FileMap {
 
     /// Asks the kernel what it has in memory of `len` > 0 bytes from `offset` on, and around them. `size`: says how long the
     /// file is.
-    pub(in crate::storage) fn query(&self, file: impl AsFd, offset: u64, len: usize, size: impl FnOnce() -> Option<u64>) {
+    pub(in crate::storage) fn query(
+        &self,
+        file: impl AsFd,
+        offset: u64,
+        len: usize,
+        size: impl FnOnce() -> Option<u64>,
+    ) {
         let Some(size) = size() else { return };
         if self.regions.get().is_none() && !(is_coherent(&file) && tells(&file, size)) {
             return self.refused.store(true, Ordering::Relaxed);

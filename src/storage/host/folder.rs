@@ -78,13 +78,14 @@ impl HostFolder {
 
     pub(in crate::storage) fn open(&self, name: &OsStr, access: Access) -> Result<HostFile> {
         let path = self.join(name);
-        let fd =
-            retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS | OFlags::NOFOLLOW, Mode::empty()))
-                .map_err(|e| match e {
-                    Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
-                    e => open_error(e),
-                })
-                .map_err(|e| e.at_path(&path))?;
+        let fd = retry(|| {
+            rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS | OFlags::NOFOLLOW, Mode::empty())
+        })
+        .map_err(|e| match e {
+            Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
+            e => open_error(e),
+        })
+        .map_err(|e| e.at_path(&path))?;
         HostFile::new(fd, &path, access, self)
     }
 

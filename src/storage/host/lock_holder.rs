@@ -21,7 +21,9 @@ pub(super) fn lock_holders(files: &[Option<&HostFile>]) -> Vec<Option<LockHolder
         return holders;
     }
     let inodes: Vec<u64> = looked_for.iter().flatten().map(|id| id.ino).collect();
-    let concerns = |line: &str| inodes.iter().any(|&ino| lock::IN_USE_BYTES.iter().any(|&byte| lock::lock_line_covers(line, ino, byte)));
+    let concerns = |line: &str| {
+        inodes.iter().any(|&ino| lock::IN_USE_BYTES.iter().any(|&byte| lock::lock_line_covers(line, ino, byte)))
+    };
     for descriptor in lock::descriptors_with_lock(concerns) {
         for (id, holder) in looked_for.iter_mut().zip(&mut holders) {
             if id.is_some_and(|id| descriptor.refers_to(id)) {
@@ -94,7 +96,9 @@ mod tests {
         assert_eq!(look(), [None, None]);
         for lock in [Lock::Exclusive, Lock::Shared] {
             held.lock(lock).unwrap();
-            let [Some(LockHolder::Process { pid, since, .. }), None] = look()[..] else { panic!("{lock:?}: {:?}", look()) };
+            let [Some(LockHolder::Process { pid, since, .. }), None] = look()[..] else {
+                panic!("{lock:?}: {:?}", look())
+            };
             assert_eq!(pid, std::process::id());
             let age = Host.now() - since.expect("a time");
             assert!((-5..3600).contains(&age), "started {age} s ago");

@@ -2,10 +2,10 @@
 
 mod direct;
 mod file;
-mod folder;
-mod lock_holder;
-mod lock;
 pub(super) mod file_map;
+mod folder;
+mod lock;
+mod lock_holder;
 mod metadata;
 mod origin;
 mod presence;
@@ -23,14 +23,14 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use self::file::HostFile;
+pub(super) use self::file_map::{MapRegion, Residency};
 pub use self::folder::HostFolder;
-pub(super) use self::file_map::{Residency, MapRegion};
 use super::blocking::BlockingEngine;
 use super::engine::{Engine, host_file};
-use super::env::{Access, EngineKind, Env, File, LockHolder, Origin, FilePresence};
+use super::env::{Access, EngineKind, Env, File, FilePresence, LockHolder, Origin};
 use super::folder::Folder;
-use super::uring::UringEngine;
 use super::runtime_folder::{HostRuntimeFolder, RuntimeFolder};
+use super::uring::UringEngine;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How every file is opened: not passed on to children, not waiting for the other end of a FIFO, not becoming our

@@ -9,21 +9,21 @@ use rustix::io::Errno;
 
 use super::HostFile;
 use crate::error::{Error, Result};
-use crate::storage::space::{FileSystemSpace, AllocationMode};
+use crate::storage::space::{AllocationMode, FileSystemSpace};
 
 impl HostFile {
-    /// See [`File::room_rule`](crate::storage::File::room_rule).
+    /// See [`File::room_rule`](crate::storage::File::allocation_mode).
     pub fn allocation_mode(&self) -> AllocationMode {
         rule(self.as_fd())
     }
 
-    /// See [`File::overwrite_in_place`](crate::storage::File::overwrite_in_place).
+    /// See [`File::overwrite_in_place`](crate::storage::File::disable_copy_on_write).
     pub fn disable_copy_on_write(&self) -> Result<()> {
         let failed = |e: Errno| Error::io("cannot switch copy on write off", e.into()).at_path(self.path());
         overwrite_in_place(self.as_fd()).map_err(failed)
     }
 
-    /// See [`File::host_room`](crate::storage::File::host_room).
+    /// See [`File::host_room`](crate::storage::File::file_system_space).
     pub fn file_system_space(&self) -> Result<FileSystemSpace> {
         let failed = |e: Errno| Error::io("cannot ask for the room of the file system", e.into()).at_path(self.path());
         room(self.as_fd()).map_err(failed)

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::storage::payload::Buffer;
 
 impl HostFile {
-    /// See [`File::punch`](crate::storage::File::punch).
+    /// See [`File::punch`](crate::storage::File::punch_hole).
     pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());

@@ -4,13 +4,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::SharedMachine;
-use super::names::InodeId;
 use super::machine::{InFlightOp, errno};
+use super::names::InodeId;
 use super::{CompletionOrder, Random, SimFile};
 use crate::storage::engine::{Engine, FILE_SLOTS};
 use crate::storage::env::{Access, File};
-use crate::storage::op::{Action, Completion, Op, FileSlot};
-use crate::storage::payload::{Payload, GuestIovecs};
+use crate::storage::op::{Action, Completion, FileSlot, Op};
+use crate::storage::payload::{GuestIovecs, Payload};
 use crate::storage::reader::CachedRange;
 
 /// See the file's first line.

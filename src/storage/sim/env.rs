@@ -8,12 +8,12 @@ use uuid::Uuid;
 use super::SimHost;
 use super::engine::SimEngine;
 use super::folder::SimFolder;
+use super::machine::{StepKind, errno};
 use super::names;
 use super::runtime::SimRuntimeFolder;
-use super::machine::{StepKind, errno};
 use crate::error::Result;
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File, LockHolder, Origin, FilePresence};
+use crate::storage::env::{Access, EngineKind, Env, File, FilePresence, LockHolder, Origin};
 use crate::storage::folder::Folder;
 use crate::storage::runtime_folder::RuntimeFolder;
 

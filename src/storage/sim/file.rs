@@ -8,11 +8,11 @@ use super::SharedMachine;
 use super::env::absolute;
 use super::folder::SimFolder;
 use super::inode::SyncScope;
+use super::machine::{SimMachine, StepKind, errno};
 use super::names::InodeId;
-use super::machine::{StepKind, SimMachine, errno};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, DirectRules, FileId, Lock, ModifiedTime, NameStatus, Stat};
-use crate::storage::space::{FileSystemSpace, AllocationMode};
+use crate::storage::space::{AllocationMode, FileSystemSpace};
 
 /// An open file of a [`SimHost`](super::SimHost). Clones share the handle, and with it the lock.
 #[derive(Clone, Debug)]
@@ -80,7 +80,7 @@ impl SimFile {
         })
     }
 
-    /// See [`File::naming`](crate::storage::File::naming).
+    /// See [`File::naming`](crate::storage::File::name_status).
     pub fn name_status(&self) -> Result<NameStatus> {
         self.with("cannot look up its name", |world, id| {
             world.check_alive()?;
@@ -158,12 +158,12 @@ impl SimFile {
         self.change("cannot reserve room", |world, inode| world.allocate(inode, offset, len))
     }
 
-    /// See [`File::punch`](crate::storage::File::punch).
+    /// See [`File::punch`](crate::storage::File::punch_hole).
     pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         self.change("cannot punch a hole", |world, inode| world.clear(inode, offset, len, false))
     }
 
-    /// See [`File::room_rule`](crate::storage::File::room_rule).
+    /// See [`File::room_rule`](crate::storage::File::allocation_mode).
     pub fn allocation_mode(&self) -> AllocationMode {
         match self.0.shared.lock().faults.copy_on_write {
             true => AllocationMode::CopyOnWrite,
@@ -176,7 +176,7 @@ impl SimFile {
         Ok(())
     }
 
-    /// See [`File::host_room`](crate::storage::File::host_room).
+    /// See [`File::host_room`](crate::storage::File::file_system_space).
     pub fn file_system_space(&self) -> Result<FileSystemSpace> {
         let world = self.0.shared.lock();
         let total = world.faults.capacity.unwrap_or(u64::MAX);
@@ -197,7 +197,7 @@ impl SimFile {
     /// Nothing has to be waited for here.
     pub fn prefetch(&self, _: u64, _: u64) {}
 
-    /// See [`File::host_readahead`](crate::storage::File::host_readahead).
+    /// See [`File::host_readahead`](crate::storage::File::kernel_readahead).
     pub fn kernel_readahead(&self) -> u64 {
         0
     }

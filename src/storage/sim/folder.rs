@@ -5,8 +5,8 @@ use std::path::{Component, Path, PathBuf};
 
 use super::env::absolute;
 use super::inode::Inode;
-use super::names::NameChange;
 use super::machine::{StepKind, errno};
+use super::names::NameChange;
 use super::{SharedMachine, SimFile, SimHost};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::env::{Access, File};

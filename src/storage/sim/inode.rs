@@ -69,7 +69,9 @@ impl SyncScope {
     fn has(self, change: &InodeChange) -> bool {
         match (self, change) {
             (SyncScope::All, _) | (_, InodeChange::Len(_)) => true,
-            (SyncScope::Range(from, to), InodeChange::Sector(at, _)) => (from / SECTOR..to.div_ceil(SECTOR)).contains(at),
+            (SyncScope::Range(from, to), InodeChange::Sector(at, _)) => {
+                (from / SECTOR..to.div_ceil(SECTOR)).contains(at)
+            }
         }
     }
 }
@@ -129,8 +131,9 @@ impl Contents {
             Effect::Write(offset, bytes) => {
                 let end = offset + bytes.len() as u64;
                 let grows = (end > self.len).then_some(InodeChange::Len(end));
-                let sectors = pieces(offset, bytes.len() as u64)
-                    .map(|(piece, sector, at)| InodeChange::Sector(sector, Some(self.patched(sector, at, &bytes[piece]))));
+                let sectors = pieces(offset, bytes.len() as u64).map(|(piece, sector, at)| {
+                    InodeChange::Sector(sector, Some(self.patched(sector, at, &bytes[piece])))
+                });
                 grows.into_iter().chain(sectors).collect()
             }
             Effect::Clear(offset, len) => {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Random, SimHost, DurableUnit, absolute, survivors};
+use super::{DurableUnit, Random, SimHost, absolute, survivors};
 
 impl SimHost {
     /// Engines give back at most `count` operations from now on in `reap`, one after another; any number if `None`.

@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-use super::inode::{SyncScope, Effect, Inode, PAGE};
+use super::inode::{Effect, Inode, PAGE, SyncScope};
 use super::names::{InodeId, Names};
 use super::rng::Random;
-use super::{StepCounts, Fault, FaultPlan, CompletionOrder};
+use super::{CompletionOrder, Fault, FaultPlan, StepCounts};
 use crate::storage::env::Lock;
 use crate::storage::op::Action;
 

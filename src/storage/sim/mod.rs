@@ -18,6 +18,8 @@ mod env;
 mod file;
 mod folder;
 mod inode;
+mod inspect;
+mod machine;
 mod metadata;
 mod names;
 mod rng;
@@ -25,8 +27,6 @@ mod runtime;
 #[cfg(test)]
 mod tests;
 mod torn_write;
-mod inspect;
-mod machine;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -37,11 +37,11 @@ use self::env::absolute;
 pub use self::file::SimFile;
 pub use self::folder::SimFolder;
 use self::inode::Inode;
+use self::machine::{SimMachine, StepKind};
 use self::names::InodeId;
 pub use self::rng::Random;
-pub use self::runtime::{SimShm, SimRuntimeFolder};
+pub use self::runtime::{SimRuntimeFolder, SimShm};
 pub use self::torn_write::Tear;
-use self::machine::{StepKind, SimMachine};
 use super::env::{Access, File};
 use crate::error::{Error, Result};
 use crate::mutant::{self, Mutant};
@@ -69,7 +69,7 @@ pub enum Fault {
 /// What goes wrong, and when.
 #[derive(Clone, Default, Debug)]
 pub struct FaultPlan {
-    /// The steps that fail (counted from 1, see [`Counts::steps`]), and how.
+    /// The steps that fail (counted from 1, see [`StepCounts::steps`]), and how.
     pub fail: Vec<(u64, Fault)>,
     /// The syncs of files (counted from 1) that say yes and do nothing.
     pub lying_syncs: Vec<u64>,
@@ -280,7 +280,12 @@ impl SimHost {
         self.0.lock().counts
     }
 
-    fn named<T>(&self, path: &Path, what: &str, call: impl FnOnce(&mut SimMachine, &Path) -> io::Result<T>) -> Result<T> {
+    fn named<T>(
+        &self,
+        path: &Path,
+        what: &str,
+        call: impl FnOnce(&mut SimMachine, &Path) -> io::Result<T>,
+    ) -> Result<T> {
         call(&mut self.0.lock(), &absolute(path)).map_err(|e| Error::io(what, e).at_path(path))
     }
 
@@ -306,7 +311,8 @@ fn survivors(
     torn: Tear<'_>,
     survives: &mut dyn FnMut(u64, &dyn Fn() -> DurableUnit) -> bool,
 ) -> (names::Names, BTreeMap<InodeId, Inode>) {
-    let kept: Vec<_> = world.names.unsynced().filter(|c| survives(0, &|| DurableUnit::Name(c.name().to_path_buf()))).collect();
+    let kept: Vec<_> =
+        world.names.unsynced().filter(|c| survives(0, &|| DurableUnit::Name(c.name().to_path_buf()))).collect();
     let names = world.names.after_crash(kept.into_iter());
     let mut inodes = BTreeMap::new();
     for (&id, inode) in &world.inodes {

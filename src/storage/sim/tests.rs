@@ -7,7 +7,7 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::storage::env::Lock;
 use crate::storage::env::{EngineKind, Env};
-use crate::storage::{Action, Buffer, Folder, Op, Payload, FileSlot};
+use crate::storage::{Action, Buffer, FileSlot, Folder, Op, Payload};
 
 fn p(name: &str) -> PathBuf {
     PathBuf::from(name)

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::inode::{InodeChange, Inode, SectorData};
+use super::inode::{Inode, InodeChange, SectorData};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// Bytes that are never torn: an entry of a block table.
