@@ -1,6 +1,8 @@
 //! Keeps the floors of the house: a file uses only what stands on lower floors, itself, and the words of `units` and
 //! `error`. Neighbours on one floor do not know each other. Crates from outside have homes.
 
+mod circles;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
