@@ -2,6 +2,7 @@
 //! `error`. Neighbours on one floor do not know each other. Crates from outside have homes.
 
 mod circles;
+mod citations;
 
 use std::fs;
 use std::path::{Path, PathBuf};
