@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::open_exclusive;
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress};
+use super::zero_scan::collect_zero_runs;
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
@@ -11,9 +12,6 @@ use crate::format::{DiskType, bitmap};
 use crate::image::{Offline, SavedMtime, is_zero, next_data};
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
-
-/// Zeros in a row, in bytes of the file, that become a hole: less would cost more than it gives.
-const MIN_HOLE_BYTES: u64 = 64 << 10;
 
 /// What came of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -140,48 +138,5 @@ impl<'a> BlockInspector<'a> {
             };
         }
         Ok(same)
-    }
-}
-
-/// Notes the runs of whole pages of zeros in bytes that lie at byte `at` of a file, long ones only.
-fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
-    let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
-    let Some(pages) = bytes.get(first..) else { return };
-    let (mut start, mut run) = (at + first as u64, 0);
-    let mut end = |start: u64, run: u64| {
-        if run >= MIN_HOLE_BYTES {
-            holes.push((start, run));
-        }
-    };
-    for page in pages.chunks_exact(PAGE_BYTES) {
-        if is_zero(page) {
-            run += PAGE_BYTES as u64;
-        } else {
-            end(start, run);
-            (start, run) = (start + run + PAGE_BYTES as u64, 0);
-        }
-    }
-    end(start, run);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_zero_runs_at_pages_become_holes() {
-        let found = |bytes: &[u8], at| {
-            let mut holes = Vec::new();
-            collect_zero_runs(bytes, at, &mut holes);
-            holes
-        };
-        let mut bytes = vec![0; 200 << 10];
-        assert_eq!(found(&bytes, 8192), [(8192, 200 << 10)]);
-        assert_eq!(found(&bytes, 8192 + 512), [(12288, 196 << 10)], "whole pages only");
-        bytes[70 << 10] = 1; // in the page from 68 KiB on
-        assert_eq!(found(&bytes, 4096), [(4096, 68 << 10), (4096 + (72 << 10), 128 << 10)]);
-        bytes[60 << 10] = 1;
-        assert_eq!(found(&bytes, 4096), [(4096 + (72 << 10), 128 << 10)], "too short to be worth it");
-        assert_eq!(found(&[0; 100], 1), []);
     }
 }

@@ -9,8 +9,10 @@
 //!
 //! The disk stays as it is meanwhile: what is written is what it shows.
 
+use super::extents::{WINDOW_SECTORS, next_allocated};
 use super::image_writer::ImageWriter;
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress, WINDOW_SECTORS, next_allocated};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress};
+use super::zero_scan::PAGE_BYTES;
 use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, ImageChange, OpenMode, Policy, record_child, refuse_change, relative_path};
+pub use super::parent_link::Locators;
+use super::parent_link::parent_link;
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, record_child, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
-use crate::image::{self, Image, ImageKind, ImageSpec, ParentLink, folder_of};
+use crate::image::{self, ImageKind, ImageSpec, folder_of};
 use crate::storage::Env;
 use crate::units::BlockSize;
 
@@ -24,17 +26,6 @@ pub struct RootSpec {
     pub reserve: u64,
     /// Whether every block gets its room on the host.
     pub preallocate: bool,
-}
-
-/// Which paths to the parent a child records.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Locators {
-    /// From the child's folder: the two may move together.
-    Relative,
-    /// From the root of the file system: the child may move alone.
-    Absolute,
-    /// Both, the relative one first.
-    Both,
 }
 
 /// A child to be made.
@@ -126,35 +117,4 @@ fn folders_not_allowed(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Ch
         }
     }
     Ok(outside)
-}
-
-/// What a child in `folder` records of its parent, by these locators.
-///
-/// # Errors
-/// `Io`: the parent or the folder is not where it was opened.
-pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
-    let absolute = env.canonical(parent.file().path())?;
-    let name = relative_path(&env.canonical(folder)?, &absolute);
-    Ok(ParentLink {
-        uuid: parent.uuid(),
-        modified: parent.file().stat()?.modified,
-        relative: (locators != Locators::Absolute).then(|| name.clone()),
-        absolute: (locators != Locators::Relative).then_some(absolute),
-        name,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn relative_paths_between_folders() {
-        let way = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
-        assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
-        assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
-        assert_eq!(way("/a/b", "/p.vhd"), "../../p.vhd");
-        assert_eq!(way("/", "/a/b"), "a/b");
-        assert_eq!(way("/a/bc", "/a/b/p"), "../b/p");
-    }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::copy_up::{CopyUpStage, copy_up};
 use super::image_writer::ImageWriter;
 use super::open_exclusive;
-use super::rebase::{file_ids, open_new_parent, replacement_link};
+use super::parent_link::{Locators, file_ids, open_new_parent, replacement_link};
 use super::source::Progress;
 use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
@@ -56,7 +56,10 @@ fn copy_and_link(
         }
     };
     let kept = keep.map(|ancestor| open_new_parent(env, path, ancestor, policy)).transpose()?;
-    let link = kept.as_ref().map(|kept| replacement_link(env, chain.youngest(), kept.youngest())).transpose()?;
+    let link = kept
+        .as_ref()
+        .map(|kept| replacement_link(env, chain.youngest(), kept.youngest(), Locators::Both))
+        .transpose()?;
     if let Some(kept) = &kept {
         record_child(env, kept.youngest(), &env.canonical(path)?);
     }

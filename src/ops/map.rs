@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::source::Extents;
+use super::extents::Extents;
 use crate::chain::{Chain, Extent, OpenMode, Policy, Source};
 use crate::error::Result;
 use crate::storage::Env;

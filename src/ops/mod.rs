@@ -18,28 +18,34 @@
 //! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
 //! The reports serialise under the names that `--json` promises.
 
+// The verbs.
 pub mod check;
 pub mod children;
 pub mod compact;
 pub mod compare;
 pub mod convert;
-mod copy_up;
 pub mod create;
-mod device_sink;
 pub mod diff;
-mod file_sink;
 pub mod flatten;
-mod folder_scan;
-mod image_writer;
 pub mod info;
 pub mod map;
 pub mod merge;
-mod open_exclusive;
 pub mod rebase;
 pub mod resize;
 pub mod salvage;
 pub mod settle;
+
+// What they share.
+mod copy_up;
+mod device_sink;
+mod extents;
+mod file_sink;
+mod folder_scan;
+mod image_writer;
+mod open_exclusive;
+mod parent_link;
 mod source;
 mod write_behind;
+mod zero_scan;
 
 pub use source::{Progress, SourceDisk, SourceFormat};

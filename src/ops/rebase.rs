@@ -3,16 +3,16 @@
 use std::path::Path;
 
 use super::copy_up::{CopyUpStage, copy_up};
-use super::create::{Locators, parent_link};
 use super::image_writer::ImageWriter;
 use super::open_exclusive;
+use super::parent_link::{Locators, allowing_folder, file_ids, open_new_parent, replacement_link};
 use super::source::Progress;
 use crate::chain::{Chain, ImageChange, OpenMode, Policy, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
-use crate::format::{Defect, DiskType, Platform};
+use crate::format::DiskType;
 use crate::image::{Durability, Image, ParentLink, SavedMtime, check_reparent, folder_of, reparent};
-use crate::storage::{Access, Env, File, FileId};
+use crate::storage::{Access, Env, File};
 
 /// What a rebase did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +50,7 @@ pub fn rebase(
     refuse_cycle(env, &image, parent, policy)?;
     let new = open_new_parent(env, path, parent, policy)?;
     let same_parent = is_current_parent(env, &image, new.youngest(), policy)?;
-    let to = replacement_link(env, &image, new.youngest())?;
+    let to = replacement_link(env, &image, new.youngest(), Locators::Both)?;
     check_reparent(&image, Some(&to))?;
     record_child(env, new.youngest(), &env.canonical(path)?);
     failpoint::reached("rebase.begun");
@@ -106,43 +106,6 @@ fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
         log::warn!("{}: it stands on {parent}, which gets another parent: what it shows may change", child.display());
     }
     Ok(())
-}
-
-/// The chain that the image at `child` is to stand on, locked against writers. Its files may lie where those of the
-/// child may.
-///
-/// # Errors
-/// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
-pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
-    let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child)), OpenMode::Read)?;
-    if chain.images().len() >= policy.max_depth {
-        return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(child));
-    }
-    Ok(chain)
-}
-
-/// The policy, with one more folder in which parents may lie.
-fn allowing_folder(policy: &Policy, folder: &Path) -> Policy {
-    let mut policy = policy.clone();
-    policy.allowed.push(folder.to_path_buf());
-    policy
-}
-
-/// What a child is going to record of a parent: the kinds of paths that it records now.
-pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
-    let entries = child.header().into_iter().flat_map(|header| &header.locators);
-    let platforms: Vec<Platform> = entries.map(|entry| entry.platform()).collect();
-    let locators = match (platforms.contains(&Platform::W2ru), platforms.contains(&Platform::W2ku)) {
-        (true, false) => Locators::Relative,
-        (false, true) => Locators::Absolute,
-        _ => Locators::Both,
-    };
-    parent_link(env, folder_of(child.file().path()), parent, locators)
-}
-
-/// The files of a chain, youngest first.
-pub(super) fn file_ids(chain: &Chain) -> Result<Vec<FileId>> {
-    chain.images().iter().map(|image| Ok(image.file().stat()?.id)).collect()
 }
 
 /// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.

@@ -7,23 +7,20 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Extent, Layer, OpenMode, PlanBuffer, Policy, Source, Version};
+use super::extents::Extents;
+use super::zero_scan::{PAGE_BYTES, nonzero_runs};
+use crate::chain::{Chain, Extent, OpenMode, PlanBuffer, Policy, Source, Version};
 use crate::error::Result;
 use crate::format::ImageFormat;
 use crate::format::image_format::PROBE_BYTES;
-use crate::image::{is_zero, next_data};
+use crate::image::next_data;
 use crate::storage::{Access, Buffer, Env, File, FileSlot, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors planned at once: 64 MiB.
-pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
 /// Bytes read at once, at most.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// Sectors of that.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
-/// Bytes that are looked at together when zeros are sought.
-pub(super) const PAGE_BYTES: usize = 4096;
-
 /// Is told how many bytes of the disk are done, and ends the work where it fails.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
@@ -127,79 +124,6 @@ impl SourceDisk {
     }
 }
 
-/// The extents of a chain from its first sector to its last, without gaps.
-pub(super) struct Extents<'a> {
-    version: &'a Version,
-    at: u64,
-    /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
-    next_allocated: Vec<u64>,
-    plan: PlanBuffer,
-    next: usize,
-    /// What is read on the way is forgotten.
-    uncached: bool,
-}
-
-impl<'a> Extents<'a> {
-    pub(super) fn new(version: &'a Version) -> Extents<'a> {
-        Extents::from(version, 0)
-    }
-
-    /// As [`Extents::new`], from sector `at` on.
-    pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
-        Extents { version, at, next_allocated: placed, plan: PlanBuffer::default(), next: 0, uncached: false }
-    }
-
-    /// For who asks nothing else of the version: what is read on the way is forgotten.
-    pub(super) fn uncached(self) -> Extents<'a> {
-        Extents { uncached: true, ..self }
-    }
-
-    pub(super) fn next(&mut self) -> Result<Option<Extent>> {
-        loop {
-            if let Some(extent) = self.plan.extents.get(self.next) {
-                self.next += 1;
-                return Ok(Some(*extent));
-            }
-            let (from, sectors) = (self.at, self.version.sectors());
-            if from >= sectors {
-                return Ok(None);
-            }
-            self.at = self.first_allocated(from).min(sectors);
-            if self.at > from {
-                return Ok(Some(Extent { range: SectorRange::between(from, self.at), source: Source::Zero }));
-            }
-            self.at = (from + WINDOW_SECTORS).min(sectors);
-            let window = SectorRange::between(from, self.at);
-            match self.uncached {
-                true => self.version.plan_read_uncached(window, &mut self.plan)?,
-                false => self.version.plan_read_now(window, &mut self.plan)?,
-            }
-            self.next = 0;
-        }
-    }
-
-    /// The first sector at or after `from` that any layer has a place for. Each table is passed once in all.
-    fn first_allocated(&mut self, from: u64) -> u64 {
-        for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
-            if *placed < from {
-                *placed = next_allocated(layer, from);
-            }
-        }
-        self.next_allocated.iter().copied().min().unwrap_or(u64::MAX).max(from)
-    }
-}
-
-/// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
-pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
-    if from >= layer.image.size() / SECTOR {
-        return u64::MAX;
-    }
-    let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else { return from };
-    let block = table.next_used(block_size.block_at(from));
-    block.map_or(u64::MAX, |block| block_size.sectors_of(block).start().max(from))
-}
-
 enum RunCursor<'a> {
     Chain(Extents<'a>),
     Raw(&'a File, u64),
@@ -244,7 +168,7 @@ impl DataRuns<'_> {
                 let Source::File { slot, offset } = extent.source else { continue };
                 let (range, seen) = (extent.range, &mut self.last_data);
                 if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
-                    let found = next_data(extents.version.file(slot), offset..u64::MAX)?;
+                    let found = next_data(extents.file(slot), offset..u64::MAX)?;
                     let (start, end) = found.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end));
                     *seen = FileDataRun { slot: Some(slot), start, end };
                 }
@@ -287,41 +211,4 @@ pub(super) fn for_each_data_run(
         }
     }
     progress(disk.bytes())
-}
-
-/// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut at = 0;
-    let page = move |at: usize| {
-        let end = bytes.len().min((at + into_page) / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - into_page);
-        (at < bytes.len()).then(|| (end, is_zero(&bytes[at..end])))
-    };
-    std::iter::from_fn(move || {
-        while let Some((end, true)) = page(at) {
-            at = end;
-        }
-        let start = at;
-        while let Some((end, false)) = page(at) {
-            at = end;
-        }
-        (at > start).then(|| (start, at - start))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zero_pages_are_found_wherever_the_run_begins() {
-        let mut bytes = vec![0; 5 * PAGE_BYTES - 512];
-        let runs = |bytes: &[u8]| nonzero_runs(bytes, 512).collect::<Vec<_>>();
-        assert_eq!(runs(&bytes), []);
-        bytes[0] = 1; // the first page lacks 512 bytes
-        bytes[3 * PAGE_BYTES - 513] = 1; // the last byte of the third
-        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, PAGE_BYTES)]);
-        bytes[3 * PAGE_BYTES - 512] = 1;
-        bytes[5 * PAGE_BYTES - 513] = 1;
-        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, 3 * PAGE_BYTES)]);
-    }
 }

@@ -12,16 +12,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::plan::new_parent_link;
 use super::resume::{check_same_merge, uuid_at};
 use crate::chain::{
     Chain, Copied, ExistingRecord, FileStamp, MergeRecord, MergedLayer, OpenMode, Policy, mark_receiver, receiver_mark,
+    relative_path, unmark_receiver,
 };
-use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::failpoint;
 use crate::image::{Image, ImageIdentity, SavedMtime, file_name, folder_of, open_reconciled, reparent};
 use crate::ops::folder_scan;
+use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, Folder, Lock};
 
 /// What became of a merge that was given up.
@@ -111,7 +111,7 @@ fn refresh_parent_time(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> 
         if image.uuid() != layer.uuid || !stands_on_it {
             return Ok(());
         }
-        let link = new_parent_link(env, &image, &ancestor)?;
+        let link = replacement_link(env, &image, &ancestor, Locators::Relative)?;
         reparent(env, &file, Some(&link))
     })
 }

@@ -8,8 +8,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::format::DiskType;
 use crate::image::{Image, next_data};
+use crate::ops::extents::Extents;
 use crate::ops::image_writer::ImageWriter;
-use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS, Extents, PAGE_BYTES, nonzero_runs};
+use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS};
+use crate::ops::zero_scan::{PAGE_BYTES, nonzero_runs};
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 

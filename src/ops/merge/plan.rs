@@ -7,10 +7,9 @@ use crate::chain::{
     Chain, FileStamp, ImageChange, MergedLayer, OpenMode, Policy, absolute_path, refuse_change, relative_path,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Platform;
-use crate::image::{Image, ParentLink, check_reparent, folder_of, refuse_if_live};
-use crate::ops::create::{self, Locators};
+use crate::image::{Image, check_reparent, folder_of, refuse_if_live};
 use crate::ops::folder_scan::{self, ScannedImage};
+use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
 /// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
@@ -181,20 +180,8 @@ fn lock_child(env: &dyn Env, child: &ScannedImage, ancestor: &Image, policy: &Po
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     refuse_if_live(env, &policy.runtime, &image)?;
-    check_reparent(&image, Some(&new_parent_link(env, &image, ancestor)?))?;
+    check_reparent(&image, Some(&replacement_link(env, &image, ancestor, Locators::Relative)?))?;
     Ok((file.stat()?.id, file))
-}
-
-/// What `child` records when `parent` becomes its parent: the paths that it records now.
-pub(super) fn new_parent_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
-    let locators = child.header().map_or([].as_slice(), |header| header.locators.as_slice());
-    let has = |platform| locators.iter().any(|locator| locator.platform() == platform);
-    let locators = match (has(Platform::W2ru), has(Platform::W2ku)) {
-        (true, true) => Locators::Both,
-        (false, true) => Locators::Absolute,
-        _ => Locators::Relative,
-    };
-    create::parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
 fn merged_layer(env: &dyn Env, image: &Image, folder: &Path) -> Result<MergedLayer> {
