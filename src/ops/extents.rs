@@ -1,4 +1,7 @@
-//! The extents of a chain, in order, past the ranges for which no layer has a block.
+//! The extents of a chain in ascending order.
+//!
+//! If no layer has a block for a range, the range is skipped by a look at the block tables alone. So an empty disk costs
+//! next to nothing, whatever its size.
 
 use crate::chain::{Extent, Layer, PlanBuffer, Source, Version};
 use crate::error::Result;
@@ -8,30 +11,33 @@ use crate::units::{SECTOR, SectorRange};
 /// Sectors planned at once: 64 MiB.
 pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
 
-/// The extents of a chain from its first sector to its last, without gaps.
+/// Iterator over the extents of a chain, ascending and without gaps.
 pub(super) struct Extents<'a> {
     version: &'a Version,
+    /// The first sector that no returned or planned extent covers.
     at: u64,
-    /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
+    /// For each layer the first sector of a block that it has, at or after the sector of the last look-up.
     next_allocated: Vec<u64>,
     plan: PlanBuffer,
+    /// The next extent of `plan` to return.
     next: usize,
-    /// What is read on the way is forgotten.
+    /// Whether bitmaps that are read do not stay in the cache.
     uncached: bool,
 }
 
 impl<'a> Extents<'a> {
+    /// Starts at the first sector of the disk.
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
         Extents::from(version, 0)
     }
 
-    /// As [`Extents::new`], from sector `at` on.
+    /// Starts at sector `at`.
     pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
         let placed = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
         Extents { version, at, next_allocated: placed, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
-    /// For who asks nothing else of the version: what is read on the way is forgotten.
+    /// Keeps no bitmap in the cache: for a caller that looks up nothing else in the version.
     pub(super) fn uncached(self) -> Extents<'a> {
         Extents { uncached: true, ..self }
     }
@@ -41,6 +47,10 @@ impl<'a> Extents<'a> {
         self.version.file(slot)
     }
 
+    /// Returns the next extent, or `None` at the end of the disk.
+    ///
+    /// # Errors
+    /// `Io`.
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {
         loop {
             if let Some(extent) = self.plan.extents.get(self.next) {
@@ -65,7 +75,7 @@ impl<'a> Extents<'a> {
         }
     }
 
-    /// The first sector at or after `from` that any layer has a place for. Each table is passed once in all.
+    /// Returns the first sector at or after `from` of a block that any layer has. All calls together pass each table once.
     fn first_allocated(&mut self, from: u64) -> u64 {
         for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
             if *placed < from {
@@ -76,7 +86,7 @@ impl<'a> Extents<'a> {
     }
 }
 
-/// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
+/// Returns the first sector at or after `from` of a block that the layer has, or `u64::MAX` if there is none.
 pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;

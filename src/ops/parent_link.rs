@@ -1,4 +1,4 @@
-//! What a child records of its parent, and the chain on which it is going to stand.
+//! The link from a child to its parent: which paths are recorded, and how a new parent is opened.
 
 use std::path::Path;
 
@@ -8,21 +8,21 @@ use crate::format::{Defect, Platform};
 use crate::image::{Image, ParentLink, folder_of};
 use crate::storage::{Env, FileId};
 
-/// Which paths to the parent a child records.
+/// Kinds of paths to its parent that a child records.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Locators {
-    /// From the child's folder: the two may move together.
+    /// Relative to the child's folder: parent and child may be moved together.
     Relative,
-    /// From the root of the file system: the child may move alone.
+    /// Absolute: the child may be moved alone.
     Absolute,
     /// Both, the relative one first.
     Both,
 }
 
-/// What a child in `folder` records of its parent, by these locators.
+/// Returns the link that a child in `folder` records for `parent`.
 ///
 /// # Errors
-/// `Io`: the parent or the folder is not where it was opened.
+/// `Io` if the parent or the folder was moved since it was opened.
 pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
     let absolute = env.canonical(parent.file().path())?;
     let name = relative_path(&env.canonical(folder)?, &absolute);
@@ -35,8 +35,8 @@ pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators
     })
 }
 
-/// Returns what `child` records when `parent` becomes its parent: the kinds of paths that it records now, or `fallback` if it
-/// records no Windows path.
+/// Returns the link that `child` records when `parent` becomes its parent. The link has the kinds of paths that the child records
+/// now, or `fallback` if the child records no Windows path.
 ///
 /// # Errors
 /// `Io`.
@@ -52,11 +52,12 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
     parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-/// The chain that the image at `child` is to stand on, locked against writers. Its files may lie where those of the
-/// child may.
+/// Opens the chain of a new parent for the image at `child`, locked against writers. Its files may lie in the child's folder and
+/// in the allowed folders.
 ///
 /// # Errors
-/// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
+/// - `Refused` if the child's chain would be too deep
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
 pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child)), OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
@@ -65,14 +66,14 @@ pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy
     Ok(chain)
 }
 
-/// The policy, with one more folder in which parents may lie.
+/// Returns the policy with one more allowed folder.
 pub(super) fn allowing_folder(policy: &Policy, folder: &Path) -> Policy {
     let mut policy = policy.clone();
     policy.allowed.push(folder.to_path_buf());
     policy
 }
 
-/// The files of a chain, youngest first.
+/// Returns device and inode of each file of a chain, youngest first.
 pub(super) fn file_ids(chain: &Chain) -> Result<Vec<FileId>> {
     chain.images().iter().map(|image| Ok(image.file().stat()?.id)).collect()
 }
@@ -83,11 +84,11 @@ mod tests {
 
     #[test]
     fn relative_paths_between_folders() {
-        let way = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
-        assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
-        assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
-        assert_eq!(way("/a/b", "/p.vhd"), "../../p.vhd");
-        assert_eq!(way("/", "/a/b"), "a/b");
-        assert_eq!(way("/a/bc", "/a/b/p"), "../b/p");
+        let relative = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
+        assert_eq!(relative("/a/b", "/a/b/p.vhd"), "p.vhd");
+        assert_eq!(relative("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
+        assert_eq!(relative("/a/b", "/p.vhd"), "../../p.vhd");
+        assert_eq!(relative("/", "/a/b"), "a/b");
+        assert_eq!(relative("/a/bc", "/a/b/p"), "../b/p");
     }
 }

@@ -1,7 +1,7 @@
-//! A disk as runs: where it has data, past its holes, and what it says there. Under every verb that reads disks.
+//! Reading a disk for a verb: a chain of VHDs, or a raw file or device.
 //!
-//! A chain is walked by plans, and what no layer has a block for is stepped over by looking at the block tables alone,
-//! so that an empty disk costs next to nothing whatever its size. Runs in files are clipped to what is no hole there.
+//! [`DataRuns`] returns the ranges that may hold data. It skips ranges for which no layer has a block ([`Extents`]), and holes
+//! in the files.
 
 use std::path::Path;
 
@@ -17,27 +17,28 @@ use crate::image::next_data;
 use crate::storage::{Access, Buffer, Env, File, FileSlot, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Bytes read at once, at most.
+/// Longest read.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
-/// Sectors of that.
+/// [`CHUNK_BYTES`] in sectors.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
-/// Is told how many bytes of the disk are done, and ends the work where it fails.
+
+/// Callback with the number of bytes that are done. If it fails, the operation stops with its error.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
-/// How the bytes of a file are to be taken. It is declared, never probed: a guest could write what looks like a VHD.
+/// Format of a source. The user declares it; it is never probed, because a guest could write what looks like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SourceFormat {
-    /// The disk itself.
+    /// The bytes of the disk.
     Raw,
     /// A VHD and its parents.
     Vhd,
 }
 
-/// A disk to be read, locked against writers.
+/// A disk that is open for reading and locked against writers.
 pub enum SourceDisk {
     /// A chain of VHDs.
     Chain(Version),
-    /// A raw file or block device of so many bytes.
+    /// A raw file or block device, and its length in bytes.
     Raw(File, u64),
 }
 
@@ -45,7 +46,8 @@ impl SourceDisk {
     /// Opens the disk at `path`.
     ///
     /// # Errors
-    /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
+    /// - `Busy` if another process has a file open for writing
+    /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
     pub fn open(env: &dyn Env, path: &Path, format: SourceFormat, policy: &Policy) -> Result<SourceDisk> {
         if format == SourceFormat::Raw {
             let file = env.open_disk(path, Access::Read)?;
@@ -56,7 +58,7 @@ impl SourceDisk {
         Ok(SourceDisk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
     }
 
-    /// Bytes of the disk. Those of a raw file need not fill its last sector.
+    /// Returns the size of the disk in bytes. The last sector of a raw file need not be full.
     pub fn bytes(&self) -> u64 {
         match self {
             SourceDisk::Chain(version) => version.sectors() * SECTOR,
@@ -64,7 +66,7 @@ impl SourceDisk {
         }
     }
 
-    /// The identity of the youngest image; `None` for a raw disk.
+    /// Returns the UUID of the youngest image, or `None` for a raw disk.
     pub fn uuid(&self) -> Option<Uuid> {
         match self {
             SourceDisk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
@@ -72,7 +74,7 @@ impl SourceDisk {
         }
     }
 
-    /// The format of images that a raw disk begins as, for a warning; `None` for a chain.
+    /// Returns the image format that the contents of a raw disk look like, for a warning. `None` for a chain.
     ///
     /// # Errors
     /// `Io`.
@@ -81,7 +83,7 @@ impl SourceDisk {
         let (mut head, mut tail) = ([0; PROBE_BYTES], [0; PROBE_BYTES]);
         let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
         file.read_at(&mut head[..there], 0)?;
-        // A fixed VHD has its footer at the end alone.
+        // A fixed VHD has only a footer at the end.
         if *len >= PROBE_BYTES as u64 {
             file.read_at(&mut tail, len - PROBE_BYTES as u64)?;
         }
@@ -89,12 +91,12 @@ impl SourceDisk {
         Ok(ImageFormat::probe(&head[..there]).or(at_end))
     }
 
-    /// Sectors of the disk, the last one perhaps not full.
+    /// Returns the number of sectors, including a last one that is not full.
     pub fn sectors(&self) -> u64 {
         self.bytes().div_ceil(SECTOR)
     }
 
-    /// Reads a range that begins on the disk. What lies behind the end of the disk is zero.
+    /// Reads a range that begins before the end of the disk. Bytes after the end are zero.
     ///
     /// # Errors
     /// `Io`, naming file and offset.
@@ -109,12 +111,12 @@ impl SourceDisk {
         }
     }
 
-    /// The runs that may hold data.
+    /// Returns the ranges that may hold data.
     pub(super) fn data_runs(&self) -> DataRuns<'_> {
         self.data_runs_from(0)
     }
 
-    /// As [`Disk::data`], from a sector on.
+    /// Returns the ranges at or after `sector` that may hold data.
     pub(super) fn data_runs_from(&self, sector: u64) -> DataRuns<'_> {
         let runs = match self {
             SourceDisk::Chain(version) => RunCursor::Chain(Extents::from(version, sector)),
@@ -129,16 +131,17 @@ enum RunCursor<'a> {
     Raw(&'a File, u64),
 }
 
-/// The runs of a disk that may hold data, ascending. What is not named is zero.
+/// Iterator over the ranges of a disk that may hold data, ascending. All other sectors are zero.
 pub(super) struct DataRuns<'a> {
     sectors: u64,
     cursor: RunCursor<'a>,
+    /// The last result of `next_data`.
     last_data: FileDataRun,
-    /// What is left of the last extent.
+    /// The part of the last extent that was not returned yet.
     rest: Option<Extent>,
 }
 
-/// A run of a file that is known to be no hole.
+/// A range of a file without holes, in bytes.
 #[derive(Default)]
 struct FileDataRun {
     slot: Option<FileSlot>,
@@ -147,6 +150,10 @@ struct FileDataRun {
 }
 
 impl DataRuns<'_> {
+    /// Returns the next range, or `None` at the end of the disk.
+    ///
+    /// # Errors
+    /// `Io`.
     pub(super) fn next(&mut self) -> Result<Option<SectorRange>> {
         match &mut self.cursor {
             RunCursor::Raw(file, at) => {
@@ -166,14 +173,14 @@ impl DataRuns<'_> {
                     },
                 };
                 let Source::File { slot, offset } = extent.source else { continue };
-                let (range, seen) = (extent.range, &mut self.last_data);
-                if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
+                let (range, last) = (extent.range, &mut self.last_data);
+                if last.slot != Some(slot) || offset < last.start || offset >= last.end {
                     let found = next_data(extents.file(slot), offset..u64::MAX)?;
                     let (start, end) = found.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end));
-                    *seen = FileDataRun { slot: Some(slot), start, end };
+                    *last = FileDataRun { slot: Some(slot), start, end };
                 }
-                let hole = (seen.start.saturating_sub(offset) / SECTOR).min(range.count());
-                let data = (seen.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
+                let hole = (last.start.saturating_sub(offset) / SECTOR).min(range.count());
+                let data = (last.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
                 let (run, rest) = (range.skip(hole).first(data), range.skip(hole + data));
                 if !rest.is_empty() {
                     let offset = offset + (hole + data) * SECTOR;
@@ -187,7 +194,10 @@ impl DataRuns<'_> {
     }
 }
 
-/// Reads all of a disk that is not zero, in ascending runs of at most [`CHUNK`] bytes, and hands it to `put`.
+/// Reads the disk, and calls `put` for each run of pages that are not zero: ascending, with at most [`CHUNK_BYTES`] bytes.
+///
+/// # Errors
+/// `Io`; errors of `put` and `progress`.
 pub(super) fn for_each_data_run(
     disk: &SourceDisk,
     progress: &mut Progress<'_>,

@@ -1,14 +1,14 @@
-//! Runs of zeros in bytes that were read, by whole pages.
+//! Search for runs of zeros in a buffer, by whole pages.
 
 use crate::image::is_zero;
 
-/// Bytes that are looked at together when zeros are sought.
+/// Size of a page, the unit of the search.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-/// Zeros in a row, in bytes of the file, that become a hole: less would cost more than it gives.
+/// Length of the shortest run of zeros that is worth a hole.
 const MIN_HOLE_BYTES: u64 = 64 << 10;
 
-/// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
+/// Returns the runs (offset, length) of pages of `bytes` that are not zero. `bytes` begins at offset `into_page` of a page.
 pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
@@ -27,7 +27,7 @@ pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item
     })
 }
 
-/// Notes the runs of whole pages of zeros in bytes that lie at byte `at` of a file, long ones only.
+/// Appends to `holes` the long runs (file offset, length) of zero pages of `bytes`, which lie at byte `at` of a file.
 pub(super) fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
     let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
     let Some(pages) = bytes.get(first..) else { return };
