@@ -1,4 +1,4 @@
-//! `compact`: the room of blocks that say nothing, of zeros, and of gaps goes back to the host.
+//! `compact`: gives the space of redundant blocks, zeros and gaps back to the host.
 
 use std::path::Path;
 
@@ -13,26 +13,28 @@ use crate::image::{Offline, SavedMtime, is_zero, next_data};
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
-/// What came of it.
+/// Result of a compaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compacted {
-    /// Blocks that were given up.
+    /// Blocks that the image no longer has.
     pub freed_blocks: u64,
-    /// Bytes of room on the host that were given back.
+    /// Bytes given back to the host.
     pub freed_bytes: u64,
 }
 
-/// Gives back what the image at `path` takes without need: blocks that hold only what the chain beneath shows anyway
-/// (zeros, in a root), zeros in others, gaps between blocks, room behind them. The disk stays as it is, at every moment,
-/// and so do the disks of children.
+/// Gives back space that the image at `path` does not need: blocks with the same contents as the parents (zeros in a root), runs of
+/// zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk and of its children never
+/// change.
 ///
 /// # Errors
-/// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
-/// again.
+/// An interrupted call is completed by the same call.
+/// - `Unsupported` for a fixed image
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `NoSpace`, `Io`; errors of `progress`
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
     let chain = open_exclusive::chain(env, path, ImageChange::Allocation, policy)?;
     if chain.youngest().kind() == DiskType::Fixed {
-        let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
+        let what = "a fixed image has no blocks to give back; `convert --to dynamic` makes a copy without its zeros";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
     let file = chain.youngest().file().clone();
@@ -64,7 +66,7 @@ fn compact_locked(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted
     Ok(Compacted { freed_blocks: idle.len() as u64, freed_bytes: given_back })
 }
 
-/// Looks into blocks.
+/// Search of blocks for redundant contents.
 struct BlockInspector<'a> {
     offline: &'a Offline,
     beneath: &'a Version,
@@ -88,7 +90,7 @@ impl<'a> BlockInspector<'a> {
         }
     }
 
-    /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.
+    /// Whether the disk would have the same contents without a block. Appends runs of zeros (file offset, length) to `holes`.
     fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
@@ -107,7 +109,7 @@ impl<'a> BlockInspector<'a> {
         Ok(idle)
     }
 
-    /// Whether a present run of a block is as what lies beneath. All of it is looked at, for the holes.
+    /// Whether a range whose bits are set equals the parents. The whole range is read in any case, to find holes.
     fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);

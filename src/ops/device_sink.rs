@@ -41,7 +41,7 @@ impl DeviceSink {
         file.lock(Lock::Exclusive)?;
         let (room, len) = (file.stat()?.len, len.next_multiple_of(SECTOR));
         if len > room {
-            let what = format!("the disk has {len} bytes, but the device has only {room}");
+            let what = format!("the disk has {len} bytes, and the device only {room}");
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
         if len < room {

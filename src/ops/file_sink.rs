@@ -51,7 +51,7 @@ impl<'a> FileSink<'a> {
                 (file.folder(), file.name().to_os_string(), Some(file))
             }
             Ok(_) => {
-                let what = "the file exists already; pass --force to replace it";
+                let what = "the file exists already; give --force to replace it";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             Err(_) => (env.folder(folder_of(path))?, file_name(path)?.to_os_string(), None),

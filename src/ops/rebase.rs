@@ -1,4 +1,4 @@
-//! `rebase`: a child gets another parent, and shows what it showed before.
+//! `rebase`: gives a child another parent without changing the contents of its disk.
 
 use std::path::Path;
 
@@ -14,25 +14,26 @@ use crate::format::DiskType;
 use crate::image::{Durability, Image, ParentLink, SavedMtime, check_reparent, folder_of, reparent};
 use crate::storage::{Access, Env, File};
 
-/// What a rebase did.
+/// Result of a rebase.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Rebased {
-    /// Bytes that were copied.
+    /// Bytes copied into the child.
     pub copied: u64,
-    /// Whether the parent is the file that it was before: only what is recorded of it is new, its time included.
+    /// Whether the parent is the same file as before. Then only the recorded paths and time are new.
     pub same_parent: bool,
 }
 
-/// Makes the image at `path` a child of the one at `parent`. What it would show otherwise then, and its old parents do,
-/// is copied into it first: the disk stays as it is, at every moment.
+/// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is copied into the
+/// child first, so the contents of the disk never change.
 ///
-/// With `only_link` nothing is copied, and the old parents need not be there: the disk shows what the image has over what
-/// the new parent has. A call that was interrupted is completed by the same call.
+/// With `only_link` nothing is copied, and the old parents need not exist: the disk shows the child's sectors over the disk of the
+/// new parent. An interrupted call is completed by the same call.
 ///
 /// # Errors
-/// `Refused` where the image is no child, or the new parent is the image itself or a descendant of it, or the chain would
-/// be too deep; whatever is wrong with a file of either chain; `NoSpace`, `Io`; what `progress` fails with. In all cases
-/// the image has its old parent or its new one.
+/// The image has its old or its new parent in all cases.
+/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, or if the chain would be too deep
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of either chain
+/// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn rebase(
     env: &dyn Env,
     path: &Path,
@@ -67,7 +68,7 @@ pub fn rebase(
     }
     let copy = || {
         let new = new.into_frozen();
-        // Begun anew after the link was made: then this is the old parent, too.
+        // After an interrupted call that set the link, the new parent is the old one as well: its folder is allowed, too.
         let policy = &allowing_folder(policy, folder_of(parent));
         let mut writer =
             ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
@@ -91,7 +92,7 @@ fn relink_child(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
     Ok(())
 }
 
-/// Whether `parent` is the file on which `child` stands now. False if its parent cannot be found.
+/// Whether `parent` is the current parent of `child`. False if the current parent is not found.
 fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
     let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
     let policy = allowing_folder(policy, folder_of(parent.file().path()));
@@ -99,16 +100,19 @@ fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Poli
     Ok(file_ids(&chain)?.get(1) == Some(&parent.file().stat()?.id))
 }
 
-/// Warns of the images that stand on `image`, whose disks may change with its parent.
+/// Logs a warning for each child of `image`: the contents of its disk may change.
 fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
     for child in children_of(env, image)? {
         let parent = image.file().path().display();
-        log::warn!("{}: it stands on {parent}, which gets another parent: what it shows may change", child.display());
+        log::warn!(
+            "{}: its parent {parent} gets another parent, so the contents of its disk may change",
+            child.display()
+        );
     }
     Ok(())
 }
 
-/// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.
+/// Refuses a new parent whose chain contains `child`. Runs before that chain is locked: locks of the same file would conflict.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child.file().path())), OpenMode::Inspect)?;
