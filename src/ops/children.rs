@@ -18,8 +18,8 @@ pub struct ChildImage {
     pub uuid: String,
 }
 
-/// Returns the children of the image at `path` in its folder and in `folders`, sorted by path. Compares only UUIDs in footers and
-/// headers. Takes no lock. Skips files that cannot be read, with a warning.
+/// Returns the children of the image at `path` in its folder and in `folders`, sorted by path. Compares only UUIDs in
+/// footers and headers. Takes no lock. Skips files that cannot be read, with a warning.
 ///
 /// # Errors
 /// - `Invalid` if the file at `path` is no image

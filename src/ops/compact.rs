@@ -22,9 +22,9 @@ pub struct Compacted {
     pub freed_bytes: u64,
 }
 
-/// Gives back space that the image at `path` does not need: blocks with the same contents as the parents (zeros in a root), runs of
-/// zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk and of its children never
-/// change.
+/// Gives back space that the image at `path` does not need: blocks with the same contents as the parents (zeros in a
+/// root), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk
+/// and of its children never change.
 ///
 /// # Errors
 /// An interrupted call is completed by the same call.
@@ -90,7 +90,8 @@ impl<'a> BlockInspector<'a> {
         }
     }
 
-    /// Whether the disk would have the same contents without a block. Appends runs of zeros (file offset, length) to `holes`.
+    /// Whether the disk would have the same contents without a block. Appends runs of zeros (file offset, length) to
+    /// `holes`.
     fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);

@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SectorRange};
 
-/// Returns the first byte in which the disks differ, or `None` if they are equal. After the end of the shorter disk the longer one
-/// must be zero. Ranges that are holes in both are not read.
+/// Returns the first byte in which the disks differ, or `None` if they are equal. After the end of the shorter disk the
+/// longer one must be zero. Ranges that are holes in both are not read.
 ///
 /// # Errors
 /// `Io`; errors of `progress`.

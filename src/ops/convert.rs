@@ -38,7 +38,8 @@ pub struct Conversion {
     pub uuid: Option<Uuid>,
 }
 
-/// Refuses to replace an image whose daemon was killed: acknowledged writes would be lost, and the live journal would remain.
+/// Refuses to replace an image whose daemon was killed: acknowledged writes would be lost, and the live journal would
+/// remain.
 ///
 /// # Errors
 /// - `Refused`, with the command to run
@@ -54,8 +55,8 @@ pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) 
     refuse_if_file_is_live(env, runtime, &file)
 }
 
-/// Copies `disk` to a new file at `path`. The file gets its name, or replaces an old file, when it is complete and durable. In a VHD
-/// a last sector that is not full is filled up with zeros.
+/// Copies `disk` to a new file at `path`. The file gets its name, or replaces an old file, when it is complete and
+/// durable. In a VHD a last sector that is not full is filled up with zeros.
 ///
 /// A block device at `path` is overwritten in place with a raw disk. If that fails, its contents are of no use.
 ///
@@ -93,8 +94,8 @@ pub fn convert(
     sink.finish()
 }
 
-/// Whether there is a block device at `path`. False for names that do not exist and for files that this user may not read: the
-/// caller reports these when it opens them.
+/// Whether there is a block device at `path`. False for names that do not exist and for files that this user may not
+/// read: the caller reports these when it opens them.
 fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     match env.open_disk(path, Access::Read) {
         Ok(file) => Ok(file.is_block_device()),

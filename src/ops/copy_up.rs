@@ -27,8 +27,8 @@ pub(super) enum CopyUpStage {
     Committed,
 }
 
-/// Copies into the image of `writer` the sectors that its old parents provide and `new` would not. Without `new` the image will
-/// have no parent. Returns the number of bytes that were copied, when they are durable.
+/// Copies into the image of `writer` the sectors that its old parents provide and `new` would not. Without `new` the
+/// image will have no parent. Returns the number of bytes that were copied, when they are durable.
 ///
 /// # Errors
 /// - `NoSpace`, `Io`, `Poisoned`; the contents of the disk are unchanged

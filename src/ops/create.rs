@@ -35,8 +35,8 @@ pub struct ChildSpec {
     pub parent: PathBuf,
     /// Virtual size in bytes. By default that of the parent.
     pub size: Option<u64>,
-    /// Block size. By default that of the parent, because other programs read chains with mixed block sizes wrongly or not at
-    /// all (vhd-format 6). For a child of a fixed image [`BlockSize::DEFAULT`].
+    /// Block size. By default that of the parent, because other programs read chains with mixed block sizes wrongly or
+    /// not at all (vhd-format 6). For a child of a fixed image [`BlockSize::DEFAULT`].
     pub block_size: Option<BlockSize>,
     /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
@@ -55,8 +55,8 @@ pub struct CreatedChild {
     pub size: u64,
     /// Its parent's absolute path.
     pub parent: PathBuf,
-    /// Folders of its parents that lie neither below its own folder nor below an allowed one. The child can be opened only if
-    /// they are allowed.
+    /// Folders of its parents that lie neither below its own folder nor below an allowed one. The child can be opened
+    /// only if they are allowed.
     pub folders_not_allowed: Vec<PathBuf>,
 }
 
@@ -72,8 +72,8 @@ pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     create_function(root.preallocate)(env, path, &spec)
 }
 
-/// Makes a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers until the child
-/// exists.
+/// Makes a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers until
+/// the child exists.
 ///
 /// # Errors
 /// - `Refused` if `path` exists, the chain would be too deep, or the child would be smaller than its parent

@@ -1,8 +1,8 @@
 //! Block device that `convert` overwrites with a raw disk.
 //!
-//! A device has old contents everywhere, so ranges of zeros are zeroed on the device as well: a large range by a call that lets
-//! the device discard it (if it then reads as zeros), a small range by a write. If the device is larger than the disk, its rest
-//! keeps its contents.
+//! A device has old contents everywhere, so ranges of zeros are zeroed on the device as well: a large range by a call
+//! that lets the device discard it (if it then reads as zeros), a small range by a write. If the device is larger than
+//! the disk, its rest keeps its contents.
 
 use std::path::Path;
 

@@ -16,8 +16,8 @@ pub struct ChangedRun {
     pub length: u64,
 }
 
-/// Calls `found` for each range of the disk at `path` that was written since its ancestor at `since` (by default its parent) got a
-/// child: ascending, in sectors, adjacent ranges joined. Only bitmaps are read.
+/// Calls `found` for each range of the disk at `path` that was written since its ancestor at `since` (by default its
+/// parent) got a child: ascending, in sectors, adjacent ranges joined. Only bitmaps are read.
 ///
 /// # Errors
 /// - `Refused` if there is no such ancestor

@@ -75,7 +75,8 @@ impl<'a> Extents<'a> {
         }
     }
 
-    /// Returns the first sector at or after `from` of a block that any layer has. All calls together pass each table once.
+    /// Returns the first sector at or after `from` of a block that any layer has. All calls together pass each table
+    /// once.
     fn first_allocated(&mut self, from: u64) -> u64 {
         for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
             if *placed < from {

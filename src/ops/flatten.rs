@@ -17,8 +17,9 @@ use crate::image::{
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 
-/// Copies into the image at `path` the data of its parents, or of its parents younger than `keep`, and then removes the link to its
-/// parent, or sets it to `keep`. The contents of the disk never change. Returns the number of bytes that were copied.
+/// Copies into the image at `path` the data of its parents, or of its parents younger than `keep`, and then removes the
+/// link to its parent, or sets it to `keep`. The contents of the disk never change. Returns the number of bytes that
+/// were copied.
 ///
 /// An interrupted call is completed by the same call. An image without parent is not changed.
 ///
@@ -101,7 +102,8 @@ fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -
     }
 }
 
-/// Zeroes the sectors under clear bits. In a root they read as zeros, but programs that ignore bitmaps would read old data.
+/// Zeroes the sectors under clear bits. In a root they read as zeros, but programs that ignore bitmaps would read old
+/// data.
 fn zero_absent_sectors(file: &File) -> Result<()> {
     let offline = Offline::new(&Image::open(file.clone())?)?;
     let block_size = offline.block_size().expect("it is a child");

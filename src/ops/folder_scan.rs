@@ -38,7 +38,8 @@ impl ScannedImage {
     }
 }
 
-/// Returns the images in these folders, each once. Skips other files, temporary files, and files that this user may not read.
+/// Returns the images in these folders, each once. Skips other files, temporary files, and files that this user may not
+/// read.
 ///
 /// # Errors
 /// `Io` if reading a file or folder fails: the file might be the image that the caller looks for.
@@ -124,8 +125,8 @@ fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     }
 }
 
-/// Whether an error shows that a name is no readable image: a folder, device or socket, a dangling or removed name, or a file
-/// that this user may not read.
+/// Whether an error shows that a name is no readable image: a folder, device or socket, a dangling or removed name, or
+/// a file that this user may not read.
 fn may_be_skipped(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound)
         || matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM))

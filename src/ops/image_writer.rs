@@ -158,7 +158,8 @@ impl<'a> ImageWriter<'a> {
         image.trim()
     }
 
-    /// Commits, closes, and returns `outcome`, also if the work failed. If it failed, errors of commit and close are only logged.
+    /// Commits, closes, and returns `outcome`, also if the work failed. If it failed, errors of commit and close are
+    /// only logged.
     ///
     /// # Errors
     /// The error in `outcome`; otherwise as [`ImageWriter::close`].

@@ -30,7 +30,8 @@ pub struct FilePosition<'a> {
     pub offset: u64,
 }
 
-/// Calls `found` for each range of the disk at `path`: ascending, without gaps, adjacent ranges joined if they lie in one piece.
+/// Calls `found` for each range of the disk at `path`: ascending, without gaps, adjacent ranges joined if they lie in
+/// one piece.
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing

@@ -1,4 +1,5 @@
-//! Opening an image that a verb changes, under an exclusive lock. Refused if a live journal holds writes that the file lacks.
+//! Opening an image that a verb changes, under an exclusive lock. Refused if a live journal holds writes that the file
+//! lacks.
 
 use std::path::Path;
 

@@ -35,8 +35,8 @@ pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators
     })
 }
 
-/// Returns the link that `child` records when `parent` becomes its parent. The link has the kinds of paths that the child records
-/// now, or `fallback` if the child records no Windows path.
+/// Returns the link that `child` records when `parent` becomes its parent. The link has the kinds of paths that the
+/// child records now, or `fallback` if the child records no Windows path.
 ///
 /// # Errors
 /// `Io`.
@@ -52,8 +52,8 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
     parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-/// Opens the chain of a new parent for the image at `child`, locked against writers. Its files may lie in the child's folder and
-/// in the allowed folders.
+/// Opens the chain of a new parent for the image at `child`, locked against writers. Its files may lie in the child's
+/// folder and in the allowed folders.
 ///
 /// # Errors
 /// - `Refused` if the child's chain would be too deep

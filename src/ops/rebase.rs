@@ -23,15 +23,16 @@ pub struct Rebased {
     pub same_parent: bool,
 }
 
-/// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is copied into the
-/// child first, so the contents of the disk never change.
+/// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is
+/// copied into the child first, so the contents of the disk never change.
 ///
-/// With `only_link` nothing is copied, and the old parents need not exist: the disk shows the child's sectors over the disk of the
-/// new parent. An interrupted call is completed by the same call.
+/// With `only_link` nothing is copied, and the old parents need not exist: the disk shows the child's sectors over the
+/// disk of the new parent. An interrupted call is completed by the same call.
 ///
 /// # Errors
 /// The image has its old or its new parent in all cases.
-/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, or if the chain would be too deep
+/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, or if the chain would
+///   be too deep
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of either chain
 /// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn rebase(
@@ -112,7 +113,8 @@ fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a new parent whose chain contains `child`. Runs before that chain is locked: locks of the same file would conflict.
+/// Refuses a new parent whose chain contains `child`. Runs before that chain is locked: locks of the same file would
+/// conflict.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child.file().path())), OpenMode::Inspect)?;

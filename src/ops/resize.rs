@@ -22,8 +22,8 @@ pub struct Resized {
 
 /// Gives the disk at `path` another size. Added sectors read as zeros, and only zeros may be cut off.
 ///
-/// Children keep their own sizes and contents, since only zeros are added or cut off. Children in the image's folder are named in
-/// the log, because other programs require equal sizes. An interrupted call is completed by the same call.
+/// Children keep their own sizes and contents, since only zeros are added or cut off. Children in the image's folder
+/// are named in the log, because other programs require equal sizes. An interrupted call is completed by the same call.
 ///
 /// # Errors
 /// The disk has its old or its new size in all cases.

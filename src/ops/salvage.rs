@@ -20,9 +20,9 @@ pub struct SalvageLoss {
     pub file: PathBuf,
 }
 
-/// Opens the disk at `path` although sectors are lost. Returns it with the ranges that a file has lost and no younger file hides,
-/// by file and ascending. A lost sector reads as zeros, never as the old data of a parent. Files are opened read-only and are not
-/// recovered.
+/// Opens the disk at `path` although sectors are lost. Returns it with the ranges that a file has lost and no younger
+/// file hides, by file and ascending. A lost sector reads as zeros, never as the old data of a parent. Files are opened
+/// read-only and are not recovered.
 ///
 /// # Errors
 /// As [`SourceDisk::open`], except for lost sectors.

@@ -1,4 +1,5 @@
-//! `settle`: writes the acknowledged writes of a killed daemon to its image. Also `--discard-journal`, which gives them up.
+//! `settle`: writes the acknowledged writes of a killed daemon to its image. Also `--discard-journal`, which gives them
+//! up.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Reading a disk for a verb: a chain of VHDs, or a raw file or device.
 //!
-//! [`DataRuns`] returns the ranges that may hold data. It skips ranges for which no layer has a block ([`Extents`]), and holes
-//! in the files.
+//! [`DataRuns`] returns the ranges that may hold data. It skips ranges for which no layer has a block ([`Extents`]),
+//! and holes in the files.
 
 use std::path::Path;
 
@@ -194,7 +194,8 @@ impl DataRuns<'_> {
     }
 }
 
-/// Reads the disk, and calls `put` for each run of pages that are not zero: ascending, with at most [`CHUNK_BYTES`] bytes.
+/// Reads the disk, and calls `put` for each run of pages that are not zero: ascending, with at most [`CHUNK_BYTES`]
+/// bytes.
 ///
 /// # Errors
 /// `Io`; errors of `put` and `progress`.

@@ -1,7 +1,7 @@
 //! Early writeback of a file that is being filled.
 //!
-//! The kernel starts to write finished ranges while the next ones are copied, so the sync at the end has little left to write.
-//! This is a hint: durability does not depend on it.
+//! The kernel starts to write finished ranges while the next ones are copied, so the sync at the end has little left to
+//! write. This is a hint: durability does not depend on it.
 
 use crate::storage::File;
 

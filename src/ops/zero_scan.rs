@@ -8,7 +8,8 @@ pub(super) const PAGE_BYTES: usize = 4096;
 /// Length of the shortest run of zeros that is worth a hole.
 const MIN_HOLE_BYTES: u64 = 64 << 10;
 
-/// Returns the runs (offset, length) of pages of `bytes` that are not zero. `bytes` begins at offset `into_page` of a page.
+/// Returns the runs (offset, length) of pages of `bytes` that are not zero. `bytes` begins at offset `into_page` of a
+/// page.
 pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {

@@ -1,45 +1,42 @@
-//! `merge`: CHILD, and all between, folded into an ancestor.
+//! `merge`: writes CHILD, and all layers between, into an ancestor.
 //!
 //! ```text
-//!    before           after            before               after
-//!    grandchild ─┐    grandchild ─┐
-//!    CHILD ──────┤                │    CHILD ────┐
-//!    parent <────┘    parent <────┘    parent <──┘          parent, with CHILD's disk
+//!   before   grandchild ──> CHILD ──> layer between ──> ancestor
+//!   after    grandchild ──────────────────────────────> ancestor, with the disk of CHILD
 //! ```
 //!
-//! The ancestor's file receives, and keeps its name; CHILD and all between are removed; CHILD's own children are linked
-//! to the ancestor. Nobody has the files meanwhile: the ancestor and the children are locked exclusively, what is folded
-//! is locked against writing.
+//! The *layers* are CHILD and the images between CHILD and the ancestor. The ancestor's file receives their data and
+//! keeps its name. The layers are removed, and CHILD's own children are linked to the ancestor. Meanwhile the ancestor
+//! and the children are locked exclusively, and the layers against writers.
 //!
 //! Each step is durable before the next:
 //!
-//! 1. room for the bitmaps of all blocks that the ancestor lacks and that get data; a host that has no room for their data is
-//!    refused before anything is copied;
-//! 2. the record of what is being done ([`MergeRecord`]), then the receiver's mark (`chain/unfinished_merge.rs`), then a record
-//!    that copying has begun;
-//! 3. what the layers say is copied into the ancestor, by its own order of commits; how far it has come is noted after a
-//!    commit, never before;
-//! 4. the ancestor is closed, and the note says that all is copied;
-//! 5. each child is linked to the ancestor ([`mod@crate::image::reparent`], whole at every moment);
-//! 6. CHILD's name is removed, then those of the layers between, downwards;
-//! 7. the note is removed.
+//! 1. Check that the host has space for the data, and make room for the bitmaps of all blocks that the ancestor will get.
+//! 2. Save the record of the merge ([`MergeRecord`](crate::chain::MergeRecord)). Mark the ancestor as partly overwritten
+//!    ([`mark_receiver`](crate::chain::mark_receiver)). Save in the record that copying has begun.
+//! 3. Copy the layers into the ancestor, with its own commits. The record gets the progress after a commit, never before.
+//! 4. Close the ancestor. Save in the record that everything is copied.
+//! 5. Link each child of CHILD to the ancestor ([`reparent`](crate::image::reparent), valid at every moment).
+//! 6. Remove the layers, youngest first.
+//! 7. Remove the record.
 //!
-//! Whoever is ended anywhere starts again with the same command. Until 5 every reader of CHILD or of its children sees
-//! the same disk: only sectors change that the folded layers hide. In 5 a child has CHILD or the ancestor for its parent,
-//! and both show the same. In 6 nobody refers any more to what goes, and it goes from the top, so that what is still
-//! there still has its parents. Doing any of it again changes nothing.
+//! An interrupted merge is continued by the same command. **Why that is safe:** Before step 5 every reader of CHILD or
+//! its children sees the same disk, because only sectors change that the layers hide. In step 5 a child has CHILD or
+//! the ancestor as its parent, and both have the same contents. In step 6 no image refers to the removed layer, and
+//! every remaining layer still has its parents. All steps may be repeated.
 //!
-//! What the note says is held against the files, by UUID and after they were opened (and recovered: an ancestor without
-//! its trailing footer is what a power cut leaves). And by their state ([`FileStamp`]): where a layer or the ancestor is
-//! not what the note knows any more (written to, or restored from a backup), all is copied again from the beginning, which
-//! changes nothing as long as CHILD is there to hide it; without CHILD nothing more is done. Copying changes the ancestor,
-//! too: a killed start goes on where it was only if nothing came behind its last note.
+//! The record is compared with the files: by UUID, after they were opened and recovered (a power cut may leave the
+//! ancestor without its trailing footer), and by their [`FileStamp`](crate::chain::FileStamp)s. If a layer or the
+//! ancestor does not have the recorded stamp (it was written to, or restored from a backup), everything is copied
+//! again, which is safe while CHILD exists and hides the ancestor. If CHILD is gone, the merge is refused. Copying
+//! changes the ancestor's stamp as well, so an interrupted copy continues only if nothing was written after the last
+//! save of the record.
 //!
-//! A merge that was not finished may be given up (`abandon.rs`). Until it is finished or given up, `chain` refuses every
-//! use of its images that would read wrong data or prevent both.
+//! An unfinished merge can be given up ([`abandon()`]). Until then `chain` refuses every use of its images that would
+//! read wrong data or prevent the merge from being finished or given up.
 //!
-//! The file times that children record (vhd-format 4.3) are right afterwards: the ancestor has a new one, which its new
-//! children record; the files of these children have the times that they had before.
+//! The file times that children record (vhd-format 4.3) are valid afterwards: the children of CHILD record the new time
+//! of the ancestor and keep their own times.
 
 mod abandon;
 mod copy_down;

@@ -1,4 +1,4 @@
-//! The steps of a merge, and the state between preparing and running it.
+//! The steps of a merge: [`PreparedMerge::prepare`] opens and locks the files, [`PreparedMerge::run`] does the work.
 
 use std::path::{Path, PathBuf};
 
@@ -20,47 +20,49 @@ use crate::ops::source::Progress;
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
-/// Bytes of the disk between two notes of progress: a quarter of it, but no more than this.
+/// Bytes written between two saves of the progress, or a quarter of the disk if that is less.
 const CHECKPOINT_BYTES: u64 = 512 << 20;
 
-/// What one start of a merge did; one that was ended before it may have done the rest.
+/// Work of one call. An earlier, interrupted call may have done the rest of the merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merged {
-    /// The image that has received.
+    /// The ancestor that received the data.
     pub ancestor: PathBuf,
-    /// Bytes of data that were copied by this start.
+    /// Bytes of data copied by this call.
     pub copied: u64,
-    /// Children that this start linked to the ancestor.
+    /// Children linked to the ancestor by this call.
     pub relinked: Vec<PathBuf>,
-    /// Images that this start removed.
+    /// Images removed by this call.
     pub removed: Vec<PathBuf>,
 }
 
-/// A merge that may be done; nothing is changed yet.
+/// A merge that was checked and locked. No file is changed yet.
 pub struct PreparedMerge<'a> {
     env: &'a dyn Env,
     policy: Policy,
     record: MergeRecord,
-    /// What is to be copied; none where all is.
+    /// The files, with their locks. `None` if everything is copied already.
     plan: Option<MergePlan>,
-    /// Where children of CHILD may be.
+    /// Folders to search for children of CHILD.
     child_folders: Vec<Folder>,
-    /// The note's folder, and that of each layer: what is removed is removed there, wherever their paths lead by then.
+    /// Folder of the record. Files are removed in folders that stay open, even if their paths lead elsewhere meanwhile.
     record_folder: Folder,
+    /// Folder of each layer.
     layer_folders: Vec<Folder>,
-    /// Whether the note is there.
+    /// Whether a record exists on disk.
     is_recorded: bool,
 }
 
 impl<'a> PreparedMerge<'a> {
-    /// Looks at the image at `child` and its chain, and at who else lives on it; takes the locks. Where a merge of it was
-    /// begun, it goes on with that: `child` may be gone by then. With `changed_parent` parents may have been written to
-    /// since their children recorded their times.
+    /// Opens and locks the files of a merge of the image at `child`, into its parent or into `into`, and checks that
+    /// the merge is possible. Continues a merge that was begun; its CHILD may be removed already. With `changed_parent`
+    /// the merge is possible although a parent was written to after its child recorded its time.
     ///
     /// # Errors
-    /// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with
-    /// ours; `Refused` where another child would change, where the sizes do not fit, where another merge of it was
-    /// begun, or where a parent was written to.
+    /// - `Busy` if another process holds a conflicting lock on a file
+    /// - `Refused` if another child would change, the sizes differ, another merge of CHILD was begun, or a parent was
+    ///   written to
+    /// - `Invalid`, `NotFound`, `Io` for a file of the chain
     pub fn prepare(
         env: &'a dyn Env,
         child: &Path,
@@ -68,7 +70,7 @@ impl<'a> PreparedMerge<'a> {
         changed_parent: bool,
         policy: &Policy,
     ) -> Result<PreparedMerge<'a>> {
-        // The file a link leads to is what is folded and removed.
+        // If `child` is a symbolic link, its target is merged and removed.
         let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
         let present = uuid_at(env, child)?;
         let earlier = MergeRecord::find(env, child, present)?;
@@ -78,13 +80,13 @@ impl<'a> PreparedMerge<'a> {
             check_same_merge(env, record, child, into)?;
             policy.merging = Some(record.layers[0].uuid);
             if record.copied == Copied::All && is_copy_complete(env, record, present.is_some())? {
-                let home = env.folder(&record.folder)?.absolute()?;
+                let record_folder = env.folder(&record.folder)?.absolute()?;
                 let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
-                let places = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
-                let own = [home.clone(), place(&record.ancestor_path)?];
-                let folders = folder_scan::folders_to_scan(
+                let layer_folders = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
+                let own = [record_folder.clone(), place(&record.ancestor_path)?];
+                let child_folders = folder_scan::folders_to_scan(
                     env,
-                    own.into_iter().chain(places.iter().cloned()).map(Ok),
+                    own.into_iter().chain(layer_folders.iter().cloned()).map(Ok),
                     &policy.allowed,
                 )?;
                 let record = MergeRecord::clone(record);
@@ -93,58 +95,60 @@ impl<'a> PreparedMerge<'a> {
                     policy,
                     record,
                     plan: None,
-                    child_folders: folders,
-                    record_folder: home,
-                    layer_folders: places,
+                    child_folders,
+                    record_folder,
+                    layer_folders,
                     is_recorded: true,
                 });
             }
         }
-        let survey = plan_merge(env, child, into, changed_parent, &policy)?;
+        let plan = plan_merge(env, child, into, changed_parent, &policy)?;
         let folder = env.canonical(folder_of(child))?;
-        let ancestor_path = relative_path(&folder, &env.canonical(survey.ancestor.file().path())?);
+        let ancestor_path = relative_path(&folder, &env.canonical(plan.ancestor.file().path())?);
         let mut record = MergeRecord {
             folder,
-            layers: survey.merged_layers.clone(),
-            ancestor: survey.ancestor.uuid(),
+            layers: plan.merged_layers.clone(),
+            ancestor: plan.ancestor.uuid(),
             ancestor_path,
-            // It is looked at again under the lock.
-            ancestor_stamp: FileStamp::of(survey.ancestor.file())?,
+            // Compared again under the exclusive lock.
+            ancestor_stamp: FileStamp::of(plan.ancestor.file())?,
             copied: Copied::Nothing,
             abandoned: false,
         };
-        let (folders, begun) = (survey.child_folders.clone(), earlier != ExistingRecord::None);
-        resume_from(earlier, &mut record, &survey)?;
-        let (home, places) = (survey.layer_folders[0].clone(), survey.layer_folders.clone());
+        let (child_folders, is_recorded) = (plan.child_folders.clone(), earlier != ExistingRecord::None);
+        resume_from(earlier, &mut record, &plan)?;
+        let (record_folder, layer_folders) = (plan.layer_folders[0].clone(), plan.layer_folders.clone());
         Ok(PreparedMerge {
             env,
             policy,
             record,
-            plan: Some(survey),
-            child_folders: folders,
-            record_folder: home,
-            layer_folders: places,
-            is_recorded: begun,
+            plan: Some(plan),
+            child_folders,
+            record_folder,
+            layer_folders,
+            is_recorded,
         })
     }
 
-    /// Bytes of the disk, which is what progress is told of; none where only names and links are left to do.
+    /// Returns the end of the progress in bytes: the size of the disk, or 0 if only links and names are left to change.
     pub fn bytes(&self) -> u64 {
-        self.plan.as_ref().map_or(0, |survey| survey.ancestor.size())
+        self.plan.as_ref().map_or(0, |plan| plan.ancestor.size())
     }
 
-    /// Does it.
+    /// Runs the merge.
     ///
     /// # Errors
-    /// `NoSpace`, `Io`, `Poisoned`, `Busy`; what `progress` fails with. All images are valid and the disk is the same;
-    /// the same command goes on.
+    /// All images are valid, the contents of the disk are unchanged, and the same command continues.
+    /// - `NoSpace`, `Io`, `Poisoned`, `Busy`
+    /// - `Refused` if a file was replaced or changed meanwhile
+    /// - errors of `progress`
     pub fn run(mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let done = self.run_steps(progress);
         done.map_err(|e| match self.is_recorded {
             false => e,
             true => {
                 let what =
-                    "not finished; all images are valid. Run the same command again to continue, or add --abandon";
+                    "not finished; all images are valid. Run the same command again to continue, or add --abandon to give it up";
                 Error::new(e.kind(), what).caused_by(e)
             }
         })
@@ -153,18 +157,18 @@ impl<'a> PreparedMerge<'a> {
     fn run_steps(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let path = self.record.folder.join(&self.record.ancestor_path);
         if self.is_recorded {
-            // A killed start may have left its note in memory alone, and what follows builds on it.
+            // A killed call may not have synced the folder of its record, on which the next steps rely.
             self.record_folder.sync()?;
         }
-        // Holds the locks to the end.
-        let survey = self.plan.take();
-        let (copied, file) = match &survey {
-            Some(survey) => self.copy_layers(survey, &path, progress)?,
+        // The plan holds the locks until the end.
+        let plan = self.plan.take();
+        let (copied, file) = match &plan {
+            Some(plan) => self.copy_layers(plan, &path, progress)?,
             None => {
                 let file = self.env.open(&path, Access::Read)?;
                 file.lock(Lock::Shared)?;
                 if FileStamp::of(&file)? != self.record.ancestor_stamp {
-                    return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
+                    return Err(Error::new(ErrorKind::Busy, "it changed while it was being opened").at_path(path));
                 }
                 (0, file)
             }
@@ -172,7 +176,7 @@ impl<'a> PreparedMerge<'a> {
         let ancestor = self.check_ancestor(Image::open(file)?)?;
         unmark_receiver(ancestor.file())?;
         failpoint::reached("merge.receiver-unmarked");
-        let relinked = self.relink_children(&ancestor, survey.as_ref().map_or(&[], |survey| &survey.children))?;
+        let relinked = self.relink_children(&ancestor, plan.as_ref().map_or(&[], |plan| &plan.children))?;
         let removed = self.remove_layers()?;
         self.record.remove(&self.record_folder)?;
         Ok(Merged { ancestor: path, copied, relinked, removed })
@@ -186,31 +190,31 @@ impl<'a> PreparedMerge<'a> {
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     }
 
-    /// Steps 1 to 4. The ancestor's file stays locked as long as the one that is returned.
-    fn copy_layers(&mut self, survey: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
-        // The ancestor's own parents may lie wherever the child's chain may.
+    /// Steps 1 to 4. Returns the copied bytes and the ancestor's file, which holds its lock.
+    fn copy_layers(&mut self, plan: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
+        // The ancestor's parents may lie in the folders in which parents of CHILD may lie.
         let mut policy = self.policy.clone();
         policy.allowed.push(self.record.folder.clone());
-        let ancestor = survey.ancestor.file();
+        let ancestor = plan.ancestor.file();
         let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
-        // Before it is opened as an image, which may recover it.
+        // Compared before the ancestor is opened for writing, which may recover it and so change its stamp.
         if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
             self.record.copied = Copied::Before(0);
         }
         let chain = Chain::from_image(self.env, Image::open(file.clone())?, &policy, OpenMode::Write)?;
         let mut writer = ImageWriter::open(self.env, chain, &Durability::FlushOnly)?;
-        let (image, seen) = (writer.top().image.image(), survey.ancestor.file().stat()?.id);
-        if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != survey.ancestor.size() {
-            return Err(Error::new(ErrorKind::Busy, "it changed while it was looked at").at_path(path));
+        let (image, seen) = (writer.top().image.image(), plan.ancestor.file().stat()?.id);
+        if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != plan.ancestor.size() {
+            return Err(Error::new(ErrorKind::Busy, "it changed while it was being opened").at_path(path));
         }
         let from = match self.record.copied {
             Copied::Nothing => 0,
             Copied::Before(sector) => sector,
-            Copied::All => unreachable!("then nothing is copied"),
+            Copied::All => unreachable!("a complete copy has no plan"),
         };
-        let blocks = survey.layers.new_blocks(image)?;
-        let has_room = survey.layers.check_space(blocks, image);
+        let blocks = plan.layers.new_blocks(image)?;
+        let has_room = plan.layers.check_space(blocks, image);
         let begun = has_room.and_then(|()| writer.grow_for(blocks)).and_then(|()| {
             failpoint::reached("merge.room-made");
             writer.top().image.restore_mtime()?;
@@ -228,7 +232,7 @@ impl<'a> PreparedMerge<'a> {
 
         let every = (writer.version().sectors() * SECTOR / 4).clamp(1, CHECKPOINT_BYTES);
         let mut done = from;
-        let copied = survey.layers.copy(from, &mut writer, &mut |writer, sector| {
+        let copied = plan.layers.copy(from, &mut writer, &mut |writer, sector| {
             done = sector;
             if writer.uncommitted() >= every {
                 writer.commit()?;
@@ -251,7 +255,7 @@ impl<'a> PreparedMerge<'a> {
                 Ok((copied, file))
             }
             Err(e) => {
-                // What is copied stays copied, and the ancestor is left as an image at rest.
+                // The copied part is kept, and the ancestor is closed.
                 log_secondary_error(
                     writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)),
                 );
@@ -260,14 +264,15 @@ impl<'a> PreparedMerge<'a> {
         }
     }
 
-    /// Marks the ancestor as partly overwritten, and then records that copying has begun: durable before the first byte.
+    /// Marks the ancestor as partly overwritten and records that copying has begun. Both are durable before the first
+    /// byte is copied.
     fn mark_ancestor(&mut self, ancestor: &File) -> Result<()> {
         let child = self.record.layers[0].uuid;
         if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
             match mark_receiver(ancestor, child, &self.record.child()) {
-                // Then the record alone shows it, if it lies in the same folder.
+                // Without a mark the record shows it, if both lie in one folder.
                 Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
-                Err(e) => log::warn!("{}; do not open the image by itself before the merge is finished", e.line()),
+                Err(e) => log::warn!("{}; do not open the image by itself until the merge is finished", e.line()),
                 Ok(()) => {}
             }
         }
@@ -280,7 +285,8 @@ impl<'a> PreparedMerge<'a> {
         Ok(())
     }
 
-    /// Notes that all before a sector is copied, durably. Where there is no room for a note, the last one still holds.
+    /// Records durably that everything before `sector` is copied. If the host is full, the previous record stays and is
+    /// still valid.
     fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
         self.record.ancestor_stamp = FileStamp::of(ancestor)?;
@@ -290,14 +296,14 @@ impl<'a> PreparedMerge<'a> {
         }
     }
 
-    /// Step 5: CHILD's children, those that were found at first and any that came since. And those that are the
-    /// ancestor's already, where an earlier start was ended while it linked them: they are tidied up unless in use.
+    /// Step 5: links the children of CHILD to the ancestor, including children that were created since the merge was
+    /// prepared. Also completes children that an interrupted call has linked already, unless they are in use.
     fn relink_children(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
         for child in folder_scan::scan(self.env, &self.child_folders)? {
-            let is_folded = self.record.layers.iter().any(|layer| layer.uuid == child.identity.uuid);
+            let is_layer = self.record.layers.iter().any(|layer| layer.uuid == child.identity.uuid);
             let is_linked = child.identity.parent == Some(ancestor.uuid());
-            if is_folded || !(is_linked || child.identity.parent == Some(self.record.layers[0].uuid)) {
+            if is_layer || !(is_linked || child.identity.parent == Some(self.record.layers[0].uuid)) {
                 continue;
             }
             if is_linked && is_reparent_finished(&Image::open(child.open(Access::Read)?)?) {
@@ -326,7 +332,7 @@ impl<'a> PreparedMerge<'a> {
         Ok(relinked)
     }
 
-    /// Step 6.
+    /// Step 6: removes the layers, youngest first.
     fn remove_layers(&self) -> Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
         for (layer, folder) in self.record.layers.iter().zip(&self.layer_folders) {
@@ -335,24 +341,24 @@ impl<'a> PreparedMerge<'a> {
             let file = match folder.open(name, Access::Read) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
-                    // Whoever removed it may not have come to make that durable.
+                    // An interrupted call may have removed it without a sync.
                     folder.sync()?;
                     continue;
                 }
                 Err(e) => return Err(e),
             };
-            if ImageIdentity::peek(&file)?.map(|glance| glance.uuid) != Some(layer.uuid) {
-                log::warn!("{}: another image has this name now; it stays", path.display());
+            if ImageIdentity::peek(&file)?.map(|identity| identity.uuid) != Some(layer.uuid) {
+                log::warn!("{}: another image has this name now; it is not removed", path.display());
                 continue;
             }
             file.lock(Lock::Shared)?;
             if FileStamp::of(&file)? != layer.stamp {
-                let what = "it was changed since it was copied; it stays";
+                let what = "it was changed after it was copied; it is not removed";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             folder.remove(name)?;
             failpoint::reached("merge.layer-removed");
-            // Before its parent goes, lest it come back without one.
+            // Synced before its parent is removed: after a crash it must not come back without its parent.
             folder.sync()?;
             failpoint::reached("merge.layer-gone");
             removed.push(path);
