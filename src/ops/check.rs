@@ -1,4 +1,4 @@
-//! `check`: every rule of the format; with `repair` what can be mended without guessing is mended.
+//! `check`: tests an image against every rule of the format. With `--repair` it repairs defects that need no guess.
 
 use std::path::Path;
 
@@ -12,79 +12,80 @@ use crate::image::{self, FooterChoice, Image, SavedMtime, merge_ranges, refuse_i
 use crate::storage::{Access, Env, File, Lock, RuntimeFolder};
 use crate::units::{SECTOR, SectorRange};
 
-/// What was found in one file, or in all of a chain.
+/// Result of a check of one file, or of a whole chain.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckReport {
-    /// The file; of a chain the youngest.
+    /// Path of the file; for a chain of the youngest file.
     pub path: String,
-    /// Whether nothing was found.
+    /// Whether no defect was found.
     pub ok: bool,
-    /// Defects for which the disk cannot be trusted or not be opened.
+    /// Number of defects because of which the disk cannot be opened or trusted.
     pub corruptions: u64,
-    /// Regions that nothing refers to.
+    /// Number of regions of the file to which nothing refers.
     pub leaks: u64,
-    /// Defects that are neither.
+    /// Number of other defects.
     pub cosmetic: u64,
-    /// All that was found; of one kind at most a thousand in a file.
+    /// The defects, at most a thousand of one kind in a file.
     pub defects: Vec<FoundDefect>,
-    /// What is no defect but may explain something.
+    /// Observations that are no defects but may explain something.
     pub notes: Vec<FoundDefect>,
-    /// The ranges of the disk that are lost, ascending; of a chain those that any of its files has lost.
+    /// Lost ranges of the disk, ascending; for a chain those that any of its files has lost.
     pub lost: Vec<LostRange>,
-    /// Whether it is a child whose parents were not to be looked at.
+    /// Whether the image is a child and its parents were not checked.
     #[serde(skip)]
     pub parents_unchecked: bool,
-    /// What a repair has mended; this report tells what is left.
+    /// Repaired files. The rest of the report is the state after the repair.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<RepairedFile>,
-    /// The same for each file, youngest first, when the chain was asked for.
+    /// Report of each file, youngest first, if the chain was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<CheckReport>>,
 }
 
-/// A run of a disk that a file has lost.
+/// A range of a disk that a file has lost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct LostRange {
     /// First byte of the disk.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
-/// A broken rule.
+/// A violation of a rule of the format.
 #[derive(Clone, Debug, Serialize)]
 pub struct FoundDefect {
-    /// The file, where a chain was asked for.
+    /// Path of the file, if a chain was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// The word for programs.
+    /// Name of the defect, for programs.
     pub kind: &'static str,
-    /// The byte offset it is about, where there is one.
+    /// Byte offset in the file, if the defect has one.
     pub offset: Option<u64>,
-    /// The sentence for people.
+    /// Description of the defect, for people.
     pub detail: String,
-    /// Whether it can be mended without guessing.
+    /// Whether it can be repaired without a guess.
     pub repairable: bool,
     /// Whether it counts among the corruptions.
     #[serde(skip)]
     pub corrupt: bool,
-    /// What it prevents.
+    /// Which uses of the image it prevents.
     #[serde(skip)]
     pub consequence: Consequence,
 }
 
-/// A file that was mended.
+/// A file that was repaired.
 #[derive(Clone, Debug, Serialize)]
 pub struct RepairedFile {
-    /// The file.
+    /// Path of the file.
     pub path: String,
-    /// What was wrong with it and could be mended.
+    /// The defects that were repaired.
     pub defects: Vec<FoundDefect>,
-    /// The file that keeps what was replaced; `None` where nothing had to be.
+    /// Path of the undo file with the replaced bytes. `None` if no bytes were replaced.
     pub undo: Option<String>,
 }
 
-/// Bytes of the files that a check goes through, as far as that can be told before: of a broken chain the youngest.
+/// Returns the number of bytes that a check will read, for its progress. If the chain cannot be opened, that of the
+/// youngest file.
 pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
     let len = |file: &File| file.stat().map_or(0, |stat| stat.len);
     match parents.and_then(|policy| Chain::open(env, path, policy, OpenMode::Inspect).ok()) {
@@ -93,12 +94,14 @@ pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u
     }
 }
 
-/// Holds the image at `path`, and with a policy its parents, against every rule. Without a policy nothing that the
-/// image names is opened. `progress` is told how many bytes of the files are done.
+/// Checks the image at `path`, and with a policy its parents, against every rule. Without a policy no file that the
+/// image names is opened.
 ///
 /// # Errors
-/// `Busy` where somebody writes to a file; `Refused` for what is no regular file, and for an image whose daemon was killed and
-/// whose live journal, which may be in one of the folders `runtime`, was not taken in; `Io`; what `progress` fails with.
+/// - `Busy` if another process has a file open for writing
+/// - `Refused` if `path` is no regular file, or if the image needs the live journal of a killed daemon; the message
+///   says whether the journal lies in one of the folders `runtime`
+/// - `Io`; errors of `progress`
 pub fn check(
     env: &dyn Env,
     path: &Path,
@@ -110,14 +113,17 @@ pub fn check(
     Ok(combined_report(&checked, parents.is_some()))
 }
 
-/// As [`check`], after what can be mended without guessing was mended, file by file, under exclusive locks. With `take`
-/// one of two footers that contradict each other is chosen. The guest's disk reads the same at every moment, unless the
-/// chosen footer is of another disk. Nothing is mended in a file that has lost sectors. Once something is mended `progress` is not asked any more: the report has to
-/// tell of it.
+/// Repairs defects that need no guess, file by file under exclusive locks, and returns a check of the result.
+///
+/// With `take` one of two footers that contradict each other is chosen. The contents of the disk never change, unless
+/// the chosen footer belongs to another disk. A file that has lost sectors is not repaired. After the first repair
+/// `progress` is not called any more, so that its errors cannot prevent the report.
 ///
 /// # Errors
-/// As for [`check`]; `Busy` where somebody has a file open that is to be mended; `Refused` for an image of an unfinished
-/// merge; `NoSpace`.
+/// - as [`check`]
+/// - `Busy` if a file to be repaired is open in another process
+/// - `Refused` for an image of an unfinished merge
+/// - `NoSpace`
 pub fn repair(
     env: &dyn Env,
     path: &Path,
@@ -132,19 +138,19 @@ pub fn repair(
     for checked in &before {
         let report = file_report(checked, parents.is_some());
         let taken = take.filter(|_| checked.defects.iter().any(is_footer_contradiction));
-        let mended = |found: &FoundDefect| found.repairable || (taken.is_some() && found.kind == KINDS_DIFFER);
-        let defects: Vec<FoundDefect> = report.defects.into_iter().filter(mended).collect();
+        let is_repaired = |found: &FoundDefect| found.repairable || (taken.is_some() && found.kind == KINDS_DIFFER);
+        let defects: Vec<FoundDefect> = report.defects.into_iter().filter(is_repaired).collect();
         if defects.is_empty() {
             continue;
         }
         let file = env.open(&checked.path, Access::Write)?;
         file.lock(Lock::Exclusive)?;
         if file.stat()?.id != checked.id {
-            return Err(Error::new(ErrorKind::Refused, "it was replaced meanwhile").at_path(&checked.path));
+            return Err(Error::new(ErrorKind::Refused, "the file was replaced during the check").at_path(&checked.path));
         }
-        // A daemon may have come and gone since it was checked.
+        // A daemon may have served and left the image since it was checked.
         refuse_if_file_is_live(env, runtime, &file)?;
-        // What cannot be opened can be no part of a merge.
+        // An image that cannot be opened is not part of a merge.
         if let Ok(image) = Image::open(file.clone()) {
             refuse_change(env, &image, ImageChange::Allocation, allowed, None)?;
         }
@@ -155,12 +161,14 @@ pub fn repair(
     Ok(CheckReport { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
 }
 
-/// Applies the undo file at `undo`, which a repair of the image at `path` left: the image is as before that repair.
+/// Undoes a repair of the image at `path` with the undo file at `undo`, which the repair left.
 ///
 /// # Errors
-/// `Refused` if the file belongs to another image, if the image was changed since the repair, or if a live journal says more
-/// than the image; `Invalid` for a file that is no undo file of a finished repair; `Busy`, `NoSpace`, `Io`: then the same
-/// call completes it.
+/// An interrupted call is completed by the same call.
+/// - `Refused` if the undo file belongs to another image, if the image was changed since the repair, or if a live
+///   journal holds writes that the image lacks
+/// - `Invalid` if the file is no undo file of a finished repair
+/// - `Busy`, `NoSpace`, `Io`
 pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
@@ -170,7 +178,7 @@ pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) 
     image::undo_repair(&file, &kept)
 }
 
-/// The word for footers of two kinds, which only a choice mends.
+/// Name of the defect of two footers of different types. Only a choice (`take`) repairs it.
 const KINDS_DIFFER: &str = "footer-kinds-differ";
 
 fn is_footer_contradiction(defect: &Defect) -> bool {
@@ -199,19 +207,19 @@ fn combined_report(checked: &[CheckedFile], chain: bool) -> CheckReport {
 
 fn file_report(file: &CheckedFile, named: bool) -> CheckReport {
     let path = file.path.display().to_string();
-    // What ends an examination is grave, whatever it is.
+    // If an image does not open, its last defect is the reason, and counts as a corruption.
     let last = file.defects.len().wrapping_sub(1);
     let corrupt =
         |number: usize, defect: &Defect| defect.severity() == Severity::Corruption || (!file.opens && number == last);
-    // A padded file is mended although it does not open.
+    // A padded file can be repaired although it does not open.
     let padded = file.defects.iter().any(|defect| matches!(defect, Defect::FixedPadded { .. }));
-    let mendable = (file.opens || padded) && file.lost.is_empty();
+    let is_repairable = (file.opens || padded) && file.lost.is_empty();
     let found = |(number, defect): (usize, &Defect)| FoundDefect {
         path: named.then(|| path.clone()),
         kind: defect.kind(),
         offset: defect.offset(),
         detail: defect.to_string(),
-        repairable: defect.repairable() && mendable,
+        repairable: defect.repairable() && is_repairable,
         corrupt: corrupt(number, defect),
         consequence: defect.consequence(),
     };

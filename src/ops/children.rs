@@ -1,4 +1,4 @@
-//! `children`: the images that stand on an image.
+//! `children`: lists the children of an image.
 
 use std::path::{Path, PathBuf};
 
@@ -9,23 +9,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
-/// An image that records another one as its parent.
+/// An image that names another image as its parent.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ChildImage {
     /// Its absolute path.
     pub path: String,
-    /// Its identity.
+    /// Its UUID.
     pub uuid: String,
 }
 
-/// Finds the images that record the UUID of the image at `path` as their parent's, in its own folder and in `folders`, by
-/// their footers and headers alone. Sorted by path. Takes no lock.
+/// Returns the children of the image at `path` in its folder and in `folders`, sorted by path. Compares only UUIDs in
+/// footers and headers. Takes no lock. Skips files that cannot be read, with a warning.
 ///
 /// # Errors
-/// `Invalid` if the file at `path` is no image; `Io`, `NotFound` for that file and for the folders. Other files that cannot
-/// be read are skipped, with a warning.
+/// - `Invalid` if the file at `path` is no image
+/// - `Io`, `NotFound` for that file and for the folders
 pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<ChildImage>> {
-    // Not the link to it: children that were made on it lie where the file itself lies.
+    // Symbolic links are resolved: children usually lie in the folder of the file itself.
     let path = env.canonical(path)?;
     let file = env.open(&path, Access::Read)?;
     let Some(parent) = ImageIdentity::peek(&file)? else {
@@ -34,9 +34,9 @@ pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<C
     let id = file.stat()?.id;
     let all = folder_scan::folders_to_scan(env, std::iter::once(Ok(file.folder())), folders)?;
     let found = folder_scan::scan_readable(env, &all)?;
-    let stands = found.iter().filter(|kin| kin.identity.parent == Some(parent.uuid) && kin.id != id);
-    let mut children: Vec<_> = stands
-        .map(|kin| ChildImage { path: kin.path.display().to_string(), uuid: kin.identity.uuid.to_string() })
+    let of_parent = found.iter().filter(|image| image.identity.parent == Some(parent.uuid) && image.id != id);
+    let mut children: Vec<_> = of_parent
+        .map(|image| ChildImage { path: image.path.display().to_string(), uuid: image.identity.uuid.to_string() })
         .collect();
     children.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     Ok(children)

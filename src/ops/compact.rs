@@ -1,9 +1,10 @@
-//! `compact`: the room of blocks that say nothing, of zeros, and of gaps goes back to the host.
+//! `compact`: gives the space of redundant blocks, zeros and gaps back to the host.
 
 use std::path::Path;
 
 use super::open_exclusive;
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress};
+use super::zero_scan::collect_zero_runs;
 use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
@@ -12,29 +13,28 @@ use crate::image::{Offline, SavedMtime, is_zero, next_data};
 use crate::storage::{Buffer, Env};
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
-/// Zeros in a row, in bytes of the file, that become a hole: less would cost more than it gives.
-const MIN_HOLE_BYTES: u64 = 64 << 10;
-
-/// What came of it.
+/// Result of a compaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compacted {
-    /// Blocks that were given up.
+    /// Blocks that the image no longer has.
     pub freed_blocks: u64,
-    /// Bytes of room on the host that were given back.
+    /// Bytes given back to the host.
     pub freed_bytes: u64,
 }
 
-/// Gives back what the image at `path` takes without need: blocks that hold only what the chain beneath shows anyway
-/// (zeros, in a root), zeros in others, gaps between blocks, room behind them. The disk stays as it is, at every moment,
-/// and so do the disks of children.
+/// Gives back space that the image at `path` does not need: blocks with the same contents as the parents (zeros in a
+/// root), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk
+/// and of its children never change.
 ///
 /// # Errors
-/// `Unsupported` for a fixed image, which has no blocks; `NoSpace`, `Io`; what `progress` fails with. It is safe to begin
-/// again.
+/// An interrupted call is completed by the same call.
+/// - `Unsupported` for a fixed image
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `NoSpace`, `Io`; errors of `progress`
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
     let chain = open_exclusive::chain(env, path, ImageChange::Allocation, policy)?;
     if chain.youngest().kind() == DiskType::Fixed {
-        let what = "a fixed image has no blocks to give back; `convert --to dynamic` leaves its zeros out";
+        let what = "a fixed image has no blocks to give back; `convert --to dynamic` makes a copy without its zeros";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
     }
     let file = chain.youngest().file().clone();
@@ -66,7 +66,7 @@ fn compact_locked(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted
     Ok(Compacted { freed_blocks: idle.len() as u64, freed_bytes: given_back })
 }
 
-/// Looks into blocks.
+/// Search of blocks for redundant contents.
 struct BlockInspector<'a> {
     offline: &'a Offline,
     beneath: &'a Version,
@@ -90,7 +90,8 @@ impl<'a> BlockInspector<'a> {
         }
     }
 
-    /// Whether the disk would look the same without a block. Notes zeros in it that could be holes: place, bytes.
+    /// Whether the disk would have the same contents without a block. Appends runs of zeros (file offset, length) to
+    /// `holes`.
     fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
@@ -109,7 +110,7 @@ impl<'a> BlockInspector<'a> {
         Ok(idle)
     }
 
-    /// Whether a present run of a block is as what lies beneath. All of it is looked at, for the holes.
+    /// Whether a range whose bits are set equals the parents. The whole range is read in any case, to find holes.
     fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);
@@ -140,48 +141,5 @@ impl<'a> BlockInspector<'a> {
             };
         }
         Ok(same)
-    }
-}
-
-/// Notes the runs of whole pages of zeros in bytes that lie at byte `at` of a file, long ones only.
-fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
-    let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
-    let Some(pages) = bytes.get(first..) else { return };
-    let (mut start, mut run) = (at + first as u64, 0);
-    let mut end = |start: u64, run: u64| {
-        if run >= MIN_HOLE_BYTES {
-            holes.push((start, run));
-        }
-    };
-    for page in pages.chunks_exact(PAGE_BYTES) {
-        if is_zero(page) {
-            run += PAGE_BYTES as u64;
-        } else {
-            end(start, run);
-            (start, run) = (start + run + PAGE_BYTES as u64, 0);
-        }
-    }
-    end(start, run);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_zero_runs_at_pages_become_holes() {
-        let found = |bytes: &[u8], at| {
-            let mut holes = Vec::new();
-            collect_zero_runs(bytes, at, &mut holes);
-            holes
-        };
-        let mut bytes = vec![0; 200 << 10];
-        assert_eq!(found(&bytes, 8192), [(8192, 200 << 10)]);
-        assert_eq!(found(&bytes, 8192 + 512), [(12288, 196 << 10)], "whole pages only");
-        bytes[70 << 10] = 1; // in the page from 68 KiB on
-        assert_eq!(found(&bytes, 4096), [(4096, 68 << 10), (4096 + (72 << 10), 128 << 10)]);
-        bytes[60 << 10] = 1;
-        assert_eq!(found(&bytes, 4096), [(4096 + (72 << 10), 128 << 10)], "too short to be worth it");
-        assert_eq!(found(&[0; 100], 1), []);
     }
 }

@@ -1,4 +1,4 @@
-//! `compare`: whether two disks look the same to a guest.
+//! `compare`: compares the contents of two disks as guests see them.
 
 use super::source::{CHUNK_BYTES, CHUNK_SECTORS, DataRuns, Progress, SourceDisk};
 use crate::chain::PlanBuffer;
@@ -6,11 +6,11 @@ use crate::error::Result;
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SectorRange};
 
-/// The first byte in which the disks differ; `None` where they are equal. Behind the end of the shorter one the longer
-/// one must be zero. What is a hole in both is not read.
+/// Returns the first byte in which the disks differ, or `None` if they are equal. After the end of the shorter disk the
+/// longer one must be zero. Ranges that are holes in both are not read.
 ///
 /// # Errors
-/// `Io`; what `progress` fails with.
+/// `Io`; errors of `progress`.
 pub fn compare(a: &SourceDisk, b: &SourceDisk, progress: &mut Progress<'_>) -> Result<Option<u64>> {
     let (mut of_a, mut of_b) = (ComparedDisk::new(a)?, ComparedDisk::new(b)?);
     let end = a.bytes().max(b.bytes());
@@ -30,7 +30,7 @@ pub fn compare(a: &SourceDisk, b: &SourceDisk, progress: &mut Progress<'_>) -> R
     Ok(None)
 }
 
-/// One of the disks, and where it goes on.
+/// One of the two disks, with the position in it.
 struct ComparedDisk<'a> {
     disk: &'a SourceDisk,
     data: DataRuns<'a>,
@@ -46,7 +46,7 @@ impl<'a> ComparedDisk<'a> {
         Ok(ComparedDisk { disk, data, next, plan: PlanBuffer::default(), buffer: Buffer::zeroed(CHUNK_BYTES) })
     }
 
-    /// The first sector at or after `at` that may hold data.
+    /// Returns the first sector at or after `at` that may hold data.
     fn next_data(&mut self, at: u64) -> Result<Option<u64>> {
         while let Some(run) = self.next {
             if run.end() > at {

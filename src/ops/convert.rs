@@ -1,4 +1,4 @@
-//! `convert`: the disk as its guest sees it, in another form. Holes stay holes.
+//! `convert`: copies the contents of a disk, as its guest sees them, into another format. Holes stay holes.
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -14,10 +14,10 @@ use crate::image::{ImageKind, ImageSpec, refuse_if_file_is_live};
 use crate::storage::{Access, Buffer, Env, RuntimeFolder};
 use crate::units::{BlockSize, SECTOR};
 
-/// What a disk is converted to.
+/// Format of the copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TargetFormat {
-    /// The disk itself, sparse.
+    /// The bytes of the disk, as a sparse file.
     Raw,
     /// A fixed VHD.
     Fixed,
@@ -25,43 +25,47 @@ pub enum TargetFormat {
     Dynamic(BlockSize),
 }
 
-/// A conversion.
+/// Parameters of a conversion.
 #[derive(Clone, Copy, Debug)]
 pub struct Conversion {
-    /// What is made.
+    /// Format of the copy.
     pub to: TargetFormat,
-    /// Its size is rounded up to a multiple of so many bytes.
+    /// The size is rounded up to a multiple of this number of bytes.
     pub align: u64,
-    /// It takes the place of the file that has its name, or is written over a block device.
+    /// Whether an existing file is replaced, or a block device overwritten.
     pub replace: bool,
-    /// The identity of an image that is made; a new one if none.
+    /// UUID of the new image. By default a new one.
     pub uuid: Option<Uuid>,
 }
 
-/// Refuses to replace an image whose daemon was killed: what it acknowledged would be lost, and its journal left behind.
+/// Refuses to replace an image whose daemon was killed: acknowledged writes would be lost, and the live journal would
+/// remain.
 ///
 /// # Errors
-/// `Refused`, saying what to do; `Io`.
+/// - `Refused`, with the command to run
+/// - `Io`
 pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     if !env.exists(path) {
         return Ok(());
     }
     let file = env.open_disk(path, Access::Read)?;
     if file.is_block_device() {
-        return Ok(()); // no daemon serves one
+        return Ok(()); // daemons serve no devices
     }
     refuse_if_file_is_live(env, runtime, &file)
 }
 
-/// Copies `disk` to a new file at `path`. The name appears when the copy is whole and durable; to replace a file, it then
-/// takes the place of what has the name. A VHD gets whole sectors: what the last one lacks is zero.
+/// Copies `disk` to a new file at `path`. The file gets its name, or replaces an old file, when it is complete and
+/// durable. In a VHD a last sector that is not full is filled up with zeros.
 ///
-/// A block device at `path` is overwritten in place with a raw disk: if that fails, what it holds is of no use.
+/// A block device at `path` is overwritten in place with a raw disk. If that fails, its contents are of no use.
 ///
 /// # Errors
-/// `Refused` where the name exists, or for a device that is too small or is to hold a VHD; `Busy` where the file to be
-/// replaced or the device is in use; `Invalid` for sizes that a VHD does not have; `Io`, `NoSpace`; what `progress` fails
-/// with. No file is left behind.
+/// No new file is left in any case.
+/// - `Refused` if `path` exists and `how.replace` is not set, or for a device that is too small, or for a VHD on a device
+/// - `Busy` if the file to be replaced or the device is in use
+/// - `Invalid` if the format does not allow the size
+/// - `Io`, `NoSpace`; errors of `progress`
 pub fn convert(
     env: &dyn Env,
     disk: &SourceDisk,
@@ -90,8 +94,8 @@ pub fn convert(
     sink.finish()
 }
 
-/// Whether there is a block device at `path`. It is not asked of names that lead nowhere, nor of files that are closed to
-/// this user: what opens them later reports that.
+/// Whether there is a block device at `path`. False for names that do not exist and for files that this user may not
+/// read: the caller reports these when it opens them.
 fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     match env.open_disk(path, Access::Read) {
         Ok(file) => Ok(file.is_block_device()),
@@ -110,11 +114,11 @@ fn convert_to_device(
     let refused = |what| Err(Error::new(ErrorKind::Refused, what).at_path(path));
     if how.to != TargetFormat::Raw {
         return refused(
-            "it is a block device, and VHDs are written to regular files only; --to raw writes the disk itself",
+            "it is a block device, and VHDs are written to regular files only; give --to raw to write the contents of the disk",
         );
     }
     if !how.replace {
-        return refused("it is a block device; give --force to overwrite what it holds");
+        return refused("it is a block device; give --force to overwrite its contents");
     }
     let mut sink = DeviceSink::open(env, path, disk.bytes().next_multiple_of(how.align))?;
     // Both the reader and the writer report progress.
@@ -126,10 +130,10 @@ fn convert_to_device(
     sink.finish(&mut |bytes| (progress.borrow_mut())(bytes))
 }
 
-/// Writes `disk` to `out` from its first byte to its last, zeros as zeros, and zeros up to a multiple of `align` bytes.
+/// Writes all bytes of `disk` to `out`, followed by zeros up to a multiple of `align` bytes.
 ///
 /// # Errors
-/// `Io`, also where nobody reads `out` any more; what `progress` fails with.
+/// `Io`, also if the reader of `out` is gone; errors of `progress`.
 pub fn stream(disk: &SourceDisk, out: &mut dyn Write, align: u64, progress: &mut Progress<'_>) -> Result<()> {
     let failed = |e| Error::io("cannot write to standard output", e);
     let zeros = Buffer::zeroed(CHUNK_BYTES);

@@ -1,36 +1,38 @@
-//! Copying up: what a child shows of its parents and would not show on others is written into the child itself. Under
-//! `flatten` and `rebase`.
+//! Copying up, for `flatten` and `rebase`: a child gets the data of its old parents that its new parents lack.
 //!
 //! ```text
-//!   old chain beneath   ──┐  same file, same place: nothing to do, nothing is read
-//!                         ├─ both zero: nothing to do
-//!   new chain beneath   ──┘  else compared page by page: what differs goes into the child, zeros as bits alone
+//!   old parents   ──┐  same file, same offset: nothing is read or written
+//!                   ├─ both zero: nothing is read or written
+//!   new parents   ──┘  otherwise compared page by page: pages that differ are written into the child, zeros as bits only
 //! ```
 //!
-//! The disk stays as it is meanwhile: what is written is what it shows.
+//! The contents of the disk do not change meanwhile, because the bytes that are written are those that it shows already.
 
+use super::extents::{WINDOW_SECTORS, next_allocated};
 use super::image_writer::ImageWriter;
-use super::source::{CHUNK_BYTES, CHUNK_SECTORS, PAGE_BYTES, Progress, WINDOW_SECTORS, next_allocated};
+use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress};
+use super::zero_scan::PAGE_BYTES;
 use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};
 use crate::storage::{Buffer, FileId};
 use crate::units::{SECTOR, SectorRange};
 
-/// How far it has come.
+/// Progress of [`copy_up`], for failpoints.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum CopyUpStage {
-    /// A part was written.
+    /// A window was written.
     Written,
-    /// All was written and is durable.
+    /// Everything is written and durable.
     Committed,
 }
 
-/// Copies into the image of `writer` what it does not have and `new` (or nothing, which is zero) would not show.
-/// Durable when it returns. The bytes that were copied.
+/// Copies into the image of `writer` the sectors that its old parents provide and `new` would not. Without `new` the
+/// image will have no parent. Returns the number of bytes that were copied, when they are durable.
 ///
 /// # Errors
-/// `NoSpace`, `Io`, `Poisoned`: the disk shows the same; what `progress` fails with.
+/// - `NoSpace`, `Io`, `Poisoned`; the contents of the disk are unchanged
+/// - errors of `progress`
 pub(super) fn copy_up(
     writer: &mut ImageWriter<'_>,
     new: Option<&Version>,
@@ -53,8 +55,8 @@ pub(super) fn copy_up(
             break;
         }
         let window = SectorRange::between(at, (at + WINDOW_SECTORS).min(sectors));
-        for piece in work.candidates(writer.version(), window)? {
-            work.copy(writer, piece)?;
+        for run in work.candidates(writer.version(), window)? {
+            work.copy(writer, run)?;
         }
         at = window.end();
         stage(CopyUpStage::Written);
@@ -66,7 +68,7 @@ pub(super) fn copy_up(
     Ok(work.copied)
 }
 
-/// A run of which the child has nothing and the chains may show different things.
+/// A range that the child does not contain, and in which the two chains may differ.
 struct CandidateRun {
     range: SectorRange,
     old: Source,
@@ -74,55 +76,58 @@ struct CandidateRun {
 }
 
 struct CopyUp<'a> {
+    /// The new parents.
     new: Option<&'a Version>,
+    /// Device and inode of each file, by slot.
     old_files: Vec<FileId>,
     new_files: Vec<FileId>,
     plan: PlanBuffer,
     old_data: Buffer,
     new_data: Buffer,
+    /// Bytes written into the child.
     copied: u64,
 }
 
-/// The files of a chain by their slots, which are numbered from 0.
+/// Returns device and inode of each file, by slot.
 fn file_ids(version: &Version) -> Result<Vec<FileId>> {
     version.files().map(|(_, file)| Ok(file.stat()?.id)).collect()
 }
 
 impl CopyUp<'_> {
-    /// The first sector from `at` on that any layer beneath has a place for.
+    /// Returns the first sector at or after `at` of a block that a layer of either chain has.
     fn next_allocated(&self, version: &Version, at: u64) -> u64 {
         let new = self.new.iter().flat_map(|new| new.frozen().layers());
         let all = version.frozen().layers().iter().chain(new);
         all.map(|layer| next_allocated(layer, at)).min().unwrap_or(u64::MAX)
     }
 
-    /// The runs of a window to look at.
+    /// Returns the ranges of a window in which the two chains may differ.
     fn candidates(&mut self, version: &Version, window: SectorRange) -> Result<Vec<CandidateRun>> {
-        let (mut pieces, top) = (Vec::new(), version.top().expect("opened for writing").slot);
+        let (mut runs, top) = (Vec::new(), version.top().expect("opened for writing").slot);
         version.plan_read_now(window, &mut self.plan)?;
         for extent in &self.plan.extents {
             if matches!(extent.source, Source::File { slot, .. } if slot == top) {
                 continue;
             }
             let Some(new) = self.new else {
-                pieces.push(CandidateRun { range: extent.range, old: extent.source, new: Source::Zero });
+                runs.push(CandidateRun { range: extent.range, old: extent.source, new: Source::Zero });
                 continue;
             };
-            let mut beneath = PlanBuffer::default();
-            new.plan_read_now(extent.range, &mut beneath)?;
+            let mut new_plan = PlanBuffer::default();
+            new.plan_read_now(extent.range, &mut new_plan)?;
             let mut old = *extent;
-            for Extent { range, source } in beneath.extents {
-                pieces.push(CandidateRun { range, old: old.source, new: source });
+            for Extent { range, source } in new_plan.extents {
+                runs.push(CandidateRun { range, old: old.source, new: source });
                 old = old.skip(range.count());
             }
         }
-        pieces.retain(|piece| !self.has_same_source(piece));
-        Ok(pieces)
+        runs.retain(|run| !self.has_same_source(run));
+        Ok(runs)
     }
 
-    /// Whether both chains name the same bytes.
-    fn has_same_source(&self, piece: &CandidateRun) -> bool {
-        match (piece.old, piece.new) {
+    /// Whether both chains take the range from the same bytes of the same file, or from none.
+    fn has_same_source(&self, run: &CandidateRun) -> bool {
+        match (run.old, run.new) {
             (Source::Zero, Source::Zero) => true,
             (Source::File { slot: a, offset: old }, Source::File { slot: b, offset: new }) => {
                 old == new && self.old_files[usize::from(a.0)] == self.new_files[usize::from(b.0)]
@@ -131,8 +136,9 @@ impl CopyUp<'_> {
         }
     }
 
-    fn copy(&mut self, writer: &mut ImageWriter<'_>, piece: CandidateRun) -> Result<()> {
-        let mut rest = piece;
+    /// Copies one range, in chunks.
+    fn copy(&mut self, writer: &mut ImageWriter<'_>, run: CandidateRun) -> Result<()> {
+        let mut rest = run;
         while !rest.range.is_empty() {
             let range = rest.range.first(CHUNK_SECTORS - rest.range.start() % CHUNK_SECTORS);
             let len = usize::try_from(range.bytes()).expect("at most a chunk");
@@ -154,13 +160,13 @@ impl CopyUp<'_> {
         Ok(())
     }
 
-    /// Writes the pages of a range in which the two differ, neighbours together.
+    /// Writes the pages of a range in which `old_data` and `new_data` differ. Adjacent pages are written together.
     fn write_differing_pages(&mut self, writer: &mut ImageWriter<'_>, range: SectorRange) -> Result<()> {
         let into_page = usize::try_from(range.start() * SECTOR % PAGE_BYTES as u64).expect("in a page");
-        let (old, below) = (&self.old_data, &self.new_data);
+        let (old, new) = (&self.old_data, &self.new_data);
         let len = usize::try_from(range.bytes()).expect("at most a chunk");
         let need = |from: usize, to: usize| match &old[from..to] {
-            old if old == &below[from..to] => None,
+            old if old == &new[from..to] => None,
             old => Some(is_zero(old)),
         };
         let mut at = 0;
@@ -183,7 +189,7 @@ impl CopyUp<'_> {
     }
 }
 
-/// The bytes of a run from one source; false where they are known to be zeros without being read.
+/// Reads a range from its source. Returns false if the range lies in no file or in a hole, so that it is zero.
 fn read_source(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
     if let Source::File { slot, offset } = source {
         let file = version.file(slot);

@@ -1,90 +1,85 @@
-//! `create`: a new root, or a child of an image.
+//! `create`: makes a root, or a child of an image.
 
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, ImageChange, OpenMode, Policy, record_child, refuse_change, relative_path};
+pub use super::parent_link::Locators;
+use super::parent_link::parent_link;
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, record_child, refuse_change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Defect;
-use crate::image::{self, Image, ImageKind, ImageSpec, ParentLink, folder_of};
+use crate::image::{self, ImageKind, ImageSpec, folder_of};
 use crate::storage::Env;
 use crate::units::BlockSize;
 
-/// A root to be made.
+/// Parameters of a new root.
 #[derive(Clone, Copy, Debug)]
 pub struct RootSpec {
-    /// All sectors in place, or blocks on demand.
+    /// Whether the image is fixed. Otherwise it is dynamic.
     pub fixed: bool,
     /// Virtual size in bytes.
     pub size: u64,
-    /// Size of its blocks; of no meaning for a fixed image.
+    /// Block size. Ignored for a fixed image.
     pub block_size: BlockSize,
-    /// Virtual size in bytes up to which the block table has room to grow.
+    /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
-    /// Whether every block gets its room on the host.
+    /// Whether space for every block is reserved on the host.
     pub preallocate: bool,
 }
 
-/// Which paths to the parent a child records.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Locators {
-    /// From the child's folder: the two may move together.
-    Relative,
-    /// From the root of the file system: the child may move alone.
-    Absolute,
-    /// Both, the relative one first.
-    Both,
-}
-
-/// A child to be made.
+/// Parameters of a new child.
 #[derive(Clone, Debug)]
 pub struct ChildSpec {
     /// Path of the parent.
     pub parent: PathBuf,
-    /// Virtual size in bytes; that of the parent if not given.
+    /// Virtual size in bytes. By default that of the parent.
     pub size: Option<u64>,
-    /// Size of its blocks; that of the parent if not given: other programs read chains of one block size only, or read
-    /// others wrongly (vhd-format 6). A child of a fixed image has the size that all expect.
+    /// Block size. By default that of the parent, because other programs read chains with mixed block sizes wrongly or
+    /// not at all (vhd-format 6). For a child of a fixed image [`BlockSize::DEFAULT`].
     pub block_size: Option<BlockSize>,
-    /// Virtual size in bytes up to which the block table has room to grow.
+    /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
-    /// What it records of where the parent is.
+    /// Which paths to the parent are recorded.
     pub locators: Locators,
-    /// Whether every block gets its room on the host.
+    /// Whether space for every block is reserved on the host.
     pub preallocate: bool,
 }
 
-/// A child that was made.
+/// Properties of a new child.
 #[derive(Clone, Debug)]
 pub struct CreatedChild {
-    /// Its identity.
+    /// Its UUID.
     pub uuid: Uuid,
     /// Its virtual size in bytes.
     pub size: u64,
     /// Its parent's absolute path.
     pub parent: PathBuf,
-    /// Folders of its parents that lie neither below its own nor below an allowed one: it cannot be opened before they are
-    /// allowed.
+    /// Folders of its parents that lie neither below its own folder nor below an allowed one. The child can be opened
+    /// only if they are allowed.
     pub folders_not_allowed: Vec<PathBuf>,
 }
 
-/// Makes a root at `path`, which must not exist.
+/// Makes a root at `path`.
 ///
 /// # Errors
-/// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+/// - `Refused` if `path` exists
+/// - `Invalid` if the format does not allow the size
+/// - `Io`, `NoSpace`
 pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     let kind = if root.fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
     let spec = ImageSpec { kind, size: root.size, block_size: root.block_size, reserve: root.reserve };
     create_function(root.preallocate)(env, path, &spec)
 }
 
-/// Makes a child at `path`, which must not exist. The parent's whole chain is opened first, by `policy`, and stays
-/// locked against writing until the child is there.
+/// Makes a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers until
+/// the child exists.
 ///
 /// # Errors
-/// As for [`root`]; whatever is wrong with the parent's chain; `Refused` where the chain would be too deep or the child
-/// smaller than its parent; `Busy` where somebody writes to the parent.
+/// - `Refused` if `path` exists, the chain would be too deep, or the child would be smaller than its parent
+/// - `Busy` if another process has an image of the parent's chain open for writing
+/// - `Invalid` if the format does not allow the size
+/// - `Invalid`, `NotFound`, `Io`, `NoSpace` for a file of the chain
 pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> Result<CreatedChild> {
     let chain = Chain::open(env, &child.parent, policy, OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {
@@ -94,7 +89,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> 
     refuse_change(env, parent, ImageChange::Child, &policy.allowed, None)?;
     let size = child.size.unwrap_or(parent.size());
     if size < parent.size() {
-        let what = format!("{size} bytes are less than the {} bytes of its parent", parent.size());
+        let what = format!("a child cannot be smaller ({size} bytes) than its parent ({} bytes)", parent.size());
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);
@@ -102,10 +97,10 @@ pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> 
     let absolute = env.canonical(&child.parent)?;
     let outside = folders_not_allowed(env, folder_of(path), policy, &chain)?;
     let spec = ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: child.reserve };
-    // Before the child is there: a mark that leads to no child is dropped when it is looked at.
+    // The parent is marked before the child exists: a mark that names no child is ignored.
     record_child(env, parent, path);
     let made = create_function(child.preallocate)(env, path, &spec);
-    drop(chain); // and with it the locks on the parents
+    drop(chain); // releases the locks on the parents
     made.map(|uuid| CreatedChild { uuid, size, parent: absolute, folders_not_allowed: outside })
 }
 
@@ -113,7 +108,7 @@ fn create_function(preallocate: bool) -> fn(&dyn Env, &Path, &ImageSpec) -> Resu
     if preallocate { image::create_preallocated } else { image::create }
 }
 
-/// The folders of a chain that lie neither below `folder` nor below an allowed one, each once.
+/// Returns the folders of a chain that lie neither below `folder` nor below an allowed one, each once.
 fn folders_not_allowed(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
     let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
     let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;
@@ -126,35 +121,4 @@ fn folders_not_allowed(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Ch
         }
     }
     Ok(outside)
-}
-
-/// What a child in `folder` records of its parent, by these locators.
-///
-/// # Errors
-/// `Io`: the parent or the folder is not where it was opened.
-pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
-    let absolute = env.canonical(parent.file().path())?;
-    let name = relative_path(&env.canonical(folder)?, &absolute);
-    Ok(ParentLink {
-        uuid: parent.uuid(),
-        modified: parent.file().stat()?.modified,
-        relative: (locators != Locators::Absolute).then(|| name.clone()),
-        absolute: (locators != Locators::Relative).then_some(absolute),
-        name,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn relative_paths_between_folders() {
-        let way = |folder, file| relative_path(Path::new(folder), Path::new(file)).display().to_string();
-        assert_eq!(way("/a/b", "/a/b/p.vhd"), "p.vhd");
-        assert_eq!(way("/a/b", "/a/c/p.vhd"), "../c/p.vhd");
-        assert_eq!(way("/a/b", "/p.vhd"), "../../p.vhd");
-        assert_eq!(way("/", "/a/b"), "a/b");
-        assert_eq!(way("/a/bc", "/a/b/p"), "../b/p");
-    }
 }

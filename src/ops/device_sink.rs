@@ -1,8 +1,8 @@
-//! A block device that receives a raw disk.
+//! Block device that `convert` overwrites with a raw disk.
 //!
-//! A device has old contents everywhere, so the zeros of the disk are zeroed on it, too: a large range by one call, which
-//! lets the device discard it if it then reads as zeros, a small one by a write. What lies behind the disk on a larger
-//! device stays as it is.
+//! A device has old contents everywhere, so ranges of zeros are zeroed on the device as well: a large range by a call
+//! that lets the device discard it (if it then reads as zeros), a small range by a write. If the device is larger than
+//! the disk, its rest keeps its contents.
 
 use std::path::Path;
 
@@ -11,30 +11,32 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Bytes at whose multiples ranges are zeroed by a call: a multiple of every device's logical block.
+/// Alignment of ranges that are zeroed by a call. It is a multiple of the logical block of every device.
 const ZERO_ALIGN_BYTES: u64 = CHUNK_BYTES as u64;
-/// Bytes that are zeroed by one call, so that the user can interrupt the work between two.
+/// Longest range that one call zeroes. The user can interrupt the work between two calls.
 const ZERO_MAX_BYTES: u64 = 256 << 20;
 
-/// An open device that is being overwritten from its start.
+/// An open device that is overwritten from its start.
 pub(super) struct DeviceSink {
     file: File,
-    /// Bytes of the disk, whole sectors.
+    /// Size of the disk in bytes, rounded up to whole sectors.
     len: u64,
-    /// Everything before this byte is written.
+    /// Offset before which everything is written.
     done: u64,
     zeros: Buffer,
 }
 
 impl DeviceSink {
-    /// Opens the device at `path` for a disk of `len` bytes. Nothing is written yet.
+    /// Opens the device at `path` for a disk of `len` bytes, without writing to it.
     ///
     /// # Errors
-    /// `Busy` if the device is in use; `Refused` if it is too small; `Io`.
+    /// - `Busy` if the device is in use
+    /// - `Refused` if it is too small, or no block device
+    /// - `Io`
     pub(super) fn open(env: &dyn Env, path: &Path, len: u64) -> Result<DeviceSink> {
         let file = env.open_disk(path, Access::Write)?;
         if !file.is_block_device() {
-            return Err(Error::new(ErrorKind::Refused, "it is no block device any more").at_path(path));
+            return Err(Error::new(ErrorKind::Refused, "it is no longer a block device").at_path(path));
         }
         file.lock(Lock::Exclusive)?;
         let (room, len) = (file.stat()?.len, len.next_multiple_of(SECTOR));
@@ -43,12 +45,12 @@ impl DeviceSink {
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
         if len < room {
-            log::info!("{}: the last {} bytes of the device stay as they are", path.display(), room - len);
+            log::info!("{}: the last {} bytes of the device keep their contents", path.display(), room - len);
         }
         Ok(DeviceSink { file, len, done: 0, zeros: Buffer::zeroed(CHUNK_BYTES) })
     }
 
-    /// Writes a run of whole sectors behind all runs before it, and zeros up to it.
+    /// Writes a range of whole sectors, and zeros between the previous range and this one. Ranges must ascend.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8], progress: &mut Progress<'_>) -> Result<()> {
         self.zero_until(range.start() * SECTOR, progress)?;
         self.file.write_at(bytes, self.done)?;
@@ -56,7 +58,7 @@ impl DeviceSink {
         Ok(())
     }
 
-    /// Writes zeros to the end of the disk, and makes all of it durable.
+    /// Writes zeros up to the end of the disk and makes the device durable.
     pub(super) fn finish(mut self, progress: &mut Progress<'_>) -> Result<()> {
         self.zero_until(self.len, progress)?;
         self.file.sync()

@@ -1,4 +1,4 @@
-//! `diff`: what has changed since an ancestor; the input of an incremental backup.
+//! `diff`: lists the ranges of a disk that were written since an ancestor, for an incremental backup.
 
 use std::path::Path;
 
@@ -7,21 +7,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Env};
 use crate::units::SECTOR;
 
-/// A run of a disk that was written since.
+/// A range of a disk that was written since the ancestor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct ChangedRun {
     /// First byte of the disk.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
-/// Tells `found` the runs of the disk at `path` that were written since its ancestor at `since`, or else its parent, became
-/// one: ascending, neighbours joined, sector by sector. Only bitmaps are read.
+/// Calls `found` for each range of the disk at `path` that was written since its ancestor at `since` (by default its
+/// parent) got a child: ascending, in sectors, adjacent ranges joined. Only bitmaps are read.
 ///
 /// # Errors
-/// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; `Refused` where there is no such
-/// ancestor; what `found` fails with.
+/// - `Refused` if there is no such ancestor
+/// - `Busy` if another process has a file open for writing
+/// - `Invalid`, `NotFound`, `Io` for a file of the chain
+/// - errors of `found`
 pub fn diff(
     env: &dyn Env,
     path: &Path,
@@ -32,13 +34,13 @@ pub fn diff(
     let chain = Chain::open(env, path, policy, OpenMode::Read)?;
     let ancestor = match since {
         None if chain.images().len() > 1 => 1,
-        None => return Err(Error::new(ErrorKind::Refused, "it has no parent to differ from").at_path(path)),
+        None => return Err(Error::new(ErrorKind::Refused, "the image has no parent to compare with").at_path(path)),
         Some(since) => depth_of(env, &chain, since)?,
     };
     chain.changed_ranges(ancestor, |range| found(ChangedRun { start: range.start() * SECTOR, length: range.bytes() }))
 }
 
-/// The place in the chain of the file at `since`.
+/// Returns the position in the chain of the file at `since`.
 fn depth_of(env: &dyn Env, chain: &Chain, since: &Path) -> Result<usize> {
     let id = env.open(since, Access::Read)?.stat()?.id;
     for (place, image) in chain.images().iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Where a copied disk goes: a file that gets its name when it is whole and durable.
+//! Output file of `convert`. It gets its name when it is complete and durable.
 
 use std::path::Path;
 
@@ -12,11 +12,11 @@ use crate::image::{AtomicFile, Durability, Image, ImageSpec, file_name, folder_o
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// A new file that is being filled. Dropped before [`FileSink::finish`] it vanishes.
+/// A new file that is being filled. If it is dropped before [`FileSink::finish`], no file is left.
 pub(super) struct FileSink<'a> {
     draft: AtomicFile,
     replace: bool,
-    /// What is to be replaced, with its lock.
+    /// The file to be replaced, with its lock.
     _replaced: Option<File>,
     output: SinkOutput<'a>,
 }
@@ -26,31 +26,32 @@ enum SinkOutput<'a> {
     Image(Box<ImageWriter<'a>>),
 }
 
-/// What to make.
+/// Kind of the new file.
 pub(super) enum NewFile<'a> {
-    /// A raw file of so many bytes.
+    /// A raw file, and its length in bytes.
     Raw(u64),
-    /// An image without parent, with this identity.
+    /// An image without parent, and its UUID.
     Image(&'a ImageSpec, Uuid),
 }
 
 impl<'a> FileSink<'a> {
-    /// Begins a file that will be called `path`; with `replace` instead of a file of that name.
+    /// Begins a file that gets the name `path` in the end. With `replace` it replaces a file of that name.
     ///
     /// # Errors
-    /// `Refused` where the name exists (or, with `replace`, is no regular file); `Busy` where the file to be replaced is
-    /// in use; else as `image::create`.
+    /// - `Refused` if the name exists, or with `replace` is no regular file
+    /// - `Busy` if the file to be replaced is in use
+    /// - otherwise as `image::create`
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &NewFile<'_>, replace: bool) -> Result<FileSink<'a>> {
         let (folder, name, old) = match env.canonical(path) {
             Ok(found) if replace => {
-                // Locked until it is replaced: a daemon that opened it meanwhile would go on with a file without a name.
-                // The file that a link leads to is replaced, not the link.
+                // The old file stays locked until it is replaced: a daemon that opened it meanwhile would serve a file
+                // without a name. If `path` is a symbolic link, its target is replaced.
                 let file = env.open(&found, Access::Write)?;
                 file.lock(Lock::Exclusive)?;
                 (file.folder(), file.name().to_os_string(), Some(file))
             }
             Ok(_) => {
-                let what = "it exists already; give --force to replace it";
+                let what = "the file exists already; give --force to replace it";
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
             Err(_) => (env.folder(folder_of(path))?, file_name(path)?.to_os_string(), None),
@@ -66,7 +67,7 @@ impl<'a> FileSink<'a> {
         Ok(FileSink { draft, replace, _replaced: old, output: form })
     }
 
-    /// Writes a run. Ranges ascend or not, as the caller likes.
+    /// Writes a range, in any order of ranges.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
         self.write(range, bytes).map_err(|e| self.draft.with_requested_path(e))
     }
@@ -84,7 +85,7 @@ impl<'a> FileSink<'a> {
         }
     }
 
-    /// Makes all of it durable, and gives it its name.
+    /// Makes the file durable and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
         self.complete().map_err(|e| self.draft.with_requested_path(e))
     }
@@ -101,7 +102,7 @@ impl<'a> FileSink<'a> {
     }
 }
 
-/// Writes a new image into an empty file, and opens it to be filled.
+/// Writes a new image into an empty file and opens it for writing.
 fn create_image<'a>(env: &'a dyn Env, file: &File, spec: &ImageSpec, uuid: Uuid) -> Result<ImageWriter<'a>> {
     write_new(file, env, uuid, spec)?;
     file.lock(Lock::Exclusive)?;

@@ -1,11 +1,11 @@
-//! `flatten`: a child takes in what its parents show, and stands alone, or on one of its ancestors.
+//! `flatten`: copies data of the parents into a child, which then has no parent, or one of its ancestors.
 
 use std::path::Path;
 
 use super::copy_up::{CopyUpStage, copy_up};
 use super::image_writer::ImageWriter;
 use super::open_exclusive;
-use super::rebase::{file_ids, open_new_parent, replacement_link};
+use super::parent_link::{Locators, file_ids, open_new_parent, replacement_link};
 use super::source::Progress;
 use crate::chain::{Chain, ImageChange, Policy, record_child};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,14 +17,17 @@ use crate::image::{
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 
-/// Copies up what the image at `path` shows of its parents, all of them or those above `keep`, and lets go of them. The
-/// disk stays as it is, at every moment. The bytes that were copied.
+/// Copies into the image at `path` the data of its parents, or of its parents younger than `keep`, and then removes the
+/// link to its parent, or sets it to `keep`. The contents of the disk never change. Returns the number of bytes that
+/// were copied.
 ///
-/// A call that was interrupted is completed by the same call; an image that stands alone already is left as it is.
+/// An interrupted call is completed by the same call. An image without parent is not changed.
 ///
 /// # Errors
-/// `Refused` where `keep` is not among the parents; `NoSpace`, `Io`; what `progress` fails with. In all cases the image
-/// has its old parent or what was asked for.
+/// The image has its old or its new parent in all cases.
+/// - `Refused` if `keep` is not among the parents
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn flatten(
     env: &dyn Env,
     path: &Path,
@@ -56,7 +59,10 @@ fn copy_and_link(
         }
     };
     let kept = keep.map(|ancestor| open_new_parent(env, path, ancestor, policy)).transpose()?;
-    let link = kept.as_ref().map(|kept| replacement_link(env, chain.youngest(), kept.youngest())).transpose()?;
+    let link = kept
+        .as_ref()
+        .map(|kept| replacement_link(env, chain.youngest(), kept.youngest(), Locators::Both))
+        .transpose()?;
     if let Some(kept) = &kept {
         record_child(env, kept.youngest(), &env.canonical(path)?);
     }
@@ -87,7 +93,7 @@ fn copy_and_link(
     Ok(copied)
 }
 
-/// Brings to its end what an interrupted call has left when the link was made.
+/// Completes an interrupted call that had set the link.
 fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let image = Image::open(file.clone())?;
     match is_reparent_finished(&image) {
@@ -96,7 +102,8 @@ fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -
     }
 }
 
-/// Makes zero what lies under clear bits: in a root it reads as zeros, but not by programs that look at no bitmaps.
+/// Zeroes the sectors under clear bits. In a root they read as zeros, but programs that ignore bitmaps would read old
+/// data.
 fn zero_absent_sectors(file: &File) -> Result<()> {
     let offline = Offline::new(&Image::open(file.clone())?)?;
     let block_size = offline.block_size().expect("it is a child");

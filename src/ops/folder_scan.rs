@@ -1,4 +1,4 @@
-//! Whose child is what: the images in some folders, by their footers and headers alone.
+//! Search of folders for images, with the identity of each and of its parent. Only footers and headers are read.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -8,43 +8,46 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ImageIdentity, file_name, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId, Folder};
 
-/// An image that was found.
+/// An image found by a scan.
 #[derive(Debug)]
 pub(super) struct ScannedImage {
-    /// Its absolute path, without symbolic links.
+    /// Absolute path without symbolic links.
     pub(super) path: PathBuf,
-    /// The folder in which it was found.
+    /// The folder that contains it.
     folder: Folder,
-    /// Which file it is.
+    /// Device and inode.
     pub(super) id: FileId,
-    /// Who it is.
+    /// UUIDs of the image and of its parent.
     pub(super) identity: ImageIdentity,
 }
 
 impl ScannedImage {
-    /// Opens it again in the folder in which it was found.
+    /// Opens the image in the folder in which the scan found it.
     ///
     /// # Errors
-    /// `Busy` if another file has the name now; `NotFound`, `Io`.
+    /// - `Busy` if another file has the name now
+    /// - `NotFound`, `Io`
     pub(super) fn open(&self, access: Access) -> Result<File> {
         let file = self.folder.open(file_name(&self.path)?, access)?;
         if file.stat()?.id != self.id {
-            return Err(Error::new(ErrorKind::Busy, "it was replaced while it was looked at").at_path(&self.path));
+            return Err(
+                Error::new(ErrorKind::Busy, "the file was replaced while it was being opened").at_path(&self.path)
+            );
         }
         Ok(file)
     }
 }
 
-/// The images that lie in these folders, each once. What is no image is passed over, and what nobody but its maker knows
-/// yet.
+/// Returns the images in these folders, each once. Skips other files, temporary files, and files that this user may not
+/// read.
 ///
 /// # Errors
-/// `Io`: an image that cannot be read might be the one that is looked for. What we may not read at all we cannot know.
+/// `Io` if reading a file or folder fails: the file might be the image that the caller looks for.
 pub(super) fn scan(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
     scan_with(env, folders, &mut Err)
 }
 
-/// As [`in_folders`], without the images that cannot be read: the log names them.
+/// Returns the images in these folders as [`scan`] does, but logs a warning for each file that cannot be read.
 ///
 /// # Errors
 /// `Io`, `NotFound`: a folder cannot be listed.
@@ -55,7 +58,7 @@ pub(super) fn scan_readable(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Sca
     })
 }
 
-/// The images in these folders; `unreadable` decides whether one that cannot be read ends the search.
+/// Scans the folders. `unreadable` decides whether a file that cannot be read ends the scan.
 fn scan_with(
     env: &dyn Env,
     folders: &[Folder],
@@ -70,7 +73,7 @@ fn scan_with(
                 continue;
             }
             match scan_entry(env, folder, &name, &mut seen) {
-                Ok(kin) => found.extend(kin),
+                Ok(image) => found.extend(image),
                 Err(e) if may_be_skipped(&e) => {}
                 Err(e) => unreadable(e)?,
             }
@@ -79,10 +82,11 @@ fn scan_with(
     Ok(found)
 }
 
-/// The folders in `own`, and those at the paths of `more` under their absolute paths; each once.
+/// Returns the folders of `own` and those at the paths of `more`, each once.
 ///
 /// # Errors
-/// Those in `own`; `NotFound`, `Io`: of a path.
+/// - the first error in `own`
+/// - `NotFound`, `Io` for a path of `more`
 pub(super) fn folders_to_scan(
     env: &dyn Env,
     own: impl Iterator<Item = Result<Folder>>,
@@ -95,7 +99,7 @@ pub(super) fn folders_to_scan(
     Ok(all)
 }
 
-/// The image of a name in a folder; `None` if it is no image, or was seen before.
+/// Reads the identity of one file. Returns `None` if the file is no image or is in `seen`.
 fn scan_entry(
     env: &dyn Env,
     folder: &Folder,
@@ -107,11 +111,11 @@ fn scan_entry(
     if !seen.insert(id) {
         return Ok(None);
     }
-    let Some(glance) = ImageIdentity::peek(&file)? else { return Ok(None) };
-    Ok(Some(ScannedImage { path: file.path().to_path_buf(), folder: file.folder(), id, identity: glance }))
+    let Some(identity) = ImageIdentity::peek(&file)? else { return Ok(None) };
+    Ok(Some(ScannedImage { path: file.path().to_path_buf(), folder: file.folder(), id, identity }))
 }
 
-/// Opens a name of a folder; a symbolic link that an operator has put there leads to a file of another folder.
+/// Opens a file of a folder. A symbolic link in the folder is followed: an operator placed it there.
 fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     match folder.open(name, Access::Read) {
         Err(e) if e.raw_os_error() == Some(libc::ELOOP) => {
@@ -121,7 +125,8 @@ fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     }
 }
 
-/// Folders, devices and sockets; names that lead nowhere (any more); what is closed to us.
+/// Whether an error shows that a name is no readable image: a folder, device or socket, a dangling or removed name, or
+/// a file that this user may not read.
 fn may_be_skipped(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound)
         || matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM))

@@ -1,4 +1,4 @@
-//! Writes to an image that no guest has: into its blocks, new ones where it has none, by its own order of commits.
+//! Writing to an image that no daemon serves: into its blocks, new ones if necessary, with the commits of `image`.
 
 use std::sync::Arc;
 
@@ -9,42 +9,43 @@ use crate::image::{Commit, Durability, Growth, NeedsGrowth, Pins, punch_unwritte
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
-/// Bytes written between commits: bounds what a commit must carry.
+/// Bytes written between two commits. Bounds the size of a commit.
 const COMMIT_BYTES: u64 = 1 << 30;
 
-/// What a change of a range takes: [`Version::plan_write`] or [`Version::plan_zero`].
+/// Planner of a change: [`Version::plan_write`] or [`Version::plan_zero`].
 type PlanChange = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NeedsGrowth>;
 
-/// An image that is being written to, and the chain beneath it.
+/// An image that is being written to, and its parents.
 pub(super) struct ImageWriter<'a> {
     env: &'a dyn Env,
     version: Version,
     plan: PlanBuffer,
+    /// Bytes of the disk written since the last commit.
     uncommitted: u64,
     write_behind: WriteBehind,
-    /// Byte behind which the file had nothing when it was opened.
+    /// End of the last block when the file was opened.
     initial_end: u64,
 }
 
 impl<'a> ImageWriter<'a> {
-    /// Makes the youngest image of a chain writable that was opened to be written.
+    /// Makes the youngest image of a chain writable. The chain must have been opened for writing.
     ///
     /// # Errors
     /// As `Writable::new`.
     pub(super) fn open(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<ImageWriter<'a>> {
         let version = chain.into_writable(env, keep)?;
-        let was_used = version.top().expect("opened for writing").image.image().used_end();
+        let initial_end = version.top().expect("opened for writing").image.image().used_end();
         Ok(ImageWriter {
             env,
             version,
             plan: PlanBuffer::default(),
             uncommitted: 0,
             write_behind: WriteBehind::default(),
-            initial_end: was_used,
+            initial_end,
         })
     }
 
-    /// Makes room for so many more blocks now, all of them or none.
+    /// Makes room in the file for `blocks` more blocks, for all of them or for none.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -54,17 +55,17 @@ impl<'a> ImageWriter<'a> {
         run_to_completion(self.env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))
     }
 
-    /// The disk as it is now.
+    /// Returns the current state of the disk.
     pub(super) fn version(&self) -> &Version {
         &self.version
     }
 
-    /// The image that is written to.
+    /// Returns the image that is written to.
     pub(super) fn top(&self) -> &Top {
         self.version.top().expect("opened for writing")
     }
 
-    /// Writes a run. Ranges ascend or not, as the caller likes. Durable after the next [`Writer::commit`].
+    /// Writes a range, in any order of ranges. It is durable after the next [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -77,21 +78,21 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Makes a run present and zero, whatever lies beneath it. Takes room for bitmaps, none for the zeros.
+    /// Sets the bits of a range and makes its sectors zero, so that it hides the parents. The zeros take no space.
     ///
     /// # Errors
-    /// As [`Writer::put`].
+    /// As [`ImageWriter::put`].
     pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
         self.write_with(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
     }
 
-    /// Asks `planner` until it has all that it needs: bitmaps are read, and room is made.
+    /// Repeats `planner` until it succeeds. In between missing bitmaps are read, and the file grows.
     fn plan_with(&mut self, planner: PlanChange, range: SectorRange) -> Result<()> {
-        let mut held = Pins::default();
+        let mut pins = Pins::default();
         loop {
             match planner(&self.version, range, &mut self.plan) {
                 Ok(()) if self.plan.missing.is_empty() => return Ok(()),
-                Ok(()) => self.version.load_now(&self.plan.missing, &mut held)?,
+                Ok(()) => self.version.load_now(&self.plan.missing, &mut pins)?,
                 Err(_) => grow(self.env, self.top())?,
             }
         }
@@ -109,7 +110,7 @@ impl<'a> ImageWriter<'a> {
             write(top.image.file(), extent.range, offset)?;
             self.write_behind.add(top.image.file(), offset, extent.range.bytes());
         }
-        // Killed, this tool begins anew: nothing has to outlive it.
+        // Marks need not survive a kill: an interrupted verb starts again.
         let _ = self.version.mark_now(range)?;
         self.uncommitted += range.bytes();
         if self.uncommitted >= COMMIT_BYTES || top.image.take_commit_due() {
@@ -118,8 +119,8 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Makes a run read as zeros, with as little room as that takes: none where nothing beneath has data. Durable after
-    /// the next [`Writer::commit`].
+    /// Makes a range read as zeros. Takes blocks only for parts in which a parent has data. It is durable after the next
+    /// [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -128,7 +129,7 @@ impl<'a> ImageWriter<'a> {
         let top = self.version.top().expect("opened for writing");
         for extent in &self.plan.extents {
             let Source::File { offset, .. } = extent.source else {
-                unreachable!("what is zeroed lies in the top's file")
+                unreachable!("zeroed ranges lie in the top's file")
             };
             top.image.file().punch_hole(offset, extent.range.bytes())?;
             top.image.note_unsynced();
@@ -140,12 +141,12 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Bytes of the disk that were written since the last commit.
+    /// Returns the bytes of the disk that were written since the last commit.
     pub(super) fn uncommitted(&self) -> u64 {
         self.uncommitted
     }
 
-    /// Gives back the room that was made and not used: the file ends behind its last block. After a commit.
+    /// Gives back unused space, so that the file ends after its last block. Requires a commit before.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
@@ -157,10 +158,11 @@ impl<'a> ImageWriter<'a> {
         image.trim()
     }
 
-    /// Ends the work, also where it failed: what was done is durable, and what was reserved and not used is given back.
+    /// Commits, closes, and returns `outcome`, also if the work failed. If it failed, errors of commit and close are
+    /// only logged.
     ///
     /// # Errors
-    /// What the work failed with; as [`Writer::close`].
+    /// The error in `outcome`; otherwise as [`ImageWriter::close`].
     pub(super) fn finish<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
         match outcome {
@@ -172,7 +174,7 @@ impl<'a> ImageWriter<'a> {
         }
     }
 
-    /// Makes all of it durable.
+    /// Makes all writes durable and visible in the file.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
@@ -184,7 +186,7 @@ impl<'a> ImageWriter<'a> {
     }
 }
 
-/// What fails while a failure is dealt with is not what the work failed with.
+/// Logs an error of the cleanup after another error.
 pub(super) fn log_secondary_error(outcome: Result<()>) {
     if let Err(e) = outcome {
         log::warn!("{}", e.line());
@@ -193,7 +195,7 @@ pub(super) fn log_secondary_error(outcome: Result<()>) {
 
 fn grow(env: &dyn Env, top: &Top) -> Result<()> {
     let Some(mut growth) = Growth::begin(&top.image, top.slot) else {
-        let what = "there is no room for another block, and none can be made";
+        let what = "no space for another block, and the file cannot grow";
         return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
     };
     run_to_completion(env, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))

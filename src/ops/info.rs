@@ -1,4 +1,4 @@
-//! `info`: what an image says of itself.
+//! `info`: describes an image and its chain.
 
 use std::path::Path;
 
@@ -13,72 +13,72 @@ use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::{Image, SessionState, next_data};
 use crate::storage::{Access, Env, File, FileSystemSpace, LockHolder, Stat};
 
-/// An image that changes while it is read is read again, so often at most.
+/// Most attempts to read an image that changes while it is read.
 const MAX_ATTEMPTS: usize = 4;
-/// Bytes left on a file system that are enough, whatever part of it they are.
+/// Free space of a file system that is enough, even if it is a small part of the file system.
 const AMPLE_BYTES: u64 = 10 << 30;
 
-/// One image. Texts that are not UTF-8 have replacement characters.
+/// Description of one image. In texts, bytes that are not UTF-8 become replacement characters.
 #[derive(Clone, Debug, Serialize)]
 pub struct ImageInfo {
-    /// The path it was opened by.
+    /// Path by which it was opened.
     pub path: String,
     /// Always `vhd`.
     pub format: &'static str,
     /// `fixed`, `dynamic` or `differencing`.
     #[serde(rename = "type")]
     pub disk_type: &'static str,
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub virtual_size: u64,
     /// Length of the file in bytes.
     pub file_size: u64,
-    /// Bytes of room that the file takes on the host: what was written, and what is reserved.
+    /// Bytes that the file takes on the host, written or reserved.
     pub allocated_bytes: u64,
-    /// Bytes of the file that were written, data and metadata: neither holes nor room that is only reserved.
+    /// Bytes of the file that were written, data and metadata, without holes and reserved space.
     pub written_bytes: u64,
-    /// Bytes of a block; `None` for a fixed image, as for the next two.
+    /// Block size in bytes. `None` for a fixed image.
     pub block_size: Option<u32>,
-    /// Entries of the block table.
+    /// Entries of the block allocation table. `None` for a fixed image.
     pub blocks: Option<u32>,
-    /// Blocks that have a place in the file.
+    /// Blocks that the file contains. `None` for a fixed image.
     pub blocks_allocated: Option<u64>,
-    /// Whose live journal belongs to it; `None` if it was closed.
+    /// The session of the daemon that has or had it open. `None` if it was closed.
     pub session: Option<SessionInfo>,
-    /// A process that has it in use; `None` if no process holds a lock on it.
+    /// A process that holds a lock on it. `None` if there is none.
     pub in_use: Option<InUse>,
-    /// Identity.
+    /// UUID.
     pub uuid: String,
     /// Time of creation, RFC 3339 in UTC.
     pub created: String,
-    /// Tag of the program that made it.
+    /// Tag of the program that created it.
     pub creator_app: String,
-    /// Tag of the host that program ran on.
+    /// Tag of the host on which that program ran.
     pub creator_host: String,
-    /// What a child records of its parent.
+    /// The parent that a child records.
     pub parent: Option<ParentInfo>,
-    /// Defects that were seen, in words; `check` looks for more.
+    /// Defects that were found, as sentences. `check` looks for more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damage: Vec<String>,
-    /// This image and all its parents, when they were asked for.
+    /// This image and its parents, if the chain was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<ImageInfo>>,
-    /// The room that the file system of the file has.
+    /// Free and total space of the file's file system.
     #[serde(skip)]
     host_space: Option<FileSystemSpace>,
 }
 
-/// Too little room on the host for a disk.
+/// Shortage of space on the host of a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SpaceShortage {
-    /// Bytes that the file system has left.
+    /// Free bytes of the file system.
     pub available: u64,
-    /// Bytes that the disk may still take.
+    /// Bytes by which the image may still grow.
     pub needed: u64,
 }
 
 impl ImageInfo {
-    /// Whether the file system is nearly full: it has less than 5 % and less than 10 GiB left, and less than the disk may
-    /// still take.
+    /// Returns the shortage if the file system is nearly full: it has less than 5 % and less than 10 GiB free, and less
+    /// than the image may still grow.
     pub fn space_shortage(&self) -> Option<SpaceShortage> {
         let room = self.host_space?;
         let wanted = self.virtual_size.saturating_sub(self.allocated_bytes);
@@ -87,7 +87,7 @@ impl ImageInfo {
     }
 }
 
-/// Bytes of a file without its holes.
+/// Returns the bytes of a file without its holes.
 fn bytes_without_holes(file: &File) -> Result<u64> {
     let (mut at, mut bytes) = (0, 0);
     while let Some(run) = next_data(file, at..u64::MAX)? {
@@ -97,27 +97,27 @@ fn bytes_without_holes(file: &File) -> Result<u64> {
     Ok(bytes)
 }
 
-/// A daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
+/// The daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
 #[derive(Clone, Debug, Serialize)]
 pub struct SessionInfo {
-    /// Whether it counts. If not, the host was restarted meanwhile, and what is in the file is all there is.
+    /// Whether the session is valid. If false, the host was restarted since, and the live journal is gone.
     pub open: bool,
-    /// The host on which it runs or ran.
+    /// Host on which the daemon runs or ran.
     pub host: String,
-    /// Its user.
+    /// User of the daemon.
     pub user: String,
-    /// The runtime folder with its live journal.
+    /// Runtime folder with the live journal.
     pub folder: String,
 }
 
-/// A process that has an image in use. What this user is not permitted to see of it is `None`.
+/// A process that holds a lock on an image. Fields that this user may not see are `None`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct InUse {
-    /// Its number.
+    /// Process id.
     pub pid: Option<u32>,
-    /// When it was started, RFC 3339 in UTC.
+    /// Start time, RFC 3339 in UTC.
     pub since: Option<String>,
-    /// Its program's name.
+    /// Name of its program.
     #[serde(skip)]
     pub program: Option<String>,
 }
@@ -134,45 +134,45 @@ impl InUse {
     }
 }
 
-/// What a child records of its parent.
+/// The parent that a child records.
 #[derive(Clone, Debug, Serialize)]
 pub struct ParentInfo {
-    /// Its identity.
+    /// UUID of the parent.
     pub uuid: String,
-    /// Its name in the header.
+    /// Name of the parent in the header.
     pub name: String,
-    /// Paths to it.
+    /// Recorded paths to the parent.
     pub locators: Vec<LocatorInfo>,
-    /// The file that is the parent; `None` unless the chain was asked for.
+    /// File of the parent. `None` unless the chain was requested.
     pub resolved: Option<String>,
 }
 
 /// A recorded path.
 #[derive(Clone, Debug, Serialize)]
 pub struct LocatorInfo {
-    /// How it is written: `W2ru`, `W2ku`, `MacX` ...
+    /// Platform code: `W2ru`, `W2ku`, `MacX`, ...
     pub platform: String,
     /// The path as recorded.
     pub path: String,
 }
 
-/// Looks at the image at `path`, and with a policy at its parents. Takes no lock: the image may be in use.
+/// Describes the image at `path`, and with a policy its parents. Takes no lock, so the image may be in use.
 ///
-/// Without a policy nothing that the image names is opened. With one the chain ends, with a warning, at the first image
-/// whose parent is not found.
+/// Without a policy no file that the image names is opened. With a policy the chain ends, with a warning, at the first
+/// image whose parent is not found.
 ///
 /// # Errors
-/// Whatever is wrong with the image, or (with a policy) with a parent that was found.
+/// `Invalid`, `Refused`, `NotFound`, `Io` for the image, or (with a policy) for a parent that was found.
 pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let mut tries = 1;
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
-            // Somebody is writing: table and length were not read at one moment.
+            // If the file was written meanwhile, table and length may not fit together.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
-            // The same, as damage that is none.
+            // The same, if it shows as damage.
             Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
@@ -187,7 +187,7 @@ fn has_changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn inspect(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
-    // Nothing that such an image contains is sure.
+    // The fields of such an image cannot be trusted.
     if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
         return Err(Error::from(defect.clone()).at_path(path));
     }
@@ -211,7 +211,7 @@ fn inspect(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Image
     Ok(youngest)
 }
 
-/// Fills in who has the images in use, by one look at all of them.
+/// Fills in the processes that use the images, with one search for all of them.
 fn fill_in_holders(env: &dyn Env, images: &[&Image], infos: &mut [ImageInfo]) {
     let files: Vec<_> = images.iter().map(|image| image.file()).collect();
     for (info, holder) in infos.iter_mut().zip(env.lock_holders(&files)) {
@@ -262,11 +262,11 @@ fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     Ok(Some(SessionInfo { open, host, user, folder }))
 }
 
-/// A defect, and what it prevents.
+/// Describes a defect and what it prevents.
 fn describe_defect(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Warning => defect.to_string(),
-        Consequence::NotWritable => format!("only readable: {defect}"),
+        Consequence::NotWritable => format!("read-only: {defect}"),
         Consequence::NotReadable => unreachable!("refused before"),
     }
 }
@@ -279,7 +279,7 @@ fn locator_infos(image: &Image) -> Result<Vec<LocatorInfo>> {
     Ok(recorded.collect())
 }
 
-/// What stands for a text that nobody can read.
+/// Returns a text in place of a path that cannot be decoded.
 fn placeholder_path(platform: Platform) -> String {
     match platform {
         Platform::Mac => "(a Mac alias)".to_owned(),
@@ -295,7 +295,7 @@ fn tag_text(bytes: [u8; 4]) -> String {
     lossy(&bytes).trim_end_matches(['\0', ' ']).to_owned()
 }
 
-/// Seconds of Unix time as `2000-01-01T00:00:00Z`.
+/// Formats Unix time in seconds as `2000-01-01T00:00:00Z`.
 fn rfc3339(unix: u64) -> String {
     let (days, second) = (unix / 86_400, unix % 86_400);
     // Days from civil, backwards (Howard Hinnant): years begin in March, so that a leap day is the last one.

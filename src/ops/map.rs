@@ -1,47 +1,50 @@
-//! `map`: which file answers each range of a disk.
+//! `map`: lists which file of the chain contains each range of a disk.
 
 use std::path::Path;
 
-use super::source::Extents;
+use super::extents::Extents;
 use crate::chain::{Chain, Extent, OpenMode, Policy, Source};
 use crate::error::Result;
 use crate::storage::Env;
 use crate::units::SECTOR;
 
-/// A run of a disk that one place answers.
+/// A range of a disk that lies in one piece in one file, or in none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MapRun<'a> {
     /// First byte of the disk.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Where they are; `None` where no file has them and they read as zeros.
+    /// Its position. `None` if no file contains the range, so that it reads as zeros.
     pub position: Option<FilePosition<'a>>,
 }
 
-/// A place in a file of the chain.
+/// A position in a file of the chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FilePosition<'a> {
-    /// Which file, counted from the youngest, which is 0.
+    /// Number of the file. The youngest is 0.
     pub depth: u16,
     /// Its path.
     pub file: &'a Path,
-    /// Byte offset of the run's first byte in it.
+    /// Offset of the range in the file.
     pub offset: u64,
 }
 
-/// Tells `found` the runs of the disk at `path`, ascending, without gaps, neighbours joined.
+/// Calls `found` for each range of the disk at `path`: ascending, without gaps, adjacent ranges joined if they lie in
+/// one piece.
 ///
 /// # Errors
-/// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one; what `found` fails with.
+/// - `Busy` if another process has a file open for writing
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - errors of `found`
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(MapRun<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, OpenMode::Read)?.into_frozen();
     let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
     version.files().for_each(|(_, file)| file.advise_random_reads());
-    let mut tell = |extent: Extent| {
+    let mut report = |extent: Extent| {
         let place = match extent.source {
             Source::Zero => None,
-            // Slots are numbered as the files are, from the youngest.
+            // In a frozen chain, slots are numbered from the youngest file.
             Source::File { slot, offset } => {
                 Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset })
             }
@@ -55,11 +58,11 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ma
             Some(last) => match last.try_join(next) {
                 Some(both) => Some(both),
                 None => {
-                    tell(last)?;
+                    report(last)?;
                     Some(next)
                 }
             },
         };
     }
-    pending.map_or(Ok(()), tell)
+    pending.map_or(Ok(()), report)
 }

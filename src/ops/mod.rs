@@ -1,45 +1,52 @@
-//! Floor 4: the verbs on images that nobody serves.
+//! Floor 4: the verbs of `diffdisk`, on images that no daemon serves.
 //!
-//! Owns: what the verbs of the tool do, as functions that return values. Leaves to others: words, screens and exit codes
-//! (`cli`), requests of guests (`device`), one image's order of writes (`image`).
+//! Owns: each verb as a function that returns a value. Leaves to others: arguments, printing and exit codes (`cli`),
+//! requests of guests (`device`), the order of writes to one image (`image`).
 //!
 //! ```text
-//!   create info check diff   map  convert  compare     flatten  rebase  merge     resize  compact
-//!   children  |    |    |    |     |        |           |        |      |          |        |
-//!      |     |    |    |      └─ mover: a disk as runs   └─ copy_up      |          |        |
-//!      |     |    |    |         past its holes              └─ writer ──┘          |        |
-//!      v     v    v    v           |                          |                  v        v
-//!    image and chain <─────────────┴──────────────────────────┘             image::Offline
+//!   create  info  check  children  settle  diff  ────────────────────────────────> image, chain
+//!   map  ──────────────────────> extents ────────────────────────────────────────> chain
+//!   compare  salvage  ─────────> source ──> extents, zero_scan
+//!   convert  ──────────────────> source, file_sink ──> image_writer,  device_sink
+//!   flatten  rebase  ──────────> copy_up ──> extents, image_writer
+//!   merge  ────────────────────> merge/copy_down ──> extents, image_writer
+//!   compact  resize  ────────────────────────────────────────────────────────────> image::Offline
 //! ```
 //!
-//! What changes an image takes it for itself, with its parents only to be read, and is valid at every moment: a verb that
-//! was ended is called again and goes on.
+//! A verb that changes an image locks that image exclusively and its parents against writers. The image is valid at
+//! every moment: if the verb is interrupted, the same call continues.
 //!
-//! What reads data takes shared locks, so it is refused while a daemon writes; `info` takes none.
-//! The reports serialise under the names that `--json` promises.
+//! A verb that reads data takes shared locks, so it is refused while a daemon has the image open for writing. `info`
+//! and `children` take no lock. Reports serialize under the key names that `--json` promises.
 
+// The verbs.
 pub mod check;
 pub mod children;
 pub mod compact;
 pub mod compare;
 pub mod convert;
-mod copy_up;
 pub mod create;
-mod device_sink;
 pub mod diff;
-mod file_sink;
 pub mod flatten;
-mod folder_scan;
-mod image_writer;
 pub mod info;
 pub mod map;
 pub mod merge;
-mod open_exclusive;
 pub mod rebase;
 pub mod resize;
 pub mod salvage;
 pub mod settle;
+
+// Parts that verbs share.
+mod copy_up;
+mod device_sink;
+mod extents;
+mod file_sink;
+mod folder_scan;
+mod image_writer;
+mod open_exclusive;
+mod parent_link;
 mod source;
 mod write_behind;
+mod zero_scan;
 
 pub use source::{Progress, SourceDisk, SourceFormat};

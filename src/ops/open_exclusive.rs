@@ -1,4 +1,5 @@
-//! Opening what a verb is going to change: nobody else has it, and no killed daemon has left more than the file says.
+//! Opening an image that a verb changes, under an exclusive lock. Refused if a live journal holds writes that the file
+//! lacks.
 
 use std::path::Path;
 
@@ -10,21 +11,22 @@ use crate::storage::{Access, Env, Lock};
 /// Opens the image at `path` to change it, and its parents to read them.
 ///
 /// # Errors
-/// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where a live journal says more than the image, or if an unfinished merge forbids the change.
+/// - `Busy` if another process holds a conflicting lock on a file of the chain
+/// - `Refused` if a live journal holds writes that the image lacks, or if an unfinished merge forbids the change
+/// - `Invalid`, `NotFound`, `Io` for a file of the chain
 pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
     Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
 }
 
-/// Opens the image at `path` to change it, whatever its parents are.
+/// Opens the image at `path` to change it, without its parents.
 ///
 /// # Errors
-/// As for [`chain`].
+/// As [`chain`], for this file.
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
-    // Not the link to it: what it records of its parent counts from the folder it lies in.
+    // Symbolic links are resolved first: recorded paths to the parent are relative to the folder of the file itself.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    // Before its footers are made to agree, which writes.
+    // Before `open_reconciled`, which may write a footer.
     refuse_if_file_is_live(env, &policy.runtime, &file)?;
     let image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
     image.check_writable()?;

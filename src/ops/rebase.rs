@@ -1,38 +1,40 @@
-//! `rebase`: a child gets another parent, and shows what it showed before.
+//! `rebase`: gives a child another parent without changing the contents of its disk.
 
 use std::path::Path;
 
 use super::copy_up::{CopyUpStage, copy_up};
-use super::create::{Locators, parent_link};
 use super::image_writer::ImageWriter;
 use super::open_exclusive;
+use super::parent_link::{Locators, allowing_folder, file_ids, open_new_parent, replacement_link};
 use super::source::Progress;
 use crate::chain::{Chain, ImageChange, OpenMode, Policy, children_of, record_child};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
-use crate::format::{Defect, DiskType, Platform};
+use crate::format::DiskType;
 use crate::image::{Durability, Image, ParentLink, SavedMtime, check_reparent, folder_of, reparent};
-use crate::storage::{Access, Env, File, FileId};
+use crate::storage::{Access, Env, File};
 
-/// What a rebase did.
+/// Result of a rebase.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Rebased {
-    /// Bytes that were copied.
+    /// Bytes copied into the child.
     pub copied: u64,
-    /// Whether the parent is the file that it was before: only what is recorded of it is new, its time included.
+    /// Whether the parent is the same file as before. Then only the recorded paths and time are new.
     pub same_parent: bool,
 }
 
-/// Makes the image at `path` a child of the one at `parent`. What it would show otherwise then, and its old parents do,
-/// is copied into it first: the disk stays as it is, at every moment.
+/// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is
+/// copied into the child first, so the contents of the disk never change.
 ///
-/// With `only_link` nothing is copied, and the old parents need not be there: the disk shows what the image has over what
-/// the new parent has. A call that was interrupted is completed by the same call.
+/// With `only_link` nothing is copied, and the old parents need not exist: the disk shows the child's sectors over the
+/// disk of the new parent. An interrupted call is completed by the same call.
 ///
 /// # Errors
-/// `Refused` where the image is no child, or the new parent is the image itself or a descendant of it, or the chain would
-/// be too deep; whatever is wrong with a file of either chain; `NoSpace`, `Io`; what `progress` fails with. In all cases
-/// the image has its old parent or its new one.
+/// The image has its old or its new parent in all cases.
+/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, or if the chain would
+///   be too deep
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of either chain
+/// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn rebase(
     env: &dyn Env,
     path: &Path,
@@ -50,7 +52,7 @@ pub fn rebase(
     refuse_cycle(env, &image, parent, policy)?;
     let new = open_new_parent(env, path, parent, policy)?;
     let same_parent = is_current_parent(env, &image, new.youngest(), policy)?;
-    let to = replacement_link(env, &image, new.youngest())?;
+    let to = replacement_link(env, &image, new.youngest(), Locators::Both)?;
     check_reparent(&image, Some(&to))?;
     record_child(env, new.youngest(), &env.canonical(path)?);
     failpoint::reached("rebase.begun");
@@ -67,7 +69,7 @@ pub fn rebase(
     }
     let copy = || {
         let new = new.into_frozen();
-        // Begun anew after the link was made: then this is the old parent, too.
+        // After an interrupted call that set the link, the new parent is the old one as well: its folder is allowed, too.
         let policy = &allowing_folder(policy, folder_of(parent));
         let mut writer =
             ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
@@ -91,7 +93,7 @@ fn relink_child(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
     Ok(())
 }
 
-/// Whether `parent` is the file on which `child` stands now. False if its parent cannot be found.
+/// Whether `parent` is the current parent of `child`. False if the current parent is not found.
 fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
     let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
     let policy = allowing_folder(policy, folder_of(parent.file().path()));
@@ -99,53 +101,20 @@ fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Poli
     Ok(file_ids(&chain)?.get(1) == Some(&parent.file().stat()?.id))
 }
 
-/// Warns of the images that stand on `image`, whose disks may change with its parent.
+/// Logs a warning for each child of `image`: the contents of its disk may change.
 fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
     for child in children_of(env, image)? {
         let parent = image.file().path().display();
-        log::warn!("{}: it stands on {parent}, which gets another parent: what it shows may change", child.display());
+        log::warn!(
+            "{}: its parent {parent} gets another parent, so the contents of its disk may change",
+            child.display()
+        );
     }
     Ok(())
 }
 
-/// The chain that the image at `child` is to stand on, locked against writers. Its files may lie where those of the
-/// child may.
-///
-/// # Errors
-/// Whatever is wrong with a file of it; `Refused` where the child's chain would be too deep.
-pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
-    let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child)), OpenMode::Read)?;
-    if chain.images().len() >= policy.max_depth {
-        return Err(Error::from(Defect::ChainTooDeep { limit: policy.max_depth }).at_path(child));
-    }
-    Ok(chain)
-}
-
-/// The policy, with one more folder in which parents may lie.
-fn allowing_folder(policy: &Policy, folder: &Path) -> Policy {
-    let mut policy = policy.clone();
-    policy.allowed.push(folder.to_path_buf());
-    policy
-}
-
-/// What a child is going to record of a parent: the kinds of paths that it records now.
-pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
-    let entries = child.header().into_iter().flat_map(|header| &header.locators);
-    let platforms: Vec<Platform> = entries.map(|entry| entry.platform()).collect();
-    let locators = match (platforms.contains(&Platform::W2ru), platforms.contains(&Platform::W2ku)) {
-        (true, false) => Locators::Relative,
-        (false, true) => Locators::Absolute,
-        _ => Locators::Both,
-    };
-    parent_link(env, folder_of(child.file().path()), parent, locators)
-}
-
-/// The files of a chain, youngest first.
-pub(super) fn file_ids(chain: &Chain) -> Result<Vec<FileId>> {
-    chain.images().iter().map(|image| Ok(image.file().stat()?.id)).collect()
-}
-
-/// Looks at the new chain before anything of it is locked: with the child in it the locks would be against each other.
+/// Refuses a new parent whose chain contains `child`. Runs before that chain is locked: locks of the same file would
+/// conflict.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child.file().path())), OpenMode::Inspect)?;

@@ -1,4 +1,4 @@
-//! `resize`: a larger disk, or a smaller one where nothing is lost.
+//! `resize`: makes a disk larger, or smaller if only zeros are cut off.
 
 use std::path::Path;
 
@@ -11,24 +11,26 @@ use crate::image::{Image, Offline, SavedMtime};
 use crate::storage::{Buffer, Env};
 use crate::units::{SECTOR, SectorRange};
 
-/// What became of the size, in bytes.
+/// Result of a resize, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Resized {
-    /// Before.
+    /// Size before.
     pub from: u64,
-    /// Now.
+    /// Size after.
     pub to: u64,
 }
 
-/// Gives the disk at `path` another size. What is added reads as zeros; what is cut off must.
+/// Gives the disk at `path` another size. Added sectors read as zeros, and only zeros may be cut off.
 ///
-/// Children keep their own sizes and what they show, since both kinds of change are zeros; those beside the image are
-/// named in the log, as other programs want sizes to be equal. A call that was interrupted is
-/// completed by the same call.
+/// Children keep their own sizes and contents, since only zeros are added or cut off. Children in the image's folder
+/// are named in the log, because other programs require equal sizes. An interrupted call is completed by the same call.
 ///
 /// # Errors
-/// `Invalid` for a size that the format does not have; `Refused` for a smaller one without `shrink`, or where a byte that
-/// would be cut off is not zero; `NoSpace`, `Io`: the disk has the one size or the other; what `progress` fails with.
+/// The disk has its old or its new size in all cases.
+/// - `Invalid` if the format does not allow the size
+/// - `Refused` for a smaller size without `shrink`, or if a byte that would be cut off is not zero
+/// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `NoSpace`, `Io`; errors of `progress`
 pub fn resize(
     env: &dyn Env,
     path: &Path,
@@ -63,12 +65,12 @@ fn resize_locked(
         return Ok(done);
     }
     if size < from && !shrink {
-        let what = format!("it has {from} bytes, and is made smaller only with --shrink");
+        let what = format!("the disk has {from} bytes; give --shrink to make it smaller");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let disk = SourceDisk::Chain(chain.into_frozen());
     if let Some(at) = first_nonzero_byte(&disk, size / SECTOR, progress)? {
-        let what = format!("byte {at} of the disk is not zero: it would be lost");
+        let what = format!("byte {at} of the disk is not zero and would be lost");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let image = Image::open(file)?;
@@ -85,23 +87,23 @@ fn resize_locked(
     Ok(done)
 }
 
-/// Says which children beside the image have another size now. Not more than that: what they show is the same.
+/// Logs a warning for each child in the folder of `parent`, whose size now differs.
 fn warn_of_children(env: &dyn Env, parent: &Image) {
     for kin in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
         if kin.identity.parent == Some(parent.uuid()) {
             let path = kin.path.display();
-            log::warn!("{path}: a child of the resized image keeps its own size; Hyper-V wants the two to be equal");
+            log::warn!("{path}: a child of the resized image keeps its own size, but Hyper-V requires equal sizes");
         }
     }
 }
 
-/// The parts of a range that are not known to be zero in a chain.
+/// Returns the parts of a range in which the chain may not be zero.
 fn exposed_ranges(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
     beneath.plan_read_now(range, plan)?;
     Ok(plan.extents.iter().filter(|e| e.source != Source::Zero).map(|e| e.range).collect())
 }
 
-/// The first byte at or behind a sector that is not zero.
+/// Returns the first byte at or after sector `from` that is not zero.
 fn first_nonzero_byte(disk: &SourceDisk, from: u64, progress: &mut Progress<'_>) -> Result<Option<u64>> {
     let (mut data, mut plan) = (disk.data_runs_from(from), PlanBuffer::default());
     let mut buffer = Buffer::zeroed(CHUNK_BYTES);

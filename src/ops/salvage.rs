@@ -1,4 +1,4 @@
-//! Reading what is left of a disk whose files have lost sectors, for `convert --salvage`.
+//! `convert --salvage`: reads the remaining sectors of a disk whose files have lost some.
 
 use std::path::{Path, PathBuf};
 
@@ -9,30 +9,30 @@ use crate::image::merge_ranges;
 use crate::storage::Env;
 use crate::units::{SECTOR, SectorRange};
 
-/// A run of a disk that is given up: it reads as zeros.
+/// A range of a disk that is lost and reads as zeros.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SalvageLoss {
     /// First byte of the disk.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// The file that has lost it.
+    /// The file that lost it.
     pub file: PathBuf,
 }
 
-/// Opens the disk at `path` as far as it can be read, and returns what is given up: what a file has lost and no younger one
-/// hides, file by file, ascending. A lost sector reads as zeros, never as the old data of a parent. Every file is opened
-/// read-only, and none is recovered.
+/// Opens the disk at `path` although sectors are lost. Returns it with the ranges that a file has lost and no younger
+/// file hides, by file and ascending. A lost sector reads as zeros, never as the old data of a parent. Files are opened
+/// read-only and are not recovered.
 ///
 /// # Errors
-/// As [`SourceDisk::open`], but for lost sectors.
+/// As [`SourceDisk::open`], except for lost sectors.
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
-    let (mut given_up, mut hidden) = (Vec::new(), Vec::new());
+    let (mut losses, mut hidden) = (Vec::new(), Vec::new());
     let disk = SectorRange::between(0, chain.youngest().size() / SECTOR);
     let mut seen = disk;
     for (depth, image) in chain.images().iter().enumerate() {
-        // Beyond the end of a younger layer nothing of an older one shows.
+        // Sectors after the end of a younger layer are hidden.
         seen = seen.clip(SectorRange::between(0, image.size() / SECTOR));
         if image.lost().is_empty() {
             continue;
@@ -45,14 +45,14 @@ pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, 
         let lost: Vec<SectorRange> = image.lost().iter().map(|range| range.clip(seen)).collect();
         for run in subtract(&lost, &merge_ranges(above)) {
             let (start, length) = (run.start() * SECTOR, run.bytes());
-            given_up.push(SalvageLoss { start, length, file: image.file().path().to_path_buf() });
+            losses.push(SalvageLoss { start, length, file: image.file().path().to_path_buf() });
         }
         hidden.extend(lost);
     }
-    Ok((SourceDisk::Chain(chain.into_frozen()), given_up))
+    Ok((SourceDisk::Chain(chain.into_frozen()), losses))
 }
 
-/// The parts of ascending ranges that others, ascending and joined, do not cover.
+/// Returns the parts of `ranges` that `others` do not cover. Both ascend, and `others` are joined.
 fn subtract(ranges: &[SectorRange], others: &[SectorRange]) -> Vec<SectorRange> {
     let (mut left, mut next) = (Vec::new(), 0);
     for range in ranges.iter().filter(|range| !range.is_empty()) {

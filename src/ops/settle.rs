@@ -1,4 +1,5 @@
-//! `settle`: what a killed daemon acknowledged becomes part of its image, without serving; and what `--discard-journal` does.
+//! `settle`: writes the acknowledged writes of a killed daemon to its image. Also `--discard-journal`, which gives them
+//! up.
 
 use std::path::Path;
 
@@ -6,18 +7,20 @@ use crate::error::Result;
 use crate::image;
 use crate::storage::{Access, Env, Lock, RuntimeFolder};
 
-/// Takes the live journal of the image at `path` in, and ends its session. False if it has none.
+/// Replays the live journal of the image at `path` and ends its session. Returns false if the image has no session.
 ///
 /// # Errors
-/// `Busy` if a process has the image open; `Refused` if the journal is in none of `folders` or does not fit the image, with what to
-/// do; `Poisoned` if a sync of the killed daemon failed; whatever is wrong with the image; `NoSpace`, `Io`.
+/// - `Busy` if another process has the image open
+/// - `Refused`, with the command to run, if the journal is in none of `folders` or does not fit the image
+/// - `Poisoned` if a sync of the killed daemon failed
+/// - `Invalid`, `NoSpace`, `Io`
 pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<bool> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     image::settle(env, folders, &file)
 }
 
-/// Gives up the live journals of images: what was acknowledged since their last flush is lost.
+/// Discards the live journals of images. Writes that were acknowledged since the last flush are lost.
 ///
 /// # Errors
 /// As [`image::discard_session`].

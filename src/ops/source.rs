@@ -1,46 +1,44 @@
-//! A disk as runs: where it has data, past its holes, and what it says there. Under every verb that reads disks.
+//! Reading a disk for a verb: a chain of VHDs, or a raw file or device.
 //!
-//! A chain is walked by plans, and what no layer has a block for is stepped over by looking at the block tables alone,
-//! so that an empty disk costs next to nothing whatever its size. Runs in files are clipped to what is no hole there.
+//! [`DataRuns`] returns the ranges that may hold data. It skips ranges for which no layer has a block ([`Extents`]),
+//! and holes in the files.
 
 use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::chain::{Chain, Extent, Layer, OpenMode, PlanBuffer, Policy, Source, Version};
+use super::extents::Extents;
+use super::zero_scan::{PAGE_BYTES, nonzero_runs};
+use crate::chain::{Chain, Extent, OpenMode, PlanBuffer, Policy, Source, Version};
 use crate::error::Result;
 use crate::format::ImageFormat;
 use crate::format::image_format::PROBE_BYTES;
-use crate::image::{is_zero, next_data};
+use crate::image::next_data;
 use crate::storage::{Access, Buffer, Env, File, FileSlot, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors planned at once: 64 MiB.
-pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
-/// Bytes read at once, at most.
+/// Longest read.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
-/// Sectors of that.
+/// [`CHUNK_BYTES`] in sectors.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
-/// Bytes that are looked at together when zeros are sought.
-pub(super) const PAGE_BYTES: usize = 4096;
 
-/// Is told how many bytes of the disk are done, and ends the work where it fails.
+/// Callback with the number of bytes that are done. If it fails, the operation stops with its error.
 pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
-/// How the bytes of a file are to be taken. It is declared, never probed: a guest could write what looks like a VHD.
+/// Format of a source. The user declares it; it is never probed, because a guest could write what looks like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SourceFormat {
-    /// The disk itself.
+    /// The bytes of the disk.
     Raw,
     /// A VHD and its parents.
     Vhd,
 }
 
-/// A disk to be read, locked against writers.
+/// A disk that is open for reading and locked against writers.
 pub enum SourceDisk {
     /// A chain of VHDs.
     Chain(Version),
-    /// A raw file or block device of so many bytes.
+    /// A raw file or block device, and its length in bytes.
     Raw(File, u64),
 }
 
@@ -48,7 +46,8 @@ impl SourceDisk {
     /// Opens the disk at `path`.
     ///
     /// # Errors
-    /// Whatever is wrong with a file of the chain; `Busy` where somebody writes to one.
+    /// - `Busy` if another process has a file open for writing
+    /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
     pub fn open(env: &dyn Env, path: &Path, format: SourceFormat, policy: &Policy) -> Result<SourceDisk> {
         if format == SourceFormat::Raw {
             let file = env.open_disk(path, Access::Read)?;
@@ -59,7 +58,7 @@ impl SourceDisk {
         Ok(SourceDisk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
     }
 
-    /// Bytes of the disk. Those of a raw file need not fill its last sector.
+    /// Returns the size of the disk in bytes. The last sector of a raw file need not be full.
     pub fn bytes(&self) -> u64 {
         match self {
             SourceDisk::Chain(version) => version.sectors() * SECTOR,
@@ -67,7 +66,7 @@ impl SourceDisk {
         }
     }
 
-    /// The identity of the youngest image; `None` for a raw disk.
+    /// Returns the UUID of the youngest image, or `None` for a raw disk.
     pub fn uuid(&self) -> Option<Uuid> {
         match self {
             SourceDisk::Chain(version) => version.frozen().layers().first().map(|layer| layer.image.uuid()),
@@ -75,7 +74,7 @@ impl SourceDisk {
         }
     }
 
-    /// The format of images that a raw disk begins as, for a warning; `None` for a chain.
+    /// Returns the image format that the contents of a raw disk look like, for a warning. `None` for a chain.
     ///
     /// # Errors
     /// `Io`.
@@ -84,7 +83,7 @@ impl SourceDisk {
         let (mut head, mut tail) = ([0; PROBE_BYTES], [0; PROBE_BYTES]);
         let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
         file.read_at(&mut head[..there], 0)?;
-        // A fixed VHD has its footer at the end alone.
+        // A fixed VHD has only a footer at the end.
         if *len >= PROBE_BYTES as u64 {
             file.read_at(&mut tail, len - PROBE_BYTES as u64)?;
         }
@@ -92,12 +91,12 @@ impl SourceDisk {
         Ok(ImageFormat::probe(&head[..there]).or(at_end))
     }
 
-    /// Sectors of the disk, the last one perhaps not full.
+    /// Returns the number of sectors, including a last one that is not full.
     pub fn sectors(&self) -> u64 {
         self.bytes().div_ceil(SECTOR)
     }
 
-    /// Reads a range that begins on the disk. What lies behind the end of the disk is zero.
+    /// Reads a range that begins before the end of the disk. Bytes after the end are zero.
     ///
     /// # Errors
     /// `Io`, naming file and offset.
@@ -112,12 +111,12 @@ impl SourceDisk {
         }
     }
 
-    /// The runs that may hold data.
+    /// Returns the ranges that may hold data.
     pub(super) fn data_runs(&self) -> DataRuns<'_> {
         self.data_runs_from(0)
     }
 
-    /// As [`Disk::data`], from a sector on.
+    /// Returns the ranges at or after `sector` that may hold data.
     pub(super) fn data_runs_from(&self, sector: u64) -> DataRuns<'_> {
         let runs = match self {
             SourceDisk::Chain(version) => RunCursor::Chain(Extents::from(version, sector)),
@@ -127,94 +126,22 @@ impl SourceDisk {
     }
 }
 
-/// The extents of a chain from its first sector to its last, without gaps.
-pub(super) struct Extents<'a> {
-    version: &'a Version,
-    at: u64,
-    /// Per layer: the first sector at or after `at`, when it was last asked, that the layer has a place for.
-    next_allocated: Vec<u64>,
-    plan: PlanBuffer,
-    next: usize,
-    /// What is read on the way is forgotten.
-    uncached: bool,
-}
-
-impl<'a> Extents<'a> {
-    pub(super) fn new(version: &'a Version) -> Extents<'a> {
-        Extents::from(version, 0)
-    }
-
-    /// As [`Extents::new`], from sector `at` on.
-    pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
-        Extents { version, at, next_allocated: placed, plan: PlanBuffer::default(), next: 0, uncached: false }
-    }
-
-    /// For who asks nothing else of the version: what is read on the way is forgotten.
-    pub(super) fn uncached(self) -> Extents<'a> {
-        Extents { uncached: true, ..self }
-    }
-
-    pub(super) fn next(&mut self) -> Result<Option<Extent>> {
-        loop {
-            if let Some(extent) = self.plan.extents.get(self.next) {
-                self.next += 1;
-                return Ok(Some(*extent));
-            }
-            let (from, sectors) = (self.at, self.version.sectors());
-            if from >= sectors {
-                return Ok(None);
-            }
-            self.at = self.first_allocated(from).min(sectors);
-            if self.at > from {
-                return Ok(Some(Extent { range: SectorRange::between(from, self.at), source: Source::Zero }));
-            }
-            self.at = (from + WINDOW_SECTORS).min(sectors);
-            let window = SectorRange::between(from, self.at);
-            match self.uncached {
-                true => self.version.plan_read_uncached(window, &mut self.plan)?,
-                false => self.version.plan_read_now(window, &mut self.plan)?,
-            }
-            self.next = 0;
-        }
-    }
-
-    /// The first sector at or after `from` that any layer has a place for. Each table is passed once in all.
-    fn first_allocated(&mut self, from: u64) -> u64 {
-        for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
-            if *placed < from {
-                *placed = next_allocated(layer, from);
-            }
-        }
-        self.next_allocated.iter().copied().min().unwrap_or(u64::MAX).max(from)
-    }
-}
-
-/// The first sector at or after `from` that a layer has a place for; the largest number where there is none.
-pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
-    if from >= layer.image.size() / SECTOR {
-        return u64::MAX;
-    }
-    let (Some(table), Some(block_size)) = (layer.image.bat(), layer.image.block_size()) else { return from };
-    let block = table.next_used(block_size.block_at(from));
-    block.map_or(u64::MAX, |block| block_size.sectors_of(block).start().max(from))
-}
-
 enum RunCursor<'a> {
     Chain(Extents<'a>),
     Raw(&'a File, u64),
 }
 
-/// The runs of a disk that may hold data, ascending. What is not named is zero.
+/// Iterator over the ranges of a disk that may hold data, ascending. All other sectors are zero.
 pub(super) struct DataRuns<'a> {
     sectors: u64,
     cursor: RunCursor<'a>,
+    /// The last result of `next_data`.
     last_data: FileDataRun,
-    /// What is left of the last extent.
+    /// The part of the last extent that was not returned yet.
     rest: Option<Extent>,
 }
 
-/// A run of a file that is known to be no hole.
+/// A range of a file without holes, in bytes.
 #[derive(Default)]
 struct FileDataRun {
     slot: Option<FileSlot>,
@@ -223,6 +150,10 @@ struct FileDataRun {
 }
 
 impl DataRuns<'_> {
+    /// Returns the next range, or `None` at the end of the disk.
+    ///
+    /// # Errors
+    /// `Io`.
     pub(super) fn next(&mut self) -> Result<Option<SectorRange>> {
         match &mut self.cursor {
             RunCursor::Raw(file, at) => {
@@ -242,14 +173,14 @@ impl DataRuns<'_> {
                     },
                 };
                 let Source::File { slot, offset } = extent.source else { continue };
-                let (range, seen) = (extent.range, &mut self.last_data);
-                if seen.slot != Some(slot) || offset < seen.start || offset >= seen.end {
-                    let found = next_data(extents.version.file(slot), offset..u64::MAX)?;
+                let (range, last) = (extent.range, &mut self.last_data);
+                if last.slot != Some(slot) || offset < last.start || offset >= last.end {
+                    let found = next_data(extents.file(slot), offset..u64::MAX)?;
                     let (start, end) = found.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end));
-                    *seen = FileDataRun { slot: Some(slot), start, end };
+                    *last = FileDataRun { slot: Some(slot), start, end };
                 }
-                let hole = (seen.start.saturating_sub(offset) / SECTOR).min(range.count());
-                let data = (seen.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
+                let hole = (last.start.saturating_sub(offset) / SECTOR).min(range.count());
+                let data = (last.end - offset).div_ceil(SECTOR).min(range.count()) - hole;
                 let (run, rest) = (range.skip(hole).first(data), range.skip(hole + data));
                 if !rest.is_empty() {
                     let offset = offset + (hole + data) * SECTOR;
@@ -263,7 +194,11 @@ impl DataRuns<'_> {
     }
 }
 
-/// Reads all of a disk that is not zero, in ascending runs of at most [`CHUNK`] bytes, and hands it to `put`.
+/// Reads the disk, and calls `put` for each run of pages that are not zero: ascending, with at most [`CHUNK_BYTES`]
+/// bytes.
+///
+/// # Errors
+/// `Io`; errors of `put` and `progress`.
 pub(super) fn for_each_data_run(
     disk: &SourceDisk,
     progress: &mut Progress<'_>,
@@ -287,41 +222,4 @@ pub(super) fn for_each_data_run(
         }
     }
     progress(disk.bytes())
-}
-
-/// The runs (place, length) of pages that are not zero, in bytes that begin so far into a page.
-pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut at = 0;
-    let page = move |at: usize| {
-        let end = bytes.len().min((at + into_page) / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - into_page);
-        (at < bytes.len()).then(|| (end, is_zero(&bytes[at..end])))
-    };
-    std::iter::from_fn(move || {
-        while let Some((end, true)) = page(at) {
-            at = end;
-        }
-        let start = at;
-        while let Some((end, false)) = page(at) {
-            at = end;
-        }
-        (at > start).then(|| (start, at - start))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zero_pages_are_found_wherever_the_run_begins() {
-        let mut bytes = vec![0; 5 * PAGE_BYTES - 512];
-        let runs = |bytes: &[u8]| nonzero_runs(bytes, 512).collect::<Vec<_>>();
-        assert_eq!(runs(&bytes), []);
-        bytes[0] = 1; // the first page lacks 512 bytes
-        bytes[3 * PAGE_BYTES - 513] = 1; // the last byte of the third
-        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, PAGE_BYTES)]);
-        bytes[3 * PAGE_BYTES - 512] = 1;
-        bytes[5 * PAGE_BYTES - 513] = 1;
-        assert_eq!(runs(&bytes), [(0, PAGE_BYTES - 512), (2 * PAGE_BYTES - 512, 3 * PAGE_BYTES)]);
-    }
 }

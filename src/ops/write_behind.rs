@@ -1,14 +1,16 @@
-//! Has the host write early what is written anyway, while the next is being copied: the sync at the end then waits for
-//! little, and the device is never idle before it. A hint: what is durable when does not depend on it.
+//! Early writeback of a file that is being filled.
+//!
+//! The kernel starts to write finished ranges while the next ones are copied, so the sync at the end has little left to
+//! write. This is a hint: durability does not depend on it.
 
 use crate::storage::File;
 
-/// Bytes that the host is asked to write at once.
+/// Length of a range for which writeback is started at once.
 const WRITEBACK_BYTES: u64 = 8 << 20;
-/// Bytes between two writes that are asked for with them: bitmaps between blocks.
+/// Longest gap between two writes of one range: the bitmap between two blocks.
 const MAX_GAP_BYTES: u64 = 64 << 10;
 
-/// A run of a file that was written and that the host was not asked to write yet.
+/// The last written range of a file for which writeback was not started yet.
 #[derive(Default)]
 pub(super) struct WriteBehind {
     start: u64,
@@ -16,7 +18,7 @@ pub(super) struct WriteBehind {
 }
 
 impl WriteBehind {
-    /// Bytes at `offset` were written.
+    /// Records that `len` bytes at `offset` were written, and starts writeback if the range is long enough.
     pub(super) fn add(&mut self, file: &File, offset: u64, len: u64) {
         if !(self.end..=self.end.saturating_add(MAX_GAP_BYTES)).contains(&offset) {
             self.start_writeback(file);

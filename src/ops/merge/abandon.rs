@@ -1,46 +1,46 @@
-//! Giving up a merge that was begun and not finished.
+//! `merge --abandon`: gives up an unfinished merge.
 //!
-//! | copied | what is left |
+//! | copied | result |
 //! | --- | --- |
-//! | nothing | nothing: the record is removed |
-//! | a part | record and mark, which keep the receiver from being opened by itself; the merge may still be finished |
-//! | all | the receiver with CHILD's disk, and CHILD, which shows the same: the record is removed, unless a layer between is |
-//! |     | still there, which shows neither disk: then the record is kept as for a part |
+//! | nothing | The record is removed. |
+//! | a part | Record and mark are kept, so the ancestor is not opened by itself. The merge may still be finished. |
+//! | everything | CHILD and the ancestor both have CHILD's disk, and the record is removed. But if a layer between them still |
+//! |     | exists, its disk is neither the old nor the new one: then record and mark are kept as for a part. |
 //!
-//! A record whose receiver is gone is removed, too, and so is one whose CHILD is gone if the receiver has no mark (it was
-//! restored from a backup).
+//! The record is also removed if the ancestor is gone, or if CHILD is gone and the ancestor has no mark, because it was
+//! restored from a backup.
 
 use std::path::{Path, PathBuf};
 
-use super::plan::new_parent_link;
 use super::resume::{check_same_merge, uuid_at};
 use crate::chain::{
     Chain, Copied, ExistingRecord, FileStamp, MergeRecord, MergedLayer, OpenMode, Policy, mark_receiver, receiver_mark,
+    relative_path, unmark_receiver,
 };
-use crate::chain::{relative_path, unmark_receiver};
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::failpoint;
 use crate::image::{Image, ImageIdentity, SavedMtime, file_name, folder_of, open_reconciled, reparent};
 use crate::ops::folder_scan;
+use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, Folder, Lock};
 
-/// What became of a merge that was given up.
+/// Result of giving up a merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Abandoned {
-    /// Nothing is left of it: no image was changed, or the one that was is gone.
+    /// The record is removed. No image was changed, or the changed ancestor is gone or was restored.
     Undone,
-    /// This image received everything: it shows CHILD's disk, and so does CHILD.
+    /// This ancestor received everything. It has the contents of CHILD's disk, and so has CHILD.
     Whole(PathBuf),
-    /// This image is partly overwritten, and readable only below CHILD.
+    /// This ancestor is partly overwritten and can be read only as a parent of CHILD.
     Partial(PathBuf),
 }
 
-/// Gives up the merge of the image at `child`, which was begun into the image at `into` if that is given.
+/// Gives up an unfinished merge of the image at `child`. With `into` the merge must be into that image.
 ///
 /// # Errors
-/// - `Refused` if no such merge of it was begun, or if CHILD is gone and the receiver is partly overwritten
-/// - `Busy` while a merge of it runs
-/// - `Io`, `NoSpace`: the same call may be made again
+/// - `Refused` if no such merge was begun, or if CHILD is gone and the ancestor is partly overwritten
+/// - `Busy` while the merge runs
+/// - `Io`, `NoSpace`: the same call may be repeated
 pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
     let present = uuid_at(env, child)?;
@@ -66,7 +66,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     };
     match record.copied {
         Copied::Nothing => remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone),
-        // A layer between would show parts of both disks.
+        // The disk of a layer between would be a mixture of both disks.
         Copied::All if has_layer_between(env, &record)? => {
             save_as_abandoned(env, record).map(|()| Abandoned::Partial(path))
         }
@@ -77,41 +77,42 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
         Copied::Before(_) if present.is_none() => {
             if receiver_mark(&ancestor)?.is_some_and(|(uuid, _)| uuid == record.layers[0].uuid) {
                 let what = format!(
-                    "it is partly overwritten by {}, which is gone: restore either of them from a backup as a new file, or \
-                     remove this one",
+                    "it is partly overwritten by a merge of {}, which is gone: restore one of the two from a backup as a new \
+                     file, or remove this one",
                     child.display()
                 );
                 return Err(Error::new(ErrorKind::Refused, what).at_path(path));
             }
-            log::warn!("{}: it has no mark of a merge and is taken for whole", path.display());
+            log::warn!("{}: it has no mark of a merge, so it is assumed to be restored from a backup", path.display());
             remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone)
         }
         Copied::Before(_) => keep_as_partial(env, record, &ancestor).map(|()| Abandoned::Partial(path)),
     }
 }
 
-/// The receiver, locked so that no merge of it runs; `None` if it is gone, or another image has its name.
+/// Opens the ancestor under an exclusive lock, which no running merge holds. Returns `None` if the ancestor is gone or
+/// another image has its name.
 fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
-    let is_it = ImageIdentity::peek(&file)?.is_none_or(|glance| glance.uuid == record.ancestor);
-    Ok(is_it.then_some(file))
+    let is_ancestor = ImageIdentity::peek(&file)?.is_none_or(|identity| identity.uuid == record.ancestor);
+    Ok(is_ancestor.then_some(file))
 }
 
-/// Has the layer that stands on the receiver record its new time: nobody but the merge has changed it.
+/// Records the ancestor's new time in its child among the layers, because only the merge changed the ancestor.
 fn refresh_parent_time(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
-    let layer = record.layers.last().expect("a merge folds an image");
+    let layer = record.layers.last().expect("a merge has a layer");
     let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else {
         return Ok(());
     };
     file.lock(Lock::Exclusive)?;
     SavedMtime::preserve(&file, || {
         let (image, ancestor) = (open_reconciled(&file)?, Image::open(ancestor.clone())?);
-        let stands_on_it = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
-        if image.uuid() != layer.uuid || !stands_on_it {
+        let is_child = image.header().is_some_and(|header| header.parent_uuid == ancestor.uuid());
+        if image.uuid() != layer.uuid || !is_child {
             return Ok(());
         }
-        let link = new_parent_link(env, &image, &ancestor)?;
+        let link = replacement_link(env, &image, &ancestor, Locators::Relative)?;
         reparent(env, &file, Some(&link))
     })
 }
@@ -126,13 +127,16 @@ fn remove_mark_and_record(env: &dyn Env, record: &MergeRecord, ancestor: &File) 
 
 fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Result<()> {
     match mark_receiver(ancestor, record.layers[0].uuid, &record.child()) {
-        Err(e) => log::warn!("{}; only the record beside CHILD shows that it is not whole", e.line()),
+        Err(e) => log::warn!(
+            "{}; only the record in the folder of CHILD shows that the image is partly overwritten",
+            e.line()
+        ),
         Ok(()) => failpoint::reached("abandon.marked"),
     }
     save_as_abandoned(env, record)
 }
 
-/// Keeps the record, as that of a merge that was given up.
+/// Saves the record as that of a merge that was given up.
 fn save_as_abandoned(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
     record.save(&record_folder(env, &record)?)?;
@@ -140,7 +144,7 @@ fn save_as_abandoned(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     Ok(())
 }
 
-/// Whether an image between CHILD and the receiver is still there.
+/// Whether a layer between CHILD and the ancestor still exists.
 fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     for layer in &record.layers[1..] {
         if FileStamp::of_image_at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
@@ -150,8 +154,8 @@ fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     Ok(false)
 }
 
-/// The record of a merge of the image at `child` into the ancestor that its mark names, in the place of one that cannot be
-/// read; `None` if none of its ancestors has such a mark.
+/// Builds a record in place of an unreadable one, from the ancestor whose mark names the image at `child`. Returns
+/// `None` if no ancestor has such a mark.
 fn rebuild_record(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
     let image = Image::open(env.open(child, Access::Read)?)?;
     let own = image.uuid();
@@ -183,12 +187,12 @@ fn remove_record_file(env: &dyn Env, path: &Path) -> Result<Abandoned> {
     Ok(Abandoned::Undone)
 }
 
-/// The folder of a record, held open.
+/// Opens the folder of a record.
 fn record_folder(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
     env.folder(&record.folder)
 }
 
-/// Removes the record that `unreadable` names if the image that it is about is not in its folder.
+/// Removes the unreadable record that the error names, if its CHILD is not in its folder. Otherwise returns the error.
 fn remove_orphan(env: &dyn Env, unreadable: Error) -> Result<Abandoned> {
     let Some(path) = unreadable.path().map(Path::to_path_buf) else { return Err(unreadable) };
     let images = folder_scan::scan(env, &[env.folder(folder_of(&path))?])?;

@@ -1,72 +1,81 @@
-//! What some layers say, copied down into the image beneath them.
+//! Copying the sectors of layers into the image below them.
 //!
-//! Only sectors change that the layers answer for, so whoever reads through the layers sees the same disk before, while
-//! and after; and doing any part of it again changes nothing.
+//! Only sectors change that the layers hide. So a reader of the layers sees the same disk before, during and after the
+//! copy, and any part of the copy may be repeated.
 
 use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::format::DiskType;
 use crate::image::{Image, next_data};
+use crate::ops::extents::Extents;
 use crate::ops::image_writer::ImageWriter;
-use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS, Extents, PAGE_BYTES, nonzero_runs};
+use crate::ops::source::{CHUNK_BYTES, CHUNK_SECTORS};
+use crate::ops::zero_scan::{PAGE_BYTES, nonzero_runs};
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors that are made zero at once: 64 MiB.
+/// Longest range that is zeroed at once: 64 MiB.
 const ZERO_SECTORS: u64 = 1 << 17;
-/// Sectors of zeros, at least, that are not written like data: less is not worth a hole.
+/// Shortest run of zeros that becomes a hole. A shorter run is written like data.
 const MIN_HOLE_SECTORS: u64 = 128;
 
-/// Some layers of a chain, without what lies beneath them.
+/// Adjacent layers of a chain, without the images below them.
 pub(super) struct LayerStack {
     version: Version,
-    /// From this sector on nothing beneath is asked: a layer ends here.
+    /// End of the smallest layer. From this sector on, the layers hide the images below them.
     masked_from: u64,
 }
 
-/// Is told the sector before which all is copied. What it fails with ends the work.
+/// Callback with the sector before which everything is copied. If it fails, the copy stops with its error.
 pub(super) type OnCopied<'a> = dyn FnMut(&mut ImageWriter<'_>, u64) -> Result<()> + 'a;
 
 impl LayerStack {
-    /// These images, youngest first; all of them children.
+    /// Takes the images, youngest first.
+    ///
+    /// # Panics
+    /// If an image is not differencing.
     pub(super) fn new(images: Vec<Image>) -> LayerStack {
-        assert!(images.iter().all(|image| image.kind() == DiskType::Differencing), "only children are folded");
+        assert!(
+            images.iter().all(|image| image.kind() == DiskType::Differencing),
+            "only differencing images are merged"
+        );
         let sizes = images.iter().map(Image::size);
-        let masked = sizes.min().expect("at least one image") / SECTOR;
+        let masked_from = sizes.min().expect("at least one image") / SECTOR;
         let sectors = images[0].size() / SECTOR;
         let layers = (0..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect();
-        LayerStack { version: Version::new(None, Frozen::new(layers), sectors), masked_from: masked }
+        LayerStack { version: Version::new(None, Frozen::new(layers), sectors), masked_from }
     }
 
-    /// The images, youngest first.
+    /// Returns the images, youngest first.
     pub(super) fn images(&self) -> impl Iterator<Item = &Image> {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
     }
 
-    /// Checks that the host has room for the data of so many new blocks of the image beneath: at most for all that the layers
-    /// take.
+    /// Checks that the host has space for the data of `blocks` new blocks of the image below. Their data needs at most
+    /// the space that the layers take.
     ///
     /// # Errors
-    /// `NoSpace`; `Io`.
+    /// `NoSpace`, `Io`.
     pub(super) fn check_space(&self, blocks: u64, beneath: &Image) -> Result<()> {
         let Some(block_size) = beneath.block_size().filter(|_| blocks > 0) else { return Ok(()) };
-        let mut taken = 0u64;
+        let mut allocated = 0u64;
         for image in self.images() {
-            taken += image.file().stat()?.allocated;
+            allocated += image.file().stat()?.allocated;
         }
-        let wanted = taken.min(blocks * u64::from(block_size.bytes()));
+        let needed = allocated.min(blocks * u64::from(block_size.bytes()));
         let available = beneath.file().file_system_space()?.available;
-        if available >= wanted {
+        if available >= needed {
             return Ok(());
         }
-        let what =
-            format!("its file system has {available} bytes left, and the merge may need {wanted}; free space there");
+        let what = format!(
+            "its file system has {available} bytes left, but the merge may need {needed}; free some space there"
+        );
         Err(Error::new(ErrorKind::NoSpace, what).at_path(beneath.file().path()))
     }
 
-    /// Blocks that the image beneath needs for data besides those it has, at most. (Zeros may need a few more, where they
-    /// hide something further down.)
+    /// Returns an upper bound of the blocks that the data of the layers adds to the image below. (Zeros may add a few
+    /// more, if they hide data of older images.)
     ///
     /// # Errors
     /// `Io`.
@@ -75,18 +84,18 @@ impl LayerStack {
         let disk = SectorRange::between(0, beneath.size() / SECTOR);
         let mut wanted = vec![false; table.len() as usize];
         for image in self.images() {
-            let (Some(blocks), Some(theirs)) = (image.bat(), image.block_size()) else { continue };
-            let (bitmap, bytes) = (u64::from(theirs.bitmap_sectors()), u64::from(theirs.bytes()));
-            let mut seen = 0..0;
+            let (Some(blocks), Some(layer_block)) = (image.bat(), image.block_size()) else { continue };
+            let (bitmap, bytes) = (u64::from(layer_block.bitmap_sectors()), u64::from(layer_block.bytes()));
+            let mut data = 0..0;
             for (block, place) in blocks.used() {
                 let at = (u64::from(place) + bitmap) * SECTOR;
-                if !seen.contains(&at) {
-                    seen = next_data(image.file(), at..u64::MAX)?.unwrap_or(0..0);
+                if !data.contains(&at) {
+                    data = next_data(image.file(), at..u64::MAX)?.unwrap_or(0..0);
                 }
-                if seen.is_empty() || seen.start >= at + bytes {
+                if data.is_empty() || data.start >= at + bytes {
                     continue; // holes are zeros
                 }
-                let range = theirs.sectors_of(block).clip(disk);
+                let range = layer_block.sectors_of(block).clip(disk);
                 for (block, _) in block_size.split_at_blocks(range) {
                     wanted[block as usize] |= table.place(block).is_none();
                 }
@@ -95,39 +104,42 @@ impl LayerStack {
         Ok(wanted.iter().filter(|wanted| **wanted).count() as u64)
     }
 
-    /// Copies all that the layers say, from sector `from` on, into `writer`'s image. Tells how many bytes were data.
+    /// Copies the sectors of the layers, from sector `from` on, into the image of `writer`. Returns the number of bytes
+    /// of data.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`, `Poisoned`; what `step` fails with.
-    pub(super) fn copy(&self, from: u64, writer: &mut ImageWriter<'_>, step: &mut OnCopied<'_>) -> Result<u64> {
+    /// `Io`, `NoSpace`, `Poisoned`; errors of `on_copied`.
+    pub(super) fn copy(&self, from: u64, writer: &mut ImageWriter<'_>, on_copied: &mut OnCopied<'_>) -> Result<u64> {
         let end = writer.version().sectors();
-        let mut run =
-            LayerCopier { writer, on_copied: step, buffer: Buffer::zeroed(CHUNK_BYTES), last_data: None, written: 0 };
+        let mut copier =
+            LayerCopier { writer, on_copied, buffer: Buffer::zeroed(CHUNK_BYTES), last_data: None, written: 0 };
         let mut extents = Extents::from(&self.version, from);
         while let Some(extent) = extents.next()? {
             let range = extent.range.clip(SectorRange::between(0, end));
             match extent.source {
-                Source::Zero => run.zero(range.skip(self.masked_from.saturating_sub(range.start())))?,
-                Source::File { slot, offset } => run.copy(slot, self.version.file(slot), range, offset)?,
+                Source::Zero => copier.zero(range.skip(self.masked_from.saturating_sub(range.start())))?,
+                Source::File { slot, offset } => copier.copy(slot, self.version.file(slot), range, offset)?,
             }
-            (run.on_copied)(run.writer, extent.range.end().min(end))?;
+            (copier.on_copied)(copier.writer, extent.range.end().min(end))?;
         }
-        run.zero(SectorRange::between(self.version.sectors().max(from), end))?;
-        Ok(run.written)
+        copier.zero(SectorRange::between(self.version.sectors().max(from), end))?;
+        Ok(copier.written)
     }
 }
 
-/// The work on one run after another.
+/// State of a copy.
 struct LayerCopier<'a, 'w, 's> {
     writer: &'a mut ImageWriter<'w>,
     on_copied: &'a mut OnCopied<'s>,
     buffer: Buffer,
-    /// What was last found that is no hole: file, its first byte, its end.
+    /// The last range without holes that was found: file, first byte, end.
     last_data: Option<(FileSlot, u64, u64)>,
+    /// Bytes of data written.
     written: u64,
 }
 
 impl LayerCopier<'_, '_, '_> {
+    /// Makes a range zero, in parts.
     fn zero(&mut self, range: SectorRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -140,7 +152,7 @@ impl LayerCopier<'_, '_, '_> {
         Ok(())
     }
 
-    /// Copies a run that lies in one piece in a file, from byte `offset` on.
+    /// Copies a range that lies at byte `offset` of a file. Holes become zeros.
     fn copy(&mut self, slot: FileSlot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
         let (mut rest, mut offset) = (range, offset);
         while !rest.is_empty() {
@@ -160,21 +172,22 @@ impl LayerCopier<'_, '_, '_> {
         Ok(())
     }
 
-    /// Sectors from byte `offset` on that are a hole in the file.
+    /// Returns the sectors of the hole at byte `offset`, 0 if there is data.
     fn hole_sectors(&mut self, slot: FileSlot, file: &File, offset: u64) -> Result<u64> {
         let (start, end) = match self.last_data {
-            Some((seen, start, end)) if seen == slot && (start..end).contains(&offset) => (start, end),
+            Some((last, start, end)) if last == slot && (start..end).contains(&offset) => (start, end),
             _ => next_data(file, offset..u64::MAX)?.map_or((u64::MAX, u64::MAX), |found| (found.start, found.end)),
         };
         self.last_data = Some((slot, start, end));
         Ok(start.saturating_sub(offset) / SECTOR)
     }
 
+    /// Copies at most a chunk. Long runs of zeros become holes.
     fn copy_chunk(&mut self, file: &File, piece: SectorRange, offset: u64) -> Result<()> {
         let bytes = &mut self.buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
         file.read_at(bytes, offset)?;
         let into_page = usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page");
-        // Runs of data, short zeros between them included.
+        // Runs of data, joined if the zeros between them are short.
         let (mut runs, mut done) = (Vec::<SectorRange>::new(), piece.start());
         for (at, len) in nonzero_runs(bytes, into_page) {
             let run = piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR);

@@ -1,4 +1,4 @@
-//! Which files a merge concerns, whether it may be, and the locks on them. Nothing is changed here.
+//! The files of a merge: which they are, whether the merge is allowed, and the locks on them. Changes no file.
 
 use std::path::Path;
 
@@ -7,33 +7,35 @@ use crate::chain::{
     Chain, FileStamp, ImageChange, MergedLayer, OpenMode, Policy, absolute_path, refuse_change, relative_path,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Platform;
-use crate::image::{Image, ParentLink, check_reparent, folder_of, refuse_if_live};
-use crate::ops::create::{self, Locators};
+use crate::image::{Image, check_reparent, folder_of, refuse_if_live};
 use crate::ops::folder_scan::{self, ScannedImage};
+use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
-/// What was found. Holds the locks: shared on what is folded, exclusive on what is relinked.
+/// The files of a merge, with their locks: shared on the layers, exclusive on the children of CHILD.
 pub(super) struct MergePlan {
-    /// CHILD and what lies between, youngest first.
+    /// CHILD and the images between CHILD and the ancestor, youngest first.
     pub(super) layers: LayerStack,
+    /// What the record contains of each layer.
     pub(super) merged_layers: Vec<MergedLayer>,
-    /// The folder in which each of them was found.
+    /// The folder of each layer.
     pub(super) layer_folders: Vec<Folder>,
-    /// What receives it, read only.
+    /// The image that receives the data, open for reading.
     pub(super) ancestor: Image,
-    /// CHILD's own children.
+    /// Children of CHILD.
     pub(super) children: Vec<(FileId, File)>,
-    /// Where children were looked for.
+    /// Folders that were searched for children.
     pub(super) child_folders: Vec<Folder>,
 }
 
-/// Looks at the chain of `child` down to `into` (its parent if none), and at who else lives on it.
+/// Opens the chain of `child` down to `into` (by default its parent), finds the children of its images, and locks the
+/// files.
 ///
 /// # Errors
-/// Whatever is wrong with a file of the chain; `Busy` where somebody has one open in a way that does not go with ours;
-/// `Refused` where another child would change, or the sizes do not fit, or (unless `changed_parent`) a parent was written
-/// to since its child recorded its time.
+/// - `Busy` if another process holds a conflicting lock on a file
+/// - `Refused` if another child would change, if the sizes differ, if a live journal holds writes that a file lacks, or
+///   (without `changed_parent`) if a parent was written to after its child recorded its time
+/// - `Invalid`, `NotFound`, `Io` for a file of the chain
 pub(super) fn plan_merge(
     env: &dyn Env,
     child: &Path,
@@ -46,10 +48,10 @@ pub(super) fn plan_merge(
     let folder = env.canonical(folder_of(child))?;
     let chain = Chain::from_image(env, Image::open(file)?, policy, OpenMode::Inspect)?;
     let depth = ancestor_depth(env, &chain, into)?;
-    let (folded, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
-    // Those between were opened before they were locked: once more, now that nobody changes them.
+    let (layers, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
+    // The chain was opened before its files were locked. Under the locks each file is opened again.
     let mut images = Vec::with_capacity(depth);
-    for image in folded {
+    for image in layers {
         let file = image.file().clone();
         file.lock(Lock::Shared)?;
         let image = Image::open(file)?;
@@ -58,12 +60,12 @@ pub(super) fn plan_merge(
     }
     let parents = images.iter().map(|image| image.header().map(|header| header.parent_uuid));
     if !parents.eq(chain.images()[1..=depth].iter().map(|parent| Some(parent.uuid()))) {
-        return Err(Error::new(ErrorKind::Busy, "its chain changed while it was looked at").at_path(child));
+        return Err(Error::new(ErrorKind::Busy, "its chain changed while it was being opened").at_path(child));
     }
     for image in images.iter().chain([ancestor]) {
         refuse_if_live(env, &policy.runtime, image)?;
     }
-    // Another merge must find again what it recorded of its own images.
+    // Another unfinished merge must find its images unchanged.
     let own = Some(images[0].uuid());
     for image in &images {
         refuse_change(env, image, ImageChange::Link, &policy.allowed, own)?;
@@ -73,42 +75,34 @@ pub(super) fn plan_merge(
         refuse_changed_parent(&chain, depth)?;
     }
     let own = images.iter().chain([ancestor]).map(|image| image.file().folder().absolute());
-    let folders = folder_scan::folders_to_scan(env, own, &policy.allowed)?;
-    let children = lock_children(env, &images, ancestor, &folders, policy)?;
+    let child_folders = folder_scan::folders_to_scan(env, own, &policy.allowed)?;
+    let children = lock_children(env, &images, ancestor, &child_folders, policy)?;
     check_sizes(&images[0], ancestor, children.is_empty())?;
-    let folded = images.iter().map(|image| merged_layer(env, image, &folder)).collect::<Result<_>>()?;
-    let places = images.iter().map(|image| image.file().folder()).collect();
+    let merged_layers = images.iter().map(|image| merged_layer(env, image, &folder)).collect::<Result<_>>()?;
+    let layer_folders = images.iter().map(|image| image.file().folder()).collect();
     let ancestor = Image::open(ancestor.file().folder().open(ancestor.file().name(), Access::Read)?)?;
-    Ok(MergePlan {
-        layers: LayerStack::new(images),
-        merged_layers: folded,
-        layer_folders: places,
-        ancestor,
-        children,
-        child_folders: folders,
-    })
+    Ok(MergePlan { layers: LayerStack::new(images), merged_layers, layer_folders, ancestor, children, child_folders })
 }
 
-/// # Errors
-/// `Refused` if the parent of one of the first `depth` images was written to since.
+/// Refuses the merge if the parent of one of the first `depth` images was written to after its child recorded its time.
 fn refuse_changed_parent(chain: &Chain, depth: usize) -> Result<()> {
-    let folded = &chain.images()[..depth];
-    let outdated = chain.outdated().find(|(child, _)| folded.iter().any(|image| image.uuid() == child.uuid()));
+    let layers = &chain.images()[..depth];
+    let outdated = chain.outdated().find(|(child, _)| layers.iter().any(|image| image.uuid() == child.uuid()));
     let Some((child, parent)) = outdated else { return Ok(()) };
     let what = format!(
-        "it was written to after {} recorded its time, so the disk above may be damaged; if that disk is right, run the \
-         same command with --changed-parent",
+        "it was written to after {} recorded its time, so the child's disk may be damaged; if the child's disk is right, run \
+         the same command with --changed-parent",
         child.file().path().display()
     );
     Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
-/// How many images are folded: those above `into`.
+/// Returns the position of the ancestor in the chain, which is the number of layers to merge.
 fn ancestor_depth(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> {
     let refuse = |what: &str, path: &Path| Err(Error::new(ErrorKind::Refused, what).at_path(path));
     let child = chain.youngest().file().path();
     if chain.images().len() == 1 {
-        return refuse("it has no parent to be merged into", child);
+        return refuse("the image has no parent to merge it into", child);
     }
     let Some(into) = into else { return Ok(1) };
     let id = env.open(into, Access::Read)?.stat()?.id;
@@ -120,28 +114,26 @@ fn ancestor_depth(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<u
     refuse(&format!("it is not an ancestor of {}", child.display()), into)
 }
 
-/// # Errors
-/// `Invalid` for a file that was cut off inside a block: what is missing reads as zero, which cannot be told from what
-/// was never there.
+/// Refuses a file that was cut off inside a block: the lost sectors would be merged as zeros.
 fn check_not_truncated(image: &Image) -> Result<()> {
     if image.used_end() > image.data_end() {
-        let what = "a block goes on behind the end of the file: repair it before it is merged";
+        let what = "a block ends after the end of the file; run `diffdisk check --repair` before the merge";
         return Err(Error::new(ErrorKind::Invalid, what).at_path(image.file().path()).at_offset(image.data_end()));
     }
     Ok(())
 }
 
-/// The disk must be the same afterwards, in size, too.
+/// Requires that the disk keeps its size.
 fn check_sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
     let (size, received) = (child.size(), ancestor.size());
-    // A smaller child hides what its ancestor has behind its end; zeros there do the same for the child's children.
+    // A smaller CHILD hides the end of its ancestor. For children of CHILD, zeros in the ancestor have the same effect.
     if size == received || (size < received && !youngest) {
         return Ok(());
     }
     let (path, ancestor) = (child.file().path(), ancestor.file().path());
     let smaller = if size < received { path } else { ancestor };
     let what = format!(
-        "its disk has {size} bytes, and that of {} has {received}: run `diffdisk resize {} {}` first",
+        "its disk has {size} bytes, but that of {} has {received}: run `diffdisk resize {} {}` first",
         ancestor.display(),
         smaller.display(),
         size.max(received)
@@ -149,7 +141,7 @@ fn check_sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
     Err(Error::new(ErrorKind::Refused, what).at_path(path))
 }
 
-/// CHILD's children, locked. Nobody else's child may be a child of what changes or goes.
+/// Locks the children of CHILD. Refuses the merge if another image is a child of the ancestor or of a layer.
 fn lock_children(
     env: &dyn Env,
     images: &[Image],
@@ -175,26 +167,14 @@ fn lock_children(
     Ok(children)
 }
 
-/// A child that is going to be relinked: locked, and known to be fit for it.
+/// Locks a child that the merge will link to the ancestor, and checks that the link fits.
 fn lock_child(env: &dyn Env, child: &ScannedImage, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
     let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;
     let image = Image::open(file.clone())?;
     refuse_if_live(env, &policy.runtime, &image)?;
-    check_reparent(&image, Some(&new_parent_link(env, &image, ancestor)?))?;
+    check_reparent(&image, Some(&replacement_link(env, &image, ancestor, Locators::Relative)?))?;
     Ok((file.stat()?.id, file))
-}
-
-/// What `child` records when `parent` becomes its parent: the paths that it records now.
-pub(super) fn new_parent_link(env: &dyn Env, child: &Image, parent: &Image) -> Result<ParentLink> {
-    let locators = child.header().map_or([].as_slice(), |header| header.locators.as_slice());
-    let has = |platform| locators.iter().any(|locator| locator.platform() == platform);
-    let locators = match (has(Platform::W2ru), has(Platform::W2ku)) {
-        (true, true) => Locators::Both,
-        (false, true) => Locators::Absolute,
-        _ => Locators::Relative,
-    };
-    create::parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
 fn merged_layer(env: &dyn Env, image: &Image, folder: &Path) -> Result<MergedLayer> {

@@ -1,4 +1,4 @@
-//! Going on with a merge that was begun: whether it is the same one, and what of it is done.
+//! Continuing a merge that was begun: whether it is the requested one, and which part of it is done.
 
 use std::path::Path;
 
@@ -10,24 +10,26 @@ use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
-/// Returns the identity of the image that has a name now, if there is one.
+/// Returns the UUID of the image at `path`, or `None` if there is no image.
 ///
 /// # Errors
-/// `Io`; `Refused` for what is no regular file.
+/// - `Io`
+/// - `Refused` if `path` is no regular file
 pub(super) fn uuid_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
-    Ok(ImageIdentity::peek(&file)?.map(|glance| glance.uuid))
+    Ok(ImageIdentity::peek(&file)?.map(|identity| identity.uuid))
 }
 
-/// Puts into `record`, which is that of a new merge, what an earlier start has done of it.
+/// Copies into `record` of a new call the progress of an earlier, interrupted call.
 ///
 /// # Errors
-/// `Refused` if the earlier one was into another image; `Io`.
-pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, survey: &MergePlan) -> Result<()> {
+/// - `Refused` if the earlier merge was into another ancestor
+/// - `Io`
+pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, plan: &MergePlan) -> Result<()> {
     let earlier = match earlier {
-        // A mark without a record: somebody removed that.
+        // The ancestor may have a mark although its record was removed by hand.
         ExistingRecord::None => {
-            let marked = receiver_mark(survey.ancestor.file())?.map(|(uuid, _)| uuid);
+            let marked = receiver_mark(plan.ancestor.file())?.map(|(uuid, _)| uuid);
             if marked == Some(record.layers[0].uuid) {
                 record.copied = Copied::Before(0);
             }
@@ -43,7 +45,7 @@ pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, sur
     if earlier.ancestor != record.ancestor {
         let (child, into) = (record.child(), earlier.folder.join(&earlier.ancestor_path));
         let what = format!(
-            "a merge of it into {} was begun, and that is not its parent any more: run `diffdisk merge {} --abandon` first",
+            "a merge of it into {} was begun, which is no longer its parent: run `diffdisk merge {} --abandon` first",
             into.display(),
             child.display()
         );
@@ -57,19 +59,19 @@ pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, sur
         Copied::Before(_) if all_same => {
             (record.copied, record.ancestor_stamp) = (earlier.copied, earlier.ancestor_stamp);
         }
-        // A record that everything is copied was looked at before: something was written since.
+        // A layer or the ancestor changed. (A complete copy without changes does not get here: see `is_copy_complete`.)
         Copied::Before(_) | Copied::All => record.copied = Copied::Before(0),
     }
     Ok(())
 }
 
-/// Whether a merge that was begun is the one that is asked for.
+/// Refuses a call whose ancestor differs from that of the merge that was begun.
 pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path, into: Option<&Path>) -> Result<()> {
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = match into {
         None => record.layers.len() == 1,
         Some(into) => {
-            ImageIdentity::peek(&env.open(into, Access::Read)?)?.map(|glance| glance.uuid) == Some(record.ancestor)
+            ImageIdentity::peek(&env.open(into, Access::Read)?)?.map(|identity| identity.uuid) == Some(record.ancestor)
         }
     };
     if same {
@@ -79,21 +81,22 @@ pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path
     Err(Error::new(ErrorKind::Refused, what).at_path(child))
 }
 
-/// Whether names and links are all that is left of a merge whose note says that all is copied: the ancestor and the
-/// layers are what they were then.
+/// Whether a recorded complete copy is still valid, so that only links and names are left to change: the ancestor and
+/// the layers have their recorded stamps.
 ///
 /// # Errors
-/// `Refused` where the ancestor is not and CHILD is gone; `Io`.
-pub(super) fn is_copy_complete(env: &dyn Env, record: &MergeRecord, is_child_there: bool) -> Result<bool> {
+/// - `Refused` if the ancestor changed and CHILD is gone
+/// - `Io`
+pub(super) fn is_copy_complete(env: &dyn Env, record: &MergeRecord, child_exists: bool) -> Result<bool> {
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = FileStamp::of_image_at(env, &ancestor, record.ancestor)? == Some(record.ancestor_stamp);
-    if !is_child_there {
+    if !child_exists {
         if same {
             return Ok(true);
         }
         let what = format!(
-            "it was changed or replaced since all was copied into it, and {} is gone: nothing more is removed; if its disk \
-             is right, run the same command with --abandon",
+            "it was changed or replaced after everything was copied into it, and {} is gone, so no more layers are removed; if \
+             its disk is right, run the same command with --abandon",
             record.child().display()
         );
         return Err(Error::new(ErrorKind::Refused, what).at_path(ancestor));

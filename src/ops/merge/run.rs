@@ -1,0 +1,368 @@
+//! The steps of a merge: [`PreparedMerge::prepare`] opens and locks the files, [`PreparedMerge::run`] does the work.
+
+use std::path::{Path, PathBuf};
+
+use super::plan::{MergePlan, plan_merge};
+use super::resume::{check_same_merge, is_copy_complete, resume_from, uuid_at};
+use crate::chain::{
+    Chain, Copied, ExistingRecord, FileStamp, MergeRecord, OpenMode, Policy, mark_receiver, receiver_mark,
+    record_child, relative_path, unmark_receiver,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
+use crate::image::{
+    Durability, Image, ImageIdentity, SavedMtime, file_name, folder_of, is_reparent_finished, refuse_if_live, reparent,
+};
+use crate::ops::folder_scan;
+use crate::ops::image_writer::{ImageWriter, log_secondary_error};
+use crate::ops::parent_link::{Locators, replacement_link};
+use crate::ops::source::Progress;
+use crate::storage::{Access, Env, File, FileId, Folder, Lock};
+use crate::units::SECTOR;
+
+/// Bytes written between two saves of the progress, or a quarter of the disk if that is less.
+const CHECKPOINT_BYTES: u64 = 512 << 20;
+
+/// Work of one call. An earlier, interrupted call may have done the rest of the merge.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Merged {
+    /// The ancestor that received the data.
+    pub ancestor: PathBuf,
+    /// Bytes of data copied by this call.
+    pub copied: u64,
+    /// Children linked to the ancestor by this call.
+    pub relinked: Vec<PathBuf>,
+    /// Images removed by this call.
+    pub removed: Vec<PathBuf>,
+}
+
+/// A merge that was checked and locked. No file is changed yet.
+pub struct PreparedMerge<'a> {
+    env: &'a dyn Env,
+    policy: Policy,
+    record: MergeRecord,
+    /// The files, with their locks. `None` if everything is copied already.
+    plan: Option<MergePlan>,
+    /// Folders to search for children of CHILD.
+    child_folders: Vec<Folder>,
+    /// Folder of the record. Files are removed in folders that stay open, even if their paths lead elsewhere meanwhile.
+    record_folder: Folder,
+    /// Folder of each layer.
+    layer_folders: Vec<Folder>,
+    /// Whether a record exists on disk.
+    is_recorded: bool,
+}
+
+impl<'a> PreparedMerge<'a> {
+    /// Opens and locks the files of a merge of the image at `child`, into its parent or into `into`, and checks that
+    /// the merge is possible. Continues a merge that was begun; its CHILD may be removed already. With `changed_parent`
+    /// the merge is possible although a parent was written to after its child recorded its time.
+    ///
+    /// # Errors
+    /// - `Busy` if another process holds a conflicting lock on a file
+    /// - `Refused` if another child would change, the sizes differ, another merge of CHILD was begun, or a parent was
+    ///   written to
+    /// - `Invalid`, `NotFound`, `Io` for a file of the chain
+    pub fn prepare(
+        env: &'a dyn Env,
+        child: &Path,
+        into: Option<&Path>,
+        changed_parent: bool,
+        policy: &Policy,
+    ) -> Result<PreparedMerge<'a>> {
+        // If `child` is a symbolic link, its target is merged and removed.
+        let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
+        let present = uuid_at(env, child)?;
+        let earlier = MergeRecord::find(env, child, present)?;
+        let mut policy = policy.clone();
+        policy.merging = present;
+        if let ExistingRecord::Record(record) = &earlier {
+            check_same_merge(env, record, child, into)?;
+            policy.merging = Some(record.layers[0].uuid);
+            if record.copied == Copied::All && is_copy_complete(env, record, present.is_some())? {
+                let record_folder = env.folder(&record.folder)?.absolute()?;
+                let place = |path: &Path| env.folder(folder_of(&record.folder.join(path)))?.absolute();
+                let layer_folders = record.layers.iter().map(|layer| place(&layer.path)).collect::<Result<Vec<_>>>()?;
+                let own = [record_folder.clone(), place(&record.ancestor_path)?];
+                let child_folders = folder_scan::folders_to_scan(
+                    env,
+                    own.into_iter().chain(layer_folders.iter().cloned()).map(Ok),
+                    &policy.allowed,
+                )?;
+                let record = MergeRecord::clone(record);
+                return Ok(PreparedMerge {
+                    env,
+                    policy,
+                    record,
+                    plan: None,
+                    child_folders,
+                    record_folder,
+                    layer_folders,
+                    is_recorded: true,
+                });
+            }
+        }
+        let plan = plan_merge(env, child, into, changed_parent, &policy)?;
+        let folder = env.canonical(folder_of(child))?;
+        let ancestor_path = relative_path(&folder, &env.canonical(plan.ancestor.file().path())?);
+        let mut record = MergeRecord {
+            folder,
+            layers: plan.merged_layers.clone(),
+            ancestor: plan.ancestor.uuid(),
+            ancestor_path,
+            // Compared again under the exclusive lock.
+            ancestor_stamp: FileStamp::of(plan.ancestor.file())?,
+            copied: Copied::Nothing,
+            abandoned: false,
+        };
+        let (child_folders, is_recorded) = (plan.child_folders.clone(), earlier != ExistingRecord::None);
+        resume_from(earlier, &mut record, &plan)?;
+        let (record_folder, layer_folders) = (plan.layer_folders[0].clone(), plan.layer_folders.clone());
+        Ok(PreparedMerge {
+            env,
+            policy,
+            record,
+            plan: Some(plan),
+            child_folders,
+            record_folder,
+            layer_folders,
+            is_recorded,
+        })
+    }
+
+    /// Returns the end of the progress in bytes: the size of the disk, or 0 if only links and names are left to change.
+    pub fn bytes(&self) -> u64 {
+        self.plan.as_ref().map_or(0, |plan| plan.ancestor.size())
+    }
+
+    /// Runs the merge.
+    ///
+    /// # Errors
+    /// All images are valid, the contents of the disk are unchanged, and the same command continues.
+    /// - `NoSpace`, `Io`, `Poisoned`, `Busy`
+    /// - `Refused` if a file was replaced or changed meanwhile
+    /// - errors of `progress`
+    pub fn run(mut self, progress: &mut Progress<'_>) -> Result<Merged> {
+        let done = self.run_steps(progress);
+        done.map_err(|e| match self.is_recorded {
+            false => e,
+            true => {
+                let what =
+                    "not finished; all images are valid. Run the same command again to continue, or add --abandon to give it up";
+                Error::new(e.kind(), what).caused_by(e)
+            }
+        })
+    }
+
+    fn run_steps(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
+        let path = self.record.folder.join(&self.record.ancestor_path);
+        if self.is_recorded {
+            // A killed call may not have synced the folder of its record, on which the next steps rely.
+            self.record_folder.sync()?;
+        }
+        // The plan holds the locks until the end.
+        let plan = self.plan.take();
+        let (copied, file) = match &plan {
+            Some(plan) => self.copy_layers(plan, &path, progress)?,
+            None => {
+                let file = self.env.open(&path, Access::Read)?;
+                file.lock(Lock::Shared)?;
+                if FileStamp::of(&file)? != self.record.ancestor_stamp {
+                    return Err(Error::new(ErrorKind::Busy, "it changed while it was being opened").at_path(path));
+                }
+                (0, file)
+            }
+        };
+        let ancestor = self.check_ancestor(Image::open(file)?)?;
+        unmark_receiver(ancestor.file())?;
+        failpoint::reached("merge.receiver-unmarked");
+        let relinked = self.relink_children(&ancestor, plan.as_ref().map_or(&[], |plan| &plan.children))?;
+        let removed = self.remove_layers()?;
+        self.record.remove(&self.record_folder)?;
+        Ok(Merged { ancestor: path, copied, relinked, removed })
+    }
+
+    fn check_ancestor(&self, image: Image) -> Result<Image> {
+        if image.uuid() == self.record.ancestor {
+            return Ok(image);
+        }
+        let what = format!("another image has this name now: it should be {}", self.record.ancestor);
+        Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
+    }
+
+    /// Steps 1 to 4. Returns the copied bytes and the ancestor's file, which holds its lock.
+    fn copy_layers(&mut self, plan: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
+        // The ancestor's parents may lie in the folders in which parents of CHILD may lie.
+        let mut policy = self.policy.clone();
+        policy.allowed.push(self.record.folder.clone());
+        let ancestor = plan.ancestor.file();
+        let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
+        file.lock(Lock::Exclusive)?;
+        // Compared before the ancestor is opened for writing, which may recover it and so change its stamp.
+        if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
+            self.record.copied = Copied::Before(0);
+        }
+        let chain = Chain::from_image(self.env, Image::open(file.clone())?, &policy, OpenMode::Write)?;
+        let mut writer = ImageWriter::open(self.env, chain, &Durability::FlushOnly)?;
+        let (image, seen) = (writer.top().image.image(), plan.ancestor.file().stat()?.id);
+        if image.uuid() != self.record.ancestor || file.stat()?.id != seen || image.size() != plan.ancestor.size() {
+            return Err(Error::new(ErrorKind::Busy, "it changed while it was being opened").at_path(path));
+        }
+        let from = match self.record.copied {
+            Copied::Nothing => 0,
+            Copied::Before(sector) => sector,
+            Copied::All => unreachable!("a complete copy has no plan"),
+        };
+        let blocks = plan.layers.new_blocks(image)?;
+        let has_room = plan.layers.check_space(blocks, image);
+        let begun = has_room.and_then(|()| writer.grow_for(blocks)).and_then(|()| {
+            failpoint::reached("merge.room-made");
+            writer.top().image.restore_mtime()?;
+            self.record.ancestor_stamp = FileStamp::of(&file)?;
+            self.record.save(&self.record_folder)
+        });
+        if let Err(e) = begun {
+            return writer.finish(Err(e));
+        }
+        self.is_recorded = true;
+        failpoint::reached("merge.begun");
+        if let Err(e) = self.mark_ancestor(&file) {
+            return writer.finish(Err(e));
+        }
+
+        let every = (writer.version().sectors() * SECTOR / 4).clamp(1, CHECKPOINT_BYTES);
+        let mut done = from;
+        let copied = plan.layers.copy(from, &mut writer, &mut |writer, sector| {
+            done = sector;
+            if writer.uncommitted() >= every {
+                writer.commit()?;
+                failpoint::reached("merge.committed");
+                self.checkpoint(sector, &file)?;
+                failpoint::reached("merge.noted");
+            }
+            progress(sector * SECTOR)
+        });
+        match copied {
+            Ok(copied) => {
+                writer.commit()?;
+                failpoint::reached("merge.copied");
+                writer.close()?;
+                failpoint::reached("merge.closed");
+                self.record.copied = Copied::All;
+                self.record.ancestor_stamp = FileStamp::after_sync(&file)?;
+                self.record.save(&self.record_folder)?;
+                failpoint::reached("merge.marked");
+                Ok((copied, file))
+            }
+            Err(e) => {
+                // The copied part is kept, and the ancestor is closed.
+                log_secondary_error(
+                    writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)),
+                );
+                Err(e)
+            }
+        }
+    }
+
+    /// Marks the ancestor as partly overwritten and records that copying has begun. Both are durable before the first
+    /// byte is copied.
+    fn mark_ancestor(&mut self, ancestor: &File) -> Result<()> {
+        let child = self.record.layers[0].uuid;
+        if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
+            match mark_receiver(ancestor, child, &self.record.child()) {
+                // Without a mark the record shows it, if both lie in one folder.
+                Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
+                Err(e) => log::warn!("{}; do not open the image by itself until the merge is finished", e.line()),
+                Ok(()) => {}
+            }
+        }
+        failpoint::reached("merge.receiver-marked");
+        if self.record.copied == Copied::Nothing {
+            self.record.copied = Copied::Before(0);
+            self.record.save(&self.record_folder)?;
+        }
+        failpoint::reached("merge.copying");
+        Ok(())
+    }
+
+    /// Records durably that everything before `sector` is copied. If the host is full, the previous record stays and is
+    /// still valid.
+    fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
+        self.record.copied = Copied::Before(sector);
+        self.record.ancestor_stamp = FileStamp::of(ancestor)?;
+        match self.record.save(&self.record_folder) {
+            Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
+            saved => saved,
+        }
+    }
+
+    /// Step 5: links the children of CHILD to the ancestor, including children that were created since the merge was
+    /// prepared. Also completes children that an interrupted call has linked already, unless they are in use.
+    fn relink_children(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
+        let mut relinked = Vec::new();
+        for child in folder_scan::scan(self.env, &self.child_folders)? {
+            let is_layer = self.record.layers.iter().any(|layer| layer.uuid == child.identity.uuid);
+            let is_linked = child.identity.parent == Some(ancestor.uuid());
+            if is_layer || !(is_linked || child.identity.parent == Some(self.record.layers[0].uuid)) {
+                continue;
+            }
+            if is_linked && is_reparent_finished(&Image::open(child.open(Access::Read)?)?) {
+                continue;
+            }
+            let file = match locked.iter().find(|(id, _)| *id == child.id) {
+                Some((_, file)) => file.clone(),
+                None => {
+                    let file = child.open(Access::Write)?;
+                    match file.lock(Lock::Exclusive) {
+                        Err(e) if is_linked && e.kind() == ErrorKind::Busy => continue,
+                        locked => locked?,
+                    }
+                    file
+                }
+            };
+            let image = Image::open(file.clone())?;
+            refuse_if_live(self.env, &self.policy.runtime, &image)?;
+            record_child(self.env, ancestor, &child.path);
+            let link = replacement_link(self.env, &image, ancestor, Locators::Relative)?;
+            SavedMtime::preserve(&file, || reparent(self.env, &file, Some(&link)))?;
+            failpoint::reached("merge.child-relinked");
+            relinked.push(child.path);
+        }
+        failpoint::reached("merge.relinked");
+        Ok(relinked)
+    }
+
+    /// Step 6: removes the layers, youngest first.
+    fn remove_layers(&self) -> Result<Vec<PathBuf>> {
+        let mut removed = Vec::new();
+        for (layer, folder) in self.record.layers.iter().zip(&self.layer_folders) {
+            let path = self.record.folder.join(&layer.path);
+            let name = file_name(&path)?;
+            let file = match folder.open(name, Access::Read) {
+                Ok(file) => file,
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    // An interrupted call may have removed it without a sync.
+                    folder.sync()?;
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            if ImageIdentity::peek(&file)?.map(|identity| identity.uuid) != Some(layer.uuid) {
+                log::warn!("{}: another image has this name now; it is not removed", path.display());
+                continue;
+            }
+            file.lock(Lock::Shared)?;
+            if FileStamp::of(&file)? != layer.stamp {
+                let what = "it was changed after it was copied; it is not removed";
+                return Err(Error::new(ErrorKind::Refused, what).at_path(path));
+            }
+            folder.remove(name)?;
+            failpoint::reached("merge.layer-removed");
+            // Synced before its parent is removed: after a crash it must not come back without its parent.
+            folder.sync()?;
+            failpoint::reached("merge.layer-gone");
+            removed.push(path);
+        }
+        Ok(removed)
+    }
+}
