@@ -1,5 +1,5 @@
 //! The image tool.
 
 fn main() -> std::process::ExitCode {
-    diffdisk::cli::tool_main()
+    diffdisk::cli::tool::main()
 }

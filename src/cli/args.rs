@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
-use super::size::{parse, parse_alignment, parse_block_size};
+use super::size::{parse_alignment, parse_block_size, parse_size};
 use super::system_config::SystemConfig;
 use crate::image::FooterChoice;
 use crate::ops::SourceFormat;
@@ -150,7 +150,7 @@ pub(super) struct CreateArgs {
     /// The image to make; it must not exist
     pub(super) path: PathBuf,
     /// Size of the disk: 512, 64K, 10M, 2G, 1T. With --parent the parent's if not given
-    #[arg(long, value_parser = parse, required_unless_present = "parent")]
+    #[arg(long, value_parser = parse_size, required_unless_present = "parent")]
     pub(super) size: Option<u64>,
     /// Kind of root
     #[arg(long = "type", value_enum, default_value = "dynamic", conflicts_with = "parent")]
@@ -159,7 +159,7 @@ pub(super) struct CreateArgs {
     #[arg(long, value_parser = parse_block_size)]
     pub(super) block_size: Option<BlockSize>,
     /// Leave room in the block table to grow to this size
-    #[arg(long, value_parser = parse, value_name = "SIZE")]
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub(super) reserve_size: Option<u64>,
     /// Give every block its place and its room on the host now: the file has its full size and is not fragmented.
     /// `compact` gives back what was not written
@@ -378,7 +378,7 @@ pub(super) struct ResizeArgs {
     /// The image. Its children keep their own sizes and contents
     pub(super) path: PathBuf,
     /// The new size of the disk, a multiple of 512; what is added reads as zeros
-    #[arg(value_parser = parse)]
+    #[arg(value_parser = parse_size)]
     pub(super) size: u64,
     /// The disk may become smaller, where nothing but zeros is cut off
     #[arg(long)]

@@ -17,7 +17,7 @@ const DEFAULT_QUEUE_SIZE: u16 = 1024;
 /// crosvm takes as many as are offered, and each has a thread here.
 const DEFAULT_QUEUES: u16 = 4;
 /// Bytes of a virtio-blk serial.
-const SERIAL: usize = 20;
+const MAX_SERIAL_BYTES: usize = 20;
 
 /// The guest's view of caching.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
@@ -78,7 +78,7 @@ pub(super) struct DiskArgs {
     /// The group that may connect, by name or number.
     pub(super) socket_group: Option<String>,
     /// The mode of the socket.
-    #[serde(default, deserialize_with = "mode_of_toml")]
+    #[serde(default, deserialize_with = "deserialize_socket_mode")]
     pub(super) socket_mode: Option<u32>,
 }
 
@@ -154,9 +154,9 @@ fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
     }
     for disk in &config.disk {
         let checks = [
-            disk.queues.map(|n| queues(&n.to_string()).map(drop)),
-            disk.queue_size.map(|n| queue_size(&n.to_string()).map(drop)),
-            disk.serial.as_ref().map(|s| serial(s).map(drop)),
+            disk.queues.map(|n| parse_queues(&n.to_string()).map(drop)),
+            disk.queue_size.map(|n| parse_queue_size(&n.to_string()).map(drop)),
+            disk.serial.as_ref().map(|s| parse_serial(s).map(drop)),
         ];
         let wrong = checks.into_iter().flatten().find_map(|check| check.err());
         if let Some(why) = wrong {
@@ -185,29 +185,33 @@ fn resolve_group(group: &str) -> Result<u32> {
 }
 
 /// The mode of a socket: octal digits, as for chmod.
-pub(super) fn socket_mode(text: &str) -> Result<u32, String> {
+pub(super) fn parse_socket_mode(text: &str) -> Result<u32, String> {
     let digits = !text.is_empty() && text.bytes().all(|b| (b'0'..=b'7').contains(&b));
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777);
     mode.ok_or_else(|| format!("{text:?} is not a mode of octal digits, such as 0660"))
 }
 
-fn mode_of_toml<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
+fn deserialize_socket_mode<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
     let text = String::deserialize(value)?;
-    socket_mode(&text).map(Some).map_err(D::Error::custom)
+    parse_socket_mode(&text).map(Some).map_err(D::Error::custom)
 }
 
-pub(super) fn queues(text: &str) -> Result<u16, String> {
+pub(super) fn parse_queues(text: &str) -> Result<u16, String> {
     let n = text.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
     n.ok_or_else(|| format!("the number of queues is 1 to {MAX_QUEUES}"))
 }
 
-pub(super) fn queue_size(text: &str) -> Result<u16, String> {
+pub(super) fn parse_queue_size(text: &str) -> Result<u16, String> {
     let n = text.parse().ok().filter(|n: &u16| n.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(n));
     n.ok_or_else(|| format!("the size of a queue is a power of two from 2 to {MAX_QUEUE_SIZE}"))
 }
 
-pub(super) fn serial(text: &str) -> Result<String, String> {
-    if text.len() > SERIAL { Err(format!("a serial has at most {SERIAL} bytes")) } else { Ok(text.to_owned()) }
+pub(super) fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > MAX_SERIAL_BYTES {
+        Err(format!("a serial has at most {MAX_SERIAL_BYTES} bytes"))
+    } else {
+        Ok(text.to_owned())
+    }
 }
 
 fn parse_on_off(text: &str) -> Result<bool, String> {
@@ -233,7 +237,7 @@ fn split_pairs(text: &str) -> Vec<String> {
     pairs
 }
 
-pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskArgs, String> {
     let mut seen = Vec::new();
     let mut disk = DiskArgs::new(PathBuf::new());
     for pair in split_pairs(text) {
@@ -250,16 +254,16 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "socket" => disk.socket = Some(value.into()),
             "id" => disk.id = Some(value.into()),
             "readonly" => disk.readonly = parse_on_off(value)?,
-            "serial" => disk.serial = Some(serial(value)?),
-            "queues" => disk.queues = Some(queues(value)?),
-            "queue-size" => disk.queue_size = Some(queue_size(value)?),
+            "serial" => disk.serial = Some(parse_serial(value)?),
+            "queues" => disk.queues = Some(parse_queues(value)?),
+            "queue-size" => disk.queue_size = Some(parse_queue_size(value)?),
             "cache" => disk.cache = CacheMode::from_str(value, false)?,
             "direct" => disk.direct = parse_on_off(value)?,
             "allocation" => disk.allocation = Some(AllocationArg::from_str(value, false)?),
             "allow-writable-parent" => disk.allow_writable_parent = parse_on_off(value)?,
             "allow-parents" => disk.allow_parents.push(value.into()),
             "socket-group" => disk.socket_group = Some(value.into()),
-            "socket-mode" => disk.socket_mode = Some(socket_mode(value)?),
+            "socket-mode" => disk.socket_mode = Some(parse_socket_mode(value)?),
             _ => return Err(format!("there is no key {key:?}")),
         }
     }
@@ -275,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_disk_by_keys() {
-        let d = disk(
+        let d = parse_disk(
             "path=/a,,b.vhd,socket=/s,id=x,readonly=on,serial=S 1,queues=64,queue-size=32768,\
                       cache=writethrough,direct=on,allocation=block,allow-writable-parent=on,allow-parents=/i,,j,allow-parents=/k,\
                       socket-group=kvm,socket-mode=0660",
@@ -320,7 +324,7 @@ mod tests {
             "path=",
             "path=/a,",
         ] {
-            assert!(disk(bad).is_err(), "{bad}");
+            assert!(parse_disk(bad).is_err(), "{bad}");
         }
     }
 
@@ -332,10 +336,13 @@ mod tests {
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, CacheMode::Writethrough));
         assert_eq!((disks[0].allocation, disks[1].allocation), (None, Some(AllocationArg::Block)));
-        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
+        assert_eq!(
+            parse_disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(),
+            disks[0]
+        );
         let text =
             "[[disk]]\npath = \"/a\"\nallow-parents = [\"/i\", \"/j\"]\nsocket-group = \"9\"\nsocket-mode = \"660\"\n";
-        let same = disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
+        let same = parse_disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
         assert_eq!(parse_config(text).unwrap(), [same]);
         assert!(parse_config("[[disk]]\npath = \"/a\"\nsocket-mode = 660\n").is_err(), "decimal is not meant");
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
@@ -347,7 +354,7 @@ mod tests {
 
     #[test]
     fn who_may_connect() {
-        let access = |text: &str| disk(&format!("path=/a{text}")).unwrap().socket_access();
+        let access = |text: &str| parse_disk(&format!("path=/a{text}")).unwrap().socket_access();
         assert_eq!(access("").unwrap(), SocketAccess { group: None, mode: 0o600 });
         assert_eq!(access(",socket-group=77").unwrap(), SocketAccess { group: Some(77), mode: 0o660 });
         assert_eq!(access(",socket-group=root").unwrap().group, Some(0));

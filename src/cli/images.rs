@@ -1,13 +1,14 @@
 //! The verbs on images: from arguments to what `ops` does, to what is printed.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use super::Exit;
 use super::args::{
     CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs,
     InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs, RootKind, SourceFormatArg, TargetFormatArg, ToolArgs, Verb,
 };
+use super::exit::{Exit, print_failure};
+use super::output::{UnbufferedStdout, is_standard_output, print_list, print_outcome, print_to_stdout};
 use super::print;
 use super::progress::ProgressDisplay;
 use super::runtime_dir;
@@ -51,15 +52,6 @@ pub(super) fn run(args: ToolArgs) -> (&'static str, Result<Exit>) {
 fn policy(common: &CommonArgs) -> Result<Policy> {
     let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
-}
-
-/// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
-fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    match f(&mut out).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("cannot write to standard output", e)),
-        _ => Ok(()),
-    }
 }
 
 fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
@@ -147,7 +139,7 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
             e = Error::new(ErrorKind::Invalid, format!("{} (and {more} more)", worst.detail));
         }
         let e = worst.offset.into_iter().fold(e, Error::at_offset);
-        super::print_failure("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
+        print_failure("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
         return Ok(Exit::Corrupt);
     }
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
@@ -179,21 +171,6 @@ fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
         ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
         told(table.end())
     })
-}
-
-/// Prints a list by `print`, as it is found. A reader that has seen enough (`| head`) is no failure.
-fn print_list(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>) -> Result<Exit> {
-    let mut left = false;
-    let done = print(&mut |outcome| {
-        outcome.map_err(|e| {
-            left = e.kind() == io::ErrorKind::BrokenPipe;
-            Error::io("cannot write to standard output", e)
-        })
-    });
-    match done {
-        Err(_) if left => Ok(Exit::Done),
-        done => done.map(|()| Exit::Done),
-    }
 }
 
 fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<SourceDisk> {
@@ -234,7 +211,7 @@ fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
     let work = ProgressDisplay::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.report(bytes);
     if streamed {
-        ops::convert::stream(&disk, &mut Stdout, args.align, &mut progress)?;
+        ops::convert::stream(&disk, &mut UnbufferedStdout, args.align, &mut progress)?;
         return Ok(Exit::Done);
     }
     if disk.bytes() % 512 != 0 && args.to != TargetFormatArg::Raw {
@@ -277,11 +254,6 @@ fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<SourceDisk> {
         log::warn!("{} of the disk are given up; they are zeros in the copy", human_size(bytes));
     }
     Ok(disk)
-}
-
-/// Whether a destination means standard output.
-fn is_standard_output(path: &Path) -> bool {
-    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn compare(args: &CompareArgs, common: &CommonArgs) -> Result<Exit> {
@@ -348,14 +320,6 @@ fn abandon(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
     print_outcome(common, &line)
 }
 
-/// The line that says how it went, unless nobody wants to know.
-pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
-    if !common.quiet {
-        print_to_stdout(|out| writeln!(out, "{}", print::escape_controls(line)))?;
-    }
-    Ok(Exit::Done)
-}
-
 fn flatten(args: &FlattenArgs, common: &CommonArgs) -> Result<Exit> {
     let work = ProgressDisplay::new(ops::info::info(&Host, &args.child, None)?.virtual_size, common.quiet)?;
     let progress = &mut |bytes| work.report(bytes);
@@ -395,17 +359,4 @@ fn resize(args: &ResizeArgs, common: &CommonArgs) -> Result<Exit> {
     drop(work);
     let (from, to) = (human_size(done.from), human_size(done.to));
     print_outcome(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
-}
-
-/// Standard output without the buffer of lines that the standard library puts before it.
-struct Stdout;
-
-impl Write for Stdout {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(rustix::io::write(io::stdout(), bytes)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -12,6 +12,7 @@ use std::thread;
 use clap::Parser;
 use log::{error, info, warn};
 
+use super::exit::print_failure;
 use super::inherited_fd::InheritedFds;
 use super::serve_args::DaemonArgs;
 use super::start::ReadyDisk;
@@ -36,7 +37,7 @@ pub fn main(inherited: InheritedFds) -> ExitCode {
     match serve(args, inherited, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            super::print_failure("serve", &e);
+            print_failure("serve", &e);
             ExitCode::FAILURE
         }
     }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use super::disk_args::{
-    AllocationArg, CacheMode, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode,
+    AllocationArg, CacheMode, DiskArgs, parse_disk, parse_queue_size, parse_queues, parse_serial, parse_socket_mode,
+    read_config,
 };
 use super::system_config::SystemConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,11 +49,11 @@ pub(super) struct DaemonArgs {
     read_only: bool,
 
     /// Queues offered, 1 to 64; a front-end may use fewer, not more [default: 4]
-    #[arg(long, value_name = "N", value_parser = queues, conflicts_with_all = ["disk", "config"])]
+    #[arg(long, value_name = "N", value_parser = parse_queues, conflicts_with_all = ["disk", "config"])]
     num_queues: Option<u16>,
 
     /// Expected entries of a queue, a power of two up to 32768; larger ones work, too [default: 1024]
-    #[arg(long, value_name = "N", value_parser = queue_size, conflicts_with_all = ["disk", "config"])]
+    #[arg(long, value_name = "N", value_parser = parse_queue_size, conflicts_with_all = ["disk", "config"])]
     queue_size: Option<u16>,
 
     /// Whether the guest sees a write cache [default: writeback]
@@ -64,7 +65,7 @@ pub(super) struct DaemonArgs {
     direct: bool,
 
     /// The serial number that the guest sees, at most 20 bytes
-    #[arg(long, value_name = "TEXT", value_parser = serial, conflicts_with_all = ["disk", "config"])]
+    #[arg(long, value_name = "TEXT", value_parser = parse_serial, conflicts_with_all = ["disk", "config"])]
     serial: Option<String>,
 
     /// Serve an image for writing although others stand on it: writes change what those show
@@ -75,7 +76,7 @@ pub(super) struct DaemonArgs {
     /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off][,allocation=sparse|block]
     /// [,allow-writable-parent=on|off][,allow-parents=DIR (repeatable)][,socket-group=NAME][,socket-mode=MODE]; a comma in a
     /// value is doubled
-    #[arg(long, value_name = "KEY=VALUE,...", value_parser = disk)]
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_disk)]
     disk: Vec<DiskArgs>,
 
     /// A TOML file with a [[disk]] table a disk, of the same keys
@@ -87,7 +88,7 @@ pub(super) struct DaemonArgs {
     socket_group: Option<String>,
 
     /// The mode of the sockets that are made, in octal digits; of a disk: socket-mode= [default: 0600, with a group 0660]
-    #[arg(long, value_name = "MODE", value_parser = socket_mode, conflicts_with = "fd")]
+    #[arg(long, value_name = "MODE", value_parser = parse_socket_mode, conflicts_with = "fd")]
     socket_mode: Option<u32>,
 
     /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)

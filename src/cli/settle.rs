@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Exit;
 use super::args::{CommonArgs, SettleArgs, SourceFormatArg, Verb};
-use super::images::print_outcome;
+use super::exit::Exit;
+use super::output::print_outcome;
 use super::runtime_dir;
 use crate::error::Result;
 use crate::ops;

@@ -3,7 +3,7 @@
 use crate::units::BlockSize;
 
 /// Bytes from a number with an optional unit (powers of 1024; `K`, `KB` and `KiB` are the same).
-pub(super) fn parse(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let unit = unit.to_ascii_uppercase();
@@ -21,7 +21,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
 
 /// A block size in the same notation.
 pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
-    let size = u32::try_from(parse(text)?).ok().and_then(BlockSize::from_bytes);
+    let size = u32::try_from(parse_size(text)?).ok().and_then(BlockSize::from_bytes);
     size.ok_or_else(|| "a block size is a power of two from 4K to 256M".to_owned())
 }
 
@@ -29,7 +29,7 @@ pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
 pub(super) fn parse_alignment(text: &str) -> Result<u64, String> {
     // More than the largest disk would only make sizes that no disk has.
     let fits = |align: &u64| *align == 1 || (align.is_multiple_of(512) && (512..=1 << 41).contains(align));
-    Some(parse(text)?).filter(fits).ok_or_else(|| "an alignment is a multiple of 512 bytes, at most 2T".to_owned())
+    Some(parse_size(text)?).filter(fits).ok_or_else(|| "an alignment is a multiple of 512 bytes, at most 2T".to_owned())
 }
 
 /// A number of bytes in a few letters: `2 MiB`, `1.5 GiB`.
@@ -62,11 +62,11 @@ mod tests {
             ("3kb", 3072),
             ("18446744073709551615", u64::MAX),
         ] {
-            assert_eq!(parse(text), Ok(bytes), "{text}");
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "K", "-1", "1.5G", "1 G", "16777216T", "5X", "1KK", "0x10", "18446744073709551616", "1iB", "١"]
         {
-            assert!(parse(bad).is_err(), "{bad}");
+            assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(parse_block_size("512K").map(BlockSize::bytes), Ok(512 << 10));
         assert_eq!((parse_alignment("1M"), parse_alignment("1536")), (Ok(1 << 20), Ok(1536)));

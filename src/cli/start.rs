@@ -21,6 +21,8 @@ use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 
+/// The version of the programs, with the commit they are built from.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
 /// How long to wait for the files of a disk. A daemon that was killed holds them until its last I/O is over.
 const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait for the socket of a disk. A daemon that was killed holds it until its process is taken apart.
@@ -114,7 +116,7 @@ fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
         service.queues,
         service.queue_size,
         chain.join(" <- "),
-        super::VERSION,
+        VERSION,
     )
 }
 

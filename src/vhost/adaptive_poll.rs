@@ -21,8 +21,8 @@ pub(super) struct AdaptivePoll {
 
 impl AdaptivePoll {
     /// At most so long; zero: never.
-    pub(super) fn new(most: Duration) -> AdaptivePoll {
-        AdaptivePoll { max_window: most, window: most, idle_since: None }
+    pub(super) fn new(max_window: Duration) -> AdaptivePoll {
+        AdaptivePoll { max_window, window: max_window, idle_since: None }
     }
 
     /// There was work at `now`.
@@ -52,30 +52,30 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// Whether it still looks at each of these times after work, and then work comes.
-    fn looks(patience: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
-        let mut looked = true;
+    /// Whether it still polls at each of these times after work, and then work comes.
+    fn polls(poll: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
+        let mut polled = true;
         for us in 0..=gap {
-            looked = patience.should_poll(*start + US * us);
+            polled = poll.should_poll(*start + US * us);
         }
         *start += US * gap;
-        patience.record_work(*start);
-        looked
+        poll.record_work(*start);
+        polled
     }
 
     #[test]
     fn a_slow_queue_sleeps_and_a_fast_one_is_looked_at() {
-        let (mut patience, mut now) = (AdaptivePoll::new(US * 50), Instant::now());
-        assert!(looks(&mut patience, &mut now, 20), "it begins with hope");
-        assert!(!looks(&mut patience, &mut now, 60));
+        let (mut poll, mut now) = (AdaptivePoll::new(US * 50), Instant::now());
+        assert!(polls(&mut poll, &mut now, 20), "it begins with hope");
+        assert!(!polls(&mut poll, &mut now, 60));
         let mut sleeps = 0;
-        while patience.should_poll(now) {
-            looks(&mut patience, &mut now, 200);
+        while poll.should_poll(now) {
+            polls(&mut poll, &mut now, 200);
             sleeps += 1;
             assert!(sleeps < 10, "a queue with gaps of 200 us is not worth looking at");
         }
-        looks(&mut patience, &mut now, 20);
-        assert!(looks(&mut patience, &mut now, 20), "gaps of 20 us are, after the first");
-        assert!(!looks(&mut AdaptivePoll::new(Duration::ZERO), &mut now, 1));
+        polls(&mut poll, &mut now, 20);
+        assert!(polls(&mut poll, &mut now, 20), "gaps of 20 us are, after the first");
+        assert!(!polls(&mut AdaptivePoll::new(Duration::ZERO), &mut now, 1));
     }
 }

@@ -18,7 +18,6 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::socket::{BoundName, Listener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{file_name, folder_of};
 
@@ -57,7 +56,7 @@ struct SocketLocation<'a> {
 /// * `Refused`: a file that is not a socket, or a socket of another type that is in use, has the name.
 /// * `NotFound`: the folder does not exist.
 /// * `Io`: the host refuses a step, for example the group.
-pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
+pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, BoundName)> {
     let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
     let name = file_name(path)?;
     let folder = rustix::fs::open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -78,8 +77,8 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
             .map_err(|e| failed("cannot open the socket that was just made", e))?;
     // From here on an error removes the name again.
     let name = OwnedName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
-    let made = BoundName { name, _lock: lock };
-    let listener = Listener::new(UnixListener::from(socket), Some(made));
+    let listener = UnixListener::from(socket);
+    let bound_name = BoundName { name, _lock: lock };
     listens.map_err(|e| failed("cannot listen", e))?;
     if let Some(group) = access.group {
         rustix::fs::chownat(&bound, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
@@ -88,7 +87,7 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
     // fchmod takes no descriptor of O_PATH, and a name could lead elsewhere by now.
     rustix::fs::chmod(proc_fd_path(&bound), Mode::from_raw_mode(access.mode as RawMode))
         .map_err(|e| failed("cannot set the mode of the socket", e))?;
-    Ok(listener)
+    Ok((listener, bound_name))
 }
 
 fn proc_fd_path(fd: &OwnedFd) -> String {
@@ -133,9 +132,24 @@ fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
     }
 }
 
+/// The name of a socket that this process made.
+#[derive(Debug)]
+pub(super) struct BoundName {
+    // Dropped first: it is removed while the name is locked.
+    name: OwnedName,
+    _lock: NameLock,
+}
+
+impl BoundName {
+    /// Its path when it was given.
+    pub(super) fn path(&self) -> &Path {
+        &self.name.path
+    }
+}
+
 /// A name that this process has given a file. Dropped, it is removed, unless another file has it by then.
 #[derive(Debug)]
-pub(super) struct OwnedName {
+struct OwnedName {
     path: PathBuf,
     folder: Arc<OwnedFd>,
     name: OsString,
@@ -148,11 +162,6 @@ impl OwnedName {
         let (stat, path) = (rustix::fs::fstat(file)?, place.path.with_file_name(name));
         let id = (stat.st_dev, stat.st_ino);
         Ok(OwnedName { path, folder: place.folder.clone(), name: name.to_owned(), id })
-    }
-
-    /// Its path when it was given.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 
     fn is_still_ours(&self) -> rustix::io::Result<bool> {
@@ -178,7 +187,7 @@ impl Drop for OwnedName {
 /// A lock on the name of a socket: a file `NAME.lock` with a lock that ends with its holder. The file is removed by the
 /// holder; a killed one leaves it behind, unlocked, and it is used again.
 #[derive(Debug)]
-pub(super) struct NameLock {
+struct NameLock {
     // Dropped first: the file is removed while it is locked.
     _name: OwnedName,
     _file: OwnedFd,

@@ -9,7 +9,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::frame::MessageFrame;
 use super::handler::Handler;
-use super::memory_sharing::SHARE;
+use super::memory_sharing::SHARE_HINT;
 use crate::error::{Error, Result};
 
 /// Rings that have everything but memory have this long to get it before the log has it.
@@ -20,8 +20,6 @@ const MAX_LOGGED_REFUSALS: u32 = 32;
 /// What becomes of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ConnectionEnd {
-    /// It goes on.
-    StillOpen,
     /// The front-end left, or was left.
     Disconnected,
     /// The daemon is to stop.
@@ -79,7 +77,7 @@ impl<'a> Connection<'a> {
             return true;
         }
         warn!(
-            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE}",
+            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE_HINT}",
             self.name
         );
         self.has_warned_no_memory = true;
@@ -88,7 +86,7 @@ impl<'a> Connection<'a> {
 
     /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
     /// wait for ever for an answer that the protocol has no words for.
-    pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<ConnectionEnd> {
+    pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<Option<ConnectionEnd>> {
         self.last_request = Some(frame.request());
         let broken = |e| Error::io("the socket fails", e);
         let state = |session: &Self| {
@@ -98,8 +96,8 @@ impl<'a> Connection<'a> {
         let (calls, _) = state(self);
         let (why, acknowledged) = if frame.is_readable() {
             match self.requests.handle_request() {
-                Ok(()) => return Ok(ConnectionEnd::StillOpen),
-                Err(VhostError::Disconnected) => return Ok(ConnectionEnd::Disconnected),
+                Ok(()) => return Ok(None),
+                Err(VhostError::Disconnected) => return Ok(Some(ConnectionEnd::Disconnected)),
                 Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
                     return Err(Error::io("the socket fails", std::io::Error::other(e)));
                 }
@@ -121,7 +119,7 @@ impl<'a> Connection<'a> {
         if !acknowledged && frame.needs_reply() && state(self).1 {
             frame.refuse(socket).map_err(broken)?;
         }
-        Ok(ConnectionEnd::StillOpen)
+        Ok(None)
     }
 }
 

@@ -18,9 +18,9 @@ use vhost::vhost_user::message::FrontendReq;
 use super::connection::{Connection, ConnectionEnd, protocol_error};
 use super::frame::{self, PeekedMessage};
 use super::handler::{Handler, queue_count_hint};
+use super::limits::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use super::socket::{Listener, Socket, describe_peer};
 use super::worker::{EXIT_TIMEOUT, Worker, WorkerSettings};
-use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -282,8 +282,8 @@ impl DiskServer {
                     if !frame::can_send_reply(&socket) {
                         return Err(Error::io("the front-end does not read its answers", protocol_error()));
                     }
-                    if let ConnectionEnd::Disconnected = connection.handle(frame, &socket)? {
-                        return Ok(ConnectionEnd::Disconnected);
+                    if let Some(end) = connection.handle(frame, &socket)? {
+                        return Ok(end);
                     }
                 }
             }

@@ -15,8 +15,8 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
-use super::MAX_QUEUE_SIZE;
 use super::inflight::{self, InflightRecords};
+use super::limits::MAX_QUEUE_SIZE;
 use super::memory::{MAX_REGIONS, MemoryTable};
 use super::passed_fd::{check_eventfd, check_writable_eventfd};
 use super::rings::{Kick, RingAddresses, RingSetup, Rings, refusal};

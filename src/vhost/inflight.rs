@@ -17,7 +17,7 @@ use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{InFlightRecord, InFlightRegion};
 use crate::storage::sigbus::Guard;
 
-use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use super::limits::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
 /// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
 #[derive(Clone)]

@@ -1,5 +1,10 @@
 //! How many file descriptors a served disk takes, so that a limit that is too low ends the start and not a guest.
 
+/// Queues that one disk may have.
+pub const MAX_QUEUES: u16 = 64;
+/// Entries that one queue may have (the size of a split ring at most).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
 /// Of each queue: the ring of the engine, its event loop, its two event counters, and what a front-end hands over for it
 /// (kick, call, error).
 const PER_QUEUE: u64 = 10;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 const WARN_AFTER: Duration = Duration::from_secs(3);
 
 /// What to do about it.
-pub(super) const SHARE: &str = "Share it: QEMU takes share=on for the memory backend, cloud-hypervisor shared=on for --memory, \
+pub(super) const SHARE_HINT: &str = "Share it: QEMU takes share=on for the memory backend, cloud-hypervisor shared=on for --memory, \
      libvirt <access mode='shared'/>";
 
 /// What the rings of one connection have found out. Cloning shares it.

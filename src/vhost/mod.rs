@@ -41,10 +41,5 @@ mod worker;
 
 pub use bind::SocketAccess;
 pub use disk_server::{DiskServer, ServeOptions};
-pub use limits::fds_of_disk;
+pub use limits::{MAX_QUEUE_SIZE, MAX_QUEUES, fds_of_disk};
 pub use socket::{Listener, Socket};
-
-/// Queues that one disk may have.
-pub const MAX_QUEUES: u16 = 64;
-/// Entries that one queue may have (the size of a split ring at most).
-pub const MAX_QUEUE_SIZE: u16 = 32768;

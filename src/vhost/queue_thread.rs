@@ -18,7 +18,7 @@ use zerocopy::IntoBytes;
 
 use super::adaptive_poll::AdaptivePoll;
 use super::epoll::{Epoll, WakeSource};
-use super::memory_sharing::{SHARE, SharingCheck};
+use super::memory_sharing::{SHARE_HINT, SharingCheck};
 use crate::device::{InFlightRecord, Queue, ServeResult, SharedMemory, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
@@ -85,12 +85,12 @@ impl QueueThread {
     pub(super) fn new(
         queue: Queue,
         commands: Receiver<QueueCommand>,
-        (bell, alarm): (Arc<Notifier>, Arc<Notifier>),
+        (wakeup, memory_lost): (Arc<Notifier>, Arc<Notifier>),
         poll: Duration,
         name: String,
     ) -> io::Result<QueueThread> {
         let epoll = Epoll::new()?;
-        epoll.add(bell.as_fd(), WakeSource::Internal)?;
+        epoll.add(wakeup.as_fd(), WakeSource::Internal)?;
         for fd in queue.wake_fds().into_iter().flatten() {
             epoll.add(fd, WakeSource::Internal)?;
         }
@@ -100,7 +100,7 @@ impl QueueThread {
             first_kick: None,
             state: QueueState::Stopped,
             commands,
-            memory_lost: alarm,
+            memory_lost,
             epoll,
             adaptive_poll: AdaptivePoll::new(poll),
             name,
@@ -158,7 +158,7 @@ impl QueueThread {
         if ring.sharing.should_warn(self.first_kick, now, || self.queue.is_unused()) {
             warn!(
                 "{}: the guest announces requests, but its rings are blank: the front-end seems not to share the guest's \
-                 memory, and the guest will wait for ever. {SHARE}",
+                 memory, and the guest will wait for ever. {SHARE_HINT}",
                 self.name
             );
         }

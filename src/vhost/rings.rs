@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::inflight::InflightRecords;
 use super::memory::MemoryTable;
-use super::memory_sharing::{SHARE, SharingCheck};
+use super::memory_sharing::{SHARE_HINT, SharingCheck};
 use super::queue_thread::ReadyRing;
 use super::worker::{EXIT_TIMEOUT, WaitOutcome, Worker, wait_for_reply};
 use crate::device::{AtomicMemory, InFlightRecord, Vring};
@@ -191,7 +191,9 @@ impl<'a> Rings<'a> {
         let place = |what: &str, user, len| {
             let guest = self.memory.guest_address(user, len);
             guest.ok_or_else(|| {
-                refusal(format!("the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE}"))
+                refusal(format!(
+                    "the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE_HINT}"
+                ))
             })
         };
         Ok(RingAddresses {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use super::bind::{NameLock, OwnedName, SocketAccess, bind};
+use super::bind::{BoundName, SocketAccess, bind};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How front-ends reach a disk.
@@ -27,14 +27,6 @@ pub struct Listener {
     socket: UnixListener,
 }
 
-/// The name of a socket that this process made.
-#[derive(Debug)]
-pub(super) struct BoundName {
-    // Dropped first: it is removed while the name is locked.
-    pub(super) name: OwnedName,
-    pub(super) _lock: NameLock,
-}
-
 impl Socket {
     /// Makes a listening socket at `path` for those whom `access` admits. It replaces the socket of a process that has
     /// ended.
@@ -45,7 +37,8 @@ impl Socket {
     /// * `NotFound`: the folder does not exist.
     /// * `Io`: the host refuses a step, for example the group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
-        bind(path, access).map(Socket::Listening)
+        let (socket, bound_name) = bind(path, access)?;
+        Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
     }
 
     /// Takes over a socket somebody else made: a listening one, or one already connected to a front-end.
@@ -70,7 +63,7 @@ impl Socket {
     /// The name of a listening socket, if it has one.
     pub fn path(&self) -> Option<PathBuf> {
         match self {
-            Socket::Listening(Listener { bound_name: Some(made), .. }) => Some(made.name.path().to_path_buf()),
+            Socket::Listening(Listener { bound_name: Some(name), .. }) => Some(name.path().to_path_buf()),
             Socket::Listening(l) => l.socket.local_addr().ok()?.as_pathname().map(Path::to_path_buf),
             Socket::Connected(_) => None,
         }
@@ -78,10 +71,6 @@ impl Socket {
 }
 
 impl Listener {
-    pub(super) fn new(socket: UnixListener, made: Option<BoundName>) -> Listener {
-        Listener { socket, bound_name: made }
-    }
-
     /// The next front-end. Waits.
     ///
     /// # Errors
