@@ -1,4 +1,4 @@
-//! The image tool.
+//! The program `diffdisk`: the image tool. See `diffdisk::cli`.
 
 fn main() -> std::process::ExitCode {
     diffdisk::cli::tool::main()

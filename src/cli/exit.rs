@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use super::print::escape_controls;
 use crate::error::Error;
 
-/// How a program ended, in the words of the contract.
+/// Exit codes of `diffdisk`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Exit {
     Done = 0,
@@ -22,8 +22,8 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// The one line of a failure.
+/// Prints the line of an error to standard error.
 pub(super) fn print_failure(verb: &str, e: &Error) {
-    // Nobody may be reading.
+    // Ignored, since standard error may be closed.
     let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", escape_controls(&e.line()));
 }

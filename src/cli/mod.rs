@@ -1,16 +1,16 @@
-//! Floor 7: human words.
+//! Floor 7: the command line of both programs.
 //!
-//! Owns: arguments, what is printed, exit codes, the one line of a failure, and the wiring of the daemon. Leaves to
-//! others: everything that is done.
+//! This floor owns arguments, output, exit codes, error lines, and the start of the daemon. The work itself is done by the
+//! floors below.
 //!
 //! ```text
-//!   diffdisk    args ──> images ──> ops
-//!                size      │ └────> progress   a bar, on a terminal only
-//!                          └──────> print      people, or JSON
-//!   diffdiskd   serve_args ──> serve ──> start ──> vhost
-//!                 disk_args     ├── handover   sockets of the starting process (inherited, systemd)
-//!                               └── signals    what ends the daemon
-//!   both        system_config, runtime
+//!   diffdisk    tool ──> images, settle ──> ops
+//!                │         │  └───────────> progress   a bar, on a terminal only
+//!               args       └──────────────> output     text by print: for people, or JSON
+//!   diffdiskd   serve ──> start ──> vhost
+//!                │  └───> handover   sockets of the starting process (inherited_fd, systemd)
+//!               serve_args, disk_args
+//!   both        exit, signals, size, system_config, runtime_dir
 //! ```
 
 mod args;

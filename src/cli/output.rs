@@ -8,7 +8,7 @@ use super::exit::Exit;
 use super::print::escape_controls;
 use crate::error::{Error, Result};
 
-/// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
+/// Prints to standard output. A reader that closes the pipe (`| head`) is no error.
 pub(super) fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     match f(&mut out).and_then(|()| out.flush()) {
@@ -17,7 +17,7 @@ pub(super) fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) 
     }
 }
 
-/// The line that says how it went, unless nobody wants to know.
+/// Prints a summary line, unless `--quiet` is given.
 pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
     if !common.quiet {
         print_to_stdout(|out| writeln!(out, "{}", escape_controls(line)))?;
@@ -25,7 +25,7 @@ pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Prints a list by `print`, as it is found. A reader that has seen enough (`| head`) is no failure.
+/// Prints a list while it is computed. A reader that closes the pipe (`| head`) is no error.
 pub(super) fn print_list(
     print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>,
 ) -> Result<Exit> {
@@ -42,12 +42,12 @@ pub(super) fn print_list(
     }
 }
 
-/// Whether a destination means standard output.
+/// Returns whether a destination is standard output.
 pub(super) fn is_standard_output(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
-/// Standard output without the buffer of lines that the standard library puts before it.
+/// Standard output without the line buffer of the standard library.
 pub(super) struct UnbufferedStdout;
 
 impl Write for UnbufferedStdout {

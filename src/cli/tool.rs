@@ -11,7 +11,7 @@ use super::print::escape_controls;
 use super::system_config::SystemConfig;
 use super::{images, signals};
 
-/// The whole of `diffdisk`: reads the command line, does what it says, tells how it went.
+/// Runs `diffdisk` with the arguments of the process.
 pub fn main() -> ExitCode {
     let mut args = ToolArgs::parse();
     log_to_stderr(&args.common.log_level);
