@@ -1,33 +1,34 @@
-//! The one error type: a kind to match, a sentence to read, the file and offset it is about, and what caused it.
+//! The error type of the crate: a kind to match, a message, the file and offset that it concerns, and its cause.
 //!
-//! Callers branch on [`ErrorKind`]; people read the rest. A message says what failed, on which file, at which
-//! offset, why, and, where there is something to do, what.
+//! Callers branch on [`ErrorKind`]; users read the rest. A message states what failed, on which file, at which offset, why,
+//! and, if the user can do something about it, what to do.
 
 use std::path::{Path, PathBuf};
 use std::{error, fmt, io};
 
-/// What callers may want to tell apart.
+/// Kinds of errors that callers distinguish.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ErrorKind {
-    /// The host failed a read, a write or a sync.
+    /// A system call failed, for example a read, a write or a sync.
     Io,
-    /// The host has no room left.
+    /// The file system is full, or a quota is used up.
     NoSpace,
-    /// The bytes of an image break a rule of the format.
+    /// An image breaks a rule of its format.
     Invalid,
-    /// A policy says no: a parent outside the allowed folders, a sealed image, too deep a chain.
+    /// A rule of diffdisk or an option forbids it: a parent outside the allowed folders, a chain that is too deep, a user
+    /// interrupt.
     Refused,
-    /// A file or a parent is not there.
+    /// A file or a parent does not exist.
     NotFound,
-    /// Somebody else holds the image.
+    /// Another process has the image or the socket in use.
     Busy,
-    /// Nothing is wrong, but this cannot be done here.
+    /// The operation is not possible for this image, on this file system or with these arguments.
     Unsupported,
-    /// An earlier failed sync made the image unsafe to write until it is opened again.
+    /// An earlier sync failed, so the image must not be written until it is opened again.
     Poisoned,
 }
 
-/// A failure, with its context. Small on the good path: one pointer.
+/// An error with its context. One pointer in size.
 pub struct Error(Box<Body>);
 
 struct Body {
@@ -38,16 +39,16 @@ struct Body {
     source: Option<Box<dyn error::Error + Send + Sync>>,
 }
 
-/// The crate's result.
+/// The result type of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// A failure described by one sentence without a full stop.
+    /// Creates an error from a message, which is one sentence without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Error {
         Error(Box::new(Body { kind, message: what.into(), path: None, offset: None, source: None }))
     }
 
-    /// A failed call to the host; the kind follows from the code it returned.
+    /// Creates an error for a failed system call. The kind follows from the error code.
     pub fn io(what: impl Into<String>, source: io::Error) -> Error {
         let kind = match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -58,13 +59,13 @@ impl Error {
         Error::new(kind, what).caused_by(source)
     }
 
-    /// Names the file. The innermost name stays.
+    /// Adds the file that the error concerns, unless the error has one already.
     pub fn at_path(mut self, path: impl AsRef<Path>) -> Error {
         self.0.path.get_or_insert_with(|| path.as_ref().to_path_buf());
         self
     }
 
-    /// Says `to` where it named `from`: for a file that is made under another name first.
+    /// Replaces the path `from` by `to`, for a file that is created under a temporary name.
     pub fn replace_path(mut self, from: &Path, to: &Path) -> Error {
         if self.path() == Some(from) {
             self.0.path = Some(to.to_path_buf());
@@ -72,13 +73,13 @@ impl Error {
         self
     }
 
-    /// Names the byte offset in the file. The innermost offset stays.
+    /// Adds the byte offset in the file, unless the error has one already.
     pub fn at_offset(mut self, offset: u64) -> Error {
         self.0.offset.get_or_insert(offset);
         self
     }
 
-    /// Removes the offset: for a number from the command line, which stands at no byte of the file.
+    /// Removes the offset, for an error about a number that comes from the command line and not from the file.
     #[must_use]
     pub fn without_offset(mut self) -> Error {
         self.0.offset = None;
@@ -91,22 +92,22 @@ impl Error {
         self
     }
 
-    /// What callers branch on.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// The file it is about.
+    /// Returns the file that the error concerns.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
     }
 
-    /// The byte offset in that file.
+    /// Returns the byte offset in that file.
     pub fn offset(&self) -> Option<u64> {
         self.0.offset
     }
 
-    /// The code of the host's error at the bottom, if it came from there.
+    /// Returns the error code of the system call at the end of the chain of causes, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         let mut next: Option<&(dyn error::Error + 'static)> = Some(self);
         while let Some(e) = next {
@@ -118,12 +119,12 @@ impl Error {
         None
     }
 
-    /// Whether the host does not let this user do it, or cannot do it on this file system at all.
+    /// Returns whether the user lacks a permission, or the kernel or file system does not support the call.
     pub fn is_denied(&self) -> bool {
         matches!(self.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
     }
 
-    /// The whole story on one line: what failed, path, offset, and the chain of causes.
+    /// Formats the error on one line: path, message, offset, and the chain of causes.
     pub fn line(&self) -> String {
         let mut line = self.to_string();
         let mut next = error::Error::source(self);
@@ -162,10 +163,10 @@ impl error::Error for Error {
     }
 }
 
-/// `None` for what does not exist.
+/// Converts a [`NotFound`](ErrorKind::NotFound) error to `None`.
 ///
 /// # Errors
-/// All others.
+/// Any error of `outcome` of another kind.
 pub fn none_if_not_found<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -178,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_tells_what_where_and_why() {
+    fn a_line_has_path_message_offset_and_cause() {
         let e = Error::io("cannot read the footer", io::Error::from_raw_os_error(libc::EIO)).at_offset(512);
         let e = e.at_path("/a/b.vhd").at_path("/other");
         assert_eq!(e.kind(), ErrorKind::Io);

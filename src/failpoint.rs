@@ -1,32 +1,34 @@
-//! Named points in the verbs that change files, at which tests kill the process (feature `mutants`, never in a release).
-//! Without the feature a failpoint leaves no trace in the program.
+//! Failpoints in the verbs that change files, at which tests kill the process (feature `mutants`, never in a release).
+//! Without the feature a failpoint compiles to nothing.
 //!
-//! A name is `verb.what-is-done`, said once in the sources: `tests/verbs` reads them there and leaves none out.
+//! The name of a failpoint has the form `verb.step` and occurs once in the sources. `tests/verbs` collects the names from the
+//! sources, so that each failpoint is tested.
 
-/// The variable that says where to die: `NAME`, or `NAME:COUNT` for the COUNT-th time that the failpoint is reached.
+/// Environment variable that selects a failpoint: `NAME`, or `NAME:COUNT` for the COUNT-th time that it is reached.
 #[cfg(feature = "mutants")]
 const VARIABLE: &str = "DIFFDISK_KILL_AT";
 
-/// Ends the process as SIGKILL does, if a test asked for that here.
+/// Kills the process by SIGKILL if the environment selects this failpoint.
 #[cfg(feature = "mutants")]
 pub fn reached(name: &str) {
     use std::cell::Cell;
     thread_local! {
         static TIMES: Cell<u64> = const { Cell::new(0) };
     }
-    let Ok(asked) = std::env::var(VARIABLE) else { return };
-    let (asked, count) = asked.split_once(':').map_or((&*asked, 1), |(at, n)| (at, n.parse().expect("a count")));
-    if asked != name {
+    let Ok(selected) = std::env::var(VARIABLE) else { return };
+    let (selected, count) =
+        selected.split_once(':').map_or((&*selected, 1), |(at, n)| (at, n.parse().expect("a count")));
+    if selected != name {
         return;
     }
     TIMES.set(TIMES.get() + 1);
     if TIMES.get() == count {
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
-            .expect("a signal to us");
+            .expect("a process may signal itself");
     }
 }
 
-/// Ends the process, if a test asked for that here: never.
+/// Does nothing: failpoints need the feature `mutants`.
 #[cfg(not(feature = "mutants"))]
 #[inline(always)]
 pub const fn reached(_: &str) {}

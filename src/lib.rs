@@ -1,80 +1,184 @@
-//! diffdisk serves chains of differencing VHDs to virtual machines, and makes, inspects, checks and converts them.
+//! diffdisk serves chains of differencing VHDs to virtual machines, and creates, inspects, checks and converts them.
 //!
-//! A guest's disk is a chain of files: a fixed or dynamic root, and any number of differencing children, the youngest of
-//! which (the *top*) takes the writes. The guest sees one disk. `diffdiskd` serves it over vhost-user-blk to QEMU,
-//! cloud-hypervisor, crosvm and others, and moves bytes straight between the files and guest memory; `diffdisk` is the
-//! tool for the files. Both programs are a few lines over [`cli`]; this page is the map of what is beneath.
+//! The disk of a guest is a chain of files: a fixed or dynamic root, and any number of differencing children. The youngest
+//! child (the *top*) receives the writes. The guest sees one disk. `diffdiskd` serves the disk over vhost-user-blk to QEMU,
+//! cloud-hypervisor, crosvm and other front-ends, and moves data directly between the files and guest memory. `diffdisk` is
+//! the tool for the files. Both programs are thin wrappers around [`cli`]. This page is the map of the crate.
 //!
 //! # Floors
 //!
-//! A module uses modules of lower floors, itself, and the two words at the bottom; neighbours on one floor do not know
-//! each other. `tests/floors.rs` reads the sources and fails on any other path. Each floor's page opens with what it owns,
-//! what it leaves to others, and a drawing.
+//! A module uses only modules of lower floors, itself, and the shared modules at the bottom. Modules on the same floor do not
+//! use each other, and within a floor there is no circle of imports between files. `tests/floors.rs` reads the sources and
+//! checks this. The page of each floor begins with what the floor owns, what it leaves to others, and a drawing.
 //!
 //! ```text
-//!  7  cli                 human words: arguments, printing, exit codes; wires the daemon
-//!  5  vhost               vhost-user: the socket, its messages, guest memory, a thread for each queue
-//!  4  device  |  ops      virtio-blk: what a guest asks  |  the tool's verbs, as functions
+//!  7  cli                 command line: arguments, output, exit codes; starts the daemon
+//!  5  vhost               vhost-user: the socket, its messages, guest memory, one thread per queue
+//!  4  device  |  ops      virtio-blk: requests of a guest  |  the verbs of the tool, as functions
 //!  3  disk                requests become operations: lanes, stages, group commit
 //!  2  chain               many files as one disk: Top over Frozen
 //!  1  image               one VHD file: open, reserve, mark, commit, grow, recover
-//!  0  format  |  storage  the bytes of a VHD, without I/O  |  the doors to the outside: files, locks, clock, engines
-//!  -  units, error        words that any floor may use
+//!  0  format  |  storage  the bytes of a VHD, without I/O  |  the kernel interface: files, locks, clock, I/O engines
+//!  -  units, error, mutant, failpoint    shared by all floors
 //! ```
-//!
-//! # Words
-//!
-//! One word for one thing, in names and in sentences:
-//!
-//! | word | meaning |
-//! | --- | --- |
-//! | sector | 512 bytes of the virtual disk |
-//! | block | what an entry of the block table (BAT) gives a place to, with its bitmap of sectors |
-//! | root, parent, child; layer | places in a chain; any file of it |
-//! | [top](chain::Top) / [frozen](chain::Frozen) | the one writable layer / all others, merged into one map that does not change |
-//! | extent, [plan](chain::PlanBuffer) | a run of sectors with one source; extents, and what must be loaded first |
-//! | reserve, mark, commit | give a block a place; make written sectors visible; tell the file, durably |
-//! | fresh, pointer | a block that the file does not know yet; a sector that gives meaning to others |
-//! | request, operation, task, [lane](disk::Lane) | asked by a guest; asked of the host; a request in flight; the engine of one queue |
-//! | flush, sync | asked by a guest; the host's fdatasync |
-//! | poison | no more writes, since a sync failed and nobody knows what is on the medium |
-//! | [defect](format::Defect) | a broken rule of the format |
 //!
 //! # Three ideas
 //!
 //! 1. **A chain is two things**, Top and Frozen, so a look-up costs the same at depth 1 and at depth 64 ([`chain`]).
-//! 2. **Plan, move, mark.** Planning is a pure look-up; moving is a list of operations; marking makes the written sectors
-//!    visible. Nothing on disk changes its meaning before a commit ([`disk`]).
+//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes the
+//!    written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
 //! 3. **A commit is two syncs around pointers of one sector each**: sync the data, write the pointers, sync. One file
-//!    knows this order ([`image::commit`]). What is acknowledged but not flushed outlives a killed process in the live
-//!    journal ([`image::journal`]).
+//!    implements this order (`commit.rs` of [`image`]). Writes that are acknowledged but not flushed survive a kill of the
+//!    daemon in the live journal (`journal.rs`).
 //!
-//! # The way of a request
+//! # The path of a request
 //!
 //! ```text
 //!  kick ─> vhost worker ─> device: pop chains, parse ─> disk: a task in the queue's lane
-//!                                                          │ plan     chain: top splits, frozen splits
-//!                                                          │ (load    bitmaps that are not in memory; plan again)
-//!                                                          │ (room    a new block, and the file must grow; plan again)
-//!                                                          │ move     storage: one submit for everything popped, and
-//!                                                          │          copies of what the host has in memory
-//!                                                          │ mark     image: bits in memory, and in the journal
+//!                                                          │ plan     chain: look up Top, then Frozen
+//!                                                          │ (load    bitmap sectors that are not in memory; plan again)
+//!                                                          │ (grow    the file, for a new block; plan again)
+//!                                                          │ move     storage: one submit for the whole batch, and copies
+//!                                                          │          of cached reads
+//!                                                          │ mark     image: bits in memory, and in the live journal
 //!                                                          │ (commit  flushes; writes on a write-through disk)
-//!  call <─ one signal <── device: status, used ring <── outcome
+//!  call <─ one interrupt <── device: status, used ring <── outcome
 //! ```
 //!
-//! # Where to find
+//! # Where to find what
 //!
 //! | question | module |
 //! | --- | --- |
 //! | what the bytes of a file mean, and which are refused | [`mod@format`] |
-//! | how a file is created, opened, recovered, made to grow, made durable | [`image`] |
-//! | how parents are found, and which may be opened at all | [`chain`] |
-//! | how a request runs, waits and is answered | [`disk`] |
-//! | what a guest may put into a ring | [`device`] |
-//! | what a front-end may say, and when rings run | [`vhost`] |
-//! | what the tool does | [`ops`] |
+//! | how a file is created, opened, recovered, grown, made durable | [`image`] |
+//! | how parents are found, and which may be opened | [`chain`] |
+//! | how a request is executed and completed | [`disk`] |
+//! | which contents of a ring are valid | [`device`] |
+//! | which messages of a front-end are valid, and when rings run | [`vhost`] |
+//! | what the verbs of the tool do | [`ops`] |
 //! | system calls, io_uring, locks, and the simulated host of the tests | [`storage`] |
+//!
+//! # Glossary
+//!
+//! Each word has one meaning, in names and in sentences. A type name occurs once in the crate.
+//!
+//! ## Images and chains
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | sector | 512 bytes of the virtual disk |
+//! | block | the unit of allocation: a bitmap and its data sectors |
+//! | BAT | block allocation table: for each block the file sector where it begins, or "unused" |
+//! | footer, trailing footer | 512 bytes that identify an image, with a copy at the start of the file; the one at its end |
+//! | header | the dynamic header: the position of the BAT, the block size, and the parent |
+//! | bitmap, bitmap sector | one bit per sector of a block, set if the sector is in this file; 512 bytes of a bitmap |
+//! | batmap | XenServer's extension: a map of the blocks whose bitmap is full |
+//! | locator | a path to the parent, stored in a child |
+//! | metadata extent | a range of the file that contains metadata, which no block may overlap |
+//! | image format | the format of a file as its first bytes suggest: VHD, qcow2, VHDX and others |
+//! | image identity | UUID, type and parent of an image, read from its footers and header alone |
+//! | root, parent, child, layer | positions in a chain; any file of a chain |
+//! | depth | the number of layers from the top, which has depth 0 |
+//! | [top](chain::Top) | the layer that receives the writes |
+//! | [frozen](chain::Frozen) | all other layers, merged into one immutable map |
+//! | [version](chain::Version) | a top over frozen layers, as requests see the chain |
+//! | extent, plan | a run of sectors with one source; the extents of a range, or the bitmap sectors to load first |
+//! | cell, frozen cache | 4096 sectors of the disk; the results of look-ups in frozen layers, by cell |
+//! | parent lookup | the search for a parent by its locators, with a check of its UUID |
+//! | masked parent | a parent whose data a child hides by zeros, as QEMU makes it do |
+//! | exposed sectors | sectors of lower layers that would become visible if a disk grew without masking them |
+//! | changed ranges | the sectors that differ from an ancestor |
+//! | merge record, receiver | the file that describes an unfinished merge; the image into which it copies |
+//! | merged layer | a layer whose data a merge copies into the receiver |
+//! | file stamp | inode, length and modification time of a file, by which a change is detected |
+//! | [defect](format::Defect) | a violated rule of the format |
+//!
+//! ## Durability
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | reserve | assign file space to a block |
+//! | mark | make written sectors visible: set their bits in memory and in the live journal |
+//! | commit | write bitmaps and BAT durably |
+//! | fresh block | a block whose BAT entry is not on disk yet |
+//! | pointer | a sector that gives meaning to others: of a bitmap or of the BAT |
+//! | flush, sync | a request of the guest; fdatasync(2) of a file |
+//! | poison | the state after a failed sync: nothing more is written, since the medium's contents are unknown |
+//! | growth, free tail | moving the trailing footer to a new end; the zeros between the last block and that footer |
+//! | live journal, slot | a file on tmpfs with the marks since the last commit; its entry for one bitmap sector |
+//! | session | the time during which an image has a live journal |
+//! | session stamp | the sector before the trailing footer that names the live journal |
+//! | generation | a random number in stamp and journal, which distinguishes copies of an image |
+//! | replay, settle | apply a live journal to its image; do so without serving the image |
+//! | recover | repair the end of an image when it is opened for writing: complete footers, a zeroed free tail |
+//! | durability | the way in which acknowledged writes survive a kill: by a live journal or by commits |
+//! | bitmap frame, clock | memory for one bitmap sector; the algorithm that selects frames to evict |
+//! | pin | a reference to a bitmap sector that forbids its eviction |
+//! | sparse array | an array whose pages are allocated at their first use |
+//! | atomic file | a file that gets its name when it is complete and durable |
+//! | undo file | the bytes that a repair replaced |
+//! | offline | said of an image that is open for one operation only and not served |
+//! | re-parent | write another parent into a child |
+//!
+//! ## Serving
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | guest, driver | the virtual machine; its virtio driver |
+//! | front-end | the VMM process, which connects to the daemon |
+//! | virtqueue, split ring | a queue of requests; its layout in guest memory |
+//! | descriptor chain, head | the buffers of one request; the index of its first descriptor |
+//! | kick, call | the eventfd that announces requests to the daemon; the one that announces completions to the guest |
+//! | vring | the ring as the vhost crates represent it |
+//! | batch | the descriptor chains that are popped at once |
+//! | in-flight record, region | the heads in flight of one queue; the front-end's shared memory with all records |
+//! | interrupt coalescing | delaying a call so that it announces several completions |
+//! | control thread, worker | the thread that handles the messages of a front-end; the thread of one queue |
+//! | adaptive poll | polling before a thread sleeps, for a time that follows the load |
+//! | lost memory | shared memory in which an access raised SIGBUS, now replaced by zeros |
+//! | request, operation | what a guest submits; what an I/O engine executes |
+//! | task, [lane](disk::Lane) | a request in flight; the state of one queue of a disk |
+//! | stage, job | a step of a task; a commit or growth that a lane executes in steps |
+//! | group commit, round | the commit that flushes of all queues share; one such commit |
+//! | mailbox, lane event | messages to a lane from other threads; one such message |
+//! | parked, stalled | said of a task that waits for an event; said of writes that wait for free space |
+//! | readahead | prefetch for sequential reads |
+//! | early writeback | starting write-back before a flush is likely |
+//! | cached read | a read that is copied from the page cache without a system call |
+//! | punch, punch lock | deallocate a range of a file; the lock that admits one lane of a disk at a time |
+//!
+//! ## Storage
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | [engine](storage::Engine) | executes operations for one thread: over io_uring, by blocking calls, or simulated |
+//! | file slot | the index of a file that is registered with an engine |
+//! | guest iovecs | the parts of a request's data in guest memory |
+//! | transfer | the state of an operation that the kernel executes in several parts |
+//! | uring, nowait | the engine over io_uring; its writes that are tried by RWF_NOWAIT first |
+//! | file map, map cache | the mapped regions of a file; the regions that a thread used last |
+//! | page-cache reader, residency | copies from file maps; whether a page is in the page cache |
+//! | copy_nofault | a copy from mapped memory that fails instead of raising SIGBUS |
+//! | guard | catches SIGBUS in a range of shared memory and records the loss |
+//! | shm | a file on tmpfs that is mapped and locked: the live journal |
+//! | runtime folder | the folder on tmpfs with the live journals |
+//! | notifier | an eventfd by which one thread wakes another: notify, drain |
+//! | sim, torn write | the simulated host of the tests; a write of which a crash leaves only some sectors |
+//!
+//! ## Tool and tests
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | verb | a subcommand of `diffdisk` |
+//! | source, sink | the disk that a verb reads; the file or device that it writes |
+//! | data run, zero scan | a range of a source that has data; the search for zeros in data |
+//! | write-behind | starting the write-back of a file while it is being written |
+//! | folder scan | the search of folders for images related to a chain |
+//! | copy up, copy down | copy data of lower layers into a child; copy data of a merge into its receiver |
+//! | merge plan | the files and steps of a merge |
+//! | salvage | copying the readable part of a damaged disk |
+//! | mutant | a deliberate mistake in the order of writes, which tests must find ([`mutant`]) |
+//! | failpoint | a point at which tests kill the process ([`failpoint`]) |
 
 pub mod chain;
 pub mod cli;

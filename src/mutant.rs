@@ -1,94 +1,94 @@
-//! Deliberate mistakes in the order of durable writes, for the tests that must find them (feature `mutants`, never in a
-//! release). Without the feature every question is answered `false` at compile time and leaves no trace in the program.
+//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in a
+//! release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
 //!
-//! A mistake belongs to the thread that made it: tests run side by side.
+//! A mutant is enabled per thread, because tests run in parallel.
 
-/// A mistake (crash-safety 3.13 says why each is one).
+/// A deliberate mistake. docs/crash-safety.md describes the order of writes that it breaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mutant {
-    /// Bitmaps of a child are written without a sync before them.
+    /// A commit of a child writes bitmaps without a sync of the data before.
     OneBarrier,
-    /// C2 writes the bits as they are, not as they were when the commit began.
+    /// Step C2 writes the current bits instead of those from the start of the commit.
     CurrentBits,
-    /// A flush is answered when the pointers are written, not when they are durable.
+    /// A flush completes when the pointers are written, before they are durable.
     NoLastSync,
-    /// Bitmap and table are written as a write is answered.
+    /// Bitmap and BAT are written when a write completes, instead of by a commit.
     EagerMetadata,
-    /// After a failed sync the next one is believed.
+    /// A failed sync is ignored, and the next sync is taken as success.
     RetrySync,
-    /// What lies behind the last block stays there on open.
+    /// Open leaves the bytes after the last block as they are.
     NoScrub,
-    /// It is punched, but not durably before the room is given out.
+    /// Open punches the bytes after the last block without a sync before that space is allocated.
     ScrubUnsynced,
-    /// It is punched while the trailing footer may not be durable yet.
+    /// Open punches the bytes after the last block although the trailing footer may not be durable.
     ScrubFirst,
-    /// The file gets its new length before the footer at its end.
+    /// Growth sets the new length of the file before it writes the footer at the new end.
     LengthFirst,
-    /// The old footer is wiped before the new one is durable.
+    /// Growth wipes the old footer before the new one is durable.
     GrowUnsynced,
-    /// The old footer stays where new blocks go.
+    /// Growth leaves the old footer in the space of new blocks.
     NoWipe,
-    /// It is wiped, but not durably before the room is given out.
+    /// Growth wipes the old footer without a sync before that space is allocated.
     WipeUnsynced,
-    /// The file is cut before the new footer is durable.
+    /// The file is truncated before the new footer is durable.
     TrimUnsynced,
-    /// A commit counts all places as known to the file, those of blocks that it did not cover, too.
+    /// A commit counts the BAT entries of all blocks as written, even of blocks that it did not cover.
     AllBlocksPlaced,
-    /// Bits are set when a write begins.
+    /// Bits are set when a write starts, instead of when it completes.
     EarlyMarks,
-    /// A flush joins the commit that runs.
+    /// A flush joins the running commit instead of the next one.
     JoinRunning,
-    /// A disk that was just opened counts as clean.
+    /// A disk counts as clean after open.
     CleanAtOpen,
-    /// Marks are not put into the live journal.
+    /// Marks are not recorded in the live journal.
     NoJournal,
-    /// The boot id is ignored: a journal from before the host crashed is believed.
+    /// The boot id is ignored, so a journal from before a crash of the machine is replayed.
     IgnoreBootId,
-    /// Bits that no commit has taken leave memory.
+    /// Bits that are not part of a commit are evicted.
     EvictDirty,
-    /// Bits that a commit has taken leave memory before it is over.
+    /// Bits that are part of a running commit are evicted.
     EvictInCommit,
-    /// What was read of a bitmap is believed although it came and left meanwhile.
+    /// Bits read from a bitmap are used although the bitmap was loaded and evicted meanwhile.
     StaleBits,
-    /// The journal is removed before the stamp.
+    /// The end of a session removes the journal before the stamp.
     RemoveJournalFirst,
-    /// The stamp is written after the first answer.
+    /// The stamp is written after the first write was acknowledged.
     LateStamp,
-    /// The file is cut before the last commit.
+    /// The end of a session truncates the file before the last commit.
     TrimFirst,
-    /// Stamp and footer are two writes.
+    /// Stamp and footer are written by two writes instead of one.
     SplitPair,
-    /// The stamp stays where it was when the footer moves.
+    /// The stamp is not moved with the footer.
     StampLeftBehind,
-    /// Growth that fails late cuts the file at its old end, with the stamp that counts.
+    /// A growth that fails after its footer is durable truncates the file to its old end, and so removes the valid stamp.
     UndoCutsStamp,
-    /// Recovery makes the stamp zero, too.
+    /// Recovery overwrites the stamp with zeros.
     ScrubStamp,
-    /// Who takes a journal in begins a session of its own.
+    /// A daemon that replays a journal starts a new session.
     NewSessionOnTakeover,
-    /// Who takes a journal in leaves the generation.
+    /// A daemon that replays a journal does not renew the generation.
     NoTakeoverGeneration,
-    /// A commit leaves the generation.
+    /// A commit does not renew the generation.
     NoCommitGeneration,
-    /// Marks leave the generation.
+    /// Marks do not renew the generation.
     NoMarkGeneration,
-    /// Generations are counted.
+    /// Generations are consecutive numbers instead of random ones.
     CountedGeneration,
-    /// Slots are not ended at a clean end.
+    /// The clean end of a session does not end the journal's slots.
     SlotsNotEnded,
-    /// A journal that a process has open is opened by another.
+    /// A journal is opened although another process has it open.
     NoJournalLock,
-    /// A journal with marks that no stamp names is removed.
+    /// A journal with marks is removed if no stamp names it.
     StaleJournalRemoved,
-    /// A parent's stamp is not looked at.
+    /// The stamp of a parent is not checked.
     IgnoreParentStamp,
-    /// Tools do not look at the stamp.
+    /// Tools do not check the stamp.
     ToolIgnoresStamp,
-    /// A slot has new bits only, and replaces those of the file.
+    /// A slot contains only new bits, and replaces the bits in the file.
     SlotReplacesBits,
 }
 
-/// All of them.
+/// All mutants.
 pub const ALL: [Mutant; 40] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
@@ -137,20 +137,20 @@ thread_local! {
     static ENABLED: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
 }
 
-/// Makes a mistake on this thread from now on, or none.
+/// Enables a mutant on this thread, or none.
 #[cfg(feature = "mutants")]
 pub fn enable(mutant: Option<Mutant>) {
     ENABLED.set(mutant);
 }
 
-/// Whether a mistake is to be made here.
+/// Returns whether a mutant is enabled on this thread.
 #[cfg(feature = "mutants")]
 #[inline]
 pub fn enabled(mutant: Mutant) -> bool {
     ENABLED.get() == Some(mutant)
 }
 
-/// Whether a mistake is to be made here: never.
+/// Returns false: mutants need the feature `mutants`.
 #[cfg(not(feature = "mutants"))]
 #[inline(always)]
 pub const fn enabled(_: Mutant) -> bool {

@@ -1,23 +1,23 @@
-//! Units: sectors, ranges of sectors, block indices and sizes, with the only unchecked-looking arithmetic of the crate.
+//! Units: sectors, ranges of sectors, block sizes.
 //!
-//! Everything that converts between sectors, blocks and bytes stands here, so that overflow is considered once.
-//! A sector is always 512 bytes, whatever the logical block size of the host's medium.
+//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is always
+//! 512 bytes, regardless of the logical block size of the storage device.
 
 use std::fmt;
 
-/// Bytes in a sector.
+/// Bytes in a sector, as a count of bytes on a disk.
 pub const SECTOR: u64 = 512;
-/// Bytes in a sector, as the length of a buffer.
+/// Bytes in a sector, as a length in memory.
 pub const SECTOR_BYTES: usize = 512;
 /// Bits in a sector.
 pub const SECTOR_BITS: u32 = 4096;
 
-/// The number of bytes in `sectors`; `None` where it does not fit in 64 bits.
+/// Converts sectors to bytes; `None` if the result does not fit in 64 bits.
 pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {
     sectors.checked_mul(SECTOR)
 }
 
-/// A run of virtual sectors: `start .. start + count`. The end never overflows.
+/// A range of virtual sectors: `start .. start + count`. Its end in bytes fits in 64 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SectorRange {
     start: u64,
@@ -25,55 +25,55 @@ pub struct SectorRange {
 }
 
 impl SectorRange {
-    /// The run of `count` sectors from `start`; `None` where its end in bytes does not fit in 64 bits.
+    /// Creates the range of `count` sectors from `start`; `None` if its end in bytes does not fit in 64 bits.
     pub fn new(start: u64, count: u64) -> Option<SectorRange> {
         start.checked_add(count)?.checked_mul(SECTOR)?;
         Some(SectorRange { start, count })
     }
 
-    /// All sectors from `start` to before `end`; empty where `end <= start`.
+    /// Creates the range from `start` up to, not including, `end`; empty if `end <= start`.
     pub fn between(start: u64, end: u64) -> SectorRange {
         SectorRange { start, count: end.saturating_sub(start) }
     }
 
-    /// First sector.
+    /// Returns the first sector.
     pub fn start(self) -> u64 {
         self.start
     }
 
-    /// Number of sectors.
+    /// Returns the number of sectors.
     pub fn count(self) -> u64 {
         self.count
     }
 
-    /// First sector after the run.
+    /// Returns the first sector after the range.
     pub fn end(self) -> u64 {
         self.start + self.count
     }
 
-    /// Whether it has no sectors.
+    /// Returns whether the range is empty.
     pub fn is_empty(self) -> bool {
         self.count == 0
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn bytes(self) -> u64 {
         self.count * SECTOR
     }
 
-    /// The part of it that lies in `other`; empty (at its own start) where there is none.
+    /// Returns the intersection with `other`; if there is none, an empty range at the start of `self`.
     pub fn clip(self, other: SectorRange) -> SectorRange {
         let start = self.start.max(other.start);
         let end = self.end().min(other.end());
         if start >= end { SectorRange { start: self.start, count: 0 } } else { SectorRange::between(start, end) }
     }
 
-    /// Its first `count` sectors (or all).
+    /// Returns the first `count` sectors, or all if there are fewer.
     pub fn first(self, count: u64) -> SectorRange {
         SectorRange { start: self.start, count: self.count.min(count) }
     }
 
-    /// What is left after its first `count` sectors.
+    /// Returns the range without its first `count` sectors.
     pub fn skip(self, count: u64) -> SectorRange {
         let n = self.count.min(count);
         SectorRange { start: self.start + n, count: self.count - n }
@@ -89,55 +89,55 @@ impl fmt::Display for SectorRange {
 /// Size of the allocation unit of a dynamic or differencing image: a power of two of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct BlockSize {
-    /// log2 of the sectors in a block.
+    /// log2 of the number of sectors in a block.
     shift: u32,
 }
 
 impl BlockSize {
-    /// The size with which images are made unless told otherwise: 2 MiB.
+    /// The default size of new images: 2 MiB.
     pub const DEFAULT: BlockSize = BlockSize { shift: 12 };
-    /// The smallest size accepted, in bytes (crash-safety rule O8).
+    /// The smallest accepted size in bytes (rule O8 of docs/format.md).
     pub const MIN_BYTES: u32 = 4 << 10;
-    /// The largest size accepted, in bytes (crash-safety rule O8).
+    /// The largest accepted size in bytes (rule O8 of docs/format.md).
     pub const MAX_BYTES: u32 = 256 << 20;
 
-    /// From bytes; `None` unless a power of two from 4 KiB to 256 MiB.
+    /// Creates a block size from bytes; `None` unless a power of two from 4 KiB to 256 MiB.
     pub fn from_bytes(bytes: u32) -> Option<BlockSize> {
         let fits = bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes);
         fits.then(|| BlockSize { shift: bytes.trailing_zeros() - SECTOR.trailing_zeros() })
     }
 
-    /// Data bytes in a block.
+    /// Returns the number of data bytes in a block.
     pub fn bytes(self) -> u32 {
         1 << (self.shift + SECTOR.trailing_zeros())
     }
 
-    /// Data sectors in a block.
+    /// Returns the number of data sectors in a block.
     pub fn sectors(self) -> u32 {
         1 << self.shift
     }
 
-    /// Sectors that the bitmap in front of the data takes (at least one).
+    /// Returns the number of sectors of the bitmap that precedes the data, at least one.
     pub fn bitmap_sectors(self) -> u32 {
         self.sectors().div_ceil(SECTOR_BITS)
     }
 
-    /// Sectors of bitmap and data together.
+    /// Returns the number of sectors of bitmap and data together.
     pub fn stride_sectors(self) -> u32 {
         self.bitmap_sectors() + self.sectors()
     }
 
-    /// The block that holds a virtual sector. The sector lies on a disk of at most 2^32 blocks (checked at open).
+    /// Returns the index of the block that contains a virtual sector. A disk has at most 2^32 blocks (checked at open).
     pub fn block_at(self, sector: u64) -> u32 {
         u32::try_from(sector >> self.shift).expect("a sector beyond the last block of any image")
     }
 
-    /// The place of a virtual sector in its block, in sectors.
+    /// Returns the index of a virtual sector within its block.
     pub fn sector_in_block(self, sector: u64) -> u32 {
         u32::try_from(sector & (u64::from(self.sectors()) - 1)).expect("masked to 19 bits")
     }
 
-    /// The blocks that a range touches, each with the part of the range that lies in it.
+    /// Splits a range at block boundaries. Yields the index of each block with its part of the range.
     #[inline]
     pub fn split_at_blocks(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
         let mut rest = range;
@@ -151,12 +151,12 @@ impl BlockSize {
         })
     }
 
-    /// The virtual sectors of a block.
+    /// Returns the virtual sectors of a block.
     pub fn sectors_of(self, block: u32) -> SectorRange {
         SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
     }
 
-    /// Blocks needed for `sectors`.
+    /// Returns the number of blocks needed for `sectors`.
     pub fn blocks_for(self, sectors: u64) -> u64 {
         sectors.div_ceil(u64::from(self.sectors()))
     }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_cut_at_blocks() {
+    fn ranges_are_split_at_block_boundaries() {
         let size = BlockSize::from_bytes(4096).unwrap();
         let parts = |from, to| -> Vec<_> {
             size.split_at_blocks(SectorRange::between(from, to))

@@ -332,7 +332,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     let out = ok(&d, "check c.vhd --repair");
     let mut lines = out.lines();
     assert!(lines.next().unwrap().starts_with("repaired: c.vhd: front-footer-invalid: "), "{out}");
-    let kept = lines.next().unwrap().strip_prefix("c.vhd: what was replaced is kept in ").unwrap();
+    let kept = lines.next().unwrap().strip_prefix("c.vhd: the replaced bytes are saved in ").unwrap();
     let undo = fs::read(d.path().join(kept)).unwrap();
     assert!(kept.starts_with("c.vhd.repair-") && kept.ends_with(".undo"), "{kept}");
     assert_eq!((&undo[..16], undo[512 + 16 + 100]), (&b"diffdisk undo 2\n"[..], broken[100]));

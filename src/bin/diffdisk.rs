@@ -1,5 +1,5 @@
-//! The image tool.
+//! The program `diffdisk`: the image tool. See `diffdisk::cli`.
 
 fn main() -> std::process::ExitCode {
-    diffdisk::cli::tool_main()
+    diffdisk::cli::tool::main()
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
-use super::size::{parse, parse_alignment, parse_block_size};
+use super::size::{parse_alignment, parse_block_size, parse_size};
 use super::system_config::SystemConfig;
 use crate::image::FooterChoice;
 use crate::ops::SourceFormat;
@@ -24,39 +24,40 @@ pub(super) struct ToolArgs {
     pub(super) verb: Verb,
 }
 
-/// What all verbs take.
+/// Options of all verbs.
 #[derive(Group, Debug)]
 pub(super) struct CommonArgs {
-    /// Where parents may lie besides the folder of the image that is named (repeatable)
+    /// A folder in which parents are accepted, besides the folder of the image (repeatable)
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) allow_parents: Vec<PathBuf>,
-    /// Where the live journals of this user's daemons are: what they acknowledged and did not write yet
-    /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
+    /// The folder with the live journals of this user's daemons, which contain acknowledged writes that are not in the
+    /// images yet [default: /run/diffdisk or $XDG_RUNTIME_DIR/diffdisk; a folder in /dev/shm if that is not on tmpfs]
     #[arg(long, value_name = "DIR", global = true)]
     pub(super) runtime_dir: Option<PathBuf>,
-    /// Give up what a killed daemon acknowledged and did not write to the image that is named: its guest must be gone
+    /// Discard the live journal of the image, and so the acknowledged writes that a killed daemon did not write to the
+    /// image. The guest must have ended
     #[arg(long, global = true)]
     pub(super) discard_journal: bool,
     /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
     #[arg(long, global = true)]
     pub(super) no_system_config: bool,
-    /// No progress bar, and nothing on standard output that was not asked for
+    /// No progress bar, and no summary on standard output
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
-    /// What is logged to standard error
+    /// The most detailed level that is logged to standard error
     #[arg(long, value_enum, default_value = "warn", value_name = "LEVEL", global = true)]
     pub(super) log_level: LogLevel,
 }
 
 impl CommonArgs {
-    /// Adds what the machine's configuration says and the command line does not.
+    /// Adds the settings of the system configuration. A runtime folder on the command line has priority.
     pub(super) fn add_system_config(&mut self, config: SystemConfig) {
         self.allow_parents.extend(config.allow_parents);
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
 }
 
-/// Levels of the log.
+/// Log levels.
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum LogLevel {
     Off,
@@ -83,41 +84,43 @@ impl LogLevel {
 /// Sizes are numbers of bytes, or with K, M, G, T as powers of 1024.
 #[derive(Subcommand, Debug)]
 pub(super) enum Verb {
-    /// Make a new root image, or with --parent a differencing child
+    /// Create a root image, or with --parent a differencing child
     Create(CreateArgs),
-    /// Tell what an image says of itself; it may be in use
+    /// Show the header fields and the allocation of an image; the image may be in use
     Info(InfoArgs),
-    /// Hold an image against every rule of the format; nothing is changed without --repair
+    /// Check an image against all rules of the format; changes nothing without --repair
     Check(CheckArgs),
-    /// List the images that stand on an image: those that record its UUID as their parent's
+    /// List the children of an image: the images that record its UUID as the UUID of their parent
     Children(ChildrenArgs),
-    /// Tell which file of the chain answers each range of the disk
+    /// Show which file of the chain contains each range of the disk
     Map(MapArgs),
-    /// Copy the disk as its guest sees it; holes stay holes
+    /// Copy a disk as its guest sees it; holes stay holes
     Convert(ConvertArgs),
-    /// Tell what was written since an ancestor, by the sector: the input of an incremental backup
+    /// List the sectors that changed since an ancestor: the input of an incremental backup
     Diff(DiffArgs),
-    /// Compare what guests see of two disks
+    /// Compare two disks as their guests see them
     Compare(CompareArgs),
-    /// Fold a child, and all between, into its parent or another ancestor
+    /// Merge a child, and the images between, into its parent or another ancestor
     ///
-    /// The ancestor's file receives what the child says, and keeps its name: afterwards it shows the child's disk. The
-    /// child's file is removed, with those between. Children of the child that lie in a folder of the chain (or in one
-    /// given by --allow-parents) become children of the ancestor. Nobody may have the files open meanwhile.
+    /// The contents of the child and of the images between are copied into the ancestor, which keeps its file name and then
+    /// shows the child's disk. The files of the child and of the images between are removed. Children of the child become
+    /// children of the ancestor if they are in a folder of the chain or in one given by --allow-parents. No other process
+    /// may have the files open.
     ///
-    /// Refused where the ancestor, or an image between, has another child in one of these folders, whose disk would
-    /// change. Whatever ends a merge (Ctrl-C, a full host, a power cut) leaves every image valid and the disk as it was;
-    /// the same command continues, and --abandon gives it up. Until then nobody reads a half-merged image by mistake.
+    /// The merge is refused if the ancestor, or an image between, has another child in one of these folders, since the disk
+    /// of that child would change. If a merge is interrupted (Ctrl-C, a full file system, a power cut), all images are
+    /// valid and the disk is unchanged. The same command continues the merge, and --abandon abandons it. Until then a
+    /// partly overwritten ancestor cannot be opened by itself.
     Merge(MergeArgs),
-    /// Make a child stand alone, or on one of its ancestors: what it shows of its parents is copied into it
+    /// Copy the contents of the parents into a child, so that it needs no parent, or only the given ancestor
     Flatten(FlattenArgs),
-    /// Give a child another parent
+    /// Change the parent of a child
     Rebase(RebaseArgs),
-    /// Give back room that an image takes without need
+    /// Free the space that an image does not need
     Compact(CompactArgs),
-    /// Give a disk another size
+    /// Change the size of a disk
     Resize(ResizeArgs),
-    /// Write to an image what its killed daemon acknowledged, without serving it
+    /// Replay the live journal of a killed daemon into its image, without serving the image
     Settle(SettleArgs),
 }
 
@@ -129,43 +132,42 @@ pub(super) struct SettleArgs {
 
 #[derive(Group, Debug)]
 pub(super) struct MergeArgs {
-    /// The image to fold; it is removed in the end
+    /// The image to merge; its file is removed at the end
     pub(super) child: PathBuf,
-    /// What receives it [default: its parent]
+    /// The image to merge into [default: the parent]
     #[arg(long, value_name = "ANCESTOR")]
     pub(super) into: Option<PathBuf>,
-    /// Give up a merge of CHILD that was begun and not finished
+    /// Abandon an unfinished merge of CHILD
     ///
-    /// If nothing was copied, or everything, nothing is left of it. If a part was copied, the image that received it stays
-    /// readable only below CHILD, and the merge may still be finished.
+    /// If nothing or everything was copied, no trace of the merge remains. If a part was copied, the ancestor can only be
+    /// read as part of the chain of CHILD, and the merge can still be finished.
     #[arg(long, conflicts_with = "changed_parent")]
     pub(super) abandon: bool,
-    /// Merge although a parent was written to after its child recorded the time of that parent's file
+    /// Merge although a parent file was modified after its child recorded the modification time
     #[arg(long)]
     pub(super) changed_parent: bool,
 }
 
 #[derive(Group, Debug)]
 pub(super) struct CreateArgs {
-    /// The image to make; it must not exist
+    /// The image to create; it must not exist
     pub(super) path: PathBuf,
-    /// Size of the disk: 512, 64K, 10M, 2G, 1T. With --parent the parent's if not given
-    #[arg(long, value_parser = parse, required_unless_present = "parent")]
+    /// Size of the disk: 512, 64K, 10M, 2G, 1T [default with --parent: the parent's]
+    #[arg(long, value_parser = parse_size, required_unless_present = "parent")]
     pub(super) size: Option<u64>,
-    /// Kind of root
+    /// Type of the root image
     #[arg(long = "type", value_enum, default_value = "dynamic", conflicts_with = "parent")]
     pub(super) kind: RootKind,
-    /// Size of a block, a power of two from 4K to 256M [default: the parent's, or 2M]
+    /// Block size, a power of two from 4K to 256M [default: the parent's, or 2M]
     #[arg(long, value_parser = parse_block_size)]
     pub(super) block_size: Option<BlockSize>,
-    /// Leave room in the block table to grow to this size
-    #[arg(long, value_parser = parse, value_name = "SIZE")]
+    /// Reserve entries in the block allocation table, so that the disk can grow to this size
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     pub(super) reserve_size: Option<u64>,
-    /// Give every block its place and its room on the host now: the file has its full size and is not fragmented.
-    /// `compact` gives back what was not written
+    /// Allocate all blocks now: the file has its full size and is not fragmented. `compact` frees what was not written
     #[arg(long)]
     pub(super) preallocate: bool,
-    /// Make a child of this image
+    /// Create a child of this image
     #[arg(long)]
     pub(super) parent: Option<PathBuf>,
     /// Which paths to the parent the child records
@@ -200,7 +202,7 @@ impl From<LocatorArg> for Locators {
 pub(super) struct InfoArgs {
     /// The image
     pub(super) path: PathBuf,
-    /// Open its parents, too, and tell of each file of the chain
+    /// Open the parents, too, and show each file of the chain
     #[arg(long)]
     pub(super) chain: bool,
     /// One JSON document. For a fixed image block_size, blocks and blocks_allocated are null; `resolved` is null
@@ -213,17 +215,17 @@ pub(super) struct InfoArgs {
 pub(super) struct CheckArgs {
     /// The image
     pub(super) path: PathBuf,
-    /// Check its parents, too, and the links between them
+    /// Check the parents, too, and the links between them
     #[arg(long)]
     pub(super) chain: bool,
-    /// Mend what needs no guessing (with --chain in its parents, too); what is replaced is kept in IMAGE.repair-*.undo.
-    /// An image that has lost sectors is left as it is
+    /// Repair all defects that have only one possible repair (with --chain in the parents, too). The replaced bytes are
+    /// saved in IMAGE.repair-*.undo. An image that has lost sectors is not changed
     #[arg(long)]
     pub(super) repair: bool,
-    /// Of two valid footers that contradict each other, the one that is right
+    /// The footer to use, if both footers are valid but contradict each other
     #[arg(long, value_enum, value_name = "FOOTER", requires = "repair")]
     pub(super) take: Option<FooterArg>,
-    /// Undo a repair: make the image byte by byte what it was, by the undo file that the repair left
+    /// Undo a repair: restore every byte of the image from the undo file of the repair
     #[arg(long, value_name = "FILE", conflicts_with_all = ["repair", "chain", "json"])]
     pub(super) undo: Option<PathBuf>,
     /// One JSON document
@@ -233,9 +235,9 @@ pub(super) struct CheckArgs {
 
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum FooterArg {
-    /// The copy at the start of the file
+    /// The copy at the beginning of the file
     Front,
-    /// The one at the end of the file
+    /// The footer at the end of the file
     End,
 }
 
@@ -250,7 +252,7 @@ impl From<FooterArg> for FooterChoice {
 
 #[derive(Group, Debug)]
 pub(super) struct ChildrenArgs {
-    /// The image. Its own folder is searched
+    /// The image, whose folder is searched
     pub(super) path: PathBuf,
     /// Search this folder, too (repeatable)
     #[arg(long = "in", value_name = "DIR")]
@@ -276,7 +278,7 @@ pub(super) struct DiffArgs {
 pub(super) struct MapArgs {
     /// The image
     pub(super) path: PathBuf,
-    /// One JSON array; depth 0 is the image itself, and where no file answers depth, file and offset are null
+    /// One JSON array. Depth 0 is the image itself. Depth, file and offset are null if no file contains the range
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -285,29 +287,28 @@ pub(super) struct MapArgs {
 pub(super) struct ConvertArgs {
     /// The disk to copy: an image, or with --from raw a file or a block device
     pub(super) source: PathBuf,
-    /// The file to make, or - for standard output, or (with --force) a block device to overwrite; these two only with
-    /// --to raw
+    /// The file to create; with --to raw also - for standard output, or (with --force) a block device to overwrite
     pub(super) destination: PathBuf,
-    /// What to make
+    /// Format of the destination
     #[arg(long, value_enum)]
     pub(super) to: TargetFormatArg,
-    /// What the source is; it is never guessed, since a guest could write what looks like an image
+    /// Format of the source. It is never detected, since a guest could write data that looks like an image
     #[arg(long, value_enum, default_value = "vhd")]
     pub(super) from: SourceFormatArg,
-    /// Size of a block of a dynamic image, a power of two from 4K to 256M
+    /// Block size of a dynamic image, a power of two from 4K to 256M
     #[arg(long, value_parser = parse_block_size, default_value = "2M")]
     pub(super) block_size: BlockSize,
-    /// Round the size of the disk up to a multiple of this; Azure asks for fixed disks of whole 1M
+    /// Round the size of the disk up to a multiple of this; Azure requires fixed disks of a multiple of 1M
     #[arg(long, value_parser = parse_alignment, value_name = "SIZE", default_value = "1", hide_default_value = true)]
     pub(super) align: u64,
-    /// Give the copy the UUID of the source, from an image to an image. Children take either of the two for their parent
+    /// Give the copy the UUID of the source; both must be VHDs. Children accept either of the two as their parent
     #[arg(long)]
     pub(super) keep_uuid: bool,
-    /// Replace an existing file, at the end and all at once; or overwrite a block device, in place
+    /// Replace an existing file, atomically at the end; or overwrite a block device in place
     #[arg(long)]
     pub(super) force: bool,
-    /// Copy what is left of a disk whose files have lost sectors; what is given up becomes zeros, and is listed. The source
-    /// is never written to
+    /// Copy what can be read of a disk whose files have lost sectors. Lost ranges become zeros and are listed. The source
+    /// is never written
     #[arg(long)]
     pub(super) salvage: bool,
 }
@@ -336,51 +337,51 @@ impl From<SourceFormatArg> for SourceFormat {
 
 #[derive(Group, Debug)]
 pub(super) struct CompareArgs {
-    /// One disk
+    /// The first disk
     pub(super) a: PathBuf,
-    /// The other one
+    /// The second disk
     pub(super) b: PathBuf,
-    /// What the disks are; given twice, the first is for A and the second for B
+    /// Format of the disks; if given twice, the first is for A and the second for B
     #[arg(long, value_enum, default_value = "vhd")]
     pub(super) from: Vec<SourceFormatArg>,
 }
 
 #[derive(Group, Debug)]
 pub(super) struct FlattenArgs {
-    /// The child; its parents are only read
+    /// The child; the parents are only read
     pub(super) child: PathBuf,
-    /// Stand on this one of its parents instead of alone
+    /// Keep this ancestor as the parent, instead of none
     #[arg(long, value_name = "ANCESTOR")]
     pub(super) keep: Option<PathBuf>,
 }
 
 #[derive(Group, Debug)]
 pub(super) struct RebaseArgs {
-    /// The child. What it shows does not change: what the new parent would show differently is copied into it
+    /// The child. Its disk does not change: data that the new parent does not have is copied into the child
     pub(super) child: PathBuf,
-    /// The image it is to stand on
+    /// The new parent
     #[arg(long, value_name = "NEW")]
     pub(super) parent: PathBuf,
-    /// Copy nothing: the parent was moved, or is known to be a copy of the old one. The old one need not be there. With
-    /// the parent that the child has, only the time of the parent's file is recorded again
+    /// Copy nothing: the new parent is the old one under another path, or an exact copy of it. The old parent need not
+    /// exist. If NEW is the current parent, only the modification time of its file is recorded again
     #[arg(long)]
     pub(super) r#unsafe: bool,
 }
 
 #[derive(Group, Debug)]
 pub(super) struct CompactArgs {
-    /// The image: blocks go that say nothing but what the chain beneath says, zeros become holes, gaps are closed
+    /// The image. Blocks that do not change the disk are removed, zeros become holes, gaps are closed
     pub(super) path: PathBuf,
 }
 
 #[derive(Group, Debug)]
 pub(super) struct ResizeArgs {
-    /// The image. Its children keep their own sizes and contents
+    /// The image. Its children keep their sizes and contents
     pub(super) path: PathBuf,
-    /// The new size of the disk, a multiple of 512; what is added reads as zeros
-    #[arg(value_parser = parse)]
+    /// The new size of the disk, a multiple of 512; added sectors read as zeros
+    #[arg(value_parser = parse_size)]
     pub(super) size: u64,
-    /// The disk may become smaller, where nothing but zeros is cut off
+    /// Allow a smaller size, provided that the removed sectors are zeros
     #[arg(long)]
     pub(super) shrink: bool,
 }

@@ -1,4 +1,4 @@
-//! One disk to serve, as `--disk` and a configuration file describe it: the same keys, the same rules.
+//! The arguments of one served disk, from `--disk` or a configuration file, with the same keys and rules.
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -11,33 +11,33 @@ use crate::disk::Allocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES, SocketAccess};
 
-/// A queue's size unless told otherwise: what QEMU allows at most. crosvm's own default is 32768.
+/// Default queue size: the maximum of QEMU. The default of crosvm is 32768.
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
-/// Queues unless told otherwise: the same on every machine, since a front-end's configuration asks for a number of them.
-/// crosvm takes as many as are offered, and each has a thread here.
+/// Default number of queues. It is the same on every machine, since the configuration of a front-end contains the number.
+/// crosvm uses all queues that are offered, and each queue has a thread.
 const DEFAULT_QUEUES: u16 = 4;
-/// Bytes of a virtio-blk serial.
-const SERIAL: usize = 20;
+/// Maximum bytes of a virtio-blk serial number.
+const MAX_SERIAL_BYTES: usize = 20;
 
-/// The guest's view of caching.
+/// Cache mode that the guest sees.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum CacheMode {
-    /// There is a write cache, which the guest flushes.
+    /// The disk has a write cache, which the guest flushes
     #[default]
     Writeback,
-    /// Every write is durable when it is complete.
+    /// Every write is durable when it completes
     Writethrough,
 }
 
-/// How new blocks take room on the host.
+/// Way in which new blocks allocate space of the file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum AllocationArg {
-    /// Data takes room when it is written
+    /// Space is allocated when data is written
     #[default]
     Sparse,
-    /// Whole blocks are reserved ahead
+    /// Space for whole blocks is allocated in advance
     Block,
 }
 
@@ -50,12 +50,12 @@ impl From<AllocationArg> for Allocation {
     }
 }
 
-/// One disk to serve.
+/// Arguments of one served disk.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct DiskArgs {
     pub(super) path: PathBuf,
-    /// Where to listen; none: a socket is handed over.
+    /// Path of the socket to create; `None` if the starting process hands a socket over.
     pub(super) socket: Option<PathBuf>,
     #[serde(skip)]
     pub(super) fd: Option<RawFd>,
@@ -72,13 +72,13 @@ pub(super) struct DiskArgs {
     pub(super) allocation: Option<AllocationArg>,
     #[serde(default)]
     pub(super) allow_writable_parent: bool,
-    /// Folders where its parents may lie, besides those of all disks.
+    /// Folders in which parents of this disk are accepted, besides those for all disks.
     #[serde(default)]
     pub(super) allow_parents: Vec<PathBuf>,
-    /// The group that may connect, by name or number.
+    /// Group of the socket, by name or number.
     pub(super) socket_group: Option<String>,
-    /// The mode of the socket.
-    #[serde(default, deserialize_with = "mode_of_toml")]
+    /// Mode of the socket.
+    #[serde(default, deserialize_with = "deserialize_socket_mode")]
     pub(super) socket_mode: Option<u32>,
 }
 
@@ -90,7 +90,7 @@ struct ConfigFile {
 }
 
 impl DiskArgs {
-    /// A disk of which nothing but the path is said.
+    /// Creates the arguments of a disk with a path and default values.
     pub(super) fn new(path: PathBuf) -> DiskArgs {
         DiskArgs {
             path,
@@ -111,22 +111,23 @@ impl DiskArgs {
         }
     }
 
-    /// Whether it says who may connect to its socket.
+    /// Returns whether the group or the mode of the socket is given.
     pub(super) fn has_socket_access(&self) -> bool {
         self.socket_group.is_some() || self.socket_mode.is_some()
     }
 
-    /// Who may connect to the socket that is made for it: its owner, and the group if one is given.
+    /// Returns group and mode of the socket to create. By default the owner may connect, and the group if one is given.
     ///
     /// # Errors
-    /// `NotFound` if there is no such group.
+    /// * `NotFound`: the group does not exist.
+    /// * `Io`: the group cannot be looked up.
     pub(super) fn socket_access(&self) -> Result<SocketAccess> {
         let group = self.socket_group.as_deref().map(resolve_group).transpose()?;
         let usual = if group.is_some() { 0o660 } else { 0o600 };
         Ok(SocketAccess { group, mode: self.socket_mode.unwrap_or(usual) })
     }
 
-    /// Its name in the log.
+    /// Returns the name of the disk in the log: its id, or else its file name.
     pub(super) fn name(&self) -> String {
         let of_path = || self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned();
         self.id.clone().unwrap_or_else(of_path)
@@ -154,9 +155,9 @@ fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
     }
     for disk in &config.disk {
         let checks = [
-            disk.queues.map(|n| queues(&n.to_string()).map(drop)),
-            disk.queue_size.map(|n| queue_size(&n.to_string()).map(drop)),
-            disk.serial.as_ref().map(|s| serial(s).map(drop)),
+            disk.queues.map(|n| parse_queues(&n.to_string()).map(drop)),
+            disk.queue_size.map(|n| parse_queue_size(&n.to_string()).map(drop)),
+            disk.serial.as_ref().map(|s| parse_serial(s).map(drop)),
         ];
         let wrong = checks.into_iter().flatten().find_map(|check| check.err());
         if let Some(why) = wrong {
@@ -166,59 +167,63 @@ fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
     Ok(config.disk)
 }
 
-/// What is wrong with a TOML text, and in which line.
+/// Formats a TOML error with its line number.
 pub(super) fn toml_error(text: &str, e: &toml::de::Error) -> String {
     let line = 1 + e.span().map_or(0, |s| text[..s.start].matches('\n').count());
     format!("line {line}: {}", e.message())
 }
 
-/// The number of a group that is given by name or number.
+/// Returns the number of a group that is given by name or number.
 fn resolve_group(group: &str) -> Result<u32> {
     if let Ok(number) = group.parse() {
         return Ok(number);
     }
     match nix::unistd::Group::from_name(group) {
         Ok(Some(found)) => Ok(found.gid.as_raw()),
-        Ok(None) => Err(Error::new(ErrorKind::NotFound, format!("there is no group {group:?}"))),
+        Ok(None) => Err(Error::new(ErrorKind::NotFound, format!("group {group:?} does not exist"))),
         Err(e) => Err(Error::io(format!("cannot look up the group {group:?}"), e.into())),
     }
 }
 
-/// The mode of a socket: octal digits, as for chmod.
-pub(super) fn socket_mode(text: &str) -> Result<u32, String> {
+/// Parses the mode of a socket: octal digits, as for chmod.
+pub(super) fn parse_socket_mode(text: &str) -> Result<u32, String> {
     let digits = !text.is_empty() && text.bytes().all(|b| (b'0'..=b'7').contains(&b));
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777);
-    mode.ok_or_else(|| format!("{text:?} is not a mode of octal digits, such as 0660"))
+    mode.ok_or_else(|| format!("{text:?} is not a mode in octal digits up to 0777, such as 0660"))
 }
 
-fn mode_of_toml<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
+fn deserialize_socket_mode<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
     let text = String::deserialize(value)?;
-    socket_mode(&text).map(Some).map_err(D::Error::custom)
+    parse_socket_mode(&text).map(Some).map_err(D::Error::custom)
 }
 
-pub(super) fn queues(text: &str) -> Result<u16, String> {
+pub(super) fn parse_queues(text: &str) -> Result<u16, String> {
     let n = text.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
-    n.ok_or_else(|| format!("the number of queues is 1 to {MAX_QUEUES}"))
+    n.ok_or_else(|| format!("the number of queues must be 1 to {MAX_QUEUES}"))
 }
 
-pub(super) fn queue_size(text: &str) -> Result<u16, String> {
+pub(super) fn parse_queue_size(text: &str) -> Result<u16, String> {
     let n = text.parse().ok().filter(|n: &u16| n.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(n));
-    n.ok_or_else(|| format!("the size of a queue is a power of two from 2 to {MAX_QUEUE_SIZE}"))
+    n.ok_or_else(|| format!("the queue size must be a power of two from 2 to {MAX_QUEUE_SIZE}"))
 }
 
-pub(super) fn serial(text: &str) -> Result<String, String> {
-    if text.len() > SERIAL { Err(format!("a serial has at most {SERIAL} bytes")) } else { Ok(text.to_owned()) }
+pub(super) fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > MAX_SERIAL_BYTES {
+        Err(format!("a serial has at most {MAX_SERIAL_BYTES} bytes"))
+    } else {
+        Ok(text.to_owned())
+    }
 }
 
 fn parse_on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
-        _ => Err(format!("{text:?} is neither on nor off")),
+        _ => Err(format!("{text:?} must be on or off")),
     }
 }
 
-/// Splits at commas; a doubled one is a comma of the value, as with QEMU.
+/// Splits at commas. A doubled comma is a comma in a value, as in QEMU.
 fn split_pairs(text: &str) -> Vec<String> {
     let mut pairs = vec![String::new()];
     let mut rest = text.chars().peekable();
@@ -233,16 +238,16 @@ fn split_pairs(text: &str) -> Vec<String> {
     pairs
 }
 
-pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskArgs, String> {
     let mut seen = Vec::new();
     let mut disk = DiskArgs::new(PathBuf::new());
     for pair in split_pairs(text) {
         let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not key=value"))?;
         if value.is_empty() {
-            return Err(format!("{key} has no value"));
+            return Err(format!("key {key:?} has no value"));
         }
         if key != "allow-parents" && seen.contains(&key.to_owned()) {
-            return Err(format!("{key} is given twice"));
+            return Err(format!("key {key:?} is given twice"));
         }
         seen.push(key.to_owned());
         match key {
@@ -250,21 +255,21 @@ pub(super) fn disk(text: &str) -> Result<DiskArgs, String> {
             "socket" => disk.socket = Some(value.into()),
             "id" => disk.id = Some(value.into()),
             "readonly" => disk.readonly = parse_on_off(value)?,
-            "serial" => disk.serial = Some(serial(value)?),
-            "queues" => disk.queues = Some(queues(value)?),
-            "queue-size" => disk.queue_size = Some(queue_size(value)?),
+            "serial" => disk.serial = Some(parse_serial(value)?),
+            "queues" => disk.queues = Some(parse_queues(value)?),
+            "queue-size" => disk.queue_size = Some(parse_queue_size(value)?),
             "cache" => disk.cache = CacheMode::from_str(value, false)?,
             "direct" => disk.direct = parse_on_off(value)?,
             "allocation" => disk.allocation = Some(AllocationArg::from_str(value, false)?),
             "allow-writable-parent" => disk.allow_writable_parent = parse_on_off(value)?,
             "allow-parents" => disk.allow_parents.push(value.into()),
             "socket-group" => disk.socket_group = Some(value.into()),
-            "socket-mode" => disk.socket_mode = Some(socket_mode(value)?),
-            _ => return Err(format!("there is no key {key:?}")),
+            "socket-mode" => disk.socket_mode = Some(parse_socket_mode(value)?),
+            _ => return Err(format!("unknown key {key:?}")),
         }
     }
     if disk.path.as_os_str().is_empty() {
-        return Err("path is missing".into());
+        return Err("key \"path\" is missing".into());
     }
     Ok(disk)
 }
@@ -274,8 +279,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_by_keys() {
-        let d = disk(
+    fn a_disk_is_parsed_from_keys() {
+        let d = parse_disk(
             "path=/a,,b.vhd,socket=/s,id=x,readonly=on,serial=S 1,queues=64,queue-size=32768,\
                       cache=writethrough,direct=on,allocation=block,allow-writable-parent=on,allow-parents=/i,,j,allow-parents=/k,\
                       socket-group=kvm,socket-mode=0660",
@@ -320,24 +325,27 @@ mod tests {
             "path=",
             "path=/a,",
         ] {
-            assert!(disk(bad).is_err(), "{bad}");
+            assert!(parse_disk(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
-    fn disks_by_file() {
+    fn disks_are_read_from_a_configuration_file() {
         let text = "[[disk]]\npath = \"/a\"\nsocket = \"/s\"\nreadonly = true\nqueue-size = 256\n\
                     allow-writable-parent = true\n\
                     [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\nallocation = \"block\"\n";
         let disks = parse_config(text).unwrap();
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, CacheMode::Writethrough));
         assert_eq!((disks[0].allocation, disks[1].allocation), (None, Some(AllocationArg::Block)));
-        assert_eq!(disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(), disks[0]);
+        assert_eq!(
+            parse_disk("path=/a,socket=/s,readonly=on,queue-size=256,allow-writable-parent=on").unwrap(),
+            disks[0]
+        );
         let text =
             "[[disk]]\npath = \"/a\"\nallow-parents = [\"/i\", \"/j\"]\nsocket-group = \"9\"\nsocket-mode = \"660\"\n";
-        let same = disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
+        let same = parse_disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
         assert_eq!(parse_config(text).unwrap(), [same]);
-        assert!(parse_config("[[disk]]\npath = \"/a\"\nsocket-mode = 660\n").is_err(), "decimal is not meant");
+        assert!(parse_config("[[disk]]\npath = \"/a\"\nsocket-mode = 660\n").is_err(), "a decimal number is no mode");
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
         assert!(why.starts_with("line 3: unknown field `colour`"), "{why}");
         for bad in ["", "[[disk]]\npath=\"/a\"\nqueues=0\n", "[[disk]]\nsocket=\"/a\"\n", "disk = 1", "[other]\n"] {
@@ -346,8 +354,8 @@ mod tests {
     }
 
     #[test]
-    fn who_may_connect() {
-        let access = |text: &str| disk(&format!("path=/a{text}")).unwrap().socket_access();
+    fn group_and_mode_of_the_socket() {
+        let access = |text: &str| parse_disk(&format!("path=/a{text}")).unwrap().socket_access();
         assert_eq!(access("").unwrap(), SocketAccess { group: None, mode: 0o600 });
         assert_eq!(access(",socket-group=77").unwrap(), SocketAccess { group: Some(77), mode: 0o660 });
         assert_eq!(access(",socket-group=root").unwrap().group, Some(0));

@@ -1,9 +1,10 @@
-//! Sockets that the starting process hands over, and which disk each of them serves.
+//! Matches sockets that the starting process hands over to the disks that they serve.
 //!
-//! `--fd` belongs to the one disk of its command line. Of the sockets in `LISTEN_FDS` names decide, never the order: a socket
-//! belongs to the disk that is called like its name in `LISTEN_FDNAMES` (`FileDescriptorName=`), or whose `socket` is the
-//! path it listens on. Service managers name a socket by default, after its unit for example; a single socket with such a
-//! name serves the single disk without a socket. Everything else is refused: a guest must not get another guest's disk.
+//! `--fd` belongs to the one disk on its command line. Sockets in `LISTEN_FDS` are matched by name, never by order: a
+//! socket belongs to the disk whose id equals the socket's name in `LISTEN_FDNAMES` (`FileDescriptorName=`), or whose
+//! `socket` is the path on which the socket listens. Service managers give sockets default names, for example that of the
+//! unit; a single socket with a default name serves the single disk without a socket. Anything else is refused: a guest
+//! must not get the disk of another guest.
 
 use std::path::{Path, PathBuf};
 
@@ -14,17 +15,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
 use crate::vhost::Socket;
 
-/// A socket in `LISTEN_FDS`, as far as it decides on the disk.
+/// Name and path of a socket in `LISTEN_FDS`, by which it is matched to a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct OfferedSocket {
     name: Option<String>,
     path: Option<PathBuf>,
 }
 
-/// Takes over all sockets that were handed over; the result has an entry for each disk.
+/// Takes all sockets that were handed over. The result has an entry for each disk.
 ///
 /// # Errors
-/// `Refused` if a socket and the disks do not match; if a descriptor is not a Unix stream socket.
+/// * `Refused`: a socket matches no disk or several, or a descriptor is not a Unix stream socket.
+/// * `Io`: a descriptor was not handed over or is not a socket, or the environment is inconsistent.
 pub(super) fn take_sockets(disks: &[DiskArgs], mut inherited: InheritedFds) -> Result<Vec<Option<Socket>>> {
     let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();
     for (disk, taken) in disks.iter().zip(&mut taken) {
@@ -48,7 +50,7 @@ pub(super) fn take_sockets(disks: &[DiskArgs], mut inherited: InheritedFds) -> R
     Ok(taken)
 }
 
-/// The number of the disk that each socket serves.
+/// Returns the index of the disk that each socket serves.
 fn assign(disks: &[DiskArgs], offered: &[OfferedSocket]) -> Result<Vec<usize>, String> {
     let mut places = vec![None; offered.len()];
     for (place, socket) in places.iter_mut().zip(offered) {
@@ -67,8 +69,8 @@ fn assign(disks: &[DiskArgs], offered: &[OfferedSocket]) -> Result<Vec<usize>, S
         let Some(disk) = *place else {
             let names: Vec<String> = disks.iter().map(|d| format!("{:?}", d.name())).collect();
             return Err(format!(
-                "{} in LISTEN_FDS belongs to no disk: set FileDescriptorName= of its unit to the id of a disk, or give a \
-                 disk its path as socket=; the disks are {}",
+                "{} in LISTEN_FDS belongs to no disk: set FileDescriptorName= of its unit to the id of a disk, or set \
+                 socket= of a disk to its path. The disks are {}",
                 socket.describe(),
                 names.join(", ")
             ));
@@ -78,11 +80,13 @@ fn assign(disks: &[DiskArgs], offered: &[OfferedSocket]) -> Result<Vec<usize>, S
             return Err(format!("disk {name:?} has two sockets in LISTEN_FDS: {other}, and {}", socket.describe()));
         }
         if let (Some(fd), name) = (disks[disk].fd, disks[disk].name()) {
-            return Err(format!("disk {name:?} has two sockets: descriptor {fd}, and {}", socket.describe()));
+            return Err(format!("disk {name:?} has two sockets: file descriptor {fd}, and {}", socket.describe()));
         }
         if disks[disk].has_socket_access() {
             let name = disks[disk].name();
-            return Err(format!("disk {name:?} has socket-group or socket-mode, but its socket was handed over"));
+            return Err(format!(
+                "disk {name:?} has socket-group or socket-mode, which do not apply to a socket that was handed over"
+            ));
         }
         all.push(disk);
     }
@@ -109,7 +113,7 @@ fn by_name_or_path(disks: &[DiskArgs], socket: &OfferedSocket) -> Result<Option<
     Ok(by_name.or(by_path))
 }
 
-/// Whether a name is one that service managers give to sockets without `FileDescriptorName=` (sd_listen_fds(3)).
+/// Returns whether a name is a default of service managers for sockets without `FileDescriptorName=` (sd_listen_fds(3)).
 fn has_default_name(socket: &OfferedSocket) -> bool {
     match socket.name.as_deref() {
         None | Some("" | "unknown" | "connection" | "stored") => true,
@@ -117,7 +121,7 @@ fn has_default_name(socket: &OfferedSocket) -> bool {
     }
 }
 
-/// Whether two paths name one place: folders may be reached by links (`/var/run`).
+/// Returns whether two paths name the same socket, even if a folder is reached by a symbolic link (`/var/run`).
 fn is_same_path(a: &Path, b: &Path) -> bool {
     let folder = |path: &Path| std::fs::canonicalize(folder_of(path)).ok();
     a == b || (a.file_name() == b.file_name() && folder(a).is_some_and(|a| Some(a) == folder(b)))
@@ -148,13 +152,13 @@ mod tests {
     }
 
     #[test]
-    fn names_decide_and_not_the_order() {
+    fn sockets_are_matched_by_name_or_path() {
         let disks = [disk("a", ""), disk("b", ""), disk("c", "/run/c")];
         let sockets = [offered("vm.socket", "/run/c"), offered("b", "/run/1"), offered("a", "/run/2")];
         assert_eq!(assign(&disks, &sockets), Ok(vec![2, 1, 0]));
         assert_eq!(assign(&disks, &[offered("c", "/run/c")]), Ok(vec![2]));
         assert_eq!(assign(&[DiskArgs::new("/x/y.vhd".into())], &[offered("y.vhd", "")]), Ok(vec![0]));
-        // A unit with several ListenStream= gives all of them one name: the paths tell them apart.
+        // A unit with several ListenStream= gives all sockets the same name, so the paths distinguish them.
         let disks = [disk("a", "/run/a"), disk("b", "/run/b")];
         assert_eq!(assign(&disks, &[offered("vm.socket", "/run/b"), offered("vm.socket", "/run/a")]), Ok(vec![1, 0]));
     }
@@ -164,13 +168,13 @@ mod tests {
         for name in ["", "unknown", "connection", "disk.socket"] {
             assert_eq!(assign(&[disk("a", "")], &[offered(name, "/run/1")]), Ok(vec![0]), "{name:?}");
         }
-        // Of several, too, if all others are matched.
+        // One of several sockets, too, if all others are matched.
         let sockets = [offered("disk.socket", "/run/1"), offered("a", "/run/2")];
         assert_eq!(assign(&[disk("a", ""), disk("b", "")], &sockets), Ok(vec![1, 0]));
     }
 
     #[test]
-    fn what_does_not_match_is_refused() {
+    fn sockets_that_match_no_disk_or_several_are_refused() {
         let (a, b) = (disk("a", ""), disk("b", "/run/b"));
         let refused = |disks: &[DiskArgs], sockets: &[OfferedSocket], why: &str| {
             let told = assign(disks, sockets).unwrap_err();
@@ -191,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_may_be_reached_by_links() {
+    fn paths_through_symbolic_links_are_the_same() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
         std::os::unix::fs::symlink("run", dir.path().join("link")).unwrap();

@@ -1,13 +1,14 @@
-//! The verbs on images: from arguments to what `ops` does, to what is printed.
+//! Runs the verbs on images: converts arguments, calls `ops`, prints results.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use super::Exit;
 use super::args::{
     CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs,
     InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs, RootKind, SourceFormatArg, TargetFormatArg, ToolArgs, Verb,
 };
+use super::exit::{Exit, print_failure};
+use super::output::{UnbufferedStdout, is_standard_output, print_list, print_outcome, print_to_stdout};
 use super::print;
 use super::progress::ProgressDisplay;
 use super::runtime_dir;
@@ -22,13 +23,13 @@ use crate::ops::{self, SourceDisk, SourceFormat};
 use crate::storage::host::Host;
 use crate::units::BlockSize;
 
-/// Carries a verb out. Returns its name, too, for the line of a failure.
+/// Runs a verb. Returns its name and its outcome.
 pub(super) fn run(args: ToolArgs) -> (&'static str, Result<Exit>) {
     let common = args.common;
     if common.discard_journal
         && let Err(e) = settle::discard(&args.verb, &common)
     {
-        return ("discard the journal", Err(e));
+        return ("--discard-journal", Err(e));
     }
     match args.verb {
         Verb::Create(a) => ("create", create(&a, &common).map_err(|e| e.at_path(&a.path))),
@@ -53,15 +54,6 @@ fn policy(common: &CommonArgs) -> Result<Policy> {
     Ok(Policy { allowed: common.allow_parents.clone(), runtime, ..Policy::default() })
 }
 
-/// Prints by `f`. A reader that has seen enough (`| head`) is no failure.
-fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    match f(&mut out).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io("cannot write to standard output", e)),
-        _ => Ok(()),
-    }
-}
-
 fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
     let said = match &args.parent {
         Some(parent) => {
@@ -78,12 +70,12 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
                 let options =
                     made.folders_not_allowed.iter().map(|folder| format!(" --allow-parents {}", folder.display()));
                 let (path, options) = (args.path.display(), options.collect::<String>());
-                log::warn!("{path}: its parents lie in other folders, so it can be opened only with{options}");
+                log::warn!("{path}: parents are in other folders, so the image can be opened only with{options}");
             }
             format!("differencing, {}, child of {}", human_size(made.size), made.parent.display())
         }
         None => {
-            let size = args.size.expect("clap asks for it");
+            let size = args.size.expect("clap requires it");
             let fixed = args.kind == RootKind::Fixed;
             let reserve = args.reserve_size.unwrap_or(0);
             let block_size = args.block_size.unwrap_or(BlockSize::DEFAULT);
@@ -105,14 +97,14 @@ fn info(args: &InfoArgs, common: &CommonArgs) -> Result<Exit> {
     let policy = args.chain.then(|| policy(common)).transpose()?;
     let info = ops::info::info(&Host, &args.path, policy.as_ref())?;
     for damage in &info.damage {
-        log::warn!("{}: {damage}; see `diffdisk check`", args.path.display());
+        log::warn!("{}: {damage}; run `diffdisk check`", args.path.display());
     }
     print_to_stdout(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     if let Some(short) = info.space_shortage() {
         let (left, more) = (human_size(short.available), human_size(short.needed));
         log::warn!(
-            "{}: its file system has {left} left, and the disk may take up to {more} more; \
-             writes wait or fail when the file system is full",
+            "{}: the file system has {left} left, but the image may grow by up to {more}; writes wait or fail when \
+             the file system is full",
             print::display_path(&args.path)
         );
     }
@@ -124,7 +116,7 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
     let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     if let Some(undo) = &args.undo {
         ops::check::undo(&Host, &args.path, undo, &runtime)?;
-        return print_outcome(common, &format!("{}: the repair is undone, by {}", args.path.display(), undo.display()));
+        return print_outcome(common, &format!("{}: repair undone from {}", args.path.display(), undo.display()));
     }
     let work = ProgressDisplay::new(ops::check::bytes_to_check(&Host, &args.path, policy.as_ref()), common.quiet)?;
     let (parents, runtime, progress) = (policy.as_ref(), runtime.as_slice(), &mut |bytes| work.report(bytes));
@@ -138,16 +130,16 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
         false => print::check(out, &report, common.quiet),
     })?;
     if report.corruptions > 0 {
-        // Of several the first that prevents most.
+        // Reports the defect with the worst consequence; the first one of several.
         let corrupt = report.defects.iter().rev().filter(|defect| defect.corrupt);
-        let worst = corrupt.max_by_key(|defect| defect.consequence).expect("one was counted");
+        let worst = corrupt.max_by_key(|defect| defect.consequence).expect("corruptions > 0");
         let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
         if report.corruptions > 1 {
             let more = report.corruptions - 1;
             e = Error::new(ErrorKind::Invalid, format!("{} (and {more} more)", worst.detail));
         }
         let e = worst.offset.into_iter().fold(e, Error::at_offset);
-        super::print_failure("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
+        print_failure("check", &e.at_path(worst.path.as_ref().unwrap_or(&report.path)));
         return Ok(Exit::Corrupt);
     }
     Ok(if report.ok { Exit::Done } else { Exit::Leaks })
@@ -156,10 +148,7 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
 fn children(args: &ChildrenArgs, common: &CommonArgs) -> Result<Exit> {
     let found = ops::children::children(&Host, &args.path, &args.folders)?;
     if found.is_empty() && !args.json {
-        return print_outcome(
-            common,
-            &format!("{}: no image stands on it in the folders searched", args.path.display()),
-        );
+        return print_outcome(common, &format!("{}: no children in the folders searched", args.path.display()));
     }
     print_to_stdout(|out| if args.json { print::json(out, &found) } else { print::children(out, &found) })?;
     Ok(Exit::Done)
@@ -181,39 +170,24 @@ fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
     })
 }
 
-/// Prints a list by `print`, as it is found. A reader that has seen enough (`| head`) is no failure.
-fn print_list(print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>) -> Result<Exit> {
-    let mut left = false;
-    let done = print(&mut |outcome| {
-        outcome.map_err(|e| {
-            left = e.kind() == io::ErrorKind::BrokenPipe;
-            Error::io("cannot write to standard output", e)
-        })
-    });
-    match done {
-        Err(_) if left => Ok(Exit::Done),
-        done => done.map(|()| Exit::Done),
-    }
-}
-
 fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<SourceDisk> {
     let format = SourceFormat::from(from);
     let disk = SourceDisk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
-        // Not an error of a parent: there a hint would mislead.
+        // Only for the image itself: for a parent the advice would be wrong.
         ErrorKind::Invalid
             if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") =>
         {
-            Error::new(ErrorKind::Invalid, "not a VHD; if it is a raw disk, say --from raw").at_path(path).caused_by(e)
+            Error::new(ErrorKind::Invalid, "not a VHD; for a raw disk use --from raw").at_path(path).caused_by(e)
         }
         _ => e,
     })?;
     if let Some(container) = disk.container()? {
         let (name, driver) = (container.name(), container.qemu_driver());
         let way = match container {
-            ImageFormat::Vhd => "without `--from raw` it is read as one".to_owned(),
-            _ => format!("`qemu-img convert -f {driver}` converts one"),
+            ImageFormat::Vhd => "omit `--from raw` to read it as one".to_owned(),
+            _ => format!("to convert it as one, use `qemu-img convert -f {driver}`"),
         };
-        log::warn!("{}: begins as a {name} image does, and is read as a raw disk; {way}", path.display());
+        log::warn!("{}: looks like a {name} image, but is read as a raw disk; {way}", path.display());
     }
     Ok(disk)
 }
@@ -221,24 +195,24 @@ fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<Sourc
 fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
     let streamed = is_standard_output(&args.destination);
     if streamed && args.to != TargetFormatArg::Raw {
-        return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to a pipe").at_path("-"));
+        return Err(Error::new(ErrorKind::Unsupported, "only --to raw can be written to standard output").at_path("-"));
     }
     if streamed && io::stdout().is_terminal() {
-        return Err(Error::new(ErrorKind::Refused, "a disk is not written to a terminal").at_path("-"));
+        return Err(Error::new(ErrorKind::Refused, "standard output is a terminal; redirect it").at_path("-"));
     }
     if args.keep_uuid && (args.to == TargetFormatArg::Raw || args.from == SourceFormatArg::Raw) {
-        let what = "--keep-uuid: only an image has a UUID; it goes with --to fixed or dynamic, and not with --from raw";
+        let what = "--keep-uuid needs a VHD as source and destination, since only an image has a UUID";
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     let disk = if args.salvage { salvage(args, common)? } else { open(&args.source, args.from, common)? };
     let work = ProgressDisplay::new(disk.bytes(), common.quiet)?;
     let mut progress = |bytes| work.report(bytes);
     if streamed {
-        ops::convert::stream(&disk, &mut Stdout, args.align, &mut progress)?;
+        ops::convert::stream(&disk, &mut UnbufferedStdout, args.align, &mut progress)?;
         return Ok(Exit::Done);
     }
     if disk.bytes() % 512 != 0 && args.to != TargetFormatArg::Raw {
-        log::warn!("{}: {} bytes are filled up with zeros to whole sectors", args.source.display(), disk.bytes());
+        log::warn!("{}: {} bytes are filled up with zeros to a multiple of 512", args.source.display(), disk.bytes());
     }
     if args.force {
         ops::convert::check_replaceable(&Host, &args.destination, &policy(common)?.runtime)?;
@@ -255,17 +229,20 @@ fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
     if args.keep_uuid {
         let (copy, source) = (args.destination.display(), args.source.display());
         log::warn!(
-            "{copy} has the UUID of {source}: a child of one accepts the other as its parent. Keep only one of them where \
-             children look for it"
+            "{copy} has the UUID of {source}: a child of one accepts the other as its parent. Keep only one of them in the \
+             folders in which children look for parents"
         );
     }
     Ok(Exit::Done)
 }
 
-/// Opens what is left of a disk, and lists what is given up.
+/// Opens a damaged disk for salvage, and logs the ranges that are given up.
 fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<SourceDisk> {
     if args.from == SourceFormatArg::Raw {
-        return Err(Error::new(ErrorKind::Unsupported, "a raw disk has nothing by which lost sectors are known"));
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "--salvage needs a VHD: a raw disk does not record lost sectors",
+        ));
     }
     let (disk, given_up) = ops::salvage::open(&Host, &args.source, &policy(common)?)?;
     for run in &given_up {
@@ -274,21 +251,16 @@ fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<SourceDisk> {
     }
     let bytes = given_up.iter().map(|run| run.length).sum();
     if bytes > 0 {
-        log::warn!("{} of the disk are given up; they are zeros in the copy", human_size(bytes));
+        log::warn!("{} of the disk are given up, and are zeros in the copy", human_size(bytes));
     }
     Ok(disk)
-}
-
-/// Whether a destination means standard output.
-fn is_standard_output(path: &Path) -> bool {
-    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn compare(args: &CompareArgs, common: &CommonArgs) -> Result<Exit> {
     let (of_a, of_b) = match args.from.as_slice() {
         [both] => (*both, *both),
         [a, b] => (*a, *b),
-        _ => return Err(Error::new(ErrorKind::Unsupported, "--from is given once or twice")),
+        _ => return Err(Error::new(ErrorKind::Unsupported, "--from may be given at most twice")),
     };
     let (a, b) = (open(&args.a, of_a, common)?, open(&args.b, of_b, common)?);
     let work = ProgressDisplay::new(a.bytes().max(b.bytes()), common.quiet)?;
@@ -296,7 +268,12 @@ fn compare(args: &CompareArgs, common: &CommonArgs) -> Result<Exit> {
     drop(work);
     print_to_stdout(|out| {
         if a.bytes() != b.bytes() && !common.quiet {
-            writeln!(out, "sizes differ: {} and {} bytes; what one has beyond must be zero", a.bytes(), b.bytes())?;
+            writeln!(
+                out,
+                "sizes differ: {} and {} bytes; the rest of the larger disk is compared with zeros",
+                a.bytes(),
+                b.bytes()
+            )?;
         }
         match difference {
             Some(at) => writeln!(out, "different from byte {at} on"),
@@ -332,28 +309,17 @@ fn merge(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
 fn abandon(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
     let child = args.child.display();
     let line = match ops::merge::abandon(&Host, &args.child, args.into.as_deref(), &policy(common)?)? {
-        Abandoned::Undone => format!("abandoned the merge of {child}: nothing of it is left"),
+        Abandoned::Undone => format!("abandoned the merge of {child}: all images are as before the merge"),
         Abandoned::Whole(into) => {
-            format!(
-                "abandoned the merge of {child}: {} has received everything and shows the same disk",
-                into.display()
-            )
+            format!("abandoned the merge of {child}: {} has received all data and shows the same disk", into.display())
         }
         Abandoned::Partial(into) => format!(
-            "abandoned the merge of {child}: {} is partly overwritten and readable only below {child}; the same command \
-             without --abandon finishes the merge",
+            "abandoned the merge of {child}: {} is partly overwritten, and can only be read as part of the chain of {child}. \
+             Run the same command without --abandon to finish the merge",
             into.display()
         ),
     };
     print_outcome(common, &line)
-}
-
-/// The line that says how it went, unless nobody wants to know.
-pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
-    if !common.quiet {
-        print_to_stdout(|out| writeln!(out, "{}", print::escape_controls(line)))?;
-    }
-    Ok(Exit::Done)
 }
 
 fn flatten(args: &FlattenArgs, common: &CommonArgs) -> Result<Exit> {
@@ -361,8 +327,8 @@ fn flatten(args: &FlattenArgs, common: &CommonArgs) -> Result<Exit> {
     let progress = &mut |bytes| work.report(bytes);
     let copied = ops::flatten::flatten(&Host, &args.child, args.keep.as_deref(), &policy(common)?, progress)?;
     drop(work);
-    let stands = args.keep.as_ref().map_or("alone".to_owned(), |on| format!("on {}", on.display()));
-    print_outcome(common, &format!("{} stands {stands}: {} copied", args.child.display(), human_size(copied)))
+    let parent = args.keep.as_ref().map_or("no parent".to_owned(), |parent| format!("the parent {}", parent.display()));
+    print_outcome(common, &format!("{} now has {parent}: {} copied", args.child.display(), human_size(copied)))
 }
 
 fn rebase(args: &RebaseArgs, common: &CommonArgs) -> Result<Exit> {
@@ -374,10 +340,10 @@ fn rebase(args: &RebaseArgs, common: &CommonArgs) -> Result<Exit> {
     if args.r#unsafe && done.same_parent {
         return print_outcome(
             common,
-            &format!("{child} stands on {parent} as before: the time of that file is recorded again"),
+            &format!("{child} keeps its parent {parent}; the time of that file is recorded again"),
         );
     }
-    print_outcome(common, &format!("{child} stands on {parent}: {} copied", human_size(done.copied)))
+    print_outcome(common, &format!("{child} now has the parent {parent}: {} copied", human_size(done.copied)))
 }
 
 fn compact(args: &CompactArgs, common: &CommonArgs) -> Result<Exit> {
@@ -385,7 +351,7 @@ fn compact(args: &CompactArgs, common: &CommonArgs) -> Result<Exit> {
     let done = ops::compact::compact(&Host, &args.path, &policy(common)?, &mut |bytes| work.report(bytes))?;
     drop(work);
     let (given, blocks) = (human_size(done.freed_bytes), done.freed_blocks);
-    print_outcome(common, &format!("{}: {given} given back, {blocks} blocks given up", args.path.display()))
+    print_outcome(common, &format!("{}: {given} freed, {blocks} blocks removed", args.path.display()))
 }
 
 fn resize(args: &ResizeArgs, common: &CommonArgs) -> Result<Exit> {
@@ -394,18 +360,5 @@ fn resize(args: &ResizeArgs, common: &CommonArgs) -> Result<Exit> {
     let done = ops::resize::resize(&Host, &args.path, args.size, args.shrink, &policy(common)?, progress)?;
     drop(work);
     let (from, to) = (human_size(done.from), human_size(done.to));
-    print_outcome(common, &format!("{}: {from}, now {to} ({} bytes)", args.path.display(), done.to))
-}
-
-/// Standard output without the buffer of lines that the standard library puts before it.
-struct Stdout;
-
-impl Write for Stdout {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(rustix::io::write(io::stdout(), bytes)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    print_outcome(common, &format!("{}: resized from {from} to {to} ({} bytes)", args.path.display(), done.to))
 }

@@ -1,4 +1,4 @@
-//! File descriptors that the starting process left open for this one, by number.
+//! File descriptors that this process inherited, by number.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -7,45 +7,48 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-/// The first number that is looked at without /proc, and the last: LISTEN_FDS has at most 4096.
+/// Numbers that are probed if /proc is not available. LISTEN_FDS has at most 4096 descriptors.
 const PROBED_FDS: std::ops::RangeInclusive<RawFd> = libc::STDERR_FILENO + 1..=8191;
 
-/// The descriptors that this process inherited and that nothing in it owns yet.
+/// The inherited descriptors that nothing in this process owns yet.
 #[derive(Debug)]
 pub struct InheritedFds(BTreeSet<RawFd>);
 
 impl InheritedFds {
-    /// All descriptors that are open now, but the standard streams.
+    /// Collects all open descriptors except the standard streams.
     ///
     /// # Safety
-    /// Nothing in this process owns any of them: it has opened none so far, and this is called once.
+    /// Nothing in this process may own any of these descriptors: the caller has opened none so far, and calls this once.
     pub unsafe fn new() -> InheritedFds {
         let numbers = match std::fs::read_dir("/proc/self/fd") {
             Ok(entries) => entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<_>>(),
             Err(_) => PROBED_FDS.collect(),
         };
-        // The listing has a descriptor of its own, which is closed by now.
+        // Drops the descriptor of the listing itself, which is closed by now.
         InheritedFds(numbers.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && is_open(*fd)).collect())
     }
 
-    /// No descriptors.
+    /// Creates an empty set.
     pub fn empty() -> InheritedFds {
         InheritedFds(BTreeSet::new())
     }
 
-    /// Gives the descriptor of this number away.
+    /// Takes the descriptor of this number out of the set, as an owned one.
     ///
     /// # Errors
-    /// If the number is standard input, output or error, was not open when the process started, or is named twice.
+    /// * `InvalidInput`: the number is one of the standard streams, was not open when the process started, or was taken
+    ///   before.
+    /// * Any error of fcntl(2).
     pub(super) fn take(&mut self, fd: RawFd) -> io::Result<OwnedFd> {
         if (0..=libc::STDERR_FILENO).contains(&fd) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is one of the standard streams"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a standard stream"));
         }
         if !self.0.remove(&fd) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was not handed over, or is named twice"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was not handed over, or is given twice"));
         }
-        // SAFETY: the number was open when the process started, and nothing owned it then (`new`). Nothing closed it since, as
-        // only an owner may, so no descriptor of our own has its number. It leaves the set, so it gets one owner.
+        // SAFETY: `fd` was open and without an owner when the set was created, as the caller of `new` promised. It has had
+        // no owner since, because the set contains it, so nothing may have closed it and it still is the inherited
+        // descriptor. It was removed from the set above, so `owned` becomes its only owner.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         fcntl_setfd(&owned, FdFlags::CLOEXEC)?;
         Ok(owned)
@@ -53,7 +56,7 @@ impl InheritedFds {
 }
 
 fn is_open(fd: RawFd) -> bool {
-    // SAFETY: F_GETFD takes no pointer and changes nothing; on a number that is not open it fails with EBADF.
+    // SAFETY: F_GETFD takes no pointer and changes nothing. If `fd` is not open, the call fails with EBADF.
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
@@ -65,7 +68,7 @@ mod tests {
     #[test]
     fn a_number_has_one_owner() {
         let number = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
-        // Only what the test itself has given up.
+        // The test has given up ownership of this number only.
         let mut inherited = InheritedFds(BTreeSet::from([number]));
         for other in [0, 2, -1, 1 << 20] {
             assert!(inherited.take(other).is_err(), "{other}");

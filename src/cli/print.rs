@@ -1,4 +1,4 @@
-//! What people and programs read: aligned fields, trees, tables, JSON.
+//! Output formats: aligned fields, trees and tables for people, JSON for programs.
 
 use std::borrow::Cow;
 use std::io::{Result, Write};
@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::size::human_size;
 use crate::ops::{check, children, diff, info, map};
 
-/// Lost ranges that are listed for people.
+/// Maximum number of lost ranges in the output for people.
 const MAX_LISTED_RANGES: usize = 100;
 
-/// A text for a terminal: what an image says must not command it. Control characters are written as escapes.
+/// Escapes control characters, so that text from an image cannot control the terminal.
 pub(super) fn escape_controls(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return text.into();
@@ -20,12 +20,12 @@ pub(super) fn escape_controls(text: &str) -> Cow<'_, str> {
     text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
-/// A path for a terminal.
+/// Formats a path with control characters escaped.
 pub(super) fn display_path(path: &Path) -> String {
     escape_controls(&path.display().to_string()).into_owned()
 }
 
-/// One JSON document and a line's end.
+/// Prints one JSON document and a line break.
 pub(super) fn json(out: &mut dyn Write, document: &impl Serialize) -> Result<()> {
     serde_json::to_writer_pretty(&mut *out, document)?;
     writeln!(out)
@@ -35,7 +35,7 @@ fn bytes(n: u64) -> String {
     if n < 1024 { format!("{n} bytes") } else { format!("{} ({n} bytes)", human_size(n)) }
 }
 
-/// `info` for people.
+/// Prints the result of `info` for people.
 pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
     let mut field = |name: &str, text: &str| writeln!(out, "{:<15} {}", format!("{name}:"), escape_controls(text));
     field("path", &info.path)?;
@@ -50,7 +50,7 @@ pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
         field("blocks", &format!("{allocated} of {blocks} allocated"))?;
     }
     if let Some(session) = &info.session {
-        let state = if session.open { "open" } else { "over: the host was restarted" };
+        let state = if session.open { "open" } else { "ended by a restart of the machine" };
         field("session", &format!("{state}; {} on {}, {}", session.user, session.host, session.folder))?;
     }
     if let Some(user) = &info.in_use {
@@ -77,7 +77,7 @@ pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
     tree(out, chain)
 }
 
-/// The process that has an image in use.
+/// Describes the process that has an image in use.
 fn in_use(user: &info::InUse) -> String {
     let who = match (user.pid, &user.program) {
         (Some(pid), Some(program)) => format!("by {program} (process {pid})"),
@@ -89,7 +89,7 @@ fn in_use(user: &info::InUse) -> String {
     }
 }
 
-/// A chain as a tree, the youngest on top, with what each layer is and takes in columns.
+/// Prints a chain as a tree, the top layer first, with type, size and allocation of each layer in columns.
 fn tree(out: &mut dyn Write, chain: &[info::ImageInfo]) -> Result<()> {
     let name = |(depth, layer): (usize, &info::ImageInfo)| {
         let branch = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
@@ -108,12 +108,12 @@ fn tree(out: &mut dyn Write, chain: &[info::ImageInfo]) -> Result<()> {
     Ok(())
 }
 
-/// `children` for people: one a line.
+/// Prints the result of `children` for people, one image per line.
 pub(super) fn children(out: &mut dyn Write, children: &[children::ChildImage]) -> Result<()> {
     children.iter().try_for_each(|child| writeln!(out, "{}  {}", child.uuid, escape_controls(&child.path)))
 }
 
-/// `check` for people: a line per defect, and how it stands.
+/// Prints the result of `check` for people: one line per defect, and a summary.
 pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: bool) -> Result<()> {
     for repaired in &report.repaired {
         for defect in &repaired.defects {
@@ -122,7 +122,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
         if let Some(undo) = &repaired.undo {
             writeln!(
                 out,
-                "{}: what was replaced is kept in {}",
+                "{}: the replaced bytes are saved in {}",
                 escape_controls(&repaired.path),
                 escape_controls(undo)
             )?;
@@ -137,7 +137,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
         writeln!(out, "lost: bytes {start} to {end} of the disk, {}", bytes(lost.length))?;
     }
     if let Some(more) = report.lost.len().checked_sub(MAX_LISTED_RANGES).filter(|more| *more > 0) {
-        writeln!(out, "lost: {more} more ranges; --json lists all")?;
+        writeln!(out, "lost: {more} more ranges; use --json to list all")?;
     }
     if quiet {
         return Ok(());
@@ -152,7 +152,7 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
     if report.ok {
         writeln!(out, "{}{files}: no defects", escape_controls(&report.path))?;
         if report.parents_unchecked {
-            writeln!(out, "note: only this file was checked; --chain checks its parents, too")?;
+            writeln!(out, "note: only this file was checked; use --chain to check its parents, too")?;
         }
         return Ok(());
     }
@@ -170,7 +170,7 @@ fn defect_line(found: &check::FoundDefect, path: Option<&str>) -> String {
     format!("{file}{}: {}{place}", found.kind, escape_controls(&found.detail))
 }
 
-/// `diff`, a run at a time.
+/// Prints the result of `diff`, one range at a time.
 pub(super) struct DiffPrinter<W: Write> {
     out: W,
     json: bool,
@@ -208,12 +208,12 @@ impl<W: Write> DiffPrinter<W> {
     }
 }
 
-/// `map`, a run at a time.
+/// Prints the result of `map`, one range at a time.
 pub(super) struct MapPrinter<W: Write> {
     out: W,
     json: bool,
     begun: bool,
-    /// How the files are written, by depth.
+    /// Printable paths of the files, by depth.
     paths: Vec<Option<String>>,
 }
 
@@ -272,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn images_do_not_command_terminals() {
+    fn control_characters_are_escaped() {
         assert_eq!(escape_controls("a\u{1b}[2Jb\u{9b}\n"), "a\\u{1b}[2Jb\\u{9b}\\n");
         assert!(matches!(escape_controls("päth"), Cow::Borrowed("päth")));
     }

@@ -1,4 +1,4 @@
-//! How far long work has come: a bar on a terminal, nothing on a pipe. And the end of it where the user wants one.
+//! Progress of a long operation: a bar on a terminal, nothing on a pipe; and its interruption by a signal.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -8,21 +8,21 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Work of a known number of bytes.
+/// The progress bar of an operation over a known number of bytes.
 pub(super) struct ProgressDisplay {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl ProgressDisplay {
-    /// Work on `bytes`. From here on SIGINT and SIGTERM end it in an orderly way.
+    /// Shows the progress of an operation over `bytes`. From now on SIGINT and SIGTERM interrupt it at its next report.
     ///
     /// # Errors
-    /// Where the signals cannot be had.
+    /// `Io` if the signal handlers cannot be installed.
     pub(super) fn new(bytes: u64, quiet: bool) -> Result<ProgressDisplay> {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            // A second one ends the program at once: what it leaves is a file under a temporary name.
+            // A second signal kills the program at once, which may leave a file under a temporary name.
             signal_hook::flag::register_conditional_default(signal, stop.clone())
                 .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
                 .map_err(|e| Error::io("cannot wait for signals", e))?;
@@ -37,10 +37,10 @@ impl ProgressDisplay {
         Ok(ProgressDisplay { bar, interrupted: stop })
     }
 
-    /// So many bytes are done.
+    /// Reports that `bytes` are done.
     ///
     /// # Errors
-    /// `Refused` where the user has interrupted the work.
+    /// `Refused` if the user interrupted the operation.
     pub(super) fn report(&self, bytes: u64) -> Result<()> {
         self.bar.set_position(bytes);
         if self.interrupted.load(Ordering::Relaxed) {

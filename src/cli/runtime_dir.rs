@@ -1,7 +1,8 @@
-//! The runtime folder: where live journals are, for the daemon that keeps them and the tool that looks for them.
+//! The runtime folder, in which the daemon keeps live journals and the tool finds them.
 //!
-//! An explicit folder is used or refused. Without one there are candidates, tried in order; the daemon uses the first that
-//! has room, and both programs look into all of them for journals that exist already. Each is opened once and held.
+//! A folder given by `--runtime-dir` is used or refused. Without one there are default folders, tried in order: the daemon
+//! uses the first that has enough space, and both programs search all of them for existing journals. Each folder is opened
+//! once and kept open.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -10,13 +11,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::host::Host;
 use crate::storage::{Env, RuntimeFolder};
 
-/// What `statfs` returns for tmpfs (linux/magic.h).
+/// File system type of tmpfs in `statfs` (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
 
-/// The folders in which journals may lie: the explicit one, else the candidates that exist and are this user's.
+/// Opens the folders that may contain journals: the explicit one, or else the default folders that exist and belong to this
+/// user.
 ///
 /// # Errors
-/// The explicit folder exists and cannot be used.
+/// As [`Env::runtime_folder`], if the explicit folder exists but cannot be used.
 pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else {
         return Ok(candidates().iter().filter_map(|folder| Host.runtime_folder(folder).ok()).collect());
@@ -24,24 +26,24 @@ pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFol
     match Host.runtime_folder(folder) {
         Ok(folder) => Ok(vec![folder]),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {
-            log::debug!("no live journal is looked for: {}", e.line());
+            log::debug!("live journals are not searched for: {}", e.line());
             Ok(Vec::new())
         }
         Err(e) => Err(e),
     }
 }
 
-/// Makes the folder for journals of `bytes` altogether. Returns it, and others in which journals may exist already. Warns
-/// once if a candidate had to be passed over; returns none if no candidate can be used.
+/// Creates the folder for journals of `bytes` in total. Returns it first, followed by other folders that may contain
+/// journals. Warns once if a default folder cannot be used. Returns no folders if none can be used.
 ///
 /// # Errors
-/// If an explicit folder cannot be made, cannot be written to, is another user's or open to other users.
+/// If an explicit folder cannot be created or written, belongs to another user, or is writable for other users.
 pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else { return Ok(choose_folder(&candidates(), bytes)) };
     match create_and_open(folder) {
         Ok(folder) => Ok(vec![folder]),
         Err(e) if e.kind() == ErrorKind::Unsupported => {
-            log::warn!("no live journal: {}; each write is made durable before it is answered", e.line());
+            log::warn!("no live journal: {}; each write is made durable before it is acknowledged", e.line());
             Ok(Vec::new())
         }
         Err(e) => Err(e),
@@ -60,7 +62,7 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
                     folder.display(),
                     free_bytes(folder)
                 ));
-                // A predecessor may have used it.
+                // An earlier daemon may have left journals in it.
                 passed.push(runtime);
             }
             Ok(runtime) => chosen = Some(runtime),
@@ -68,7 +70,7 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
             Err(_) => {}
         }
     }
-    let without = "each write is made durable before it is answered; see --runtime-dir";
+    let without = "each write is made durable before it is acknowledged; see --runtime-dir";
     match (&chosen, reasons.join("; ")) {
         (Some(_), why) if why.is_empty() => {}
         (Some(folder), why) => log::warn!("{why}; live journals are kept in {}", folder.path().display()),
@@ -78,7 +80,8 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
     chosen.into_iter().chain(passed).collect()
 }
 
-/// `/run/diffdisk` for root, else a folder in the user's own runtime folder; then one in `/dev/shm`. Only those in memory.
+/// Returns the default folders that are on tmpfs: `/run/diffdisk` for root, `$XDG_RUNTIME_DIR/diffdisk` for other users;
+/// then a folder in `/dev/shm`.
 fn candidates() -> Vec<PathBuf> {
     let uid = rustix::process::geteuid();
     let own =
@@ -92,7 +95,7 @@ fn is_on_tmpfs(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
-/// Bytes that are free on the file system of a folder. A tmpfs without a limit has no blocks at all.
+/// Returns the free bytes of the file system of a folder. A tmpfs without a size limit reports zero blocks.
 fn free_bytes(folder: &Path) -> u64 {
     match rustix::fs::statvfs(folder) {
         Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),
@@ -100,12 +103,12 @@ fn free_bytes(folder: &Path) -> u64 {
     }
 }
 
-/// Makes the folder if it does not exist, for its owner alone, and opens it.
+/// Creates the folder with mode 0700 if it does not exist, and opens it.
 ///
 /// # Errors
-/// `Io`; as [`Env::runtime`].
+/// `Io` if it cannot be created; otherwise as [`Env::runtime_folder`].
 fn create_and_open(folder: &Path) -> Result<RuntimeFolder> {
-    let failed = |e| Error::io("cannot make the runtime folder", e).at_path(folder);
+    let failed = |e| Error::io("cannot create the runtime folder", e).at_path(folder);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     Host.runtime_folder(folder)
 }
@@ -119,19 +122,19 @@ mod tests {
     }
 
     #[test]
-    fn the_first_that_can_be_used_and_has_room() {
+    fn the_first_usable_folder_with_enough_space_is_chosen() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("file"), "").unwrap();
         let all = [path("file"), path("a"), path("b")];
         assert_eq!(paths(&choose_folder(&all, 1)), [path("a")]);
-        assert!(!path("b").exists(), "what is not needed is not made");
+        assert!(!path("b").exists(), "a folder that is not needed is not created");
         std::fs::create_dir(path("b")).unwrap();
-        assert_eq!(paths(&choose_folder(&all, 1)), [path("a"), path("b")], "a predecessor may have used it");
+        assert_eq!(paths(&choose_folder(&all, 1)), [path("a"), path("b")], "an earlier daemon may have used it");
         assert_eq!(
             paths(&choose_folder(&all, u64::MAX - 1)),
             [path("a"), path("b")],
-            "journals that exist need no room"
+            "existing journals need no space"
         );
         assert!(choose_folder(&all[..1], 1).is_empty());
         assert!(prepare(Some(&path("file")), 1).is_err());

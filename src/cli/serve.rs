@@ -1,7 +1,7 @@
-//! `diffdiskd`: reads its arguments, starts the disks, serves them until it is stopped.
+//! The main function of `diffdiskd`: reads the arguments, starts the disks, serves them until a signal.
 //!
-//! Everything that can be refused is refused before READY (`start`). Each disk has its own control thread; a signal reaches
-//! them all through one socket that is never read, so that it stays readable for every one of them.
+//! All errors of the start are reported before READY (`start`). Each disk has its own control thread. A signal reaches all of
+//! them through one socket, which is never read and so stays readable for every thread.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -12,6 +12,7 @@ use std::thread;
 use clap::Parser;
 use log::{error, info, warn};
 
+use super::exit::print_failure;
 use super::inherited_fd::InheritedFds;
 use super::serve_args::DaemonArgs;
 use super::start::ReadyDisk;
@@ -21,10 +22,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Env;
 use crate::storage::host::Host;
 
-/// What QEMU's conventions for back-end programs ask to be told.
+/// Output of `--print-capabilities`, as QEMU's conventions for back-end programs require.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
-/// Runs the daemon with the arguments of the process, and the descriptors that were handed over.
+/// Runs the daemon with the arguments of the process and its inherited descriptors.
 pub fn main(inherited: InheritedFds) -> ExitCode {
     let args = DaemonArgs::parse();
     if args.print_capabilities {
@@ -36,7 +37,7 @@ pub fn main(inherited: InheritedFds) -> ExitCode {
     match serve(args, inherited, &host) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            super::print_failure("serve", &e);
+            print_failure("serve", &e);
             ExitCode::FAILURE
         }
     }
@@ -46,12 +47,12 @@ fn log_to_stderr(level: &str) {
     let mut logger = env_logger::Builder::new();
     logger.parse_filters(level);
     logger.format(|out, record| {
-        // Names and messages of others may hold control characters, by which they could forge lines or move the cursor.
+        // Names from images and messages of front-ends may contain control characters, which could forge log lines.
         let line = record.args().to_string();
         writeln!(out, "{} {:5} {}", out.timestamp_millis(), record.level(), print::escape_controls(&line))
     });
     logger.init();
-    std::panic::set_hook(Box::new(|panic| error!("a fault of our own: {panic}")));
+    std::panic::set_hook(Box::new(|panic| error!("{panic}")));
 }
 
 fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> Result<()> {
@@ -59,10 +60,10 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
     let handed_over = handover::take_sockets(&disks, inherited)?;
     args.add_system_config(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
-    // Signals before sockets: from the moment a front-end can connect, the daemon can be stopped in good order.
+    // Before the sockets exist: as soon as a front-end can connect, a signal must stop the daemon cleanly.
     let stop = signals::stop_socket()?;
     let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop)? else {
-        info!("stopped by a signal before the start was complete");
+        info!("stopped by a signal during the start");
         return Ok(());
     };
     notify_manager("READY=1");
@@ -73,11 +74,11 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
 
 fn notify_manager(state: &str) {
     if let Err(e) = systemd::notify(state) {
-        warn!("the service manager cannot be told {state}: {e}");
+        warn!("cannot send {state} to the service manager: {e}");
     }
 }
 
-/// Serves every disk on a thread of its own until all have ended; the first failure is the outcome.
+/// Serves each disk in a thread of its own, until all have ended. Returns the first error.
 fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>) -> Result<()> {
     let start = |ready: ReadyDisk| {
         let stop = stop.clone();
@@ -89,7 +90,7 @@ fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>) -> Result<()> {
     let mut outcome = Ok(());
     for started in threads {
         let ended = started.and_then(|(name, thread)| {
-            let fault = |_| Err(Error::new(ErrorKind::Io, format!("disk {name} ended by a fault of our own")));
+            let fault = |_| Err(Error::new(ErrorKind::Io, format!("the thread of disk {name} panicked")));
             thread.join().unwrap_or_else(fault)
         });
         outcome = outcome.and(ended);

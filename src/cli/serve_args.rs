@@ -1,4 +1,4 @@
-//! The arguments of `diffdiskd`: one disk by options, many by `--disk` or a file, all becoming [`DiskArgs`].
+//! The command line of `diffdiskd`: one disk by options, or several by `--disk` or a configuration file, as [`DiskArgs`].
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -6,18 +6,19 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use super::disk_args::{
-    AllocationArg, CacheMode, DiskArgs, disk, queue_size, queues, read_config, serial, socket_mode,
+    AllocationArg, CacheMode, DiskArgs, parse_disk, parse_queue_size, parse_queues, parse_serial, parse_socket_mode,
+    read_config,
 };
 use super::system_config::SystemConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::EngineKind;
 
-/// What becomes of writes while the host's file system is full.
+/// Policy for writes while the file system is full.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum OnEnospc {
-    /// They are held until there is room again; reads go on, and so do flushes
+    /// Writes wait until there is space again; reads and flushes continue
     Park,
-    /// They fail
+    /// Writes fail
     Error,
 }
 
@@ -25,7 +26,7 @@ pub(super) enum OnEnospc {
 #[derive(Parser, Debug)]
 #[command(name = "diffdiskd", version, about, max_term_width = 100)]
 pub(super) struct DaemonArgs {
-    /// Print what this program can do, as JSON, and exit
+    /// Print the capabilities of this program as JSON, and exit
     #[arg(long)]
     pub(super) print_capabilities: bool,
 
@@ -34,97 +35,99 @@ pub(super) struct DaemonArgs {
           required_unless_present_any = ["disk", "config", "print_capabilities"])]
     blk_file: Option<PathBuf>,
 
-    /// Listen on this socket, which only its owner may connect to unless --socket-group or --socket-mode is given; it is
-    /// removed at exit
+    /// Create this socket and listen on it. Only its owner may connect unless --socket-group or --socket-mode is given. The
+    /// socket is removed at exit
     #[arg(long, value_name = "PATH", conflicts_with_all = ["fd", "disk", "config"])]
     socket_path: Option<PathBuf>,
 
-    /// Use this open file descriptor: a listening socket, or one connected to the front-end
+    /// Use this inherited file descriptor: a listening socket, or one that is connected to the front-end
     #[arg(long, value_name = "N", conflicts_with_all = ["disk", "config"])]
     fd: Option<RawFd>,
 
-    /// Refuse writes
+    /// Serve the disk read-only
     #[arg(long, conflicts_with_all = ["disk", "config"])]
     read_only: bool,
 
-    /// Queues offered, 1 to 64; a front-end may use fewer, not more [default: 4]
-    #[arg(long, value_name = "N", value_parser = queues, conflicts_with_all = ["disk", "config"])]
+    /// Number of queues offered, 1 to 64; a front-end may use fewer, but not more [default: 4]
+    #[arg(long, value_name = "N", value_parser = parse_queues, conflicts_with_all = ["disk", "config"])]
     num_queues: Option<u16>,
 
-    /// Expected entries of a queue, a power of two up to 32768; larger ones work, too [default: 1024]
-    #[arg(long, value_name = "N", value_parser = queue_size, conflicts_with_all = ["disk", "config"])]
+    /// Expected size of a queue, a power of two up to 32768; larger queues work, too [default: 1024]
+    #[arg(long, value_name = "N", value_parser = parse_queue_size, conflicts_with_all = ["disk", "config"])]
     queue_size: Option<u16>,
 
     /// Whether the guest sees a write cache [default: writeback]
     #[arg(long, value_name = "MODE", conflicts_with_all = ["disk", "config"])]
     cache: Option<CacheMode>,
 
-    /// Bypass the host's page cache
+    /// Use direct I/O, which bypasses the page cache
     #[arg(long, conflicts_with_all = ["disk", "config"])]
     direct: bool,
 
     /// The serial number that the guest sees, at most 20 bytes
-    #[arg(long, value_name = "TEXT", value_parser = serial, conflicts_with_all = ["disk", "config"])]
+    #[arg(long, value_name = "TEXT", value_parser = parse_serial, conflicts_with_all = ["disk", "config"])]
     serial: Option<String>,
 
-    /// Serve an image for writing although others stand on it: writes change what those show
+    /// Serve an image for writing although it has children: writes change the disks of the children
     #[arg(long, conflicts_with_all = ["disk", "config"])]
     allow_writable_parent: bool,
 
     /// A disk (repeatable): path=IMAGE,socket=PATH[,id=NAME][,readonly=on|off][,serial=TEXT][,queues=N]
     /// [,queue-size=N][,cache=writeback|writethrough][,direct=on|off][,allocation=sparse|block]
-    /// [,allow-writable-parent=on|off][,allow-parents=DIR (repeatable)][,socket-group=NAME][,socket-mode=MODE]; a comma in a
-    /// value is doubled
-    #[arg(long, value_name = "KEY=VALUE,...", value_parser = disk)]
+    /// [,allow-writable-parent=on|off][,allow-parents=DIR (repeatable)][,socket-group=NAME][,socket-mode=MODE]. Write a
+    /// comma in a value as two commas
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_disk)]
     disk: Vec<DiskArgs>,
 
-    /// A TOML file with a [[disk]] table a disk, of the same keys
+    /// A TOML file with one [[disk]] table per disk, with the keys of --disk
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// The group that may connect to the sockets that are made, by name or number; of a disk: socket-group=
+    /// Group of the created sockets, which may connect, by name or number; for one disk use socket-group=
     #[arg(long, value_name = "NAME", conflicts_with = "fd")]
     socket_group: Option<String>,
 
-    /// The mode of the sockets that are made, in octal digits; of a disk: socket-mode= [default: 0600, with a group 0660]
-    #[arg(long, value_name = "MODE", value_parser = socket_mode, conflicts_with = "fd")]
+    /// Mode of the created sockets in octal digits; for one disk use socket-mode= [default: 0600, with a group 0660]
+    #[arg(long, value_name = "MODE", value_parser = parse_socket_mode, conflicts_with = "fd")]
     socket_mode: Option<u32>,
 
     /// Do not read /etc/diffdisk/diffdisk.toml (its keys: allow-parents, runtime-dir)
     #[arg(long)]
     pub(super) no_system_config: bool,
 
-    /// A folder where parents may lie besides the child's own (repeatable)
+    /// A folder in which parents are accepted, besides the folder of the child (repeatable)
     #[arg(long, value_name = "DIR")]
     pub(super) allow_parents: Vec<PathBuf>,
 
-    /// Where to keep what must outlive this process but not the host: a folder on tmpfs
-    /// [default: /run/diffdisk or diffdisk in $XDG_RUNTIME_DIR; in /dev/shm where those are not on tmpfs]
+    /// A folder on tmpfs for the live journals, from which acknowledged writes are recovered if the daemon is killed
+    /// [default: /run/diffdisk or $XDG_RUNTIME_DIR/diffdisk; a folder in /dev/shm if that is not on tmpfs]
     #[arg(long, value_name = "DIR")]
     pub(super) runtime_dir: Option<PathBuf>,
 
-    /// Give up what a killed predecessor acknowledged to a guest that is gone
+    /// Discard the live journals of the images, and so the acknowledged writes that a killed daemon did not write to the
+    /// images. The guests must have ended
     #[arg(long)]
     pub(super) discard_journal: bool,
 
-    /// What becomes of writes while the host's file system is full
+    /// Policy for writes while the file system is full
     #[arg(long, value_name = "POLICY", default_value = "park")]
     pub(super) on_enospc: OnEnospc,
 
-    /// How new blocks take room on the host, for disks without a key of their own
+    /// Allocation of space for new blocks, for disks without the key allocation=
     #[arg(long, value_name = "HOW", default_value = "sparse")]
     pub(super) allocation: AllocationArg,
 
-    /// How much to tell on standard error
+    /// The most detailed level that is logged to standard error
     #[arg(long, value_name = "LEVEL", default_value = "info",
           value_parser = clap::builder::PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"]))]
     pub(super) log_level: String,
 
-    /// Microseconds for which a queue's thread looks for more work before it sleeps, at most; it adapts to what comes (0: never)
+    /// Longest time in microseconds for which the thread of a queue polls before it sleeps; adapted to the load (0: no
+    /// polling)
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub(super) poll_us: u64,
 
-    /// What carries out I/O
+    /// I/O engine
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     io_engine: IoEngine,
 }
@@ -132,16 +135,16 @@ pub(super) struct DaemonArgs {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum IoEngine {
-    /// io_uring where the host allows it, else blocking calls
+    /// io_uring if the kernel allows it, otherwise blocking calls
     Auto,
-    /// io_uring, or an error
+    /// io_uring; fails if the kernel does not allow it
     IoUring,
-    /// Plain calls, one an operation
+    /// Blocking system calls, one per operation
     Blocking,
 }
 
 impl DaemonArgs {
-    /// What carries out I/O.
+    /// Returns the I/O engine.
     pub(super) fn engine(&self) -> EngineKind {
         match self.io_engine {
             IoEngine::Auto => EngineKind::Auto,
@@ -150,19 +153,19 @@ impl DaemonArgs {
         }
     }
 
-    /// Adds what the machine's configuration says and the command line does not.
+    /// Adds the settings of the system configuration. A runtime folder on the command line has priority.
     pub(super) fn add_system_config(&mut self, config: SystemConfig) {
         self.allow_parents.extend(config.allow_parents);
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
 
-    /// `--socket-group` and `--socket-mode` are of all disks whose sockets are made here and that do not say otherwise.
+    /// Applies `--socket-group` and `--socket-mode` to the disks whose sockets are created and that have no key of their own.
     fn add_socket_access(&self, disks: &mut [DiskArgs]) -> Result<()> {
         if self.socket_group.is_none() && self.socket_mode.is_none() {
             return Ok(());
         }
         if disks.iter().all(|disk| disk.socket.is_none()) {
-            let why = "--socket-group and --socket-mode are of sockets that are made, and no disk has a socket path";
+            let why = "--socket-group and --socket-mode apply to created sockets, and no disk has a socket path";
             return Err(Error::new(ErrorKind::Refused, why));
         }
         for disk in disks.iter_mut().filter(|disk| disk.socket.is_some()) {
@@ -172,10 +175,12 @@ impl DaemonArgs {
         Ok(())
     }
 
-    /// All disks to serve, from whichever form of arguments.
+    /// Returns all disks to serve, from options, `--disk` and the configuration file.
     ///
     /// # Errors
-    /// Where the file cannot be read or is wrong, or two disks have one name or one socket.
+    /// * `Refused`: two disks have the same name or socket, or `--socket-group` or `--socket-mode` applies to no disk.
+    /// * `Invalid`: the configuration file is malformed.
+    /// * `Io`, `NotFound`: the configuration file cannot be read.
     pub(super) fn disks(&self) -> Result<Vec<DiskArgs>> {
         let mut disks = self.disk.clone();
         if let Some(path) = &self.blk_file {
@@ -200,7 +205,10 @@ impl DaemonArgs {
             let earlier = &disks[..i];
             let refuse = |why: String| Err(Error::new(ErrorKind::Refused, why));
             if earlier.iter().any(|d| d.name() == disk.name()) {
-                return refuse(format!("two disks are called {:?}: tell them apart with id=", disk.name()));
+                return refuse(format!(
+                    "two disks have the name {:?}: give one of them another name with id=",
+                    disk.name()
+                ));
             }
             if let Some(socket) = &disk.socket
                 && earlier.iter().any(|d| d.socket.as_ref() == Some(socket))
@@ -221,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn one_disk_by_options() {
+    fn one_disk_is_given_by_options() {
         let args = args(&["--socket-path=/run/s", "--blk-file=/a/b.vhd", "--read-only", "--num-queues=2"]).unwrap();
         let disks = args.disks().unwrap();
         let expected = DiskArgs {
@@ -236,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_usage() {
+    fn wrong_usage_has_exit_code_2() {
         for bad in [
             &[][..],
             &["--socket-path=/s"],
@@ -256,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_are_told_apart() {
+    fn disks_need_different_names_and_sockets() {
         let twice = args(&["--disk=path=/a/x,socket=/s", "--disk=path=/b/x,socket=/t"]).unwrap();
         assert!(twice.disks().unwrap_err().line().contains("id="));
         let shared = args(&["--disk=path=/a,socket=/s", "--disk=path=/b,socket=/s"]).unwrap();

@@ -1,16 +1,16 @@
-//! `settle`, and `--discard-journal` of every verb.
+//! The verb `settle`, and the option `--discard-journal` of all verbs.
 
 use std::path::{Path, PathBuf};
 
-use super::Exit;
 use super::args::{CommonArgs, SettleArgs, SourceFormatArg, Verb};
-use super::images::print_outcome;
+use super::exit::Exit;
+use super::output::print_outcome;
 use super::runtime_dir;
 use crate::error::Result;
 use crate::ops;
 use crate::storage::host::Host;
 
-/// Gives up the live journals of the images that a verb names.
+/// Discards the live journals of the images that are the arguments of a verb.
 ///
 /// # Errors
 /// As [`ops::settle::discard`].
@@ -37,13 +37,13 @@ pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
     ops::settle::discard(&Host, &named, &runtime_dir::existing_folders(common.runtime_dir.as_deref())?)
 }
 
-/// Carries the verb out.
+/// Runs the verb `settle`.
 ///
 /// # Errors
 /// As [`ops::settle::settle`].
 pub(super) fn settle(args: &SettleArgs, common: &CommonArgs) -> Result<Exit> {
     let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     let settled = ops::settle::settle(&Host, &args.path, &runtime)?;
-    let said = if settled { "settled: its live journal is taken in" } else { "nothing to settle" };
-    print_outcome(common, &format!("{}: {said}", args.path.display()))
+    let result = if settled { "settled: live journal replayed" } else { "nothing to settle" };
+    print_outcome(common, &format!("{}: {result}", args.path.display()))
 }

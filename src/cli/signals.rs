@@ -1,4 +1,4 @@
-//! Signals: which end the daemon in good order, and which must not end a program at all.
+//! Signals: those that stop the daemon, and SIGXFSZ, which must not kill a program.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -6,13 +6,13 @@ use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, Result};
 
-/// A socket that becomes readable for good with the first SIGTERM, SIGINT or SIGHUP. It is never read, so that every thread
-/// that polls it sees the signal. A SIGHUP that the process was started to ignore (`nohup`) stays ignored.
+/// Creates a socket that becomes and stays readable with the first SIGTERM, SIGINT or SIGHUP. The socket is never read, so
+/// each thread that polls it sees the signal. SIGHUP stays ignored if the process inherited that (`nohup`).
 ///
 /// # Errors
-/// `Io`.
+/// `Io` if the sockets cannot be created or a handler cannot be installed.
 pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
-    let cannot = |e| Error::io("cannot listen to signals", e);
+    let cannot = |e| Error::io("cannot install signal handlers", e);
     let (stop, raised) = UnixStream::pair().map_err(cannot)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
@@ -25,14 +25,14 @@ pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
     Ok(Arc::new(stop))
 }
 
-/// Makes a write beyond the limit of a file's size (`ulimit -f`) fail with EFBIG. By default SIGXFSZ kills the process.
+/// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the process.
 pub(super) fn survive_file_size_limit() {
     if let Err(e) = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))) {
-        log::warn!("a write beyond the limit of a file's size will end the process: {e}");
+        log::warn!("cannot catch SIGXFSZ, so a write beyond the file size limit will kill the process: {e}");
     }
 }
 
-/// Whether a process ignores a signal, by the text of its status (proc_pid_status(5)).
+/// Returns whether a process ignores a signal, given the text of its status file (proc_pid_status(5)).
 fn is_ignored(status: &str, signal: i32) -> bool {
     let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set >> (signal - 1) & 1 == 1)

@@ -1,9 +1,9 @@
-//! Sizes as people write them: `512`, `64K`, `10M`, `2G`, `1T`; and as they read them.
+//! Sizes in arguments (`512`, `64K`, `10M`, `2G`, `1T`) and in output (`1.5 GiB`).
 
 use crate::units::BlockSize;
 
-/// Bytes from a number with an optional unit (powers of 1024; `K`, `KB` and `KiB` are the same).
-pub(super) fn parse(text: &str) -> Result<u64, String> {
+/// Parses a size: a number with an optional unit, which is a power of 1024 (`K`, `KB` and `KiB` are the same).
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let unit = unit.to_ascii_uppercase();
@@ -13,26 +13,29 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
         "M" => 20,
         "G" => 30,
         "T" => 40,
-        _ => return Err("a size is a number of bytes, or one with K, M, G or T: 512, 64K, 10M, 2G, 1T".to_owned()),
+        _ => return Err("a size is a whole number with an optional unit: 512, 64K, 10M, 2G, 1T".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a size begins with a whole number".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "more bytes than any disk has".to_owned())
+    let number: u64 =
+        number.parse().map_err(|_| "a size is a whole number with an optional unit: 512, 64K".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "the size does not fit in 64 bits".to_owned())
 }
 
-/// A block size in the same notation.
+/// Parses a block size.
 pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
-    let size = u32::try_from(parse(text)?).ok().and_then(BlockSize::from_bytes);
-    size.ok_or_else(|| "a block size is a power of two from 4K to 256M".to_owned())
+    let size = u32::try_from(parse_size(text)?).ok().and_then(BlockSize::from_bytes);
+    size.ok_or_else(|| "the block size must be a power of two from 4K to 256M".to_owned())
 }
 
-/// A multiple of which a size shall be, in the same notation.
+/// Parses an alignment of the disk size.
 pub(super) fn parse_alignment(text: &str) -> Result<u64, String> {
-    // More than the largest disk would only make sizes that no disk has.
+    // 2T is the size of the largest disk.
     let fits = |align: &u64| *align == 1 || (align.is_multiple_of(512) && (512..=1 << 41).contains(align));
-    Some(parse(text)?).filter(fits).ok_or_else(|| "an alignment is a multiple of 512 bytes, at most 2T".to_owned())
+    Some(parse_size(text)?)
+        .filter(fits)
+        .ok_or_else(|| "the alignment must be 1 or a multiple of 512 up to 2T".to_owned())
 }
 
-/// A number of bytes in a few letters: `2 MiB`, `1.5 GiB`.
+/// Formats a number of bytes with a binary unit: `2 MiB`, `1.5 GiB`.
 pub(super) fn human_size(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let rank = (64 - bytes.leading_zeros()).saturating_sub(1) / 10;
@@ -50,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read() {
+    fn sizes_are_parsed() {
         for (text, bytes) in [
             ("0", 0),
             ("512", 512),
@@ -62,11 +65,11 @@ mod tests {
             ("3kb", 3072),
             ("18446744073709551615", u64::MAX),
         ] {
-            assert_eq!(parse(text), Ok(bytes), "{text}");
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "K", "-1", "1.5G", "1 G", "16777216T", "5X", "1KK", "0x10", "18446744073709551616", "1iB", "١"]
         {
-            assert!(parse(bad).is_err(), "{bad}");
+            assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(parse_block_size("512K").map(BlockSize::bytes), Ok(512 << 10));
         assert_eq!((parse_alignment("1M"), parse_alignment("1536")), (Ok(1 << 20), Ok(1536)));
@@ -79,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_told() {
+    fn sizes_are_formatted() {
         for (bytes, text) in [
             (0, "0 bytes"),
             (1023, "1023 bytes"),

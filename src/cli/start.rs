@@ -1,5 +1,4 @@
-//! Starting the disks: everything that can be refused is refused before READY, and a start that fails leaves nothing behind,
-//! neither a socket nor a live journal.
+//! Start of the disks. All errors are reported before READY, and a failed start leaves neither a socket nor a live journal.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -21,40 +20,42 @@ use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 
-/// How long to wait for the files of a disk. A daemon that was killed holds them until its last I/O is over.
+/// Version of the programs, with the commit from which they were built.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
+/// Time to wait for the files of a disk. A killed daemon holds them until its last I/O has completed.
 const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long to wait for the socket of a disk. A daemon that was killed holds it until its process is taken apart.
+/// Time to wait for the socket of a disk. A killed daemon holds it until the kernel has torn the process down.
 const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
-/// Descriptors of the process itself: the standard streams, signals, the log, what libraries open for a moment.
+/// Descriptors of the process itself: standard streams, signal sockets, the log, temporary ones of libraries.
 const PROCESS_FDS: u64 = 32;
 
 /// A disk that is ready to be served.
 pub(super) struct ReadyDisk {
-    // Dropped first: it removes the socket and ends the threads of the queues.
+    // Dropped first: removes the socket and ends the threads of the queues.
     daemon: DiskServer,
     disk: Arc<Disk>,
     name: String,
 }
 
 impl ReadyDisk {
-    /// Its name for the log.
+    /// Returns the name of the disk in the log.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Serves it until `stop` is readable.
+    /// Serves the disk until `stop` is readable.
     ///
     /// # Errors
-    /// As [`Daemon::run`].
+    /// As [`DiskServer::run`].
     pub(super) fn run(self, stop: &UnixStream) -> Result<()> {
         self.daemon.run(stop)
     }
 }
 
-/// Opens the disks, makes their sockets and starts their threads. `None` if the stop signal came first.
+/// Opens the disks, creates their sockets and starts their threads. Returns `None` if the stop signal came first.
 ///
 /// # Errors
-/// Whatever keeps one of the disks from being served; then none of them is, and nothing is left behind.
+/// The first error of any disk. No disk is served then, and the sockets and journals created so far are removed.
 pub(super) fn start_all(
     args: &DaemonArgs,
     disks: &[DiskArgs],
@@ -64,12 +65,13 @@ pub(super) fn start_all(
 ) -> Result<Option<Vec<ReadyDisk>>> {
     for (disk, socket) in disks.iter().zip(&handed_over) {
         if socket.is_none() && disk.socket.is_none() {
-            let why = "no socket is given, and none was handed over";
+            let why =
+                "no socket for this disk: give --socket-path, --fd or socket=, or hand a socket over by LISTEN_FDS";
             return Err(Error::new(ErrorKind::Refused, why).at_path(&disk.path));
         }
     }
     raise_fd_limit();
-    // Before the chains are known each has at least one file.
+    // A first check with one file per disk; the lengths of the chains are not known yet.
     check_fd_limit(disks, disks.iter().map(|_| 1))?;
     let keep = durability(args, disks, &**host)?;
     let mut ready: Vec<ReadyDisk> = Vec::new();
@@ -99,7 +101,7 @@ pub(super) fn start_all(
     Ok(Some(ready))
 }
 
-/// The line of the log that has all that a reader of it asks first: which program, which files, how they are served.
+/// Formats the log line of a started disk: its size, socket, queues, chain and modes, and the version of the program.
 fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, engine: &str) -> String {
     let size = disk.capacity().saturating_mul(SECTOR);
     let mode = if disk.is_read_only() { ", read-only" } else { "" };
@@ -114,17 +116,18 @@ fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
         service.queues,
         service.queue_size,
         chain.join(" <- "),
-        super::VERSION,
+        VERSION,
     )
 }
 
-/// How acknowledged writes outlive this process: by a journal in the runtime folder, or without one by commits.
+/// Chooses how acknowledged writes survive a kill of this process: by a live journal, or without a runtime folder by commits.
+/// Removes stale journals from the runtime folders.
 fn durability(args: &DaemonArgs, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
     let folders = runtime_dir::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
     for folder in &folders {
         if let Err(e) = remove_stale_journals(host, folder) {
-            warn!("journals that belong to no image may be left: {}", e.line());
+            warn!("cannot remove stale live journals: {}", e.line());
         }
     }
     match folders.is_empty() {
@@ -163,7 +166,7 @@ fn serve_options(args: &DaemonArgs, disk: &DiskArgs) -> ServeOptions {
     }
 }
 
-/// Takes what another process may still hold: tries until it is free, at most for `limit`. `None` if the stop signal comes
+/// Calls `take` until it returns another result than `Busy`, at most for `limit`. Returns `None` if the stop signal comes
 /// first.
 fn retry_while_busy<T>(
     limit: Duration,
@@ -190,29 +193,34 @@ fn retry_while_busy<T>(
             }
         };
         if !told {
-            info!("disk {disk}: waits up to {} s: {}", limit.as_secs(), busy.line());
+            info!("disk {disk}: waiting up to {} s: {}", limit.as_secs(), busy.line());
             told = true;
         }
     }
 }
 
-/// A disk of 64 queues takes some 700 descriptors; the default limit is 1024 for the sake of `select`.
+/// Raises the soft limit of open files to the hard limit: a disk with 64 queues needs about 700 descriptors, and the usual
+/// soft limit is 1024.
 fn raise_fd_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(e) = setrlimit(Resource::Nofile, raised) {
-        warn!("the limit of open files stays at {:?}: {e}", limit.current);
+        warn!("cannot raise the limit of open files from {:?}: {e}", limit.current);
     }
 }
 
-/// Refuses disks that take more descriptors than the process may have. `files`: of each disk's chain.
+/// Checks that the disks need no more descriptors than the process may have. `files` yields the number of files of each
+/// disk's chain.
+///
+/// # Errors
+/// `Refused` if the limit is too low.
 fn check_fd_limit(disks: &[DiskArgs], files: impl Iterator<Item = usize>) -> Result<()> {
     let needed = disks.iter().zip(files).map(|(disk, files)| fds_of_disk(disk.queues(), files)).sum::<u64>();
     let needed = needed + PROCESS_FDS;
     match getrlimit(Resource::Nofile).current {
         Some(limit) if limit < needed => {
             let why = format!(
-                "the disks take up to {needed} file descriptors, and the process may have {limit}: raise the limit (ulimit \
+                "the disks need up to {needed} file descriptors, and the process may have {limit}: raise the limit (ulimit \
                  -n, LimitNOFILE= of a unit) or give the disks fewer queues"
             );
             Err(Error::new(ErrorKind::Refused, why))

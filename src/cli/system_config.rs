@@ -1,8 +1,7 @@
-//! The configuration of the machine, `/etc/diffdisk/diffdisk.toml`, which both programs read: what would otherwise be
-//! repeated on every command line.
+//! The system configuration `/etc/diffdisk/diffdisk.toml`, which both programs read: default values of options.
 //!
-//! It decides which files of the host may be opened as parents. So it is refused unless it belongs to root or to the user of
-//! the process, and only its owner may write to it.
+//! The file decides in which folders parents are accepted. So it is refused unless it belongs to root or to the user of the
+//! process, and is writable for its owner only.
 
 use std::fs::File;
 use std::io::{ErrorKind as IoKind, Read};
@@ -14,28 +13,29 @@ use serde::Deserialize;
 use super::disk_args::toml_error;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Where it is.
+/// Path of the file.
 const CONFIG_PATH: &str = "/etc/diffdisk/diffdisk.toml";
-/// Bytes of it that are read.
+/// Maximum bytes that are read.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
-/// What it may contain.
+/// The settings in the file.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct SystemConfig {
-    /// Folders where parents may lie.
+    /// Folders in which parents are accepted.
     pub(super) allow_parents: Vec<PathBuf>,
     /// The runtime folder.
     pub(super) runtime_dir: Option<PathBuf>,
 }
 
 impl SystemConfig {
-    /// Reads it; empty if the file does not exist, or if `skip`.
+    /// Reads the file. Returns the default values if the file does not exist, or if `skip`.
     ///
     /// # Errors
-    /// * `Refused`: others than its owner may write to the file, or its owner is neither root nor the user of the process.
-    /// * `Invalid`: it does not parse, has an unknown key, or names a folder by a relative path.
-    /// * `Io`.
+    /// * `Refused`: the file is writable for others than its owner, belongs to neither root nor the user of the process, or
+    ///   is not a regular file.
+    /// * `Invalid`: the file is malformed, has an unknown key, or contains a relative path.
+    /// * `Io`: the file cannot be read.
     pub(super) fn load(skip: bool) -> Result<SystemConfig> {
         if skip {
             Ok(SystemConfig::default())
@@ -60,12 +60,12 @@ fn read(path: &Path) -> Result<SystemConfig> {
     if found.uid() != 0 && found.uid() != rustix::process::geteuid().as_raw() {
         let owner = found.uid();
         return refuse(format!(
-            "it belongs to user {owner}, who could have any file opened: chown it to root, or pass --no-system-config"
+            "it belongs to user {owner}, who could have any file opened: chown it to root, or use --no-system-config"
         ));
     }
     if found.mode() & 0o022 != 0 {
         return refuse(format!(
-            "others than its owner may write to it (mode {:04o}): run chmod go-w on it, or pass --no-system-config",
+            "others than its owner may write to it (mode {:04o}): run chmod go-w on it, or use --no-system-config",
             found.mode() & 0o7777
         ));
     }
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn its_keys() {
+    fn keys_are_parsed() {
         let config = parse("allow-parents = [\"/images\", \"/more\"]\nruntime-dir = \"/run/x\"\n").unwrap();
         assert_eq!(config.allow_parents, [PathBuf::from("/images"), "/more".into()]);
         assert_eq!(config.runtime_dir, Some("/run/x".into()));
@@ -108,10 +108,10 @@ mod tests {
     }
 
     #[test]
-    fn only_its_owner_may_write_to_it() {
+    fn a_file_that_others_may_write_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("diffdisk.toml");
-        assert_eq!(read(&path).unwrap(), SystemConfig::default(), "it need not be there");
+        assert_eq!(read(&path).unwrap(), SystemConfig::default(), "the file need not exist");
         fs::write(&path, "allow-parents = [\"/images\"]").unwrap();
         for (mode, fine) in [(0o644, true), (0o600, true), (0o664, false), (0o646, false)] {
             fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();

@@ -1,6 +1,7 @@
-//! What systemd and a service say to each other: sockets handed over, and READY.
+//! The interface to systemd: sockets that it hands over (sd_listen_fds(3)), and notifications (sd_notify(3)).
 //!
-//! Sources: sd_listen_fds(3), sd_notify(3).
+//! The crate `sd-notify` is not used, since it cannot send to an abstract socket, and takes descriptors by number without an
+//! owner.
 
 use std::ffi::OsStr;
 use std::io;
@@ -11,13 +12,14 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use super::inherited_fd::InheritedFds;
 
-/// The number of the first file descriptor handed over.
+/// Number of the first file descriptor that is handed over.
 const FIRST_FD: RawFd = 3;
 
-/// The sockets that were handed over, in their order, with their names; none if the environment names none for this process.
+/// Takes the sockets that were handed over, in order, with their names. There are none if the environment is not meant for
+/// this process.
 ///
 /// # Errors
-/// If a number handed over is not open, or there are not as many names as sockets.
+/// `InvalidInput` if a descriptor is not open, or if the number of names is not that of the sockets.
 pub(super) fn take_sockets(inherited: &mut InheritedFds) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
     let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
@@ -38,10 +40,10 @@ fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String
     Ok(names)
 }
 
-/// Tells the service manager of our state, such as `READY=1`; does nothing where nobody asked.
+/// Sends a state such as `READY=1` to the service manager; does nothing without `NOTIFY_SOCKET`.
 ///
 /// # Errors
-/// Where the manager's socket does not take it.
+/// Any error of sending to the socket of the service manager.
 pub(super) fn notify(state: &str) -> io::Result<()> {
     match std::env::var_os("NOTIFY_SOCKET") {
         Some(name) if !name.is_empty() => tell(&name, state),
@@ -71,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn the_manager_hears_of_it_by_path_and_by_abstract_name() {
+    fn notifications_reach_sockets_with_a_path_or_an_abstract_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let hears = |socket: UnixDatagram, name: &OsStr| {

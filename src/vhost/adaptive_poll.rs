@@ -1,31 +1,30 @@
-//! How long a queue's thread goes on looking for work before it sleeps.
+//! Adaptive busy polling of one virtqueue (as poll-max-ns in QEMU).
 //!
-//! To sleep and be woken takes two event counters and tens of microseconds, far more than a read from the page cache.
-//! Looking is worth the processor only where work comes within that time, so the wait follows what it would have caught:
-//! it grows at once to twice the last gap between two pieces of work, and is halved by every gap that is longer than the
-//! longest wait allowed, until a queue that is idle, or slow, sleeps without waiting at all.
+//! To sleep and be woken costs tens of microseconds, much more than a read from the page cache. Polling saves that time only
+//! if work arrives while the thread polls. So the polling window follows the gaps between work: a gap within the maximum sets
+//! the window to at least twice the gap, a longer gap halves the window. The window of an idle or slow queue shrinks to zero.
 
 use std::time::{Duration, Instant};
 
-/// Shorter waits catch nothing.
+/// Smallest window; a smaller one is rounded to zero.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
 
-/// The wait of one queue.
+/// The polling window of one queue.
 #[derive(Debug)]
 pub(super) struct AdaptivePoll {
     max_window: Duration,
     window: Duration,
-    /// Since when there is nothing to do.
+    /// Time since which the queue has no work.
     idle_since: Option<Instant>,
 }
 
 impl AdaptivePoll {
-    /// At most so long; zero: never.
-    pub(super) fn new(most: Duration) -> AdaptivePoll {
-        AdaptivePoll { max_window: most, window: most, idle_since: None }
+    /// Creates a window of at most `max_window`; zero disables polling.
+    pub(super) fn new(max_window: Duration) -> AdaptivePoll {
+        AdaptivePoll { max_window, window: max_window, idle_since: None }
     }
 
-    /// There was work at `now`.
+    /// Records that there was work at `now`, and adapts the window to the gap before it.
     pub(super) fn record_work(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let gap = now.saturating_duration_since(since);
@@ -39,7 +38,7 @@ impl AdaptivePoll {
         }
     }
 
-    /// There is nothing to do at `now`: whether to look once more rather than to sleep.
+    /// Records that there is no work at `now`. Returns whether to poll again instead of sleeping.
     pub(super) fn should_poll(&mut self, now: Instant) -> bool {
         let since = *self.idle_since.get_or_insert(now);
         now.saturating_duration_since(since) < self.window
@@ -52,30 +51,30 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// Whether it still looks at each of these times after work, and then work comes.
-    fn looks(patience: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
-        let mut looked = true;
+    /// Simulates a gap of `gap` microseconds and then work. Returns whether the queue was still polled at the end of the gap.
+    fn polls(poll: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
+        let mut polled = true;
         for us in 0..=gap {
-            looked = patience.should_poll(*start + US * us);
+            polled = poll.should_poll(*start + US * us);
         }
         *start += US * gap;
-        patience.record_work(*start);
-        looked
+        poll.record_work(*start);
+        polled
     }
 
     #[test]
-    fn a_slow_queue_sleeps_and_a_fast_one_is_looked_at() {
-        let (mut patience, mut now) = (AdaptivePoll::new(US * 50), Instant::now());
-        assert!(looks(&mut patience, &mut now, 20), "it begins with hope");
-        assert!(!looks(&mut patience, &mut now, 60));
+    fn a_slow_queue_sleeps_and_a_fast_one_is_polled() {
+        let (mut poll, mut now) = (AdaptivePoll::new(US * 50), Instant::now());
+        assert!(polls(&mut poll, &mut now, 20), "the window begins at its maximum");
+        assert!(!polls(&mut poll, &mut now, 60));
         let mut sleeps = 0;
-        while patience.should_poll(now) {
-            looks(&mut patience, &mut now, 200);
+        while poll.should_poll(now) {
+            polls(&mut poll, &mut now, 200);
             sleeps += 1;
-            assert!(sleeps < 10, "a queue with gaps of 200 us is not worth looking at");
+            assert!(sleeps < 10, "a queue with gaps of 200 us is not worth polling");
         }
-        looks(&mut patience, &mut now, 20);
-        assert!(looks(&mut patience, &mut now, 20), "gaps of 20 us are, after the first");
-        assert!(!looks(&mut AdaptivePoll::new(Duration::ZERO), &mut now, 1));
+        polls(&mut poll, &mut now, 20);
+        assert!(polls(&mut poll, &mut now, 20), "gaps of 20 us are, after the first");
+        assert!(!polls(&mut AdaptivePoll::new(Duration::ZERO), &mut now, 1));
     }
 }

@@ -4,9 +4,9 @@
 //!   lock NAME.lock ─> is NAME in use? ─> bind, listen ─> group ─> mode
 //! ```
 //!
-//! The lock makes the sequence one step for other daemons: of two that are started on one path, one is refused, also while
-//! the socket of the other does not listen yet and looks like a stale one. The socket is bound with mode 0600 and gets its
-//! group before its mode, so at no moment may others connect than in the end.
+//! The lock makes the sequence atomic for other daemons. If two daemons are started on one path, one of them is refused, even
+//! while the socket of the other is bound but not listening, and so looks stale. The socket is bound with mode 0600 and gets
+//! its group before its mode, so it never admits a user whom its final group and mode do not admit.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,46 +18,46 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RawMode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::socket::{BoundName, Listener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{file_name, folder_of};
 
-/// Connections that may wait to be accepted.
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 16;
-/// Bytes of a path in a socket address, without the final zero.
+/// Maximum bytes of a path in a socket address, without the final zero.
 const MAX_ADDRESS_PATH: usize = 107;
 
-/// Who may connect to a socket.
+/// Group and mode of a socket, which decide which users may connect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketAccess {
-    /// The group that owns the socket, if not that of the process.
+    /// The group of the socket. `None` leaves the group of the process.
     pub group: Option<u32>,
-    /// Its permission bits.
+    /// The permission bits of the socket.
     pub mode: u32,
 }
 
 impl Default for SocketAccess {
-    /// Only the owner.
+    /// Admits the owner only.
     fn default() -> SocketAccess {
         SocketAccess { group: None, mode: 0o600 }
     }
 }
 
-/// The folder of a socket, open, and the name in it.
+/// Location of a socket: its path, its open folder, and its name in that folder.
 struct SocketLocation<'a> {
     path: &'a Path,
     folder: Arc<OwnedFd>,
     name: &'a OsStr,
 }
 
-/// Makes a socket at `path` that accepts connections from those whom `access` admits.
+/// Creates a listening socket at `path` that admits the users given by `access`.
 ///
 /// # Errors
-/// * `Busy`: another process listens at `path`, or is about to.
-/// * `Refused`: a file that is not a socket, or a socket of another type that is in use, has the name.
+/// * `Busy`: another process listens at `path`, or is starting to.
+/// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
 /// * `NotFound`: the folder does not exist.
-/// * `Io`: the host refuses a step, for example the group.
-pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
+/// * `Io`: a system call fails, for example because the process may not set the group.
+
+pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, BoundName)> {
     let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
     let name = file_name(path)?;
     let folder = rustix::fs::open(folder_of(path), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -71,24 +71,24 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot set the mode of the socket", e))?;
     let address = place.address().map_err(|e| failed("cannot bind", e))?;
     rustix::net::bind(&socket, &address).map_err(|e| failed("cannot bind", e))?;
-    // At once: a front-end that sees the name connects.
+    // Right after bind: a front-end connects as soon as it sees the name.
     let listens = rustix::net::listen(&socket, BACKLOG);
     let bound =
         rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| failed("cannot open the socket that was just made", e))?;
-    // From here on an error removes the name again.
+    // From here on an early return drops the name, which removes it.
     let name = OwnedName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
-    let made = BoundName { name, _lock: lock };
-    let listener = Listener::new(UnixListener::from(socket), Some(made));
+    let listener = UnixListener::from(socket);
+    let bound_name = BoundName { name, _lock: lock };
     listens.map_err(|e| failed("cannot listen", e))?;
     if let Some(group) = access.group {
         rustix::fs::chownat(&bound, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
             .map_err(|e| failed(&format!("cannot give the socket to group {group}"), e))?;
     }
-    // fchmod takes no descriptor of O_PATH, and a name could lead elsewhere by now.
+    // Not fchmod, which refuses O_PATH descriptors. Not the path, which may name another file by now.
     rustix::fs::chmod(proc_fd_path(&bound), Mode::from_raw_mode(access.mode as RawMode))
         .map_err(|e| failed("cannot set the mode of the socket", e))?;
-    Ok(listener)
+    Ok((listener, bound_name))
 }
 
 fn proc_fd_path(fd: &OwnedFd) -> String {
@@ -96,8 +96,8 @@ fn proc_fd_path(fd: &OwnedFd) -> String {
 }
 
 impl SocketLocation<'_> {
-    /// The address of the socket: its path as it was given, which tools such as `ss` show, or one through the open folder
-    /// if the path is too long for an address.
+    /// Returns the address of the socket: its path as given, which tools such as `ss` show. If that path is too long for an
+    /// address, returns a path through the open folder.
     fn address(&self) -> rustix::io::Result<SocketAddrUnix> {
         if self.path.as_os_str().len() <= MAX_ADDRESS_PATH {
             return SocketAddrUnix::new(self.path);
@@ -106,7 +106,7 @@ impl SocketLocation<'_> {
     }
 }
 
-/// Removes the socket of a process that has ended. The name is locked.
+/// Removes the socket of a process that has ended. The caller holds the lock of the name.
 fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
     let refuse = |kind, why: &str| Err(Error::new(kind, why).at_path(place.path));
     let failed = |what: &str, e: Errno| Err(Error::io(what, e.into()).at_path(place.path));
@@ -114,11 +114,11 @@ fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
         Err(Errno::NOENT) => return Ok(()),
         Err(e) => return failed("cannot stat", e),
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
-            return refuse(ErrorKind::Refused, "a file has the name, and it is not a socket");
+            return refuse(ErrorKind::Refused, "the path exists and is not a socket");
         }
         Ok(_) => {}
     }
-    // Non-blocking: a listener whose queue is full would make a blocking connect wait.
+    // Non-blocking: a blocking connect would wait if the queue of the listener is full.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     match probe.and_then(|probe| rustix::net::connect(&probe, &place.address()?)) {
@@ -128,18 +128,34 @@ fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
         },
         Err(Errno::NOENT) => Ok(()),
         Ok(()) | Err(Errno::AGAIN) => refuse(ErrorKind::Busy, "another process listens on the socket"),
-        Err(Errno::PROTOTYPE) => refuse(ErrorKind::Refused, "a socket of another type is in use under the name"),
+        Err(Errno::PROTOTYPE) => refuse(ErrorKind::Refused, "the path is a socket in use that is not a stream socket"),
         Err(e) => failed("cannot find out whether the socket is in use", e),
     }
 }
 
-/// A name that this process has given a file. Dropped, it is removed, unless another file has it by then.
+/// The name of a socket that this process created, with its lock.
 #[derive(Debug)]
-pub(super) struct OwnedName {
+pub(super) struct BoundName {
+    // Dropped first, so that the name is removed while it is locked.
+    name: OwnedName,
+    _lock: NameLock,
+}
+
+impl BoundName {
+    /// Returns the path under which the name was created.
+    pub(super) fn path(&self) -> &Path {
+        &self.name.path
+    }
+}
+
+/// A name in the file system that this process created. Dropping it removes the name, unless it refers to another file by
+/// then.
+#[derive(Debug)]
+struct OwnedName {
     path: PathBuf,
     folder: Arc<OwnedFd>,
     name: OsString,
-    /// Device and inode.
+    /// Device and inode of the file that was given the name.
     id: (u64, u64),
 }
 
@@ -148,11 +164,6 @@ impl OwnedName {
         let (stat, path) = (rustix::fs::fstat(file)?, place.path.with_file_name(name));
         let id = (stat.st_dev, stat.st_ino);
         Ok(OwnedName { path, folder: place.folder.clone(), name: name.to_owned(), id })
-    }
-
-    /// Its path when it was given.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 
     fn is_still_ours(&self) -> rustix::io::Result<bool> {
@@ -170,16 +181,16 @@ impl Drop for OwnedName {
             && let Err(e) = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
             && e != Errno::NOENT
         {
-            log::warn!("{}: cannot remove the name: {e}", self.path.display());
+            log::warn!("{}: cannot remove it: {e}", self.path.display());
         }
     }
 }
 
-/// A lock on the name of a socket: a file `NAME.lock` with a lock that ends with its holder. The file is removed by the
-/// holder; a killed one leaves it behind, unlocked, and it is used again.
+/// A lock on the name of a socket: the file `NAME.lock`, locked by `flock`. The holder removes the file. If the holder is
+/// killed, the kernel releases the lock, the file stays, and the next holder uses it again.
 #[derive(Debug)]
-pub(super) struct NameLock {
-    // Dropped first: the file is removed while it is locked.
+struct NameLock {
+    // Dropped first, so that the file is removed while it is locked.
     _name: OwnedName,
     _file: OwnedFd,
 }
@@ -197,14 +208,14 @@ impl NameLock {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
-                    let why = "another daemon serves on the socket, or is about to";
+                    let why = "another daemon serves this socket, or is starting to";
                     return Err(Error::new(ErrorKind::Busy, why).at_path(place.path));
                 }
                 Err(Errno::INTR) => continue,
                 Err(e) => return Err(failed(e)),
             }
             let own = OwnedName::of(&file, place, &name).map_err(failed)?;
-            // Its last holder may have removed it after it was opened here.
+            // The previous holder may have removed the file after it was opened here.
             if own.is_still_ours().map_err(failed)? {
                 return Ok(NameLock { _name: own, _file: file });
             }

@@ -18,7 +18,7 @@ fn refused(path: &Path) -> ErrorKind {
 }
 
 #[test]
-fn a_socket_is_private_and_goes_with_its_owner() {
+fn a_socket_is_private_and_removed_when_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let socket = made(&path);
@@ -30,7 +30,7 @@ fn a_socket_is_private_and_goes_with_its_owner() {
 }
 
 #[test]
-fn its_names_go_also_if_the_folder_was_moved() {
+fn socket_and_lock_are_removed_although_the_folder_was_renamed() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (dir.path().join("old"), dir.path().join("new"));
     fs::create_dir(&old).unwrap();
@@ -42,7 +42,7 @@ fn its_names_go_also_if_the_folder_was_moved() {
 }
 
 #[test]
-fn the_kernel_has_the_name_that_was_asked_for() {
+fn the_kernel_lists_the_socket_under_the_given_path() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let _socket = made(&path);
@@ -71,7 +71,7 @@ fn only_a_stream_socket_without_a_listener_is_replaced() {
 }
 
 #[test]
-fn a_listener_whose_queue_is_full_is_in_use() {
+fn a_listener_with_a_full_queue_is_busy() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
@@ -82,7 +82,7 @@ fn a_listener_whose_queue_is_full_is_in_use() {
 }
 
 #[test]
-fn a_socket_that_does_not_listen_yet_is_not_stale() {
+fn a_socket_that_is_bound_and_locked_is_not_stale() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let folder = rustix::fs::open(dir.path(), OFlags::PATH, Mode::empty()).unwrap();
@@ -97,7 +97,7 @@ fn a_socket_that_does_not_listen_yet_is_not_stale() {
 }
 
 #[test]
-fn a_lock_that_a_killed_daemon_left_is_used_again() {
+fn the_lock_file_of_a_killed_daemon_is_reused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     fs::write(dir.path().join("s.lock"), "").unwrap();
@@ -106,7 +106,7 @@ fn a_lock_that_a_killed_daemon_left_is_used_again() {
 }
 
 #[test]
-fn of_many_at_once_one_has_the_socket() {
+fn of_concurrent_binds_one_succeeds() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     for _ in 0..50 {
@@ -122,11 +122,11 @@ fn of_many_at_once_one_has_the_socket() {
 }
 
 #[test]
-fn owner_and_mode_are_those_asked_for() {
+fn group_and_mode_are_as_given() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let own = rustix::process::getegid().as_raw();
-    // Root may give a socket to any group, others to one of their own.
+    // Root may set any group, other users only a group of their own.
     let group = if rustix::process::geteuid().is_root() { own + 7 } else { own };
     let _socket = Socket::bind(&path, SocketAccess { group: Some(group), mode: 0o660 }).unwrap();
     let found = fs::metadata(&path).unwrap();
@@ -134,7 +134,7 @@ fn owner_and_mode_are_those_asked_for() {
 }
 
 #[test]
-fn long_paths_and_missing_folders() {
+fn a_path_may_be_longer_than_an_address_but_its_folder_must_exist() {
     let dir = tempfile::tempdir().unwrap();
     let deep = dir.path().join("d".repeat(120));
     assert_eq!(refused(&deep.join("s")), ErrorKind::NotFound);

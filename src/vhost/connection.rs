@@ -1,4 +1,4 @@
-//! One connection of a front-end: its messages, the answers to those that are refused, and what it says about guest memory.
+//! One connection of a front-end: handles its messages, replies to refused ones, and warns if guest memory is not shared.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,41 +9,39 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::frame::MessageFrame;
 use super::handler::Handler;
-use super::memory_sharing::SHARE;
+use super::memory_sharing::SHARE_HINT;
 use crate::error::{Error, Result};
 
-/// Rings that have everything but memory have this long to get it before the log has it.
+/// Time from the moment that a ring lacks nothing but guest memory to the warning in the log.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(3);
-/// Refused messages of one connection that are logged; a front-end cannot fill the log.
+/// Refused messages that are logged per connection, so that a front-end cannot fill the log.
 const MAX_LOGGED_REFUSALS: u32 = 32;
 
-/// What becomes of a connection.
+/// Reason for which a connection ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ConnectionEnd {
-    /// It goes on.
-    StillOpen,
-    /// The front-end left, or was left.
+    /// The front-end disconnected, or the daemon closed the connection.
     Disconnected,
-    /// The daemon is to stop.
+    /// The daemon received the stop signal.
     Shutdown,
 }
 
-/// One connection.
+/// One connection of a front-end.
 pub(super) struct Connection<'a> {
     name: &'a str,
     requests: BackendReqHandler<Mutex<Handler<'a>>>,
     pub(super) handler: Arc<Mutex<Handler<'a>>>,
     refusals: u32,
-    /// The number of the last request.
+    /// Number of the last request.
     pub(super) last_request: Option<u32>,
-    /// Since when rings wait for guest memory and nothing else.
+    /// Time since which a ring lacks nothing but guest memory.
     no_memory_since: Option<Instant>,
-    /// Whether the log has that.
+    /// Whether the warning about missing guest memory was logged.
     has_warned_no_memory: bool,
 }
 
 impl<'a> Connection<'a> {
-    /// A connection of which nothing has been read.
+    /// Creates a connection from a stream of which nothing has been read.
     pub(super) fn new(name: &'a str, stream: UnixStream, handler: Handler<'a>) -> Connection<'a> {
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
@@ -58,17 +56,18 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Whether a page of the memory that the front-end shares could not be had. Its rings are then zeros of our own.
+    /// Returns whether an access to shared memory failed (the file was truncated, or the host is out of memory). The daemon
+    /// then reads zeros in place of the rings.
     pub(super) fn is_memory_lost(&self) -> bool {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_memory_lost()
     }
 
-    /// Whether it is to be closed because requests do not end.
+    /// Returns whether the connection must be closed because requests in flight do not complete.
     pub(super) fn is_stuck(&self) -> bool {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_stuck()
     }
 
-    /// Warns if rings wait for memory that the front-end does not share. Returns whether to look again soon.
+    /// Warns if a ring lacks nothing but guest memory for [`MEMORY_TIMEOUT`]. Returns whether to check again soon.
     pub(super) fn check_memory(&mut self) -> bool {
         if self.has_warned_no_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory()
         {
@@ -79,16 +78,16 @@ impl<'a> Connection<'a> {
             return true;
         }
         warn!(
-            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE}",
+            "disk {}: the front-end has set up its queues, but shares none of the guest's memory. {SHARE_HINT}",
             self.name
         );
         self.has_warned_no_memory = true;
         false
     }
 
-    /// Handles the message that waits. One that is refused does not end the connection, unless the front-end would
-    /// wait for ever for an answer that the protocol has no words for.
-    pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<ConnectionEnd> {
+    /// Handles the next message. A refused message does not end the connection, unless the front-end waits for a reply and
+    /// the protocol defines no error reply for the request.
+    pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<Option<ConnectionEnd>> {
         self.last_request = Some(frame.request());
         let broken = |e| Error::io("the socket fails", e);
         let state = |session: &Self| {
@@ -98,8 +97,8 @@ impl<'a> Connection<'a> {
         let (calls, _) = state(self);
         let (why, acknowledged) = if frame.is_readable() {
             match self.requests.handle_request() {
-                Ok(()) => return Ok(ConnectionEnd::StillOpen),
-                Err(VhostError::Disconnected) => return Ok(ConnectionEnd::Disconnected),
+                Ok(()) => return Ok(None),
+                Err(VhostError::Disconnected) => return Ok(Some(ConnectionEnd::Disconnected)),
                 Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
                     return Err(Error::io("the socket fails", std::io::Error::other(e)));
                 }
@@ -107,25 +106,30 @@ impl<'a> Connection<'a> {
             }
         } else {
             frame.skip(socket).map_err(broken)?;
-            ("it is unknown, or came with files it must not have".into(), false)
+            ("unknown request, or file descriptors that the request must not have".into(), false)
         };
         self.refusals += 1;
         match self.refusals {
             ..MAX_LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
-            MAX_LOGGED_REFUSALS => warn!("disk {}: further refusals of this front-end are not logged", self.name),
+            MAX_LOGGED_REFUSALS => {
+                warn!("disk {}: further refused requests of this front-end are not logged", self.name)
+            }
             _ => {}
         }
         if frame.has_no_error_reply() && !(acknowledged && frame.has_error_reply_from_crate()) {
-            return Err(Error::io("a question has no answer", protocol_error()));
+            return Err(Error::io(
+                "the request is refused, and the protocol has no error reply for it",
+                protocol_error(),
+            ));
         }
         if !acknowledged && frame.needs_reply() && state(self).1 {
             frame.refuse(socket).map_err(broken)?;
         }
-        Ok(ConnectionEnd::StillOpen)
+        Ok(None)
     }
 }
 
-/// The error of a front-end that breaks the protocol.
+/// Returns the error for a front-end that breaks the protocol.
 pub(super) fn protocol_error() -> std::io::Error {
     std::io::ErrorKind::InvalidData.into()
 }

@@ -1,19 +1,19 @@
-//! Waiting for edges: an event counter reports each write to it without ever being read.
+//! Edge-triggered epoll: an eventfd reports each write to it, although it is never read.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-/// What a descriptor stands for.
+/// Origin of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum WakeSource {
-    /// The daemon's own threads and the kernel.
+    /// Another thread of the daemon, or the kernel.
     Internal,
     /// The guest's kick.
     Kick,
 }
 
-/// An epoll instance of edge-triggered reading.
+/// An epoll instance that reports readability, edge-triggered.
 pub(super) struct Epoll(RawFd);
 
 impl Epoll {
@@ -21,7 +21,7 @@ impl Epoll {
         epoll::create(true).map(Epoll)
     }
 
-    /// Waits for `fd`, too. Descriptors that are closed leave by themselves.
+    /// Adds `fd`. The kernel removes a descriptor when it is closed.
     pub(super) fn add(&self, fd: BorrowedFd<'_>, source: WakeSource) -> io::Result<()> {
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
         epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
@@ -29,18 +29,18 @@ impl Epoll {
 
     pub(super) fn remove(&self, fd: BorrowedFd<'_>) {
         let none = epoll::Event::new(epoll::Events::empty(), 0);
-        // It may be gone already: a broken ring's kick is removed when it breaks.
+        // Ignored, since the kick of a broken ring was removed already.
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), none);
     }
 
-    /// Returns when something happened, when the time is over, or for no reason; true if there was a kick.
+    /// Waits for an event, at most for `at_most`; may return earlier. Returns whether one of the events was a kick.
     pub(super) fn wait(&self, at_most: Duration) -> bool {
         let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
         match epoll::wait(self.0, at_most, &mut events) {
             Ok(count) => events[..count].iter().any(|event| event.data == WakeSource::Kick as u64),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
-            Err(e) => panic!("a queue's own epoll instance fails: {e}"),
+            Err(e) => panic!("epoll_wait failed: {e}"),
         }
     }
 }
@@ -58,27 +58,27 @@ mod tests {
     use super::*;
     use crate::storage::Notifier;
 
-    /// The rule the workers' loop stands on: every write to an event counter is one event, though nobody reads the counter.
+    /// The event loop of a queue relies on this: each write to an eventfd is one event, although the eventfd is never read.
     #[test]
-    fn each_ring_of_the_bell_is_one_event() {
-        let bell = Notifier::new().unwrap();
+    fn each_write_to_an_eventfd_is_one_event() {
+        let notifier = Notifier::new().unwrap();
         let epoll = Epoll::new().unwrap();
-        bell.notify();
-        epoll.add(bell.as_fd(), WakeSource::Kick).unwrap();
-        let happened = |epoll: &Epoll| {
+        notifier.notify();
+        epoll.add(notifier.as_fd(), WakeSource::Kick).unwrap();
+        let count_events = |epoll: &Epoll| {
             let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
             epoll::wait(epoll.0, 0, &mut events).unwrap()
         };
-        assert_eq!(happened(&epoll), 1, "rung before it was added");
-        assert_eq!(happened(&epoll), 0, "an edge is told once");
+        assert_eq!(count_events(&epoll), 1, "written before it was added");
+        assert_eq!(count_events(&epoll), 0, "an edge is reported once");
         for _ in 0..3 {
-            bell.notify();
-            assert_eq!(happened(&epoll), 1);
+            notifier.notify();
+            assert_eq!(count_events(&epoll), 1);
         }
-        bell.notify();
+        notifier.notify();
         assert!(epoll.wait(Duration::ZERO) && !epoll.wait(Duration::ZERO));
-        epoll.remove(bell.as_fd());
-        bell.notify();
-        assert_eq!(happened(&epoll), 0);
+        epoll.remove(notifier.as_fd());
+        notifier.notify();
+        assert_eq!(count_events(&epoll), 0);
     }
 }

@@ -1,8 +1,8 @@
-//! The frame of a message, seen before the vhost crate takes the message off the socket.
+//! Peeks at the header of the next message before the vhost crate reads the message from the socket.
 //!
-//! The crate reads blockingly, and ends with an unread body where it does not like a header. Looking first keeps the
-//! control thread from waiting for the rest of a message, tells a message that can be skipped from a stream that has
-//! lost its frames, and tells which request has to be answered by us where the crate gave no answer.
+//! The vhost crate reads with blocking calls, and leaves the body unread if it rejects a header. With the header known
+//! beforehand, the control thread never waits for the rest of a message, skips a message that the crate would leave half
+//! read, closes a connection whose stream is out of step, and replies to a request that the crate left without a reply.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsFd;
@@ -12,12 +12,12 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recv, 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Bits of `flags`: the version of the protocol (1), this is an answer, an answer is wanted.
+/// Bits of `flags`: the protocol version (1), "this is a reply", "a reply is requested".
 const VERSION_MASK: u32 = 0x3;
 const REPLY: u32 = 0x4;
 const NEED_REPLY: u32 = 0x8;
 
-/// The header of a message, in the order of bytes of the host, as it stands on the socket.
+/// The header of a message as it is on the socket, in native byte order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct MessageHeader {
@@ -28,30 +28,30 @@ struct MessageHeader {
 
 const HEADER_LEN: usize = size_of::<MessageHeader>();
 
-/// A whole message that waits on the socket.
+/// A message that waits on the socket as a whole.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct MessageFrame {
     header: MessageHeader,
     has_files: bool,
 }
 
-/// What is on the socket.
+/// Result of peeking at the socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum PeekedMessage {
-    /// The front-end has closed it.
+    /// The front-end closed the connection.
     Closed,
-    /// A message that has begun and not ended.
+    /// The beginning of a message.
     Partial,
-    /// A message.
+    /// A whole message.
     Whole(MessageFrame),
-    /// Bytes that are no message; where the next one begins cannot be known.
+    /// Bytes that are no message, so the beginning of the next message cannot be found.
     Malformed,
 }
 
-/// Looks at the next message and leaves it where it is. To be called when the socket is readable.
+/// Peeks at the next message and leaves it on the socket. The caller has found the socket readable.
 ///
 /// # Errors
-/// Where the socket is broken.
+/// Any error of recvmsg(2) or of the FIONREAD request.
 pub(super) fn peek(socket: impl AsFd) -> io::Result<PeekedMessage> {
     let mut header = MessageHeader::new_zeroed();
     let (seen, files_seen) = match peek_bytes(&socket, header.as_mut_bytes()) {
@@ -67,18 +67,19 @@ pub(super) fn peek(socket: impl AsFd) -> io::Result<PeekedMessage> {
     if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION_MASK != 1 || size as usize > MAX_MSG_SIZE {
         return Ok(PeekedMessage::Malformed);
     }
-    // Not by the length of a peek: that ends where file descriptors are attached.
+    // Not by the length of a peek, which ends at a buffer with file descriptors.
     let whole = HEADER_LEN + size as usize;
     if rustix::io::ioctl_fionread(&socket)? < whole as u64 {
         return Ok(PeekedMessage::Partial);
     }
-    // Linux tells of files in the buffer after the last one looked at, too. A peek stops behind the buffer that has
-    // files; so if it reaches into the next message, they are not this one's.
+    // Linux also reports descriptors that are attached to the buffer after the peeked bytes. A peek ends at the end of the
+    // first buffer with descriptors. So if a peek returns bytes of the next message, the descriptors belong to that
+    // message.
     let has_files = files_seen && peek_bytes(&socket, &mut vec![0; whole + 1])?.0 <= whole;
     Ok(PeekedMessage::Whole(MessageFrame { header, has_files }))
 }
 
-/// Peeks: how many bytes are in `into` now, and whether file descriptors were met.
+/// Peeks into `into`. Returns the number of bytes, and whether file descriptors are attached.
 fn peek_bytes(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, bool)> {
     let mut no_files = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -87,7 +88,7 @@ fn peek_bytes(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, 
 }
 
 impl MessageFrame {
-    /// The number of the request.
+    /// Returns the number of the request.
     pub(super) fn request(self) -> u32 {
         self.header.request
     }
@@ -96,7 +97,8 @@ impl MessageFrame {
         FrontendReq::try_from(self.header.request).ok()
     }
 
-    /// Whether the vhost crate reads it to its end: it knows the request, and files come only where they may.
+    /// Returns whether the vhost crate reads the whole message: the request is known, and descriptors are attached only if
+    /// the request may have them.
     pub(super) fn is_readable(self) -> bool {
         use FrontendReq as R;
         let may_have_files = [
@@ -117,7 +119,8 @@ impl MessageFrame {
         self.header.flags & REPLY == 0 && (!self.has_files || may_have_files.contains(&code))
     }
 
-    /// Whether the protocol wants an answer that cannot say no: after a failure only hanging up is left.
+    /// Returns whether the request requires a reply that has no way to report an error. If such a request fails, the
+    /// connection must be closed.
     pub(super) fn has_no_error_reply(self) -> bool {
         use FrontendReq as R;
         let asks = [
@@ -138,29 +141,29 @@ impl MessageFrame {
         self.code().is_some_and(|code| asks.contains(&code))
     }
 
-    /// Whether the vhost crate words a handler's failure as an answer to this question.
+    /// Returns whether the vhost crate replies to this request with an error if the handler fails.
     pub(super) fn has_error_reply_from_crate(self) -> bool {
         use FrontendReq as R;
         let worded = [R::GET_CONFIG, R::GET_SHARED_OBJECT, R::SET_DEVICE_STATE_FD, R::CHECK_DEVICE_STATE];
         self.code().is_some_and(|code| worded.contains(&code))
     }
 
-    /// Whether the vhost crate acknowledges it even where its own checks fail.
+    /// Returns whether the vhost crate acknowledges the request even if the crate's own checks fail.
     pub(super) fn is_always_acked_by_crate(self) -> bool {
         use FrontendReq as R;
         let always = [R::SET_MEM_TABLE, R::SET_CONFIG, R::SET_BACKEND_REQ_FD, R::GPU_SET_SOCKET];
         self.code().is_some_and(|code| always.contains(&code))
     }
 
-    /// Whether the front-end waits for an acknowledgement (where REPLY_ACK was negotiated).
+    /// Returns whether the front-end requests an acknowledgement (honoured if REPLY_ACK was negotiated).
     pub(super) fn needs_reply(self) -> bool {
         self.header.flags & NEED_REPLY != 0
     }
 
-    /// Takes the message off the socket; files that came with it are closed.
+    /// Reads and discards the message. The kernel closes the descriptors that are attached.
     ///
     /// # Errors
-    /// Where the socket is broken.
+    /// Any error of recv(2); `UnexpectedEof` if the front-end closes the connection.
     pub(super) fn skip(self, socket: impl AsFd) -> io::Result<()> {
         let mut left = HEADER_LEN + self.header.size as usize;
         let mut sink = [0; 512];
@@ -174,10 +177,10 @@ impl MessageFrame {
         Ok(())
     }
 
-    /// Answers that the request failed.
+    /// Replies that the request failed.
     ///
     /// # Errors
-    /// Where the socket is broken.
+    /// Any error of send(2); `WriteZero` if the socket does not take the whole reply.
     pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
         let header = MessageHeader { request: self.header.request, flags: 1 | REPLY, size: 8 };
         let message = [header.as_bytes(), 1u64.as_bytes()].concat();
@@ -188,7 +191,7 @@ impl MessageFrame {
     }
 }
 
-/// Whether an answer can be written without waiting. A front-end that reads none of its answers fills the socket.
+/// Returns whether a reply can be written without blocking. A front-end that reads none of its replies fills the socket.
 pub(super) fn can_send_reply(socket: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_whole_when_its_last_byte_is_there() {
+    fn a_message_is_whole_when_its_last_byte_has_arrived() {
         let (mut far, near) = UnixStream::pair().unwrap();
         let message = [header(2, 1, 8), vec![0; 8]].concat();
         for byte in &message[..message.len() - 1] {
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_told_from_what_is_not_for_us() {
+    fn malformed_headers_differ_from_messages_to_skip() {
         for (bad, why) in [
             (header(1, 0, 0), "version 0"),
             (header(1, 2, 0), "version 2"),
@@ -252,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_seen_and_left_alone() {
+    fn attached_descriptors_are_detected() {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
         let (far, near) = UnixStream::pair().unwrap();
         for (request, readable) in [(1, false), (12, true)] {
@@ -272,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_the_next_message_are_not_this_ones() {
+    fn descriptors_of_the_next_message_are_not_attributed_to_this_one() {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
         let (far, near) = UnixStream::pair().unwrap();
         for body in [0, 8] {
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_an_answer_to_the_same_request() {
+    fn a_refusal_replies_to_the_same_request() {
         let (mut far, near) = UnixStream::pair().unwrap();
         far.write_all(&header(999, 9, 0)).unwrap();
         let frame = whole(&near);
@@ -306,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_reads_nothing_fills_the_socket() {
+    fn a_front_end_that_reads_no_replies_fills_the_socket() {
         let (_far, near) = UnixStream::pair().unwrap();
         assert!(can_send_reply(&near));
         near.set_nonblocking(true).unwrap();

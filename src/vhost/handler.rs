@@ -1,7 +1,7 @@
-//! The vhost-user messages of one connection, and what they make of the rings.
+//! Handles the vhost-user messages of one connection, which set up, start and stop the rings.
 //!
-//! The messages may bring what a ring needs in any order; after each one the rings that have become complete are started
-//! (`rings`). The handler ends with its connection, and its rings are drained.
+//! Messages may supply the parts of a ring in any order. After each message the rings that are complete are started
+//! (`rings`). Dropping the handler at the end of its connection drains the rings.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -15,18 +15,18 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
-use super::MAX_QUEUE_SIZE;
 use super::inflight::{self, InflightRecords};
+use super::limits::MAX_QUEUE_SIZE;
 use super::memory::{MAX_REGIONS, MemoryTable};
 use super::passed_fd::{check_eventfd, check_writable_eventfd};
 use super::rings::{Kick, RingAddresses, RingSetup, Rings, refusal};
 use super::worker::Worker;
 use crate::device::Device;
 
-/// What is offered besides the features of the device: that protocol features are spoken of at all.
+/// The feature bit that this floor adds to those of the device: protocol features can be negotiated.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// One connection's view of the disk.
+/// State of one connection: the negotiated features and the rings.
 pub(super) struct Handler<'a> {
     device: &'a Arc<Device>,
     rings: Rings<'a>,
@@ -34,10 +34,11 @@ pub(super) struct Handler<'a> {
     handled_requests: u64,
 }
 
-/// What to do about a front-end that uses more queues than are offered.
+/// Returns advice for a front-end that uses more queues than are offered.
 pub(super) fn queue_count_hint(offered: usize) -> String {
     format!(
-        "It offers {offered}: set the front-end to at most as many (num-queues), or start diffdiskd with a larger --num-queues"
+        "The disk offers {offered}: configure at most that many queues in the front-end (num-queues), or start diffdiskd with \
+         a larger --num-queues"
     )
 }
 
@@ -46,8 +47,8 @@ fn not_offered<T>() -> VhostResult<T> {
 }
 
 impl<'a> Handler<'a> {
-    /// A handler for a new connection; the device forgets what an earlier front-end negotiated.
-    /// `end` is readable when the daemon is to end.
+    /// Creates the handler of a new connection, and resets what an earlier front-end negotiated. `end` becomes readable
+    /// with the stop signal.
     pub(super) fn new(
         device: &'a Arc<Device>,
         workers: &'a [Worker],
@@ -58,32 +59,32 @@ impl<'a> Handler<'a> {
         Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, handled_requests: 0 }
     }
 
-    /// Whether a page of the memory that the front-end shared could not be had.
+    /// Returns whether an access to memory of the front-end failed, as [`Rings::is_memory_lost`].
     pub(super) fn is_memory_lost(&self) -> bool {
         self.rings.is_memory_lost()
     }
 
-    /// As [`Rings::is_stuck`].
+    /// Returns whether the connection must be closed, as [`Rings::is_stuck`].
     pub(super) fn is_stuck(&self) -> bool {
         self.rings.is_stuck()
     }
 
-    /// Counts requests that passed the vhost crate's own checks.
+    /// Returns the number of requests that passed the checks of the vhost crate.
     pub(super) fn handled_requests(&self) -> u64 {
         self.handled_requests
     }
 
-    /// Whether a ring waits for nothing but guest memory.
+    /// Returns whether a ring lacks nothing but guest memory.
     pub(super) fn waits_for_memory(&self) -> bool {
         self.rings.waits_for_memory()
     }
 
-    /// Whether the front-end has described a ring.
+    /// Returns whether the front-end has set the size of a ring.
     pub(super) fn has_rings(&self) -> bool {
         self.rings.setups.iter().any(|ring| ring.size > 0)
     }
 
-    /// Whether REPLY_ACK was negotiated.
+    /// Returns whether REPLY_ACK was negotiated.
     pub(super) fn has_reply_ack(&self) -> bool {
         self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
@@ -93,7 +94,7 @@ impl<'a> Handler<'a> {
         let offered = self.rings.setups.len();
         let index = index.try_into().ok().filter(|i| *i < offered);
         let index = index
-            .ok_or_else(|| refusal(format!("a queue that this disk does not have. {}", queue_count_hint(offered))))?;
+            .ok_or_else(|| refusal(format!("the disk has no queue of this number. {}", queue_count_hint(offered))))?;
         Ok((index, &mut self.rings.setups[index]))
     }
 }
@@ -112,7 +113,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         self.handled_requests += 1;
         self.rings.stop_all()?;
         for ring in &mut self.rings.setups {
-            // The counters stay: front-ends set them once and not again after a reset.
+            // The eventfds stay, since front-ends do not set them again after a reset.
             *ring = RingSetup { call: ring.call.take(), err: ring.err.take(), ..RingSetup::default() };
         }
         self.rings.features = None;
@@ -136,7 +137,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         self.device.ack(features & !PROTOCOL_FEATURES);
         self.rings.features = Some(features);
         if features & PROTOCOL_FEATURES == 0 {
-            // Such a front-end never says that a ring is enabled.
+            // Without protocol features there is no SET_VRING_ENABLE, and rings are enabled from the start.
             self.rings.setups.iter_mut().for_each(|ring| ring.enabled = true);
         }
         self.rings.start_all();
@@ -157,10 +158,10 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
-        // Not only up to the size that the disk expects: no message gives it to the front-end, and the guest may choose.
+        // Larger than the expected size is fine: no message reports that size to the front-end, and the guest may choose.
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
         let most = MAX_QUEUE_SIZE;
-        let size = size.ok_or_else(|| refusal(format!("a queue of {num} entries: at most {most}, a power of two")))?;
+        let size = size.ok_or_else(|| refusal(format!("queue size {num} is not a power of two up to {most}")))?;
         self.rings.change_ring(index, |ring| ring.size = size)
     }
 
@@ -188,9 +189,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         let (at, _) = self.ring(index)?;
         self.rings.stop(at..at + 1)?;
         if self.rings.is_memory_lost() {
-            return Err(refusal(
-                "a page of the guest's memory is lost, and answers with it: where the ring stands is unknown",
-            ));
+            return Err(refusal("an access to guest memory failed, so the state of the ring is unknown"));
         }
         let ring = &mut self.rings.setups[at];
         ring.kick = None;
@@ -201,7 +200,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
         if let Some(kick) = &fd {
-            check_eventfd(kick).map_err(|e| refusal(format!("the kick of ring {index}: {e}")))?;
+            check_eventfd(kick).map_err(|e| refusal(format!("kick descriptor of ring {index}: {e}")))?;
         }
         let kick = fd.map_or(Kick::Polled, |file| Kick::EventFd(Arc::new(file)));
         self.rings.change_ring(index, |ring| ring.kick = Some(kick))
@@ -210,7 +209,8 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            check_writable_eventfd(fd).map_err(|e| refusal(format!("a descriptor of ring {index}: {e}")))?;
+            check_writable_eventfd(fd)
+                .map_err(|e| refusal(format!("call or error descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.call = copy;
@@ -223,7 +223,8 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
         let (index, ring) = self.ring(index)?;
         if let Some(fd) = &fd {
-            check_writable_eventfd(fd).map_err(|e| refusal(format!("a descriptor of ring {index}: {e}")))?;
+            check_writable_eventfd(fd)
+                .map_err(|e| refusal(format!("call or error descriptor of ring {index}: {e}")))?;
         }
         let copy = fd.as_ref().map(File::try_clone).transpose().map_err(VhostError::ReqHandlerError)?;
         ring.err = copy;
@@ -291,7 +292,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
         self.handled_requests += 1;
         let region = InflightRecords::map(inflight, file).map_err(|e| {
-            refusal(format!("{e}; without the region, requests in flight may be lost if this daemon is killed"))
+            refusal(format!("{e}. Without the region, requests in flight may be lost if this daemon is killed"))
         })?;
         self.rings.stop_all()?;
         self.rings.inflight = Some(region);

@@ -1,7 +1,7 @@
-//! The in-flight region: made for the front-end, which keeps it and hands it back to whoever serves its rings next.
+//! The in-flight region: created for the front-end, which keeps it and passes it to the next daemon that serves its rings.
 //!
-//! Nothing of it is kept here beyond a connection. A front-end whose guest was reset throws its region away and asks
-//! for a new one; to one that comes back after a kill the region is all that it has to say of the past.
+//! The daemon keeps the region for one connection only. After a reset of the guest, the front-end discards its region and
+//! asks for a new one. After a kill of the daemon, the region is the only record of the requests that were in flight.
 
 #![allow(unsafe_code)]
 
@@ -17,9 +17,9 @@ use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{InFlightRecord, InFlightRegion};
 use crate::storage::sigbus::Guard;
 
-use super::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use super::limits::{MAX_QUEUE_SIZE, MAX_QUEUES};
 
-/// A region that a front-end has handed in, with room for so many queues of at most so many descriptors.
+/// The mapped in-flight region of a front-end: the records of `queues` queues of at most `queue_size` descriptors.
 #[derive(Clone)]
 pub(super) struct InflightRecords {
     map: Arc<InFlightRegion>,
@@ -31,71 +31,78 @@ fn refuse(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// Bytes of a region: at most 64 queues of 32768 descriptors, 32 MiB. The disk may have fewer and expect smaller ones: a
-/// front-end asks for the numbers that it was given by its user, and a refusal would cost the guest its disk.
+/// Returns the length of a region in bytes: at most 64 queues of 32768 descriptors, 32 MiB. The numbers may be larger than
+/// those of the disk: a front-end sends what its user configured, and a refusal would leave the guest without its disk.
 fn region_len(shape: &VhostUserInflight) -> io::Result<usize> {
     let (queues, entries) = (shape.num_queues, shape.queue_size);
     if queues == 0 || queues > MAX_QUEUES || entries == 0 || entries > MAX_QUEUE_SIZE {
         return Err(refuse(format!(
-            "an in-flight region for {queues} queues of {entries}: there are 1 to {MAX_QUEUES} of at most {MAX_QUEUE_SIZE}"
+            "in-flight region for {queues} queues of {entries} entries; allowed are 1 to {MAX_QUEUES} queues of at most \
+             {MAX_QUEUE_SIZE} entries"
         )));
     }
     Ok(usize::from(queues) * InFlightRecord::len(entries))
 }
 
-/// Makes a region of the shape asked for: what to tell the front-end of it, and its file.
+/// Creates a region for the number and size of queues in `shape`. Returns its description for the front-end, and its file.
 ///
 /// # Errors
-/// Where it is for more than any disk has, or the host has no memory.
+/// * `InvalidInput`: the numbers are out of range.
+/// * Any error of memfd_create(2), ftruncate(2) or sealing.
 pub(super) fn create(shape: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
     let len = region_len(shape)? as u64;
     let file = File::from(memfd_create("diffdisk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.set_len(len)?;
-    // Whoever holds it cannot pull it from under the other: a load from a lost page would end the process.
+    // Seals keep the front-end from truncating the file: an access beyond its end would raise SIGBUS.
     fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok((VhostUserInflight::new(len, 0, shape.num_queues, shape.queue_size), file))
 }
 
 impl InflightRecords {
-    /// A region that a front-end hands in.
+    /// Maps a region that a front-end passes.
     ///
     /// # Errors
-    /// Where the front-end's numbers do not fit any disk, each other, or the file, or the file may shrink.
-    pub(super) fn map(told: &VhostUserInflight, file: File) -> io::Result<InflightRecords> {
-        let len = region_len(told)?;
-        let (size, offset) = (told.mmap_size, told.mmap_offset);
+    /// * `InvalidInput`: a number is out of range, the size does not match the numbers, the region does not lie inside the
+    ///   file, or the file is not memory that is sealed against shrinking.
+    /// * Any error of mapping the file.
+    pub(super) fn map(shape: &VhostUserInflight, file: File) -> io::Result<InflightRecords> {
+        let len = region_len(shape)?;
+        let (size, offset) = (shape.mmap_size, shape.mmap_offset);
         if size != len as u64 {
-            return Err(refuse(format!("an in-flight region of {size} bytes, where its queues take {len}")));
+            return Err(refuse(format!("in-flight region of {size} bytes, but its queues need {len}")));
         }
-        // Before any other question about the file: this one waits for no file system.
+        // First, since the file system of any other file could block the thread in a later call.
         let page = check_memory_file(&file)?;
-        let there = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
-        if offset.checked_add(size).is_none_or(|end| end > there) {
-            return Err(refuse(format!("an in-flight region at {offset} of {size} bytes, in a file of {there}")));
+        let file_len = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
+        if offset.checked_add(size).is_none_or(|end| end > file_len) {
+            return Err(refuse(format!(
+                "in-flight region of {size} bytes at offset {offset} of a file of {file_len} bytes"
+            )));
         }
         if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-            return Err(refuse("an in-flight region in a file that may shrink".into()));
+            return Err(refuse("in-flight region in a file that is not sealed against shrinking".into()));
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
-            .map_err(|e| io::Error::other(format!("the in-flight region cannot be mapped: {e}")))?;
-        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
-        // took the offset. `InFlightRegion` drops the guard before it unmaps. The front-end changes these bytes at any time, so they
-        // are reached as atomics only.
+            .map_err(|e| io::Error::other(format!("cannot map the in-flight region: {e}")))?;
+        // SAFETY: the range is exactly the mapping `map`, which this function created readable and writable and owns. Its
+        // start is page-aligned, since the kernel chose it. Guard and mapping move into one `InFlightRegion`, which drops
+        // the guard before it unmaps. The front-end may change these bytes at any time; all accesses are atomic, so there
+        // is no reference to them.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
         let guard = guard.ok_or_else(no_sigbus_handler)?;
         Ok(InflightRecords {
             map: Arc::new(InFlightRegion::new(map, Some(guard))),
-            queues: told.num_queues,
-            queue_size: told.queue_size,
+            queues: shape.num_queues,
+            queue_size: shape.queue_size,
         })
     }
 
-    /// Whether a page of it could not be had.
+    /// Returns whether an access to the memory failed.
     pub(super) fn is_lost(&self) -> bool {
         self.map.is_lost()
     }
 
-    /// The record of a queue; none where the region is for fewer queues.
+    /// Returns the record of a queue; `None` if the region has fewer queues.
     pub(super) fn record(&self, index: usize) -> Option<InFlightRecord> {
         let at = index * InFlightRecord::len(self.queue_size);
         (index < usize::from(self.queues)).then(|| InFlightRecord::new(self.map.clone(), at, self.queue_size))
@@ -111,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_goes_out_and_comes_back() {
+    fn a_created_region_can_be_mapped_again() {
         let (told, file) = create(&shape(3, 128)).unwrap();
         let (size, offset, queues, entries) = (told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size);
         assert_eq!((size, offset, queues, entries), (3 * 2112, 0, 3, 128), "16 + 128 * 16, and up to 64");
@@ -128,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_do_not_fit_are_refused() {
+    fn numbers_that_are_out_of_range_or_inconsistent_are_refused() {
         for (queues, entries) in [(0, 128), (65, 128), (1, 0), (1, 32769), (u16::MAX, u16::MAX)] {
             assert!(create(&shape(queues, entries)).is_err(), "{queues} {entries}");
         }
@@ -157,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_may_shrink_are_refused() {
+    fn files_without_a_shrink_seal_are_refused() {
         let told = VhostUserInflight::new(2112, 0, 1, 128);
         let soft = File::from(memfd_create("soft", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         soft.set_len(4096).unwrap();

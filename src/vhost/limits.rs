@@ -1,15 +1,20 @@
-//! How many file descriptors a served disk takes, so that a limit that is too low ends the start and not a guest.
+//! Limits of this floor: queues, queue sizes, and the file descriptors that a served disk needs.
 
-/// Of each queue: the ring of the engine, its event loop, its two event counters, and what a front-end hands over for it
-/// (kick, call, error).
+/// Maximum number of queues of a disk.
+pub const MAX_QUEUES: u16 = 64;
+/// Maximum size of a queue (that of a split ring).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// Descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, and the descriptors that a front-end
+/// passes (kick, call, error).
 const PER_QUEUE: u64 = 10;
-/// Of each disk: its socket and the lock of its name, a front-end's connection with its duplicates, one that is refused, and
-/// the files that one message may bring (32 regions of memory).
+/// Descriptors per disk: its socket, the lock of the socket's name, a connection with its duplicates, a connection that is
+/// refused, and the descriptors of one message (32 memory regions).
 const PER_DISK: u64 = 48;
-/// Of each file of a chain: the file, and one more while it is opened or registered.
+/// Descriptors per file of a chain: the file, and one more while it is opened or registered.
 const PER_FILE: u64 = 2;
 
-/// File descriptors that a disk of so many queues and files takes at most.
+/// Returns the maximum number of file descriptors that a disk with `queues` queues and `files` files needs.
 pub fn fds_of_disk(queues: u16, files: usize) -> u64 {
     u64::from(queues) * PER_QUEUE + PER_DISK + files as u64 * PER_FILE
 }

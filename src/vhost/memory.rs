@@ -1,7 +1,7 @@
-//! The guest's memory as the front-end describes it: regions checked, mapped, and found by either kind of address.
+//! The table of guest memory regions: checks and maps the regions that the front-end shares, and translates its addresses.
 //!
-//! A table is never changed: each message makes a new one that shares the mappings that stay. A mapping goes when the
-//! last table and the last request that use it are gone.
+//! A table is immutable: each message creates a new table that shares the mappings that remain. A region is unmapped when the
+//! last table and the last request that use it are dropped.
 
 #![allow(unsafe_code)]
 
@@ -17,13 +17,13 @@ use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{MemoryRegions, SharedMemory};
 use crate::storage::sigbus::Guard;
 
-/// Regions one table may have; what QEMU calls memory slots, and as many as KVM itself has (crash-safety 4.4).
+/// Maximum number of regions (QEMU: memory slots), the same as in KVM.
 pub(super) const MAX_REGIONS: usize = 509;
 
-/// A guest's memory. Cloning is cheap.
+/// The regions of a guest's memory. Cloning is cheap.
 #[derive(Clone, Default)]
 pub(super) struct MemoryTable {
-    /// Ascending by guest address; none overlap.
+    /// The regions, ascending by guest address, without overlap.
     regions: Vec<MappedRegion>,
 }
 
@@ -31,9 +31,9 @@ pub(super) struct MemoryTable {
 struct MappedRegion {
     guest: u64,
     size: u64,
-    /// Where the front-end has it mapped: ring addresses come in these terms.
+    /// Address of the region in the front-end's address space, in which ring addresses are given.
     user: u64,
-    // Before the mapping: a guard goes before what it guards is unmapped.
+    // Declared before the mapping, so that the guard is dropped before the memory is unmapped.
     guard: Arc<Guard>,
     mapping: Arc<GuestRegionMmap<()>>,
 }
@@ -43,10 +43,11 @@ fn refuse(why: String) -> io::Error {
 }
 
 impl MemoryTable {
-    /// A table of these regions and no others; `files[i]` backs `regions[i]`.
+    /// Creates a table of `regions`; `files[i]` backs `regions[i]`.
     ///
     /// # Errors
-    /// Where a region breaks a rule of crash-safety 4.4, or the host refuses to map it.
+    /// * `InvalidInput`: a region breaks a rule of docs/virtio.md, section 5.
+    /// * Any error of mapping a file.
     pub(super) fn from_regions(regions: &[VhostUserMemoryRegion], files: Vec<File>) -> io::Result<MemoryTable> {
         if regions.len() != files.len() {
             return Err(refuse(format!("{} regions with {} files", regions.len(), files.len())));
@@ -55,16 +56,16 @@ impl MemoryTable {
         pairs.into_iter().try_fold(MemoryTable::default(), |table, (region, file)| table.with_region(region, file))
     }
 
-    /// This table and one region more.
+    /// Returns a table with one more region.
     ///
     /// # Errors
-    /// As `from_regions`.
+    /// As [`from_regions`](Self::from_regions).
     pub(super) fn with_region(&self, region: &VhostUserMemoryRegion, file: File) -> io::Result<MemoryTable> {
         let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
         let offset = region.mmap_offset;
         let shown = format!("the region of {size:#x} bytes at guest address {guest:#x}");
         if self.regions.len() >= MAX_REGIONS {
-            return Err(refuse(format!("{shown} is one more than {MAX_REGIONS}")));
+            return Err(refuse(format!("{shown} exceeds the maximum of {MAX_REGIONS} regions")));
         }
         let (Some(guest_end), Some(_), Some(file_end)) =
             (guest.checked_add(size), user.checked_add(size), offset.checked_add(size))
@@ -77,22 +78,22 @@ impl MemoryTable {
         if let Some(other) = self.regions.iter().find(|r| guest < r.guest + r.size && r.guest < guest_end) {
             return Err(refuse(format!("{shown} overlaps the one at {:#x}", other.guest)));
         }
-        // Before any other question about the file: this one waits for no file system.
+        // First, since the file system of any other file could block the thread in a later call.
         let page = check_memory_file(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
         let stat = fstat(&file)?;
         let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page as u64);
         if file_end > length {
-            return Err(refuse(format!("{shown} ends at byte {file_end:#x} of a file of {length:#x}")));
+            return Err(refuse(format!("{shown} ends at byte {file_end:#x} of a file of {length:#x} bytes")));
         }
-        let mapping =
-            region.mmap_region(file).map_err(|e| io::Error::other(format!("{shown} cannot be mapped: {e}")))?;
+        let mapping = region.mmap_region(file).map_err(|e| io::Error::other(format!("cannot map {shown}: {e}")))?;
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| refuse(format!("{shown} ends beyond 2^64")))?;
         let mapping = Arc::new(mapping);
         let (start, len) = (mapping.get_mmap().as_ptr(), mapping.get_mmap().size());
-        // SAFETY: a whole mapping of our own, for reading and writing, which begins at a page since the kernel chose the place and
-        // took the offset. Who holds the guard holds the mapping, too, and drops the guard first: this function, `Region` and
-        // `SharedMemory`. The guest changes these bytes at any time, so they are reached by raw pointers and atomics only.
+        // SAFETY: the range is exactly the mapping `mapping`, which this function created readable and writable. Its start
+        // is page-aligned, since the kernel chose it. Each owner of the guard also owns the mapping and drops the guard
+        // first: this function, `MappedRegion` and `SharedMemory`. The guest may change these bytes at any time; all
+        // accesses are by raw pointers and atomics, so no reference is invalidated.
         let guard = unsafe { Guard::new(start, len, page) };
         let guard = Arc::new(guard.ok_or_else(no_sigbus_handler)?);
         let mut regions = self.regions.clone();
@@ -101,10 +102,10 @@ impl MemoryTable {
         Ok(MemoryTable { regions })
     }
 
-    /// This table less one region, named as it was when it came.
+    /// Returns a table without the region of the same addresses and size.
     ///
     /// # Errors
-    /// Where there is none of that place and size.
+    /// `InvalidInput` if there is no such region.
     pub(super) fn without_region(&self, region: &VhostUserMemoryRegion) -> io::Result<MemoryTable> {
         let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
         let same = |r: &MappedRegion| (r.guest, r.size, r.user) == (guest, size, user);
@@ -115,24 +116,25 @@ impl MemoryTable {
         Ok(MemoryTable { regions })
     }
 
-    /// Whether the front-end has shared nothing yet.
+    /// Returns whether the table has no regions.
     pub(super) fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 
-    /// The guest address of `len` bytes at the front-end's address `user`; `None` unless one region holds them all.
+    /// Translates the front-end's address `user` of `len` bytes to a guest address; `None` unless one region contains all
+    /// bytes.
     pub(super) fn guest_address(&self, user: u64, len: u64) -> Option<u64> {
         let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.size)?;
         let within = user - region.user;
         (len <= region.size - within).then(|| region.guest + within)
     }
 
-    /// Whether a page of it could not be had.
+    /// Returns whether an access to the memory failed.
     pub(super) fn is_lost(&self) -> bool {
         self.regions.iter().any(|region| region.guard.is_lost())
     }
 
-    /// The form in which rings and requests read and write it.
+    /// Returns the memory in the form that rings and requests access.
     pub(super) fn shared_memory(&self) -> Arc<SharedMemory> {
         let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
         let memory = match mappings.is_empty() {
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_the_front_end_become_guest_addresses() {
+    fn front_end_addresses_are_translated_to_guest_addresses() {
         let regions = [region(0x10_0000, 0x2000, 0x7000_0000, 0x1000), region(0, 0x1000, 0x9000_0000, 0)];
         let table = MemoryTable::from_regions(&regions, vec![file(0x3000), file(0x1000)]).unwrap();
         assert_eq!(table.guest_address(0x7000_1ff0, 16), Some(0x10_1ff0));
@@ -177,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_come_and_go_and_the_mappings_stay() {
+    fn adding_and_removing_regions_keeps_the_other_mappings() {
         let a = region(0, 0x1000, 0x1000, 0);
         let b = region(0x1000, 0x1000, 0x2000, 0);
         let table = MemoryTable::default().with_region(&a, file(0x1000)).unwrap();
@@ -213,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_taken_away_reads_as_zeros_and_is_noticed() {
+    fn truncated_memory_reads_as_zeros_and_is_reported_as_lost() {
         let (kept, cut) = (file(0x1000), file(0x2000));
         let table = MemoryTable::default().with_region(&region(0, 0x1000, 0, 0), kept).unwrap();
         let both = table.with_region(&region(0x4000, 0x2000, 0x4000, 0), cut.try_clone().unwrap()).unwrap();
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_has_an_end() {
+    fn the_number_of_regions_is_limited() {
         let mut table = MemoryTable::default();
         let backing = file(0x1000);
         for i in 0..MAX_REGIONS as u64 {

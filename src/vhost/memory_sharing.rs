@@ -1,34 +1,34 @@
 //! Finds guests whose memory is not shared with the daemon.
 //!
-//! If a front-end maps the guest's memory privately (QEMU without `share=on`), the daemon maps the same file and sees none of
-//! the guest's stores: kicks arrive, the rings stay as blank as the file, and the guest waits without a message. One blank
-//! ring proves nothing, since a front-end may kick rings that are empty. But if every ring of a connection is blank seconds
-//! after a kick, there is nothing that the guest could have kicked for.
+//! If a front-end maps the guest's memory privately (QEMU without `share=on`), the daemon maps the same file but sees none
+//! of the guest's stores: kicks arrive, the rings stay blank, and the guest waits without an error. One blank ring proves
+//! nothing, since a front-end may kick empty rings. But if every ring of a connection is still blank seconds after a kick,
+//! the guest cannot have sent the kick for any request that the daemon can see.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// From a kick to the warning; several ticks of the workers, each of which may prove that memory is shared.
+/// Time from a kick to the warning: several ticks of the workers, each of which may find that memory is shared.
 const WARN_AFTER: Duration = Duration::from_secs(3);
 
-/// What to do about it.
-pub(super) const SHARE: &str = "Share it: QEMU takes share=on for the memory backend, cloud-hypervisor shared=on for --memory, \
-     libvirt <access mode='shared'/>";
+/// Advice for the user.
+pub(super) const SHARE_HINT: &str = "Share it by share=on of the memory backend in QEMU, shared=on of --memory in \
+     cloud-hypervisor, <access mode='shared'/> in libvirt";
 
-/// What the rings of one connection have found out. Cloning shares it.
+/// The check of one connection, shared by its rings. A clone refers to the same check.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SharingCheck(Arc<SharingState>);
 
 #[derive(Debug, Default)]
 struct SharingState {
-    /// A ring was not blank, so the guest's stores arrive; or the warning was given.
+    /// A ring was not blank, so memory is shared; or the warning was given.
     settled: AtomicBool,
 }
 
 impl SharingCheck {
-    /// Takes note of a ring at `now`: the time of its first kick, and whether it is blank. Returns true once per connection,
-    /// if the guest's memory seems not to be shared.
+    /// Records the state of a ring at `now`: the time of its first kick, and whether it is blank. Returns true once per
+    /// connection, if the guest's memory does not seem to be shared.
     pub(super) fn should_warn(&self, kicked: Option<Instant>, now: Instant, is_blank: impl FnOnce() -> bool) -> bool {
         if self.0.settled.load(Ordering::Relaxed) {
             return false;
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blank_rings_are_missing_some_time_after_a_kick() {
+    fn blank_rings_cause_one_warning_some_time_after_a_kick() {
         let (sharing, start) = (SharingCheck::default(), Instant::now());
         let later = |seconds| start + Duration::from_secs(seconds);
         assert!(!sharing.should_warn(None, later(100), || true), "a guest that does not kick yet");
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn one_ring_with_requests_proves_that_memory_is_shared() {
+    fn a_ring_that_is_not_blank_suppresses_the_warning() {
         let (sharing, start) = (SharingCheck::default(), Instant::now());
         assert!(!sharing.clone().should_warn(None, start, || false));
         assert!(!sharing.should_warn(Some(start), start + WARN_AFTER * 2, || true), "an idle ring that was kicked");

@@ -1,26 +1,25 @@
-//! Floor 5: vhost-user. What front-ends say to a disk, and the threads that serve its rings.
+//! Floor 5: vhost-user. Serves a disk to front-ends over a Unix socket.
 //!
-//! This floor owns the socket of a disk, the messages on it, the table of guest memory, and one thread per queue. It
-//! leaves what stands in the rings to `device`, and what becomes of the bytes to `disk`.
+//! This floor owns the socket of a disk, the messages on it, the table of guest memory, and one thread per queue. The
+//! contents of the rings belong to `device`, the execution of requests to `disk`.
 //!
 //! ```text
-//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory    the guest's regions, mapped and checked
-//!                           │                                        ├── inflight  the record that survives us, kept by
-//!                           │                                        │             the front-end
-//!                           │                                        ├── unshared  guest memory that only the guest sees
-//!                           │                                        └── worker    one a queue: queue_thread, edges,
-//!                           │                                                      device::Queue, lane
-//!                 bind ─ daemon ─ connection: accepts, refuses a second front-end, ends on the stop signal
+//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory          the guest's regions, mapped and checked
+//!                           │                                        ├── inflight        in-flight records in shared memory
+//!                           │                                        ├── memory_sharing  warns if guest memory is private
+//!                           │                                        └── worker          one per queue: queue_thread, epoll,
+//!                           │                                                            adaptive_poll, device::Queue, lane
+//!            bind ─ disk_server ─ connection: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
-//! * The **control thread** (one a disk, `daemon`) reads messages and never touches a running ring. It stops a ring,
-//!   changes it, and starts it again; everything a ring needs travels to its worker in a command.
-//! * A **worker** (one a queue) lives as long as the disk. A front-end that leaves takes its rings and its memory
-//!   with it, after they are drained; the workers wait for the next one.
-//! * No descriptor of a front-end can hold a thread (`passed_fd`), and no wait for a worker is without an end.
-//! * A handler lives as long as a connection: nothing of one front-end is left for the next but the disk.
+//! * The **control thread** (one per disk, `disk_server`) reads messages and never accesses a running ring. It stops a ring,
+//!   changes its setup, and starts it again; a command passes everything that the ring needs to the worker.
+//! * A **worker** (one per queue) exists as long as the disk is served. When a front-end disconnects, its rings are drained
+//!   and its memory is unmapped; the workers then wait for the next front-end.
+//! * No descriptor of a front-end can block a thread (`passed_fd`), and every wait for a worker has a time limit.
+//! * A handler exists as long as its connection: no state of a front-end is kept for the next one.
 //!
-//! What is negotiated: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+//! Protocol features offered: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod adaptive_poll;
 mod bind;
@@ -41,10 +40,5 @@ mod worker;
 
 pub use bind::SocketAccess;
 pub use disk_server::{DiskServer, ServeOptions};
-pub use limits::fds_of_disk;
+pub use limits::{MAX_QUEUE_SIZE, MAX_QUEUES, fds_of_disk};
 pub use socket::{Listener, Socket};
-
-/// Queues that one disk may have.
-pub const MAX_QUEUES: u16 = 64;
-/// Entries that one queue may have (the size of a split ring at most).
-pub const MAX_QUEUE_SIZE: u16 = 32768;

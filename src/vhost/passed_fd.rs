@@ -1,7 +1,7 @@
-//! Descriptors that a front-end passes: what they may be, found out without waiting for anybody.
+//! Checks of descriptors that a front-end passes, by calls that cannot block.
 //!
-//! A descriptor of a FUSE file, a full pipe or a socket can hold a thread for as long as its owner likes, and not even SIGKILL
-//! ends the wait for a FUSE server. So the first question about any descriptor is one that the kernel answers by itself.
+//! A call on a FUSE file, a full pipe or a socket can block a thread for as long as the peer likes, and not even SIGKILL
+//! interrupts the wait for a FUSE server. So the first call on any descriptor is one that the kernel completes by itself.
 
 use std::fs::File;
 use std::io;
@@ -12,27 +12,27 @@ use rustix::fs::{
 };
 use rustix::param::page_size;
 
-/// What `statfs` reports for hugetlbfs (linux/magic.h).
+/// File system type of hugetlbfs in `statfs` (linux/magic.h).
 const HUGETLBFS: i64 = 0x9584_58F6;
 
 fn refuse(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// The refusal of memory that could not be guarded.
+/// Returns the error for memory that cannot be guarded against SIGBUS.
 pub(super) fn no_sigbus_handler() -> io::Error {
-    io::Error::other("SIGBUS cannot be caught, and without that a page that is taken back would end the daemon")
+    io::Error::other("cannot catch SIGBUS, so a front-end that truncates its memory file could kill the daemon")
 }
 
-/// Checks that a file is memory (a memfd, or a file on tmpfs or hugetlbfs), and returns the bytes of its pages.
+/// Checks that a file is memory (a memfd, or a file on tmpfs or hugetlbfs), and returns its page size.
 ///
 /// # Errors
-/// `InvalidInput` for any other file: its pages would come from a file system that may be slow, full, or hostile.
+/// `InvalidInput` for any other file: the file system behind it may be slow, full or hostile.
 pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
-    // Only files in memory have seals. The kernel answers this without asking a file system.
+    // Only files in memory have seals. The kernel completes F_GET_SEALS without calling the file system.
     fcntl_get_seals(file).map_err(|_| {
         refuse(
-            "it is not a file in memory (memfd, tmpfs, hugetlbfs). Share the guest's memory by a memfd (QEMU: -object \
+            "not a file in memory (memfd, tmpfs or hugetlbfs). Share the guest's memory by a memfd (QEMU: -object \
              memory-backend-memfd,share=on; libvirt: <source type='memfd'/>), or by a file on tmpfs or hugetlbfs \
              (memory-backend-file,share=on,mem-path=/dev/shm; libvirt: memory_backing_dir in qemu.conf)",
         )
@@ -42,32 +42,32 @@ pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
         HUGETLBFS => usize::try_from(file_system.f_bsize).unwrap_or(0),
         _ => page_size(),
     };
-    if page.is_power_of_two() { Ok(page) } else { Err(refuse("its file system reports no page size")) }
+    if page.is_power_of_two() { Ok(page) } else { Err(refuse("the file system reports no page size")) }
 }
 
-/// Checks that a descriptor is an event counter (eventfd).
+/// Checks that a descriptor is an eventfd.
 ///
 /// # Errors
-/// `InvalidInput` for any other descriptor: its answers may depend on others.
+/// `InvalidInput` for any other descriptor, since a call on it may block.
 pub(super) fn check_eventfd(file: &File) -> io::Result<()> {
-    // The name of an open file comes from the kernel alone. Without /proc the type has to do: a file without a type has no
-    // file system that could block.
+    // The kernel names an open file without calling its file system. Without /proc, the file type is the best evidence:
+    // anonymous inodes have none.
     let is_counter = match readlinkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), []) {
         Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
         Err(_) => {
-            // `DONT_SYNC`: FUSE answers from its cache.
+            // With DONT_SYNC, FUSE returns cached attributes.
             let told = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
             FileType::from_raw_mode(told.stx_mode.into()) == FileType::Unknown
         }
     };
-    if is_counter { Ok(()) } else { Err(refuse("it is not an event counter (eventfd)")) }
+    if is_counter { Ok(()) } else { Err(refuse("not an eventfd")) }
 }
 
-/// The same for a counter that the daemon writes. It becomes non-blocking, for the front-end, too: a write to a counter at its
-/// limit would otherwise wait for the front-end to read it.
+/// Checks that a descriptor is an eventfd, and makes it non-blocking for the daemon and the front-end. A write to an eventfd
+/// at its limit would otherwise block until the front-end reads it.
 ///
 /// # Errors
-/// As [`event_counter`].
+/// As [`check_eventfd`].
 pub(super) fn check_writable_eventfd(file: &File) -> io::Result<()> {
     check_eventfd(file)?;
     Ok(fcntl_setfl(file, fcntl_getfl(file)? | OFlags::NONBLOCK)?)
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_memory_is_memory() {
+    fn only_files_in_memory_are_accepted() {
         let memory = File::from(memfd_create("m", MemfdFlags::CLOEXEC).unwrap());
         assert_eq!(check_memory_file(&memory).unwrap(), page_size());
         assert!(check_memory_file(&tempfile::tempfile_in("/dev/shm").unwrap()).is_ok());
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn only_event_counters_are_counters_and_they_do_not_block() {
+    fn only_eventfds_are_accepted_and_become_non_blocking() {
         let mut counter = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         check_writable_eventfd(&counter).unwrap();
         counter.write_all((u64::MAX - 1).as_bytes()).unwrap();

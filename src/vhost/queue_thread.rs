@@ -1,8 +1,8 @@
-//! The thread of one queue: it alone touches the queue's ring while the ring runs.
+//! The thread of one queue, the only one that accesses the queue's ring while the ring runs.
 //!
-//! All waiting is one edge-triggered `epoll_wait` over the bell, the kick of the ring and what the lane wakes by. An
-//! edge-triggered event counter reports each write to it without ever being read, so a kick costs no call of its own; and a
-//! front-end that reads its own kick cannot make the thread wait.
+//! The thread waits in one edge-triggered `epoll_wait` for commands, the kick of the ring and the descriptors of the lane. An
+//! edge-triggered eventfd reports each write to it although it is never read, so a kick costs no further system call. And a
+//! front-end that reads its own kick eventfd cannot block the thread.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -18,7 +18,7 @@ use zerocopy::IntoBytes;
 
 use super::adaptive_poll::AdaptivePoll;
 use super::epoll::{Epoll, WakeSource};
-use super::memory_sharing::{SHARE, SharingCheck};
+use super::memory_sharing::{SHARE_HINT, SharingCheck};
 use crate::device::{InFlightRecord, Queue, ServeResult, SharedMemory, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
@@ -27,19 +27,19 @@ use crate::storage::Notifier;
 pub(super) struct ReadyRing {
     pub(super) vring: Vring,
     pub(super) memory: Arc<SharedMemory>,
-    /// What is in flight, where a kill does not reach.
+    /// The in-flight record, which outlives the daemon.
     pub(super) record: Option<InFlightRecord>,
-    /// By what the guest announces requests; none if the ring is to be polled.
+    /// The kick eventfd, by which the guest announces requests. `None` if the ring must be polled.
     pub(super) kick: Option<Arc<File>>,
-    /// Told when the ring breaks.
+    /// The error eventfd, written when the ring breaks.
     pub(super) err: Option<File>,
-    /// Where it starts: the number of the next available entry.
+    /// Index of the first available entry to take.
     pub(super) base: u16,
-    /// What is known about the guest's memory.
+    /// The check whether guest memory is shared.
     pub(super) sharing: SharingCheck,
 }
 
-/// What the control thread asks of the thread of a queue.
+/// A command from the control thread.
 pub(super) enum QueueCommand {
     Start(Box<ReadyRing>, SyncSender<Result<()>>),
     SetCall(Option<File>),
@@ -48,32 +48,32 @@ pub(super) enum QueueCommand {
     Exit,
 }
 
-/// How the queue stands.
+/// State of the queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum QueueState {
     /// No ring.
     Stopped,
     Running,
-    /// The ring broke a rule: nothing more is taken from it, what was taken is completed. Mended by the next start.
+    /// The ring broke a rule: no more requests are taken, those in flight are completed. The next start ends this state.
     Broken,
-    /// We broke a rule of our own: the queue is not touched again.
+    /// The thread panicked while it served the ring. The queue is not used again.
     Failed,
 }
 
-/// Between two ticks of a lane: what waits for time to pass (a full disk, a commit in the background) goes on then.
+/// Interval of the lane's ticks, at which stalled writes are retried and background commits are started.
 const TICK: Duration = Duration::from_secs(1);
-/// How often a ring without a kick is looked at.
+/// Polling interval of a ring without a kick.
 const NO_KICK_POLL: Duration = Duration::from_millis(1);
 
-/// See the top of this file.
+/// The state of the thread of one queue.
 pub(super) struct QueueThread {
     queue: Queue,
     ring: Option<Box<ReadyRing>>,
-    /// When the ring had its first kick.
+    /// Time of the ring's first kick.
     first_kick: Option<Instant>,
     state: QueueState,
     commands: Receiver<QueueCommand>,
-    /// Rung when a page of the guest's memory cannot be had.
+    /// Notified when an access to guest memory failed.
     memory_lost: Arc<Notifier>,
     epoll: Epoll,
     adaptive_poll: AdaptivePoll,
@@ -81,16 +81,17 @@ pub(super) struct QueueThread {
 }
 
 impl QueueThread {
-    /// The thread of `queue`, stopped. `alarm` is rung when a page of the guest's memory cannot be had.
+    /// Creates the thread's state for `queue`, without a ring. The second notifier is notified when an access to guest memory
+    /// failed.
     pub(super) fn new(
         queue: Queue,
         commands: Receiver<QueueCommand>,
-        (bell, alarm): (Arc<Notifier>, Arc<Notifier>),
+        (wakeup, memory_lost): (Arc<Notifier>, Arc<Notifier>),
         poll: Duration,
         name: String,
     ) -> io::Result<QueueThread> {
         let epoll = Epoll::new()?;
-        epoll.add(bell.as_fd(), WakeSource::Internal)?;
+        epoll.add(wakeup.as_fd(), WakeSource::Internal)?;
         for fd in queue.wake_fds().into_iter().flatten() {
             epoll.add(fd, WakeSource::Internal)?;
         }
@@ -100,14 +101,14 @@ impl QueueThread {
             first_kick: None,
             state: QueueState::Stopped,
             commands,
-            memory_lost: alarm,
+            memory_lost,
             epoll,
             adaptive_poll: AdaptivePoll::new(poll),
             name,
         })
     }
 
-    /// Serves the queue until it is asked to end.
+    /// Serves the queue until [`QueueCommand::Exit`].
     pub(super) fn run(&mut self) {
         let mut tick_at = Instant::now() + TICK;
         loop {
@@ -122,18 +123,18 @@ impl QueueThread {
                 }
                 Err(TryRecvError::Empty) => {}
             }
-            let turn = self.serve();
+            let result = self.serve();
             let now = Instant::now();
             if now >= tick_at {
                 tick_at = now + TICK;
-                // A broken ring's lane may lead a commit that is held.
+                // The lane of a broken ring may lead a stalled commit.
                 if matches!(self.state, QueueState::Running | QueueState::Broken) {
                     self.queue.lane().tick();
                     self.check_sharing(now);
-                    continue; // what it began goes on in the next turn
+                    continue; // the next call of `serve` carries on with what the tick started
                 }
             }
-            match turn {
+            match result {
                 ServeResult::More => self.adaptive_poll.record_work(now),
                 ServeResult::Idle if self.state == QueueState::Running && self.adaptive_poll.should_poll(now) => {
                     std::hint::spin_loop()
@@ -144,7 +145,7 @@ impl QueueThread {
         }
     }
 
-    /// Sleeps until there may be work.
+    /// Sleeps until an event or the next tick.
     fn sleep(&mut self) {
         let polled = self.state == QueueState::Running && self.ring.as_ref().is_some_and(|ring| ring.kick.is_none());
         if self.epoll.wait(if polled { NO_KICK_POLL } else { TICK }) {
@@ -152,62 +153,62 @@ impl QueueThread {
         }
     }
 
-    /// Warns if the guest kicks and nothing of what it writes arrives.
+    /// Warns if the guest kicks but its stores to the rings do not arrive.
     fn check_sharing(&self, now: Instant) {
         let Some(ring) = &self.ring else { return };
         if ring.sharing.should_warn(self.first_kick, now, || self.queue.is_unused()) {
             warn!(
-                "{}: the guest announces requests, but its rings are blank: the front-end seems not to share the guest's \
-                 memory, and the guest will wait for ever. {SHARE}",
+                "{}: the guest sends kicks, but its rings are blank. The front-end does not seem to share the guest's \
+                 memory, so the guest's requests never complete. {SHARE_HINT}",
                 self.name
             );
         }
     }
 
-    /// Asks for kicks before the thread sleeps; true where there is work after all.
+    /// Enables kicks before the thread sleeps. Returns whether requests arrived meanwhile.
     fn enable_kicks(&mut self) -> bool {
         let (QueueState::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
         self.queue.enable_kicks(&ring.vring)
     }
 
-    /// One turn of the ring, if it runs.
+    /// Serves one batch of the ring, if it runs.
     fn serve(&mut self) -> ServeResult {
         let (QueueState::Running | QueueState::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
             return ServeResult::Idle;
         };
-        let turn = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
-            Ok(Ok(turn)) => turn,
+        let result = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
+            Ok(Ok(result)) => result,
             Ok(Err(e)) => {
-                error!("{}: the ring cannot be served: {e}", self.name);
+                error!("{}: cannot serve the ring: {e}", self.name);
                 ServeResult::Broken
             }
             Err(_) => {
-                error!("{}: a fault of our own while serving; the queue is out of service", self.name);
+                error!("{}: panic while serving; the queue is out of service", self.name);
                 self.state = QueueState::Failed;
                 self.report_broken();
                 return ServeResult::Broken;
             }
         };
-        if matches!(turn, ServeResult::Broken) && self.state == QueueState::Running {
+        if matches!(result, ServeResult::Broken) && self.state == QueueState::Running {
             if self.queue.is_memory_lost() {
                 self.memory_lost.notify();
             } else {
-                warn!("{}: the ring is broken; nothing more is taken from it until it is set up again", self.name);
+                warn!("{}: the ring is broken; no requests are taken until the driver resets the device", self.name);
             }
             self.state = QueueState::Broken;
             self.report_broken();
         }
-        turn
+        result
     }
 
-    /// Stops listening to the kick and tells the front-end, if it wants to know.
+    /// Stops watching the kick, and writes the error eventfd if there is one.
     fn report_broken(&self) {
         let Some(ring) = &self.ring else { return };
         self.unwatch_kick(ring);
         if let Some(mut err) = ring.err.as_ref()
             && let Err(e) = err.write(1u64.as_bytes())
         {
-            warn!("{}: the front-end cannot be told of the broken ring: {e}", self.name);
+            warn!("{}: cannot write the error eventfd of the broken ring: {e}", self.name);
         }
     }
 
@@ -228,9 +229,9 @@ impl QueueThread {
                     && let Some(ring) = &self.ring
                 {
                     ring.vring.set_call(call);
-                    // What completed before the change was told to the old counter, and may have been missed.
+                    // Completions before the change were signalled on the old eventfd, and the guest may have missed them.
                     if let Err(e) = ring.vring.signal_used_queue() {
-                        warn!("{}: the guest cannot be told of completions: {e}", self.name);
+                        warn!("{}: cannot write the call eventfd: {e}", self.name);
                     }
                 }
             }
@@ -243,7 +244,7 @@ impl QueueThread {
                 let base = self.stop();
                 let _ = reply.send(base);
             }
-            QueueCommand::Exit => unreachable!("the loop ends before it"),
+            QueueCommand::Exit => unreachable!("handled by run"),
         }
     }
 
@@ -251,20 +252,20 @@ impl QueueThread {
         if self.state == QueueState::Failed {
             return Err(Error::new(ErrorKind::Io, "the queue is out of service until the daemon is started again"));
         }
-        assert!(self.ring.is_none(), "a ring is started only where none runs");
+        assert!(self.ring.is_none(), "a ring is started while another runs");
         self.queue.start(&ring.vring, ring.memory.clone(), ring.record.clone())?;
         self.first_kick = None;
         let kick = ring.kick.as_ref();
         if let Err(e) = kick.map_or(Ok(()), |kick| self.epoll.add(kick.as_fd(), WakeSource::Kick)) {
             let _ = self.queue.stop(&ring.vring);
-            return Err(Error::io("the kick of the ring cannot be waited for", e));
+            return Err(Error::io("cannot wait for the kick of the ring", e));
         }
         self.ring = Some(ring);
         self.state = QueueState::Running;
         Ok(())
     }
 
-    /// Drains the queue; the number of the next available entry.
+    /// Stops the ring and drains the queue. Returns the index of the next available entry.
     fn stop(&mut self) -> u16 {
         let Some(ring) = self.ring.take() else { return 0 };
         if self.state == QueueState::Running {
@@ -281,7 +282,7 @@ impl QueueThread {
                 ring.base
             }
             Err(_) => {
-                error!("{}: a fault of our own while stopping; the queue is out of service", self.name);
+                error!("{}: panic while stopping; the queue is out of service", self.name);
                 self.state = QueueState::Failed;
                 ring.base
             }

@@ -1,9 +1,9 @@
-//! What a front-end has said of its rings, and running those that are complete.
+//! The rings of one connection: their setup as the front-end sent it, and starting and stopping them.
 //!
-//! A ring runs when everything it needs is there: features, memory, size, addresses, a kick, and the word to enable
-//! it. What a running ring uses is changed only after the ring is drained and stopped; then it goes on where it was.
-//! Dropped, the rings are drained. Addresses of rings stay as the front-end gave them until a ring is started, so they
-//! may come before the memory they lie in.
+//! A ring runs when it is complete: features, memory, size, addresses and a kick are set, and the ring is enabled. Before a
+//! part of a running ring is changed, the ring is drained and stopped; it resumes at the same index. Ring addresses are
+//! translated when a ring starts, so a front-end may send them before the memory that contains them. Dropping the rings
+//! drains them.
 
 use std::fs::File;
 use std::io;
@@ -20,40 +20,40 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::inflight::InflightRecords;
 use super::memory::MemoryTable;
-use super::memory_sharing::{SHARE, SharingCheck};
+use super::memory_sharing::{SHARE_HINT, SharingCheck};
 use super::queue_thread::ReadyRing;
 use super::worker::{EXIT_TIMEOUT, WaitOutcome, Worker, wait_for_reply};
 use crate::device::{AtomicMemory, InFlightRecord, Vring};
 
-/// How long a front-end may wait for the requests in flight: longer than a disk takes that wakes, or a path that fails over.
+/// Time to wait for the requests in flight: longer than a disk takes to spin up or a multipath device to fail over.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The rings of one connection.
 pub(super) struct Rings<'a> {
-    /// Readable when the daemon is to end.
+    /// Readable after the stop signal.
     stop: BorrowedFd<'a>,
     pub(super) workers: &'a [Worker],
-    /// The disk's name, for the log.
+    /// Name of the disk, for the log.
     pub(super) name: &'a str,
     pub(super) memory: MemoryTable,
-    /// Where the front-end keeps what is in flight, if it does.
+    /// The in-flight region of the front-end, if it has one.
     pub(super) inflight: Option<InflightRecords>,
-    /// What the front-end accepted of the features; none before it did.
+    /// The features that the front-end accepted; `None` before SET_FEATURES.
     pub(super) features: Option<u64>,
     pub(super) setups: Vec<RingSetup>,
     sharing: SharingCheck,
-    /// Whether the log has it that a ring has no in-flight record.
+    /// Whether the warning about a ring without an in-flight record was logged.
     has_warned_no_record: bool,
-    /// Requests did not end in time, so where a ring stands is unknown: the connection is to be closed.
+    /// Requests did not complete in time, so the index of a ring is unknown and the connection must be closed.
     is_stuck: bool,
 }
 
-/// What the front-end has said about a ring.
+/// Setup of one ring as the front-end sent it.
 #[derive(Default)]
 pub(super) struct RingSetup {
     pub(super) size: u16,
     pub(super) addresses: Option<RingAddresses>,
-    /// Where it starts, or where it stopped.
+    /// Index of the next available entry: where the ring starts, or where it stopped.
     pub(super) base: u16,
     pub(super) kick: Option<Kick>,
     pub(super) call: Option<File>,
@@ -62,16 +62,16 @@ pub(super) struct RingSetup {
     pub(super) running: bool,
 }
 
-/// How the guest announces requests in a ring.
+/// Way in which the guest announces requests.
 #[derive(Clone)]
 pub(super) enum Kick {
-    /// By this event counter.
+    /// The guest writes this eventfd.
     EventFd(Arc<File>),
-    /// Not at all: the ring is to be polled.
+    /// Not at all: the ring must be polled.
     Polled,
 }
 
-/// Where a ring lies, in the front-end's own address space.
+/// Addresses of the three parts of a ring: in the front-end's address space, or after translation in the guest's.
 #[derive(Clone, Copy)]
 pub(super) struct RingAddresses {
     pub(super) descriptors: u64,
@@ -79,13 +79,13 @@ pub(super) struct RingAddresses {
     pub(super) used: u64,
 }
 
-/// A refusal, with the reason for the log.
+/// Returns the error that refuses a request, with the reason for the log.
 pub(super) fn refusal(why: impl Into<String>) -> VhostError {
     VhostError::ReqHandlerError(io::Error::other(why.into()))
 }
 
 impl<'a> Rings<'a> {
-    /// Rings of which nothing has been said, one a worker.
+    /// Creates one ring per worker, without a setup.
     pub(super) fn new(workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Rings<'a> {
         let setups = workers.iter().map(|_| RingSetup::default()).collect();
         Rings {
@@ -102,7 +102,10 @@ impl<'a> Rings<'a> {
         }
     }
 
-    /// Starts the ring if it has all it needs and does not run.
+    /// Starts the ring if it is complete and does not run.
+    ///
+    /// # Errors
+    /// A refusal if the ring cannot be started, or if requests of an earlier ring are still in flight.
     pub(super) fn start_if_complete(&mut self, index: usize) -> VhostResult<()> {
         let ring = &self.setups[index];
         let (Some(features), Some(addresses), Some(kick)) = (self.features, ring.addresses, &ring.kick) else {
@@ -111,10 +114,10 @@ impl<'a> Rings<'a> {
         if ring.running || !ring.enabled || ring.size == 0 || self.memory.is_empty() {
             return Ok(());
         }
-        // A late write of any queue could land on top of what this ring's requests write.
+        // A write of any queue that is still in flight could overwrite a later write of this ring.
         if self.workers.iter().any(Worker::has_unanswered_stop) {
             self.is_stuck = true;
-            return Err(refusal("requests of an earlier ring are still in flight: the storage does not answer"));
+            return Err(refusal("the storage does not respond: requests of an earlier ring are still in flight"));
         }
         let vring = self.build_vring(ring, addresses, features)?;
         let cloned = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
@@ -140,8 +143,8 @@ impl<'a> Rings<'a> {
         Ok(())
     }
 
-    /// The in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger ring than
-    /// the front-end expects (virtio-mmio lets it). Such a ring is served without a record, as if the front-end kept none.
+    /// Returns the in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger
+    /// ring than the front-end expects (virtio-mmio allows it). Such a ring is served without a record.
     fn inflight_record(&mut self, index: usize) -> Option<InFlightRecord> {
         let size = self.setups[index].size;
         let record = self.inflight.as_ref()?.record(index);
@@ -151,26 +154,26 @@ impl<'a> Rings<'a> {
         }
         if !std::mem::replace(&mut self.has_warned_no_record, true) {
             warn!(
-                "disk {}: the front-end's in-flight record of ring {index} is for {room} descriptors, and the ring has {size}: it \
-                 is served without the record, and requests in flight may be lost if this daemon is killed. Set the \
-                 front-end's queue size to {size} or more (QEMU: queue-size={size})",
+                "disk {}: ring {index} has {size} descriptors, but the front-end's in-flight record has only {room}. The ring is \
+                 served without the record, so requests in flight may be lost if this daemon is killed. Set the front-end's \
+                 queue size to {size} or more (QEMU: queue-size={size})",
                 self.name
             );
         }
         None
     }
 
-    /// Whether a ring has everything but memory.
+    /// Returns whether a ring lacks nothing but guest memory.
     pub(super) fn waits_for_memory(&self) -> bool {
         let complete =
             |ring: &RingSetup| ring.enabled && ring.size > 0 && ring.addresses.is_some() && ring.kick.is_some();
         self.memory.is_empty() && self.features.is_some() && self.setups.iter().any(complete)
     }
 
-    /// A ring's state as the device works on it.
+    /// Builds the ring that the device serves.
     fn build_vring(&self, ring: &RingSetup, at: RingAddresses, features: u64) -> VhostResult<Vring> {
         let at = self.guest_addresses(at, ring.size)?;
-        let refused = |e| refusal(format!("the ring cannot be laid out: {e}"));
+        let refused = |e| refusal(format!("cannot set up the ring: {e}"));
         let vring = Vring::new(AtomicMemory::from(self.memory.shared_memory().regions().clone()), ring.size)
             .map_err(refused)?;
         vring.set_queue_size(ring.size);
@@ -183,15 +186,20 @@ impl<'a> Rings<'a> {
         Ok(vring)
     }
 
-    /// The ring's places as guest addresses; each part must lie in one region.
+    /// Translates the addresses of a ring to guest addresses.
+    ///
+    /// # Errors
+    /// A refusal if a part of the ring does not lie in one memory region.
     pub(super) fn guest_addresses(&self, at: RingAddresses, size: u16) -> VhostResult<RingAddresses> {
         let size = u64::from(size);
-        // A split ring: 16 bytes a descriptor; flags, index and 2 bytes an entry; flags, index and 8 bytes an entry;
-        // and the event index after each of the latter.
+        // Split ring: 16 bytes per descriptor; available ring: flags, index, 2 bytes per entry, event index; used ring:
+        // flags, index, 8 bytes per entry, event index.
         let place = |what: &str, user, len| {
             let guest = self.memory.guest_address(user, len);
             guest.ok_or_else(|| {
-                refusal(format!("the {what} at {user:#x} lies outside the memory that the front-end shares. {SHARE}"))
+                refusal(format!(
+                    "the {what} at {user:#x} is outside the memory that the front-end shares. {SHARE_HINT}"
+                ))
             })
         };
         Ok(RingAddresses {
@@ -201,10 +209,10 @@ impl<'a> Rings<'a> {
         })
     }
 
-    /// Drains and stops these rings, all at once; they keep their place.
+    /// Stops the running rings of `range`, and waits until all are drained. Each setup then has the index to resume from.
     ///
     /// # Errors
-    /// If the requests of a queue do not end in time. The ring then counts as stopped at an unknown place.
+    /// A refusal if the requests of a queue do not complete in time. The ring then counts as stopped, at an unknown index.
     pub(super) fn stop(&mut self, range: Range<usize>) -> VhostResult<()> {
         let running: Vec<usize> = range.filter(|i| self.setups[*i].running).collect();
         let answers: Vec<_> = running.iter().map(|i| self.workers[*i].stop_ring()).collect();
@@ -214,11 +222,11 @@ impl<'a> Rings<'a> {
             ring.running = false;
             match wait_for_reply(&answer, || is_drain_overdue(self.stop, begun.elapsed())) {
                 WaitOutcome::Answer(base) => ring.base = base,
-                WaitOutcome::ThreadLost => warn!("disk {}: the thread of queue {index} is lost", self.name),
+                WaitOutcome::ThreadLost => warn!("disk {}: the thread of queue {index} has ended", self.name),
                 WaitOutcome::TimedOut => {
                     self.workers[*index].keep_unanswered_stop(answer);
                     self.is_stuck = true;
-                    let what = format!("the requests of queue {index} do not end: the storage does not answer");
+                    let what = format!("the storage does not respond: requests of queue {index} do not complete");
                     warn!("disk {}: {what}", self.name);
                     outcome = Err(refusal(what));
                 }
@@ -231,27 +239,27 @@ impl<'a> Rings<'a> {
         self.stop(0..self.setups.len())
     }
 
-    /// Whether the connection is to be closed because requests do not end. The front-end may connect again, and is served
-    /// once they have ended.
+    /// Returns whether the connection must be closed because requests in flight do not complete. The front-end may connect
+    /// again, and is served when they have completed.
     pub(super) fn is_stuck(&self) -> bool {
         self.is_stuck
     }
 
-    /// Whether a page of the guest's memory, or of the in-flight region, could not be had.
+    /// Returns whether an access to guest memory or to the in-flight region failed.
     pub(super) fn is_memory_lost(&self) -> bool {
         self.memory.is_lost() || self.inflight.as_ref().is_some_and(InflightRecords::is_lost)
     }
 
-    /// Starts every ring that is complete. One that cannot be started stays stopped until it is set up anew.
+    /// Starts all complete rings. A ring that cannot be started stays stopped until its setup changes.
     pub(super) fn start_all(&mut self) {
         for index in 0..self.setups.len() {
             if let Err(e) = self.start_if_complete(index) {
-                warn!("disk {}: ring {index} does not start: {e}", self.name);
+                warn!("disk {}: cannot start ring {index}: {e}", self.name);
             }
         }
     }
 
-    /// Puts another memory table in place while no ring runs.
+    /// Replaces the memory table while no ring runs.
     ///
     /// # Errors
     /// As [`Rings::stop`].
@@ -262,7 +270,10 @@ impl<'a> Rings<'a> {
         Ok(())
     }
 
-    /// Changes a ring while it does not run.
+    /// Changes the setup of a ring while the ring does not run.
+    ///
+    /// # Errors
+    /// As [`Rings::stop`] and [`Rings::start_if_complete`].
     pub(super) fn change_ring(&mut self, index: usize, change: impl FnOnce(&mut RingSetup)) -> VhostResult<()> {
         self.stop(index..index + 1)?;
         change(&mut self.setups[index]);
@@ -272,12 +283,12 @@ impl<'a> Rings<'a> {
 
 impl Drop for Rings<'_> {
     fn drop(&mut self) {
-        // What does not end in time was logged.
+        // A timeout was logged by `stop`.
         let _ = self.stop_all();
     }
 }
 
-/// Whether a wait of so long for a queue is too long.
+/// Returns whether a drain that has taken `waited` is overdue; after the stop signal the limit is shorter.
 fn is_drain_overdue(end: BorrowedFd<'_>, waited: Duration) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let is_ending = || poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);

@@ -1,4 +1,4 @@
-//! The sockets of the daemon: made, taken over, and gone when their owner goes.
+//! The sockets of a served disk: listening ones that it creates or is handed, and connected ones that it is handed.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,51 +7,46 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use super::bind::{NameLock, OwnedName, SocketAccess, bind};
+use super::bind::{BoundName, SocketAccess, bind};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How front-ends reach a disk.
+/// The socket on which a disk is served.
 #[derive(Debug)]
 pub enum Socket {
-    /// They connect, one after the other.
+    /// A listening socket, which serves one front-end after another.
     Listening(Listener),
-    /// There is one, connected before we were started; when it leaves, we are done.
+    /// A connection that was handed over. The disk is served until its front-end disconnects.
     Connected(UnixStream),
 }
 
-/// A listening socket. The name in the file system goes with it if we made it.
+/// A listening socket. Dropping it removes its name from the file system if this process created the name.
 #[derive(Debug)]
 pub struct Listener {
-    // Dropped first: nobody finds a name on which nobody listens.
+    // Dropped first, so that the name is removed before the socket stops listening.
     bound_name: Option<BoundName>,
     socket: UnixListener,
 }
 
-/// The name of a socket that this process made.
-#[derive(Debug)]
-pub(super) struct BoundName {
-    // Dropped first: it is removed while the name is locked.
-    pub(super) name: OwnedName,
-    pub(super) _lock: NameLock,
-}
-
 impl Socket {
-    /// Makes a listening socket at `path` for those whom `access` admits. It replaces the socket of a process that has
-    /// ended.
+    /// Creates a listening socket at `path` that admits the users given by `access`. Replaces the socket of a process that
+    /// has ended.
     ///
     /// # Errors
-    /// * `Busy`: another process listens at `path`, or is about to.
-    /// * `Refused`: a file that is not a socket, or a socket of another type that is in use, has the name.
+    /// * `Busy`: another process listens at `path`, or is starting to.
+    /// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
     /// * `NotFound`: the folder does not exist.
-    /// * `Io`: the host refuses a step, for example the group.
+    /// * `Io`: a system call fails, for example because the process may not set the group.
+
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
-        bind(path, access).map(Socket::Listening)
+        let (socket, bound_name) = bind(path, access)?;
+        Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
     }
 
-    /// Takes over a socket somebody else made: a listening one, or one already connected to a front-end.
+    /// Takes over a socket of the starting process: listening, or connected to a front-end.
     ///
     /// # Errors
-    /// `Refused` where it is not a Unix stream socket.
+    /// * `Refused`: the socket is not a Unix stream socket.
+    /// * `Io`: the descriptor is not a socket.
     pub fn from_fd(fd: OwnedFd) -> Result<Socket> {
         let not_ours = |e: rustix::io::Errno| Error::io("the file descriptor handed over is not a socket", e.into());
         let domain = sockopt::socket_domain(&fd).map_err(not_ours)?;
@@ -67,10 +62,10 @@ impl Socket {
         }
     }
 
-    /// The name of a listening socket, if it has one.
+    /// Returns the path of a listening socket, if it has one.
     pub fn path(&self) -> Option<PathBuf> {
         match self {
-            Socket::Listening(Listener { bound_name: Some(made), .. }) => Some(made.name.path().to_path_buf()),
+            Socket::Listening(Listener { bound_name: Some(name), .. }) => Some(name.path().to_path_buf()),
             Socket::Listening(l) => l.socket.local_addr().ok()?.as_pathname().map(Path::to_path_buf),
             Socket::Connected(_) => None,
         }
@@ -78,14 +73,10 @@ impl Socket {
 }
 
 impl Listener {
-    pub(super) fn new(socket: UnixListener, made: Option<BoundName>) -> Listener {
-        Listener { socket, bound_name: made }
-    }
-
-    /// The next front-end. Waits.
+    /// Waits for the next connection.
     ///
     /// # Errors
-    /// As `accept(2)`.
+    /// Any error of accept(2).
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.socket.accept().map(|(stream, _)| stream)
     }
@@ -97,7 +88,7 @@ impl AsFd for Listener {
     }
 }
 
-/// Who is at the other end, for the log.
+/// Describes the process at the other end, for the log.
 pub(super) fn describe_peer(stream: &UnixStream) -> String {
     match sockopt::socket_peercred(stream) {
         Ok(who) => format!("process {} of user {}", who.pid.as_raw_nonzero(), who.uid.as_raw()),
@@ -112,14 +103,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_handed_over_are_told_apart() {
+    fn a_socket_handed_over_is_listening_or_connected() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listening = Socket::from_fd(UnixListener::bind(&path).unwrap().into()).unwrap();
         assert!(matches!(listening, Socket::Listening(_)));
         assert_eq!(listening.path(), Some(path.clone()));
         drop(listening);
-        assert!(path.exists(), "not ours to remove");
+        assert!(path.exists(), "the starting process owns the name");
         let (near, _far) = UnixStream::pair().unwrap();
         assert!(matches!(Socket::from_fd(near.into()).unwrap(), Socket::Connected(_)));
         assert!(Socket::from_fd(fs::File::open("/dev/null").unwrap().into()).is_err());

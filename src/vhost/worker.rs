@@ -1,7 +1,7 @@
-//! The control thread's end of the thread of a queue (`queue_thread.rs`).
+//! The control thread's handle of the thread of a queue (`queue_thread.rs`).
 //!
-//! A worker lives as long as the disk. The control thread talks to it in commands; a command is put into the channel
-//! first and then rung for. No wait for a worker is without an end: the storage may never answer the requests in flight.
+//! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then notifies the
+//! thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the requests in flight.
 
 use std::fs::File;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -16,73 +16,73 @@ use crate::device::{Device, Queue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{EngineKind, Notifier};
 
-/// What every worker of a disk is started with.
+/// Settings that all workers of a disk share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WorkerSettings {
     pub(super) engine: EngineKind,
-    /// The longest time for which a queue looks for more work before it sleeps.
+    /// Longest time for which a queue polls before its thread sleeps.
     pub(super) poll: Duration,
 }
 
-/// How long a thread may take to end: it waits for the requests in flight, and the storage may not answer.
+/// Time that a thread has to exit: it waits for the requests in flight, and the storage may not respond.
 pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often it is looked whether a thread has ended.
+/// Interval at which a thread is checked for its exit.
 const EXIT_CHECK_PERIOD: Duration = Duration::from_millis(2);
 
-/// The control thread's end of a worker. Dropping it drains the queue and ends the thread, or leaves the thread behind if its
-/// requests do not end in time.
+/// Handle of the thread of a queue. Dropping it drains the queue and ends the thread; if the requests in flight do not
+/// complete in time, the thread is abandoned.
 pub(super) struct Worker {
     commands: Sender<QueueCommand>,
     wakeup: Arc<Notifier>,
     thread: Option<JoinHandle<()>>,
-    /// What carries out its I/O, in a word for the log.
+    /// Name of the I/O engine, for the log.
     pub(super) engine: &'static str,
-    /// The answer to a stop that was not waited for any longer.
+    /// Reply channel of a stop whose wait timed out.
     unanswered_stop: Mutex<Option<Receiver<u16>>>,
-    /// When a thread that was asked to end has to be over.
+    /// Deadline for the exit of the thread, once exit was requested.
     exit_deadline: OnceLock<Instant>,
 }
 
-/// What became of a wait for the thread of a queue.
+/// Result of waiting for the thread of a queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum WaitOutcome<T> {
-    /// Its answer.
+    /// The thread replied.
     Answer(T),
-    /// It did not answer in time. Its requests are still in flight.
+    /// The thread did not reply in time. Its requests are still in flight.
     TimedOut,
-    /// The thread is lost.
+    /// The thread has ended.
     ThreadLost,
 }
 
 impl Worker {
-    /// Starts the thread of queue `index` of `device`; returns when its lane stands. `alarm` is rung when a page of the
-    /// guest's memory cannot be had.
+    /// Starts the thread of queue `index` of `device`, and returns when its lane has been created. The thread notifies
+    /// `memory_lost` when an access to guest memory failed.
     ///
     /// # Errors
-    /// Where the host has no room for a thread or a lane.
+    /// `Io` if the thread, its lane or its event loop cannot be created.
     pub(super) fn start(
         device: &Arc<Device>,
         index: usize,
         settings: WorkerSettings,
         disk: &str,
-        alarm: &Arc<Notifier>,
+        memory_lost: &Arc<Notifier>,
     ) -> Result<Worker> {
         let cannot = |e| Error::io("cannot start the thread of a queue", e);
-        let bell = Arc::new(Notifier::new()?);
-        let bells = (bell.clone(), alarm.clone());
+        let wakeup = Arc::new(Notifier::new()?);
+        let notifiers = (wakeup.clone(), memory_lost.clone());
         let (commands, receiver) = mpsc::channel();
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (device, name) = (device.clone(), format!("disk {disk}, queue {index}"));
         let body = move || {
-            // The lane is made by the thread that uses it: a ring of the host may belong to one thread.
+            // Created by the thread that uses it: an io_uring may be limited to one thread.
             let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
             let engine = lane.as_ref().map_or("", |lane| lane.engine().name());
-            let made = lane.and_then(|lane| {
+            let created = lane.and_then(|lane| {
                 let queue = Queue::new(device, lane, index);
-                QueueThread::new(queue, receiver, bells, settings.poll, name)
-                    .map_err(|e| Error::io("cannot make the event loop of a queue", e))
+                QueueThread::new(queue, receiver, notifiers, settings.poll, name)
+                    .map_err(|e| Error::io("cannot create the event loop of a queue", e))
             });
-            match made {
+            match created {
                 Ok(mut thread) => {
                     let _ = ready.send(Ok(engine));
                     thread.run();
@@ -93,7 +93,7 @@ impl Worker {
         let thread = thread::Builder::new().name(format!("queue-{index}")).spawn(body).map_err(cannot)?;
         let mut worker = Worker {
             commands,
-            wakeup: bell,
+            wakeup,
             thread: Some(thread),
             engine: "",
             unanswered_stop: Mutex::default(),
@@ -103,13 +103,14 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Runs a ring. The queue must be stopped. `is_late` returns whether the wait has become too long.
+    /// Starts a ring on the stopped queue. `is_late` returns whether the wait for the thread has become too long.
     ///
     /// # Errors
-    /// If the ring cannot be run, the queue is broken for good, or requests of an earlier ring are still in flight.
+    /// * `Busy`: requests of an earlier ring are still in flight, or the thread does not reply in time.
+    /// * `Io`: the queue is out of service, or the ring cannot be started.
     pub(super) fn start_ring(&self, ring: ReadyRing, is_late: impl Fn() -> bool) -> Result<()> {
         if self.has_unanswered_stop() {
-            let what = "requests of an earlier ring are still in flight: the storage does not answer";
+            let what = "the storage does not respond: requests of an earlier ring are still in flight";
             return Err(Error::new(ErrorKind::Busy, what));
         }
         let (reply, answer) = mpsc::sync_channel(1);
@@ -118,14 +119,17 @@ impl Worker {
             WaitOutcome::Answer(outcome) => outcome,
             WaitOutcome::ThreadLost => Err(Worker::thread_lost()),
             WaitOutcome::TimedOut => {
-                // If it starts the ring after all, it stops it right after.
+                // If the thread starts the ring later, it processes this stop next.
                 self.keep_unanswered_stop(self.stop_ring());
-                Err(Error::new(ErrorKind::Busy, "the thread of the queue does not answer: the storage does not"))
+                Err(Error::new(
+                    ErrorKind::Busy,
+                    "the storage does not respond, so the thread of the queue does not reply",
+                ))
             }
         }
     }
 
-    /// Whether an earlier stop has no answer yet.
+    /// Returns whether an earlier stop has no reply yet.
     pub(super) fn has_unanswered_stop(&self) -> bool {
         let mut late = self.unanswered_stop.lock().unwrap_or_else(PoisonError::into_inner);
         if late.as_ref().is_some_and(|answer| answer.try_recv() != Err(TryRecvError::Empty)) {
@@ -134,12 +138,12 @@ impl Worker {
         late.is_some()
     }
 
-    /// Remembers a stop that is not waited for any longer.
+    /// Keeps the reply channel of a stop whose wait timed out.
     pub(super) fn keep_unanswered_stop(&self, answer: Receiver<u16>) {
         *self.unanswered_stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
     }
 
-    /// Asks the thread to end, without waiting for it. It has time until `by`, or as long as an earlier call gave it.
+    /// Requests the exit of the thread without waiting. The deadline is `by`, or that of the first call.
     pub(super) fn request_exit(&self, by: Instant) {
         self.exit_deadline.get_or_init(|| {
             self.send(QueueCommand::Exit);
@@ -147,7 +151,7 @@ impl Worker {
         });
     }
 
-    /// Waits for a thread that was asked to end; false if it has not ended in its time.
+    /// Waits for the exit of the thread until its deadline. Returns false if the thread runs on, or if no exit was requested.
     pub(super) fn wait_for_exit(&self) -> bool {
         let (Some(thread), Some(by)) = (&self.thread, self.exit_deadline.get()) else { return false };
         while !thread.is_finished() {
@@ -159,18 +163,18 @@ impl Worker {
         true
     }
 
-    /// Puts another event counter in the place of the one by which the guest learns of completions.
+    /// Replaces the call eventfd, which signals completions to the guest.
     pub(super) fn set_call(&self, call: Option<File>) {
         self.send(QueueCommand::SetCall(call));
     }
 
-    /// The same for the one by which the front-end learns of a broken ring.
+    /// Replaces the error eventfd, which signals a broken ring to the front-end.
     pub(super) fn set_err(&self, err: Option<File>) {
         self.send(QueueCommand::SetErr(err));
     }
 
-    /// Stops the ring: takes no more requests, and the answer comes when those taken are complete. The answer is the
-    /// number of the next available entry; none where the thread is lost.
+    /// Stops the ring: the thread takes no more requests, and replies when those in flight have completed. The reply is the
+    /// index of the next available entry. The channel is closed without a reply if the thread has ended.
     pub(super) fn stop_ring(&self) -> Receiver<u16> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(QueueCommand::Stop(reply));
@@ -178,7 +182,7 @@ impl Worker {
     }
 
     fn send(&self, command: QueueCommand) {
-        // A thread that is gone drops the command, and with it the sender of its answer: the caller sees that.
+        // If the thread has ended, the command is dropped with its reply channel, which the caller notices.
         let _ = self.commands.send(command);
         self.wakeup.notify();
     }
@@ -192,18 +196,18 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.request_exit(Instant::now() + EXIT_TIMEOUT);
         if !self.wait_for_exit() {
-            error!("the thread of a queue is left behind: its requests do not end");
+            error!("abandoned the thread of a queue: its requests do not complete");
             return;
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            error!("the thread of a queue ended by a fault");
+            error!("the thread of a queue panicked");
         }
     }
 }
 
-/// Waits for an answer of a thread; `is_late` returns whether the wait has become too long.
+/// Waits for the reply of a thread. `is_late` returns whether the wait has become too long.
 pub(super) fn wait_for_reply<T>(answer: &Receiver<T>, is_late: impl Fn() -> bool) -> WaitOutcome<T> {
     loop {
         match answer.recv_timeout(Duration::from_millis(20)) {

@@ -26,7 +26,10 @@ fn children_are_listed_by_the_uuid_that_they_record() {
     diffdisk(["create", &root, "--size", "1M"]).ok();
     let list = |more: &[&str]| -> Value { diffdisk([&["children", &root, "--json"], more].concat()).ok().json() };
     assert_eq!(list(&[]), serde_json::json!([]));
-    assert!(String::from_utf8_lossy(&diffdisk(["children", &root]).ok().stdout).contains("no image stands on it"));
+    assert!(
+        String::from_utf8_lossy(&diffdisk(["children", &root]).ok().stdout)
+            .contains("no children in the folders searched")
+    );
     for name in ["here/b.vhd", "here/a.vhd", "there/c.vhd"] {
         diffdisk(["create", &text(&at(name)), "--parent", &root]).ok();
     }

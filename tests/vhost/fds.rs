@@ -86,7 +86,7 @@ fn only_event_counters_are_taken() {
         }
         assert!(front_end.set(request, 0u64.as_bytes(), &[event().as_fd()]));
     }
-    daemon.wait_for_log("not an event counter (eventfd)", refusals);
+    daemon.wait_for_log("not an eventfd", refusals);
     drop(front_end);
     assert!(daemon.terminate().success());
 }

@@ -21,7 +21,7 @@ use super::raw::*;
 use super::{MIB, event};
 
 /// What the log has of it.
-const LOST: &str = "a page of the guest's memory cannot be had";
+const LOST: &str = "an access to guest memory failed";
 
 /// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`; and its runtime folder.
 fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, tempfile::TempDir) {

@@ -136,7 +136,7 @@ fn a_start_that_is_stopped_while_it_waits_leaves_nothing_behind() {
     let before = scene.leftover_files();
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=c.sock";
     let mut waits = scene.daemon("", args).spawn().unwrap();
-    scene.wait_for(&mut waits, "waits up to");
+    scene.wait_for(&mut waits, "waiting up to");
     assert!(scene.leftover_files().len() > before.len(), "the first disk stands");
     assert_eq!(stop(waits, Signal::TERM), Some(0), "{}", scene.log_text());
     assert_eq!(scene.leftover_files(), before);

@@ -229,7 +229,7 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
     let status = daemon.terminate_within(Duration::from_secs(20));
     assert!(begun.elapsed() < Duration::from_secs(7), "{:?}: {}", begun.elapsed(), daemon.log());
     assert!(status.is_some_and(|status| !status.success()), "what was not written is no success: {}", daemon.log());
-    assert!(daemon.log().contains("the storage does not answer"), "{}", daemon.log());
+    assert!(daemon.log().contains("the storage does not respond"), "{}", daemon.log());
     drop(stuck);
 }
 
@@ -240,7 +240,7 @@ fn stopping_a_queue_has_a_deadline() {
     front_end.send_message(GET_VRING_BASE, [0u32, 0].as_bytes(), &[]);
     std::thread::sleep(Duration::from_secs(20));
     assert!(front_end.is_closed(), "{}", daemon.log());
-    daemon.wait_for_log("the storage does not answer", 1);
+    daemon.wait_for_log("the storage does not respond", 1);
     // A front-end that comes back is answered, but cannot have the queue yet.
     let mut again = FrontEnd::negotiated(daemon.connect());
     let next = ManualGuest::new(Part::Data);

@@ -1,0 +1,29 @@
+//! Exit codes, and the line of a failure.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use super::print::escape_controls;
+use crate::error::Error;
+
+/// Exit codes of `diffdisk`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Exit {
+    Done = 0,
+    Failed = 1,
+    Corrupt = 3,
+    Leaks = 4,
+    Different = 5,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Prints the line of an error to standard error.
+pub(super) fn print_failure(verb: &str, e: &Error) {
+    // Ignored, since standard error may be closed.
+    let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", escape_controls(&e.line()));
+}
