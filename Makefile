@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test quick test-one check guest oracles world-long kill-long exchange-long bench bench-full bench-instructions fio
+.PHONY: help build demo farm test quick test-one check guest oracles world-long kill-long exchange-long bench bench-full bench-instructions fio
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,12 @@ build: ## the programs diffdisk and diffdiskd, in target/release
 
 demo: ## a virtual machine works on a child of a golden image (about a minute)
 	@vm-images/demo.sh
+
+farm: ## 64 guests on children of one image, on a file system of 8 GiB that they nearly fill (about 20 minutes; needs root)
+	.ci/install full
+	vm-images/build-guest.sh full
+	cargo build --release --bins
+	vm-images/farm.sh
 
 guest: ## the Linux guest that tests boot, in vm-images/cache
 	.ci/install full
