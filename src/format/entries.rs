@@ -145,7 +145,7 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
 mod tests {
     use super::*;
     use crate::format::footer::{DiskType, Footer};
-    use crate::format::metadata::MetadataPart;
+    use crate::format::metadata_part::MetadataPart;
     use crate::format::random::Random;
     use uuid::Uuid;
 

@@ -6,11 +6,8 @@ use std::ffi::{OsStr, OsString};
 use std::ops::Range;
 
 use crate::format::defect::Defect;
-use crate::format::parent_path::{ParentPath, name_on_share, normalise};
+use crate::format::parent_path::{MAX_TEXT_BYTES, ParentPath, name_on_share, normalise};
 use crate::units::SECTOR;
-
-/// The longest text of a locator that is read (O11), in bytes.
-pub const MAX_TEXT_BYTES: u32 = 4096;
 
 /// The most room for a text that is taken as set aside, in bytes.
 const MAX_SPACE_BYTES: u64 = 64 << 10;

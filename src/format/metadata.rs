@@ -4,7 +4,6 @@
 //! comes in `entries`. Metadata need not lie in front of the blocks (Xen Orchestra puts locators where a block was), so
 //! the extents are kept one by one.
 
-use std::fmt;
 use std::ops::Range;
 
 use crate::format::bat;
@@ -12,40 +11,11 @@ use crate::format::batmap::BatmapHeader;
 use crate::format::defect::Defect;
 use crate::format::footer::{FOOTER_BYTES, Footer};
 use crate::format::header::{DynamicHeader, HEADER_BYTES};
+use crate::format::metadata_part::MetadataPart;
 use crate::units::SECTOR;
 
 /// The most bytes of BAT that are read of one image (O9).
 pub const MAX_TABLE_BYTES: u64 = 16 << 20;
-
-/// A piece of metadata.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MetadataPart {
-    /// The copy of the footer at the start.
-    FrontFooter,
-    /// The dynamic header.
-    Header,
-    /// The BAT, in whole sectors.
-    Table,
-    /// The header of XenServer's batmap.
-    BatmapHeader,
-    /// XenServer's batmap.
-    Batmap,
-    /// The text of a parent locator, in whole sectors.
-    Locator(usize),
-}
-
-impl fmt::Display for MetadataPart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MetadataPart::FrontFooter => f.write_str("footer at the start"),
-            MetadataPart::Header => f.write_str("dynamic header"),
-            MetadataPart::Table => f.write_str("block table"),
-            MetadataPart::BatmapHeader => f.write_str("header of the batmap"),
-            MetadataPart::Batmap => f.write_str("batmap"),
-            MetadataPart::Locator(slot) => write!(f, "parent locator {slot}"),
-        }
-    }
-}
 
 /// Bytes of the file that a piece of metadata takes.
 #[derive(Clone, PartialEq, Eq, Debug)]

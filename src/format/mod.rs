@@ -30,7 +30,7 @@ pub mod batmap;
 pub mod bitmap;
 mod checksum;
 pub mod defect;
-mod defect_text;
+mod defect_rule;
 pub mod entries;
 pub mod footer;
 pub mod footer_choice;
@@ -40,11 +40,15 @@ pub mod image_format;
 pub mod layout;
 pub mod locator;
 pub mod metadata;
+pub mod metadata_part;
 pub mod parent_path;
+#[cfg(test)]
+pub(crate) mod random;
 pub mod session_stamp;
 
 pub use batmap::BatmapHeader;
-pub use defect::{Consequence, Defect, Severity};
+pub use defect::Defect;
+pub use defect_rule::{Consequence, Severity};
 pub use entries::{EntryRules, PlacedBlocks, check_entries, unreferenced};
 pub use footer::{DiskType, Footer};
 pub use footer_choice::{ChosenFooter, FooterSource, choose};
@@ -53,36 +57,7 @@ pub use header::DynamicHeader;
 pub use image_format::ImageFormat;
 pub use layout::NewLayout;
 pub use locator::{LocatorEntry, Platform, RecordedParent};
-pub use metadata::{MetadataExtent, MetadataMap, MetadataPart, check_header_place, check_table};
+pub use metadata::{MetadataExtent, MetadataMap, check_header_place, check_table};
+pub use metadata_part::MetadataPart;
 pub use parent_path::ParentPath;
 pub use session_stamp::SessionStamp;
-
-#[cfg(test)]
-pub(crate) mod random {
-    //! Numbers for random tests: splitmix64, from the seed in `DIFFDISK_SEED` or a fixed one, printed on failure.
-
-    pub(crate) struct Random(u64);
-
-    impl Random {
-        pub(crate) fn new() -> Random {
-            let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_060_101);
-            println!("DIFFDISK_SEED={seed}");
-            Random(seed)
-        }
-
-        pub(crate) fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            z ^ (z >> 31)
-        }
-
-        pub(crate) fn below(&mut self, limit: u32) -> u32 {
-            u32::try_from(self.next() % u64::from(limit)).expect("below 2^32")
-        }
-
-        pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-            bytes.iter_mut().for_each(|byte| *byte = self.next().to_be_bytes()[0]);
-        }
-    }
-}

@@ -7,8 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::locator::MAX_TEXT_BYTES;
 
+/// The longest text of a locator that is read (O11), in bytes.
+pub const MAX_TEXT_BYTES: u32 = 4096;
 /// UTF-16 units of the parent's name in the header, one less than its room.
 const NAME_UNITS: usize = 255;
 
