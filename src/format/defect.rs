@@ -1,8 +1,6 @@
-//! Every way in which the bytes of an image can be wrong, each with the numbers that offend.
+//! The table of defects: every way in which the bytes of an image can be wrong.
 //!
-//! One row a rule: all that is declared of a defect stands there. The columns are those of `defects!` in `defect_rule`: the
-//! name for programs (`check --json`), the rule of `docs/format.md`, the severity, the [`Consequence`] by which every verb and
-//! the daemon decide, whether a repair mends it, the kind of error, the byte offset, and the sentence for people.
+//! One row declares one defect. [`defects!`] explains the columns.
 
 use std::fmt;
 
@@ -15,145 +13,145 @@ use crate::format::metadata_part::MetadataPart;
 use crate::units::SECTOR;
 
 defects! {
-/// A violated rule. `at` is a byte offset in the file.
+/// A broken rule of the format, with the numbers that break it. `at` is a byte offset in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs, reason = "the fields are the numbers of the sentence that Display makes of them")]
 pub enum Defect {
-    /// Not a regular file.
+    /// The file is not a regular file.
     NotRegular
         ["not-regular", O1, Corruption, NotReadable, false, Refused, none]
         "not a regular file";
-    /// Too short for a footer.
+    /// The file is too short for a footer.
     FileTooShort { len: u64 }
         ["file-too-short", O2, Corruption, NotReadable, false, Invalid, none]
         "the file is too short: {len} bytes; the smallest image has 512";
-    /// No footer at the end, and none at the front that may be used.
+    /// There is no footer at the end, and no usable copy at the start.
     FooterMissing { len: u64 }
         ["footer-missing", O3, Corruption, NotReadable, false, Invalid, none]
-        "no footer at the end of the file, and none at its start that a fixed disk could not have forged";
-    /// These bytes are no footer.
+        "the file has no footer at its end and no usable copy of one at its start";
+    /// The bytes are not a footer.
     FooterCookie { at: u64 }
         ["footer-cookie", _, Corruption, NotReadable, false, Invalid, relative at]
-        "no footer here: it would begin with \"conectix\"";
-    /// The footer of an interrupted `vhd-util resize`.
+        "no footer here: it does not begin with \"conectix\"";
+    /// The footer was marked by a `vhd-util resize` that did not finish.
     Poisoned { at: u64 }
         ["poisoned", _, Corruption, NotReadable, false, Refused, relative at]
-        "a resize was interrupted: go on with it or undo it with `vhd-util revert` and its journal";
-    /// The footer's checksum does not fit its bytes.
+        "a resize by vhd-util was interrupted: finish it, or undo it with `vhd-util revert` and its journal";
+    /// The checksum in the footer does not match its bytes.
     FooterChecksum { at: u64, stored: u32, computed: u32 }
         ["footer-checksum", O4, Corruption, NotReadable, false, Invalid, relative at]
-        "the footer's checksum is {stored:#010x}, its bytes give {computed:#010x}";
-    /// Another major version of the format.
+        "the footer stores checksum {stored:#010x}, but its bytes give {computed:#010x}";
+    /// The footer has another major version of the format.
     FooterVersion { at: u64, version: u32 }
         ["footer-version", O4, Corruption, NotReadable, false, Invalid, relative at]
-        "format version {}.{}; only 1.x is known", version >> 16, version & 0xFFFF;
-    /// A disk type that nobody serves.
+        "format version {}.{} is not supported; only 1.x is", version >> 16, version & 0xFFFF;
+    /// The disk type is not fixed, dynamic or differencing.
     DiskType { at: u64, code: u32 }
         ["disk-type", O4, Corruption, NotReadable, false, Invalid, relative at]
-        "disk type {code}; known are 2 (fixed), 3 (dynamic) and 4 (differencing)";
-    /// An impossible virtual size.
+        "disk type {code} is not supported; supported are 2 (fixed), 3 (dynamic) and 4 (differencing)";
+    /// The virtual size is not allowed.
     DiskSize { at: u64, size: u64 }
         ["disk-size", O5, Corruption, NotReadable, false, Invalid, relative at]
-        "virtual size of {size} bytes; it must be a multiple of 512 from 512 bytes to 2040 GiB";
-    /// A fixed disk with less data than its size.
+        "virtual size of {size} bytes: it must be a multiple of 512 from 512 bytes to 2040 GiB";
+    /// A fixed disk has less data than its size.
     FixedTooShort { size: u64, data: u64 }
         ["fixed-too-short", O2, Corruption, NotReadable, false, Invalid, *data]
-        "a fixed disk of {size} bytes, of which the file holds only {data}";
-    /// A fixed disk whose file holds more data than the disk has.
+        "the fixed disk has {size} bytes, but the file holds only {data} bytes of data";
+    /// A fixed disk has more data than its size.
     FixedMore { size: u64, data: u64 }
         ["fixed-more", _, Cosmetic, Warning, false, Invalid, *data]
-        "a fixed disk of {size} bytes in a file that holds {data} bytes of data: no guest sees the {} bytes after \
-         the end of the disk", data - size;
-    /// A fixed disk with zeros after its footer.
+        "the file holds {data} bytes of data for a fixed disk of {size} bytes; a guest does not see the last {} bytes",
+        data - size;
+    /// Zeros follow the footer of a fixed disk.
     FixedPadded { at: u64, padding: u64 }
         ["fixed-padded", _, Cosmetic, NotReadable, true, Invalid, *at]
-        "a padded fixed disk: {padding} zeros follow its footer. It is not opened, since a guest can write such \
-         bytes to a raw disk; if it is a fixed VHD, `check --repair` cuts the padding off";
-    /// An image of another format.
+        "{padding} zero bytes follow the footer of a fixed disk. The file is not opened, because a guest can write the \
+         same bytes to a raw disk; if it is a fixed VHD, `check --repair` removes the padding";
+    /// The file is an image of another format.
     OtherFormat { format: ImageFormat }
         ["other-format", _, Corruption, NotReadable, false, Unsupported, none]
-        "a {} image, not a VHD; QEMU converts it: `qemu-img convert -f {} -O vpc -o force_size=on SOURCE DESTINATION`",
-        format.name(), format.qemu_driver();
-    /// Both footers are valid and contradict each other.
+        "a {} image, not a VHD; convert it with QEMU: `qemu-img convert -f {} -O vpc -o force_size=on SOURCE \
+         DESTINATION`", format.name(), format.qemu_driver();
+    /// Both footers are valid but differ in a field with consequences.
     FootersDiffer { at: u64, field: &'static str }
         ["footers-differ", O3, Corruption, NotWritable, true, Invalid, *at]
-        "the two footers are valid but differ in the {field}; the one at the end counts, and nothing is \
-         written before `check --repair`";
-    /// Both footers are valid and name two kinds of disk.
+        "both footers are valid but differ in the {field}; the one at the end is used, and the image is read-only \
+         until `check --repair`";
+    /// Both footers are valid but have different disk types.
     FooterKindsDiffer { at: u64, front: &'static str, end: &'static str }
         ["footer-kinds-differ", O3, Corruption, NotWritable, false, Invalid, *at]
-        "the two footers are valid, but the one at the start says {front} and the one at the end {end}; `check \
-         --repair --take front` or `--take end` chooses";
-    /// Both footers are valid and differ in a byte without consequence.
+        "both footers are valid, but the one at the start has the disk type {front} and the one at the end {end}; \
+         choose with `check --repair --take front` or `--take end`";
+    /// Both footers are valid and differ in bytes without consequence.
     FooterCopyStale
         ["footer-copy-stale", _, Cosmetic, Warning, true, Invalid, 0]
-        "the two footers differ in bytes without consequence";
-    /// A dynamic disk without a footer at its end.
+        "the copy of the footer at the start differs from the footer at the end in bytes without consequence";
+    /// A dynamic disk has no footer at its end.
     TrailingFooterMissing { len: u64 }
         ["trailing-footer-missing", O3, Corruption, Warning, true, Invalid, *len]
-        "the footer at the end is missing (an unclean end); the one at the start is used";
-    /// A dynamic disk with a damaged footer at its end.
+        "the footer at the end is missing (the image was not closed cleanly); the copy at the start is used";
+    /// The footer at the end of a dynamic disk is damaged.
     TrailingFooterInvalid { at: u64, reason: Box<Defect> }
         ["trailing-footer-invalid", O3, Corruption, Warning, true, Invalid, *at]
-        "the footer at the end is damaged ({reason}); the one at the start is used";
-    /// A dynamic disk whose front footer is damaged.
+        "the footer at the end is damaged ({reason}); the copy at the start is used";
+    /// The copy of the footer at the start of a dynamic disk is damaged.
     FrontFooterInvalid { reason: Box<Defect> }
         ["front-footer-invalid", O3, Corruption, Warning, true, Invalid, 0]
-        "the footer at the start is damaged: {reason}";
-    /// A footer of 511 bytes, as written before 2004.
+        "the copy of the footer at the start is damaged: {reason}";
+    /// The footer has 511 bytes, as programs wrote it before 2004.
     ShortFooter { at: u64 }
         ["short-footer", _, Cosmetic, Warning, true, Invalid, *at]
-        "a footer of 511 bytes, as written before 2004";
-    /// The dynamic header cannot be where the footer says.
+        "the footer has 511 bytes, as programs wrote it before 2004";
+    /// The dynamic header cannot be at the offset that the footer records.
     HeaderPlace { offset: u64, len: u64 }
         ["header-place", O6, Corruption, NotReadable, false, Invalid, len.saturating_sub(SECTOR)]
-        "the dynamic header would be at byte {offset}; it must be at a multiple of 512, behind the first \
-         footer, and 1024 bytes before the end ({len})";
-    /// These bytes are no dynamic header.
+        "the dynamic header cannot be at byte {offset}: it must begin at a multiple of 512, after the first footer, \
+         and end within the file of {len} bytes";
+    /// The bytes are not a dynamic header.
     HeaderCookie { at: u64 }
         ["header-cookie", O7, Corruption, NotReadable, false, Invalid, relative at]
-        "no dynamic header here: it would begin with \"cxsparse\"";
-    /// The dynamic header's checksum does not fit its bytes.
+        "no dynamic header here: it does not begin with \"cxsparse\"";
+    /// The checksum in the dynamic header does not match its bytes.
     HeaderChecksum { at: u64, stored: u32, computed: u32 }
         ["header-checksum", O7, Corruption, NotReadable, false, Invalid, relative at]
-        "the dynamic header's checksum is {stored:#010x}, its bytes give {computed:#010x}";
-    /// Another version of the dynamic header.
+        "the dynamic header stores checksum {stored:#010x}, but its bytes give {computed:#010x}";
+    /// The dynamic header has another version.
     HeaderVersion { at: u64, version: u32 }
         ["header-version", O7, Corruption, NotReadable, false, Invalid, relative at]
-        "dynamic header version {version:#010x}; only 0x00010000 is known";
-    /// A block size outside the rules.
+        "dynamic header version {version:#010x} is not supported; only 0x00010000 is";
+    /// The block size is not allowed.
     BlockSize { at: u64, size: u32 }
         ["block-size", O8, Corruption, NotReadable, false, Invalid, relative at]
-        "a block size of {size} bytes; it must be a power of two from 4 KiB to 256 MiB";
-    /// Fewer BAT entries than the disk has blocks.
+        "block size of {size} bytes: it must be a power of two from 4 KiB to 256 MiB";
+    /// The BAT has fewer entries than the disk has blocks.
     TableTooSmall { at: u64, entries: u32, blocks: u64 }
         ["table-too-small", O9, Corruption, NotReadable, false, Invalid, *at]
-        "the block table has {entries} entries for a disk of {blocks} blocks";
-    /// More BAT than is read into memory.
+        "the block table has {entries} entries, but the disk has {blocks} blocks";
+    /// The BAT is larger than the limit.
     TableTooLarge { at: u64, entries: u64, limit: u64 }
         ["table-too-large", O9, Corruption, NotReadable, false, Refused, *at]
-        "the block table needs {entries} entries; at most {limit} are read";
-    /// The BAT does not begin at a sector.
+        "the block table has {entries} entries; at most {limit} are supported";
+    /// The BAT does not begin at a multiple of 512.
     TableUnaligned { at: u64, offset: u64 }
         ["table-unaligned", O10, Corruption, NotReadable, false, Invalid, *at]
-        "the block table would begin at {offset}, which is no multiple of 512";
+        "the block table begins at byte {offset}, which is not a multiple of 512";
     /// The BAT lies outside the file.
     TableOutside { at: u64, offset: u64, bytes: u64, len: u64 }
         ["table-outside", O10, Corruption, NotReadable, false, Invalid, *at]
-        "the block table ({bytes} bytes at {offset}) does not lie in the file of {len} bytes";
-    /// The BAT lies over the front footer or the header.
+        "the block table ({bytes} bytes at {offset}) lies outside the file of {len} bytes";
+    /// The BAT overlaps the copy of the footer or the header.
     TableOverlaps { at: u64, offset: u64, bytes: u64, part: MetadataPart }
         ["table-overlaps", O10, Corruption, NotReadable, false, Invalid, *at]
         "the block table ({bytes} bytes at {offset}) overlaps the {part}";
-    /// A block lies over metadata.
+    /// A block overlaps metadata.
     BlockInMetadata { block: u32, entry: u32, part: MetadataPart }
         ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "block {block} overlaps the {part}";
-    /// A block ends after the end of the data, of which its bitmap calls nothing there present.
+    /// A block ends after the end of the data, and its bitmap marks no sector there as present.
     BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 }
         ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, u64::from(*entry) * SECTOR]
-        "block {block} ends at byte {end}; the data ends at {limit}";
-    /// Two blocks name the same place.
+        "block {block} ends at byte {end}, after the end of the data at byte {limit}";
+    /// Two blocks have the same place.
     BlockDuplicate { block: u32, other: u32, entry: u32 }
         ["block-duplicate", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "blocks {block} and {other} share one place; a write to one would change the other";
@@ -161,113 +159,114 @@ pub enum Defect {
     BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 }
         ["block-overlap", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "blocks {block} and {other} overlap; a write to one would change the other";
-    /// A place is recorded for a block behind the end of the disk.
+    /// The BAT gives a place to a block after the end of the disk.
     BlockBeyondDisk { block: u32, entry: u32, blocks: u64 }
         ["block-beyond-disk", _, Cosmetic, Warning, true, Invalid, u64::from(*entry) * SECTOR]
-        "a place is recorded for block {block} of a disk of {blocks} blocks";
-    /// Entries of 0, where no block can begin: they mean "unused". `block` is the first.
+        "the block table gives a place to block {block}, but the disk has {blocks} blocks";
+    /// BAT entries are 0, where no block can begin; they are read as unused. `block` is the first.
     EntryZero { block: u32, entries: u64, at: u64 }
         ["entry-zero", _, Cosmetic, Warning, true, Invalid, *at]
-        "the table entry of block {block}{} is 0, where no block can begin; it is read as unused", AndMore(entries - 1);
-    /// Sectors of a block are lost: its bitmap calls them present, or is lost itself, and the data ends before them.
+        "the table entry of block {block}{} is 0, where no block can begin; it is read as unused",
+        AndMore(entries - 1);
+    /// Sectors of a block are lost: the data ends before them, and its bitmap marks them as present or is lost, too.
     BlockCutOff { block: u32, sectors: u64, at: u64 }
         ["block-cut-off", O12, Corruption, NotReadable, false, Invalid, *at]
-        "{sectors} sectors of block {block} are lost: the file was cut off before them. Restore the image from a \
-         whole copy; `convert --salvage` copies what is left";
-    /// The bitmap of the last block, which is not whole, calls sectors behind the end of the disk present.
+        "{sectors} sectors of block {block} are lost: the file was truncated before them. Restore the image from a \
+         complete copy; `convert --salvage` copies what is left";
+    /// The bitmap of the last block, which is not whole, marks sectors after the end of the disk as present.
     BitsBeyondDisk { block: u32, bits: u32, at: u64 }
         ["bits-beyond-disk", _, Cosmetic, Warning, true, Invalid, *at]
-        "the bitmap of block {block}, the last one, marks {bits} sectors present that lie behind the end of the \
-         disk";
+        "the bitmap of the last block ({block}) marks {bits} sectors after the end of the disk as present";
     /// No place below 2 TiB is left for a block.
     NoPlace { end: u64 }
         ["no-place", O14, Corruption, NotWritable, false, NoSpace, none]
-        "no room for another block below 2 TiB (the data ends at byte {end}); compact the image";
-    /// Space that no block and no metadata uses.
+        "no place below 2 TiB is left for another block (the data ends at byte {end}); compact the image";
+    /// No block and no metadata uses this space.
     SpaceUnreferenced { offset: u64, bytes: u64 }
         ["space-unreferenced", _, Leak, Warning, true, Invalid, *offset]
-        "{bytes} bytes that nothing refers to";
-    /// A sector that the bitmap calls absent holds data.
+        "no block and no metadata uses {bytes} bytes";
+    /// A sector that the bitmap marks as absent holds data.
     DataUnderClearBit { block: u32, sector: u64, at: u64 }
         ["data-under-clear-bit", _, Cosmetic, Warning, false, Invalid, *at]
-        "sector {sector} of block {block} holds data but is marked absent; programs disagree on it";
-    /// A locator of an unknown platform.
+        "sector {sector} of block {block} holds data but is marked absent; programs differ in how they read it";
+    /// A parent locator has an unknown platform code.
     LocatorPlatform { slot: usize, code: u32 }
         ["locator-platform", O11, Cosmetic, Warning, false, Invalid, none]
-        "parent locator {slot} is of an unknown platform ({code:#010x}) and skipped";
-    /// A locator longer than any path.
+        "parent locator {slot} has the unknown platform code {code:#010x} and is skipped";
+    /// A parent locator is longer than any path.
     LocatorLength { slot: usize, length: u32 }
         ["locator-length", O11, Cosmetic, Warning, false, Invalid, none]
         "parent locator {slot} has {length} bytes, more than 4096, and is skipped";
-    /// A locator whose text lies outside the file or over other metadata.
+    /// The text of a parent locator lies outside the file or over other metadata.
     LocatorPlace { slot: usize, offset: u64, length: u32 }
         ["locator-place", O11, Cosmetic, Warning, false, Invalid, none]
-        "parent locator {slot} (byte {offset}, {length} bytes) lies outside the file or over other metadata, \
-         and is skipped";
-    /// A path to the parent that cannot be used; `slot` is `None` for the name in the header.
+        "parent locator {slot} ({length} bytes at {offset}) lies outside the file or over other metadata and is \
+         skipped";
+    /// A recorded path to the parent cannot be used; `slot` is `None` for the name in the header.
     ParentPath { slot: Option<usize>, text: String, why: &'static str }
         ["parent-path", O11, Cosmetic, Warning, false, Invalid, none]
         "the {} cannot be used: {why}", recorded_path(*slot, text);
-    /// A differencing disk whose parent has no usable name.
+    /// A differencing image records no usable path to its parent.
     ParentUnnamed
         ["parent-unnamed", _, Corruption, NotReadable, false, Invalid, none]
-        "no usable path to the parent is recorded; link it with `diffdisk rebase --unsafe`";
+        "no usable path to the parent is recorded; link the image to its parent with `diffdisk rebase --unsafe`";
     /// None of the recorded paths leads to the parent.
     ParentMissing { tried: Vec<String> }
         ["parent-missing", _, Corruption, NotReadable, false, NotFound, none]
-        "the parent is not there{}. If it was moved or renamed, give its folder with --allow-parents, or link the child \
-         to it with `diffdisk rebase --unsafe`", tried_paths(tried);
-    /// The file found is not the recorded parent.
+        "the parent is not there{}. If it was moved or renamed, give its folder with --allow-parents, or link the \
+         child to it with `diffdisk rebase --unsafe`", tried_paths(tried);
+    /// The file at a recorded path has another UUID than the parent.
     ParentUuid { file: String, recorded: Uuid, found: Uuid }
         ["parent-uuid", O17, Corruption, NotReadable, false, Invalid, none]
-        "the parent must have UUID {recorded}, and {file} has {found}: another image, or one that was made \
-         again. Only if it holds the parent's very data, link the child to it with `diffdisk rebase --unsafe`";
+        "the parent must have UUID {recorded}, but {file} has {found}: it is another image, or was made again. Link \
+         the child to it with `diffdisk rebase --unsafe` only if it holds exactly the parent's data";
     /// The parent is a raw file, in XenServer's dialect.
     ParentRaw
         ["parent-raw", _, Corruption, NotReadable, false, Refused, none]
-        "the recorded parent is a raw file, which a VHD must not choose";
+        "the recorded parent is a raw file, which a VHD may not name as its parent";
     /// The parent's virtual size differs from the child's.
     ParentSize { child: u64, parent: u64 }
         ["parent-size", _, Note, Warning, false, Invalid, none]
-        "the disk has {child} bytes, its parent {parent}";
-    /// The parent's file was changed after the child was made (seconds since 2000).
+        "the disk has {child} bytes, its parent has {parent}";
+    /// The parent's file was changed after the time that the child records (seconds since 2000).
     ParentChanged { recorded: u32, found: u32 }
         ["parent-changed", _, Note, Warning, false, Invalid, none]
-        "the parent's file was changed {} seconds after the time that the child records: harmless where it was \
-         copied, touched or merged into; where its contents changed, so did the child's", found.saturating_sub(*recorded);
-    /// A block that another program has marked whole, with zeros over data of the parent: what QEMU does to a child.
+        "the parent's file was changed {} seconds after the time that the child records. This is harmless if the file \
+         was copied, touched or merged into; if its contents changed, so did the child's disk",
+        found.saturating_sub(*recorded);
+    /// Another program marked a block whole, and its zeros hide data of the parent: what QEMU does to a child.
     ParentHidden { block: u32, sector: u64, at: u64 }
         ["parent-hidden", _, Corruption, Warning, false, Invalid, *at]
-        "block {block} was placed by another program and marked whole: zeros hide data of the parent, from sector \
-         {sector} of the block on. QEMU does that when it writes to a differencing VHD, which it takes for a \
-         dynamic one";
-    /// Blocks that the image's own writer would have placed elsewhere, marked whole; `block` is the first.
+        "block {block} was placed by another program and marked whole: its zeros hide data of the parent, from sector \
+         {sector} of the block on. QEMU does this when it writes to a differencing VHD, which it takes for a dynamic \
+         one";
+    /// Whole blocks are not where the image's own writer would have placed them; `block` is the first.
     PlacedByAnother { block: u32, blocks: u64, at: u64 }
         ["placed-by-another", _, Cosmetic, Warning, false, Invalid, *at]
-        "block {block}{} was placed by another program than the image's own writer, and marked whole. QEMU does that \
-         when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the parent's data; `check \
-         --chain` tells whether it did", AndMore(blocks - 1);
-    /// Blocks that are whole, with zeros over data of the parent; `block` is the first.
+        "block {block}{} was placed by another program than the image's own writer, and marked whole. QEMU does this \
+         when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the parent's data; \
+         `check --chain` reports whether it did", AndMore(blocks - 1);
+    /// Whole blocks hold zeros over data of the parent; `block` is the first.
     ZerosOverParent { block: u32, blocks: u64, at: u64 }
         ["zeros-over-parent", _, Note, Warning, false, Invalid, *at]
-        "block {block}{} is marked whole and holds zeros over data of the parent: the guest has zeroed it, or QEMU has \
-         written to the image, which it takes for a dynamic one", AndMore(blocks - 1);
-    /// A chain of too many files.
+        "block {block}{} is marked whole and holds zeros over data of the parent: either the guest zeroed it, or QEMU \
+         wrote to the image, which it takes for a dynamic one", AndMore(blocks - 1);
+    /// The chain has too many files.
     ChainTooDeep { limit: usize }
         ["chain-too-deep", O17, Corruption, NotReadable, false, Refused, none]
-        "the chain has more than {limit} files; merge some";
-    /// A chain that comes back to a file it has passed.
+        "the chain has more than {limit} files; merge some of them";
+    /// The chain leads back to one of its files.
     ChainCycle { file: String }
         ["chain-cycle", O17, Corruption, NotReadable, false, Invalid, none]
-        "the chain is a cycle: it comes back to {file}";
+        "the chain is a cycle: it leads back to {file}";
     /// Two files of a chain have the same UUID.
     ChainUuidTwice { uuid: Uuid }
         ["chain-uuid-twice", O17, Corruption, NotReadable, false, Invalid, none]
         "two files of the chain have UUID {uuid}";
-    /// The BATs of a chain together are too large.
+    /// The BATs of a chain are too large together.
     ChainTablesTooLarge { bytes: u64, limit: u64 }
         ["chain-tables-too-large", O17, Corruption, NotReadable, false, Refused, none]
-        "the block tables of the chain take {bytes} bytes together, more than {limit}";
+        "the block tables of the chain have {bytes} bytes together, more than {limit}";
     /// The header of XenServer's batmap is damaged or missing.
     BatmapHeader { at: u64 }
         ["batmap-header", O15, Corruption, Warning, false, Invalid, relative at]
@@ -275,31 +274,31 @@ pub enum Defect {
     /// XenServer's batmap lies outside the file.
     BatmapPlace { at: u64, offset: u64, bytes: u64, len: u64 }
         ["batmap-place", O15, Corruption, Warning, false, Invalid, *at]
-        "the batmap (byte {offset}, {bytes} bytes) does not lie in the file of {len} bytes";
-    /// The checksum of XenServer's batmap does not fit.
+        "the batmap ({bytes} bytes at {offset}) lies outside the file of {len} bytes";
+    /// The checksum of XenServer's batmap does not match its bytes.
     BatmapChecksum { at: u64, stored: u32, computed: u32 }
         ["batmap-checksum", O15, Corruption, Warning, true, Invalid, relative at]
-        "the batmap's checksum is {stored:#010x}, its bytes give {computed:#010x}";
-    /// XenServer's batmap calls a block whole that is not.
+        "the batmap's checksum is {stored:#010x}, but its bytes give {computed:#010x}";
+    /// XenServer's batmap marks a block whole that is not.
     BatmapWrong { at: u64, block: u32 }
         ["batmap-wrong", _, Corruption, Warning, true, Invalid, *at]
-        "the batmap calls block {block} whole, which it is not";
+        "the batmap marks block {block} whole, which it is not";
     /// The data is encrypted.
     Encrypted { at: u64 }
         ["encrypted", O15, Cosmetic, NotReadable, false, Refused, relative at]
         "the data is encrypted by XenServer; decrypt it there";
-    /// A machine is suspended on this disk.
+    /// A virtual machine is suspended on this disk.
     SavedState { at: u64 }
         ["saved-state", O16, Cosmetic, NotWritable, false, Refused, *at]
-        "a machine is suspended on this disk; writing would break it";
-    /// Marked as the inner node of a chain.
+        "a virtual machine is suspended on this disk; writing would corrupt its state";
+    /// The image is marked as an inner node of a chain.
     Hidden { at: u64 }
         ["hidden", O16, Cosmetic, NotWritable, false, Refused, *at]
-        "marked as the inner node of a chain; writing would break its children";
+        "marked as an inner node of a chain; writing would corrupt its children";
 }
 }
 
-/// So many more of the same.
+/// Prints how many more blocks have the same defect.
 struct AndMore(u64);
 
 impl fmt::Display for AndMore {
@@ -308,7 +307,7 @@ impl fmt::Display for AndMore {
     }
 }
 
-/// What a path that cannot be used was recorded as: in a locator, or as the name in the header.
+/// Names where an image records a path: in a locator, or in the header.
 fn recorded_path(slot: Option<usize>, text: &str) -> String {
     match slot {
         Some(slot) => format!("path {text:?} of parent locator {slot}"),

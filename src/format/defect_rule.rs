@@ -1,11 +1,11 @@
-//! What is declared of a defect: how bad it is, what follows for programs, and the macro that reads the table of defects.
+//! Severity and consequence of a defect, and the macro that expands the table of defects.
 
-/// What a defect means for programs that open the image.
+/// What a program may do with an image that has a defect.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Consequence {
     /// The image is read and written. Programs that read or write its data log a warning.
     Warning,
-    /// The image is read, and not written until the defect is mended.
+    /// The image is read, and not written until the defect is repaired.
     NotWritable,
     /// The image is neither read nor written.
     NotReadable,
@@ -14,28 +14,29 @@ pub enum Consequence {
 /// How bad a defect is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Severity {
-    /// Nothing is wrong; somebody may want to know.
+    /// Nothing is wrong, but it may explain something.
     Note,
-    /// The disk reads as it should; another program may stumble.
+    /// The disk reads as it should, but another program may fail on the image.
     Cosmetic,
     /// Space that nothing refers to.
     Leak,
-    /// The disk cannot be trusted, or not be served, until mended.
+    /// The disk may read wrong data, or cannot be served, until the defect is repaired.
     Corruption,
 }
 
-/// Declares [`Defect`](super::Defect) and all that follows from its table. A row is
+/// Declares [`Defect`](super::Defect) and its methods from a table. A row is
 ///
 /// ```text
 /// /// Doc comment.
 /// Variant { fields } [name, rule, severity, consequence, repairable, kind of error, offset] "sentence", arguments;
 /// ```
 ///
-/// - name: of the variant, as `check --json` prints it
-/// - rule: of `docs/format.md`, section 7; `_` if none of them is broken
-/// - repairable: whether `check --repair` mends it without guessing
-/// - offset: the byte that it is about, as an expression over the fields; `none`; or `relative at` if the decoder, which
-///   sees a structure without its place, reports 0 in the field `at` and its caller calls `with_base_offset`
+/// - name: the name of the defect in `check --json`
+/// - rule: the rule of `docs/format.md`, section 7; `_` for a defect without a numbered rule
+/// - repairable: whether `check --repair` repairs it without guessing
+/// - offset: the byte offset of the defect, as an expression over the fields; `none`; or `relative at` for a defect
+///   that a decoder reports with `at: 0`, since it does not know where its bytes are. The caller sets `at` by
+///   `with_base_offset`.
 macro_rules! defects {
     (
         $(#[$outer:meta])*
@@ -53,33 +54,33 @@ macro_rules! defects {
             $($(#[$doc])* $variant $({ $($field: $type),* })?,)*
         }
 
-        /// Name and broken rule of each row.
+        /// The name and the rule of each row.
         #[cfg(test)]
         const ROWS: &[(&str, Option<&str>)] = &[$(($name, defects!(@rule $rule)),)*];
 
         impl Defect {
-            /// The name of the kind of defect, for programs.
+            /// The name of the defect, as `check --json` prints it.
             pub fn kind(&self) -> &'static str {
                 match self {
                     $(Defect::$variant { .. } => $name,)*
                 }
             }
 
-            /// How bad it is.
+            /// The severity.
             pub fn severity(&self) -> Severity {
                 match self {
                     $(Defect::$variant { .. } => Severity::$severity,)*
                 }
             }
 
-            /// Whether the image may be read and written all the same.
+            /// What programs may still do with the image.
             pub fn consequence(&self) -> Consequence {
                 match self {
                     $(Defect::$variant { .. } => Consequence::$consequence,)*
                 }
             }
 
-            /// Whether `check --repair` mends it without guessing.
+            /// Whether `check --repair` repairs it without guessing.
             pub fn repairable(&self) -> bool {
                 match self {
                     $(Defect::$variant { .. } => $repairable,)*
@@ -92,7 +93,7 @@ macro_rules! defects {
                 }
             }
 
-            /// The byte offset it is about, where there is one.
+            /// The byte offset of the defect in the file, if it has one.
             #[allow(unused_variables, reason = "each row uses some of its fields")]
             pub fn offset(&self) -> Option<u64> {
                 match self {
@@ -100,7 +101,9 @@ macro_rules! defects {
                 }
             }
 
-            /// The same defect in a structure that begins at byte `base` of the file.
+            /// Returns the defect of a structure that begins at byte `base` of the file.
+            ///
+            /// Decoders do not know that place: they report offset 0.
             #[must_use]
             #[allow(unused_variables, reason = "each row uses some of its fields")]
             pub fn with_base_offset(mut self, base: u64) -> Defect {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::*;
 
 #[test]
-fn severities_and_repairs() {
+fn severity_and_repairability_come_from_the_table() {
     let leak = Defect::SpaceUnreferenced { offset: 8192, bytes: 4096 };
     assert_eq!((leak.severity(), leak.repairable()), (Severity::Leak, true));
     let bad = Defect::BlockDuplicate { block: 1, other: 2, entry: 9 };
@@ -15,14 +15,14 @@ fn severities_and_repairs() {
 }
 
 #[test]
-fn places_what_has_none() {
+fn base_offset_is_set_only_in_defects_of_decoders() {
     assert_eq!(Defect::HeaderCookie { at: 0 }.with_base_offset(512).offset(), Some(512));
     let entry = Defect::BlockOverlap { block: 1, entry: 9, other: 2, other_entry: 8 };
     assert_eq!(entry.clone().with_base_offset(512), entry);
 }
 
 #[test]
-fn becomes_an_error_with_kind_and_place() {
+fn errors_have_the_kind_and_the_offset() {
     let e = Error::from(Defect::FooterCookie { at: 0 }.with_base_offset(4096));
     assert_eq!((e.kind(), e.offset()), (ErrorKind::Invalid, Some(4096)));
     assert_eq!(Error::from(Defect::ParentRaw).kind(), ErrorKind::Refused);

@@ -1,8 +1,8 @@
-//! The pieces of metadata of an image, by name.
+//! The kinds of metadata in an image file.
 
 use std::fmt;
 
-/// A piece of metadata.
+/// A kind of metadata in an image file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MetadataPart {
     /// The copy of the footer at the start.

@@ -1,29 +1,35 @@
 //! Floor 0: the bytes of a VHD.
 //!
-//! Owns: what each byte of an image means, which bytes are acceptable (a [`Defect`] for every way they are not), and
-//! where things go in a file. Leaves to others: reading and writing them, and in which order they become durable.
-//! There is no I/O here, and nothing is allocated by a number that a file names.
+//! Owns: the meaning of each byte of an image, the rules that the bytes must keep (a [`Defect`] for each broken rule),
+//! and the layout of new images. Leaves to others: reading and writing files, and the order in which writes become
+//! durable. There is no I/O here, and no number from a file sizes an allocation.
 //!
 //! ```text
 //! fixed            data ................................................ | footer
 //!
 //! dynamic          footer | header | BAT | gap | bitmap data | gap | bitmap data ... | zero tail | footer
-//!                  copy     |        |  └─ per block: the sector where its bitmap begins, or unused
-//!                           |        └─ its place: header.table_offset
-//!                           └─ its place: footer.data_offset
+//!                  copy     |        |  └─ for each block: the sector where its bitmap begins, or unused
+//!                           |        └─ at header.table_offset
+//!                           └─ at footer.data_offset
 //!
 //! differencing     footer | header | locators | BAT | as above                                   | footer
 //!                  copy     └─ parent's UUID, name, and where the locators (paths to the parent) are
 //!
-//! XenServer's      ... BAT | batmap header | batmap (per block: whole or not) | ...
+//! XenServer        ... BAT | batmap header | batmap (a bit for each block: whole or not) | ...
 //! ```
 //!
-//! All numbers are big-endian; the text in locators alone is UTF-16 little-endian.
+//! All numbers are big-endian; only the text in locators is UTF-16 little-endian.
 //!
-//! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
-//! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`metadata`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
-//! [`session_stamp`] names the live journal of an image that a daemon has open.
+//! | question | module |
+//! | --- | --- |
+//! | kind, size and identity of the disk | [`footer`], [`footer_choice`] |
+//! | where its blocks are | [`header`], [`bat`] |
+//! | which sectors of a block are present | [`bitmap`] |
+//! | where the parent is | [`locator`], [`parent_path`] |
+//! | where new metadata and blocks go | [`layout`] |
+//! | whether metadata and blocks lie where they may | [`metadata`], [`entries`] |
+//! | XenServer's addition | [`batmap`] |
+//! | which live journal belongs to an image that is open | [`session_stamp`] |
 
 pub mod bat;
 pub mod batmap;

@@ -1,4 +1,4 @@
-//! Numbers for random tests: splitmix64, from the seed in `DIFFDISK_SEED` or a fixed one, printed on failure.
+//! Random numbers for tests: splitmix64. The seed is `DIFFDISK_SEED` or a fixed one, and is printed when a test fails.
 
 pub(crate) struct Random(u64);
 
