@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::masked_parent;
-use super::open::OpenMode;
+use super::open_mode::OpenMode;
 use super::parent_lookup::ParentLookup;
 use super::parent_time;
 use super::parents::{ParentSearch, Policy};

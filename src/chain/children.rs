@@ -10,16 +10,16 @@
 //!
 //! A file is a child if its header names the parent's UUID and its paths lead to this file, not to a copy of it.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::merge_record::{percent_decode, percent_encode};
-use super::open::OpenMode;
-use super::parent_lookup::{ParentLookup, lexically_normal};
+use super::open_mode::OpenMode;
+use super::parent_lookup::ParentLookup;
 use super::parents::{ParentSearch, Policy};
+use super::paths::{absolute_path, lexically_normal, percent_decode, percent_encode, relative_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::image::{Image, ImageIdentity, file_name, folder_of, is_temporary_name};
+use crate::image::{Image, ImageIdentity, folder_of, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
@@ -180,22 +180,6 @@ fn recorded_children(parent: &File) -> Result<Vec<PathBuf>> {
 fn encode_children(lines: &[PathBuf]) -> Option<Vec<u8>> {
     let text: Vec<String> = lines.iter().map(|line| percent_encode(line)).collect();
     (!text.is_empty()).then(|| text.join("\n").into_bytes())
-}
-
-/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
-///
-/// # Errors
-/// `Refused` if `path` does not end in a file name; `Io`, `NotFound`: of the folder.
-pub fn absolute_path(env: &dyn Env, path: &Path) -> Result<PathBuf> {
-    let name = file_name(path)?;
-    Ok(env.canonical(folder_of(path))?.join(name))
-}
-
-/// The way from a folder to a file, both absolute and without `..` and symbolic links.
-pub fn relative_path(folder: &Path, file: &Path) -> PathBuf {
-    let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
-    let up = folder.components().skip(common).map(|_| Component::ParentDir);
-    up.chain(file.components().skip(common)).collect()
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
-//! Plans: a range of the disk as runs of sectors that have one source each.
+//! Extents: runs of sectors that have one source each.
 
-use super::frozen_cache::CacheHandle;
 use crate::storage::FileSlot;
 use crate::units::SectorRange;
 
@@ -54,80 +53,20 @@ impl Extent {
     }
 }
 
-/// What must be read from the files before a range can be planned.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Missing {
-    /// A granule of the top's bitmaps.
-    BitmapSector(usize),
-    /// The bitmaps that decide a cell of the frozen map.
-    Cell(usize),
-}
-
-impl Missing {
-    /// These granules of the top.
-    pub fn bitmap_sectors(granules: &[usize]) -> Vec<Missing> {
-        granules.iter().copied().map(Missing::BitmapSector).collect()
+/// Appends a run to extents, joining it to the last where they are neighbours in both worlds.
+#[inline]
+pub(super) fn push(extents: &mut Vec<Extent>, range: SectorRange, source: Source) {
+    if range.is_empty() {
+        return;
     }
-}
-
-/// The answer to "where is this range": extents in ascending order without gaps, unless something is missing.
-///
-/// One is kept by each queue and used again and again, so that planning allocates nothing once it is warm.
-#[derive(Debug, Default)]
-pub struct PlanBuffer {
-    /// The runs. For writes where data goes, for zeroing and discarding where the file is punched.
-    pub extents: Vec<Extent>,
-    /// Ranges to mark when all is done (zeroing only; a write marks its whole range).
-    pub marks: Vec<SectorRange>,
-    /// What to load before asking again. If there is any, the rest of the plan means nothing.
-    pub missing: Vec<Missing>,
-    /// Whether a block got a place: room may be short now.
-    pub reserved: bool,
-    /// Of the last look-up beneath the top.
-    pub(super) cache: Option<CacheHandle>,
-}
-
-/// Layers of the deepest chain, and some more: what one place of the disk can miss.
-const DEDUPLICATED: usize = 128;
-
-impl PlanBuffer {
-    /// Forgets everything, keeps the memory.
-    pub fn clear(&mut self) {
-        self.extents.clear();
-        self.marks.clear();
-        self.missing.clear();
-        self.reserved = false;
+    let next = Extent { range, source };
+    if let Some(last) = extents.last_mut()
+        && let Some(both) = last.try_join(next)
+    {
+        *last = both;
+        return;
     }
-
-    /// Lets go of what look-ups remember of a chain, perhaps the last that keep it in memory. To be called by who may not ask
-    /// again soon.
-    pub fn release_cache(&mut self) {
-        self.cache = None;
-    }
-
-    /// Appends a run, joining it to the last where they are neighbours in both worlds.
-    #[inline]
-    pub fn push(&mut self, range: SectorRange, source: Source) {
-        if range.is_empty() {
-            return;
-        }
-        let next = Extent { range, source };
-        if let Some(last) = self.extents.last_mut()
-            && let Some(both) = last.try_join(next)
-        {
-            *last = both;
-            return;
-        }
-        self.extents.push(next);
-    }
-
-    /// Notes something to load; what was noted lately, once. (A range may miss more than can be compared, and what is loaded
-    /// twice does no harm.)
-    pub fn add_missing(&mut self, what: Missing) {
-        if !self.missing.iter().rev().take(DEDUPLICATED).any(|known| *known == what) {
-            self.missing.push(what);
-        }
-    }
+    extents.push(next);
 }
 
 #[cfg(test)]
@@ -136,15 +75,15 @@ mod tests {
 
     #[test]
     fn neighbours_join() {
-        let mut plan = PlanBuffer::default();
+        let mut extents = Vec::new();
         let file = |offset| Source::File { slot: FileSlot(1), offset };
-        plan.push(SectorRange::between(0, 8), file(4096));
-        plan.push(SectorRange::between(8, 16), file(8192));
-        plan.push(SectorRange::between(16, 17), file(8192));
-        plan.push(SectorRange::between(17, 18), Source::Zero);
-        plan.push(SectorRange::between(18, 18), file(1));
-        plan.push(SectorRange::between(18, 20), Source::Zero);
-        let got: Vec<_> = plan.extents.iter().map(|e| (e.range.start(), e.range.end(), e.source)).collect();
+        push(&mut extents, SectorRange::between(0, 8), file(4096));
+        push(&mut extents, SectorRange::between(8, 16), file(8192));
+        push(&mut extents, SectorRange::between(16, 17), file(8192));
+        push(&mut extents, SectorRange::between(17, 18), Source::Zero);
+        push(&mut extents, SectorRange::between(18, 18), file(1));
+        push(&mut extents, SectorRange::between(18, 20), Source::Zero);
+        let got: Vec<_> = extents.iter().map(|e| (e.range.start(), e.range.end(), e.source)).collect();
         assert_eq!(got, [(0, 16, file(4096)), (16, 17, file(8192)), (17, 20, Source::Zero)]);
     }
 }

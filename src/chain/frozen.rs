@@ -10,8 +10,9 @@
 
 use std::ops::ControlFlow;
 
-use super::extent::{Missing, PlanBuffer, Source};
+use super::extent::{self, Source};
 use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, PackedRun};
+use super::plan::{Missing, PlanBuffer};
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
 use crate::storage::FileSlot;
@@ -65,8 +66,8 @@ impl Frozen {
     /// Appends where `range` is to `plan`, or what must be loaded to tell.
     #[inline]
     pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
-        let mut memo = plan.cache.take();
-        let known = self.cache.table(&mut memo);
+        let mut cache = plan.cache.take();
+        let table = self.cache.table(&mut cache);
         let mut rest = range.clip(SectorRange::between(0, self.sectors));
         let beyond = range.skip(rest.count());
         while !rest.is_empty() {
@@ -74,20 +75,20 @@ impl Frozen {
             let start = index as u64 * CELL_SECTORS;
             let part = rest.clip(SectorRange::between(start, start + CELL_SECTORS));
             rest = rest.skip(part.count());
-            match known.get(index) {
-                Some(cell) => cell.append_to(start, part, plan),
+            match table.get(index) {
+                Some(cell) => cell.append_to(start, part, &mut plan.extents),
                 // Decided now, if that needs no bitmap.
                 None => match self.decide_cell(index, &mut |_, _| None) {
                     Err(_) => plan.add_missing(Missing::Cell(index)),
                     Ok(cell) => {
-                        cell.append_to(start, part, plan);
+                        cell.append_to(start, part, &mut plan.extents);
                         self.cache.insert(index, cell);
                     }
                 },
             }
         }
         plan.push(beyond, Source::Zero);
-        plan.cache = memo;
+        plan.cache = cache;
     }
 
     /// Has the processor fetch what is known of the cell of a sector, where that is not in the table of cells itself.
@@ -138,12 +139,11 @@ impl Frozen {
         }
         walk.decided.extend(walk.undecided.iter().map(|r| (*r, Source::Zero)));
         walk.decided.sort_unstable_by_key(|(r, _)| r.start());
-        let mut joined = PlanBuffer::default();
+        let mut joined = Vec::new();
         for (range, source) in walk.decided {
-            joined.push(range, source);
+            extent::push(&mut joined, range, source);
         }
-        let runs: Box<[PackedRun]> =
-            joined.extents.iter().map(|e| PackedRun::new(e.range.end() - start, e.source)).collect();
+        let runs: Box<[PackedRun]> = joined.iter().map(|e| PackedRun::new(e.range.end() - start, e.source)).collect();
         Ok(if let [run] = *runs { Cell::Whole(run) } else { Cell::Runs(runs) })
     }
 }

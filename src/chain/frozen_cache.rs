@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, Cache};
 
-use super::extent::{PlanBuffer, Source};
+use super::extent::{self, Extent, Source};
 use crate::image::SparseArray;
 use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
@@ -89,10 +89,10 @@ impl Cell {
 
     /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
     #[inline]
-    pub(super) fn append_to(&self, start: u64, part: SectorRange, plan: &mut PlanBuffer) {
+    pub(super) fn append_to(&self, start: u64, part: SectorRange, extents: &mut Vec<Extent>) {
         match self {
-            Cell::Whole(run) => plan.push(part, run.source(part.start() - start)),
-            Cell::Runs(runs) => append_runs(runs, start, part, plan),
+            Cell::Whole(run) => extent::push(extents, part, run.source(part.start() - start)),
+            Cell::Runs(runs) => append_runs(runs, start, part, extents),
         }
     }
 }
@@ -116,7 +116,7 @@ fn find_run(runs: &[PackedRun], at: u64) -> usize {
 }
 
 /// Appends the part of a cell's runs that covers `part`.
-fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, plan: &mut PlanBuffer) {
+fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, extents: &mut Vec<Extent>) {
     let mut rest = part;
     let first = find_run(runs, part.start() - start);
     let mut begin = start_of(runs, first);
@@ -125,7 +125,7 @@ fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, plan: &mut Pla
             break;
         }
         let piece = rest.first(start + run.end() - rest.start());
-        plan.push(piece, run.source(rest.start() - start - begin));
+        extent::push(extents, piece, run.source(rest.start() - start - begin));
         rest = rest.skip(piece.count());
         begin = run.end();
     }

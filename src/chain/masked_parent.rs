@@ -4,8 +4,9 @@
 //! zeros take the place of all the parent's data in it. A guest that zeroes its disk leaves the same bytes; only where the
 //! block was placed by another program than the image's own writer, it was not the guest.
 
-use super::extent::{PlanBuffer, Source};
+use super::extent::Source;
 use super::frozen::{Frozen, Layer};
+use super::plan::PlanBuffer;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;

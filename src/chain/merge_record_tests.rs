@@ -1,6 +1,11 @@
 //! The record of a merge: written, found again, and broken.
 
+use std::os::unix::ffi::OsStrExt;
+
+use super::super::file_stamp::FileStamp;
+use super::super::merge_record::{Copied, MergedLayer};
 use super::*;
+use crate::storage::ModifiedTime;
 use crate::storage::host::Host;
 
 fn intent(folder: &Path) -> MergeRecord {
@@ -58,18 +63,18 @@ fn a_broken_note_is_told() {
     for copied in [Copied::Nothing, Copied::All, Copied::Before(0)] {
         for abandoned in [false, true] {
             let note = MergeRecord { copied, abandoned, ..note.clone() };
-            assert_eq!(decode(&note.encode(), &at), Some(note));
+            assert_eq!(MergeRecord::decode(&note.encode(), &at), Some(note));
         }
     }
     let text = note.encode();
-    assert_eq!(decode(&text, &at), Some(note.clone()));
+    assert_eq!(MergeRecord::decode(&text, &at), Some(note.clone()));
     for cut in 0..text.len() {
-        assert_eq!(decode(&text[..cut], &at), None, "cut at {cut}");
+        assert_eq!(MergeRecord::decode(&text[..cut], &at), None, "cut at {cut}");
     }
     for at_byte in 0..text.len() {
         let mut bytes = text.clone().into_bytes();
         bytes[at_byte] ^= 1;
-        let read = std::str::from_utf8(&bytes).ok().and_then(|text| decode(text, &at));
+        let read = std::str::from_utf8(&bytes).ok().and_then(|text| MergeRecord::decode(text, &at));
         assert_eq!(read, None, "byte {at_byte}");
     }
     std::fs::write(note.path(), &text[1..]).unwrap();

@@ -21,11 +21,16 @@ mod file_stamp;
 mod frozen;
 mod frozen_cache;
 mod masked_parent;
+mod merge_receiver;
 mod merge_record;
+mod merge_record_file;
 mod open;
+mod open_mode;
 mod parent_lookup;
 mod parent_time;
 mod parents;
+mod paths;
+mod plan;
 mod resolve;
 mod settle;
 #[cfg(test)]
@@ -36,17 +41,20 @@ mod version;
 mod warning;
 
 pub use check::{CheckedFile, check};
-pub use children::{absolute_path, children_of, record_child, refuse_if_parent, relative_path};
-pub use extent::{Extent, Missing, PlanBuffer, Source};
+pub use children::{children_of, record_child, refuse_if_parent};
+pub use extent::{Extent, Source};
 pub use file_stamp::FileStamp;
 pub use frozen::{Frozen, Layer};
-pub use merge_record::{Copied, ExistingRecord, MergeRecord, MergedLayer};
-pub use open::{Chain, OpenMode};
+pub use merge_receiver::{mark_receiver, receiver_mark, unmark_receiver};
+pub use merge_record::{Copied, MergeRecord, MergedLayer};
+pub use merge_record_file::ExistingRecord;
+pub use open::Chain;
+pub use open_mode::OpenMode;
 pub use parents::{MAX_DEPTH, Policy};
+pub use paths::{absolute_path, relative_path};
+pub use plan::{Missing, PlanBuffer};
 pub use resolve::Load;
 pub use settle::settle_parents;
 pub use top::Top;
-pub use unfinished_merge::{
-    ImageChange, mark_receiver, receiver_mark, refuse_change, unmark_receiver, warn_of_unfinished_merges,
-};
+pub use unfinished_merge::{ImageChange, refuse_change, warn_of_unfinished_merges};
 pub use version::Version;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
+use super::open_mode::OpenMode;
 use super::parent_lookup::ParentLookup;
 use super::parent_time;
 use super::parents::{ParentSearch, Policy};
@@ -15,28 +16,8 @@ use crate::format::{Defect, DiskType, Severity};
 use crate::image::refuse_if_live;
 use crate::image::{Durability, Image, Writable};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, File, FileSlot, Lock};
+use crate::storage::{Access, Env, FileSlot, Lock};
 use crate::units::SECTOR;
-
-/// What a chain is opened for, and so who else may have its files open meanwhile.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum OpenMode {
-    /// To look at headers. No locks: somebody may be writing.
-    Inspect,
-    /// To read. Nobody may be writing.
-    Read,
-    /// To read what is left of it, where files have lost sectors. Otherwise as `Read`.
-    Salvage,
-    /// To write the youngest image. Nobody else may have that open, nobody may be writing a parent.
-    Write,
-}
-
-impl OpenMode {
-    /// Opens the image in a file for this.
-    pub(super) fn open_image(self, file: File) -> Result<Image> {
-        if self == OpenMode::Salvage { Image::salvage(file) } else { Image::open(file) }
-    }
-}
 
 /// The images of a disk, youngest first; at least one. The last one is a root.
 #[derive(Debug)]

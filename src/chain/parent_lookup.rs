@@ -6,13 +6,14 @@
 //! 2. Each recorded file name, next to the child and in the folders that the operator has allowed. Two files that fit
 //!    are none: which one is the parent would be a guess.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::case_insensitive::{Lookup, look_up_ignoring_case};
-use super::open::OpenMode;
+use super::open_mode::OpenMode;
 use super::parents::ParentSearch;
+use super::paths::lexically_normal;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, ParentPath};
 use crate::image::Image;
@@ -178,19 +179,6 @@ fn ambiguous_parent(child: &Path, one: &Image, other: &Image) -> Error {
     Error::new(ErrorKind::Refused, what).at_path(child)
 }
 
-/// The path without `..`, which is taken away by text, never by following.
-pub(super) fn lexically_normal(path: &Path) -> PathBuf {
-    let mut plain = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::ParentDir => drop(plain.pop()),
-            Component::CurDir => {}
-            other => plain.push(other),
-        }
-    }
-    plain
-}
-
 #[cfg(test)]
-#[path = "seek_tests.rs"]
+#[path = "parent_lookup_tests.rs"]
 mod tests;

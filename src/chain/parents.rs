@@ -8,8 +8,8 @@
 use std::path::{Path, PathBuf};
 
 use super::case_insensitive::NameBudget;
-use super::open::OpenMode;
-use super::parent_lookup::lexically_normal;
+use super::open_mode::OpenMode;
+use super::paths::lexically_normal;
 use crate::error::{Error, Result};
 use crate::format::Defect;
 use crate::image::Image;

@@ -8,9 +8,9 @@
 //! That is the only loop. It may turn twice, for what lies beneath a block is asked for only when the block's own bits are
 //! known; and again where memory is short and others need it, too. It ends: what is supplied is held for who asked.
 
-use super::extent::{Missing, PlanBuffer};
 use super::frozen::CellRead;
 use super::frozen_cache::CELL_SECTORS;
+use super::plan::{Missing, PlanBuffer};
 use super::version::Version;
 use crate::error::Result;
 use crate::format::bitmap;
@@ -219,7 +219,7 @@ impl Version {
             if let Some(e) = failed {
                 return Err(e);
             }
-            decided.expect("all bitmaps were read").append_to(start, part, plan);
+            decided.expect("all bitmaps were read").append_to(start, part, &mut plan.extents);
         }
         Ok(())
     }

@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use super::open::{Chain, OpenMode};
+use super::open::Chain;
+use super::open_mode::OpenMode;
 use super::parents::Policy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, SessionState};

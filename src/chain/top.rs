@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::extent::{Missing, PlanBuffer, Source};
+use super::extent::Source;
 use super::frozen::Frozen;
+use super::plan::{Missing, PlanBuffer};
 use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};

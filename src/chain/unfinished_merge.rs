@@ -20,14 +20,13 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::merge_record::{Copied, MergeRecord, percent_decode, percent_encode};
-use super::open::OpenMode;
+use super::merge_receiver::receiver_mark;
+use super::merge_record::{Copied, MergeRecord};
+use super::open_mode::OpenMode;
 use super::warning;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
 use crate::storage::{Access, Env, File, Folder};
-
-const MERGE_ATTRIBUTE: &str = "user.diffdisk.merge";
 
 /// What is going to be done with an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,41 +102,6 @@ impl UnfinishedMerge {
             ),
         }
     }
-}
-
-/// Marks the image in `receiver` as partly overwritten by CHILD, durably.
-///
-/// # Errors
-/// - `Unsupported` if the file system keeps no attributes
-/// - `Io`
-pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
-    receiver.set_attribute(MERGE_ATTRIBUTE, Some(format!("{child} {}", percent_encode(path)).as_bytes()))?;
-    receiver.sync_all()
-}
-
-/// Removes the mark of [`mark_receiver`], durably.
-///
-/// # Errors
-/// `Io`.
-pub fn unmark_receiver(receiver: &File) -> Result<()> {
-    if receiver.attribute(MERGE_ATTRIBUTE)?.is_none() {
-        return Ok(());
-    }
-    receiver.set_attribute(MERGE_ATTRIBUTE, None)?;
-    receiver.sync_all()
-}
-
-/// Returns the identity and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`].
-///
-/// # Errors
-/// `Io`.
-pub fn receiver_mark(receiver: &File) -> Result<Option<(Uuid, PathBuf)>> {
-    let Some(value) = receiver.attribute(MERGE_ATTRIBUTE)? else { return Ok(None) };
-    let decode = || {
-        let (uuid, path) = std::str::from_utf8(&value).ok()?.split_once(' ')?;
-        Some((uuid.parse().ok()?, percent_decode(path)?))
-    };
-    Ok(decode())
 }
 
 /// Refuses a chain (youngest image first) in which an image is read that is partly overwritten and that its CHILD does not

@@ -1,13 +1,13 @@
-//! The block allocation table: for each block the sector of the file at which its bitmap begins.
+//! The block allocation table (BAT): for each block the sector of the file at which its bitmap begins.
 //!
-//! The table takes whole sectors. What follows the last entry in the last sector means nothing: some writers fill it
-//! with ones, some with zeros.
+//! The table takes whole sectors. The bytes after the last entry in the last sector have no meaning: some programs fill
+//! them with ones, some with zeros.
 
 use crate::units::SECTOR;
 
-/// The entry of a block that has no place.
+/// The entry of a block without a place.
 pub const UNUSED: u32 = 0xFFFF_FFFF;
-/// The largest entry of a block that has one (O14).
+/// The largest entry of a block with a place (O14).
 pub const MAX_ENTRY: u32 = UNUSED - 1;
 /// Entries in a sector.
 pub const ENTRIES_PER_SECTOR: u32 = 128;
@@ -22,15 +22,15 @@ pub fn sector_of(block: u32) -> u32 {
     block / ENTRIES_PER_SECTOR
 }
 
-/// The entries in `bytes`, which begins at an entry. A rest of less than four bytes is left out.
+/// Decodes the entries in `bytes`, which begins at an entry. Fewer than four bytes at the end are ignored.
 pub fn decode(bytes: &[u8]) -> impl ExactSizeIterator<Item = u32> + '_ {
     bytes.as_chunks::<4>().0.iter().map(|&entry| u32::from_be_bytes(entry))
 }
 
-/// The 512 bytes of a sector of entries; what is missing behind the end of the table is unused.
+/// Encodes a sector of entries. The entries after the end of the table are unused.
 ///
 /// # Panics
-/// Where there are more entries than a sector has room for.
+/// If there are more entries than a sector holds.
 pub fn encode_sector(entries: &[u32]) -> [u8; 512] {
     assert!(entries.len() <= ENTRIES_PER_SECTOR as usize, "a sector of the table has 128 entries");
     let mut sector = [0xFF; 512];
@@ -40,9 +40,9 @@ pub fn encode_sector(entries: &[u32]) -> [u8; 512] {
     sector
 }
 
-/// Whether no entry of a sector of the table is used (nor any of what fills it).
+/// Whether all entries of a sector of the table are unused, and so are the bytes after the last entry.
 pub fn is_unused(sector: &[u8]) -> bool {
-    // Byte by byte and without an early end the compiler compares as many at once as the processor can.
+    // A fold over all bytes, without an early return, compiles to vector instructions.
     sector.iter().fold(u8::MAX, |all, byte| all & byte) == u8::MAX
 }
 

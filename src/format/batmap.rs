@@ -1,7 +1,7 @@
-//! XenServer's batmap: behind the BAT of images made by `tap`, a bit per block that says "whole".
+//! XenServer's batmap: one bit for each block, set if the block is whole. It follows the BAT of images made by `tap`.
 //!
-//! It is a hint that we never need; but its space is taken, its checksum must stay right when the size changes, and its
-//! header says whether the data is encrypted (vhd-format 5.1, O15).
+//! Reads here do not need it. But it takes space, its checksum must be right after a resize, and its header contains
+//! whether the data is encrypted (vhd-format 5.1, O15).
 
 use std::ops::Range;
 
@@ -43,7 +43,7 @@ pub struct BatmapHeader {
     pub checksum: u32,
     /// XenServer's general flag.
     pub marker: u8,
-    /// 1 where the hash of an encryption key follows.
+    /// 1 if the hash of an encryption key follows.
     pub keyhash: u8,
     /// Nonce, hash and zeros, kept as they are.
     pub rest: [u8; 482],
@@ -54,13 +54,13 @@ pub struct BatmapHeader {
 pub enum BatmapPresence {
     /// Never.
     Absent,
-    /// If its header is there (version 1.1).
+    /// Only if the header is there (version 1.1).
     Perhaps,
     /// Always.
     Present,
 }
 
-/// Whether an image by this creator has a batmap.
+/// Whether the creator of an image gave it a batmap.
 pub fn presence(footer: &Footer) -> BatmapPresence {
     let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
     match footer.creator_version {
@@ -70,13 +70,13 @@ pub fn presence(footer: &Footer) -> BatmapPresence {
     }
 }
 
-/// The byte offset of the batmap's header, directly behind the BAT; `None` on overflow.
+/// The byte offset of the batmap's header, directly after the BAT; `None` on overflow.
 pub fn header_offset(header: &DynamicHeader) -> Option<u64> {
     header.table_offset.checked_add(bat::bytes(header.entries))
 }
 
 impl BatmapHeader {
-    /// From the 512 bytes of a header.
+    /// Decodes the 512 bytes of a header.
     ///
     /// # Errors
     /// [`Defect::BatmapHeader`], at offset 0.
@@ -96,7 +96,7 @@ impl BatmapHeader {
         })
     }
 
-    /// The 512 bytes.
+    /// Encodes the header.
     pub fn encode(&self) -> [u8; 512] {
         zerocopy::transmute!(RawBatmapHeader {
             cookie: COOKIE,
@@ -110,10 +110,10 @@ impl BatmapHeader {
         })
     }
 
-    /// Where the map lies in a file of `len` bytes; `at` is where this header lies, for the message.
+    /// The byte range of the map in a file of `len` bytes. `at` is the offset of this header, for the message.
     ///
     /// # Errors
-    /// [`Defect::BatmapPlace`] where it does not lie in the file.
+    /// [`Defect::BatmapPlace`] if the map lies outside the file.
     pub fn region(&self, at: u64, len: u64) -> Result<Range<u64>, Defect> {
         let bytes = u64::from(self.sectors) * SECTOR;
         match self.offset.checked_add(bytes) {
@@ -127,22 +127,22 @@ impl BatmapHeader {
         self.keyhash == 1
     }
 
-    /// How many bytes of the map of a disk of `size` bytes its checksum covers.
+    /// The number of bytes that the checksum of the map covers, for a disk of `size` bytes.
     pub fn checksummed_bytes(size: u64) -> u64 {
         (size >> 24).max(1).next_multiple_of(SECTOR)
     }
 
-    /// The checksum of a map, of which `map` holds the summed bytes.
+    /// The checksum of a map. `map` holds the bytes that the checksum covers.
     pub fn checksum_of(&self, map: &[u8]) -> u32 {
         if self.version != 0x0001_0001 {
             return checksum(map, 0..0);
         }
-        // That version summed signed bytes: each from 128 on counts 256 less.
+        // Version 1.1 summed signed bytes: each byte from 128 on counts 256 less.
         let high = map.iter().filter(|&&byte| byte >= 128).fold(0u32, |n, _| n.wrapping_add(256));
         checksum(map, 0..0).wrapping_add(high)
     }
 
-    /// Whether the checksum fits `map`, the first [`BatmapHeader::checksummed_bytes`] of the map.
+    /// Compares the checksum with `map`, the first [`BatmapHeader::checksummed_bytes`] of the map.
     ///
     /// # Errors
     /// [`Defect::BatmapChecksum`], at offset 0.
@@ -155,7 +155,7 @@ impl BatmapHeader {
     }
 }
 
-/// Whether the map calls a block whole; blocks behind its end are not.
+/// Whether the map marks a block whole. Blocks after its end are not whole.
 pub fn is_whole(map: &[u8], block: u32) -> bool {
     map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
 }
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_one() {
+    fn the_creator_version_decides_whether_there_is_one() {
         let by_version = [
             (0, BatmapPresence::Absent),
             (0x0000_0001, BatmapPresence::Absent),
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_vhd_util_wrote() {
+    fn a_header_by_vhd_util_is_decoded() {
         let mut bytes = [0; 512];
         bytes[..28].copy_from_slice(b"tdbatmap\0\0\0\0\0\0\x0a\0\0\0\0\x01\0\x01\0\x02\xff\xff\xff\xff");
         let header = BatmapHeader::decode(&bytes).unwrap();
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_and_sums() {
+    fn bits_and_checksummed_lengths() {
         assert_eq!((BatmapHeader::checksummed_bytes(1), BatmapHeader::checksummed_bytes(1 << 33)), (512, 512));
         assert_eq!(BatmapHeader::checksummed_bytes((1 << 33) + (1 << 24)), 1024);
         let map = [0b0100_0000, 0b0000_0001];

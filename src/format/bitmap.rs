@@ -1,7 +1,8 @@
 //! Sector bitmaps as 64-bit words: the most significant bit of word 0 is sector 0, as in the bytes of the file.
 //!
-//! On the way of every request, so runs are found a word at a time. Shared bitmaps are words of atomics: bits only
-//! ever appear, with release order after the data they announce; who sees a bit (acquire) sees the data too.
+//! Every request uses them, so runs are found a word at a time. A bitmap that threads share is an array of atomic
+//! words. Its bits are only set, never cleared: with release order after the data was written, so that a thread that
+//! loads a set bit with acquire order sees that data.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,12 +11,13 @@ use crate::units::BlockSize;
 /// Bits in a word.
 const BITS: u32 = 64;
 
-/// Words of the bitmap of a block. The bits behind the last sector of a small block are kept and mean nothing.
+/// The number of words in the bitmap of a block. Bits after the last sector of a small block are kept; they have no
+/// meaning.
 pub fn words(block_size: BlockSize) -> usize {
     block_size.sectors().div_ceil(BITS) as usize
 }
 
-/// The bits of `from..end` that lie in word `index`.
+/// The mask of the bits of `from..end` that lie in word `index`.
 pub fn mask(index: usize, from: u32, end: u32) -> u64 {
     let base = index as u64 * u64::from(BITS);
     let low = u64::from(from).max(base) - base;
@@ -27,22 +29,22 @@ pub fn mask(index: usize, from: u32, end: u32) -> u64 {
     (u64::MAX >> low) & (u64::MAX << (u64::from(BITS) - high))
 }
 
-/// The state of bit `from`, and for how many bits from there to before `end` it stays; 0 where `from >= end`.
+/// The state of bit `from`, and the number of bits from there, before `end`, with the same state; 0 if `from >= end`.
 ///
 /// # Panics
-/// Where `end` lies behind the last word.
+/// If `end` lies after the last word.
 #[inline]
 pub fn run(words: &[u64], from: u32, end: u32) -> (bool, u32) {
     run_of(|index| words[index], from, end)
 }
 
-/// As [`run`], over a bitmap that others add bits to meanwhile.
+/// As [`run`], over a bitmap in which other threads set bits.
 #[inline]
 pub fn run_atomic(words: &[AtomicU64], from: u32, end: u32) -> (bool, u32) {
     run_of(|index| words[index].load(Ordering::Acquire), from, end)
 }
 
-/// As [`run`], over words that `word` supplies.
+/// As [`run`], over the words that `word` returns.
 #[inline]
 pub fn run_of(word: impl Fn(usize) -> u64, from: u32, end: u32) -> (bool, u32) {
     if from >= end {
@@ -66,7 +68,7 @@ pub fn run_of(word: impl Fn(usize) -> u64, from: u32, end: u32) -> (bool, u32) {
     }
 }
 
-/// Sets `count` bits from `from`; whether any of them was clear.
+/// Sets `count` bits from `from`. Returns whether any of them was clear.
 pub fn set(words: &mut [u64], from: u32, count: u32) -> bool {
     let mut changed = false;
     for (index, mask) in masks(from, count) {
@@ -76,11 +78,11 @@ pub fn set(words: &mut [u64], from: u32, count: u32) -> bool {
     changed
 }
 
-/// As [`set`], on a bitmap that others look at: release order. True where this call made a bit appear.
+/// As [`set`], on a bitmap that other threads read: with release order. Returns whether this call set any clear bit.
 pub fn set_atomic(words: &[AtomicU64], from: u32, count: u32) -> bool {
     let mut changed = false;
     for (index, mask) in masks(from, count) {
-        // An overwrite finds its bits set and leaves the cache line to its readers.
+        // An overwrite finds all bits set and does not write, so the cache line stays shared.
         if words[index].load(Ordering::Acquire) & mask != mask {
             changed |= words[index].fetch_or(mask, Ordering::Release) & mask != mask;
         }
@@ -106,10 +108,10 @@ fn masks(from: u32, count: u32) -> impl Iterator<Item = (usize, u64)> {
     words.map(move |index| (index, mask(index, from, end)))
 }
 
-/// The words in the bytes of the file: as many as `words` holds.
+/// Decodes the bytes of the file into `words`.
 ///
 /// # Panics
-/// Where there are fewer bytes.
+/// If there are fewer bytes than words.
 pub fn decode(bytes: &[u8], words: &mut [u64]) {
     let (chunks, _) = bytes.as_chunks::<8>();
     assert!(chunks.len() >= words.len(), "fewer bytes than the bitmap has");
@@ -118,10 +120,10 @@ pub fn decode(bytes: &[u8], words: &mut [u64]) {
     }
 }
 
-/// The bytes of the file from words; bytes behind the last word stay as they are.
+/// Encodes words as bytes of the file. Bytes after the last word stay as they are.
 ///
 /// # Panics
-/// Where there are fewer bytes than words.
+/// If there are fewer bytes than words.
 pub fn encode(words: impl ExactSizeIterator<Item = u64>, bytes: &mut [u8]) {
     let (chunks, _) = bytes.as_chunks_mut::<8>();
     assert!(chunks.len() >= words.len(), "fewer bytes than the bitmap has");
@@ -196,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_behind_a_small_block_are_kept() {
+    fn bits_after_a_small_block_are_kept() {
         let size = BlockSize::from_bytes(4096).unwrap();
         let mut map = vec![0; words(size)];
         let mut bytes = [0xA5; 512];

@@ -1,397 +1,334 @@
-//! Every way in which the bytes of an image can be wrong, each with the numbers that offend.
+//! The table of defects: every way in which the bytes of an image can be wrong.
 //!
-//! One variant a rule. `Defect::rule` is the table of all rules: the word for programs (`check --json`), the severity,
-//! whether a repair mends it, and the [`Consequence`] by which every verb and the daemon decide. The sentences for people,
-//! which name the rule's limit and what to do, are in `defect_text`. Rules: crash-safety O1 to O19.
+//! One row declares one defect. [`defects!`] explains the columns.
+
+use std::fmt;
 
 use uuid::Uuid;
 
+use crate::error::{Error, ErrorKind};
+use crate::format::defect_rule::{Consequence, Severity, defects};
 use crate::format::image_format::ImageFormat;
-use crate::format::metadata::MetadataPart;
+use crate::format::metadata_part::MetadataPart;
+use crate::units::SECTOR;
 
-/// What a defect means for programs that open the image.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Consequence {
-    /// The image is read and written. Programs that read or write its data log a warning.
-    Warning,
-    /// The image is read, and not written until the defect is mended.
-    NotWritable,
-    /// The image is neither read nor written.
-    NotReadable,
-}
-
-/// How bad a defect is.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Severity {
-    /// Nothing is wrong; somebody may want to know.
-    Note,
-    /// The disk reads as it should; another program may stumble.
-    Cosmetic,
-    /// Space that nothing refers to.
-    Leak,
-    /// The disk cannot be trusted, or not be served, until mended.
-    Corruption,
-}
-
-/// A violated rule. `at` is a byte offset in the file; the decoders, which see bytes without a place, leave it 0 and
-/// their callers set it with [`Defect::with_base_offset`].
+defects! {
+/// A broken rule of the format, with the numbers that break it. `at` is a byte offset in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs, reason = "the fields are the numbers of the sentence that Display makes of them")]
 pub enum Defect {
-    /// Not a regular file (O1).
-    NotRegular,
-    /// Too short for a footer (O2).
-    FileTooShort { len: u64 },
-    /// No footer at the end, and none at the front that may be used (O3).
-    FooterMissing { len: u64 },
-    /// These bytes are no footer.
-    FooterCookie { at: u64 },
-    /// The footer of an interrupted `vhd-util resize`.
-    Poisoned { at: u64 },
-    /// The footer's checksum does not fit its bytes (O4).
-    FooterChecksum { at: u64, stored: u32, computed: u32 },
-    /// Another major version of the format (O4).
-    FooterVersion { at: u64, version: u32 },
-    /// A disk type that nobody serves (O4).
-    DiskType { at: u64, code: u32 },
-    /// An impossible virtual size (O5).
-    DiskSize { at: u64, size: u64 },
-    /// A fixed disk with less data than its size (O2).
-    FixedTooShort { size: u64, data: u64 },
-    /// A fixed disk whose file holds more data than the disk has.
-    FixedMore { size: u64, data: u64 },
-    /// A fixed disk with zeros after its footer.
-    FixedPadded { at: u64, padding: u64 },
-    /// An image of another format.
-    OtherFormat { format: ImageFormat },
-    /// Both footers are valid and contradict each other (O3).
-    FootersDiffer { at: u64, field: &'static str },
-    /// Both footers are valid and name two kinds of disk (O3).
-    FooterKindsDiffer { at: u64, front: &'static str, end: &'static str },
-    /// Both footers are valid and differ in a byte without consequence.
-    FooterCopyStale,
-    /// A dynamic disk without a footer at its end (O3).
-    TrailingFooterMissing { len: u64 },
-    /// A dynamic disk with a damaged footer at its end (O3).
-    TrailingFooterInvalid { at: u64, reason: Box<Defect> },
-    /// A dynamic disk whose front footer is damaged (O3).
-    FrontFooterInvalid { reason: Box<Defect> },
-    /// A footer of 511 bytes, as written before 2004.
-    ShortFooter { at: u64 },
-    /// The dynamic header cannot be where the footer says (O6).
-    HeaderPlace { offset: u64, len: u64 },
-    /// These bytes are no dynamic header (O7).
-    HeaderCookie { at: u64 },
-    /// The dynamic header's checksum does not fit its bytes (O7).
-    HeaderChecksum { at: u64, stored: u32, computed: u32 },
-    /// Another version of the dynamic header (O7).
-    HeaderVersion { at: u64, version: u32 },
-    /// A block size outside the rules (O8).
-    BlockSize { at: u64, size: u32 },
-    /// Fewer BAT entries than the disk has blocks (O9).
-    TableTooSmall { at: u64, entries: u32, blocks: u64 },
-    /// More BAT than is read into memory (O9).
-    TableTooLarge { at: u64, entries: u64, limit: u64 },
-    /// The BAT does not begin at a sector (O10).
-    TableUnaligned { at: u64, offset: u64 },
-    /// The BAT lies outside the file (O10).
-    TableOutside { at: u64, offset: u64, bytes: u64, len: u64 },
-    /// The BAT lies over the front footer or the header (O10).
-    TableOverlaps { at: u64, offset: u64, bytes: u64, part: MetadataPart },
-    /// A block lies over metadata (O12).
-    BlockInMetadata { block: u32, entry: u32, part: MetadataPart },
-    /// A block ends after the end of the data, of which its bitmap calls nothing there present (O12).
-    BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 },
-    /// Two blocks name the same place (O13).
-    BlockDuplicate { block: u32, other: u32, entry: u32 },
-    /// Two blocks overlap (O13).
-    BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 },
-    /// A place is recorded for a block behind the end of the disk.
-    BlockBeyondDisk { block: u32, entry: u32, blocks: u64 },
-    /// Entries of 0, where no block can begin: they mean "unused". `block` is the first.
-    EntryZero { block: u32, entries: u64, at: u64 },
-    /// Sectors of a block are lost: its bitmap calls them present, or is lost itself, and the data ends before them (O12).
-    BlockCutOff { block: u32, sectors: u64, at: u64 },
-    /// The bitmap of the last block, which is not whole, calls sectors behind the end of the disk present.
-    BitsBeyondDisk { block: u32, bits: u32, at: u64 },
-    /// No place below 2 TiB is left for a block (O14).
-    NoPlace { end: u64 },
-    /// Space that no block and no metadata uses.
-    SpaceUnreferenced { offset: u64, bytes: u64 },
-    /// A sector that the bitmap calls absent holds data.
-    DataUnderClearBit { block: u32, sector: u64, at: u64 },
-    /// A locator of an unknown platform (O11).
-    LocatorPlatform { slot: usize, code: u32 },
-    /// A locator longer than any path (O11).
-    LocatorLength { slot: usize, length: u32 },
-    /// A locator whose text lies outside the file or over other metadata (O11).
-    LocatorPlace { slot: usize, offset: u64, length: u32 },
-    /// A path to the parent that cannot be used; `slot` is `None` for the name in the header (O11).
-    ParentPath { slot: Option<usize>, text: String, why: &'static str },
-    /// A differencing disk whose parent has no usable name.
-    ParentUnnamed,
+    /// The file is not a regular file.
+    NotRegular
+        ["not-regular", O1, Corruption, NotReadable, false, Refused, none]
+        "not a regular file";
+    /// The file is too short for a footer.
+    FileTooShort { len: u64 }
+        ["file-too-short", O2, Corruption, NotReadable, false, Invalid, none]
+        "the file is too short: {len} bytes; the smallest image has 512";
+    /// There is no footer at the end, and no usable copy at the start.
+    FooterMissing { len: u64 }
+        ["footer-missing", O3, Corruption, NotReadable, false, Invalid, none]
+        "the file has no footer at its end and no usable copy of one at its start";
+    /// The bytes are not a footer.
+    FooterCookie { at: u64 }
+        ["footer-cookie", _, Corruption, NotReadable, false, Invalid, relative at]
+        "no footer here: it does not begin with \"conectix\"";
+    /// The footer was marked by a `vhd-util resize` that did not finish.
+    Poisoned { at: u64 }
+        ["poisoned", _, Corruption, NotReadable, false, Refused, relative at]
+        "a resize by vhd-util was interrupted: finish it, or undo it with `vhd-util revert` and its journal";
+    /// The checksum in the footer does not match its bytes.
+    FooterChecksum { at: u64, stored: u32, computed: u32 }
+        ["footer-checksum", O4, Corruption, NotReadable, false, Invalid, relative at]
+        "the footer stores checksum {stored:#010x}, but its bytes give {computed:#010x}";
+    /// The footer has another major version of the format.
+    FooterVersion { at: u64, version: u32 }
+        ["footer-version", O4, Corruption, NotReadable, false, Invalid, relative at]
+        "format version {}.{} is not supported; only 1.x is", version >> 16, version & 0xFFFF;
+    /// The disk type is not fixed, dynamic or differencing.
+    DiskType { at: u64, code: u32 }
+        ["disk-type", O4, Corruption, NotReadable, false, Invalid, relative at]
+        "disk type {code} is not supported; supported are 2 (fixed), 3 (dynamic) and 4 (differencing)";
+    /// The virtual size is not allowed.
+    DiskSize { at: u64, size: u64 }
+        ["disk-size", O5, Corruption, NotReadable, false, Invalid, relative at]
+        "virtual size of {size} bytes: it must be a multiple of 512 from 512 bytes to 2040 GiB";
+    /// A fixed disk has less data than its size.
+    FixedTooShort { size: u64, data: u64 }
+        ["fixed-too-short", O2, Corruption, NotReadable, false, Invalid, *data]
+        "the fixed disk has {size} bytes, but the file holds only {data} bytes of data";
+    /// A fixed disk has more data than its size.
+    FixedMore { size: u64, data: u64 }
+        ["fixed-more", _, Cosmetic, Warning, false, Invalid, *data]
+        "the file holds {data} bytes of data for a fixed disk of {size} bytes; a guest does not see the last {} bytes",
+        data - size;
+    /// Zeros follow the footer of a fixed disk.
+    FixedPadded { at: u64, padding: u64 }
+        ["fixed-padded", _, Cosmetic, NotReadable, true, Invalid, *at]
+        "{padding} zero bytes follow the footer of a fixed disk. The file is not opened, because a guest can write the \
+         same bytes to a raw disk; if it is a fixed VHD, `check --repair` removes the padding";
+    /// The file is an image of another format.
+    OtherFormat { format: ImageFormat }
+        ["other-format", _, Corruption, NotReadable, false, Unsupported, none]
+        "a {} image, not a VHD; convert it with QEMU: `qemu-img convert -f {} -O vpc -o force_size=on SOURCE \
+         DESTINATION`", format.name(), format.qemu_driver();
+    /// Both footers are valid but differ in a field with consequences.
+    FootersDiffer { at: u64, field: &'static str }
+        ["footers-differ", O3, Corruption, NotWritable, true, Invalid, *at]
+        "both footers are valid but differ in the {field}; the one at the end is used, and the image is read-only \
+         until `check --repair`";
+    /// Both footers are valid but have different disk types.
+    FooterKindsDiffer { at: u64, front: &'static str, end: &'static str }
+        ["footer-kinds-differ", O3, Corruption, NotWritable, false, Invalid, *at]
+        "both footers are valid, but the one at the start has the disk type {front} and the one at the end {end}; \
+         choose with `check --repair --take front` or `--take end`";
+    /// Both footers are valid and differ in bytes without consequence.
+    FooterCopyStale
+        ["footer-copy-stale", _, Cosmetic, Warning, true, Invalid, 0]
+        "the copy of the footer at the start differs from the footer at the end in bytes without consequence";
+    /// A dynamic disk has no footer at its end.
+    TrailingFooterMissing { len: u64 }
+        ["trailing-footer-missing", O3, Corruption, Warning, true, Invalid, *len]
+        "the footer at the end is missing (the image was not closed cleanly); the copy at the start is used";
+    /// The footer at the end of a dynamic disk is damaged.
+    TrailingFooterInvalid { at: u64, reason: Box<Defect> }
+        ["trailing-footer-invalid", O3, Corruption, Warning, true, Invalid, *at]
+        "the footer at the end is damaged ({reason}); the copy at the start is used";
+    /// The copy of the footer at the start of a dynamic disk is damaged.
+    FrontFooterInvalid { reason: Box<Defect> }
+        ["front-footer-invalid", O3, Corruption, Warning, true, Invalid, 0]
+        "the copy of the footer at the start is damaged: {reason}";
+    /// The footer has 511 bytes, as programs wrote it before 2004.
+    ShortFooter { at: u64 }
+        ["short-footer", _, Cosmetic, Warning, true, Invalid, *at]
+        "the footer has 511 bytes, as programs wrote it before 2004";
+    /// The dynamic header cannot be at the offset that the footer records.
+    HeaderPlace { offset: u64, len: u64 }
+        ["header-place", O6, Corruption, NotReadable, false, Invalid, len.saturating_sub(SECTOR)]
+        "the dynamic header cannot be at byte {offset}: it must begin at a multiple of 512, after the first footer, \
+         and end within the file of {len} bytes";
+    /// The bytes are not a dynamic header.
+    HeaderCookie { at: u64 }
+        ["header-cookie", O7, Corruption, NotReadable, false, Invalid, relative at]
+        "no dynamic header here: it does not begin with \"cxsparse\"";
+    /// The checksum in the dynamic header does not match its bytes.
+    HeaderChecksum { at: u64, stored: u32, computed: u32 }
+        ["header-checksum", O7, Corruption, NotReadable, false, Invalid, relative at]
+        "the dynamic header stores checksum {stored:#010x}, but its bytes give {computed:#010x}";
+    /// The dynamic header has another version.
+    HeaderVersion { at: u64, version: u32 }
+        ["header-version", O7, Corruption, NotReadable, false, Invalid, relative at]
+        "dynamic header version {version:#010x} is not supported; only 0x00010000 is";
+    /// The block size is not allowed.
+    BlockSize { at: u64, size: u32 }
+        ["block-size", O8, Corruption, NotReadable, false, Invalid, relative at]
+        "block size of {size} bytes: it must be a power of two from 4 KiB to 256 MiB";
+    /// The BAT has fewer entries than the disk has blocks.
+    TableTooSmall { at: u64, entries: u32, blocks: u64 }
+        ["table-too-small", O9, Corruption, NotReadable, false, Invalid, *at]
+        "the block table has {entries} entries, but the disk has {blocks} blocks";
+    /// The BAT is larger than the limit.
+    TableTooLarge { at: u64, entries: u64, limit: u64 }
+        ["table-too-large", O9, Corruption, NotReadable, false, Refused, *at]
+        "the block table has {entries} entries; at most {limit} are supported";
+    /// The BAT does not begin at a multiple of 512.
+    TableUnaligned { at: u64, offset: u64 }
+        ["table-unaligned", O10, Corruption, NotReadable, false, Invalid, *at]
+        "the block table begins at byte {offset}, which is not a multiple of 512";
+    /// The BAT lies outside the file.
+    TableOutside { at: u64, offset: u64, bytes: u64, len: u64 }
+        ["table-outside", O10, Corruption, NotReadable, false, Invalid, *at]
+        "the block table ({bytes} bytes at {offset}) lies outside the file of {len} bytes";
+    /// The BAT overlaps the copy of the footer or the header.
+    TableOverlaps { at: u64, offset: u64, bytes: u64, part: MetadataPart }
+        ["table-overlaps", O10, Corruption, NotReadable, false, Invalid, *at]
+        "the block table ({bytes} bytes at {offset}) overlaps the {part}";
+    /// A block overlaps metadata.
+    BlockInMetadata { block: u32, entry: u32, part: MetadataPart }
+        ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+        "block {block} overlaps the {part}";
+    /// A block ends after the end of the data, and its bitmap marks no sector there as present.
+    BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 }
+        ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, u64::from(*entry) * SECTOR]
+        "block {block} ends at byte {end}, after the end of the data at byte {limit}";
+    /// Two blocks have the same place.
+    BlockDuplicate { block: u32, other: u32, entry: u32 }
+        ["block-duplicate", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+        "blocks {block} and {other} share one place; a write to one would change the other";
+    /// Two blocks overlap.
+    BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 }
+        ["block-overlap", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+        "blocks {block} and {other} overlap; a write to one would change the other";
+    /// The BAT gives a place to a block after the end of the disk.
+    BlockBeyondDisk { block: u32, entry: u32, blocks: u64 }
+        ["block-beyond-disk", _, Cosmetic, Warning, true, Invalid, u64::from(*entry) * SECTOR]
+        "the block table gives a place to block {block}, but the disk has {blocks} blocks";
+    /// BAT entries are 0, where no block can begin; they are read as unused. `block` is the first.
+    EntryZero { block: u32, entries: u64, at: u64 }
+        ["entry-zero", _, Cosmetic, Warning, true, Invalid, *at]
+        "the table entry of block {block}{} is 0, where no block can begin; it is read as unused",
+        AndMore(entries - 1);
+    /// Sectors of a block are lost: the data ends before them, and its bitmap marks them as present or is lost, too.
+    BlockCutOff { block: u32, sectors: u64, at: u64 }
+        ["block-cut-off", O12, Corruption, NotReadable, false, Invalid, *at]
+        "{sectors} sectors of block {block} are lost: the file was truncated before them. Restore the image from a \
+         complete copy; `convert --salvage` copies what is left";
+    /// The bitmap of the last block, which is not whole, marks sectors after the end of the disk as present.
+    BitsBeyondDisk { block: u32, bits: u32, at: u64 }
+        ["bits-beyond-disk", _, Cosmetic, Warning, true, Invalid, *at]
+        "the bitmap of the last block ({block}) marks {bits} sectors after the end of the disk as present";
+    /// No place below 2 TiB is left for a block.
+    NoPlace { end: u64 }
+        ["no-place", O14, Corruption, NotWritable, false, NoSpace, none]
+        "no place below 2 TiB is left for another block (the data ends at byte {end}); compact the image";
+    /// No block and no metadata uses this space.
+    SpaceUnreferenced { offset: u64, bytes: u64 }
+        ["space-unreferenced", _, Leak, Warning, true, Invalid, *offset]
+        "no block and no metadata uses {bytes} bytes";
+    /// A sector that the bitmap marks as absent holds data.
+    DataUnderClearBit { block: u32, sector: u64, at: u64 }
+        ["data-under-clear-bit", _, Cosmetic, Warning, false, Invalid, *at]
+        "sector {sector} of block {block} holds data but is marked absent; programs differ in how they read it";
+    /// A parent locator has an unknown platform code.
+    LocatorPlatform { slot: usize, code: u32 }
+        ["locator-platform", O11, Cosmetic, Warning, false, Invalid, none]
+        "parent locator {slot} has the unknown platform code {code:#010x} and is skipped";
+    /// A parent locator is longer than any path.
+    LocatorLength { slot: usize, length: u32 }
+        ["locator-length", O11, Cosmetic, Warning, false, Invalid, none]
+        "parent locator {slot} has {length} bytes, more than 4096, and is skipped";
+    /// The text of a parent locator lies outside the file or over other metadata.
+    LocatorPlace { slot: usize, offset: u64, length: u32 }
+        ["locator-place", O11, Cosmetic, Warning, false, Invalid, none]
+        "parent locator {slot} ({length} bytes at {offset}) lies outside the file or over other metadata and is \
+         skipped";
+    /// A recorded path to the parent cannot be used; `slot` is `None` for the name in the header.
+    ParentPath { slot: Option<usize>, text: String, why: &'static str }
+        ["parent-path", O11, Cosmetic, Warning, false, Invalid, none]
+        "the {} cannot be used: {why}", recorded_path(*slot, text);
+    /// A differencing image records no usable path to its parent.
+    ParentUnnamed
+        ["parent-unnamed", _, Corruption, NotReadable, false, Invalid, none]
+        "no usable path to the parent is recorded; link the image to its parent with `diffdisk rebase --unsafe`";
     /// None of the recorded paths leads to the parent.
-    ParentMissing { tried: Vec<String> },
-    /// The file found is not the recorded parent (O17).
-    ParentUuid { file: String, recorded: Uuid, found: Uuid },
+    ParentMissing { tried: Vec<String> }
+        ["parent-missing", _, Corruption, NotReadable, false, NotFound, none]
+        "the parent is not there{}. If it was moved or renamed, give its folder with --allow-parents, or link the \
+         child to it with `diffdisk rebase --unsafe`", tried_paths(tried);
+    /// The file at a recorded path has another UUID than the parent.
+    ParentUuid { file: String, recorded: Uuid, found: Uuid }
+        ["parent-uuid", O17, Corruption, NotReadable, false, Invalid, none]
+        "the parent must have UUID {recorded}, but {file} has {found}: it is another image, or was made again. Link \
+         the child to it with `diffdisk rebase --unsafe` only if it holds exactly the parent's data";
     /// The parent is a raw file, in XenServer's dialect.
-    ParentRaw,
+    ParentRaw
+        ["parent-raw", _, Corruption, NotReadable, false, Refused, none]
+        "the recorded parent is a raw file, which a VHD may not name as its parent";
     /// The parent's virtual size differs from the child's.
-    ParentSize { child: u64, parent: u64 },
-    /// The parent's file was changed after the child was made (seconds since 2000).
-    ParentChanged { recorded: u32, found: u32 },
-    /// A block that another program has marked whole, with zeros over data of the parent: what QEMU does to a child.
-    ParentHidden { block: u32, sector: u64, at: u64 },
-    /// Blocks that the image's own writer would have placed elsewhere, marked whole; `block` is the first.
-    PlacedByAnother { block: u32, blocks: u64, at: u64 },
-    /// Blocks that are whole, with zeros over data of the parent; `block` is the first.
-    ZerosOverParent { block: u32, blocks: u64, at: u64 },
-    /// A chain of too many files (O17).
-    ChainTooDeep { limit: usize },
-    /// A chain that comes back to a file it has passed (O17).
-    ChainCycle { file: String },
-    /// Two files of a chain have the same UUID (O17).
-    ChainUuidTwice { uuid: Uuid },
-    /// The BATs of a chain together are too large (O17).
-    ChainTablesTooLarge { bytes: u64, limit: u64 },
-    /// The header of XenServer's batmap is damaged or missing (O15).
-    BatmapHeader { at: u64 },
-    /// XenServer's batmap lies outside the file (O15).
-    BatmapPlace { at: u64, offset: u64, bytes: u64, len: u64 },
-    /// The checksum of XenServer's batmap does not fit (O15).
-    BatmapChecksum { at: u64, stored: u32, computed: u32 },
-    /// XenServer's batmap calls a block whole that is not.
-    BatmapWrong { at: u64, block: u32 },
-    /// The data is encrypted (O15).
-    Encrypted { at: u64 },
-    /// A machine is suspended on this disk (O16).
-    SavedState { at: u64 },
-    /// Marked as the inner node of a chain (O16).
-    Hidden { at: u64 },
+    ParentSize { child: u64, parent: u64 }
+        ["parent-size", _, Note, Warning, false, Invalid, none]
+        "the disk has {child} bytes, its parent has {parent}";
+    /// The parent's file was changed after the time that the child records (seconds since 2000).
+    ParentChanged { recorded: u32, found: u32 }
+        ["parent-changed", _, Note, Warning, false, Invalid, none]
+        "the parent's file was changed {} seconds after the time that the child records. This is harmless if the file \
+         was copied, touched or merged into; if its contents changed, so did the child's disk",
+        found.saturating_sub(*recorded);
+    /// Another program marked a block whole, and its zeros hide data of the parent: what QEMU does to a child.
+    ParentHidden { block: u32, sector: u64, at: u64 }
+        ["parent-hidden", _, Corruption, Warning, false, Invalid, *at]
+        "block {block} was placed by another program and marked whole: its zeros hide data of the parent, from sector \
+         {sector} of the block on. QEMU does this when it writes to a differencing VHD, which it takes for a dynamic \
+         one";
+    /// Whole blocks are not where the image's own writer would have placed them; `block` is the first.
+    PlacedByAnother { block: u32, blocks: u64, at: u64 }
+        ["placed-by-another", _, Cosmetic, Warning, false, Invalid, *at]
+        "block {block}{} was placed by another program than the image's own writer, and marked whole. QEMU does this \
+         when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the parent's data; \
+         `check --chain` reports whether it did", AndMore(blocks - 1);
+    /// Whole blocks hold zeros over data of the parent; `block` is the first.
+    ZerosOverParent { block: u32, blocks: u64, at: u64 }
+        ["zeros-over-parent", _, Note, Warning, false, Invalid, *at]
+        "block {block}{} is marked whole and holds zeros over data of the parent: either the guest zeroed it, or QEMU \
+         wrote to the image, which it takes for a dynamic one", AndMore(blocks - 1);
+    /// The chain has too many files.
+    ChainTooDeep { limit: usize }
+        ["chain-too-deep", O17, Corruption, NotReadable, false, Refused, none]
+        "the chain has more than {limit} files; merge some of them";
+    /// The chain leads back to one of its files.
+    ChainCycle { file: String }
+        ["chain-cycle", O17, Corruption, NotReadable, false, Invalid, none]
+        "the chain is a cycle: it leads back to {file}";
+    /// Two files of a chain have the same UUID.
+    ChainUuidTwice { uuid: Uuid }
+        ["chain-uuid-twice", O17, Corruption, NotReadable, false, Invalid, none]
+        "two files of the chain have UUID {uuid}";
+    /// The BATs of a chain are too large together.
+    ChainTablesTooLarge { bytes: u64, limit: u64 }
+        ["chain-tables-too-large", O17, Corruption, NotReadable, false, Refused, none]
+        "the block tables of the chain have {bytes} bytes together, more than {limit}";
+    /// The header of XenServer's batmap is damaged or missing.
+    BatmapHeader { at: u64 }
+        ["batmap-header", O15, Corruption, Warning, false, Invalid, relative at]
+        "the header of the batmap is damaged or missing";
+    /// XenServer's batmap lies outside the file.
+    BatmapPlace { at: u64, offset: u64, bytes: u64, len: u64 }
+        ["batmap-place", O15, Corruption, Warning, false, Invalid, *at]
+        "the batmap ({bytes} bytes at {offset}) lies outside the file of {len} bytes";
+    /// The checksum of XenServer's batmap does not match its bytes.
+    BatmapChecksum { at: u64, stored: u32, computed: u32 }
+        ["batmap-checksum", O15, Corruption, Warning, true, Invalid, relative at]
+        "the batmap's checksum is {stored:#010x}, but its bytes give {computed:#010x}";
+    /// XenServer's batmap marks a block whole that is not.
+    BatmapWrong { at: u64, block: u32 }
+        ["batmap-wrong", _, Corruption, Warning, true, Invalid, *at]
+        "the batmap marks block {block} whole, which it is not";
+    /// The data is encrypted.
+    Encrypted { at: u64 }
+        ["encrypted", O15, Cosmetic, NotReadable, false, Refused, relative at]
+        "the data is encrypted by XenServer; decrypt it there";
+    /// A virtual machine is suspended on this disk.
+    SavedState { at: u64 }
+        ["saved-state", O16, Cosmetic, NotWritable, false, Refused, *at]
+        "a virtual machine is suspended on this disk; writing would corrupt its state";
+    /// The image is marked as an inner node of a chain.
+    Hidden { at: u64 }
+        ["hidden", O16, Cosmetic, NotWritable, false, Refused, *at]
+        "marked as an inner node of a chain; writing would corrupt its children";
+}
 }
 
-use Consequence as C;
-use Defect as D;
+/// Prints how many more blocks have the same defect.
+struct AndMore(u64);
 
-impl Defect {
-    /// The same defect in a structure that begins at byte `at` of the file.
-    #[must_use]
-    pub fn with_base_offset(mut self, place: u64) -> Defect {
-        match &mut self {
-            D::FooterCookie { at }
-            | D::Poisoned { at }
-            | D::FooterChecksum { at, .. }
-            | D::FooterVersion { at, .. }
-            | D::DiskType { at, .. }
-            | D::DiskSize { at, .. }
-            | D::HeaderCookie { at }
-            | D::HeaderChecksum { at, .. }
-            | D::HeaderVersion { at, .. }
-            | D::BlockSize { at, .. }
-            | D::BatmapHeader { at }
-            | D::BatmapChecksum { at, .. }
-            | D::Encrypted { at } => *at = place,
-            _ => {}
-        }
-        self
+impl fmt::Display for AndMore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
+}
 
-    /// The table of all rules: what each defect means to programs and people.
-    fn rule(&self) -> Rule {
-        match self {
-            D::NotRegular => unreadable("not-regular"),
-            D::FileTooShort { .. } => unreadable("file-too-short"),
-            D::FooterMissing { .. } => unreadable("footer-missing"),
-            D::FooterCookie { .. } => unreadable("footer-cookie"),
-            D::Poisoned { .. } => unreadable("poisoned"),
-            D::FooterChecksum { .. } => unreadable("footer-checksum"),
-            D::FooterVersion { .. } => unreadable("footer-version"),
-            D::DiskType { .. } => unreadable("disk-type"),
-            D::DiskSize { .. } => unreadable("disk-size"),
-            D::FixedTooShort { .. } => unreadable("fixed-too-short"),
-            D::FixedMore { .. } => cosmetic("fixed-more"),
-            D::FixedPadded { .. } => of("fixed-padded", Severity::Cosmetic, C::NotReadable).repairable(),
-            D::OtherFormat { .. } => unreadable("other-format"),
-            D::FootersDiffer { .. } => of("footers-differ", Severity::Corruption, C::NotWritable).repairable(),
-            D::FooterKindsDiffer { .. } => of("footer-kinds-differ", Severity::Corruption, C::NotWritable),
-            D::FooterCopyStale => cosmetic("footer-copy-stale").repairable(),
-            D::TrailingFooterMissing { .. } => corrupt("trailing-footer-missing").repairable(),
-            D::TrailingFooterInvalid { .. } => corrupt("trailing-footer-invalid").repairable(),
-            D::FrontFooterInvalid { .. } => corrupt("front-footer-invalid").repairable(),
-            D::ShortFooter { .. } => cosmetic("short-footer").repairable(),
-            D::HeaderPlace { .. } => unreadable("header-place"),
-            D::HeaderCookie { .. } => unreadable("header-cookie"),
-            D::HeaderChecksum { .. } => unreadable("header-checksum"),
-            D::HeaderVersion { .. } => unreadable("header-version"),
-            D::BlockSize { .. } => unreadable("block-size"),
-            D::TableTooSmall { .. } => unreadable("table-too-small"),
-            D::TableTooLarge { .. } => unreadable("table-too-large"),
-            D::TableUnaligned { .. } => unreadable("table-unaligned"),
-            D::TableOutside { .. } => unreadable("table-outside"),
-            D::TableOverlaps { .. } => unreadable("table-overlaps"),
-            D::BlockInMetadata { .. } => unreadable("block-in-metadata"),
-            D::BlockBeyondEnd { .. } => of("block-beyond-end", Severity::Corruption, C::NotWritable),
-            D::BlockDuplicate { .. } => unreadable("block-duplicate"),
-            D::BlockOverlap { .. } => unreadable("block-overlap"),
-            D::BlockBeyondDisk { .. } => cosmetic("block-beyond-disk").repairable(),
-            D::EntryZero { .. } => cosmetic("entry-zero").repairable(),
-            D::BlockCutOff { .. } => unreadable("block-cut-off"),
-            D::BitsBeyondDisk { .. } => cosmetic("bits-beyond-disk").repairable(),
-            D::NoPlace { .. } => of("no-place", Severity::Corruption, C::NotWritable),
-            D::SpaceUnreferenced { .. } => of("space-unreferenced", Severity::Leak, C::Warning).repairable(),
-            D::DataUnderClearBit { .. } => cosmetic("data-under-clear-bit"),
-            D::LocatorPlatform { .. } => cosmetic("locator-platform"),
-            D::LocatorLength { .. } => cosmetic("locator-length"),
-            D::LocatorPlace { .. } => cosmetic("locator-place"),
-            D::ParentPath { .. } => cosmetic("parent-path"),
-            D::ParentUnnamed => unreadable("parent-unnamed"),
-            D::ParentMissing { .. } => unreadable("parent-missing"),
-            D::ParentUuid { .. } => unreadable("parent-uuid"),
-            D::ParentRaw => unreadable("parent-raw"),
-            D::ParentSize { .. } => note("parent-size"),
-            D::ParentChanged { .. } => note("parent-changed"),
-            D::ParentHidden { .. } => corrupt("parent-hidden"),
-            D::PlacedByAnother { .. } => cosmetic("placed-by-another"),
-            D::ZerosOverParent { .. } => note("zeros-over-parent"),
-            D::ChainTooDeep { .. } => unreadable("chain-too-deep"),
-            D::ChainCycle { .. } => unreadable("chain-cycle"),
-            D::ChainUuidTwice { .. } => unreadable("chain-uuid-twice"),
-            D::ChainTablesTooLarge { .. } => unreadable("chain-tables-too-large"),
-            D::BatmapHeader { .. } => corrupt("batmap-header"),
-            D::BatmapPlace { .. } => corrupt("batmap-place"),
-            D::BatmapChecksum { .. } => corrupt("batmap-checksum").repairable(),
-            D::BatmapWrong { .. } => corrupt("batmap-wrong").repairable(),
-            D::Encrypted { .. } => of("encrypted", Severity::Cosmetic, C::NotReadable),
-            D::SavedState { .. } => of("saved-state", Severity::Cosmetic, C::NotWritable),
-            D::Hidden { .. } => of("hidden", Severity::Cosmetic, C::NotWritable),
+/// Names where an image records a path: in a locator, or in the header.
+fn recorded_path(slot: Option<usize>, text: &str) -> String {
+    match slot {
+        Some(slot) => format!("path {text:?} of parent locator {slot}"),
+        None => format!("parent's name {text:?} in the header"),
+    }
+}
+
+fn tried_paths(tried: &[String]) -> String {
+    if tried.is_empty() { String::new() } else { format!("; tried {}", tried.join(", ")) }
+}
+
+impl From<Defect> for Error {
+    fn from(defect: Defect) -> Error {
+        let error = Error::new(defect.error_kind(), defect.to_string());
+        match defect.offset() {
+            Some(at) => error.at_offset(at),
+            None => error,
         }
     }
-
-    /// The word for programs.
-    pub fn kind(&self) -> &'static str {
-        self.rule().kind
-    }
-
-    /// How bad it is.
-    pub fn severity(&self) -> Severity {
-        self.rule().severity
-    }
-
-    /// Whether the image may be read and written all the same.
-    pub fn consequence(&self) -> Consequence {
-        self.rule().consequence
-    }
-
-    /// Whether `check --repair` mends it without guessing.
-    pub fn repairable(&self) -> bool {
-        self.rule().repairable
-    }
-
-    /// The byte offset it is about, where there is one.
-    pub fn offset(&self) -> Option<u64> {
-        match self {
-            D::FooterCookie { at }
-            | D::Poisoned { at }
-            | D::FooterChecksum { at, .. }
-            | D::FooterVersion { at, .. }
-            | D::DiskType { at, .. }
-            | D::DiskSize { at, .. }
-            | D::FixedPadded { at, .. }
-            | D::FootersDiffer { at, .. }
-            | D::FooterKindsDiffer { at, .. }
-            | D::EntryZero { at, .. }
-            | D::TrailingFooterInvalid { at, .. }
-            | D::ShortFooter { at }
-            | D::HeaderCookie { at }
-            | D::HeaderChecksum { at, .. }
-            | D::HeaderVersion { at, .. }
-            | D::BlockSize { at, .. }
-            | D::TableTooSmall { at, .. }
-            | D::TableTooLarge { at, .. }
-            | D::TableUnaligned { at, .. }
-            | D::TableOutside { at, .. }
-            | D::TableOverlaps { at, .. }
-            | D::BlockCutOff { at, .. }
-            | D::BitsBeyondDisk { at, .. }
-            | D::DataUnderClearBit { at, .. }
-            | D::ParentHidden { at, .. }
-            | D::PlacedByAnother { at, .. }
-            | D::ZerosOverParent { at, .. }
-            | D::BatmapHeader { at }
-            | D::BatmapPlace { at, .. }
-            | D::BatmapChecksum { at, .. }
-            | D::BatmapWrong { at, .. }
-            | D::Encrypted { at }
-            | D::SavedState { at }
-            | D::Hidden { at } => Some(*at),
-            D::FooterCopyStale | D::FrontFooterInvalid { .. } => Some(0),
-            D::TrailingFooterMissing { len } => Some(*len),
-            // The footer says what cannot be.
-            D::FixedTooShort { data, .. } | D::FixedMore { data, .. } => Some(*data),
-            D::HeaderPlace { len, .. } => Some(len.saturating_sub(crate::units::SECTOR)),
-            D::SpaceUnreferenced { offset, .. } => Some(*offset),
-            D::BlockInMetadata { entry, .. }
-            | D::BlockBeyondEnd { entry, .. }
-            | D::BlockDuplicate { entry, .. }
-            | D::BlockOverlap { entry, .. }
-            | D::BlockBeyondDisk { entry, .. } => Some(u64::from(*entry) * crate::units::SECTOR),
-            _ => None,
-        }
-    }
-}
-
-/// A row of the table of rules.
-struct Rule {
-    kind: &'static str,
-    severity: Severity,
-    consequence: Consequence,
-    repairable: bool,
-}
-
-impl Rule {
-    fn repairable(self) -> Rule {
-        Rule { repairable: true, ..self }
-    }
-}
-
-fn of(kind: &'static str, severity: Severity, consequence: Consequence) -> Rule {
-    Rule { kind, severity, consequence, repairable: false }
-}
-
-fn unreadable(kind: &'static str) -> Rule {
-    of(kind, Severity::Corruption, C::NotReadable)
-}
-
-fn corrupt(kind: &'static str) -> Rule {
-    of(kind, Severity::Corruption, C::Warning)
-}
-
-fn cosmetic(kind: &'static str) -> Rule {
-    of(kind, Severity::Cosmetic, C::Warning)
-}
-
-fn note(kind: &'static str) -> Rule {
-    of(kind, Severity::Note, C::Warning)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn severities_and_repairs() {
-        let leak = Defect::SpaceUnreferenced { offset: 8192, bytes: 4096 };
-        assert_eq!((leak.severity(), leak.repairable()), (Severity::Leak, true));
-        let bad = Defect::BlockDuplicate { block: 1, other: 2, entry: 9 };
-        assert_eq!((bad.severity(), bad.repairable()), (Severity::Corruption, false));
-        assert_eq!(Defect::Hidden { at: 0 }.severity(), Severity::Cosmetic);
-        assert!(Severity::Corruption > Severity::Leak);
-    }
-
-    #[test]
-    fn places_what_has_none() {
-        assert_eq!(Defect::HeaderCookie { at: 0 }.with_base_offset(512).offset(), Some(512));
-        let entry = Defect::BlockOverlap { block: 1, entry: 9, other: 2, other_entry: 8 };
-        assert_eq!(entry.clone().with_base_offset(512), entry);
-    }
-}
+#[path = "defect_tests.rs"]
+mod tests;

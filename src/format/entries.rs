@@ -1,6 +1,4 @@
-//! Whether the blocks of a BAT lie where they may: in the file, beside the metadata and beside each other (O12, O13).
-//!
-//! And what they leave: the end of the data, and space that nothing refers to.
+//! Checks that the blocks of a BAT overlap neither metadata nor each other (O12, O13), and finds unreferenced space.
 
 use std::ops::{ControlFlow, Range};
 
@@ -12,23 +10,23 @@ use crate::format::layout::{self, PAGE};
 use crate::format::metadata::MetadataMap;
 use crate::units::{BlockSize, SECTOR};
 
-/// What the entries of a BAT are held against.
+/// The limits that the entries of a BAT must keep.
 #[derive(Clone, Debug)]
 pub struct EntryRules<'a> {
-    /// Where no block may lie.
+    /// The metadata that no block may overlap.
     pub metadata: &'a MetadataMap,
     /// Size of a block.
     pub block_size: BlockSize,
-    /// Blocks of the disk; entries behind are ignored, but for their space.
+    /// Blocks of the disk. Entries after them are ignored, except that their space counts as used.
     pub blocks: u64,
     /// The byte at which the data ends. Blocks that end after it are [`PlacedBlocks::truncated`].
     pub data_end: u64,
-    /// How far after that a block of no use may end and still keep its room.
+    /// How many bytes after `data_end` a block after the end of the disk may end for its space to count as used.
     pub slack: u64,
 }
 
 impl<'a> EntryRules<'a> {
-    /// The rules for an image.
+    /// The rules for an image with this footer and header.
     pub fn new(chosen: &ChosenFooter, header: &DynamicHeader, metadata: &'a MetadataMap) -> EntryRules<'a> {
         let slack = match chosen.source {
             FooterSource::Front => header.block_size.bytes().into(),
@@ -44,21 +42,21 @@ impl<'a> EntryRules<'a> {
     }
 }
 
-/// What the entries of a BAT take.
+/// The places of all blocks in a BAT.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PlacedBlocks {
-    /// The used entries of blocks of the disk and their blocks, by place.
+    /// (entry, block) for each block of the disk that has a place, ordered by place.
     pub entries: Vec<(u32, u32)>,
-    /// The places of blocks behind the end of the disk: nobody reads them, and nobody else gets their room.
+    /// The places of blocks after the end of the disk. They are never read, and their space is never reused.
     pub beyond_disk: Vec<u32>,
-    /// The first byte behind all metadata and all blocks.
+    /// The first byte after all metadata and all blocks.
     pub end: u64,
-    /// How many of `entries`, the last ones, end after the data does. Their bitmaps decide whether bytes are lost (O12).
+    /// How many of the last `entries` end after the end of the data. Their bitmaps decide whether bytes are lost (O12).
     pub truncated: usize,
 }
 
 impl PlacedBlocks {
-    /// Whether a block, of the disk or behind its end, lies over a range of the file.
+    /// Whether any block, on the disk or after its end, overlaps a range of the file.
     pub fn covers(&self, range: &Range<u64>, block_size: BlockSize) -> bool {
         let stride = u64::from(block_size.stride_sectors());
         let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond_disk).copied().map(u64::from);
@@ -66,17 +64,18 @@ impl PlacedBlocks {
     }
 }
 
-/// Holds entries, as (block, entry), against the rules (O12, O13) and tells `found` each defect, until it breaks.
-/// To stop at the first, break at the first that is more than [`Severity::Cosmetic`](super::Severity::Cosmetic).
+/// Checks (block, entry) pairs against the rules (O12, O13). Calls `found` with each defect until it returns `Break`.
+/// To stop at the first defect that matters, break at one that is more than
+/// [`Severity::Cosmetic`](super::Severity::Cosmetic).
 ///
 /// # Errors
-/// What `found` broke with.
+/// The value of the `Break` that `found` returned.
 pub fn check_entries<B>(
     entries: impl IntoIterator<Item = (u32, u32)>,
     rules: &EntryRules<'_>,
     mut found: impl FnMut(Defect) -> ControlFlow<B>,
 ) -> Result<PlacedBlocks, B> {
-    let mut tell = |defect| match found(defect) {
+    let mut report = |defect| match found(defect) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(value) => Err(value),
     };
@@ -93,31 +92,31 @@ pub fn check_entries<B>(
                 placed.end = placed.end.max(range.end);
                 placed.beyond_disk.push(entry);
             }
-            tell(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
+            report(Defect::BlockBeyondDisk { block, entry, blocks: rules.blocks })?;
             continue;
         }
         if let Some(part) = rules.metadata.overlapping(&range) {
-            tell(Defect::BlockInMetadata { block, entry, part })?;
+            report(Defect::BlockInMetadata { block, entry, part })?;
         }
         placed.truncated += usize::from(range.end > rules.data_end);
         placed.end = placed.end.max(range.end);
         placed.entries.push((entry, block));
     }
     placed.entries.sort_unstable();
-    // All blocks are of one length, so if any two overlap, two neighbours do.
+    // All blocks have one length, so if any two overlap, two neighbours do.
     for pair in placed.entries.windows(2) {
         let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
         if entry == other_entry {
-            tell(Defect::BlockDuplicate { block, other, entry })?;
+            report(Defect::BlockDuplicate { block, other, entry })?;
         } else if u64::from(entry - other_entry) < stride {
-            tell(Defect::BlockOverlap { block, entry, other, other_entry })?;
+            report(Defect::BlockOverlap { block, entry, other, other_entry })?;
         }
     }
     Ok(placed)
 }
 
-/// The space before byte `end` that neither metadata nor blocks take, but for gaps that align the block after them and
-/// room that is set aside for locators.
+/// Finds the space before byte `end` that neither metadata nor blocks use. Gaps that align the next block and space
+/// that is reserved for locators count as used.
 pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
     let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond_disk);
@@ -131,7 +130,7 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
     for range in taken.into_iter().chain(std::iter::once(end..end)) {
         let gap = at..range.start.min(end);
         let place = layout::place_from(at.div_ceil(SECTOR), block_size, layout::alignment(block_size));
-        // Less than two pages is what aligns at pages, or too little to be worth a word.
+        // A gap of less than two pages aligns a block to a page, or is too small to report.
         let aligns = gap.end < end && place == Some(gap.end / SECTOR);
         if gap.end.saturating_sub(gap.start) >= 2 * PAGE && !aligns {
             free.push(gap);
@@ -145,7 +144,7 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
 mod tests {
     use super::*;
     use crate::format::footer::{DiskType, Footer};
-    use crate::format::metadata::MetadataPart;
+    use crate::format::metadata_part::MetadataPart;
     use crate::format::random::Random;
     use uuid::Uuid;
 
@@ -183,7 +182,7 @@ mod tests {
         assert_eq!(
             (all(&[(0, 4)], end - 1).0.truncated, all(&[(0, 4)], end - 1).1.len()),
             (1, 0),
-            "its bitmap decides"
+            "its bitmap decides whether bytes are lost"
         );
         assert_eq!((all(&[(0, 3)], end).1, all(&[(0, 5)], 14 * 512).1), (vec!["block-in-metadata"], vec![]));
         assert_eq!(all(&[(0, 0)], end).1, ["block-in-metadata"]);
@@ -200,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn stops_where_it_is_told() {
+    fn checking_stops_when_the_caller_breaks() {
         let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: LEN, slack: 0 };
@@ -209,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_tail_gives_one_block_of_room() {
+    fn without_a_trailing_footer_one_block_may_end_after_the_file() {
         let f = footer(4 * 4096);
         let h = header(1536, 8);
         let (metadata, _) = MetadataMap::new(&f, &h, None, LEN);
@@ -236,35 +235,35 @@ mod tests {
     }
 
     #[test]
-    fn gaps_that_align_larger_blocks_are_used() {
+    fn gaps_that_align_larger_blocks_count_as_used() {
         let block_size = BlockSize::DEFAULT;
         let header = DynamicHeader::new(4096, 1024, block_size);
         let (metadata, _) = MetadataMap::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
             let entries = places.iter().copied().zip(0..).collect();
-            let behind = unreferenced(
+            let gaps = unreferenced(
                 &metadata,
                 &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 },
                 block_size,
                 end * 512,
             );
-            behind.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
+            gaps.into_iter().map(|gap| (gap.start / 512, gap.end / 512)).collect::<Vec<_>>()
         };
         // The table ends at sector 16; blocks take 4097 sectors.
         assert_eq!(free(&[127, 4351], 8448), []);
-        assert_eq!(free(&[23, 4127, 8319], 8319 + 4097), [], "at pages first");
+        assert_eq!(free(&[23, 4127, 8319], 8319 + 4097), [], "aligned to pages first");
         assert_eq!(
             free(&[127 - 8, 4351], 8448),
             [(16, 119), (4216, 4351)],
-            "the first is not aligned, the gap too large"
+            "the first block is not aligned, the gap is too large"
         );
-        assert_eq!(free(&[127, 4351 + 128], 8448 + 128), [(4224, 4479)], "more than aligns");
+        assert_eq!(free(&[127, 4351 + 128], 8448 + 128), [(4224, 4479)], "a gap larger than alignment needs");
         assert_eq!(free(&[127, 8575], 12672), [(4224, 8575)], "a lost block");
         assert_eq!(free(&[127], 4351), [(4224, 4351)], "a gap before the end aligns nothing");
     }
 
     #[test]
-    fn space_that_nobody_uses() {
+    fn unused_space_is_found() {
         let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let free = |entries, end| {
@@ -274,12 +273,12 @@ mod tests {
         assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);
         assert_eq!(free(vec![(11, 0), (27, 1)], 36 * 512), [], "gaps that align");
         assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
-        assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing behind the end counts");
+        assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing after the end counts");
         let whole = free(vec![], 64 * 512);
         assert_eq!(
             (whole.len(), whole[0].clone()),
             (1, 2048..60 * 512),
-            "the room of a block behind the end of the disk"
+            "the space of a block after the end of the disk is used"
         );
     }
 }

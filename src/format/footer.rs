@@ -1,7 +1,7 @@
-//! The footer: the 512 bytes at the end of every image, and of sparse ones also at the start.
+//! The footer: the 512 bytes at the end of every image, with a copy at the start of a dynamic or differencing image.
 //!
-//! Decoding keeps every byte, so that a footer that is written again differs only where it was meant to. Offsets of
-//! the fields: vhd-format 2.
+//! Decoding keeps every byte, so that a rewritten footer differs only in the fields that were changed. Offsets of the
+//! fields: vhd-format 2.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U16, U32, U64};
@@ -24,7 +24,7 @@ pub const NO_DATA_OFFSET: u64 = u64::MAX;
 const COOKIE: [u8; 8] = *b"conectix";
 const POISON: [u8; 8] = *b"v_poison";
 const CHECKSUM_AT: usize = 64;
-/// The byte in which XenServer keeps `hidden`, counted in the reserved bytes.
+/// The index of XenServer's `hidden` flag in the reserved bytes.
 const HIDDEN: usize = 0;
 
 /// The kind of a disk.
@@ -32,14 +32,14 @@ const HIDDEN: usize = 0;
 pub enum DiskType {
     /// All data, in order, from the start of the file.
     Fixed,
-    /// Blocks on demand; what is absent is zero.
+    /// Blocks on demand; absent sectors are zero.
     Dynamic,
-    /// Blocks on demand; what is absent is the parent's.
+    /// Blocks on demand; absent sectors are read from the parent.
     Differencing,
 }
 
 impl DiskType {
-    /// The kind of a code; `None` for those that nobody serves.
+    /// The kind of a code; `None` for codes that are not supported.
     pub fn from_code(code: u32) -> Option<DiskType> {
         match code {
             2 => Some(DiskType::Fixed),
@@ -58,7 +58,7 @@ impl DiskType {
         }
     }
 
-    /// The word that people and `info --json` use.
+    /// The name in messages and in `info --json`.
     pub fn word(self) -> &'static str {
         match self {
             DiskType::Fixed => "fixed",
@@ -68,12 +68,12 @@ impl DiskType {
     }
 }
 
-/// Seconds of Unix time as the format's 32-bit time, at the nearest end where it does not fit (2000 to 2136).
+/// Converts Unix time to the format's 32-bit time, clamped to its range (2000 to 2136).
 pub fn time_from_unix(unix: u64) -> u32 {
     u32::try_from(unix.saturating_sub(EPOCH_UNIX)).unwrap_or(u32::MAX)
 }
 
-/// The format's time as seconds of Unix time.
+/// Converts the format's time to Unix time.
 pub fn time_to_unix(time: u32) -> u64 {
     EPOCH_UNIX + u64::from(time)
 }
@@ -101,44 +101,43 @@ struct RawFooter {
     reserved: [u8; 427],
 }
 
-/// A decoded footer. All fields as in the file; the cookie and the checksum are implied.
+/// A decoded footer. All fields are as in the file; the cookie and the checksum are implied.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Footer {
     /// Bit 0 temporary, bit 1 always set by the specification; others appear.
     pub features: u32,
     /// Format version, 16.16.
     pub version: u32,
-    /// Byte offset of the dynamic header. Of no meaning for fixed disks.
+    /// Byte offset of the dynamic header. It has no meaning for fixed disks.
     pub data_offset: u64,
     /// Creation time, seconds since 2000.
     pub timestamp: u32,
-    /// Four letters of the program that made the image.
+    /// Tag of the program that made the image.
     pub creator: [u8; 4],
     /// That program's version, 16.16.
     pub creator_version: u32,
-    /// Four letters of the host it ran on.
+    /// Tag of the operating system on which that program ran.
     pub creator_host: [u8; 4],
-    /// Bytes at creation. Informational.
+    /// Virtual size at creation. Informational.
     pub original_size: u64,
-    /// Bytes of the disk: the virtual size.
+    /// Virtual size of the disk, in bytes.
     pub current_size: u64,
     /// Geometry, as stored.
     pub geometry: Geometry,
     /// Kind of disk.
     pub disk_type: DiskType,
-    /// Identity, which children record.
+    /// Identity of the image, which its children record.
     pub uuid: Uuid,
-    /// Nonzero while a machine is suspended on the disk.
+    /// Nonzero while a virtual machine is suspended on the disk.
     pub saved_state: u8,
-    /// The rest, kept as it is. The first byte is XenServer's `hidden`.
+    /// The other bytes, kept as they are. The first one is XenServer's `hidden`.
     pub reserved: [u8; 427],
 }
 
 impl Footer {
-    /// The footer of a new disk, made at `now_unix` (seconds of Unix time).
+    /// Makes the footer of a new disk that is created at `now_unix` (seconds of Unix time).
     ///
-    /// It names `win ` on `Wi2k` as its creator, the one tag with which every reader takes the exact size
-    /// (vhd-format 2.3).
+    /// The creator tag is `win ` on `Wi2k`: the only one with which every reader uses the exact size (vhd-format 2.3).
     pub fn new(disk_type: DiskType, size: u64, uuid: Uuid, now_unix: u64) -> Footer {
         Footer {
             features: 2,
@@ -158,15 +157,15 @@ impl Footer {
         }
     }
 
-    /// The same disk with another size. The original size follows, since libvhdi reads the size there, and the geometry,
-    /// by which QEMU counts the sectors of some creators.
+    /// Returns the footer with another size. The original size changes, too, since libvhdi reads the size from it; and
+    /// the geometry, since QEMU computes the size from it for some creators.
     #[must_use]
     pub fn with_size(&self, size: u64) -> Footer {
         let geometry = Geometry::for_creator(self.creator, size);
         Footer { original_size: size, current_size: size, geometry, ..self.clone() }
     }
 
-    /// From the 512 bytes of a footer. Whether the disk fits its file is not asked here.
+    /// Decodes the 512 bytes of a footer. It does not check whether the disk fits in its file.
     ///
     /// # Errors
     /// [`Defect`] for the first of: cookie, poison, checksum, major version, type, size (O4, O5), at offset 0.
@@ -212,7 +211,7 @@ impl Footer {
         })
     }
 
-    /// From a footer of 511 bytes, as written before 2004: the missing byte counts as zero.
+    /// Decodes a footer of 511 bytes, as programs wrote it before 2004: the missing byte counts as zero.
     ///
     /// # Errors
     /// As [`Footer::decode`].
@@ -222,7 +221,7 @@ impl Footer {
         Footer::decode(&whole)
     }
 
-    /// The 512 bytes, with a fresh checksum.
+    /// Encodes the footer, with a new checksum.
     pub fn encode(&self) -> [u8; 512] {
         let mut raw = RawFooter {
             cookie: COOKIE,
@@ -253,33 +252,34 @@ impl Footer {
         size.is_multiple_of(SECTOR) && (SECTOR..=MAX_DISK_BYTES).contains(&size)
     }
 
-    /// Sectors of the disk.
+    /// The number of sectors of the disk.
     pub fn sectors(&self) -> u64 {
         self.current_size / SECTOR
     }
 
-    /// Whether XenServer made it, so that its dialect applies: batmap, `hidden`, encryption.
+    /// Whether XenServer made the image, so that its dialect applies: batmap, `hidden`, encryption.
     pub fn creator_is_tap(&self) -> bool {
         self.creator.starts_with(b"tap")
     }
 
-    /// Whether it is marked as the inner node of a chain (O16).
+    /// Whether the image is marked as an inner node of a chain (O16).
     pub fn is_hidden(&self) -> bool {
         self.reserved[HIDDEN] != 0
     }
 
-    /// Marks it as the inner node of a chain, or not.
+    /// Marks the image as an inner node of a chain, or removes the mark.
     pub fn set_hidden(&mut self, hidden: bool) {
         self.reserved[HIDDEN] = hidden.into();
     }
 
-    /// Creation, in seconds of Unix time.
+    /// The time of creation, in seconds of Unix time.
     pub fn created_unix(&self) -> u64 {
         time_to_unix(self.timestamp)
     }
 }
 
-/// Versions 0.1 and 1.1 of tapdisk set `hidden` without computing the checksum again (libvhd accepts that too).
+/// Whether the creator is tapdisk 0.1 or 1.1, which set `hidden` without updating the checksum. libvhd accepts such
+/// footers, too.
 fn has_stale_hidden_checksum(raw: &RawFooter) -> bool {
     raw.creator.starts_with(b"tap") && matches!(raw.creator_version.get(), 0x0000_0001 | 0x0001_0001)
 }
@@ -289,7 +289,7 @@ mod tests {
     use super::*;
     use crate::format::random::Random;
 
-    /// The footer of a child made by vhd-util; the rest of its 512 bytes is zero.
+    /// The footer of a child made by vhd-util; the other bytes are zero.
     const VHD_UTIL: [u8; 84] =
         *b"conectix\0\0\0\x02\0\x01\0\0\0\0\0\0\0\0\x02\0\x32\x95\x53\xd5tap\0\0\x01\0\x03\0\0\0\0\
         \0\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\x01\xe1\x04\x11\0\0\0\x04\xff\xff\xf1\x37\
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_what_vhd_util_wrote() {
+    fn a_footer_by_vhd_util_is_decoded() {
         let f = Footer::decode(&foreign()).unwrap();
         assert_eq!((f.disk_type, f.current_size, f.data_offset), (DiskType::Differencing, 16 << 20, 512));
         assert_eq!(f.uuid.to_string(), "2cfa542e-b769-486d-9c5d-6bd3da225b26");
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_every_byte() {
+    fn encoding_keeps_every_byte() {
         let mut random = Random::new();
         for _ in 0..1000 {
             let mut bytes = foreign();
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_with_the_rule_that_is_broken() {
+    fn each_broken_rule_has_its_defect() {
         assert_eq!(with(0, b"Conectix"), Err(Defect::FooterCookie { at: 0 }));
         assert_eq!(with(0, b"v_poison"), Err(Defect::Poisoned { at: 0 }));
         assert_eq!(with(12, &[0, 2]), Err(Defect::FooterVersion { at: 0, version: 0x0002_0000 }));
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn accepts_the_late_hidden_of_old_tapdisk_only() {
+    fn a_stale_checksum_after_hidden_is_accepted_of_old_tapdisk_only() {
         for (version, fine) in [(0x0001u32, true), (0x0001_0001, true), (0x0001_0003, false)] {
             let mut bytes = foreign();
             bytes[32..36].copy_from_slice(&version.to_be_bytes());
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn new_and_resized() {
+    fn new_and_resized_footers() {
         let f = Footer::new(DiskType::Fixed, 1 << 20, Uuid::from_u128(7), EPOCH_UNIX + 5);
         assert_eq!(Footer::decode(&f.encode()).as_ref(), Ok(&f));
         let bytes = f.encode();

@@ -1,7 +1,8 @@
 //! Which of the two footers counts (O3).
 //!
-//! The one at the end. The one at the start lies where the guest of a fixed disk writes its sector 0: it is used only
-//! where the end has none and only for sparse disks, and it never overrules. So no guest can change the kind of its disk.
+//! The footer at the end counts. The copy at the start of the file is where the guest of a fixed disk writes its sector
+//! 0. So the copy is used only if the end has no footer, only for dynamic and differencing disks, and never in place of
+//! a valid footer at the end. No guest can change the type of its disk.
 
 use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
@@ -14,20 +15,21 @@ pub enum FooterSource {
     Trailing,
     /// The last 511 bytes.
     Trailing511,
-    /// The first 512 bytes, since the end has none.
+    /// The first 512 bytes, since the end has no footer.
     Front,
 }
 
-/// The footer that counts, and what was noticed on the way.
+/// The footer that counts, and the defects that do not prevent reading.
 #[derive(Clone, Debug)]
 pub struct ChosenFooter {
     /// The footer.
     pub footer: Footer,
     /// Where it was read.
     pub source: FooterSource,
-    /// What is wrong but does not prevent reading.
+    /// Defects that do not prevent reading.
     pub notes: Vec<Defect>,
-    /// Where the data must end: the offset of the trailing footer, or the length of the file where it is missing.
+    /// The byte before which the data must end: the offset of the trailing footer, or the length of the file without
+    /// one.
     pub data_end: u64,
 }
 
@@ -38,7 +40,7 @@ pub struct ChosenFooter {
 /// The [`Defect`] for which the file cannot be opened at all.
 ///
 /// # Panics
-/// Where `tail` has not the length it must have.
+/// If `tail` has another length.
 pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<ChosenFooter, Defect> {
     assert_eq!(tail.len() as u64, len.min(FOOTER_BYTES), "the tail is the last 512 bytes of the file");
     let Ok(last) = <&[u8; 512]>::try_from(tail) else {
@@ -63,9 +65,9 @@ enum TrailingFooter {
         source: FooterSource,
         at: u64,
     },
-    /// A footer that says what it is, and that is not for us.
+    /// A recognised footer that is not supported.
     Refused(Defect),
-    /// A footer with a wrong sum, of a disk that is not fixed.
+    /// A footer with a wrong checksum, of a disk that is not fixed.
     Damaged {
         at: u64,
         reason: Defect,
@@ -79,7 +81,7 @@ fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
         Err(Defect::FooterCookie { .. }) => {}
         decoded => return classify(decoded, FooterSource::Trailing, full_at, last[63]),
     }
-    // Like QEMU and libvhd, where the missing byte would have completed a sector.
+    // As in QEMU and libvhd: only if one more byte would complete a sector.
     if (len + 1).is_multiple_of(SECTOR) {
         let short = last.last_chunk::<511>().expect("511 is less than 512");
         match Footer::decode_511(short) {
@@ -90,7 +92,8 @@ fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
     TrailingFooter::None
 }
 
-/// `type_byte` is the lowest byte of the type, which counts even where the sum is wrong.
+/// Classifies a decoded trailing footer. `type_byte` is the lowest byte of the disk type, which counts even if the
+/// checksum is wrong.
 fn classify(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type_byte: u8) -> TrailingFooter {
     match decoded.map_err(|defect| defect.with_base_offset(at)) {
         Ok(footer) => TrailingFooter::Valid { footer: Box::new(footer), source, at },
@@ -136,7 +139,7 @@ fn use_trailing(
     Ok(ChosenFooter { footer, source, notes, data_end: at })
 }
 
-/// The first field with consequences in which two footers of one kind differ.
+/// Returns the first field with consequences in which two footers of one disk type differ.
 fn first_difference(a: &Footer, b: &Footer) -> Option<&'static str> {
     match () {
         () if a.current_size != b.current_size => Some("size"),
@@ -174,7 +177,7 @@ mod tests {
     const LEN: u64 = 1 << 21;
 
     #[test]
-    fn two_equal_copies() {
+    fn two_equal_footers() {
         let f = footer(DiskType::Dynamic);
         let c = choose(&f.encode(), Some(&f.encode()), LEN).unwrap();
         assert_eq!((c.footer, c.source, c.data_end), (f, FooterSource::Trailing, LEN - 512));
@@ -182,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fixed_disk_never_looks_at_its_front() {
+    fn the_start_of_a_fixed_disk_is_never_used() {
         let f = footer(DiskType::Fixed);
         let forged = footer(DiskType::Differencing).encode();
         let size = f.current_size;
@@ -198,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_or_damaged_tail_of_a_sparse_disk() {
+    fn the_copy_replaces_a_missing_or_damaged_footer_of_a_dynamic_disk() {
         let f = footer(DiskType::Differencing);
         let c = choose(&[0xC7; 512], Some(&f.encode()), LEN).unwrap();
         assert_eq!((&c.footer, c.source, c.data_end), (&f, FooterSource::Front, LEN));
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_that_is_valid_but_not_for_us_is_final() {
+    fn the_copy_never_replaces_a_footer_that_is_not_supported() {
         let good = footer(DiskType::Dynamic).encode();
         let mut poison = good;
         poison[..8].copy_from_slice(b"v_poison");
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn valid_copies_that_differ() {
+    fn valid_footers_that_differ() {
         let tail = footer(DiskType::Dynamic);
         let fronts = [
             ("size", tail.with_size(2 << 20)),
@@ -250,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn short_footers_complete_a_sector() {
+    fn footers_of_511_bytes_end_one_byte_before_a_sector() {
         let f = footer(DiskType::Fixed).encode();
         let mut tail = [7; 512];
         tail[1..].copy_from_slice(&f[..511]);

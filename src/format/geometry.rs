@@ -1,11 +1,12 @@
-//! Cylinders, heads and sectors: a number that no guest of ours sees, computed for the programs that still size by it.
+//! Cylinders, heads and sectors. No guest sees them here; they are computed for programs that derive the disk size from
+//! them.
 
 use crate::units::SECTOR;
 
-/// The creator tags with which every version of QEMU takes the current size.
+/// The creator tags for which every version of QEMU uses the current size.
 const EXACT_CREATORS: [[u8; 4]; 5] = [*b"win ", *b"qem2", *b"d2v ", *b"tap\0", *b"CTXS"];
 
-/// A disk geometry. Never a reason to reject an image, and never divided by.
+/// A disk geometry. It is never a reason to reject an image, and never a divisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     /// Cylinders.
@@ -17,11 +18,11 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The largest one: 127.5 GiB.
+    /// The largest geometry: 127.5 GiB.
     pub const MAX: Geometry = Geometry { cylinders: 65535, heads: 16, sectors: 255 };
 
-    /// The geometry of a disk of `bytes`, by the algorithm of the specification, all divisions rounded down
-    /// (vhd-format 2.2). It covers at most the disk, often less.
+    /// Computes the geometry of a disk of `bytes` by the algorithm of the specification, with all divisions rounded
+    /// down (vhd-format 2.2). It covers at most the disk, often less.
     pub fn for_size(bytes: u64) -> Geometry {
         let total = (bytes / SECTOR).min(Geometry::MAX.bytes() / SECTOR);
         let (sectors, heads, tracks) = if total >= 65535 * 16 * 63 {
@@ -41,18 +42,19 @@ impl Geometry {
         Geometry { cylinders, heads: u8::try_from(heads).expect("at most 16 heads"), sectors }
     }
 
-    /// The geometry to record for a disk of `bytes` in an image with this creator tag, so that every version of QEMU
-    /// takes the current size: the largest geometry if QEMU would cut the disk down to the ordinary one.
+    /// Computes the geometry to record for a disk of `bytes` in an image with this creator tag, so that every version
+    /// of QEMU uses the current size. This is the largest geometry if QEMU would otherwise cut the disk to the size of
+    /// its ordinary geometry.
     ///
-    /// QEMU takes the current size of a few creators' images, and of all images with the largest geometry. Of others it
-    /// multiplies cylinders, heads and sectors: before QEMU 10 for all other tags, since then for `vpc ` and `qemu`
-    /// (vhd-format 2.3).
+    /// QEMU uses the current size of images by a few creators, and of all images with the largest geometry. For other
+    /// images it multiplies cylinders, heads and sectors: before QEMU 10 for all other tags, since then for `vpc ` and
+    /// `qemu` (vhd-format 2.3).
     pub fn for_creator(creator: [u8; 4], bytes: u64) -> Geometry {
         let ordinary = Geometry::for_size(bytes);
         if EXACT_CREATORS.contains(&creator) || ordinary.bytes() == bytes { ordinary } else { Geometry::MAX }
     }
 
-    /// The bytes that it covers.
+    /// The number of bytes that it covers.
     pub const fn bytes(self) -> u64 {
         self.cylinders as u64 * self.heads as u64 * self.sectors as u64 * SECTOR
     }
@@ -62,7 +64,7 @@ impl Geometry {
 mod tests {
     use super::*;
 
-    /// The size that QEMU takes, before version 10 and since (block/vpc.c).
+    /// The size that QEMU uses, before version 10 and since (block/vpc.c).
     fn by_qemu(creator: [u8; 4], geometry: Geometry, current: u64) -> [u64; 2] {
         let exact_before = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS"].contains(&&creator);
         let exact_since = ![b"vpc ", b"qemu"].contains(&&creator);
@@ -73,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn no_qemu_cuts_a_disk() {
+    fn no_version_of_qemu_cuts_a_disk() {
         let tags = [
             b"win ",
             b"qem2",

@@ -1,6 +1,6 @@
-//! The dynamic header: the 1024 bytes that a dynamic or differencing disk has once, without a copy.
+//! The dynamic header: the 1024 bytes that describe a dynamic or differencing disk. There is no copy of it.
 //!
-//! Its own `data offset` is kept but never followed. Offsets of the fields: vhd-format 3.
+//! Its field `data offset` is kept but never followed. Offsets of the fields: vhd-format 3.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U32, U64};
@@ -48,14 +48,14 @@ struct RawDynamicHeader {
     reserved_end: [u8; 256],
 }
 
-/// A decoded dynamic header. All fields as in the file; cookie, version and checksum are implied.
+/// A decoded dynamic header. All fields are as in the file; cookie, version and checksum are implied.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DynamicHeader {
     /// All ones. Kept, never followed.
     pub data_offset: u64,
     /// Byte offset of the BAT.
     pub table_offset: u64,
-    /// Entries of the BAT: as many as the disk has blocks, or more.
+    /// Number of BAT entries: at least one for each block of the disk.
     pub entries: u32,
     /// Data bytes of a block.
     pub block_size: BlockSize,
@@ -65,7 +65,7 @@ pub struct DynamicHeader {
     pub parent_timestamp: u32,
     /// Kept as it is.
     pub reserved: u32,
-    /// The parent's name, UTF-16 big-endian, ended by zeros.
+    /// The parent's name, UTF-16 big-endian, padded with zeros.
     pub parent_name: [u8; 512],
     /// Where paths to the parent are stored.
     pub locators: [LocatorEntry; LOCATORS],
@@ -74,7 +74,7 @@ pub struct DynamicHeader {
 }
 
 impl DynamicHeader {
-    /// The header of a new disk without a parent.
+    /// Makes the header of a new disk without a parent.
     pub fn new(table_offset: u64, entries: u32, block_size: BlockSize) -> DynamicHeader {
         DynamicHeader {
             data_offset: u64::MAX,
@@ -90,7 +90,7 @@ impl DynamicHeader {
         }
     }
 
-    /// From the 1024 bytes of a header. Whether the table fits the file is not asked here.
+    /// Decodes the 1024 bytes of a header. It does not check whether the table fits in the file.
     ///
     /// # Errors
     /// [`Defect`] for the first of: cookie, checksum, version, block size (O7, O8), at offset 0.
@@ -133,7 +133,7 @@ impl DynamicHeader {
         })
     }
 
-    /// The 1024 bytes, with a fresh checksum.
+    /// Encodes the header, with a new checksum.
     pub fn encode(&self) -> [u8; 1024] {
         let mut raw = RawDynamicHeader {
             cookie: COOKIE,
@@ -163,7 +163,7 @@ impl DynamicHeader {
         zerocopy::transmute!(raw)
     }
 
-    /// Whether the parent is a raw file, in XenServer's dialect (vhd-format 5.3). Only asked of differencing disks.
+    /// Whether the parent of a differencing disk is a raw file, in XenServer's dialect (vhd-format 5.3).
     pub fn parent_is_raw(&self) -> bool {
         self.parent_uuid.is_nil()
     }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_every_byte() {
+    fn encoding_keeps_every_byte() {
         let mut random = Random::new();
         for _ in 0..1000 {
             let mut bytes = DynamicHeader::new(4096, 8, BlockSize::DEFAULT).encode();
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_with_the_rule_that_is_broken() {
+    fn each_broken_rule_has_its_defect() {
         assert_eq!(with(0, b"conectix"), Err(Defect::HeaderCookie { at: 0 }));
         assert_eq!(with(24, &[0, 1, 0, 1]), Err(Defect::HeaderVersion { at: 0, version: 0x0001_0001 }));
         for size in [0, 512, 2048, 4095, 4097, 6144, (256 << 20) - 1, (256 << 20) + 1, 512 << 20, u32::MAX] {

@@ -1,7 +1,7 @@
-//! Other formats of disk images, known by their first bytes. For messages only: no program here reads one of them, and no
-//! format is ever chosen by these bytes, since the guest of a raw disk can write them.
+//! Formats of disk images, recognised by their first bytes. Only messages use them: no program here reads another
+//! format, and none chooses a format by these bytes, since the guest of a raw disk can write them.
 
-/// Bytes at the start of a file that tell the format.
+/// Bytes at the start of a file that [`ImageFormat::probe`] needs.
 pub const PROBE_BYTES: usize = 512;
 
 /// A format of disk images.
@@ -15,14 +15,14 @@ pub enum ImageFormat {
     Qcow,
     /// VMware's format, also its text descriptor.
     Vmdk,
-    /// VirtualBox' format.
+    /// VirtualBox's format.
     Vdi,
-    /// A VHD, by the copy of a footer.
+    /// A VHD, by the copy of its footer.
     Vhd,
 }
 
 impl ImageFormat {
-    /// The format of a file that begins with `head`; `None` if it is none of these.
+    /// Recognises the format of a file that begins with `head`; `None` if it is none of these.
     pub fn probe(head: &[u8]) -> Option<ImageFormat> {
         let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|rest| rest.starts_with(magic));
         match () {
@@ -36,7 +36,7 @@ impl ImageFormat {
         }
     }
 
-    /// Its name.
+    /// The name of the format.
     pub fn name(self) -> &'static str {
         match self {
             ImageFormat::Vhdx => "VHDX",
@@ -48,7 +48,7 @@ impl ImageFormat {
         }
     }
 
-    /// Its name in QEMU.
+    /// The name of its block driver in QEMU.
     pub fn qemu_driver(self) -> &'static str {
         match self {
             ImageFormat::Vhdx => "vhdx",

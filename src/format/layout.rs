@@ -1,20 +1,20 @@
-//! Where things go in the files that we write.
+//! Where metadata and blocks go in the files that this crate writes.
 //!
 //! ```text
 //!   | footer, header | BAT ... | gap | bitmap | data ........... | gap | bitmap | data ........... | footer |
 //!                    ^ page                   ^ unit                            ^ unit
 //! ```
 //!
-//! Metadata and guest data share no 4 KiB page: the BAT stands at a page boundary and fills its pages, block data
-//! begins at one, and its bitmap takes the last sectors before it (crash-safety 3.4).
+//! Metadata and guest data share no 4 KiB page: the BAT begins at a page and fills its pages, and block data begins at
+//! a page, directly after its bitmap (crash-safety 3.4).
 //!
-//! Of blocks of 256 KiB and more the data begins at a larger [unit](alignment), up to 64 KiB: what a guest writes in
-//! pieces of that size gets whole folios of the page cache. Against data at pages (ext4, Linux 6.18), sequential reads
-//! of 128 KiB went from 90,000 to 130,000 a second, writes of 1 MiB from 7,500 to 9,800; data at 2 MiB is no faster.
-//! The gaps take at most a thirty-second of the file, and no room on the host once they are given back.
+//! The data of blocks of 256 KiB and more is aligned to a larger [unit](alignment), up to 64 KiB, so that guest writes
+//! of that size fill whole folios of the page cache. Compared with data aligned to pages (ext4, Linux 6.18), sequential
+//! reads of 128 KiB went from 90,000 to 130,000 a second, writes of 1 MiB from 7,500 to 9,800; alignment to 2 MiB is no
+//! faster. The gaps take at most 1/32 of the file, and no space on the file system once they are punched.
 //!
-//! Near the 2 TiB that entries can reach, blocks stand at pages, or are packed without gaps, where they would not all
-//! fit otherwise. Images with blocks anywhere are read and written as they are.
+//! A block entry reaches 2 TiB. Near that limit blocks are aligned to pages, or packed without gaps, if they would not
+//! all fit otherwise. Existing images are read and written with their blocks wherever they are.
 
 use std::ops::Range;
 
@@ -25,40 +25,40 @@ use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::units::{BlockSize, SECTOR};
 
-/// The unit of alignment, in bytes: a page, and a physical sector of every medium.
+/// The smallest unit of alignment, in bytes: a page, and a multiple of the physical sector of any medium.
 pub const PAGE: u64 = 4096;
 const PAGE_SECTORS: u64 = PAGE / SECTOR;
-/// The largest unit at which block data is aligned, in bytes: more makes nothing faster.
+/// The largest unit to which block data is aligned, in bytes. Larger units are not faster.
 const LARGEST_UNIT: u64 = 64 << 10;
-/// The part of a block that its unit is at most, so that gaps do not count.
+/// The unit is at most this fraction of a block, so that gaps stay small.
 const UNITS_PER_BLOCK: u64 = 32;
 
-/// The places in a new image.
+/// Where metadata and the footer of a new image are.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NewLayout {
     /// Byte offset of the dynamic header; `None` for a fixed disk.
     pub header: Option<u64>,
-    /// Room of each locator, in bytes of the file: whole sectors.
+    /// Byte range of each locator: whole sectors.
     pub locators: Vec<Range<u64>>,
     /// Byte offset of the BAT.
     pub table: u64,
     /// Entries of the BAT.
     pub entries: u32,
-    /// Bytes of the BAT, in whole pages; all that is no entry is filled with ones.
+    /// Bytes of the BAT, in whole pages. The bytes after the last entry are ones.
     pub table_bytes: u64,
-    /// Where the footer goes while there are no blocks, in bytes. Here the data ends.
+    /// Byte offset of the footer while there are no blocks: the end of the data.
     pub footer: u64,
 }
 
 impl NewLayout {
-    /// The places in a new image of a disk of `size` bytes, with BAT entries for at least `reserve` blocks and with
-    /// locators of so many bytes.
+    /// Lays out a new image of a disk of `size` bytes, with BAT entries for at least `reserve` blocks, and with
+    /// locators whose texts have the lengths in `locators`.
     ///
     /// # Errors
     /// [`Defect::DiskSize`], [`Defect::TableTooLarge`].
     ///
     /// # Panics
-    /// For more than eight locators, or locators of a disk without parent.
+    /// If there are more than eight locators, or locators for a disk without a parent.
     pub fn plan(
         disk_type: DiskType,
         size: u64,
@@ -98,25 +98,28 @@ pub fn alignment(block_size: BlockSize) -> u64 {
     (u64::from(block_size.bytes()) / UNITS_PER_BLOCK).clamp(PAGE, LARGEST_UNIT)
 }
 
-/// Sectors from one block to the next where both are aligned, gap included.
+/// Sectors from one block to the next, gap included, if both are aligned.
 pub fn aligned_stride(block_size: BlockSize) -> u64 {
     u64::from(block_size.stride_sectors()).next_multiple_of(alignment(block_size) / SECTOR)
 }
 
-/// Sectors from one block to the next where both stand at pages, gap included.
+/// Sectors from one block to the next, gap included, if both are aligned to pages.
 pub fn page_stride(block_size: BlockSize) -> u64 {
     u64::from(block_size.stride_sectors()).next_multiple_of(PAGE_SECTORS)
 }
 
-/// The first file sector from `from` on where a block can begin whose data is to lie at a multiple of `unit` bytes.
+/// The first file sector, from `from` on, of a block whose data is aligned to `unit` bytes.
 pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
     let bitmap = u64::from(block_size.bitmap_sectors());
     let data = from.checked_add(bitmap)?.checked_next_multiple_of(unit / SECTOR)?;
     Some(data - bitmap)
 }
 
-/// The best place from file sector `from` on for the first of `blocks` blocks, the last of which must begin at sector
-/// `last` or before: aligned, if the others still fit at pages then; else at a page, if they still fit packed.
+/// The best file sector, from `from` on, for the first of `blocks` blocks, of which the last must begin at `last` or
+/// before.
+///
+/// The block is aligned if the others then still fit when aligned to pages; otherwise it is aligned to a page if the
+/// others still fit when packed.
 pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> Option<u64> {
     let ways = [(alignment(block_size), page_stride(block_size)), (PAGE, block_size.stride_sectors().into())];
     ways.into_iter().find_map(|(unit, stride)| {
@@ -126,11 +129,11 @@ pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> O
     })
 }
 
-/// The entry of the next new block, where the data ends before sector `end` and `unplaced` blocks of the disk have no
-/// place yet, this one included.
+/// The BAT entry of the next new block, if the data ends before sector `end` and `unplaced` blocks of the disk, this
+/// one included, have no place yet.
 ///
 /// # Errors
-/// [`Defect::NoPlace`] where no entry can name the place (O14).
+/// [`Defect::NoPlace`] if no entry can reach the place (O14).
 pub fn next_place(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
     let full = Defect::NoPlace { end: end.saturating_mul(SECTOR) };
     let entry = best_place(end, block_size, unplaced, bat::MAX_ENTRY.into()).unwrap_or(end);
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn plans() {
+    fn new_images_are_laid_out() {
         let plan = |kind, bytes, reserve, locators: &[u32]| {
             NewLayout::plan(kind, bytes, BlockSize::DEFAULT, reserve, locators).unwrap()
         };
@@ -161,13 +164,13 @@ mod tests {
         let p = plan(DiskType::Differencing, GIB, 2000, &[1024, 1024, 1024]);
         assert_eq!((p.table, p.entries, p.table_bytes, p.footer), (8192, 2000, 8192, 16384));
         let p = plan(DiskType::Differencing, GIB, 1025, &[512, 1024, 1024]);
-        assert_eq!((p.table, p.table_bytes), (4096, 8192), "4100 bytes of table behind exactly one page");
+        assert_eq!((p.table, p.table_bytes), (4096, 8192), "4100 bytes of table after exactly one page");
         let p = plan(DiskType::Fixed, 1 << 20, 0, &[]);
         assert_eq!((p.header, p.footer, p.table_bytes), (None, 1 << 20, 0));
     }
 
     #[test]
-    fn plans_at_their_limits() {
+    fn layouts_at_their_limits() {
         let plan = |bytes, block: u32, reserve| NewLayout::plan(DiskType::Dynamic, bytes, size(block), reserve, &[]);
         assert_eq!(plan(2040 * GIB, HALF_MIB, 0).unwrap().entries, 2040 * 2048);
         assert!(matches!(plan(2040 * GIB + 512, HALF_MIB, 0), Err(Defect::DiskSize { .. })));
@@ -206,7 +209,11 @@ mod tests {
         assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(127));
         assert_eq!(next_place(127, BlockSize::DEFAULT, 1), Ok(127));
         assert_eq!(next_place(128 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4224));
-        assert_eq!(next_place(24 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4096), "behind a block at a page");
+        assert_eq!(
+            next_place(24 + 4096, BlockSize::DEFAULT, 1),
+            Ok(127 + 4096),
+            "after a block that is aligned to a page"
+        );
     }
 
     #[test]
@@ -217,7 +224,7 @@ mod tests {
         assert_eq!(next_place(16, block, aligned + 1), Ok(23));
         let paged = (last - 23) / 4097 + 1;
         assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
-        // Of small blocks aligned is at pages.
+        // The unit of small blocks is a page.
         let (block, paged) = (size(4096), (last - 23) / 9 + 1);
         assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
     }
@@ -226,7 +233,7 @@ mod tests {
     fn the_last_places_below_2_tib() {
         let block = BlockSize::DEFAULT;
         let top = u64::from(u32::MAX);
-        // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry; but it means "unused".
+        // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry, but it means "unused".
         assert_eq!(next_place(top - 128, block, 1), Ok(u32::MAX - 128));
         assert_eq!(next_place(top - 127, block, 1), Ok(u32::MAX - 120), "at a page, since aligned does not fit");
         assert_eq!(next_place(top - 8, block, 1), Ok(u32::MAX - 8));
@@ -235,12 +242,12 @@ mod tests {
         for end in [top, top + 1, u64::MAX / SECTOR, u64::MAX] {
             assert!(matches!(next_place(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
         }
-        assert_eq!(next_place(16, block, u64::MAX), Ok(16), "never all, so as many as possible");
+        assert_eq!(next_place(16, block, u64::MAX), Ok(16), "they never all fit, so the block is packed");
     }
 
     #[test]
     fn full_disks_of_2040_gib_fit() {
-        // Blocks of a full disk, and of those the ones that are aligned, and at pages.
+        // The number of blocks of a full disk, of aligned blocks, and of blocks aligned to pages.
         let fill = |gib: u64, block: BlockSize| {
             let plan = NewLayout::plan(DiskType::Dynamic, gib * GIB, block, 0, &[]).unwrap();
             let (mut end, mut aligned, mut paged) = (plan.footer / SECTOR, 0, 0);

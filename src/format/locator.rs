@@ -1,21 +1,19 @@
-//! Parent locators: eight entries in the header, each naming a platform's way of writing the path to the parent.
+//! Parent locators: eight entries in the header, each with the path to the parent in the notation of one platform.
 //!
-//! Entries are hints. A broken one is skipped with a note and never keeps an image from opening (O11).
+//! A locator is a hint. A damaged one is skipped and reported as a defect; it never prevents an image from opening
+//! (O11).
 
 use std::ffi::{OsStr, OsString};
 use std::ops::Range;
 
 use crate::format::defect::Defect;
-use crate::format::parent_path::{ParentPath, name_on_share, normalise};
+use crate::format::parent_path::{MAX_TEXT_BYTES, ParentPath, name_on_share, normalise};
 use crate::units::SECTOR;
 
-/// The longest text of a locator that is read (O11), in bytes.
-pub const MAX_TEXT_BYTES: u32 = 4096;
-
-/// The most room for a text that is taken as set aside, in bytes.
+/// The most space that a locator can reserve for its text, in bytes.
 const MAX_SPACE_BYTES: u64 = 64 << 10;
 
-/// How a locator's text is written.
+/// The notation of a locator's text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Platform {
     /// Relative path with backslashes, UTF-16 little-endian.
@@ -62,14 +60,14 @@ impl Platform {
     }
 }
 
-/// An entry of the header.
+/// A locator entry of the dynamic header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LocatorEntry {
-    /// Code of the platform; 0 where the entry is unused.
+    /// Platform code; 0 in an unused entry.
     pub platform: u32,
-    /// Room for the text: sectors where less than 512, else bytes.
+    /// Space for the text: in sectors if less than 512, otherwise in bytes.
     pub space: u32,
-    /// Bytes of the text.
+    /// Length of the text, in bytes.
     pub length: u32,
     /// Kept as it is.
     pub reserved: u32,
@@ -81,35 +79,35 @@ impl LocatorEntry {
     /// An unused entry.
     pub const UNUSED: LocatorEntry = LocatorEntry { platform: 0, space: 0, length: 0, reserved: 0, offset: 0 };
 
-    /// An entry for a text of `length` bytes at `offset`, with its space in bytes, whole sectors.
+    /// Makes an entry for a text of `length` bytes at `offset`. Its space is in bytes: whole sectors.
     pub fn new(platform: Platform, offset: u64, length: u32) -> LocatorEntry {
         let space = length.max(1).next_multiple_of(512);
         LocatorEntry { platform: platform.code(), space, length, reserved: 0, offset }
     }
 
-    /// Whether it is unused.
+    /// Whether the entry is unused.
     pub fn is_unused(&self) -> bool {
         self.platform == 0
     }
 
-    /// How its text is written.
+    /// The notation of its text.
     pub fn platform(&self) -> Platform {
         Platform::from_code(self.platform)
     }
 
-    /// Room that is set aside for its text, in bytes: at most the 64 KiB that Windows sets aside. 0 if the field has no
-    /// meaning.
+    /// The space reserved for its text, in bytes: at most 64 KiB, as Windows reserves. 0 if the field is not a multiple
+    /// of a sector.
     pub fn space_bytes(&self) -> u64 {
         let space = u64::from(self.space);
         let bytes = if space < SECTOR { space * SECTOR } else { space };
         if bytes.is_multiple_of(SECTOR) { bytes.min(MAX_SPACE_BYTES) } else { 0 }
     }
 
-    /// Where its text lies in a file of `len` bytes; `None` where there is no text to read. `slot` is its index, for
-    /// the message.
+    /// The byte range of its text in a file of `len` bytes; `None` if there is no text. `slot` is the index of the
+    /// entry, for the message.
     ///
     /// # Errors
-    /// [`Defect`] for an entry to skip (O11).
+    /// [`Defect`] if the entry must be skipped (O11).
     pub fn text_range(&self, slot: usize, len: u64) -> Result<Option<Range<u64>>, Defect> {
         if self.is_unused() {
             return Ok(None);
@@ -130,8 +128,8 @@ impl LocatorEntry {
     }
 }
 
-/// The texts that a locator's bytes may stand for, as paths in bytes: two for a URL with escapes (as it should be read,
-/// and as libvhd reads it), none for what cannot be read.
+/// Decodes the text of a locator to paths in bytes. A URL with escapes gives two: decoded, and as it stands, which is
+/// how libvhd reads it. An opaque platform gives none.
 pub fn decode_texts(platform: Platform, data: &[u8]) -> Vec<Vec<u8>> {
     match platform {
         Platform::W2ru | Platform::W2ku => {
@@ -147,12 +145,12 @@ pub fn decode_texts(platform: Platform, data: &[u8]) -> Vec<Vec<u8>> {
     }
 }
 
-/// The text of the parent's name in the header.
+/// Decodes the parent's name in the header.
 pub fn header_name(name: &[u8; 512]) -> Vec<u8> {
     utf16(name.as_chunks::<2>().0.iter().map(|&unit| u16::from_be_bytes(unit)))
 }
 
-/// Up to the first NUL; half a pair of surrogates becomes U+FFFD.
+/// Decodes UTF-16 up to the first NUL. A lone surrogate becomes U+FFFD.
 fn utf16(units: impl Iterator<Item = u16>) -> Vec<u8> {
     let text = char::decode_utf16(units.take_while(|&unit| unit != 0));
     text.map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect::<String>().into_bytes()
@@ -162,7 +160,7 @@ fn until_nul(data: &[u8]) -> &[u8] {
     data.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// What is no escape stays.
+/// Decodes `%XX`. Other bytes, and malformed escapes, stay as they are.
 fn percent_decoded(text: &[u8]) -> Vec<u8> {
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|d| u8::try_from(d).ok());
     let mut out = Vec::with_capacity(text.len());
@@ -184,20 +182,20 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
     out
 }
 
-/// What an image records of where its parent is.
+/// The paths and names of the parent that an image records.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct RecordedParent {
-    /// Paths, in the order to try, each once: relative ones, the header's if it names a folder, absolute ones
+    /// Distinct paths in the order to try: relative ones, the path in the header if it names a folder, absolute ones
     /// (vhd-format 4.4).
     pub paths: Vec<ParentPath>,
-    /// File names, the header's first, each once: what is left to look for if no path leads to a file.
+    /// Distinct file names, that in the header first. They are tried if no path leads to a file.
     pub names: Vec<OsString>,
-    /// What is wrong with texts that no path comes out of.
+    /// Defects of texts that give no usable path.
     pub notes: Vec<Defect>,
 }
 
 impl RecordedParent {
-    /// Reads the locators' texts, each with its slot and platform, and the name in the header.
+    /// Decodes the texts of the locators, each with its slot and platform, and the name in the header.
     pub fn read<'a>(
         locators: impl IntoIterator<Item = (usize, Platform, &'a [u8])>,
         name: &[u8; 512],
@@ -215,7 +213,7 @@ impl RecordedParent {
                     let file_name = path.as_path().file_name().map(OsStr::to_os_string);
                     let is_bare = path.as_path().components().count() == 1;
                     match &path {
-                        // A bare name in the header is what most writers leave there, wherever the parent is.
+                        // Most programs write a bare file name to the header, wherever the parent is.
                         ParentPath::Relative(_) if slot.is_none() && is_bare => {}
                         ParentPath::Relative(_) => push_unique(&mut relative, path),
                         ParentPath::Absolute(_) => push_unique(&mut absolute, path),
@@ -296,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_with_traps() {
+    fn unusual_texts_are_decoded() {
         assert_eq!(decode_texts(Platform::W2ru, &le(".\\b\u{e4}se.vhd\0\0")), [".\\b\u{e4}se.vhd".as_bytes()]);
         let mut odd = le("a.vhd");
         odd.push(b'x');
@@ -315,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_in_their_order() {
+    fn paths_are_ordered() {
         let (relative, absolute) = (le(".\\..\\p\\base.vhd"), le("C:\\VMs\\corpus\\base.vhd"));
         let unc = le("\\\\server\\share\\base.vhd");
         let locators = [
@@ -328,7 +326,7 @@ mod tests {
         let expected = ["base.vhd", "../p/base.vhd", "x/base2.vhd"].map(|path| ParentPath::Relative(path.into()));
         let absolute = ParentPath::Absolute("/VMs/corpus/base.vhd".into());
         assert_eq!(recorded.paths, [&expected[..], &[absolute]].concat());
-        assert_eq!(recorded.names, ["base2.vhd", "base.vhd"], "the header's name is the first");
+        assert_eq!(recorded.names, ["base2.vhd", "base.vhd"], "the name in the header is the first");
         assert!(
             matches!(&recorded.notes[..], [Defect::ParentPath { slot: Some(1), text, .. }] if text.starts_with("\\\\server"))
         );
@@ -336,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_name_in_the_header_is_no_path() {
+    fn a_bare_name_in_the_header_is_not_a_path() {
         let bare = RecordedParent::read([], &name("base.vhd"));
         assert_eq!((bare.paths.len(), &bare.names[..]), (0, &["base.vhd".into()][..]));
         let windows = RecordedParent::read([], &name("C:\\VMs\\base.vhd"));

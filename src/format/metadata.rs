@@ -1,10 +1,9 @@
-//! Whether the things in a file lie where they may: inside it, and not over each other.
+//! Checks that metadata lies inside the file and does not overlap (O6, O9 to O11, O15). Blocks are checked in
+//! `entries`.
 //!
-//! Pure questions about numbers out of the footer, the header and the BAT (O6, O9 to O11, O15); the blocks' turn
-//! comes in `entries`. Metadata need not lie in front of the blocks (Xen Orchestra puts locators where a block was), so
-//! the extents are kept one by one.
+//! The checks use only numbers from the footer, the header and the BAT. Metadata may lie between blocks (Xen Orchestra
+//! puts locators where a block was), so each piece is recorded as an extent of its own.
 
-use std::fmt;
 use std::ops::Range;
 
 use crate::format::bat;
@@ -12,51 +11,22 @@ use crate::format::batmap::BatmapHeader;
 use crate::format::defect::Defect;
 use crate::format::footer::{FOOTER_BYTES, Footer};
 use crate::format::header::{DynamicHeader, HEADER_BYTES};
+use crate::format::metadata_part::MetadataPart;
 use crate::units::SECTOR;
 
-/// The most bytes of BAT that are read of one image (O9).
+/// The largest BAT of an image, in bytes (O9).
 pub const MAX_TABLE_BYTES: u64 = 16 << 20;
 
-/// A piece of metadata.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MetadataPart {
-    /// The copy of the footer at the start.
-    FrontFooter,
-    /// The dynamic header.
-    Header,
-    /// The BAT, in whole sectors.
-    Table,
-    /// The header of XenServer's batmap.
-    BatmapHeader,
-    /// XenServer's batmap.
-    Batmap,
-    /// The text of a parent locator, in whole sectors.
-    Locator(usize),
-}
-
-impl fmt::Display for MetadataPart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MetadataPart::FrontFooter => f.write_str("footer at the start"),
-            MetadataPart::Header => f.write_str("dynamic header"),
-            MetadataPart::Table => f.write_str("block table"),
-            MetadataPart::BatmapHeader => f.write_str("header of the batmap"),
-            MetadataPart::Batmap => f.write_str("batmap"),
-            MetadataPart::Locator(slot) => write!(f, "parent locator {slot}"),
-        }
-    }
-}
-
-/// Bytes of the file that a piece of metadata takes.
+/// The bytes of a file that one piece of metadata takes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MetadataExtent {
-    /// The piece.
+    /// The kind of metadata.
     pub part: MetadataPart,
-    /// Its bytes.
+    /// The byte range in the file.
     pub range: Range<u64>,
 }
 
-/// Whether the dynamic header can lie where the footer says (O6).
+/// Checks that the dynamic header can be at the offset in the footer, in a file of `len` bytes (O6).
 ///
 /// # Errors
 /// [`Defect::HeaderPlace`].
@@ -69,10 +39,10 @@ pub fn check_header_place(footer: &Footer, len: u64) -> Result<(), Defect> {
     Err(Defect::HeaderPlace { offset, len })
 }
 
-/// The bytes of the BAT, in whole sectors, where its size fits the disk and its place the file (O9, O10).
+/// Checks the size and the place of the BAT (O9, O10). Returns its byte range, in whole sectors.
 ///
 /// # Errors
-/// [`Defect`] for the first rule it breaks.
+/// [`Defect`] for the first broken rule.
 pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<Range<u64>, Defect> {
     let at = footer.data_offset;
     let blocks = header.block_size.blocks_for(footer.sectors());
@@ -80,7 +50,7 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
         return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
     }
     let limit = MAX_TABLE_BYTES / 4;
-    // Also entries that the disk does not need are read.
+    // All entries are read, also those after the blocks of the disk.
     let entries = u64::from(header.entries);
     if entries > limit {
         return Err(Defect::TableTooLarge { at, entries, limit });
@@ -101,25 +71,25 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
     Ok(range)
 }
 
-/// Where an opened sparse image has its metadata.
+/// The metadata of an open dynamic or differencing image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MetadataMap {
     extents: Vec<MetadataExtent>,
-    /// Room that locators have by their space fields.
+    /// Space that the `space` fields of locators reserve for longer texts.
     locator_space: Vec<Range<u64>>,
 }
 
 impl MetadataMap {
-    /// Gathers the extents, after [`check_header_place`] and [`check_table`] have passed for the same file of `len`
-    /// bytes. `batmap` is the decoded batmap header, where there is one. The notes name what is broken but needed by
-    /// nobody; such pieces are left out.
+    /// Collects the extents of a file of `len` bytes that has passed [`check_header_place`] and [`check_table`].
+    /// `batmap` is the decoded batmap header, if there is one. Damaged metadata that reading does not need is left out
+    /// and returned as defects.
     pub fn new(
         footer: &Footer,
         header: &DynamicHeader,
         batmap: Option<&BatmapHeader>,
         len: u64,
     ) -> (MetadataMap, Vec<Defect>) {
-        let (mut extents, mut set_aside, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut extents, mut locator_space, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         let mut add = |part, range: Range<u64>| extents.push(MetadataExtent { part, range });
         let table = header.table_offset..header.table_offset.saturating_add(bat::bytes(header.entries));
         let front = 0..FOOTER_BYTES;
@@ -143,7 +113,7 @@ impl MetadataMap {
                         let (offset, length) = (locator.offset, locator.length);
                         notes.push(Defect::LocatorPlace { slot, offset, length });
                     } else {
-                        set_aside.push(text.start..text.start.saturating_add(locator.space_bytes()));
+                        locator_space.push(text.start..text.start.saturating_add(locator.space_bytes()));
                         add(MetadataPart::Locator(slot), text);
                     }
                 }
@@ -152,20 +122,20 @@ impl MetadataMap {
             }
         }
         extents.sort_by_key(|extent| extent.range.start);
-        (MetadataMap { extents, locator_space: set_aside }, notes)
+        (MetadataMap { extents, locator_space }, notes)
     }
 
-    /// The extents, by place.
+    /// The extents, in ascending order.
     pub fn extents(&self) -> &[MetadataExtent] {
         &self.extents
     }
 
-    /// Room that locators have by their space fields, and that a longer text may take. Blocks may lie there all the same.
+    /// Space that the `space` fields of locators reserve for longer texts. Blocks may still lie there.
     pub fn locator_space(&self) -> &[Range<u64>] {
         &self.locator_space
     }
 
-    /// The first byte behind all of them.
+    /// The first byte after all metadata.
     pub fn end(&self) -> u64 {
         self.extents.iter().map(|extent| extent.range.end).max().unwrap_or(0)
     }
@@ -175,7 +145,7 @@ impl MetadataMap {
         self.extents.iter().any(|extent| extent.part == MetadataPart::Locator(slot))
     }
 
-    /// The piece that `range` overlaps, if any.
+    /// The first metadata that `range` overlaps, if any.
     pub fn overlapping(&self, range: &Range<u64>) -> Option<MetadataPart> {
         self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
     }
@@ -204,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_header_inside_the_file() {
+    fn the_header_lies_inside_the_file() {
         let at = |data_offset, len| check_header_place(&Footer { data_offset, ..footer(4096) }, len).is_ok();
         assert!(at(512, 1536) && at(512, 1537) && !at(512, 1535));
         assert!(!at(0, LEN) && !at(511, LEN) && !at(513, LEN) && at(1024, LEN));
@@ -230,8 +200,11 @@ mod tests {
         assert!(matches!(table(LEN - 512, 129), Err(Defect::TableOutside { bytes: 1024, .. })));
         assert!(matches!(table(LEN, 8), Err(Defect::TableOutside { .. })));
         assert!(matches!(table(u64::MAX - 511, 8), Err(Defect::TableOutside { .. })));
-        assert!(matches!(table(1536, u32::MAX), Err(Defect::TableTooLarge { .. })), "also what the disk does not need");
-        // A header behind the table, as the format allows.
+        assert!(
+            matches!(table(1536, u32::MAX), Err(Defect::TableTooLarge { .. })),
+            "also entries that the disk does not need count"
+        );
+        // A header after the table, as the format allows.
         let late = Footer { data_offset: 1024, ..footer(4096) };
         assert!(check_table(&late, &header(512, 128), LEN).is_ok());
         assert!(check_table(&late, &header(512, 129), LEN).is_err());
@@ -249,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_and_what_is_left_out() {
+    fn damaged_locators_are_left_out() {
         let mut h = header(1536, 8);
         h.locators[6] = locator(2048, 600);
         h.locators[1] = locator(1600, 4);

@@ -1,36 +1,42 @@
 //! Floor 0: the bytes of a VHD.
 //!
-//! Owns: what each byte of an image means, which bytes are acceptable (a [`Defect`] for every way they are not), and
-//! where things go in a file. Leaves to others: reading and writing them, and in which order they become durable.
-//! There is no I/O here, and nothing is allocated by a number that a file names.
+//! Owns: the meaning of each byte of an image, the rules that the bytes must keep (a [`Defect`] for each broken rule),
+//! and the layout of new images. Leaves to others: reading and writing files, and the order in which writes become
+//! durable. There is no I/O here, and no number from a file sizes an allocation.
 //!
 //! ```text
 //! fixed            data ................................................ | footer
 //!
 //! dynamic          footer | header | BAT | gap | bitmap data | gap | bitmap data ... | zero tail | footer
-//!                  copy     |        |  └─ per block: the sector where its bitmap begins, or unused
-//!                           |        └─ its place: header.table_offset
-//!                           └─ its place: footer.data_offset
+//!                  copy     |        |  └─ for each block: the sector where its bitmap begins, or unused
+//!                           |        └─ at header.table_offset
+//!                           └─ at footer.data_offset
 //!
 //! differencing     footer | header | locators | BAT | as above                                   | footer
 //!                  copy     └─ parent's UUID, name, and where the locators (paths to the parent) are
 //!
-//! XenServer's      ... BAT | batmap header | batmap (per block: whole or not) | ...
+//! XenServer        ... BAT | batmap header | batmap (a bit for each block: whole or not) | ...
 //! ```
 //!
-//! All numbers are big-endian; the text in locators alone is UTF-16 little-endian.
+//! All numbers are big-endian; only the text in locators is UTF-16 little-endian.
 //!
-//! [`footer`] and [`footer_choice`] say which disk it is, [`header`] and [`bat`] where its blocks are, [`bitmap`] which
-//! sectors of a block are there, [`locator`] and [`parent_path`] where the parent is, [`layout`] where new things go,
-//! [`metadata`] and [`entries`] whether old things are where they may be, and [`batmap`] is XenServer's addition. A
-//! [`session_stamp`] names the live journal of an image that a daemon has open.
+//! | question | module |
+//! | --- | --- |
+//! | kind, size and identity of the disk | [`footer`], [`footer_choice`] |
+//! | where its blocks are | [`header`], [`bat`] |
+//! | which sectors of a block are present | [`bitmap`] |
+//! | where the parent is | [`locator`], [`parent_path`] |
+//! | where new metadata and blocks go | [`layout`] |
+//! | whether metadata and blocks lie where they may | [`metadata`], [`entries`] |
+//! | XenServer's addition | [`batmap`] |
+//! | which live journal belongs to an image that is open | [`session_stamp`] |
 
 pub mod bat;
 pub mod batmap;
 pub mod bitmap;
 mod checksum;
 pub mod defect;
-mod defect_text;
+mod defect_rule;
 pub mod entries;
 pub mod footer;
 pub mod footer_choice;
@@ -40,11 +46,15 @@ pub mod image_format;
 pub mod layout;
 pub mod locator;
 pub mod metadata;
+pub mod metadata_part;
 pub mod parent_path;
+#[cfg(test)]
+pub(crate) mod random;
 pub mod session_stamp;
 
 pub use batmap::BatmapHeader;
-pub use defect::{Consequence, Defect, Severity};
+pub use defect::Defect;
+pub use defect_rule::{Consequence, Severity};
 pub use entries::{EntryRules, PlacedBlocks, check_entries, unreferenced};
 pub use footer::{DiskType, Footer};
 pub use footer_choice::{ChosenFooter, FooterSource, choose};
@@ -53,36 +63,7 @@ pub use header::DynamicHeader;
 pub use image_format::ImageFormat;
 pub use layout::NewLayout;
 pub use locator::{LocatorEntry, Platform, RecordedParent};
-pub use metadata::{MetadataExtent, MetadataMap, MetadataPart, check_header_place, check_table};
+pub use metadata::{MetadataExtent, MetadataMap, check_header_place, check_table};
+pub use metadata_part::MetadataPart;
 pub use parent_path::ParentPath;
 pub use session_stamp::SessionStamp;
-
-#[cfg(test)]
-pub(crate) mod random {
-    //! Numbers for random tests: splitmix64, from the seed in `DIFFDISK_SEED` or a fixed one, printed on failure.
-
-    pub(crate) struct Random(u64);
-
-    impl Random {
-        pub(crate) fn new() -> Random {
-            let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_060_101);
-            println!("DIFFDISK_SEED={seed}");
-            Random(seed)
-        }
-
-        pub(crate) fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            z ^ (z >> 31)
-        }
-
-        pub(crate) fn below(&mut self, limit: u32) -> u32 {
-            u32::try_from(self.next() % u64::from(limit)).expect("below 2^32")
-        }
-
-        pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-            bytes.iter_mut().for_each(|byte| *byte = self.next().to_be_bytes()[0]);
-        }
-    }
-}

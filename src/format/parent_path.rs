@@ -1,18 +1,20 @@
-//! Paths to a parent: from what an image says to a path of this host, and back.
+//! Paths to a parent: decoded from the texts in an image to paths of this system, and encoded again.
 //!
-//! The image is hostile: what comes out of [`normalise`] is a wish, which the chain grants only below allowed folders.
+//! The image may be hostile. A path from [`normalise`] is only a request: the chain opens it only below allowed
+//! folders.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::locator::MAX_TEXT_BYTES;
 
-/// UTF-16 units of the parent's name in the header, one less than its room.
+/// The longest text of a locator that is read (O11), in bytes.
+pub const MAX_TEXT_BYTES: u32 = 4096;
+/// The longest name of a parent in the header, in UTF-16 units: one less than its field holds.
 const NAME_UNITS: usize = 255;
 
-/// A path as this host writes it, without `.` parts.
+/// A path in the notation of this system, without `.` components.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ParentPath {
     /// Relative to the child's folder.
@@ -30,10 +32,11 @@ impl ParentPath {
     }
 }
 
-/// A path of this host from any text that writers leave in locators and names: backslashes, drive letters, file URLs.
+/// Converts a text of a locator or of the header to a path of this system. It accepts backslashes, drive letters and
+/// file URLs.
 ///
 /// # Errors
-/// Why not, in words, for what names no file here: other hosts, other URLs, no file name.
+/// The reason, as text, if the text names no file on this system: another host, another URL, or no file name.
 pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     if text.len() > MAX_TEXT_BYTES as usize {
         return Err("longer than 4096 bytes");
@@ -44,7 +47,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     let text: Vec<u8> = text.iter().map(|&byte| if byte == b'\\' { b'/' } else { byte }).collect();
     let mut rest = text.as_slice();
     if let Some(url) = strip_prefix_ignoring_case(rest, b"file://") {
-        // By the letter of the standard the first part is a host; vhd-util and others begin the path there.
+        // By the standard the first component is a host, but vhd-util and others begin the path there.
         rest = strip_prefix_ignoring_case(url, b"localhost").filter(|path| path.starts_with(b"/")).unwrap_or(url);
         if let Some(path) = rest.strip_prefix(b"/").filter(|path| without_drive(path).is_some()) {
             rest = path;
@@ -74,7 +77,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     })
 }
 
-/// The file name at the end of a path on another host (`\\\\server\\share\\name`), from any text that writers leave.
+/// The file name at the end of a path on another host (`\\\\server\\share\\name`), if the text is such a path.
 pub fn name_on_share(text: &[u8]) -> Option<OsString> {
     if text.len() > MAX_TEXT_BYTES as usize || text.contains(&0) {
         return None;
@@ -91,7 +94,7 @@ pub fn name_on_share(text: &[u8]) -> Option<OsString> {
     }
 }
 
-/// Regardless of case.
+/// Removes a prefix, regardless of ASCII case.
 fn strip_prefix_ignoring_case<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
     let (start, rest) = text.split_at_checked(word.len())?;
     start.eq_ignore_ascii_case(word).then_some(rest)
@@ -109,30 +112,30 @@ fn is_url(text: &[u8]) -> bool {
     scheme.is_some_and(|s| s.len() > 1 && s.iter().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(b)))
 }
 
-/// The text of a `W2ru` locator: `.\name`, `.\..\folder\name` (as vhd-util writes it).
+/// Encodes the text of a `W2ru` locator: `.\name`, `.\..\folder\name` (as vhd-util writes it).
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for a path that is not relative or cannot be written so.
+/// [`ErrorKind::Unsupported`] for a path that is not relative or cannot be encoded.
 pub fn encode_w2ru(path: &Path) -> Result<Vec<u8>> {
     let text = format!(".\\{}", join_parts(path, false, "\\")?);
     check_length(path, utf16_little_endian(&text))
 }
 
-/// The text of a `W2ku` locator: `\folder\name`. Without a drive letter, since none would be true; libvhd and we
-/// find the file, and Windows looks on its present drive.
+/// Encodes the text of a `W2ku` locator: `\folder\name`, without a drive letter. libvhd and this crate find the file,
+/// and Windows searches its current drive.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for a path that is not absolute or cannot be written so.
+/// [`ErrorKind::Unsupported`] for a path that is not absolute or cannot be encoded.
 pub fn encode_w2ku(path: &Path) -> Result<Vec<u8>> {
     let text = format!("\\{}", join_parts(path, true, "\\")?);
     check_length(path, utf16_little_endian(&text))
 }
 
-/// The text of a `MacX` locator: `file:///folder/name` or `file://./name`, percent-encoded. Libvhd takes for the path
-/// all that follows the two slashes, so there is no `localhost`.
+/// Encodes the text of a `MacX` locator: `file:///folder/name` or `file://./name`, percent-encoded. There is no
+/// `localhost`, since libvhd takes everything after the two slashes for the path.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for a path that cannot be written so.
+/// [`ErrorKind::Unsupported`] for a path that cannot be encoded.
 pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
     let mut text = if path.is_absolute() { b"file://".to_vec() } else { b"file://.".to_vec() };
     for part in parts(path, path.is_absolute())? {
@@ -148,15 +151,15 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
     check_length(path, text)
 }
 
-/// The parent's name for the header: the file name, or the relative path (with `/`, as Xen Orchestra reads it) where
-/// the parent is in another folder.
+/// Encodes the parent's name for the header: the file name, or the relative path (with `/`, as Xen Orchestra reads it)
+/// if the parent is in another folder.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a path that is not relative, or longer than 255 UTF-16 units.
 pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     let mut text = join_parts(path, false, "/")?;
     if normalise(text.as_bytes()).ok().as_ref().map(ParentPath::as_path) != Some(Path::new(&text)) {
-        // A name that begins like a drive.
+        // The name begins like a drive letter.
         text.insert_str(0, "./");
     }
     let units: Vec<u16> = text.encode_utf16().collect();
@@ -170,7 +173,7 @@ pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     Ok(name)
 }
 
-/// The parts of a path that is absolute or relative as demanded and ends in a name.
+/// The components of a path that ends in a name. It must be absolute or relative as `absolute` requires.
 fn parts(path: &Path, absolute: bool) -> Result<Vec<&[u8]>> {
     if path.is_absolute() != absolute {
         return Err(unwritable(path, if absolute { "it is not absolute" } else { "it is not relative" }));
@@ -213,7 +216,7 @@ mod tests {
     use crate::format::locator::{Platform, decode_texts, header_name};
 
     #[test]
-    fn what_writers_leave() {
+    fn texts_of_other_programs_become_paths() {
         let table = [
             (".\\base.vhd", "base.vhd"),
             (".\\..\\parents\\p\\base.vhd", "../parents/p/base.vhd"),
@@ -243,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_file_here() {
+    fn texts_that_name_no_file_here_are_refused() {
         for text in [
             "",
             ".",
@@ -270,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn names_on_other_hosts() {
+    fn file_names_on_other_hosts() {
         let name = |text: &str| name_on_share(text.as_bytes()).map(|name| name.into_string().unwrap());
         for text in [
             "\\\\server\\share\\a b.vhd",
@@ -295,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn written_and_read_again() {
+    fn encoded_paths_decode_to_themselves() {
         for path in ["base.vhd", "../p/base.vhd", "a b/100%41.vhd", "\u{e4}\u{1F4BE}.vhd", "c:x.vhd", "file:/x"] {
             let expected = ParentPath::Relative(path.into());
             let read = |platform, data: Vec<u8>| normalise(&decode_texts(platform, &data)[0]);
@@ -311,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_that_others_expect() {
+    fn encoded_bytes_are_those_that_other_programs_expect() {
         assert_eq!(encode_w2ru(Path::new("./b.v")).unwrap(), b".\0\\\0b\0.\0v\0");
         assert_eq!(encode_w2ku(Path::new("/d/b")).unwrap(), b"\\\0d\0\\\0b\0");
         assert_eq!(encode_macx(Path::new("/d d/b")).unwrap(), b"file:///d%20d/b");
@@ -320,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written() {
+    fn paths_that_cannot_be_encoded_are_refused() {
         let raw = Path::new(OsStr::from_bytes(b"\xFF"));
         assert!(encode_w2ru(raw).is_err() && encode_parent_name(raw).is_err());
         assert_eq!(encode_macx(raw).unwrap(), b"file://./%FF");

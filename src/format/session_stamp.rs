@@ -1,21 +1,22 @@
-//! The stamp: one sector that ties an image to the live journal of the daemon that has it open.
+//! The session stamp: one sector that connects an image to the live journal of the daemon that has it open.
 //!
-//! It lies directly before the trailing footer, behind all blocks and metadata, where no reader of VHDs looks. It names the
-//! session whose journal holds what was acknowledged and not committed, and it says who began that session, for messages.
-//! All numbers are big-endian:
+//! It lies directly before the trailing footer, after all blocks and metadata, where readers of VHDs do not look. It
+//! has the id of the session whose journal holds the acknowledged writes that are not committed, and, for messages, the
+//! user and the host of that session. All numbers are big-endian:
 //!
 //! ```text
 //!    0  "ddstamp1"              80  user name, 64 bytes      each text: as many bytes as fit, zero padded;
-//!    8  session, 16 bytes      144  host name, 64 bytes      a text that did not fit ends in the middle
+//!    8  session, 16 bytes      144  host name, 64 bytes      a longer text is cut
 //!   24  generation, 8 bytes    208  runtime folder, 256 bytes
 //!   32  boot id, 16 bytes      464  zeros
 //!   48  machine, 16 bytes      496  sum of all bytes before and of the image's UUID, 16 bytes
 //!   64  user id, 4 bytes; zeros
 //! ```
 //!
-//! The sum tells a stamp from other bytes and from a stamp of another image. It is no defence against a guest that forges
-//! one in its own data: a sector counts as a stamp only if no block and no metadata covers it, and a session is believed
-//! only if its journal exists. Texts are printed after [`escape_for_display`], and never opened as paths.
+//! The sum distinguishes a stamp from other bytes and from the stamp of another image. It is no protection against a
+//! guest that forges a stamp in its own data. Therefore a sector counts as a stamp only if no block and no metadata
+//! covers it, and a session counts only if its journal exists. Texts are printed only through [`escape_for_display`],
+//! and never opened as paths.
 
 use uuid::Uuid;
 
@@ -32,29 +33,29 @@ const HOST: std::ops::Range<usize> = 144..208;
 const FOLDER: std::ops::Range<usize> = 208..464;
 const SUM: usize = 496;
 
-/// A stamp.
+/// A decoded session stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SessionStamp {
-    /// Names the journal.
+    /// The session, which names the journal.
     pub session: Uuid,
-    /// Changes whenever an older copy of the image would no longer fit the journal.
+    /// A number that changes whenever the journal no longer matches older copies of the image.
     pub generation: u64,
-    /// The start of the kernel on which the session was begun or taken over.
+    /// The boot id of the kernel that ran when the session was begun or taken over.
     pub boot: Uuid,
-    /// The installed system, whatever its starts.
+    /// The machine id of the system, which stays the same over reboots.
     pub machine: Uuid,
-    /// Number of the user.
+    /// User id of the daemon.
     pub user_id: u32,
-    /// Name of the user.
+    /// User name of the daemon.
     pub user: String,
-    /// Name of the host.
+    /// Host name of the system.
     pub host: String,
-    /// The folder in which the journal was made, as text.
+    /// The folder in which the journal was created, as text.
     pub folder: String,
 }
 
 impl SessionStamp {
-    /// The sector that holds it in the image of a UUID.
+    /// Encodes the sector for the image with this UUID.
     pub fn encode(&self, image: Uuid) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
@@ -72,7 +73,7 @@ impl SessionStamp {
         bytes
     }
 
-    /// The stamp in a sector of the image of a UUID; `None` if the sector holds anything else.
+    /// Decodes a sector of the image with this UUID; `None` if the sector holds no stamp of it.
     pub fn decode(bytes: &[u8; SECTOR_BYTES], image: Uuid) -> Option<SessionStamp> {
         if bytes[..8] != MAGIC || bytes[SUM..] != sum(&bytes[..SUM], image) {
             return None;
@@ -95,7 +96,7 @@ impl SessionStamp {
     }
 }
 
-/// A text from an image as it may be printed: control characters and marks that change the direction of text are escaped.
+/// Escapes control characters and direction marks, so that a text from an image can be printed.
 pub fn escape_for_display(text: &str) -> String {
     let escaped = text.chars().flat_map(|c| match c {
         '\u{200E}' | '\u{200F}' | '\u{202A}'..='\u{202E}' | '\u{2066}'..='\u{2069}' => c.escape_unicode().collect(),
@@ -105,7 +106,7 @@ pub fn escape_for_display(text: &str) -> String {
     escaped.collect()
 }
 
-/// Two sums of 64 bits over the bytes and the UUID, each word mixed as splitmix64 mixes it.
+/// Two 64-bit sums over the bytes and the UUID; each word is mixed as in splitmix64.
 fn sum(bytes: &[u8], image: Uuid) -> [u8; 16] {
     let words = bytes.as_chunks::<8>().0.iter().chain(image.as_bytes().as_chunks::<8>().0);
     let (mut a, mut b) = (0x6A09_E667_F3BC_C908u64, 0xBB67_AE85_84CA_A73Bu64);
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn it_comes_back_and_belongs_to_one_image() {
+    fn a_stamp_decodes_only_for_its_image() {
         let (stamp, image) = (stamp(), Uuid::from_u128(9));
         let bytes = stamp.encode(image);
         assert_eq!(SessionStamp::decode(&bytes, image), Some(stamp));
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_cut_and_odd_ones_are_printed_with_care() {
+    fn long_texts_are_cut_and_control_characters_are_escaped() {
         let long = SessionStamp { folder: "/ä".repeat(200), ..stamp() };
         let back = SessionStamp::decode(&long.encode(Uuid::nil()), Uuid::nil()).expect("a stamp");
         assert!(back.folder.starts_with("/ä/ä") && back.folder.len() < 300);

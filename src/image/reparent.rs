@@ -38,7 +38,7 @@ use crate::failpoint;
 use crate::format::footer::time_from_unix;
 use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::layout::PAGE;
-use crate::format::locator::MAX_TEXT_BYTES;
+use crate::format::parent_path::MAX_TEXT_BYTES;
 use crate::format::parent_path::{encode_macx, encode_parent_name, encode_w2ku, encode_w2ru};
 use crate::format::{Defect, DiskType, DynamicHeader, Footer, Geometry, LocatorEntry, MetadataPart, Platform};
 use crate::storage::{Env, File};

@@ -1,0 +1,179 @@
+//! The file of a merge record: found, read, replaced, removed.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::merge_record::MergeRecord;
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
+use crate::image::folder_of;
+use crate::storage::{Access, Env, Folder};
+
+/// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
+const MAX_BYTES: u64 = 2 << 20;
+
+/// What is found of an earlier start of a merge.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ExistingRecord {
+    /// Nothing: it was not begun.
+    None,
+    /// Its record.
+    Record(Box<MergeRecord>),
+    /// A record at this path that cannot be read.
+    Unreadable(PathBuf),
+}
+
+impl MergeRecord {
+    /// Finds the record of a merge of the image at `child` that was begun and not finished; `present` is the image
+    /// that has the name now.
+    ///
+    /// # Errors
+    /// - `Refused` if another image has the name than when it was begun
+    /// - `Invalid` for a record that cannot be read while no image has the name
+    /// - `Io`
+    pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<ExistingRecord> {
+        let folder = env.folder(folder_of(child))?.absolute()?;
+        let Some(name) = child.file_name() else { return Ok(ExistingRecord::None) };
+        for record_name in folder.list()? {
+            let Some(uuid) = child_uuid_in_name(&record_name) else { continue };
+            let path = folder.path().join(&record_name);
+            let record = match (MergeRecord::load(&folder, &record_name), present) {
+                (Ok(record), _) => record,
+                (Err(e), Some(present)) if e.kind() == ErrorKind::Invalid && present == uuid => {
+                    return Ok(ExistingRecord::Unreadable(path));
+                }
+                (Err(e), Some(_)) if e.kind() == ErrorKind::Invalid => {
+                    log::warn!("{}", e.line());
+                    continue;
+                }
+                (Err(e), _) => return Err(e),
+            };
+            let is_named = record.layers[0].path.as_os_str() == name;
+            match present {
+                Some(present) if present == uuid => return Ok(ExistingRecord::Record(Box::new(record))),
+                None if is_named => return Ok(ExistingRecord::Record(Box::new(record))),
+                Some(_) if is_named => {
+                    let what = format!(
+                        "another image of this name was being merged ({}): give this one another name and run the same \
+                         command to finish that merge",
+                        path.display()
+                    );
+                    return Err(Error::new(ErrorKind::Refused, what).at_path(child));
+                }
+                _ => {}
+            }
+        }
+        Ok(ExistingRecord::None)
+    }
+
+    /// Returns the records in a folder that can be read. What may not be read, and a folder that cannot be listed, is passed
+    /// over.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn all_in(folder: &Folder) -> Result<Vec<MergeRecord>> {
+        let mut records = Vec::new();
+        for name in skip_inaccessible(folder.list())?.unwrap_or_default() {
+            if child_uuid_in_name(&name).is_none() {
+                continue;
+            }
+            match skip_inaccessible(MergeRecord::load(folder, &name)) {
+                Err(e) if e.kind() == ErrorKind::Invalid => log::debug!("{}", e.line()),
+                loaded => records.extend(loaded?),
+            }
+        }
+        Ok(records)
+    }
+
+    /// Returns the UUID in the path of a record: that of the image that is folded.
+    pub fn child_uuid_of(path: &Path) -> Option<Uuid> {
+        child_uuid_in_name(path.file_name()?)
+    }
+
+    fn load(folder: &Folder, name: &OsStr) -> Result<MergeRecord> {
+        let file = folder.open(name, Access::Read)?;
+        let len = file.stat()?.len;
+        let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
+        file.read_at(&mut bytes, 0)?;
+        let read = std::str::from_utf8(&bytes).ok().and_then(|text| MergeRecord::decode(text, folder.path()));
+        read.filter(|record| child_uuid_in_name(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
+            let what =
+                "the record of a merge cannot be read; `diffdisk merge CHILD --abandon` removes it if CHILD is gone";
+            Error::new(ErrorKind::Invalid, what).at_path(file.path())
+        })
+    }
+
+    /// Its own path.
+    pub fn path(&self) -> PathBuf {
+        self.folder.join(self.name())
+    }
+
+    fn name(&self) -> OsString {
+        format!(".{}.merge", self.layers[0].uuid).into()
+    }
+
+    fn temporary_name(&self) -> OsString {
+        format!(".{}.merge.new", self.layers[0].uuid).into()
+    }
+
+    /// Says it durably, in the place of what it said before. `home` is the folder in which it lies, held open.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`: it says what it said before.
+    pub fn save(&self, home: &Folder) -> Result<()> {
+        let fresh = self.temporary_name();
+        let saved = self.write(home, &fresh).and_then(|()| {
+            failpoint::reached("merge.note-written");
+            home.rename(&fresh, home, &self.name())
+        });
+        if saved.is_err() {
+            let _ = home.remove(&fresh);
+        }
+        saved?;
+        failpoint::reached("merge.note-named");
+        home.sync()
+    }
+
+    fn write(&self, home: &Folder, fresh: &OsStr) -> Result<()> {
+        // What a killed predecessor left.
+        if home.exists(fresh)? {
+            home.remove(fresh)?;
+        }
+        let file = home.create(fresh)?;
+        file.write_at(self.encode().as_bytes(), 0)?;
+        file.sync()
+    }
+
+    /// Ends it: the last act of a merge.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn remove(&self, home: &Folder) -> Result<()> {
+        for name in [self.temporary_name(), self.name()] {
+            if home.exists(&name)? {
+                home.remove(&name)?;
+            }
+        }
+        home.sync()
+    }
+}
+
+/// The UUID in the name of a record: that of the image that is folded.
+fn child_uuid_in_name(name: &OsStr) -> Option<Uuid> {
+    name.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
+}
+
+/// `None` for what is gone or closed to us, and for a file system that lists no folders.
+fn skip_inaccessible<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound) || e.is_denied() => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+#[path = "merge_record_tests.rs"]
+mod tests;

@@ -1,0 +1,65 @@
+//! Paths as text: without `..`, relative to a folder, and with bytes escaped.
+
+use std::ffi::OsStr;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use crate::error::Result;
+use crate::image::{file_name, folder_of};
+use crate::storage::Env;
+
+/// The path without `..`, which is taken away by text, never by following.
+pub(super) fn lexically_normal(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir => drop(plain.pop()),
+            Component::CurDir => {}
+            other => plain.push(other),
+        }
+    }
+    plain
+}
+
+/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
+///
+/// # Errors
+/// `Refused` if `path` does not end in a file name; `Io`, `NotFound`: of the folder.
+pub fn absolute_path(env: &dyn Env, path: &Path) -> Result<PathBuf> {
+    let name = file_name(path)?;
+    Ok(env.canonical(folder_of(path))?.join(name))
+}
+
+/// The way from a folder to a file, both absolute and without `..` and symbolic links.
+pub fn relative_path(folder: &Path, file: &Path) -> PathBuf {
+    let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
+    let up = folder.components().skip(common).map(|_| Component::ParentDir);
+    up.chain(file.components().skip(common)).collect()
+}
+
+pub(super) fn percent_encode(path: &Path) -> String {
+    let mut text = String::new();
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b' '..=b'~' if byte != b'%' => text.push(char::from(byte)),
+            _ => write!(text, "%{byte:02X}").expect("a string takes all"),
+        }
+    }
+    text
+}
+
+pub(super) fn percent_decode(text: &str) -> Option<PathBuf> {
+    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte == b'%' {
+            let (digits, after) = rest.split_at_checked(2)?;
+            bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+            rest = after;
+        } else {
+            bytes.push(byte);
+        }
+    }
+    Some(OsStr::from_bytes(&bytes).into())
+}
