@@ -1,4 +1,4 @@
-//! The device as the front-end sees it: features, configuration space, and the switch of the write cache.
+//! The virtio-blk device: features, configuration space, and the write cache mode.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,38 +8,38 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockSize, SECTOR};
 
-/// Bytes of configuration space that can be asked for; what is beyond the fields we know reads as zero.
+/// Size of the configuration space in bytes. Bytes after the last known field read as zero.
 pub const CONFIG_SPACE: u32 = 256;
-/// Most segments of a request. With header and status they fit into a ring of 128, the smallest default of any
-/// front-end; the ring's size is not known when the guest reads this.
+/// Most segments of a request. With header and status they fit into a ring of 128, the smallest default of all front-ends. The
+/// size of the ring is not known when the guest reads this.
 pub const SEG_MAX: u16 = 126;
-/// Limits of DISCARD and WRITE_ZEROES that drivers are given: ranges of 32 MiB, so that a trim is many requests, between which
-/// the guest's other requests are served.
+/// Limits of `DISCARD` and `WRITE_ZEROES` that are offered to drivers. Ranges of 32 MiB make a trim many requests, between which
+/// other requests of the guest are served.
 pub const ZEROING_LIMITS: SegmentLimits = SegmentLimits { sectors: 1 << 16, segments: 32 };
-/// Most sectors of a range that is carried out. A guest that was started before an update of the daemon keeps the limit of that
-/// time, 1 GiB.
+/// Most sectors of a range that is accepted: 1 GiB. Earlier versions of the daemon offered this limit, and a guest that was
+/// started with one of them still uses it.
 pub const MAX_ZEROED_SECTORS: u32 = 1 << 21;
-/// log2 of the sectors in a physical block of 4 KiB, to which the images' data is aligned.
+/// log2 of the sectors in a physical block. Data in the images is aligned to 4 KiB.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
 /// A virtio-blk device over one disk, shared by its queues and the control thread.
 ///
-/// `ack`, `reset` and `write_config` are for one thread, the control thread.
+/// Only the control thread calls `ack`, `reset` and `write_config`.
 pub struct Device {
     disk: Arc<Disk>,
     queues: u16,
     queue_size: u16,
-    /// Whether the cache is on after a reset.
+    /// Whether the write cache is on after a reset.
     default_writeback: bool,
-    /// Features of ours that the driver took.
+    /// Offered features that the driver acknowledged.
     acked: AtomicU64,
-    /// The `writeback` byte.
+    /// The `writeback` field of the configuration space.
     writeback: AtomicBool,
 }
 
 impl Device {
-    /// A device with `queues` queues (at least one) that carry out `queue_size` operations at once, whose cache is on from the
-    /// start if `write_back`. Until the driver acknowledges FLUSH it writes through.
+    /// Creates a device with `queues` queues (at least one), each of which runs `queue_size` operations at once. `write_back`: the
+    /// write cache is on initially. Until the driver acknowledges `FLUSH`, the disk is in write-through mode.
     pub fn new(disk: Arc<Disk>, queues: u16, queue_size: u16, write_back: bool) -> Arc<Device> {
         assert!(queues > 0, "a device has a queue");
         let device = Device {
@@ -54,7 +54,7 @@ impl Device {
         Arc::new(device)
     }
 
-    /// The disk.
+    /// The disk of the device.
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
@@ -64,49 +64,51 @@ impl Device {
         self.queues
     }
 
-    /// Expected size of a queue, in descriptors, and operations that it carries out at once. A ring may be larger.
+    /// Expected size of a queue in descriptors, and number of operations that it runs at once. A ring may be larger.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }
 
-    /// The virtio features offered.
+    /// The virtio features that are offered to the driver.
     pub fn features(&self) -> u64 {
         offered_features(self.disk.is_read_only())
     }
 
-    /// Features of ours that the driver took.
+    /// Offered features that the driver acknowledged.
     pub fn acked(&self) -> u64 {
         self.acked.load(Ordering::Relaxed)
     }
 
-    /// Remembers what the driver took; bits never offered are dropped. A driver without FLUSH cannot make anything
-    /// durable, so the disk then writes through (virtio 1.2, 5.2.5.2).
+    /// Stores the features that the driver acknowledged; bits that were not offered are dropped. A driver without `FLUSH` cannot
+    /// make anything durable, so the disk is then in write-through mode (virtio 1.2, 5.2.5.2).
     pub fn ack(&self, features: u64) {
         self.acked.store(features & self.features(), Ordering::Relaxed);
         self.apply_cache();
     }
 
-    /// Forgets what the driver said.
+    /// Resets features and write cache mode to their initial state.
     pub fn reset(&self) {
         self.writeback.store(self.default_writeback, Ordering::Relaxed);
         self.ack(0);
     }
 
-    /// `len` bytes of configuration space from `offset`, at most 256; what lies beyond it is zero. Some front-ends ask
-    /// at 0x100, where the registers of a PCI device would place it: that is the same as 0.
+    /// Reads `len` bytes of the configuration space from `offset`, at most 256. Bytes beyond the space are zero. Some front-ends
+    /// read at 0x100, where the configuration space of a PCI device begins; that is the same as 0.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
         config_window(&self.config().encode(), offset, len)
     }
 
-    /// Switches the cache: `bytes` is the one byte `writeback`, at its place. Going from on to off makes all completed
-    /// writes durable before it returns.
+    /// Writes the `writeback` field, the only one that can be written. Turning the write cache off makes all completed writes
+    /// durable before this returns.
     ///
     /// # Errors
-    /// `Refused` for any other field or value, and what the commit fails with; the cache is then as it was.
+    /// The mode stays as it was.
+    /// - `Refused` for any other field or value.
+    /// - Those of [`Disk::commit`].
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
         let on = parse_writeback(offset, bytes)?;
         let was = self.writeback.swap(on, Ordering::Relaxed);
-        // First through, then the commit: no write that starts in between is left behind it.
+        // Before the commit: a write that starts meanwhile is in write-through mode already.
         self.apply_cache();
         if was && !on {
             self.disk.commit().inspect_err(|_| {
@@ -141,12 +143,12 @@ impl Device {
     }
 }
 
-/// Segments that fit into a ring beside header and status.
+/// Number of segments that fit into a ring together with header and status.
 fn seg_max(queue_size: u16) -> u16 {
     queue_size.saturating_sub(2).clamp(1, SEG_MAX)
 }
 
-/// The features of a disk.
+/// The features that are offered for a disk.
 fn offered_features(read_only: bool) -> u64 {
     let always = feature::VERSION_1
         | feature::EVENT_IDX
@@ -160,12 +162,12 @@ fn offered_features(read_only: bool) -> u64 {
     always | if read_only { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES }
 }
 
-/// The place in configuration space that an offset of a front-end means.
+/// Maps an offset that a front-end sent to an offset in the configuration space.
 fn fold_offset(offset: u32) -> u32 {
     offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
 }
 
-/// `len` bytes of a configuration space from `offset`.
+/// Reads `len` bytes of a configuration space from `offset`.
 fn config_window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
     let from = (fold_offset(offset) as usize).min(space.len());
     let len = len.min(CONFIG_SPACE) as usize;
@@ -174,13 +176,16 @@ fn config_window(space: &[u8], offset: u32, len: u32) -> Vec<u8> {
     bytes
 }
 
-/// Whether a write to configuration space turns the cache on.
+/// Parses a write to the configuration space. Returns whether it turns the write cache on.
 fn parse_writeback(offset: u32, bytes: &[u8]) -> Result<bool> {
     match (fold_offset(offset) as usize, bytes) {
         (spec::CONFIG_WRITEBACK, [0]) => Ok(false),
         (spec::CONFIG_WRITEBACK, [1]) => Ok(true),
         _ => {
-            let what = format!("cannot write {} bytes at {offset:#x} of the configuration space", bytes.len());
+            let what = format!(
+                "the front-end wrote {} bytes at {offset:#x} of the configuration space; only the byte `writeback` can be written",
+                bytes.len()
+            );
             Err(Error::new(ErrorKind::Refused, what))
         }
     }
@@ -191,10 +196,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_window_is_answered() {
+    fn any_range_can_be_read() {
         let space: Vec<u8> = (1..=60).collect();
         assert_eq!(config_window(&space, 0, 60), space);
-        assert_eq!(config_window(&space, 0x100, 60), space, "0x100 is folded to 0");
+        assert_eq!(config_window(&space, 0x100, 60), space, "0x100 is the same as 0");
         assert_eq!(config_window(&space, 0x120, 1), [33]);
         assert_eq!(config_window(&space, 58, 4), [59, 60, 0, 0]);
         for (offset, len) in [(60, 8), (255, 8), (0x1ff, 300), (0x200, 4), (u32::MAX, u32::MAX), (0, 0)] {
@@ -206,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_cache_can_be_written() {
+    fn only_writeback_can_be_written() {
         assert!(
             !parse_writeback(32, &[0]).unwrap()
                 && parse_writeback(32, &[1]).unwrap()
@@ -220,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_disk_offers_no_way_to_change_it() {
+    fn a_read_only_disk_offers_no_feature_that_writes() {
         let (rw, ro) = (offered_features(false), offered_features(true));
         let change = feature::DISCARD | feature::WRITE_ZEROES;
         assert_eq!((rw & change, rw & feature::RO), (change, 0));
@@ -230,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_fit_into_the_ring() {
+    fn a_request_of_seg_max_segments_fits_into_the_ring() {
         let fits = [(1024, 126), (256, 126), (128, 126), (127, 125), (64, 62), (4, 2), (2, 1), (1, 1)];
         for (queue_size, most) in fits {
             assert_eq!(seg_max(queue_size), most, "{queue_size}");

@@ -1,44 +1,43 @@
-//! A chain of descriptors: what it makes readable and writable for the device, as two lists of pieces.
+//! A descriptor chain as two lists of buffers: those that the device may read, and those that it may write.
 //!
-//! virtio-queue's iterator ends silently where a chain breaks a rule, so a device cannot tell a bad chain from a short
-//! one; this walker says which rule (V4). Every descriptor is copied once, then forgotten (V5), so a guest that
-//! rewrites its table meanwhile gains nothing. Addresses are checked where they are used (V6).
+//! virtio-queue's iterator ends silently if a chain violates a rule, so an invalid chain looks like a short one. This walk returns
+//! the violated rule (V4). Each descriptor is read once (V5), so a guest that rewrites its table meanwhile gains nothing. Addresses
+//! are checked when they are used (V6).
 
 use super::guest_memory::{GuestSpan, GuestView};
 use super::spec::{Descriptor, desc};
 
 /// Most entries of an indirect table.
 pub const MAX_INDIRECT: u16 = 1024;
-/// Entries that an indirect table may have on any ring. A driver learns `seg_max` before it knows the size of its ring,
-/// and Linux then makes tables of that many and two more, even on a smaller ring.
+/// Entries that an indirect table may have on a ring of any size. A driver reads `seg_max` before it chooses the size of its ring,
+/// and Linux uses tables of `seg_max + 2` entries also on a smaller ring.
 const MIN_INDIRECT: u16 = super::config::SEG_MAX + 2;
 
-/// A buffer of one descriptor, not yet checked.
+/// The buffer of one descriptor. Its address is not checked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DescriptorBuffer {
     /// Guest address.
     pub addr: u64,
-    /// Bytes, perhaps none.
+    /// Length in bytes; may be zero.
     pub len: u32,
 }
 
-/// The rule of V4 that a chain breaks.
+/// The rule of V4 that a chain violates.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ChainDefect {
-    /// More descriptors than the table has: a loop.
+    /// The chain has more descriptors than its table: it is a loop.
     TooLong,
-    /// An index outside the table.
+    /// An index lies outside the table.
     BadNext,
-    /// An indirect table whose length is not a multiple of 16, or is zero, or above the limit, or an address outside
-    /// the guest's memory.
+    /// The length of an indirect table is zero, not a multiple of 16, or above the limit, or the table is not guest memory.
     BadTable,
-    /// An indirect descriptor inside an indirect table, or one that has a successor.
+    /// An indirect descriptor lies in an indirect table, or has a successor.
     Nested,
-    /// A readable descriptor after a writable one.
+    /// A readable descriptor follows a writable one.
     ReadableAfterWritable,
 }
 
-/// The pieces of one chain; used again for the next.
+/// The buffers of one descriptor chain. Reused for the next chain.
 #[derive(Debug, Default)]
 pub struct DescriptorChain {
     readable: Vec<DescriptorBuffer>,
@@ -48,30 +47,30 @@ pub struct DescriptorChain {
 }
 
 impl DescriptorChain {
-    /// What the device may read, in order.
+    /// Buffers that the device may read, in order.
     pub fn readable(&self) -> &[DescriptorBuffer] {
         &self.readable
     }
 
-    /// What the device may write, in order.
+    /// Buffers that the device may write, in order.
     pub fn writable(&self) -> &[DescriptorBuffer] {
         &self.writable
     }
 
-    /// Bytes of [`DescriptorChain::readable`].
+    /// Total length of [`DescriptorChain::readable`].
     pub fn readable_len(&self) -> u64 {
         self.readable_len
     }
 
-    /// Bytes of [`DescriptorChain::writable`].
+    /// Total length of [`DescriptorChain::writable`].
     pub fn writable_len(&self) -> u64 {
         self.writable_len
     }
 
-    /// Replaces what is here by the chain that begins at `head` (an index into `table` of `size` descriptors).
+    /// Replaces the buffers by those of the chain that begins at index `head` of `table`, which has `size` descriptors.
     ///
     /// # Errors
-    /// What is wrong with it; the pieces are then of no use.
+    /// The violated rule. The buffers must not be used then.
     pub fn walk(&mut self, view: &GuestView, table: &GuestSpan, size: u16, head: u16) -> Result<(), ChainDefect> {
         self.readable.clear();
         self.writable.clear();
@@ -95,7 +94,7 @@ impl DescriptorChain {
         Err(ChainDefect::TooLong)
     }
 
-    /// The rest of a chain, from a table of its own.
+    /// Adds the rest of a chain from an indirect table.
     fn walk_indirect(&mut self, view: &GuestView, of: Descriptor, size: u16) -> Result<(), ChainDefect> {
         let len = of.len as usize;
         let entries = len / desc::LEN;
@@ -125,12 +124,12 @@ impl DescriptorChain {
 
     #[inline]
     fn add(&mut self, d: Descriptor) -> Result<(), ChainDefect> {
-        let piece = DescriptorBuffer { addr: d.addr, len: d.len };
+        let buffer = DescriptorBuffer { addr: d.addr, len: d.len };
         if d.has(desc::WRITE) {
-            self.writable.push(piece);
+            self.writable.push(buffer);
             self.writable_len += u64::from(d.len);
         } else if self.writable.is_empty() {
-            self.readable.push(piece);
+            self.readable.push(buffer);
             self.readable_len += u64::from(d.len);
         } else {
             return Err(ChainDefect::ReadableAfterWritable);
@@ -139,8 +138,8 @@ impl DescriptorChain {
     }
 }
 
-/// The part `skip .. skip + len` of some pieces, as `(address, length)`. An address that overflows comes out as one
-/// that is nowhere mapped.
+/// The bytes `skip .. skip + len` of a list of buffers, as `(address, length)`. An address that overflows becomes one that is never
+/// guest memory.
 pub fn clip_buffers(pieces: &[DescriptorBuffer], skip: u64, len: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
     let (mut skip, mut left) = (skip, len);
     pieces.iter().filter_map(move |p| {
@@ -148,8 +147,7 @@ pub fn clip_buffers(pieces: &[DescriptorBuffer], skip: u64, len: u64) -> impl It
         skip -= from;
         let n = left.min(u64::from(p.len) - from);
         left -= n;
-        // Both are at most p.len.
-        let n = u32::try_from(n).expect("a part of a piece is no longer than the piece");
+        let n = u32::try_from(n).expect("a part of a buffer is not longer than the buffer");
         (n > 0).then(|| (p.addr.saturating_add(from), n))
     })
 }
@@ -170,7 +168,7 @@ mod tests {
         assert_eq!(chain.readable(), [piece(DATA, 16), piece(1, 0), piece(END, 7)]);
         assert_eq!(chain.writable(), [piece(DATA + 64, 512), piece(DATA, 1)]);
         assert_eq!((chain.readable_len(), chain.writable_len()), (23, 513));
-        // Used again, with nothing left of the last.
+        // Reused: no buffers of the last chain remain.
         let mut chain = chain;
         d.desc(TABLE, 3, (5, 6, 0, 99));
         d.walk(&mut chain, 3).unwrap();
@@ -184,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn direct_defects() {
+    fn violations_in_direct_chains() {
         let d = TestDriver::new(8);
         let mut chain = DescriptorChain::default();
         let mut walk = |head| d.walk(&mut chain, head);
@@ -212,9 +210,9 @@ mod tests {
         };
         d.chain(INDIRECT, 0, &[(DATA, 3, 0), (DATA, 5, WRITE), (DATA, 7, WRITE)]);
         assert_eq!(walk(INDIRECT, 48, 0), Ok((3, 12)));
-        assert_eq!(walk(INDIRECT, 48, WRITE), Ok((3, 12)), "its own WRITE flag means nothing");
-        assert_eq!(walk(INDIRECT, 128, 0), Ok((3, 12)), "as long as the ring is, the end unused");
-        assert_eq!(walk(INDIRECT, 2048, 0), Ok((3, 12)), "as long as Linux makes them on any ring");
+        assert_eq!(walk(INDIRECT, 48, WRITE), Ok((3, 12)), "its own WRITE flag has no effect");
+        assert_eq!(walk(INDIRECT, 128, 0), Ok((3, 12)), "as long as the ring; the end is unused");
+        assert_eq!(walk(INDIRECT, 2048, 0), Ok((3, 12)), "as long as Linux makes tables on any ring");
         assert_eq!(walk(INDIRECT, 2064, 0), Err(ChainDefect::BadTable), "longer");
         assert_eq!(walk(INDIRECT, 32, 0), Err(ChainDefect::TooLong), "the third lies outside");
         for len in [0, 15, 17, 47, u32::MAX] {
@@ -233,7 +231,7 @@ mod tests {
         d.desc(INDIRECT, 2, (DATA, 7, 0, 0));
         assert_eq!(walk(INDIRECT, 48, 0), Err(ChainDefect::ReadableAfterWritable));
         d.chain(SEAM - 24, 0, &[(DATA, 3, 0), (DATA, 5, 0), (DATA, 7, WRITE)]);
-        assert_eq!(walk(SEAM - 24, 48, 0), Ok((8, 7)), "over the seam of two regions");
+        assert_eq!(walk(SEAM - 24, 48, 0), Ok((8, 7)), "across the border of two regions");
     }
 
     #[test]
@@ -250,9 +248,9 @@ mod tests {
     }
 
     #[test]
-    fn the_cap_of_indirect_tables_holds_in_big_rings() {
+    fn the_limit_of_indirect_tables_holds_for_large_rings() {
         let d = TestDriver::new(256);
-        // A ring of 2048 needs no more than its size to be told apart here.
+        // Only the size of a ring of 2048 matters here.
         let (view, ring) = (d.view(), d.ring(false));
         let mut chain = DescriptorChain::default();
         d.chain(DATA, 0, &vec![(DATA, 1, 0); 1025]);
@@ -265,13 +263,13 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_pieces() {
+    fn buffers_are_clipped() {
         let pieces = [piece(100, 10), piece(200, 0), piece(300, 5), piece(u64::MAX - 1, 9)];
         let cut = |skip, len| clip_buffers(&pieces, skip, len).collect::<Vec<_>>();
         assert_eq!(cut(0, 24), [(100, 10), (300, 5), (u64::MAX - 1, 9)]);
         assert_eq!(cut(3, 9), [(103, 7), (300, 2)]);
         assert_eq!(cut(10, 5), [(300, 5)]);
-        assert_eq!(cut(20, 4), [(u64::MAX, 4)], "an overflow is nowhere mapped");
+        assert_eq!(cut(20, 4), [(u64::MAX, 4)], "an address that overflows is not guest memory");
         assert_eq!(cut(4, 0), []);
         assert_eq!(cut(24, 1), []);
     }

@@ -1,8 +1,10 @@
-//! The guest's memory, seen from one queue: guest addresses become slices of our own mappings, checked.
+//! Guest memory as one queue uses it: guest addresses are checked and become iovecs of this process.
 //!
-//! A [`GuestView`] belongs to one thread. It remembers the region of the last look-up, since a guest's buffers mostly lie in
-//! one, and hands its own count of the memory to every [`GuestIovecs`], so that queues do not fight over one counter.
-//! The guest may change any byte at any moment: what is used was copied or loaded once, and no reference to plain bytes is made.
+//! A [`GuestView`] belongs to one thread. It caches the region of the last look-up, since most buffers of a guest lie in one region.
+//! Its [`GuestIovecs`] share a reference count of this view, so that queues do not contend for one counter.
+//!
+//! The guest may change any byte at any moment. So bytes are copied or loaded once before they are used, and no reference to guest
+//! memory is created.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -13,51 +15,56 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, com
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
-use super::{MemoryRegions, spec};
+use super::spec;
 use crate::storage::sigbus::Guard;
 use crate::storage::{GuestIovecs, prefetch_line};
 
-/// The guest's memory as one front-end shared it, with the guards of its mappings.
+/// The mapped regions of a guest's memory.
+pub type MemoryRegions = vm_memory::GuestMemoryMmap<()>;
+/// The regions of a guest's memory, replaced as a whole when the front-end changes them.
+pub type AtomicMemory = vm_memory::GuestMemoryAtomic<MemoryRegions>;
+
+/// Guest memory as a front-end shared it, with the guards of its mappings.
 ///
-/// The front-end can take pages away at any moment (it cuts the memory file, or the host has none left). Accesses of ours then
-/// find zeros, and [`SharedMemory::is_lost`] becomes true; accesses of the kernel fail with EFAULT.
+/// Pages can be lost at any moment: the front-end cuts the memory file, or the kernel has no memory left. Then accesses of this
+/// process read zeros and [`SharedMemory::is_lost`] becomes true, and accesses of the kernel fail with EFAULT.
 #[derive(Debug, Default)]
 pub struct SharedMemory {
-    // Before the mappings: a guard goes before what it guards is unmapped.
+    // Dropped before the mappings that they guard.
     guards: Vec<Arc<Guard>>,
     regions: Arc<MemoryRegions>,
 }
 
 impl SharedMemory {
-    /// The memory of `regions`, whose mappings `guards` protect.
+    /// Creates guest memory from its regions and the guards of their mappings.
     pub fn new(regions: MemoryRegions, guards: Vec<Arc<Guard>>) -> SharedMemory {
         SharedMemory { guards, regions: Arc::new(regions) }
     }
 
-    /// The regions.
+    /// The regions of the memory.
     pub fn regions(&self) -> &Arc<MemoryRegions> {
         &self.regions
     }
 
-    /// Whether a page of it could not be had.
+    /// Whether a page of the memory is lost.
     pub fn is_lost(&self) -> bool {
         self.guards.iter().any(|guard| guard.is_lost())
     }
 }
 
-/// Memory of a process of its own, which nobody can take away.
+/// Guest memory that only this process maps, so that no page can be lost.
 impl From<MemoryRegions> for SharedMemory {
     fn from(regions: MemoryRegions) -> SharedMemory {
         SharedMemory::new(regions, Vec::new())
     }
 }
 
-/// A memory table as one queue uses it.
+/// Guest memory as one queue uses it.
 pub struct GuestView {
     /// Sorted, disjoint.
     regions: Vec<ViewRegion>,
     last_region: Cell<usize>,
-    /// Keeps all regions mapped.
+    /// Keeps all regions mapped. A reference count of this view, around the shared one.
     owner: Arc<dyn Any + Send + Sync>,
     memory: Arc<SharedMemory>,
 }
@@ -69,7 +76,7 @@ struct ViewRegion {
 }
 
 impl ViewRegion {
-    /// How far `addr` lies in the region.
+    /// The offset of an address in the region, if the address lies in it.
     #[inline]
     fn offset(&self, addr: u64) -> Option<usize> {
         let offset = usize::try_from(addr.checked_sub(self.start)?).ok()?;
@@ -78,7 +85,7 @@ impl ViewRegion {
 }
 
 impl GuestView {
-    /// The view of `memory` for one queue.
+    /// Creates the view of one queue.
     pub fn new(memory: Arc<SharedMemory>) -> GuestView {
         let region = |r: &vm_memory::GuestRegionMmap<()>| ViewRegion {
             start: r.start_addr().raw_value(),
@@ -86,17 +93,16 @@ impl GuestView {
             map: r.get_mmap(),
         };
         let regions = memory.regions.iter().map(region).collect();
-        // A count of its own for this queue, around the shared one.
         let owner = Arc::new(memory.clone());
         GuestView { regions, last_region: Cell::new(0), owner, memory }
     }
 
-    /// Whether a page of the memory could not be had.
+    /// Whether a page of the memory is lost.
     pub fn is_lost(&self) -> bool {
         self.memory.is_lost()
     }
 
-    /// The region of an address, and how far in it lies.
+    /// The region of an address, and the offset in it.
     #[inline]
     fn locate(&self, addr: u64) -> Option<(&ViewRegion, usize)> {
         if let Some(found) = self.regions.get(self.last_region.get()).and_then(|r| Some((r, r.offset(addr)?))) {
@@ -109,9 +115,9 @@ impl GuestView {
         Some((region, offset))
     }
 
-    /// Calls `f(start, length, bytes before it)` for the pieces of a range, which may span adjacent regions; false, perhaps
-    /// after some pieces, where part of it is not the guest's memory (V6). A piece is not empty, and lies in a region, which
-    /// `owner` keeps mapped.
+    /// Calls `f(start, length, bytes before the piece)` for the pieces of a range, which may span adjacent regions. Returns false,
+    /// possibly after some calls, if part of the range is not guest memory (V6). A piece is not empty, and lies inside one region,
+    /// which `owner` keeps mapped.
     #[inline]
     fn for_each_piece(&self, addr: u64, len: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> bool {
         let mut done = 0;
@@ -126,7 +132,7 @@ impl GuestView {
         true
     }
 
-    /// Has the processor fetch what is at an address, if it is the guest's memory.
+    /// Prefetches the cache line of a guest address, if the address is guest memory.
     #[inline]
     pub fn prefetch(&self, addr: u64) {
         if let Some((region, offset)) = self.locate(addr) {
@@ -134,60 +140,65 @@ impl GuestView {
         }
     }
 
-    /// Whether all of a range is the guest's memory.
+    /// Whether all of a range is guest memory.
     #[inline]
     pub fn contains(&self, addr: u64, len: usize) -> bool {
         self.for_each_piece(addr, len, |_, _, _| ())
     }
 
-    /// Copies a range of a known length, once (V5).
+    /// Reads an array, each byte once (V5). `None` if part of it is not guest memory.
     #[inline]
     pub fn read_array<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
         let mut into = [0; N];
         self.read(addr, &mut into).then_some(into)
     }
 
-    /// Copies a range, once (V5).
+    /// Reads a range, each byte once (V5). Returns false if part of it is not guest memory.
     #[inline]
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
         let whole = self.for_each_piece(addr, into.len(), |from, n, at| {
-            // SAFETY: the piece is mapped (`each`), and cannot overlap memory of ours.
+            // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, so `from` is readable. The
+            // slice of `into` has `n` bytes and is exclusively borrowed. They do not overlap, since guest memory is mapped apart
+            // from all Rust objects. The guest may write meanwhile; the bytes are untrusted, and any value is valid for `u8`.
             unsafe { ptr::copy_nonoverlapping(from, into[at..at + n].as_mut_ptr(), n) };
         });
-        // The compiler may not look at the guest's bytes again instead of at the copy.
+        // The compiler must not read guest memory again in place of the copy.
         compiler_fence(Ordering::SeqCst);
         whole
     }
 
-    /// Writes a range; nothing where part of it is not the guest's memory.
+    /// Writes a range. Returns false, and writes nothing, if part of it is not guest memory.
     pub fn write(&self, addr: u64, from: &[u8]) -> bool {
         self.contains(addr, from.len())
             && self.for_each_piece(addr, from.len(), |to, n, at| {
-                // SAFETY: as in `read`, the other way round. Front-ends share memory for reading and writing.
+                // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, and regions are mapped
+                // writable, so `to` is writable. The slice of `from` has `n` bytes. They do not overlap, since guest memory is
+                // mapped apart from all Rust objects. No reference to guest memory exists that the store could invalidate.
                 unsafe { ptr::copy_nonoverlapping(from[at..at + n].as_ptr(), to, n) };
             })
     }
 
-    /// Writes one byte; false where that is not the guest's memory.
+    /// Writes one byte. Returns false if the address is not guest memory.
     #[inline]
     pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
         let there = self.for_each_piece(addr, 1, |to, _, _| {
-            // SAFETY: as in `write`; any address is aligned for a byte.
+            // SAFETY: `for_each_piece` passes a byte inside a region that `self.owner` keeps mapped writable. Any address is aligned
+            // for a byte, and no reference to guest memory exists.
             unsafe { AtomicU8::from_ptr(to) }.store(byte, Ordering::Relaxed);
         });
         #[cfg(test)]
-        super::testing::count_store();
+        super::store_counter::count_store();
         there
     }
 
-    /// Fills `out` with ranges `(address, length)`; false, and `out` empty, where part of them is not the guest's
-    /// memory.
+    /// Fills `out` with ranges of `(address, length)`. Returns false, and leaves `out` empty, if part of them is not guest memory.
     pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut GuestIovecs) -> bool {
         out.reset(&self.owner);
         for (addr, len) in ranges {
             let whole = self.for_each_piece(addr, len as usize, |start, n, _| {
-                // SAFETY: the piece lies in a region of `owner`, which unmaps it only when dropped, and `out` has a
-                // count of that owner since above, before its first run. Front-ends share memory for reading and writing.
+                // SAFETY: `for_each_piece` passes `n` bytes inside a region of `self.owner`, which unmaps its regions only when it
+                // is dropped. `out.reset` above gave `out` a reference to that owner, so the bytes stay mapped as long as `out`
+                // names them. Regions are mapped readable and writable.
                 unsafe { out.push(start, n) }
             });
             if !whole {
@@ -198,7 +209,8 @@ impl GuestView {
         true
     }
 
-    /// A range that lies wholly in one region, at an address that is a multiple of `align` for the guest and for us.
+    /// A range inside one region whose start is a multiple of `align`, as a guest address and as an address of this process.
+    /// `None` if the range is not like that.
     pub fn span(&self, addr: u64, len: usize, align: usize) -> Option<GuestSpan> {
         let (region, at) = self.locate(addr)?;
         let inside = at.checked_add(len).is_some_and(|end| end <= region.len);
@@ -208,62 +220,68 @@ impl GuestView {
     }
 }
 
-/// A part of the guest's memory that was checked once: a ring.
+/// A checked range of guest memory that stays mapped: a descriptor table or a ring.
 pub struct GuestSpan {
     start: *mut u8,
     len: usize,
-    /// Keeps it mapped.
+    /// Keeps the range mapped.
     _memory: Arc<SharedMemory>,
 }
 
-// SAFETY: the pointer is to memory that `_memory` keeps mapped, and that others change anyway; no reference to plain bytes is made of it.
+// SAFETY: `start` points to memory that `_memory` keeps mapped on any thread. All access goes through atomic words, and no reference
+// to the memory is created, so a span may be used on another thread than the one that created it.
 unsafe impl Send for GuestSpan {}
 
 impl GuestSpan {
-    /// The word at byte `at`: mapped as long as self, and aligned.
+    /// Pointer to the word at byte `at`: aligned, inside the span, and mapped as long as the span exists.
     #[inline]
     fn word_ptr<T>(&self, at: usize) -> *mut T {
         let place = self.start.wrapping_add(at).cast::<T>();
-        assert!(at + size_of::<T>() <= self.len && place.is_aligned(), "a word of a ring lies in the ring, aligned");
+        assert!(
+            at + size_of::<T>() <= self.len && place.is_aligned(),
+            "a word of a ring is aligned and inside the ring"
+        );
         place
     }
 
-    /// Has the processor fetch what is at byte `at`.
+    /// Prefetches the cache line of byte `at`.
     #[inline]
     pub fn prefetch(&self, at: usize) {
         prefetch_line(self.start.wrapping_add(at));
     }
 
-    /// The 16-bit word at byte `at`, an even number.
+    /// Loads the 16-bit word at byte `at`, an even number.
     #[inline]
     pub fn load(&self, at: usize, order: Ordering) -> u16 {
-        // SAFETY: by `place`. (Who points a buffer into a ring has plain copies race with this, and gets what it gets.)
+        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span, which `_memory` keeps mapped. This process accesses
+        // rings by atomics only, unless a hostile driver puts a buffer into a ring: then a copy of untrusted bytes may race with
+        // this load, and any value is valid.
         spec::le16(unsafe { AtomicU16::from_ptr(self.word_ptr(at)) }.load(order))
     }
 
-    /// Puts a 16-bit word at byte `at`, an even number.
+    /// Stores a 16-bit word at byte `at`, an even number.
     #[inline]
     pub fn store(&self, at: usize, word: u16, order: Ordering) {
-        // SAFETY: as in `load`.
+        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
         unsafe { AtomicU16::from_ptr(self.word_ptr(at)) }.store(spec::le16(word), order);
         #[cfg(test)]
-        super::testing::count_store();
+        super::store_counter::count_store();
     }
 
-    /// The 64-bit word at byte `at`, a multiple of 8 as is the span's alignment; in the guest's order.
+    /// Loads the 64-bit word at byte `at` in the guest's byte order. `at` and the span's alignment are multiples of 8.
     #[inline]
     pub fn load_raw64(&self, at: usize) -> u64 {
-        // SAFETY: as in `load`.
+        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
         unsafe { AtomicU64::from_ptr(self.word_ptr(at)) }.load(Ordering::Relaxed)
     }
 
-    /// Puts a 32-bit word, in the guest's order, at byte `at`, a multiple of 4 as is the span's alignment.
+    /// Stores a 32-bit word in the guest's byte order at byte `at`. `at` and the span's alignment are multiples of 4.
     #[inline]
     pub fn store_raw32(&self, at: usize, word: u32) {
-        // SAFETY: as in `load`.
+        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
         unsafe { AtomicU32::from_ptr(self.word_ptr(at)) }.store(word, Ordering::Relaxed);
         #[cfg(test)]
-        super::testing::count_store();
+        super::store_counter::count_store();
     }
 }
 
@@ -281,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_span_neighbours_but_no_holes() {
+    fn ranges_span_adjacent_regions_but_no_holes() {
         let memory = memory();
         let view = GuestView::new(memory.clone());
         assert!(view.contains(0x1000, 0x3000) && !view.contains(0x1000, 0x3001));
@@ -294,52 +312,52 @@ mod tests {
         assert_eq!(&back, b"abcd");
         assert_eq!((view.read_array(0x1ffe), view.read_array(0x1fff)), (Some(*b"abcd"), Some(*b"bcd")));
         assert_eq!((view.read_array::<2>(0x3fff), view.read_array::<1>(0x4000)), (None, None));
-        assert!(!view.write(0x3ffe, b"abcd"), "half of it is a hole");
+        assert!(!view.write(0x3ffe, b"abcd"), "half of the range is a hole");
         assert!(view.read(0x3ffe, &mut back[..2]) && back[..2] == [0, 0], "so nothing was written");
     }
 
     #[test]
-    fn gathered_slices_are_the_memory_and_keep_it() {
+    fn gathered_iovecs_are_guest_memory_and_keep_it_mapped() {
         let memory = memory();
         let view = GuestView::new(memory.clone());
-        let mut slices = GuestIovecs::with_capacity(4);
-        assert!(view.gather([(0x1ff0, 32), (0x3000, 0), (0x3000, 8)].into_iter(), &mut slices));
-        assert_eq!(slices.len(), 40);
-        slices.copy_from(14, b"0123");
-        slices.copy_from(32, b"end");
+        let mut iovecs = GuestIovecs::with_capacity(4);
+        assert!(view.gather([(0x1ff0, 32), (0x3000, 0), (0x3000, 8)].into_iter(), &mut iovecs));
+        assert_eq!(iovecs.len(), 40);
+        iovecs.copy_from(14, b"0123");
+        iovecs.copy_from(32, b"end");
         let mut back = [0; 4];
         memory.regions.read_slice(&mut back, GuestAddress(0x1ffe)).unwrap();
         assert_eq!(&back, b"0123");
         let weak = Arc::downgrade(&memory);
         drop((view, memory));
-        slices.copy_to(32, &mut back[..3]);
+        iovecs.copy_to(32, &mut back[..3]);
         assert_eq!(&back[..3], b"end");
-        assert!(weak.upgrade().is_some(), "the slices keep the memory mapped");
-        slices.clear();
+        assert!(weak.upgrade().is_some(), "the iovecs keep the memory mapped");
+        iovecs.clear();
         assert!(weak.upgrade().is_none());
     }
 
     #[test]
-    fn slices_that_are_used_again_keep_what_they_were_used_for_last() {
+    fn reused_iovecs_keep_only_the_last_memory_mapped() {
         let (old, new) = (memory(), memory());
         let weak = Arc::downgrade(&old);
-        let (view, mut slices) = (GuestView::new(old), GuestIovecs::with_capacity(4));
+        let (view, mut iovecs) = (GuestView::new(old), GuestIovecs::with_capacity(4));
         for len in [16, 8] {
-            assert!(view.gather([(0x1000, len)].into_iter(), &mut slices) && slices.len() == len as usize);
+            assert!(view.gather([(0x1000, len)].into_iter(), &mut iovecs) && iovecs.len() == len as usize);
         }
         drop(view);
         assert!(weak.upgrade().is_some());
-        assert!(GuestView::new(new).gather([(0x3000, 4)].into_iter(), &mut slices) && slices.len() == 4);
+        assert!(GuestView::new(new).gather([(0x3000, 4)].into_iter(), &mut iovecs) && iovecs.len() == 4);
         assert!(weak.upgrade().is_none());
     }
 
     #[test]
-    fn a_failed_gather_leaves_nothing() {
+    fn a_failed_gather_leaves_no_iovecs() {
         let view = GuestView::new(memory());
-        let mut slices = GuestIovecs::with_capacity(4);
-        assert!(!view.gather([(0x1000, 16), (0x3fff, 2)].into_iter(), &mut slices));
-        assert!(slices.is_empty() && slices.iovecs().is_empty());
-        assert!(!view.gather([(u64::MAX - 1, u32::MAX)].into_iter(), &mut slices));
+        let mut iovecs = GuestIovecs::with_capacity(4);
+        assert!(!view.gather([(0x1000, 16), (0x3fff, 2)].into_iter(), &mut iovecs));
+        assert!(iovecs.is_empty() && iovecs.iovecs().is_empty());
+        assert!(!view.gather([(u64::MAX - 1, u32::MAX)].into_iter(), &mut iovecs));
     }
 
     #[test]
@@ -351,7 +369,7 @@ mod tests {
         assert!(view.span(0x8000, 0x10, 16).is_none());
         assert!(view.span(0x1000, usize::MAX, 16).is_none());
         let odd = Arc::new(MemoryRegions::from_ranges(&[(GuestAddress(0x1001), 0x1000)]).unwrap().into());
-        assert!(GuestView::new(odd).span(0x1010, 16, 16).is_none(), "aligned for the guest, not for us");
+        assert!(GuestView::new(odd).span(0x1010, 16, 16).is_none(), "aligned as a guest address only");
         let span = view.span(0x1100, 16, 2).unwrap();
         span.store(2, 0xabcd, Ordering::Release);
         assert_eq!(span.load(2, Ordering::Acquire), 0xabcd);

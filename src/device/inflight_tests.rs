@@ -1,13 +1,12 @@
-//! Tests of `inflight.rs`, by itself and under an exchange that is killed after any store.
+//! Tests of `inflight.rs`, alone and with a virtqueue that is killed after any store.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::super::parse::RequestRules;
 use super::super::spec::{ID_LEN, kind};
 use super::super::split_ring::SplitRing;
-use super::super::testing::{
-    DATA, Killed, NEXT as FOLLOWED, SEAM, STATUS, TABLE, TestDriver, WRITE, kill_after, stores_left,
-};
+use super::super::store_counter::{Killed, kill_after, stores_left};
+use super::super::testing::{DATA, NEXT as FOLLOWED, SEAM, STATUS, TABLE, TestDriver, WRITE};
 use super::super::virtqueue::{MAX_BATCH, MAX_BATCH_BYTES, PopResult, Virtqueue};
 use super::*;
 use crate::disk::{Answer, Outcome, Request, Work};
@@ -15,7 +14,7 @@ use crate::disk::{Answer, Outcome, Request, Work};
 const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
 const RULES: RequestRules<'static> = RequestRules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
 const SIZE: u16 = 64;
-/// Requests that a driver can have at once: of three descriptors each.
+/// Number of chains that a driver can have in flight, of three descriptors each.
 const CHAINS: u16 = 20;
 
 fn region(entries: u16) -> Arc<InFlightRegion> {
@@ -27,18 +26,18 @@ fn next(seed: &mut u64) -> u64 {
     *seed >> 33
 }
 
-/// A guest whose device is killed and comes back.
+/// A guest whose device is killed and restarted.
 struct KillHarness {
     d: TestDriver,
     map: Arc<InFlightRegion>,
     device: Option<(Virtqueue, Vec<Request>)>,
-    /// By slot: the requests that have no answer yet, numbered as they were made.
+    /// By chain: the number of the request that has no answer yet. Requests are numbered in the order in which they were added.
     asked: [Option<u32>; CHAINS as usize],
     asks: u32,
     answers: u32,
     lives: u32,
     kills: u32,
-    /// After how many stores the successor of one that is killed is killed.
+    /// Number of stores after which the successor of a killed device is killed.
     again: Option<u32>,
     /// At the end of [`World::live`].
     stores_left: Option<u32>,
@@ -77,7 +76,7 @@ impl KillHarness {
             0..3 => ask(&self.d, kind::IN, WRITE),
             3..6 => ask(&self.d, kind::OUT, 0),
             6 => ask(&self.d, kind::GET_ID, WRITE),
-            // Two that are given back with nothing said: a loop, and one without a status.
+            // Two chains that are returned with length 0: a loop, and one without a status.
             _ if slot.is_multiple_of(2) => self.d.desc(TABLE, first, (DATA, 1, FOLLOWED, first)),
             _ => self.d.chain(TABLE, first, &[(DATA, 16, 0)]),
         }
@@ -86,14 +85,14 @@ impl KillHarness {
         self.d.add(first);
     }
 
-    /// Carries `f` out on the device, which is made if there is none. It may be killed at that.
+    /// Runs `f` on the device, which is created if there is none, and which may be killed meanwhile.
     fn run(&mut self, f: impl FnOnce(&mut Virtqueue, &mut Vec<Request>, &mut u64)) {
         let (d, map) = (&self.d, &self.map);
         let (device, seed) = (self.device.take(), &mut self.seed);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let (mut x, mut disk) = device.unwrap_or_else(|| {
                 self.lives += 1;
-                // QEMU would say the used index, cloud-hypervisor the avail index; it must not matter.
+                // QEMU would send the used index, cloud-hypervisor the avail index; neither is used.
                 let base = u16::try_from(next(seed) & 0xffff).unwrap();
                 let ring = SplitRing::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
                 (Virtqueue::new(d.view(), ring, Some(InFlightRecord::new(map.clone(), 0, SIZE))).unwrap(), Vec::new())
@@ -112,15 +111,15 @@ impl KillHarness {
         self.reap();
     }
 
-    /// The device takes chains. What it begins has no answer yet, and comes in the order in which it was asked.
+    /// Pops chains. Checks that each started request has no answer yet, and that they start in the order in which they were added.
     fn take(&mut self) {
         let asked = self.asked;
         self.run(|x, disk, _| {
             let mut last = disk.iter().filter_map(|r| asked[slot_of(r)]).max();
             let mut push = |r: Request| {
                 let number = asked[slot_of(&r)];
-                assert!(number.is_some(), "a request that was answered is carried out again");
-                assert!(number > last, "request {number:?} is begun after {last:?}");
+                assert!(number.is_some(), "a request that was answered is started again");
+                assert!(number > last, "request {number:?} is started after {last:?}");
                 last = number;
                 disk.push(r);
                 100
@@ -136,7 +135,7 @@ impl KillHarness {
         });
     }
 
-    /// The disk answers some of its requests, in any order, and the driver is told.
+    /// Answers some of the requests in any order, and publishes their chains.
     fn answer(&mut self, all: bool) {
         self.run(|x, disk, seed| {
             while !disk.is_empty() && (all || !next(seed).is_multiple_of(4)) {
@@ -152,7 +151,7 @@ impl KillHarness {
         });
     }
 
-    /// The driver looks at what it was given back.
+    /// Reads the used elements, and checks that each chain is returned once, with its status.
     fn reap(&mut self) {
         for (head, written) in self.d.used() {
             let slot = usize::try_from(head / 3).unwrap();
@@ -163,7 +162,7 @@ impl KillHarness {
         }
     }
 
-    /// A busy minute in the life of a guest, at the end of which everything is answered.
+    /// Runs a guest for a while, until all of its requests are answered.
     fn live(&mut self) {
         for _ in 0..12 {
             (0..next(&mut self.seed) % 5).for_each(|_| self.ask());
@@ -179,7 +178,7 @@ impl KillHarness {
         }
         assert_eq!(self.answers, self.asks);
         self.stores_left = stores_left();
-        // Whoever comes now finds nothing to do.
+        // The next device has nothing to resubmit.
         kill_after(None);
         self.device = None;
         self.take();
@@ -192,7 +191,7 @@ fn slot_of(request: &Request) -> usize {
 }
 
 #[test]
-fn a_kill_after_any_store_loses_and_doubles_nothing() {
+fn a_kill_after_any_store_loses_and_repeats_nothing() {
     for seed in [1, 2, 3] {
         const MANY: u32 = 1 << 30;
         kill_after(Some(MANY));
@@ -201,7 +200,7 @@ fn a_kill_after_any_store_loses_and_doubles_nothing() {
         let stores = MANY - world.stores_left.unwrap();
         assert!(world.kills == 0 && stores > 200, "{stores}");
         for at in 0..stores {
-            // The second kill hits the daemon that mends what the first has left, or a later one.
+            // The second kill hits the daemon that takes over from the first, or a later one.
             for again in [None, Some(at % 5), Some(at % 97)] {
                 let mut world = KillHarness::new(seed);
                 world.again = again;
@@ -231,9 +230,9 @@ fn kills_at_random() {
     }
 }
 
-/// The two front-ends that reconnect say different things of where a ring is.
+/// Front-ends that reconnect send different indices as the base of a ring.
 #[test]
-fn any_base_gives_the_same() {
+fn the_base_has_no_effect() {
     let outcome = |base: u16| {
         let mut world = KillHarness::new(7);
         (0..9).for_each(|_| world.ask());
@@ -261,7 +260,7 @@ fn any_base_gives_the_same() {
 }
 
 #[test]
-fn a_turn_of_what_is_owed_is_bounded_in_bytes() {
+fn a_batch_of_resubmitted_chains_is_bounded_in_bytes() {
     let (mut d, map) = (TestDriver::new(SIZE), region(SIZE));
     let much = u32::try_from(MAX_BATCH_BYTES).unwrap();
     let mut record = InFlightRecord::new(map.clone(), 0, SIZE);
@@ -287,13 +286,13 @@ fn a_turn_of_what_is_owed_is_bounded_in_bytes() {
 }
 
 #[test]
-fn a_fresh_record_starts_at_the_rings_own_index() {
+fn a_new_record_starts_at_the_used_index_of_the_ring() {
     let map = region(SIZE);
     let mut record = InFlightRecord::new(map.clone(), 0, SIZE);
     assert_eq!(record.resume(SIZE, 65530).unwrap(), [0u16; 0]);
     record.record_taken(3);
     record.record_completed(3);
-    // Not SPDK's bug 3766: from 0 it would take 65530 chains for given.
+    // Not as in SPDK's bug 3766: from index 0, 65530 chains would count as completed.
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
     let raw = |at: usize, len: usize| {
@@ -305,9 +304,9 @@ fn a_fresh_record_starts_at_the_rings_own_index() {
     assert_eq!(raw(8, 8), [1u16, SIZE, 3, 65531].map(u16::to_ne_bytes).concat());
 }
 
-/// Where it stands in memory is QEMU's business, too: a region moves between back-ends.
+/// The layout is QEMU's, since a region may be passed from one back-end to another.
 #[test]
-fn the_words_are_where_others_look_for_them() {
+fn the_layout_is_that_of_the_protocol() {
     let map = region(8);
     assert_eq!(InFlightRecord::len(8), 192);
     let mut record = InFlightRecord::new(map.clone(), 0, 8);
@@ -329,10 +328,10 @@ fn the_words_are_where_others_look_for_them() {
 }
 
 #[test]
-fn records_of_others_are_refused() {
+fn invalid_records_are_refused() {
     let map = region(64);
     let mut record = InFlightRecord::new(map.clone(), 0, 64);
-    assert!(record.resume(128, 0).is_err(), "the ring is larger");
+    assert!(record.resume(128, 0).is_err(), "the ring is larger than the record");
     assert!(record.resume(64, 0).is_ok() && record.resume(32, 0).is_ok());
     for (at, word) in [(VERSION, 2), (VERSION, u16::MAX), (DESC_NUM, 63), (DESC_NUM, 65), (DESC_NUM, 0)] {
         let was: u16 = record.load(at);
@@ -343,13 +342,13 @@ fn records_of_others_are_refused() {
     assert!(record.resume(64, 0).is_ok());
 }
 
-/// A record of a ring that began anew is no reason to carry out anything.
+/// The record of an earlier ring makes the device resubmit nothing.
 #[test]
-fn a_record_that_cannot_be_of_this_ring_is_forgotten() {
+fn the_record_of_an_earlier_ring_is_cleared() {
     let mut record = InFlightRecord::new(region(64), 0, 64);
     record.resume(64, 1000).unwrap();
     record.record_taken(1);
-    assert_eq!(record.clone().resume(64, 1064).unwrap(), [1], "a whole ring's batch, of others");
+    assert_eq!(record.clone().resume(64, 1064).unwrap(), [1], "a batch of a whole ring, of other chains");
     let mut record = InFlightRecord::new(region(64), 0, 64);
     record.resume(64, 1000).unwrap();
     record.record_taken(1);
@@ -364,7 +363,7 @@ fn a_hostile_record_is_bounded() {
         let bytes: Vec<u8> = (0..InFlightRecord::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
         map.map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
         let mut record = InFlightRecord::new(map, 0, 64);
-        // Good enough to be looked at.
+        // A header that is accepted.
         record.store(VERSION, VERSION_1);
         record.store(DESC_NUM, 64u16);
         let used = u16::try_from(next(&mut seed) & 0xffff).unwrap();

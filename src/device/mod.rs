@@ -1,19 +1,21 @@
-//! Floor 4: virtio-blk words.
+//! Floor 4: the virtio-blk device.
 //!
-//! Owns: the virtqueues a guest fills (chains of descriptors, the rings, notifications), what a virtio-blk request
-//! means, and the device's features and configuration space. Leaves to others: what a disk does with a request
-//! (floor 3), and sockets, threads and event loops (floor 5). Everything a guest writes is hostile: rules V1 to V18 of
+//! Owns: virtqueues (descriptor chains, rings, notifications), the parsing of virtio-blk requests, the features of the
+//! device and its configuration space. Leaves to others: how a disk executes a request (floor 3), and sockets, threads
+//! and event loops (floor 5). Everything that a guest writes is treated as hostile: rules V1 to V18 of
 //! crash-safety.md, 4.3, each named where it is enforced.
 //!
 //! ```text
-//!   guest memory                                                          disk
-//!   avail ring ─ ring ─ head ─ chain ─ pieces ─ parse ─ Request ──────► Lane
-//!                                        |                                |
-//!                                      guest (guest addresses to Slices)  |
-//!                                                                         |
-//!   used ring ◄─ ring ◄─ exchange (status byte, length, heads in flight) ◄┘ Answer
-//!                          |  └─ inflight (the same heads, where a kill does not reach)
-//!                        queue (one turn: reap, complete, pop, submit, signal)    config (Device: shared by queues)
+//!   guest memory                                                                     disk
+//!   avail ring ── split_ring ── head ── descriptor_chain ── parse ── Request ──────► Lane
+//!                                             |                                        |
+//!                                       guest_memory (guest addresses to iovecs)       |
+//!                                                                                      |
+//!   used ring ◄── split_ring ◄── virtqueue (status byte, used length) ◄─── Answer ◄────┘
+//!                                 |   └─ inflight (heads in flight, in memory that survives a kill)
+//!                                queue (one batch: poll, complete, pop, submit, interrupt)
+//!
+//!   config (Device: features and configuration space, shared by all queues)
 //! ```
 
 pub mod config;
@@ -28,17 +30,12 @@ mod queue_tests;
 pub mod spec;
 pub mod split_ring;
 #[cfg(test)]
+mod store_counter;
+#[cfg(test)]
 mod testing;
 pub mod virtqueue;
 
 pub use config::Device;
-pub use guest_memory::SharedMemory;
+pub use guest_memory::{AtomicMemory, MemoryRegions, SharedMemory};
 pub use inflight::{InFlightRecord, InFlightRegion};
-pub use queue::{Queue, ServeResult};
-
-/// The regions of a guest's memory.
-pub type MemoryRegions = vm_memory::GuestMemoryMmap<()>;
-/// The guest's memory, replaced as a whole when the front-end changes it.
-pub type AtomicMemory = vm_memory::GuestMemoryAtomic<MemoryRegions>;
-/// What the front-end said about one virtqueue.
-pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;
+pub use queue::{Queue, ServeResult, Vring};

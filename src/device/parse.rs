@@ -1,6 +1,7 @@
-//! What a chain asks for: a request for the disk, a status at once, or (where no status can be given) nothing.
+//! Parsing of a chain into a request for the disk, or a status that can be returned at once.
 //!
-//! Everything is checked here, before any effect; what goes to the disk is in range, in size and in the guest's memory.
+//! All checks are made here, before any effect. A request that reaches the disk has a valid range and size, and its buffers lie in
+//! guest memory.
 
 use super::config::{MAX_ZEROED_SECTORS, ZEROING_LIMITS};
 use super::descriptor_chain::{DescriptorChain, clip_buffers};
@@ -14,58 +15,57 @@ use crate::units::{SECTOR, SectorRange};
 pub const MAX_BYTES: u64 = 32 << 20;
 /// Most ranges of a DISCARD or WRITE_ZEROES.
 const MAX_SEGMENTS: usize = ZEROING_LIMITS.segments as usize;
-/// Runs for which a new [`GuestIovecs`] has room before it must grow.
+/// Initial capacity of a new [`GuestIovecs`].
 const IOVEC_CAPACITY: usize = 16;
 
-/// What requests are checked against. The capacity may change between turns.
+/// Properties of the device against which requests are checked. The capacity may change between batches.
 #[derive(Clone, Copy)]
 pub struct RequestRules<'a> {
-    /// Sectors.
+    /// Size of the disk in sectors.
     pub capacity: u64,
-    /// Whether writing is refused.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// Features that the driver took.
+    /// Features that the driver acknowledged.
     pub features: u64,
-    /// What GET_ID answers.
+    /// Serial that `GET_ID` returns.
     pub serial: &'a [u8; ID_LEN],
 }
 
-/// What to do with a chain.
+/// A parsed chain.
 #[derive(Debug)]
 pub enum ParsedChain {
-    /// Hand it to the disk; when done, put a status byte at guest address `status_at` and say that `written` bytes were
-    /// written (if it failed: 1, the status).
+    /// A request for the disk.
     Submit {
-        /// For the disk.
+        /// The request.
         work: Work,
-        /// Mapped.
+        /// Guest address of the status byte; it is guest memory.
         status_at: u64,
-        /// Status included.
+        /// Used length if the request succeeds, including the status. If it fails, only the status counts.
         written: u32,
     },
-    /// Answer it now.
+    /// A request that is complete already.
     Complete {
-        /// The answer.
+        /// Its status.
         status: Status,
-        /// Mapped.
+        /// Guest address of the status byte; it is guest memory.
         status_at: u64,
-        /// Status included.
+        /// Used length, including the status.
         written: u32,
     },
-    /// There is no place for a status: give the chain back with length 0 (V7, V8).
+    /// A chain without a place for a status, which is returned with length 0 (V7, V8).
     Return,
 }
 
-/// A request that ends before the disk sees it.
+/// The end of a request that does not reach the disk.
 enum EarlyEnd {
     Failed(Status),
-    /// Done, with so many bytes written before the status.
+    /// Success, with this number of bytes written before the status.
     Done(u32),
 }
 
 use EarlyEnd::{Done, Failed};
 
-/// Judges a chain. Memory for data comes from `spare` where there is some.
+/// Parses a chain. Takes iovecs for its data from `spare` if there are any.
 #[inline]
 pub fn parse(
     chain: &DescriptorChain,
@@ -73,7 +73,7 @@ pub fn parse(
     rules: &RequestRules<'_>,
     spare: &mut Vec<GuestIovecs>,
 ) -> ParsedChain {
-    // V8: the status is the last writable byte, wherever it lies.
+    // V8: the status is the last writable byte, in whichever descriptor.
     let last = chain.writable().iter().rev().find(|p| p.len > 0);
     let Some(status_at) = last.and_then(|p| p.addr.checked_add(u64::from(p.len) - 1)) else {
         return ParsedChain::Return;
@@ -88,14 +88,14 @@ pub fn parse(
     }
 }
 
-/// The work and the bytes it will write for the guest.
+/// Parses the request of a chain. Returns it with the number of data bytes that it writes to guest memory.
 fn parse_request(
     chain: &DescriptorChain,
     view: &GuestView,
     rules: &RequestRules<'_>,
     spare: &mut Vec<GuestIovecs>,
 ) -> Result<(Work, u32), EarlyEnd> {
-    // V7: the header is the first 16 readable bytes, over however many descriptors.
+    // V7: the header is the first 16 readable bytes, over any number of descriptors.
     let mut raw = [0; HEADER_LEN];
     read_bytes(chain, view, 0, &mut raw)?;
     let header = RequestHeader::decode(&raw);
@@ -139,12 +139,12 @@ fn parse_request(
             })?;
             if ranges.is_empty() { Err(Done(0)) } else { Ok((Work::WriteZeroes { ranges }, 0)) }
         }
-        // V10, V11: also what was not negotiated, legacy barriers, SCSI, secure erase, zones.
+        // V10, V11: features that were not negotiated, legacy barriers, SCSI, secure erase, zones, unknown types.
         _ => Err(Failed(Status::Unsupp)),
     }
 }
 
-/// V9: the sectors of a read or write of `len` bytes, and `len`; nothing to do where it is 0.
+/// V9: checks a read or write of `len` bytes, and returns its sectors and its length. Without bytes it succeeds at once.
 fn data_range(sector: u64, len: u64, rules: &RequestRules<'_>) -> Result<(SectorRange, u32), EarlyEnd> {
     if !len.is_multiple_of(SECTOR) || len > MAX_BYTES {
         return Err(Failed(Status::IoErr));
@@ -157,7 +157,8 @@ fn check_range(sector: u64, count: u64, rules: &RequestRules<'_>) -> Result<Sect
     SectorRange::new(sector, count).filter(|r| r.end() <= rules.capacity).ok_or(Failed(Status::IoErr))
 }
 
-/// V12: checks all ranges before the caller has any effect, and gives it those that are not empty with their flags.
+/// V12: checks all segments, and calls `each` with the range and flags of those that are not empty. The caller has no effect before
+/// this returns.
 fn parse_segments(
     chain: &DescriptorChain,
     view: &GuestView,
@@ -190,7 +191,7 @@ fn parse_segments(
     Ok(())
 }
 
-/// Copies readable bytes from `skip` on, once. There are enough.
+/// Reads bytes of a chain from offset `skip`, each once. The chain must have enough readable bytes.
 #[inline]
 fn read_bytes(chain: &DescriptorChain, view: &GuestView, skip: u64, into: &mut [u8]) -> Result<(), EarlyEnd> {
     let mut done = 0;
@@ -203,7 +204,7 @@ fn read_bytes(chain: &DescriptorChain, view: &GuestView, skip: u64, into: &mut [
     Ok(())
 }
 
-/// The guest's memory of a read or write (V6).
+/// The guest memory of a read or write (V6).
 #[inline]
 fn data_iovecs(
     view: &GuestView,

@@ -15,7 +15,7 @@ fn judge_by(d: &TestDriver, rules: &RequestRules<'_>, pieces: &[(u64, u32, u16)]
     parse(&d.walked(pieces), &d.view(), rules, &mut Vec::new())
 }
 
-/// A request whose status is at `STATUS`.
+/// Parses a request whose status is at `STATUS`.
 fn ask(d: &TestDriver, rules: &RequestRules<'_>, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> ParsedChain {
     let mut pieces = vec![(d.header(0, kind, sector), 16, 0)];
     pieces.extend(data);
@@ -68,12 +68,12 @@ fn reads_and_writes() {
 }
 
 #[test]
-fn the_header_may_be_in_any_number_of_descriptors() {
+fn the_header_may_span_any_number_of_descriptors() {
     let d = TestDriver::new(64);
     let at = d.header(0, kind::OUT, 9);
     let mut pieces: Vec<_> = (0..15).map(|i| (at + i, 1, 0)).collect();
     pieces.insert(7, (END, 0, 0));
-    // The last byte of the header and the data in one.
+    // The last byte of the header and the data in one descriptor.
     d.put(DATA - 1, &d.get(at + 15, 1));
     d.put(DATA, b"y");
     pieces.push((DATA - 1, 513, 0));
@@ -85,19 +85,19 @@ fn the_header_may_be_in_any_number_of_descriptors() {
     let mut y = [0];
     from.copy_to(0, &mut y);
     assert_eq!(&y, b"y");
-    // One byte short: there is nothing to answer to.
+    // A header that is one byte short: the chain is returned.
     let short = [(at, 15, 0), (STATUS, 1, WRITE)];
     assert!(matches!(judge_by(&d, &rules(), &short), ParsedChain::Return));
     assert!(matches!(judge_by(&d, &rules(), &[(STATUS, 1, WRITE)]), ParsedChain::Return));
-    // It is not the guest's memory, but the status is.
+    // The header is not guest memory, but the status is.
     assert_eq!(answer(judge_by(&d, &rules(), &[(END - 15, 16, 0), (STATUS, 1, WRITE)])), IO_ERR);
 }
 
 #[test]
-fn the_status_is_the_last_writable_byte_wherever_it_lies() {
+fn the_status_is_the_last_writable_byte() {
     let d = TestDriver::new(64);
     let header = (d.header(0, kind::IN, 0), 16, 0);
-    // At the end of the data's descriptor, over a seam, with empty ones behind it.
+    // At the end of the data's descriptor, across a border of regions, followed by empty descriptors.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
     let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
     else {
@@ -114,7 +114,7 @@ fn the_status_is_the_last_writable_byte_wherever_it_lies() {
 }
 
 #[test]
-fn transfers_are_whole_sectors_of_the_disk_and_not_too_many() {
+fn transfers_are_whole_sectors_inside_the_disk_up_to_the_limit() {
     let d = TestDriver::new(64);
     for (kind, flag) in [(kind::IN, WRITE), (kind::OUT, 0)] {
         let go = |sector: u64, len: u32| ask(&d, &rules(), kind, sector, &[(SEAM, len, flag)]);
@@ -133,7 +133,7 @@ fn transfers_are_whole_sectors_of_the_disk_and_not_too_many() {
 }
 
 #[test]
-fn memory_of_a_refused_request_is_kept_for_the_next() {
+fn iovecs_of_a_refused_request_are_reused() {
     let d = TestDriver::new(64);
     let mut spare = Vec::new();
     let header = (d.header(0, kind::IN, 0), 16, 0);
@@ -145,7 +145,7 @@ fn memory_of_a_refused_request_is_kept_for_the_next() {
 }
 
 #[test]
-fn what_does_not_fit_the_direction_is_ignored() {
+fn buffers_of_the_wrong_direction_are_ignored() {
     let d = TestDriver::new(64);
     let header = d.header(0, kind::IN, 1);
     let extra = [(header, 16, 0), (END, 100, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
@@ -159,7 +159,7 @@ fn what_does_not_fit_the_direction_is_ignored() {
 }
 
 #[test]
-fn what_was_not_offered_is_refused() {
+fn requests_that_were_not_offered_are_refused() {
     let d = TestDriver::new(64);
     d.segments(DATA, &[(0, 8, 0)]);
     let data = [(DATA, 512, 0)];
@@ -180,11 +180,11 @@ fn what_was_not_offered_is_refused() {
 }
 
 #[test]
-fn the_serial_is_cut_to_the_room() {
+fn the_serial_is_cut_to_the_size_of_the_buffer() {
     let d = TestDriver::new(64);
     for room in [0, 1, 19, 20, 21, 512u32] {
         d.put(DATA, &[0xee; 512]);
-        // In pieces of 7 and the rest.
+        // In buffers of 7 bytes and the rest.
         let pieces = [(DATA, room.min(7), WRITE), (DATA + 7, room.saturating_sub(7), WRITE)];
         let n = room.min(20);
         assert_eq!(answer(ask(&d, &rules(), kind::GET_ID, 99, &pieces)), Some((Status::Ok, n + 1)));
@@ -198,12 +198,12 @@ fn the_serial_is_cut_to_the_room() {
 }
 
 #[test]
-fn ranges_are_all_checked_first() {
+fn all_segments_are_checked_before_any_effect() {
     let d = TestDriver::new(64);
     let go = |kind: u32, segments: &[(u64, u32, u32)], extra: u32| {
         d.segments(DATA, segments);
         let len = 16 * u32::try_from(segments.len()).unwrap() + extra;
-        // In two pieces, cut inside the first range.
+        // In two buffers, cut inside the first segment.
         ask(&d, &rules(), kind, 0, &[(DATA, len.min(5), 0), (DATA + 5, len.saturating_sub(5), 0)])
     };
     for kind in [kind::DISCARD, kind::WRITE_ZEROES] {
@@ -221,7 +221,7 @@ fn ranges_are_all_checked_first() {
         }
         assert_eq!(answer(go(kind, &[(0, 0, 0), (CAPACITY, 0, 0)], 0)), OK, "nothing to do");
     }
-    assert_eq!(answer(go(kind::DISCARD, &[(0, 8, 1)], 0)), UNSUPP, "unmap is for zeroes only");
+    assert_eq!(answer(go(kind::DISCARD, &[(0, 8, 1)], 0)), UNSUPP, "the unmap flag is valid for WRITE_ZEROES only");
     let ParsedChain::Submit { work: Work::WriteZeroes { ranges }, .. } =
         go(kind::WRITE_ZEROES, &[(0, 8, 1), (0, 0, 0), (9, 1, 0)], 0)
     else {
@@ -237,7 +237,7 @@ fn ranges_are_all_checked_first() {
     assert_eq!(ranges, [SectorRange::new(CAPACITY - 8, 8).unwrap(), SectorRange::new(1, 2).unwrap()]);
     assert_eq!(answer(ask(&d, &rules(), kind::DISCARD, 0, &[(END - 8, 16, 0)])), IO_ERR, "a hole");
     let big = RequestRules { capacity: 1 << 40, ..rules() };
-    // More than is offered, as a guest sends that was started under an older daemon.
+    // More than is offered, as sent by a guest that was started with an older daemon.
     d.segments(DATA, &[(0, MAX_ZEROED_SECTORS, 0)]);
     for kind in [kind::DISCARD, kind::WRITE_ZEROES] {
         assert!(matches!(ask(&d, &big, kind, 0, &[(DATA, 16, 0)]), ParsedChain::Submit { .. }));

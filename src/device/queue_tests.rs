@@ -1,4 +1,4 @@
-//! Tests of `queue.rs`: turns over a real lane and a real image.
+//! Tests of `queue.rs`: batches on a real lane and a real image.
 #![allow(unsafe_code)]
 
 use std::os::fd::{FromRawFd, IntoRawFd};
@@ -16,7 +16,7 @@ use crate::storage::host::Host;
 use crate::units::BlockSize;
 use std::sync::Arc;
 
-/// A disk of 2048 sectors in a file that is gone with the test.
+/// A disk of 2048 sectors in a temporary file.
 fn disk() -> (tempfile::TempDir, Arc<Disk>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.vhd");
@@ -43,7 +43,7 @@ fn test_queue(features: u64) -> TestQueue {
     vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
     vring.set_queue_ready(true);
     let (call, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-    // SAFETY: `into_raw_fd` gives the descriptor away.
+    // SAFETY: `into_raw_fd` passes the ownership of an open descriptor, and the file is its only owner from here on.
     vring.set_call(Some(unsafe { std::fs::File::from_raw_fd(notifier.into_raw_fd()) }));
     vring.set_enabled(true);
     let lane = device.disk().lane(EngineKind::Auto, 16).unwrap();
@@ -60,38 +60,38 @@ fn ask(d: &mut TestDriver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
     d.add(3 * i);
 }
 
-/// Serves until nothing is in flight; the last turn.
+/// Serves until nothing is in flight. Returns the last result.
 fn serve(r: &mut TestQueue) -> ServeResult {
     loop {
-        let turn = r.queue.serve(&r.vring).unwrap();
-        if turn != ServeResult::More && r.queue.lane().is_idle() && !r.queue.enable_kicks(&r.vring) {
-            return turn;
+        let result = r.queue.serve(&r.vring).unwrap();
+        if result != ServeResult::More && r.queue.lane().is_idle() && !r.queue.enable_kicks(&r.vring) {
+            return result;
         }
     }
 }
 
-fn signals(r: &TestQueue) -> bool {
+fn took_interrupt(r: &TestQueue) -> bool {
     r.call.consume().is_ok()
 }
 
 #[test]
-fn what_is_written_is_read() {
+fn a_read_returns_written_data() {
     for features in [feature::VERSION_1, u64::MAX] {
         let mut r = test_queue(features);
         assert_eq!(serve(&mut r), ServeResult::Idle);
-        assert!(signals(&r), "the first signal may be owed");
+        assert!(took_interrupt(&r), "a killed daemon may not have sent the first interrupt");
         assert_eq!(serve(&mut r), ServeResult::Idle);
-        assert!(!signals(&r));
+        assert!(!took_interrupt(&r));
         r.d.put(SEAM - 256, &[7; 512]);
         ask(&mut r.d, 0, kind::OUT, 5, SEAM - 256, 512);
         assert_eq!(serve(&mut r), ServeResult::Idle);
-        assert!(signals(&r));
+        assert!(took_interrupt(&r));
         assert_eq!(r.d.used(), [(0, 1)]);
         ask(&mut r.d, 1, kind::IN, 5, DATA, 512);
         ask(&mut r.d, 2, kind::FLUSH, 0, DATA, 0);
         r.d.put_word(AVAIL + 4 + 128, 1);
         assert_eq!(serve(&mut r), ServeResult::Idle);
-        assert!(signals(&r));
+        assert!(took_interrupt(&r));
         assert_eq!(r.d.used(), [(3, 513), (6, 1)]);
         assert_eq!(r.d.get(DATA, 512), [7; 512]);
         assert_eq!(r.d.get(STATUS, 3), [0, 0, 0]);
@@ -99,7 +99,7 @@ fn what_is_written_is_read() {
 }
 
 #[test]
-fn disabled_broken_stopped() {
+fn disabled_stopped_and_broken_queues() {
     let mut r = test_queue(u64::MAX);
     r.vring.set_enabled(false);
     ask(&mut r.d, 0, kind::IN, 0, DATA, 512);
@@ -123,32 +123,32 @@ fn disabled_broken_stopped() {
     assert_eq!(serve(&mut r), ServeResult::Broken);
     assert_eq!(serve(&mut r), ServeResult::Broken);
     assert_eq!(r.queue.stop(&r.vring).unwrap(), 11);
-    assert_eq!(weak.strong_count(), count, "stopped, it keeps no memory");
+    assert_eq!(weak.strong_count(), count, "a stopped queue keeps no guest memory");
     r.vring.set_queue_info(TABLE, SEAM - 2, USED).unwrap();
     assert!(r.queue.start(&r.vring, r.d.memory.clone(), None).is_err());
 }
 
 #[test]
-fn a_signal_that_waits_is_not_lost() {
+fn an_interrupt_that_waits_is_not_lost() {
     let mut waited = 0;
     for round in 0..60 {
         let mut r = test_queue(u64::MAX);
         // The first write waits until the file has grown.
         ask(&mut r.d, 16, kind::OUT, 0, DATA, 512);
         serve(&mut r);
-        assert!(signals(&r), "the first signal may be owed");
+        assert!(took_interrupt(&r), "a killed daemon may not have sent the first interrupt");
         assert_eq!(r.d.used().len(), 1);
-        r.d.put_word(AVAIL + 4 + 128, 1); // the next answer is to be signalled
-        // As if writes took long: while some are left, the signal waits (for 100 us at most, so not on every machine each time).
+        r.d.put_word(AVAIL + 4 + 128, 1); // the next used element wants an interrupt
+        // As if writes took long: while some are left, the interrupt waits. It waits 100 us at most, so not in every round.
         r.queue.interrupts.record_batch(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::More);
-        let owed = !signals(&r);
+        let waits = !took_interrupt(&r);
         let answered = r.d.used().len();
         if answered < 8 {
-            continue; // a busy host has not written them yet, and owes no signal
+            continue; // a busy host has not written them yet, so no interrupt is pending
         }
-        waited += u32::from(owed);
+        waited += u32::from(waits);
         match round % 3 {
             0 => drop(serve(&mut r)),
             1 => drop(r.queue.stop(&r.vring).unwrap()),
@@ -157,15 +157,15 @@ fn a_signal_that_waits_is_not_lost() {
                 assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::Idle);
             }
         }
-        assert!(!owed || signals(&r), "round {round}");
+        assert!(!waits || took_interrupt(&r), "round {round}");
         let all = if round % 3 == 0 { 16 } else { 8 };
         assert_eq!(answered + r.d.used().len(), all);
     }
-    assert!(waited > 0, "no signal ever waited");
+    assert!(waited > 0, "no interrupt ever waited");
 }
 
 #[test]
-fn cache_switch() {
+fn the_write_cache_can_be_switched() {
     use std::sync::atomic::Ordering::Relaxed;
     let r = test_queue(u64::MAX);
     let disk = r.device.disk();

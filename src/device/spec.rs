@@ -1,7 +1,7 @@
-//! Numbers and layouts of virtio 1.2: chapter 2.7 (split virtqueues) and 5.2 (block device).
+//! Constants and layouts of virtio 1.2: chapter 2.7 (split virtqueues) and 5.2 (block device).
 //!
-//! The only file that knows that virtio is little-endian. The numbers come from the Linux headers (virtio-bindings),
-//! given the types in which they are used here.
+//! Only this file depends on virtio being little-endian. The numbers come from the Linux headers (virtio-bindings), converted to
+//! the types in which they are used here.
 #![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
 use virtio_bindings::bindings::{virtio_blk as blk, virtio_config as config, virtio_ring as ring};
@@ -16,7 +16,7 @@ pub mod feature {
     pub const RO: u64 = 1 << blk::VIRTIO_BLK_F_RO;
     /// `blk_size` is valid.
     pub const BLK_SIZE: u64 = 1 << blk::VIRTIO_BLK_F_BLK_SIZE;
-    /// FLUSH is understood, and needed for durability.
+    /// `FLUSH` is supported, and needed for durability.
     pub const FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
     /// The topology fields are valid.
     pub const TOPOLOGY: u64 = 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
@@ -24,15 +24,15 @@ pub mod feature {
     pub const CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
     /// `num_queues` is valid.
     pub const MQ: u64 = 1 << blk::VIRTIO_BLK_F_MQ;
-    /// DISCARD is understood.
+    /// `DISCARD` is supported.
     pub const DISCARD: u64 = 1 << blk::VIRTIO_BLK_F_DISCARD;
-    /// WRITE_ZEROES is understood.
+    /// `WRITE_ZEROES` is supported.
     pub const WRITE_ZEROES: u64 = 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
-    /// Tables of indirect descriptors.
+    /// Tables of indirect descriptors are supported.
     pub const INDIRECT_DESC: u64 = 1 << ring::VIRTIO_RING_F_INDIRECT_DESC;
-    /// `used_event` and `avail_event`.
+    /// `used_event` and `avail_event` are used.
     pub const EVENT_IDX: u64 = 1 << ring::VIRTIO_RING_F_EVENT_IDX;
-    /// Virtio 1.0 and later; nothing older is spoken.
+    /// The device complies with virtio 1.0 or later. Legacy drivers are not supported.
     pub const VERSION_1: u64 = 1 << config::VIRTIO_F_VERSION_1;
 }
 
@@ -48,21 +48,21 @@ pub mod kind {
     pub const FLUSH: u32 = blk::VIRTIO_BLK_T_FLUSH;
     /// Read the serial.
     pub const GET_ID: u32 = blk::VIRTIO_BLK_T_GET_ID;
-    /// Forget sectors.
+    /// Discard sectors.
     pub const DISCARD: u32 = blk::VIRTIO_BLK_T_DISCARD;
-    /// Make sectors zero.
+    /// Zero sectors.
     pub const WRITE_ZEROES: u32 = blk::VIRTIO_BLK_T_WRITE_ZEROES;
 }
 
-/// The byte that ends a request.
+/// Status of a request, its last byte.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Status {
-    /// Done.
+    /// The request succeeded.
     Ok = blk::VIRTIO_BLK_S_OK as u8,
-    /// Failed.
+    /// The request failed.
     IoErr = blk::VIRTIO_BLK_S_IOERR as u8,
-    /// Not understood, or not offered.
+    /// The request is unknown or was not offered.
     Unsupp = blk::VIRTIO_BLK_S_UNSUPP as u8,
 }
 
@@ -70,30 +70,30 @@ pub enum Status {
 pub mod desc {
     use super::ring;
 
-    /// Bytes of a descriptor.
+    /// Size of a descriptor in bytes.
     pub const LEN: usize = 16;
-    /// Another one follows.
+    /// Flag: another descriptor follows.
     pub const NEXT: u16 = ring::VRING_DESC_F_NEXT as u16;
-    /// For the device to write; else to read.
+    /// Flag: the device may write the buffer. Without it, the device may read it.
     pub const WRITE: u16 = ring::VRING_DESC_F_WRITE as u16;
-    /// Its buffer is a table of descriptors.
+    /// Flag: the buffer is a table of descriptors.
     pub const INDIRECT: u16 = ring::VRING_DESC_F_INDIRECT as u16;
 }
 
-/// `used.flags`: the driver need not kick.
+/// Flag in `used.flags`: the driver need not kick.
 pub const USED_NO_NOTIFY: u16 = ring::VRING_USED_F_NO_NOTIFY as u16;
-/// `avail.flags`: the device need not signal.
+/// Flag in `avail.flags`: the device need not interrupt.
 pub const AVAIL_NO_INTERRUPT: u16 = ring::VRING_AVAIL_F_NO_INTERRUPT as u16;
-/// Largest virtqueue.
+/// Largest number of descriptors of a virtqueue.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// Bytes of a request's header.
+/// Size of a request's header in bytes.
 pub const HEADER_LEN: usize = 16;
-/// Bytes of a serial.
+/// Size of a serial in bytes.
 pub const ID_LEN: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
-/// Bytes of one range of a DISCARD or WRITE_ZEROES.
+/// Size of one segment of a `DISCARD` or `WRITE_ZEROES` in bytes.
 pub const SEGMENT_LEN: usize = 16;
-/// Flag of such a range: room may be given back.
+/// Flag of a segment: its space may be deallocated.
 pub const SEGMENT_UNMAP: u32 = blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -105,16 +105,16 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 pub struct Descriptor {
     /// Guest address of the buffer.
     pub addr: u64,
-    /// Its bytes.
+    /// Length of the buffer in bytes.
     pub len: u32,
-    /// [`desc::NEXT`], [`desc::WRITE`], [`desc::INDIRECT`].
+    /// Any of [`desc::NEXT`], [`desc::WRITE`], [`desc::INDIRECT`].
     pub flags: u16,
-    /// Index of the next, with [`desc::NEXT`].
+    /// Index of the next descriptor, with [`desc::NEXT`].
     pub next: u16,
 }
 
 impl Descriptor {
-    /// From its two 64-bit words as they stand in the guest's memory.
+    /// Decodes a descriptor from its two 64-bit words in guest memory.
     pub fn decode(first: u64, second: u64) -> Descriptor {
         let second = u64::from_le(second);
         Descriptor {
@@ -125,7 +125,7 @@ impl Descriptor {
         }
     }
 
-    /// From its 16 bytes.
+    /// Decodes a descriptor from its 16 bytes.
     pub fn decode_bytes(raw: &[u8; desc::LEN]) -> Descriptor {
         Descriptor {
             addr: u64::from_le_bytes(array(raw, 0)),
@@ -144,32 +144,32 @@ impl Descriptor {
 /// The header of a request (5.2.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RequestHeader {
-    /// One of [`kind`], or something else.
+    /// Request type: one of [`kind`], or an unknown number.
     pub kind: u32,
-    /// First sector, for IN and OUT.
+    /// First sector, for `IN` and `OUT`.
     pub sector: u64,
 }
 
 impl RequestHeader {
-    /// From its 16 bytes.
+    /// Decodes a header from its 16 bytes.
     pub fn decode(raw: &[u8; HEADER_LEN]) -> RequestHeader {
         RequestHeader { kind: u32::from_le_bytes(array(raw, 0)), sector: u64::from_le_bytes(array(raw, 8)) }
     }
 }
 
-/// A range of a DISCARD or WRITE_ZEROES (5.2.6).
+/// A segment of a `DISCARD` or `WRITE_ZEROES` (5.2.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Segment {
     /// First sector.
     pub sector: u64,
-    /// Sectors.
+    /// Number of sectors.
     pub count: u32,
-    /// [`SEGMENT_UNMAP`] or nothing.
+    /// [`SEGMENT_UNMAP`] or no flag.
     pub flags: u32,
 }
 
 impl Segment {
-    /// From its 16 bytes.
+    /// Decodes a segment from its 16 bytes.
     pub fn decode(raw: &[u8; SEGMENT_LEN]) -> Segment {
         Segment {
             sector: u64::from_le_bytes(array(raw, 0)),
@@ -179,61 +179,61 @@ impl Segment {
     }
 }
 
-/// The two words of an element of the used ring, as they are to stand in the guest's memory.
+/// Encodes an element of the used ring as two words in the guest's byte order.
 pub fn used_element(head: u16, written: u32) -> [u32; 2] {
     [u32::from(head).to_le(), written.to_le()]
 }
 
-/// A 16-bit word of a ring, either way between the guest's order and ours.
+/// Converts a 16-bit word of a ring from or to the guest's byte order.
 pub fn le16(w: u16) -> u16 {
     u16::from_le(w)
 }
 
-/// Bytes of the configuration space that mean something.
+/// Size in bytes of the fields of the configuration space.
 pub const CONFIG_LEN: usize = 60;
-/// Where `writeback` stands in it.
+/// Offset of `writeback` in the configuration space.
 pub const CONFIG_WRITEBACK: usize = 32;
 
-/// What the configuration space says (5.2.4). Fields without a feature of ours stay zero.
+/// The configuration space (5.2.4). Fields of features that are not offered stay zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlkConfig {
-    /// Sectors of 512 bytes.
+    /// Size of the disk in sectors of 512 bytes.
     pub capacity: u64,
-    /// Most segments of a request, header and status not counted.
+    /// Most segments of a request, without header and status.
     pub seg_max: u32,
-    /// Logical block in bytes.
+    /// Size of a logical block in bytes.
     pub blk_size: u32,
-    /// log2 of the logical blocks in a physical one.
+    /// log2 of the number of logical blocks in a physical block.
     pub physical_block_exp: u8,
-    /// Suggested smallest request, in logical blocks.
+    /// Suggested smallest size of a request, in logical blocks.
     pub min_io_size: u16,
-    /// Suggested largest request, in logical blocks.
+    /// Suggested largest size of a request, in logical blocks.
     pub opt_io_size: u32,
-    /// Whether the cache is on.
+    /// Whether the write cache is on.
     pub writeback: bool,
-    /// Queues.
+    /// Number of queues.
     pub num_queues: u16,
-    /// Limits of DISCARD; zero where there is none.
+    /// Limits of `DISCARD`; zero if it is not offered.
     pub discard: SegmentLimits,
-    /// What a DISCARD's sectors should be multiples of.
+    /// Alignment of the sectors of a `DISCARD` that is recommended to drivers.
     pub discard_sector_alignment: u32,
-    /// Limits of WRITE_ZEROES; zero where there is none.
+    /// Limits of `WRITE_ZEROES`; zero if it is not offered.
     pub write_zeroes: SegmentLimits,
-    /// Whether WRITE_ZEROES may give room back.
+    /// Whether `WRITE_ZEROES` may deallocate space.
     pub write_zeroes_may_unmap: bool,
 }
 
-/// Limits of a request with ranges.
+/// Limits of a request with segments.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SegmentLimits {
-    /// Most sectors of one range.
+    /// Most sectors of one segment.
     pub sectors: u32,
-    /// Most ranges.
+    /// Most segments.
     pub segments: u32,
 }
 
 impl BlkConfig {
-    /// The bytes that the guest reads.
+    /// Encodes the fields as the guest reads them.
     pub fn encode(&self) -> [u8; CONFIG_LEN] {
         let mut raw = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| raw[at..at + bytes.len()].copy_from_slice(bytes);
@@ -262,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn configuration_is_laid_out_as_the_specification_says() {
+    fn the_configuration_space_is_laid_out_as_in_the_specification() {
         let limits = SegmentLimits { sectors: 0x2827_2625, segments: 0x2c2b_2a29 };
         let config = BlkConfig {
             capacity: 0x0807_0605_0403_0201,
@@ -278,7 +278,7 @@ mod tests {
             write_zeroes: limits,
             write_zeroes_may_unmap: true,
         };
-        // Byte n holds n + 1, but for what we do not offer, booleans, and the second limits.
+        // Byte n is n + 1, except for fields that are not offered, booleans, and the second limits.
         let mut want: Vec<u8> = (1..=60).collect();
         for absent in [8..12, 16..20, 25..26, 33..34, 57..60] {
             want[absent].fill(0);

@@ -1,15 +1,13 @@
-//! The driver's side of a ring, for tests: a guest's memory, descriptors, and as much mischief as a test wants.
+//! The driver's side of a virtqueue for unit tests: guest memory, descriptors, and rings, valid or not.
 #![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
-use std::cell::Cell;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::descriptor_chain::{ChainDefect, DescriptorChain};
-use super::guest_memory::GuestView;
+use super::guest_memory::{GuestView, MemoryRegions, SharedMemory};
 use super::split_ring::{RingLayout, SplitRing};
-use super::{MemoryRegions, SharedMemory};
 
 pub(super) const TABLE: u64 = 0x1000;
 pub(super) const AVAIL: u64 = 0x8000;
@@ -20,50 +18,23 @@ pub(super) const HEADERS: u64 = 0xa000;
 pub(super) const STATUS: u64 = 0xb000;
 /// An indirect table.
 pub(super) const INDIRECT: u64 = 0xc000;
-/// Where two regions meet.
+/// The border of two adjacent regions.
 pub(super) const SEAM: u64 = 0x10_0000;
-/// Data, up to [`END`].
+/// Start of the data, which ends at [`END`].
 pub(super) const DATA: u64 = 0x8_0000;
-/// Nothing is here.
+/// The first address that is not guest memory.
 pub(super) const END: u64 = 0x600_0000;
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
 pub(super) const INDIRECT_FLAG: u16 = 4;
 
-thread_local! {
-    static UNTIL_KILLED: Cell<Option<u32>> = const { Cell::new(None) };
-}
-
-/// The unwinding of a thread that was killed.
-pub(super) struct Killed;
-
-/// Has this thread end, by an unwinding, when it has made so many more stores to rings, status bytes and records.
-pub(super) fn kill_after(stores: Option<u32>) {
-    UNTIL_KILLED.set(stores);
-}
-
-/// Stores left of those in [`kill_after`].
-pub(super) fn stores_left() -> Option<u32> {
-    UNTIL_KILLED.get()
-}
-
-/// A store was made.
-pub(super) fn count_store() {
-    if let Some(left) = UNTIL_KILLED.get() {
-        UNTIL_KILLED.set(left.checked_sub(1));
-        if left == 0 {
-            std::panic::resume_unwind(Box::new(Killed));
-        }
-    }
-}
-
 pub(super) struct TestDriver {
     pub(super) memory: Arc<SharedMemory>,
     pub(super) size: u16,
-    /// Chains added.
+    /// Number of chains that were added to the avail ring.
     pub(super) added: u16,
-    /// Used elements seen.
+    /// Number of used elements that were read.
     pub(super) seen: u16,
 }
 
@@ -104,7 +75,7 @@ impl TestDriver {
         self.put(addr, &word.to_le_bytes());
     }
 
-    /// Descriptor `i` of the table at `table`.
+    /// Writes descriptor `i` of the table at `table`.
     pub(super) fn desc(&self, table: u64, i: u16, (addr, len, flags, next): (u64, u32, u16, u16)) {
         let mut raw = addr.to_le_bytes().to_vec();
         raw.extend(len.to_le_bytes());
@@ -113,7 +84,7 @@ impl TestDriver {
         self.put(table + u64::from(i) * 16, &raw);
     }
 
-    /// A chain in `table` from descriptor `first` on, of `(address, length, WRITE or 0)`.
+    /// Writes a chain into `table`, from descriptor `first` on. The buffers are `(address, length, WRITE or 0)`.
     pub(super) fn chain(&self, table: u64, first: u16, pieces: &[(u64, u32, u16)]) {
         for (i, &(addr, len, flags)) in (first..).zip(pieces) {
             let more = usize::from(i - first) + 1 < pieces.len();
@@ -121,7 +92,7 @@ impl TestDriver {
         }
     }
 
-    /// The walk of the chain of `pieces`.
+    /// Writes a chain of these buffers and walks it.
     pub(super) fn walked(&self, pieces: &[(u64, u32, u16)]) -> DescriptorChain {
         self.chain(TABLE, 0, pieces);
         let mut chain = DescriptorChain::default();
@@ -133,7 +104,7 @@ impl TestDriver {
         chain.walk(&self.view(), self.ring(false).table(), self.size, head)
     }
 
-    /// A request's header, in place `i`; gives its address.
+    /// Writes the header of a request in place `i`, and returns its address.
     pub(super) fn header(&self, i: u16, kind: u32, sector: u64) -> u64 {
         let mut raw = kind.to_le_bytes().to_vec();
         raw.extend([0; 4]);
@@ -143,7 +114,7 @@ impl TestDriver {
         at
     }
 
-    /// Ranges of a DISCARD or WRITE_ZEROES at `addr`: `(sector, count, flags)`.
+    /// Writes segments of a `DISCARD` or `WRITE_ZEROES` at `addr`: `(sector, count, flags)`.
     pub(super) fn segments(&self, addr: u64, segments: &[(u64, u32, u32)]) {
         for (i, &(sector, count, flags)) in (0u64..).zip(segments) {
             let mut raw = sector.to_le_bytes().to_vec();
@@ -160,7 +131,7 @@ impl TestDriver {
         self.put_word(AVAIL + 2, self.added);
     }
 
-    /// What was given back since the last call: heads and lengths.
+    /// The used elements since the last call, as heads and lengths.
     pub(super) fn used(&mut self) -> Vec<(u32, u32)> {
         let mut all = Vec::new();
         while self.seen != self.word(USED + 2) {

@@ -1,6 +1,7 @@
-//! One ring's traffic: chains in, requests out; answers in, used elements out; and which heads are in flight.
+//! One virtqueue without its disk: pops descriptor chains and turns them into requests, turns answers into used elements, and
+//! records which heads are in flight.
 //!
-//! Knows neither lane nor event fds, so that every rule of a ring can be tried without a disk.
+//! This file uses neither lanes nor eventfds, so every rule of a ring can be tested without a disk.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -15,97 +16,102 @@ use crate::disk::{Answer, Outcome, Request, Work};
 use crate::error::{Error, ErrorKind};
 use crate::storage::{GuestIovecs, sigbus};
 
-/// Most chains taken in one turn (V17), and what a turn takes at least where there is as much. In between it is half of
-/// what there is: the driver sees the first answers, and goes to work on them, while the rest of its queue is served.
-/// With all of a queue in one turn the two work one after the other (figures in `disk/lane.rs`).
+/// Most chains of one batch (V17).
+///
+/// A batch is half of the available chains, within [`MIN_BATCH`] and this. So the driver processes the first answers while the
+/// device serves the rest of its queue. If a batch were all of the queue, the two would work in turns (figures in
+/// `docs/performance.md`, section 3).
 pub const MAX_BATCH: u16 = 16;
+/// Fewest chains of one batch, if as many are available.
 const MIN_BATCH: u16 = 4;
-/// Bytes of reads and writes after which a turn takes no more chains, for the same reason.
+/// Bytes of reads and writes after which a batch is complete, for the same reason.
 pub const MAX_BATCH_BYTES: u64 = 512 << 10;
-/// Most bytes of reads and writes in flight for one queue (V15). They are the guest's own memory, so this bounds how
-/// far one queue gets ahead of the others, not what it costs us; it is more than one request may have.
+/// Most bytes of reads and writes in flight for one queue (V15). The bytes are guest memory, so this does not bound memory of the
+/// daemon; it bounds the share of the disk that one queue can occupy. It is larger than any request.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
-/// Why no more chains were taken.
+/// Why a batch ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PopResult {
-    /// There are none.
+    /// No more chains are available.
     Empty,
-    /// The turn is over (V17).
+    /// The batch has its full size (V17).
     BatchFull,
-    /// The lane or the bytes in flight are at their limit; answers will make room (V15).
+    /// The lane or the bytes in flight are at their limit. Answers make room (V15).
     NoCapacity,
-    /// The ring is broken (V2, V3), now or since earlier.
+    /// The ring is broken (V2, V3).
     Broken,
 }
 
-/// What is to be done when a head's request is over.
+/// The state of one head.
 #[derive(Clone, Copy, Default)]
 struct InFlightChain {
     in_flight: bool,
+    /// Guest address of the status byte.
     status_at: u64,
-    /// If all goes well, status included.
+    /// Bytes that the device writes if the request succeeds, including the status.
     written: u32,
+    /// Bytes of data, which count as in flight.
     bytes: u32,
 }
 
-/// A ring in service.
+/// A virtqueue that is being served.
 pub struct Virtqueue {
     view: GuestView,
     ring: SplitRing,
-    /// By head: a request's tag is its head.
+    /// By head. The tag of a request is its head.
     heads: Vec<InFlightChain>,
     bytes_in_flight: u64,
     chain: DescriptorChain,
     iovec_pool: Vec<GuestIovecs>,
     broken: Option<RingError>,
     record: Option<InFlightRecord>,
-    /// Heads that a predecessor had in flight when it was killed, to be carried out before any other.
+    /// Heads that were in flight when the previous daemon was killed. They are resubmitted before new chains are popped.
     to_resubmit: VecDeque<u16>,
-    /// [`sigbus::losses`] when it was last found that nothing of this ring's memory is lost.
+    /// [`sigbus::loss_count`] at the last check that found the memory of this queue complete.
     losses_seen: u32,
 }
 
 impl Virtqueue {
-    /// Goes on where the ring says, with nothing in flight; or, with a record, where that and the used ring say, with
-    /// what a predecessor took and did not give back.
+    /// Starts to serve a ring. Without a record, nothing is in flight. With a record, the heads that it has in flight are
+    /// resubmitted first, and new chains are popped after them.
     ///
     /// # Errors
-    /// As [`InFlightRecord::resume`].
+    /// - `Io` if a page of the guest's memory or of the record is lost.
+    /// - Those of [`InFlightRecord::resume`].
     pub fn new(
         view: GuestView,
         mut ring: SplitRing,
         mut record: Option<InFlightRecord>,
     ) -> crate::error::Result<Virtqueue> {
-        let mut owed = VecDeque::new();
+        let mut to_resubmit = VecDeque::new();
         if let Some(record) = &mut record {
-            // An index of zeros of ours would wipe marks of requests that are in flight.
+            // A lost page reads as zeros, and an index of zero would erase the marks of requests in flight.
             if view.is_lost() || record.is_lost() {
                 let what = "a page of the guest's memory cannot be had";
                 return Err(Error::new(ErrorKind::Io, what));
             }
-            owed = record.resume(ring.size(), ring.next_used())?.into();
-            ring.resume_after(u16::try_from(owed.len()).expect("a head is in flight once"));
+            to_resubmit = record.resume(ring.size(), ring.next_used())?.into();
+            ring.resume_after(u16::try_from(to_resubmit.len()).expect("a head is in flight once"));
         }
         let heads = vec![InFlightChain::default(); usize::from(ring.size())];
-        let (chain, spare) = (DescriptorChain::default(), Vec::new());
-        // Losses are not counted from here: a page may have been lost already.
         Ok(Virtqueue {
             view,
             ring,
             heads,
             bytes_in_flight: 0,
-            chain,
-            iovec_pool: spare,
+            chain: DescriptorChain::default(),
+            iovec_pool: Vec::new(),
             broken: None,
             record,
-            to_resubmit: owed,
+            to_resubmit,
+            // Not the current count: a page may be lost already.
             losses_seen: 0,
         })
     }
 
-    /// Whether a page of the guest's memory, or of the record, could not be had. While no page of any mapping is lost, this
-    /// is a load and a comparison.
+    /// Whether a page of the guest's memory or of the record is lost. As long as no page of any mapping is lost, this takes one
+    /// load and one comparison.
     #[inline]
     fn is_memory_lost(&mut self) -> bool {
         let losses = sigbus::loss_count();
@@ -118,35 +124,36 @@ impl Virtqueue {
         if lost {
             self.broken = Some(RingError::MemoryLost);
         } else {
-            // Those of other guests.
+            // The losses were in the memory of other guests.
             self.losses_seen = losses;
         }
         lost
     }
 
-    /// The ring.
+    /// The rings of the queue.
     pub fn ring(&mut self) -> &mut SplitRing {
         &mut self.ring
     }
 
-    /// Whether the ring looks as if no driver had used it: all indices are zero.
+    /// Whether all indices of the rings are zero, as if no driver had used them.
     pub fn is_unused(&self) -> bool {
         self.ring.next_avail() == 0 && self.ring.next_used() == 0 && self.available_chains() == 0
     }
 
-    /// Chains left by a predecessor that are not begun yet.
+    /// Number of chains of the previous daemon that were not resubmitted yet.
     pub fn chains_to_resubmit(&self) -> usize {
         self.to_resubmit.len()
     }
 
-    /// Shows the driver all chains given back; true if it wants a signal. Nothing is shown once memory is lost: the data of a
-    /// write may have been zeros of ours.
+    /// Publishes all completed chains to the driver. Returns whether the driver wants an interrupt. Publishes nothing once memory
+    /// is lost, since the data of a write may have been read as zeros.
     pub fn publish(&mut self) -> bool {
         if self.is_memory_lost() {
             return false;
         }
         let wanted = self.ring.publish();
-        // If the index went into zeros of ours, the record must not say that the driver has seen it. If not, it may lag.
+        // If the used index was stored to a lost page, the driver cannot see it, and the record must not count it as published.
+        // A record that lags is harmless.
         compiler_fence(Ordering::SeqCst);
         if self.is_memory_lost() {
             return false;
@@ -157,18 +164,18 @@ impl Virtqueue {
         wanted
     }
 
-    /// The rule that the driver broke, once it did.
+    /// Why the ring is broken, if it is.
     pub fn broken(&self) -> Option<RingError> {
         self.broken
     }
 
-    /// Chains that the driver has added and that were not taken.
+    /// Number of chains that the driver has added and that were not popped.
     pub fn available_chains(&self) -> u16 {
         self.ring.available().unwrap_or(0)
     }
 
-    /// Takes chains, at most [`MAX_BATCH`], while there is room for requests; `push` takes one and says how many more there
-    /// is room for. What needs no disk is answered at once.
+    /// Pops the chains of a batch and passes their requests to `push`. `room` is the number of requests that may be pushed; `push`
+    /// returns how many more may follow. Requests that need no disk are completed at once.
     pub fn pop_chains(
         &mut self,
         rules: &RequestRules<'_>,
@@ -179,7 +186,7 @@ impl Virtqueue {
             return PopResult::Broken;
         }
         self.try_pop_chains(rules, room, push).unwrap_or_else(|broken| {
-            // Zeros of ours look like a driver's mistake.
+            // A lost page reads as zeros, which can look like an error of the driver.
             if !self.is_memory_lost() {
                 self.broken = Some(broken);
             }
@@ -187,7 +194,8 @@ impl Virtqueue {
         })
     }
 
-    /// Begins what a predecessor left, at most [`MAX_BATCH`] chains or [`MAX_BATCH_BYTES`], as [`Virtqueue::pop_chains`] does with new ones.
+    /// Resubmits chains of the previous daemon, at most [`MAX_BATCH`] chains or [`MAX_BATCH_BYTES`]. Otherwise like
+    /// [`Virtqueue::pop_chains`].
     pub fn pop_resubmitted(
         &mut self,
         rules: &RequestRules<'_>,
@@ -218,10 +226,13 @@ impl Virtqueue {
         mut room: usize,
         mut push: impl FnMut(Request) -> usize,
     ) -> Result<PopResult, RingError> {
-        assert!(self.to_resubmit.is_empty(), "what a predecessor left comes before all else");
+        assert!(
+            self.to_resubmit.is_empty(),
+            "chains of the previous daemon are resubmitted before new ones are popped"
+        );
         let available = self.ring.available()?;
-        let (turn, enough) = ((available / 2).clamp(MIN_BATCH, MAX_BATCH), self.bytes_in_flight + MAX_BATCH_BYTES);
-        let count = available.min(turn);
+        let (batch, enough) = ((available / 2).clamp(MIN_BATCH, MAX_BATCH), self.bytes_in_flight + MAX_BATCH_BYTES);
+        let count = available.min(batch);
         self.prefetch_batch(count);
         for _ in 0..count {
             if self.bytes_in_flight >= enough {
@@ -238,26 +249,27 @@ impl Virtqueue {
                 return Ok(PopResult::NoCapacity);
             }
         }
-        Ok(if available > turn { PopResult::BatchFull } else { PopResult::Empty })
+        Ok(if available > batch { PopResult::BatchFull } else { PopResult::Empty })
     }
 
-    /// Has the processor fetch the descriptors and headers of a turn all at once: the driver's processor wrote them, so
-    /// each is a miss (reads of 4 KiB, 16 layers: 798,000 a second without, 882,000 with).
+    /// Prefetches the descriptors and headers of a batch together. Another processor wrote them, so each access would be a cache
+    /// miss (reads of 4 KiB, 16 layers: 798,000 a second without, 882,000 with).
     fn prefetch_batch(&self, count: u16) {
         if count > 1 {
-            (0..count).for_each(|behind| self.ring.prefetch_descriptor(behind));
-            (0..count).for_each(|behind| self.view.prefetch(self.ring.header_addr_hint(behind)));
+            (0..count).for_each(|n| self.ring.prefetch_descriptor(n));
+            (0..count).for_each(|n| self.view.prefetch(self.ring.header_addr_hint(n)));
         }
     }
 
-    /// Takes a chain, unless the bytes in flight are at their limit, and begins what it asks for.
+    /// Parses a chain and starts its request. Returns false, and leaves the chain in the ring, if the bytes in flight are at
+    /// their limit. `resubmitted`: the chain is one of the previous daemon.
     ///
     /// # Errors
-    /// `LostRange`: nothing may follow from a request that is made of zeros of ours.
+    /// `MemoryLost`: the request may consist of zeros in place of lost pages, and has no effect.
     fn start_chain(
         &mut self,
         head: u16,
-        owed: bool,
+        resubmitted: bool,
         rules: &RequestRules<'_>,
         room: &mut usize,
         push: &mut impl FnMut(Request) -> usize,
@@ -267,43 +279,44 @@ impl Virtqueue {
             return Err(RingError::MemoryLost);
         }
         if walked.is_err() {
-            // V4: the head is known, so the driver gets it back, and the ring goes on.
-            self.record_taken(head, owed);
+            // V4: the chain is returned, and the ring stays in service.
+            self.record_taken(head, resubmitted);
             self.return_chain(head, 0);
             return Ok(true);
         }
-        let verdict = parse(&self.chain, &self.view, rules, &mut self.iovec_pool);
+        let parsed = parse(&self.chain, &self.view, rules, &mut self.iovec_pool);
         if self.is_memory_lost() {
             return Err(RingError::MemoryLost);
         }
-        match verdict {
+        match parsed {
             ParsedChain::Submit { work, status_at, written } => {
                 let bytes = data_len(&work);
                 if self.bytes_in_flight + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
-                    // It stays where it is and is looked at afresh when answers have made room.
+                    // Answers make room; then the chain is parsed again.
                     self.recycle(data_memory(work));
                     return Ok(false);
                 }
-                self.record_taken(head, owed);
+                self.record_taken(head, resubmitted);
                 self.bytes_in_flight += u64::from(bytes);
                 self.heads[usize::from(head)] = InFlightChain { in_flight: true, status_at, written, bytes };
                 *room = push(Request { tag: u64::from(head), work });
             }
             ParsedChain::Complete { status, status_at, written } => {
-                self.record_taken(head, owed);
+                self.record_taken(head, resubmitted);
                 self.complete_chain(head, status, status_at, written);
             }
             ParsedChain::Return => {
-                self.record_taken(head, owed);
+                self.record_taken(head, resubmitted);
                 self.return_chain(head, 0);
             }
         }
         Ok(true)
     }
 
-    /// From here on a successor would carry the chain out, if we were killed. One that we owe is on record already.
-    fn record_taken(&mut self, head: u16, owed: bool) {
-        if owed {
+    /// Records a new chain as in flight and advances the ring: from now on, if this daemon is killed, its successor resubmits the
+    /// chain. A resubmitted chain is recorded already.
+    fn record_taken(&mut self, head: u16, resubmitted: bool) {
+        if resubmitted {
             return;
         }
         if let Some(record) = &mut self.record {
@@ -312,6 +325,7 @@ impl Virtqueue {
         self.ring.advance();
     }
 
+    /// Puts a chain into the used ring. The driver sees it at the next [`Virtqueue::publish`].
     fn return_chain(&mut self, head: u16, written: u32) {
         self.ring.put_used(head, written);
         if let Some(record) = &mut self.record {
@@ -319,37 +333,37 @@ impl Virtqueue {
         }
     }
 
-    /// Gives the chain of a request that is over back to the driver, who sees it at the next [`Virtqueue::publish`].
+    /// Completes the chain of an answered request. The driver sees it at the next [`Virtqueue::publish`].
     pub fn complete(&mut self, answer: Answer) {
         let head = u16::try_from(answer.tag).expect("a tag is a head");
-        let slot = std::mem::take(&mut self.heads[usize::from(head)]);
-        assert!(slot.in_flight, "every request is answered once");
-        self.bytes_in_flight -= u64::from(slot.bytes);
+        let chain = std::mem::take(&mut self.heads[usize::from(head)]);
+        assert!(chain.in_flight, "every request is answered once");
+        self.bytes_in_flight -= u64::from(chain.bytes);
         if let (Outcome::Failed, Some(memory)) = (answer.outcome, &answer.memory) {
-            // The kernel reports a page that cannot be had as a failure; an access of ours marks the memory as lost.
+            // If the kernel met a lost page, it only reported a failure. An access by this process marks the memory as lost.
             memory.touch_pages();
         }
         self.recycle(answer.memory);
         let (status, written) = match answer.outcome {
-            Outcome::Done => (Status::Ok, slot.written),
-            // V14: what a failed read left in the buffers does not count.
+            Outcome::Done => (Status::Ok, chain.written),
+            // V14: bytes that a failed read left in the buffers do not count.
             Outcome::Failed => (Status::IoErr, 1),
             Outcome::Unsupported => (Status::Unsupp, 1),
         };
-        self.complete_chain(head, status, slot.status_at, written);
+        self.complete_chain(head, status, chain.status_at, written);
     }
 
-    /// The status byte goes after the data and before the used element.
+    /// Writes the status byte, after the data and before the used element.
     fn complete_chain(&mut self, head: u16, status: Status, status_at: u64, written: u32) {
         let there = self.view.write_byte(status_at, status as u8);
-        assert!(there, "the place of a status was checked when its chain was taken");
+        assert!(there, "the address of the status was checked when the chain was parsed");
         self.return_chain(head, written);
     }
 
     fn recycle(&mut self, memory: Option<GuestIovecs>) {
-        // They keep the guest's memory mapped, no longer than `view` does.
-        if let Some(slices) = memory {
-            self.iovec_pool.push(slices);
+        // The iovecs keep guest memory mapped, but not longer than `view` does.
+        if let Some(iovecs) = memory {
+            self.iovec_pool.push(iovecs);
         }
     }
 }
@@ -369,5 +383,5 @@ fn data_memory(work: Work) -> Option<GuestIovecs> {
 }
 
 #[cfg(test)]
-#[path = "exchange_tests.rs"]
+#[path = "virtqueue_tests.rs"]
 mod tests;

@@ -1,152 +1,147 @@
-//! Reads of what the host has in memory: copies, which are planned and made at the end of a turn, all together.
+//! Reads from the page cache: copies that need neither a task nor a system call.
 //!
-//! A read goes this way where all of its bytes are known to be there: it needs no task, and no system call. Any other, and one
-//! that turns out not to be there after all, is a request as all are (`stages.rs`).
+//! A lane collects the reads of a batch. Before it submits, it plans them; a read whose bytes are all known to be resident becomes
+//! a list of copies, any other read becomes a task (`stages.rs`). After the submit all copies are made. A read whose copy fails
+//! becomes a task, too.
 //!
-//! Between the two the processor is told what will be copied: a page of a large file is in none of its caches, and neither is
-//! the way there. It stops at a page until it has found it, even to fetch it; told of all pages of a turn one close behind the
-//! other, it looks for several at once. And while one part is copied, the next is fetched whole. Reads of 4 KiB, 16 layers, 512
-//! MiB in the page cache, each fetched as it is planned: 1,000,000 a second; found together: 1,250,000; and the next fetched:
-//! 1,550,000 (AMD EPYC). Into buffers that lie anywhere in 1 GiB of the guest, found together as well, a quarter more.
+//! A page of a large file is in none of the processor's caches, and neither is its page table entry. So all pages of a batch are
+//! prefetched together before the first copy, and the next part while one is copied. The invariants are in `docs/page-cache.md`,
+//! the figures in `docs/performance.md`, section 3.
 
 use std::collections::VecDeque;
 
-use super::lane::Lane;
-use super::request::{Answer, Outcome, Request, Work};
-use crate::chain::Source;
-use crate::storage::{CachedRange, GuestIovecs, MAX_COPY};
+use super::request::{Answer, Outcome};
+use crate::chain::{PlanBuffer, Source, Version};
+use crate::storage::{CachedRange, Engine, GuestIovecs, MAX_COPY};
 use crate::units::SectorRange;
 
-/// What is asked for, or planned, and not made yet.
+/// The reads of a batch that may need copies only.
 #[derive(Default)]
 pub(super) struct CachedReads {
-    /// Not planned yet.
+    /// Reads that are not planned yet.
     candidates: VecDeque<CachedRead>,
-    /// Planned, with the number of their parts.
+    /// Reads to copy, with the number of their parts.
     planned: Vec<(CachedRead, usize)>,
-    /// Of all reads, in their order.
+    /// Parts of all planned reads, in the order of the reads.
     parts: Vec<CachedPart>,
+    /// Reads whose copy failed.
+    failed: VecDeque<CachedRead>,
 }
 
-/// A read that needs nothing but copies, perhaps.
-struct CachedRead {
-    tag: u64,
-    range: SectorRange,
-    into: GuestIovecs,
+/// A read that may need copies only.
+pub(super) struct CachedRead {
+    pub(super) tag: u64,
+    pub(super) range: SectorRange,
+    pub(super) into: GuestIovecs,
 }
 
-/// A part of a read: a copy, or zeros.
+/// A part of a read: `len` bytes to copy, or zeros if `cached` is `None`.
 struct CachedPart {
     cached: Option<CachedRange>,
     len: usize,
 }
 
 impl CachedReads {
-    /// Reads.
+    /// Number of reads that may still need a task.
     #[inline]
     pub(super) fn len(&self) -> usize {
         self.candidates.len() + self.planned.len()
     }
-}
 
-impl Lane {
-    /// Takes a read that may be a copy, to be planned with the others of a turn; gives the memory of any other back. There is
-    /// `room`.
+    /// Queues a read for the next batch. Returns its memory if the read is too large to be copied.
     #[inline]
-    pub(super) fn queue_cached_read(
-        &mut self,
-        tag: u64,
-        range: SectorRange,
-        into: GuestIovecs,
-    ) -> Result<(), GuestIovecs> {
+    pub(super) fn queue(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
         if range.bytes() > MAX_COPY as u64 {
             return Err(into);
         }
-        self.cached_reads.candidates.push_back(CachedRead { tag, range, into });
+        self.candidates.push_back(CachedRead { tag, range, into });
         Ok(())
     }
 
-    /// Plans what was asked for: copies, where all bytes are known to be in memory, or nowhere; requests as all are, else.
-    pub(super) fn plan_cached_reads(&mut self) {
-        for read in &self.cached_reads.candidates {
-            self.disk.version().prefetch(read.range, &mut self.plan);
-        }
-        while let Some(read) = self.cached_reads.candidates.pop_front() {
-            let range = read.range;
-            if let Err(CachedRead { tag, range, into }) = self.plan_cached_read(read) {
-                self.planned = true;
-                self.start_request(Request { tag, work: Work::Read { range, into } });
-            }
-            self.track_read(range);
+    /// Prefetches what the plans of the queued reads need.
+    pub(super) fn prefetch_plans(&self, version: &Version, plan: &mut PlanBuffer) {
+        for read in &self.candidates {
+            version.prefetch(read.range, plan);
         }
     }
 
-    /// Plans a read as copies, if it can be.
+    /// Takes the next queued read.
+    pub(super) fn next_candidate(&mut self) -> Option<CachedRead> {
+        self.candidates.pop_front()
+    }
+
+    /// Plans a read as copies. Returns the read if some of its bytes are not known to be resident; `plan` then holds its plan.
     #[inline]
-    fn plan_cached_read(&mut self, read: CachedRead) -> Result<(), CachedRead> {
-        self.disk.version().plan_read(read.range, &mut self.plan);
-        let (before, mut whole) = (self.cached_reads.parts.len(), self.plan.missing.is_empty());
+    pub(super) fn plan(
+        &mut self,
+        read: CachedRead,
+        version: &Version,
+        engine: &mut dyn Engine,
+        plan: &mut PlanBuffer,
+    ) -> Result<(), CachedRead> {
+        version.plan_read(read.range, plan);
+        let (before, mut whole) = (self.parts.len(), plan.missing.is_empty());
         if whole {
-            for extent in &self.plan.extents {
+            for extent in &plan.extents {
                 let len = usize::try_from(extent.range.bytes()).expect("a range on a disk of 2040 GiB");
-                let found = match extent.source {
+                let cached = match extent.source {
                     Source::Zero => None,
                     Source::File { slot, offset } => {
-                        // Those behind one that is not found are asked for all the same: it counts how often they are wanted.
-                        let found = self.engine.find_cached(slot, offset, len);
-                        whole &= found.is_some();
-                        found
+                        // Also after a part that is not resident: the engine counts how often each part is requested.
+                        let cached = engine.find_cached(slot, offset, len);
+                        whole &= cached.is_some();
+                        cached
                     }
                 };
-                self.cached_reads.parts.push(CachedPart { cached: found, len });
+                self.parts.push(CachedPart { cached, len });
             }
         }
         if !whole {
-            self.cached_reads.parts.truncate(before);
+            self.parts.truncate(before);
             return Err(read);
         }
-        let parts = self.cached_reads.parts.len() - before;
-        self.cached_reads.planned.push((read, parts));
+        let parts = self.parts.len() - before;
+        self.planned.push((read, parts));
         Ok(())
     }
 
-    /// Makes the copies that were planned; true where some of it is left to the host after all.
-    pub(super) fn copy_cached_reads(&mut self) -> bool {
-        if self.cached_reads.planned.is_empty() {
+    /// Makes all planned copies and appends the answers. Returns false if nothing was planned. Reads whose copy failed are
+    /// returned by [`CachedReads::next_failed`].
+    pub(super) fn copy_all(&mut self, engine: &mut dyn Engine, answers: &mut Vec<Answer>) -> bool {
+        let CachedReads { planned, parts, failed, .. } = self;
+        if planned.is_empty() {
             return false;
         }
-        let mut left = false;
-        let (mut reads, mut parts) =
-            (std::mem::take(&mut self.cached_reads.planned), std::mem::take(&mut self.cached_reads.parts));
-        let found = || parts.iter().filter_map(|part| part.cached.as_ref());
-        found().for_each(CachedRange::prefetch_pages);
-        reads.iter().for_each(|(read, _)| read.into.prefetch_pages());
-        let mut next = found();
+        let cached = || parts.iter().filter_map(|part| part.cached.as_ref());
+        cached().for_each(CachedRange::prefetch_pages);
+        planned.iter().for_each(|(read, _)| read.into.prefetch_pages());
+        let mut next = cached();
         next.next().into_iter().for_each(CachedRange::prefetch);
         let mut rest = parts.iter();
-        for (CachedRead { tag, range, into }, parts) in reads.drain(..) {
+        for (read, parts) in planned.drain(..) {
             let (mut whole, mut at) = (true, 0);
-            for CachedPart { cached: found, len } in rest.by_ref().take(parts) {
-                match found {
-                    Some(found) => {
+            for CachedPart { cached, len } in rest.by_ref().take(parts) {
+                match cached {
+                    Some(cached) => {
                         next.next().into_iter().for_each(CachedRange::prefetch);
-                        whole = whole && self.engine.copy_cached(found, &into, at);
+                        whole = whole && engine.copy_cached(cached, &read.into, at);
                     }
-                    None => into.zero(at, *len),
+                    None => read.into.zero(at, *len),
                 }
                 at += len;
             }
             if whole {
-                self.answers.push(Answer { tag, outcome: Outcome::Done, memory: Some(into) });
+                answers.push(Answer { tag: read.tag, outcome: Outcome::Done, memory: Some(read.into) });
             } else {
-                // It takes too long, or a page cannot be had: then the host says why.
-                left = true;
-                self.start_request(Request { tag, work: Work::Read { range, into } });
+                failed.push_back(read);
             }
         }
         parts.clear();
-        (self.cached_reads.planned, self.cached_reads.parts) = (reads, parts);
-        self.engine.end_copy_batch();
-        left
+        true
+    }
+
+    /// Takes a read whose copy failed: the copy took too long, or a page could not be read. An operation finds out why.
+    pub(super) fn next_failed(&mut self) -> Option<CachedRead> {
+        self.failed.pop_front()
     }
 }

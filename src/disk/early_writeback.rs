@@ -1,41 +1,47 @@
-//! Writing before the flush: a guest that flushes after every few writes waits for the disk twice, first for its data, then
-//! for what points to it. While it still writes, the host can begin with the data ([`Action::WriteBehind`]).
+//! Early writeback: the kernel starts to write data before the guest flushes.
 //!
-//! That is a hint: no request waits for it, and a sync goes on to be what makes data durable. The host tells that sync of
-//! writes that failed; of a place that it could not even find for the data it tells the hint alone, and drops the data (ext4:
-//! no room, a damaged table of its own), so that counts as a failed sync as soon as it is known. Where the guest flushes rarely,
-//! or after every write, nothing is done: the host does better with all at once, or has no time left to win. Nor with the
-//! engine of plain calls, whose queue would wait for it.
+//! A guest that flushes after every few writes waits for the disk twice: first for its data, then for the metadata that
+//! points to the data. While the guest still writes, the kernel can begin with the data ([`Action::StartWriteback`]).
+//!
+//! The operation is a hint: no request waits for it, and a sync is still what makes data durable. The kernel reports failed
+//! writes to that sync, with one exception: if it cannot even allocate space for the data (ext4: no space, or damaged
+//! metadata), it reports that to the hint only and drops the data. So a hint that fails in this way counts as a failed sync.
+//!
+//! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once), or after every write
+//! (no time is left to win), or with the blocking engine (its queue would wait for the hint).
+//!
+//! [`Action::StartWriteback`]: crate::storage::Action::StartWriteback
 
 use std::io;
-use std::sync::atomic::Ordering;
 
-use super::lane::Lane;
+use super::op_queue::OpQueue;
 use super::task::Token;
-use crate::storage::Op;
+use crate::storage::{FileSlot, Op};
 
-/// Writes between two commits that are worth it: fewer leave nothing to overlap, more the host writes in better order.
+/// Range of the number of writes between two commits for which hints are given. With fewer there is nothing to overlap; more
+/// are written in a better order by the kernel itself.
 const MIN_WRITES: u32 = 16;
 const MAX_WRITES: u32 = 512;
-/// Writes for which the host is told.
+/// Writes per hint. With 4 a flush after every 32 writes is no faster, with 16 it gains less.
 const WRITES_PER_HINT: u32 = 8;
 
-/// What a queue wrote between commits.
+/// The writes of a queue between commits.
 #[derive(Default)]
 pub(super) struct EarlyWriteback {
     /// The number of commits that have ended.
     commits: u64,
-    /// Writes since then, and of these, those of which the host was not told.
+    /// Writes since the last commit.
     writes: u32,
+    /// Writes since the last hint.
     unhinted: u32,
-    /// Whether the time between the last two commits was worth it.
+    /// Whether the number of writes between the last two commits was in the range for hints.
     worthwhile: bool,
-    /// An operation is under way.
-    pub(super) in_flight: bool,
+    /// Whether a hint is in flight.
+    in_flight: bool,
 }
 
 impl EarlyWriteback {
-    /// A write is in the host's memory; so many commits have ended.
+    /// Records a completed write. `commits` is the number of commits that have ended.
     pub(super) fn record_write(&mut self, commits: u64) {
         if self.commits != commits {
             self.worthwhile = (MIN_WRITES..=MAX_WRITES).contains(&self.writes);
@@ -45,7 +51,30 @@ impl EarlyWriteback {
         self.unhinted = self.unhinted.saturating_add(1);
     }
 
-    /// Whether the host is to be told now.
+    /// Whether a hint is in flight.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.in_flight
+    }
+
+    /// Pushes a hint for the file in `slot` if one is due. Returns whether it did.
+    pub(super) fn push_hint(&mut self, slot: FileSlot, ops: &mut OpQueue) -> bool {
+        let due = self.take_due();
+        if due {
+            ops.push(Op::start_writeback(Token::EarlyWriteback.pack(), slot));
+        }
+        due
+    }
+
+    /// Records the completion of a hint. Returns the error if written data may be lost.
+    pub(super) fn hint_completed(&mut self, result: io::Result<()>) -> io::Result<()> {
+        self.in_flight = false;
+        match result {
+            Err(e) if !is_harmless(&e) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a hint is due. If so, the caller must push it.
     fn take_due(&mut self) -> bool {
         let due = self.worthwhile && self.unhinted >= WRITES_PER_HINT && self.writes <= MAX_WRITES && !self.in_flight;
         if due {
@@ -55,35 +84,8 @@ impl EarlyWriteback {
     }
 }
 
-impl Lane {
-    /// Has the host begin to write where that is worth it.
-    pub(super) fn hint_writeback(&mut self) {
-        let Some(top) = self.disk.version().top() else { return };
-        let slot = top.slot;
-        let is_buffered = self.disk.memory_align(slot) == 1;
-        let waits = self.engine.wake_fd().is_none();
-        if is_buffered && !waits && !self.disk.is_write_through() && self.early_writeback.take_due() {
-            self.disk.counters().early_writebacks.fetch_add(1, Ordering::Relaxed);
-            self.push_op(Op::start_writeback(Token::EarlyWriteback.pack(), slot));
-        }
-    }
-}
-
-impl Lane {
-    /// The hint was taken, or failed.
-    pub(super) fn writeback_hint_completed(&mut self, result: io::Result<()>) {
-        self.early_writeback.in_flight = false;
-        if let Err(e) = result
-            && !is_harmless(&e)
-        {
-            let why = format!("the host could not write ({e})");
-            self.disk.version().top().expect("only writable disks are told").image.poison(&why);
-        }
-    }
-}
-
-/// Whether a hint failed because it could not be given, or the host had no memory to begin: the data is where it was. What is not
-/// known to be harmless is not.
+/// Whether a failed hint left the data in the page cache: the hint is not supported, was interrupted, or the kernel had no memory
+/// to begin. Errors that are not listed count as harmful.
 fn is_harmless(failure: &io::Error) -> bool {
     let harmless = [
         libc::EINVAL,
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_known_to_be_harmless_is() {
+    fn only_listed_errors_are_harmless() {
         let of = |code| is_harmless(&io::Error::from_raw_os_error(code));
         assert!([libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOMEM].into_iter().all(of));
         let lost = [libc::EIO, libc::ENOSPC, libc::EDQUOT, libc::EUCLEAN, libc::EBADMSG, libc::EROFS, 4000];
@@ -111,15 +113,15 @@ mod tests {
         assert!(!is_harmless(&io::ErrorKind::Other.into()));
     }
 
-    /// How often the host is told in rounds of so many writes, after the first.
-    fn told(writes: u32) -> u32 {
+    /// Number of hints in ten rounds of `writes` writes and a commit, after a first round that is not counted.
+    fn hints(writes: u32) -> u32 {
         let mut early = EarlyWriteback::default();
         let mut count = 0;
         for commits in 0..11 {
             for _ in 0..writes {
                 early.record_write(commits);
                 if early.take_due() {
-                    assert!(!early.take_due(), "one at a time");
+                    assert!(!early.take_due(), "one hint at a time");
                     early.in_flight = false;
                     count += u32::from(commits > 0);
                 }
@@ -129,20 +131,20 @@ mod tests {
     }
 
     #[test]
-    fn the_host_is_told_where_flushes_come_after_some_writes() {
-        assert_eq!([1, 15, 16, 32, 512, 513, 5000].map(told), [0, 0, 20, 40, 640, 0, 0]);
+    fn hints_are_given_if_a_flush_follows_16_to_512_writes() {
+        assert_eq!([1, 15, 16, 32, 512, 513, 5000].map(hints), [0, 0, 20, 40, 640, 0, 0]);
     }
 
     #[test]
-    fn a_guest_that_stops_flushing_is_left_to_the_host() {
+    fn hints_end_if_the_guest_stops_flushing() {
         let mut early = EarlyWriteback::default();
         (0..32).for_each(|_| early.record_write(0));
-        let told = (0..10_000).filter(|_| {
+        let hints = (0..10_000).filter(|_| {
             early.record_write(1);
             let due = early.take_due();
             early.in_flight = false;
             due
         });
-        assert_eq!(told.count(), (MAX_WRITES / WRITES_PER_HINT) as usize);
+        assert_eq!(hints.count(), (MAX_WRITES / WRITES_PER_HINT) as usize);
     }
 }

@@ -1,8 +1,8 @@
-//! Group commit: all flushes that arrive while a commit runs share the next one.
+//! Group commit: all flushes that arrive while a commit runs share the next commit.
 //!
-//! A flush joins a round that starts after it was asked, never the one that runs: that one has taken its snapshot. The
-//! lane whose flush starts a round leads it on its own engine; the others get a letter. When a round ends and some wait
-//! for the next, the same lane leads on.
+//! A commit and its flushes are a *round*. A flush joins a round that starts after the flush has arrived, never the running one,
+//! whose snapshot is already taken. The lane whose flush starts a round leads it on its own engine; the other lanes get an event
+//! when it ends. If flushes wait for the next round then, the same lane leads that, too.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,15 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::mailbox::{LaneEvent, Mailbox};
 use crate::mutant::{self, Mutant};
 
-/// The rounds of a disk.
+/// The commit rounds of a disk.
 #[derive(Debug, Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
-    /// Threads that cannot wait until a full host has room again.
+    /// Number of threads that wait for a round and must not wait until a full host has space.
     urgent: AtomicUsize,
 }
 
-/// A thread that waits for a round and cannot wait for room on the host.
+/// Marks a thread that waits for a round and must not wait for space on the host, until it is dropped.
 pub(super) struct UrgentGuard<'a>(&'a AtomicUsize);
 
 impl Drop for UrgentGuard<'_> {
@@ -30,11 +30,11 @@ impl Drop for UrgentGuard<'_> {
 #[derive(Debug, Default)]
 struct GroupCommitState {
     running: bool,
-    /// The number of the running round, or of the last one.
+    /// Number of the running round, or of the last one if none runs.
     round: u64,
-    /// Who waits for the running round.
+    /// Mailboxes that wait for the running round.
     current: Vec<Arc<Mailbox>>,
-    /// Who waits for the one after.
+    /// Mailboxes that wait for the round after it.
     next: Vec<Arc<Mailbox>>,
 }
 
@@ -43,12 +43,12 @@ struct GroupCommitState {
 pub struct JoinedRound {
     /// The round to wait for.
     pub round: u64,
-    /// Whether it starts now, and the one who joined has to lead it.
+    /// Whether the round starts now, and the caller has to lead it.
     pub lead: bool,
 }
 
 impl GroupCommit {
-    /// Joins the next round to start. The letter about its end comes to `mailbox`, once a round.
+    /// Joins the next round to start. Its end is posted to `mailbox`, once per round.
     pub fn join(&self, mailbox: &Arc<Mailbox>) -> JoinedRound {
         let mut state = self.lock();
         let lead = !state.running;
@@ -64,24 +64,25 @@ impl GroupCommit {
         JoinedRound { round, lead }
     }
 
-    /// Has a round that is held because the host is full fail within a second, for as long as the result lives: a queue that
-    /// stops, or the control thread, waits for it.
+    /// Makes rounds that find the host full fail within a second, until the guard is dropped. For a queue that stops and for the
+    /// control thread, which wait for the round.
     pub(super) fn mark_urgent(&self) -> UrgentGuard<'_> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
         UrgentGuard(&self.urgent)
     }
 
-    /// Whether a round must not be held.
+    /// Whether a round that finds the host full must fail.
     pub(super) fn is_urgent(&self) -> bool {
         self.urgent.load(Ordering::Relaxed) > 0
     }
 
-    /// Ends the running round and tells all who wait for it. Some: the round that the caller has to lead now.
+    /// Ends the running round and posts its end to all mailboxes that wait for it. Returns the number of the next round if flushes
+    /// wait for one; the caller has to lead it.
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
         assert!(state.running, "only a running round ends");
-        let letter = LaneEvent::Committed { round: state.round, ok };
-        state.current.drain(..).for_each(|m| m.post(letter));
+        let event = LaneEvent::Committed { round: state.round, ok };
+        state.current.drain(..).for_each(|m| m.post(event));
         if state.next.is_empty() {
             state.running = false;
             return None;
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_is_hurried_as_long_as_one_thread_hurries() {
+    fn rounds_are_urgent_until_the_last_guard_is_dropped() {
         let rounds = GroupCommit::default();
         let (first, second) = (rounds.mark_urgent(), rounds.mark_urgent());
         drop(first);

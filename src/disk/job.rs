@@ -1,43 +1,53 @@
-//! The jobs a lane does for the whole disk beside its requests: a commit that it leads, a step of growth.
+//! Jobs that a lane does for the whole disk: a commit that it leads, a step of growth.
 
 use std::io;
 
-use super::lane::Lane;
-use super::mailbox::{GrowthResult, LaneEvent};
+use super::op_queue::OpQueue;
 use super::task::Token;
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::image::{Commit, Growth, JobStep};
 use crate::storage::Op;
 
-/// Which job; at most one of each a lane.
+/// Kind of a job. A lane runs at most one job of each kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum JobKind {
     Commit,
     Growth,
 }
 
-/// A job under way.
+/// A job.
 pub(super) enum Job {
     Commit(Commit),
     Growth(Growth),
 }
 
-/// A job, and what it waits for.
-pub(super) struct RunningJob {
+impl Job {
+    fn kind(&self) -> JobKind {
+        match self {
+            Job::Commit(_) => JobKind::Commit,
+            Job::Growth(_) => JobKind::Growth,
+        }
+    }
+}
+
+/// A job that has ended.
+pub(super) struct FinishedJob {
     pub(super) job: Job,
-    /// Operations of its present step that are not complete.
-    pub(super) pending_ops: u32,
-    /// The first failure among them.
-    pub(super) failed: Option<io::Error>,
+    pub(super) result: Result<()>,
+}
+
+/// A job in progress.
+struct RunningJob {
+    job: Job,
+    /// Operations of the current step that are in flight.
+    pending_ops: u32,
+    /// The first failure among the operations of the current step.
+    failed: Option<io::Error>,
 }
 
 impl RunningJob {
-    pub(super) fn new(job: Job) -> RunningJob {
-        RunningJob { job, pending_ops: 0, failed: None }
-    }
-
-    /// The next step. All operations of the last one are complete.
-    pub(super) fn next(&mut self, ops: &mut Vec<Op>) -> Result<JobStep> {
+    /// Begins the next step. All operations of the previous one must be complete.
+    fn next(&mut self, ops: &mut Vec<Op>) -> Result<JobStep> {
         let failed = self.failed.take();
         match &mut self.job {
             Job::Commit(commit) => commit.next(failed, ops),
@@ -46,94 +56,74 @@ impl RunningJob {
     }
 }
 
-impl Lane {
-    fn job_mut(&mut self, kind: JobKind) -> &mut Option<RunningJob> {
-        match kind {
-            JobKind::Commit => &mut self.commit,
-            JobKind::Growth => &mut self.growth,
-        }
-    }
+/// The jobs of a lane.
+#[derive(Default)]
+pub(super) struct Jobs {
+    commit: Option<RunningJob>,
+    growth: Option<RunningJob>,
+    /// Operations of a step, before they are pushed. Empty between calls; kept for its memory.
+    step_ops: Vec<Op>,
+}
 
-    /// Begins a job.
-    pub(super) fn start_job(&mut self, kind: JobKind, job: Job) {
-        let before = self.job_mut(kind).replace(RunningJob::new(job));
+impl Jobs {
+    /// Starts a job. Returns it if it ended at once.
+    pub(super) fn start(&mut self, job: Job, ops: &mut OpQueue) -> Option<FinishedJob> {
+        let kind = job.kind();
+        let before = self.job_mut(kind).replace(RunningJob { job, pending_ops: 0, failed: None });
         assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
-        self.step_job(kind);
+        self.step(kind, ops)
     }
 
-    /// An operation of a job is over.
-    pub(super) fn job_op_completed(&mut self, kind: JobKind, result: io::Result<()>) {
+    /// Records the completion of an operation. Returns the job if that ended it.
+    pub(super) fn op_completed(
+        &mut self,
+        kind: JobKind,
+        result: io::Result<()>,
+        ops: &mut OpQueue,
+    ) -> Option<FinishedJob> {
         let running = self.job_mut(kind).as_mut().expect("operations belong to a running job");
         if let Err(e) = result {
             running.failed.get_or_insert(e);
         }
         running.pending_ops -= 1;
-        if running.pending_ops == 0 {
-            self.step_job(kind);
-        }
+        if running.pending_ops == 0 { self.step(kind, ops) } else { None }
     }
 
-    fn step_job(&mut self, kind: JobKind) {
-        let mut ops = std::mem::take(&mut self.job_ops);
+    fn step(&mut self, kind: JobKind, ops: &mut OpQueue) -> Option<FinishedJob> {
+        let mut step_ops = std::mem::take(&mut self.step_ops);
         let running = self.job_mut(kind).as_mut().expect("a running job");
-        let step = running.next(&mut ops);
-        running.pending_ops = u32::try_from(ops.len()).expect("a step is at most a disk of sectors");
+        let step = running.next(&mut step_ops);
+        running.pending_ops = u32::try_from(step_ops.len()).expect("a step is at most a disk of sectors");
         let token = if kind == JobKind::Commit { Token::Commit } else { Token::Growth };
-        for mut op in ops.drain(..) {
+        for mut op in step_ops.drain(..) {
             op.token = token.pack();
-            self.push_op(op);
+            ops.push(op);
         }
-        self.job_ops = ops;
+        self.step_ops = step_ops;
         if let Ok(JobStep::Wait) = step {
-            return;
+            return None;
         }
-        let over = self.job_mut(kind).take().expect("a running job");
-        let result = step.map(|_| ());
-        match over.job {
-            // Nothing of it was acknowledged, and all of it is dirty again.
-            Job::Commit(_)
-                if self.disk.parks_when_full() && result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace) =>
-            {
-                self.stall_commit();
-            }
-            Job::Commit(commit) => {
-                self.commit_stall_logged = false;
-                self.disk.record_commit(&result, commit.barriers());
-                self.end_round(result.is_ok());
-            }
-            Job::Growth(_) => {
-                let grown = match &result {
-                    Ok(()) => GrowthResult::Grown,
-                    Err(e) if e.kind() == ErrorKind::NoSpace => {
-                        if !self.disk.parks_when_full() && !std::mem::replace(&mut self.no_space_logged, true) {
-                            log::error!("{}; writes fail until then", e.line());
-                        }
-                        GrowthResult::NoSpace
-                    }
-                    Err(e) => {
-                        log::error!("{}", e.line());
-                        GrowthResult::Failed
-                    }
-                };
-                self.disk.broadcast(LaneEvent::GrowthEnded(grown));
-            }
+        let RunningJob { job, .. } = self.job_mut(kind).take().expect("a running job");
+        Some(FinishedJob { job, result: step.map(|_| ()) })
+    }
+
+    /// Whether a job of this kind is in progress.
+    pub(super) fn is_running(&self, kind: JobKind) -> bool {
+        match kind {
+            JobKind::Commit => self.commit.is_some(),
+            JobKind::Growth => self.growth.is_some(),
         }
     }
 
-    /// Ends the round that this lane leads, and leads the next one if flushes wait for it.
-    pub(super) fn end_round(&mut self, ok: bool) {
-        if self.disk.group_commit.finish(ok).is_some() {
-            self.lead_commit();
-        }
+    /// Drops a job. Returns whether one was in progress.
+    pub(super) fn cancel(&mut self, kind: JobKind) -> bool {
+        self.job_mut(kind).take().is_some()
     }
 
-    /// Keeps the round of a commit that found the host full open: flushes wait, as writes do, until there is room. The next
-    /// tick leads a new commit for the same round.
-    fn stall_commit(&mut self) {
-        self.commit_stalled = true;
-        if !std::mem::replace(&mut self.commit_stall_logged, true) {
-            let path = self.disk.version().top().expect("only writable disks commit").image.path().display();
-            log::warn!("{path}: the host is full: a commit is held until there is room; free space on its file system");
+    fn job_mut(&mut self, kind: JobKind) -> &mut Option<RunningJob> {
+        match kind {
+            JobKind::Commit => &mut self.commit,
+            JobKind::Growth => &mut self.growth,
         }
     }
 }

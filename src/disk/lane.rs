@@ -1,212 +1,171 @@
-//! A queue's engine: takes requests, drives each through its stages, answers. Belongs to one thread, never waits.
+//! The engine of one virtqueue: takes requests, advances them through their stages, answers them. A lane belongs to one thread
+//! and never waits.
 //!
-//! On the way of a read of known sectors there is no lock and no allocation (tasks, slices and plans are used again). What the
-//! host has in memory is copied (`dense.rs`); for all else there is one system call, the `submit` of everything pushed.
-//!
-//! What was tried to make a queue faster, with the figures of `benches/serve` (medians, guest and server on a processor each of
-//! two, page cache, November 2026, 4 KiB):
-//!
-//! - *Turns* (`device/virtqueue.rs`): all 32 reads of a queue in one: 150,000 a second, as the guest sees nothing before the last
-//!   is done; 4 to 16: 275,000 to 348,000; half of what there is: 340,000 at any depth. Kept. (Since reads are copies, turns of
-//!   8 at most, or of a third, do 7 to 11 per cent more with a processor each, and a quarter less where guest and server share
-//!   theirs: more signals. Three quarters do 5 per cent less. None of them kept.)
-//! - *Waiting for the guest* (`vhost/adaptive_poll.rs`): one read at a time from 67 to 16-20 us. Kept.
-//! - *Writes to the page cache without the ring* (`storage/nowait.rs`): over old sectors from 100,000 to 300,000. Kept.
-//! - *Copies instead of reads* (`storage/reader.rs`), *planned together* (`dense.rs`): chain of 16 from 460,000 to 720,000-830,000,
-//!   then to 900,000 a second; of processor time from 2.1 to 1.1 us each. Kept.
-//! - *Copies without tasks* (`dense.rs`): 5 per cent more; *no shared counts on the way* (`chain/frozen_cache.rs`, `payload.rs`): 2;
-//!   *descriptors and headers of a turn fetched at once* (`device/virtqueue.rs`): 7 to 10; *slices in a box*: 6. Kept.
-//! - *The pages of a turn found together, the next part fetched while one is copied* (`dense.rs`): from 1,000,000 to 1,550,000 a
-//!   second. Kept. Lines fetched in one burst do 7 per cent less, into the first cache 10; no gain for two parts ahead. Planned
-//!   together, runs fetched before: 1 per cent; *regions remembered* (`storage/map_cache.rs`): 3 in a chain of 64. Kept.
-//! - *Copies of up to 2 MiB* (`storage/reader.rs`): of 16 layers 1 MiB from 5,300 to 16,000 a second. Kept.
-//! - *Signals that wait while more is left than a guest takes to wake* (`device/interrupt.rs`): writes 6 to 10 per cent more, their
-//!   median latency 10 per cent less, reads as before. Kept. Up to 60 us instead of 40: the same; 20 us: no gain.
-//! - *Growth without syncs* (`image/growth.rs`), *reading ahead of cold streams* (`readahead.rs`). Kept.
-//! - *Writing before the flush* (`early_writeback.rs`): with a flush after every 32 writes into a fresh child 10 to 20 per cent more, told
-//!   every 8 writes (every 4: the same; every 16: 8 per cent). Kept.
-//! - *preadv for each read, DEFER_TASKRUN* (`storage/uring.rs`): no gain. Not kept. Nor were *not to look for work while a sync
-//!   runs* (a flush after every 32 writes was no faster), *the pages of writes fetched before* as those of reads are, *two
-//!   looks at the clock a turn* instead of five, and *turns of 8 where the host is told early*.
-//! - *The bitmaps of a commit in portions, the host told between them* (`image/commit.rs`): with a flush after every 32 writes 4 to
-//!   10 per cent more. Not kept: a hint is of the whole file, and beside another queue's stream the flush would wait for that.
+//! A read of known sectors takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads from the page cache are
+//! copies (`cached_reads`). All other operations that were pushed are submitted by one system call. What makes a queue
+//! fast, and what was tried and dropped, is in `docs/performance.md`, section 3.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::Disk;
 use super::cached_reads::CachedReads;
 use super::early_writeback::EarlyWriteback;
-use super::job::{Job, JobKind, RunningJob};
+use super::job::{FinishedJob, Job, JobKind, Jobs};
 use super::mailbox::{GrowthResult, LaneEvent, Mailbox};
+use super::op_queue::OpQueue;
 use super::punch::PunchQueue;
 use super::readahead::Readahead;
 use super::request::{Answer, Request, Work};
-use super::task::{Task, Token};
+use super::shared::Disk;
+use super::stalled_writes::{NoSpaceLog, StalledCommit};
+use super::task::Token;
+use super::task_ops::TaskOps;
+use super::task_table::{MAX_TASKS, TaskTable};
 use crate::chain::PlanBuffer;
+use crate::error::{ErrorKind, Result};
 use crate::image::{Commit, Growth};
-use crate::storage::{Action, Completion, Engine, GuestIovecs, Op};
+use crate::storage::{Action, Completion, Engine, EngineKind};
 
-/// Requests that a lane takes at once.
-const MAX_TASKS: usize = 1024;
 /// Ticks between two commits in the background.
 const COMMIT_TICKS: u32 = 5;
 
-/// One queue's share of a disk.
+/// The engine of one virtqueue.
 pub struct Lane {
     // Dropped first: it waits for the kernel, which may still write into memory that the tasks own.
-    pub(super) engine: Box<dyn Engine>,
+    pub(super) ops: OpQueue,
     pub(super) disk: Arc<Disk>,
     pub(super) mailbox: Arc<Mailbox>,
-    /// Boxes, which are handed on and kept: a task is a few hundred bytes.
-    pub(super) tasks: Vec<Option<Box<Task>>>,
-    pub(super) free_tasks: Vec<u32>,
-    /// Tasks that wait for room, and tasks that wait for a commit.
+    pub(super) tasks: TaskTable,
+    /// Tasks that wait until the file has grown or the host has space.
     pub(super) parked: Vec<u32>,
+    /// Tasks that wait for a commit.
     awaiting_commit: Vec<u32>,
-    pub(super) commit: Option<RunningJob>,
-    pub(super) growth: Option<RunningJob>,
-    /// The commit that this lane leads found the host full; the next tick tries it again.
-    pub(super) commit_stalled: bool,
-    pub(super) commit_stall_logged: bool,
+    jobs: Jobs,
+    stalled_commit: StalledCommit,
+    pub(super) no_space_log: NoSpaceLog,
     pub(super) punch_queue: PunchQueue,
-    ticks: u32,
-    /// Whether the log says that the host is full and writes fail.
-    pub(super) no_space_logged: bool,
-    /// Operations that found the engine full.
-    backlog: VecDeque<Op>,
-    pub(super) answers: Vec<Answer>,
+    pub(super) cached_reads: CachedReads,
     pub(super) readahead: Readahead,
     pub(super) early_writeback: EarlyWriteback,
-    /// Whether something was handed over since completions were last looked for.
+    ticks: u32,
+    /// Whether operations were submitted since completions were last reaped.
     submitted_since_reap: bool,
-    // Used again and again.
-    #[expect(clippy::vec_box, reason = "they come from `tasks` and go there")]
-    pub(super) task_pool: Vec<Box<Task>>,
+    pub(super) answers: Vec<Answer>,
+    // Reused for their memory.
     pub(super) plan: PlanBuffer,
-    /// Whether `plan` is that of the read that begins now.
-    pub(super) planned: bool,
+    pub(super) task_ops: TaskOps,
     completions: Vec<Completion>,
-    pub(super) job_ops: Vec<Op>,
-    pub(super) iovec_pool: Vec<GuestIovecs>,
-    /// To be made with the next submit.
-    pub(super) cached_reads: CachedReads,
+}
+
+impl Disk {
+    /// Creates a lane for one queue. Only one thread may use it.
+    ///
+    /// # Errors
+    /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors left.
+    /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
+    pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
+        let engine = self.engine(kind, depth)?;
+        let mailbox = self.add_mailbox()?;
+        Ok(Lane {
+            ops: OpQueue::new(engine),
+            disk: self.clone(),
+            mailbox,
+            tasks: TaskTable::new(),
+            parked: Vec::new(),
+            awaiting_commit: Vec::new(),
+            jobs: Jobs::default(),
+            stalled_commit: StalledCommit::default(),
+            no_space_log: NoSpaceLog::default(),
+            punch_queue: PunchQueue::default(),
+            cached_reads: CachedReads::default(),
+            readahead: Readahead::new(),
+            early_writeback: EarlyWriteback::default(),
+            ticks: 0,
+            submitted_since_reap: false,
+            answers: Vec::with_capacity(MAX_TASKS),
+            plan: PlanBuffer::default(),
+            task_ops: TaskOps::default(),
+            completions: Vec::with_capacity(MAX_TASKS),
+        })
+    }
 }
 
 impl Lane {
-    pub(super) fn new(disk: Arc<Disk>, engine: Box<dyn Engine>, mailbox: Arc<Mailbox>) -> Lane {
-        let count = u32::try_from(MAX_TASKS).expect("a small constant");
-        Lane {
-            engine,
-            disk,
-            mailbox,
-            tasks: std::iter::repeat_with(|| None).take(MAX_TASKS).collect(),
-            free_tasks: (0..count).rev().collect(),
-            parked: Vec::new(),
-            awaiting_commit: Vec::new(),
-            commit: None,
-            growth: None,
-            commit_stalled: false,
-            commit_stall_logged: false,
-            punch_queue: PunchQueue::default(),
-            ticks: 0,
-            no_space_logged: false,
-            backlog: VecDeque::new(),
-            answers: Vec::with_capacity(MAX_TASKS),
-            readahead: Readahead::new(),
-            early_writeback: EarlyWriteback::default(),
-            submitted_since_reap: false,
-            task_pool: Vec::new(),
-            plan: PlanBuffer::default(),
-            planned: false,
-            completions: Vec::with_capacity(MAX_TASKS),
-            job_ops: Vec::new(),
-            iovec_pool: Vec::new(),
-            cached_reads: CachedReads::default(),
-        }
-    }
-
-    /// The disk.
+    /// The disk that the lane serves.
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
 
-    /// What carries out operations.
+    /// The engine that carries out the operations.
     pub fn engine(&self) -> &dyn Engine {
-        &*self.engine
+        &*self.ops.engine
     }
 
-    /// Requests that may be pushed now.
+    /// Number of requests that may be pushed now.
     pub fn push_capacity(&self) -> usize {
-        // A read that may be copies may yet need a task.
-        if self.backlog.is_empty() { self.free_tasks.len() - self.cached_reads.len() } else { 0 }
+        // Each queued read may turn out to need a task.
+        if self.ops.has_no_backlog() { self.tasks.free() - self.cached_reads.len() } else { 0 }
     }
 
-    /// Takes a request and goes as far with it as memory allows, but for reads that may be copies, which are planned together with
-    /// the next `submit`; no system call. There is `room`.
+    /// Starts a request and advances it until it has to wait, without a system call. A read that may be a copy is only queued;
+    /// the next `submit` plans it with the others. Requires `push_capacity`.
     #[inline]
     pub fn push(&mut self, Request { tag, work }: Request) {
         let Work::Read { range, into } = work else { return self.start_request(Request { tag, work }) };
-        if let Err(into) = self.queue_cached_read(tag, range, into) {
+        if let Err(into) = self.cached_reads.queue(tag, range, into) {
             self.start_request(Request { tag, work: Work::Read { range, into } });
             self.track_read(range);
         }
     }
 
-    /// Hands everything pushed to the host in one call, but for what is only to be copied: that is done here.
+    /// Submits all pushed operations in one call, and makes the copies of queued reads.
     ///
     /// # Errors
-    /// The engine is of no further use.
+    /// The engine failed and cannot be used any more.
     pub fn submit(&mut self) -> io::Result<()> {
         self.submitted_since_reap = true;
         self.plan_cached_reads();
-        // First what takes the host a while.
-        let mut result = self.engine.submit();
+        // Before the copies, so that the kernel works while they are made.
+        let mut result = self.ops.engine.submit();
         if result.is_ok() && self.copy_cached_reads() {
-            result = self.engine.submit();
+            result = self.ops.engine.submit();
         }
-        // What is forgotten of the chain is not to stay in memory for a queue that sleeps.
+        // The lane may sleep now, and a part of the chain's cache that was evicted must not stay in memory because of it.
         self.plan.release_cache();
         result
     }
 
-    /// To be called when answers have been given, and nobody waits.
+    /// Asks the kernel which pages are resident. To be called when all answers have been given, since it makes system calls.
     pub fn refresh_residency(&mut self) {
-        self.engine.query_residency();
+        self.ops.engine.query_residency();
     }
 
-    /// Takes what is complete, goes on with its requests and jobs, and appends the answers. Never waits.
+    /// Reaps completions and events, advances the requests and jobs concerned, and appends the answers. Never waits.
     ///
     /// # Errors
-    /// The engine is of no further use.
+    /// The engine failed and cannot be used any more.
     pub fn poll(&mut self, answers: &mut Vec<Answer>) -> io::Result<()> {
         let mut may_punch = true;
         loop {
-            let letters = self.mailbox.take();
+            let events = self.mailbox.take();
             let mut done = std::mem::take(&mut self.completions);
-            self.engine.reap(&mut done);
-            // What the host has in memory is complete as soon as it was handed over.
+            self.ops.engine.reap(&mut done);
+            // A read from the page cache completes in the submit; one that completes later waited for the disk.
             if !std::mem::take(&mut self.submitted_since_reap) && done.iter().any(|c| c.op.action == Action::Read) {
                 self.readahead.read_waited();
             }
-            let idle = letters.is_empty() && done.is_empty() && self.cached_reads.len() == 0;
+            let idle = events.is_empty() && done.is_empty() && self.cached_reads.len() == 0;
             for completion in done.drain(..) {
                 self.dispatch_completion(completion);
             }
             self.completions = done;
-            letters.into_iter().for_each(|letter| self.handle_event(letter));
+            events.into_iter().for_each(|event| self.handle_event(event));
             self.hint_writeback();
-            // An engine that works while it is called would do all pieces here, and hold up the queue.
+            // A blocking engine would punch all pieces in this loop, and no other request would be served meanwhile.
             let punches = may_punch && self.start_next_punch();
-            may_punch &= !punches || self.engine.wake_fd().is_some();
-            while let Some(op) = self.backlog.pop_front() {
-                if let Err(op) = self.engine.push(op) {
-                    self.backlog.push_front(op);
-                    break;
-                }
-            }
+            may_punch &= !punches || self.ops.engine.wake_fd().is_some();
+            self.ops.push_backlog();
             answers.append(&mut self.answers);
             if idle && !punches {
                 return Ok(());
@@ -215,30 +174,30 @@ impl Lane {
         }
     }
 
-    /// Readable while completions may be there.
+    /// A descriptor that is readable while completions may be there to reap; `None` if submit completes all operations.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.engine.wake_fd()
+        self.ops.engine.wake_fd()
     }
 
-    /// Readable while another lane has something to say.
+    /// A descriptor that is readable while the mailbox has events.
     pub fn mailbox_fd(&self) -> BorrowedFd<'_> {
         self.mailbox.fd()
     }
 
-    /// Whether nothing is under way and no answer is owed.
+    /// Whether nothing is in flight and all requests have been answered.
     pub fn is_idle(&self) -> bool {
-        let nothing = self.free_tasks.len() == MAX_TASKS && self.cached_reads.len() == 0 && self.answers.is_empty();
-        nothing
-            && !self.early_writeback.in_flight
-            && self.commit.is_none()
-            && !self.commit_stalled
-            && self.growth.is_none()
+        let no_request = self.tasks.is_empty() && self.cached_reads.len() == 0 && self.answers.is_empty();
+        no_request
+            && !self.early_writeback.is_in_flight()
+            && !self.jobs.is_running(JobKind::Commit)
+            && !self.stalled_commit.is_stalled()
+            && !self.jobs.is_running(JobKind::Growth)
     }
 
-    /// Waits until the lane is idle.
+    /// Waits until the lane is idle. Requests that wait for space on the host fail.
     ///
     /// # Errors
-    /// As `poll`.
+    /// Those of [`Lane::poll`].
     pub fn drain(&mut self, answers: &mut Vec<Answer>) -> io::Result<()> {
         self.submit()?;
         loop {
@@ -246,18 +205,16 @@ impl Lane {
             if self.is_idle() {
                 return Ok(());
             }
-            if self.engine.outstanding() > 0 {
-                self.engine.wait()?;
-            } else if std::mem::take(&mut self.commit_stalled) {
-                // There is no room, and no time to wait for it: the flushes of this commit fail.
+            if self.ops.engine.outstanding() > 0 {
+                self.ops.engine.wait()?;
+            } else if self.stalled_commit.take() {
                 self.end_round(false);
-            } else if !self.parked.is_empty() && self.growth.is_none() {
-                // There is no room, and no time to wait for it.
+            } else if !self.parked.is_empty() && !self.jobs.is_running(JobKind::Growth) {
                 let parked = std::mem::take(&mut self.parked);
                 self.resume_tasks(parked, false);
             } else if !self.has_queued_punch() {
                 // Everything left waits for another lane.
-                let _hurried = self.disk.group_commit.mark_urgent();
+                let _urgent = self.disk.group_commit.mark_urgent();
                 self.mailbox.sleep();
             }
         }
@@ -268,63 +225,116 @@ impl Lane {
             Token::Task { task, detail } => self.op_completed(task, detail, completion),
             Token::Commit => self.job_op_completed(JobKind::Commit, completion.result),
             Token::Growth => self.job_op_completed(JobKind::Growth, completion.result),
-            Token::EarlyWriteback => self.writeback_hint_completed(completion.result),
+            Token::EarlyWriteback => {
+                if let Err(e) = self.early_writeback.hint_completed(completion.result) {
+                    self.disk.writable_top().image.poison(&format!("the host could not write ({e})"));
+                }
+            }
         }
     }
 
-    /// What other lanes have to say.
-    fn handle_event(&mut self, letter: LaneEvent) {
-        let concerned = match letter {
+    fn handle_event(&mut self, event: LaneEvent) {
+        match event {
             LaneEvent::Committed { round, ok } => {
                 let tasks = &self.tasks;
-                let of = |n: &u32| tasks[*n as usize].as_ref().is_some_and(|t| t.commit_round == round);
-                let (mine, others) = std::mem::take(&mut self.awaiting_commit).into_iter().partition(of);
+                let of_round = |n: &u32| tasks.get(*n).is_some_and(|t| t.commit_round == round);
+                let (mine, others) = std::mem::take(&mut self.awaiting_commit).into_iter().partition(of_round);
                 self.awaiting_commit = others;
                 self.resume_tasks(mine, ok);
-                return;
             }
-            LaneEvent::GrowthEnded(GrowthResult::NoSpace) if self.disk.parks_when_full() => return self.stall_parked(),
-            LaneEvent::GrowthEnded(grown) => grown == GrowthResult::Grown,
-            LaneEvent::PunchLockGranted => return self.punch_lock_granted(),
-        };
-        let parked = std::mem::take(&mut self.parked);
-        if concerned && std::mem::take(&mut self.no_space_logged) {
-            self.log_space_available();
+            LaneEvent::GrowthEnded(GrowthResult::NoSpace) if self.disk.parks_when_full() => self.stall_parked(),
+            LaneEvent::GrowthEnded(result) => {
+                let parked = std::mem::take(&mut self.parked);
+                if result == GrowthResult::Grown {
+                    self.no_space_log.space_available(self.disk.top_path());
+                }
+                self.resume_tasks(parked, result == GrowthResult::Grown);
+            }
+            LaneEvent::PunchLockGranted => {
+                let number = self.punch_queue.granted();
+                self.advance(number);
+            }
         }
-        self.resume_tasks(parked, concerned);
     }
 
-    /// Lets requests that waited go on, or fail.
-    fn resume_tasks(&mut self, waited: Vec<u32>, ok: bool) {
-        for number in waited {
-            self.tasks[number as usize].as_mut().expect("it waits").failed |= !ok;
+    /// Starts the next piece if one is queued and the punch lock is free. Returns whether it did.
+    fn start_next_punch(&mut self) -> bool {
+        let next = self.punch_queue.start_next(&self.disk.punch_lock, &self.mailbox);
+        if let Some(number) = next {
             self.advance(number);
         }
+        next.is_some()
     }
 
-    /// Leads the commit of a round that has just begun.
-    pub(super) fn lead_commit(&mut self) {
-        let top = self.disk.version().top().expect("only writable disks commit");
-        let commit = Commit::new(top.image.clone(), top.slot);
-        self.start_job(JobKind::Commit, Job::Commit(commit));
+    /// Whether a piece of a discard or zeroing waits for nothing but the next [`Lane::poll`].
+    pub fn has_queued_punch(&self) -> bool {
+        self.punch_queue.has_queued()
     }
 
-    /// Begins a step of growth where one is due and nobody else is at it. False where there is room enough.
+    fn start_job(&mut self, job: Job) {
+        if let Some(finished) = self.jobs.start(job, &mut self.ops) {
+            self.job_finished(finished);
+        }
+    }
+
+    fn job_op_completed(&mut self, kind: JobKind, result: io::Result<()>) {
+        if let Some(finished) = self.jobs.op_completed(kind, result, &mut self.ops) {
+            self.job_finished(finished);
+        }
+    }
+
+    fn job_finished(&mut self, FinishedJob { job, result }: FinishedJob) {
+        let is_full = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace);
+        match (job, result) {
+            // The round stays open, and the next tick leads a new commit for it. Nothing was acknowledged, and all that the failed
+            // commit had taken is dirty again.
+            (Job::Commit(_), _) if is_full && self.disk.parks_when_full() => {
+                self.stalled_commit.stall(self.disk.top_path());
+            }
+            (Job::Commit(commit), result) => {
+                self.stalled_commit.commit_ended();
+                self.disk.record_commit(&result, commit.barriers());
+                self.end_round(result.is_ok());
+            }
+            (Job::Growth(_), Ok(())) => self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Grown)),
+            (Job::Growth(_), Err(e)) if is_full => {
+                if !self.disk.parks_when_full() {
+                    self.no_space_log.growth_failed(&e);
+                }
+                self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::NoSpace));
+            }
+            (Job::Growth(_), Err(e)) => {
+                log::error!("{}", e.line());
+                self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
+            }
+        }
+    }
+
+    /// Starts a step of growth if one is due and no other lane does it. Returns whether a step is in progress.
     pub(super) fn ensure_growth(&mut self) -> bool {
-        let top = self.disk.version().top().expect("only writable disks grow");
+        let top = self.disk.writable_top();
         if let Some(growth) = Growth::begin(&top.image, top.slot) {
-            self.start_job(JobKind::Growth, Job::Growth(growth));
+            self.start_job(Job::Growth(growth));
             return true;
         }
         top.image.is_growing()
     }
 
-    /// Parks a request until the file has grown.
-    pub(super) fn park(&mut self, number: u32) {
-        self.parked.push(number);
+    /// Leads the commit of a round that has just begun.
+    fn lead_commit(&mut self) {
+        let top = self.disk.writable_top();
+        let commit = Commit::new(top.image.clone(), top.slot);
+        self.start_job(Job::Commit(commit));
     }
 
-    /// Has a request wait for the next commit to start, and leads that if none runs. Returns its round.
+    /// Ends the round that this lane leads, and leads the next one if flushes wait for it.
+    fn end_round(&mut self, ok: bool) {
+        if self.disk.group_commit.finish(ok).is_some() {
+            self.lead_commit();
+        }
+    }
+
+    /// Adds a request to the next commit round, and leads the round if no other runs. Returns the round's number.
     pub(super) fn join_commit(&mut self, number: u32) -> u64 {
         let joined = self.disk.group_commit.join(&self.mailbox);
         self.awaiting_commit.push(number);
@@ -334,55 +344,50 @@ impl Lane {
         joined.round
     }
 
-    /// Begins a commit for which nobody waits, unless one is going to begin anyway.
+    /// Starts a commit for which no request waits, unless a round is running: then another follows it.
     pub(super) fn start_background_commit(&mut self) {
         if self.disk.group_commit.join(&self.mailbox).lead {
             self.lead_commit();
         }
     }
 
-    /// To be called every second, so that what nobody else wakes goes on: writes and commits that found the host full are
-    /// tried again; and every few seconds what was written and not flushed becomes durable in the background, which bounds what
-    /// a power cut takes and what a live journal has to hold.
+    /// Does periodic work; to be called once a second.
+    ///
+    /// - Retries writes and commits that found the host full.
+    /// - Every few seconds makes writes durable that were not flushed. That bounds what a power cut can lose and what the live
+    ///   journal has to hold.
     pub fn tick(&mut self) {
         let parked = std::mem::take(&mut self.parked);
         self.resume_tasks(parked, true);
-        if std::mem::take(&mut self.commit_stalled) {
-            // The flushes of this commit fail rather than that a queue which stops waits for ever.
+        if self.stalled_commit.take() {
+            // A thread that must not wait for space is waiting for this round: its flushes fail.
             match self.disk.group_commit.is_urgent() {
                 true => self.end_round(false),
                 false => self.lead_commit(),
             }
         }
-        self.check_host_space();
-        self.ticks = (self.ticks + 1) % COMMIT_TICKS;
         let top = self.disk.version().top();
+        if let Some(top) = top {
+            self.no_space_log.check_space(top.image.file(), top.image.path());
+        }
+        self.ticks = (self.ticks + 1) % COMMIT_TICKS;
         if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
             self.start_background_commit();
         }
-        // A turn without requests submits nothing. A failure shows again in the next one that does.
+        // Without requests no other call submits. An engine that fails here fails again in the next call that reports it.
         let _ = self.submit();
-    }
-
-    pub(super) fn push_op(&mut self, op: Op) {
-        if !self.backlog.is_empty() {
-            return self.backlog.push_back(op);
-        }
-        if let Err(op) = self.engine.push(op) {
-            self.backlog.push_back(op);
-        }
     }
 }
 
 impl Drop for Lane {
-    /// A lane that goes while it leads a commit must not leave the others waiting.
+    /// Ends the jobs and locks for which other lanes may wait.
     fn drop(&mut self) {
-        if self.commit.take().is_some() || self.commit_stalled {
+        if self.jobs.cancel(JobKind::Commit) || self.stalled_commit.is_stalled() {
             while self.disk.group_commit.finish(false).is_some() {}
         }
-        if self.growth.take().is_some() {
+        if self.jobs.cancel(JobKind::Growth) {
             self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
         }
-        self.leave_punch_lock();
+        self.disk.punch_lock.release(&self.mailbox);
     }
 }

@@ -1,36 +1,38 @@
 //! The names of served files. A file that is removed, renamed or replaced while it is served stays open, so nothing fails
-//! until the daemon ends: then its data is gone, or the next start finds another file. The log warns once for each file.
+//! until the daemon ends. Then its data is gone, or the next start opens another file. The log warns once for each file.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
-use super::Disk;
-use crate::storage::{FileSlot, NameStatus};
+use crate::storage::{File, FileSlot, NameStatus};
 
-/// Files whose names were lost and reported.
+/// Files whose names no longer lead to them and that the log has reported.
 #[derive(Debug, Default)]
 pub(super) struct LostNames(Mutex<BTreeSet<FileSlot>>);
 
-impl Disk {
-    /// Looks up the name of each file of the chain, and warns of those that no longer lead to it.
-    pub fn check_names(&self) {
-        let mut lost = self.lost_names.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (slot, file) in self.version.files().filter(|(slot, _)| !lost.contains(slot)).collect::<Vec<_>>() {
+impl LostNames {
+    /// Looks up the name of each file, and warns of names that no longer lead to their file.
+    pub(super) fn check<'a>(&self, files: impl Iterator<Item = (FileSlot, &'a File)>) {
+        let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (slot, file) in files {
+            if lost.contains(&slot) {
+                continue;
+            }
             match file.name_status() {
                 Ok(NameStatus::Kept) => {}
-                Ok(naming) => {
+                Ok(status) => {
                     lost.insert(slot);
-                    log::warn!("{}: {}", file.path().display(), describe(naming));
+                    log::warn!("{}: {}", file.path().display(), describe(status));
                 }
-                // An unreachable folder comes back, or the disk itself fails.
+                // The folder may be unreachable for a while; if its disk fails, reads of the file fail, too.
                 Err(e) => log::debug!("{}", e.line()),
             }
         }
     }
 }
 
-fn describe(naming: NameStatus) -> String {
-    match naming {
+fn describe(status: NameStatus) -> String {
+    match status {
         NameStatus::Kept => String::new(),
         NameStatus::Renamed => "the file was renamed or moved while it is served; the daemon still serves it".into(),
         NameStatus::Removed => format!(

@@ -1,4 +1,4 @@
-//! How lanes wake each other: a bell and a few letters. Nothing on the way of a read comes here.
+//! Mailboxes: lanes post events to each other and wake each other with an eventfd. A read posts no event.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,34 +7,34 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::Result;
 use crate::storage::Notifier;
 
-/// What one lane has to tell another.
+/// An event that one lane posts to another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LaneEvent {
-    /// A commit is over.
+    /// A commit round ended.
     Committed {
-        /// Its number.
+        /// Number of the round.
         round: u64,
-        /// Whether what it covers is durable.
+        /// Whether the commit succeeded.
         ok: bool,
     },
-    /// Growth is over.
+    /// A step of growth ended.
     GrowthEnded(GrowthResult),
-    /// The lane has the disk's turn to punch.
+    /// The lane holds the punch lock of the disk.
     PunchLockGranted,
 }
 
-/// How a step of growth ended.
+/// The result of a step of growth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GrowthResult {
-    /// There is room now.
+    /// The file has room for new blocks.
     Grown,
-    /// The host has none.
+    /// The host is full.
     NoSpace,
-    /// It failed.
+    /// The step failed.
     Failed,
 }
 
-/// Letters to one lane.
+/// The events of one lane.
 #[derive(Debug)]
 pub struct Mailbox {
     events: Mutex<Vec<LaneEvent>>,
@@ -43,25 +43,26 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// An empty one.
+    /// Creates an empty mailbox.
     ///
     /// # Errors
-    /// Where the host has no descriptor left for the bell.
+    /// `Io` if the process has no file descriptors left.
     pub fn new() -> Result<Mailbox> {
         Ok(Mailbox { events: Mutex::default(), notified: AtomicBool::new(false), event_fd: Notifier::new()? })
     }
 
-    /// Puts a letter in and rings.
-    pub fn post(&self, letter: LaneEvent) {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
+    /// Adds an event and wakes the lane.
+    pub fn post(&self, event: LaneEvent) {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         if !self.notified.swap(true, Ordering::SeqCst) {
             self.event_fd.notify();
         }
     }
 
-    /// Takes all letters out; no system call where there are none.
+    /// Takes all events. Makes no system call if there are none.
     pub fn take(&self) -> Vec<LaneEvent> {
-        // A look is cheaper than a swap, and nearly always there are none. Who posts rings after it set this.
+        // A load is cheaper than a swap, and mailboxes are nearly always empty. `post` sets the flag before it notifies, so no event
+        // is missed: the descriptor stays readable until this drains it.
         if !self.notified.load(Ordering::Acquire) || !self.notified.swap(false, Ordering::SeqCst) {
             return Vec::new();
         }
@@ -69,23 +70,23 @@ impl Mailbox {
         std::mem::take(&mut self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Waits until there are letters (or a signal comes), and leaves them.
+    /// Waits until there are events or a signal arrives. Does not take them.
     pub fn sleep(&self) {
         self.event_fd.wait();
     }
 
-    /// Waits until there are letters, and takes them.
+    /// Waits until there are events, and takes them.
     pub fn wait(&self) -> Vec<LaneEvent> {
         loop {
-            let letters = self.take();
-            if !letters.is_empty() {
-                return letters;
+            let events = self.take();
+            if !events.is_empty() {
+                return events;
             }
             self.sleep();
         }
     }
 
-    /// Readable (level-triggered) while there are letters.
+    /// A descriptor that is readable (level-triggered) while there are events.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event_fd.as_fd()
     }
@@ -97,7 +98,7 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
-    fn letters_arrive_from_another_thread() {
+    fn events_arrive_from_another_thread() {
         let to = Arc::new(Mailbox::new().unwrap());
         assert!(to.take().is_empty());
         let from = to.clone();

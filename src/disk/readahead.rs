@@ -1,100 +1,76 @@
-//! Reading ahead at the level of the disk: a guest that reads one thing behind the other meets, at every border between
-//! layers, a file whose own readahead in the host knows nothing of it.
+//! Readahead across layers: a guest that reads sequentially meets, at every border between layers, a file in which the
+//! kernel's own readahead has not seen the stream yet.
 //!
-//! A queue follows the streams among its reads. While reads wait for the disk, what comes next in a stream is planned as any
-//! read is (bitmaps that are missing are loaded), and the host is told of its extents ([`Action::Prefetch`]). That is a hint:
-//! no request waits for it, and nothing is told to the guest. Who reads anywhere pays for a few comparisons.
+//! A queue tracks the sequential streams among its reads. While reads wait for the disk, the next part of a stream is planned
+//! as any read is (missing bitmaps are loaded), and its extents are prefetched ([`Action::Prefetch`]). A prefetch is a hint: no
+//! request waits for it, and the guest does not notice it. Random reads cost a few comparisons.
 //!
-//! - *Only while reads wait.* Reads that the page cache answers are complete when they were handed over. A read that is not
-//!   pays for the next [`STEPS_PER_WAIT`] steps; a warm stream is only followed. The engine of plain calls waits for each read where
-//!   nobody sees it, so with it nothing is read ahead.
-//! - *Only extents below [`LONG`] where the host itself reads [`WIDE_READAHEAD`] ahead*. In longer ones its own readahead finds
-//!   the stream, and does better: it reads into large folios, where a hint gets single pages.
-//! - *Never more than a quarter of the engine's operations*, so that requests find room; what is beyond is left out.
+//! - *Only while reads wait.* A read from the page cache is complete as soon as it was submitted. A read that is not grants the
+//!   next [`STEPS_PER_WAIT`] steps; without them a stream is only tracked. The blocking engine completes every read in
+//!   `submit`, so nothing is prefetched with it.
+//! - *Only extents below [`LONG_EXTENT`] if the kernel itself reads [`WIDE_READAHEAD`] ahead.* In longer extents the kernel's
+//!   readahead finds the stream and is faster: it reads into large folios, a hint into single pages.
+//! - *At most a quarter of the engine's operations*, so that requests find room. The rest of a step is dropped.
 //!
-//! Measured by `benches/serve cold` on ext4, daemons without and with this in turns, three times each (medians, MiB/s, 512 MiB,
-//! guest and server on a processor each of two, the host reads 8 MiB ahead; 2026-11-22). "Flat" is read(2) of a flat file,
-//! "pieces" direct reads of the same pieces, 32 at once:
-//!
-//! ```text
-//!                          128 KiB, 4 in flight    1 MiB, 4 in flight
-//!   flat | pieces          1,780 | 920             1,890 | 840
-//!   qemu-storage-daemon    1,510 (raw)             1,570 (raw)
-//!   1 layer                1,660 -> 1,770          1,650 -> 1,710
-//!   16, blocks in turns    1,510 -> 1,720          1,780 -> 1,880
-//!   16, 64 KiB in turns      440 ->   930            620 ->   890
-//! ```
-//!
-//! On a loop device, where the host reads Linux's usual 128 KiB ahead, by requests of 128 KiB: 1 layer from 960 to 1,370, blocks
-//! in turns from 760 to 1,230, 64 KiB in turns from 450 to 800. Warm reads are as fast with it as without.
-//!
-//! What was tried and dropped:
-//! - *Hints for long extents where the host reads 8 MiB ahead*: 16 layers of blocks in turns from 1,620 to 1,140-1,250, by
-//!   requests of 1 MiB from 1,630 to 1,030. With 1 MiB there is nothing between the two.
-//! - *posix_fadvise by the queue's thread* rather than through the ring: 880 instead of 780 (64 KiB in turns), but a queue that
-//!   is full at the disk would hold up the requests behind it.
+//! Figures, and what was tried and dropped: `docs/performance.md`, section 4.
 
-use std::sync::atomic::Ordering;
-
-use super::lane::Lane;
-use super::request::{Request, Work};
-use super::task::{Task, Token};
-use crate::chain::{Extent, PlanBuffer, Source};
+use super::op_queue::OpQueue;
+use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::storage::{Action, File, FileSlot, Op};
 use crate::units::SectorRange;
 
-/// Streams that a queue follows at once.
+/// Streams that a queue tracks at once.
 const STREAMS: usize = 4;
-/// Reads of no stream that are remembered: any may be the first of one.
+/// Reads outside of streams whose ends are remembered: each may be the first of a stream.
 const RECENT_ENDS: usize = 8;
-/// A read goes on with a stream where it begins less than this behind its end, in sectors (128 KiB): other queues may have
-/// what lies between.
+/// A read continues a stream if it begins less than this many sectors (128 KiB) after the stream's end. Other queues may have
+/// read the gap.
 const MAX_GAP: u64 = 256;
-/// How far ahead, in sectors: at first (512 KiB), and at most (8 MiB).
+/// Initial window of a stream in sectors (512 KiB).
 const MIN_WINDOW: u64 = 1 << 10;
+/// Largest window of a stream in sectors (8 MiB).
 const MAX_WINDOW: u64 = 16 << 10;
-/// A step is this part of the way ahead, at least.
+/// A step prefetches at least this fraction of the window.
 const STEPS_PER_WINDOW: u64 = 4;
-/// Steps after a read that waited (64 MiB).
+/// Steps that a read that waited grants (64 MiB with the largest window).
 const STEPS_PER_WAIT: u32 = 32;
-/// An end where no read begins.
+/// An end after which no read begins.
 const NO_END: u64 = 1 << 62;
-/// Whole extents of this many bytes are left to a host that itself reads so many ahead.
+/// Extents of at least this many bytes are left to a kernel with wide readahead.
 const LONG_EXTENT: u64 = 1 << 20;
+/// Readahead of the kernel, in bytes, from which it counts as wide.
 const WIDE_READAHEAD: u64 = 2 << 20;
-/// Extents are looked up for whole blocks of the usual size, in sectors: their cut at the end of a step says nothing.
+/// Extents are planned for whole blocks of the default size, in sectors, so that the end of a step does not make an extent
+/// look short.
 const BLOCK_SECTORS: u64 = 4096;
-/// Bytes that the host is told of at once. It cuts off what is more than its readahead or its disk's largest request
+/// Largest hint in bytes. The kernel cuts a hint at its own readahead or at the disk's largest request
 /// (force_page_cache_ra in mm/readahead.c).
 const HINT_BYTES: u64 = 256 << 10;
-/// Requests for which there must be room besides.
-const MIN_FREE_TASKS: usize = 64;
-
-/// The streams of a queue.
+/// The sequential streams of a queue.
 pub(super) struct Readahead {
     streams: [ReadStream; STREAMS],
-    /// Where reads of no stream ended.
+    /// Ends of the last reads outside of streams.
     recent_ends: [u64; RECENT_ENDS],
-    /// Which of them is forgotten next.
+    /// Index of the oldest of them.
     oldest_end: usize,
-    /// Reads of streams so far.
+    /// Number of reads that continued a stream.
     clock: u64,
-    /// Steps that are left before a read must have waited again.
+    /// Steps that are left until a read waits again.
     credit: u32,
-    /// Operations under way.
+    /// Prefetch operations in flight.
     in_flight: usize,
 }
 
-/// Reads one behind the other.
+/// A sequence of adjacent reads.
 #[derive(Clone, Copy)]
 struct ReadStream {
-    /// Where the next begins.
+    /// First sector after the last read.
     next: u64,
-    /// Up to where was read ahead.
+    /// First sector that was not prefetched.
     prefetched_to: u64,
-    /// How far ahead of `next` that is to be, in sectors.
+    /// Sectors to prefetch after `next`.
     window: u64,
-    /// When it was last read.
+    /// Value of `Readahead::clock` at the last read.
     last_used: u64,
 }
 
@@ -110,22 +86,22 @@ impl Readahead {
         Readahead { streams, recent_ends: strays, oldest_end: 0, clock: 0, credit: 0, in_flight: 0 }
     }
 
-    /// A read had to wait for the disk.
+    /// Records that a read waited for the disk.
     pub(super) fn read_waited(&mut self) {
         self.credit = STEPS_PER_WAIT;
     }
 
-    /// Takes note of a read on a disk of `sectors`; what is to be read ahead now.
+    /// Records a read on a disk of `sectors`. Returns the range to prefetch now, if a step is due.
     #[inline]
-    fn record_read(&mut self, range: SectorRange, sectors: u64) -> Option<SectorRange> {
-        let goes_on = |end: u64| range.start().wrapping_sub(end) < MAX_GAP;
-        if let Some(at) = self.streams.iter().position(|s| goes_on(s.next)) {
+    pub(super) fn record_read(&mut self, range: SectorRange, sectors: u64) -> Option<SectorRange> {
+        let continues = |end: u64| range.start().wrapping_sub(end) < MAX_GAP;
+        if let Some(at) = self.streams.iter().position(|s| continues(s.next)) {
             return self.step(at, range, sectors);
         }
-        if let Some(at) = self.recent_ends.iter().position(|end| goes_on(*end)) {
+        if let Some(at) = self.recent_ends.iter().position(|end| continues(*end)) {
             self.recent_ends[at] = NO_END;
             self.clock += 1;
-            let unused = self.streams.iter_mut().min_by_key(|s| s.last_used).expect("there are some");
+            let unused = self.streams.iter_mut().min_by_key(|s| s.last_used).expect("STREAMS is not zero");
             *unused = ReadStream::new(range.end(), self.clock);
             return None;
         }
@@ -148,9 +124,39 @@ impl Readahead {
         stream.window = (stream.window * 2).min(MAX_WINDOW);
         Some(SectorRange::between(from, to))
     }
+
+    /// Pushes the hints for a planned range, up to a quarter of the engine's depth. Returns their number and their bytes.
+    pub(super) fn push_hints(
+        &mut self,
+        range: SectorRange,
+        extents: &[Extent],
+        policy: impl Fn(FileSlot) -> ReadaheadPolicy,
+        token: u64,
+        ops: &mut OpQueue,
+    ) -> (u32, u64) {
+        let (mut hints, mut bytes) = (0, 0);
+        let room = (ops.engine.depth() / 4).saturating_sub(self.in_flight);
+        for (slot, at, len) in prefetch_pieces(extents, range, policy).take(room) {
+            self.in_flight += 1;
+            hints += 1;
+            bytes += len;
+            ops.push(Op::range(token, slot, Action::Prefetch, at, len));
+        }
+        (hints, bytes)
+    }
+
+    /// Records the completion of a hint. A failed hint has no consequence.
+    pub(super) fn hint_completed(&mut self) {
+        self.in_flight -= 1;
+    }
 }
 
-/// The range with all of the blocks that it touches.
+/// Plans the blocks that a range to prefetch touches.
+pub(super) fn plan_blocks(range: SectorRange, version: &Version, plan: &mut PlanBuffer) {
+    version.plan_read(whole_blocks(range, version.sectors()), plan);
+}
+
+/// A range, extended to whole blocks.
 fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
     SectorRange::between(
         range.start() / BLOCK_SECTORS * BLOCK_SECTORS,
@@ -158,19 +164,19 @@ fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
     )
 }
 
-/// What of a file is read ahead.
+/// Which extents of a file are prefetched.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadaheadPolicy {
-    /// Nothing: O_DIRECT has nothing to do with what the host keeps.
+    /// None: O_DIRECT does not read from the page cache.
     Off,
-    /// Extents that the host's own readahead would not follow.
+    /// Extents that are too short for the kernel's own readahead.
     ShortExtents,
     /// All extents.
     AllExtents,
 }
 
 impl ReadaheadPolicy {
-    /// For a buffered file.
+    /// The policy for a buffered file.
     pub(super) fn of(file: &File) -> ReadaheadPolicy {
         if file.kernel_readahead() >= WIDE_READAHEAD {
             ReadaheadPolicy::ShortExtents
@@ -180,16 +186,16 @@ impl ReadaheadPolicy {
     }
 }
 
-/// What the host is told of when `range` is to be read ahead: slot, byte offset and length.
+/// The hints that prefetch `range`, as slot, byte offset and length.
 fn prefetch_pieces(
     extents: &[Extent],
     range: SectorRange,
-    reach: impl Fn(FileSlot) -> ReadaheadPolicy,
+    policy: impl Fn(FileSlot) -> ReadaheadPolicy,
 ) -> impl Iterator<Item = (FileSlot, u64, u64)> {
     extents.iter().flat_map(move |extent| {
         let inside = extent.skip(range.start().saturating_sub(extent.range.start()));
         let file = match inside.source {
-            Source::File { slot, offset } => match reach(slot) {
+            Source::File { slot, offset } => match policy(slot) {
                 ReadaheadPolicy::AllExtents => Some((slot, offset)),
                 ReadaheadPolicy::ShortExtents if extent.range.bytes() < LONG_EXTENT => Some((slot, offset)),
                 ReadaheadPolicy::ShortExtents | ReadaheadPolicy::Off => None,
@@ -204,48 +210,6 @@ fn prefetch_pieces(
     })
 }
 
-impl Lane {
-    /// Takes note of a read, and begins to read ahead of it where that is due.
-    #[inline]
-    pub(super) fn track_read(&mut self, range: SectorRange) {
-        if let Some(range) = self.readahead.record_read(range, self.disk.capacity())
-            && self.push_capacity() >= MIN_FREE_TASKS
-        {
-            self.start_request(Request { tag: 0, work: Work::Prefetch { range } });
-        }
-    }
-
-    /// Plans what is to be read ahead.
-    pub(super) fn plan_readahead(&self, range: SectorRange, plan: &mut PlanBuffer) {
-        let version = self.disk.version();
-        version.plan_read(whole_blocks(range, version.sectors()), plan);
-    }
-
-    /// Tells the host of what was planned, as far as there is room.
-    pub(super) fn push_prefetches(&mut self, number: u32, task: &mut Task, range: SectorRange, plan: &PlanBuffer) {
-        let token = Token::Task { task: number, detail: 0 }.pack();
-        let (disk, mut told) = (self.disk.clone(), 0);
-        let room = (self.engine().depth() / 4).saturating_sub(self.readahead.in_flight);
-        for (slot, at, len) in prefetch_pieces(&plan.extents, range, |slot| disk.readahead_policy(slot)).take(room) {
-            self.readahead.in_flight += 1;
-            task.pending_ops += 1;
-            told += len;
-            self.push_op(Op::range(token, slot, Action::Prefetch, at, len));
-        }
-        disk.counters.readahead_bytes.fetch_add(told, Ordering::Relaxed);
-    }
-
-    /// The host took a hint, or did not: nobody minds.
-    pub(super) fn prefetch_completed(&mut self, number: u32) {
-        self.readahead.in_flight -= 1;
-        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        task.pending_ops -= 1;
-        if task.pending_ops == 0 {
-            self.advance(number);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,14 +222,14 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_read_ahead_once_each_sector_and_never_too_far() {
+    fn each_sector_of_a_stream_is_prefetched_once_and_within_the_window() {
         let mut ahead = Readahead::new();
         let (mut next, mut upto) = (1000, None);
         while next < DISK {
             ahead.read_waited();
             let count = 64.min(DISK - next);
             if let Some((from, to)) = read(&mut ahead, next, count) {
-                assert!(upto.is_none_or(|upto| from == upto), "{from} does not go on at {upto:?}");
+                assert!(upto.is_none_or(|upto| from == upto), "{from} is not adjacent to {upto:?}");
                 assert!(from >= next + count && to <= next + count + MAX_WINDOW && to <= DISK);
                 upto = Some(to);
             }
@@ -279,26 +243,26 @@ mod tests {
     }
 
     #[test]
-    fn the_way_ahead_grows() {
+    fn the_window_grows() {
         let mut ahead = Readahead::new();
         ahead.read_waited();
         let steps: Vec<_> = (0..2000).filter_map(|n| read(&mut ahead, n * 8, 8)).map(|(from, to)| to - from).collect();
-        assert_eq!(steps[..2], [MIN_WINDOW, MIN_WINDOW + 8], "to twice as far: {steps:?}");
+        assert_eq!(steps[..2], [MIN_WINDOW, MIN_WINDOW + 8], "the window doubles: {steps:?}");
         assert!(steps.windows(2).all(|w| w[0] <= w[1] || w[1] >= MAX_WINDOW / STEPS_PER_WINDOW), "{steps:?}");
         assert!(steps.iter().all(|s| *s <= MAX_WINDOW));
     }
 
     #[test]
-    fn nothing_is_read_ahead_of_reads_that_do_not_wait() {
+    fn nothing_is_prefetched_without_a_read_that_waits() {
         let mut ahead = Readahead::new();
         assert!((0..5000).all(|n| read(&mut ahead, n * 256, 256).is_none()));
         ahead.read_waited();
         let steps = (5000..DISK / 256).filter(|n| read(&mut ahead, n * 256, 256).is_some()).count();
-        assert_eq!(steps, STEPS_PER_WAIT as usize, "one wait pays for so many steps");
+        assert_eq!(steps, STEPS_PER_WAIT as usize, "one wait grants these steps");
     }
 
     #[test]
-    fn reads_anywhere_are_no_stream() {
+    fn random_reads_are_no_stream() {
         let (mut ahead, mut random) = (Readahead::new(), 1_u64);
         for _ in 0..10_000 {
             ahead.read_waited();
@@ -309,29 +273,29 @@ mod tests {
     }
 
     #[test]
-    fn several_streams_go_on_beside_each_other_and_reads_anywhere() {
+    fn several_streams_are_tracked_among_random_reads() {
         let mut ahead = Readahead::new();
-        let mut told = [0; STREAMS];
+        let mut steps = [0; STREAMS];
         for n in 0..400 {
             ahead.read_waited();
-            for (i, told) in told.iter_mut().enumerate() {
-                *told += u32::from(read(&mut ahead, i as u64 * 500_000 + n * 32, 32).is_some());
+            for (i, steps) in steps.iter_mut().enumerate() {
+                *steps += u32::from(read(&mut ahead, i as u64 * 500_000 + n * 32, 32).is_some());
             }
             read(&mut ahead, 3_000_000 + n * 1000, 8);
         }
-        assert!(told.iter().all(|t| *t > 3 && *t == told[0]), "{told:?}");
-        // A new one takes the place of the one that was used longest ago.
+        assert!(steps.iter().all(|n| *n > 3 && *n == steps[0]), "{steps:?}");
+        // A new stream replaces the least recently used one.
         assert_eq!((0..3).filter_map(|n| read(&mut ahead, 2_500_000 + n * 8, 8)).count(), 1);
-        let known: Vec<_> = ahead.streams.iter().map(|s| s.next).collect();
-        assert!(known.contains(&2_500_024) && !known.contains(&(400 * 32)), "{known:?}");
+        let ends: Vec<_> = ahead.streams.iter().map(|s| s.next).collect();
+        assert!(ends.contains(&2_500_024) && !ends.contains(&(400 * 32)), "{ends:?}");
     }
 
     #[test]
-    fn what_other_queues_have_in_between_is_no_end_of_a_stream() {
+    fn gaps_that_other_queues_read_do_not_end_a_stream() {
         let mut ahead = Readahead::new();
         ahead.read_waited();
         let any = (0..20).filter_map(|n| read(&mut ahead, n * 512, 257)).count();
-        assert!(any > 0, "every other read of 128 KiB");
+        assert!(any > 0, "every other read of 128 KiB is on another queue");
         assert_eq!(
             (0..20).filter_map(|n| read(&mut ahead, (1 << 20) + n * 513, 257)).count(),
             0,
@@ -340,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn extents_are_told_in_pieces_and_some_are_left_to_the_host() {
+    fn extents_are_cut_into_hints_and_long_ones_are_left_to_the_kernel() {
         let file = |start: u64, end: u64, slot: u16, offset: u64| Extent {
             range: SectorRange::between(start, end),
             source: Source::File { slot: FileSlot(slot), offset },
@@ -348,24 +312,29 @@ mod tests {
         let zero = Extent { range: SectorRange::between(300, 400), source: Source::Zero };
         let long = LONG_EXTENT / SECTOR;
         let extents = [file(0, 300, 1, 4096), zero, file(400, 1400, 2, 0), file(1400, 1400 + long, 3, 0)];
-        let told =
-            |from, to, reach| prefetch_pieces(&extents, SectorRange::between(from, to), |_| reach).collect::<Vec<_>>();
-        let got = |from, to| told(from, to, ReadaheadPolicy::ShortExtents);
+        let hints = |from, to, policy| {
+            prefetch_pieces(&extents, SectorRange::between(from, to), |_| policy).collect::<Vec<_>>()
+        };
+        let got = |from, to| hints(from, to, ReadaheadPolicy::ShortExtents);
         let two = [(FileSlot(2), 0, HINT_BYTES), (FileSlot(2), HINT_BYTES, 1000 * SECTOR - HINT_BYTES)];
         assert_eq!(got(0, 5000), [vec![(FileSlot(1), 4096, 300 * SECTOR)], two.to_vec()].concat());
         assert_eq!(got(100, 410), [(FileSlot(1), 4096 + 100 * SECTOR, 200 * SECTOR), (FileSlot(2), 0, 10 * SECTOR)]);
-        assert_eq!(got(1390, 1410), [(FileSlot(2), 990 * SECTOR, 10 * SECTOR)], "of the long one nothing, cut or not");
+        assert_eq!(
+            got(1390, 1410),
+            [(FileSlot(2), 990 * SECTOR, 10 * SECTOR)],
+            "nothing of the long extent, whether it is cut or not"
+        );
         assert_eq!(got(310, 390), []);
-        let all = told(1390, 1410, ReadaheadPolicy::AllExtents);
+        let all = hints(1390, 1410, ReadaheadPolicy::AllExtents);
         assert_eq!(all, [(FileSlot(2), 990 * SECTOR, 10 * SECTOR), (FileSlot(3), 0, 10 * SECTOR)]);
-        assert_eq!(told(0, 5000, ReadaheadPolicy::Off), []);
+        assert_eq!(hints(0, 5000, ReadaheadPolicy::Off), []);
         let direct = |slot| if slot == FileSlot(1) { ReadaheadPolicy::Off } else { ReadaheadPolicy::AllExtents };
         let others = prefetch_pieces(&extents, SectorRange::between(0, 410), direct).collect::<Vec<_>>();
-        assert_eq!(others, [(FileSlot(2), 0, 10 * SECTOR)], "each file as it is open");
+        assert_eq!(others, [(FileSlot(2), 0, 10 * SECTOR)], "each file by its own policy");
     }
 
     #[test]
-    fn whole_blocks_end_with_the_disk() {
+    fn whole_blocks_end_at_the_end_of_the_disk() {
         let of = |from, to| whole_blocks(SectorRange::between(from, to), 10_000);
         assert_eq!(of(5000, 8192), SectorRange::between(4096, 8192));
         assert_eq!(of(4096, 8193), SectorRange::between(4096, 10_000));

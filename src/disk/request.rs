@@ -1,80 +1,80 @@
-//! What a guest asks, and what it is told.
+//! Requests of a guest, and their answers.
 
 use crate::storage::GuestIovecs;
 use crate::units::SectorRange;
 
-/// A range to zero.
+/// A range to be zeroed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ZeroRange {
-    /// The sectors.
+    /// Sectors of the disk.
     pub range: SectorRange,
-    /// Whether their room may be given back to the host.
+    /// Whether their space on the host may be deallocated.
     pub unmap: bool,
 }
 
-/// What is to be done. Ranges lie on the disk; the one who makes a request has checked that.
+/// The action of a request. All ranges must lie inside the disk; the creator of a request checks that.
 #[derive(Debug)]
 pub enum Work {
-    /// Fill guest memory from the disk.
+    /// Read from the disk into guest memory.
     Read {
-        /// What; not empty.
+        /// Sectors to read; not empty.
         range: SectorRange,
-        /// Where to; exactly as long.
+        /// Memory to fill; as long as the range.
         into: GuestIovecs,
     },
     /// Write guest memory to the disk.
     Write {
-        /// Where to; not empty.
+        /// Sectors to write; not empty.
         range: SectorRange,
-        /// What; exactly as long.
+        /// Memory to write; as long as the range.
         from: GuestIovecs,
     },
-    /// Have the host read the range into its memory, as far as that is easy. Has no answer.
+    /// Ask the kernel to read a range into the page cache. A hint, which is not answered.
     Prefetch {
-        /// What.
+        /// Sectors to prefetch.
         range: SectorRange,
     },
-    /// Make all writes that were answered before this was asked durable.
+    /// Make all writes durable that were answered before this request.
     Flush,
-    /// Forget ranges: their room goes back to the host where that shows nothing else to the guest.
+    /// Discard ranges: deallocate their space in the top image, without exposing data of a parent.
     Discard {
-        /// The ranges.
+        /// Ranges to discard.
         ranges: Vec<SectorRange>,
     },
     /// Make ranges read as zeros.
     WriteZeroes {
-        /// The ranges.
+        /// Ranges to zero.
         ranges: Vec<ZeroRange>,
     },
 }
 
-/// A guest's request.
+/// A request of a guest.
 #[derive(Debug)]
 pub struct Request {
-    /// Comes back in the answer.
+    /// Identifies the request in its answer.
     pub tag: u64,
-    /// What is to be done.
+    /// The action.
     pub work: Work,
 }
 
-/// What became of a request.
+/// The outcome of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
-    /// It is done.
+    /// It succeeded.
     Done,
     /// It failed, or a part of it.
     Failed,
-    /// The disk does not do that.
+    /// The disk does not support it.
     Unsupported,
 }
 
-/// The end of a request.
+/// The answer to a request.
 #[derive(Debug)]
 pub struct Answer {
-    /// The request's.
+    /// Tag of the request.
     pub tag: u64,
-    /// What became of it.
+    /// Outcome of the request.
     pub outcome: Outcome,
-    /// The request's memory, to be used again.
+    /// Memory of a read or write, for reuse.
     pub memory: Option<GuestIovecs>,
 }

@@ -1,154 +1,138 @@
-//! The stages of a request: the way from a plan to an answer. One `match` drives them; see the drawing in `mod.rs`.
+//! The stages of a request, from its plan to its answer. One `match` advances them; `mod.rs` has a drawing.
 //!
-//! A stage is never re-entered midway: look-ups may repeat, and a reservation that is asked for again finds itself.
+//! A stage always starts from its beginning. That is safe: look-ups can be repeated, and a repeated reservation finds the first.
 
-use std::io;
-use std::path::Path;
 use std::sync::atomic::Ordering;
 
+use super::cached_reads::CachedRead;
 use super::lane::Lane;
+use super::readahead;
 use super::request::{Answer, Outcome, Request, Work};
 use super::task::{Task, TaskStage, Token};
-use crate::chain::{Missing, PlanBuffer, Source};
+use super::task_ops::OpEffect;
+use crate::chain::{Missing, PlanBuffer};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
-use crate::units::SECTOR_BYTES;
+use crate::storage::{Action, Completion};
+use crate::units::SectorRange;
 
-/// Zeros written at once where a file system cannot punch, in bytes.
-const ZERO_CHUNK: u64 = 1 << 20;
+/// Free tasks below which nothing is prefetched.
+const MIN_FREE_TASKS: usize = 64;
 
-/// What comes after a stage.
-pub(super) enum StageResult {
-    /// That stage, now.
+/// The result of a stage.
+enum StageResult {
+    /// The next stage begins now.
     Enter(TaskStage),
-    /// That stage, when what it waits for is over.
+    /// The next stage begins when the event for which the task waits has come.
     Wait(TaskStage),
-    /// Nothing: the answer.
+    /// The request is answered.
     Finish(Outcome),
 }
 
 impl Lane {
-    /// Begins a request. There is `room`.
-    pub(super) fn start_request(&mut self, request: Request) {
-        let number = self.free_tasks.pop().expect("a request is pushed only where there is room");
-        let task = match self.task_pool.pop() {
-            Some(mut task) => {
-                task.reset(request.tag, request.work);
-                task
-            }
-            None => Box::new(Task::new(request.tag, request.work)),
-        };
-        self.tasks[number as usize] = Some(task);
-        self.advance(number);
+    /// Starts a request. Requires `push_capacity`.
+    pub(super) fn start_request(&mut self, Request { tag, work }: Request) {
+        let (number, mut task) = self.tasks.start(tag, work);
+        let first = self.run_stage(number, &mut task);
+        self.run(number, task, first);
     }
 
-    /// An operation of a request is over.
-    pub(super) fn op_completed(&mut self, number: u32, detail: u32, Completion { op, result }: Completion) {
-        if op.action == Action::Prefetch {
-            return self.prefetch_completed(number);
+    /// Starts a read whose plan is in `self.plan`.
+    fn start_planned_read(&mut self, CachedRead { tag, range, into }: CachedRead) {
+        let (number, mut task) = self.tasks.start(tag, Work::Read { range, into });
+        let plan = std::mem::take(&mut self.plan);
+        let first = self.carry_out(number, &mut task, &plan);
+        self.plan = plan;
+        self.run(number, task, first);
+    }
+
+    /// Plans the queued reads: a read becomes a list of copies if all of its bytes are known to be resident, and a task otherwise.
+    pub(super) fn plan_cached_reads(&mut self) {
+        self.cached_reads.prefetch_plans(self.disk.version(), &mut self.plan);
+        while let Some(read) = self.cached_reads.next_candidate() {
+            let range = read.range;
+            let version = self.disk.version();
+            if let Err(read) = self.cached_reads.plan(read, version, &mut *self.ops.engine, &mut self.plan) {
+                self.start_planned_read(read);
+            }
+            self.track_read(range);
         }
-        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        let (mut again, mut refused) = (None, false);
-        match (op.payload, result) {
-            (Payload::Own(sector), Ok(())) if task.stage == TaskStage::Load => {
-                task.load.as_mut().expect("loading").complete(detail as usize, &sector);
-            }
-            (Payload::Own(bounce), Ok(())) => {
-                if let (Work::Read { into, .. }, Action::Read) = (&task.work, op.action) {
-                    into.copy_from(detail as usize, &bounce);
-                }
-            }
-            (Payload::Guest(slices), Err(e)) if self.disk.parks_when_full() && is_full(op.action, &e) => {
-                task.no_space = true;
-                recycle(&mut self.iovec_pool, slices);
-            }
-            // Zeroing a range takes room, too.
-            (Payload::Own(_) | Payload::None, Err(e)) if self.disk.parks_when_full() && is_full(op.action, &e) => {
-                task.no_space = true
-            }
-            (Payload::Guest(slices), Err(e)) if is_full(op.action, &e) => {
-                (task.failed, refused) = (true, true);
-                recycle(&mut self.iovec_pool, slices);
-            }
-            (Payload::Guest(slices), result) => {
-                task.failed |= log_if_failed(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
-                recycle(&mut self.iovec_pool, slices);
-            }
-            (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
-                again = Some(Op::range(op.token, op.slot, op.action, op.offset, op.len));
-            }
-            (_, result) => {
-                task.failed |= log_if_failed(result, op.action, op.offset, || self.disk.version().file(op.slot).path());
-            }
+    }
+
+    /// Makes the planned copies. Returns whether some reads became tasks, whose operations are to be submitted.
+    pub(super) fn copy_cached_reads(&mut self) -> bool {
+        if !self.cached_reads.copy_all(&mut *self.ops.engine, &mut self.answers) {
+            return false;
         }
-        if let Some(op) = again {
-            return self.punch_unsupported(number, op);
+        let mut any_failed = false;
+        while let Some(CachedRead { tag, range, into }) = self.cached_reads.next_failed() {
+            any_failed = true;
+            self.start_request(Request { tag, work: Work::Read { range, into } });
+        }
+        self.ops.engine.end_copy_batch();
+        any_failed
+    }
+
+    /// Records a read for readahead, and starts a prefetch if one is due.
+    #[inline]
+    pub(super) fn track_read(&mut self, range: SectorRange) {
+        if let Some(range) = self.readahead.record_read(range, self.disk.capacity())
+            && self.push_capacity() >= MIN_FREE_TASKS
+        {
+            self.start_request(Request { tag: 0, work: Work::Prefetch { range } });
+        }
+    }
+
+    /// Records the completion of an operation of a task, and advances the task if that was the last.
+    pub(super) fn op_completed(&mut self, number: u32, detail: u32, completion: Completion) {
+        let task = self.tasks.get_mut(number);
+        if completion.op.action == Action::Prefetch {
+            self.readahead.hint_completed();
+        } else {
+            match self.task_ops.complete(task, detail, completion, &self.disk) {
+                OpEffect::None => {}
+                OpEffect::LogNoSpace => self.no_space_log.write_failed(self.disk.top_path()),
+                OpEffect::Unsupported(op) => self.task_ops.replace_unsupported(task, &op, &mut self.ops),
+            }
         }
         task.pending_ops -= 1;
-        if refused {
-            self.log_no_space();
-        }
-        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
         if task.pending_ops == 0 {
             self.advance(number);
         }
     }
 
-    /// The file system cannot punch: a discard is forgotten, zeros are written instead where zeros are owed.
-    fn punch_unsupported(&mut self, number: u32, op: Op) {
-        let task = self.tasks[number as usize].as_mut().expect("operations belong to tasks");
-        task.pending_ops -= 1;
-        let mut ops = Vec::new();
-        if matches!(task.work, Work::WriteZeroes { .. }) {
-            let mut at = op.offset;
-            while at < op.offset + op.len {
-                let len = (op.offset + op.len - at).min(ZERO_CHUNK);
-                let zeros = Buffer::zeroed(usize::try_from(len).expect("a chunk"));
-                ops.push(Op::write(op.token, op.slot, at, Payload::Own(zeros)));
-                at += len;
-            }
-            task.pending_ops += u32::try_from(ops.len()).expect("a request is at most a disk of chunks");
-        }
-        let pending = task.pending_ops;
-        ops.into_iter().for_each(|op| self.push_op(op));
-        if pending == 0 {
+    /// Advances tasks whose event has come; they fail if `ok` is false.
+    pub(super) fn resume_tasks(&mut self, numbers: Vec<u32>, ok: bool) {
+        for number in numbers {
+            self.tasks.get_mut(number).failed |= !ok;
             self.advance(number);
         }
     }
 
-    /// Goes on with a request until it has to wait. The only place where stages change.
+    /// Advances a waiting task until it has to wait again or is answered.
     pub(super) fn advance(&mut self, number: u32) {
-        let mut task = self.tasks[number as usize].take().expect("a task under way");
+        let mut task = self.tasks.take(number);
+        let next = self.run_stage(number, &mut task);
+        self.run(number, task, next);
+    }
+
+    /// Advances a task after a stage with the result `next`. The only place where stages change.
+    fn run(&mut self, number: u32, mut task: Box<Task>, mut next: StageResult) {
         let outcome = loop {
-            let next = match task.stage {
-                TaskStage::Plan => self.plan_task(number, &mut task),
-                TaskStage::Load if task.failed => StageResult::Finish(Outcome::Failed),
-                TaskStage::Load => {
-                    let load = task.load.take().expect("loading");
-                    self.disk.version().supply(&load, &mut task.pins);
-                    StageResult::Enter(if task.moved { TaskStage::Move } else { TaskStage::Plan })
-                }
-                TaskStage::AwaitGrowth if task.failed => StageResult::Finish(Outcome::Failed),
-                TaskStage::AwaitGrowth => StageResult::Enter(TaskStage::Plan),
-                TaskStage::Move => self.transfer_completed(number, &mut task),
-                TaskStage::AwaitCommit => {
-                    StageResult::Finish(if task.failed { Outcome::Failed } else { Outcome::Done })
-                }
-            };
             match next {
-                StageResult::Enter(stage) => task.stage = stage,
+                StageResult::Enter(stage) => {
+                    task.stage = stage;
+                    next = self.run_stage(number, &mut task);
+                }
                 StageResult::Wait(stage) => {
                     task.stage = stage;
-                    self.tasks[number as usize] = Some(task);
-                    return;
+                    return self.tasks.put(number, task);
                 }
                 StageResult::Finish(outcome) => break outcome,
             }
         };
         self.release_punch_lock(number);
-        self.free_tasks.push(number);
         if task.stalled {
-            self.end_stall(outcome == Outcome::Done);
+            self.disk.stalled_writes.end(outcome == Outcome::Done, self.disk.top_path());
         }
         let tag = task.tag;
         match task.take_work() {
@@ -158,7 +142,26 @@ impl Lane {
             }
             _ => self.answers.push(Answer { tag, outcome, memory: None }),
         }
-        self.task_pool.push(task);
+        self.tasks.finish(number, task);
+    }
+
+    fn run_stage(&mut self, number: u32, task: &mut Task) -> StageResult {
+        match task.stage {
+            TaskStage::Plan => self.plan_task(number, task),
+            TaskStage::Load | TaskStage::LoadForMark if task.failed => StageResult::Finish(Outcome::Failed),
+            TaskStage::Load => {
+                self.supply_bitmaps(task);
+                StageResult::Enter(TaskStage::Plan)
+            }
+            TaskStage::LoadForMark => {
+                self.supply_bitmaps(task);
+                StageResult::Enter(TaskStage::Move)
+            }
+            TaskStage::AwaitGrowth if task.failed => StageResult::Finish(Outcome::Failed),
+            TaskStage::AwaitGrowth => StageResult::Enter(TaskStage::Plan),
+            TaskStage::Move => self.transfer_completed(number, task),
+            TaskStage::AwaitCommit => StageResult::Finish(if task.failed { Outcome::Failed } else { Outcome::Done }),
+        }
     }
 
     fn plan_task(&mut self, number: u32, task: &mut Task) -> StageResult {
@@ -171,20 +174,18 @@ impl Lane {
                 return StageResult::Finish(Outcome::Failed);
             }
         }
-        if task.needs_punch_lock() && !self.may_punch(number) {
+        if task.needs_punch_lock() && !self.punch_queue.may_punch(number, &self.disk.punch_lock, &self.mailbox) {
             return StageResult::Wait(TaskStage::Plan);
         }
         let mut plan = std::mem::take(&mut self.plan);
         let version = self.disk.version();
-        let room = match &task.work {
+        let reserved = match &task.work {
             Work::Read { range, .. } => {
-                if !std::mem::take(&mut self.planned) {
-                    version.plan_read(*range, &mut plan);
-                }
+                version.plan_read(*range, &mut plan);
                 Ok(())
             }
             Work::Prefetch { range } => {
-                self.plan_readahead(*range, &mut plan);
+                readahead::plan_blocks(*range, version, &mut plan);
                 Ok(())
             }
             Work::Write { range, .. } => version.plan_write(*range, &mut plan),
@@ -198,115 +199,87 @@ impl Lane {
                 return self.await_commit(number, task);
             }
         };
-        let next = if !plan.missing.is_empty() {
-            self.load_bitmaps(number, task, &plan.missing)
-        } else if room.is_err() {
-            if self.ensure_growth() {
-                self.release_punch_lock(number);
-                self.park(number);
-                StageResult::Wait(TaskStage::AwaitGrowth)
-            } else {
-                StageResult::Enter(TaskStage::Plan) // another lane made room in the meantime
-            }
+        let next = if reserved.is_err() && plan.missing.is_empty() {
+            self.await_growth(number)
         } else {
-            task.marks.clear();
-            task.marks.extend_from_slice(&plan.marks);
-            if let (Work::Write { range, .. }, true) = (&task.work, mutant::enabled(Mutant::EarlyMarks)) {
-                let _ = self.disk.version().top().expect("a writable disk").image.mark(*range);
-            }
-            self.push_transfers(number, task, &plan);
-            if !matches!(task.work, Work::Write { .. } | Work::WriteZeroes { .. }) {
-                task.pins.release();
-            }
-            if plan.reserved {
-                self.ensure_growth();
-            }
-            if task.pending_ops == 0 { StageResult::Enter(TaskStage::Move) } else { StageResult::Wait(TaskStage::Move) }
+            self.carry_out(number, task, &plan)
         };
         self.plan = plan;
         next
     }
 
-    /// Begins to read the bitmaps that a plan or a mark missed.
-    fn load_bitmaps(&mut self, number: u32, task: &mut Task, missing: &[Missing]) -> StageResult {
+    /// Waits until the file has room for the block that a plan could not reserve.
+    fn await_growth(&mut self, number: u32) -> StageResult {
+        if self.ensure_growth() {
+            self.release_punch_lock(number);
+            self.parked.push(number);
+            StageResult::Wait(TaskStage::AwaitGrowth)
+        } else {
+            // Another lane made room since the plan.
+            StageResult::Enter(TaskStage::Plan)
+        }
+    }
+
+    /// Pushes the operations of a plan: reads of the bitmaps that it misses, or else the transfers.
+    fn carry_out(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) -> StageResult {
+        if !plan.missing.is_empty() {
+            return self.load_bitmaps(number, task, &plan.missing, TaskStage::Load);
+        }
+        task.marks.clear();
+        task.marks.extend_from_slice(&plan.marks);
+        if let (Work::Write { range, .. }, true) = (&task.work, mutant::enabled(Mutant::EarlyMarks)) {
+            let _ = self.disk.writable_top().image.mark(*range);
+        }
+        if let Work::Prefetch { range } = task.work {
+            self.push_hints(number, task, range, plan);
+        } else {
+            self.task_ops.push(number, task, &plan.extents, &self.disk, &mut self.ops);
+        }
+        if !matches!(task.work, Work::Write { .. } | Work::WriteZeroes { .. }) {
+            task.pins.release();
+        }
+        if plan.reserved {
+            self.ensure_growth();
+        }
+        if task.pending_ops == 0 { StageResult::Enter(TaskStage::Move) } else { StageResult::Wait(TaskStage::Move) }
+    }
+
+    /// Pushes the prefetch hints of a planned range.
+    fn push_hints(&mut self, number: u32, task: &mut Task, range: SectorRange, plan: &PlanBuffer) {
+        let token = Token::Task { task: number, detail: 0 }.pack();
+        let policy = |slot| self.disk.file(slot).readahead;
+        let (hints, bytes) = self.readahead.push_hints(range, &plan.extents, policy, token, &mut self.ops);
+        task.pending_ops += hints;
+        self.disk.counters().readahead_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Pushes reads of the bitmaps that a plan or a mark misses. `stage` is where the task continues.
+    fn load_bitmaps(&mut self, number: u32, task: &mut Task, missing: &[Missing], stage: TaskStage) -> StageResult {
         let load = self.disk.version().load(missing);
         for (piece, (slot, at)) in (0..).zip(load.reads()) {
-            let sector = Payload::Own(Buffer::zeroed(SECTOR_BYTES));
-            task.pending_ops += 1;
-            self.push_op(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, at, sector));
+            self.task_ops.push_bitmap_read(number, task, (piece, slot, at), &mut self.ops);
         }
         task.load = Some(Box::new(load));
-        if task.pending_ops == 0 { StageResult::Enter(TaskStage::Load) } else { StageResult::Wait(TaskStage::Load) }
+        if task.pending_ops == 0 { StageResult::Enter(stage) } else { StageResult::Wait(stage) }
     }
 
-    /// Pushes the operations of a plan.
-    fn push_transfers(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) {
-        if let Work::Prefetch { range } = task.work {
-            return self.push_prefetches(number, task, range, plan);
-        }
-        let mut at = 0;
-        for extent in &plan.extents {
-            let bytes = extent.range.bytes();
-            let len = usize::try_from(bytes).expect("a range on a disk of 2040 GiB");
-            let token = Token::Task { task: number, detail: u32::try_from(at).unwrap_or(0) }.pack();
-            let op = match (&task.work, extent.source) {
-                (Work::Read { into, .. }, Source::Zero) => {
-                    into.zero(at, len);
-                    None
-                }
-                (Work::Read { into, .. }, Source::File { slot, offset }) => {
-                    let payload = self.payload(into, at, len, slot, false);
-                    Some(Op::read(token, slot, offset, payload))
-                }
-                (Work::Write { from, .. }, Source::File { slot, offset }) => {
-                    let payload = self.payload(from, at, len, slot, true);
-                    Some(Op::write(token, slot, offset, payload))
-                }
-                (Work::WriteZeroes { ranges }, Source::File { slot, offset }) => {
-                    let action = if ranges[task.range_index].unmap { Action::Punch } else { Action::Zero };
-                    Some(Op::range(token, slot, action, offset, bytes))
-                }
-                (Work::Discard { .. }, Source::File { slot, offset }) => {
-                    Some(Op::range(token, slot, Action::Punch, offset, bytes))
-                }
-                (_, Source::Zero) | (Work::Flush | Work::Prefetch { .. }, _) => {
-                    unreachable!("only reads find zeros, a flush plans nothing, a prefetch moves nothing")
-                }
-            };
-            if let Some(op) = op {
-                task.pending_ops += 1;
-                self.push_op(op);
-            }
-            at += len;
-        }
+    /// Hands the bitmaps that a task has read to the chain.
+    fn supply_bitmaps(&mut self, task: &mut Task) {
+        let load = task.load.take().expect("a task that loads");
+        self.disk.version().supply(&load, &mut task.pins);
     }
 
-    /// The part of a request's memory that an operation moves; a bounce buffer where O_DIRECT does not take it.
-    fn payload(&mut self, memory: &GuestIovecs, at: usize, len: usize, slot: FileSlot, copy: bool) -> Payload {
-        let mut slices = self.iovec_pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
-        memory.slice_into(at, len, &mut slices);
-        let align = self.disk.memory_align(slot);
-        if align == 1 || slices.is_aligned(align) {
-            return Payload::Guest(slices);
-        }
-        let mut bounce = Buffer::zeroed(len);
-        if copy {
-            slices.copy_to(0, &mut bounce);
-        }
-        recycle(&mut self.iovec_pool, slices);
-        Payload::Own(bounce)
-    }
-
-    /// All operations of a range are complete.
+    /// Marks the written sectors when all operations of a range are complete.
     fn transfer_completed(&mut self, number: u32, task: &mut Task) -> StageResult {
         if task.failed {
             return StageResult::Finish(Outcome::Failed);
         }
         if std::mem::take(&mut task.no_space) {
-            // The next tick tries it again, from the start: nothing of it was marked.
+            // Nothing of the range was marked, so the next tick can start it again.
             self.release_punch_lock(number);
-            self.park(number);
-            self.stall(task);
+            self.parked.push(number);
+            let first = !std::mem::replace(&mut task.stalled, true);
+            self.disk.stalled_writes.stall(usize::from(first), self.disk.top_path());
             return StageResult::Wait(TaskStage::AwaitGrowth);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
@@ -328,15 +301,13 @@ impl Lane {
         for range in marks {
             match top.image.mark(*range) {
                 Ok(kept) => task.needs_commit |= !kept,
-                Err(granules) => absent.extend(granules),
+                Err(bitmap_sectors) => absent.extend(bitmap_sectors),
             }
         }
         if !absent.is_empty() {
-            // They left memory while the bytes moved. Marks may be repeated.
-            task.moved = true;
-            return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent));
+            // These were evicted while the bytes moved. The marks that were made may be repeated.
+            return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent), TaskStage::LoadForMark);
         }
-        task.moved = false;
         task.pins.release();
         if matches!(task.work, Work::Write { .. }) {
             self.early_writeback.record_write(self.disk.counters().commits.load(Ordering::Relaxed));
@@ -345,7 +316,7 @@ impl Lane {
             self.start_background_commit();
         }
         if task.next_piece() {
-            self.requeue_punch(number);
+            self.punch_queue.requeue(number, &self.disk.punch_lock, &self.mailbox);
             StageResult::Wait(TaskStage::Plan)
         } else if task.needs_commit || self.disk.is_write_through() {
             self.await_commit(number, task)
@@ -355,30 +326,35 @@ impl Lane {
     }
 
     fn await_commit(&mut self, number: u32, task: &mut Task) -> StageResult {
-        // Not `failed` by what another round may say: the letter names the round.
+        // The event names its round, so the end of another round does not resume the task.
         task.commit_round = self.join_commit(number);
         StageResult::Wait(TaskStage::AwaitCommit)
     }
-}
 
-/// Keeps the room of an operation's slices, and not a moment longer the memory, which the front-end may have taken back.
-fn recycle(pool: &mut Vec<GuestIovecs>, mut slices: GuestIovecs) {
-    slices.clear();
-    pool.push(slices);
-}
-
-/// Whether a write found the host full: a place that was punched, or a file system that copies on write.
-fn is_full(action: Action, e: &io::Error) -> bool {
-    action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
-
-/// Whether an operation failed; tells the log. To find the file takes longer the deeper the chain is.
-fn log_if_failed<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
-    let Err(e) = result else { return false };
-    if e.raw_os_error() == Some(libc::EFAULT) {
-        // No failure of the file: a page of the guest's memory cannot be had, which is logged once for the disk.
-        return true;
+    /// Pushes a hint of early writeback if one is due.
+    pub(super) fn hint_writeback(&mut self) {
+        let disk = &*self.disk;
+        let Some(top) = disk.version().top() else { return };
+        let is_blocking = self.ops.engine.wake_fd().is_none();
+        if disk.file(top.slot).is_buffered()
+            && !is_blocking
+            && !disk.is_write_through()
+            && self.early_writeback.push_hint(top.slot, &mut self.ops)
+        {
+            disk.counters().early_writebacks.fetch_add(1, Ordering::Relaxed);
+        }
     }
-    log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());
-    true
+
+    fn release_punch_lock(&mut self, number: u32) {
+        self.punch_queue.release(number, &self.disk.punch_lock, &self.mailbox);
+    }
+
+    /// Counts the parked writes as stalled.
+    pub(super) fn stall_parked(&mut self) {
+        let mut writes = 0;
+        for number in &self.parked {
+            writes += usize::from(!std::mem::replace(&mut self.tasks.get_mut(*number).stalled, true));
+        }
+        self.disk.stalled_writes.stall(writes, self.disk.top_path());
+    }
 }

@@ -1,86 +1,121 @@
-//! Writes that are held while the host has no room, counted over all lanes: the log gets one line when the first is held,
-//! and one when the last is over.
+//! Full host: which writes wait for space, and what the log contains about it.
+//!
+//! Stalled writes are counted over all lanes of a disk: the log gets one line when the first write stalls, and one when the
+//! last stalled write has ended.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::lane::Lane;
-use super::task::Task;
+use crate::error::Error;
+use crate::storage::File;
 
-/// Bytes of room with which the host counts as no longer full: a file system that is full may report a few.
+/// Free bytes from which the host no longer counts as full. A full file system may report a few free bytes.
 const MIN_FREE_BYTES: u64 = 4 << 20;
 
-/// The writes of a disk that wait for room on the host.
+/// The number of a disk's writes that wait for space on the host.
 #[derive(Debug, Default)]
 pub(super) struct StalledWrites(AtomicUsize);
 
 impl StalledWrites {
-    /// Counts `writes` that begin to wait. Returns whether no other write waited.
+    /// Counts `writes` to `image` that begin to wait, and logs the first.
+    pub(super) fn stall(&self, writes: usize, image: &Path) {
+        if self.add(writes) {
+            let path = image.display();
+            log::warn!(
+                "{path}: the host is full: {writes} writes wait until there is space; free space on its file system"
+            );
+        }
+    }
+
+    /// Removes one write to `image` from the count. Logs that there is space again if the write succeeded and no other
+    /// write waits.
+    pub(super) fn end(&self, succeeded: bool, image: &Path) {
+        if self.remove() && succeeded {
+            log_space_available(image);
+        }
+    }
+
+    /// Adds to the count. Returns whether no other write waited.
     fn add(&self, writes: usize) -> bool {
         writes > 0 && self.0.fetch_add(writes, Ordering::Relaxed) == 0
     }
 
-    /// Counts out a write that is over. Returns whether no other write waits.
+    /// Subtracts one write. Returns whether no other write waits.
     fn remove(&self) -> bool {
         self.0.fetch_sub(1, Ordering::Relaxed) == 1
     }
 }
 
-impl Lane {
-    /// Counts the parked writes as held: the host has no room for them.
-    pub(super) fn stall_parked(&mut self) {
-        let mut writes = 0;
-        for number in &self.parked {
-            let task = self.tasks[*number as usize].as_mut().expect("it waits");
-            writes += usize::from(!std::mem::replace(&mut task.stalled, true));
-        }
-        self.add_stalled(writes);
-    }
+/// Whether a lane logged that writes fail because the host is full.
+#[derive(Debug, Default)]
+pub(super) struct NoSpaceLog(bool);
 
-    /// Counts one write as held: the host has no room for it.
-    pub(super) fn stall(&self, task: &mut Task) {
-        self.add_stalled(usize::from(!std::mem::replace(&mut task.stalled, true)));
-    }
-
-    fn add_stalled(&self, writes: usize) {
-        if self.disk.stalled_writes.add(writes) {
-            let path = self.top_path().display();
-            log::warn!("{path}: the host is full: {writes} writes are held until there is room");
+impl NoSpaceLog {
+    /// Logs, once, that writes to `image` fail.
+    pub(super) fn write_failed(&mut self, image: &Path) {
+        if !std::mem::replace(&mut self.0, true) {
+            log::error!("{}: the host is full: writes fail until there is space", image.display());
         }
     }
 
-    /// Counts out a held write that is over. `done`: it found room.
-    pub(super) fn end_stall(&mut self, done: bool) {
-        if self.disk.stalled_writes.remove() && done {
-            self.log_space_available();
+    /// Logs, once, that the image could not grow and that writes fail.
+    pub(super) fn growth_failed(&mut self, error: &Error) {
+        if !std::mem::replace(&mut self.0, true) {
+            log::error!("{}; writes fail until then", error.line());
         }
     }
 
-    /// Logs, once, that writes fail because the host has no room.
-    pub(super) fn log_no_space(&mut self) {
-        if !std::mem::replace(&mut self.no_space_logged, true) {
-            log::error!("{}: the host is full: writes fail until there is room", self.top_path().display());
+    /// Logs that there is space again, if the log says that writes fail and the file system of `file` has space.
+    pub(super) fn check_space(&mut self, file: &File, image: &Path) {
+        let has_space = |file: &File| file.file_system_space().is_ok_and(|space| space.available >= MIN_FREE_BYTES);
+        if self.0 && has_space(file) {
+            self.space_available(image);
         }
     }
 
-    /// Looks once in a while whether the host has room again, after the log said that writes fail.
-    pub(super) fn check_host_space(&mut self) {
-        let top = self.disk.version().top().filter(|_| self.no_space_logged);
-        let room = top.and_then(|top| top.image.file().file_system_space().ok());
-        if room.is_some_and(|room| room.available >= MIN_FREE_BYTES) {
-            self.no_space_logged = false;
-            self.log_space_available();
+    /// Logs that there is space again, if the log says that writes fail.
+    pub(super) fn space_available(&mut self, image: &Path) {
+        if std::mem::take(&mut self.0) {
+            log_space_available(image);
+        }
+    }
+}
+
+/// A commit round that stays open because the host is full.
+#[derive(Debug, Default)]
+pub(super) struct StalledCommit {
+    stalled: bool,
+    logged: bool,
+}
+
+impl StalledCommit {
+    /// Keeps the round open, and logs that once until a commit ends.
+    pub(super) fn stall(&mut self, image: &Path) {
+        self.stalled = true;
+        if !std::mem::replace(&mut self.logged, true) {
+            let path = image.display();
+            log::warn!("{path}: the host is full: a commit waits until there is space; free space on its file system");
         }
     }
 
-    /// Logs that writes find room again.
-    pub(super) fn log_space_available(&self) {
-        log::info!("{}: there is room again: writes go on", self.top_path().display());
+    /// Whether a round is open.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalled
     }
 
-    fn top_path(&self) -> &Path {
-        self.disk.version().top().expect("only writable disks need room").image.path()
+    /// Ends the stall. Returns whether a round was open, which the caller then has to retry or fail.
+    pub(super) fn take(&mut self) -> bool {
+        std::mem::take(&mut self.stalled)
     }
+
+    /// Allows the next stall to be logged: a commit ended.
+    pub(super) fn commit_ended(&mut self) {
+        self.logged = false;
+    }
+}
+
+fn log_space_available(image: &Path) {
+    log::info!("{}: there is room again: writes continue", image.display());
 }
 
 #[cfg(test)]
@@ -88,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_and_the_last_are_told_apart() {
+    fn the_first_and_the_last_stalled_write_are_recognized() {
         let held = StalledWrites::default();
         assert!(!held.add(0));
         assert!(held.add(2));

@@ -1,4 +1,4 @@
-//! A request in flight. Its stages are driven by one `match` in `stages.rs`; here is what it remembers between them.
+//! A request in flight: its state between two stages. `stages.rs` advances it.
 
 use super::punch::PUNCH_SECTORS;
 use super::request::Work;
@@ -6,18 +6,20 @@ use crate::chain::Load;
 use crate::image::Pins;
 use crate::units::SectorRange;
 
-/// How far a request is.
+/// The stage of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum TaskStage {
-    /// Ask where the sectors are.
+    /// Looks up where the sectors are.
     Plan,
-    /// Bitmaps are being read; then plan again, or mark.
+    /// Reads bitmaps that the plan needs. Then plans again.
     Load,
-    /// A fresh block waits for the file to grow; then plan again.
+    /// Waits until the file has grown, or until the host has space. Then plans again.
     AwaitGrowth,
-    /// Bytes are moving.
+    /// Moves bytes. Then marks written sectors.
     Move,
-    /// A commit makes it durable.
+    /// Reads bitmaps that were evicted while bytes moved. Then marks written sectors.
+    LoadForMark,
+    /// Waits for the commit that makes it durable.
     AwaitCommit,
 }
 
@@ -26,28 +28,27 @@ pub(super) struct Task {
     pub(super) tag: u64,
     pub(super) work: Work,
     pub(super) stage: TaskStage,
-    /// Operations that are not complete.
+    /// Operations in flight.
     pub(super) pending_ops: u32,
-    /// Whether one of them failed.
+    /// Whether an operation failed.
     pub(super) failed: bool,
-    /// Whether one of them found the host full.
+    /// Whether an operation found the host full.
     pub(super) no_space: bool,
-    /// Whether it is counted among the writes that wait for room on the host.
+    /// Whether it is counted in `StalledWrites`.
     pub(super) stalled: bool,
-    /// Which of several ranges is at work (discard, write zeroes), and how many of its sectors are done.
+    /// Index of the range that is being discarded or zeroed.
     pub(super) range_index: usize,
+    /// Sectors of this range that are done.
     pub(super) sectors_done: u64,
-    /// The round that makes it durable.
+    /// The commit round that makes it durable.
     pub(super) commit_round: u64,
     /// Whether it may be answered only after a commit.
     pub(super) needs_commit: bool,
-    /// What is being loaded.
+    /// The bitmaps that are being read.
     pub(super) load: Option<Box<Load>>,
-    /// What must stay in memory until it is planned (reads) or marked.
+    /// Bitmap sectors that must stay in memory until the request is planned (reads) or its sectors are marked (writes).
     pub(super) pins: Pins,
-    /// Whether its bytes have moved, and what is being loaded is for the marks.
-    pub(super) moved: bool,
-    /// What to mark when zeroing is done.
+    /// Sectors to mark when the current piece is zeroed.
     pub(super) marks: Vec<SectorRange>,
 }
 
@@ -67,25 +68,24 @@ impl Task {
             needs_commit: false,
             load: None,
             pins: Pins::default(),
-            moved: false,
             marks: Vec::new(),
         }
     }
 
-    /// Begins anew after `end`, with the room it has.
+    /// Prepares a finished task for another request. Its vectors keep their memory.
     pub(super) fn reset(&mut self, tag: u64, work: Work) {
         (self.tag, self.work, self.stage) = (tag, work, TaskStage::Plan);
         (self.pending_ops, self.failed, self.no_space, self.range_index) = (0, false, false, 0);
-        (self.commit_round, self.needs_commit, self.moved, self.sectors_done) = (0, false, false, 0);
+        (self.commit_round, self.needs_commit, self.sectors_done) = (0, false, 0);
         self.stalled = false;
     }
 
-    /// Whether it punches or zeroes, and so has to wait for its turn.
+    /// Whether it discards or zeroes, and so needs the punch lock.
     pub(super) fn needs_punch_lock(&self) -> bool {
         matches!(self.work, Work::Discard { .. } | Work::WriteZeroes { .. })
     }
 
-    /// The range of a discard or zeroing that is at work, and the number of ranges.
+    /// The current range of a discard or zeroing, and the number of its ranges.
     fn range(&self) -> Option<(SectorRange, usize)> {
         match &self.work {
             Work::Discard { ranges } => Some((ranges[self.range_index], ranges.len())),
@@ -94,15 +94,15 @@ impl Task {
         }
     }
 
-    /// The piece of a discard or zeroing that is at work.
+    /// The current piece of a discard or zeroing.
     pub(super) fn piece(&self) -> SectorRange {
         let (range, _) = self.range().expect("only discards and zeroing have pieces");
         let left = range.skip(self.sectors_done);
-        // Pieces end at multiples of their size, and so at ends of blocks.
+        // Pieces end at multiples of their size, so no piece spans two blocks of the default size.
         left.first(PUNCH_SECTORS - left.start() % PUNCH_SECTORS)
     }
 
-    /// Moves on to the next piece. Returns false if there is none.
+    /// Advances to the next piece. Returns false if there is none.
     pub(super) fn next_piece(&mut self) -> bool {
         let Some((range, ranges)) = self.range() else { return false };
         self.sectors_done += self.piece().count();
@@ -112,7 +112,7 @@ impl Task {
         self.range_index < ranges
     }
 
-    /// What it was asked to do, with the guest's memory; holds nothing any more.
+    /// Takes the work, with the guest memory that it names, and releases pins and loaded bitmaps.
     pub(super) fn take_work(&mut self) -> Work {
         self.pins.release();
         self.load = None;
@@ -120,16 +120,16 @@ impl Task {
     }
 }
 
-/// What a completion is for, packed into an operation's token.
+/// The owner of an operation, packed into its token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Token {
-    /// Operation of a task. `detail`: byte offset in the request's memory, or number of a loaded piece.
+    /// A task. `detail` is the byte offset in the request's memory, or the number of the bitmap sector that is loaded.
     Task { task: u32, detail: u32 },
-    /// Operation of the commit this lane leads.
+    /// The commit that this lane leads.
     Commit,
-    /// Operation of a step of growth.
+    /// A step of growth.
     Growth,
-    /// The hint to write before a flush.
+    /// A hint of early writeback.
     EarlyWriteback,
 }
 
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_cut_at_multiples_of_a_piece() {
+    fn ranges_are_cut_at_multiples_of_the_piece_size() {
         let ranges = vec![SectorRange::between(5, 8), SectorRange::between(PUNCH_SECTORS - 1, 2 * PUNCH_SECTORS + 1)];
         let mut task = Task::new(0, Work::Discard { ranges });
         let mut pieces = vec![task.piece()];
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_come_back() {
+    fn tokens_survive_packing() {
         for token in
             [Token::Commit, Token::Growth, Token::EarlyWriteback, Token::Task { task: 65535, detail: u32::MAX }]
         {

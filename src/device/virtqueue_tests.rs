@@ -8,7 +8,7 @@ use crate::units::SectorRange;
 const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
 const RULES: RequestRules<'static> = RequestRules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
 
-/// A ring, and a disk that keeps its requests until told.
+/// A virtqueue with its driver, and the requests that a disk would have in flight.
 struct TestVirtqueue {
     d: TestDriver,
     x: Virtqueue,
@@ -31,7 +31,7 @@ impl TestVirtqueue {
         })
     }
 
-    /// Puts a one-descriptor-a-part request at descriptors `3 * i ..` and adds it.
+    /// Adds a request of three descriptors, from descriptor `3 * i` on.
     fn ask(&mut self, i: u16, kind: u32, len: u32) {
         let header = self.d.header(i, kind, u64::from(i));
         let flag = if kind == kind::IN { WRITE } else { 0 };
@@ -41,7 +41,7 @@ impl TestVirtqueue {
         self.d.add(3 * i);
     }
 
-    /// The disk answers its oldest request.
+    /// Answers the oldest request.
     fn answer(&mut self, outcome: Outcome) {
         let request = self.disk.remove(0);
         self.x.complete(Answer { tag: request.tag, outcome, memory: data_memory(request.work) });
@@ -56,7 +56,7 @@ impl TestVirtqueue {
         self.d.get(STATUS + u64::from(i), 1)[0]
     }
 
-    /// The ring still works: a read goes through from end to end.
+    /// Checks that the ring still works, with a read.
     fn works(&mut self, i: u16) {
         self.ask(i, kind::IN, 512);
         assert_eq!(self.take(), PopResult::Empty);
@@ -66,28 +66,28 @@ impl TestVirtqueue {
 }
 
 #[test]
-fn requests_go_to_the_disk_and_answers_come_back_in_any_order() {
+fn requests_can_be_answered_in_any_order() {
     let mut b = TestVirtqueue::new(64);
     b.ask(0, kind::IN, 1024);
     b.ask(1, kind::OUT, 512);
     b.ask(2, kind::FLUSH, 0);
     b.ask(3, kind::GET_ID, 0);
     assert_eq!(b.take(), PopResult::Empty);
-    assert_eq!(b.used(), [(9, 1)], "what needs no disk is over");
+    assert_eq!(b.used(), [(9, 1)], "a request that needs no disk is complete");
     assert_eq!(b.disk.iter().map(|r| r.tag).collect::<Vec<_>>(), [0, 3, 6]);
     assert!(matches!(&b.disk[1].work, Work::Write { range, .. } if *range == SectorRange::new(1, 1).unwrap()));
     b.disk.rotate_left(1);
     for outcome in [Outcome::Unsupported, Outcome::Done, Outcome::Failed] {
         b.answer(outcome);
     }
-    assert_eq!(b.used(), [(3, 1), (6, 1), (0, 1)], "a failed read says nothing of its data");
+    assert_eq!(b.used(), [(3, 1), (6, 1), (0, 1)], "a failed read has no data");
     assert_eq!([0, 1, 2, 3].map(|i| b.status(i)), [1, 2, 0, 0]);
     b.works(0);
-    assert_eq!((b.x.bytes_in_flight, b.x.iovec_pool.len()), (0, 2), "memory is used again");
+    assert_eq!((b.x.bytes_in_flight, b.x.iovec_pool.len()), (0, 2), "iovecs are reused");
 }
 
 #[test]
-fn a_bad_chain_comes_back_and_the_ring_goes_on() {
+fn an_invalid_chain_is_returned_and_the_ring_stays_in_service() {
     let mut b = TestVirtqueue::new(64);
     let header = b.d.header(0, kind::IN, 0);
     let table = |d: &TestDriver, descs: &[(u64, u32, u16, u16)]| {
@@ -98,9 +98,9 @@ fn a_bad_chain_comes_back_and_the_ring_goes_on() {
         &[(header, 15, NEXT, 31), (STATUS, 1, WRITE, 0)],     // no header
         &[(header, 16, NEXT, 30)],                            // a loop
         &[(header, 16, NEXT, 64)],                            // out of the table
-        &[(DATA, 16 * 65, INDIRECT_FLAG, 0)],                 // too long a table
-        &[(STATUS, 1, WRITE | NEXT, 31), (header, 16, 0, 0)], // the wrong way round
-        &[(header, 16, NEXT, 31), (END, 1, WRITE, 0)],        // nowhere to answer to
+        &[(DATA, 16 * 65, INDIRECT_FLAG, 0)],                 // the table is too long
+        &[(STATUS, 1, WRITE | NEXT, 31), (header, 16, 0, 0)], // the writable descriptor comes first
+        &[(header, 16, NEXT, 31), (END, 1, WRITE, 0)],        // the status is not guest memory
     ];
     for (n, case) in cases.into_iter().enumerate() {
         table(&b.d, case);
@@ -110,7 +110,7 @@ fn a_bad_chain_comes_back_and_the_ring_goes_on() {
         assert!(b.disk.is_empty());
         b.works(1);
     }
-    // Bad, but with a place to say so.
+    // Invalid requests with a valid status byte.
     b.ask(5, kind::IN, 513);
     b.ask(6, 77, 0);
     assert_eq!(b.take(), PopResult::Empty);
@@ -119,7 +119,7 @@ fn a_bad_chain_comes_back_and_the_ring_goes_on() {
 }
 
 #[test]
-fn a_head_in_flight_breaks_the_ring_and_what_is_in_flight_completes() {
+fn a_head_in_flight_breaks_the_ring_and_requests_in_flight_complete() {
     let mut b = TestVirtqueue::new(64);
     b.ask(0, kind::IN, 512);
     b.ask(1, kind::IN, 512);
@@ -128,7 +128,7 @@ fn a_head_in_flight_breaks_the_ring_and_what_is_in_flight_completes() {
     assert_eq!(b.x.broken(), Some(RingError::HeadInFlight));
     assert_eq!(b.disk.len(), 2);
     b.ask(2, kind::IN, 512);
-    assert_eq!((b.take(), b.disk.len()), (PopResult::Broken, 2), "latched");
+    assert_eq!((b.take(), b.disk.len()), (PopResult::Broken, 2), "a broken ring stays broken");
     b.answer(Outcome::Done);
     b.answer(Outcome::Done);
     assert_eq!(b.used(), [(0, 513), (3, 513)]);
@@ -136,12 +136,12 @@ fn a_head_in_flight_breaks_the_ring_and_what_is_in_flight_completes() {
 }
 
 #[test]
-fn a_head_may_come_again_once_it_was_given_back() {
+fn a_returned_head_may_be_added_again() {
     let mut b = TestVirtqueue::new(4);
     for _ in 0..100 {
         b.works(0);
     }
-    // Also within one turn, where it never was in flight.
+    // Also within one batch, if the first request never was in flight.
     b.ask(0, kind::GET_ID, 0);
     b.ask(0, kind::GET_ID, 0);
     assert_eq!(b.take(), PopResult::Empty);
@@ -159,13 +159,13 @@ fn a_jump_and_a_bad_head_break_the_ring() {
         b.d.put_word(AVAIL + 2, idx.wrapping_add(1));
         assert_eq!((b.take(), b.x.broken()), (PopResult::Broken, Some(rule)));
         b.d.put_word(AVAIL + 2, 1);
-        assert_eq!(b.take(), PopResult::Broken, "it is not looked at again");
+        assert_eq!(b.take(), PopResult::Broken, "the ring is not read again");
         assert_eq!(b.used(), []);
     }
 }
 
 #[test]
-fn a_turn_is_bounded() {
+fn a_batch_is_bounded() {
     let mut b = TestVirtqueue::new(256);
     for _ in 0..41 {
         b.ask(0, kind::GET_ID, 0);
@@ -174,14 +174,14 @@ fn a_turn_is_bounded() {
         assert_eq!(
             (b.take(), b.used().len()),
             (PopResult::BatchFull, taken),
-            "half of what there is, and not too many"
+            "half of the available chains, at most 16"
         );
     }
-    assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, 4), "and not too few");
+    assert_eq!((b.take(), b.used().len()), (PopResult::BatchFull, 4), "at least 4");
     assert_eq!((b.take(), b.used().len()), (PopResult::Empty, 3));
     let much = u32::try_from(MAX_BATCH_BYTES).unwrap();
     (0..3).for_each(|i| b.ask(i, kind::IN, much / 2));
-    assert_eq!((b.take(), b.disk.len()), (PopResult::BatchFull, 2), "so many bytes are a turn, too");
+    assert_eq!((b.take(), b.disk.len()), (PopResult::BatchFull, 2), "a batch is bounded in bytes, too");
     assert_eq!((b.take(), b.disk.len()), (PopResult::Empty, 3));
 }
 
@@ -220,9 +220,9 @@ fn bytes_in_flight_are_bounded() {
 }
 
 #[test]
-fn overlaps_hurt_only_the_guest() {
+fn overlapping_buffers_harm_only_the_guest() {
     let mut b = TestVirtqueue::new(64);
-    // The status lies in the header, the data over the descriptor table and the avail ring's element.
+    // The status lies in the header, the data covers the descriptor table.
     let header = b.d.header(0, kind::IN, 0);
     b.d.chain(TABLE, 0, &[(header, 16, 0), (TABLE, 512, WRITE), (header, 1, WRITE)]);
     b.d.add(0);

@@ -1,0 +1,56 @@
+//! The files of a served chain with their attributes, by file slot.
+
+use super::readahead::ReadaheadPolicy;
+use crate::chain::Version;
+use crate::error::Result;
+use crate::storage::{FILE_SLOTS, FileSlot};
+
+/// Attributes of one file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ServedFile {
+    /// Alignment of memory that O_DIRECT requires, in bytes; 1 for a buffered file.
+    pub(super) memory_align: usize,
+    /// Which of its extents lanes prefetch.
+    pub(super) readahead: ReadaheadPolicy,
+}
+
+impl ServedFile {
+    /// Whether the file is read and written through the page cache.
+    pub(super) fn is_buffered(&self) -> bool {
+        self.memory_align == 1
+    }
+}
+
+/// Attributes of all files of a chain.
+pub(super) struct FileTable(Vec<ServedFile>);
+
+impl FileTable {
+    /// Collects the attributes of a chain's files. With `direct`, first switches each file to O_DIRECT if its file system
+    /// allows that.
+    pub(super) fn new(version: &Version, direct: bool) -> Result<FileTable> {
+        let unused = ServedFile { memory_align: 1, readahead: ReadaheadPolicy::Off };
+        let mut files = vec![unused; usize::from(FILE_SLOTS)];
+        for (slot, file) in version.files() {
+            let entry = &mut files[usize::from(slot.0)];
+            if direct {
+                match file.set_direct()? {
+                    Some(rules) => entry.memory_align = rules.memory,
+                    None => log::warn!(
+                        "{}: direct I/O cannot be used here; the file is read and written through the page cache",
+                        file.path().display()
+                    ),
+                }
+            }
+            if entry.is_buffered() {
+                entry.readahead = ReadaheadPolicy::of(file);
+            }
+        }
+        Ok(FileTable(files))
+    }
+
+    /// The attributes of the file in a slot.
+    #[inline]
+    pub(super) fn get(&self, slot: FileSlot) -> &ServedFile {
+        &self.0[usize::from(slot.0)]
+    }
+}

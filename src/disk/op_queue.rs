@@ -1,0 +1,44 @@
+//! Operations on their way to a lane's engine.
+
+use std::collections::VecDeque;
+
+use crate::storage::{Engine, Op};
+
+/// A lane's engine, and the operations for which the engine had no room.
+pub(super) struct OpQueue {
+    // Dropped first: its drop waits for the operations in flight.
+    pub(super) engine: Box<dyn Engine>,
+    /// Operations that the engine refused because `depth` others were in flight, in the order of their arrival.
+    backlog: VecDeque<Op>,
+}
+
+impl OpQueue {
+    pub(super) fn new(engine: Box<dyn Engine>) -> OpQueue {
+        OpQueue { engine, backlog: VecDeque::new() }
+    }
+
+    /// Whether the engine accepted every operation that was pushed.
+    pub(super) fn has_no_backlog(&self) -> bool {
+        self.backlog.is_empty()
+    }
+
+    /// Pushes an operation to the engine, or to the backlog if the engine is full.
+    pub(super) fn push(&mut self, op: Op) {
+        if !self.backlog.is_empty() {
+            return self.backlog.push_back(op);
+        }
+        if let Err(op) = self.engine.push(op) {
+            self.backlog.push_back(op);
+        }
+    }
+
+    /// Pushes operations of the backlog until the engine is full again.
+    pub(super) fn push_backlog(&mut self) {
+        while let Some(op) = self.backlog.pop_front() {
+            if let Err(op) = self.engine.push(op) {
+                self.backlog.push_front(op);
+                break;
+            }
+        }
+    }
+}

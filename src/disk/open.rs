@@ -1,0 +1,67 @@
+//! Opening a chain for serving.
+
+use std::sync::Arc;
+
+use super::file_table::FileTable;
+use super::options::DiskOptions;
+use super::shared::Disk;
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, refuse_change, refuse_if_parent, settle_parents};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image;
+use crate::storage::Env;
+
+impl Disk {
+    /// Opens a chain. A writable image that was not closed cleanly is recovered.
+    ///
+    /// # Errors
+    /// - `Busy` if another process holds a conflicting lock on a file of the chain.
+    /// - `Refused` for writing, if an unfinished merge forbids it, or if other images have this one as their parent.
+    /// - Any error of a file of the chain, with its path and offset.
+    pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
+        let how = if options.read_only { OpenMode::Read } else { OpenMode::Write };
+        // A read-only open fails if a live journal holds acknowledged writes; a writable open replays it, also for parents.
+        let runtime = options.keep.folders().to_vec();
+        let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
+        if options.discard_journal {
+            image::discard_session(&*env, &policy.runtime, &options.path)?;
+        }
+        let open = || Chain::open(&*env, &options.path, &policy, how);
+        let chain = match open() {
+            Err(e) if how == OpenMode::Write && e.kind() == ErrorKind::Refused => {
+                match settle_parents(&*env, &options.path, &policy) {
+                    Ok(settled) if settled > 0 => open()?,
+                    Err(e) if e.kind() != ErrorKind::Refused => return Err(e),
+                    _ => return Err(e),
+                }
+            }
+            opened => opened?,
+        };
+        if how == OpenMode::Write {
+            refuse_change(&*env, chain.youngest(), ImageChange::Contents, &policy.allowed, None)?;
+            if !options.allow_writable_parent {
+                refuse_if_parent(&*env, chain.youngest())?;
+            }
+        }
+        let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
+        let version = match how {
+            OpenMode::Write => chain.into_writable(&*env, &options.keep)?,
+            _ => chain.into_frozen(),
+        };
+        if let Some(top) = version.top() {
+            top.image.set_allocation(options.allocation);
+        }
+        let files = FileTable::new(&version, options.direct)?;
+        Ok(Arc::new(Disk::new(env, version, files, serial, options)))
+    }
+}
+
+/// The serial, padded with zeros.
+fn serial(given: Option<&str>, uuid: uuid::Uuid) -> Result<[u8; 20]> {
+    let text = given.map_or_else(|| uuid.simple().to_string()[..20].to_owned(), str::to_owned);
+    let mut serial = [0; 20];
+    match serial.get_mut(..text.len()) {
+        Some(room) => room.copy_from_slice(text.as_bytes()),
+        None => return Err(Error::new(ErrorKind::Unsupported, format!("serial {text:?} is longer than 20 bytes"))),
+    }
+    Ok(serial)
+}

@@ -1,0 +1,62 @@
+//! How a disk is opened.
+
+use std::path::PathBuf;
+
+use crate::image::{Allocation, Durability};
+
+/// Options of [`Disk::open`](super::Disk::open).
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// Path of the youngest image of the chain.
+    pub path: PathBuf,
+    /// Whether the disk refuses writes. No file is changed then.
+    pub read_only: bool,
+    /// Serial that the guest can read, at most 20 bytes. Without one, the first 20 digits of the image's UUID.
+    pub serial: Option<String>,
+    /// Whether to bypass the page cache (O_DIRECT) for files whose file system supports it.
+    pub direct: bool,
+    /// Folders in which parents may lie, in addition to the image's own folder.
+    pub allow_parents: Vec<PathBuf>,
+    /// Whether a write is answered only when it is durable.
+    pub write_through: bool,
+    /// How acknowledged writes survive a kill of this process.
+    pub keep: Durability,
+    /// Whether to discard acknowledged writes that exist only in the live journal of a killed daemon.
+    pub discard_journal: bool,
+    /// What happens to writes and commits for which the host has no space.
+    pub when_full: WhenFull,
+    /// How new blocks allocate space on the host.
+    pub allocation: Allocation,
+    /// Whether to open an image for writing although other images have it as their parent.
+    pub allow_writable_parent: bool,
+}
+
+impl DiskOptions {
+    /// Options for a writable disk with default settings: buffered, parents only in the image's folder, writes durable
+    /// after the next flush and not kept if the process is killed before, and writes wait while the host is full.
+    pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
+        DiskOptions {
+            path: path.into(),
+            read_only: false,
+            serial: None,
+            direct: false,
+            allow_parents: Vec::new(),
+            write_through: false,
+            keep: Durability::FlushOnly,
+            discard_journal: false,
+            when_full: WhenFull::default(),
+            allocation: Allocation::default(),
+            allow_writable_parent: false,
+        }
+    }
+}
+
+/// What happens to a write or commit for which the host has no space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum WhenFull {
+    /// It waits until there is space. Reads continue, and so do flushes for which there is space.
+    #[default]
+    Park,
+    /// It fails.
+    Fail,
+}

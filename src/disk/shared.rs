@@ -1,0 +1,238 @@
+//! The disk that all queues share.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::file_table::{FileTable, ServedFile};
+use super::group_commit::GroupCommit;
+use super::lost_names::LostNames;
+use super::mailbox::{LaneEvent, Mailbox};
+use super::options::{DiskOptions, WhenFull};
+use super::punch::PunchLock;
+use super::stalled_writes::StalledWrites;
+use crate::chain::{Top, Version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{self, Commit};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Engine, EngineKind, Env, FileSlot};
+
+/// A chain that is being served.
+pub struct Disk {
+    env: Arc<dyn Env>,
+    version: Version,
+    files: FileTable,
+    pub(super) group_commit: GroupCommit,
+    pub(super) punch_lock: PunchLock,
+    pub(super) stalled_writes: StalledWrites,
+    /// Mailboxes of the lanes that exist.
+    lanes: Mutex<Vec<Weak<Mailbox>>>,
+    write_through: AtomicBool,
+    when_full: WhenFull,
+    serial: [u8; 20],
+    counters: DiskCounters,
+    lost_names: LostNames,
+}
+
+/// Counters for statistics.
+#[derive(Debug, Default)]
+pub struct DiskCounters {
+    /// Commits that succeeded.
+    pub commits: AtomicU64,
+    /// Syncs of these commits.
+    pub syncs: AtomicU64,
+    /// Bytes that were prefetched for sequential reads.
+    pub readahead_bytes: AtomicU64,
+    /// Hints to the kernel to start writeback before a flush.
+    pub early_writebacks: AtomicU64,
+}
+
+impl Disk {
+    pub(super) fn new(
+        env: Arc<dyn Env>,
+        version: Version,
+        files: FileTable,
+        serial: [u8; 20],
+        options: &DiskOptions,
+    ) -> Disk {
+        Disk {
+            env,
+            version,
+            files,
+            group_commit: GroupCommit::default(),
+            punch_lock: PunchLock::default(),
+            stalled_writes: StalledWrites::default(),
+            lanes: Mutex::default(),
+            write_through: AtomicBool::new(options.write_through),
+            when_full: options.when_full,
+            serial,
+            counters: DiskCounters::default(),
+            lost_names: LostNames::default(),
+        }
+    }
+
+    /// The folder of the live journal; `None` if there is none.
+    pub fn journal_folder(&self) -> Option<&Path> {
+        self.version.top().and_then(|top| top.image.journal_folder())
+    }
+
+    /// Size of the disk in sectors.
+    pub fn capacity(&self) -> u64 {
+        self.version.sectors()
+    }
+
+    /// Whether the disk refuses writes.
+    pub fn is_read_only(&self) -> bool {
+        self.version.top().is_none()
+    }
+
+    /// The serial, padded with zeros.
+    pub fn serial(&self) -> &[u8; 20] {
+        &self.serial
+    }
+
+    /// The layers of the chain.
+    pub fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// Counters since the disk was opened.
+    pub fn counters(&self) -> &DiskCounters {
+        &self.counters
+    }
+
+    /// Sets whether a write is answered only when it is durable. Applies to requests that start later.
+    pub fn set_write_through(&self, on: bool) {
+        self.write_through.store(on, Ordering::SeqCst);
+    }
+
+    /// Whether a write is answered only when it is durable.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::SeqCst)
+    }
+
+    /// Whether writes wait while the host is full.
+    pub(super) fn parks_when_full(&self) -> bool {
+        self.when_full == WhenFull::Park
+    }
+
+    /// The attributes of a file.
+    #[inline]
+    pub(super) fn file(&self, slot: FileSlot) -> &ServedFile {
+        self.files.get(slot)
+    }
+
+    /// The writable layer. Only requests that write ask for it, and a read-only disk refuses them before.
+    pub(super) fn writable_top(&self) -> &Top {
+        self.version.top().expect("only a writable disk writes, commits or grows")
+    }
+
+    /// Path of the image that takes the writes.
+    pub(super) fn top_path(&self) -> &Path {
+        self.writable_top().image.path()
+    }
+
+    /// Creates an engine in which all files of the chain are registered.
+    pub(super) fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
+        let mut engine = self.env.engine(kind, depth)?;
+        for (slot, file) in self.version.files() {
+            let registered = engine.register(slot, file);
+            registered.map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
+        }
+        Ok(engine)
+    }
+
+    /// Creates the mailbox of a new lane. The mailbox receives what is broadcast from now on.
+    pub(super) fn add_mailbox(&self) -> Result<Arc<Mailbox>> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&mailbox));
+        Ok(mailbox)
+    }
+
+    /// Posts an event to all lanes.
+    pub(super) fn broadcast(&self, event: LaneEvent) {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        lanes.retain(|lane| lane.upgrade().map(|m| m.post(event)).is_some());
+    }
+
+    /// Makes all completed writes durable. Waits until they are.
+    ///
+    /// # Errors
+    /// - `Io` or `NoSpace` if the commit failed.
+    /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
+    pub fn commit(&self) -> Result<()> {
+        let Some(top) = self.version.top() else { return Ok(()) };
+        let mailbox = Arc::new(Mailbox::new()?);
+        let joined = self.group_commit.join(&mailbox);
+        if joined.lead {
+            return self.lead_commit(top);
+        }
+        let _urgent = self.group_commit.mark_urgent();
+        loop {
+            for event in mailbox.wait() {
+                match event {
+                    LaneEvent::Committed { round, ok: true } if round == joined.round => return Ok(()),
+                    LaneEvent::Committed { round, .. } if round == joined.round => {
+                        top.image.check_poison()?;
+                        return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(top.image.path()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Leads commit rounds on the calling thread until no flush waits for another. Returns the result of the first round.
+    fn lead_commit(&self, top: &Top) -> Result<()> {
+        let mut first = None;
+        loop {
+            let mut commit = Commit::new(top.image.clone(), top.slot);
+            let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| {
+                commit.next(failed, ops)
+            });
+            self.record_commit(&result, commit.barriers());
+            let over = self.group_commit.finish(result.is_ok()).is_none();
+            first.get_or_insert(result);
+            if over {
+                return first.expect("the loop led a round");
+            }
+        }
+    }
+
+    /// Counts a commit, and logs its failure.
+    pub(super) fn record_commit(&self, result: &Result<()>, syncs: u32) {
+        self.counters.syncs.fetch_add(u64::from(syncs), Ordering::Relaxed);
+        match result {
+            Ok(()) => {
+                self.counters.commits.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(e) => log::error!("a commit failed: {}", e.line()),
+        }
+    }
+
+    /// Commits and closes the image cleanly: the file then ends directly after its last block. All lanes must be dropped
+    /// before.
+    ///
+    /// # Errors
+    /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.
+    pub fn close(&self) -> Result<()> {
+        let Some(top) = self.version.top() else { return Ok(()) };
+        if mutant::enabled(Mutant::TrimFirst) {
+            top.image.trim()?;
+        }
+        self.commit()?;
+        // From here on, the space of blocks that were reserved and never written counts as free and is cut off.
+        top.image.end_session();
+        if mutant::enabled(Mutant::RemoveJournalFirst) {
+            top.image.remove_journal()?;
+        }
+        top.image.trim()?;
+        // After the stamp is cut off: an image with a stamp but no journal is refused.
+        top.image.remove_journal()
+    }
+
+    /// Checks that the name of each file of the chain still leads to it, and warns once of each that does not.
+    pub fn check_names(&self) {
+        self.lost_names.check(self.version.files());
+    }
+}

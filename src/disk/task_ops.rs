@@ -1,0 +1,179 @@
+//! The operations of a task: created from its plan, and evaluated when they complete.
+
+use std::io;
+use std::path::Path;
+
+use super::op_queue::OpQueue;
+use super::request::Work;
+use super::shared::Disk;
+use super::task::{Task, TaskStage, Token};
+use crate::chain::{Extent, Source};
+use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
+
+/// Bytes of zeros per write if a file system cannot punch.
+const ZERO_CHUNK: u64 = 1 << 20;
+
+/// What the lane has to do after an operation completed.
+pub(super) enum OpEffect {
+    /// Nothing.
+    None,
+    /// Log that a write failed because the host is full.
+    LogNoSpace,
+    /// Replace a range operation that the file system does not support, with [`TaskOps::replace_unsupported`].
+    Unsupported(Op),
+}
+
+/// Creates and evaluates the operations of tasks.
+#[derive(Default)]
+pub(super) struct TaskOps {
+    /// Iovecs of completed operations, kept for their memory. They hold no reference to guest memory.
+    iovec_pool: Vec<GuestIovecs>,
+}
+
+impl TaskOps {
+    /// Pushes the operations that move the bytes of a plan.
+    pub(super) fn push(&mut self, number: u32, task: &mut Task, extents: &[Extent], disk: &Disk, ops: &mut OpQueue) {
+        let mut at = 0;
+        for extent in extents {
+            let bytes = extent.range.bytes();
+            let len = usize::try_from(bytes).expect("a range on a disk of 2040 GiB");
+            let token = Token::Task { task: number, detail: u32::try_from(at).unwrap_or(0) }.pack();
+            let op = match (&task.work, extent.source) {
+                (Work::Read { into, .. }, Source::Zero) => {
+                    into.zero(at, len);
+                    None
+                }
+                (Work::Read { into, .. }, Source::File { slot, offset }) => {
+                    let payload = self.payload(into, at, len, disk.file(slot).memory_align, false);
+                    Some(Op::read(token, slot, offset, payload))
+                }
+                (Work::Write { from, .. }, Source::File { slot, offset }) => {
+                    let payload = self.payload(from, at, len, disk.file(slot).memory_align, true);
+                    Some(Op::write(token, slot, offset, payload))
+                }
+                (Work::WriteZeroes { ranges }, Source::File { slot, offset }) => {
+                    let action = if ranges[task.range_index].unmap { Action::Punch } else { Action::Zero };
+                    Some(Op::range(token, slot, action, offset, bytes))
+                }
+                (Work::Discard { .. }, Source::File { slot, offset }) => {
+                    Some(Op::range(token, slot, Action::Punch, offset, bytes))
+                }
+                (_, Source::Zero) | (Work::Flush | Work::Prefetch { .. }, _) => {
+                    unreachable!("only reads find zeros, a flush plans nothing, a prefetch moves nothing")
+                }
+            };
+            if let Some(op) = op {
+                task.pending_ops += 1;
+                ops.push(op);
+            }
+            at += len;
+        }
+    }
+
+    /// The part of a request's memory that an operation moves, or a bounce buffer if its alignment does not suit O_DIRECT.
+    /// With `copy`, the bounce buffer gets the part's bytes.
+    fn payload(&mut self, memory: &GuestIovecs, at: usize, len: usize, align: usize, copy: bool) -> Payload {
+        let mut iovecs = self.iovec_pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
+        memory.slice_into(at, len, &mut iovecs);
+        if align == 1 || iovecs.is_aligned(align) {
+            return Payload::Guest(iovecs);
+        }
+        let mut bounce = Buffer::zeroed(len);
+        if copy {
+            iovecs.copy_to(0, &mut bounce);
+        }
+        self.recycle(iovecs);
+        Payload::Own(bounce)
+    }
+
+    /// Pushes a read of one bitmap sector.
+    pub(super) fn push_bitmap_read(
+        &mut self,
+        number: u32,
+        task: &mut Task,
+        (piece, slot, offset): (u32, FileSlot, u64),
+        ops: &mut OpQueue,
+    ) {
+        let sector = Payload::Own(Buffer::zeroed(crate::units::SECTOR_BYTES));
+        task.pending_ops += 1;
+        ops.push(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, offset, sector));
+    }
+
+    /// Evaluates a completed operation: takes its bytes and records its failure. The caller counts the operation down.
+    pub(super) fn complete(&mut self, task: &mut Task, detail: u32, completion: Completion, disk: &Disk) -> OpEffect {
+        let Completion { op, result } = completion;
+        let path = || disk.version().file(op.slot).path();
+        match (op.payload, result) {
+            (Payload::Own(sector), Ok(())) if matches!(task.stage, TaskStage::Load | TaskStage::LoadForMark) => {
+                task.load.as_mut().expect("a task that loads").complete(detail as usize, &sector);
+            }
+            (Payload::Own(bounce), Ok(())) => {
+                if let (Work::Read { into, .. }, Action::Read) = (&task.work, op.action) {
+                    into.copy_from(detail as usize, &bounce);
+                }
+            }
+            (Payload::Guest(iovecs), Err(e)) if disk.parks_when_full() && is_full(op.action, &e) => {
+                task.no_space = true;
+                self.recycle(iovecs);
+            }
+            // Zeroing a range may allocate space, too.
+            (Payload::Own(_) | Payload::None, Err(e)) if disk.parks_when_full() && is_full(op.action, &e) => {
+                task.no_space = true;
+            }
+            (Payload::Guest(iovecs), Err(e)) if is_full(op.action, &e) => {
+                task.failed = true;
+                self.recycle(iovecs);
+                return OpEffect::LogNoSpace;
+            }
+            (Payload::Guest(iovecs), result) => {
+                task.failed |= log_if_failed(result, op.action, op.offset, path);
+                self.recycle(iovecs);
+            }
+            (Payload::None, Err(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                return OpEffect::Unsupported(Op::range(op.token, op.slot, op.action, op.offset, op.len));
+            }
+            (_, result) => task.failed |= log_if_failed(result, op.action, op.offset, path),
+        }
+        OpEffect::None
+    }
+
+    /// Replaces a range operation that the file system does not support: zeroing writes zeros, a discard does nothing.
+    pub(super) fn replace_unsupported(&mut self, task: &mut Task, op: &Op, ops: &mut OpQueue) {
+        if !matches!(task.work, Work::WriteZeroes { .. }) {
+            return;
+        }
+        let mut at = op.offset;
+        while at < op.offset + op.len {
+            let len = (op.offset + op.len - at).min(ZERO_CHUNK);
+            let zeros = Buffer::zeroed(usize::try_from(len).expect("a chunk"));
+            task.pending_ops += 1;
+            ops.push(Op::write(op.token, op.slot, at, Payload::Own(zeros)));
+            at += len;
+        }
+    }
+
+    /// Keeps the iovecs of an operation for their memory, and drops their reference to guest memory, which the front-end may
+    /// want to unmap.
+    fn recycle(&mut self, mut iovecs: GuestIovecs) {
+        iovecs.clear();
+        self.iovec_pool.push(iovecs);
+    }
+}
+
+/// Whether an operation failed because the host is full. Also writes to allocated blocks can, after a punch or on a
+/// copy-on-write file system.
+fn is_full(action: Action, e: &io::Error) -> bool {
+    action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Whether an operation failed; logs the failure. `path` is called for failures only, since its cost grows with the depth of the
+/// chain.
+fn log_if_failed<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
+    let Err(e) = result else { return false };
+    if e.raw_os_error() == Some(libc::EFAULT) {
+        // Not a failure of the file: a page of guest memory is lost, which is logged once for the disk.
+        return true;
+    }
+    log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());
+    true
+}

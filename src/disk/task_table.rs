@@ -1,0 +1,76 @@
+//! The tasks of a lane, by number.
+
+use super::request::Work;
+use super::task::Task;
+
+/// Tasks that a lane can have at once.
+pub(super) const MAX_TASKS: usize = 1024;
+
+/// The tasks of a lane. A task is boxed (it has a few hundred bytes); boxes of finished tasks are reused.
+pub(super) struct TaskTable {
+    /// Tasks that wait, by number. A task that is being advanced is not in the table.
+    tasks: Vec<Option<Box<Task>>>,
+    free_numbers: Vec<u32>,
+    #[expect(clippy::vec_box, reason = "the boxes move between `tasks` and here")]
+    pool: Vec<Box<Task>>,
+}
+
+impl TaskTable {
+    pub(super) fn new() -> TaskTable {
+        let count = u32::try_from(MAX_TASKS).expect("a small constant");
+        TaskTable {
+            tasks: std::iter::repeat_with(|| None).take(MAX_TASKS).collect(),
+            free_numbers: (0..count).rev().collect(),
+            pool: Vec::new(),
+        }
+    }
+
+    /// Number of tasks that can still be started.
+    pub(super) fn free(&self) -> usize {
+        self.free_numbers.len()
+    }
+
+    /// Whether no task is in flight.
+    pub(super) fn is_empty(&self) -> bool {
+        self.free_numbers.len() == MAX_TASKS
+    }
+
+    /// Creates a task and assigns its number. The task enters the table with [`TaskTable::put`].
+    pub(super) fn start(&mut self, tag: u64, work: Work) -> (u32, Box<Task>) {
+        let number = self.free_numbers.pop().expect("the caller checked Lane::push_capacity");
+        let task = match self.pool.pop() {
+            Some(mut task) => {
+                task.reset(tag, work);
+                task
+            }
+            None => Box::new(Task::new(tag, work)),
+        };
+        (number, task)
+    }
+
+    /// The waiting task of a number, if there is one.
+    pub(super) fn get(&self, number: u32) -> Option<&Task> {
+        self.tasks[number as usize].as_deref()
+    }
+
+    /// The waiting task of a number.
+    pub(super) fn get_mut(&mut self, number: u32) -> &mut Task {
+        self.tasks[number as usize].as_deref_mut().expect("completions and wait lists name tasks in the table")
+    }
+
+    /// Takes a waiting task out of the table to advance it.
+    pub(super) fn take(&mut self, number: u32) -> Box<Task> {
+        self.tasks[number as usize].take().expect("only a waiting task is advanced")
+    }
+
+    /// Puts a task into the table until the event for which it waits.
+    pub(super) fn put(&mut self, number: u32, task: Box<Task>) {
+        self.tasks[number as usize] = Some(task);
+    }
+
+    /// Frees the number of a finished task and keeps its box.
+    pub(super) fn finish(&mut self, number: u32, task: Box<Task>) {
+        self.free_numbers.push(number);
+        self.pool.push(task);
+    }
+}
