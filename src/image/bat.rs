@@ -3,10 +3,13 @@
 //! Look-ups take no lock. An entry goes from unused to used once and never changes again while the image is open, so a
 //! reader that sees a place (acquire) also sees the bitmap that was prepared for it before (release).
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::sparse_array::SparseArray;
 use crate::format::bat::UNUSED;
+use crate::format::layout;
+use crate::units::BlockSize;
 
 /// The table. Entries are file sectors of the blocks' bitmaps.
 #[derive(Debug)]
@@ -58,6 +61,17 @@ impl Bat {
         let (found, _) = entries.find(|(_, entry)| used(entry))?;
         Some(u32::try_from(found).expect("at most 2^32 blocks"))
     }
+}
+
+/// The places of the next blocks, in sectors from the bitmap to the end of the data, if the next goes behind sector `next`.
+pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
+    let (mut next, mut unplaced) = (next, unplaced);
+    std::iter::from_fn(move || {
+        let place = layout::next_place(next, block_size, unplaced).ok().filter(|_| unplaced > 0)?;
+        next = u64::from(place) + u64::from(block_size.stride_sectors());
+        unplaced -= 1;
+        Some(u64::from(place)..next)
+    })
 }
 
 #[cfg(test)]

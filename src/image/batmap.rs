@@ -8,7 +8,7 @@ use super::open::Image;
 use crate::error::Result;
 use crate::format::batmap::is_whole;
 use crate::format::{BatmapHeader, Defect, MetadataPart, bitmap};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::SECTOR;
 
 /// The batmap of an image.
 #[derive(Clone, Debug)]
@@ -103,51 +103,10 @@ impl Batmap {
     }
 }
 
-/// Clears the bits of blocks that have no place: they would be believed as soon as the blocks get one. For a writable
-/// open, before the first block does.
-///
-/// # Errors
-/// `Io`.
-pub(super) fn clear_stale_claims(image: &Image) -> Result<()> {
-    let Some(mut batmap) = Batmap::read(image)? else { return Ok(()) };
-    let placed = |block: u32| image.bat().is_some_and(|table| table.place(block).is_some());
-    let stale: Vec<u32> = batmap.claimed().filter(|block| !placed(*block)).collect();
-    if stale.is_empty() {
-        return Ok(());
-    }
-    log::warn!("{}: the batmap called {} absent blocks whole; mended", image.file().path().display(), stale.len());
-    // A wrong checksum stays wrong: other bits may be, too, and it keeps XenServer from believing them.
-    let sound = batmap.verify().is_ok();
-    stale.into_iter().for_each(|block| batmap.clear(block));
-    for (at, bytes) in batmap.encoded().iter().take(if sound { 2 } else { 1 }) {
-        image.file().write_at(bytes, *at)?;
-    }
-    image.file().sync()
-}
-
 /// Whether a block has a place and all its sectors that lie on the disk.
 fn is_block_whole(image: &Image, block: u32) -> Result<bool> {
     let Some(place) = image.bat().and_then(|table| table.place(block)) else { return Ok(false) };
-    let words = read_bitmap(image, place)?;
-    let sectors = sectors_on_disk(image, block);
+    let words = image.read_bitmap(place)?;
+    let sectors = image.sectors_on_disk(block);
     Ok(bitmap::run(&words, 0, sectors) == (true, sectors))
-}
-
-/// Sectors of a block that lie on the disk.
-pub(super) fn sectors_on_disk(image: &Image, block: u32) -> u32 {
-    let Some(block_size) = image.block_size() else { return 0 };
-    let left = (image.size() / SECTOR).saturating_sub(block_size.sectors_of(block).start());
-    u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
-}
-
-/// The bitmap of the block at file sector `place`. What the file does not hold of it is clear.
-pub(super) fn read_bitmap(image: &Image, place: u32) -> Result<Vec<u64>> {
-    let block_size = image.block_size().expect("it has blocks");
-    let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
-    let at = u64::from(place) * SECTOR;
-    let there = image.data_end().saturating_sub(at).min(bytes.len() as u64);
-    image.file().read_at(&mut bytes[..usize::try_from(there).expect("a bitmap")], at)?;
-    let mut words = vec![0; bitmap::words(block_size)];
-    bitmap::decode(&bytes, &mut words);
-    Ok(words)
 }

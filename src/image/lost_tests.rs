@@ -1,6 +1,6 @@
 //! Tests of `lost_memory.rs` on the simulated host.
 
-use super::super::check::check;
+use super::super::check;
 use super::super::testing::{child, file, kinds, poke, written};
 use super::*;
 use crate::error::ErrorKind;

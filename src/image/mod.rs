@@ -1,6 +1,6 @@
 //! Floor 1: one VHD file.
 //!
-//! Owns: opening with every rule held ([`open`]), creating, giving room to new blocks ([`growth`]), and the order in which
+//! Owns: opening with every rule held ([`open`]), creating, giving room to new blocks ([`write::growth`]), and the order in which
 //! a write becomes durable ([`commit`]). Leaves to others: what a clear bit means (`chain`), who asks (`disk`).
 //!
 //! ```text
@@ -21,83 +21,59 @@
 //!           Offline            nobody else has it open: another size, fewer blocks, blocks elsewhere
 //! ```
 
-mod allocation;
-mod apply_undo;
 mod atomic_file;
 pub mod bat;
 mod batmap;
-mod bitmap_frame;
-pub mod bitmaps;
+mod callbacks;
 pub mod check;
-mod check_blocks;
-mod clock;
-#[cfg(all(test, feature = "sim"))]
-mod clock_tests;
-pub mod commit;
-pub mod compact;
 pub mod create;
-mod durability;
-mod free_tail;
-pub mod growth;
-mod holes;
 mod identity;
-pub mod journal;
 mod journal_id;
-mod journal_replay;
 mod lost;
 mod mtime;
-#[cfg(feature = "mutants")]
-mod mutants;
 pub mod offline;
-mod offline_bat;
 pub mod open;
-mod pins;
+mod parent_record;
 mod preallocate;
-mod recover;
-mod repair;
-pub mod reparent;
-pub mod resize;
-mod run_to_completion;
-mod session;
 pub mod session_state;
-mod settle;
 mod sparse_array;
-mod stale_journals;
 mod structures;
 #[cfg(all(test, feature = "sim"))]
 mod testing;
-mod trim;
-mod undo_file;
 mod unrecognized;
-pub mod writable;
-mod writable_session;
+pub mod write;
 
-pub use allocation::Allocation;
-pub use apply_undo::undo_repair;
 pub use atomic_file::{AtomicFile, is_temporary_name};
 pub use bat::Bat;
 pub use batmap::Batmap;
-pub use check::{Report, check, check_with_progress};
-pub use check_blocks::Suspects;
-pub use commit::{Commit, JobStep};
-pub use compact::{OnProgress, punch_unwritten};
+pub use callbacks::OnProgress;
+pub use check::apply_undo::undo_repair;
+pub use check::check_image::{check, check_with_progress};
+pub use check::repair::{FooterChoice, repair};
+pub use check::report::{Report, Suspects};
 pub use create::{ImageKind, ImageSpec, ParentLink, create, create_preallocated, file_name, folder_of, write_new};
-pub use durability::Durability;
-pub use growth::Growth;
-pub use holes::{is_zero, next_data};
 pub use identity::ImageIdentity;
-pub use journal::BYTES as JOURNAL_BYTES;
 pub use lost::merge_ranges;
 pub use mtime::SavedMtime;
-pub use offline::Offline;
+pub use offline::compact::punch_unwritten;
+pub use offline::offline_image::Offline;
+pub use offline::reparent::{self, check_reparent, is_reparent_finished, open_reconciled, reparent};
+pub use offline::resize::ExposedSectors;
 pub use open::Image;
-pub use pins::Pins;
-pub use repair::{FooterChoice, repair};
-pub use reparent::{check_reparent, is_reparent_finished, open_reconciled, reparent};
-pub use resize::ExposedSectors;
-pub use run_to_completion::run_to_completion;
-pub use session_state::{SessionState, discard_session, refuse_if_file_is_live, refuse_if_live};
-pub use settle::settle;
+pub use session_state::{SessionState, refuse_if_file_is_live, refuse_if_live};
 pub use sparse_array::SparseArray;
-pub use stale_journals::remove_stale_journals;
-pub use writable::{NeedsGrowth, Writable};
+pub use write::allocation::Allocation;
+pub use write::commit::Commit;
+pub use write::discard_session::discard_session;
+pub use write::durability::Durability;
+pub use write::growth::Growth;
+pub use write::job_step::JobStep;
+pub use write::journal::BYTES as JOURNAL_BYTES;
+pub use write::pins::Pins;
+pub use write::run_to_completion::run_to_completion;
+pub use write::settle::settle;
+pub use write::stale_journals::remove_stale_journals;
+pub use write::writable::{NeedsGrowth, Writable};
+pub use write::{commit, journal};
+
+pub use crate::storage::{is_zero, next_data};

@@ -12,9 +12,6 @@
 //! false alarm, never a missed one. A power cut may bring back the time of the last sync of the whole file, which
 //! every clean close does.
 
-use std::sync::atomic::Ordering;
-
-use super::writable::Writable;
 use crate::error::Result;
 use crate::storage::{File, ModifiedTime};
 
@@ -38,7 +35,7 @@ impl SavedMtime {
     ///
     /// # Errors
     /// `Io`.
-    fn restore_and_sync(&self) -> Result<()> {
+    pub(super) fn restore_and_sync(&self) -> Result<()> {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
@@ -87,33 +84,6 @@ impl SavedMtime {
         let is_later = self.file.stat()?.modified > self.before.seconds;
         let later = ModifiedTime { seconds: self.before.seconds.saturating_add(1), nanos: 0 };
         if is_later || self.set(later)? { self.file.sync_all() } else { Ok(()) }
-    }
-}
-
-impl Writable {
-    /// Notes that the disk's contents are going to change.
-    #[inline]
-    pub fn note_content_change(&self) {
-        // Mostly set already: a look is cheaper than a store to a line that all queues share.
-        if !self.content_changed.load(Ordering::Relaxed) {
-            self.content_changed.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Puts the time of the file back after its structure changed, if the disk's contents did not. Nobody may be writing.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn restore_mtime(&self) -> Result<()> {
-        if self.content_changed.load(Ordering::SeqCst) { Ok(()) } else { self.mtime_at_open.restore_and_sync() }
-    }
-
-    /// Gives the file the time that goes with what was done to it; the last act before it is closed.
-    pub(super) fn finish_mtime(&self) -> Result<()> {
-        match self.content_changed.load(Ordering::SeqCst) {
-            true => self.mtime_at_open.advance(),
-            false => self.mtime_at_open.restore_and_sync(),
-        }
     }
 }
 

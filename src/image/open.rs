@@ -9,19 +9,17 @@ use std::ops::ControlFlow;
 use uuid::Uuid;
 
 use super::bat::Bat;
-use super::batmap::read_bitmap;
+use super::callbacks::{OnDefect, report_defect};
 use super::lost::TruncatedBlocks;
-use super::session_state::stamp_offset;
 use super::structures::{read_footers, read_sector_after_table, read_table};
 use super::unrecognized;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
 use crate::format::entries::{EntryRules, PlacedBlocks, check_entries};
-use crate::format::locator::RecordedParent;
 use crate::format::metadata::{check_header_place, check_table};
 use crate::format::{
-    ChosenFooter, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, MetadataMap, Platform,
-    SessionStamp, bat,
+    ChosenFooter, Consequence, Defect, DiskType, DynamicHeader, Footer, FooterSource, MetadataMap, SessionStamp, bat,
+    bitmap,
 };
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -54,9 +52,6 @@ pub(super) struct SparseImage {
     /// The ranges of the disk that are lost; none of an image that is read or written.
     lost: Vec<SectorRange>,
 }
-
-/// Takes each defect, and ends the examination with an error or lets it continue.
-pub(super) type OnDefect<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
 
 impl Image {
     /// Opens the image in a file.
@@ -247,7 +242,26 @@ impl Image {
     /// `Io`.
     pub fn block_bitmap(&self, block: u32) -> Result<Option<Vec<u64>>> {
         let place = self.bat().and_then(|table| table.place(block));
-        place.map(|place| read_bitmap(self, place)).transpose()
+        place.map(|place| self.read_bitmap(place)).transpose()
+    }
+
+    /// Sectors of a block that lie on the disk.
+    pub(super) fn sectors_on_disk(&self, block: u32) -> u32 {
+        let Some(block_size) = self.block_size() else { return 0 };
+        let left = (self.size() / SECTOR).saturating_sub(block_size.sectors_of(block).start());
+        u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
+    }
+
+    /// The bitmap of the block at file sector `place`. What the file does not hold of it is clear.
+    pub(super) fn read_bitmap(&self, place: u32) -> Result<Vec<u64>> {
+        let block_size = self.block_size().expect("it has blocks");
+        let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
+        let at = u64::from(place) * SECTOR;
+        let there = self.data_end().saturating_sub(at).min(bytes.len() as u64);
+        self.file().read_at(&mut bytes[..usize::try_from(there).expect("a bitmap")], at)?;
+        let mut words = vec![0; bitmap::words(block_size)];
+        bitmap::decode(&bytes, &mut words);
+        Ok(words)
     }
 
     /// Says that the bitmaps of the blocks that have a place and lie in a range are going to be read.
@@ -276,54 +290,21 @@ impl Image {
     /// # Errors
     /// `Io`.
     pub fn stamp(&self) -> Result<Option<(SessionStamp, u64)>> {
-        let Some(at) = stamp_offset(self) else { return Ok(None) };
+        let Some(at) = self.stamp_offset() else { return Ok(None) };
         let mut bytes = [0; SECTOR_BYTES];
         self.file.read_at(&mut bytes, at)?;
         Ok(SessionStamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
     }
 
+    /// The byte behind which nothing of an image but its stamp and footer lies, if it has a stamp there.
+    fn stamp_offset(&self) -> Option<u64> {
+        let at = self.data_end().checked_sub(SECTOR)?;
+        let used = self.used_end().max(self.metadata_end()).next_multiple_of(SECTOR);
+        (self.block_size().is_some() && self.has_whole_tail_footer() && at >= used).then_some(at)
+    }
+
     pub(super) fn sparse(&self) -> Option<&SparseImage> {
         self.sparse.as_ref()
-    }
-
-    /// What it records of where its parent is; empty for a root.
-    ///
-    /// # Errors
-    /// `Io`; texts that no path comes out of are skipped.
-    pub fn recorded_parent(&self) -> Result<RecordedParent> {
-        let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
-            return Ok(RecordedParent::default());
-        };
-        let texts = self.parent_locators()?;
-        let texts = texts.iter().map(|(slot, platform, text)| (*slot, *platform, text.as_slice()));
-        let recorded = RecordedParent::read(texts, &sparse.header.parent_name);
-        for note in &recorded.notes {
-            log::debug!("{}: {note}", self.file.path().display());
-        }
-        Ok(recorded)
-    }
-
-    /// The bytes of each parent locator that passes the rules, with its number and platform; none for a root.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn parent_locators(&self) -> Result<Vec<(usize, Platform, Vec<u8>)>> {
-        let mut texts = Vec::new();
-        let Some(sparse) = self.sparse.as_ref().filter(|_| self.kind() == DiskType::Differencing) else {
-            return Ok(texts);
-        };
-        for (slot, locator) in sparse.header.locators.iter().enumerate() {
-            if !sparse.metadata.has_locator(slot) {
-                continue;
-            }
-            if let Ok(Some(range)) = locator.text_range(slot, self.data_end().max(SECTOR)) {
-                let len = usize::try_from(range.end - range.start).expect("at most 4096 by the rules");
-                let mut text = vec![0; len];
-                self.file.read_at(&mut text, range.start)?;
-                texts.push((slot, locator.platform(), text));
-            }
-        }
-        Ok(texts)
     }
 
     /// Whether it may be written to.
@@ -346,13 +327,6 @@ fn write_blockers(chosen: &ChosenFooter) -> impl Iterator<Item = Defect> {
     let at = chosen.data_end;
     let saved = (chosen.footer.saved_state != 0).then_some(Defect::SavedState { at });
     saved.into_iter().chain(chosen.footer.is_hidden().then_some(Defect::Hidden { at }))
-}
-
-pub(super) fn report_defect(found: &mut OnDefect<'_>, defect: Defect) -> Result<()> {
-    match found(defect) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(error) => Err(error),
-    }
 }
 
 /// The error of a defect that ends an examination.

@@ -1,6 +1,6 @@
 //! Gives every block of a new image its place and its room on the host.
 
-use super::allocation::next_places;
+use super::bat::next_places;
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, bat};

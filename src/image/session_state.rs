@@ -9,14 +9,14 @@
 
 use std::path::Path;
 
-use super::journal::Journal;
+use uuid::Uuid;
+
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SessionStamp;
 use crate::format::session_stamp::escape_for_display;
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, File, Lock, Origin, RuntimeFolder};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::storage::{Env, File, Origin, RuntimeFolder};
 
 /// Whether a stamp counts.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,37 +72,14 @@ pub fn refuse_if_file_is_live(env: &dyn Env, folders: &[RuntimeFolder], file: &F
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
-/// Gives up what the session of the image at `path` acknowledged and did not write: cuts the stamp, and removes the journal if
-/// it lies in one of `folders`, no process has it open, and it was last held for this very file. An image without a stamp stays as
-/// it is.
-///
-/// # Errors
-/// `Busy` if a process has the image open; whatever makes it impossible to open it; `Io`.
-pub fn discard_session(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
-    // A look first: an image that is in order may be one that this user can only read.
-    if Image::open(env.open(path, Access::Read)?)?.stamp()?.is_none() {
-        return Ok(());
-    }
-    let file = env.open(path, Access::Write)?;
-    file.lock(Lock::Exclusive)?;
-    let Some((stamp, at)) = Image::open(file.clone())?.stamp()? else { return Ok(()) };
-    file.write_at(&[0; SECTOR_BYTES], at)?;
-    file.sync()?;
-    log::warn!("{}: its live journal is discarded, with what was acknowledged since the last flush", path.display());
-    for folder in folders {
-        match Journal::open(folder, &Journal::name_of(stamp.session)) {
-            Ok(journal) if journal.recorded_file().0 == file.stat()?.id => journal.remove()?,
-            Ok(journal) => log::warn!("{} stays: it was last held for another file", journal.path().display()),
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) => log::warn!("the journal stays: {}", e.line()),
-        }
-    }
-    Ok(())
+/// The name of the journal of a session.
+pub(super) fn journal_name(session: Uuid) -> String {
+    format!("{}.live", session.simple())
 }
 
 /// Why an image whose daemon was killed is refused.
 pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
-    let name = Journal::name_of(stamp.session);
+    let name = journal_name(stamp.session);
     let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
     let settle = format!("diffdisk settle {}", shell_quoted(&path.display().to_string()));
     let what = if let Some(ours) = ours {
@@ -153,13 +130,6 @@ fn shell_quoted(text: &str) -> String {
     let text = escape_for_display(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@".contains(c);
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
-}
-
-/// The byte behind which nothing of an image but its stamp and footer lies, if it has a stamp there.
-pub(super) fn stamp_offset(image: &Image) -> Option<u64> {
-    let at = image.data_end().checked_sub(SECTOR)?;
-    let used = image.used_end().max(image.metadata_end()).next_multiple_of(SECTOR);
-    (image.block_size().is_some() && image.has_whole_tail_footer() && at >= used).then_some(at)
 }
 
 #[cfg(test)]

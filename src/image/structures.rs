@@ -1,7 +1,7 @@
 //! Reads the structures of a file, as their bytes are; `open.rs` holds them against the rules.
 
 use super::bat::Bat;
-use super::open::{OnDefect, report_defect};
+use super::callbacks::{OnDefect, report_defect};
 use crate::error::Result;
 use crate::format::batmap::{self, BatmapPresence};
 use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};

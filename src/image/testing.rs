@@ -68,7 +68,7 @@ pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> S
 
 /// What a check finds, by its words.
 pub(super) fn kinds(host: &SimHost) -> Vec<&'static str> {
-    check::check(file(host)).unwrap().0.defects.iter().map(Defect::kind).collect()
+    check(file(host)).unwrap().0.defects.iter().map(Defect::kind).collect()
 }
 
 pub(super) fn poke(host: &SimHost, at: u64, bytes: &[u8]) {

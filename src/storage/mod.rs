@@ -24,6 +24,7 @@ pub mod engine;
 mod engine_tests;
 pub mod env;
 pub mod folder;
+mod holes;
 pub mod host;
 mod map_cache;
 pub mod notifier;
@@ -48,6 +49,7 @@ pub use env::{
     Origin, Stat,
 };
 pub use folder::Folder;
+pub use holes::{is_seek_unsupported, is_zero, next_data};
 pub use notifier::Notifier;
 pub use op::{Action, Completion, FileSlot, Op};
 pub use payload::{Buffer, GuestIovecs, Payload};

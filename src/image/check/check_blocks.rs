@@ -1,0 +1,184 @@
+//! The part of a check that looks into blocks: bitmaps beside the batmap, the end of the disk and the data they speak of.
+//!
+//! Bitmaps are read only where they can break a rule: of a child's blocks most may say what they like. Data is looked at
+//! only under clear bits of a root, where the file has no hole, and only so much of it.
+
+use super::report::{Report, Suspects};
+use crate::error::Result;
+use crate::format::layout::PAGE;
+use crate::format::{Defect, DiskType, bitmap};
+use crate::image::batmap::Batmap;
+use crate::image::open::Image;
+use crate::storage::{is_seek_unsupported, is_zero};
+use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
+
+/// Bytes of data that are looked at in one image.
+const MAX_DATA_BYTES: u64 = 64 << 20;
+/// Sectors of data that are read at once.
+const CHUNK_SECTORS: u32 = 128;
+/// Bitmaps that the host is asked for at once.
+const PREFETCHED_BITMAPS: usize = 256;
+/// Suspects that are kept.
+const MAX_SUSPECTS: usize = 4096;
+/// The file sector from which on every writer packs blocks, as there is no room for gaps (crash-safety 3.4).
+const PACKED_FROM: u32 = 0xE000_0000;
+
+/// Is told how far, in bytes of the file, a walk has come, and ends it where it fails.
+pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
+/// Who placed the blocks of an image, as far as its metadata tells.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum PlacementWriter {
+    /// We: data at pages, always; mostly at more.
+    Diffdisk,
+    /// XenServer: the same. But others put blocks into images that say so.
+    XenServer,
+    /// Somebody, anywhere.
+    Unknown,
+}
+
+fn writer_of(image: &Image) -> PlacementWriter {
+    let footer = image.footer();
+    let ours = footer.creator == *b"win " && footer.creator_version == 0x000A_0000 && footer.creator_host == *b"Wi2k";
+    match image.table_offset() {
+        // Windows puts the table right behind the header.
+        Some(table) if ours && table.is_multiple_of(PAGE) => PlacementWriter::Diffdisk,
+        Some(_) if footer.creator_is_tap() => PlacementWriter::XenServer,
+        _ => PlacementWriter::Unknown,
+    }
+}
+
+/// Looks at the batmap and at every block that can break a rule. `come_to` is told the byte of the file before which all
+/// was looked at.
+///
+/// # Errors
+/// `Io`; what `come_to` fails with.
+pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
+    let Some(sparse) = image.sparse() else { return Ok(()) };
+    image.file().advise_random_reads();
+    check_batmap(image, report)?;
+    let (child, writer) = (image.kind() == DiskType::Differencing, writer_of(image));
+    let block_size = sparse.header.block_size;
+    let bitmap_sectors = block_size.bitmap_sectors();
+    let page = u32::try_from(PAGE / SECTOR).expect("eight");
+    let aligned = |place: u32| (place % page + bitmap_sectors % page).is_multiple_of(page);
+    let odd = |place: u32| child && place < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place));
+    let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
+    let entries = &sparse.placed.entries;
+    // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
+    let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
+    // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
+    let wanted =
+        |&&(place, block): &&(u32, u32)| !child || image.sectors_on_disk(block) < block_size.sectors() || odd(place);
+    let wanted = entries.iter().filter(wanted);
+    let mut ahead = wanted.clone();
+    for (number, &(place, block)) in wanted.enumerate() {
+        if number % PREFETCHED_BITMAPS == 0 {
+            come_to(u64::from(place) * SECTOR)?;
+            let bytes = u64::from(bitmap_sectors) * SECTOR;
+            ahead
+                .by_ref()
+                .take(PREFETCHED_BITMAPS)
+                .for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
+        }
+        let sectors = image.sectors_on_disk(block);
+        let odd = odd(place);
+        let words = image.read_bitmap(place)?;
+        let whole = bitmap::run(&words, 0, sectors) == (true, sectors);
+        let at = u64::from(place) * SECTOR;
+        let bits =
+            bits_beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
+        let bits = bits.sum();
+        if bits > 0 {
+            report.add(Defect::BitsBeyondDisk { block, bits, at });
+        }
+        if odd && whole && suspects.len() < MAX_SUSPECTS {
+            suspects.push((block, place));
+        }
+        if !child && !whole && budget > 0 {
+            let found = data_under_clear_bits(image, block, place, &words, sectors, &mut budget)?;
+            found.into_iter().for_each(|defect| report.add(defect));
+        }
+    }
+    if let Some(&(block, place)) = suspects.first() {
+        let placed_by_another = writer == PlacementWriter::Diffdisk || (writer == PlacementWriter::XenServer && aligns);
+        if placed_by_another {
+            let at = u64::from(place) * SECTOR;
+            report.add(Defect::PlacedByAnother { block, blocks: suspects.len() as u64, at });
+        }
+        report.suspects = Some(Suspects { placed_by_another, blocks: suspects });
+    }
+    Ok(())
+}
+
+/// The runs of bits behind the end of the disk, at `sectors` in a block of `all`, some of which are set and should not be.
+///
+/// Who marks all that a block or a sector of its bitmap speaks for (QEMU, Xen Orchestra, we in a root), marks these, too.
+pub(in crate::image) fn bits_beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
+    let first = sectors / SECTOR_BITS * SECTOR_BITS;
+    let parts = (first..all).step_by(SECTOR_BITS as usize).map(move |from| (from, all.min(from + SECTOR_BITS)));
+    let partial = parts.filter(|(from, end)| bitmap::run(words, *from, *end) != (true, end - from));
+    let beyond = partial.map(move |(from, end)| (from.max(sectors), end));
+    beyond.filter(|(from, end)| bitmap::count(words, *from, *end) > 0)
+}
+
+/// The batmap: its checksum, which tapdisk insists on, and each block that it calls whole.
+fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
+    let Some(batmap) = Batmap::read(image)? else { return Ok(()) };
+    if let Err(defect) = batmap.verify() {
+        report.add(defect);
+    }
+    for block in batmap.wrong_claims(image)? {
+        report.add(Defect::BatmapWrong { at: batmap.offset(block), block });
+    }
+    Ok(())
+}
+
+/// The first sector of a block that its bitmap calls absent and that holds data.
+fn data_under_clear_bits(
+    image: &Image,
+    block: u32,
+    place: u32,
+    words: &[u64],
+    sectors: u32,
+    budget: &mut u64,
+) -> Result<Option<Defect>> {
+    let bitmap_sectors = image.block_size().expect("it has blocks").bitmap_sectors();
+    let data = (u64::from(place) + u64::from(bitmap_sectors)) * SECTOR;
+    let end = (data + u64::from(sectors) * SECTOR).min(image.data_end());
+    let (mut at, mut bytes) = (data, [0; CHUNK_SECTORS as usize * SECTOR_BYTES]);
+    let number = |offset: u64| u32::try_from(offset / SECTOR).expect("inside a block");
+    while at < end {
+        let (start, stop) = match image.file().next_data(at) {
+            Ok(Some((start, len))) if start < end => (start, (start + len).min(end)),
+            Ok(_) => return Ok(None),
+            Err(e) if is_seek_unsupported(&e) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let (mut sector, last) = (number(start - data), number((stop - data).next_multiple_of(SECTOR)));
+        while sector < last {
+            let (set, run) = bitmap::run(words, sector, last);
+            if set {
+                sector += run;
+                continue;
+            }
+            let count = run.min(CHUNK_SECTORS);
+            let offset = data + u64::from(sector) * SECTOR;
+            let len = (u64::from(count) * SECTOR).min(image.data_end() - offset);
+            if len > *budget {
+                *budget = 0;
+                return Ok(None);
+            }
+            *budget -= len;
+            let bytes = &mut bytes[..usize::try_from(len).expect("a chunk")];
+            image.file().read_at(bytes, offset)?;
+            if let Some(found) = (0u32..).zip(bytes.chunks(SECTOR_BYTES)).find(|(_, s)| !is_zero(s)) {
+                let sector = u64::from(sector + found.0);
+                return Ok(Some(Defect::DataUnderClearBit { block, sector, at: data + sector * SECTOR }));
+            }
+            sector += count;
+        }
+        at = stop;
+    }
+    Ok(None)
+}

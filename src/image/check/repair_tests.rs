@@ -1,0 +1,224 @@
+//! Tests of `repair.rs` and `undo_file.rs` on the simulated host; kills and power cuts are in `tests/verbs`.
+
+use std::path::Path;
+
+use super::super::apply_undo::undo_repair;
+use super::super::check_image::{check, tests::with_batmap};
+use super::*;
+use crate::error::ErrorKind;
+use crate::format::DiskType;
+use crate::format::Severity;
+use crate::image::testing::{PATH, child, file, host_with, kinds, poke, written};
+use crate::storage::Access;
+use crate::storage::sim::{FaultPlan, SimHost};
+
+/// An image of 1000 sectors in blocks of 64 KiB: block 0 whole, one sector of block 2, three of the last block.
+fn image() -> SimHost {
+    written(child(), 1000, &[(0, 128), (256, 257), (900, 903)])
+}
+
+/// The image as it was before a repair.
+fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
+    let (mut image, undo) = (host.bytes(Path::new(PATH)).unwrap(), host.bytes(kept).unwrap());
+    let number = |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().unwrap())).unwrap();
+    assert_eq!((&undo[..16], number(48), number(72)), (&b"diffdisk undo 2\n"[..], 1, undo.len()));
+    image.resize(number(16), 0);
+    let (mut pieces, mut at) = (Vec::new(), 512);
+    while at < number(24) {
+        pieces.push((number(at), &undo[at + 16..at + 16 + number(at + 8)]));
+        at += 16 + number(at + 8);
+    }
+    for (offset, bytes) in pieces.into_iter().rev() {
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    image
+}
+
+/// Breaks an image, repairs it, holds it against what it was, and takes the repair back.
+fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
+    let host = image();
+    assert_eq!(kinds(&host), [""; 0]);
+    break_it(&host);
+    let broken = host.bytes(Path::new(PATH)).unwrap();
+    let found = kinds(&host);
+    assert!(expected.iter().all(|kind| found.contains(kind)), "{found:?}, not {expected:?}");
+    let bits = |host: &SimHost| {
+        let image = Image::open(file(host)).unwrap();
+        let of = |block: u32| {
+            let count = |words: Vec<u64>| bitmap::count(&words, 0, image.sectors_on_disk(block));
+            (image.bat().unwrap().place(block), image.block_bitmap(block).unwrap().map(count))
+        };
+        (0..8).map(of).collect::<Vec<_>>()
+    };
+    let before = bits(&host);
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
+    assert_eq!(kinds(&host), [""; 0], "{expected:?}");
+    assert!(bits(&host) == before, "{expected:?}");
+    assert!(repair(&host, &file(&host), None).unwrap().is_none(), "nothing is left to do");
+    assert!(undone(&host, &kept) == broken, "{expected:?}: an undone repair leaves other bytes");
+    let undo_file = host.open(&kept, Access::Write).unwrap();
+    let undo = || undo_repair(&file(&host), &undo_file).map_err(|e| e.kind());
+    // Changed since, even in bytes without consequence, it is not undone.
+    let tail = end(&host);
+    let mut footer = [0; SECTOR_BYTES];
+    file(&host).read_at(&mut footer, tail).unwrap();
+    file(&host).set_len(tail + SECTOR + 1).unwrap();
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}");
+    file(&host).set_len(tail + SECTOR).unwrap();
+    assert_eq!(undo(), Ok(()), "{expected:?}");
+    assert!(host.bytes(Path::new(PATH)).unwrap() == broken, "{expected:?}: an undo leaves other bytes");
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}: once only");
+}
+
+fn end(host: &SimHost) -> u64 {
+    Image::open(file(host)).unwrap().data_end()
+}
+
+#[test]
+fn every_repairable_defect_is_mended_and_can_be_had_back() {
+    mends(|host| poke(host, 0, &[1; 512]), &["front-footer-invalid"]);
+    mends(|host| poke(host, 24, &[1; 2]), &["front-footer-invalid"]);
+    mends(|host| poke(host, end(host), &[0xC7; 512]), &["trailing-footer-missing"]);
+    mends(|host| poke(host, end(host) + 100, &[1; 3]), &["trailing-footer-invalid"]);
+    mends(|host| file(host).set_len(end(host)).unwrap(), &["trailing-footer-missing"]);
+    mends(|host| file(host).set_len(end(host) - 1000).unwrap(), &["trailing-footer-missing"]);
+    mends(|host| file(host).set_len(end(host) + 511).unwrap(), &["short-footer"]);
+    let footer = |host: &SimHost| Image::open(file(host)).unwrap().footer().clone();
+    mends(|host| poke(host, 0, &footer(host).with_size(500_224).encode()), &["footers-differ"]);
+    mends(
+        |host| poke(host, 0, &crate::format::Footer { timestamp: 1, ..footer(host) }.encode()),
+        &["footer-copy-stale"],
+    );
+    let last = |host: &SimHost| u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(7).unwrap()) * SECTOR;
+    mends(|host| poke(host, last(host) + 14, &[0x11]), &["bits-beyond-disk"]);
+    let table = |host: &SimHost| Image::open(file(host)).unwrap().table_offset().unwrap();
+    mends(|host| with_batmap(host, &[0, 1, 2]), &["batmap-wrong"]);
+    mends(
+        |host| {
+            with_batmap(host, &[0]);
+            poke(host, table(host) + 512 + 24, &[1; 4]);
+        },
+        &["batmap-checksum"],
+    );
+    mends(
+        |host| {
+            let (at, footer) = (end(host), footer(host).encode());
+            poke(host, at, &[3; 20_000]);
+            poke(host, at + 20_480, &footer);
+        },
+        &["space-unreferenced"],
+    );
+}
+
+#[test]
+fn space_between_blocks_becomes_holes() {
+    let host = image();
+    let image = Image::open(file(&host)).unwrap();
+    poke(&host, image.table_offset().unwrap() + 8, &[0xFF; 4]);
+    let (broken, room) = (host.bytes(Path::new(PATH)).unwrap(), file(&host).stat().unwrap());
+    assert_eq!(kinds(&host), ["space-unreferenced"]);
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
+    let now = file(&host).stat().unwrap();
+    assert!(kinds(&host).is_empty() && now.allocated < room.allocated && now.len == room.len);
+    assert!(undone(&host, &kept) == broken);
+}
+
+#[test]
+fn entries_behind_the_end_of_the_disk_go_with_their_room() {
+    let host = image();
+    let image = Image::open(file(&host)).unwrap();
+    // Cut to 7 blocks, as a fast resize does: the last block is behind the end.
+    let footer = image.footer().with_size(896 * SECTOR).encode();
+    poke(&host, 0, &footer);
+    poke(&host, image.data_end(), &footer);
+    let broken = host.bytes(Path::new(PATH)).unwrap();
+    assert_eq!(kinds(&host), ["block-beyond-disk"]);
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
+    assert_eq!(kinds(&host), [""; 0], "the entry goes, then its room");
+    assert!(file(&host).stat().unwrap().len < broken.len() as u64);
+    assert!(undone(&host, &kept) == broken);
+}
+
+#[test]
+fn entries_of_zero_become_unused() {
+    mends(
+        |host| {
+            let table = Image::open(file(host)).unwrap().table_offset().unwrap();
+            poke(host, table + 4, &[0; 4]);
+            poke(host, table + 12, &[0; 8]);
+        },
+        &["entry-zero"],
+    );
+}
+
+#[test]
+fn footers_of_two_kinds_are_mended_by_choice_alone() {
+    for (take, kind) in [(FooterChoice::Front, DiskType::Differencing), (FooterChoice::End, DiskType::Dynamic)] {
+        let host = image();
+        let tail = end(&host);
+        let footer = Image::open(file(&host)).unwrap().footer().clone();
+        poke(&host, tail, &Footer { disk_type: DiskType::Dynamic, ..footer }.encode());
+        let broken = host.bytes(Path::new(PATH)).unwrap();
+        assert_eq!(kinds(&host), ["footer-kinds-differ"]);
+        assert!(repair(&host, &file(&host), None).unwrap().is_none());
+        let refused = Image::open(file(&host)).unwrap().check_writable().unwrap_err();
+        assert!(refused.line().contains("--take"), "{}", refused.line());
+        assert!(crate::image::open_reconciled(&file(&host)).is_ok() && host.bytes(Path::new(PATH)).unwrap() == broken);
+        let kept = repair(&host, &file(&host), Some(take)).unwrap().unwrap();
+        assert_eq!((kinds(&host), Image::open(file(&host)).unwrap().kind()), (vec![], kind));
+        undo_repair(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+        assert!(host.bytes(Path::new(PATH)).unwrap() == broken);
+    }
+}
+
+#[test]
+fn padding_after_a_fixed_disk_is_cut_off() {
+    let host = host_with(crate::image::ImageKind::Fixed, 100);
+    poke(&host, 0, &[7; 1536]);
+    let whole = host.bytes(Path::new(PATH)).unwrap();
+    file(&host).set_len(whole.len() as u64 + 3584).unwrap();
+    let padded = host.bytes(Path::new(PATH)).unwrap();
+    assert!(kinds(&host) == ["fixed-padded"] && Image::open(file(&host)).is_err());
+    let kept = repair(&host, &file(&host), None).unwrap().unwrap();
+    assert!(kinds(&host).is_empty() && host.bytes(Path::new(PATH)).unwrap() == whole);
+    undo_repair(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
+    assert!(host.bytes(Path::new(PATH)).unwrap() == padded);
+    // A byte in the padding, or a footer of another size there: no padding.
+    poke(&host, padded.len() as u64 - 1, &[1]);
+    assert_eq!(kinds(&host), ["footer-missing"]);
+    poke(&host, padded.len() as u64 - 1, &[0]);
+    let at = whole.len() as u64 - SECTOR;
+    let footer = Footer::decode(whole.last_chunk().unwrap()).unwrap();
+    poke(&host, at, &footer.with_size(at - SECTOR).encode());
+    assert_eq!(kinds(&host), ["footer-missing"]);
+}
+
+#[test]
+fn what_takes_a_guess_stays() {
+    let host = image();
+    let image = Image::open(file(&host)).unwrap();
+    let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(0).unwrap());
+    poke(&host, table + 4, &place.to_be_bytes());
+    assert!(repair(&host, &file(&host), None).unwrap().is_none());
+    poke(&host, 0, &[0; 512]);
+    assert!(repair(&host, &file(&host), None).unwrap().is_some(), "a footer is mended whatever the blocks are");
+    assert_eq!(kinds(&host), ["block-duplicate"]);
+    poke(&host, 512, &[0; 512]);
+    let e = repair(&host, &file(&host), None).unwrap_err();
+    assert!(e.line().contains("no dynamic header"), "{}", e.line());
+}
+
+#[test]
+fn a_full_host_changes_nothing() {
+    let host = image();
+    poke(&host, 0, &[1; 512]);
+    let before = host.digest(Path::new(PATH));
+    host.set_faults(FaultPlan { capacity: Some(0), ..FaultPlan::default() });
+    let e = repair(&host, &file(&host), None).unwrap_err();
+    assert_eq!((e.kind(), host.digest(Path::new(PATH))), (crate::error::ErrorKind::NoSpace, before));
+    assert_eq!(host.names().len(), 1, "{:?}", host.names());
+    host.set_faults(FaultPlan::default());
+    assert!(repair(&host, &file(&host), None).unwrap().is_some());
+    let report = check(file(&host)).unwrap().0;
+    assert_eq!(report.count(Severity::Corruption), 0);
+}

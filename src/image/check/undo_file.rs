@@ -1,0 +1,237 @@
+//! What a repair replaces, kept beside the image, so that nothing is lost by it.
+//!
+//! The file is called `IMAGE.repair-UUID.undo`. What is going to be replaced is durable in it before it is replaced. All
+//! numbers are big-endian, 64 bits, in bytes:
+//!
+//! ```text
+//!   0   "diffdisk undo 2\n"                          512   pieces of before:
+//!  16   length of the image before                           offset in the image   16 bytes
+//!  24   where the pieces of before end in this file          length                of head
+//!  32   the image's UUID, 16 bytes                           the bytes that were there
+//!  48   state                                              the next piece ...
+//!  56   length of the image after                          pieces of after:
+//!  64   sum over the block table after                       what the same ranges hold after
+//!  72   where the pieces of after end                        the repair, without zeros
+//!  80   zeros to 512
+//! ```
+//!
+//! The first 512 bytes are written after a sync of the pieces that they count in. Where they are zeros, the repair ended
+//! before it changed anything. States: 0, the repair was not finished; 1, it was; 2, an undo was begun; 3, the repair is
+//! undone. To undo a repair: give the image the length that it had, then write the pieces of before back, the last one
+//! first. What was cut off and is in no piece was zero. `apply_undo.rs` does that.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use crate::error::Result;
+use crate::image::atomic_file::AtomicFile;
+use crate::image::journal_id::table_sum;
+use crate::image::open::Image;
+use crate::storage::{Env, File};
+use crate::storage::{is_zero, next_data};
+use crate::units::{SECTOR, SECTOR_BYTES};
+
+pub(super) const MAGIC: [u8; 16] = *b"diffdisk undo 2\n";
+/// Bytes of the image that are looked at, and kept, together.
+const CHUNK: usize = 64 << 10;
+
+/// The first 512 bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct UndoHeader {
+    /// Length of the image before the repair.
+    pub(super) len: u64,
+    /// Where the pieces of before end in the undo file.
+    pub(super) before: u64,
+    pub(super) uuid: uuid::Uuid,
+    pub(super) state: UndoState,
+    /// Length of the image after the repair.
+    pub(super) len_after: u64,
+    /// Sum over the block table after the repair.
+    pub(super) table_sum: u64,
+    /// Where the pieces of after end in the undo file.
+    pub(super) after: u64,
+}
+
+/// How far repair and undo have come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum UndoState {
+    Repairing,
+    Repaired,
+    Undoing,
+    Undone,
+}
+
+impl UndoHeader {
+    /// The head in the bytes of a file; `None` for other bytes.
+    pub(super) fn decode(bytes: &[u8; SECTOR_BYTES]) -> Option<UndoHeader> {
+        let number = |at: usize| u64::from_be_bytes(*bytes[at..].first_chunk().expect("inside the sector"));
+        let state = match number(48) {
+            0 => UndoState::Repairing,
+            1 => UndoState::Repaired,
+            2 => UndoState::Undoing,
+            3 => UndoState::Undone,
+            _ => return None,
+        };
+        let uuid = uuid::Uuid::from_bytes(*bytes[32..].first_chunk().expect("inside the sector"));
+        let (len, before, after) = (number(16), number(24), number(72));
+        let head = UndoHeader { len, before, uuid, state, len_after: number(56), table_sum: number(64), after };
+        bytes.starts_with(&MAGIC).then_some(head)
+    }
+
+    /// The 512 bytes.
+    pub(super) fn encode(&self) -> [u8; SECTOR_BYTES] {
+        let mut bytes = [0; SECTOR_BYTES];
+        bytes[..16].copy_from_slice(&MAGIC);
+        bytes[32..48].copy_from_slice(self.uuid.as_bytes());
+        let state: u64 = match self.state {
+            UndoState::Repairing => 0,
+            UndoState::Repaired => 1,
+            UndoState::Undoing => 2,
+            UndoState::Undone => 3,
+        };
+        let numbers = [
+            (16, self.len),
+            (24, self.before),
+            (48, state),
+            (56, self.len_after),
+            (64, self.table_sum),
+            (72, self.after),
+        ];
+        for (at, number) in numbers {
+            bytes[at..at + 8].copy_from_slice(&number.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// Writes it over the head of an undo file, durably.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn write(&self, undo: &File) -> Result<()> {
+        undo.write_at(&self.encode(), 0)?;
+        undo.sync()
+    }
+}
+
+/// The file that keeps. Dropped before the first [`UndoFile::seal`] it vanishes.
+pub(super) struct UndoFile {
+    image: File,
+    uuid: uuid::Uuid,
+    /// Length of the image before the repair.
+    len: u64,
+    draft: AtomicFile,
+    end: u64,
+    sealed: bool,
+    /// The ranges of the image that the pieces of before have.
+    saved: Vec<Range<u64>>,
+}
+
+impl UndoFile {
+    /// Begins the file for a repair of an image.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn begin(env: &dyn Env, image: &File, uuid: uuid::Uuid) -> Result<UndoFile> {
+        let (image, len) = (image.clone(), image.stat()?.len);
+        let mut name = image.name().to_os_string();
+        name.push(format!(".repair-{}.undo", env.uuid().simple()));
+        let folder = image.folder();
+        let draft = AtomicFile::begin(env, &folder.path_to(&name), folder.clone(), &name)?;
+        Ok(UndoFile { image, uuid, len, draft, end: SECTOR, sealed: false, saved: Vec::new() })
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> PathBuf {
+        self.draft.path()
+    }
+
+    /// Keeps a range of the image that is going to be replaced; all of it.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn save(&mut self, range: Range<u64>) -> Result<()> {
+        let end = range.end.min(self.image.stat()?.len);
+        let mut at = range.start;
+        while at < end {
+            let len = usize::try_from((end - at).min(CHUNK as u64)).expect("a chunk");
+            let mut bytes = vec![0; len];
+            self.image.read_at(&mut bytes, at)?;
+            self.append(at, &bytes)?;
+            self.saved.push(at..at + len as u64);
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Keeps a range of the image that is going to be zeros, or cut off: of it all that is not zero.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn save_nonzero(&mut self, range: Range<u64>) -> Result<()> {
+        let mut rest = range.start..range.end.min(self.image.stat()?.len);
+        let mut bytes = vec![0; CHUNK];
+        while let Some(found) = next_data(&self.image, rest.clone())? {
+            let len = usize::try_from((found.end - found.start).min(CHUNK as u64)).expect("a chunk");
+            let bytes = &mut bytes[..len];
+            self.image.read_at(bytes, found.start)?;
+            for (number, piece) in (0u64..).zip(bytes.chunks(4096)).filter(|(_, piece)| !is_zero(piece)) {
+                let at = found.start + number * 4096;
+                self.append(at, piece)?;
+                self.saved.push(at..at + piece.len() as u64);
+            }
+            rest.start = found.start + len as u64;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let len = bytes.len() as u64;
+        let record = [&offset.to_be_bytes(), &len.to_be_bytes()[..], bytes].concat();
+        self.draft.file().write_at(&record, self.end).map_err(|e| self.draft.with_requested_path(e))?;
+        self.end += record.len() as u64;
+        Ok(())
+    }
+
+    /// Makes durable what it keeps, and its name: now that may be replaced.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub(super) fn seal(&mut self) -> Result<()> {
+        self.draft.file().sync()?;
+        let (len, before, uuid) = (self.len, self.end, self.uuid);
+        let head =
+            UndoHeader { len, before, uuid, state: UndoState::Repairing, len_after: 0, table_sum: 0, after: before };
+        head.write(self.draft.file())?;
+        if !self.sealed {
+            self.draft.publish()?;
+        }
+        self.sealed = true;
+        Ok(())
+    }
+
+    /// Records how the repair left the image, so that an undo can tell whether it was changed since.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`: the repair is done, and its undo file will be refused.
+    pub(super) fn finish(mut self) -> Result<PathBuf> {
+        let (before, len_after) = (self.end, self.image.stat()?.len);
+        for range in std::mem::take(&mut self.saved) {
+            let there = range.end.min(len_after).saturating_sub(range.start);
+            if there == 0 {
+                continue;
+            }
+            let mut bytes = vec![0; usize::try_from(there).expect("a chunk")];
+            self.image.read_at(&mut bytes, range.start)?;
+            if !is_zero(&bytes) {
+                self.append(range.start, &bytes)?;
+            }
+        }
+        self.draft.file().sync()?;
+        let image = Image::inspect(self.image.clone())?;
+        let (uuid, table, after) = (image.uuid(), table_sum(&image), self.end);
+        let head =
+            UndoHeader { len: self.len, before, uuid, state: UndoState::Repaired, len_after, table_sum: table, after };
+        head.write(self.draft.file())?;
+        Ok(self.path())
+    }
+}

@@ -1,0 +1,271 @@
+//! Room that a file has too much: gaps between the blocks are closed from its end, and what is left of them becomes
+//! holes.
+//!
+//! A block moves by a copy into a gap, a sync, its entry in the table, a sync: the disk is the same at every moment, and
+//! what a killed move has left lies where nothing refers to it. Many move together between two syncs; room that became
+//! free is not used before its entry is durable.
+
+use std::ops::Range;
+
+use super::offline_image::Offline;
+use crate::error::Result;
+use crate::failpoint;
+use crate::format::{bat, layout};
+use crate::image::callbacks::OnProgress;
+use crate::storage::{Buffer, File};
+use crate::storage::{is_seek_unsupported, next_data};
+use crate::units::{BlockSize, SECTOR};
+
+/// Bytes of blocks that move between two syncs, about.
+const BATCH: u64 = 64 << 20;
+/// Bytes copied at once.
+const CHUNK: usize = 1 << 20;
+/// Of so many blocks that a gap has room for at pages, one may be left out so that the others are aligned.
+const MISALIGNED_SHARE: u64 = 32;
+
+/// A block on its way down.
+struct BlockMove {
+    block: u32,
+    from: u64,
+    to: u32,
+}
+
+impl Offline {
+    /// Gives up the places of blocks that hold nothing the disk would miss, and what other programs left behind its end.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`: the disk shows the same.
+    pub fn free_blocks(&mut self, blocks: &[u32]) -> Result<()> {
+        let mut blocks = blocks.to_vec();
+        blocks.extend(self.blocks_beyond_disk());
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        // A place that is given later would be called whole.
+        if self.batmap_has_claims()? {
+            let entries = self.sparse().header.entries;
+            let at = self.used_end().next_multiple_of(layout::PAGE);
+            self.write_table(at, entries)?;
+            failpoint::reached("compact.empty-batmap-written");
+            self.use_table(at, entries)?;
+            failpoint::reached("compact.batmap-emptied");
+        }
+        self.drop_blocks(&blocks)?;
+        failpoint::reached("compact.entries-dropped");
+        // At once: moving takes room before it gives any.
+        self.punch_unused(0..self.footer_offset())?;
+        failpoint::reached("compact.gaps-punched");
+        Ok(())
+    }
+
+    /// Moves blocks, and the table, from the end of the file into gaps.
+    ///
+    /// # Errors
+    /// As [`Offline::free_blocks`]; what `watch` fails with.
+    pub fn close_gaps(&mut self, watch: &mut OnProgress<'_>) -> Result<()> {
+        loop {
+            let moved = self.move_blocks(watch)?;
+            let lowered = self.move_table_down()?;
+            watch(0)?;
+            if !moved && !lowered {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Makes the file end behind its last block, and gives back room that was reserved in it and not written.
+    ///
+    /// # Errors
+    /// As [`Offline::free_blocks`].
+    pub fn finish_compact(&mut self) -> Result<()> {
+        self.punch_unused(0..self.footer_offset())?;
+        self.truncate_unused()?;
+        failpoint::reached("compact.file-cut");
+        punch_unwritten(self.file(), 0)?;
+        self.sync()
+    }
+
+    fn move_blocks(&mut self, watch: &mut OnProgress<'_>) -> Result<bool> {
+        let block_size = self.sparse().header.block_size;
+        let stride = u64::from(block_size.stride_sectors());
+        let mut sources: Vec<(u32, u32)> = self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
+        sources.sort_unstable();
+        // No block moves to be aligned. Blocks at pages stay at pages; where another writer packed them, they may lie
+        // anywhere.
+        let data = u64::from(block_size.bitmap_sectors());
+        let packed = sources.iter().any(|(place, _)| !(u64::from(*place) + data).is_multiple_of(layout::PAGE / SECTOR));
+        let (mut batch, mut any) = (Vec::new(), false);
+        'gaps: for gap in self.gaps(self.used_end()) {
+            let mut free = gap.start / SECTOR..gap.end / SECTOR;
+            let above = sources.len() - sources.partition_point(|(place, _)| u64::from(*place) < free.start);
+            let mut coming = gap_capacity(&free, block_size).min(above as u64);
+            while let Some(to) = place_in(&free, block_size, coming, packed) {
+                match sources.pop_if(|(from, _)| *from > to) {
+                    None => break 'gaps,
+                    Some((from, block)) => batch.push(BlockMove { block, from: u64::from(from), to }),
+                }
+                free.start = u64::from(to) + stride;
+                coming = coming.saturating_sub(1);
+                any = true;
+                if batch.len() as u64 * stride * SECTOR >= BATCH {
+                    self.move_batch(&mut batch, watch)?;
+                }
+            }
+        }
+        self.move_batch(&mut batch, watch)?;
+        Ok(any)
+    }
+
+    /// Copies, makes the copies durable, then the entries, then gives the old places back.
+    fn move_batch(&mut self, batch: &mut Vec<BlockMove>, watch: &mut OnProgress<'_>) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let len = u64::from(self.sparse().header.block_size.stride_sectors()) * SECTOR;
+        let mut buffer = Buffer::zeroed(CHUNK);
+        for moving in &*batch {
+            copy(self.file(), moving.from * SECTOR, u64::from(moving.to) * SECTOR, len, &mut buffer)?;
+            watch(len)?;
+        }
+        self.sync()?;
+        failpoint::reached("compact.blocks-copied");
+        for moving in &*batch {
+            self.sparse_mut().places.insert(moving.block, moving.to);
+        }
+        self.write_entries(batch.iter().map(|moving| moving.block))?;
+        self.sync()?;
+        failpoint::reached("compact.blocks-moved");
+        for moving in batch.drain(..) {
+            self.file().punch_hole(moving.from * SECTOR, len)?;
+        }
+        watch(0)
+    }
+
+    /// Moves the table into the first gap before it that is large enough.
+    fn move_table_down(&mut self) -> Result<bool> {
+        let (at, entries) = (self.sparse().header.table_offset, self.sparse().header.entries);
+        let room = self.table_space(entries);
+        let fits = |gap: Range<u64>| {
+            let start = gap.start.next_multiple_of(layout::PAGE);
+            (start + room <= gap.end && start < at).then_some(start)
+        };
+        let Some(to) = self.gaps(self.used_end()).into_iter().find_map(fits) else { return Ok(false) };
+        self.write_table(to, entries)?;
+        failpoint::reached("compact.table-copied");
+        self.use_table(to, entries)?;
+        failpoint::reached("compact.table-moved");
+        Ok(true)
+    }
+}
+
+/// How many blocks a gap, in sectors, is to take: all that fit at pages where those are few; of many some less, so that
+/// a large gap is filled with aligned blocks.
+fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
+    let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
+    let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
+    let most = (gap.end + paged - stride).saturating_sub(first) / paged;
+    most - most / MISALIGNED_SHARE
+}
+
+/// Where in a gap, in sectors, the first of the blocks that are coming may go: aligned, where that keeps room for the
+/// others, or at a page; or (`packed`) anywhere where that is too much.
+fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) -> Option<u32> {
+    let last = gap.end.checked_sub(block_size.stride_sectors().into())?.min(bat::MAX_ENTRY.into());
+    let place = layout::best_place(gap.start, block_size, coming, last);
+    let place = place.or_else(|| layout::best_place(gap.start, block_size, 1, last));
+    let place = place.or_else(|| (packed && gap.start <= last).then_some(gap.start))?;
+    u32::try_from(place).ok()
+}
+
+/// Copies `len` bytes; holes stay holes. The two ranges do not overlap.
+fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Result<()> {
+    file.punch_hole(to, len)?;
+    let (mut at, end) = (from, from + len);
+    while let Some(found) = next_data(file, at..end)? {
+        at = found.start;
+        while at < found.end {
+            let piece = usize::try_from((found.end - at).min(CHUNK as u64)).expect("a chunk");
+            file.read_at(&mut buffer[..piece], at)?;
+            file.write_at(&buffer[..piece], to + (at - from))?;
+            at += piece as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Gives back the room that was reserved in a file from byte `from` on and not written: all of it reads as zeros, and
+/// holes stay holes. What is durable does not change, so nothing waits for it.
+///
+/// # Errors
+/// `Io`.
+pub fn punch_unwritten(file: &File, from: u64) -> Result<()> {
+    let (mut at, len) = (from, file.stat()?.len);
+    while at < len {
+        let (start, count) = match file.next_data(at) {
+            // It reserved nothing that could be told apart.
+            Err(e) if is_seek_unsupported(&e) => return Ok(()),
+            found => found?.unwrap_or((len, 0)),
+        };
+        if start > at {
+            file.punch_hole(at, start - at)?;
+        }
+        at = start + count.max(1);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_go_to_pages_or_where_they_fit() {
+        let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
+        let place = |gap: Range<u64>, packed| place_in(&gap, block, 1, packed);
+        assert_eq!(place(16..100, true), Some(23), "its data at a page");
+        assert_eq!(place(23..32, true), Some(23));
+        assert_eq!(place(16..31, true), Some(16), "packed where that is too much");
+        assert_eq!(place(16..31, false), None, "never where blocks lie at pages");
+        assert_eq!((place(16..25, true), place(16..24, true)), (Some(16), None));
+        assert_eq!(place(u64::from(u32::MAX)..u64::MAX / 2, true), None, "no entry names that");
+        let place = |gap: Range<u64>, coming| place_in(&gap, BlockSize::DEFAULT, coming, false);
+        assert_eq!(place(16..4224, 1), Some(127), "aligned");
+        assert_eq!((place(16..4223, 1), place(16..4120, 1), place(16..4119, 1)), (Some(23), Some(23), None));
+        assert_eq!((place(16..8328, 2), place(16..8327, 2)), (Some(127), Some(23)), "with room for another at a page");
+        assert_eq!(place(16..4224, 9), Some(127), "they do not all fit anyway");
+    }
+
+    /// The blocks that a gap takes, and of those the ones that are aligned.
+    fn filled(mut gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
+        let (mut coming, mut blocks, mut aligned) = (gap_capacity(&gap, block).min(above), 0, 0);
+        while let Some(place) = place_in(&gap, block, coming, false).filter(|_| blocks < above) {
+            let data = (u64::from(place) + u64::from(block.bitmap_sectors())) * SECTOR;
+            assert!(u64::from(place) >= gap.start && data.is_multiple_of(layout::PAGE));
+            gap.start = u64::from(place) + u64::from(block.stride_sectors());
+            assert!(gap.start <= gap.end);
+            coming = coming.saturating_sub(1);
+            (blocks, aligned) = (blocks + 1, aligned + u64::from(data.is_multiple_of(layout::alignment(block))));
+        }
+        (blocks, aligned)
+    }
+
+    #[test]
+    fn gaps_of_whole_blocks_are_filled() {
+        for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 256 << 20] {
+            let block = BlockSize::from_bytes(bytes).unwrap();
+            let stride = u64::from(block.stride_sectors());
+            let first = |unit| layout::place_from(1 << 20, block, unit).unwrap();
+            let (page, unit) = (first(layout::PAGE), first(layout::alignment(block)));
+            for n in 1..300 {
+                // Between blocks of which the next stands where it would if the gap were full.
+                let gap = page - layout::page_stride(block) + stride..page + n * layout::page_stride(block);
+                let (blocks, aligned) = filled(gap.clone(), block, u64::MAX);
+                assert!(blocks <= n && blocks >= n - n / 32, "{blocks} of {n} at pages, of {bytes}");
+                assert!(blocks == n || 2 * aligned > blocks, "left out for few aligned ones: {n} of {bytes}");
+                assert_eq!(filled(gap, block, n / 2).0, n / 2, "{n} of {bytes}");
+                let gap = unit - layout::aligned_stride(block) + stride..unit + n * layout::aligned_stride(block);
+                assert_eq!(filled(gap, block, u64::MAX), (n, n), "{bytes}");
+            }
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Changes the structure of an image that no other process has open: its size, its parent, the places of its blocks.
+//!
+//! ```text
+//!   resize, compact ──> bat ──> offline_image     steps from one valid image to another
+//!   reparent                                      another parent, or none
+//! ```
+
+mod bat;
+pub mod compact;
+pub mod offline_image;
+pub mod reparent;
+pub mod resize;

@@ -1,0 +1,341 @@
+//! An image that nobody else has open, to change its structure: its size, its block table, the places of its blocks.
+//!
+//! Every method is a step from one valid image to another; what must be durable before what is said there. Steps put
+//! together, with the points at which tests kill them, are the verbs' own: `resize.rs` and `compact.rs`.
+//!
+//! What is not there yet or not any more lies where nothing refers to it: behind the blocks, or in a gap between them.
+//! So no step overwrites anything that counts, but for these, each one sector: a footer, the header's first sector
+//! (which holds all that is changed here), a sector of the block table, where any mixture of old and new entries shows
+//! the same disk.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, MetadataMap, bitmap};
+use crate::image::open::Image;
+use crate::image::write::recover::recover;
+use crate::storage::File;
+use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
+
+/// An image locked for us alone, recovered as for writing.
+pub struct Offline {
+    file: File,
+    footer: Footer,
+    /// Byte offset of the trailing footer.
+    footer_offset: u64,
+    sparse: Option<OfflineSparse>,
+}
+
+/// What images with a block table have besides.
+pub(super) struct OfflineSparse {
+    pub(super) header: DynamicHeader,
+    pub(super) metadata: MetadataMap,
+    pub(super) batmap: Option<BatmapHeader>,
+    /// What fills the table's last sector behind the last entry.
+    pub(super) padding: u32,
+    /// The file sectors at which the blocks begin, also those of blocks behind the end of the disk.
+    pub(super) places: BTreeMap<u32, u32>,
+}
+
+impl Offline {
+    /// Takes an opened image that is locked exclusively. What an unclean end left behind is recovered.
+    ///
+    /// # Errors
+    /// As `Writable::new`.
+    pub fn new(image: &Image) -> Result<Offline> {
+        image.check_writable()?;
+        let (file, footer) = (image.file().clone(), image.footer().clone());
+        let Some(sparse) = image.sparse() else {
+            return Ok(Offline { file, footer, footer_offset: image.data_end(), sparse: None });
+        };
+        let room = recover(image, sparse.header.block_size, &[], false)?.free_tail.into_inner();
+        let tail = room.unwrap_or_else(PoisonError::into_inner).footer * SECTOR;
+        let shape = OfflineSparse {
+            header: sparse.header.clone(),
+            metadata: sparse.metadata.clone(),
+            batmap: sparse.batmap.clone(),
+            padding: image.table_padding(),
+            places: sparse.table.used().collect(),
+        };
+        Ok(Offline { file, footer, footer_offset: tail, sparse: Some(shape) })
+    }
+
+    /// The same image, opened and recovered again.
+    ///
+    /// # Errors
+    /// As [`Offline::new`].
+    pub(super) fn reopened(&self) -> Result<Offline> {
+        Offline::new(&Image::open(self.file.clone())?)
+    }
+
+    /// Its file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Fixed, dynamic or differencing.
+    pub fn kind(&self) -> DiskType {
+        self.footer.disk_type
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.footer.current_size
+    }
+
+    /// Size of a block; `None` for a fixed image.
+    pub fn block_size(&self) -> Option<BlockSize> {
+        self.sparse.as_ref().map(|s| s.header.block_size)
+    }
+
+    /// The blocks of the disk that have a place, ascending.
+    pub fn blocks(&self) -> impl Iterator<Item = u32> {
+        let end = self.blocks_of_disk();
+        self.sparse.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| u64::from(*block) < end)
+    }
+
+    /// Byte offsets of a block's bitmap and of its data; `None` where it has no place.
+    pub fn block(&self, block: u32) -> Option<(u64, u64)> {
+        let shape = self.sparse.as_ref()?;
+        let place = u64::from(*shape.places.get(&block)?);
+        Some((place * SECTOR, (place + u64::from(shape.header.block_size.bitmap_sectors())) * SECTOR))
+    }
+
+    /// The bitmap of a block that has a place, a bit per sector.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn bitmap(&self, block: u32) -> Result<Vec<u64>> {
+        let (at, data) = self.block(block).expect("only blocks with a place are asked for");
+        let mut bytes = vec![0; usize::try_from(data - at).expect("a bitmap")];
+        self.file.read_at(&mut bytes, at)?;
+        let mut words = vec![0; bitmap::words(self.sparse().header.block_size)];
+        bitmap::decode(&bytes, &mut words);
+        Ok(words)
+    }
+
+    pub(super) fn sparse(&self) -> &OfflineSparse {
+        self.sparse.as_ref().expect("it has a block table")
+    }
+
+    pub(super) fn sparse_mut(&mut self) -> &mut OfflineSparse {
+        self.sparse.as_mut().expect("it has a block table")
+    }
+
+    pub(super) fn footer(&self) -> &Footer {
+        &self.footer
+    }
+
+    /// Byte offset of the trailing footer.
+    pub(super) fn footer_offset(&self) -> u64 {
+        self.footer_offset
+    }
+
+    /// Blocks of the disk, with a place or without.
+    pub(super) fn blocks_of_disk(&self) -> u64 {
+        self.block_size().map_or(0, |size| size.blocks_for(self.footer.sectors()))
+    }
+
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync()
+    }
+
+    /// The first byte behind all blocks and metadata, whole sectors.
+    pub(super) fn used_end(&self) -> u64 {
+        let shape = self.sparse();
+        let stride = u64::from(shape.header.block_size.stride_sectors());
+        // An entry behind the end of the disk may failpoint anywhere: what lies outside the file is no block (O12).
+        let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
+        let blocks = ends.filter(|end| *end <= self.footer_offset).max().unwrap_or(0);
+        shape.metadata.end().next_multiple_of(SECTOR).max(blocks)
+    }
+
+    /// The bytes between metadata and blocks before `end` that nothing refers to, ascending.
+    pub(super) fn gaps(&self, end: u64) -> Vec<Range<u64>> {
+        let shape = self.sparse();
+        let stride = u64::from(shape.header.block_size.stride_sectors());
+        let blocks = shape.places.values().map(|&p| u64::from(p) * SECTOR..(u64::from(p) + stride) * SECTOR);
+        let mut taken: Vec<_> = shape.metadata.extents().iter().map(|e| e.range.clone()).chain(blocks).collect();
+        taken.sort_unstable_by_key(|range| range.start);
+        let (mut gaps, mut at) = (Vec::new(), 0);
+        for range in taken.into_iter().chain(std::iter::once(end..end)) {
+            let gap = at..range.start.min(end) / SECTOR * SECTOR;
+            if gap.start < gap.end {
+                gaps.push(gap);
+            }
+            at = at.max(range.end.next_multiple_of(SECTOR));
+        }
+        gaps
+    }
+
+    // The file's end.
+
+    /// Makes the file longer where `end` lies behind the trailing footer, so that there is zero room before `end`.
+    ///
+    /// The new footer is durable before the old one is wiped: one of them is whole at every moment.
+    ///
+    /// # Errors
+    /// `NoSpace`: the file is as it was; `Io`.
+    pub(super) fn extend(&mut self, end: u64) -> Result<()> {
+        if end <= self.footer_offset {
+            return Ok(());
+        }
+        let (old, end) = (self.footer_offset, end.max(self.footer_offset + SECTOR));
+        lengthen(&self.file, old + SECTOR, end, &self.footer.encode())?;
+        self.file.write_at(&[0; SECTOR_BYTES], old)?;
+        self.sync()?;
+        self.footer_offset = end;
+        Ok(())
+    }
+
+    /// Writes the footer at byte `at`, too, where nothing that counts is. Durable when it returns. Where that is behind
+    /// the file's end, it is the trailing one from then on.
+    ///
+    /// # Errors
+    /// `NoSpace`: the file is as it was; `Io`.
+    pub(super) fn write_second_footer(&mut self, at: u64) -> Result<()> {
+        if at == self.footer_offset {
+            return Ok(());
+        }
+        let len = self.file.stat()?.len;
+        self.file.write_at(&self.footer.encode(), at).inspect_err(|_| drop(self.file.set_len(len)))?;
+        self.sync()?;
+        self.footer_offset = self.footer_offset.max(at);
+        Ok(())
+    }
+
+    /// Cuts the file behind a footer written before.
+    pub(super) fn truncate_to_footer(&mut self, at: u64) -> Result<()> {
+        if at < self.footer_offset {
+            self.file.set_len(at + SECTOR)?;
+            self.sync()?;
+            self.footer_offset = at;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the trailing footer is one sector: in a file of an odd length it is not, and could be torn.
+    pub(super) fn align_footer(&mut self) -> Result<()> {
+        match self.footer_offset % SECTOR {
+            0 => Ok(()),
+            _ => self.write_second_footer(self.footer_offset.next_multiple_of(SECTOR) + SECTOR),
+        }
+    }
+
+    /// Makes the file end right behind what is in use. The new footer is durable before the file is cut.
+    pub(super) fn truncate_unused(&mut self) -> Result<()> {
+        let end = if self.sparse.is_some() { self.used_end() } else { self.size() };
+        if self.footer_offset == end {
+            return Ok(());
+        }
+        self.file.write_at(&self.footer.encode(), end)?;
+        self.sync()?;
+        self.file.set_len(end + SECTOR)?;
+        self.sync()?;
+        self.footer_offset = end;
+        Ok(())
+    }
+
+    /// Replaces the footers: the one at the end, which counts, and the copy at the start; one sector each. Durable when it
+    /// returns.
+    pub(super) fn write_footers(&mut self, footer: Footer) -> Result<()> {
+        self.file.write_at(&footer.encode(), self.footer_offset)?;
+        if self.sparse.is_some() {
+            self.file.write_at(&footer.encode(), 0)?;
+        }
+        self.sync()?;
+        self.footer = footer;
+        Ok(())
+    }
+
+    /// # Errors
+    /// `NoSpace` with the reason.
+    pub(super) fn no_space(&self, why: &str) -> Error {
+        Error::new(ErrorKind::NoSpace, why).at_path(self.file.path())
+    }
+}
+
+/// Makes a file of `len` bytes longer, durably: room from there on, and a footer at byte `footer_at` as its end. As it was
+/// where that fails.
+pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+    let longer = match file.allocate(len, footer_at + SECTOR - len) {
+        Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),
+        _ => file.write_at(footer, footer_at),
+    };
+    // ext4 keeps what a failed fallocate got; cutting to the length of before gives it back.
+    longer.inspect_err(|_| drop(file.set_len(len)))?;
+    file.sync()
+}
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use super::*;
+    use crate::image::ImageKind;
+    use crate::image::testing::{child, file, host_with};
+    use crate::storage::sim::{FaultPlan, SimHost};
+
+    fn offline(host: &SimHost) -> Offline {
+        Offline::new(&Image::open(file(host)).unwrap()).unwrap()
+    }
+
+    fn len(host: &SimHost) -> u64 {
+        file(host).stat().unwrap().len
+    }
+
+    #[test]
+    fn the_end_moves_out_and_back() {
+        let host = host_with(child(), 1000);
+        let mut image = offline(&host);
+        let (before, end) = (len(&host), image.footer_offset());
+        image.extend(end + 100 * SECTOR).unwrap();
+        assert_eq!((image.footer_offset(), len(&host)), (end + 100 * SECTOR, before + 100 * SECTOR));
+        let mut room = [1; 8 * SECTOR_BYTES];
+        image.file().read_at(&mut room, end).unwrap();
+        assert_eq!(room, [0; 8 * SECTOR_BYTES], "where the footer was");
+        image.truncate_unused().unwrap();
+        assert_eq!((len(&host), image.footer_offset()), (image.used_end() + SECTOR, image.used_end()));
+        let stat = file(&host).stat().unwrap();
+        host.set_faults(FaultPlan { capacity: Some(stat.allocated + 8192), ..FaultPlan::default() });
+        assert_eq!(image.extend(stat.len + (1 << 20)).unwrap_err().kind(), ErrorKind::NoSpace);
+        let after = file(&host).stat().unwrap();
+        assert_eq!((after.len, after.allocated), (stat.len, stat.allocated), "as it was");
+    }
+
+    #[test]
+    fn a_footer_across_two_sectors_is_made_one() {
+        for kind in [ImageKind::Fixed, ImageKind::Dynamic] {
+            let host = host_with(kind, 1000);
+            let (f, mut footer) = (file(&host), [0; SECTOR_BYTES]);
+            let end = len(&host);
+            f.read_at(&mut footer, end - SECTOR).unwrap();
+            f.write_at(&[0; SECTOR_BYTES], end - SECTOR).unwrap();
+            f.write_at(&footer, end + 100).unwrap();
+            let mut image = offline(&host);
+            image.align_footer().unwrap();
+            assert!(image.footer_offset().is_multiple_of(SECTOR) && len(&host) == image.footer_offset() + SECTOR);
+            image.truncate_unused().unwrap();
+            let footer_now = Image::open(file(&host)).unwrap().footer().encode();
+            assert_eq!(footer_now, footer);
+        }
+    }
+
+    #[test]
+    fn gaps_are_what_nothing_takes() {
+        let host = host_with(child(), 128 * 4);
+        let mut image = offline(&host);
+        let first = image.used_end() / SECTOR;
+        let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
+        let places = places.map(|(block, place)| (block, u32::try_from(place).unwrap()));
+        image.sparse_mut().places.extend(places);
+        image.footer_offset = (first + 529) * SECTOR;
+        let gaps = image.gaps(image.used_end());
+        let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
+        assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
+        assert_eq!(image.used_end(), (first + 529) * SECTOR);
+        image.sparse_mut().places.insert(9, u32::MAX - 1);
+        assert_eq!(image.used_end(), (first + 529) * SECTOR, "what lies outside the file is no block");
+        assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
+    }
+}

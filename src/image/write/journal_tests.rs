@@ -1,0 +1,167 @@
+//! Tests of `journal.rs`: images whose process is killed, which is one that forgets everything and cleans nothing up.
+
+use std::sync::Arc;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::image::{
+    Commit, Durability, Growth, ImageKind, ImageSpec, JobStep, ParentLink, Writable, create, run_to_completion,
+};
+use crate::storage::host::Host;
+use crate::storage::{Access, Env, FileSlot, Op, Payload};
+use crate::units::{BlockSize, SectorRange};
+
+const SLOT_OF_FILE: FileSlot = FileSlot(3);
+const BLOCK: u64 = 4096;
+
+struct KilledImage {
+    folder: TempDir,
+    runtime: TempDir,
+}
+
+impl KilledImage {
+    fn new(kind: ImageKind) -> KilledImage {
+        let rig =
+            KilledImage { folder: tempfile::tempdir().unwrap(), runtime: tempfile::tempdir_in("/dev/shm").unwrap() };
+        create(&Host, &rig.path(), &ImageSpec { kind, size: 64 << 20, block_size: BlockSize::DEFAULT, reserve: 0 })
+            .unwrap();
+        rig
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("a.vhd")
+    }
+
+    /// Puts copies in the place of the journals: who was killed in a test still holds the old ones, and their locks.
+    fn unlock(&self) {
+        for entry in self.runtime.path().read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        }
+    }
+
+    /// Opens the image as the next process does.
+    fn open(&self) -> Arc<Writable> {
+        self.unlock();
+        let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
+        let keep =
+            Durability::Journal { folders: vec![Host.runtime_folder(self.runtime.path()).unwrap()], required: true };
+        let image = Arc::new(Writable::new(&Host, image, &keep).unwrap());
+        while let Some(mut growth) = Growth::begin(&image, SLOT_OF_FILE) {
+            run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
+        }
+        image
+    }
+}
+
+fn write(image: &Writable, block: u32, sector: u64) {
+    image.reserve(block).unwrap();
+    let at = u64::from(block) * BLOCK + sector;
+    assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has room");
+}
+
+/// Which of the first eight blocks have the sectors of `write(block, sector)`, in memory or, where nothing of them is
+/// there, in the file.
+fn marked(image: &Writable, sector: u32) -> Vec<u32> {
+    let has = |block: &u32| {
+        let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
+        let bitmaps = image.bitmaps().unwrap();
+        let mut bytes = [0; 512];
+        match bitmaps.run(bitmaps.first_sector_of(*block), sector, sector + 1) {
+            Some((set, _)) => return set,
+            None => image.file().read_at(&mut bytes, u64::from(place) * 512).unwrap(),
+        }
+        bytes[sector as usize / 8] >> (7 - sector % 8) & 1 == 1
+    };
+    (0..8).filter(has).collect()
+}
+
+/// Carries out so many operations of a commit, and then is killed; true where the commit ended before.
+fn commit(image: &Arc<Writable>, operations: usize) -> bool {
+    let (mut commit, mut ops, mut left) = (Commit::new(image.clone(), SLOT_OF_FILE), Vec::<Op>::new(), operations);
+    while commit.next(None, &mut ops).unwrap() == JobStep::Wait {
+        for op in ops.drain(..) {
+            if left == 0 {
+                std::mem::forget(commit);
+                return false;
+            }
+            left -= 1;
+            if let Payload::Own(bytes) = op.payload {
+                image.file().write_at(&bytes, op.offset).unwrap();
+            }
+        }
+    }
+    true
+}
+
+fn kinds() -> [ImageKind; 2] {
+    let uuid = uuid::Uuid::from_u128(7);
+    let link = ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() };
+    [ImageKind::Dynamic, ImageKind::Differencing(link)]
+}
+
+#[test]
+fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
+    for kind in kinds() {
+        for (first, second) in (0..8).flat_map(|a| [0, 3, 5, 6].map(|b| (a, b))) {
+            let rig = KilledImage::new(kind.clone());
+            let image = rig.open();
+            assert!(commit(&image, 100), "what a predecessor may have left");
+            (0..3).for_each(|block| write(&image, block, 8));
+            commit(&image, first);
+            write(&image, 3, 8);
+            drop(image);
+            let image = rig.open();
+            assert!(marked(&image, 8).starts_with(&[0, 1, 2, 3]), "{first} {second}");
+            write(&image, 4, 8);
+            write(&image, 4, 16);
+            commit(&image, second);
+            drop(image);
+            // Once more: a sum that went wrong shows at the opening after the next commit.
+            let image = rig.open();
+            assert!(marked(&image, 8).starts_with(&[0, 1, 2, 3, 4]), "{first} {second}");
+            assert!(marked(&image, 16).contains(&4));
+            assert!(commit(&image, 100));
+            write(&image, 5, 8);
+            drop(image);
+            assert!(marked(&rig.open(), 8).contains(&5));
+        }
+    }
+}
+
+/// More blocks than slots between two commits, and a kill in the middle of the commit: entries in the table that no slot
+/// tells must not be taken for somebody else's.
+#[test]
+fn a_full_journal_is_still_believed_after_a_kill() {
+    let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+    let rig = KilledImage { folder, runtime };
+    let block_size = BlockSize::from_bytes(4096).unwrap();
+    create(&Host, &rig.path(), &ImageSpec { kind: ImageKind::Dynamic, size: 40 << 20, block_size, reserve: 0 })
+        .unwrap();
+    let image = rig.open();
+    let mut kept = 0;
+    for block in 0..JOURNAL_SLOTS + 200 {
+        while image.reserve(block).is_err() {
+            let mut growth = Growth::begin(&image, SLOT_OF_FILE).unwrap();
+            run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
+        }
+        let at = u64::from(block) * 8;
+        kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
+    }
+    assert_eq!(kept, JOURNAL_SLOTS, "the others owe a commit before they are answered");
+    // All bitmaps, and all sectors of the table but the last few.
+    assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
+    drop(image);
+    let image = rig.open();
+    assert!(
+        (0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()),
+        "what was kept is there"
+    );
+    assert!(commit(&image, usize::MAX));
+    drop(image);
+    rig.open();
+}

@@ -1,0 +1,34 @@
+//! Writes to an image: places for blocks, marks for sectors, commits, growth, and the live journal.
+//!
+//! ```text
+//!   settle, trim                    the end of a session
+//!   commit, growth                  jobs in steps; run_to_completion carries them out
+//!   writable                        reserve and mark
+//!   recover, session, durability    what a previous process left; how writes outlive this one
+//!   journal, bitmap, free_tail      the state that the above change
+//! ```
+
+pub mod allocation;
+pub mod bitmap;
+#[cfg(all(test, feature = "sim"))]
+mod clock_tests;
+pub mod commit;
+pub mod discard_session;
+pub mod durability;
+mod free_tail;
+pub mod growth;
+mod growth_policy;
+pub mod job_step;
+pub mod journal;
+mod journal_replay;
+#[cfg(feature = "mutants")]
+mod mutants;
+pub mod pins;
+pub(super) mod recover;
+pub mod run_to_completion;
+mod session;
+pub mod settle;
+pub mod stale_journals;
+mod trim;
+pub mod writable;
+mod writable_session;

@@ -1,0 +1,32 @@
+//! Settling: what a killed daemon acknowledged becomes part of the file, without a guest.
+
+use std::sync::Arc;
+
+use super::commit::Commit;
+use super::durability::Durability;
+use super::run_to_completion::run_to_completion;
+use super::writable::Writable;
+use crate::error::Result;
+use crate::image::open::Image;
+use crate::storage::{Env, File, FileSlot, RuntimeFolder};
+
+/// Takes in the live journal of the image in `file`, which is locked exclusively, commits it, and ends the session as a daemon
+/// does that stops. False if the image has no stamp: then nothing was done.
+///
+/// # Errors
+/// `Refused` if the journal is in none of `folders` or does not fit; `Poisoned` if a sync of the killed daemon failed; `Busy` if a
+/// process has the journal open; `NoSpace`, `Io`: the session goes on, and settling it again is safe.
+pub fn settle(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<bool> {
+    let image = Image::open(file.clone())?;
+    if image.stamp()?.is_none() {
+        return Ok(false);
+    }
+    let image =
+        Arc::new(Writable::new(env, image, &Durability::Journal { folders: folders.to_vec(), required: false })?);
+    let mut commit = Commit::new(image.clone(), FileSlot(0));
+    run_to_completion(env, image.file(), FileSlot(0), |failed, ops| commit.next(failed, ops))?;
+    image.end_session();
+    image.trim()?;
+    image.remove_journal()?;
+    Ok(true)
+}
