@@ -35,12 +35,21 @@ fn taken(path: &Path) -> f64 {
     fs::metadata(path).expect("it was made a moment ago").blocks() as f64 * 512.0
 }
 
-/// A child of `size` bytes over an empty root: what it takes served and closed after so many random writes of 4 KiB, and
-/// how long it takes to delete.
+/// Pieces in which the file system keeps a file; `None` if `filefrag` cannot tell.
+fn extents(path: &Path) -> Option<u64> {
+    let output = Command::new("filefrag").arg(path).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    text.rsplit_once(": ")?.1.split(' ').next()?.parse().ok()
+}
+
+/// A child of 64 GiB over an empty root: what it takes beyond its creation, served and closed, after so many random writes of
+/// 4 KiB; of how many extents it is, and how long it takes to delete.
 fn scattered_writes(bench: &mut Bench) {
     for count in [1, 100, 1000] {
         let of = |system: &str, format: Format, kind: &Kind| {
             let image = bench.disks.empty_child(format, 64 << 30);
+            fs::File::open(&image).and_then(|file| file.sync_all()).expect("it can be synced");
+            let created = taken(&image);
             let server = Server::start(kind, &image);
             let mut guest = server.connect(1);
             let pages = (64u64 << 30) / 4096;
@@ -48,16 +57,17 @@ fn scattered_writes(bench: &mut Bench) {
                 guest.write(permute(number, pages) * 4096, &[7; 4096]).expect("a write");
             }
             guest.flush().expect("a flush");
-            let served = taken(&image);
+            let served = taken(&image) - created;
             drop(guest);
             server.stop();
-            let closed = taken(&image);
             fs::File::open(&image).and_then(|file| file.sync_all()).expect("it can be synced");
+            let closed = taken(&image) - created;
+            let extents = extents(&image).map_or("?".to_owned(), |n| n.to_string());
             let begin = Instant::now();
             fs::remove_file(&image).expect("it can be removed");
             let removed = begin.elapsed();
             eprintln!(
-                "  {count} writes of 4 KiB: {system}: {:.0} KiB served, {:.0} KiB closed, removed in {} us",
+                "  {count} writes of 4 KiB: {system}: {:.0} KiB served, {:.0} KiB closed, {extents} extents, removed in {} us",
                 served / KIB,
                 closed / KIB,
                 removed.as_micros()
