@@ -142,13 +142,13 @@ impl CopyUp<'_> {
         while !rest.range.is_empty() {
             let range = rest.range.first(CHUNK_SECTORS - rest.range.start() % CHUNK_SECTORS);
             let len = usize::try_from(range.bytes()).expect("at most a chunk");
-            let there = read_source(writer.version(), rest.old, &mut self.old_data[..len])?;
+            let has_data = read_source(writer.version(), rest.old, &mut self.old_data[..len])?;
             match self.new {
                 Some(new) => drop(read_source(new, rest.new, &mut self.new_data[..len])?),
-                None if there => self.new_data[..len].fill(0),
+                None if has_data => self.new_data[..len].fill(0),
                 None => {}
             }
-            if there || self.new.is_some() {
+            if has_data || self.new.is_some() {
                 self.write_differing_pages(writer, range)?;
             }
             rest = CandidateRun {

@@ -89,7 +89,8 @@ pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> 
     refuse_change(env, parent, ImageChange::Child, &policy.allowed, None)?;
     let size = child.size.unwrap_or(parent.size());
     if size < parent.size() {
-        let what = format!("a child cannot be smaller ({size} bytes) than its parent ({} bytes)", parent.size());
+        let what =
+            format!("the size of the child, {size} bytes, is less than the {} bytes of its parent", parent.size());
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
     }
     let block_size = child.block_size.or(parent.block_size()).unwrap_or(BlockSize::DEFAULT);

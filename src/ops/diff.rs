@@ -43,9 +43,9 @@ pub fn diff(
 /// Returns the position in the chain of the file at `since`.
 fn depth_of(env: &dyn Env, chain: &Chain, since: &Path) -> Result<usize> {
     let id = env.open(since, Access::Read)?.stat()?.id;
-    for (place, image) in chain.images().iter().enumerate() {
+    for (depth, image) in chain.images().iter().enumerate() {
         if image.file().stat()?.id == id {
-            return Ok(place);
+            return Ok(depth);
         }
     }
     let child = chain.youngest().file().path().display();

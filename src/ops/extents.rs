@@ -33,8 +33,8 @@ impl<'a> Extents<'a> {
 
     /// Starts at sector `at`.
     pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
-        let placed = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
-        Extents { version, at, next_allocated: placed, plan: PlanBuffer::default(), next: 0, uncached: false }
+        let next_allocated = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
+        Extents { version, at, next_allocated, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
     /// Keeps no bitmap in the cache: for a caller that looks up nothing else in the version.
@@ -78,9 +78,9 @@ impl<'a> Extents<'a> {
     /// Returns the first sector at or after `from` of a block that any layer has. All calls together pass each table
     /// once.
     fn first_allocated(&mut self, from: u64) -> u64 {
-        for (placed, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
-            if *placed < from {
-                *placed = next_allocated(layer, from);
+        for (next, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
+            if *next < from {
+                *next = next_allocated(layer, from);
             }
         }
         self.next_allocated.iter().copied().min().unwrap_or(u64::MAX).max(from)

@@ -78,8 +78,8 @@ impl<'a> FileSink<'a> {
             SinkOutput::Raw(file, len) => {
                 let start = range.start() * SECTOR;
                 // The last sector of a raw disk need not be full.
-                let there = usize::try_from(len.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
-                file.write_at(&bytes[..there], start)
+                let len = usize::try_from(len.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
+                file.write_at(&bytes[..len], start)
             }
             SinkOutput::Image(writer) => writer.put(range, bytes),
         }

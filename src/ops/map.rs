@@ -42,14 +42,14 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ma
     let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
     version.files().for_each(|(_, file)| file.advise_random_reads());
     let mut report = |extent: Extent| {
-        let place = match extent.source {
+        let position = match extent.source {
             Source::Zero => None,
             // In a frozen chain, slots are numbered from the youngest file.
             Source::File { slot, offset } => {
                 Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset })
             }
         };
-        found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position: place })
+        found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position })
     };
     let (mut extents, mut pending) = (Extents::new(&version).uncached(), None::<Extent>);
     while let Some(next) = extents.next()? {

@@ -89,9 +89,9 @@ fn resize_locked(
 
 /// Logs a warning for each child in the folder of `parent`, whose size now differs.
 fn warn_of_children(env: &dyn Env, parent: &Image) {
-    for kin in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
-        if kin.identity.parent == Some(parent.uuid()) {
-            let path = kin.path.display();
+    for image in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
+        if image.identity.parent == Some(parent.uuid()) {
+            let path = image.path.display();
             log::warn!("{path}: a child of the resized image keeps its own size, but Hyper-V requires equal sizes");
         }
     }

@@ -81,14 +81,14 @@ impl SourceDisk {
     pub fn container(&self) -> Result<Option<ImageFormat>> {
         let SourceDisk::Raw(file, len) = self else { return Ok(None) };
         let (mut head, mut tail) = ([0; PROBE_BYTES], [0; PROBE_BYTES]);
-        let there = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
-        file.read_at(&mut head[..there], 0)?;
+        let head_len = head.len().min(usize::try_from(*len).unwrap_or(usize::MAX));
+        file.read_at(&mut head[..head_len], 0)?;
         // A fixed VHD has only a footer at the end.
         if *len >= PROBE_BYTES as u64 {
             file.read_at(&mut tail, len - PROBE_BYTES as u64)?;
         }
         let at_end = ImageFormat::probe(&tail).filter(|format| *format == ImageFormat::Vhd);
-        Ok(ImageFormat::probe(&head[..there]).or(at_end))
+        Ok(ImageFormat::probe(&head[..head_len]).or(at_end))
     }
 
     /// Returns the number of sectors, including a last one that is not full.
@@ -102,11 +102,11 @@ impl SourceDisk {
     /// `Io`, naming file and offset.
     pub(super) fn read(&self, range: SectorRange, into: &mut [u8], plan: &mut PlanBuffer) -> Result<()> {
         let start = range.start() * SECTOR;
-        let there = usize::try_from(self.bytes().saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
-        let (disk, beyond) = into.split_at_mut(there);
+        let on_disk = usize::try_from(self.bytes().saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
+        let (disk, beyond) = into.split_at_mut(on_disk);
         beyond.fill(0);
         match self {
-            SourceDisk::Chain(version) => version.read_now(range.first(there as u64 / SECTOR), disk, plan),
+            SourceDisk::Chain(version) => version.read_now(range.first(on_disk as u64 / SECTOR), disk, plan),
             SourceDisk::Raw(file, _) => file.read_at(disk, start),
         }
     }

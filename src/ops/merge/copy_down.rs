@@ -82,7 +82,7 @@ impl LayerStack {
     pub(super) fn new_blocks(&self, beneath: &Image) -> Result<u64> {
         let (Some(table), Some(block_size)) = (beneath.bat(), beneath.block_size()) else { return Ok(0) };
         let disk = SectorRange::between(0, beneath.size() / SECTOR);
-        let mut wanted = vec![false; table.len() as usize];
+        let mut is_needed = vec![false; table.len() as usize];
         for image in self.images() {
             let (Some(blocks), Some(layer_block)) = (image.bat(), image.block_size()) else { continue };
             let (bitmap, bytes) = (u64::from(layer_block.bitmap_sectors()), u64::from(layer_block.bytes()));
@@ -97,11 +97,11 @@ impl LayerStack {
                 }
                 let range = layer_block.sectors_of(block).clip(disk);
                 for (block, _) in block_size.split_at_blocks(range) {
-                    wanted[block as usize] |= table.place(block).is_none();
+                    is_needed[block as usize] |= table.place(block).is_none();
                 }
             }
         }
-        Ok(wanted.iter().filter(|wanted| **wanted).count() as u64)
+        Ok(is_needed.iter().filter(|needed| **needed).count() as u64)
     }
 
     /// Copies the sectors of the layers, from sector `from` on, into the image of `writer`. Returns the number of bytes

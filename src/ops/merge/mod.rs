@@ -15,7 +15,7 @@
 //! 2. Save the record of the merge ([`MergeRecord`](crate::chain::MergeRecord)). Mark the ancestor as partly overwritten
 //!    ([`mark_receiver`](crate::chain::mark_receiver)). Save in the record that copying has begun.
 //! 3. Copy the layers into the ancestor, with its own commits. The record gets the progress after a commit, never before.
-//! 4. Close the ancestor. Save in the record that everything is copied.
+//! 4. Close the ancestor. Save in the record that everything is copied. Remove the mark.
 //! 5. Link each child of CHILD to the ancestor ([`reparent`](crate::image::reparent()), valid at every moment).
 //! 6. Remove the layers, youngest first.
 //! 7. Remove the record.
