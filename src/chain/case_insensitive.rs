@@ -1,8 +1,8 @@
-//! Looks a path up below a held folder as Windows does: for each component the exact name, else the only name that
-//! matches it without regard to case.
+//! Case-insensitive look-up of a path below an open folder, as in Windows: each component is the exact name or, if
+//! there is none, the only name that differs in case alone.
 //!
-//! Each component is opened relative to the folder that was opened for the one before it, and no symbolic link is
-//! followed: the walk cannot leave the folder it began in.
+//! Each component is opened relative to the folder of the component before it, and no symbolic link is followed. So the
+//! look-up cannot leave the folder in which it begins.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
@@ -12,20 +12,20 @@ use std::path::{Component, Path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, File, Folder};
 
-/// Names of one folder that are compared.
+/// The largest number of names that are compared in one folder.
 const MAX_NAMES_PER_FOLDER: usize = 100_000;
-/// Names that are compared for one chain.
+/// The largest number of names that are compared for one chain.
 const MAX_NAMES_PER_CHAIN: usize = 1_000_000;
 
-/// What a look-up found.
+/// The result of a look-up.
 pub(super) enum Lookup {
     /// The file.
     File(File),
-    /// No file, and why.
+    /// There is no file, for this reason.
     Absent(String),
 }
 
-/// How many names may still be compared.
+/// The number of names that may still be compared.
 pub(super) struct NameBudget {
     per_folder: usize,
     left: Cell<usize>,
@@ -37,11 +37,11 @@ impl Default for NameBudget {
     }
 }
 
-/// Looks for a file below `folder`.
+/// Looks up the file at the path `below`, relative to `folder`.
 ///
 /// # Errors
-/// - `Refused` if the path passes a symbolic link or names something else than a regular file.
-/// - `Io`.
+/// - `Refused` if the path contains a symbolic link or does not lead to a regular file
+/// - `Io`
 pub(super) fn look_up_ignoring_case(folder: &Folder, below: &Path, budget: &NameBudget) -> Result<Lookup> {
     match folder.open_beneath(below) {
         Err(e) if is_missing(&e) => {}
@@ -66,7 +66,8 @@ pub(super) fn look_up_ignoring_case(folder: &Folder, below: &Path, budget: &Name
     Ok(file.map_or_else(Lookup::Absent, Lookup::File))
 }
 
-/// Opens the exact name, else the only one that matches it. The inner error says why there is none.
+/// Opens the exact name or, if there is none, the only name that differs in case alone. The inner error is the reason
+/// why there is none.
 fn open_component<T>(
     at: &Folder,
     name: &OsStr,
@@ -74,7 +75,7 @@ fn open_component<T>(
     open: impl Fn(&OsStr) -> Result<T>,
 ) -> Result<Result<T, String>> {
     match open(name) {
-        // The exact name is there, and is no folder.
+        // The exact name exists, but is not a folder.
         Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => return Ok(Err("not there".to_owned())),
         Err(e) if is_missing(&e) => {}
         found => return found.map(Ok),
@@ -100,7 +101,7 @@ impl NameBudget {
                 let folder = at.path().display();
                 return Err(format!("not there in this case, and too many names to compare in {folder}"));
             }
-            // A folder that may be entered but not read.
+            // The folder may be searched but not listed.
             Err(e) => return Err(format!("not there in this case, and {}", e.line())),
         };
         self.left.set(self.left.get() - names.len());
@@ -116,7 +117,7 @@ impl NameBudget {
     }
 }
 
-/// Whether a failure says that there is no such file.
+/// Whether an error means that there is no such file.
 fn is_missing(e: &Error) -> bool {
     e.kind() == ErrorKind::NotFound || matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENAMETOOLONG))
 }
@@ -128,7 +129,7 @@ fn eq_ignoring_case(one: &OsStr, other: &OsStr) -> bool {
     }
 }
 
-/// The upper case of a letter if that is one letter, as in the table of NTFS.
+/// The upper case of a letter if it is a single letter, as in the upcase table of NTFS.
 fn to_single_uppercase(letter: char) -> char {
     let mut upper = letter.to_uppercase();
     match (upper.next(), upper.next()) {
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_exact_name_else_the_only_one_that_is_alike() {
+    fn an_exact_name_wins_over_a_unique_match() {
         let d = tempfile::tempdir().unwrap();
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("f.vhd"), "x").unwrap();
@@ -177,7 +178,7 @@ mod tests {
             ("gold/B.vhd", "Gold/B.vhd"),
             ("GOLD2/\u{e4}.VHD", "gold2/\u{c4}.vhd"),
             ("gold2/STRA\u{df}E", "gold2/stra\u{df}e"),
-            // An exact folder is taken, whatever another one holds.
+            // An exact match of a folder is used, even if another folder has the file.
             ("TWO/F.VHD", "TWO/f.vhd"),
             ("two/f.vhd", "(not there)"),
             ("gold/Sub/other.vhd", "(not there)"),
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn no_image_has_many_names_compared() {
+    fn the_number_of_compared_names_is_limited() {
         let d = tempfile::tempdir().unwrap();
         for name in 0..10 {
             fs::write(d.path().join(format!("file{name}")), "x").unwrap();

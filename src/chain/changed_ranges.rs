@@ -1,8 +1,8 @@
-//! What has changed between an ancestor and a child: the sectors that any layer above the ancestor calls its own. Bitmaps
-//! tell, to the sector; no data is read.
+//! Changed ranges between an ancestor and a child: the sectors that any layer above the ancestor holds. They are
+//! computed from bitmaps, exact to the sector; no data is read.
 //!
-//! A sector counts as changed when it was written, whether or not the bytes differ; and where a layer in between ends
-//! before the ancestor does, since zeros stand there.
+//! A sector counts as changed if it was written, even with the same bytes. The sectors of the ancestor after the end of
+//! a layer above it count as changed, too, since the child reads zeros there.
 
 use super::open::Chain;
 use crate::error::Result;
@@ -10,34 +10,36 @@ use crate::format::bitmap;
 use crate::image::Image;
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors that are looked at together: 512 MiB.
+/// Sectors that are compared at once: 512 MiB.
 const WINDOW_SECTORS: u64 = 1 << 20;
 
 /// A layer above the ancestor.
 struct LayerCursor<'a> {
     image: &'a Image,
-    /// Sectors of it that can be seen from the child.
+    /// The number of its sectors that are visible from the child.
     visible: u64,
-    /// What lies behind its end and in the ancestor.
+    /// The visible sectors of the ancestor after the end of this layer.
     truncated: SectorRange,
-    /// What `next` found last; good for all that is asked for up to there. `None`: there is nothing more.
+    /// The last result of `advance_to`, valid for all positions up to it; `None` after the last change.
     next_change: Option<u64>,
 }
 
 impl Chain {
-    /// Tells `found` the ranges that changed since image `ancestor` of this chain, ascending, neighbours joined.
+    /// Calls `found` with each range that changed since image number `ancestor` of this chain, in ascending order, with
+    /// adjacent ranges joined.
     ///
     /// # Errors
-    /// `Io`; what `found` fails with.
+    /// - `Io`
+    /// - the error of `found`
     pub fn changed_ranges(&self, ancestor: usize, mut found: impl FnMut(SectorRange) -> Result<()>) -> Result<()> {
         let images = self.images();
-        let mut sees = self.youngest().size() / SECTOR;
+        let mut limit = self.youngest().size() / SECTOR;
         let mut layers = Vec::new();
         for image in &images[..ancestor] {
-            let seen = sees.min(image.size() / SECTOR);
-            let cut = SectorRange::between(seen, sees.min(images[ancestor].size() / SECTOR));
-            layers.push(LayerCursor { image, visible: seen, truncated: cut, next_change: Some(0) });
-            sees = seen;
+            let visible = limit.min(image.size() / SECTOR);
+            let truncated = SectorRange::between(visible, limit.min(images[ancestor].size() / SECTOR));
+            layers.push(LayerCursor { image, visible, truncated, next_change: Some(0) });
+            limit = visible;
         }
         images.iter().take(ancestor).for_each(|image| image.file().advise_random_reads());
         let mut window = vec![0; (WINDOW_SECTORS / 64) as usize];
@@ -47,11 +49,9 @@ impl Chain {
             from = next / WINDOW_SECTORS * WINDOW_SECTORS;
             window.fill(0);
             let range = SectorRange::between(from, from + WINDOW_SECTORS);
-            layers.iter().filter(|layer| layer.next_change.is_some_and(|found| found < range.end())).for_each(
-                |layer| {
-                    layer.image.prefetch_bitmaps(range.clip(SectorRange::between(0, layer.visible)));
-                },
-            );
+            layers.iter().filter(|layer| layer.next_change.is_some_and(|next| next < range.end())).for_each(|layer| {
+                layer.image.prefetch_bitmaps(range.clip(SectorRange::between(0, layer.visible)));
+            });
             for layer in &layers {
                 layer.set_changed_bits(range, &mut window)?;
             }
@@ -82,9 +82,9 @@ fn report(range: SectorRange, found: &mut impl FnMut(SectorRange) -> Result<()>)
 }
 
 impl LayerCursor<'_> {
-    /// The first sector at or after `from` that it may have changed.
+    /// The first sector, at or after `from`, that this layer may have changed.
     fn advance_to(&mut self, from: u64) -> Option<u64> {
-        if self.next_change.is_some_and(|found| found < from || from == 0) {
+        if self.next_change.is_some_and(|next| next < from || from == 0) {
             self.next_change = self.first_change_from(from);
         }
         self.next_change
@@ -98,7 +98,7 @@ impl LayerCursor<'_> {
         placed.into_iter().chain(cut).min()
     }
 
-    /// Sets the bits of the sectors of a window that it has changed.
+    /// Sets the bits of the sectors of a window that this layer has changed.
     fn set_changed_bits(&self, window: SectorRange, bits: &mut [u64]) -> Result<()> {
         let within = |sector: u64| u32::try_from(sector - window.start()).expect("inside a window");
         let cut = self.truncated.clip(window);
@@ -106,8 +106,8 @@ impl LayerCursor<'_> {
             bitmap::set(bits, within(cut.start()), within(cut.end()) - within(cut.start()));
         }
         let Some((table, block_size)) = self.image.bat().zip(self.image.block_size()) else { return Ok(()) };
-        let seen = window.clip(SectorRange::between(0, self.visible));
-        let mut rest = seen;
+        let visible = window.clip(SectorRange::between(0, self.visible));
+        let mut rest = visible;
         while !rest.is_empty() {
             let Some(block) = table.next_used(block_size.block_at(rest.start())) else { return Ok(()) };
             let range = block_size.sectors_of(block);
@@ -115,8 +115,8 @@ impl LayerCursor<'_> {
             if part.is_empty() {
                 return Ok(());
             }
-            rest = SectorRange::between(part.end(), seen.end());
-            let words = self.image.block_bitmap(block)?.expect("the table has a place for it");
+            rest = SectorRange::between(part.end(), visible.end());
+            let words = self.image.block_bitmap(block)?.expect("the block has a place");
             let mut bit = block_size.sector_in_block(part.start());
             let end = bit + u32::try_from(part.count()).expect("a part of a block");
             while bit < end {
@@ -136,9 +136,9 @@ mod tests {
     use super::super::OpenMode;
     use super::super::testing::ChainFolder;
 
-    fn changed(rig: &ChainFolder, child: &str, ancestor: usize) -> Vec<(u64, u64)> {
+    fn changed(chains: &ChainFolder, child: &str, ancestor: usize) -> Vec<(u64, u64)> {
         let mut ranges = Vec::new();
-        let chain = rig.chain(child, OpenMode::Read).unwrap();
+        let chain = chains.chain(child, OpenMode::Read).unwrap();
         let found = |range: crate::units::SectorRange| {
             ranges.push((range.start(), range.end()));
             Ok(())
@@ -148,33 +148,33 @@ mod tests {
     }
 
     #[test]
-    fn what_any_layer_above_has_written() {
-        let rig = ChainFolder::new();
+    fn sectors_of_every_layer_above_are_found() {
+        let chains = ChainFolder::new();
         let sectors = 1_300_000;
-        rig.dynamic("root", 2 << 20, sectors);
-        rig.fill("root", &[(0, 5_000, 1)]);
-        rig.child("a", "root", 4 << 10, sectors);
-        rig.fill("a", &[(3, 5, 2), (1_048_574, 1_048_577, 2), (1_299_999, 1_300_000, 2)]);
-        rig.child("b", "a", 512 << 10, sectors);
-        rig.fill("b", &[(4, 9, 3), (9, 10, 3), (1_048_577, 1_048_584, 3), (200_000, 200_001, 3)]);
-        assert_eq!(changed(&rig, "b", 1), [(4, 10), (200_000, 200_001), (1_048_577, 1_048_584)]);
+        chains.dynamic("root", 2 << 20, sectors);
+        chains.fill("root", &[(0, 5_000, 1)]);
+        chains.child("a", "root", 4 << 10, sectors);
+        chains.fill("a", &[(3, 5, 2), (1_048_574, 1_048_577, 2), (1_299_999, 1_300_000, 2)]);
+        chains.child("b", "a", 512 << 10, sectors);
+        chains.fill("b", &[(4, 9, 3), (9, 10, 3), (1_048_577, 1_048_584, 3), (200_000, 200_001, 3)]);
+        assert_eq!(changed(&chains, "b", 1), [(4, 10), (200_000, 200_001), (1_048_577, 1_048_584)]);
         let both = [(3, 10), (200_000, 200_001), (1_048_574, 1_048_584), (1_299_999, 1_300_000)];
-        assert_eq!(changed(&rig, "b", 2), both, "joined over the edges of layers, blocks and windows");
-        assert_eq!(changed(&rig, "b", 0), []);
-        assert_eq!(changed(&rig, "a", 1), [(3, 5), (1_048_574, 1_048_577), (1_299_999, 1_300_000)]);
+        assert_eq!(changed(&chains, "b", 2), both, "joined across layers, blocks and windows");
+        assert_eq!(changed(&chains, "b", 0), []);
+        assert_eq!(changed(&chains, "a", 1), [(3, 5), (1_048_574, 1_048_577), (1_299_999, 1_300_000)]);
     }
 
     #[test]
-    fn where_a_layer_is_shorter_zeros_have_come() {
-        let rig = ChainFolder::new();
-        rig.fixed("root", 1_000);
-        rig.child("short", "root", 4 << 10, 600);
-        rig.fill("short", &[(599, 600, 1)]);
-        rig.child("leaf", "short", 4 << 10, 1_200);
-        rig.fill("leaf", &[(1_100, 1_101, 1)]);
-        assert_eq!(changed(&rig, "leaf", 2), [(599, 1_000), (1_100, 1_101)]);
-        assert_eq!(changed(&rig, "leaf", 1), [(1_100, 1_101)], "behind the end of a parent all was zero");
-        rig.child("tiny", "leaf", 4 << 10, 100);
-        assert_eq!(changed(&rig, "tiny", 3), [], "nothing of it can be seen");
+    fn sectors_after_the_end_of_a_shorter_layer_have_changed() {
+        let chains = ChainFolder::new();
+        chains.fixed("root", 1_000);
+        chains.child("short", "root", 4 << 10, 600);
+        chains.fill("short", &[(599, 600, 1)]);
+        chains.child("leaf", "short", 4 << 10, 1_200);
+        chains.fill("leaf", &[(1_100, 1_101, 1)]);
+        assert_eq!(changed(&chains, "leaf", 2), [(599, 1_000), (1_100, 1_101)]);
+        assert_eq!(changed(&chains, "leaf", 1), [(1_100, 1_101)], "sectors after the end of the parent were zero");
+        chains.child("tiny", "leaf", 4 << 10, 100);
+        assert_eq!(changed(&chains, "tiny", 3), [], "no changed sector is visible");
     }
 }

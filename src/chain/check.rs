@@ -1,4 +1,4 @@
-//! Checking a chain: each of its files, and the links between them. Goes on where an open stops.
+//! Checks a chain: each of its files, and the links between them. A check continues after defects that prevent an open.
 
 use std::path::PathBuf;
 
@@ -15,32 +15,36 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, FileId, Lock, RuntimeFolder};
 use crate::units::SectorRange;
 
-/// What was found in a file of a chain, and in its link to its parent.
+/// The defects of one file of a chain, and of its link to its parent.
 #[derive(Debug)]
 pub struct CheckedFile {
-    /// Its path.
+    /// The path of the file.
     pub path: PathBuf,
-    /// Which file that was.
+    /// The identity of the file.
     pub id: FileId,
-    /// Each broken rule.
+    /// The defects.
     pub defects: Vec<Defect>,
-    /// How many corruptions, leaks and cosmetic faults are not listed, since there are too many of their kind.
+    /// The numbers of corruptions, leaks and cosmetic defects that are not listed, since there are too many of one
+    /// kind.
     pub unlisted: [u64; 3],
-    /// Whether it can be opened at all.
+    /// Whether the image can be opened.
     pub opens: bool,
-    /// The ranges of its disk that are lost, ascending.
+    /// The ranges of its disk that are lost, in ascending order.
     pub lost: Vec<SectorRange>,
-    /// Whether it is a child whose parents were not to be looked at.
+    /// Whether the image is a child whose parents were not checked.
     pub parents_skipped: bool,
 }
 
-/// Holds a file, and with a policy all its parents, against every rule; youngest first. Takes shared locks.
-/// `progress` is told how many bytes of all files were passed.
+/// Checks every rule for a file and, with a policy, for all its parents; returns them youngest first. It takes shared
+/// locks, and calls `progress` with the number of checked bytes of all files. Live journals are searched in the folders
+/// `runtime`.
 ///
 /// # Errors
-/// `Busy` where somebody writes to one; `Refused` if the daemon of one was killed and its live journal not taken in, which
-/// may be in one of the folders `runtime`, and for a parent that is there and may not be opened; `Io`; what `progress` fails
-/// with. Broken rules are in the report.
+/// Broken rules are returned as defects. Errors are:
+/// - `Busy` if another process writes to one of the files
+/// - `Refused` if a file has a live journal that was not replayed, or if a parent may not be opened
+/// - `Io`
+/// - the error of `progress`
 pub fn check(
     env: &dyn Env,
     youngest: File,
@@ -55,7 +59,7 @@ pub fn check(
     };
     let mut all: Vec<CheckedFile> = Vec::new();
     let mut search = parents.map(|policy| ParentSearch::new(env, &youngest, policy, OpenMode::Read)).transpose()?;
-    // Open, and with that locked, until all is checked; and who of them may hide what its parents have.
+    // The images stay open, and so locked, to the end. `suspects` are those that may hide data of their parents.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
     while let Some(file) = next.take() {
@@ -86,7 +90,7 @@ pub fn check(
         }
         all.push(checked);
     }
-    // Only a whole chain tells what its parents have.
+    // The data of the parents is known only in a complete chain.
     let is_readable = |c: &CheckedFile| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
     let readable = images.len() == all.len() && all.iter().all(is_readable);
     if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {
@@ -103,7 +107,7 @@ pub fn check(
     Ok(all)
 }
 
-/// The parent's file, where the link leads to one.
+/// Checks the link to the parent. Returns the parent's file if the link leads to one.
 fn check_link(search: &mut ParentSearch<'_>, image: &Image, defects: &mut Vec<Defect>) -> Result<Option<File>> {
     if let Some(defect) = search.check_visit(image)? {
         defects.push(defect);
@@ -120,7 +124,7 @@ fn check_link(search: &mut ParentSearch<'_>, image: &Image, defects: &mut Vec<De
         ParentLookup::Invalid(file, _) => Ok(Some(file)),
         ParentLookup::Refused(e) => Err(e),
         ParentLookup::NotFound(defect) => {
-            // The image's own bytes may have shown it already.
+            // The check of the image alone may have found the same defect.
             if !defects.contains(&defect) {
                 defects.push(defect);
             }
@@ -129,7 +133,7 @@ fn check_link(search: &mut ParentSearch<'_>, image: &Image, defects: &mut Vec<De
     }
 }
 
-/// What is no fault and may explain one.
+/// Adds notes on differences that are no defects but may explain one.
 fn note_differences(child: &Image, parent: &Image, defects: &mut Vec<Defect>) -> Result<()> {
     if child.size() != parent.size() {
         defects.push(Defect::ParentSize { child: child.size(), parent: parent.size() });

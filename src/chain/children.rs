@@ -1,14 +1,14 @@
-//! The images that stand on an image: whoever writes to it changes their disks.
+//! Finds the children of an image. Writing to the image changes their disks.
 //!
-//! They are found in two ways, and neither is complete:
+//! Children are found in two ways, and neither is complete:
 //!
-//! - by the mark that making or linking a child leaves on the parent if possible: the extended attribute
-//!   `user.diffdisk.children`, a line for each child with its path from the parent's folder. No other program reads it, and
-//!   no byte of the image changes. A parent on a read-only file system, or on one without attributes, gets none. Lines that
-//!   lead to no child any more are dropped.
-//! - by the headers of the files in the parent's folder, up to [`MAX_FILES`] of them and for [`MAX_SEARCH_TIME`].
+//! - by the extended attribute `user.diffdisk.children` of the parent: one line for each child, with its path relative
+//!   to the parent's folder. It is written when a child is created or linked, and no byte of the image changes. No
+//!   other program reads it. A parent on a read-only file system, or on one without attributes, has none. Lines that no
+//!   longer lead to a child are removed.
+//! - by the headers of the files in the parent's folder: of at most [`MAX_FILES`] files, and for [`MAX_SEARCH_TIME`].
 //!
-//! A file is a child if its header names the parent's UUID and its paths lead to this file, not to a copy of it.
+//! A file is a child if its header has the parent's UUID and its paths lead to this file, not to a copy of it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,20 +23,21 @@ use crate::image::{Image, ImageIdentity, folder_of, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
-/// Files of the folder whose headers are looked at, at most.
+/// The largest number of files in a folder whose headers are read.
 const MAX_FILES: usize = 1000;
-/// How long they are looked at, at most.
+/// The longest time for which the headers of a folder are read.
 const MAX_SEARCH_TIME: Duration = Duration::from_millis(50);
-/// Children in a mark, at most, and its bytes: ext4 keeps all attributes of a file in 4 KiB.
+/// The largest number of children in the attribute.
 const MAX_RECORDED: usize = 16;
+/// The largest size of the attribute: ext4 has 4 KiB for all attributes of a file.
 const MAX_ATTRIBUTE_BYTES: usize = 2048;
-/// Children that an error names.
+/// The largest number of children that an error names.
 const MAX_NAMED: usize = 3;
 
-/// Fails if images stand on `parent`, which is going to be written to.
+/// Fails if `parent`, which is about to be written to, has children.
 ///
 /// # Errors
-/// - `Refused` naming them
+/// - `Refused`, with the names of children
 /// - `Io`
 pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
     let children = children_of(env, parent)?;
@@ -48,31 +49,31 @@ pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
         named.push(format!("{} more", children.len() - MAX_NAMED));
     }
     let what = format!(
-        "it is the parent of {}: writing to it changes what they show. Serve a child, or this one read-only; \
-         --allow-writable-parent serves it nevertheless",
+        "the image is the parent of {}: writing to it would change their disks. Serve a child, or serve this image \
+         read-only; --allow-writable-parent serves it for writing anyway",
         named.join(", ")
     );
     Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
-/// Returns the paths of images that stand on `parent`, as far as they can be found. Stale lines of the mark are dropped.
+/// Returns the paths of the children of `parent` that can be found. Removes stale lines of the attribute.
 ///
 /// # Errors
 /// `Io`.
 pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
     let mut search = ChildSearch { env, parent, id: parent.file().stat()?.id, found: Vec::new() };
-    let marked = recorded_children(parent.file())?;
-    let mut alive = Vec::new();
-    for line in &marked {
+    let recorded = recorded_children(parent.file())?;
+    let mut current = Vec::new();
+    for line in &recorded {
         let path = lexically_normal(&folder.join(line));
         if !is_kernel_path(&path) && search.check_candidate(&path)? {
-            alive.push(line.clone());
+            current.push(line.clone());
         }
     }
-    if alive.len() < marked.len() {
-        // Without the right to change it, the mark stays and is looked at again.
-        let _ = parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&alive).as_deref());
+    if current.len() < recorded.len() {
+        // Without permission to change it, the attribute stays as it is.
+        let _ = parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&current).as_deref());
     }
     let began = env.monotonic_time();
     let listed = match env.folder(&folder).and_then(|folder| folder.list()) {
@@ -90,17 +91,18 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     Ok(search.found.into_iter().map(|(_, path)| path).collect())
 }
 
-/// Notes on `parent` that the image at `child` stands on it, if that is possible. `child` need not be there yet.
+/// Records in the attribute of `parent` that the image at `child` is its child, if possible. `child` need not exist
+/// yet.
 pub fn record_child(env: &dyn Env, parent: &Image, child: &Path) {
     if let Err(e) = try_record_child(env, parent, child) {
-        log::debug!("{}: it is not marked as a parent: {}", parent.file().path().display(), e.line());
+        log::debug!("{}: a child cannot be recorded in its attribute: {}", parent.file().path().display(), e.line());
     }
 }
 
 fn try_record_child(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
     let line = relative_path(&folder, &absolute_path(env, child)?);
-    // Another process may change the mark between the two calls, and there is no call for both.
+    // Another process may change the attribute between the read and the write; no call does both. So read it back.
     for _ in 0..4 {
         let mut lines = recorded_children(parent.file())?;
         if lines.contains(&line) {
@@ -130,7 +132,7 @@ struct ChildSearch<'a> {
 }
 
 impl ChildSearch<'_> {
-    /// Whether a child is at `path`, or may be: what is closed to us cannot be told.
+    /// Whether a child is, or may be, at `path`: a file without read permission may be one.
     fn check_candidate(&mut self, path: &Path) -> Result<bool> {
         let file = match self.env.open(path, Access::Read) {
             Ok(file) => file,
@@ -139,18 +141,19 @@ impl ChildSearch<'_> {
             Err(e) => return Err(e),
         };
         let id = file.stat()?.id;
-        if self.found.iter().any(|(known, _)| *known == id) {
+        if self.found.iter().any(|(found, _)| *found == id) {
             return Ok(true);
         }
-        let named = ImageIdentity::peek(&file)?.and_then(|glance| glance.parent);
-        if id == self.id || named != Some(self.parent.uuid()) || !self.resolves_to_parent(file)? {
+        let parent = ImageIdentity::peek(&file)?.and_then(|identity| identity.parent);
+        if id == self.id || parent != Some(self.parent.uuid()) || !self.resolves_to_parent(file)? {
             return Ok(false);
         }
         self.found.push((id, path.to_path_buf()));
         Ok(true)
     }
 
-    /// Whether the paths in a child lead to the parent's file; true if they lead to no image of this UUID.
+    /// Whether the paths in a child lead to the parent's file. Also true if they lead to no image with the parent's
+    /// UUID.
     fn resolves_to_parent(&self, child: File) -> Result<bool> {
         let Ok(child) = Image::open(child) else { return Ok(true) };
         if child.kind() != DiskType::Differencing {
@@ -165,12 +168,12 @@ impl ChildSearch<'_> {
     }
 }
 
-/// Whether a path leads to what the kernel makes up: no image lies there, and opening may have effects.
+/// Whether a path is in a file system of the kernel: there are no images, and opening a file may have side effects.
 fn is_kernel_path(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"].iter().any(|folder| path.starts_with(folder))
 }
 
-/// The lines of the mark on a file; none if there is no mark, or none of ours.
+/// The paths in the attribute of a file; empty if there is no attribute, or if it cannot be decoded.
 fn recorded_children(parent: &File) -> Result<Vec<PathBuf>> {
     let value = parent.attribute(CHILDREN_ATTRIBUTE)?.unwrap_or_default();
     let text = std::str::from_utf8(&value).unwrap_or_default();

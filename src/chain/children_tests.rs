@@ -1,4 +1,4 @@
-//! Children of an image: found by the mark and by headers, and told from children of copies.
+//! Tests of `children.rs`: children are found by the attribute and by headers; children of copies are not.
 
 use super::super::OpenMode;
 use super::super::testing::ChainFolder;
@@ -7,8 +7,8 @@ use crate::storage::host::Host;
 
 const BLOCK: u32 = 2 << 20;
 
-fn found(rig: &ChainFolder, parent: &str) -> Vec<PathBuf> {
-    let mut found = children_of(&Host, rig.chain(parent, OpenMode::Inspect).unwrap().youngest()).unwrap();
+fn found(chains: &ChainFolder, parent: &str) -> Vec<PathBuf> {
+    let mut found = children_of(&Host, chains.chain(parent, OpenMode::Inspect).unwrap().youngest()).unwrap();
     found.sort();
     found
 }
@@ -19,68 +19,68 @@ fn canonical(path: &Path) -> PathBuf {
 
 #[test]
 fn children_are_found_by_headers() {
-    let rig = ChainFolder::new();
-    rig.dynamic("p", BLOCK, 100);
-    rig.dynamic("other", BLOCK, 100);
-    std::fs::write(rig.path("text"), "no image").unwrap();
-    assert_eq!(found(&rig, "p"), Vec::<PathBuf>::new());
-    rig.child("a", "p", BLOCK, 100);
-    rig.child("b", "a", BLOCK, 100);
-    assert_eq!(found(&rig, "p"), [canonical(&rig.path("a"))]);
-    assert_eq!(found(&rig, "other"), Vec::<PathBuf>::new());
-    let e = refuse_if_parent(&Host, rig.chain("p", OpenMode::Inspect).unwrap().youngest()).unwrap_err();
+    let chains = ChainFolder::new();
+    chains.dynamic("p", BLOCK, 100);
+    chains.dynamic("other", BLOCK, 100);
+    std::fs::write(chains.path("text"), "not an image").unwrap();
+    assert_eq!(found(&chains, "p"), Vec::<PathBuf>::new());
+    chains.child("a", "p", BLOCK, 100);
+    chains.child("b", "a", BLOCK, 100);
+    assert_eq!(found(&chains, "p"), [canonical(&chains.path("a"))]);
+    assert_eq!(found(&chains, "other"), Vec::<PathBuf>::new());
+    let e = refuse_if_parent(&Host, chains.chain("p", OpenMode::Inspect).unwrap().youngest()).unwrap_err();
     assert!(e.kind() == ErrorKind::Refused && e.line().contains("/a"), "{e}");
     // A copy of the parent has the same UUID, and no children.
-    std::fs::copy(rig.path("p"), rig.path("copy")).unwrap();
-    assert_eq!(found(&rig, "copy"), Vec::<PathBuf>::new());
-    // A child whose paths lead nowhere may stand on any of them.
-    rig.child_by("lost", "p", ["gone", "gone"], BLOCK, 100);
-    assert_eq!(found(&rig, "copy"), [canonical(&rig.path("lost"))]);
+    std::fs::copy(chains.path("p"), chains.path("copy")).unwrap();
+    assert_eq!(found(&chains, "copy"), Vec::<PathBuf>::new());
+    // A child whose paths lead to no file may be a child of any copy.
+    chains.child_by("lost", "p", ["gone", "gone"], BLOCK, 100);
+    assert_eq!(found(&chains, "copy"), [canonical(&chains.path("lost"))]);
 }
 
 #[test]
-fn a_mark_leads_to_children_elsewhere_and_stale_lines_go() {
+fn the_attribute_leads_to_children_elsewhere_and_stale_lines_are_removed() {
     let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-    let rig = ChainFolder::new();
-    rig.dynamic("p", BLOCK, 100);
+    let chains = ChainFolder::new();
+    chains.dynamic("p", BLOCK, 100);
     let path = folder.path().join("p");
-    std::fs::copy(rig.path("p"), &path).unwrap();
+    std::fs::copy(chains.path("p"), &path).unwrap();
     let parent = Image::open(Host.open(&path, Access::Read).unwrap()).unwrap();
-    let elsewhere = rig.folder().canonicalize().unwrap();
-    rig.child_by("c", "p", ["gone", "gone"], BLOCK, 100);
+    let elsewhere = chains.folder().canonicalize().unwrap();
+    chains.child_by("c", "p", ["gone", "gone"], BLOCK, 100);
     record_child(&Host, &parent, &elsewhere.join("c"));
     if recorded_children(parent.file()).unwrap().is_empty() {
-        return println!("skipped: no attributes here");
+        return println!("skipped: this file system has no extended attributes");
     }
     record_child(&Host, &parent, &elsewhere.join("c"));
     record_child(&Host, &parent, &elsewhere.join("never made"));
     assert_eq!(recorded_children(parent.file()).unwrap().len(), 2);
     assert_eq!(children_of(&Host, &parent).unwrap(), [elsewhere.join("c")]);
-    assert_eq!(recorded_children(parent.file()).unwrap().len(), 1, "what leads to no child is dropped");
+    assert_eq!(recorded_children(parent.file()).unwrap().len(), 1, "a line that leads to no child is removed");
     for n in 0..100 {
         record_child(&Host, &parent, &elsewhere.join(format!("{n:0>100}")));
     }
     assert_eq!(
         children_of(&Host, &parent).unwrap(),
         [elsewhere.join("c")],
-        "the living are not pushed out by stale ones"
+        "stale lines do not displace existing children"
     );
     std::fs::remove_file(elsewhere.join("c")).unwrap();
     assert_eq!(children_of(&Host, &parent).unwrap(), Vec::<PathBuf>::new());
     assert_eq!(recorded_children(parent.file()).unwrap(), Vec::<PathBuf>::new());
-    // Strings that lead into the kernel's folders are not opened, and nonsense is passed over.
+    // Paths into file systems of the kernel are not opened, and malformed lines are skipped.
     parent.file().set_attribute(CHILDREN_ATTRIBUTE, Some(b"../../../../../../proc/kmsg\n%zz\n\xFF")).unwrap();
     assert_eq!(children_of(&Host, &parent).unwrap(), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn the_search_is_bounded() {
-    let rig = ChainFolder::new();
-    rig.dynamic("p", BLOCK, 100);
+fn the_search_of_a_folder_is_limited() {
+    let chains = ChainFolder::new();
+    chains.dynamic("p", BLOCK, 100);
     for n in 0..MAX_FILES * 3 {
-        std::fs::write(rig.path(&format!("f{n}")), [0; 600]).unwrap();
+        std::fs::write(chains.path(&format!("f{n}")), [0; 600]).unwrap();
     }
     let began = std::time::Instant::now();
-    assert_eq!(found(&rig, "p"), Vec::<PathBuf>::new());
+    assert_eq!(found(&chains, "p"), Vec::<PathBuf>::new());
     assert!(began.elapsed() < MAX_SEARCH_TIME * 40, "{:?}", began.elapsed());
 }

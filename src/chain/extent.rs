@@ -3,22 +3,22 @@
 use crate::storage::FileSlot;
 use crate::units::SectorRange;
 
-/// Where the bytes of a run are.
+/// Where the bytes of a run of sectors are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// Nowhere: they read as zeros.
+    /// In no file: they read as zeros.
     Zero,
     /// In a file.
     File {
-        /// Which file of the chain.
+        /// The file of the chain.
         slot: FileSlot,
-        /// Byte offset of the run's first sector.
+        /// Byte offset of the first sector of the run.
         offset: u64,
     },
 }
 
 impl Source {
-    /// The source of what follows `sectors` further on in the same run.
+    /// The source of the same run without its first `sectors`.
     #[must_use]
     pub fn advanced_by(self, sectors: u64) -> Source {
         match self {
@@ -33,12 +33,12 @@ impl Source {
 pub struct Extent {
     /// The run.
     pub range: SectorRange,
-    /// Where its bytes are, or go.
+    /// Where its bytes are read from or written to.
     pub source: Source,
 }
 
 impl Extent {
-    /// Both as one, where `next` begins where this ends, in both worlds.
+    /// Joins two extents if `next` follows this one both on the disk and in the source.
     #[inline]
     pub fn try_join(self, next: Extent) -> Option<Extent> {
         let adjoins =
@@ -46,14 +46,14 @@ impl Extent {
         adjoins.then(|| Extent { range: SectorRange::between(self.range.start(), next.range.end()), ..self })
     }
 
-    /// What is left after its first `sectors`.
+    /// Returns the extent without its first `sectors`.
     #[must_use]
     pub fn skip(self, sectors: u64) -> Extent {
         Extent { range: self.range.skip(sectors), source: self.source.advanced_by(sectors) }
     }
 }
 
-/// Appends a run to extents, joining it to the last where they are neighbours in both worlds.
+/// Appends a run to extents. It joins the last extent if it follows that both on the disk and in the source.
 #[inline]
 pub(super) fn push(extents: &mut Vec<Extent>, range: SectorRange, source: Source) {
     if range.is_empty() {

@@ -1,4 +1,4 @@
-//! The state of a file: whether its content may have changed, found out without reading it.
+//! File stamps: they show whether a file may have changed, without reading its contents.
 
 use std::path::Path;
 
@@ -8,19 +8,19 @@ use crate::error::{Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
-/// The state of a file, by which it is known again: the same file, and nobody has written to it.
+/// Inode, length and time of last change. If they are equal, the file is the same, and was not written to in between.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileStamp {
-    /// Its inode.
+    /// The inode number.
     pub(super) ino: u64,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub(super) len: u64,
-    /// Its last change.
+    /// The time of the last change.
     pub(super) modified: ModifiedTime,
 }
 
 impl FileStamp {
-    /// The state of `file` now.
+    /// Returns the current stamp of `file`.
     ///
     /// # Errors
     /// `Io`.
@@ -29,17 +29,17 @@ impl FileStamp {
         Ok(FileStamp { ino: stat.id.ino, len: stat.len, modified: stat.last_change() })
     }
 
-    /// The state of an image; `None` where another file or none is at `path`.
+    /// Returns the current stamp of the image `uuid` at `path`; `None` if no file or another image is there.
     ///
     /// # Errors
     /// `Io`.
     pub fn of_image_at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<FileStamp>> {
         let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
-        let is_it = ImageIdentity::peek(&file)?.is_some_and(|glance| glance.uuid == uuid);
+        let is_it = ImageIdentity::peek(&file)?.is_some_and(|identity| identity.uuid == uuid);
         is_it.then(|| FileStamp::of(&file)).transpose()
     }
 
-    /// The same, made durable: a power cut does not bring back an older one.
+    /// Syncs the file and returns its stamp, so that a power cut cannot restore an older state.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.

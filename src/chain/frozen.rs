@@ -1,12 +1,13 @@
-//! Frozen: every layer beneath the top, merged into one immutable map. This is why depth costs nothing.
+//! Frozen: all layers below the top, merged into one immutable map, so that a look-up costs the same at any depth.
 //!
-//! The disk is cut into *cells* of 2 MiB, whatever the block sizes of the layers. The first time a cell is asked for,
-//! the layers are walked once, youngest first, and the answer is kept: all zero, all in one run of one file, or a
-//! list of runs. From then on a look-up is an index and, for a cell of many runs, a binary search, at any depth
-//! (`frozen_cache.rs`, which also bounds what is kept).
+//! The disk is divided into *cells* of 2 MiB, whatever the block sizes of the layers. The first look-up of a cell walks
+//! the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
+//! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
+//! limits the memory).
 //!
-//! Rules (vhd-format 6): a sector beyond the end of a layer is zero, and nothing beneath that layer is asked; a set bit
-//! means here; a clear bit or a missing block means the parent, or zero in a root.
+//! Rules (vhd-format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set
+//! bit means that the layer holds the sector; a clear bit or a block without a place means the parent, or zeros in a
+//! root.
 
 use std::ops::ControlFlow;
 
@@ -18,32 +19,32 @@ use crate::image::Image;
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 
-/// A file of the chain.
+/// A layer of the chain.
 #[derive(Debug)]
 pub struct Layer {
-    /// Its place in the engines' tables of files.
+    /// Its slot in the engines.
     pub slot: FileSlot,
-    /// What it is.
+    /// The image.
     pub image: Image,
 }
 
-/// The words of a sector of bitmap.
+/// The words of one bitmap sector.
 pub(super) type BitmapWords = [u64; SECTOR_BITS as usize / 64];
-/// Supplies a sector of bitmap (layer, byte offset) where it is known.
+/// Returns a bitmap sector (layer, byte offset) if it is loaded.
 pub(super) type BitmapLookup<'a> = dyn FnMut(usize, u64) -> Option<BitmapWords> + 'a;
 
-/// A sector of bitmap that a cell needs, and its words once it was read.
+/// A bitmap sector that a cell needs, with its words once it was read.
 #[derive(Debug)]
 pub struct CellRead {
-    /// Index of the layer.
+    /// Index of its layer.
     pub layer: usize,
     /// Byte offset of the bitmap sector in the layer's file.
     pub at: u64,
-    /// What was read.
+    /// Its words, once they were read.
     pub words: Option<Box<BitmapWords>>,
 }
 
-/// The merged layers, youngest first. Immutable but for what it remembers.
+/// The merged layers, youngest first. Only the cache of cells changes.
 #[derive(Debug)]
 pub struct Frozen {
     layers: Vec<Layer>,
@@ -52,7 +53,7 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// The map of these layers, youngest first. May be empty: then all is zero.
+    /// Makes the map of these layers, youngest first. Without layers all sectors are zero.
     pub fn new(layers: Vec<Layer>) -> Frozen {
         let sectors = layers.first().map_or(0, |l| l.image.size() / SECTOR);
         Frozen { layers, cache: FrozenCache::new(sectors), sectors }
@@ -63,7 +64,7 @@ impl Frozen {
         &self.layers
     }
 
-    /// Appends where `range` is to `plan`, or what must be loaded to tell.
+    /// Appends the extents of `range` to `plan`, or the bitmaps that must be loaded first.
     #[inline]
     pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let mut cache = plan.cache.take();
@@ -77,7 +78,7 @@ impl Frozen {
             rest = rest.skip(part.count());
             match table.get(index) {
                 Some(cell) => cell.append_to(start, part, &mut plan.extents),
-                // Decided now, if that needs no bitmap.
+                // A cell that needs no bitmap is decided at once.
                 None => match self.decide_cell(index, &mut |_, _| None) {
                     Err(_) => plan.add_missing(Missing::Cell(index)),
                     Ok(cell) => {
@@ -91,7 +92,7 @@ impl Frozen {
         plan.cache = cache;
     }
 
-    /// Has the processor fetch what is known of the cell of a sector, where that is not in the table of cells itself.
+    /// Prefetches the list of runs of the cell of a sector into the processor's cache, if the cell has such a list.
     #[inline]
     pub fn prefetch(&self, sector: u64, plan: &mut PlanBuffer) {
         if sector < self.sectors {
@@ -102,33 +103,34 @@ impl Frozen {
         }
     }
 
-    /// The bitmap sectors that decide a cell; none where it is decided.
+    /// The bitmap sectors that a cell needs; none if the cell is cached.
     pub fn cell_reads(&self, index: usize) -> Vec<CellRead> {
         if self.cache.contains(index) {
             return Vec::new();
         }
-        let wanted = self.decide_cell(index, &mut |_, _| None).err().unwrap_or_default();
-        wanted.into_iter().map(|(layer, at)| CellRead { layer, at, words: None }).collect()
+        let needed = self.decide_cell(index, &mut |_, _| None).err().unwrap_or_default();
+        needed.into_iter().map(|(layer, at)| CellRead { layer, at, words: None }).collect()
     }
 
-    /// Takes in all pieces of a cell, and decides it. Where it was known when they were named, and is forgotten since, it
-    /// is missed again by the next plan.
-    pub fn supply(&self, index: usize, pieces: &[CellRead]) {
+    /// Decides a cell from the bitmap sectors that were read for it, and caches it. If the cell was cached when the
+    /// reads were listed, and has left the cache since, the next plan misses it again.
+    pub fn supply(&self, index: usize, reads: &[CellRead]) {
         if self.cache.contains(index) {
-            return; // by another queue
+            return; // another queue has decided it
         }
-        let piece = |layer, at| pieces.iter().find(|p| p.layer == layer && p.at == at);
-        let mut words = |layer, at| piece(layer, at).and_then(|p| p.words.as_deref().copied());
+        let read = |layer, at| reads.iter().find(|read| read.layer == layer && read.at == at);
+        let mut words = |layer, at| read(layer, at).and_then(|read| read.words.as_deref().copied());
         if let Ok(cell) = self.decide_cell(index, &mut words) {
             self.cache.insert(index, cell);
         }
     }
 
-    /// Walks the layers once, or names the bitmap sectors (layer, byte offset) that are not `known`.
-    pub(super) fn decide_cell(&self, index: usize, known: &mut BitmapLookup<'_>) -> Result<Cell, Vec<(usize, u64)>> {
+    /// Walks the layers once and decides a cell. The error lists the bitmap sectors (layer, byte offset) that `bitmaps`
+    /// does not return.
+    pub(super) fn decide_cell(&self, index: usize, bitmaps: &mut BitmapLookup<'_>) -> Result<Cell, Vec<(usize, u64)>> {
         let start = index as u64 * CELL_SECTORS;
         let whole = SectorRange::between(start, (start + CELL_SECTORS).min(self.sectors));
-        let mut walk = LayerWalk { bitmaps: known, decided: Vec::new(), undecided: vec![whole], needed: Vec::new() };
+        let mut walk = LayerWalk { bitmaps, decided: Vec::new(), undecided: vec![whole], needed: Vec::new() };
         for (number, layer) in self.layers.iter().enumerate() {
             if let ControlFlow::Break(()) = walk.visit_layer(number, layer) {
                 break;
@@ -148,11 +150,11 @@ impl Frozen {
     }
 }
 
-/// The walk down the layers for one cell.
+/// A walk down the layers for one cell.
 struct LayerWalk<'a> {
     bitmaps: &'a mut BitmapLookup<'a>,
     decided: Vec<(SectorRange, Source)>,
-    /// What no layer has answered for yet.
+    /// Ranges that no layer so far decides.
     undecided: Vec<SectorRange>,
     needed: Vec<(usize, u64)>,
 }
@@ -162,7 +164,7 @@ impl LayerWalk<'_> {
         let end = layer.image.size() / SECTOR;
         for range in std::mem::take(&mut self.undecided) {
             let inside = range.clip(SectorRange::between(0, end));
-            // Beyond the end of an ancestor nothing beneath it is asked.
+            // After the end of a layer the disk is zero, whatever the layers below hold.
             self.decided.push((range.skip(inside.count()), Source::Zero));
             self.visit_range(number, layer, inside);
         }
@@ -182,7 +184,7 @@ impl LayerWalk<'_> {
         }
     }
 
-    /// A part of one block that has a place: its bits tell.
+    /// Decides a part of one block that has a place, by the bits of the block.
     fn visit_block(&mut self, number: usize, layer: &Layer, place: u64, part: SectorRange) {
         let block_size = layer.image.block_size().expect("it has blocks");
         let data = (place + u64::from(block_size.bitmap_sectors())) * SECTOR;
@@ -194,7 +196,8 @@ impl LayerWalk<'_> {
             let group = rest.first(u64::from(SECTOR_BITS - bit));
             rest = rest.skip(group.count());
             if at + SECTOR > layer.image.data_end() {
-                // Lost with its bitmap. Only a salvage opens such an image, and never shows old data of the parent there.
+                // The bitmap itself is lost. Only a salvage opens such an image; it reads zeros, never old data of the
+                // parent.
                 self.decided.push((group, Source::Zero));
                 continue;
             }
@@ -206,7 +209,7 @@ impl LayerWalk<'_> {
             let mut left = group;
             while !left.is_empty() {
                 let from = block_size.sector_in_block(left.start()) % SECTOR_BITS;
-                let end = from + u32::try_from(left.count()).expect("inside a granule");
+                let end = from + u32::try_from(left.count()).expect("inside a bitmap sector");
                 let (set, count) = bitmap::run(words.as_slice(), from, end);
                 let run = left.first(u64::from(count));
                 left = left.skip(run.count());
@@ -216,7 +219,7 @@ impl LayerWalk<'_> {
         }
     }
 
-    /// The layer holds the run at byte `offset`. Lost sectors, which only a salvage meets, are zero (O12).
+    /// Adds a run that the layer holds at byte `offset`. Lost sectors, which only a salvage reads, are zero (O12).
     fn add_stored(&mut self, layer: &Layer, run: SectorRange, offset: u64) {
         let there = layer.image.data_end().saturating_sub(offset) / SECTOR;
         let inside = run.first(there);
@@ -224,7 +227,7 @@ impl LayerWalk<'_> {
         self.decided.push((run.skip(inside.count()), Source::Zero));
     }
 
-    /// The layer has nothing to say: its parent does, or in a root nobody.
+    /// Adds a run that the layer does not hold: its parent decides, or it is zero in a root.
     fn add_absent(&mut self, layer: &Layer, run: SectorRange) {
         match layer.image.kind() {
             DiskType::Differencing => self.undecided.push(run),
@@ -239,15 +242,15 @@ mod tests {
     use super::super::{OpenMode, Version};
     use super::*;
 
-    /// Three layers of other block sizes; the one in the middle is the shortest.
+    /// Three layers with different block sizes. The middle one is the shortest.
     fn three() -> (ChainFolder, Vec<u8>) {
-        let rig = ChainFolder::new();
-        rig.dynamic("root", 4 << 10, 10_000);
-        rig.fill("root", &[(0, 10_000, 1)]);
-        rig.child("middle", "root", 2 << 20, 9_000);
-        rig.fill("middle", &[(3, 5, 2), (4_090, 4_100, 3), (8_999, 9_000, 4)]);
-        rig.child("leaf", "middle", 512 << 10, 10_001);
-        rig.fill("leaf", &[(4, 5, 5), (4_095, 4_097, 6), (9_500, 9_501, 7)]);
+        let chains = ChainFolder::new();
+        chains.dynamic("root", 4 << 10, 10_000);
+        chains.fill("root", &[(0, 10_000, 1)]);
+        chains.child("middle", "root", 2 << 20, 9_000);
+        chains.fill("middle", &[(3, 5, 2), (4_090, 4_100, 3), (8_999, 9_000, 4)]);
+        chains.child("leaf", "middle", 512 << 10, 10_001);
+        chains.fill("leaf", &[(4, 5, 5), (4_095, 4_097, 6), (9_500, 9_501, 7)]);
         let mut want = vec![1; 9_000];
         want.resize(10_001, 0);
         for (from, to, byte) in [
@@ -261,16 +264,16 @@ mod tests {
         ] {
             want[from..to].fill(byte);
         }
-        (rig, want)
+        (chains, want)
     }
 
     #[test]
     fn every_sector_comes_from_the_youngest_layer_that_has_it() {
-        let (rig, want) = three();
-        let whole = rig.read("leaf");
+        let (chains, want) = three();
+        let whole = chains.read("leaf");
         assert_eq!(read_sector_bytes(&whole, 0, 10_001), want);
-        // From inside of runs, of warm and of cold maps.
-        for version in [whole, rig.read("leaf")] {
+        // Ranges that begin inside runs, with cached and with new cells.
+        for version in [whole, chains.read("leaf")] {
             for from in [1, 3, 4, 5, 100, 4_094, 4_095, 4_096, 4_099, 4_100, 8_998, 8_999, 9_000, 9_499, 9_501] {
                 for to in [from + 1, from + 2, from + 130].map(|to| to.min(10_001)) {
                     assert_eq!(read_sector_bytes(&version, from as u64, to as u64), want[from..to], "{from}..{to}");
@@ -281,15 +284,15 @@ mod tests {
 
     #[test]
     fn a_cell_is_loaded_once() {
-        let (rig, _) = three();
-        let version = rig.read("leaf");
+        let (chains, _) = three();
+        let version = chains.read("leaf");
         let (range, mut plan) = (SectorRange::between(4_000, 4_200), PlanBuffer::default());
         version.plan_read(range, &mut plan);
         assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
-        // A bitmap sector of the child and of the middle; the root's blocks of 4 KiB have one each, which only the open
-        // part of the cell needs.
-        let pieces = version.frozen().cell_reads(1);
-        assert!(pieces.iter().any(|p| p.layer == 0) && pieces.iter().any(|p| p.layer == 2), "{pieces:?}");
+        // One bitmap sector of the child and one of the middle layer. Of the root, whose blocks of 4 KiB have one each,
+        // only those of the undecided part.
+        let reads = version.frozen().cell_reads(1);
+        assert!(reads.iter().any(|read| read.layer == 0) && reads.iter().any(|read| read.layer == 2), "{reads:?}");
         version.load_now(&plan.missing, &mut crate::image::Pins::default()).unwrap();
         version.plan_read(range, &mut plan);
         assert!(plan.missing.is_empty() && version.frozen().cell_reads(1).is_empty());
@@ -298,11 +301,11 @@ mod tests {
     }
 
     #[test]
-    fn blocks_without_a_place_need_nothing_from_the_files() {
-        let rig = ChainFolder::new();
-        rig.fixed("root", 9_000);
-        rig.child("leaf", "root", 2 << 20, 9_000);
-        let version = rig.chain("leaf", OpenMode::Inspect).unwrap().into_frozen();
+    fn blocks_without_a_place_need_no_bitmaps() {
+        let chains = ChainFolder::new();
+        chains.fixed("root", 9_000);
+        chains.child("leaf", "root", 2 << 20, 9_000);
+        let version = chains.chain("leaf", OpenMode::Inspect).unwrap().into_frozen();
         let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(10, 8_900), &mut plan);
         assert!(plan.missing.is_empty());

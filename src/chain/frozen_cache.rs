@@ -1,9 +1,9 @@
-//! What was decided about the cells of a chain's lower layers, and how much of it is kept.
+//! Cache of the cells of the frozen layers, with a limit on its memory.
 //!
-//! A cell of one run takes a word of a table; lists of runs are kept up to [`MAX_RUN_BYTES`] in all. Then the memory starts
-//! afresh, and what is needed again is read again as on the first look, without holding up other requests. So a chain cut
-//! into single sectors cannot eat the host, and a look-up takes no lock. Nor does it count on a counter that queues share:
-//! who asks several times remembers what it saw last ([`CacheHandle`]), and lets go of it before it sleeps.
+//! A cell of one run takes one word in a table. Lists of runs take at most [`MAX_RUN_BYTES`] together; when a new list
+//! exceeds the limit, an empty table replaces the full one, and cells are loaded again when they are needed. So a chain
+//! that is fragmented into single sectors cannot exhaust memory. A look-up takes no lock and changes no reference count
+//! that queues share: each queue keeps a [`CacheHandle`] to the table, and drops it before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -15,12 +15,13 @@ use crate::image::SparseArray;
 use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors in a cell: what one bitmap sector of a 2 MiB block speaks for.
+/// Sectors in a cell: as many as one bitmap sector covers, the bitmap of a 2 MiB block.
 pub(super) const CELL_SECTORS: u64 = 4096;
-/// Bytes of lists of runs that are kept. A cell has 32 KiB at the worst, and a request touches at most 17 cells.
+/// The limit of bytes of all lists of runs. One cell has at most 32 KiB, and a request touches at most 17 cells.
 const MAX_RUN_BYTES: usize = 32 << 20;
 
-/// A run inside a cell, in 8 bytes: end in the cell (13 bits), file (12 bits, all ones for zero), file sector (39 bits).
+/// A run inside a cell, packed in 8 bytes: end in the cell (13 bits), file slot (12 bits, all ones for zeros), file
+/// sector (39 bits).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct PackedRun(u64);
 
@@ -29,7 +30,7 @@ const SLOT_BITS: u32 = 12;
 const ZERO_SLOT: u64 = (1 << SLOT_BITS) - 1;
 
 impl PackedRun {
-    /// A run up to sector `end` of the cell whose first sector is at `source`.
+    /// Packs a run that ends before sector `end` of the cell and whose first sector is at `source`.
     pub(super) fn new(end: u64, source: Source) -> PackedRun {
         let (slot, sector) = match source {
             Source::Zero => (ZERO_SLOT, 0),
@@ -43,7 +44,7 @@ impl PackedRun {
         self.0 & ((1 << END_BITS) - 1)
     }
 
-    /// Where sector `skip` of the run is.
+    /// The source of sector `skip` of the run.
     fn source(self, skip: u64) -> Source {
         match (self.0 >> END_BITS) & ZERO_SLOT {
             ZERO_SLOT => Source::Zero,
@@ -61,17 +62,17 @@ impl std::fmt::Debug for PackedRun {
     }
 }
 
-/// The answer for a cell.
+/// The runs of a cell.
 #[derive(Debug)]
 pub(super) enum Cell {
-    /// One run covers it all.
+    /// One run covers the cell.
     Whole(PackedRun),
     /// Runs in ascending order, at least two.
     Runs(Box<[PackedRun]>),
 }
 
 impl Cell {
-    /// Bytes beside itself.
+    /// Bytes of its list of runs on the heap.
     fn heap_bytes(&self) -> usize {
         match self {
             Cell::Whole(_) => 0,
@@ -79,7 +80,7 @@ impl Cell {
         }
     }
 
-    /// Has the processor fetch the run that holds sector `at` of the cell, as [`find`] guesses it.
+    /// Prefetches the run that [`find_run`] tries first for sector `at` of the cell.
     #[inline]
     pub(super) fn prefetch(&self, at: u64) {
         if let Cell::Runs(runs) = self {
@@ -87,7 +88,7 @@ impl Cell {
         }
     }
 
-    /// Appends the part of the cell, which begins at sector `start`, that covers `part`.
+    /// Appends the extents of `part` of the disk. The cell begins at sector `start` of the disk.
     #[inline]
     pub(super) fn append_to(&self, start: u64, part: SectorRange, extents: &mut Vec<Extent>) {
         match self {
@@ -97,25 +98,25 @@ impl Cell {
     }
 }
 
-/// Where in the cell a run begins.
+/// The first sector of a run in the cell.
 fn start_of(runs: &[PackedRun], number: usize) -> u64 {
     if number == 0 { 0 } else { runs[number - 1].end() }
 }
 
-/// Which run holds sector `at` of the cell, if all are as long as each other.
+/// The run that holds sector `at` of the cell if all runs have the same length.
 fn guess_run(runs: &[PackedRun], at: u64) -> usize {
     usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs")
 }
 
-/// The run that holds sector `at` of the cell. Where runs are of like lengths, as a guest's clusters make them, the first
-/// guess is right, and only one line of the list is fetched.
+/// Finds the run that holds sector `at` of the cell. If runs have similar lengths, such as the clusters of a guest's
+/// file system, the first guess is right, and only one cache line of the list is read.
 fn find_run(runs: &[PackedRun], at: u64) -> usize {
     let guess = guess_run(runs, at);
     let right = at < runs[guess].end() && start_of(runs, guess) <= at;
     if right { guess } else { runs.partition_point(|run| run.end() <= at) }
 }
 
-/// Appends the part of a cell's runs that covers `part`.
+/// Appends the extents of `part` of the disk from the runs of a cell that begins at sector `start`.
 fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, extents: &mut Vec<Extent>) {
     let mut rest = part;
     let first = find_run(runs, part.start() - start);
@@ -131,7 +132,7 @@ fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, extents: &mut 
     }
 }
 
-/// The cells that are decided.
+/// The cells that were decided, by number.
 #[derive(Debug)]
 pub(super) struct CellTable {
     cells: SparseArray<OnceLock<Cell>>,
@@ -150,11 +151,11 @@ impl CellTable {
     }
 }
 
-/// What one who asks saw last.
+/// The handle of one queue to the current table.
 #[derive(Debug)]
 pub(super) struct CacheHandle(Cache<Arc<ArcSwap<CellTable>>, Arc<CellTable>>);
 
-/// The memory of a chain.
+/// The cells of the frozen layers that were looked up.
 #[derive(Debug)]
 pub(super) struct FrozenCache {
     table: Arc<ArcSwap<CellTable>>,
@@ -163,41 +164,41 @@ pub(super) struct FrozenCache {
 }
 
 impl FrozenCache {
-    /// Nothing is decided of a disk of so many sectors.
+    /// Makes an empty cache for a disk of `sectors`.
     pub(super) fn new(sectors: u64) -> FrozenCache {
-        let decided = Arc::new(ArcSwap::from_pointee(CellTable::new(sectors)));
-        FrozenCache { table: decided, sectors, max_run_bytes: MAX_RUN_BYTES }
+        let table = Arc::new(ArcSwap::from_pointee(CellTable::new(sectors)));
+        FrozenCache { table, sectors, max_run_bytes: MAX_RUN_BYTES }
     }
 
-    /// What is decided now, as long as it is held in `memo`.
+    /// The current table, which stays in memory as long as `handle` is neither used again nor dropped.
     #[inline]
-    pub(super) fn table<'a>(&self, memo: &'a mut Option<CacheHandle>) -> &'a CellTable {
-        if !memo.as_ref().is_some_and(|memo| std::ptr::eq(memo.0.arc_swap(), &*self.table)) {
-            *memo = Some(CacheHandle(Cache::new(self.table.clone())));
+    pub(super) fn table<'a>(&self, handle: &'a mut Option<CacheHandle>) -> &'a CellTable {
+        if !handle.as_ref().is_some_and(|handle| std::ptr::eq(handle.0.arc_swap(), &*self.table)) {
+            *handle = Some(CacheHandle(Cache::new(self.table.clone())));
         }
-        memo.as_mut().expect("made above").0.load()
+        handle.as_mut().expect("made above").0.load()
     }
 
-    /// Whether a cell is decided now.
+    /// Whether a cell is in the current table.
     pub(super) fn contains(&self, index: usize) -> bool {
         self.table.load().get(index).is_some()
     }
 
-    /// Keeps a cell, perhaps instead of all others.
+    /// Inserts a cell. If its runs exceed the limit, a new table with this cell alone replaces the current one.
     pub(super) fn insert(&self, index: usize, cell: Cell) {
-        let (decided, bytes) = (self.table.load(), cell.heap_bytes());
-        if decided.get(index).is_some() {
-            return; // another queue was faster, and found the same
+        let (table, bytes) = (self.table.load(), cell.heap_bytes());
+        if table.get(index).is_some() {
+            return; // another queue has inserted the same cell
         }
-        let before = decided.run_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let before = table.run_bytes.fetch_add(bytes, Ordering::Relaxed);
         if bytes > 0 && before + bytes > self.max_run_bytes {
             let fresh = CellTable::new(self.sectors);
             fresh.run_bytes.store(bytes, Ordering::Relaxed);
             let _ = fresh.cells.get_or_init(index).set(cell);
-            // Where two queues do so at once, one forgets what the other has just kept: it is read again.
+            // If two queues replace the table at once, the cell of one is lost and will be loaded again.
             self.table.store(Arc::new(fresh));
-        } else if decided.cells.get_or_init(index).set(cell).is_err() {
-            decided.run_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        } else if table.cells.get_or_init(index).set(cell).is_err() {
+            table.run_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
     }
 }
@@ -207,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_keep_their_limits() {
+    fn runs_are_packed_at_their_limits() {
         let last =
             Source::File { slot: FileSlot(u16::try_from(ZERO_SLOT).unwrap() - 1), offset: ((1 << 39) - 1) * SECTOR };
         for (end, source) in
@@ -222,10 +223,10 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_like_and_of_other_lengths_are_found() {
+    fn runs_of_equal_and_of_different_lengths_are_found() {
         let runs = |ends: &[u64]| ends.iter().map(|end| PackedRun::new(*end, Source::Zero)).collect::<Vec<_>>();
-        let like: Vec<u64> = (1..=32).map(|n| n * 128).collect();
-        for ends in [&like[..], &[1, 4096], &[4095, 4096], &[7, 8, 9, 3000, 4096], &[100, 200], &[1, 2, 3]] {
+        let equal: Vec<u64> = (1..=32).map(|n| n * 128).collect();
+        for ends in [&equal[..], &[1, 4096], &[4095, 4096], &[7, 8, 9, 3000, 4096], &[100, 200], &[1, 2, 3]] {
             let runs = runs(ends);
             for at in 0..*ends.last().unwrap() {
                 assert_eq!(find_run(&runs, at), ends.iter().position(|end| at < *end).unwrap(), "{at} in {ends:?}");
@@ -234,23 +235,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_bounded() {
-        let mut cells = FrozenCache::new(100 * CELL_SECTORS);
+    fn memory_of_the_cache_is_limited() {
+        let mut cache = FrozenCache::new(100 * CELL_SECTORS);
         let runs = |n: u64| (1..=n).map(|end| PackedRun::new(end, Source::Zero)).collect::<Box<[PackedRun]>>();
-        cells.max_run_bytes = 4 * size_of_val(&*runs(10));
-        cells.insert(99, Cell::Whole(PackedRun::new(CELL_SECTORS, Source::Zero)));
-        (0..4).for_each(|n| cells.insert(n, Cell::Runs(runs(10))));
-        cells.insert(3, Cell::Runs(runs(10)));
-        let mut memo = None;
-        let held = cells.table(&mut memo);
-        assert!((0..4).all(|n| held.get(n).is_some()) && held.get(99).is_some(), "twice the same counts once");
-        cells.insert(4, Cell::Runs(runs(10)));
-        assert!(held.get(3).is_some(), "who looks keeps what it looks at");
-        let known: Vec<_> = (0..100).filter(|n| cells.contains(*n)).collect();
-        assert_eq!(known, [4], "one more than there is room for");
-        let now = cells.table(&mut memo);
-        assert!(now.get(4).is_some() && now.get(3).is_none(), "and who looks again sees that");
+        cache.max_run_bytes = 4 * size_of_val(&*runs(10));
+        cache.insert(99, Cell::Whole(PackedRun::new(CELL_SECTORS, Source::Zero)));
+        (0..4).for_each(|n| cache.insert(n, Cell::Runs(runs(10))));
+        cache.insert(3, Cell::Runs(runs(10)));
+        let mut handle = None;
+        let held = cache.table(&mut handle);
+        assert!(
+            (0..4).all(|n| held.get(n).is_some()) && held.get(99).is_some(),
+            "a cell that is inserted twice counts once"
+        );
+        cache.insert(4, Cell::Runs(runs(10)));
+        assert!(held.get(3).is_some(), "a table in use stays in memory");
+        let cached: Vec<_> = (0..100).filter(|n| cache.contains(*n)).collect();
+        assert_eq!(cached, [4], "the limit is exceeded by one cell");
+        let now = cache.table(&mut handle);
+        assert!(now.get(4).is_some() && now.get(3).is_none(), "the next look-up uses the new table");
         let others = FrozenCache::new(CELL_SECTORS);
-        assert!(others.table(&mut memo).get(0).is_none() && cells.table(&mut memo).get(4).is_some());
+        assert!(others.table(&mut handle).get(0).is_none() && cache.table(&mut handle).get(4).is_some());
     }
 }

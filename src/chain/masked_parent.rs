@@ -1,8 +1,8 @@
-//! Whether a child hides what its parents have, as QEMU makes it do.
+//! Finds blocks of a child that hide data of its parents, as QEMU leaves them.
 //!
-//! QEMU takes a differencing VHD for a dynamic one. At the first write to a block it marks the whole block present, so that
-//! zeros take the place of all the parent's data in it. A guest that zeroes its disk leaves the same bytes; only where the
-//! block was placed by another program than the image's own writer, it was not the guest.
+//! QEMU takes a differencing VHD for a dynamic one. At the first write to a block it marks the whole block present, so
+//! that zeros replace all of the parent's data in the block. A guest that zeroes its disk leaves the same bytes. They
+//! are attributed to QEMU only if the block was placed by another program than the image's own writer.
 
 use super::extent::Source;
 use super::frozen::{Frozen, Layer};
@@ -14,16 +14,17 @@ use crate::image::{Image, OnProgress, Suspects, is_zero};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
-/// Bytes that are read of one image and of its parents.
+/// The limit of bytes that are read of one image and its parents together.
 const MAX_BYTES_READ: u64 = 256 << 20;
 /// Bytes that are read at once.
 const CHUNK: usize = 64 << 10;
 
-/// Looks which blocks of a child among `suspects` hold zeros where the parents have data, and puts that in the place of what
-/// `defects` say of blocks that another program has placed.
+/// Finds the blocks among `suspects` of a child that hold zeros over data of the parents. Adds them to `defects`, in
+/// place of the defect that only reports that another program placed the blocks.
 ///
 /// # Errors
-/// `Io`; what `watch` fails with, which is asked between blocks.
+/// - `Io`
+/// - the error of `watch`, which is called between blocks
 pub(super) fn find_masked(
     child: &Image,
     parents: &[Image],
@@ -35,7 +36,7 @@ pub(super) fn find_masked(
         Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? })
     };
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
-    let mut look = MaskScan {
+    let mut scan = MaskScan {
         child,
         parents: Version::new(None, Frozen::new(layers), child.size() / SECTOR),
         plan: PlanBuffer::default(),
@@ -45,11 +46,14 @@ pub(super) fn find_masked(
     let mut found = Vec::new();
     for &(block, place) in &suspects.blocks {
         watch(0)?;
-        if let Some(sector) = look.first_masked_sector(block, place, suspects.placed_by_another)? {
+        if let Some(sector) = scan.first_masked_sector(block, place, suspects.placed_by_another)? {
             found.push((block, sector, u64::from(place) * SECTOR));
         }
-        if look.bytes_left == 0 {
-            log::info!("{}: not all of its blocks were compared with the parents", child.file().path().display());
+        if scan.bytes_left == 0 {
+            log::info!(
+                "{}: only some of its blocks were compared with the parents: the limit of data to read was reached",
+                child.file().path().display()
+            );
             break;
         }
     }
@@ -58,8 +62,8 @@ pub(super) fn find_masked(
         defects.extend(found.first().map(|&(block, _, at)| Defect::ZerosOverParent { block, blocks, at }));
         return Ok(());
     }
-    // Now it is known what came of it.
-    if look.bytes_left > 0 {
+    // All suspects were compared, so their own defects replace the general one.
+    if scan.bytes_left > 0 {
         defects.retain(|defect| !matches!(defect, Defect::PlacedByAnother { .. }));
     }
     defects.extend(found.into_iter().map(|(block, sector, at)| Defect::ParentHidden { block, sector, at }));
@@ -75,10 +79,10 @@ struct MaskScan<'a> {
 }
 
 impl MaskScan<'_> {
-    /// The first sector of a block that is zero where the parents have data. A block of zeros alone counts only if `all`:
-    /// QEMU has something to write.
+    /// The first sector of a block that is zero over data of the parents. A block that is zero as a whole counts only
+    /// if `all` is set: QEMU places a block only to write data to it.
     fn first_masked_sector(&mut self, block: u32, place: u32, all: bool) -> Result<Option<u64>> {
-        let block_size = self.child.block_size().expect("it has blocks");
+        let block_size = self.child.block_size().expect("an image with suspects has blocks");
         let range = block_size.sectors_of(block);
         let disk = range.clip(SectorRange::between(0, self.child.size() / SECTOR));
         let data = (u64::from(place) + u64::from(block_size.bitmap_sectors())) * SECTOR;
@@ -98,7 +102,7 @@ impl MaskScan<'_> {
         Ok(hides.filter(|_| any))
     }
 
-    /// The runs of zero sectors of a piece of the child's disk whose data is at byte `at`.
+    /// The runs of zero sectors in a piece of the child's disk. The data of the piece is at byte `at`.
     fn zero_runs(&mut self, piece: SectorRange, at: u64) -> Result<Vec<SectorRange>> {
         let bytes = &mut self.bytes[..usize::try_from(piece.bytes()).expect("a chunk")];
         bytes.fill(0);

@@ -1,4 +1,6 @@
-//! The mark on an image that a merge writes to: an extended attribute, durable before the first byte is copied.
+//! The mark on the receiver of a merge: an extended attribute that is durable before the first byte is copied.
+//!
+//! Its value is `<uuid of CHILD> <path of CHILD>`. It exists while the receiver is partly overwritten.
 
 use std::path::{Path, PathBuf};
 
@@ -10,17 +12,17 @@ use crate::storage::File;
 
 const MERGE_ATTRIBUTE: &str = "user.diffdisk.merge";
 
-/// Marks the image in `receiver` as partly overwritten by CHILD, durably.
+/// Marks the image in `receiver` as partly overwritten by CHILD, and syncs it.
 ///
 /// # Errors
-/// - `Unsupported` if the file system keeps no attributes
+/// - `Unsupported` if the file system has no extended attributes
 /// - `Io`
 pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
     receiver.set_attribute(MERGE_ATTRIBUTE, Some(format!("{child} {}", percent_encode(path)).as_bytes()))?;
     receiver.sync_all()
 }
 
-/// Removes the mark of [`mark_receiver`], durably.
+/// Removes the mark of [`mark_receiver`], and syncs the file.
 ///
 /// # Errors
 /// `Io`.
@@ -32,7 +34,7 @@ pub fn unmark_receiver(receiver: &File) -> Result<()> {
     receiver.sync_all()
 }
 
-/// Returns the identity and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`].
+/// Returns the UUID and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`].
 ///
 /// # Errors
 /// `Io`.

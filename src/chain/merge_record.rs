@@ -1,23 +1,24 @@
-//! The record of a merge: what is being done, and how far it has come. It outlives the process and the host.
+//! The record of a merge: its images and its progress. It survives a crash of the process and of the system.
 //!
-//! It lies beside CHILD as `.<uuid of CHILD>.merge`: lines of ASCII, ended by a sum.
+//! Its file is `.<uuid of CHILD>.merge` in the folder of CHILD (`merge_record_file`): lines of ASCII with a checksum at
+//! the end.
 //!
 //! ```text
 //! diffdisk merge 3
-//! layer <uuid> <state> <path>         CHILD first, then what lies between
-//! ancestor <uuid> <state> <path>
+//! layer <uuid> <stamp> <path>         CHILD first, then the layers between CHILD and the ancestor
+//! ancestor <uuid> <stamp> <path>      the receiver
 //! copied nothing                      no byte of the ancestor's disk has changed
-//!      | <sector>                     all before this sector is copied, and some behind it may be
-//!      | all                          the ancestor shows CHILD's disk
-//! abandoned                           only if the merge was given up; it may still be finished
+//!      | <sector>                     all sectors before this one are copied, and some after it may be
+//!      | all                          the ancestor has CHILD's disk
+//! abandoned                           only if the merge was abandoned; it may still be finished
 //! sum <FNV-1a of all lines above, 16 hexadecimal digits>
 //! ```
 //!
-//! A state identifies one content of a file without reading it: `<inode> <bytes> <last change, seconds.nanoseconds>`.
-//! (No device: it may have another number after the next boot.)
+//! A stamp is a [`FileStamp`]: `<inode> <bytes> <last change, seconds.nanoseconds>`. It has no device number, which may
+//! change at the next boot.
 //!
-//! Paths begin in the record's folder, so that the folder may move; bytes that are not printable ASCII are written `%XX`.
-//! A record is replaced as a whole: temporary name, sync, rename, sync of the folder.
+//! Paths are relative to the record's folder, so that the folder may move. Bytes that are not printable ASCII are
+//! escaped as `%XX`.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -30,44 +31,44 @@ use crate::storage::ModifiedTime;
 
 const FORMAT_LINE: &str = "diffdisk merge 3";
 
-/// An image that is folded into another one.
+/// An image that a merge copies into its receiver.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MergedLayer {
-    /// Its identity.
+    /// The UUID of the image.
     pub uuid: Uuid,
-    /// Its state before anything of it was copied.
+    /// The stamp of its file before the merge.
     pub stamp: FileStamp,
-    /// From the note's folder.
+    /// The path relative to the record's folder.
     pub path: PathBuf,
 }
 
-/// How far a merge has come.
+/// The progress of a merge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Copied {
     /// No byte of the ancestor's disk has changed.
     Nothing,
-    /// All before this sector is in the ancestor, durably; some behind it may be.
+    /// All sectors before this one are durable in the ancestor; some after it may be.
     Before(u64),
-    /// All is, and the ancestor is complete.
+    /// All sectors are durable in the ancestor.
     All,
 }
 
-/// See the module.
+/// The record of an unfinished merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MergeRecord {
-    /// Where the note lies: CHILD's folder.
+    /// The folder of the record and of CHILD.
     pub folder: PathBuf,
-    /// CHILD and what lies between, youngest first.
+    /// CHILD and the layers between CHILD and the ancestor, youngest first.
     pub layers: Vec<MergedLayer>,
-    /// The identity of what receives.
+    /// The UUID of the ancestor that receives the data.
     pub ancestor: Uuid,
-    /// The ancestor's state when all that `copied` says was in it.
+    /// The stamp of the ancestor's file when `copied` was true of it.
     pub ancestor_stamp: FileStamp,
-    /// From the note's folder.
+    /// The path of the ancestor relative to the record's folder.
     pub ancestor_path: PathBuf,
-    /// How far it has come.
+    /// The progress.
     pub copied: Copied,
-    /// Whether it was given up after something was copied. It may still be finished.
+    /// Whether the merge was abandoned after data was copied. It may still be finished.
     pub abandoned: bool,
 }
 
@@ -77,7 +78,7 @@ impl MergeRecord {
         self.folder.join(&self.layers[0].path)
     }
 
-    /// The command that finishes it.
+    /// The command that finishes the merge.
     pub fn command(&self) -> String {
         let into = match self.layers.len() {
             1 => String::new(),
@@ -86,7 +87,7 @@ impl MergeRecord {
         format!("diffdisk merge {}{into}", self.child().display())
     }
 
-    /// The text of the record.
+    /// Encodes the record as text.
     pub(super) fn encode(&self) -> String {
         let mut text = format!("{FORMAT_LINE}\n");
         for layer in &self.layers {
@@ -98,23 +99,23 @@ impl MergeRecord {
             Copied::Before(sector) => writeln!(text, "copied {sector}"),
             Copied::All => writeln!(text, "copied all"),
         }
-        .expect("a string takes all");
+        .expect("writing to a string cannot fail");
         if self.abandoned {
             text.push_str("abandoned\n");
         }
         let sum = checksum(&text);
-        writeln!(text, "sum {sum:016x}").expect("a string takes all");
+        writeln!(text, "sum {sum:016x}").expect("writing to a string cannot fail");
         text
     }
 
-    /// What a note says; `None` where it is broken.
+    /// Decodes the text of a record in `folder`; `None` if it is damaged.
     pub(super) fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
         let end = text.strip_suffix('\n')?.rfind('\n')? + 1;
-        let (said, last) = text.split_at(end);
-        if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", checksum(said)) {
+        let (summed, last) = text.split_at(end);
+        if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", checksum(summed)) {
             return None;
         }
-        let mut lines = said.lines().filter(|line| !line.is_empty());
+        let mut lines = summed.lines().filter(|line| !line.is_empty());
         if lines.next()? != FORMAT_LINE {
             return None;
         }
@@ -124,8 +125,8 @@ impl MergeRecord {
             match word {
                 "abandoned" => abandoned = true,
                 "layer" => {
-                    let (uuid, seen, path) = decode_image_line(rest)?;
-                    layers.push(MergedLayer { uuid, stamp: seen, path });
+                    let (uuid, stamp, path) = decode_image_line(rest)?;
+                    layers.push(MergedLayer { uuid, stamp, path });
                 }
                 "ancestor" => ancestor = Some(decode_image_line(rest)?),
                 "copied" if rest == "nothing" => copied = Some(Copied::Nothing),
@@ -143,13 +144,13 @@ impl MergeRecord {
     }
 }
 
-/// The line of a file.
-fn encode_image_line(word: &str, uuid: Uuid, seen: FileStamp, path: &Path) -> String {
-    let FileStamp { ino, len, modified: ModifiedTime { seconds, nanos } } = seen;
+/// Encodes the line of an image.
+fn encode_image_line(word: &str, uuid: Uuid, stamp: FileStamp, path: &Path) -> String {
+    let FileStamp { ino, len, modified: ModifiedTime { seconds, nanos } } = stamp;
     format!("{word} {uuid} {ino} {len} {seconds}.{nanos:09} {}\n", percent_encode(path))
 }
 
-/// What such a line says behind its word.
+/// Decodes the line of an image after its first word.
 fn decode_image_line(text: &str) -> Option<(Uuid, FileStamp, PathBuf)> {
     let mut words = text.splitn(5, ' ');
     let (uuid, ino, len) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
@@ -158,7 +159,7 @@ fn decode_image_line(text: &str) -> Option<(Uuid, FileStamp, PathBuf)> {
     Some((uuid, FileStamp { ino, len, modified }, percent_decode(words.next()?)?))
 }
 
-/// FNV-1a: it is accidents that are to be found.
+/// FNV-1a. It detects damage, not manipulation.
 fn checksum(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }

@@ -1,4 +1,6 @@
-//! The file of a merge record: found, read, replaced, removed.
+//! Finds, reads, replaces and removes the file of a merge record.
+//!
+//! A record is replaced as a whole: a temporary file is written and synced, renamed, and the folder is synced.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -11,27 +13,27 @@ use crate::failpoint;
 use crate::image::folder_of;
 use crate::storage::{Access, Env, Folder};
 
-/// Bytes of a record at most: a chain has few layers, and a path at most 4096 bytes.
+/// The largest size of a record in bytes: a chain has few layers, and a path at most 4096 bytes.
 const MAX_BYTES: u64 = 2 << 20;
 
-/// What is found of an earlier start of a merge.
+/// The record of an earlier start of a merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ExistingRecord {
-    /// Nothing: it was not begun.
+    /// There is no record: the merge was not begun.
     None,
-    /// Its record.
+    /// The record.
     Record(Box<MergeRecord>),
-    /// A record at this path that cannot be read.
+    /// The record at this path is damaged.
     Unreadable(PathBuf),
 }
 
 impl MergeRecord {
-    /// Finds the record of a merge of the image at `child` that was begun and not finished; `present` is the image
-    /// that has the name now.
+    /// Finds the record of an unfinished merge of the image at `child`. `present` is the UUID of the image that is
+    /// there now.
     ///
     /// # Errors
-    /// - `Refused` if another image has the name than when it was begun
-    /// - `Invalid` for a record that cannot be read while no image has the name
+    /// - `Refused` if the image at `child` is not the one that was there when the merge was begun
+    /// - `Invalid` if no image is at `child`, and a record in the folder is damaged
     /// - `Io`
     pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<ExistingRecord> {
         let folder = env.folder(folder_of(child))?.absolute()?;
@@ -56,8 +58,8 @@ impl MergeRecord {
                 None if is_named => return Ok(ExistingRecord::Record(Box::new(record))),
                 Some(_) if is_named => {
                     let what = format!(
-                        "another image of this name was being merged ({}): give this one another name and run the same \
-                         command to finish that merge",
+                        "another image of this name is being merged ({}): rename this image, and run the same command \
+                         again to finish that merge",
                         path.display()
                     );
                     return Err(Error::new(ErrorKind::Refused, what).at_path(child));
@@ -68,8 +70,8 @@ impl MergeRecord {
         Ok(ExistingRecord::None)
     }
 
-    /// Returns the records in a folder that can be read. What may not be read, and a folder that cannot be listed, is passed
-    /// over.
+    /// Returns all valid records in a folder. Skips damaged records, files that may not be read, and a folder that
+    /// cannot be listed.
     ///
     /// # Errors
     /// `Io`.
@@ -87,7 +89,7 @@ impl MergeRecord {
         Ok(records)
     }
 
-    /// Returns the UUID in the path of a record: that of the image that is folded.
+    /// Returns the UUID of CHILD, which is in the name of a record.
     pub fn child_uuid_of(path: &Path) -> Option<Uuid> {
         child_uuid_in_name(path.file_name()?)
     }
@@ -100,12 +102,12 @@ impl MergeRecord {
         let read = std::str::from_utf8(&bytes).ok().and_then(|text| MergeRecord::decode(text, folder.path()));
         read.filter(|record| child_uuid_in_name(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
             let what =
-                "the record of a merge cannot be read; `diffdisk merge CHILD --abandon` removes it if CHILD is gone";
+                "the record of a merge is damaged; `diffdisk merge CHILD --abandon` removes it if CHILD no longer exists";
             Error::new(ErrorKind::Invalid, what).at_path(file.path())
         })
     }
 
-    /// Its own path.
+    /// The path of the record.
     pub fn path(&self) -> PathBuf {
         self.folder.join(self.name())
     }
@@ -118,35 +120,35 @@ impl MergeRecord {
         format!(".{}.merge.new", self.layers[0].uuid).into()
     }
 
-    /// Says it durably, in the place of what it said before. `home` is the folder in which it lies, held open.
+    /// Replaces the record on disk durably. `home` is its folder.
     ///
     /// # Errors
-    /// `NoSpace`, `Io`: it says what it said before.
+    /// `NoSpace`, `Io`. The old record is still there.
     pub fn save(&self, home: &Folder) -> Result<()> {
-        let fresh = self.temporary_name();
-        let saved = self.write(home, &fresh).and_then(|()| {
+        let temporary = self.temporary_name();
+        let saved = self.write(home, &temporary).and_then(|()| {
             failpoint::reached("merge.note-written");
-            home.rename(&fresh, home, &self.name())
+            home.rename(&temporary, home, &self.name())
         });
         if saved.is_err() {
-            let _ = home.remove(&fresh);
+            let _ = home.remove(&temporary);
         }
         saved?;
         failpoint::reached("merge.note-named");
         home.sync()
     }
 
-    fn write(&self, home: &Folder, fresh: &OsStr) -> Result<()> {
-        // What a killed predecessor left.
-        if home.exists(fresh)? {
-            home.remove(fresh)?;
+    fn write(&self, home: &Folder, temporary: &OsStr) -> Result<()> {
+        // A killed process may have left its temporary file.
+        if home.exists(temporary)? {
+            home.remove(temporary)?;
         }
-        let file = home.create(fresh)?;
+        let file = home.create(temporary)?;
         file.write_at(self.encode().as_bytes(), 0)?;
         file.sync()
     }
 
-    /// Ends it: the last act of a merge.
+    /// Removes the record durably: the last step of a merge.
     ///
     /// # Errors
     /// `Io`.
@@ -160,12 +162,12 @@ impl MergeRecord {
     }
 }
 
-/// The UUID in the name of a record: that of the image that is folded.
+/// The UUID of CHILD in the name of a record.
 fn child_uuid_in_name(name: &OsStr) -> Option<Uuid> {
     name.to_str()?.strip_prefix('.')?.strip_suffix(".merge")?.parse().ok()
 }
 
-/// `None` for what is gone or closed to us, and for a file system that lists no folders.
+/// Converts errors of a missing or inaccessible file or folder to `None`.
 fn skip_inaccessible<T>(outcome: Result<T>) -> Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),

@@ -1,4 +1,4 @@
-//! The record of a merge: written, found again, and broken.
+//! Tests of the merge record: it is written, found, and detected as damaged.
 
 use std::os::unix::ffi::OsStrExt;
 
@@ -8,66 +8,58 @@ use super::*;
 use crate::storage::ModifiedTime;
 use crate::storage::host::Host;
 
-fn intent(folder: &Path) -> MergeRecord {
-    let seen = |ino, (seconds, nanos)| FileStamp { ino, len: 1 << 50, modified: ModifiedTime { seconds, nanos } };
+fn record(folder: &Path) -> MergeRecord {
+    let stamp = |ino, (seconds, nanos)| FileStamp { ino, len: 1 << 50, modified: ModifiedTime { seconds, nanos } };
     let odd = OsStr::from_bytes(b"a b%41\n\xFF.vhd");
     let layers = vec![
-        MergedLayer { uuid: Uuid::from_u128(1), stamp: seen(7, (-5, 7)), path: odd.into() },
-        MergedLayer { uuid: Uuid::from_u128(2), stamp: seen(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
+        MergedLayer { uuid: Uuid::from_u128(1), stamp: stamp(7, (-5, 7)), path: odd.into() },
+        MergedLayer { uuid: Uuid::from_u128(2), stamp: stamp(8, (1 << 40, 999_999_999)), path: "../x/m.vhd".into() },
     ];
     let (ancestor, ancestor_path) = (Uuid::from_u128(3), "p.vhd".into());
-    let ancestor_seen = seen(u64::MAX, (0, 0));
+    let ancestor_stamp = stamp(u64::MAX, (0, 0));
     let copied = Copied::Before(77);
-    MergeRecord {
-        folder: folder.into(),
-        layers,
-        ancestor,
-        ancestor_stamp: ancestor_seen,
-        ancestor_path,
-        copied,
-        abandoned: false,
-    }
+    MergeRecord { folder: folder.into(), layers, ancestor, ancestor_stamp, ancestor_path, copied, abandoned: false }
 }
 
 #[test]
-fn what_is_saved_is_found_by_name_or_by_identity() {
+fn a_saved_record_is_found_by_name_or_by_uuid() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path().canonicalize().unwrap();
     let home = Host.folder(&at).unwrap();
-    let mut note = intent(&at);
-    let child = at.join(&note.layers[0].path);
+    let mut record = record(&at);
+    let child = at.join(&record.layers[0].path);
     assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), ExistingRecord::None);
-    note.save(&home).unwrap();
-    std::fs::write(at.join(note.temporary_name()), "left by a killed one").unwrap();
-    note.copied = Copied::All;
-    note.save(&home).unwrap();
-    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), ExistingRecord::Record(Box::new(note.clone())));
+    record.save(&home).unwrap();
+    std::fs::write(at.join(record.temporary_name()), "left by a killed process").unwrap();
+    record.copied = Copied::All;
+    record.save(&home).unwrap();
+    assert_eq!(MergeRecord::find(&Host, &child, None).unwrap(), ExistingRecord::Record(Box::new(record.clone())));
     let other = at.join("renamed.vhd");
     assert_eq!(
         MergeRecord::find(&Host, &other, Some(Uuid::from_u128(1))).unwrap(),
-        ExistingRecord::Record(Box::new(note.clone()))
+        ExistingRecord::Record(Box::new(record.clone()))
     );
     assert_eq!(MergeRecord::find(&Host, &other, None).unwrap(), ExistingRecord::None);
     assert_eq!(MergeRecord::find(&Host, &other, Some(Uuid::from_u128(9))).unwrap(), ExistingRecord::None);
     let e = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(9))).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Refused, "another image has the name");
-    note.remove(&home).unwrap();
+    record.remove(&home).unwrap();
     assert_eq!(home.list().unwrap().len(), 0);
 }
 
 #[test]
-fn a_broken_note_is_told() {
+fn a_damaged_record_is_detected() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path().canonicalize().unwrap();
-    let note = intent(&at);
+    let record = record(&at);
     for copied in [Copied::Nothing, Copied::All, Copied::Before(0)] {
         for abandoned in [false, true] {
-            let note = MergeRecord { copied, abandoned, ..note.clone() };
-            assert_eq!(MergeRecord::decode(&note.encode(), &at), Some(note));
+            let record = MergeRecord { copied, abandoned, ..record.clone() };
+            assert_eq!(MergeRecord::decode(&record.encode(), &at), Some(record));
         }
     }
-    let text = note.encode();
-    assert_eq!(MergeRecord::decode(&text, &at), Some(note.clone()));
+    let text = record.encode();
+    assert_eq!(MergeRecord::decode(&text, &at), Some(record.clone()));
     for cut in 0..text.len() {
         assert_eq!(MergeRecord::decode(&text[..cut], &at), None, "cut at {cut}");
     }
@@ -77,18 +69,18 @@ fn a_broken_note_is_told() {
         let read = std::str::from_utf8(&bytes).ok().and_then(|text| MergeRecord::decode(text, &at));
         assert_eq!(read, None, "byte {at_byte}");
     }
-    std::fs::write(note.path(), &text[1..]).unwrap();
+    std::fs::write(record.path(), &text[1..]).unwrap();
     let child = at.join("c.vhd");
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(1))).unwrap();
-    assert_eq!(found, ExistingRecord::Unreadable(note.path()));
+    assert_eq!(found, ExistingRecord::Unreadable(record.path()));
     assert_eq!(MergeRecord::find(&Host, &child, None).unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(
         MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap(),
         ExistingRecord::None,
-        "another one's"
+        "the record of another merge"
     );
-    // The same under the name of another image.
-    std::fs::rename(note.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
+    // The same record under the name of another image.
+    std::fs::rename(record.path(), at.join(format!(".{}.merge", Uuid::from_u128(2)))).unwrap();
     let found = MergeRecord::find(&Host, &child, Some(Uuid::from_u128(2))).unwrap();
     assert!(matches!(found, ExistingRecord::Unreadable(_)), "{found:?}");
 }

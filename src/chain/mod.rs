@@ -1,15 +1,15 @@
 //! Floor 2: many files as one disk.
 //!
-//! Owns: finding parents (`parents`, `seek`, `open`), and the answer to "where is this sector" (`resolve`). Leaves to
-//! others: moving bytes (`disk`, `ops`), one file's bytes (`image`).
+//! Owns: finding parents (`parents`, `parent_lookup`, `open`), and the file and offset of each sector of the disk
+//! (`resolve`). Leaves to others: moving bytes (`disk`, `ops`), the bytes of one file (`image`).
 //!
 //! ```text
-//!      child ──> Top      the one writable layer: its own table and bitmaps, changing
+//!      child ──> Top      the one writable layer, with its own changing table and bitmaps
 //!     parent ─┐
-//! grandparent ├> Frozen   all the others, merged into one map that never changes
+//! grandparent ├> Frozen   all other layers, merged into one map that never changes
 //!       root ─┘
 //!
-//!   Version = Top over Frozen.  A read asks Top, then Frozen: two look-ups at depth 1 or at depth 64.
+//!   Version = Top over Frozen.  A read looks up Top, then Frozen: two look-ups at any depth.
 //! ```
 
 mod case_insensitive;

@@ -1,4 +1,4 @@
-//! Opening a chain: the youngest image and all its parents, down to the root.
+//! Opens a chain: the youngest image and all its parents, down to the root.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,51 +28,56 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Opens the image at `path` and its parents. Locks are taken before anything is read: while a killed predecessor's
-    /// I/O can still land, its locks are still held.
+    /// Opens the image at `path` and its parents. Locks are taken before anything is read: as long as I/O of a killed
+    /// daemon can still reach a file, the lock of that daemon is held.
     ///
     /// # Errors
-    /// Whatever is wrong with any of the files, naming it; `NotFound` for a parent that is in none of its places; `Busy`
-    /// where somebody has one of the files open in a way that does not go with ours; `Refused` for a file (but the one to be
-    /// written) whose daemon was killed, or that is in use on another machine, and, to read, if an image is partly overwritten
-    /// by a merge that was not finished and CHILD of that merge does not hide it.
-    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, how: OpenMode) -> Result<Chain> {
-        let access = if how == OpenMode::Write { Access::Write } else { Access::Read };
+    /// - the defect of a file that cannot be opened as an image
+    /// - `NotFound` if a parent is at none of its recorded places
+    /// - `Refused` if a parent lies outside the allowed folders, or if two files match its name and UUID
+    /// - `Busy` if another process holds a conflicting lock on any file of the chain
+    /// - `Refused` if a file that is not opened for writing has a live journal, since its daemon was killed or runs on
+    ///   another machine
+    /// - `Refused`, to read, if an unfinished merge has partly overwritten an image that CHILD of that merge does not
+    ///   hide
+    pub fn open(env: &dyn Env, path: &Path, policy: &Policy, mode: OpenMode) -> Result<Chain> {
+        let access = if mode == OpenMode::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
-        match how {
+        match mode {
             OpenMode::Inspect => {}
             OpenMode::Read | OpenMode::Salvage => file.lock(Lock::Shared)?,
             OpenMode::Write => file.lock(Lock::Exclusive)?,
         }
-        Chain::from_image(env, how.open_image(file)?, policy, how)
+        Chain::from_image(env, mode.open_image(file)?, policy, mode)
     }
 
-    /// The chain of an image that is open (and, for `Read` and `Write`, locked) already.
+    /// Opens the parents of an image that is already open and, unless `mode` is `Inspect`, locked.
     ///
     /// # Errors
     /// As `open`.
-    pub fn from_image(env: &dyn Env, youngest: Image, policy: &Policy, how: OpenMode) -> Result<Chain> {
-        match Chain::until_missing(env, youngest, policy, how)? {
+    pub fn from_image(env: &dyn Env, youngest: Image, policy: &Policy, mode: OpenMode) -> Result<Chain> {
+        match Chain::until_missing(env, youngest, policy, mode)? {
             (chain, None) => Ok(chain),
             (_, Some(missing)) => Err(missing),
         }
     }
 
-    /// The chain of an image that is open already, down to the first parent that is not there or may not be opened; the
-    /// error says why.
+    /// As `from_image`, but ends at the first parent that is missing or that may not be opened, and returns the error
+    /// of that parent.
     ///
     /// # Errors
-    /// As `open`, but for such parents.
+    /// As `open`, except for such a parent.
     pub fn until_missing(
         env: &dyn Env,
         youngest: Image,
         policy: &Policy,
-        how: OpenMode,
+        mode: OpenMode,
     ) -> Result<(Chain, Option<Error>)> {
-        let mut search = ParentSearch::new(env, youngest.file(), policy, how)?;
+        let mut search = ParentSearch::new(env, youngest.file(), policy, mode)?;
         search.visit(&youngest)?;
-        // Who writes takes the journal of the youngest in; parents are asked by everybody.
-        if matches!(how, OpenMode::Read | OpenMode::Salvage) {
+        // A writer replays the live journal of the youngest image. Parents are checked below in every mode but
+        // `Inspect`.
+        if matches!(mode, OpenMode::Read | OpenMode::Salvage) {
             refuse_if_live(env, &policy.runtime, &youngest)?;
         }
         let (mut images, mut missing) = (vec![youngest], None);
@@ -95,24 +100,24 @@ impl Chain {
                 }
             };
             search.visit(&parent)?;
-            if how != OpenMode::Inspect && !mutant::enabled(Mutant::IgnoreParentStamp) {
+            if mode != OpenMode::Inspect && !mutant::enabled(Mutant::IgnoreParentStamp) {
                 refuse_if_live(env, &policy.runtime, &parent)?;
             }
             if parent.size() != child.size() {
                 let (c, p) = (child.file().path().display(), parent.file().path().display());
                 log::info!(
-                    "{c} has {} bytes and its parent {p} has {}: beyond it is zero",
+                    "{c} has {} bytes and its parent {p} has {}: the disk reads as zeros after the end of the parent",
                     child.size(),
                     parent.size()
                 );
             }
             images.push(parent);
         }
-        if how != OpenMode::Inspect {
+        if mode != OpenMode::Inspect {
             images.iter().for_each(warn_of_defects);
         }
         let all: Vec<&Image> = images.iter().collect();
-        let receiving = check_chain(env, &all, &policy.allowed, policy.merging, how)?;
+        let receiving = check_chain(env, &all, &policy.allowed, policy.merging, mode)?;
         let mut outdated = Vec::new();
         for (number, pair) in images.windows(2).enumerate().filter(|(number, _)| !receiving.contains(&(number + 1))) {
             if let Some(defect) = parent_time::changed(&pair[0], &pair[1])? {
@@ -123,8 +128,8 @@ impl Chain {
         Ok((Chain { images, outdated }, missing))
     }
 
-    /// The images, youngest first, whose parent was written to since they recorded its time; each with that parent. What an
-    /// unfinished merge of a younger image wrote to the parent does not count.
+    /// The images, youngest first, whose parent was written to after they recorded its time, each with that parent.
+    /// Writes by an unfinished merge of a younger image do not count.
     pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
         self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))
     }
@@ -134,18 +139,18 @@ impl Chain {
         &self.images
     }
 
-    /// The image that was asked for.
+    /// The youngest image of the chain.
     pub fn youngest(&self) -> &Image {
         &self.images[0]
     }
 
-    /// The whole chain as one map that is only read.
+    /// Converts the chain to one read-only map.
     pub fn into_frozen(self) -> Version {
         let sectors = self.youngest().size() / SECTOR;
         Version::new(None, Frozen::new(layers(0, self.images)), sectors)
     }
 
-    /// The youngest image, and what lies beneath it as a map of its own.
+    /// Splits the chain into the youngest image and a read-only map of its parents.
     pub fn into_parts(mut self) -> (Image, Version) {
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
@@ -153,7 +158,7 @@ impl Chain {
         (youngest, Version::new(None, Frozen::new(layers(0, parents)), sectors))
     }
 
-    /// The youngest image as writable top over the others. The chain was opened to be written.
+    /// Converts the chain, which was opened for writing, to a writable top over a read-only map of its parents.
     ///
     /// # Errors
     /// As `Writable::new`.
@@ -166,18 +171,18 @@ impl Chain {
     }
 }
 
-/// Logs one line for an image with defects that do not prevent its use.
+/// Logs one line for an image that has defects which do not prevent its use.
 fn warn_of_defects(image: &Image) {
-    // XenServer hides every parent, which is no fault.
-    let told =
+    // XenServer sets `hidden` in every parent; this is normal.
+    let is_logged =
         |d: &&Defect| d.severity() > Severity::Note && !matches!(d, Defect::Hidden { .. } | Defect::BlockCutOff { .. });
-    let mut told = image.notes().iter().filter(told);
-    let (Some(first), more) = (told.next(), told.count()) else { return };
+    let mut logged = image.notes().iter().filter(is_logged);
+    let (Some(first), more) = (logged.next(), logged.count()) else { return };
     let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
     log::warn!("{}: {first}{more}; see `diffdisk check`", image.file().path().display());
 }
 
-/// Images as layers whose slots are numbered from `first` on.
+/// Numbers the file slots of images from `first` on.
 fn layers(first: u16, images: Vec<Image>) -> Vec<Layer> {
     (first..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect()
 }
@@ -189,33 +194,33 @@ mod tests {
     use crate::error::ErrorKind;
 
     #[test]
-    fn who_reads_shares_and_who_writes_does_not() {
-        let rig = ChainFolder::new();
-        rig.dynamic("root", 2 << 20, 100);
-        rig.child("a", "root", 2 << 20, 100);
-        rig.child("b", "root", 2 << 20, 100);
-        let busy = |name, how| matches!(rig.chain(name, how), Err(e) if e.kind() == ErrorKind::Busy);
-        let a = rig.chain("a", OpenMode::Write).unwrap();
-        assert!(busy("a", OpenMode::Write) && busy("a", OpenMode::Read), "one writer, alone");
-        assert!(!busy("a", OpenMode::Inspect), "headers may be looked at");
+    fn readers_share_files_and_writers_do_not() {
+        let chains = ChainFolder::new();
+        chains.dynamic("root", 2 << 20, 100);
+        chains.child("a", "root", 2 << 20, 100);
+        chains.child("b", "root", 2 << 20, 100);
+        let busy = |name, mode| matches!(chains.chain(name, mode), Err(e) if e.kind() == ErrorKind::Busy);
+        let a = chains.chain("a", OpenMode::Write).unwrap();
+        assert!(busy("a", OpenMode::Write) && busy("a", OpenMode::Read), "a writer excludes all others");
+        assert!(!busy("a", OpenMode::Inspect), "headers may be read");
         assert!(!busy("b", OpenMode::Write), "children share their parent");
-        assert!(busy("root", OpenMode::Write) && !busy("root", OpenMode::Read), "a parent does not change");
+        assert!(busy("root", OpenMode::Write) && !busy("root", OpenMode::Read), "a parent may be read but not written");
         drop(a);
-        let _reader = rig.chain("a", OpenMode::Read).unwrap();
+        let _reader = chains.chain("a", OpenMode::Read).unwrap();
         assert!(busy("a", OpenMode::Write) && !busy("a", OpenMode::Read));
     }
 
     #[test]
-    fn the_disk_is_as_large_as_the_youngest() {
-        let rig = ChainFolder::new();
-        rig.fixed("root", 50);
-        rig.fill("root", &[(0, 50, 1)]);
-        rig.child("larger", "root", 4 << 10, 60);
-        rig.child("smaller", "larger", 4 << 10, 20);
-        let version = rig.read("larger");
+    fn the_disk_has_the_size_of_the_youngest_image() {
+        let chains = ChainFolder::new();
+        chains.fixed("root", 50);
+        chains.fill("root", &[(0, 50, 1)]);
+        chains.child("larger", "root", 4 << 10, 60);
+        chains.child("smaller", "larger", 4 << 10, 20);
+        let version = chains.read("larger");
         assert_eq!((version.sectors(), version.depth()), (60, 2));
         assert_eq!(read_sector_bytes(&version, 45, 60), [[1; 5].as_slice(), &[0; 10]].concat());
-        let version = rig.write("smaller");
+        let version = chains.write("smaller");
         assert_eq!((version.sectors(), version.depth(), read_sector_bytes(&version, 0, 20)), (20, 3, vec![1; 20]));
     }
 }

@@ -1,24 +1,24 @@
-//! What a chain is opened for, and with that the locks on its files.
+//! The mode in which a chain is opened, which decides the locks on its files.
 
 use crate::error::Result;
 use crate::image::Image;
 use crate::storage::File;
 
-/// What a chain is opened for, and so who else may have its files open meanwhile.
+/// The purpose for which a chain is opened. It decides the locks on its files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OpenMode {
-    /// To look at headers. No locks: somebody may be writing.
+    /// To read headers. No locks: another process may be writing.
     Inspect,
-    /// To read. Nobody may be writing.
+    /// To read. Fails while another process writes to a file of the chain.
     Read,
-    /// To read what is left of it, where files have lost sectors. Otherwise as `Read`.
+    /// To read what is left of files that have lost sectors. Otherwise as `Read`.
     Salvage,
-    /// To write the youngest image. Nobody else may have that open, nobody may be writing a parent.
+    /// To write the youngest image. Fails while another process has it open, or writes to a parent.
     Write,
 }
 
 impl OpenMode {
-    /// Opens the image in a file for this.
+    /// Opens the image in a file in this mode.
     pub(super) fn open_image(self, file: File) -> Result<Image> {
         if self == OpenMode::Salvage { Image::salvage(file) } else { Image::open(file) }
     }

@@ -1,10 +1,11 @@
-//! The search for one parent: the recorded paths first; only if none of them names a file, the recorded file names.
+//! Finds one parent: by the recorded paths first, and only if none of them leads to a file, by the recorded file names.
 //!
-//! 1. Each recorded path, in order. Below an allowed folder the file is opened, and is the parent if it has the recorded
-//!    UUID. Elsewhere it is only asked whether a file is there ([`Env::presence`](crate::storage::Env::presence)); if so
-//!    the search fails, since that file may be the parent and any other one a copy that went its own way.
-//! 2. Each recorded file name, next to the child and in the folders that the operator has allowed. Two files that fit
-//!    are none: which one is the parent would be a guess.
+//! 1. Each recorded path, in order. A file below an allowed folder is opened; it is the parent if it has the recorded
+//!    UUID. For a path outside the allowed folders, only its existence is checked
+//!    ([`Env::file_presence`](crate::storage::Env::file_presence)). If a file is there, the search fails: that file may
+//!    be the parent, and any other match a diverged copy of it.
+//! 2. Each recorded file name, in the folder of the child and in the folders that the operator has allowed. If two
+//!    files match, the search fails, since choosing one would be a guess.
 
 use std::path::{Path, PathBuf};
 
@@ -19,34 +20,35 @@ use crate::format::{Defect, ParentPath};
 use crate::image::Image;
 use crate::storage::{File, FilePresence, Folder, Lock};
 
-/// What a search for a parent came to.
+/// The result of a search for a parent.
 pub(super) enum ParentLookup {
-    /// It is here.
+    /// The parent.
     Parent(Box<Image>),
-    /// A file is where it should be, but is no sound image.
+    /// The file at a recorded place is not a valid image.
     Invalid(File, Error),
-    /// A file is where it should be, and a policy forbids to open it: no fault of any image.
+    /// A file is at a recorded place, but may not be opened. No image is at fault.
     Refused(Error),
-    /// There is no parent to open, by this rule.
+    /// No parent can be opened, because of this broken rule.
     NotFound(Defect),
 }
 
-/// What the candidates so far came to.
+/// The results of the candidates so far.
 #[derive(Default)]
 struct Candidates {
     /// Files with the recorded UUID.
     matching: Vec<Image>,
-    /// The first thing that exists and is not the parent.
+    /// The result of the first candidate that exists and is not the parent.
     first_failure: Option<Result<ParentLookup>>,
-    /// Where nothing is, and why.
+    /// Paths without a file, with the reason.
     absent: Vec<(PathBuf, String)>,
 }
 
 impl ParentSearch<'_> {
-    /// Looks for the parent of a differencing image that was passed, and opens it.
+    /// Finds and opens the parent of a differencing image that was visited.
     ///
     /// # Errors
-    /// `Io`: of the child, or of a parent that is there.
+    /// - `Busy` if another process holds a conflicting lock on the parent
+    /// - `Io` of the child or of a candidate
     pub(super) fn find_parent(&self, child: &Image) -> Result<ParentLookup> {
         let header = child.header().expect("differencing images have a header");
         if header.parent_is_raw() {
@@ -58,61 +60,61 @@ impl ParentSearch<'_> {
         }
         let (wanted, at) = (header.parent_uuid, child.file().path());
         let (here, folder) = self.folder_of(child);
-        let mut seen = Candidates::default();
+        let mut candidates = Candidates::default();
         for path in &recorded.paths {
             let whole = match path {
                 ParentPath::Relative(path) => lexically_normal(&here.join(path)),
                 ParentPath::Absolute(path) => lexically_normal(path),
             };
-            if seen.has_tried(&whole) {
+            if candidates.has_tried(&whole) {
                 continue;
             }
             match self.held_folder_above(&whole) {
-                Some((folder, below)) => self.try_candidate(folder, &below, whole.clone(), wanted, &mut seen),
+                Some((folder, below)) => self.try_candidate(folder, &below, whole.clone(), wanted, &mut candidates),
                 None => match self.env().file_presence(&whole) {
-                    FilePresence::Absent => seen.absent.push((whole, "not there".to_owned())),
+                    FilePresence::Absent => candidates.absent.push((whole, "not there".to_owned())),
                     FilePresence::Present => return Ok(ParentLookup::Refused(not_allowed(at, &whole, None))),
                     FilePresence::Unknown(why) => {
-                        seen.record_failure(Ok(ParentLookup::Refused(not_allowed(at, &whole, Some(why)))))
+                        candidates.record_failure(Ok(ParentLookup::Refused(not_allowed(at, &whole, Some(why)))))
                     }
                 },
             }
-            if let Some(parent) = seen.matching.pop() {
+            if let Some(parent) = candidates.matching.pop() {
                 return Ok(ParentLookup::Parent(Box::new(parent)));
             }
         }
-        if let Some(first) = seen.first_failure {
+        if let Some(first) = candidates.first_failure {
             return first;
         }
         for name in &recorded.names {
             for (path, folder) in std::iter::once((here, folder)).chain(self.allowed()) {
                 let whole = path.join(name);
-                if !seen.has_tried(&whole) {
-                    self.try_candidate(folder, Path::new(name), whole, wanted, &mut seen);
+                if !candidates.has_tried(&whole) {
+                    self.try_candidate(folder, Path::new(name), whole, wanted, &mut candidates);
                 }
             }
         }
-        seen.into_lookup(at)
+        candidates.into_lookup(at)
     }
 
-    fn try_candidate(&self, folder: &Folder, below: &Path, whole: PathBuf, wanted: Uuid, seen: &mut Candidates) {
+    fn try_candidate(&self, folder: &Folder, below: &Path, whole: PathBuf, wanted: Uuid, candidates: &mut Candidates) {
         let file = match look_up_ignoring_case(folder, below, self.budget()) {
             Ok(Lookup::File(file)) => file,
-            Ok(Lookup::Absent(why)) => return seen.absent.push((whole, why)),
-            Err(e) if e.kind() == ErrorKind::Refused => return seen.record_failure(Ok(ParentLookup::Refused(e))),
-            Err(e) => return seen.record_failure(Err(e)),
+            Ok(Lookup::Absent(why)) => return candidates.absent.push((whole, why)),
+            Err(e) if e.kind() == ErrorKind::Refused => return candidates.record_failure(Ok(ParentLookup::Refused(e))),
+            Err(e) => return candidates.record_failure(Err(e)),
         };
         match self.open_candidate(&file, wanted) {
-            Ok(Ok(image)) => seen.add_match(image),
-            Ok(Err(defect)) => seen.record_failure(Ok(ParentLookup::NotFound(defect))),
-            Err(e) if e.kind() == ErrorKind::Busy => seen.record_failure(Err(e)),
-            Err(e) => seen.record_failure(Ok(ParentLookup::Invalid(file, e))),
+            Ok(Ok(image)) => candidates.add_match(image),
+            Ok(Err(defect)) => candidates.record_failure(Ok(ParentLookup::NotFound(defect))),
+            Err(e) if e.kind() == ErrorKind::Busy => candidates.record_failure(Err(e)),
+            Err(e) => candidates.record_failure(Ok(ParentLookup::Invalid(file, e))),
         }
     }
 
-    /// Opens a candidate, locked; the inner error if it is another image.
+    /// Locks and opens a candidate. The inner error means that it is another image.
     fn open_candidate(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
-        // A file that was passed on the way is locked already; that it comes again is found when it is passed.
+        // A file that was visited is already locked. `visit` reports the cycle.
         if self.mode() != OpenMode::Inspect && !self.has_visited(file.stat()?.id) {
             file.lock(Lock::Shared)?;
         }
@@ -134,15 +136,15 @@ impl Candidates {
         self.first_failure.get_or_insert(what);
     }
 
-    /// Counts a file in that fits; once, by whatever names it was found.
+    /// Adds a file that matches, unless it was found under another name before.
     fn add_match(&mut self, image: Image) {
         let id = |image: &Image| image.file().stat().ok().map(|stat| stat.id);
-        if self.matching.iter().all(|known| id(known) != id(&image)) {
+        if self.matching.iter().all(|other| id(other) != id(&image)) {
             self.matching.push(image);
         }
     }
 
-    /// What the names came to.
+    /// The result of the search by names.
     fn into_lookup(mut self, child: &Path) -> Result<ParentLookup> {
         match (self.matching.pop(), self.matching.pop()) {
             (Some(parent), None) => Ok(ParentLookup::Parent(Box::new(parent))),
@@ -155,7 +157,8 @@ impl Candidates {
     }
 }
 
-/// `why` it is not known whether the parent is there.
+/// The error for a recorded path outside the allowed folders. `why` is the reason if it is unknown whether a file is
+/// there.
 fn not_allowed(child: &Path, parent: &Path, why: Option<&str>) -> Error {
     let folder = parent.parent().unwrap_or(Path::new("/")).display();
     let parent = parent.display();

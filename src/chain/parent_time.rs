@@ -1,9 +1,9 @@
-//! Whether a parent was written to since its child was made or linked to it.
+//! Detects writes to a parent after its child was created or linked to it.
 //!
-//! The child records the modification time of the parent's file in whole seconds; a fraction is cut off. The parent counts
-//! as changed if its time now, cut off in the same way, is larger. So a foreign program that writes within the recorded
-//! second is not noticed; writers of this crate move the time to a later second ([`SavedMtime`](crate::image::KeptTime)).
-//! A recorded 0 means "not recorded".
+//! The child records the modification time of the parent's file, rounded down to seconds. The parent counts as changed
+//! if its current time, rounded in the same way, is later. A write by another program within the recorded second is not
+//! detected; writers of this crate move the time to a later second ([`SavedMtime`](crate::image::KeptTime)). A recorded
+//! 0 means that no time was recorded.
 
 use super::warning;
 use crate::error::Result;
@@ -21,13 +21,13 @@ pub(super) fn changed(child: &Image, parent: &Image) -> Result<Option<Defect>> {
     Ok((recorded != 0 && found > recorded).then_some(Defect::ParentChanged { recorded, found }))
 }
 
-/// Warns of a parent that was written to.
+/// Logs a warning that a parent was written to.
 pub(super) fn warn(child: &Image, parent: &Image, defect: &Defect) {
     let Defect::ParentChanged { recorded, found } = defect else { return };
     let (child, parent) = (child.file().path().display(), parent.file().path().display());
     let later = time_to_unix(*found) - time_to_unix(*recorded);
     warning::once(format!(
-        "{parent}: it was written to {later} s after {child} recorded its time, so that disk may have changed; if it is \
-         right, run `diffdisk rebase {child} --unsafe --parent {parent}` to record the time again"
+        "{parent}: it was written to {later} s after {child} recorded its time, so the disk of {child} may have changed; \
+         if its contents are right, run `diffdisk rebase {child} --unsafe --parent {parent}` to record the time again"
     ));
 }

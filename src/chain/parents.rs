@@ -1,9 +1,9 @@
-//! Where parents may lie, and the way down from the youngest image: an image may name anything, and gets only what lies
-//! below an allowed folder and has the recorded UUID (crash-safety 4.2, vhd-format 4.4).
+//! Where parents may be, and the state of a search from the youngest image down. An image may record any path, but only
+//! a file below an allowed folder with the recorded UUID is opened (crash-safety 4.2, vhd-format 4.4).
 //!
-//! A string from an image never chooses a path of the host. It is compared by text with the paths of the folders that are
-//! held open, and what is left of it is looked up below one of them, following no symbolic link. A folder on the way that
-//! is renamed or replaced meanwhile changes nothing: the descriptor stays.
+//! A path from an image is never opened as such. It is compared, as text, with the paths of folders that are held open,
+//! and the rest of it is looked up below one of those folders without following symbolic links. The folders are
+//! descriptors, so renaming or replacing a folder during the search changes nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -15,22 +15,22 @@ use crate::format::Defect;
 use crate::image::Image;
 use crate::storage::{Env, File, FileId, Folder, RuntimeFolder};
 
-/// Files that a chain may have, unless told otherwise (O17).
+/// The default limit of files in a chain (O17).
 pub const MAX_DEPTH: usize = 64;
-/// Bytes of block tables that a chain may have (O17).
+/// The largest size of the block tables of a chain together, in bytes (O17).
 const MAX_CHAIN_TABLE_BYTES: u64 = 128 << 20;
 
-/// Where parents may be, and how many.
+/// The limits of a search for parents.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Folders in which parents may lie, besides the folder of the youngest image.
+    /// Folders in which parents may lie, in addition to the folder of the youngest image.
     pub allowed: Vec<PathBuf>,
-    /// Files that a chain may have.
+    /// The largest number of files in a chain.
     pub max_depth: usize,
-    /// Folders in which daemons of this user keep live journals. An image that is in use or was not closed is refused in any
-    /// case; this is for what is said then, and for taking the journal of a parent in.
+    /// Folders in which daemons of this user keep live journals. They are used to replay the journal of a parent, and
+    /// for the message when an image that is in use or was not closed is refused.
     pub runtime: Vec<RuntimeFolder>,
-    /// CHILD of the merge that opens the chain: what its own record forbids to others does not count.
+    /// CHILD of the merge that opens the chain. The record of this merge does not restrict the merge itself.
     pub merging: Option<uuid::Uuid>,
 }
 
@@ -40,17 +40,17 @@ impl Default for Policy {
     }
 }
 
-/// The way down from the youngest image.
+/// The state of a search from the youngest image down.
 pub(super) struct ParentSearch<'a> {
     env: &'a dyn Env,
-    /// Folders under their absolute paths without symbolic links: that of the youngest image, the allowed ones, and
-    /// those below them in which parents were found.
+    /// Folders that are held open, with their absolute paths without symbolic links: the folder of the youngest image,
+    /// the allowed folders, and those below them in which parents were found.
     folders: Vec<(PathBuf, Folder)>,
     /// How many folders the operator has allowed.
     allowed: usize,
     budget: NameBudget,
     max_depth: usize,
-    /// What was passed on the way.
+    /// The files so far.
     visited: Vec<(FileId, uuid::Uuid)>,
     table_bytes: u64,
     /// What the chain is opened for.
@@ -58,48 +58,41 @@ pub(super) struct ParentSearch<'a> {
 }
 
 impl<'a> ParentSearch<'a> {
-    /// A search for the parents of the youngest image, which is in `youngest`.
+    /// Begins a search for the parents of the image in the file `youngest`.
     ///
     /// # Errors
     /// `NotFound`, `Io`: of an allowed folder.
-    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, how: OpenMode) -> Result<ParentSearch<'a>> {
+    pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, mode: OpenMode) -> Result<ParentSearch<'a>> {
         let hold = |folder: Folder| folder.absolute().map(|folder| (folder.path().to_path_buf(), folder));
-        let mut known = vec![hold(youngest.folder())?];
+        let mut folders = vec![hold(youngest.folder())?];
         for folder in &policy.allowed {
-            known.push(hold(env.folder(folder)?)?);
+            folders.push(hold(env.folder(folder)?)?);
         }
         let (allowed, max_depth, budget) = (policy.allowed.len(), policy.max_depth, NameBudget::default());
-        Ok(ParentSearch {
-            env,
-            folders: known,
-            allowed,
-            budget,
-            max_depth,
-            visited: Vec::new(),
-            table_bytes: 0,
-            mode: how,
-        })
+        Ok(ParentSearch { env, folders, allowed, budget, max_depth, visited: Vec::new(), table_bytes: 0, mode })
     }
 
-    /// Counts an image in.
+    /// Adds an image to the chain.
     ///
     /// # Errors
-    /// `Invalid`: a cycle, a UUID for the second time, too deep, too large.
+    /// - `Invalid` for a cycle, or if the UUID occurs twice
+    /// - `Refused` for too many files or too large block tables
+    /// - `Io`
     pub(super) fn visit(&mut self, image: &Image) -> Result<()> {
         let broken = self.check_visit(image)?;
         broken.map_or(Ok(()), |defect| Err(Error::from(defect).at_path(image.file().path())))
     }
 
-    /// As `pass`, with the broken rule as a value.
+    /// As `visit`, but returns a broken rule as a value.
     ///
     /// # Errors
     /// `Io`.
     pub(super) fn check_visit(&mut self, image: &Image) -> Result<Option<Defect>> {
         let id = image.file().stat()?.id;
-        if self.visited.iter().any(|(known, _)| *known == id) {
+        if self.visited.iter().any(|(file, _)| *file == id) {
             return Ok(Some(Defect::ChainCycle { file: image.file().path().display().to_string() }));
         }
-        if self.visited.iter().any(|(_, known)| *known == image.uuid()) {
+        if self.visited.iter().any(|(_, uuid)| *uuid == image.uuid()) {
             return Ok(Some(Defect::ChainUuidTwice { uuid: image.uuid() }));
         }
         if self.visited.len() >= self.max_depth {
@@ -111,7 +104,7 @@ impl<'a> ParentSearch<'a> {
         }
         self.visited.push((id, image.uuid()));
         let folder = image.file().folder();
-        if self.folders.iter().all(|(_, known)| !known.is_same(&folder)) {
+        if self.folders.iter().all(|(_, held)| !held.is_same(&folder)) {
             self.folders.push((folder.path().to_path_buf(), folder));
         }
         Ok(None)
@@ -131,14 +124,14 @@ impl<'a> ParentSearch<'a> {
     }
 
     pub(super) fn has_visited(&self, id: FileId) -> bool {
-        self.visited.iter().any(|(known, _)| *known == id)
+        self.visited.iter().any(|(file, _)| *file == id)
     }
 
-    /// The folder of an image that was passed.
+    /// The folder of an image that was visited.
     pub(super) fn folder_of(&self, image: &Image) -> (&Path, &Folder) {
         let folder = image.file().folder();
-        let known = self.folders.iter().find(|(_, known)| known.is_same(&folder));
-        known.map(|(path, folder)| (path.as_path(), folder)).expect("it was passed")
+        let held = self.folders.iter().find(|(_, held)| held.is_same(&folder));
+        held.map(|(path, folder)| (path.as_path(), folder)).expect("the image was visited")
     }
 
     /// The folders that the operator has allowed.
@@ -146,7 +139,8 @@ impl<'a> ParentSearch<'a> {
         self.folders[1..=self.allowed].iter().map(|(path, folder)| (path.as_path(), folder))
     }
 
-    /// The held folder that a path begins with, and the rest of the path; of several the one with the longest path.
+    /// The open folder with which a path begins, and the rest of the path. If there are several, the one with the
+    /// longest path.
     pub(super) fn held_folder_above(&self, path: &Path) -> Option<(&Folder, PathBuf)> {
         let path = lexically_normal(path);
         let mut best: Option<(&Folder, &Path)> = None;
@@ -172,13 +166,13 @@ mod tests {
     const BLOCK: u32 = 2 << 20;
 
     #[test]
-    fn dots_are_taken_away_by_text() {
-        // Which folders they are does not matter here.
+    fn dots_are_removed_lexically() {
+        // The descriptors do not matter here, only the paths.
         let folder = Host.folder(Path::new("/")).unwrap();
-        let known = ["/vms/a", "/golden", "/golden/deep"].map(|path| (PathBuf::from(path), folder.clone())).to_vec();
+        let folders = ["/vms/a", "/golden", "/golden/deep"].map(|path| (PathBuf::from(path), folder.clone())).to_vec();
         let search = ParentSearch {
             env: &Host,
-            folders: known,
+            folders,
             allowed: 2,
             budget: NameBudget::default(),
             max_depth: 9,
@@ -206,24 +200,24 @@ mod tests {
     }
 
     #[test]
-    fn chains_end() {
-        let rig = ChainFolder::new();
-        rig.dynamic("0", BLOCK, 100);
+    fn depth_and_cycles_are_limited() {
+        let chains = ChainFolder::new();
+        chains.dynamic("0", BLOCK, 100);
         for n in 1..=MAX_DEPTH {
-            rig.child(&n.to_string(), &(n - 1).to_string(), BLOCK, 100);
+            chains.child(&n.to_string(), &(n - 1).to_string(), BLOCK, 100);
         }
-        let longest = rig.chain(&(MAX_DEPTH - 1).to_string(), OpenMode::Inspect).unwrap();
+        let longest = chains.chain(&(MAX_DEPTH - 1).to_string(), OpenMode::Inspect).unwrap();
         assert_eq!(longest.images().len(), MAX_DEPTH);
-        let e = rig.chain(&MAX_DEPTH.to_string(), OpenMode::Inspect).unwrap_err();
+        let e = chains.chain(&MAX_DEPTH.to_string(), OpenMode::Inspect).unwrap_err();
         assert!(e.kind() == ErrorKind::Refused && e.line().contains("more than 64 files"), "{e}");
-        std::fs::copy(rig.path("2"), rig.path("copy")).unwrap();
-        std::fs::rename(rig.path("copy"), rig.path("1")).unwrap();
-        let e = rig.chain("2", OpenMode::Write).unwrap_err();
-        // The copy is not the parent: its UUID is that of the child.
+        std::fs::copy(chains.path("2"), chains.path("copy")).unwrap();
+        std::fs::rename(chains.path("copy"), chains.path("1")).unwrap();
+        let e = chains.chain("2", OpenMode::Write).unwrap_err();
+        // The copy is not the parent: it has the UUID of the child.
         assert!(e.line().contains("UUID"), "{e}");
-        std::fs::remove_file(rig.path("1")).unwrap();
-        std::fs::hard_link(rig.path("2"), rig.path("1")).unwrap();
-        assert!(rig.chain("2", OpenMode::Write).unwrap_err().kind() == ErrorKind::Invalid);
-        assert!(rig.folder().is_dir());
+        std::fs::remove_file(chains.path("1")).unwrap();
+        std::fs::hard_link(chains.path("2"), chains.path("1")).unwrap();
+        assert!(chains.chain("2", OpenMode::Write).unwrap_err().kind() == ErrorKind::Invalid);
+        assert!(chains.folder().is_dir());
     }
 }

@@ -1,4 +1,4 @@
-//! Paths as text: without `..`, relative to a folder, and with bytes escaped.
+//! Operations on paths as text: removing `..`, making them relative or absolute, escaping bytes.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -9,46 +9,50 @@ use crate::error::Result;
 use crate::image::{file_name, folder_of};
 use crate::storage::Env;
 
-/// The path without `..`, which is taken away by text, never by following.
+/// Removes `.` and `..` from a path as text, without looking at the file system.
 pub(super) fn lexically_normal(path: &Path) -> PathBuf {
-    let mut plain = PathBuf::new();
+    let mut normal = PathBuf::new();
     for component in path.components() {
         match component {
-            Component::ParentDir => drop(plain.pop()),
+            Component::ParentDir => drop(normal.pop()),
             Component::CurDir => {}
-            other => plain.push(other),
+            other => normal.push(other),
         }
     }
-    plain
+    normal
 }
 
-/// The absolute path of a name: its folder without symbolic links, but the name itself as it is.
+/// Returns the absolute path of a file that need not exist. Symbolic links are resolved in its folder, but not in its
+/// name.
 ///
 /// # Errors
-/// `Refused` if `path` does not end in a file name; `Io`, `NotFound`: of the folder.
+/// - `Refused` if `path` does not end in a file name
+/// - `NotFound`, `Io` of the folder
 pub fn absolute_path(env: &dyn Env, path: &Path) -> Result<PathBuf> {
     let name = file_name(path)?;
     Ok(env.canonical(folder_of(path))?.join(name))
 }
 
-/// The way from a folder to a file, both absolute and without `..` and symbolic links.
+/// Returns the path of a file relative to a folder. Both are absolute and have neither `..` nor symbolic links.
 pub fn relative_path(folder: &Path, file: &Path) -> PathBuf {
     let common = folder.components().zip(file.components()).take_while(|(a, b)| a == b).count();
     let up = folder.components().skip(common).map(|_| Component::ParentDir);
     up.chain(file.components().skip(common)).collect()
 }
 
+/// Encodes a path as printable ASCII: all other bytes, and `%`, become `%XX`.
 pub(super) fn percent_encode(path: &Path) -> String {
     let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
             b' '..=b'~' if byte != b'%' => text.push(char::from(byte)),
-            _ => write!(text, "%{byte:02X}").expect("a string takes all"),
+            _ => write!(text, "%{byte:02X}").expect("writing to a string cannot fail"),
         }
     }
     text
 }
 
+/// Decodes the text of [`percent_encode`]; `None` for a malformed escape.
 pub(super) fn percent_decode(text: &str) -> Option<PathBuf> {
     let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
     while let Some((&byte, after)) = rest.split_first() {

@@ -1,48 +1,48 @@
-//! Plans: a range of the disk as extents, or what must be loaded before they are known.
+//! Plans: the extents of a range of the disk, or the bitmaps that must be loaded to find them.
 
 use super::extent::{self, Extent, Source};
 use super::frozen_cache::CacheHandle;
 use crate::units::SectorRange;
 
-/// What must be read from the files before a range can be planned.
+/// Bitmaps that must be loaded before a range can be planned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
-    /// A granule of the top's bitmaps.
+    /// A sector of the bitmaps of the top.
     BitmapSector(usize),
-    /// The bitmaps that decide a cell of the frozen map.
+    /// The bitmaps of a cell of the frozen map.
     Cell(usize),
 }
 
 impl Missing {
-    /// These granules of the top.
-    pub fn bitmap_sectors(granules: &[usize]) -> Vec<Missing> {
-        granules.iter().copied().map(Missing::BitmapSector).collect()
+    /// Converts the numbers of bitmap sectors of the top.
+    pub fn bitmap_sectors(numbers: &[usize]) -> Vec<Missing> {
+        numbers.iter().copied().map(Missing::BitmapSector).collect()
     }
 }
 
-/// The answer to "where is this range": extents in ascending order without gaps, unless something is missing.
+/// The plan of a range: extents in ascending order without gaps, or the bitmaps that are missing.
 ///
-/// One is kept by each queue and used again and again, so that planning allocates nothing once it is warm. It also holds a
-/// handle to the cache of the frozen layers, so that look-ups share no counter between queues.
+/// Each queue reuses one plan, so that planning allocates nothing once its vectors have grown. The plan also has a
+/// handle to the cell cache of the frozen layers, so that queues share no reference count in a look-up.
 #[derive(Debug, Default)]
 pub struct PlanBuffer {
-    /// The runs. For writes where data goes, for zeroing and discarding where the file is punched.
+    /// The extents: of a write, where its data goes; of zeroing and discarding, where the file is punched.
     pub extents: Vec<Extent>,
-    /// Ranges to mark when all is done (zeroing only; a write marks its whole range).
+    /// Ranges to mark after the operations (only of zeroing; a write marks its whole range).
     pub marks: Vec<SectorRange>,
-    /// What to load before asking again. If there is any, the rest of the plan means nothing.
+    /// Bitmaps to load before the range is planned again. If there are any, the rest of the plan has no meaning.
     pub missing: Vec<Missing>,
-    /// Whether a block got a place: room may be short now.
+    /// Whether a block got a place, so that the file may need to grow.
     pub reserved: bool,
-    /// Of the last look-up beneath the top.
+    /// Handle to the cell cache of the frozen layers that were looked up last.
     pub(super) cache: Option<CacheHandle>,
 }
 
-/// Layers of the deepest chain, and some more: what one place of the disk can miss.
+/// How many of the last missing bitmaps are compared with a new one: more than the layers of the deepest chain.
 const DEDUPLICATED: usize = 128;
 
 impl PlanBuffer {
-    /// Forgets everything, keeps the memory.
+    /// Empties the plan, but keeps its memory and the cache handle.
     pub fn clear(&mut self) {
         self.extents.clear();
         self.marks.clear();
@@ -50,22 +50,22 @@ impl PlanBuffer {
         self.reserved = false;
     }
 
-    /// Lets go of what look-ups remember of a chain, perhaps the last that keep it in memory. To be called by who may not ask
-    /// again soon.
+    /// Drops the cache handle, which may be the last reference to a replaced cell table. A thread calls this before it
+    /// sleeps.
     pub fn release_cache(&mut self) {
         self.cache = None;
     }
 
-    /// Appends a run, joining it to the last where they are neighbours in both worlds.
+    /// Appends a run. It joins the last extent if it follows that both on the disk and in the source.
     #[inline]
     pub fn push(&mut self, range: SectorRange, source: Source) {
         extent::push(&mut self.extents, range, source);
     }
 
-    /// Notes something to load; what was noted lately, once. (A range may miss more than can be compared, and what is loaded
-    /// twice does no harm.)
+    /// Adds a missing bitmap, unless it is among those that were added last. A duplicate is harmless: it is loaded
+    /// twice.
     pub fn add_missing(&mut self, what: Missing) {
-        if !self.missing.iter().rev().take(DEDUPLICATED).any(|known| *known == what) {
+        if !self.missing.iter().rev().take(DEDUPLICATED).any(|other| *other == what) {
             self.missing.push(what);
         }
     }

@@ -1,12 +1,14 @@
-//! Planning: a range of the disk in, extents out. Pure look-ups; what is not in memory is named, loaded, and asked again.
+//! Planning: converts a range of the disk to extents. Planning does no I/O: it returns the bitmaps that are missing,
+//! and the caller loads them and plans again.
 //!
 //! ```text
 //!   plan_* ──> extents                        (nearly always)
-//!      └─────> missing ─> Load ─> read its pieces ─> supply ─> plan_* again
+//!      └─────> missing ─> Load ─> read its sectors ─> supply ─> plan_* again
 //! ```
 //!
-//! That is the only loop. It may turn twice, for what lies beneath a block is asked for only when the block's own bits are
-//! known; and again where memory is short and others need it, too. It ends: what is supplied is held for who asked.
+//! There is no other loop. It may run twice, since the lower layers of a block are looked up only after its own bits
+//! are loaded; and more often if other queues evict bitmaps when memory is short. It ends, because the caller pins what
+//! it has loaded.
 
 use super::frozen::CellRead;
 use super::frozen_cache::CELL_SECTORS;
@@ -18,17 +20,17 @@ use crate::image::{NeedsGrowth, Pins};
 use crate::storage::FileSlot;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
-/// Bitmap sectors under way for a question that could not be answered. Each piece is one sector of a file.
+/// The reads of the bitmap sectors that a plan missed. Each read is one sector of a file.
 #[derive(Debug, Default)]
 pub struct Load {
     bitmap_sectors: Vec<(usize, BitmapRead)>,
-    /// Granules that others have loaded meanwhile.
+    /// Bitmap sectors of the top that other queues have loaded in the meantime.
     already_loaded: Vec<usize>,
     cells: Vec<(usize, Vec<CellRead>)>,
     reads: Vec<BitmapRead>,
 }
 
-/// Where a piece is, and (granules only) what was read, and how often it had left memory before.
+/// One bitmap sector to read. Only for the top: its bytes once they were read, and how often it was evicted before.
 #[derive(Debug, Clone)]
 struct BitmapRead {
     slot: FileSlot,
@@ -38,36 +40,36 @@ struct BitmapRead {
 }
 
 impl Load {
-    /// The pieces to read: slot and byte offset of a sector each, numbered from 0.
+    /// The sectors to read, as file slot and byte offset, numbered from 0.
     pub fn reads(&self) -> impl Iterator<Item = (FileSlot, u64)> {
         self.reads.iter().map(|p| (p.slot, p.at))
     }
 
-    /// Takes in piece `number`, a sector long.
+    /// Records the bytes of read `number`, one sector.
     pub fn complete(&mut self, number: usize, sector: &[u8]) {
         let mut rest = number;
-        if let Some((_, piece)) = self.bitmap_sectors.get_mut(rest) {
-            piece.bytes = Some(Box::new(sector.try_into().expect("a piece is a sector long")));
+        if let Some((_, read)) = self.bitmap_sectors.get_mut(rest) {
+            read.bytes = Some(Box::new(sector.try_into().expect("a read is a sector long")));
             return;
         }
         rest -= self.bitmap_sectors.len();
-        for (_, pieces) in &mut self.cells {
-            match pieces.get_mut(rest) {
-                Some(piece) => {
+        for (_, reads) in &mut self.cells {
+            match reads.get_mut(rest) {
+                Some(read) => {
                     let mut words = Box::new([0; SECTOR_BYTES / 8]);
                     crate::format::bitmap::decode(sector, words.as_mut_slice());
-                    piece.words = Some(words);
+                    read.words = Some(words);
                     return;
                 }
-                None => rest -= pieces.len(),
+                None => rest -= reads.len(),
             }
         }
-        unreachable!("a number below the count of pieces");
+        unreachable!("a number below the count of reads");
     }
 }
 
 impl Version {
-    /// Where `range` is read from. The range lies on the disk.
+    /// Plans a read of `range`, which lies on the disk.
     #[inline]
     pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
         plan.clear();
@@ -77,22 +79,22 @@ impl Version {
         }
     }
 
-    /// Has the processor fetch what a look-up of the beginning of `range` will need and has in none of its caches.
+    /// Prefetches into the processor's cache what a look-up of the first sector of `range` reads.
     #[inline]
     pub fn prefetch(&self, range: SectorRange, plan: &mut PlanBuffer) {
         self.frozen().prefetch(range.start(), plan);
     }
 
-    /// Where a write of `range` goes; blocks get places. Only on a disk with a top.
+    /// Plans a write of `range`, and reserves places for blocks. Only for a disk with a top.
     ///
     /// # Errors
-    /// [`NeedsGrowth`]: ask again when the file has grown.
+    /// [`NeedsGrowth`] if the file must grow before the write can be planned.
     pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
         self.top().expect("only writable disks write").plan_write(range, plan)
     }
 
-    /// What to zero and mark so that `range` reads as zeros. Only on a disk with a top.
+    /// Plans what to zero and to mark so that `range` reads as zeros. Only for a disk with a top.
     ///
     /// # Errors
     /// As for `plan_write`.
@@ -101,104 +103,105 @@ impl Version {
         self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
     }
 
-    /// What to punch when the guest needs `range` no more. Only on a disk with a top.
+    /// Plans what to punch when the guest discards `range`. Only for a disk with a top.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         plan.clear();
         self.top().expect("only writable disks write").plan_discard(range, plan);
     }
 
-    /// What must be read before the question that left `missing` can be asked again.
+    /// Lists the reads that a plan with these `missing` bitmaps needs.
     pub fn load(&self, missing: &[Missing]) -> Load {
         let mut load = Load::default();
         for what in missing {
             match *what {
-                Missing::BitmapSector(granule) => {
-                    let top = self.top().expect("only a top has granules");
-                    // Asked before the file is read: what comes and goes meanwhile makes the piece worthless.
-                    let Some(times) = top.image.bitmaps().and_then(|b| b.eviction_count(granule)) else {
-                        load.already_loaded.push(granule);
+                Missing::BitmapSector(number) => {
+                    let top = self.top().expect("only a top has bitmap sectors of its own");
+                    // Taken before the read: if the sector is loaded and evicted during the read, its bytes are stale.
+                    let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(number)) else {
+                        load.already_loaded.push(number);
                         continue;
                     };
-                    let at = top.image.bitmap_sector_offset(granule);
-                    load.bitmap_sectors
-                        .push((granule, BitmapRead { slot: top.slot, at, evictions: times, bytes: None }));
+                    let at = top.image.bitmap_sector_offset(number);
+                    load.bitmap_sectors.push((number, BitmapRead { slot: top.slot, at, evictions, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
             }
         }
         load.reads = load.bitmap_sectors.iter().map(|(_, p)| p.clone()).collect();
-        for piece in load.cells.iter().flat_map(|(_, pieces)| pieces) {
-            let slot = self.frozen().layers()[piece.layer].slot;
-            load.reads.push(BitmapRead { slot, at: piece.at, evictions: 0, bytes: None });
+        for read in load.cells.iter().flat_map(|(_, reads)| reads) {
+            let slot = self.frozen().layers()[read.layer].slot;
+            load.reads.push(BitmapRead { slot, at: read.at, evictions: 0, bytes: None });
         }
         load
     }
 
-    /// Takes in a load whose pieces are all there. Granules of the top stay in memory as long as `held` does.
-    pub fn supply(&self, load: &Load, held: &mut Pins) {
-        let image = || &self.top().expect("only a top has granules").image;
-        for (granule, piece) in &load.bitmap_sectors {
-            let bytes = piece.bytes.as_ref().expect("all pieces were read");
-            held.insert(image(), *granule, Some((piece.evictions, &bytes[..])));
+    /// Supplies the bitmaps of a load whose reads are complete. Bitmap sectors of the top stay in memory as long as
+    /// `pins`.
+    pub fn supply(&self, load: &Load, pins: &mut Pins) {
+        let image = || &self.top().expect("only a top has bitmap sectors of its own").image;
+        for (number, read) in &load.bitmap_sectors {
+            let bytes = read.bytes.as_ref().expect("all reads are complete");
+            pins.insert(image(), *number, Some((read.evictions, &bytes[..])));
         }
-        load.already_loaded.iter().for_each(|granule| held.insert(image(), *granule, None));
-        for (cell, pieces) in &load.cells {
-            self.frozen().supply(*cell, pieces);
+        load.already_loaded.iter().for_each(|number| pins.insert(image(), *number, None));
+        for (cell, reads) in &load.cells {
+            self.frozen().supply(*cell, reads);
         }
     }
 
-    /// Reads what a plan missed, here and now; for tools and jobs, which have a thread of their own. `held` as in `supply`.
+    /// Loads missing bitmaps with blocking reads, for tools and jobs that have their own thread. `pins` are as for
+    /// `supply`.
     ///
     /// # Errors
-    /// `Io`, naming file and offset.
-    pub fn load_now(&self, missing: &[Missing], held: &mut Pins) -> Result<()> {
+    /// `Io`, with file and offset.
+    pub fn load_now(&self, missing: &[Missing], pins: &mut Pins) -> Result<()> {
         let mut load = self.load(missing);
-        let pieces: Vec<_> = load.reads().collect();
-        for (number, (slot, at)) in pieces.into_iter().enumerate() {
+        let reads: Vec<_> = load.reads().collect();
+        for (number, (slot, at)) in reads.into_iter().enumerate() {
             let mut sector = [0; SECTOR_BYTES];
             self.file(slot).read_at(&mut sector, at)?;
             load.complete(number, &sector);
         }
-        self.supply(&load, held);
+        self.supply(&load, pins);
         Ok(())
     }
 
-    /// Marks what was written, as `Writable::mark`, and reads what that misses here and now.
+    /// Marks what was written, as `Writable::mark`, and loads missing bitmaps with blocking reads.
     ///
     /// # Errors
     /// As `load_now`.
     pub fn mark_now(&self, range: SectorRange) -> Result<bool> {
         let image = &self.top().expect("only writable disks write").image;
-        let mut held = Pins::default();
+        let mut pins = Pins::default();
         loop {
             match image.mark(range) {
                 Ok(kept) => return Ok(kept),
-                Err(absent) => self.load_now(&Missing::bitmap_sectors(&absent), &mut held)?,
+                Err(absent) => self.load_now(&Missing::bitmap_sectors(&absent), &mut pins)?,
             }
         }
     }
 
-    /// `plan_read`, with what it misses read here and now.
+    /// As `plan_read`, and loads missing bitmaps with blocking reads.
     ///
     /// # Errors
     /// As `load_now`.
     pub fn plan_read_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         self.plan_read(range, plan);
-        // Mostly twice at most: what the top's bits leave open may need the bitmaps of what lies beneath.
-        let mut held = Pins::default();
+        // Usually at most twice: sectors that the top does not hold may need bitmaps of lower layers.
+        let mut pins = Pins::default();
         while !plan.missing.is_empty() {
-            self.load_now(&plan.missing, &mut held)?;
+            self.load_now(&plan.missing, &mut pins)?;
             self.plan_read(range, plan);
         }
         Ok(())
     }
 
-    /// As `plan_read_now` on a disk without a top, for who passes each place once: what is read is forgotten.
+    /// As `plan_read_now`, but caches nothing: for callers that pass each place once. Only for a disk without a top.
     ///
     /// # Errors
     /// As `load_now`.
     pub fn plan_read_uncached(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
-        assert!(self.top().is_none(), "only what does not change is passed once");
+        assert!(self.top().is_none(), "only a disk without a top is planned uncached");
         plan.clear();
         let (frozen, mut rest) = (self.frozen(), range);
         frozen.layers().iter().for_each(|layer| layer.image.prefetch_bitmaps(range));
@@ -224,7 +227,7 @@ impl Version {
         Ok(())
     }
 
-    /// Reads `range` into `into`, here and now.
+    /// Reads `range` into `into`, with blocking reads.
     ///
     /// # Errors
     /// As `load_now`.
@@ -251,27 +254,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_of_granules_and_cells_come_in_any_order() {
-        let rig = ChainFolder::new();
-        rig.dynamic("root", 64 << 10, 20_000);
-        rig.fill("root", &[(0, 20_000, 1)]);
-        rig.child("middle", "root", 2 << 20, 20_000);
-        rig.fill("middle", &[(100, 200, 2), (5_000, 5_100, 3), (9_000, 9_001, 4)]);
-        rig.child("leaf", "middle", 2 << 20, 20_000);
-        rig.fill("leaf", &[(150, 160, 5), (8_200, 8_201, 6)]);
-        let version = rig.write("leaf");
+    fn reads_complete_in_any_order() {
+        let chains = ChainFolder::new();
+        chains.dynamic("root", 64 << 10, 20_000);
+        chains.fill("root", &[(0, 20_000, 1)]);
+        chains.child("middle", "root", 2 << 20, 20_000);
+        chains.fill("middle", &[(100, 200, 2), (5_000, 5_100, 3), (9_000, 9_001, 4)]);
+        chains.child("leaf", "middle", 2 << 20, 20_000);
+        chains.fill("leaf", &[(150, 160, 5), (8_200, 8_201, 6)]);
+        let version = chains.write("leaf");
         let (whole, mut plan) = (SectorRange::between(0, 20_000), PlanBuffer::default());
-        // The granules of the top first; what they leave open asks for cells.
+        // The bitmap sectors of the top come first; sectors that the top does not hold need cells.
         for round in 0.. {
             version.plan_read(whole, &mut plan);
             if plan.missing.is_empty() {
-                assert!(round > 0, "something had to be read");
+                assert!(round > 0, "bitmaps had to be read");
                 break;
             }
             let mut load = version.load(&plan.missing);
-            let mut pieces: Vec<_> = load.reads().enumerate().collect();
-            pieces.reverse();
-            for (number, (slot, at)) in pieces {
+            let mut reads: Vec<_> = load.reads().enumerate().collect();
+            reads.reverse();
+            for (number, (slot, at)) in reads {
                 let mut sector = [0; SECTOR_BYTES];
                 version.file(slot).read_at(&mut sector, at).unwrap();
                 load.complete(number, &sector);
@@ -287,13 +290,13 @@ mod tests {
     }
 
     #[test]
-    fn granules_and_cells_are_loaded_together() {
-        let rig = ChainFolder::new();
-        rig.dynamic("root", 2 << 20, 20_000);
-        rig.fill("root", &[(0, 20_000, 1)]);
-        rig.child("leaf", "root", 2 << 20, 20_000);
-        rig.fill("leaf", &[(4_000, 4_001, 2)]);
-        let version = rig.write("leaf");
+    fn bitmap_sectors_and_cells_are_loaded_together() {
+        let chains = ChainFolder::new();
+        chains.dynamic("root", 2 << 20, 20_000);
+        chains.fill("root", &[(0, 20_000, 1)]);
+        chains.child("leaf", "root", 2 << 20, 20_000);
+        chains.fill("leaf", &[(4_000, 4_001, 2)]);
+        let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(4_000, 4_100), &mut plan);
         assert_eq!(plan.missing, [Missing::BitmapSector(0), Missing::Cell(1)]);

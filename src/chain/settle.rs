@@ -1,5 +1,5 @@
-//! Settling parents: a daemon that opens a chain for writing takes in what was acknowledged to a parent's guest before it was
-//! killed. A reader refuses instead.
+//! Settles parents: before a daemon opens a chain for writing, it replays the live journals of parents whose daemons
+//! were killed. A reader refuses such a chain instead.
 
 use std::path::Path;
 
@@ -10,10 +10,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, SessionState};
 use crate::storage::{Access, Env, Lock};
 
-/// Settles each parent of the image at `path` whose session has its journal in the policy's runtime folder; how many.
+/// Replays the live journal of each parent of the image at `path` that has one in the policy's runtime folders. Returns
+/// the number of such parents.
 ///
 /// # Errors
-/// `Busy` if a process has such a parent open; as [`image::settle`].
+/// - `Busy` if another process has such a parent open, or if it was replaced
+/// - as [`image::settle`]
 pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usize> {
     if policy.runtime.is_empty() {
         return Ok(0);
@@ -25,12 +27,14 @@ pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usi
         let path = parent.file().path();
         let file = env.open(path, Access::Write)?;
         if file.stat()?.id != parent.file().stat()?.id {
-            return Err(Error::new(ErrorKind::Busy, "it was replaced while it was opened").at_path(path));
+            return Err(
+                Error::new(ErrorKind::Busy, "the file was replaced while it was opened; try again").at_path(path)
+            );
         }
         file.lock(Lock::Exclusive)?;
         if image::settle(env, &policy.runtime, &file)? {
             log::info!(
-                "{}: what was acknowledged to its guest before its daemon was killed is settled",
+                "{}: settled: the writes in its live journal, left by a killed daemon, are now in the image",
                 path.display()
             );
             settled += 1;

@@ -1,4 +1,4 @@
-//! A folder of chains for the tests of this floor: made, written sector by sector, closed, opened again.
+//! Test support of this floor: a temporary folder in which chains are created, written, closed and opened again.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,7 @@ impl ChainFolder {
         self.make(name, ImageKind::Dynamic, block, sectors);
     }
 
-    /// A child of `parent` that records `paths` (relative to the folder) in its two locators and its name.
+    /// Creates a child of `parent` that records `paths`, relative to the folder: one in its locators, one as the name.
     pub(super) fn child_by(&self, name: &str, parent: &str, paths: [&str; 2], block: u32, sectors: u64) {
         let uuid = Image::open(Host.open(&self.path(parent), Access::Read).unwrap()).unwrap().uuid();
         let relative = Some(paths[0].into());
@@ -45,23 +45,23 @@ impl ChainFolder {
         self.child_by(name, parent, [parent, parent], block, sectors);
     }
 
-    pub(super) fn chain(&self, name: &str, how: OpenMode) -> crate::error::Result<Chain> {
-        Chain::open(&Host, &self.path(name), &Policy::default(), how)
+    pub(super) fn chain(&self, name: &str, mode: OpenMode) -> crate::error::Result<Chain> {
+        Chain::open(&Host, &self.path(name), &Policy::default(), mode)
     }
 
-    /// The chain that ends in `name`, to be read.
+    /// Opens the chain of `name` for reading.
     pub(super) fn read(&self, name: &str) -> Version {
         self.chain(name, OpenMode::Read).unwrap().into_frozen()
     }
 
-    /// The same, to be written, with room for new blocks.
+    /// Opens the chain of `name` for writing, with free space for new blocks.
     pub(super) fn write(&self, name: &str) -> Version {
         let version = self.chain(name, OpenMode::Write).unwrap().into_writable(&Host, &Durability::FlushOnly).unwrap();
         make_room(&version);
         version
     }
 
-    /// Opens `name`, fills the ranges with a byte each, and closes it.
+    /// Opens `name`, fills each range with its byte, and closes the image.
     pub(super) fn fill(&self, name: &str, ranges: &[(u64, u64, u8)]) {
         let version = self.write(name);
         for &(from, to, byte) in ranges {
@@ -86,17 +86,17 @@ fn make_room(version: &Version) {
     }
 }
 
-/// A plan, with what it misses loaded.
+/// Plans with `ask`, and loads missing bitmaps until none is missing.
 pub(super) fn plan_loaded(version: &Version, mut ask: impl FnMut(&mut PlanBuffer)) -> PlanBuffer {
-    let (mut plan, mut held) = (PlanBuffer::default(), crate::image::Pins::default());
+    let (mut plan, mut pins) = (PlanBuffer::default(), crate::image::Pins::default());
     ask(&mut plan);
     for _ in 0..2 {
         if !plan.missing.is_empty() {
-            version.load_now(&plan.missing, &mut held).unwrap();
+            version.load_now(&plan.missing, &mut pins).unwrap();
             ask(&mut plan);
         }
     }
-    assert!(plan.missing.is_empty(), "two loads are enough: {:?}", plan.missing);
+    assert!(plan.missing.is_empty(), "two loads are not enough: {:?}", plan.missing);
     plan
 }
 
@@ -114,13 +114,15 @@ pub(super) fn write(version: &Version, range: SectorRange, byte: u8) {
     assert!(version.mark_now(range).unwrap());
 }
 
-/// The first byte of each sector of a range, read in one piece; each sector is full of it.
+/// Reads a range at once. Returns the byte with which each sector is filled.
 pub(super) fn read_sector_bytes(version: &Version, from: u64, to: u64) -> Vec<u8> {
     let range = SectorRange::between(from, to);
     let mut bytes = vec![0xEE; usize::try_from(range.bytes()).unwrap()];
     version.read_now(range, &mut bytes, &mut PlanBuffer::default()).unwrap();
     let sectors = bytes.chunks(SECTOR_BYTES);
     sectors
-        .map(|sector| sector.iter().all(|b| *b == sector[0]).then_some(sector[0]).expect("one byte all over"))
+        .map(|sector| {
+            sector.iter().all(|b| *b == sector[0]).then_some(sector[0]).expect("a sector is filled with one byte")
+        })
         .collect()
 }

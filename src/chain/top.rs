@@ -1,4 +1,4 @@
-//! Top: the one writable layer. It answers first, and everything new goes here.
+//! Top: the one writable layer. It is looked up first, and takes all writes.
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// The youngest layer, open for writing.
 pub struct Top {
-    /// Its place in the engines' tables of files.
+    /// Its slot in the engines.
     pub slot: FileSlot,
     /// The image.
     pub image: Arc<Writable>,
 }
 
 impl Top {
-    /// Appends where `range` is to `plan`: here, or in what lies beneath.
+    /// Appends the extents of `range` to `plan`: from this layer, or from the layers below.
     #[inline]
     pub fn plan_read(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
@@ -35,17 +35,17 @@ impl Top {
         }
     }
 
-    /// Where a write of `range` goes, giving places to blocks that have none.
+    /// Appends the extents of a write of `range` to `plan`, and reserves places for blocks that have none.
     ///
     /// # Errors
-    /// [`NeedsGrowth`] where the prepared tail is used up; asking again later is safe.
+    /// [`NeedsGrowth`] if the prepared free tail is used up. The call may be repeated after the file has grown.
     pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
             self.image.note_content_change();
             return Ok(());
         };
-        // Bits can be set only in bitmaps that are known: load before anything is reserved.
+        // Bits can be set only in loaded bitmaps: load them before a block is reserved.
         for (block, part) in block_size.split_at_blocks(range) {
             if table.place(block).is_some() {
                 self.for_each_run(part, plan, |_, _, _| ());
@@ -63,13 +63,13 @@ impl Top {
         Ok(())
     }
 
-    /// What it takes to make `range` read as zeros: extents to zero in the file, ranges to mark.
+    /// Appends to `plan` what makes `range` read as zeros: extents to zero in the file, and ranges to mark.
     ///
-    /// A block without a place gets one only where something beneath would shine through; its room is durably zero, so
-    /// marking is all.
+    /// A block without a place gets one only if data of a lower layer would be exposed. Its new space is durably zero,
+    /// so it needs only to be marked.
     ///
     /// # Errors
-    /// As for `place`.
+    /// As for `plan_write`.
     pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
@@ -77,7 +77,7 @@ impl Top {
             self.image.note_content_change();
             return Ok(());
         };
-        let (mut shining, mut look) = (Vec::new(), PlanBuffer::default());
+        let (mut exposed, mut beneath_plan) = (Vec::new(), PlanBuffer::default());
         for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 Some(place) => {
@@ -86,11 +86,11 @@ impl Top {
                     plan.marks.push(part);
                 }
                 None => {
-                    look.clear();
-                    beneath.plan_read(part, &mut look);
-                    look.missing.iter().for_each(|m| plan.add_missing(*m));
-                    if look.extents.iter().any(|e| e.source != Source::Zero) {
-                        shining.push((block, part));
+                    beneath_plan.clear();
+                    beneath.plan_read(part, &mut beneath_plan);
+                    beneath_plan.missing.iter().for_each(|m| plan.add_missing(*m));
+                    if beneath_plan.extents.iter().any(|e| e.source != Source::Zero) {
+                        exposed.push((block, part));
                     }
                 }
             }
@@ -98,8 +98,8 @@ impl Top {
         if !plan.missing.is_empty() {
             return Ok(());
         }
-        plan.reserved = !shining.is_empty();
-        for (block, part) in shining {
+        plan.reserved = !exposed.is_empty();
+        for (block, part) in exposed {
             self.image.reserve(block)?;
             plan.marks.push(part);
         }
@@ -109,8 +109,8 @@ impl Top {
         Ok(())
     }
 
-    /// What of `range` is here, to be punched. Sectors that are not here stay as they are: their bits are clear, and the
-    /// parents' data must not be hidden, nor (where bits are set) come back.
+    /// Appends the extents of `range` that this layer holds to `plan`, to be punched. No bit changes: setting a clear
+    /// bit would hide data of the parents, and clearing a set bit would expose it.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
             self.image.note_content_change();
@@ -138,14 +138,15 @@ impl Top {
         Source::File { slot: self.slot, offset }
     }
 
-    /// Where the data of a run of one block is.
+    /// The source of a run of sectors of one block.
     #[inline]
     fn data_source(&self, block_size: BlockSize, place: u32, run: SectorRange) -> Source {
         let sectors = u64::from(block_size.bitmap_sectors()) + u64::from(block_size.sector_in_block(run.start()));
         self.source_at((u64::from(place) + sectors) * SECTOR)
     }
 
-    /// Calls `f` for each run of equal bits in a range of one block that has a place; notes bitmaps to be loaded.
+    /// Calls `f` for each run of equal bits in a range of one block that has a place. Adds bitmaps that are not loaded
+    /// to the plan.
     #[inline]
     fn for_each_run(
         &self,
@@ -159,13 +160,13 @@ impl Top {
             let (index, bit) = (bitmaps.bitmap_sector_of(rest.start()), bitmaps.bit_of(rest.start()));
             let group = rest.first(u64::from(bitmaps.bits_per_sector() - bit));
             rest = rest.skip(group.count());
-            let (mut left, end) = (group, bit + u32::try_from(group.count()).expect("inside a granule"));
-            let known = bitmaps.each_run(index, bit, end, |set, count| {
+            let (mut left, end) = (group, bit + u32::try_from(group.count()).expect("inside a bitmap sector"));
+            let loaded = bitmaps.each_run(index, bit, end, |set, count| {
                 let run = left.first(u64::from(count));
                 left = left.skip(run.count());
                 f(plan, run, set);
             });
-            if !known {
+            if !loaded {
                 plan.add_missing(Missing::BitmapSector(index));
             }
         }
@@ -186,19 +187,19 @@ mod tests {
         SectorRange::between(from, to)
     }
 
-    /// Two blocks over a parent that has sectors 0 to 100 of the first one only.
-    fn child(rig: &ChainFolder) -> Version {
-        rig.dynamic("root", 2 << 20, 8_192);
-        rig.fill("root", &[(0, 100, 1)]);
-        // A dynamic root's whole block is there: the other sectors of block 0 are zeros of its own.
-        rig.child("leaf", "root", 2 << 20, 8_192);
-        rig.write("leaf")
+    /// Two blocks over a parent that has data only in sectors 0 to 100 of the first one.
+    fn child(chains: &ChainFolder) -> Version {
+        chains.dynamic("root", 2 << 20, 8_192);
+        chains.fill("root", &[(0, 100, 1)]);
+        // A dynamic root has whole blocks: the other sectors of its block 0 are zeros of the root itself.
+        chains.child("leaf", "root", 2 << 20, 8_192);
+        chains.write("leaf")
     }
 
     #[test]
-    fn clear_bits_ask_beneath() {
-        let rig = ChainFolder::new();
-        let version = child(&rig);
+    fn clear_bits_read_lower_layers() {
+        let chains = ChainFolder::new();
+        let version = child(&chains);
         write(&version, range(10, 12), 2);
         write(&version, range(5_000, 5_001), 3);
         assert_eq!(read_sector_bytes(&version, 8, 14), [1, 1, 2, 2, 1, 1]);
@@ -207,26 +208,26 @@ mod tests {
     }
 
     #[test]
-    fn zeros_hide_what_is_beneath_and_take_no_room_where_nothing_is() {
-        let rig = ChainFolder::new();
-        let version = child(&rig);
+    fn zeroing_hides_lower_layers_and_takes_no_space_over_nothing() {
+        let chains = ChainFolder::new();
+        let version = child(&chains);
         let top = version.top().unwrap();
         let plan = plan_loaded(&version, |plan| version.plan_zero(range(6_000, 6_100), plan).unwrap());
         assert!(plan.extents.is_empty() && plan.marks.is_empty() && !plan.reserved, "zeros over nothing: {plan:?}");
         let plan = plan_loaded(&version, |plan| version.plan_zero(range(50, 5_000), plan).unwrap());
-        assert!(plan.extents.is_empty() && plan.reserved, "the new block's room is zero already: {plan:?}");
+        assert!(plan.extents.is_empty() && plan.reserved, "the space of the new block is already zero: {plan:?}");
         assert_eq!(plan.marks, [range(50, 4_096)], "the second block has nothing to hide");
         assert!(plan.marks.iter().all(|marked| top.image.mark(*marked) == Ok(true)));
         assert_eq!(read_sector_bytes(&version, 48, 52), [1, 1, 0, 0]);
-        // In a block that has a place, bits are set and the file is zeroed, whether they were set or not.
+        // In a block with a place, the file is zeroed and the bits are set, whatever they were.
         let plan = plan_loaded(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());
         assert_eq!((ranges(&plan), plan.marks), (vec![(40, 60)], vec![range(40, 60)]));
     }
 
     #[test]
-    fn only_what_is_here_is_punched() {
-        let rig = ChainFolder::new();
-        let version = child(&rig);
+    fn only_sectors_of_the_top_are_punched() {
+        let chains = ChainFolder::new();
+        let version = child(&chains);
         write(&version, range(10, 20), 2);
         write(&version, range(30, 31), 2);
         let plan = plan_loaded(&version, |plan| version.plan_discard(range(15, 5_000), plan));
@@ -235,8 +236,8 @@ mod tests {
 
     #[test]
     fn a_write_of_two_blocks_gives_both_a_place() {
-        let rig = ChainFolder::new();
-        let version = child(&rig);
+        let chains = ChainFolder::new();
+        let version = child(&chains);
         let bat = version.top().unwrap().image.image().bat().unwrap();
         let plan = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
         assert!(plan.reserved);
@@ -254,16 +255,16 @@ mod tests {
 
     #[test]
     fn bitmaps_are_loaded_before_anything_is_reserved() {
-        let rig = ChainFolder::new();
-        drop(child(&rig));
-        rig.fill("leaf", &[(0, 1, 9)]);
-        let version = rig.write("leaf");
+        let chains = ChainFolder::new();
+        drop(child(&chains));
+        chains.fill("leaf", &[(0, 1, 9)]);
+        let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
         assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::BitmapSector(0)][..], false));
         assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(1), None);
         drop(version);
-        // Read-only, the same file is a layer as any other.
-        assert_eq!(read_sector_bytes(&rig.chain("leaf", OpenMode::Read).unwrap().into_frozen(), 0, 2), [9, 1]);
+        // Opened read-only, the same file is a frozen layer.
+        assert_eq!(read_sector_bytes(&chains.chain("leaf", OpenMode::Read).unwrap().into_frozen(), 0, 2), [9, 1]);
     }
 }

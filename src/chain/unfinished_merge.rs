@@ -1,20 +1,21 @@
-//! Images of a merge that was begun and not finished: what may still be done with them.
+//! Restricts the use of images of an unfinished merge.
 //!
-//! A merge leaves a [`MergeRecord`] beside CHILD, and on the image that receives a mark: the extended attribute
-//! `user.diffdisk.merge`, `<uuid of CHILD> <path of CHILD>`. The mark is there while the receiver is partly overwritten: it
-//! is durable before the first byte is copied, and goes when all is copied. Where both are found, the record counts. A file
-//! system may keep no attributes, and a copy of the receiver may lose its mark: then only a record shows that the receiver
-//! is not whole, if it lies in a folder of the chain or in an allowed one. A record names the receiver by UUID, so it also
-//! counts for copies and for files restored from a backup.
+//! A merge copies CHILD into an ancestor, the receiver. It leaves a [`MergeRecord`] in the folder of CHILD, and a mark
+//! on the receiver (`merge_receiver`) while that is partly overwritten: the mark is durable before the first byte is
+//! copied, and is removed after the last one. If both exist, the record counts.
 //!
-//! | state of the merge | the receiver by itself | below CHILD | changed |
+//! A file system may have no attributes, and a copy of the receiver may lose the mark. Then only a record shows that
+//! the receiver is partly overwritten; it is found in the folders of the chain and in the allowed folders. A record has
+//! the UUID of the receiver, so it also applies to copies of the receiver and to files restored from a backup.
+//!
+//! | state of the merge | opening the receiver itself | opening CHILD | changing the receiver |
 //! | --- | --- | --- | --- |
 //! | nothing copied | its own disk | CHILD's disk | refused |
-//! | partly copied | refused: neither disk | CHILD's disk: CHILD hides every sector that was overwritten | refused |
-//! | all copied | CHILD's disk; refused below a layer between | CHILD's disk | refused, and CHILD too |
-//! | abandoned | refused: neither disk | CHILD's disk | only its size and room |
+//! | partly copied | refused: neither disk | CHILD's disk: CHILD hides every overwritten sector | refused |
+//! | all copied | CHILD's disk; refused below a layer between | CHILD's disk | refused, as is changing CHILD |
+//! | abandoned | refused: neither disk | CHILD's disk | only its size and the allocation of blocks |
 //!
-//! Every open of a chain writes one warning for each unfinished merge in it.
+//! Opening a chain logs one warning for each unfinished merge in it.
 
 use std::path::{Path, PathBuf};
 
@@ -28,27 +29,27 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
 use crate::storage::{Access, Env, File, Folder};
 
-/// What is going to be done with an image.
+/// A change of an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ImageChange {
-    /// Its disk is written to.
+    /// The disk is written to.
     Contents,
-    /// It gets another parent or none, or is removed.
+    /// The image gets another parent or none, or is removed.
     Link,
-    /// Its disk gets another size.
+    /// The disk gets another size.
     Size,
-    /// Its blocks move, or give room back: the disk stays as it is.
+    /// Blocks move, or their space is freed; the contents of the disk stay the same.
     Allocation,
-    /// It gets a child.
+    /// The image gets a child.
     Child,
 }
 
-/// An unfinished merge, as far as an image of it shows.
+/// An unfinished merge, as found from one of its images.
 struct UnfinishedMerge {
-    /// CHILD: identity and path.
+    /// The UUID and the path of CHILD.
     child: Uuid,
     path: PathBuf,
-    /// None if only the receiver's mark was found.
+    /// `None` if only the mark of the receiver was found.
     record: Option<MergeRecord>,
 }
 
@@ -71,7 +72,8 @@ impl UnfinishedMerge {
         self.record.as_ref().is_none_or(|record| matches!(record.copied, Copied::Before(_)))
     }
 
-    /// Whether one of the images above the receiver is folded below CHILD: what it takes from the receiver is CHILD's by now.
+    /// Whether one of the images above the receiver is a layer between it and CHILD. Sectors that such a layer reads
+    /// from the receiver may already be CHILD's.
     fn exposes(&self, above: &[&Image]) -> bool {
         let Some(record) = self.record.as_ref().filter(|record| record.copied != Copied::Nothing) else { return false };
         above.iter().any(|image| record.layers[1..].iter().any(|layer| layer.uuid == image.uuid()))
@@ -80,7 +82,7 @@ impl UnfinishedMerge {
     fn refusal(&self, receiver: &Path) -> Error {
         let (child, command) = (self.path.display(), self.command());
         let what = format!(
-            "it is partly overwritten by a merge of {child} that was not finished, and is readable only below that: run \
+            "the image is partly overwritten by an unfinished merge of {child}, and readable only through that image: run \
              `{command}` to finish the merge"
         );
         Error::new(ErrorKind::Refused, what).at_path(receiver)
@@ -90,33 +92,33 @@ impl UnfinishedMerge {
         let (child, command) = (self.path.display(), self.command());
         match (self.is_abandoned(), self.is_complete()) {
             (true, _) => format!(
-                "a merge of {child} into it was abandoned, and it is readable only below that; run `{command}` to finish \
-                 the merge"
+                "a merge of {child} into this image was abandoned, and the image is readable only through {child}; run \
+                 `{command}` to finish the merge"
             ),
             (false, true) => format!(
-                "a merge of {child} into it copied everything and was not finished; run `{command}` to finish it"
+                "a merge of {child} into this image copied everything, but was not finished; run `{command}` to finish it"
             ),
             (false, false) => format!(
-                "a merge of {child} into it was not finished; run `{command}` to finish it, or `{command} --abandon` to \
-                 give it up"
+                "a merge of {child} into this image was not finished; run `{command}` to finish it, or `{command} \
+                 --abandon` to abandon it"
             ),
         }
     }
 }
 
-/// Refuses a chain (youngest image first) in which an image is read that is partly overwritten and that its CHILD does not
-/// hide; warns of every other unfinished merge in it. The merge of `own` does not count. Returns the positions of images
-/// that CHILD's data was written to below CHILD: their files are newer than recorded for this reason.
+/// Refuses a chain (youngest image first) that reads a partly overwritten image which CHILD of its merge does not hide.
+/// Logs a warning for every other unfinished merge, except the merge of `own`. Returns the positions of receivers below
+/// their CHILD: the merge is the reason why their files are newer than their children record.
 ///
 /// # Errors
-/// - `Refused` naming the image and the command that finishes the merge, unless only headers are looked at
+/// - `Refused`, with the image and the command that finishes the merge; not in the mode `Inspect`
 /// - `Io`
 pub(super) fn check_chain(
     env: &dyn Env,
     images: &[&Image],
     allowed: &[PathBuf],
     own: Option<Uuid>,
-    how: OpenMode,
+    mode: OpenMode,
 ) -> Result<Vec<usize>> {
     let records = records_near(env, images, allowed)?;
     let mut receiving = Vec::new();
@@ -130,8 +132,8 @@ pub(super) fn check_chain(
                 continue;
             }
             let path = image.file().path();
-            // Who writes the youngest image asks `refuse_change`.
-            let is_read = matches!(how, OpenMode::Read | OpenMode::Salvage) || (how == OpenMode::Write && number > 0);
+            // A writer of the youngest image calls `refuse_change`.
+            let is_read = matches!(mode, OpenMode::Read | OpenMode::Salvage) || (mode == OpenMode::Write && number > 0);
             if is_read && !is_hidden && (merge.is_partial() || merge.exposes(&images[..number])) {
                 return Err(merge.refusal(path));
             }
@@ -141,7 +143,7 @@ pub(super) fn check_chain(
     Ok(receiving)
 }
 
-/// Warns of unfinished merges into an image whose headers alone are looked at.
+/// Logs a warning for each unfinished merge into an image of which only headers are read.
 ///
 /// # Errors
 /// `Io`.
@@ -149,11 +151,11 @@ pub fn warn_of_unfinished_merges(env: &dyn Env, image: &Image) -> Result<()> {
     check_chain(env, &[image], &[], None, OpenMode::Inspect).map(drop)
 }
 
-/// Refuses a change of an image after which a merge that was begun could be neither finished nor abandoned. The merge of
+/// Refuses a change of an image after which an unfinished merge could be neither finished nor abandoned. The merge of
 /// `own` does not count.
 ///
 /// # Errors
-/// - `Refused` naming the command that finishes the merge
+/// - `Refused`, with the command that finishes the merge
 /// - `Io`
 pub fn refuse_change(
     env: &dyn Env,
@@ -164,7 +166,7 @@ pub fn refuse_change(
 ) -> Result<()> {
     let records = records_near(env, &[image], allowed)?;
     let refuse = |merge: &UnfinishedMerge, what: &str| {
-        let give_up = if merge.is_abandoned() || merge.is_complete() { "" } else { ", or give it up with --abandon" };
+        let give_up = if merge.is_abandoned() || merge.is_complete() { "" } else { ", or abandon it with --abandon" };
         let what = format!("{what} was begun: finish that first with `{}`{give_up}", merge.command());
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     };
@@ -174,7 +176,7 @@ pub fn refuse_change(
             ImageChange::Contents | ImageChange::Link | ImageChange::Child => false,
         };
         if !is_free {
-            return refuse(&merge, &format!("a merge of {} into it", merge.path.display()));
+            return refuse(&merge, &format!("a merge of {} into this image", merge.path.display()));
         }
     }
     for record in records.iter().filter(|record| Some(record.layers[0].uuid) != own) {
@@ -186,7 +188,7 @@ pub fn refuse_change(
             ImageChange::Link | ImageChange::Size => record.abandoned,
         };
         if !is_free {
-            return refuse(&UnfinishedMerge::of(record), "a merge of it");
+            return refuse(&UnfinishedMerge::of(record), "a merge of this image");
         }
     }
     Ok(())
@@ -198,7 +200,7 @@ impl UnfinishedMerge {
     }
 }
 
-/// The merges into an image.
+/// The unfinished merges into an image.
 fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<UnfinishedMerge>> {
     let mut merges: Vec<UnfinishedMerge> =
         records.iter().filter(|record| record.ancestor == image.uuid()).map(UnfinishedMerge::of).collect();
@@ -210,11 +212,11 @@ fn merges_into(image: &Image, records: &[MergeRecord]) -> Result<Vec<UnfinishedM
     Ok(merges)
 }
 
-/// The records in the folders of these images, and in allowed ones.
+/// The records in the folders of these images and in the allowed folders.
 fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result<Vec<MergeRecord>> {
     let mut folders: Vec<Folder> = Vec::new();
     let own = images.iter().map(|image| real_folder(env, image.file()));
-    // A folder that is gone or closed to us holds no record that we could read.
+    // A missing or inaccessible folder has no record that could be read.
     for folder in own.chain(allowed.iter().map(|folder| env.folder(folder))) {
         if let Ok(folder) = folder.and_then(|folder| folder.absolute()) {
             folder.add_if_missing(&mut folders);
@@ -227,7 +229,7 @@ fn records_near(env: &dyn Env, images: &[&Image], allowed: &[PathBuf]) -> Result
     Ok(records)
 }
 
-/// The folder in which a file really lies: that of what a symbolic link leads to, if an operator's path ends in one.
+/// The folder in which a file lies. If the operator's path ends in a symbolic link, the folder of its target.
 fn real_folder(env: &dyn Env, file: &File) -> Result<Folder> {
     let folder = file.folder();
     match folder.open(file.name(), Access::Read) {

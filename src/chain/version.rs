@@ -1,10 +1,10 @@
-//! A version of the disk: Top over Frozen. What queues hold while they plan; structure changes only by a new version.
+//! A version of the disk: Top over Frozen. Queues plan with it.
 
 use super::frozen::Frozen;
 use super::top::Top;
 use crate::storage::{File, FileSlot};
 
-/// The layers of a disk at one moment.
+/// The layers of a disk: at most one writable top over the frozen layers.
 pub struct Version {
     top: Option<Top>,
     frozen: Frozen,
@@ -12,7 +12,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// A disk of `sectors`: what `top` has, else what `frozen` has. Without a top it is read-only.
+    /// Makes a disk of `sectors` from `top` over `frozen`. Without a top it is read-only.
     pub fn new(top: Option<Top>, frozen: Frozen, sectors: u64) -> Version {
         Version { top, frozen, sectors }
     }
@@ -23,29 +23,29 @@ impl Version {
         self.top.as_ref()
     }
 
-    /// Everything beneath the top.
+    /// All layers below the top.
     #[inline]
     pub fn frozen(&self) -> &Frozen {
         &self.frozen
     }
 
-    /// Sectors that the guest sees: those of the youngest layer.
+    /// Sectors of the disk that the guest sees: those of the youngest layer.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// Files in the chain.
+    /// The number of files in the chain.
     pub fn depth(&self) -> usize {
         self.files().count()
     }
 
-    /// The files, youngest first, with their places in the engines' tables.
+    /// The files, youngest first, with their slots in the engines.
     pub fn files(&self) -> impl Iterator<Item = (FileSlot, &File)> {
         let top = self.top.iter().map(|t| (t.slot, t.image.file()));
         top.chain(self.frozen.layers().iter().map(|l| (l.slot, l.image.file())))
     }
 
-    /// The file at a slot of this version.
+    /// The file in a slot of this version.
     pub fn file(&self, slot: FileSlot) -> &File {
         self.files().find(|(s, _)| *s == slot).map(|(_, f)| f).expect("a slot of this version")
     }

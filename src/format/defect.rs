@@ -1,6 +1,6 @@
 //! The table of defects: every way in which the bytes of an image can be wrong.
 //!
-//! One row declares one defect. [`defects!`] explains the columns.
+//! One row declares one defect. The macro `defects!` in `defect_rule` explains the columns.
 
 use std::fmt;
 

@@ -35,7 +35,7 @@ pub enum Severity {
 /// - rule: the rule of `docs/format.md`, section 7; `_` for a defect without a numbered rule
 /// - repairable: whether `check --repair` repairs it without guessing
 /// - offset: the byte offset of the defect, as an expression over the fields; `none`; or `relative at` for a defect
-///   that a decoder reports with `at: 0`, since it does not know where its bytes are. The caller sets `at` by
+///   that a decoder reports with `at: 0`, since it gets bytes without their place. The caller sets `at` by
 ///   `with_base_offset`.
 macro_rules! defects {
     (
@@ -103,7 +103,7 @@ macro_rules! defects {
 
             /// Returns the defect of a structure that begins at byte `base` of the file.
             ///
-            /// Decoders do not know that place: they report offset 0.
+            /// Decoders get bytes without their place, and report offset 0.
             #[must_use]
             #[allow(unused_variables, reason = "each row uses some of its fields")]
             pub fn with_base_offset(mut self, base: u64) -> Defect {

@@ -1,7 +1,7 @@
 //! Which of the two footers counts (O3).
 //!
 //! The footer at the end counts. The copy at the start of the file is where the guest of a fixed disk writes its sector
-//! 0. So the copy is used only if the end has no footer, only for dynamic and differencing disks, and never in place of
+//! 0. So the copy is used only if the footer at the end is missing or damaged, only for dynamic and differencing disks, and never in place of
 //! a valid footer at the end. No guest can change the type of its disk.
 
 use crate::format::defect::Defect;
