@@ -121,7 +121,7 @@ impl InFlightRecord {
         let invalid = |what| Err(Error::new(ErrorKind::Invalid, what));
         if size > self.entries {
             return invalid(format!(
-                "the ring has {size} descriptors, the front-end's in-flight record has room for {}",
+                "the ring has {size} descriptors, but the front-end's in-flight record has room for {}",
                 self.entries
             ));
         }
@@ -133,7 +133,7 @@ impl InFlightRecord {
                 n if n == self.entries => {}
                 n => {
                     return invalid(format!(
-                        "the front-end's in-flight record has room for {} descriptors, its header says {n}",
+                        "the front-end's in-flight record has room for {} descriptors, but its header contains {n}",
                         self.entries
                     ));
                 }

@@ -39,7 +39,7 @@ struct KillHarness {
     kills: u32,
     /// Number of stores after which the successor of a killed device is killed.
     again: Option<u32>,
-    /// At the end of [`World::live`].
+    /// Stores left at the end of [`KillHarness::live`].
     stores_left: Option<u32>,
     seed: u64,
 }

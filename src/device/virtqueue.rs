@@ -18,7 +18,7 @@ use crate::storage::{GuestIovecs, sigbus};
 
 /// Most chains of one batch (V17).
 ///
-/// A batch is half of the available chains, within [`MIN_BATCH`] and this. So the driver processes the first answers while the
+/// A batch is half of the available chains, at least 4 and at most this. So the driver processes the first answers while the
 /// device serves the rest of its queue. If a batch were all of the queue, the two would work in turns (figures in
 /// `docs/performance.md`, section 3).
 pub const MAX_BATCH: u16 = 16;

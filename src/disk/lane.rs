@@ -2,8 +2,8 @@
 //! and never waits.
 //!
 //! A read of known sectors takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads from the page cache are
-//! copies (`cached_reads`). All other operations that were pushed are submitted by one system call. What makes a queue
-//! fast, and what was tried and dropped, is in `docs/performance.md`, section 3.
+//! copies (`cached_reads`). All other operations that were pushed are submitted by one system call.
+//! `docs/performance.md`, section 3, lists the measures that make a queue fast and those that were dropped.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -12,7 +12,7 @@
 //!   readahead finds the stream and is faster: it reads into large folios, a hint into single pages.
 //! - *At most a quarter of the engine's operations*, so that requests find room. The rest of a step is dropped.
 //!
-//! Figures, and what was tried and dropped: `docs/performance.md`, section 4.
+//! `docs/performance.md`, section 4, has the figures and the variants that were dropped.
 
 use super::op_queue::OpQueue;
 use crate::chain::{Extent, PlanBuffer, Source, Version};

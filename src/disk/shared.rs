@@ -137,12 +137,13 @@ impl Disk {
         let mut engine = self.env.engine(kind, depth)?;
         for (slot, file) in self.version.files() {
             let registered = engine.register(slot, file);
-            registered.map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
+            registered
+                .map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
         }
         Ok(engine)
     }
 
-    /// Creates the mailbox of a new lane. The mailbox receives what is broadcast from now on.
+    /// Creates the mailbox of a new lane. It receives all events that are broadcast from now on.
     pub(super) fn add_mailbox(&self) -> Result<Arc<Mailbox>> {
         let mailbox = Arc::new(Mailbox::new()?);
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&mailbox));

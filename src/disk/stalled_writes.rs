@@ -1,7 +1,7 @@
-//! Full host: which writes wait for space, and what the log contains about it.
+//! Writes and commits on a full host: the count of those that wait for space, and the log lines about them.
 //!
-//! Stalled writes are counted over all lanes of a disk: the log gets one line when the first write stalls, and one when the
-//! last stalled write has ended.
+//! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one when the last
+//! stalled write has ended.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -152,8 +152,8 @@ impl TaskOps {
         }
     }
 
-    /// Keeps the iovecs of an operation for their memory, and drops their reference to guest memory, which the front-end may
-    /// want to unmap.
+    /// Keeps the iovecs of an operation for their memory. Drops their reference to guest memory, so that the memory can be unmapped
+    /// when the front-end removes it.
     fn recycle(&mut self, mut iovecs: GuestIovecs) {
         iovecs.clear();
         self.iovec_pool.push(iovecs);
