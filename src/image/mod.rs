@@ -68,7 +68,7 @@ pub use write::discard_session::discard_session;
 pub use write::durability::Durability;
 pub use write::growth::Growth;
 pub use write::job_step::JobStep;
-pub use write::journal::BYTES as JOURNAL_BYTES;
+pub use write::journal_layout::BYTES as JOURNAL_BYTES;
 pub use write::pins::Pins;
 pub use write::run_to_completion::run_to_completion;
 pub use write::settle::settle;

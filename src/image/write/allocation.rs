@@ -1,18 +1,18 @@
-//! How a growing file takes room on the host: whole blocks ahead, or only the pages that a commit must find.
+//! Allocation: how much space a growing file reserves on the file system, whole blocks or only what a commit writes.
 //!
-//! A commit must never fail for want of room after the data it makes visible was acknowledged, so growth reserves what C2
-//! writes before a block gets its place (docs/space.md):
+//! A commit must not fail for lack of space after its data was acknowledged. So growth reserves the pages that step C2 of a
+//! commit writes before a block gets its place (docs/space.md):
 //!
-//! | | reserved ahead | taken by the first write | a full host refuses |
+//! | allocation | reserved by growth | allocated by the first write | fails if the file system is full |
 //! | --- | --- | --- | --- |
-//! | sparse | the pages of each block's bitmap | the pages it covers | growth, or that write |
+//! | sparse | the pages of each block's bitmap | the pages that it covers | growth, or that write |
 //! | block | the whole block | nothing | growth |
 //!
-//! Sparse reserves whole blocks, too, while the guest writes whole blocks one after the other.
+//! Sparse allocation also reserves whole blocks while the guest writes whole blocks in sequence.
 //!
-//! Sparse relies on the file system's [`AllocationMode`](crate::storage::AllocationMode). Growth covers what a commit needs as far as that rule reaches; beyond it
-//! (copy on write, reflinked files, file systems that cannot reserve) a commit that finds no room is tried again
-//! (`disk/job.rs`).
+//! Sparse allocation relies on the [`AllocationMode`](crate::storage::AllocationMode) of the file system. If that gives no
+//! guarantee (copy on write, reflinked files, file systems without reservation), a commit that fails for lack of space is
+//! retried (`disk/job.rs`).
 
 use std::ops::Range;
 
@@ -20,36 +20,36 @@ use crate::format::layout;
 use crate::storage::{Action, FileSlot, Op};
 use crate::units::{BlockSize, SECTOR};
 
-/// Bytes between two reserved ranges that are reserved with them: those of a block of 4 KiB, which one write fills.
+/// Largest gap in bytes between two reserved ranges that is reserved, too: the data of a 4 KiB block, which one write fills.
 const MERGE_GAP: u64 = layout::PAGE;
-/// Reservations handed to the engine at once: the queue's requests must find room there, too.
+/// Reservations pushed to the engine at once, so that it has room for the requests of the queue.
 const OPS_AT_ONCE: usize = 32;
 
-/// How the host's room for new blocks is taken.
+/// How the space of new blocks is allocated on the file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Allocation {
-    /// Data takes room when it is written. Growth reserves the pages of bitmaps alone.
+    /// Writes allocate the space of data. Growth reserves only the pages of bitmaps.
     #[default]
     Sparse,
-    /// Growth reserves whole blocks: the file is less fragmented, and a write into a placed block never meets a full host.
+    /// Growth reserves whole blocks. The file is less fragmented, and a write into a placed block never fails for lack of space.
     Block,
 }
 
-/// The room that one step of growth reserves, handed out in portions.
+/// The ranges that one step of growth reserves, pushed to the engine in portions.
 pub(super) struct Reservation {
-    /// Ranges of bytes.
+    /// Ranges in bytes.
     ranges: Vec<Range<u64>>,
     next: usize,
 }
 
 impl Reservation {
-    /// All bytes from sector `from` to the end of blocks at these places, or of the file.
+    /// Reserves all bytes from sector `from` to the last of `places`, or to the end of the file if `ends` is not empty.
     pub(super) fn whole(from: u64, places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
         let to = if ends.is_empty() { places.last().map_or(from, |place| place.end) } else { ends.end };
         Reservation { ranges: std::iter::once(from * SECTOR..to * SECTOR).collect(), next: 0 }
     }
 
-    /// The pages of the bitmaps of blocks at these places, and of the sectors at the file's end, which lie behind them.
+    /// Reserves the pages with the bitmaps of blocks at `places`, and the pages of `ends`, which come after all places.
     pub(super) fn bitmaps(
         places: impl Iterator<Item = Range<u64>>,
         block_size: BlockSize,
@@ -68,7 +68,7 @@ impl Reservation {
         Reservation { ranges, next: 0 }
     }
 
-    /// Whole blocks at these places, and the sectors at the file's end.
+    /// Reserves whole blocks at `places`, and the sectors `ends` at the end of the file.
     pub(super) fn blocks(places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for place in places.chain((!ends.is_empty()).then_some(ends)) {
@@ -80,7 +80,7 @@ impl Reservation {
         Reservation { ranges, next: 0 }
     }
 
-    /// Pushes the next portion; false if all was pushed before.
+    /// Pushes the next portion. Returns false if all portions were pushed before.
     pub(super) fn push_next(&mut self, slot: FileSlot, ops: &mut Vec<Op>) -> bool {
         let portion = &self.ranges[self.next..(self.next + OPS_AT_ONCE).min(self.ranges.len())];
         self.next += portion.len();
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(
             ranges(2 << 20, 2),
             [page(60 << 10), page((60 << 10) + stride), page(2 * stride)],
-            "the footer apart"
+            "the footer has a page of its own"
         );
         let small = ranges(4096, 3);
         assert_eq!((small.len(), small[0].start, small[0].end), (1, 8192, 8192 + 7 * 4096), "blocks of 4 KiB whole");

@@ -1,4 +1,4 @@
-//! Granules that leave memory and come back while threads mark, look and commit: held against what was marked.
+//! Bitmap sectors that are evicted and read again while threads mark, read and commit: no mark is lost.
 //!
 //! `DIFFDISK_SEED=<seed> cargo test --features sim --lib clock_tests` runs one seed alone.
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
@@ -18,12 +18,12 @@ use crate::storage::sim::Random;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-// What a sector may be: nobody wrote to it, somebody has begun to, its mark has returned, it outlives the process.
+// States of a sector: 0 not written, a write has begun, its mark has returned, it is in the journal or committed.
 const BEGUN: u8 = 1;
 const MARKED: u8 = 2;
 const KEPT: u8 = 3;
 
-/// An image, and what its sectors are.
+/// An image that several threads use, and the states of its sectors.
 struct SharedImage {
     folder: TempDir,
     runtime: TempDir,
@@ -35,17 +35,17 @@ struct SharedImage {
 }
 
 impl SharedImage {
-    /// A clean end, after a commit.
+    /// Closes the image cleanly. The caller has committed it.
     fn end(&self) {
         self.image.end_session();
         self.image.trim().unwrap();
         self.image.remove_journal().unwrap();
     }
 
-    fn new(seed: u64, block_size: u32, granules: u64) -> SharedImage {
+    fn new(seed: u64, block_size: u32, bitmap_sectors: u64) -> SharedImage {
         let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
         let block_size = BlockSize::from_bytes(block_size).unwrap();
-        let sectors = granules * u64::from(block_size.sectors().min(4096));
+        let sectors = bitmap_sectors * u64::from(block_size.sectors().min(4096));
         let spec = ImageSpec { kind: child(), size: sectors * SECTOR, block_size, reserve: 0 };
         create(&Host, &folder.path().join("a.vhd"), &spec).unwrap();
         let image = open(&folder, &runtime);
@@ -53,16 +53,16 @@ impl SharedImage {
         SharedImage { folder, runtime, image, sectors, over: AtomicBool::new(false), commits: AtomicU64::new(0), seed }
     }
 
-    /// Reads a granule of a block that has a place, as a lane does: asked for, then read, then taken in.
-    fn load(&self, granule: usize, held: &mut Pins, slow: bool) {
-        let times = self.image.bitmaps().unwrap().eviction_count(granule);
+    /// Reads and inserts a bitmap sector of a block that has a place, as a lane does.
+    fn load(&self, index: usize, pins: &mut Pins, slow: bool) {
+        let evictions = self.image.bitmaps().unwrap().eviction_count(index);
         let mut bytes = [0; SECTOR_BYTES];
-        self.image.file().read_at(&mut bytes, self.image.bitmap_sector_offset(granule)).unwrap();
+        self.image.file().read_at(&mut bytes, self.image.bitmap_sector_offset(index)).unwrap();
         if slow {
-            // Commits come and go meanwhile.
+            // Two commits end before the insertion.
             let until = self.commits.load(Ordering::SeqCst) + 2;
             let is_over = || self.commits.load(Ordering::SeqCst) >= until || self.over.load(Ordering::SeqCst);
-            // Not for ever: the one who commits may have failed.
+            // Bounded, as the thread that commits may have failed.
             for _ in 0..10_000 {
                 if is_over() {
                     break;
@@ -70,15 +70,15 @@ impl SharedImage {
                 std::thread::yield_now();
             }
         }
-        held.insert(&self.image, granule, times.map(|times| (times, &bytes[..])));
+        pins.insert(&self.image, index, evictions.map(|evictions| (evictions, &bytes[..])));
     }
 
-    /// Marks ranges, whatever memory has lost meanwhile.
+    /// Marks random ranges, and loads the bitmap sectors that were evicted.
     fn mark(&self, number: u64) {
         let mut random = Random::new(self.seed ^ number << 32);
         let block_size = self.image.image().block_size().unwrap();
         for _ in 0..150 {
-            // Mostly a few sectors: what is full has nothing more to lose.
+            // Mostly a few sectors, as full bitmap sectors are not evicted any more.
             let longest = if random.chance(1, 40) { 3000 } else { [1, 3][random.index(2)] };
             let start = random.below(self.sectors.len() as u64);
             let range = SectorRange::between(start, (start + 1 + random.below(longest)).min(self.sectors.len() as u64));
@@ -89,41 +89,43 @@ impl SharedImage {
                     grow(&self.image);
                 }
             }
-            let (mut held, slow) = (Pins::default(), random.chance(1, 16));
-            let kept = loop {
+            let (mut pins, slow) = (Pins::default(), random.chance(1, 16));
+            let is_kept = loop {
                 match self.image.mark(range) {
-                    Ok(kept) => break kept,
-                    Err(absent) => absent.into_iter().for_each(|granule| self.load(granule, &mut held, slow)),
+                    Ok(is_kept) => break is_kept,
+                    Err(absent) => absent.into_iter().for_each(|index| self.load(index, &mut pins, slow)),
                 }
             };
-            raise(states, if kept { KEPT } else { MARKED });
+            raise(states, if is_kept { KEPT } else { MARKED });
         }
     }
 
-    /// Whether a sector is here.
+    /// Whether a sector is present.
     fn has(&self, sector: u64, slow: bool) -> bool {
-        let (bitmaps, mut held) = (self.image.bitmaps().unwrap(), Pins::default());
-        let (granule, bit) = (bitmaps.bitmap_sector_of(sector), bitmaps.bit_of(sector));
-        if self.image.image().bat().unwrap().place(bitmaps.block_of(granule).0).is_none() {
+        let (bitmaps, mut pins) = (self.image.bitmaps().unwrap(), Pins::default());
+        let (index, bit) = (bitmaps.bitmap_sector_of(sector), bitmaps.bit_of(sector));
+        if self.image.image().bat().unwrap().place(bitmaps.block_of(index).0).is_none() {
             return false;
         }
         loop {
-            let mut here = false;
-            if bitmaps.each_run(granule, bit, bit + 1, |set, _| here = set) {
-                return here;
+            let mut is_set = false;
+            if bitmaps.each_run(index, bit, bit + 1, |set, _| is_set = set) {
+                return is_set;
             }
-            self.load(granule, &mut held, slow);
+            self.load(index, &mut pins, slow);
         }
     }
 
-    fn look(&self, number: u64) {
+    /// Checks random sectors until the work is over.
+    fn check(&self, number: u64) {
         let mut random = Random::new(self.seed ^ number << 32);
         while !self.over.load(Ordering::SeqCst) {
-            self.look_at(random.below(self.sectors.len() as u64), random.chance(1, 16));
+            self.check_sector(random.below(self.sectors.len() as u64), random.chance(1, 16));
         }
     }
 
-    fn look_at(&self, sector: u64, slow: bool) {
+    /// Checks that a sector is present if it was marked, and absent if it was never written.
+    fn check_sector(&self, sector: u64, slow: bool) {
         let state = &self.sectors[sector as usize];
         let before = state.load(Ordering::SeqCst);
         let has = self.has(sector, slow);
@@ -132,7 +134,7 @@ impl SharedImage {
         assert!(!has || after >= BEGUN, "seed {}: sector {sector} was never marked", self.seed);
     }
 
-    /// The same world after the process ended and another took over.
+    /// The same image, opened by the next process.
     fn reopened(self) -> SharedImage {
         let SharedImage { folder, runtime, image, sectors, seed, .. } = self;
         drop(image);
@@ -160,7 +162,7 @@ fn open(folder: &TempDir, runtime: &TempDir) -> Arc<Writable> {
     Arc::new(Writable::new(&Host, image, &keep).unwrap())
 }
 
-/// A step of growth, where nobody else is at it.
+/// Runs a step of growth, unless another thread does.
 fn grow(image: &Arc<Writable>) {
     match Growth::begin(image, SLOT) {
         Some(mut growth) => {
@@ -170,16 +172,16 @@ fn grow(image: &Arc<Writable>) {
     }
 }
 
-/// Threads that mark, look and commit at once; then the process ends, after a commit or killed.
+/// Marks, reads and commits in several threads. Then the process ends cleanly, or is killed.
 fn run(seed: u64) {
     let mut random = Random::new(seed);
-    let (block_size, granules) = [(4 << 10, 300), (64 << 10, 100), (2 << 20, 40), (8 << 20, 40)][random.index(4)];
-    let world = SharedImage::new(seed, block_size, granules);
+    let (block_size, bitmap_sectors) = [(4 << 10, 300), (64 << 10, 100), (2 << 20, 40), (8 << 20, 40)][random.index(4)];
+    let world = SharedImage::new(seed, block_size, bitmap_sectors);
     let most = [0, 1, 5, 20][random.index(4)];
     world.image.bitmaps().unwrap().set_max_frames(most);
     std::thread::scope(|threads| {
         let world = &world;
-        let others = [1, 2].map(|number| threads.spawn(move || world.look(number)));
+        let others = [1, 2].map(|number| threads.spawn(move || world.check(number)));
         let committer = threads.spawn(|| {
             while !world.over.load(Ordering::SeqCst) {
                 world.commit();
@@ -193,22 +195,22 @@ fn run(seed: u64) {
             end.unwrap_or_else(|why| std::panic::resume_unwind(why));
         });
     });
-    (0..world.sectors.len() as u64).for_each(|sector| world.look_at(sector, false));
+    (0..world.sectors.len() as u64).for_each(|sector| world.check_sector(sector, false));
     let killed = random.chance(1, 2);
     if !killed {
         world.commit();
         let bitmaps = world.image.bitmaps().unwrap();
-        // All is clean: what comes now finds a frame, and no further one is made.
+        // All bitmap sectors are clean, so each of them can be evicted, and no new frame is made.
         let frames = bitmaps.frames();
-        (0..world.sectors.len() as u64).for_each(|sector| world.look_at(sector, false));
+        (0..world.sectors.len() as u64).for_each(|sector| world.check_sector(sector, false));
         assert!(bitmaps.frames() <= frames.max(most + 1), "seed {seed}: {} frames", bitmaps.frames());
         world.end();
     }
     let world = world.reopened();
     for (sector, state) in (0..).zip(&world.sectors) {
-        let owed = if killed { KEPT } else { MARKED };
+        let survives_from = if killed { KEPT } else { MARKED };
         assert!(
-            world.has(sector, false) || state.load(Ordering::SeqCst) < owed,
+            world.has(sector, false) || state.load(Ordering::SeqCst) < survives_from,
             "seed {seed}: sector {sector} is lost"
         );
     }
@@ -221,16 +223,16 @@ fn no_bit_is_lost_between_threads() {
     seeds.for_each(run);
 }
 
-/// Whether a sector that was marked is forgotten where memory holds one granule, and others come just when `tempting` would
-/// have it leave.
+/// Whether a mark is lost if the cache has one frame, and other bitmap sectors are inserted at the moment at which `mutant` evicts
+/// wrongly.
 #[cfg(feature = "mutants")]
-fn is_forgotten(tempting: Mutant) -> bool {
+fn is_mark_lost(mutant: Mutant) -> bool {
     const MARKED_EARLY: u64 = 5;
     const MARKED_LATE: u64 = 9;
     let mark = |world: &SharedImage, sector| {
-        let mut held = Pins::default();
+        let mut pins = Pins::default();
         while let Err(absent) = world.image.mark(SectorRange::between(sector, sector + 1)) {
-            absent.into_iter().for_each(|granule| world.load(granule, &mut held, false));
+            absent.into_iter().for_each(|index| world.load(index, &mut pins, false));
         }
     };
     let world = SharedImage::new(0, 2 << 20, 4);
@@ -245,41 +247,41 @@ fn is_forgotten(tempting: Mutant) -> bool {
     let world = world.reopened();
     let (image, bitmaps) = (&world.image, world.image.bitmaps().unwrap());
     bitmaps.set_max_frames(0);
-    let others_come = || (1..4).for_each(|granule| world.load(granule, &mut Pins::default(), false));
+    let insert_others = || (1..4).for_each(|index| world.load(index, &mut Pins::default(), false));
     let mut stale = [0; SECTOR_BYTES];
     image.file().read_at(&mut stale, image.bitmap_sector_offset(0)).unwrap();
-    let times = bitmaps.eviction_count(0);
+    let evictions = bitmaps.eviction_count(0);
     mark(&world, MARKED_LATE);
-    match tempting {
-        Mutant::EvictDirty => others_come(),
+    match mutant {
+        Mutant::EvictDirty => insert_others(),
         Mutant::EvictInCommit => {
             Commit::new(image.clone(), SLOT).next(None, &mut Vec::new()).unwrap();
-            others_come();
+            insert_others();
         }
         _ => {
             world.commit();
-            others_come();
-            assert!(bitmaps.eviction_count(0).is_some(), "what the file says may leave");
-            Pins::default().insert(image, 0, times.map(|times| (times, &stale[..])));
+            insert_others();
+            assert!(bitmaps.eviction_count(0).is_some(), "a clean bitmap sector is evicted");
+            Pins::default().insert(image, 0, evictions.map(|evictions| (evictions, &stale[..])));
         }
     }
     !world.has(MARKED_LATE, false)
 }
 
-/// The rules that keep granules in memory, each broken in a scene of one thread: what is broken is seen, and only then.
+/// Each rule against wrong evictions is broken by a mutant: a mark is lost with the mutant, and only then.
 #[cfg(feature = "mutants")]
 #[test]
-fn what_is_forgotten_too_early_is_found() {
+fn wrong_evictions_are_detected() {
     for mutant in [Mutant::EvictDirty, Mutant::EvictInCommit, Mutant::StaleBits] {
-        assert!(!is_forgotten(mutant), "{mutant:?}: forgotten although nobody made the mistake");
+        assert!(!is_mark_lost(mutant), "{mutant:?}: a mark is lost without the mutant");
         crate::mutant::enable(Some(mutant));
-        let found = is_forgotten(mutant);
+        let found = is_mark_lost(mutant);
         crate::mutant::enable(None);
         assert!(found, "{mutant:?} is not found");
     }
 }
 
-/// A child of 1 TiB all of whose blocks have a place, none of them full; each is looked at once.
+/// A child of 1 TiB in which every block has a place, and no bitmap is full; each bitmap is read once.
 #[test]
 fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     let resident = || {
@@ -303,17 +305,17 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     let image = Arc::new(Writable::new(&Host, image, &Durability::FlushOnly).unwrap());
     let (bitmaps, before) = (image.bitmaps().unwrap(), resident());
-    for granule in 0..blocks as usize {
-        let times = bitmaps.eviction_count(granule).expect("nothing was read yet");
+    for index in 0..blocks as usize {
+        let evictions = bitmaps.eviction_count(index).expect("nothing was read yet");
         let mut bytes = [0; SECTOR_BYTES];
-        image.file().read_at(&mut bytes, image.bitmap_sector_offset(granule)).unwrap();
-        Pins::default().insert(&image, granule, Some((times, &bytes[..])));
-        assert!(bitmaps.each_run(granule, 0, 4096, |set, count| assert_eq!((set, count), (false, 4096))));
+        image.file().read_at(&mut bytes, image.bitmap_sector_offset(index)).unwrap();
+        Pins::default().insert(&image, index, Some((evictions, &bytes[..])));
+        assert!(bitmaps.each_run(index, 0, 4096, |set, count| assert_eq!((set, count), (false, 4096))));
     }
-    println!("before: {before}, after: {}, {} granules kept", resident(), bitmaps.frames());
-    let kept = (0..blocks as usize).filter(|granule| bitmaps.eviction_count(*granule).is_none()).count();
-    // A few more frames than granules: the clock does not look for long.
+    println!("before: {before}, after: {}, {} frames", resident(), bitmaps.frames());
+    let kept = (0..blocks as usize).filter(|index| bitmaps.eviction_count(*index).is_none()).count();
+    // A few more frames than bitmap sectors, as the clock gives up its search early.
     let (frames, most) = (bitmaps.frames(), kept + kept / 100);
-    assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} granules of 600 bytes");
-    assert!((kept..most).contains(&frames), "{frames} frames for {kept} granules");
+    assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} bitmap sectors of 600 bytes");
+    assert!((kept..most).contains(&frames), "{frames} frames for {kept} bitmap sectors");
 }

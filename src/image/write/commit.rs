@@ -1,24 +1,27 @@
-//! Commit: what was written becomes what the file says. The one place that knows the order of durable writes.
+//! Commit: writes marks and places to the file, in the order that makes them safe.
 //!
 //! ```text
-//!   S = dirty granules of completed writes, and the places of their blocks that the file does not know
-//!   C1  sync             only if S has bits that must not precede their data (an ordered granule)
-//!   C2  write bitmap sectors and BAT sectors of S, all at once, in any order
-//!       a new generation in the stamp, if a live journal is kept (session.rs)
-//!   C3  sync             also covers overwrites, which have nothing in S
+//!   S = dirty bitmap sectors of completed writes, and those BAT entries of their blocks that are not in the file
+//!   C1  sync             only if S has an ordered bitmap sector, whose bits must not be written before their data
+//!   C2  write the bitmap sectors and the BAT sectors of S, all at once, in any order
+//!       renew the generation of the stamp, if there is a live journal (session.rs)
+//!   C3  sync             also makes overwrites durable, which are not in S
 //! ```
 //!
-//! Why this is enough (crash-safety 3.6): before C1 no pointer in the file refers to new data. Between C1 and C3 any
-//! subset of the pointers may survive a crash: a bit without its entry is unreachable; an entry without its bits means
-//! "ask the parent", as the room was durably zero before it was given out; both mean data that is durable since C1.
-//! Pointers only change from unused to used and from clear to set, so a torn page is a mixture of legal sectors.
-//! S is copied *before* C1: a bit set while C1 runs is not written in C2. What the live journal says of S is ended only
-//! after C3, by one store.
+//! Why this order is safe (crash-safety 3.6):
 //!
-//! Barriers: 0 when nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
+//! - Before C1 no pointer in the file refers to new data.
+//! - Between C1 and C3 a crash may leave any subset of the pointers. A bit without its BAT entry cannot be reached. A BAT entry
+//!   without its bits means that the sectors are absent, as the space was durably zero before the block got it. Both together
+//!   refer to data that is durable since C1.
+//! - Pointers change only from unused to used, and from clear to set. So each sector of a torn page is valid.
+//! - S is copied *before* C1, so a bit that is set during C1 is not written in C2.
+//! - The journal slots of S are ended after C3, by one store.
 //!
-//! A failed sync is final: the kernel may have dropped the pages and will say yes the next time, so the image is
-//! poisoned. A failed write of C2 is not: S is dirty again, and the next commit starts at C1.
+//! Number of syncs: 0 if nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
+//!
+//! A failed sync poisons the image: the kernel may have dropped the pages, and the next sync would succeed without them. After
+//! a failed write in C2, S is dirty again, and the next commit starts at C1.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -48,49 +51,53 @@ enum CommitPhase {
     Finished,
 }
 
-/// A granule as it was when the commit began.
+/// A copy of a bitmap sector from the start of the commit.
 struct SectorSnapshot {
-    granule: usize,
+    index: usize,
     bytes: [u8; SECTOR_BYTES],
 }
 
-/// One commit under way. At most one an image at a time (`disk/group_commit` sees to it).
+/// A commit in progress. An image has at most one at a time (`disk/group_commit`).
 pub struct Commit {
     image: Arc<Writable>,
     slot: FileSlot,
     phase: CommitPhase,
     snapshots: Vec<SectorSnapshot>,
     barriers: u32,
-    /// Of the live journal.
+    /// Epoch of the live journal that this commit ends.
     epoch: u64,
 }
 
 impl Commit {
-    /// A commit of all writes that are complete when `next` is first called. `slot` is the image's file.
+    /// Creates a commit of all writes that have completed when `next` is first called. `slot` is the image's file.
     pub fn new(image: Arc<Writable>, slot: FileSlot) -> Commit {
         Commit { image, slot, phase: CommitPhase::Start, snapshots: Vec::new(), barriers: 0, epoch: 0 }
     }
 
-    /// Syncs used so far.
+    /// Number of syncs so far.
     pub fn barriers(&self) -> u32 {
         self.barriers
     }
 
-    /// The next step. `failed` is the first failure among the operations of the last one.
+    /// Runs the next step. `failed` is the first failure among the operations of the previous step.
     ///
     /// # Errors
-    /// The commit failed and is over; nothing of it may be acknowledged.
+    /// The commit has failed, and no flush that waits for it may be acknowledged:
+    ///
+    /// - `Poisoned` if a sync failed, now or before;
+    /// - `NoSpace`, `Io`: the next commit writes everything again.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         if let Some(source) = failed {
             return Err(self.fail(source));
         }
-        // In this order: growth that failed poisons the image before it says that it syncs no more.
+        // In this order, as growth whose sync fails poisons the image before it clears `syncing`.
         let growth_syncs = self.image.is_growth_syncing();
         self.image.check_poison()?;
         match self.phase {
             CommitPhase::Start => Ok(self.start(ops)),
-            // The host tells of a failure once: to one of two syncs that ran side by side. While growth syncs, a yes may hide
-            // its no; when it is over, the image is poisoned or the yes was one.
+            // The kernel reports a write-back failure to only one of two concurrent syncs of a file. While growth syncs, the
+            // success of this sync proves nothing, so it is repeated. When growth has ended, it has poisoned the image, or its
+            // sync succeeded.
             CommitPhase::SyncData | CommitPhase::SyncPointers if growth_syncs => {
                 self.sync(self.phase, ops);
                 Ok(JobStep::Wait)
@@ -100,7 +107,7 @@ impl Commit {
                 Ok(JobStep::Wait)
             }
             CommitPhase::WritePointers => {
-                // Before the new bits are durable: a copy of the image that lacks them does not fit the journal any more.
+                // Before the new bits are durable, so that the journal does not fit a copy of the image that lacks them.
                 if let Err(e) = self.image.renew_generation() {
                     return Err(self.fail_stamp(e));
                 }
@@ -108,26 +115,27 @@ impl Commit {
                 Ok(JobStep::Wait)
             }
             CommitPhase::SyncPointers => {
-                let granules: Vec<usize> = self.snapshots.iter().map(|t| t.granule).collect();
-                self.image.finish_commit(self.epoch, Some(&granules));
+                let indices: Vec<usize> = self.snapshots.iter().map(|snapshot| snapshot.index).collect();
+                self.image.finish_commit(self.epoch, Some(&indices));
                 self.image.erase_stamp_of_lost_journal();
                 self.phase = CommitPhase::Finished;
                 Ok(JobStep::Done)
             }
-            CommitPhase::Finished => unreachable!("a commit that is over is not asked again"),
+            CommitPhase::Finished => unreachable!("a finished commit is not called again"),
         }
     }
 
+    /// Takes the snapshot S, and begins with C1, C2 or C3.
     fn start(&mut self, ops: &mut Vec<Op>) -> JobStep {
-        // Before the copies are made: a write that completes later owes the next commit a sync.
+        // Cleared before the copies are made: a write that completes later needs a sync in the next commit.
         let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
         let dirty = std::mem::take(&mut *self.image.dirty());
         self.epoch = self.image.begin_commit(&dirty);
         let mut ordered = false;
-        for granule in dirty {
-            let mut g = self.image.lock_dirty(granule);
-            ordered |= g.is_ordered() && !mutant::enabled(Mutant::OneBarrier);
-            self.snapshots.push(SectorSnapshot { granule, bytes: g.snapshot() });
+        for index in dirty {
+            let mut frame = self.image.lock_dirty(index);
+            ordered |= frame.is_ordered() && !mutant::enabled(Mutant::OneBarrier);
+            self.snapshots.push(SectorSnapshot { index, bytes: frame.snapshot() });
         }
         if self.snapshots.is_empty() && !unsynced {
             self.phase = CommitPhase::Finished;
@@ -143,6 +151,7 @@ impl Commit {
         JobStep::Wait
     }
 
+    /// Pushes the sync of C1 or C3.
     fn sync(&mut self, phase: CommitPhase, ops: &mut Vec<Op>) {
         let missing =
             phase == CommitPhase::SyncPointers && !self.snapshots.is_empty() && mutant::enabled(Mutant::NoLastSync);
@@ -152,13 +161,14 @@ impl Commit {
         self.phase = phase;
     }
 
-    /// C2: the bitmap sectors as they were at the start, and the BAT sectors with the places of their blocks.
+    /// C2: pushes the writes of the copied bitmap sectors, and of the BAT sectors with the places of their blocks.
     fn push_pointers(&mut self, ops: &mut Vec<Op>) {
         let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for taken in &self.snapshots {
-            let (block, place, at) = self.image.bitmap_sector_place(taken.granule);
-            let current = mutant::enabled(Mutant::CurrentBits).then(|| self.image.lock_dirty(taken.granule).to_bytes());
-            let bytes = current.as_ref().unwrap_or(&taken.bytes);
+        for snapshot in &self.snapshots {
+            let (block, place, at) = self.image.bitmap_sector_place(snapshot.index);
+            let current =
+                mutant::enabled(Mutant::CurrentBits).then(|| self.image.lock_dirty(snapshot.index).to_bytes());
+            let bytes = current.as_ref().unwrap_or(&snapshot.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
             placing.entry(block / bat::ENTRIES_PER_SECTOR).or_default().push(block);
@@ -171,23 +181,24 @@ impl Commit {
         self.phase = CommitPhase::WritePointers;
     }
 
-    /// Notes that the commit is over and nothing of it counts. Returns the phase in which it failed.
+    /// Ends a failed commit: its bitmap sectors become dirty again. Returns the phase in which it failed.
     fn return_snapshots(&mut self) -> CommitPhase {
         let phase = std::mem::replace(&mut self.phase, CommitPhase::Finished);
         self.image.unsynced.store(true, Ordering::SeqCst);
         self.image.finish_commit(self.epoch, None);
-        for taken in self.snapshots.drain(..) {
-            self.image.note_dirty_again(taken.granule);
+        for snapshot in self.snapshots.drain(..) {
+            self.image.note_dirty_again(snapshot.index);
         }
         phase
     }
 
-    /// The stamp could not be written. As after a failed write of C2, the next commit starts at C1.
+    /// Ends a commit whose stamp could not be written. As after a failed write in C2, the next commit starts at C1.
     fn fail_stamp(&mut self, e: Error) -> Error {
         self.return_snapshots();
         e
     }
 
+    /// Ends a commit one of whose operations failed, and poisons the image if that was a sync.
     fn fail(&mut self, source: io::Error) -> Error {
         match self.return_snapshots() {
             CommitPhase::WritePointers => {
@@ -195,7 +206,7 @@ impl Commit {
             }
             _ if mutant::enabled(Mutant::RetrySync) => Error::io("a sync failed", source).at_path(self.image.path()),
             _ => {
-                let why = format!("a sync failed ({source}): what was written since the last flush may be lost");
+                let why = format!("a sync failed ({source}): writes since the last flush may be lost");
                 self.image.poison(&why);
                 Error::new(ErrorKind::Poisoned, why).at_path(self.image.path()).caused_by(source)
             }
@@ -204,23 +215,34 @@ impl Commit {
 }
 
 impl Writable {
-    /// A granule that is dirty, or that a commit has taken.
-    pub(super) fn lock_dirty(&self, granule: usize) -> LockedFrame<'_> {
-        self.sparse().bitmaps.lock_resident(granule)
+    /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty. Clears the flag.
+    #[inline]
+    pub fn take_commit_due(&self) -> bool {
+        self.commit_due.load(Ordering::Relaxed) && self.commit_due.swap(false, Ordering::Relaxed)
     }
 
-    /// Notes a granule that a commit has taken in vain as dirty again.
-    pub(super) fn note_dirty_again(&self, granule: usize) {
-        let mut taken = self.lock_dirty(granule);
-        taken.state.in_commit = false;
-        self.note_dirty(granule, &mut taken.state);
+    /// Whether a commit would have to write or sync.
+    pub fn is_dirty(&self) -> bool {
+        self.unsynced.load(Ordering::SeqCst) || !self.dirty().is_empty()
     }
 
-    /// Sector `sector` of the block table with what the file knows and the places of `blocks`, and where it goes.
-    /// `None` where the file knows the places of all `blocks`.
+    /// Locks a bitmap sector that is dirty or in the running commit.
+    pub(super) fn lock_dirty(&self, index: usize) -> LockedFrame<'_> {
+        self.sparse().bitmaps.lock_resident(index)
+    }
+
+    /// Records a bitmap sector of a failed commit as dirty again.
+    fn note_dirty_again(&self, index: usize) {
+        let mut frame = self.lock_dirty(index);
+        frame.state.in_commit = false;
+        self.note_dirty(index, &mut frame.state);
+    }
+
+    /// Returns sector `sector` of the BAT with the entries that are in the file and those of `blocks`, and its byte offset.
+    /// Returns `None` if the entries of all `blocks` are in the file.
     pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
-        let (table, room) = (self.image().bat()?, self.free_tail());
-        if !blocks.iter().any(|b| room.fresh.contains(b)) {
+        let (table, tail) = (self.image().bat()?, self.free_tail());
+        if !blocks.iter().any(|block| tail.fresh.contains(block)) {
             return None;
         }
         let first = sector * bat::ENTRIES_PER_SECTOR;
@@ -229,7 +251,7 @@ impl Writable {
             let block = first + u32::try_from(n).expect("below 128");
             let entry = match table.len().checked_sub(block) {
                 None | Some(0) => self.image().table_padding(),
-                Some(_) if room.fresh.contains(&block) && !blocks.contains(&block) => bat::UNUSED,
+                Some(_) if tail.fresh.contains(&block) && !blocks.contains(&block) => bat::UNUSED,
                 Some(_) => table.place(block).unwrap_or(bat::UNUSED),
             };
             *to = entry.to_be_bytes();
@@ -237,32 +259,34 @@ impl Writable {
         Some((self.image().table_offset()? + u64::from(sector) * SECTOR, bytes))
     }
 
-    /// A commit begins that takes these granules: their blocks are going to be placed. Its epoch.
-    pub(super) fn begin_commit(&self, granules: &[usize]) -> u64 {
+    /// Begins a commit of bitmap sectors in the live journal, and returns its epoch.
+    fn begin_commit(&self, indices: &[usize]) -> u64 {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
-        let room = self.free_tail();
-        let blocks = granules.iter().map(|g| sparse.bitmaps.block_of(*g).0);
-        let blocks: BTreeSet<u32> = blocks.filter(|b| room.fresh.contains(b)).collect();
-        // A block has a slot from its reservation on, unless all were taken then.
-        let slotless =
-            |b: &u32| sparse.bitmaps.lock_resident(sparse.bitmaps.first_sector_of(*b)).state.journal_slot.is_none();
-        let unaccounted = blocks.iter().any(slotless);
+        let tail = self.free_tail();
+        let blocks = indices.iter().map(|index| sparse.bitmaps.block_of(*index).0);
+        let blocks: BTreeSet<u32> = blocks.filter(|block| tail.fresh.contains(block)).collect();
+        // A block has a journal slot since it was reserved, unless no slot was free then.
+        let has_no_slot = |block: &u32| {
+            let first = sparse.bitmaps.first_sector_of(*block);
+            sparse.bitmaps.lock_resident(first).state.journal_slot.is_none()
+        };
+        let unaccounted = blocks.iter().any(has_no_slot);
         journal.begin_commit(blocks, unaccounted)
     }
 
-    /// The commit of `epoch` is over, well or not: in the first case the file knows what it took.
-    pub(super) fn finish_commit(&self, epoch: u64, granules: Option<&[usize]>) {
+    /// Records the end of the commit of `epoch`. `indices` are the bitmap sectors that it wrote; `None` if it failed.
+    fn finish_commit(&self, epoch: u64, indices: Option<&[usize]>) {
         let Some(sparse) = &self.sparse else { return };
-        let Some(granules) = granules else {
+        let Some(indices) = indices else {
             self.journal().into_iter().for_each(Journal::fail_commit);
             return;
         };
         let mut places = Vec::new();
         {
-            let mut room = self.free_tail();
-            for granule in granules {
-                let (block, place, _) = self.bitmap_sector_place(*granule);
-                if room.fresh.remove(&block) {
+            let mut tail = self.free_tail();
+            for index in indices {
+                let (block, place, _) = self.bitmap_sector_place(*index);
+                if tail.fresh.remove(&block) {
                     places.push((block, place));
                 }
             }
@@ -272,22 +296,22 @@ impl Writable {
         for (block, _) in &places {
             sparse.bitmaps.set_placed(*block);
         }
-        granules.iter().for_each(|granule| sparse.bitmaps.set_written(*granule));
+        indices.iter().for_each(|index| sparse.bitmaps.set_written(*index));
         if let Some(journal) = self.journal() {
-            journal.finish_commit(epoch, &places, |slot, granule, renew| {
-                let Residence::Resident(here) = sparse.bitmaps.lock(granule) else { return false };
-                let used = here.state.journal_slot == Some(slot);
-                if used {
+            journal.finish_commit(epoch, &places, |slot, index, renew| {
+                let Residence::Resident(frame) = sparse.bitmaps.lock(index) else { return false };
+                let is_used = frame.state.journal_slot == Some(slot);
+                if is_used {
                     renew();
                 }
-                used
+                is_used
             });
         }
     }
 }
 
 impl Drop for Commit {
-    /// What an abandoned commit covered would never be written: nothing more may be acknowledged.
+    /// Poisons the image if the commit is abandoned in the middle: its bitmap sectors would never be written.
     fn drop(&mut self) {
         if !matches!(self.phase, CommitPhase::Start | CommitPhase::Finished) {
             self.image.poison("a commit was abandoned");

@@ -10,7 +10,7 @@ use crate::units::{BlockSize, SectorRange};
 
 const SLOT: FileSlot = FileSlot(3);
 
-/// A writable image of 8 MiB with room to write, nothing written.
+/// A writable image of 8 MiB with a free tail, without data.
 fn image(folder: &Path, kind: ImageKind) -> Arc<Writable> {
     let path = folder.join("a.vhd");
     create(&Host, &path, &ImageSpec { kind, size: 8 << 20, block_size: BlockSize::DEFAULT, reserve: 0 }).unwrap();
@@ -31,7 +31,7 @@ fn child() -> ImageKind {
     ImageKind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
 }
 
-/// Carries out a commit step by step; what each step did, in a letter an operation.
+/// Runs a commit, and returns the operations of each step: `S` for a sync, `W` for a write.
 fn steps(commit: &mut Commit, image: &Writable) -> Vec<String> {
     let (mut all, mut ops) = (Vec::new(), Vec::new());
     while commit.next(None, &mut ops).unwrap() == JobStep::Wait {
@@ -60,7 +60,7 @@ fn commit(image: &Arc<Writable>) -> (Vec<String>, u32) {
 fn a_child_needs_two_barriers_for_new_bits_and_one_for_overwrites() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path(), child());
-    assert_eq!(commit(&image).1, 1, "the first commit covers what a predecessor left in the page cache");
+    assert_eq!(commit(&image).1, 1, "the first commit syncs data of the previous process in the page cache");
     assert_eq!(commit(&image), (vec![], 0), "nothing written");
     write(&image, 0, 8);
     write(&image, 9000, 9008);
@@ -82,13 +82,13 @@ fn a_dynamic_root_needs_one_barrier_for_new_blocks() {
     let (path, mut bitmap) = (image.path().to_path_buf(), [0; 512]);
     let place = image.image().bat().unwrap().place(1).unwrap();
     image.file().read_at(&mut bitmap, u64::from(place) * SECTOR).unwrap();
-    assert_eq!(bitmap, [0xFF; 512], "readers that ignore bitmaps see the same");
+    assert_eq!(bitmap, [0xFF; 512], "programs that ignore bitmaps read the same");
     drop(image);
     assert_eq!(reopen(&path).image().bat().unwrap().place(1), Some(place));
 }
 
 #[test]
-fn bits_that_come_while_the_first_sync_runs_wait_for_the_next_commit() {
+fn bits_set_during_the_first_sync_wait_for_the_next_commit() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path(), child());
     commit(&image);
@@ -100,17 +100,17 @@ fn bits_that_come_while_the_first_sync_runs_wait_for_the_next_commit() {
     ops.clear();
     running.next(None, &mut ops).unwrap();
     let Payload::Own(bitmap) = &ops[0].payload else { panic!("a bitmap first") };
-    assert_eq!(bitmap[..3], [0xFF, 0, 0], "only what was complete at the start");
-    let Payload::Own(table) = &ops[1].payload else { panic!("then the table") };
-    assert!(table[..4] != [0xFF; 4] && table[4..8] == [0xFF; 4], "block 1 has no place in the file yet");
+    assert_eq!(bitmap[..3], [0xFF, 0, 0], "only writes that had completed at the start");
+    let Payload::Own(table) = &ops[1].payload else { panic!("then the BAT") };
+    assert!(table[..4] != [0xFF; 4] && table[4..8] == [0xFF; 4], "the BAT entry of block 1 is not written yet");
     ops.clear();
     running.next(None, &mut ops).unwrap();
     assert_eq!(running.next(None, &mut ops).unwrap(), JobStep::Done);
-    assert_eq!(commit(&image).1, 2, "the next commit has the rest");
+    assert_eq!(commit(&image).1, 2, "the next commit writes the rest");
 }
 
 #[test]
-fn a_failed_pointer_write_is_tried_again_and_a_failed_sync_never() {
+fn a_failed_pointer_write_is_repeated_and_a_failed_sync_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path(), child());
     commit(&image);

@@ -1,4 +1,4 @@
-//! How acknowledged writes outlive a killed process: what was asked for, and what came of it.
+//! Durability: how acknowledged writes survive a killed daemon.
 
 use super::journal_replay::ReplaySlot;
 use super::session::Session;
@@ -8,24 +8,25 @@ use crate::image::open::Image;
 use crate::image::session_state::refuse_if_live;
 use crate::storage::{Env, RuntimeFolder};
 
-/// How acknowledged writes outlive the process (crash-safety 3.9). Host crashes are another matter: there flushes count.
+/// How acknowledged writes survive the end of the process (crash-safety 3.9). After a power cut or a kernel crash, only flushed
+/// writes are guaranteed, whatever is chosen here.
 #[derive(Clone, Debug)]
 pub enum Durability {
-    /// By a live journal in one of these folders.
+    /// A live journal records them.
     Journal {
-        /// Folders in memory, in the order to try. One that holds a journal of the image already is used.
+        /// Folders in memory, in the order to try. A folder that has the journal of the image already is used.
         folders: Vec<RuntimeFolder>,
-        /// Whether it is an error if there is no room for a journal. If not, each write is committed instead.
+        /// Whether it is an error if no journal can be made. If not, each write is committed before it is acknowledged.
         required: bool,
     },
-    /// By a commit before the acknowledgement.
+    /// Each write is committed before it is acknowledged.
     Commit,
-    /// Not at all: whoever writes will write again (tools).
+    /// Only committed writes survive: for tools, which repeat their work after a kill.
     FlushOnly,
 }
 
 impl Durability {
-    /// The folders of live journals.
+    /// Returns the folders of live journals.
     pub fn folders(&self) -> &[RuntimeFolder] {
         match self {
             Durability::Journal { folders, .. } => folders,
@@ -34,7 +35,7 @@ impl Durability {
     }
 }
 
-/// What came of [`Durability`].
+/// The [`Durability`] in effect for one open image.
 pub(super) enum DurabilityState {
     Session(Box<Session>),
     Commit,
@@ -42,23 +43,31 @@ pub(super) enum DurabilityState {
 }
 
 impl DurabilityState {
-    /// The session of the image, if a journal is asked for, with the marks of a killed predecessor.
+    /// Opens the session of the image if a journal is requested. Also returns the journal slots of a killed daemon.
     ///
     /// # Errors
-    /// `Refused` if the image has a session whose journal is not at hand or does not fit, `Poisoned` if a predecessor's sync
-    /// failed, `Busy`, `Io`; `NoSpace` if a journal is required and there is no room for it.
-    pub(super) fn begin(env: &dyn Env, image: &Image, keep: &Durability) -> Result<(DurabilityState, Vec<ReplaySlot>)> {
+    /// - `Refused` if the image has a session whose journal is not found or does not fit;
+    /// - `Poisoned` if a sync of the killed daemon failed;
+    /// - `Busy` if a process has the journal open;
+    /// - `NoSpace` if a journal is required and there is no space for it;
+    /// - `Io`.
+    pub(super) fn begin(
+        env: &dyn Env,
+        image: &Image,
+        durability: &Durability,
+    ) -> Result<(DurabilityState, Vec<ReplaySlot>)> {
         if image.kind() == DiskType::Fixed {
             return Ok((DurabilityState::FlushOnly, Vec::new()));
         }
-        if let Durability::Journal { folders, required } = keep {
+        if let Durability::Journal { folders, required } = durability {
             let (session, found) = Session::open_or_new(env, folders, *required, image)?;
             return Ok((DurabilityState::Session(Box::new(session)), found));
         }
         refuse_if_live(env, &[], image)?;
-        Ok((
-            if matches!(keep, Durability::Commit) { DurabilityState::Commit } else { DurabilityState::FlushOnly },
-            Vec::new(),
-        ))
+        let state = match durability {
+            Durability::Commit => DurabilityState::Commit,
+            Durability::Journal { .. } | Durability::FlushOnly => DurabilityState::FlushOnly,
+        };
+        Ok((state, Vec::new()))
     }
 }

@@ -1,47 +1,48 @@
-//! Where the next blocks of an image go, and when more room for them is due.
+//! The free tail: the space of a file between its last block and its footer, where new blocks go.
 
 use std::collections::BTreeSet;
 
 use crate::format::layout;
 use crate::units::SECTOR;
 
-/// Blocks between two that count as neighbours.
+/// Largest difference between the numbers of two blocks that count as neighbours.
 const NEIGHBOR_DISTANCE: u32 = 2;
 
-/// Where the next block goes.
+/// The free tail of an image, and how it grows.
 #[derive(Debug)]
 pub struct FreeTail {
-    /// First file sector after all that is in use.
+    /// First file sector after all blocks and metadata: the next block goes here.
     pub next: u64,
-    /// The end of what is durably zero and may be given out.
+    /// File sector at which the durably zero space ends. Blocks end before it.
     pub end: u64,
-    /// File sector before which the host has the room that blocks must find.
+    /// File sector before which the space that new blocks need is reserved on the file system.
     pub reserved: u64,
     /// File sector of the trailing footer.
     pub footer: u64,
-    /// File sectors before it that are to be wiped before room behind `end` is given out: older footers and stamps.
+    /// File sectors of older footers and stamps. They are overwritten with zeros before space after `end` is used.
     pub stale: Vec<u64>,
-    /// Blocks that have no place yet.
+    /// Number of blocks without a place.
     pub unplaced: u64,
-    /// Blocks whose place the file does not know yet.
+    /// Blocks whose BAT entry is not in the file yet.
     pub fresh: BTreeSet<u32>,
-    /// A step is under way.
+    /// Whether a step of growth is in progress.
     pub growing: bool,
-    /// A sync of a step is under way.
+    /// Whether a sync of a step of growth is in flight.
     pub syncing: bool,
-    /// Steps that made the file longer, since the image was opened or the host was full.
+    /// Number of steps that extended the file, since the image was opened or the file system was last full.
     pub steps: u32,
-    /// Steps that reserved room, since then.
+    /// Number of steps that reserved space, since then.
     pub reservations: u32,
-    /// The block that got a place last, and how many before it were its neighbours.
+    /// The block that got a place last.
     pub last_placed: u32,
+    /// Number of placements in a row, up to the last one, of which each was a neighbour of the one before.
     pub neighbor_run: u32,
 }
 
 impl FreeTail {
-    /// Notes that a block got the place at `next`, which ends at `end`.
+    /// Records that a block got the place at `next`, which ends at file sector `end`.
     pub fn note_placed(&mut self, block: u32, end: u64) {
-        // Several queues, or several writes in flight, place neighbours in almost their order.
+        // Several queues, or several writes in flight, place neighbours almost in order.
         self.neighbor_run =
             if block.abs_diff(self.last_placed) <= NEIGHBOR_DISTANCE { self.neighbor_run.saturating_add(1) } else { 0 };
         self.last_placed = block;
@@ -50,14 +51,14 @@ impl FreeTail {
         self.fresh.insert(block);
     }
 
-    /// File sector before which a block may go.
+    /// File sector before which a new block must end.
     pub fn usable_end(&self) -> u64 {
         self.end.min(self.reserved)
     }
 }
 
-/// The first file sector from `from` on at which a stamp and the footer behind it share a page, at least two sectors behind
-/// the footer at `footer`.
+/// The first file sector from `from` on for a new stamp, such that the stamp and the footer after it are in one page. It is at
+/// least two sectors after the old footer, at `footer`.
 pub(super) fn stamp_sector_from(from: u64, footer: u64) -> u64 {
     const PAGE: u64 = layout::PAGE / SECTOR;
     let at = from.max(footer + 2);
@@ -69,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stamp_and_footer_share_a_page_behind_the_old_footer() {
+    fn stamp_and_footer_share_a_page_after_the_old_footer() {
         for footer in 0..64 {
             for from in 0..96 {
                 let at = stamp_sector_from(from, footer);

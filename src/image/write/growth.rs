@@ -1,37 +1,38 @@
-//! Room for new blocks: the prepared tail, and how it grows.
+//! Growth: extends the free tail of an image, where new blocks go.
 //!
 //! ```text
-//!   | headers | blocks .......... | durably zero tail ............ | stamp | footer |
+//!   | headers | blocks .......... | free tail, durably zero ...... | stamp | footer |
 //!                                 ^ next                           ^ end   ^ end + 1
 //! ```
 //!
-//! The sector before the footer is never given out: the stamp of a session goes there (session.rs).
+//! The sector before the footer is reserved for the stamp of a session (session.rs).
 //!
-//! A new block's bitmap must never inherit bytes (they would be taken for set bits), and both footers must be valid at
-//! every moment. So the file grows in steps, away from the guest's path (crash-safety 3.5):
+//! The bitmap of a new block must not contain stale bytes, which would be set bits. And both footers must be valid at every
+//! moment. So the file grows in steps, outside of guest requests (crash-safety 3.5):
 //!
-//! 1. reserve room on the host for some of the blocks ([`Allocation`]); if that fails for want of space, give back what it
-//!    got and halve the reservation;
-//! 2. write stamp and footer at the new end (this extends the file), in one call within one page: no kill comes between;
-//! 3. make the footer durable: from here it is the trailing one;
-//! 4. write zeros over the old stamp and footer;
-//! 5. make them durable: from here their places are as zero as the rest;
-//! 6. hand out the room.
+//! 1. Reserve space on the file system for some of the new blocks ([`Allocation`]). If it is full, free what was reserved,
+//!    halve the reservation, and try again.
+//! 2. Write stamp and footer at the new end, which extends the file: one write within one page, so a kill leaves both or
+//!    neither.
+//! 3. Make the footer durable. From now on it is the trailing footer.
+//! 4. Write zeros over the old stamp and footer.
+//! 5. Make the zeros durable.
+//! 6. Use the new space.
 //!
-//! A step that fails before 3 is undone. One that fails later is not, as the old stamp is out of date by then: the file keeps
-//! its new end, and the next step only wipes what is left of the old one.
+//! If a step fails before 3, the new end is cut off again. If it fails later, the old stamp is out of date already: the file
+//! keeps its new end, and the next step of growth begins at 4.
 //!
-//! 3 and 5 write the same sector again, through to the medium, instead of a sync: that would wait for all that the guest
-//! has written meanwhile, and the guest for it (1 MiB writes in order into a fresh child: p99 of 68 ms by syncs). The room
-//! between needs none: it was never written, so it reads as zeros.
+//! 3 and 5 repeat the write as a write-through of these sectors. A sync would also wait for all data that the guest has written
+//! meanwhile, and delay the guest (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between was
+//! never written, so it reads as zeros without a sync. On a copy-on-write file system, 3 and 5 are syncs: there, a
+//! write-through that fails for lack of space would look like a failed sync, which poisons the image.
 //!
-//! Between 2 and 5 a crash leaves one footer at the end or both; on ext4, sometimes, a length without the new one (it notes how
-//! far its write-back has come as the file's length): then the footer at the start counts, and recovery writes the other.
-//! Room is handed out only after 5, since a dynamic root trusts it to be zero without a further barrier.
+//! A crash between 2 and 5 leaves the new footer, or the old one, or both. On ext4 it may also leave a length without the new
+//! footer, as ext4 updates the length while it writes back; then the footer at the start is used, and recovery writes the
+//! trailing one. New space is used only after 5, as a dynamic root relies on zeros there without another sync.
 //!
-//! Nothing is reserved before the first block needs a place. Most steps only reserve, in a tail that is long enough, and
-//! need no sync. On a file system that copies on write, 3 and 5 are syncs: a write through that
-//! fails for want of room could not be told from a failed sync, which poisons.
+//! No space is reserved before the first block needs a place. Most steps only reserve space in a free tail that is long
+//! enough, and need no sync.
 
 use std::io;
 use std::ops::Range;
@@ -39,6 +40,7 @@ use std::sync::Arc;
 
 use super::allocation::{Allocation, Reservation};
 use super::free_tail::{FreeTail, stamp_sector_from};
+use super::growth_error::{growth_error, is_no_space, is_too_large};
 use super::job_step::JobStep;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
@@ -47,37 +49,38 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Buffer, FileSlot, Op, Payload};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// One step of growth under way.
+/// A step of growth in progress.
 pub struct Growth {
     image: Arc<Writable>,
     slot: FileSlot,
     phase: GrowthPhase,
-    /// Where the room ended before.
+    /// End of the free tail before the step.
     old_end: u64,
-    /// Blocks by which the file becomes longer.
+    /// Number of blocks by which the step extends the file.
     blocks: u64,
-    /// Blocks whose room is reserved on the host, at most.
+    /// Largest number of blocks whose space the step reserves.
     wanted: u64,
-    /// And at least, if the host has no room for all.
+    /// Smallest number of blocks with which the step succeeds.
     least: u64,
-    /// Blocks without a place when it began.
+    /// Number of blocks without a place when the step began.
     unplaced: u64,
-    /// Where the next block goes, and before which sector room was reserved, when it began.
+    /// File sector for the next block when the step began.
     next: u64,
+    /// File sector before which space was reserved when the step began.
     reserved: u64,
     reservation: Option<Reservation>,
-    /// Whether a sparse file gets whole blocks.
+    /// Whether whole blocks are reserved although the allocation is sparse.
     whole: bool,
-    /// Whether the file is long enough: room is only reserved in it.
+    /// Whether the free tail is long enough, so that the step only reserves space in it.
     is_within: bool,
-    /// The end that an earlier step has written, which could not wipe the one before.
+    /// End of the free tail that an earlier step has written before it failed: this step begins at 4.
     moved_end: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum GrowthPhase {
     Start,
-    /// The footer that came with the stamp when the session began becomes durable.
+    /// Makes the footer durable that was written with the stamp when the session began.
     SyncSessionFooter,
     Allocate,
     SyncFooter,
@@ -87,37 +90,37 @@ enum GrowthPhase {
 }
 
 impl Growth {
-    /// Begins a step if room is short and none is under way. `slot` is the image's file.
+    /// Begins a step if the free tail is short and no step is in progress. `slot` is the image's file.
     pub fn begin(image: &Arc<Writable>, slot: FileSlot) -> Option<Growth> {
-        let mut room = image.free_tail();
-        if room.growing || !image.is_short(&room) {
+        let mut tail = image.free_tail();
+        if tail.growing || !image.is_short(&tail) {
             return None;
         }
-        Some(Growth::of(image, slot, &mut room, 1))
+        Some(Growth::start(image, slot, &mut tail, 1))
     }
 
-    /// Begins a step that makes room for so many more blocks, or fails; `None` where there is room for them, or a step is
-    /// under way.
+    /// Begins a step that makes space for `blocks` more blocks, or fails. Returns `None` if the free tail has space for them, or
+    /// if a step is in progress.
     pub fn begin_for(image: &Arc<Writable>, slot: FileSlot, blocks: u64) -> Option<Growth> {
-        let block_size = image.image().block_size()?; // a fixed image has all its room
-        let mut room = image.free_tail();
-        let blocks = blocks.min(room.unplaced);
-        let fits = next_places(room.next, block_size, room.unplaced)
+        let block_size = image.image().block_size()?; // a fixed image does not grow
+        let mut tail = image.free_tail();
+        let blocks = blocks.min(tail.unplaced);
+        let fits = next_places(tail.next, block_size, tail.unplaced)
             .zip(0..blocks)
-            .all(|(place, _)| place.end <= room.usable_end());
-        if room.growing || blocks == 0 || fits {
+            .all(|(place, _)| place.end <= tail.usable_end());
+        if tail.growing || blocks == 0 || fits {
             return None;
         }
-        Some(Growth::of(image, slot, &mut room, blocks))
+        Some(Growth::start(image, slot, &mut tail, blocks))
     }
 
-    fn of(image: &Arc<Writable>, slot: FileSlot, room: &mut FreeTail, least: u64) -> Growth {
-        room.growing = true;
-        let FreeTail { end: old, unplaced, next, reserved, .. } = *room;
-        let blocks = image.step_blocks(room).max(least).min(unplaced);
-        let wanted = image.reserved_blocks(room).max(least).min(unplaced);
+    fn start(image: &Arc<Writable>, slot: FileSlot, tail: &mut FreeTail, least: u64) -> Growth {
+        tail.growing = true;
+        let FreeTail { end: old, unplaced, next, reserved, .. } = *tail;
+        let blocks = image.step_blocks(tail).max(least).min(unplaced);
+        let wanted = image.reserved_blocks(tail).max(least).min(unplaced);
         let end = image.end_after(old, least, unplaced);
-        let moved = Some(room.footer.saturating_sub(1)).filter(|moved| end.is_some_and(|end| *moved >= end));
+        let moved = Some(tail.footer.saturating_sub(1)).filter(|moved| end.is_some_and(|end| *moved >= end));
         let mut growth = Growth {
             image: image.clone(),
             slot,
@@ -130,7 +133,7 @@ impl Growth {
             next,
             reserved,
             reservation: None,
-            whole: image.writes_whole_blocks(room),
+            whole: image.writes_whole_blocks(tail),
             is_within: false,
             moved_end: moved,
         };
@@ -138,46 +141,48 @@ impl Growth {
         growth
     }
 
-    /// The places of the next blocks, before file sector `end`, that lack room on the host; at most so many.
+    /// The places of the next blocks, before file sector `end`, whose space is not reserved; at most `most`.
     fn unreserved(&self, end: u64, most: u64) -> impl Iterator<Item = Range<u64>> + use<> {
         let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
         let all = next_places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
         all.skip_while(move |place| place.end <= reserved).zip(0..most).map(|(place, _)| place)
     }
 
-    /// The next step. `failed` is the first failure among the operations of the last one.
+    /// Runs the next step of the job. `failed` is the first failure among the operations of the previous step.
     ///
     /// # Errors
-    /// `NoSpace` where the host has no room for even a block, `Io` where a write failed: the file is as valid as before
-    /// and growth may be tried again; `Poisoned` where making it durable failed.
+    /// - `NoSpace` if the file system has no space for one block, `Io` if a write failed: the file is valid, and growth may be
+    ///   tried again;
+    /// - `Poisoned` if a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);
         let syncs = matches!(
             (&step, self.phase),
             (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe)
         );
-        // After a failure has poisoned the image: a commit that sees no sync any more must see that.
+        // Set after a failure has poisoned the image: a commit that reads `syncing` as false must see the poison.
         self.image.free_tail().syncing = syncs;
         match step {
             Ok(JobStep::Wait) => Ok(JobStep::Wait),
-            over => {
+            finished => {
                 self.phase = GrowthPhase::Done;
                 self.image.free_tail().growing = false;
-                over
+                finished
             }
         }
     }
 
+    /// Runs the transition from the present phase.
     fn advance(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         match (self.phase, failed) {
             (GrowthPhase::Start, _) => {
                 if self.blocks == 0 || (!self.is_within && self.end().is_none()) {
-                    let why = "the file cannot grow: a block table names no place beyond 2 TiB";
+                    let why = "the file cannot grow: a block table cannot refer to places beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
-                // Whatever cuts the file back to this footer must not make a length durable that has none.
-                let is_sealed = self.image.free_tail().stale.is_empty();
-                match is_sealed {
+                // A failed step cuts the file back to the session's footer, and must not make a length without a footer durable.
+                let is_footer_durable = self.image.free_tail().stale.is_empty();
+                match is_footer_durable {
                     true => self.allocate(ops),
                     false => self.push_writes(GrowthPhase::SyncSessionFooter, ops),
                 }
@@ -190,7 +195,7 @@ impl Growth {
                 self.allocate(ops);
             }
             (GrowthPhase::Allocate, Some(e)) if e.kind() != io::ErrorKind::Unsupported => {
-                return Err(Error::io("cannot reserve room", e).at_path(self.image.path()));
+                return Err(Error::io("cannot reserve space", e).at_path(self.image.path()));
             }
             (GrowthPhase::Allocate, None) if self.reservation.as_mut().is_some_and(|r| r.push_next(self.slot, ops)) => {
             }
@@ -203,7 +208,7 @@ impl Growth {
                 }
                 match self.write_new_end() {
                     Ok(()) => self.push_writes(GrowthPhase::SyncFooter, ops),
-                    // A file system takes a reservation beyond the limit of a file's size, and then refuses the write.
+                    // A file system may accept a reservation beyond its limit on the size of a file, and refuse the write.
                     Err(e)
                         if e.raw_os_error() == Some(libc::EFBIG) && !self.image.is_poisoned() && self.halve(true) =>
                     {
@@ -212,7 +217,7 @@ impl Growth {
                     Err(e) => return Err(e),
                 }
             }
-            // A commit's sync may have been told of a failure that concerns ours, too.
+            // The kernel may have reported a failure of this sync to a concurrent sync of a commit.
             (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, None)
                 if self.image.is_poisoned() =>
             {
@@ -233,17 +238,18 @@ impl Growth {
                 }
                 return Err(self.failure(e));
             }
-            (GrowthPhase::Done, _) => unreachable!("growth that is over is not asked again"),
+            (GrowthPhase::Done, _) => unreachable!("finished growth is not called again"),
         }
         Ok(JobStep::Wait)
     }
 
-    /// Makes the step smaller: what it reserves, or also the file. Whether that is still enough.
-    fn halve(&mut self, file: bool) -> bool {
-        if !file && std::mem::take(&mut self.whole) {
+    /// Halves the reservation, and also the extension of the file if `extension`. Returns whether the step is still large
+    /// enough.
+    fn halve(&mut self, extension: bool) -> bool {
+        if !extension && std::mem::take(&mut self.whole) {
             return true;
         }
-        if file || self.image.allocation() == Allocation::Block {
+        if extension || self.image.allocation() == Allocation::Block {
             self.blocks /= 2;
             self.wanted = self.wanted.min(self.blocks);
         } else {
@@ -252,9 +258,10 @@ impl Growth {
         self.wanted >= self.least.max(1)
     }
 
+    /// Pushes the reservations of the step.
     fn allocate(&mut self, ops: &mut Vec<Op>) {
         let block_size = self.image.image().block_size().expect("it has blocks");
-        // Stamp and footer at the new end, if there is one.
+        // The sectors of stamp and footer at the new end; empty if the file is not extended.
         let ends = match self.is_within {
             true => self.old_end..self.old_end,
             false => {
@@ -274,43 +281,43 @@ impl Growth {
         self.phase = GrowthPhase::Allocate;
     }
 
-    /// The end of the room that the step makes.
+    /// End of the free tail after the step.
     fn end(&self) -> Option<u64> {
         self.moved_end.or_else(|| self.image.end_after(self.old_end, self.blocks, self.unplaced))
     }
 
-    /// The room is there.
+    /// Makes the new space available.
     fn finish(&self) -> JobStep {
-        let mut room = self.image.free_tail();
+        let mut tail = self.image.free_tail();
         if !self.is_within {
-            room.end = room.footer - 1;
-            room.stale.clear();
-            room.steps += 1;
+            tail.end = tail.footer - 1;
+            tail.stale.clear();
+            tail.steps += 1;
         }
-        room.reserved = self.unreserved(room.end, self.wanted).last().map_or(self.reserved, |place| place.end);
-        room.reservations += 1;
+        tail.reserved = self.unreserved(tail.end, self.wanted).last().map_or(self.reserved, |place| place.end);
+        tail.reservations += 1;
         JobStep::Done
     }
 
-    /// Writes stamp and footer at the new end. Nothing else of this image writes either meanwhile, so this is a plain call.
+    /// Writes stamp and footer at the new end, synchronously, under the lock that all their writers hold.
     fn write_new_end(&mut self) -> Result<()> {
-        let mut room = self.image.free_tail();
+        let mut tail = self.image.free_tail();
         let end = self.end().expect("checked at the start");
-        let (at, old) = (stamp_sector_from(end, room.footer), room.footer);
+        let (at, old) = (stamp_sector_from(end, tail.footer), tail.footer);
         if let Err(e) = self.image.write_new_end(at) {
-            drop(room);
+            drop(tail);
             let source = e.raw_os_error().map_or_else(|| io::Error::other(e.line()), io::Error::from_raw_os_error);
             return Err(self.undo(source));
         }
-        // A footer right behind a block has no stamp before it.
-        let first = if old > room.end { old - 1 } else { old };
-        room.stale.extend(first..=old);
-        room.footer = at + 1;
+        // If a block ends at the footer, there is no stamp before it.
+        let first = if old > tail.end { old - 1 } else { old };
+        tail.stale.extend(first..=old);
+        tail.footer = at + 1;
         Ok(())
     }
 
-    /// The new footer, or zeros over the old ends: the latter first plainly, so that a full host is no failed sync, then
-    /// through.
+    /// Pushes the write of the new footer, or of zeros over the old stamps and footers. The zeros are written without
+    /// write-through first, so that a full file system does not look like a failed sync.
     fn push_writes(&mut self, phase: GrowthPhase, ops: &mut Vec<Op>) {
         let through = match phase {
             GrowthPhase::SyncSessionFooter => true,
@@ -319,16 +326,16 @@ impl Growth {
             GrowthPhase::Wipe | GrowthPhase::Start | GrowthPhase::Allocate | GrowthPhase::Done => false,
         };
         self.phase = phase;
-        if through && self.image.room_rule == AllocationMode::CopyOnWrite {
+        if through && self.image.allocation_mode == AllocationMode::CopyOnWrite {
             return ops.push(Op::sync(0, self.slot));
         }
         let write = if through { Op::write_through } else { Op::write };
-        let room = self.image.free_tail();
+        let tail = self.image.free_tail();
         let footer = Buffer::copy_of(&self.image.footer_bytes());
         if matches!(phase, GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter) {
-            return ops.push(write(0, self.slot, room.footer * SECTOR, Payload::Own(footer)));
+            return ops.push(write(0, self.slot, tail.footer * SECTOR, Payload::Own(footer)));
         }
-        for run in room.stale.chunk_by(|a, b| a + 1 == *b) {
+        for run in tail.stale.chunk_by(|a, b| a + 1 == *b) {
             let bytes = match mutant::enabled(Mutant::NoWipe) {
                 true => footer.repeat(run.len()),
                 false => vec![0; run.len() * SECTOR_BYTES],
@@ -337,68 +344,51 @@ impl Growth {
         }
     }
 
-    /// Gives back what a failed fallocate got and ext4 keeps, by cutting the file to its present length.
+    /// Frees what a failed reservation has reserved: ext4 keeps it until the file is truncated to its present length.
     fn release_reserved(&self) -> Result<()> {
-        // Under the lock: a session that begins on another queue makes the file longer.
-        let _room = self.image.free_tail();
+        // Under the lock, as a session that begins on another queue extends the file.
+        let _tail = self.image.free_tail();
         self.image.file().set_len(self.image.file().stat()?.len)
     }
 
-    /// The new end could not be written, and may be half there: cuts the file behind the old footer, without a sync before
-    /// that, which would make a length durable that has no footer. If that fails, the image takes no further writes.
+    /// Truncates the file after the old footer, as the new end could not be written. There is no sync before that, as it could
+    /// make a length without a footer durable. Poisons the image if this fails.
     fn undo(&mut self, source: io::Error) -> Error {
         let file = self.image.file();
-        let mut room = self.image.free_tail();
-        // This sync, too, may be told of a failure that concerns a commit.
-        room.syncing = true;
+        let mut tail = self.image.free_tail();
+        // The kernel may report a failure of a commit's sync to the sync below.
+        tail.syncing = true;
         let mut back = Ok(());
         if mutant::enabled(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
-            room.footer = self.old_end;
-            back = file.write_at(&self.image.footer_bytes(), room.footer * SECTOR);
+            tail.footer = self.old_end;
+            back = file.write_at(&self.image.footer_bytes(), tail.footer * SECTOR);
         }
-        // Under the lock: a session that began meanwhile has moved the footer.
-        let back = back.and_then(|()| file.set_len((room.footer + 1) * SECTOR));
-        drop(room);
+        // Under the lock, as a session that began meanwhile has moved the footer.
+        let back = back.and_then(|()| file.set_len((tail.footer + 1) * SECTOR));
+        drop(tail);
         if let Err(e) = back.and_then(|()| file.sync()) {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));
         }
         self.failure(source)
     }
 
-    /// The error of a step for which there is no room, or that failed.
+    /// The error of a step that failed with `source`. After a lack of space the next step is small again.
     fn failure(&self, source: io::Error) -> Error {
-        if is_too_large(&source) {
-            let why = "the file cannot grow beyond the limit of the process (ulimit -f) or of the file system";
-            return Error::io(why, source).at_path(self.image.path());
+        if is_no_space(&source) {
+            let mut tail = self.image.free_tail();
+            (tail.steps, tail.reservations) = (0, 0);
         }
-        if !is_no_space(&source) {
-            return Error::io("cannot grow", source).at_path(self.image.path());
-        }
-        let mut room = self.image.free_tail();
-        (room.steps, room.reservations) = (0, 0);
-        drop(room);
-        Error::new(ErrorKind::NoSpace, "no room for another block; free space on the host's file system")
-            .at_path(self.image.path())
-            .caused_by(source)
+        growth_error(self.image.path(), source)
     }
 }
 
 impl Drop for Growth {
-    /// Where the file stands is unknown if a step is abandoned: nothing may be written behind it.
+    /// Poisons the image if the step is abandoned in the middle: the end of the file is unknown.
     fn drop(&mut self) {
         if self.phase != GrowthPhase::Done {
             self.image.poison("growth of the file was abandoned");
         }
     }
-}
-
-fn is_no_space(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
-
-/// Whether a file may not become that large. Waiting does not help, as it does on a full host.
-fn is_too_large(e: &io::Error) -> bool {
-    e.kind() == io::ErrorKind::FileTooLarge
 }
 
 #[cfg(all(test, feature = "sim"))]

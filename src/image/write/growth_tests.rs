@@ -1,4 +1,4 @@
-//! Tests of `growth.rs` on the simulated host.
+//! Tests of growth and trim on the simulated host.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ fn both_footers_are_valid_at_every_moment() {
         image.file().read_at(&mut bytes, sector * SECTOR).map(|()| bytes).ok()
     };
     let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
-    assert!(Growth::begin(&image, SLOT).is_none(), "one step at a time");
+    assert!(Growth::begin(&image, SLOT).is_none(), "only one step at a time");
     while growth.next(None, &mut ops).unwrap() == JobStep::Wait {
         for op in ops.drain(..) {
             match op.payload {
@@ -40,8 +40,8 @@ fn both_footers_are_valid_at_every_moment() {
         }
         let last = file(&host).stat().unwrap().len / SECTOR - 1;
         assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
-        assert!(seen.len() < 3 || at(old) == Some([0; SECTOR_BYTES]), "the old one would be a bitmap");
-        assert_eq!(image.free_tail().end, end, "no room before it is durably zero");
+        assert!(seen.len() < 3 || at(old) == Some([0; SECTOR_BYTES]), "the old footer must not become a bitmap");
+        assert_eq!(image.free_tail().end, end, "no space is used before it is durably zero");
     }
     assert_eq!(seen, "ATWT");
     let grown = image.free_tail().end;
@@ -49,7 +49,7 @@ fn both_footers_are_valid_at_every_moment() {
 }
 
 #[test]
-fn a_full_host_is_told_and_costs_nothing() {
+fn a_full_file_system_is_reported_and_nothing_stays_reserved() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
@@ -58,8 +58,8 @@ fn a_full_host_is_told_and_costs_nothing() {
     assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
     assert!(!image.is_poisoned() && !image.is_growing() && image.is_growth_due());
     let after = file(&host).stat().unwrap();
-    assert_eq!((after.len, after.allocated), (before.len, before.allocated), "what a failed try got is given back");
-    // A little room: fewer blocks.
+    assert_eq!((after.len, after.allocated), (before.len, before.allocated), "a failed step frees what it reserved");
+    // With little space: fewer blocks.
     host.set_faults(FaultPlan { capacity: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
     grow(&host, &image).unwrap();
     assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
@@ -68,7 +68,7 @@ fn a_full_host_is_told_and_costs_nothing() {
 }
 
 #[test]
-fn room_for_all_or_none() {
+fn space_for_all_blocks_or_none() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
@@ -86,7 +86,7 @@ fn room_for_all_or_none() {
 }
 
 #[test]
-fn a_trimmed_file_ends_behind_its_last_block() {
+fn a_trimmed_file_ends_after_its_last_block() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
@@ -109,20 +109,20 @@ fn a_trimmed_file_ends_behind_its_last_block() {
 }
 
 #[test]
-fn a_sparse_step_takes_the_pages_that_commits_write() {
+fn a_sparse_step_reserves_the_pages_that_commits_write() {
     let host = host_with(child(), 128 * 400);
     let image = open(&host).unwrap();
     let before = file(&host).stat().unwrap();
-    assert_eq!(file(&host).stat().unwrap(), before, "nothing before the first block needs a place");
+    assert_eq!(file(&host).stat().unwrap(), before, "nothing is reserved before the first block needs a place");
     assert!(image.reserve(0).is_err());
     grow(&host, &image).unwrap();
     let after = file(&host).stat().unwrap();
     assert!(after.len > before.len + 8 * (64 << 10));
-    // The first bitmap lies in a page of the table, and the footer in that of the ninth.
+    // The first bitmap shares a page with the BAT, and the footer is in the page after the eighth block.
     assert_eq!(after.allocated - before.allocated, 8 * 4096, "eight bitmaps and the footer");
-    // Now the host is full: no data fits, and all that a commit writes does.
+    // Now the file system is full: there is no space for data, but for all that a commit writes.
     host.set_faults(FaultPlan { capacity: Some(after.allocated), ..FaultPlan::default() });
-    image.reserve(0).unwrap(); // its data begins in the page of the footer before
+    image.reserve(0).unwrap(); // its data begins in the page of the old footer
     for block in 1..8 {
         let place = u64::from(image.reserve(block).unwrap()) * SECTOR;
         let refused = image.file().write_at(&[7; 512], place + SECTOR);
@@ -140,7 +140,7 @@ fn a_sparse_step_takes_the_pages_that_commits_write() {
 }
 
 #[test]
-fn steps_double_with_what_is_used() {
+fn reservations_double_with_the_blocks_used() {
     let host = host_with(child(), 128 * 4000);
     let image = open(&host).unwrap();
     let before = file(&host).stat().unwrap().allocated;
@@ -157,24 +157,24 @@ fn steps_double_with_what_is_used() {
 }
 
 #[test]
-fn room_in_the_tail_of_a_killed_predecessor_is_reserved_again() {
+fn the_free_tail_of_a_killed_process_is_reserved_again() {
     for allocation in [Allocation::Sparse, Allocation::Block] {
         let host = host_with(child(), 128 * 40);
         let image = open(&host).unwrap();
         image.set_allocation(allocation);
         grow(&host, &image).unwrap();
         let left = file(&host).stat().unwrap();
-        drop(image); // killed: the tail stays, and the next one empties it
+        drop(image); // killed: the free tail stays, and the next open punches it
         let image = open(&host).unwrap();
         image.set_allocation(allocation);
         let found = file(&host).stat().unwrap();
         assert!(found.len == left.len && found.allocated <= left.allocated, "{found:?}");
-        // Nobody can tell what is reserved in it: nothing counts as such.
+        // It is unknown what is reserved in it, so nothing counts as reserved.
         file(&host).punch_hole(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
         let found = file(&host).stat().unwrap();
         host.set_faults(FaultPlan { capacity: Some(found.allocated), ..FaultPlan::default() });
-        assert!(image.reserve(0).is_err(), "a commit might find no room");
-        // The first bitmap's page is there: the footer was in it.
+        assert!(image.reserve(0).is_err(), "a commit might find no space");
+        // The page of the first bitmap is allocated, as the footer was in it.
         let first = grow(&host, &image).map(|()| image.reserve(0).unwrap());
         assert!(first.is_err() || image.reserve(1).is_err());
         assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
@@ -186,8 +186,8 @@ fn room_in_the_tail_of_a_killed_predecessor_is_reserved_again() {
 }
 
 #[test]
-fn a_step_on_a_host_that_copies_on_write_goes_on_when_there_is_room() {
-    // The old end is written over, which takes a page more than was reserved.
+fn a_failed_step_on_a_copy_on_write_file_system_continues_when_there_is_space() {
+    // Overwriting the old end takes a page that was not reserved.
     let plan = |room| FaultPlan { capacity: room, copy_on_write: true, ..FaultPlan::default() };
     let host = host_with(child(), 128 * 400);
     host.set_faults(plan(None));
@@ -209,8 +209,8 @@ fn a_step_on_a_host_that_copies_on_write_goes_on_when_there_is_room() {
 }
 
 #[test]
-fn a_full_host_does_not_keep_a_file_from_being_closed() {
-    // Blocks so large that there is a gap between a block and the next one's bitmap: the footer needs a page of its own.
+fn an_image_can_be_closed_on_a_full_file_system() {
+    // Blocks so large that there is a gap before the next bitmap: the footer needs a page of its own.
     let host = SimHost::new(1);
     let block_size = BlockSize::from_bytes(1 << 20).unwrap();
     create(&host, Path::new(PATH), &ImageSpec { kind: child(), size: 64 << 20, block_size, reserve: 0 }).unwrap();
@@ -223,12 +223,12 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
     let before = file(&host).stat().unwrap();
     host.set_faults(FaultPlan { capacity: Some(0), ..FaultPlan::default() });
     image.trim().unwrap();
-    assert_eq!(file(&host).stat().unwrap().len, before.len, "it stays as long as it is");
+    assert_eq!(file(&host).stat().unwrap().len, before.len, "the file keeps its length");
     drop(image);
     let image = open(&host).unwrap();
     host.set_faults(FaultPlan::default());
     grow(&host, &image).unwrap();
-    // Now what is reserved behind the block is room enough.
+    // Now the space reserved after the block is enough for the footer.
     let full = file(&host).stat().unwrap().allocated;
     host.set_faults(FaultPlan { capacity: Some(full), ..FaultPlan::default() });
     image.trim().unwrap();
@@ -240,7 +240,7 @@ fn a_full_host_does_not_keep_a_file_from_being_closed() {
 fn blocks_that_are_written_whole_are_reserved_whole() {
     let host = host_with(child(), 128 * 4000);
     let image = open(&host).unwrap();
-    // The bitmaps of blocks in a row with as many sectors marked; the bytes that are taken in the end.
+    // Writes 200 blocks in sequence, `marked` sectors of each. Returns the bytes allocated.
     let taken = |first: u32, marked: u64| {
         let before = file(&host).stat().unwrap().allocated;
         for block in first..first + 200 {
@@ -253,7 +253,7 @@ fn blocks_that_are_written_whole_are_reserved_whole() {
         file(&host).stat().unwrap().allocated - before
     };
     let few = taken(0, 8);
-    assert!(few < 700 * 4096, "{few} bytes for pieces of 200 blocks");
+    assert!(few < 700 * 4096, "{few} bytes for parts of 200 blocks");
     let all = taken(1000, 128);
     assert!(all > 100 * (64 << 10), "{all} bytes for 200 whole blocks");
     assert!(all < 240 * (64 << 10), "{all} bytes for 200 whole blocks");

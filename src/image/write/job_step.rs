@@ -1,10 +1,10 @@
-//! What a job, such as a commit or a step of growth, returns after each of its steps.
+//! The result of one step of a job, such as a commit or a step of growth.
 
-/// What a job wants after a step.
+/// What the caller of a job does after a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum JobStep {
-    /// Carry out the operations it pushed, all of them, then ask again.
+    /// Carries out all operations that the step pushed, then calls the job again.
     Wait,
-    /// It is over.
+    /// Nothing: the job is finished.
     Done,
 }

@@ -1,22 +1,18 @@
-//! The live journal: what was marked since the last commit, in memory that outlives the process (crash-safety 3.9).
+//! The live journal: the marks since the last commit, in memory that survives a kill of the process (crash-safety 3.9).
 //!
-//! A killed daemon's guest lives on and will never repeat what was acknowledged, so its successor must know every mark.
-//! The journal lies on tmpfs: it is there after a kill, and gone after a host crash, when the guest is gone too. Marking
-//! costs a store.
+//! When a daemon is killed, its guest keeps running and never repeats acknowledged writes. So the next daemon needs every
+//! mark. The journal is a mapped file on tmpfs: it survives a kill, and is lost in a kernel crash or a power cut, which end
+//! the guest, too. A mark costs one store.
 //!
-//! ```text
-//!   words 0..512      header: whose it is, which generation of the stamp fits, the last commit, a sum over the block table
-//!   then SLOTS x 68   slot: epoch | granule | place | placed by | 64 words of bitmap
-//! ```
+//! The journal consists of 64-bit words, whose positions are in `journal_layout.rs`: a header (identity, generations of the
+//! stamp, last commit, sum over the BAT), then slots. A slot has all bits of one bitmap sector, and the place of its block. It is valid while its epoch is later than the last
+//! commit's. Each commit begins a new epoch when it takes its snapshot. So one store to the header (`COMMITTED`) ends all
+//! slots that the commit has written to the file, and at the same moment selects the sum that includes the commit.
 //!
-//! A slot holds the place of one granule's block, and all its bits. It counts while its epoch is younger than the last
-//! commit. Epochs advance with each commit's snapshot, so one store of the header (`COMMITTED`) ends all slots that
-//! the commit has made superfluous, together with the sum that goes with it; there is no moment in between.
+//! Order of stores: the words of a slot before its epoch; its bits before the request is acknowledged.
 //!
-//! Order of stores: a slot's words before its epoch; its bits before the request is answered.
-//!
-//! The file is named by its session, which the image's stamp names. `session.rs` tells when it is made and ends, and
-//! `journal_replay.rs` what a successor believes of it.
+//! The name of the file contains the session, which the image's stamp contains, too. `session.rs` creates and removes
+//! journals, and `journal_replay.rs` validates the journal of a killed daemon.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,6 +21,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
+use super::journal_layout::{
+    BITMAP_WORDS, BOOT_AT, BYTES, COMMITTED, CURRENT_GENERATION, FILE_ID_AT, HEADER_WORDS, IMAGE_AT, JOURNAL_SLOTS,
+    MAGIC, MAGIC_AT, NEXT_GENERATION, NOT_PLACED, PATH_AT, PATH_WORDS, POISON_AT, POISON_WORDS, SESSION_AT,
+    SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE, SLOT_PLACED_BY, SLOT_WORDS, TABLE_SUMS, UNACCOUNTED,
+};
 use crate::error::Result;
 use crate::format::bitmap;
 use crate::image::journal_id::{entry_hash, table_sum};
@@ -33,47 +34,8 @@ use crate::image::session_state::journal_name;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileId, RuntimeFolder, Shm};
 
-/// Granules that may be marked between two commits.
-pub const JOURNAL_SLOTS: u32 = 4096;
-/// Slots in use from which on a commit is due.
+/// Number of used slots from which on a commit is due.
 const DUE_SLOTS: usize = JOURNAL_SLOTS as usize * 3 / 4;
-
-pub(super) const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl02");
-const HEADER_WORDS: usize = 512;
-const SLOT_WORDS: usize = 68;
-pub(super) const BITMAP_WORDS: usize = 64;
-/// Bytes of memory that a journal takes.
-pub const BYTES: u64 = ((HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS) * size_of::<u64>()) as u64;
-/// Epochs that can be; no journal of ours comes near.
-pub(super) const EPOCH_LIMIT: u64 = 1 << 60;
-
-// Words of the header.
-pub(super) const MAGIC_AT: usize = 0;
-pub(super) const SESSION_AT: usize = 1; // two
-pub(super) const IMAGE_AT: usize = 3; // two
-pub(super) const BOOT_AT: usize = 5; // two
-pub(super) const COMMITTED: usize = 7; // last commit's epoch << 1 | which sum counts
-pub(super) const TABLE_SUMS: usize = 8; // two
-pub(super) const UNACCOUNTED: usize = 10; // 1: a commit under way may put places into the file that no slot tells
-pub(super) const NEXT_GENERATION: usize = 11; // the generation that the stamp is about to get, or has
-pub(super) const CURRENT_GENERATION: usize = 12; // the generation that the stamp had last
-const FILE_ID_AT: usize = 13; // the file it is held for: device, inode
-// Not zero: why the image was poisoned, as text.
-const POISON_AT: usize = 16;
-const POISON_WORDS: usize = 32;
-// The path of the file it is held for; none if it is longer.
-const PATH_AT: usize = 64;
-const PATH_WORDS: usize = 128;
-
-// Words of a slot.
-pub(super) const SLOT_EPOCH: usize = 0;
-pub(super) const SLOT_BITMAP_SECTOR: usize = 1;
-pub(super) const SLOT_PLACE: usize = 2;
-pub(super) const SLOT_PLACED_BY: usize = 3;
-pub(super) const SLOT_BITS: usize = 4;
-
-/// No commit has put the block's place into the file.
-pub(super) const NOT_PLACED: u64 = u64::MAX;
 
 /// The journal of an image that is open for writing.
 #[derive(Debug)]
@@ -84,25 +46,26 @@ pub struct Journal {
     state: Mutex<JournalState>,
 }
 
+/// Which slots are in use; not in shared memory.
 #[derive(Debug)]
 pub(super) struct JournalState {
-    /// Slots claimed now belong to this epoch.
+    /// Epoch of the slots that are claimed now.
     pub(super) epoch: u64,
     pub(super) free: Vec<u32>,
     pub(super) used: BTreeSet<u32>,
-    /// Blocks whose places the running commit puts into the file, and its epoch.
+    /// Epoch of the running commit, and the blocks whose BAT entries it writes.
     placing: (u64, BTreeSet<u32>),
 }
 
 impl Journal {
-    /// Makes the journal of a new session for an image, on a start of the host.
+    /// Creates the journal of a new session of an image. `boot` is the ID of the machine's boot.
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
     pub(super) fn create(runtime: &RuntimeFolder, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
         let name = journal_name(session);
-        let live = runtime.create(&name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
-        let journal = Journal::from_shm(live, runtime, name);
+        let shm = runtime.create(&name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        let journal = Journal::from_shm(shm, runtime, name);
         for (at, uuid) in [(SESSION_AT, session), (IMAGE_AT, image.uuid()), (BOOT_AT, boot)] {
             let (high, low) = uuid.as_u64_pair();
             journal.shm[at].store(high, Ordering::Relaxed);
@@ -115,21 +78,24 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Opens and locks the journal of a session; nothing of it is believed yet.
+    /// Opens and locks the journal of a session. Its contents are not validated yet.
     ///
     /// # Errors
-    /// `NotFound`; `Busy` if a process has it open; `Refused` if it is not one of ours; `Io`.
+    /// - `NotFound`;
+    /// - `Busy` if a process has it open;
+    /// - `Refused` if the file cannot be a journal of this user;
+    /// - `Io`.
     pub(super) fn open(runtime: &RuntimeFolder, name: &str) -> Result<Journal> {
-        let live = runtime.open(name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
-        Ok(Journal::from_shm(live, runtime, name.to_owned()))
+        let shm = runtime.open(name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        Ok(Journal::from_shm(shm, runtime, name.to_owned()))
     }
 
-    fn from_shm(live: Shm, runtime: &RuntimeFolder, name: String) -> Journal {
+    fn from_shm(shm: Shm, runtime: &RuntimeFolder, name: String) -> Journal {
         let state = JournalState { epoch: 1, free: Vec::new(), used: BTreeSet::new(), placing: Default::default() };
-        Journal { shm: live, runtime: runtime.clone(), name, state: Mutex::new(state) }
+        Journal { shm, runtime: runtime.clone(), name, state: Mutex::new(state) }
     }
 
-    /// Whether a journal can be made in a folder.
+    /// Checks that a folder has space for a journal.
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
@@ -137,17 +103,17 @@ impl Journal {
         runtime.check_space(BYTES)
     }
 
-    /// The folder in which it lies.
+    /// The folder of the journal.
     pub(super) fn folder(&self) -> &Path {
         self.runtime.path()
     }
 
-    /// Where it lies, for messages.
+    /// The path of the journal, for messages.
     pub(super) fn path(&self) -> PathBuf {
         self.runtime.path().join(&self.name)
     }
 
-    /// Notes which file it is held for.
+    /// Records the image's file, for which the journal is held.
     ///
     /// # Errors
     /// `Io`.
@@ -166,7 +132,7 @@ impl Journal {
         Ok(())
     }
 
-    /// The file it was last held for.
+    /// The file for which the journal was last held, and its path if that was not too long.
     pub(super) fn recorded_file(&self) -> (FileId, Option<PathBuf>) {
         use std::os::unix::ffi::OsStringExt;
         let id = FileId { dev: self.header_word(FILE_ID_AT), ino: self.header_word(FILE_ID_AT + 1) };
@@ -174,30 +140,30 @@ impl Journal {
         (id, (!path.is_empty()).then(|| std::ffi::OsString::from_vec(path).into()))
     }
 
-    /// The stamp is about to get a generation: from here on a stamp with it fits, too.
+    /// Records the generation that the stamp is about to get. From now on a stamp with either generation fits.
     pub(super) fn announce_generation(&self, generation: u64) {
         self.shm[NEXT_GENERATION].store(generation, Ordering::Release);
     }
 
-    /// The stamp has the generation that was announced: from here on no stamp with an older one fits.
+    /// Records that the stamp has the announced generation. From now on no stamp with an older generation fits.
     pub(super) fn confirm_generation(&self, generation: u64) {
         self.shm[CURRENT_GENERATION].store(generation, Ordering::Release);
     }
 
-    /// Whether the file was cut: nothing that is stored will be found again.
+    /// Whether the file was truncated, so that stores are lost.
     #[inline]
     pub(super) fn is_lost(&self) -> bool {
         self.shm.is_lost()
     }
 
-    /// Ends all slots by one store: all they hold is in the file, or was never written.
+    /// Ends all slots by one store. The caller has committed their bits, or they were never written.
     pub(super) fn end_all_slots(&self) {
         let state = self.lock();
         let which = self.shm[COMMITTED].load(Ordering::Acquire) & 1;
         self.shm[COMMITTED].store(state.epoch << 1 | which, Ordering::Release);
     }
 
-    /// Removes it: everything it holds is in the file, or is given up.
+    /// Removes the journal. The caller has committed or discarded its contents.
     ///
     /// # Errors
     /// `Io`.
@@ -205,22 +171,23 @@ impl Journal {
         self.runtime.remove(&self.name)
     }
 
-    /// Whether any slot counts.
+    /// Whether any slot is valid.
     pub(super) fn has_marks(&self) -> bool {
         let committed = self.header_word(COMMITTED) >> 1;
         (0..JOURNAL_SLOTS).any(|slot| self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire) > committed)
     }
 
-    /// A word of the header.
+    /// Loads a word of the header.
     pub(super) fn header_word(&self, word: usize) -> u64 {
         self.shm[word].load(Ordering::Acquire)
     }
 
-    /// A UUID in the header.
+    /// Loads a UUID of the header.
     pub(super) fn header_uuid(&self, word: usize) -> Uuid {
         Uuid::from_u64_pair(self.header_word(word), self.header_word(word + 1))
     }
 
+    /// Stores a word of the header.
     pub(super) fn store_header_word(&self, word: usize, value: u64) {
         self.shm[word].store(value, Ordering::Release);
     }
@@ -235,11 +202,12 @@ impl Journal {
         (word..word + words).flat_map(|n| self.header_word(n).to_be_bytes()).take_while(|b| *b != 0).collect()
     }
 
-    /// Takes a slot for a granule whose bits are `words`; `None` where all are taken. `fresh`: no commit has put the
-    /// block's place into the file.
+    /// Claims a slot for a bitmap sector with the bits `words`. Returns `None` if all slots are in use.
+    ///
+    /// `fresh` means that no commit has written the block's BAT entry yet.
     pub(super) fn claim_slot(
         &self,
-        granule: usize,
+        index: usize,
         block: u32,
         place: u32,
         fresh: bool,
@@ -252,7 +220,7 @@ impl Journal {
             _ if fresh => NOT_PLACED,
             _ => 0,
         };
-        self.slot_word(slot, SLOT_BITMAP_SECTOR).store(granule as u64, Ordering::Relaxed);
+        self.slot_word(slot, SLOT_BITMAP_SECTOR).store(index as u64, Ordering::Relaxed);
         self.slot_word(slot, SLOT_PLACE).store(place.into(), Ordering::Relaxed);
         self.slot_word(slot, SLOT_PLACED_BY).store(placed_by, Ordering::Relaxed);
         for n in 0..BITMAP_WORDS {
@@ -265,14 +233,14 @@ impl Journal {
         Some(slot)
     }
 
-    /// Sets bits of a slot.
+    /// Sets `count` bits of a slot from `bit`.
     pub(super) fn set_bits(&self, slot: u32, bit: u32, count: u32) {
         let at = HEADER_WORDS + slot as usize * SLOT_WORDS + SLOT_BITS;
         bitmap::set_atomic(&self.shm[at..at + BITMAP_WORDS], bit, count);
     }
 
-    /// Remembers for the next process that a sync failed: what the slots say must not be believed any more, since the
-    /// host may have dropped the data they speak for.
+    /// Records for the next daemon that a sync failed: the slots must not be replayed, as the kernel may have dropped the data
+    /// of their sectors.
     pub(super) fn poison(&self, why: &str) {
         let mut bytes = [0; POISON_WORDS * 8];
         let len = why.len().min(bytes.len());
@@ -280,18 +248,18 @@ impl Journal {
         self.put_text(POISON_AT, &bytes);
     }
 
-    /// Why it was poisoned.
+    /// The reason for which the journal was poisoned.
     pub(super) fn poison_reason(&self) -> Option<String> {
         let bytes = self.text(POISON_AT, POISON_WORDS);
         (!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Whether a commit should begin, so that slots do not run out.
+    /// Whether so many slots are in use that a commit should begin.
     pub fn is_commit_due(&self) -> bool {
         self.lock().used.len() >= DUE_SLOTS
     }
 
-    /// Slots in use.
+    /// Number of slots in use.
     pub fn len(&self) -> usize {
         self.lock().used.len()
     }
@@ -301,9 +269,11 @@ impl Journal {
         self.len() == 0
     }
 
-    /// A commit begins, which is going to put the places of `blocks` into the file. Called before its snapshot is taken:
-    /// slots claimed from now on belong to the next one. Its epoch. `unaccounted`: some of the blocks found no slot when
-    /// they got their places; if this commit is killed, the sum proves nothing.
+    /// Begins a commit that writes the BAT entries of `blocks`, and returns its epoch. Slots that are claimed from now on belong
+    /// to the next epoch. The caller takes the snapshot afterwards.
+    ///
+    /// `unaccounted` means that there was no free slot when some of the blocks got their places. If this commit is killed, the
+    /// sum over the BAT cannot be checked.
     pub(super) fn begin_commit(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
         if unaccounted {
@@ -315,14 +285,15 @@ impl Journal {
         epoch
     }
 
-    /// The commit that began last failed; what it was to place, the next one will.
+    /// Records that the running commit failed. The next commit writes its BAT entries.
     pub(super) fn fail_commit(&self) {
         self.lock().placing.1.clear();
     }
 
-    /// The commit of `epoch` has made its snapshot durable, `places` (block, place) included: all slots up to that epoch are
-    /// superfluous, but for those that are still in use. `keep(slot, granule, renew)` tells: of a slot in use it calls
-    /// `renew` while it holds the granule.
+    /// Ends the slots of a commit whose snapshot is durable. `places` are the BAT entries that it wrote, as (block, place).
+    ///
+    /// A slot stays if its bitmap sector was marked again since the snapshot. `keep(slot, bitmap sector, renew)` returns whether
+    /// that is so, and then calls `renew` while it holds the lock of the bitmap sector's frame.
     pub(super) fn finish_commit(
         &self,
         epoch: u64,
@@ -335,18 +306,18 @@ impl Journal {
             (state.epoch, old)
         };
         let placed: BTreeSet<u64> = places.iter().map(|(_, place)| u64::from(*place)).collect();
-        let mut over = Vec::new();
+        let mut ended = Vec::new();
         for slot in old {
-            let granule = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
+            let index = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
             let renew = || {
-                // Counts only from the store of COMMITTED below on.
+                // This takes effect with the store to COMMITTED below.
                 if placed.contains(&self.slot_word(slot, SLOT_PLACE).load(Ordering::Relaxed)) {
                     self.slot_word(slot, SLOT_PLACED_BY).store(epoch, Ordering::Release);
                 }
                 self.slot_word(slot, SLOT_EPOCH).store(next, Ordering::Release);
             };
-            if !keep(slot, usize::try_from(granule).expect("an index of ours"), &renew) {
-                over.push(slot);
+            if !keep(slot, usize::try_from(index).expect("stored from a usize"), &renew) {
+                ended.push(slot);
             }
         }
         let word = self.shm[COMMITTED].load(Ordering::Acquire);
@@ -358,29 +329,32 @@ impl Journal {
         self.shm[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
         self.shm[UNACCOUNTED].store(0, Ordering::Release);
         let mut state = self.lock();
-        // Not before the store: a slot claimed in between must say that it counts with this commit only.
+        // After the store to COMMITTED: a slot that is claimed before it must contain the epoch of this commit as `placed by`.
         state.placing.1.clear();
-        for slot in over {
+        for slot in ended {
             state.used.remove(&slot);
             state.free.push(slot);
         }
     }
 
-    /// Adds bits to a slot of a predecessor.
+    /// Adds bits to a slot that was replayed.
     pub(super) fn add_bits(&self, slot: u32, words: &[u64; BITMAP_WORDS]) {
         for (n, word) in words.iter().enumerate() {
             self.slot_word(slot, SLOT_BITS + n).fetch_or(*word, Ordering::Release);
         }
     }
 
+    /// The epoch of a slot.
     fn epoch_of(&self, slot: u32) -> u64 {
         self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire)
     }
 
+    /// A word of a slot.
     pub(super) fn slot_word(&self, slot: u32, at: usize) -> &AtomicU64 {
         &self.shm[HEADER_WORDS + slot as usize * SLOT_WORDS + at]
     }
 
+    /// Locks the state of the slots.
     pub(super) fn lock(&self) -> MutexGuard<'_, JournalState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! Tests of `journal.rs`: images whose process is killed, which is one that forgets everything and cleans nothing up.
+//! Tests of the live journal: a process that is killed is one that drops its image without closing it.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ impl KilledImage {
         self.folder.path().join("a.vhd")
     }
 
-    /// Puts copies in the place of the journals: who was killed in a test still holds the old ones, and their locks.
+    /// Replaces the journals by copies, as the `Writable` of a killed process in this test still has the old files locked.
     fn unlock(&self) {
         for entry in self.runtime.path().read_dir().unwrap() {
             let path = entry.unwrap().path();
@@ -44,7 +44,7 @@ impl KilledImage {
         }
     }
 
-    /// Opens the image as the next process does.
+    /// Opens the image as the next daemon does.
     fn open(&self) -> Arc<Writable> {
         self.unlock();
         let image = Image::open(Host.open(&self.path(), Access::Write).unwrap()).unwrap();
@@ -61,11 +61,10 @@ impl KilledImage {
 fn write(image: &Writable, block: u32, sector: u64) {
     image.reserve(block).unwrap();
     let at = u64::from(block) * BLOCK + sector;
-    assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has room");
+    assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has free slots");
 }
 
-/// Which of the first eight blocks have the sectors of `write(block, sector)`, in memory or, where nothing of them is
-/// there, in the file.
+/// The blocks, of the first eight, that have the sectors of `write(block, sector)`, in memory or in the file.
 fn marked(image: &Writable, sector: u32) -> Vec<u32> {
     let has = |block: &u32| {
         let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
@@ -80,7 +79,7 @@ fn marked(image: &Writable, sector: u32) -> Vec<u32> {
     (0..8).filter(has).collect()
 }
 
-/// Carries out so many operations of a commit, and then is killed; true where the commit ended before.
+/// Carries out `operations` operations of a commit, and then abandons it. Returns true if the commit ended before.
 fn commit(image: &Arc<Writable>, operations: usize) -> bool {
     let (mut commit, mut ops, mut left) = (Commit::new(image.clone(), SLOT_OF_FILE), Vec::<Op>::new(), operations);
     while commit.next(None, &mut ops).unwrap() == JobStep::Wait {
@@ -105,12 +104,12 @@ fn kinds() -> [ImageKind; 2] {
 }
 
 #[test]
-fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
+fn places_written_by_a_killed_commit_are_accounted_for_by_the_next_daemon() {
     for kind in kinds() {
         for (first, second) in (0..8).flat_map(|a| [0, 3, 5, 6].map(|b| (a, b))) {
             let rig = KilledImage::new(kind.clone());
             let image = rig.open();
-            assert!(commit(&image, 100), "what a predecessor may have left");
+            assert!(commit(&image, 100), "syncs data of a previous process");
             (0..3).for_each(|block| write(&image, block, 8));
             commit(&image, first);
             write(&image, 3, 8);
@@ -121,7 +120,7 @@ fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
             write(&image, 4, 16);
             commit(&image, second);
             drop(image);
-            // Once more: a sum that went wrong shows at the opening after the next commit.
+            // Once more: a wrong sum is detected when the image is opened after the next commit.
             let image = rig.open();
             assert!(marked(&image, 8).starts_with(&[0, 1, 2, 3, 4]), "{first} {second}");
             assert!(marked(&image, 16).contains(&4));
@@ -133,10 +132,10 @@ fn what_a_cut_commit_has_placed_is_settled_by_the_successor() {
     }
 }
 
-/// More blocks than slots between two commits, and a kill in the middle of the commit: entries in the table that no slot
-/// tells must not be taken for somebody else's.
+/// More blocks than slots between two commits, and a kill during the commit: BAT entries without a slot must not be taken for
+/// those of another writer.
 #[test]
-fn a_full_journal_is_still_believed_after_a_kill() {
+fn a_full_journal_is_replayed_after_a_kill() {
     let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
     let rig = KilledImage { folder, runtime };
     let block_size = BlockSize::from_bytes(4096).unwrap();
@@ -152,14 +151,14 @@ fn a_full_journal_is_still_believed_after_a_kill() {
         let at = u64::from(block) * 8;
         kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
-    assert_eq!(kept, JOURNAL_SLOTS, "the others owe a commit before they are answered");
-    // All bitmaps, and all sectors of the table but the last few.
+    assert_eq!(kept, JOURNAL_SLOTS, "the other writes need a commit before they are acknowledged");
+    // All bitmaps, and all sectors of the BAT but the last few.
     assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();
     assert!(
         (0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()),
-        "what was kept is there"
+        "journaled blocks have places"
     );
     assert!(commit(&image, usize::MAX));
     drop(image);

@@ -17,9 +17,11 @@ pub mod discard_session;
 pub mod durability;
 mod free_tail;
 pub mod growth;
+mod growth_error;
 mod growth_policy;
 pub mod job_step;
 pub mod journal;
+pub mod journal_layout;
 mod journal_replay;
 #[cfg(feature = "mutants")]
 mod mutants;

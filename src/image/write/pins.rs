@@ -1,13 +1,13 @@
-//! Granules that stay in memory while a request needs them.
+//! Pins: bitmap sectors that stay in memory while a request needs them.
 //!
-//! Without it a request that spans more granules than there is memory for would load one and lose another for ever. With
-//! it each load brings it closer: what was loaded for it stays until it has been planned, or marked.
+//! Without pins, a request that spans more bitmap sectors than the cache holds could evict one by loading another, for ever.
+//! With pins each load makes progress: a loaded bitmap sector stays until the request has been planned or marked.
 
 use std::sync::Arc;
 
 use super::writable::Writable;
 
-/// Granules that stay until this is dropped.
+/// Bitmap sectors that stay in memory until this is dropped.
 #[derive(Default)]
 pub struct Pins {
     image: Option<Arc<Writable>>,
@@ -15,25 +15,27 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Takes in what was read of a granule of `image` and holds it; where it is there already, that.
-    /// `read`: the sector, and what `Bitmaps::times_absent` said before it was read.
-    pub fn insert(&mut self, image: &Arc<Writable>, granule: usize, read: Option<(u32, &[u8])>) {
-        let bitmaps = image.bitmaps().expect("an image with granules");
+    /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. If it is in memory already,
+    /// only pins it.
+    ///
+    /// `read` contains the sector, and the result of `Bitmaps::eviction_count` from before the read.
+    pub fn insert(&mut self, image: &Arc<Writable>, index: usize, read: Option<(u32, &[u8])>) {
+        let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
         let pinned = match read {
-            Some((times, sector)) => bitmaps.insert(granule, times, sector),
-            None => bitmaps.pin(granule),
+            Some((evictions, sector)) => bitmaps.insert(index, evictions, sector),
+            None => bitmaps.pin(index),
         };
         if pinned {
-            self.bitmap_sectors.push(granule);
+            self.bitmap_sectors.push(index);
             self.image.get_or_insert_with(|| image.clone());
         }
     }
 
-    /// Holds nothing any more.
+    /// Unpins all bitmap sectors.
     pub fn release(&mut self) {
         if let Some(image) = self.image.take() {
-            let bitmaps = image.bitmaps().expect("an image with granules");
-            self.bitmap_sectors.drain(..).for_each(|granule| bitmaps.unpin(granule));
+            let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
+            self.bitmap_sectors.drain(..).for_each(|index| bitmaps.unpin(index));
         }
     }
 }

@@ -1,8 +1,7 @@
-//! Recovery at a writable open: what an unclean end left behind is put in order before anything is written.
+//! Recovery: prepares an image for writing after an unclean end (crash-safety 3.5).
 //!
-//! Crash-safety 3.5. Afterwards both footers are whole and equal, the places a killed predecessor gave are known, and the
-//! room between the last block and the footer is durably zero: stale bytes there would be taken for bitmaps of later
-//! blocks.
+//! Afterwards both footers are valid and equal, the blocks that a killed daemon placed have their places, and the free tail is
+//! durably zero. Stale bytes in the free tail would become bitmaps of new blocks.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -18,22 +17,26 @@ use crate::mutant::{self, Mutant};
 use crate::storage::next_data;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
-/// What images with a block table have besides.
+/// State of a writable image with a BAT.
 pub(in crate::image) struct WritableSparse {
     pub(super) bitmaps: Bitmaps,
     pub(super) block_size: BlockSize,
-    /// What the bits of a new block are.
+    /// The bitmap of a new block.
     pub(super) fresh: InitialBits,
     pub(in crate::image) free_tail: Mutex<FreeTail>,
 }
 
-/// Brings an image into the state that reserve and growth rely on: footers equal, the tail durably zero. `found`: blocks
-/// of a killed predecessor, whose places the file may not know yet. `stamped`: the sector before the footer is the stamp of a
-/// session that goes on.
+/// Recovers an image, and returns the state with which it can be written.
+///
+/// `replayed` are the journal slots of a killed daemon; the BAT entries of their blocks may not be in the file yet. `stamped`
+/// means that the sector before the footer is the stamp of a session that continues.
+///
+/// # Errors
+/// `Refused` if a journal slot has an impossible place; `Io`.
 pub(in crate::image) fn recover(
     image: &Image,
     block_size: BlockSize,
-    found: &[ReplaySlot],
+    replayed: &[ReplaySlot],
     stamped: bool,
 ) -> Result<WritableSparse> {
     let (table, file) = (image.bat().expect("not fixed"), image.file());
@@ -42,53 +45,55 @@ pub(in crate::image) fn recover(
     let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
     let stamp = u64::from(stamped);
     let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
-    if !found.is_empty() {
-        // An entry of a block behind the disk's end keeps no room.
+    if !replayed.is_empty() {
+        // The entry of a block beyond the end of the disk takes no space.
         let blocks = block_size.blocks_for(image.size() / SECTOR);
         places.extend(table.used().filter(|(block, _)| u64::from(*block) < blocks).map(|(_, place)| place));
     }
-    for f in found {
-        let block = bitmaps.block_of(f.bitmap_sector).0;
+    for slot in replayed {
+        let block = bitmaps.block_of(slot.bitmap_sector).0;
         if table.place(block).is_none() {
-            let end = u64::from(f.place) + u64::from(block_size.stride_sectors());
-            // Not always behind the last block of the file: a younger one may have been committed first.
+            let end = u64::from(slot.place) + u64::from(block_size.stride_sectors());
+            // Not always after the last block in the file, as a block that was placed later may have been committed first.
             let inside =
-                u64::from(f.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
-            if !inside || places.range(f.place.saturating_sub(reach)..=f.place.saturating_add(reach)).next().is_some() {
-                let what = format!("the live journal has block {block} at sector {}, where it cannot be", f.place);
+                u64::from(slot.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
+            if !inside
+                || places.range(slot.place.saturating_sub(reach)..=slot.place.saturating_add(reach)).next().is_some()
+            {
+                let what = format!("the live journal has an impossible place for block {block}: sector {}", slot.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
             }
             bitmaps.insert_fresh(block, fresh);
-            table.set(block, f.place);
+            table.set(block, slot.place);
             new_blocks.insert(block);
-            places.insert(f.place);
+            places.insert(slot.place);
             next = next.max(end);
         }
     }
     let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
-    // What is made zero ends before the stamp.
+    // The sectors that are made zero end before the stamp.
     let zeros = if mutant::enabled(Mutant::ScrubStamp) { end } else { end - stamp };
-    // The front copy first: while the trailing footer is missing it is the only one.
+    // The front copy first: if the trailing footer is missing, the front copy is the only valid footer.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
     if front != footer {
-        log::warn!("{}: the footer's copy at the start was not up to date; renewed", file.path().display());
+        log::warn!("{}: the copy of the footer at the start was out of date; rewritten", file.path().display());
         file.write_at(&footer, 0)?;
         file.sync()?;
     }
     if !image.has_whole_tail_footer() {
         log::info!(
-            "{}: the trailing footer was missing: the image was not closed cleanly; recovered",
+            "{}: the trailing footer was missing, as the image was not closed cleanly; rewritten",
             file.path().display()
         );
         file.write_at(&footer, end * SECTOR)?;
     }
-    // A killed predecessor may have left the trailing footer in the page cache alone, and the one that is durable in what
-    // is punched next: there must be one at every moment.
+    // After a kill, the trailing footer may be in the page cache only, and the durable footer in the range that is punched
+    // next. One footer must be durable at every moment.
     if (zeros > next && !mutant::enabled(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    // What holds no data reads as zeros already, and a full host may have no room for the change (btrfs).
+    // A range without data reads as zeros already, and a full file system may have no space for the change (btrfs).
     if zeros > next && !mutant::enabled(Mutant::NoScrub) {
         if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
             file.punch_hole(next * SECTOR, (zeros - next) * SECTOR)?;
@@ -100,9 +105,9 @@ pub(in crate::image) fn recover(
     clear_stale_claims(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
     let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
-    let room = FreeTail {
+    let free_tail = FreeTail {
         next,
-        // The sector before the footer is kept for a stamp.
+        // The sector before the footer is reserved for a stamp.
         end: if end > next { end - 1 } else { next },
         reserved: next,
         footer: end,
@@ -116,11 +121,11 @@ pub(in crate::image) fn recover(
         last_placed: u32::MAX,
         neighbor_run: 0,
     };
-    Ok(WritableSparse { bitmaps, block_size, fresh, free_tail: Mutex::new(room) })
+    Ok(WritableSparse { bitmaps, block_size, fresh, free_tail: Mutex::new(free_tail) })
 }
 
-/// Clears the bits of blocks that have no place: they would be believed as soon as the blocks get one. For a writable
-/// open, before the first block does.
+/// Clears the batmap bits of blocks without a place, before the first block gets one. XenServer would trust such a bit as soon
+/// as the block has a place.
 ///
 /// # Errors
 /// `Io`.
@@ -131,8 +136,8 @@ fn clear_stale_claims(image: &Image) -> Result<()> {
     if stale.is_empty() {
         return Ok(());
     }
-    log::warn!("{}: the batmap called {} absent blocks whole; mended", image.file().path().display(), stale.len());
-    // A wrong checksum stays wrong: other bits may be, too, and it keeps XenServer from believing them.
+    log::warn!("{}: the batmap marked {} absent blocks as full; cleared", image.file().path().display(), stale.len());
+    // A wrong checksum stays wrong: other bits may be wrong, too, and XenServer ignores a batmap with a wrong checksum.
     let sound = batmap.verify().is_ok();
     stale.into_iter().for_each(|block| batmap.clear(block));
     for (at, bytes) in batmap.encoded().iter().take(if sound { 2 } else { 1 }) {
@@ -154,21 +159,21 @@ mod tests {
     }
 
     #[test]
-    fn stale_bytes_behind_the_last_block_become_zeros() {
+    fn stale_bytes_after_the_last_block_become_zeros() {
         let host = host_with(child(), 1000);
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
         let place = image.reserve(0).unwrap();
         assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);
-        // The room of the next block, which a killed write has used and no pointer reaches.
+        // A killed write has written to the next block's space, to which no pointer refers.
         let next = u64::from(image.reserve(1).unwrap()) * SECTOR;
         image.file().write_at(&[0xFF; 4096], next).unwrap();
         drop(image);
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
         let again = u64::from(image.reserve(3).unwrap()) * SECTOR;
-        assert_eq!((image.image().bat().unwrap().place(0), again), (Some(place), next), "the same room");
+        assert_eq!((image.image().bat().unwrap().place(0), again), (Some(place), next), "the same place");
         let mut bytes = [1; 4096];
         image.file().read_at(&mut bytes, next).unwrap();
         assert_eq!(bytes, [0; 4096]);
@@ -176,22 +181,22 @@ mod tests {
     }
 
     #[test]
-    fn footers_are_made_whole() {
+    fn missing_footers_are_rewritten() {
         let host = host_with(child(), 1000);
         let (whole, _) = footers(&host);
         let len = file(&host).stat().unwrap().len;
-        // Cut off, as by a file system that lost the last page.
+        // The trailing footer is cut off, as by a file system that lost the last page.
         file(&host).set_len(len - SECTOR).unwrap();
         drop(open(&host).unwrap());
         assert_eq!((file(&host).stat().unwrap().len, footers(&host)), (len, (whole, whole)));
-        // A front copy that is no footer: the one at the end counts.
+        // The front copy is no footer: the trailing footer counts.
         file(&host).write_at(&[9; SECTOR_BYTES], 0).unwrap();
         drop(open(&host).unwrap());
         assert_eq!(footers(&host), (whole, whole));
     }
 
     #[test]
-    fn blocks_that_have_no_place_are_counted() {
+    fn blocks_without_a_place_are_counted() {
         let host = host_with(child(), 128 * 20);
         let image = open(&host).unwrap();
         image.set_allocation(crate::image::Allocation::Block);

@@ -1,4 +1,4 @@
-//! Carries out a job here and now, on an engine of its own: for tools, for opening and closing.
+//! Runs a job synchronously, on an engine of its own: for tools, and for opening and closing an image.
 
 use std::io;
 
@@ -6,13 +6,14 @@ use super::job_step::JobStep;
 use crate::error::{Error, Result};
 use crate::storage::{EngineKind, Env, File, FileSlot, Op};
 
-/// Operations under way at once.
+/// Operations in flight at once.
 const DEPTH: usize = 64;
 
-/// Asks `next` for steps and carries them out until it is done. `next` gets the first failure of the last step.
+/// Calls `next` for steps, and carries out their operations, until the job is finished. `next` receives the first failure
+/// among the operations of the previous step.
 ///
 /// # Errors
-/// What `next` fails with, or a host that gives no engine.
+/// Any error of `next`, and the errors of the engine.
 pub fn run_to_completion(
     env: &dyn Env,
     file: &File,

@@ -1,20 +1,22 @@
-//! A session: from the first write of a daemon until its clean end, image and live journal know each other.
+//! A session: from the first write of a daemon to its clean end, the image's stamp and the live journal name each other.
 //!
 //! ```text
-//!   begin     the journal is made, the stamp is written; only then a mark may be answered
-//!   renew     journal `next` = a new generation, the stamp with it, journal `now`: in each commit with new bits, when a
-//!             successor takes the journal in, and before the first mark of each second is answered
-//!   move_to   the stamp goes along when the footer moves: both are one write
-//!   end       all slots end by one store; the file is cut, and the stamp goes with it; then the journal is removed
+//!   begin       create the journal, write the stamp; no mark is acknowledged before
+//!   renew       announce a new generation in the journal, write it into the stamp, confirm it in the journal
+//!   move_stamp  write the stamp and the footer at the new end of the file, in one write
+//!   end         end all slots by one store; trim truncates the file, and with it the stamp; then the journal is removed
 //! ```
 //!
-//! A session begins with the first write, so a guest that only reads leaves no trace. The stamp takes the sector before the
-//! footer if there is room between the last block and the footer, else it is written together with a second footer behind the
-//! first. Stamp and footer are one write within one page: no kill comes between them. No sync is needed: a stamp counts only on
-//! the start of the host on which it was written.
+//! The generation is renewed by each commit with new bits, after a replay, and before the first mark of each second is
+//! acknowledged.
 //!
-//! All writes of the stamp are made under one lock and are plain calls: two under way at once could land in any order, and
-//! leave a generation that the journal does not have. They are one a second, one a commit and one a step of growth.
+//! A session begins with the first write, so a guest that only reads does not change the file. The stamp is in the sector
+//! before the footer. If a block ends there, the stamp is written together with a second footer after the first one. Stamp and
+//! footer are one write within one page, so a kill leaves both or neither. No sync is needed, as a stamp is valid only during
+//! the boot of the machine in which it was written.
+//!
+//! The stamp is written under a lock, and synchronously. Two writes in flight could be carried out in either order, and leave
+//! a generation that the journal does not have. There is one write per second, per commit and per step of growth.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -32,19 +34,19 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, Origin, RuntimeFolder};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Nothing was written yet.
+/// The session has not begun.
 const IDLE: u8 = 0;
-/// Marks go to the journal.
+/// The journal records marks.
 const OPEN: u8 = 1;
-/// The journal cannot be had: each write is committed before it is answered.
+/// There is no journal: each write is committed before it is acknowledged.
 const ABANDONED: u8 = 2;
 
-/// Bytes of a stamp and the footer behind it.
+/// Bytes of a stamp and the footer after it.
 pub(super) const PAIR_BYTES: usize = 2 * SECTOR_BYTES;
 
 /// The session of an image that is open for writing.
 pub(super) struct Session {
-    /// Where its journal may be made, in the order to try; the one that has it, once there is one.
+    /// The folders in which the journal may be created, in the order to try; after a replay, the folder that has it.
     folders: Vec<RuntimeFolder>,
     origin: Origin,
     file: File,
@@ -52,18 +54,18 @@ pub(super) struct Session {
     mode: AtomicU8,
     journal: OnceLock<Journal>,
     stamp: Mutex<Option<PlacedStamp>>,
-    /// The stamp of a session whose journal is made, and which could not be written yet.
+    /// The stamp of a session whose journal exists, but whose stamp could not be written yet.
     unwritten: Mutex<Option<SessionStamp>>,
-    /// The second in which the generation was renewed last.
+    /// The second of the clock in which the generation was last renewed.
     renewed_in_second: AtomicU64,
 }
 
 /// The stamp in the file.
 struct PlacedStamp {
     stamp: SessionStamp,
-    /// File sector.
+    /// File sector of the stamp.
     at: u64,
-    /// The generation that the stamp is about to get; kept until it is written for certain.
+    /// The announced generation, until the write of the stamp has succeeded.
     pending: Option<u64>,
 }
 
@@ -82,11 +84,14 @@ impl Session {
         }
     }
 
-    /// The session of an image: that of a killed predecessor, with what its journal holds, or one that is not begun.
+    /// Opens the session of a killed daemon and returns the valid slots of its journal, or creates a session that has not begun.
     ///
     /// # Errors
-    /// `Refused` if the image has a session whose journal cannot be taken in, or one of another machine; `Poisoned` if a sync of
-    /// the predecessor failed; `Busy` if a process has the journal open; `Io`.
+    /// - `Refused` if the session is of another machine, or if its journal is not found or does not fit;
+    /// - `Poisoned` if a sync of the killed daemon failed;
+    /// - `Busy` if a process has the journal open;
+    /// - `NoSpace` if a journal is `required` and there is no space for one;
+    /// - `Io`.
     pub(super) fn open_or_new(
         env: &dyn Env,
         folders: &[RuntimeFolder],
@@ -96,7 +101,7 @@ impl Session {
         let session = Session::new(folders.to_vec(), env.origin()?, image);
         let stamp = match SessionState::of(env, image)? {
             SessionState::Closed => {
-                // Told at the start, not at the first write.
+                // Checked now, so that the daemon fails at its start and not at the first write.
                 if let Some(folder) = folders.first().filter(|_| required) {
                     Journal::probe(folder)?;
                 }
@@ -106,7 +111,7 @@ impl Session {
             SessionState::Open(stamp) => stamp,
         };
         let name = journal_name(stamp.session);
-        let mut missing = live_session_error(&stamp, &session.origin, folders, image.file().path());
+        let mut error = live_session_error(&stamp, &session.origin, folders, image.file().path());
         let mut opened = None;
         for folder in folders {
             match Journal::open(folder, &name) {
@@ -117,40 +122,40 @@ impl Session {
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
                 Err(e) => {
                     let what = "its live journal cannot be used";
-                    missing = Error::new(e.kind(), what).at_path(image.file().path()).caused_by(e);
+                    error = Error::new(e.kind(), what).at_path(image.file().path()).caused_by(e);
                     break;
                 }
             }
         }
-        let Some((journal, folder)) = opened else { return Err(missing) };
+        let Some((journal, folder)) = opened else { return Err(error) };
         let session = Session { folders: vec![folder], ..session };
-        let found = journal.validate(image, &stamp)?;
+        let slots = journal.validate(image, &stamp)?;
         journal.record_file(image)?;
         let at = image.data_end() / SECTOR - 1;
         let _ = session.journal.set(journal);
         *session.stamp() = Some(PlacedStamp { stamp, at, pending: None });
         session.mode.store(OPEN, Ordering::Release);
-        Ok((session, found))
+        Ok((session, slots))
     }
 
-    /// The journal, if marks go to it.
+    /// The journal, if it records marks.
     #[inline]
     pub(super) fn journal(&self) -> Option<&Journal> {
         if self.mode.load(Ordering::Acquire) == OPEN { self.journal.get() } else { None }
     }
 
-    /// Its journal, also when marks do not go there any more.
+    /// The journal, even if it does not record marks any more.
     pub(super) fn any_journal(&self) -> Option<&Journal> {
         self.journal.get()
     }
 
-    /// Whether it is decided where marks go.
+    /// Whether the session has begun, or was abandoned.
     #[inline]
     pub(super) fn is_begun(&self) -> bool {
         self.mode.load(Ordering::Acquire) != IDLE
     }
 
-    /// Whether marks cannot go to a journal any more: each write is committed before it is answered.
+    /// Whether there is no journal any more, so that each write is committed before it is acknowledged.
     #[inline]
     pub(super) fn is_abandoned(&self) -> bool {
         self.mode.load(Ordering::Acquire) == ABANDONED
@@ -165,17 +170,17 @@ impl Session {
         self.stamp.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The folder of its journal, or the one in which it is to be made.
+    /// The folder of the journal, or the first one in which it may be created.
     pub(super) fn folder(&self) -> Option<&Path> {
         self.journal().map(Journal::folder).or_else(|| self.folders.first().map(RuntimeFolder::path))
     }
 
-    /// The door to clock and random bits; every folder has the same.
+    /// The source of time and random IDs; all folders have the same.
     fn runtime(&self) -> &RuntimeFolder {
         self.folders.first().expect("a session has a folder")
     }
 
-    /// Makes a journal in the first folder that takes one.
+    /// Creates a journal in the first folder in which that succeeds.
     fn create_journal(&self, session: Uuid, image: &Image) -> Result<Journal> {
         let mut made = Err(Error::new(ErrorKind::NotFound, "there is no runtime folder"));
         for folder in &self.folders {
@@ -187,7 +192,7 @@ impl Session {
         made
     }
 
-    /// Makes the journal of a new session, and the stamp that names it, which is not written yet.
+    /// Creates the journal of a new session, and returns its stamp, which is not written yet.
     fn create_journal_and_stamp(&self, image: &Image) -> Result<SessionStamp> {
         let session = self.runtime().random_id();
         let journal = self.create_journal(session, image)?;
@@ -208,34 +213,33 @@ impl Session {
         })
     }
 
-    /// Makes the journal of a new session and the stamp that names it, unless that was done before; `None`, for good, if that
-    /// cannot be had.
+    /// Returns the stamp of a new session whose journal exists, and creates the journal if necessary. If that fails, abandons
+    /// the session and returns `None`.
     pub(super) fn prepared_stamp(&self, image: &Image) -> Option<SessionStamp> {
         let made = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner).take();
         made.or_else(|| self.create_journal_and_stamp(image).inspect_err(|e| self.abandon(&e.line())).ok())
     }
 
-    /// Begins the session by writing its stamp at file sector `at`, with a footer behind it if there is one to write.
+    /// Begins the session: writes its stamp at file sector `at`, and `footer` in the sector after it.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: there is no session. If `again`, it may be tried again; if not, each write is committed before it is
-    /// answered.
+    /// `Io`, `NoSpace`: the session has not begun. If `may_retry`, the caller may try again; otherwise the session is abandoned.
     pub(super) fn begin(
         &self,
         stamp: SessionStamp,
         at: u64,
         footer: Option<&[u8; SECTOR_BYTES]>,
-        again: bool,
+        may_retry: bool,
     ) -> Result<()> {
         let mut placed = self.stamp();
         let written = if mutant::enabled(Mutant::LateStamp) { Ok(()) } else { self.write(&stamp, at, footer) };
         if let Err(e) = written {
-            if again {
+            if may_retry {
                 *self.unwritten.lock().unwrap_or_else(PoisonError::into_inner) = Some(stamp);
                 return Err(e);
             }
             self.abandon(&e.line());
-            // No stamp may name a journal that nobody keeps. It is not there, or nothing can be written there.
+            // The stamp must not name a journal that is removed. If this write fails, too, the stamp was not written either.
             if footer.is_none() {
                 let _ = self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR);
             }
@@ -248,23 +252,24 @@ impl Session {
         Ok(())
     }
 
-    /// From here on each write is committed before it is answered.
+    /// Abandons the journal: from now on each write is committed before it is acknowledged.
     fn abandon(&self, why: &str) {
         if self.mode.swap(ABANDONED, Ordering::AcqRel) != ABANDONED {
             let path = self.file.path().display();
-            log::warn!("{path}: no live journal: {why}; each write is made durable before it is answered");
+            log::warn!("{path}: no live journal: {why}; each write is made durable before it is acknowledged");
         }
     }
 
-    /// Whether the journal is still the file that it was; gives it up if not.
+    /// Checks that the journal's file was not truncated; if it was, abandons the journal and returns false.
     pub(super) fn check_journal(&self, journal: &Journal) -> bool {
         let lost = journal.is_lost();
         if lost {
-            self.abandon("its file was cut");
+            self.abandon("its file was cut off");
         }
         !lost
     }
 
+    /// Writes the stamp at file sector `at`, and the footer after it, in one write.
     fn write(&self, stamp: &SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
         let mut pair = [0; PAIR_BYTES];
         pair[..SECTOR_BYTES].copy_from_slice(&stamp.encode(self.uuid));
@@ -277,14 +282,15 @@ impl Session {
         self.file.write_at(&pair, at * SECTOR)
     }
 
+    /// A random generation.
     fn new_generation(&self, last: u64) -> u64 {
         if mutant::enabled(Mutant::CountedGeneration) { last + 1 } else { self.runtime().random_id().as_u64_pair().0 }
     }
 
-    /// Gives the stamp a new generation: an older copy of the image fits the journal no longer.
+    /// Gives the stamp a new generation. Afterwards the journal does not fit older copies of the image.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: which generation the file has is unknown, and the journal fits both.
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     pub(super) fn renew(&self) -> Result<()> {
         let mut placed = self.stamp();
         let (Some(placed), Some(journal)) = (placed.as_mut(), self.journal()) else { return Ok(()) };
@@ -298,10 +304,10 @@ impl Session {
         Ok(())
     }
 
-    /// Renews the generation if that was not done in this second yet.
+    /// Renews the generation once per second.
     ///
     /// # Errors
-    /// As for [`Session::renew`].
+    /// Those of [`Session::renew`].
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
         let (now, last) = (self.runtime().coarse_seconds(), self.renewed_in_second.load(Ordering::Relaxed));
@@ -316,10 +322,10 @@ impl Session {
         self.renew().inspect_err(|_| self.renewed_in_second.store(last, Ordering::Relaxed))
     }
 
-    /// Gives the stamp a new generation after a journal was taken in, before anything is served.
+    /// Renews the generation after a replay, before the first request.
     ///
     /// # Errors
-    /// As for [`Session::renew`].
+    /// Those of [`Session::renew`].
     pub(super) fn renew_after_replay(&self, image: &Image) -> Result<()> {
         if !self.is_stamped() {
             return Ok(());
@@ -331,11 +337,11 @@ impl Session {
         if mutant::enabled(Mutant::NoTakeoverGeneration) { Ok(()) } else { self.renew() }
     }
 
-    /// Writes stamp and footer at a new end of the file, file sectors `at` and the one behind it. A session that has not begun
-    /// begins with it.
+    /// Writes the stamp at file sector `at`, and the footer after it, as the new end of the file. Begins the session if it has not
+    /// begun.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: the stamp that counts is where it was.
+    /// `Io`, `NoSpace`: the old stamp is still the valid one.
     pub(super) fn move_stamp(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
         if let Some(stamp) = (!self.is_begun()).then(|| self.prepared_stamp(image)).flatten() {
             return self.begin(stamp, at, Some(footer), true);
@@ -351,14 +357,14 @@ impl Session {
         Ok(())
     }
 
-    /// Ends all slots: the image is committed, and is going to be cut.
+    /// Ends all slots of the journal. The caller has committed the image, and trims it next.
     pub(super) fn end(&self) {
         if let Some(journal) = self.journal().filter(|_| !mutant::enabled(Mutant::SlotsNotEnded)) {
             journal.end_all_slots();
         }
     }
 
-    /// Wipes the stamp durably: a full host has room for that, as the sector was written.
+    /// Overwrites the stamp with zeros, durably. That needs no space, as the sector is allocated.
     ///
     /// # Errors
     /// `Io`.
@@ -371,10 +377,10 @@ impl Session {
         Ok(())
     }
 
-    /// Takes a stamp and a journal of a new session instead of the predecessor's: a mistake.
+    /// Mutant `NewSessionOnTakeover`: replaces the replayed journal and its stamp by those of a new session.
     #[cfg(feature = "mutants")]
     pub(super) fn mutate_session(&self, image: &Image) {
-        let old = self.journal.get().expect("it was taken in");
+        let old = self.journal.get().expect("it was replayed");
         let _ = old.remove();
         if let Some(placed) = self.stamp().as_mut() {
             placed.stamp.session = self.runtime().random_id();
@@ -384,7 +390,7 @@ impl Session {
     }
 }
 
-/// Writes a footer behind a sector of zeros, where a stamp may come.
+/// Writes a sector of zeros, where a stamp may be written later, and the footer after it.
 pub(super) fn write_zeros_and_footer(file: &File, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let mut pair = [0; PAIR_BYTES];
     pair[SECTOR_BYTES..].copy_from_slice(footer);

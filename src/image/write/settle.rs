@@ -1,4 +1,4 @@
-//! Settling: what a killed daemon acknowledged becomes part of the file, without a guest.
+//! Settling: replays and commits the live journal of a killed daemon, without a guest.
 
 use std::sync::Arc;
 
@@ -10,12 +10,16 @@ use crate::error::Result;
 use crate::image::open::Image;
 use crate::storage::{Env, File, FileSlot, RuntimeFolder};
 
-/// Takes in the live journal of the image in `file`, which is locked exclusively, commits it, and ends the session as a daemon
-/// does that stops. False if the image has no stamp: then nothing was done.
+/// Replays the live journal of the image in `file`, commits it, and ends the session as a daemon does when it stops. The caller
+/// has locked `file` exclusively.
+///
+/// Returns false, without a change, if the image has no stamp.
 ///
 /// # Errors
-/// `Refused` if the journal is in none of `folders` or does not fit; `Poisoned` if a sync of the killed daemon failed; `Busy` if a
-/// process has the journal open; `NoSpace`, `Io`: the session goes on, and settling it again is safe.
+/// - `Refused` if none of `folders` has the journal, or if the journal does not fit the image;
+/// - `Poisoned` if a sync of the killed daemon failed;
+/// - `Busy` if a process has the journal open;
+/// - `NoSpace`, `Io`: the session continues, and settling it again is safe.
 pub fn settle(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<bool> {
     let image = Image::open(file.clone())?;
     if image.stamp()?.is_none() {

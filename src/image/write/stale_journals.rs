@@ -1,9 +1,12 @@
-//! Journals that no stamp names: what is left in the runtime folder when a daemon is killed at its beginning or its end, when
-//! an image is replaced, or when its session is discarded.
+//! Removal of stale journals: journals in the runtime folder that no image's stamp names.
 //!
-//! A sweep removes a journal if nothing in it counts, no process has it open, and the file for which it was last held is still
-//! there and does not name it. A journal with marks stays, with a warning: the image that it belongs to may come back. So does
-//! one whose file is not where it was: that file may have been moved, and name it still.
+//! A journal is left behind if a daemon is killed at the beginning or the end of a session, if an image is replaced, or if
+//! its session is discarded. It is removed if all of these hold:
+//!
+//! - it has no valid slots: a journal with marks stays, with a warning, as its image may come back;
+//! - no process has it open;
+//! - the file that it was last held for is still at its path, and its stamp does not name the journal. If the file is not
+//!   there, it may have been moved, and its stamp may still name the journal.
 
 use super::journal::Journal;
 use crate::error::{ErrorKind, Result};
@@ -12,7 +15,7 @@ use crate::image::session_state::journal_name;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, RuntimeFolder};
 
-/// Sweeps a runtime folder: at the start of a daemon.
+/// Removes the stale journals in a runtime folder. A daemon calls this when it starts.
 ///
 /// # Errors
 /// `Io`.
@@ -20,10 +23,10 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
     for name in runtime.list()?.iter().filter(|name| name.ends_with(".live")) {
         let journal = match Journal::open(runtime, name) {
             Ok(journal) => journal,
-            // In use, or gone meanwhile.
+            // In use, or removed meanwhile.
             Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::NotFound) => continue,
             Err(e) => {
-                log::warn!("not a live journal: {}", e.line());
+                log::warn!("this file is not a live journal: {}", e.line());
                 continue;
             }
         };
@@ -32,8 +35,8 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
             (Some(false), false) => journal.remove()?,
             (_, true) if mutant::enabled(Mutant::StaleJournalRemoved) => journal.remove()?,
             (_, true) => log::warn!(
-                "{}: holds what was acknowledged for {}, which does not name it (any more). It stays until it is removed, or \
-                 until the host is restarted",
+                "{}: holds what was acknowledged for {}, whose stamp does not name this journal. The journal stays until you \
+                 remove it, or until this machine restarts",
                 journal.path().display(),
                 journal.recorded_file().1.map_or("an unknown file".into(), |path| path.display().to_string())
             ),
@@ -42,7 +45,7 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
     Ok(())
 }
 
-/// Whether the file for which a journal was last held names it in its stamp; `None` if that file is not found.
+/// Whether the stamp of the file that the journal was last held for names the journal. `None` if that file is not at its path.
 fn is_named_by_its_file(env: &dyn Env, journal: &Journal, name: &str) -> Option<bool> {
     let (id, path) = journal.recorded_file();
     let file = env.open(&path?, Access::Read).ok()?;

@@ -1,9 +1,10 @@
-//! The one image of a chain that takes writes: reserve, mark, and what commits and growth need of it.
+//! A writable image: places for new blocks, and marks for written sectors.
 //!
-//! The life of a write: [`Writable::reserve`] gives the block a place (in memory), the data goes there,
-//! [`Writable::mark`] makes its sectors visible to reads of this process, and a [`Commit`](crate::image::Commit) tells the file.
+//! Steps of a write: [`Writable::reserve`] gives the block a place, in memory. The caller writes the data there.
+//! [`Writable::mark`] makes the sectors visible to reads of this process. A [`Commit`](crate::image::Commit) writes the marks and
+//! the BAT entries to the file.
 //!
-//! Does not order durable writes (`commit.rs`), nor make room (`growth.rs`), nor look at parents.
+//! Not here: the order of durable writes (`commit.rs`), the growth of the file (`growth.rs`), and parents (`chain`).
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,8 @@ use super::bitmap::bitmaps::{Bitmaps, NewBits};
 use super::bitmap::frame::{FrameState, LockedFrame};
 use super::durability::{Durability, DurabilityState};
 use super::free_tail::{FreeTail, stamp_sector_from};
-use super::journal::{JOURNAL_SLOTS, Journal};
+use super::journal::Journal;
+use super::journal_layout::JOURNAL_SLOTS;
 use super::journal_replay::ReplaySlot;
 use super::recover::{WritableSparse, recover};
 use super::session::Session;
@@ -26,185 +28,192 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
-/// Dirty granules that are never too many: as many as the journal has slots.
+/// Number of dirty bitmap sectors up to which no commit is due: the journal has as many slots.
 const MIN_DIRTY_LIMIT: usize = JOURNAL_SLOTS as usize;
 
 /// An image open for writing, shared by all queues of its disk.
 pub struct Writable {
     image: Image,
     pub(super) sparse: Option<WritableSparse>,
-    /// Data or punches completed that no sync covers yet. Set at open: what a predecessor left in the page cache counts.
+    /// Whether writes or punches have completed since the last sync. True at first, as the previous process may have left data in
+    /// the page cache.
     pub(super) unsynced: AtomicBool,
-    /// Granules that say more than the file does.
+    /// Bitmap sectors with bits that are not in the file.
     dirty: Mutex<Vec<usize>>,
     poison: OnceLock<String>,
     pub(super) durability: DurabilityState,
-    /// The journal is running full, or memory with what is dirty: a commit should begin.
-    commit_due: AtomicBool,
-    /// What its file system promises about room, and how new blocks take it.
-    pub(super) room_rule: AllocationMode,
+    /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty.
+    pub(super) commit_due: AtomicBool,
+    /// Guarantees of the file system on space.
+    pub(super) allocation_mode: AllocationMode,
+    /// Allocation of new blocks; set once.
     pub(super) allocation: OnceLock<Allocation>,
-    /// The time of the file when it was opened, and whether the disk's contents may have changed since.
+    /// Modification time of the file when it was opened.
     pub(super) mtime_at_open: SavedMtime,
+    /// Whether the contents of the disk may have changed since.
     pub(super) content_changed: AtomicBool,
 }
 
-/// There is no prepared room for the block: the write waits for growth.
+/// The free tail has no space for another block: the write waits for a step of growth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NeedsGrowth;
 
 impl Writable {
-    /// Makes an opened image writable that is locked already, and recovers what an unclean end left behind.
+    /// Makes an opened image writable, and recovers it after an unclean end. The caller has locked the file.
     ///
-    /// Recovery (crash-safety 3.5): what a killed predecessor's live journal says is taken in; the trailing footer is
-    /// written where it is missing; and everything between the last block and the footer is made durably zero, as stale
-    /// bytes there would be taken for bitmaps of later blocks.
+    /// Recovery (crash-safety 3.5) replays the live journal of a killed daemon, writes the trailing footer if it is missing, and
+    /// makes the free tail durably zero. Stale bytes there would become bitmaps of new blocks.
     ///
     /// # Errors
-    /// `Refused` where its own bytes forbid writing (hidden, saved state, footers that disagree) or where a live journal
-    /// does not fit it; `Poisoned` where a predecessor's sync failed; `Io`.
-    pub fn new(env: &dyn Env, image: Image, keep: &Durability) -> Result<Writable> {
+    /// - `Refused` if the image must not be written (hidden, saved state, footers that differ), or if its journal is not found or
+    ///   does not fit;
+    /// - `Poisoned` if a sync of the killed daemon failed;
+    /// - `Busy` if a process has the journal open;
+    /// - `NoSpace`, `Io`.
+    pub fn new(env: &dyn Env, image: Image, durability: &Durability) -> Result<Writable> {
         image.check_writable()?;
-        let opened = SavedMtime::save(image.file())?;
-        let (keep, found) = DurabilityState::begin(env, &image, keep)?;
-        let stamped = matches!(&keep, DurabilityState::Session(session) if session.is_stamped());
+        let mtime_at_open = SavedMtime::save(image.file())?;
+        let (durability, replayed) = DurabilityState::begin(env, &image, durability)?;
+        let stamped = matches!(&durability, DurabilityState::Session(session) if session.is_stamped());
         let sparse = match image.block_size() {
             None => None,
-            Some(block_size) => Some(recover(&image, block_size, &found, stamped)?),
+            Some(block_size) => Some(recover(&image, block_size, &replayed, stamped)?),
         };
-        opened.restore_at_open()?;
-        let (unsynced, due) = (AtomicBool::new(!mutant::enabled(Mutant::CleanAtOpen)), AtomicBool::new(false));
-        let (dirty, poison, changed) = (Mutex::default(), OnceLock::new(), AtomicBool::new(!found.is_empty()));
-        let (room_rule, allocation) = (image.file().allocation_mode(), OnceLock::new());
+        mtime_at_open.restore_at_open()?;
         let image = Writable {
+            allocation_mode: image.file().allocation_mode(),
             image,
             sparse,
-            unsynced,
-            dirty,
-            poison,
-            durability: keep,
-            commit_due: due,
-            room_rule,
-            allocation,
-            mtime_at_open: opened,
-            content_changed: changed,
+            unsynced: AtomicBool::new(!mutant::enabled(Mutant::CleanAtOpen)),
+            dirty: Mutex::default(),
+            poison: OnceLock::new(),
+            durability,
+            commit_due: AtomicBool::new(false),
+            allocation: OnceLock::new(),
+            mtime_at_open,
+            content_changed: AtomicBool::new(!replayed.is_empty()),
         };
         if let Some(session) = image.session() {
             session.renew_after_replay(image.image())?;
         }
-        image.replay(&found);
+        image.replay(&replayed);
         Ok(image)
     }
 
-    /// Takes in the marks of a killed predecessor; the places of their blocks are known already.
-    fn replay(&self, found: &[ReplaySlot]) {
+    /// Applies the slots of a killed daemon's journal to the bitmaps. Recovery has given their blocks places.
+    fn replay(&self, slots: &[ReplaySlot]) {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return };
-        for f in found {
-            let mut granule = sparse.bitmaps.replay(f.bitmap_sector, &f.words);
-            // Of two slots for one granule the first goes on, with the bits of both; the commit frees the other.
-            journal.add_bits(*granule.state.journal_slot.get_or_insert(f.slot), &f.words);
-            self.note_dirty(f.bitmap_sector, &mut granule.state);
+        for slot in slots {
+            let mut frame = sparse.bitmaps.replay(slot.bitmap_sector, &slot.words);
+            // If a bitmap sector has two slots, the first one gets the bits of both. The next commit ends the other.
+            journal.add_bits(*frame.state.journal_slot.get_or_insert(slot.slot), &slot.words);
+            self.note_dirty(slot.bitmap_sector, &mut frame.state);
         }
-        if !found.is_empty() {
-            log::info!("{}: {} marks of a killed predecessor taken in", self.path().display(), found.len());
+        if !slots.is_empty() {
+            log::info!("{}: replayed {} journal slots of a killed daemon", self.path().display(), slots.len());
         }
     }
 
-    /// What it is.
+    /// The image as it was opened.
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// Its file.
+    /// The file of the image.
     pub fn file(&self) -> &File {
         self.image.file()
     }
 
-    /// The path of its file.
+    /// The path of the image.
     pub fn path(&self) -> &Path {
         self.image.file().path()
     }
 
-    /// The bitmaps; `None` for a fixed image, which is present everywhere.
+    /// The bitmaps; `None` for a fixed image, in which all sectors are present.
     #[inline]
     pub fn bitmaps(&self) -> Option<&Bitmaps> {
         self.sparse.as_ref().map(|s| &s.bitmaps)
     }
 
-    /// The place of a block, a new one if it has none: a file sector, where its bitmap begins. Never waits and makes no
-    /// system call; safe to repeat.
+    /// Returns the place of a block, and gives it one if it has none: the file sector at which its bitmap begins.
+    ///
+    /// Does not wait for I/O; only the first block of a session writes the stamp. Repeated calls return the same place.
     ///
     /// # Errors
-    /// [`NeedsGrowth`] where the prepared tail is used up.
+    /// [`NeedsGrowth`] if the free tail has no space for the block.
     pub fn reserve(&self, block: u32) -> Result<u32, NeedsGrowth> {
-        let table = self.image.bat().expect("only images with a table reserve");
+        let table = self.image.bat().expect("a fixed image reserves no blocks");
         if let Some(place) = table.place(block) {
             return Ok(place);
         }
         let sparse = self.sparse();
-        let mut room = lock(&sparse.free_tail);
+        let mut tail = lock(&sparse.free_tail);
         if let Some(place) = table.place(block) {
-            return Ok(place); // another queue was faster
+            return Ok(place); // by another queue, meanwhile
         }
-        let place = layout::next_place(room.next, sparse.block_size, room.unplaced).map_err(|_| NeedsGrowth)?;
+        let place = layout::next_place(tail.next, sparse.block_size, tail.unplaced).map_err(|_| NeedsGrowth)?;
         let end = u64::from(place) + u64::from(sparse.block_size.stride_sectors());
-        if end > room.usable_end() {
+        if end > tail.usable_end() {
             return Err(NeedsGrowth);
         }
-        self.begin_session(&mut room);
+        self.begin_session(&mut tail);
         sparse.bitmaps.insert_fresh(block, sparse.fresh);
         if let Some(journal) = self.journal() {
-            // Not needed for safety (marks bring the place along), but a block that is known after a kill is no leak, and an
-            // entry that a killed commit leaves in the table is accounted for.
-            let granule = sparse.bitmaps.first_sector_of(block);
-            let mut made = sparse.bitmaps.lock_resident(granule);
-            made.state.journal_slot = journal.claim_slot(granule, block, place, true, made.words());
-            drop(made);
+            // Not needed for safety, as a mark records the place, too. But after a kill the space of the block is not lost, and an
+            // entry that a killed commit has written to the BAT is accounted for.
+            let index = sparse.bitmaps.first_sector_of(block);
+            let mut frame = sparse.bitmaps.lock_resident(index);
+            frame.state.journal_slot = journal.claim_slot(index, block, place, true, frame.words());
+            drop(frame);
             self.note_commit_due(journal);
         }
-        room.note_placed(block, end);
+        tail.note_placed(block, end);
         table.set(block, place);
         Ok(place)
     }
 
-    /// Says that the data of a range is in its final place: from here on reads find it, and the next commit makes it
-    /// durable. Blocks of the range have places.
+    /// Marks the sectors of a range as present, after their data was written. From now on reads find the data, and the next
+    /// commit makes it durable. The blocks of the range have places.
     ///
-    /// False where only a commit makes it outlive this process: the write must not be answered before.
+    /// Returns false if the marks would be lost with this process: the write must not be acknowledged before a commit.
     ///
     /// # Errors
-    /// The granules that were not in memory. All others are marked; load these, and mark the whole range again.
-    #[must_use = "a write that is answered must outlive the process"]
+    /// The bitmap sectors that are not in memory; all others are marked. The caller loads them, and marks the whole range again.
+    #[must_use = "an acknowledged write must survive this process"]
     pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
-        let (mut kept, mut news_kept, mut absent) = (true, false, Vec::new());
+        let (mut is_kept, mut has_new_bits, mut absent) = (true, false, Vec::new());
         if let Some(sparse) = &self.sparse {
             self.ensure_session();
             for (_, part) in sparse.block_size.split_at_blocks(range) {
-                sparse.bitmaps.mark(part, &mut absent, |index, granule, news| {
-                    let keeps = self.make_bits_durable(index, granule, &news);
-                    granule.state.not_journaled = !keeps;
-                    (kept, news_kept) = (kept & keeps, true);
-                    // A slot in use belongs to a dirty granule.
-                    if news.is_newer || granule.state.journal_slot.is_some() {
-                        self.note_dirty(index, &mut granule.state);
+                sparse.bitmaps.mark(part, &mut absent, |index, frame, bits| {
+                    let are_bits_kept = self.make_bits_durable(index, frame, &bits);
+                    frame.state.not_journaled = !are_bits_kept;
+                    (is_kept, has_new_bits) = (is_kept & are_bits_kept, true);
+                    // A bitmap sector with a journal slot is dirty, so that a commit ends the slot.
+                    if bits.is_newer || frame.state.journal_slot.is_some() {
+                        self.note_dirty(index, &mut frame.state);
                     }
                 });
             }
         }
         self.note_unsynced();
-        if news_kept && let Some(Err(e)) = self.session().map(Session::renew_each_second) {
-            log::warn!("{}: a commit has to do what the live journal cannot: {}", self.path().display(), e.line());
-            kept = false;
+        if has_new_bits && let Some(Err(e)) = self.session().map(Session::renew_each_second) {
+            log::warn!(
+                "{}: a write is committed before it is acknowledged, as the stamp could not be renewed: {}",
+                self.path().display(),
+                e.line()
+            );
+            is_kept = false;
         }
         #[cfg(feature = "mutants")]
         self.mutate_metadata();
-        if absent.is_empty() { Ok(kept) } else { Err(absent) }
+        if absent.is_empty() { Ok(is_kept) } else { Err(absent) }
     }
 
-    /// Notes that the disk's contents are going to change.
+    /// Records that the contents of the disk are about to change.
     #[inline]
     pub fn note_content_change(&self) {
-        // Mostly set already: a look is cheaper than a store to a line that all queues share.
+        // Usually set already, and a load is cheaper than a store to a cache line that all queues share.
         if !self.content_changed.load(Ordering::Relaxed) {
             self.content_changed.store(true, Ordering::Relaxed);
         }
@@ -217,45 +226,44 @@ impl Writable {
         }
     }
 
-    /// The journal, if marks go to it.
+    /// The live journal, if it records marks.
     #[inline]
     pub(super) fn journal(&self) -> Option<&Journal> {
         self.session()?.journal()
     }
 
-    /// Begins the session if it has not begun; `room` is that of the image.
+    /// Begins the session if it has not begun. `tail` is the free tail of this image.
     ///
-    /// The stamp goes into the gap before the footer. If there is none, stamp and footer go behind the footer, which stays
-    /// where it is until the next step of growth wipes it, or the end of the session.
-    pub(super) fn begin_session(&self, room: &mut FreeTail) {
+    /// The stamp is written to the sector before the footer. If a block ends there, the stamp and a second footer are written
+    /// after the footer, which stays until the next step of growth overwrites it, or until the file is trimmed.
+    pub(super) fn begin_session(&self, tail: &mut FreeTail) {
         let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
         let Some(stamp) = session.prepared_stamp(self.image()) else { return };
-        let old = room.footer;
-        if old > room.next {
-            // A failure is told by `begin`.
+        let old = tail.footer;
+        if old > tail.next {
+            // `begin` logs a failure, and abandons the journal.
             let _ = session.begin(stamp, old - 1, None, false);
             return self.record_poison_in_journal();
         }
         let at = stamp_sector_from(old + 2, old);
         match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
             Ok(()) => {
-                room.stale.push(old);
-                room.footer = at + 1;
+                tail.stale.push(old);
+                tail.footer = at + 1;
             }
             Err(_) => self.truncate_after_footer(old),
         }
         self.record_poison_in_journal();
     }
 
-    /// Notes in the journal of a session that has just begun that the image was poisoned meanwhile: there was no journal to note
-    /// it in.
+    /// Records in the journal of a session that has just begun that the image was poisoned before.
     fn record_poison_in_journal(&self) {
         if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
             journal.poison(&e.line());
         }
     }
 
-    /// Begins the session, if it has not begun, before something is marked.
+    /// Begins the session if it has not begun. Called before sectors are marked.
     #[inline]
     pub(super) fn ensure_session(&self) {
         if self.session().is_some_and(|session| !session.is_begun()) {
@@ -263,8 +271,8 @@ impl Writable {
         }
     }
 
-    /// Puts new bits of a granule where they outlive the process; false where a commit has to.
-    pub(super) fn make_bits_durable(&self, index: usize, granule: &mut LockedFrame<'_>, news: &NewBits) -> bool {
+    /// Records new bits of a bitmap sector such that they survive this process. Returns false if only a commit can do that.
+    pub(super) fn make_bits_durable(&self, index: usize, frame: &mut LockedFrame<'_>, bits: &NewBits) -> bool {
         let session = match &self.durability {
             DurabilityState::FlushOnly => return true,
             DurabilityState::Commit => return false,
@@ -272,23 +280,17 @@ impl Writable {
             DurabilityState::Session(session) => session,
         };
         let Some(journal) = session.journal() else { return false };
-        if granule.state.journal_slot.is_none() {
+        if frame.state.journal_slot.is_none() {
             let (block, place, _) = self.bitmap_sector_place(index);
-            granule.state.journal_slot =
-                journal.claim_slot(index, block, place, granule.state.unplaced, granule.words());
+            frame.state.journal_slot = journal.claim_slot(index, block, place, frame.state.unplaced, frame.words());
             self.note_commit_due(journal);
         }
-        let Some(slot) = granule.state.journal_slot else { return false };
-        journal.set_bits(slot, news.bit, news.count);
+        let Some(slot) = frame.state.journal_slot else { return false };
+        journal.set_bits(slot, bits.bit, bits.count);
         session.check_journal(journal)
     }
 
-    /// The folder of its live journal, or in which it will be; `None` if it has none.
-    pub fn journal_folder(&self) -> Option<&Path> {
-        self.session().and_then(Session::folder)
-    }
-
-    /// Cuts the file behind the footer at a sector, after a longer end could not be written.
+    /// Truncates the file after the footer at a file sector, after a new end could not be written.
     fn truncate_after_footer(&self, footer: u64) {
         if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
             self.poison(&format!("the end of the file is unknown ({})", e.line()));
@@ -301,31 +303,23 @@ impl Writable {
         }
     }
 
-    /// Whether the journal is running full, or memory with what is dirty, and no commit has begun since: true once.
-    #[inline]
-    pub fn take_commit_due(&self) -> bool {
-        self.commit_due.load(Ordering::Relaxed) && self.commit_due.swap(false, Ordering::Relaxed)
-    }
-
-    /// Whether a commit would have anything to do.
-    pub fn is_dirty(&self) -> bool {
-        self.unsynced.load(Ordering::SeqCst) || !self.dirty().is_empty()
-    }
-
-    /// Says that bytes changed that no bit speaks for (a punch in present sectors).
+    /// Records that data has changed that needs a sync, although no bit changes: an overwrite, or a punch in present sectors.
     pub fn note_unsynced(&self) {
-        // Mostly set already: a look is cheaper than a store to a line that all queues share.
+        // Usually set already, and a load is cheaper than a store to a cache line that all queues share.
         if !self.unsynced.load(Ordering::SeqCst) {
             self.unsynced.store(true, Ordering::SeqCst);
         }
     }
 
-    /// Refuses further writes until the image is opened anew. The first reason stays.
+    /// Refuses all further writes until the image is opened again. The first reason is kept.
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
-            log::error!("{}: {why}; writes are refused until it is opened and checked", self.path().display());
-            if let Some(Ok(mut room)) = self.sparse.as_ref().map(|sparse| sparse.free_tail.try_lock()) {
-                self.begin_session(&mut room);
+            log::error!(
+                "{}: {why}; writes are refused until the image is opened again. Check it first",
+                self.path().display()
+            );
+            if let Some(Ok(mut tail)) = self.sparse.as_ref().map(|sparse| sparse.free_tail.try_lock()) {
+                self.begin_session(&mut tail);
             }
             if let Some(journal) = self.session().and_then(Session::any_journal) {
                 journal.poison(why);
@@ -333,12 +327,14 @@ impl Writable {
         }
     }
 
-    /// Whether it was poisoned.
+    /// Whether the image is poisoned.
     #[inline]
     pub fn is_poisoned(&self) -> bool {
         self.poison.get().is_some()
     }
 
+    /// Fails if the image is poisoned.
+    ///
     /// # Errors
     /// `Poisoned`, with the first reason.
     pub fn check_poison(&self) -> Result<()> {
@@ -348,39 +344,42 @@ impl Writable {
         }
     }
 
-    /// The footer as it stands at both ends.
+    /// The footer as it is at both ends of the file.
     pub fn footer_bytes(&self) -> [u8; SECTOR_BYTES] {
         self.image.footer().encode()
     }
 
+    /// Locks the free tail.
     pub(super) fn free_tail(&self) -> MutexGuard<'_, FreeTail> {
         lock(&self.sparse().free_tail)
     }
 
+    /// Locks the list of dirty bitmap sectors.
     pub(super) fn dirty(&self) -> MutexGuard<'_, Vec<usize>> {
         lock(&self.dirty)
     }
 
-    /// Notes a granule as dirty.
-    pub(super) fn note_dirty(&self, granule: usize, known: &mut FrameState) {
-        if !std::mem::replace(&mut known.dirty, true) {
+    /// Records a bitmap sector as dirty. The caller holds the lock of its frame.
+    pub(super) fn note_dirty(&self, index: usize, state: &mut FrameState) {
+        if !std::mem::replace(&mut state.dirty, true) {
             let mut dirty = self.dirty();
-            dirty.push(granule);
+            dirty.push(index);
             if dirty.len() >= (self.sparse().bitmaps.max_frames() / 2).max(MIN_DIRTY_LIMIT) {
                 self.commit_due.store(true, Ordering::Relaxed);
             }
         }
     }
 
-    /// Where in the file a granule's sector is, in bytes. Its block has a place.
-    pub fn bitmap_sector_offset(&self, granule: usize) -> u64 {
-        self.bitmap_sector_place(granule).2
+    /// Byte offset of a bitmap sector in the file. Its block has a place.
+    pub fn bitmap_sector_offset(&self, index: usize) -> u64 {
+        self.bitmap_sector_place(index).2
     }
 
-    /// The block of a granule, the block's place, and the byte offset of the granule's sector.
-    pub(super) fn bitmap_sector_place(&self, granule: usize) -> (u32, u32, u64) {
-        let (block, sector) = self.sparse().bitmaps.block_of(granule);
-        let place = self.image.bat().and_then(|t| t.place(block)).expect("a dirty granule's block has a place");
+    /// The block of a bitmap sector, the place of the block, and the byte offset of the bitmap sector in the file.
+    pub(super) fn bitmap_sector_place(&self, index: usize) -> (u32, u32, u64) {
+        let (block, sector) = self.sparse().bitmaps.block_of(index);
+        let place =
+            self.image.bat().and_then(|t| t.place(block)).expect("the block of a bitmap sector in use has a place");
         (block, place, (u64::from(place) + u64::from(sector)) * SECTOR)
     }
 

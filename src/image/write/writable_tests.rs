@@ -11,28 +11,28 @@ use crate::storage::sim::SimHost;
 use crate::units::BlockSize;
 
 #[test]
-fn places_are_distinct_and_end_with_the_room() {
+fn places_are_distinct_and_end_with_the_free_tail() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
-    assert_eq!(image.reserve(0), Err(NeedsGrowth), "nothing is prepared yet");
+    assert_eq!(image.reserve(0), Err(NeedsGrowth), "the free tail is empty");
     grow(&host, &image).unwrap();
     let mut places = Vec::new();
     for block in 0.. {
         let Ok(place) = image.reserve(block) else { break };
-        assert_eq!(image.reserve(block), Ok(place), "asked again");
+        assert_eq!(image.reserve(block), Ok(place), "a repeated call");
         places.push(u64::from(place));
     }
     assert!((16..40).contains(&places.len()), "a step of growth is sixteen blocks: {}", places.len());
     let footer = file(&host).stat().unwrap().len / SECTOR - 1;
     assert!(places.windows(2).all(|p| p[1] >= p[0] + 129), "blocks overlap: {places:?}");
-    assert!(places.iter().all(|p| p + 129 <= footer && (p + 1) % 8 == 0), "data at pages, before the footer");
+    assert!(places.iter().all(|p| p + 129 <= footer && (p + 1) % 8 == 0), "data is page-aligned, before the footer");
     grow(&host, &image).unwrap();
     assert!(image.reserve(39).is_ok());
 }
 
 #[test]
-fn no_block_reaches_behind_what_was_reckoned() {
+fn no_block_ends_after_the_computed_end() {
     for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 128 << 20, 256 << 20] {
         let (host, block_size) = (SimHost::new(1), BlockSize::from_bytes(bytes).unwrap());
         let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
@@ -40,17 +40,17 @@ fn no_block_reaches_behind_what_was_reckoned() {
         let image = open(&host).unwrap();
         let (stride, last) = (u64::from(block_size.stride_sectors()), u64::from(bat::MAX_ENTRY));
         let (unit, paged) = (layout::alignment(block_size) / SECTOR, layout::page_stride(block_size));
-        // Far from 2 TiB; where only some of the blocks can be aligned, or at pages; where they are packed.
+        // Far from 2 TiB; then closer, such that only some blocks can be aligned, or page-aligned; then packed.
         let most = [1 << 20, 30 * layout::aligned_stride(block_size), 30 * paged + 200, 30 * paged, 30 * stride];
         for from in most.into_iter().flat_map(|room| (0..150).map(move |n| last - stride - room - n)) {
             let (mut end, mut unplaced) = (from, 30);
             for blocks in 1..=30 {
                 let Ok(place) = layout::next_place(end, block_size, unplaced) else { break };
                 (end, unplaced) = (u64::from(place) + stride, unplaced - 1);
-                let reckoned = image.end_after(from, blocks, 30).unwrap();
-                assert!(end <= reckoned, "{blocks} of {bytes} from {from} end at {end}, not {reckoned}");
+                let computed = image.end_after(from, blocks, 30).unwrap();
+                assert!(end <= computed, "{blocks} of {bytes} from {from} end at {end}, not {computed}");
                 assert!(
-                    reckoned <= from + (unit - 1) + blocks * (stride + unit - 1),
+                    computed <= from + (unit - 1) + blocks * (stride + unit - 1),
                     "{blocks} of {bytes} from {from}"
                 );
             }
@@ -60,7 +60,7 @@ fn no_block_reaches_behind_what_was_reckoned() {
 }
 
 #[test]
-fn marks_reach_over_blocks() {
+fn a_mark_may_span_blocks() {
     let host = host_with(child(), 128 * 4);
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
@@ -75,7 +75,7 @@ fn marks_reach_over_blocks() {
 }
 
 #[test]
-fn poison_stays_with_its_first_reason() {
+fn poison_keeps_its_first_reason() {
     let image = open(&host_with(child(), 128)).unwrap();
     assert!(image.check_poison().is_ok());
     image.poison("a sync failed");

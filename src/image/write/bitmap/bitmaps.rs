@@ -1,19 +1,22 @@
-//! The sector bitmaps of a writable image in memory, a granule at a time.
+//! The sector bitmaps of a writable image, cached one bitmap sector at a time.
 //!
-//! A granule is what one sector of bitmap speaks for: at most 4096 sectors (2 MiB), less where the block is smaller.
-//! Granules are read when first asked for. One whose sectors are all here, and of which the file says so, takes no more
-//! than its word of the table from then on. Of the others as many are kept as there is memory for (`clock.rs`); what was
-//! forgotten is read again as on the first look, without holding up other requests.
+//! A *bitmap sector* is 512 bytes of a block's bitmap. It has the bits of at most 4096 sectors (2 MiB) of the disk, of fewer if
+//! the block is smaller. It is read when it is first needed. Afterwards:
 //!
-//! No bit is lost by that, since
-//! - a granule leaves only while its frame is locked and the file says all it says: it is not dirty, no commit has taken
-//!   it that is not over, no slot of the journal speaks for it, its block's place is in the file;
-//! - a mark sets bits and notes the granule as dirty under the same lock, after it has made sure whose the frame is.
-//!   Where the granule is gone by then it is read again before the write is answered;
-//! - what was read counts only where the granule was absent all the while: the table counts how often it left.
+//! - If all its bits are set, also in the file, it takes only its entry in the table.
+//! - Otherwise it has a frame, until `clock.rs` evicts it. It is read again when it is next needed; other requests do not
+//!   wait for that.
 //!
-//! A granule is *dirty* when it says more than the file does, *ordered* when its bits must not reach the file before
-//! the data they speak for (crash-safety 3.6).
+//! Why eviction loses no bit:
+//!
+//! - A bitmap sector is evicted only while its frame is locked, and only if it is clean: it is not dirty, not in a running
+//!   commit, no journal slot has its bits, and the BAT entry of its block is in the file.
+//! - A mark sets bits and notes the sector as dirty under the same lock, after it has checked the owner of the frame. If the
+//!   sector was evicted before, it is read again before the write is answered.
+//! - A sector that was read from the file is inserted only if it was absent all the while: the table counts its evictions.
+//!
+//! A bitmap sector is *dirty* if memory has bits that the file does not have. It is *ordered* if its bits must not be written to
+//! the file before the data of their sectors is durable (crash-safety 3.6).
 
 use std::sync::atomic::Ordering;
 
@@ -24,21 +27,22 @@ use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
 use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
-/// Bytes of frames that are kept for granules that are neither full nor needed by what is under way.
+/// Memory for frames, in bytes, beyond which a clean bitmap sector is evicted for another.
 const MAX_FRAME_BYTES: usize = 64 << 20;
-/// Frames that may be in the hands of threads besides those that belong to granules.
+/// Frames without an owner that threads may hold at once.
 const SPARE_FRAMES: usize = 1024;
-/// What a fresh block's bitmap says before anything is written.
+
+/// The bitmap of a new block before anything is written to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum InitialBits {
-    /// Nothing is here: the parent answers.
+    /// All sectors are absent: reads go to the parent.
     Clear,
-    /// All is here, as zeros: blocks of a dynamic root, which come from durably zero room. Readers that do not look at
-    /// bitmaps (QEMU) then see the same, and no order is needed between bits and data.
+    /// All sectors are present, as zeros: a block of a dynamic root, whose space in the file is durably zero. Programs that
+    /// ignore bitmaps (QEMU) then read the same, and bits and data may be written in any order.
     Set,
 }
 
-/// All granules of an image.
+/// The sector bitmaps of an image.
 #[derive(Debug)]
 pub struct Bitmaps {
     table: EntryTable,
@@ -47,52 +51,52 @@ pub struct Bitmaps {
     bits_per_sector: u32,
 }
 
-/// Where a granule is.
+/// Where a bitmap sector is.
 pub(in crate::image::write) enum Residence<'a> {
-    /// In the file alone; it left memory so many times.
+    /// In the file only. Contains the number of evictions so far.
     Absent(u32),
-    /// Nowhere: it is full.
+    /// All bits are set, also in the file: it needs no frame.
     Full,
-    /// In a frame, which is locked.
+    /// In a frame, which is locked now.
     Resident(LockedFrame<'a>),
 }
 
 impl Bitmaps {
-    /// None read yet.
+    /// Creates the cache for an image of `blocks` blocks; all bitmap sectors are absent.
     pub fn new(blocks: u32, block_size: BlockSize) -> Bitmaps {
         let count = blocks as usize * block_size.bitmap_sectors() as usize;
-        let sectors_per_granule = block_size.sectors().min(SECTOR_BITS);
-        let frame = size_of::<BitmapFrame>() + bitmap_words(sectors_per_granule) * 8;
+        let bits_per_sector = block_size.sectors().min(SECTOR_BITS);
+        let frame = size_of::<BitmapFrame>() + bitmap_words(bits_per_sector) * 8;
         Bitmaps {
             table: EntryTable::new(count),
             pool: FramePool::new(count + SPARE_FRAMES, MAX_FRAME_BYTES / frame),
             block_size,
-            bits_per_sector: sectors_per_granule,
+            bits_per_sector,
         }
     }
 
-    /// Sets how many granules that are not full are kept, from the next one on that is needed. More are kept only while
-    /// the file does not say what they say, or requests under way need them.
-    pub fn set_max_frames(&self, granules: usize) {
-        self.pool.set_max_frames(granules);
+    /// Sets the number of frames from which on a new one evicts another, from the next insertion on. There are more only
+    /// while too many bitmap sectors are dirty or pinned.
+    pub fn set_max_frames(&self, frames: usize) {
+        self.pool.set_max_frames(frames);
     }
 
-    /// How many granules that are not full are kept.
+    /// Number of frames from which on a new one evicts another.
     pub(in crate::image::write) fn max_frames(&self) -> usize {
         self.pool.max_frames()
     }
 
-    /// Frames that were ever needed at once: memory that is taken.
+    /// Number of frames in memory, used or free.
     pub fn frames(&self) -> usize {
         self.pool.made()
     }
 
-    /// Sectors that a granule speaks for.
+    /// Sectors of the disk that one bitmap sector covers.
     pub fn bits_per_sector(&self) -> u32 {
         self.bits_per_sector
     }
 
-    /// The granule that speaks for a virtual sector.
+    /// Index of the bitmap sector with the bit of a sector of the disk.
     #[inline]
     pub fn bitmap_sector_of(&self, sector: u64) -> usize {
         let block = self.block_size.block_at(sector) as usize;
@@ -100,35 +104,37 @@ impl Bitmaps {
         block * self.block_size.bitmap_sectors() as usize + within as usize
     }
 
-    /// The place of a virtual sector in its granule.
+    /// Position of the bit of a sector of the disk in its bitmap sector.
     #[inline]
     pub fn bit_of(&self, sector: u64) -> u32 {
         self.block_size.sector_in_block(sector) % self.bits_per_sector
     }
 
-    /// The block a granule belongs to, and which of the block's bitmap sectors it is.
-    pub fn block_of(&self, granule: usize) -> (u32, u32) {
+    /// The block of a bitmap sector, and the number of the sector in the block's bitmap.
+    pub fn block_of(&self, index: usize) -> (u32, u32) {
         let per_block = self.block_size.bitmap_sectors() as usize;
-        let block = u32::try_from(granule / per_block).expect("granules of at most 2^32 blocks");
-        (block, u32::try_from(granule % per_block).expect("below the sectors of a bitmap"))
+        let block = u32::try_from(index / per_block).expect("at most 2^32 blocks");
+        (block, u32::try_from(index % per_block).expect("below the sectors of a bitmap"))
     }
 
-    /// The first granule of a block.
+    /// Index of a block's first bitmap sector.
     pub(in crate::image::write) fn first_sector_of(&self, block: u32) -> usize {
         block as usize * self.block_size.bitmap_sectors() as usize
     }
 
+    /// Indices of a block's bitmap sectors.
     fn bitmap_sectors_of(&self, block: u32) -> std::ops::Range<usize> {
         let first = self.first_sector_of(block);
         first..first + self.block_size.bitmap_sectors() as usize
     }
 
-    /// Calls `f(set, count)` for each run of equal bits in `from..end` of a granule. False where the granule is not in
-    /// memory, or left it meanwhile: then what `f` was told means nothing.
+    /// Calls `f(set, count)` for each run of equal bits in `from..end` of a bitmap sector.
+    ///
+    /// Returns false if the bitmap sector is not in memory, or was evicted meanwhile: then the runs passed to `f` mean nothing.
     #[inline]
-    pub fn each_run(&self, granule: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
-        let look = match self.read_optimistic(granule) {
-            Ok(look) => look,
+    pub fn each_run(&self, index: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
+        let read = match self.read_optimistic(index) {
+            Ok(read) => read,
             Err(BitmapEntry::Full) => {
                 f(true, end - from);
                 return true;
@@ -137,200 +143,204 @@ impl Bitmaps {
         };
         let mut at = from;
         while at < end {
-            let (set, count) = look.run(at, end);
+            let (set, count) = read.run(at, end);
             f(set, count);
             at += count;
         }
-        look.is_valid()
+        read.is_valid()
     }
 
+    /// Begins a read without a lock; the entry if the bitmap sector has no frame.
     #[inline]
-    fn read_optimistic(&self, granule: usize) -> Result<OptimisticRead<'_>, BitmapEntry> {
-        match self.table.get(granule) {
+    fn read_optimistic(&self, index: usize) -> Result<OptimisticRead<'_>, BitmapEntry> {
+        match self.table.get(index) {
             BitmapEntry::InFrame(number) => {
-                self.pool.frame(number).read_optimistic(granule).ok_or(BitmapEntry::Absent(0))
+                self.pool.frame(number).read_optimistic(index).ok_or(BitmapEntry::Absent(0))
             }
             other => Err(other),
         }
     }
 
-    /// How often an absent granule has left memory; `None` where it is there. To be asked before the file is read.
-    pub fn eviction_count(&self, granule: usize) -> Option<u32> {
-        match self.table.get(granule) {
-            BitmapEntry::Absent(times) => Some(times),
+    /// Number of evictions of an absent bitmap sector; `None` if it is in memory. [`Pins::insert`](crate::image::Pins::insert)
+    /// requires the number from before the file was read.
+    pub fn eviction_count(&self, index: usize) -> Option<u32> {
+        match self.table.get(index) {
+            BitmapEntry::Absent(evictions) => Some(evictions),
             _ => None,
         }
     }
 
-    /// Takes in what the file says of a granule that was absent from before it was read until now, and pins it. Where it
-    /// came and left meanwhile, this is out of date: it stays absent. Where it is known, what is known stays.
+    /// Inserts and pins a bitmap sector as it was read from the file. `evictions` is its number from before the read.
     ///
-    /// Whether it is pinned.
-    pub(in crate::image::write) fn insert(&self, granule: usize, times: u32, sector: &[u8]) -> bool {
+    /// If the bitmap sector is in memory by now, memory stays as it is and is pinned. If it was inserted and evicted since,
+    /// `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
+    pub(in crate::image::write) fn insert(&self, index: usize, evictions: u32, sector: &[u8]) -> bool {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
-        let before = match self.table.get(granule) {
+        let before = match self.table.get(index) {
             absent @ BitmapEntry::Absent(_) if mutant::enabled(Mutant::StaleBits) => absent,
-            _ => BitmapEntry::Absent(times),
+            _ => BitmapEntry::Absent(evictions),
         };
         if bitmap::run(&words, 0, self.bits_per_sector) == (true, self.bits_per_sector) {
-            return !self.table.compare_exchange(granule, before, BitmapEntry::Full) && self.pin(granule);
+            return !self.table.compare_exchange(index, before, BitmapEntry::Full) && self.pin(index);
         }
-        let known = FrameState { ordered: true, pins: 1, evictions: times, ..FrameState::default() };
-        self.assign_frame(granule, before, words.into_iter(), known) || self.pin(granule)
+        let state = FrameState { ordered: true, pins: 1, evictions, ..FrameState::default() };
+        self.assign_frame(index, before, words.into_iter(), state) || self.pin(index)
     }
 
-    /// Makes a granule stay in memory, if it is there. Whether it is to be unpinned.
-    pub(in crate::image::write) fn pin(&self, granule: usize) -> bool {
-        match self.lock(granule) {
-            Residence::Resident(mut here) => {
-                here.state.pins += 1;
+    /// Pins a bitmap sector if it has a frame. Returns whether it does; the caller unpins it then.
+    pub(in crate::image::write) fn pin(&self, index: usize) -> bool {
+        match self.lock(index) {
+            Residence::Resident(mut frame) => {
+                frame.state.pins += 1;
                 true
             }
             Residence::Full | Residence::Absent(_) => false,
         }
     }
 
-    /// Takes back one `pin` that was true.
-    pub(in crate::image::write) fn unpin(&self, granule: usize) {
-        match self.lock(granule) {
-            Residence::Resident(mut here) => here.state.pins -= 1,
+    /// Undoes one `pin` that returned true.
+    pub(in crate::image::write) fn unpin(&self, index: usize) {
+        match self.lock(index) {
+            Residence::Resident(mut frame) => frame.state.pins -= 1,
             Residence::Full => {}
-            Residence::Absent(_) => debug_assert!(false, "a granule that is pinned stays"),
+            Residence::Absent(_) => debug_assert!(false, "a pinned bitmap sector is not evicted"),
         }
     }
 
-    /// Takes in what the journal of a predecessor says of a granule: all its bits, or more of them.
-    pub(in crate::image::write) fn replay(&self, granule: usize, words: &[u64]) -> LockedFrame<'_> {
-        if let Residence::Absent(times) = self.lock(granule) {
-            let known = FrameState { ordered: true, evictions: times, ..FrameState::default() };
-            self.assign_frame(granule, BitmapEntry::Absent(times), words.iter().copied(), known);
+    /// Inserts the bits of a bitmap sector from the journal of the previous daemon, or adds them to those in memory.
+    pub(in crate::image::write) fn replay(&self, index: usize, words: &[u64]) -> LockedFrame<'_> {
+        if let Residence::Absent(evictions) = self.lock(index) {
+            let state = FrameState { ordered: true, evictions, ..FrameState::default() };
+            self.assign_frame(index, BitmapEntry::Absent(evictions), words.iter().copied(), state);
         }
-        let known = self.lock_resident(granule);
-        for (to, word) in known.words().iter().zip(words) {
+        let frame = self.lock_resident(index);
+        for (to, word) in frame.words().iter().zip(words) {
             to.fetch_or(*word, Ordering::SeqCst);
         }
-        known
+        frame
     }
 
-    /// Makes the granules of a block that is about to get its place. The block has none yet, so nobody reads them.
-    pub(in crate::image::write) fn insert_fresh(&self, block: u32, fresh: InitialBits) {
-        for granule in self.bitmap_sectors_of(block) {
-            let word = if fresh == InitialBits::Set { u64::MAX } else { 0 };
-            let times = self.eviction_count(granule).expect("a block without a place has no bitmap");
-            let ordered = fresh == InitialBits::Clear;
-            let known =
-                FrameState { unwritten: true, unplaced: true, ordered, evictions: times, ..FrameState::default() };
-            let made = self.assign_frame(granule, BitmapEntry::Absent(times), std::iter::repeat(word), known);
+    /// Inserts the bitmap of a block that is about to get its place. No reader can reach it before the block has one.
+    pub(in crate::image::write) fn insert_fresh(&self, block: u32, bits: InitialBits) {
+        for index in self.bitmap_sectors_of(block) {
+            let word = if bits == InitialBits::Set { u64::MAX } else { 0 };
+            let evictions = self.eviction_count(index).expect("a block without a place has no bitmap");
+            let ordered = bits == InitialBits::Clear;
+            let state = FrameState { unwritten: true, unplaced: true, ordered, evictions, ..FrameState::default() };
+            let made = self.assign_frame(index, BitmapEntry::Absent(evictions), std::iter::repeat(word), state);
             assert!(made, "a block without a place has no bitmap");
         }
     }
 
-    /// Gives a frame to a granule, if the table still says `before` of it.
+    /// Gives a frame to a bitmap sector if its entry is still `before`. Returns whether it was.
     fn assign_frame(
         &self,
-        granule: usize,
+        index: usize,
         before: BitmapEntry,
         words: impl Iterator<Item = u64>,
-        known: FrameState,
+        state: FrameState,
     ) -> bool {
-        if self.table.get(granule) != before {
-            return false; // nobody has to leave for it
+        if self.table.get(index) != before {
+            return false; // before another bitmap sector is evicted for it
         }
         let (number, mut frame) = self.pool.allocate(&self.table);
-        frame.fill(bitmap_words(self.bits_per_sector), words, known);
-        let entered = self.table.compare_exchange(granule, before, BitmapEntry::InFrame(number));
+        frame.fill(bitmap_words(self.bits_per_sector), words, state);
+        let entered = self.table.compare_exchange(index, before, BitmapEntry::InFrame(number));
         if entered {
-            frame.assign_to(granule);
+            frame.assign_to(index);
         } else {
             self.pool.free(number, frame);
         }
         entered
     }
 
-    /// A granule, locked where it is in a frame.
-    pub(in crate::image::write) fn lock(&self, granule: usize) -> Residence<'_> {
+    /// Locks a bitmap sector if it has a frame.
+    pub(in crate::image::write) fn lock(&self, index: usize) -> Residence<'_> {
         loop {
-            match self.table.get(granule) {
-                BitmapEntry::Absent(times) => return Residence::Absent(times),
+            match self.table.get(index) {
+                BitmapEntry::Absent(evictions) => return Residence::Absent(evictions),
                 BitmapEntry::Full => return Residence::Full,
                 BitmapEntry::InFrame(number) => {
-                    let here = self.pool.frame(number).lock();
-                    if here.owner() == Some(granule) {
-                        return Residence::Resident(here);
+                    let frame = self.pool.frame(number).lock();
+                    if frame.owner() == Some(index) {
+                        return Residence::Resident(frame);
                     }
-                    // It left before it was locked, and the table says so.
+                    // Evicted before the lock was taken: the table has another entry by now.
                 }
             }
         }
     }
 
-    /// A granule that cannot have left, locked.
-    pub(in crate::image::write) fn lock_resident(&self, granule: usize) -> LockedFrame<'_> {
-        match self.lock(granule) {
-            Residence::Resident(here) => here,
-            Residence::Full | Residence::Absent(_) => panic!("a granule stays until the file says all it says"),
+    /// Locks a bitmap sector that cannot have been evicted.
+    ///
+    /// # Panics
+    /// If it has no frame.
+    pub(in crate::image::write) fn lock_resident(&self, index: usize) -> LockedFrame<'_> {
+        match self.lock(index) {
+            Residence::Resident(frame) => frame,
+            Residence::Full | Residence::Absent(_) => panic!("a bitmap sector that is not clean is never evicted"),
         }
     }
 
-    /// Says that the file now knows the place of a block.
+    /// Records that the BAT entry of a block is in the file.
     pub(in crate::image::write) fn set_placed(&self, block: u32) {
-        for granule in self.bitmap_sectors_of(block) {
-            if let Residence::Resident(mut here) = self.lock(granule) {
-                here.state.unplaced = false;
-                // Claimed with the place, which the file has now; of the bits nobody has relied on any.
-                if !here.state.dirty {
-                    here.state.journal_slot = None;
+        for index in self.bitmap_sectors_of(block) {
+            if let Residence::Resident(mut frame) = self.lock(index) {
+                frame.state.unplaced = false;
+                // The slot was claimed for the place, which is in the file now; no acknowledged write needs its bits.
+                if !frame.state.dirty {
+                    frame.state.journal_slot = None;
                 }
             }
         }
     }
 
-    /// Says that the file has the copy of a granule that a commit has taken.
-    pub(in crate::image::write) fn set_written(&self, granule: usize) {
-        let mut here = self.lock_resident(granule);
-        (here.state.in_commit, here.state.unwritten) = (false, false);
-        here.state.not_journaled &= here.state.dirty;
+    /// Records that the file has the copy of a bitmap sector that a commit took.
+    pub(in crate::image::write) fn set_written(&self, index: usize) {
+        let mut frame = self.lock_resident(index);
+        (frame.state.in_commit, frame.state.unwritten) = (false, false);
+        frame.state.not_journaled &= frame.state.dirty;
         let whole = (true, self.bits_per_sector);
-        if here.state.is_clean() && bitmap::run_atomic(here.words(), 0, self.bits_per_sector) == whole {
-            let BitmapEntry::InFrame(number) = self.table.get(granule) else { unreachable!("its frame is locked") };
-            self.table.set(granule, BitmapEntry::Full);
-            self.pool.free(number, here);
+        if frame.state.is_clean() && bitmap::run_atomic(frame.words(), 0, self.bits_per_sector) == whole {
+            let BitmapEntry::InFrame(number) = self.table.get(index) else { unreachable!("its frame is locked") };
+            self.table.set(index, BitmapEntry::Full);
+            self.pool.free(number, frame);
         }
     }
 
-    /// Whether a mark of these bits has nothing to do.
+    /// Whether these bits are set already, and are in the file or in the journal.
     #[inline]
-    fn is_marked(&self, granule: usize, bit: u32, count: u32) -> bool {
-        match self.read_optimistic(granule) {
-            Ok(look) => look.run(bit, bit + count) == (true, count) && look.owes_no_commit() && look.is_valid(),
+    fn is_marked(&self, index: usize, bit: u32, count: u32) -> bool {
+        match self.read_optimistic(index) {
+            Ok(read) => read.run(bit, bit + count) == (true, count) && read.owes_no_commit() && read.is_valid(),
             Err(entry) => entry == BitmapEntry::Full,
         }
     }
 
-    /// Sets the bits of a range of one block. Calls `news(granule, its frame, what)` for each granule of which the file
-    /// does not say all that it now says. Granules that are not there are named in `absent`, and not marked.
+    /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector that now differs from
+    /// the file. Adds bitmap sectors that are not in memory to `absent`, and does not mark them.
     #[inline]
     pub(in crate::image::write) fn mark(
         &self,
         range: SectorRange,
         absent: &mut Vec<usize>,
-        mut news: impl FnMut(usize, &mut LockedFrame<'_>, NewBits),
+        mut on_new: impl FnMut(usize, &mut LockedFrame<'_>, NewBits),
     ) {
         let mut rest = range;
         while !rest.is_empty() {
             let (index, bit) = (self.bitmap_sector_of(rest.start()), self.bit_of(rest.start()));
             let part = rest.first(u64::from(self.bits_per_sector - bit));
-            let count = u32::try_from(part.count()).expect("clipped to a granule");
+            let count = u32::try_from(part.count()).expect("clipped to a bitmap sector");
             rest = rest.skip(part.count());
             if self.is_marked(index, bit, count) {
                 continue;
             }
             match self.lock(index) {
-                Residence::Resident(mut here) => {
-                    let more = here.set_bits(bit, count) || here.state.unwritten;
-                    if more || here.state.not_journaled {
-                        news(index, &mut here, NewBits { bit, count, is_newer: more });
+                Residence::Resident(mut frame) => {
+                    let is_newer = frame.set_bits(bit, count) || frame.state.unwritten;
+                    if is_newer || frame.state.not_journaled {
+                        on_new(index, &mut frame, NewBits { bit, count, is_newer });
                     }
                 }
                 Residence::Full => {}
@@ -340,17 +350,17 @@ impl Bitmaps {
     }
 }
 
-/// What is new about a granule that was marked.
+/// Bits that a mark has set.
 pub(in crate::image::write) struct NewBits {
-    /// The first bit.
+    /// Position of the first bit.
     pub(in crate::image::write) bit: u32,
-    /// How many.
+    /// Number of bits.
     pub(in crate::image::write) count: u32,
-    /// It says more than the file. If not, the bits were set before, and would not outlive the process.
+    /// Whether the bitmap sector now differs from the file. If not, the bits were set before, but are not in the journal.
     pub(in crate::image::write) is_newer: bool,
 }
 
-/// Words that hold the bits of so many sectors.
+/// Number of 64-bit words for the bits of `sectors` sectors.
 fn bitmap_words(sectors: u32) -> usize {
     sectors.div_ceil(u64::BITS) as usize
 }

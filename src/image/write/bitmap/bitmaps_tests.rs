@@ -1,45 +1,46 @@
-//! Tests of `bitmaps.rs`, `bitmap_frame.rs` and `clock.rs` without a file; `clock_tests.rs` has them with one.
+//! Tests of the bitmap cache without a file; `clock_tests.rs` tests it with a file and threads.
 
 use super::*;
 
 impl Bitmaps {
-    /// The first run of equal bits in `from..end` of a granule, where it is in memory.
-    pub(in crate::image) fn run(&self, granule: usize, from: u32, end: u32) -> Option<(bool, u32)> {
+    /// The first run of equal bits in `from..end` of a bitmap sector, if it is in memory.
+    pub(in crate::image) fn run(&self, index: usize, from: u32, end: u32) -> Option<(bool, u32)> {
         let mut first = None;
-        let known = self.each_run(granule, from, end, |set, count| {
+        let known = self.each_run(index, from, end, |set, count| {
             first.get_or_insert((set, count));
         });
         first.filter(|_| known)
     }
 }
 
-/// Marks, with no more than the note that it is dirty; how many granules were new to it.
+/// Marks a range and notes the bitmap sectors as dirty. Returns how many were clean before.
 fn mark(maps: &Bitmaps, from: u64, to: u64) -> usize {
     let (mut noted, mut absent) = (0, Vec::new());
-    maps.mark(SectorRange::between(from, to), &mut absent, |_, granule, news| {
-        noted += usize::from(news.is_newer && !std::mem::replace(&mut granule.state.dirty, true));
+    maps.mark(SectorRange::between(from, to), &mut absent, |_, frame, new| {
+        noted += usize::from(new.is_newer && !std::mem::replace(&mut frame.state.dirty, true));
     });
     assert!(absent.is_empty(), "{absent:?}");
     noted
 }
 
-/// Loads granules with bit 0 set; pins none.
-fn load(maps: &Bitmaps, granules: impl IntoIterator<Item = usize>) {
+/// Inserts bitmap sectors with bit 0 set, and unpins them.
+fn load(maps: &Bitmaps, indices: impl IntoIterator<Item = usize>) {
     let mut sector = [0; SECTOR_BYTES];
     sector[0] = 0x80;
-    for granule in granules {
-        let times = maps.eviction_count(granule).expect("it is absent");
-        assert!(maps.insert(granule, times, &sector));
-        maps.unpin(granule);
+    for index in indices {
+        let evictions = maps.eviction_count(index).expect("it is absent");
+        assert!(maps.insert(index, evictions, &sector));
+        maps.unpin(index);
     }
 }
 
-fn there(maps: &Bitmaps, count: usize) -> Vec<usize> {
-    (0..count).filter(|granule| maps.eviction_count(*granule).is_none()).collect()
+/// The bitmap sectors in memory.
+fn resident(maps: &Bitmaps, count: usize) -> Vec<usize> {
+    (0..count).filter(|index| maps.eviction_count(*index).is_none()).collect()
 }
 
 #[test]
-fn granules_of_large_and_small_blocks() {
+fn bitmap_sectors_of_large_and_small_blocks() {
     let large = Bitmaps::new(4, BlockSize::from_bytes(8 << 20).unwrap());
     assert_eq!((large.bitmap_sector_of(16384 + 4096), large.bit_of(16384 + 4097)), (5, 1));
     assert_eq!(large.block_of(5), (1, 1));
@@ -56,7 +57,7 @@ fn marks_are_noted_once_until_the_snapshot() {
     assert_eq!(maps.run(0, 0, 4096), Some((false, 3)));
     assert_eq!(maps.run(0, 3, 4096), Some((true, 6)));
     assert_eq!(maps.lock_resident(0).snapshot()[..2], [0b0001_1111, 0b1000_0000]);
-    assert_eq!(mark(&maps, 4, 9), 0, "bits that were set already say nothing new");
+    assert_eq!(mark(&maps, 4, 9), 0, "the bits were set before");
     assert_eq!(mark(&maps, 9, 10), 1);
 }
 
@@ -67,24 +68,24 @@ fn a_fresh_block_owes_a_commit_even_if_no_bit_changes() {
     assert_eq!(mark(&maps, 4096, 4097), 1);
     assert!(!maps.lock_resident(1).is_ordered() && maps.lock_resident(1).snapshot() == [0xFF; 512]);
     maps.set_placed(1);
-    assert_eq!(mark(&maps, 4096, 4097), 1, "that its block has a place is not all: its bits have to be there, too");
+    assert_eq!(mark(&maps, 4096, 4097), 1, "the BAT entry is in the file, the bits are not");
     assert!(maps.lock_resident(1).snapshot() == [0xFF; 512]);
     maps.set_written(1);
     assert_eq!((mark(&maps, 4096, 4097), maps.table.get(1)), (0, BitmapEntry::Full));
 }
 
 #[test]
-fn full_granules_take_no_frame() {
+fn full_bitmap_sectors_take_no_frame() {
     for (bytes, sectors) in [(4096, 8), (64 << 10, 128), (2 << 20, 4096)] {
         let maps = Bitmaps::new(300, BlockSize::from_bytes(bytes).unwrap());
-        // By what the file says; behind the sectors of a small block it says nothing.
+        // Read from the file; bits after the last sector of a small block have no meaning.
         let mut sector = [0; SECTOR_BYTES];
         sector[..sectors / 8].fill(0xFF);
-        for granule in 0..300 {
-            assert!(!maps.insert(granule, 0, &sector), "there is nothing to pin");
+        for index in 0..300 {
+            assert!(!maps.insert(index, 0, &sector), "there is nothing to pin");
         }
         assert_eq!((maps.frames(), maps.run(299, 1, 8), mark(&maps, 1, 8)), (0, Some((true, 7)), 0));
-        // And by what is written.
+        // Written in memory, then committed.
         let maps = Bitmaps::new(300, BlockSize::from_bytes(bytes).unwrap());
         for block in 0..300 {
             maps.insert_fresh(block, InitialBits::Clear);
@@ -96,55 +97,55 @@ fn full_granules_take_no_frame() {
             assert!(matches!(maps.table.get(block as usize), BitmapEntry::InFrame(_)), "a sector is missing");
             mark(&maps, first, first + sectors as u64);
             maps.lock_resident(block as usize).snapshot();
-            assert_ne!(maps.table.get(block as usize), BitmapEntry::Full, "the file does not say so yet");
+            assert_ne!(maps.table.get(block as usize), BitmapEntry::Full, "the last bit is not in the file yet");
             maps.set_written(block as usize);
             assert_eq!(maps.table.get(block as usize), BitmapEntry::Full);
         }
-        assert_eq!(maps.frames(), 1, "one frame goes from block to block");
+        assert_eq!(maps.frames(), 1, "one frame passes from block to block");
     }
 }
 
 #[test]
-fn the_least_used_leaves_and_comes_back() {
+fn a_bitmap_sector_that_is_not_used_is_evicted_and_read_again() {
     let maps = Bitmaps::new(100, BlockSize::DEFAULT);
     maps.set_max_frames(4);
     load(&maps, 0..4);
     load(&maps, [50]);
-    assert_eq!(there(&maps, 100).len(), 4);
-    let stay = there(&maps, 100)[0];
-    for granule in 60..70 {
+    assert_eq!(resident(&maps, 100).len(), 4);
+    let stay = resident(&maps, 100)[0];
+    for index in 60..70 {
         assert_eq!(maps.run(stay, 0, 9), Some((true, 1)));
-        load(&maps, [granule]);
+        load(&maps, [index]);
     }
-    let now = there(&maps, 100);
+    let now = resident(&maps, 100);
     assert!(now.contains(&stay) && now.len() == 4 && maps.frames() == 4, "{now:?}");
-    let gone = (0..4).find(|granule| !now.contains(granule)).unwrap();
+    let gone = (0..4).find(|index| !now.contains(index)).unwrap();
     assert!(maps.run(gone, 0, 9).is_none());
     load(&maps, [gone]);
     assert_eq!(maps.run(gone, 0, 9), Some((true, 1)));
 }
 
 #[test]
-fn what_the_file_does_not_say_and_what_is_needed_stays() {
+fn neither_dirty_nor_pinned_bitmap_sectors_are_evicted() {
     let maps = Bitmaps::new(100, BlockSize::DEFAULT);
     maps.set_max_frames(0);
     load(&maps, 0..2);
-    assert_eq!(there(&maps, 100), [1]);
+    assert_eq!(resident(&maps, 100), [1]);
     mark(&maps, 4096 + 7, 4096 + 8);
     load(&maps, [2, 3]);
-    assert_eq!(there(&maps, 100), [1, 3], "dirty");
+    assert_eq!(resident(&maps, 100), [1, 3], "dirty");
     assert_eq!(maps.lock_resident(1).snapshot()[..1], [0x81]);
     load(&maps, [4, 5]);
-    assert_eq!(there(&maps, 100), [1, 5], "taken by a commit that is not over");
+    assert_eq!(resident(&maps, 100), [1, 5], "in a running commit");
     maps.set_written(1);
     load(&maps, [6, 7]);
-    assert_eq!((there(&maps, 100), maps.frames()), (vec![7], 2), "what was needed beyond the bound has left");
+    assert_eq!((resident(&maps, 100), maps.frames()), (vec![7], 2), "the frames beyond the limit are evicted");
     maps.insert_fresh(20, InitialBits::Clear);
     load(&maps, 8..12);
-    assert!(maps.eviction_count(20).is_none(), "its block has no place in the file");
+    assert!(maps.eviction_count(20).is_none(), "the BAT entry of its block is not in the file");
     maps.lock_resident(20).state.journal_slot = Some(3);
     maps.set_placed(20);
-    assert_eq!(maps.lock_resident(20).state.journal_slot, None, "a slot that no bit needs");
+    assert_eq!(maps.lock_resident(20).state.journal_slot, None, "no bit needs the slot");
     load(&maps, 12..16);
     assert!(maps.eviction_count(20).is_some());
     load(&maps, [1]);
@@ -157,32 +158,32 @@ fn what_the_file_does_not_say_and_what_is_needed_stays() {
 }
 
 #[test]
-fn what_was_read_before_it_came_and_left_is_not_believed() {
+fn a_read_from_before_an_eviction_is_ignored() {
     let maps = Bitmaps::new(100, BlockSize::DEFAULT);
     maps.set_max_frames(0);
-    let (times, stale) = (maps.eviction_count(5).unwrap(), [0; SECTOR_BYTES]);
+    let (evictions, stale) = (maps.eviction_count(5).unwrap(), [0; SECTOR_BYTES]);
     load(&maps, [5]);
     mark(&maps, 5 * 4096 + 1, 5 * 4096 + 2);
-    assert!(maps.insert(5, times, &stale), "it is there, and stays as it is");
+    assert!(maps.insert(5, evictions, &stale), "memory stays as it is");
     maps.unpin(5);
     assert_eq!(maps.run(5, 0, 9), Some((true, 2)));
     maps.lock_resident(5).snapshot();
     maps.set_written(5);
     load(&maps, [6, 7, 8]);
-    assert!(maps.eviction_count(5).is_some_and(|now| now != times));
+    assert!(maps.eviction_count(5).is_some_and(|now| now != evictions));
     let frames = maps.frames();
-    assert!(!maps.insert(5, times, &stale) && !maps.insert(5, times, &[0xFF; SECTOR_BYTES]));
+    assert!(!maps.insert(5, evictions, &stale) && !maps.insert(5, evictions, &[0xFF; SECTOR_BYTES]));
     assert!(maps.eviction_count(5).is_some());
     load(&maps, [9]);
-    assert_eq!(maps.frames(), frames, "the frame was given back");
+    assert_eq!(maps.frames(), frames, "the frame was freed");
 }
 
 #[test]
-fn absent_granules_are_named_and_the_others_marked() {
+fn absent_bitmap_sectors_are_reported_and_the_others_marked() {
     let maps = Bitmaps::new(3, BlockSize::from_bytes(8 << 20).unwrap());
     load(&maps, [1, 3]);
     let mut absent = Vec::new();
-    maps.mark(SectorRange::between(5, 4 * 4096), &mut absent, |_, granule, _| granule.state.dirty = true);
+    maps.mark(SectorRange::between(5, 4 * 4096), &mut absent, |_, frame, _| frame.state.dirty = true);
     assert_eq!(
         (absent, maps.run(1, 0, 4096), maps.run(3, 0, 4096)),
         (vec![0, 2], Some((true, 4096)), Some((true, 4096)))

@@ -1,8 +1,9 @@
-//! Which granule leaves memory when another needs its frame: the clock.
+//! Eviction by the clock algorithm: which bitmap sector gives up its frame when another needs one.
 //!
-//! The hand goes round the frames. A granule that was looked at since it came by last stays for another round; one that
-//! the file does not know all of, or that a request under way needs, stays in any case. Where all do, there is a frame
-//! more than there should be: commits bound the first (`most_dirty`), the depth of the queues the second.
+//! The clock hand passes over the frames. A bitmap sector that was read since the hand last passed stays for another round.
+//! A bitmap sector that differs from the file, or that a request in flight has pinned, is never evicted. If no frame can
+//! be evicted, the pool grows beyond its limit. That growth is bounded: commits limit the number of dirty sectors, and the
+//! depth of the queues limits the number of pinned ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,10 +12,10 @@ use super::entry::{BitmapEntry, EntryTable};
 use super::frame::{BitmapFrame, LockedFrame};
 use crate::image::sparse_array::SparseArray;
 
-/// Frames that are tried for one that is needed.
+/// Frames that the hand passes in one allocation, at most.
 const MAX_TRIES: usize = 256;
 
-/// The frames of an image, and which of them are free.
+/// The frames of one image.
 #[derive(Debug)]
 pub(super) struct FramePool {
     frames: SparseArray<BitmapFrame>,
@@ -22,17 +23,17 @@ pub(super) struct FramePool {
     max_frames: AtomicUsize,
 }
 
-/// Frames that belong to nobody, and the hand of the clock.
+/// Free frames, and the hand of the clock.
 #[derive(Debug, Default)]
 struct Clock {
     free: Vec<u32>,
-    /// Frames that were ever given out: numbers below this.
+    /// Number of frames that exist; their numbers are below it.
     made: u32,
     hand: u32,
 }
 
 impl FramePool {
-    /// A pool of at most `len` frames, which tries to do with `max_frames`.
+    /// Creates an empty pool for at most `len` frames, which evicts from `max_frames` on.
     pub(super) fn new(len: usize, max_frames: usize) -> FramePool {
         FramePool {
             frames: SparseArray::new(len, BitmapFrame::new),
@@ -41,6 +42,7 @@ impl FramePool {
         }
     }
 
+    /// Number of frames from which on an allocation evicts.
     pub(super) fn max_frames(&self) -> usize {
         self.max_frames.load(Ordering::Relaxed)
     }
@@ -49,25 +51,27 @@ impl FramePool {
         self.max_frames.store(frames, Ordering::Relaxed);
     }
 
-    /// Frames that were ever given out.
+    /// Number of frames that exist, used or free.
     pub(super) fn made(&self) -> usize {
         self.clock().made as usize
     }
 
+    /// Returns a frame by its number.
     #[inline]
     pub(super) fn frame(&self, number: u32) -> &BitmapFrame {
-        self.frames.get(number as usize).expect("a number that was given out")
+        self.frames.get(number as usize).expect("frame numbers come from `allocate`")
     }
 
     fn clock(&self) -> MutexGuard<'_, Clock> {
         self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A frame that belongs to nobody.
+    /// Takes a free frame, evicts one, or makes one. The frame is returned locked, without an owner.
     pub(super) fn allocate(&self, table: &EntryTable) -> (u32, LockedFrame<'_>) {
-        // Frames are only tried while the pool is locked, or belong to nobody: who holds one may ask for the pool.
+        // Lock order: a thread that holds a frame may wait for the clock. So under the clock's lock, frames in use are
+        // only tried (`try_lock`), and only frames without an owner are waited for.
         let mut clock = self.clock();
-        // After a time of many dirty ones more than one has to leave.
+        // More than one, if the pool has grown beyond its limit.
         while clock.made as usize - clock.free.len() >= self.max_frames() {
             let Some(number) = self.evict_one(&mut clock, table) else { break };
             clock.free.push(number);
@@ -81,10 +85,10 @@ impl FramePool {
         (number, self.frames.get_or_init(number as usize).lock())
     }
 
-    /// Turns the hand until a granule leaves: its frame. `None` where all have to stay.
+    /// Moves the hand until it has evicted a bitmap sector, and returns the frame. `None` if no frame could be evicted.
     fn evict_one(&self, clock: &mut Clock, table: &EntryTable) -> Option<u32> {
-        // Twice round: the first round may be that of those that were looked at. But not for long: where most have to stay,
-        // one more frame is cheaper than to look for the few, and the next who come go on from here.
+        // Two rounds, as the first one may only clear the `used` flags; but a bounded number of frames. If most cannot be
+        // evicted, one more frame is cheaper than the search, and the next allocation continues from here.
         for _ in 0..(2 * clock.made as usize).min(MAX_TRIES) {
             clock.hand = (clock.hand + 1) % clock.made;
             if self.try_evict(clock.hand, table) {
@@ -94,23 +98,23 @@ impl FramePool {
         None
     }
 
-    /// Has the granule of a frame leave; false where it has to stay.
+    /// Evicts the bitmap sector in a frame. Returns false if it has to stay.
     fn try_evict(&self, number: u32, table: &EntryTable) -> bool {
         let frame = self.frame(number);
         if frame.take_used() {
             return false;
         }
         let Some(mut frame) = frame.try_lock() else { return false };
-        let Some(granule) = frame.owner() else { return false }; // free, or on its way to be
+        let Some(index) = frame.owner() else { return false }; // free, or about to be
         if frame.state.pins > 0 || !frame.state.is_clean() {
             return false;
         }
-        table.set(granule, BitmapEntry::Absent(frame.state.evictions.wrapping_add(1)));
+        table.set(index, BitmapEntry::Absent(frame.state.evictions.wrapping_add(1)));
         frame.release();
         true
     }
 
-    /// Gives back a frame that is needed no more; the table does not name it.
+    /// Frees a frame to which no entry of the table refers.
     pub(super) fn free(&self, number: u32, mut frame: LockedFrame<'_>) {
         frame.release();
         drop(frame);

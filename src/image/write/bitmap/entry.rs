@@ -1,17 +1,17 @@
-//! The table of bitmap sectors: one word each, which says whether the sector is in memory, and in which frame.
+//! The table of bitmap sectors: one 32-bit word each, which records whether the sector is in memory, and in which frame.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::image::sparse_array::SparseArray;
 
-/// What the table says of a granule, in 32 bits.
+/// Where a bitmap sector is; encoded in 32 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum BitmapEntry {
-    /// Only the file knows it. It was in memory so many times before (30 bits).
+    /// In the file only. Contains the number of evictions so far (30 bits; it wraps around).
     Absent(u32),
-    /// All its sectors are here, and the file says so: nothing can change any more.
+    /// All bits are set, also in the file: the sector cannot change any more, and takes no frame.
     Full,
-    /// In the frame of this number.
+    /// In the frame with this number.
     InFrame(u32),
 }
 
@@ -44,24 +44,25 @@ pub(super) struct EntryTable {
 }
 
 impl EntryTable {
-    /// A table of `len` absent sectors.
+    /// Creates a table of `len` absent sectors.
     pub(super) fn new(len: usize) -> EntryTable {
         EntryTable { words: SparseArray::new(len, || AtomicU32::new(BitmapEntry::Absent(0).encode())) }
     }
 
+    /// Returns the entry of a bitmap sector.
     #[inline]
-    pub(super) fn get(&self, granule: usize) -> BitmapEntry {
-        self.words.get(granule).map_or(BitmapEntry::Absent(0), |word| BitmapEntry::decode(word.load(Ordering::Acquire)))
+    pub(super) fn get(&self, index: usize) -> BitmapEntry {
+        self.words.get(index).map_or(BitmapEntry::Absent(0), |word| BitmapEntry::decode(word.load(Ordering::Acquire)))
     }
 
-    /// Changes what the table says of a granule whose frame is locked.
-    pub(super) fn set(&self, granule: usize, entry: BitmapEntry) {
-        self.words.get_or_init(granule).store(entry.encode(), Ordering::Release);
+    /// Sets the entry of a bitmap sector. The caller holds the lock of its frame.
+    pub(super) fn set(&self, index: usize, entry: BitmapEntry) {
+        self.words.get_or_init(index).store(entry.encode(), Ordering::Release);
     }
 
-    /// Replaces the entry if it is `before`; returns whether it was.
-    pub(super) fn compare_exchange(&self, granule: usize, before: BitmapEntry, after: BitmapEntry) -> bool {
-        let word = self.words.get_or_init(granule);
+    /// Replaces the entry if it is `before`. Returns whether it was.
+    pub(super) fn compare_exchange(&self, index: usize, before: BitmapEntry, after: BitmapEntry) -> bool {
+        let word = self.words.get_or_init(index);
         word.compare_exchange(before.encode(), after.encode(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 }
@@ -71,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_keep_their_limits() {
+    fn entries_survive_encoding() {
         for entry in [
             BitmapEntry::Absent(0),
             BitmapEntry::Absent(FULL - 1),
@@ -81,6 +82,6 @@ mod tests {
         ] {
             assert_eq!(BitmapEntry::decode(entry.encode()), entry);
         }
-        assert_eq!(BitmapEntry::Absent(FULL).encode(), 0, "the count begins anew");
+        assert_eq!(BitmapEntry::Absent(FULL).encode(), 0, "the count wraps around");
     }
 }

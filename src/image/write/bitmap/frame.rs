@@ -1,13 +1,12 @@
-//! A granule's place in memory: the word of the table that tells of it, and the frame that holds its bits.
+//! A frame: the bits of one bitmap sector in memory, with a lock for changes, and reads without a lock.
 //!
-//! ```text
-//!   table   a word a granule:  absent (and how often it left) | full | in frame N
-//!   frame   whose it is | its bits | what a commit and the journal know of it
-//! ```
+//! A frame exists as long as the image is open, and passes from one bitmap sector to another (`clock.rs`). Its *tag* contains
+//! the index of its owner and counts the changes of owner.
 //!
-//! Frames live as long as the image is open and pass from granule to granule (`bitmaps.rs` says when). So who looks needs
-//! no lock, only proof that the frame did not pass on meanwhile: its *tag* names the granule and counts the changes of
-//! hands. Who changes anything holds the frame's lock, under which a tag and the word of the table always agree.
+//! - A reader takes no lock. It reads the tag before and after the bits: if both are equal, the bits are those of the owner.
+//!   This is a sequence lock whose writers only announce a change of owner; bits that are set meanwhile do no harm.
+//! - A change of the bits, the state or the owner requires the frame's lock. While it is held, the tag and the entry of the
+//!   table agree.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,49 +15,51 @@ use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
 use crate::units::SECTOR_BYTES;
 
-/// Memory for one granule.
+/// The bits of one bitmap sector in memory.
 #[derive(Debug)]
-pub(in crate::image::write) struct BitmapFrame {
-    /// Changes of hands in the upper half, the granule in the lower.
+pub(crate) struct BitmapFrame {
+    /// Number of changes of owner in the upper half, index of the owner in the lower half.
     tag: AtomicU64,
-    /// Somebody looked since the hand of the clock came by.
+    /// The bits were read since the hand of the clock last passed.
     used: AtomicBool,
-    /// A mark must look closer even where it finds its bits set.
+    /// A mark must take the lock even if its bits are set: they are not in the file or in the journal yet.
     owes_commit: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
     state: Mutex<FrameState>,
 }
 
-/// In the lower half of a tag: no granule.
+/// Lower half of a tag without an owner; also the mask of that half.
 const UNOWNED: u64 = u32::MAX as u64;
 
-/// What is known of a granule besides its bits.
+/// State of a bitmap sector besides its bits.
 #[derive(Clone, Copy, Default, Debug)]
-pub(in crate::image::write) struct FrameState {
-    /// Noted for the next commit.
-    pub(in crate::image::write) dirty: bool,
-    /// The running commit has a copy of it that the file may not have yet.
-    pub(in crate::image::write) in_commit: bool,
-    /// The file says nothing of it yet, so a commit is owed even where no bit changes.
-    pub(in crate::image::write) unwritten: bool,
-    /// The file does not know the place of the block yet.
-    pub(in crate::image::write) unplaced: bool,
-    /// It has bits that would not outlive this process: whoever relies on them owes a commit.
-    pub(in crate::image::write) not_journaled: bool,
-    /// Its bits may reach the file only after a sync of the data.
-    pub(in crate::image::write) ordered: bool,
-    /// The journal's slot that speaks for it.
-    pub(in crate::image::write) journal_slot: Option<u32>,
-    /// Requests that need it to stay in memory.
-    pub(in crate::image::write) pins: u32,
-    /// How often it was in memory before.
-    pub(in crate::image::write) evictions: u32,
+pub(crate) struct FrameState {
+    /// The next commit writes it.
+    pub(crate) dirty: bool,
+    /// The running commit has a copy of it, which may not be in the file yet.
+    pub(crate) in_commit: bool,
+    /// It was never written to the file, so a mark needs a commit even if no bit changes.
+    pub(crate) unwritten: bool,
+    /// The BAT entry of its block is not in the file yet.
+    pub(crate) unplaced: bool,
+    /// Some bits are neither in the file nor in the journal: a write that relies on them must wait for a commit.
+    pub(crate) not_journaled: bool,
+    /// Its bits may be written to the file only after a sync of the data.
+    pub(crate) ordered: bool,
+    /// The slot of the journal that has its bits.
+    pub(crate) journal_slot: Option<u32>,
+    /// Number of requests for which it must stay in memory.
+    pub(crate) pins: u32,
+    /// Number of evictions so far.
+    pub(crate) evictions: u32,
 }
 
 impl FrameState {
-    /// Whether the file says all that memory does, or what reads the same: the bitmap of a fresh block that has its place
-    /// and was never marked is zeros in the file, and a root without a bit reads zeros as well.
-    pub(in crate::image::write) fn is_clean(&self) -> bool {
+    /// Whether the file reads the same as memory, so that the bitmap sector may be evicted.
+    ///
+    /// A block that has its BAT entry and was never marked is clean, too: its bitmap in the file is zeros, and a root reads
+    /// zeros from absent sectors.
+    pub(crate) fn is_clean(&self) -> bool {
         let dirty = (self.dirty || self.journal_slot.is_some()) && !mutant::enabled(Mutant::EvictDirty);
         let taken = self.in_commit && !mutant::enabled(Mutant::EvictInCommit);
         !dirty && !taken && !self.unplaced
@@ -66,22 +67,17 @@ impl FrameState {
 }
 
 impl BitmapFrame {
-    pub(in crate::image::write) fn new() -> BitmapFrame {
-        let (used, owing) = (AtomicBool::new(false), AtomicBool::new(false));
-        BitmapFrame {
-            tag: AtomicU64::new(UNOWNED),
-            used,
-            owes_commit: owing,
-            words: OnceLock::new(),
-            state: Mutex::default(),
-        }
+    /// Creates a frame without an owner.
+    pub(crate) fn new() -> BitmapFrame {
+        let (used, owes_commit) = (AtomicBool::new(false), AtomicBool::new(false));
+        BitmapFrame { tag: AtomicU64::new(UNOWNED), used, owes_commit, words: OnceLock::new(), state: Mutex::default() }
     }
 
-    /// Begins to look at a granule; `None` where the frame is another's by now.
+    /// Begins a read without a lock. Returns `None` if the frame has another owner by now.
     #[inline]
-    pub(in crate::image::write) fn read_optimistic(&self, granule: usize) -> Option<OptimisticRead<'_>> {
+    pub(crate) fn read_optimistic(&self, index: usize) -> Option<OptimisticRead<'_>> {
         let tag = self.tag.load(Ordering::Acquire);
-        if tag & UNOWNED != granule as u64 {
+        if tag & UNOWNED != index as u64 {
             return None;
         }
         if !self.used.load(Ordering::Relaxed) {
@@ -90,78 +86,79 @@ impl BitmapFrame {
         Some(OptimisticRead { frame: self, words: self.words.get()?, tag })
     }
 
-    /// Whether anybody looked since this was asked last.
-    pub(in crate::image::write) fn take_used(&self) -> bool {
+    /// Clears the `used` flag, and returns whether it was set.
+    pub(crate) fn take_used(&self) -> bool {
         self.used.load(Ordering::Relaxed) && self.used.swap(false, Ordering::Relaxed)
     }
 
-    /// Whose it is. Stays so while the frame is locked.
-    pub(in crate::image::write) fn owner(&self) -> Option<usize> {
+    /// Index of the bitmap sector that has the frame. It does not change while the frame is locked.
+    pub(crate) fn owner(&self) -> Option<usize> {
         let owner = self.tag.load(Ordering::Acquire) & UNOWNED;
         (owner != UNOWNED).then(|| usize::try_from(owner).expect("32 bits"))
     }
 
-    pub(in crate::image::write) fn lock(&self) -> LockedFrame<'_> {
+    /// Locks the frame.
+    pub(crate) fn lock(&self) -> LockedFrame<'_> {
         LockedFrame { frame: self, state: self.state.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// `None` where somebody else has locked it.
-    pub(in crate::image::write) fn try_lock(&self) -> Option<LockedFrame<'_>> {
+    /// Locks the frame; `None` if another thread has locked it.
+    pub(crate) fn try_lock(&self) -> Option<LockedFrame<'_>> {
         Some(LockedFrame { frame: self, state: self.state.try_lock().ok()? })
     }
 }
 
-/// A look at a granule's bits, without a lock.
-pub(in crate::image::write) struct OptimisticRead<'a> {
+/// A read of a bitmap sector's bits without a lock.
+pub(crate) struct OptimisticRead<'a> {
     frame: &'a BitmapFrame,
     words: &'a [AtomicU64],
     tag: u64,
 }
 
 impl OptimisticRead<'_> {
-    /// The run of equal bits from `from`, not beyond `end`: whether they are set, and how many.
+    /// Returns the run of equal bits from `from`, up to `end`: their value and their number.
     #[inline]
-    pub(in crate::image::write) fn run(&self, from: u32, end: u32) -> (bool, u32) {
+    pub(crate) fn run(&self, from: u32, end: u32) -> (bool, u32) {
         bitmap::run_atomic(self.words, from, end)
     }
 
-    /// Whether a mark that finds its bits set is done.
+    /// Whether a mark that finds its bits set has nothing more to do.
     #[inline]
-    pub(in crate::image::write) fn owes_no_commit(&self) -> bool {
+    pub(crate) fn owes_no_commit(&self) -> bool {
         !self.frame.owes_commit.load(Ordering::Acquire)
     }
 
-    /// Whether all that was seen was of the granule. If not, it means nothing.
+    /// Whether all bits read so far were those of the owner. If not, they mean nothing.
     #[inline]
-    pub(in crate::image::write) fn is_valid(&self) -> bool {
-        // With the fence in `fill`: who has seen a bit of the next granule sees the tag changed.
+    pub(crate) fn is_valid(&self) -> bool {
+        // Pairs with the fence in `fill`: a reader that has seen a bit of the next owner sees the changed tag.
         fence(Ordering::Acquire);
         self.frame.tag.load(Ordering::Relaxed) == self.tag
     }
 }
 
-/// A frame that nobody else changes.
-pub(in crate::image::write) struct LockedFrame<'a> {
+/// A locked frame.
+pub(crate) struct LockedFrame<'a> {
     frame: &'a BitmapFrame,
-    pub(in crate::image::write) state: MutexGuard<'a, FrameState>,
+    pub(crate) state: MutexGuard<'a, FrameState>,
 }
 
 impl LockedFrame<'_> {
-    /// Whether its bits may reach the file only after a sync of the data.
-    pub(in crate::image::write) fn is_ordered(&self) -> bool {
+    /// Whether its bits may be written to the file only after a sync of the data.
+    pub(crate) fn is_ordered(&self) -> bool {
         self.state.ordered
     }
 
-    /// Copies its bits for a commit. What is marked from now on is noted anew, and claims another slot of the journal.
-    pub(in crate::image::write) fn snapshot(&mut self) -> [u8; SECTOR_BYTES] {
+    /// Copies the bits for a commit. A later mark makes the bitmap sector dirty again, and claims another journal slot.
+    pub(crate) fn snapshot(&mut self) -> [u8; SECTOR_BYTES] {
         self.state.journal_slot = None;
         self.state.dirty = false;
         self.state.in_commit = true;
         self.to_bytes()
     }
 
-    /// Copies its bits.
-    pub(in crate::image::write) fn to_bytes(&self) -> [u8; SECTOR_BYTES] {
+    /// Copies the bits.
+    pub(crate) fn to_bytes(&self) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(self.words()) {
             *to = word.load(Ordering::SeqCst).to_be_bytes();
@@ -169,58 +166,57 @@ impl LockedFrame<'_> {
         bytes
     }
 
-    /// Its bits.
-    pub(in crate::image::write) fn words(&self) -> &[AtomicU64] {
-        self.frame.words.get().expect("a granule's frame has words")
+    /// The bits.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        self.frame.words.get().expect("a frame with an owner has words")
     }
 
-    pub(in crate::image::write) fn owner(&self) -> Option<usize> {
+    /// Index of the bitmap sector that has the frame.
+    pub(crate) fn owner(&self) -> Option<usize> {
         self.frame.owner()
     }
 
-    /// Sets `count` bits from `bit`; whether any of them was clear.
-    pub(in crate::image::write) fn set_bits(&self, bit: u32, count: u32) -> bool {
-        // Before the bits: who finds them set must not take them for kept before that is so. Cleared on unlocking.
+    /// Sets `count` bits from `bit`. Returns whether any of them was clear.
+    pub(crate) fn set_bits(&self, bit: u32, count: u32) -> bool {
+        // Set before the bits, as a concurrent mark that finds them set must not return before they are in the journal.
+        // Cleared when the frame is unlocked.
         self.frame.owes_commit.store(true, Ordering::Relaxed);
         bitmap::set_atomic(self.words(), bit, count)
     }
 
-    /// Gives the frame to nobody.
-    pub(in crate::image::write) fn release(&mut self) {
-        let hands = self.frame.tag.load(Ordering::Relaxed) >> 32;
-        self.frame.tag.store(hands.wrapping_add(1) << 32 | UNOWNED, Ordering::Relaxed);
+    /// Takes the frame from its owner.
+    pub(crate) fn release(&mut self) {
+        let changes = self.frame.tag.load(Ordering::Relaxed) >> 32;
+        self.frame.tag.store(changes.wrapping_add(1) << 32 | UNOWNED, Ordering::Relaxed);
         *self.state = FrameState::default();
     }
 
-    /// Puts `count` words into a frame that is nobody's, and leaves it so.
-    pub(in crate::image::write) fn fill(
-        &mut self,
-        count: usize,
-        mut words: impl Iterator<Item = u64>,
-        known: FrameState,
-    ) {
+    /// Stores `count` words and the state. The frame has no owner afterwards.
+    pub(crate) fn fill(&mut self, count: usize, mut words: impl Iterator<Item = u64>, state: FrameState) {
         self.release();
-        // Whoever sees a bit that is stored below sees the tag of `vacate`, or a later one.
+        // Pairs with the fence in `is_valid`: a reader that sees a bit stored below sees the tag stored by `release`.
         fence(Ordering::Release);
-        let held = self.frame.words.get_or_init(|| (0..count).map(|_| AtomicU64::new(0)).collect());
-        held.iter().for_each(|to| to.store(words.next().unwrap_or(0), Ordering::Relaxed));
-        *self.state = known;
+        let words_of_frame = self.frame.words.get_or_init(|| (0..count).map(|_| AtomicU64::new(0)).collect());
+        words_of_frame.iter().for_each(|to| to.store(words.next().unwrap_or(0), Ordering::Relaxed));
+        *self.state = state;
     }
 
-    /// Gives a frame that was filled to a granule, of which the table says so already: who remembers this frame from an
-    /// earlier stay of the granule must not meet bits that turn out to be out of date.
-    pub(in crate::image::write) fn assign_to(&mut self, granule: usize) {
+    /// Makes a bitmap sector the owner of a filled frame.
+    ///
+    /// Its entry in the table names this frame already. In the other order, a reader with an old entry, from an earlier stay
+    /// in the same frame, could trust bits that the table then does not accept.
+    pub(crate) fn assign_to(&mut self, index: usize) {
         let tag = self.frame.tag.load(Ordering::Relaxed) & !UNOWNED;
         self.frame.used.store(false, Ordering::Relaxed);
-        self.frame.tag.store(tag | granule as u64, Ordering::Release);
+        self.frame.tag.store(tag | index as u64, Ordering::Release);
     }
 }
 
 impl Drop for LockedFrame<'_> {
     fn drop(&mut self) {
-        let owing = self.state.unwritten || self.state.not_journaled;
-        if self.frame.owes_commit.load(Ordering::Relaxed) != owing {
-            self.frame.owes_commit.store(owing, Ordering::Release);
+        let owes_commit = self.state.unwritten || self.state.not_journaled;
+        if self.frame.owes_commit.load(Ordering::Relaxed) != owes_commit {
+            self.frame.owes_commit.store(owes_commit, Ordering::Release);
         }
     }
 }
@@ -230,14 +226,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_look_is_sound_while_the_frame_has_one_owner() {
+    fn a_read_is_valid_while_the_frame_keeps_its_owner() {
         let frame = BitmapFrame::new();
         assert!(frame.read_optimistic(7).is_none());
-        let give = |granule, word| {
+        let give = |index, word| {
             let mut frame = frame.lock();
             frame.fill(1, std::iter::once(word), FrameState::default());
-            assert_eq!(frame.owner(), None, "filled, and nobody's yet");
-            frame.assign_to(granule);
+            assert_eq!(frame.owner(), None, "filled, without an owner");
+            frame.assign_to(index);
         };
         give(7, 1 << 63);
         let look = frame.read_optimistic(7).unwrap();
@@ -249,7 +245,7 @@ mod tests {
         );
         frame.lock().set_bits(1, 1);
         assert!(look.run(0, 8) == (true, 2) && look.is_valid());
-        // There and back again: the same granule, and yet not what was looked at.
+        // The same owner again after a change: the read began before.
         give(8, 0);
         give(7, 1 << 63);
         assert!(!look.is_valid() && frame.read_optimistic(7).unwrap().is_valid());
