@@ -91,7 +91,7 @@ impl AsFd for Listener {
 /// Describes the process at the other end, for the log.
 pub(super) fn describe_peer(stream: &UnixStream) -> String {
     match sockopt::socket_peercred(stream) {
-        Ok(who) => format!("process {} of user {}", who.pid.as_raw_nonzero(), who.uid.as_raw()),
+        Ok(peer) => format!("process {} of user {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
         Err(_) => "an unknown process".into(),
     }
 }
