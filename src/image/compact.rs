@@ -22,8 +22,8 @@ const CHUNK: usize = 1 << 20;
 /// Of so many blocks that a gap has room for at pages, one may be left out so that the others are aligned.
 const MISALIGNED_SHARE: u64 = 32;
 
-/// Is told how many more bytes are done, and ends the work where it fails.
-pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+/// Here with the number of bytes done since the last call.
+pub use crate::units::OnProgress;
 
 /// A block on its way down.
 struct BlockMove {

@@ -24,8 +24,8 @@ pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 /// Bytes that are looked at together when zeros are sought.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-/// Is told how many bytes of the disk are done, and ends the work where it fails.
-pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+/// Here with the number of bytes of the disk done in total.
+pub use crate::units::OnProgress as Progress;
 
 /// How the bytes of a file are to be taken. It is declared, never probed: a guest could write what looks like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
