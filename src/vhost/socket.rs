@@ -36,7 +36,6 @@ impl Socket {
     /// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
     /// * `NotFound`: the folder does not exist.
     /// * `Io`: a system call fails, for example because the process may not set the group.
-
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
         let (socket, bound_name) = bind(path, access)?;
         Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
