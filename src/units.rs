@@ -1,9 +1,11 @@
-//! Units: sectors, ranges of sectors, block sizes.
+//! Units: sectors, ranges of sectors, block sizes, and the progress callback.
 //!
 //! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is always
 //! 512 bytes, regardless of the logical block size of the storage device.
 
 use std::fmt;
+
+use crate::error::Result;
 
 /// Bytes in a sector, as a count of bytes on a disk.
 pub const SECTOR: u64 = 512;
@@ -11,6 +13,10 @@ pub const SECTOR: u64 = 512;
 pub const SECTOR_BYTES: usize = 512;
 /// Bits in a sector.
 pub const SECTOR_BITS: u32 = 4096;
+
+/// Progress callback of a long operation. It receives a number of processed bytes: since the last call or in total, as the
+/// operation documents. If it fails, the operation ends with its error.
+pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Converts sectors to bytes; `None` if the result does not fit in 64 bits.
 pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {

@@ -13,7 +13,7 @@ use crate::format::{Consequence, Defect, DiskType, Severity};
 use crate::image::{self, Image, Suspects, refuse_if_live};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, FileId, Lock, RuntimeFolder};
-use crate::units::SectorRange;
+use crate::units::{OnProgress, SectorRange};
 
 /// The defects of one file of a chain, and of its link to its parent.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub fn check(
     youngest: File,
     parents: Option<&Policy>,
     runtime: &[RuntimeFolder],
-    progress: &mut dyn FnMut(u64) -> Result<()>,
+    progress: &mut OnProgress<'_>,
 ) -> Result<Vec<CheckedFile>> {
     let mut passed = 0;
     let mut watch = |more| {

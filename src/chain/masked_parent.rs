@@ -10,7 +10,8 @@ use super::plan::PlanBuffer;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
-use crate::image::{Image, OnProgress, Suspects, is_zero};
+use crate::image::{Image, Suspects, is_zero};
+use crate::units::OnProgress;
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 

@@ -11,7 +11,7 @@ use crate::ops::SourceFormat;
 use crate::ops::create::Locators;
 use crate::units::BlockSize;
 
-/// Makes, inspects, checks, merges, converts and compares VHD images and chains of them.
+/// Creates, inspects, checks, merges, converts and compares VHD images and chains of them.
 ///
 /// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found corruption, 4 check found only leaks or cosmetic faults,
 /// 5 compare found a difference.
@@ -357,7 +357,7 @@ pub(super) struct FlattenArgs {
 
 #[derive(Group, Debug)]
 pub(super) struct RebaseArgs {
-    /// The child. Its disk does not change: data that the new parent does not have is copied into the child
+    /// The child. Its disk does not change: sectors that differ in the new parent are copied into the child
     pub(super) child: PathBuf,
     /// The new parent
     #[arg(long, value_name = "NEW")]

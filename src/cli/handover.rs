@@ -177,8 +177,8 @@ mod tests {
     fn sockets_that_match_no_disk_or_several_are_refused() {
         let (a, b) = (disk("a", ""), disk("b", "/run/b"));
         let refused = |disks: &[DiskArgs], sockets: &[OfferedSocket], why: &str| {
-            let told = assign(disks, sockets).unwrap_err();
-            assert!(told.contains(why), "{told}");
+            let error = assign(disks, sockets).unwrap_err();
+            assert!(error.contains(why), "{error}");
         };
         refused(&[a.clone(), disk("c", "")], &[offered("", "/run/1"), offered("", "/run/2")], "belongs to no disk");
         refused(&[a.clone(), disk("c", "")], &[offered("", "/run/1")], "belongs to no disk");

@@ -55,7 +55,7 @@ fn policy(common: &CommonArgs) -> Result<Policy> {
 }
 
 fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
-    let said = match &args.parent {
+    let summary = match &args.parent {
         Some(parent) => {
             let child = ops::create::ChildSpec {
                 parent: parent.clone(),
@@ -87,7 +87,7 @@ fn create(args: &CreateArgs, common: &CommonArgs) -> Result<Exit> {
     };
     if !common.quiet {
         print_to_stdout(|out| {
-            writeln!(out, "created {}: {}", print::display_path(&args.path), print::escape_controls(&said))
+            writeln!(out, "created {}: {}", print::display_path(&args.path), print::escape_controls(&summary))
         })?;
     }
     Ok(Exit::Done)
@@ -156,17 +156,17 @@ fn children(args: &ChildrenArgs, common: &CommonArgs) -> Result<Exit> {
 
 fn map(args: &MapArgs, common: &CommonArgs) -> Result<Exit> {
     let mut table = print::MapPrinter::new(io::BufWriter::new(io::stdout().lock()), args.json);
-    print_list(|told| {
-        ops::map::map(&Host, &args.path, &policy(common)?, |run| told(table.run(&run)))?;
-        told(table.end())
+    print_list(|written| {
+        ops::map::map(&Host, &args.path, &policy(common)?, |run| written(table.run(&run)))?;
+        written(table.end())
     })
 }
 
 fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
     let mut table = print::DiffPrinter::new(io::BufWriter::new(io::stdout().lock()), args.json, common.quiet);
-    print_list(|told| {
-        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| told(table.run(&run)))?;
-        told(table.end())
+    print_list(|written| {
+        ops::diff::diff(&Host, &args.child, args.since.as_deref(), &policy(common)?, |run| written(table.run(&run)))?;
+        written(table.end())
     })
 }
 
@@ -297,12 +297,12 @@ fn merge(args: &MergeArgs, common: &CommonArgs) -> Result<Exit> {
         return Ok(Exit::Done);
     }
     let images = |n: usize| if n == 1 { "1 image".to_owned() } else { format!("{n} images") };
-    let mut said = format!("{} copied, {} removed", human_size(merged.copied), images(merged.removed.len()));
+    let mut summary = format!("{} copied, {} removed", human_size(merged.copied), images(merged.removed.len()));
     if !merged.relinked.is_empty() {
-        said.push_str(&format!(", {} linked to it", images(merged.relinked.len())));
+        summary.push_str(&format!(", {} linked to it", images(merged.relinked.len())));
     }
     let (child, ancestor) = (print::display_path(&args.child), print::display_path(&merged.ancestor));
-    print_to_stdout(|out| writeln!(out, "merged {child} into {ancestor}: {said}"))?;
+    print_to_stdout(|out| writeln!(out, "merged {child} into {ancestor}: {summary}"))?;
     Ok(Exit::Done)
 }
 

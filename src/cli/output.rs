@@ -29,15 +29,15 @@ pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
 pub(super) fn print_list(
     print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>,
 ) -> Result<Exit> {
-    let mut left = false;
+    let mut is_closed = false;
     let done = print(&mut |outcome| {
         outcome.map_err(|e| {
-            left = e.kind() == io::ErrorKind::BrokenPipe;
+            is_closed = e.kind() == io::ErrorKind::BrokenPipe;
             Error::io("cannot write to standard output", e)
         })
     });
     match done {
-        Err(_) if left => Ok(Exit::Done),
+        Err(_) if is_closed => Ok(Exit::Done),
         done => done.map(|()| Exit::Done),
     }
 }

@@ -79,13 +79,13 @@ pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
 
 /// Describes the process that has an image in use.
 fn in_use(user: &info::InUse) -> String {
-    let who = match (user.pid, &user.program) {
+    let process = match (user.pid, &user.program) {
         (Some(pid), Some(program)) => format!("by {program} (process {pid})"),
         _ => "by another process".to_owned(),
     };
     match &user.since {
-        Some(since) => format!("{who}, since {since}"),
-        None => who,
+        Some(since) => format!("{process}, since {since}"),
+        None => process,
     }
 }
 
@@ -129,8 +129,8 @@ pub(super) fn check(out: &mut dyn Write, report: &check::CheckReport, quiet: boo
         }
     }
     for defect in &report.defects {
-        let mend = if defect.repairable { " [repairable]" } else { "" };
-        writeln!(out, "{}{mend}", defect_line(defect, None))?;
+        let suffix = if defect.repairable { " [repairable]" } else { "" };
+        writeln!(out, "{}{suffix}", defect_line(defect, None))?;
     }
     for lost in report.lost.iter().take(MAX_LISTED_RANGES) {
         let (start, end) = (lost.start, lost.start + lost.length);

@@ -24,7 +24,7 @@ pub(super) enum OnEnospc {
 
 /// Serves differencing VHD chains to virtual machines over vhost-user-blk.
 #[derive(Parser, Debug)]
-#[command(name = "diffdiskd", version, about, max_term_width = 100)]
+#[command(name = "diffdiskd", version, max_term_width = 100)]
 pub(super) struct DaemonArgs {
     /// Print the capabilities of this program as JSON, and exit
     #[arg(long)]

@@ -32,7 +32,7 @@ const PROCESS_FDS: u64 = 32;
 /// A disk that is ready to be served.
 pub(super) struct ReadyDisk {
     // Dropped first: removes the socket and ends the threads of the queues.
-    daemon: DiskServer,
+    server: DiskServer,
     disk: Arc<Disk>,
     name: String,
 }
@@ -48,7 +48,7 @@ impl ReadyDisk {
     /// # Errors
     /// As [`DiskServer::run`].
     pub(super) fn run(self, stop: &UnixStream) -> Result<()> {
-        self.daemon.run(stop)
+        self.server.run(stop)
     }
 }
 
@@ -73,14 +73,14 @@ pub(super) fn start_all(
     raise_fd_limit();
     // A first check with one file per disk; the lengths of the chains are not known yet.
     check_fd_limit(disks, disks.iter().map(|_| 1))?;
-    let keep = durability(args, disks, &**host)?;
+    let durability = durability(args, disks, &**host)?;
     let mut ready: Vec<ReadyDisk> = Vec::new();
     for (disk, handed_over) in disks.iter().zip(&mut handed_over) {
         let access = disk.socket_access()?;
-        let service = serve_options(args, disk);
-        let options = disk_options(args, disk, &keep);
-        let open = || Disk::open(host.clone(), &options);
-        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &service.name, stop, open)? else {
+        let serve_options = serve_options(args, disk);
+        let disk_options = disk_options(args, disk, &durability);
+        let open = || Disk::open(host.clone(), &disk_options);
+        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &serve_options.name, stop, open)? else {
             return Ok(None);
         };
         let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
@@ -90,19 +90,19 @@ pub(super) fn start_all(
             (None, Some(path)) => Socket::bind(path, access),
             (None, None) => unreachable!("refused above"),
         };
-        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &service.name, stop, bind)? else {
+        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &serve_options.name, stop, bind)? else {
             return Ok(None);
         };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
-        let daemon = DiskServer::new(opened.clone(), &service, socket)?;
-        info!("{}", describe(&service, disk, &opened, &place, daemon.engine()));
-        ready.push(ReadyDisk { daemon, disk: opened, name: service.name });
+        let server = DiskServer::new(opened.clone(), &serve_options, socket)?;
+        info!("{}", describe(&serve_options, disk, &opened, &place, server.engine()));
+        ready.push(ReadyDisk { server, disk: opened, name: serve_options.name });
     }
     Ok(Some(ready))
 }
 
 /// Formats the log line of a started disk: its size, socket, queues, chain and modes, and the version of the program.
-fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, engine: &str) -> String {
+fn describe(options: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, engine: &str) -> String {
     let size = disk.capacity().saturating_mul(SECTOR);
     let mode = if disk.is_read_only() { ", read-only" } else { "" };
     let chain: Vec<String> = disk.version().files().map(|(_, file)| file.path().display().to_string()).collect();
@@ -112,9 +112,9 @@ fn describe(service: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
     format!(
         "disk {}: {size} bytes{mode} on {place}, {} queues of {}, chain {}, runtime folder {runtime}, engine {engine}, cache \
          {cache}{direct}, diffdiskd {}",
-        service.name,
-        service.queues,
-        service.queue_size,
+        options.name,
+        options.queues,
+        options.queue_size,
         chain.join(" <- "),
         VERSION,
     )
@@ -136,7 +136,7 @@ fn durability(args: &DaemonArgs, disks: &[DiskArgs], host: &dyn Env) -> Result<D
     }
 }
 
-fn disk_options(args: &DaemonArgs, disk: &DiskArgs, keep: &Durability) -> DiskOptions {
+fn disk_options(args: &DaemonArgs, disk: &DiskArgs, durability: &Durability) -> DiskOptions {
     DiskOptions {
         allow_writable_parent: disk.allow_writable_parent,
         path: disk.path.clone(),
@@ -145,7 +145,7 @@ fn disk_options(args: &DaemonArgs, disk: &DiskArgs, keep: &Durability) -> DiskOp
         direct: disk.direct,
         allow_parents: args.allow_parents.iter().chain(&disk.allow_parents).cloned().collect(),
         write_through: disk.cache == CacheMode::Writethrough,
-        keep: keep.clone(),
+        keep: durability.clone(),
         discard_journal: args.discard_journal && !disk.readonly,
         when_full: match args.on_enospc {
             OnEnospc::Park => WhenFull::Park,
@@ -175,7 +175,7 @@ fn retry_while_busy<T>(
     mut take: impl FnMut() -> Result<T>,
 ) -> Result<Option<T>> {
     let (begun, mut pause) = (Instant::now(), Duration::ZERO);
-    let mut told = false;
+    let mut has_logged = false;
     loop {
         let wait = Timespec { tv_sec: 0, tv_nsec: i64::from(pause.subsec_nanos()) };
         match poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&wait)) {
@@ -186,15 +186,15 @@ fn retry_while_busy<T>(
         let busy = match take() {
             Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < limit => e,
             outcome => {
-                if told && outcome.is_ok() {
+                if has_logged && outcome.is_ok() {
                     info!("disk {disk}: free after {} ms", begun.elapsed().as_millis());
                 }
                 return outcome.map(Some);
             }
         };
-        if !told {
+        if !has_logged {
             info!("disk {disk}: waiting up to {} s: {}", limit.as_secs(), busy.line());
-            told = true;
+            has_logged = true;
         }
     }
 }

@@ -102,8 +102,8 @@ mod tests {
             ("allow-parents = [\"images\"]", "absolute"),
             ("runtime-dir = \"run\"", "absolute"),
         ] {
-            let told = parse(bad).unwrap_err();
-            assert!(told.contains(why), "{bad}: {told}");
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
         }
     }
 

@@ -46,12 +46,12 @@ fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String
 /// Any error of sending to the socket of the service manager.
 pub(super) fn notify(state: &str) -> io::Result<()> {
     match std::env::var_os("NOTIFY_SOCKET") {
-        Some(name) if !name.is_empty() => tell(&name, state),
+        Some(name) if !name.is_empty() => send(&name, state),
         _ => Ok(()),
     }
 }
 
-fn tell(name: &OsStr, state: &str) -> io::Result<()> {
+fn send(name: &OsStr, state: &str) -> io::Result<()> {
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
         _ => SocketAddr::from_pathname(name)?,
@@ -76,16 +76,16 @@ mod tests {
     fn notifications_reach_sockets_with_a_path_or_an_abstract_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
-        let hears = |socket: UnixDatagram, name: &OsStr| {
-            tell(name, "READY=1").unwrap();
-            let mut said = [0; 16];
-            let n = socket.recv(&mut said).unwrap();
-            assert_eq!(&said[..n], b"READY=1");
+        let receives = |socket: UnixDatagram, name: &OsStr| {
+            send(name, "READY=1").unwrap();
+            let mut received = [0; 16];
+            let n = socket.recv(&mut received).unwrap();
+            assert_eq!(&received[..n], b"READY=1");
         };
-        hears(UnixDatagram::bind(&path).unwrap(), path.as_os_str());
+        receives(UnixDatagram::bind(&path).unwrap(), path.as_os_str());
         let name = format!("diffdisk-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();
-        hears(UnixDatagram::bind_addr(&address).unwrap(), OsStr::new(&format!("@{name}")));
-        assert!(tell(OsStr::new("/nonexistent/socket"), "READY=1").is_err());
+        receives(UnixDatagram::bind_addr(&address).unwrap(), OsStr::new(&format!("@{name}")));
+        assert!(send(OsStr::new("/nonexistent/socket"), "READY=1").is_err());
     }
 }

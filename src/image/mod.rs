@@ -46,7 +46,6 @@ pub mod write;
 pub use atomic_file::{AtomicFile, is_temporary_name};
 pub use bat::Bat;
 pub use batmap::Batmap;
-pub use callbacks::OnProgress;
 pub use check::apply_undo::undo_repair;
 pub use check::check_image::{check, check_with_progress};
 pub use check::repair::{FooterChoice, repair};

@@ -22,8 +22,7 @@ pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// [`CHUNK_BYTES`] in sectors.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 
-/// Callback with the number of bytes that are done. If it fails, the operation stops with its error.
-pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+pub use crate::units::OnProgress as Progress;
 
 /// Format of a source. The user declares it; it is never probed, because a guest could write what looks like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -56,7 +56,6 @@ struct SocketLocation<'a> {
 /// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
 /// * `NotFound`: the folder does not exist.
 /// * `Io`: a system call fails, for example because the process may not set the group.
-
 pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, BoundName)> {
     let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
     let name = file_name(path)?;

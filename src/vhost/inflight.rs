@@ -119,17 +119,18 @@ mod tests {
 
     #[test]
     fn a_created_region_can_be_mapped_again() {
-        let (told, file) = create(&shape(3, 128)).unwrap();
-        let (size, offset, queues, entries) = (told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size);
+        let (description, file) = create(&shape(3, 128)).unwrap();
+        let (size, offset, queues, entries) =
+            (description.mmap_size, description.mmap_offset, description.num_queues, description.queue_size);
         assert_eq!((size, offset, queues, entries), (3 * 2112, 0, 3, 128), "16 + 128 * 16, and up to 64");
         assert!(file.set_len(size - 1).is_err() && file.set_len(size + 1).is_err(), "sealed");
-        let mut first = InflightRecords::map(&told, file.try_clone().unwrap()).unwrap();
+        let mut first = InflightRecords::map(&description, file.try_clone().unwrap()).unwrap();
         assert!(first.record(3).is_none());
         let mut record = first.record(2).unwrap();
         assert_eq!(record.resume(128, 7).unwrap(), [0u16; 0]);
         record.record_taken(9);
         record.record_taken(5);
-        first = InflightRecords::map(&told, file).unwrap();
+        first = InflightRecords::map(&description, file).unwrap();
         assert_eq!(first.record(2).unwrap().resume(128, 7).unwrap(), [9, 5], "memory, not a copy");
         assert_eq!(first.record(1).unwrap().resume(128, 7).unwrap(), [0u16; 0]);
     }
@@ -141,8 +142,8 @@ mod tests {
         }
         let (_, file) = create(&shape(2, 128)).unwrap();
         let map = |size, offset, queues, entries| {
-            let told = VhostUserInflight::new(size, offset, queues, entries);
-            InflightRecords::map(&told, file.try_clone().unwrap()).is_ok()
+            let description = VhostUserInflight::new(size, offset, queues, entries);
+            InflightRecords::map(&description, file.try_clone().unwrap()).is_ok()
         };
         assert!(map(4224, 0, 2, 128));
         assert!(map(2112, 0, 1, 128), "less of it");
@@ -165,13 +166,13 @@ mod tests {
 
     #[test]
     fn files_without_a_shrink_seal_are_refused() {
-        let told = VhostUserInflight::new(2112, 0, 1, 128);
+        let description = VhostUserInflight::new(2112, 0, 1, 128);
         let soft = File::from(memfd_create("soft", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         soft.set_len(4096).unwrap();
-        assert!(InflightRecords::map(&told, soft.try_clone().unwrap()).is_err());
+        assert!(InflightRecords::map(&description, soft.try_clone().unwrap()).is_err());
         fcntl_add_seals(&soft, SealFlags::SHRINK).unwrap();
-        assert!(InflightRecords::map(&told, soft).is_ok());
-        assert!(InflightRecords::map(&told, tempfile::tempfile().unwrap()).is_err());
-        assert!(InflightRecords::map(&told, File::open("/dev/zero").unwrap()).is_err());
+        assert!(InflightRecords::map(&description, soft).is_ok());
+        assert!(InflightRecords::map(&description, tempfile::tempfile().unwrap()).is_err());
+        assert!(InflightRecords::map(&description, File::open("/dev/zero").unwrap()).is_err());
     }
 }

@@ -56,8 +56,8 @@ pub(super) fn check_eventfd(file: &File) -> io::Result<()> {
         Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
         Err(_) => {
             // With DONT_SYNC, FUSE returns cached attributes.
-            let told = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
-            FileType::from_raw_mode(told.stx_mode.into()) == FileType::Unknown
+            let stat = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+            FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Unknown
         }
     };
     if is_counter { Ok(()) } else { Err(refuse("not an eventfd")) }

@@ -36,7 +36,6 @@ impl Socket {
     /// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
     /// * `NotFound`: the folder does not exist.
     /// * `Io`: a system call fails, for example because the process may not set the group.
-
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
         let (socket, bound_name) = bind(path, access)?;
         Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
@@ -91,7 +90,7 @@ impl AsFd for Listener {
 /// Describes the process at the other end, for the log.
 pub(super) fn describe_peer(stream: &UnixStream) -> String {
     match sockopt::socket_peercred(stream) {
-        Ok(who) => format!("process {} of user {}", who.pid.as_raw_nonzero(), who.uid.as_raw()),
+        Ok(peer) => format!("process {} of user {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
         Err(_) => "an unknown process".into(),
     }
 }

@@ -10,7 +10,7 @@ use super::report::Report;
 use super::space::{are_places_trusted, unreferenced_space};
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType};
-use crate::image::callbacks::OnProgress;
+use crate::units::OnProgress;
 use crate::image::open::Image;
 use crate::storage::File;
 

@@ -11,7 +11,7 @@ use super::offline_image::Offline;
 use crate::error::Result;
 use crate::failpoint;
 use crate::format::{bat, layout};
-use crate::image::callbacks::OnProgress;
+use crate::units::OnProgress;
 use crate::storage::{Buffer, File};
 use crate::storage::{is_seek_unsupported, next_data};
 use crate::units::{BlockSize, SECTOR};

@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
-use crate::image::callbacks::OnProgress;
+use crate::units::OnProgress;
 use crate::image::check::check_blocks::bits_beyond_disk;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
