@@ -1,37 +1,39 @@
-//! The engine of plain calls: preadv, pwritev, fdatasync, fallocate, one after the other, when `submit` is called.
+//! The blocking engine: `submit` makes the calls (preadv, pwritev, fdatasync, fallocate), one after the other.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
-use super::engine::{Engine, FILE_SLOTS};
-use super::env::File;
-use super::host::HostFile;
-use super::op::{Action, Completion, FileSlot, Op};
+use super::backend::File;
+use super::engine::Engine;
+use super::host::file::HostFile;
+use super::op::{Action, Completion, FILE_SLOTS, FileSlot, Op};
 use super::transfer::{self, IoBuffers, Transfer, TransferState};
 
-/// See the file's first line.
+/// Engine that makes blocking calls.
 pub struct BlockingEngine {
-    files: Vec<Option<HostFile>>,
+    files: Vec<Option<Arc<HostFile>>>,
     pushed: Vec<Op>,
-    over: Vec<Completion>,
-    progress: Transfer,
+    completed: Vec<Completion>,
+    transfer: Transfer,
     depth: usize,
     calls: u64,
 }
 
-// SAFETY: `progress` has pointers that are used only within `submit`, while the operation they come from is held.
+// SAFETY: the fields that are not Send by themselves are the pointers in `transfer`. They are valid and used only within `execute`, which
+// sets them for the operation that it borrows, and runs on one thread.
 unsafe impl Send for BlockingEngine {}
 
 impl BlockingEngine {
-    /// An engine for at most `depth` operations at once.
+    /// Creates an engine for at most `depth` outstanding operations.
     pub fn new(depth: usize) -> BlockingEngine {
         assert!(depth > 0, "an engine takes at least one operation");
         BlockingEngine {
             files: vec![None; usize::from(FILE_SLOTS)],
             pushed: Vec::with_capacity(depth),
-            over: Vec::with_capacity(depth),
-            progress: Transfer::default(),
+            completed: Vec::with_capacity(depth),
+            transfer: Transfer::default(),
             depth,
             calls: 0,
         }
@@ -41,7 +43,7 @@ impl BlockingEngine {
 impl Engine for BlockingEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        *entry = Some(super::engine::host_file(file)?.clone());
+        *entry = Some(HostFile::of(file)?);
         Ok(())
     }
 
@@ -61,16 +63,16 @@ impl Engine for BlockingEngine {
     fn submit(&mut self) -> io::Result<()> {
         for mut op in self.pushed.drain(..) {
             let result = match self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref) {
-                Some(file) => carry_out(file.as_fd(), &mut op, &mut self.progress, &mut self.calls),
+                Some(file) => execute(file.as_fd(), &mut op, &mut self.transfer, &mut self.calls),
                 None => Err(io::Error::from_raw_os_error(libc::EBADF)),
             };
-            self.over.push(Completion { op, result });
+            self.completed.push(Completion { op, result });
         }
         Ok(())
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
-        out.append(&mut self.over);
+        out.append(&mut self.completed);
     }
 
     fn wait(&mut self) -> io::Result<()> {
@@ -82,7 +84,7 @@ impl Engine for BlockingEngine {
     }
 
     fn outstanding(&self) -> usize {
-        self.pushed.len() + self.over.len()
+        self.pushed.len() + self.completed.len()
     }
 
     fn depth(&self) -> usize {
@@ -98,32 +100,33 @@ impl Engine for BlockingEngine {
     }
 }
 
-fn carry_out(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer, calls: &mut u64) -> io::Result<()> {
-    progress.reset();
+fn execute(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, calls: &mut u64) -> io::Result<()> {
+    transfer.reset();
     loop {
         *calls += 1;
-        let returned = call_once(fd, op, progress, 0);
-        if let TransferState::Finished(result) = progress.advance(op, returned) {
+        let returned = call_once(fd, op, transfer, 0);
+        if let TransferState::Finished(result) = transfer.advance(op, returned) {
             return result;
         }
     }
 }
 
-/// Makes one call, a read or write with these RWF flags; what it returned, or the negated error code.
-pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer, flags: i32) -> i32 {
+/// Makes the next call of an operation. `flags` are the RWF flags of a read or write. Returns the result, or the negated error code.
+pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, flags: i32) -> i32 {
     let fd = fd.as_raw_fd();
-    let (Ok(offset), Ok(len)) = (i64::try_from(progress.offset(op)), i64::try_from(op.len)) else {
-        // What the kernel says to offsets it cannot express.
+    let (Ok(offset), Ok(len)) = (i64::try_from(transfer.offset(op)), i64::try_from(op.len)) else {
+        // The kernel's error for negative offsets.
         return -libc::EINVAL;
     };
     let returned = match op.action {
         Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
-            match progress.next_buffers(&mut op.payload) {
-                // The usual case, in which the kernel need not fetch an array of runs first.
+            match transfer.next_buffers(&mut op.payload) {
+                // The usual case. The kernel does not have to copy an array of iovecs.
                 IoBuffers::Single(start, len) if op.action == Action::Write && flags == 0 => {
-                    // SAFETY: as below.
-                    return told(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
+                    // SAFETY: the buffer is memory of the payload, which `op` keeps alive, and to which no reference exists during the
+                    // call.
+                    return result_code(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
                 }
                 IoBuffers::Single(start, len) => {
                     one = libc::iovec { iov_base: start.cast(), iov_len: len as usize };
@@ -131,8 +134,8 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer
                 }
                 IoBuffers::Vectored(start, n) => (runs, count) = (start, n.cast_signed()),
             }
-            // SAFETY: the runs are memory of the payload, which `op` keeps alive and to which no reference exists
-            // during the call; the array of runs lies in the payload, in `progress` or on this stack.
+            // SAFETY: the buffers are memory of the payload, which `op` keeps alive, and to which no reference exists during the call. The
+            // array of iovecs is in the payload, in `transfer` or on this stack, all of which outlive the call.
             unsafe {
                 match op.action {
                     Action::Read => libc::preadv2(fd, runs, count, offset, flags),
@@ -141,23 +144,23 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, progress: &mut Transfer
                 }
             }
         }
-        // SAFETY: no memory is passed.
+        // SAFETY: the call accesses no memory of this process.
         Action::Sync => unsafe { libc::fdatasync(fd) as isize },
-        // SAFETY: no memory is passed.
+        // SAFETY: as for `Sync`.
         Action::Prefetch => match unsafe { libc::posix_fadvise(fd, offset, len, libc::POSIX_FADV_WILLNEED) } {
             0 => 0,
             code => return -code,
         },
-        // SAFETY: no memory is passed. A length of 0: to the end.
+        // SAFETY: as for `Sync`. A length of 0 means up to the end of the file.
         Action::StartWriteback => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
-        // SAFETY: no memory is passed.
+        // SAFETY: as for `Sync`.
         action => unsafe { libc::fallocate(fd, transfer::fallocate_mode(action), offset, len) as isize },
     };
-    told(returned)
+    result_code(returned)
 }
 
-/// What a call returned, or the negated error code.
-fn told(returned: isize) -> i32 {
+/// Converts the return value of a call to a count or a negated error code.
+fn result_code(returned: isize) -> i32 {
     match i32::try_from(returned).expect("the kernel moves less than 2 GiB in a call") {
         -1 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         n => n,

@@ -1,4 +1,4 @@
-//! Tests that run the same operations through both engines on real files.
+//! Tests that run the same operations on both engines of the host, on real files.
 #![allow(unsafe_code, clippy::cast_possible_truncation)]
 
 use std::io;
@@ -12,15 +12,15 @@ use super::payload::{Buffer, GuestIovecs, Payload};
 use super::uring::UringEngine;
 use super::{Access, Action, Completion, Engine, Env, FILE_SLOTS, File, FileSlot, Lock, Op};
 
-/// Memory of a pretended guest: pages, as a direct file asks for.
+/// Memory of a simulated guest, aligned for direct files.
 struct TestGuest {
     start: *mut u8,
     memory: Buffer,
 }
 
-// SAFETY: the pointer is to the buffer, which lives as long, and whose bytes are reached only through the pointer.
+// SAFETY: `start` points to the heap memory of `memory`, which lives as long as self and is not tied to a thread.
 unsafe impl Send for TestGuest {}
-// SAFETY: as above.
+// SAFETY: shared access only reads the pointer. The bytes are accessed only through it, by code with its own proof.
 unsafe impl Sync for TestGuest {}
 
 impl TestGuest {
@@ -29,11 +29,11 @@ impl TestGuest {
         Arc::new(TestGuest { start: memory.as_mut_ptr(), memory })
     }
 
-    fn slices(self: &Arc<TestGuest>, runs: impl IntoIterator<Item = (usize, usize)>) -> GuestIovecs {
+    fn iovecs(self: &Arc<TestGuest>, runs: impl IntoIterator<Item = (usize, usize)>) -> GuestIovecs {
         let mut s = GuestIovecs::new(self.clone(), 4);
         for (at, len) in runs {
             assert!(at + len <= self.memory.len());
-            // SAFETY: the range lies in the memory, which lives as long as its owner.
+            // SAFETY: the range lies in the memory, which the owner (self) keeps alive.
             unsafe { s.push(self.start.wrapping_add(at), len) };
         }
         s
@@ -71,7 +71,7 @@ fn file(folder: &Path, name: &str, bytes: &[u8]) -> (File, PathBuf) {
     (Host.open(&path, Access::Write).unwrap(), path)
 }
 
-/// Submits, and waits for everything under way.
+/// Submits, and waits for all outstanding operations.
 fn all(engine: &mut dyn Engine) -> Vec<Completion> {
     let mut out = Vec::new();
     engine.submit().unwrap();
@@ -86,14 +86,14 @@ fn all(engine: &mut dyn Engine) -> Vec<Completion> {
 }
 
 #[test]
-fn both_engines_do_what_a_vector_does() {
+fn both_engines_match_a_vector() {
     const STRIPE: usize = 8192;
     const DEPTH: usize = 16;
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
     println!("seed {seed}");
     let folder = tempfile::tempdir().unwrap();
-    let mut twins = engines(DEPTH);
-    let paths: Vec<_> = twins
+    let mut both = engines(DEPTH);
+    let paths: Vec<_> = both
         .iter_mut()
         .map(|engine| {
             let (f, path) = file(folder.path(), engine.name(), &[0; STRIPE * DEPTH]);
@@ -103,10 +103,10 @@ fn both_engines_do_what_a_vector_does() {
         .collect();
     let mut model = vec![0u8; STRIPE * DEPTH];
     for round in 0..300u64 {
-        // One operation a stripe: their order does not matter.
+        // One operation per stripe, so that their order does not matter.
         let first = TestRandom(seed ^ (round + 1) << 32 | 1);
         let mut after = Vec::new();
-        for engine in &mut twins {
+        for engine in &mut both {
             let mut random = TestRandom(first.0);
             let mut next = model.clone();
             for stripe in 0..DEPTH {
@@ -116,9 +116,9 @@ fn both_engines_do_what_a_vector_does() {
                 at += stripe * STRIPE;
                 let mut payload = match random.below(3) {
                     0 => Payload::Own(Buffer::zeroed(len)),
-                    // Scattered in runs, or in one.
-                    1 => Payload::Guest(guest.slices((0..len).step_by(600).rev().map(|i| (i, (len - i).min(600))))),
-                    _ => Payload::Guest(guest.slices([(0, len)])),
+                    // Many runs, or one.
+                    1 => Payload::Guest(guest.iovecs((0..len).step_by(600).rev().map(|i| (i, (len - i).min(600))))),
+                    _ => Payload::Guest(guest.iovecs([(0, len)])),
                 };
                 let op = match random.below(7) {
                     0 => Op::range(stripe as u64, FileSlot(3), Action::Punch, at as u64, len as u64),
@@ -177,7 +177,7 @@ fn both_engines_do_what_a_vector_does() {
 }
 
 #[test]
-fn a_batch_is_one_call_and_a_look_is_none() {
+fn a_batch_is_one_call_and_a_check_for_completions_is_none() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut ring) = ring(32) else { return };
     let (f, _) = file(folder.path(), "f", &[1; 32 * 512]);
@@ -207,7 +207,7 @@ fn a_batch_is_one_call_and_a_look_is_none() {
     ring.wait().unwrap();
     assert_eq!((ring.system_calls(), ring.outstanding(), out.len()), (calls, 0, 32));
     assert!(!readable(ring.as_ref()));
-    // With completions to reap the fd stays readable.
+    // The descriptor stays readable while there are completions to reap.
     ring.push(Op::sync(7, FileSlot(0))).unwrap();
     ring.submit().unwrap();
     let fd = ring.wake_fd().unwrap();
@@ -218,7 +218,7 @@ fn a_batch_is_one_call_and_a_look_is_none() {
 }
 
 #[test]
-fn failures_are_told() {
+fn failures_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     for mut engine in engines(4) {
         let (f, path) = file(folder.path(), engine.name(), &[5; 1000]);
@@ -226,39 +226,39 @@ fn failures_are_told() {
         engine.register(FileSlot(1), &f).unwrap();
         engine.register(FileSlot(FILE_SLOTS - 1), &read_only).unwrap();
         assert!(engine.register(FileSlot(FILE_SLOTS), &f).is_err() && engine.unregister(FileSlot(FILE_SLOTS)).is_err());
-        let mut fate = |op: Op| {
+        let mut run = |op: Op| {
             engine.push(op).unwrap();
             let c = all(engine.as_mut()).pop().unwrap();
             (c.result, c.op)
         };
         let own = |len| Payload::Own(Buffer::zeroed(len));
-        // The end of the file: met midway, at once, far beyond.
+        // Reads across the end of the file, at the end, and far beyond.
         for at in [900, 1000, 1 << 40] {
-            let e = fate(Op::read(0, FileSlot(1), at, own(200))).0.unwrap_err();
+            let e = run(Op::read(0, FileSlot(1), at, own(200))).0.unwrap_err();
             assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof, "{at}");
         }
-        let (result, op) = fate(Op::read(0, FileSlot(1), 800, own(200)));
+        let (result, op) = run(Op::read(0, FileSlot(1), 800, own(200)));
         assert!(result.is_ok() && matches!(op.payload, Payload::Own(b) if b.iter().all(|&x| x == 5)));
         for offset in [u64::MAX, 1 << 63] {
-            let e = fate(Op::read(0, FileSlot(1), offset, own(8))).0.unwrap_err();
+            let e = run(Op::read(0, FileSlot(1), offset, own(8))).0.unwrap_err();
             assert_eq!(e.raw_os_error(), Some(libc::EINVAL));
         }
-        let e = fate(Op::write(0, FileSlot(FILE_SLOTS - 1), 0, own(8))).0.unwrap_err();
+        let e = run(Op::write(0, FileSlot(FILE_SLOTS - 1), 0, own(8))).0.unwrap_err();
         assert_eq!(e.raw_os_error(), Some(libc::EBADF));
-        let e = fate(Op::sync(0, FileSlot(2))).0.unwrap_err();
+        let e = run(Op::sync(0, FileSlot(2))).0.unwrap_err();
         assert_eq!(e.raw_os_error(), Some(libc::EBADF));
-        // More runs than a call takes.
+        // More iovecs than one call accepts.
         let guest = TestGuest::new(1 << 20);
-        let many = || guest.slices((0..3000).map(|i| (i * 100, 64)));
-        guest.slices([(0, 1 << 20)]).copy_from(0, &vec![0xAB; 1 << 20]);
-        fate(Op::write(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
+        let many = || guest.iovecs((0..3000).map(|i| (i * 100, 64)));
+        guest.iovecs([(0, 1 << 20)]).copy_from(0, &vec![0xAB; 1 << 20]);
+        run(Op::write(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
         assert!(std::fs::read(&path).unwrap()[10..] == vec![0xAB; 3000 * 64]);
-        guest.slices([(0, 1 << 20)]).zero(0, 1 << 20);
-        fate(Op::read(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
+        guest.iovecs([(0, 1 << 20)]).zero(0, 1 << 20);
+        run(Op::read(0, FileSlot(1), 10, Payload::Guest(many()))).0.unwrap();
         let mut whole = vec![0; 3000 * 64];
         many().copy_to(0, &mut whole);
         assert!(whole.iter().all(|&b| b == 0xAB));
-        fate(Op::range(0, FileSlot(1), Action::Allocate, 1 << 20, 4096)).0.unwrap();
+        run(Op::range(0, FileSlot(1), Action::Allocate, 1 << 20, 4096)).0.unwrap();
         assert_eq!(f.stat().unwrap().len, 10 + 3000 * 64);
         engine.unregister(FileSlot(1)).unwrap();
         engine.push(Op::sync(0, FileSlot(1))).unwrap();
@@ -267,7 +267,7 @@ fn failures_are_told() {
 }
 
 #[test]
-fn what_a_file_system_cannot_do_is_unsupported() {
+fn actions_that_a_file_system_lacks_are_unsupported() {
     // tmpfs punches holes but has no FALLOC_FL_ZERO_RANGE.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
         eprintln!("skipped: no tmpfs at /dev/shm");
@@ -284,12 +284,12 @@ fn what_a_file_system_cannot_do_is_unsupported() {
 }
 
 #[test]
-fn a_prefetch_is_complete_and_changes_nothing() {
+fn a_prefetch_completes_and_changes_nothing() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(8) {
         let (f, _) = file(folder.path(), engine.name(), &[5; 8192]);
         engine.register(FileSlot(1), &f).unwrap();
-        // Inside, over the end, behind it.
+        // Inside the file, across its end, beyond it.
         for (token, at) in [(0, 0), (1, 4096), (2, 1 << 40)] {
             engine.push(Op::range(token, FileSlot(1), Action::Prefetch, at, 8192)).unwrap();
         }
@@ -310,7 +310,7 @@ fn a_prefetch_is_complete_and_changes_nothing() {
 }
 
 #[test]
-fn a_hint_to_write_is_complete_and_changes_nothing() {
+fn a_writeback_hint_completes_and_changes_nothing() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(8) {
         let (f, path) = file(folder.path(), engine.name(), &[5; 8192]);
@@ -328,18 +328,18 @@ fn a_hint_to_write_is_complete_and_changes_nothing() {
 }
 
 #[test]
-fn dropping_an_engine_waits_for_its_memory() {
+fn dropping_an_engine_waits_for_operations_in_flight() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     for mut engine in engines(64) {
         let (f, path) = file(folder.path(), engine.name(), &vec![1; 16 << 20]);
         f.sync().unwrap();
-        // Straight from the medium, so that it takes a while.
+        // Direct reads take longer than the drop.
         let _ = f.set_direct().unwrap();
         engine.register(FileSlot(0), &f).unwrap();
         let guest = TestGuest::new(16 << 20);
         for i in 0..32u64 {
             let at = i << 19;
-            let payload = Payload::Guest(guest.slices([(at as usize, 1 << 19)]));
+            let payload = Payload::Guest(guest.iovecs([(at as usize, 1 << 19)]));
             engine.push(Op::read(i, FileSlot(0), at, payload)).unwrap();
         }
         engine.submit().unwrap();
@@ -348,15 +348,18 @@ fn dropping_an_engine_waits_for_its_memory() {
         }
         drop(engine);
         let mut seen = vec![0; 16 << 20];
-        guest.slices([(0, 16 << 20)]).copy_to(0, &mut seen);
-        assert!(seen.iter().all(|&b| b == 1), "what was submitted is over");
-        assert_eq!(Arc::strong_count(&guest), 1, "nobody has the guest's memory any more");
-        assert!(std::fs::read(&path).unwrap().iter().all(|&b| b == 1), "what was not submitted is not done");
+        guest.iovecs([(0, 16 << 20)]).copy_to(0, &mut seen);
+        assert!(seen.iter().all(|&b| b == 1), "submitted operations are complete");
+        assert_eq!(Arc::strong_count(&guest), 1, "the engine has released the guest memory");
+        assert!(
+            std::fs::read(&path).unwrap().iter().all(|&b| b == 1),
+            "operations that were not submitted have no effect"
+        );
     }
 }
 
 #[test]
-fn the_first_user_owns_a_ring() {
+fn the_first_thread_that_uses_a_ring_owns_it() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut ring) = ring(2) else { return };
     let (f, _) = file(folder.path(), "f", &[5; 512]);
@@ -370,7 +373,7 @@ fn the_first_user_owns_a_ring() {
     })
     .join()
     .unwrap();
-    // Where the kernel ties rings to threads this is an error, elsewhere it works: never a hang or a panic.
+    // An error if the kernel ties rings to threads, success otherwise; never a hang or a panic.
     ring.push(Op::sync(0, FileSlot(0))).unwrap();
     if ring.submit().is_ok() {
         assert!(all(ring.as_mut())[0].result.is_ok());
@@ -378,7 +381,7 @@ fn the_first_user_owns_a_ring() {
 }
 
 #[test]
-fn a_dropped_engine_lets_go_of_locks() {
+fn a_dropped_engine_releases_its_locks() {
     let folder = tempfile::tempdir().unwrap();
     for round in 0..50 {
         for mut engine in engines(2) {

@@ -1,59 +1,69 @@
-//! Floor 0: the doors to the outside.
+//! Floor 0: access to everything outside the process.
 //!
-//! Owns: every system call on files and names ([`mod@env`]), and the engines that carry out operations many at a time
-//! ([`engine`]). Leaves to others: what the bytes mean, and in which order they must become durable.
+//! Owns: every system call on files and names ([`mod@env`]), and the engines, which carry out many operations at a time
+//! ([`mod@engine`]). Leaves to others: what the bytes mean, and in which order they become durable.
 //!
 //! ```text
 //!   image, chain, ops            disk
-//!        |                        |  push(Op) .. submit() .. reap()
+//!        |                        |  push(Op) .. submit() .. reap();  find_cached(), copy_cached()
 //!        v                        v
-//!   Env ── Folder ── File   Engine (one a thread)
-//!    |  open, names, clock    |
-//!    |                        ├── ring      io_uring, one call a batch; none for what the host has in memory
-//!    ├── host  Linux          ├── blocking  preadv, pwritev, one call an operation
-//!    └── sim   one seed       └── sim       any order, torn sectors, faults
+//!   Env ── Folder ── File      Engine (one per thread)
+//!        |                        |
+//!        |                        ├── uring     io_uring: one call per batch; none for reads from the page cache
+//!        ├── host  Linux          ├── blocking  preadv, pwritev: one call per operation
+//!        └── sim   one seed       └── sim       any order, torn sectors, faults
 //! ```
 //!
-//! Only positional I/O is used: there is no file position to share. Reads of what the host has in memory are copies from
-//! mapped files (`warm`).
+//! The interfaces do not depend on their implementations:
+//!
+//! ```text
+//!   host/env, sim/env                                        implement Env
+//!   uring, blocking, sim/engine, pagecache/reader            implement Engine
+//!   host/{file, folder, ..}, sim/{file, folder, ..}          implement File and Folder
+//!   -------------------------------------------------------------------------------------------
+//!   env, engine                                              interfaces
+//!   backend, file, folder, runtime_folder                    handles on trait objects
+//!   op, payload, shm, types, sigbus, notifier, prefetch      data, memory, signals
+//! ```
+//!
+//! All I/O is positional: no file position is shared. Reads from the page cache are copies from mapped files (`pagecache/`).
 
+mod backend;
 pub mod blocking;
-mod copy_nofault;
 pub mod engine;
 #[cfg(test)]
 mod engine_tests;
 pub mod env;
-pub mod folder;
+mod file;
+mod folder;
 mod holes;
 pub mod host;
-mod map_cache;
 pub mod notifier;
-mod nowait;
 pub mod op;
+mod pagecache;
 pub mod payload;
-mod reader;
+mod prefetch;
 pub mod runtime_folder;
 pub mod shm;
 pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
-pub mod space;
-mod sqe;
 mod transfer;
+pub mod types;
 pub mod uring;
 
-pub use copy_nofault::prefetch_line;
-pub use engine::{Engine, FILE_SLOTS};
-pub use env::{
-    Access, DirectRules, EngineKind, Env, File, FileId, FilePresence, Lock, LockHolder, ModifiedTime, NameStatus,
-    Origin, Stat,
-};
-pub use folder::Folder;
+pub use backend::{File, Folder};
+pub use engine::Engine;
+pub use env::Env;
 pub use holes::{is_seek_unsupported, is_zero, next_data};
 pub use notifier::Notifier;
-pub use op::{Action, Completion, FileSlot, Op};
+pub use op::{Action, Completion, FILE_SLOTS, FileSlot, Op};
+pub use pagecache::range::{CachedRange, MAX_COPY};
 pub use payload::{Buffer, GuestIovecs, Payload};
-pub use reader::{CachedRange, MAX_COPY};
+pub use prefetch::prefetch_line;
 pub use runtime_folder::RuntimeFolder;
 pub use shm::Shm;
-pub use space::{AllocationMode, FileSystemSpace};
+pub use types::{
+    Access, AllocationMode, DirectRules, EngineKind, FileId, FilePresence, FileSystemSpace, Lock, LockHolder,
+    ModifiedTime, NameStatus, Origin, Stat,
+};

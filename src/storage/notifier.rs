@@ -1,4 +1,4 @@
-//! A bell between threads: an eventfd that one rings and the other polls.
+//! Wakes a thread: an eventfd that one thread writes and another one polls.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -8,32 +8,32 @@ use zerocopy::IntoBytes;
 
 use crate::error::{Error, Result};
 
-/// Readable from the first ring until it is silenced.
+/// Descriptor that is readable from `notify` until `drain`.
 #[derive(Debug)]
 pub struct Notifier(OwnedFd);
 
 impl Notifier {
-    /// A silent bell.
+    /// Creates a notifier that is not readable.
     ///
     /// # Errors
-    /// Where the host has no descriptor left.
+    /// `Io` if no descriptor is available.
     pub fn new() -> Result<Notifier> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        Ok(Notifier(fd.map_err(|e| Error::io("cannot make an eventfd", e.into()))?))
+        Ok(Notifier(fd.map_err(|e| Error::io("cannot create an eventfd", e.into()))?))
     }
 
-    /// Rings. A counter that is full rings already.
+    /// Makes the descriptor readable. (If the write fails because the counter is full, it is readable already.)
     pub fn notify(&self) {
         while rustix::io::write(&self.0, 1u64.as_bytes()) == Err(Errno::INTR) {}
     }
 
-    /// Stops ringing.
+    /// Makes the descriptor not readable.
     pub fn drain(&self) {
         let mut count = [0; 8];
         while rustix::io::read(&self.0, &mut count) == Err(Errno::INTR) {}
     }
 
-    /// Waits until it rings (or a signal comes).
+    /// Waits until the descriptor is readable, or a signal arrives.
     pub fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
     }

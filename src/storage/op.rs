@@ -1,97 +1,102 @@
-//! An operation on a file of the host, and its completion.
+//! Operations on files, and their completions.
 
 use std::io;
 
 use super::payload::Payload;
 
-/// The place of a file in an engine's table of registered files.
+/// Number of files that an engine can have registered at once. The longest chain has 64 layers; snapshots and merges add files while
+/// they run.
+pub const FILE_SLOTS: u16 = 256 + 16;
+
+/// Index of a file in an engine's table of registered files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct FileSlot(pub u16);
 
-/// What is to be done.
+/// Kind of operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
-    /// Fill the payload from the file.
+    /// Read from the file into the payload.
     Read,
     /// Write the payload to the file.
     Write,
-    /// Write the payload and make these bytes durable, with what is needed to read them back, and no others (RWF_DSYNC).
-    /// A failure may be one of an earlier write that the host tells of only now: it is to be taken as a failed sync.
+    /// Write the payload and make these bytes durable, with the metadata that is needed to read them back, and no other bytes
+    /// (RWF_DSYNC). An error may be that of an earlier write which the kernel reports only now, so it counts as a failed
+    /// sync.
     WriteThrough,
-    /// Make all writes that completed before this was submitted durable, with what is needed to read them back
-    /// (fdatasync).
+    /// Make all writes durable that completed before this operation was submitted, with the metadata that is needed to read
+    /// them back (fdatasync).
     Sync,
-    /// Have the host begin to read the range into its memory (posix_fadvise, WILLNEED): a hint, which promises nothing.
+    /// Advise the kernel to begin reading the range into the page cache (posix_fadvise, WILLNEED).
     Prefetch,
-    /// Have the host begin to write what is dirty in its memory (sync_file_range, WRITE): a hint, which promises nothing and
-    /// takes no error of the medium from the sync that would tell of it.
+    /// Advise the kernel to begin writing dirty pages of the file to the medium (sync_file_range, WRITE). Guarantees nothing, and
+    /// does not consume an error of the medium: the next sync still reports it.
     StartWriteback,
-    /// Reserve room for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
+    /// Allocate space for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
-    /// Make the range read as zeros and give its room back; the length stays.
+    /// Make the range read as zeros and free its space. The length does not change.
     Punch,
-    /// Make the range read as zeros and keep its room; the length stays.
+    /// Make the range read as zeros and keep its space. The length does not change.
     Zero,
 }
 
-/// One operation. It owns its memory until its completion hands it back.
+/// Operation on a file. Owns its memory until its completion returns it.
 #[derive(Debug)]
 pub struct Op {
-    /// For the one who pushed it; engines do not look at it.
+    /// Value that the completion returns to the submitter. Engines ignore it.
     pub token: u64,
-    /// Which file.
+    /// File.
     pub slot: FileSlot,
-    /// What to do.
+    /// Kind of operation.
     pub action: Action,
-    /// File offset in bytes; 0 for a sync or a `WriteBehind`.
+    /// File offset in bytes; 0 for `Sync` and `StartWriteback`.
     pub offset: u64,
-    /// Bytes of the range. For reads and writes the length of the payload; 0 for a sync or a `WriteBehind`.
+    /// Length of the range in bytes. For reads and writes the length of the payload; 0 for `Sync` and `StartWriteback`.
     pub len: u64,
-    /// The memory, for reads and writes.
+    /// Memory of reads and writes.
     pub payload: Payload,
 }
 
 impl Op {
-    /// A read that fills `into`.
+    /// Creates a read that fills `into`.
     pub fn read(token: u64, slot: FileSlot, offset: u64, into: Payload) -> Op {
         Op { token, slot, action: Action::Read, offset, len: into.len() as u64, payload: into }
     }
 
-    /// A write of all of `from`.
+    /// Creates a write of all of `from`.
     pub fn write(token: u64, slot: FileSlot, offset: u64, from: Payload) -> Op {
         Op { token, slot, action: Action::Write, offset, len: from.len() as u64, payload: from }
     }
 
-    /// A write of all of `from` that is durable when it is complete.
+    /// Creates a write of all of `from` that is durable when it completes.
     pub fn write_through(token: u64, slot: FileSlot, offset: u64, from: Payload) -> Op {
         Op { action: Action::WriteThrough, ..Op::write(token, slot, offset, from) }
     }
 
-    /// A sync of the file's data.
+    /// Creates a sync of the file's data.
     pub fn sync(token: u64, slot: FileSlot) -> Op {
         Op { token, slot, action: Action::Sync, offset: 0, len: 0, payload: Payload::None }
     }
 
-    /// A hint to write the file's dirty bytes.
+    /// Creates a hint to write the file's dirty pages.
     pub fn start_writeback(token: u64, slot: FileSlot) -> Op {
         Op { action: Action::StartWriteback, ..Op::sync(token, slot) }
     }
 
-    /// `Prefetch`, `Allocate`, `Punch` or `Zero` over a range.
+    /// Creates a `Prefetch`, `Allocate`, `Punch` or `Zero` operation on a range.
     pub fn range(token: u64, slot: FileSlot, action: Action, offset: u64, len: u64) -> Op {
         debug_assert!(matches!(action, Action::Prefetch | Action::Allocate | Action::Punch | Action::Zero));
         Op { token, slot, action, offset, len, payload: Payload::None }
     }
 }
 
-/// An operation that is over.
+/// Completed operation.
 ///
-/// It is whole or an error: short transfers are continued inside the engine, and a read that meets the end of the file
-/// is [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read holds anything.
+/// The operation was carried out in full, or failed: engines continue short transfers. A read that meets the end of the file fails
+/// with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
 #[derive(Debug)]
 pub struct Completion {
     /// The operation, with its memory.
     pub op: Op,
-    /// What became of it.
+    /// Its result.
     pub result: io::Result<()>,
 }

@@ -1,7 +1,7 @@
-//! The memory an operation moves: buffers of our own, or slices of guest memory kept alive by what owns them.
+//! Memory that operations read into and write from: buffers of this process, or guest memory.
 //!
-//! An operation owns its payload until its completion hands it back; nothing is freed or reused earlier, because the
-//! kernel may still be writing there. This is one of the few files with `unsafe`; each block has its argument.
+//! An operation owns its payload until its completion returns it. Nothing is freed or reused earlier, because the kernel may still be
+//! accessing the memory.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -11,34 +11,34 @@ use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 
-use super::copy_nofault;
+use super::prefetch::{self, PAGE};
 
-/// Alignment of [`Buffer`]: a page, which every O_DIRECT medium accepts.
+/// Alignment of [`Buffer`]: a page, which suffices for O_DIRECT on every medium.
 pub const BUFFER_ALIGN: usize = 4096;
 
-/// Zeroed heap memory aligned for O_DIRECT.
+/// Heap memory that is aligned for O_DIRECT.
 pub struct Buffer {
     start: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: a Buffer is the only owner of its memory, like a Box<[u8]>.
+// SAFETY: a Buffer is the only owner of its memory, like a Box<[u8]>, and the memory is not tied to a thread.
 unsafe impl Send for Buffer {}
-// SAFETY: shared access gives only `&[u8]`.
+// SAFETY: shared access to a Buffer gives only `&[u8]`.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// `len` zero bytes, `len` > 0. The caller has checked `len` against what it can justify.
+    /// Allocates `len` > 0 zero bytes. The caller bounds `len`: it must not come from untrusted input unchecked.
     pub fn zeroed(len: usize) -> Buffer {
         assert!(len > 0, "a buffer has at least a byte");
         let layout = Self::layout(len);
-        // SAFETY: the layout has a size > 0, by the assertion.
+        // SAFETY: the layout has a size > 0, as asserted.
         let start = unsafe { alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
         Buffer { start, len }
     }
 
-    /// A copy of `bytes`, at least one.
+    /// Copies `bytes`, of which there must be at least one.
     pub fn copy_of(bytes: &[u8]) -> Buffer {
         let mut b = Buffer::zeroed(bytes.len());
         b.copy_from_slice(bytes);
@@ -53,21 +53,22 @@ impl Buffer {
 impl Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: `start` points to `len` initialised bytes that live as long as self.
+        // SAFETY: `start` points to an allocation of `len` bytes, initialised by `alloc_zeroed`, which lives as long as self. Shared access
+        // to self excludes `deref_mut`.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `deref`, and `&mut self` excludes other access.
+        // SAFETY: as in `deref`, and `&mut self` excludes all other access.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with the same layout, and never freed elsewhere.
+        // SAFETY: `zeroed` allocated the memory with the same layout, and only this drop frees it.
         unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) }
     }
 }
@@ -78,46 +79,46 @@ impl std::fmt::Debug for Buffer {
     }
 }
 
-/// Runs of memory that a guest shares with us, with the owner that keeps the mapping alive.
+/// Runs of guest memory, with an owner that keeps them mapped.
 ///
-/// The bytes may change under us at any moment (the guest runs), so no `&[u8]` is ever made of them: they are
-/// handed to the kernel, or copied by `ptr::copy`.
+/// The running guest may change the bytes at any time. So no `&[u8]` of them ever exists: they are passed to the kernel, or copied by raw
+/// pointers.
 ///
-/// In a box, since it goes through many hands on its way, and is used again: to move all of it each time is a tenth of our own
+/// Boxed, because the value is moved many times on its way and is reused: moving all fields each time takes a tenth of this process's
 /// share of a read.
-pub struct GuestIovecs(Box<Inner>);
+pub struct GuestIovecs(Box<IovecList>);
 
-struct Inner {
+struct IovecList {
     runs: Vec<libc::iovec>,
     len: usize,
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, shared with another process
-// anyway; no reference to it is ever formed.
+// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, which is not tied to a thread. The memory is shared
+// with another process anyway, so it is accessed only by raw pointers and never by references.
 unsafe impl Send for GuestIovecs {}
 
 impl GuestIovecs {
-    /// No runs yet, whose memory `owner` keeps mapped; room for `runs` of them without a further allocation.
+    /// Creates an empty list with capacity for `runs` runs, which `owner` keeps mapped.
     pub fn new(owner: Arc<dyn Any + Send + Sync>, runs: usize) -> GuestIovecs {
-        let mut slices = GuestIovecs::with_capacity(runs);
-        slices.0.owner = Some(owner);
-        slices
+        let mut iovecs = GuestIovecs::with_capacity(runs);
+        iovecs.0.owner = Some(owner);
+        iovecs
     }
 
     /// Neither runs nor owner yet ([`GuestIovecs::reset`] gives one); room for `runs` runs without a further allocation.
     pub fn with_capacity(runs: usize) -> GuestIovecs {
-        GuestIovecs(Box::new(Inner { runs: Vec::with_capacity(runs), len: 0, owner: None }))
+        GuestIovecs(Box::new(IovecList { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
 
-    /// Forgets runs and owner, keeps the room.
+    /// Removes all runs and the owner. Keeps the allocation.
     pub fn clear(&mut self) {
         self.0.runs.clear();
         self.0.len = 0;
         self.0.owner = None;
     }
 
-    /// Forgets the runs; `owner` keeps those mapped that come next. No reference is counted if it was the owner before.
+    /// Removes all runs, and sets the owner of the next ones. If the owner is the same as before, its reference count is not changed.
     #[inline]
     pub fn reset(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
         self.0.runs.clear();
@@ -127,10 +128,10 @@ impl GuestIovecs {
         }
     }
 
-    /// Appends a run; neighbours in memory are joined.
+    /// Appends a run. A run that directly follows the last one in memory is merged with it.
     ///
     /// # Safety
-    /// Self has an owner, and `start .. start + len` stays mapped, readable and writable, while that owner lives.
+    /// The list has an owner, and `start .. start + len` stays mapped, readable and writable as long as that owner exists.
     pub unsafe fn push(&mut self, start: *mut u8, len: usize) {
         debug_assert!(self.0.owner.is_some(), "runs have an owner");
         if len == 0 {
@@ -143,25 +144,25 @@ impl GuestIovecs {
         }
     }
 
-    /// Total bytes.
+    /// Returns the total length in bytes.
     pub fn len(&self) -> usize {
         self.0.len
     }
 
-    /// Whether there are no bytes.
+    /// Returns whether the total length is 0.
     pub fn is_empty(&self) -> bool {
         self.0.len == 0
     }
 
-    /// The runs, as the kernel wants them.
+    /// Returns the runs as iovecs.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.0.runs
     }
 
-    /// Appends `len` bytes from byte `at` of self to `out`, which gets the owner of self.
+    /// Appends `len` bytes from byte `at` to `out`, which gets the same owner.
     ///
     /// # Panics
-    /// If the range does not lie in self, or `out` has runs of another owner: those would outlive what keeps them mapped.
+    /// If the range exceeds the list, or `out` has runs of another owner, which would no longer be kept mapped.
     pub fn slice_into(&self, at: usize, len: usize, out: &mut GuestIovecs) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         if out.is_empty() {
@@ -180,23 +181,24 @@ impl GuestIovecs {
                 continue;
             }
             let n = left.min(run.iov_len - skip);
-            // SAFETY: a part of a run that is itself mapped while the (now shared) owner lives.
+            // SAFETY: a part of a run of self, which `owner` keeps mapped, and `out` has the same owner now.
             unsafe { out.push(run.iov_base.cast::<u8>().wrapping_add(skip), n) };
             skip = 0;
             left -= n;
         }
     }
 
-    /// Has the processor find the pages, without waiting for them.
+    /// Makes the processor walk the page tables for all runs, without waiting.
     #[inline]
     pub fn prefetch_pages(&self) {
-        self.0.runs.iter().for_each(|run| copy_nofault::prefetch_pages(run.iov_base.cast(), run.iov_len));
+        self.0.runs.iter().for_each(|run| prefetch::prefetch_pages(run.iov_base.cast(), run.iov_len));
     }
 
     /// Writes zeros over `len` bytes from byte `at`.
     pub fn zero(&self, at: usize, len: usize) {
         self.for_each_run(at, len, |_, start, n| {
-            // SAFETY: mapped while the owner, which we hold, lives; no reference to it exists.
+            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No reference to
+            // them exists.
             unsafe { start.write_bytes(0, n) }
         });
     }
@@ -204,7 +206,7 @@ impl GuestIovecs {
     /// Copies `from` over the bytes from `at` on.
     pub fn copy_from(&self, at: usize, from: &[u8]) {
         self.for_each_run(at, from.len(), |done, start, n| {
-            // SAFETY: as in `zero`; the source is ordinary memory of ours, so the two cannot overlap.
+            // SAFETY: as in `zero`. The source is borrowed memory of this process, so it does not overlap guest memory.
             unsafe { std::ptr::copy_nonoverlapping(from[done..done + n].as_ptr(), start, n) }
         });
     }
@@ -213,23 +215,23 @@ impl GuestIovecs {
     pub fn copy_to(&self, at: usize, to: &mut [u8]) {
         let len = to.len();
         self.for_each_run(at, len, |done, start, n| {
-            // SAFETY: as in `copy_from`, the other way round.
+            // SAFETY: as in `copy_from`, with source and destination exchanged.
             unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
         });
     }
 
-    /// Reads a byte of each page, so that a page that cannot be had is found out (`sigbus.rs`).
+    /// Reads a byte of each page, so that an unavailable page is detected (`sigbus.rs`).
     pub fn touch_pages(&self) {
         for run in &self.0.runs {
             let start = run.iov_base.cast::<u8>();
-            for at in (0..run.iov_len).step_by(copy_nofault::PAGE).chain([run.iov_len - 1]) {
-                // SAFETY: a byte of a run, which is mapped while the owner, which we hold, lives; no reference to it exists.
+            for at in (0..run.iov_len).step_by(PAGE).chain([run.iov_len - 1]) {
+                // SAFETY: a byte of a run, which the owner held by self keeps mapped and readable. No reference to it exists.
                 let _ = unsafe { start.wrapping_add(at).read_volatile() };
             }
         }
     }
 
-    /// Calls `f(bytes done before, pointer, length)` for each piece of a range that lies in self.
+    /// Calls `f(bytes before, address, length)` for each run, or part of a run, in a range.
     pub(super) fn for_each_run(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         let (mut skip, mut done) = (at, 0);
@@ -248,7 +250,7 @@ impl GuestIovecs {
         }
     }
 
-    /// Whether every run begins and ends on a multiple of `align` (a power of two): what O_DIRECT asks of memory.
+    /// Returns whether all runs begin and end at multiples of `align` (a power of two), as O_DIRECT requires.
     pub fn is_aligned(&self, align: usize) -> bool {
         self.0.runs.iter().all(|r| (r.iov_base as usize | r.iov_len) & (align - 1) == 0)
     }
@@ -256,24 +258,24 @@ impl GuestIovecs {
 
 impl std::fmt::Debug for GuestIovecs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Slices({} runs, {} bytes)", self.0.runs.len(), self.0.len)
+        write!(f, "GuestIovecs({} runs, {} bytes)", self.0.runs.len(), self.0.len)
     }
 }
 
-/// What an operation reads into or writes from.
+/// Memory of an operation.
 #[derive(Debug, Default)]
 pub enum Payload {
-    /// Nothing: syncs and the operations on ranges.
+    /// None, for syncs and operations on ranges.
     #[default]
     None,
-    /// Memory of our own.
+    /// Memory of this process.
     Own(Buffer),
-    /// The guest's.
+    /// Guest memory.
     Guest(GuestIovecs),
 }
 
 impl Payload {
-    /// Bytes it holds.
+    /// Returns the length in bytes.
     pub fn len(&self) -> usize {
         match self {
             Payload::None => 0,
@@ -282,7 +284,7 @@ impl Payload {
         }
     }
 
-    /// Whether it holds none.
+    /// Returns whether the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -292,11 +294,11 @@ impl Payload {
 mod tests {
     use super::*;
 
-    fn slices(memory: &mut [u8], runs: &[(usize, usize)]) -> GuestIovecs {
+    fn iovecs(memory: &mut [u8], runs: &[(usize, usize)]) -> GuestIovecs {
         let mut s = GuestIovecs::new(Arc::new(()), runs.len());
         for &(at, len) in runs {
             assert!(at + len <= memory.len());
-            // SAFETY: the tests keep `memory` alive and unborrowed while they use the slices.
+            // SAFETY: the tests keep `memory` alive and unborrowed while they use the runs.
             unsafe { s.push(memory.as_mut_ptr().wrapping_add(at), len) };
         }
         s
@@ -306,8 +308,8 @@ mod tests {
     #[should_panic(expected = "all runs have one owner")]
     fn runs_of_two_owners_do_not_mix() {
         let (mut memory, mut other) = ([0; 8], [0; 8]);
-        let mut out = slices(&mut memory, &[(0, 4)]);
-        slices(&mut other, &[(0, 4)]).slice_into(0, 4, &mut out);
+        let mut out = iovecs(&mut memory, &[(0, 4)]);
+        iovecs(&mut other, &[(0, 4)]).slice_into(0, 4, &mut out);
     }
 
     #[test]
@@ -319,9 +321,9 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_join_and_slices_cut() {
+    fn adjacent_runs_merge_and_slices_are_parts() {
         let mut memory = vec![0u8; 100];
-        let s = slices(&mut memory, &[(0, 10), (10, 10), (50, 20), (30, 0)]);
+        let s = iovecs(&mut memory, &[(0, 10), (10, 10), (50, 20), (30, 0)]);
         assert_eq!((s.len(), s.iovecs().len()), (40, 2));
         let mut part = GuestIovecs::with_capacity(4);
         s.slice_into(15, 10, &mut part);

@@ -1,13 +1,17 @@
-//! Memory that outlives the process but not the host: a file on tmpfs, mapped. `runtime_dir.rs` makes and opens it.
+//! Shared memory that outlives the process but not the boot: a mapped file on tmpfs.
 //!
-//! A killed daemon's successor finds it as it was, store for store; after a reboot it is gone, as it must be.
+//! The successor of a killed daemon finds the memory exactly as the last store left it. A reboot empties it. The runtime folder
+//! ([`RuntimeFolder`](super::RuntimeFolder)) creates and opens such files.
 //!
-//! A store must not cost more than a store, so the words are not written by system calls, and a file that another process cuts
-//! while it is mapped raises SIGBUS. Seals that forbid cutting exist only for files without a name, which a successor could
-//! not find. So the mapping has a [`Guard`]: zeros of our own take its place, it counts as *lost*, and the access goes on
-//! there. Code that relies on the words checks [`Shm::is_lost`] after the store.
+//! A store must cost no more than a store, so there are no system calls, and a process that truncates the file while it is
+//! mapped causes SIGBUS. Seals that forbid truncation exist only for files without a name, which a successor could not find.
+//! So the mapping has a [`Guard`]: after a SIGBUS private zeros replace the mapping, the memory counts as *lost*, and the store
+//! is repeated there. Code that relies on a store checks [`Shm::is_lost`] after it.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "sim")]
+use std::any::Any;
+use std::fmt;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -17,38 +21,37 @@ use std::sync::atomic::AtomicU64;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::sigbus::Guard;
-#[cfg(feature = "sim")]
-use super::sim::SimShm;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Words of such memory. It is locked against other processes until the last clone is gone.
+/// Words of shared memory. Locked against other processes until the last clone is dropped.
 #[derive(Clone, Debug)]
-pub struct Shm(Kind);
+pub struct Shm(ShmKind);
 
 #[derive(Clone, Debug)]
-enum Kind {
-    Host(Arc<ShmMapping>),
+enum ShmKind {
+    Mapped(Arc<ShmMapping>),
     #[cfg(feature = "sim")]
-    Sim(Arc<SimShm>),
+    Heap(Arc<HeapWords>),
 }
 
 impl Shm {
-    pub(super) fn host(mapping: ShmMapping) -> Shm {
-        Shm(Kind::Host(Arc::new(mapping)))
+    pub(super) fn mapped(mapping: ShmMapping) -> Shm {
+        Shm(ShmKind::Mapped(Arc::new(mapping)))
     }
 
+    /// Creates shared memory of a simulated host. `lock` is dropped with the last clone.
     #[cfg(feature = "sim")]
-    pub(super) fn sim(words: SimShm) -> Shm {
-        Shm(Kind::Sim(Arc::new(words)))
+    pub(super) fn heap(words: Arc<[AtomicU64]>, lock: impl Any + Send + Sync) -> Shm {
+        Shm(ShmKind::Heap(Arc::new(HeapWords { words, _lock: Box::new(lock) })))
     }
 
-    /// Whether an access met a page that the file does not have any more: nothing stored here will be found again.
+    /// Returns whether an access hit a page that the file no longer has. Later stores do not reach the file, so no successor finds them.
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.0 {
-            Kind::Host(mapping) => mapping.guard.is_lost(),
+            ShmKind::Mapped(mapping) => mapping.guard.is_lost(),
             #[cfg(feature = "sim")]
-            Kind::Sim(_) => false,
+            ShmKind::Heap(_) => false,
         }
     }
 }
@@ -57,66 +60,85 @@ impl Deref for Shm {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
         match &self.0 {
-            Kind::Host(mapping) => mapping,
+            ShmKind::Mapped(mapping) => mapping,
             #[cfg(feature = "sim")]
-            Kind::Sim(words) => words,
+            ShmKind::Heap(heap) => &heap.words,
         }
     }
 }
 
-/// A mapped file.
+/// Words on the heap, with a lock of the simulated host.
+#[cfg(feature = "sim")]
+struct HeapWords {
+    words: Arc<[AtomicU64]>,
+    _lock: Box<dyn Any + Send + Sync>,
+}
+
+#[cfg(feature = "sim")]
+impl fmt::Debug for HeapWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HeapWords({})", self.words.len())
+    }
+}
+
+/// Mapped file of words.
 #[derive(Debug)]
 pub(super) struct ShmMapping {
-    // Fields are dropped in order: the guard goes before the mapping that it is for.
+    // Fields are dropped in order: the guard must go before the mapping that it guards.
     guard: Guard,
-    map: Map,
+    words: MappedWords,
     /// Keeps the lock.
     _file: OwnedFd,
 }
 
 #[derive(Debug)]
-struct Map {
+struct MappedWords {
     start: NonNull<AtomicU64>,
-    words: usize,
+    len: usize,
 }
 
-// SAFETY: the mapping is shared memory that is only reached as atomics.
-unsafe impl Send for Map {}
-// SAFETY: as for `Send`: any thread may load and store atomics at any time.
-unsafe impl Sync for Map {}
+// SAFETY: the mapping belongs to this value, is not tied to a thread, and is accessed only as atomics.
+unsafe impl Send for MappedWords {}
+// SAFETY: shared access is access to atomics, which any thread may load and store at any time.
+unsafe impl Sync for MappedWords {}
 
 impl ShmMapping {
     /// Maps all `words` words of a file.
     ///
     /// # Errors
-    /// `Io`; `Unsupported` if SIGBUS cannot be caught.
+    /// - `Unsupported` if the SIGBUS handler cannot be installed
+    /// - `Io`
     pub(super) fn new(file: OwnedFd, words: usize) -> Result<ShmMapping> {
         let bytes = words * size_of::<AtomicU64>();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping of a whole file at a place that the kernel chooses.
+        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping.
         let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, &file, 0) };
-        let start = start.map_err(|e| Error::io("cannot map", e.into()))?;
-        let map = Map { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), words };
-        // SAFETY: the mapping begins at a page and has only bytes of the file, up to the end of its last page. `Mapping` drops
-        // the guard before the map, and its words are reached as atomics only. The journal's users check `is_lost`.
+        let start = start.map_err(|e| Error::io("cannot map the live journal", e.into()))?;
+        let words =
+            MappedWords { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), len: words };
+        // SAFETY: `start` is the beginning of the mapping made above, which is readable and writable up to the end of the page with
+        // its last byte. `ShmMapping` drops the guard before the words, so the mapping outlives the guard. Its bytes are accessed only
+        // as atomics (`Deref`), and users of the words check `is_lost`.
         let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
-        let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "SIGBUS cannot be caught"))?;
-        Ok(ShmMapping { guard, map, _file: file })
+        let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "cannot install the handler for SIGBUS"))?;
+        Ok(ShmMapping { guard, words, _file: file })
     }
 }
 
 impl Deref for ShmMapping {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: mapped, page-aligned, `words` long, for as long as self lives (by the file, or by the zeros that the guard puts
-        // in its place); any bits are a u64; everybody who has the file uses atomics.
-        unsafe { std::slice::from_raw_parts(self.map.start.as_ptr(), self.map.words) }
+        // SAFETY: `start` is page-aligned, and `len` words from it are mapped until `words` is dropped: by the file, or by the zeros
+        // that the guard puts in its place. Every bit pattern is a valid u64. This process and every other one of diffdisk access
+        // the words only as atomics.
+        unsafe { std::slice::from_raw_parts(self.words.start.as_ptr(), self.words.len) }
     }
 }
 
-impl Drop for Map {
+impl Drop for MappedWords {
     fn drop(&mut self) {
-        // SAFETY: mapped in `Mapping::new` with this length; no reference outlives the `Mapping` that has self.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.words * size_of::<AtomicU64>()) };
+        // SAFETY: `ShmMapping::new` mapped this range with this length, and only this drop unmaps it. References to the words borrow the
+        // `ShmMapping` that owns self, so none is left.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len * size_of::<AtomicU64>()) };
     }
 }

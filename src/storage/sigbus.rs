@@ -1,21 +1,21 @@
-//! SIGBUS: what happens when a page of shared memory cannot be had.
+//! SIGBUS handler: keeps an unavailable page of a mapping from ending the process.
 //!
-//! The kernel sends SIGBUS to a thread that touches a mapped page that does not exist (any more): a file or a memory file was
-//! cut, its disk failed, or the host has no memory left for it. Two kinds of access survive that here:
+//! The kernel sends SIGBUS to a thread that accesses a mapped page which does not exist: the file was truncated, its disk failed, or
+//! the machine has no memory left for it. Two kinds of access survive this:
 //!
-//! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a mapped journal. The handler puts anonymous zeros in
-//!   the place of the whole mapping, marks it as lost, and the access is repeated. Every kind of access survives (plain copies,
-//!   atomics, code of other crates). An access that succeeds costs nothing: the handler runs only after a fault. Users of the
-//!   mapping check [`Guard::is_lost`] afterwards, before they rely on what they read or wrote.
-//! - *Copies from mapped files* (`copy_down.rs`): the handler sets the program counter to the failure exit of the copy.
+//! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a live journal. The handler replaces the whole mapping with
+//!   anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives (plain copies, atomics, code
+//!   of other crates). An access that succeeds costs nothing, since the handler runs only after a fault. Users of the mapping
+//!   check [`Guard::is_lost`] before they rely on what they read or wrote.
+//! - *Code with a failure exit* (a [`FixUp`]): the handler moves the interrupted thread to that exit.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
 //!
-//! The whole mapping is replaced, not the page: a front-end could otherwise make the daemon reach the kernel's limit of
-//! mappings, page by page.
+//! The handler replaces the whole mapping and not just the page: otherwise a front-end could split a mapping page by page until
+//! the daemon reaches the kernel's limit of mappings.
 //!
-//! The handler runs in the middle of arbitrary code, so it takes no lock, allocates nothing, calls only `mmap`, and reads only
-//! atomics: the registry of guarded mappings is a list of chunks that grows at its end and is never freed.
+//! The handler interrupts arbitrary code. It takes no lock, allocates nothing, calls only `mmap`, and reads only atomics: the registry
+//! of guarded mappings is a list of chunks that grows at its end and is never freed.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -24,13 +24,11 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 
-use super::copy_nofault;
-
 /// Mappings in one chunk of the registry.
-const CHUNK: usize = 64;
+const CHUNK_ENTRIES: usize = 64;
 
-/// A guarded mapping, or room for one.
-struct Entry {
+/// Registry entry: a guarded mapping, or free.
+struct GuardEntry {
     taken: AtomicBool,
     /// Address of the first byte; 0 while the entry guards nothing.
     start: AtomicUsize,
@@ -38,80 +36,89 @@ struct Entry {
     lost: AtomicBool,
 }
 
-struct Chunk {
-    entries: [Entry; CHUNK],
-    next: AtomicPtr<Chunk>,
+struct RegistryChunk {
+    entries: [GuardEntry; CHUNK_ENTRIES],
+    next: AtomicPtr<RegistryChunk>,
 }
 
-impl Chunk {
-    const fn new() -> Chunk {
+impl RegistryChunk {
+    const fn new() -> RegistryChunk {
         let entries = [const {
-            Entry {
+            GuardEntry {
                 taken: AtomicBool::new(false),
                 start: AtomicUsize::new(0),
                 len: AtomicUsize::new(0),
                 lost: AtomicBool::new(false),
             }
-        }; CHUNK];
-        Chunk { entries, next: AtomicPtr::new(ptr::null_mut()) }
+        }; CHUNK_ENTRIES];
+        RegistryChunk { entries, next: AtomicPtr::new(ptr::null_mut()) }
     }
 
-    /// The chunk after this one, if there is one.
-    fn next(&self) -> Option<&'static Chunk> {
-        // SAFETY: either null, or a chunk that was leaked when it was linked here, so that it lives for good.
+    /// Returns the next chunk of the list.
+    fn next(&self) -> Option<&'static RegistryChunk> {
+        // SAFETY: `next` is null or points to a chunk that `claim_entry` leaked before it stored the pointer with release order. A leaked
+        // chunk is never freed, and only shared references to it exist.
         unsafe { self.next.load(Ordering::Acquire).as_ref() }
     }
 }
 
-static REGISTRY: Chunk = Chunk::new();
+static REGISTRY: RegistryChunk = RegistryChunk::new();
 
-/// How many times a page of any guarded mapping was lost.
-static LOSSES: AtomicU32 = AtomicU32::new(0);
+/// Number of times that a guarded mapping lost a page.
+static LOSS_COUNT: AtomicU32 = AtomicU32::new(0);
 
-/// The handlers that were installed before ours.
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+/// Action that was installed before this handler.
+static PREVIOUS_ACTION: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// How many times a page of any guarded mapping was lost: while the number stays the same, no [`Guard::is_lost`] changes.
+/// Changes the context of a thread that was interrupted in code with a failure exit, so that the thread continues there. Returns
+/// false if the thread was interrupted in other code. Called in a signal handler, with the context that the kernel passed.
+pub(super) type FixUp = unsafe fn(context: *mut c_void) -> bool;
+
+static FIX_UP: OnceLock<FixUp> = OnceLock::new();
+
+/// Returns the number of times that any guarded mapping lost a page. While it does not change, no [`Guard::is_lost`] changes.
 #[inline]
 pub fn loss_count() -> u32 {
-    LOSSES.load(Ordering::Acquire)
+    LOSS_COUNT.load(Ordering::Acquire)
 }
 
 /// Keeps accesses to a shared mapping from ending the process.
 #[derive(Debug)]
-pub struct Guard(&'static Entry);
+pub struct Guard(&'static GuardEntry);
 
-impl std::fmt::Debug for Entry {
+impl std::fmt::Debug for GuardEntry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:#x} + {:#x}", self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed))
     }
 }
 
 impl Guard {
-    /// Guards the mapping of `len` bytes at `start`, which has pages of `page` bytes. None if SIGBUS cannot be caught.
+    /// Guards the mapping of `len` bytes at `start`, which has pages of `page` bytes. Returns `None` if the SIGBUS handler cannot
+    /// be installed.
     ///
     /// # Safety
-    /// From `start` to the end of the page with the last byte lies a mapping of the caller's that is readable and writable. It
-    /// stays mapped until the guard is dropped. At any moment its bytes may become zeros that other processes do not see, and
-    /// the caller makes no reference to them but to atomics.
+    /// - The range from `start` to the end of the page with the last byte is a readable and writable mapping that belongs to the
+    ///   caller, and stays mapped until the guard is dropped.
+    /// - The caller forms no reference to the bytes except to atomics, since the bytes may become zeros at any time. These zeros
+    ///   are private to this process.
     ///
     /// # Panics
-    /// If `page` is not a power of two, or `start` not a multiple of it.
+    /// If `page` is not a power of two, or `start` is not a multiple of it.
     pub unsafe fn new(start: *mut u8, len: usize, page: usize) -> Option<Guard> {
         assert!(page.is_power_of_two() && (start as usize).is_multiple_of(page), "a mapping begins at a page");
         if !install_handler() {
             return None;
         }
-        let entry = take();
+        let entry = claim_entry();
         entry.lost.store(false, Ordering::Relaxed);
-        // Release: a handler that reads this length sees that the start before it is gone.
+        // Release: a handler that reads this length sees that the previous start is gone.
         entry.len.store(len.next_multiple_of(page), Ordering::Release);
-        // Release: a handler that reads this start reads what belongs to it.
+        // Release: a handler that reads this start reads the length that belongs to it.
         entry.start.store(start as usize, Ordering::Release);
         Some(Guard(entry))
     }
 
-    /// Whether a page of the mapping was lost: zeros of our own stand in the place of all pages.
+    /// Returns whether the mapping lost a page. All of its pages are then zeros that only this process sees.
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.0.lost.load(Ordering::Relaxed)
@@ -125,23 +132,25 @@ impl Drop for Guard {
     }
 }
 
-/// An entry of the registry that is free.
-fn take() -> &'static Entry {
-    let mut chunk: &'static Chunk = &REGISTRY;
+/// Claims a free registry entry. Appends a chunk if there is none.
+fn claim_entry() -> &'static GuardEntry {
+    let mut chunk: &'static RegistryChunk = &REGISTRY;
     loop {
-        let free = |e: &&Entry| e.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
+        let free =
+            |e: &&GuardEntry| e.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
         if let Some(entry) = chunk.entries.iter().find(free) {
             return entry;
         }
         chunk = chunk.next().unwrap_or_else(|| {
-            let fresh: &'static mut Chunk = Box::leak(Box::new(Chunk::new()));
-            let fresh = ptr::from_mut(fresh);
+            let fresh = Box::into_raw(Box::new(RegistryChunk::new()));
             match chunk.next.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
-                // SAFETY: leaked above, so that it lives for good, and only reached by shared references from now on.
+                // SAFETY: `fresh` comes from `Box::into_raw` and is never freed now that it is linked. Only shared references to it
+                // exist from here on.
                 Ok(_) => unsafe { &*fresh },
-                // Another thread was faster: its chunk counts, and ours was never seen by anybody else.
+                // Another thread appended a chunk first.
                 Err(theirs) => {
-                    // SAFETY: `fresh` came out of a box above, and was not linked. `theirs` is leaked as ours would be.
+                    // SAFETY: `fresh` comes from `Box::into_raw`, and no other thread has seen it, since it was not linked. `theirs` is
+                    // a linked chunk, which is never freed.
                     unsafe {
                         drop(Box::from_raw(fresh));
                         &*theirs
@@ -152,70 +161,79 @@ fn take() -> &'static Entry {
     }
 }
 
-/// Whether SIGBUS is caught. The first call installs the handler.
+/// Installs the handler with a fix-up. Returns false if the handler cannot be installed. There is one fix-up: later calls with another
+/// one have no effect.
+pub(super) fn install_fix_up(fix_up: FixUp) -> bool {
+    let _ = FIX_UP.set(fix_up);
+    install_handler()
+}
+
+/// Installs the handler on the first call. Returns whether it is installed.
 pub(super) fn install_handler() -> bool {
-    static CAUGHT: OnceLock<bool> = OnceLock::new();
-    *CAUGHT.get_or_init(|| {
-        // SAFETY: plain data, for which zeros are a value; filled in before it is used.
-        let (mut ours, mut before) =
+    static INSTALLED: OnceLock<bool> = OnceLock::new();
+    *INSTALLED.get_or_init(|| {
+        // SAFETY: sigaction is a C struct of integers and an address, for which all-zero bytes are a valid value.
+        let (mut action, mut previous) =
             unsafe { MaybeUninit::<(libc::sigaction, libc::sigaction)>::zeroed().assume_init() };
-        ours.sa_sigaction = on_bus as *const () as usize;
-        // On the alternate stack, which the handler before may need (a stack that overflows).
-        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: both are valid; the handler is one for SA_SIGINFO. What was there is kept before ours can run.
+        action.sa_sigaction = handle_sigbus as *const () as usize;
+        // The previous handler may need the alternate stack (for a stack overflow).
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // SAFETY: both pointers are to live values of the right type, and the handler has the signature that SA_SIGINFO requires. The
+        // previous action is stored before the handler can run.
         unsafe {
-            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
+            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut previous) != 0 {
                 return false;
             }
-            let _ = BEFORE.set(before);
-            libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) == 0
+            let _ = PREVIOUS_ACTION.set(previous);
+            libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) == 0
         }
     })
 }
 
-extern "C" fn on_bus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
+extern "C" fn handle_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: with SA_SIGINFO the kernel passes a pointer to a valid siginfo_t.
     let (code, addr) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     if code == libc::BUS_MCEERR_AO {
-        // Memory failed that no thread has asked for. If one does, that access fails.
+        // Memory failed that no thread has accessed. If a thread does access it, that access faults.
         return;
     }
     if code <= 0 {
-        // Not caused by an access of ours: another process sent it.
-        // SAFETY: both may be called in a handler; the signal comes when this one returns.
+        // Sent by another process, not caused by an access.
+        // SAFETY: signal and raise are async-signal-safe. The signal is delivered when this handler returns.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
             libc::raise(signal);
         }
         return;
     }
-    // SAFETY: `context` is what the kernel passed to this handler, which runs on the interrupted thread; errno is that thread's.
+    // SAFETY: __errno_location returns a valid pointer to this thread's errno. `context` is the context that the kernel passed to this
+    // handler, which runs on the interrupted thread, as a `FixUp` requires.
     let handled = unsafe {
         let errno = *libc::__errno_location();
-        let handled = replace(addr) || copy_nofault::fix_up(context);
+        let handled = replace_guarded_mapping(addr) || FIX_UP.get().is_some_and(|fix_up| fix_up(context));
         *libc::__errno_location() = errno;
         handled
     };
-    if !handled && let Some(before) = BEFORE.get() {
-        // The instruction runs again, and meets the handler that was there before.
-        // SAFETY: `before` is what the kernel returned for this signal.
-        unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
+    if !handled && let Some(previous) = PREVIOUS_ACTION.get() {
+        // The instruction is repeated, and faults again under the previous handler.
+        // SAFETY: `previous` is an action that the kernel returned for this signal, and lives for the rest of the process.
+        unsafe { libc::sigaction(signal, previous, ptr::null_mut()) };
     }
 }
 
-/// Puts zeros in the place of the guarded mapping in which `addr` lies, if there is one.
-fn replace(addr: usize) -> bool {
+/// Replaces the guarded mapping that contains `addr` with zeros. Returns false if there is none.
+fn replace_guarded_mapping(addr: usize) -> bool {
     let mut next = Some(&REGISTRY);
     while let Some(chunk) = next {
         for entry in &chunk.entries {
             let start = entry.start.load(Ordering::Acquire);
             let len = entry.len.load(Ordering::Relaxed);
             fence(Ordering::Acquire);
-            // The entry may pass to another mapping meanwhile, but not if it is the one of the access that failed: that
+            // Another thread may give the entry to another mapping meanwhile, but not if it guards the mapping of this access: that
             // mapping is in use, so its guard lives.
             let is_same = entry.start.load(Ordering::Relaxed) == start;
             if start != 0 && is_same && addr.wrapping_sub(start) < len {
-                return put_zeros(start, len, entry);
+                return map_zeros(start, len, entry);
             }
         }
         next = chunk.next();
@@ -223,18 +241,19 @@ fn replace(addr: usize) -> bool {
     false
 }
 
-fn put_zeros(start: usize, len: usize, entry: &Entry) -> bool {
-    // Before there are zeros, so that nobody takes them for the bytes that were lost.
+fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
+    // Marked before the zeros appear, so that no thread takes them for the lost bytes.
     entry.lost.store(true, Ordering::Release);
-    LOSSES.fetch_add(1, Ordering::Release);
+    LOSS_COUNT.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the range is a mapping that its owner gave us to replace (`Guard::new`). It is still mapped: the access that
-    // failed uses it, so its guard lives. Nobody has a reference to its bytes but to atomics, for which any bits are a value.
+    // SAFETY: the caller of `Guard::new` guarantees that the range is a mapping which may be replaced, and which stays mapped while the
+    // guard lives. The guard lives: the faulting access uses the mapping. The only references to its bytes are to atomics, for which
+    // zeros are a valid value. mmap is async-signal-safe on Linux: it is a plain system call.
     let placed = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, protection, flags, -1, 0) };
     if placed == libc::MAP_FAILED {
-        // The range may be unmapped by now, and another mapping may take it.
-        // SAFETY: may be called in a handler.
+        // The kernel may have unmapped the range already, and another thread's mapping may take its addresses.
+        // SAFETY: abort is async-signal-safe.
         unsafe { libc::abort() }
     }
     true
@@ -251,25 +270,26 @@ mod tests {
 
     const PAGE: usize = 4096;
 
-    /// A mapping of a memory file of `pages` pages, for good.
+    /// Maps a memory file of `pages` pages. The mapping is never unmapped.
     fn mapping(pages: usize) -> (File, *mut u8) {
         let file = File::from(memfd_create("lost", MemfdFlags::CLOEXEC).unwrap());
         file.set_len((pages * PAGE) as u64).unwrap();
-        // SAFETY: a fresh mapping at a place that the kernel chooses.
+        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping.
         let start = unsafe {
             mmap(ptr::null_mut(), pages * PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0).unwrap()
         };
         (file, start.cast())
     }
 
-    /// A guard of `pages` pages at `start`, which [`mapping`] made.
+    /// Guards `pages` pages at `start`, which [`mapping`] returned.
     fn guard(start: *mut u8, pages: usize) -> Guard {
-        // SAFETY: such a mapping lives for good, and the tests reach it by atomics and raw pointers only.
+        // SAFETY: the mapping is never unmapped, and the tests access it only by atomics and raw pointers.
         unsafe { Guard::new(start, pages * PAGE, PAGE) }.unwrap()
     }
 
     fn word<'a>(start: *mut u8, page: usize) -> &'a AtomicU32 {
-        // SAFETY: mapped for good, aligned, and only reached as atomics.
+        // SAFETY: the page is never unmapped, it is aligned, and the tests access its first word only as an atomic, or by raw pointers
+        // while no other thread does.
         unsafe { AtomicU32::from_ptr(start.add(page * PAGE).cast()) }
     }
 
@@ -289,26 +309,26 @@ mod tests {
     }
 
     #[test]
-    fn copies_by_others_survive() {
+    fn plain_copies_survive() {
         let (file, start) = mapping(2);
         let guard = guard(start, 2);
         word(start, 0).store(7, Ordering::Relaxed);
         file.set_len(0).unwrap();
         let mut bytes = [1; 2 * PAGE];
-        // SAFETY: mapped for good; the array is another place.
+        // SAFETY: the mapping is never unmapped, and the array does not overlap it.
         unsafe { ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), bytes.len()) };
         assert!(bytes == [0; 2 * PAGE] && guard.is_lost());
     }
 
     #[test]
-    fn a_guard_is_of_its_own_mapping_and_of_its_own_time() {
+    fn a_loss_concerns_only_its_own_mapping_and_guard() {
         let (file, start) = mapping(1);
-        let many: Vec<Guard> = (0..3 * CHUNK).map(|_| guard(mapping(1).1, 1)).collect();
+        let many: Vec<Guard> = (0..3 * CHUNK_ENTRIES).map(|_| guard(mapping(1).1, 1)).collect();
         let one = guard(start, 1);
         file.set_len(0).unwrap();
         assert_eq!(word(start, 0).load(Ordering::Relaxed), 0);
         assert!(one.is_lost() && many.iter().all(|other| !other.is_lost()));
         drop((one, many));
-        assert!(!guard(mapping(1).1, 1).is_lost(), "an entry that is used again");
+        assert!(!guard(mapping(1).1, 1).is_lost(), "a reused entry is not lost");
     }
 }

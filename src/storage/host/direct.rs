@@ -1,4 +1,4 @@
-//! O_DIRECT: what a file system asks for, and plain calls that keep to it through memory of our own.
+//! O_DIRECT: its alignment rules, and reads and writes through aligned bounce buffers.
 
 use std::io;
 
@@ -7,15 +7,15 @@ use rustix::io::Errno;
 
 use super::file::HostFile;
 use crate::error::Result;
-use crate::storage::env::DirectRules;
 use crate::storage::payload::{BUFFER_ALIGN, Buffer};
+use crate::storage::types::DirectRules;
 use crate::units::SECTOR;
 
-/// Bytes moved at once through bounce memory.
+/// Size of a bounce buffer.
 pub(super) const BOUNCE_BYTES: usize = 1 << 20;
 
 impl HostFile {
-    /// Reads the aligned range around the wanted one, piece by piece through memory that suits the medium.
+    /// Reads the aligned range that contains the requested one, in pieces, through a bounce buffer.
     #[allow(clippy::cast_possible_truncation, reason = "a remainder of the unit, at most a sector")]
     pub(super) fn read_direct(&self, into: &mut [u8], offset: u64, unit: u64) -> io::Result<()> {
         let end = offset.checked_add(into.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -28,9 +28,9 @@ impl HostFile {
             let at = offset + done as u64;
             let start = at / unit * unit;
             let skip = (at % unit) as usize;
-            let ask = (skip + into.len() - done).next_multiple_of(unit as usize).min(room);
-            let got = self.read_up_to(&mut bounce[..ask], start)?;
-            let n = (into.len() - done).min(ask - skip);
+            let request = (skip + into.len() - done).next_multiple_of(unit as usize).min(room);
+            let got = self.read_up_to(&mut bounce[..request], start)?;
+            let n = (into.len() - done).min(request - skip);
             if got < skip + n {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -42,7 +42,7 @@ impl HostFile {
 
     pub(super) fn write_direct(&self, from: &[u8], offset: u64, unit: u64) -> io::Result<()> {
         if !offset.is_multiple_of(unit) || !(from.len() as u64).is_multiple_of(unit) {
-            // Reading and rewriting the neighbours could undo what somebody else writes there now.
+            // Reading and rewriting the rest of the unit could overwrite a concurrent write to it.
             let what = format!("a direct write must begin and end on a multiple of {unit} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
@@ -54,32 +54,31 @@ impl HostFile {
         Ok(())
     }
 
-    /// Whether it was switched to O_DIRECT.
-    pub fn is_direct(&self) -> bool {
-        self.0.direct.get().is_some()
+    /// Returns whether O_DIRECT is enabled.
+    pub(in crate::storage) fn is_direct(&self) -> bool {
+        self.direct.get().is_some()
     }
 
-    /// See [`File::set_direct`](crate::storage::File::set_direct).
-    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
-        if let Some(rules) = self.0.direct.get() {
+    pub(super) fn set_direct(&self) -> Result<Option<DirectRules>> {
+        if let Some(rules) = self.direct.get() {
             return Ok(Some(*rules));
         }
         let s = match rustix::fs::statx(self, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
             Ok(s) => s,
             Err(Errno::NOSYS) => return Ok(None),
-            Err(e) => return Err(self.fail("cannot ask for the rules of O_DIRECT", e)),
+            Err(e) => return Err(self.fail("cannot read the alignment rules of O_DIRECT", e)),
         };
         let rules = DirectRules { memory: s.stx_dio_mem_align as usize, offset: u64::from(s.stx_dio_offset_align) };
-        let told = s.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+        let reported = s.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
         let sane = rules.memory.is_power_of_two() && rules.offset.is_power_of_two();
-        if !told || !sane || rules.offset > SECTOR || rules.memory > BUFFER_ALIGN {
+        if !reported || !sane || rules.offset > SECTOR || rules.memory > BUFFER_ALIGN {
             return Ok(None);
         }
         let flags = rustix::fs::fcntl_getfl(self).map_err(|e| self.fail("cannot read the flags", e))?;
         match rustix::fs::fcntl_setfl(self, flags | OFlags::DIRECT) {
-            Ok(()) => Ok(Some(*self.0.direct.get_or_init(|| rules))),
+            Ok(()) => Ok(Some(*self.direct.get_or_init(|| rules))),
             Err(Errno::INVAL) => Ok(None),
-            Err(e) => Err(self.fail("cannot switch to O_DIRECT", e)),
+            Err(e) => Err(self.fail("cannot enable O_DIRECT", e)),
         }
     }
 }

@@ -2,27 +2,24 @@
 
 use super::super::direct::BOUNCE_BYTES;
 use super::*;
-use crate::storage::env::{Env, File};
+use crate::storage::env::Env;
 use crate::storage::host::Host;
 
-fn file(bytes: &[u8]) -> (tempfile::TempDir, HostFile) {
+fn file(bytes: &[u8]) -> (tempfile::TempDir, Arc<HostFile>) {
     let folder = tempfile::tempdir_in("/var/tmp").or_else(|_| tempfile::tempdir()).unwrap();
     let path = folder.path().join("f");
     std::fs::write(&path, bytes).unwrap();
-    match Host.open(&path, Access::Write).unwrap() {
-        File::Host(f) => (folder, f),
-        #[cfg(feature = "sim")]
-        File::Sim(_) => unreachable!(),
-    }
+    let file = Host.open(&path, Access::Write).unwrap();
+    (folder, HostFile::of(&file).unwrap())
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "any byte will do")]
+#[allow(clippy::cast_possible_truncation, reason = "the values do not matter")]
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
 }
 
 #[test]
-fn transfers_are_whole_or_name_the_place() {
+fn transfers_are_whole_or_report_the_offset() {
     let (_folder, f) = file(&pattern(1000));
     let mut b = [0; 100];
     f.read_at(&mut b, 900).unwrap();
@@ -39,7 +36,7 @@ fn transfers_are_whole_or_name_the_place() {
 }
 
 #[test]
-fn holes_are_seen_and_made() {
+fn holes_are_punched_and_found() {
     let (_folder, f) = file(&[]);
     f.set_len(1 << 20).unwrap();
     f.write_at(&[1; 65536], 262_144).unwrap();
@@ -61,11 +58,11 @@ fn holes_are_seen_and_made() {
 }
 
 #[test]
-fn direct_files_take_any_memory() {
+fn direct_files_accept_unaligned_memory() {
     let bytes = pattern(2 * BOUNCE_BYTES + 1000);
     let (_folder, f) = file(&bytes);
     let Some(rules) = f.set_direct().unwrap() else {
-        eprintln!("skipped: no O_DIRECT with sectors in /var/tmp");
+        eprintln!("skipped: /var/tmp has no O_DIRECT with an alignment of a sector");
         return;
     };
     assert_eq!(f.set_direct().unwrap(), Some(rules));

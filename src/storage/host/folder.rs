@@ -1,4 +1,4 @@
-//! Folders of the host, held by a descriptor that needs no permission to read them.
+//! An open folder of the host.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -10,31 +10,32 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::call::{OPEN_FLAGS, access_flags, open_error, retry};
 use super::file::HostFile;
-use super::{OPEN_FLAGS, access_flags, open_error, retry};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, FileId};
+use crate::storage::backend::{File, Folder, FolderBackend};
+use crate::storage::types::{Access, FileId};
 
-/// How a folder is held: names in it can be looked up and changed.
-const HELD: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+/// Flags of an open folder. `O_PATH` needs no read permission, and is enough to look up and change names.
+const FOLDER_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// How what lies below a held folder is looked up.
+/// Lookup rules below an open folder.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
 
-/// A held folder. See [`Folder`](crate::storage::Folder) for its calls.
+/// Open folder, by a descriptor.
 #[derive(Clone, Debug)]
-pub struct HostFolder {
+pub(super) struct HostFolder {
     fd: Arc<OwnedFd>,
     path: Arc<Path>,
     id: FileId,
 }
 
 impl HostFolder {
-    /// Opens the folder at a path of the operator's; symbolic links are followed.
+    /// Opens the folder at an operator's path. Symbolic links are followed.
     pub(super) fn at(path: &Path) -> Result<HostFolder> {
-        // The folder of a bare file name is the empty path.
+        // The parent of a bare file name is the empty path.
         let named = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        retry(|| rustix::fs::openat(CWD, named, HELD, Mode::empty()))
+        retry(|| rustix::fs::openat(CWD, named, FOLDER_FLAGS, Mode::empty()))
             .and_then(|fd| HostFolder::new(fd, named))
             .map_err(|e| Error::io("cannot open the folder", e.into()).at_path(named))
     }
@@ -45,70 +46,31 @@ impl HostFolder {
         Ok(HostFolder { fd: Arc::new(fd), path: path.into(), id })
     }
 
-    pub(in crate::storage) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    pub(in crate::storage) fn is_same(&self, other: &HostFolder) -> bool {
-        self.id == other.id
-    }
-
-    pub(in crate::storage) fn absolute(&self) -> Result<HostFolder> {
-        // The kernel knows the path of the very descriptor; without /proc the path is resolved once more.
-        let kernel = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
-        let path = match kernel {
-            Ok(path) if path.is_absolute() => path,
-            _ => {
-                fs::canonicalize(&self.path).map_err(|e| Error::io("cannot resolve the path", e).at_path(&self.path))?
-            }
-        };
-        Ok(HostFolder { path: path.into(), ..self.clone() })
-    }
-
-    /// The path of a name in the folder.
-    pub(in crate::storage) fn join(&self, name: impl AsRef<Path>) -> PathBuf {
-        // What the operator gave as `f` is not called `./f`.
+    /// Returns the path of a name in the folder. A file that the operator calls `f` is called `f`, not `./f`.
+    fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         if self.path.as_os_str() == "." { name.as_ref().to_path_buf() } else { self.path.join(name) }
     }
 
-    /// Opens what an operator has named: a symbolic link of that name is followed.
+    fn handle(&self) -> Folder {
+        Folder::new(self.clone())
+    }
+
+    /// Opens a file that an operator named. If the name is a symbolic link, it is followed.
     pub(super) fn open_named(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
         retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS, Mode::empty()))
     }
 
-    pub(in crate::storage) fn open(&self, name: &OsStr, access: Access) -> Result<HostFile> {
-        let path = self.join(name);
-        let fd = retry(|| {
-            rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS | OFlags::NOFOLLOW, Mode::empty())
-        })
-        .map_err(|e| match e {
-            Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
-            e => open_error(e),
-        })
-        .map_err(|e| e.at_path(&path))?;
-        HostFile::new(fd, &path, access, self)
+    /// Opens a disk that an operator named: a regular file or a block device. A device opened for writing is opened exclusively.
+    pub(super) fn open_disk(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
+        // Without O_CREAT, O_EXCL affects block devices only (open(2)).
+        let exclusive = if access == Access::Write { OFlags::EXCL } else { OFlags::empty() };
+        retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | exclusive | OPEN_FLAGS, Mode::empty()))
     }
 
-    pub(in crate::storage) fn open_beneath(&self, relative: &Path) -> Result<HostFile> {
+    /// Opens the folder at a path below this one.
+    fn beneath(&self, relative: &Path) -> Result<HostFolder> {
         let path = self.join(relative);
-        let (Some(above), Some(name)) = (relative.parent(), relative.file_name()) else {
-            let e = if relative.as_os_str().is_empty() { Errno::NOENT } else { Errno::ISDIR };
-            return Err(self.beneath_error(e).at_path(path));
-        };
-        if above.as_os_str().is_empty() {
-            return self.open(name, Access::Read); // one component needs no openat2
-        }
-        let folder = self.beneath(above)?;
-        let fd = folder
-            .look_up(Path::new(name), OFlags::RDONLY | OPEN_FLAGS)
-            .map_err(|e| self.beneath_error(e).at_path(&path))?;
-        HostFile::new(fd, &path, Access::Read, &folder)
-    }
-
-    /// The folder at a path below this one.
-    pub(in crate::storage) fn beneath(&self, relative: &Path) -> Result<HostFolder> {
-        let path = self.join(relative);
-        self.look_up(relative, HELD)
+        self.look_up(relative, FOLDER_FLAGS)
             .and_then(|fd| HostFolder::new(fd, &path))
             .map_err(|e| self.beneath_error(e).at_path(&path))
     }
@@ -117,7 +79,7 @@ impl HostFolder {
         let mut tries = 0;
         loop {
             match rustix::fs::openat2(&self.fd, relative, flags, Mode::empty(), BENEATH) {
-                // A rename elsewhere, seen while `..` was resolved: the kernel asks to try again.
+                // EAGAIN: a rename anywhere raced with the resolution of `..`.
                 Err(Errno::AGAIN | Errno::INTR) if tries < 100 => tries += 1,
                 other => return other,
             }
@@ -138,46 +100,104 @@ impl HostFolder {
         Error::new(ErrorKind::Refused, why).caused_by(std::io::Error::from(e))
     }
 
-    pub(in crate::storage) fn create(&self, name: &OsStr) -> Result<HostFile> {
+    /// Opens a descriptor of the same folder that can be read and synced.
+    fn readable(&self) -> rustix::io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        retry(|| rustix::fs::openat(&self.fd, ".", flags, Mode::empty()))
+    }
+}
+
+impl FolderBackend for HostFolder {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn path_to(&self, name: &Path) -> PathBuf {
+        self.join(name)
+    }
+
+    fn absolute(&self) -> Result<Folder> {
+        // The kernel knows the path of the descriptor. Without /proc, the path is resolved again.
+        let kernel = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
+        let path = match kernel {
+            Ok(path) if path.is_absolute() => path,
+            _ => {
+                fs::canonicalize(&self.path).map_err(|e| Error::io("cannot resolve the path", e).at_path(&self.path))?
+            }
+        };
+        Ok(Folder::new(HostFolder { path: path.into(), ..self.clone() }))
+    }
+
+    fn is_same(&self, other: &Folder) -> bool {
+        other.as_backend::<HostFolder>().is_some_and(|other| self.id == other.id)
+    }
+
+    fn open(&self, name: &OsStr, access: Access) -> Result<File> {
+        let path = self.join(name);
+        let flags = access_flags(access) | OPEN_FLAGS | OFlags::NOFOLLOW;
+        let fd = retry(|| rustix::fs::openat(&self.fd, name, flags, Mode::empty()))
+            .map_err(|e| match e {
+                Errno::LOOP => Error::new(ErrorKind::Refused, "a symbolic link").caused_by(std::io::Error::from(e)),
+                e => open_error(e),
+            })
+            .map_err(|e| e.at_path(&path))?;
+        HostFile::new(fd, &path, access, self.handle()).map(File::new)
+    }
+
+    fn open_beneath(&self, relative: &Path) -> Result<File> {
+        let path = self.join(relative);
+        let (Some(above), Some(name)) = (relative.parent(), relative.file_name()) else {
+            let e = if relative.as_os_str().is_empty() { Errno::NOENT } else { Errno::ISDIR };
+            return Err(self.beneath_error(e).at_path(path));
+        };
+        if above.as_os_str().is_empty() {
+            return self.open(name, Access::Read); // one component needs no openat2
+        }
+        let folder = self.beneath(above)?;
+        let fd = folder
+            .look_up(Path::new(name), OFlags::RDONLY | OPEN_FLAGS)
+            .map_err(|e| self.beneath_error(e).at_path(&path))?;
+        HostFile::new(fd, &path, Access::Read, Folder::new(folder)).map(File::new)
+    }
+
+    fn subfolder(&self, name: &OsStr) -> Result<Folder> {
+        self.beneath(Path::new(name)).map(Folder::new)
+    }
+
+    fn create(&self, name: &OsStr) -> Result<File> {
         let (path, flags) = (self.join(name), OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OPEN_FLAGS);
         let fd = retry(|| rustix::fs::openat(&self.fd, name, flags, Mode::from_raw_mode(0o644)))
             .map_err(|e| Error::io("cannot create the file", e.into()).at_path(&path))?;
-        HostFile::new(fd, &path, Access::Write, self)
+        HostFile::new(fd, &path, Access::Write, self.handle()).map(File::new)
     }
 
-    /// Opens a disk that an operator has named: a regular file, or a device, which is then held exclusively for writing.
-    pub(super) fn open_disk(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
-        // Without O_CREAT, O_EXCL concerns block devices only (open(2)).
-        let exclusive = if access == Access::Write { OFlags::EXCL } else { OFlags::empty() };
-        retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | exclusive | OPEN_FLAGS, Mode::empty()))
-    }
-
-    pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<HostFile> {
+    fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
         let path = self.join(known_as);
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let fd =
             retry(|| rustix::fs::openat(&self.fd, ".", flags, Mode::from_raw_mode(0o644))).map_err(|e| match e {
-                // The last one is the answer of kernels before 3.11.
+                // EISDIR is the answer of kernels before 3.11.
                 Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::ISDIR => {
                     let what = "this file system has no files without names";
                     Error::new(ErrorKind::Unsupported, what).caused_by(std::io::Error::from(e)).at_path(&path)
                 }
                 e => Error::io("cannot create the file", e.into()).at_path(&path),
             })?;
-        // The name is given through /proc: better known now than when the file is whole.
-        if fs::symlink_metadata(name_in_proc(&fd)).is_err() {
+        // `link_unnamed` needs /proc. Checked now, since the caller writes the whole file before it calls `link_unnamed`.
+        if fs::symlink_metadata(proc_path(&fd)).is_err() {
             let what = "files without names need /proc, which is not mounted";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(&path));
         }
-        HostFile::new(fd, &path, Access::Write, self)
+        HostFile::new(fd, &path, Access::Write, self.handle()).map(File::new)
     }
 
-    pub(in crate::storage) fn link_unnamed(&self, file: &HostFile, name: &OsStr) -> Result<()> {
-        rustix::fs::linkat(CWD, name_in_proc(file), &self.fd, name, AtFlags::SYMLINK_FOLLOW)
+    fn link_unnamed(&self, file: &File, name: &OsStr) -> Result<()> {
+        let file: &HostFile = file.as_backend().expect("the file and the folder belong to the same host");
+        rustix::fs::linkat(CWD, proc_path(file), &self.fd, name, AtFlags::SYMLINK_FOLLOW)
             .map_err(|e| Error::io("cannot give the file its name", e.into()).at_path(self.join(name)))
     }
 
-    pub(in crate::storage) fn exists(&self, name: &OsStr) -> Result<bool> {
+    fn exists(&self, name: &OsStr) -> Result<bool> {
         match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT) {
             Ok(_) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
@@ -185,7 +205,7 @@ impl HostFolder {
         }
     }
 
-    pub(in crate::storage) fn list_at_most(&self, most: usize) -> Result<Option<Vec<OsString>>> {
+    fn list_at_most(&self, most: usize) -> Result<Option<Vec<OsString>>> {
         let fail = |e: Errno| Error::io("cannot list the folder", e.into()).at_path(&self.path);
         let mut names = Vec::new();
         for entry in Dir::new(self.readable().map_err(fail)?).map_err(fail)? {
@@ -202,39 +222,34 @@ impl HostFolder {
         Ok(Some(names))
     }
 
-    /// A descriptor of the same folder that can be read and synced.
-    fn readable(&self) -> rustix::io::Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        retry(|| rustix::fs::openat(&self.fd, ".", flags, Mode::empty()))
-    }
-
-    pub(in crate::storage) fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
+    fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
         rustix::fs::linkat(&self.fd, existing, &self.fd, new, AtFlags::empty()).map_err(|e| {
-            let what = format!("cannot give it the second name {}", self.join(new).display());
+            let what = format!("cannot give the file the second name {}", self.join(new).display());
             Error::io(what, e.into()).at_path(self.join(existing))
         })
     }
 
-    pub(in crate::storage) fn rename(&self, from: &OsStr, to: &HostFolder, new: &OsStr) -> Result<()> {
+    fn rename(&self, from: &OsStr, to: &Folder, new: &OsStr) -> Result<()> {
+        let to: &HostFolder = to.as_backend().expect("both folders belong to the same host");
         rustix::fs::renameat_with(&self.fd, from, &to.fd, new, RenameFlags::empty()).map_err(|e| {
             Error::io(format!("cannot rename to {}", to.join(new).display()), e.into()).at_path(self.join(from))
         })
     }
 
-    pub(in crate::storage) fn remove(&self, name: &OsStr) -> Result<()> {
+    fn remove(&self, name: &OsStr) -> Result<()> {
         rustix::fs::unlinkat(&self.fd, name, AtFlags::empty())
             .map_err(|e| Error::io("cannot remove the name", e.into()).at_path(self.join(name)))
     }
 
-    pub(in crate::storage) fn sync(&self) -> Result<()> {
+    fn sync(&self) -> Result<()> {
         self.readable()
             .and_then(|fd| retry(|| rustix::fs::fsync(&fd)))
             .map_err(|e| Error::io("cannot make the names in the folder durable", e.into()).at_path(&self.path))
     }
 }
 
-/// A path that leads to an open file, whether it has a name or not.
-fn name_in_proc(fd: impl AsFd) -> PathBuf {
+/// Returns a path that leads to an open file, even if the file has no name.
+fn proc_path(fd: impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 

@@ -1,8 +1,8 @@
-//! Locks on open descriptions: a byte of our own, and the bytes by which QEMU's processes warn each other.
+//! Locks on open descriptions: one byte for diffdisk, and the bytes that QEMU uses.
 //!
-//! QEMU (`block/file-posix.c`) holds *read* locks only: byte 100+p says "I use permission p", byte 200+p "I do not let
-//! others use p" (0 consistent read, 1 write, 3 resize). After locking, everybody looks whether a stranger holds the
-//! opposite byte of each of his own.
+//! QEMU (`block/file-posix.c`) takes *read* locks only: byte 100+p means "this process uses permission p", byte 200+p means "this
+//! process does not share p" (0 consistent read, 1 write, 3 resize). After locking its bytes, a process checks that no other
+//! description holds the opposite byte of any of them.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -11,31 +11,31 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{FileId, Lock};
+use crate::storage::types::{FileId, Lock};
 
-/// Ours: a write lock for [`Lock::Exclusive`], a read lock for [`Lock::Shared`]. QEMU does not look at it.
-const OURS: i64 = 1000;
+/// Byte of diffdisk: a write lock for [`Lock::Exclusive`], a read lock for [`Lock::Shared`]. QEMU ignores it.
+const OWN_BYTE: i64 = 1000;
 
-/// Bytes of QEMU that a writer holds: uses read, write, resize; shares neither write nor resize.
-const WRITER: &[i64] = &[100, 101, 103, 201, 203];
-/// A reader: uses read; shares neither write nor resize.
-const READER: &[i64] = &[100, 201, 203];
+/// QEMU's bytes for a writer: uses read, write, resize; does not share write and resize.
+const WRITER_BYTES: &[i64] = &[100, 101, 103, 201, 203];
+/// QEMU's bytes for a reader: uses read; does not share write and resize.
+const READER_BYTES: &[i64] = &[100, 201, 203];
 
-/// All bytes by which a process says that it has a file in use: ours, and those of QEMU's permissions.
-pub(super) const IN_USE_BYTES: [i64; 7] = [OURS, 100, 101, 103, 200, 201, 203];
+/// All bytes that a process may hold if it has a file open: that of diffdisk, and QEMU's.
+pub(super) const IN_USE_BYTES: [i64; 7] = [OWN_BYTE, 100, 101, 103, 200, 201, 203];
 
-/// Descriptors looked at, at most, to name who holds a lock.
-const LOOKS: usize = 20_000;
+/// Maximum number of descriptors that are examined to find the holder of a lock.
+const MAX_DESCRIPTORS: usize = 20_000;
 
 fn bytes_of(lock: Option<Lock>) -> &'static [i64] {
     match lock {
-        Some(Lock::Exclusive) => WRITER,
-        Some(Lock::Shared) => READER,
+        Some(Lock::Exclusive) => WRITER_BYTES,
+        Some(Lock::Shared) => READER_BYTES,
         None => &[],
     }
 }
 
-fn ours_of(lock: Option<Lock>) -> i32 {
+fn own_lock_type(lock: Option<Lock>) -> i32 {
     match lock {
         Some(Lock::Exclusive) => libc::F_WRLCK,
         Some(Lock::Shared) => libc::F_RDLCK,
@@ -43,52 +43,52 @@ fn ours_of(lock: Option<Lock>) -> i32 {
     }
 }
 
-/// The byte that, held by a stranger, speaks against our holding `byte`.
-fn opposite(byte: i64) -> i64 {
+/// Returns the byte that conflicts with `byte` if another description holds it.
+fn conflicting_byte(byte: i64) -> i64 {
     if byte >= 200 { byte - 100 } else { byte + 100 }
 }
 
-fn meaning(byte: i64) -> &'static str {
+fn describe_byte(byte: i64) -> &'static str {
     match byte {
         101 => "is writing to it",
         103 => "may change its length",
-        200 => "has it open and lets nobody read it",
-        201 => "has it open and lets nobody write to it",
-        203 => "has it open and lets nobody change its length",
+        200 => "has it open and does not allow others to read it",
+        201 => "has it open and does not allow others to write to it",
+        203 => "has it open and does not allow others to change its length",
         _ => "has a lock on it",
     }
 }
 
-/// Whether a process that goes on holds a lock that may be against ours, by another description than `fd`. If not, the
-/// lock is that of a process that has ended, or is about to, and of its I/O on the way: it goes when that is over.
+/// Returns whether a live process holds a lock on one of the bytes, by another description than `fd`. If not, the lock belongs to a
+/// process that has ended or is being killed, and ends with the last I/O of that process.
 pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
     let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
     descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))
         .any(|d| theirs(&d) && d.refers_to(id) && !is_dying(d.pid))
 }
 
-/// Goes from the lock `held` by the description to `wanted`; after an error `held` is still held.
+/// Changes the description's lock from `held` to `wanted`. After an error the description still holds `held`.
 pub(super) fn change(fd: BorrowedFd<'_>, id: FileId, held: Option<Lock>, wanted: Lock) -> Result<()> {
     let (old, new) = (bytes_of(held), bytes_of(Some(wanted)));
-    let taken = take(fd, id, new, wanted);
-    let (drop, against) = if taken.is_ok() { (old, new) } else { (new, old) };
-    for &byte in drop.iter().filter(|b| !against.contains(b)) {
+    let taken = acquire(fd, id, new, wanted);
+    let (release, keep) = if taken.is_ok() { (old, new) } else { (new, old) };
+    for &byte in release.iter().filter(|b| !keep.contains(b)) {
         set(fd, libc::F_UNLCK, byte).map_err(failed)?;
     }
     if taken.is_err() {
-        set(fd, ours_of(held), OURS).map_err(failed)?;
+        set(fd, own_lock_type(held), OWN_BYTE).map_err(failed)?;
     }
     taken
 }
 
-fn take(fd: BorrowedFd<'_>, id: FileId, bytes: &[i64], wanted: Lock) -> Result<()> {
-    lock_byte(fd, id, ours_of(Some(wanted)), OURS, "has it open with diffdisk")?;
+fn acquire(fd: BorrowedFd<'_>, id: FileId, bytes: &[i64], wanted: Lock) -> Result<()> {
+    lock_byte(fd, id, own_lock_type(Some(wanted)), OWN_BYTE, "has it open with diffdisk")?;
     for &byte in bytes {
-        lock_byte(fd, id, libc::F_RDLCK, byte, meaning(byte))?;
+        lock_byte(fd, id, libc::F_RDLCK, byte, describe_byte(byte))?;
     }
-    for byte in bytes.iter().map(|&b| opposite(b)) {
-        if let Some(pid) = stranger(fd, byte).map_err(failed)? {
-            return Err(busy(id, byte, Some(pid), meaning(byte)));
+    for byte in bytes.iter().map(|&b| conflicting_byte(b)) {
+        if let Some(pid) = other_lock(fd, byte).map_err(failed)? {
+            return Err(busy(id, byte, Some(pid), describe_byte(byte)));
         }
     }
     Ok(())
@@ -98,7 +98,7 @@ fn lock_byte(fd: BorrowedFd<'_>, id: FileId, kind: i32, byte: i64, does: &str) -
     match set(fd, kind, byte) {
         Ok(()) => Ok(()),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(busy(id, byte, stranger(fd, byte).ok().flatten(), does))
+            Err(busy(id, byte, other_lock(fd, byte).ok().flatten(), does))
         }
         Err(e) => Err(failed(e)),
     }
@@ -109,8 +109,8 @@ fn failed(e: io::Error) -> Error {
 }
 
 fn busy(id: FileId, byte: i64, pid: Option<i32>, does: &str) -> Error {
-    let told = pid.and_then(|p| u32::try_from(p).ok()).filter(|p| *p > 0);
-    let who = match told.or_else(|| holder(id, byte)) {
+    let reported = pid.and_then(|p| u32::try_from(p).ok()).filter(|p| *p > 0);
+    let holder = match reported.or_else(|| holder_pid(id, byte)) {
         Some(pid) if pid == std::process::id() => "this process".to_string(),
         Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
             Ok(name) => format!("{} (process {pid})", name.trim_end()),
@@ -118,12 +118,12 @@ fn busy(id: FileId, byte: i64, pid: Option<i32>, does: &str) -> Error {
         },
         None => "another process".to_string(),
     };
-    Error::new(ErrorKind::Busy, format!("{who} {does}"))
+    Error::new(ErrorKind::Busy, format!("{holder} {does}"))
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "the constants are 0, 1, 2")]
 fn range(kind: i32, byte: i64) -> libc::flock {
-    // SAFETY: flock is plain integers, for which zero is a value.
+    // SAFETY: flock is a struct of integers, for which all-zero bytes are a valid value.
     let mut l: libc::flock = unsafe { std::mem::zeroed() };
     l.l_type = kind as libc::c_short;
     l.l_whence = libc::SEEK_SET as libc::c_short;
@@ -134,37 +134,37 @@ fn range(kind: i32, byte: i64) -> libc::flock {
 
 fn set(fd: BorrowedFd<'_>, kind: i32, byte: i64) -> io::Result<()> {
     let l = range(kind, byte);
-    // SAFETY: the fd is open, and F_OFD_SETLK reads one flock.
+    // SAFETY: the descriptor is open as long as `fd`, and F_OFD_SETLK reads one flock from the pointer.
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &l) } == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Whether another description than `fd` holds a lock by which a process of ours or of QEMU has the file in use.
+/// Returns whether another description than `fd` holds a lock of diffdisk or QEMU on the file.
 pub(super) fn is_locked(fd: BorrowedFd<'_>) -> Result<bool> {
     for byte in IN_USE_BYTES {
-        if stranger(fd, byte).map_err(failed)?.is_some() {
+        if other_lock(fd, byte).map_err(failed)?.is_some() {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-/// Whether another description holds any lock on a byte, and the process if the kernel says (else -1).
-fn stranger(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
+/// Returns the process id of a lock that another description holds on a byte: -1 if the kernel does not report it.
+fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     let mut l = range(libc::F_WRLCK, byte);
-    // SAFETY: the fd is open, and F_OFD_GETLK reads and writes one flock.
+    // SAFETY: the descriptor is open as long as `fd`, and F_OFD_GETLK reads and writes one flock at the pointer.
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut l) } == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok((i32::from(l.l_type) != libc::F_UNLCK).then_some(l.l_pid))
 }
 
-/// A process that has a descriptor with a lock over that byte, as far as `/proc` shows others to us; another one than
-/// this where there is one, since the description that asks holds some of the bytes itself. A description belongs to no
-/// process, so this is the only trace.
-fn holder(id: FileId, byte: i64) -> Option<u32> {
+/// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over this one, since the
+/// description that asks may hold the byte itself. A lock belongs to a description and not to a process, so the kernel reports
+/// no process id.
+fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;
     for d in descriptors_with_lock(|line| lock_line_covers(line, id.ino, byte)).filter(|d| d.refers_to(id)) {
         if d.pid != std::process::id() {
@@ -175,22 +175,22 @@ fn holder(id: FileId, byte: i64) -> Option<u32> {
     own
 }
 
-/// A descriptor of a process.
+/// Descriptor of a process whose description holds a lock.
 pub(super) struct LockDescriptor {
     pub(super) pid: u32,
     number: i32,
 }
 
 impl LockDescriptor {
-    /// Whether it is of that file. A lock's line does not tell for sure: inode numbers are not unique among file systems,
-    /// and the device in it is, on btrfs, not the one of stat.
+    /// Returns whether the descriptor refers to the file `id`. The lock's line is not sufficient: inode numbers are unique only within a
+    /// file system, and on btrfs the line contains another device number than stat.
     pub(super) fn refers_to(&self, id: FileId) -> bool {
         fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.number))
             .is_ok_and(|m| FileId { dev: m.dev(), ino: m.ino() } == id)
     }
 }
 
-/// The descriptors of all processes with a lock whose line in fdinfo `is_wanted`.
+/// Returns the descriptors of all processes that have a lock whose line in fdinfo is `is_wanted`.
 pub(super) fn descriptors_with_lock(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = LockDescriptor> {
     let number = |entry: &fs::DirEntry| entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -199,19 +199,19 @@ pub(super) fn descriptors_with_lock(is_wanted: impl Fn(&str) -> bool) -> impl It
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries.filter_map(move |entry| Some((pid, i32::try_from(number(&entry)?).ok()?, entry.path())))
     });
-    all.take(LOOKS).filter_map(move |(pid, number, path)| {
+    all.take(MAX_DESCRIPTORS).filter_map(move |(pid, number, path)| {
         let text = fs::read_to_string(path).ok()?;
         text.lines().filter_map(|l| l.strip_prefix("lock:")).any(&is_wanted).then_some(LockDescriptor { pid, number })
     })
 }
 
-/// Whether a process is gone but for its entry, or has been sent SIGKILL.
+/// Returns whether a process has ended (zombie), or has been sent SIGKILL.
 fn is_dying(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| tells_of_death(&status))
+    fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| is_dying_status(&status))
 }
 
-/// The same, by the text of its status (proc_pid_status(5)).
-fn tells_of_death(status: &str) -> bool {
+/// Parses the status of a process (proc_pid_status(5)). Returns whether it has ended, or has a pending SIGKILL.
+fn is_dying_status(status: &str) -> bool {
     let kill = 1 << (libc::SIGKILL - 1);
     status.lines().any(|line| match line.split_once(":\t") {
         Some(("State", state)) => state.starts_with(['Z', 'X']),
@@ -220,8 +220,7 @@ fn tells_of_death(status: &str) -> bool {
     })
 }
 
-/// Whether the text of a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) speaks of such an inode
-/// and byte.
+/// Returns whether a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) is about this inode number and byte.
 pub(super) fn lock_line_covers(line: &str, ino: u64, byte: i64) -> bool {
     let mut words = line.split_whitespace().rev();
     let (Some(last), Some(first), Some(inode)) = (words.next(), words.next(), words.next()) else { return false };
@@ -231,152 +230,5 @@ pub(super) fn lock_line_covers(line: &str, ino: u64, byte: i64) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use std::path::Path;
-    use std::process::Command;
-
-    use super::*;
-    use std::os::fd::AsFd;
-
-    use crate::storage::engine::host_file;
-    use crate::storage::env::{Access, Env, File};
-    use crate::storage::host::Host;
-
-    fn open(path: &Path, access: Access) -> File {
-        Host.open(path, access).unwrap()
-    }
-
-    /// One test at a time: a child process holds all descriptions, with their locks, from fork to exec.
-    pub(in crate::storage::host) fn serialize() -> std::sync::MutexGuard<'static, ()> {
-        static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-        ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn image() -> (tempfile::TempDir, std::path::PathBuf) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
-        fs::write(&path, vec![0; 1 << 16]).unwrap();
-        (folder, path)
-    }
-
-    #[test]
-    fn two_descriptions_exclude_each_other() {
-        let _alone = serialize();
-        let (_folder, path) = image();
-        let (a, b) = (open(&path, Access::Write), open(&path, Access::Write));
-        a.lock(Lock::Exclusive).unwrap();
-        a.clone().lock(Lock::Exclusive).unwrap();
-        for wanted in [Lock::Exclusive, Lock::Shared] {
-            let e = b.lock(wanted).unwrap_err();
-            assert_eq!(e.kind(), ErrorKind::Busy);
-            assert!(e.line().contains("this process has it open with diffdisk"), "{e}");
-        }
-        // A top becomes a parent.
-        a.lock(Lock::Shared).unwrap();
-        b.lock(Lock::Shared).unwrap();
-        assert_eq!(a.lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
-        // The refused change left the shared lock in place.
-        assert_eq!(open(&path, Access::Write).lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
-        drop(b);
-        a.lock(Lock::Exclusive).unwrap();
-        drop(a);
-        open(&path, Access::Read).lock(Lock::Shared).unwrap();
-        let e = open(&path, Access::Read).lock(Lock::Exclusive).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported);
-    }
-
-    #[test]
-    fn strangers_bytes_of_qemu_are_respected() {
-        let _alone = serialize();
-        // What a stranger holds as read locks, and whether a reader and a writer of ours may then lock.
-        let cases: &[(&[i64], bool, bool)] = &[
-            (&[100], true, true),
-            (&[100, 201], true, false),
-            (&[100, 203], true, false),
-            (&[101], false, false),
-            (&[103], false, false),
-            (&[200], false, false),
-            (&[102, 202], true, true),
-        ];
-        let (_folder, path) = image();
-        for &(held, reads, writes) in cases {
-            let stranger = fs::File::open(&path).unwrap();
-            for &byte in held {
-                set(std::os::fd::AsFd::as_fd(&stranger), libc::F_RDLCK, byte).unwrap();
-            }
-            for (wanted, may) in [(Lock::Shared, reads), (Lock::Exclusive, writes)] {
-                let result = open(&path, Access::Write).lock(wanted);
-                assert_eq!(result.is_ok(), may, "{held:?} {wanted:?} {result:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn qemu_and_we_refuse_each_other() {
-        let _alone = serialize();
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image.vhd");
-        // A format with metadata: readers of raw images do not mind writers.
-        if Command::new("qemu-img").args(["create", "-q", "-f", "vpc"]).arg(&path).arg("8M").status().is_err() {
-            eprintln!("skipped: no qemu-img here");
-            return;
-        }
-        let qemu_io = |options: &[&str], command: &str| {
-            let mut qemu = Command::new("qemu-io");
-            qemu.args(options).args(["-f", "vpc", "-c", command]).arg(&path).output().unwrap().status.success()
-        };
-        assert!(qemu_io(&[], "write 0 512"));
-        let ours = open(&path, Access::Write);
-        ours.lock(Lock::Exclusive).unwrap();
-        assert!(!qemu_io(&["-r"], "read 0 512"));
-        ours.lock(Lock::Shared).unwrap();
-        assert!(qemu_io(&["-r"], "read 0 512"));
-        assert!(!qemu_io(&[], "write 0 512"));
-        drop(ours);
-
-        // QEMU first: it holds the image while its standard input is open.
-        let mut qemu = Command::new("qemu-io")
-            .args(["-f", "vpc"])
-            .arg(&path)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut prompt = [0];
-        std::io::Read::read_exact(qemu.stdout.as_mut().unwrap(), &mut prompt).unwrap();
-        let e = open(&path, Access::Write).lock(Lock::Exclusive).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Busy);
-        assert!(e.line().contains(&format!("qemu-io (process {})", qemu.id())), "{e}");
-        drop(qemu.stdin.take());
-        qemu.wait().unwrap();
-        open(&path, Access::Write).lock(Lock::Exclusive).unwrap();
-    }
-
-    /// A fence: another process has the description with the lock, and is being killed.
-    #[test]
-    fn the_living_are_not_waited_for_and_the_dying_are() {
-        let _alone = serialize();
-        let (_folder, path) = image();
-        let held = open(&path, Access::Write);
-        held.lock(Lock::Exclusive).unwrap();
-        let ours = open(&path, Access::Write);
-        let f = host_file(&ours).unwrap();
-        assert!(is_held_by_live_process(f.as_fd(), f.id()));
-        assert_eq!(ours.lock(Lock::Exclusive).unwrap_err().kind(), ErrorKind::Busy);
-        drop(held);
-        ours.lock(Lock::Exclusive).unwrap();
-        assert!(!is_held_by_live_process(f.as_fd(), f.id()), "its own lock is none against it");
-        assert!(tells_of_death("Name:\tx\nState:\tZ (zombie)\n"));
-        assert!(tells_of_death("State:\tD (disk sleep)\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n"));
-        assert!(!tells_of_death("State:\tS (sleeping)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000004000\n"));
-    }
-
-    #[test]
-    fn lines_of_fdinfo_are_understood() {
-        let line = "\t1: OFDLCK  ADVISORY  READ  -1 fe:00:1234 100 101";
-        assert!(lock_line_covers(line, 1234, 100) && lock_line_covers(line, 1234, 101));
-        assert!(!lock_line_covers(line, 1234, 102) && !lock_line_covers(line, 123, 100));
-        assert!(lock_line_covers("1: POSIX  ADVISORY  WRITE 77 00:1a:9 0 EOF", 9, 1000));
-        assert!(!lock_line_covers("nonsense", 0, 0) && !lock_line_covers("", 0, 0) && !lock_line_covers("a b c", 0, 0));
-    }
-}
+#[path = "lock_tests.rs"]
+pub(super) mod tests;

@@ -1,8 +1,7 @@
-//! Who holds locks on files, as far as `/proc` shows it.
+//! Finds the processes that hold locks on files, by `/proc`.
 //!
-//! The locks are those of open descriptions, which belong to no process. The kernel lists the locks of a description in
-//! the fdinfo of each descriptor that refers to it, so one pass over these files finds the holders for any number of
-//! files.
+//! A lock belongs to an open description, not to a process. The kernel lists the locks of a description in the fdinfo of each descriptor
+//! that refers to it. One pass over these files finds the holders of any number of files.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -10,61 +9,62 @@ use std::path::Path;
 
 use super::file::HostFile;
 use super::lock;
-use crate::storage::env::{FileId, LockHolder};
+use crate::storage::backend::FileBackend;
+use crate::storage::types::{FileId, LockHolder};
 
-/// For each file, what holds a lock on it.
+/// Returns the lock holder of each file.
 pub(super) fn lock_holders(files: &[Option<&HostFile>]) -> Vec<Option<LockHolder>> {
-    let mut looked_for: Vec<Option<FileId>> =
-        files.iter().map(|file| file.filter(|f| is_held(f)).map(HostFile::id)).collect();
-    let mut holders: Vec<_> = looked_for.iter().map(|id| id.map(|_| LockHolder::Hidden)).collect();
-    if looked_for.iter().all(Option::is_none) {
+    let mut pending: Vec<Option<FileId>> =
+        files.iter().map(|file| file.filter(|f| is_locked(f)).map(HostFile::id)).collect();
+    let mut holders: Vec<_> = pending.iter().map(|id| id.map(|_| LockHolder::Hidden)).collect();
+    if pending.iter().all(Option::is_none) {
         return holders;
     }
-    let inodes: Vec<u64> = looked_for.iter().flatten().map(|id| id.ino).collect();
+    let inodes: Vec<u64> = pending.iter().flatten().map(|id| id.ino).collect();
     let concerns = |line: &str| {
         inodes.iter().any(|&ino| lock::IN_USE_BYTES.iter().any(|&byte| lock::lock_line_covers(line, ino, byte)))
     };
     for descriptor in lock::descriptors_with_lock(concerns) {
-        for (id, holder) in looked_for.iter_mut().zip(&mut holders) {
+        for (id, holder) in pending.iter_mut().zip(&mut holders) {
             if id.is_some_and(|id| descriptor.refers_to(id)) {
                 *holder = process(descriptor.pid).or(holder.take());
                 *id = None;
             }
         }
-        if looked_for.iter().all(Option::is_none) {
+        if pending.iter().all(Option::is_none) {
             break;
         }
     }
     holders
 }
 
-fn is_held(file: &HostFile) -> bool {
+fn is_locked(file: &HostFile) -> bool {
     lock::is_locked(file.as_fd()).unwrap_or_else(|e| {
         log::debug!("{}: {}", file.path().display(), e.line());
         false
     })
 }
 
-/// A process that is there.
+/// Describes a process. Returns `None` if it has ended.
 fn process(pid: u32) -> Option<LockHolder> {
     let folder = Path::new("/proc").join(pid.to_string());
     let program = fs::read_to_string(folder.join("comm")).ok()?.trim_end().to_owned();
     let ticks = fs::read_to_string(folder.join("stat")).ok().and_then(|stat| start_ticks(&stat));
-    let booted = fs::read_to_string("/proc/stat").ok().and_then(|stat| boot_time(&stat));
-    let since = ticks.zip(booted).and_then(|(ticks, booted)| {
+    let boot = fs::read_to_string("/proc/stat").ok().and_then(|stat| boot_time(&stat));
+    let since = ticks.zip(boot).and_then(|(ticks, boot)| {
         let seconds = ticks / rustix::param::clock_ticks_per_second().max(1);
-        booted.checked_add(i64::try_from(seconds).ok()?)
+        boot.checked_add(i64::try_from(seconds).ok()?)
     });
     Some(LockHolder::Process { pid, program, since })
 }
 
-/// The start of a process in clock ticks since the host was started: field 22 (proc_pid_stat(5)). The second field is the
-/// program's name in parentheses and may hold any characters.
+/// Returns the start time of a process in clock ticks since boot: field 22 of its stat file (proc_pid_stat(5)). The second field is the
+/// program's name in parentheses, which may contain any characters.
 fn start_ticks(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// When the host was started, Unix seconds (proc_stat(5)).
+/// Returns the boot time in Unix seconds (proc_stat(5)).
 fn boot_time(stat: &str) -> Option<i64> {
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
@@ -72,11 +72,12 @@ fn boot_time(stat: &str) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::env::{Access, Env, Lock};
+    use crate::storage::env::Env;
     use crate::storage::host::Host;
+    use crate::storage::types::{Access, Lock};
 
     #[test]
-    fn times_are_read_past_any_name() {
+    fn times_are_parsed_after_any_program_name() {
         let rest = "S 1 7 7 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 1 0 4321 5000 6";
         assert_eq!(start_ticks(&format!("7 (a) b (c)) {rest}")), Some(4321));
         assert_eq!((start_ticks("7 a S 1"), start_ticks("7 (a) S 1")), (None, None));
@@ -85,14 +86,14 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_found_by_its_lock() {
-        let _alone = lock::tests::serialize();
+    fn the_process_that_holds_a_lock_is_found() {
+        let _serial = lock::tests::serialize();
         let folder = tempfile::tempdir().unwrap();
         let paths = ["a", "b"].map(|name| folder.path().join(name));
         paths.iter().for_each(|path| fs::write(path, "x").unwrap());
         let held = Host.open(&paths[0], Access::Write).unwrap();
-        let looked = paths.each_ref().map(|path| Host.open(path, Access::Read).unwrap());
-        let look = || Host.lock_holders(&[&looked[0], &looked[1]]);
+        let files = paths.each_ref().map(|path| Host.open(path, Access::Read).unwrap());
+        let look = || Host.lock_holders(&[&files[0], &files[1]]);
         assert_eq!(look(), [None, None]);
         for lock in [Lock::Exclusive, Lock::Shared] {
             held.lock(lock).unwrap();

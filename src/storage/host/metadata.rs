@@ -1,29 +1,27 @@
-//! What a file of the host has besides its bytes and can be changed: the time of their last change, and extended
-//! attributes.
+//! Metadata of a file: modification time and extended attributes.
 
 use rustix::fs::{Timespec, Timestamps, UTIME_OMIT, XattrFlags};
 use rustix::io::Errno;
 
+use super::call::retry;
 use super::file::HostFile;
-use super::retry;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::ModifiedTime;
+use crate::storage::backend::FileBackend;
+use crate::storage::types::ModifiedTime;
 
-/// Bytes of an attribute at most (Linux, XATTR_SIZE_MAX).
+/// Maximum size of an attribute (Linux, XATTR_SIZE_MAX).
 const ATTRIBUTE_BYTES: usize = 64 << 10;
 
 impl HostFile {
-    /// See [`File::set_modified`](crate::storage::File::set_modified).
-    pub fn set_modified(&self, time: ModifiedTime) -> Result<()> {
+    pub(super) fn set_modified(&self, time: ModifiedTime) -> Result<()> {
         let times = Timestamps {
             last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
             last_modification: Timespec { tv_sec: time.seconds, tv_nsec: time.nanos.into() },
         };
-        retry(|| rustix::fs::futimens(self, &times)).map_err(|e| self.failed("cannot set the modification time", e))
+        retry(|| rustix::fs::futimens(self, &times)).map_err(|e| self.fail("cannot set the modification time", e))
     }
 
-    /// See [`File::attribute`](crate::storage::File::attribute).
-    pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+    pub(super) fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let mut value = vec![0; ATTRIBUTE_BYTES];
         match retry(|| rustix::fs::fgetxattr(self, name, value.as_mut_slice())) {
             Ok(len) => {
@@ -31,12 +29,11 @@ impl HostFile {
                 Ok(Some(value))
             }
             Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(None),
-            Err(e) => Err(self.failed(&format!("cannot read the attribute {name}"), e)),
+            Err(e) => Err(self.fail(&format!("cannot read the attribute {name}"), e)),
         }
     }
 
-    /// See [`File::set_attribute`](crate::storage::File::set_attribute).
-    pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+    pub(super) fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
         let done = match value {
             Some(value) => retry(|| rustix::fs::fsetxattr(self, name, value, XattrFlags::empty())),
             None => match retry(|| rustix::fs::fremovexattr(self, name)) {
@@ -46,15 +43,11 @@ impl HostFile {
         };
         done.map_err(|e| match e {
             Errno::OPNOTSUPP | Errno::NOSYS => {
-                let what = "this file system keeps no extended attributes";
+                let what = "this file system has no extended attributes";
                 Error::new(ErrorKind::Unsupported, what).caused_by(std::io::Error::from(e)).at_path(self.path())
             }
-            e => self.failed(&format!("cannot change the attribute {name}"), e),
+            e => self.fail(&format!("cannot change the attribute {name}"), e),
         })
-    }
-
-    fn failed(&self, what: &str, e: Errno) -> Error {
-        Error::io(what, e.into()).at_path(self.path())
     }
 }
 
@@ -73,7 +66,7 @@ mod tests {
         let time = ModifiedTime { seconds: 1_000_000_000, nanos: 123_456_789 };
         file.set_modified(time).unwrap();
         assert_eq!(file.stat().unwrap().last_change(), time);
-        // Also by a file that is open for reading: the mark of a parent is set so.
+        // A file that is open for reading can be marked, too: a merge marks parents that way.
         let reader = Host.open(&path, Access::Read).unwrap();
         assert_eq!(reader.attribute("user.diffdisk.test").unwrap(), None);
         match reader.set_attribute("user.diffdisk.test", Some(b"a\0b")) {

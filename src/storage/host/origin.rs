@@ -1,4 +1,4 @@
-//! Whose process this is, on which start of which machine.
+//! User, boot and machine of this process.
 
 use std::fs;
 use std::path::Path;
@@ -6,26 +6,26 @@ use std::path::Path;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::Origin;
+use crate::storage::types::Origin;
 
 /// See [`Env::origin`](crate::storage::Env::origin).
 pub(super) fn origin() -> Result<Origin> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;
     let boot = Uuid::parse_str(text.trim())
-        .map_err(|e| Error::new(ErrorKind::Invalid, "no boot id").at_path(path).caused_by(e))?;
+        .map_err(|e| Error::new(ErrorKind::Invalid, "not a boot id").at_path(path).caused_by(e))?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let user_id = rustix::process::geteuid().as_raw();
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let user = name_of(user_id, &passwd).unwrap_or_else(|| user_id.to_string());
+    let user = user_name(user_id, &passwd).unwrap_or_else(|| user_id.to_string());
     let id = ["/etc/machine-id", "/var/lib/dbus/machine-id"].iter().find_map(|path| fs::read_to_string(path).ok());
-    // A container may have no id of its own; then its name is all that tells it from others.
-    let machine = derived(id.as_deref().map(str::trim).filter(|id| !id.is_empty()).unwrap_or(&host));
+    // A container may have no machine id. Then its host name has to distinguish it from others.
+    let machine = derive_id(id.as_deref().map(str::trim).filter(|id| !id.is_empty()).unwrap_or(&host));
     Ok(Origin { boot, machine, user_id, user, host })
 }
 
-/// The name of a user in the text of /etc/passwd.
-fn name_of(user_id: u32, passwd: &str) -> Option<String> {
+/// Returns the name of a user, from the text of /etc/passwd.
+fn user_name(user_id: u32, passwd: &str) -> Option<String> {
     let mut users = passwd.lines().map(|line| line.split(':'));
     users.find_map(|mut fields| {
         let name = fields.next()?;
@@ -33,8 +33,9 @@ fn name_of(user_id: u32, passwd: &str) -> Option<String> {
     })
 }
 
-/// An id that tells machines apart and does not give theirs away, as machine-id(5) asks: an image may travel.
-fn derived(id: &str) -> Uuid {
+/// Derives an id from a machine id. The machine id cannot be computed from it, as machine-id(5) requires, since images are copied to other
+/// machines.
+fn derive_id(id: &str) -> Uuid {
     let sum = |salt: u64| {
         id.bytes().fold(salt, |sum, byte| {
             let z = (sum ^ u64::from(byte)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -49,12 +50,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_the_same_each_time_and_names_the_user() {
+    fn the_origin_is_stable_and_has_the_user_name() {
         let here = origin().unwrap();
         assert_eq!(here, origin().unwrap());
         assert!(!here.boot.is_nil() && !here.machine.is_nil() && !here.user.is_empty());
         let passwd = "root:x:0:0:root:/root:/bin/bash\nqemu:x:107:107::/:/sbin/nologin\nbroken\n";
-        assert_eq!((name_of(107, passwd).as_deref(), name_of(7, passwd)), (Some("qemu"), None));
-        assert_ne!(derived("a"), derived("b"));
+        assert_eq!((user_name(107, passwd).as_deref(), user_name(7, passwd)), (Some("qemu"), None));
+        assert_ne!(derive_id("a"), derive_id("b"));
     }
 }

@@ -1,4 +1,4 @@
-//! Room on the file systems of Linux: which promises they make, and what they have left.
+//! Space of Linux file systems: how they allocate it, and how much is left.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,37 +7,34 @@ use std::path::Path;
 use rustix::fs::IFlags;
 use rustix::io::Errno;
 
-use super::HostFile;
+use super::file::HostFile;
 use crate::error::{Error, Result};
-use crate::storage::space::{AllocationMode, FileSystemSpace};
+use crate::storage::backend::FileBackend;
+use crate::storage::types::{AllocationMode, FileSystemSpace};
 
 impl HostFile {
-    /// See [`File::room_rule`](crate::storage::File::allocation_mode).
-    pub fn allocation_mode(&self) -> AllocationMode {
-        rule(self.as_fd())
+    pub(super) fn allocation_mode(&self) -> AllocationMode {
+        allocation_mode(self.as_fd())
     }
 
-    /// See [`File::overwrite_in_place`](crate::storage::File::disable_copy_on_write).
-    pub fn disable_copy_on_write(&self) -> Result<()> {
-        let failed = |e: Errno| Error::io("cannot switch copy on write off", e.into()).at_path(self.path());
-        overwrite_in_place(self.as_fd()).map_err(failed)
+    pub(super) fn disable_copy_on_write(&self) -> Result<()> {
+        let failed = |e: Errno| Error::io("cannot disable copy on write", e.into()).at_path(self.path());
+        disable_copy_on_write(self.as_fd()).map_err(failed)
     }
 
-    /// See [`File::host_room`](crate::storage::File::file_system_space).
-    pub fn file_system_space(&self) -> Result<FileSystemSpace> {
-        let failed = |e: Errno| Error::io("cannot ask for the room of the file system", e.into()).at_path(self.path());
-        room(self.as_fd()).map_err(failed)
+    pub(super) fn file_system_space(&self) -> Result<FileSystemSpace> {
+        let failed = |e: Errno| Error::io("cannot read the space of the file system", e.into()).at_path(self.path());
+        file_system_space(self.as_fd()).map_err(failed)
     }
 }
 
-/// Whether a file lies on btrfs.
+/// Returns whether a file is on btrfs.
 fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type == libc::BTRFS_SUPER_MAGIC)
 }
 
-/// What the file system of a file promises about room. Only file systems that were filled by the tests are known
-/// (`tests/host/disk_full.rs`).
-fn rule(fd: BorrowedFd<'_>) -> AllocationMode {
+/// Returns how the file system allocates space for a file. Only file systems that the tests fill up (`tests/host/disk_full.rs`) are known.
+fn allocation_mode(fd: BorrowedFd<'_>) -> AllocationMode {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
         Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => AllocationMode::InPlace,
         Ok(libc::BTRFS_SUPER_MAGIC) if is_mixed(fd) => AllocationMode::Unknown,
@@ -49,18 +46,18 @@ fn rule(fd: BorrowedFd<'_>) -> AllocationMode {
     }
 }
 
-/// Whether a btrfs keeps data and metadata in the same block groups (`mkfs.btrfs --mixed`), or cannot be asked. Metadata may
-/// then take the room that a write has been promised, and the write is lost at the sync.
+/// Returns whether a btrfs has data and metadata in the same block groups (`mkfs.btrfs --mixed`), or this cannot be determined. Metadata may
+/// then use the space that a write was promised, and the write is lost at the sync.
 fn is_mixed(fd: BorrowedFd<'_>) -> bool {
     let Ok(stat) = rustix::fs::fstatvfs(fd) else { return true };
     let folders = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().flatten().map(|entry| entry.path());
-    let found = folders.into_iter().find(|folder| is_of(folder, stat.f_fsid));
-    found.is_none_or(|folder| folder.join("allocation/mixed").exists())
+    let folder = folders.into_iter().find(|folder| is_folder_of(folder, stat.f_fsid));
+    folder.is_none_or(|folder| folder.join("allocation/mixed").exists())
 }
 
-/// Whether a folder of `/sys/fs/btrfs` belongs to the file system with this id, whose lower half Linux makes of the first and
-/// the third word of the UUID (`btrfs_statfs`).
-fn is_of(folder: &Path, id: u64) -> bool {
+/// Returns whether a folder of `/sys/fs/btrfs` belongs to the file system with this id. Linux computes the lower half of the id from the
+/// first and third word of the UUID (`btrfs_statfs`).
+fn is_folder_of(folder: &Path, id: u64) -> bool {
     let uuid = folder.file_name().and_then(|name| uuid::Uuid::parse_str(name.to_str()?).ok());
     uuid.is_some_and(|uuid| {
         let bits = uuid.as_u128();
@@ -68,8 +65,8 @@ fn is_of(folder: &Path, id: u64) -> bool {
     })
 }
 
-/// Switches copy on write off for an empty file, if its file system has it (btrfs).
-fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+/// Disables copy on write for an empty file, if its file system has it (btrfs).
+fn disable_copy_on_write(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     if !is_btrfs(fd)? {
         return Ok(());
     }
@@ -77,8 +74,8 @@ fn overwrite_in_place(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::fs::ioctl_setflags(fd, flags | IFlags::NOCOW)
 }
 
-/// What the file system of a file has left.
-fn room(fd: BorrowedFd<'_>) -> Result<FileSystemSpace, Errno> {
+/// Returns the space of a file's file system.
+fn file_system_space(fd: BorrowedFd<'_>) -> Result<FileSystemSpace, Errno> {
     let s = rustix::fs::fstatvfs(fd)?;
     let bytes = |blocks: u64| blocks.saturating_mul(s.f_frsize);
     Ok(FileSystemSpace { available: bytes(s.f_bavail), total: bytes(s.f_blocks) })

@@ -1,17 +1,17 @@
-//! Ranges of files and devices that are made to read as zeros.
+//! Zeroes ranges of files and devices.
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use super::call::retry;
 use super::direct::BOUNCE_BYTES;
 use super::file::HostFile;
-use super::retry;
 use crate::error::Result;
+use crate::storage::backend::FileBackend;
 use crate::storage::payload::Buffer;
 
 impl HostFile {
-    /// See [`File::punch`](crate::storage::File::punch_hole).
-    pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+    pub(super) fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -24,8 +24,8 @@ impl HostFile {
         }
     }
 
-    /// Zeroes a range of a device that cannot discard to zeros. The kernel has the device do it if it can (BLKZEROOUT),
-    /// and else writes zeros.
+    /// Zeroes a range of a device that cannot discard to zeros. The device does it if it can (BLKZEROOUT); otherwise the kernel writes
+    /// zeros.
     fn zero_device(&self, offset: u64, len: u64) -> Result<()> {
         let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {
@@ -35,7 +35,7 @@ impl HostFile {
         }
     }
 
-    /// Writes zeros over the part of the range that lies in the file.
+    /// Writes zeros to the part of the range that lies in the file.
     pub(super) fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
         let end = offset.saturating_add(len).min(self.stat()?.len);
         let mut at = offset;

@@ -1,31 +1,35 @@
-//! The simulated engine: operations complete in an order drawn from the seed, and may be cut in the middle by a crash.
+//! The simulated engine: operations complete in an order drawn from the seed, and a crash may interrupt them.
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-use super::SharedMachine;
+use super::file::SimFile;
 use super::machine::{InFlightOp, errno};
 use super::names::InodeId;
-use super::{CompletionOrder, Random, SimFile};
-use crate::storage::engine::{Engine, FILE_SLOTS};
-use crate::storage::env::{Access, File};
-use crate::storage::op::{Action, Completion, FileSlot, Op};
+use super::random::Random;
+use super::shared::SharedMachine;
+use super::types::CompletionOrder;
+use crate::storage::backend::File;
+use crate::storage::engine::Engine;
+use crate::storage::op::{Action, Completion, FILE_SLOTS, FileSlot, Op};
+use crate::storage::pagecache::range::CachedRange;
 use crate::storage::payload::{GuestIovecs, Payload};
-use crate::storage::reader::CachedRange;
+use crate::storage::types::Access;
 
-/// See the file's first line.
+/// Engine of a [`SimHost`](super::SimHost).
 pub(super) struct SimEngine {
     shared: SharedMachine,
-    /// The files stay open, and locked, as long as they stand here.
-    files: Vec<Option<(SimFile, InodeId, Access)>>,
+    /// Registered files. They stay open and locked while they are registered.
+    files: Vec<Option<(Arc<SimFile>, InodeId, Access)>>,
     pushed: Vec<Op>,
-    /// With the machine, by its number there.
-    flying: Vec<(u64, Op)>,
-    over: Vec<Completion>,
+    /// Operations in flight, with their numbers in the machine.
+    in_flight: Vec<(u64, Op)>,
+    completed: Vec<Completion>,
     depth: usize,
     calls: u64,
     copies: u64,
-    /// For copies only: who makes none has the same course of events.
+    /// Used only for cached reads, so that runs with and without them are otherwise the same.
     random: Random,
 }
 
@@ -33,17 +37,17 @@ impl SimEngine {
     pub(super) fn new(shared: SharedMachine, depth: usize) -> SimEngine {
         assert!(depth > 0, "an engine takes at least one operation");
         let files = (0..FILE_SLOTS).map(|_| None).collect();
-        let (pushed, flying, over) = (Vec::new(), Vec::new(), Vec::new());
-        SimEngine { shared, files, pushed, flying, over, depth, calls: 0, copies: 0, random: Random::new(1) }
+        let (pushed, in_flight, completed) = (Vec::new(), Vec::new(), Vec::new());
+        SimEngine { shared, files, pushed, in_flight, completed, depth, calls: 0, copies: 0, random: Random::new(1) }
     }
 
     fn complete(&mut self, at: usize) {
-        let (number, op) = &mut self.flying[at];
+        let (number, op) = &mut self.in_flight[at];
         let mut bytes = vec![0; if op.action == Action::Read { op.payload.len() } else { 0 }];
         let result = {
-            let mut world = self.shared.lock();
-            let result = world.complete(*number, &mut bytes);
-            if world.dead {
+            let mut machine = self.shared.lock();
+            let result = machine.complete(*number, &mut bytes);
+            if machine.dead {
                 return;
             }
             result
@@ -55,31 +59,31 @@ impl SimEngine {
                 Payload::Guest(s) => s.copy_from(0, &bytes),
             }
         }
-        let (_, op) = self.flying.remove(at);
-        self.over.push(Completion { op, result });
+        let (_, op) = self.in_flight.remove(at);
+        self.completed.push(Completion { op, result });
     }
 
     fn complete_one(&mut self) {
         let at = {
-            let mut world = self.shared.lock();
-            let late = |(number, _): &(u64, Op)| world.in_flight.get(number).is_some_and(|op| op.late);
-            let on_time: Vec<usize> = (0..self.flying.len()).filter(|&at| !late(&self.flying[at])).collect();
-            match (world.order, on_time.len()) {
+            let mut machine = self.shared.lock();
+            let late = |(number, _): &(u64, Op)| machine.in_flight.get(number).is_some_and(|op| op.late);
+            let on_time: Vec<usize> = (0..self.in_flight.len()).filter(|&at| !late(&self.in_flight[at])).collect();
+            match (machine.order, on_time.len()) {
                 (_, 0) | (CompletionOrder::Pushed, _) => on_time.first().copied().unwrap_or(0),
-                (CompletionOrder::Any, count) => on_time[world.random.index(count)],
+                (CompletionOrder::Any, count) => on_time[machine.random.index(count)],
             }
         };
         self.complete(at);
     }
 
-    /// Whether the machine goes on after what is complete now.
-    fn goes_on(&self) -> bool {
-        let mut world = self.shared.lock();
-        if let Some(left) = world.completion_limit {
-            world.completion_limit = Some(left.saturating_sub(1));
-            return !world.dead && left > 0;
+    /// Returns whether another operation may complete now. Uses up one completion of the limit, if there is one.
+    fn may_complete(&self) -> bool {
+        let mut machine = self.shared.lock();
+        if let Some(left) = machine.completion_limit {
+            machine.completion_limit = Some(left.saturating_sub(1));
+            return !machine.dead && left > 0;
         }
-        !world.dead && (world.order == CompletionOrder::Pushed || world.random.chance(1, 2))
+        !machine.dead && (machine.order == CompletionOrder::Pushed || machine.random.chance(1, 2))
     }
 }
 
@@ -99,14 +103,12 @@ fn bytes_of(op: &Op) -> Vec<u8> {
 impl Engine for SimEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        match file {
-            File::Sim(f) => {
-                let (inode, access) = f.inode_in(&self.shared).ok_or_else(|| errno(libc::EBADF))?;
-                *entry = Some((f.clone(), inode, access));
-                Ok(())
-            }
-            File::Host(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "a host's file in a simulated engine")),
-        }
+        let file: Arc<SimFile> = file.share_backend().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "a file of another host in a simulated engine")
+        })?;
+        let (inode, access) = file.inode_in(&self.shared).ok_or_else(|| errno(libc::EBADF))?;
+        *entry = Some((file, inode, access));
+        Ok(())
     }
 
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
@@ -121,10 +123,10 @@ impl Engine for SimEngine {
     fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let Some(Some((_, inode, _))) = self.files.get(usize::from(found.slot().0)) else { return false };
         let mut bytes = vec![0; found.len()];
-        let there = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
-        let whole = there && self.random.chance(7, 8);
+        let resident = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
+        let whole = resident && self.random.chance(7, 8);
         if !whole {
-            // Half of it.
+            // A failed copy leaves a part of the bytes, here half of them.
             bytes.truncate(found.len() / 2);
             bytes.fill(0xA5);
         }
@@ -146,8 +148,8 @@ impl Engine for SimEngine {
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        let mut world = self.shared.lock();
-        world.check_alive()?;
+        let mut machine = self.shared.lock();
+        machine.check_alive()?;
         if self.pushed.is_empty() {
             return Ok(());
         }
@@ -162,32 +164,32 @@ impl Engine for SimEngine {
                     *inode
                 }
                 _ => {
-                    self.over.push(Completion { op, result: Err(errno(libc::EBADF)) });
+                    self.completed.push(Completion { op, result: Err(errno(libc::EBADF)) });
                     continue;
                 }
             };
-            let covers = world.last_number();
-            let number = world.next_number();
+            let covers = machine.last_number();
+            let number = machine.next_number();
             let bytes = bytes_of(&op);
-            world.counts.submitted += 1;
-            let late = world.faults.late.contains(&world.counts.submitted);
+            machine.counts.submitted += 1;
+            let late = machine.faults.late.contains(&machine.counts.submitted);
             let flying = InFlightOp { inode, action: op.action, offset: op.offset, len: op.len, bytes, covers, late };
-            world.in_flight.insert(number, flying);
-            self.flying.push((number, op));
+            machine.in_flight.insert(number, flying);
+            self.in_flight.push((number, op));
         }
         Ok(())
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
-        while !self.flying.is_empty() && self.goes_on() {
+        while !self.in_flight.is_empty() && self.may_complete() {
             self.complete_one();
         }
-        out.append(&mut self.over);
+        out.append(&mut self.completed);
     }
 
     fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
-        if self.over.is_empty() && !self.flying.is_empty() {
+        if self.completed.is_empty() && !self.in_flight.is_empty() {
             self.complete_one();
         }
         self.shared.lock().check_alive()
@@ -198,7 +200,7 @@ impl Engine for SimEngine {
     }
 
     fn outstanding(&self) -> usize {
-        self.pushed.len() + self.flying.len() + self.over.len()
+        self.pushed.len() + self.in_flight.len() + self.completed.len()
     }
 
     fn depth(&self) -> usize {
@@ -216,7 +218,7 @@ impl Engine for SimEngine {
 
 impl Drop for SimEngine {
     fn drop(&mut self) {
-        while !self.flying.is_empty() && !self.shared.lock().dead {
+        while !self.in_flight.is_empty() && !self.shared.lock().dead {
             self.complete_one();
         }
     }

@@ -1,42 +1,31 @@
-//! The simulated host as the world sees it: names, files, clock, engines. Each call is a step, and may fail by plan.
+//! The environment of the simulated host. Each call is a step, and may fail by the fault plan.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::SimHost;
 use super::engine::SimEngine;
-use super::folder::SimFolder;
+use super::file::SimFile;
+use super::folder::{SimFolder, open_file};
+use super::host::SimHost;
 use super::machine::{StepKind, errno};
-use super::names;
-use super::runtime::SimRuntimeFolder;
+use super::names::{NameChange, absolute};
+use super::runtime_folder::SimRuntimeFolder;
 use crate::error::Result;
+use crate::storage::backend::{File, Folder};
 use crate::storage::engine::Engine;
-use crate::storage::env::{Access, EngineKind, Env, File, FilePresence, LockHolder, Origin};
-use crate::storage::folder::Folder;
+use crate::storage::env::Env;
 use crate::storage::runtime_folder::RuntimeFolder;
-
-/// The path from the root, without `.` and `..`; the working folder is the root.
-pub(super) fn absolute(path: &Path) -> PathBuf {
-    let mut out = PathBuf::from("/");
-    for part in path.components() {
-        match part {
-            Component::Normal(name) => out.push(name),
-            Component::ParentDir => drop(out.pop()),
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
-        }
-    }
-    out
-}
+use crate::storage::types::{Access, EngineKind, FilePresence, LockHolder, Origin};
 
 impl Env for SimHost {
     fn open(&self, path: &Path, access: Access) -> Result<File> {
-        self.handle(path, access, |world, name| world.look_up(name))
+        open_file(&self.0, path, access, |machine, name| machine.look_up(name))
     }
 
     fn folder(&self, path: &Path) -> Result<Folder> {
-        Ok(Folder::Sim(SimFolder::new(&self.0, path)))
+        Ok(Folder::new(SimFolder::new(&self.0, path)))
     }
 
     fn file_presence(&self, path: &Path) -> FilePresence {
@@ -45,31 +34,28 @@ impl Env for SimHost {
     }
 
     fn lock_holders(&self, files: &[&File]) -> Vec<Option<LockHolder>> {
-        let world = self.0.lock();
-        let held = |file: &&File| match file {
-            File::Sim(file) => {
-                let (inode, _) = file.inode_in(&self.0)?;
-                world.locks.iter().any(|(_, other, _)| *other == inode).then_some(LockHolder::Hidden)
-            }
-            File::Host(_) => None,
+        let machine = self.0.lock();
+        let holder = |file: &&File| {
+            let (inode, _) = file.as_backend::<SimFile>()?.inode_in(&self.0)?;
+            machine.locks.iter().any(|(_, other, _)| *other == inode).then_some(LockHolder::Hidden)
         };
-        files.iter().map(held).collect()
+        files.iter().map(holder).collect()
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
-        self.named(path, "cannot remove the name", |world, name| {
-            world.step(StepKind::Name)?;
-            world.look_up(name)?;
-            world.names.apply(names::NameChange::Remove(name.to_path_buf()));
+        self.0.with_path(path, "cannot remove the name", |machine, name| {
+            machine.step(StepKind::Name)?;
+            machine.look_up(name)?;
+            machine.names.apply(NameChange::Remove(name.to_path_buf()));
             Ok(())
         })
     }
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
-        self.named(path, "cannot resolve the path", |world, name| {
-            world.check_alive()?;
-            // A folder is there when a name lies in it.
-            if name != Path::new("/") && !world.names.all().any(|(other, _)| other.starts_with(name)) {
+        self.0.with_path(path, "cannot resolve the path", |machine, name| {
+            machine.check_alive()?;
+            // A folder exists if it contains a name.
+            if name != Path::new("/") && !machine.names.all().any(|(other, _)| other.starts_with(name)) {
                 return Err(errno(libc::ENOENT));
             }
             Ok(name.to_path_buf())
@@ -81,12 +67,12 @@ impl Env for SimHost {
     }
 
     fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder> {
-        Ok(RuntimeFolder::Sim(SimRuntimeFolder::new(&self.0, folder)))
+        Ok(RuntimeFolder::new(SimRuntimeFolder::new(&self.0, folder)))
     }
 
     fn origin(&self) -> Result<Origin> {
-        let world = self.0.lock();
-        let (boot, machine) = (world.boot, world.machine);
+        let state = self.0.lock();
+        let (boot, machine) = (state.boot_id, state.machine_id);
         Ok(Origin { boot, machine, user_id: 1000, user: "guest".into(), host: "sim".into() })
     }
 

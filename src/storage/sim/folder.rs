@@ -1,45 +1,72 @@
-//! Folders of the simulated host. No folder is ever renamed there, so a held folder is its path.
+//! An open folder of the simulated host. Folders are never renamed, so an open folder is a path. Each call is a step, and may fail by
+//! the fault plan.
 
 use std::ffi::{OsStr, OsString};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use super::env::absolute;
+use super::file::SimFile;
 use super::inode::Inode;
-use super::machine::{StepKind, errno};
-use super::names::NameChange;
-use super::{SharedMachine, SimFile, SimHost};
+use super::machine::{SimMachine, StepKind, errno};
+use super::names::{InodeId, NameChange, absolute};
+use super::shared::SharedMachine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::env::{Access, File};
+use crate::storage::backend::{File, Folder, FolderBackend};
+use crate::storage::types::Access;
 
-/// A held folder. See [`Folder`](crate::storage::Folder) for its calls; each is a step, and may fail by plan.
+/// Open folder of a [`SimHost`](super::SimHost).
 #[derive(Clone, Debug)]
-pub struct SimFolder {
-    host: SimHost,
+pub(super) struct SimFolder {
+    shared: SharedMachine,
     path: PathBuf,
 }
 
 impl SimFolder {
     pub(super) fn new(shared: &SharedMachine, path: &Path) -> SimFolder {
-        SimFolder { host: SimHost(shared.clone()), path: path.to_path_buf() }
+        SimFolder { shared: shared.clone(), path: path.to_path_buf() }
     }
+}
 
-    pub(in crate::storage) fn path(&self) -> &Path {
+/// Opens the file that `find` returns for `path`.
+pub(super) fn open_file(
+    shared: &SharedMachine,
+    path: &Path,
+    access: Access,
+    find: impl FnOnce(&mut SimMachine, &Path) -> io::Result<InodeId>,
+) -> Result<File> {
+    let numbers = shared.with_path(path, "cannot open the file", |machine, name| {
+        machine.step(StepKind::Name)?;
+        let inode = find(machine, name)?;
+        Ok((machine.next_number(), inode))
+    })?;
+    let folder = Folder::new(SimFolder::new(shared, path.parent().unwrap_or(Path::new("/"))));
+    Ok(File::new(SimFile::new(shared, numbers, access, path, folder)))
+}
+
+impl FolderBackend for SimFolder {
+    fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(in crate::storage) fn absolute(&self) -> SimFolder {
-        SimFolder { host: self.host.clone(), path: absolute(&self.path) }
+    fn path_to(&self, name: &Path) -> PathBuf {
+        self.path.join(name)
     }
 
-    pub(in crate::storage) fn is_same(&self, other: &SimFolder) -> bool {
-        self.host.0.is_same(&other.host.0) && absolute(&self.path) == absolute(&other.path)
+    fn absolute(&self) -> Result<Folder> {
+        Ok(Folder::new(SimFolder::new(&self.shared, &absolute(&self.path))))
     }
 
-    pub(in crate::storage) fn open(&self, name: &Path, access: Access) -> Result<File> {
-        self.host.handle(&self.path.join(name), access, |world, name| world.look_up(name))
+    fn is_same(&self, other: &Folder) -> bool {
+        let is_same =
+            |other: &SimFolder| self.shared.is_same(&other.shared) && absolute(&self.path) == absolute(&other.path);
+        other.as_backend().is_some_and(is_same)
     }
 
-    pub(in crate::storage) fn open_beneath(&self, relative: &Path) -> Result<File> {
+    fn open(&self, name: &OsStr, access: Access) -> Result<File> {
+        open_file(&self.shared, &self.path.join(name), access, |machine, name| machine.look_up(name))
+    }
+
+    fn open_beneath(&self, relative: &Path) -> Result<File> {
         let mut depth = 0;
         for part in relative.components() {
             depth += match part {
@@ -53,113 +80,115 @@ impl SimFolder {
                 return Err(Error::new(ErrorKind::Refused, what).at_path(self.path.join(relative)));
             }
         }
-        self.open(relative, Access::Read)
+        self.open(relative.as_os_str(), Access::Read)
     }
 
-    pub(in crate::storage) fn subfolder(&self, name: &OsStr) -> Result<SimFolder> {
+    fn subfolder(&self, name: &OsStr) -> Result<Folder> {
         let path = self.path.join(name);
-        self.host.named(&path, "cannot open the folder", |world, name| {
-            world.step(StepKind::Name)?;
-            // A folder is there if a name lies in it.
+        self.shared.with_path(&path, "cannot open the folder", |machine, name| {
+            machine.step(StepKind::Name)?;
+            // A folder exists if it contains a name.
             let inside = |(other, _): (&Path, _)| other != name && other.starts_with(name);
-            if world.names.all().any(inside) { Ok(()) } else { Err(errno(libc::ENOENT)) }
+            if machine.names.all().any(inside) { Ok(()) } else { Err(errno(libc::ENOENT)) }
         })?;
-        Ok(SimFolder { host: self.host.clone(), path })
+        Ok(Folder::new(SimFolder { shared: self.shared.clone(), path }))
     }
 
-    pub(in crate::storage) fn create(&self, name: &OsStr) -> Result<File> {
-        self.host.handle(&self.path.join(name), Access::Write, |world, name| {
-            if world.look_up(name).is_ok() {
+    fn create(&self, name: &OsStr) -> Result<File> {
+        open_file(&self.shared, &self.path.join(name), Access::Write, |machine, name| {
+            if machine.look_up(name).is_ok() {
                 return Err(errno(libc::EEXIST));
             }
-            let inode = world.next_number();
-            world.inodes.insert(inode, Inode::new(world.clock));
-            world.names.apply(NameChange::Set(name.to_path_buf(), inode));
+            let inode = machine.next_number();
+            machine.inodes.insert(inode, Inode::new(machine.clock));
+            machine.names.apply(NameChange::Set(name.to_path_buf(), inode));
             Ok(inode)
         })
     }
 
-    pub(in crate::storage) fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
+    fn create_unnamed(&self, known_as: &OsStr) -> Result<File> {
         let path = self.path.join(known_as);
-        if self.host.0.lock().faults.no_unnamed {
-            return Err(Error::new(ErrorKind::Unsupported, "no files without names here").at_path(path));
+        if self.shared.lock().faults.no_unnamed {
+            let what = "this file system has no files without names";
+            return Err(Error::new(ErrorKind::Unsupported, what).at_path(path));
         }
-        self.host.handle(&path, Access::Write, |world, _| {
-            let inode = world.next_number();
-            world.inodes.insert(inode, Inode::new(world.clock));
+        open_file(&self.shared, &path, Access::Write, |machine, _| {
+            let inode = machine.next_number();
+            machine.inodes.insert(inode, Inode::new(machine.clock));
             Ok(inode)
         })
     }
 
-    pub(in crate::storage) fn link_unnamed(&self, file: &SimFile, name: &OsStr) -> Result<()> {
-        self.host.named(&self.path.join(name), "cannot give the file its name", |world, name| {
-            world.step(StepKind::Name)?;
-            let (inode, _) = file.inode_in(&self.host.0).ok_or_else(|| errno(libc::EBADF))?;
-            if world.look_up(name).is_ok() {
+    fn link_unnamed(&self, file: &File, name: &OsStr) -> Result<()> {
+        let file: &SimFile = file.as_backend().expect("the file and the folder belong to the same host");
+        self.shared.with_path(&self.path.join(name), "cannot give the file its name", |machine, name| {
+            machine.step(StepKind::Name)?;
+            let (inode, _) = file.inode_in(&self.shared).ok_or_else(|| errno(libc::EBADF))?;
+            if machine.look_up(name).is_ok() {
                 return Err(errno(libc::EEXIST));
             }
-            world.names.apply(NameChange::Set(name.to_path_buf(), inode));
+            machine.names.apply(NameChange::Set(name.to_path_buf(), inode));
             Ok(())
         })
     }
 
-    pub(in crate::storage) fn exists(&self, name: &OsStr) -> Result<bool> {
-        let path = self.path.join(name);
-        self.host.named(&path, "cannot stat", |world, name| {
-            world.check_alive()?;
-            Ok(world.names.get(name).is_some())
+    fn exists(&self, name: &OsStr) -> Result<bool> {
+        self.shared.with_path(&self.path.join(name), "cannot stat", |machine, name| {
+            machine.check_alive()?;
+            Ok(machine.names.get(name).is_some())
         })
     }
 
-    pub(in crate::storage) fn list_at_most(&self, most: usize) -> Result<Option<Vec<OsString>>> {
-        self.host.named(&self.path, "cannot list the folder", |world, name| {
-            world.step(StepKind::Name)?;
-            let inside = world.names.all().filter(|(path, _)| path.parent() == Some(name));
+    fn list_at_most(&self, most: usize) -> Result<Option<Vec<OsString>>> {
+        self.shared.with_path(&self.path, "cannot list the folder", |machine, name| {
+            machine.step(StepKind::Name)?;
+            let inside = machine.names.all().filter(|(path, _)| path.parent() == Some(name));
             let names: Vec<_> =
                 inside.map(|(path, _)| path.file_name().expect("a file has a name").to_os_string()).collect();
             Ok((names.len() <= most).then_some(names))
         })
     }
 
-    pub(in crate::storage) fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
+    fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
         let to = absolute(&self.path.join(new));
-        self.host.named(&self.path.join(existing), "cannot give it a second name", |world, name| {
-            world.step(StepKind::Name)?;
-            let inode = world.look_up(name)?;
-            if world.look_up(&to).is_ok() {
+        self.shared.with_path(&self.path.join(existing), "cannot give the file a second name", |machine, name| {
+            machine.step(StepKind::Name)?;
+            let inode = machine.look_up(name)?;
+            if machine.look_up(&to).is_ok() {
                 return Err(errno(libc::EEXIST));
             }
-            world.names.apply(NameChange::Set(to, inode));
+            machine.names.apply(NameChange::Set(to, inode));
             Ok(())
         })
     }
 
-    pub(in crate::storage) fn rename(&self, from: &OsStr, to: &SimFolder, new: &OsStr) -> Result<()> {
+    fn rename(&self, from: &OsStr, to: &Folder, new: &OsStr) -> Result<()> {
+        let to: &SimFolder = to.as_backend().expect("both folders belong to the same host");
         let to = absolute(&to.path.join(new));
-        self.host.named(&self.path.join(from), "cannot rename", |world, name| {
-            world.step(StepKind::Name)?;
-            let inode = world.look_up(name)?;
-            // Two names of one file: rename(2) does nothing.
-            if world.names.get(&to) != Some(inode) {
-                world.names.apply(NameChange::Rename(name.to_path_buf(), to, inode));
+        self.shared.with_path(&self.path.join(from), "cannot rename", |machine, name| {
+            machine.step(StepKind::Name)?;
+            let inode = machine.look_up(name)?;
+            // If both are names of the same file, rename(2) does nothing.
+            if machine.names.get(&to) != Some(inode) {
+                machine.names.apply(NameChange::Rename(name.to_path_buf(), to, inode));
             }
             Ok(())
         })
     }
 
-    pub(in crate::storage) fn remove(&self, name: &OsStr) -> Result<()> {
-        self.host.named(&self.path.join(name), "cannot remove the name", |world, name| {
-            world.step(StepKind::Name)?;
-            world.look_up(name)?;
-            world.names.apply(NameChange::Remove(name.to_path_buf()));
+    fn remove(&self, name: &OsStr) -> Result<()> {
+        self.shared.with_path(&self.path.join(name), "cannot remove the name", |machine, name| {
+            machine.step(StepKind::Name)?;
+            machine.look_up(name)?;
+            machine.names.apply(NameChange::Remove(name.to_path_buf()));
             Ok(())
         })
     }
 
-    pub(in crate::storage) fn sync(&self) -> Result<()> {
-        self.host.named(&self.path, "cannot make the names in the folder durable", |world, name| {
-            world.step(StepKind::SyncNames)?;
-            world.names.sync(name);
+    fn sync(&self) -> Result<()> {
+        self.shared.with_path(&self.path, "cannot make the names in the folder durable", |machine, name| {
+            machine.step(StepKind::SyncNames)?;
+            machine.names.sync(name);
             Ok(())
         })
     }

@@ -1,4 +1,4 @@
-//! The simulated machine: its files, names, locks, faults and counters, and the operations it has under way.
+//! State of the simulated machine: files, names, locks, faults, counters, and operations in flight.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -10,27 +10,27 @@ use uuid::Uuid;
 
 use super::inode::{Effect, Inode, PAGE, SyncScope};
 use super::names::{InodeId, Names};
-use super::rng::Random;
-use super::{CompletionOrder, Fault, FaultPlan, StepCounts};
-use crate::storage::env::Lock;
+use super::random::Random;
+use super::types::{CompletionOrder, Fault, FaultPlan, StepCounts};
 use crate::storage::op::Action;
+use crate::storage::types::Lock;
 
 const SECTOR: usize = 512;
 
-/// What a step is, for counters and faults.
+/// Kind of a step, for counters and faults.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum StepKind {
     Read,
     Write,
     Sync,
-    /// Lengths, reservations, holes.
+    /// Lengths, allocations, holes, metadata.
     Range,
-    /// Opening, and changes of names.
+    /// Opened and changed names.
     Name,
     SyncNames,
 }
 
-/// An operation that the machine works on; its bytes were taken when it was submitted.
+/// Operation in flight. Its bytes were copied when it was submitted.
 #[derive(Clone, Debug)]
 pub(super) struct InFlightOp {
     pub(super) inode: InodeId,
@@ -38,9 +38,9 @@ pub(super) struct InFlightOp {
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) bytes: Vec<u8>,
-    /// For a sync: the last step it covers.
+    /// For a sync: number of the last change that it covers.
     pub(super) covers: u64,
-    /// It completes after all others of its engine.
+    /// Completes after all others of its engine.
     pub(super) late: bool,
 }
 
@@ -54,36 +54,36 @@ impl InFlightOp {
     }
 }
 
-/// See the file's first line.
+/// State of a simulated machine.
 #[derive(Clone, Debug)]
 pub(super) struct SimMachine {
     pub(super) inodes: BTreeMap<InodeId, Inode>,
     pub(super) names: Names,
-    /// Handle, file, kind.
+    /// Locks: handle, file, kind.
     pub(super) locks: Vec<(u64, InodeId, Lock)>,
     pub(super) in_flight: BTreeMap<u64, InFlightOp>,
     pub(super) faults: FaultPlan,
     pub(super) counts: StepCounts,
     pub(super) order: CompletionOrder,
-    /// Whether engines find some of what is read in memory.
+    /// Engines find some of the data in the page cache.
     pub(super) cached_reads: bool,
     pub(super) random: Random,
-    /// Every call fails: the process or the machine is no more.
+    /// The process or the machine has ended: every call fails.
     pub(super) dead: bool,
-    /// The step at which it dies.
+    /// Number of the step at which the machine ends.
     pub(super) stop_at: Option<u64>,
-    /// Operations that engines may still give back; no limit if none.
+    /// Number of completions that engines may still return; no limit if `None`.
     pub(super) completion_limit: Option<u64>,
-    /// The machine as it was before each change, while that is being recorded.
+    /// Copies of the machine before each change, while it is being recorded.
     pub(super) recording: Option<Vec<SimMachine>>,
     pub(super) clock: i64,
-    /// Memory that outlives the process, by its name.
+    /// Shared memory by name, which outlives the process.
     pub(super) shm: BTreeMap<PathBuf, Arc<[AtomicU64]>>,
-    /// The names of it that a process has open.
+    /// Names of shared memory that a process has open.
     pub(super) shm_locks: BTreeSet<PathBuf>,
-    pub(super) boot: Uuid,
-    pub(super) machine: Uuid,
-    /// Numbers for files, handles, operations, and the order of changes.
+    pub(super) boot_id: Uuid,
+    pub(super) machine_id: Uuid,
+    /// Last number given to a file, handle, operation or change.
     next: u64,
 }
 
@@ -94,7 +94,7 @@ pub(super) fn errno(code: i32) -> io::Error {
 impl SimMachine {
     pub(super) fn new(random: Random) -> SimMachine {
         let mut random = random;
-        let boot = Uuid::from_u64_pair(random.next_u64(), random.next_u64());
+        let boot_id = Uuid::from_u64_pair(random.next_u64(), random.next_u64());
         SimMachine {
             inodes: BTreeMap::new(),
             names: Names::default(),
@@ -112,37 +112,37 @@ impl SimMachine {
             clock: 1_700_000_000,
             shm: BTreeMap::new(),
             shm_locks: BTreeSet::new(),
-            boot,
-            machine: Uuid::from_u128(1),
+            boot_id,
+            machine_id: Uuid::from_u128(1),
             next: 1,
         }
     }
 
-    /// The machine after the end of this process: same clock and numbers, nothing open.
+    /// Returns the machine after a restart: same clock and numbers, nothing open, no shared memory.
     pub(super) fn after_power_cut(&self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> SimMachine {
-        // A copy draws: what is tried from a moment changes nothing of what comes after it.
-        let mut heir = SimMachine::new(Random::new(self.random.clone().next_u64()));
-        (heir.inodes, heir.names) = (inodes, names);
-        (heir.order, heir.clock, heir.next) = (self.order, self.clock, self.next);
-        (heir.cached_reads, heir.machine) = (self.cached_reads, self.machine);
-        heir
+        // Drawn from a copy of the random state: trying an outcome must not change what happens next on this machine.
+        let mut next = SimMachine::new(Random::new(self.random.clone().next_u64()));
+        (next.inodes, next.names) = (inodes, names);
+        (next.order, next.clock, next.next) = (self.order, self.clock, self.next);
+        (next.cached_reads, next.machine_id) = (self.cached_reads, self.machine_id);
+        next
     }
 
-    /// What lives in memory, as it is now.
+    /// Returns a copy of the shared memory.
     pub(super) fn shm_copy(&self) -> BTreeMap<PathBuf, Arc<[AtomicU64]>> {
         let copy = |words: &Arc<[AtomicU64]>| words.iter().map(|w| AtomicU64::new(w.load(Ordering::SeqCst))).collect();
         self.shm.iter().map(|(name, words)| (name.clone(), copy(words))).collect()
     }
 
-    /// The same, on the same boot: what lives in memory is as the process left it.
+    /// Returns the machine after the end of the process: same boot, and the shared memory as the process left it.
     pub(super) fn after_kill(&mut self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> SimMachine {
-        let mut heir = self.after_power_cut(inodes, names);
-        heir.boot = self.boot;
-        heir.shm = self.shm_copy();
-        heir
+        let mut next = self.after_power_cut(inodes, names);
+        next.boot_id = self.boot_id;
+        next.shm = self.shm_copy();
+        next
     }
 
-    /// A UUID from the seed.
+    /// Draws a UUID.
     pub(super) fn uuid(&mut self) -> Uuid {
         let bits = u128::from(self.random.next_u64()) << 64 | u128::from(self.random.next_u64());
         uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
@@ -153,7 +153,7 @@ impl SimMachine {
         self.next
     }
 
-    /// The number of the last change.
+    /// Returns the number that was given last.
     pub(super) fn last_number(&self) -> u64 {
         self.next
     }
@@ -162,24 +162,24 @@ impl SimMachine {
         if self.dead { Err(io::Error::other("the simulated machine has stopped")) } else { Ok(()) }
     }
 
-    /// Counts a step; fails it where the plan says so.
+    /// Counts a step. Fails if the fault plan contains it.
     pub(super) fn step(&mut self, step: StepKind) -> io::Result<()> {
         self.check_alive()?;
         self.counts.steps += 1;
         let n = self.counts.steps;
         if self.stop_at.is_some_and(|at| n >= at) {
             self.dead = true;
-            // A killed process stores nothing any more: what its destructors do must not be seen.
+            // A killed process stores nothing: what its destructors store must not reach the shared memory.
             self.shm = self.shm_copy();
             return self.check_alive();
         }
         if !matches!(step, StepKind::Read)
             && let Some(mut recorded) = self.recording.take()
         {
-            // A process that is killed there leaves what is in memory as it is now.
-            let mut moment = self.clone();
-            moment.shm = self.shm_copy();
-            recorded.push(moment);
+            // A process killed at this step leaves the shared memory as it is now.
+            let mut copy = self.clone();
+            copy.shm = self.shm_copy();
+            recorded.push(copy);
             self.recording = Some(recorded);
         }
         match step {
@@ -207,7 +207,7 @@ impl SimMachine {
         self.read_mapped(id, into, offset)
     }
 
-    /// A read that asks nobody: of a mapping.
+    /// Reads through a mapping, which is no step.
     pub(super) fn read_mapped(&mut self, id: InodeId, into: &mut [u8], offset: u64) -> io::Result<()> {
         let inode = self.inode(id);
         if offset.checked_add(into.len() as u64).is_none_or(|end| end > inode.len()) {
@@ -217,8 +217,8 @@ impl SimMachine {
         Ok(())
     }
 
-    /// Carries out an effect after its step was counted.
-    fn bring_about(&mut self, id: InodeId, effect: Effect<'_>) {
+    /// Applies an effect whose step has been counted.
+    fn apply_effect(&mut self, id: InodeId, effect: Effect<'_>) {
         let clock = self.clock;
         let seq = self.next_number();
         let inode = self.inode(id);
@@ -230,24 +230,24 @@ impl SimMachine {
 
     pub(super) fn write(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         let stepped = self.step(StepKind::Write);
-        in_reach(offset, from.len() as u64)?;
+        check_range(offset, from.len() as u64)?;
         if stepped.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::UnexpectedEof) {
-            self.take_room(id, offset, from.len() as u64)?;
+            self.reserve_pages(id, offset, from.len() as u64)?;
             let landed = from.len() / SECTOR / 2 * SECTOR;
-            // Of nothing, a file gets no longer.
+            // A write that stores nothing does not extend the file.
             if landed > 0 {
-                self.bring_about(id, Effect::Write(offset, &from[..landed]));
+                self.apply_effect(id, Effect::Write(offset, &from[..landed]));
             }
             return Err(errno(libc::EIO));
         }
         stepped?;
-        self.take_room(id, offset, from.len() as u64)?;
-        self.find_copies(id, offset, from.len() as u64)?;
-        self.bring_about(id, Effect::Write(offset, from));
+        self.reserve_pages(id, offset, from.len() as u64)?;
+        self.check_copy_space(id, offset, from.len() as u64)?;
+        self.apply_effect(id, Effect::Write(offset, from));
         Ok(())
     }
 
-    /// A write, and then a sync of just what it wrote.
+    /// Writes, and then syncs only the bytes that were written.
     fn write_through(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         if let Err(e) = self.write(id, from, offset) {
             self.counts.failed_syncs += 1;
@@ -258,11 +258,11 @@ impl SimMachine {
         self.sync(id, self.last_number(), SyncScope::Range(offset, offset + from.len() as u64))
     }
 
-    /// A write by a plain call. If the machine ends in the middle of it, parts may have landed.
+    /// Writes by a plain call. If the machine ends during the write, parts of it may have been stored.
     pub(super) fn write_now(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         self.check_alive()?;
         let result = self.write(id, from, offset);
-        if self.dead && in_reach(offset, from.len() as u64).is_ok() {
+        if self.dead && check_range(offset, from.len() as u64).is_ok() {
             let (len, bytes, number) = (from.len() as u64, from.to_vec(), self.next_number());
             let op = InFlightOp { inode: id, action: Action::Write, offset, len, bytes, covers: 0, late: false };
             self.in_flight.insert(number, op);
@@ -270,7 +270,7 @@ impl SimMachine {
         result
     }
 
-    /// A sync of the steps up to `last` that are covered.
+    /// Makes the changes up to number `last` durable that are in the scope.
     pub(super) fn sync(&mut self, id: InodeId, last: u64, covers: SyncScope) -> io::Result<()> {
         let result = self.step(StepKind::Sync);
         self.check_alive()?;
@@ -278,7 +278,7 @@ impl SimMachine {
         let result = if fails { Err(errno(libc::EIO)) } else { result };
         if result.is_err() {
             self.counts.failed_syncs += 1;
-            // The host tells of a failure once, whatever it has dropped.
+            // The kernel reports a failed sync once, and counts all dirty pages as clean.
             self.inode(id).forget(last, SyncScope::All);
         } else if !self.faults.lying_syncs.contains(&self.counts.syncs) {
             self.inode(id).sync(last, covers);
@@ -288,48 +288,48 @@ impl SimMachine {
 
     pub(super) fn set_len(&mut self, id: InodeId, len: u64) -> io::Result<()> {
         self.step(StepKind::Range)?;
-        in_reach(len, 0)?;
-        self.bring_about(id, Effect::Len(len));
+        check_range(len, 0)?;
+        self.apply_effect(id, Effect::Len(len));
         Ok(())
     }
 
     pub(super) fn allocate(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
         self.step(StepKind::Range)?;
-        in_reach(offset, len)?;
+        check_range(offset, len)?;
         if self.faults.no_allocate {
             return Err(errno(libc::EOPNOTSUPP));
         }
-        self.take_room(id, offset, len)
+        self.reserve_pages(id, offset, len)
     }
 
-    /// Makes a range of holes; gives its room back, or keeps it.
+    /// Turns a range into a hole. Frees its space unless `keep`.
     pub(super) fn clear(&mut self, id: InodeId, offset: u64, len: u64, keep: bool) -> io::Result<()> {
         self.step(StepKind::Range)?;
-        in_reach(offset, len)?;
+        check_range(offset, len)?;
         if keep {
-            self.take_room(id, offset, len)?;
+            self.reserve_pages(id, offset, len)?;
         }
-        self.bring_about(id, Effect::Clear(offset, len));
+        self.apply_effect(id, Effect::Clear(offset, len));
         if !keep {
             self.inode(id).release(offset, len);
         }
         Ok(())
     }
 
-    /// Bytes that all files take.
+    /// Returns the allocated bytes of all files.
     pub(super) fn allocated_bytes(&self) -> u64 {
         self.inodes.values().map(Inode::allocated).sum()
     }
 
-    /// Room for the copies of pages that are written over, if the file system makes such.
-    fn find_copies(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
+    /// Checks that there is space for copies of overwritten pages, if the file system copies on write.
+    fn check_copy_space(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
         let (Some(room), true) = (self.faults.capacity, self.faults.copy_on_write) else { return Ok(()) };
         let copies = self.inode(id).pages_written(offset, len) * PAGE;
         if self.allocated_bytes() + copies > room { Err(errno(libc::ENOSPC)) } else { Ok(()) }
     }
 
-    /// Room for a range. What was there before the disk became full stays taken, as on ext4 (crash-safety 0.8).
-    fn take_room(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
+    /// Allocates the pages of a range. If the disk becomes full, the pages allocated until then stay allocated, as on ext4.
+    fn reserve_pages(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
         let mut missing = self.inode(id).pages_missing(offset, len);
         let wanted = missing.len();
         if let Some(room) = self.faults.capacity {
@@ -340,7 +340,7 @@ impl SimMachine {
         if got < wanted { Err(errno(libc::ENOSPC)) } else { Ok(()) }
     }
 
-    /// Completes an operation under way; `into` gets what a read reads.
+    /// Completes an operation in flight. A read fills `into`.
     pub(super) fn complete(&mut self, number: u64, into: &mut [u8]) -> io::Result<()> {
         self.check_alive()?;
         let op = self.in_flight.get(&number).expect("an operation completes once").clone();
@@ -349,13 +349,13 @@ impl SimMachine {
             Action::Write => self.write(op.inode, &op.bytes, op.offset),
             Action::WriteThrough => self.write_through(op.inode, &op.bytes, op.offset),
             Action::Sync => self.sync(op.inode, op.covers, SyncScope::All),
-            // A crash may find anything written at any time as it is.
+            // Any written byte may become durable at any time, so these change nothing.
             Action::Prefetch | Action::StartWriteback => Ok(()),
             Action::Allocate => self.allocate(op.inode, op.offset, op.len),
             Action::Punch => self.clear(op.inode, op.offset, op.len, false),
             Action::Zero => self.clear(op.inode, op.offset, op.len, true),
         };
-        // An operation that the end of the machine meets stays under way: it may have landed.
+        // If the machine ended at this step, the operation stays in flight: it may have been stored.
         self.check_alive()?;
         self.in_flight.remove(&number);
         result
@@ -377,8 +377,8 @@ impl SimMachine {
     }
 }
 
-/// Offsets and lengths that a host accepts.
-fn in_reach(offset: u64, len: u64) -> io::Result<()> {
+/// Fails if a host would not accept the offset and length.
+fn check_range(offset: u64, len: u64) -> io::Result<()> {
     match offset.checked_add(len) {
         Some(end) if end <= i64::MAX as u64 => Ok(()),
         _ => Err(errno(libc::EFBIG)),

@@ -1,24 +1,24 @@
-//! What a simulated file has besides its bytes: the time of their last change, and attributes.
+//! Metadata of a simulated file: modification time and extended attributes.
 //!
-//! Both are durable only after a `sync_all`: a power cut brings back those of the last one. The harshest reading of
-//! fdatasync(2), which need not write them.
+//! A power cut restores the metadata of the last `sync_all`. This is the harshest reading of fdatasync(2), which may but need not
+//! write metadata.
 
 use std::collections::BTreeMap;
 
-use crate::storage::env::ModifiedTime;
+use crate::storage::types::ModifiedTime;
 
 #[derive(Clone, Debug)]
-struct State {
+struct MetadataState {
     modified: ModifiedTime,
     attributes: BTreeMap<String, Vec<u8>>,
 }
 
-/// See the module.
+/// Metadata of a file: current and durable.
 #[derive(Clone, Debug)]
 pub(super) struct InodeMetadata {
-    now: State,
-    durable: State,
-    /// The time of the last change of bytes, whatever was set since.
+    now: MetadataState,
+    durable: MetadataState,
+    /// Time of the last change of bytes, regardless of later calls of `set_modified`.
     latest: ModifiedTime,
 }
 
@@ -29,9 +29,9 @@ impl Default for InodeMetadata {
 }
 
 impl InodeMetadata {
-    /// Those of a file that is made at a time.
+    /// Creates the metadata of a file that is created at `seconds`.
     pub(super) fn new(seconds: i64) -> InodeMetadata {
-        let state = State { modified: ModifiedTime { seconds, nanos: 0 }, attributes: BTreeMap::new() };
+        let state = MetadataState { modified: ModifiedTime { seconds, nanos: 0 }, attributes: BTreeMap::new() };
         InodeMetadata { latest: state.modified, now: state.clone(), durable: state }
     }
 
@@ -39,7 +39,7 @@ impl InodeMetadata {
         self.now.modified
     }
 
-    /// A change of bytes: later than any before it, as if a nanosecond had passed.
+    /// Updates the modification time after a change of bytes. It is later than every previous one, as if a nanosecond had passed.
     pub(super) fn touch(&mut self, clock: i64) {
         let ModifiedTime { seconds, nanos } = self.latest.max(self.now.modified);
         self.latest = match nanos.checked_add(1).filter(|nanos| *nanos < 1_000_000_000) {
@@ -65,7 +65,7 @@ impl InodeMetadata {
         }
     }
 
-    /// Makes them durable.
+    /// Makes the metadata durable.
     pub(super) fn sync(&mut self) {
         self.durable = self.now.clone();
     }

@@ -1,12 +1,12 @@
-//! The names of simulated files: what look-ups see, what is durable, and the changes between the two.
+//! Names of simulated files: current, durable, and the changes between.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-/// A file without its names.
+/// Number of a file.
 pub(super) type InodeId = u64;
 
-/// A step from one state of the names to the next. A rename is one step: it is never seen half done.
+/// Change of the names. A rename is one change: it happens completely or not at all.
 #[derive(Clone, Debug)]
 pub(super) enum NameChange {
     Set(PathBuf, InodeId),
@@ -15,7 +15,7 @@ pub(super) enum NameChange {
 }
 
 impl NameChange {
-    /// The name that it is about; of a rename the new one.
+    /// Returns the changed name; for a rename the new one.
     pub(super) fn name(&self) -> &Path {
         match self {
             NameChange::Set(name, _) | NameChange::Remove(name) | NameChange::Rename(_, name, _) => name,
@@ -23,13 +23,13 @@ impl NameChange {
     }
 }
 
-type Table = BTreeMap<PathBuf, InodeId>;
+type NameTable = BTreeMap<PathBuf, InodeId>;
 
-/// See the file's first line.
+/// Names of all files of a machine.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Names {
-    now: Table,
-    durable: Table,
+    now: NameTable,
+    durable: NameTable,
     log: Vec<NameChange>,
 }
 
@@ -47,7 +47,7 @@ impl Names {
         self.log.push(change);
     }
 
-    /// Makes the names in a folder durable.
+    /// Makes the names in `folder` durable.
     pub(super) fn sync(&mut self, folder: &Path) {
         self.log.retain(|change| {
             let there = change.name().parent() == Some(folder);
@@ -69,7 +69,7 @@ impl Names {
     }
 }
 
-fn apply(table: &mut Table, change: &NameChange) {
+fn apply(table: &mut NameTable, change: &NameChange) {
     match change {
         NameChange::Set(name, inode) => drop(table.insert(name.clone(), *inode)),
         NameChange::Remove(name) => drop(table.remove(name)),
@@ -80,4 +80,17 @@ fn apply(table: &mut Table, change: &NameChange) {
             table.insert(to.clone(), *inode);
         }
     }
+}
+
+/// Returns the path from the root, without `.` and `..`. The working folder is the root.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    let mut out = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => out.push(name),
+            Component::ParentDir => drop(out.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    out
 }

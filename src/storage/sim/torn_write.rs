@@ -1,31 +1,32 @@
-//! Sectors that a crash finds half overwritten.
+//! Torn writes: sectors that are partly overwritten when the power is cut.
 //!
-//! Linux does not hold a page of the page cache still while it is on its way to the medium (ext4, XFS): a write that
-//! comes meanwhile changes it under the transfer, and until the page is written once more the medium holds a mixture of
-//! before and after. Seen with nothing but `pwrite` and `fdatasync` on ext4: one sector in 1,400 under constant
-//! overwriting, in units of 16 bytes and more. The smallest that a table needs whole, an entry, is tried here.
+//! Linux (ext4, XFS) does not protect a page of the page cache while it is being written to the medium. A write in that time changes the page
+//! during the transfer, and the medium has a mixture of old and new bytes until the page is written again. Observed with only
+//! `pwrite` and `fdatasync` on ext4: one sector in 1,400 under constant overwriting, in units of 16 bytes and more. This model
+//! tears in units of 4 bytes, the smallest part that must stay whole: an entry of a block table.
 
 use std::collections::BTreeMap;
 
 use super::inode::{Inode, InodeChange, SectorData};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Bytes that are never torn: an entry of a block table.
+/// Bytes that are never torn.
 const UNIT: usize = 4;
 
-/// Says, of the bytes of a sector before and after a write, which units are new: a bit each. `None`: it is not torn.
+/// Decides how a sector is torn. Gets the bytes before and after the write, and returns a bit for each unit that is new, or `None` if the
+/// sector is not torn.
 pub type Tear<'a> = &'a mut dyn FnMut(&[u8; SECTOR_BYTES], &[u8; SECTOR_BYTES]) -> Option<u128>;
 
-/// Replaces overwrites among `changes`, which follow upon what is durable, by what `tear` makes of them.
+/// Replaces the overwritten sectors in `changes` by the mixtures that `tear` chooses. The changes follow the durable state.
 ///
-/// Those behind the durable length stay whole: the new length becomes durable after a transfer that began with the page
+/// Sectors beyond the durable length stay whole: the new length becomes durable only after a transfer that began when the page was
 /// complete.
 pub(super) fn tear(inode: &Inode, changes: &mut [(u64, InodeChange)], tear: Tear<'_>) {
     let mut before = BTreeMap::new();
     for (_, change) in changes {
         let InodeChange::Sector(at, new) = change else { continue };
         let (at, Some(new)) = (*at, new.as_ref().map(|new| new.0)) else {
-            // A hole is not written, so never in part.
+            // A hole is not written, so it cannot be torn.
             before.insert(*at, [0; SECTOR_BYTES]);
             continue;
         };

@@ -1,6 +1,6 @@
-//! Tests of reads that are copies, on files of the host.
+//! Tests of reads from the page cache, on real files.
 #![cfg(target_arch = "x86_64")]
-#![allow(unsafe_code, clippy::cast_possible_truncation, reason = "memory of a pretended guest; pages")]
+#![allow(unsafe_code, clippy::cast_possible_truncation, reason = "memory of a simulated guest; page numbers")]
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::storage::{Access, Action, Completion, Engine, Env, Op};
 const PAGE: u64 = 4096;
 const SLOT: FileSlot = FileSlot(2);
 
-/// A folder on a disk, with a file in which each page says its number; durable, so that the host may forget it.
+/// Creates a file on a disk in which each page contains its number. The pages are clean, so that the kernel may drop them.
 fn pages(count: u64) -> (TempDir, File) {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = folder.path().join("f");
@@ -30,18 +30,18 @@ fn read(offset: u64, len: usize) -> Op {
     Op::read(offset, SLOT, offset, Payload::Own(Buffer::zeroed(len)))
 }
 
-/// The buffer as a guest's memory; for as long as it is there.
-fn slices(buffer: &mut Buffer) -> GuestIovecs {
-    let mut slices = GuestIovecs::new(std::sync::Arc::new(()), 2);
+/// Returns the buffer as guest memory, in two runs. The result must not outlive the buffer.
+fn iovecs(buffer: &mut Buffer) -> GuestIovecs {
+    let mut halves = GuestIovecs::new(std::sync::Arc::new(()), 2);
     let (start, half) = (buffer.as_mut_ptr(), buffer.len() / 2);
-    // SAFETY: both halves lie in the buffer, and it is not used while they are.
+    // SAFETY: both halves lie in the buffer, which the tests do not use otherwise, and do not drop, while they use the runs.
     unsafe {
-        slices.push(start.wrapping_add(half), buffer.len() - half);
-        slices.push(start, half);
+        halves.push(start.wrapping_add(half), buffer.len() - half);
+        halves.push(start, half);
     }
     let mut all = GuestIovecs::with_capacity(2);
-    slices.slice_into(buffer.len() - half, half, &mut all);
-    slices.slice_into(0, buffer.len() - half, &mut all);
+    halves.slice_into(buffer.len() - half, half, &mut all);
+    halves.slice_into(0, buffer.len() - half, &mut all);
     all
 }
 
@@ -51,10 +51,10 @@ fn ring(file: &File) -> Option<UringEngine> {
     Some(ring)
 }
 
-/// Copies, or lets the ring do it.
-fn done(ring: &mut UringEngine, mut op: Op) -> Completion {
+/// Carries out an operation: a read as a copy if possible, otherwise by the ring.
+fn run(ring: &mut UringEngine, mut op: Op) -> Completion {
     if let (Action::Read, Payload::Own(buffer)) = (op.action, &mut op.payload) {
-        let memory = slices(buffer);
+        let memory = iovecs(buffer);
         let copied =
             ring.find_cached(SLOT, op.offset, memory.len()).is_some_and(|found| ring.copy_cached(&found, &memory, 0));
         ring.end_copy_batch();
@@ -72,11 +72,11 @@ fn done(ring: &mut UringEngine, mut op: Op) -> Completion {
     out.pop().unwrap()
 }
 
-/// Reads pages with one operation each; how many calls that took.
+/// Reads pages with one operation each. Returns the number of system calls.
 fn read_all(ring: &mut UringEngine, pages: impl Iterator<Item = u64>, expected: impl Fn(u64) -> u64) -> u64 {
     let calls = ring.system_calls();
     for page in pages {
-        let Completion { op, result } = done(ring, read(page * PAGE, PAGE as usize));
+        let Completion { op, result } = run(ring, read(page * PAGE, PAGE as usize));
         result.unwrap();
         let Payload::Own(bytes) = op.payload else { unreachable!() };
         assert!(*bytes == expected(page).to_be_bytes().repeat(512), "page {page}");
@@ -85,105 +85,105 @@ fn read_all(ring: &mut UringEngine, pages: impl Iterator<Item = u64>, expected: 
 }
 
 #[test]
-fn what_is_read_again_and_again_takes_no_call() {
+fn repeated_reads_make_no_system_call() {
     let (_folder, file) = pages(128);
     let Some(mut ring) = ring(&file) else { return };
     let number = |page| page + 1;
-    assert!(read_all(&mut ring, 0..128, number) >= 3, "at first nothing is known");
+    assert!(read_all(&mut ring, 0..128, number) >= 3, "nothing is known yet");
     for _ in 0..3 {
         read_all(&mut ring, 0..128, number);
     }
     assert_eq!(read_all(&mut ring, 0..128, number), 0);
-    // Over the border of what the kernel is asked about at once.
+    // A read across the border of two windows.
     let (border, calls) = ((256 << 10) - 512, |ring: &UringEngine| (ring.system_calls(), ring.copy_count()));
     let before = calls(&ring);
-    done(&mut ring, read(border, PAGE as usize)).result.unwrap();
+    run(&mut ring, read(border, PAGE as usize)).result.unwrap();
     assert_eq!(calls(&ring), (before.0, before.1 + 1));
-    // What others write, and what is punched, is what is read. (A hole has to be made a page first, which may count as a wait.)
+    // Writes and punched holes are visible. (Reading a hole through the mapping may count as a major fault.)
     file.write_at(&[0; PAGE as usize], 7 * PAGE).unwrap();
     file.punch_hole(9 * PAGE, PAGE).unwrap();
-    let written = done(&mut ring, Op::write(0, SLOT, 8 * PAGE, Payload::Own(Buffer::zeroed(PAGE as usize))));
+    let written = run(&mut ring, Op::write(0, SLOT, 8 * PAGE, Payload::Own(Buffer::zeroed(PAGE as usize))));
     written.result.unwrap();
     let zeros = |page| if (7..10).contains(&page) { 0 } else { page + 1 };
     read_all(&mut ring, 0..64, zeros);
-    // Any part of it, and any number of runs.
-    let Completion { op, result } = done(&mut ring, read(20 * PAGE - 512, 5000));
+    // Unaligned ranges, in several runs.
+    let Completion { op, result } = run(&mut ring, read(20 * PAGE - 512, 5000));
     result.unwrap();
     let Payload::Own(bytes) = op.payload else { unreachable!() };
     assert!(bytes[..512] == 20u64.to_be_bytes().repeat(64) && bytes[512..4608] == 21u64.to_be_bytes().repeat(512));
     ring.unregister(SLOT).unwrap();
-    assert!(done(&mut ring, read(0, 512)).result.is_err());
+    assert!(run(&mut ring, read(0, 512)).result.is_err());
 }
 
 #[test]
-fn what_lies_in_two_windows_is_learned() {
+fn residency_is_queried_for_reads_of_two_windows() {
     let (_folder, file) = pages(128);
     let Some(mut ring) = ring(&file) else { return };
     for _ in 0..10 {
-        done(&mut ring, read((256 << 10) - 512, PAGE as usize)).result.unwrap();
+        run(&mut ring, read((256 << 10) - 512, PAGE as usize)).result.unwrap();
     }
     assert!(ring.copy_count() > 0);
 }
 
 #[test]
-fn long_reads_are_learned_whole_and_copied_in_pieces() {
+fn long_reads_are_queried_as_a_whole_and_copied_in_chunks() {
     let (_folder, file) = pages(512);
     let Some(mut ring) = ring(&file) else { return };
     let (at, len) = (3 * PAGE + 512, (500 * PAGE) as usize);
-    let ask = |ring: &mut UringEngine| {
-        let Completion { op, result } = done(ring, read(at, len));
+    let long_read = |ring: &mut UringEngine| {
+        let Completion { op, result } = run(ring, read(at, len));
         result.unwrap();
         let Payload::Own(bytes) = op.payload else { unreachable!() };
         let number = |at: u64| (at / PAGE + 1).to_be_bytes();
         assert!(bytes.chunks(8).zip((at..).step_by(8)).all(|(bytes, at)| *bytes == number(at)));
     };
-    // The file is not mapped for a long read, all of its windows are asked for after the second when it is.
-    ask(&mut ring);
+    // A long read does not map the file. Once the file is mapped, the second long read queries all of its windows.
+    long_read(&mut ring);
     read_all(&mut ring, 0..1, |_| 1);
-    (0..2).for_each(|_| ask(&mut ring));
+    (0..2).for_each(|_| long_read(&mut ring));
     assert_eq!(ring.copy_count(), 0);
     let calls = ring.system_calls();
-    ask(&mut ring);
+    long_read(&mut ring);
     assert_eq!((ring.copy_count(), ring.system_calls() - calls), (1, 0));
-    // One page of it is not there any more, as far as is known.
-    host_file(&file).unwrap().file_map().invalidate(300 * PAGE, 1);
+    // The residency bits of one window are cleared.
+    HostFile::of(&file).unwrap().file_map().invalidate(300 * PAGE, 1);
     let calls = ring.system_calls();
-    ask(&mut ring);
+    long_read(&mut ring);
     assert!(ring.copy_count() == 1 && ring.system_calls() > calls);
 }
 
 #[test]
-fn nobody_copies_what_another_found() {
+fn a_range_found_by_another_reader_is_copied_only_from_the_same_file() {
     let (_folder, file) = pages(64);
     let (Some(mut ring), Some(mut other)) = (ring(&file), ring(&file)) else { return };
     for _ in 0..4 {
         read_all(&mut ring, 0..64, |page| page + 1);
     }
-    let found = ring.find_cached(SLOT, 0, 512).expect("it is known");
+    let found = ring.find_cached(SLOT, 0, 512).expect("the range is resident");
     let mut buffer = Buffer::zeroed(512);
-    assert!(other.copy_cached(&found, &slices(&mut buffer), 0), "the same open file");
+    assert!(other.copy_cached(&found, &iovecs(&mut buffer), 0), "the same open file");
     let (_folder, next) = pages(64);
     other.register(SLOT, &next).unwrap();
-    assert!(!other.copy_cached(&found, &slices(&mut buffer), 0));
-    assert!(!ring.copy_cached(&CachedRange::new(SLOT, 0, 512), &slices(&mut buffer), 0));
+    assert!(!other.copy_cached(&found, &iovecs(&mut buffer), 0));
+    assert!(!ring.copy_cached(&CachedRange::new(SLOT, 0, 512), &iovecs(&mut buffer), 0));
 }
 
 #[test]
-fn a_file_that_was_cut_is_an_error_and_grows_again() {
+fn reads_of_a_truncated_file_fail_until_it_grows_again() {
     let (_folder, file) = pages(64);
     let Some(mut ring) = ring(&file) else { return };
     for _ in 0..4 {
         read_all(&mut ring, 0..64, |page| page + 1);
     }
     file.set_len(10 * PAGE + 100).unwrap();
-    assert_eq!(done(&mut ring, read(20 * PAGE, 512)).result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-    assert!(read_all(&mut ring, 0..10, |page| page + 1) <= 3, "the others are soon known again");
+    assert_eq!(run(&mut ring, read(20 * PAGE, 512)).result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    assert!(read_all(&mut ring, 0..10, |page| page + 1) <= 3, "the residency of the other pages is soon known again");
     file.set_len(64 * PAGE).unwrap();
     read_all(&mut ring, 11..64, |_| 0);
 }
 
 #[test]
-fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
+fn very_long_reads_direct_files_and_reads_of_two_regions_go_to_the_ring() {
     const REGION: u64 = 256 << 20;
     let (folder, file) = pages(64);
     file.set_len(REGION + 64 * PAGE).unwrap();
@@ -191,10 +191,10 @@ fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
     let Some(mut ring) = ring(&file) else { return };
     let calls = |ring: &mut UringEngine, offset, len| {
         for _ in 0..9 {
-            done(ring, read(offset, len)).result.unwrap();
+            run(ring, read(offset, len)).result.unwrap();
         }
         let before = ring.system_calls();
-        done(ring, read(offset, len)).result.unwrap();
+        run(ring, read(offset, len)).result.unwrap();
         ring.system_calls() - before
     };
     assert_eq!(calls(&mut ring, REGION - PAGE, PAGE as usize), 0);
@@ -209,80 +209,83 @@ fn long_reads_direct_files_and_the_ends_of_regions_are_for_the_ring() {
 }
 
 #[test]
-fn who_waited_for_a_page_copies_no_more_for_a_while() {
+fn a_reader_that_waited_for_a_page_backs_off() {
     let (_folder, file) = pages(64);
-    let mut warm = PageCacheReader::new();
-    warm.register(SLOT, &file).unwrap();
-    let (host, at) = (host_file(&file).unwrap().clone(), 16 * PAGE);
+    let mut reader = PageCacheReader::new();
+    reader.register(SLOT, &file).unwrap();
+    let (host, at) = (HostFile::of(&file).unwrap(), 16 * PAGE);
     let mut buffer = Buffer::zeroed(PAGE as usize);
-    let memory = slices(&mut buffer);
-    // To be compared with later.
-    warm.judge_by(Duration::from_secs(1));
-    // Whether it is learned that the page is in memory; it is not touched.
-    let learns = || {
+    let memory = iovecs(&mut buffer);
+    // Takes the first sample of major faults.
+    reader.evaluate_batch(Duration::from_secs(1));
+    // Queries until the page is known to be resident, without touching its mapping.
+    let queried = || {
         (0..8).any(|_| {
             host.read_at(&mut [0; 1], at).unwrap();
             host.file_map().query(&host, at, 1, || Some(64 * PAGE));
             matches!(host.file_map().residency(at, PAGE as usize), Residency::Resident(_))
         })
     };
-    let copy = |warm: &mut PageCacheReader, took| {
-        warm.run_queries(); // which looks whether it is held
-        let found = warm.find(SLOT, at, PAGE as usize);
-        let copied = found.is_some_and(|found| warm.copy(&found, &memory, 0));
-        warm.judge_by(took);
-        warm.batch.clear();
+    let copy = |reader: &mut PageCacheReader, took| {
+        reader.run_queries(); // ends an expired backoff
+        let found = reader.find(SLOT, at, PAGE as usize);
+        let copied = found.is_some_and(|found| reader.copy(&found, &memory, 0));
+        reader.evaluate_batch(took);
+        reader.batch.clear();
         copied
     };
-    assert!(learns());
-    // Nobody has touched the mapping yet, so the host can forget the page.
+    assert!(queried());
+    // The page has not been accessed through the mapping yet, so the kernel can drop it.
     rustix::fs::fadvise(&host, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    assert!(copy(&mut warm, Duration::from_millis(1)), "the host reads it again");
-    assert!(!matches!(host.file_map().residency(at, PAGE as usize), Residency::Resident(_)), "forgotten");
-    assert!(learns() && !copy(&mut warm, Duration::ZERO), "held");
+    assert!(copy(&mut reader, Duration::from_millis(1)), "the kernel reads the page again");
+    assert!(
+        !matches!(host.file_map().residency(at, PAGE as usize), Residency::Resident(_)),
+        "the residency bits are cleared"
+    );
+    assert!(queried() && !copy(&mut reader, Duration::ZERO), "backing off");
     std::thread::sleep(Duration::from_millis(150));
-    assert!(copy(&mut warm, Duration::from_secs(1)), "held no more");
-    assert!(copy(&mut warm, Duration::ZERO), "that was slow, but not for a page");
+    assert!(copy(&mut reader, Duration::from_secs(1)), "the backoff has ended");
+    assert!(copy(&mut reader, Duration::ZERO), "slow, but without a major fault");
     assert_eq!(buffer[..8], 17u64.to_be_bytes());
 }
 
 #[test]
-fn who_is_late_for_other_reasons_goes_on() {
-    let (now, long_ago) = (Instant::now(), Instant::now() - FAR_TOO_LONG * 2);
-    assert!(!takes_too_long(&mut None, -1) && !takes_too_long(&mut Some(now + Duration::from_secs(9)), -1));
-    let mut began = Some(long_ago);
-    assert!(takes_too_long(&mut began, -1), "it has waited since");
-    assert_eq!(began, Some(long_ago), "the whole batch is judged");
-    assert!(!takes_too_long(&mut began, i64::MAX) && began.unwrap() >= now, "looked at anew from now on");
+fn a_delay_without_major_faults_is_no_stall() {
+    let (now, long_ago) = (Instant::now(), Instant::now() - STALL * 2);
+    assert!(!is_stalled(&mut None, -1) && !is_stalled(&mut Some(now + Duration::from_secs(9)), -1));
+    let mut start = Some(long_ago);
+    assert!(is_stalled(&mut start, -1), "the thread has had faults since the sample");
+    assert_eq!(start, Some(long_ago), "the measurement of the batch continues");
+    assert!(!is_stalled(&mut start, i64::MAX) && start.unwrap() >= now, "the measurement starts again");
 }
 
 #[test]
-fn files_that_share_a_place_among_the_recent_are_told_apart() {
+fn files_that_share_an_entry_of_the_map_cache_are_distinguished() {
     let ((_one, one), (_other, other)) = (pages(64), pages(64));
     other.write_at(&[9; PAGE as usize], 0).unwrap();
-    let (mut warm, mut buffer) = (PageCacheReader::new(), Buffer::zeroed(PAGE as usize));
+    let (mut reader, mut buffer) = (PageCacheReader::new(), Buffer::zeroed(PAGE as usize));
     let (first, second) = (FileSlot(2), FileSlot(130));
-    warm.register(first, &one).unwrap();
-    warm.register(second, &other).unwrap();
-    for file in [&one, &other].map(|file| host_file(file).unwrap()) {
-        // First it is mapped.
-        (0..2).for_each(|_| file.file_map().query(file, 0, PAGE as usize, || Some(64 * PAGE)));
+    reader.register(first, &one).unwrap();
+    reader.register(second, &other).unwrap();
+    for file in [&one, &other].map(|file| HostFile::of(file).unwrap()) {
+        // The first query maps the region.
+        (0..2).for_each(|_| file.file_map().query(&file, 0, PAGE as usize, || Some(64 * PAGE)));
     }
-    let mut byte = |warm: &mut PageCacheReader, slot| {
-        let found = warm.find(slot, 0, PAGE as usize).expect("it is known");
-        assert!(warm.copy(&found, &slices(&mut buffer), 0));
+    let mut byte = |reader: &mut PageCacheReader, slot| {
+        let found = reader.find(slot, 0, PAGE as usize).expect("the range is resident");
+        assert!(reader.copy(&found, &iovecs(&mut buffer), 0));
         (found, buffer[7])
     };
     let mut found = None;
-    for (slot, want) in [(first, 1), (second, 9), (second, 9), (first, 1), (second, 9), (first, 1)] {
-        let (at, got) = byte(&mut warm, slot);
-        assert_eq!(got, want);
+    for (slot, expected) in [(first, 1), (second, 9), (second, 9), (first, 1), (second, 9), (first, 1)] {
+        let (at, got) = byte(&mut reader, slot);
+        assert_eq!(got, expected);
         found = Some(at);
     }
-    warm.register(first, &other).unwrap();
+    reader.register(first, &other).unwrap();
     let mut memory = Buffer::zeroed(PAGE as usize);
-    assert!(!warm.copy(&found.unwrap(), &slices(&mut memory), 0), "what was found in another file");
-    assert_eq!(byte(&mut warm, first).1, 9);
-    warm.unregister(first);
-    assert!(warm.find(first, 0, 512).is_none());
+    assert!(!reader.copy(&found.unwrap(), &iovecs(&mut memory), 0), "the range was found in another file");
+    assert_eq!(byte(&mut reader, first).1, 9);
+    reader.unregister(first);
+    assert!(reader.find(first, 0, 512).is_none());
 }

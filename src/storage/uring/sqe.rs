@@ -1,31 +1,30 @@
-//! Submission entries, and the ring they go into: what the kernel is told.
+//! Setup of a ring, and its submission entries.
 
 use std::io;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::engine::FILE_SLOTS;
-use super::op::{Action, Op};
-use super::transfer::{self, IoBuffers, Transfer};
+use crate::storage::op::{Action, FILE_SLOTS, Op};
+use crate::storage::transfer::{IoBuffers, Transfer, fallocate_mode};
 
-/// io_uring_register(2): operation codes that stay allowed.
+/// Opcodes of io_uring_register(2) that remain allowed.
 const REGISTER_FILES_UPDATE: u8 = 6;
 const REGISTER_ENABLE_RINGS: u8 = 12;
 
-/// The submission entry for what is left of an operation.
-pub(super) fn submission_entry(op: &mut Op, progress: &mut Transfer) -> squeue::Entry {
+/// Returns the submission entry for the next call of an operation.
+pub(super) fn submission_entry(op: &mut Op, transfer: &mut Transfer) -> squeue::Entry {
     let file = types::Fixed(u32::from(op.slot.0));
-    // -1 would mean the file position; what is no offset (beyond 2^63) is left to the kernel to refuse.
-    let offset = progress.offset(op).min(1 << 63);
+    // An offset of -1 would mean the file position. Invalid offsets (2^63 and more) become 2^63, which the kernel rejects.
+    let offset = transfer.offset(op).min(1 << 63);
     match op.action {
-        Action::Read => match progress.next_buffers(&mut op.payload) {
+        Action::Read => match transfer.next_buffers(&mut op.payload) {
             IoBuffers::Single(start, len) => opcode::Read::new(file, start, len).offset(offset).build(),
             IoBuffers::Vectored(runs, count) => opcode::Readv::new(file, runs, count).offset(offset).build(),
         },
         Action::Write | Action::WriteThrough => {
             let flags = if op.action == Action::WriteThrough { libc::RWF_DSYNC } else { 0 };
-            match progress.next_buffers(&mut op.payload) {
+            match transfer.next_buffers(&mut op.payload) {
                 IoBuffers::Single(start, len) => {
                     opcode::Write::new(file, start, len).offset(offset).rw_flags(flags).build()
                 }
@@ -36,20 +35,21 @@ pub(super) fn submission_entry(op: &mut Op, progress: &mut Transfer) -> squeue::
         }
         Action::Sync => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
         Action::Prefetch => {
-            // The kernel takes 32 bits.
+            // The length of an fadvise entry has 32 bits.
             let len = libc::off_t::from(u32::try_from(op.len).unwrap_or(u32::MAX));
             opcode::Fadvise::new(file, len, libc::POSIX_FADV_WILLNEED).offset(offset).build()
         }
-        // A length of 0: to the end.
+        // A length of 0 means up to the end of the file.
         Action::StartWriteback => opcode::SyncFileRange::new(file, 0).flags(libc::SYNC_FILE_RANGE_WRITE).build(),
-        action => opcode::Fallocate::new(file, op.len).offset(offset).mode(transfer::fallocate_mode(action)).build(),
+        action => opcode::Fallocate::new(file, op.len).offset(offset).mode(fallocate_mode(action)).build(),
     }
 }
 
-/// A ring with an empty table of files, and whether it is enabled yet.
+/// Creates a ring with an empty file table. Returns it, and whether it is already enabled.
 pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
-    // Linux 6.0: one thread submits and reaps; completions do not interrupt it, but do wake it. DEFER_TASKRUN would make
-    // them wait until it asks, and does not wake who sleeps on the ring's fd [tried: 6.18, a sync never woke a poll(2)].
+    // Linux 6.0: one thread submits and reaps. Completions do not interrupt it, but wake it. With DEFER_TASKRUN they would wait until the
+    // thread enters the kernel, and would not wake a thread that polls the ring's descriptor (seen on 6.18: a sync never woke
+    // poll(2)).
     let first = IoUring::builder()
         .setup_r_disabled()
         .setup_single_issuer()
@@ -61,7 +61,7 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
     let (ring, enabled) = match first {
         Ok(ring) => (ring, false),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            // Linux 5.19.
+            // Linux 5.19. Older kernels: no flags.
             let mut next = IoUring::builder();
             next.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all().dontfork();
             match next.build(count) {
@@ -77,7 +77,7 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
         other => other?,
     }
     if !enabled {
-        // A ring that is taken over by a bug opens no files and no sockets: seccomp does not see what rings do.
+        // Limits what a compromised process can do with the ring, since seccomp does not see its operations: no opening of files or sockets.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),

@@ -1,16 +1,16 @@
-//! Chance from one seed: splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+//! Pseudorandom numbers: splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 
-/// A stream of numbers that depends on nothing but its seed.
+/// Pseudorandom number generator. The numbers depend only on the seed.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The stream of a seed.
+    /// Creates a generator.
     pub fn new(seed: u64) -> Random {
         Random(seed)
     }
 
-    /// Any number.
+    /// Returns a number from the whole range.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -19,18 +19,18 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number below `n` > 0.
+    /// Returns a number below `n` > 0.
     pub fn below(&mut self, n: u64) -> u64 {
         assert!(n > 0, "nothing is below zero");
         self.next_u64() % n
     }
 
-    /// An index into `n` > 0 things.
+    /// Returns an index below `n` > 0.
     pub fn index(&mut self, n: usize) -> usize {
         usize::try_from(self.below(n as u64)).expect("below a usize")
     }
 
-    /// True `yes` times in `of`.
+    /// Returns true with probability `yes / of`.
     pub fn chance(&mut self, yes: u64, of: u64) -> bool {
         self.below(of) < yes
     }
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_stream_is_the_published_one() {
+    fn numbers_are_those_of_the_reference_implementation() {
         // First outputs of the reference implementation for seed 1234567.
         let mut r = Random::new(1_234_567);
         assert_eq!(

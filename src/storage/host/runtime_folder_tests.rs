@@ -1,4 +1,4 @@
-//! Tests of `runtime_dir.rs`: hostile folders and files, and files that are cut while they are mapped.
+//! Tests of `runtime_folder.rs`: hostile folders and files, and files that are truncated while they are mapped.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -7,10 +7,11 @@ use std::sync::atomic::Ordering;
 use tempfile::TempDir;
 
 use super::*;
+use crate::storage::runtime_folder::RuntimeFolder;
 
 fn folder() -> (TempDir, RuntimeFolder) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let runtime = RuntimeFolder::Host(HostRuntimeFolder::open_folder(folder.path()).unwrap());
+    let runtime = RuntimeFolder::new(HostRuntimeFolder::open_folder(folder.path()).unwrap());
     (folder, runtime)
 }
 
@@ -19,7 +20,7 @@ fn kind<T>(result: Result<T>) -> ErrorKind {
 }
 
 #[test]
-fn what_was_stored_is_found_again_by_one_at_a_time() {
+fn stored_words_are_found_again_by_one_process_at_a_time() {
     let (_folder, runtime) = folder();
     let first = runtime.create("a", 1024).unwrap();
     first[1023].store(7, Ordering::Release);
@@ -36,7 +37,7 @@ fn what_was_stored_is_found_again_by_one_at_a_time() {
 }
 
 #[test]
-fn folders_of_others_and_open_ones_are_refused() {
+fn folders_of_other_users_and_writable_ones_are_refused() {
     let (folder, _) = folder();
     let open = |path: &Path| HostRuntimeFolder::open_folder(path);
     for mode in [0o777, 0o720, 0o702, 0o775] {
@@ -59,7 +60,7 @@ fn folders_of_others_and_open_ones_are_refused() {
         assert!(e.kind() == ErrorKind::Refused && e.line().contains("65534"), "{e}");
     }
     let disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-    assert_eq!(kind(open(disk.path())), ErrorKind::Unsupported, "a disk is no memory");
+    assert_eq!(kind(open(disk.path())), ErrorKind::Unsupported, "not in memory");
 }
 
 #[test]
@@ -87,7 +88,7 @@ fn hostile_journals_are_refused() {
 }
 
 #[test]
-fn a_file_that_is_cut_while_it_is_mapped_is_noticed_and_ends_nothing() {
+fn truncating_a_mapped_file_is_detected_and_harmless() {
     let (folder, runtime) = folder();
     let live = runtime.create("a", 4096).unwrap();
     live[4095].store(9, Ordering::Release);
@@ -95,8 +96,8 @@ fn a_file_that_is_cut_while_it_is_mapped_is_noticed_and_ends_nothing() {
     fs::OpenOptions::new().write(true).open(folder.path().join("a")).unwrap().set_len(4096).unwrap();
     live[0].store(1, Ordering::Release);
     live[4095].store(2, Ordering::Release);
-    assert!(live.is_lost(), "the store met a page that is gone");
-    assert_eq!(live[4095].load(Ordering::Acquire), 2, "it goes to memory of this process");
+    assert!(live.is_lost(), "the store hit a page that no longer exists");
+    assert_eq!(live[4095].load(Ordering::Acquire), 2, "the store goes to private memory");
     let other = runtime.create("b", 4096).unwrap();
     assert!(!other.is_lost());
 }

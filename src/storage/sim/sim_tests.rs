@@ -1,13 +1,12 @@
-//! What the simulated host promises to the tests built on it.
+//! Tests of the simulated host: what tests built on it may rely on.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::ffi::OsStr;
+use std::path::PathBuf;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::storage::env::Lock;
-use crate::storage::env::{EngineKind, Env};
-use crate::storage::{Action, Buffer, FileSlot, Folder, Op, Payload};
+use crate::storage::{Access, Action, Buffer, EngineKind, Env, File, FileSlot, Folder, Lock, Op, Payload};
 
 fn p(name: &str) -> PathBuf {
     PathBuf::from(name)
@@ -17,12 +16,12 @@ fn n(name: &str) -> &OsStr {
     OsStr::new(name)
 }
 
-/// Its folder `/d`.
+/// Opens the folder `/d`.
 fn d(host: &SimHost) -> Folder {
     host.folder(&p("/d")).unwrap()
 }
 
-/// A machine with a durable file `/d/f` of 4 sectors of ones.
+/// Creates a machine with a durable file `/d/f` of 4 sectors of ones.
 fn machine(seed: u64) -> (SimHost, File) {
     let host = SimHost::new(seed);
     let f = d(&host).create(n("f")).unwrap();
@@ -38,7 +37,7 @@ fn write(token: u64, at: u64, byte: u8, len: usize) -> Op {
 }
 
 #[test]
-fn every_subset_of_units_is_a_fate() {
+fn every_subset_of_units_can_survive() {
     let (host, f) = machine(1);
     f.write_at(&[2; 1024], 512).unwrap();
     f.write_at(&[3; 512], 512).unwrap();
@@ -54,7 +53,7 @@ fn every_subset_of_units_is_a_fate() {
     // Sector 1 has three values (of four subsets), sector 2 two, the length two.
     assert_eq!(seen.len(), 12);
     assert!(seen.iter().all(|s| s.0 == 1 && [1, 2, 3].contains(&s.1) && [1, 2].contains(&s.2)));
-    // This machine went on.
+    // The crash had no effect on this machine.
     f.sync().unwrap();
     assert_eq!(host.crash_with(&|_| false).bytes(&p("/d/f")).unwrap()[512], 3);
 }
@@ -78,7 +77,7 @@ fn names_are_durable_after_the_sync_of_their_folder() {
     d(&host).remove(n("f")).unwrap();
     assert_eq!(host.names(), [p("/d/h")]);
     let gone = host.crash_with(&|i| i == 1);
-    assert_eq!(gone.names(), Vec::<PathBuf>::new(), "nothing but the order per name is kept");
+    assert_eq!(gone.names(), Vec::<PathBuf>::new(), "only changes of the same name are ordered");
     assert_eq!(d(&host).create(n("h")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
     assert_eq!(host.open(&p("/d/none"), Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(host.canonical(&p("/d/../d/./h")).unwrap(), p("/d/h"));
@@ -86,7 +85,7 @@ fn names_are_durable_after_the_sync_of_their_folder() {
         assert_eq!(d(&host).open_beneath(&p(bad)).unwrap_err().kind(), ErrorKind::Refused);
     }
     d(&host).open_beneath(&p("x/../h")).unwrap();
-    // A held folder's calls take one name each, and look it up in that folder.
+    // Calls on an open folder take a single name, and look it up in that folder.
     let (root, mut names) = (host.folder(&p("/")).unwrap(), d(&host).list().unwrap());
     names.sort();
     assert_eq!((names, root.list().unwrap().len()), (vec![n("h").to_os_string()], 0));
@@ -97,7 +96,7 @@ fn names_are_durable_after_the_sync_of_their_folder() {
 }
 
 #[test]
-fn a_kill_keeps_what_was_complete_and_frees_locks() {
+fn a_kill_keeps_completed_operations_and_releases_locks() {
     let mut landed = std::collections::BTreeSet::new();
     for seed in 0..64 {
         let (host, f) = machine(seed);
@@ -119,7 +118,7 @@ fn a_kill_keeps_what_was_complete_and_frees_locks() {
         let bytes = next.bytes(&p("/d/f")).unwrap();
         assert_eq!(bytes[0], 2);
         landed.insert((bytes[512], bytes[1024]));
-        // The page cache lives on, and is still not durable.
+        // The page cache survives the kill, and is still not durable.
         assert_eq!(next.crash_with(&|_| false).bytes(&p("/d/f")).unwrap()[0], 1);
         assert!(f.lock(Lock::Shared).is_err(), "old handles are dead");
     }
@@ -127,7 +126,7 @@ fn a_kill_keeps_what_was_complete_and_frees_locks() {
 }
 
 #[test]
-fn a_crash_tears_what_is_under_way() {
+fn a_crash_tears_operations_in_flight() {
     let mut seen = std::collections::BTreeSet::new();
     for seed in 0..200 {
         let (host, f) = machine(seed);
@@ -139,12 +138,12 @@ fn a_crash_tears_what_is_under_way() {
         seen.insert((bytes[1536], bytes.get(2048).copied()));
         assert!(f.stat().is_err());
     }
-    // The sector within the length is old or new; beyond it may be no length, a length without bytes, or both.
+    // The sector within the old length is old or new. Beyond it: the old length, the new length without the bytes, or both.
     assert_eq!(seen.len(), 6, "{seen:?}");
 }
 
 #[test]
-fn a_crash_mixes_a_sector_only_within_the_durable_length() {
+fn a_crash_tears_sectors_only_within_the_durable_length() {
     let (host, f) = machine(1);
     let len = usize::try_from(f.stat().unwrap().len).unwrap();
     f.write_at(&vec![7; len + 512], 0).unwrap();
@@ -218,7 +217,7 @@ fn a_sync_in_flight_covers_no_later_write() {
 }
 
 #[test]
-fn faults_come_when_planned() {
+fn faults_occur_as_planned() {
     let (host, f) = machine(1);
     let n = host.counts().steps;
     let plan = FaultPlan { fail: vec![(n + 2, Fault::Io), (n + 4, Fault::NoSpace)], ..FaultPlan::default() };
@@ -227,7 +226,7 @@ fn faults_come_when_planned() {
     assert_eq!(f.sync().unwrap_err().kind(), ErrorKind::Io);
     f.sync().unwrap();
     assert_eq!(f.write_at(&[4; 512], 0).unwrap_err().kind(), ErrorKind::NoSpace);
-    // The second sync lied, since the first had forgotten the write.
+    // The second sync succeeded without the write, which the failed one had dropped.
     assert_eq!(host.crash_with(&|_| false).bytes(&p("/d/f")).unwrap()[0], 1);
     assert_eq!(host.bytes(&p("/d/f")).unwrap()[0], 2);
 
@@ -242,7 +241,7 @@ fn faults_come_when_planned() {
     host.stop_at(host.counts().steps + 2);
     f.write_at(&[6; 512], 0).unwrap();
     assert!(f.write_at(&[7; 512], 0).is_err() && host.is_dead());
-    // The write that the end met may have landed.
+    // The write at which the machine ended may have been stored.
     let last = host.unsynced().len() - 1;
     assert!(!host.crash_with(&|_| true).is_dead());
     assert_eq!(host.crash_with(&|_| true).bytes(&p("/d/f")).unwrap()[0], 7);
@@ -250,7 +249,7 @@ fn faults_come_when_planned() {
 }
 
 #[test]
-fn a_full_disk_keeps_what_a_failed_reservation_got() {
+fn a_failed_allocation_keeps_the_pages_that_it_got() {
     let (host, f) = machine(1);
     host.set_faults(FaultPlan { capacity: Some(16 * 4096), ..FaultPlan::default() });
     assert_eq!(f.allocate(4096, 32 * 4096).unwrap_err().kind(), ErrorKind::NoSpace);
@@ -264,7 +263,7 @@ fn a_full_disk_keeps_what_a_failed_reservation_got() {
     assert_eq!((f.stat().unwrap().allocated, f.next_data(0).unwrap()), (0, None));
     host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
     assert_eq!(f.allocate(0, 4096).unwrap_err().kind(), ErrorKind::Unsupported);
-    // Ranges by the engine: zeroing keeps room, punching gives it back.
+    // Range operations of an engine: Zero keeps the space, Punch frees it.
     host.set_faults(FaultPlan::default());
     f.write_at(&[1; 8192], 0).unwrap();
     let mut engine = host.engine(EngineKind::Auto, 2).unwrap();
@@ -274,7 +273,7 @@ fn a_full_disk_keeps_what_a_failed_reservation_got() {
     engine.submit().unwrap();
     drop(engine);
     assert_eq!((f.stat().unwrap().allocated, f.next_data(0).unwrap()), (4096, None));
-    // A range far beyond what is there costs nothing.
+    // A huge range is cheap if it contains little data.
     f.set_len(1 << 60).unwrap();
     f.punch_hole(0, 1 << 60).unwrap();
 }
@@ -296,7 +295,7 @@ fn locks_exclude_other_handles() {
 }
 
 #[test]
-fn one_seed_is_one_run() {
+fn a_seed_determines_the_run() {
     let run = |seed| {
         let (host, f) = machine(seed);
         let mut random = Random::new(seed);

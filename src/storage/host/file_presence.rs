@@ -1,28 +1,28 @@
-//! Asks whether a file exists without opening it: for paths that an image names and that may not be opened.
+//! Checks whether a file exists without opening it, for paths in images that must not be opened.
 //!
-//! Each component is looked up alone, as the last one of its path, with `O_PATH`: the kernel follows no symbolic link and
-//! triggers no automount, and nothing of the file is read. File systems of the kernel are not entered.
+//! Each component is looked up separately, as the last component of its path, with `O_PATH`. So the kernel follows no symbolic link and
+//! triggers no automount, and nothing of the file is read. Kernel file systems (proc, sysfs, ...) are not entered.
 
 use std::path::{Component, Path};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use super::retry;
-use crate::storage::env::FilePresence;
+use super::call::retry;
+use crate::storage::types::FilePresence;
 
-/// Where no path of an image is looked up.
-const KERNEL: [&str; 3] = ["proc", "sys", "dev"];
+/// Folders of the root in which no path is looked up.
+const KERNEL_FOLDERS: [&str; 3] = ["proc", "sys", "dev"];
 
-/// `f_type` of the file systems in which a lookup acts on the kernel (linux/magic.h): proc, sysfs, devpts, debugfs,
-/// tracefs, cgroup, cgroup2, securityfs, bpf.
+/// `f_type` of kernel file systems, in which a lookup may have effects (linux/magic.h): proc, sysfs, devpts, debugfs, tracefs, cgroup,
+/// cgroup2, securityfs, bpf.
 const KERNEL_MAGIC: [i64; 9] =
     [0x9FA0, 0x6265_6572, 0x1CD1, 0x6462_6720, 0x7472_6163, 0x0027_E0EB, 0x6367_7270, 0x7363_6673, 0xCAFE_4A11];
 /// `f_type` of autofs.
 const AUTOFS_MAGIC: i64 = 0x0187;
 
-/// See [`Env::presence`](crate::storage::Env::presence).
-pub(super) fn presence(path: &Path) -> FilePresence {
+/// Implements [`Env::file_presence`](crate::storage::Env::file_presence).
+pub(super) fn file_presence(path: &Path) -> FilePresence {
     let mut parts = Vec::new();
     for part in path.components() {
         match part {
@@ -32,7 +32,7 @@ pub(super) fn presence(path: &Path) -> FilePresence {
         }
     }
     let Some((last, above)) = parts.split_last() else { return FilePresence::Absent };
-    if KERNEL.iter().any(|kernel| parts[0] == *kernel) {
+    if KERNEL_FOLDERS.iter().any(|kernel| parts[0] == *kernel) {
         return FilePresence::Absent;
     }
     let mut at = match retry(|| rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())) {
@@ -41,7 +41,7 @@ pub(super) fn presence(path: &Path) -> FilePresence {
     };
     for name in above.iter().map(Some).chain([None]) {
         match rustix::fs::fstatfs(&at).map(|found| found.f_type) {
-            Ok(AUTOFS_MAGIC) => return FilePresence::Unknown("an automount is on the way"),
+            Ok(AUTOFS_MAGIC) => return FilePresence::Unknown("the path contains an automount point"),
             Ok(kernel) if KERNEL_MAGIC.contains(&kernel) => return FilePresence::Absent,
             Ok(_) => {}
             Err(e) => return failed(e),
@@ -66,9 +66,9 @@ pub(super) fn presence(path: &Path) -> FilePresence {
 fn failed(e: Errno) -> FilePresence {
     match e {
         Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG => FilePresence::Absent,
-        Errno::LOOP => FilePresence::Unknown("a symbolic link is on the way"),
-        Errno::ACCESS => FilePresence::Unknown("this user may not look into its folder"),
-        _ => FilePresence::Unknown("the kernel cannot tell"),
+        Errno::LOOP => FilePresence::Unknown("the path contains a symbolic link"),
+        Errno::ACCESS => FilePresence::Unknown("this user has no permission to search the folder"),
+        _ => FilePresence::Unknown("the kernel reports an error"),
     }
 }
 
@@ -80,14 +80,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_seen_and_links_are_not_followed() {
+    fn files_are_found_and_links_are_not_followed() {
         let d = tempfile::tempdir().unwrap();
         let d = d.path().canonicalize().unwrap();
         fs::create_dir(d.join("sub")).unwrap();
         fs::write(d.join("sub/f"), "x").unwrap();
         symlink("sub", d.join("way")).unwrap();
         symlink("sub/f", d.join("link")).unwrap();
-        let at = |name: &str| presence(&d.join(name));
+        let at = |name: &str| file_presence(&d.join(name));
         assert_eq!(at("sub/f"), FilePresence::Present);
         for none in ["f", "sub/g", "sub/f/g", "sub", "none/f", &"n".repeat(300)] {
             assert_eq!(at(none), FilePresence::Absent, "{none}");
@@ -96,7 +96,7 @@ mod tests {
             assert!(matches!(at(unknown), FilePresence::Unknown(why) if why.contains("link")), "{unknown}");
         }
         for kernel in ["/", "/proc/self/exe", "/proc/version", "/sys/kernel/uevent_seqnum", "/dev/zero", "/dev/shm/x"] {
-            assert_eq!(presence(Path::new(kernel)), FilePresence::Absent, "{kernel}");
+            assert_eq!(file_presence(Path::new(kernel)), FilePresence::Absent, "{kernel}");
         }
     }
 }

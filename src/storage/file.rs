@@ -1,0 +1,204 @@
+//! Methods of an open file.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use super::backend::{File, Folder};
+use super::types::{AllocationMode, DirectRules, FileSystemSpace, Lock, ModifiedTime, NameStatus, Stat};
+use crate::error::Result;
+
+impl File {
+    /// Returns the path by which the file was opened.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Returns the folder in which the file was found or created. It stays open as long as the file.
+    pub fn folder(&self) -> Folder {
+        self.0.folder().clone()
+    }
+
+    /// Returns the file's name in its folder.
+    pub fn name(&self) -> &OsStr {
+        self.path().file_name().expect("a file is opened by a name")
+    }
+
+    /// Returns whether the file is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.0.is_block_device()
+    }
+
+    /// Returns the current metadata. The length of a block device is its capacity.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn stat(&self) -> Result<Stat> {
+        self.0.stat()
+    }
+
+    /// Returns whether the path by which the file was opened still refers to it.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn name_status(&self) -> Result<NameStatus> {
+        self.0.name_status()
+    }
+
+    /// Fills `into` from byte `offset`.
+    ///
+    /// # Errors
+    /// `Io`, also if the file ends before `into` is full.
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(into, offset)
+    }
+
+    /// Writes all of `from` at byte `offset`.
+    ///
+    /// # Errors
+    /// - `NoSpace`
+    /// - `Io`
+    pub fn write_at(&self, from: &[u8], offset: u64) -> Result<()> {
+        self.0.write_at(from, offset)
+    }
+
+    /// Makes the bytes durable, with the metadata that is needed to read them back (fdatasync).
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sync(&self) -> Result<()> {
+        self.0.sync()
+    }
+
+    /// Makes the bytes and all metadata durable, including the modification time (fsync).
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sync_all(&self) -> Result<()> {
+        self.0.sync_all()
+    }
+
+    /// Sets the modification time (futimens). A later write changes it again. Durable after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_modified(&self, time: ModifiedTime) -> Result<()> {
+        self.0.set_modified(time)
+    }
+
+    /// Reads an extended attribute. Returns `None` if the file does not have it, or the file system has no attributes.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn attribute(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.0.attribute(name)
+    }
+
+    /// Sets an extended attribute, or removes it if `value` is `None`. The bytes of the file and its modification time do not
+    /// change. Durable after [`File::sync_all`].
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system has no such attributes
+    /// - `Io`, also if this user may not change the file
+    pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
+        self.0.set_attribute(name, value)
+    }
+
+    /// Truncates the file to `len` bytes, or extends it with zeros.
+    ///
+    /// # Errors
+    /// - `NoSpace`
+    /// - `Io`
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        self.0.set_len(len)
+    }
+
+    /// Allocates space for a range without changing the file's length or bytes.
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system cannot preallocate
+    /// - `NoSpace`
+    /// - `Io`
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.allocate(offset, len)
+    }
+
+    /// Makes a range read as zeros. Its space is freed if the file system can do that; otherwise zeros are written.
+    ///
+    /// # Errors
+    /// - `NoSpace`
+    /// - `Io`
+    pub fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch_hole(offset, len)
+    }
+
+    /// Returns how the file system allocates space for this file.
+    pub fn allocation_mode(&self) -> AllocationMode {
+        self.0.allocation_mode()
+    }
+
+    /// Disables copy on write for this file. Has an effect only on an empty file, and only on a file system with copy on write.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn disable_copy_on_write(&self) -> Result<()> {
+        self.0.disable_copy_on_write()
+    }
+
+    /// Returns the total and available space of the file system.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn file_system_space(&self) -> Result<FileSystemSpace> {
+        self.0.file_system_space()
+    }
+
+    /// Returns offset and length of the next range of data at or after `offset`: bytes that are not a hole, up to the end of the
+    /// file.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.0.next_data(offset)
+    }
+
+    /// Advises the kernel that reads will be small and scattered, which disables its readahead.
+    pub fn advise_random_reads(&self) {
+        self.0.advise_random_reads()
+    }
+
+    /// Advises the kernel to begin reading a range into the page cache. Prefetches of several ranges run at the same time.
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        self.0.prefetch(offset, len)
+    }
+
+    /// Returns the kernel's readahead for a sequential stream in bytes, or 0 if it is unknown.
+    pub fn kernel_readahead(&self) -> u64 {
+        self.0.kernel_readahead()
+    }
+
+    /// Advises the kernel to begin writing a dirty range to the medium, before a sync. The kernel may also drop the range from
+    /// the page cache.
+    pub fn start_writeback(&self, offset: u64, len: u64) {
+        self.0.start_writeback(offset, len)
+    }
+
+    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open description. Waits up to 30 s, but
+    /// only for the I/O of processes that have ended.
+    ///
+    /// # Errors
+    /// - `Busy` if another process holds a conflicting lock; the message contains the holder if it can be found
+    /// - `Unsupported` for an exclusive lock on a file that is open for reading
+    /// - `Io`
+    pub fn lock(&self, lock: Lock) -> Result<()> {
+        self.0.lock(lock)
+    }
+
+    /// Enables O_DIRECT and returns the alignment that it requires. Returns `None` and changes nothing if the file system does not
+    /// report the alignment, or requires offsets to be multiples of more than a sector.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_direct(&self) -> Result<Option<DirectRules>> {
+        self.0.set_direct()
+    }
+}
