@@ -8,9 +8,9 @@ use std::process::Command;
 
 use super::guest::{Content, Guest, History, SECTOR};
 use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
-use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
 use crate::common::rng::Rng;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
 const DISK: u64 = 24 << 20;
@@ -42,7 +42,7 @@ fn direct_io_on_btrfs() {
 
 #[test]
 fn direct_io_on_tmpfs() {
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = temp::in_memory();
     assert_direct(&made_in(folder.path()), false);
 }
 
@@ -50,7 +50,7 @@ fn on_loop(test: &str, kind: FsKind, body: impl FnOnce(&Path)) {
     if !can_mount(test) {
         return;
     }
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = temp::in_memory();
     let device = folder.path().join("device");
     File::create(&device).and_then(|file| file.set_len(kind.size())).expect("a device in memory");
     kind.make(&device, &[]);
@@ -69,7 +69,7 @@ fn made_in(folder: &Path) -> std::path::PathBuf {
 /// Random work with `--direct`: served directly or not as `expected`, and right.
 fn assert_direct(image: &Path, expected: bool) {
     let mut rng = Rng::from_env("alignment");
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(image, &["--direct", runtime.option()]);
     let fallen_back = daemon.log().contains(FALLBACK);
     assert_eq!(!fallen_back, expected, "{}: {}", image.display(), daemon.log());

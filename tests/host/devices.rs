@@ -7,7 +7,8 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::common::tool::{DIFFDISK, Finished, diffdisk, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, Finished, diffdisk, run};
 use crate::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 
 const MIB: usize = 1 << 20;

@@ -12,9 +12,9 @@ use tempfile::TempDir;
 
 use super::guest::{SECTOR, tagged_run};
 use super::loopdev::{FsKind, Mounted, can_mount};
-use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
 /// Sectors of a write: four to a block.
@@ -180,13 +180,13 @@ struct FullFs {
     kind: FsKind,
     image: PathBuf,
     ballast: PathBuf,
-    runtime: Runtime,
+    runtime: RuntimeDir,
     allocation: &'static str,
 }
 
 impl FullFs {
     fn new(kind: FsKind, size: u64, allocation: &'static str) -> FullFs {
-        let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let folder = temp::in_memory();
         let device = folder.path().join("device");
         File::create(&device).and_then(|file| file.set_len(size)).expect("a device in memory");
         kind.make(&device, &[]);
@@ -195,7 +195,7 @@ impl FullFs {
         let file = File::create(&ballast).expect("a ballast");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BALLAST).expect("room for the ballast");
         diffdisk(["create", text(&image), "--size", DISK, "--block-size", BLOCK]).ok();
-        FullFs { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new(), allocation }
+        FullFs { mounted, _folder: folder, kind, image, ballast, runtime: RuntimeDir::new(), allocation }
     }
 
     fn options(&self, policy: &str) -> [String; 3] {

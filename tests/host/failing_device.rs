@@ -9,9 +9,9 @@ use std::time::Duration;
 use super::fuse;
 use super::guest::{SECTOR, tagged_run};
 use super::loopdev::{FsKind, Mounted, can_mount, mount_on_loop};
-use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
+use crate::common::temp::RuntimeDir;
 use crate::common::tool::{self, diffdisk};
 
 /// What the medium refuses.
@@ -55,7 +55,7 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     // Sixteen blocks: the first write's step of growth is the only one. A second one in the background would be under way
     // or not when the medium fails, and one that can be neither ended nor undone poisons the image.
     diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("32M")]).ok();
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(&image, &[mode, runtime.option()]);
     let mut client = daemon.connect();
     write(&mut client, 1, 0, 64).expect("a write");

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use super::fuse::{self, Entry, Event, FuseDisk, contains};
 use super::guest::{SECTOR, tagged, tagged_run};
 use super::loopdev::{FsKind, can_mount, mount_on_loop};
-use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
+use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 
 /// How long the medium holds a write back.
@@ -70,7 +70,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     diffdisk([convert, &raw, &root, to, dynamic, from, kind]).ok();
     let allow = format!("--allow-parents={}", mounted.path().display());
     diffdisk([create, &child, Path::new("--parent"), &root, Path::new(&allow)]).ok();
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, "--direct", &allow, runtime.option()];
     let old = Daemon::start(&child, &options);
     let mut client = old.connect();
@@ -100,7 +100,7 @@ fn on_the_medium_itself(test: &str, engine: &str) {
     let made = folder.path().join("image.vhd");
     create(&made);
     let disk = fuse::copy_of(&made);
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, runtime.option()];
     let (old, killed) = kill_with_a_write_under_way(&disk, &disk.path(), &options);
     let new = Daemon::start(&disk.path(), &options);
@@ -122,7 +122,7 @@ fn on_ext4(test: &str, engine: &str) {
     let (device, mounted) = mount_on_loop(&disk.path(), FsKind::Ext4);
     let image = mounted.path().join("image.vhd");
     create(&image);
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, "--direct", runtime.option()];
     let (old, killed) = kill_with_a_write_under_way(&disk, &image, &options);
     let new = Daemon::start(&image, &options);

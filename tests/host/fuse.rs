@@ -7,28 +7,23 @@
 //! Do not read or write below the mount failpoint in the test's own process: killed in the midst of it, the process would
 //! wait for an answer that it alone could give. Programs started by the test do.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use fuser::{
-    BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
-    TimeOrNow, WriteFlags,
-};
+use fuser::{BackgroundSession, Errno, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::mount::UnmountFlags;
 use tempfile::TempDir;
+
+use crate::fuse_file::{self, FileContent};
 
 use super::loopdev::unmount;
 use super::pages::Pages;
 
 /// Name of the file.
 const NAME: &str = "disk";
-const FILE: INodeNo = INodeNo(2);
-const TTL: Duration = Duration::from_secs(3600);
 
 /// What happened to the file.
 #[derive(Clone, Debug)]
@@ -90,8 +85,8 @@ impl FuseDisk {
         let mount_point = tempfile::tempdir().expect("a mount point");
         let mut config = fuser::Config::default();
         config.mount_options = vec![fuser::MountOption::FSName("diffdisk-test".into())];
-        let session = fuser::Session::new(Server(shared.clone()), mount_point.path(), &config);
-        let session = session.and_then(fuser::Session::spawn).expect("FUSE mounts for root");
+        let session =
+            fuse_file::mount(Server(shared.clone()), mount_point.path(), &config).expect("FUSE mounts for root");
         FuseDisk { shared, session: Some(session), mount_point }
     }
 
@@ -217,31 +212,6 @@ pub(crate) fn contains(data: &[u8], needle: &[u8]) -> bool {
 struct Server(Arc<Shared>);
 
 impl Server {
-    fn attributes(&self, ino: INodeNo) -> FileAttr {
-        let (kind, perm, size) = match ino {
-            INodeNo::ROOT => (FileType::Directory, 0o755, 0),
-            _ => (FileType::RegularFile, 0o600, self.0.state().pages.len()),
-        };
-        let blocks = if kind == FileType::RegularFile { self.0.state().pages.used() / 512 } else { 0 };
-        FileAttr {
-            ino,
-            size,
-            blocks,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-
     /// Has an event take effect, now or after the delay, then answers.
     fn apply(&self, event: Event, answer: impl FnOnce() + Send + 'static) {
         let shared = self.0.clone();
@@ -282,61 +252,24 @@ impl Server {
     }
 }
 
-impl Filesystem for Server {
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if parent == INodeNo::ROOT && name == OsStr::new(NAME) {
-            reply.entry(&TTL, &self.attributes(FILE), Generation(0));
-        } else {
-            reply.error(Errno::ENOENT);
-        }
+impl FileContent for Server {
+    const NAME: &'static str = NAME;
+    const TTL: Duration = Duration::from_secs(3600);
+
+    fn len(&self) -> u64 {
+        self.0.state().pages.len()
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &self.attributes(ino));
+    fn allocated(&self) -> u64 {
+        self.0.state().pages.used()
     }
 
-    fn setattr(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u32>,
-        size: Option<u64>,
-        _: Option<TimeOrNow>,
-        _: Option<TimeOrNow>,
-        _: Option<std::time::SystemTime>,
-        _: Option<FileHandle>,
-        _: Option<std::time::SystemTime>,
-        _: Option<std::time::SystemTime>,
-        _: Option<std::time::SystemTime>,
-        _: Option<BsdFileFlags>,
-        reply: ReplyAttr,
-    ) {
-        if let Some(size) = size {
-            self.0.state().pages.set_len(size);
-        }
-        reply.attr(&TTL, &self.attributes(ino));
+    fn set_len(&self, len: u64) {
+        self.0.state().pages.set_len(len);
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Else an open would wait for reads under way, to drop their pages.
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
+    fn read(&self, offset: u64, size: usize, reply: ReplyData) {
         self.record_arrival();
-        let size = usize::try_from(size).expect("a size in memory");
         let delay = Duration::from_millis(self.0.read_delay_ms.load(Ordering::SeqCst));
         if delay.is_zero() {
             let bytes = self.0.state().pages.read(offset, size);
@@ -356,18 +289,7 @@ impl Filesystem for Server {
         });
     }
 
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        data: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
+    fn write(&self, offset: u64, data: &[u8], reply: ReplyWrite) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);
@@ -379,7 +301,7 @@ impl Filesystem for Server {
         self.apply(Event::Write { offset, data }, move || reply.written(size));
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn sync(&self, reply: ReplyEmpty) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_syncs) {
             return reply.error(Errno::EIO);
@@ -387,7 +309,7 @@ impl Filesystem for Server {
         self.apply(Event::Sync, move || reply.ok());
     }
 
-    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
+    fn allocate(&self, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);

@@ -15,9 +15,10 @@ mod disk_full;
 mod failing_device;
 mod fence;
 mod fuse;
+#[path = "../common/fuse_file.rs"]
+mod fuse_file;
 mod guest;
 mod loopdev;
 mod pages;
 mod power_cut;
-mod runtime;
 mod space;

@@ -16,9 +16,9 @@ use super::fuse::{self, Entry, Event, FuseDisk};
 use super::guest::{Content, Guest, History, SECTOR, Tearing, tagged};
 use super::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 use super::pages::{PAGE, Pages};
-use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
 use crate::common::rng::Rng;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::{self, diffdisk};
 
 /// Bytes of the guests' disks.
@@ -89,7 +89,7 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
     places.sort_unstable();
     let mut medium = MediumReplay { synced: base, log: &log, at: 0 };
     // A tmpfs: nothing here has to survive.
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = temp::in_memory();
     let sectors = modes.map(|mode| if mode == "--direct" { Tearing::Whole } else { Tearing::Torn });
     // In a file of its own each time: in one that a dying loop device still has, a mount may find that device again, and in
     // its cache a superblock of the cut before, which says that there is no journal to replay.
@@ -173,7 +173,7 @@ fn work(
     modes: [&'static str; 2],
     rng: &mut Rng,
 ) -> Vec<History> {
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let start =
         |(top, mode): (&&str, &'static str)| Daemon::start(&mounted.path().join(top), &[mode, runtime.option()]);
     let daemons: Vec<Daemon> = TOPS.iter().zip(modes).map(start).collect();
@@ -337,7 +337,7 @@ fn read_disk(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
 /// A daemon opens it for writing, shows the same disk, takes a write, and closes it in good order.
 fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     // What lived in the host's memory is gone with it.
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(image, &[runtime.option()]);
     let mut client = daemon.connect();
     let shown = client.read_all(1 << 20).expect("reads after recovery");

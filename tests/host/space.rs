@@ -8,9 +8,9 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
-use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
 const KIB: u64 = 1 << 10;
@@ -20,7 +20,7 @@ const GIB: u64 = 1 << 30;
 /// Images on a real file system, and a runtime folder.
 struct SpaceFixture {
     folder: TempDir,
-    runtime: Runtime,
+    runtime: RuntimeDir,
 }
 
 impl SpaceFixture {
@@ -29,7 +29,7 @@ impl SpaceFixture {
     }
 
     fn within(folder: &Path) -> SpaceFixture {
-        SpaceFixture { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: Runtime::new() }
+        SpaceFixture { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: RuntimeDir::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -220,7 +220,7 @@ fn many_children_take_what_they_write() {
     let (children, mib): (u64, u64) = (children.parse().expect("a number"), mib.parse().expect("a number"));
     let kinds = if children < 64 { vec![FsKind::Ext4, FsKind::Xfs, FsKind::BtrfsSeparate] } else { vec![FsKind::Ext4] };
     for kind in kinds {
-        let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let outside = temp::scratch("farm");
         let device = outside.path().join("device");
         let size = children * mib * MIB * 5 / 4 + 300 * MIB;
         fs::File::create(&device).and_then(|file| file.set_len(size)).expect("a device");

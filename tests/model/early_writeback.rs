@@ -7,7 +7,7 @@ use diffdisk::disk::{Outcome, Work};
 use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 
-use crate::ChainModel;
+use crate::chain_model::ChainModel;
 use crate::testing::{TestDisk, TestMemory};
 
 const SIZE: u64 = 24 << 20;

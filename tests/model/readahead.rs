@@ -9,8 +9,8 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::{SECTOR, SectorRange};
 use rustix::fs::{Advice, fadvise};
 
+use crate::chain_model::{ChainModel, KIB};
 use crate::testing::{TestDisk, TestMemory};
-use crate::{ChainModel, KIB};
 
 const SIZE: u64 = 24 << 20;
 

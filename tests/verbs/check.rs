@@ -15,7 +15,9 @@ use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
 
 use crate::common::golden::Golden;
-use crate::common::tool::{diffdisk, scratch};
+use crate::common::rng::seed_or;
+use crate::common::temp::scratch;
+use crate::common::tool::diffdisk;
 use crate::failpoints;
 use crate::fixture::{self, Fill, Fixture};
 use crate::sweep::FOLDER;
@@ -287,8 +289,7 @@ fn assert_repaired(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
 
 #[test]
 fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
-    let mut random =
-        Random::new(std::env::var("DIFFDISK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122));
+    let mut random = Random::new(seed_or(20_261_122));
     let (mut cuts, mut faults) = (0, 0);
     for f in [front_and_space as fn(&mut VhdBytes), tail_and_pointers] {
         let folder = scratch("check-cut");

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use diffdisk::storage::host::Host;
 
-use crate::common::tool::{DIFFDISK, diffdisk, lock_spawns, run, scratch, start};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, diffdisk, lock_spawns, run, start};
 use crate::fixture::{Fill, Fixture};
 
 fn text(path: &Path) -> String {
@@ -17,7 +18,7 @@ fn text(path: &Path) -> String {
 /// A folder with a root of 100 sectors and a child of it.
 fn chain() -> tempfile::TempDir {
     let folder = scratch("convert");
-    let _alone = lock_spawns();
+    let _lock = lock_spawns();
     let scene = Fixture::new(&Host, folder.path());
     scene.dynamic("root.vhd", 4096, 100);
     scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);

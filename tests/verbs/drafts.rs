@@ -15,7 +15,8 @@ use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::units::BlockSize;
 
-use crate::common::tool::{diffdisk, lock_spawns, scratch};
+use crate::common::temp::{is_temporary, scratch};
+use crate::common::tool::{diffdisk, lock_spawns};
 use crate::failpoints;
 use crate::fixture::{Fill, Fixture};
 use crate::sweep::FOLDER;
@@ -23,10 +24,6 @@ use crate::sweep::FOLDER;
 /// The names in a folder.
 fn names(folder: &Path) -> BTreeSet<OsString> {
     fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name()).collect()
-}
-
-fn is_temporary(name: &Path) -> bool {
-    name.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
 }
 
 /// Command lines that make `new.vhd`, with `{}` for the folder, and whether they replace an old one.
@@ -50,7 +47,7 @@ fn a_killed_maker_leaves_nothing() {
     }
     let scene = Fixture::new(&Host, folder.path());
     {
-        let _alone = lock_spawns();
+        let _lock = lock_spawns();
         scene.dynamic("root.vhd", 4096, 1000);
         scene.write("root.vhd", &[(0, 9, Fill::Tag("T")), (500, 1000, Fill::Tag("T"))]);
     }

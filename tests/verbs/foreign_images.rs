@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::common::tool::{Finished, diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{Finished, diffdisk};
 use crate::common::vhd_bytes::{DIFFERENCING, VhdFile, VhdSpec, footer, header, id, utf16le, write_file};
 
 fn run(folder: &Path, args: &[&str]) -> Finished {

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use diffdisk::storage::sim::SimHost;
 
-use crate::common::tool::{self, diffdisk};
+use crate::common::temp::{self, is_temporary};
+use crate::common::tool::diffdisk;
 use crate::failpoints;
 use crate::fixture::Fixture;
 use crate::sweep::FOLDER;
@@ -42,7 +43,7 @@ impl KillCase<'_> {
 
     /// Kills it at a failpoint, looks, and calls it again. Whether it came to that failpoint.
     fn kill(&self, point: &str) -> bool {
-        let folder = tool::scratch("verbs");
+        let folder = temp::scratch("verbs");
         self.make(folder.path());
         let killed = failpoints::killed(point, 1, self.args(folder.path()));
         if killed {
@@ -58,8 +59,8 @@ impl KillCase<'_> {
             diffdisk(["check".as_ref(), path.as_os_str(), "--chain".as_ref()]).ok();
         }
         for entry in std::fs::read_dir(folder.path()).expect("a folder") {
-            let name = entry.expect("an entry").file_name();
-            assert!(!name.to_string_lossy().starts_with('.'), "{}: {point} leaves {}", self.name, name.display());
+            let path = entry.expect("an entry").path();
+            assert!(!is_temporary(&path), "{}: {point} leaves {}", self.name, path.display());
         }
         killed
     }

@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, diffdisk, on_path, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, diffdisk, on_path, run};
 
 fn text(path: &Path) -> String {
     path.display().to_string()

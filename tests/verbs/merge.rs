@@ -11,7 +11,8 @@ use tempfile::TempDir;
 
 use crate::chain_spec::{ChainSpec, Layer, check_disk, fill};
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, lock_spawns, run, scratch, start, wait};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, lock_spawns, run, start, wait};
 use crate::common::{digest, oracle};
 use crate::failpoints;
 use crate::merge_cases::{MergeCase, all};
@@ -26,7 +27,7 @@ impl MergeFixture {
     fn new(case: MergeCase) -> MergeFixture {
         let folder = scratch("merge");
         let built = {
-            let _alone = lock_spawns();
+            let _lock = lock_spawns();
             case.scene.build(&Host, folder.path())
         };
         built.expect("a scene");
@@ -77,7 +78,7 @@ impl MergeFixture {
         }
         for (layer, values) in all {
             let same = {
-                let _alone = lock_spawns();
+                let _lock = lock_spawns();
                 check_disk(&Host, &self.at(layer), &values)
             };
             same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
@@ -311,7 +312,7 @@ fn a_child_that_is_written_after_a_kill_is_copied_again() {
         assert!(failpoints::killed(point, 1, stage.args()), "{point}");
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = lock_spawns();
+            let _lock = lock_spawns();
             fill(&Host, &stage.child(), &more, 64)
         };
         filled.expect("it takes writes");
@@ -380,7 +381,7 @@ fn a_child_that_is_restored_after_a_kill_is_copied_again() {
         restore(&stage.child(), &backup);
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = lock_spawns();
+            let _lock = lock_spawns();
             fill(&Host, &stage.child(), &more, 64)
         };
         filled.expect("it takes writes");

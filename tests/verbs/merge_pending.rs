@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::common::daemon::Daemon;
 use crate::common::digest;
-use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run};
 use crate::failpoints;
 
 /// Root, parent, child and grandchild in a folder, with data.

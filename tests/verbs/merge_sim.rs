@@ -10,6 +10,7 @@ use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 
 use crate::chain_spec::{check_disk, defects};
+use crate::common::rng::seed_or;
 use crate::merge_cases::{MergeCase, all};
 
 fn folder() -> &'static Path {
@@ -132,9 +133,7 @@ fn power_cuts_at_every_step() {
 fn crashes_in_a_row() {
     let cases = all(1);
     let lengths: Vec<u64> = cases.iter().map(steps).collect();
-    let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_061_111);
-    println!("DIFFDISK_SEED={seed}");
-    let mut random = Random::new(seed);
+    let mut random = Random::new(seed_or(20_061_111));
     let rounds = std::env::var("DIFFDISK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(600);
     for round in 0..rounds {
         let number = random.index(cases.len());

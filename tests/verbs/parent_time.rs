@@ -13,7 +13,8 @@ use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env, ModifiedTime};
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{Finished, diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{Finished, diffdisk};
 use crate::fixture::{Fill, Fixture};
 
 const A: Fill<'static> = Fill::Tag("A");

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::tool::{diffdisk, require, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{diffdisk, require, run};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, footer};
 
 const MIB: u64 = 1 << 20;

@@ -10,7 +10,8 @@ use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::common::rng::Rng;
+use crate::common::rng::{Rng, seed_of_env};
+use crate::common::temp::is_temporary;
 use crate::fixture::{Fill, Fixture, overwrite};
 use crate::sweep::FOLDER;
 
@@ -218,7 +219,7 @@ impl SequenceRun<'_> {
                 self.scene.defects(&image.name).into_iter().filter(|kind| !ALLOWED.contains(kind)).collect();
             assert_eq!(defects, [""; 0], "{}\n{}", image.name, trace.join("\n"));
         }
-        let strange = self.host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        let strange = self.host.names().into_iter().find(|name| is_temporary(name));
         assert_eq!(strange, None, "{}", trace.join("\n"));
     }
 }
@@ -250,8 +251,8 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
 
 #[test]
 fn disks_stay_as_the_verbs_say() {
-    if let Ok(seed) = std::env::var("DIFFDISK_SEED") {
-        run(seed.parse().expect("a decimal number"), 60);
+    if let Some(seed) = seed_of_env() {
+        run(seed, 60);
         return;
     }
     let first = Rng::from_env("sequences").next() % 1_000_000;

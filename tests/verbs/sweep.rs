@@ -8,6 +8,7 @@ use diffdisk::error::Result;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{DurableUnit, Fault, FaultPlan, Random, SimHost};
 
+use crate::common::temp::is_temporary;
 use crate::fixture::Fixture;
 
 /// Where simulated images lie.
@@ -79,7 +80,7 @@ impl SweepCase<'_> {
             assert!(seen == *new, "{}: {}: {name} is not what it should be", self.name, when());
             assert_eq!(scene.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
         }
-        let strange = host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        let strange = host.names().into_iter().find(|name| is_temporary(name));
         assert_eq!(strange, None, "{}: {}", self.name, when());
     }
 

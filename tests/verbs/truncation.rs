@@ -14,7 +14,8 @@ use diffdisk::storage::host::Host;
 use diffdisk::units::SECTOR;
 
 use crate::common::pattern;
-use crate::common::tool::{lock_spawns, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::lock_spawns;
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
 use crate::fixture::{Fill, Fixture};
 
@@ -291,7 +292,7 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
 
 #[test]
 fn a_copy_that_was_cut_off_is_read_right_or_refused() {
-    let _alone = lock_spawns();
+    let _lock = lock_spawns();
     for case in CASES {
         let mut figures = Counts::default();
         sweep(case, &mut figures);
@@ -305,7 +306,7 @@ fn a_copy_that_was_cut_off_is_read_right_or_refused() {
 
 #[test]
 fn a_lost_sector_is_never_the_parents_old_data() {
-    let _alone = lock_spawns();
+    let _lock = lock_spawns();
     let scratch = scratch("truncation");
     child(scratch.path());
     let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");

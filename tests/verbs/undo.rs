@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::tool::{diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::diffdisk;
 use crate::common::vhd_bytes::{VhdFile, VhdSpec};
 use crate::failpoints;
 

@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 use assert_cmd::cargo::cargo_bin;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::MIB;
 use super::blk::Guest;
 use super::image;
+use super::setup::MIB;
+use super::temp::{self, RuntimeDir};
 
 /// A folder with images, and a runtime folder of its own.
 struct StartFixture {
     dir: tempfile::TempDir,
-    runtime: tempfile::TempDir,
+    runtime: RuntimeDir,
 }
 
 impl StartFixture {
     fn new() -> StartFixture {
-        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
-        StartFixture { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), runtime }
+        StartFixture { dir: temp::scratch("start"), runtime: RuntimeDir::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -41,7 +41,7 @@ impl StartFixture {
 
     fn tool(&self, args: &[&str]) -> Output {
         let mut command = Command::new(cargo_bin!("diffdisk"));
-        command.current_dir(&self.dir).args(args).arg("--runtime-dir").arg(self.runtime.path()).output().unwrap()
+        command.current_dir(&self.dir).args(args).arg(self.runtime.option()).output().unwrap()
     }
 
     /// The daemon, run by a shell after `before`.
@@ -49,9 +49,9 @@ impl StartFixture {
         // Also under nohup, where a shell cannot take SIGHUP back.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP", "sh"]);
-        let runtime = self.runtime.path().display();
+        let runtime = self.runtime.option();
         let program = cargo_bin!("diffdiskd").display();
-        let line = format!("{before} exec {program} --no-system-config --runtime-dir={runtime} {args}");
+        let line = format!("{before} exec {program} --no-system-config {runtime} {args}");
         command.current_dir(&self.dir).args(["-c", &line]).stdin(Stdio::null()).stderr(self.log());
         command
     }
@@ -155,7 +155,7 @@ fn the_journal_of_a_killed_daemon_outlives_a_failed_start() {
     assert_eq!(guest.write(0, 4096, &[7; 4096]), 0);
     stop(daemon, Signal::KILL);
     drop(guest);
-    let journals = || fs::read_dir(scene.runtime.path()).unwrap().count();
+    let journals = || scene.runtime.journals().len();
     assert_eq!(journals(), 1);
     let status = scene.daemon("", "--blk-file=a.vhd --socket-path=none/a.sock").status().unwrap();
     assert_eq!((status.code(), journals()), (Some(1), 1), "{}", scene.log_text());
