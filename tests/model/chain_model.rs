@@ -1,4 +1,4 @@
-//! A chain under test beside a flat array of bytes, which has what its disk must read as.
+//! A chain under test, and a flat array with the expected contents of its disk.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::testing::{TestDisk, TestMemory};
 
 pub(crate) const KIB: u64 = 1 << 10;
 
-/// A chain under test, and what its disk must read as.
+/// A chain under test, and the expected contents of its disk.
 pub(crate) struct ChainModel {
     folder: tempfile::TempDir,
     /// In memory, for live journals.
@@ -27,9 +27,9 @@ pub(crate) struct ChainModel {
     pub(crate) engine: EngineKind,
     pub(crate) direct: bool,
     pub(crate) layers: Vec<PathBuf>,
-    /// What the guest must read.
+    /// The expected contents.
     pub(crate) model: Vec<u8>,
-    /// Granules of bitmap that are kept in memory; `None` for as many as the disk likes.
+    /// Bitmap sectors that the disk may cache; `None` for its default.
     pub(crate) cached_bitmap_sectors: Option<usize>,
 }
 
@@ -97,8 +97,8 @@ impl ChainModel {
         &mut self.model[(range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize]
     }
 
-    /// A few hundred random acts on the top, then the whole disk is read.
-    pub(crate) fn work(&mut self, rig: &mut TestDisk, acts: usize) {
+    /// Runs `acts` random requests on the top, then reads the whole disk.
+    pub(crate) fn work(&mut self, disk: &mut TestDisk, acts: usize) {
         for _ in 0..acts {
             match self.random.below(20) {
                 0..=8 => {
@@ -106,39 +106,39 @@ impl ChainModel {
                     let range = self.range(longest);
                     let bytes = self.pattern(range);
                     let cuts = [self.random.below(range.bytes()) as usize, 512 * range.count() as usize / 2];
-                    rig.write(range, &bytes, &cuts);
+                    disk.write(range, &bytes, &cuts);
                     self.model_bytes(range).copy_from_slice(&bytes);
                 }
                 9..=10 => {
                     let (ranges, unmap) = (self.ranges(), self.random.below(2) == 0);
-                    rig.zero(&ranges, unmap);
+                    disk.zero(&ranges, unmap);
                     ranges.into_iter().for_each(|range| self.model_bytes(range).fill(0));
                 }
                 11 => {
                     let ranges = self.ranges();
-                    rig.discard(ranges.clone());
-                    ranges.into_iter().for_each(|range| self.accept_discarded(rig, range));
+                    disk.discard(ranges.clone());
+                    ranges.into_iter().for_each(|range| self.accept_discarded(disk, range));
                 }
-                12 => rig.flush(),
-                13..=14 => self.burst(rig),
+                12 => disk.flush(),
+                13..=14 => self.burst(disk),
                 _ => {
                     let range = self.range(3000);
-                    let got = rig.read(range);
+                    let got = disk.read(range);
                     self.compare(range, &got);
                 }
             }
         }
-        self.compare_all(rig);
+        self.compare_all(disk);
     }
 
-    /// Up to three ranges, as one request may name; they may overlap.
+    /// Returns up to three random ranges for one request; they may overlap.
     pub(crate) fn ranges(&mut self) -> Vec<SectorRange> {
         (0..1 + self.random.below(3)).map(|_| self.range(5000)).collect()
     }
 
-    /// Each sector is what it was, or zero; from now on it must stay what it is found to be.
-    pub(crate) fn accept_discarded(&mut self, rig: &mut TestDisk, range: SectorRange) {
-        let now = rig.read(range);
+    /// Reads a discarded range. Each sector must have its old contents or zeros, and must keep what it has now.
+    pub(crate) fn accept_discarded(&mut self, disk: &mut TestDisk, range: SectorRange) {
+        let now = disk.read(range);
         let seed = self.random.next();
         for (n, (was, is)) in self.model_bytes(range).chunks(512).zip(now.chunks(512)).enumerate() {
             assert!(was == is || is == [0; 512], "{range} sector {n} after discard (near {seed})");
@@ -146,8 +146,8 @@ impl ChainModel {
         self.model_bytes(range).copy_from_slice(&now);
     }
 
-    /// Many requests in flight, each on its own part of the disk.
-    pub(crate) fn burst(&mut self, rig: &mut TestDisk) {
+    /// Runs 16 requests at once, each on its own part of the disk.
+    pub(crate) fn burst(&mut self, disk: &mut TestDisk) {
         let sectors = self.model.len() as u64 / SECTOR;
         let share = sectors / 16;
         let mut reads = Vec::new();
@@ -157,15 +157,15 @@ impl ChainModel {
             if self.random.below(2) == 0 {
                 let bytes = self.pattern(range);
                 let memory = TestMemory::new(&bytes);
-                rig.submit(Work::Write { range, from: memory.iovecs(&[]) });
+                disk.submit(Work::Write { range, from: memory.iovecs(&[]) });
                 self.model_bytes(range).copy_from_slice(&bytes);
             } else {
                 let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
-                rig.submit(Work::Read { range, into: memory.iovecs(&[]) });
+                disk.submit(Work::Read { range, into: memory.iovecs(&[]) });
                 reads.push((range, memory));
             }
         }
-        for (tag, outcome) in rig.finish() {
+        for (tag, outcome) in disk.finish() {
             assert_eq!(outcome, Outcome::Done, "request {tag}");
         }
         for (range, memory) in reads {
@@ -189,16 +189,16 @@ impl ChainModel {
         if let Some(n) = want.chunks(512).zip(got.chunks(512)).position(|(a, b)| a != b) {
             let show = |bytes: &[u8]| String::from_utf8_lossy(&bytes[n * 512..n * 512 + 64]).into_owned();
             let (sector, depth) = (range.start() + n as u64, self.layers.len());
-            panic!("sector {sector} at depth {depth}: want {:?}, got {:?}", show(want), show(got));
+            panic!("sector {sector} at depth {depth}: expected {:?}, got {:?}", show(want), show(got));
         }
     }
 
-    pub(crate) fn compare_all(&self, rig: &mut TestDisk) {
+    pub(crate) fn compare_all(&self, disk: &mut TestDisk) {
         let sectors = self.model.len() as u64 / SECTOR;
         let mut at = 0;
         while at < sectors {
             let range = SectorRange::between(at, (at + 3001).min(sectors));
-            let got = rig.read(range);
+            let got = disk.read(range);
             self.compare(range, &got);
             at = range.end();
         }

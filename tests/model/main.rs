@@ -1,7 +1,7 @@
-//! Random work on chains of every shape, held against a flat array of bytes.
+//! Random requests on chains of every shape, compared with a flat array of bytes.
 //!
-//! kinds x depths (0..8) x block sizes, parents of other block sizes and other disk sizes, both engines, with clean and
-//! unclean ends in between. Every disagreement names the seed.
+//! Types x depths (0 to 8) x block sizes; parents of other block sizes and disk sizes; both engines; clean and unclean ends. Each
+//! test prints its seed.
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 
@@ -29,33 +29,33 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
 use testing::{TestDisk, TestMemory};
 
-/// Builds a chain of `depth` children over a root, working on each layer before the next covers it.
+/// Builds a chain of `depth` children over a root, with random requests on each layer before the next one is added.
 fn run(seed: u64, root: &str, blocks: &[u64], sizes: &[u64], depth: usize, engine: EngineKind, direct: bool) {
-    let mut world = ChainModel::new(seed, engine, direct);
+    let mut chain = ChainModel::new(seed, engine, direct);
     for layer in 0..=depth {
-        world.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
-        // Every second layer with too little memory for its bitmaps.
-        world.cached_bitmap_sectors = (layer % 2 == 1).then_some(layer / 2 % 4);
-        let mut rig = world.open(false);
-        world.work(&mut rig, 60);
-        if world.random.below(2) == 0 {
-            if world.random.below(2) == 0 {
-                rig.flush();
+        chain.push(if layer == 0 { root } else { "child" }, blocks[layer % blocks.len()], sizes[layer % sizes.len()]);
+        // Every second layer has too little memory for its bitmaps.
+        chain.cached_bitmap_sectors = (layer % 2 == 1).then_some(layer / 2 % 4);
+        let mut disk = chain.open(false);
+        chain.work(&mut disk, 60);
+        if chain.random.below(2) == 0 {
+            if chain.random.below(2) == 0 {
+                disk.flush();
             }
-            rig.abandon();
-            world.check(false);
-            let mut rig = world.open(false);
-            world.work(&mut rig, 30);
-            rig.close();
+            disk.abandon();
+            chain.check(false);
+            let mut disk = chain.open(false);
+            chain.work(&mut disk, 30);
+            disk.close();
         } else {
-            rig.close();
+            disk.close();
         }
-        world.check(true);
-        let mut rig = world.open(true);
-        world.compare_all(&mut rig);
-        rig.abandon();
+        chain.check(true);
+        let mut disk = chain.open(true);
+        chain.compare_all(&mut disk);
+        disk.abandon();
     }
-    let chain = Chain::open(&*world.env, world.top(), &Policy::default(), OpenMode::Inspect);
+    let chain = Chain::open(&*chain.env, chain.top(), &Policy::default(), OpenMode::Inspect);
     assert_eq!(chain.expect("it opens").images().len(), depth + 1);
 }
 
@@ -95,36 +95,36 @@ fn parents_of_other_block_sizes_and_other_disk_sizes() {
     for (seed, root) in [(40, "dynamic"), (41, "fixed")] {
         run(seed, root, &blocks, &sizes, 8, EngineKind::Auto, false);
     }
-    // A child may be smaller than its parent, too, and a grandchild larger again: what was cut off stays zero.
+    // A child smaller than its parent, and a grandchild larger again: the part that the child cut off reads as zeros.
     run(42, "dynamic", &blocks, &[9 * 1024 * KIB, 5 * 1024 * KIB + 512], 5, EngineKind::Auto, false);
 }
 
 #[test]
 fn a_journal_that_is_too_small_and_none_at_all() {
-    // More granules than the journal has slots, written without a flush: commits begin by themselves.
-    let mut world = ChainModel::new(70, EngineKind::Auto, false);
-    world.push("dynamic", 4 * KIB, 20 * 1024 * KIB);
-    let mut rig = world.open(false);
+    // More bitmap sectors than the journal has slots are written without a flush, so commits begin by themselves.
+    let mut chain = ChainModel::new(70, EngineKind::Auto, false);
+    chain.push("dynamic", 4 * KIB, 20 * 1024 * KIB);
+    let mut disk = chain.open(false);
     for block in 0..5000 {
         let range = SectorRange::between(block * 8 + 3, block * 8 + 4);
-        let bytes = world.pattern(range);
-        rig.write(range, &bytes, &[]);
-        world.model_bytes(range).copy_from_slice(&bytes);
+        let bytes = chain.pattern(range);
+        disk.write(range, &bytes, &[]);
+        chain.model_bytes(range).copy_from_slice(&bytes);
     }
-    rig.abandon();
-    let mut rig = world.open(false);
-    world.compare_all(&mut rig);
-    rig.close();
-    // Without a journal every answer is durable.
-    let mut world = ChainModel::new(71, EngineKind::Auto, false);
-    world.durability = Durability::Commit;
-    world.push("dynamic", 64 * KIB, 1024 * KIB);
-    world.push("child", 64 * KIB, 1024 * KIB);
-    let mut rig = world.open(false);
-    world.work(&mut rig, 40);
-    rig.abandon();
-    let mut rig = world.open(false);
-    world.compare_all(&mut rig);
+    disk.abandon();
+    let mut disk = chain.open(false);
+    chain.compare_all(&mut disk);
+    disk.close();
+    // Without a journal every acknowledged write is durable.
+    let mut chain = ChainModel::new(71, EngineKind::Auto, false);
+    chain.durability = Durability::Commit;
+    chain.push("dynamic", 64 * KIB, 1024 * KIB);
+    chain.push("child", 64 * KIB, 1024 * KIB);
+    let mut disk = chain.open(false);
+    chain.work(&mut disk, 40);
+    disk.abandon();
+    let mut disk = chain.open(false);
+    chain.compare_all(&mut disk);
 }
 
 #[test]
@@ -135,37 +135,37 @@ fn direct_io() {
 
 #[test]
 fn a_chain_of_sixty_four() {
-    let mut world = ChainModel::new(60, EngineKind::Auto, false);
+    let mut chain = ChainModel::new(60, EngineKind::Auto, false);
     for layer in 0..64 {
-        world.push(if layer == 0 { "dynamic" } else { "child" }, 64 * KIB, 1024 * KIB);
-        let mut rig = world.open(false);
-        world.work(&mut rig, 6);
-        rig.close();
+        chain.push(if layer == 0 { "dynamic" } else { "child" }, 64 * KIB, 1024 * KIB);
+        let mut disk = chain.open(false);
+        chain.work(&mut disk, 6);
+        disk.close();
     }
-    let mut rig = world.open(true);
-    world.compare_all(&mut rig);
+    let mut disk = chain.open(true);
+    chain.compare_all(&mut disk);
 }
 
 #[test]
 fn a_write_is_seen_when_it_has_moved_and_not_before() {
     for engine in [EngineKind::Blocking, EngineKind::Auto] {
-        let mut world = ChainModel::new(70, engine, false);
-        world.push("dynamic", 64 * KIB, 1024 * KIB);
-        world.push("child", 64 * KIB, 1024 * KIB);
-        let mut rig = world.open(false);
+        let mut chain = ChainModel::new(70, engine, false);
+        chain.push("dynamic", 64 * KIB, 1024 * KIB);
+        chain.push("child", 64 * KIB, 1024 * KIB);
+        let mut disk = chain.open(false);
         let range = SectorRange::between(10, 20);
         let memory = TestMemory::new(&[7; 10 * 512]);
-        let sources = |rig: &TestDisk| {
+        let sources = |disk: &TestDisk| {
             let mut plan = PlanBuffer::default();
-            rig.disk.version().plan_read(range, &mut plan);
+            disk.disk.version().plan_read(range, &mut plan);
             plan.extents.iter().map(|e| e.source).collect::<Vec<_>>()
         };
-        // Taken, its block has a place, and its bytes are still where they were.
-        rig.submit(Work::Write { range, from: memory.iovecs(&[]) });
-        assert_eq!(sources(&rig), [Source::Zero]);
-        rig.finish();
-        assert!(matches!(sources(&rig)[..], [Source::File { .. }]));
-        assert_eq!(rig.read(range), [7; 10 * 512]);
-        rig.close();
+        // The write is in flight and its block is reserved, but reads still see the old contents.
+        disk.submit(Work::Write { range, from: memory.iovecs(&[]) });
+        assert_eq!(sources(&disk), [Source::Zero]);
+        disk.finish();
+        assert!(matches!(sources(&disk)[..], [Source::File { .. }]));
+        assert_eq!(disk.read(range), [7; 10 * 512]);
+        disk.close();
     }
 }
