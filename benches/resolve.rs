@@ -7,6 +7,9 @@
 
 #[path = "resolve/chains.rs"]
 mod chains;
+#[path = "harness/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "a part of it is used here")]
+mod harness;
 #[path = "resolve/null.rs"]
 mod null;
 
@@ -16,6 +19,7 @@ use std::time::Instant;
 use chains::{BLOCKS, Fragmentation, plan_all, version};
 use diffdisk::chain::{PlanBuffer, Version};
 use diffdisk::units::SectorRange;
+use harness::random_stream;
 use null::NullMode;
 
 /// Sectors of a request.
@@ -65,13 +69,9 @@ fn measure(version: &Version) -> f64 {
 }
 
 fn run_plans(version: &Version, plan: &mut PlanBuffer, count: u64) {
-    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut rng = random_stream(0);
     for _ in 0..count {
-        // Marsaglia's xorshift64.
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        let start = (random >> 20) % (BLOCKS * 4096 / REQUEST) * REQUEST;
+        let start = rng.below(BLOCKS * 4096 / REQUEST) * REQUEST;
         version.plan_read(black_box(SectorRange::between(start, start + REQUEST)), plan);
         black_box(&plan);
     }

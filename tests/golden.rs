@@ -7,14 +7,14 @@ use std::path::Path;
 
 use common::client::MAX_REQUEST_BYTES;
 use common::daemon::Daemon;
-use common::golden::{Golden, hex, number, sha256_of, sha256_of_stream, text};
-use common::{pattern, tool};
+use common::digest::{sha256_of_bytes, sha256_of_file};
+use common::golden::{Golden, number, text};
+use common::{pattern, temp, tool};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 /// The corpus, unpacked where nobody else writes.
 fn corpus(name: &str) -> (Golden, tempfile::TempDir) {
-    let (golden, folder) = (Golden::load(), tool::scratch(name));
+    let (golden, folder) = (Golden::load(), temp::scratch(name));
     golden.unpack(folder.path());
     (golden, folder)
 }
@@ -36,12 +36,12 @@ fn convert_reads_every_image_as_its_makers_do() {
         };
         let stream = to("-").ok();
         assert_eq!(stream.stdout.len() as u64, number(image, "virtual_size"), "{name}: length of the stream");
-        assert_eq!(sha256_of_stream(&mut &stream.stdout[..]), text(image, "virtual_sha256"), "{name} to a stream");
+        assert_eq!(sha256_of_bytes(&stream.stdout), text(image, "virtual_sha256"), "{name} to a stream");
         let raw = root.join("out.raw");
         to(&raw.display().to_string()).ok();
-        assert_eq!(sha256_of(&raw), text(image, "virtual_sha256"), "{name} to a file");
+        assert_eq!(sha256_of_file(&raw), text(image, "virtual_sha256"), "{name} to a file");
         std::fs::remove_file(raw).expect("the converted file can be removed");
-        assert_eq!(sha256_of(&path), text(image, "file_sha256"), "{name}: convert changed its source");
+        assert_eq!(sha256_of_file(&path), text(image, "file_sha256"), "{name}: convert changed its source");
     }
 }
 
@@ -89,7 +89,7 @@ fn check_finds_no_corruption() {
         let check = tool::diffdisk(args.into_iter().chain(allow(folder.path())));
         assert!(matches!(check.code, Some(0 | 4)), "{}: {check:?}", path.display());
         assert_eq!(check.json()["corruptions"], 0, "{}", path.display());
-        assert_eq!(sha256_of(&path), text(image, "file_sha256"), "{}: check changed the image", path.display());
+        assert_eq!(sha256_of_file(&path), text(image, "file_sha256"), "{}: check changed the image", path.display());
     }
 }
 
@@ -103,13 +103,13 @@ fn a_guest_reads_every_image_through_the_socket() {
         let mut guest = daemon.connect();
         assert_eq!(guest.capacity().expect("a configuration"), number(image, "virtual_size"), "{name}: capacity");
         let disk = guest.read_all(MAX_REQUEST_BYTES).expect("reads in flight");
-        assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} in requests of 1 MiB");
+        assert_eq!(sha256_of_bytes(&disk), text(image, "virtual_sha256"), "{name} in requests of 1 MiB");
         let disk = guest.read_all(12 * 512).expect("reads in flight");
-        assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} in requests of 6 KiB");
+        assert_eq!(sha256_of_bytes(&disk), text(image, "virtual_sha256"), "{name} in requests of 6 KiB");
         guest.write(0, &[1; 512]).expect_err("a read-only disk took a write");
         drop(guest);
         daemon.stop();
-        assert_eq!(sha256_of(&path), text(image, "file_sha256"), "{name}: a read-only daemon changed it");
+        assert_eq!(sha256_of_file(&path), text(image, "file_sha256"), "{name}: a read-only daemon changed it");
     }
 }
 
@@ -118,14 +118,14 @@ fn a_guest_writes_on_top_of_every_image() {
     let golden = Golden::load();
     for image in golden.images() {
         // Unpacked anew each time: a write to a parent would change what its children show.
-        let folder = tool::scratch("golden-write");
+        let folder = temp::scratch("golden-write");
         golden.unpack(folder.path());
         let (name, path) = (text(image, "file"), folder.path().join(text(image, "file")));
         let [option, root] = allow(folder.path());
         let daemon = Daemon::start(&path, &[&option, &root, "--allow-writable-parent"]);
         let mut guest = daemon.connect();
         let mut disk = guest.read_all(MAX_REQUEST_BYTES).expect("reads in flight");
-        assert_eq!(hex(&Sha256::digest(&disk)), text(image, "virtual_sha256"), "{name} before the writes");
+        assert_eq!(sha256_of_bytes(&disk), text(image, "virtual_sha256"), "{name} before the writes");
         let last = disk.len() / 512 - 1;
         for (first, count) in [(0, 1), (4, 9), (1023, 3), (1500, 300), (last, 1)] {
             let fresh = pattern::sectors("guest", first as u64, count);
@@ -149,7 +149,7 @@ fn a_guest_writes_on_top_of_every_image() {
         let check = tool::diffdisk(check);
         assert!(matches!(check.code, Some(0 | 4)), "{name} after the writes: {check:?}");
         for other in golden.images().iter().filter(|other| other["file"] != image["file"]) {
-            let untouched = sha256_of(&folder.path().join(text(other, "file")));
+            let untouched = sha256_of_file(&folder.path().join(text(other, "file")));
             assert_eq!(untouched, text(other, "file_sha256"), "writing to {name} changed {}", other["file"]);
         }
     }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use common::client::{Client, MAX_REQUEST_BYTES};
 use common::daemon::Daemon;
 use common::rng::Rng;
+use common::temp::{self, RuntimeDir};
 use common::{pattern, tool};
 
 const MIB: u64 = 1 << 20;
@@ -29,7 +30,7 @@ struct Chain {
 impl Chain {
     /// One layer per entry of `layers`, root first: `--type` and `--block-size` for the root; children follow it.
     fn build(name: &str, size: u64, root: &[&str], depth: usize, rng: &mut Rng) -> Chain {
-        let folder = tool::scratch(name);
+        let folder = temp::scratch(name);
         let mut chain =
             Chain { folder, files: Vec::new(), disk: vec![0; usize::try_from(size).expect("a small disk")] };
         for layer in 0..depth {
@@ -277,7 +278,7 @@ fn chains_with_small_blocks_are_read_alike() {
 #[test]
 fn what_qemu_does_to_a_child_is_recognised() {
     tool::require(&["qemu-io"]);
-    let folder = tool::scratch("interop-qemu-child");
+    let folder = temp::scratch("interop-qemu-child");
     let path = |name: &str| folder.path().join(name);
     let raw = pattern::sectors("root", 0, 8 << 11);
     fs::write(path("root.raw"), raw).expect("the raw disk is written");
@@ -302,10 +303,9 @@ fn what_qemu_does_to_a_child_is_recognised() {
 fn killed_images_are_read_alike() {
     let mut rng = Rng::from_env("killed");
     for (depth, qemu) in [(1, true), (3, false)] {
-        let runtime = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
-        let option = format!("--runtime-dir={}", runtime.path().display());
+        let runtime = RuntimeDir::new();
         let mut chain = Chain::build("killed", 24 * MIB, &["--block-size", "2M"], depth, &mut rng);
-        let daemon = Daemon::start(chain.leaf(), &[&option]);
+        let daemon = Daemon::start(chain.leaf(), &[runtime.option()]);
         let mut guest = daemon.connect();
         chain.run_guest(&mut guest, depth, &mut rng);
         guest.flush().expect("a flush");
@@ -324,7 +324,7 @@ fn killed_images_are_read_alike() {
         }
         chain.assert_sevenzip();
         chain.assert_vhdlib();
-        tool::diffdisk(["settle", &chain.leaf().display().to_string(), &option]).ok();
+        tool::diffdisk(["settle", &chain.leaf().display().to_string(), runtime.option()]).ok();
         chain.assert_diffdisk();
     }
 }

@@ -18,7 +18,8 @@ use common::chain::Chain;
 use common::daemon::Daemon;
 use common::frontend::{ConnectOptions, DEPTH, Driver, Machine, RequestKind, RestoredBase};
 use common::rng::Rng;
-use common::tool::{diffdisk, scratch};
+use common::temp::{RuntimeDir, scratch};
+use common::tool::diffdisk;
 
 const QUEUES: usize = 3;
 const MIB: u64 = 1 << 20;
@@ -264,9 +265,8 @@ impl Drop for Connection {
 /// A run on `image`; the disk is whole and right at its end, through another daemon too.
 fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng) {
     // The journal lives as long as the host: on tmpfs, as /run is.
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder on tmpfs");
-    let runtime = format!("--runtime-dir={}", folder.path().display());
-    let mut daemon = Daemon::start(image, &["--num-queues=3", "--log-level=info", &runtime]);
+    let runtime = RuntimeDir::new();
+    let mut daemon = Daemon::start(image, &["--num-queues=3", "--log-level=info", runtime.option()]);
     let mut machine = Machine::new(QUEUES, event_idx);
     let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
     let seeds: Vec<u64> = (0..QUEUES).map(|_| rng.next()).collect();

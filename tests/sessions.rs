@@ -13,28 +13,10 @@ use std::time::{Duration, Instant};
 use common::client::Client;
 use common::daemon::Daemon;
 use common::rng::Rng;
-use common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, run, scratch};
-use tempfile::TempDir;
+use common::temp::{RuntimeDir, scratch};
+use common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, run};
 
 const MIB: u64 = 1 << 20;
-
-/// A runtime folder, and the option that names it.
-struct Runtime(TempDir);
-
-impl Runtime {
-    fn new() -> Runtime {
-        Runtime(tempfile::tempdir_in("/dev/shm").expect("a folder in memory"))
-    }
-
-    fn option(&self) -> String {
-        format!("--runtime-dir={}", self.0.path().display())
-    }
-
-    fn journals(&self) -> Vec<PathBuf> {
-        let names = self.0.path().read_dir().expect("the folder is there");
-        names.map(|entry| entry.expect("an entry").path()).collect()
-    }
-}
 
 fn created(folder: &Path, name: &str, parent: Option<&Path>) -> PathBuf {
     let image = folder.join(name);
@@ -48,8 +30,8 @@ fn created(folder: &Path, name: &str, parent: Option<&Path>) -> PathBuf {
 }
 
 /// A daemon writes without a flush and is killed.
-fn write_and_kill(image: &Path, runtime: &Runtime, offset: u64, byte: u8) {
-    let daemon = Daemon::start(image, &[&runtime.option(), "--allow-writable-parent"]);
+fn write_and_kill(image: &Path, runtime: &RuntimeDir, offset: u64, byte: u8) {
+    let daemon = Daemon::start(image, &[runtime.option(), "--allow-writable-parent"]);
     daemon.connect().write(offset, &[byte; 4096]).expect("a write that is never flushed");
     daemon.kill();
 }
@@ -80,8 +62,8 @@ fn assert_refused(finished: &Finished, words: &[&str]) {
     }
 }
 
-fn read_byte(image: &Path, runtime: &Runtime, offset: u64) -> u8 {
-    let disk = diffdisk(["convert", text(image), "-", "--to", "raw", &runtime.option()]).ok().stdout;
+fn read_byte(image: &Path, runtime: &RuntimeDir, offset: u64) -> u8 {
+    let disk = diffdisk(["convert", text(image), "-", "--to", "raw", runtime.option()]).ok().stdout;
     disk[usize::try_from(offset).expect("a small disk")]
 }
 
@@ -91,12 +73,12 @@ fn another_user_is_told_what_to_run() {
         println!("skipped: needs root");
         return;
     }
-    let (folder, runtime, empty) = (scratch("session-user"), Runtime::new(), Runtime::new());
+    let (folder, runtime, empty) = (scratch("session-user"), RuntimeDir::new(), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &runtime, 5 * MIB, 0xA5);
     // The user nobody, whose folder has no such journal.
-    let own = Runtime::new();
-    std::os::unix::fs::chown(own.0.path(), Some(65534), Some(65534)).expect("root may");
+    let own = RuntimeDir::new();
+    std::os::unix::fs::chown(own.path(), Some(65534), Some(65534)).expect("root may");
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).expect("ours");
     fs::set_permissions(&image, Permissions::from_mode(0o666)).expect("ours");
     let program = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir().expect("a folder");
@@ -109,39 +91,39 @@ fn another_user_is_told_what_to_run() {
         use std::os::unix::process::CommandExt;
         run(Command::new(&copy).args(args).uid(65534).gid(65534), Duration::from_secs(20))
     };
-    let folder_of_root = runtime.0.path().display().to_string();
+    let folder_of_root = runtime.path().display().to_string();
     let words = ["did not end cleanly", "user root (0)", "sudo -u root", &folder_of_root, "settle"];
     for verb in [&["check"][..], &["compact"], &["settle"], &["map"]] {
         let args: Vec<&str> = verb.iter().copied().chain([text(&visible)]).collect();
         assert_refused(&as_nobody(&args), &words);
     }
-    assert_refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", &own.option()]), &words);
+    assert_refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", own.option()]), &words);
     // The folder of root, named by nobody: not theirs.
-    assert_refused(&as_nobody(&["check", text(&visible), &runtime.option()]), &["runtime folder"]);
+    assert_refused(&as_nobody(&["check", text(&visible), runtime.option()]), &["runtime folder"]);
     // And root with another folder.
     assert_refused(
-        &diffdisk(["convert", text(&image), "-", "--to", "raw", &empty.option()]),
+        &diffdisk(["convert", text(&image), "-", "--to", "raw", empty.option()]),
         &["did not end cleanly", &folder_of_root],
     );
-    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    diffdisk(["settle", text(&image), runtime.option()]).ok();
     assert_eq!((read_byte(&image, &empty, 5 * MIB), runtime.journals().len()), (0xA5, 0));
 }
 
 #[test]
 fn two_folders_never_undo_each_other() {
-    let (folder, first, second) = (scratch("session-folders"), Runtime::new(), Runtime::new());
+    let (folder, first, second) = (scratch("session-folders"), RuntimeDir::new(), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &first, 5 * MIB, 1);
-    let said = daemon_refused(&image, &[&second.option()]);
-    assert!(said.contains("did not end cleanly") && said.contains(&first.0.path().display().to_string()), "{said}");
+    let said = daemon_refused(&image, &[second.option()]);
+    assert!(said.contains("did not end cleanly") && said.contains(&first.path().display().to_string()), "{said}");
     let info = diffdisk(["info", text(&image), "--json"]).ok().json();
     assert_eq!(info["session"]["open"], true, "{info}");
-    assert_eq!(info["session"]["folder"], first.0.path().display().to_string());
+    assert_eq!(info["session"]["folder"], first.path().display().to_string());
     // Given up by name: what was acknowledged is gone, and nothing of it comes back.
-    let daemon = Daemon::start(&image, &[&second.option(), "--discard-journal"]);
+    let daemon = Daemon::start(&image, &[second.option(), "--discard-journal"]);
     daemon.connect().write(5 * MIB, &[2; 4096]).expect("a write");
     daemon.stop();
-    let daemon = Daemon::start(&image, &[&first.option()]);
+    let daemon = Daemon::start(&image, &[first.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [2; 4096]);
     daemon.stop();
     assert!(diffdisk(["info", text(&image), "--json"]).ok().json()["session"].is_null());
@@ -150,10 +132,10 @@ fn two_folders_never_undo_each_other() {
 
 #[test]
 fn an_older_copy_put_back_in_place_is_refused() {
-    let (folder, runtime) = (scratch("session-restore"), Runtime::new());
+    let (folder, runtime) = (scratch("session-restore"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    let daemon = Daemon::start(&image, &[&runtime.option()]);
+    let daemon = Daemon::start(&image, &[runtime.option()]);
     let mut guest = daemon.connect();
     guest.write(5 * MIB, &[1; 4096]).expect("a write");
     guest.flush().expect("a flush");
@@ -167,36 +149,36 @@ fn an_older_copy_put_back_in_place_is_refused() {
         file.set_len(0).and_then(|()| file.write_all_at(bytes, 0)).expect("it can be restored");
     };
     restore(&backup);
-    let said = daemon_refused(&image, &[&runtime.option()]);
+    let said = daemon_refused(&image, &[runtime.option()]);
     assert!(said.contains("does not fit") && said.contains("older copy"), "{said}");
-    assert_refused(&diffdisk(["settle", text(&image), &runtime.option()]), &["does not fit"]);
+    assert_refused(&diffdisk(["settle", text(&image), runtime.option()]), &["does not fit"]);
     restore(&last);
-    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    diffdisk(["settle", text(&image), runtime.option()]).ok();
     assert_eq!(read_byte(&image, &runtime, 5 * MIB + 8192), 2);
 }
 
 #[test]
 fn a_killed_image_is_taken_in_where_it_was_moved_to() {
-    let (folder, runtime) = (scratch("session-move"), Runtime::new());
+    let (folder, runtime) = (scratch("session-move"), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &runtime, 5 * MIB, 7);
     let moved = folder.path().join("moved.vhd");
     fs::copy(&image, &moved).expect("a copy on a larger disk");
-    let daemon = Daemon::start(&moved, &[&runtime.option()]);
+    let daemon = Daemon::start(&moved, &[runtime.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [7; 4096]);
     // Its journal is that of the copy now.
-    assert_refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
+    assert_refused(&diffdisk(["check", text(&image), runtime.option()]), &["did not end cleanly"]);
     daemon.stop();
-    let said = daemon_refused(&image, &[&runtime.option()]);
+    let said = daemon_refused(&image, &[runtime.option()]);
     assert!(said.contains("a copy of this image may have taken it in"), "{said}");
-    assert_refused(&diffdisk(["check", text(&image), &runtime.option()]), &["did not end cleanly"]);
-    diffdisk(["check", text(&image), &runtime.option(), "--discard-journal"]);
-    assert_ne!(diffdisk(["check", text(&image), &runtime.option()]).code, Some(1), "given up");
+    assert_refused(&diffdisk(["check", text(&image), runtime.option()]), &["did not end cleanly"]);
+    diffdisk(["check", text(&image), runtime.option(), "--discard-journal"]);
+    assert_ne!(diffdisk(["check", text(&image), runtime.option()]).code, Some(1), "given up");
 }
 
 #[test]
 fn a_killed_parent_is_asked_too() {
-    let (folder, runtime) = (scratch("session-parent"), Runtime::new());
+    let (folder, runtime) = (scratch("session-parent"), RuntimeDir::new());
     let parent = created(folder.path(), "parent.vhd", None);
     let child = created(folder.path(), "child.vhd", Some(&parent));
     write_and_kill(&parent, &runtime, 5 * MIB, 9);
@@ -211,40 +193,40 @@ fn a_killed_parent_is_asked_too() {
         &["flatten", text(&child)],
     ] {
         assert_refused(
-            &diffdisk(args.iter().copied().chain([runtime.option().as_str()])),
+            &diffdisk(args.iter().copied().chain([runtime.option()])),
             &["did not end cleanly", "parent.vhd"],
         );
     }
     assert!(fs::read(&parent).expect("the parent") == before, "nothing was cut out of it");
-    let daemon = Daemon::start(&child, &[&runtime.option()]);
+    let daemon = Daemon::start(&child, &[runtime.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [9; 4096]);
     daemon.stop();
-    diffdisk(["check", text(&child), "--chain", &runtime.option()]).ok();
+    diffdisk(["check", text(&child), "--chain", runtime.option()]).ok();
     assert_eq!((read_byte(&child, &runtime, 5 * MIB), runtime.journals().len()), (9, 0));
 }
 
 #[test]
 fn hostile_folders_and_journals_are_refused() {
-    let (folder, runtime) = (scratch("session-hostile"), Runtime::new());
+    let (folder, runtime) = (scratch("session-hostile"), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &runtime, 5 * MIB, 3);
     let open = Permissions::from_mode(0o777);
-    fs::set_permissions(runtime.0.path(), open).expect("ours");
-    let said = daemon_refused(&image, &[&runtime.option()]);
+    fs::set_permissions(runtime.path(), open).expect("ours");
+    let said = daemon_refused(&image, &[runtime.option()]);
     assert!(said.contains("open to other users") && said.contains("777"), "{said}");
-    fs::set_permissions(runtime.0.path(), Permissions::from_mode(0o700)).expect("ours");
+    fs::set_permissions(runtime.path(), Permissions::from_mode(0o700)).expect("ours");
     let journal = runtime.journals().pop().expect("the journal");
     let whole = fs::read(&journal).expect("the journal");
     fs::hard_link(&journal, folder.path().join("link"))
-        .or_else(|_| fs::hard_link(&journal, runtime.0.path().join("x")))
+        .or_else(|_| fs::hard_link(&journal, runtime.path().join("x")))
         .expect("a link");
-    let said = daemon_refused(&image, &[&runtime.option()]);
+    let said = daemon_refused(&image, &[runtime.option()]);
     assert!(said.contains("2 names"), "{said}");
-    for name in [folder.path().join("link"), runtime.0.path().join("x")] {
+    for name in [folder.path().join("link"), runtime.path().join("x")] {
         let _ = fs::remove_file(name);
     }
     fs::set_permissions(&journal, Permissions::from_mode(0o644)).expect("ours");
-    assert!(daemon_refused(&image, &[&runtime.option()]).contains("mode is 644"));
+    assert!(daemon_refused(&image, &[runtime.option()]).contains("mode is 644"));
     fs::set_permissions(&journal, Permissions::from_mode(0o600)).expect("ours");
     // Words that no daemon stores: refused, and no panic.
     let slot = 512 * 8;
@@ -253,23 +235,23 @@ fn hostile_folders_and_journals_are_refused() {
     for (at, word) in [(0, u64::MAX), (0, 1 << 62), (1, u64::MAX), (2, u64::MAX), (3, 1 << 61)] {
         let at = (slot + used * 68 * 8 + at * 8) as u64;
         file.write_all_at(&word.to_ne_bytes(), at).expect("a word");
-        let said = daemon_refused(&image, &[&runtime.option()]);
+        let said = daemon_refused(&image, &[runtime.option()]);
         assert!(said.contains("damaged") && !said.contains("panic"), "{said}");
         file.write_all_at(&whole, 0).expect("as it was");
     }
     file.set_len(4096).expect("cut");
-    assert!(daemon_refused(&image, &[&runtime.option()]).contains("4096 bytes"));
+    assert!(daemon_refused(&image, &[runtime.option()]).contains("4096 bytes"));
     file.write_all_at(&whole, 0).expect("as it was");
-    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    diffdisk(["settle", text(&image), runtime.option()]).ok();
     assert_eq!(read_byte(&image, &runtime, 5 * MIB), 3);
 }
 
 #[test]
 fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
     for cut in [true, false] {
-        let (folder, runtime) = (scratch("session-cut"), Runtime::new());
+        let (folder, runtime) = (scratch("session-cut"), RuntimeDir::new());
         let image = created(folder.path(), "a.vhd", None);
-        let daemon = Daemon::start(&image, &[&runtime.option()]);
+        let daemon = Daemon::start(&image, &[runtime.option()]);
         let mut guest = daemon.connect();
         guest.write(MIB, &[1; 4096]).expect("a write");
         let journal = runtime.journals().pop().expect("the journal");
@@ -285,7 +267,7 @@ fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
         assert_eq!(daemon.log().contains("its file was cut"), cut, "{}", daemon.log());
         drop(guest);
         daemon.stop();
-        diffdisk(["check", text(&image), &runtime.option()]).ok();
+        diffdisk(["check", text(&image), runtime.option()]).ok();
         assert_eq!((read_byte(&image, &runtime, MIB), read_byte(&image, &runtime, 57 * MIB)), (1, 2));
         assert_eq!(runtime.journals().len(), 0);
     }
@@ -293,20 +275,20 @@ fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
 
 #[test]
 fn a_guest_that_only_reads_leaves_no_trace() {
-    let (folder, runtime) = (scratch("session-reader"), Runtime::new());
+    let (folder, runtime) = (scratch("session-reader"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
     // The first opening recovers what is new and was never closed: room behind the last block is made zero, and cut off.
-    Daemon::start(&image, &[&runtime.option()]).stop();
+    Daemon::start(&image, &[runtime.option()]).stop();
     let before = fs::read(&image).expect("the image");
-    let daemon = Daemon::start(&image, &[&runtime.option()]);
+    let daemon = Daemon::start(&image, &[runtime.option()]);
     let mut guest = daemon.connect();
     guest.read(5 * MIB, 4096).expect("a read");
     guest.flush().expect("a flush");
     assert!(runtime.journals().is_empty(), "a journal");
     assert!(fs::read(&image).expect("the image") == before, "the image has changed");
     daemon.kill();
-    diffdisk(["check", text(&image), "--chain", &runtime.option()]).ok();
+    diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
 /// Kills a daemon again and again; its successor is now of the same folder, now of another, and the image is now where it
@@ -315,13 +297,13 @@ fn a_guest_that_only_reads_leaves_no_trace() {
 fn successors_of_all_kinds() {
     let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));
     let mut rng = Rng::from_env("successors");
-    let (folder, runtime, other) = (scratch("session-loop"), Runtime::new(), Runtime::new());
+    let (folder, runtime, other) = (scratch("session-loop"), RuntimeDir::new(), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let mut image = created(folder.path(), "a.vhd", Some(&root));
     let mut known = vec![0u8; 64 * 256];
     let (mut refusals, mut taken) = (0, 0);
     for round in 0..rounds {
-        let daemon = Daemon::start(&image, &[&runtime.option()]);
+        let daemon = Daemon::start(&image, &[runtime.option()]);
         let mut guest = daemon.connect();
         for (n, byte) in known.iter().enumerate().filter(|_| rng.below(16) == 0) {
             let found = guest.read(n as u64 * 4096, 4096).expect("a read");
@@ -351,13 +333,13 @@ fn successors_of_all_kinds() {
         if let Some(older) = older {
             let file = OpenOptions::new().write(true).open(&image).expect("the same file");
             file.set_len(0).and_then(|()| file.write_all_at(&older, 0)).expect("restored");
-            daemon_refused(&image, &[&runtime.option()]);
+            daemon_refused(&image, &[runtime.option()]);
             file.set_len(0).and_then(|()| file.write_all_at(&last, 0)).expect("as it was");
             refusals += 1;
         }
         if rng.below(2) == 0 {
-            daemon_refused(&image, &[&other.option()]);
-            assert_refused(&diffdisk(["map", text(&image), &other.option()]), &["did not end cleanly"]);
+            daemon_refused(&image, &[other.option()]);
+            assert_refused(&diffdisk(["map", text(&image), other.option()]), &["did not end cleanly"]);
             refusals += 1;
         }
         match rng.below(3) {
@@ -368,13 +350,13 @@ fn successors_of_all_kinds() {
                 image = moved;
             }
             1 => {
-                diffdisk(["settle", text(&image), &runtime.option()]).ok();
+                diffdisk(["settle", text(&image), runtime.option()]).ok();
             }
             _ => {}
         }
         taken += 1;
     }
-    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    diffdisk(["settle", text(&image), runtime.option()]).ok();
     let disk = diffdisk(["convert", text(&image), "-", "--to", "raw"]).ok().stdout;
     assert!(known.iter().zip(disk.chunks(4096)).all(|(byte, found)| found.iter().all(|b| b == byte)));
     println!("{taken} kills, {refusals} successors refused");
@@ -395,10 +377,10 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
         copy
     });
     // Not in the project's folder, where that user may not go.
-    let (folder, runtime) = (tempfile::tempdir().expect("a folder"), Runtime::new());
+    let (folder, runtime) = (tempfile::tempdir().expect("a folder"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    for path in [folder.path(), &root, &image, runtime.0.path()] {
+    for path in [folder.path(), &root, &image, runtime.path()] {
         std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("root may");
     }
     let as_nobody = |program: &Path| {
@@ -408,7 +390,7 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
     };
     let socket = folder.path().join("s");
     let mut served = as_nobody(&daemon)
-        .args(["--blk-file", text(&image), "--socket-path", text(&socket), &runtime.option(), "--log-level=error"])
+        .args(["--blk-file", text(&image), "--socket-path", text(&socket), runtime.option(), "--log-level=error"])
         .spawn()
         .expect("it starts");
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -425,46 +407,46 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
     for args in [&["convert", text(&image), "-", "--to", "raw"][..], &["merge", text(&image)]] {
         assert_refused(&diffdisk(args), &["did not end cleanly", "sudo -u ", "settle"]);
     }
-    run(as_nobody(&tool).args(["settle", text(&image), &runtime.option()]), Duration::from_secs(20)).ok();
-    assert_eq!(read_byte(&image, &Runtime::new(), 5 * MIB), 6);
+    run(as_nobody(&tool).args(["settle", text(&image), runtime.option()]), Duration::from_secs(20)).ok();
+    assert_eq!(read_byte(&image, &RuntimeDir::new(), 5 * MIB), 6);
 }
 
 /// A backup of a closed image is what it is; nothing of a later journal gets into it.
 #[test]
 fn a_closed_backup_put_back_in_place_keeps_its_contents() {
-    let (folder, runtime) = (scratch("session-backup"), Runtime::new());
+    let (folder, runtime) = (scratch("session-backup"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
     write_and_kill(&image, &runtime, 5 * MIB, 1);
-    diffdisk(["settle", text(&image), &runtime.option()]).ok();
+    diffdisk(["settle", text(&image), runtime.option()]).ok();
     let backup = fs::read(&image).expect("the closed image");
     write_and_kill(&image, &runtime, 5 * MIB + 4096, 2);
     let file = OpenOptions::new().write(true).open(&image).expect("the same file");
     file.set_len(backup.len() as u64).and_then(|()| file.write_all_at(&backup, 0)).expect("it can be restored");
     assert_eq!((runtime.journals().len(), read_byte(&image, &runtime, 5 * MIB)), (1, 1));
-    let seen = diffdisk(["convert", text(&image), "-", "--to", "raw", &runtime.option()]).ok().stdout;
-    let daemon = Daemon::start(&image, &[&runtime.option()]);
+    let seen = diffdisk(["convert", text(&image), "-", "--to", "raw", runtime.option()]).ok().stdout;
+    let daemon = Daemon::start(&image, &[runtime.option()]);
     let mut guest = daemon.connect();
     assert!(guest.read(0, seen.len()).expect("a read") == seen, "the daemon shows another disk than the tool");
     assert!(daemon.log().contains("holds what was acknowledged"), "the journal that stays is named: {}", daemon.log());
     drop(guest);
     daemon.stop();
-    diffdisk(["check", text(&image), "--chain", &runtime.option()]).ok();
+    diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
 /// Whichever comes first takes the journal in, the image or its copy; the other is refused.
 #[test]
 fn of_an_image_and_its_copy_one_takes_the_journal_in() {
     for copy_first in [true, false] {
-        let (folder, runtime) = (scratch("session-copy"), Runtime::new());
+        let (folder, runtime) = (scratch("session-copy"), RuntimeDir::new());
         let image = created(folder.path(), "a.vhd", None);
         write_and_kill(&image, &runtime, 5 * MIB, 8);
         let copy = folder.path().join("copy.vhd");
         fs::copy(&image, &copy).expect("a copy");
         let (first, second) = if copy_first { (&copy, &image) } else { (&image, &copy) };
-        diffdisk(["settle", text(first), &runtime.option()]).ok();
+        diffdisk(["settle", text(first), runtime.option()]).ok();
         assert_eq!(read_byte(first, &runtime, 5 * MIB), 8);
-        assert_refused(&diffdisk(["settle", text(second), &runtime.option()]), &["did not end cleanly"]);
-        assert!(daemon_refused(second, &[&runtime.option()]).contains("did not end cleanly"));
+        assert_refused(&diffdisk(["settle", text(second), runtime.option()]), &["did not end cleanly"]);
+        assert!(daemon_refused(second, &[runtime.option()]).contains("did not end cleanly"));
     }
 }

@@ -1,6 +1,10 @@
 //! The image tool end to end: what is typed, what is printed, what is left on disk, and the exit codes of the contract.
 #![allow(clippy::cast_possible_truncation, reason = "the disks of these tests are small")]
 
+#[path = "common/temp.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod temp;
+
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -14,9 +18,8 @@ use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-/// A folder for a test on a real file system: holes must be holes.
 fn folder() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    temp::scratch("tools")
 }
 
 /// Runs `diffdisk` with the words of `line` in `folder`.

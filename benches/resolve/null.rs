@@ -17,6 +17,7 @@ use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::chains::{BLOCKS, Fragmentation, make, open, plan_all};
+use super::harness::random_stream;
 
 const SIZE: u16 = 128;
 const TABLE: u64 = 0x1000;
@@ -53,13 +54,10 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
             put(at + 8, len | flags << 32 | (i * 3 + n + 1) << 48);
         }
     }
-    let (mut avail, mut random) = (0u16, 0x9e37_79b9u64);
+    let (mut avail, mut rng) = (0u16, random_stream(0));
     'batches: for _ in 0..count.div_ceil(u64::from(BATCH)) {
         for i in 0..BATCH {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            put(HEADERS + u64::from(i) * 16 + 8, (random >> 20) % (BLOCKS * 512) * 8);
+            put(HEADERS + u64::from(i) * 16 + 8, rng.below(BLOCKS * 512) * 8);
             let entry = AVAIL + 4 + u64::from(avail % SIZE) * 2;
             memory.write_obj((i * 3).to_le(), GuestAddress(entry)).expect("inside");
             avail = avail.wrapping_add(1);

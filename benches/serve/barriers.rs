@@ -11,7 +11,7 @@ use diffdisk::units::SectorRange;
 
 use crate::compare::Bench;
 use crate::disks::Format;
-use crate::target::Bound;
+use crate::harness::Bound;
 
 const WRITES: u64 = 500;
 
@@ -30,9 +30,17 @@ pub fn barriers(bench: &mut Bench) {
         let clean = guest.flush();
         let fresh = guest.write_and_flush();
         let again = guest.write_and_flush();
-        bench.target(format!("syncs of a flush, {what}, nothing written"), clean, Bound::Exactly(0.0));
-        bench.target(format!("syncs of a flush, {what}, {WRITES} writes of new sectors"), fresh, Bound::AtMost(new));
-        bench.target(format!("syncs of a flush, {what}, {WRITES} writes over old ones"), again, Bound::Exactly(1.0));
+        bench.results.target(format!("syncs of a flush, {what}, nothing written"), clean, Bound::Exactly(0.0));
+        bench.results.target(
+            format!("syncs of a flush, {what}, {WRITES} writes of new sectors"),
+            fresh,
+            Bound::AtMost(new),
+        );
+        bench.results.target(
+            format!("syncs of a flush, {what}, {WRITES} writes over old ones"),
+            again,
+            Bound::Exactly(1.0),
+        );
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::baseline_reads::{BLOCK, DEPTH, Random, measure, pages};
+use crate::baseline_reads::{BLOCK, DEPTH, measure, pages};
+use crate::harness::random_stream;
 use crate::sample::Sample;
 
 /// Copies of a turn: the processor begins to fetch all of them first.
@@ -48,10 +49,10 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
         unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), BLOCK) };
     };
     places.iter().for_each(|place| copy(*place, &mut memory[..BLOCK]));
-    let mut random = Random::default();
+    let mut rng = random_stream(0);
     measure(time, DEPTH, || {
         for turn in memory.chunks_mut(BATCH * BLOCK) {
-            let from = [(); BATCH].map(|()| places[random.next(places.len() as u64) as usize]);
+            let from = [(); BATCH].map(|()| places[rng.below(places.len() as u64) as usize]);
             from.iter()
                 .for_each(|from| (0..4).for_each(|n| diffdisk::storage::prefetch_line(from.wrapping_add(n * LINE))));
             from.iter().zip(turn.chunks_mut(BLOCK)).for_each(|(from, to)| copy(*from, to));

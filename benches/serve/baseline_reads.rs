@@ -12,6 +12,7 @@ use io_uring::{IoUring, opcode, types};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::disks::runs_of_data;
+use crate::harness::random_stream;
 use crate::sample::{Latencies, Sample};
 
 /// Bytes of a read.
@@ -23,25 +24,6 @@ pub const DEPTH: usize = 32;
 pub fn thread_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
-}
-
-/// Marsaglia's xorshift64.
-pub struct Random(u64);
-
-impl Default for Random {
-    fn default() -> Random {
-        Random(0x9e37_79b9)
-    }
-}
-
-impl Random {
-    /// A number below `below`.
-    pub fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 20) % below
-    }
 }
 
 /// Has the host read all of a file.
@@ -85,11 +67,11 @@ pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
 pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     let pages = pages(files);
     let mut memory = vec![0; DEPTH * BLOCK];
-    let mut random = Random::default();
+    let mut rng = random_stream(0);
     pages.iter().for_each(|(file, at)| file.read_exact_at(&mut memory[..BLOCK], *at).expect("the image can be read"));
     measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
-            let (file, at) = &pages[random.next(pages.len() as u64) as usize];
+            let (file, at) = &pages[rng.below(pages.len() as u64) as usize];
             file.read_exact_at(page, *at).expect("the image can be read");
         }
     })
@@ -100,10 +82,10 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
     let mut memory = vec![0; DEPTH * BLOCK];
-    let mut random = Random::default();
+    let mut rng = random_stream(0);
     measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
-            let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+            let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
             file.read_exact_at(page, at).expect("the image can be read");
         }
     })
@@ -125,10 +107,10 @@ pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample
     let mut ring: IoUring = made.expect("the host has io_uring");
     ring.submitter().register_files(&[file.as_raw_fd()]).expect("a file can be registered");
     let mut memory = vec![0u8; DEPTH * BLOCK];
-    let mut random = Random::default();
+    let mut rng = random_stream(0);
     measure(time, DEPTH, || {
         for page in memory.chunks_mut(BLOCK) {
-            let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+            let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
             let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();
             // SAFETY: the pages live until all of the batch has completed, below.
             unsafe { ring.submission().push(&read).expect("there is room for a batch") };

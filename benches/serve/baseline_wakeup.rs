@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::baseline_reads::{BLOCK, DEPTH, Random, measure, thread_time, warm};
+use crate::baseline_reads::{BLOCK, DEPTH, measure, thread_time, warm};
+use crate::harness::random_stream;
+use crate::processors::{pin_this_thread, processors};
 use crate::sample::Sample;
-use crate::server::{pin_this_thread, processors};
 
 /// Reads between two notifications: half of what is in flight, as the daemon does.
 const BATCH: usize = DEPTH / 2;
@@ -19,9 +20,9 @@ const BATCH: usize = DEPTH / 2;
 fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
-    let mut random = Random::default();
+    let mut rng = random_stream(0);
     move |page| {
-        let at = random.next(region / BLOCK as u64) * BLOCK as u64;
+        let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
         file.read_exact_at(page, at).expect("the image can be read");
     }
 }

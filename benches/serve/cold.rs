@@ -21,10 +21,10 @@ use rustix::fs::OFlags;
 
 use crate::compare::{Bench, Candidate};
 use crate::disks::{Format, Interleaving, drop_page_cache, runs_of_data};
+use crate::harness::Bound;
 use crate::load::{Load, Order, Until};
 use crate::sample::{Latencies, Sample};
 use crate::server::{Kind, Server};
-use crate::target::Bound;
 
 /// The share of the disk's own speed that is wanted.
 const SHARE: f64 = 0.9;
@@ -74,8 +74,8 @@ pub fn cold(bench: &mut Bench) {
         }
         bench.compare(&name, contestants);
         for (system, own) in [(&chains[1].0, FLAT), (&chains[2].0, PIECES)].into_iter().filter(|_| wanted) {
-            let ratio = bench.ratio(&name, system, own, |s| s.iops);
-            bench.target(format!("{name}: {system} / {own}"), ratio, Bound::AtLeast(SHARE));
+            let ratio = bench.results.ratio(&name, system, own, |s| s.iops);
+            bench.results.target(format!("{name}: {system} / {own}"), ratio, Bound::AtLeast(SHARE));
         }
     }
 }

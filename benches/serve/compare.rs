@@ -3,42 +3,34 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::Pace;
 use crate::baseline_mapped;
 use crate::baseline_reads;
 use crate::baseline_wakeup;
 use crate::baseline_writes;
 use crate::disks::{self, Disks, Format, ReadOrder};
+use crate::harness::{self, Bound, Pace, Results};
 use crate::load::{Guest, Load, Order, Until};
-use crate::sample::{Row, Sample, median};
-use crate::server::{Kind, Server, processors};
-use crate::target::{Bound, Target};
+use crate::processors::processors;
+use crate::sample::Sample;
+use crate::server::{Kind, Server};
 
-/// All that was measured.
+/// A system that takes part in a comparison of servers.
+pub type Candidate<'a> = harness::Candidate<'a, Sample>;
+
+/// Disks to serve, and all that was measured.
 pub struct Bench {
     pub pace: Pace,
+    /// Length of a run that ends after a time.
+    pub time: Duration,
     pub disks: Disks,
-    pub rows: Vec<Row>,
-    pub targets: Vec<Target>,
+    pub results: Results<Sample>,
 }
 
-/// One who takes part in a comparison.
-pub struct Candidate<'a> {
-    system: String,
-    run: Box<dyn FnMut() -> Sample + 'a>,
-}
-
-impl<'a> Candidate<'a> {
-    pub fn new(system: &str, run: impl FnMut() -> Sample + 'a) -> Candidate<'a> {
-        Candidate { system: system.to_owned(), run: Box::new(run) }
-    }
-
-    /// A server that stays for the whole comparison.
-    fn server(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<'a> {
-        let server = Server::start(kind, image);
-        let mut guest = server.connect(1);
-        Candidate::new(system, move || measure(&server, &mut guest, &load))
-    }
+/// A server that stays for the whole comparison.
+fn served<'a>(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<'a> {
+    let server = Server::start(kind, image);
+    let mut guest = server.connect(1);
+    Candidate::new(system, move || measure(&server, &mut guest, &load))
 }
 
 /// One run, with the processor time of the server. What is read is in the host's memory before, even if the host gives up
@@ -55,56 +47,31 @@ pub fn measure(server: &Server, guest: &mut Guest, load: &Load) -> Sample {
 }
 
 impl Bench {
-    pub fn new(pace: Pace) -> Bench {
-        Bench { pace, disks: Disks::new(pace.size), rows: Vec::new(), targets: Vec::new() }
+    pub fn new(pace: Pace, time: Duration) -> Bench {
+        Bench { pace, time, disks: Disks::new(pace.size), results: Results::default() }
     }
 
-    /// Has each contestant run once unmeasured, then in turn.
-    pub fn compare(&mut self, load: &str, mut contestants: Vec<Candidate<'_>>) {
-        for contestant in &mut contestants {
-            (contestant.run)();
+    /// Runs each candidate once unmeasured, then in turn.
+    pub fn compare(&mut self, load: &str, mut candidates: Vec<Candidate<'_>>) {
+        for candidate in &mut candidates {
+            candidate.measure();
         }
-        for round in 0..self.pace.rounds {
-            self.round(load, &mut contestants, round);
-        }
+        self.results.compare(load, self.pace.rounds, candidates);
     }
 
-    /// Has each run once; another begins in each round.
-    fn round(&mut self, load: &str, contestants: &mut [Candidate<'_>], round: usize) {
-        let count = contestants.len();
-        for turn in 0..count {
-            let contestant = &mut contestants[(round + turn) % count];
-            let sample = (contestant.run)();
-            let system = &contestant.system;
-            match self.rows.iter_mut().find(|row| row.load == load && row.system == *system) {
-                Some(row) => row.samples.push(sample),
-                None => self.rows.push(Row { load: load.into(), system: system.clone(), samples: vec![sample] }),
-            }
-        }
-    }
-
-    pub fn row(&self, load: &str, system: &str) -> &Row {
-        let found = self.rows.iter().find(|r| r.load == load && r.system == system);
-        found.unwrap_or_else(|| panic!("{system} was not measured under {load}"))
-    }
-
-    /// The median, over rounds, of one system's value over another's.
-    pub fn ratio(&self, load: &str, a: &str, b: &str, of: impl Fn(&Sample) -> f64) -> f64 {
-        let (a, b) = (self.row(load, a), self.row(load, b));
-        median(a.samples.iter().zip(&b.samples).map(|(a, b)| of(a) / of(b)))
-    }
-
-    pub fn target(&mut self, what: impl Into<String>, ratio: f64, bound: Bound) {
-        self.targets.push(Target { what: what.into(), ratio, bound });
+    /// Writes into a fresh overlay: two for each of qcow2's clusters, whatever the size. The first has to allocate the cluster; with
+    /// many more the overlay is not fresh.
+    pub fn writes(&self) -> u64 {
+        self.pace.size / disks::CHUNK * 2
     }
 
     fn require_iops(&mut self, load: &str, a: &str, b: &str, least: f64) {
-        let ratio = self.ratio(load, a, b, |s| s.iops);
-        self.target(format!("{load}: {a} / {b}"), ratio, Bound::AtLeast(least));
+        let ratio = self.results.ratio(load, a, b, |s| s.iops);
+        self.results.target(format!("{load}: {a} / {b}"), ratio, Bound::AtLeast(least));
     }
 
     fn random_read(&self) -> Load {
-        Load::random_read(self.disks.size, self.pace.time)
+        Load::random_read(self.disks.size, self.time)
     }
 }
 
@@ -118,7 +85,7 @@ pub fn random_reads(bench: &mut Bench) {
         bench.disks.invalidate_cache(ReadOrder::Interleaved);
         let files = [1, 16, 64].map(|layers| bench.disks.files(Format::Vhd, layers));
         let raw = bench.disks.striped_chain(Format::Raw, 1);
-        let (size, time) = (bench.disks.size, bench.pace.time);
+        let (size, time) = (bench.disks.size, bench.time);
         let mut all = read_servers(bench);
         for files in &files {
             let name = format!("mapped copies of {} files, no server", files.len());
@@ -132,9 +99,9 @@ pub fn random_reads(bench: &mut Bench) {
             baseline_wakeup::eventfd_reader(&raw, size, time)
         }));
         for contestant in &mut all {
-            (contestant.run)();
+            contestant.measure();
         }
-        bench.round(READ, &mut all, round);
+        bench.results.round(READ, round, &mut all);
     }
     bench.disks.invalidate_cache(ReadOrder::Sequential);
     bench.require_iops(READ, OURS_16, QCOW2_16, 4.0);
@@ -142,8 +109,12 @@ pub fn random_reads(bench: &mut Bench) {
     bench.require_iops(READ, OURS_16, "diffdiskd, 1 layers", 0.95);
     bench.require_iops(READ, "diffdiskd, 64 layers", "diffdiskd, 1 layers", 0.95);
     for bare in ["io_uring, no server", "preadv, no server"] {
-        let ratio = bench.ratio(READ, OURS_16, bare, |s| s.cpu);
-        bench.target(format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"), ratio, Bound::AtMost(1.5));
+        let ratio = bench.results.ratio(READ, OURS_16, bare, |s| s.cpu);
+        bench.results.target(
+            format!("{READ}: server CPU a read, diffdiskd, 16 layers / {bare}"),
+            ratio,
+            Bound::AtMost(1.5),
+        );
     }
 }
 
@@ -152,16 +123,16 @@ fn read_servers<'a>(bench: &Bench) -> Vec<Candidate<'a>> {
     let mut all = Vec::new();
     for layers in [1, 4, 16, 64] {
         let image = disks.striped_chain(Format::Vhd, layers);
-        all.push(Candidate::server(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
+        all.push(served(&format!("diffdiskd, {layers} layers"), &Kind::ours(), &image, load));
     }
-    all.push(Candidate::server("diffdiskd, 1 layers, large folios", &Kind::ours(), &disks.in_large_folios(), load));
+    all.push(served("diffdiskd, 1 layers, large folios", &Kind::ours(), &disks.in_large_folios(), load));
     for layers in [1, 4, 16] {
         let image = disks.striped_chain(Format::Qcow2, layers);
-        all.push(Candidate::server(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
+        all.push(served(&format!("QSD qcow2, {layers} layers"), &Kind::Qemu("qcow2"), &image, load));
     }
     let (raw, vpc) = (disks.striped_chain(Format::Raw, 1), disks.striped_chain(Format::Vpc, 1));
-    all.push(Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load));
-    all.push(Candidate::server("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
+    all.push(served("QSD raw", &Kind::Qemu("raw"), &raw, load));
+    all.push(served("QSD vpc", &Kind::Qemu("vpc"), &vpc, load));
     all
 }
 
@@ -174,8 +145,8 @@ pub fn latency(bench: &mut Bench) {
     ] {
         let load = Load { depth: 1, poll, ..bench.random_read() };
         let mut all = vec![
-            Candidate::server(OURS_16, &Kind::Ours(extra.clone()), &vhd, load),
-            Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+            served(OURS_16, &Kind::Ours(extra.clone()), &vhd, load),
+            served("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         if poll {
             // Nobody else may have the processor of one who looks: the servers are started for each run.
@@ -188,14 +159,18 @@ pub fn latency(bench: &mut Bench) {
             };
             all.push(Candidate::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Candidate::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
-            let (size, time) = (load.region, bench.pace.time);
+            let (size, time) = (load.region, bench.time);
             all.push(Candidate::new("preadv for one who looks, no server", move || {
                 baseline_wakeup::polling_reader(raw, size, time)
             }));
         }
         bench.compare(name, all);
-        let ratio = bench.ratio(name, OURS_16, "QSD raw", |s| s.p50);
-        bench.target(format!("{name}: median latency, diffdiskd, 16 layers / QSD raw"), ratio, Bound::AtMost(most));
+        let ratio = bench.results.ratio(name, OURS_16, "QSD raw", |s| s.p50);
+        bench.results.target(
+            format!("{name}: median latency, diffdiskd, 16 layers / QSD raw"),
+            ratio,
+            Bound::AtMost(most),
+        );
     }
 }
 
@@ -209,9 +184,9 @@ pub fn queue_depths(bench: &mut Bench) {
     for depth in QUEUE_DEPTHS {
         let load = Load { depth, ..bench.random_read() };
         let all = vec![
-            Candidate::server(OURS_16, &Kind::ours(), &images[0], load),
-            Candidate::server(QCOW2_16, &Kind::Qemu("qcow2"), &images[1], load),
-            Candidate::server("QSD raw", &Kind::Qemu("raw"), &raw, load),
+            served(OURS_16, &Kind::ours(), &images[0], load),
+            served(QCOW2_16, &Kind::Qemu("qcow2"), &images[1], load),
+            served("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         bench.compare(&format!("rand read 4 KiB, by depth, qd {depth}"), all);
     }
@@ -247,8 +222,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
 /// Small writes into an overlay that has nothing yet.
 pub fn fresh_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, fresh";
-    let load =
-        Load { write: true, order: Order::Shuffled, until: Until::Count(bench.pace.writes()), ..bench.random_read() };
+    let load = Load { write: true, order: Order::Shuffled, until: Until::Count(bench.writes()), ..bench.random_read() };
     fresh(bench, name, load);
     bench.require_iops(name, OURS, FRESH, 5.0);
     bench.require_iops(name, OURS, EXTENDED, 1.3);
@@ -266,7 +240,7 @@ pub fn flushed_writes(bench: &mut Bench) {
         write: true,
         order: Order::Shuffled,
         flush_every: Some(32),
-        until: Until::Count(bench.pace.writes() / 4),
+        until: Until::Count(bench.writes() / 4),
         ..bench.random_read()
     };
     fresh(bench, name, load);
@@ -286,11 +260,11 @@ pub fn allocated_writes(bench: &mut Bench) {
 fn written(bench: &mut Bench, name: &str, load: Load, formats: &[Format]) {
     let all = formats.iter().map(|&format| {
         let image = bench.disks.writable(format);
-        Candidate::server(label(format), &format.server(), &image, load)
+        served(label(format), &format.server(), &image, load)
     });
     let mut all: Vec<_> = all.collect();
     if load.order == Order::Sequential {
-        let (scratch, time) = (bench.disks.scratch(), bench.pace.time);
+        let (scratch, time) = (bench.disks.scratch(), bench.time);
         all.push(Candidate::new(BARE, move || baseline_writes::over(&scratch, &load, time)));
     }
     bench.compare(name, all);
@@ -323,16 +297,16 @@ pub fn sequential(bench: &mut Bench) {
             let spread =
                 [Format::Vhd, Format::Qcow2].map(|f| (f, 16, if f == Format::Vhd { OURS_16 } else { QCOW2_16 }));
             let all = single.into_iter().chain(spread).map(|(format, layers, label)| {
-                Candidate::server(label, &format.server(), &bench.disks.striped_chain(format, layers), load)
+                served(label, &format.server(), &bench.disks.striped_chain(format, layers), load)
             });
             let all = all.collect();
             bench.compare(&name, all);
             bench.require_iops(&name, OURS_16, QCOW2_16, 1.0);
         }
-        let best = formats[1..].iter().map(|&f| bench.ratio(&name, "diffdiskd", label(f), |s| s.iops));
+        let best = formats[1..].iter().map(|&f| bench.results.ratio(&name, "diffdiskd", label(f), |s| s.iops));
         let best = best.fold(f64::MAX, f64::min);
         if block == 1 << 20 {
-            bench.target(format!("{name}: diffdiskd / the best peer"), best, Bound::AtLeast(1.0));
+            bench.results.target(format!("{name}: diffdiskd / the best peer"), best, Bound::AtLeast(1.0));
         }
     }
 }

@@ -18,6 +18,7 @@ use virtio_driver::{
     VirtioFeatureFlags,
 };
 
+use crate::harness::{Rng, random_stream};
 use crate::sample::{Latencies, Sample};
 
 /// Bytes of guest memory: the deepest queue of 4 KiB, or eight requests of 1 MiB.
@@ -90,7 +91,7 @@ pub struct Guest {
     transport: Box<VirtioBlkTransport>,
     memory: MmapMut,
     _memfd: File,
-    random: u64,
+    rng: Rng,
     next: u64,
 }
 
@@ -111,13 +112,13 @@ impl Guest {
         // All of it there before anything is measured.
         memory.fill(0x5a);
         transport.map_mem_region(memory.as_ptr() as usize, memory.len(), memfd.as_raw_fd(), 0)?;
-        Ok(Guest { queues, transport, memory, _memfd: memfd, random: 0x9e37_79b9_7f4a_7c15, next: 0 })
+        Ok(Guest { queues, transport, memory, _memfd: memfd, rng: random_stream(0), next: 0 })
     }
 
     /// One load on the first queue.
     pub fn run(&mut self, load: &Load) -> io::Result<Sample> {
-        let Guest { queues, transport, memory, random, next, .. } = self;
-        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        let Guest { queues, transport, memory, rng, next, .. } = self;
+        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, rng, next };
         lane.run(load, &mut memory[..MEMORY])
     }
 
@@ -150,11 +151,11 @@ impl Guest {
                 .map(|(queue, (ring, memory))| {
                     let (ring, transport) = (SendQueue(ring), &transport);
                     scope.spawn(move || {
-                        crate::server::pin_this_thread(queue);
+                        crate::processors::pin_this_thread(queue);
                         let SendQueue(ring) = { ring };
-                        let (random, next) = (&mut (0x1234_5677 + queue as u64), &mut 0);
+                        let (rng, next) = (&mut random_stream(1 + queue as u64), &mut 0);
                         let SyncTransport(transport) = *transport;
-                        QueueRun { ring, transport, queue, random, next }.run(load, memory)
+                        QueueRun { ring, transport, queue, rng, next }.run(load, memory)
                     })
                 })
                 .collect();
@@ -183,8 +184,8 @@ impl Guest {
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        let Guest { queues, transport, random, next, .. } = self;
-        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, random, next };
+        let Guest { queues, transport, rng, next, .. } = self;
+        let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, rng, next };
         lane.kick()?;
         let mut done = Vec::new();
         while done.is_empty() {
@@ -212,7 +213,7 @@ struct QueueRun<'a> {
     ring: &'a mut VirtioBlkQueue<'static, usize>,
     transport: &'a VirtioBlkTransport,
     queue: usize,
-    random: &'a mut u64,
+    rng: &'a mut Rng,
     next: &'a mut u64,
 }
 
@@ -299,13 +300,7 @@ impl QueueRun<'_> {
         let index = match load.order {
             Order::Sequential => *self.next % blocks,
             Order::Shuffled => permute(*self.next % blocks, blocks),
-            Order::Random => {
-                // Marsaglia's xorshift64.
-                *self.random ^= *self.random << 13;
-                *self.random ^= *self.random >> 7;
-                *self.random ^= *self.random << 17;
-                (*self.random >> 20) % blocks
-            }
+            Order::Random => self.rng.below(blocks),
         };
         *self.next += 1;
         index * load.block as u64

@@ -15,51 +15,32 @@ mod baseline_wakeup;
 mod baseline_writes;
 mod cold;
 mod compare;
-mod course;
 mod disks;
+#[path = "../harness/mod.rs"]
+mod harness;
 mod load;
 mod plot;
+mod processors;
 mod report;
 mod sample;
 mod server;
 mod space;
 mod start;
-mod target;
 
 use std::time::Duration;
 
 use compare::Bench;
-use course::Part;
 use disks::Format;
-
-/// How long and how often.
-#[derive(Clone, Copy)]
-pub struct Pace {
-    /// A run whose end is a time.
-    pub time: Duration,
-    /// Runs of each contestant.
-    pub rounds: usize,
-    /// Bytes of data.
-    pub size: u64,
-    pub full: bool,
-}
-
-impl Pace {
-    /// Writes into a fresh overlay: two for each of qcow2's clusters, whatever the size. The first has to allocate the cluster; with
-    /// many more the overlay is not fresh.
-    pub fn writes(&self) -> u64 {
-        self.size / disks::CHUNK * 2
-    }
-}
+use harness::{Pace, Section};
 
 fn main() {
-    let full = course::is_full();
-    let pace = if full {
-        Pace { time: Duration::from_secs(2), rounds: 7, size: 1 << 30, full }
+    let full = harness::is_full();
+    let (pace, time) = if full {
+        (Pace { rounds: 7, size: 1 << 30, full }, Duration::from_secs(2))
     } else {
-        Pace { time: Duration::from_millis(300), rounds: 3, size: 512 << 20, full }
+        (Pace { rounds: 3, size: 512 << 20, full }, Duration::from_millis(300))
     };
-    let mut bench = Bench::new(pace);
+    let mut bench = Bench::new(pace, time);
     if std::env::args().any(|a| a == "--disks") {
         // For fio in the guest: the chains, and where they are.
         for format in [Format::Vhd, Format::Qcow2] {
@@ -68,8 +49,8 @@ fn main() {
         let raw = bench.disks.striped_chain(Format::Raw, 1);
         return println!("{}", raw.parent().expect("it is in a folder").display());
     }
-    server::pin_this_thread(server::processors() - 1);
-    let parts: &[Part<Bench>] = &[
+    processors::pin_this_thread(processors::processors() - 1);
+    let parts: &[Section<Bench>] = &[
         ("read", compare::random_reads),
         ("latency", compare::latency),
         ("depth", compare::queue_depths),
@@ -84,6 +65,6 @@ fn main() {
         ("space", space::space),
         ("allocation", space::allocation),
     ];
-    let course = course::run(&mut bench, parts);
-    report::report(&bench, &course);
+    let run = harness::run(&mut bench, parts);
+    report::report(&bench, &run);
 }

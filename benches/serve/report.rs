@@ -6,26 +6,26 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::compare::{Bench, QUEUE_DEPTHS};
-use crate::course::{self, Course};
+use crate::harness::{self, RunReport};
 use crate::plot::{Bar, Line, bars, lines};
 
-pub fn report(bench: &Bench, course: &Course) {
+pub fn report(bench: &Bench, run: &RunReport) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies in the target folder").join("bench");
     fs::create_dir_all(&folder).expect("the target folder can be written");
     table(bench);
-    course.print(&bench.targets);
-    course::write(
+    run.print(&bench.results.targets);
+    harness::write(
         &folder.join("serve.json"),
-        course.as_json(bench.pace.full, bench.pace.size, rows(bench), &bench.targets),
+        run.as_json(bench.pace.full, bench.pace.size, rows(bench), &bench.results.targets),
     );
     for (name, text) in charts(bench) {
-        course::write(&folder.join(name), text);
+        harness::write(&folder.join(name), text);
     }
 }
 
 fn table(bench: &Bench) {
     let mut last = "";
-    for row in &bench.rows {
+    for row in &bench.results.rows {
         if row.load != last {
             println!("\n{:<46}{:>10}{:>7}{:>10}{:>10}{:>10}", row.load, "a second", "+-", "p50 us", "p99 us", "CPU us");
             last = &row.load;
@@ -39,7 +39,7 @@ fn table(bench: &Bench) {
             "  {:<44}{:>10.0}{:>6.0}%{:>10.1}{:>10.1}{:>10}",
             row.system,
             row.median(|s| s.iops),
-            row.spread() * 100.0,
+            row.spread(|s| s.iops) * 100.0,
             row.median(|s| s.p50),
             row.median(|s| s.p99),
             cpu,
@@ -48,7 +48,7 @@ fn table(bench: &Bench) {
 }
 
 fn rows(bench: &Bench) -> Vec<Value> {
-    let rows = bench.rows.iter().map(|row| {
+    let rows = bench.results.rows.iter().map(|row| {
         let samples = row.samples.iter().map(|s| {
             json!({ "iops": s.iops, "requests": s.count, "mean_us": s.mean, "p50_us": s.p50, "p99_us": s.p99,
                     "server_cpu_us": s.cpu })
@@ -60,7 +60,7 @@ fn rows(bench: &Bench) -> Vec<Value> {
 
 fn charts(bench: &Bench) -> Vec<(&'static str, String)> {
     let mut all = Vec::new();
-    let reads: Vec<_> = bench.rows.iter().filter(|r| r.load == "rand read 4 KiB, qd 32").collect();
+    let reads: Vec<_> = bench.results.rows.iter().filter(|r| r.load == "rand read 4 KiB, qd 32").collect();
     if !reads.is_empty() {
         let of = |name: &str| {
             let point = |depth: f64| {
@@ -85,7 +85,7 @@ fn charts(bench: &Bench) -> Vec<(&'static str, String)> {
     let by_depth = |system: &str| {
         let point = |depth: &usize| {
             let name = format!("rand read 4 KiB, by depth, qd {depth}");
-            let row = bench.rows.iter().find(|r| r.load == name && r.system == system)?;
+            let row = bench.results.rows.iter().find(|r| r.load == name && r.system == system)?;
             Some((*depth as f64, row.median(|s| s.p50)))
         };
         Line { name: system.to_owned(), points: QUEUE_DEPTHS.iter().filter_map(point).collect() }

@@ -76,35 +76,3 @@ impl Sample {
         Sample { iops: 1e6 / mean, count: 1, mean, p50: mean, p99: mean, cpu: 0.0 }
     }
 }
-
-/// The middle of some numbers.
-pub fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = numbers.into_iter().collect();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
-    }
-}
-
-/// All runs of one system under one load.
-#[derive(Clone, Debug)]
-pub struct Row {
-    pub load: String,
-    pub system: String,
-    pub samples: Vec<Sample>,
-}
-
-impl Row {
-    pub fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
-        median(self.samples.iter().map(of))
-    }
-
-    /// Half the distance of the outermost runs, as a share of the median.
-    pub fn spread(&self) -> f64 {
-        let all = || self.samples.iter().map(|s| s.iops);
-        let (low, high) = (all().fold(f64::MAX, f64::min), all().fold(0.0, f64::max));
-        (high - low) / 2.0 / self.median(|s| s.iops)
-    }
-}

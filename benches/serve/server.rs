@@ -1,43 +1,21 @@
 //! The servers under load: the real `diffdiskd`, and qemu-storage-daemon. Each on the first processor, the guest on the
 //! last.
-#![allow(unsafe_code)]
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::load::Guest;
+use crate::processors::{pin, pin_this_thread, processors};
 
 /// How long a server may take to offer its socket, and to end.
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Processors of this machine, whichever this thread is tied to.
-pub fn processors() -> usize {
-    static COUNT: OnceLock<usize> = OnceLock::new();
-    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
-}
-
-/// Ties the calling thread to a processor.
-pub fn pin_this_thread(processor: usize) {
-    pin(0, processor);
-}
-
-fn pin(thread: i32, processor: usize) {
-    // SAFETY: a set of processors is plain data; the call only reads it.
-    let done = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(processor, &mut set);
-        libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &raw const set)
-    };
-    assert_eq!(done, 0, "cannot use processor {processor}: {}", io::Error::last_os_error());
-}
 
 /// What serves a disk.
 #[derive(Clone)]

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::compare::{Bench, Candidate, measure};
 use crate::disks::{self, Disks, Format};
+use crate::harness::Bound;
 use crate::load::{Load, Order, Until, permute};
 use crate::sample::Sample;
 use crate::server::{Kind, Server};
-use crate::target::Bound;
 
 const SPARSE: &str = "diffdiskd, sparse";
 const BLOCK: &str = "diffdiskd, block";
@@ -79,7 +79,7 @@ fn scattered_writes(bench: &mut Bench) {
         let theirs = of(QCOW2, Format::Qcow2, &Format::Qcow2.server());
         let most = if count == 1 { 1.0 } else { 0.2 };
         let what = format!("room of {count} random writes of 4 KiB into a child of 64 GiB: {SPARSE} / {QCOW2}");
-        bench.target(what, ours.0 / theirs.0, Bound::AtMost(most));
+        bench.results.target(what, ours.0 / theirs.0, Bound::AtMost(most));
     }
 }
 
@@ -96,7 +96,11 @@ fn reads_alone(bench: &mut Bench) {
         let more = taken(&image) - before;
         drop(guest);
         server.stop();
-        bench.target(format!("room of ten reads of a child of 1 TiB: {system}, bytes"), more, Bound::Exactly(0.0));
+        bench.results.target(
+            format!("room of ten reads of a child of 1 TiB: {system}, bytes"),
+            more,
+            Bound::Exactly(0.0),
+        );
         let _ = fs::remove_file(&image);
     }
 }
@@ -127,13 +131,13 @@ fn spread_over_layers(bench: &mut Bench) {
     }
     let all: f64 = files.iter().map(|file| taken(file)).sum();
     let data = (pieces * disks::CHUNK) as f64;
-    bench.target("room of data in pieces of 64 KiB over 16 layers / the data", all / data, Bound::AtMost(1.2));
+    bench.results.target("room of data in pieces of 64 KiB over 16 layers / the data", all / data, Bound::AtMost(1.2));
     files.iter().for_each(|file| drop(fs::remove_file(file)));
 }
 
 /// Fresh writes, flushes, commits, and what is read afterwards, by both ways of allocation.
 pub fn allocation(bench: &mut Bench) {
-    let writes = bench.pace.writes();
+    let writes = bench.writes();
     let fresh = Load {
         write: true,
         order: Order::Shuffled,
@@ -196,8 +200,8 @@ pub fn allocation(bench: &mut Bench) {
             Candidate::new(QCOW2, || once(Format::Qcow2, &Format::Qcow2.server())),
         ];
         bench.compare(name, all);
-        let ratio = bench.ratio(name, SPARSE, BLOCK, |s| s.iops);
-        bench.target(format!("{name}: {SPARSE} / block"), ratio, Bound::AtLeast(0.9));
+        let ratio = bench.results.ratio(name, SPARSE, BLOCK, |s| s.iops);
+        bench.results.target(format!("{name}: {SPARSE} / block"), ratio, Bound::AtLeast(0.9));
     }
 }
 

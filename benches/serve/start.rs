@@ -4,9 +4,9 @@ use std::path::Path;
 
 use crate::compare::{Bench, Candidate};
 use crate::disks::Format;
+use crate::harness::Bound;
 use crate::sample::Sample;
 use crate::server::Server;
-use crate::target::Bound;
 
 pub fn start(bench: &mut Bench) {
     for layers in [1, 64] {
@@ -29,11 +29,15 @@ pub fn start(bench: &mut Bench) {
             Candidate::new("QSD qcow2", || once(Format::Qcow2, &qcow2)),
         ];
         bench.compare(&name, all);
-        let ratio = bench.ratio(&name, "diffdiskd", "QSD qcow2", |s| s.mean);
-        bench.target(format!("{name}: diffdiskd / QSD qcow2"), ratio, Bound::AtMost(1.0));
+        let ratio = bench.results.ratio(&name, "diffdiskd", "QSD qcow2", |s| s.mean);
+        bench.results.target(format!("{name}: diffdiskd / QSD qcow2"), ratio, Bound::AtMost(1.0));
         if layers == 64 {
-            let mebibytes = bench.row(&name, "diffdiskd").median(|s| s.cpu) / 1024.0;
-            bench.target("1 TiB, 64 layers: resident MiB of diffdiskd at its highest", mebibytes, Bound::AtMost(32.0));
+            let mebibytes = bench.results.row(&name, "diffdiskd").median(|s| s.cpu) / 1024.0;
+            bench.results.target(
+                "1 TiB, 64 layers: resident MiB of diffdiskd at its highest",
+                mebibytes,
+                Bound::AtMost(32.0),
+            );
         }
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::bench::Bench;
+use crate::harness::random_stream;
 use crate::layer::{BLOCK, Layer};
 use crate::run::{diffdisk, run};
 
@@ -17,23 +18,15 @@ const LARGEST: u64 = 2040 << 30;
 pub const LAYERS: u64 = 16;
 pub const BLOCKS: u64 = 4000;
 
-/// Words without a pattern.
-fn words() -> impl Iterator<Item = u64> {
-    std::iter::successors(Some(0x9E37_79B9_7F4A_7C15_u64), |x| {
-        let x = x ^ (x << 13);
-        let x = x ^ (x >> 7);
-        Some(x ^ (x << 17))
-    })
-}
-
 impl Bench {
     /// A raw file full of data.
     pub fn dense(&self) -> PathBuf {
         let path = self.path("dense.raw");
         if !path.exists() {
             let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).expect("our own folder"));
-            for word in words().take(usize::try_from(self.pace.size / 8).expect("it fits")) {
-                file.write_all(&word.to_be_bytes()).expect("there is room");
+            let mut rng = random_stream(0);
+            for _ in 0..self.pace.size / 8 {
+                file.write_all(&rng.next().to_be_bytes()).expect("there is room");
             }
             file.flush().expect("there is room");
         }

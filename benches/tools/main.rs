@@ -9,39 +9,24 @@
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
 mod bench;
-#[path = "../serve/course.rs"]
-mod course;
 mod dense;
 mod disks;
+#[path = "../harness/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "a part of it is used here")]
+mod harness;
 mod inspect;
 mod layer;
 mod report;
 mod run;
-#[path = "../serve/sample.rs"]
-#[allow(dead_code, reason = "of it only the median is used here")]
-mod sample;
-#[path = "../serve/target.rs"]
-#[allow(dead_code, reason = "no bound is exact here")]
-mod target;
 
 use bench::Bench;
-use course::Part;
-
-/// How long and how often.
-#[derive(Clone, Copy)]
-pub struct Pace {
-    /// Runs of each contestant.
-    pub rounds: usize,
-    /// Bytes of a dense disk.
-    pub size: u64,
-    pub full: bool,
-}
+use harness::{Pace, Section};
 
 fn main() {
-    let full = course::is_full();
+    let full = harness::is_full();
     let pace = if full { Pace { rounds: 5, size: 1 << 30, full } } else { Pace { rounds: 3, size: 512 << 20, full } };
     let mut bench = Bench::new(pace);
-    let parts: &[Part<Bench>] = &[
+    let parts: &[Section<Bench>] = &[
         ("convert", dense::convert),
         ("chain", dense::chain),
         ("merge", dense::merge),
@@ -50,6 +35,6 @@ fn main() {
         ("sparse", inspect::sparse),
         ("look", inspect::deep),
     ];
-    let course = course::run(&mut bench, parts);
-    report::report(&bench, &course);
+    let run = harness::run(&mut bench, parts);
+    report::report(&bench, &run);
 }

@@ -16,6 +16,8 @@ pub struct Run {
     /// Resident memory at its highest, in MiB. (Linux counts what the bench had when it started the program, too: it must
     /// stay small itself.)
     pub mebibytes: f64,
+    /// Bytes of data in the work; 0 if a speed says nothing.
+    pub bytes: u64,
 }
 
 /// Runs a program to its end.
@@ -43,7 +45,7 @@ pub fn run(command: &mut Command) -> Run {
     let seconds = started.elapsed().as_secs_f64();
     assert_eq!(status, 0, "{command:?} ended with the wait status {status:#x}");
     let time = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
-    Run { seconds, cpu: time(used.ru_utime) + time(used.ru_stime), mebibytes: used.ru_maxrss as f64 / 1024.0 }
+    Run { seconds, cpu: time(used.ru_utime) + time(used.ru_stime), mebibytes: used.ru_maxrss as f64 / 1024.0, bytes: 0 }
 }
 
 /// A program with its arguments.

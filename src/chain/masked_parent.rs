@@ -11,8 +11,8 @@ use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
 use crate::image::{Image, Suspects, is_zero};
-use crate::units::OnProgress;
 use crate::storage::FileSlot;
+use crate::units::OnProgress;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
 /// The limit of bytes that are read of one image and its parents together.

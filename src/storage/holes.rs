@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::env::File;
+use super::File;
 use crate::error::{Error, Result};
 
 /// The next run of bytes in `range` that is no hole. Where a file system cannot tell, all is data.

@@ -4,12 +4,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
-use crate::common::{pattern, tool};
+use crate::common::{pattern, temp, tool};
 
 #[test]
 fn strangers_read_what_the_builder_makes() {
     tool::require(&["7zz", "qemu-img"]);
-    let folder = tool::scratch("builder");
+    let folder = temp::scratch("builder");
     let size = 5 * 65536 - 512;
     let count = usize::try_from(size / 512).expect("small");
     let sevenzip = |name: &str| {

@@ -10,6 +10,7 @@ use std::process::Command;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::chain::{BLOCK, SIZE, chain, ring};
+use crate::common::temp;
 use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::measure::{self, Run};
@@ -295,7 +296,7 @@ fn no_parent_string_opens_a_file_outside() {
 
 /// Opens the trap's child by every way in.
 fn run_trap(trap: &Trap) {
-    let folder = tool::scratch("trap");
+    let folder = temp::scratch("trap");
     let place = TrapFolders::within(folder.path());
     let leaf = (trap.build)(&place);
     let leaf_text = leaf.display().to_string();
@@ -372,7 +373,7 @@ fn may_open(file: &str, allowed: &[PathBuf]) -> bool {
 #[test]
 fn the_trace_tells_inside_from_outside() {
     tool::require(&["strace"]);
-    let folder = tool::scratch("trace");
+    let folder = temp::scratch("trace");
     let place = TrapFolders::within(folder.path());
     symlink("../outside/secret.vhd", place.inside.join("link")).expect("a link");
     let caught = |file: PathBuf| {

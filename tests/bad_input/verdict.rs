@@ -8,8 +8,9 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use crate::common::daemon::Daemon;
-use crate::common::golden::sha256_of;
-use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
+use crate::common::digest::sha256_of_file;
+use crate::common::temp;
+use crate::common::tool::{DIFFDISK, DIFFDISKD};
 use crate::measure::{self, Run};
 
 /// Disks up to this size are converted when accepted.
@@ -71,7 +72,7 @@ pub(crate) fn refused(words: &'static [&'static str]) -> Expected {
 /// Shows the case to every way in. The error names the case.
 pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     let result = catch_unwind(AssertUnwindSafe(|| {
-        let folder = tool::scratch("bad");
+        let folder = temp::scratch("bad");
         let images = folder.path().join("images");
         fs::create_dir(&images).expect("a folder for the images");
         let image = (case.build)(&images);
@@ -101,7 +102,7 @@ pub(crate) fn snapshot(folder: &Path) -> BTreeMap<PathBuf, (String, SystemTime)>
         let meta = fs::symlink_metadata(&path).expect("the entry is there");
         // Huge sparse files are told by length and time: hashing terabytes of holes takes hours.
         if meta.is_file() {
-            let hash = if meta.len() > 1 << 30 { meta.len().to_string() } else { sha256_of(&path) };
+            let hash = if meta.len() > 1 << 30 { meta.len().to_string() } else { sha256_of_file(&path) };
             seen.insert(path, (hash, meta.modified().expect("a modification time")));
         }
     }

@@ -1,6 +1,7 @@
-//! Chains of images in a folder of their own, made by `diffdisk`, whose parents must not change.
+//! Chains of images made by `diffdisk`, whose parents must not change.
 
 use super::digest::sha256_of_file;
+use super::rng::Rng;
 use super::tool::diffdisk;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -18,10 +19,10 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// A dynamic root of `mebibytes`. Every second MiB holds bytes from `seed`, others nothing: what a child fails to
-    /// hide shows.
+    /// Makes a dynamic root of `mebibytes`. Every second MiB holds random bytes from `seed`, so that a child which fails to
+    /// hide its parent's data is noticed.
     pub fn with_root(mebibytes: u64, seed: u64) -> Self {
-        println!("the root's contents come from seed {seed}");
+        println!("seed of the root's contents: {seed}");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let raw = folder.path().join("root.raw");
         write_pattern(&raw, mebibytes, seed);
@@ -36,11 +37,11 @@ impl Chain {
             OsStr::new("raw"),
         ])
         .ok();
-        fs::remove_file(raw).expect("the raw file goes");
+        fs::remove_file(raw).expect("the raw file can be removed");
         Self { folder, layers: vec![root], frozen: Vec::new() }
     }
 
-    /// Makes a child of the top; from now on what was the top must stay as it is.
+    /// Makes a child of the top. The old top must not change from now on.
     pub fn push_child(&mut self, name: &str) {
         let parent = self.top().to_owned();
         self.frozen.push(sha256_of_file(&parent));
@@ -49,17 +50,17 @@ impl Chain {
         self.layers.push(child);
     }
 
-    /// The youngest layer.
+    /// Returns the youngest layer.
     pub fn top(&self) -> &Path {
         self.layers.last().expect("a chain has a root")
     }
 
-    /// Bytes the top takes in the host's file system.
+    /// Returns the bytes that the top takes in the file system.
     pub fn top_allocated(&self) -> u64 {
         fs::metadata(self.top()).expect("the top is there").blocks() * 512
     }
 
-    /// Fails the test when a parent has changed, or `diffdisk check` finds fault with a layer.
+    /// Fails the test if a parent has changed or `diffdisk check` finds a defect in a layer.
     pub fn assert_sound(&self) {
         for (layer, before) in self.layers.iter().zip(&self.frozen) {
             assert_eq!(&sha256_of_file(layer), before, "the parent {} has changed", layer.display());
@@ -71,16 +72,12 @@ impl Chain {
 fn write_pattern(path: &Path, mebibytes: u64, seed: u64) {
     let file = File::create_new(path).expect("the raw file is new");
     file.set_len(mebibytes * MIB).expect("the raw file can be that long");
-    let mut state = seed | 1;
+    let mut rng = Rng::new(seed);
     let mut bytes = Vec::new();
     for start in (0..mebibytes).step_by(2) {
         bytes.clear();
         while (bytes.len() as u64) < MIB {
-            // Marsaglia's xorshift64.
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            bytes.extend_from_slice(&state.to_be_bytes());
+            bytes.extend_from_slice(&rng.next().to_be_bytes());
         }
         file.write_all_at(&bytes, start * MIB).expect("the raw file can be written");
     }

@@ -1,8 +1,8 @@
-//! A guest for tests: drives a vhost-user-blk socket through the `virtio-driver` crate, many requests in flight.
+//! A guest for tests: a vhost-user-blk client on the `virtio-driver` crate, with many requests in flight.
 //!
-//! Shared memory is one memfd cut into slots of 1 MiB; a request in flight owns one. [`Client::submit`] queues a
+//! Shared memory is one memfd divided into slots of 1 MiB; each request in flight owns one. [`Client::submit`] queues a
 //! [`Command`], [`Client::wait`] returns the next completion of any queue; `read`, `write` and the others do both, in
-//! pieces of at most a slot.
+//! pieces of at most one slot.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -19,20 +19,20 @@ use virtio_driver::{
     VirtioFeatureFlags,
 };
 
-/// Bytes a single request can carry.
+/// Largest request in bytes.
 pub(crate) const MAX_REQUEST_BYTES: usize = 1 << 20;
-/// A back-end that completes nothing for this long is stuck.
+/// Longest wait for a completion.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How to connect.
+/// Options of a connection.
 pub(crate) struct Options {
-    /// virtio features to accept where offered.
+    /// virtio features to accept if they are offered.
     pub(crate) features: u64,
     /// Queues to set up.
     pub(crate) queues: usize,
     /// Descriptors per queue.
     pub(crate) queue_size: u16,
-    /// Requests in flight at most, over all queues.
+    /// Maximum of requests in flight, over all queues.
     pub(crate) depth: usize,
 }
 
@@ -46,26 +46,26 @@ impl Default for Options {
 /// One request; offsets and lengths in bytes, multiples of 512.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Command<'a> {
-    /// Read `len` bytes, at most [`SLOT`].
+    /// Read `len` bytes, at most [`MAX_REQUEST_BYTES`].
     Read { offset: u64, len: usize },
-    /// Write `data`, at most [`SLOT`] bytes.
+    /// Write `data`, at most [`MAX_REQUEST_BYTES`].
     Write { offset: u64, data: &'a [u8] },
     /// Make completed writes durable.
     Flush,
     /// The guest no longer needs the range.
     Discard { offset: u64, len: u64 },
-    /// The range shall read as zeros; with `unmap` it may lose its space.
+    /// Zero the range; with `unmap` its space may be deallocated.
     WriteZeroes { offset: u64, len: u64, unmap: bool },
 }
 
 /// A finished request.
 #[derive(Debug)]
 pub(crate) struct Completed {
-    /// What [`Client::submit`] returned for it.
+    /// The ticket that [`Client::submit`] returned for the request.
     pub(crate) ticket: u64,
-    /// EIO, ENOTSUP, or EPROTO for a status byte no specification knows.
+    /// EIO, ENOTSUP, or EPROTO for an undefined status byte.
     pub(crate) result: io::Result<()>,
-    /// What a successful read returned; empty otherwise.
+    /// Data of a successful read; empty otherwise.
     pub(crate) data: Vec<u8>,
 }
 
@@ -103,41 +103,41 @@ impl Client {
         }
         let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
         memfd.set_len((options.depth * MAX_REQUEST_BYTES) as u64)?;
-        // SAFETY: the memfd is private to this client and the back-end; nobody truncates it, and a back-end that
-        // scribbles changes only bytes this client copies out after the completion.
+        // SAFETY: only this client and the back-end have the memfd, and neither truncates it, so every page of the mapping
+        // exists. The back-end writes only to buffers of requests in flight, of which this client holds no reference.
         let memory = unsafe { MmapMut::map_mut(&memfd)? };
         transport.map_mem_region(memory.as_ptr() as usize, memory.len(), memfd.as_raw_fd(), 0)?;
         let slots = vec![None; options.depth];
         Ok(Client { queues, transport, memory, _memfd: memfd, slots, next_ticket: 0 })
     }
 
-    /// The device's configuration space.
+    /// Reads the device's configuration space.
     pub(crate) fn config(&self) -> io::Result<VirtioBlkConfig> {
         self.transport.get_config()
     }
 
-    /// Bytes on the disk.
+    /// Returns the size of the disk in bytes.
     pub(crate) fn capacity(&self) -> io::Result<u64> {
         let sectors = self.config()?.capacity;
         Ok(u64::from(sectors) * 512)
     }
 
-    /// The negotiated features of virtio-blk.
+    /// Returns the negotiated features of virtio-blk.
     pub(crate) fn features(&self) -> VirtioBlkFeatureFlags {
         VirtioBlkFeatureFlags::from_bits_truncate(self.transport.get_features())
     }
 
-    /// Requests in flight.
+    /// Returns the number of requests in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.slots.iter().flatten().count()
     }
 
-    /// True if one more request can be submitted.
+    /// Returns whether one more request can be submitted.
     pub(crate) fn has_room(&self) -> bool {
         self.slots.iter().any(Option::is_none)
     }
 
-    /// Queues one request and tells the back-end. `WouldBlock` when every slot is in flight.
+    /// Queues one request and notifies the back-end. Fails with `WouldBlock` if every slot is in flight.
     pub(crate) fn submit(&mut self, queue: usize, command: Command<'_>) -> io::Result<u64> {
         let slot = self.slots.iter().position(Option::is_none).ok_or(io::ErrorKind::WouldBlock)?;
         let room = &mut self.memory[slot * MAX_REQUEST_BYTES..(slot + 1) * MAX_REQUEST_BYTES];
@@ -146,7 +146,7 @@ impl Client {
         match command {
             Command::Read { offset, len } => {
                 let buffer = room.get_mut(..len).ok_or(io::ErrorKind::InvalidInput)?;
-                // A byte the back-end fails to write must not look like old data.
+                // A byte that the back-end fails to write must not look like old data.
                 buffer.fill(0xA5);
                 read = len;
                 ring.read(offset, buffer, slot)?;
@@ -169,18 +169,18 @@ impl Client {
         Ok(ticket)
     }
 
-    /// The next completion of any queue. `TimedOut` if the back-end completes nothing for 30 s, `NotFound` if nothing
-    /// is in flight.
+    /// Waits for the next completion of any queue. Fails with `TimedOut` after 30 s, and with `NotFound` if nothing is in
+    /// flight.
     pub(crate) fn wait(&mut self) -> io::Result<Completed> {
         self.wait_for(TIMEOUT)
     }
 
-    /// Like [`Client::wait`] with another patience.
-    pub(crate) fn wait_for(&mut self, patience: Duration) -> io::Result<Completed> {
+    /// Waits as [`Client::wait`] does, up to `timeout`.
+    pub(crate) fn wait_for(&mut self, timeout: Duration) -> io::Result<Completed> {
         if self.in_flight() == 0 {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         loop {
             if let Some(done) = self.poll() {
                 return Ok(done);
@@ -193,7 +193,7 @@ impl Client {
         }
     }
 
-    /// A completion that is already there.
+    /// Returns a completion if one is available.
     pub(crate) fn poll(&mut self) -> Option<Completed> {
         let done = self.queues.iter_mut().find_map(|queue| queue.completions().next())?;
         let slot = done.context;
@@ -207,12 +207,12 @@ impl Client {
         Some(Completed { ticket, result, data })
     }
 
-    /// Sleeps until a queue is signalled; a queue that completed in between is signalled already.
-    fn sleep_until_signalled(&self, patience: Duration) -> io::Result<()> {
+    /// Sleeps until a queue is signalled. A queue that has completed a request since the last poll is signalled already.
+    fn sleep_until_signalled(&self, timeout: Duration) -> io::Result<()> {
         let fds: Vec<_> = (0..self.queues.len()).map(|i| self.transport.get_completion_fd(i)).collect();
         let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd.as_ref(), PollFlags::IN)).collect();
-        let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
-        rustix::event::poll(&mut polled, Some(&patience))?;
+        let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
+        rustix::event::poll(&mut polled, Some(&timeout))?;
         for (fd, polled) in fds.iter().zip(&polled) {
             if !polled.revents().is_empty() {
                 fd.read()?;
@@ -252,7 +252,7 @@ impl Client {
         self.run(Command::Flush).map(drop)
     }
 
-    /// Gives a range up.
+    /// Discards a range.
     pub(crate) fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
         self.run(Command::Discard { offset, len }).map(drop)
     }
@@ -262,7 +262,7 @@ impl Client {
         self.run(Command::WriteZeroes { offset, len, unmap }).map(drop)
     }
 
-    /// The whole disk, in requests of `piece` bytes, as many in flight as there are slots, over all queues.
+    /// Reads the whole disk in requests of `piece` bytes, over all queues, with a request in flight for each slot.
     pub(crate) fn read_all(&mut self, piece: usize) -> io::Result<Vec<u8>> {
         let len = usize::try_from(self.capacity()?).map_err(io::Error::other)?;
         let mut disk = vec![0; len];

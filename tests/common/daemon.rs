@@ -1,4 +1,4 @@
-//! `diffdiskd` in a test's hands: started, stopped as an administrator would, or killed.
+//! A running `diffdiskd`: started, stopped by SIGTERM, killed, restarted.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsString;
@@ -13,21 +13,21 @@ use tempfile::TempDir;
 
 use super::client::Client;
 
-/// How long a daemon may take to offer its socket, and to end after SIGTERM: both are quick, unless something hangs.
+/// Longest wait for a daemon's socket, for a line in its log, and for its end after SIGTERM.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A running daemon that serves one disk. Dropped, it is killed.
+/// A running daemon that serves one disk. Drop kills it.
 pub struct Daemon {
     child: Child,
     arguments: Vec<OsString>,
-    /// What a killed predecessor has left.
+    /// The socket of a killed predecessor.
     old_socket: Option<SocketIdentity>,
-    // A folder of its own: a socket's path must be short.
+    // In the system's temporary folder, since a socket's path must be short.
     socket_folder: TempDir,
 }
 
 impl Daemon {
-    /// Serves `image`; returns when the socket is there. `extra` are further command-line arguments.
+    /// Starts a daemon on `image` and waits for its socket. `extra` are further command-line arguments.
     pub fn start(image: &Path, extra: &[&str]) -> Self {
         let rendezvous = tempfile::tempdir().expect("a temporary folder");
         let option = |name: &str, value: &Path| {
@@ -44,23 +44,23 @@ impl Daemon {
         daemon
     }
 
-    /// Where front-ends connect.
+    /// Returns the path of the socket.
     pub fn socket(&self) -> PathBuf {
         self.socket_folder.path().join("disk.sock")
     }
 
-    /// Its process.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has said on standard error.
+    /// Returns what the daemon and its predecessors have logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.socket_folder.path().join("log")).unwrap_or_default()
     }
 
-    /// A guest on its disk. The one before may have left a moment ago, with its socket still open in a program that
-    /// another thread is just starting: then it is tried again, as QEMU does.
+    /// Connects a guest. The previous guest's connection may still be open for a moment, in a program that another thread
+    /// is starting: a connection that is reset is tried again, as QEMU does.
     #[track_caller]
     pub fn connect(&self) -> Client {
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -75,62 +75,61 @@ impl Daemon {
         }
     }
 
-    /// SIGKILL: the process dies as it is.
+    /// Sends SIGKILL and waits for the end.
     pub fn kill(mut self) {
         self.child.kill().expect("the daemon can be killed");
         self.child.wait().expect("a killed daemon ends");
     }
 
-    /// SIGKILL without waiting for its end.
+    /// Sends SIGKILL without waiting for the end.
     pub fn send_sigkill(&self) {
         kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
     }
 
-    /// Ends it by SIGTERM. The test fails when its exit status is not 0.
+    /// Sends SIGTERM. The test fails if the exit status is not 0.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");
         let status = self.wait_for_end();
-        assert!(status.success(), "the daemon ended with {status} after SIGTERM; it said:\n{}", self.log());
+        assert!(status.success(), "the daemon ended with {status} after SIGTERM; its log:\n{}", self.log());
     }
 
-    /// Kills it (SIGKILL), whatever it was doing, and starts it again with the same command line.
+    /// Sends SIGKILL and starts the daemon again with the same command line.
     pub fn kill_and_restart(&mut self) {
         self.kill_running();
         self.restart();
         self.wait_until_listening();
     }
 
-    /// SIGKILL, at work: it must not have ended by itself.
+    /// Sends SIGKILL and waits for the end. The test fails if the daemon has ended before.
     pub fn kill_running(&mut self) {
         let running = self.child.try_wait().expect("the daemon can be asked");
-        assert!(running.is_none(), "the daemon ended by itself: {running:?}; it said:\n{}", self.log());
+        assert!(running.is_none(), "the daemon ended by itself: {running:?}; its log:\n{}", self.log());
         self.child.kill().expect("the daemon can be killed");
         self.child.wait().expect("the daemon can be waited for");
     }
 
-    /// Starts it again, after its end, with the same command line.
+    /// Starts an ended daemon again with the same command line.
     pub fn restart(&mut self) {
         self.old_socket = identity(&self.socket());
         self.child = spawn(&self.arguments, self.socket_folder.path());
     }
 
-    /// Waits until there is a socket other than the one that its predecessor has left, and it listens.
+    /// Waits until the daemon listens on a socket that is not its predecessor's.
     pub fn wait_until_listening(&mut self) {
         let old = self.old_socket;
         self.wait_for_socket(old);
     }
 
-    /// Waits until it, or a predecessor, has said `words` so many times.
+    /// Waits until the log of the daemon and its predecessors contains `words` at least `times` times.
     pub fn wait_for_log(&self, words: &str, times: usize) {
         let started = Instant::now();
         while self.log().matches(words).count() < times {
-            assert!(started.elapsed() < TIMEOUT, "in vain waited for {words:?}; the daemon said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "{words:?} is missing from the log:\n{}", self.log());
             sleep(Duration::from_millis(10));
         }
     }
 
-    /// Waits until there is a socket other than `old`, the one a killed daemon has left, and it listens: a moment lies
-    /// between the two.
+    /// Waits until the daemon listens on a socket other than `old`. A socket exists for a moment before it listens.
     fn wait_for_socket(&mut self, old: Option<SocketIdentity>) {
         let started = Instant::now();
         loop {
@@ -139,9 +138,9 @@ impl Daemon {
                 return;
             }
             if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
-                panic!("the daemon ended with {status} at its start; it said:\n{}", self.log());
+                panic!("the daemon ended with {status} at its start; its log:\n{}", self.log());
             }
-            assert!(started.elapsed() < TIMEOUT, "the daemon has no socket yet; it said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "the daemon does not listen; its log:\n{}", self.log());
             sleep(Duration::from_millis(1));
         }
     }
@@ -152,7 +151,7 @@ impl Daemon {
             if let Some(status) = self.child.try_wait().expect("the daemon can be asked") {
                 return status;
             }
-            assert!(started.elapsed() < TIMEOUT, "the daemon does not end; it said:\n{}", self.log());
+            assert!(started.elapsed() < TIMEOUT, "the daemon does not end; its log:\n{}", self.log());
             sleep(Duration::from_millis(10));
         }
     }
@@ -165,14 +164,14 @@ impl Drop for Daemon {
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
-            eprintln!("diffdiskd said:\n{}", self.log());
+            eprintln!("log of diffdiskd:\n{}", self.log());
         }
     }
 }
 
 fn spawn(arguments: &[OsString], folder: &Path) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
-    let _alone = super::tool::lock_spawns();
+    let _lock = super::tool::lock_spawns();
     Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
         .args(arguments)
         .stdin(Stdio::null())
@@ -181,7 +180,7 @@ fn spawn(arguments: &[OsString], folder: &Path) -> Child {
         .expect("diffdiskd starts")
 }
 
-/// Tells a new file from an old one of the same name: an inode number alone may be used again at once.
+/// Inode number and change time: an inode number alone may be reused at once by a new file of the same name.
 type SocketIdentity = (u64, i64, i64);
 
 fn identity(path: &Path) -> Option<SocketIdentity> {
@@ -189,12 +188,12 @@ fn identity(path: &Path) -> Option<SocketIdentity> {
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
-/// If a socket that is bound to `path` accepts connections, by the host's table of them: to connect to it would keep its
-/// front-end out.
+/// Returns whether a socket bound to `path` accepts connections, by the kernel's table of sockets. A test connection would
+/// take the place of the only front-end.
 fn listens(path: &Path) -> bool {
-    /// Of the column "Flags": it accepts connections (`__SO_ACCEPTCON`).
+    /// Value of the column "Flags" of a listening socket (`__SO_ACCEPTCON`).
     const LISTENS: &str = "00010000";
-    let table = fs::read_to_string("/proc/net/unix").expect("the host's table of sockets");
+    let table = fs::read_to_string("/proc/net/unix").expect("the kernel's table of sockets");
     let mut of_path = table
         .lines()
         .map(str::split_whitespace)

@@ -1,4 +1,4 @@
-//! SHA-256 of whatever comes out of programs and files.
+//! SHA-256 of files, disks, and the output of programs.
 
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use super::tool::{DIFFDISK, start};
 
-/// SHA-256, in hexadecimal, of what `command` writes to standard output. The test fails when the command does.
+/// Returns the SHA-256, in hexadecimal, of what `command` writes to standard output. The command must succeed.
 pub fn sha256_of_output(command: &mut Command) -> String {
     let mut child = start(command.stdin(Stdio::null()).stdout(Stdio::piped())).expect("the command starts");
     let digest = sha256_of(child.stdout.take().expect("standard output is a pipe"));
@@ -17,14 +17,19 @@ pub fn sha256_of_output(command: &mut Command) -> String {
     digest
 }
 
-/// SHA-256, in hexadecimal, of the disk as a guest sees it, which is what `diffdisk convert --to raw` says.
+/// Returns the SHA-256, in hexadecimal, of the disk as `diffdisk convert --to raw` writes it.
 pub fn sha256_of_disk(image: &Path) -> String {
     sha256_of_output(Command::new(DIFFDISK).arg("convert").arg(image).args(["-", "--to", "raw"]))
 }
 
-/// SHA-256, in hexadecimal, of a file's own bytes.
+/// Returns the SHA-256, in hexadecimal, of a file.
 pub fn sha256_of_file(path: &Path) -> String {
     sha256_of(File::open(path).expect("the file opens"))
+}
+
+/// Returns the SHA-256, in hexadecimal, of bytes in memory.
+pub fn sha256_of_bytes(bytes: &[u8]) -> String {
+    sha256_of(bytes)
 }
 
 fn sha256_of(mut source: impl io::Read) -> String {

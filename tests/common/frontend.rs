@@ -1,9 +1,10 @@
-//! A machine whose front-end outlives the daemon: guest memory, rings, event fds and the in-flight region stay while
-//! back-ends come and go on the socket. `virtio-driver` cannot hand back the region, so this one speaks for itself.
+//! A front-end that survives restarts of the daemon: guest memory, rings, event fds and the in-flight region stay while
+//! daemons are killed and started. The crate `virtio-driver` cannot hand back the region, so this front-end has its own
+//! implementation of vhost-user.
 //!
-//! [`Machine::connect`] is the front-end; each [`Driver`] is the guest's driver of one queue, on a thread of its own,
-//! and never learns that the back-end was away.
-#![allow(clippy::host_endian_bytes, reason = "vhost-user and event counters speak in the order of the host")]
+//! [`Machine::connect`] is the front-end. Each [`Driver`] is the guest's driver of one queue, on its own thread, and does
+//! not notice a restart.
+#![allow(clippy::host_endian_bytes, reason = "vhost-user and eventfd use the byte order of the host")]
 #![allow(unsafe_code)]
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
@@ -24,22 +25,23 @@ use rustix::net::{
 };
 use zerocopy::IntoBytes;
 
-/// Most bytes of one request's data.
+/// Largest data of a request in bytes.
 pub const MAX_DATA: usize = 64 << 10;
-/// Requests that a queue may have in flight.
+/// Maximum of requests in flight in a queue.
 pub const DEPTH: usize = 24;
-/// Descriptors of a ring.
+/// Descriptors in a ring.
 const QUEUE_SIZE: u16 = 128;
-/// Parts of a queue's memory: descriptors, rings, then slots of a page for header and status, and data.
+/// Layout of a queue's memory: descriptors, avail ring, used ring, then slots. A slot has a page for header and status, and
+/// the data.
 const AVAIL_OFFSET: usize = 0x1000;
 const USED_OFFSET: usize = 0x2000;
 const SLOTS_OFFSET: usize = 0x4000;
 const SLOT_BYTES: usize = 0x1000 + MAX_DATA;
 const QUEUE_BYTES: usize = SLOTS_OFFSET + DEPTH * SLOT_BYTES;
-/// Where the guest has its memory, and where this process says that it has it.
+/// Guest address of the memory, and the user address that the front-end announces for it.
 const GUEST_BASE: u64 = 0x1_0000_0000;
 const USER_BASE: u64 = 0x7000_0000_0000;
-/// A disk that answers nothing for so long has lost a request.
+/// Longest wait for a completion.
 const TIMEOUT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 const EVENT_IDX: u64 = 1 << 29;
@@ -48,7 +50,7 @@ const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 9 | 1 << 12 | 1 << 14;
 /// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD.
 const PROTOCOL_FEATURES: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12;
 
-/// What a front-end says in SET_VRING_BASE when it comes back.
+/// The index that a front-end sends in SET_VRING_BASE when it reconnects.
 #[derive(Clone, Copy, Debug)]
 pub enum RestoredBase {
     /// QEMU: the index of the used ring.
@@ -57,28 +59,28 @@ pub enum RestoredBase {
     Avail,
 }
 
-/// How a front-end comes.
+/// How a front-end connects.
 pub struct ConnectOptions<'a> {
     pub base: RestoredBase,
-    /// Waits for an acknowledgement of each message; else sends them all at once.
+    /// Waits for an acknowledgement of each message; otherwise sends all messages at once.
     pub wait_for_ack: bool,
     /// Called before each message.
     pub before_message: &'a mut dyn FnMut(),
 }
 
-/// Guest memory, and all that a front-end keeps.
+/// Guest memory, and the state of a front-end.
 pub struct Machine {
     memory: Arc<MmapRaw>,
     file: OwnedFd,
     kicks: Vec<Arc<OwnedFd>>,
     calls: Vec<Arc<OwnedFd>>,
     features: u64,
-    /// The in-flight region as the first back-end has told of it.
+    /// The in-flight region: the first back-end's description, and its file.
     inflight: Option<(Vec<u8>, OwnedFd)>,
 }
 
 impl Machine {
-    /// A machine with a disk of so many queues.
+    /// Makes a machine whose disk has `queues` queues.
     pub fn new(queues: usize, event_idx: bool) -> Machine {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd");
         rustix::fs::ftruncate(&file, (queues * QUEUE_BYTES) as u64).expect("guest memory");
@@ -89,7 +91,7 @@ impl Machine {
         Machine { memory, file, kicks: events(), calls: events(), features, inflight: None }
     }
 
-    /// The driver of a queue. To be asked for once a queue.
+    /// Returns the driver of a queue. To be called once for each queue.
     pub fn driver(&self, queue: usize) -> Driver {
         Driver {
             memory: self.memory.clone(),
@@ -102,53 +104,53 @@ impl Machine {
         }
     }
 
-    /// Negotiates with the back-end on `socket` and has it serve the rings where they are.
+    /// Negotiates with the back-end on `socket` and hands it the rings as they are.
     ///
     /// # Errors
-    /// Where the back-end goes away.
+    /// The back-end closed the connection.
     ///
     /// # Panics
-    /// Where it refuses anything.
+    /// The back-end refused a message.
     pub fn connect(&mut self, socket: &Path, manners: &mut ConnectOptions<'_>) -> io::Result<UnixStream> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut talk = MessageChannel { stream: &stream, acknowledged: false, manners };
-        talk.set(3, &[], None)?;
-        let offered = talk.get(1)?;
+        let mut channel = MessageChannel { stream: &stream, acknowledged: false, manners };
+        channel.set(3, &[], None)?;
+        let offered = channel.get(1)?;
         assert_eq!(offered & self.features, self.features, "features");
-        let offered = talk.get(15)?;
+        let offered = channel.get(15)?;
         assert_eq!(offered & PROTOCOL_FEATURES, PROTOCOL_FEATURES, "protocol features");
-        talk.set(16, PROTOCOL_FEATURES.as_bytes(), None)?;
-        talk.acknowledged = talk.manners.wait_for_ack;
-        talk.set(2, self.features.as_bytes(), None)?;
+        channel.set(16, PROTOCOL_FEATURES.as_bytes(), None)?;
+        channel.acknowledged = channel.manners.wait_for_ack;
+        channel.set(2, self.features.as_bytes(), None)?;
         let region = [GUEST_BASE, (self.kicks.len() * QUEUE_BYTES) as u64, USER_BASE, 0];
-        talk.set(5, &[[1u32, 0].as_bytes(), region.as_bytes()].concat(), Some(self.file.as_fd()))?;
+        channel.set(5, &[[1u32, 0].as_bytes(), region.as_bytes()].concat(), Some(self.file.as_fd()))?;
         if self.inflight.is_none() {
             let queues = u16::try_from(self.kicks.len()).expect("few queues");
             let shape = [[0u64, 0].as_bytes(), [queues, QUEUE_SIZE, 0, 0].as_bytes()].concat();
-            talk.send(31, 1, &shape, None)?;
-            let (told, file) = talk.read_reply(31)?;
-            self.inflight = Some((told, file.expect("a region has a file")));
+            channel.send(31, 1, &shape, None)?;
+            let (region, file) = channel.read_reply(31)?;
+            self.inflight = Some((region, file.expect("a region has a file")));
         }
-        let (told, file) = self.inflight.as_ref().expect("asked for above");
-        talk.set(32, told, Some(file.as_fd()))?;
+        let (region, file) = self.inflight.as_ref().expect("asked for above");
+        channel.set(32, region, Some(file.as_fd()))?;
         for (queue, (kick, call)) in (0u32..).zip(self.kicks.iter().zip(&self.calls)) {
             let user = USER_BASE + u64::from(queue) * QUEUE_BYTES as u64;
             let at = queue as usize * QUEUE_BYTES;
-            let base = match talk.manners.base {
+            let base = match channel.manners.base {
                 RestoredBase::Used => atomic_u16(&self.memory, at + USED_OFFSET + 2),
                 RestoredBase::Avail => atomic_u16(&self.memory, at + AVAIL_OFFSET + 2),
             };
-            talk.set(8, [queue, u32::from(QUEUE_SIZE)].as_bytes(), None)?;
+            channel.set(8, [queue, u32::from(QUEUE_SIZE)].as_bytes(), None)?;
             let places = [user, user + USED_OFFSET as u64, user + AVAIL_OFFSET as u64, 0];
-            talk.set(9, &[[queue, 0].as_bytes(), places.as_bytes()].concat(), None)?;
-            talk.set(10, [queue, u32::from(base.load(Ordering::Acquire))].as_bytes(), None)?;
-            talk.set(13, u64::from(queue).as_bytes(), Some(call.as_fd()))?;
-            talk.set(12, u64::from(queue).as_bytes(), Some(kick.as_fd()))?;
-            talk.set(18, [queue, 1].as_bytes(), None)?;
+            channel.set(9, &[[queue, 0].as_bytes(), places.as_bytes()].concat(), None)?;
+            channel.set(10, [queue, u32::from(base.load(Ordering::Acquire))].as_bytes(), None)?;
+            channel.set(13, u64::from(queue).as_bytes(), Some(call.as_fd()))?;
+            channel.set(12, u64::from(queue).as_bytes(), Some(kick.as_fd()))?;
+            channel.set(18, [queue, 1].as_bytes(), None)?;
         }
-        // Once this is answered all before is done, acknowledged or not.
-        talk.get(17)?;
+        // The answer to this message comes after the back-end has handled all messages before it.
+        channel.get(17)?;
         Ok(stream)
     }
 }
@@ -214,12 +216,12 @@ impl MessageChannel<'_, '_> {
 
 fn atomic_u16(memory: &MmapRaw, at: usize) -> &AtomicU16 {
     assert!(at + 2 <= memory.len() && at.is_multiple_of(2));
-    // SAFETY: it lies in the mapping, which lives as long as the reference, is aligned, and is shared with others who
-    // use it as we do: as an atomic word.
+    // SAFETY: checked above, the word lies in the mapping, which the reference keeps alive, and is aligned. The back-end
+    // accesses the word only atomically, and so does this process.
     unsafe { AtomicU16::from_ptr(memory.as_mut_ptr().add(at).cast()) }
 }
 
-/// What a driver asks for.
+/// Types of requests, by their virtio-blk numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RequestKind {
     Read = 0,
@@ -240,10 +242,11 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// The data of a slot that has no request in flight.
+    /// Returns the data of a slot that has no request in flight.
     pub fn data(&mut self, slot: usize) -> &mut [u8] {
         assert!(slot < DEPTH);
-        // SAFETY: the slot lies in the mapping; with nothing in flight only this driver uses it, and it is borrowed.
+        // SAFETY: the slot lies in the mapping, which `self` keeps alive. While the slot has no request in flight the back-end
+        // does not access it, and `&mut self` excludes other references in this process.
         unsafe {
             std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA)
         }
@@ -255,11 +258,12 @@ impl Driver {
 
     fn write_at(&mut self, at: usize, bytes: &[u8]) {
         assert!(at >= self.at && at + bytes.len() <= self.at + QUEUE_BYTES);
-        // SAFETY: it lies in this queue's part of the mapping, and nobody looks at it before `avail.idx` says so.
+        // SAFETY: checked above, the range lies in this queue's part of the mapping, which `self` keeps alive. The back-end reads
+        // it only after `avail.idx` has been advanced.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.as_mut_ptr().add(at), bytes.len()) };
     }
 
-    /// Makes a request of `sectors` (of those in [`Driver::data`], for reads and writes) and adds it to the ring.
+    /// Adds a request of `sectors` to the ring. The data of reads and writes is in [`Driver::data`].
     pub fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u32) {
         let place = self.slot_offset(slot);
         let guest = |at: usize| GUEST_BASE + at as u64;
@@ -288,25 +292,25 @@ impl Driver {
         atomic_u16(&self.memory, self.at + AVAIL_OFFSET + 2).store(self.added, Ordering::Release);
     }
 
-    /// Kicks, if the device wants to be kicked, for the last `added` requests.
+    /// Kicks the device for the last `added` requests, unless the device has disabled notifications.
     pub fn kick(&mut self, added: u16) {
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
+        let enabled = if self.event_idx {
             let event = atomic_u16(&self.memory, self.at + USED_OFFSET + 4 + 8 * usize::from(QUEUE_SIZE))
                 .load(Ordering::Relaxed);
             self.added.wrapping_sub(event).wrapping_sub(1) < added
         } else {
             atomic_u16(&self.memory, self.at + USED_OFFSET).load(Ordering::Relaxed) & 1 == 0
         };
-        if wanted {
+        if enabled {
             rustix::io::write(&self.kick, &1u64.to_ne_bytes()).expect("a kick");
         }
     }
 
-    /// Waits until the device gives something back: slots and their status bytes.
+    /// Waits for completions. Returns slots and their status bytes.
     ///
     /// # Panics
-    /// Where it takes for ever.
+    /// Nothing completes within a minute.
     pub fn wait(&mut self) -> Vec<(usize, u8)> {
         loop {
             let back = self.reap();
@@ -325,7 +329,7 @@ impl Driver {
             let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Relaxed);
             assert!(
                 ready > 0,
-                "a request is lost: no signal; added {}, seen {}, used {used}",
+                "a request is lost: no signal; avail index {}, last used {}, used index {used}",
                 self.added,
                 self.last_used
             );
@@ -338,12 +342,12 @@ impl Driver {
         let used = atomic_u16(&self.memory, self.at + USED_OFFSET + 2).load(Ordering::Acquire);
         assert!(
             self.added.wrapping_sub(self.last_used) >= used.wrapping_sub(self.last_used),
-            "more comes back than was added"
+            "more requests complete than were added"
         );
         while self.last_used != used {
             let at = self.at + USED_OFFSET + 4 + 8 * usize::from(self.last_used % QUEUE_SIZE);
             let head = atomic_u16(&self.memory, at).load(Ordering::Relaxed);
-            assert!(head.is_multiple_of(3) && usize::from(head) < 3 * DEPTH, "head {head} comes back");
+            assert!(head.is_multiple_of(3) && usize::from(head) < 3 * DEPTH, "head {head} was not added");
             let slot = usize::from(head / 3);
             let status = self.slot_offset(slot) + 16;
             back.push((slot, atomic_u16(&self.memory, status).load(Ordering::Relaxed).to_ne_bytes()[0]));

@@ -1,4 +1,4 @@
-//! The golden images: their manifest, and unpacking them with folders and holes.
+//! The golden images: reads their manifest and unpacks them, with folders and holes.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::GzDecoder;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
+
+use super::digest::sha256_of_bytes;
 
 /// The entries of the manifest.
 pub(crate) struct Golden {
@@ -19,12 +20,12 @@ impl Golden {
     pub(crate) fn load() -> Golden {
         let text = fs::read(folder().join("manifest.json")).expect("vm-images/golden/manifest.json is readable");
         let mut manifest: Value = serde_json::from_slice(&text).expect("the manifest is JSON");
-        let Value::Array(images) = manifest["images"].take() else { panic!("the manifest lists its images") };
-        assert!(images.len() >= 20, "the manifest lost images: {} left", images.len());
+        let Value::Array(images) = manifest["images"].take() else { panic!("the manifest has no list of images") };
+        assert!(images.len() >= 20, "the manifest has only {} images", images.len());
         Golden { images }
     }
 
-    /// Every image, parents before children.
+    /// Returns every image, parents before children.
     pub(crate) fn images(&self) -> &[Value] {
         &self.images
     }
@@ -37,43 +38,20 @@ impl Golden {
             let packed = File::open(folder().join(text(image, "gz"))).expect("the packed image is there");
             let mut data = Vec::new();
             GzDecoder::new(packed).read_to_end(&mut data).expect("the packed image unpacks");
-            assert_eq!(hex(&Sha256::digest(&data)), text(image, "file_sha256"), "{}", path.display());
+            assert_eq!(sha256_of_bytes(&data), text(image, "file_sha256"), "{}", path.display());
             write_sparse(&path, &data);
         }
     }
 }
 
-/// The string at `key`.
+/// Returns the string at `key` of an image's entry.
 pub(crate) fn text<'a>(image: &'a Value, key: &str) -> &'a str {
-    image[key].as_str().unwrap_or_else(|| panic!("the manifest says {key} of {}", image["file"]))
+    image[key].as_str().unwrap_or_else(|| panic!("the manifest has no {key} of {}", image["file"]))
 }
 
-/// The number at `key`.
+/// Returns the number at `key` of an image's entry.
 pub(crate) fn number(image: &Value, key: &str) -> u64 {
-    image[key].as_u64().unwrap_or_else(|| panic!("the manifest says {key} of {}", image["file"]))
-}
-
-/// The hash of a whole file, read in pieces.
-pub(crate) fn sha256_of(path: &Path) -> String {
-    let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    sha256_of_stream(&mut file)
-}
-
-/// The hash of everything `from` yields.
-pub(crate) fn sha256_of_stream(from: &mut impl Read) -> String {
-    let mut hash = Sha256::new();
-    let mut piece = vec![0; 1 << 18];
-    loop {
-        match from.read(&mut piece).expect("the stream is readable") {
-            0 => return hex(&hash.finalize()),
-            n => hash.update(&piece[..n]),
-        }
-    }
-}
-
-/// Lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    image[key].as_u64().unwrap_or_else(|| panic!("the manifest has no {key} of {}", image["file"]))
 }
 
 fn folder() -> PathBuf {
@@ -84,10 +62,10 @@ fn folder() -> PathBuf {
 fn write_sparse(path: &Path, data: &[u8]) {
     const PAGE: usize = 4096;
     let file = File::create(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    file.set_len(data.len() as u64).expect("the file takes its length");
+    file.set_len(data.len() as u64).expect("the length can be set");
     for (i, page) in data.chunks(PAGE).enumerate() {
         if page.iter().any(|&b| b != 0) {
-            file.write_all_at(page, (i * PAGE) as u64).expect("the file takes its data");
+            file.write_all_at(page, (i * PAGE) as u64).expect("the data can be written");
         }
     }
 }

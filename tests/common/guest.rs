@@ -1,4 +1,4 @@
-//! The Linux guest of vm-images/: a QEMU machine that runs one job on the disks of a daemon.
+//! The Linux guest of vm-images/: a QEMU machine that runs one job on a daemon's disk.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader};
@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Emulated machines want whole processors: one at a time.
+/// Held by the one machine that runs: an emulated machine uses whole processors.
 static MACHINE_LOCK: Mutex<()> = Mutex::new(());
 
-/// A guest at work. Dropped, it is switched off.
+/// A running guest. Drop switches it off.
 pub struct Guest {
     child: Child,
     console: BufReader<ChildStdout>,
@@ -17,15 +17,15 @@ pub struct Guest {
     _machine_lock: MutexGuard<'static, ()>,
 }
 
-/// What a guest whose job succeeded has printed.
+/// The console output of a guest whose job succeeded.
 pub struct Console(Vec<String>);
 
 impl Guest {
-    /// Boots on the disk at `socket` and runs vm-images/jobs/`job`.sh. `extra` are arguments of vm-images/run-guest.sh.
+    /// Boots with the disk at `socket` and runs vm-images/jobs/`job`.sh. `extra` are arguments of vm-images/run-guest.sh.
     ///
-    /// The test fails when the machine cannot be started for want of QEMU or the guest's image.
+    /// The test fails if QEMU or the guest's image is missing.
     pub fn boot(socket: &Path, job: &str, extra: &[&str]) -> Self {
-        let turn = MACHINE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = MACHINE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm-images");
         let cache = std::env::var_os("DIFFDISK_CACHE").map_or_else(|| images.join("cache"), Into::into);
         assert!(
@@ -47,10 +47,10 @@ impl Guest {
             .spawn()
             .expect("run-guest.sh starts");
         let console = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
-        Self { child, console, lines: Vec::new(), _machine_lock: turn }
+        Self { child, console, lines: Vec::new(), _machine_lock: lock }
     }
 
-    /// Reads the console up to a line that begins with `prefix`; the test fails when the guest ends before.
+    /// Reads the console up to a line that begins with `prefix`. The test fails if the guest ends before.
     pub fn wait_for(&mut self, prefix: &str) {
         while let Some(line) = self.next_line() {
             if line.starts_with(prefix) {
@@ -83,7 +83,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // SIGTERM, since the script then takes QEMU with it.
+        // On SIGTERM the script ends QEMU, too.
         if matches!(self.child.try_wait(), Ok(None)) {
             let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
             let _ = self.child.wait();
@@ -92,7 +92,7 @@ impl Drop for Guest {
 }
 
 impl Console {
-    /// The value of the line `NAME: value`; the test fails when there is none.
+    /// Returns the value of the line `NAME: value`. The test fails if there is none.
     pub fn value(&self, name: &str) -> &str {
         let value = self.0.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         value.unwrap_or_else(|| panic!("the guest printed no {name}:\n{}", self.0.join("\n")))

@@ -1,4 +1,4 @@
-//! Memory of a test's own in the guest's place.
+//! Memory of the test in place of guest memory.
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use diffdisk::storage::GuestIovecs;
 
-/// Guest memory on the heap. The slices over it share its ownership.
+/// Guest memory on the heap. The iovecs over it share its ownership.
 pub struct TestMemory(Arc<HeapBytes>);
 
 struct HeapBytes(Box<[UnsafeCell<u8>]>);
 
-// SAFETY: the bytes are reached through raw pointers only, by one request or by the test at a time.
+// SAFETY: the bytes are accessed through raw pointers only. A test accesses them while no request over them is in flight, and
+// gives each range to one request at a time, so no two threads access a byte at once.
 unsafe impl Sync for HeapBytes {}
 
 impl TestMemory {
@@ -19,7 +20,7 @@ impl TestMemory {
         TestMemory(Arc::new(HeapBytes(bytes.iter().copied().map(UnsafeCell::new).collect())))
     }
 
-    /// Slices over it, cut at `cuts` to look like a guest's scattered buffers.
+    /// Returns iovecs over the memory, split at `cuts` like a guest's scattered buffers.
     pub fn iovecs(&self, cuts: &[usize]) -> GuestIovecs {
         let bytes = &self.0.0;
         let mut slices = GuestIovecs::new(self.0.clone(), 4);
@@ -27,7 +28,8 @@ impl TestMemory {
         let mut at = 0;
         for cut in cuts.iter().copied().chain([bytes.len()]) {
             let cut = cut.clamp(at, bytes.len());
-            // SAFETY: inside the boxed slice, which the owner keeps; its bytes may be written through shared references.
+            // SAFETY: the range lies in the boxed slice, which the iovecs' owner keeps alive. The bytes are `UnsafeCell`s, so they may
+            // be written through shared references.
             unsafe { slices.push(start.wrapping_add(at), cut - at) };
             at = cut;
         }
@@ -35,7 +37,7 @@ impl TestMemory {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        // SAFETY: a byte of the slice; no operation is under way on it.
+        // SAFETY: the pointer is that of a live `UnsafeCell`. Tests call this only when no request over the memory is in flight.
         self.0.0.iter().map(|byte| unsafe { *byte.get() }).collect()
     }
 }

@@ -1,5 +1,5 @@
-//! What the integration tests share: running the two programs, a vhost-user client, golden images, patterns, seeds, and a
-//! byte-level VHD builder that knows nothing of `diffdisk::format`, the Linux guest, and programs by others.
+//! Support of the integration tests: running the two programs, a vhost-user client, golden images, patterns, random numbers,
+//! temporary files, a byte-level VHD builder without `diffdisk::format`, the Linux guest, and other readers of VHD.
 //!
 //! Every test target compiles this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
@@ -14,5 +14,6 @@ pub(crate) mod guest;
 pub(crate) mod oracle;
 pub(crate) mod pattern;
 pub(crate) mod rng;
+pub(crate) mod temp;
 pub(crate) mod tool;
 pub(crate) mod vhd_bytes;

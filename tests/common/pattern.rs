@@ -1,10 +1,10 @@
-//! Sector contents that say who wrote them and where, and a comparison that reports in those terms.
+//! Sector contents that name their writer and their place, and a comparison that reports both.
 
 /// Bytes in a sector.
 pub(crate) const SECTOR: usize = 512;
 
-/// Fills `data` with the pattern of `tag` for the sectors from `first` on: `<tag s=N>`, repeated and cut to 512 bytes.
-/// The rule of vm-images/golden/manifest.json.
+/// Fills `data` with the pattern of `tag` for the sectors from `first` on: `<tag s=N>`, repeated and cut to 512 bytes, as
+/// vm-images/golden/manifest.json defines it.
 pub(crate) fn fill(data: &mut [u8], tag: &str, first: u64) {
     for (sector, chunk) in (first..).zip(data.chunks_mut(SECTOR)) {
         let text = format!("<{tag} s={sector}>");
@@ -14,14 +14,14 @@ pub(crate) fn fill(data: &mut [u8], tag: &str, first: u64) {
     }
 }
 
-/// The pattern of `count` sectors from `first` on.
+/// Returns the pattern of `count` sectors from `first` on.
 pub(crate) fn sectors(tag: &str, first: u64, count: usize) -> Vec<u8> {
     let mut data = vec![0; count * SECTOR];
     fill(&mut data, tag, first);
     data
 }
 
-/// Panics with the first sector that differs, and what it holds on both sides.
+/// Panics if the disks differ, with the first differing sector and its contents in both.
 pub(crate) fn assert_same(what: &str, got: &[u8], want: &[u8]) {
     let differs = got.chunks(SECTOR).zip(want.chunks(SECTOR)).position(|(a, b)| a != b);
     if let Some(sector) = differs {
@@ -29,9 +29,9 @@ pub(crate) fn assert_same(what: &str, got: &[u8], want: &[u8]) {
             let from = sector * SECTOR;
             String::from_utf8_lossy(&data[from..data.len().min(from + 24)]).replace('\0', "0")
         };
-        panic!("{what}: sector {sector} holds {:?}, not {:?}", show(got), show(want));
+        panic!("{what}: sector {sector} contains {:?}, expected {:?}", show(got), show(want));
     }
-    assert_eq!(got.len(), want.len(), "{what}: length of the disk");
+    assert_eq!(got.len(), want.len(), "{what}: size of the disk");
 }
 
 #[test]

@@ -1,51 +1,62 @@
-//! A seeded random source (SplitMix64) that prints its seed, so that a failure can be replayed.
+//! Random numbers for tests and benchmarks: SplitMix64, the generator of the simulated host, with a printed seed so that a failure can
+//! be replayed.
 
-/// Random numbers from one seed.
-pub(crate) struct Rng(u64);
+/// The generator itself. Its file is included, not imported: the library exports it only with the feature `sim`.
+#[path = "../../src/storage/sim/random.rs"]
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "it is written for the library")]
+mod split_mix;
+
+/// A stream of random numbers that depends only on its seed.
+pub(crate) struct Rng(split_mix::Random);
 
 impl Rng {
-    /// The seed of `DIFFDISK_SEED`, or one taken from the clock; printed either way.
-    pub(crate) fn from_env(who: &str) -> Rng {
-        let seed = match std::env::var("DIFFDISK_SEED") {
-            Ok(text) => text.parse().expect("DIFFDISK_SEED is a decimal number"),
-            Err(_) => std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .map_or(1, |t| u64::from(t.subsec_nanos()) ^ (t.as_secs() << 20)),
-        };
-        println!("{who}: DIFFDISK_SEED={seed}");
+    /// Starts the stream of the seed in `DIFFDISK_SEED`, or of one taken from the clock. Prints `test` and the seed.
+    pub(crate) fn from_env(test: &str) -> Rng {
+        let seed = seed_of_env().unwrap_or_else(|| {
+            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            since.map_or(1, |t| u64::from(t.subsec_nanos()) ^ (t.as_secs() << 20))
+        });
+        println!("{test}: DIFFDISK_SEED={seed}");
         Rng::new(seed)
     }
 
-    /// The seed of `DIFFDISK_SEED`, or `default`; printed either way.
+    /// Starts the stream of the seed in `DIFFDISK_SEED`, or of `default`. Prints the seed.
     pub(crate) fn seeded(default: u64) -> Rng {
-        let seed = std::env::var("DIFFDISK_SEED").map_or(default, |text| text.parse().expect("a decimal number"));
-        println!("DIFFDISK_SEED={seed}");
-        Rng::new(seed)
+        Rng::new(seed_or(default))
     }
 
-    /// One of several.
-    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[usize::try_from(self.below(of.len() as u64)).expect("an index")]
-    }
-
-    /// The sequence of this seed.
+    /// Starts the stream of `seed`. Prints nothing.
     pub(crate) fn new(seed: u64) -> Rng {
-        Rng(seed)
+        Rng(split_mix::Random::new(seed))
     }
 
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
-    /// A number below `end`, which is not zero.
+    /// Returns a number below `end`, which must not be zero.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.0.below(end)
     }
+
+    /// Returns one of `items`.
+    pub(crate) fn pick<T: Copy>(&mut self, items: &[T]) -> T {
+        items[self.0.index(items.len())]
+    }
+}
+
+/// Returns the seed in `DIFFDISK_SEED`, or `default`, and prints it.
+pub(crate) fn seed_or(default: u64) -> u64 {
+    let seed = seed_of_env().unwrap_or(default);
+    println!("DIFFDISK_SEED={seed}");
+    seed
+}
+
+/// Returns the seed in `DIFFDISK_SEED`, if the variable is set.
+pub(crate) fn seed_of_env() -> Option<u64> {
+    let text = std::env::var("DIFFDISK_SEED").ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("DIFFDISK_SEED={text} is not a decimal number")))
 }
 
 #[test]

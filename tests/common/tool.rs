@@ -1,4 +1,4 @@
-//! Running the two programs under a time limit, with what they printed and how much memory they took.
+//! Runs programs under a time limit and returns their output; locks against starting programs at the wrong moment.
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -13,7 +13,7 @@ pub(crate) const DIFFDISK: &str = env!("CARGO_BIN_EXE_diffdisk");
 /// The daemon.
 pub(crate) const DIFFDISKD: &str = env!("CARGO_BIN_EXE_diffdiskd");
 
-/// What a finished program left behind.
+/// The outcome of a finished program.
 #[derive(Debug)]
 pub(crate) struct Finished {
     /// The exit code; `None` if a signal ended it.
@@ -24,19 +24,19 @@ pub(crate) struct Finished {
     pub(crate) stderr: String,
     /// Wall time.
     pub(crate) elapsed: Duration,
-    /// True if it had to be killed at the time limit.
+    /// Whether the program was killed at the time limit.
     pub(crate) killed: bool,
 }
 
 impl Finished {
-    /// Panics unless the program exited with 0.
+    /// Panics unless the exit code is 0.
     #[track_caller]
     pub(crate) fn ok(self) -> Finished {
         assert_eq!(self.code, Some(0), "{}", self.stderr);
         self
     }
 
-    /// Standard output as JSON.
+    /// Parses standard output as JSON.
     #[track_caller]
     pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.stdout)
@@ -44,12 +44,12 @@ impl Finished {
     }
 }
 
-/// `diffdisk ARGS`.
+/// Runs `diffdisk` with `args`.
 pub(crate) fn diffdisk<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Finished {
     run(Command::new(DIFFDISK).args(args), Duration::from_secs(60))
 }
 
-/// Runs `command` to its end, or kills it at `limit`.
+/// Runs `command` to its end, or kills it after `limit`.
 pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
@@ -66,20 +66,20 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
     }
 }
 
-/// Starts a program while nobody is [`alone`].
+/// Starts a program; waits while another thread holds [`lock_spawns`].
 pub(crate) fn start(command: &mut Command) -> std::io::Result<Child> {
-    let _alone = lock_spawns();
+    let _lock = lock_spawns();
     command.spawn()
 }
 
-/// For who opens images in this process: no program is started meanwhile, since between fork and exec it would hold all
-/// open files, with their locks.
+/// Keeps other threads from starting programs until the guard is dropped. A test that opens images in its own process holds it: a
+/// program has all open files of this process, with their locks, between fork and exec.
 pub(crate) fn lock_spawns() -> MutexGuard<'static, ()> {
     static SPAWN_LOCK: Mutex<()> = Mutex::new(());
     SPAWN_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits until `deadline`, then kills. Returns the exit code, and whether it had to be killed.
+/// Waits for a program and kills it at `deadline`. Returns the exit code, and whether it was killed.
 pub(crate) fn wait(child: &mut Child, deadline: Instant) -> (Option<i32>, bool) {
     loop {
         if let Some(status) = child.try_wait().expect("the program can be waited for") {
@@ -93,26 +93,20 @@ pub(crate) fn wait(child: &mut Child, deadline: Instant) -> (Option<i32>, bool) 
     }
 }
 
-/// True if `name` is a program on PATH.
+/// Returns whether `name` is a program on PATH.
 pub(crate) fn on_path(name: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
 }
 
-/// Panics, saying how to get it, unless every program of `names` is there.
+/// Panics unless every program of `names` is installed.
 #[track_caller]
 pub(crate) fn require(names: &[&str]) {
     let missing: Vec<_> = names.iter().filter(|name| !on_path(name)).collect();
     assert!(missing.is_empty(), "not installed: {missing:?}; `make test` installs what the tests need");
 }
 
-/// A folder for a test, under `target`'s temporary folder so that it lies on a real file system.
-pub(crate) fn scratch(name: &str) -> tempfile::TempDir {
-    let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    tempfile::Builder::new().prefix(name).tempdir_in(within).expect("a folder for the test")
-}
-
-/// Leaves a socket nobody listens on at `path`, which may be longer than a socket's name: it is bound through its
-/// folder's descriptor.
+/// Makes a socket without a listener. `path` may be longer than a socket's address: the socket is bound through the
+/// descriptor of its folder.
 pub(crate) fn leave_socket(path: &Path) {
     let folder = std::fs::File::open(path.parent().expect("a folder")).expect("the folder opens");
     let name = path.file_name().expect("a name").display();

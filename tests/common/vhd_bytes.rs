@@ -1,9 +1,9 @@
-//! VHD files byte by byte, right or wrong, straight from the format's description. Shares nothing with
-//! `diffdisk::format`, so that a misunderstanding there cannot hide here.
+//! VHD files byte by byte, valid or invalid, from the format's description. Shares no code with `diffdisk::format`, so that
+//! an error there is not repeated here.
 //!
-//! Layout of what [`VhdFile::create`] makes: footer copy at 0, header at 512, BAT at 1536, eight sectors for the data of
-//! the locators, blocks one behind another, footer. Fixed: data, footer. Everything is written through to the file, so
-//! even huge images cost no memory.
+//! Layout of a file of [`VhdFile::create`]: footer copy at 0, header at 512, BAT at 1536, eight sectors for locator data,
+//! blocks without gaps, footer. Of a fixed image: data, footer. All bytes are written directly to the file, so huge images
+//! take no memory.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,10 +15,10 @@ use super::pattern;
 pub(crate) const FIXED: u32 = 2;
 pub(crate) const DYNAMIC: u32 = 3;
 pub(crate) const DIFFERENCING: u32 = 4;
-/// Where [`VhdFile::create`] puts header and BAT.
+/// Places of header and BAT in a file of [`VhdFile::create`].
 pub(crate) const HEADER_OFFSET: u64 = 512;
 pub(crate) const BAT_OFFSET: u64 = 1536;
-/// BAT entry of a block that is not there.
+/// BAT entry of an unallocated block.
 pub(crate) const UNUSED: u32 = 0xFFFF_FFFF;
 
 /// Fields of the footer, by offset.
@@ -48,32 +48,32 @@ pub(crate) mod header {
     pub(crate) const LOCATORS: u64 = 576;
 }
 
-/// What to build.
+/// The image to build.
 #[derive(Clone, Debug)]
 pub(crate) struct VhdSpec {
     pub(crate) kind: u32,
-    /// Bytes on the disk.
+    /// Size of the disk in bytes.
     pub(crate) size: u64,
     pub(crate) block_size: u32,
-    /// Entries of the BAT; `None` for as many as the size needs.
+    /// Entries of the BAT; `None` for as many as the disk has blocks.
     pub(crate) entries: Option<u32>,
-    /// Blocks that are there, in file order, every sector written.
+    /// Allocated blocks, in file order, with every sector written.
     pub(crate) blocks: Vec<u32>,
     pub(crate) uuid: [u8; 16],
     pub(crate) parent: [u8; 16],
-    /// Header parent name.
+    /// The parent's name in the header.
     pub(crate) parent_name: String,
-    /// Tag of the pattern in the sectors.
+    /// Tag of the pattern in written sectors.
     pub(crate) tag: String,
 }
 
 impl VhdSpec {
-    /// A fixed disk.
+    /// A fixed image.
     pub(crate) fn fixed(size: u64) -> VhdSpec {
         VhdSpec { kind: FIXED, ..VhdSpec::dynamic(size, 0) }
     }
 
-    /// A dynamic disk without blocks.
+    /// A dynamic image without blocks.
     pub(crate) fn dynamic(size: u64, block_size: u32) -> VhdSpec {
         VhdSpec {
             kind: DYNAMIC,
@@ -88,7 +88,7 @@ impl VhdSpec {
         }
     }
 
-    /// A differencing disk without blocks whose parent carries `parent` and is called `name`.
+    /// A differencing image without blocks, whose parent has the UUID `parent` and the file name `name`.
     pub(crate) fn child(size: u64, block_size: u32, parent: [u8; 16], name: &str) -> VhdSpec {
         let (kind, uuid) = (DIFFERENCING, id(2));
         VhdSpec { kind, uuid, parent, parent_name: name.into(), tag: "C".into(), ..VhdSpec::dynamic(size, block_size) }
@@ -107,7 +107,7 @@ impl VhdSpec {
     }
 }
 
-/// A recognisable unique id.
+/// Returns a recognisable UUID.
 pub(crate) fn id(n: u8) -> [u8; 16] {
     let mut id = [0x11; 16];
     id[15] = n;
@@ -119,11 +119,11 @@ pub(crate) struct VhdFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
     pub(crate) spec: VhdSpec,
-    /// Eight sectors for locator data.
+    /// Offset of the eight sectors for locator data.
     pub(crate) locators_at: u64,
-    /// The first block's bitmap.
+    /// Offset of the first block's bitmap.
     pub(crate) blocks_at: u64,
-    /// The trailing footer.
+    /// Offset of the trailing footer.
     pub(crate) footer_at: u64,
 }
 
@@ -151,13 +151,13 @@ impl VhdFile {
         vhd
     }
 
-    /// Entries in the BAT.
+    /// Returns the number of entries in the BAT.
     pub(crate) fn entries(&self) -> u32 {
         let needed = || u32::try_from(self.spec.size.div_ceil(u64::from(self.spec.block_size))).expect("fits a BAT");
         self.spec.entries.unwrap_or_else(needed)
     }
 
-    /// Bytes from one block's bitmap to the next block's.
+    /// Returns the bytes of a block and its bitmap.
     pub(crate) fn stride(&self) -> u64 {
         let block = u64::from(self.spec.block_size);
         (block / 512).div_ceil(8).next_multiple_of(512) + block
@@ -211,7 +211,7 @@ impl VhdFile {
         self.update_checksum(at, 512, footer::CHECKSUM);
     }
 
-    /// Puts bytes as they are; checksums are the caller's.
+    /// Writes bytes without updating a checksum.
     pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
         self.file.write_all_at(bytes, at).unwrap_or_else(|e| panic!("{} at {at}: {e}", self.path.display()));
     }
@@ -226,7 +226,7 @@ impl VhdFile {
         self.put(at + checksum, &(!sum).to_be_bytes());
     }
 
-    /// Changes a field of every footer there is and makes the checksums right.
+    /// Changes a field of every footer and updates the checksums.
     pub(crate) fn set_footers(&self, field: u64, bytes: &[u8]) -> &VhdFile {
         for at in self.footer_copies() {
             self.set_footer(at, field, bytes);
@@ -234,19 +234,19 @@ impl VhdFile {
         self
     }
 
-    /// Changes a field of the footer at `at` and makes its checksum right.
+    /// Changes a field of the footer at `at` and updates its checksum.
     pub(crate) fn set_footer(&self, at: u64, field: u64, bytes: &[u8]) -> &VhdFile {
         self.put(at + field, bytes);
         self.update_checksum(at, 512, footer::CHECKSUM);
         self
     }
 
-    /// Where footers lie.
+    /// Returns the offsets of all footers.
     pub(crate) fn footer_copies(&self) -> Vec<u64> {
         if self.spec.kind == FIXED { vec![self.footer_at] } else { vec![0, self.footer_at] }
     }
 
-    /// Changes a field of the header and makes its checksum right.
+    /// Changes a field of the header and updates its checksum.
     pub(crate) fn set_header(&self, field: u64, bytes: &[u8]) -> &VhdFile {
         self.put(HEADER_OFFSET + field, bytes);
         self.update_checksum(HEADER_OFFSET, 1024, header::CHECKSUM);
@@ -259,7 +259,7 @@ impl VhdFile {
         self
     }
 
-    /// Sets the header's parent name, in UTF-16 code units: any 16 bits are allowed.
+    /// Sets the parent's name in the header to UTF-16 code units, which need not be valid.
     pub(crate) fn set_parent_name(&self, units: &[u16]) -> &VhdFile {
         let mut field = [0; 512];
         for (place, unit) in field.chunks_mut(2).zip(units) {
@@ -278,7 +278,7 @@ impl VhdFile {
         self.set_header(header::LOCATORS + slot * 24, &entry)
     }
 
-    /// Points a locator at `data`, which goes to its own sector.
+    /// Writes `data` to the sector of a locator, and sets the locator's entry to it.
     pub(crate) fn set_locator_data(&self, slot: u64, code: &[u8; 4], data: &[u8]) -> &VhdFile {
         assert!(data.len() <= 512, "a sector per locator");
         let at = self.locators_at + slot * 512;
@@ -286,7 +286,7 @@ impl VhdFile {
         self.set_locator(slot, code, 512, u32::try_from(data.len()).expect("at most a sector"), at)
     }
 
-    /// Bytes of the file.
+    /// Returns the length of the file.
     pub(crate) fn len(&self) -> u64 {
         self.file.metadata().expect("the file is there").len()
     }
@@ -298,12 +298,12 @@ impl VhdFile {
     }
 }
 
-/// UTF-16LE, as in `W2ru` and `W2ku` locators.
+/// Encodes text as UTF-16LE, as in `W2ru` and `W2ku` locators.
 pub(crate) fn utf16le(text: &str) -> Vec<u8> {
     text.encode_utf16().flat_map(|unit| [unit.to_be_bytes()[1], unit.to_be_bytes()[0]]).collect()
 }
 
-/// Writes a file that is no VHD at all.
+/// Writes a file of any bytes, and returns its path.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> PathBuf {
     fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     path.to_path_buf()

@@ -87,7 +87,8 @@ impl SourceTree {
             let file = path.strip_prefix(&root).expect("below src").display().to_string();
             let names: Vec<&str> = module.iter().map(String::as_str).collect();
             let is_folder = path.ends_with("mod.rs") || path.ends_with("lib.rs");
-            let folder = if is_folder { path.parent().expect("a folder").to_path_buf() } else { path.with_extension("") };
+            let folder =
+                if is_folder { path.parent().expect("a folder").to_path_buf() } else { path.with_extension("") };
             tree.add_file(&file, &names, &text, &mut |child| {
                 let flat = folder.join(format!("{child}.rs"));
                 let file = if flat.exists() { flat } else { folder.join(child).join("mod.rs") };
@@ -315,6 +316,7 @@ fn circles(edges: &BTreeMap<(String, String), String>) -> Vec<String> {
         let both = |b: &&String| reached.get(b.as_str()).is_some_and(|back| back.contains(a));
         reached[a].iter().filter(both).cloned().collect::<Vec<String>>()
     };
-    let groups: BTreeSet<Vec<String>> = next.keys().map(|file| together(file)).filter(|group| !group.is_empty()).collect();
+    let groups: BTreeSet<Vec<String>> =
+        next.keys().map(|file| together(file)).filter(|group| !group.is_empty()).collect();
     groups.iter().map(|group| group.join(", ")).collect()
 }

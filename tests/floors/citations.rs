@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 const DOCUMENTS: &[&str] = &["crash-safety", "format", "virtio", "performance", "space", "page-cache"];
 
 /// Letters of numbered rules, and the document that lists them.
-const RULES: &[(char, &str)] = &[('O', "format"), ('V', "virtio"), ('S', "crash-safety"), ('A', "crash-safety"), ('R', "crash-safety")];
+const RULES: &[(char, &str)] =
+    &[('O', "format"), ('V', "virtio"), ('S', "crash-safety"), ('A', "crash-safety"), ('R', "crash-safety")];
 
 #[test]
 fn cited_sections_and_rules_stand_in_the_documents() {
@@ -58,7 +59,9 @@ fn rules() -> BTreeSet<String> {
     for (letter, document) in RULES {
         for line in read(document).lines() {
             let start = line.trim_start_matches(['|', ' ', '-', '*']);
-            let digits = start.strip_prefix(*letter).map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
+            let digits = start
+                .strip_prefix(*letter)
+                .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
             found.extend(digits.filter(|digits| !digits.is_empty()).map(|digits| format!("{letter}{digits}")));
         }
     }

@@ -1,5 +1,5 @@
-//! Direct I/O where the file system takes it, buffered I/O with a line in the log where it does not; the data is right
-//! either way (crash-safety 3.4).
+//! Direct I/O if the file system supports it, otherwise buffered I/O with a warning in the log; the data is right in both cases
+//! (crash-safety 3.4).
 
 use std::fs;
 use std::fs::File;
@@ -8,14 +8,14 @@ use std::process::Command;
 
 use super::guest::{Content, Guest, History, SECTOR};
 use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
-use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
 use crate::common::rng::Rng;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
 const DISK: u64 = 24 << 20;
 const REQUESTS: usize = 200;
-/// What the log says of a file that cannot be used directly.
+/// The warning about a file without direct I/O.
 const FALLBACK: &str = "direct I/O cannot be used here";
 
 #[test]
@@ -27,8 +27,8 @@ fn direct_io_on_ext4() {
 fn direct_io_on_xfs() {
     on_loop("direct_io_on_xfs", FsKind::Xfs, |image| {
         assert_direct(image, true);
-        // A file that was ever shared has to be written by whole blocks.
-        fs::remove_file(image).expect("the image goes");
+        // XFS accepts only writes of whole blocks to a file that has ever shared blocks.
+        fs::remove_file(image).expect("the image can be removed");
         let (fresh, copy) = (made_in(image.parent().expect("a folder")), image.with_extension("copy"));
         run_ok(Command::new("cp").arg("--reflink=always").arg(&fresh).arg(&copy));
         assert_direct(&copy, false);
@@ -42,7 +42,7 @@ fn direct_io_on_btrfs() {
 
 #[test]
 fn direct_io_on_tmpfs() {
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = temp::in_memory();
     assert_direct(&made_in(folder.path()), false);
 }
 
@@ -50,7 +50,7 @@ fn on_loop(test: &str, kind: FsKind, body: impl FnOnce(&Path)) {
     if !can_mount(test) {
         return;
     }
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let folder = temp::in_memory();
     let device = folder.path().join("device");
     File::create(&device).and_then(|file| file.set_len(kind.size())).expect("a device in memory");
     kind.make(&device, &[]);
@@ -66,10 +66,10 @@ fn made_in(folder: &Path) -> std::path::PathBuf {
     image
 }
 
-/// Random work with `--direct`: served directly or not as `expected`, and right.
+/// Runs random requests with `--direct`. Checks that I/O is direct or not, as `expected`, and that the data is right.
 fn assert_direct(image: &Path, expected: bool) {
     let mut rng = Rng::from_env("alignment");
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(image, &["--direct", runtime.option()]);
     let fallen_back = daemon.log().contains(FALLBACK);
     assert_eq!(!fallen_back, expected, "{}: {}", image.display(), daemon.log());
@@ -87,6 +87,6 @@ fn assert_direct(image: &Path, expected: bool) {
         let wrong = history.check_final(&disk);
         assert!(wrong.is_empty(), "{} by {what}: {} wrong, first {}", image.display(), wrong.len(), wrong[0]);
     }
-    fs::remove_file(raw).expect("the raw disk goes");
+    fs::remove_file(raw).expect("the raw disk can be removed");
     diffdisk(["check", from, runtime.option()]).ok();
 }

@@ -1,4 +1,4 @@
-//! Raw disks on block devices: read, and written over whatever a device held before.
+//! Raw disks on block devices: reading, and overwriting all old contents.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -7,14 +7,15 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::common::tool::{DIFFDISK, Finished, diffdisk, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, Finished, diffdisk, run};
 use crate::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 
 const MIB: usize = 1 << 20;
-/// What devices are full of at first.
+/// The byte that devices are filled with.
 const OLD: u8 = 0xD7;
 
-/// A folder with the file of a device, full of old contents, and a disk to write: data at both ends and between holes.
+/// A folder with the file of a device, full of old contents, and a disk to write, with data at both ends and between holes.
 struct DeviceFixture {
     folder: TempDir,
     disk: Vec<u8>,
@@ -29,9 +30,9 @@ impl DeviceFixture {
             bytes[at..at + len].fill(0x5A);
         }
         fs::write(folder.path().join("a.raw"), &bytes).expect("a disk");
-        let stage = DeviceFixture { folder, disk: bytes };
-        stage.diffdisk("convert a.raw a.vhd --from raw --to dynamic").ok();
-        stage
+        let fixture = DeviceFixture { folder, disk: bytes };
+        fixture.diffdisk("convert a.raw a.vhd --from raw --to dynamic").ok();
+        fixture
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -43,7 +44,7 @@ impl DeviceFixture {
         run(command.current_dir(&self.folder).args(line.split(' ')), std::time::Duration::from_secs(60))
     }
 
-    /// What the device holds, through its file.
+    /// Returns the contents of the device, read from its file.
     fn written(&self) -> Vec<u8> {
         fs::read(self.at("device")).expect("the file of the device")
     }
@@ -70,28 +71,28 @@ fn a_disk_is_written_over_all_that_a_device_held_and_read_back() {
         return;
     }
     for sector in ["512", "4096"] {
-        // Of the same size, and larger: what lies behind the disk stays.
+        // A device of the disk's size, and larger ones, whose contents after the disk stay.
         for (device, disk) in [(40 * MIB, 40 * MIB), (40 * MIB, 11 * MIB + 1536), (8 * MIB, 8 * MIB - 512)] {
-            let stage = DeviceFixture::new(device, disk);
-            let there = attach(&stage.at("device"), sector);
+            let fixture = DeviceFixture::new(device, disk);
+            let there = attach(&fixture.at("device"), sector);
             let dev = there.path().display();
             for source in ["a.vhd", "a.raw --from raw"] {
-                stage.diffdisk(&format!("convert {source} {dev} --to raw --force")).ok();
-                let written = stage.written();
-                assert!(written[..disk] == stage.disk, "{source}: the disk on sectors of {sector}");
-                assert!(written[disk..].iter().all(|&byte| byte == OLD), "{source}: what lies behind it");
+                fixture.diffdisk(&format!("convert {source} {dev} --to raw --force")).ok();
+                let written = fixture.written();
+                assert!(written[..disk] == fixture.disk, "{source}: the disk on sectors of {sector}");
+                assert!(written[disk..].iter().all(|&byte| byte == OLD), "{source}: the contents after the disk");
                 let file = fs::OpenOptions::new().write(true).open(there.path()).expect("the device");
                 file.write_all_at(&vec![OLD; device], 0).expect("it is full again");
                 file.sync_all().expect("durable");
             }
-            stage.diffdisk(&format!("convert a.vhd {dev} --to raw --force --quiet")).ok();
-            // Back from the device: all of it is the disk.
-            stage.diffdisk(&format!("convert {dev} back.vhd --from raw --to dynamic")).ok();
-            stage.diffdisk("check back.vhd").ok();
-            stage.diffdisk(&format!("compare {dev} back.vhd --from raw --from vhd")).ok();
-            let stream = stage.diffdisk(&format!("convert {dev} - --from raw --to raw")).ok().stdout;
-            assert!(stream.len() == device && stream[..disk] == stage.disk);
-            let compared = stage.diffdisk(&format!("compare a.vhd {dev} --from vhd --from raw"));
+            fixture.diffdisk(&format!("convert a.vhd {dev} --to raw --force --quiet")).ok();
+            // As a source the whole device is the disk.
+            fixture.diffdisk(&format!("convert {dev} back.vhd --from raw --to dynamic")).ok();
+            fixture.diffdisk("check back.vhd").ok();
+            fixture.diffdisk(&format!("compare {dev} back.vhd --from raw --from vhd")).ok();
+            let stream = fixture.diffdisk(&format!("convert {dev} - --from raw --to raw")).ok().stdout;
+            assert!(stream.len() == device && stream[..disk] == fixture.disk);
+            let compared = fixture.diffdisk(&format!("compare a.vhd {dev} --from vhd --from raw"));
             assert_eq!(compared.code, Some(if device == disk { 0 } else { 5 }), "{}", compared.stderr);
         }
     }
@@ -102,30 +103,30 @@ fn a_device_is_not_overwritten_unasked_nor_in_use_nor_too_small() {
     if !can_mount("devices") {
         return;
     }
-    let stage = DeviceFixture::new(8 * MIB, 8 * MIB + 512);
-    let there = LoopDevice::attach(&stage.at("device"));
+    let fixture = DeviceFixture::new(8 * MIB, 8 * MIB + 512);
+    let there = LoopDevice::attach(&fixture.at("device"));
     let dev = there.path().display();
-    stage.refused(&format!("convert a.vhd {dev} --to raw"), "give --force to overwrite");
-    stage.refused(
+    fixture.refused(&format!("convert a.vhd {dev} --to raw"), "give --force to overwrite");
+    fixture.refused(
         &format!("convert a.vhd {dev} --to raw --force"),
         "the disk has 8389120 bytes, and the device only 8388608",
     );
     for to in ["fixed", "dynamic"] {
-        stage.refused(&format!("convert a.vhd {dev} --to {to} --force"), "VHDs are written to regular files only");
+        fixture.refused(&format!("convert a.vhd {dev} --to {to} --force"), "VHDs are written to regular files only");
     }
-    // Another program holds it, as LVM and mdadm do.
+    // Another program holds the device exclusively, as LVM and mdadm do.
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
     let held = rustix::fs::open(there.path(), flags, rustix::fs::Mode::empty()).expect("it is free");
-    fs::write(stage.at("small.raw"), [1; 512]).expect("a disk");
+    fs::write(fixture.at("small.raw"), [1; 512]).expect("a disk");
     let write = format!("convert small.raw {dev} --from raw --to raw --force");
-    stage.refused(&write, "the block device is in use");
+    fixture.refused(&write, "the block device is in use");
     drop(held);
-    // A VHD inside a device, as XenServer's volumes are.
+    // A VHD inside a device, as in XenServer's volumes.
     for line in ["info DEV", "check DEV", "map DEV", "convert DEV x.raw --to raw", "create x.vhd --parent DEV"] {
-        stage.refused(&line.replace("DEV", &dev.to_string()), "VHDs inside devices are not supported");
+        fixture.refused(&line.replace("DEV", &dev.to_string()), "VHDs inside devices are not supported");
     }
-    stage.diffdisk(&write).ok();
-    assert_eq!(stage.written()[..513], [&[1; 512][..], &[OLD]].concat());
+    fixture.diffdisk(&write).ok();
+    assert_eq!(fixture.written()[..513], [&[1; 512][..], &[OLD]].concat());
 }
 
 #[test]

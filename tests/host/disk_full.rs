@@ -1,5 +1,5 @@
-//! The host's file system is full: writes fail or wait, as told; flushes and reads go on; nothing is lost, and all goes on
-//! where there is room again (crash-safety 3.5, 3.8; 5.2, R9).
+//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes succeed again
+//! when there is space (crash-safety 3.5, 3.8; 5.2, R9).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,17 +12,17 @@ use tempfile::TempDir;
 
 use super::guest::{SECTOR, tagged_run};
 use super::loopdev::{FsKind, Mounted, can_mount};
-use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
-/// Sectors of a write: four to a block.
+/// Sectors in a write; a block has four such pieces.
 const PIECE: u64 = 128;
 const BLOCK: &str = "256K";
-/// Bytes of the image's disk: more than any of the file systems has.
+/// Size of the image's disk, larger than each file system.
 const DISK: &str = "1G";
-/// Room that is given back later.
+/// Bytes of a file that is removed to free space.
 const BALLAST: u64 = 24 << 20;
 
 #[test]
@@ -80,7 +80,7 @@ fn again_and_again(test: &str, kind: FsKind, size: u64) {
 fn commits_wait_on_btrfs_with_copies_on_write() {
     if can_mount("commits_wait_on_btrfs_with_copies_on_write") {
         let full = FullFs::new(FsKind::BtrfsSeparate, FsKind::BtrfsSeparate.size(), "sparse");
-        // An image that another program made: nothing is written in place.
+        // An image of another program: btrfs copies every write to a new place.
         let bytes = fs::read(&full.image).expect("the image");
         fs::remove_file(&full.image).expect("the image goes");
         fs::write(&full.image, bytes).expect("a copy of it");
@@ -88,9 +88,9 @@ fn commits_wait_on_btrfs_with_copies_on_write() {
     }
 }
 
-/// Small writes here and there, with flushes, as the host becomes full again and again at every step of what the daemon
-/// does; then it is killed while the host is full. `in_place`: what a commit writes has its room, so flushes succeed while
-/// writes wait. Otherwise a flush may wait, too.
+/// Writes small pieces at scattered places, with flushes, while the file system becomes full at every step of the daemon's work.
+/// Then kills the daemon while the file system is full. `in_place`: commits overwrite allocated space, so flushes succeed while
+/// writes wait. Otherwise flushes may wait, too.
 fn scattered_writes(full: &FullFs, in_place: bool) {
     let options = full.options("park");
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
@@ -98,7 +98,7 @@ fn scattered_writes(full: &FullFs, in_place: bool) {
     let mut client = daemon.connect();
     let place = |number: u64| (number * 7919 % 16_384) * (64 << 10);
     let page = |number: u64| tagged_run(number + 1, place(number) / SECTOR as u64, 8);
-    // What is left in the end is given back in steps.
+    // Files that are removed one by one, each for a little space.
     let steps: Vec<PathBuf> = (0..10).map(|n| full.mounted.path().join(format!("step{n}"))).collect();
     for step in &steps {
         let file = File::create(step).expect("a step");
@@ -130,7 +130,7 @@ fn scattered_writes(full: &FullFs, in_place: bool) {
                     assert!(waiting.values().all(Option::is_some), "a flush waits: {}", daemon.log());
                 }
                 match left.next() {
-                    Some(step) => fs::remove_file(step).expect("a step goes"),
+                    Some(step) => fs::remove_file(step).expect("a step can be removed"),
                     None => break,
                 }
             }
@@ -156,7 +156,7 @@ fn scattered_writes(full: &FullFs, in_place: bool) {
     diffdisk(["check", text(&full.image), full.runtime.option()]).ok();
 }
 
-/// Fills the file system until only a little is left.
+/// Fills the file system but for a little space.
 fn fill_up(full: &FullFs) {
     let file = File::create(full.mounted.path().join("filler")).expect("a filler");
     let mut at = 0;
@@ -164,7 +164,7 @@ fn fill_up(full: &FullFs) {
     while piece >= 64 << 10 {
         let keep = full.mounted.available() <= piece + (512 << 10);
         if keep || rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, piece).is_err() {
-            file.set_len(at).expect("what a failed call got goes");
+            file.set_len(at).expect("the space of a failed call can be freed");
             piece /= 2;
         } else {
             at += piece;
@@ -174,19 +174,19 @@ fn fill_up(full: &FullFs) {
 
 /// A small file system with an image and a ballast.
 struct FullFs {
-    // Unmounted before the folder goes that its file lies in.
+    // Before `_folder`, which has its device: unmounted first.
     mounted: Mounted,
     _folder: TempDir,
     kind: FsKind,
     image: PathBuf,
     ballast: PathBuf,
-    runtime: Runtime,
+    runtime: RuntimeDir,
     allocation: &'static str,
 }
 
 impl FullFs {
     fn new(kind: FsKind, size: u64, allocation: &'static str) -> FullFs {
-        let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let folder = temp::in_memory();
         let device = folder.path().join("device");
         File::create(&device).and_then(|file| file.set_len(size)).expect("a device in memory");
         kind.make(&device, &[]);
@@ -195,7 +195,7 @@ impl FullFs {
         let file = File::create(&ballast).expect("a ballast");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BALLAST).expect("room for the ballast");
         diffdisk(["create", text(&image), "--size", DISK, "--block-size", BLOCK]).ok();
-        FullFs { mounted, _folder: folder, kind, image, ballast, runtime: Runtime::new(), allocation }
+        FullFs { mounted, _folder: folder, kind, image, ballast, runtime: RuntimeDir::new(), allocation }
     }
 
     fn options(&self, policy: &str) -> [String; 3] {
@@ -208,23 +208,23 @@ impl FullFs {
         Daemon::start(&self.image, &options.each_ref().map(String::as_str))
     }
 
-    /// The image holds nothing on the file system that it has no use for: ext4 keeps what a failed fallocate got.
+    /// Checks that the image has no space allocated beyond its end: ext4 keeps what a failed fallocate has allocated.
     fn assert_no_leak(&self) {
         let _settled = self.mounted.available();
         let m = fs::metadata(&self.image).expect("the image");
         let beyond = (m.blocks() * 512).saturating_sub(m.len());
-        // XFS allocates ahead by itself and takes it back later.
+        // XFS preallocates beyond the end by itself and frees that later.
         if self.kind == FsKind::Ext4 {
-            assert!(beyond < 256 << 10, "{beyond} bytes are held beyond the end of {} bytes", m.len());
+            assert!(beyond < 256 << 10, "{beyond} bytes are allocated beyond the end of {} bytes", m.len());
         }
     }
 
     fn make_room(&self) {
-        fs::remove_file(&self.ballast).expect("the ballast goes");
+        fs::remove_file(&self.ballast).expect("the ballast can be removed");
         let _settled = self.mounted.available();
     }
 
-    /// The image is sound and holds the first `pieces` pieces.
+    /// Checks that the image has no defects and contains the first `pieces` pieces.
     fn assert_holds(&self, pieces: u64) {
         diffdisk(["check", text(&self.image), self.runtime.option()]).ok();
         let raw = self._folder.path().join("raw");
@@ -255,8 +255,8 @@ fn submit(client: &mut Client, piece: u64) -> io::Result<()> {
 fn assert_readable(client: &mut Client, pieces: u64) {
     for piece in (0..pieces).step_by(7) {
         let want = data(piece);
-        let found = client.read(piece * PIECE * SECTOR as u64, want.len()).expect("reads go on");
-        assert!(found == want, "piece {piece} of {pieces} is not what was written");
+        let found = client.read(piece * PIECE * SECTOR as u64, want.len()).expect("reads succeed");
+        assert!(found == want, "piece {piece} of {pieces} has other contents");
     }
 }
 
@@ -275,9 +275,9 @@ fn writes_fail(full: &FullFs) {
         }
     };
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    assert!(done > 50, "only {done} pieces found room: {}", daemon.log());
+    assert!(done > 50, "only {done} pieces were written: {}", daemon.log());
     client.flush().expect("a flush while the host is full");
-    // A file system may find some room when it has been asked for it (XFS), but not for long.
+    // XFS may free some space when an allocation fails, but soon has none.
     let found = (0..200).position(|_| {
         submit(&mut client, done).expect("a write is queued");
         let refused = client.wait().expect("an answer").result.is_err();
@@ -295,7 +295,7 @@ fn writes_fail(full: &FullFs) {
     client.flush().expect("a flush");
     daemon.wait_for_log("there is room again", 1);
     drop(client);
-    // File systems find some room when they have written back what they had promised too much for.
+    // Delayed allocation reserves more than it uses, so a file system may have space again after writeback.
     assert!((1..=3).contains(&daemon.log().matches("there is room again").count()), "{}", daemon.log());
     daemon.stop();
     full.assert_holds(done + 20);
@@ -317,15 +317,15 @@ fn writes_wait(full: &FullFs) {
             client.flush().expect("a flush");
         }
     }
-    assert!(done > 50, "only {done} pieces found room: {}", daemon.log());
+    assert!(done > 50, "only {done} pieces were written: {}", daemon.log());
     let others = OtherRequests { parked: 1 };
     others.run(&mut client, Command::Flush);
     for piece in (0..done).step_by(7) {
         let want = data(piece);
         let found = others.run(&mut client, Command::Read { offset: piece * PIECE * SECTOR as u64, len: want.len() });
-        assert!(found == want, "piece {piece} of {done} is not what was written");
+        assert!(found == want, "piece {piece} of {done} has other contents");
     }
-    // More of them, and still nothing fails.
+    // More waiting writes; still nothing fails.
     for piece in done + 1..done + 5 {
         submit(&mut client, piece).expect("a write is queued");
     }
@@ -334,12 +334,12 @@ fn writes_wait(full: &FullFs) {
     full.assert_no_leak();
     full.make_room();
     for _ in 0..5 {
-        client.wait().expect("parked writes go on by themselves").result.expect("there is room again");
+        client.wait().expect("parked writes continue").result.expect("there is room again");
     }
     client.flush().expect("a flush");
     drop(client);
     let log = daemon.log();
-    // The same: the host may be full more than once.
+    // As above, the file system may have space for a moment.
     assert!((1..=3).contains(&log.matches("the host is full").count()), "{log}");
     assert_eq!(log.matches("there is room again").count(), log.matches("the host is full").count(), "{log}");
     daemon.stop();
@@ -355,9 +355,9 @@ impl OtherRequests {
     fn run(&self, client: &mut Client, command: Command<'_>) -> Vec<u8> {
         assert_eq!(client.in_flight(), self.parked, "a parked write was answered");
         let ticket = client.submit(0, command).expect("a request is queued");
-        let done = client.wait().expect("it completes while writes are parked");
+        let done = client.wait().expect("other requests complete while writes are parked");
         assert_eq!(done.ticket, ticket, "a parked write was answered");
-        done.result.expect("it does not fail while writes are parked");
+        done.result.expect("other requests succeed while writes are parked");
         done.data
     }
 }

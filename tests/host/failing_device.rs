@@ -1,5 +1,5 @@
-//! The medium fails syncs or writes: nothing is acknowledged that is not so, a failed sync is final, and what was flushed
-//! before is there after a restart (crash-safety 3.8; 5.2, R10).
+//! A medium that fails syncs or writes: no flush is acknowledged falsely, a failed sync is final, and data that was flushed before
+//! is there after a restart (crash-safety 3.8; 5.2, R10).
 
 use std::fs;
 use std::path::Path;
@@ -9,12 +9,12 @@ use std::time::Duration;
 use super::fuse;
 use super::guest::{SECTOR, tagged_run};
 use super::loopdev::{FsKind, Mounted, can_mount, mount_on_loop};
-use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
+use crate::common::temp::RuntimeDir;
 use crate::common::tool::{self, diffdisk};
 
-/// What the medium refuses.
+/// Operations that the medium fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Failing {
     Syncs,
@@ -52,10 +52,10 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
     let (device, mounted) = mount_on_loop(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
-    // Sixteen blocks: the first write's step of growth is the only one. A second one in the background would be under way
-    // or not when the medium fails, and one that can be neither ended nor undone poisons the image.
+    // With sixteen blocks the file grows at the first write only. A second growth in the background might be in progress when
+    // the medium fails, and a growth that can be neither finished nor undone poisons the image.
     diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("32M")]).ok();
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(&image, &[mode, runtime.option()]);
     let mut client = daemon.connect();
     write(&mut client, 1, 0, 64).expect("a write");
@@ -67,23 +67,23 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let written = write(&mut client, 3, 0, 64);
     let direct = mode == "--direct";
     if failing == Failing::Writes && direct {
-        assert_eq!(written.expect_err("it went to the medium").raw_os_error(), Some(libc::EIO));
+        assert_eq!(written.expect_err("a direct write to a failing medium").raw_os_error(), Some(libc::EIO));
     } else {
-        written.expect("a write into the cache, or one that the medium took");
-        client.flush().expect_err("a flush that the medium did not take");
+        written.expect("a write to the page cache, or to a medium that fails syncs only");
+        client.flush().expect_err("a flush to a failing medium");
     }
-    assert!(disk.failures() > 0, "the medium has refused nothing");
+    assert!(disk.failures() > 0, "the medium has failed no operation");
     disk.fail_syncs(false);
     disk.fail_writes(false);
     if failing == Failing::Syncs || !direct {
-        // The kernel would say yes now, though it has dropped what it could not write.
+        // fsync(2) would succeed now, although the kernel has dropped the pages that it could not write.
         for _ in 0..3 {
             client.flush().expect_err("a flush after a failed sync");
         }
         write(&mut client, 4, 5000, 8).expect_err("a write after a failed sync");
-        assert!(daemon.log().contains("sync failed"), "the log does not say why: {}", daemon.log());
+        assert!(daemon.log().contains("sync failed"), "the log does not name the failed sync: {}", daemon.log());
     }
-    let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("reads go on");
+    let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("reads succeed");
     assert!(kept == tagged_run(2, 5000, 300));
     drop(client);
     let poisoned = failing == Failing::Syncs || !direct;
@@ -102,12 +102,15 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let mut client = daemon.connect();
     let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("a read after the restart");
     assert!(kept == tagged_run(2, 5000, 300), "{kind:?} {failing:?} {mode}: flushed data is gone");
-    // Written again since, but never flushed: each sector is the old or the new one.
+    // These sectors were written again but not flushed: each has its old or its new contents.
     let either = client.read(0, 64 * SECTOR).expect("a read after the restart");
     let (old, new) = (tagged_run(1, 0, 64), tagged_run(3, 0, 64));
     for (n, sector) in either.chunks(SECTOR).enumerate() {
         let at = n * SECTOR..(n + 1) * SECTOR;
-        assert!(sector == &old[at.clone()] || sector == &new[at], "{kind:?} {failing:?} {mode}: sector {n} is neither");
+        assert!(
+            sector == &old[at.clone()] || sector == &new[at],
+            "{kind:?} {failing:?} {mode}: sector {n} has neither contents"
+        );
     }
     write(&mut client, 5, 0, 64).expect("a write after the restart");
     client.flush().expect("a flush after the restart");
@@ -117,7 +120,7 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     mounted.unmount();
 }
 
-/// A successor is told of the failed sync, and says so instead of serving.
+/// Checks that the next daemon refuses the image and names the failed sync.
 fn assert_refused(image: &Path, runtime: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut command = Command::new(tool::DIFFDISKD);
@@ -125,7 +128,7 @@ fn assert_refused(image: &Path, runtime: &str) {
     command.arg(format!("--socket-path={}", folder.path().join("s").display()));
     let ended = tool::run(&mut command, Duration::from_secs(20));
     assert_eq!(ended.code, Some(1), "a poisoned image is served: {}", ended.stderr);
-    assert!(ended.stderr.contains("sync failed"), "it does not say why: {}", ended.stderr);
+    assert!(ended.stderr.contains("sync failed"), "the error does not name the failed sync: {}", ended.stderr);
     assert!(fs::read_dir(folder.path()).expect("a folder").next().is_none(), "a socket is left behind");
 }
 

@@ -1,7 +1,7 @@
-//! A killed daemon's I/O goes on without it; its successor must wait (crash-safety 3.10; 5.2, R7).
+//! I/O of a killed daemon continues in the kernel; its successor must wait for it (crash-safety 3.10; 5.2, R7).
 //!
-//! A write is held back by the medium while its daemon is killed and a new one started at once. The medium's record tells
-//! whether the new one did anything before the old write had landed.
+//! The medium delays a write while its daemon is killed and a new daemon is started at once. The medium's log shows whether the
+//! new daemon accessed the image before the old write took effect.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use super::fuse::{self, Entry, Event, FuseDisk, contains};
 use super::guest::{SECTOR, tagged, tagged_run};
 use super::loopdev::{FsKind, can_mount, mount_on_loop};
-use super::runtime::Runtime;
 use crate::common::client::{Client, Command};
 use crate::common::daemon::Daemon;
+use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 
-/// How long the medium holds a write back.
+/// How long the medium delays a request.
 const LATENCY: Duration = Duration::from_secs(3);
-/// First sector, and number of sectors, of the write that is under way when its daemon is killed.
+/// First sector, and number of sectors, of the write in flight when its daemon is killed.
 const PLACE: (u64, u64) = (640, 16);
 
 const OLD: u64 = 1001;
@@ -52,9 +52,9 @@ fn reads_of_a_killed_thread_are_waited_for() {
     reads_of_a_parent("reads_of_a_killed_thread_are_waited_for", "--io-engine=blocking");
 }
 
-/// Only the parent lies on the slow medium. Direct reads of it still land in the guest's memory when their daemon is gone,
-/// and no kernel lock of an inode stands between them and the successor: nothing but the lock on the child does. (A
-/// buffered read ends with its process; what goes on is the kernel's reading ahead.)
+/// Only the parent is on the slow medium. Direct reads of the parent still write to guest memory after their daemon has ended, and
+/// no inode lock makes the successor wait for them: only the lock on the child does. (A buffered read ends with its process; only
+/// the kernel's readahead continues.)
 fn reads_of_a_parent(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -70,7 +70,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     diffdisk([convert, &raw, &root, to, dynamic, from, kind]).ok();
     let allow = format!("--allow-parents={}", mounted.path().display());
     diffdisk([create, &child, Path::new("--parent"), &root, Path::new(&allow)]).ok();
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, "--direct", &allow, runtime.option()];
     let old = Daemon::start(&child, &options);
     let mut client = old.connect();
@@ -81,8 +81,8 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     old.send_sigkill();
     disk.set_read_delay(Duration::ZERO);
     let new = Daemon::start(&child, &options);
-    let over = disk.held_reads_done_at().expect("the new daemon serves when the old reads are over");
-    assert!(over > killed, "nothing was under way when the daemon was killed");
+    let over = disk.held_reads_done_at().expect("the new daemon serves after the old reads");
+    assert!(over > killed, "nothing was in flight when the daemon was killed");
     let found = new.connect().read(1000 * SECTOR as u64, 8192).expect("a read");
     assert!(found == tagged_run(1, 1000, 16));
     new.stop();
@@ -91,7 +91,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     drop(device);
 }
 
-/// The image is the FUSE file: all that arrives there is the daemons' doing.
+/// The image is the FUSE file, so all requests to the medium are the daemons'.
 fn on_the_medium_itself(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -100,20 +100,20 @@ fn on_the_medium_itself(test: &str, engine: &str) {
     let made = folder.path().join("image.vhd");
     create(&made);
     let disk = fuse::copy_of(&made);
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, runtime.option()];
     let (old, killed) = kill_with_a_write_under_way(&disk, &disk.path(), &options);
     let new = Daemon::start(&disk.path(), &options);
-    let landed = entry_of(&disk.log(), OLD).expect("the old write has landed before the new daemon serves").done;
-    assert!(landed > killed, "nothing was under way when the daemon was killed");
+    let landed = entry_of(&disk.log(), OLD).expect("the old write took effect before the new daemon serves").done;
+    assert!(landed > killed, "nothing was in flight when the daemon was killed");
     let first = disk.first_arrival_after(killed).expect("the new daemon has read the image");
-    assert!(first >= landed, "the new daemon came {:?} before the old write had landed", landed - first);
+    assert!(first >= landed, "the new daemon read the image {:?} before the old write took effect", landed - first);
     assert_new_write_stays(&disk, &new);
     new.stop();
     drop(old);
 }
 
-/// The image lies in ext4: the daemons' direct I/O reaches the medium among the file system's own.
+/// The image is in ext4, so the medium gets the daemons' direct I/O and the file system's own requests.
 fn on_ext4(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -122,12 +122,12 @@ fn on_ext4(test: &str, engine: &str) {
     let (device, mounted) = mount_on_loop(&disk.path(), FsKind::Ext4);
     let image = mounted.path().join("image.vhd");
     create(&image);
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let options = [engine, "--direct", runtime.option()];
     let (old, killed) = kill_with_a_write_under_way(&disk, &image, &options);
     let new = Daemon::start(&image, &options);
-    let landed = entry_of(&disk.log(), OLD).expect("the old write has landed before the new daemon serves").done;
-    assert!(landed > killed, "nothing was under way when the daemon was killed");
+    let landed = entry_of(&disk.log(), OLD).expect("the old write took effect before the new daemon serves").done;
+    assert!(landed > killed, "nothing was in flight when the daemon was killed");
     assert!(!new.log().contains("buffered"), "direct I/O was asked for: {}", new.log());
     assert_new_write_stays(&disk, &new);
     new.stop();
@@ -140,11 +140,11 @@ fn create(image: &Path) {
     diffdisk([Path::new("create"), image, Path::new("--size"), Path::new("16M")]).ok();
 }
 
-/// Starts a daemon, writes, and kills it while the medium holds the write back. Returns the dead daemon and when it died.
+/// Starts a daemon, writes, and kills the daemon while the medium delays the write. Returns the daemon and the time of the kill.
 fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) -> (Daemon, Instant) {
     let daemon = Daemon::start(image, options);
     let mut client = daemon.connect();
-    // Blocks and file have their places: what follows is this one write.
+    // The block is allocated now, so the next write needs no other operation.
     client.write(0, &tagged_run(1, 0, 2048)).expect("a first write");
     client.flush().expect("a flush");
     disk.set_delay(LATENCY);
@@ -153,7 +153,7 @@ fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) 
     let killed = Instant::now();
     daemon.send_sigkill();
     disk.set_delay(Duration::ZERO);
-    assert!(entry_of(&disk.log(), OLD).is_none(), "the write is still under way");
+    assert!(entry_of(&disk.log(), OLD).is_none(), "the write took effect too early");
     (daemon, killed)
 }
 
@@ -162,7 +162,7 @@ fn submit(client: &mut Client, tag: u64) {
     client.submit(0, Command::Write { offset: PLACE.0 * SECTOR as u64, data: &data }).expect("a write is queued");
 }
 
-/// A write to the same place is not overtaken.
+/// Checks that the old write does not replace a new one to the same sectors.
 fn assert_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
     let mut client = daemon.connect();
     submit(&mut client, NEW);
@@ -172,7 +172,7 @@ fn assert_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
     let (offset, len) = (PLACE.0 * SECTOR as u64, usize::try_from(PLACE.1).expect("small") * SECTOR);
     assert!(client.read(offset, len).expect("a read") == tagged_run(NEW, PLACE.0, PLACE.1));
     let log = disk.log();
-    let at = |tag| log.iter().rposition(|entry| holds(entry, tag)).expect("both writes are in the record");
+    let at = |tag| log.iter().rposition(|entry| holds(entry, tag)).expect("both writes are in the log");
     assert!(at(OLD) < at(NEW), "the old write came after the new one");
 }
 

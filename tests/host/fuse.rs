@@ -1,36 +1,30 @@
-//! A disk that notes and misbehaves: a file system of one file, served by this process through FUSE.
+//! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this process.
 //!
-//! It keeps the file's bytes in memory and notes every write, sync and punch, in the order in which they took effect;
-//! answers can be delayed, and writes and syncs made to fail. Put a loop device on the file, and a kernel's file system
-//! has its medium in our hands.
+//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop device on
+//! the file makes it the medium of a kernel file system.
 //!
-//! Do not read or write below the mount failpoint in the test's own process: killed in the midst of it, the process would
-//! wait for an answer that it alone could give. Programs started by the test do.
+//! The test process itself must not access files below the mount point: if it were killed during that, it would wait for an
+//! answer that only itself could give. Programs started by the test may.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use fuser::{
-    BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
-    TimeOrNow, WriteFlags,
-};
+use fuser::{BackgroundSession, Errno, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::mount::UnmountFlags;
 use tempfile::TempDir;
+
+use crate::fuse_file::{self, FileContent};
 
 use super::loopdev::unmount;
 use super::pages::Pages;
 
 /// Name of the file.
 const NAME: &str = "disk";
-const FILE: INodeNo = INodeNo(2);
-const TTL: Duration = Duration::from_secs(3600);
 
-/// What happened to the file.
+/// A change of the file, or a sync.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     Write { offset: u64, data: Arc<[u8]> },
@@ -38,7 +32,7 @@ pub(crate) enum Event {
     Sync,
 }
 
-/// An event, and when it took effect.
+/// An event, and the time when it took effect.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) event: Event,
@@ -48,7 +42,7 @@ pub(crate) struct Entry {
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    /// A delayed request has taken effect.
+    /// Notified when a request arrives or takes effect.
     applied: Condvar,
     delay_ms: AtomicU64,
     read_delay_ms: AtomicU64,
@@ -61,12 +55,12 @@ struct Shared {
 struct State {
     pages: Pages,
     log: Vec<Entry>,
-    /// Data of writes that are being held back.
+    /// Data of delayed writes.
     held_writes: Vec<Arc<[u8]>>,
-    /// Reads that are being held back, and when the last of them was answered.
+    /// Number of delayed reads, and the time when the last one was answered.
     held_reads: usize,
     last_late_read: Option<Instant>,
-    /// When requests arrived that move or sync bytes.
+    /// Times when reads, writes, syncs and punches arrived.
     arrivals: Vec<Instant>,
 }
 
@@ -76,7 +70,7 @@ impl Shared {
     }
 }
 
-/// The mounted disk. Dropped, it is unmounted.
+/// The mounted disk. Drop unmounts it.
 pub(crate) struct FuseDisk {
     shared: Arc<Shared>,
     session: Option<BackgroundSession>,
@@ -90,95 +84,95 @@ impl FuseDisk {
         let mount_point = tempfile::tempdir().expect("a mount point");
         let mut config = fuser::Config::default();
         config.mount_options = vec![fuser::MountOption::FSName("diffdisk-test".into())];
-        let session = fuser::Session::new(Server(shared.clone()), mount_point.path(), &config);
-        let session = session.and_then(fuser::Session::spawn).expect("FUSE mounts for root");
+        let session =
+            fuse_file::mount(Server(shared.clone()), mount_point.path(), &config).expect("FUSE mounts for root");
         FuseDisk { shared, session: Some(session), mount_point }
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub(crate) fn path(&self) -> PathBuf {
         self.mount_point.path().join(NAME)
     }
 
-    /// Number of events so far. What a request caused is counted when its completion is seen.
+    /// Returns the number of logged events. A request's events are logged before it completes.
     pub(crate) fn position(&self) -> usize {
         self.shared.state().log.len()
     }
 
-    /// Forgets the events so far; returns the contents that they led to.
+    /// Clears the log and returns the current contents.
     pub(crate) fn start_log(&self) -> Pages {
         let mut state = self.shared.state();
         state.log.clear();
         state.pages.clone()
     }
 
-    /// All events.
+    /// Returns the log.
     pub(crate) fn log(&self) -> Vec<Entry> {
         self.shared.state().log.clone()
     }
 
-    /// The contents as they are now.
+    /// Returns the current contents.
     pub(crate) fn contents(&self) -> Pages {
         self.shared.state().pages.clone()
     }
 
-    /// Writes and syncs that arrive from now on take effect, and are answered, after this time.
+    /// Delays the effect and the answer of writes and syncs that arrive from now on.
     pub(crate) fn set_delay(&self, delay: Duration) {
         self.shared.delay_ms.store(millis(delay), Ordering::SeqCst);
     }
 
-    /// Reads that arrive from now on are answered after this time.
+    /// Delays the answer of reads that arrive from now on.
     pub(crate) fn set_read_delay(&self, delay: Duration) {
         self.shared.read_delay_ms.store(millis(delay), Ordering::SeqCst);
     }
 
-    /// Whether writes fail with EIO from now on, changing nothing.
+    /// Sets whether writes fail with EIO, without an effect.
     pub(crate) fn fail_writes(&self, on: bool) {
         self.shared.fail_writes.store(on, Ordering::SeqCst);
     }
 
-    /// Whether syncs fail with EIO from now on.
+    /// Sets whether syncs fail with EIO.
     pub(crate) fn fail_syncs(&self, on: bool) {
         self.shared.fail_syncs.store(on, Ordering::SeqCst);
     }
 
-    /// Requests that were made to fail.
+    /// Returns the number of requests that failed.
     pub(crate) fn failures(&self) -> u64 {
         self.shared.failures.load(Ordering::SeqCst)
     }
 
-    /// When the first request after `moment` arrived.
+    /// Returns when the first request after `moment` arrived.
     pub(crate) fn first_arrival_after(&self, moment: Instant) -> Option<Instant> {
         self.shared.state().arrivals.iter().copied().filter(|at| *at > moment).min()
     }
 
-    /// Waits until a write that holds `needle` has arrived and is being held back.
+    /// Waits until a write that contains `needle` has arrived and is delayed.
     pub(crate) fn wait_for_held_write(&self, needle: &[u8]) {
         self.wait("the write to arrive", |state| state.held_writes.iter().any(|data| contains(data, needle)));
     }
 
-    /// Waits until a read has arrived and is being held back.
+    /// Waits until a read has arrived and is delayed.
     pub(crate) fn wait_for_held_read(&self) {
         self.wait("a read to arrive", |state| state.held_reads > 0);
     }
 
-    /// When the last of the reads that were held back was answered; `None` while one still is, or if none was.
+    /// Returns when the last delayed read was answered; `None` while a read is delayed, or if none was.
     pub(crate) fn held_reads_done_at(&self) -> Option<Instant> {
         let state = self.shared.state();
         state.last_late_read.filter(|_| state.held_reads == 0)
     }
 
-    /// Waits until nothing is held back.
+    /// Waits until no write is delayed.
     pub(crate) fn wait_until_applied(&self) {
         self.wait("the held writes to land", |state| state.held_writes.is_empty());
     }
 
     fn wait(&self, what: &str, until: impl Fn(&State) -> bool) {
-        let patience = Duration::from_secs(60);
+        let timeout = Duration::from_secs(60);
         let (_state, waited) = self
             .shared
             .applied
-            .wait_timeout_while(self.shared.state(), patience, |state| !until(state))
+            .wait_timeout_while(self.shared.state(), timeout, |state| !until(state))
             .expect("no thread of the disk panics");
         assert!(!waited.timed_out(), "waited too long for {what}");
     }
@@ -190,7 +184,7 @@ impl Drop for FuseDisk {
         self.set_read_delay(Duration::ZERO);
         let path = self.mount_point.path();
         if let Err(why) = unmount(path) {
-            // A test that failed may have left users. They get errors from now on, and end.
+            // Programs of a failed test may still use it. A forced unmount makes their I/O fail, so that they end.
             eprintln!("{} is unmounted by force: {why}", path.display());
             let forced = rustix::mount::unmount(path, UnmountFlags::FORCE | UnmountFlags::DETACH);
             if let Err(e) = forced {
@@ -209,7 +203,7 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).expect("a short time")
 }
 
-/// Whether `needle` is somewhere in `data`.
+/// Returns whether `data` contains `needle`.
 pub(crate) fn contains(data: &[u8], needle: &[u8]) -> bool {
     data.windows(needle.len()).any(|window| window == needle)
 }
@@ -217,32 +211,7 @@ pub(crate) fn contains(data: &[u8], needle: &[u8]) -> bool {
 struct Server(Arc<Shared>);
 
 impl Server {
-    fn attributes(&self, ino: INodeNo) -> FileAttr {
-        let (kind, perm, size) = match ino {
-            INodeNo::ROOT => (FileType::Directory, 0o755, 0),
-            _ => (FileType::RegularFile, 0o600, self.0.state().pages.len()),
-        };
-        let blocks = if kind == FileType::RegularFile { self.0.state().pages.used() / 512 } else { 0 };
-        FileAttr {
-            ino,
-            size,
-            blocks,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-
-    /// Has an event take effect, now or after the delay, then answers.
+    /// Applies an event, now or after the delay, then answers.
     fn apply(&self, event: Event, answer: impl FnOnce() + Send + 'static) {
         let shared = self.0.clone();
         let delay = Duration::from_millis(shared.delay_ms.load(Ordering::SeqCst));
@@ -282,61 +251,24 @@ impl Server {
     }
 }
 
-impl Filesystem for Server {
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if parent == INodeNo::ROOT && name == OsStr::new(NAME) {
-            reply.entry(&TTL, &self.attributes(FILE), Generation(0));
-        } else {
-            reply.error(Errno::ENOENT);
-        }
+impl FileContent for Server {
+    const NAME: &'static str = NAME;
+    const TTL: Duration = Duration::from_secs(3600);
+
+    fn len(&self) -> u64 {
+        self.0.state().pages.len()
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &self.attributes(ino));
+    fn allocated(&self) -> u64 {
+        self.0.state().pages.used()
     }
 
-    fn setattr(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u32>,
-        size: Option<u64>,
-        _: Option<TimeOrNow>,
-        _: Option<TimeOrNow>,
-        _: Option<std::time::SystemTime>,
-        _: Option<FileHandle>,
-        _: Option<std::time::SystemTime>,
-        _: Option<std::time::SystemTime>,
-        _: Option<std::time::SystemTime>,
-        _: Option<BsdFileFlags>,
-        reply: ReplyAttr,
-    ) {
-        if let Some(size) = size {
-            self.0.state().pages.set_len(size);
-        }
-        reply.attr(&TTL, &self.attributes(ino));
+    fn set_len(&self, len: u64) {
+        self.0.state().pages.set_len(len);
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Else an open would wait for reads under way, to drop their pages.
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
+    fn read(&self, offset: u64, size: usize, reply: ReplyData) {
         self.record_arrival();
-        let size = usize::try_from(size).expect("a size in memory");
         let delay = Duration::from_millis(self.0.read_delay_ms.load(Ordering::SeqCst));
         if delay.is_zero() {
             let bytes = self.0.state().pages.read(offset, size);
@@ -356,18 +288,7 @@ impl Filesystem for Server {
         });
     }
 
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        data: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
+    fn write(&self, offset: u64, data: &[u8], reply: ReplyWrite) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);
@@ -379,7 +300,7 @@ impl Filesystem for Server {
         self.apply(Event::Write { offset, data }, move || reply.written(size));
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn sync(&self, reply: ReplyEmpty) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_syncs) {
             return reply.error(Errno::EIO);
@@ -387,13 +308,13 @@ impl Filesystem for Server {
         self.apply(Event::Sync, move || reply.ok());
     }
 
-    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
+    fn allocate(&self, offset: u64, len: u64, mode: i32, reply: ReplyEmpty) {
         self.record_arrival();
         if self.should_fail(&self.0.fail_writes) {
             return reply.error(Errno::EIO);
         }
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
-            // Room is always there.
+            // Space is always available.
             0 => reply.ok(),
             libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => {
                 self.apply(Event::Zero { offset, len }, move || reply.ok());
@@ -403,12 +324,12 @@ impl Filesystem for Server {
     }
 }
 
-/// A disk of `len` zeros, mounted.
+/// Mounts a disk of `len` zeros.
 pub(crate) fn blank(len: u64) -> FuseDisk {
     FuseDisk::mount(Pages::zeroed(len))
 }
 
-/// A disk with the contents of a file, mounted.
+/// Mounts a disk with the contents of a file.
 pub(crate) fn copy_of(file: &Path) -> FuseDisk {
     FuseDisk::mount(Pages::of(&std::fs::read(file).expect("a readable file")))
 }

@@ -1,5 +1,5 @@
-//! A guest whose disk can be judged afterwards: every sector says which write it comes from, and every write and flush is
-//! noted with the medium's position at its submission and completion.
+//! A guest whose disk can be checked after a power cut: every sector names the write that it comes from, and every write and flush
+//! is recorded with the position in the medium's log at its submission and completion.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,22 +9,22 @@ use crate::common::rng::Rng;
 
 pub(crate) const SECTOR: usize = 512;
 
-/// Requests in flight.
+/// Maximum of requests in flight.
 const DEPTH: usize = 8;
 /// Sectors of the largest request.
 const MAX_SECTORS: u64 = 256;
-/// Sectors of the part of the disk that is written over and over.
+/// Sectors of the part of the disk that is overwritten most.
 const HOT_SECTORS: u64 = 2048;
 
-/// What a sector holds.
+/// The contents of a sector.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Content {
     Zero,
-    /// A write, or a part of the initial contents.
+    /// Data of a write, or of the initial contents.
     Tag(u64),
 }
 
-/// The bytes of sector `sector` with the tag `tag`.
+/// Returns the bytes of sector `sector` with the tag `tag`.
 pub(crate) fn tagged(tag: u64, sector: u64) -> [u8; SECTOR] {
     let mut bytes = [0; SECTOR];
     for unit in bytes.chunks_exact_mut(16) {
@@ -34,15 +34,15 @@ pub(crate) fn tagged(tag: u64, sector: u64) -> [u8; SECTOR] {
     bytes
 }
 
-/// The bytes of a run of sectors with one tag.
+/// Returns the bytes of a run of sectors with one tag.
 pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
     (first..first + count).flat_map(|sector| tagged(tag, sector)).collect()
 }
 
-/// What `bytes` are, as the contents of sector `sector`; an explanation where nobody has written that there.
+/// Identifies the contents of sector `sector`. The error describes bytes that were never written to it.
 pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-    // Every unit is as the one before.
+    // All units of 16 bytes must be equal.
     if bytes[16..] != bytes[..SECTOR - 16] {
         return Err("a mixture".into());
     }
@@ -50,11 +50,11 @@ pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
         (0, 0) => Ok(Content::Zero),
         (tag, place) if tag >> 63 == 1 && place == sector => Ok(Content::Tag(tag & !(1 << 63))),
         (tag, place) if tag >> 63 == 1 => Err(format!("sector {place} of write {}", tag & !(1 << 63))),
-        _ => Err(format!("bytes of somebody else: {:02x?}", &bytes[..16])),
+        _ => Err(format!("foreign bytes: {:02x?}", &bytes[..16])),
     }
 }
 
-/// Whether `bytes` are a mixture of such contents of sector `sector`, each unit from one of them.
+/// Returns whether each unit of `bytes` comes from one of the allowed contents of sector `sector`.
 fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
     bytes.chunks_exact(16).all(|unit| {
         allowed.iter().any(|content| match content {
@@ -67,43 +67,43 @@ fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
 /// What a power cut may do to a sector that is being written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Tearing {
-    /// It is old or new.
+    /// The sector has its old or its new contents.
     Whole,
-    /// It may be a mixture of what it may be. Linux does not hold a page of its cache still on the way to the medium: a
-    /// write that comes meanwhile is in part on the medium until the page is written once more. (Seen with nothing but
-    /// `pwrite` and `fdatasync` on ext4: one sector in 1,400 under constant overwriting.)
+    /// The sector may be a mixture of its allowed contents. Linux does not freeze a page during writeback: a write at that time may
+    /// be on the medium in part until the page is written again. (Seen with only `pwrite` and `fdatasync` on ext4: one sector in
+    /// 1,400 under constant overwriting.)
     Torn,
 }
 
-/// A write or zeroing.
+/// A write or a zeroing.
 struct Change {
     content: Content,
     sectors: Range<u64>,
-    /// The medium's position before it was submitted.
+    /// Position in the medium's log before the submission.
     submitted: usize,
-    /// The number of the guest's event that was its completion.
+    /// Number of the guest's event that was the completion.
     acknowledged: Option<u64>,
 }
 
 struct Flush {
-    /// The number of the guest's event that was its submission: it covers what was acknowledged before.
+    /// Number of the guest's event that was the submission. The flush covers changes acknowledged before it.
     submitted_event: u64,
-    /// The medium's position when it was complete.
+    /// Position in the medium's log at the completion.
     complete: Option<usize>,
 }
 
-/// What the guest knows.
+/// All changes and flushes of a guest.
 pub(crate) struct History {
     initial: Vec<Content>,
     changes: Vec<Change>,
-    /// By sector: its changes, in order.
+    /// Changes of each sector, in order.
     by_sector: Vec<Vec<u32>>,
     flushes: Vec<Flush>,
     events: u64,
 }
 
 impl History {
-    /// Of a disk with these contents.
+    /// Begins with a disk of these contents.
     pub(crate) fn of(initial: Vec<Content>) -> History {
         let of_sector = vec![Vec::new(); initial.len()];
         History { initial, changes: Vec::new(), by_sector: of_sector, flushes: Vec::new(), events: 0 }
@@ -123,13 +123,13 @@ impl History {
         number
     }
 
-    /// Flushes that are complete.
+    /// Returns the number of completed flushes.
     pub(crate) fn flushes(&self) -> usize {
         self.flushes.iter().filter(|f| f.complete.is_some()).count()
     }
 
-    /// Holds a disk, as it was found after the medium lost all beyond `cut`, against what may be there: in each sector
-    /// what the last completed flush covered, or something written since (S1, S2). Returns the violations.
+    /// Checks a disk after a power cut at position `cut` of the medium's log. Each sector must have what the last completed flush
+    /// covered, or something written since (S1, S2). Returns the violations.
     pub(crate) fn check(&self, disk: &[u8], cut: usize, sectors: Tearing) -> Vec<String> {
         let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
         let covered = complete.map(|f| f.submitted_event).max().unwrap_or(0);
@@ -149,13 +149,13 @@ impl History {
                 if sectors == Tearing::Torn && is_mixture_of(&allowed, bytes, sector) {
                     continue;
                 }
-                wrong.push(format!("sector {sector}: {found:?}, not one of {allowed:?}"));
+                wrong.push(format!("sector {sector}: {found:?}, allowed are {allowed:?}"));
             }
         }
         wrong
     }
 
-    /// The same, of a disk that lost nothing: every sector holds its last acknowledged change.
+    /// Checks a disk without a power cut: each sector must have its last acknowledged change. Returns the violations.
     pub(crate) fn check_final(&self, disk: &[u8]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
@@ -163,7 +163,7 @@ impl History {
             let want = last.map_or(self.initial[index(sector)], |c| c.content);
             let found = identify(bytes, sector);
             if found != Ok(want) {
-                wrong.push(format!("sector {sector}: {found:?}, not {want:?}"));
+                wrong.push(format!("sector {sector}: {found:?}, expected {want:?}"));
             }
         }
         wrong
@@ -174,7 +174,7 @@ fn index(sector: u64) -> usize {
     usize::try_from(sector).expect("a small disk")
 }
 
-/// A connected guest with its history.
+/// A connected guest, and its history.
 pub(crate) struct Guest<'a> {
     client: Client,
     history: History,
@@ -189,7 +189,7 @@ enum Submitted {
 }
 
 impl<'a> Guest<'a> {
-    /// Connects. `position` tells the medium's position.
+    /// Connects a guest. `position` returns the current position in the medium's log.
     pub(crate) fn connect(socket: &std::path::Path, history: History, position: &'a dyn Fn() -> usize) -> Guest<'a> {
         let options = Options { queues: 2, depth: DEPTH, ..Options::default() };
         let client = Client::connect_with(socket, &options).expect("a connection");
@@ -198,7 +198,7 @@ impl<'a> Guest<'a> {
         Guest { client, history, position, in_flight: HashMap::new(), sectors }
     }
 
-    /// One random request more.
+    /// Submits one random request.
     pub(crate) fn step(&mut self, rng: &mut Rng) {
         while !self.client.has_room() {
             self.complete_one();
@@ -215,7 +215,7 @@ impl<'a> Guest<'a> {
         let count = 1 + rng.below(MAX_SECTORS) / (1 << rng.below(8));
         let within = if rng.below(2) == 0 { HOT_SECTORS } else { self.sectors };
         let start = rng.below(within - count);
-        // Two changes of one sector in flight have no order.
+        // Two changes of one sector must not be in flight at once: their order is undefined.
         while self.overlaps_in_flight(&(start..start + count)) {
             self.complete_one();
         }
@@ -247,13 +247,13 @@ impl<'a> Guest<'a> {
         let done = self.client.wait().expect("the daemon answers");
         done.result.expect("no request fails");
         let event = self.history.event();
-        match self.in_flight.remove(&done.ticket).expect("a ticket comes back once") {
+        match self.in_flight.remove(&done.ticket).expect("a ticket completes once") {
             Submitted::Change(n) => self.history.changes[n].acknowledged = Some(event),
             Submitted::Flush(n) => self.history.flushes[n].complete = Some((self.position)()),
         }
     }
 
-    /// Waits for all requests, flushes, and hangs up.
+    /// Waits for all requests, flushes, and disconnects.
     pub(crate) fn finish(mut self) -> History {
         while self.client.in_flight() > 0 {
             self.complete_one();
@@ -266,7 +266,7 @@ impl<'a> Guest<'a> {
 }
 
 #[test]
-fn a_history_tells_right_from_wrong() {
+fn a_history_accepts_allowed_contents_and_no_others() {
     let mut h = History::of(vec![Content::Tag(0), Content::Zero]);
     let disk = |a: Content, b: Content| {
         let bytes = |c, s| match c {
@@ -276,7 +276,7 @@ fn a_history_tells_right_from_wrong() {
         [bytes(a, 0), bytes(b, 1)].concat()
     };
     let (zero, tag) = (Content::Zero, Content::Tag);
-    // Position 10: a write to both sectors, acknowledged; 20: a flush completes; 30: sector 0 is written again.
+    // Position 10: a write to both sectors, acknowledged. 20: a flush completes. 30: sector 0 is written again.
     let first = h.change(tag(1), 0..2, 10);
     h.changes[first].acknowledged = Some(h.event());
     let asked = h.event();
@@ -294,7 +294,7 @@ fn a_history_tells_right_from_wrong() {
     torn[100] = 7;
     assert!(identify(&torn, 7).is_err());
 
-    // Half of sector 0 is of one write, half of another.
+    // One half of sector 0 is from one write, the other from another.
     let mixed = |a, b| [&tagged(a, 0)[..256], &tagged(b, 0)[256..], &tagged(1, 1)].concat();
     let may_be = |a, b, cut| [Tearing::Whole, Tearing::Torn].map(|s| h.check(&mixed(a, b), cut, s).is_empty());
     assert_eq!(may_be(1, 2, 30), [false, true], "flushed, and being overwritten");

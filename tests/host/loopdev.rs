@@ -1,6 +1,6 @@
-//! Kernel file systems on loop devices. Mounts and devices go with the test, also when it panics; after a SIGKILL of the
-//! test's process they stay, and have to be unmounted by hand. (A mount namespace of the test's own would be worse: a
-//! killed process that serves FUSE would unmount the file system that waits for it, and never end.)
+//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, also if it panics. After a SIGKILL of
+//! the test process they stay and must be unmounted by hand. (A private mount namespace would be worse: a killed process that
+//! serves FUSE would have to unmount the file system that waits for it, and would never end.)
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,17 +11,17 @@ use tempfile::TempDir;
 
 use crate::common::tool;
 
-/// How long a program may take that mounts, unmounts, or makes a file system.
+/// Time limit of programs that make, mount or unmount a file system.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A kernel's file system.
+/// A kernel file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum FsKind {
     Ext4,
     Xfs,
-    /// With data and metadata in the same room.
+    /// btrfs with data and metadata in the same block groups.
     Btrfs,
-    /// As mkfs makes it.
+    /// btrfs as mkfs makes it by default.
     BtrfsSeparate,
 }
 
@@ -34,7 +34,7 @@ impl FsKind {
         }
     }
 
-    /// Bytes of a small device of its kind; mkfs.xfs and mkfs.btrfs refuse smaller ones.
+    /// Returns the size of a small device for it; mkfs.xfs and mkfs.btrfs refuse smaller ones.
     pub(crate) fn size(self) -> u64 {
         match self {
             FsKind::Ext4 => 128 << 20,
@@ -48,10 +48,10 @@ impl FsKind {
     pub(crate) fn make(self, on: &Path, options: &[&str]) {
         let mut mkfs = Command::new(format!("mkfs.{}", self.name()));
         match self {
-            // All that ext4 would do in the background is done now.
+            // Without the initialisation that ext4 does in the background after the mount.
             FsKind::Ext4 => mkfs.args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
             FsKind::Xfs => mkfs.args(["-q", "-f"]),
-            // Data and metadata share their room: apart, a small one runs out of the latter and never recovers.
+            // With separate block groups a small file system runs out of metadata space and never recovers.
             FsKind::Btrfs => mkfs.args(["-q", "-f", "--mixed"]),
             FsKind::BtrfsSeparate => mkfs.args(["-q", "-f"]),
         };
@@ -61,14 +61,14 @@ impl FsKind {
     fn mount_options(self) -> &'static str {
         match self {
             FsKind::Ext4 => "noatime",
-            // Copies of one device are mounted at one time.
+            // Copies of one device are mounted at the same time.
             FsKind::Xfs => "noatime,nouuid",
             FsKind::Btrfs | FsKind::BtrfsSeparate => "noatime,max_inline=0",
         }
     }
 }
 
-/// True where mounts may be made. Says so and returns false elsewhere.
+/// Returns whether this process can mount file systems. Without root it prints that the test is skipped.
 pub(crate) fn can_mount(test: &str) -> bool {
     if !rustix::process::geteuid().is_root() {
         eprintln!("{test}: skipped: needs root");
@@ -98,7 +98,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // Where a mount still uses it, it goes with that.
+        // A device that is still mounted is detached by the unmount.
         let detached = tool::run(Command::new("losetup").arg("-d").arg(&self.path), TIMEOUT);
         if detached.code != Some(0) {
             eprintln!("{} stays: {}", self.path.display(), detached.stderr);
@@ -106,7 +106,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted file system. Dropped, it is unmounted.
+/// A mounted file system. Drop unmounts it.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     folder: TempDir,
@@ -114,12 +114,12 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts a device, or a file through a loop device of its own.
+    /// Mounts a device, or a file through a new loop device.
     pub(crate) fn mount(kind: FsKind, what: &Path) -> Mounted {
         Mounted::try_mount(kind, what).unwrap_or_else(|why| panic!("cannot mount {}: {why}", what.display()))
     }
 
-    /// The same, for media that may be broken.
+    /// Mounts a device or a file that may have no valid file system.
     pub(crate) fn try_mount(kind: FsKind, what: &Path) -> Result<Mounted, String> {
         let folder = tempfile::tempdir().expect("a mount point");
         let is_file = what.metadata().is_ok_and(|m| m.is_file());
@@ -137,21 +137,21 @@ impl Mounted {
         self.folder.path()
     }
 
-    /// Bytes that a user may still take, after the file system has settled.
+    /// Syncs the file system and returns the bytes available to users.
     pub(crate) fn available(&self) -> u64 {
         run_ok(Command::new("sync").arg("-f").arg(self.path()));
         let s = rustix::fs::statvfs(self.path()).expect("a mounted file system");
         s.f_bavail * s.f_frsize
     }
 
-    /// Unmounts it; fails where somebody uses it.
+    /// Unmounts the file system. The test fails if the file system is in use.
     pub(crate) fn unmount(mut self) {
         self.mounted = false;
-        unmount(self.path()).expect("nobody uses it any more");
+        unmount(self.path()).expect("the file system is not in use");
     }
 }
 
-/// A new file system on a loop device over a file.
+/// Makes and mounts a file system on a loop device over a file.
 pub(crate) fn mount_on_loop(file: &Path, kind: FsKind) -> (LoopDevice, Mounted) {
     let device = LoopDevice::attach(file);
     kind.make(device.path(), &[]);
@@ -159,8 +159,8 @@ pub(crate) fn mount_on_loop(file: &Path, kind: FsKind) -> (LoopDevice, Mounted) 
     (device, mounted)
 }
 
-/// Unmounts what is mounted there. The kernel lets go of files in rings, and of loop devices, a moment after their last
-/// user has ended: so long this waits.
+/// Unmounts the file system at `path`. The kernel releases files of io_uring rings, and loop devices, some time after their last
+/// user has ended, so a busy file system is tried again for ten seconds.
 pub(crate) fn unmount(path: &Path) -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -176,7 +176,7 @@ pub(crate) fn unmount(path: &Path) -> Result<(), String> {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if self.mounted {
-            // Daemons of a test that failed may still use it.
+            // Daemons of a failed test may still use it.
             let ended = tool::run(Command::new("umount").arg("-l").arg(self.path()), TIMEOUT);
             if ended.code != Some(0) {
                 eprintln!("{} stays mounted: {}", self.path().display(), ended.stderr);
@@ -185,7 +185,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Runs a program that has to succeed; returns what it printed.
+/// Runs a program, which must succeed. Returns its output.
 #[track_caller]
 pub(crate) fn run_ok(command: &mut Command) -> String {
     let ended = tool::run(command, TIMEOUT);

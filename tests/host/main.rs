@@ -1,9 +1,9 @@
 //! The daemon on real file systems and failing media: power cuts, full disks, I/O errors, slow disks (crash-safety 5.2,
 //! R7 to R10).
 //!
-//! The machinery of crash-safety 5.3: `fuse` is a medium that notes and misbehaves, `pages` its contents, `loopdev` puts
-//! kernel file systems on it, `guest` knows what must be there afterwards. All of it needs root: elsewhere each test
-//! says "skipped: needs root".
+//! The test support of crash-safety 5.3: `fuse` is a medium that logs, delays and fails requests, `pages` has its contents,
+//! `loopdev` puts kernel file systems on it, `guest` checks the disk afterwards. All tests need root; without it each prints
+//! "skipped: needs root".
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]
@@ -15,9 +15,10 @@ mod disk_full;
 mod failing_device;
 mod fence;
 mod fuse;
+#[path = "../common/fuse_file.rs"]
+mod fuse_file;
 mod guest;
 mod loopdev;
 mod pages;
 mod power_cut;
-mod runtime;
 mod space;

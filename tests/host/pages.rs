@@ -1,4 +1,4 @@
-//! The contents of a block device in memory: sparse, and cheap to copy, since copies share their pages.
+//! The contents of a block device in memory: sparse, and cheap to copy, since copies share pages.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Bytes kept together.
+/// Bytes in a page.
 pub(crate) const PAGE: usize = 4096;
 
 type Page = [u8; PAGE];
 
-/// Contents of a device or file. What was never written is zero.
+/// Contents of a device or file. Bytes that were never written are zero.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pages {
     len: u64,
@@ -20,12 +20,12 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// `len` zeros.
+    /// Makes contents of `len` zeros.
     pub(crate) fn zeroed(len: u64) -> Pages {
         Pages { len, pages: BTreeMap::new() }
     }
 
-    /// `bytes`.
+    /// Makes contents of `bytes`.
     pub(crate) fn of(bytes: &[u8]) -> Pages {
         let mut pages = Pages::default();
         pages.write(0, bytes);
@@ -36,12 +36,12 @@ impl Pages {
         self.len
     }
 
-    /// Bytes that take memory.
+    /// Returns the bytes that take memory.
     pub(crate) fn used(&self) -> u64 {
         (self.pages.len() * PAGE) as u64
     }
 
-    /// Cuts or extends.
+    /// Cuts or extends the contents.
     pub(crate) fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.zero(len, self.len - len);
@@ -49,7 +49,7 @@ impl Pages {
         self.len = len;
     }
 
-    /// Up to `count` bytes from `offset` on; fewer at the end.
+    /// Reads up to `count` bytes at `offset`; fewer at the end.
     pub(crate) fn read(&self, offset: u64, count: usize) -> Vec<u8> {
         let count = usize::try_from(self.len.saturating_sub(offset)).map_or(count, |left| left.min(count));
         let mut bytes = vec![0; count];
@@ -61,7 +61,7 @@ impl Pages {
         bytes
     }
 
-    /// Writes, extending the file where it ends before.
+    /// Writes bytes, and extends the contents if they end before.
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         for (number, from, at, len) in pieces(offset, bytes.len()) {
             let page = self.pages.entry(number).or_insert_with(|| Arc::new([0; PAGE]));
@@ -70,7 +70,7 @@ impl Pages {
         self.len = self.len.max(offset + bytes.len() as u64);
     }
 
-    /// Makes a range zero; gives back the memory of whole pages.
+    /// Zeroes a range and frees whole pages.
     pub(crate) fn zero(&mut self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.len);
         let unit = PAGE as u64;
@@ -89,7 +89,7 @@ impl Pages {
         }
     }
 
-    /// Makes a sparse file of it.
+    /// Writes the contents to a sparse file.
     pub(crate) fn save(&self, path: &Path) -> io::Result<()> {
         let file = File::create(path)?;
         file.set_len(self.len)?;
@@ -102,7 +102,7 @@ impl Pages {
     }
 }
 
-/// The parts of a range by page: page number, offset within it, offset within the range, length.
+/// Splits a range by pages: page number, offset in the page, offset in the range, length.
 fn pieces(offset: u64, count: usize) -> impl Iterator<Item = (u64, usize, usize, usize)> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -136,5 +136,5 @@ fn pages_hold_what_a_flat_array_holds() {
     pages.set_len(5);
     pages.set_len(9);
     assert_eq!(pages.read(0, 20), [&flat[..5], &[0; 4]].concat());
-    assert_eq!(before.read(0, usize::MAX), flat, "a copy stays");
+    assert_eq!(before.read(0, usize::MAX), flat, "a copy does not change");
 }

@@ -1,9 +1,9 @@
-//! Power fails under a real file system: daemons work on images in ext4 or XFS on a loop device on a disk that notes
-//! everything; afterwards the disk is put together as a power cut at many moments could have left it, mounted, and the
-//! images are held against what their guests knew by then (crash-safety 5.2, R8: S1, S2, S4).
+//! Power cuts under a real file system: daemons serve images in ext4 or XFS on a loop device, whose medium logs all requests. From
+//! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared with what
+//! their guests had written and flushed by then (crash-safety 5.2, R8: S1, S2, S4).
 //!
-//! At a cut, everything up to the last sync is there, and any part of what came after, page by page. A write counts as
-//! covered by a sync that reached the disk after it.
+//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write if it
+//! reached the medium after the write.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -16,14 +16,14 @@ use super::fuse::{self, Entry, Event, FuseDisk};
 use super::guest::{Content, Guest, History, SECTOR, Tearing, tagged};
 use super::loopdev::{FsKind, LoopDevice, Mounted, can_mount, run_ok};
 use super::pages::{PAGE, Pages};
-use super::runtime::Runtime;
 use crate::common::daemon::Daemon;
 use crate::common::rng::Rng;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::{self, diffdisk};
 
-/// Bytes of the guests' disks.
+/// Size of the guests' disks.
 const DISK: u64 = 12 << 20;
-/// Small blocks, so that the files grow several times.
+/// Block size of the images: small, so that the files grow several times.
 const BLOCK: &str = "256K";
 /// Requests of each guest.
 const REQUESTS: usize = 500;
@@ -33,7 +33,7 @@ const ROOT: u64 = 1 << 40;
 /// The images under test: a child of a root, and a dynamic image without a parent.
 const TOPS: [&str; 2] = ["child.vhd", "alone.vhd"];
 
-// A small log wraps around, and more of the file system's own work is in the record.
+// A small journal of the file system wraps around, so that the log has more of the file system's own writes.
 #[test]
 fn power_fails_under_ext4() {
     power_fails(
@@ -44,7 +44,7 @@ fn power_fails_under_ext4() {
     );
 }
 
-/// As file systems of usual size have them.
+// The block size of ext4 on disks of usual size.
 #[test]
 fn power_fails_under_ext4_with_large_blocks() {
     power_fails(
@@ -77,27 +77,27 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
         syncs.len(),
         started.elapsed().as_secs_f64()
     );
-    assert!(flushes > 50 && syncs.len() > 50, "the load did not do what the test is about");
+    assert!(flushes > 50 && syncs.len() > 50, "the load has too few flushes and syncs");
 
     let mut places: Vec<usize> = (0..cuts)
         .map(|n| match n % 2 {
-            // Right before a sync the most is at stake.
+            // Right before a sync the most writes can be lost.
             0 => syncs[usize::try_from(rng.below(syncs.len() as u64)).expect("an index")],
             _ => usize::try_from(rng.below(log.len() as u64 + 1)).expect("an index"),
         })
         .collect();
     places.sort_unstable();
     let mut medium = MediumReplay { synced: base, log: &log, at: 0 };
-    // A tmpfs: nothing here has to survive.
-    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    // In memory, since nothing here has to be durable.
+    let folder = temp::in_memory();
     let sectors = modes.map(|mode| if mode == "--direct" { Tearing::Whole } else { Tearing::Torn });
-    // In a file of its own each time: in one that a dying loop device still has, a mount may find that device again, and in
-    // its cache a superblock of the cut before, which says that there is no journal to replay.
+    // Each time in a new file: for a file that an old loop device still uses, a mount may find that device again. Its cache may
+    // have the superblock of the previous cut, which says that there is no journal to replay.
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");
         let wrong = check_after_cut(kind, &device, folder.path(), (&histories, sectors), cut, serve);
-        fs::remove_file(&device).expect("it is there");
+        fs::remove_file(&device).expect("the device file can be removed");
         wrong
     };
     let (mut violations, mut report) = (0, String::new());
@@ -110,18 +110,19 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
         violations += wrong.len();
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}-{cut}.img"));
         pages.save(&kept).expect("room for the evidence");
-        // Where nothing is wrong the second time, it is the test that is to be doubted.
+        // If the second examination finds nothing, the test itself is unreliable.
         let again = look(&pages, format!("device-{n}-again"), cut, serve).len();
         let (count, of, kept) = (wrong.len(), log.len(), kept.display());
-        report += &format!("\ncut at {cut} of {of}, kept as {kept}: {count} violations, looked at again {again}:");
+        report +=
+            &format!("\ncut at {cut} of {of}, kept as {kept}: {count} violations, at a second examination {again}:");
         wrong.iter().take(10).for_each(|line| report += &format!("\n  {line}"));
     }
     println!("{test}: {cuts} cuts, {violations} violations, {:.1} s", started.elapsed().as_secs_f64());
-    // All of it in the failure itself: whoever sees only a log's end needs it most.
+    // The whole report is in the failure message, since often only the end of a log is kept.
     assert_eq!(violations, 0, "{report}");
 }
 
-/// Works on the images. Returns the medium at the start, what happened to it, and what the guests know.
+/// Runs the guests. Returns the medium's contents at the start, its log, and the guests' histories.
 fn record(
     kind: FsKind,
     options: &[&str],
@@ -145,7 +146,7 @@ fn record(
 /// Makes the images. Returns the initial contents of [`TOPS`].
 fn make_images(folder: &Path) -> [Vec<Content>; 2] {
     let sectors = DISK / SECTOR as u64;
-    // One MiB of data, one MiB of nothing.
+    // Data and zeros alternate every MiB.
     let of_root = |sector: u64| if sector >> 11 & 1 == 0 { Content::Tag(ROOT) } else { Content::Zero };
     let mut raw = Vec::new();
     for sector in 0..sectors {
@@ -165,7 +166,7 @@ fn make_images(folder: &Path) -> [Vec<Content>; 2] {
     [(0..sectors).map(of_root).collect(), vec![Content::Zero; usize::try_from(sectors).expect("a small disk")]]
 }
 
-/// Two daemons and two guests, each at random work at the same time.
+/// Runs two daemons, each with a guest that makes random requests, at the same time.
 fn work(
     disk: &FuseDisk,
     mounted: &Mounted,
@@ -173,7 +174,7 @@ fn work(
     modes: [&'static str; 2],
     rng: &mut Rng,
 ) -> Vec<History> {
-    let runtime = Runtime::new();
+    let runtime = RuntimeDir::new();
     let start =
         |(top, mode): (&&str, &'static str)| Daemon::start(&mounted.path().join(top), &[mode, runtime.option()]);
     let daemons: Vec<Daemon> = TOPS.iter().zip(modes).map(start).collect();
@@ -197,17 +198,17 @@ fn work(
     histories
 }
 
-/// What the medium holds, from cut to later cut.
+/// Rebuilds the medium at one cut after another, in order.
 struct MediumReplay<'a> {
     log: &'a [Entry],
-    /// With all events before `at`, behind the last sync looked at.
+    /// The contents with all events before `at`: up to the last sync before the previous cut.
     synced: Pages,
     at: usize,
 }
 
 impl MediumReplay<'_> {
-    /// The medium as it may be when the events from `cut` on never happened, and since the last sync before it each page
-    /// by itself reached the medium or not.
+    /// Returns contents that a power cut at `cut` may leave: all events up to the last sync before it, and a random subset of the
+    /// pages written between that sync and `cut`.
     fn cut(&mut self, cut: usize, rng: &mut Rng) -> Pages {
         let is_sync = |entry: &Entry| matches!(entry.event, Event::Sync);
         if let Some(sync) = self.log[self.at..cut].iter().rposition(is_sync) {
@@ -221,13 +222,13 @@ impl MediumReplay<'_> {
             self.at += sync + 1;
         }
         let mut pages = self.synced.clone();
-        // Little, half, or nearly all of it.
+        // One eighth, half, or seven eighths survive.
         let chance = rng.pick(&[1, 4, 7]);
         let mut survives = || rng.below(8) < chance;
         for entry in &self.log[self.at..cut] {
             match &entry.event {
                 Event::Write { offset, data } => {
-                    // File systems trust that a block is whole; a sector is, where nothing larger was written.
+                    // File systems rely on whole blocks, so pages survive whole. A write smaller than a page survives or not as a whole.
                     for (at, piece) in (*offset..).step_by(PAGE).zip(data.chunks(PAGE)) {
                         if survives() {
                             pages.write(at, piece);
@@ -242,8 +243,8 @@ impl MediumReplay<'_> {
     }
 }
 
-/// Mounts what the power cut left, and holds the images against their guests' knowledge. `serve`: daemons recover them,
-/// too. Returns what is wrong.
+/// Mounts the medium after a power cut and checks the images against their guests' histories. With `serve` daemons recover the
+/// images, too. Returns the violations.
 fn check_after_cut(
     kind: FsKind,
     device: &Path,
@@ -260,14 +261,14 @@ fn check_after_cut(
     for ((top, history), sectors) in TOPS.iter().zip(histories).zip(sectors) {
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
-        // Then the tool says so, and the daemon mends it: see below.
+        // In this case `check` reports the missing footer, and the daemon writes it.
         let short = kind == FsKind::Ext4 && lacks_new_footer(&image);
         if !short {
             footers_are_valid(&image).into_iter().for_each(&mut note);
         }
-        // This host was not restarted, so an open session still counts here: it is given up.
+        // This machine was not restarted, so its sessions are still valid: the option discards them.
         let check = diffdisk([Path::new("check"), &image, Path::new("--chain"), Path::new("--discard-journal")]);
-        // 4: leaks, which a crash may leave.
+        // 4: a crash may leave leaks.
         if !matches!((check.code, short), (Some(0 | 4), _) | (Some(3), true)) {
             note(format!("check: {}", check.stderr));
         }
@@ -284,12 +285,12 @@ fn check_after_cut(
     wrong
 }
 
-/// Whether a growing file got a new length, and nothing of its new footer.
+/// Returns whether a growing file has its new length but not its new footer.
 ///
-/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) notes how far it has come as the length on disk before it writes that
-/// page, and a journal commit in between makes it durable: a length that nobody has synced. The footer at the start is whole
-/// then, the old trailing one is not wiped yet, all blocks are where they were, and recovery writes the one at the end;
-/// contents are held against all promises as in any other cut.
+/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) updates the length on disk before it writes the page, and a journal commit
+/// in between makes a length durable that was never synced. In this state the footer at the start is valid, the old trailing
+/// footer is not wiped yet, no block has moved, and recovery writes the new trailing footer. The contents are checked as at any
+/// other cut.
 fn lacks_new_footer(image: &Path) -> bool {
     let Ok(bytes) = fs::read(image) else { return false };
     let (front, tail) = (&bytes[..SECTOR.min(bytes.len())], bytes.len().saturating_sub(SECTOR));
@@ -297,7 +298,7 @@ fn lacks_new_footer(image: &Path) -> bool {
     front.starts_with(b"conectix") && bytes[tail..].iter().all(|byte| *byte == 0) && has_old_one
 }
 
-/// Both footers are there and are the same (S4).
+/// Checks that both footers are valid and equal (S4). Returns the violations.
 fn footers_are_valid(image: &Path) -> Vec<String> {
     let ends = File::open(image).and_then(|file| {
         let (mut front, mut tail) = ([0; SECTOR], [0; SECTOR]);
@@ -334,10 +335,11 @@ fn read_disk(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
     fs::read(raw).map_err(|e| e.to_string())
 }
 
-/// A daemon opens it for writing, shows the same disk, takes a write, and closes it in good order.
+/// Checks that a daemon opens the image for writing, shows the same disk, takes a write, and closes the image cleanly. Returns the
+/// violations.
 fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
-    // What lived in the host's memory is gone with it.
-    let runtime = Runtime::new();
+    // A new runtime folder, since the live journals are lost with the machine's memory.
+    let runtime = RuntimeDir::new();
     let daemon = Daemon::start(image, &[runtime.option()]);
     let mut client = daemon.connect();
     let shown = client.read_all(1 << 20).expect("reads after recovery");
@@ -348,24 +350,24 @@ fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     daemon.stop();
     let mut wrong = Vec::new();
     if shown != before {
-        wrong.push("the daemon shows another disk than the tool".to_owned());
+        wrong.push("the daemon and the tool show different disks".to_owned());
     }
     let check = diffdisk([Path::new("check"), image]);
-    // Places of blocks that never came to be are lost between others.
+    // Space of blocks that were reserved but not committed may be leaked between other blocks.
     if !matches!(check.code, Some(0 | 4)) {
-        wrong.push(format!("after recovery and a clean end check says {:?}: {}", check.code, check.stderr));
+        wrong.push(format!("after recovery and a clean end `check` ends with {:?}: {}", check.code, check.stderr));
     }
     let mut want = before.to_vec();
     want[20_000 * SECTOR..20_040 * SECTOR].copy_from_slice(&fresh);
     match read_disk(image, raw) {
         Ok(disk) if disk == want => {}
-        Ok(_) => wrong.push("after recovery and one write the disk is another".into()),
+        Ok(_) => wrong.push("after recovery and one write the disk has other contents".into()),
         Err(why) => wrong.push(why),
     }
     wrong
 }
 
-/// The record and the replay agree with what the medium really held.
+/// Log and replay agree with the medium's real contents.
 #[test]
 fn a_replay_of_everything_is_the_medium() {
     if !can_mount("a_replay_of_everything_is_the_medium") {
@@ -385,7 +387,7 @@ fn a_replay_of_everything_is_the_medium() {
     let replayed = medium.cut(last + 1, &mut Rng::new(1));
     let (all, first) = (disk.contents(), base);
     let whole = usize::try_from(all.len()).expect("a small disk");
-    assert!(first.read(0, whole) != all.read(0, whole), "something was written");
-    assert_eq!(log.len(), last + 1, "nothing comes after the last sync");
-    assert!(replayed.read(0, whole) == all.read(0, whole), "the replay is another disk");
+    assert!(first.read(0, whole) != all.read(0, whole), "nothing was written");
+    assert_eq!(log.len(), last + 1, "events after the last sync");
+    assert!(replayed.read(0, whole) == all.read(0, whole), "the replay has other contents");
 }

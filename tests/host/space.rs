@@ -1,4 +1,4 @@
-//! What images take of the host's room: as served, after the verbs, preallocated, and many on one file system.
+//! Space that images take: served, after each verb, preallocated, and many on one file system.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,9 +8,9 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use super::loopdev::{FsKind, Mounted, can_mount, run_ok};
-use super::runtime::Runtime;
 use crate::common::client::Client;
 use crate::common::daemon::Daemon;
+use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
 const KIB: u64 = 1 << 10;
@@ -20,7 +20,7 @@ const GIB: u64 = 1 << 30;
 /// Images on a real file system, and a runtime folder.
 struct SpaceFixture {
     folder: TempDir,
-    runtime: Runtime,
+    runtime: RuntimeDir,
 }
 
 impl SpaceFixture {
@@ -29,14 +29,14 @@ impl SpaceFixture {
     }
 
     fn within(folder: &Path) -> SpaceFixture {
-        SpaceFixture { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: Runtime::new() }
+        SpaceFixture { folder: tempfile::tempdir_in(folder).expect("a folder"), runtime: RuntimeDir::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// An empty root, or a child.
+    /// Makes an empty root, or a child.
     fn create(&self, name: &str, options: &[&str]) {
         let path = self.path(name);
         let mut all = vec!["create", path.to_str().expect("a plain name")];
@@ -62,7 +62,7 @@ impl SpaceFixture {
         (daemon, client)
     }
 
-    /// Bytes that a file takes.
+    /// Returns the bytes allocated to a file.
     fn allocated_bytes(&self, name: &str) -> u64 {
         fs::metadata(self.path(name)).expect("it is there").blocks() * 512
     }
@@ -72,7 +72,7 @@ impl SpaceFixture {
         diffdisk(["info", path.to_str().expect("a plain name"), "--json"]).json()
     }
 
-    /// Small writes at so many places of a disk.
+    /// Writes `count` pages at scattered places of a disk of `size` bytes.
     fn scatter(&self, client: &mut Client, size: u64, count: u64) {
         for number in 0..count {
             client.write(place(size, number), &page(number)).expect("a write");
@@ -101,115 +101,115 @@ fn page(number: u64) -> Vec<u8> {
 
 #[test]
 fn a_guest_that_only_reads_takes_nothing() {
-    let farm = SpaceFixture::new();
-    farm.create("root.vhd", &["--size", "1T"]);
-    farm.create("child.vhd", &["--parent", "root.vhd"]);
-    let before = fs::metadata(farm.path("child.vhd")).expect("the child");
+    let fixture = SpaceFixture::new();
+    fixture.create("root.vhd", &["--size", "1T"]);
+    fixture.create("child.vhd", &["--parent", "root.vhd"]);
+    let before = fs::metadata(fixture.path("child.vhd")).expect("the child");
     for allocation in ["--allocation=sparse", "--allocation=block"] {
-        let (daemon, mut client) = farm.serve("child.vhd", &[allocation]);
+        let (daemon, mut client) = fixture.serve("child.vhd", &[allocation]);
         for number in 0..10 {
             client.read(number * 100 * GIB, 4096).expect("a read");
         }
         client.flush().expect("a flush");
         drop(client);
-        let served = fs::metadata(farm.path("child.vhd")).expect("the child");
+        let served = fs::metadata(fixture.path("child.vhd")).expect("the child");
         assert_eq!((served.len(), served.blocks()), (before.len(), before.blocks()), "served, {allocation}");
         daemon.stop();
-        let closed = fs::metadata(farm.path("child.vhd")).expect("the child");
+        let closed = fs::metadata(fixture.path("child.vhd")).expect("the child");
         assert_eq!((closed.len(), closed.blocks()), (before.len(), before.blocks()), "closed, {allocation}");
     }
 }
 
 #[test]
 fn small_writes_take_little() {
-    let farm = SpaceFixture::new();
-    farm.create("root.vhd", &["--size", "64G"]);
-    farm.create("child.vhd", &["--parent", "root.vhd"]);
-    let empty = farm.allocated_bytes("child.vhd");
+    let fixture = SpaceFixture::new();
+    fixture.create("root.vhd", &["--size", "64G"]);
+    fixture.create("child.vhd", &["--parent", "root.vhd"]);
+    let empty = fixture.allocated_bytes("child.vhd");
     for (count, served, closed) in [(1, 64 * KIB, 48 * KIB), (100, 2200 * KIB, 1100 * KIB), (1000, 14 * MIB, 10 * MIB)]
     {
-        let (daemon, mut client) = farm.serve("child.vhd", &[]);
-        farm.scatter(&mut client, 64 * GIB, count);
+        let (daemon, mut client) = fixture.serve("child.vhd", &[]);
+        fixture.scatter(&mut client, 64 * GIB, count);
         drop(client);
-        let taken = farm.allocated_bytes("child.vhd") - empty;
+        let taken = fixture.allocated_bytes("child.vhd") - empty;
         assert!(taken <= served, "{count} writes take {} KiB", taken / KIB);
         daemon.stop();
-        let taken = farm.allocated_bytes("child.vhd") - empty;
+        let taken = fixture.allocated_bytes("child.vhd") - empty;
         assert!(taken <= closed, "{count} writes take {} KiB, closed", taken / KIB);
     }
-    let info = farm.info("child.vhd");
+    let info = fixture.info("child.vhd");
     let (written, taken) = (info["written_bytes"].as_u64(), info["allocated_bytes"].as_u64());
-    assert_eq!(taken, Some(farm.allocated_bytes("child.vhd")));
-    assert!(written.is_some_and(|w| w > 1000 * 4096 && w <= farm.allocated_bytes("child.vhd")), "{info}");
-    farm.assert_scattered("child.vhd", 64 * GIB, 1000);
-    farm.tool("check", "child.vhd", &[]);
+    assert_eq!(taken, Some(fixture.allocated_bytes("child.vhd")));
+    assert!(written.is_some_and(|w| w > 1000 * 4096 && w <= fixture.allocated_bytes("child.vhd")), "{info}");
+    fixture.assert_scattered("child.vhd", 64 * GIB, 1000);
+    fixture.tool("check", "child.vhd", &[]);
 }
 
 #[test]
 fn whole_blocks_are_given_back_by_compact() {
-    let farm = SpaceFixture::new();
-    farm.create("root.vhd", &["--size", "1G"]);
-    farm.create("child.vhd", &["--parent", "root.vhd"]);
-    farm.create("whole.vhd", &["--parent", "root.vhd", "--preallocate"]);
-    farm.create("whole-root.vhd", &["--size", "64M", "--preallocate"]);
-    assert!(farm.allocated_bytes("whole.vhd") >= GIB && farm.allocated_bytes("whole-root.vhd") >= 64 * MIB);
+    let fixture = SpaceFixture::new();
+    fixture.create("root.vhd", &["--size", "1G"]);
+    fixture.create("child.vhd", &["--parent", "root.vhd"]);
+    fixture.create("whole.vhd", &["--parent", "root.vhd", "--preallocate"]);
+    fixture.create("whole-root.vhd", &["--size", "64M", "--preallocate"]);
+    assert!(fixture.allocated_bytes("whole.vhd") >= GIB && fixture.allocated_bytes("whole-root.vhd") >= 64 * MIB);
     for name in ["whole.vhd", "whole-root.vhd"] {
-        farm.tool("check", name, &[]);
-        let written = farm.info(name)["written_bytes"].as_u64().expect("a number");
+        fixture.tool("check", name, &[]);
+        let written = fixture.info(name)["written_bytes"].as_u64().expect("a number");
         assert!(written < MIB, "{name}: {written}");
     }
-    let before = farm.allocated_bytes("whole.vhd");
+    let before = fixture.allocated_bytes("whole.vhd");
     for (name, allocation) in [("child.vhd", "--allocation=block"), ("whole.vhd", "--allocation=sparse")] {
-        let (daemon, mut client) = farm.serve(name, &[allocation]);
-        farm.scatter(&mut client, GIB, 50);
+        let (daemon, mut client) = fixture.serve(name, &[allocation]);
+        fixture.scatter(&mut client, GIB, 50);
         drop(client);
         daemon.stop();
-        farm.tool("check", name, &[]);
+        fixture.tool("check", name, &[]);
     }
-    assert!(farm.allocated_bytes("child.vhd") > 50 * MIB, "whole blocks: {}", farm.allocated_bytes("child.vhd"));
-    assert!(farm.allocated_bytes("whole.vhd") <= before + 64 * KIB, "all of it was there before");
+    assert!(fixture.allocated_bytes("child.vhd") > 50 * MIB, "whole blocks: {}", fixture.allocated_bytes("child.vhd"));
+    assert!(fixture.allocated_bytes("whole.vhd") <= before + 64 * KIB, "all of it was allocated before");
     for name in ["child.vhd", "whole.vhd", "whole-root.vhd"] {
-        farm.tool("compact", name, &[]);
-        assert!(farm.allocated_bytes(name) < 2 * MIB, "{name}: {}", farm.allocated_bytes(name));
-        farm.tool("check", name, &[]);
+        fixture.tool("compact", name, &[]);
+        assert!(fixture.allocated_bytes(name) < 2 * MIB, "{name}: {}", fixture.allocated_bytes(name));
+        fixture.tool("check", name, &[]);
     }
-    farm.assert_scattered("child.vhd", GIB, 50);
-    farm.assert_scattered("whole.vhd", GIB, 50);
+    fixture.assert_scattered("child.vhd", GIB, 50);
+    fixture.assert_scattered("whole.vhd", GIB, 50);
 }
 
 #[test]
 fn holes_stay_holes_in_every_verb() {
-    let farm = SpaceFixture::new();
-    farm.create("root.vhd", &["--size", "1G"]);
-    farm.create("a.vhd", &["--parent", "root.vhd"]);
-    let (daemon, mut client) = farm.serve("a.vhd", &[]);
-    farm.scatter(&mut client, GIB, 200);
+    let fixture = SpaceFixture::new();
+    fixture.create("root.vhd", &["--size", "1G"]);
+    fixture.create("a.vhd", &["--parent", "root.vhd"]);
+    let (daemon, mut client) = fixture.serve("a.vhd", &[]);
+    fixture.scatter(&mut client, GIB, 200);
     drop(client);
     daemon.stop();
     let most = 200 * (8 + 4) * KIB;
     let sparse = |name: &str| {
-        assert!(farm.allocated_bytes(name) <= most, "{name} takes {} KiB", farm.allocated_bytes(name) / KIB)
+        assert!(fixture.allocated_bytes(name) <= most, "{name} takes {} KiB", fixture.allocated_bytes(name) / KIB)
     };
     sparse("a.vhd");
-    farm.tool("check", "a.vhd", &["--repair"]);
-    farm.tool("compact", "a.vhd", &[]);
+    fixture.tool("check", "a.vhd", &["--repair"]);
+    fixture.tool("compact", "a.vhd", &[]);
     sparse("a.vhd");
-    let alone = farm.path("alone.vhd");
-    farm.tool("convert", "a.vhd", &[alone.to_str().expect("a plain name"), "--to", "dynamic"]);
+    let alone = fixture.path("alone.vhd");
+    fixture.tool("convert", "a.vhd", &[alone.to_str().expect("a plain name"), "--to", "dynamic"]);
     sparse("alone.vhd");
-    farm.assert_scattered("alone.vhd", GIB, 200);
-    // Not `fs::copy`, which makes data of holes.
-    run_ok(Command::new("cp").arg("--sparse=always").arg(farm.path("a.vhd")).arg(farm.path("b.vhd")));
-    farm.tool("flatten", "b.vhd", &[]);
+    fixture.assert_scattered("alone.vhd", GIB, 200);
+    // Not `fs::copy`, which fills holes.
+    run_ok(Command::new("cp").arg("--sparse=always").arg(fixture.path("a.vhd")).arg(fixture.path("b.vhd")));
+    fixture.tool("flatten", "b.vhd", &[]);
     sparse("b.vhd");
-    farm.assert_scattered("b.vhd", GIB, 200);
-    fs::remove_file(farm.path("b.vhd")).expect("it goes");
-    farm.tool("merge", "a.vhd", &[]);
+    fixture.assert_scattered("b.vhd", GIB, 200);
+    fs::remove_file(fixture.path("b.vhd")).expect("it can be removed");
+    fixture.tool("merge", "a.vhd", &[]);
     sparse("root.vhd");
-    farm.assert_scattered("root.vhd", GIB, 200);
+    fixture.assert_scattered("root.vhd", GIB, 200);
 }
 
-/// `DIFFDISK_FARM=64,100` makes it 64 children that each write 100 MiB; then the file system has 8 GiB.
+/// With `DIFFDISK_FARM=64,100` there are 64 children that each write 100 MiB, on a file system of 8 GiB.
 #[test]
 fn many_children_take_what_they_write() {
     if !can_mount("many_children_take_what_they_write") {
@@ -220,24 +220,24 @@ fn many_children_take_what_they_write() {
     let (children, mib): (u64, u64) = (children.parse().expect("a number"), mib.parse().expect("a number"));
     let kinds = if children < 64 { vec![FsKind::Ext4, FsKind::Xfs, FsKind::BtrfsSeparate] } else { vec![FsKind::Ext4] };
     for kind in kinds {
-        let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let outside = temp::scratch("space");
         let device = outside.path().join("device");
         let size = children * mib * MIB * 5 / 4 + 300 * MIB;
         fs::File::create(&device).and_then(|file| file.set_len(size)).expect("a device");
         kind.make(&device, &[]);
         let mounted = Mounted::mount(kind, &device);
-        let farm = SpaceFixture::within(mounted.path());
-        farm.create("root.vhd", &["--size", "8G"]);
-        let (daemon, mut client) = farm.serve("root.vhd", &[]);
-        farm.scatter(&mut client, 8 * GIB, 100);
+        let fixture = SpaceFixture::within(mounted.path());
+        fixture.create("root.vhd", &["--size", "8G"]);
+        let (daemon, mut client) = fixture.serve("root.vhd", &[]);
+        fixture.scatter(&mut client, 8 * GIB, 100);
         drop(client);
         daemon.stop();
         let before = mounted.available();
         let names: Vec<String> = (0..children).map(|n| format!("child{n}.vhd")).collect();
-        names.iter().for_each(|name| farm.create(name, &["--parent", "root.vhd"]));
-        let served: Vec<_> = names.iter().map(|name| farm.serve(name, &[])).collect();
+        names.iter().for_each(|name| fixture.create(name, &["--parent", "root.vhd"]));
+        let served: Vec<_> = names.iter().map(|name| fixture.serve(name, &[])).collect();
         let mut clients: Vec<_> = served;
-        // As a guest does: files here and there, in pieces of 256 KiB.
+        // Like a guest's files: pieces of 256 KiB at scattered places.
         let piece = vec![0x5A; 256 << 10];
         for number in 0..mib * 4 {
             for (_, client) in &mut clients {

@@ -1,5 +1,5 @@
-//! Reads that are copies beside reads that are operations, on the simulated host: of many parts and of one, copies that fail
-//! half-way, and operations that come in any order, held against a flat array.
+//! Reads by copies from the page cache, and reads by operations, on the simulated host, compared with a flat array: reads of one
+//! and of many extents, copies that fail half-way, and operations that complete in any order.
 #![cfg(feature = "sim")]
 
 use std::path::Path;
@@ -43,7 +43,7 @@ fn run(seed: u64) -> u64 {
     for path in ["/d/root", TOP] {
         let options = DiskOptions { allow_writable_parent: true, ..DiskOptions::new(path) };
         let disk = Disk::open(Arc::new(host.clone()), &options).expect("the chain opens");
-        let mut rig = TestDisk::new(disk, EngineKind::Auto);
+        let mut disk = TestDisk::new(disk, EngineKind::Auto);
         let bytes_of = |range: SectorRange| (range.start() * SECTOR) as usize..(range.end() * SECTOR) as usize;
         for _ in 0..60 {
             let mut range = || {
@@ -52,81 +52,81 @@ fn run(seed: u64) -> u64 {
             };
             let (written, read) = (range(), [range(), range(), range(), range()]);
             if random.below(4) == 0 {
-                rig.discard(vec![written]);
-                // What is discarded from a child may show the parent's data no more; from a root it is zeros.
-                model[bytes_of(written)].copy_from_slice(&rig.read(written));
+                disk.discard(vec![written]);
+                // A discarded range of a child does not show the parent's data; of a root it reads as zeros.
+                model[bytes_of(written)].copy_from_slice(&disk.read(written));
             } else {
                 let data: Vec<u8> = (0..written.bytes()).map(|_| random.below(256) as u8).collect();
-                rig.write(written, &data, &[512, 1536]);
+                disk.write(written, &data, &[512, 1536]);
                 model[bytes_of(written)].copy_from_slice(&data);
             }
-            // All at once.
+            // All reads are in flight at once.
             let memories = read.map(|range| TestMemory::new(&vec![0xEE; range.bytes() as usize]));
             for (range, memory) in read.iter().zip(&memories) {
-                rig.submit(Work::Read { range: *range, into: memory.iovecs(&[512, 4096]) });
+                disk.submit(Work::Read { range: *range, into: memory.iovecs(&[512, 4096]) });
             }
-            assert!(rig.finish().iter().all(|(_, outcome)| *outcome == Outcome::Done), "seed {seed}");
+            assert!(disk.finish().iter().all(|(_, outcome)| *outcome == Outcome::Done), "seed {seed}");
             for (range, memory) in read.iter().zip(memories) {
                 assert!(memory.bytes() == model[bytes_of(*range)], "seed {seed}: {range}");
             }
         }
-        made += rig.lane.engine().copy_count();
-        rig.flush();
-        rig.close();
+        made += disk.lane.engine().copy_count();
+        disk.flush();
+        disk.close();
     }
     made
 }
 
 #[test]
-fn copies_beside_operations() {
+fn copies_and_operations_read_the_same() {
     for seed in 0..20 {
-        assert!(run(seed) > 100, "seed {seed}: hardly anything was copied");
+        assert!(run(seed) > 100, "seed {seed}: too few reads were copies");
     }
 }
 
-/// A read of which a copy fails, and then the operation in its place, fails.
+/// A read fails if its copy fails and then the operation that replaces the copy.
 #[test]
-fn what_neither_a_copy_nor_the_host_can_read_fails() {
+fn a_read_fails_if_copy_and_operation_fail() {
     let host = host(1);
     let disk = Disk::open(Arc::new(host.clone()), &DiskOptions::new(TOP)).expect("the chain opens");
-    let mut rig = TestDisk::new(disk, EngineKind::Auto);
+    let mut disk = TestDisk::new(disk, EngineKind::Auto);
     let range = SectorRange::between(0, 8);
-    rig.write(range, &[7; 4096], &[512]);
+    disk.write(range, &[7; 4096], &[512]);
     let steps = host.counts().steps;
     host.set_faults(FaultPlan { fail: (1..1000).map(|n| (steps + n, Fault::Io)).collect(), ..FaultPlan::default() });
-    let (mut failed, copies) = (0, rig.lane.engine().copy_count());
+    let (mut failed, copies) = (0, disk.lane.engine().copy_count());
     for _ in 0..40 {
         let memory = TestMemory::new(&[0; 4096]);
-        match rig.run(Work::Read { range, into: memory.iovecs(&[512]) }) {
+        match disk.run(Work::Read { range, into: memory.iovecs(&[512]) }) {
             Outcome::Done => assert!(memory.bytes() == [7; 4096]),
             _ => failed += 1,
         }
     }
-    assert!(failed > 5 && rig.lane.engine().copy_count() > copies + 5, "{failed} of 40 failed");
+    assert!(failed > 5 && disk.lane.engine().copy_count() > copies + 5, "{failed} of 40 failed");
 }
 
-/// A copy that is planned may fail, and then takes the room of a request after all.
+/// A planned copy may fail and become an operation, so it counts as one for the capacity of a lane.
 #[test]
 fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     let host = host(2);
     let disk = Disk::open(Arc::new(host), &DiskOptions::new(TOP)).expect("the chain opens");
     let lane = disk.lane(EngineKind::Auto, 4096).expect("a lane");
-    let mut rig = TestDisk::new(disk, EngineKind::Auto);
-    rig.lane = lane;
+    let mut disk = TestDisk::new(disk, EngineKind::Auto);
+    disk.lane = lane;
     let range = SectorRange::between(0, 8);
-    rig.write(range, &[7; 4096], &[512]);
-    let (room, copies) = (rig.lane.push_capacity(), rig.lane.engine().copy_count());
+    disk.write(range, &[7; 4096], &[512]);
+    let (room, copies) = (disk.lane.push_capacity(), disk.lane.engine().copy_count());
     let mut reads = Vec::new();
-    while rig.lane.push_capacity() > 0 {
+    while disk.lane.push_capacity() > 0 {
         let memory = TestMemory::new(&[0; 4096]);
-        reads.push((rig.submit(Work::Read { range, into: memory.iovecs(&[512]) }), memory));
+        reads.push((disk.submit(Work::Read { range, into: memory.iovecs(&[512]) }), memory));
     }
-    let mut answers = rig.finish();
+    let mut answers = disk.finish();
     answers.sort_unstable_by_key(|(tag, _)| *tag);
-    assert!(answers.iter().map(|(tag, _)| *tag).eq(reads.iter().map(|(tag, _)| *tag)), "each once");
+    assert!(answers.iter().map(|(tag, _)| *tag).eq(reads.iter().map(|(tag, _)| *tag)), "each read completes once");
     assert!(answers.iter().all(|(_, outcome)| *outcome == Outcome::Done));
     assert!(reads.iter().all(|(_, memory)| memory.bytes() == [7; 4096]));
-    let copied = usize::try_from(rig.lane.engine().copy_count() - copies).expect("a small number");
+    let copied = usize::try_from(disk.lane.engine().copy_count() - copies).expect("a small number");
     assert!(copied > room / 2 && copied < room && reads.len() == room, "{copied} of {} were copied", reads.len());
-    assert_eq!(rig.lane.push_capacity(), room);
+    assert_eq!(disk.lane.push_capacity(), room);
 }

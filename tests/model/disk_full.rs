@@ -1,4 +1,4 @@
-//! A full host, as requests meet it, on the simulated machine.
+//! Requests on a full file system, on the simulated machine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::testing::TestDisk;
 
 const PATH: &str = "/d/disk.vhd";
 
-/// A root of 1 MiB in blocks of 64 KiB, served under `park`.
+/// Makes and opens a root of 1 MiB with blocks of 64 KiB. Writes wait for space (`park`).
 fn disk(host: &SimHost) -> Arc<Disk> {
     let block_size = BlockSize::from_bytes(64 << 10).expect("a legal size");
     let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
@@ -23,7 +23,7 @@ fn disk(host: &SimHost) -> Arc<Disk> {
     Disk::open(Arc::new(host.clone()), &DiskOptions::new(Path::new(PATH))).expect("it opens")
 }
 
-/// Leaves the host so much room.
+/// Limits the free space to `bytes`.
 fn leave(host: &SimHost, bytes: u64, copy_on_write: bool) {
     let taken = host.open(Path::new(PATH), Access::Read).and_then(|file| file.stat()).expect("the image").allocated;
     host.set_faults(FaultPlan { capacity: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
@@ -36,21 +36,21 @@ fn sectors(first: u64, count: u64) -> SectorRange {
 #[test]
 fn zeroing_waits_for_room() {
     let host = SimHost::new(1);
-    let mut rig = TestDisk::new(disk(&host), EngineKind::Auto);
-    rig.write(sectors(0, 8), &[7; 4096], &[4096]);
+    let mut disk = TestDisk::new(disk(&host), EngineKind::Auto);
+    disk.write(sectors(0, 8), &[7; 4096], &[4096]);
     leave(&host, 0, false);
     let zero = Work::WriteZeroes { ranges: vec![ZeroRange { range: sectors(16, 64), unmap: false }] };
-    let tag = rig.submit(zero);
+    let tag = disk.submit(zero);
     for _ in 0..100 {
-        rig.poll();
-        rig.lane.tick();
+        disk.poll();
+        disk.lane.tick();
     }
-    assert!(rig.answers().is_empty(), "it waits: {:?}", rig.answers());
+    assert!(disk.answers().is_empty(), "the request must wait: {:?}", disk.answers());
     host.set_faults(FaultPlan::default());
-    rig.lane.tick();
-    let done = rig.finish();
+    disk.lane.tick();
+    let done = disk.finish();
     assert_eq!(done.iter().map(|(t, o)| (*t, *o)).collect::<Vec<_>>(), [(tag, Outcome::Done)]);
-    rig.close();
+    disk.close();
 }
 
 #[test]
@@ -61,14 +61,14 @@ fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
         (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
     holder.write(sectors(0, 8), &[7; 4096], &[4096]);
     stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
-    // All that a commit writes takes new room, and there is none.
+    // All writes of a commit need new space, and there is none.
     leave(&host, 0, true);
     holder.submit(Work::Flush);
     for _ in 0..100 {
         holder.poll();
         holder.lane.tick();
     }
-    assert!(holder.answers().is_empty(), "it is held: {:?}", holder.answers());
+    assert!(holder.answers().is_empty(), "the flush must wait: {:?}", holder.answers());
     stopping.submit(Work::Flush);
     let stopped = thread::spawn(move || {
         let outcomes: Vec<_> = stopping.finish().into_iter().map(|(_, outcome)| outcome).collect();
@@ -83,7 +83,7 @@ fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
     }
     let (mut stopping, outcomes) = stopped.join().expect("it stops");
     assert_eq!(outcomes, [Outcome::Failed]);
-    // Nothing is lost: both go on when there is room.
+    // No data is lost: both queues continue when there is space.
     host.set_faults(FaultPlan::default());
     holder.lane.tick();
     holder.finish();

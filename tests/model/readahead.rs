@@ -1,4 +1,4 @@
-//! A guest that reads a chain from its start to its end, cold: the same bytes, whether the host was told of them before or not.
+//! Readahead: a guest reads a chain from start to end, not in the page cache, and gets the same bytes with and without readahead.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -9,100 +9,100 @@ use diffdisk::storage::EngineKind;
 use diffdisk::units::{SECTOR, SectorRange};
 use rustix::fs::{Advice, fadvise};
 
+use crate::chain_model::{ChainModel, KIB};
 use crate::testing::{TestDisk, TestMemory};
-use crate::{ChainModel, KIB};
 
 const SIZE: u64 = 24 << 20;
 
-/// Four layers, with pieces of 64 KiB in turns.
+/// Makes a chain of four layers that have the data by turns, in pieces of 64 KiB.
 fn chain(direct: bool) -> ChainModel {
-    let mut world = ChainModel::new(7, EngineKind::Uring, direct);
+    let mut chain = ChainModel::new(7, EngineKind::Uring, direct);
     for layer in 0..4 {
-        world.push(if layer == 0 { "dynamic" } else { "child" }, 2 << 20, SIZE);
-        let mut rig = world.open(false);
+        chain.push(if layer == 0 { "dynamic" } else { "child" }, 2 << 20, SIZE);
+        let mut disk = chain.open(false);
         for piece in (0..SIZE / (64 * KIB)).filter(|piece| piece % 5 == layer) {
             let start = piece * 64 * KIB / SECTOR;
             let range = SectorRange::between(start, start + 64 * KIB / SECTOR);
-            let bytes = world.pattern(range);
-            rig.write(range, &bytes, &[]);
-            world.model_bytes(range).copy_from_slice(&bytes);
+            let bytes = chain.pattern(range);
+            disk.write(range, &bytes, &[]);
+            chain.model_bytes(range).copy_from_slice(&bytes);
         }
-        rig.close();
+        disk.close();
     }
-    world
+    chain
 }
 
 fn drop_page_cache(files: &[PathBuf]) {
     for path in files {
         let file = File::open(path).expect("an image");
         file.sync_all().expect("an image can be synced");
-        fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
+        fadvise(&file, 0, None, Advice::DontNeed).expect("posix_fadvise works");
     }
 }
 
-/// Reads all of the disk, with several requests in flight; bytes that the host was told of.
-fn read_all(world: &ChainModel, rig: &mut TestDisk) -> u64 {
+/// Reads the whole disk with several requests in flight. Returns the bytes that were read ahead.
+fn read_all(chain: &ChainModel, disk: &mut TestDisk) -> u64 {
     let count = 32 * KIB / SECTOR;
     let all: Vec<u64> = (0..SIZE / SECTOR).step_by(count as usize).collect();
     for some in all.chunks(4) {
         let begun = some.iter().map(|start| {
             let range = SectorRange::between(*start, *start + count);
             let memory = TestMemory::new(&vec![0xEE; range.bytes() as usize]);
-            rig.submit(Work::Read { range, into: memory.iovecs(&[]) });
+            disk.submit(Work::Read { range, into: memory.iovecs(&[]) });
             (range, memory)
         });
         let begun: Vec<_> = begun.collect();
-        let over = rig.finish();
-        assert_eq!(over.len(), begun.len(), "requests are answered, and nothing else is");
+        let over = disk.finish();
+        assert_eq!(over.len(), begun.len(), "each request completes once");
         assert!(over.iter().all(|(_, outcome)| *outcome == Outcome::Done));
-        begun.iter().for_each(|(range, memory)| world.compare(*range, &memory.bytes()));
+        begun.iter().for_each(|(range, memory)| chain.compare(*range, &memory.bytes()));
     }
-    rig.disk.counters().readahead_bytes.load(Ordering::Relaxed)
+    disk.disk.counters().readahead_bytes.load(Ordering::Relaxed)
 }
 
 #[test]
-fn what_is_read_ahead_is_what_would_have_been_read() {
-    let world = chain(false);
-    drop_page_cache(&world.layers);
-    let mut rig = world.open(true);
-    let told = read_all(&world, &mut rig);
-    assert!(told > SIZE / 4, "of {SIZE} bytes that were in no memory, only {told} were read ahead");
-    assert!(told <= SIZE * 4 / 5 + (64 << 10), "no byte twice: {told}");
-    rig.abandon();
+fn readahead_covers_cold_reads_once() {
+    let chain = chain(false);
+    drop_page_cache(&chain.layers);
+    let mut disk = chain.open(true);
+    let bytes = read_all(&chain, &mut disk);
+    assert!(bytes > SIZE / 4, "of {SIZE} bytes that were not in the page cache, only {bytes} were read ahead");
+    assert!(bytes <= SIZE * 4 / 5 + (64 << 10), "more than all data was read ahead: {bytes}");
+    disk.abandon();
 
-    // Now the host has it all, unless it gave some of it up meanwhile: a single read that waits is enough to begin with.
-    let told = |_| {
-        let mut rig = world.open(true);
-        read_all(&world, &mut rig)
+    // Now the data is in the page cache, unless the kernel has reclaimed some: one read that waits for the medium starts readahead.
+    let bytes = |_| {
+        let mut disk = chain.open(true);
+        read_all(&chain, &mut disk)
     };
-    let all: Vec<u64> = (0..5).map(told).collect();
-    assert!(all.iter().any(|told| *told < SIZE / 4), "{all:?} bytes that were in memory");
+    let all: Vec<u64> = (0..5).map(bytes).collect();
+    assert!(all.iter().any(|bytes| *bytes < SIZE / 4), "{all:?} bytes were read ahead that were in the page cache");
 }
 
 #[test]
-fn what_is_written_behind_a_hint_is_read() {
-    let mut world = chain(false);
-    drop_page_cache(&world.layers);
-    let mut rig = world.open(false);
+fn writes_after_a_readahead_are_read() {
+    let mut chain = chain(false);
+    drop_page_cache(&chain.layers);
+    let mut disk = chain.open(false);
     for n in 0..SIZE / (256 * KIB) {
         let start = n * 256 * KIB / SECTOR;
         let (whole, ahead) = (start + 256 * KIB / SECTOR, (start + 4096).min(SIZE / SECTOR - 8));
         let range = SectorRange::between(ahead, ahead + 8);
-        let bytes = world.pattern(range);
-        rig.write(range, &bytes, &[]);
-        world.model_bytes(range).copy_from_slice(&bytes);
+        let bytes = chain.pattern(range);
+        disk.write(range, &bytes, &[]);
+        chain.model_bytes(range).copy_from_slice(&bytes);
         for at in (start..whole).step_by(64) {
-            let got = rig.read(SectorRange::between(at, at + 64));
-            world.compare(SectorRange::between(at, at + 64), &got);
+            let got = disk.read(SectorRange::between(at, at + 64));
+            chain.compare(SectorRange::between(at, at + 64), &got);
         }
     }
-    assert!(rig.disk.counters().readahead_bytes.load(Ordering::Relaxed) > 0);
-    rig.close();
+    assert!(disk.disk.counters().readahead_bytes.load(Ordering::Relaxed) > 0);
+    disk.close();
 }
 
 #[test]
 fn direct_files_are_not_read_ahead() {
-    let world = chain(true);
-    let mut rig = world.open(true);
-    assert_eq!(read_all(&world, &mut rig), 0);
+    let chain = chain(true);
+    let mut disk = chain.open(true);
+    assert_eq!(read_all(&chain, &mut disk), 0);
 }

@@ -1,4 +1,4 @@
-//! A disk with one lane and memory of the test's own in the guest's place.
+//! A disk with one lane, whose requests use memory of the test.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use diffdisk::units::SectorRange;
 
 pub use crate::memory::TestMemory;
 
-/// A disk being worked on through one lane.
+/// A disk and its lane.
 pub struct TestDisk {
     pub disk: Arc<Disk>,
     pub lane: Lane,
@@ -22,7 +22,7 @@ impl TestDisk {
         TestDisk { disk, lane, answers: Vec::new(), next_tag: 0 }
     }
 
-    /// Begins a request; its tag.
+    /// Submits a request. Returns its tag.
     pub fn submit(&mut self, work: Work) -> u64 {
         while self.lane.push_capacity() == 0 {
             self.poll();
@@ -37,19 +37,19 @@ impl TestDisk {
         self.lane.poll(&mut self.answers).expect("the engine works");
     }
 
-    /// Answers that came and were not asked for yet.
+    /// Returns the answers that [`TestDisk::finish`] has not returned yet.
     #[cfg(feature = "sim")]
     pub fn answers(&self) -> &[Answer] {
         &self.answers
     }
 
-    /// Waits for everything begun; the outcomes by tag.
+    /// Waits for all requests in flight. Returns their tags and outcomes.
     pub fn finish(&mut self) -> Vec<(u64, Outcome)> {
         self.lane.drain(&mut self.answers).expect("the engine works");
         self.answers.drain(..).map(|a| (a.tag, a.outcome)).collect()
     }
 
-    /// Does one thing; its outcome.
+    /// Runs one request. Returns its outcome.
     pub fn run(&mut self, work: Work) -> Outcome {
         let tag = self.submit(work);
         let done = self.finish();
@@ -82,7 +82,7 @@ impl TestDisk {
         assert_eq!(self.run(Work::WriteZeroes { ranges }), Outcome::Done);
     }
 
-    /// Ends it cleanly.
+    /// Closes the disk cleanly.
     pub fn close(self) {
         let TestDisk { disk, lane, .. } = self;
         assert!(lane.is_idle());
@@ -90,6 +90,6 @@ impl TestDisk {
         disk.close().expect("a clean close");
     }
 
-    /// Leaves without closing, as a killed daemon does.
+    /// Drops the disk without closing it, like a killed daemon.
     pub fn abandon(self) {}
 }

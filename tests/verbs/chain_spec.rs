@@ -1,4 +1,4 @@
-//! Chains to try verbs on: some layers, what was written into each, and what each must show. On any host.
+//! Descriptions of chains: layers, what is written into each, and the disk that each must show. They are built on any host.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use diffdisk::image::{self, Image, ImageKind, ImageSpec, ParentLink};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 
-/// What a sector says: zero is zeros, anything else a pattern of this byte and the sector's number.
+/// The contents of a sector: 0 for zeros, otherwise a pattern of this byte and the sector's number.
 pub(crate) type Value = u8;
 
-/// A layer: positions in units of the scene's scale.
+/// A layer. Positions are in units of the chain's scale.
 #[derive(Clone, Debug)]
 pub(crate) struct Layer {
     pub(crate) name: &'static str,
@@ -21,15 +21,15 @@ pub(crate) struct Layer {
     /// Bytes of a block.
     pub(crate) block: u32,
     pub(crate) sectors: u64,
-    /// From, to, value.
+    /// Writes: start, end, value.
     pub(crate) writes: Vec<(u64, u64, Value)>,
 }
 
-/// Layers, parents first.
+/// Layers, parents before children.
 #[derive(Clone, Debug)]
 pub(crate) struct ChainSpec {
     pub(crate) layers: Vec<Layer>,
-    /// Sectors of a unit, and what blocks are multiplied by.
+    /// Sectors in a unit, and the factor of block sizes.
     pub(crate) scale: u32,
 }
 
@@ -38,7 +38,7 @@ impl ChainSpec {
         self.layers[layer].sectors * u64::from(self.scale)
     }
 
-    /// What a layer shows, a value for each sector.
+    /// Returns the expected value of each sector of a layer's disk.
     pub(crate) fn expected(&self, layer: usize) -> Vec<Value> {
         let it = &self.layers[layer];
         let mut values = it.parent.map_or_else(Vec::new, |parent| self.expected(parent));
@@ -77,7 +77,7 @@ impl ChainSpec {
     }
 }
 
-/// Writes values into an image, present zeros as well, and leaves it at rest.
+/// Writes values, among them zeros, to an image and closes it.
 pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], scale: u64) -> Result<()> {
     let runs = writes.iter().map(|&(from, to, value)| {
         let range = SectorRange::between(from * scale, to * scale);
@@ -86,7 +86,7 @@ pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], sca
     crate::fixture::write(env, path, runs)
 }
 
-/// What sectors hold that say these values.
+/// Returns the contents of sectors with these values.
 pub(crate) fn bytes(range: SectorRange, value: impl Fn(u64) -> Value) -> Vec<u8> {
     let mut all = Vec::with_capacity(usize::try_from(range.bytes()).expect("small"));
     for sector in range.start()..range.end() {
@@ -99,7 +99,7 @@ pub(crate) fn bytes(range: SectorRange, value: impl Fn(u64) -> Value) -> Vec<u8>
     all
 }
 
-/// Whether the disk that ends in `path` shows these values; else the first sector that does not.
+/// Compares a disk with the expected values. The error names the first sector that differs.
 pub(crate) fn check_disk(env: &dyn Env, path: &Path, values: &[Value]) -> Result<(), String> {
     let open = || Ok(Chain::open(env, path, &Policy::default(), OpenMode::Read)?.into_frozen());
     let version = open().map_err(|e: diffdisk::error::Error| e.line())?;
@@ -109,12 +109,12 @@ pub(crate) fn check_disk(env: &dyn Env, path: &Path, values: &[Value]) -> Result
     let want = bytes(SectorRange::between(0, values.len() as u64), |sector| values[usize::try_from(sector).unwrap()]);
     if let Some(sector) = read.chunks(512).zip(want.chunks(512)).position(|(a, b)| a != b) {
         let (got, want) = (&read[sector * 512..][..16], &want[sector * 512..][..16]);
-        return Err(format!("{}: sector {sector} is {got:?}, not {want:?}", path.display()));
+        return Err(format!("{}: sector {sector} is {got:?}, expected {want:?}", path.display()));
     }
     if read.len() == want.len() { Ok(()) } else { Err(format!("{}: {} bytes", path.display(), read.len())) }
 }
 
-/// The kinds of what `check` finds in a file.
+/// Returns the kinds of defects that `check` finds in a file.
 pub(crate) fn defects(env: &dyn Env, path: &Path) -> Result<Vec<&'static str>> {
     let (report, _) = image::check(env.open(path, Access::Read)?)?;
     Ok(report.defects.iter().map(|defect| defect.kind()).collect())

@@ -1,5 +1,5 @@
-//! `check --repair`, killed at every failpoint, stopped at every step, cut off from power, on a host without room: the guest's
-//! disk stays what it is, what was replaced is kept, and the next repair ends the work.
+//! `check --repair` with kills at every failpoint, stops at every step, power cuts, faults, and full file systems: the guest's disk
+//! does not change, the undo file has all replaced bytes, and the next repair completes the work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,12 +15,14 @@ use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
 
 use crate::common::golden::Golden;
-use crate::common::tool::{diffdisk, scratch};
+use crate::common::rng::seed_or;
+use crate::common::temp::scratch;
+use crate::common::tool::diffdisk;
 use crate::failpoints;
 use crate::fixture::{self, Fill, Fixture};
 use crate::sweep::FOLDER;
 
-/// Bytes of a VHD by what is at which place in it.
+/// The bytes of a VHD, with access to its fields.
 struct VhdBytes(Vec<u8>);
 
 impl VhdBytes {
@@ -45,12 +47,12 @@ impl VhdBytes {
         self.0[at..at + 4].copy_from_slice(&sector.to_be_bytes());
     }
 
-    /// Bytes from one block's bitmap to behind its data; its bitmap takes a sector.
+    /// Returns the bytes of a block and its bitmap of one sector.
     fn stride(&self) -> usize {
         self.number(512 + 32, 4) + 512
     }
 
-    /// The block with the last place.
+    /// Returns the block with the highest offset.
     fn last(&self) -> usize {
         let entries = (0..self.number(512 + 28, 4)).filter(|block| self.place(*block) != 0xFFFF_FFFF * 512);
         entries.max_by_key(|block| self.place(*block)).expect("a block")
@@ -61,7 +63,7 @@ impl VhdBytes {
     }
 }
 
-/// A wrong byte in the footer at the start; blocks that nobody knows between others and at the end.
+/// Damages the footer at the start, and adds unreferenced space between blocks and at the end.
 fn front_and_space(bytes: &mut VhdBytes) {
     let footer = bytes.take_footer();
     let (last, stride) = (bytes.last(), bytes.stride());
@@ -77,7 +79,7 @@ fn front_and_space(bytes: &mut VhdBytes) {
     bytes.0[300] ^= 1;
 }
 
-/// No footer at the end, a block behind the end of the disk, bits behind the end of the disk.
+/// Removes the trailing footer, and adds a block and bits beyond the end of the disk.
 fn tail_and_pointers(bytes: &mut VhdBytes) {
     bytes.take_footer();
     let (to, stride) = (bytes.0.len().next_multiple_of(512), bytes.stride());
@@ -91,8 +93,8 @@ fn tail_and_pointers(bytes: &mut VhdBytes) {
     bytes.0[last] = 0x81;
 }
 
-/// An image of 64 blocks of 4 KiB and one of four sectors, with room for more in its table; broken by `f`. All its sectors
-/// are what they were.
+/// Makes a child of 64 blocks of 4 KiB and one of four sectors, with spare BAT entries, and damages it with `f`, which must not
+/// change its disk.
 fn broken(folder: &Path, f: impl FnOnce(&mut VhdBytes)) -> PathBuf {
     let (root, child) = (folder.join("root.vhd"), folder.join("child.vhd"));
     let size = (64 * 4096 + 2048).to_string();
@@ -114,7 +116,7 @@ fn broken(folder: &Path, f: impl FnOnce(&mut VhdBytes)) -> PathBuf {
     child
 }
 
-/// Writes ranges of sectors by our own commit protocol.
+/// Writes ranges of sectors with a commit, as the daemon does.
 fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
     let filled = ranges.iter().map(|&(from, to)| {
         let range = SectorRange::between(from, to);
@@ -123,7 +125,7 @@ fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
     fixture::write(&Host, path, filled).expect("it can be written");
 }
 
-/// The disk as a guest sees it.
+/// Reads the disk.
 fn read_disk(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
     let chain = Chain::open(env, path, policy, OpenMode::Read).unwrap_or_else(|e| panic!("{}", e.line()));
     let version = chain.into_frozen();
@@ -133,7 +135,7 @@ fn read_disk(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
     bytes
 }
 
-/// The image as it was before a repair, by the file that keeps what was replaced; `None` where nothing was.
+/// Applies an undo file to a repaired image. Returns `None` if the undo file has no replaced bytes.
 fn apply_undo(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
     let number =
         |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().expect("8"))).expect("small");
@@ -153,7 +155,7 @@ fn apply_undo(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
     Some(image)
 }
 
-/// The files in a folder that are no undo files, with their bytes; and the undo files, oldest first.
+/// Lists the files in a folder: images with their bytes, and undo files, oldest first.
 fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     let (mut images, mut undo) = (BTreeMap::new(), Vec::new());
     for entry in fs::read_dir(folder).expect("a folder") {
@@ -167,7 +169,7 @@ fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     (images, undo)
 }
 
-/// Repairs `image`, killed at every failpoint and run again.
+/// Repairs `image`, killed at every failpoint and run again. Returns the number of kills.
 fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
     let folder = image.parent().expect("a folder");
     let (before, _) = list_files(folder);
@@ -180,23 +182,23 @@ fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str
             before.iter().for_each(|(path, bytes)| fs::write(path, bytes).expect("it is written"));
             let killed = failpoints::killed(&point, count, repair());
             let what = format!("{point}:{count}");
-            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk reads otherwise");
+            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk has changed");
             let again = diffdisk(repair());
             assert_eq!(again.code, Some(0), "{what}: {}{}", String::from_utf8_lossy(&again.stdout), again.stderr);
             let check = ["check", image.to_str().expect("text")].into_iter().chain(options.iter().copied());
-            assert_eq!(diffdisk(check).code, Some(0), "{what}: not all was mended");
-            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk reads otherwise after all");
+            assert_eq!(diffdisk(check).code, Some(0), "{what}: defects are left");
+            assert!(read_disk(&Host, image, policy) == want, "{what}: the disk has changed after the second repair");
             let (mut now, undo) = list_files(folder);
             assert!(now.keys().eq(before.keys()), "{what}: {:?}", now.keys());
-            assert!(!undo.is_empty(), "{what}: nothing was kept");
+            assert!(!undo.is_empty(), "{what}: there is no undo file");
             for path in undo.iter().rev() {
                 let name = path.to_str().expect("text");
                 let of = PathBuf::from(name.split(".repair-").next().expect("a name"));
-                let image = now.get_mut(&of).expect("an undo file lies beside its image");
+                let image = now.get_mut(&of).expect("an undo file is in the folder of its image");
                 let earlier = apply_undo(image.clone(), &fs::read(path).expect("a file"));
                 *image = earlier.unwrap_or_else(|| image.clone());
             }
-            assert!(now == before, "{what}: what is kept does not lead back");
+            assert!(now == before, "{what}: the undo files do not restore the images");
             kills += u32::from(killed);
             if !killed {
                 break;
@@ -207,7 +209,7 @@ fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str
 }
 
 #[test]
-fn a_killed_repair_is_ended_by_the_next() {
+fn a_killed_repair_is_completed_by_the_next() {
     for (name, f) in [("front", front_and_space as fn(&mut VhdBytes)), ("tail", tail_and_pointers)] {
         let folder = scratch("check-kill");
         let child = broken(folder.path(), f);
@@ -220,7 +222,7 @@ fn a_killed_repair_is_ended_by_the_next() {
 }
 
 #[test]
-fn xenservers_images_are_mended_with_their_batmaps() {
+fn images_of_xenserver_are_repaired_with_their_batmaps() {
     let folder = scratch("check-tap");
     let golden = Golden::load();
     golden.unpack(folder.path());
@@ -228,7 +230,7 @@ fn xenservers_images_are_mended_with_their_batmaps() {
     let (leaf, base) = (folder.join("s4.vhd"), folder.join("base.vhd"));
     let policy = Policy::default();
     let want = read_disk(&Host, &leaf, &policy);
-    // Block 0 of the root is no whole one; and its checksum is made right, as if that were true.
+    // The batmap calls block 0 of the root fully present, which is wrong; its checksum is updated.
     let mut bytes = VhdBytes::read(&base);
     let (header, map) = (2048, 2560);
     assert_eq!(&bytes.0[header..header + 8], b"tdbatmap");
@@ -249,7 +251,7 @@ fn xenservers_images_are_mended_with_their_batmaps() {
 
 const CHILD: &str = "/disk/child.vhd";
 
-/// A simulated machine with the two images, all of it durable.
+/// Makes a simulated machine with the two images, all of it durable.
 fn simulated_host(folder: &Path) -> SimHost {
     let host = SimHost::new(7);
     let disk = host.folder(Path::new("/disk")).expect("a folder");
@@ -262,7 +264,7 @@ fn simulated_host(folder: &Path) -> SimHost {
     host
 }
 
-/// A copy of a machine of which all is durable.
+/// Copies a machine; all unsynced changes become durable in the copy.
 fn copy(host: &SimHost) -> SimHost {
     host.crash_with(&|_| true)
 }
@@ -271,24 +273,23 @@ fn repair(host: &SimHost, path: &Path) -> Result<CheckReport> {
     ops::check::repair(host, path, None, &[], None, &mut |_| Ok(()))
 }
 
-/// What must hold of a machine on which a repair of `before` ended somewhere.
+/// Checks a machine on which a repair of `before` was interrupted, then repairs again.
 fn assert_repaired(host: &SimHost, before: &[u8], want: &[u8], what: &str) {
     let path = Path::new(CHILD);
-    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise");
+    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk has changed");
     let undo: Vec<_> = host.names().into_iter().filter(|name| name.extension().is_some_and(|e| e == "undo")).collect();
     assert!(undo.len() < 2, "{what}: {undo:?}");
     let image = host.bytes(path).expect("it is there");
     let kept = undo.first().and_then(|undo| apply_undo(image.clone(), &host.bytes(undo).expect("it is there")));
-    assert!(kept.unwrap_or(image) == before, "{what}: what is kept does not lead back");
+    assert!(kept.unwrap_or(image) == before, "{what}: the undo files do not restore the images");
     let report = repair(host, path).unwrap_or_else(|e| panic!("{what}: {}", e.line()));
     assert!(report.ok, "{what}: {:?}", report.defects);
-    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk reads otherwise after all");
+    assert!(read_disk(host, path, &Policy::default()) == want, "{what}: the disk has changed after the second repair");
 }
 
 #[test]
-fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
-    let mut random =
-        Random::new(std::env::var("DIFFDISK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122));
+fn a_repair_survives_power_cuts_and_faults_at_every_step() {
+    let mut random = Random::new(seed_or(20_261_122));
     let (mut cuts, mut faults) = (0, 0);
     for f in [front_and_space as fn(&mut VhdBytes), tail_and_pointers] {
         let folder = scratch("check-cut");
@@ -297,7 +298,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
         let path = Path::new(CHILD);
         let (want, before) = (read_disk(&whole, path, &Policy::default()), whole.bytes(path).expect("it is there"));
         let all = copy(&whole);
-        assert!(repair(&all, path).expect("it is mended").ok);
+        assert!(repair(&all, path).expect("a repair").ok);
         let steps = all.counts().steps;
         for step in 1..=steps {
             let host = copy(&whole);
@@ -306,7 +307,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
             let units = host.unsynced().len();
             for fate in 0..30 {
                 let (few, salt) = (random.below(8), random.next_u64());
-                // Lone units are those of which whole orders of writes hang: lengths come last, footers among the first.
+                // In most cases one unit alone survives or is lost, which finds wrong orders: lengths come last, footers among the first.
                 let lone = if fate < 20 { units.saturating_sub(1 + fate / 2) } else { random.index(units.max(1)) };
                 let survives = |unit: usize| match fate {
                     0..22 if fate % 2 == 0 => unit == lone,
@@ -315,7 +316,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
                     23 => true,
                     _ => Random::new(salt ^ unit as u64).chance(few + 1, 9),
                 };
-                let what = format!("step {step} of {steps}, fate {fate} of {units} units, salt {salt}, {few}");
+                let what = format!("step {step} of {steps}, outcome {fate} of {units} units, salt {salt}, {few}");
                 assert_repaired(&host.crash_with(&survives), &before, &want, &what);
                 cuts += 1;
             }
@@ -326,7 +327,7 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
                 host.set_faults(FaultPlan::default());
                 faults += u32::from(done.is_err());
                 if done.is_err() {
-                    // What no sync has reached may be lost: a sync that failed is none.
+                    // Unsynced changes may be lost, among them those before a failed sync.
                     let what = format!("step {step} of {steps}, {fault:?}");
                     assert_repaired(&host, &before, &want, &what);
                     let image = Image::open(host.open(path, Access::Read).expect("it opens"));
@@ -340,14 +341,14 @@ fn a_repair_outlives_power_cuts_and_full_hosts_at_every_step() {
 }
 
 #[test]
-fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
+fn a_check_reports_progress_and_can_be_interrupted() {
     let host = SimHost::new(3);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("root.vhd", 4096, 600 * 8);
-    scene.write("root.vhd", &(0..600).map(|block| (block * 8, block * 8 + 1, Fill::Tag("R"))).collect::<Vec<_>>());
-    scene.child("child.vhd", "root.vhd", 4096);
-    let (path, policy) = (scene.path("child.vhd"), Policy::default());
-    let len = |name: &str| host.bytes(&scene.path(name)).expect("it is there").len() as u64;
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("root.vhd", 4096, 600 * 8);
+    fixture.write("root.vhd", &(0..600).map(|block| (block * 8, block * 8 + 1, Fill::Tag("R"))).collect::<Vec<_>>());
+    fixture.child("child.vhd", "root.vhd", 4096);
+    let (path, policy) = (fixture.path("child.vhd"), Policy::default());
+    let len = |name: &str| host.bytes(&fixture.path(name)).expect("it is there").len() as u64;
     let (first, all) = (len("child.vhd"), len("child.vhd") + len("root.vhd"));
     let check = |progress: &mut dyn FnMut(u64) -> Result<()>| {
         ops::check::check(&host, &path, Some(&policy), &[], progress).map(|report| report.ok)
@@ -359,7 +360,10 @@ fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
     });
     assert!(ok.expect("it can be read") && told.is_sorted(), "{told:?}");
     assert_eq!((told.last(), ops::check::bytes_to_check(&host, &path, Some(&policy))), (Some(&all), all));
-    assert!(told.iter().filter(|bytes| (first + 1..all).contains(*bytes)).count() > 1, "within a file: {told:?}");
+    assert!(
+        told.iter().filter(|bytes| (first + 1..all).contains(*bytes)).count() > 1,
+        "no progress within a file: {told:?}"
+    );
     for moment in 0..told.len() {
         let mut left = moment;
         let ended = check(&mut |_| match left.checked_sub(1) {
@@ -367,9 +371,9 @@ fn a_check_tells_how_far_it_is_and_can_be_ended_there() {
                 left = fewer;
                 Ok(())
             }
-            None => Err(Error::new(ErrorKind::Refused, "enough")),
+            None => Err(Error::new(ErrorKind::Refused, "interrupted")),
         });
-        assert_eq!(ended.expect_err("it was ended").line(), "enough", "at moment {moment}");
+        assert_eq!(ended.expect_err("the check was interrupted").line(), "interrupted", "at moment {moment}");
     }
-    assert_eq!(ops::check::bytes_to_check(&host, &scene.path("root.vhd"), None), all - first);
+    assert_eq!(ops::check::bytes_to_check(&host, &fixture.path("root.vhd"), None), all - first);
 }

@@ -1,4 +1,4 @@
-//! `compact`: blocks that say nothing go, gaps close, zeros become holes; the disk stays.
+//! `compact`: redundant blocks are freed, gaps are closed, zeros become holes; the disk does not change.
 
 use std::path::Path;
 
@@ -27,52 +27,53 @@ fn verb(env: &dyn Env, folder: &Path) -> Result<()> {
     compacted(env, folder).map(drop)
 }
 
-/// A root with zeros in the first blocks of its file, and in one in the middle; and a child of it.
-fn root(scene: &Fixture<'_>) {
-    scene.dynamic("i.vhd", SMALL, 100);
-    scene.write("i.vhd", &[(80, 96, Z)]);
-    scene.write("i.vhd", &[(0, 3, T), (24, 32, Z), (40, 48, T), (97, 99, T)]);
-    scene.child("k.vhd", "i.vhd", SMALL);
-    scene.write("k.vhd", &[(26, 27, P), (80, 90, P)]);
+/// Makes a root with zeros in the first blocks of its file and in one in the middle, and a child of it.
+fn root(fixture: &Fixture<'_>) {
+    fixture.dynamic("i.vhd", SMALL, 100);
+    fixture.write("i.vhd", &[(80, 96, Z)]);
+    fixture.write("i.vhd", &[(0, 3, T), (24, 32, Z), (40, 48, T), (97, 99, T)]);
+    fixture.child("k.vhd", "i.vhd", SMALL);
+    fixture.write("k.vhd", &[(26, 27, P), (80, 90, P)]);
 }
 
 const ROOT: &Runs = &[(0, 3, T), (40, 48, T), (97, 99, T)];
 const OF_ROOT: &Runs = &[(0, 3, T), (26, 27, P), (40, 48, T), (80, 90, P), (97, 99, T)];
 
-/// A child that says in some blocks what its parent says, in others more; with blocks of another size; and its child.
-fn child(scene: &Fixture<'_>) {
-    scene.dynamic("p.vhd", 2 * SMALL, 100);
-    scene.write("p.vhd", &[(0, 20, P), (40, 60, P)]);
-    scene.child("i.vhd", "p.vhd", SMALL);
-    scene.write("i.vhd", &[(8, 14, P), (30, 33, Z), (70, 80, Z), (40, 48, Z), (50, 52, P), (56, 57, T), (64, 66, T)]);
-    scene.child("k.vhd", "i.vhd", SMALL);
-    scene.write("k.vhd", &[(11, 12, T)]);
+/// Makes a child that repeats its parent's data in some blocks and has other data in others, with another block size, and a child
+/// of it.
+fn child(fixture: &Fixture<'_>) {
+    fixture.dynamic("p.vhd", 2 * SMALL, 100);
+    fixture.write("p.vhd", &[(0, 20, P), (40, 60, P)]);
+    fixture.child("i.vhd", "p.vhd", SMALL);
+    fixture.write("i.vhd", &[(8, 14, P), (30, 33, Z), (70, 80, Z), (40, 48, Z), (50, 52, P), (56, 57, T), (64, 66, T)]);
+    fixture.child("k.vhd", "i.vhd", SMALL);
+    fixture.write("k.vhd", &[(11, 12, T)]);
 }
 
 const CHILD: &Runs = &[(0, 20, P), (40, 60, P), (40, 48, Z), (56, 57, T), (64, 66, T)];
 
-/// As `root`, of blocks whose data is aligned at 8 KiB: those at the end move into gaps.
-fn larger_blocks(scene: &Fixture<'_>) {
-    scene.dynamic("i.vhd", 64 * SMALL, 4096);
-    scene.write("i.vhd", &[(520, 523, Z), (1500, 1600, T)]);
-    scene.write("i.vhd", &[(0, 3, T), (3000, 3200, Z), (3700, 3705, T)]);
+/// Makes a root like `root`, with block data aligned at 8 KiB: blocks at the end move into gaps.
+fn larger_blocks(fixture: &Fixture<'_>) {
+    fixture.dynamic("i.vhd", 64 * SMALL, 4096);
+    fixture.write("i.vhd", &[(520, 523, Z), (1500, 1600, T)]);
+    fixture.write("i.vhd", &[(0, 3, T), (3000, 3200, Z), (3700, 3705, T)]);
 }
 
 const LARGER: &Runs = &[(1500, 1600, T), (0, 3, T), (3700, 3705, T)];
 
-/// A root whose table lies behind blocks of which most are zeros.
-fn moved_table(scene: &Fixture<'_>) {
-    root(scene);
-    let (env, path) = (scene.env, scene.path("i.vhd"));
+/// Makes a root whose BAT is after the blocks, most of which are zeros.
+fn moved_table(fixture: &Fixture<'_>) {
+    root(fixture);
+    let (env, path) = (fixture.env, fixture.path("i.vhd"));
     ops::resize::resize(env, &path, 9_000 * 512, false, &Policy::default(), &mut |_| Ok(())).expect("it grows");
-    scene.write("i.vhd", &[(8_000, 8_008, T)]);
+    fixture.write("i.vhd", &[(8_000, 8_008, T)]);
 }
 
 const MOVED: &Runs = &[(0, 3, T), (40, 48, T), (97, 99, T), (8_000, 8_008, T)];
 
-fn with_batmap(scene: &Fixture<'_>) {
-    root(scene);
-    crate::xenserver::make(scene, "i.vhd");
+fn with_batmap(fixture: &Fixture<'_>) {
+    root(fixture);
+    crate::xenserver::make(fixture, "i.vhd");
 }
 
 fn same(sectors: u64, name: &'static str, runs: &Runs) -> (&'static str, Vec<u8>, Vec<u8>) {
@@ -95,92 +96,101 @@ fn the_disk_stays_at_every_moment() {
     }
 }
 
-/// What is given up, and the length of the file before and after.
+/// Compacts an image twice. Returns what the first run freed, and the length of the file before and after.
 fn lengths(setup: &dyn Fn(&Fixture<'_>)) -> (Compacted, usize, usize) {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    setup(&scene);
-    let len = || host.bytes(&scene.path("i.vhd")).expect("it is there").len();
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    setup(&fixture);
+    let len = || host.bytes(&fixture.path("i.vhd")).expect("it is there").len();
     let before = len();
-    let done = compacted(&host, &scene.folder).expect("it works");
-    let again = compacted(&host, &scene.folder).expect("it works");
-    assert_eq!((again.freed_blocks, again.freed_bytes), (0, 0), "nothing is left to do");
+    let done = compacted(&host, &fixture.folder).expect("it works");
+    let again = compacted(&host, &fixture.folder).expect("it works");
+    assert_eq!((again.freed_blocks, again.freed_bytes), (0, 0), "the second run frees something");
     (done, before, len())
 }
 
 #[test]
-fn blocks_go_and_the_file_becomes_shorter() {
-    // A block with its bitmap takes two pages of the file, the last one what it needs.
+fn redundant_blocks_are_freed_and_the_file_shrinks() {
+    // A block with its bitmap takes two pages of the file; the last block ends without padding.
     const BLOCK: usize = 8192;
     let (done, before, after) = lengths(&root);
     assert_eq!((done.freed_blocks, before - after), (3, 3 * BLOCK), "80..96 and 24..32");
     assert!(done.freed_bytes >= 3 * BLOCK as u64, "{done:?}");
     let (done, before, after) = lengths(&child);
-    // 8..14 and 50..52 as the parent; 30..33 and 72..80 zeros where it has nothing, in three blocks.
+    // 8..14 and 50..52 repeat the parent; 30..33 and 72..80, in three blocks, are zeros where the parent has no data.
     assert_eq!((done.freed_blocks, before - after), (5, 5 * BLOCK), "{done:?}");
     let (done, before, after) = lengths(&moved_table);
     assert_eq!(done.freed_blocks, 3);
-    // The blocks stay at pages, so not every gap can be closed.
-    assert!(before - after > 2 * BLOCK, "the table moves, too: {before}, now {after}");
+    // Blocks stay page-aligned, so not every gap can be closed.
+    assert!(before - after > 2 * BLOCK, "the BAT does not move: {before}, now {after}");
     let (done, ..) = lengths(&with_batmap);
     assert_eq!(done.freed_blocks, 3);
     let (done, before, after) = lengths(&larger_blocks);
-    assert_eq!((done.freed_blocks, before - after), (3, 3 * 33 * 2 * SMALL as usize), "with the gaps before them");
+    assert_eq!(
+        (done.freed_blocks, before - after),
+        (3, 3 * 33 * 2 * SMALL as usize),
+        "blocks and the gaps before them"
+    );
 }
 
 #[test]
-fn a_table_goes_before_aligned_blocks() {
+fn a_bat_moves_before_aligned_blocks_if_it_fits() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
-    scene.write("i.vhd", &[(0, 9, T)]);
-    let path = scene.path("i.vhd");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    fixture.write("i.vhd", &[(0, 9, T)]);
+    let path = fixture.path("i.vhd");
     ops::resize::resize(&host, &path, 5000 * u64::from(LARGE), false, &Policy::default(), &mut |_| Ok(()))
         .expect("grows");
     let (moved, block) = (block_table(&host, &path), places(&host, &path, 1));
-    assert!(moved > u64::from(block[0]) * 512, "behind the block: it has five pages");
-    scene.write("i.vhd", &[(SECTORS, SECTORS + 9, T), (2 * SECTORS, 2 * SECTORS + 9, T)]);
+    assert!(moved > u64::from(block[0]) * 512, "the BAT of five pages is not after the block");
+    fixture.write("i.vhd", &[(SECTORS, SECTORS + 9, T), (2 * SECTORS, 2 * SECTORS + 9, T)]);
     let before = places(&host, &path, 3);
     assert!(before.iter().all(|place| (place + 1) % 32 == 0), "{before:?}");
-    compacted(&host, &scene.folder).expect("it works");
-    assert_eq!((block_table(&host, &path), places(&host, &path, 3)), (moved, before), "the gaps are too small");
+    compacted(&host, &fixture.folder).expect("it works");
+    assert_eq!(
+        (block_table(&host, &path), places(&host, &path, 3)),
+        (moved, before),
+        "the BAT has moved into gaps that are too small"
+    );
     ops::resize::resize(&host, &path, 1500 * u64::from(LARGE), true, &Policy::default(), &mut |_| Ok(()))
         .expect("shrinks");
-    assert_eq!(block_table(&host, &path), 4096, "two pages: where it was, and the gap before the first block");
-    assert_eq!(scene.defects("i.vhd"), [""; 0]);
+    assert_eq!(block_table(&host, &path), 4096, "the BAT of two pages is not before the first block");
+    assert_eq!(fixture.defects("i.vhd"), [""; 0]);
 }
 
 #[test]
-fn a_batmap_does_not_outlive_blocks() {
+fn compact_clears_the_batmap() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    with_batmap(&scene);
-    assert_eq!(crate::xenserver::whole(&scene, "i.vhd").len(), 6);
-    compacted(&host, &scene.folder).expect("it works");
-    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0; 0]);
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    with_batmap(&fixture);
+    assert_eq!(crate::xenserver::whole(&fixture, "i.vhd").len(), 6);
+    compacted(&host, &fixture.folder).expect("it works");
+    assert_eq!(crate::xenserver::whole(&fixture, "i.vhd"), [0; 0]);
 }
 
 #[test]
 fn zeros_in_blocks_and_reserved_room_become_holes() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("i.vhd", 512 << 10, 4096);
-    scene.write("i.vhd", &[(0, 1024, T), (1024, 1100, T)]);
-    scene.write("i.vhd", &[(100, 900, Z)]);
-    let file = host.open(&scene.path("i.vhd"), Access::Write).expect("it opens");
-    // As a writer leaves it that reserves room: nothing was written there.
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("i.vhd", 512 << 10, 4096);
+    fixture.write("i.vhd", &[(0, 1024, T), (1024, 1100, T)]);
+    fixture.write("i.vhd", &[(100, 900, Z)]);
+    let file = host.open(&fixture.path("i.vhd"), Access::Write).expect("it opens");
+    // A preallocated file: space is allocated, but nothing was written there.
     let len = file.stat().expect("it is there").len;
     file.allocate(0, len).expect("there is room");
     let before = file.stat().expect("it is there").allocated;
     drop(file);
-    let done = compacted(&host, &scene.folder).expect("it works");
-    let after = host.open(&scene.path("i.vhd"), Access::Read).expect("it opens").stat().expect("it is there").allocated;
+    let done = compacted(&host, &fixture.folder).expect("it works");
+    let after =
+        host.open(&fixture.path("i.vhd"), Access::Read).expect("it opens").stat().expect("it is there").allocated;
     assert_eq!((done.freed_blocks, done.freed_bytes), (0, before - after));
     assert!(done.freed_bytes > 700 * 512, "{done:?}");
-    assert!(scene.read_disk("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
+    assert!(fixture.read_disk("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
 }
 
-/// Blocks whose data is aligned at 16 KiB, and sectors of one and of its bitmap.
+/// Block size with data aligned at 16 KiB, and sectors of a block without and with its bitmap.
 const LARGE: u32 = 512 << 10;
 const SECTORS: u64 = 1024;
 const STRIDE: u64 = SECTORS + 1;
@@ -191,18 +201,18 @@ fn block_table(host: &SimHost, path: &Path) -> u64 {
     u64::from_be_bytes(at)
 }
 
-/// The places of the first blocks, in sectors of the file.
+/// Returns the BAT entries of the first blocks.
 fn places(host: &SimHost, path: &Path, blocks: usize) -> Vec<u32> {
     let mut entries = vec![0; blocks * 4];
     host.open(path, Access::Read).expect("it opens").read_at(&mut entries, block_table(host, path)).expect("a table");
     entries.chunks(4).map(|entry| u32::from_be_bytes(entry.try_into().expect("four"))).collect()
 }
 
-/// A root whose first blocks stand where this program put them once, and XenServer does: data at pages, here at the
-/// `slots` of a row without gaps. Their first 64 sectors have something in them.
-fn at_pages(scene: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
-    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
-    let (path, mut footer) = (scene.path("i.vhd"), [0; 512]);
+/// Makes a root whose first blocks are placed as XenServer and old versions of this program do: with page-aligned data, here in
+/// these `slots` of a gapless row. The first 64 sectors of each block have data. Returns the BAT entries.
+fn at_pages(fixture: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
+    fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    let (path, mut footer) = (fixture.path("i.vhd"), [0; 512]);
     let file = host.open(&path, Access::Write).expect("it opens");
     let (table, first) = (block_table(host, &path), file.stat().expect("it is there").len / 512 - 1 + 7);
     file.read_at(&mut footer, 0).expect("a footer");
@@ -222,8 +232,8 @@ fn at_pages(scene: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
 }
 
 #[test]
-fn blocks_at_pages_move_only_into_gaps() {
-    // Where blocks stand in the row, and where then.
+fn page_aligned_blocks_move_only_into_gaps() {
+    // Slots of the blocks before and after.
     let cases: [(&[u64], &[u64]); 5] = [
         (&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]),
         (&[3, 0, 1, 2], &[3, 0, 1, 2]),
@@ -233,66 +243,66 @@ fn blocks_at_pages_move_only_into_gaps() {
     ];
     for (before, after) in cases {
         let host = SimHost::new(1);
-        let scene = Fixture::new(&host, Path::new(FOLDER));
-        let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, before));
-        assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
+        let fixture = Fixture::new(&host, Path::new(FOLDER));
+        let (path, placed) = (fixture.path("i.vhd"), at_pages(&fixture, &host, before));
+        assert_eq!(fixture.defects("i.vhd"), [""; 0], "{before:?}");
         let shown: Vec<_> = (0..placed.len() as u64).map(|b| (b * SECTORS, b * SECTORS + 64, T)).collect();
         for _ in 0..2 {
-            assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 0);
+            assert_eq!(compacted(&host, &fixture.folder).expect("it works").freed_blocks, 0);
             let first = u64::from(placed[before.iter().position(|slot| *slot == 0).expect("one is first")]);
             let wanted: Vec<_> = after.iter().map(|slot| u32::try_from(first + slot * (STRIDE + 7)).unwrap()).collect();
             assert_eq!(places(&host, &path, placed.len()), wanted, "{before:?}");
             let end = u64::from(*wanted.iter().max().expect("a block")) + STRIDE + 1;
             assert_eq!(host.bytes(&path).expect("it is there").len() as u64, end * 512, "{before:?}");
-            assert!(scene.read_disk("i.vhd").expect("it opens") == disk(64 * SECTORS, &shown), "{before:?}");
+            assert!(fixture.read_disk("i.vhd").expect("it opens") == disk(64 * SECTORS, &shown), "{before:?}");
         }
-        assert_eq!(scene.defects("i.vhd"), [""; 0], "{before:?}");
+        assert_eq!(fixture.defects("i.vhd"), [""; 0], "{before:?}");
     }
-    // What is written next is aligned, and then a gap takes aligned blocks.
+    // Blocks written later have the new alignment, and move into a gap with that alignment.
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    let (path, placed) = (scene.path("i.vhd"), at_pages(&scene, &host, &[0, 1, 2]));
-    scene.write("i.vhd", &[(3 * SECTORS, 3 * SECTORS + 9, T), (4 * SECTORS, 4 * SECTORS + 9, T)]);
-    scene.write("i.vhd", &[(5 * SECTORS, 5 * SECTORS + 9, T), (3 * SECTORS, 3 * SECTORS + 9, Z)]);
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    let (path, placed) = (fixture.path("i.vhd"), at_pages(&fixture, &host, &[0, 1, 2]));
+    fixture.write("i.vhd", &[(3 * SECTORS, 3 * SECTORS + 9, T), (4 * SECTORS, 4 * SECTORS + 9, T)]);
+    fixture.write("i.vhd", &[(5 * SECTORS, 5 * SECTORS + 9, T), (3 * SECTORS, 3 * SECTORS + 9, Z)]);
     let before = places(&host, &path, 6);
     assert!(before[..3] == placed && before[3..].iter().all(|place| (place + 1) % 32 == 0), "{before:?}");
-    assert_eq!(scene.defects("i.vhd"), [""; 0]);
-    assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 1);
+    assert_eq!(fixture.defects("i.vhd"), [""; 0]);
+    assert_eq!(compacted(&host, &fixture.folder).expect("it works").freed_blocks, 1);
     let moved = [&before[..3], &[u32::MAX, before[4], before[3]]].concat();
     assert_eq!(places(&host, &path, 6), moved);
 }
 
 #[test]
-fn gaps_that_align_are_no_leaks_and_take_no_room() {
+fn alignment_gaps_are_no_leaks_and_take_no_space() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("i.vhd", LARGE, 64 * SECTORS);
-    // Each time the file grows from an end that is not aligned: zeros are written there, over the footer.
-    (0..5).for_each(|block| scene.write("i.vhd", &[(block * SECTORS, (block + 1) * SECTORS, T)]));
-    let path = scene.path("i.vhd");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
+    // Each time the file grows from an unaligned end; the gap, which has the old footer, is zeroed.
+    (0..5).for_each(|block| fixture.write("i.vhd", &[(block * SECTORS, (block + 1) * SECTORS, T)]));
+    let path = fixture.path("i.vhd");
     let before = places(&host, &path, 5);
-    assert!(before.windows(2).all(|pair| pair[1] - pair[0] == 33 * 32), "each gap has 31 sectors: {before:?}");
-    assert_eq!(scene.defects("i.vhd"), [""; 0]);
+    assert!(before.windows(2).all(|pair| pair[1] - pair[0] == 33 * 32), "a gap without 31 sectors: {before:?}");
+    assert_eq!(fixture.defects("i.vhd"), [""; 0]);
     let file = host.open(&path, Access::Write).expect("it opens");
     let allocated = || file.stat().expect("it is there").allocated;
     file.allocate(0, file.stat().expect("it is there").len).expect("there is room");
-    assert!(allocated() > 5 * 33 * (16 << 10), "as a daemon leaves it");
-    assert_eq!(scene.defects("i.vhd"), [""; 0]);
-    assert_eq!(compacted(&host, &scene.folder).expect("it works").freed_blocks, 0);
-    assert_eq!(places(&host, &path, 5), before, "no gap of a block");
-    // A page of bitmap each; header and table; the footer.
+    assert!(allocated() > 5 * 33 * (16 << 10), "too little space is allocated");
+    assert_eq!(fixture.defects("i.vhd"), [""; 0]);
+    assert_eq!(compacted(&host, &fixture.folder).expect("it works").freed_blocks, 0);
+    assert_eq!(places(&host, &path, 5), before, "a block has moved");
+    // Per block its data and a page with its bitmap; header and BAT; the footer.
     assert_eq!(allocated(), 5 * (u64::from(LARGE) + 4096) + 8192 + 4096);
-    // A block that the table does not name any more is a leak all the same.
+    // An unreferenced block is still a leak.
     file.write_at(&[0xFF; 4], block_table(&host, &path) + 2 * 4).expect("no entry");
-    assert_eq!(scene.defects("i.vhd"), ["space-unreferenced"]);
+    assert_eq!(fixture.defects("i.vhd"), ["space-unreferenced"]);
 }
 
 #[test]
 fn a_fixed_image_has_no_blocks() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.fixed("i.vhd", 10);
-    assert_eq!(compacted(&host, &scene.folder).unwrap_err().kind(), ErrorKind::Unsupported);
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.fixed("i.vhd", 10);
+    assert_eq!(compacted(&host, &fixture.folder).unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
 #[test]

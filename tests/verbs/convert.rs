@@ -1,4 +1,4 @@
-//! `convert` as a program: where a copy goes, and what it is called.
+//! `convert` as a program: names of standard output, UUIDs of copies, messages.
 
 use std::fs;
 use std::path::Path;
@@ -7,26 +7,27 @@ use std::time::Duration;
 
 use diffdisk::storage::host::Host;
 
-use crate::common::tool::{DIFFDISK, diffdisk, lock_spawns, run, scratch, start};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, diffdisk, lock_spawns, run, start};
 use crate::fixture::{Fill, Fixture};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A folder with a root of 100 sectors and a child of it.
+/// Makes a folder with a root of 100 sectors and a child of it.
 fn chain() -> tempfile::TempDir {
     let folder = scratch("convert");
-    let _alone = lock_spawns();
-    let scene = Fixture::new(&Host, folder.path());
-    scene.dynamic("root.vhd", 4096, 100);
-    scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
-    scene.child("child.vhd", "root.vhd", 4096);
+    let _lock = lock_spawns();
+    let fixture = Fixture::new(&Host, folder.path());
+    fixture.dynamic("root.vhd", 4096, 100);
+    fixture.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
+    fixture.child("child.vhd", "root.vhd", 4096);
     folder
 }
 
 #[test]
-fn every_name_of_standard_output_is_one() {
+fn every_name_of_standard_output_works() {
     let folder = chain();
     let child = text(&folder.path().join("child.vhd"));
     let wanted = diffdisk(["convert", &child, "-", "--to", "raw"]).ok().stdout;
@@ -68,9 +69,9 @@ fn a_copy_keeps_the_uuid_if_that_is_asked_for() {
     assert!(failed.code == Some(1) && failed.stderr.contains("only an image has a UUID"), "{}", failed.stderr);
 }
 
-/// A number from the command line stands at no byte of a file.
+/// A message about a number from the command line names no offset in a file.
 #[test]
-fn messages_name_a_byte_only_if_one_is_meant() {
+fn messages_name_an_offset_only_for_fields_of_a_file() {
     let folder = chain();
     let root = text(&folder.path().join("root.vhd"));
     let (new, empty) = (text(&folder.path().join("new.vhd")), text(&folder.path().join("empty.raw")));
@@ -89,7 +90,7 @@ fn messages_name_a_byte_only_if_one_is_meant() {
         assert_eq!(failed.code, Some(1), "{line:?}");
         assert!(!failed.stderr.contains("at byte"), "{}", failed.stderr);
     }
-    // An image's own fields stand somewhere.
+    // A message about a field of an image names its offset.
     let mut image = fs::read(&root).expect("the image");
     image[512..520].fill(7);
     fs::write(&new, image).expect("a damaged copy");

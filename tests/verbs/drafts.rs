@@ -1,4 +1,4 @@
-//! Whatever makes a new file leaves nothing half-made: killed at every failpoint, ended at every step, and after a power cut.
+//! Verbs that make a new file leave no incomplete file: after kills at every failpoint and every step, and after power cuts.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,21 +15,18 @@ use diffdisk::storage::host::Host;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 use diffdisk::units::BlockSize;
 
-use crate::common::tool::{diffdisk, lock_spawns, scratch};
+use crate::common::temp::{is_temporary, scratch};
+use crate::common::tool::{diffdisk, lock_spawns};
 use crate::failpoints;
 use crate::fixture::{Fill, Fixture};
 use crate::sweep::FOLDER;
 
-/// The names in a folder.
+/// Returns the names in a folder.
 fn names(folder: &Path) -> BTreeSet<OsString> {
     fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name()).collect()
 }
 
-fn is_temporary(name: &Path) -> bool {
-    name.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
-}
-
-/// Command lines that make `new.vhd`, with `{}` for the folder, and whether they replace an old one.
+/// Command lines that make `new.vhd`, with `{}` for the folder, and whether they replace an existing file.
 const MAKERS: [(&str, bool); 7] = [
     ("create {}/new.vhd --size 8M", false),
     ("create {}/new.vhd --size 1M --type fixed", false),
@@ -41,18 +38,18 @@ const MAKERS: [(&str, bool); 7] = [
 ];
 
 #[test]
-fn a_killed_maker_leaves_nothing() {
+fn a_kill_leaves_no_incomplete_file() {
     let folder = scratch("drafts");
     let at = |name: &str| folder.path().join(name);
     if Host.folder(folder.path()).and_then(|f| f.create_unnamed("probe".as_ref())).is_err() {
         eprintln!("skipped: {} is on a file system without unnamed files", folder.path().display());
         return;
     }
-    let scene = Fixture::new(&Host, folder.path());
+    let fixture = Fixture::new(&Host, folder.path());
     {
-        let _alone = lock_spawns();
-        scene.dynamic("root.vhd", 4096, 1000);
-        scene.write("root.vhd", &[(0, 9, Fill::Tag("T")), (500, 1000, Fill::Tag("T"))]);
+        let _lock = lock_spawns();
+        fixture.dynamic("root.vhd", 4096, 1000);
+        fixture.write("root.vhd", &[(0, 9, Fill::Tag("T")), (500, 1000, Fill::Tag("T"))]);
     }
     let here = folder.path().display().to_string();
     let (mut killed, mut kept) = (0, 0);
@@ -60,7 +57,7 @@ fn a_killed_maker_leaves_nothing() {
         let args: Vec<String> = line.split(' ').map(|word| word.replace("{}", &here)).collect();
         for point in failpoints::of("draft").into_iter().chain(failpoints::of("convert")) {
             if replaces {
-                scene.dynamic("new.vhd", 4096, 8);
+                fixture.dynamic("new.vhd", 4096, 8);
             }
             let (before, old) = (names(folder.path()), fs::read(at("new.vhd")).ok());
             if failpoints::killed(&point, 1, &args) {
@@ -70,7 +67,7 @@ fn a_killed_maker_leaves_nothing() {
                 match point.as_str() {
                     "draft.named" => assert_eq!(more, [PathBuf::from("new.vhd")], "{line}"),
                     "draft.replaced" => assert!(more.is_empty(), "{line}: {more:?}"),
-                    // The one moment at which a whole copy has a name that is not its own.
+                    // The only failpoint at which a complete copy has a temporary name.
                     "draft.named-to-replace" => {
                         assert!(more.len() == 1 && is_temporary(&more[0]), "{line}: {more:?}");
                         fs::remove_file(folder.path().join(&more[0])).expect("it is there");
@@ -88,16 +85,16 @@ fn a_killed_maker_leaves_nothing() {
             assert_eq!(names(folder.path()).len(), 1, "{line}: {point}");
         }
     }
-    println!("killed {killed} times; a temporary name was left {kept} times");
+    println!("{killed} kills, of which {kept} left a temporary name");
     assert!(killed >= 7 * 2 + 4, "{killed}");
 }
 
-/// The undo file of a repair has its name when it is whole.
+/// The undo file of a repair gets its name when it is complete.
 #[test]
 fn a_killed_repair_leaves_no_part_of_an_undo_file() {
     let folder = scratch("drafts");
-    let scene = Fixture::new(&Host, folder.path());
-    scene.dynamic("i.vhd", 4096, 100);
+    let fixture = Fixture::new(&Host, folder.path());
+    fixture.dynamic("i.vhd", 4096, 100);
     let path = folder.path().join("i.vhd");
     let mut bytes = fs::read(&path).expect("the image");
     bytes[..512].fill(0);
@@ -106,7 +103,7 @@ fn a_killed_repair_leaves_no_part_of_an_undo_file() {
     assert!(failpoints::killed("draft.whole", 1, &args));
     assert_eq!(names(folder.path()).len(), 1);
     assert!(failpoints::killed("draft.named", 1, &args));
-    assert_eq!(names(folder.path()).len(), 2, "the image and a whole undo file");
+    assert_eq!(names(folder.path()).len(), 2, "the image and a complete undo file");
     diffdisk(&args).ok();
 }
 
@@ -146,21 +143,21 @@ fn convert_over(env: &dyn Env, folder: &Path) -> Result<()> {
 
 fn setup(replaces: bool) -> SimHost {
     let host = SimHost::new(5);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("root.vhd", 4096, 100);
-    scene.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("root.vhd", 4096, 100);
+    fixture.write("root.vhd", &[(0, 3, Fill::Tag("T")), (50, 60, Fill::Tag("T"))]);
     if replaces {
-        scene.dynamic("new.vhd", 4096, 9);
+        fixture.dynamic("new.vhd", 4096, 9);
     }
     host.crash_with(&|_| true)
 }
 
-/// Looks at what is left: nothing, the old file, or all of the new one. Returns whether a temporary name is left.
+/// Checks that there is no file, the old file, or the complete new one. Returns whether a temporary name is left.
 #[track_caller]
 fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
     let (temporary, names): (Vec<_>, Vec<_>) = host.names().into_iter().partition(|name| is_temporary(name));
     let there = names.iter().any(|name| name.ends_with("new.vhd"));
-    assert!(there || !replaces, "{when}: the old name is gone");
+    assert!(there || !replaces, "{when}: the old file is missing");
     if there {
         let seen = Fixture::new(host, Path::new(FOLDER))
             .read_disk("new.vhd")
@@ -173,7 +170,7 @@ fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> boo
 }
 
 #[test]
-fn a_name_appears_when_its_file_is_whole() {
+fn a_file_gets_its_name_when_it_is_complete() {
     let makers: [(&str, Maker, bool); 4] = [
         ("create", create_root, false),
         ("create --parent", create_child, false),
@@ -214,8 +211,8 @@ fn a_name_appears_when_its_file_is_whole() {
                 let after = host.kill(&mut random);
                 left += usize::from(check_files(&after, &wanted, replaces, &format!("{name}: killed at step {step}")));
             }
-            // To replace a file, the whole copy has a temporary name between two calls.
-            assert!(no_unnamed || left <= usize::from(replaces), "{name}: {left} times a name was left");
+            // When a file is replaced, the complete copy has a temporary name between two system calls.
+            assert!(no_unnamed || left <= usize::from(replaces), "{name}: a temporary name was left {left} times");
             for step in 1..=steps {
                 let host = begin();
                 let fail = vec![(host.counts().steps + step, Fault::Io)];
@@ -224,7 +221,9 @@ fn a_name_appears_when_its_file_is_whole() {
                 let when = format!("{name}: step {step} failed: {outcome:?}");
                 assert!(!check_files(&host, &wanted, replaces, &when) || no_unnamed, "{when}");
             }
-            println!("{name}, no_unnamed {no_unnamed}: {steps} steps, {cuts} power cuts, a name left by {left} kills");
+            println!(
+                "{name}, no_unnamed {no_unnamed}: {steps} steps, {cuts} power cuts, a temporary name left by {left} kills"
+            );
         }
     }
 }

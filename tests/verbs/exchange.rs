@@ -1,5 +1,5 @@
-//! Folders, files and links are exchanged while images are opened and merged: nothing outside of the folder in which the
-//! child was found is read, written or removed. A few seconds; `DIFFDISK_EXCHANGE_SECONDS=60` for the long form.
+//! Folders, files and links are exchanged while images are opened and merged: no file outside the folder in which the child was
+//! found is read, written or removed. Takes some seconds; `DIFFDISK_EXCHANGE_SECONDS=60` makes it longer.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -21,7 +21,7 @@ fn seconds() -> Duration {
     Duration::from_secs(asked.unwrap_or(3))
 }
 
-/// Exchanges two names, if both are where they were.
+/// Exchanges two names. Returns false if one does not exist.
 fn exchange(one: &Path, other: &Path) -> bool {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
 }
@@ -35,7 +35,7 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Exchanges the pairs in turn, without a pause, until `work` is done; how often it did.
+/// Exchanges the pairs in turn, without a pause, while `work` runs. Returns the number of exchanges, too.
 fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -> (T, u64) {
     let (done, exchanges) = (AtomicBool::new(false), AtomicU64::new(0));
     let outcome = std::thread::scope(|scope| {
@@ -46,29 +46,29 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
                 }
             }
         });
-        // Also if `work` panics: the scope waits for the thread.
+        // Stops the thread also if `work` panics, since the scope waits for it.
         let _ends = SetOnDrop(&done);
         work()
     });
     (outcome, exchanges.into_inner())
 }
 
-/// A folder `vm` with `c.vhd` on `p.vhd` below `folder`, and another one with the same names and UUIDs and other data.
+/// Makes a folder `vm` with `c.vhd` on `p.vhd` in each of two folders, with the same names and UUIDs but other data.
 fn two_copies(root: &Path, folders: [&str; 2]) {
     let [one, other] = folders.map(|folder| root.join(folder).join("vm"));
     fs::create_dir_all(&one).expect("a folder");
     fs::create_dir_all(&other).expect("a folder");
-    let scene = Fixture::new(&Host, &one);
-    scene.dynamic("p.vhd", BLOCK, 4096);
-    scene.child("c.vhd", "p.vhd", BLOCK);
+    let fixture = Fixture::new(&Host, &one);
+    fixture.dynamic("p.vhd", BLOCK, 4096);
+    fixture.child("c.vhd", "p.vhd", BLOCK);
     for name in ["p.vhd", "c.vhd"] {
         fs::copy(one.join(name), other.join(name)).expect("a copy");
     }
-    scene.write("p.vhd", &[(0, 8, Fill::Tag("one"))]);
-    scene.write("c.vhd", &[(8, 16, Fill::Tag("one's child"))]);
-    let scene = Fixture::new(&Host, &other);
-    scene.write("p.vhd", &[(0, 8, Fill::Tag("other"))]);
-    scene.write("c.vhd", &[(8, 16, Fill::Tag("other's child"))]);
+    fixture.write("p.vhd", &[(0, 8, Fill::Tag("one"))]);
+    fixture.write("c.vhd", &[(8, 16, Fill::Tag("one's child"))]);
+    let fixture = Fixture::new(&Host, &other);
+    fixture.write("p.vhd", &[(0, 8, Fill::Tag("other"))]);
+    fixture.write("c.vhd", &[(8, 16, Fill::Tag("other's child"))]);
 }
 
 fn inode(path: &Path) -> u64 {
@@ -76,12 +76,12 @@ fn inode(path: &Path) -> u64 {
 }
 
 #[test]
-fn a_chain_is_of_one_folder_whatever_is_exchanged() {
+fn a_chain_stays_in_one_folder_during_exchanges() {
     let d = tempfile::tempdir().expect("a folder");
     let root = d.path().canonicalize().expect("a path");
     two_copies(&root, ["a", "b"]);
     let at = |path: &str| root.join(path);
-    // What is exchanged with a folder and with a file leads out.
+    // A folder and a file are exchanged with links that lead out of the folder.
     fs::create_dir(at("outside")).expect("a folder");
     fs::copy(at("b/vm/p.vhd"), at("outside/p.vhd")).expect("a copy");
     symlink("../../outside/p.vhd", at("a/vm/link")).expect("a link");
@@ -90,8 +90,8 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
     fs::copy(at("a/vm/p.vhd"), at("deep/p.vhd")).expect("a copy");
     let sides = ["a/vm", "b/vm"].map(|side| (inode(&at(side).join("c.vhd")), inode(&at(side).join("p.vhd"))));
     let inside = inode(&at("deep/p.vhd"));
-    let scene = Fixture::new(&Host, &root);
-    scene.child("top.vhd", "deep/p.vhd", BLOCK);
+    let fixture = Fixture::new(&Host, &root);
+    fixture.child("top.vhd", "deep/p.vhd", BLOCK);
 
     let file = (at("a/vm/p.vhd"), at("a/vm/link"));
     let pairs = [(at("a"), at("b")), (at("deep"), at("way")), (at("a/vm"), at("b/vm")), file];
@@ -102,7 +102,7 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
                 Ok(chain) => {
                     let [child, parent] = [0, 1].map(|n| chain.images()[n].file().stat().expect("a file").id.ino);
                     let side = sides.iter().position(|side| side.0 == child).expect("one of the children");
-                    assert_eq!(parent, sides[side].1, "a child of one folder stands on the parent of another");
+                    assert_eq!(parent, sides[side].1, "a child in one folder was opened with the parent in the other");
                     opened[side] += 1;
                 }
                 Err(_) => refused += 1,
@@ -119,18 +119,18 @@ fn a_chain_is_of_one_folder_whatever_is_exchanged() {
         (opened, refused)
     });
     println!("{exchanges} exchanges, chains opened {opened:?}, {refused} refused");
-    assert!(opened.iter().all(|n| *n > 0) && exchanges > 100, "nothing was tried");
+    assert!(opened.iter().all(|n| *n > 0) && exchanges > 100, "too few exchanges, or a chain was never opened");
 }
 
 #[test]
-fn a_merge_changes_one_folder_whatever_is_exchanged() {
+fn a_merge_changes_one_folder_during_exchanges() {
     let (until, mut merged, mut refused, mut exchanged, mut beside) = (Instant::now() + seconds(), 0, 0, 0, 0);
     while Instant::now() < until || merged == 0 {
         let d = tempfile::tempdir().expect("a folder");
         let root = d.path().canonicalize().expect("a path");
         two_copies(&root, ["a", "b"]);
         let at = |path: &str| root.join(path);
-        // Held: after the exchanges the same path may lead to the other one.
+        // The folders are held open, since their paths may lead to the other one after the exchanges.
         let folders = ["a/vm", "b/vm"].map(|path| fs::File::open(at(path)).expect("a folder"));
         let held = |n: usize| {
             use std::os::fd::AsRawFd;
@@ -150,7 +150,7 @@ fn a_merge_changes_one_folder_whatever_is_exchanged() {
                 merged += 1;
                 let done = usize::from(gone(1));
                 assert!(gone(done) && !changed(1 - done), "two folders were changed by one merge");
-                // The exchanges came in its way in earnest only if the path led elsewhere at some time.
+                // Only with more than one exchange did the path lead to the other folder during the merge.
                 beside += u64::from(exchanges > 1);
             }
             Err(_) => {

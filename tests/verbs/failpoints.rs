@@ -1,4 +1,4 @@
-//! Points at which a verb can be killed, as the sources name them.
+//! The failpoints of the verbs, read from the sources.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::common::tool::{DIFFDISK, run};
 
-/// The points of a verb: every `failpoint::reached("VERB.…")` in the sources.
+/// Returns the failpoints of a verb: every `failpoint::reached("VERB.…")` in the sources.
 pub(crate) fn of(verb: &str) -> Vec<String> {
     let mut found = Vec::new();
     for path in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
@@ -16,12 +16,12 @@ pub(crate) fn of(verb: &str) -> Vec<String> {
         for rest in text.split("point::reached(\"").skip(1) {
             let name = rest.split('"').next().expect("a name");
             if name.split('.').next() == Some(verb) {
-                assert!(!found.iter().any(|n| n == name), "{name} is the name of two points");
+                assert!(!found.iter().any(|n| n == name), "{name} is the name of two failpoints");
                 found.push(name.to_owned());
             }
         }
     }
-    assert!(!found.is_empty(), "{verb} has no points");
+    assert!(!found.is_empty(), "{verb} has no failpoints");
     found
 }
 
@@ -31,8 +31,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files.into_iter().chain(folders.iter().flat_map(|folder| sources(folder))).collect()
 }
 
-/// Runs `diffdisk ARGS` until it reaches `failpoint` for the `count`-th time. True if it was killed there; else it must have
-/// ended well without reaching it.
+/// Runs `diffdisk` with `args` and kills it when it reaches `point` for the `count`-th time. Returns false if the program succeeds
+/// without reaching it.
 #[track_caller]
 pub(crate) fn killed<S: AsRef<OsStr>>(point: &str, count: u32, args: impl IntoIterator<Item = S>) -> bool {
     let mut command = Command::new(DIFFDISK);
@@ -43,6 +43,6 @@ pub(crate) fn killed<S: AsRef<OsStr>>(point: &str, count: u32, args: impl IntoIt
 }
 
 #[test]
-fn a_verb_without_points_is_told() {
+fn a_verb_without_failpoints_is_an_error() {
     assert!(std::panic::catch_unwind(|| of("info")).is_err());
 }

@@ -1,4 +1,4 @@
-//! Chains for the tests of verbs, on any host: made by the library, filled sector by sector, looked at as a guest would.
+//! Chains for the tests of verbs, on any host: made by the library, written by sectors, read like a guest.
 
 use std::path::{Path, PathBuf};
 
@@ -12,16 +12,16 @@ use diffdisk::units::{BlockSize, SECTOR, SectorRange};
 
 use crate::common::pattern;
 
-/// What a sector of a scene holds.
+/// The contents of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Fill<'a> {
     /// The pattern of a tag.
     Tag(&'a str),
-    /// Zeros that are there.
+    /// Zeros that are written.
     Zeros,
 }
 
-/// Images in a folder of a host.
+/// Images in one folder of a host.
 pub(crate) struct Fixture<'a> {
     pub(crate) env: &'a dyn Env,
     pub(crate) folder: PathBuf,
@@ -53,12 +53,12 @@ impl<'a> Fixture<'a> {
         ops::create::root(self.env, &self.path(name), &root).expect("a dynamic root");
     }
 
-    /// A child with the size of its parent.
+    /// Makes a child with the size of its parent.
     pub(crate) fn child(&self, name: &str, parent: &str, block: u32) {
         self.sized_child(name, parent, block, None);
     }
 
-    /// A child that is larger than its parent.
+    /// Makes a child with a size of its own.
     pub(crate) fn sized_child(&self, name: &str, parent: &str, block: u32, sectors: Option<u64>) {
         let child = ChildSpec {
             parent: self.path(parent),
@@ -71,7 +71,7 @@ impl<'a> Fixture<'a> {
         ops::create::child(self.env, &self.path(name), &child, &Policy::default()).expect("a child");
     }
 
-    /// Writes runs of sectors, and closes the image in the clean way.
+    /// Writes runs of sectors and closes the image cleanly.
     pub(crate) fn write(&self, name: &str, runs: &[(u64, u64, Fill<'_>)]) {
         let filled = runs.iter().map(|&(from, to, fill)| {
             let mut bytes = vec![0; usize::try_from((to - from) * SECTOR).expect("small")];
@@ -83,7 +83,7 @@ impl<'a> Fixture<'a> {
         write(self.env, &self.path(name), filled).expect("it can be written");
     }
 
-    /// The disk, as its guest sees it.
+    /// Reads the whole disk.
     pub(crate) fn read_disk(&self, name: &str) -> Result<Vec<u8>> {
         let disk = SourceDisk::open(self.env, &self.path(name), SourceFormat::Vhd, &Policy::default())?;
         let mut bytes = Vec::new();
@@ -91,7 +91,7 @@ impl<'a> Fixture<'a> {
         Ok(bytes)
     }
 
-    /// What `check --chain` finds, by their words.
+    /// Returns the kinds of defects that `check --chain` finds.
     pub(crate) fn defects(&self, name: &str) -> Vec<&'static str> {
         let (path, policy) = (self.path(name), Policy::default());
         let report = ops::check::check(self.env, &path, Some(&policy), &[], &mut |_| Ok(())).expect("a check");
@@ -99,7 +99,7 @@ impl<'a> Fixture<'a> {
     }
 }
 
-/// Writes runs of sectors into an image, and closes it in the clean way.
+/// Writes runs of sectors to an image and closes it cleanly.
 pub(crate) fn write(env: &dyn Env, path: &Path, runs: impl IntoIterator<Item = (SectorRange, Vec<u8>)>) -> Result<()> {
     let version =
         Chain::open(env, path, &Policy::default(), OpenMode::Write)?.into_writable(env, &Durability::FlushOnly)?;
@@ -131,18 +131,18 @@ fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Re
         version.file(slot).write_at(now, offset)?;
         rest = later;
     }
-    assert_eq!(top.image.mark(range), Ok(true), "nothing has to be kept");
+    assert_eq!(top.image.mark(range), Ok(true), "no journal is in use");
     Ok(())
 }
 
-/// A disk of zeros, and what was written over it.
+/// Returns a disk of zeros with runs written to it.
 pub(crate) fn disk(sectors: u64, runs: &[(u64, u64, Fill<'_>)]) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(sectors * SECTOR).expect("small")];
     overwrite(&mut bytes, runs);
     bytes
 }
 
-/// Writes over a disk.
+/// Writes runs to a disk.
 pub(crate) fn overwrite(disk: &mut [u8], runs: &[(u64, u64, Fill<'_>)]) {
     for &(from, to, fill) in runs {
         let run = usize::try_from(from * SECTOR).expect("small")..usize::try_from(to * SECTOR).expect("small");

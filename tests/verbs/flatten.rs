@@ -1,4 +1,4 @@
-//! `flatten`: a child stands alone, or on an ancestor, and shows what it showed.
+//! `flatten`: a child becomes independent of some or all of its parents, with the same disk.
 
 use std::path::Path;
 
@@ -25,22 +25,22 @@ fn flattened(env: &dyn Env, folder: &Path, keep: Option<&str>) -> Result<u64> {
     ops::flatten::flatten(env, &folder.join("i.vhd"), keep.as_deref(), &Policy::default(), &mut |_| Ok(()))
 }
 
-/// Four layers with blocks of several sizes. The second hides parts of the first, with zeros and by its end; beyond it
-/// the third is zero.
-fn chain(scene: &Fixture<'_>) {
-    scene.dynamic("r.vhd", 2 * SMALL, 200);
-    scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
-    scene.child("m.vhd", "r.vhd", SMALL);
-    scene.write("m.vhd", &[(10, 20, M), (30, 40, Z), (150, 200, Z)]);
+/// Makes five layers with several block sizes. The second hides parts of the first with zeros and by its smaller size; beyond its
+/// end the third reads as zeros.
+fn chain(fixture: &Fixture<'_>) {
+    fixture.dynamic("r.vhd", 2 * SMALL, 200);
+    fixture.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
+    fixture.child("m.vhd", "r.vhd", SMALL);
+    fixture.write("m.vhd", &[(10, 20, M), (30, 40, Z), (150, 200, Z)]);
     let shrunk =
-        ops::resize::resize(scene.env, &scene.path("m.vhd"), 160 * 512, true, &Policy::default(), &mut |_| Ok(()));
+        ops::resize::resize(fixture.env, &fixture.path("m.vhd"), 160 * 512, true, &Policy::default(), &mut |_| Ok(()));
     shrunk.expect("only zeros are cut off");
-    scene.sized_child("n.vhd", "m.vhd", SMALL, Some(210));
-    scene.write("n.vhd", &[(15, 17, Z), (100, 101, M)]);
-    scene.child("i.vhd", "n.vhd", SMALL);
-    scene.write("i.vhd", &[(5, 6, T), (35, 36, T), (120, 130, T)]);
-    scene.child("k.vhd", "i.vhd", SMALL);
-    scene.write("k.vhd", &[(16, 17, T)]);
+    fixture.sized_child("n.vhd", "m.vhd", SMALL, Some(210));
+    fixture.write("n.vhd", &[(15, 17, Z), (100, 101, M)]);
+    fixture.child("i.vhd", "n.vhd", SMALL);
+    fixture.write("i.vhd", &[(5, 6, T), (35, 36, T), (120, 130, T)]);
+    fixture.child("k.vhd", "i.vhd", SMALL);
+    fixture.write("k.vhd", &[(16, 17, T)]);
 }
 
 const SEEN: &Runs =
@@ -61,71 +61,71 @@ fn the_disk_stays_at_every_moment() {
 }
 
 #[test]
-fn what_stays_needs_no_copy() {
+fn data_of_kept_layers_is_not_copied() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    chain(&scene);
-    let copied = flattened(&host, &scene.folder, Some("m.vhd")).expect("it works");
-    // Two zeros of the third layer and a sector of its own, in whole pages at most.
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    chain(&fixture);
+    let copied = flattened(&host, &fixture.folder, Some("m.vhd")).expect("it works");
+    // Two zero sectors and a data sector of the third layer, rounded up to pages at most.
     assert!((3 * 512..=2 * 4096).contains(&copied), "{copied}");
-    assert_eq!(flattened(&host, &scene.folder, Some("m.vhd")).expect("it stands there"), 0);
-    let copied = flattened(&host, &scene.folder, Some("r.vhd")).expect("it works");
-    assert!(((10 + 9 + 40) * 512..90 * 512).contains(&copied), "what the second layer had and hid: {copied}");
-    let info = ops::info::info(&host, &scene.path("i.vhd"), Some(&Policy::default())).expect("it opens");
+    assert_eq!(flattened(&host, &fixture.folder, Some("m.vhd")).expect("it is on that parent already"), 0);
+    let copied = flattened(&host, &fixture.folder, Some("r.vhd")).expect("it works");
+    assert!(((10 + 9 + 40) * 512..90 * 512).contains(&copied), "not the data and zeros of the second layer: {copied}");
+    let info = ops::info::info(&host, &fixture.path("i.vhd"), Some(&Policy::default())).expect("it opens");
     assert_eq!(info.chain.expect("asked for").len(), 2);
-    flattened(&host, &scene.folder, None).expect("it works");
-    let info = ops::info::info(&host, &scene.path("i.vhd"), Some(&Policy::default())).expect("it opens");
+    flattened(&host, &fixture.folder, None).expect("it works");
+    let info = ops::info::info(&host, &fixture.path("i.vhd"), Some(&Policy::default())).expect("it opens");
     assert_eq!((info.disk_type, info.parent.is_none()), ("dynamic", true));
     for name in ["n.vhd", "m.vhd", "r.vhd"] {
-        host.remove(&scene.path(name)).expect("nobody needs it");
+        host.remove(&fixture.path(name)).expect("no image needs it");
     }
-    assert!(scene.read_disk("i.vhd").expect("it stands alone") == disk(210, SEEN));
-    assert_eq!(flattened(&host, &scene.folder, None).expect("it stands alone"), 0);
+    assert!(fixture.read_disk("i.vhd").expect("it has no parent") == disk(210, SEEN));
+    assert_eq!(flattened(&host, &fixture.folder, None).expect("it has no parent"), 0);
 }
 
 #[test]
-fn zeros_take_no_room_where_nothing_shines_through() {
+fn zeros_that_hide_nothing_take_no_space() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("r.vhd", SMALL, 200);
-    scene.write("r.vhd", &[(0, 80, Z), (100, 104, R)]);
-    scene.child("i.vhd", "r.vhd", SMALL);
-    let copied = flattened(&host, &scene.folder, None).expect("it works");
-    let info = ops::info::info(&host, &scene.path("i.vhd"), None).expect("it opens");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("r.vhd", SMALL, 200);
+    fixture.write("r.vhd", &[(0, 80, Z), (100, 104, R)]);
+    fixture.child("i.vhd", "r.vhd", SMALL);
+    let copied = flattened(&host, &fixture.folder, None).expect("it works");
+    let info = ops::info::info(&host, &fixture.path("i.vhd"), None).expect("it opens");
     assert!(copied <= 4096 && info.blocks_allocated <= Some(2), "{copied} {info:?}");
 }
 
 #[test]
-fn bytes_under_clear_bits_do_not_come_to_light() {
+fn bytes_under_clear_bits_stay_hidden() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    scene.dynamic("r.vhd", SMALL, 16);
-    scene.child("i.vhd", "r.vhd", SMALL);
-    scene.write("i.vhd", &[(1, 2, T)]);
-    // What a write leaves that a power cut ended: data, and no bit.
-    let path = scene.path("i.vhd");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    fixture.dynamic("r.vhd", SMALL, 16);
+    fixture.child("i.vhd", "r.vhd", SMALL);
+    fixture.write("i.vhd", &[(1, 2, T)]);
+    // A write that a power cut interrupted: data without a bit.
+    let path = fixture.path("i.vhd");
     let file = host.open(&path, diffdisk::storage::Access::Write).expect("it opens");
     let at = file.stat().expect("it is there").len - 512 - 4096 + 5 * 512;
     file.write_at(&[0xAB; 512], at).expect("a write");
     drop(file);
-    flattened(&host, &scene.folder, None).expect("it works");
+    flattened(&host, &fixture.folder, None).expect("it works");
     let bytes = host.bytes(&path).expect("it is there");
     assert!(!bytes.windows(16).any(|window| window == [0xAB; 16]));
 }
 
 #[test]
-fn strangers_are_not_kept() {
+fn only_ancestors_can_be_kept() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    chain(&scene);
-    scene.dynamic("x.vhd", SMALL, 200);
-    let before = host.bytes(&scene.path("i.vhd"));
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    chain(&fixture);
+    fixture.dynamic("x.vhd", SMALL, 200);
+    let before = host.bytes(&fixture.path("i.vhd"));
     for name in ["x.vhd", "k.vhd", "i.vhd"] {
-        let e = flattened(&host, &scene.folder, Some(name)).unwrap_err();
+        let e = flattened(&host, &fixture.folder, Some(name)).unwrap_err();
         assert!(e.kind() == ErrorKind::Refused && e.line().contains("not among its parents"), "{e:?}");
     }
-    assert_eq!(flattened(&host, &scene.folder, Some("nowhere.vhd")).unwrap_err().kind(), ErrorKind::NotFound);
-    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
+    assert_eq!(flattened(&host, &fixture.folder, Some("nowhere.vhd")).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(host.bytes(&fixture.path("i.vhd")), before);
 }
 
 #[test]

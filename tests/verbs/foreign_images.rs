@@ -1,10 +1,11 @@
-//! Small images that people meet, by the program: what is healthy is called so, and what is not is named.
+//! Small images as other programs make them: `check` accepts the valid ones and names the defects of the others.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::common::tool::{Finished, diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{Finished, diffdisk};
 use crate::common::vhd_bytes::{DIFFERENCING, VhdFile, VhdSpec, footer, header, id, utf16le, write_file};
 
 fn run(folder: &Path, args: &[&str]) -> Finished {
@@ -27,7 +28,7 @@ fn assert_healthy(folder: &Path, name: &str) {
     assert_eq!(kinds(folder, name), (Some(0), vec![]), "{name}");
 }
 
-/// As Windows lays a child out: 64 KiB are set aside for the relative path.
+/// Makes a child as Windows does: with 64 KiB reserved for the relative path.
 fn windows(folder: &Path) -> VhdFile {
     let parent = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]).with_uuid(id(7));
     VhdFile::create(&folder.join("win-parent.vhd"), parent);
@@ -37,7 +38,7 @@ fn windows(folder: &Path) -> VhdFile {
     vhd.file.read_exact_at(&mut footer, 0).expect("a footer");
     let (table, place) = (8192_u64, 81408);
     vhd.set_header(header::TABLE_OFFSET, &table.to_be_bytes());
-    // Written, not holes.
+    // Zeros that are written, not holes.
     vhd.put(1536, &vec![0; 81408 - 1536 + 512 + (64 << 10)]);
     vhd.put(table, &[0xFF; 512]);
     vhd.put(table, &u32::try_from(place / 512).expect("a place").to_be_bytes());
@@ -55,7 +56,7 @@ fn windows(folder: &Path) -> VhdFile {
 }
 
 #[test]
-fn what_windows_sets_aside_for_a_locator_is_no_leak() {
+fn space_that_windows_reserves_for_a_locator_is_no_leak() {
     let scratch = scratch("field");
     let folder = scratch.path();
     windows(folder);
@@ -79,7 +80,7 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
     let vhd = VhdFile::create(&folder.join("tap.vhd"), spec);
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
     assert_healthy(folder, "tap.vhd");
-    // Blocks right behind the table, as there.
+    // Blocks right after the BAT, as in such exports.
     let mut bytes = fs::read(&vhd.path).expect("the image");
     let (table, block) = (2048, usize::try_from(vhd.blocks_at).expect("small"));
     let moved = bytes.split_off(block);
@@ -91,7 +92,7 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
     run(folder, &["convert", "tap.vhd", "tap.raw", "--to", "raw"]).ok();
     run(folder, &["resize", "tap.vhd", "1M"]).ok();
     assert_healthy(folder, "tap.vhd");
-    // Bytes that nothing refers to, where a batmap would have its header: a damaged one.
+    // Unreferenced bytes at the place of a batmap's header are a damaged batmap.
     let spec = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
     let vhd = VhdFile::create(&folder.join("damaged.vhd"), spec);
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
@@ -118,7 +119,7 @@ fn an_entry_of_zero_is_unused() {
 }
 
 #[test]
-fn fixed_images_with_more_than_a_disk_in_them() {
+fn fixed_images_with_extra_bytes() {
     let scratch = scratch("field");
     let folder = scratch.path();
     let vhd = VhdFile::create(&folder.join("padded.vhd"), VhdSpec::fixed(64 << 10));
@@ -142,7 +143,7 @@ fn fixed_images_with_more_than_a_disk_in_them() {
 }
 
 #[test]
-fn footers_of_two_kinds_wait_for_a_choice() {
+fn footers_of_different_types_need_a_choice() {
     let scratch = scratch("field");
     let folder = scratch.path();
     let vhd = VhdFile::create(&folder.join("kinds.vhd"), VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]));
@@ -154,7 +155,7 @@ fn footers_of_two_kinds_wait_for_a_choice() {
         assert!(matches!(done.code, Some(1 | 3)) && done.stderr.contains("--take"), "{verb:?}: {}", done.stderr);
         assert!(fs::read(&vhd.path).expect("the image") == broken, "{verb:?}");
     }
-    // A child without a parent does not open, so it has a defect.
+    // The image is a child without a parent now, which is a defect.
     run(folder, &["check", "kinds.vhd", "--repair", "--take", "end"]);
     assert_eq!(kinds(folder, "kinds.vhd"), (Some(3), vec!["parent-raw".to_owned()]));
     fs::write(&vhd.path, &broken).expect("it is written");
@@ -196,7 +197,7 @@ fn other_formats_are_named() {
 }
 
 #[test]
-fn a_damaged_image_is_told_or_refused_by_every_verb() {
+fn every_verb_warns_of_a_damaged_image_or_refuses_it() {
     let scratch = scratch("field");
     let folder = scratch.path();
     let make = || VhdFile::create(&folder.join("disk.vhd"), VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1, 0]));
@@ -205,7 +206,7 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
         &["map", "disk.vhd"],
         &["create", "child.vhd", "--parent", "disk.vhd"],
     ];
-    // Told: one line.
+    // A damaged image that is readable causes one warning.
     let vhd = make();
     vhd.set_len(vhd.footer_at);
     for verb in readers {
@@ -216,7 +217,7 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
     fs::remove_file(folder.join("child.vhd")).expect("it goes");
     let told = run(folder, &["info", "disk.vhd"]).ok();
     assert!(String::from_utf8_lossy(&told.stdout).contains("damage:"), "{told:?}");
-    // Not readable: the last block has lost half of its sectors.
+    // An image whose last block has lost half of its sectors is refused.
     vhd.set_len(vhd.footer_at - (32 << 10));
     for verb in readers {
         let done = run(folder, verb);
@@ -232,7 +233,7 @@ fn a_damaged_image_is_told_or_refused_by_every_verb() {
     let copied = run(folder, &["convert", "disk.vhd", "saved.vhd", "--to", "dynamic", "--salvage"]).ok();
     assert!(copied.stderr.contains("given up: bytes 32768 to 65536"), "{}", copied.stderr);
     assert_healthy(folder, "saved.vhd");
-    // Readable only.
+    // An image whose footers disagree may only be read.
     let vhd = make();
     vhd.set_footer(0, footer::UUID, &[7; 16]);
     run(folder, readers[0]).ok();

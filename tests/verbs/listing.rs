@@ -1,4 +1,4 @@
-//! What `children` and `info` report of the files around an image and of its users.
+//! `children`, which lists the children of an image, and `info`, which names the process that uses it.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, diffdisk, on_path, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, diffdisk, on_path, run};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -33,7 +34,7 @@ fn children_are_listed_by_the_uuid_that_they_record() {
     for name in ["here/b.vhd", "here/a.vhd", "there/c.vhd"] {
         diffdisk(["create", &text(&at(name)), "--parent", &root]).ok();
     }
-    // None of these is a child: a grandchild, a stranger's child, a broken image, a FIFO, a link that leads nowhere.
+    // None of these is a child: a grandchild, a child of another image, a damaged image, a FIFO, a dangling link.
     let policy = ["--allow-parents", &text(&at("here"))];
     diffdisk([&["create", &text(&at("there/g.vhd")), "--parent", &text(&at("there/c.vhd"))], &policy[..]].concat())
         .ok();
@@ -67,7 +68,7 @@ fn children_are_listed_by_the_uuid_that_they_record() {
     let lines: Vec<_> = said.lines().collect();
     assert_eq!(lines.len(), 2);
     assert!(lines[0].starts_with(uuid("here/a.vhd").as_str().expect("a text")) && lines[0].ends_with("/here/a.vhd"));
-    // By a link to it, from another folder.
+    // The image is given by a link in another folder.
     symlink("../here/root.vhd", at("there/link.vhd")).expect("a link");
     assert_eq!(diffdisk(["children", &text(&at("there/link.vhd")), "--json"]).ok().json(), Value::from(here.to_vec()));
 
@@ -84,7 +85,7 @@ fn children_are_listed_by_the_uuid_that_they_record() {
 #[test]
 fn info_names_the_process_that_has_an_image_in_use() {
     let folder = scratch("in-use");
-    // Another user is to look at it.
+    // Readable for another user.
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("a folder of ours");
     let [root, child] = ["root.vhd", "child.vhd"].map(|name| text(&folder.path().join(name)));
     diffdisk(["create", &root, "--size", "1M"]).ok();

@@ -1,4 +1,4 @@
-//! The verbs that change images, killed at every failpoint and run again.
+//! The verbs that change images: their results, and kills at every failpoint, after which they are run again.
 
 mod chain_spec;
 mod check;

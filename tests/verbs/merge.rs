@@ -1,4 +1,4 @@
-//! `diffdisk merge` as a program: killed at every failpoint, interrupted, refused; and strangers who read what it leaves.
+//! `diffdisk merge` as a program: killed at every failpoint, interrupted, refused; other programs read the results.
 
 use std::fs;
 use std::io::Read;
@@ -11,12 +11,13 @@ use tempfile::TempDir;
 
 use crate::chain_spec::{ChainSpec, Layer, check_disk, fill};
 use crate::common::daemon::Daemon;
-use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, lock_spawns, run, scratch, start, wait};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISK, DIFFDISKD, Finished, diffdisk, lock_spawns, run, start, wait};
 use crate::common::{digest, oracle};
 use crate::failpoints;
 use crate::merge_cases::{MergeCase, all};
 
-/// A folder with the files of a case.
+/// A folder with the images of a case.
 struct MergeFixture {
     case: MergeCase,
     folder: TempDir,
@@ -26,14 +27,14 @@ impl MergeFixture {
     fn new(case: MergeCase) -> MergeFixture {
         let folder = scratch("merge");
         let built = {
-            let _alone = lock_spawns();
-            case.scene.build(&Host, folder.path())
+            let _lock = lock_spawns();
+            case.chain.build(&Host, folder.path())
         };
-        built.expect("a scene");
+        built.expect("a chain");
         MergeFixture { case, folder }
     }
 
-    /// The same once more, to be spoilt.
+    /// Copies the images to a new folder.
     fn copy(&self) -> MergeFixture {
         let folder = scratch("merge");
         for entry in fs::read_dir(self.folder.path()).expect("the folder") {
@@ -44,7 +45,7 @@ impl MergeFixture {
     }
 
     fn at(&self, layer: usize) -> PathBuf {
-        self.case.scene.path(self.folder.path(), layer)
+        self.case.chain.path(self.folder.path(), layer)
     }
 
     fn child(&self) -> PathBuf {
@@ -63,21 +64,21 @@ impl MergeFixture {
         diffdisk(self.args())
     }
 
-    /// Who is left shows what it showed, and `check` finds no corruption.
+    /// Checks that the remaining images show the same disks, and that `check` finds no corruption.
     #[track_caller]
     fn assert_same(&self, when: &str) {
-        let (child, scene) = (self.case.merged_layers[0], &self.case.scene);
-        let mut shown = scene.expected(child);
-        let mut all: Vec<(usize, Vec<u8>)> = self.case.kept.iter().map(|&kept| (kept, scene.expected(kept))).collect();
+        let (child, chain) = (self.case.merged_layers[0], &self.case.chain);
+        let mut shown = chain.expected(child);
+        let mut all: Vec<(usize, Vec<u8>)> = self.case.kept.iter().map(|&kept| (kept, chain.expected(kept))).collect();
         if self.child().exists() {
             all.push((child, shown));
         } else {
-            shown.resize(usize::try_from(scene.sectors(self.case.into)).expect("small"), 0);
+            shown.resize(usize::try_from(chain.sectors(self.case.into)).expect("small"), 0);
             all.push((self.case.into, shown));
         }
         for (layer, values) in all {
             let same = {
-                let _alone = lock_spawns();
+                let _lock = lock_spawns();
                 check_disk(&Host, &self.at(layer), &values)
             };
             same.unwrap_or_else(|e| panic!("{}, {when}: {e}", self.case.name));
@@ -86,11 +87,11 @@ impl MergeFixture {
         }
     }
 
-    /// It is done, nothing is left over, and nothing is wrong.
+    /// Checks that the merge is complete, without other files and without defects.
     #[track_caller]
     fn assert_done(&self, when: &str) {
         self.assert_same(when);
-        let left = (0..self.case.scene.layers.len()).filter(|layer| !self.case.merged_layers.contains(layer));
+        let left = (0..self.case.chain.layers.len()).filter(|layer| !self.case.merged_layers.contains(layer));
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let entries = fs::read_dir(self.folder.path()).expect("the folder");
         let mut names: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
@@ -104,7 +105,7 @@ impl MergeFixture {
     }
 }
 
-/// Blocks of 256 KiB, disks of 4 MiB.
+/// Makes the images of a case with blocks of 256 KiB and disks of 4 MiB.
 fn merge_fixture(name: &str) -> MergeFixture {
     MergeFixture::new(all(64).into_iter().find(|case| case.name == name).expect("a case"))
 }
@@ -119,16 +120,16 @@ fn killed_at_every_point() {
         let whole = merge_fixture(name);
         for point in &points {
             for count in [1, 3] {
-                let stage = whole.copy();
+                let fixture = whole.copy();
                 let when = format!("{point}:{count}");
-                if !failpoints::killed(point, count, stage.args()) {
-                    stage.assert_done(&when);
+                if !failpoints::killed(point, count, fixture.args()) {
+                    fixture.assert_done(&when);
                     break;
                 }
                 *reached.entry(point).or_default() += 1;
-                stage.assert_same(&when);
-                stage.merge().ok();
-                stage.assert_done(&when);
+                fixture.assert_same(&when);
+                fixture.merge().ok();
+                fixture.assert_done(&when);
             }
         }
     }
@@ -142,21 +143,21 @@ fn killed_again_and_again() {
     let points = [failpoints::of("merge"), failpoints::of("relink")].concat();
     for first in ["merge.noted", "merge.marked", "relink.switched", "merge.layer-removed"] {
         for second in &points {
-            let stage = whole.copy();
-            assert!(failpoints::killed(first, 1, stage.args()), "{first}");
+            let fixture = whole.copy();
+            assert!(failpoints::killed(first, 1, fixture.args()), "{first}");
             let when = format!("{first}, then {second}");
-            if failpoints::killed(second, 1, stage.args()) {
-                stage.assert_same(&when);
-                stage.merge().ok();
+            if failpoints::killed(second, 1, fixture.args()) {
+                fixture.assert_same(&when);
+                fixture.merge().ok();
             }
-            stage.assert_done(&when);
+            fixture.assert_done(&when);
         }
     }
 }
 
 #[test]
-fn interrupted_and_gone_on_with() {
-    // Dense, so that there is time for a signal.
+fn an_interrupted_merge_is_continued() {
+    // Full of data, so that there is time for a signal.
     let layer = |name, parent, value| Layer {
         name,
         parent,
@@ -165,20 +166,23 @@ fn interrupted_and_gone_on_with() {
         sectors: 1024,
         writes: vec![(0, 1024, value)],
     };
-    let scene = ChainSpec { layers: vec![layer("root.vhd", None, 1), layer("child.vhd", Some(0), 2)], scale: 512 };
-    let case = MergeCase { name: "dense", scene, merged_layers: vec![1], into: 0, kept: vec![] };
+    let chain = ChainSpec { layers: vec![layer("root.vhd", None, 1), layer("child.vhd", Some(0), 2)], scale: 512 };
+    let case = MergeCase { name: "dense", chain, merged_layers: vec![1], into: 0, kept: vec![] };
     let whole = MergeFixture::new(case);
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        let stage = whole.copy();
+        let fixture = whole.copy();
         let mut merge = Command::new(DIFFDISK);
-        let mut merge = start(merge.args(stage.args()).stderr(Stdio::piped())).expect("it starts");
+        let mut merge = start(merge.args(fixture.args()).stderr(Stdio::piped())).expect("it starts");
         let deadline = Instant::now() + Duration::from_secs(60);
         let is_begun = || {
-            let entries = fs::read_dir(stage.folder.path()).expect("the folder");
+            let entries = fs::read_dir(fixture.folder.path()).expect("the folder");
             entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "merge"))
         };
         while !is_begun() {
-            assert!(Instant::now() < deadline && merge.try_wait().expect("a child").is_none(), "it must begin");
+            assert!(
+                Instant::now() < deadline && merge.try_wait().expect("a child").is_none(),
+                "the merge does not begin"
+            );
         }
         let pid = rustix::process::Pid::from_child(&merge);
         let signal = rustix::process::Signal::from_named_raw(signal).expect("a signal");
@@ -187,33 +191,37 @@ fn interrupted_and_gone_on_with() {
         merge.stderr.take().expect("a pipe").read_to_string(&mut said).expect("text");
         assert_eq!(wait(&mut merge, deadline), (Some(1), false), "{said}");
         assert!(said.starts_with("diffdisk: merge: ") && said.contains("interrupted") && said.lines().count() == 1);
-        stage.assert_same("interrupted");
+        fixture.assert_same("interrupted");
         for layer in 0..2 {
-            assert_eq!(diffdisk(["check".into(), stage.at(layer)]).code, Some(0), "it was left at rest");
+            assert_eq!(
+                diffdisk(["check".into(), fixture.at(layer)]).code,
+                Some(0),
+                "an interrupted merge leaves a defect"
+            );
         }
-        let note = fs::read_dir(stage.folder.path()).expect("the folder").flatten();
+        let note = fs::read_dir(fixture.folder.path()).expect("the folder").flatten();
         let note = note.map(|entry| entry.path()).find(|path| path.extension().is_some_and(|ending| ending == "merge"));
-        let note = fs::read_to_string(note.expect("the note stays")).expect("text");
+        let note = fs::read_to_string(note.expect("the record stays")).expect("text");
         assert!(note.lines().any(|line| line.starts_with("copied ") && line != "copied all"), "{note}");
-        stage.merge().ok();
-        stage.assert_done("gone on with");
+        fixture.merge().ok();
+        fixture.assert_done("continued");
     }
 }
 
 #[test]
-fn what_is_said() {
-    let stage = merge_fixture("two levels");
-    let done = stage.merge().ok();
+fn output_of_a_merge() {
+    let fixture = merge_fixture("two levels");
+    let done = fixture.merge().ok();
     let (said, root) =
-        (String::from_utf8(done.stdout).expect("text"), stage.at(0).canonicalize().expect("it is there"));
+        (String::from_utf8(done.stdout).expect("text"), fixture.at(0).canonicalize().expect("it is there"));
     let end = "copied, 2 images removed, 1 image linked to it\n";
-    assert!(said.starts_with(&format!("merged {} into {}: ", stage.child().display(), root.display())), "{said}");
+    assert!(said.starts_with(&format!("merged {} into {}: ", fixture.child().display(), root.display())), "{said}");
     assert!(said.ends_with(end) && done.stderr.is_empty(), "{said}{}", done.stderr);
-    let stage = self::merge_fixture("leaf");
-    let done = diffdisk([stage.args(), vec!["--quiet".into()]].concat()).ok();
+    let fixture = self::merge_fixture("leaf");
+    let done = diffdisk([fixture.args(), vec!["--quiet".into()]].concat()).ok();
     assert!(done.stdout.is_empty() && done.stderr.is_empty());
-    // All is done: there is nothing to go on with.
-    let again = stage.merge();
+    // The merge is complete, so it cannot be continued.
+    let again = fixture.merge();
     assert!(again.code == Some(1) && again.stderr.lines().count() == 1, "{again:?}");
 }
 
@@ -223,7 +231,7 @@ fn assert_refused(done: &Finished, why: &str) {
     assert!(done.stderr.contains(why) && done.stderr.lines().count() == 1 && done.stdout.is_empty(), "{}", done.stderr);
 }
 
-/// The bytes of all files.
+/// Returns the digests of all files.
 fn digests(folder: &Path) -> Vec<(PathBuf, String)> {
     let entries = fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("a file").path());
     let mut all: Vec<_> = entries.map(|path| (path.clone(), digest::sha256_of_file(&path))).collect();
@@ -233,10 +241,10 @@ fn digests(folder: &Path) -> Vec<(PathBuf, String)> {
 
 #[test]
 fn refusals_change_nothing() {
-    let stage = merge_fixture("two levels");
+    let fixture = merge_fixture("two levels");
     let create = |name: &str, parent: usize, more: &[&str]| {
-        let path = stage.folder.path().join(name);
-        let mut args = vec!["create".into(), path.clone(), "--parent".into(), stage.at(parent)];
+        let path = fixture.folder.path().join(name);
+        let mut args = vec!["create".into(), path.clone(), "--parent".into(), fixture.at(parent)];
         args.extend(more.iter().map(Into::into));
         diffdisk(args).ok();
         path
@@ -246,164 +254,164 @@ fn refusals_change_nothing() {
         args.extend(into.into_iter().flat_map(|into| ["--into".into(), into.to_path_buf()]));
         diffdisk(args)
     };
-    let (root, middle, child, grand) = (stage.at(0), stage.at(1), stage.at(2), stage.at(3));
+    let (root, middle, child, grand) = (fixture.at(0), fixture.at(1), fixture.at(2), fixture.at(3));
     let check = |done: &Finished, why: &str, before: &[(PathBuf, String)]| {
         assert_refused(done, why);
-        assert_eq!(digests(stage.folder.path()), before, "{why}");
+        assert_eq!(digests(fixture.folder.path()), before, "{why}");
     };
-    let before = digests(stage.folder.path());
+    let before = digests(fixture.folder.path());
     check(&merge(&root, None), "no parent", &before);
     check(&merge(&child, Some(&child)), "into itself", &before);
     check(&merge(&middle, Some(&child)), "not an ancestor", &before);
-    check(&merge(&child, Some(&stage.folder.path().join("none.vhd"))), "No such file", &before);
-    check(&merge(&stage.folder.path().join("none.vhd"), None), "No such file", &before);
+    check(&merge(&child, Some(&fixture.folder.path().join("none.vhd"))), "No such file", &before);
+    check(&merge(&fixture.folder.path().join("none.vhd"), None), "No such file", &before);
     for parent in [0, 1] {
         let other = create("stranger.vhd", parent, &[]);
-        let before = digests(stage.folder.path());
+        let before = digests(fixture.folder.path());
         check(&merge(&child, Some(&root)), "another child, ", &before);
         fs::remove_file(other).expect("it is there");
     }
     let larger = create("larger.vhd", 3, &["--size", "5M"]);
-    let before = digests(stage.folder.path());
+    let before = digests(fixture.folder.path());
     check(&merge(&larger, None), &format!("run `diffdisk resize {}", grand.display()), &before);
     fs::remove_file(larger).expect("it is there");
-    // Somebody has the disk open: by the youngest, which holds its parents.
-    let before = digests(stage.folder.path());
+    // A daemon serves the youngest image, and locks its parents.
+    let before = digests(fixture.folder.path());
     let daemon = Daemon::start(&grand, &[]);
-    check(&merge(&child, None), "has it open", &digests(stage.folder.path()));
+    check(&merge(&child, None), "has it open", &digests(fixture.folder.path()));
     daemon.stop();
-    assert_eq!(before.len(), digests(stage.folder.path()).len());
-    stage.assert_same("refused");
+    assert_eq!(before.len(), digests(fixture.folder.path()).len());
+    fixture.assert_same("refused");
 }
 
 #[test]
-fn another_merge_than_the_one_that_was_begun() {
+fn a_different_merge_than_the_one_begun_is_refused() {
     let whole = merge_fixture("two levels");
-    let stage = whole.copy();
-    assert!(failpoints::killed("merge.begun", 1, stage.args()));
-    assert_refused(&diffdisk(["merge".into(), stage.child()]), "was begun: end that first, with --into");
-    let stage = whole.copy();
-    assert!(failpoints::killed("merge.layer-removed", 1, stage.args()));
-    // Another image has got the name.
-    diffdisk(["create".into(), stage.child(), "--parent".into(), stage.at(3)]).ok();
-    assert_refused(&stage.merge(), "another image of this name");
-    let aside = stage.folder.path().join("aside.vhd");
-    fs::rename(stage.child(), &aside).expect("it is there");
-    stage.merge().ok();
+    let fixture = whole.copy();
+    assert!(failpoints::killed("merge.begun", 1, fixture.args()));
+    assert_refused(&diffdisk(["merge".into(), fixture.child()]), "was begun: end that first, with --into");
+    let fixture = whole.copy();
+    assert!(failpoints::killed("merge.layer-removed", 1, fixture.args()));
+    // Another image has the child's name.
+    diffdisk(["create".into(), fixture.child(), "--parent".into(), fixture.at(3)]).ok();
+    assert_refused(&fixture.merge(), "another image of this name");
+    let aside = fixture.folder.path().join("aside.vhd");
+    fs::rename(fixture.child(), &aside).expect("it is there");
+    fixture.merge().ok();
     fs::remove_file(aside).expect("it is there");
-    stage.assert_done("with the other one aside");
-    // A note that cannot be read.
-    let stage = whole.copy();
-    assert!(failpoints::killed("merge.noted", 1, stage.args()));
-    let entries = fs::read_dir(stage.folder.path()).expect("the folder").flatten();
-    let note = entries.map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "merge")).expect("a note");
+    fixture.assert_done("after the other image was moved");
+    // A record that cannot be read.
+    let fixture = whole.copy();
+    assert!(failpoints::killed("merge.noted", 1, fixture.args()));
+    let entries = fs::read_dir(fixture.folder.path()).expect("the folder").flatten();
+    let note = entries.map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "merge")).expect("a record");
     fs::write(&note, "diffdisk merge 2\n").expect("it is written");
-    let done = stage.merge().ok();
+    let done = fixture.merge().ok();
     assert!(done.stderr.contains("cannot be read; the merge begins again"), "{}", done.stderr);
-    stage.assert_done("begun again");
+    fixture.assert_done("begun again");
 }
 
 #[test]
-fn a_child_that_is_written_after_a_kill_is_copied_again() {
+fn a_child_written_after_a_kill_is_copied_again() {
     let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.marked", "merge.relinked"] {
-        let mut stage = whole.copy();
-        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
+        let mut fixture = whole.copy();
+        assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = lock_spawns();
-            fill(&Host, &stage.child(), &more, 64)
+            let _lock = lock_spawns();
+            fill(&Host, &fixture.child(), &more, 64)
         };
         filled.expect("it takes writes");
-        stage.case.scene.layers[1].writes.extend(more);
-        stage.assert_same(point);
-        stage.merge().ok();
-        stage.assert_done(point);
+        fixture.case.chain.layers[1].writes.extend(more);
+        fixture.assert_same(point);
+        fixture.merge().ok();
+        fixture.assert_done(point);
     }
 }
 
-/// `cp -p`: into the same file, with the old times.
+/// Restores a backup by `cp -p`: into the same file, with the old times.
 fn restore(backup: &Path, onto: &Path) {
     let copied = Command::new("cp").arg("-p").args([backup, onto]).status().expect("cp runs");
     assert!(copied.success());
 }
 
 #[test]
-fn an_ancestor_that_is_restored_after_a_kill_is_copied_to_again() {
+fn an_ancestor_restored_after_a_kill_is_copied_to_again() {
     let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.closed", "merge.marked", "merge.relinked"] {
-        // In its place, and as another file of the same name.
+        // Into the same file, and as another file of the same name.
         for renamed in [false, true] {
-            let stage = whole.copy();
+            let fixture = whole.copy();
             let aside = scratch("backup");
             let backup = aside.path().join("backup.vhd");
-            restore(&stage.at(0), &backup);
+            restore(&fixture.at(0), &backup);
             let when = format!("{point}, another file: {renamed}");
-            assert!(failpoints::killed(point, 1, stage.args()), "{when}");
+            assert!(failpoints::killed(point, 1, fixture.args()), "{when}");
             if renamed {
-                fs::rename(&backup, stage.at(0)).expect("it is there");
+                fs::rename(&backup, fixture.at(0)).expect("it is there");
             } else {
-                restore(&backup, &stage.at(0));
+                restore(&backup, &fixture.at(0));
             }
-            stage.merge().ok();
-            stage.assert_done(&when);
+            fixture.merge().ok();
+            fixture.assert_done(&when);
         }
     }
 }
 
 #[test]
-fn an_ancestor_that_is_restored_when_the_child_is_gone_is_told() {
-    let stage = merge_fixture("two levels, leaf");
+fn an_ancestor_restored_after_the_removal_of_the_child_is_refused() {
+    let fixture = merge_fixture("two levels, leaf");
     let aside = scratch("backup");
     let backup = aside.path().join("backup.vhd");
-    restore(&stage.at(0), &backup);
-    assert!(failpoints::killed("merge.layer-removed", 1, stage.args()));
+    restore(&fixture.at(0), &backup);
+    assert!(failpoints::killed("merge.layer-removed", 1, fixture.args()));
     let right = aside.path().join("right.vhd");
-    fs::rename(stage.at(0), &right).expect("it is there");
-    restore(&backup, &stage.at(0));
-    let before = digests(stage.folder.path());
-    assert_refused(&stage.merge(), "changed or replaced");
-    assert_eq!(digests(stage.folder.path()), before);
-    // With the one that has received, it goes on.
-    fs::rename(right, stage.at(0)).expect("it is there");
-    stage.merge().ok();
-    stage.assert_done("with the right one");
+    fs::rename(fixture.at(0), &right).expect("it is there");
+    restore(&backup, &fixture.at(0));
+    let before = digests(fixture.folder.path());
+    assert_refused(&fixture.merge(), "changed or replaced");
+    assert_eq!(digests(fixture.folder.path()), before);
+    // With the right file the merge continues.
+    fs::rename(right, fixture.at(0)).expect("it is there");
+    fixture.merge().ok();
+    fixture.assert_done("with the right file");
 }
 
 #[test]
-fn a_child_that_is_restored_after_a_kill_is_copied_again() {
+fn a_child_restored_after_a_kill_is_copied_again() {
     let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.marked", "merge.relinked"] {
-        let stage = whole.copy();
+        let fixture = whole.copy();
         let aside = scratch("backup");
         let backup = aside.path().join("backup.vhd");
-        restore(&stage.child(), &backup);
+        restore(&fixture.child(), &backup);
         let more = [(1, 5, 9), (70, 90, 8)];
         let filled = {
-            let _alone = lock_spawns();
-            fill(&Host, &stage.child(), &more, 64)
+            let _lock = lock_spawns();
+            fill(&Host, &fixture.child(), &more, 64)
         };
         filled.expect("it takes writes");
-        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
-        // The backup is older than what was noted, and says something else.
-        restore(&backup, &stage.child());
-        // What only the later one wrote lies in the ancestor now, where nothing of the child's hides it.
-        let shown = digest::sha256_of_disk(&stage.child());
-        stage.merge().ok();
-        assert!(!stage.child().exists(), "{point}");
-        assert_eq!(digest::sha256_of_disk(&stage.at(0)), shown, "{point}");
+        assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
+        // The backup is older than the record, and has other data.
+        restore(&backup, &fixture.child());
+        // Data of the newer child that was copied to the ancestor is visible now where the restored child has no data of its own.
+        let shown = digest::sha256_of_disk(&fixture.child());
+        fixture.merge().ok();
+        assert!(!fixture.child().exists(), "{point}");
+        assert_eq!(digest::sha256_of_disk(&fixture.at(0)), shown, "{point}");
     }
 }
 
 #[test]
-fn nobody_else_writes_to_an_ancestor() {
+fn an_ancestor_of_an_unfinished_merge_takes_no_other_writes() {
     let whole = merge_fixture("two levels");
     let aside = scratch("socket");
     for point in ["merge.begun", "merge.noted", "merge.marked", "merge.layer-removed"] {
-        let stage = whole.copy();
-        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
-        let root = stage.at(0);
-        let before = digests(stage.folder.path());
+        let fixture = whole.copy();
+        assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
+        let root = fixture.at(0);
+        let before = digests(fixture.folder.path());
         for args in [vec!["compact".into(), root.clone()], vec!["resize".into(), root.clone(), "8M".into()]] {
             let done = diffdisk(args);
             assert!(done.code == Some(1) && done.stderr.contains("was begun: finish that first"), "{done:?}");
@@ -413,20 +421,20 @@ fn nobody_else_writes_to_an_ancestor() {
         let served = daemon.args([socket, format!("--blk-file={}", root.display())]);
         let served = run(served, Duration::from_secs(60));
         assert!(served.code == Some(1) && served.stderr.contains("was begun: finish that first"), "{served:?}");
-        assert_eq!(digests(stage.folder.path()), before, "{point}");
-        stage.merge().ok();
-        stage.assert_done(point);
+        assert_eq!(digests(fixture.folder.path()), before, "{point}");
+        fixture.merge().ok();
+        fixture.assert_done(point);
     }
 }
 
 #[test]
-fn strangers_read_it_alike() {
+fn other_programs_read_the_result() {
     for name in ["leaf", "inner", "two levels", "fixed root"] {
         let case = all(512).into_iter().find(|case| case.name == name).expect("a case");
-        let stage = MergeFixture::new(case);
-        let leaf = stage.at(stage.case.kept.last().copied().unwrap_or(stage.case.into));
-        let before = digest::sha256_of_disk(&if stage.case.kept.is_empty() { stage.child() } else { leaf.clone() });
-        stage.merge().ok();
+        let fixture = MergeFixture::new(case);
+        let leaf = fixture.at(fixture.case.kept.last().copied().unwrap_or(fixture.case.into));
+        let before = digest::sha256_of_disk(&if fixture.case.kept.is_empty() { fixture.child() } else { leaf.clone() });
+        fixture.merge().ok();
         assert_eq!(digest::sha256_of_disk(&leaf), before, "{name}: diffdisk");
         assert_eq!(oracle::sha256_of_disk(&leaf), before, "{name}: 7-Zip");
     }

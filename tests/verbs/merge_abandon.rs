@@ -1,5 +1,5 @@
-//! A merge that was not finished, on the simulated host: ended at every step, after which no image is read wrongly by
-//! itself, and the merge can be finished or abandoned, which is ended at every step, too.
+//! Abandoning a merge, on the simulated host: the merge is stopped at every step. After that no image shows a wrong disk, and the
+//! merge can be finished or abandoned. Abandoning is stopped at every step, too.
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +14,12 @@ use crate::chain_spec::{bytes, check_disk};
 use crate::merge_cases::{MergeCase, all};
 
 fn at(case: &MergeCase, layer: usize) -> PathBuf {
-    case.scene.path(Path::new("/disk"), layer)
+    case.chain.path(Path::new("/disk"), layer)
 }
 
 fn host(case: &MergeCase) -> SimHost {
     let host = SimHost::new(1);
-    case.scene.build(&host, Path::new("/disk")).expect("a scene");
+    case.chain.build(&host, Path::new("/disk")).expect("a chain");
     host.crash_with(&|_| true)
 }
 
@@ -30,7 +30,7 @@ fn merge(case: &MergeCase, host: &SimHost) -> Result<Merged> {
         .run(&mut |_| Ok(()))
 }
 
-/// The disk of an image by itself; `None` if that is refused.
+/// Reads the disk of an image by itself; `None` if it is refused as partly overwritten.
 fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     let version = match Chain::open(host, path, &Policy::default(), OpenMode::Read) {
         Ok(chain) => chain.into_frozen(),
@@ -43,10 +43,11 @@ fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(disk))
 }
 
-/// What an image shows by itself is its own disk, or CHILD's, or refused; and CHILD shows what it showed.
+/// Checks that each image by itself shows its own disk or CHILD's, or is refused, and that CHILD shows its disk. Returns whether one
+/// was refused.
 fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     let disk = |mut values: Vec<u8>, layer: usize| {
-        values.resize(usize::try_from(case.scene.sectors(layer)).expect("small"), 0);
+        values.resize(usize::try_from(case.chain.sectors(layer)).expect("small"), 0);
         bytes(SectorRange::between(0, values.len() as u64), |sector| values[usize::try_from(sector).unwrap()])
     };
     let child = case.merged_layers[0];
@@ -55,24 +56,29 @@ fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
         if !host.exists(&at(case, layer)) {
             continue;
         }
-        let own = disk(case.scene.expected(layer), layer);
-        let childs = disk(case.scene.expected(child), layer);
+        let own = disk(case.chain.expected(layer), layer);
+        let childs = disk(case.chain.expected(child), layer);
         match read(host, &at(case, layer))? {
             None => refused = true,
             Some(shown) if shown == own || shown == childs => {}
-            Some(_) => return Err(format!("{} is read by itself and is neither disk", case.scene.layers[layer].name)),
+            Some(_) => {
+                return Err(format!(
+                    "{} by itself shows neither its own disk nor CHILD's",
+                    case.chain.layers[layer].name
+                ));
+            }
         }
     }
     if host.exists(&at(case, child)) {
-        check_disk(host, &at(case, child), &case.scene.expected(child))?;
+        check_disk(host, &at(case, child), &case.chain.expected(child))?;
     }
     for &kept in &case.kept {
-        check_disk(host, &at(case, kept), &case.scene.expected(kept))?;
+        check_disk(host, &at(case, kept), &case.chain.expected(kept))?;
     }
     Ok(refused)
 }
 
-/// Gives the merge up; `None` if there is none.
+/// Abandons the merge; `None` if there is none.
 fn abandon_merge(case: &MergeCase, host: &SimHost) -> Result<Option<Abandoned>, String> {
     match abandon(host, &at(case, case.merged_layers[0]), None, &Policy::default()) {
         Ok(done) => Ok(Some(done)),
@@ -81,7 +87,7 @@ fn abandon_merge(case: &MergeCase, host: &SimHost) -> Result<Option<Abandoned>, 
     }
 }
 
-/// A merge that is ended at a step, and then abandoned; the abandoning is ended at each of its steps.
+/// Stops a merge at a step and abandons it. Abandoning is stopped at each of its steps.
 fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut [u64; 3]) -> Result<(), String> {
     let first = host(case);
     first.stop_at(step);
@@ -94,7 +100,7 @@ fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut 
             _ => first.crash(random),
         };
         check(case, &after)?;
-        // Ended at each of its steps for one of the fates, and not ended for the others.
+        // Abandoning is stopped at each step for one of the four outcomes of the merge, and not stopped for the others.
         let first_stop = if fate == step % 4 { 1 } else { 1 << 32 };
         for stop in first_stop.. {
             let host = after.crash_with(&|_| true);
@@ -104,7 +110,7 @@ fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut 
             host.stop_at(u64::MAX);
             let host = if host.is_dead() { host.crash(random) } else { host };
             let before = check(case, &host)?;
-            // Again, until it is done; it is done at most once in vain.
+            // The second attempt is not stopped.
             let again = abandon_merge(case, &host)?;
             let after = check(case, &host)?;
             let here = host.exists(&at(case, case.merged_layers[0]));
@@ -112,18 +118,18 @@ fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut 
                 Some(Abandoned::Partial(_)) => {
                     seen[0] += 1;
                     if !after || !before {
-                        return Err("partly overwritten, and read by itself".into());
+                        return Err("a partly overwritten image is not refused".into());
                     }
                 }
                 Some(Abandoned::Undone | Abandoned::Whole(_)) | None => {
                     seen[1] += 1;
                     if after {
-                        return Err("refused, and nothing is left to be finished".into());
+                        return Err("an image is refused without a merge to finish".into());
                     }
                 }
             }
             if here {
-                // Finished after all, unless a child that is linked already would change.
+                // The merge can be finished, unless that would change a child that was relinked already.
                 match merge(case, &host) {
                     Ok(_) => seen[2] += 1,
                     Err(e) if e.line().contains("another child") && !after => {}
@@ -132,7 +138,7 @@ fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut 
                 check(case, &host)?;
             }
             if done.is_ok() {
-                break; // it came to its end
+                break; // abandoning was not stopped
             }
         }
     }
@@ -152,6 +158,6 @@ fn abandoned_after_every_step() {
             done.unwrap_or_else(|e| panic!("{}, step {step} of {steps}: {e}", case.name));
         }
     }
-    println!("partly overwritten {}, nothing left {}, finished after all {}", seen[0], seen[1], seen[2]);
+    println!("partly overwritten {}, without a merge {}, finished {}", seen[0], seen[1], seen[2]);
     assert!(seen.iter().all(|n| *n > 100), "{seen:?}");
 }

@@ -1,16 +1,16 @@
-//! The chains that `merge` is tried on.
+//! The chains that the tests of `merge` use.
 
 use crate::chain_spec::{ChainSpec, Layer};
 
-/// A merge to be tried.
+/// A merge to test.
 #[derive(Clone, Debug)]
 pub(crate) struct MergeCase {
     pub(crate) name: &'static str,
-    pub(crate) scene: ChainSpec,
-    /// What is folded, youngest first, and into what: indices of layers.
+    pub(crate) chain: ChainSpec,
+    /// Indices of the merged layers, youngest first, and of the layer that they are merged into.
     pub(crate) merged_layers: Vec<usize>,
     pub(crate) into: usize,
-    /// Layers whose disks must stay as they are: those that are left, but for the ancestors.
+    /// Indices of the remaining descendants, whose disks must not change.
     pub(crate) kept: Vec<usize>,
 }
 
@@ -18,26 +18,26 @@ fn layer(name: &'static str, parent: Option<usize>, writes: &[(u64, u64, u8)]) -
     Layer { name, parent, fixed: false, block: 4096, sectors: 128, writes: writes.to_vec() }
 }
 
-/// A root with data in some blocks, whole and in part.
+/// A root with data in some blocks, in full and in part.
 fn root() -> Layer {
     layer("root.vhd", None, &[(0, 20, 1), (32, 40, 1), (45, 50, 1), (120, 128, 1)])
 }
 
-/// Over data and over nothing, of whole blocks and of parts, with zeros that hide.
+/// A child with data over data and over nothing, in full blocks and in parts, and with zeros that hide data.
 fn child(parent: usize) -> Layer {
     let writes =
         [(3, 9, 2), (12, 14, 0), (32, 40, 0), (47, 48, 2), (60, 64, 2), (72, 80, 0), (88, 112, 2), (127, 128, 2)];
     layer("child.vhd", Some(parent), &writes)
 }
 
-/// All of them. Every unit is `scale` sectors, every block of 4 KiB as often as large.
+/// Returns all cases. A unit is `scale` sectors, and blocks of 4 KiB are `scale` times as large.
 pub(crate) fn all(scale: u32) -> Vec<MergeCase> {
-    let scene = |layers: Vec<Layer>| ChainSpec { layers, scale };
+    let chain = |layers: Vec<Layer>| ChainSpec { layers, scale };
     let grand =
         |parent: usize| layer("grand.vhd", Some(parent), &[(4, 5, 3), (33, 34, 3), (90, 100, 0), (116, 117, 3)]);
     let case = |name, layers, folded: &[usize], into, kept: &[usize]| {
         let (folded, kept) = (folded.to_vec(), kept.to_vec());
-        MergeCase { name, scene: scene(layers), merged_layers: folded, into, kept }
+        MergeCase { name, chain: chain(layers), merged_layers: folded, into, kept }
     };
     let other = |parent: usize| layer("other.vhd", Some(parent), &[(0, 128, 4)]);
     let middle =

@@ -1,4 +1,4 @@
-//! What may be done with the images of a merge that was killed, by the programs; and abandoning it.
+//! Images of a killed merge, by the real programs: which verbs are allowed, and abandoning.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,23 +7,24 @@ use std::time::Duration;
 
 use crate::common::daemon::Daemon;
 use crate::common::digest;
-use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run};
 use crate::failpoints;
 
-/// Root, parent, child and grandchild in a folder, with data.
+/// A folder with parent, child and grandchild, with data.
 struct PendingFixture(tempfile::TempDir);
 
 impl PendingFixture {
     fn new() -> PendingFixture {
-        let stage = PendingFixture(scratch("pending"));
-        diffdisk(["create".into(), stage.at("parent"), "--size=8M".into()]).ok();
+        let fixture = PendingFixture(scratch("pending"));
+        diffdisk(["create".into(), fixture.at("parent"), "--size=8M".into()]).ok();
         let create = |name: &str, parent: &str| {
-            diffdisk(["create".into(), stage.at(name), "--parent".into(), stage.at(parent)]).ok();
+            diffdisk(["create".into(), fixture.at(name), "--parent".into(), fixture.at(parent)]).ok();
         };
         create("child", "parent");
-        let daemon = Daemon::start(&stage.at("child"), &[]);
+        let daemon = Daemon::start(&fixture.at("child"), &[]);
         let mut guest = daemon.connect();
-        // Enough for a record of progress in the middle.
+        // Enough data for a record of progress in the middle of the merge.
         for at in (0..40u64).chain(80..120) {
             guest.write(at << 16, &[7; 64 << 10]).expect("it is written");
         }
@@ -31,7 +32,7 @@ impl PendingFixture {
         drop(guest);
         daemon.stop();
         create("grand", "child");
-        stage
+        fixture
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -51,7 +52,7 @@ impl PendingFixture {
         names.filter(|entry| entry.path().extension().is_some_and(|ending| ending == "merge")).count()
     }
 
-    /// Whether each verb that reads the image refuses it as partly overwritten; all must agree.
+    /// Returns whether the verbs that read the image refuse it as partly overwritten. All must agree.
     fn is_refused(&self, name: &str) -> bool {
         let (path, other) = (self.at(name), self.0.path().join("made"));
         let verbs: [Vec<PathBuf>; 5] = [
@@ -89,38 +90,38 @@ fn shown(path: &Path) -> String {
 }
 
 #[test]
-fn a_half_merged_image_is_read_only_below_child() {
+fn a_half_merged_image_is_read_only_as_a_parent_of_child() {
     for (point, refused) in
         [("merge.begun", false), ("merge.copying", true), ("merge.noted", true), ("merge.marked", false)]
     {
-        let stage = PendingFixture::new();
-        let before = shown(&stage.at("grand"));
-        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
-        assert_eq!(stage.is_refused("parent"), refused, "{point}");
-        assert!(!stage.is_refused("child") && !stage.is_refused("grand"), "{point}");
-        // Headers may be looked at, with one warning that names the command.
+        let fixture = PendingFixture::new();
+        let before = shown(&fixture.at("grand"));
+        assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
+        assert_eq!(fixture.is_refused("parent"), refused, "{point}");
+        assert!(!fixture.is_refused("child") && !fixture.is_refused("grand"), "{point}");
+        // `info` and `check` work, with one warning that names the command.
         for verb in ["info", "check"] {
-            let done = diffdisk([PathBuf::from(verb), stage.at("parent")]);
-            let command = format!("`diffdisk merge {}`", stage.at("child").canonicalize().unwrap().display());
+            let done = diffdisk([PathBuf::from(verb), fixture.at("parent")]);
+            let command = format!("`diffdisk merge {}`", fixture.at("child").canonicalize().unwrap().display());
             assert_eq!(done.stderr.matches(&command).count(), 1, "{point}, {verb}: {done:?}");
             assert!(matches!(done.code, Some(0 | 4)), "{point}, {verb}: {done:?}");
         }
-        let made = stage.0.path().join("made.vhd");
-        let create = diffdisk(["create".into(), made, "--parent".into(), stage.at("parent")]);
-        assert_eq!(create.code, Some(1), "{point}: a second child would stop the merge");
-        assert_eq!(shown(&stage.at("grand")), before, "{point}");
-        diffdisk(stage.args()).ok();
-        assert_eq!((shown(&stage.at("grand")), stage.merge_records()), (before, 0), "{point}");
-        assert!(!stage.is_refused("parent"), "{point}: it is whole again");
+        let made = fixture.0.path().join("made.vhd");
+        let create = diffdisk(["create".into(), made, "--parent".into(), fixture.at("parent")]);
+        assert_eq!(create.code, Some(1), "{point}: a second child would prevent the merge");
+        assert_eq!(shown(&fixture.at("grand")), before, "{point}");
+        diffdisk(fixture.args()).ok();
+        assert_eq!((shown(&fixture.at("grand")), fixture.merge_records()), (before, 0), "{point}");
+        assert!(!fixture.is_refused("parent"), "{point}: still refused after the merge");
     }
 }
 
 #[test]
 fn verbs_that_would_stop_the_merge_are_refused() {
     for point in ["merge.begun", "merge.noted", "merge.marked"] {
-        let stage = PendingFixture::new();
-        assert!(failpoints::killed(point, 1, stage.args()), "{point}");
-        let (parent, child) = (stage.at("parent"), stage.at("child"));
+        let fixture = PendingFixture::new();
+        assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
+        let (parent, child) = (fixture.at("parent"), fixture.at("child"));
         let verbs: [Vec<PathBuf>; 6] = [
             vec!["compact".into(), parent.clone()],
             vec!["resize".into(), parent.clone(), "9M".into()],
@@ -136,76 +137,80 @@ fn verbs_that_would_stop_the_merge_are_refused() {
                 "{point}, {args:?}: {done:?}"
             );
         }
-        diffdisk(stage.args()).ok();
-        assert_eq!(stage.merge_records(), 0);
+        diffdisk(fixture.args()).ok();
+        assert_eq!(fixture.merge_records(), 0);
     }
 }
 
 #[test]
-fn abandoned_and_finished_after_all() {
+fn an_abandoned_merge_can_be_finished() {
     for point in [failpoints::of("abandon"), vec!["none".into()]].concat() {
         for (at, partial) in [("merge.begun", false), ("merge.noted", true), ("merge.marked", false)] {
-            let stage = PendingFixture::new();
-            let before = shown(&stage.at("grand"));
-            assert!(failpoints::killed(at, 1, stage.args()), "{at}");
-            let args = [PathBuf::from("merge"), stage.at("child"), "--abandon".into()];
+            let fixture = PendingFixture::new();
+            let before = shown(&fixture.at("grand"));
+            assert!(failpoints::killed(at, 1, fixture.args()), "{at}");
+            let args = [PathBuf::from("merge"), fixture.at("child"), "--abandon".into()];
             failpoints::killed(&point, 1, args);
-            let again = stage.abandon();
+            let again = fixture.abandon();
             let when = format!("{at}, {point}: {again:?}");
             assert!(again.code == Some(0) || again.stderr.contains("no merge of it was begun"), "{when}");
-            assert_eq!((stage.is_refused("parent"), stage.merge_records()), (partial, usize::from(partial)), "{when}");
-            assert_eq!(shown(&stage.at("grand")), before, "{when}");
+            assert_eq!(
+                (fixture.is_refused("parent"), fixture.merge_records()),
+                (partial, usize::from(partial)),
+                "{when}"
+            );
+            assert_eq!(shown(&fixture.at("grand")), before, "{when}");
             if partial {
-                // CHILD may be used, and be made independent of what is damaged.
-                diffdisk(["compact".into(), stage.at("child")]).ok();
-                diffdisk(["compact".into(), stage.at("parent")]).ok();
+                // CHILD is usable, and can be made independent of the damaged image.
+                diffdisk(["compact".into(), fixture.at("child")]).ok();
+                diffdisk(["compact".into(), fixture.at("parent")]).ok();
             }
-            diffdisk(stage.args()).ok();
-            assert_eq!((shown(&stage.at("grand")), stage.merge_records()), (before, 0), "{when}");
-            assert!(!stage.is_refused("parent"), "{when}");
+            diffdisk(fixture.args()).ok();
+            assert_eq!((shown(&fixture.at("grand")), fixture.merge_records()), (before, 0), "{when}");
+            assert!(!fixture.is_refused("parent"), "{when}");
         }
     }
 }
 
 #[test]
-fn no_state_is_left_only_by_deleting_a_hidden_file() {
-    // The receiver is given up.
-    let stage = PendingFixture::new();
-    let before = shown(&stage.at("grand"));
-    assert!(failpoints::killed("merge.noted", 1, stage.args()));
-    stage.abandon().ok();
-    diffdisk(["flatten".into(), stage.at("child")]).ok();
-    assert!(stage.is_refused("parent"), "it is damaged for ever");
-    fs::remove_file(stage.at("parent")).unwrap();
-    stage.abandon().ok();
-    assert_eq!((stage.merge_records(), shown(&stage.at("grand"))), (0, before));
-    // CHILD is gone, and a backup of the receiver is there again.
-    let stage = PendingFixture::new();
-    let backup = fs::read(stage.at("parent")).unwrap();
-    assert!(failpoints::killed("merge.noted", 1, stage.args()));
-    fs::remove_file(stage.at("child")).unwrap();
-    let refused = stage.abandon();
+fn every_state_ends_without_deleting_the_record_by_hand() {
+    // The damaged receiver is deleted.
+    let fixture = PendingFixture::new();
+    let before = shown(&fixture.at("grand"));
+    assert!(failpoints::killed("merge.noted", 1, fixture.args()));
+    fixture.abandon().ok();
+    diffdisk(["flatten".into(), fixture.at("child")]).ok();
+    assert!(fixture.is_refused("parent"), "a damaged image is not refused");
+    fs::remove_file(fixture.at("parent")).unwrap();
+    fixture.abandon().ok();
+    assert_eq!((fixture.merge_records(), shown(&fixture.at("grand"))), (0, before));
+    // CHILD is deleted, and the receiver is restored from a backup.
+    let fixture = PendingFixture::new();
+    let backup = fs::read(fixture.at("parent")).unwrap();
+    assert!(failpoints::killed("merge.noted", 1, fixture.args()));
+    fs::remove_file(fixture.at("child")).unwrap();
+    let refused = fixture.abandon();
     if refused.code == Some(1) {
         assert!(refused.stderr.contains("restore"), "{refused:?}");
-        fs::remove_file(stage.at("parent")).unwrap();
-        fs::write(stage.at("parent"), backup).unwrap();
-        stage.abandon().ok();
+        fs::remove_file(fixture.at("parent")).unwrap();
+        fs::write(fixture.at("parent"), backup).unwrap();
+        fixture.abandon().ok();
     }
-    assert_eq!(stage.merge_records(), 0);
-    diffdisk(["map".into(), stage.at("parent")]).ok();
-    // A record that cannot be read: with CHILD the merge begins again, without it the record goes.
+    assert_eq!(fixture.merge_records(), 0);
+    diffdisk(["map".into(), fixture.at("parent")]).ok();
+    // A record that cannot be read: with CHILD the merge begins again, without CHILD the record is removed.
     for gone in [false, true] {
-        let stage = PendingFixture::new();
-        assert!(failpoints::killed(if gone { "merge.layer-removed" } else { "merge.noted" }, 1, stage.args()));
-        let entries = fs::read_dir(stage.0.path()).unwrap().flatten().map(|entry| entry.path());
+        let fixture = PendingFixture::new();
+        assert!(failpoints::killed(if gone { "merge.layer-removed" } else { "merge.noted" }, 1, fixture.args()));
+        let entries = fs::read_dir(fixture.0.path()).unwrap().flatten().map(|entry| entry.path());
         let note = entries.into_iter().find(|path| path.extension().is_some_and(|e| e == "merge")).expect("a record");
         fs::write(note, "diffdisk merge 3\n").unwrap();
         if gone {
-            stage.abandon().ok()
+            fixture.abandon().ok()
         } else {
-            diffdisk(stage.args()).ok()
+            diffdisk(fixture.args()).ok()
         };
-        assert_eq!(stage.merge_records(), 0);
-        diffdisk(["map".into(), stage.at("parent")]).ok();
+        assert_eq!(fixture.merge_records(), 0);
+        diffdisk(["map".into(), fixture.at("parent")]).ok();
     }
 }

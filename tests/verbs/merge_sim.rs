@@ -1,5 +1,5 @@
-//! `merge` on the simulated host: ended at every step, with power cuts of every kind, several in a row; every step that
-//! fails; every amount of room.
+//! `merge` on the simulated host: kills and power cuts at every step, and several in a row; a fault at every step; every amount of
+//! free space.
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use diffdisk::storage::Env;
 use diffdisk::storage::sim::{Fault, FaultPlan, Random, SimHost};
 
 use crate::chain_spec::{check_disk, defects};
+use crate::common::rng::seed_or;
 use crate::merge_cases::{MergeCase, all};
 
 fn folder() -> &'static Path {
@@ -18,12 +19,12 @@ fn folder() -> &'static Path {
 
 impl MergeCase {
     fn at(&self, layer: usize) -> PathBuf {
-        self.scene.path(folder(), layer)
+        self.chain.path(folder(), layer)
     }
 
     fn host(&self) -> SimHost {
         let host = SimHost::new(1);
-        self.scene.build(&host, folder()).expect("a scene");
+        self.chain.build(&host, folder()).expect("a chain");
         host.crash_with(&|_| true)
     }
 
@@ -34,13 +35,13 @@ impl MergeCase {
             .run(&mut |_| Ok(()))
     }
 
-    /// Whatever happened: who is left shows what it showed.
+    /// Checks that the remaining images show the same disks.
     fn check(&self, host: &SimHost) -> Result<(), String> {
         for &kept in &self.kept {
-            check_disk(host, &self.at(kept), &self.scene.expected(kept))?;
+            check_disk(host, &self.at(kept), &self.chain.expected(kept))?;
         }
         let child = self.merged_layers[0];
-        let (shows, here) = (self.scene.expected(child), host.exists(&self.at(child)));
+        let (shows, here) = (self.chain.expected(child), host.exists(&self.at(child)));
         if here {
             check_disk(host, &self.at(child), &shows)
         } else {
@@ -48,23 +49,23 @@ impl MergeCase {
         }
     }
 
-    /// What the ancestor shows in the end.
+    /// Returns what the ancestor shows after the merge.
     fn shown(&self) -> Vec<u8> {
-        let mut shows = self.scene.expected(self.merged_layers[0]);
-        shows.resize(usize::try_from(self.scene.sectors(self.into)).expect("small"), 0);
+        let mut shows = self.chain.expected(self.merged_layers[0]);
+        shows.resize(usize::try_from(self.chain.sectors(self.into)).expect("small"), 0);
         shows
     }
 
-    /// It is done, and nothing is left over.
+    /// Checks that the merge is complete, without other files and without defects.
     fn check_done(&self, host: &SimHost) -> Result<(), String> {
         self.check(host)?;
-        let left = (0..self.scene.layers.len()).filter(|layer| !self.merged_layers.contains(layer));
+        let left = (0..self.chain.layers.len()).filter(|layer| !self.merged_layers.contains(layer));
         let mut left: Vec<PathBuf> = left.map(|layer| self.at(layer)).collect();
         let mut names = host.names();
         left.sort();
         names.sort();
         if left != names {
-            return Err(format!("there is {names:?}, not {left:?}"));
+            return Err(format!("there are {names:?}, expected {left:?}"));
         }
         for path in &left {
             let found = defects(host, path).map_err(|e| e.line())?;
@@ -75,25 +76,25 @@ impl MergeCase {
         Ok(())
     }
 
-    /// Runs it again until it is done.
+    /// Runs the merge again, which must complete it.
     fn end(&self, host: &SimHost) -> Result<(), String> {
         match self.merge(host) {
             Ok(_) => {}
-            // All was done but for the answer.
+            // The merge was complete but had not returned.
             Err(e) if e.kind() == ErrorKind::NotFound && !host.exists(&self.at(self.merged_layers[0])) => {}
-            Err(e) => return Err(format!("again: {}", e.line())),
+            Err(e) => return Err(format!("the second merge: {}", e.line())),
         }
         self.check_done(host)
     }
 }
 
-/// Steps of a whole merge.
+/// Returns the number of steps of a complete merge.
 fn steps(case: &MergeCase) -> u64 {
     let host = case.host();
     let before = host.counts().steps;
     case.merge(&host).expect("a merge");
     let steps = host.counts().steps - before;
-    assert_eq!(before, 0, "steps are counted from the start");
+    assert_eq!(before, 0, "building the chain counts as steps");
     case.check_done(&host).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     steps
 }
@@ -108,7 +109,7 @@ fn power_cuts_at_every_step() {
             let host = case.host();
             host.stop_at(step);
             let ended = case.merge(&host);
-            assert!(ended.is_err() || step == steps, "{}: stopped at {step} and yet done", case.name);
+            assert!(ended.is_err() || step == steps, "{}: complete although stopped at {step}", case.name);
             for fate in 0..6 {
                 let after = match fate {
                     0 => host.crash_with(&|_| false),
@@ -119,12 +120,12 @@ fn power_cuts_at_every_step() {
                     _ => host.crash(&mut random),
                 };
                 let fine = case.check(&after).and_then(|()| case.end(&after));
-                fine.unwrap_or_else(|e| panic!("{}, step {step} of {steps}, fate {fate}: {e}", case.name));
+                fine.unwrap_or_else(|e| panic!("{}, step {step} of {steps}, outcome {fate}: {e}", case.name));
                 ends += 1;
             }
         }
     }
-    println!("{ends} ends");
+    println!("{ends} kills and power cuts");
     assert!(ends > 10_000);
 }
 
@@ -132,9 +133,7 @@ fn power_cuts_at_every_step() {
 fn crashes_in_a_row() {
     let cases = all(1);
     let lengths: Vec<u64> = cases.iter().map(steps).collect();
-    let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_061_111);
-    println!("DIFFDISK_SEED={seed}");
-    let mut random = Random::new(seed);
+    let mut random = Random::new(seed_or(20_061_111));
     let rounds = std::env::var("DIFFDISK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(600);
     for round in 0..rounds {
         let number = random.index(cases.len());
@@ -176,7 +175,7 @@ fn every_step_fails_once() {
 }
 
 #[test]
-fn every_amount_of_room() {
+fn every_amount_of_free_space() {
     for case in all(1) {
         let taken = |host: &SimHost| {
             let size = |path: PathBuf| host.open(&path, diffdisk::storage::Access::Read)?.stat().map(|s| s.allocated);
@@ -189,20 +188,20 @@ fn every_amount_of_room() {
             host.set_faults(FaultPlan { capacity: Some(room), ..FaultPlan::default() });
             let outcome = case.merge(&host);
             host.set_faults(FaultPlan::default());
-            let tell = |e: String| panic!("{}, room for {pages} pages, {outcome:?}: {e}", case.name);
+            let tell = |e: String| panic!("{}, space for {pages} pages, {outcome:?}: {e}", case.name);
             let Err(e) = &outcome else {
                 case.check_done(&host).unwrap_or_else(tell);
                 break;
             };
             assert_eq!(e.kind(), ErrorKind::NoSpace, "{}: {}", case.name, e.line());
             case.check(&host).unwrap_or_else(tell);
-            for layer in 0..case.scene.layers.len() {
+            for layer in 0..case.chain.layers.len() {
                 let found = defects(&host, &case.at(layer)).expect("it opens");
-                assert!(found.is_empty(), "{}: layer {layer} has {found:?} with room for {pages} pages", case.name);
+                assert!(found.is_empty(), "{}: layer {layer} has {found:?} with space for {pages} pages", case.name);
             }
             case.end(&host).unwrap_or_else(tell);
             failed += 1;
         }
-        assert!(failed > 0, "{}: nothing needed room", case.name);
+        assert!(failed > 0, "{}: the merge needed no space", case.name);
     }
 }

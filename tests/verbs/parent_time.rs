@@ -1,5 +1,5 @@
-//! The time of a parent's file: what leaves its disk as it was puts the time back, and what changes the disk does not;
-//! who opens a child of a changed parent is warned.
+//! The modification time of a parent: verbs that keep its disk restore the time, verbs that change its disk advance it. Opening a
+//! child of a changed parent warns.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,8 @@ use diffdisk::storage::sim::SimHost;
 use diffdisk::storage::{Access, Env, ModifiedTime};
 
 use crate::common::daemon::Daemon;
-use crate::common::tool::{Finished, diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{Finished, diffdisk};
 use crate::fixture::{Fill, Fixture};
 
 const A: Fill<'static> = Fill::Tag("A");
@@ -23,29 +24,29 @@ fn time(env: &dyn Env, path: &Path) -> ModifiedTime {
     env.open(path, Access::Read).expect("a file").stat().expect("its state").last_change()
 }
 
-/// The kinds of what `check --chain` notes.
-fn notes(scene: &Fixture<'_>, name: &str) -> Vec<&'static str> {
+/// Returns the kinds of notes of `check --chain`.
+fn notes(fixture: &Fixture<'_>, name: &str) -> Vec<&'static str> {
     let policy = Policy::default();
-    let report = ops::check::check(scene.env, &scene.path(name), Some(&policy), &[], &mut |_| Ok(()));
+    let report = ops::check::check(fixture.env, &fixture.path(name), Some(&policy), &[], &mut |_| Ok(()));
     report.expect("a check").notes.iter().map(|note| note.kind).collect()
 }
 
 fn chain(host: &SimHost) -> Fixture<'_> {
-    let scene = Fixture::new(host, Path::new("/d"));
-    scene.dynamic("r.vhd", SMALL, 400);
-    scene.write("r.vhd", &[(0, 60, A), (150, 200, Fill::Zeros)]);
-    scene.child("p.vhd", "r.vhd", SMALL);
-    scene.write("p.vhd", &[(10, 100, A), (160, 170, Fill::Zeros), (200, 210, A)]);
-    scene.child("c.vhd", "p.vhd", SMALL);
-    scene.write("c.vhd", &[(20, 30, Fill::Tag("C"))]);
-    scene.child("g.vhd", "c.vhd", SMALL);
-    scene
+    let fixture = Fixture::new(host, Path::new("/d"));
+    fixture.dynamic("r.vhd", SMALL, 400);
+    fixture.write("r.vhd", &[(0, 60, A), (150, 200, Fill::Zeros)]);
+    fixture.child("p.vhd", "r.vhd", SMALL);
+    fixture.write("p.vhd", &[(10, 100, A), (160, 170, Fill::Zeros), (200, 210, A)]);
+    fixture.child("c.vhd", "p.vhd", SMALL);
+    fixture.write("c.vhd", &[(20, 30, Fill::Tag("C"))]);
+    fixture.child("g.vhd", "c.vhd", SMALL);
+    fixture
 }
 
 type Verb = fn(&dyn Env, &Path);
 
 #[test]
-fn what_leaves_the_disk_as_it_was_puts_the_time_back() {
+fn verbs_that_keep_the_disk_restore_the_time() {
     let verbs: [(&str, Verb); 8] = [
         ("compact", |env, path| {
             ops::compact::compact(env, path, &Policy::default(), &mut |_| Ok(())).expect("compact");
@@ -74,7 +75,7 @@ fn what_leaves_the_disk_as_it_was_puts_the_time_back() {
         ("repair", |env, path| {
             let file = env.open(path, Access::Write).expect("a file");
             let before = file.stat().expect("its state").last_change();
-            file.write_at(&[0; 512], 0).expect("the copy of the footer goes");
+            file.write_at(&[0; 512], 0).expect("the copy of the footer is damaged");
             file.set_modified(before).expect("its time");
             let report = ops::check::repair(env, path, None, &[], None, &mut |_| Ok(())).expect("repair");
             assert!(!report.repaired.is_empty());
@@ -82,57 +83,57 @@ fn what_leaves_the_disk_as_it_was_puts_the_time_back() {
     ];
     for (name, verb) in verbs {
         let host = SimHost::new(1);
-        let scene = chain(&host);
-        scene.dynamic("other.vhd", SMALL, 400);
-        let path = scene.path("p.vhd");
+        let fixture = chain(&host);
+        fixture.dynamic("other.vhd", SMALL, 400);
+        let path = fixture.path("p.vhd");
         let before = time(&host, &path);
         verb(&host, &path);
         assert_eq!(time(&host, &path), before, "{name}");
-        // Also after a power cut.
+        // The same after a power cut.
         assert_eq!(time(&host.crash_with(&|_| true), &path), before, "{name}");
-        assert!(!notes(&scene, "g.vhd").contains(&"parent-changed"), "{name}");
+        assert!(!notes(&fixture, "g.vhd").contains(&"parent-changed"), "{name}");
     }
 }
 
 #[test]
-fn what_changes_the_disk_moves_the_time_on() {
+fn changes_of_the_disk_advance_the_time() {
     let host = SimHost::new(1);
-    let scene = chain(&host);
-    let path = scene.path("p.vhd");
+    let fixture = chain(&host);
+    let path = fixture.path("p.vhd");
     let before = time(&host, &path);
     let version = Chain::open(&host, &path, &Policy::default(), OpenMode::Write).unwrap();
     let version = version.into_writable(&host, &Durability::FlushOnly).unwrap();
     version.top().unwrap().image.trim().unwrap();
     drop(version);
-    assert_eq!(time(&host, &path), before, "an open without a write");
-    assert_eq!(notes(&scene, "c.vhd"), [""; 0]);
-    // The clock of this host stands still: within the same second.
-    scene.write("p.vhd", &[(10, 11, Fill::Tag("new"))]);
+    assert_eq!(time(&host, &path), before, "an open without a write changes the time");
+    assert_eq!(notes(&fixture, "c.vhd"), [""; 0]);
+    // The simulated clock stands still, so this is in the same second.
+    fixture.write("p.vhd", &[(10, 11, Fill::Tag("new"))]);
     assert!(time(&host, &path).seconds > before.seconds);
-    assert_eq!(notes(&scene, "c.vhd"), ["parent-changed"]);
-    assert!(time(&host.crash_with(&|_| false), &path).seconds > before.seconds, "durably");
+    assert_eq!(notes(&fixture, "c.vhd"), ["parent-changed"]);
+    assert!(time(&host.crash_with(&|_| false), &path).seconds > before.seconds, "the new time is not durable");
     let e =
-        PreparedMerge::prepare(&host, &scene.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
+        PreparedMerge::prepare(&host, &fixture.path("c.vhd"), None, false, &Policy::default()).err().expect("refused");
     assert!(e.line().contains("--changed-parent") && e.path() == Some(&path), "{}", e.line());
-    // A link to another parent is a change of the disk, too.
-    scene.dynamic("other.vhd", SMALL, 400);
+    // A link to another parent changes the disk, too.
+    fixture.dynamic("other.vhd", SMALL, 400);
     let before = time(&host, &path);
-    let other = scene.path("other.vhd");
+    let other = fixture.path("other.vhd");
     ops::rebase::rebase(&host, &path, &other, true, &Policy::default(), &mut |_| Ok(())).expect("rebase");
     assert!(time(&host, &path).seconds > before.seconds);
 }
 
 #[test]
-fn after_a_merge_no_child_calls_its_parent_changed() {
+fn after_a_merge_no_parent_counts_as_changed() {
     for (child, into) in [("c.vhd", None), ("p.vhd", None), ("c.vhd", Some("r.vhd"))] {
         let host = SimHost::new(1);
-        let scene = chain(&host);
-        scene.child("gg.vhd", "g.vhd", SMALL);
-        let (path, into) = (scene.path(child), into.map(|into| scene.path(into)));
+        let fixture = chain(&host);
+        fixture.child("gg.vhd", "g.vhd", SMALL);
+        let (path, into) = (fixture.path(child), into.map(|into| fixture.path(into)));
         let merge = PreparedMerge::prepare(&host, &path, into.as_deref(), false, &Policy::default()).expect("a merge");
         let merged = merge.run(&mut |_| Ok(())).expect("done");
         assert_eq!(merged.relinked.len(), 1);
-        assert_eq!(notes(&scene, "gg.vhd"), [""; 0], "{child} into {into:?}");
+        assert_eq!(notes(&fixture, "gg.vhd"), [""; 0], "{child} into {into:?}");
     }
 }
 
@@ -188,7 +189,7 @@ fn every_open_warns_once_of_a_changed_parent() {
     daemon.stop();
     let refused = diffdisk(["merge".into(), child.clone()]);
     assert!(refused.code == Some(1) && refused.stderr.contains("--changed-parent"), "{refused:?}");
-    // The time is recorded again, and no bytes are copied.
+    // This records the time again, and copies no bytes.
     let done = diffdisk(["rebase".into(), child.clone(), "--unsafe".into(), "--parent".into(), parent.clone()]).ok();
     assert!(String::from_utf8_lossy(&done.stdout).contains("the time of that file is recorded again"), "{done:?}");
     assert_eq!(names(&diffdisk(&read[0]).ok()), 0);

@@ -1,11 +1,12 @@
-//! QEMU takes the size that a verb has given to a disk, whatever program has made the image (vhd-format 2.3).
+//! QEMU uses the size that a verb has set, for images of every creator (vhd-format 2.3).
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::tool::{diffdisk, require, run, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::{diffdisk, require, run};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, footer};
 
 const MIB: u64 = 1 << 20;
@@ -28,7 +29,7 @@ const TAGS: [&[u8; 4]; 14] = [
     b"\0\0\0\0",
 ];
 
-/// The sizes by the rules of QEMU before version 10 and since: `block/vpc.c`, written down again from there.
+/// Returns the sizes by the rules of QEMU before version 10 and since, after `block/vpc.c`.
 fn by_rules(image: &Path) -> [u64; 2] {
     let bytes = fs::read(image).expect("the image");
     let footer = &bytes[bytes.len() - 512..];
@@ -47,7 +48,7 @@ fn assert_size(image: &Path, size: u64, what: &str) {
     assert_eq!(by_rules(image), [size; 2], "{what}: by the rules");
     let mut qemu = Command::new("qemu-img");
     let told = run(qemu.args(["info", "-f", "vpc", "--output=json"]).arg(image), Duration::from_secs(60)).ok().json();
-    assert_eq!(told["virtual-size"], size, "{what}: by the QEMU that is installed");
+    assert_eq!(told["virtual-size"], size, "{what}: by the installed QEMU");
 }
 
 fn made_by(tag: &[u8; 4], path: &Path, spec: VhdSpec) {
@@ -76,7 +77,7 @@ fn resized_disks_have_their_size() {
     }
 }
 
-/// QEMU reads roots only: a child that becomes one gets a geometry that does not cut it.
+/// QEMU reads roots only. A child that becomes a root gets a geometry that does not shorten its disk.
 #[test]
 fn a_child_that_stands_alone_has_its_size() {
     require(&["qemu-img"]);

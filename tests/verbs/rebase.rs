@@ -1,4 +1,4 @@
-//! `rebase`: another parent, the same disk; or with `--unsafe` another disk.
+//! `rebase`: another parent and the same disk; with `--unsafe` another disk.
 
 use std::path::Path;
 
@@ -27,20 +27,20 @@ fn rebased(env: &dyn Env, folder: &Path, parent: &str, only_link: bool) -> Resul
     done.map(|done| done.copied)
 }
 
-/// Two branches of one root, and another root; the image stands on the first branch.
-fn branches(scene: &Fixture<'_>) {
-    scene.dynamic("r.vhd", SMALL, 200);
-    scene.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
-    scene.child("a.vhd", "r.vhd", SMALL);
-    scene.write("a.vhd", &[(10, 20, A), (160, 170, Z), (150, 151, R)]);
-    scene.child("b.vhd", "r.vhd", 2 * SMALL);
-    scene.write("b.vhd", &[(15, 25, B), (40, 50, Z), (100, 110, B), (12, 13, A)]);
-    scene.dynamic("x.vhd", 2 * SMALL, 220);
-    scene.write("x.vhd", &[(0, 10, R), (50, 90, B), (165, 220, B)]);
-    scene.child("i.vhd", "a.vhd", SMALL);
-    scene.write("i.vhd", &[(5, 6, T), (105, 107, T), (45, 46, Z), (168, 169, T)]);
-    scene.child("k.vhd", "i.vhd", SMALL);
-    scene.write("k.vhd", &[(16, 17, T)]);
+/// Makes two branches of one root, and another root. The image is a child of the first branch.
+fn branches(fixture: &Fixture<'_>) {
+    fixture.dynamic("r.vhd", SMALL, 200);
+    fixture.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
+    fixture.child("a.vhd", "r.vhd", SMALL);
+    fixture.write("a.vhd", &[(10, 20, A), (160, 170, Z), (150, 151, R)]);
+    fixture.child("b.vhd", "r.vhd", 2 * SMALL);
+    fixture.write("b.vhd", &[(15, 25, B), (40, 50, Z), (100, 110, B), (12, 13, A)]);
+    fixture.dynamic("x.vhd", 2 * SMALL, 220);
+    fixture.write("x.vhd", &[(0, 10, R), (50, 90, B), (165, 220, B)]);
+    fixture.child("i.vhd", "a.vhd", SMALL);
+    fixture.write("i.vhd", &[(5, 6, T), (105, 107, T), (45, 46, Z), (168, 169, T)]);
+    fixture.child("k.vhd", "i.vhd", SMALL);
+    fixture.write("k.vhd", &[(16, 17, T)]);
 }
 
 const OWN: &Runs = &[(5, 6, T), (105, 107, T), (45, 46, Z), (168, 169, T)];
@@ -62,66 +62,66 @@ fn the_disk_stays_at_every_moment() {
 }
 
 #[test]
-fn only_a_link() {
+fn an_unsafe_rebase_changes_only_the_link() {
     let verb = |env: &dyn Env, folder: &Path| rebased(env, folder, "b.vhd", true).map(drop);
     let shows = vec![("i.vhd", disk(200, &[ON_A, OWN].concat()), disk(200, &[ON_B, OWN].concat()))];
     SweepCase { name: "unsafe", setup: &branches, verb: &verb, expected: shows, lengths_follow_data: false }.sweep();
 }
 
 #[test]
-fn a_parent_that_is_gone_is_replaced_only_unsafely() {
+fn a_missing_parent_is_replaced_only_with_unsafe() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    branches(&scene);
-    let folder = host.folder(&scene.folder).expect("a folder");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    branches(&fixture);
+    let folder = host.folder(&fixture.folder).expect("a folder");
     folder.rename("a.vhd".as_ref(), &folder, "moved.vhd".as_ref()).expect("it moves");
-    let before = host.bytes(&scene.path("i.vhd"));
-    assert_eq!(rebased(&host, &scene.folder, "moved.vhd", false).unwrap_err().kind(), ErrorKind::NotFound);
-    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
-    assert_eq!(rebased(&host, &scene.folder, "moved.vhd", true).expect("a link"), 0);
-    assert!(scene.read_disk("k.vhd").expect("it opens") == shows()[1].1);
+    let before = host.bytes(&fixture.path("i.vhd"));
+    assert_eq!(rebased(&host, &fixture.folder, "moved.vhd", false).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(host.bytes(&fixture.path("i.vhd")), before);
+    assert_eq!(rebased(&host, &fixture.folder, "moved.vhd", true).expect("a link"), 0);
+    assert!(fixture.read_disk("k.vhd").expect("it opens") == shows()[1].1);
 }
 
 #[test]
-fn what_both_chains_have_is_not_read() {
+fn data_that_both_chains_share_is_not_read() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    branches(&scene);
-    let copied = rebased(&host, &scene.folder, "b.vhd", false).expect("it works");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    branches(&fixture);
+    let copied = rebased(&host, &fixture.folder, "b.vhd", false).expect("it works");
     // 10..25 but for 12, 40..50 but for 45, 100..110 but for 105..107, 160..170 but for 168.
     assert_eq!(copied, (14 + 9 + 8 + 9) * 512);
     let reads = host.counts().reads;
-    rebased(&host, &scene.folder, "b.vhd", false).expect("it stands there");
+    rebased(&host, &fixture.folder, "b.vhd", false).expect("it is on that parent already");
     let again = host.counts().reads - reads;
-    scene.write("r.vhd", &[(60, 140, R)]);
+    fixture.write("r.vhd", &[(60, 140, R)]);
     let reads = host.counts().reads;
-    assert_eq!(rebased(&host, &scene.folder, "b.vhd", false).expect("it stands there"), 0);
-    // More of the bitmaps, none of the data: blocks of the root are not looked into when both chains lead there.
+    assert_eq!(rebased(&host, &fixture.folder, "b.vhd", false).expect("it is on that parent already"), 0);
+    // Bitmaps may be read, but no data: blocks of a root that both chains share are skipped.
     assert!(host.counts().reads - reads <= again + 20, "{again} reads, then {}", host.counts().reads - reads);
 }
 
 #[test]
-fn no_circles() {
+fn cycles_are_refused() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    branches(&scene);
-    scene.fixed("f.vhd", 200);
-    let before = host.bytes(&scene.path("i.vhd"));
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    branches(&fixture);
+    fixture.fixed("f.vhd", 200);
+    let before = host.bytes(&fixture.path("i.vhd"));
     for only_link in [false, true] {
         for (parent, word) in [("i.vhd", "its own parent"), ("k.vhd", "among its own parents")] {
-            let e = rebased(&host, &scene.folder, parent, only_link).unwrap_err();
+            let e = rebased(&host, &fixture.folder, parent, only_link).unwrap_err();
             assert!(e.kind() == ErrorKind::Refused && e.line().contains(word), "{e:?}");
         }
-        assert_eq!(rebased(&host, &scene.folder, "nowhere.vhd", only_link).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(rebased(&host, &fixture.folder, "nowhere.vhd", only_link).unwrap_err().kind(), ErrorKind::NotFound);
         for root in ["r.vhd", "f.vhd"] {
-            let (path, parent) = (scene.path(root), scene.path("x.vhd"));
+            let (path, parent) = (fixture.path(root), fixture.path("x.vhd"));
             let e = ops::rebase::rebase(&host, &path, &parent, only_link, &Policy::default(), &mut |_| Ok(()));
-            assert_eq!(e.unwrap_err().kind(), ErrorKind::Refused, "{root} is no child");
+            assert_eq!(e.unwrap_err().kind(), ErrorKind::Refused, "{root} is not a child");
         }
     }
-    assert_eq!(host.bytes(&scene.path("i.vhd")), before);
-    rebased(&host, &scene.folder, "f.vhd", false).expect("a fixed root is a parent, too");
-    assert!(scene.read_disk("k.vhd").expect("it opens") == shows()[1].1);
+    assert_eq!(host.bytes(&fixture.path("i.vhd")), before);
+    rebased(&host, &fixture.folder, "f.vhd", false).expect("a fixed root is a parent, too");
+    assert!(fixture.read_disk("k.vhd").expect("it opens") == shows()[1].1);
 }
 
 #[test]

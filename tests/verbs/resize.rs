@@ -1,4 +1,4 @@
-//! `resize`: larger and smaller, wherever the table finds room, whatever lies beneath.
+//! `resize`: growing and shrinking, with room for the BAT in different places, and over different parents.
 
 use std::path::Path;
 
@@ -24,12 +24,12 @@ fn resized(sectors: u64, shrink: bool) -> impl Fn(&dyn Env, &Path) -> Result<()>
     }
 }
 
-/// A dynamic root of 100 sectors whose last block is not full, and a child of it.
-fn dynamic(scene: &Fixture<'_>) {
-    scene.dynamic("i.vhd", SMALL, 100);
-    scene.write("i.vhd", &[(0, 3, T), (50, 60, T), (97, 100, T)]);
-    scene.child("k.vhd", "i.vhd", SMALL);
-    scene.write("k.vhd", &[(98, 99, P)]);
+/// Makes a dynamic root of 100 sectors, which end in the middle of a block, and a child of it.
+fn dynamic(fixture: &Fixture<'_>) {
+    fixture.dynamic("i.vhd", SMALL, 100);
+    fixture.write("i.vhd", &[(0, 3, T), (50, 60, T), (97, 100, T)]);
+    fixture.child("k.vhd", "i.vhd", SMALL);
+    fixture.write("k.vhd", &[(98, 99, P)]);
 }
 
 const DYNAMIC: [(u64, u64, Fill<'_>); 3] = [(0, 3, T), (50, 60, T), (97, 100, T)];
@@ -42,23 +42,23 @@ fn grown(name: &str, sectors: u64) -> SweepCase<'_> {
 }
 
 #[test]
-fn a_dynamic_root_grows_into_the_room_of_its_table() {
+fn a_dynamic_root_grows_within_its_bat() {
     grown("grow in the last block", 103).sweep();
     grown("grow in the last page of the table", 5_000).sweep();
 }
 
 #[test]
-fn a_dynamic_root_grows_with_a_new_table() {
+fn a_dynamic_root_grows_with_a_new_bat() {
     grown("grow with a new table", 9_000).sweep();
 }
 
-/// A child smaller than its parent, which has data where it grows.
-fn smaller_child(scene: &Fixture<'_>) {
-    scene.dynamic("p.vhd", SMALL, 100);
-    scene.write("p.vhd", &[(0, 20, P), (22, 37, P), (90, 100, P)]);
-    scene.child("i.vhd", "p.vhd", SMALL);
-    scene.write("i.vhd", &[(1, 2, T), (22, 100, Z)]);
-    resized(29, true)(scene.env, &scene.folder).expect("only zeros are cut off");
+/// Makes a child smaller than its parent, which has data where the child grows.
+fn smaller_child(fixture: &Fixture<'_>) {
+    fixture.dynamic("p.vhd", SMALL, 100);
+    fixture.write("p.vhd", &[(0, 20, P), (22, 37, P), (90, 100, P)]);
+    fixture.child("i.vhd", "p.vhd", SMALL);
+    fixture.write("i.vhd", &[(1, 2, T), (22, 100, Z)]);
+    resized(29, true)(fixture.env, &fixture.folder).expect("only zeros are cut off");
 }
 
 #[test]
@@ -74,11 +74,12 @@ fn a_child_hides_its_larger_parent_when_it_grows() {
         lengths_follow_data: false,
     }
     .sweep();
-    // The last block has no place yet.
-    let setup = |scene: &Fixture<'_>| {
-        smaller_child(scene);
-        resized(22, true)(scene.env, &scene.folder).expect("only zeros are cut off");
-        ops::compact::compact(scene.env, &scene.path("i.vhd"), &Policy::default(), &mut |_| Ok(())).expect("it works");
+    // The last block is not allocated.
+    let setup = |fixture: &Fixture<'_>| {
+        smaller_child(fixture);
+        resized(22, true)(fixture.env, &fixture.folder).expect("only zeros are cut off");
+        ops::compact::compact(fixture.env, &fixture.path("i.vhd"), &Policy::default(), &mut |_| Ok(()))
+            .expect("it works");
     };
     let shows = vec![("i.vhd", disk(22, &[(0, 20, P), (1, 2, T)]), disk(120, &[(0, 20, P), (1, 2, T)]))];
     SweepCase {
@@ -93,9 +94,9 @@ fn a_child_hides_its_larger_parent_when_it_grows() {
 
 #[test]
 fn fixed_images_grow_and_shrink() {
-    let setup = |scene: &Fixture<'_>| {
-        scene.fixed("i.vhd", 40);
-        scene.write("i.vhd", &[(0, 3, T), (9, 20, T)]);
+    let setup = |fixture: &Fixture<'_>| {
+        fixture.fixed("i.vhd", 40);
+        fixture.write("i.vhd", &[(0, 3, T), (9, 20, T)]);
     };
     let data = [(0, 3, T), (9, 20, T)];
     for (name, to) in [("fixed, larger by a sector", 41), ("fixed, larger", 300)] {
@@ -110,16 +111,16 @@ fn fixed_images_grow_and_shrink() {
     }
 }
 
-/// Blocks at the end of the disk come first in the file, so that others must move when they go.
-fn shrinkable(scene: &Fixture<'_>) {
-    scene.dynamic("i.vhd", SMALL, 100);
-    scene.write("i.vhd", &[(90, 100, Z)]);
-    scene.write("i.vhd", &[(40, 52, Z)]);
-    scene.write("i.vhd", &[(0, 3, T), (8, 24, T)]);
+/// Makes a root in whose file blocks of the end of the disk come first, so that other blocks must move when these are freed.
+fn shrinkable(fixture: &Fixture<'_>) {
+    fixture.dynamic("i.vhd", SMALL, 100);
+    fixture.write("i.vhd", &[(90, 100, Z)]);
+    fixture.write("i.vhd", &[(40, 52, Z)]);
+    fixture.write("i.vhd", &[(0, 3, T), (8, 24, T)]);
 }
 
 #[test]
-fn a_dynamic_root_shrinks_and_gives_room_back() {
+fn a_dynamic_root_shrinks_and_frees_space() {
     let data = [(0, 3, T), (8, 24, T)];
     let shows = || vec![("i.vhd", disk(100, &data), disk(42, &data))];
     SweepCase {
@@ -131,19 +132,19 @@ fn a_dynamic_root_shrinks_and_gives_room_back() {
     }
     .sweep();
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    shrinkable(&scene);
-    let len = || host.bytes(&scene.path("i.vhd")).expect("it is there").len();
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    shrinkable(&fixture);
+    let len = || host.bytes(&fixture.path("i.vhd")).expect("it is there").len();
     let before = len();
-    resized(42, true)(&host, &scene.folder).expect("only zeros are cut off");
+    resized(42, true)(&host, &fixture.folder).expect("only zeros are cut off");
     assert!(len() + 2 * 4096 < before, "{before} bytes, now {}", len());
 }
 
 #[test]
-fn a_batmap_never_says_too_much() {
-    let setup = |scene: &Fixture<'_>| {
-        shrinkable(scene);
-        crate::xenserver::make(scene, "i.vhd");
+fn a_batmap_never_claims_absent_sectors() {
+    let setup = |fixture: &Fixture<'_>| {
+        shrinkable(fixture);
+        crate::xenserver::make(fixture, "i.vhd");
     };
     let data = [(0, 3, T), (8, 24, T)];
     for (name, to, shrink) in [("grow with a batmap", 9_000, false), ("shrink with a batmap", 42, true)] {
@@ -152,19 +153,19 @@ fn a_batmap_never_says_too_much() {
             .sweep();
     }
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    setup(&scene);
-    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0, 1, 2, 5, 6, 11, 12]);
-    resized(9_000, false)(&host, &scene.folder).expect("it grows");
-    assert_eq!(crate::xenserver::whole(&scene, "i.vhd"), [0; 0]);
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    setup(&fixture);
+    assert_eq!(crate::xenserver::whole(&fixture, "i.vhd"), [0, 1, 2, 5, 6, 11, 12]);
+    resized(9_000, false)(&host, &fixture.folder).expect("it grows");
+    assert_eq!(crate::xenserver::whole(&fixture, "i.vhd"), [0; 0]);
 }
 
 #[test]
-fn what_is_not_zero_is_not_cut_off() {
+fn data_is_not_cut_off() {
     let host = SimHost::new(1);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
-    dynamic(&scene);
-    let path = scene.path("i.vhd");
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
+    dynamic(&fixture);
+    let path = fixture.path("i.vhd");
     let try_to = |size: u64, shrink| {
         let e = ops::resize::resize(&host, &path, size, shrink, &Policy::default(), &mut |_| Ok(())).unwrap_err();
         (e.kind(), e.line())
@@ -177,19 +178,19 @@ fn what_is_not_zero_is_not_cut_off() {
     for size in [0, 511, 513, (2040 << 30) + 512] {
         assert_eq!(try_to(size, true).0, ErrorKind::Invalid, "{size}");
     }
-    assert_eq!(try_to(2040 << 30, false).0, ErrorKind::Refused, "a table of more than 16 MiB");
-    assert_eq!(host.bytes(&path), before, "what is refused changes nothing");
+    assert_eq!(try_to(2040 << 30, false).0, ErrorKind::Refused, "a BAT of more than 16 MiB");
+    assert_eq!(host.bytes(&path), before, "a refused resize changes the image");
 }
 
 #[test]
 fn killed_at_every_point() {
-    let tap = |scene: &Fixture<'_>| {
-        shrinkable(scene);
-        crate::xenserver::make(scene, "i.vhd");
+    let tap = |fixture: &Fixture<'_>| {
+        shrinkable(fixture);
+        crate::xenserver::make(fixture, "i.vhd");
     };
-    let fixed = |scene: &Fixture<'_>| {
-        scene.fixed("i.vhd", 40);
-        scene.write("i.vhd", &[(0, 3, T)]);
+    let fixed = |fixture: &Fixture<'_>| {
+        fixture.fixed("i.vhd", 40);
+        fixture.write("i.vhd", &[(0, 3, T)]);
     };
     let data = disk(40, &[(0, 3, T)]);
     let shrunk = [(0, 3, T), (8, 24, T)];

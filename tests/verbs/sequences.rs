@@ -1,5 +1,5 @@
-//! Random sequences of verbs on random chains, beside a model: each disk a flat array. After every verb each disk shows
-//! what its array says, and nothing is wrong with any file.
+//! Random sequences of verbs on random chains, with a flat array as the model of each disk. After every verb each disk equals its
+//! array, and no file has a defect.
 
 use std::path::Path;
 
@@ -10,16 +10,17 @@ use diffdisk::ops::merge::PreparedMerge;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::SimHost;
 
-use crate::common::rng::Rng;
+use crate::common::rng::{Rng, seed_of_env};
+use crate::common::temp::is_temporary;
 use crate::fixture::{Fill, Fixture, overwrite};
 use crate::sweep::FOLDER;
 
-/// Images of a world, at most.
+/// Maximum of images in a sequence.
 const IMAGES: usize = 7;
-/// Defects that are none here: sizes of parents and children may differ.
+/// Defects that are expected here: sizes of parents and children may differ.
 const ALLOWED: [&str; 1] = ["parent-size"];
 
-/// An image, and what it must show.
+/// An image, and its expected disk.
 struct ModelImage {
     name: String,
     parent: Option<usize>,
@@ -29,7 +30,7 @@ struct ModelImage {
 
 struct SequenceRun<'a> {
     host: &'a SimHost,
-    scene: Fixture<'a>,
+    fixture: Fixture<'a>,
     images: Vec<ModelImage>,
     rng: Rng,
     step: u64,
@@ -43,7 +44,7 @@ impl SequenceRun<'_> {
         (!fitting.is_empty()).then(|| self.rng.pick(&fitting))
     }
 
-    /// The image and what it stands on, youngest first.
+    /// Returns the image and its parents, youngest first.
     fn chain(&self, of: usize) -> Vec<usize> {
         std::iter::successors(Some(of), |n| self.images[*n].parent).collect()
     }
@@ -58,14 +59,14 @@ impl SequenceRun<'_> {
                 let (mut disk, more) = (self.images[parent].disk.clone(), self.rng.below(3) * self.rng.below(40));
                 disk.resize(disk.len() + usize::try_from(more * 512).expect("small"), 0);
                 let sectors = Some(disk.len() as u64 / 512);
-                self.scene.sized_child(&name, &self.images[parent].name, block, sectors);
+                self.fixture.sized_child(&name, &self.images[parent].name, block, sectors);
                 (false, disk)
             }
             None => {
                 let fixed = self.rng.below(4) == 0;
                 match fixed {
-                    true => self.scene.fixed(&name, sectors),
-                    false => self.scene.dynamic(&name, block, sectors),
+                    true => self.fixture.fixed(&name, sectors),
+                    false => self.fixture.dynamic(&name, block, sectors),
                 }
                 (fixed, vec![0; usize::try_from(sectors * 512).expect("small")])
             }
@@ -74,7 +75,7 @@ impl SequenceRun<'_> {
         format!("create {name} ({number}) on {parent:?}")
     }
 
-    /// Writes to an image that has no children: they would show it.
+    /// Writes to an image without children, whose disks would change.
     fn write(&mut self) -> String {
         let parents: Vec<_> = self.images.iter().filter_map(|image| image.parent).collect();
         let Some(of) = self.pick(|n, _| !parents.contains(&n)) else { return "-".into() };
@@ -85,7 +86,7 @@ impl SequenceRun<'_> {
             let to = (from + 1 + self.rng.below(30)).min(sectors);
             runs.push((from, to, if self.rng.below(3) == 0 { Fill::Zeros } else { Fill::Tag(&tag) }));
         }
-        self.scene.write(&self.images[of].name, &runs);
+        self.fixture.write(&self.images[of].name, &runs);
         overwrite(&mut self.images[of].disk, &runs);
         format!("write {of}: {runs:?}")
     }
@@ -94,11 +95,11 @@ impl SequenceRun<'_> {
         let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
         let parents = self.chain(of);
         let keep = (self.rng.below(2) == 0).then(|| self.rng.pick(&parents[1..]));
-        let path = keep.map(|keep| self.scene.path(&self.images[keep].name));
+        let path = keep.map(|keep| self.fixture.path(&self.images[keep].name));
         let policy = Policy::default();
         let outcome = ops::flatten::flatten(
             self.host,
-            &self.scene.path(&self.images[of].name),
+            &self.fixture.path(&self.images[of].name),
             path.as_deref(),
             &policy,
             &mut |_| Ok(()),
@@ -110,9 +111,9 @@ impl SequenceRun<'_> {
 
     fn rebase(&mut self) -> String {
         let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
-        let to = self.pick(|_, _| true).expect("there is one");
+        let to = self.pick(|_, _| true).expect("there is an image");
         let circle = self.chain(to).contains(&of);
-        let (path, parent) = (self.scene.path(&self.images[of].name), self.scene.path(&self.images[to].name));
+        let (path, parent) = (self.fixture.path(&self.images[of].name), self.fixture.path(&self.images[to].name));
         let outcome = ops::rebase::rebase(self.host, &path, &parent, false, &Policy::default(), &mut |_| Ok(()));
         self.expect(outcome.map(drop), circle, &format!("rebase {of} on {to}"));
         if !circle {
@@ -121,8 +122,8 @@ impl SequenceRun<'_> {
         format!("rebase {of} on {to}")
     }
 
-    /// Folds an image, and perhaps some beneath it, into one of its parents. Refused where another child would change, or
-    /// where the sizes do not fit.
+    /// Merges an image, and perhaps some of its parents, into one of its parents. The merge is refused if another child would change
+    /// or the sizes do not fit.
     fn merge(&mut self) -> String {
         let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
         let chain = self.chain(of);
@@ -136,8 +137,8 @@ impl SequenceRun<'_> {
         let has_children = self.images.iter().any(|image| image.parent == Some(of));
         let (size, received) = (self.images[of].disk.len(), self.images[into].disk.len());
         let refused = others || !(size == received || size < received && has_children);
-        let path = self.scene.path(&self.images[of].name);
-        let target = self.scene.path(&self.images[into].name);
+        let path = self.fixture.path(&self.images[of].name);
+        let target = self.fixture.path(&self.images[into].name);
         let outcome = PreparedMerge::prepare(
             self.host,
             &path,
@@ -159,7 +160,7 @@ impl SequenceRun<'_> {
         said
     }
 
-    /// Takes images away whose place another one takes, and numbers the rest anew.
+    /// Removes images, and replaces them as parents by `instead`. The other images are renumbered.
     fn remove_images(&mut self, gone: &[usize], instead: usize) {
         let number = |old: usize| old - gone.iter().filter(|n| **n < old).count();
         for image in &mut self.images {
@@ -171,21 +172,21 @@ impl SequenceRun<'_> {
 
     fn compact(&mut self) -> String {
         let Some(of) = self.pick(|_, image| !image.fixed) else { return "-".into() };
-        let path = self.scene.path(&self.images[of].name);
+        let path = self.fixture.path(&self.images[of].name);
         let outcome = ops::compact::compact(self.host, &path, &Policy::default(), &mut |_| Ok(()));
         outcome.unwrap_or_else(|e| panic!("compact {of}: {}", e.line()));
         format!("compact {of}")
     }
 
     fn resize(&mut self) -> String {
-        let of = self.pick(|_, _| true).expect("there is one");
+        let of = self.pick(|_, _| true).expect("there is an image");
         let old = self.images[of].disk.len();
         let shrink = self.rng.below(2) == 0;
         let most = if self.rng.below(8) == 0 { 20_000 } else { 400 };
         let sectors = 1 + if shrink { self.rng.below(old as u64 / 512) } else { self.rng.below(most) };
         let new = usize::try_from(sectors * 512).expect("small");
         let lost = new < old && (!shrink || self.images[of].disk[new..].iter().any(|byte| *byte != 0));
-        let path = self.scene.path(&self.images[of].name);
+        let path = self.fixture.path(&self.images[of].name);
         let outcome = ops::resize::resize(self.host, &path, new as u64, shrink, &Policy::default(), &mut |_| Ok(()));
         self.expect(outcome.map(drop), lost, &format!("resize {of} to {sectors}"));
         if !lost {
@@ -205,7 +206,7 @@ impl SequenceRun<'_> {
     fn check_all(&self, trace: &[String]) {
         for image in &self.images {
             let seen =
-                self.scene.read_disk(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
+                self.fixture.read_disk(&image.name).unwrap_or_else(|e| panic!("{}\n{}", e.line(), trace.join("\n")));
             let differs = seen.iter().zip(&image.disk).position(|(a, b)| a != b).map(|at| at / 512);
             let (len, wanted) = (seen.len() / 512, image.disk.len() / 512);
             assert!(
@@ -215,20 +216,20 @@ impl SequenceRun<'_> {
                 trace.join("\n")
             );
             let defects: Vec<_> =
-                self.scene.defects(&image.name).into_iter().filter(|kind| !ALLOWED.contains(kind)).collect();
+                self.fixture.defects(&image.name).into_iter().filter(|kind| !ALLOWED.contains(kind)).collect();
             assert_eq!(defects, [""; 0], "{}\n{}", image.name, trace.join("\n"));
         }
-        let strange = self.host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        let strange = self.host.names().into_iter().find(|name| is_temporary(name));
         assert_eq!(strange, None, "{}", trace.join("\n"));
     }
 }
 
-/// Refusals, and merges that were done.
+/// Runs one sequence. Returns the numbers of refusals and of completed merges.
 fn run(seed: u64, steps: u64) -> (u64, u64) {
     let host = SimHost::new(seed);
-    let scene = Fixture::new(&host, Path::new(FOLDER));
+    let fixture = Fixture::new(&host, Path::new(FOLDER));
     let mut world =
-        SequenceRun { host: &host, scene, images: Vec::new(), rng: Rng::new(seed), step: 0, refused: 0, merged: 0 };
+        SequenceRun { host: &host, fixture, images: Vec::new(), rng: Rng::new(seed), step: 0, refused: 0, merged: 0 };
     let mut trace = vec![format!("replay: DIFFDISK_SEED={seed}"), world.create()];
     for step in 1..steps {
         world.step = step;
@@ -249,14 +250,14 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
 }
 
 #[test]
-fn disks_stay_as_the_verbs_say() {
-    if let Ok(seed) = std::env::var("DIFFDISK_SEED") {
-        run(seed.parse().expect("a decimal number"), 60);
+fn random_sequences_keep_every_disk() {
+    if let Some(seed) = seed_of_env() {
+        run(seed, 60);
         return;
     }
     let first = Rng::from_env("sequences").next() % 1_000_000;
     let worlds = std::env::var("DIFFDISK_WORLDS").map_or(60, |text| text.parse().expect("a decimal number"));
     let all = (first..first + worlds).map(|seed| run(seed, 60));
     let (refused, merged) = all.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    assert!(refused > worlds && merged * 4 > worlds, "both are tried: {refused} refusals, {merged} merges");
+    assert!(refused > worlds && merged * 4 > worlds, "too few refusals or merges: {refused} refusals, {merged} merges");
 }

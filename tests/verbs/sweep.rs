@@ -1,6 +1,5 @@
-//! A verb on the simulated host: power cuts at every change, the end of the process at every step, a failure at every
-//! step, a host that is full; each time what is left must be a sound image of the old disk or the new one, and the verb,
-//! called again, must complete it.
+//! A verb on the simulated host: power cuts at every change, kills at every step, a fault at every step, full file systems. Each
+//! time the image must be valid with the old or the new disk, and a second call of the verb must complete it.
 
 use std::path::Path;
 
@@ -8,23 +7,24 @@ use diffdisk::error::Result;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{DurableUnit, Fault, FaultPlan, Random, SimHost};
 
+use crate::common::temp::is_temporary;
 use crate::fixture::Fixture;
 
-/// Where simulated images lie.
+/// Folder of simulated images.
 pub(crate) const FOLDER: &str = "/d";
 
-/// What a verb is tried on.
+/// A verb and its images.
 pub(crate) struct SweepCase<'a> {
-    /// For messages.
+    /// Name of the case in messages.
     pub(crate) name: &'a str,
     /// Makes the images.
     pub(crate) setup: &'a dyn Fn(&Fixture<'_>),
-    /// The verb.
+    /// Calls the verb.
     pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
-    /// Images to look at afterwards, and what each may show: at first, and when the verb is done.
+    /// Images to check, each with its disk before and after the verb.
     pub(crate) expected: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
-    /// A file's new length survives only with the bytes that made it, as on ext4, XFS and btrfs: what the growth of a
-    /// fixed image, which has one footer, cannot do without.
+    /// Whether a file's new length survives only with the write that caused it, as on ext4, XFS and btrfs. Growth of a fixed image,
+    /// which has one footer, needs this.
     pub(crate) lengths_follow_data: bool,
 }
 
@@ -32,7 +32,7 @@ fn is_len(unit: &DurableUnit) -> bool {
     matches!(unit, DurableUnit::Len(..))
 }
 
-/// Defects that a killed verb may leave: all of them go with the next writable open or the next call.
+/// Defects that a killed verb may leave. The next writable open or the next call repairs them.
 const TRANSIENT: [&str; 9] = [
     "fixed-more",
     "bits-beyond-disk",
@@ -56,34 +56,39 @@ impl SweepCase<'_> {
         (self.verb)(host, Path::new(FOLDER))
     }
 
-    /// What is left shows the old disk or the new one, and every rule is kept that counts.
+    /// Checks that the images show the old or the new disk and have only transient defects.
     fn check(&self, host: &SimHost, when: &dyn Fn() -> String) {
-        let scene = Fixture::new(host, Path::new(FOLDER));
+        let fixture = Fixture::new(host, Path::new(FOLDER));
         for (name, old, new) in &self.expected {
             let seen =
-                scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
-            assert!(seen == *old || seen == *new, "{}: {}: {name} shows neither disk", self.name, when());
-            let defects = scene.defects(name);
+                fixture.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            assert!(
+                seen == *old || seen == *new,
+                "{}: {}: {name} shows neither the old nor the new disk",
+                self.name,
+                when()
+            );
+            let defects = fixture.defects(name);
             let bad = defects.iter().find(|kind| !TRANSIENT.contains(kind));
             assert!(bad.is_none(), "{}: {}: {name}: {defects:?}", self.name, when());
         }
     }
 
-    /// Called again, it is done, and nothing is wrong or left over.
+    /// Calls the verb again. It must complete, without defects and without temporary files.
     fn complete(&self, host: &SimHost, when: &dyn Fn() -> String) {
         self.call(host).unwrap_or_else(|e| panic!("{}: {}: called again: {}", self.name, when(), e.line()));
-        let scene = Fixture::new(host, Path::new(FOLDER));
+        let fixture = Fixture::new(host, Path::new(FOLDER));
         for (name, _, new) in &self.expected {
             let seen =
-                scene.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
-            assert!(seen == *new, "{}: {}: {name} is not what it should be", self.name, when());
-            assert_eq!(scene.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
+                fixture.read_disk(name).unwrap_or_else(|e| panic!("{}: {}: {name}: {}", self.name, when(), e.line()));
+            assert!(seen == *new, "{}: {}: {name} does not show the new disk", self.name, when());
+            assert_eq!(fixture.defects(name), [""; 0], "{}: {}: {name}", self.name, when());
         }
-        let strange = host.names().into_iter().find(|name| name.to_string_lossy().contains("/."));
+        let strange = host.names().into_iter().find(|name| is_temporary(name));
         assert_eq!(strange, None, "{}: {}", self.name, when());
     }
 
-    /// All of it.
+    /// Runs all parts of the sweep.
     pub(crate) fn sweep(&self) {
         let steps = self.without_faults();
         let cuts = self.power_cuts();
@@ -93,12 +98,12 @@ impl SweepCase<'_> {
         println!("{}: {steps} steps, {cuts} power cuts", self.name);
     }
 
-    /// It works, and works twice. The steps that it takes.
+    /// Calls the verb twice without faults. Returns the number of steps of the first call.
     fn without_faults(&self) -> u64 {
         let host = self.host();
-        let scene = Fixture::new(&host, Path::new(FOLDER));
+        let fixture = Fixture::new(&host, Path::new(FOLDER));
         for (name, old, _) in &self.expected {
-            assert!(scene.read_disk(name).expect("it opens") == *old, "{}: {name} at first", self.name);
+            assert!(fixture.read_disk(name).expect("it opens") == *old, "{}: {name} at first", self.name);
         }
         let before = host.counts().steps;
         self.call(&host).unwrap_or_else(|e| panic!("{}: {}", self.name, e.line()));
@@ -114,21 +119,21 @@ impl SweepCase<'_> {
         let (mut random, mut cuts) = (Random::new(11), 0);
         for (number, moment) in host.take_recording().into_iter().enumerate() {
             for fate in 0..10 {
-                // Nothing, all, or this and that of what is not durable.
+                // None, all, or random ones of the unsynced units survive.
                 let bits = [0, u64::MAX]
                     .get(fate)
                     .copied()
                     .unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
                 let units = moment.unsynced_steps();
-                // The unit that decides: its own, or where that is asked for the length that came with it.
-                let judge_of = |unit: usize| match self.lengths_follow_data && units[unit].0 != 0 {
+                // The unit whose bit decides: the unit itself, or with `lengths_follow_data` the length of the same step.
+                let deciding_unit = |unit: usize| match self.lengths_follow_data && units[unit].0 != 0 {
                     true => {
                         units.iter().position(|(step, other)| *step == units[unit].0 && is_len(other)).unwrap_or(unit)
                     }
                     false => unit,
                 };
-                let after = moment.crash_with(&|unit| bits >> (judge_of(unit) % 61) & 1 == 1);
-                let when = || format!("power cut before change {number}, fate {bits:x}");
+                let after = moment.crash_with(&|unit| bits >> (deciding_unit(unit) % 61) & 1 == 1);
+                let when = || format!("power cut before change {number}, survivors {bits:x}");
                 self.check(&after, &when);
                 self.complete(&after, &when);
                 cuts += 1;
@@ -142,9 +147,9 @@ impl SweepCase<'_> {
         for step in 1..=steps {
             let host = self.host();
             host.stop_at(host.counts().steps + step);
-            // What comes behind its last change may fail, and nobody is told.
+            // The verb may succeed if it ignores errors after its last change.
             let outcome = self.call(&host);
-            assert!(host.is_dead(), "{}: it does not come to step {step}: {outcome:?}", self.name);
+            assert!(host.is_dead(), "{}: step {step} is not reached: {outcome:?}", self.name);
             let after = host.kill(&mut random);
             let when = || format!("killed at step {step}");
             self.check(&after, &when);
@@ -164,7 +169,7 @@ impl SweepCase<'_> {
         }
     }
 
-    /// A call on a host with faults, and then the same without them. Whether it succeeded at first.
+    /// Calls the verb with faults, then without. Returns whether the first call succeeded.
     fn with_faults(&self, faults: impl Fn(&SimHost) -> FaultPlan, what: &str) -> bool {
         let host = self.host();
         host.set_faults(faults(&host));
@@ -176,7 +181,7 @@ impl SweepCase<'_> {
         outcome.is_ok()
     }
 
-    /// Some pages of room more than there is taken, from none to enough.
+    /// Calls the verb with every amount of free space, from none to enough.
     fn full_hosts(&self) {
         let taken = |host: &SimHost| -> u64 {
             let files = host.names().into_iter().map(|name| host.open(&name, diffdisk::storage::Access::Read));
@@ -185,7 +190,7 @@ impl SweepCase<'_> {
         for pages in 0.. {
             let faults =
                 |host: &SimHost| FaultPlan { capacity: Some(taken(host) + pages * 4096), ..FaultPlan::default() };
-            if self.with_faults(faults, &format!("{pages} pages of room")) {
+            if self.with_faults(faults, &format!("{pages} pages of free space")) {
                 return;
             }
         }

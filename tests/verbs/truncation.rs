@@ -1,5 +1,5 @@
-//! Copies that were interrupted: small images of every kind, cut off at every 512 bytes and inside sectors. Each verb, and
-//! each open that serves a disk, reads what the guest wrote or refuses; no repair makes other bytes visible.
+//! Truncated images: small images of every type, cut at every 512 bytes and inside sectors. Each verb, and each open that serves a
+//! disk, shows the guest's data or refuses the image; no repair makes other bytes visible.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,15 @@ use diffdisk::storage::host::Host;
 use diffdisk::units::SECTOR;
 
 use crate::common::pattern;
-use crate::common::tool::{lock_spawns, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::lock_spawns;
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
 use crate::fixture::{Fill, Fixture};
 
 const DISK: u64 = 6 * 4096 + 1024;
 const PARENT: &str = "parent.vhd";
 
-/// The files of a chain, and the file of it that is cut.
+/// The files of a chain, and which of them is cut.
 struct TruncationCase {
     name: &'static str,
     /// Youngest first.
@@ -30,7 +31,7 @@ struct TruncationCase {
     make: fn(&Path),
 }
 
-/// What came of all cuts.
+/// Results of all cuts.
 #[derive(Default, Debug)]
 struct Counts {
     cuts: u32,
@@ -47,12 +48,12 @@ fn root(folder: &Path) {
     VhdFile::create(&folder.join("disk.vhd"), VhdSpec::dynamic(DISK, 4096).with_blocks(&[2, 0, 6, 3]));
 }
 
-/// Bits of the blocks in file order, as XenServer sets them: one for each sector that was written.
+/// Sets the bitmaps of the blocks in file order, as XenServer does: a bit for each sector that was written.
 fn sparse_bits(vhd: &VhdFile, bits: &[u8]) {
     for (place, bits) in bits.iter().enumerate() {
         let at = vhd.blocks_at + place as u64 * vhd.stride();
         vhd.put(at, &[*bits]);
-        // What is absent is zero.
+        // Absent sectors are zero.
         for sector in (0..8).filter(|sector| bits & (0x80 >> sector) == 0) {
             vhd.put(at + 512 + sector * 512, &[0; 512]);
         }
@@ -84,13 +85,13 @@ fn fixed(folder: &Path) {
     VhdFile::create(&folder.join("disk.vhd"), VhdSpec::fixed(DISK));
 }
 
-/// As our own writer leaves it.
+/// Makes the images with this library.
 fn ours(folder: &Path) {
-    let scene = Fixture::new(&Host, folder);
-    scene.dynamic(PARENT, 4096, DISK / SECTOR);
-    scene.write(PARENT, &[(0, 30, Fill::Tag("OLD"))]);
-    scene.child("disk.vhd", PARENT, 4096);
-    scene.write("disk.vhd", &[(3, 5, Fill::Tag("NEW")), (20, 41, Fill::Tag("NEW")), (9, 10, Fill::Zeros)]);
+    let fixture = Fixture::new(&Host, folder);
+    fixture.dynamic(PARENT, 4096, DISK / SECTOR);
+    fixture.write(PARENT, &[(0, 30, Fill::Tag("OLD"))]);
+    fixture.child("disk.vhd", PARENT, 4096);
+    fixture.write("disk.vhd", &[(3, 5, Fill::Tag("NEW")), (20, 41, Fill::Tag("NEW")), (9, 10, Fill::Zeros)]);
 }
 
 const CASES: &[TruncationCase] = &[
@@ -107,7 +108,7 @@ fn read_disk(folder: &Path) -> Option<Vec<u8>> {
     Fixture::new(&Host, folder).read_disk("disk.vhd").ok()
 }
 
-/// The files of a case, the one of them cut to `len` bytes.
+/// Copies the files of a case, one of them cut to `len` bytes.
 fn cut_copy(case: &TruncationCase, whole: &Path, to: &Path, len: u64) {
     if to.exists() {
         fs::remove_dir_all(to).expect("it goes");
@@ -120,7 +121,7 @@ fn cut_copy(case: &TruncationCase, whole: &Path, to: &Path, len: u64) {
     file.set_len(len).expect("it is cut");
 }
 
-/// A verb on the image in a folder; true where it was done. Returns the image that shows the disk then.
+/// Runs a verb on the image in a folder. Returns the image that shows the disk afterwards.
 type Verb = fn(&Path) -> diffdisk::error::Result<PathBuf>;
 
 const VERBS: &[(&str, Verb)] = &[
@@ -210,7 +211,7 @@ fn repair(folder: &Path) -> ops::check::CheckReport {
     ops::check::repair(&Host, &path, Some(&policy), &[], None, &mut |_| Ok(())).expect("a repair")
 }
 
-/// Reads what is left: every sector that is not given up is right, and what is given up is zero.
+/// Salvages the disk: sectors that are given up must be zero, all others must be right. Returns false if nothing can be salvaged.
 fn salvaged(folder: &Path, want: &[u8], what: &str) -> bool {
     let before = fs::read(folder.join("disk.vhd")).expect("a file");
     let Ok((disk, given_up)) = salvage::open(&Host, &folder.join("disk.vhd"), &Policy::default()) else { return false };
@@ -222,7 +223,7 @@ fn salvaged(folder: &Path, want: &[u8], what: &str) -> bool {
     let mut bytes = Vec::new();
     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
     pattern::assert_same(&format!("{what}: salvaged"), &bytes, &want);
-    assert!(fs::read(folder.join("disk.vhd")).expect("a file") == before, "{what}: a salvage wrote to its source");
+    assert!(fs::read(folder.join("disk.vhd")).expect("a file") == before, "{what}: the salvage wrote to its source");
     true
 }
 
@@ -238,12 +239,16 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
         cut_copy(case, &whole, &copy, cut);
         figures.cuts += 1;
         let report = check(&copy, true);
-        // A footer that lost its last byte is one as written before 2004.
-        assert!(!report.ok, "{what}: nothing is said");
+        // A footer without its last byte is valid in the form of before 2004, but is reported.
+        assert!(!report.ok, "{what}: the check reports nothing");
         let readable = match read_disk(&copy) {
             Some(bytes) => {
                 pattern::assert_same(&what, &bytes, &want);
-                assert!(report.lost.is_empty(), "{what}: it is read, and {:?} are lost", report.lost);
+                assert!(
+                    report.lost.is_empty(),
+                    "{what}: the disk is readable, but {:?} are reported as lost",
+                    report.lost
+                );
                 figures.read += 1;
                 true
             }
@@ -256,14 +261,14 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
         if salvaged(&copy, &want, &what) {
             figures.salvaged += 1;
         } else {
-            assert!(!readable && report.lost.is_empty(), "{what}: what is left cannot be read");
+            assert!(!readable && report.lost.is_empty(), "{what}: the rest cannot be salvaged");
         }
         let mended = repair(&copy);
-        assert_eq!(mended.lost, report.lost, "{what}: what is lost stays lost");
+        assert_eq!(mended.lost, report.lost, "{what}: the repair changes the lost ranges");
         assert_eq!(mended.corruptions > 0, !readable, "{what}: {:?}", mended.defects);
         match read_disk(&copy) {
             Some(bytes) => pattern::assert_same(&format!("{what}: repaired"), &bytes, &want),
-            None => assert!(!readable && !mended.ok, "{what}: no defects, and it does not open"),
+            None => assert!(!readable && !mended.ok, "{what}: the image has no defects but does not open"),
         }
         figures.repaired += u32::from(mended.ok);
         for (name, verb) in VERBS {
@@ -271,18 +276,18 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
             match verb(&copy) {
                 Ok(path) => {
                     let what = format!("{what}: {name}");
-                    assert!(readable, "{what}: done on an image that is not readable");
+                    assert!(readable, "{what}: the verb succeeds on an image that is not readable");
                     let policy = Policy::default();
                     let disk =
                         ops::SourceDisk::open(&Host, &path, ops::SourceFormat::Vhd, &policy).expect("the result opens");
                     let mut bytes = Vec::new();
                     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
                     let rest = bytes.split_off(want.len());
-                    assert!(rest.iter().all(|byte| *byte == 0), "{what}: what was added is not zero");
+                    assert!(rest.iter().all(|byte| *byte == 0), "{what}: the added part is not zero");
                     pattern::assert_same(&what, &bytes, &want);
                     figures.verbs_done += 1;
                 }
-                // Of a root there is nothing to merge, and of a fixed image nothing to compact.
+                // Among them `merge` of a root and `compact` of a fixed image.
                 Err(_) => figures.verbs_refused += 1,
             }
         }
@@ -290,26 +295,26 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
 }
 
 #[test]
-fn a_copy_that_was_cut_off_is_read_right_or_refused() {
-    let _alone = lock_spawns();
+fn a_truncated_image_is_read_right_or_refused() {
+    let _lock = lock_spawns();
     for case in CASES {
         let mut figures = Counts::default();
         sweep(case, &mut figures);
         println!("{}: {figures:?}", case.name);
         assert!(figures.cuts > 30 && figures.refused > 15, "{figures:?}");
-        // Only of a fixed image nothing is left without its footer.
+        // A fixed image without its footer cannot be salvaged.
         assert_eq!(figures.salvaged > 20, case.name != "fixed", "{figures:?}");
         assert!(figures.verbs_done > 0, "{figures:?}");
     }
 }
 
 #[test]
-fn a_lost_sector_is_never_the_parents_old_data() {
-    let _alone = lock_spawns();
+fn a_lost_sector_never_shows_the_parents_data() {
+    let _lock = lock_spawns();
     let scratch = scratch("truncation");
     child(scratch.path());
     let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");
-    // The last block (3) goes, and all but its first sector of the one before (6: two sectors are marked).
+    // Cuts off the last block (3) and all but the first sector of the one before (6, with two marked sectors).
     let len = file.metadata().expect("its length").len();
     file.set_len(len - 512 - 4608 - 4096 + 512).expect("it is cut");
     let report = check(scratch.path(), false);
@@ -321,7 +326,11 @@ fn a_lost_sector_is_never_the_parents_old_data() {
     let mut bytes = Vec::new();
     convert::stream(&disk, &mut bytes, 1, &mut |_| Ok(())).expect("it is read");
     let sector = |number: usize| &bytes[number * 512..][..512];
-    assert!((24..32).all(|number| sector(number) == [0; 512]), "zeros, not OLD");
+    assert!((24..32).all(|number| sector(number) == [0; 512]), "lost sectors are not zeros");
     assert_eq!(sector(48), &pattern::sectors("C", 48, 1)[..]);
-    assert_eq!(sector(40), &pattern::sectors("OLD", 40, 1)[..], "what the child never had is the parent's");
+    assert_eq!(
+        sector(40),
+        &pattern::sectors("OLD", 40, 1)[..],
+        "a sector that the child never had is not the parent's"
+    );
 }

@@ -1,13 +1,14 @@
-//! `check --undo`, killed at every failpoint and called again: the image is byte by byte what it was before the repair.
+//! `check --undo`, killed at every failpoint and run again: the image has the same bytes as before the repair.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::tool::{diffdisk, scratch};
+use crate::common::temp::scratch;
+use crate::common::tool::diffdisk;
 use crate::common::vhd_bytes::{VhdFile, VhdSpec};
 use crate::failpoints;
 
-/// A broken image; repaired; and its undo file.
+/// An image before and after its repair, and the undo file.
 struct Repaired {
     path: PathBuf,
     broken: Vec<u8>,
@@ -31,7 +32,7 @@ fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
     Repaired { path: vhd.path, broken, mended, undo, kept }
 }
 
-/// The footer at the start is wrong, entries are 0, a block lies behind the end of the disk, and space at the end leaks.
+/// Damages an image: a wrong footer at the start, BAT entries of 0, a block beyond the end of the disk, a leak at the end.
 fn many_defects(vhd: &VhdFile) {
     vhd.set_entry(5, 0).set_entry(130, 0);
     let footer = fs::read(&vhd.path).expect("the image").split_off(usize::try_from(vhd.footer_at).expect("small"));
@@ -42,13 +43,13 @@ fn many_defects(vhd: &VhdFile) {
     vhd.put(100, b"x");
 }
 
-/// The footer at the end is missing.
+/// Removes the trailing footer, and sets a BAT entry to 0.
 fn missing_trailing_footer(vhd: &VhdFile) {
     vhd.set_entry(7, 0).set_len(vhd.footer_at);
 }
 
 #[test]
-fn an_undo_leads_back_wherever_it_was_ended() {
+fn a_killed_undo_is_completed_by_the_next() {
     let mut kills = 0;
     for break_it in [many_defects as fn(&VhdFile), missing_trailing_footer] {
         let scratch = scratch("undo");
@@ -79,7 +80,7 @@ fn an_undo_leads_back_wherever_it_was_ended() {
 }
 
 #[test]
-fn an_undo_is_refused_where_it_does_not_fit() {
+fn an_undo_is_refused_for_another_or_changed_image() {
     let scratch = scratch("undo");
     let made = repaired(scratch.path(), "disk.vhd", many_defects);
     let refused = |image: &Path, undo: &Path, why: &str| {
@@ -92,7 +93,7 @@ fn an_undo_is_refused_where_it_does_not_fit() {
     let other = VhdFile::create(&scratch.path().join("other.vhd"), VhdSpec::fixed(4096).with_uuid([9; 16]));
     refused(&other.path, &made.undo, "another image");
     refused(&made.path, &other.path, "not an undo file");
-    // A change since: an entry; a byte where space was given back; the length.
+    // The image has changed since the repair: a BAT entry, a byte of the footer, the length.
     let image = fs::File::options().write(true).open(&made.path).expect("it opens");
     let put =
         |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&image, bytes, at).expect("it is written");
@@ -101,14 +102,14 @@ fn an_undo_is_refused_where_it_does_not_fit() {
         refused(&made.path, &made.undo, "changed since");
         fs::write(&made.path, &made.mended).expect("it is written");
     }
-    // Begun, and the image changed meanwhile.
+    // The undo was begun, and the image has changed since.
     let mut kept = made.kept.clone();
     kept[48..56].copy_from_slice(&2_u64.to_be_bytes());
     fs::write(&made.undo, &kept).expect("it is written");
     put(100, b"y");
     refused(&made.path, &made.undo, "changed since");
     fs::write(&made.path, &made.mended).expect("it is written");
-    // Not finished, and no pieces where they should be.
+    // The undo file is incomplete, or has invalid offsets and lengths.
     kept[48..56].fill(0);
     fs::write(&made.undo, &kept).expect("it is written");
     refused(&made.path, &made.undo, "not finished");

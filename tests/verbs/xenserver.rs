@@ -1,4 +1,4 @@
-//! XenServer's images: a batmap behind the block table, byte by byte (vhd-format 5.1).
+//! Images of XenServer: a batmap after the BAT, byte by byte (vhd-format 5.1).
 
 use diffdisk::storage::{Access, File};
 
@@ -14,14 +14,15 @@ fn number(file: &File, at: u64, bytes: usize) -> u64 {
     u64::from_be_bytes(field)
 }
 
-/// Where the header of the batmap is.
+/// Returns the offset of the batmap's header.
 fn header_at(file: &File) -> u64 {
     number(file, 512 + 16, 8) + (number(file, 512 + 28, 4) * 4).next_multiple_of(512)
 }
 
-/// Makes an image of ours, whose table has room behind it in its page, one of tapdisk's: all blocks are called whole.
-pub(crate) fn make(scene: &Fixture<'_>, name: &str) {
-    let file = scene.env.open(&scene.path(name), Access::Write).expect("it opens");
+/// Turns an image of this library, which has free space after the BAT, into one of tapdisk. The batmap calls all allocated blocks
+/// fully present.
+pub(crate) fn make(fixture: &Fixture<'_>, name: &str) {
+    let file = fixture.env.open(&fixture.path(name), Access::Write).expect("it opens");
     let (table, entries, at) = (number(&file, 512 + 16, 8), number(&file, 512 + 28, 4), header_at(&file));
     let mut map = [0; 512];
     for block in 0..entries {
@@ -48,16 +49,16 @@ pub(crate) fn make(scene: &Fixture<'_>, name: &str) {
     file.sync().expect("it is durable");
 }
 
-/// The blocks that the batmap calls whole. Its sum fits.
-pub(crate) fn whole(scene: &Fixture<'_>, name: &str) -> Vec<u64> {
-    let file = scene.env.open(&scene.path(name), Access::Read).expect("it opens");
+/// Returns the blocks that the batmap calls fully present. Checks its checksum.
+pub(crate) fn whole(fixture: &Fixture<'_>, name: &str) -> Vec<u64> {
+    let file = fixture.env.open(&fixture.path(name), Access::Read).expect("it opens");
     let at = header_at(&file);
     let mut header = [0; 512];
     file.read_at(&mut header, at).expect("it lies in the file");
     assert_eq!(&header[..8], b"tdbatmap");
     let mut map = vec![0; usize::try_from(number(&file, at + 16, 4) * 512).expect("small")];
     file.read_at(&mut map, number(&file, at + 8, 8)).expect("it lies in the file");
-    assert_eq!(header[24..28], sum(&map), "the sum of the batmap");
+    assert_eq!(header[24..28], sum(&map), "the checksum of the batmap");
     (0..map.len() as u64 * 8)
         .filter(|bit| map[usize::try_from(bit / 8).expect("small")] & 0x80 >> (bit % 8) != 0)
         .collect()

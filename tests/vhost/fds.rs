@@ -10,8 +10,8 @@ use zerocopy::IntoBytes;
 
 use super::guest::{GuestRequest, ManualGuest, Part, USER};
 use super::raw::*;
+use super::setup::{MIB, event, memory, started};
 use super::stuck_storage::StuckDisk;
-use super::{MIB, event, memory, started};
 
 /// An event counter at its limit: a write that blocks waits for a reader, who never comes.
 fn fill_counter(counter: &File) {

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use zerocopy::IntoBytes;
 
-use super::event;
 use super::raw::*;
+use super::setup::event;
 
 /// Where the front-end has the guest's memory, which begins at guest address 0.
 pub(crate) const USER: u64 = 0x7000_0000;

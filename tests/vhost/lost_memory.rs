@@ -18,21 +18,22 @@ use super::daemon::{Daemon, SOCKET};
 use super::guest::{GUEST_REQUESTS, GuestRequest, ManualGuest, PAGE, PARTS, Part, SLOTS};
 use super::image;
 use super::raw::*;
-use super::{MIB, event};
+use super::rng::Rng;
+use super::setup::{MIB, event};
+use super::temp::RuntimeDir;
 
 /// What the log has of it.
 const LOST: &str = "an access to guest memory failed";
 
 /// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`; and its runtime folder.
-fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, tempfile::TempDir) {
-    let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
-    let journals = format!("--runtime-dir={}", runtime.path().display());
+fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, RuntimeDir) {
+    let runtime = RuntimeDir::new();
     let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));
     let mut tool = std::process::Command::new(cargo_bin!("diffdisk"));
     assert!(tool.arg("create").arg(&a).args(["--size", "64M", "--quiet"]).status().unwrap().success());
     image::make_fixed(&b, 4 * MIB);
     let disk = |path: &Path, name| format!("path={},socket={},queues=1", path.display(), dir.join(name).display());
-    let options = [&[journals.as_str()], options].concat();
+    let options = [&[runtime.option()], options].concat();
     (Daemon::start_disks(dir, &[disk(&b, "b.sock"), disk(&a, SOCKET)], &options), runtime)
 }
 
@@ -107,20 +108,14 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
             verified
         });
         let ends = SetOnDrop(&over);
-        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut rng = Rng::seeded(0x9e37_79b9_7f4a_7c15);
         for round in 0..rounds {
-            let mut random = || {
-                seed ^= seed << 13;
-                seed ^= seed >> 7;
-                seed ^= seed << 17;
-                seed >> 8
-            };
-            let mut guest = ManualGuest::new(PARTS[random() as usize % PARTS.len()]);
+            let mut guest = ManualGuest::new(rng.pick(&PARTS));
             let mut front_end = FrontEnd::negotiated(daemon.connect());
             guest.attach(&mut front_end);
             assert!(guest.enable(&mut front_end));
             let ram = guest.ram.try_clone().unwrap();
-            let (moment, pages) = (Duration::from_micros(random() % 3000), random() % PARTS.len() as u64);
+            let (moment, pages) = (Duration::from_micros(rng.below(3000)), rng.below(PARTS.len() as u64));
             let cut = scope.spawn(move || {
                 sleep(moment);
                 ram.set_len(pages * PAGE).unwrap();
@@ -130,7 +125,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
             while !front_end.has_hung_up() {
                 assert!(begun.elapsed() < Duration::from_secs(30), "round {round}, {guest:?}: {}", daemon.log());
                 if !guest.submitted.is_multiple_of(SLOTS) || guest.completed() == guest.submitted {
-                    guest.prepare(GUEST_REQUESTS[random() as usize % GUEST_REQUESTS.len()]);
+                    guest.prepare(rng.pick(&GUEST_REQUESTS));
                     guest.publish();
                 } else {
                     guest.notify();

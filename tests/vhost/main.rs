@@ -4,14 +4,23 @@
 mod blk;
 mod daemon;
 mod fds;
+#[path = "../common/fuse_file.rs"]
+mod fuse_file;
 mod guest;
 mod image;
 mod lost_memory;
 mod mounts;
 mod raw;
+#[path = "../common/rng.rs"]
+#[allow(dead_code, reason = "only one test is random")]
+mod rng;
+mod setup;
 mod start;
 mod stuck_storage;
 mod system;
+#[path = "../common/temp.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod temp;
 mod unusual_front_ends;
 
 use std::fs::File;
@@ -23,28 +32,8 @@ use assert_cmd::cargo::cargo_bin;
 use zerocopy::IntoBytes;
 
 use blk::Guest;
-use daemon::Daemon;
 use raw::*;
-
-const MIB: u64 = 1 << 20;
-
-fn started(options: &[&str]) -> (tempfile::TempDir, Daemon) {
-    let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("disk.vhd");
-    image::make_fixed(&image, 4 * MIB);
-    let daemon = Daemon::start(dir.path(), &image, options);
-    (dir, daemon)
-}
-
-fn memory(len: u64) -> File {
-    let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(len).unwrap();
-    file
-}
-
-fn event() -> File {
-    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
-}
+use setup::{MIB, memory, started};
 
 fn diffdiskd() -> Command {
     Command::new(cargo_bin!("diffdiskd"))

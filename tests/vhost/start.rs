@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 use assert_cmd::cargo::cargo_bin;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::MIB;
 use super::blk::Guest;
 use super::image;
+use super::setup::MIB;
+use super::temp::{self, RuntimeDir};
 
 /// A folder with images, and a runtime folder of its own.
 struct StartFixture {
     dir: tempfile::TempDir,
-    runtime: tempfile::TempDir,
+    runtime: RuntimeDir,
 }
 
 impl StartFixture {
     fn new() -> StartFixture {
-        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
-        StartFixture { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), runtime }
+        StartFixture { dir: temp::scratch("start"), runtime: RuntimeDir::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -41,7 +41,7 @@ impl StartFixture {
 
     fn tool(&self, args: &[&str]) -> Output {
         let mut command = Command::new(cargo_bin!("diffdisk"));
-        command.current_dir(&self.dir).args(args).arg("--runtime-dir").arg(self.runtime.path()).output().unwrap()
+        command.current_dir(&self.dir).args(args).arg(self.runtime.option()).output().unwrap()
     }
 
     /// The daemon, run by a shell after `before`.
@@ -49,9 +49,9 @@ impl StartFixture {
         // Also under nohup, where a shell cannot take SIGHUP back.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP", "sh"]);
-        let runtime = self.runtime.path().display();
+        let runtime = self.runtime.option();
         let program = cargo_bin!("diffdiskd").display();
-        let line = format!("{before} exec {program} --no-system-config --runtime-dir={runtime} {args}");
+        let line = format!("{before} exec {program} --no-system-config {runtime} {args}");
         command.current_dir(&self.dir).args(["-c", &line]).stdin(Stdio::null()).stderr(self.log());
         command
     }
@@ -103,9 +103,9 @@ fn stop(mut child: Child, signal: Signal) -> Option<i32> {
 
 #[test]
 fn a_start_that_fails_leaves_nothing_behind() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
-    fs::write(scene.path("file"), "precious").unwrap();
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
+    fs::write(fixture.path("file"), "precious").unwrap();
     let second = "--disk path=a.vhd,socket=a.sock";
     // What runs before it, its arguments, and what it says.
     let cases = [
@@ -116,70 +116,70 @@ fn a_start_that_fails_leaves_nothing_behind() {
         ("ulimit -n 64;", "--blk-file=a.vhd --socket-path=a.sock --num-queues=16".into(), "file descriptors"),
     ];
     for (before, args, why) in cases {
-        let status = scene.daemon(before, &args).status().unwrap();
-        assert_eq!(status.code(), Some(1), "{args}: {}", scene.log_text());
-        assert!(scene.log_text().lines().last().unwrap().contains(why), "{args}: {}", scene.log_text());
-        assert_eq!(scene.leftover_files(), [""; 0], "{args}");
-        let check = scene.tool(&["check", "a.vhd"]);
+        let status = fixture.daemon(before, &args).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{args}: {}", fixture.log_text());
+        assert!(fixture.log_text().lines().last().unwrap().contains(why), "{args}: {}", fixture.log_text());
+        assert_eq!(fixture.leftover_files(), [""; 0], "{args}");
+        let check = fixture.tool(&["check", "a.vhd"]);
         assert_eq!(check.status.code(), Some(0), "after {args}: {}", stderr_text(&check));
     }
-    assert_eq!(fs::read(scene.path("file")).unwrap(), b"precious");
+    assert_eq!(fs::read(fixture.path("file")).unwrap(), b"precious");
 }
 
 #[test]
 fn a_start_that_is_stopped_while_it_waits_leaves_nothing_behind() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
-    scene.image("b.vhd");
-    let mut holder = scene.daemon("", "--blk-file=b.vhd --socket-path=b.sock").spawn().unwrap();
-    scene.wait_for(&mut holder, "disk b.vhd: ");
-    let before = scene.leftover_files();
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
+    fixture.image("b.vhd");
+    let mut holder = fixture.daemon("", "--blk-file=b.vhd --socket-path=b.sock").spawn().unwrap();
+    fixture.wait_for(&mut holder, "disk b.vhd: ");
+    let before = fixture.leftover_files();
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=c.sock";
-    let mut waits = scene.daemon("", args).spawn().unwrap();
-    scene.wait_for(&mut waits, "waiting up to");
-    assert!(scene.leftover_files().len() > before.len(), "the first disk stands");
-    assert_eq!(stop(waits, Signal::TERM), Some(0), "{}", scene.log_text());
-    assert_eq!(scene.leftover_files(), before);
+    let mut waits = fixture.daemon("", args).spawn().unwrap();
+    fixture.wait_for(&mut waits, "waiting up to");
+    assert!(fixture.leftover_files().len() > before.len(), "the first disk stands");
+    assert_eq!(stop(waits, Signal::TERM), Some(0), "{}", fixture.log_text());
+    assert_eq!(fixture.leftover_files(), before);
     assert_eq!(stop(holder, Signal::TERM), Some(0));
-    assert_eq!(scene.leftover_files(), [""; 0]);
+    assert_eq!(fixture.leftover_files(), [""; 0]);
 }
 
 /// What a killed daemon acknowledged is not lost by a start that fails.
 #[test]
 fn the_journal_of_a_killed_daemon_outlives_a_failed_start() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
-    let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk a.vhd: ");
-    let mut guest = Guest::connect(&scene.path("a.sock"), 1, 64);
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
+    let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk a.vhd: ");
+    let mut guest = Guest::connect(&fixture.path("a.sock"), 1, 64);
     assert_eq!(guest.write(0, 4096, &[7; 4096]), 0);
     stop(daemon, Signal::KILL);
     drop(guest);
-    let journals = || fs::read_dir(scene.runtime.path()).unwrap().count();
+    let journals = || fixture.runtime.journals().len();
     assert_eq!(journals(), 1);
-    let status = scene.daemon("", "--blk-file=a.vhd --socket-path=none/a.sock").status().unwrap();
-    assert_eq!((status.code(), journals()), (Some(1), 1), "{}", scene.log_text());
-    let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
-    scene.wait_for(&mut daemon, "on b.sock");
-    let mut guest = Guest::connect(&scene.path("b.sock"), 1, 64);
+    let status = fixture.daemon("", "--blk-file=a.vhd --socket-path=none/a.sock").status().unwrap();
+    assert_eq!((status.code(), journals()), (Some(1), 1), "{}", fixture.log_text());
+    let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "on b.sock");
+    let mut guest = Guest::connect(&fixture.path("b.sock"), 1, 64);
     assert_eq!(guest.read(0, 4096, 4096).unwrap(), [7; 4096]);
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 #[test]
 fn a_terminal_that_closes_ends_it_in_good_order() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
-    let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk a.vhd: ");
-    assert_eq!(stop(daemon, Signal::HUP), Some(0), "{}", scene.log_text());
-    assert!(scene.log_text().contains("closed"));
-    assert_eq!(scene.leftover_files(), [""; 0]);
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
+    let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk a.vhd: ");
+    assert_eq!(stop(daemon, Signal::HUP), Some(0), "{}", fixture.log_text());
+    assert!(fixture.log_text().contains("closed"));
+    assert_eq!(fixture.leftover_files(), [""; 0]);
     // nohup asks for the opposite.
-    let mut daemon = scene.daemon("trap '' HUP;", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
-    scene.wait_for(&mut daemon, "on b.sock");
+    let mut daemon = fixture.daemon("trap '' HUP;", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "on b.sock");
     kill_process(Pid::from_child(&daemon), Signal::HUP).unwrap();
-    let mut guest = Guest::connect(&scene.path("b.sock"), 1, 64);
+    let mut guest = Guest::connect(&fixture.path("b.sock"), 1, 64);
     assert_eq!(guest.write(0, 0, &[1; 512]), 0);
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
@@ -194,16 +194,16 @@ fn inheritable(path: &Path) -> (UnixListener, RawFd) {
 
 #[test]
 fn the_names_of_sockets_decide_which_disk_they_serve() {
-    let scene = StartFixture::new();
-    image::make_fixed(&scene.path("a.vhd"), MIB);
-    image::make_fixed(&scene.path("b.vhd"), 2 * MIB);
-    let ((first, x), (second, y)) = (inheritable(&scene.path("x")), inheritable(&scene.path("y")));
+    let fixture = StartFixture::new();
+    image::make_fixed(&fixture.path("a.vhd"), MIB);
+    image::make_fixed(&fixture.path("b.vhd"), 2 * MIB);
+    let ((first, x), (second, y)) = (inheritable(&fixture.path("x")), inheritable(&fixture.path("y")));
     let before = |names: &str| format!("exec 3<&{x} 4<&{y}; {names} LISTEN_FDS=2 LISTEN_PID=$$");
     let disks = "--disk path=a.vhd,id=a --disk path=b.vhd,id=b";
     // In the other order than the disks.
-    let mut daemon = scene.daemon(&before("LISTEN_FDNAMES=b:a"), disks).spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk b: ");
-    let sectors = |name: &str| Guest::connect(&scene.path(name), 1, 64).config.capacity.to_native();
+    let mut daemon = fixture.daemon(&before("LISTEN_FDNAMES=b:a"), disks).spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk b: ");
+    let sectors = |name: &str| Guest::connect(&fixture.path(name), 1, 64).config.capacity.to_native();
     assert_eq!((sectors("x"), sectors("y")), (2 * MIB / 512, MIB / 512));
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
     for (names, why) in [
@@ -213,19 +213,19 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
         ("LISTEN_FDNAMES=a:a", "two sockets"),
         ("LISTEN_FDNAMES=a", "1 names for 2 sockets"),
     ] {
-        let status = scene.daemon(&before(names), disks).status().unwrap();
-        let told = scene.log_text();
+        let status = fixture.daemon(&before(names), disks).status().unwrap();
+        let told = fixture.log_text();
         assert_eq!(status.code(), Some(1), "{names}: {told}");
         assert!(told.lines().last().unwrap().contains(why), "{names}: {told}");
     }
     // By their paths, whatever they are called.
     let by_path = format!(
         "--disk path=a.vhd,id=a,socket={} --disk path=b.vhd,id=b,socket={}",
-        scene.path("y").display(),
-        scene.path("x").display()
+        fixture.path("y").display(),
+        fixture.path("x").display()
     );
-    let mut daemon = scene.daemon(&before("LISTEN_FDNAMES=vm.socket:vm.socket"), &by_path).spawn().unwrap();
-    scene.wait_for(&mut daemon, &format!("disk b: {} bytes on {}", 2 * MIB, scene.path("x").display()));
+    let mut daemon = fixture.daemon(&before("LISTEN_FDNAMES=vm.socket:vm.socket"), &by_path).spawn().unwrap();
+    fixture.wait_for(&mut daemon, &format!("disk b: {} bytes on {}", 2 * MIB, fixture.path("x").display()));
     assert_eq!(sectors("x"), 2 * MIB / 512);
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
     drop((first, second));
@@ -233,139 +233,139 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
 
 #[test]
 fn one_socket_without_a_name_serves_one_disk() {
-    let scene = StartFixture::new();
-    image::make_fixed(&scene.path("a.vhd"), MIB);
-    let (listener, number) = inheritable(&scene.path("x"));
+    let fixture = StartFixture::new();
+    image::make_fixed(&fixture.path("a.vhd"), MIB);
+    let (listener, number) = inheritable(&fixture.path("x"));
     for names in ["", "LISTEN_FDNAMES=unknown", "LISTEN_FDNAMES=vm.socket"] {
         let before = format!("exec 3<&{number}; {names} LISTEN_FDS=1 LISTEN_PID=$$");
-        let daemon = scene.daemon(&before, "--blk-file=a.vhd").spawn().unwrap();
-        assert_eq!(Guest::connect(&scene.path("x"), 1, 64).config.capacity.to_native(), MIB / 512);
-        assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", scene.log_text());
+        let daemon = fixture.daemon(&before, "--blk-file=a.vhd").spawn().unwrap();
+        assert_eq!(Guest::connect(&fixture.path("x"), 1, 64).config.capacity.to_native(), MIB / 512);
+        assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", fixture.log_text());
     }
     drop(listener);
 }
 
 #[test]
 fn a_socket_for_another_user() {
-    let scene = StartFixture::new();
-    image::make_fixed(&scene.path("a.vhd"), MIB);
-    image::make_fixed(&scene.path("b.vhd"), MIB);
+    let fixture = StartFixture::new();
+    image::make_fixed(&fixture.path("a.vhd"), MIB);
+    image::make_fixed(&fixture.path("b.vhd"), MIB);
     let group = if rustix::process::geteuid().is_root() { 7 } else { rustix::process::getegid().as_raw() };
     let args = format!(
         "--socket-group={group} --disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=b.sock,socket-mode=0666"
     );
     // The mode does not depend on the umask.
-    let mut daemon = scene.daemon("umask 077;", &args).spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk b.vhd: ");
+    let mut daemon = fixture.daemon("umask 077;", &args).spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk b.vhd: ");
     let access = |name: &str| {
-        let found = fs::metadata(scene.path(name)).unwrap();
+        let found = fs::metadata(fixture.path(name)).unwrap();
         (found.gid(), found.permissions().mode() & 0o777)
     };
     assert_eq!((access("a.sock"), access("b.sock")), ((group, 0o660), (group, 0o666)));
     let bound = fs::read_to_string("/proc/net/unix").unwrap();
     assert!(bound.lines().any(|line| line.ends_with(" a.sock")), "the kernel shows the final name");
     // A second daemon on the same path is refused, and does the first no harm.
-    image::make_fixed(&scene.path("c.vhd"), MIB);
-    let status = scene.daemon("", "--blk-file=c.vhd --socket-path=a.sock").status().unwrap();
-    assert_eq!(status.code(), Some(1), "{}", scene.log_text());
-    UnixStream::connect(scene.path("a.sock")).unwrap();
+    image::make_fixed(&fixture.path("c.vhd"), MIB);
+    let status = fixture.daemon("", "--blk-file=c.vhd --socket-path=a.sock").status().unwrap();
+    assert_eq!(status.code(), Some(1), "{}", fixture.log_text());
+    UnixStream::connect(fixture.path("a.sock")).unwrap();
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
-    assert_eq!(scene.leftover_files(), [""; 0]);
-    let usage = scene.daemon("", "--blk-file=a.vhd --fd=3 --socket-mode=0660").status().unwrap();
+    assert_eq!(fixture.leftover_files(), [""; 0]);
+    let usage = fixture.daemon("", "--blk-file=a.vhd --fd=3 --socket-mode=0660").status().unwrap();
     assert_eq!(usage.code(), Some(2), "a socket that was handed over has its mode");
 }
 
 #[test]
 fn a_listener_whose_queue_is_full_does_not_hold_up_the_start() {
-    let scene = StartFixture::new();
-    image::make_fixed(&scene.path("a.vhd"), MIB);
+    let fixture = StartFixture::new();
+    image::make_fixed(&fixture.path("a.vhd"), MIB);
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
-    rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new(scene.path("a.sock")).unwrap()).unwrap();
+    rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new(fixture.path("a.sock")).unwrap()).unwrap();
     rustix::net::listen(&socket, 0).unwrap();
-    let _waits = UnixStream::connect(scene.path("a.sock")).unwrap();
+    let _waits = UnixStream::connect(fixture.path("a.sock")).unwrap();
     let begun = Instant::now();
-    let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
+    let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
     while daemon.try_wait().unwrap().is_none() {
         if begun.elapsed() > Duration::from_secs(30) {
             daemon.kill().unwrap();
-            panic!("the start hangs: {}", scene.log_text());
+            panic!("the start hangs: {}", fixture.log_text());
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(scene.log_text().contains("listens on the socket"), "{}", scene.log_text());
+    assert!(fixture.log_text().contains("listens on the socket"), "{}", fixture.log_text());
 }
 
 #[test]
 fn a_file_that_loses_its_name_is_reported_once() {
-    let scene = StartFixture::new();
+    let fixture = StartFixture::new();
     for name in ["a.vhd", "b.vhd", "c.vhd", "new.vhd"] {
-        image::make_fixed(&scene.path(name), MIB);
+        image::make_fixed(&fixture.path(name), MIB);
     }
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=b.sock --disk path=c.vhd,socket=c.sock";
-    let mut daemon = scene.daemon("", args).spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk c.vhd: ");
+    let mut daemon = fixture.daemon("", args).spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk c.vhd: ");
     // With a front-end and without one.
-    let mut guest = Guest::connect(&scene.path("a.sock"), 1, 64);
-    fs::remove_file(scene.path("a.vhd")).unwrap();
-    fs::rename(scene.path("b.vhd"), scene.path("moved.vhd")).unwrap();
-    fs::rename(scene.path("new.vhd"), scene.path("c.vhd")).unwrap();
+    let mut guest = Guest::connect(&fixture.path("a.sock"), 1, 64);
+    fs::remove_file(fixture.path("a.vhd")).unwrap();
+    fs::rename(fixture.path("b.vhd"), fixture.path("moved.vhd")).unwrap();
+    fs::rename(fixture.path("new.vhd"), fixture.path("c.vhd")).unwrap();
     for warning in ["a.vhd: the file was removed", "b.vhd: the file was renamed", "c.vhd: another file"] {
-        scene.wait_for(&mut daemon, warning);
+        fixture.wait_for(&mut daemon, warning);
     }
     assert_eq!(guest.write(0, 0, &[1; 512]), 0, "it is served on");
     std::thread::sleep(Duration::from_secs(11));
-    assert_eq!(scene.log_text().matches("while it is served").count(), 3, "{}", scene.log_text());
+    assert_eq!(fixture.log_text().matches("while it is served").count(), 3, "{}", fixture.log_text());
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
 #[test]
 fn a_limit_of_the_files_size_is_an_error_of_the_write() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
     // Blocks of 512 bytes: 20 MiB, less than a step of growth, and more than a block of 2 MiB.
     let mut daemon =
-        scene.daemon("ulimit -f 40960;", "--blk-file=a.vhd --socket-path=a.sock --num-queues=1").spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk a.vhd: ");
-    let mut guest = Guest::connect(&scene.path("a.sock"), 1, 64);
+        fixture.daemon("ulimit -f 40960;", "--blk-file=a.vhd --socket-path=a.sock --num-queues=1").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk a.vhd: ");
+    let mut guest = Guest::connect(&fixture.path("a.sock"), 1, 64);
     let outcomes: Vec<i32> = (0..32).map(|block| guest.write(0, block * 2 * MIB, &[1; 4096])).collect();
     let fitting = outcomes.iter().take_while(|outcome| **outcome == 0).count();
-    assert!((6..10).contains(&fitting), "{outcomes:?}: {}", scene.log_text());
+    assert!((6..10).contains(&fitting), "{outcomes:?}: {}", fixture.log_text());
     assert!(outcomes[fitting..].iter().all(|outcome| *outcome != 0), "{outcomes:?}");
     assert!(
-        scene.log_text().contains("ulimit -f") && !scene.log_text().contains("host is full"),
+        fixture.log_text().contains("ulimit -f") && !fixture.log_text().contains("host is full"),
         "{}",
-        scene.log_text()
+        fixture.log_text()
     );
     assert_eq!(guest.write(0, 0, &[2; 4096]), 0, "what fits is written on");
     assert_eq!(guest.read(0, 0, 512).unwrap(), [2; 512]);
     drop(guest);
-    assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", scene.log_text());
-    let check = scene.tool(&["check", "a.vhd"]);
+    assert_eq!(stop(daemon, Signal::TERM), Some(0), "{}", fixture.log_text());
+    let check = fixture.tool(&["check", "a.vhd"]);
     assert_eq!(check.status.code(), Some(0), "{}", stderr_text(&check));
 }
 
 /// The tool reports the limit, too, instead of dying by SIGXFSZ with its temporary file left behind.
 #[test]
 fn the_tool_outlives_a_limit_of_the_files_size() {
-    let scene = StartFixture::new();
-    fs::write(scene.path("source"), vec![7; 8 << 20]).unwrap();
+    let fixture = StartFixture::new();
+    fs::write(fixture.path("source"), vec![7; 8 << 20]).unwrap();
     for line in ["create a.vhd --type fixed --size 64M", "convert source a.vhd --from raw --to dynamic"] {
         let line = format!("ulimit -f 2048; exec {} {line}", cargo_bin!("diffdisk").display());
-        let output = Command::new("sh").current_dir(&scene.dir).args(["-c", &line]).output().unwrap();
+        let output = Command::new("sh").current_dir(&fixture.dir).args(["-c", &line]).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{line}: {}", stderr_text(&output));
         assert!(stderr_text(&output).contains("File too large"), "{line}: {}", stderr_text(&output));
-        assert_eq!(scene.leftover_files(), ["source"], "{line}");
+        assert_eq!(fixture.leftover_files(), ["source"], "{line}");
     }
 }
 
 /// The descriptors that a start asks for are enough for what is then used, and not many times as much.
 #[test]
 fn descriptors_are_counted_right() {
-    let scene = StartFixture::new();
-    scene.image("a.vhd");
-    let mut daemon = scene.daemon("", "--blk-file=a.vhd --socket-path=a.sock --num-queues=32").spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk a.vhd: ");
-    let mut guest = Guest::connect(&scene.path("a.sock"), 32, 64);
+    let fixture = StartFixture::new();
+    fixture.image("a.vhd");
+    let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock --num-queues=32").spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk a.vhd: ");
+    let mut guest = Guest::connect(&fixture.path("a.sock"), 32, 64);
     for queue in 0..32 {
         assert_eq!(guest.write(queue, 0, &[1; 512]), 0);
     }
@@ -377,14 +377,14 @@ fn descriptors_are_counted_right() {
 
 #[test]
 fn the_log_says_what_is_served_and_how() {
-    let scene = StartFixture::new();
-    scene.image("root.vhd");
-    let made = scene.tool(&["create", "a.vhd", "--parent", "root.vhd", "--quiet"]);
+    let fixture = StartFixture::new();
+    fixture.image("root.vhd");
+    let made = fixture.tool(&["create", "a.vhd", "--parent", "root.vhd", "--quiet"]);
     assert!(made.status.success(), "{}", stderr_text(&made));
     let args = "--blk-file=a.vhd --socket-path=a.sock --io-engine=blocking --cache=writethrough";
-    let mut daemon = scene.daemon("", args).spawn().unwrap();
-    scene.wait_for(&mut daemon, "disk a.vhd: ");
-    let (log, runtime) = (scene.log_text(), scene.runtime.path().display().to_string());
+    let mut daemon = fixture.daemon("", args).spawn().unwrap();
+    fixture.wait_for(&mut daemon, "disk a.vhd: ");
+    let (log, runtime) = (fixture.log_text(), fixture.runtime.path().display().to_string());
     let line = log.lines().find(|line| line.contains("disk a.vhd: ")).unwrap();
     let version = format!("diffdiskd {} (commit ", env!("CARGO_PKG_VERSION"));
     for part in

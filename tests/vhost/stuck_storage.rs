@@ -6,25 +6,21 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, sleep};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use fuser::{
-    BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
-    TimeOrNow, WriteFlags,
-};
+use fuser::{BackgroundSession, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::mount::{UnmountFlags, unmount};
 use zerocopy::IntoBytes;
 
-use super::MIB;
 use super::daemon::Daemon;
+use super::fuse_file::{self, FileContent};
 use super::guest::{GuestRequest, ManualGuest, Part};
 use super::raw::*;
+use super::setup::MIB;
 
 const NAME: &str = "disk.vhd";
-const FILE: INodeNo = INodeNo(2);
-/// Every question about the file is asked anew.
-const TTL: Duration = Duration::ZERO;
+/// A look-up of this name is not answered while the storage is stuck.
+const BLOCKING_NAME: &str = "nothing";
 
 struct Server {
     bytes: Mutex<Vec<u8>>,
@@ -44,8 +40,7 @@ impl StuckDisk {
         let stuck = Arc::new(AtomicBool::new(false));
         let place = tempfile::tempdir().unwrap();
         let server = Server { bytes: Mutex::new(bytes), stuck: stuck.clone() };
-        let session = fuser::Session::new(server, place.path(), &fuser::Config::default());
-        match session.and_then(fuser::Session::spawn) {
+        match fuse_file::mount(server, place.path(), &fuser::Config::default()) {
             Ok(session) => Some(StuckDisk { stuck, session: Some(session), place }),
             Err(e) => {
                 eprintln!("skipped: FUSE cannot be mounted here: {e}");
@@ -67,7 +62,7 @@ impl StuckDisk {
     /// From now on no request is even read. (The kernel waits for one that was read, whoever is killed meanwhile.)
     pub(crate) fn stop_answering(&self) {
         self.stuck.store(true, Ordering::SeqCst);
-        let nothing = self.place.path().join("nothing");
+        let nothing = self.place.path().join(BLOCKING_NAME);
         thread::spawn(move || std::fs::metadata(nothing));
         sleep(Duration::from_millis(200));
     }
@@ -85,100 +80,28 @@ impl Drop for StuckDisk {
     }
 }
 
-impl Server {
-    fn attributes(&self, ino: INodeNo) -> FileAttr {
-        let (kind, perm, size) = match ino {
-            INodeNo::ROOT => (FileType::Directory, 0o755, 0),
-            _ => (FileType::RegularFile, 0o600, self.bytes.lock().unwrap().len() as u64),
-        };
-        FileAttr {
-            ino,
-            size,
-            blocks: size / 512,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-}
+impl FileContent for Server {
+    const NAME: &'static str = NAME;
+    /// The kernel asks again each time.
+    const TTL: Duration = Duration::ZERO;
 
-impl Filesystem for Server {
-    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if name == OsStr::new(NAME) {
-            return reply.entry(&TTL, &self.attributes(FILE), Generation(0));
-        }
-        while name == OsStr::new("nothing") && self.stuck.load(Ordering::SeqCst) {
+    fn len(&self) -> u64 {
+        self.bytes.lock().unwrap().len() as u64
+    }
+
+    fn before_not_found(&self, name: &OsStr) {
+        while name == OsStr::new(BLOCKING_NAME) && self.stuck.load(Ordering::SeqCst) {
             sleep(Duration::from_millis(5));
         }
-        reply.error(Errno::ENOENT);
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &self.attributes(ino));
-    }
-
-    fn setattr(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u64>,
-        _: Option<TimeOrNow>,
-        _: Option<TimeOrNow>,
-        _: Option<SystemTime>,
-        _: Option<FileHandle>,
-        _: Option<SystemTime>,
-        _: Option<SystemTime>,
-        _: Option<SystemTime>,
-        _: Option<BsdFileFlags>,
-        reply: ReplyAttr,
-    ) {
-        reply.attr(&TTL, &self.attributes(ino));
-    }
-
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
+    fn read(&self, offset: u64, size: usize, reply: ReplyData) {
         let bytes = self.bytes.lock().unwrap();
         let from = (offset as usize).min(bytes.len());
-        reply.data(&bytes[from..(from + size as usize).min(bytes.len())]);
+        reply.data(&bytes[from..(from + size).min(bytes.len())]);
     }
 
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        data: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
+    fn write(&self, offset: u64, data: &[u8], reply: ReplyWrite) {
         let mut bytes = self.bytes.lock().unwrap();
         let (from, to) = (offset as usize, offset as usize + data.len());
         if bytes.len() < to {
@@ -188,11 +111,7 @@ impl Filesystem for Server {
         reply.written(data.len() as u32);
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+    fn sync(&self, reply: ReplyEmpty) {
         reply.ok();
     }
 }

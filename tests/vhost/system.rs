@@ -7,6 +7,8 @@ use std::process::{Command, Output};
 
 use assert_cmd::cargo::cargo_bin;
 
+use super::temp;
+
 /// Runs a shell script in a mount namespace of its own, in `dir`; `None` without root.
 fn in_mount_namespace(dir: &Path, script: &str) -> Option<Output> {
     if !rustix::process::geteuid().is_root() {
@@ -41,7 +43,7 @@ fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
         (taken, "true", "/dev/shm/diffdisk-0", "belongs to user 1234"),
         (taken, taken_too, "none", "belongs to user 1234"),
     ] {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = temp::scratch("system");
         let script = format!("{run}; mount -t tmpfs shm /dev/shm; {shm}; {SERVE}");
         let Some(output) = in_mount_namespace(dir.path(), &script) else { return };
         let said = output_text(&output);
@@ -54,7 +56,7 @@ fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
 
 #[test]
 fn an_explicit_runtime_folder_is_used_or_refused() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = temp::scratch("system");
     let script = format!(
         "mount -t tmpfs -o ro none /run; {}",
         SERVE.replace("diffdiskd ", "diffdiskd --runtime-dir=/run/diffdisk ")
@@ -69,7 +71,7 @@ fn an_explicit_runtime_folder_is_used_or_refused() {
 
 #[test]
 fn the_configuration_of_the_machine() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = temp::scratch("system");
     let path = |name: &str| dir.path().join(name);
     for folder in ["etc/diffdisk", "images", "vms"] {
         fs::create_dir_all(path(folder)).unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::raw::*;
-use super::{event, memory, started};
+use super::setup::{event, memory, started};
 
 /// Where the front-end has its memory, and the parts of a ring of up to 512 descriptors in it.
 const USER: u64 = 0x7000_0000;

@@ -1,4 +1,6 @@
-//! Holds what a crash left behind against the promises: it opens, it is sound, each sector is what it may be.
+//! Checks the state after a crash: the image opens, has no defects, and each sector has an allowed value.
+//!
+//! A crash outcome is the set of unsynced writes, lengths and names ("units") that survive the crash.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,42 +15,42 @@ use diffdisk::units::SectorRange;
 use crate::layouts::top;
 use crate::model::{self, Model, Value};
 
-/// Fates of so few units are tried all; of more, a sample.
+/// With fewer units than this every crash outcome is checked, otherwise a sample.
 const EXHAUSTIVE_LIMIT: usize = 9;
 
-/// What an image turned out to be.
+/// The contents of an image after recovery.
 #[derive(Clone)]
 struct ImageContents {
     values: Vec<Value>,
-    /// The trailing footer was there before recovery.
+    /// Whether the trailing footer was present before recovery.
     has_trailing_footer: bool,
 }
 
-/// Tries fates, and remembers images that it has seen.
+/// Checks crash outcomes, each different image once.
 #[derive(Default)]
 pub(crate) struct Checker {
     checked: HashMap<u64, Result<Arc<ImageContents>, String>>,
-    /// The trailing footer may be missing: an earlier crash took it, and its recovery is not over.
+    /// Whether the trailing footer may be missing: an earlier crash lost it, and that recovery is not finished.
     pub(crate) trailing_footer_may_be_missing: bool,
-    /// Crash states so far.
+    /// Crash states that were checked.
     pub(crate) states: u64,
-    /// Different images among them.
+    /// Different images among these states.
     pub(crate) distinct: u64,
-    /// Whether the last image ended with a footer.
+    /// Whether the last image had its trailing footer.
     pub(crate) had_trailing_footer: bool,
-    /// Crashes in the middle of a recovery among them.
+    /// Crashes during a recovery that were checked.
     pub(crate) recovery_crashes: u64,
-    /// States with a torn sector among them.
+    /// States with a torn sector.
     pub(crate) torn: u64,
 }
 
 impl Checker {
-    /// Forgets the images it has seen, so that memory stays small; the counts go on.
+    /// Forgets the checked images, so that memory stays small. The counts stay.
     pub(crate) fn clear_cache(&mut self) {
         self.checked.clear();
     }
 
-    /// Takes in the counts of another.
+    /// Adds the counts of another checker.
     pub(crate) fn add_counts(&mut self, other: &Checker) {
         self.states += other.states;
         self.distinct += other.distinct;
@@ -56,7 +58,7 @@ impl Checker {
         self.torn += other.torn;
     }
 
-    /// Tries the fates of a machine: all of them where they are few, else up to `sample`.
+    /// Checks the crash outcomes of a machine: all if they are few, otherwise up to `sample`.
     pub(crate) fn explore(
         &mut self,
         host: &SimHost,
@@ -82,7 +84,7 @@ impl Checker {
             let (salt, yes) = (random.next_u64(), 1 + random.below(7));
             let lone = random.index(count);
             let torn = random.chance(1, 4).then(|| random.next_u64());
-            let fate = |i: usize| match n % 4 {
+            let survives = |i: usize| match n % 4 {
                 0 => i == lone,
                 1 => i != lone,
                 // Whole pages of 4 KiB.
@@ -95,38 +97,38 @@ impl Checker {
                 }
                 _ => Random::new(salt ^ i as u64).chance(yes, 8),
             };
-            self.check_crash(host, &units, model, &fate, torn)?;
+            self.check_crash(host, &units, model, &survives, torn)?;
         }
         Ok(())
     }
 
-    /// `torn`: a seed, where sectors may be torn.
+    /// Checks one crash outcome: `survives` tells which units survive. With the seed `torn` sectors may be torn.
     fn check_crash(
         &mut self,
         host: &SimHost,
         units: &[(u64, DurableUnit)],
         model: &Model,
-        fate: &dyn Fn(usize) -> bool,
+        survives: &dyn Fn(usize) -> bool,
         torn: Option<u64>,
     ) -> Result<(), String> {
         let (mut tear, mut torn_here) = (sector_tearing(torn), false);
-        let after = host.crash_torn(fate, &mut |old, new| tear(old, new).inspect(|_| torn_here = true));
+        let after = host.crash_torn(survives, &mut |old, new| tear(old, new).inspect(|_| torn_here = true));
         self.torn += u64::from(torn_here);
-        // Where no length came without the bytes that caused it, the file must end with a footer (crash-safety A4).
+        // If no new length survived without the write that caused it, the file must end with a footer (crash-safety A4).
         let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
             let DurableUnit::Len(inode, len) = unit else { return true };
             let last = DurableUnit::Sector(*inode, (len - 1) / 512);
             let cause = units.iter().position(|(s, u)| s == step && *u == last);
-            cause.is_none_or(|cause| fate(cause) == fate(i))
+            cause.is_none_or(|cause| survives(cause) == survives(i))
         });
         self.check_state(&after, model, needs_tail, false).map(|_| ()).map_err(|e| {
-            let survived: Vec<_> = (0..units.len()).filter(|&i| fate(i)).map(|i| &units[i].1).collect();
-            let lost: Vec<_> = (0..units.len()).filter(|&i| !fate(i)).map(|i| &units[i].1).collect();
+            let survived: Vec<_> = (0..units.len()).filter(|&i| survives(i)).map(|i| &units[i].1).collect();
+            let lost: Vec<_> = (0..units.len()).filter(|&i| !survives(i)).map(|i| &units[i].1).collect();
             format!("{e}\n  survived: {survived:?}\n  lost: {lost:?}")
         })
     }
 
-    /// What is wrong with a machine after its end; else what its disk reads as.
+    /// Checks a machine after a crash or kill. Returns the contents of its disk.
     pub(crate) fn check_state(
         &mut self,
         after: &SimHost,
@@ -135,7 +137,7 @@ impl Checker {
         acknowledged: bool,
     ) -> Result<Vec<Value>, String> {
         self.states += 1;
-        let digest = after.digest(&top()).ok_or("the image has lost its name")?;
+        let digest = after.digest(&top()).ok_or("the image's name is lost")?;
         if !self.checked.contains_key(&digest) {
             self.distinct += 1;
             let found = if self.distinct % 64 == 1 {
@@ -154,7 +156,7 @@ impl Checker {
         Ok(found.values.clone())
     }
 
-    /// As `look`, and the machine may end again at any moment of the recovery: the disk must read the same then.
+    /// Checks an image as `check_image` does, and crashes at every step of its recovery: the disk must read the same after each.
     fn check_with_recovery_crashes(&mut self, after: &SimHost) -> Result<ImageContents, String> {
         after.start_recording();
         let found = check_image(after, true)?;
@@ -163,9 +165,9 @@ impl Checker {
         for (step, moment) in moments.iter().chain([after]).enumerate() {
             let count = moment.unsynced().len();
             for n in 0..4.min(1_u64 << count.min(3)) {
-                let fates: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
+                let outcome: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
                 let mut tear = sector_tearing((n > 1).then(|| random.next_u64()));
-                let again = check_image(&moment.crash_torn(&|i| fates[i], &mut tear), false);
+                let again = check_image(&moment.crash_torn(&|i| outcome[i], &mut tear), false);
                 let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
                 self.recovery_crashes += 1;
                 Model::new(&found.values)
@@ -177,21 +179,21 @@ impl Checker {
     }
 }
 
-/// Tears sectors of the image's own; none without a seed.
+/// Returns a function that tears sectors of metadata at random; without a seed it tears none.
 fn sector_tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u128> {
     let mut random = seed.map(Random::new);
     move |old, new| {
-        // A guest's data may be torn, too, and such a mixture has no place in the model: see `tests/host/guest.rs`.
+        // The model has no value for a torn sector of guest data; `tests/host/guest.rs` covers these.
         let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
         Some(u128::from(random.next_u64()) << 64 | u128::from(random.next_u64()))
     }
 }
 
-/// Opens what a crash left behind as the daemon does, and reads all of it. `twice`: it is checked again after that.
+/// Checks an image, opens it as the daemon does, and reads all of it. With `twice` it is checked again after recovery.
 fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
     let sound = |when: &str| {
         let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;
-        let (report, _) = image::check(file).map_err(|e| format!("{when} it cannot be checked: {}", e.line()))?;
+        let (report, _) = image::check(file).map_err(|e| format!("{when} the check fails: {}", e.line()))?;
         let mut bad = report.defects.into_iter().filter(|d| d.severity() == Severity::Corruption);
         let mut tail = true;
         let worse = bad.find(|d| {
@@ -209,22 +211,22 @@ fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
     Ok(ImageContents { values, has_trailing_footer: tail })
 }
 
-/// What the disk reads as, once it was opened for writing.
+/// Opens the disk for writing, which recovers it, and returns its contents.
 pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
     let env: Arc<dyn Env> = Arc::new(host.clone());
     let chain = Chain::open(&*env, &top(), &Policy::default(), OpenMode::Write);
     let version = chain.and_then(|chain| chain.into_writable(&*env, &Durability::FlushOnly));
-    let version = version.map_err(|e| format!("it does not open: {}", e.line()))?;
+    let version = version.map_err(|e| format!("the disk does not open: {}", e.line()))?;
     read_disk(&version)
 }
 
-/// What a disk reads as.
+/// Returns the contents of a disk.
 pub(crate) fn read_disk(version: &diffdisk::chain::Version) -> Result<Vec<Value>, String> {
     let sectors = version.sectors();
     let mut bytes = vec![0; (sectors * 512) as usize];
     let all = SectorRange::between(0, sectors);
     version
         .read_now(all, &mut bytes, &mut PlanBuffer::default())
-        .map_err(|e| format!("it does not read: {}", e.line()))?;
+        .map_err(|e| format!("the disk cannot be read: {}", e.line()))?;
     Ok((0..).zip(bytes.chunks(512)).map(|(sector, found)| model::value(sector, found)).collect())
 }

@@ -1,4 +1,4 @@
-//! R1: every short workload on every layout, and every fate of every moment of it.
+//! R1: every short workload on every layout, with every crash outcome at every step.
 
 use diffdisk::storage::sim::CompletionOrder;
 use diffdisk::units::SectorRange;
@@ -7,23 +7,23 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// What a guest and its host may do.
+/// An action of the guest or the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Action {
-    /// Part of the first block; again: an overwrite.
+    /// A write to part of the first block; the second time an overwrite.
     WriteFirst,
-    /// A sector of a later block.
+    /// A write to a sector of a later block.
     WriteLater,
-    /// The end of the first block and the beginning of the next.
+    /// A write to the end of the first block and the beginning of the next.
     WriteAcross,
     Flush,
-    /// A flush, with a write before each of its steps.
+    /// A flush with a write before each of its steps.
     FlushAmongWrites,
     Zero,
     Reopen,
     Kill,
     Discard,
-    /// A flush whose sync fails; then a crash.
+    /// A flush whose sync fails, then a crash.
     FailSync,
 }
 
@@ -40,31 +40,32 @@ pub(crate) const ALL: [Action; 10] = [
     Action::FailSync,
 ];
 
-/// Every workload of `len` acts out of the first `kinds` whose number is `share` modulo `of`; how many there were.
+/// Runs the workloads of `len` actions out of the first `kinds`, of these every `of`-th from number `share` on. Returns how many
+/// were run.
 pub(crate) fn run_all(
     layout: &Layout,
     len: u32,
     kinds: usize,
     (share, of): (usize, usize),
-    judge: &mut Checker,
+    checker: &mut Checker,
 ) -> Result<u64, String> {
     let mut runs = 0;
     for number in (share..kinds.pow(len)).step_by(of) {
         let acts: Vec<Action> = (0..len).map(|n| ALL[number / kinds.pow(n) % kinds]).collect();
-        // Twice the same of these is once.
+        // The second of two equal ones in a row has no effect.
         if acts.windows(2).any(|w| w[0] == w[1] && matches!(w[0], Action::Flush | Action::Reopen)) {
             continue;
         }
-        run(layout, &acts, judge).map_err(|e| format!("{e}\n  layout: {}, workload: {acts:?}", layout.name))?;
+        run(layout, &acts, checker).map_err(|e| format!("{e}\n  layout: {}, workload: {acts:?}", layout.name))?;
         runs += 1;
     }
     Ok(runs)
 }
 
-/// One workload. Only its last act is looked at: the others are the last of shorter ones.
-fn run(layout: &Layout, acts: &[Action], judge: &mut Checker) -> Result<(), String> {
+/// Runs one workload and checks its last action only: the others are the last of shorter workloads.
+fn run(layout: &Layout, acts: &[Action], checker: &mut Checker) -> Result<(), String> {
     let blind = CheckOptions { sample: 0, interval: 1, journal: false };
-    let mut world = World::new(layout, 1, 1, blind, judge);
+    let mut world = World::new(layout, 1, 1, blind, checker);
     world.host.set_order(CompletionOrder::Pushed);
     let (last, before) = acts.split_last().expect("a workload has acts");
     let result = (|| {
@@ -84,7 +85,7 @@ fn perform(world: &mut World<'_>, act: Action) -> Result<(), String> {
         Action::Discard => world.discard(0, SectorRange::between(0, BLOCK)),
         Action::Flush => world.flush(0),
         Action::FlushAmongWrites => {
-            // One write that has begun before the flush, and one in each of its steps, here and in other blocks.
+            // One write that begins before the flush, and one in each of the flush's steps, in this and other blocks.
             world.write(0, SectorRange::between(1, 2));
             world.flush(0);
             for sector in [3 * BLOCK, 4, 3 * BLOCK + 1, 5] {

@@ -1,4 +1,4 @@
-//! R4: one script; every operation of it goes wrong once, in every way.
+//! R4: one script, of which every operation fails once, with every fault.
 
 use diffdisk::storage::sim::{Fault, FaultPlan, Random};
 use diffdisk::units::SectorRange;
@@ -7,7 +7,7 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// How an operation may go wrong.
+/// What happens to an operation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum FaultKind {
     Io,
@@ -16,12 +16,18 @@ pub(crate) enum FaultKind {
     Late,
 }
 
-/// Runs a script of `acts` with operation `at` going wrong; false where the script has fewer operations.
-pub(crate) fn run(layout: &Layout, acts: u64, wrong: FaultKind, at: u64, judge: &mut Checker) -> Result<bool, String> {
+/// Runs a script of `acts` actions in which operation `at` fails. Returns false if the script has fewer operations.
+pub(crate) fn run(
+    layout: &Layout,
+    acts: u64,
+    wrong: FaultKind,
+    at: u64,
+    checker: &mut Checker,
+) -> Result<bool, String> {
     let mut random = Random::new(5);
-    let care = CheckOptions { sample: 0, interval: 1, journal: false };
-    let mut world = World::new(layout, 5, 1, care, judge);
-    // Every second time with too little memory for the bitmaps, so that reading them again goes wrong, too.
+    let checks = CheckOptions { sample: 0, interval: 1, journal: false };
+    let mut world = World::new(layout, 5, 1, checks, checker);
+    // Every second run has too little memory for the bitmaps, so that reading bitmaps again fails, too.
     if at.is_multiple_of(2) {
         world.limit_bitmap_cache(1);
     }
@@ -41,7 +47,7 @@ pub(crate) fn run(layout: &Layout, acts: u64, wrong: FaultKind, at: u64, judge: 
 
 fn add_context(e: String, world: &World<'_>, wrong: FaultKind, at: u64) -> String {
     let tail = world.trace.len().saturating_sub(40);
-    format!("{e}\n  operation {at} goes wrong: {wrong:?}\n  ...\n  {}", world.trace[tail..].join("\n  "))
+    format!("{e}\n  failing operation {at}: {wrong:?}\n  ...\n  {}", world.trace[tail..].join("\n  "))
 }
 
 fn script(world: &mut World<'_>, random: &mut Random, acts: u64, at: u64, steps: Option<u64>) -> Result<bool, String> {
@@ -66,7 +72,7 @@ fn script(world: &mut World<'_>, random: &mut Random, acts: u64, at: u64, steps:
     world.finish()?;
     let counts = world.host.counts();
     let reached = steps.map_or(counts.submitted >= at, |steps| counts.steps >= steps + at);
-    // The process ends, or the machine; what was flushed must be there, and the disk must go on.
+    // After a kill or a crash the flushed data must be there, and the disk must take writes.
     if at.is_multiple_of(2) {
         world.kill()?
     } else {

@@ -1,5 +1,5 @@
-//! R9: the host is full in every phase. The same script runs with no free page, with one, with two, and so on, until
-//! nothing meets the limit any more.
+//! R9: the file system is full in every phase. The same script runs with no free page, with one, with two, and so on, until no
+//! operation meets the limit.
 
 use diffdisk::disk::{Allocation, WhenFull};
 use diffdisk::storage::sim::{FaultPlan, Random};
@@ -9,15 +9,15 @@ use crate::checker::Checker;
 use crate::layouts::Layout;
 use crate::world::{CheckOptions, SpacePolicy, World};
 
-/// Acts while the host may be full.
+/// Actions while the file system may be full.
 const ACTS: u64 = 24;
-/// Bytes of a page of the simulated host.
+/// Bytes in a page of the simulated host.
 const PAGE: u64 = 4096;
 
-/// How a full host ends.
+/// What ends the lack of space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Ending {
-    /// Room is freed.
+    /// Space is freed.
     Freed,
     /// The process is killed.
     Killed,
@@ -25,8 +25,8 @@ enum Ending {
     PowerCut,
 }
 
-/// Runs all cases on one layout. The runs it took.
-pub(crate) fn run_all(layout: &Layout, judge: &mut Checker) -> Result<u64, String> {
+/// Runs all cases on one layout. Returns the number of runs.
+pub(crate) fn run_all(layout: &Layout, checker: &mut Checker) -> Result<u64, String> {
     let mut runs = 0;
     for (when_full, allocation) in [
         (WhenFull::Park, Allocation::Sparse),
@@ -36,19 +36,20 @@ pub(crate) fn run_all(layout: &Layout, judge: &mut Checker) -> Result<u64, Strin
     ] {
         for copy_on_write in [false, true] {
             for end in [Ending::Freed, Ending::Killed, Ending::PowerCut] {
-                let how = SpacePolicy { when_full, allocation };
+                let policy = SpacePolicy { when_full, allocation };
                 let mut pages = 0;
                 loop {
                     runs += 1;
-                    let tell =
-                        |e| format!("{e}\n  {}, {how:?}, copies {copy_on_write}, {end:?}, {pages} pages", layout.name);
-                    if !run(layout, how, copy_on_write, end, pages, judge).map_err(tell)? {
+                    let tell = |e| {
+                        format!("{e}\n  {}, {policy:?}, copies {copy_on_write}, {end:?}, {pages} pages", layout.name)
+                    };
+                    if !run(layout, policy, copy_on_write, end, pages, checker).map_err(tell)? {
                         break;
                     }
                     pages += 1;
                 }
                 if pages < 10 {
-                    return Err(format!("{}, {how:?}: the script needs only {pages} pages", layout.name));
+                    return Err(format!("{}, {policy:?}: the script needs only {pages} pages", layout.name));
                 }
             }
         }
@@ -56,23 +57,23 @@ pub(crate) fn run_all(layout: &Layout, judge: &mut Checker) -> Result<u64, Strin
     Ok(runs)
 }
 
-/// One run with so many free pages. Whether they were too few.
+/// Runs the script with `pages` free pages. Returns whether they were too few.
 fn run(
     layout: &Layout,
-    how: SpacePolicy,
+    policy: SpacePolicy,
     copy_on_write: bool,
     end: Ending,
     pages: u64,
-    judge: &mut Checker,
+    checker: &mut Checker,
 ) -> Result<bool, String> {
-    let care = CheckOptions { sample: 0, interval: 1, journal: true };
+    let checks = CheckOptions { sample: 0, interval: 1, journal: true };
     let roomy = FaultPlan { copy_on_write, ..FaultPlan::default() };
-    let mut world = World::with_faults(layout, 7 + pages, 1, care, judge, how, &roomy);
+    let mut world = World::with_faults(layout, 7 + pages, 1, checks, checker, policy, &roomy);
     let room = world.host.allocated_bytes() + pages * PAGE;
     let plan = FaultPlan { capacity: Some(room), ..roomy.clone() };
-    match how.when_full {
+    match policy.when_full {
         WhenFull::Fail => world.set_faults(plan),
-        // Nothing fails: all of it waits.
+        // No request may fail: all wait for space.
         WhenFull::Park => world.host.set_faults(plan),
     }
     let result = script(&mut world, end, &roomy);
@@ -97,7 +98,7 @@ fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool,
             world.lanes[0].tick();
         }
     }
-    // What can be answered is, and a commit that cannot be carried out has been tried more than once.
+    // After this every request that needs no space is complete, and a commit that needs space has been tried more than once.
     for _ in 0..3 {
         for _ in 0..200 {
             world.step(0)?;
@@ -105,7 +106,7 @@ fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool,
         world.lanes[0].tick();
     }
     if world.host.counts().failed_syncs > 0 {
-        return Err("a full host has poisoned the image".into());
+        return Err("a full file system poisons the image".into());
     }
     let met = world.in_flight() > 0 || world.trace.iter().any(|line| line.ends_with("failed"));
     match end {
@@ -113,7 +114,7 @@ fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool,
             world.free_space(roomy);
             world.lanes[0].tick();
             world.finish()?;
-            // It is as good as new: nothing fails any more, whatever the policy.
+            // With space again nothing fails, under either policy.
             world.write(0, SectorRange::between(0, 9));
             world.flush(0);
             world.finish()?;

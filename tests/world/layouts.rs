@@ -1,4 +1,4 @@
-//! The disks under test, each on a simulated machine of its own: images as we make them, and as strangers do.
+//! The disks under test, each on its own simulated machine: images laid out as this library does, and as other writers do.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,19 +11,19 @@ use diffdisk::units::BlockSize;
 
 use crate::model::{self, PARENT, Value};
 
-/// Sectors of a block: the smallest there is.
+/// Sectors in a block of the smallest size.
 pub(crate) const BLOCK: u64 = 8;
 
-/// A machine with a disk that nobody has open, all of it durable.
+/// A machine with a closed disk, all of it durable.
 pub(crate) struct Layout {
     pub(crate) name: &'static str,
     host: SimHost,
-    /// What the disk reads as.
+    /// The contents of the disk.
     pub(crate) values: Vec<Value>,
 }
 
 impl Layout {
-    /// A machine of its own.
+    /// Returns a copy of the machine.
     pub(crate) fn host(&self, seed: u64) -> SimHost {
         let host = self.host.crash_with(&|_| true);
         host.set_seed(seed);
@@ -31,12 +31,12 @@ impl Layout {
     }
 }
 
-/// The disk's youngest image.
+/// Returns the path of the disk's youngest image.
 pub(crate) fn top() -> PathBuf {
     PathBuf::from("/disk/top.vhd")
 }
 
-/// How the disk is opened on a machine; with a live journal if `journal`.
+/// Returns the options that open the disk, with a live journal if `journal`.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");
     let keep =
@@ -44,7 +44,7 @@ pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
-/// The four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one whose blocks are all there with no room.
+/// Makes the four layouts of crash-safety 5.2 (R1) on a disk of `blocks`, and one with all blocks allocated and no free tail.
 pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     vec![
         layout("child, aligned", blocks, true, Placement::Native),
@@ -55,7 +55,7 @@ pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     ]
 }
 
-/// Two layouts with blocks of 32 KiB, in which data and the bitmaps beside it take room apart.
+/// Makes two layouts with blocks of 32 KiB, in which bitmaps and data are allocated separately.
 pub(crate) fn large_blocks() -> Vec<Layout> {
     let size = BlockSize::from_bytes(32 << 10).expect("a power of two");
     let blocks = 20 * u64::from(size.sectors()) / BLOCK;
@@ -65,12 +65,12 @@ pub(crate) fn large_blocks() -> Vec<Layout> {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Placement {
-    /// As we make it, empty.
+    /// As this library creates it, empty.
     Native,
-    /// The first block in place, ending so that the next bitmap comes to lie where the footer is (child), or with
-    /// some room and the footer where the second new block's data comes to lie (dynamic).
+    /// The first block is allocated. In a child it ends so that the next bitmap replaces the footer. In a dynamic image there is
+    /// a gap, and the second new block's data replaces the footer.
     Packed,
-    /// Every block in place, one right behind another, then the footer.
+    /// Every block is allocated, without gaps, then the footer.
     Full,
 }
 
@@ -91,7 +91,7 @@ fn layout_with(name: &'static str, blocks: u64, child: bool, form: Placement, bl
     Layout { name, host, values }
 }
 
-/// A parent smaller than its child, with data in some sectors of some blocks.
+/// Makes a parent smaller than its child, with data in some sectors of some blocks.
 fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let path = Path::new("/disk/parent.vhd");
     let sectors = (blocks - 1) * BLOCK;
@@ -126,7 +126,7 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     ParentLink { uuid, modified: host.now(), relative: Some(name.clone()), absolute: None, name }
 }
 
-/// Gives an empty image blocks and a footer at odd places, as other writers do.
+/// Adds blocks to an empty image, and moves its footer, to unaligned places as other writers use.
 fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Placement) {
     let file = host.open(&top(), Access::Write).expect("it is there");
     let mut footer = [0; 512];
@@ -137,7 +137,7 @@ fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Placement) {
     let end = file.stat().expect("it is there").len / 512 - 1;
     file.punch_hole(end * 512, 512).expect("it can be cut");
     let present = if form == Placement::Full { blocks } else { 1 };
-    // A packed block takes nine sectors; the first begins so that it ends one before a page.
+    // A packed block takes nine sectors; the first ends one sector before a page.
     let first = end + 6;
     for block in 0..present {
         let place = first + block * 9;

@@ -1,8 +1,8 @@
-//! The seeded world: the production code on a simulated machine that crashes, is killed, and fails, against a guest that
-//! knows what each sector may be (crash-safety 3.1, 5.2).
+//! The production code on a simulated machine that crashes, is killed, and fails, with a model of what each sector may contain
+//! (crash-safety 3.1, 5.2).
 //!
-//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs it alone. With
-//! `DIFFDISK_MUTANT=<name>` only that mistake is looked for.
+//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that seed.
+//! `DIFFDISK_MUTANT=<name>` searches for one mutant only.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
 mod checker;
@@ -26,24 +26,24 @@ use world::CheckOptions;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-fn show(what: &str, runs: u64, judge: &Checker, took: Duration) {
-    let rate = judge.states as f64 / took.as_secs_f64();
+fn show(what: &str, runs: u64, checker: &Checker, took: Duration) {
+    let rate = checker.states as f64 / took.as_secs_f64();
     println!(
         "{what}: {runs} runs, {} crash states ({} different images, {} with torn sectors, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
-        judge.states,
-        judge.distinct,
-        judge.torn,
-        judge.recovery_crashes,
+        checker.states,
+        checker.distinct,
+        checker.torn,
+        checker.recovery_crashes,
         took.as_secs_f64()
     );
 }
 
 #[test]
 fn random_work_and_crashes() {
-    let care = CheckOptions { sample: 24, interval: 3, journal: true };
+    let checks = CheckOptions { sample: 24, interval: 3, journal: true };
     let start = Instant::now();
     let (states, limit) = (
         number("DIFFDISK_STATES").unwrap_or(2_500_000),
@@ -53,42 +53,43 @@ fn random_work_and_crashes() {
     let threads = [0_u64, 1].map(|thread| {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
-            let mut judge = Checker::default();
+            let mut checker = Checker::default();
             let mut runs = 0;
-            while judge.states < states && start.elapsed() < limit {
+            while checker.states < states && start.elapsed() < limit {
                 let seed = only.unwrap_or(runs * 2 + thread);
-                if let Err(e) = random::run(&layouts, seed, care, &mut judge) {
+                if let Err(e) = random::run(&layouts, seed, checks, &mut checker) {
                     panic!("seed {seed}: {e}\nreplay: DIFFDISK_SEED={seed} cargo test --features sim,mutants --test world random");
                 }
-                judge.clear_cache();
+                checker.clear_cache();
                 runs += 1;
                 if only.is_some() {
                     break;
                 }
             }
-            (runs, judge)
+            (runs, checker)
         })
     });
     for thread in threads {
-        let (runs, judge) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
-        show("random", runs, &judge, start.elapsed());
+        let (runs, checker) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        show("random", runs, &checker, start.elapsed());
     }
 }
 
 #[test]
 fn every_mutant_is_found() {
-    let care = CheckOptions { sample: 24, interval: 2, journal: true };
+    let checks = CheckOptions { sample: 24, interval: 2, journal: true };
     let half = |thread: usize| {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
-            // It takes two readers of one piece of a bitmap, and that it leaves memory between them: threads find that
-            // (`image/clock_tests.rs`); here 12 million states had none.
+            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/clock_tests.rs` finds it with
+            // threads; 12 million states here did not.
             let only = std::env::var("DIFFDISK_MUTANT").ok();
-            let wanted = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
+            let selected = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
             let of_sessions = |m: &Mutant| sessions::MUTANTS.contains(m);
-            let all = diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !of_sessions(m) && wanted(m));
+            let all =
+                diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !of_sessions(m) && selected(m));
             let mine = all.skip(thread).step_by(2);
-            let found = mine.map(|m| (*m, mutants::find(*m, &layouts, care)));
+            let found = mine.map(|m| (*m, mutants::find(*m, &layouts, checks)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
         })
     };
@@ -115,21 +116,21 @@ fn every_mutant_of_sessions_is_found() {
     assert!(missed.is_empty(), "not found: {missed:?}");
 }
 
-/// Runs `work(share)` on two threads, and shows what they judged.
+/// Runs `work` on two threads, each with its share, and prints the counts of both.
 fn on_two_threads(what: &str, work: impl Fn(usize, &mut Checker) -> Result<u64, String> + Send + Copy + 'static) {
     let start = Instant::now();
     let threads = [0, 1].map(|share| {
         std::thread::spawn(move || {
-            let mut judge = Checker::default();
-            let runs = work(share, &mut judge).unwrap_or_else(|e| panic!("{e}"));
-            (runs, judge)
+            let mut checker = Checker::default();
+            let runs = work(share, &mut checker).unwrap_or_else(|e| panic!("{e}"));
+            (runs, checker)
         })
     });
     let mut all = (0, Checker::default());
     for thread in threads {
-        let (runs, judge) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        let (runs, checker) = thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
         all.0 += runs;
-        all.1.add_counts(&judge);
+        all.1.add_counts(&checker);
     }
     show(what, all.0, &all.1, start.elapsed());
 }
@@ -137,15 +138,15 @@ fn on_two_threads(what: &str, work: impl Fn(usize, &mut Checker) -> Result<u64, 
 #[test]
 fn every_short_workload() {
     let longest = number("DIFFDISK_WORLD_K").map_or(5, |k| u32::try_from(k).expect("a small number"));
-    on_two_threads(&format!("every workload of up to {longest} acts"), move |share, judge| {
+    on_two_threads(&format!("every workload of up to {longest} actions"), move |share, checker| {
         let mut runs = 0;
         for layout in &layouts::all_layouts(4)[..4] {
             for len in 1..=longest {
-                // The longest ones leave out what needs no company.
+                // The longest workloads leave out the actions that shorter ones cover.
                 let kinds = if len > 3 { 8 } else { exhaustive::ALL.len() };
-                runs += exhaustive::run_all(layout, len, kinds, (share, 2), judge)?;
+                runs += exhaustive::run_all(layout, len, kinds, (share, 2), checker)?;
             }
-            judge.clear_cache();
+            checker.clear_cache();
         }
         Ok(runs)
     });
@@ -154,7 +155,7 @@ fn every_short_workload() {
 #[test]
 fn every_operation_fails_once() {
     let acts = number("DIFFDISK_WORLD_ACTS").unwrap_or(100);
-    on_two_threads(&format!("every operation of {acts} acts goes wrong"), move |share, judge| {
+    on_two_threads(&format!("every operation of {acts} actions fails"), move |share, checker| {
         let mut runs = 0;
         let layouts = layouts::all_layouts(20);
         let layout = &layouts[share * 3];
@@ -163,10 +164,10 @@ fn every_operation_fails_once() {
         {
             for at in 1.. {
                 runs += 1;
-                if !faults::run(layout, acts, wrong, at, judge)? {
+                if !faults::run(layout, acts, wrong, at, checker)? {
                     break;
                 }
-                judge.clear_cache();
+                checker.clear_cache();
             }
         }
         Ok(runs)
@@ -175,5 +176,7 @@ fn every_operation_fails_once() {
 
 #[test]
 fn a_full_host_in_every_phase() {
-    on_two_threads("a full host in every phase", |share, judge| full::run_all(&layouts::large_blocks()[share], judge));
+    on_two_threads("a full host in every phase", |share, checker| {
+        full::run_all(&layouts::large_blocks()[share], checker)
+    });
 }

@@ -1,23 +1,23 @@
-//! What each sector may be after a crash: its value at the last completed flush, and every value written since.
+//! What each sector may contain after a crash: its value at the last completed flush, and every value written since.
 
 use diffdisk::units::SectorRange;
 
-/// What is in a sector: 0 for zeros, else the number of the act that wrote it.
+/// The contents of a sector: 0 for zeros, otherwise the number of the action that wrote it.
 pub(crate) type Value = u32;
-/// What the parent has in a sector, where it has something.
+/// The value of sectors with data of the parent.
 pub(crate) const PARENT: Value = 1;
-/// Bytes that no act ever wrote to that sector.
+/// The value of bytes that no action wrote to that sector.
 pub(crate) const GARBAGE: Value = u32::MAX;
 
-/// The values of a sector, oldest first, each with the number of its act.
+/// The values of a sector, oldest first, each with the number of its action.
 #[derive(Clone, Debug)]
 struct Sector {
     values: Vec<(u32, Value)>,
-    /// The last one whose act was answered with success: reads find this or a later one.
+    /// Index of the last acknowledged value. Reads return this or a later one.
     acknowledged: usize,
 }
 
-/// The disk as its guest knows it.
+/// The disk as the guest knows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Model(Vec<Sector>);
 
@@ -34,12 +34,12 @@ impl Model {
         &mut self.0[range.start() as usize..range.end() as usize]
     }
 
-    /// An act begins to write a value.
+    /// Records that an action begins to write a value.
     pub(crate) fn begin(&mut self, range: SectorRange, act: u32, value: Value) {
         self.range(range).iter_mut().for_each(|s| s.values.push((act, value)));
     }
 
-    /// The act was answered with success.
+    /// Records that an action was acknowledged.
     pub(crate) fn acknowledge(&mut self, range: SectorRange, act: u32) {
         for sector in self.range(range) {
             let at = sector.values.iter().position(|(a, _)| *a == act).expect("it began");
@@ -47,12 +47,12 @@ impl Model {
         }
     }
 
-    /// What a flush that begins now makes durable.
+    /// Returns what a flush that begins now makes durable: the last acknowledged action of each sector.
     pub(crate) fn flush_point(&self) -> Vec<u32> {
         self.0.iter().map(|s| s.values[s.acknowledged].0).collect()
     }
 
-    /// It was answered with success.
+    /// Records that the flush with this flush point was acknowledged.
     pub(crate) fn complete_flush(&mut self, covered: &[u32]) {
         for (sector, act) in self.0.iter_mut().zip(covered) {
             if let Some(at) = sector.values.iter().position(|(a, _)| a == act) {
@@ -62,34 +62,34 @@ impl Model {
         }
     }
 
-    /// What is wrong with a disk that reads so after a crash (`acknowledged`: after the end of the process alone, whose
-    /// answered acts must all be there).
+    /// Checks the contents of a disk after a crash, or with `acknowledged` after a kill, which must keep every acknowledged
+    /// action.
     pub(crate) fn check(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
         for (number, (sector, value)) in self.0.iter().zip(values).enumerate() {
             let from = if acknowledged { sector.acknowledged } else { 0 };
             if !sector.values[from..].iter().any(|(_, v)| v == value) {
                 let may: Vec<_> = sector.values[from..].iter().map(|(_, v)| name(*v)).collect();
-                return Err(format!("sector {number} is {}, and may be {}", name(*value), may.join(" or ")));
+                return Err(format!("sector {number} has {}, allowed are {}", name(*value), may.join(" or ")));
             }
         }
         Ok(())
     }
 
-    /// What is wrong with what was read of some sectors of the running disk.
+    /// Checks what was read from some sectors of the running disk.
     pub(crate) fn check_read(&self, values: &[Option<Value>]) -> Result<(), String> {
         let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.acknowledged].1));
         self.check(&missing.collect::<Vec<_>>(), true)
     }
 
-    /// The disk after a crash: it reads so, durably.
+    /// Continues after a crash with a disk of these durable contents.
     pub(crate) fn reset_after_crash(&mut self, values: &[Value]) {
         *self = Model::new(values);
     }
 
-    /// The disk after the end of the process alone: it reads so, but not durably.
+    /// Continues after a kill with a disk of these contents, which are not durable.
     pub(crate) fn reset_after_kill(&mut self, values: &[Value]) {
         for (sector, value) in self.0.iter_mut().zip(values) {
-            let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was judged");
+            let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was checked");
             sector.values.truncate(at + 1);
             sector.acknowledged = at;
         }
@@ -98,14 +98,14 @@ impl Model {
 
 fn name(value: Value) -> String {
     match value {
-        0 => "zero".into(),
-        PARENT => "the parent's".into(),
-        GARBAGE => "garbage, or another sector's".into(),
-        act => format!("of act {act}"),
+        0 => "zeros".into(),
+        PARENT => "the parent's data".into(),
+        GARBAGE => "garbage, or another sector's data".into(),
+        act => format!("data of action {act}"),
     }
 }
 
-/// The bytes of a value in a sector.
+/// Returns the bytes of a value in a sector.
 pub(crate) fn bytes(sector: u64, value: Value) -> [u8; 512] {
     let mut bytes = [0; 512];
     if value != 0 {
@@ -118,7 +118,7 @@ pub(crate) fn bytes(sector: u64, value: Value) -> [u8; 512] {
     bytes
 }
 
-/// The value that the bytes of a sector hold.
+/// Returns the value of the bytes of a sector.
 pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
     let pairs = found.as_chunks::<8>().0;
     let value = Value::from_be_bytes(found[..4].try_into().expect("four bytes"));
@@ -127,11 +127,11 @@ pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
     if whole && u64::from(place) == if value == 0 { 0 } else { sector } { value } else { GARBAGE }
 }
 
-/// Whether the bytes of a sector are what a guest or the parent wrote.
+/// Returns whether the bytes of a sector are data of the guest or the parent, and not metadata.
 pub(crate) fn is_data(found: &[u8]) -> bool {
     let pairs = found.as_chunks::<8>().0;
     let (value, place) = found[..8].split_at(4);
-    // Far more acts and sectors than any run has; a table is never such.
+    // Numbers of actions and sectors stay below 2^16 in every run; words of metadata do not repeat like this.
     let is_small = |bytes: &[u8]| bytes[..2] == [0, 0];
     pairs.iter().all(|pair| *pair == pairs[0]) && value != [0; 4] && is_small(value) && is_small(place)
 }

@@ -1,4 +1,4 @@
-//! R2: random work on every layout, with crashes, kills, faults and two lanes; fates of moments in between are tried.
+//! R2: random requests on every layout, with crashes, kills, faults and two lanes; crash outcomes are checked at random steps.
 
 use diffdisk::storage::sim::{FaultPlan, Random};
 use diffdisk::units::SectorRange;
@@ -7,16 +7,16 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// Ends in a row (crashes, kills, clean ends), each continuing from what the last one left.
+/// Crashes, kills and clean ends in one run, each continuing from the state that the last one left.
 const CYCLES: u64 = 6;
 
-/// One run. Err: what went wrong, with all that led there.
-pub(crate) fn run(layouts: &[Layout], seed: u64, care: CheckOptions, judge: &mut Checker) -> Result<(), String> {
+/// Runs one seed. The error contains the trace.
+pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: &mut Checker) -> Result<(), String> {
     let mut random = Random::new(seed);
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
-    let mut world = World::new(layout, random.next_u64(), lanes, care, judge);
-    // Mostly there is too little memory for the bitmaps.
+    let mut world = World::new(layout, random.next_u64(), lanes, checks, checker);
+    // Three runs of four have too little memory for the bitmaps.
     let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
     if let Some(granules) = granules {
         world.limit_bitmap_cache(granules);
@@ -25,7 +25,10 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, care: CheckOptions, judge: &mut
     result.map_err(|e| {
         let trace = world.trace.join("\n  ");
         let steps = world.host.counts().steps;
-        format!("{e}\n  layout: {}, {lanes} lanes, granules {granules:?}, step {steps}\n  {trace}", layout.name)
+        format!(
+            "{e}\n  layout: {}, {lanes} lanes, cached bitmap sectors {granules:?}, step {steps}\n  {trace}",
+            layout.name
+        )
     })
 }
 
@@ -49,9 +52,9 @@ fn run_cycles(world: &mut World<'_>, random: &mut Random) -> Result<(), String> 
     world.finish()
 }
 
-/// What a guest does between two ends.
+/// Submits a guest's random requests between two ends.
 fn random_requests(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
-    // Some guests stay in a few blocks, some go everywhere and make the file grow.
+    // Some guests use a few blocks only, others all blocks, so that the file grows.
     let sectors = if random.chance(1, 2) { world.sectors() } else { 4 * BLOCK };
     let acts = 4 + random.below(24);
     let fault = random.chance(1, 4).then(|| random.below(acts));

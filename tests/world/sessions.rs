@@ -1,6 +1,6 @@
-//! Sessions: image and live journal under kills at every step, copies, restores, other folders and other machines.
+//! Sessions: image and live journal under kills at every step, copies, restores, other runtime folders and other machines.
 //!
-//! Each scene returns what went wrong. A sound tree passes all of them; each mistake in how sessions work must fail one.
+//! Each scenario returns its failure. The production code passes all of them; each mutant of sessions must fail at least one.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +23,7 @@ use crate::model::{self, Value};
 
 type CheckResult = Result<(), String>;
 
-/// What sectors hold that were written since the disk was made: what was answered, and what may have landed.
+/// Values written since the disk was made, by sector: the last acknowledged one, and all submitted ones.
 #[derive(Clone, Default)]
 struct WrittenValues {
     acknowledged: BTreeMap<u64, Value>,
@@ -59,20 +59,20 @@ impl Guest {
         self.lane.drain(&mut answers).is_ok() && answers.iter().all(|a| a.outcome == Outcome::Done)
     }
 
-    fn write(&mut self, known: &mut WrittenValues, sector: u64, value: Value) {
+    fn write(&mut self, written: &mut WrittenValues, sector: u64, value: Value) {
         let range = SectorRange::between(sector, sector + 1);
-        known.submitted.entry(sector).or_default().push(value);
+        written.submitted.entry(sector).or_default().push(value);
         let from = TestMemory::new(&model::bytes(sector, value)).iovecs(&[512]);
         if self.submit(Work::Write { range, from }) {
-            known.acknowledged.insert(sector, value);
+            written.acknowledged.insert(sector, value);
         }
     }
 
-    fn zero(&mut self, known: &mut WrittenValues, sector: u64) {
+    fn zero(&mut self, written: &mut WrittenValues, sector: u64) {
         let range = SectorRange::between(sector, sector + 1);
-        known.submitted.entry(sector).or_default().push(0);
+        written.submitted.entry(sector).or_default().push(0);
         if self.submit(Work::WriteZeroes { ranges: vec![ZeroRange { range, unmap: true }] }) {
-            known.acknowledged.insert(sector, 0);
+            written.acknowledged.insert(sector, 0);
         }
     }
 
@@ -80,17 +80,17 @@ impl Guest {
         self.submit(Work::Flush)
     }
 
-    /// Holds the disk against what is known. `base`: what it held before anything was written.
-    fn check(&self, known: &WrittenValues, base: &[Value]) -> CheckResult {
+    /// Checks the disk's contents. `base` has its contents before anything was written.
+    fn check(&self, written: &WrittenValues, base: &[Value]) -> CheckResult {
         let values = checker::read_disk(self.disk.version())?;
         for (sector, value) in (0..).zip(values) {
-            let answered = known.acknowledged.get(&sector).copied();
-            // What was asked later than what was answered last may have landed.
-            let asked = known.submitted.get(&sector).map_or(&[][..], Vec::as_slice);
+            let answered = written.acknowledged.get(&sector).copied();
+            // A value that was submitted after the last acknowledged one may have been written.
+            let asked = written.submitted.get(&sector).map_or(&[][..], Vec::as_slice);
             let from = answered.and_then(|v| asked.iter().rposition(|a| *a == v)).unwrap_or(0);
             let may_be = asked.get(from..).is_some_and(|later| later.contains(&value));
             if !may_be && value != answered.unwrap_or(base[sector as usize]) {
-                return Err(format!("sector {sector} holds {value}, and {answered:?} was answered; asked: {asked:?}"));
+                return Err(format!("sector {sector} has {value}; acknowledged: {answered:?}, submitted: {asked:?}"));
             }
         }
         Ok(())
@@ -106,7 +106,7 @@ fn error_line(e: Error) -> String {
     e.line()
 }
 
-/// Ends the process; what was under way lands or not as the seed says.
+/// Kills the process. The seed decides which operations in flight take effect.
 fn kill(host: &SimHost, seed: u64) -> SimHost {
     host.kill(&mut Random::new(seed))
 }
@@ -115,7 +115,7 @@ fn expect_refused<T>(result: Result<T, Error>, what: &str) -> Result<String, Str
     match result {
         Ok(_) => Err(format!("{what} is accepted")),
         Err(e) if matches!(e.kind(), ErrorKind::Refused | ErrorKind::Busy) => Ok(e.line()),
-        Err(e) => Err(format!("{what} fails otherwise: {}", e.line())),
+        Err(e) => Err(format!("{what} fails with another error: {}", e.line())),
     }
 }
 
@@ -123,7 +123,7 @@ fn bytes(host: &SimHost, path: &Path) -> Vec<u8> {
     host.bytes(path).expect("the file is there")
 }
 
-/// Puts bytes into a file as a restore in place does: it stays the same file.
+/// Replaces the contents of a file in place, as some restores do.
 fn restore(host: &SimHost, path: &Path, bytes: &[u8]) {
     let file = host.open(path, Access::Write).expect("it is there");
     file.set_len(0).expect("it can be cut");
@@ -137,36 +137,36 @@ fn copy(host: &SimHost, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// What a guest does from opening to closing; ends where the machine does.
-fn run_guest(host: &SimHost, known: &mut WrittenValues, round: Value) -> Result<(), Error> {
+/// Runs a guest from opening to closing, or until the machine stops.
+fn run_guest(host: &SimHost, written: &mut WrittenValues, round: Value) -> Result<(), Error> {
     let mut guest = open(host)?;
     let value = |n: Value| round * 100 + n;
-    guest.write(known, 1, value(2));
-    guest.write(known, 2 * BLOCK + 4, value(3));
+    guest.write(written, 1, value(2));
+    guest.write(written, 2 * BLOCK + 4, value(3));
     host.advance_clock(1);
-    guest.write(known, 2, value(4));
+    guest.write(written, 2, value(4));
     guest.flush();
-    guest.write(known, 3, value(5));
-    guest.zero(known, 5 * BLOCK + 1);
+    guest.write(written, 3, value(5));
+    guest.zero(written, 5 * BLOCK + 1);
     guest.flush();
     host.advance_clock(1);
-    // Enough blocks for a step of growth.
+    // Enough blocks to make the file grow.
     for block in 6..19 {
-        guest.write(known, block * BLOCK + 2, value(10 + block as Value));
+        guest.write(written, block * BLOCK + 2, value(10 + block as Value));
     }
-    guest.write(known, 3, value(6));
+    guest.write(written, 3, value(6));
     guest.close()
 }
 
-/// After the end of a process: the disk opens, holds all that was answered, goes on, and closes without a trace.
-fn check_reopen(host: &SimHost, known: &WrittenValues, layout: &Layout) -> CheckResult {
-    let mut known = known.clone();
-    let mut guest = open(host).map_err(|e| format!("it does not open: {}", e.line()))?;
-    guest.check(&known, &layout.values)?;
-    guest.zero(&mut known, 4 * BLOCK + 3);
-    guest.write(&mut known, 3 * BLOCK, 90_001);
-    guest.check(&known, &layout.values).map_err(|e| format!("afterwards {e}"))?;
-    guest.close().map_err(|e| format!("it does not close: {}", e.line()))?;
+/// Checks a disk after a kill: it opens, has all acknowledged values, takes writes, and leaves no journal when it is closed.
+fn check_reopen(host: &SimHost, written: &WrittenValues, layout: &Layout) -> CheckResult {
+    let mut written = written.clone();
+    let mut guest = open(host).map_err(|e| format!("the disk does not open: {}", e.line()))?;
+    guest.check(&written, &layout.values)?;
+    guest.zero(&mut written, 4 * BLOCK + 3);
+    guest.write(&mut written, 3 * BLOCK, 90_001);
+    guest.check(&written, &layout.values).map_err(|e| format!("after more writes: {e}"))?;
+    guest.close().map_err(|e| format!("the disk does not close: {}", e.line()))?;
     let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
     image::remove_stale_journals(host, &runtime).map_err(error_line)?;
     if !host.shm_names().is_empty() {
@@ -176,32 +176,32 @@ fn check_reopen(host: &SimHost, known: &WrittenValues, layout: &Layout) -> Check
     if let Some(defect) = report.defects.first() {
         return Err(format!("a check finds: {defect}"));
     }
-    open(host).map_err(error_line)?.check(&known, &layout.values).map_err(|e| format!("after a clean end {e}"))
+    open(host).map_err(error_line)?.check(&written, &layout.values).map_err(|e| format!("after a clean end: {e}"))
 }
 
-/// A kill at every step of a life, and at every step of the life of a successor. `every`: one step in so many.
+/// Kills a guest's process at every `every`-th step, and likewise the process that succeeds it.
 pub(crate) fn kills(layout: &Layout, every: usize) -> CheckResult {
     for rounds in [1, 2] {
         for step in (1..).step_by(every) {
-            let (mut host, mut known) = (layout.host(7), WrittenValues::default());
+            let (mut host, mut written) = (layout.host(7), WrittenValues::default());
             if rounds == 2 {
-                // The first one ends in the middle, with marks in the journal.
+                // The first process is killed in the middle, with marks in the journal.
                 host.stop_at(60);
-                let _ = run_guest(&host, &mut known, 1);
+                let _ = run_guest(&host, &mut written, 1);
                 host = kill(&host, 3);
             }
             let begun = host.counts().steps;
             host.stop_at(begun + step);
-            let ended = run_guest(&host, &mut known, rounds);
+            let ended = run_guest(&host, &mut written, rounds);
             let whole = !host.is_dead();
             if whole {
                 ended.map_err(|e| format!("without a kill: {}", e.line()))?;
             }
             for seed in [1, 2] {
-                // What had the machine in the middle of it lands or not; the world is the same before.
+                // The same machine is killed twice; the seed decides which operations in flight take effect.
                 let host = if seed == 1 { kill_copy(&host, seed) } else { kill(&host, seed) };
-                check_reopen(&host, &known, layout)
-                    .map_err(|e| format!("{}, killed at step {step} of life {rounds}: {e}", layout.name))?;
+                check_reopen(&host, &written, layout)
+                    .map_err(|e| format!("{}, killed at step {step} of process {rounds}: {e}", layout.name))?;
             }
             if whole {
                 break;
@@ -211,32 +211,32 @@ pub(crate) fn kills(layout: &Layout, every: usize) -> CheckResult {
     Ok(())
 }
 
-/// Kills a copy of the machine: the machine itself can be killed once more.
+/// Kills a copy of the machine, so that the machine can be killed again.
 fn kill_copy(host: &SimHost, seed: u64) -> SimHost {
     kill(&host.fork(), seed)
 }
 
-/// Every step fails once, and the process is killed, soon after or at the end: what was answered is there, unless a sync
-/// failed.
+/// Fails every step once, then kills the process: soon after, or at its end. All acknowledged values must be there, unless a
+/// sync failed.
 pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
     for fault in [Fault::Io, Fault::NoSpace, Fault::Short] {
         for step in 1.. {
-            let (host, mut known) = (layout.host(7), WrittenValues::default());
+            let (host, mut written) = (layout.host(7), WrittenValues::default());
             let mut guest = open(&host).map_err(error_line)?;
-            guest.write(&mut known, 1, 2);
+            guest.write(&mut written, 1, 2);
             guest.flush();
             let begun = host.counts().steps;
             host.set_faults(FaultPlan { fail: vec![(begun + step, fault)], ..FaultPlan::default() });
             let is_reached = || host.counts().steps >= begun + step;
             for block in (4..19).take_while(|_| !(soon && is_reached())) {
-                guest.write(&mut known, block * BLOCK + 2, 10 + block as Value);
+                guest.write(&mut written, block * BLOCK + 2, 10 + block as Value);
             }
             let reached = is_reached();
             if !(soon && reached) {
                 host.advance_clock(1);
-                guest.write(&mut known, 2, 3);
+                guest.write(&mut written, 2, 3);
                 guest.flush();
-                guest.write(&mut known, 3, 4);
+                guest.write(&mut written, 3, 4);
             }
             let reached = if soon { reached } else { is_reached() };
             let poisoned = host.counts().failed_syncs > 0;
@@ -244,10 +244,13 @@ pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
             if poisoned {
                 let e = open(&host).map(|_| ()).err().map(|e| e.kind());
                 if e != Some(ErrorKind::Poisoned) {
-                    return Err(format!("{}, {fault:?} at {step}: poisoned, and yet {e:?}", layout.name));
+                    return Err(format!(
+                        "{}, {fault:?} at {step}: a sync failed, but the next open returns {e:?}",
+                        layout.name
+                    ));
                 }
             } else {
-                check_reopen(&host, &known, layout)
+                check_reopen(&host, &written, layout)
                     .map_err(|e| format!("{}, {fault:?} at step {step}, then a kill: {e}", layout.name))?;
             }
             if !reached {
@@ -258,18 +261,18 @@ pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
     Ok(())
 }
 
-/// A block that got its place and was never written is cut off by a clean end; a kill at every step of that.
+/// Kills the process at every step of a clean end that trims a block which was reserved and never written.
 pub(crate) fn unwritten(layout: &Layout) -> CheckResult {
     for step in 1.. {
-        let (host, mut known) = (layout.host(7), WrittenValues::default());
+        let (host, mut written) = (layout.host(7), WrittenValues::default());
         let mut guest = open(&host).map_err(error_line)?;
-        guest.write(&mut known, 1, 2);
-        // Room is made by a block of its own: what fails below is no sync.
-        guest.write(&mut known, 2 * BLOCK, 3);
+        guest.write(&mut written, 1, 2);
+        // This write makes the file grow, so that no sync is among the failing operations below.
+        guest.write(&mut written, 2 * BLOCK, 3);
         guest.flush();
         let now = host.counts().steps;
         host.set_faults(FaultPlan { fail: vec![(now + 1, Fault::Io), (now + 2, Fault::Io)], ..FaultPlan::default() });
-        guest.write(&mut known, 4 * BLOCK, 3);
+        guest.write(&mut written, 4 * BLOCK, 3);
         host.set_faults(FaultPlan::default());
         host.stop_at(host.counts().steps + step);
         let closed = guest.close();
@@ -279,7 +282,7 @@ pub(crate) fn unwritten(layout: &Layout) -> CheckResult {
         }
         for seed in 0..2 {
             let host = kill(&host.fork(), seed);
-            check_reopen(&host, &known, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
+            check_reopen(&host, &written, layout).map_err(|e| format!("killed at step {step} of the end: {e}"))?;
         }
         if whole {
             break;
@@ -288,26 +291,26 @@ pub(crate) fn unwritten(layout: &Layout) -> CheckResult {
     Ok(())
 }
 
-/// Copies made at every act, put back in place and opened elsewhere after a kill.
-/// `ends_marked`: the last act before the kill is a mark; else it is a flush.
+/// Copies the image at every action. After a kill each copy is restored in place and opened under another name.
+/// `ends_marked`: the last action before the kill is a mark, otherwise a flush.
 pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
-    let (host, mut known) = (layout.host(7), WrittenValues::default());
-    // Of a dynamic root's block all sectors are marked with the first one: there something new takes another block.
+    let (host, mut written) = (layout.host(7), WrittenValues::default());
+    // In a dynamic root the first write marks all sectors of its block, so a new mark needs another block.
     let new = |n: u64| if layout.name.contains("dynamic") { (2 + n) * BLOCK + n } else { n };
     let mut copies = vec![("before the session", bytes(&host, &top()))];
     let mut guest = open(&host).map_err(error_line)?;
-    guest.write(&mut known, 1, 2);
+    guest.write(&mut written, 1, 2);
     guest.flush();
     host.advance_clock(1);
     copies.push(("after the first flush", bytes(&host, &top())));
-    guest.write(&mut known, new(2), 3);
-    // The next commit changes nothing but bits, in the same second.
+    guest.write(&mut written, new(2), 3);
+    // The next commit changes only bits, in the same second.
     copies.push(("before the second flush", bytes(&host, &top())));
     guest.flush();
     if ends_marked {
         host.advance_clock(1);
         copies.push(("after the second flush", bytes(&host, &top())));
-        guest.write(&mut known, new(3), 4);
+        guest.write(&mut written, new(3), 4);
     }
     let host = kill(&host, 1);
     let last = bytes(&host, &top());
@@ -321,7 +324,7 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     if !ends_marked {
         return Ok(());
     }
-    // From before the session: it has no stamp, and is what it was; the journal waits for its image.
+    // The copy from before the session has no stamp and opens with its old contents. The journal stays.
     restore(&host, &top(), &copies[0].1);
     let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
     image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
@@ -329,47 +332,47 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     guest.check(&WrittenValues::default(), &layout.values)?;
     guest.close().map_err(error_line)?;
     image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
-    // The image itself moved: it is taken in at its new place, and its old one has no session any more.
+    // A moved image is recovered at its new place. The session at the old place has ended.
     let moved = copy(&host, "moved.vhd", &last);
     let guest = open_at(&host, &moved, "/run").map_err(|e| format!("the moved image: {}", e.line()))?;
-    guest.check(&known, &layout.values)?;
+    guest.check(&written, &layout.values)?;
     guest.close().map_err(error_line)?;
     restore(&host, &top(), &last);
-    expect_refused(open(&host), "an image whose copy was taken in")?;
+    expect_refused(open(&host), "an image whose copy was recovered")?;
     Ok(())
 }
 
-/// Two copies of a killed image: the one that is opened second is refused, whenever the first was killed.
+/// Opens two copies of a killed image: the second is refused, at whatever step the first was killed.
 pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     for step in 1..40 {
-        let (host, mut known) = (layout.host(7), WrittenValues::default());
+        let (host, mut written) = (layout.host(7), WrittenValues::default());
         let mut guest = open(&host).map_err(error_line)?;
-        guest.write(&mut known, 1, 2);
+        guest.write(&mut written, 1, 2);
         guest.flush();
-        guest.write(&mut known, 2, 3);
+        guest.write(&mut written, 2, 3);
         drop(guest);
         let host = kill(&host, 1);
         let other = copy(&host, "other.vhd", &bytes(&host, &top()));
-        // The copy is opened, and its daemon killed somewhere in that.
+        // The copy is opened, and its process is killed during that.
         host.stop_at(host.counts().steps + step);
         let whole = open_at(&host, &other, "/run").is_ok();
         for seed in 0..8 {
             let host = kill(&host.fork(), seed);
-            let mut known = known.clone();
+            let mut written = written.clone();
             match open(&host) {
                 Ok(mut guest) => {
-                    guest.check(&known, &layout.values)?;
-                    // No new mark, and so no other generation than that of the take-over.
-                    guest.write(&mut known, 2, 4);
+                    guest.check(&written, &layout.values)?;
+                    // Not a new mark, so the generation stays that of the take-over.
+                    guest.write(&mut written, 2, 4);
                     drop(guest);
                     let host = kill(&host, 1);
-                    expect_refused(open_at(&host, &other, "/run"), "the copy of an image that went on")?;
-                    open(&host).map_err(error_line)?.check(&known, &layout.values)?;
+                    expect_refused(open_at(&host, &other, "/run"), "the copy of an image that was served again")?;
+                    open(&host).map_err(error_line)?.check(&written, &layout.values)?;
                 }
                 Err(e) if e.kind() == ErrorKind::Refused => {
                     open_at(&host, &other, "/run")
                         .map_err(|e| format!("step {step}: neither copy opens: {}", e.line()))?
-                        .check(&known, &layout.values)?;
+                        .check(&written, &layout.values)?;
                 }
                 Err(e) => return Err(error_line(e)),
             }
@@ -381,22 +384,22 @@ pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     Ok(())
 }
 
-/// Whoever is not the successor is refused.
+/// Everything but the successor is refused.
 pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
-    let (host, mut known) = (layout.host(7), WrittenValues::default());
+    let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;
-    guest.write(&mut known, 1, 2);
+    guest.write(&mut written, 1, 2);
     guest.flush();
-    // A copy of a running image has the session of a daemon that lives.
+    // A copy of a running image has the session of a live daemon.
     let running = copy(&host, "running.vhd", &bytes(&host, &top()));
     expect_refused(open_at(&host, &running, "/run"), "a copy of a running image")?;
     drop(guest);
     let host = kill(&host, 1);
     let message = expect_refused(open_at(&host, &top(), "/other"), "an image whose journal lies elsewhere")?;
     if !message.contains("/run") || !message.contains("settle") {
-        return Err(format!("the message does not help: {message}"));
+        return Err(format!("the message lacks the folder or the command: {message}"));
     }
-    // Of several folders, the one that has the journal counts, whatever the order.
+    // The journal is found in any of several folders.
     let twin = kill(&host.fork(), 1);
     let folder = |path: &str| twin.runtime_folder(Path::new(path)).expect("every folder is in memory");
     let keep = Durability::Journal { folders: vec![folder("/other"), folder("/run")], required: true };
@@ -404,48 +407,48 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     Disk::open(Arc::new(twin.clone()), &options).map_err(|e| format!("with two folders: {}", e.line()))?;
     let env: &dyn Env = &host;
     expect_refused(Chain::open(env, &top(), &Policy::default(), OpenMode::Read), "to a reader, a killed image")?;
-    let written = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
+    let writable = Chain::open(env, &top(), &Policy::default(), OpenMode::Write);
     expect_refused(
-        written.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)),
+        writable.and_then(|chain| chain.into_writable(env, &Durability::FlushOnly)),
         "to a tool, a killed image",
     )?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     expect_refused(checked(&host), "to a check, a killed image")?;
-    // Another machine may be alive.
+    // The session may be live on the other machine.
     let away = kill(&host.fork(), 1);
     away.move_to_another_machine(9);
     expect_refused(open(&away), "an image of another machine")?;
     let runtime = away.runtime_folder(Path::new("/run")).map_err(error_line)?;
     image::discard_session(&away, std::slice::from_ref(&runtime), &top()).map_err(error_line)?;
     open(&away).map_err(error_line)?.close().map_err(error_line)?;
-    // Discarded here: what was flushed is there, and the journal is gone.
+    // Discarding on this machine keeps flushed data and removes the journal.
     let given_up = kill(&host.fork(), 1);
     let runtime = given_up.runtime_folder(Path::new("/run")).map_err(error_line)?;
     image::discard_session(&given_up, std::slice::from_ref(&runtime), &top()).map_err(error_line)?;
     if !given_up.shm_names().is_empty() {
-        return Err("a discarded journal stays".into());
+        return Err("a discarded journal is not removed".into());
     }
-    check_reopen(&given_up, &known, layout)?;
-    // Settled: nobody is refused any more.
+    check_reopen(&given_up, &written, layout)?;
+    // A settled image is refused to nothing.
     let file = host.open(&top(), Access::Write).map_err(error_line)?;
     file.lock(Lock::Exclusive).map_err(error_line)?;
     let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
     if !image::settle(env, std::slice::from_ref(&runtime), &file).map_err(error_line)?
         || image::settle(env, std::slice::from_ref(&runtime), &file).map_err(error_line)?
     {
-        return Err("it is settled once".into());
+        return Err("settle must return true, then false".into());
     }
     drop(file);
     Chain::open(env, &top(), &Policy::default(), OpenMode::Read).map_err(error_line)?;
     checked(&host).map_err(error_line)?;
-    check_reopen(&host, &known, layout)
+    check_reopen(&host, &written, layout)
 }
 
-/// A killed image that has become a parent: readers of the child are refused, a daemon settles it.
+/// A killed image that is a parent: a read-only open of the child is refused, a daemon settles the parent.
 pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
-    let (host, mut known) = (layout.host(7), WrittenValues::default());
+    let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;
-    guest.write(&mut known, 1, 2);
+    guest.write(&mut written, 1, 2);
     let uuid = guest.disk.version().top().expect("it is writable").image.image().uuid();
     drop(guest);
     let host = kill(&host, 1);
@@ -464,29 +467,30 @@ pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
         "to a check, a killed parent",
     )?;
     expect_refused(open_at(&host, child, "/other"), "to a daemon without its journal, a killed parent")?;
-    let guest = open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle it: {}", e.line()))?;
-    guest.check(&known, &layout.values)?;
+    let guest =
+        open_at(&host, child, "/run").map_err(|e| format!("a daemon does not settle the parent: {}", e.line()))?;
+    guest.check(&written, &layout.values)?;
     guest.close().map_err(error_line)?;
     Chain::open(env, child, &Policy::default(), OpenMode::Read).map_err(error_line)?;
-    check_reopen(&host, &known, layout)
+    check_reopen(&host, &written, layout)
 }
 
-/// A guest that only reads and flushes leaves no trace.
+/// A guest that only reads and flushes changes neither image nor runtime folder.
 pub(crate) fn read_only_guest(layout: &Layout) -> CheckResult {
     let host = layout.host(7);
-    open(&host).map_err(error_line)?.close().map_err(error_line)?; // a foreign file is recovered and cut
+    open(&host).map_err(error_line)?.close().map_err(error_line)?; // recovers and trims an image of another writer
     let before = bytes(&host, &top());
     let mut guest = open(&host).map_err(error_line)?;
     guest.check(&WrittenValues::default(), &layout.values)?;
     guest.flush();
     if bytes(&host, &top()) != before || !host.shm_names().is_empty() {
-        return Err("reading leaves a trace".into());
+        return Err("reading changes the image or leaves a journal".into());
     }
     drop(guest);
     check_reopen(&kill(&host, 1), &WrittenValues::default(), layout)
 }
 
-/// All scenes on a layout.
+/// Runs all scenarios on a layout.
 pub(crate) fn run_all(layout: &Layout, every: usize) -> CheckResult {
     let named = |what: &str, outcome: CheckResult| outcome.map_err(|e| format!("{what}, {}: {e}", layout.name));
     named("readers", read_only_guest(layout))?;
@@ -501,7 +505,7 @@ pub(crate) fn run_all(layout: &Layout, every: usize) -> CheckResult {
     named("kills", kills(layout, every))
 }
 
-/// The mistakes that these scenes must find; the random runs do not look for them.
+/// The mutants that these scenarios must find; the random runs do not search for them.
 pub(crate) const MUTANTS: [Mutant; 18] = [
     Mutant::RemoveJournalFirst,
     Mutant::LateStamp,
@@ -523,13 +527,13 @@ pub(crate) const MUTANTS: [Mutant; 18] = [
     Mutant::SlotReplacesBits,
 ];
 
-/// What finds a mistake.
+/// Searches for a mutant. Returns the failure.
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout]) -> Option<String> {
     let found = layouts.iter().find_map(|layout| {
         mutant::enable(Some(mutant));
         let run = catch_unwind(AssertUnwindSafe(|| run_all(layout, 1)));
         mutant::enable(None);
-        run.unwrap_or_else(|_| Err("the code itself noticed".into())).err()
+        run.unwrap_or_else(|_| Err("an assertion of the code failed".into())).err()
     });
     mutant::enable(None);
     found

@@ -1,4 +1,4 @@
-//! A disk on a simulated machine under a guest that knows what it may find, one completion at a time.
+//! A disk on a simulated machine, run one completion at a time, with a model of its contents.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use crate::layouts::{self, Layout};
 use crate::memory::TestMemory;
 use crate::model::{self, Model};
 
-/// Operations that an engine takes.
+/// Depth of the engines.
 const DEPTH: usize = 32;
 
-/// How much of what may happen is looked at.
+/// How many crash outcomes are checked.
 #[derive(Clone, Copy)]
 pub(crate) struct CheckOptions {
-    /// Fates tried at a moment, where there are too many to try all; 0 for none at all.
+    /// Crash outcomes checked at a step, if there are too many to check all; 0 for none.
     pub(crate) sample: u64,
-    /// One moment in so many is looked at.
+    /// Steps between two checks.
     pub(crate) interval: u64,
-    /// Every write that was answered must be there after the end of the process alone (the live journal).
+    /// Whether the disk has a live journal, so that a kill must keep every acknowledged write.
     pub(crate) journal: bool,
 }
 
-/// How a disk is opened.
+/// How a disk uses space.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpacePolicy {
     pub(crate) when_full: WhenFull,
@@ -40,7 +40,7 @@ impl Default for SpacePolicy {
     }
 }
 
-/// What a request in flight will mean.
+/// What the completion of a request means for the model.
 struct InFlightRequest {
     act: u32,
     kind: InFlightKind,
@@ -49,12 +49,12 @@ struct InFlightRequest {
 enum InFlightKind {
     Write(SectorRange),
     Discard(SectorRange),
-    /// With what it makes durable, and whether it must fail: a sync has failed before it began.
+    /// The flush point, and whether the flush must fail since a sync failed before it began.
     Flush(Vec<u32>, bool),
     Read(SectorRange, TestMemory),
 }
 
-/// See the file's first line.
+/// A machine, its disk, and the model of the disk.
 pub(crate) struct World<'a> {
     pub(crate) host: SimHost,
     space_policy: SpacePolicy,
@@ -62,15 +62,15 @@ pub(crate) struct World<'a> {
     pub(crate) checker: &'a mut Checker,
     pub(crate) checks: CheckOptions,
     pub(crate) trace: Vec<String>,
-    /// Faults are planned: requests may fail.
+    /// Whether faults are planned, so that requests may fail.
     pub(crate) may_fail: bool,
-    // Lanes go before their disk.
+    // Before `disk`: lanes are dropped before their disk.
     pub(crate) lanes: Vec<Lane>,
     pub(crate) disk: Option<Arc<Disk>>,
     model: Model,
     pending: BTreeMap<u64, InFlightRequest>,
     actions: u32,
-    /// Granules of bitmap that the disk keeps in memory; `None` for as many as it likes.
+    /// Bitmap sectors that the disk may cache; `None` for its default.
     cached_bitmap_sectors: Option<usize>,
 }
 
@@ -79,30 +79,30 @@ impl<'a> World<'a> {
         layout: &Layout,
         seed: u64,
         lanes: usize,
-        care: CheckOptions,
-        judge: &'a mut Checker,
+        checks: CheckOptions,
+        checker: &'a mut Checker,
     ) -> World<'a> {
-        World::with_faults(layout, seed, lanes, care, judge, SpacePolicy::default(), &FaultPlan::default())
+        World::with_faults(layout, seed, lanes, checks, checker, SpacePolicy::default(), &FaultPlan::default())
     }
 
-    /// The same, opened in another way, on a host with these faults.
+    /// Opens the disk with a space policy, on a machine with planned faults.
     pub(crate) fn with_faults(
         layout: &Layout,
         seed: u64,
         lanes: usize,
-        care: CheckOptions,
-        judge: &'a mut Checker,
-        how: SpacePolicy,
+        checks: CheckOptions,
+        checker: &'a mut Checker,
+        space_policy: SpacePolicy,
         faults: &FaultPlan,
     ) -> World<'a> {
         let host = layout.host(seed);
         host.set_faults(faults.clone());
         let mut world = World {
             host,
-            space_policy: how,
+            space_policy,
             random: Random::new(seed),
-            checker: judge,
-            checks: care,
+            checker,
+            checks,
             trace: Vec::new(),
             may_fail: false,
             lanes: Vec::with_capacity(lanes),
@@ -112,10 +112,10 @@ impl<'a> World<'a> {
             actions: model::PARENT,
             cached_bitmap_sectors: None,
         };
-        // Nothing is wrong with a disk that is opened for the first time.
-        let care = std::mem::replace(&mut world.checks, CheckOptions { sample: 0, ..care });
+        // The first open of a sound disk needs no checks.
+        let checks = std::mem::replace(&mut world.checks, CheckOptions { sample: 0, ..checks });
         world.open(lanes).expect("a sound disk opens");
-        world.checks = care;
+        world.checks = checks;
         world
     }
 
@@ -123,13 +123,13 @@ impl<'a> World<'a> {
         self.model.sectors()
     }
 
-    /// Bytes that the files take.
+    /// Returns the bytes of all files.
     pub(crate) fn allocated(&self) -> u64 {
         let file = |path: &std::path::Path| self.host.bytes(path).map_or(0, |b| b.len() as u64);
         self.host.names().iter().map(|name| file(name)).sum()
     }
 
-    /// Has the disk keep so few granules of bitmap in memory, now and when it is opened again.
+    /// Limits the bitmap sectors that the disk caches, now and after every later open.
     pub(crate) fn limit_bitmap_cache(&mut self, granules: usize) {
         self.cached_bitmap_sectors = Some(granules);
         if let Some(bitmaps) = self.disk.as_ref().and_then(|disk| disk.version().top()?.image.bitmaps()) {
@@ -141,7 +141,7 @@ impl<'a> World<'a> {
         self.disk.is_some()
     }
 
-    /// Opens the disk; false where planned faults forbid it.
+    /// Opens the disk. Returns false if planned faults prevent it.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
         let (host, SpacePolicy { when_full, allocation }) = (self.host.clone(), self.space_policy);
         let options = DiskOptions { when_full, allocation, ..layouts::options(&self.host, self.checks.journal) };
@@ -159,11 +159,11 @@ impl<'a> World<'a> {
                 Ok(true)
             }
             Err(_) if self.may_fail => Ok(false),
-            Err(e) => Err(format!("it does not open: {}", e.line())),
+            Err(e) => Err(format!("the disk does not open: {}", e.line())),
         }
     }
 
-    /// Does something that changes the machine step by step, and looks at every step.
+    /// Calls a function and checks crash outcomes at every step that it makes the machine take.
     fn check_every_step<T>(&mut self, call: impl FnOnce() -> T) -> Result<T, String> {
         if self.checks.sample == 0 {
             return Ok(call());
@@ -177,7 +177,7 @@ impl<'a> World<'a> {
         Ok(result)
     }
 
-    /// Tries fates of this moment.
+    /// Checks crash outcomes of the current state.
     pub(crate) fn check_now(&mut self) -> Result<(), String> {
         let host = self.host.clone();
         self.check_moment(&host)
@@ -190,7 +190,7 @@ impl<'a> World<'a> {
         self.checker.explore(moment, &self.model, self.checks.sample, &mut self.random)
     }
 
-    /// Whether a request in flight writes to part of a range.
+    /// Returns whether a request in flight overlaps a range.
     pub(crate) fn is_busy(&self, range: SectorRange) -> bool {
         self.pending.values().any(|p| match &p.kind {
             InFlightKind::Write(r) | InFlightKind::Discard(r) | InFlightKind::Read(r, _) => !r.clip(range).is_empty(),
@@ -247,20 +247,20 @@ impl<'a> World<'a> {
         self.push(lane, Work::Read { range, into }, InFlightKind::Read(range, memory));
     }
 
-    /// One completion at most, on one lane, and what follows from it.
+    /// Grants at most one completion to one lane, and handles its answers.
     pub(crate) fn step(&mut self, lane: usize) -> Result<(), String> {
         let mut answers = Vec::new();
         self.host.limit_completions(Some(1));
-        let turned = self.lanes[lane].submit().and_then(|()| self.lanes[lane].poll(&mut answers));
+        let result = self.lanes[lane].submit().and_then(|()| self.lanes[lane].poll(&mut answers));
         self.host.limit_completions(Some(0));
-        turned.map_err(|e| format!("the engine failed: {e}"))?;
+        result.map_err(|e| format!("the engine failed: {e}"))?;
         for answer in answers {
             self.complete(answer)?;
         }
         self.check_now()
     }
 
-    /// Steps until nothing is under way.
+    /// Steps until all lanes are idle.
     pub(crate) fn finish(&mut self) -> Result<(), String> {
         let mut turns = 0;
         while !self.lanes.iter().all(Lane::is_idle) {
@@ -268,17 +268,17 @@ impl<'a> World<'a> {
             self.step(lane)?;
             turns += 1;
             if turns > 10_000 {
-                return Err("requests are never answered".into());
+                return Err("requests do not complete".into());
             }
         }
         Ok(())
     }
 
     fn complete(&mut self, answer: Answer) -> Result<(), String> {
-        let InFlightRequest { act, kind } = self.pending.remove(&answer.tag).ok_or("an answer to nothing")?;
+        let InFlightRequest { act, kind } = self.pending.remove(&answer.tag).ok_or("an answer without a request")?;
         if answer.outcome != Outcome::Done {
             self.trace.push(format!("    {act} failed"));
-            return if self.may_fail { Ok(()) } else { Err(format!("act {act} failed: {:?}", answer.outcome)) };
+            return if self.may_fail { Ok(()) } else { Err(format!("action {act} failed: {:?}", answer.outcome)) };
         }
         if matches!(kind, InFlightKind::Flush(_, true)) {
             return Err(format!("flush {act} succeeds after a sync has failed"));
@@ -300,20 +300,20 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Whether a sync has failed on this machine: nothing may be made durable any more, and nothing that a process can
-    /// do tells what the disk has, as long as the machine runs (the page cache says one thing, the medium another).
+    /// Returns whether a sync has failed on this machine. Then nothing may become durable, and no process can find out what the
+    /// medium contains until the machine crashes: the page cache hides it.
     fn is_poisoned(&self) -> bool {
         self.host.counts().failed_syncs > 0
     }
 
-    /// Plans what goes wrong.
+    /// Plans faults.
     pub(crate) fn set_faults(&mut self, plan: FaultPlan) {
         self.trace.push(format!("faults: {plan:?}"));
         self.may_fail = true;
         self.host.set_faults(plan);
     }
 
-    /// A sync fails in the middle of a flush. After it nothing may be written or made durable.
+    /// Fails a sync in the middle of a flush. All later writes and flushes must fail.
     pub(crate) fn fail_sync(&mut self) -> Result<(), String> {
         let plan = FaultPlan { failing_syncs: vec![self.host.counts().syncs + 1], ..FaultPlan::default() };
         self.set_faults(plan);
@@ -329,7 +329,7 @@ impl<'a> World<'a> {
         self.finish()?;
         let failed = self.trace[before..].iter().filter(|line| line.ends_with("failed")).count();
         if failed != 2 {
-            return Err("a disk whose sync failed goes on".into());
+            return Err("writes or flushes succeed after a failed sync".into());
         }
         self.read(0, SectorRange::between(0, self.sectors()));
         self.finish()
@@ -346,15 +346,15 @@ impl<'a> World<'a> {
         drop(disk);
         if self.is_poisoned() {
             return if closed.is_ok() {
-                Err("it closes cleanly after a sync has failed".into())
+                Err("the disk closes cleanly after a failed sync".into())
             } else {
                 self.crash_and_open(lanes)
             };
         }
         match closed {
             Ok(()) => self.model.complete_flush(&covered),
-            Err(e) if !self.may_fail => return Err(format!("it does not close: {}", e.line())),
-            // It ends uncommitted, as if it had been killed.
+            Err(e) if !self.may_fail => return Err(format!("the disk does not close: {}", e.line())),
+            // The disk ends uncommitted, as after a kill.
             Err(_) => return self.kill_and_open(lanes),
         }
         self.check_now()?;
@@ -363,14 +363,14 @@ impl<'a> World<'a> {
         self.check_now()
     }
 
-    /// Requests that are not answered.
+    /// Returns the number of requests in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.pending.len()
     }
 
-    /// There is room from now on: no new request may fail. Those that wait do not, either.
+    /// Frees space. From now on no request may fail, neither new ones nor those that wait.
     pub(crate) fn free_space(&mut self, faults: &FaultPlan) {
-        self.trace.push("room is freed".into());
+        self.trace.push("space is freed".into());
         self.may_fail = false;
         self.host.set_faults(faults.clone());
     }
@@ -387,7 +387,7 @@ impl<'a> World<'a> {
         self.may_fail = false;
     }
 
-    /// The end of the process alone; the next one opens the disk.
+    /// Kills the process; the next process opens the disk.
     pub(crate) fn kill(&mut self) -> Result<(), String> {
         if self.is_poisoned() {
             return self.crash();
@@ -397,27 +397,27 @@ impl<'a> World<'a> {
         self.kill_and_open(lanes)
     }
 
-    /// The end of a process whose disk had so many lanes.
+    /// Kills a process whose disk had `lanes` lanes, and opens the disk.
     fn kill_and_open(&mut self, lanes: usize) -> Result<(), String> {
         let next = self.host.kill(&mut self.random);
         self.drop_disk();
         self.host = next;
         self.open(lanes)?;
-        let version = self.disk.as_ref().ok_or("it does not open after a kill")?;
+        let version = self.disk.as_ref().ok_or("the disk does not open after a kill")?;
         let values = checker::read_disk(version.version())?;
         self.model.check(&values, self.checks.journal).map_err(|e| format!("after a kill: {e}"))?;
         self.model.reset_after_kill(&values);
         self.check_now()
     }
 
-    /// A power cut; the disk is opened again.
+    /// Cuts the power and opens the disk again.
     pub(crate) fn crash(&mut self) -> Result<(), String> {
         self.record_action(format_args!("crash"));
         let lanes = self.lanes.len();
         self.crash_and_open(lanes)
     }
 
-    /// A power cut of a disk that had so many lanes.
+    /// Cuts the power of a disk that had `lanes` lanes, and opens the disk.
     fn crash_and_open(&mut self, lanes: usize) -> Result<(), String> {
         let next = self.host.crash(&mut self.random);
         self.drop_disk();
@@ -428,9 +428,9 @@ impl<'a> World<'a> {
         let opened = self.open(lanes);
         self.checker.trailing_footer_may_be_missing = false;
         opened?;
-        let found = checker::read_disk(self.disk.as_ref().ok_or("it does not open after a crash")?.version())?;
+        let found = checker::read_disk(self.disk.as_ref().ok_or("the disk does not open after a crash")?.version())?;
         if found != values {
-            return Err("it reads otherwise when it is opened again".into());
+            return Err("the disk reads otherwise when it is opened again".into());
         }
         self.check_now()
     }

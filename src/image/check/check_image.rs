@@ -10,9 +10,9 @@ use super::report::Report;
 use super::space::{are_places_trusted, unreferenced_space};
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType};
-use crate::units::OnProgress;
 use crate::image::open::Image;
 use crate::storage::File;
+use crate::units::OnProgress;
 
 /// Holds a file against every rule. The image comes back where it can be opened at all.
 ///

@@ -11,9 +11,9 @@ use super::offline_image::Offline;
 use crate::error::Result;
 use crate::failpoint;
 use crate::format::{bat, layout};
-use crate::units::OnProgress;
 use crate::storage::{Buffer, File};
 use crate::storage::{is_seek_unsupported, next_data};
+use crate::units::OnProgress;
 use crate::units::{BlockSize, SECTOR};
 
 /// Bytes of blocks that move between two syncs, about.

@@ -26,8 +26,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
-use crate::units::OnProgress;
 use crate::image::check::check_blocks::bits_beyond_disk;
+use crate::units::OnProgress;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// Blocks by which the file grows at least while blocks that hide the parent are made.

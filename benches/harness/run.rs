@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::target::{self, Target};
+use super::rng::{Rng, seed_or};
+use super::target::{self, Target};
 
 /// A part of a bench by its name.
-pub type Part<B> = (&'static str, fn(&mut B));
+pub type Section<B> = (&'static str, fn(&mut B));
 
 /// What the machine did besides: `/proc/loadavg` before and after.
-pub struct Course {
+pub struct RunReport {
     load: [String; 2],
 }
 
@@ -21,7 +23,8 @@ pub fn is_full() -> bool {
 }
 
 /// Runs the parts that the command line names, all of them where it names none.
-pub fn run<B>(bench: &mut B, parts: &[Part<B>]) -> Course {
+pub fn run<B>(bench: &mut B, parts: &[Section<B>]) -> RunReport {
+    seed();
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
     let load = || fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned();
     let before = load();
@@ -31,10 +34,10 @@ pub fn run<B>(bench: &mut B, parts: &[Part<B>]) -> Course {
             part(bench);
         }
     }
-    Course { load: [before, load()] }
+    RunReport { load: [before, load()] }
 }
 
-impl Course {
+impl RunReport {
     /// Prints what has been met of the targets, and how busy the machine was.
     pub fn print(&self, targets: &[Target]) {
         target::print(targets);
@@ -58,4 +61,15 @@ impl Course {
 pub fn write(path: &Path, text: String) {
     fs::write(path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     println!("written: {}", path.display());
+}
+
+/// Returns the seed of this run, from `DIFFDISK_SEED` or always the same, and prints it once.
+fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| seed_or(0x9e37_79b9_7f4a_7c15))
+}
+
+/// Returns one of several streams of random numbers that depend only on the seed of this run.
+pub(crate) fn random_stream(stream: u64) -> Rng {
+    Rng::new(seed() ^ stream)
 }

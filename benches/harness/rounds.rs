@@ -1,0 +1,104 @@
+//! Rounds: several systems run the same load in turn, and another one begins in each round, so that whatever else the machine does
+//! hits all of them. Ratios compare runs of the same round.
+
+use super::stats::{median, spread};
+use super::target::{Bound, Target};
+
+/// How long and how often a benchmark measures.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// Measured runs of each candidate.
+    pub rounds: usize,
+    /// Bytes of data.
+    pub size: u64,
+    /// Whether the command line asks for the long form.
+    pub full: bool,
+}
+
+/// All samples of one system under one load.
+pub struct Row<S> {
+    pub load: String,
+    pub system: String,
+    pub samples: Vec<S>,
+}
+
+impl<S> Row<S> {
+    /// Returns the median of a value over all samples.
+    pub fn median(&self, of: impl Fn(&S) -> f64) -> f64 {
+        median(self.samples.iter().map(of))
+    }
+
+    /// Returns half the distance between the outermost samples, as a share of the median.
+    pub fn spread(&self, of: impl Fn(&S) -> f64) -> f64 {
+        spread(&self.samples.iter().map(of).collect::<Vec<_>>())
+    }
+}
+
+/// A system that takes part in a comparison, and the function that measures it once.
+pub struct Candidate<'a, S> {
+    system: String,
+    measure: Box<dyn FnMut() -> S + 'a>,
+}
+
+impl<'a, S> Candidate<'a, S> {
+    pub fn new(system: &str, measure: impl FnMut() -> S + 'a) -> Candidate<'a, S> {
+        Candidate { system: system.to_owned(), measure: Box::new(measure) }
+    }
+
+    /// Measures once.
+    pub fn measure(&mut self) -> S {
+        (self.measure)()
+    }
+}
+
+/// All that was measured, and the targets that were compared with it.
+pub struct Results<S> {
+    pub rows: Vec<Row<S>>,
+    pub targets: Vec<Target>,
+}
+
+impl<S> Default for Results<S> {
+    fn default() -> Results<S> {
+        Results { rows: Vec::new(), targets: Vec::new() }
+    }
+}
+
+impl<S> Results<S> {
+    /// Measures each candidate once in each round.
+    pub fn compare(&mut self, load: &str, rounds: usize, mut candidates: Vec<Candidate<'_, S>>) {
+        for round in 0..rounds {
+            self.round(load, round, &mut candidates);
+        }
+    }
+
+    /// Measures each candidate once; `round` decides which one begins.
+    pub fn round(&mut self, load: &str, round: usize, candidates: &mut [Candidate<'_, S>]) {
+        let count = candidates.len();
+        for turn in 0..count {
+            let candidate = &mut candidates[(round + turn) % count];
+            let sample = candidate.measure();
+            let system = &candidate.system;
+            match self.rows.iter_mut().find(|row| row.load == load && row.system == *system) {
+                Some(row) => row.samples.push(sample),
+                None => self.rows.push(Row { load: load.into(), system: system.clone(), samples: vec![sample] }),
+            }
+        }
+    }
+
+    /// Returns the samples of a system under a load, which must have been measured.
+    pub fn row(&self, load: &str, system: &str) -> &Row<S> {
+        let row = self.rows.iter().find(|r| r.load == load && r.system == system);
+        row.unwrap_or_else(|| panic!("{system} was not measured under {load}"))
+    }
+
+    /// Returns the median, over rounds, of one system's value divided by another's.
+    pub fn ratio(&self, load: &str, a: &str, b: &str, of: impl Fn(&S) -> f64) -> f64 {
+        let (a, b) = (self.row(load, a), self.row(load, b));
+        median(a.samples.iter().zip(&b.samples).map(|(a, b)| of(a) / of(b)))
+    }
+
+    /// Records a target and what was measured of it.
+    pub fn target(&mut self, what: impl Into<String>, ratio: f64, bound: Bound) {
+        self.targets.push(Target { what: what.into(), ratio, bound });
+    }
+}

@@ -1,0 +1,29 @@
+//! What most tests of the daemon begin with: a served disk, memory of the guest, event counters.
+
+use std::fs::File;
+
+use super::daemon::Daemon;
+use super::image;
+
+pub(crate) const MIB: u64 = 1 << 20;
+
+/// Starts a daemon on a fixed disk of 4 MiB. Returns its folder, too.
+pub(crate) fn started(options: &[&str]) -> (tempfile::TempDir, Daemon) {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.vhd");
+    image::make_fixed(&image, 4 * MIB);
+    let daemon = Daemon::start(dir.path(), &image, options);
+    (dir, daemon)
+}
+
+/// Makes a file in memory, as a front-end shares it for guest memory.
+pub(crate) fn memory(len: u64) -> File {
+    let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(len).unwrap();
+    file
+}
+
+/// Makes an event counter whose reads block.
+pub(crate) fn event() -> File {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
+}
