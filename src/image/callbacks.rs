@@ -1,20 +1,20 @@
-//! Callbacks through which an examination and long work report to their caller, and let it end them.
+//! Callbacks by which an examination or a long operation reports to its caller, and by which the caller can end it.
 
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
 use crate::format::Defect;
 
-/// Receives the number of bytes done since the last call, and ends the work by an error.
+/// Receives the number of bytes done since the last call, and ends the operation by returning an error.
 pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
-/// Receives each defect, and ends the examination by an error or lets it continue.
+/// Receives each defect, and continues the examination or ends it with an error.
 pub(super) type OnDefect<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
 
-/// Reports a defect.
+/// Passes a defect to `found`.
 ///
 /// # Errors
-/// The error by which `found` ends the examination.
+/// The error with which `found` ends the examination.
 pub(super) fn report_defect(found: &mut OnDefect<'_>, defect: Defect) -> Result<()> {
     match found(defect) {
         ControlFlow::Continue(()) => Ok(()),
