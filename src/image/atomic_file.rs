@@ -1,11 +1,11 @@
-//! Files that are being made. A name appears only when what it names is whole and durable.
+//! Creates and replaces files atomically: a file gets its name only when its contents are complete and durable.
 //!
-//! A draft has no name, so nothing is left of it if the process is killed. File systems without such files give it a
-//! temporary name, which a killed process leaves behind.
+//! Until then the file has no name (`O_TMPFILE`), so nothing remains of it if the process is killed. On file systems that do
+//! not support unnamed files it has a temporary name, which remains after a kill.
 //!
 //! ```text
-//!   new name      write, sync | link to the name                       | sync file and folder
-//!   replacement   write, sync | link to a temporary name, rename over  | sync file and folder
+//!   new file      write, sync | link to the name                                | sync file and folder
+//!   replacement   write, sync | link to a temporary name, rename over the name  | sync file and folder
 //! ```
 
 use std::ffi::{OsStr, OsString};
@@ -17,21 +17,22 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::storage::{Env, File, Folder};
 
-/// A file that is being made. Dropped before it has its name, it vanishes.
+/// A file under construction. If it is dropped before it has its name, no file remains.
 pub struct AtomicFile {
-    /// Where it is made, and will be named.
+    /// The folder in which the file is created and will be named.
     folder: Folder,
     name: OsString,
     file: File,
-    /// The path that was asked for.
+    /// The path that the caller requested, for errors.
     requested_path: PathBuf,
-    /// A temporary name that no other file has, and whether the file has it.
+    /// A unique temporary name.
     temporary_name: OsString,
+    /// Whether the file has its temporary name now.
     has_temporary_name: bool,
 }
 
 impl AtomicFile {
-    /// Begins an empty file that will be called `name` in `folder`. Errors call it `asked`.
+    /// Creates an empty file that will be called `name` in `folder`. Errors use the path `asked`.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -56,23 +57,23 @@ impl AtomicFile {
         })
     }
 
-    /// The file, open for reading and writing.
+    /// Returns the file, open for reading and writing.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The path under which it is known while it is made, or under its name later.
+    /// Returns the final path of the file.
     pub fn path(&self) -> PathBuf {
         self.folder.path_to(&self.name)
     }
 
-    /// The error, under the name that was asked for.
+    /// Replaces the file's internal paths in an error by the requested path.
     pub fn with_requested_path(&self, e: Error) -> Error {
         let known_as = [self.file.path().to_path_buf(), self.path(), self.folder.path_to(&self.temporary_name)];
         known_as.iter().fold(e, |e, path| e.replace_path(path, &self.requested_path))
     }
 
-    /// Gives the finished, durable file its name without ever replacing another, and makes the name durable.
+    /// Gives the finished, durable file its name, and makes the name durable. Never replaces another file.
     ///
     /// # Errors
     /// `Refused` if the name exists; `Io`.
@@ -82,7 +83,7 @@ impl AtomicFile {
             false => self.folder.link_unnamed(&self.file, &self.name),
             true => match self.folder.link(&self.temporary_name, &self.name) {
                 Ok(()) => self.folder.remove(&self.temporary_name),
-                // A file system without second names.
+                // The file system does not support hard links.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
                     self.folder.rename(&self.temporary_name, &self.folder, &self.name)
                 }
@@ -98,13 +99,13 @@ impl AtomicFile {
         self.sync_name()
     }
 
-    /// Puts the finished, durable file in the place of what has its name, in one step, and makes the name durable.
+    /// Replaces any file of the same name by the finished, durable file, atomically, and makes the name durable.
     ///
     /// # Errors
-    /// `Io`: the name still leads to the old file.
+    /// `Io`. If the rename failed, the name still refers to the old file.
     pub fn replace(&mut self) -> Result<()> {
         failpoint::reached("draft.whole-to-replace");
-        // No call gives a file its first name over an old file.
+        // No system call links an unnamed file over an existing name.
         if !self.has_temporary_name {
             self.folder.link_unnamed(&self.file, &self.temporary_name)?;
             self.has_temporary_name = true;
@@ -116,7 +117,7 @@ impl AtomicFile {
         self.sync_name()
     }
 
-    /// Makes the name durable. The file is synced, too, since its link count has changed.
+    /// Makes the name durable. Also syncs the file, because its link count has changed.
     fn sync_name(&self) -> Result<()> {
         self.file.sync_all()?;
         self.folder.sync()
@@ -133,19 +134,19 @@ impl Drop for AtomicFile {
     }
 }
 
-/// The error for a name that must not exist.
+/// Makes the error for a file that exists although it must not.
 pub(super) fn name_exists_error(path: &Path) -> Error {
-    Error::new(ErrorKind::Refused, "it exists already; remove it first").at_path(path)
+    Error::new(ErrorKind::Refused, "the file exists already; remove it first").at_path(path)
 }
 
-/// A temporary name for a file that is to be called `name`. `uuid` makes it unique.
+/// Makes a temporary name, unique by `uuid`, for a file that will be called `name`.
 fn make_temporary_name(name: &OsStr, uuid: Uuid) -> OsString {
-    // Names have at most 255 bytes; a part of it is enough for people to recognise it.
+    // Names have at most 255 bytes, and a prefix of `name` is enough to recognise it.
     let start: String = name.to_string_lossy().chars().take(32).collect();
     format!(".{start}.{}.new", uuid.simple()).into()
 }
 
-/// Whether a name is the temporary one of a draft.
+/// Returns whether a name is a temporary name of an [`AtomicFile`].
 pub fn is_temporary_name(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let middle = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new"));

@@ -1,7 +1,7 @@
-//! The block allocation table in memory: which file sector a block begins at.
+//! The block allocation table in memory: the file sector at which each block begins.
 //!
-//! Look-ups take no lock. An entry goes from unused to used once and never changes again while the image is open, so a
-//! reader that sees a place (acquire) also sees the bitmap that was prepared for it before (release).
+//! Look-ups take no lock. An entry changes once, from unused to used, while the image is open. A reader that loads a place
+//! (acquire) also sees the bitmap that was prepared before the place was stored (release).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,42 +11,42 @@ use crate::format::bat::UNUSED;
 use crate::format::layout;
 use crate::units::BlockSize;
 
-/// The table. Entries are file sectors of the blocks' bitmaps.
+/// The block allocation table of an open image. Entries are the file sectors of the blocks' bitmaps.
 #[derive(Debug)]
 pub struct Bat {
     entries: SparseArray<AtomicU32>,
 }
 
 impl Bat {
-    /// A table of `len` unused entries.
+    /// Creates a table of `len` unused entries.
     pub fn new(len: u32) -> Bat {
         Bat { entries: SparseArray::new(len as usize, || AtomicU32::new(UNUSED)) }
     }
 
-    /// Number of entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> u32 {
         u32::try_from(self.entries.len()).expect("made from a u32")
     }
 
-    /// Whether it has no entries.
+    /// Returns whether the table has no entries.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The file sector at which a block's bitmap begins; `None` where the block has no place.
+    /// Returns the file sector at which a block's bitmap begins; `None` if the block has no place.
     #[inline]
     pub fn place(&self, block: u32) -> Option<u32> {
         let entry = self.entries.get(block as usize)?.load(Ordering::Acquire);
         (entry != UNUSED).then_some(entry)
     }
 
-    /// Gives a block its place, for good.
+    /// Sets the place of a block, which does not change afterwards.
     pub fn set(&self, block: u32, place: u32) {
         assert_ne!(place, UNUSED, "a place is a file sector");
         self.entries.get_or_init(block as usize).store(place, Ordering::Release);
     }
 
-    /// All blocks that have a place, ascending.
+    /// Returns all blocks that have a place, ascending, with their places.
     pub fn used(&self) -> impl Iterator<Item = (u32, u32)> {
         self.entries.initialized().filter_map(|(block, entry)| {
             let place = entry.load(Ordering::Acquire);
@@ -54,7 +54,7 @@ impl Bat {
         })
     }
 
-    /// The first block at or after `block` that has a place.
+    /// Returns the first block at or after `block` that has a place.
     pub fn next_used(&self, block: u32) -> Option<u32> {
         let mut entries = self.entries.initialized_from(block as usize);
         let used = |entry: &AtomicU32| entry.load(Ordering::Acquire) != UNUSED;
@@ -63,7 +63,7 @@ impl Bat {
     }
 }
 
-/// The places of the next blocks, in sectors from the bitmap to the end of the data, if the next goes behind sector `next`.
+/// Returns the file sectors, from bitmap to end of data, of the next `unplaced` blocks, if the first may begin at `next`.
 pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
     let (mut next, mut unplaced) = (next, unplaced);
     std::iter::from_fn(move || {
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_given_once() {
+    fn used_entries_are_found_in_order() {
         let bat = Bat::new(3000);
         assert_eq!((bat.place(2999), bat.len()), (None, 3000));
         bat.set(2999, 15);

@@ -1,8 +1,7 @@
-//! XenServer's batmap beside what it speaks of: which of its bits are wrong, and the bytes that make it right.
+//! Compares XenServer's batmap with the bitmaps that it summarizes, and encodes a corrected batmap.
 //!
-//! A set bit tells tapdisk that all sectors of a block are there, so that it does not look at the block's bitmap. A clear
-//! one tells nothing. So a writer that only sets bits of bitmaps may leave the batmap alone, and a wrong bit is mended by
-//! clearing it.
+//! A set bit claims that all sectors of a block are present, so that tapdisk skips the block's bitmap. A clear bit claims
+//! nothing. So a writer that only sets bits in bitmaps need not update the batmap, and clearing a wrong bit repairs it.
 
 use super::open::Image;
 use crate::error::Result;
@@ -10,20 +9,20 @@ use crate::format::batmap::is_whole;
 use crate::format::{BatmapHeader, Defect, MetadataPart, bitmap};
 use crate::units::SECTOR;
 
-/// The batmap of an image.
+/// The batmap of an image, in memory.
 #[derive(Clone, Debug)]
 pub struct Batmap {
     header: BatmapHeader,
     header_at: u64,
     map_at: u64,
-    /// As much of the map as the disk has blocks, and at least what the checksum covers, in whole sectors.
+    /// The part of the map for the disk's blocks, and at least the part that the checksum covers, in whole sectors.
     map: Vec<u8>,
     summed: usize,
     blocks: u32,
 }
 
 impl Batmap {
-    /// Reads the batmap of an image; `None` where there is none, or none that can be found.
+    /// Reads the batmap of an image; `None` if the image has none, or its header or place is invalid.
     ///
     /// # Errors
     /// `Io`.
@@ -35,7 +34,7 @@ impl Batmap {
         let (Some(header_at), Some(region)) = (place(MetadataPart::BatmapHeader), place(MetadataPart::Batmap)) else {
             return Ok(None);
         };
-        // Both numbers come from the size of the disk, which is limited, and not from the map's own size.
+        // Both lengths derive from the disk's size, which is limited, and not from the map's recorded length.
         let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
         let summed = BatmapHeader::checksummed_bytes(image.size());
         let len = blocks.div_ceil(8).next_multiple_of(SECTOR).max(summed).min(region.end - region.start);
@@ -53,30 +52,30 @@ impl Batmap {
         }))
     }
 
-    /// Whether it calls a block whole.
+    /// Returns whether the batmap claims that a block is complete.
     pub fn claims(&self, block: u32) -> bool {
         block < self.blocks && is_whole(&self.map, block)
     }
 
-    /// The byte of the file in which the bit of a block is.
+    /// Returns the byte offset in the file of a block's bit.
     pub fn offset(&self, block: u32) -> u64 {
         self.map_at + u64::from(block / 8)
     }
 
-    /// Whether its checksum fits.
+    /// Verifies the checksum.
     ///
     /// # Errors
-    /// [`Defect::BatmapChecksum`], at the header's place.
+    /// [`Defect::BatmapChecksum`], with the header's offset.
     pub fn verify(&self) -> Result<(), Defect> {
         self.header.verify(&self.map[..self.summed]).map_err(|defect| defect.with_base_offset(self.header_at))
     }
 
-    /// The blocks of the disk that it calls whole.
+    /// Returns the blocks of the disk that the batmap claims are complete.
     pub fn claimed(&self) -> impl Iterator<Item = u32> {
         (0..self.blocks).filter(|block| self.claims(*block))
     }
 
-    /// The blocks that it calls whole and that are not: they have no place, or a sector of the disk is missing.
+    /// Returns the wrong claims: blocks that have no place, or of which a sector of the disk is not present.
     ///
     /// # Errors
     /// `Io`.
@@ -90,12 +89,12 @@ impl Batmap {
         Ok(wrong)
     }
 
-    /// Says of a block that it may not be whole.
+    /// Withdraws the claim that a block is complete.
     pub fn clear(&mut self, block: u32) {
         self.map[(block / 8) as usize] &= !(0x80 >> (block % 8));
     }
 
-    /// What to write where, map first, so that the file says what this says, under a right checksum.
+    /// Encodes map and header, with a new checksum, each with the byte offset to write it at. The map is first.
     pub fn encoded(&self) -> [(u64, Vec<u8>); 2] {
         let checksum = self.header.checksum_of(&self.map[..self.summed]);
         let header = BatmapHeader { checksum, ..self.header.clone() };
@@ -103,7 +102,7 @@ impl Batmap {
     }
 }
 
-/// Whether a block has a place and all its sectors that lie on the disk.
+/// Returns whether a block has a place and all its sectors within the disk are present.
 fn is_block_whole(image: &Image, block: u32) -> Result<bool> {
     let Some(place) = image.bat().and_then(|table| table.place(block)) else { return Ok(false) };
     let words = image.read_bitmap(place)?;

@@ -1,17 +1,17 @@
-//! The callback through which an examination reports defects to its caller, and lets it end.
+//! The callback by which an examination reports defects to its caller, and by which the caller can end it.
 
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
 use crate::format::Defect;
 
-/// Receives each defect, and ends the examination by an error or lets it continue.
+/// Receives each defect, and continues the examination or ends it with an error.
 pub(super) type OnDefect<'a> = dyn FnMut(Defect) -> ControlFlow<Error> + 'a;
 
-/// Reports a defect.
+/// Passes a defect to `found`.
 ///
 /// # Errors
-/// The error by which `found` ends the examination.
+/// The error with which `found` ends the examination.
 pub(super) fn report_defect(found: &mut OnDefect<'_>, defect: Defect) -> Result<()> {
     match found(defect) {
         ControlFlow::Continue(()) => Ok(()),

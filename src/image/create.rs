@@ -1,4 +1,4 @@
-//! The bytes of new images.
+//! Creates images.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -15,57 +15,59 @@ use crate::format::{DiskType, DynamicHeader, Footer, LocatorEntry, NewLayout, Pl
 use crate::storage::{Env, File};
 use crate::units::{BlockSize, SECTOR};
 
-/// How the parent is found again.
+/// The reference to the parent that a child records.
 #[derive(Clone, Debug)]
 pub struct ParentLink {
-    /// The parent's UUID: the one thing that is checked.
+    /// The parent's UUID, which an open of the chain verifies.
     pub uuid: Uuid,
-    /// The parent file's last change, Unix seconds.
+    /// The parent file's modification time, in Unix seconds.
     pub modified: i64,
-    /// Its path from the child's folder, to be recorded as such.
+    /// The parent's path relative to the child's folder, for a relative locator.
     pub relative: Option<PathBuf>,
-    /// Its absolute path, to be recorded as such.
+    /// The parent's absolute path, for an absolute locator.
     pub absolute: Option<PathBuf>,
-    /// Its path from the child's folder, for the name in the header.
+    /// The parent's path relative to the child's folder, for the name in the header.
     pub name: PathBuf,
 }
 
-/// What is to be made.
+/// The kind of a new image.
 #[derive(Clone, Debug)]
 pub enum ImageKind {
-    /// All sectors in place, one after another.
+    /// A fixed image: all sectors of the disk in order, without a block table.
     Fixed,
-    /// A root that grows.
+    /// A dynamic image: a root that allocates blocks when they are written.
     Dynamic,
-    /// A child.
+    /// A differencing image: a child of the linked parent.
     Differencing(ParentLink),
 }
 
-/// A new image.
+/// The parameters of a new image.
 #[derive(Clone, Debug)]
 pub struct ImageSpec {
-    /// What kind.
+    /// Kind of the image.
     pub kind: ImageKind,
     /// Virtual size in bytes.
     pub size: u64,
-    /// Size of its blocks.
+    /// Size of the image's blocks.
     pub block_size: BlockSize,
-    /// Virtual size in bytes up to which the block table has room to grow.
+    /// Virtual size in bytes up to which the block table can grow in place.
     pub reserve: u64,
 }
 
-/// Makes an image at `path`, which must not exist. The name appears when the image is whole and durable.
+/// Creates an image at `path`, which must not exist. The file gets its name when the image is complete and durable.
 ///
 /// # Errors
-/// `Refused` where the name exists; `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+/// - `Refused` if the file exists.
+/// - `Invalid` if the format does not allow the sizes.
+/// - `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, false)
 }
 
-/// The same, with every block in its place and its room reserved on the host.
+/// Creates an image as [`create`] does, with every block placed and its space allocated in the file system.
 ///
 /// # Errors
-/// As [`create`]; `Unsupported` where the file system cannot reserve room.
+/// As [`create`]; `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all blocks.
 pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, true)
 }
@@ -82,15 +84,15 @@ fn create_image(env: &dyn Env, path: &Path, spec: &ImageSpec, whole: bool) -> Re
     made.map(|()| uuid).map_err(|e| draft.with_requested_path(e).at_path(path))
 }
 
-/// The last part of a path.
+/// Returns the last component of a path.
 ///
 /// # Errors
 /// `Refused` if `path` does not end in a file name.
 pub fn file_name(path: &Path) -> Result<&OsStr> {
-    path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "not a file name").at_path(path))
+    path.file_name().ok_or_else(|| Error::new(ErrorKind::Refused, "the path does not end in a file name").at_path(path))
 }
 
-/// The folder of a path, `.` where it has none.
+/// Returns the folder of a path, or `.` if the path has only one component.
 pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -98,12 +100,13 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Writes a new image into an empty file, and makes it durable. The name is the caller's concern.
+/// Writes a new image into an empty file, and makes it durable. The caller makes the file's name durable.
 ///
 /// # Errors
-/// `Invalid` for sizes that the format does not have; `Io`, `NoSpace`.
+/// - `Invalid` if the format does not allow the sizes.
+/// - `Io`, `NoSpace`.
 pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Result<()> {
-    // The sizes are those of the command line.
+    // The sizes come from the command line, so an offset in the file would mislead.
     let invalid = |defect| Error::from(defect).without_offset().at_path(file.path());
     let now = u64::try_from(env.now()).unwrap_or(0);
     let (disk_type, locators) = match &spec.kind {
@@ -116,7 +119,7 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Re
     let reserve = u32::try_from(reserve).unwrap_or(u32::MAX);
     let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
     let footer = Footer::new(disk_type, spec.size, uuid, now).encode();
-    // Bitmaps and tables are written over and over: where each such write took new room, a full host would stop commits.
+    // Bitmaps and tables are overwritten often. With copy on write, commits would fail when the file system is full.
     if let Err(e) = file.disable_copy_on_write() {
         log::warn!("{}", e.line());
     }
@@ -141,7 +144,7 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Re
     file.sync()
 }
 
-/// All entries unused, and ones to the end of the last page.
+/// Writes a table of unused entries, padded with ones to the end of its last page.
 fn write_unused_table(file: &File, layout: &NewLayout) -> Result<()> {
     let unused = vec![0xFF; 1 << 16];
     debug_assert_eq!(bat::UNUSED.to_be_bytes(), [0xFF; 4]);
@@ -154,7 +157,7 @@ fn write_unused_table(file: &File, layout: &NewLayout) -> Result<()> {
     Ok(())
 }
 
-/// The locators of a child: relative first, as most readers prefer it.
+/// Encodes the locators of a child. The relative one is first, as most readers prefer it.
 fn locators(link: &ParentLink) -> Result<Vec<(Platform, Vec<u8>)>> {
     let mut locators = Vec::new();
     if let Some(path) = &link.relative {

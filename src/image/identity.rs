@@ -1,4 +1,4 @@
-//! A glance at a file: who it is and who its parent is, by its footers and header alone.
+//! Reads the identity of an image and of its parent from its footers and header alone.
 
 use uuid::Uuid;
 
@@ -7,17 +7,17 @@ use crate::error::Result;
 use crate::format::{DiskType, DynamicHeader, check_header_place};
 use crate::storage::File;
 
-/// What a file says of itself before its block table was looked at.
+/// The identity of an image, read without its block table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ImageIdentity {
-    /// Its identity.
+    /// The image's UUID.
     pub uuid: Uuid,
-    /// Its parent's; `None` for a root.
+    /// The parent's UUID; `None` for a root.
     pub parent: Option<Uuid>,
 }
 
 impl ImageIdentity {
-    /// Looks at a file; `None` where it is no image that could be opened.
+    /// Reads the identity of the image in a file; `None` if the file is not an image that can be opened.
     ///
     /// # Errors
     /// `Io`.
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identity_and_parent_and_what_is_no_image() {
+    fn identity_and_parent_are_read_from_images_only() {
         let host = host_with(child(), 100);
         let seen = ImageIdentity::peek(&file(&host)).unwrap().expect("an image");
         assert_eq!(seen.parent, Some(Uuid::from_u128(7)));

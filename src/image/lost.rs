@@ -1,11 +1,11 @@
-//! Which sectors of a disk are lost, because the file was cut off before them (O12).
+//! Finds the lost sectors of a disk: those after the point at which the file was cut off (O12).
 //!
-//! A sector is lost if the data ends before it and its bit is set, or before the sector of its bitmap. The rule is the same
-//! for a root as for a child: programs that ignore bits set all of them, so a clear bit is never a sector that was written.
-//! A block that is cut off in sectors with clear bits alone is what an unclean end leaves, and loses nothing.
+//! A sector after the end of the data is lost if its bit is set, or if its bitmap sector is after the end, too. The rule is
+//! the same for roots and children: programs that ignore bits set all of them, so a clear bit never belongs to a written
+//! sector. An unclean shutdown may cut a block off in sectors with clear bits only, which loses nothing.
 //!
-//! Bitmaps are read only of the one block that the end of the data lies in. If several blocks lie there, they overlap, and
-//! the image is refused for that: all that they have after the end counts as lost.
+//! A bitmap is read only if its block is the only one that contains the end of the data. Several blocks there overlap, so
+//! the image is refused anyway, and all their sectors after the end count as lost.
 
 use std::ops::ControlFlow;
 
@@ -21,9 +21,9 @@ pub(super) struct TruncatedBlocks<'a> {
     pub(super) placed: &'a PlacedBlocks,
     /// The byte at which the data ends.
     pub(super) data_end: u64,
-    /// Whether a footer follows there, so that no unclean end explains the cut.
+    /// Whether a footer follows the data, so that an unclean shutdown cannot be the cause of the cut.
     pub(super) footer_follows: bool,
-    /// The sectors of the disk.
+    /// All sectors of the disk.
     pub(super) disk: SectorRange,
 }
 
@@ -32,7 +32,7 @@ impl TruncatedBlocks<'_> {
     /// that is cut off although a footer follows.
     ///
     /// # Errors
-    /// What `found` breaks with; `Io`.
+    /// The error with which `found` breaks; `Io`.
     pub(super) fn lost_ranges(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
         let (block_size, mut lost) = (self.header.block_size, Vec::new());
         let cut = &self.placed.entries[self.placed.entries.len() - self.placed.truncated..];
@@ -58,18 +58,18 @@ impl TruncatedBlocks<'_> {
         Ok(merge_ranges(lost))
     }
 
-    /// The sectors of a block whose data the file does not hold whole.
+    /// Returns the sectors of a block whose data is not completely in the file.
     fn beyond_end(&self, place: u32, range: SectorRange) -> SectorRange {
         let data = (u64::from(place) + u64::from(self.header.block_size.bitmap_sectors())) * SECTOR;
         let there = self.data_end.saturating_sub(data) / SECTOR;
         range.skip(there.min(range.count()))
     }
 
-    /// The lost runs of a block.
+    /// Returns the runs of lost sectors of a block.
     fn lost_runs(&self, place: u32, range: SectorRange) -> Result<Vec<SectorRange>> {
         let behind = self.beyond_end(place, range);
         let at = u64::from(place) * SECTOR;
-        // Sectors of the bitmap that the file holds whole; the bits of the others count as set.
+        // Bitmap sectors that are completely in the file; the bits of the others count as set.
         let held = (self.data_end.saturating_sub(at) / SECTOR).min(self.header.block_size.bitmap_sectors().into());
         if held == 0 {
             return Ok(vec![behind]);
@@ -101,7 +101,7 @@ impl TruncatedBlocks<'_> {
     }
 }
 
-/// Ranges in ascending order, neighbours and overlaps joined.
+/// Sorts ranges, and joins adjacent and overlapping ones.
 pub fn merge_ranges(mut ranges: Vec<SectorRange>) -> Vec<SectorRange> {
     ranges.sort_unstable_by_key(|range| range.start());
     let mut all: Vec<SectorRange> = Vec::new();

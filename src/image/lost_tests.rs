@@ -1,4 +1,4 @@
-//! Tests of `lost_memory.rs` on the simulated host.
+//! Tests of `lost.rs` on the simulated file system.
 
 use super::super::check;
 use super::super::testing::{child, file, kinds, poke, written};
@@ -12,7 +12,7 @@ fn place(host: &SimHost, block: u32) -> u64 {
     u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(block).unwrap()) * SECTOR
 }
 
-/// What is lost, and whether the image opens.
+/// Returns the lost ranges, and whether the image opens.
 fn lost(host: &SimHost) -> (Vec<(u64, u64)>, bool) {
     let ranges = check(file(host)).unwrap().0.lost;
     let opens = Image::open(file(host));
@@ -21,15 +21,15 @@ fn lost(host: &SimHost) -> (Vec<(u64, u64)>, bool) {
 }
 
 #[test]
-fn what_is_cut_off_is_lost_where_bits_are_set() {
+fn sectors_cut_off_are_lost_if_their_bits_are_set() {
     for kind in [child(), ImageKind::Dynamic] {
         let root = matches!(kind, ImageKind::Dynamic);
-        // Block 0 has sectors 0 to 10, block 1 only its first; a root marks all.
+        // Block 0 has sectors 0 to 10, block 1 only its first; a root sets the bits of whole blocks.
         let host = written(kind, 1000, &[(0, 10), (128, 129)]);
         let (first, last) = (place(&host, 0), place(&host, 1));
         assert_eq!(lost(&host), (vec![], true));
         let cut = |len: u64| file(&host).set_len(len).unwrap();
-        // In the last block's absent sectors: an unclean end, but not in a root, where they are marked.
+        // In the last block's absent sectors: an unclean shutdown, but not in a root, which has their bits set.
         cut(last + 20 * SECTOR);
         match root {
             false => assert_eq!(lost(&host), (vec![], true)),
@@ -39,7 +39,7 @@ fn what_is_cut_off_is_lost_where_bits_are_set() {
         cut(last + SECTOR + 100);
         let all = if root { (128, 256) } else { (128, 129) };
         assert_eq!(lost(&host), (vec![all], false));
-        // In the bitmap: all of the block may have been there. The first block ends in absent sectors.
+        // In the bitmap: all sectors of the block may have been present. The first block ends in absent sectors.
         cut(last + 100);
         assert_eq!(lost(&host), (vec![(128, 256)], false));
         cut(last);
@@ -51,7 +51,7 @@ fn what_is_cut_off_is_lost_where_bits_are_set() {
 }
 
 #[test]
-fn an_entry_far_behind_the_end_costs_no_more() {
+fn an_entry_far_after_the_end_of_the_file_loses_only_its_block() {
     let host = written(child(), 1000, &[(0, 10)]);
     let table = Image::open(file(&host)).unwrap().table_offset().unwrap();
     poke(&host, table + 4 * 7, &0xFFFF_FF00u32.to_be_bytes());
@@ -59,7 +59,7 @@ fn an_entry_far_behind_the_end_costs_no_more() {
     assert_eq!(lost(&host), (vec![(896, 1000)], false));
     assert!(kinds(&host).contains(&"block-cut-off"));
     let kept = super::super::repair(&host, &file(&host), None).unwrap();
-    assert!(kept.is_none(), "nothing is mended in an image that has lost sectors");
+    assert!(kept.is_none(), "an image that has lost sectors is not repaired");
     let salvaged = Image::salvage(file(&host)).unwrap();
     assert_eq!(salvaged.lost(), [SectorRange::between(896, 1000)]);
     assert!(salvaged.check_writable().is_err());

@@ -1,24 +1,24 @@
 //! Floor 1: one VHD file.
 //!
-//! Owns: opening with every rule held ([`open`]), creating, giving room to new blocks ([`write::growth`]), and the order in which
-//! a write becomes durable ([`commit`]). Leaves to others: what a clear bit means (`chain`), who asks (`disk`).
+//! Owns: opening with a check of every rule ([`open`]), creation, the allocation of new blocks ([`write::growth`]), and the
+//! order in which a write becomes durable ([`commit`]). Leaves to others: the meaning of a clear bit (`chain`), and the
+//! guest's requests (`disk`).
 //!
 //! ```text
-//!   open ──> Image                     sound, read-only: footer, header, block table
-//!              │ Writable::new         lock, recover: footers whole, tail durably zero
+//!   open ──> Image                     valid, read-only: footer, header, block table
+//!              │ Writable::new         lock, recover: footers valid, free tail durably zero
 //!              v
 //!           Writable ── reserve ── (data is written) ── mark ──┐
 //!              ^  │                                            v
-//!              │  └── Growth: the tail, away from the guest  Commit: sync, pointers, sync
+//!              │  └── Growth: extends the free tail ahead    Commit: sync, pointers, sync
 //!              │                                               │
 //!              └───────────────────────────────────────────────┘
-//!              │ trim                  the file ends behind its last block
+//!              │ trim                  cuts the file after its last block
 //!              v
 //!            closed
 //!
-//!   check ──> Report                  every rule, and what blocks say (walk); repair mends what needs no guess (undo keeps
-//!                                    what it replaces)
-//!           Offline            nobody else has it open: another size, fewer blocks, blocks elsewhere
+//!   check ──> Report                   every rule, and the blocks' bitmaps; repair replaces wrong bytes, undo restores them
+//!           Offline                    exclusively locked: changes of size, parent and places of blocks
 //! ```
 
 mod atomic_file;

@@ -1,21 +1,21 @@
-//! The modification time of an image's file: it tells children whether the disk beneath them was changed.
+//! Keeps the modification time of an image's file, by which children detect changes of their parent's contents.
 //!
-//! A child records the time of its parent's file, in whole seconds (vhd-format 4.3). So the time must move exactly when
-//! the disk's contents do:
+//! A child records the time of its parent's file, in whole seconds (vhd-format 4.3). So the time must change exactly when
+//! the disk's contents change:
 //!
-//! - What leaves the contents as they are (an open without a write, growth, trim, repair, compact, resize, a safe rebase)
-//!   puts the time back that the file had before.
-//! - What changes them leaves a time that lies at least a second after the one before, so that a child made within the
-//!   same second does not miss the change. The file may thus be dated up to a second into the future.
+//! - An operation that preserves the contents (an open without a write, growth, trim, repair, compact, resize, a safe
+//!   rebase) restores the file's previous time.
+//! - An operation that changes the contents advances the time by at least a second, so that a child created within the same
+//!   second detects the change. The file's time may thus lie up to a second in the future.
 //!
-//! A process that is killed leaves the time of its last write. A parent that was not changed is then called changed: a
-//! false alarm, never a missed one. A power cut may bring back the time of the last sync of the whole file, which
-//! every clean close does.
+//! A killed process leaves the time of its last write, so an unchanged parent may be reported as changed: a false alarm,
+//! never a missed change. A power cut may restore the time of the last sync of the whole file, which is part of every clean
+//! close.
 
 use crate::error::Result;
 use crate::storage::{File, ModifiedTime};
 
-/// The time that a file had at a moment.
+/// The saved modification time of a file.
 #[derive(Clone, Debug)]
 pub struct SavedMtime {
     file: File,
@@ -23,7 +23,7 @@ pub struct SavedMtime {
 }
 
 impl SavedMtime {
-    /// Keeps the time that `file` has now. The file is open for writing and locked exclusively.
+    /// Saves the present time of `file`, which is open for writing and locked exclusively.
     ///
     /// # Errors
     /// `Io`.
@@ -31,7 +31,7 @@ impl SavedMtime {
         Ok(SavedMtime { file: file.clone(), before: file.stat()?.last_change() })
     }
 
-    /// Puts the time back, durably: the disk's contents are what they were.
+    /// Restores the time, durably, after an operation that preserved the disk's contents.
     ///
     /// # Errors
     /// `Io`.
@@ -39,8 +39,8 @@ impl SavedMtime {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
-    /// Puts the time back as the file is opened. A power cut may undo that, which is a false alarm; no order of durable
-    /// writes may rely on a sync that the owner of the file alone would get.
+    /// Restores the time during an open, without a sync. A power cut may undo that, which causes a false alarm. A sync here
+    /// would happen only if the process owns the file, so no order of durable writes may rely on one.
     ///
     /// # Errors
     /// `Io`.
@@ -48,26 +48,27 @@ impl SavedMtime {
         self.restore().map(drop)
     }
 
-    /// Puts the time back in the host's memory. Returns whether there is something to make durable.
+    /// Restores the time without a sync. Returns whether there is a change to make durable.
     fn restore(&self) -> Result<bool> {
         Ok(self.file.stat()?.last_change() != self.before && self.set(self.before)?)
     }
 
-    /// Sets the time; false if nobody but the owner of the file may: it keeps its new time, and children warn in vain.
+    /// Sets the time. Returns false if only the file's owner may set it: the file keeps its new time, and children warn
+    /// without need.
     fn set(&self, time: ModifiedTime) -> Result<bool> {
         match self.file.set_modified(time) {
             Err(e) if e.is_denied() => {
-                log::info!("{}; its children will warn that it was written to", e.line());
+                log::info!("{}; children of this image will warn that it was changed", e.line());
                 Ok(false)
             }
             set => set.map(|()| true),
         }
     }
 
-    /// Does `work`, which leaves the contents as they are also if it fails, and puts the time of `file` back, durably.
+    /// Runs `work`, which preserves the disk's contents even if it fails, and restores the time of `file`, durably.
     ///
     /// # Errors
-    /// What the work fails with; `Io`.
+    /// The error of `work`; `Io`.
     pub fn preserve<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let time = SavedMtime::save(file)?;
         let outcome = work();
@@ -76,7 +77,7 @@ impl SavedMtime {
         put_back.map(|()| done)
     }
 
-    /// Sees to it that the time lies in a later second than before, durably: the disk's contents have changed.
+    /// Advances the time, durably, to a later second than the saved one, because the disk's contents have changed.
     ///
     /// # Errors
     /// `Io`.
@@ -112,13 +113,13 @@ mod tests {
         image.trim().unwrap();
         drop(image);
         assert!(time().seconds > before.seconds, "whole seconds are what a child records");
-        // Recovery after a kill puts nothing into the disk that was not there.
+        // Recovery after a kill preserves the disk's contents.
         let killed = time();
         let f = file(&host);
         f.set_len(f.stat().unwrap().len - 512).unwrap();
         f.set_modified(killed).unwrap();
         drop(f);
         drop(open(&host).unwrap());
-        assert_eq!(time(), killed, "the trailing footer was written, and the time put back");
+        assert_eq!(time(), killed, "the trailing footer was written, and the time restored");
     }
 }

@@ -1,4 +1,4 @@
-//! Reads what a child records of its parent.
+//! Reads the parent locators and the parent name of a child.
 
 use super::open::Image;
 use crate::error::Result;
@@ -7,10 +7,10 @@ use crate::format::{DiskType, Platform};
 use crate::units::SECTOR;
 
 impl Image {
-    /// What it records of where its parent is; empty for a root.
+    /// Returns the recorded paths and names of the parent; empty for a root. Locators that cannot be decoded are skipped.
     ///
     /// # Errors
-    /// `Io`; texts that no path comes out of are skipped.
+    /// `Io`.
     pub fn recorded_parent(&self) -> Result<RecordedParent> {
         let Some(sparse) = self.sparse().filter(|_| self.kind() == DiskType::Differencing) else {
             return Ok(RecordedParent::default());
@@ -24,7 +24,7 @@ impl Image {
         Ok(recorded)
     }
 
-    /// The bytes of each parent locator that passes the rules, with its number and platform; none for a root.
+    /// Reads the bytes of each valid parent locator, with its slot and platform; none for a root.
     ///
     /// # Errors
     /// `Io`.

@@ -1,18 +1,18 @@
-//! Undoing a repair: the image becomes again what it was, byte by byte, by the undo file that the repair left (`undo_file.rs`).
+//! Undoes a repair: restores the image byte by byte from the undo file that the repair left (`undo_file.rs`).
 //!
 //! ```text
-//!   1  is it so?  the file belongs to the image, and the image is as the repair left it
-//!   2  begun      state 2, durable: from here on the same call completes the undo
-//!   3  end        the old length, and what was at the end: a trailing footer, if there was one         sync
-//!   4  middle     pointers and data                                                                    sync
-//!   5  front      the footer's copy at the start                                                       sync
-//!   6  length     cut, if the file was shorter                                                         sync
-//!   7  done       state 3, durable
+//!   1  verify     the undo file belongs to the image, and the image is as the repair left it
+//!   2  begin      state 2, durable: from now on, repeating the call completes the undo
+//!   3  end        restore the old length and the end of the file, with any trailing footer    sync
+//!   4  middle     restore pointers and data                                                   sync
+//!   5  front      restore the footer's copy at the start                                      sync
+//!   6  length     cut the file, if it was shorter                                             sync
+//!   7  finish     state 3, durable
 //! ```
 //!
-//! The image was readable before the repair and is after it, so it had and has a whole footer: the one at the end is back
-//! before the one at the start goes. A call that completes an interrupted undo accepts each sector as it was before the
-//! repair or after it, and no other.
+//! The image was readable before the repair and is readable after it, so it has a valid footer in both states. The trailing
+//! footer is restored before the copy at the start is replaced. A call that completes an interrupted undo accepts each
+//! sector only if its contents are those from before or from after the repair.
 
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,17 +23,18 @@ use crate::image::open::Image;
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Bytes that are compared and written at once.
+/// Bytes per comparison and write, and maximum length of a piece.
 const CHUNK: u64 = 64 << 10;
-/// Bytes of a piece's head.
+/// Length of a piece's head in bytes.
 const PIECE_HEAD: usize = 16;
 
-/// Undoes the repair of an image in a file that is locked exclusively, by the undo file `undo`, which is, too.
+/// Undoes the repair of the image in `file` with the undo file `undo`. Both files are locked exclusively.
 ///
 /// # Errors
-/// `Invalid` for a file that is no undo file; `Refused` if it belongs to another image, if the image was changed since, or
-/// if the repair was not finished or is undone already: then nothing was changed. `Io`, `NoSpace`: the same call completes
-/// it.
+/// - `Invalid` if `undo` is not an undo file. Nothing was changed.
+/// - `Refused` if the undo file belongs to another image, the image was changed since, or the repair was not finished or
+///   is undone already. Nothing was changed.
+/// - `Io`, `NoSpace`: repeating the call completes the undo.
 pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
     let invalid =
         || Error::new(ErrorKind::Invalid, "not an undo file of this version of diffdisk").at_path(undo.path());
@@ -53,12 +54,12 @@ pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
     after.sort_unstable_by_key(|piece| piece.offset);
     match head.state {
         UndoState::Repairing => {
-            return refused("its repair was not finished; run `check --repair` again, and undo that");
+            return refused("the repair was not finished. Run `check --repair` again, and undo that repair");
         }
-        UndoState::Undone => return refused("it was applied already"),
+        UndoState::Undone => return refused("the undo file was applied already"),
         UndoState::Repaired => {
             if ImageIdentity::peek(file)?.map(|glance| glance.uuid) != Some(head.uuid) {
-                return refused("it belongs to another image");
+                return refused("the undo file belongs to another image");
             }
             let same = file.stat()?.len == head.len_after
                 && table_sum(&Image::inspect(file.clone())?) == head.table_sum
@@ -80,7 +81,7 @@ pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
     Ok(())
 }
 
-/// Steps 3 to 6.
+/// Restores the image: steps 3 to 6.
 fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> Result<()> {
     let end = head.len_after.saturating_sub(SECTOR);
     let groups: [fn(u64, u64) -> bool; 3] =
@@ -89,7 +90,7 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
         file.set_len(head.len)?;
     }
     for group in groups {
-        // The last one first: of a range that was replaced twice the first piece has what was there.
+        // In reverse order: if a range was replaced twice, its first piece has the original contents.
         for piece in before.iter().rev().filter(|piece| group(piece.offset, end)) {
             piece.each_chunk(undo, |at, bytes| file.write_at(bytes, at))?;
         }
@@ -104,7 +105,7 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
     Ok(())
 }
 
-/// Whether each sector of the pieces is in the image as the repair left it, or (`or_before`) as it was before.
+/// Returns whether each saved sector of the image is as the repair left it or, with `or_before`, as it was before.
 fn is_unchanged(file: &File, undo: &File, before: &[UndoPiece], after: &[UndoPiece], or_before: bool) -> Result<bool> {
     let mut known = true;
     for piece in before {
@@ -125,7 +126,7 @@ fn is_unchanged(file: &File, undo: &File, before: &[UndoPiece], after: &[UndoPie
     Ok(known)
 }
 
-/// Whether any piece of before has these bytes at byte `at` of the image.
+/// Returns whether a piece from before the repair has the bytes `now` at byte `at` of the image.
 fn is_in_pieces(undo: &File, before: &[UndoPiece], at: u64, now: &[u8]) -> Result<bool> {
     let (mut bytes, end) = (vec![0; now.len()], at + now.len() as u64);
     for piece in before.iter().filter(|piece| piece.offset <= at && end <= piece.offset + piece.len) {
@@ -137,7 +138,7 @@ fn is_in_pieces(undo: &File, before: &[UndoPiece], at: u64, now: &[u8]) -> Resul
     Ok(false)
 }
 
-/// What the repair left at a range of the image: zeros where no piece has anything.
+/// Reads what the repair left in a range of the image. Bytes that no piece covers are zeros.
 fn content_after_repair(undo: &File, after: &[UndoPiece], at: u64, len: usize) -> Result<Vec<u8>> {
     let (mut bytes, end) = (vec![0; len], at + len as u64);
     // Pieces are at most a chunk long.
@@ -152,7 +153,7 @@ fn content_after_repair(undo: &File, after: &[UndoPiece], at: u64, len: usize) -
     Ok(bytes)
 }
 
-/// A piece: where its bytes belong in the image, and where they are in the undo file.
+/// The location of a piece's bytes: at `offset` in the image, at `at` in the undo file.
 #[derive(Clone, Copy, Debug)]
 struct UndoPiece {
     offset: u64,
@@ -161,7 +162,7 @@ struct UndoPiece {
 }
 
 impl UndoPiece {
-    /// Reads the bytes, and hands them to `f` with their offset in the image.
+    /// Reads the piece and passes its bytes to `f` with their offset in the image.
     fn each_chunk(&self, undo: &File, mut f: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let mut bytes = vec![0; usize::try_from(self.len).expect("a chunk")];
         undo.read_at(&mut bytes, self.at)?;
@@ -169,7 +170,7 @@ impl UndoPiece {
     }
 }
 
-/// The pieces in a range of an undo file; `None` if the bytes there are none. Their number is bounded by the file's length.
+/// Parses the pieces in a range of an undo file; `None` if the bytes are not pieces. The file's length limits their number.
 fn read_pieces(undo: &File, from: u64, to: u64) -> Result<Option<Vec<UndoPiece>>> {
     let (mut all, mut at) = (Vec::new(), from);
     while at < to {

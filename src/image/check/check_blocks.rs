@@ -1,7 +1,7 @@
-//! The part of a check that looks into blocks: bitmaps beside the batmap, the end of the disk and the data they speak of.
+//! The part of a check that reads blocks: compares bitmaps with the batmap, the end of the disk and the data.
 //!
-//! Bitmaps are read only where they can break a rule: of a child's blocks most may say what they like. Data is looked at
-//! only under clear bits of a root, where the file has no hole, and only so much of it.
+//! A bitmap is read only if it can break a rule; most blocks of a child cannot. Data is read only under clear bits of a
+//! root, only where the file has no hole, and at most [`MAX_DATA_BYTES`] of it.
 
 use super::report::{Report, Suspects};
 use crate::error::Result;
@@ -12,28 +12,28 @@ use crate::image::open::Image;
 use crate::storage::{is_seek_unsupported, is_zero};
 use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
-/// Bytes of data that are looked at in one image.
+/// Maximum number of bytes of data that are read in one image.
 const MAX_DATA_BYTES: u64 = 64 << 20;
-/// Sectors of data that are read at once.
+/// Sectors of data per read.
 const CHUNK_SECTORS: u32 = 128;
-/// Bitmaps that the host is asked for at once.
+/// Bitmaps per batch of prefetches.
 const PREFETCHED_BITMAPS: usize = 256;
-/// Suspects that are kept.
+/// Maximum number of suspects that are reported.
 const MAX_SUSPECTS: usize = 4096;
-/// The file sector from which on every writer packs blocks, as there is no room for gaps (crash-safety 3.4).
+/// The file sector from which every writer packs blocks: near the format's limit there is no room for gaps (crash-safety 3.4).
 const PACKED_FROM: u32 = 0xE000_0000;
 
-/// Is told how far, in bytes of the file, a walk has come, and ends it where it fails.
+/// Receives the position that a scan of the file has reached, in bytes, and ends the scan by an error.
 pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
-/// Who placed the blocks of an image, as far as its metadata tells.
+/// The program that placed the blocks of an image, as far as its metadata identifies it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum PlacementWriter {
-    /// We: data at pages, always; mostly at more.
+    /// Diffdisk: data is always page-aligned, mostly to more than a page.
     Diffdisk,
-    /// XenServer: the same. But others put blocks into images that say so.
+    /// XenServer, with the same alignment. Other programs may have added blocks without changing the creator.
     XenServer,
-    /// Somebody, anywhere.
+    /// Another program, which may place blocks anywhere.
     Unknown,
 }
 
@@ -41,18 +41,17 @@ fn writer_of(image: &Image) -> PlacementWriter {
     let footer = image.footer();
     let ours = footer.creator == *b"win " && footer.creator_version == 0x000A_0000 && footer.creator_host == *b"Wi2k";
     match image.table_offset() {
-        // Windows puts the table right behind the header.
+        // Windows puts the table directly after the header, which is not page-aligned.
         Some(table) if ours && table.is_multiple_of(PAGE) => PlacementWriter::Diffdisk,
         Some(_) if footer.creator_is_tap() => PlacementWriter::XenServer,
         _ => PlacementWriter::Unknown,
     }
 }
 
-/// Looks at the batmap and at every block that can break a rule. `come_to` is told the byte of the file before which all
-/// was looked at.
+/// Checks the batmap and every block that can break a rule. Reports the file offset reached so far to `come_to`.
 ///
 /// # Errors
-/// `Io`; what `come_to` fails with.
+/// `Io`; the error that `come_to` returns.
 pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
     let Some(sparse) = image.sparse() else { return Ok(()) };
     image.file().advise_random_reads();
@@ -65,9 +64,9 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     let odd = |place: u32| child && place < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place));
     let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
     let entries = &sparse.placed.entries;
-    // Of blocks that are packed one may stand at a page by chance, but not the next one, too.
+    // A single packed block may be page-aligned by chance; two consecutive ones may not.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
-    // The bitmaps of a root's blocks all are read; of a child's blocks those that can break a rule.
+    // All bitmaps of a root are read; of a child, only those that can break a rule.
     let wanted =
         |&&(place, block): &&(u32, u32)| !child || image.sectors_on_disk(block) < block_size.sectors() || odd(place);
     let wanted = entries.iter().filter(wanted);
@@ -111,9 +110,11 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     Ok(())
 }
 
-/// The runs of bits behind the end of the disk, at `sectors` in a block of `all`, some of which are set and should not be.
+/// Returns the runs of bits after the end of the disk that contain wrongly set bits. The disk ends at bit `sectors` of a
+/// block of `all` sectors.
 ///
-/// Who marks all that a block or a sector of its bitmap speaks for (QEMU, Xen Orchestra, we in a root), marks these, too.
+/// A bitmap sector whose bits are all set is not reported: QEMU, Xen Orchestra and diffdisk (in a root) set the bits of a
+/// whole block or bitmap sector at once.
 pub(in crate::image) fn bits_beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
     let first = sectors / SECTOR_BITS * SECTOR_BITS;
     let parts = (first..all).step_by(SECTOR_BITS as usize).map(move |from| (from, all.min(from + SECTOR_BITS)));
@@ -122,7 +123,7 @@ pub(in crate::image) fn bits_beyond_disk(words: &[u64], sectors: u32, all: u32) 
     beyond.filter(|(from, end)| bitmap::count(words, *from, *end) > 0)
 }
 
-/// The batmap: its checksum, which tapdisk insists on, and each block that it calls whole.
+/// Checks the batmap: its checksum, which tapdisk requires, and each block that it declares complete.
 fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
     let Some(batmap) = Batmap::read(image)? else { return Ok(()) };
     if let Err(defect) = batmap.verify() {
@@ -134,7 +135,7 @@ fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The first sector of a block that its bitmap calls absent and that holds data.
+/// Finds the first sector of a block that contains data although its bit is clear.
 fn data_under_clear_bits(
     image: &Image,
     block: u32,

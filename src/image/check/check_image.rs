@@ -1,7 +1,7 @@
-//! Checking: the walk of an open that goes on where an open stops, and what only a check looks at.
+//! Checks one image: examines it as an open does, but past the first defect, and applies the rules that an open skips.
 //!
-//! What is found is a fact about the bytes of this file. Whether a block hides data of the parent can be told only beside
-//! the parent (`chain`); [`Report::suspects`] are the blocks to look at.
+//! Every reported defect is a fact about the bytes of this file. Whether a block masks data of the parent can be decided
+//! only by comparing it with the parent (`chain`); [`Report::suspects`] lists the blocks to compare.
 
 use std::ops::ControlFlow;
 
@@ -14,18 +14,18 @@ use crate::image::open::Image;
 use crate::storage::File;
 use crate::units::OnProgress;
 
-/// Holds a file against every rule. The image comes back where it can be opened at all.
+/// Checks a file against every rule. Returns the report, and the image if it can be opened at all.
 ///
 /// # Errors
-/// `Io`: the file could not be read; broken rules are in the report.
+/// `Io` if the file cannot be read. Violations are not errors; the report lists them.
 pub fn check(file: File) -> Result<(Report, Option<Image>)> {
     check_with_progress(file, &mut |_| Ok(()))
 }
 
-/// As [`check`]; `watch` is told of the file's bytes as they are passed, all of them in the end.
+/// Checks a file as [`check`] does, and reports progress in bytes of the file to `watch`; the sum is the file's length.
 ///
 /// # Errors
-/// As for [`check`]; what `watch` fails with.
+/// As [`check`]; the error that `watch` returns.
 pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Report, Option<Image>)> {
     let (mut report, mut passed) = (Report::default(), 0);
     let len = file.stat()?.len;
@@ -51,9 +51,10 @@ pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Re
     Ok((report, image))
 }
 
-/// What opening does not need to know.
+/// Applies the rules that an open skips.
 fn check_after_open(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
-    // Its own bytes decide that: no parent is looked for. Of two kinds of disk it may not be the one that has a parent.
+    // Only the image's own bytes count: no parent is opened. If the footers disagree on the disk type, the image may have
+    // no parent.
     let child = image.kind() == DiskType::Differencing
         && !report.defects.iter().any(|defect| matches!(defect, Defect::FooterKindsDiffer { .. }));
     if let Some(header) = image.header().filter(|_| child) {

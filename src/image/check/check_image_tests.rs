@@ -1,4 +1,4 @@
-//! Tests of `check.rs` and `check_blocks.rs` on the simulated host.
+//! Tests of `check_image.rs` and `check_blocks.rs` on the simulated file system.
 
 use super::super::space::whole_pages;
 use super::*;
@@ -13,7 +13,7 @@ fn place(host: &SimHost, block: u32) -> u64 {
 }
 
 #[test]
-fn bits_behind_the_end_of_the_disk() {
+fn bits_after_the_end_of_the_disk_are_reported() {
     let host = written(child(), 1000, &[(900, 903), (0, 2)]);
     assert_eq!(kinds(&host), [""; 0]);
     // The last block has 104 sectors: bit 104 is the first of byte 13.
@@ -22,7 +22,7 @@ fn bits_behind_the_end_of_the_disk() {
     let (report, _) = check(file(&host)).unwrap();
     assert_eq!(report.defects, [Defect::BitsBeyondDisk { block: 7, bits: 2, at }]);
     assert_eq!((report.count(Severity::Cosmetic), report.count(Severity::Corruption)), (1, 0));
-    // Who marks whole blocks marks those, too.
+    // A writer that sets the bits of whole blocks sets those after the end, too.
     poke(&host, at, &[0xFF; 16]);
     assert_eq!(kinds(&host), [""; 0]);
     poke(&host, at + 16, &[0xFF; 100]);
@@ -33,12 +33,12 @@ fn bits_behind_the_end_of_the_disk() {
     assert_eq!((beyond(&words, 4_095), beyond(&words, 4_096), beyond(&words, 12_288)), (vec![], vec![], vec![]));
     let mut partial = words;
     partial[64] = 0;
-    assert_eq!(beyond(&partial, 4_500), [(4_500, 8_192)], "by sectors of the bitmap: those are written one by one");
+    assert_eq!(beyond(&partial, 4_500), [(4_500, 8_192)], "per bitmap sector: bitmap sectors are written one by one");
     assert_eq!(beyond(&partial, 9_000), []);
 }
 
 #[test]
-fn data_that_a_root_calls_absent() {
+fn data_under_clear_bits_of_a_root_is_reported() {
     let host = written(ImageKind::Dynamic, 1000, &[(0, 9), (128, 130)]);
     let at = place(&host, 1);
     poke(&host, at, &[0x80]);
@@ -50,11 +50,11 @@ fn data_that_a_root_calls_absent() {
     let host = written(child(), 1000, &[(0, 9)]);
     let at = place(&host, 0);
     poke(&host, at, &[0x80, 0]);
-    assert_eq!(kinds(&host), [""; 0], "of a child nobody reads what is not marked: a power cut leaves such data");
+    assert_eq!(kinds(&host), [""; 0], "a power cut may leave data under clear bits of a child");
 }
 
 #[test]
-fn sectors_that_the_file_does_not_hold() {
+fn sectors_after_the_end_of_the_file_are_reported() {
     let host = written(child(), 1000, &[(0, 128)]);
     let at = place(&host, 0);
     let end = at + 129 * SECTOR;
@@ -64,11 +64,11 @@ fn sectors_that_the_file_does_not_hold() {
     assert!(report.defects.contains(&cut) && report.defects.len() == 2, "{:?}", report.defects);
     assert_eq!(report.lost, [SectorRange::between(125, 128)]);
     poke(&host, at + 12, &[0; 4]);
-    assert_eq!(kinds(&host), ["trailing-footer-missing"], "sectors that are not marked are not missed");
+    assert_eq!(kinds(&host), ["trailing-footer-missing"], "sectors with clear bits are not lost");
 }
 
 #[test]
-fn space_counts_where_it_takes_room() {
+fn unreferenced_space_is_reported_if_it_is_allocated() {
     let host = written(child(), 1000, &[(0, 1), (128, 129), (256, 257)]);
     let table = Image::open(file(&host)).unwrap().table_offset().unwrap();
     poke(&host, table + 4, &[0xFF; 4]);
@@ -79,15 +79,15 @@ fn space_counts_where_it_takes_room() {
     assert_eq!(kinds(&host), [""; 0]);
     poke(&host, table + 8, &[0xFF; 4]);
     let (report, _) = check(file(&host)).unwrap();
-    assert!(matches!(report.defects[..], [Defect::SpaceUnreferenced { .. }]), "room before the footer always counts");
+    assert!(matches!(report.defects[..], [Defect::SpaceUnreferenced { .. }]), "space before the footer always counts");
     assert_eq!(report.count(Severity::Leak), 1);
 }
 
 #[test]
-fn blocks_that_our_writer_would_not_place_there() {
+fn misaligned_blocks_are_suspects() {
     let host = written(child(), 1000, &[(0, 1), (128, 256), (256, 384)]);
     assert!(check(file(&host)).unwrap().0.suspects.is_none());
-    // The last block, moved on by a sector: as QEMU packs it.
+    // The last block is moved by one sector, as QEMU packs it.
     let image = Image::open(file(&host)).unwrap();
     let (table, at) = (image.table_offset().unwrap(), place(&host, 2));
     let mut block = vec![0; 129 * SECTOR_BYTES];
@@ -102,8 +102,11 @@ fn blocks_that_our_writer_would_not_place_there() {
     let suspects = report.suspects.unwrap();
     assert!(suspects.placed_by_another && suspects.blocks == [(2, entry)], "{suspects:?}");
     poke(&host, at + SECTOR, &[0xFF, 0xFE]);
-    assert!(check(file(&host)).unwrap().0.suspects.is_none(), "not whole: nobody took it for a dynamic disk's");
-    // An image by somebody else may have its blocks anywhere, but then that tells nothing.
+    assert!(
+        check(file(&host)).unwrap().0.suspects.is_none(),
+        "a block with a clear bit was written as a child's block"
+    );
+    // Another program's image may have its blocks anywhere, so their alignment proves nothing.
     poke(&host, at + SECTOR, &[0xFF, 0xFF]);
     let foreign = Footer { creator: *b"xyz ", ..image.footer().clone() }.encode();
     poke(&host, 0, &foreign);
@@ -113,7 +116,7 @@ fn blocks_that_our_writer_would_not_place_there() {
 }
 
 #[test]
-fn of_one_kind_a_thousand_are_listed() {
+fn at_most_a_thousand_defects_of_a_kind_are_listed() {
     let host = host_with(child(), 128 * 3000);
     let image = Image::open(file(&host)).unwrap();
     let (table, entry) = (image.table_offset().unwrap(), u32::try_from(image.data_end() / SECTOR).unwrap());
@@ -125,7 +128,7 @@ fn of_one_kind_a_thousand_are_listed() {
     assert_eq!(report.unlisted(Severity::Corruption), 1499);
 }
 
-/// The image as XenServer makes them: a batmap behind the table, which the host's image has a page for.
+/// Changes the image to one as XenServer creates it: with a batmap in the free page after the table.
 pub(in crate::image) fn with_batmap(host: &SimHost, claims: &[u32]) {
     let image = Image::open(file(host)).unwrap();
     let header = image.header().unwrap().clone();
@@ -148,24 +151,24 @@ pub(in crate::image) fn with_batmap(host: &SimHost, claims: &[u32]) {
 }
 
 #[test]
-fn a_batmap_beside_the_bitmaps() {
+fn a_batmap_is_compared_with_the_bitmaps() {
     let host = written(child(), 1000, &[(0, 128), (128, 255), (896, 1000)]);
     with_batmap(&host, &[0, 7]);
-    assert_eq!(kinds(&host), [""; 0], "of the last block all that lies on the disk");
+    assert_eq!(kinds(&host), [""; 0], "the last block is complete up to the end of the disk");
     with_batmap(&host, &[0, 1, 3]);
     let (report, image) = check(file(&host)).unwrap();
     let at = Batmap::read(&image.unwrap()).unwrap().unwrap().offset(1);
     let wrong = [1, 3].map(|block| Defect::BatmapWrong { at, block });
-    assert_eq!(report.defects, wrong, "a sector is missing; there is no such block");
+    assert_eq!(report.defects, wrong, "one block misses a sector, one has no place");
     poke(&host, at, &[0x80]);
     assert_eq!(kinds(&host), ["batmap-checksum"]);
-    assert!(testing::open(&host).is_ok(), "we need no batmap");
+    assert!(testing::open(&host).is_ok(), "an open does not need a valid batmap");
 }
 
 use crate::image::batmap::Batmap;
 
 #[test]
-fn a_writer_clears_what_the_batmap_says_of_blocks_that_are_to_come() {
+fn a_writer_clears_the_claims_of_the_batmap_for_blocks_without_a_place() {
     let host = written(child(), 1000, &[(0, 128)]);
     with_batmap(&host, &[0, 3]);
     let image = open(&host).unwrap();

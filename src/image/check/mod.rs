@@ -1,8 +1,8 @@
-//! Checks an image against every rule, repairs what needs no guess, and undoes repairs.
+//! Checks an image against every rule, repairs defects that have one possible repair, and undoes repairs.
 //!
 //! ```text
-//!   check_image ──> Report        every rule; check_blocks reads the blocks' bitmaps
-//!   repair ──> undo_file          what a repair replaces is kept first
+//!   check_image ──> Report        checks every rule; check_blocks reads the blocks' bitmaps
+//!   repair ──> undo_file          saves what it is about to replace, then repairs
 //!   apply_undo                    restores the image from the undo file
 //! ```
 

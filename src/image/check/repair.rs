@@ -1,18 +1,18 @@
-//! Repair: mends what needs no guessing, crash-safely, and keeps what it replaces.
+//! Repairs defects that have one possible repair, crash-safely, and saves what it replaces.
 //!
-//! The guest's disk reads the same before, after and at every moment between: only copies (footers), derived data
-//! (XenServer's batmap), bits and entries that nobody reads, and space that nobody refers to are changed.
+//! The guest's disk reads the same before, during and after a repair. A repair changes only copies (footers), derived data
+//! (XenServer's batmap), bits and entries that no reader uses, and unreferenced space.
 //!
 //! ```text
-//!   1  undo       what is going to be replaced, durable (undo_file.rs)
-//!   2  front      the footer's copy at the start                   sync   the one at the end is whole meanwhile
-//!   3  tail       the footer at the end, or where the end will be  sync   the one at the start is whole meanwhile
-//!   4  pointers   batmap, bits and entries that say too much       sync   before the room they speak of is given back
-//!   5  space      holes where nothing is; the file ends behind its last block       sync
+//!   1  undo       save what is going to be replaced, durably (undo_file.rs)
+//!   2  front      the footer's copy at the start               sync   the trailing footer is valid meanwhile
+//!   3  tail       the footer at the present or future end      sync   the copy at the start is valid meanwhile
+//!   4  pointers   wrong claims of batmap, bits and entries     sync   before the space that they refer to is freed
+//!   5  space      punch unreferenced space, cut the file after its last block    sync
 //! ```
 //!
-//! Each step leaves an image that is at least as sound as before, and a repair that is begun again finds what is left to
-//! do. A second round frees what the first one has made free.
+//! Each step leaves an image with no more defects than before, and a repeated repair finds the remaining ones. A second
+//! round frees the space that the first round's corrected pointers no longer refer to.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -35,22 +35,22 @@ use crate::image::unrecognized::find_padded_footer;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Rounds that a repair takes at most; each mends what the one before made plain.
+/// Maximum number of rounds of a repair. Each round repairs the defects that the previous one exposed.
 const ROUNDS: usize = 4;
 
-/// Which of two valid footers that contradict each other is right.
+/// The choice between two valid footers that contradict each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FooterChoice {
     /// The copy at the start.
     Front,
-    /// The one at the end.
+    /// The footer at the end.
     End,
 }
 
-/// What is written where.
+/// Offsets in the file and the bytes to write there.
 type ByteWrites = Vec<(u64, Vec<u8>)>;
 
-/// What a round does.
+/// The changes of one round.
 #[derive(Debug, Default)]
 struct RepairPlan {
     front: Option<[u8; SECTOR_BYTES]>,
@@ -60,12 +60,13 @@ struct RepairPlan {
     len: Option<u64>,
 }
 
-/// Mends the image in a file that is locked exclusively. With `take`, that one of two contradicting footers is copied over
-/// the other. Returns the file that keeps what was replaced; `None` if there was nothing to mend. An image that has lost
-/// sectors is left as it is.
+/// Repairs the image in a file that is locked exclusively. If two footers contradict each other, the one that `take`
+/// chooses is copied over the other. Returns the path of the undo file; `None` if there was nothing to repair. An image
+/// that has lost sectors is not changed.
 ///
 /// # Errors
-/// `Io`, `NoSpace`, and whatever makes it impossible to open the image at all: then nothing was changed.
+/// - `Io`, `NoSpace`.
+/// - `Invalid`, `Refused` if the image cannot be opened at all. Nothing was changed.
 pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<Option<PathBuf>> {
     let mut undo = None;
     if let Some((plan, uuid)) = RepairPlan::plan_before_open(file, take)? {
@@ -95,7 +96,7 @@ pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<
 }
 
 impl RepairPlan {
-    /// What is mended before the image can be opened: padding after a fixed disk, and a choice between two footers.
+    /// Plans the repairs without which the image cannot be opened: padding after a fixed disk, and a choice of footer.
     fn plan_before_open(file: &File, take: Option<FooterChoice>) -> Result<Option<(RepairPlan, Uuid)>> {
         let len = file.stat()?.len;
         let chosen = match read_footers(file, len)? {
@@ -137,7 +138,7 @@ impl RepairPlan {
             let zeros = defects.iter().any(|defect| matches!(defect, Defect::EntryZero { .. }));
             plan.pointers = corrected_pointers(image, sparse, zeros)?;
         }
-        // Space is given back only when no pointer is about to change.
+        // Space is freed only in a round that changes no pointer.
         let free = if believed && plan.pointers.is_empty() { unreferenced_space(image)? } else { Vec::new() };
         let sector = |offset: u64| offset.next_multiple_of(SECTOR);
         let (used, end) = (sector(image.used_end()), image.data_end());
@@ -221,7 +222,7 @@ fn concerns_front_footer(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FrontFooterInvalid { .. } | Defect::FooterCopyStale)
 }
 
-/// Bits and entries that say too much, as they should be; with `zeros`, entries of 0 become unused ones.
+/// Returns the corrected sectors of batmap, bitmaps and table. With `zeros`, entries of 0 become unused entries.
 fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Result<ByteWrites> {
     let mut writes = ByteWrites::new();
     if let Some(mut batmap) = Batmap::read(image)? {
@@ -236,7 +237,7 @@ fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Resul
     if let Some(place) = image.bat().and_then(|table| table.place(last)) {
         writes.extend(corrected_last_bitmap(image, last, place)?);
     }
-    // Only where nobody but such an entry refers to the place: whose it is was told by the entries of the disk.
+    // An entry after the end of the disk may be dropped: the places were verified by the entries of the disk alone.
     let mut sectors = if zeros { sectors_without_zero_entries(image, sparse)? } else { BTreeMap::new() };
     for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
@@ -255,7 +256,7 @@ fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Resul
     Ok(writes)
 }
 
-/// The sectors of the table that have entries of 0, by their offset, with unused entries instead.
+/// Returns the table sectors that have entries of 0, by offset, with those entries replaced by unused ones.
 fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<BTreeMap<u64, Vec<u8>>> {
     let (mut changed, mut bytes) = (BTreeMap::new(), vec![0; SECTOR_BYTES]);
     for sector in 0..sparse.header.entries.div_ceil(bat::ENTRIES_PER_SECTOR) {
@@ -275,7 +276,7 @@ fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<B
     Ok(changed)
 }
 
-/// The sectors of the last block's bitmap without bits behind the end of the disk, where such bits are a defect.
+/// Returns the sectors of the last block's bitmap that change if wrongly set bits after the end of the disk are cleared.
 fn corrected_last_bitmap(image: &Image, block: u32, place: u32) -> Result<ByteWrites> {
     let block_size = image.block_size().expect("it has blocks");
     let (sectors, all) = (image.sectors_on_disk(block), block_size.sectors());
@@ -287,7 +288,7 @@ fn corrected_last_bitmap(image: &Image, block: u32, place: u32) -> Result<ByteWr
     }
     let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
     let at = u64::from(place) * SECTOR;
-    // What stands in the bitmap's last sector behind its last bit stays.
+    // The rest of the bitmap's last sector, after the last bit, is preserved.
     image.file().read_at(&mut bytes, at)?;
     let old = bytes.clone();
     bitmap::encode(right.into_iter(), &mut bytes);

@@ -1,4 +1,4 @@
-//! Tests of `repair.rs` and `undo_file.rs` on the simulated host; kills and power cuts are in `tests/verbs`.
+//! Tests of `repair.rs` and `undo_file.rs` on the simulated file system; `tests/verbs` has kills and power cuts.
 
 use std::path::Path;
 
@@ -12,12 +12,12 @@ use crate::image::testing::{PATH, child, file, host_with, kinds, poke, written};
 use crate::storage::Access;
 use crate::storage::sim::{FaultPlan, SimHost};
 
-/// An image of 1000 sectors in blocks of 64 KiB: block 0 whole, one sector of block 2, three of the last block.
+/// Creates an image of 1000 sectors in blocks of 64 KiB: all of block 0, one sector of block 2, three of the last block.
 fn image() -> SimHost {
     written(child(), 1000, &[(0, 128), (256, 257), (900, 903)])
 }
 
-/// The image as it was before a repair.
+/// Restores the image from before a repair by the documented format of the undo file alone.
 fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     let (mut image, undo) = (host.bytes(Path::new(PATH)).unwrap(), host.bytes(kept).unwrap());
     let number = |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().unwrap())).unwrap();
@@ -34,7 +34,7 @@ fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     image
 }
 
-/// Breaks an image, repairs it, holds it against what it was, and takes the repair back.
+/// Breaks an image, repairs it, compares the disk's contents, and undoes the repair.
 fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     let host = image();
     assert_eq!(kinds(&host), [""; 0]);
@@ -58,7 +58,7 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     assert!(undone(&host, &kept) == broken, "{expected:?}: an undone repair leaves other bytes");
     let undo_file = host.open(&kept, Access::Write).unwrap();
     let undo = || undo_repair(&file(&host), &undo_file).map_err(|e| e.kind());
-    // Changed since, even in bytes without consequence, it is not undone.
+    // If the image was changed since the repair, even in bytes without meaning, the undo is refused.
     let tail = end(&host);
     let mut footer = [0; SECTOR_BYTES];
     file(&host).read_at(&mut footer, tail).unwrap();
@@ -75,7 +75,7 @@ fn end(host: &SimHost) -> u64 {
 }
 
 #[test]
-fn every_repairable_defect_is_mended_and_can_be_had_back() {
+fn every_repairable_defect_is_repaired_and_the_repair_can_be_undone() {
     mends(|host| poke(host, 0, &[1; 512]), &["front-footer-invalid"]);
     mends(|host| poke(host, 24, &[1; 2]), &["front-footer-invalid"]);
     mends(|host| poke(host, end(host), &[0xC7; 512]), &["trailing-footer-missing"]);
@@ -124,17 +124,17 @@ fn space_between_blocks_becomes_holes() {
 }
 
 #[test]
-fn entries_behind_the_end_of_the_disk_go_with_their_room() {
+fn entries_after_the_end_of_the_disk_are_dropped_and_their_space_freed() {
     let host = image();
     let image = Image::open(file(&host)).unwrap();
-    // Cut to 7 blocks, as a fast resize does: the last block is behind the end.
+    // Cut to 7 blocks, as a fast resize does: the last block is after the end of the disk.
     let footer = image.footer().with_size(896 * SECTOR).encode();
     poke(&host, 0, &footer);
     poke(&host, image.data_end(), &footer);
     let broken = host.bytes(Path::new(PATH)).unwrap();
     assert_eq!(kinds(&host), ["block-beyond-disk"]);
     let kept = repair(&host, &file(&host), None).unwrap().unwrap();
-    assert_eq!(kinds(&host), [""; 0], "the entry goes, then its room");
+    assert_eq!(kinds(&host), [""; 0], "the entry is dropped, then its space is freed");
     assert!(file(&host).stat().unwrap().len < broken.len() as u64);
     assert!(undone(&host, &kept) == broken);
 }
@@ -152,7 +152,7 @@ fn entries_of_zero_become_unused() {
 }
 
 #[test]
-fn footers_of_two_kinds_are_mended_by_choice_alone() {
+fn footers_of_two_disk_types_are_repaired_only_by_choice() {
     for (take, kind) in [(FooterChoice::Front, DiskType::Differencing), (FooterChoice::End, DiskType::Dynamic)] {
         let host = image();
         let tail = end(&host);
@@ -183,7 +183,7 @@ fn padding_after_a_fixed_disk_is_cut_off() {
     assert!(kinds(&host).is_empty() && host.bytes(Path::new(PATH)).unwrap() == whole);
     undo_repair(&file(&host), &host.open(&kept, Access::Write).unwrap()).unwrap();
     assert!(host.bytes(Path::new(PATH)).unwrap() == padded);
-    // A byte in the padding, or a footer of another size there: no padding.
+    // A non-zero byte in the padding, or a footer with another size, is not recognized as padding.
     poke(&host, padded.len() as u64 - 1, &[1]);
     assert_eq!(kinds(&host), ["footer-missing"]);
     poke(&host, padded.len() as u64 - 1, &[0]);
@@ -194,14 +194,14 @@ fn padding_after_a_fixed_disk_is_cut_off() {
 }
 
 #[test]
-fn what_takes_a_guess_stays() {
+fn ambiguous_defects_are_not_repaired() {
     let host = image();
     let image = Image::open(file(&host)).unwrap();
     let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(0).unwrap());
     poke(&host, table + 4, &place.to_be_bytes());
     assert!(repair(&host, &file(&host), None).unwrap().is_none());
     poke(&host, 0, &[0; 512]);
-    assert!(repair(&host, &file(&host), None).unwrap().is_some(), "a footer is mended whatever the blocks are");
+    assert!(repair(&host, &file(&host), None).unwrap().is_some(), "a footer is repaired in spite of defects in blocks");
     assert_eq!(kinds(&host), ["block-duplicate"]);
     poke(&host, 512, &[0; 512]);
     let e = repair(&host, &file(&host), None).unwrap_err();
@@ -209,7 +209,7 @@ fn what_takes_a_guess_stays() {
 }
 
 #[test]
-fn a_full_host_changes_nothing() {
+fn a_full_file_system_changes_nothing() {
     let host = image();
     poke(&host, 0, &[1; 512]);
     let before = host.digest(Path::new(PATH));

@@ -1,28 +1,28 @@
-//! What a check finds in one image.
+//! The result of checking one image.
 
 use std::collections::BTreeMap;
 
 use crate::format::{Defect, Severity};
 use crate::units::SectorRange;
 
-/// Blocks of a child that are marked whole, though its writers mark what is written and no more.
+/// Blocks of a child whose bitmaps have every bit set, although a writer of children sets only the bits of written sectors.
 #[derive(Clone, Debug)]
 pub struct Suspects {
-    /// Whether another program than the image's own writer placed them: then they are no guess.
+    /// Whether their alignment proves that a program other than the image's creator placed them.
     pub placed_by_another: bool,
-    /// The blocks and their places, in the order of the file.
+    /// The blocks and the file sectors at which they begin, in file order.
     pub blocks: Vec<(u32, u32)>,
 }
 
-/// Defects of a kind that are listed; of a table of millions of wrong entries more would help nobody.
+/// Maximum number of listed defects of one kind: a corrupt table may have millions of wrong entries.
 const MAX_LISTED: u64 = 1000;
 
-/// What a check found.
+/// The defects, suspect blocks and lost sectors that a check found.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Each broken rule; of one kind at most a thousand.
+    /// The violations found, at most a thousand of each kind.
     pub defects: Vec<Defect>,
-    /// Blocks that may hide data of the parent.
+    /// Blocks that may mask data of the parent.
     pub suspects: Option<Suspects>,
     /// The ranges of the disk that are lost, ascending.
     pub lost: Vec<SectorRange>,
@@ -31,13 +31,13 @@ pub struct Report {
 }
 
 impl Report {
-    /// Defects of a severity, listed or not.
+    /// Counts the defects of a severity, listed or not.
     pub fn count(&self, severity: Severity) -> usize {
         let listed = self.defects.iter().filter(|d| d.severity() == severity).count();
         listed + usize::try_from(self.unlisted(severity)).unwrap_or(usize::MAX)
     }
 
-    /// Defects of a severity that are not listed.
+    /// Counts the defects of a severity that are not listed.
     pub fn unlisted(&self, severity: Severity) -> u64 {
         self.unlisted.get(&severity).copied().unwrap_or(0)
     }

@@ -1,4 +1,4 @@
-//! Space of a file that nothing refers to.
+//! Finds the space of a file that no metadata and no block occupies.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::format::layout::PAGE;
 use crate::image::open::Image;
 use crate::storage::next_data;
 
-/// Whether it is sure which bytes of the file somebody refers to.
+/// Returns whether the defects leave no doubt about which bytes of the file are in use.
 pub(in crate::image) fn are_places_trusted(defects: &[Defect]) -> bool {
     !defects.iter().any(|defect| {
         matches!(
@@ -30,7 +30,7 @@ pub(in crate::image) fn are_places_trusted(defects: &[Defect]) -> bool {
     })
 }
 
-/// The space that nothing refers to: before the footer, and between blocks where it takes room on the host.
+/// Finds unreferenced space: the gap before the footer, and gaps between blocks if they are allocated in the file system.
 pub(in crate::image) fn unreferenced_space(image: &Image) -> Result<Vec<Range<u64>>> {
     let (Some(sparse), end) = (image.sparse(), image.data_end()) else { return Ok(Vec::new()) };
     let mut free = unreferenced(&sparse.metadata, &sparse.placed, sparse.header.block_size, end);
@@ -43,7 +43,7 @@ pub(in crate::image) fn unreferenced_space(image: &Image) -> Result<Vec<Range<u6
     Ok(kept)
 }
 
-/// The whole pages of a range: what can be given back of it.
+/// Returns the whole pages of a range: the part of it that a punched hole can free.
 pub(in crate::image) fn whole_pages(range: &Range<u64>) -> Range<u64> {
     range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE
 }

@@ -1,24 +1,24 @@
-//! What a repair replaces, kept beside the image, so that nothing is lost by it.
+//! The undo file of a repair: a copy of all that the repair replaces, in the image's folder.
 //!
-//! The file is called `IMAGE.repair-UUID.undo`. What is going to be replaced is durable in it before it is replaced. All
-//! numbers are big-endian, 64 bits, in bytes:
+//! Its name is `IMAGE.repair-UUID.undo`. Bytes are durable in the undo file before the repair replaces them in the image.
+//! All numbers are big-endian, 64 bits, in bytes:
 //!
 //! ```text
-//!   0   "diffdisk undo 2\n"                          512   pieces of before:
+//!   0   "diffdisk undo 2\n"                          512   pieces from before the repair, each:
 //!  16   length of the image before                           offset in the image   16 bytes
-//!  24   where the pieces of before end in this file          length                of head
-//!  32   the image's UUID, 16 bytes                           the bytes that were there
-//!  48   state                                              the next piece ...
-//!  56   length of the image after                          pieces of after:
-//!  64   sum over the block table after                       what the same ranges hold after
-//!  72   where the pieces of after end                        the repair, without zeros
+//!  24   end of the pieces from before, in this file          length                of head
+//!  32   the image's UUID, 16 bytes                           the original bytes
+//!  48   state
+//!  56   length of the image after                          pieces from after the repair:
+//!  64   checksum of the block table after                    the new contents of the same ranges,
+//!  72   end of the pieces from after                         without pieces that are all zeros
 //!  80   zeros to 512
 //! ```
 //!
-//! The first 512 bytes are written after a sync of the pieces that they count in. Where they are zeros, the repair ended
-//! before it changed anything. States: 0, the repair was not finished; 1, it was; 2, an undo was begun; 3, the repair is
-//! undone. To undo a repair: give the image the length that it had, then write the pieces of before back, the last one
-//! first. What was cut off and is in no piece was zero. `apply_undo.rs` does that.
+//! The header (the first 512 bytes) is written after a sync of the pieces that it covers. If the header is zeros, the repair
+//! was interrupted before it changed the image. States: 0, repair not finished; 1, repair finished; 2, undo begun; 3, undo
+//! finished. To undo a repair (`apply_undo.rs`): restore the image's length, then write the pieces from before back, the
+//! last one first. Bytes that the repair cut off and that are in no piece were zero.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -32,27 +32,27 @@ use crate::storage::{is_zero, next_data};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 pub(super) const MAGIC: [u8; 16] = *b"diffdisk undo 2\n";
-/// Bytes of the image that are looked at, and kept, together.
+/// Bytes of the image per read, and maximum length of a piece.
 const CHUNK: usize = 64 << 10;
 
-/// The first 512 bytes.
+/// The header of an undo file: its first 512 bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct UndoHeader {
     /// Length of the image before the repair.
     pub(super) len: u64,
-    /// Where the pieces of before end in the undo file.
+    /// Offset in the undo file at which the pieces from before the repair end.
     pub(super) before: u64,
     pub(super) uuid: uuid::Uuid,
     pub(super) state: UndoState,
     /// Length of the image after the repair.
     pub(super) len_after: u64,
-    /// Sum over the block table after the repair.
+    /// Checksum of the block table after the repair.
     pub(super) table_sum: u64,
-    /// Where the pieces of after end in the undo file.
+    /// Offset in the undo file at which the pieces from after the repair end.
     pub(super) after: u64,
 }
 
-/// How far repair and undo have come.
+/// The progress of a repair and of its undo.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum UndoState {
     Repairing,
@@ -62,7 +62,7 @@ pub(super) enum UndoState {
 }
 
 impl UndoHeader {
-    /// The head in the bytes of a file; `None` for other bytes.
+    /// Decodes a header; `None` if the bytes are not one.
     pub(super) fn decode(bytes: &[u8; SECTOR_BYTES]) -> Option<UndoHeader> {
         let number = |at: usize| u64::from_be_bytes(*bytes[at..].first_chunk().expect("inside the sector"));
         let state = match number(48) {
@@ -78,7 +78,7 @@ impl UndoHeader {
         bytes.starts_with(&MAGIC).then_some(head)
     }
 
-    /// The 512 bytes.
+    /// Encodes the header as 512 bytes.
     pub(super) fn encode(&self) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         bytes[..16].copy_from_slice(&MAGIC);
@@ -103,7 +103,7 @@ impl UndoHeader {
         bytes
     }
 
-    /// Writes it over the head of an undo file, durably.
+    /// Writes the header to an undo file and syncs the file.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -113,7 +113,7 @@ impl UndoHeader {
     }
 }
 
-/// The file that keeps. Dropped before the first [`UndoFile::seal`] it vanishes.
+/// An undo file that a running repair fills. If it is dropped before the first [`UndoFile::seal`], no file remains.
 pub(super) struct UndoFile {
     image: File,
     uuid: uuid::Uuid,
@@ -122,12 +122,12 @@ pub(super) struct UndoFile {
     draft: AtomicFile,
     end: u64,
     sealed: bool,
-    /// The ranges of the image that the pieces of before have.
+    /// The ranges of the image that are saved in pieces.
     saved: Vec<Range<u64>>,
 }
 
 impl UndoFile {
-    /// Begins the file for a repair of an image.
+    /// Creates the undo file, still without its name, for a repair of `image`.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -140,12 +140,12 @@ impl UndoFile {
         Ok(UndoFile { image, uuid, len, draft, end: SECTOR, sealed: false, saved: Vec::new() })
     }
 
-    /// Its path.
+    /// Returns the undo file's path.
     pub(super) fn path(&self) -> PathBuf {
         self.draft.path()
     }
 
-    /// Keeps a range of the image that is going to be replaced; all of it.
+    /// Saves a whole range of the image that the repair is going to replace.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -163,7 +163,7 @@ impl UndoFile {
         Ok(())
     }
 
-    /// Keeps a range of the image that is going to be zeros, or cut off: of it all that is not zero.
+    /// Saves the non-zero parts of a range of the image that the repair is going to zero or cut off.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -192,7 +192,7 @@ impl UndoFile {
         Ok(())
     }
 
-    /// Makes durable what it keeps, and its name: now that may be replaced.
+    /// Makes the saved pieces and the file's name durable. After that, the repair may replace the saved ranges.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
@@ -209,10 +209,10 @@ impl UndoFile {
         Ok(())
     }
 
-    /// Records how the repair left the image, so that an undo can tell whether it was changed since.
+    /// Records the repaired image's contents, so that an undo can detect later changes.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: the repair is done, and its undo file will be refused.
+    /// `Io`, `NoSpace`: the repair is done, but an undo will refuse this undo file.
     pub(super) fn finish(mut self) -> Result<PathBuf> {
         let (before, len_after) = (self.end, self.image.stat()?.len);
         for range in std::mem::take(&mut self.saved) {

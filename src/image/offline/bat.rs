@@ -1,6 +1,6 @@
-//! The block table of an image that nobody else has open: entries change, and the table moves as a whole.
+//! Changes entries of an [`Offline`] image's block table, and moves or extends the table.
 //!
-//! With the table moves XenServer's batmap, which lies behind it.
+//! XenServer's batmap follows the table in the file and moves with it.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -12,11 +12,11 @@ use crate::format::{MetadataMap, MetadataPart, bat, layout};
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Bytes of a table or a batmap that are moved at once.
+/// Bytes of a table or a batmap per read or write.
 const CHUNK: u64 = 1 << 20;
 
 impl Offline {
-    /// Writes the sectors of the table that hold the entries of `blocks`, which lie in the table. Not synced.
+    /// Writes the table sectors that contain the entries of `blocks`, all of which the table has. Does not sync.
     pub(super) fn write_entries(&self, blocks: impl IntoIterator<Item = u32>) -> Result<()> {
         let sectors: BTreeSet<u32> = blocks.into_iter().map(bat::sector_of).collect();
         let shape = self.sparse();
@@ -27,7 +27,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Forgets the places of blocks. Durable when it returns: from then on their room may be used for others.
+    /// Drops the places of blocks. Durable on return, so their space may be reused then.
     pub(super) fn drop_blocks(&mut self, blocks: &[u32]) -> Result<()> {
         if blocks.is_empty() {
             return Ok(());
@@ -40,13 +40,13 @@ impl Offline {
         self.sync()
     }
 
-    /// The blocks behind the end of the disk that have a place all the same.
+    /// Returns the blocks after the end of the disk that have a place.
     pub(super) fn blocks_beyond_disk(&self) -> Vec<u32> {
         let (shape, blocks) = (self.sparse(), self.blocks_of_disk());
         shape.places.keys().copied().filter(|block| u64::from(*block) >= blocks).collect()
     }
 
-    /// Whether the table can have `entries` where it is.
+    /// Returns whether the table can grow to `entries` in place.
     pub(super) fn has_room_for(&self, entries: u32) -> bool {
         let shape = self.sparse();
         let (old, new) = (bat::bytes(shape.header.entries), bat::bytes(entries));
@@ -59,8 +59,8 @@ impl Offline {
         wanted.is_empty() || free
     }
 
-    /// Writes the entries of the blocks in `made`, and what the table will have more when it has `entries`, behind what it
-    /// has now. Durable when it returns.
+    /// Writes the entries of the blocks in `made`, and unused entries after the present table up to `entries`. Durable on
+    /// return.
     pub(super) fn write_more_entries(&mut self, entries: u32, made: &[u32]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let more = bat::sector_of(old)..entries.div_ceil(bat::ENTRIES_PER_SECTOR);
@@ -75,15 +75,15 @@ impl Offline {
         self.sync()
     }
 
-    /// Bytes that a table of `entries` takes elsewhere, with XenServer's batmap where the image has one: whole pages.
+    /// Returns the space for a moved table of `entries`, with XenServer's batmap if the image has one, in bytes, whole pages.
     pub(super) fn table_space(&self, entries: u32) -> u64 {
         let batmap = if self.has_batmap() { SECTOR + self.map_bytes(entries) } else { 0 };
         (bat::bytes(entries) + batmap).next_multiple_of(layout::PAGE)
     }
 
-    /// Writes the table anew, with `entries`, at byte `at`, where nothing is. Behind it an empty batmap, where the image
-    /// has one: a hint that says nothing is never wrong, whatever becomes of blocks and size. Durable when it returns,
-    /// and of no meaning before [`Offline::use_table`].
+    /// Writes a copy of the table, with `entries` entries, at byte `at`, in unreferenced space. If the image has a batmap, an
+    /// empty one follows: without claims it stays right when blocks and size change. Durable on return; without effect
+    /// before [`Offline::use_table`].
     pub(super) fn write_table(&mut self, at: u64, entries: u32) -> Result<()> {
         let room = self.table_space(entries);
         self.extend(at + room)?;
@@ -105,8 +105,7 @@ impl Offline {
         self.sync()
     }
 
-    /// Makes the header name a table of `entries` at `at`, and gives back the room of the old one. Durable when it
-    /// returns.
+    /// Switches the header to a table of `entries` at byte `at`, durably, and frees the space of the old table.
     pub(super) fn use_table(&mut self, at: u64, entries: u32) -> Result<()> {
         let old: Vec<Range<u64>> = self.table_extents().collect();
         let batmap = (at != self.sparse().header.table_offset && self.has_batmap())
@@ -118,7 +117,7 @@ impl Offline {
             shape.batmap = batmap;
         }
         let bytes = shape.header.encode();
-        // All that has changed, and the sum, lies in the first of the header's two sectors.
+        // The changed fields and the checksum lie in the first of the header's two sectors.
         self.file().write_at(&bytes[..SECTOR_BYTES], self.footer().data_offset)?;
         self.sync()?;
         let len = self.footer_offset() + SECTOR;
@@ -131,7 +130,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Gives back what nothing refers to of a range.
+    /// Punches holes into the unreferenced parts of a range.
     pub(super) fn punch_unused(&self, range: Range<u64>) -> Result<()> {
         for gap in self.gaps(self.footer_offset()) {
             let part = gap.start.max(range.start)..gap.end.min(range.end);
@@ -142,7 +141,7 @@ impl Offline {
         Ok(())
     }
 
-    /// What moves when the table moves.
+    /// Returns the byte ranges of the table and its batmap.
     fn table_extents(&self) -> impl Iterator<Item = Range<u64>> {
         let parts = [MetadataPart::Table, MetadataPart::BatmapHeader, MetadataPart::Batmap];
         let extents = self.sparse().metadata.extents().iter();
@@ -155,26 +154,27 @@ impl Offline {
         self.sparse().batmap.is_some() || batmap::presence(self.footer()) == BatmapPresence::Present
     }
 
-    /// Whether there is a batmap that says something, or may.
+    /// Returns whether the batmap declares a block complete, or cannot be read in full to rule that out.
     pub(super) fn batmap_has_claims(&self) -> Result<bool> {
         if !self.has_batmap() {
             return Ok(false);
         }
         let Some(region) = self.sparse().metadata.extents().iter().find(|e| e.part == MetadataPart::Batmap) else {
-            return Ok(true); // a broken one
+            return Ok(true); // a damaged batmap
         };
         let mut map = vec![0; usize::try_from((region.range.end - region.range.start).min(CHUNK)).expect("small")];
         self.file().read_at(&mut map, region.range.start)?;
         Ok(map.len() as u64 != region.range.end - region.range.start || map.iter().any(|byte| *byte != 0))
     }
 
-    /// Bytes of a batmap for `entries` blocks, whole sectors: as many as the sum of any disk of so many blocks covers.
+    /// Returns the length of a batmap for `entries` blocks, in bytes, whole sectors: enough for the checksum of the largest
+    /// disk of that many blocks.
     fn map_bytes(&self, entries: u32) -> u64 {
         let largest = u64::from(entries).saturating_mul(self.sparse().header.block_size.bytes().into());
         u64::from(entries.div_ceil(8)).next_multiple_of(SECTOR).max(BatmapHeader::checksummed_bytes(largest))
     }
 
-    /// The header, itself at byte `at`, of a batmap right behind it that calls no block whole.
+    /// Makes the header, for byte `at`, of an empty batmap that follows it directly.
     fn empty_batmap(&self, at: u64, entries: u32) -> BatmapHeader {
         let fresh = || BatmapHeader {
             offset: 0,
@@ -194,7 +194,7 @@ impl Offline {
 }
 
 impl OfflineSparse {
-    /// Sector `sector` of a table of so many entries; behind the last one `padding`.
+    /// Encodes sector `sector` of a table of `entries` entries, with `padding` after the last one.
     fn entries(&self, sector: u32, entries: u32, padding: u32) -> [u8; SECTOR_BYTES] {
         let first = sector * bat::ENTRIES_PER_SECTOR;
         let mut bytes = [0; SECTOR_BYTES];
@@ -214,21 +214,21 @@ mod tests {
     use crate::image::testing::{child, file, host_with};
 
     #[test]
-    fn a_table_grows_where_it_is_or_moves() {
+    fn a_table_grows_in_place_or_moves() {
         let host = host_with(child(), 128 * 4);
         let mut image = Offline::new(&Image::open(file(&host)).unwrap()).unwrap();
         let (at, room) = (image.sparse().header.table_offset, u32::try_from(layout::PAGE / 4).unwrap());
-        assert!(image.has_room_for(4) && image.has_room_for(room + 1), "nothing lies behind it");
+        assert!(image.has_room_for(4) && image.has_room_for(room + 1), "unused space follows the table");
         let place = u32::try_from(image.used_end() / SECTOR + 7).unwrap();
         image.sparse_mut().places.insert(1, place);
-        assert!(image.has_room_for(room) && !image.has_room_for(3 * room), "a block lies behind its page");
+        assert!(image.has_room_for(room) && !image.has_room_for(3 * room), "a block follows the table's page");
         image.extend((u64::from(place) + 129) * SECTOR).unwrap();
         image.write_more_entries(200, &[1]).unwrap();
         assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().place(1), Some(place));
         image.use_table(at, 200).unwrap();
         let to = image.used_end().next_multiple_of(layout::PAGE);
         image.write_table(to, 5000).unwrap();
-        assert_eq!(Image::open(file(&host)).unwrap().table_offset(), Some(at), "of no meaning yet");
+        assert_eq!(Image::open(file(&host)).unwrap().table_offset(), Some(at), "without effect before the switch");
         image.use_table(to, 5000).unwrap();
         let moved = Image::open(file(&host)).unwrap();
         let table = moved.bat().unwrap();
@@ -238,7 +238,7 @@ mod tests {
         );
         let mut old = [1; 64];
         image.file().read_at(&mut old, at).unwrap();
-        assert_eq!(old, [0; 64], "its room is given back");
+        assert_eq!(old, [0; 64], "the old table's space is freed");
         image.drop_blocks(&[1]).unwrap();
         assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().used().count(), 0);
     }

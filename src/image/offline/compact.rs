@@ -1,9 +1,8 @@
-//! Room that a file has too much: gaps between the blocks are closed from its end, and what is left of them becomes
-//! holes.
+//! Reduces the space that a file takes: moves blocks from its end into gaps, and punches holes into the remaining gaps.
 //!
-//! A block moves by a copy into a gap, a sync, its entry in the table, a sync: the disk is the same at every moment, and
-//! what a killed move has left lies where nothing refers to it. Many move together between two syncs; room that became
-//! free is not used before its entry is durable.
+//! A move is a copy into a gap, a sync, a write of the block's table entry, a sync. The disk's contents are the same at
+//! every moment, and the copy of an interrupted move is unreferenced. A batch of blocks moves between two syncs. Freed
+//! space is not reused before the new entries are durable.
 
 use std::ops::Range;
 
@@ -16,14 +15,14 @@ use crate::storage::{is_seek_unsupported, next_data};
 use crate::units::OnProgress;
 use crate::units::{BlockSize, SECTOR};
 
-/// Bytes of blocks that move between two syncs, about.
+/// Approximate number of bytes that move between two syncs.
 const BATCH: u64 = 64 << 20;
-/// Bytes copied at once.
+/// Bytes per read and write of a copy.
 const CHUNK: usize = 1 << 20;
-/// Of so many blocks that a gap has room for at pages, one may be left out so that the others are aligned.
+/// One of this many page-aligned blocks that a gap can take may be left out so that the others get a larger alignment.
 const MISALIGNED_SHARE: u64 = 32;
 
-/// A block on its way down.
+/// The move of a block to a lower file sector.
 struct BlockMove {
     block: u32,
     from: u64,
@@ -31,17 +30,17 @@ struct BlockMove {
 }
 
 impl Offline {
-    /// Gives up the places of blocks that hold nothing the disk would miss, and what other programs left behind its end.
+    /// Frees the places of `blocks`, whose contents the disk does not need, and of all blocks after the end of the disk.
     ///
     /// # Errors
-    /// `NoSpace`, `Io`: the disk shows the same.
+    /// `NoSpace`, `Io`: the disk's contents are unchanged.
     pub fn free_blocks(&mut self, blocks: &[u32]) -> Result<()> {
         let mut blocks = blocks.to_vec();
         blocks.extend(self.blocks_beyond_disk());
         if blocks.is_empty() {
             return Ok(());
         }
-        // A place that is given later would be called whole.
+        // A stale claim of the batmap would declare a block complete that gets a place later.
         if self.batmap_has_claims()? {
             let entries = self.sparse().header.entries;
             let at = self.used_end().next_multiple_of(layout::PAGE);
@@ -52,7 +51,7 @@ impl Offline {
         }
         self.drop_blocks(&blocks)?;
         failpoint::reached("compact.entries-dropped");
-        // At once: moving takes room before it gives any.
+        // Punched now, because a move allocates space before it frees any.
         self.punch_unused(0..self.footer_offset())?;
         failpoint::reached("compact.gaps-punched");
         Ok(())
@@ -61,7 +60,7 @@ impl Offline {
     /// Moves blocks, and the table, from the end of the file into gaps.
     ///
     /// # Errors
-    /// As [`Offline::free_blocks`]; what `watch` fails with.
+    /// As [`Offline::free_blocks`]; the error that `watch` returns.
     pub fn close_gaps(&mut self, watch: &mut OnProgress<'_>) -> Result<()> {
         loop {
             let moved = self.move_blocks(watch)?;
@@ -73,7 +72,7 @@ impl Offline {
         }
     }
 
-    /// Makes the file end behind its last block, and gives back room that was reserved in it and not written.
+    /// Cuts the file after its last block, and frees space that is allocated in it but unwritten.
     ///
     /// # Errors
     /// As [`Offline::free_blocks`].
@@ -90,8 +89,8 @@ impl Offline {
         let stride = u64::from(block_size.stride_sectors());
         let mut sources: Vec<(u32, u32)> = self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
-        // No block moves to be aligned. Blocks at pages stay at pages; where another writer packed them, they may lie
-        // anywhere.
+        // No block moves only to become aligned. If all blocks are page-aligned, they stay so; if another writer packed
+        // them, they may move anywhere.
         let data = u64::from(block_size.bitmap_sectors());
         let packed = sources.iter().any(|(place, _)| !(u64::from(*place) + data).is_multiple_of(layout::PAGE / SECTOR));
         let (mut batch, mut any) = (Vec::new(), false);
@@ -116,7 +115,7 @@ impl Offline {
         Ok(any)
     }
 
-    /// Copies, makes the copies durable, then the entries, then gives the old places back.
+    /// Copies the blocks and syncs, writes their entries and syncs, then frees their old places.
     fn move_batch(&mut self, batch: &mut Vec<BlockMove>, watch: &mut OnProgress<'_>) -> Result<()> {
         if batch.is_empty() {
             return Ok(());
@@ -158,8 +157,8 @@ impl Offline {
     }
 }
 
-/// How many blocks a gap, in sectors, is to take: all that fit at pages where those are few; of many some less, so that
-/// a large gap is filled with aligned blocks.
+/// Returns the number of blocks that a gap, in sectors, should take: as many as fit page-aligned, less a small share in a
+/// large gap, so that the blocks there can have a larger alignment.
 fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
     let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
     let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
@@ -167,8 +166,8 @@ fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
     most - most / MISALIGNED_SHARE
 }
 
-/// Where in a gap, in sectors, the first of the blocks that are coming may go: aligned, where that keeps room for the
-/// others, or at a page; or (`packed`) anywhere where that is too much.
+/// Returns the file sector in a gap for the first of `coming` blocks: aligned, if that leaves space for the others, or
+/// page-aligned, or, if neither fits and `packed` is set, the start of the gap.
 fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) -> Option<u32> {
     let last = gap.end.checked_sub(block_size.stride_sectors().into())?.min(bat::MAX_ENTRY.into());
     let place = layout::best_place(gap.start, block_size, coming, last);
@@ -177,7 +176,7 @@ fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) 
     u32::try_from(place).ok()
 }
 
-/// Copies `len` bytes; holes stay holes. The two ranges do not overlap.
+/// Copies `len` bytes and preserves holes. The two ranges do not overlap.
 fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Result<()> {
     file.punch_hole(to, len)?;
     let (mut at, end) = (from, from + len);
@@ -193,8 +192,8 @@ fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Resul
     Ok(())
 }
 
-/// Gives back the room that was reserved in a file from byte `from` on and not written: all of it reads as zeros, and
-/// holes stay holes. What is durable does not change, so nothing waits for it.
+/// Frees the space that is allocated in a file from byte `from` on but unwritten. That space reads as zeros before and
+/// after, so no sync is needed.
 ///
 /// # Errors
 /// `Io`.
@@ -202,7 +201,7 @@ pub fn punch_unwritten(file: &File, from: u64) -> Result<()> {
     let (mut at, len) = (from, file.stat()?.len);
     while at < len {
         let (start, count) = match file.next_data(at) {
-            // It reserved nothing that could be told apart.
+            // The file system cannot distinguish unwritten space from data.
             Err(e) if is_seek_unsupported(&e) => return Ok(()),
             found => found?.unwrap_or((len, 0)),
         };
@@ -219,15 +218,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_go_to_pages_or_where_they_fit() {
+    fn blocks_are_page_aligned_or_packed() {
         let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
         let place = |gap: Range<u64>, packed| place_in(&gap, block, 1, packed);
         assert_eq!(place(16..100, true), Some(23), "its data at a page");
         assert_eq!(place(23..32, true), Some(23));
-        assert_eq!(place(16..31, true), Some(16), "packed where that is too much");
-        assert_eq!(place(16..31, false), None, "never where blocks lie at pages");
+        assert_eq!(place(16..31, true), Some(16), "packed if an aligned block does not fit");
+        assert_eq!(place(16..31, false), None, "never packed if blocks are page-aligned");
         assert_eq!((place(16..25, true), place(16..24, true)), (Some(16), None));
-        assert_eq!(place(u64::from(u32::MAX)..u64::MAX / 2, true), None, "no entry names that");
+        assert_eq!(place(u64::from(u32::MAX)..u64::MAX / 2, true), None, "no entry can contain that sector");
         let place = |gap: Range<u64>, coming| place_in(&gap, BlockSize::DEFAULT, coming, false);
         assert_eq!(place(16..4224, 1), Some(127), "aligned");
         assert_eq!((place(16..4223, 1), place(16..4120, 1), place(16..4119, 1)), (Some(23), Some(23), None));
@@ -235,7 +234,7 @@ mod tests {
         assert_eq!(place(16..4224, 9), Some(127), "they do not all fit anyway");
     }
 
-    /// The blocks that a gap takes, and of those the ones that are aligned.
+    /// Counts the blocks that a gap takes, and the aligned ones among them.
     fn filled(mut gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
         let (mut coming, mut blocks, mut aligned) = (gap_capacity(&gap, block).min(above), 0, 0);
         while let Some(place) = place_in(&gap, block, coming, false).filter(|_| blocks < above) {
@@ -257,7 +256,7 @@ mod tests {
             let first = |unit| layout::place_from(1 << 20, block, unit).unwrap();
             let (page, unit) = (first(layout::PAGE), first(layout::alignment(block)));
             for n in 1..300 {
-                // Between blocks of which the next stands where it would if the gap were full.
+                // A gap of exactly `n` blocks between two page-aligned blocks.
                 let gap = page - layout::page_stride(block) + stride..page + n * layout::page_stride(block);
                 let (blocks, aligned) = filled(gap.clone(), block, u64::MAX);
                 assert!(blocks <= n && blocks >= n - n / 32, "{blocks} of {n} at pages, of {bytes}");

@@ -1,8 +1,8 @@
 //! Changes the structure of an image that no other process has open: its size, its parent, the places of its blocks.
 //!
 //! ```text
-//!   resize, compact ──> bat ──> offline_image     steps from one valid image to another
-//!   reparent                                      another parent, or none
+//!   resize, compact ──> bat ──> offline_image     each step leads from one valid image to another
+//!   reparent                                      replaces or removes the parent
 //! ```
 
 mod bat;

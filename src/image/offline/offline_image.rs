@@ -1,12 +1,11 @@
-//! An image that nobody else has open, to change its structure: its size, its block table, the places of its blocks.
+//! An image that no other process has open, for changes of its structure: its size, its block table, the places of blocks.
 //!
-//! Every method is a step from one valid image to another; what must be durable before what is said there. Steps put
-//! together, with the points at which tests kill them, are the verbs' own: `resize.rs` and `compact.rs`.
+//! Every method is a step from one valid image to another, and documents its order of durable writes. `resize.rs` and
+//! `compact.rs` combine the steps, with the failpoints at which tests kill them.
 //!
-//! What is not there yet or not any more lies where nothing refers to it: behind the blocks, or in a gap between them.
-//! So no step overwrites anything that counts, but for these, each one sector: a footer, the header's first sector
-//! (which holds all that is changed here), a sector of the block table, where any mixture of old and new entries shows
-//! the same disk.
+//! New and obsolete structures lie in unreferenced space: after the blocks, or in a gap between them. So a step overwrites
+//! referenced bytes only in these cases, each of one sector: a footer; the header's first sector, which contains every
+//! field that changes; a sector of the block table, for which any mixture of old and new entries shows the same disk.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -19,7 +18,7 @@ use crate::image::write::recover::recover;
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
-/// An image locked for us alone, recovered as for writing.
+/// An exclusively locked image, recovered as for writing.
 pub struct Offline {
     file: File,
     footer: Footer,
@@ -28,19 +27,19 @@ pub struct Offline {
     sparse: Option<OfflineSparse>,
 }
 
-/// What images with a block table have besides.
+/// The part of an [`Offline`] image that only dynamic and differencing images have.
 pub(super) struct OfflineSparse {
     pub(super) header: DynamicHeader,
     pub(super) metadata: MetadataMap,
     pub(super) batmap: Option<BatmapHeader>,
-    /// What fills the table's last sector behind the last entry.
+    /// The value that fills the table's last sector after the last entry.
     pub(super) padding: u32,
-    /// The file sectors at which the blocks begin, also those of blocks behind the end of the disk.
+    /// The file sectors at which the blocks begin, including blocks after the end of the disk.
     pub(super) places: BTreeMap<u32, u32>,
 }
 
 impl Offline {
-    /// Takes an opened image that is locked exclusively. What an unclean end left behind is recovered.
+    /// Wraps an opened image that is locked exclusively, after recovery from an unclean shutdown.
     ///
     /// # Errors
     /// As `Writable::new`.
@@ -62,7 +61,7 @@ impl Offline {
         Ok(Offline { file, footer, footer_offset: tail, sparse: Some(shape) })
     }
 
-    /// The same image, opened and recovered again.
+    /// Opens and recovers the same image again.
     ///
     /// # Errors
     /// As [`Offline::new`].
@@ -70,40 +69,40 @@ impl Offline {
         Offline::new(&Image::open(self.file.clone())?)
     }
 
-    /// Its file.
+    /// Returns the open file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Fixed, dynamic or differencing.
+    /// Returns the disk type: fixed, dynamic or differencing.
     pub fn kind(&self) -> DiskType {
         self.footer.disk_type
     }
 
-    /// Bytes of the disk.
+    /// Returns the virtual size in bytes.
     pub fn size(&self) -> u64 {
         self.footer.current_size
     }
 
-    /// Size of a block; `None` for a fixed image.
+    /// Returns the block size; `None` for a fixed image.
     pub fn block_size(&self) -> Option<BlockSize> {
         self.sparse.as_ref().map(|s| s.header.block_size)
     }
 
-    /// The blocks of the disk that have a place, ascending.
+    /// Returns the blocks of the disk that have a place, ascending.
     pub fn blocks(&self) -> impl Iterator<Item = u32> {
         let end = self.blocks_of_disk();
         self.sparse.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| u64::from(*block) < end)
     }
 
-    /// Byte offsets of a block's bitmap and of its data; `None` where it has no place.
+    /// Returns the byte offsets of a block's bitmap and of its data; `None` if the block has no place.
     pub fn block(&self, block: u32) -> Option<(u64, u64)> {
         let shape = self.sparse.as_ref()?;
         let place = u64::from(*shape.places.get(&block)?);
         Some((place * SECTOR, (place + u64::from(shape.header.block_size.bitmap_sectors())) * SECTOR))
     }
 
-    /// The bitmap of a block that has a place, a bit per sector.
+    /// Reads the bitmap of a block that has a place; one bit per sector.
     ///
     /// # Errors
     /// `Io`.
@@ -128,12 +127,12 @@ impl Offline {
         &self.footer
     }
 
-    /// Byte offset of the trailing footer.
+    /// Returns the byte offset of the trailing footer.
     pub(super) fn footer_offset(&self) -> u64 {
         self.footer_offset
     }
 
-    /// Blocks of the disk, with a place or without.
+    /// Returns the number of blocks of the disk, with a place or without.
     pub(super) fn blocks_of_disk(&self) -> u64 {
         self.block_size().map_or(0, |size| size.blocks_for(self.footer.sectors()))
     }
@@ -142,17 +141,17 @@ impl Offline {
         self.file.sync()
     }
 
-    /// The first byte behind all blocks and metadata, whole sectors.
+    /// Returns the end of all blocks and metadata, rounded up to whole sectors.
     pub(super) fn used_end(&self) -> u64 {
         let shape = self.sparse();
         let stride = u64::from(shape.header.block_size.stride_sectors());
-        // An entry behind the end of the disk may failpoint anywhere: what lies outside the file is no block (O12).
+        // An entry after the end of the disk may point anywhere. Places outside the file are not blocks (O12).
         let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
         let blocks = ends.filter(|end| *end <= self.footer_offset).max().unwrap_or(0);
         shape.metadata.end().next_multiple_of(SECTOR).max(blocks)
     }
 
-    /// The bytes between metadata and blocks before `end` that nothing refers to, ascending.
+    /// Returns the unreferenced byte ranges between metadata and blocks before `end`, ascending.
     pub(super) fn gaps(&self, end: u64) -> Vec<Range<u64>> {
         let shape = self.sparse();
         let stride = u64::from(shape.header.block_size.stride_sectors());
@@ -172,12 +171,13 @@ impl Offline {
 
     // The file's end.
 
-    /// Makes the file longer where `end` lies behind the trailing footer, so that there is zero room before `end`.
+    /// Extends the file if `end` lies after the trailing footer, so that the space up to `end` is allocated and zero.
     ///
-    /// The new footer is durable before the old one is wiped: one of them is whole at every moment.
+    /// The new footer is durable before the old one is wiped, so one of them is valid at every moment.
     ///
     /// # Errors
-    /// `NoSpace`: the file is as it was; `Io`.
+    /// - `NoSpace`: the file is unchanged.
+    /// - `Io`.
     pub(super) fn extend(&mut self, end: u64) -> Result<()> {
         if end <= self.footer_offset {
             return Ok(());
@@ -190,11 +190,12 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes the footer at byte `at`, too, where nothing that counts is. Durable when it returns. Where that is behind
-    /// the file's end, it is the trailing one from then on.
+    /// Writes a second footer at byte `at`, in unused space. Durable on return. If `at` is after the end of the file, the
+    /// second footer becomes the trailing one.
     ///
     /// # Errors
-    /// `NoSpace`: the file is as it was; `Io`.
+    /// - `NoSpace`: the file is unchanged.
+    /// - `Io`.
     pub(super) fn write_second_footer(&mut self, at: u64) -> Result<()> {
         if at == self.footer_offset {
             return Ok(());
@@ -206,7 +207,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Cuts the file behind a footer written before.
+    /// Cuts the file after a footer that was written at byte `at` before.
     pub(super) fn truncate_to_footer(&mut self, at: u64) -> Result<()> {
         if at < self.footer_offset {
             self.file.set_len(at + SECTOR)?;
@@ -216,7 +217,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Sees to it that the trailing footer is one sector: in a file of an odd length it is not, and could be torn.
+    /// Aligns the trailing footer to a sector. In a file whose length is no multiple of 512 it spans two and could be torn.
     pub(super) fn align_footer(&mut self) -> Result<()> {
         match self.footer_offset % SECTOR {
             0 => Ok(()),
@@ -224,7 +225,7 @@ impl Offline {
         }
     }
 
-    /// Makes the file end right behind what is in use. The new footer is durable before the file is cut.
+    /// Cuts the file directly after its last used byte. The new footer is durable before the file is cut.
     pub(super) fn truncate_unused(&mut self) -> Result<()> {
         let end = if self.sparse.is_some() { self.used_end() } else { self.size() };
         if self.footer_offset == end {
@@ -238,8 +239,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Replaces the footers: the one at the end, which counts, and the copy at the start; one sector each. Durable when it
-    /// returns.
+    /// Replaces the trailing footer, which counts, and then the copy at the start; each is one sector. Durable on return.
     pub(super) fn write_footers(&mut self, footer: Footer) -> Result<()> {
         self.file.write_at(&footer.encode(), self.footer_offset)?;
         if self.sparse.is_some() {
@@ -250,21 +250,20 @@ impl Offline {
         Ok(())
     }
 
-    /// # Errors
-    /// `NoSpace` with the reason.
+    /// Makes a `NoSpace` error with the reason `why`.
     pub(super) fn no_space(&self, why: &str) -> Error {
         Error::new(ErrorKind::NoSpace, why).at_path(self.file.path())
     }
 }
 
-/// Makes a file of `len` bytes longer, durably: room from there on, and a footer at byte `footer_at` as its end. As it was
-/// where that fails.
+/// Extends a file of `len` bytes, durably: allocates the space after `len` and ends the file with a footer at byte
+/// `footer_at`. If that fails, the file keeps its old length.
 pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let longer = match file.allocate(len, footer_at + SECTOR - len) {
         Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),
         _ => file.write_at(footer, footer_at),
     };
-    // ext4 keeps what a failed fallocate got; cutting to the length of before gives it back.
+    // ext4 keeps the space that a failed fallocate got; cutting the file to its old length frees it.
     longer.inspect_err(|_| drop(file.set_len(len)))?;
     file.sync()
 }
@@ -285,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_moves_out_and_back() {
+    fn the_footer_moves_out_and_back() {
         let host = host_with(child(), 1000);
         let mut image = offline(&host);
         let (before, end) = (len(&host), image.footer_offset());
@@ -322,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_are_what_nothing_takes() {
+    fn gaps_are_unreferenced_space() {
         let host = host_with(child(), 128 * 4);
         let mut image = offline(&host);
         let first = image.used_end() / SECTOR;
@@ -335,7 +334,7 @@ mod tests {
         assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
         assert_eq!(image.used_end(), (first + 529) * SECTOR);
         image.sparse_mut().places.insert(9, u32::MAX - 1);
-        assert_eq!(image.used_end(), (first + 529) * SECTOR, "what lies outside the file is no block");
+        assert_eq!(image.used_end(), (first + 529) * SECTOR, "places outside the file are not blocks");
         assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
     }
 }

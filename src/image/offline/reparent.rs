@@ -1,12 +1,13 @@
-//! Relinking: an image gets another parent, or none, and is whole at every moment.
+//! Reparenting: replaces or removes the parent of an image, which is valid at every moment.
 //!
-//! The dynamic header is the one structure of a VHD that no single write can change: two sectors, one checksum, no copy.
-//! What names its place is a footer of one sector. So the header takes a detour, each step durable before the next:
+//! The dynamic header is the only structure of a VHD that cannot be changed by one atomic write: it has two sectors, one
+//! checksum and no copy. But the footer, which contains the header's offset, is one sector. So a new header is first used
+//! after the blocks, then moved to its usual place; each step is durable before the next:
 //!
 //! ```text
-//!              both footers   home (512)     behind the blocks
-//!   at first   -> home        old
-//!   extended   -> home        old            (room, zero; the trailing footer at the new end)
+//!              both footers   home (512)     after the blocks
+//!   initial    -> home        old
+//!   extended   -> home        old            (zeros; the trailing footer at the new end)
 //!   written    -> home        old            texts, new header
 //!   switched   -> new         old            texts, new header
 //!   settled    -> new         new, texts     texts, new header
@@ -14,16 +15,17 @@
 //!   trimmed    -> home        new, texts
 //! ```
 //!
-//! Both footers are whole at every moment; the trailing one counts, and what either names was durable before. So a crash
-//! leaves the old parent or the new one, never none and never half of each. A footer is switched in one sector; where the
-//! power goes between the two, they name two headers: both are sound, and nothing is written until the image is relinked
-//! again, which goes on by the trailing one. Whoever is ended in the middle begins again ([`is_reparent_finished`] tells); but for
-//! that moment the image may be read and written by anyone in between.
+//! Both footers are valid at every moment. The trailing one counts, and a header is durable before a footer refers to it.
+//! So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a write of one sector. If
+//! a power cut leaves the two footers with different header offsets, both headers are valid, and writers refuse the image
+//! until the reparent is repeated, which continues from the trailing footer. An interrupted reparent is repeated as a whole
+//! ([`is_reparent_finished`] detects one). Except in the case of differing footers, any program may read and write the
+//! image in between.
 //!
-//! A type that changes (a child that becomes a root) goes with the footers.
+//! A change of the disk type (a child that becomes a root) is part of the switch of the footers.
 //!
-//! Texts of locators go where the old ones were, and between header and block table; what finds no room there stays
-//! behind the blocks, as the format allows.
+//! Texts of locators are written where the old ones were, and between header and block table. A text that does not fit
+//! there stays after the blocks, as the format allows.
 
 use std::ops::Range;
 
@@ -44,19 +46,19 @@ use crate::image::write::writable::Writable;
 use crate::storage::{Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Where the header of an image is that any program reads.
+/// The offset of the dynamic header that every program can read.
 const HEADER_HOME: u64 = 512;
 
-/// Makes the image in `file` a child of another parent, or without a `link` a root. `file` is open for writing and
-/// locked exclusively; whoever else has it open must not use it any more. Its blocks do not change: whether the disk
-/// does is the caller's concern.
+/// Makes the image in `file` a child of another parent or, without a `link`, a root. `file` is open for writing and
+/// locked exclusively; an [`Image`] opened from it before must not be used afterwards. The image's blocks do not change.
+/// The caller decides whether the disk's contents may change.
 ///
-/// Locators keep their slots; of those that cannot be written anew, the platform is dropped. A `MacX` one becomes the
-/// relative path, as vhd-util writes it.
+/// Locators keep their slots; locators of platforms that cannot be written are dropped. A `MacX` locator gets the relative
+/// path, as vhd-util writes it.
 ///
 /// # Errors
-/// As [`check_reparent`]; as `Writable::new`; `NoSpace`, `Io`: the image has its old parent or its new one, and relinking it
-/// again is safe.
+/// - As [`check_reparent`] and `Writable::new`.
+/// - `NoSpace`, `Io`: the image has its old or new parent, and repeating the call is safe.
 pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let writable = Writable::new(env, open_reconciled(file)?, &Durability::FlushOnly)?;
     let image = writable.image();
@@ -105,7 +107,7 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     switch(home)?;
     failpoint::reached("relink.returned");
 
-    // What is open in memory is the image of before.
+    // `writable` has the old metadata in memory, so the image is opened again.
     let set_aside = image.sparse().map_or(Vec::new(), |sparse| sparse.metadata.locator_space().to_vec());
     drop(writable);
     let image = Image::open(file.clone())?;
@@ -115,7 +117,7 @@ pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result
     Ok(())
 }
 
-/// Gives back the room that was set aside for the old locators, if nothing refers to it now.
+/// Frees the unreferenced parts of the space that was set aside for the old locators.
 fn punch_set_aside(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
     for gap in unreferenced_space(image)? {
         for room in set_aside {
@@ -129,8 +131,9 @@ fn punch_set_aside(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
     Ok(())
 }
 
-/// Opens the image in a file that is open for writing and locked exclusively, with the copy of its footer renewed where a
-/// switch of place, type or size was ended in the middle. Other contradictions are told where it is opened for writing.
+/// Opens the image in a file that is open for writing and locked exclusively. If an interrupted switch of header offset,
+/// disk type or size left the footers different, updates the copy from the trailing footer first. Other contradictions
+/// between the footers remain, and an open for writing refuses them.
 ///
 /// # Errors
 /// As `Image::open`; `Io`.
@@ -144,7 +147,7 @@ pub fn open_reconciled(file: &File) -> Result<Image> {
     let tail = image.footer();
     match Footer::decode(&front) {
         Ok(front) if front != *tail && front.disk_type != DiskType::Fixed => {
-            // Anything else that differs is no work of ours. Relinking changes the type and the place together.
+            // A reparent changes disk type and header offset together; other differences were made by other programs.
             if front.disk_type != tail.disk_type && front.data_offset == tail.data_offset {
                 return Ok(image);
             }
@@ -162,15 +165,15 @@ pub fn open_reconciled(file: &File) -> Result<Image> {
     Image::open(file.clone())
 }
 
-/// Whether an image can be linked so, which is better known before anything is changed for it.
+/// Checks, without changing anything, whether an image can get the parent `link`.
 ///
 /// # Errors
-/// `Unsupported`: a fixed image, or a path that cannot be recorded in a child.
+/// `Unsupported` if the image is fixed, or a path cannot be recorded in a child.
 pub fn check_reparent(image: &Image, link: Option<&ParentLink>) -> Result<()> {
     ReparentedMetadata::of(image, link).map(drop)
 }
 
-/// Whether nothing is left of a relinking that was ended in the middle. Where something is, relinking it again tidies up.
+/// Returns whether no interrupted reparent has left traces in the image. Repeating the reparent removes them.
 pub fn is_reparent_finished(image: &Image) -> bool {
     let Some(sparse) = image.sparse() else { return true };
     let is_alike = |d: &Defect| !matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
@@ -178,7 +181,7 @@ pub fn is_reparent_finished(image: &Image) -> bool {
     image.notes().iter().all(is_alike) && home_of(image) == image.footer().data_offset && end >= image.data_end()
 }
 
-/// What an image is going to say.
+/// The footer, header and locator texts that an image gets.
 struct ReparentedMetadata {
     footer: Footer,
     /// Without locators.
@@ -191,13 +194,13 @@ impl ReparentedMetadata {
     fn of(image: &Image, link: Option<&ParentLink>) -> Result<ReparentedMetadata> {
         let mut footer = image.footer().clone();
         let Some(mut header) = image.header().cloned() else {
-            let what = "a fixed image has no place to name a parent";
+            let what = "a fixed image cannot have a parent";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(image.file().path()));
         };
         let old = std::mem::replace(&mut header.locators, [LocatorEntry::UNUSED; LOCATORS]);
         let Some(link) = link else {
             footer.disk_type = DiskType::Dynamic;
-            // Only a root can be read by QEMU, which may count its sectors by the geometry.
+            // QEMU reads only roots, and may compute a root's size from the geometry.
             footer.geometry = Geometry::for_creator(footer.creator, footer.current_size);
             (header.parent_uuid, header.parent_timestamp, header.parent_name) = (uuid::Uuid::nil(), 0, [0; 512]);
             return Ok(ReparentedMetadata { footer, header, texts: Vec::new() });
@@ -209,13 +212,13 @@ impl ReparentedMetadata {
         Ok(ReparentedMetadata { footer, header, texts: locator_texts(&old, link)? })
     }
 
-    /// Bytes that the texts take in the file.
+    /// Returns the number of bytes that the texts take in the file.
     fn text_bytes(&self) -> u64 {
         self.texts.iter().map(|(_, _, text)| text_space(text)).sum()
     }
 }
 
-/// The locators of a link, in the slots where `old` has ones of their platforms.
+/// Encodes the locators of a link. Each keeps the slot of its platform in `old`, or gets a free one.
 fn locator_texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Vec<(usize, Platform, Vec<u8>)>> {
     let slot_of = |platform| old.iter().position(|entry| entry.platform() == platform);
     let mut texts: Vec<(usize, Platform, Vec<u8>)> = Vec::new();
@@ -240,7 +243,7 @@ fn locator_texts(old: &[LocatorEntry; LOCATORS], link: &ParentLink) -> Result<Ve
     Ok(texts)
 }
 
-/// Where the header goes at last: where all look for it, unless something else is there.
+/// Returns the header's final offset: the usual one, unless other data occupies it.
 fn home_of(image: &Image) -> u64 {
     let now = image.footer().data_offset;
     let usual = HEADER_HOME..HEADER_HOME + HEADER_BYTES;
@@ -248,13 +251,13 @@ fn home_of(image: &Image) -> u64 {
     if now == HEADER_HOME || clip(usual.clone(), &occupied(image, is_free)) == usual { HEADER_HOME } else { now }
 }
 
-/// Room for texts, in whole sectors, ascending: between the header and what follows it, and where the old texts were.
+/// Returns the space for texts, in whole sectors, ascending: between the header and what follows, and of the old texts.
 fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let mut taken = occupied(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
     let behind = home + HEADER_BYTES;
     taken.push(home..behind);
     let mut free = Vec::new();
-    // Only up to metadata: what lies before the first block may be a stranger's.
+    // Only up to the table: the space before the first block may contain another program's data.
     let table = image.table_offset().unwrap_or(0);
     if table > behind {
         free.push(clip(behind..table, &taken));
@@ -280,7 +283,7 @@ fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     joined
 }
 
-/// What is in the file: metadata that does not go, and blocks.
+/// Returns the occupied ranges of the file: blocks, and the metadata for which `goes` returns false.
 fn occupied(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64>> {
     let sparse = image.sparse().expect("it has a header");
     let stays = sparse.metadata.extents().iter().filter(|extent| !goes(extent.part));
@@ -290,7 +293,7 @@ fn occupied(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64
     taken
 }
 
-/// The start of `range`, up to the first thing in it.
+/// Returns the start of `range`, up to the first of the `taken` ranges in it.
 fn clip(range: Range<u64>, taken: &[Range<u64>]) -> Range<u64> {
     let over = taken.iter().filter(|other| other.start < range.end && other.end > range.start);
     let end = over.map(|other| other.start.max(range.start)).min();
@@ -303,7 +306,7 @@ fn take_space(free: &mut [Range<u64>], bytes: u64) -> Option<u64> {
     Some(found.start - bytes)
 }
 
-/// Bytes of the file that a text takes.
+/// Returns the number of bytes that a text takes in the file.
 fn text_space(text: &[u8]) -> u64 {
     padded_len(text) as u64
 }

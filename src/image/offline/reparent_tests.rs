@@ -1,4 +1,4 @@
-//! Relinking: cut off at every moment, with texts that fit and texts that do not.
+//! Tests of `reparent.rs`: power cuts at every write, texts that fit in front of the blocks and texts that do not.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ fn link(uuid: u128, name: &str) -> ParentLink {
     ParentLink { uuid: Uuid::from_u128(uuid), modified: 0, relative: Some(name.into()), absolute, name: name.into() }
 }
 
-/// A child of three blocks, with data in the first one.
+/// Creates a child of three blocks, with data in the first one.
 fn child() -> SimHost {
     let host = host_with(ImageKind::Differencing(link(7, "old.vhd")), 128 * 3);
     let image = open(&host).unwrap();
@@ -28,7 +28,7 @@ fn child() -> SimHost {
     host
 }
 
-/// UUID of the parent and the paths to it, after a look at the data.
+/// Checks the data, and returns the parent's UUID and the recorded paths.
 fn seen(host: &SimHost) -> (u128, Vec<PathBuf>) {
     let image = Image::open(file(host)).unwrap();
     let place = image.bat().unwrap().place(1).expect("the block is there");
@@ -66,7 +66,7 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             let is_left = Image::open(file(&after)).is_ok_and(|image| !is_reparent_finished(&image));
             assert!(is_left || found == old || kinds(&after).is_empty(), "{:?}", kinds(&after));
             switched += usize::from(found == new);
-            // A stranger writes in between, or nobody does.
+            // In every other case another program writes to the image before the reparent is repeated.
             let image = open(&after);
             let front = after.bytes(Path::new(crate::image::testing::PATH)).unwrap()[..SECTOR_BYTES].to_vec();
             let is_whole = Footer::decode(front.as_slice().try_into().unwrap()).is_ok();
@@ -90,7 +90,7 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
 }
 
 #[test]
-fn a_text_without_room_stays_behind_the_blocks() {
+fn a_text_that_does_not_fit_in_front_stays_after_the_blocks() {
     let host = child();
     let folder = "f".repeat(200);
     let long = PathBuf::from(format!("/{folder}/{folder}/{folder}/{folder}/{folder}/{folder}/p"));
@@ -100,13 +100,13 @@ fn a_text_without_room_stays_behind_the_blocks() {
     assert_eq!((seen(&host), kinds(&host).len()), ((8, vec!["p.vhd".into(), long]), 0));
     let after = file(&host).stat().unwrap().len;
     assert!(after > before + 2048 && after < before + 4096);
-    // The next one finds room in front, and the file ends behind its blocks again.
+    // The next parent's texts fit in front, so the file ends after its blocks again.
     reparent(&host, &file(&host), Some(&link(9, "q.vhd"))).unwrap();
     assert_eq!((seen(&host).0, kinds(&host).len(), file(&host).stat().unwrap().len), (9, 0, before));
 }
 
 #[test]
-fn slots_stay_and_roots_have_none() {
+fn locators_keep_their_slots_and_roots_have_none() {
     let host = child();
     let f = file(&host);
     let mut header = Image::open(f.clone()).unwrap().header().unwrap().clone();
@@ -131,12 +131,12 @@ fn slots_stay_and_roots_have_none() {
 }
 
 #[test]
-fn a_full_host_and_what_cannot_be_recorded_change_nothing() {
+fn a_full_file_system_and_an_unsupported_path_change_nothing() {
     let host = child();
     let before = host.bytes(Path::new(crate::image::testing::PATH));
     let stat = file(&host).stat().unwrap();
     host.set_faults(FaultPlan { capacity: Some(stat.allocated), ..FaultPlan::default() });
-    // More than the last page of the file still holds.
+    // More than the free rest of the file's last page.
     let long = ParentLink { absolute: Some(format!("/{}/p.vhd", "f".repeat(1800)).into()), ..link(8, "p.vhd") };
     assert_eq!(reparent(&host, &file(&host), Some(&long)).unwrap_err().kind(), ErrorKind::NoSpace);
     host.set_faults(FaultPlan::default());
@@ -147,8 +147,8 @@ fn a_full_host_and_what_cannot_be_recorded_change_nothing() {
     assert_eq!(reparent(&fixed, &file(&fixed), None).unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
-/// The power went between two footers: the one at the end has another size, and a geometry by the rule for its creator or
-/// by that of an earlier version.
+/// A power cut between the writes of two footers: the trailing one has another size, and a geometry by the rule for its
+/// creator or by the rule of an earlier version.
 #[test]
 fn footers_agree_again_whatever_the_geometry() {
     let host = host_with(ImageKind::Dynamic, 1000);

@@ -1,25 +1,25 @@
-//! Another size: each step durable before the next, the disk of the old size or the new one at every moment.
+//! Changes the size of the disk. Each step is durable before the next; at every moment the disk has its old or new size.
 //!
 //! ```text
-//!   fixed, larger    | data | footer |              at first
-//!                    | data | footer | zero | old size |    a second footer at the new end, of the old size
-//!                    | data | zero ........ | old size |    the first one wiped: it becomes a part of the disk
-//!                    | data ............... | new size |    one sector: the switch
-//!   fixed, smaller   the size first (one sector), then a footer at the new end, then the file is cut
+//!   fixed, larger    | data | footer |                      initial state
+//!                    | data | footer | zero | old size |    add a footer of the old size at the new end
+//!                    | data | zero ........ | old size |    wipe the first footer, which becomes part of the disk
+//!                    | data ............... | new size |    write one sector: the switch
+//!   fixed, smaller   write the new size (one sector), then a footer at the new end, then cut the file
 //!
-//!   with a table     1  what the disk will show of the last block and behind it is made zero
-//!                    2  the table gets entries: where it is, or else a new one behind the blocks; then the header, whose
-//!                       first sector holds both the table's place and its length
-//!                    3  the footers: the one at the end (the switch) and the copy at the start
-//!   smaller          3, then the entries behind the end go, and then their room
+//!   with a table     1  zero the part of the last block after the end of the disk, and mask the parent there
+//!                    2  add entries to the table in place, or write a longer table after the blocks; then the header,
+//!                       whose first sector contains both the table's offset and its length
+//!                    3  write the footers: the trailing one (the switch) and the copy at the start
+//!   smaller          3, then drop the entries after the end of the disk, then free their space
 //! ```
 //!
-//! A fixed image has one footer, and the file cannot become longer before it has one at its new end: there a power cut
-//! is harmless because a new length survives only with the bytes that made it (crash-safety 3.2, A4: so on ext4, XFS and
-//! btrfs). All else asks for nothing of that kind.
+//! A fixed image has only one footer, and its file cannot grow before there is a footer at the new end. A power cut during
+//! that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 3.2, A4: true
+//! for ext4, XFS and btrfs). No other step relies on that.
 //!
-//! More entries than blocks are legal, and so are entries for blocks behind the end: whoever is ended between two steps
-//! leaves a sound image, and begins again.
+//! The format allows more entries than blocks, and entries for blocks after the end of the disk. So an operation that is
+//! interrupted between two steps leaves a valid image, and can be repeated.
 
 use super::offline_image::Offline;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,20 +30,20 @@ use crate::image::check::check_blocks::bits_beyond_disk;
 use crate::units::OnProgress;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
-/// Blocks by which the file grows at least while blocks that hide the parent are made.
+/// Minimum growth of the file, in blocks, while blocks that mask the parent are added.
 const MASK_GROWTH_BLOCKS: u64 = 16;
 
-/// Says which sectors of a range of the disk the chain beneath would show if the image did not hide them.
+/// Returns the sectors of a range of the disk at which data of the parent chain is exposed unless the image masks it.
 pub type ExposedSectors<'a> = dyn FnMut(SectorRange) -> Result<Vec<SectorRange>> + 'a;
 
 impl Offline {
-    /// Makes the disk larger: `size` is a multiple of 512 and larger than it is. What is added reads as zeros: where a
-    /// larger parent would shine through, by `shining`, sectors are made that hide it.
+    /// Grows the disk to `size`, a multiple of 512 larger than the present size. The added sectors read as zeros: if
+    /// `exposed` returns sectors at which a larger parent is exposed, zero sectors that mask it are added.
     ///
     /// # Errors
-    /// `Invalid` for a size that the format does not have; `NoSpace`, `Io`: the disk has its old size or the new one, and
-    /// resizing it again is safe.
-    pub fn grow(mut self, size: u64, shining: &mut ExposedSectors<'_>) -> Result<()> {
+    /// - `Invalid` if the format does not allow the size.
+    /// - `NoSpace`, `Io`: the disk has its old or new size, and repeating the call is safe.
+    pub fn grow(mut self, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
         let invalid = |defect: Defect| Error::from(defect).without_offset().at_path(self.file().path());
         if !Footer::size_fits(size) {
@@ -57,7 +57,7 @@ impl Offline {
         self.zero_end_of_last_block(block_size)?;
         failpoint::reached("resize.last-block-blank");
         let hiding = if self.kind() == DiskType::Differencing {
-            self.mask_parent(block_size, size, shining)?
+            self.mask_parent(block_size, size, exposed)?
         } else {
             Vec::new()
         };
@@ -69,11 +69,11 @@ impl Offline {
         Ok(())
     }
 
-    /// Makes the disk smaller: `size` is a multiple of 512, not 0, and not larger than it is. What is cut off is given up,
-    /// and its room in the file; also what an interrupted call has left of that.
+    /// Shrinks the disk to `size`, a multiple of 512 that is neither 0 nor larger than the present size. Discards the data
+    /// after the new end and frees its space in the file, including leftovers of an interrupted call.
     ///
     /// # Errors
-    /// As [`Offline::grow`]; what `watch` fails with.
+    /// As [`Offline::grow`]; the error that `watch` returns.
     pub fn shrink(mut self, size: u64, watch: &mut OnProgress<'_>) -> Result<()> {
         assert!(size <= self.size() && size > 0 && size.is_multiple_of(SECTOR), "a disk shrinks by whole sectors");
         let Some(block_size) = self.block_size() else { return self.shrink_fixed(size) };
@@ -101,7 +101,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Makes the file end behind its last block: what an interrupted [`Offline::grow`] has left to do.
+    /// Cuts the file after its last block: completes an interrupted [`Offline::grow`].
     ///
     /// # Errors
     /// `Io`.
@@ -110,7 +110,7 @@ impl Offline {
         self.truncate_unused()
     }
 
-    /// Gives up entries of blocks behind the end, which would come to life, and what lies behind all blocks then.
+    /// Drops the entries of blocks after the end of the disk, which growth would expose, and recovers the image again.
     fn drop_blocks_beyond_disk(mut self) -> Result<Offline> {
         let beyond = self.blocks_beyond_disk();
         if beyond.is_empty() {
@@ -120,7 +120,7 @@ impl Offline {
         self.reopened()
     }
 
-    /// Clears the bits of the last block that speak for no sector of the disk any more. Durable.
+    /// Clears, durably, the wrongly set bits of the last block after the end of the disk.
     fn clear_bits_beyond(&mut self, block_size: BlockSize) -> Result<()> {
         let sectors = self.size() / SECTOR;
         let (block, within) = (block_size.block_at(sectors), block_size.sector_in_block(sectors));
@@ -144,7 +144,7 @@ impl Offline {
         self.file().write_at(&bytes, self.block(block).expect("it has a place").0)
     }
 
-    /// Makes the part of the last block behind the end of the disk zero, whatever its bits say. Durable.
+    /// Zeroes, durably, the part of the last block after the end of the disk, independent of its bits.
     fn zero_end_of_last_block(&mut self, block_size: BlockSize) -> Result<()> {
         let sectors = self.size() / SECTOR;
         let within = block_size.sector_in_block(sectors);
@@ -157,15 +157,15 @@ impl Offline {
         self.sync()
     }
 
-    /// Makes sectors behind the end of the disk, up to `size`, present and zero where the chain beneath would shine
-    /// through. Of no meaning before the size changes, and durable with the table; the blocks made for them have no entries
-    /// yet and are returned.
-    fn mask_parent(&mut self, block_size: BlockSize, size: u64, shining: &mut ExposedSectors<'_>) -> Result<Vec<u32>> {
+    /// Marks zero sectors as present between the end of the disk and `size` wherever the parent chain is exposed. Returns
+    /// the blocks added for them, which have no entries yet. The sectors have no effect before the size changes, and become
+    /// durable with the table.
+    fn mask_parent(&mut self, block_size: BlockSize, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<Vec<u32>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
         let blocks = block_size.blocks_for(new);
         for (block, part) in block_size.split_at_blocks(SectorRange::between(old, new)) {
-            let hidden = shining(part)?;
+            let hidden = exposed(part)?;
             if hidden.is_empty() {
                 continue;
             }
@@ -195,11 +195,12 @@ impl Offline {
         Ok(made)
     }
 
-    /// Gives the table at least `blocks` entries, and those of the blocks in `made` their places.
+    /// Extends the table to at least `blocks` entries, and writes the entries of the blocks in `made`.
     fn ensure_entries(&mut self, blocks: u32, made: &[u32]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let entries = old.max(blocks);
-        // What a batmap's sum covers follows the size; one that says nothing fits all sizes that it has room for.
+        // The range that a batmap's checksum covers depends on the disk's size. An empty batmap is valid for every size that
+        // it has space for.
         if self.has_batmap() && (self.batmap_has_claims()? || entries > old) {
             return self.move_table(entries);
         }
@@ -215,7 +216,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes the table anew behind all blocks, with so many entries, and an empty batmap if the image has one.
+    /// Moves the table after all blocks, with `entries` entries, and with an empty batmap if the image has one.
     pub(super) fn move_table(&mut self, entries: u32) -> Result<()> {
         let at = self.used_end().next_multiple_of(layout::PAGE);
         self.write_table(at, entries)?;
@@ -225,8 +226,9 @@ impl Offline {
         Ok(())
     }
 
-    /// Both footers say another size. The one at the end counts; where the power goes between the two, both are true, and
-    /// nothing is written before [`open_reconciled`](crate::image::open_reconciled) has renewed the other.
+    /// Writes the new size to both footers. The trailing one counts. If a power cut leaves the footers with different sizes,
+    /// both are valid, and the image is not written before [`open_reconciled`](crate::image::open_reconciled) has updated
+    /// the other.
     fn write_size(&mut self, size: u64) -> Result<()> {
         self.write_footers(self.footer().with_size(size))?;
         failpoint::reached("resize.size-switched");
@@ -236,7 +238,7 @@ impl Offline {
     fn grow_fixed(mut self, size: u64) -> Result<()> {
         let old = self.size();
         self.align_footer()?;
-        // A footer at the new end that says the old size. Between the disk and it lies nothing that counts.
+        // The footer at the new end contains the old size, so the space between the disk and that footer is unused.
         self.write_second_footer(size)?;
         failpoint::reached("resize.fixed-footer-moved");
         self.file().punch_hole(old, size - old)?;
