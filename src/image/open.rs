@@ -240,7 +240,7 @@ impl Image {
     }
 
     /// Reads a block's bitmap from the file, as words of [`format::bitmap`](crate::format::bitmap); `None` if the block
-    /// has no place. Bits after the end of the file are clear.
+    /// has no place. Bits after the end of the data are clear.
     ///
     /// # Errors
     /// `Io`.
@@ -256,7 +256,7 @@ impl Image {
         u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
     }
 
-    /// Reads the bitmap of the block at file sector `place`. Bits after the end of the file are clear.
+    /// Reads the bitmap of the block at file sector `place`. Bits after the end of the data are clear.
     pub(super) fn read_bitmap(&self, place: u32) -> Result<Vec<u64>> {
         let block_size = self.block_size().expect("it has blocks");
         let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
