@@ -1,7 +1,7 @@
 //! Creates and replaces files atomically: a file gets its name only when its contents are complete and durable.
 //!
-//! Until then the file has no name (`O_TMPFILE`), so nothing remains of it if the process is killed. On file systems that do
-//! not support unnamed files it has a temporary name, which remains after a kill.
+//! Until then the file has no name (`O_TMPFILE`), so nothing remains of it if the process is killed. On file systems
+//! that do not support unnamed files it has a temporary name, which remains after a kill.
 //!
 //! ```text
 //!   new file      write, sync | link to the name                                | sync file and folder

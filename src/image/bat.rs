@@ -1,7 +1,7 @@
 //! The block allocation table in memory: the file sector at which each block begins.
 //!
-//! Look-ups take no lock. An entry changes once, from unused to used, while the image is open. A reader that loads a place
-//! (acquire) also sees the bitmap that was prepared before the place was stored (release).
+//! Look-ups take no lock. An entry changes once, from unused to used, while the image is open. A reader that loads a
+//! place (acquire) also sees the bitmap that was prepared before the place was stored (release).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -63,7 +63,8 @@ impl Bat {
     }
 }
 
-/// Returns the file sectors, from bitmap to end of data, of the next `unplaced` blocks, if the first may begin at `next`.
+/// Returns the file sectors, from bitmap to end of data, of the next `unplaced` blocks, if the first may begin at
+/// `next`.
 pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
     let (mut next, mut unplaced) = (next, unplaced);
     std::iter::from_fn(move || {

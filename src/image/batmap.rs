@@ -1,7 +1,8 @@
 //! Compares XenServer's batmap with the bitmaps that it summarizes, and encodes a corrected batmap.
 //!
-//! A set bit claims that all sectors of a block are present, so that tapdisk skips the block's bitmap. A clear bit claims
-//! nothing. So a writer that only sets bits in bitmaps need not update the batmap, and clearing a wrong bit repairs it.
+//! A set bit claims that all sectors of a block are present, so that tapdisk skips the block's bitmap. A clear bit
+//! claims nothing. So a writer that only sets bits in bitmaps need not update the batmap, and clearing a wrong bit
+//! repairs it.
 
 use super::open::Image;
 use crate::error::Result;

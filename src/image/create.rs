@@ -67,7 +67,8 @@ pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
 /// Creates an image as [`create`] does, with every block placed and its space allocated in the file system.
 ///
 /// # Errors
-/// As [`create`]; `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all blocks.
+/// As [`create`]; `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all
+/// blocks.
 pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, true)
 }

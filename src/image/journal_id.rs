@@ -9,7 +9,8 @@ pub(super) fn table_sum(image: &Image) -> u64 {
         .map_or(0, |table| table.used().fold(0, |sum: u64, (block, place)| sum.wrapping_add(entry_hash(block, place))))
 }
 
-/// Hashes one entry for [`table_sum`] with splitmix64's finaliser, so that swapped or shifted entries do not cancel out.
+/// Hashes one entry for [`table_sum`] with splitmix64's finaliser, so that swapped or shifted entries do not cancel
+/// out.
 pub(super) fn entry_hash(block: u32, place: u32) -> u64 {
     let mut z = (u64::from(block) << 32 | u64::from(place)).wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -1,11 +1,11 @@
 //! Finds the lost sectors of a disk: those after the point at which the file was cut off (O12).
 //!
-//! A sector after the end of the data is lost if its bit is set, or if its bitmap sector is after the end, too. The rule is
-//! the same for roots and children: programs that ignore bits set all of them, so a clear bit never belongs to a written
-//! sector. An unclean shutdown may cut a block off in sectors with clear bits only, which loses nothing.
+//! A sector after the end of the data is lost if its bit is set, or if its bitmap sector is after the end, too. The
+//! rule is the same for roots and children: programs that ignore bits set all of them, so a clear bit never belongs to
+//! a written sector. An unclean shutdown may cut a block off in sectors with clear bits only, which loses nothing.
 //!
-//! A bitmap is read only if its block is the only one that contains the end of the data. Several blocks there overlap, so
-//! the image is refused anyway, and all their sectors after the end count as lost.
+//! A bitmap is read only if its block is the only one that contains the end of the data. Several blocks there overlap,
+//! so the image is refused anyway, and all their sectors after the end count as lost.
 
 use std::ops::ControlFlow;
 
@@ -28,8 +28,8 @@ pub(super) struct TruncatedBlocks<'a> {
 }
 
 impl TruncatedBlocks<'_> {
-    /// Returns the lost ranges of the disk, ascending, neighbours joined. Reports each block that lost sectors, and each
-    /// that is cut off although a footer follows.
+    /// Returns the lost ranges of the disk, ascending, neighbours joined. Reports each block that lost sectors, and
+    /// each that is cut off although a footer follows.
     ///
     /// # Errors
     /// The error with which `found` breaks; `Io`.

@@ -1,8 +1,8 @@
 //! Floor 1: one VHD file.
 //!
-//! Owns: opening with a check of every rule ([`open`]), creation, the allocation of new blocks ([`write::growth`]), and the
-//! order in which a write becomes durable ([`commit`]). Leaves to others: the meaning of a clear bit (`chain`), and the
-//! guest's requests (`disk`).
+//! Owns: opening with a check of every rule ([`open`]), creation, the allocation of new blocks ([`write::growth`]), and
+//! the order in which a write becomes durable ([`commit`]). Leaves to others: the meaning of a clear bit (`chain`), and
+//! the guest's requests (`disk`).
 //!
 //! ```text
 //!   open ──> Image                     valid, read-only: footer, header, block table
@@ -17,7 +17,7 @@
 //!              v
 //!            closed
 //!
-//!   check ──> Report                   every rule, and the blocks' bitmaps; repair replaces wrong bytes, undo restores them
+//!   check ──> Report                   every rule, and the blocks' bitmaps; then repair, and undo of a repair
 //!           Offline                    exclusively locked: changes of size, parent and places of blocks
 //! ```
 

@@ -1,16 +1,16 @@
 //! Keeps the modification time of an image's file, by which children detect changes of their parent's contents.
 //!
-//! A child records the time of its parent's file, in whole seconds (vhd-format 4.3). So the time must change exactly when
-//! the disk's contents change:
+//! A child records the time of its parent's file, in whole seconds (vhd-format 4.3). So the time must change exactly
+//! when the disk's contents change:
 //!
 //! - An operation that preserves the contents (an open without a write, growth, trim, repair, compact, resize, a safe
 //!   rebase) restores the file's previous time.
-//! - An operation that changes the contents advances the time by at least a second, so that a child created within the same
-//!   second detects the change. The file's time may thus lie up to a second in the future.
+//! - An operation that changes the contents advances the time by at least a second, so that a child created within the
+//!   same second detects the change. The file's time may thus lie up to a second in the future.
 //!
-//! A killed process leaves the time of its last write, so an unchanged parent may be reported as changed: a false alarm,
-//! never a missed change. A power cut may restore the time of the last sync of the whole file, which is part of every clean
-//! close.
+//! A killed process leaves the time of its last write, so an unchanged parent may be reported as changed: a false
+//! alarm, never a missed change. A power cut may restore the time of the last sync of the whole file, which is part of
+//! every clean close.
 
 use crate::error::Result;
 use crate::storage::{File, ModifiedTime};
@@ -39,8 +39,8 @@ impl SavedMtime {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
-    /// Restores the time during an open, without a sync. A power cut may undo that, which causes a false alarm. A sync here
-    /// would happen only if the process owns the file, so no order of durable writes may rely on one.
+    /// Restores the time during an open, without a sync. A power cut may undo that, which causes a false alarm. A sync
+    /// here would happen only if the process owns the file, so no order of durable writes may rely on one.
     ///
     /// # Errors
     /// `Io`.

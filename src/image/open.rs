@@ -1,8 +1,8 @@
-//! Opening: reads what a file says of itself, and believes none of it before it was held against the rules (O1 to O16).
+//! Opens images: reads a file's metadata, and uses none of it before it passed the rules (O1 to O16).
 //!
-//! Reads the two footers, the header, the block table and, of XenServer's images, the batmap's header; nothing else, and
-//! nothing is mapped. What breaks a rule but harms nobody becomes a note. `check` walks the same way and goes on where an
-//! open stops.
+//! An open reads the two footers, the header, the block table and, of XenServer's images, the batmap's header. It reads
+//! nothing else and maps nothing. A harmless violation becomes a note. `check` uses the same examination, but continues
+//! after defects that end an open.
 
 use std::ops::ControlFlow;
 
@@ -24,32 +24,32 @@ use crate::format::{
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-/// Defects that are kept of an open; a table of millions of wrong entries has as many.
+/// Maximum number of defects that an open keeps: a corrupt table may have millions of wrong entries.
 const MAX_NOTES: usize = 64;
 
-/// An opened image: what it is, where its blocks are. Sound by the rules.
+/// An opened image: its validated metadata and the places of its blocks.
 #[derive(Debug)]
 pub struct Image {
     file: File,
     chosen: ChosenFooter,
     sparse: Option<SparseImage>,
-    /// The defects that were found and did not end the open.
+    /// The defects that did not end the open.
     notes: Vec<Defect>,
 }
 
-/// What images with a block table have besides.
+/// The part of an [`Image`] that only dynamic and differencing images have.
 #[derive(Debug)]
 pub(super) struct SparseImage {
     pub(super) header: DynamicHeader,
     pub(super) metadata: MetadataMap,
     pub(super) table: Bat,
-    /// What fills the table's last sector behind the last entry.
+    /// The value that fills the table's last sector after the last entry.
     padding: u32,
-    /// The blocks in the order of their places, and where they end.
+    /// The blocks in the order of their places, and their end.
     pub(super) placed: PlacedBlocks,
-    /// XenServer's batmap.
+    /// The header of XenServer's batmap.
     pub(super) batmap: Option<BatmapHeader>,
-    /// The ranges of the disk that are lost; none of an image that is read or written.
+    /// The lost ranges of the disk; empty unless the image was opened in spite of them.
     lost: Vec<SectorRange>,
 }
 
@@ -57,12 +57,14 @@ impl Image {
     /// Opens the image in a file.
     ///
     /// # Errors
-    /// `Invalid` with the first defect that makes it unreadable and its offset; `Refused` for encrypted images; `Io`.
+    /// - `Invalid`, with the first defect that makes the image unreadable, and its offset.
+    /// - `Refused` if the image is encrypted.
+    /// - `Io`.
     pub fn open(file: File) -> Result<Image> {
         Image::open_despite(file, |_| false)
     }
 
-    /// Opens an image that may have lost sectors, to read what is left of it: [`Image::lost`] has them.
+    /// Opens an image that may have lost sectors, to read the others. [`Image::lost`] returns the lost ones.
     ///
     /// # Errors
     /// As [`Image::open`], for all other defects.
@@ -70,15 +72,15 @@ impl Image {
         Image::open_despite(file, |defect| matches!(defect, Defect::BlockCutOff { .. }))
     }
 
-    /// Opens an image that may be unreadable, to describe it. Its data must not be read.
+    /// Opens an image that may be unreadable, to describe its metadata. The caller must not read its data.
     ///
     /// # Errors
-    /// As [`Image::open`], for defects after which nothing more can be said of it.
+    /// As [`Image::open`], for defects after which no further metadata can be read.
     pub fn inspect(file: File) -> Result<Image> {
         Image::open_despite(file, |_| true)
     }
 
-    /// Opens the image in a file, past the defects that make it unreadable for which `bears` returns true.
+    /// Opens the image in a file in spite of the defects for which `bears` returns true.
     fn open_despite(file: File, bears: fn(&Defect) -> bool) -> Result<Image> {
         let (path, mut notes) = (file.path().to_path_buf(), Vec::new());
         let mut image = Image::examine(file, &mut |defect| {
@@ -87,7 +89,7 @@ impl Image {
                 return ControlFlow::Break(Error::from(defect).at_path(&path));
             }
             log::debug!("{}: {defect}", path.display());
-            // The first of each consequence is kept in any case.
+            // The first defect of a worse consequence than all before is kept in any case.
             if notes.len() < MAX_NOTES || notes.iter().all(|known: &Defect| known.consequence() < consequence) {
                 notes.push(defect);
             }
@@ -97,7 +99,8 @@ impl Image {
         Ok(image)
     }
 
-    /// Opens the image and hands `found` each defect. It ends when `found` breaks, or when nothing further can be read.
+    /// Opens the image and passes each defect to `found`. Ends when `found` breaks, or when nothing further can be
+    /// read.
     pub(super) fn examine(file: File, found: &mut OnDefect<'_>) -> Result<Image> {
         let len = file.stat()?.len;
         let chosen = match read_footers(&file, len)? {
@@ -158,85 +161,86 @@ impl Image {
         Ok(Image { file, chosen, sparse: Some(sparse), notes: Vec::new() })
     }
 
-    /// The open file.
+    /// Returns the open file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The footer that counts.
+    /// Returns the footer that counts.
     pub fn footer(&self) -> &Footer {
         &self.chosen.footer
     }
 
-    /// The defects that were found and did not end the open: of many, the first.
+    /// Returns the defects that did not end the open; if there are many, the first of them.
     pub fn notes(&self) -> &[Defect] {
         &self.notes
     }
 
-    /// The ranges of the disk that are lost, ascending; none unless the image was opened in spite of it.
+    /// Returns the lost ranges of the disk, ascending; empty unless the image was opened in spite of them.
     pub fn lost(&self) -> &[SectorRange] {
         self.sparse.as_ref().map_or(&[], |s| &s.lost)
     }
 
-    /// The dynamic header; `None` for a fixed image.
+    /// Returns the dynamic header; `None` for a fixed image.
     pub fn header(&self) -> Option<&DynamicHeader> {
         self.sparse.as_ref().map(|s| &s.header)
     }
 
-    /// Fixed, dynamic or differencing.
+    /// Returns the disk type: fixed, dynamic or differencing.
     pub fn kind(&self) -> DiskType {
         self.chosen.footer.disk_type
     }
 
-    /// Virtual size in bytes, a multiple of 512.
+    /// Returns the virtual size in bytes, a multiple of 512.
     pub fn size(&self) -> u64 {
         self.chosen.footer.current_size
     }
 
-    /// Its identity.
+    /// Returns the image's UUID.
     pub fn uuid(&self) -> Uuid {
         self.chosen.footer.uuid
     }
 
-    /// Size of a block; `None` for a fixed image.
+    /// Returns the block size; `None` for a fixed image.
     #[inline]
     pub fn block_size(&self) -> Option<BlockSize> {
         self.sparse.as_ref().map(|s| s.header.block_size)
     }
 
-    /// The block table; `None` for a fixed image.
+    /// Returns the block table; `None` for a fixed image.
     #[inline]
     pub fn bat(&self) -> Option<&Bat> {
         self.sparse.as_ref().map(|s| &s.table)
     }
 
-    /// Byte offset of the block table in the file.
+    /// Returns the byte offset of the block table in the file; `None` for a fixed image.
     pub fn table_offset(&self) -> Option<u64> {
         self.sparse.as_ref().map(|s| s.header.table_offset)
     }
 
-    /// What fills the block table's last sector behind the last entry.
+    /// Returns the value that fills the block table's last sector after the last entry.
     pub(super) fn table_padding(&self) -> u32 {
         self.sparse.as_ref().map_or(bat::UNUSED, |s| s.padding)
     }
 
-    /// The byte at which the data must end: the offset of the trailing footer, or the file's length where it is missing.
+    /// Returns the offset at which the data must end: that of the trailing footer or, if it is missing, the file's
+    /// length.
     pub fn data_end(&self) -> u64 {
         self.chosen.data_end
     }
 
-    /// First byte behind all blocks and metadata.
+    /// Returns the end of all blocks and metadata.
     pub fn used_end(&self) -> u64 {
         self.sparse.as_ref().map_or(self.chosen.data_end, |s| s.placed.end)
     }
 
-    /// First byte behind all metadata.
+    /// Returns the end of all metadata.
     pub fn metadata_end(&self) -> u64 {
         self.sparse.as_ref().map_or(0, |s| s.metadata.end())
     }
 
-    /// The bits of a block's sectors, as words of [`format::bitmap`](crate::format::bitmap), from the file; `None` where the
-    /// block has no place. What the file does not hold of them is clear.
+    /// Reads a block's bitmap from the file, as words of [`format::bitmap`](crate::format::bitmap); `None` if the block
+    /// has no place. Bits after the end of the data are clear.
     ///
     /// # Errors
     /// `Io`.
@@ -245,14 +249,14 @@ impl Image {
         place.map(|place| self.read_bitmap(place)).transpose()
     }
 
-    /// Sectors of a block that lie on the disk.
+    /// Returns the number of a block's sectors that lie within the disk.
     pub(super) fn sectors_on_disk(&self, block: u32) -> u32 {
         let Some(block_size) = self.block_size() else { return 0 };
         let left = (self.size() / SECTOR).saturating_sub(block_size.sectors_of(block).start());
         u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
     }
 
-    /// The bitmap of the block at file sector `place`. What the file does not hold of it is clear.
+    /// Reads the bitmap of the block at file sector `place`. Bits after the end of the data are clear.
     pub(super) fn read_bitmap(&self, place: u32) -> Result<Vec<u64>> {
         let block_size = self.block_size().expect("it has blocks");
         let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
@@ -264,7 +268,7 @@ impl Image {
         Ok(words)
     }
 
-    /// Says that the bitmaps of the blocks that have a place and lie in a range are going to be read.
+    /// Prefetches the bitmaps of the blocks in a range that have a place.
     pub fn prefetch_bitmaps(&self, range: SectorRange) {
         let (Some(table), Some(block_size)) = (self.bat(), self.block_size()) else { return };
         let range = range.clip(SectorRange::between(0, self.size() / SECTOR));
@@ -279,13 +283,13 @@ impl Image {
         }
     }
 
-    /// Whether the file ends with a footer of 512 bytes that fills a sector.
+    /// Returns whether the file ends with a valid footer of 512 bytes that is aligned to a sector.
     pub fn has_whole_tail_footer(&self) -> bool {
         self.chosen.source == FooterSource::Trailing && self.chosen.data_end.is_multiple_of(SECTOR)
     }
 
-    /// The stamp before the trailing footer, and its byte offset; `None` if blocks or metadata reach that far, as a guest may
-    /// write what looks like a stamp, or if there is none.
+    /// Reads the session stamp before the trailing footer, and returns it with its byte offset. Returns `None` if there
+    /// is none, or if blocks or metadata include that sector, because a guest may write bytes that look like a stamp.
     ///
     /// # Errors
     /// `Io`.
@@ -296,7 +300,7 @@ impl Image {
         Ok(SessionStamp::decode(&bytes, self.uuid()).map(|stamp| (stamp, at)))
     }
 
-    /// The byte behind which nothing of an image but its stamp and footer lies, if it has a stamp there.
+    /// Returns the offset of the sector before the trailing footer, if it is free to contain a stamp.
     fn stamp_offset(&self) -> Option<u64> {
         let at = self.data_end().checked_sub(SECTOR)?;
         let used = self.used_end().max(self.metadata_end()).next_multiple_of(SECTOR);
@@ -307,29 +311,29 @@ impl Image {
         self.sparse.as_ref()
     }
 
-    /// Whether it may be written to.
+    /// Checks that the image may be written.
     ///
     /// # Errors
-    /// `Refused` for a defect by which it is not written.
+    /// `Refused`, with the defect that forbids writing.
     pub fn check_writable(&self) -> Result<()> {
         match self.notes.iter().find(|defect| defect.consequence() >= Consequence::NotWritable) {
             None => Ok(()),
             Some(defect) => {
-                let what = format!("it may only be read: {defect}");
+                let what = format!("the image may only be read: {defect}");
                 Err(Error::new(ErrorKind::Refused, what).at_path(self.file.path()))
             }
         }
     }
 }
 
-/// What a footer contains for which the image is not written.
+/// Returns the defects of a footer that forbid writing the image.
 fn write_blockers(chosen: &ChosenFooter) -> impl Iterator<Item = Defect> {
     let at = chosen.data_end;
     let saved = (chosen.footer.saved_state != 0).then_some(Defect::SavedState { at });
     saved.into_iter().chain(chosen.footer.is_hidden().then_some(Defect::Hidden { at }))
 }
 
-/// The error of a defect that ends an examination.
+/// Passes a defect that ends an examination to `found`, and returns the error for it.
 fn fatal(file: &File, found: &mut OnDefect<'_>, defect: Defect) -> Error {
     match found(defect.clone()) {
         ControlFlow::Break(error) => error,

@@ -7,7 +7,8 @@ use crate::format::{DiskType, Platform};
 use crate::units::SECTOR;
 
 impl Image {
-    /// Returns the recorded paths and names of the parent; empty for a root. Locators that cannot be decoded are skipped.
+    /// Returns the recorded paths and names of the parent; empty for a root. Locators that cannot be decoded are
+    /// skipped.
     ///
     /// # Errors
     /// `Io`.

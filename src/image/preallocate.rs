@@ -1,4 +1,4 @@
-//! Gives every block of a new image its place and its room on the host.
+//! Places every block of a new image and allocates its space in the file system.
 
 use super::bat::next_places;
 use super::open::Image;
@@ -7,14 +7,14 @@ use crate::format::{DiskType, bat};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Bytes reserved by one call.
+/// Maximum number of bytes per call of `allocate`.
 const MAX_ALLOCATION: u64 = 1 << 30;
 
-/// Places all blocks of a new image that has no name yet, and reserves their room. What the disk shows does not change: a
-/// child's blocks refer to the parent, a root's are zeros. Durable when it returns.
+/// Places all blocks of a new image that has no name yet, and allocates their space. Durable on return. The disk's
+/// contents do not change: a child's blocks have clear bitmaps, a root's blocks are zeros.
 ///
 /// # Errors
-/// - `Unsupported` if the file system cannot reserve room, or the format cannot place all blocks;
+/// - `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all blocks.
 /// - `NoSpace`, `Io`.
 pub(super) fn preallocate(file: &File) -> Result<()> {
     let image = Image::open(file.clone())?;
@@ -26,11 +26,11 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
     let (old, first) = (image.data_end(), image.used_end().div_ceil(SECTOR));
     let all: Vec<_> = next_places(first, block_size, blocks).collect();
     let Some(last) = all.last().filter(|_| all.len() as u64 == blocks) else {
-        let what = "the format cannot place all blocks of this disk; take larger blocks";
+        let what = "the format cannot address all blocks of this disk; use larger blocks";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
     };
     let end = last.end * SECTOR;
-    // What lies behind the table: its padding, and the footer. The first block may begin there.
+    // The table's padding and the footer are dropped: the first block may begin there.
     let from = first * SECTOR;
     file.punch_hole(from, old + SECTOR - from)?;
     reserve(file, all[0].start * SECTOR, end + SECTOR)?;
@@ -46,7 +46,7 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
     file.sync()
 }
 
-/// Reserves the room of a range of bytes, piece by piece.
+/// Allocates the space of a range of bytes, with calls of limited length.
 fn reserve(file: &File, from: u64, to: u64) -> Result<()> {
     let mut at = from;
     while at < to {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn all_blocks_have_room_and_nothing_to_say() {
+    fn all_blocks_are_allocated_and_show_what_they_did() {
         for kind in [child(), ImageKind::Dynamic] {
             let (host, root) = (SimHost::new(1), matches!(kind, ImageKind::Dynamic));
             create_preallocated(&host, Path::new(PATH), &spec(kind)).unwrap();
@@ -93,7 +93,7 @@ mod tests {
                 .unwrap();
             assert_eq!(first[..SECTOR_BYTES], [if root { 0xFF } else { 0 }; SECTOR_BYTES], "the bitmap of block 0");
             assert_eq!(first[SECTOR_BYTES..], [0; SECTOR_BYTES], "its first sector");
-            // Nothing is left on the host, and nothing is needed.
+            // The file system is full, and a write to an allocated block needs no space.
             host.set_faults(FaultPlan { capacity: Some(before.allocated), ..FaultPlan::default() });
             let place = u64::from(image.reserve(10).unwrap());
             image.file().write_at(&[7; SECTOR_BYTES], (place + 1) * SECTOR).unwrap();
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_host_leaves_nothing() {
+    fn a_full_file_system_leaves_no_file() {
         let host = SimHost::new(1);
         create(&host, Path::new("/d/other.vhd"), &spec(ImageKind::Dynamic)).unwrap();
         host.set_faults(FaultPlan { capacity: Some(200 << 10), ..FaultPlan::default() });

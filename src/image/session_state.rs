@@ -1,10 +1,10 @@
-//! Who may open an image: whether its stamp counts, whose session it names, and what to do about it.
+//! Decides by an image's session stamp whether the image may be opened, and describes a live session to the operator.
 //!
-//! | the stamp | readers and tools | a daemon with a runtime folder |
+//! | session stamp | readers and tools | a daemon with a runtime folder |
 //! | --- | --- | --- |
-//! | none | open it | opens it |
-//! | of this start of the host | are refused | takes the journal in, or is refused if there is none that fits |
-//! | of another start of this machine | open it: the guest is gone with the host | recovers as after a power cut |
+//! | none | open the image | opens the image |
+//! | of this boot of this machine | are refused | replays the journal, or is refused if no journal matches |
+//! | of an earlier boot of this machine | open the image: the guest ended with the machine | recovers as after a power cut |
 //! | of another machine | are refused: that machine may be running | is refused |
 
 use std::path::Path;
@@ -18,19 +18,19 @@ use crate::format::session_stamp::escape_for_display;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, Origin, RuntimeFolder};
 
-/// Whether a stamp counts.
+/// The state of an image's last session, by its stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SessionState {
-    /// There is none, or it is of an earlier start of this machine: what is in the file is all there is.
+    /// No stamp, or one of an earlier boot of this machine: the file contains all there is.
     Closed,
-    /// A daemon of this start of the host has the image open, or was killed.
+    /// A stamp of this boot: a daemon has the image open, or was killed.
     Open(SessionStamp),
-    /// A daemon of another machine has it open, or had it open when it ended.
+    /// A stamp of another machine: a daemon there has the image open, or was killed.
     OnOtherMachine(SessionStamp),
 }
 
 impl SessionState {
-    /// Looks at the stamp of an image.
+    /// Reads the stamp of an image and compares its origin with this machine and boot.
     ///
     /// # Errors
     /// `Io`.
@@ -41,7 +41,9 @@ impl SessionState {
             SessionState::Open(stamp)
         } else if stamp.machine == here.machine {
             let path = image.file().path().display();
-            log::info!("{path}: the host was restarted while it was in use: it is as after a power cut");
+            log::info!(
+                "{path}: the host was restarted while the image was in use; its contents are as after a power cut"
+            );
             SessionState::Closed
         } else {
             SessionState::OnOtherMachine(stamp)
@@ -49,10 +51,11 @@ impl SessionState {
     }
 }
 
-/// Refuses an image whose session is not over: it may lack what was acknowledged to a guest.
+/// Refuses an image whose session has not ended, because the file may lack writes that were acknowledged to a guest.
 ///
 /// # Errors
-/// `Refused`, with whose session it is and what to do; `Io`.
+/// - `Refused`, with the session's owner and the command that ends the session.
+/// - `Io`.
 pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -> Result<()> {
     if mutant::enabled(Mutant::ToolIgnoresStamp) {
         return Ok(());
@@ -64,28 +67,28 @@ pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -
     }
 }
 
-/// As [`refuse_if_live`], for a file that may not be an image at all; one that is none is not refused.
+/// Refuses a file as [`refuse_if_live`] does, if it is an image that can be opened. Other files are not refused.
 ///
 /// # Errors
-/// As for [`refuse_if_live`].
+/// As [`refuse_if_live`].
 pub fn refuse_if_file_is_live(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<()> {
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
-/// The name of the journal of a session.
+/// Returns the file name of a session's journal.
 pub(super) fn journal_name(session: Uuid) -> String {
     format!("{}.live", session.simple())
 }
 
-/// Why an image whose daemon was killed is refused.
+/// Makes the error for an image whose daemon runs or was killed on this machine.
 pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
     let name = journal_name(stamp.session);
     let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
     let settle = format!("diffdisk settle {}", shell_quoted(&path.display().to_string()));
     let what = if let Some(ours) = ours {
         format!(
-            "its daemon did not end cleanly, and {} holds what it acknowledged. Run `{settle} --runtime-dir={}`, or start \
-             diffdiskd on it again",
+            "the image's daemon did not end cleanly, and {} contains writes that it acknowledged. Run `{settle} \
+             --runtime-dir={}`, or start diffdiskd on the image again",
             ours.path().join(&name).display(),
             shell_quoted(&ours.path().display().to_string())
         )
@@ -98,12 +101,12 @@ pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &
         let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
         let looked = match searched.is_empty() {
             true => "no runtime folder was searched".to_owned(),
-            false => format!("it is not in {}", searched.join(" or ")),
+            false => format!("the journal is not in {}", searched.join(" or ")),
         };
         format!(
-            "its daemon did not end cleanly, and what it acknowledged is in the live journal {name} of user {} ({}) in {}; \
-             {looked}. Run `{sudo}{settle} --runtime-dir={}`. If the journal is gone, a copy of this image may have taken it \
-             in; --discard-journal gives it up",
+            "the image's daemon did not end cleanly, and writes that it acknowledged are in the live journal {name} of user \
+             {} ({}) in {}; {looked}. Run `{sudo}{settle} --runtime-dir={}`. If the journal is gone, it may have been \
+             replayed into a copy of this image; --discard-journal gives those writes up",
             escape_for_display(&stamp.user),
             stamp.user_id,
             escape_for_display(&stamp.folder),
@@ -113,11 +116,11 @@ pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &
     Error::new(ErrorKind::Refused, what).at_path(path)
 }
 
-/// Why an image of another machine is refused.
+/// Makes the error for an image whose session belongs to another machine.
 pub(super) fn other_machine_error(stamp: &SessionStamp, path: &Path) -> Error {
     let what = format!(
-        "it is in use on the host {} by user {} ({}), or was when that host stopped: what was acknowledged there may not be in \
-         the file. If that host is down for certain (fenced), use --discard-journal",
+        "the image is in use on the host {} by user {} ({}), or was when that host stopped: the file may lack writes \
+         that were acknowledged there. If that host is certainly down (fenced), use --discard-journal",
         escape_for_display(&stamp.host),
         escape_for_display(&stamp.user),
         stamp.user_id
@@ -125,7 +128,8 @@ pub(super) fn other_machine_error(stamp: &SessionStamp, path: &Path) -> Error {
     Error::new(ErrorKind::Refused, what).at_path(path)
 }
 
-/// A text as one word of a shell command: an image must not choose what an operator runs.
+/// Quotes a text as one word of a shell command, so that texts from an image cannot change a command that an operator
+/// runs.
 fn shell_quoted(text: &str) -> String {
     let text = escape_for_display(text);
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@".contains(c);
@@ -137,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_image_does_not_choose_what_is_run() {
+    fn texts_of_an_image_are_quoted_for_the_shell() {
         assert_eq!(shell_quoted("/run/user/107/diffdisk"), "/run/user/107/diffdisk");
         assert_eq!(shell_quoted("/x; rm -rf '$HOME'"), "'/x; rm -rf '\\''$HOME'\\'''");
         assert_eq!(shell_quoted("a\nb"), "'a\\nb'");

@@ -1,15 +1,15 @@
-//! A table that is as large as a disk but takes memory only where it was touched.
+//! A sparse array: one element per block of a disk, with memory only for the pages that were accessed mutably.
 //!
-//! A 1 TiB image has half a million blocks and is mostly empty; with 64 layers a flat table of each would dominate
-//! the daemon's memory. Pages of [`PAGE`] elements are made on first touch and live as long as the table, so a
-//! reference to an element stays good and a look-up takes no lock.
+//! A 1 TiB image has half a million blocks and is mostly empty; flat arrays for 64 layers would dominate the daemon's
+//! memory. Pages of [`PAGE`] elements are initialized on first use and live as long as the array, so references to
+//! elements stay valid and a look-up takes no lock.
 
 use std::sync::OnceLock;
 
-/// Elements in a page.
+/// Elements per page.
 const PAGE: usize = 512;
 
-/// A sparse array of `len` elements, all `fresh()` until touched.
+/// A sparse array of `len` elements. Its pages are initialized by `init` on first use.
 #[derive(Debug)]
 pub struct SparseArray<T> {
     pages: Box<[OnceLock<Box<[T]>>]>,
@@ -18,42 +18,43 @@ pub struct SparseArray<T> {
 }
 
 impl<T> SparseArray<T> {
-    /// A table of `len` elements.
+    /// Creates an array of `len` elements, each `fresh()` when its page is initialized.
     pub fn new(len: usize, fresh: fn() -> T) -> SparseArray<T> {
         let pages = std::iter::repeat_with(OnceLock::new).take(len.div_ceil(PAGE)).collect();
         SparseArray { pages, len, init: fresh }
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether the table has no elements.
+    /// Returns whether the array has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The element, or `None` where nothing on its page was ever touched (it is as `fresh()`). `at` < `len`.
+    /// Returns element `at`, which is less than `len`; `None` if its page is not initialized.
     #[inline]
     pub fn get(&self, at: usize) -> Option<&T> {
         debug_assert!(at < self.len, "an index inside the table");
         Some(&self.pages[at / PAGE].get()?[at % PAGE])
     }
 
-    /// The element, its page being made if need be. `at` < `len`.
+    /// Returns element `at`, which is less than `len`, after initializing its page if needed.
     pub fn get_or_init(&self, at: usize) -> &T {
         assert!(at < self.len, "an index inside the table");
         let page = self.pages[at / PAGE].get_or_init(|| std::iter::repeat_with(self.init).take(PAGE).collect());
         &page[at % PAGE]
     }
 
-    /// Every element of every touched page with its index, ascending; some lie beyond `len` on the last page.
+    /// Returns the elements of initialized pages with their indices, ascending. The last page may have some from `len`
+    /// on.
     pub fn initialized(&self) -> impl Iterator<Item = (usize, &T)> {
         self.initialized_from(0)
     }
 
-    /// As `touched`, from element `at` on.
+    /// Returns the elements of initialized pages with their indices, ascending, from index `at` on.
     pub fn initialized_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
         let pages = self.pages.iter().enumerate().skip(at / PAGE).filter_map(|(n, p)| Some((n, p.get()?)));
         pages.flat_map(move |(n, page)| {
@@ -69,7 +70,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     #[test]
-    fn memory_only_where_touched() {
+    fn only_used_pages_take_memory() {
         let t = SparseArray::new(10 * PAGE + 3, || AtomicU32::new(7));
         assert!(t.get(5 * PAGE).is_none());
         t.get_or_init(5 * PAGE + 1).store(9, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Reads the structures of a file, as their bytes are; `open.rs` holds them against the rules.
+//! Reads the metadata structures of a file; `open.rs` validates them.
 
 use super::bat::Bat;
 use super::callbacks::{OnDefect, report_defect};
@@ -8,11 +8,11 @@ use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// Bytes of the block table read at once: they are passed while the processor's cache has them, and the memory for them is
-/// not fetched from the host anew for every file of a chain.
+/// Bytes of the block table per read: small enough for the processor's cache, and for an allocator to reuse the memory
+/// for every file of a chain.
 const TABLE_CHUNK: u64 = 64 << 10;
 
-/// Reads both ends and chooses.
+/// Reads the footers at both ends of a file, and chooses the one that counts.
 pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<ChosenFooter, Defect>> {
     let tail_len = len.min(SECTOR);
     let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];
@@ -27,7 +27,8 @@ pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<ChosenFooter,
     Ok(choose(&tail, has_front.then_some(&front), len))
 }
 
-/// The sector after the table, where XenServer's batmap has its header, if an image by this creator can have one.
+/// Reads the sector after the table, for the header of XenServer's batmap, if an image of this creator can have a
+/// batmap.
 pub(super) fn read_sector_after_table(
     file: &File,
     footer: &Footer,
@@ -46,8 +47,8 @@ pub(super) fn read_sector_after_table(
     Ok(Some(bytes))
 }
 
-/// The table's entries, and what fills its last sector. Its place and size were checked against the file. No block can
-/// begin at sector 0, so an entry of 0 is read as unused.
+/// Reads the table, and the value that fills its last sector. The caller has checked the table's offset and length
+/// against the file. No block can begin at sector 0, so an entry of 0 is read as unused.
 pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefect<'_>) -> Result<(Bat, u32)> {
     let table = Bat::new(header.entries);
     let bytes = bat::bytes(header.entries);
@@ -58,7 +59,7 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefe
         let len = usize::try_from((bytes - at).min(TABLE_CHUNK)).expect("a chunk");
         file.read_at(&mut chunk[..len], header.table_offset + at)?;
         for sector in chunk[..len].chunks(SECTOR_BYTES) {
-            // Most of a large disk's table is unused, and 64 layers have 64 of them: those are passed at memory's speed.
+            // Fast path: most sectors of a large disk's table are unused, in each of up to 64 layers.
             if bat::is_unused(sector) {
                 block = block.saturating_add(bat::ENTRIES_PER_SECTOR);
                 continue;

@@ -1,4 +1,4 @@
-//! Images on the simulated host for the tests of this floor.
+//! Images on the simulated file system, for the tests of this floor.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub(super) fn child() -> ImageKind {
     ImageKind::Differencing(ParentLink { uuid, modified: 0, relative: None, absolute: None, name: "p.vhd".into() })
 }
 
-/// A host with an image of 64 KiB blocks.
+/// Creates a simulated host with an image of 64 KiB blocks.
 pub(super) fn host_with(kind: ImageKind, sectors: u64) -> SimHost {
     let host = SimHost::new(1);
     let block_size = BlockSize::from_bytes(64 << 10).unwrap();
@@ -46,7 +46,8 @@ pub(super) fn commit(host: &SimHost, image: &Arc<Writable>) {
     run_to_completion(host, image.file(), SLOT, |failed, ops| commit.next(failed, ops)).unwrap();
 }
 
-/// A host with an image of 64 KiB blocks, with sevens in ranges of sectors, none across blocks; closed in the clean way.
+/// Creates a simulated host with an image of 64 KiB blocks that has sevens in `ranges` of sectors, each within one
+/// block. The image is closed cleanly.
 pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> SimHost {
     let host = host_with(kind, sectors);
     let image = open(&host).unwrap();
@@ -66,7 +67,7 @@ pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> S
     host
 }
 
-/// What a check finds, by its words.
+/// Checks the image, and returns the kinds of the defects found.
 pub(super) fn kinds(host: &SimHost) -> Vec<&'static str> {
     check(file(host)).unwrap().0.defects.iter().map(Defect::kind).collect()
 }

@@ -1,5 +1,5 @@
-//! Files without a footer at their end: what they are, for messages. None of them is opened by what is found here, since
-//! the guest of a raw disk can write such bytes.
+//! Identifies files without a footer at their end, for messages only. The result never decides how a file is opened,
+//! since the guest of a raw disk can write the identified bytes.
 
 use crate::error::Result;
 use crate::format::footer::FOOTER_BYTES;
@@ -8,12 +8,13 @@ use crate::format::{Defect, DiskType, Footer, ImageFormat};
 use crate::storage::File;
 use crate::units::{SECTOR, SECTOR_BYTES};
 
-/// The most zeros after a footer that are looked through.
+/// Maximum number of zeros after a footer that are searched.
 const MAX_PADDING: u64 = 8 << 20;
-/// Bytes that are read at once.
+/// Bytes per read.
 const CHUNK: u64 = 64 << 10;
 
-/// Returns what a file of `len` bytes without a footer is: a padded fixed disk, or an image of another format.
+/// Identifies a file of `len` bytes without a footer as a padded fixed disk or an image of another format, if it is
+/// one.
 ///
 /// # Errors
 /// `Io`.
@@ -30,8 +31,8 @@ pub(super) fn diagnose(file: &File, len: u64) -> Result<Option<Defect>> {
     }
 }
 
-/// The footer of a fixed disk that is padded with zeros: a valid one at the offset that is its size, and nothing but zeros
-/// after it.
+/// Finds the footer of a fixed disk that is padded with zeros: a valid footer whose offset equals the disk's size,
+/// followed by zeros only.
 ///
 /// # Errors
 /// `Io`.

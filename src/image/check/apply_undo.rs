@@ -10,9 +10,9 @@
 //!   7  finish     state 3, durable
 //! ```
 //!
-//! The image was readable before the repair and is readable after it, so it has a valid footer in both states. The trailing
-//! footer is restored before the copy at the start is replaced. A call that completes an interrupted undo accepts each
-//! sector only if its contents are those from before or from after the repair.
+//! The image was readable before the repair and is readable after it, so it has a valid footer in both states. The
+//! trailing footer is restored before the copy at the start is replaced. A call that completes an interrupted undo
+//! accepts each sector only if its contents are those from before or from after the repair.
 
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,8 +32,8 @@ const PIECE_HEAD: usize = 16;
 ///
 /// # Errors
 /// - `Invalid` if `undo` is not an undo file. Nothing was changed.
-/// - `Refused` if the undo file belongs to another image, the image was changed since, or the repair was not finished or
-///   is undone already. Nothing was changed.
+/// - `Refused` if the undo file belongs to another image, the image was changed since, or the repair was not finished
+///   or is undone already. Nothing was changed.
 /// - `Io`, `NoSpace`: repeating the call completes the undo.
 pub fn undo_repair(file: &File, undo: &File) -> Result<()> {
     let invalid =
@@ -170,7 +170,8 @@ impl UndoPiece {
     }
 }
 
-/// Parses the pieces in a range of an undo file; `None` if the bytes are not pieces. The file's length limits their number.
+/// Parses the pieces in a range of an undo file; `None` if the bytes are not pieces. The file's length limits their
+/// number.
 fn read_pieces(undo: &File, from: u64, to: u64) -> Result<Option<Vec<UndoPiece>>> {
     let (mut all, mut at) = (Vec::new(), from);
     while at < to {

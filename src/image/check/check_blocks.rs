@@ -20,7 +20,8 @@ const CHUNK_SECTORS: u32 = 128;
 const PREFETCHED_BITMAPS: usize = 256;
 /// Maximum number of suspects that are reported.
 const MAX_SUSPECTS: usize = 4096;
-/// The file sector from which every writer packs blocks: near the format's limit there is no room for gaps (crash-safety 3.4).
+/// The file sector from which every writer packs blocks: near the format's limit there is no room for gaps
+/// (crash-safety 3.4).
 const PACKED_FROM: u32 = 0xE000_0000;
 
 /// Receives the position that a scan of the file has reached, in bytes, and ends the scan by an error.
@@ -110,11 +111,11 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     Ok(())
 }
 
-/// Returns the runs of bits after the end of the disk that contain wrongly set bits. The disk ends at bit `sectors` of a
-/// block of `all` sectors.
+/// Returns the runs of bits after the end of the disk that contain wrongly set bits. The disk ends at bit `sectors` of
+/// a block of `all` sectors.
 ///
-/// A bitmap sector whose bits are all set is not reported: QEMU, Xen Orchestra and diffdisk (in a root) set the bits of a
-/// whole block or bitmap sector at once.
+/// A bitmap sector whose bits are all set is not reported: QEMU, Xen Orchestra and diffdisk (in a root) set the bits of
+/// a whole block or bitmap sector at once.
 pub(in crate::image) fn bits_beyond_disk(words: &[u64], sectors: u32, all: u32) -> impl Iterator<Item = (u32, u32)> {
     let first = sectors / SECTOR_BITS * SECTOR_BITS;
     let parts = (first..all).step_by(SECTOR_BITS as usize).map(move |from| (from, all.min(from + SECTOR_BITS)));

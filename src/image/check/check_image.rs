@@ -1,7 +1,7 @@
 //! Checks one image: examines it as an open does, but past the first defect, and applies the rules that an open skips.
 //!
-//! Every reported defect is a fact about the bytes of this file. Whether a block masks data of the parent can be decided
-//! only by comparing it with the parent (`chain`); [`Report::suspects`] lists the blocks to compare.
+//! Every reported defect is a fact about the bytes of this file. Whether a block masks data of the parent can be
+//! decided only by comparing it with the parent (`chain`); [`Report::suspects`] lists the blocks to compare.
 
 use std::ops::ControlFlow;
 
@@ -53,8 +53,8 @@ pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Re
 
 /// Applies the rules that an open skips.
 fn check_after_open(image: &Image, report: &mut Report, come_to: &mut OnPosition<'_>) -> Result<()> {
-    // Only the image's own bytes count: no parent is opened. If the footers disagree on the disk type, the image may have
-    // no parent.
+    // Only the image's own bytes count: no parent is opened. If the footers disagree on the disk type, the image may
+    // have no parent.
     let child = image.kind() == DiskType::Differencing
         && !report.defects.iter().any(|defect| matches!(defect, Defect::FooterKindsDiffer { .. }));
     if let Some(header) = image.header().filter(|_| child) {

@@ -1,7 +1,7 @@
 //! Repairs defects that have one possible repair, crash-safely, and saves what it replaces.
 //!
-//! The guest's disk reads the same before, during and after a repair. A repair changes only copies (footers), derived data
-//! (XenServer's batmap), bits and entries that no reader uses, and unreferenced space.
+//! The guest's disk reads the same before, during and after a repair. A repair changes only copies (footers), derived
+//! data (XenServer's batmap), bits and entries that no reader uses, and unreferenced space.
 //!
 //! ```text
 //!   1  undo       save what is going to be replaced, durably (undo_file.rs)
@@ -276,7 +276,8 @@ fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<B
     Ok(changed)
 }
 
-/// Returns the sectors of the last block's bitmap that change if wrongly set bits after the end of the disk are cleared.
+/// Returns the sectors of the last block's bitmap that change if wrongly set bits after the end of the disk are
+/// cleared.
 fn corrected_last_bitmap(image: &Image, block: u32, place: u32) -> Result<ByteWrites> {
     let block_size = image.block_size().expect("it has blocks");
     let (sectors, all) = (image.sectors_on_disk(block), block_size.sectors());

@@ -12,7 +12,8 @@ use crate::image::testing::{PATH, child, file, host_with, kinds, poke, written};
 use crate::storage::Access;
 use crate::storage::sim::{FaultPlan, SimHost};
 
-/// Creates an image of 1000 sectors in blocks of 64 KiB: all of block 0, one sector of block 2, three of the last block.
+/// Creates an image of 1000 sectors in blocks of 64 KiB: all of block 0, one sector of block 2, three of the last
+/// block.
 fn image() -> SimHost {
     written(child(), 1000, &[(0, 128), (256, 257), (900, 903)])
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use crate::format::{Defect, Severity};
 use crate::units::SectorRange;
 
-/// Blocks of a child whose bitmaps have every bit set, although a writer of children sets only the bits of written sectors.
+/// Blocks of a child whose bitmaps have every bit set, although a writer of children sets only the bits of written
+/// sectors.
 #[derive(Clone, Debug)]
 pub struct Suspects {
     /// Whether their alignment proves that a program other than the image's creator placed them.

@@ -1,7 +1,7 @@
 //! The undo file of a repair: a copy of all that the repair replaces, in the image's folder.
 //!
-//! Its name is `IMAGE.repair-UUID.undo`. Bytes are durable in the undo file before the repair replaces them in the image.
-//! All numbers are big-endian, 64 bits, in bytes:
+//! Its name is `IMAGE.repair-UUID.undo`. Bytes are durable in the undo file before the repair replaces them in the
+//! image. All numbers are big-endian, 64 bits, in bytes:
 //!
 //! ```text
 //!   0   "diffdisk undo 2\n"                          512   pieces from before the repair, each:
@@ -15,10 +15,10 @@
 //!  80   zeros to 512
 //! ```
 //!
-//! The header (the first 512 bytes) is written after a sync of the pieces that it covers. If the header is zeros, the repair
-//! was interrupted before it changed the image. States: 0, repair not finished; 1, repair finished; 2, undo begun; 3, undo
-//! finished. To undo a repair (`apply_undo.rs`): restore the image's length, then write the pieces from before back, the
-//! last one first. Bytes that the repair cut off and that are in no piece were zero.
+//! The header (the first 512 bytes) is written after a sync of the pieces that it covers. If the header is zeros, the
+//! repair was interrupted before it changed the image. States: 0, repair not finished; 1, repair finished; 2, undo
+//! begun; 3, undo finished. To undo a repair (`apply_undo.rs`): restore the image's length, then write the pieces from
+//! before back, the last one first. Bytes that the repair cut off and that are in no piece were zero.
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -59,8 +59,8 @@ impl Offline {
         wanted.is_empty() || free
     }
 
-    /// Writes the entries of the blocks in `made`, and unused entries after the present table up to `entries`. Durable on
-    /// return.
+    /// Writes the entries of the blocks in `made`, and unused entries after the present table up to `entries`. Durable
+    /// on return.
     pub(super) fn write_more_entries(&mut self, entries: u32, made: &[u32]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let more = bat::sector_of(old)..entries.div_ceil(bat::ENTRIES_PER_SECTOR);
@@ -75,15 +75,16 @@ impl Offline {
         self.sync()
     }
 
-    /// Returns the space for a moved table of `entries`, with XenServer's batmap if the image has one, in bytes, whole pages.
+    /// Returns the space for a moved table of `entries`, with XenServer's batmap if the image has one, in bytes, whole
+    /// pages.
     pub(super) fn table_space(&self, entries: u32) -> u64 {
         let batmap = if self.has_batmap() { SECTOR + self.map_bytes(entries) } else { 0 };
         (bat::bytes(entries) + batmap).next_multiple_of(layout::PAGE)
     }
 
-    /// Writes a copy of the table, with `entries` entries, at byte `at`, in unreferenced space. If the image has a batmap, an
-    /// empty one follows: without claims it stays right when blocks and size change. Durable on return; without effect
-    /// before [`Offline::use_table`].
+    /// Writes a copy of the table, with `entries` entries, at byte `at`, in unreferenced space. If the image has a
+    /// batmap, an empty one follows: without claims it stays right when blocks and size change. Durable on return;
+    /// without effect before [`Offline::use_table`].
     pub(super) fn write_table(&mut self, at: u64, entries: u32) -> Result<()> {
         let room = self.table_space(entries);
         self.extend(at + room)?;
@@ -167,8 +168,8 @@ impl Offline {
         Ok(map.len() as u64 != region.range.end - region.range.start || map.iter().any(|byte| *byte != 0))
     }
 
-    /// Returns the length of a batmap for `entries` blocks, in bytes, whole sectors: enough for the checksum of the largest
-    /// disk of that many blocks.
+    /// Returns the length of a batmap for `entries` blocks, in bytes, whole sectors: enough for the checksum of the
+    /// largest disk of that many blocks.
     fn map_bytes(&self, entries: u32) -> u64 {
         let largest = u64::from(entries).saturating_mul(self.sparse().header.block_size.bytes().into());
         u64::from(entries.div_ceil(8)).next_multiple_of(SECTOR).max(BatmapHeader::checksummed_bytes(largest))

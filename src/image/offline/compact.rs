@@ -30,7 +30,8 @@ struct BlockMove {
 }
 
 impl Offline {
-    /// Frees the places of `blocks`, whose contents the disk does not need, and of all blocks after the end of the disk.
+    /// Frees the places of `blocks`, whose contents the disk does not need, and of all blocks after the end of the
+    /// disk.
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the disk's contents are unchanged.
@@ -157,8 +158,8 @@ impl Offline {
     }
 }
 
-/// Returns the number of blocks that a gap, in sectors, should take: as many as fit page-aligned, less a small share in a
-/// large gap, so that the blocks there can have a larger alignment.
+/// Returns the number of blocks that a gap, in sectors, should take: as many as fit page-aligned, less a small share in
+/// a large gap, so that the blocks there can have a larger alignment.
 fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
     let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
     let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);

@@ -1,11 +1,13 @@
-//! An image that no other process has open, for changes of its structure: its size, its block table, the places of blocks.
+//! An image that no other process has open, for changes of its structure: its size, its block table, the places of
+//! blocks.
 //!
 //! Every method is a step from one valid image to another, and documents its order of durable writes. `resize.rs` and
 //! `compact.rs` combine the steps, with the failpoints at which tests kill them.
 //!
-//! New and obsolete structures lie in unreferenced space: after the blocks, or in a gap between them. So a step overwrites
-//! referenced bytes only in these cases, each of one sector: a footer; the header's first sector, which contains every
-//! field that changes; a sector of the block table, for which any mixture of old and new entries shows the same disk.
+//! New and obsolete structures lie in unreferenced space: after the blocks, or in a gap between them. So a step
+//! overwrites referenced bytes only in these cases, each of one sector: a footer; the header's first sector, which
+//! contains every field that changes; a sector of the block table, for which any mixture of old and new entries shows
+//! the same disk.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -190,8 +192,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes a second footer at byte `at`, in unused space. Durable on return. If `at` is after the end of the file, the
-    /// second footer becomes the trailing one.
+    /// Writes a second footer at byte `at`, in unused space. Durable on return. If `at` is after the end of the file,
+    /// the second footer becomes the trailing one.
     ///
     /// # Errors
     /// - `NoSpace`: the file is unchanged.
@@ -217,7 +219,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Aligns the trailing footer to a sector. In a file whose length is no multiple of 512 it spans two and could be torn.
+    /// Aligns the trailing footer to a sector. In a file whose length is no multiple of 512 it spans two and could be
+    /// torn.
     pub(super) fn align_footer(&mut self) -> Result<()> {
         match self.footer_offset % SECTOR {
             0 => Ok(()),
@@ -239,7 +242,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Replaces the trailing footer, which counts, and then the copy at the start; each is one sector. Durable on return.
+    /// Replaces the trailing footer, which counts, and then the copy at the start; each is one sector. Durable on
+    /// return.
     pub(super) fn write_footers(&mut self, footer: Footer) -> Result<()> {
         self.file.write_at(&footer.encode(), self.footer_offset)?;
         if self.sparse.is_some() {

@@ -1,8 +1,8 @@
 //! Reparenting: replaces or removes the parent of an image, which is valid at every moment.
 //!
-//! The dynamic header is the only structure of a VHD that cannot be changed by one atomic write: it has two sectors, one
-//! checksum and no copy. But the footer, which contains the header's offset, is one sector. So a new header is first used
-//! after the blocks, then moved to its usual place; each step is durable before the next:
+//! The dynamic header is the only structure of a VHD that cannot be changed by one atomic write: it has two sectors,
+//! one checksum and no copy. But the footer, which contains the header's offset, is one sector. So a new header is
+//! first used after the blocks, then moved to its usual place; each step is durable before the next:
 //!
 //! ```text
 //!              both footers   home (512)     after the blocks
@@ -15,12 +15,12 @@
 //!   trimmed    -> home        new, texts
 //! ```
 //!
-//! Both footers are valid at every moment. The trailing one counts, and a header is durable before a footer refers to it.
-//! So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a write of one sector. If
-//! a power cut leaves the two footers with different header offsets, both headers are valid, and writers refuse the image
-//! until the reparent is repeated, which continues from the trailing footer. An interrupted reparent is repeated as a whole
-//! ([`is_reparent_finished`] detects one). Except in the case of differing footers, any program may read and write the
-//! image in between.
+//! Both footers are valid at every moment. The trailing one counts, and a header is durable before a footer refers to
+//! it. So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a write of one
+//! sector. If a power cut leaves the two footers with different header offsets, both headers are valid, and writers
+//! refuse the image until the reparent is repeated, which continues from the trailing footer. An interrupted reparent
+//! is repeated as a whole ([`is_reparent_finished`] detects one). Except in the case of differing footers, any program
+//! may read and write the image in between.
 //!
 //! A change of the disk type (a child that becomes a root) is part of the switch of the footers.
 //!
@@ -50,11 +50,11 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 const HEADER_HOME: u64 = 512;
 
 /// Makes the image in `file` a child of another parent or, without a `link`, a root. `file` is open for writing and
-/// locked exclusively; an [`Image`] opened from it before must not be used afterwards. The image's blocks do not change.
-/// The caller decides whether the disk's contents may change.
+/// locked exclusively; an [`Image`] opened from it before must not be used afterwards. The image's blocks do not
+/// change. The caller decides whether the disk's contents may change.
 ///
-/// Locators keep their slots; locators of platforms that cannot be written are dropped. A `MacX` locator gets the relative
-/// path, as vhd-util writes it.
+/// Locators keep their slots; locators of platforms that cannot be written are dropped. A `MacX` locator gets the
+/// relative path, as vhd-util writes it.
 ///
 /// # Errors
 /// - As [`check_reparent`] and `Writable::new`.
@@ -131,9 +131,9 @@ fn punch_set_aside(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
     Ok(())
 }
 
-/// Opens the image in a file that is open for writing and locked exclusively. If an interrupted switch of header offset,
-/// disk type or size left the footers different, updates the copy from the trailing footer first. Other contradictions
-/// between the footers remain, and an open for writing refuses them.
+/// Opens the image in a file that is open for writing and locked exclusively. If an interrupted switch of header
+/// offset, disk type or size left the footers different, updates the copy from the trailing footer first. Other
+/// contradictions between the footers remain, and an open for writing refuses them.
 ///
 /// # Errors
 /// As `Image::open`; `Io`.

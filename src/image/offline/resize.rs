@@ -1,4 +1,5 @@
-//! Changes the size of the disk. Each step is durable before the next; at every moment the disk has its old or new size.
+//! Changes the size of the disk. Each step is durable before the next; at every moment the disk has its old or new
+//! size.
 //!
 //! ```text
 //!   fixed, larger    | data | footer |                      initial state
@@ -14,12 +15,12 @@
 //!   smaller          3, then drop the entries after the end of the disk, then free their space
 //! ```
 //!
-//! A fixed image has only one footer, and its file cannot grow before there is a footer at the new end. A power cut during
-//! that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 3.2, A4: true
-//! for ext4, XFS and btrfs). No other step relies on that.
+//! A fixed image has only one footer, and its file cannot grow before there is a footer at the new end. A power cut
+//! during that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 3.2,
+//! A4: true for ext4, XFS and btrfs). No other step relies on that.
 //!
-//! The format allows more entries than blocks, and entries for blocks after the end of the disk. So an operation that is
-//! interrupted between two steps leaves a valid image, and can be repeated.
+//! The format allows more entries than blocks, and entries for blocks after the end of the disk. So an operation that
+//! is interrupted between two steps leaves a valid image, and can be repeated.
 
 use super::offline_image::Offline;
 use crate::error::{Error, ErrorKind, Result};
@@ -69,8 +70,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Shrinks the disk to `size`, a multiple of 512 that is neither 0 nor larger than the present size. Discards the data
-    /// after the new end and frees its space in the file, including leftovers of an interrupted call.
+    /// Shrinks the disk to `size`, a multiple of 512 that is neither 0 nor larger than the present size. Discards the
+    /// data after the new end and frees its space in the file, including leftovers of an interrupted call.
     ///
     /// # Errors
     /// As [`Offline::grow`]; the error that `watch` returns.
@@ -157,9 +158,9 @@ impl Offline {
         self.sync()
     }
 
-    /// Marks zero sectors as present between the end of the disk and `size` wherever the parent chain is exposed. Returns
-    /// the blocks added for them, which have no entries yet. The sectors have no effect before the size changes, and become
-    /// durable with the table.
+    /// Marks zero sectors as present between the end of the disk and `size` wherever the parent chain is exposed.
+    /// Returns the blocks added for them, which have no entries yet. The sectors have no effect before the size
+    /// changes, and become durable with the table.
     fn mask_parent(&mut self, block_size: BlockSize, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<Vec<u32>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
@@ -199,8 +200,8 @@ impl Offline {
     fn ensure_entries(&mut self, blocks: u32, made: &[u32]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let entries = old.max(blocks);
-        // The range that a batmap's checksum covers depends on the disk's size. An empty batmap is valid for every size that
-        // it has space for.
+        // The range that a batmap's checksum covers depends on the disk's size. An empty batmap is valid for every size
+        // that it has space for.
         if self.has_batmap() && (self.batmap_has_claims()? || entries > old) {
             return self.move_table(entries);
         }
@@ -226,9 +227,9 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes the new size to both footers. The trailing one counts. If a power cut leaves the footers with different sizes,
-    /// both are valid, and the image is not written before [`open_reconciled`](crate::image::open_reconciled) has updated
-    /// the other.
+    /// Writes the new size to both footers. The trailing one counts. If a power cut leaves the footers with different
+    /// sizes, both are valid, and the image is not written before [`open_reconciled`](crate::image::open_reconciled)
+    /// has updated the other.
     fn write_size(&mut self, size: u64) -> Result<()> {
         self.write_footers(self.footer().with_size(size))?;
         failpoint::reached("resize.size-switched");
