@@ -18,11 +18,13 @@ impl OpQueue {
     }
 
     /// Whether the engine accepted every operation that was pushed.
+    #[inline]
     pub(super) fn has_no_backlog(&self) -> bool {
         self.backlog.is_empty()
     }
 
     /// Pushes an operation to the engine, or to the backlog if the engine is full.
+    #[inline]
     pub(super) fn push(&mut self, op: Op) {
         if !self.backlog.is_empty() {
             return self.backlog.push_back(op);

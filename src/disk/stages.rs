@@ -145,6 +145,7 @@ impl Lane {
         self.tasks.finish(number, task);
     }
 
+    #[inline]
     fn run_stage(&mut self, number: u32, task: &mut Task) -> StageResult {
         match task.stage {
             TaskStage::Plan => self.plan_task(number, task),
@@ -221,6 +222,7 @@ impl Lane {
     }
 
     /// Pushes the operations of a plan: reads of the bitmaps that it misses, or else the transfers.
+    #[inline]
     fn carry_out(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) -> StageResult {
         if !plan.missing.is_empty() {
             return self.load_bitmaps(number, task, &plan.missing, TaskStage::Load);

@@ -32,6 +32,7 @@ pub(super) struct TaskOps {
 
 impl TaskOps {
     /// Pushes the operations that move the bytes of a plan.
+    #[inline]
     pub(super) fn push(&mut self, number: u32, task: &mut Task, extents: &[Extent], disk: &Disk, ops: &mut OpQueue) {
         let mut at = 0;
         for extent in extents {
@@ -100,6 +101,7 @@ impl TaskOps {
     }
 
     /// Evaluates a completed operation: takes its bytes and records its failure. The caller counts the operation down.
+    #[inline]
     pub(super) fn complete(&mut self, task: &mut Task, detail: u32, completion: Completion, disk: &Disk) -> OpEffect {
         let Completion { op, result } = completion;
         let path = || disk.version().file(op.slot).path();

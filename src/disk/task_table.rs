@@ -36,6 +36,7 @@ impl TaskTable {
     }
 
     /// Creates a task and assigns its number. The task enters the table with [`TaskTable::put`].
+    #[inline]
     pub(super) fn start(&mut self, tag: u64, work: Work) -> (u32, Box<Task>) {
         let number = self.free_numbers.pop().expect("the caller checked Lane::push_capacity");
         let task = match self.pool.pop() {
@@ -54,21 +55,25 @@ impl TaskTable {
     }
 
     /// The waiting task of a number.
+    #[inline]
     pub(super) fn get_mut(&mut self, number: u32) -> &mut Task {
         self.tasks[number as usize].as_deref_mut().expect("completions and wait lists name tasks in the table")
     }
 
     /// Takes a waiting task out of the table to advance it.
+    #[inline]
     pub(super) fn take(&mut self, number: u32) -> Box<Task> {
         self.tasks[number as usize].take().expect("only a waiting task is advanced")
     }
 
     /// Puts a task into the table until the event for which it waits.
+    #[inline]
     pub(super) fn put(&mut self, number: u32, task: Box<Task>) {
         self.tasks[number as usize] = Some(task);
     }
 
     /// Frees the number of a finished task and keeps its box.
+    #[inline]
     pub(super) fn finish(&mut self, number: u32, task: Box<Task>) {
         self.free_numbers.push(number);
         self.pool.push(task);
