@@ -388,7 +388,7 @@ impl Writable {
     }
 }
 
-/// A lock whose holders leave sound state behind even when they panic: each change is one assignment or insertion.
+/// Locks a mutex, also after a panic of a holder: each change under these locks is one assignment or insertion.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
