@@ -94,7 +94,9 @@ impl Writable {
             content_changed: AtomicBool::new(!replayed.is_empty()),
         };
         if let Some(session) = image.session() {
-            session.renew_after_replay(image.image())?;
+            #[cfg(feature = "mutants")]
+            session.mutate_session(image.image());
+            session.renew_after_replay()?;
         }
         image.replay(&replayed);
         Ok(image)
