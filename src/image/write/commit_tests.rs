@@ -64,8 +64,8 @@ fn a_child_needs_two_barriers_for_new_bits_and_one_for_overwrites() {
     assert_eq!(commit(&image), (vec![], 0), "nothing written");
     write(&image, 0, 8);
     write(&image, 9000, 9008);
-    let want = vec!["S".to_owned(), "WWW".to_owned(), "S".to_owned()];
-    assert_eq!(commit(&image), (want, 2), "two bitmaps and one sector of the table");
+    let expected = vec!["S".to_owned(), "WWW".to_owned(), "S".to_owned()];
+    assert_eq!(commit(&image), (expected, 2), "two bitmaps and one sector of the BAT");
     write(&image, 0, 8);
     assert_eq!(commit(&image), (vec!["S".to_owned()], 1), "an overwrite");
     write(&image, 8, 16);

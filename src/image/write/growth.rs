@@ -20,7 +20,7 @@
 //! 6. Use the new space.
 //!
 //! If a step fails before 3, the new end is cut off again. If it fails later, the old stamp is out of date already: the file
-//! keeps its new end, and the next step of growth begins at 4.
+//! keeps its new end, and the next step of growth skips 2 and 3.
 //!
 //! 3 and 5 repeat the write as a write-through of these sectors. A sync would also wait for all data that the guest has written
 //! meanwhile, and delay the guest (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between was
@@ -73,7 +73,7 @@ pub struct Growth {
     whole: bool,
     /// Whether the free tail is long enough, so that the step only reserves space in it.
     is_within: bool,
-    /// End of the free tail that an earlier step has written before it failed: this step begins at 4.
+    /// End of the free tail that an earlier step has written before it failed: this step skips 2 and 3.
     moved_end: Option<u64>,
 }
 

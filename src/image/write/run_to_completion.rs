@@ -29,7 +29,7 @@ pub fn run_to_completion(
         while rest.peek().is_some() || engine.outstanding() > 0 {
             while engine.outstanding() < engine.depth() {
                 let Some(op) = rest.next() else { break };
-                engine.push(op).expect("there is room: it was looked for");
+                engine.push(op).expect("fewer operations are in flight than the engine's depth");
             }
             engine.wait().map_err(broken)?;
             engine.reap(&mut done);

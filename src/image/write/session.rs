@@ -326,14 +326,7 @@ impl Session {
     ///
     /// # Errors
     /// Those of [`Session::renew`].
-    pub(super) fn renew_after_replay(&self, image: &Image) -> Result<()> {
-        if !self.is_stamped() {
-            return Ok(());
-        }
-        #[cfg(feature = "mutants")]
-        if mutant::enabled(Mutant::NewSessionOnTakeover) {
-            self.mutate_session(image);
-        }
+    pub(super) fn renew_after_replay(&self) -> Result<()> {
         if mutant::enabled(Mutant::NoTakeoverGeneration) { Ok(()) } else { self.renew() }
     }
 
@@ -380,8 +373,10 @@ impl Session {
     /// Mutant `NewSessionOnTakeover`: replaces the replayed journal and its stamp by those of a new session.
     #[cfg(feature = "mutants")]
     pub(super) fn mutate_session(&self, image: &Image) {
-        let old = self.journal.get().expect("it was replayed");
-        let _ = old.remove();
+        if !mutant::enabled(Mutant::NewSessionOnTakeover) || !self.is_stamped() {
+            return;
+        }
+        let _ = self.journal.get().expect("it was replayed").remove();
         if let Some(placed) = self.stamp().as_mut() {
             placed.stamp.session = self.runtime().random_id();
             let _ = self.write(&placed.stamp, placed.at, None);

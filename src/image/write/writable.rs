@@ -94,7 +94,9 @@ impl Writable {
             content_changed: AtomicBool::new(!replayed.is_empty()),
         };
         if let Some(session) = image.session() {
-            session.renew_after_replay(image.image())?;
+            #[cfg(feature = "mutants")]
+            session.mutate_session(image.image());
+            session.renew_after_replay()?;
         }
         image.replay(&replayed);
         Ok(image)
@@ -388,7 +390,7 @@ impl Writable {
     }
 }
 
-/// A lock whose holders leave sound state behind even when they panic: each change is one assignment or insertion.
+/// Locks a mutex, also after a panic of a holder: each change under these locks is one assignment or insertion.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
